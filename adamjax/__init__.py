@@ -1,0 +1,100 @@
+"""Adam, AMSGrad and Adamax for JAX as pure functions, exact to the documents in every dtype."""
+
+from adamjax.adam import (
+    ScaleByAdamaxState,
+    ScaleByAdamState,
+    ScaleByAmsgradState,
+    scale_by_adam,
+    scale_by_adamax,
+    scale_by_amsgrad,
+)
+from adamjax.average import WeightEmaState, weight_ema
+from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from adamjax.guard import (
+    AccumulateGradientsState,
+    SkipNotFiniteState,
+    accumulate_gradients,
+    skip_not_finite,
+)
+from adamjax.masking import masked, partition
+from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
+from adamjax.reading import (
+    averaged_weights,
+    get_slot,
+    learning_rate,
+    skipped_steps,
+    slot_names,
+    step_count,
+)
+from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
+from adamjax.schedule import (
+    Schedule,
+    by_path,
+    constant,
+    cosine_decay,
+    exponential_decay,
+    inverse_time_decay,
+    piecewise_constant,
+    polynomial_decay,
+    warmup,
+)
+from adamjax.transform import Transform, apply_updates, chain, identity
+
+# In the order of a pipeline.
+__all__ = [
+    # a pipeline and its parts
+    "chain",
+    "identity",
+    "masked",
+    "partition",
+    "apply_updates",
+    "Transform",
+    # gradients
+    "clip_by_value",
+    "clip_by_norm",
+    "clip_by_global_norm",
+    "global_norm",
+    # rules
+    "scale_by_adam",
+    "ScaleByAdamState",
+    "scale_by_amsgrad",
+    "ScaleByAmsgradState",
+    "scale_by_adamax",
+    "ScaleByAdamaxState",
+    # scalings
+    "add_decayed_weights",
+    "scale",
+    "scale_by_learning_rate",
+    "ScheduleState",
+    # rates
+    "Schedule",
+    "constant",
+    "inverse_time_decay",
+    "exponential_decay",
+    "piecewise_constant",
+    "polynomial_decay",
+    "cosine_decay",
+    "warmup",
+    "by_path",
+    # weights
+    "weight_ema",
+    "WeightEmaState",
+    "averaged_weights",
+    # when a step is taken
+    "accumulate_gradients",
+    "AccumulateGradientsState",
+    "skip_not_finite",
+    "SkipNotFiniteState",
+    # complete optimizers
+    "adam",
+    "amsgrad",
+    "adamw",
+    "adamax",
+    "nadam",
+    # reading a state
+    "get_slot",
+    "slot_names",
+    "step_count",
+    "learning_rate",
+    "skipped_steps",
+]

@@ -1,0 +1,385 @@
+"""The rules: Adam with Nadam, AMSGrad, Adamax. Uphill updates, no learning rate.
+
+Every rule divides an average of gradients by a measure of their size. What differs from paper
+to paper is a handful of scalars a step, so each rule is one function of arrays and the scalars
+are made ready for it: with `t` the step's number, 1 for the first,
+
+    u = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
+
+is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` that is the
+form just before section 2.1 of the paper, with `c_eps = eps * sqrt(1 - b2**t)` its algorithm 1.
+"""
+
+from dataclasses import field
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from adamjax.data import BETA, POSITIVE, Number, Tree, static
+from adamjax.moments import (
+    Average,
+    accumulator,
+    averaging,
+    correction,
+    counted,
+    magnitude,
+    next_count,
+    root,
+    scalar,
+    square,
+    widen,
+    widened,
+)
+from adamjax.transform import Step, Transform, lift, new_slots
+
+__all__ = [
+    "ScaleByAdamState",
+    "ScaleByAdamaxState",
+    "ScaleByAmsgradState",
+    "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_amsgrad",
+]
+
+
+class _Scalars(NamedTuple):
+    """What a step of Adam or AMSGrad needs besides arrays; see the module's equation."""
+
+    first: Average
+    second: Average
+    c_m: Any
+    c_g: Any
+    c_eps: Any
+
+
+def _check(rule: Any, default: str) -> None:
+    """Checks a rule's betas and epsilon, and fills in the epsilon where none was given."""
+    eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
+    if eps_hat is not None and eps is not None:
+        raise ValueError(
+            f"{type(rule).__name__}: give eps_hat (outside the bias correction) or eps (inside), "
+            f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
+        )
+    if eps_hat is None and eps is None:
+        rule._set(**{default: 1e-7})
+    for name in ("b1", "b2"):
+        rule._check(name, BETA)
+    rule._check("eps_hat" if rule.eps is None else "eps", POSITIVE)
+
+
+def _check_dtypes(rule: Any, *names: str) -> None:
+    for name in names:
+        given = getattr(rule, name)
+        if given is None:
+            continue
+        try:
+            dtype = jnp.dtype(given)
+        except TypeError:
+            dtype = None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{type(rule).__name__}: {name} must be a real floating dtype such as "
+                f"jnp.float32 or 'bfloat16', or None; got {given!r}"
+            )
+        rule._set(**{name: dtype.name})
+
+
+def _zero_mean(params: Tree, dtype: str | None) -> Tree:
+    """Zero averages of gradients: complex where the parameter is, else in the given dtype."""
+
+    def make(p: chex.Array) -> chex.Array:
+        own = widened(p.dtype, accumulator(p.dtype))
+        return jnp.zeros_like(p, own if jnp.iscomplexobj(p) else dtype or own)
+
+    return new_slots(params, make)
+
+
+def _zero_size(params: Tree, dtype: str | None) -> Tree:
+    """Zero measures of the gradients' size: real, in the given dtype."""
+    return new_slots(params, lambda p: jnp.zeros_like(p, dtype or accumulator(p.dtype)))
+
+
+def _moments(
+    c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """The widened gradient and the two averages after it."""
+    real = accumulator(g.dtype, v.dtype)
+    g = widen(g, real)
+    return g, c.first(widen(m, real), g), c.second(widen(v, real), square(g))
+
+
+def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+    top = c.c_m * m if c.c_g is None else c.c_m * m + c.c_g * g
+    return top / (root(v) + c.c_eps)
+
+
+def _adam(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> tuple[chex.Array, ...]:
+    wide, m1, v1 = _moments(c, g, m, v)
+    u = _quotient(c, wide, m1, v1)
+    return u.astype(g.dtype), m1.astype(m.dtype), v1.astype(v.dtype)
+
+
+def _amsgrad(
+    c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
+) -> tuple[chex.Array, ...]:
+    wide, m1, v1 = _moments(c, g, m, v)
+    largest = jnp.maximum(widen(v_max, v1.dtype), v1)
+    u = _quotient(c, wide, m1, largest)
+    return u.astype(g.dtype), m1.astype(m.dtype), v1.astype(v.dtype), largest.astype(v_max.dtype)
+
+
+def _momentum(b1: Number, t: chex.Array) -> chex.Array:
+    """Nadam's momentum of step t."""
+    return scalar(b1, t.dtype) * (1 - 0.5 * 0.96**t)
+
+
+def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None) -> _Scalars:
+    t = counted(count, real)
+    corrected_root = jnp.sqrt(correction(rule.b2, t))
+    c_m, c_g = corrected_root / correction(rule.b1, t), None
+    if product is not None:
+        product, ahead = product.astype(real), _momentum(rule.b1, t + 1)
+        c_m = corrected_root * ahead / (1 - product * ahead)
+        c_g = corrected_root * (1 - _momentum(rule.b1, t)) / (1 - product)
+    return _Scalars(
+        first=averaging(rule.b1, real),
+        second=averaging(rule.b2, real),
+        c_m=c_m,
+        c_g=c_g,
+        c_eps=scalar(rule.eps_hat, real)
+        if rule.eps is None
+        else scalar(rule.eps, real) * corrected_root,
+    )
+
+
+class ScaleByAdamState(NamedTuple):
+    """State of `scale_by_adam`.
+
+    Attributes:
+      count: int32, the steps taken; it stays at the largest int32.
+      m: tree like the parameters, averages of gradients.
+      v: tree like the parameters, averages of squared gradients, real.
+      momentum_product: with `nesterov`, the product of the momenta so far; else `None`.
+    """
+
+    count: chex.Array
+    m: Tree
+    v: Tree
+    momentum_product: chex.Array | None
+
+
+class scale_by_adam(Transform):
+    """Adam's rule: the average gradient over the root of the average squared gradient.
+
+    Kingma & Ba, arXiv:1412.6980. With `t` the step's number, 1 for the first, and g the gradient:
+
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * |g|**2
+        u = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)         (before section 2.1)
+        u = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)                 (algorithm 1)
+
+    Moments, scalars and the quotient are computed in float32 at least, in float64 for float64.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon.
+        Default, where `eps` is not given either: 1e-7.
+      eps: epsilon of the second form, above 0: what optax and torch call eps. At most one of
+        the two may be given.
+      nesterov: Nesterov momentum as in Keras' Nadam (Dozat, 2016), whose momentum of step t is
+        `mu_t = b1 * (1 - 0.5 * 0.96**t)`:
+        `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` stands for
+        `m / (1 - b1**t)`. Its epsilon is `eps`, by default 1e-7.
+      m_dtype, v_dtype: real dtypes to keep the moments in; by default float32, or the
+        parameter's dtype if that is wider. For complex parameters m is complex, v real, and
+        `m_dtype` has no effect.
+
+    The state is a `ScaleByAdamState`.
+
+    Raises:
+      ValueError: a value is out of its range, or both epsilons are given.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.scale_by_adam()
+    >>> update, state = tx.update(jnp.array([4.0, -2.0, 0.0]), tx.init(jnp.zeros(3)))
+    >>> update.round(4)
+    Array([ 1., -1.,  0.], dtype=float32)
+    """
+
+    b1: Number = 0.9
+    b2: Number = 0.999
+    eps_hat: Number | None = field(default=None, kw_only=True)
+    eps: Number | None = field(default=None, kw_only=True)
+    nesterov: bool = static(default=False, kw_only=True)
+    m_dtype: Any = static(default=None, kw_only=True)
+    v_dtype: Any = static(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check(self, default="eps" if self.nesterov else "eps_hat")
+        _check_dtypes(self, "m_dtype", "v_dtype")
+
+    def init(self, params: Tree) -> ScaleByAdamState:
+        return ScaleByAdamState(
+            count=jnp.zeros((), jnp.int32),
+            m=_zero_mean(params, self.m_dtype),
+            v=_zero_size(params, self.v_dtype),
+            momentum_product=jnp.ones((), float) if self.nesterov else None,
+        )
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        product = state.momentum_product
+        if self.nesterov:
+            product = product * _momentum(self.b1, counted(state.count, product.dtype))
+        updates, m, v = lift(
+            "scale_by_adam",
+            _adam,
+            lambda real: _scalars(self, state.count, real, product),
+            grads,
+            slots=(state.m, state.v),
+        )
+        return updates, ScaleByAdamState(next_count(state.count), m, v, product)
+
+
+class ScaleByAmsgradState(NamedTuple):
+    """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far."""
+
+    count: chex.Array
+    m: Tree
+    v: Tree
+    v_max: Tree
+
+
+class scale_by_amsgrad(Transform):
+    """AMSGrad's rule: Adam's, with the largest v so far in place of v.
+
+    Reddi et al., arXiv:1904.09237, algorithm 2, with Adam's bias corrections, as in Keras and
+    torch: `v_max = max(v_max, v)` is taken over the raw v and corrected afterwards.
+
+    Args:
+      b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `scale_by_adam`; `v_max` has the dtype of v.
+
+    The state is a `ScaleByAmsgradState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.scale_by_amsgrad(eps=1e-8)
+    >>> update, state = tx.update(jnp.array([4.0, -2.0, 0.0]), tx.init(jnp.zeros(3)))
+    >>> update.round(4)
+    Array([ 1., -1.,  0.], dtype=float32)
+    """
+
+    b1: Number = 0.9
+    b2: Number = 0.999
+    eps_hat: Number | None = field(default=None, kw_only=True)
+    eps: Number | None = field(default=None, kw_only=True)
+    m_dtype: Any = static(default=None, kw_only=True)
+    v_dtype: Any = static(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check(self, default="eps_hat")
+        _check_dtypes(self, "m_dtype", "v_dtype")
+
+    def init(self, params: Tree) -> ScaleByAmsgradState:
+        return ScaleByAmsgradState(
+            count=jnp.zeros((), jnp.int32),
+            m=_zero_mean(params, self.m_dtype),
+            v=_zero_size(params, self.v_dtype),
+            v_max=_zero_size(params, self.v_dtype),
+        )
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        updates, m, v, v_max = lift(
+            "scale_by_amsgrad",
+            _amsgrad,
+            lambda real: _scalars(self, state.count, real, None),
+            grads,
+            slots=(state.m, state.v, state.v_max),
+        )
+        return updates, ScaleByAmsgradState(next_count(state.count), m, v, v_max)
+
+
+class _AdamaxScalars(NamedTuple):
+    first: Average
+    second: Average
+    c_m: Any
+    c_eps: Any
+
+
+def _adamax(
+    c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
+) -> tuple[chex.Array, ...]:
+    real = accumulator(g.dtype, u.dtype)
+    wide = widen(g, real)
+    m1 = c.first(widen(m, real), wide)
+    held = widen(u, real)
+    u1 = jnp.maximum(c.second(held, jnp.zeros_like(held)), magnitude(wide))
+    return (c.c_m * m1 / (u1 + c.c_eps)).astype(g.dtype), m1.astype(m.dtype), u1.astype(u.dtype)
+
+
+class ScaleByAdamaxState(NamedTuple):
+    """State of `scale_by_adamax`.
+
+    Attributes:
+      count: int32, the steps taken; it stays at the largest int32.
+      m: tree like the parameters, averages of gradients.
+      u: tree like the parameters, decaying maxima of the gradients' absolute values, real.
+    """
+
+    count: chex.Array
+    m: Tree
+    u: Tree
+
+
+class scale_by_adamax(Transform):
+    """Adamax's rule: the average gradient over a decaying maximum of its absolute values.
+
+    Kingma & Ba, arXiv:1412.6980, algorithm 2, with the epsilon of Keras:
+
+        m = b1 * m + (1 - b1) * g
+        u = max(b2 * u, |g|)
+        update = m / (1 - b1**t) / (u + eps)
+
+    Args:
+      b1: decay of the moment, in [0, 1).
+      b2: decay of the maximum, in [0, 1).
+      eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
+      m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
+
+    The state is a `ScaleByAdamaxState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.scale_by_adamax()
+    >>> update, state = tx.update(jnp.array([4.0, -2.0, 0.0]), tx.init(jnp.zeros(3)))
+    >>> update.round(4)
+    Array([ 1., -1.,  0.], dtype=float32)
+    """
+
+    b1: Number = 0.9
+    b2: Number = 0.999
+    eps: Number = field(default=1e-7, kw_only=True)
+    m_dtype: Any = static(default=None, kw_only=True)
+    u_dtype: Any = static(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check(self, default="eps")
+        _check_dtypes(self, "m_dtype", "u_dtype")
+
+    def init(self, params: Tree) -> ScaleByAdamaxState:
+        return ScaleByAdamaxState(
+            count=jnp.zeros((), jnp.int32),
+            m=_zero_mean(params, self.m_dtype),
+            u=_zero_size(params, self.u_dtype),
+        )
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        def scalars(real: Any) -> _AdamaxScalars:
+            return _AdamaxScalars(
+                first=averaging(self.b1, real),
+                second=averaging(self.b2, real),
+                c_m=1 / correction(self.b1, counted(state.count, real)),
+                c_eps=scalar(self.eps, real),
+            )
+
+        updates, m, u = lift("scale_by_adamax", _adamax, scalars, grads, slots=(state.m, state.u))
+        return updates, ScaleByAdamaxState(next_count(state.count), m, u)

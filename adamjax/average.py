@@ -1,0 +1,97 @@
+"""The exponential average of the weights."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from adamjax.data import COUNT, UNIT, Number, Tree
+from adamjax.moments import accumulator, averaging, next_count, widen, widened
+from adamjax.transform import Step, Transform, lift, needed, new_slots, stepped
+
+__all__ = ["WeightEmaState", "weight_ema"]
+
+
+class WeightEmaState(NamedTuple):
+    """State of `weight_ema`.
+
+    Attributes:
+      count: int32, the steps taken; it stays at the largest int32.
+      average: tree like the parameters, in float32 at least; before the first step the weights.
+    """
+
+    count: chex.Array
+    average: Tree
+
+
+class _Ema(NamedTuple):
+    mean: Any
+    due: Any
+
+
+def _ema(c: _Ema, u: chex.Array, average: chex.Array, p: chex.Array) -> tuple[chex.Array, ...]:
+    real = accumulator(u.dtype, average.dtype)
+    held = c.mean(widen(average, real), widen(stepped(p, u), real))
+    if c.due is not None:
+        u = jnp.where(c.due, (held - widen(p, real)).astype(u.dtype), u)
+    return u, held.astype(average.dtype)
+
+
+class weight_ema(Transform):
+    """Averages the weights: `average = momentum * average + (1 - momentum) * weights`.
+
+    The average starts from the initial weights and takes in those after each step; read it with
+    `averaged_weights`. It must be last in a chain, and `update` needs `params`. This is the
+    option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky, 1992), and
+    reading the average is what `finalize_variable_values` was; Keras 3 starts from zero
+    instead and copies the weights at the first step.
+
+    Args:
+      momentum: weight of the past, in [0, 1].
+      overwrite_frequency: put the average into the weights at every step whose number is a
+        multiple of this, a whole number of at least 1. `None`: never.
+
+    The state is a `WeightEmaState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.chain(adamjax.scale(-1.0), adamjax.weight_ema(0.75))
+    >>> p = jnp.array(0.0)
+    >>> state = tx.init(p)
+    >>> updates, state = tx.update(jnp.array(-4.0), state, p)
+    >>> adamjax.apply_updates(p, updates), adamjax.averaged_weights(state)
+    (Array(4., dtype=float32), Array(1., dtype=float32))
+    """
+
+    momentum: Number = 0.99
+    overwrite_frequency: Number | None = None
+
+    def __post_init__(self) -> None:
+        self._check("momentum", UNIT)
+        if self.overwrite_frequency is not None:
+            self._check("overwrite_frequency", COUNT)
+
+    @property
+    def must_be_last(self) -> bool:
+        return True
+
+    def init(self, params: Tree) -> WeightEmaState:
+        def start(p: chex.Array) -> chex.Array:
+            return jnp.array(p, widened(p.dtype, accumulator(p.dtype)), copy=True)
+
+        return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        params = needed("weight_ema", params)
+        count = next_count(state.count)
+        due = None
+        if self.overwrite_frequency is not None:
+            due = count % jnp.asarray(self.overwrite_frequency, count.dtype) == 0
+        updates, average = lift(
+            "weight_ema",
+            _ema,
+            lambda real: _Ema(averaging(self.momentum, real), due),
+            grads,
+            slots=(state.average,),
+            params=params,
+        )
+        return updates, WeightEmaState(count, average)

@@ -1,0 +1,134 @@
+"""Clipping: by value, by the norm of each leaf, by the norm of all leaves together."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamjax.data import POSITIVE, Number, Tree
+from adamjax.moments import accumulator, root, scalar, square, widen
+from adamjax.scaling import scaled
+from adamjax.transform import Stateless, Step, lift, reduced
+
+__all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
+
+
+def _sum_of_squares(c: None, g: chex.Array) -> tuple[chex.Array]:
+    return (jnp.sum(square(widen(g, accumulator(g.dtype)))),)
+
+
+def global_norm(tree: Tree) -> chex.Array:
+    """The Euclidean norm of all floating leaves of a tree as one vector.
+
+    Args:
+      tree: arrays of any shapes and dtypes; `None` and integer leaves count nothing.
+
+    Returns:
+      A scalar of dtype float32 (float64 if a leaf is); squares are summed in that dtype, so
+      float16 leaves cannot overflow. Infinite where the sum exceeds float32's range, at norms
+      above 1.8e19. Its derivative at 0 is 0.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> float(adamjax.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
+    5.0
+    """
+    sums = reduced("global_norm", _sum_of_squares, tree)
+    return root(sum(sums, jnp.zeros((), jnp.float32)))
+
+
+def _shrinking(norm: chex.Array, max_norm: Number) -> chex.Array:
+    """The factor that takes a vector of this norm to at most `max_norm`; NaN if it has none."""
+    limit = scalar(max_norm, norm.dtype)
+    return jnp.where(jnp.isfinite(norm), limit / jnp.maximum(norm, limit), jnp.nan)
+
+
+def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
+    x = widen(g, limit.dtype)
+    if jnp.issubdtype(g.dtype, jnp.complexfloating):
+        clipped = jax.lax.complex(jnp.clip(x.real, -limit, limit), jnp.clip(x.imag, -limit, limit))
+    else:
+        clipped = jnp.clip(x, -limit, limit)
+    return (clipped.astype(g.dtype),)
+
+
+def _clipped_by_norm(max_norm: Any, g: chex.Array) -> tuple[chex.Array]:
+    x = widen(g, max_norm.dtype)
+    return ((_shrinking(root(jnp.sum(square(x))), max_norm) * x).astype(g.dtype),)
+
+
+class clip_by_value(Stateless):
+    """Limits every element to `[-limit, limit]` (`clipvalue` of Keras). NaN stays NaN.
+
+    The real and the imaginary part of a complex element are limited each by itself.
+
+    Args:
+      limit: largest absolute value of an element, above 0.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.clip_by_value(1.0).update(jnp.array([-3.0, 0.5]), ())[0]
+    Array([-1. ,  0.5], dtype=float32)
+    """
+
+    limit: Number
+
+    def __post_init__(self) -> None:
+        self._check("limit", POSITIVE)
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        (clipped,) = lift(
+            "clip_by_value", _clipped_by_value, lambda real: scalar(self.limit, real), grads
+        )
+        return clipped, state
+
+
+class clip_by_norm(Stateless):
+    """Scales each leaf, by itself, to a Euclidean norm of at most `max_norm` (`clipnorm` of Keras).
+
+    Norms are taken in float32 at least. A leaf whose norm is not finite becomes NaN throughout.
+
+    Args:
+      max_norm: largest norm of a leaf, above 0.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
+    {'w': Array([0.6, 0.8], dtype=float32)}
+    """
+
+    max_norm: Number
+
+    def __post_init__(self) -> None:
+        self._check("max_norm", POSITIVE)
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        (clipped,) = lift(
+            "clip_by_norm", _clipped_by_norm, lambda real: scalar(self.max_norm, real), grads
+        )
+        return clipped, state
+
+
+class clip_by_global_norm(Stateless):
+    """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
+
+    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
+    of `global_norm`. Where it is not finite, every element becomes NaN, as in TensorFlow's
+    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell.
+
+    Args:
+      max_norm: largest joint norm, above 0.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+    >>> adamjax.clip_by_global_norm(1.0).update(grads, ())[0]["b"]
+    Array(0.8, dtype=float32)
+    """
+
+    max_norm: Number
+
+    def __post_init__(self) -> None:
+        self._check("max_norm", POSITIVE)
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        factor = _shrinking(global_norm(grads), self.max_norm)
+        (clipped,) = lift("clip_by_global_norm", scaled, factor.astype, grads)
+        return clipped, state

@@ -1,0 +1,173 @@
+"""Optimizers are data: the frozen dataclass and pytree that everything here is made of."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "BETA",
+    "COUNT",
+    "FINITE",
+    "NON_NEGATIVE",
+    "POSITIVE",
+    "UNIT",
+    "Data",
+    "Number",
+    "Range",
+    "Tree",
+    "is_array",
+    "static",
+]
+
+
+class Range(NamedTuple):
+    """The values a hyperparameter may take: in words for the error, and as a test."""
+
+    text: str
+    holds: Callable[[np.ndarray], Any]
+
+
+TINY = float(np.finfo(np.float32).tiny)
+BETA = Range("in [0, 1)", lambda x: (x >= 0) & (x < 1))
+UNIT = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & np.isfinite(x))
+# A smaller one is 0 in float32, and 0/0 would be the update of a weight that never had a gradient.
+POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & np.isfinite(x))
+FINITE = Range("finite", np.isfinite)
+COUNT = Range("a whole number of at least 1", lambda x: (x >= 1) & (x == np.floor(x)))
+
+
+def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
+    """A field that is part of the structure: hashed and compared by `jit`, never traced."""
+    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a hyperparameter is an array rather than a Python number."""
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    if is_array(a) or is_array(b):
+        return (
+            is_array(a)
+            and is_array(b)
+            and a.dtype == b.dtype
+            and np.array_equal(np.asarray(a), np.asarray(b))
+        )
+    return type(a) is type(b) and bool(a == b)
+
+
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static)
+)
+class Data:
+    """Base class of transforms and schedules: a subclass is a frozen dataclass and a pytree.
+
+    Fields are the leaves (or subtrees) of the pytree, so an object goes through `jit` as an
+    argument and maps under `vmap`; those made with `static` belong to its structure. Objects
+    print what makes them, compare by value (arrays too), pickle and copy. They hash unless a
+    hyperparameter is an array.
+
+    Rebuilding from leaves skips `__init__`, as JAX puts tracers, axes and placeholders there:
+    checks belong in `__post_init__`, which runs when a person makes the object.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        fields = dataclasses.fields(cls)
+        data = tuple(f.name for f in fields if not f.metadata.get("static"))
+        meta = tuple(f.name for f in fields if f.metadata.get("static"))
+        keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+
+        def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            return tuple(getattr(x, n) for n in data), tuple(getattr(x, n) for n in meta)
+
+        def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            leaves, aux = flatten(x)
+            return tuple(zip(keys, leaves, strict=True)), aux
+
+        def unflatten(aux: tuple[Any, ...], leaves: Any) -> Any:
+            x = object.__new__(cls)
+            x.__dict__.update(zip(data, leaves, strict=True))
+            x.__dict__.update(zip(meta, aux, strict=True))
+            return x
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+    def _set(self, **values: Any) -> None:
+        """Sets fields while the object is being made."""
+        self.__dict__.update(values)
+
+    def _check(self, name: str, allowed: Range) -> None:
+        """Refuses a hyperparameter outside its range; arrays that are being traced pass."""
+        value = getattr(self, name)
+        if isinstance(value, jax.core.Tracer):
+            return
+        if isinstance(value, np.generic):
+            value = value.item()
+        elif isinstance(value, np.ndarray):
+            value = jnp.asarray(value)
+        self._set(**{name: value})
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not real and not (is_array(value) and np.issubdtype(value.dtype, np.number)):
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be a number {allowed.text}, "
+                f"got {value!r} of type {type(value).__name__}"
+            )
+        if not np.all(allowed.holds(np.asarray(value))):
+            raise ValueError(f"{type(self).__name__}: {name} must be {allowed.text}, got {value!r}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values in the named fields, checked as when it is made.
+
+        >>> import adamjax
+        >>> adamjax.scale_by_adam().replace(b1=0.8)
+        scale_by_adam(b1=0.8, b2=0.999, eps_hat=1e-07)
+        """
+        return dataclasses.replace(self, **changes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        leaves, treedef = jax.tree.flatten(self)
+        other_leaves, other_treedef = jax.tree.flatten(other)
+        same = (treedef,) == (other_treedef,)
+        return same and all(map(_same_leaf, leaves, other_leaves))
+
+    def __hash__(self) -> int:
+        leaves, treedef = jax.tree.flatten(self)
+        if any(map(is_array, leaves)):
+            raise TypeError(
+                f"{type(self).__name__} holds an array as a hyperparameter, so it has no hash: "
+                "pass it to jit as an argument, or make it with Python floats"
+            )
+        return hash((treedef, tuple(leaves)))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) is not None
+            and not (f.metadata.get("static") and getattr(self, f.name) == f.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+# A hyperparameter: a Python float is a compile-time constant, an array is data.
+Number = float | chex.Array
+# Any pytree.
+Tree = Any

@@ -1,0 +1,123 @@
+"""Arithmetic on one array: averages, bias correction, a root that can be differentiated at 0."""
+
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import Number, is_array
+
+__all__ = [
+    "Average",
+    "accumulator",
+    "averaging",
+    "correction",
+    "counted",
+    "magnitude",
+    "next_count",
+    "root",
+    "scalar",
+    "square",
+    "widen",
+    "widened",
+]
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """The real dtype to compute in: float64 if one of the dtypes is that wide, else float32."""
+    wide = any(jnp.finfo(d).dtype == np.float64 for d in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def widened(dtype: Any, real: Any) -> Any:
+    """The dtype in which a value is held in the course of a computation in `real`."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.result_type(real, np.complex64)
+    return real
+
+
+def widen(x: chex.Array, real: Any) -> chex.Array:
+    """`x` in the accumulator dtype `real`, or in the complex dtype made of two of them."""
+    return x.astype(widened(x.dtype, real))
+
+
+def scalar(value: Number, real: Any) -> Any:
+    """A hyperparameter in the accumulator dtype; a Python float stays a compile-time constant."""
+    if is_array(value):
+        return jnp.asarray(value, real)
+    return np.asarray(value, real)[()]
+
+
+def counted(count: chex.Array, real: Any) -> chex.Array:
+    """The number of the step that is being taken, 1 for the first, as a float."""
+    return count.astype(real) + 1
+
+
+def next_count(count: chex.Array) -> chex.Array:
+    """The count after this step; it stays at the largest integer rather than wrap."""
+    return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
+
+
+class Average(NamedTuple):
+    """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
+
+    Written as a step from the end that weighs more towards the other, it keeps what is equal
+    equal, keeps zero zero, and its rounding does not depend on how 1 - b rounds: in float32,
+    0.999 * old + 0.001 * new with each factor rounded is off by 1.3e-8 of old a step, always in
+    the same direction, which after 1 / (1 - b) steps is 1.3e-5 of the average.
+    """
+
+    from_new: Any
+    weight: Any
+
+    def __call__(self, old: chex.Array, new: chex.Array) -> chex.Array:
+        base = jnp.where(self.from_new, new, old)
+        other = jnp.where(self.from_new, old, new)
+        return base + self.weight * (other - base)
+
+
+def averaging(b: Number, real: Any) -> Average:
+    """The average with decay `b`; `1 - b` is taken before rounding where `b` is a Python float."""
+    if is_array(b):
+        b = jnp.asarray(b)
+        return Average(b < 0.5, jnp.where(b < 0.5, b, 1 - b).astype(real))
+    return Average(bool(b < 0.5), scalar(min(b, 1 - b), real))
+
+
+def correction(b: Number, t: chex.Array) -> chex.Array:
+    """The bias correction `1 - b**t`, through expm1: exact to rounding from the first step on."""
+    if is_array(b):
+        log_b = jnp.log(jnp.asarray(b, t.dtype))
+    else:
+        log_b = scalar(math.log(b) if b > 0 else -math.inf, t.dtype)
+    return -jnp.expm1(t * log_b)
+
+
+@jax.custom_jvp
+def root(x: chex.Array) -> chex.Array:
+    """The square root, with derivative 0 at 0: there the derivative of root(g**2) is 0/0."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals: Any, tangents: Any) -> Any:
+    y = root(primals[0])
+    slope = jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
+    return y, slope * tangents[0]
+
+
+def square(x: chex.Array) -> chex.Array:
+    """`|x|**2`, real for complex `x`."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def magnitude(x: chex.Array) -> chex.Array:
+    """`|x|`, with derivative 0 at 0 for complex `x` too."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return root(square(x))
+    return jnp.abs(x)

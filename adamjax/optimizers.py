@@ -1,0 +1,145 @@
+"""Complete optimizers: compositions of the rules and scalings, downhill and ready to be applied."""
+
+from typing import Any
+
+from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
+from adamjax.data import Number
+from adamjax.paths import Mask
+from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
+from adamjax.schedule import Rate
+from adamjax.transform import chain
+
+__all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam"]
+
+
+def adam(
+    learning_rate: Rate = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    *,
+    eps_hat: Number | None = None,
+    eps: Number | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
+) -> chain:
+    """Adam (Kingma & Ba, arXiv:1412.6980): `scale_by_adam`, then `scale_by_learning_rate`.
+
+    Args:
+      learning_rate: a float or scalar array of at least 0, a schedule, or `by_path`.
+      b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `scale_by_adam`.
+
+    Returns:
+      The chain; `apply_updates(params, updates)` takes the step.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.adam(0.1)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> updates, state = tx.update({"w": jnp.array([3.0, -5.0])}, tx.init(params), params)
+    >>> adamjax.apply_updates(params, updates)
+    {'w': Array([0.9000001, 2.1      ], dtype=float32)}
+    """
+    rule = scale_by_adam(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    return chain(rule, scale_by_learning_rate(learning_rate))
+
+
+def amsgrad(
+    learning_rate: Rate = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    *,
+    eps_hat: Number | None = None,
+    eps: Number | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
+) -> chain:
+    """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, `scale_by_learning_rate`.
+
+    Arguments and result are those of `adam`.
+
+    >>> import adamjax
+    >>> adamjax.amsgrad(0.1, b1=0.8)  # doctest: +NORMALIZE_WHITESPACE
+    chain(scale_by_amsgrad(b1=0.8, b2=0.999, eps_hat=1e-07),
+          scale_by_learning_rate(learning_rate=0.1))
+    """
+    rule = scale_by_amsgrad(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    return chain(rule, scale_by_learning_rate(learning_rate))
+
+
+def adamw(
+    learning_rate: Rate = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    *,
+    eps_hat: Number | None = None,
+    eps: Number | None = None,
+    weight_decay: Rate = 0.004,
+    mask: Mask | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
+) -> chain:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101): Adam with decoupled weight decay.
+
+    `p -= learning_rate * (u + weight_decay * p)`, with u the update of `scale_by_adam`.
+
+    Args:
+      learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `adam`.
+      weight_decay, mask: as in `add_decayed_weights`; 0.004 is Keras' default.
+
+    Returns:
+      The chain; its `update` needs `params`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.adamw(0.1, weight_decay=0.5, mask="kernel")
+    >>> params = {"bias": jnp.ones(1), "kernel": jnp.ones(1)}
+    >>> zeros = {"bias": jnp.zeros(1), "kernel": jnp.zeros(1)}
+    >>> tx.update(zeros, tx.init(params), params)[0]
+    {'bias': Array([-0.], dtype=float32), 'kernel': Array([-0.05], dtype=float32)}
+    """
+    rule = scale_by_adam(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    return chain(
+        rule, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate)
+    )
+
+
+def adamax(
+    learning_rate: Rate = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    *,
+    eps: Number = 1e-7,
+    m_dtype: Any = None,
+    u_dtype: Any = None,
+) -> chain:
+    """Adamax (Kingma & Ba, arXiv:1412.6980, algorithm 2).
+
+    `scale_by_adamax`, then `scale_by_learning_rate`; arguments and result are theirs.
+
+    >>> import adamjax
+    >>> adamjax.adamax(0.1)  # doctest: +NORMALIZE_WHITESPACE
+    chain(scale_by_adamax(b1=0.9, b2=0.999, eps=1e-07),
+          scale_by_learning_rate(learning_rate=0.1))
+    """
+    rule = scale_by_adamax(b1, b2, eps=eps, m_dtype=m_dtype, u_dtype=u_dtype)
+    return chain(rule, scale_by_learning_rate(learning_rate))
+
+
+def nadam(
+    learning_rate: Rate = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    *,
+    eps: Number = 1e-7,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
+) -> chain:
+    """Nadam (Dozat, 2016) as Keras defines it, with its momentum schedule.
+
+    `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`; arguments are theirs.
+
+    >>> import adamjax
+    >>> adamjax.nadam(0.1)  # doctest: +NORMALIZE_WHITESPACE
+    chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-07, nesterov=True),
+          scale_by_learning_rate(learning_rate=0.1))
+    """
+    rule = scale_by_adam(b1, b2, eps=eps, nesterov=True, m_dtype=m_dtype, v_dtype=v_dtype)
+    return chain(rule, scale_by_learning_rate(learning_rate))

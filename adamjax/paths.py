@@ -1,0 +1,84 @@
+"""How a leaf is named, and how names are matched: one way, everywhere."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from adamjax.data import Tree
+
+__all__ = [
+    "Mask",
+    "checked_mask",
+    "checked_rules",
+    "first_match",
+    "flatten",
+    "leaf_paths",
+    "selected",
+]
+
+# A pattern for `re.search`, or a function from a tree to a tree of bools (optax's masks).
+Mask = str | Callable[[Any], Any]
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """Leaves and structure of a tree in which `None` is a leaf: it stands for 'not here'."""
+    return jax.tree.flatten(tree, is_leaf=_is_none)
+
+
+def leaf_paths(tree: Tree) -> list[str]:
+    """The path of every leaf (`None` is one), keys joined by slashes: `"layers/0/kernel"`."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+
+
+def checked_pattern(owner: str, pattern: Any) -> str:
+    """The pattern, if it is a regular expression; an error that names the owner otherwise."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{owner}: {pattern!r} is not a regular expression ({error}); a path is written "
+            "like 'layers/0/kernel' and matched with re.search"
+        ) from None
+    return pattern
+
+
+def checked_rules(owner: str, rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The pairs (pattern, value), their patterns checked."""
+    pairs = [tuple(rule) for rule in rules]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{owner}: rules must be pairs (pattern, value), got {pair!r}")
+        checked_pattern(owner, pair[0])
+    return pairs
+
+
+def first_match(patterns: Sequence[str], path: str) -> int | None:
+    """The index of the first pattern that is found in the path."""
+    return next((i for i, pattern in enumerate(patterns) if re.search(pattern, path)), None)
+
+
+def checked_mask(owner: str, mask: Any) -> Mask:
+    """A mask that can be used: a pattern, or a function from a tree to a tree of bools."""
+    return mask if callable(mask) else checked_pattern(owner, mask)
+
+
+def selected(mask: Mask, tree: Tree) -> list[bool]:
+    """Whether each leaf of the tree is selected, in the order of `flatten`."""
+    if isinstance(mask, str):
+        return [re.search(mask, path) is not None for path in leaf_paths(tree)]
+    # A mask may stop above the leaves: one bool for all that is below it.
+    flags = jax.tree.map(
+        lambda flag, below: jax.tree.map(lambda _: bool(flag), below, is_leaf=_is_none),
+        mask(tree),
+        tree,
+    )
+    return jax.tree.leaves(flags)

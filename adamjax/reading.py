@@ -1,0 +1,201 @@
+"""Reading a state: slots, counts, rates, averages, through chains and wrappers, optax's too."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
+from adamjax.average import WeightEmaState
+from adamjax.data import Tree
+from adamjax.guard import SkipNotFiniteState
+from adamjax.scaling import ScheduleState, scale_by_learning_rate
+from adamjax.schedule import rate_at
+from adamjax.transform import Transform, as_transform, is_left_alone
+
+__all__ = [
+    "averaged_weights",
+    "get_slot",
+    "learning_rate",
+    "skipped_steps",
+    "slot_names",
+    "step_count",
+]
+
+# The slots of every rule, in the order in which they are named.
+_SLOTS = {
+    ScaleByAdamState: ("m", "v"),
+    ScaleByAmsgradState: ("m", "v", "v_max"),
+    ScaleByAdamaxState: ("m", "u"),
+}
+
+
+def _found(state: Any, *kinds: type) -> list[Any]:
+    """The states of these kinds anywhere in a state, in order."""
+
+    def wanted(x: Any) -> bool:
+        return isinstance(x, kinds)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=wanted) if wanted(x)]
+
+
+def _is_empty(x: Any) -> bool:
+    return not jax.tree.leaves(x)
+
+
+def _joined(what: str, trees: list[Tree]) -> Tree:
+    """Trees of which each has its own leaves, as one: the parts of a partition."""
+
+    def one(*leaves: Any) -> Any:
+        there = [x for x in leaves if not _is_empty(x)]
+        if len(there) > 1:
+            raise ValueError(
+                f"{what} is kept more than once for the same leaf: read it from the part of the "
+                "state that is meant"
+            )
+        return there[0] if there else None
+
+    return jax.tree.map(one, *trees, is_leaf=_is_empty) if trees[1:] else trees[0]
+
+
+def slot_names(state: Any) -> tuple[str, ...]:
+    """The names that `get_slot` knows for a state, such as `("m", "v")`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.slot_names(adamjax.amsgrad().init(jnp.zeros(3)))
+    ('m', 'v', 'v_max')
+    """
+    names = [name for s in _found(state, *_SLOTS) for name in _SLOTS[type(s)]]
+    return tuple(dict.fromkeys(names))
+
+
+def get_slot(state: Any, name: str) -> Tree:
+    """A slot of the rule in a state, through chains, wrappers and partitions.
+
+    Args:
+      state: the state of any transform.
+      name: `"m"`, `"v"`, `"v_max"` (AMSGrad) or `"u"` (Adamax).
+
+    Returns:
+      A tree like the parameters, `None` for leaves without this slot.
+
+    Raises:
+      KeyError: the state has no such slot; the message lists those it has.
+      ValueError: two rules of a chain keep this slot for the same leaf.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
+    {'w': Array([0., 0.], dtype=float32)}
+    """
+    trees = [getattr(s, name) for s in _found(state, *_SLOTS) if name in _SLOTS[type(s)]]
+    if not trees:
+        raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
+    return _joined(f"slot {name!r}", trees)
+
+
+def step_count(state: Any) -> chex.Array:
+    """The number of steps taken: of the first rule in a state or, without one, of what counts.
+
+    Micro-batches that are being gathered and skipped steps are not counted.
+
+    Returns:
+      An int32 scalar, 0 before the first step.
+
+    Raises:
+      ValueError: nothing in the state counts steps.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.step_count(adamjax.adam().init(jnp.zeros(3)))
+    Array(0, dtype=int32)
+    """
+    found = _found(state, *_SLOTS) or _found(state, ScheduleState, WeightEmaState)
+    if not found:
+        raise ValueError("nothing in this state counts steps: it holds no rule, rate or average")
+    return found[0].count
+
+
+def skipped_steps(state: Any) -> chex.Array:
+    """The number of steps that `skip_not_finite` has skipped.
+
+    Returns:
+      An int32 scalar; the sum, if there are several.
+
+    Raises:
+      ValueError: the state holds no `skip_not_finite`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.skipped_steps(adamjax.skip_not_finite(adamjax.adam()).init(jnp.zeros(3)))
+    Array(0, dtype=int32)
+    """
+    found = _found(state, SkipNotFiniteState)
+    if not found:
+        raise ValueError("the state holds no skip_not_finite: wrap the optimizer in it to count")
+    return sum((s.skipped for s in found[1:]), found[0].skipped)
+
+
+def averaged_weights(state: Any, params: Tree = None) -> Tree:
+    """The average of the weights that `weight_ema` keeps; before the first step the weights.
+
+    Args:
+      state: a state with a `weight_ema` anywhere in it.
+      params: if given, the result has their dtypes, and their values where there is no average
+        (integer leaves, leaves of another part): ready to be used in their place.
+
+    Returns:
+      A tree like the parameters, in float32 at least where `params` is not given.
+
+    Raises:
+      ValueError: the state holds no `weight_ema`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.chain(adamjax.adam(), adamjax.weight_ema(0.99))
+    >>> adamjax.averaged_weights(tx.init({"w": jnp.ones(2)}))
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    found = _found(state, WeightEmaState)
+    if not found:
+        raise ValueError("the state holds no weight_ema: put one last in the chain")
+    average = _joined("the average", [s.average for s in found])
+    if params is None:
+        return average
+
+    def like(p: Any, x: Any) -> Any:
+        return p if is_left_alone(p) or _is_empty(x) else x.astype(jnp.asarray(p).dtype)
+
+    return jax.tree.map(like, params, average, is_leaf=_is_empty)
+
+
+def _rates(tx: Transform, state: Any) -> Iterator[Any]:
+    if isinstance(tx, scale_by_learning_rate):
+        yield rate_at(tx.learning_rate, state.count)
+    for part, part_state in zip(tx.parts, tx.part_states(state), strict=True):
+        yield from _rates(part, part_state)
+
+
+def learning_rate(tx: Any, state: Any) -> Any:
+    """The learning rate that the next step will use.
+
+    Args:
+      tx: the transform that made the state.
+      state: its state.
+
+    Returns:
+      A number or scalar array; a `by_path` with the numbers, if there is one rate a leaf.
+
+    Raises:
+      ValueError: there is no `scale_by_learning_rate`, or more than one.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.adam(adamjax.cosine_decay(0.5, decay_steps=100))
+    >>> float(adamjax.learning_rate(tx, tx.init(jnp.zeros(3))))
+    0.5
+    """
+    rates = list(_rates(as_transform(tx), state))
+    if len(rates) != 1:
+        raise ValueError(
+            f"expected one scale_by_learning_rate, found {len(rates)} in {tx!r}; call "
+            "learning_rate with the part that is meant and its state"
+        )
+    return rates[0]

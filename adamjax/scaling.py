@@ -1,0 +1,153 @@
+"""Scaling by a factor or a learning rate, and decoupled weight decay."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from adamjax.data import FINITE, Number, Tree, is_array, static
+from adamjax.moments import next_count, scalar, widen
+from adamjax.paths import Mask, checked_mask, leaf_paths, selected
+from adamjax.schedule import Rate, as_rate, rates_at
+from adamjax.transform import Stateless, Step, Transform, lift, needed
+
+__all__ = [
+    "ScheduleState",
+    "add_decayed_weights",
+    "scale",
+    "scale_by_learning_rate",
+    "scaled",
+]
+
+
+class ScheduleState(NamedTuple):
+    """State of a transform with a rate: `count`, int32, the steps taken, for its schedule.
+
+    It is there for a constant rate too, so that a run can go on from its checkpoint with a
+    schedule.
+    """
+
+    count: chex.Array
+
+
+def _new_count() -> ScheduleState:
+    return ScheduleState(jnp.zeros((), jnp.int32))
+
+
+def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
+    """The scalars of a lift for one rate a leaf: one object for equal rates, see `lift`."""
+    made = {id(rate): make(rate) for rate in rates}
+    return [made[id(rate)] for rate in rates]
+
+
+def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
+    """The rule `factor * g`."""
+    return ((factor * widen(g, factor.dtype)).astype(g.dtype),)
+
+
+def _decayed(rate: Any, g: chex.Array, p: chex.Array) -> tuple[chex.Array]:
+    return ((widen(g, rate.dtype) + rate * widen(p, rate.dtype)).astype(g.dtype),)
+
+
+class scale(Stateless):
+    """Multiplies every update by a factor.
+
+    Args:
+      factor: any finite number.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.scale(-0.5).update(jnp.array([2.0, 4.0]), ())[0]
+    Array([-1., -2.], dtype=float32)
+    """
+
+    factor: Number
+
+    def __post_init__(self) -> None:
+        self._check("factor", FINITE)
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        (updates,) = lift("scale", scaled, lambda real: scalar(self.factor, real), grads)
+        return updates, state
+
+
+class scale_by_learning_rate(Transform):
+    """Multiplies every update by minus the learning rate: here, once, uphill becomes downhill.
+
+    Args:
+      learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
+        before this step, 0 at the first), or `by_path` for a rate per leaf.
+
+    The state is a `ScheduleState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
+    >>> state = tx.init(jnp.array(0.0))
+    >>> for _ in range(3):
+    ...     update, state = tx.update(jnp.array(6.0), state)
+    ...     print(update)
+    -6.0
+    -3.0
+    -2.0
+    """
+
+    learning_rate: Rate
+
+    def __post_init__(self) -> None:
+        self._set(learning_rate=as_rate(self, "learning_rate"))
+
+    def init(self, params: Tree) -> ScheduleState:
+        return _new_count()
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        rates = rates_at(self.learning_rate, state.count, leaf_paths(grads))
+        downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
+        (updates,) = lift("scale_by_learning_rate", scaled, downhill, grads)
+        return updates, ScheduleState(next_count(state.count))
+
+
+class add_decayed_weights(Transform):
+    """Adds `weight_decay * p` to the uphill update of each parameter p.
+
+    Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
+    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, from the p
+    before the step. `update` needs `params`.
+
+    Args:
+      weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`.
+      mask: which leaves decay: a pattern for `re.search` in the leaf's path, or a function
+        from a tree to a tree of bools. `None`: all.
+
+    The state is a `ScheduleState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> params = {"bias": jnp.ones(1), "kernel": jnp.ones(1)}
+    >>> tx = adamjax.add_decayed_weights(0.5, mask="kernel")
+    >>> tx.update({"bias": jnp.zeros(1), "kernel": jnp.zeros(1)}, tx.init(params), params)[0]
+    {'bias': Array([0.], dtype=float32), 'kernel': Array([0.5], dtype=float32)}
+    """
+
+    weight_decay: Rate
+    mask: Mask | None = static(default=None)
+
+    def __post_init__(self) -> None:
+        self._set(weight_decay=as_rate(self, "weight_decay"))
+        if self.mask is not None:
+            checked_mask("add_decayed_weights", self.mask)
+
+    def init(self, params: Tree) -> ScheduleState:
+        return _new_count()
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        params = needed("add_decayed_weights", params)
+        rates = rates_at(self.weight_decay, state.count, leaf_paths(params))
+        if self.mask is not None:
+            decays = selected(self.mask, params)
+            rates = [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
+
+        def decaying(rate: Number) -> Callable[[Any], Any] | None:
+            return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
+
+        scalars = _scalars(rates, decaying)
+        (updates,) = lift("add_decayed_weights", _decayed, scalars, grads, params=params)
+        return updates, ScheduleState(next_count(state.count))
