@@ -31,7 +31,7 @@ from adamjax.moments import (
     widen,
     widened,
 )
-from adamjax.transform import Step, Transform, lift, new_slots
+from adamjax.transform import Rule, Step, lift, new_slots, times
 
 __all__ = [
     "ScaleByAdamState",
@@ -51,6 +51,10 @@ class _Scalars(NamedTuple):
     c_m: Any
     c_g: Any
     c_eps: Any
+
+    def times(self, factor: Any) -> "_Scalars":
+        c_g = None if self.c_g is None else factor * self.c_g
+        return self._replace(c_m=factor * self.c_m, c_g=c_g)
 
 
 def _check(rule: Any, default: str) -> None:
@@ -147,9 +151,10 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
         second=averaging(rule.b2, real),
         c_m=c_m,
         c_g=c_g,
+        # Never 0, to which what is below the smallest normal number is flushed.
         c_eps=scalar(rule.eps_hat, real)
         if rule.eps is None
-        else scalar(rule.eps, real) * corrected_root,
+        else jnp.maximum(scalar(rule.eps, real) * corrected_root, jnp.finfo(real).tiny),
     )
 
 
@@ -169,7 +174,7 @@ class ScaleByAdamState(NamedTuple):
     momentum_product: chex.Array | None
 
 
-class scale_by_adam(Transform):
+class scale_by_adam(Rule):
     """Adam's rule: the average gradient over the root of the average squared gradient.
 
     Kingma & Ba, arXiv:1412.6980. With `t` the step's number, 1 for the first, and g the gradient:
@@ -228,14 +233,14 @@ class scale_by_adam(Transform):
             momentum_product=jnp.ones((), float) if self.nesterov else None,
         )
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         product = state.momentum_product
         if self.nesterov:
             product = product * _momentum(self.b1, counted(state.count, product.dtype))
         updates, m, v = lift(
             "scale_by_adam",
             _adam,
-            lambda real: _scalars(self, state.count, real, product),
+            times(lambda real: _scalars(self, state.count, real, product), factors),
             grads,
             slots=(state.m, state.v),
         )
@@ -251,7 +256,7 @@ class ScaleByAmsgradState(NamedTuple):
     v_max: Tree
 
 
-class scale_by_amsgrad(Transform):
+class scale_by_amsgrad(Rule):
     """AMSGrad's rule: Adam's, with the largest v so far in place of v.
 
     Reddi et al., arXiv:1904.09237, algorithm 2, with Adam's bias corrections, as in Keras and
@@ -288,11 +293,11 @@ class scale_by_amsgrad(Transform):
             v_max=_zero_size(params, self.v_dtype),
         )
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         updates, m, v, v_max = lift(
             "scale_by_amsgrad",
             _amsgrad,
-            lambda real: _scalars(self, state.count, real, None),
+            times(lambda real: _scalars(self, state.count, real, None), factors),
             grads,
             slots=(state.m, state.v, state.v_max),
         )
@@ -304,6 +309,9 @@ class _AdamaxScalars(NamedTuple):
     second: Average
     c_m: Any
     c_eps: Any
+
+    def times(self, factor: Any) -> "_AdamaxScalars":
+        return self._replace(c_m=factor * self.c_m)
 
 
 def _adamax(
@@ -331,7 +339,7 @@ class ScaleByAdamaxState(NamedTuple):
     u: Tree
 
 
-class scale_by_adamax(Transform):
+class scale_by_adamax(Rule):
     """Adamax's rule: the average gradient over a decaying maximum of its absolute values.
 
     Kingma & Ba, arXiv:1412.6980, algorithm 2, with the epsilon of Keras:
@@ -372,7 +380,7 @@ class scale_by_adamax(Transform):
             u=_zero_size(params, self.u_dtype),
         )
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         def scalars(real: Any) -> _AdamaxScalars:
             return _AdamaxScalars(
                 first=averaging(self.b1, real),
@@ -381,5 +389,7 @@ class scale_by_adamax(Transform):
                 c_eps=scalar(self.eps, real),
             )
 
-        updates, m, u = lift("scale_by_adamax", _adamax, scalars, grads, slots=(state.m, state.u))
+        updates, m, u = lift(
+            "scale_by_adamax", _adamax, times(scalars, factors), grads, slots=(state.m, state.u)
+        )
         return updates, ScaleByAdamaxState(next_count(state.count), m, u)

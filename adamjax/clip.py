@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from adamjax.data import POSITIVE, Number, Tree
 from adamjax.moments import accumulator, root, scalar, square, widen
-from adamjax.scaling import scaled
-from adamjax.transform import Stateless, Step, lift, reduced
+from adamjax.transform import Stateless, Step, lift, reduced, scaled
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 

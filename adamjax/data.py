@@ -114,22 +114,27 @@ class Data:
 
     def _check(self, name: str, allowed: Range) -> None:
         """Refuses a hyperparameter outside its range; arrays that are being traced pass."""
-        value = getattr(self, name)
+        self._set(**{name: self._checked(name, getattr(self, name), allowed)})
+
+    def _checked(self, name: str, value: Any, allowed: Range) -> Any:
+        """The value of a hyperparameter, if it is in its range, as a Python number or array."""
         if isinstance(value, jax.core.Tracer):
-            return
+            return value
         if isinstance(value, np.generic):
             value = value.item()
         elif isinstance(value, np.ndarray):
             value = jnp.asarray(value)
-        self._set(**{name: value})
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not real and not (is_array(value) and np.issubdtype(value.dtype, np.number)):
+        if is_array(value):
+            real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        if not real:
             raise TypeError(
                 f"{type(self).__name__}: {name} must be a number {allowed.text}, "
                 f"got {value!r} of type {type(value).__name__}"
             )
         if not np.all(allowed.holds(np.asarray(value))):
             raise ValueError(f"{type(self).__name__}: {name} must be {allowed.text}, got {value!r}")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in the named fields, checked as when it is made.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from adamjax.data import COUNT, Number, Tree
 from adamjax.moments import accumulator, next_count, scalar, widened
-from adamjax.paths import flatten
+from adamjax.paths import flatten, is_none
 from adamjax.transform import (
     Step,
     Transform,
@@ -114,14 +114,17 @@ class accumulate_gradients(Transform):
 
         def step(alive: Tree) -> Step:
             def mean(g: Any, x: Any) -> Any:
-                return None if g is None else x / scalar(self.steps, accumulator(x.dtype))
+                if g is None:
+                    return None
+                x = x / scalar(self.steps, accumulator(x.dtype))
+                return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:
                 return x if g is None else jnp.zeros_like(x)
 
-            means = jax.tree.map(mean, alive, total, is_leaf=is_left_alone)
+            means = jax.tree.map(mean, alive, total, is_leaf=is_none)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
-            rest = jax.tree.map(emptied, alive, total, is_leaf=is_left_alone)
+            rest = jax.tree.map(emptied, alive, total, is_leaf=is_none)
             return updates, (rest, inner)
 
         updates, (total, inner) = _conditional(due, step, grads, (total, state.inner))

@@ -107,9 +107,12 @@ class partition(Transform):
         return tuple(state)
 
     def _owners(self, tree: Tree) -> list[int]:
-        """The index of each leaf's part."""
+        """The index of each leaf's part; a leaf that is not here belongs to none."""
         owners = []
-        for path in leaf_paths(tree):
+        for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
+            if leaf is None:
+                owners.append(-1)
+                continue
             index = first_match(self.patterns, path)
             if index is None and self.default is None:
                 raise ValueError(

@@ -65,35 +65,47 @@ class Average(NamedTuple):
     """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
 
     Written as a step from the end that weighs more towards the other, it keeps what is equal
-    equal, keeps zero zero, and its rounding does not depend on how 1 - b rounds: in float32,
-    0.999 * old + 0.001 * new with each factor rounded is off by 1.3e-8 of old a step, always in
-    the same direction, which after 1 / (1 - b) steps is 1.3e-5 of the average.
+    equal and zero zero. The weight of the step is held in two parts, as a float and what that
+    rounded off: in float32, 0.999 * old + 0.001 * new with each factor rounded is off by 1.3e-8
+    of old a step, always in the same direction, and by 1.3e-5 after 1 / (1 - b) steps.
     """
 
-    from_new: Any
     weight: Any
+    rest: Any
+    # None where the old end weighs more, which is the rule: so it costs nothing to say.
+    from_new: Any
 
     def __call__(self, old: chex.Array, new: chex.Array) -> chex.Array:
-        base = jnp.where(self.from_new, new, old)
-        other = jnp.where(self.from_new, old, new)
-        return base + self.weight * (other - base)
+        base, other = old, new
+        if self.from_new is not None:
+            base, other = jnp.where(self.from_new, new, old), jnp.where(self.from_new, old, new)
+        step = other - base
+        if self.rest is None:
+            return base + self.weight * step
+        return base + (self.weight * step + self.rest * step)
 
 
 def averaging(b: Number, real: Any) -> Average:
-    """The average with decay `b`; `1 - b` is taken before rounding where `b` is a Python float."""
+    """The average with decay `b`; an array `b` is taken to be exact in its dtype."""
     if is_array(b):
         b = jnp.asarray(b)
-        return Average(b < 0.5, jnp.where(b < 0.5, b, 1 - b).astype(real))
-    return Average(bool(b < 0.5), scalar(min(b, 1 - b), real))
+        return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
+    exact = min(b, 1 - b)
+    weight = scalar(exact, real)
+    rest = scalar(exact - float(weight), real)
+    # Not worth its two operations where a thousand steps of it do not make up one rounding.
+    negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
+    return Average(weight, None if negligible else rest, True if b < 0.5 else None)
 
 
 def correction(b: Number, t: chex.Array) -> chex.Array:
     """The bias correction `1 - b**t`, through expm1: exact to rounding from the first step on."""
     if is_array(b):
-        log_b = jnp.log(jnp.asarray(b, t.dtype))
-    else:
-        log_b = scalar(math.log(b) if b > 0 else -math.inf, t.dtype)
-    return -jnp.expm1(t * log_b)
+        b = jnp.asarray(b, t.dtype)
+        log_b = jnp.log(jnp.where(b > 0, b, 1))
+        # The logarithm has no slope at 0, where the power has one in the first step.
+        return jnp.where(b > 0, -jnp.expm1(t * log_b), jnp.where(t == 1, 1 - b, 1))
+    return -jnp.expm1(t * scalar(math.log(b) if b > 0 else -math.inf, t.dtype))
 
 
 @jax.custom_jvp

@@ -50,12 +50,12 @@ def _joined(what: str, trees: list[Tree]) -> Tree:
 
     def one(*leaves: Any) -> Any:
         there = [x for x in leaves if not _is_empty(x)]
-        if len(there) > 1:
+        if len(there) > 1 and jax.tree_util.all_leaves(there):
             raise ValueError(
                 f"{what} is kept more than once for the same leaf: read it from the part of the "
                 "state that is meant"
             )
-        return there[0] if there else None
+        return _joined(what, there) if there else None
 
     return jax.tree.map(one, *trees, is_leaf=_is_empty) if trees[1:] else trees[0]
 

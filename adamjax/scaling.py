@@ -8,16 +8,15 @@ import jax.numpy as jnp
 
 from adamjax.data import FINITE, Number, Tree, is_array, static
 from adamjax.moments import next_count, scalar, widen
-from adamjax.paths import Mask, checked_mask, leaf_paths, selected
+from adamjax.paths import Mask, checked_mask, selected
 from adamjax.schedule import Rate, as_rate, rates_at
-from adamjax.transform import Stateless, Step, Transform, lift, needed
+from adamjax.transform import Scaling, Stateless, Step, Transform, lift, needed
 
 __all__ = [
     "ScheduleState",
     "add_decayed_weights",
     "scale",
     "scale_by_learning_rate",
-    "scaled",
 ]
 
 
@@ -41,16 +40,11 @@ def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
     return [made[id(rate)] for rate in rates]
 
 
-def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
-    """The rule `factor * g`."""
-    return ((factor * widen(g, factor.dtype)).astype(g.dtype),)
-
-
 def _decayed(rate: Any, g: chex.Array, p: chex.Array) -> tuple[chex.Array]:
     return ((widen(g, rate.dtype) + rate * widen(p, rate.dtype)).astype(g.dtype),)
 
 
-class scale(Stateless):
+class scale(Stateless, Scaling):
     """Multiplies every update by a factor.
 
     Args:
@@ -66,12 +60,11 @@ class scale(Stateless):
     def __post_init__(self) -> None:
         self._check("factor", FINITE)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        (updates,) = lift("scale", scaled, lambda real: scalar(self.factor, real), grads)
-        return updates, state
+    def factors(self, tree: Tree, state: Any) -> Step:
+        return lambda real: scalar(self.factor, real), state
 
 
-class scale_by_learning_rate(Transform):
+class scale_by_learning_rate(Scaling):
     """Multiplies every update by minus the learning rate: here, once, uphill becomes downhill.
 
     Args:
@@ -99,11 +92,10 @@ class scale_by_learning_rate(Transform):
     def init(self, params: Tree) -> ScheduleState:
         return _new_count()
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        rates = rates_at(self.learning_rate, state.count, leaf_paths(grads))
+    def factors(self, tree: Tree, state: Any) -> Step:
+        rates = rates_at(self.learning_rate, state.count, tree)
         downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
-        (updates,) = lift("scale_by_learning_rate", scaled, downhill, grads)
-        return updates, ScheduleState(next_count(state.count))
+        return downhill, ScheduleState(next_count(state.count))
 
 
 class add_decayed_weights(Transform):
@@ -140,7 +132,7 @@ class add_decayed_weights(Transform):
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         params = needed("add_decayed_weights", params)
-        rates = rates_at(self.weight_decay, state.count, leaf_paths(params))
+        rates = rates_at(self.weight_decay, state.count, params)
         if self.mask is not None:
             decays = selected(self.mask, params)
             rates = [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]

@@ -13,8 +13,8 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, NON_NEGATIVE, POSITIVE, Data, Number, is_array, static
-from adamjax.paths import checked_rules, first_match
+from adamjax.data import COUNT, FINITE, NON_NEGATIVE, POSITIVE, Data, Number, Tree, is_array, static
+from adamjax.paths import checked_rules, first_match, flatten, leaf_paths
 
 __all__ = [
     "Rate",
@@ -156,14 +156,15 @@ class piecewise_constant(Schedule):
     values: Any
 
     def __post_init__(self) -> None:
-        self._set(boundaries=tuple(self.boundaries), values=tuple(self.values))
+        for name, allowed in (("boundaries", FINITE), ("values", NON_NEGATIVE)):
+            items = enumerate(getattr(self, name))
+            checked = tuple(self._checked(f"{name}[{i}]", x, allowed) for i, x in items)
+            self._set(**{name: checked})
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(
                 f"piecewise_constant: values must be one more than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
-        for value in self.values:
-            constant(value)
         if all(not is_array(b) for b in self.boundaries) and np.any(np.diff(self.boundaries) <= 0):
             raise ValueError(
                 f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
@@ -366,7 +367,9 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
     return value
 
 
-def rates_at(rate: Any, count: chex.Numeric, paths: list[str]) -> list[Any]:
-    """The rate of every path after `count` steps; one object for all paths of one rule."""
+def rates_at(rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:
+    """The rate of every leaf after `count` steps; one object for all leaves of one rule."""
     now = rate_at(rate, count)
-    return [now.at(path) if isinstance(now, by_path) else now for path in paths]
+    if isinstance(now, by_path):
+        return [now.at(path) for path in leaf_paths(tree)]
+    return [now] * len(flatten(tree)[0])

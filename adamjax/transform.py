@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Data, Tree, static
-from adamjax.moments import accumulator, widened
+from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten, leaf_paths
 
 __all__ = [
+    "Rule",
+    "Scaling",
     "Stateless",
     "Step",
     "Transform",
@@ -30,7 +32,9 @@ __all__ = [
     "new_slots",
     "nothing",
     "reduced",
+    "scaled",
     "stepped",
+    "times",
 ]
 
 
@@ -71,6 +75,14 @@ class Transform(Data):
         """Whether nothing may follow in a chain."""
         return any(part.must_be_last for part in self.parts)
 
+    @property
+    def has_foreign(self) -> bool:
+        """Whether a transform from elsewhere is a part of this, at any depth.
+
+        Its state may take on the dtype of what it is given, so that must not be widened.
+        """
+        return any(part.has_foreign for part in self.parts)
+
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
 
@@ -100,6 +112,10 @@ class foreign(Transform):
     init_fn: Callable[..., Any] = static()
     update_fn: Callable[..., Any] = static()
 
+    @property
+    def has_foreign(self) -> bool:
+        return True
+
     def init(self, params: Tree) -> Any:
         return self.init_fn(params)
 
@@ -110,7 +126,7 @@ class foreign(Transform):
         return self.update_fn(grads, state, params, **extra_args)
 
     def __repr__(self) -> str:
-        return f"foreign({self.update_fn.__qualname__})"
+        return f"foreign({getattr(self.update_fn, '__qualname__', self.update_fn)})"
 
 
 def as_transform(tx: Any) -> Transform:
@@ -138,6 +154,8 @@ def is_left_alone(leaf: Any) -> bool:
 
 
 def _dtype(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jax.dtypes.float0:
+        return jnp.result_type(leaf)  # float64 only under x64
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
@@ -164,10 +182,13 @@ def _kind(leaf: Any) -> str:
     return "complex" if jnp.issubdtype(_dtype(leaf), jnp.complexfloating) else "real"
 
 
-def _matched(owner: str, name: str, tree: Any, like: Any, like_name: str) -> list[Any]:
+def _matched(
+    owner: str, name: str, tree: Any, like: Any, like_name: str, *, kinds: bool = True
+) -> list[Any]:
     """The leaves of `tree` in the order of `like`, or an error that names the first that differs.
 
-    A leaf that is left alone in either matches anything that is left alone.
+    A leaf that is left alone in either matches anything that is left alone. A real leaf does
+    not match a complex one where `kinds` count.
     """
     expected, treedef = flatten(like)
     try:
@@ -188,7 +209,7 @@ def _matched(owner: str, name: str, tree: Any, like: Any, like_name: str) -> lis
             "(None stands for a leaf that is not to be updated)"
         ) from None
     for i, (leaf, want) in enumerate(zip(leaves, expected, strict=True)):
-        reason = _mismatch(leaf, want)
+        reason = _mismatch(leaf, want, kinds)
         if reason:
             path = leaf_paths(like)[i]
             raise ValueError(
@@ -198,7 +219,7 @@ def _matched(owner: str, name: str, tree: Any, like: Any, like_name: str) -> lis
     return leaves
 
 
-def _mismatch(leaf: Any, want: Any) -> str | None:
+def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
     if leaf is None:
         return None
     if not _is_arraylike(leaf):
@@ -210,7 +231,7 @@ def _mismatch(leaf: Any, want: Any) -> str | None:
         return "expected None, as this leaf was not a floating array when the state was made"
     if np.shape(leaf) != np.shape(want):
         return f"expected shape {np.shape(want)}, got {np.shape(leaf)}"
-    if _kind(leaf) != _kind(want):
+    if kinds and _kind(leaf) != _kind(want):
         return f"expected a {_kind(want)} dtype, got a {_kind(leaf)} one"
     return None
 
@@ -254,7 +275,8 @@ def lift(
         like, like_name = grads, name
     treedef = flatten(like)[1]
     leaves = _matched(owner, name, grads, like, like_name)
-    columns = [_matched(owner, slot_name, slot, like, like_name) for slot in slots]
+    # The size of a complex leaf is kept in a real slot.
+    columns = [_matched(owner, slot_name, slot, like, like_name, kinds=False) for slot in slots]
     reads = [] if params is None else [_matched(owner, "params", params, like, like_name)]
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
@@ -275,7 +297,13 @@ def lift(
     for (given, *avals), group in alike.items():
         real = accumulator(*(dtype for _, dtype in avals[: 1 + len(slots)]))
         if (given, real) not in ready:
-            ready[given, real] = given(real)
+            ready[given, real] = c = given(real)
+            if any(np.ndim(x) for x in jax.tree.leaves(c)):
+                raise ValueError(
+                    f"{owner}: a hyperparameter is an array of shape "
+                    f"{next(np.shape(x) for x in jax.tree.leaves(c) if np.ndim(x))}, expected a "
+                    "scalar; to use many values at once, map over the transform with jax.vmap"
+                )
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
             results = _each(rule, ready[given, real], [arrays for _, arrays in block])
@@ -310,8 +338,9 @@ def reduced(owner: str, rule: Callable[..., Any], tree: Tree) -> list[chex.Array
 
 
 def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
-    """The parameter after its update: added in the wider of the two dtypes, kept in its own."""
-    return (p + u.astype(jnp.result_type(p.dtype, u.dtype))).astype(p.dtype)
+    """The parameter after its update: added in float32 at least, rounded once to its own dtype."""
+    real = accumulator(p.dtype, u.dtype)
+    return (widen(p, real) + widen(u, real)).astype(p.dtype)
 
 
 def _moved(c: None, u: chex.Array, p: chex.Array) -> tuple[chex.Array, chex.Array]:
@@ -344,20 +373,71 @@ def apply_updates(params: Tree, updates: Tree) -> Any:
     return lift("apply_updates", _moved, nothing, updates, slots=(params,), names=names)[1]
 
 
+# --- what a chain may join ------------------------------------------------------------------------
+
+
+def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
+    """The rule `factor * g`."""
+    return ((factor * widen(g, factor.dtype)).astype(g.dtype),)
+
+
+class Scaling(Transform):
+    """Base class of transforms that multiply each leaf by a scalar, whatever the updates are."""
+
+    def factors(self, tree: Tree, state: Any) -> Step:
+        """The factor of every leaf of the tree, as `lift` takes scalars, and the next state."""
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        factors, state = self.factors(grads, state)
+        (updates,) = lift(type(self).__name__, scaled, factors, grads)
+        return updates, state
+
+
+class Rule(Transform):
+    """Base class of the rules, whose updates end in a factor.
+
+    A chain puts the factors of a scaling that follows into the rule's own: one multiplication
+    and one rounding less an element, and an eighth less to compile.
+    """
+
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
+        raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        return self.step(grads, state, None)
+
+
+def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
+    """A rule's scalars, which have `times`, multiplied by the factors of a `Scaling`."""
+    if factors is None:
+        return scalars
+
+    def product(factor: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda real: scalars(real).times(factor(real))
+
+    if not isinstance(factors, list):
+        return product(factors)
+    made = {id(factor): product(factor) for factor in factors}
+    return [made[id(factor)] for factor in factors]
+
+
 # --- chain --------------------------------------------------------------------------------------
 
 
 def _cast(leaf: Any, dtype: Any) -> Any:
-    return leaf if is_left_alone(leaf) or dtype is None else jnp.asarray(leaf, dtype)
+    return leaf if dtype is None or is_left_alone(leaf) else jnp.asarray(leaf, dtype)
 
 
 class chain(Transform):
     """Applies transforms in turn, each to the updates of the one before.
 
     Between our transforms updates travel in float32 at least, whatever the gradients' dtype,
-    and are rounded to the gradients' dtype once, at the end; transforms from elsewhere are
-    given the gradients' own dtype. Chains within a chain are joined to it. The state is the
-    tuple of the parts' states. Extra arguments of `update` go to every part that takes them.
+    and are rounded to the gradients' dtype once, at the end; transforms from elsewhere, and
+    `weight_ema`, are given the gradients' own dtype. Chains within a chain are joined to it.
+    The state is the tuple of the parts' states. Extra arguments of `update` go to every part
+    that takes them.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
@@ -394,7 +474,8 @@ class chain(Transform):
                 f"chain: the state has {len(state)} parts for {len(self.transforms)} "
                 f"transforms; was it made by the init of {self!r}?"
             )
-        dtypes = [None if is_left_alone(g) else _dtype(g) for g in flatten(grads)[0]]
+        leaves = flatten(grads)[0]
+        dtypes = [_dtype(g) if _is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
         wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
 
         def cast(updates: Any, to: list[Any]) -> Any:
@@ -403,11 +484,21 @@ class chain(Transform):
             leaves, treedef = flatten(updates)
             return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
 
-        updates, states = grads, []
-        for tx, part in zip(self.transforms, state, strict=True):
-            updates = cast(updates, dtypes if isinstance(tx, foreign) else wide)
-            updates, part = tx.update(updates, part, params, **extra_args)
-            states.append(part)
+        updates, states, joined = grads, list(state), False
+        for i, tx in enumerate(self.transforms):
+            if joined:
+                joined = False
+                continue
+            # An average of weights is of those that the rounded updates will lead to.
+            own = tx.has_foreign or tx.must_be_last
+            updates = cast(updates, dtypes if own else wide)
+            behind = self.transforms[i + 1] if i + 1 < len(states) else None
+            if isinstance(tx, Rule) and isinstance(behind, Scaling):
+                factors, states[i + 1] = behind.factors(updates, state[i + 1])
+                updates, states[i] = tx.step(updates, state[i], factors)
+                joined = True
+            else:
+                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
         return cast(updates, dtypes), tuple(states)
 
     @property

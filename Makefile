@@ -1,0 +1,63 @@
+# Every target sets up what it needs: a virtual environment with the tested versions.
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+PIP := -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help train test test-oldest lint types bench readme clean
+
+help:
+	@echo "make train        train the model on real text (ARGS='--help' for its options)"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run them with the oldest supported JAX"
+	@echo "make lint types   check style and types"
+	@echo "make bench        measure dense steps against optax, Keras and torch"
+	@echo "make readme       write the measured tables into README.md"
+	@echo "make clean        remove what these made"
+
+train: .venv/.bench
+	@$(BIN)/python -m benchmarks train $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+test-oldest: .venv-oldest/.test
+	$(OLDEST)/python -m pytest $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.test
+	$(BIN)/mypy
+
+bench: .venv/.contenders
+	$(BIN)/python -m benchmarks dense $(ARGS)
+
+readme: .venv/.test
+	$(BIN)/python -m benchmarks readme
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.bench: .venv/.made pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench]'
+	@touch $@
+
+.venv/.test: .venv/.made pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench]'
+	@touch $@
+
+.venv/.contenders: .venv/.made pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,contenders]'
+	@touch $@
+
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python $(PIP) -c constraints-oldest.txt -e '.[test,bench]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

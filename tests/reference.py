@@ -1,0 +1,192 @@
+"""The optimizers once more, in float64 NumPy, written from the papers and not from adamjax.
+
+A rule takes the gradients of one leaf, one array a step, and returns the update of every step,
+uphill and without a learning rate. `descend` turns updates into weights:
+
+    weights, averages = descend(start, adam(grads), learning_rate=1e-3)
+
+Everything works on the whole history as a list; the step number `t` counts from 1, a schedule's
+count from 0. Sources:
+
+    [A]  Kingma & Ba, "Adam: a method for stochastic optimization", arXiv:1412.6980
+    [R]  Reddi, Kale & Kumar, "On the convergence of Adam and beyond", arXiv:1904.09237
+    [W]  Loshchilov & Hutter, "Decoupled weight decay regularization", arXiv:1711.05101
+    [N]  Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop
+    [K]  the documents of tf.keras.optimizers, where they differ from the papers or add to them
+    [P]  Pascanu, Mikolov & Bengio, "On the difficulty of training RNNs", arXiv:1211.5063
+"""
+
+import itertools
+
+import numpy as np
+
+
+def float64(arrays):
+    """The same arrays, in float64."""
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
+# Moments
+
+
+def average(xs, decay):
+    """Exponential averages from zero: m_t = decay m_{t-1} + (1 - decay) x_t ([A], Algorithm 1)."""
+    xs = float64(xs)
+    steps = itertools.accumulate(
+        xs, lambda m, x: decay * m + (1 - decay) * x, initial=np.zeros_like(xs[0])
+    )
+    return list(steps)[1:]
+
+
+def first_moments(grads, b1):
+    """m of every step ([A], Algorithm 1)."""
+    return average(grads, b1)
+
+
+def second_moments(grads, b2):
+    """v of every step ([A], Algorithm 1)."""
+    return average([g * g for g in float64(grads)], b2)
+
+
+def maxima(xs):
+    """v_max of every step, from the v: the largest so far ([R], Algorithm 2)."""
+    return list(itertools.accumulate(float64(xs), np.maximum))
+
+
+def infinity_norms(grads, b2):
+    """u of every step: u_t = max(b2 u_{t-1}, |g_t|) ([A], Algorithm 2)."""
+    return list(itertools.accumulate(map(np.abs, float64(grads)), lambda u, g: np.fmax(b2 * u, g)))
+
+
+# Rules
+
+
+def adam(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
+    """[A]: Algorithm 1 with `eps`, or with `eps_hat` the form just before its section 2.1.
+
+    With neither, eps_hat = 1e-7 ([K]).
+    """
+    m = first_moments(grads, b1)
+    v = second_moments(grads, b2)
+    return _normalised(_unbiased(m, b1), v, b2, eps_hat, eps)
+
+
+def amsgrad(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
+    """[R], Algorithm 2, with Adam's bias correction of both moments, made after the max ([K])."""
+    m = first_moments(grads, b1)
+    v_max = maxima(second_moments(grads, b2))
+    return _normalised(_unbiased(m, b1), v_max, b2, eps_hat, eps)
+
+
+def adamax(grads, b1=0.9, b2=0.999, *, eps=1e-7):
+    """[A], Algorithm 2, divided by u + eps ([K]; the paper has no eps)."""
+    m = _unbiased(first_moments(grads, b1), b1)
+    u = infinity_norms(grads, b2)
+    return [m_t / (u_t + eps) for m_t, u_t in zip(m, u, strict=True)]
+
+
+def nadam(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
+    """[N], Algorithm 8, with the schedule mu_t = b1 (1 - 0.5 * 0.96^t) of [K].
+
+    m_hat_t = mu_{t+1} m_t / (1 - mu_1...mu_{t+1}) + (1 - mu_t) g_t / (1 - mu_1...mu_t). The moment
+    m itself decays by b1. With neither epsilon, eps = 1e-7 ([K]).
+    """
+    if eps_hat is None and eps is None:
+        eps = 1e-7
+    grads = float64(grads)
+    m = first_moments(grads, b1)
+    v = second_moments(grads, b2)
+    mu = [b1 * (1 - 0.5 * 0.96**t) for t in range(1, len(grads) + 2)]
+    product = list(itertools.accumulate(mu, lambda a, b: a * b))
+    m_hat = [
+        mu[i + 1] * m_t / (1 - product[i + 1]) + (1 - mu[i]) * g / (1 - product[i])
+        for i, (g, m_t) in enumerate(zip(grads, m, strict=True))
+    ]
+    return _normalised(m_hat, v, b2, eps_hat, eps)
+
+
+def _unbiased(moments, decay):
+    """m_hat_t = m_t / (1 - decay^t) ([A], section 3)."""
+    return [m / (1 - decay**t) for t, m in enumerate(moments, 1)]
+
+
+def _normalised(m_hat, v, b2, eps_hat, eps):
+    """m_hat / (sqrt(v_hat) + eps), or sqrt(1 - b2^t) m_hat / (sqrt(v) + eps_hat)."""
+    if eps_hat is not None and eps is not None:
+        raise TypeError("give eps_hat or eps, not both")
+    if eps is not None:
+        return [m / (np.sqrt(w) + eps) for m, w in zip(m_hat, _unbiased(v, b2), strict=True)]
+    eps_hat = 1e-7 if eps_hat is None else eps_hat
+    return [
+        np.sqrt(1 - b2**t) * m / (np.sqrt(w) + eps_hat)
+        for t, (m, w) in enumerate(zip(m_hat, v, strict=True), 1)
+    ]
+
+
+# What comes before a rule
+
+
+def clip_by_value(g, limit):
+    """One leaf's gradient, each element brought into [-limit, limit] ([K], `clipvalue`)."""
+    return np.clip(np.asarray(g, np.float64), -limit, limit)
+
+
+def clip_by_norm(g, max_norm):
+    """One leaf's gradient, scaled down to the norm max_norm if longer ([K], `clipnorm`)."""
+    return clip_by_global_norm([g], max_norm)[0]
+
+
+def clip_by_global_norm(gs, max_norm):
+    """One step's gradients of all leaves, scaled together ([P], Algorithm 1)."""
+    gs = float64(gs)
+    norm = np.sqrt(sum((g * g).sum() for g in gs))
+    return [g * (max_norm / norm) if norm > max_norm else g for g in gs]
+
+
+def accumulate(grads, steps):
+    """Means over `steps` micro-batches each; an incomplete last group never becomes a step."""
+    grads = float64(grads)
+    return [
+        sum(grads[i : i + steps]) / steps for i in range(0, len(grads) - len(grads) % steps, steps)
+    ]
+
+
+def held(start, values, steps, length):
+    """What a value that changes every `steps` micro-batches is after each of `length` of them."""
+    values = float64([start, *values])
+    return [values[i // steps] for i in range(1, length + 1)]
+
+
+# What comes after
+
+
+def inverse_time_decay(initial, decay_steps, decay_rate):
+    """initial / (1 + decay_rate * count / decay_steps) ([K], InverseTimeDecay).
+
+    The legacy option `decay=d` is inverse_time_decay(learning_rate, 1, d).
+    """
+    return lambda count: initial / (1 + decay_rate * count / decay_steps)
+
+
+def descend(
+    start, updates, learning_rate, weight_decay=0.0, *, momentum=0.0, overwrite_frequency=None
+):
+    """The weights and their moving averages after every step, as two lists.
+
+    p_t = p_{t-1} - lr_t (update_t + weight_decay p_{t-1}): the decay is decoupled ([W], Algorithm
+    2) and scaled by the rate, as in [K]. `learning_rate` is a number or a function of the count.
+
+    avg_t = momentum avg_{t-1} + (1 - momentum) p_t, from the initial weights; at every
+    `overwrite_frequency`-th step the average is put into the weights ([K], `use_ema`).
+    """
+    rate = learning_rate if callable(learning_rate) else lambda count: learning_rate
+    p = avg = np.asarray(start, np.float64)
+    weights, averages = [], []
+    for count, update in enumerate(float64(updates)):
+        p = p - rate(count) * (update + weight_decay * p)
+        avg = momentum * avg + (1 - momentum) * p
+        if overwrite_frequency and (count + 1) % overwrite_frequency == 0:
+            p = avg
+        weights.append(p)
+        averages.append(avg)
+    return weights, averages
