@@ -15,8 +15,9 @@ help:
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
 
+# Huge pages, where glibc can give them: XLA's buffers are mapped anew at every step.
 train: .venv/.bench
-	@$(BIN)/python -m benchmarks train $(ARGS)
+	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks train $(ARGS)
 
 test: .venv/.test
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
@@ -47,7 +48,7 @@ readme: .venv/.test
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,notebooks]'
 	@touch $@
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt

@@ -1,5 +1,6 @@
 """Clipping: by value, by the norm of each leaf, by the norm of all leaves together."""
 
+import operator
 from typing import Any
 
 import chex
@@ -32,8 +33,12 @@ def global_norm(tree: Tree) -> chex.Array:
     >>> float(adamjax.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
     5.0
     """
-    sums = reduced("global_norm", _sum_of_squares, tree)
-    return root(sum(sums, jnp.zeros((), jnp.float32)))
+    return _norm("global_norm", tree)
+
+
+def _norm(owner: str, tree: Tree) -> chex.Array:
+    empty = jnp.zeros((), jnp.float32)
+    return root(reduced(owner, _sum_of_squares, operator.add, tree, empty))
 
 
 def _shrinking(norm: chex.Array, max_norm: Number) -> chex.Array:
@@ -128,6 +133,6 @@ class clip_by_global_norm(Stateless):
         self._check("max_norm", POSITIVE)
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        factor = _shrinking(global_norm(grads), self.max_norm)
+        factor = _shrinking(_norm("clip_by_global_norm", grads), self.max_norm)
         (clipped,) = lift("clip_by_global_norm", scaled, factor.astype, grads)
         return clipped, state

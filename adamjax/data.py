@@ -108,6 +108,9 @@ class Data:
 
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
+    def __post_init__(self) -> None:
+        """Checks and completes the fields."""
+
     def _set(self, **values: Any) -> None:
         """Sets fields while the object is being made."""
         self.__dict__.update(values)
@@ -143,7 +146,14 @@ class Data:
         >>> adamjax.scale_by_adam().replace(b1=0.8)
         scale_by_adam(b1=0.8, b2=0.999, eps_hat=1e-07)
         """
-        return dataclasses.replace(self, **changes)
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(f"{type(self).__name__} has no field {name!r}; it has {names}")
+        made = object.__new__(type(self))
+        made._set(**{**self.__dict__, **changes})
+        made.__post_init__()
+        return made
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

@@ -1,6 +1,5 @@
 """Steps that are taken only when it is time, or only when the gradients are sound."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from adamjax.transform import (
     Step,
     Transform,
     as_transform,
-    at_rest,
     is_left_alone,
     lift,
     new_slots,
@@ -34,11 +32,13 @@ __all__ = [
 def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any) -> Step:
     """`step(grads)` where `due`, else zero updates and the state as it is.
 
-    Branches of a `cond` must agree in everything, so the step sees `None` for each leaf that is
-    left alone, and its updates are taken to the gradients' dtypes.
+    Branches of a `cond` must agree in everything, so the step's updates are taken to the
+    gradients' dtypes, and it sees `None` for float0, which no branch can return.
     """
     leaves, treedef = flatten(grads)
-    alive = treedef.unflatten([None if is_left_alone(g) else jnp.asarray(g) for g in leaves])
+    passed = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
+    pairs = list(zip(leaves, passed, strict=True))
+    alive = treedef.unflatten([None if rests else jnp.asarray(g) for g, rests in pairs])
 
     def taken() -> Step:
         updates, new_state = step(alive)
@@ -48,8 +48,8 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
         return jax.tree.map(jnp.zeros_like, alive), state
 
     updates, state = jax.lax.cond(due, taken, rested)
-    moves = zip(leaves, flatten(updates)[0], strict=True)
-    return treedef.unflatten([at_rest(g) if is_left_alone(g) else u for g, u in moves]), state
+    moves = zip(flatten(updates)[0], pairs, strict=True)
+    return treedef.unflatten([g if rests else u for u, (g, rests) in moves]), state
 
 
 class AccumulateGradientsState(NamedTuple):
@@ -114,13 +114,13 @@ class accumulate_gradients(Transform):
 
         def step(alive: Tree) -> Step:
             def mean(g: Any, x: Any) -> Any:
-                if g is None:
-                    return None
+                if is_left_alone(g):
+                    return g
                 x = x / scalar(self.steps, accumulator(x.dtype))
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:
-                return x if g is None else jnp.zeros_like(x)
+                return x if is_left_alone(g) else jnp.zeros_like(x)
 
             means = jax.tree.map(mean, alive, total, is_leaf=is_none)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
@@ -180,10 +180,8 @@ class skip_not_finite(Transform):
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        finite = functools.reduce(
-            jnp.logical_and,
-            reduced("skip_not_finite", _all_finite, grads),
-            jnp.array(True),
+        finite = reduced(
+            "skip_not_finite", _all_finite, jnp.logical_and, grads, empty=jnp.array(True)
         )
 
         def step(alive: Tree) -> Step:

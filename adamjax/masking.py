@@ -13,7 +13,7 @@ from adamjax.paths import (
     leaf_paths,
     selected,
 )
-from adamjax.transform import Step, Transform, as_transform
+from adamjax.transform import Step, Transform, as_transform, matched
 
 __all__ = ["masked", "partition"]
 
@@ -52,11 +52,16 @@ class masked(Transform):
         return self.tx.init(_keep(params, selected(self.mask, params)))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        flags = selected(self.mask, grads)
-        leaves, treedef = flatten(grads)
-        if params is not None:
-            params = _keep(params, selected(self.mask, params))
-        inner, state = self.tx.update(_keep(grads, flags), state, params, **extra_args)
+        if params is None:
+            leaves, treedef = flatten(grads)
+            flags = selected(self.mask, grads)
+        else:
+            leaves = matched("masked", "grads", grads, params, "params")
+            treedef = flatten(params)[1]
+            flags = selected(self.mask, params)
+            params = _keep(params, flags)
+        seen = treedef.unflatten([g if f else None for g, f in zip(leaves, flags, strict=True)])
+        inner, state = self.tx.update(seen, state, params, **extra_args)
         moved = flatten(inner)[0]
         chosen = [u if f else g for u, g, f in zip(moved, leaves, flags, strict=True)]
         return treedef.unflatten(chosen), state
@@ -95,8 +100,17 @@ class partition(Transform):
         rules = checked_rules("partition", rules)
         self._set(
             patterns=tuple(pattern for pattern, _ in rules),
+            transforms=tuple(tx for _, tx in rules),
+            default=default,
+        )
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))
+        self._set(
+            patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),
-            default=None if default is None else as_transform(default),
+            default=None if self.default is None else as_transform(self.default),
         )
 
     @property

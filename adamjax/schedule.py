@@ -303,8 +303,17 @@ class by_path(Data):
         rules = checked_rules("by_path", rules)
         self._set(
             patterns=tuple(pattern for pattern, _ in rules),
+            values=tuple(rate for _, rate in rules),
+            default=default,
+        )
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        rules = checked_rules("by_path", zip(self.patterns, self.values, strict=True))
+        self._set(
+            patterns=tuple(pattern for pattern, _ in rules),
             values=tuple(_as_rate("by_path: the rate of " + repr(p), r) for p, r in rules),
-            default=_as_rate("by_path: default", default),
+            default=_as_rate("by_path: default", self.default),
         )
 
     def at(self, path: str) -> Any:

@@ -28,6 +28,7 @@ __all__ = [
     "identity",
     "is_left_alone",
     "lift",
+    "matched",
     "needed",
     "new_slots",
     "nothing",
@@ -182,7 +183,7 @@ def _kind(leaf: Any) -> str:
     return "complex" if jnp.issubdtype(_dtype(leaf), jnp.complexfloating) else "real"
 
 
-def _matched(
+def matched(
     owner: str, name: str, tree: Any, like: Any, like_name: str, *, kinds: bool = True
 ) -> list[Any]:
     """The leaves of `tree` in the order of `like`, or an error that names the first that differs.
@@ -212,10 +213,8 @@ def _matched(
         reason = _mismatch(leaf, want, kinds)
         if reason:
             path = leaf_paths(like)[i]
-            raise ValueError(
-                f"{owner}: {name}[{path!r}] is {_said(leaf)}, but {like_name}[{path!r}] is "
-                f"{_said(want)}: {reason}"
-            )
+            beside = "" if like is tree else f", but {like_name}[{path!r}] is {_said(want)}"
+            raise ValueError(f"{owner}: {name}[{path!r}] is {_said(leaf)}{beside}: {reason}")
     return leaves
 
 
@@ -274,10 +273,10 @@ def lift(
     else:
         like, like_name = grads, name
     treedef = flatten(like)[1]
-    leaves = _matched(owner, name, grads, like, like_name)
+    leaves = matched(owner, name, grads, like, like_name)
     # The size of a complex leaf is kept in a real slot.
-    columns = [_matched(owner, slot_name, slot, like, like_name, kinds=False) for slot in slots]
-    reads = [] if params is None else [_matched(owner, "params", params, like, like_name)]
+    columns = [matched(owner, slot_name, slot, like, like_name, kinds=False) for slot in slots]
+    reads = [] if params is None else [matched(owner, "params", params, like, like_name)]
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
     alike: dict[Any, list[tuple[int, list[Any]]]] = {}
@@ -330,11 +329,25 @@ def needed(owner: str, params: Tree) -> Tree:
     return params
 
 
-def reduced(owner: str, rule: Callable[..., Any], tree: Tree) -> list[chex.Array]:
-    """What a rule `(None, g) -> (scalar,)` gives for every leaf that is not left alone."""
+def reduced(
+    owner: str,
+    rule: Callable[..., Any],
+    join: Callable[[Any, Any], Any],
+    tree: Tree,
+    empty: chex.Array,
+) -> chex.Array:
+    """What a rule `(None, g) -> (scalar,)` gives for the leaves of a tree, joined into one."""
     (scalars,) = lift(owner, rule, nothing, tree, names=("the tree", ""))
     pairs = zip(flatten(tree)[0], flatten(scalars)[0], strict=True)
-    return [x for leaf, x in pairs if not is_left_alone(leaf)]
+    found = [x for leaf, x in pairs if not is_left_alone(leaf)]
+    while len(found) > 1:
+        found = [_joined(join, found[i : i + _BLOCK]) for i in range(0, len(found), _BLOCK)]
+    return found[0] if found else empty
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Array:
+    return functools.reduce(join, block)
 
 
 def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
@@ -454,8 +467,12 @@ class chain(Transform):
     transforms: tuple[Transform, ...]
 
     def __init__(self, *transforms: Any) -> None:
+        self._set(transforms=transforms)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
         parts: list[Transform] = []
-        for tx in map(as_transform, transforms):
+        for tx in map(as_transform, self.transforms):
             parts.extend(tx.transforms if isinstance(tx, chain) else (tx,))
         for tx in parts[:-1]:
             if tx.must_be_last:

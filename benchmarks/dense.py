@@ -2,7 +2,8 @@
 
 adamjax, optax and Keras take their steps in one process, in turn; torch in a process of its own,
 in turn with that one, as thread pools disturb each other. A sample is the mean of a few steps; a
-ratio is taken within a round, from samples that lie next to each other in time.
+ratio is taken within a round, from samples that lie next to each other in time. Where arrays come
+to lie in memory moves a step's time by a tenth, so the processes are started anew several times.
 """
 
 import argparse
@@ -177,7 +178,8 @@ class Worker:
 
     def round(self, workload: str, chain: str) -> dict[str, float]:
         """Seconds a step of each of its contenders."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps([workload, chain]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -192,23 +194,32 @@ class Worker:
         self.process.wait()
 
 
-def run_times(workloads: dict[str, Any], rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """Step times of every contender on every workload and chain."""
+def sitting(workload: str, chain: str, rounds: int, quick: bool) -> list[dict[str, float]]:
+    """Seconds a step of every contender, for each of some rounds, in new processes."""
     kinds = ["jax", *(["torch"] if importlib.util.find_spec("torch") else [])]
+    workers = [Worker(kind, quick) for kind in kinds]
+    try:
+        for worker in workers:
+            worker.round(workload, chain)
+        return [
+            {name: s for worker in workers for name, s in worker.round(workload, chain).items()}
+            for _ in range(rounds)
+        ]
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def run_times(
+    workloads: dict[str, Any], sittings: int, rounds: int, quick: bool
+) -> list[dict[str, Any]]:
+    """Step times of every contender on every workload and chain."""
     table = []
     for workload in workloads:
         for chain in CHAINS:
-            workers = [Worker(kind, quick) for kind in kinds]
-            try:
-                taken: list[dict[str, float]] = []
-                for _ in range(rounds + 1):
-                    taken.append({})
-                    for worker in workers:
-                        taken[-1].update(worker.round(workload, chain))
-            finally:
-                for worker in workers:
-                    worker.close()
-            del taken[0]
+            taken: list[dict[str, float]] = []
+            for _ in range(sittings):
+                taken += sitting(workload, chain, rounds, quick)
             row = {
                 "workload": workload,
                 "chain": chain,
@@ -253,9 +264,7 @@ def run_compile(workload: tuple[Any, ...], rounds: int) -> list[dict[str, Any]]:
                 "chain": chain,
                 "what": what,
                 "s": {n: spread([t[n][what] for t in taken]) for n in taken[0]},
-                "ratio": {
-                    "optax": spread([t["adamjax"][what] / t["optax"][what] for t in taken])
-                },
+                "ratio": {"optax": spread([t["adamjax"][what] / t["optax"][what] for t in taken])},
             }
             table.append(row)
             own, ratio = row["s"]["adamjax"]["median"], row["ratio"]["optax"]["median"]
@@ -296,14 +305,15 @@ def run_memory(workloads: dict[str, Any]) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks dense", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="samples a contender (default 25)")
+    parser.add_argument("--rounds", type=int, default=10, help="samples a sitting (default 10)")
+    parser.add_argument("--sittings", type=int, default=5, help="starts of processes (default 5)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--only", default="", help="workloads whose name holds this text")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2")
+    if args.rounds < 2 or args.sittings < 1:
+        parser.error("--rounds must be at least 2, --sittings at least 1")
     workloads = {k: v for k, v in (QUICK if args.quick else WORKLOADS).items() if args.only in k}
     if not workloads:
         parser.error(f"no workload's name holds {args.only!r}; there are {list(WORKLOADS)}")
@@ -313,8 +323,8 @@ def main(argv: list[str]) -> int:
 
     packages = ["adamjax", "jax", "jaxlib", "optax", "keras", "torch"]
     packages = [name for name in packages if importlib.util.find_spec(name)]
-    results: dict[str, Any] = {"suite": "dense", "rounds": args.rounds}
-    results["times"] = run_times(workloads, args.rounds, args.quick)
+    results: dict[str, Any] = {"suite": "dense", "sittings": args.sittings, "rounds": args.rounds}
+    results["times"] = run_times(workloads, args.sittings, args.rounds, args.quick)
     many = (QUICK if args.quick else WORKLOADS)["500 leaves, 8.2M"]
     results["compile"] = [] if args.only else run_compile(many, min(args.rounds, 7))
     results["memory"] = run_memory(workloads)

@@ -27,7 +27,8 @@ def _where(results: dict[str, Any]) -> str:
     env = results["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
     cores = f", {env['cores']} cores" if env["platform"] == "cpu" else ""
-    return f"{env['device']}{cores}; {versions}; {results['rounds']} rounds, {env['date']}."
+    rounds = f"{results['sittings']} sittings of {results['rounds']} rounds"
+    return f"{env['device']}{cores}; {versions}; {rounds}, {env['date']}."
 
 
 def dense(results: dict[str, Any]) -> str:
@@ -43,7 +44,12 @@ def dense(results: dict[str, Any]) -> str:
         for row in results["times"]
     ]
     compiling = [
-        [row["what"], row["chain"], _range(row["s"]["adamjax"], 2), _range(row["ratio"]["optax"], 2)]
+        [
+            row["what"],
+            row["chain"],
+            _range(row["s"]["adamjax"], 2),
+            _range(row["ratio"]["optax"], 2),
+        ]
         for row in results["compile"]
     ]
     memory = [

@@ -1,0 +1,1 @@
+"""The suites that are run with `python -m benchmarks`."""

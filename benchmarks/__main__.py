@@ -1,0 +1,32 @@
+"""`python -m benchmarks` lists the suites, `python -m benchmarks SUITE [options]` runs one."""
+
+import importlib
+import sys
+
+# name: what it does. The suite is the function `main(arguments)` of the module of that name.
+SUITES = {
+    "train": "train a next-word model on real text with the whole chain",
+    "dense": "dense steps against optax, Keras and torch: time, compile time, memory",
+    "readme": "write the measured tables into README.md",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite that the first argument names; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, SUITES))
+        print("usage: python -m benchmarks SUITE [options]; SUITE --help says which\n")
+        print("\n".join(f"  {name:{width}}  {what}" for name, what in SUITES.items()))
+        return 0
+    name, *rest = argv
+    if name not in SUITES:
+        print(f"benchmarks: no suite {name!r}; there are {', '.join(SUITES)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"benchmarks.{name}").main(rest)
+    except KeyboardInterrupt:  # before the suite was there to handle it
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

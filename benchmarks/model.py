@@ -1,0 +1,192 @@
+"""A next-word model: the words before in order, one hidden layer, a softmax over all words.
+
+Training takes the softmax's sum exactly over the most frequent words and estimates the rest from
+a few drawn at random; whatever is reported of held-out text is the full softmax.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Shuffled", "Windows", "held_out_loss", "init", "loss", "neighbours", "windows"]
+
+# The words in every training sum, and how many are drawn from the others.
+FREQUENT = 2048
+DRAWN = 1024
+
+# Windows that are evaluated in one call, and at a time within it: their logits stay in the cache.
+_EVALUATED = 2048
+_TOGETHER = 128
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """Blocks in a row, each behind `width` boundary numbers, and where their windows start.
+
+    A window is `width` numbers and the one to predict; none reaches into another block.
+    """
+
+    tokens: jax.Array
+    starts: np.ndarray
+    width: int
+
+
+def windows(blocks: np.ndarray, width: int, boundary: int) -> Windows:
+    """The windows of blocks, one for each token."""
+    padded = np.pad(blocks, ((0, 0), (width, 0)), constant_values=boundary)
+    first = np.arange(len(blocks), dtype=np.int32) * padded.shape[1]
+    starts = first[:, None] + np.arange(blocks.shape[1], dtype=np.int32)
+    return Windows(jnp.asarray(padded.ravel()), starts.ravel(), width)
+
+
+def _read(tokens: jax.Array, starts: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    read = tokens[starts[:, None] + jnp.arange(width + 1)]
+    return read[:, :-1], read[:, -1]
+
+
+class Shuffled:
+    """Batches of windows in an order that depends on nothing but the seed and the step.
+
+    Every window comes once an epoch; a batch may lie across two.
+    """
+
+    def __init__(self, starts: np.ndarray, batch: int, seed: int):
+        self.starts, self.batch = starts, batch
+
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, epoch)).permutation(starts)
+
+        self.order = order
+
+    def at(self, step: int) -> np.ndarray:
+        """Where the windows of a step's batch start."""
+        epoch, place = np.divmod(np.arange(self.batch) + step * self.batch, len(self.starts))
+        batch = np.empty(self.batch, np.int32)
+        for e in np.unique(epoch).tolist():
+            batch[epoch == e] = self.order(e)[place[epoch == e]]
+        return batch
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def init(seed: int, frequencies: np.ndarray, width: int, dim: int, hidden: int) -> dict[str, Any]:
+    """The parameters of a model that predicts just these frequencies, whatever came before."""
+    rng = np.random.default_rng(seed)
+
+    def normal(scale: float, *shape: int) -> jax.Array:
+        return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+
+    words = len(frequencies)
+    inputs = width * dim
+    return {
+        "embedding": normal(0.1, words + 1, dim),  # the last row is the boundary's
+        "hidden": {"kernel": normal(inputs**-0.5, inputs, hidden), "bias": jnp.zeros(hidden)},
+        "projection": {"kernel": normal(hidden**-0.5, hidden, dim)},
+        "output": {
+            "kernel": jnp.zeros((words, dim)),
+            "bias": jnp.asarray(np.log(frequencies), jnp.float32),
+        },
+    }
+
+
+def _features(params: Any, contexts: jax.Array) -> jax.Array:
+    inputs = params["embedding"][contexts].reshape(len(contexts), -1)
+    hidden = jax.nn.gelu(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return hidden @ params["projection"]["kernel"]
+
+
+def _full(params: Any, features: jax.Array, words: jax.Array) -> jax.Array:
+    logits = features @ params["output"]["kernel"].T + params["output"]["bias"]
+    chosen = jnp.take_along_axis(logits, words[:, None], 1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def _estimated(params: Any, features: jax.Array, words: jax.Array, key: jax.Array) -> jax.Array:
+    kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+    rare = len(kernel) - FREQUENT
+    drawn = jax.random.randint(key, (DRAWN,), FREQUENT, len(kernel))
+
+    chosen = jnp.sum(features * kernel[words], axis=1) + bias[words]
+    frequent = features @ kernel[:FREQUENT].T + bias[:FREQUENT]
+    # Each drawn word stands for many; the word to predict, when rare, stands for itself alone.
+    others = features @ kernel[drawn].T + bias[drawn] + np.log(rare / DRAWN)
+    others = jnp.where(drawn == words[:, None], -jnp.inf, others)
+    itself = jnp.where(words >= FREQUENT, chosen, -jnp.inf)
+    logits = jnp.concatenate([frequent, others, itself[:, None]], axis=1)
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def loss(
+    params: Any, tokens: jax.Array, starts: jax.Array, width: int, key: jax.Array
+) -> jax.Array:
+    """The training loss of windows: mean of -log probability, in nats a token."""
+    contexts, words = _read(tokens, starts, width)
+    features = _features(params, contexts)
+    if len(params["output"]["kernel"]) <= FREQUENT + DRAWN:
+        return _full(params, features, words).mean()
+    return _estimated(params, features, words, key).mean()
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _summed(
+    params: Any, tokens: jax.Array, starts: jax.Array, counts: jax.Array, width: int
+) -> jax.Array:
+    def some(starts: jax.Array) -> jax.Array:
+        contexts, words = _read(tokens, starts, width)
+        return _full(params, _features(params, contexts), words)
+
+    losses = jax.lax.map(some, starts.reshape(-1, _TOGETHER))
+    return jnp.sum(counts * losses.ravel())
+
+
+def _parts(starts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Starts in parts of one size, with 1 for each, and 0 for what fills up the last."""
+    for i in range(0, len(starts), _EVALUATED):
+        part = starts[i : i + _EVALUATED]
+        fill = (0, _EVALUATED - len(part))
+        yield np.pad(part, fill), np.pad(np.ones(len(part), np.float32), fill)
+
+
+def held_out_loss(params: Any, held_out: Windows, given_up: Callable[[], bool]) -> float | None:
+    """Mean of -log probability in nats a token, by the full softmax; None when given up."""
+    total = 0.0
+    for starts, counts in _parts(held_out.starts):
+        if given_up():
+            return None
+        total += float(_summed(params, held_out.tokens, starts, counts, held_out.width))
+    return total / len(held_out.starts)
+
+
+# --- what it learned ------------------------------------------------------------------------------
+
+_TELLING = ("read", "True", "three", "is", "int", "width", "path", "first")
+_FAMILIAR = 3000  # neighbours are among the most frequent words
+
+
+def neighbours(params: Any, words: Sequence[str], most: int = 5) -> dict[str, list[str]]:
+    """For a few words, those whose embeddings lie in the most similar direction."""
+    names = words[:_FAMILIAR]
+    table = np.asarray(params["embedding"], np.float32)[: len(names)]
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True).clip(1e-12)
+    is_word = np.array([name.isalpha() and len(name) > 1 for name in names])
+
+    chosen = [word for word in _TELLING if word in names]
+    frequent = [word for word in names[20:] if word.isalpha() and len(word) > 3]
+    chosen += [word for word in frequent if word not in chosen][: len(_TELLING) - len(chosen)]
+
+    near = {}
+    for word in chosen:
+        at = names.index(word)
+        cosine = np.where(is_word, unit @ unit[at], -np.inf)
+        cosine[at] = -np.inf
+        order = np.argsort(-cosine, kind="stable")[:most]
+        near[word] = [names[i] for i in order if np.isfinite(cosine[i])]
+    return near

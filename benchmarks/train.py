@@ -1,0 +1,536 @@
+"""The main job: a next-word model trained on real text with the whole chain, one step at a time.
+
+The gradients are clipped by their global norm, scaled by Adam, decayed weights are added, the
+rate warms up and follows a cosine, and an average of the weights is kept: one jitted step, with
+parameters and optimizer state donated. Everything that a step does depends on the options and on
+its number alone, so a run that was interrupted and resumed ends with the same bits.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adamjax
+from benchmarks import model
+from benchmarks.measure import environment
+from benchmarks.text import (
+    Complaint,
+    Text,
+    installation,
+    make_text,
+    read_files,
+    tuned_bigram,
+    unigram,
+)
+
+__all__ = ["main"]
+
+RUNS = Path("runs")
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run's result depends on, besides the text itself."""
+
+    steps: int = 500
+    batch: int = 2048
+    context: int = 8
+    dim: int = 128
+    hidden: int = 256
+    vocab: int = 24_000
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-2
+    seed: int = 0
+
+
+# name: the least value, the help text
+_OPTIONS: dict[str, tuple[float, str]] = {
+    "steps": (1, "optimizer steps"),
+    "batch": (1, "words to predict in a step"),
+    "context": (1, "words that a prediction sees"),
+    "dim": (1, "numbers in a word's embedding"),
+    "hidden": (1, "units of the hidden layer"),
+    "vocab": (2, "most words in the vocabulary; they occur at least twice"),
+    "learning_rate": (0, "largest learning rate, after a tenth of the steps"),
+    "weight_decay": (0, "share of the weights taken off a step, times the learning rate"),
+    "seed": (0, "of the initial weights and the order of the batches"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Complaint(f"{message}; --help lists the options")
+
+
+def _number(least: float, kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and math.isfinite(value)):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks train",
+        description="Trains word embeddings and a next-word model on real text.",
+        epilog="Ctrl-C keeps what was learned so far, to be continued with --resume; on a CPU the "
+        "weights then end bit for bit as without the break.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 files to train on (default: the documentation and library sources of this "
+        "Python)",
+    )
+    parser.add_argument("--name", help="results go to runs/NAME (default: train-1, train-2, ...)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="continue the run in DIR, with its options"
+    )
+    for option in dataclasses.fields(Config):
+        least, what = _OPTIONS[option.name]
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=_number(least, type(option.default)),
+            default=argparse.SUPPRESS,
+            metavar="X" if isinstance(option.default, float) else "N",
+            help=f"{what} (default: {option.default})",
+        )
+    return parser
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Counts SIGINT and SIGTERM within a `with` block, instead of what they would do."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.signal = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self.signal = number
+
+    def __enter__(self) -> "Interruption":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+# --- what a run keeps -----------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run's place and progress; parameters and state are what the next step starts from."""
+
+    folder: Path
+    config: Config
+    files: list[str]
+    digest: str
+    params: Any
+    state: Any
+    losses: list[float] = field(default_factory=list)
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trees(self) -> dict[str, Any]:
+        """All that a step changes."""
+        return {"params": self.params, "state": self.state}
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """A file that is there whole or not at all, whatever happens meanwhile."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _save(run: Run) -> None:
+    about = {
+        "config": dataclasses.asdict(run.config),
+        "files": run.files,
+        "digest": run.digest,
+        "losses": run.losses,
+        "held_out": run.held_out,
+    }
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _named_leaves(run.trees).items()}
+    arrays["about"] = np.array(json.dumps(about))
+    _write(run.folder / "checkpoint.npz", lambda file: np.savez(file, **arrays))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it was read."""
+
+    folder: Path
+    config: Config
+    about: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last steps are taken, and what came of them was written down."""
+        try:
+            return json.loads((self.folder / "metrics.json").read_bytes())["finished"]
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def restore(self, run: Run) -> None:
+        """Puts a run where this one stood."""
+        if self.about["digest"] != run.digest:
+            raise Complaint(
+                f"{self.folder}: this run was trained on another text (or another Python's "
+                "sources); start a new one"
+            )
+
+        def kinds(arrays: dict[str, Any]) -> dict[str, Any]:
+            return {name: (x.shape, x.dtype) for name, x in arrays.items()}
+
+        here = _named_leaves(run.trees)
+        if kinds(here) != kinds(self.arrays):
+            raise Complaint(f"{self.folder}: the checkpoint is another version's; start a new run")
+        # Copies: what NumPy owns cannot be donated.
+        leaves = [jnp.array(self.arrays[name], copy=True) for name in here]
+        trees = jax.tree.unflatten(jax.tree.structure(run.trees), leaves)
+        run.params, run.state = trees["params"], trees["state"]
+        run.losses, run.held_out = self.about["losses"], self.about["held_out"]
+
+
+def _load(folder: Path) -> Saved:
+    path = folder / "checkpoint.npz"
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        about = json.loads(str(arrays.pop("about")))
+        return Saved(folder, Config(**about.pop("config")), about, arrays)
+    except FileNotFoundError:
+        raise Complaint(f"{folder}: no checkpoint.npz to resume from") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise Complaint(f"{path}: not a checkpoint of this job ({error})") from None
+
+
+def _taken(folder: Path) -> Complaint:
+    return Complaint(f"{folder} is there already: choose another --name, or --resume {folder}")
+
+
+def _new_folder(name: str | None) -> Path:
+    RUNS.mkdir(exist_ok=True)
+    number = 1
+    while True:
+        folder = RUNS / (name or f"train-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if name:
+                raise _taken(folder) from None
+            number += 1
+        else:
+            return folder
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def optimizer(config: Config) -> adamjax.Transform:
+    """The whole chain."""
+    warm = config.steps // 10
+    rate = adamjax.cosine_decay(config.learning_rate, decay_steps=config.steps - warm)
+    return adamjax.chain(
+        adamjax.clip_by_global_norm(1.0),
+        adamjax.scale_by_adam(b1=0.9, b2=0.999, eps_hat=1e-7),
+        adamjax.add_decayed_weights(config.weight_decay, mask="embedding|kernel"),
+        adamjax.scale_by_learning_rate(adamjax.warmup(rate, warm) if warm else rate),
+        adamjax.weight_ema(momentum=0.99),
+    )
+
+
+def make_step(tx: adamjax.Transform, config: Config) -> Any:
+    """One jitted step: takes the parameters and the state, which it donates, tokens, a batch."""
+    key = jax.random.key(config.seed)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, tokens: jax.Array, starts: jax.Array) -> Any:
+        draw = jax.random.fold_in(key, adamjax.step_count(state))
+        loss, grads = jax.value_and_grad(model.loss)(params, tokens, starts, config.context, draw)
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> dict[str, float]:
+    """Takes the steps that are left, or fewer when stopped; returns how long they took."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    config = run.config
+    tokens, starts, _ = model.windows(text.training, config.context, text.boundary)
+    batches = model.Shuffled(starts, config.batch, config.seed)
+    began = time.perf_counter()
+    step = make_step(tx, config).lower(run.params, run.state, tokens, batches.at(0)).compile()
+    compiled = time.perf_counter()
+
+    first = len(run.losses)
+    with tqdm(
+        total=config.steps * config.batch,
+        initial=first * config.batch,
+        unit=" tokens",
+        unit_scale=True,
+        ncols=shutil.get_terminal_size().columns,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for number in range(first, config.steps):
+            batch = batches.at(number)
+            run.params, run.state, loss = step(run.params, run.state, tokens, batch)
+            run.losses.append(round(float(loss), 6))
+            if not math.isfinite(run.losses[-1]):
+                break
+            bar.set_postfix(loss=f"{run.losses[-1]:.2f}", step=number + 1, refresh=False)
+            bar.update(config.batch)
+            if stop.times:
+                break
+    seconds = time.perf_counter() - compiled
+    taken = (len(run.losses) - first) * config.batch
+    return {
+        "compile_seconds": round(compiled - began, 2),
+        "train_seconds": round(seconds, 2),
+        "tokens_per_second": round(taken / seconds),
+    }
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+
+def _plot(run: Run, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(run.losses) + 1)
+    width = max(1, min(25, len(steps) // 4))
+    smooth = np.convolve(run.losses, np.ones(width) / width, "valid")
+    middle = steps[: len(smooth)] + (width - 1) / 2
+    axes.plot(steps, run.losses, color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(middle, smooth, color="C0", label="training batches")
+
+    held_out = run.held_out
+    for name, colour in (("unigram", "C7"), ("bigram", "C3")):
+        value = held_out[name]
+        axes.axhline(value, color=colour, linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"{name}, held-out: {value:.2f}",
+            (0.99, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
+        )
+    marks = [(0, held_out["before"]), (len(run.losses), held_out["after"])]
+    marks = [(step, value) for step, value in marks if value is not None]
+    axes.plot(*zip(*marks, strict=True), "o", color="C2", label="held-out, averaged weights")
+    for step, value in marks[1:]:
+        axes.annotate(
+            f"{value:.2f}", (step, value), xytext=(0, -14), textcoords="offset points", ha="center"
+        )
+    axes.set_xlim(-0.02 * run.config.steps, 1.04 * run.config.steps)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set_title("Predicting the next word: Adam with a weight average")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center right")
+    figure.savefig(path, dpi=120)
+
+
+def _report(run: Run, text: Text, near: dict[str, list[str]]) -> None:
+    rows = [
+        ("unigram", run.held_out["unigram"]),
+        ("bigram", run.held_out["bigram"]),
+        ("the model before training", run.held_out["before"]),
+        (f"the model after {len(run.losses)} steps", run.held_out["after"]),
+    ]
+    print(f"\nheld-out loss over {text.held_out.size:,} tokens, nats per token, and perplexity")
+    for what, value in rows:
+        numbers = "not evaluated" if value is None else f"{value:6.3f} {np.exp(value):8.1f}"
+        print(f"  {what:28} {numbers}")
+    print("\nnearest embeddings")
+    for word, others in near.items():
+        print(f"  {word:12} {' '.join(others)}")
+    print()
+
+
+def _metrics(run: Run, text: Text, near: dict[str, list[str]], speed: dict[str, float]) -> Any:
+    return {
+        "config": dataclasses.asdict(run.config),
+        "text": {
+            "description": text.description,
+            "sha256": run.digest,
+            "vocabulary": len(text.words),
+            "training_tokens": text.training.size,
+            "held_out_tokens": text.held_out.size,
+            "held_out_unknown": round(float((text.held_out == 0).mean()), 6),
+        },
+        "steps_taken": len(run.losses),
+        "finished": len(run.losses) == run.config.steps and run.held_out["after"] is not None,
+        "held_out_loss": run.held_out,
+        "neighbours": near,
+        **speed,
+        **environment("adamjax", "jax", "jaxlib", "numpy"),
+        "training_loss": run.losses,
+    }
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+def _options(argv: list[str]) -> tuple[argparse.Namespace, Config, Saved | None]:
+    given = _parser().parse_args(argv)
+    chosen = {name: value for name, value in vars(given).items() if name in _OPTIONS}
+    if given.resume is None:
+        if given.name is not None:
+            if not re.fullmatch(r"\w[\w.-]*", given.name):
+                raise Complaint(f"--name: expected letters, digits, - and ., got {given.name!r}")
+            if (RUNS / given.name).exists():
+                raise _taken(RUNS / given.name)
+        return given, Config(**chosen), None
+    if given.name is not None:
+        raise Complaint("--name and --resume exclude each other: a resumed run keeps its name")
+    saved = _load(given.resume)
+    for name, value in chosen.items():
+        kept = getattr(saved.config, name)
+        if kept != value:
+            raise Complaint(
+                f"{given.resume}: this run has {name.replace('_', ' ')} {kept}, not {value}; "
+                "leave the option out, or start a new run"
+            )
+    return given, saved.config, saved
+
+
+def _job(argv: list[str], stop: Interruption) -> int:
+    began = time.perf_counter()
+    given, config, saved = _options(argv)
+    if saved is not None and saved.finished:
+        print(f"{saved.folder}: all {config.steps} steps are taken, nothing is left to resume")
+        return 0
+    for package in ("matplotlib", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            raise Complaint(f"{package} is missing: pip install 'adamjax[bench]'")
+
+    kept = saved.about["files"] if saved else []
+    files = [str(Path(path).resolve()) for path in given.text] if given.text else kept
+    text = make_text(*(read_files(files) if files else installation()), config.vocab)
+    print(f"text: {text.description}")
+    print(
+        f"      {text.training.size:,} tokens to train on, {text.held_out.size:,} held out, "
+        f"{len(text.words):,} words",
+        flush=True,
+    )
+    frequencies = unigram(text)
+    params = model.init(config.seed, frequencies, config.context, config.dim, config.hidden)
+    tx = optimizer(config)
+    run = Run(Path(), config, files, text.digest(), params, tx.init(params))
+    held_out = model.windows(text.held_out, config.context, text.boundary)
+
+    def evaluate(given_up: Callable[[], bool]) -> float | None:
+        return model.held_out_loss(adamjax.averaged_weights(run.state), held_out, given_up)
+
+    if saved is not None:
+        saved.restore(run)
+    else:
+        run.held_out = {
+            "unigram": float(-np.log(frequencies[text.held_out]).mean()),
+            "bigram": tuned_bigram(text).loss(text.held_out),
+            "before": evaluate(lambda: stop.times > 0),
+        }
+    if stop.times:
+        print("train: interrupted before a step was taken", file=sys.stderr)
+        return 128 + stop.signal
+    run.folder = saved.folder if saved else _new_folder(given.name)
+    print("held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in run.held_out.items() if v))
+    left = config.steps - len(run.losses)
+    print(f"run:  {run.folder}, {left:,} of {config.steps:,} steps to take", flush=True)
+
+    run.held_out["after"] = None
+    speed = train(run, tx, text, stop)
+    if not math.isfinite(run.losses[-1]):
+        if not saved:
+            run.folder.rmdir()
+        raise Complaint(
+            f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"
+        )
+    _save(run)
+    run.held_out["after"] = evaluate(lambda: stop.times > 1)
+    near = model.neighbours(adamjax.averaged_weights(run.state), text.words)
+    _plot(run, run.folder / "loss.png")
+    speed["wall_seconds"] = round(time.perf_counter() - began, 2)
+    metrics = json.dumps(_metrics(run, text, near, speed), indent=1).encode()
+    _write(run.folder / "metrics.json", lambda file: file.write(metrics + b"\n"))
+
+    _report(run, text, near)
+    print(
+        f"{speed['tokens_per_second']:,} tokens/s, {speed['wall_seconds']:.0f} s in all; "
+        f"metrics.json, loss.png and checkpoint.npz are in {run.folder}"
+    )
+    if len(run.losses) == config.steps:
+        return 0
+    print(
+        f"interrupted after step {len(run.losses):,} of {config.steps:,}; to go on: "
+        f"python -m benchmarks train --resume {run.folder}"
+    )
+    return 128 + stop.signal
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns the exit code: 0, 2 for what the user must mend, 128 + signal."""
+    try:
+        with Interruption() as stop:
+            return _job(argv, stop)
+    except Complaint as complaint:
+        print(f"train: {complaint}", file=sys.stderr)
+    except OSError as error:
+        print(f"train: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+    return 2

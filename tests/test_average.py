@@ -1,0 +1,146 @@
+"""The exponential average of the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close, assert_same
+
+from adamjax import (
+    accumulate_gradients,
+    adam,
+    apply_updates,
+    averaged_weights,
+    chain,
+    masked,
+    scale,
+    skip_not_finite,
+    weight_ema,
+)
+
+PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+
+
+def run(tx, steps, params=PARAMS):
+    """Weights and averages of every step, the initial ones first."""
+    state = tx.init(params)
+    history = [(params, averaged_weights(state))]
+    step = jax.jit(tx.update)
+    for t in range(steps):
+        grads = jax.tree.map(lambda p, t=t: jnp.cos(p + t).astype(p.dtype), params)
+        updates, state = step(grads, state, params)
+        params = apply_updates(params, updates)
+        history.append((params, averaged_weights(state)))
+    return history
+
+
+def test_before_the_first_step_the_average_is_the_weights():
+    tx = chain(adam(), weight_ema())
+    state = tx.init(PARAMS)
+    assert_same(averaged_weights(state), PARAMS)
+    copies = zip(jax.tree.leaves(averaged_weights(state)), jax.tree.leaves(PARAMS), strict=True)
+    assert all(a.unsafe_buffer_pointer() != p.unsafe_buffer_pointer() for a, p in copies)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.99, 1.0, jnp.float32(0.75)])
+def test_the_average_is_its_formula(momentum):
+    history = run(chain(adam(0.1), weight_ema(momentum)), 5)
+    expected = jax.tree.map(lambda p: np.asarray(p, np.float64), PARAMS)
+    b = float(momentum)
+    for params, average in history[1:]:
+        expected = jax.tree.map(lambda a, p: b * a + (1 - b) * p, expected, params)
+        for a, e in zip(jax.tree.leaves(average), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-6)
+    if b == 1.0:
+        assert_same(history[-1][1], PARAMS)
+    if b == 0.0:
+        assert_same(history[-1][1], history[-1][0])
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3, 2.0, jnp.array(2)])
+def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
+    """At steps f, 2f, ...; in float32 to an ulp of the weights, which the update must carry."""
+    history = run(chain(adam(0.1), weight_ema(0.5, frequency)), 7)
+    plain = chain(adam(0.1), weight_ema(0.5))
+    for t, (params, average) in enumerate(history[1:], start=1):
+        if t % int(frequency) == 0:
+            assert_close(params, average, rtol=1e-7)
+        else:
+            assert np.all(np.abs(params["w"] - average["w"]) > 1e-3)
+        before, previous = history[t - 1]
+        if t == 1:  # the average takes in what the step without overwriting leaves behind
+            moved = run(plain, 1)[1][0]
+            expected = jax.tree.map(lambda a, p: 0.5 * a + 0.5 * p, previous, moved)
+            assert_close(average, expected, rtol=1e-6)
+        del before
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_the_average_is_of_the_very_weights_that_the_step_leaves(dtype, jit):
+    """With momentum 0 they are equal bit for bit, however they were rounded."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=2000), dtype)
+    grads = jnp.asarray(rng.normal(size=2000), dtype)
+    tx = chain(scale(-0.0371), weight_ema(0.0))
+
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates), averaged_weights(state)
+
+    moved, average = (jax.jit(step) if jit else step)(params, tx.init(params))
+    assert average.dtype == jnp.float32
+    assert_same(average.astype(dtype), moved)
+    assert_same(average, moved.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("wide_grads", [False, True])
+def test_the_average_is_finer_than_low_precision_weights(wide_grads):
+    """It is kept in float32: a thousand steps of 1e-3 of the way are not lost."""
+    params = jnp.ones(2, jnp.bfloat16)
+    grads = jnp.full(2, 0.5, jnp.float32 if wide_grads else jnp.bfloat16)
+    tx = chain(scale(-1.0), weight_ema(0.999))
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for _ in range(500):
+        _, state = step(grads, state, params)  # the weights after each step are 0.5
+    expected = 0.5 + 0.5 * 0.999**500
+    np.testing.assert_allclose(averaged_weights(state), expected, rtol=1e-5)
+    assert_same(averaged_weights(state, params), jnp.full(2, expected, jnp.bfloat16))
+
+
+def test_the_average_moves_with_the_step_only():
+    """Not in micro-batches, not in steps that are skipped."""
+    inner = chain(adam(0.1), weight_ema(0.5))
+    tx = skip_not_finite(accumulate_gradients(inner, 2))
+    state = tx.init(PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = tx.update(grads, state, PARAMS)
+    assert_same(averaged_weights(state), PARAMS)
+    _, state = tx.update(jax.tree.map(lambda g: g * jnp.nan, grads), state, PARAMS)
+    assert_same(averaged_weights(state), PARAMS)
+    _, state = tx.update(grads, state, PARAMS)
+    assert np.all(averaged_weights(state)["w"] != PARAMS["w"])
+
+
+def test_averaged_weights_of_odd_trees():
+    params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "none": None, "x": 2.0}
+    tx = chain(adam(), masked(weight_ema(), "w|x|n"))
+    state = tx.init(params)
+    assert averaged_weights(state)["n"] is None
+    whole = averaged_weights(state, params)
+    assert whole["n"] is params["n"]
+    assert whole["w"].dtype == jnp.bfloat16
+    assert float(whole["x"]) == 2.0
+    assert whole["none"] is None
+    # A leaf without an average stands for itself.
+    part = chain(adam(), masked(weight_ema(), "w")).init(params)
+    assert averaged_weights(part, params)["x"] == 2.0
+
+
+def test_overwriting_at_the_largest_count_goes_on():
+    tx = weight_ema(0.5, 1)
+    state = tx.init(PARAMS)._replace(count=jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32))
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    assert int(state.count) == jnp.iinfo(jnp.int32).max
+    assert_close(updates, jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS))

@@ -1,0 +1,139 @@
+"""Clipping: by value, by leaf, by the joint norm; and the norm itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_same, enable_x64
+
+from adamjax import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+
+CLIPS = [clip_by_value, clip_by_norm, clip_by_global_norm]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def clip(tx, grads):
+    return tx.update(grads, tx.init(grads))[0]
+
+
+def tree(dtype=jnp.float32):
+    return {"w": jnp.array([[3.0, -4.0]], dtype), "b": jnp.array([0.0, 12.0], dtype)}
+
+
+def test_each_is_what_it_says():
+    def close(actual, w, b):
+        np.testing.assert_allclose(actual["w"], w, rtol=1e-6)
+        np.testing.assert_allclose(actual["b"], b, rtol=1e-6)
+
+    close(clip(clip_by_value(3.5), tree()), [[3.0, -3.5]], [0.0, 3.5])
+    close(clip(clip_by_norm(6.0), tree()), [[3.0, -4.0]], [0.0, 6.0])
+    close(clip(clip_by_norm(1.0), tree()), [[0.6, -0.8]], [0.0, 1.0])
+    close(clip(clip_by_global_norm(6.5), tree()), [[1.5, -2.0]], [0.0, 6.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", CLIPS)
+def test_what_is_within_the_limit_passes_bit_for_bit(make, dtype):
+    rng = np.random.default_rng(0)
+    grads = {str(i): jnp.asarray(rng.normal(size=7), dtype) for i in range(3)}
+    assert_same(clip(make(100.0), grads), grads)
+    assert_same(clip(make(13.0), tree(dtype)), tree(dtype))  # at the limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", CLIPS)
+def test_zeros_stay_zero_also_under_the_smallest_limit(make, dtype):
+    zeros = jax.tree.map(jnp.zeros_like, tree(dtype))
+    for limit in (1.0, 1.2e-38, jnp.float32(1e-3)):
+        assert_same(clip(make(limit), zeros), zeros)
+
+
+def test_float16_squares_do_not_overflow():
+    """300 squared is beyond float16's range, 65504."""
+    grads = {"w": jnp.full(4, 300.0, jnp.float16), "b": jnp.full(4, 1.0, jnp.bfloat16)}
+    assert float(global_norm(grads)) == pytest.approx(np.sqrt(4 * 300.0**2 + 4))
+    assert global_norm(grads).dtype == jnp.float32
+    for make in (clip_by_norm, clip_by_global_norm):
+        clipped = clip(make(100.0), grads)
+        np.testing.assert_allclose(clipped["w"].astype(float), 50.0, rtol=1e-3)
+        assert (clipped["w"].dtype, clipped["b"].dtype) == (jnp.float16, jnp.bfloat16)
+    # Nor do tiny ones vanish: 1e-5 squared is 0 in float16.
+    tiny = jnp.full(10_000, 1e-5, jnp.float16)
+    assert float(global_norm(tiny)) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_norm_of_33_million_elements_is_exact():
+    """Where a running sum in float32 would stand still at 2**24."""
+    n = 2**25 + 2**20
+    ones = jnp.ones(n, jnp.float32)
+    assert float(global_norm(ones)) == pytest.approx(np.sqrt(n), rel=1e-7)
+    assert float(global_norm({"a": ones, "b": jnp.ones(1)})) == pytest.approx(np.sqrt(n), rel=1e-7)
+    clipped = clip(clip_by_norm(1.0), ones)
+    assert float(clipped[0]) == pytest.approx(1 / np.sqrt(n), rel=2e-7)
+    del clipped
+    values = np.random.default_rng(0).random(n, np.float32)
+    norm = np.sqrt(np.sum(np.square(values, dtype=np.float64)))
+    assert float(global_norm(jnp.asarray(values))) == pytest.approx(norm, rel=1e-6)
+
+
+def test_the_norm_of_many_leaves():
+    grads = {str(i): jnp.full((), 1.0 + i) for i in range(300)}
+    assert float(global_norm(grads)) == pytest.approx(np.sqrt(np.sum(np.arange(1.0, 301) ** 2)))
+
+
+def test_the_norm_of_odd_trees():
+    mixed = {"n": jnp.arange(3), "none": None, "z": jnp.zeros((0, 2)), "x": 3.0, "c": 4j}
+    assert float(global_norm(mixed)) == 5.0
+    assert float(global_norm({})) == 0.0
+    assert float(global_norm(None)) == 0.0
+    assert float(global_norm(jnp.arange(3))) == 0.0
+    with enable_x64(True):
+        assert global_norm({"x": jnp.float64(1e200)}).dtype == jnp.float64
+        assert float(global_norm({"x": jnp.float64(1e150), "y": jnp.float32(1)})) == 1e150
+
+
+def test_the_norm_has_a_derivative_everywhere():
+    zeros = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    assert_same(jax.grad(global_norm)(zeros), zeros)
+    slope = jax.grad(global_norm)({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)})
+    np.testing.assert_allclose(slope["w"], [0.6, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
+def test_what_is_not_finite_is_seen(bad):
+    """By value: NaN stays NaN, infinities are limited. By norm: NaN, in the leaf or everywhere.
+
+    1e20 is finite, but its norm is not in float32.
+    """
+    grads = {"w": jnp.array([bad, 1.0]), "b": jnp.array([1.0, 2.0])}
+    by_value = clip(clip_by_value(1.5), grads)
+    expected = np.nan if np.isnan(bad) else np.sign(bad) * 1.5
+    np.testing.assert_array_equal(by_value["w"], [expected, 1.0])
+    np.testing.assert_array_equal(by_value["b"], [1.0, 1.5])
+
+    by_norm = clip(clip_by_norm(100.0), grads)
+    assert np.all(np.isnan(by_norm["w"]))
+    np.testing.assert_array_equal(by_norm["b"], grads["b"])
+
+    jointly = clip(clip_by_global_norm(100.0), grads)
+    assert np.all(np.isnan(jointly["w"]))
+    assert np.all(np.isnan(jointly["b"]))
+
+
+def test_complex_elements():
+    grads = jnp.array([3.0 + 4.0j, 0.1 - 5.0j])
+    np.testing.assert_allclose(clip(clip_by_value(1.0), grads), [1.0 + 1.0j, 0.1 - 1.0j])
+    assert float(global_norm(grads)) == pytest.approx(np.sqrt(50.01))
+    for make in (clip_by_norm, clip_by_global_norm):
+        clipped = clip(make(1.0), grads)
+        np.testing.assert_allclose(clipped, grads / np.sqrt(50.01), rtol=1e-6)
+        assert clipped.dtype == grads.dtype
+
+
+def test_none_and_integers_count_nothing():
+    grads = {"w": jnp.array([3.0, 4.0]), "n": jnp.array([100]), "none": None}
+    clipped = clip(clip_by_global_norm(1.0), grads)
+    np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
+    assert_same(clipped["n"], jnp.array([0]))
+    assert clipped["none"] is None
+    assert clip(clip_by_norm(1.0), grads)["none"] is None

@@ -1,0 +1,316 @@
+"""Schedules against Keras' formulas in float64 NumPy, and rates by path."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import enable_x64
+
+import adamjax
+from adamjax import (
+    by_path,
+    constant,
+    cosine_decay,
+    exponential_decay,
+    inverse_time_decay,
+    piecewise_constant,
+    polynomial_decay,
+    scale_by_learning_rate,
+    warmup,
+)
+
+COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 19, 20, 21, 22, 100, 12345]
+
+
+# Keras' formulas, as keras/src/optimizers/schedules/learning_rate_schedule.py has them, where
+# nothing is a schedule in a schedule: `step` is a Python int.
+
+
+def keras_exponential(step, initial, decay_steps, decay_rate, staircase=False):
+    p = step / decay_steps
+    return initial * decay_rate ** (math.floor(p) if staircase else p)
+
+
+def keras_inverse_time(step, initial, decay_steps, decay_rate, staircase=False):
+    p = step / decay_steps
+    return initial / (1 + decay_rate * (math.floor(p) if staircase else p))
+
+
+def keras_piecewise(step, boundaries, values):
+    if step <= boundaries[0]:
+        return values[0]
+    if step > boundaries[-1]:
+        return values[-1]
+    for low, high, value in zip(boundaries[:-1], boundaries[1:], values[1:-1], strict=True):
+        if low < step <= high:
+            return value
+
+
+def keras_polynomial(step, initial, decay_steps, end, power, cycle=False):
+    if cycle:
+        decay_steps = decay_steps * (1 if step == 0 else math.ceil(step / decay_steps))
+    else:
+        step = min(step, decay_steps)
+    return (initial - end) * (1 - step / decay_steps) ** power + end
+
+
+def keras_cosine(step, initial, decay_steps, alpha, target=None, warmup_steps=0):
+    if warmup_steps and step < warmup_steps:
+        return step / warmup_steps * (target - initial) + initial
+    top = initial if target is None else target
+    completed = min(step - warmup_steps, decay_steps) / decay_steps
+    return top * ((1 - alpha) * 0.5 * (1 + math.cos(math.pi * completed)) + alpha)
+
+
+CASES = {
+    "constant": (constant(0.3), lambda t: 0.3),
+    "exponential": (exponential_decay(0.1, 7, 0.96), lambda t: keras_exponential(t, 0.1, 7, 0.96)),
+    "exponential, staircase": (
+        exponential_decay(0.1, 7, 0.5, staircase=True),
+        lambda t: keras_exponential(t, 0.1, 7, 0.5, True),
+    ),
+    "exponential, growing": (
+        exponential_decay(1e-3, 20_000, 1.5),
+        lambda t: keras_exponential(t, 1e-3, 20_000, 1.5),
+    ),
+    "inverse time": (
+        inverse_time_decay(0.1, 3, 0.5),
+        lambda t: keras_inverse_time(t, 0.1, 3, 0.5),
+    ),
+    "inverse time, staircase": (
+        inverse_time_decay(0.1, 3, 0.5, staircase=True),
+        lambda t: keras_inverse_time(t, 0.1, 3, 0.5, True),
+    ),
+    "inverse time of a schedule": (
+        inverse_time_decay(cosine_decay(0.1, 20), 1, 0.25),
+        lambda t: keras_cosine(t, 0.1, 20, 0.0) / (1 + 0.25 * t),
+    ),
+    "piecewise": (
+        piecewise_constant([3, 10, 20], [1.0, 0.5, 0.25, 0.125]),
+        lambda t: keras_piecewise(t, [3, 10, 20], [1.0, 0.5, 0.25, 0.125]),
+    ),
+    "piecewise, one boundary": (
+        piecewise_constant([10], [1.0, 0.5]),
+        lambda t: keras_piecewise(t, [10], [1.0, 0.5]),
+    ),
+    "polynomial": (
+        polynomial_decay(0.1, 10, 0.01, 2.0),
+        lambda t: keras_polynomial(t, 0.1, 10, 0.01, 2.0),
+    ),
+    "polynomial, root": (
+        polynomial_decay(0.1, 10, 0.0, 0.5),
+        lambda t: keras_polynomial(t, 0.1, 10, 0.0, 0.5),
+    ),
+    "polynomial, upwards": (
+        polynomial_decay(0.0, 10, 0.1),
+        lambda t: keras_polynomial(t, 0.0, 10, 0.1, 1.0),
+    ),
+    "polynomial, cycle": (
+        polynomial_decay(0.1, 10, 0.01, 2.0, cycle=True),
+        lambda t: keras_polynomial(t, 0.1, 10, 0.01, 2.0, cycle=True),
+    ),
+    "cosine": (cosine_decay(0.1, 20, alpha=0.1), lambda t: keras_cosine(t, 0.1, 20, 0.1)),
+    "cosine, warm-up": (
+        warmup(cosine_decay(0.1, 10, alpha=0.1), 5, start=0.02),
+        lambda t: keras_cosine(t, 0.02, 10, 0.1, target=0.1, warmup_steps=5),
+    ),
+    "warm-up to a float": (warmup(0.1, 4), lambda t: 0.1 * min(t / 4, 1)),
+    "warm-up in a warm-up": (
+        warmup(warmup(1.0, 4, start=0.5), 6),
+        lambda t: 0.5 * t / 6 if t < 6 else 0.5 + 0.5 * min((t - 6) / 4, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("schedule", "formula"), CASES.values(), ids=CASES)
+def test_a_schedule_is_keras_formula(schedule, formula):
+    """Eagerly and jitted, for Python ints and arrays; in float64 to its rounding."""
+    expected = np.array([formula(t) for t in COUNTS])
+    for count in (int, jnp.int32):
+        actual = [schedule(count(t)) for t in COUNTS]
+        assert {(x.shape, x.dtype) for x in actual} == {((), jnp.dtype(jnp.float32))}
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-8)
+    mapped = jax.jit(jax.vmap(schedule))(jnp.array(COUNTS))
+    np.testing.assert_allclose(mapped, expected, rtol=2e-6, atol=1e-8)
+    with enable_x64(True):
+        exact = [schedule(jnp.int32(t)) for t in COUNTS]
+        np.testing.assert_allclose(exact, expected, rtol=1e-14, atol=1e-17)
+
+
+@pytest.mark.parametrize(("schedule", "formula"), CASES.values(), ids=CASES)
+def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
+    step = jax.jit(lambda schedule, count: schedule(count))
+    actual = [step(schedule, t) for t in COUNTS]
+    expected = [formula(t) for t in COUNTS]
+    np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-8)
+
+
+def test_boundaries_belong_to_the_value_before():
+    rate = piecewise_constant([2, 5], [1.0, 0.5, 0.25])
+    assert [float(rate(t)) for t in range(8)] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert float(piecewise_constant([], [0.5])(3)) == 0.5
+
+
+def test_a_staircase_steps_at_whole_multiples():
+    """For every multiple up to millions of steps: a quotient rounded down once too often shows."""
+    counts = np.arange(0, 4_000_000, 1000)
+    rate = inverse_time_decay(1.0, 1000, 1.0, staircase=True)
+    for near in (-1, 0, 1):
+        t = np.maximum(counts + near, 0)
+        np.testing.assert_allclose(jax.vmap(rate)(t), 1 / (1 + t // 1000), rtol=1e-6)
+
+
+def test_schedules_go_on_at_the_largest_count():
+    for name, (schedule, _) in CASES.items():
+        last = schedule(jnp.array(jnp.iinfo(jnp.int32).max))
+        assert np.isfinite(last) or name == "exponential, growing"
+
+
+def test_array_hyperparameters_are_differentiable_where_rates_end():
+    """At the last step of a polynomial the base of the power is 0."""
+    slope = jax.grad(lambda s: s(jnp.array(10)))(polynomial_decay(0.1, 10.0, 0.01, 2.0))
+    assert all(np.isfinite(x) for x in jax.tree.leaves(slope))
+    assert float(slope.end_learning_rate) == 1.0
+
+
+# --- by path ------------------------------------------------------------------------------------
+
+PARAMS = {
+    "bert": {"layers": [{"kernel": jnp.ones(2)}, {"kernel": jnp.ones(2), "bias": jnp.ones(1)}]},
+    "head": {"kernel": jnp.ones(2), "bias": jnp.ones(1)},
+}
+
+
+def rates_of(learning_rate, params=PARAMS, step=0):
+    """The learning rate that every leaf sees at a step."""
+    tx = scale_by_learning_rate(learning_rate)
+    state = tx.init(params)
+    for _ in range(step + 1):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state)
+    found, _ = jax.tree_util.tree_flatten_with_path(updates)
+    key = jax.tree_util.keystr
+    return {key(path, simple=True, separator="/"): -float(u.ravel()[0]) for path, u in found}
+
+
+def test_by_path_takes_the_first_match_else_the_default():
+    rates = by_path([("bert/layers/1", 0.5), ("^bert", 0.25), ("bias$", 0.125)], default=1.0)
+    assert rates_of(rates) == {
+        "bert/layers/0/kernel": 0.25,
+        "bert/layers/1/bias": 0.5,
+        "bert/layers/1/kernel": 0.5,
+        "head/bias": 0.125,
+        "head/kernel": 1.0,
+    }
+
+
+def test_by_path_searches_as_re_does():
+    rates = by_path([(r"layers/\d+/k", 0.5), ("HEAD", 0.25), ("(?i)HEAD", 0.125)], default=1.0)
+    assert rates.at("bert/layers/10/kernel") == 0.5
+    assert rates.at("head/kernel") == 0.125
+    assert rates.at("bert/layers/kernel") == 1.0
+    assert by_path([("", 0.5)], default=1.0).at("anything") == 0.5
+    assert by_path([], default=1.0).at("anything") == 1.0
+
+
+def test_by_path_takes_schedules_arrays_and_functions():
+    rates = by_path(
+        [
+            ("layers/0", piecewise_constant([0], [0.5, 0.25])),
+            ("layers/1", jnp.array(2.0)),
+            ("head/bias", lambda count: 1.0 / (1 + count)),
+        ],
+        default=optax.piecewise_constant_schedule(4.0, {1: 0.5}),
+    )
+    for step, expected in ((0, [0.5, 2.0, 2.0, 1.0, 4.0]), (1, [0.25, 2.0, 2.0, 0.5, 2.0])):
+        assert list(rates_of(rates, step=step).values()) == expected
+    now = rates.resolve(0)
+    assert float(now.at("bert/layers/0/kernel")) == 0.5
+    assert float(now.at("head/kernel")) == 4.0
+
+
+def test_by_path_names_leaves_of_any_tree():
+    assert rates_of(by_path([("^$", 0.5)], default=1.0), jnp.ones(2)) == {"": 0.5}
+    assert rates_of(by_path([("^1$", 0.5)], default=1.0), (jnp.ones(2), jnp.ones(2))) == {
+        "0": 1.0,
+        "1": 0.5,
+    }
+    state = adamjax.ScheduleState(jnp.ones(1))
+    assert rates_of(by_path([("^count$", 0.5)], default=1.0), state) == {"count": 0.5}
+
+
+def test_by_path_refuses():
+    with pytest.raises(ValueError, match=r"by_path: '\(' is not a regular expression"):
+        by_path([("(", 0.1)], default=0.1)
+    with pytest.raises(TypeError, match="by_path: a path pattern must be a str, got 3"):
+        by_path([(3, 0.1)], default=0.1)
+    with pytest.raises(ValueError, match="pairs"):
+        by_path([("a", 0.1, 0.2)], default=0.1)
+    with pytest.raises(ValueError, match=r"rate of 'a' must be a number.*got -0.1"):
+        by_path([("a", -0.1)], default=0.1)
+    with pytest.raises(ValueError, match=r"default must be a number.*got nan"):
+        by_path([("a", 0.1)], default=math.nan)
+    with pytest.raises(TypeError, match="same for all leaves"):
+        by_path([("a", by_path([], default=0.1))], default=0.1)
+    with pytest.raises(TypeError, match="same for all leaves"):
+        warmup(by_path([], default=0.1), 3)
+    with pytest.raises(TypeError, match="default"):
+        by_path([("a", 0.1)])
+
+
+# --- callables ----------------------------------------------------------------------------------
+
+
+def drawn(count):
+    """A schedule that is a plain function."""
+    return 0.5 / (1 + count)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        drawn,
+        optax.cosine_decay_schedule(0.5, 10),
+        optax.warmup_cosine_decay_schedule(0.0, 0.5, 3, 10),
+        optax.piecewise_constant_schedule(0.5, {2: 0.5}),
+        optax.join_schedules([optax.constant_schedule(0.5), drawn], [2]),
+    ],
+)
+def test_any_callable_of_the_count_is_a_schedule(schedule):
+    """Alone, in an optimizer, and in one that is an argument of `jit`."""
+    tx, params = adamjax.adam(schedule), jnp.ones(2)
+    plain = adamjax.scale_by_adam()
+    state, plain_state = tx.init(params), plain.init(params)
+    step = jax.jit(lambda tx, g, state: tx.update(g, state))
+    for t in range(4):
+        rate = float(schedule(jnp.array(t)))
+        assert float(adamjax.learning_rate(tx, state)) == pytest.approx(rate)
+        updates, state = step(tx, params, state)
+        expected, plain_state = plain.update(params, plain_state)
+        np.testing.assert_allclose(updates, -rate * expected, rtol=1e-4)
+    assert step._cache_size() == 1
+    assert tx == adamjax.adam(schedule)
+    assert hash(tx) == hash(adamjax.adam(schedule))
+
+
+def test_warmup_takes_any_callable():
+    rate = warmup(optax.cosine_decay_schedule(1.0, 10), 4)
+    expected = [
+        0,
+        0.25,
+        0.5,
+        0.75,
+        *(float(optax.cosine_decay_schedule(1.0, 10)(t)) for t in (0, 1)),
+    ]
+    np.testing.assert_allclose([rate(t) for t in range(6)], expected, rtol=1e-6)
+
+
+def test_a_rate_must_be_a_scalar():
+    tx = adamjax.adam(jnp.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"scalar, got one of shape \(2,\).*vmap"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    tx = adamjax.adam(lambda count: jnp.ones(3))
+    with pytest.raises(ValueError, match=r"scalar, got one of shape \(3,\)"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

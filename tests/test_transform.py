@@ -1,0 +1,389 @@
+"""Chains, extra arguments, optax on either side, and applying updates."""
+
+import copy
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same, avals, float0
+
+import adamjax
+from adamjax import (
+    Transform,
+    accumulate_gradients,
+    adam,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    identity,
+    masked,
+    partition,
+    scale,
+    scale_by_adam,
+    scale_by_learning_rate,
+    skip_not_finite,
+    weight_ema,
+)
+
+PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+GRADS = {"w": jnp.array([0.1, 0.2]), "b": jnp.array(-0.3)}
+
+
+def run(tx, steps=3, params=PARAMS, grads=GRADS, **extra_args):
+    """The parameters after some steps, and the state."""
+
+    @jax.jit
+    def step(t, params, state):
+        scaled = jax.tree.map(lambda g: g * (1 + t), grads)
+        updates, state = tx.update(scaled, state, params, **extra_args)
+        return apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for t in range(steps):
+        params, state = step(t, params, state)
+    return params, state
+
+
+# --- chain --------------------------------------------------------------------------------------
+
+
+def test_chains_in_chains_are_joined():
+    inner = chain(chain(scale(2.0)), chain(), scale(3.0))
+    tx = chain(inner, chain(scale(5.0)))
+    assert tx == chain(scale(2.0), scale(3.0), scale(5.0))
+    assert tx.transforms == (scale(2.0), scale(3.0), scale(5.0))
+    assert len(tx.init(PARAMS)) == 3
+    assert_close(tx.update(GRADS, tx.init(PARAMS))[0], jax.tree.map(lambda g: 30 * g, GRADS))
+
+
+def test_an_empty_chain_and_identity_change_nothing():
+    for tx in (chain(), identity(), chain(identity(), chain())):
+        updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+        assert_same(updates, GRADS)
+        assert not jax.tree.leaves(state)
+    assert identity().init(PARAMS) == ()
+
+
+def test_the_state_is_the_tuple_of_the_parts_states():
+    tx = chain(clip_by_global_norm(1.0), adam(0.1))
+    empty, rule, rate = tx.init(PARAMS)
+    assert empty == ()
+    assert isinstance(rule, adamjax.ScaleByAdamState)
+    assert isinstance(rate, adamjax.ScheduleState)
+
+
+def test_a_chain_is_its_parts_in_turn():
+    """With a rule and a rate that the chain joins, and with what it can not join."""
+    parts = [scale(0.5), scale_by_adam(), scale_by_learning_rate(0.1), scale(2.0), scale(0.5)]
+    tx = chain(*parts)
+    state, states = tx.init(PARAMS), [part.init(PARAMS) for part in parts]
+    for _ in range(3):
+        updates, state = tx.update(GRADS, state, PARAMS)
+        expected = GRADS
+        for i, part in enumerate(parts):
+            expected, states[i] = part.update(expected, states[i], PARAMS)
+        assert_close(updates, expected)
+        assert_close(state, tuple(states))
+
+
+def test_a_state_of_another_chain_is_refused():
+    with pytest.raises(ValueError, match=r"chain: the state has 2 parts for 1 transforms"):
+        chain(scale(1.0)).update(GRADS, chain(scale(1.0), scale(1.0)).init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 3, scale, adam, [scale(1.0), scale(2.0)], (1, 2), "ab", adamjax.constant(0.1)]
+)
+def test_what_is_not_a_transform_is_refused(bad):
+    makers = (
+        lambda: chain(scale(1.0), bad),
+        lambda: skip_not_finite(bad),
+        lambda: accumulate_gradients(bad, 2),
+        lambda: masked(bad, "w"),
+        lambda: partition([("w", bad)], default=scale(1.0)),
+    )
+    for make in makers:
+        with pytest.raises(TypeError, match="expected a transform"):
+            make()
+
+
+WRAPPERS = {
+    "plain": lambda tx: tx,
+    "chain": chain,
+    "skip": skip_not_finite,
+    "accumulate": lambda tx: accumulate_gradients(tx, 2),
+    "masked": lambda tx: masked(tx, "w"),
+    "partition": lambda tx: partition([("w", tx)], default=scale(0.0)),
+    "default": lambda tx: partition([("b", scale(0.0))], default=tx),
+    "deep": lambda tx: skip_not_finite(chain(scale(1.0), masked(chain(scale(1.0), tx), "w"))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_weight_ema_must_be_last_inside_of_wrappers_too(wrap):
+    for after in (scale(1.0), identity(), optax.identity()):
+        with pytest.raises(ValueError, match=r"chain: .*must be last"):
+            chain(adam(), wrap(weight_ema()), after)
+        with pytest.raises(ValueError, match=r"chain: .*must be last"):
+            chain(wrap(chain(adam(), weight_ema())), chain(after))
+    with pytest.raises(ValueError, match=r"chain: .*must be last"):
+        chain(weight_ema(), wrap(weight_ema()))
+    chain(adam(), wrap(weight_ema()))
+
+
+def test_between_our_transforms_nothing_is_rounded():
+    """The steps of a chain would each lose bits in bfloat16; together they lose none."""
+    grads = jnp.array([1.0, 3.0, 1e-3], jnp.bfloat16)
+    tx = chain(scale(1 / 3), scale(1.001), scale(3.0), scale(1 / 1.001))
+    assert_same(tx.update(grads, tx.init(grads))[0], grads)
+    # Nor does float16 overflow on the way.
+    grads = jnp.array([6e4], jnp.float16)
+    assert_same(chain(scale(100.0), scale(0.01)).update(grads, ((), ()))[0], grads)
+
+
+# --- extra arguments ----------------------------------------------------------------------------
+
+
+class scale_by_loss(Transform):
+    """Takes an extra argument of its own."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, grads, state, params=None, *, loss, **extra_args):
+        return jax.tree.map(lambda g: loss * g, grads), state
+
+
+def test_extra_arguments_reach_those_that_take_them():
+    parts = (clip_by_global_norm(10.0), scale_by_loss(), optax.scale(1.0), weight_ema(0.5))
+    for wrap in WRAPPERS.values():
+        tx = wrap(chain(*parts))
+        state = tx.init(PARAMS)
+        for _ in range(2):
+            updates, state = tx.update(GRADS, state, PARAMS, loss=3.0, other="unused")
+        np.testing.assert_allclose(updates["w"], 3.0 * GRADS["w"], rtol=1e-6)
+
+
+def test_extra_arguments_reach_optax():
+    """Those that take all, those that name one, and those that take none."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+    tx = skip_not_finite(chain(scale(-0.1), plateau, optax.scale(1.0)))
+    state = tx.init(PARAMS)
+    for _ in range(4):
+        updates, state = tx.update(GRADS, state, PARAMS, value=1.0, unknown=2.0)
+    assert float(state.inner[1].scale) < 1.0
+    np.testing.assert_allclose(updates["w"], -0.1 * state.inner[1].scale * GRADS["w"], rtol=1e-6)
+
+    def named(grads, state, params=None, *, value):
+        return jax.tree.map(lambda g: value * g, grads), state
+
+    tx = chain((lambda params: (), named), (lambda params: (), lambda g, s, p: (g, s)))
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=2.0, unknown=2.0)
+    assert_close(updates, jax.tree.map(lambda g: 2 * g, GRADS))
+
+
+# --- optax --------------------------------------------------------------------------------------
+
+OURS = adam(0.1, eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "pure"),
+    [
+        (chain(optax.clip_by_global_norm(0.2), OURS), (optax.clip_by_global_norm(0.2),)),
+        (chain(clip_by_global_norm(0.2), optax.adam(0.1)), (optax.clip_by_global_norm(0.2),)),
+        (optax.chain(optax.clip_by_global_norm(0.2), OURS), (optax.clip_by_global_norm(0.2),)),
+        (optax.chain(clip_by_global_norm(0.2), optax.adam(0.1)), (optax.clip_by_global_norm(0.2),)),
+        (optax.MultiSteps(OURS, 2), None),
+        (accumulate_gradients(optax.adam(0.1), 2), None),
+    ],
+)
+def test_optax_and_ours_mix_both_ways(mixed, pure):
+    if pure is None:
+        expected = optax.MultiSteps(optax.adam(0.1), 2)
+    else:
+        expected = optax.chain(*pure, optax.adam(0.1))
+    assert_close(run(mixed, 4)[0], run(expected, 4)[0], rtol=1e-5)
+
+
+def test_optax_wrappers_take_ours():
+    expected = run(OURS)[0]
+    assert_close(run(optax.apply_if_finite(OURS, 3))[0], expected)
+    assert_close(run(optax.masked(OURS, {"w": True, "b": True}))[0], expected)
+    labels = {"w": "ours", "b": "ours"}
+    assert_close(run(optax.multi_transform({"ours": OURS}, labels))[0], expected)
+    assert_close(run(optax.with_extra_args_support(OURS), value=1.0)[0], expected)
+    assert_close(run(optax.inject_hyperparams(adam)(learning_rate=0.1, eps=1e-8))[0], expected)
+    one = run(optax.multi_transform({"a": OURS, "b": scale(0.0)}, {"w": "a", "b": "b"}))[0]
+    assert_same(one, {"w": one["w"], "b": PARAMS["b"]})
+    assert_close(one["w"], expected["w"])
+
+
+def test_optax_applies_our_updates():
+    updates, _ = OURS.update(GRADS, OURS.init(PARAMS))
+    assert_same(optax.apply_updates(PARAMS, updates), apply_updates(PARAMS, updates))
+
+
+def test_flax_takes_ours():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    optimizer = nnx.Optimizer(model, chain(OURS, weight_ema(0.5)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(model)
+        optimizer.update(model, grads)
+
+    step(model, optimizer)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, nnx.state(model))
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_state_of_optax_keeps_its_dtype_in_our_wrappers(wrap, dtype):
+    """It takes on the dtype of what it is given, so it is given the gradients' own."""
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    tx = chain(scale(1.0), wrap(chain(optax.trace(0.9), scale_by_adam())))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, next_state = tx.update(params, state, params)
+        assert avals(next_state) == avals(state)
+        assert avals(updates) == avals(params)
+        state = next_state
+
+
+def test_functions_of_any_kind_make_a_transform():
+    """A pair may be of partial functions, which have no name, or of methods."""
+    made = optax.scale(2.0)
+    pair = functools.partial(made.init), functools.partial(made.update)
+    tx = chain(pair, OURS)
+    assert "partial" in repr(tx)
+    assert tx == chain(pair, OURS)
+    assert hash(tx) == hash(chain(pair, OURS))
+    assert_close(
+        chain(pair).update(GRADS, chain(pair).init(PARAMS), PARAMS)[0]["b"], 2 * GRADS["b"]
+    )
+    assert chain(tuple(OURS)).update(GRADS, (OURS.init(PARAMS),))[0].keys() == GRADS.keys()
+
+
+# --- apply_updates ------------------------------------------------------------------------------
+
+
+def test_apply_updates_keeps_the_parameters_dtype():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        for u_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+            moved = apply_updates(jnp.ones(2, dtype), jnp.ones(2, u_dtype))
+            assert_same(moved, jnp.full(2, 2.0, dtype))
+    assert_same(apply_updates(jnp.array([1j]), jnp.array([1 + 0j])), jnp.array([1 + 1j]))
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("u_dtype", [None, np.float32])
+def test_apply_updates_rounds_once(jit, dtype, u_dtype):
+    """Also where the update is wider than the parameter."""
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=1000).astype(dtype)
+    u = (0.01 * rng.normal(size=1000)).astype(u_dtype or dtype)
+    expected = (p.astype(np.float32) + u.astype(np.float32)).astype(dtype)
+    assert_same(jit(apply_updates)(jnp.asarray(p), jnp.asarray(u)), jnp.asarray(expected))
+
+
+def test_apply_updates_leaves_alone_what_has_no_update():
+    key = jax.random.key(0)
+    params = {"w": jnp.ones(2), "n": jnp.arange(2), "flag": True, "none": None, "key": key}
+    updates = {"w": None, "n": float0((2,)), "flag": None, "none": None, "key": None}
+    moved = apply_updates(params, updates)
+    assert {name: moved[name] is params[name] for name in params} == dict.fromkeys(params, True)
+    zeros = {**updates, "n": jnp.zeros(2, jnp.int32), "flag": jnp.array(False)}
+    assert apply_updates(params, zeros)["n"] is params["n"]
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ({"w": jnp.ones(()), "b": 1.0}, r"updates\['w'\] is float32\[\].*expected shape \(2,\)"),
+        ({"w": jnp.ones((2, 1)), "b": 1.0}, r"updates\['w'\].*got \(2, 1\)"),
+        ({"w": jnp.ones(2, complex), "b": 1.0}, r"updates\['w'\].*real dtype, got a complex"),
+        ({"w": jnp.ones(2, int), "b": 1.0}, r"updates\['w'\].*floating"),
+        ({"w": jnp.ones(2)}, "updates has no leaf 'b'"),
+        ({"w": jnp.ones(2), "b": 1.0, "c": 1.0}, "updates has a leaf 'c'"),
+        ([jnp.ones(2), jnp.ones(())], "updates has no leaf 'b'"),
+    ],
+)
+def test_apply_updates_refuses_another_tree(updates, message):
+    with pytest.raises(ValueError, match="apply_updates: " + message):
+        apply_updates(PARAMS, updates)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def test_python_and_numpy_leaves_do():
+    """Scalars of Python and float64 arrays of NumPy, which JAX takes to be float32."""
+    params = {"w": np.ones(2), "b": 1.0, "h": np.ones(2, ml_dtypes.bfloat16)}
+    tx = chain(clip_by_global_norm(1.0), adam(0.1), weight_ema(0.5))
+    state = tx.init(params)
+    updates, next_state = tx.update(params, state, params)
+    assert [u.dtype for u in jax.tree.leaves(updates)] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    assert avals(next_state) == avals(state)
+    assert_same(avals(apply_updates(params, updates))[1], avals(params)[1])
+
+
+def test_a_hyperparameter_of_many_values_is_not_broadcast():
+    """It would change the shapes of parameters; `vmap` is how to use many."""
+    values = jnp.array([0.1, 0.2])
+    for tx in (
+        scale(values),
+        scale_by_adam(b1=values),
+        scale_by_adam(eps=values),
+        adamjax.clip_by_value(values),
+        adamjax.clip_by_norm(values),
+        adamjax.scale_by_adamax(eps=values),
+        weight_ema(values),
+        adamjax.add_decayed_weights(values),
+    ):
+        with pytest.raises(ValueError, match="scalar"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_params_are_asked_for_where_they_are_needed():
+    for tx, name in (
+        (adamjax.adamw(), "add_decayed_weights"),
+        (chain(adam(), weight_ema()), "weight_ema"),
+        (skip_not_finite(masked(weight_ema(), "w")), "weight_ema"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} reads the parameters"):
+            tx.update(GRADS, tx.init(PARAMS))
+
+
+def test_a_transform_of_ones_own_is_like_any_other():
+    """A subclass is a frozen dataclass and a pytree."""
+    tx = chain(scale_by_loss(), adam(0.1))
+    assert repr(tx).startswith("chain(scale_by_loss(), scale_by_adam(")
+    assert pickle.loads(pickle.dumps(tx)) == copy.deepcopy(tx) == tx
+    assert jax.tree.structure(tx) == jax.tree.structure(chain(scale_by_loss(), adam(0.2)))
+    with pytest.raises(NotImplementedError, match="Transform has no init"):
+        Transform().init(PARAMS)
+    with pytest.raises(NotImplementedError, match="Transform has no update"):
+        Transform().update(GRADS, ())
+
+
+def test_replace_makes_a_checked_copy():
+    assert scale_by_adam().replace(b1=0.5) == scale_by_adam(b1=0.5)
+    with pytest.raises(ValueError, match="b1 must be in"):
+        scale_by_adam().replace(b1=1.5)
+    assert chain(scale(1.0)).replace(transforms=(scale(2.0),)) == chain(scale(2.0))
+    with pytest.raises(ValueError, match="must be last"):
+        chain(scale(1.0)).replace(transforms=(weight_ema(), scale(2.0)))
+    parts = partition([("w", scale(1.0))], default=scale(2.0))
+    assert parts.replace(default=None) == partition([("w", scale(1.0))])
+    rates = adamjax.by_path([("w", 0.1)], default=0.2)
+    assert rates.replace(default=0.3) == adamjax.by_path([("w", 0.1)], default=0.3)
