@@ -33,14 +33,17 @@ class Range(NamedTuple):
     holds: Callable[[np.ndarray], Any]
 
 
-TINY = float(np.finfo(np.float32).tiny)
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 BETA = Range("in [0, 1)", lambda x: (x >= 0) & (x < 1))
 UNIT = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
-NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & np.isfinite(x))
+# What is finite must be so in float32.
+NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x <= LARGEST))
 # A smaller one is 0 in float32, and 0/0 would be the update of a weight that never had a gradient.
-POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & np.isfinite(x))
-FINITE = Range("finite", np.isfinite)
-COUNT = Range("a whole number of at least 1", lambda x: (x >= 1) & (x == np.floor(x)))
+POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & (x <= LARGEST))
+FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
+COUNT = Range(
+    "a whole number of at least 1", lambda x: (x >= 1) & (x <= LARGEST) & (x == np.floor(x))
+)
 
 
 def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
@@ -128,6 +131,8 @@ class Data:
         elif isinstance(value, np.ndarray):
             value = jnp.asarray(value)
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if real and not isinstance(value, int):
+            value = float(value)  # a fraction, say
         if is_array(value):
             real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
         if not real:
@@ -135,7 +140,7 @@ class Data:
                 f"{type(self).__name__}: {name} must be a number {allowed.text}, "
                 f"got {value!r} of type {type(value).__name__}"
             )
-        if not np.all(allowed.holds(np.asarray(value))):
+        if not np.all(allowed.holds(np.asarray(value, np.float64))):
             raise ValueError(f"{type(self).__name__}: {name} must be {allowed.text}, got {value!r}")
         return value
 

@@ -105,7 +105,7 @@ def correction(b: Number, t: chex.Array) -> chex.Array:
         log_b = jnp.log(jnp.where(b > 0, b, 1))
         # The logarithm has no slope at 0, where the power has one in the first step.
         return jnp.where(b > 0, -jnp.expm1(t * log_b), jnp.where(t == 1, 1 - b, 1))
-    return -jnp.expm1(t * scalar(math.log(b) if b > 0 else -math.inf, t.dtype))
+    return -jnp.expm1(t * scalar(math.log(b), t.dtype)) if b > 0 else jnp.ones_like(t)
 
 
 @jax.custom_jvp

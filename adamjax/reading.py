@@ -47,17 +47,17 @@ def _is_empty(x: Any) -> bool:
 
 def _joined(what: str, trees: list[Tree]) -> Tree:
     """Trees of which each has its own leaves, as one: the parts of a partition."""
-
-    def one(*leaves: Any) -> Any:
-        there = [x for x in leaves if not _is_empty(x)]
-        if len(there) > 1 and jax.tree_util.all_leaves(there):
-            raise ValueError(
-                f"{what} is kept more than once for the same leaf: read it from the part of the "
-                "state that is meant"
-            )
-        return _joined(what, there) if there else None
-
-    return jax.tree.map(one, *trees, is_leaf=_is_empty) if trees[1:] else trees[0]
+    there = [tree for tree in trees if not _is_empty(tree)]
+    if len(there) < 2:
+        return there[0] if there else trees[0]
+    if jax.tree_util.all_leaves(there):
+        raise ValueError(
+            f"{what} is kept more than once for the same leaf: read it from the part of the "
+            "state that is meant"
+        )
+    # One level down, where a part may have nothing at all.
+    top = there[0]
+    return jax.tree.map(lambda *xs: _joined(what, list(xs)), *there, is_leaf=lambda x: x is not top)
 
 
 def slot_names(state: Any) -> tuple[str, ...]:
@@ -161,10 +161,10 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
     if params is None:
         return average
 
-    def like(p: Any, x: Any) -> Any:
-        return p if is_left_alone(p) or _is_empty(x) else x.astype(jnp.asarray(p).dtype)
+    def like(x: Any, p: Any) -> Any:
+        return p if _is_empty(x) or is_left_alone(p) else x.astype(jnp.asarray(p).dtype)
 
-    return jax.tree.map(like, params, average, is_leaf=_is_empty)
+    return jax.tree.map(like, average, params, is_leaf=_is_empty)
 
 
 def _rates(tx: Transform, state: Any) -> Iterator[Any]:

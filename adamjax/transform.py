@@ -227,7 +227,7 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         harmless = want is None or is_left_alone(want) or _dtype(leaf) == jax.dtypes.float0
         return None if harmless else "expected a floating dtype, or None to leave it alone"
     if want is None or is_left_alone(want):
-        return "expected None, as this leaf was not a floating array when the state was made"
+        return "expected None, as there is no floating array to update"
     if np.shape(leaf) != np.shape(want):
         return f"expected shape {np.shape(want)}, got {np.shape(leaf)}"
     if kinds and _kind(leaf) != _kind(want):
@@ -238,6 +238,11 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
 def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     """A tree of one new array for each floating leaf, `None` for every other."""
     leaves, treedef = flatten(params)
+    for i, p in enumerate(leaves):
+        if p is not None and not _is_arraylike(p):
+            raise TypeError(
+                f"params[{leaf_paths(params)[i]!r}] is {_said(p)}: expected an array, or None"
+            )
     return treedef.unflatten([None if is_left_alone(p) else make(jnp.asarray(p)) for p in leaves])
 
 

@@ -354,6 +354,27 @@ def test_a_hyperparameter_of_many_values_is_not_broadcast():
             tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+def test_params_of_another_tree_are_refused():
+    for tx in (weight_ema(), adamjax.add_decayed_weights(0.1), masked(scale(1.0), "w")):
+        state = tx.init(PARAMS)
+        owner = type(tx).__name__
+        for wrong, words in (
+            ({**PARAMS, "w": jnp.ones(3)}, r"\['w'\].*\(3,\)"),
+            ({**PARAMS, "w": jnp.ones(2, complex)}, r"\['w'\].*(complex|real)"),
+            ({"w": PARAMS["w"]}, "leaf 'b'"),
+        ):
+            with pytest.raises(ValueError, match=rf"{owner}: .*{words}"):
+                tx.update(GRADS, state, wrong)
+
+
+def test_parameters_that_are_no_arrays_are_refused():
+    for bad in ("name", object(), len):
+        with pytest.raises(
+            TypeError, match=r"params\['layer/kind'\] is .*expected an array, or None"
+        ):
+            adam().init({"layer": {"kind": bad, "w": jnp.ones(2)}})
+
+
 def test_params_are_asked_for_where_they_are_needed():
     for tx, name in (
         (adamjax.adamw(), "add_decayed_weights"),

@@ -1,0 +1,59 @@
+"""What the tests share: trees, comparisons, and what differs between JAX versions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    enable_x64 = jax.enable_x64
+except AttributeError:  # before JAX 0.8
+    from jax.experimental import enable_x64  # noqa: F401
+
+
+def is_none(x):
+    return x is None
+
+
+def leaves(tree):
+    """The leaves as NumPy arrays, `None` among them."""
+    found = jax.tree.leaves(tree, is_leaf=is_none)
+    return [None if x is None else np.asarray(x) for x in found]
+
+
+def avals(tree):
+    """Structure, shapes and dtypes of a tree: what must not change."""
+    found, treedef = jax.tree.flatten(tree)
+    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in found]
+
+
+def assert_same(actual, expected):
+    """The same structure, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(leaves(actual), leaves(expected), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), (a, b)
+
+
+def assert_close(actual, expected, rtol=2e-6, atol=0.0):
+    """The same structure and, within `rtol` of the largest value of a leaf, the same values."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        wide = np.complex128 if np.iscomplexobj(b) else np.float64
+        a, b = a.astype(wide), b.astype(wide)
+        scale = np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale + atol)
+
+
+def ulp(x, dtype):
+    """The distance of neighbouring floats of the dtype at |x|."""
+    info = jnp.finfo(dtype)
+    exponent = np.frexp(np.abs(np.asarray(x, np.float64)))[1] - 1
+    return 2.0 ** (np.maximum(exponent, int(info.minexp)) - int(info.nmant))
+
+
+def float0(shape=()):
+    """The gradient that JAX gives an integer."""
+    return np.zeros(shape, jax.dtypes.float0)

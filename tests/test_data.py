@@ -1,0 +1,270 @@
+"""Optimizers as data: what is refused when they are made, and how they behave as values."""
+
+import copy
+import fractions
+import inspect
+import math
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamjax
+from adamjax import by_path, piecewise_constant, scale, weight_ema
+
+# Every hyperparameter: how to make its owner with it, its owner's name, its own, and its kind.
+BETA, UNIT, RATE, EPSILON, LIMIT, ANY, COUNT = range(7)
+RULES = {
+    "scale_by_adam": ("b1", "b2", "eps_hat", "eps"),
+    "scale_by_amsgrad": ("b1", "b2", "eps_hat", "eps"),
+    "scale_by_adamax": ("b1", "b2", "eps"),
+}
+OPTIMIZERS = {
+    "adam": "scale_by_adam",
+    "amsgrad": "scale_by_amsgrad",
+    "adamw": "scale_by_adam",
+    "adamax": "scale_by_adamax",
+    "nadam": "scale_by_adam",
+}
+HYPERPARAMETERS = []
+
+
+def hyperparameter(maker, owner, name, kind, **others):
+    def make(value):
+        return getattr(adamjax, maker)(**{name: value}, **others)
+
+    HYPERPARAMETERS.append(pytest.param(make, owner, name, kind, id=f"{maker}-{name}"))
+
+
+for rule, names in RULES.items():
+    for name in names:
+        hyperparameter(rule, rule, name, BETA if name.startswith("b") else EPSILON)
+for optimizer, rule in OPTIMIZERS.items():
+    accepted = inspect.signature(getattr(adamjax, optimizer)).parameters
+    for name in RULES[rule]:
+        if name in accepted:
+            hyperparameter(optimizer, rule, name, BETA if name.startswith("b") else EPSILON)
+    hyperparameter(optimizer, "scale_by_learning_rate", "learning_rate", RATE)
+hyperparameter("adamw", "add_decayed_weights", "weight_decay", RATE)
+hyperparameter("scale_by_learning_rate", "scale_by_learning_rate", "learning_rate", RATE)
+hyperparameter("add_decayed_weights", "add_decayed_weights", "weight_decay", RATE)
+hyperparameter("scale", "scale", "factor", ANY)
+hyperparameter("clip_by_value", "clip_by_value", "limit", LIMIT)
+hyperparameter("clip_by_norm", "clip_by_norm", "max_norm", LIMIT)
+hyperparameter("clip_by_global_norm", "clip_by_global_norm", "max_norm", LIMIT)
+hyperparameter("weight_ema", "weight_ema", "momentum", UNIT)
+hyperparameter("weight_ema", "weight_ema", "overwrite_frequency", COUNT)
+hyperparameter("accumulate_gradients", "accumulate_gradients", "steps", COUNT, tx=scale(1.0))
+hyperparameter("constant", "constant", "value", RATE)
+for schedule, others in {
+    "inverse_time_decay": {"decay_rate": 0.5},
+    "exponential_decay": {"decay_rate": 0.5},
+    "polynomial_decay": {"end_learning_rate": 0.1, "power": 1.0},
+    "cosine_decay": {"alpha": 0.1},
+}.items():
+    given = {"initial_learning_rate": 0.1, "decay_steps": 10, **others}
+    kinds = {"decay_steps": LIMIT, "power": LIMIT}
+    if schedule == "exponential_decay":
+        kinds["decay_rate"] = LIMIT
+    for name in given:
+        rest = {k: v for k, v in given.items() if k != name}
+        hyperparameter(schedule, schedule, name, kinds.get(name, RATE), **rest)
+hyperparameter("warmup", "warmup", "schedule", RATE, steps=3)
+hyperparameter("warmup", "warmup", "steps", COUNT, schedule=0.1)
+hyperparameter("warmup", "warmup", "start", RATE, schedule=0.1, steps=3)
+
+INF, NAN = math.inf, math.nan
+# Values inside and outside of the range of a kind, and how a message says the range.
+RANGES = {
+    BETA: ([0, 0.5, 0.999999], [-1e-9, -1, 1.0, 1, 2.0, INF, NAN], r"in \[0, 1\)"),
+    UNIT: ([0, 0.5, 1.0], [-1e-9, 1.000001, 2, INF, NAN], r"in \[0, 1\]"),
+    # What is finite must be so in float32.
+    RATE: ([0, 1e-9, 3, 1e6], [-1e-9, -1, 1e39, INF, -INF, NAN], "finite and at least 0"),
+    EPSILON: ([1.2e-38, 1e-8, 1], [0, 0.0, 1e-39, -1e-8, INF, NAN], "finite and at least 1.2e-38"),
+    LIMIT: ([1e-9, 1, 3e38], [0, -1, -1e-9, 1e300, INF, NAN], "finite and at least 1.2e-38"),
+    ANY: ([-1.0, 0, 3.0], [1e39, -1e39, INF, -INF, NAN], "finite"),
+    COUNT: ([1, 7, 2.0], [0, -1, 1.5, INF, NAN], "a whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
+def test_a_hyperparameter_in_its_range_is_taken(make, owner, name, kind):
+    for value in RANGES[kind][0]:
+        for form in (value, np.float64(value), jnp.float32(value), np.array(value, np.float32)):
+            assert make(form) == make(form)
+        hash(make(value))
+        with pytest.raises(TypeError, match="no hash"):
+            hash(make(jnp.float32(value)))
+
+
+@pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
+def test_a_hyperparameter_outside_its_range_is_refused(make, owner, name, kind):
+    """At construction, naming whose it is, what it is called, its range and what came."""
+    _, bad, text = RANGES[kind]
+    for value in bad:
+        forms = [value, np.float64(value)]
+        if not abs(value) < math.inf or abs(value) <= 3e38:
+            forms += [jnp.float32(value), jnp.array([1.0, value])]
+        for form in forms:
+            with pytest.raises(ValueError, match=rf"{owner}: {name} must be .*{text}.*got"):
+                make(form)
+
+
+@pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
+def test_what_is_not_a_number_is_refused(make, owner, name, kind):
+    bad = [True, False, "0.1", 1j, [0.1], {"a": 0.1}, jnp.array(True), jnp.array(0.1 + 1j)]
+    optional = name in ("eps", "eps_hat", "overwrite_frequency")
+    for value in bad if optional else [*bad, None]:
+        with pytest.raises(TypeError, match=rf"{owner}: {name} must be a number .*got"):
+            make(value)
+
+
+@pytest.mark.parametrize("make", [adamjax.adam, adamjax.amsgrad, adamjax.adamw])
+def test_at_most_one_epsilon(make):
+    with pytest.raises(ValueError, match=r"eps_hat.*or eps.*not both; got eps_hat=1e-07 and eps=1"):
+        make(eps_hat=1e-7, eps=1e-8)
+    assert "eps_hat=1e-07" in repr(make())
+    assert "eps_hat" not in repr(make(eps=1e-8))
+    with pytest.raises(ValueError, match="not both"):
+        adamjax.scale_by_adam(nesterov=True, eps_hat=1e-7, eps=1e-7)
+    assert "eps=1e-07" in repr(adamjax.nadam())
+
+
+def test_every_hyperparameter_is_in_the_table():
+    """Of every public transform and schedule, but those that are transforms or patterns."""
+    listed = {p.id for p in HYPERPARAMETERS}
+    elsewhere = {"tx", "transforms", "rules", "patterns", "values", "boundaries", "default", "mask"}
+    static = {"nesterov", "m_dtype", "v_dtype", "u_dtype", "staircase", "cycle"}
+    for public in adamjax.__all__:
+        made = getattr(adamjax, public)
+        if public in OPTIMIZERS or (isinstance(made, type) and hasattr(made, "replace")):
+            names = (
+                set(inspect.signature(made).parameters) - elsewhere - static - {"args", "kwargs"}
+            )
+            assert {f"{public}-{name}" for name in names} <= listed, public
+
+
+def test_piecewise_constant_names_the_item():
+    make = piecewise_constant
+    with pytest.raises(ValueError, match=r"piecewise_constant: values\[1\] must be.*got -1"):
+        make([1], [1.0, -1])
+    with pytest.raises(TypeError, match=r"piecewise_constant: values\[0\] must be a number"):
+        make([1], ["a", 1])
+    with pytest.raises(TypeError, match=r"piecewise_constant: boundaries\[1\] must be a number"):
+        make([1, None], [1, 1, 1])
+    with pytest.raises(ValueError, match=r"one more than boundaries, got 2 values for 2"):
+        make([1, 2], [1, 1])
+    for boundaries in ([2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="boundaries must increase"):
+            make(boundaries, [1, 1, 1])
+    assert make(np.array([1, 2]), np.array([1.0, 0.5, 0.25])) == make([1, 2], [1.0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("bad", ["float33", int, "int32", jnp.complex64, 3, object()])
+def test_a_moment_dtype_must_be_a_real_float(bad):
+    for make, names in (
+        (adamjax.scale_by_adam, ("m_dtype", "v_dtype")),
+        (adamjax.amsgrad, ("m_dtype", "v_dtype")),
+        (adamjax.adamax, ("m_dtype", "u_dtype")),
+    ):
+        for name in names:
+            with pytest.raises(TypeError, match=f"{name} must be a real floating dtype"):
+                make(**{name: bad})
+
+
+def test_moment_dtypes_are_kept():
+    tx = adamjax.scale_by_amsgrad(m_dtype="bfloat16", v_dtype=np.float16)
+    assert repr(tx).endswith("m_dtype='bfloat16', v_dtype='float16')")
+    state = tx.init({"w": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)})
+    assert [x.dtype.name for x in (state.m["w"], state.v["w"], state.v_max["w"])] == [
+        "bfloat16",
+        "float16",
+        "float16",
+    ]
+    assert [x.dtype.name for x in (state.m["z"], state.v["z"])] == ["complex64", "float16"]
+    wide = adamjax.scale_by_adam().init({"w": jnp.ones(2, jnp.bfloat16)})
+    assert wide.m["w"].dtype == wide.v["w"].dtype == jnp.float32
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+def test_equality_is_by_kind_and_value():
+    assert scale(0.5) == scale(0.5) != scale(0.25)
+    assert adamjax.clip_by_norm(1.0) != adamjax.clip_by_global_norm(1.0)
+    assert adamjax.scale_by_adam() == adamjax.scale_by_adam(eps_hat=1e-7)
+    assert adamjax.scale_by_adam(eps=1e-7) != adamjax.scale_by_adam(eps_hat=1e-7)
+    assert adamjax.scale_by_adam(m_dtype=jnp.bfloat16) == adamjax.scale_by_adam(m_dtype="bfloat16")
+    assert adamjax.scale_by_adam(m_dtype=jnp.bfloat16) != adamjax.scale_by_adam()
+    assert by_path([("a", 0.1)], default=0.2) != by_path([("b", 0.1)], default=0.2)
+    assert weight_ema(0.9) != weight_ema(0.9, 1)
+    assert scale(0.5) != 0.5
+    assert scale(0.5) is not None
+
+
+def test_arrays_compare_by_value_and_dtype():
+    half = scale(jnp.float32(0.5))
+    assert half == scale(np.float32(0.5) * jnp.ones(()))
+    assert half == scale(np.array(0.5, np.float32))
+    assert half != scale(0.5)
+    assert half != scale(jnp.float16(0.5))
+    assert half != scale(jnp.array([0.5, 0.5]))
+    assert scale(jnp.array([0.5, 0.25])) == scale(jnp.array([0.5, 0.25]))
+    with pytest.raises(TypeError, match=r"scale holds an array .* no hash.*argument"):
+        hash(half)
+    with pytest.raises(TypeError, match="chain holds an array"):
+        hash(adamjax.adam(jnp.float32(0.1)))
+    assert {scale(0.5): "half"}[scale(0.5)] == "half"
+
+
+def test_numpy_numbers_become_python_numbers():
+    """So that they print as they compare."""
+    assert scale(np.float64(0.5)) == scale(0.5)
+    assert repr(scale(np.float32(0.5))) == "scale(factor=0.5)"
+    assert repr(weight_ema(0.5, np.int64(3))) == "weight_ema(momentum=0.5, overwrite_frequency=3)"
+
+
+def test_transforms_are_frozen():
+    tx = adamjax.adam()
+    for name in ("transforms", "other"):
+        with pytest.raises(AttributeError):
+            setattr(tx, name, ())
+    with pytest.raises(AttributeError):
+        del tx.transforms
+
+
+def test_schedules_are_data_too():
+    rate = adamjax.warmup(adamjax.cosine_decay(0.1, 10), 3)
+    rates = by_path([("a", rate), ("b", 0.5)], default=piecewise_constant([1], [0.5, 0.25]))
+    for made in (rate, rates):
+        assert eval(repr(made), dict(vars(adamjax))) == made
+        assert pickle.loads(pickle.dumps(made)) == made == copy.deepcopy(made) == copy.copy(made)
+        assert hash(copy.deepcopy(made)) == hash(made)
+    arrays = jax.tree.map(jnp.asarray, rates)
+    assert arrays == jax.tree.map(jnp.asarray, copy.deepcopy(rates)) != rates
+    assert rate.replace(steps=4) == adamjax.warmup(adamjax.cosine_decay(0.1, 10), 4)
+
+
+def test_leaves_are_hyperparameters_by_their_names():
+    tx = adamjax.chain(adamjax.clip_by_norm(1.0), adamjax.adam(adamjax.cosine_decay(0.1, 10)))
+    found, _ = jax.tree_util.tree_flatten_with_path(tx)
+    names = {jax.tree_util.keystr(path): value for path, value in found}
+    assert names == {
+        ".transforms[0].max_norm": 1.0,
+        ".transforms[1].b1": 0.9,
+        ".transforms[1].b2": 0.999,
+        ".transforms[1].eps_hat": 1e-7,
+        ".transforms[2].learning_rate.initial_learning_rate": 0.1,
+        ".transforms[2].learning_rate.decay_steps": 10,
+        ".transforms[2].learning_rate.alpha": 0.0,
+    }
+
+
+def test_numbers_of_every_kind_do():
+    """Also those that float32 only comes near to."""
+    g = jnp.ones(2)
+    for value in (1, fractions.Fraction(1, 2), jnp.bfloat16(0.5), np.float16(0.5), 2**40):
+        updates, _ = scale(value).update(g, ())
+        np.testing.assert_allclose(updates, float(value))

@@ -1,0 +1,273 @@
+"""Accumulated gradients, skipped steps, and one in the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same, float0
+
+from adamjax import (
+    AccumulateGradientsState,
+    SkipNotFiniteState,
+    accumulate_gradients,
+    adam,
+    adamw,
+    add_decayed_weights,
+    apply_updates,
+    averaged_weights,
+    chain,
+    clip_by_global_norm,
+    clip_by_value,
+    cosine_decay,
+    identity,
+    scale,
+    scale_by_adam,
+    scale_by_learning_rate,
+    skip_not_finite,
+    skipped_steps,
+    step_count,
+    weight_ema,
+)
+
+PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+def draw(t, dtype=jnp.float32):
+    rng = np.random.default_rng(t)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), PARAMS)
+
+
+def pipeline():
+    return chain(
+        clip_by_global_norm(0.5),
+        scale_by_adam(),
+        add_decayed_weights(0.1),
+        scale_by_learning_rate(cosine_decay(0.1, 10)),
+        weight_ema(0.9),
+    )
+
+
+# --- accumulate_gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, jnp.array(3), 3.0])
+def test_a_step_is_the_inner_step_with_the_mean(steps):
+    """Clip, decay, average and count move on the real step only, by the mean over the calls."""
+    tx, inner, n = accumulate_gradients(pipeline(), steps), pipeline(), int(steps)
+    params = expected = PARAMS
+    state, inner_state = tx.init(params), inner.init(params)
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    for t in range(3 * n):
+        before = state
+        updates, state = update(draw(t), state, params)
+        params = apply_updates(params, updates)
+        if (t + 1) % n:
+            assert_same(updates, ZEROS)
+            assert_same(state.inner, before.inner)
+            assert int(state.micro_count) == (t + 1) % n
+        else:
+            micro = [draw(t - i) for i in range(n)]
+            mean = jax.tree.map(lambda *gs: sum(gs) / n, *micro)
+            inner_updates, inner_state = inner_update(mean, inner_state, expected)
+            expected = apply_updates(expected, inner_updates)
+            assert_close(updates, inner_updates, rtol=2e-5)
+            assert_close(state.inner, inner_state, rtol=2e-5)
+            assert_same(state.total, ZEROS)
+            assert int(state.micro_count) == 0
+        assert int(step_count(state)) == (t + 1) // n
+    assert_close(averaged_weights(state), averaged_weights(inner_state), rtol=2e-5)
+
+
+def test_the_clip_is_of_the_mean():
+    """Which is not the mean of clipped micro-batches."""
+    tx = accumulate_gradients(clip_by_value(1.0), 2)
+    state = tx.init(jnp.array(0.0))
+    _, state = tx.update(jnp.array(10.0), state)
+    updates, _ = tx.update(jnp.array(-9.5), state)
+    assert float(updates) == 0.25
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    """1 + 2**-9 is 1 in bfloat16, and 60000 + 60000 infinite in float16."""
+    tx = accumulate_gradients(scale(1.0), 256)
+    grads = jnp.array([1.0, 2.0**-9], jnp.bfloat16)
+    state = tx.init(grads)
+    assert state.total.dtype == jnp.float32
+    update = jax.jit(tx.update)
+    for _ in range(256):
+        updates, state = update(grads, state)
+    assert_same(updates, grads)
+
+    large = jnp.array([6e4], jnp.float16)
+    tx = accumulate_gradients(identity(), 2)
+    _, state = tx.update(large, tx.init(large))
+    assert_same(tx.update(large, state)[0], large)
+
+
+def test_a_leaf_without_a_gradient_waits():
+    """Left alone in a call, also in that of the real step: what it gathered stays."""
+    tx = accumulate_gradients(scale(1.0), 2)
+    state = tx.init(PARAMS)
+    _, state = tx.update({"w": jnp.array([2.0, 4.0]), "b": jnp.array(6.0)}, state)
+    updates, state = tx.update({"w": jnp.array([4.0, 6.0]), "b": None}, state)
+    assert updates["b"] is None
+    assert_same(updates["w"], jnp.array([3.0, 5.0]))
+    assert_same(state.total, {"w": jnp.zeros(2), "b": jnp.array(6.0)})
+    _, state = tx.update({"w": jnp.array([2.0, 4.0]), "b": None}, state)
+    updates, state = tx.update({"w": jnp.array([2.0, 4.0]), "b": jnp.array(2.0)}, state)
+    assert float(updates["b"]) == 4.0
+
+
+# --- skip_not_finite ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_a_bad_step_changes_nothing_but_the_counter(dtype):
+    params = {**PARAMS, "w": PARAMS["w"].astype(dtype)}
+    tx = skip_not_finite(pipeline())
+    update = jax.jit(tx.update)
+    good = {"w": jnp.ones(2, dtype), "b": jnp.array(1.0)}
+    _, state = update(good, tx.init(params), params)
+    for count, bad in enumerate((jnp.nan, jnp.inf, -jnp.inf), start=1):
+        for grads in (
+            {**good, "w": good["w"].at[1].set(bad)},
+            {**good, "b": jnp.array(bad)},
+        ):
+            updates, after = update(grads, state, params)
+            assert_same(updates, jax.tree.map(jnp.zeros_like, good))
+            assert_same(after.inner, state.inner)
+            assert int(skipped_steps(after)) == count
+        state = after
+    updates, after = update(good, state, params)
+    assert int(skipped_steps(after)) == 3
+    assert int(step_count(after)) == 2
+    assert np.all(np.asarray(updates["w"]) != 0)
+
+
+def test_a_good_step_is_the_inner_step():
+    """Beside bad ones: the trajectory is that of the good gradients alone."""
+    tx, inner = skip_not_finite(pipeline()), pipeline()
+    params = expected = PARAMS
+    state, inner_state = tx.init(params), inner.init(params)
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    for t in range(6):
+        grads = draw(t)
+        if t in (1, 2, 4):
+            grads = {**grads, "b": jnp.array(jnp.nan)}
+        else:
+            inner_updates, inner_state = inner_update(grads, inner_state, expected)
+            expected = apply_updates(expected, inner_updates)
+        updates, state = update(grads, state, params)
+        params = apply_updates(params, updates)
+    assert_close(params, expected, rtol=1e-6)
+    assert_close(state.inner, inner_state, rtol=1e-6)
+    assert int(skipped_steps(state)) == 3
+
+
+def test_finite_gradients_of_an_infinite_norm_are_taken():
+    """What is asked is whether every element is finite."""
+    tx = skip_not_finite(scale(-1.0))
+    updates, state = tx.update(jnp.array([1e30, 3e38]), tx.init(jnp.zeros(2)))
+    assert int(skipped_steps(state)) == 0
+    assert_same(updates, jnp.array([-1e30, -3e38]))
+
+
+def test_the_counter_stays_at_the_largest_int32():
+    largest = jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32)
+    tx = skip_not_finite(identity())
+    state = SkipNotFiniteState(largest, tx.init(PARAMS).inner)
+    _, state = tx.update({**PARAMS, "b": jnp.array(jnp.nan)}, state)
+    assert_same(state.skipped, largest)
+
+
+def test_what_is_left_alone_is_not_asked():
+    """No None, integer or float0 makes a step bad, and none is changed."""
+    params = {"w": jnp.ones(2), "n": jnp.arange(2), "m": jnp.arange(2), "none": jnp.ones(1)}
+    tx = skip_not_finite(accumulate_gradients(adam(), 1))
+    grads = {"w": jnp.ones(2), "n": float0((2,)), "m": jnp.zeros(2, jnp.int32), "none": None}
+    for good in (1.0, jnp.nan):
+        updates, state = tx.update({**grads, "w": good * grads["w"]}, tx.init(params), params)
+        assert updates["none"] is None
+        assert updates["n"] is grads["n"]
+        assert_same(updates["m"], grads["m"])
+        assert int(skipped_steps(state)) == int(good != 1.0)
+
+
+def test_an_integer_in_place_of_a_gradient_is_refused():
+    """As everywhere; it is not taken to be something to leave alone."""
+    params = {"w": jnp.ones(2)}
+    for tx in (skip_not_finite(adam()), accumulate_gradients(adam(), 2)):
+        with pytest.raises(ValueError, match=r"grads\['w'\] is int32\[2\].*floating"):
+            tx.update({"w": jnp.ones(2, jnp.int32)}, tx.init(params), params)
+
+
+# --- nested -------------------------------------------------------------------------------------
+
+
+def test_skip_outside_drops_the_micro_batch():
+    tx = skip_not_finite(accumulate_gradients(scale(1.0), 2))
+    state = tx.init(jnp.array(0.0))
+    seen = []
+    for g in (1.0, np.nan, 3.0, np.inf, 5.0, 7.0):
+        updates, state = tx.update(jnp.array(g), state)
+        seen.append(float(updates))
+    assert seen == [0.0, 0.0, 2.0, 0.0, 0.0, 6.0]
+    assert int(skipped_steps(state)) == 2
+
+
+def test_skip_inside_drops_the_whole_step_and_starts_afresh():
+    tx = accumulate_gradients(skip_not_finite(scale(1.0)), 2)
+    state = tx.init(jnp.array(0.0))
+    seen = []
+    for g in (1.0, np.nan, 3.0, 5.0):
+        updates, state = tx.update(jnp.array(g), state)
+        seen.append(float(updates))
+    assert seen == [0.0, 0.0, 0.0, 4.0]
+    assert int(skipped_steps(state)) == 1
+
+
+def test_accumulation_in_accumulation():
+    tx = accumulate_gradients(accumulate_gradients(scale(1.0), 2), 2)
+    state = tx.init(jnp.array(0.0))
+    assert isinstance(state.inner, AccumulateGradientsState)
+    seen = []
+    for g in (1.0, 3.0, 5.0, 7.0):
+        updates, state = tx.update(jnp.array(g), state)
+        seen.append(float(updates))
+    assert seen == [0.0, 0.0, 0.0, 4.0]
+
+
+def test_optax_in_ours():
+    for ours, theirs in (
+        (accumulate_gradients(optax.adamw(0.1), 2), optax.MultiSteps(optax.adamw(0.1), 2)),
+        (skip_not_finite(optax.adamw(0.1)), optax.apply_if_finite(optax.adamw(0.1), 9)),
+    ):
+        params = expected = PARAMS
+        state, their_state = ours.init(params), theirs.init(params)
+        update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
+        for t in range(4):
+            grads = draw(t)
+            updates, state = update(grads, state, params)
+            params = apply_updates(params, updates)
+            updates, their_state = their_update(grads, their_state, expected)
+            expected = apply_updates(expected, updates)
+        assert_close(params, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_wrapped_chains_round_once(dtype):
+    """From the mean of the micro-batches to the update, in float32 all the way."""
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    tx = accumulate_gradients(skip_not_finite(adamw(0.1)), 3)
+    state, wide_state = tx.init(params), tx.init(wide)
+    update = jax.jit(tx.update)
+    for t in range(6):
+        grads = draw(t, dtype)
+        updates, state = update(grads, state, params)
+        widened = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        wide_updates, wide_state = update(widened, wide_state, wide)
+        assert_same(updates, jax.tree.map(lambda u: u.astype(dtype), wide_updates))
+    assert_same(state, wide_state)

@@ -1,0 +1,879 @@
+"""One table of every transform, and every law that must hold for each of them.
+
+`CASES` is the table. A law is a test over all of it. Where a law does not hold for a case, the
+case says so and why in `exempt`; the test then runs all the same and must fail (a strict xfail),
+so that no exception outlives its reason.
+"""
+
+import copy
+import functools
+import itertools
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same, avals, enable_x64, float0, is_none, leaves, ulp
+
+import adamjax
+from adamjax import (
+    accumulate_gradients,
+    adam,
+    adamax,
+    adamw,
+    add_decayed_weights,
+    amsgrad,
+    by_path,
+    chain,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    cosine_decay,
+    exponential_decay,
+    identity,
+    masked,
+    nadam,
+    partition,
+    scale,
+    scale_by_adam,
+    scale_by_adamax,
+    scale_by_amsgrad,
+    scale_by_learning_rate,
+    skip_not_finite,
+    warmup,
+    weight_ema,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transform of the table.
+
+    Attributes:
+      make: makes the transform; twice, where two equal ones are needed.
+      decays: weights move at zero gradients too, towards zero.
+      optax: has a part that is optax's.
+      exempt: laws that do not hold, each with the reason.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    decays: bool = False
+    optax: bool = False
+    exempt: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tx(self) -> Any:
+        return self.make()
+
+
+def matrices(tree):
+    """A mask that is a function: the leaves with two axes."""
+    return jax.tree.map(lambda x: jnp.ndim(x) == 2, tree)
+
+
+def pipeline():
+    return chain(
+        clip_by_global_norm(0.5),
+        scale_by_adam(),
+        add_decayed_weights(by_path([("bias", 0.0)], default=0.1)),
+        scale_by_learning_rate(warmup(cosine_decay(0.1, 10), 2, start=0.02)),
+        weight_ema(0.9),
+    )
+
+
+# Nothing to compare the gradients with: no state per leaf, and the parameters are not read.
+ONE_TREE = {"refuses": "sees no tree but the gradients"}
+# What optax's closures, or functions of ours, can not do.
+A_FUNCTION = {"prints": "a function has no repr to make it from"}
+CLOSURES = {
+    "pickles": "optax's closures do not pickle",
+    "equals": "optax makes new closures for every transform",
+    **A_FUNCTION,
+}
+OPTAX = {
+    "integers_and_bools_are_left_alone": "optax computes with float0",
+    "low_precision_updates_are_the_float32_twins_rounded_once": "optax rounds between transforms",
+}
+NOT_OURS = {
+    **CLOSURES,
+    "is_data": "optax's chain is a pair of functions",
+    "jit_argument": "optax's chain is a pair of functions",
+    "vmap_hyperparameters": "optax's chain is a pair of functions",
+}
+
+CASES = [
+    # transforms
+    Case("identity", lambda: identity(), exempt=ONE_TREE),
+    Case("scale", lambda: scale(-0.3), exempt=ONE_TREE),
+    Case("clip_by_value", lambda: clip_by_value(0.3), exempt=ONE_TREE),
+    Case("clip_by_norm", lambda: clip_by_norm(0.3), exempt=ONE_TREE),
+    Case("clip_by_global_norm", lambda: clip_by_global_norm(0.3), exempt=ONE_TREE),
+    Case("scale_by_adam", lambda: scale_by_adam(eps_hat=1e-6)),
+    Case("scale_by_adam, eps", lambda: scale_by_adam(0.8, 0.99, eps=1e-8)),
+    Case("scale_by_adam, nesterov", lambda: scale_by_adam(nesterov=True)),
+    Case("scale_by_adam, low b", lambda: scale_by_adam(0.0, 0.5, eps=1e-8)),
+    Case(
+        "scale_by_adam, m_dtype",
+        lambda: scale_by_adam(m_dtype=jnp.bfloat16),
+        exempt={"derivatives_equal_finite_differences": "a rounded moment is a staircase"},
+    ),
+    Case("scale_by_amsgrad", lambda: scale_by_amsgrad()),
+    Case("scale_by_amsgrad, eps", lambda: scale_by_amsgrad(0.8, 0.99, eps=1e-8)),
+    Case("scale_by_adamax", lambda: scale_by_adamax()),
+    Case("add_decayed_weights", lambda: add_decayed_weights(0.1), decays=True),
+    Case(
+        "add_decayed_weights, mask",
+        lambda: add_decayed_weights(exponential_decay(0.1, 2, 0.5), "kernel"),
+        decays=True,
+    ),
+    Case("scale_by_learning_rate", lambda: scale_by_learning_rate(0.1), exempt=ONE_TREE),
+    Case(
+        "scale_by_learning_rate, schedule",
+        lambda: scale_by_learning_rate(warmup(exponential_decay(0.1, 2, 0.5), 2, start=0.05)),
+        exempt=ONE_TREE,
+    ),
+    Case(
+        "scale_by_learning_rate, by_path",
+        lambda: scale_by_learning_rate(by_path([("bias", cosine_decay(0.1, 9))], default=0.2)),
+        exempt=ONE_TREE,
+    ),
+    Case("weight_ema", lambda: weight_ema(0.9)),
+    Case("weight_ema, overwriting", lambda: weight_ema(0.9, 2)),
+    # complete optimizers
+    Case("adam", lambda: adam(0.1)),
+    Case("adam, eps", lambda: adam(cosine_decay(0.1, 10), 0.8, 0.99, eps=1e-8)),
+    Case("amsgrad", lambda: amsgrad(0.1)),
+    Case("adamw", lambda: adamw(0.1, weight_decay=0.1), decays=True),
+    Case("adamax", lambda: adamax(0.1)),
+    Case("nadam", lambda: nadam(0.1)),
+    # chains and wrappers
+    Case("pipeline", pipeline, decays=True),
+    Case(
+        "chain, overwriting",
+        lambda: chain(chain(clip_by_norm(0.5), adam(0.1)), weight_ema(0.5, 3)),
+    ),
+    Case("masked", lambda: masked(scale_by_adam(), "kernel")),
+    Case(
+        "masked by a function",
+        lambda: masked(adamw(0.1, weight_decay=0.1, mask=matrices), matrices),
+        decays=True,
+        exempt=A_FUNCTION,
+    ),
+    Case(
+        "partition",
+        lambda: partition(
+            [("bias", chain(amsgrad(0.1), weight_ema(0.9))), ("kernel", adamax(0.1))],
+            default=nadam(0.1),
+        ),
+    ),
+    Case("accumulate_gradients", lambda: accumulate_gradients(scale_by_adam(), 2)),
+    Case("accumulate_gradients, pipeline", lambda: accumulate_gradients(pipeline(), 2), True),
+    Case("skip_not_finite", lambda: skip_not_finite(scale_by_amsgrad())),
+    Case("skip_not_finite, pipeline", lambda: skip_not_finite(pipeline()), True),
+    Case(
+        "wrappers in wrappers",
+        lambda: skip_not_finite(accumulate_gradients(masked(pipeline(), "kernel|bias"), 2)),
+        decays=True,
+    ),
+    # with optax
+    Case(
+        "optax in our chain",
+        lambda: chain(scale_by_adam(), optax.trace(0.5), optax.scale(-0.1), weight_ema(0.9)),
+        optax=True,
+        exempt={
+            **CLOSURES,
+            **OPTAX,
+            "a_none_gradient_skips_its_leaf": "optax.trace forgets the leaf",
+            "mixed_trees_keep_shapes_and_dtypes": "optax.trace forgets the leaf",
+        },
+    ),
+    Case(
+        "ours in optax.chain",
+        lambda: optax.chain(
+            clip_by_global_norm(0.5), scale_by_adam(), optax.scale(-0.1), weight_ema(0.9)
+        ),
+        optax=True,
+        exempt={**NOT_OURS, **OPTAX},
+    ),
+]
+# Whom an error may name where the transform does not print its parts.
+NOT_PRINTED = {"ours in optax.chain": "clip_by_global_norm, scale_by_adam"}
+BY_NAME = {case.name: case for case in CASES}
+LAWS = set()
+
+
+def law(test):
+    """Makes a test a law, over the whole table."""
+    name = test.__name__.removeprefix("test_")
+    LAWS.add(name)
+    params = []
+    for case in CASES:
+        reason = case.exempt.get(name)
+        marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+        params.append(pytest.param(case, id=case.name.replace(", ", "-"), marks=marks))
+    return pytest.mark.parametrize("case", params)(test)
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+STEPS = 6
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "layer": {
+            "kernel": jnp.asarray(rng.normal(size=(2, 3)), dtype),
+            "bias": jnp.asarray(rng.normal(size=3), dtype),
+        },
+        "gain": jnp.asarray(rng.normal(), dtype),
+    }
+
+
+def make_grads(t, dtype=jnp.float32):
+    rng = np.random.default_rng(100 + t)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), make_params())
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def stepping(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, updates
+
+    return step
+
+
+@functools.cache
+def compiled(name):
+    """The jitted step of a case, shared by the laws: `(params, state, updates)`."""
+    return jax.jit(stepping(BY_NAME[name].tx))
+
+
+@functools.cache
+def trajectory(name, dtype):
+    """`(params before, state before, grads, updates)` of every step, from a run in the dtype."""
+    params = make_params(dtype)
+    state, history = BY_NAME[name].tx.init(params), []
+    for t in range(STEPS):
+        grads = make_grads(t, dtype)
+        moved, next_state, updates = compiled(name)(params, state, grads)
+        history.append((params, state, grads, updates))
+        params, state = moved, next_state
+    return [*history, (params, state, None, None)]
+
+
+# --- form ---------------------------------------------------------------------------------------
+
+
+INTEGERS = {"count": (jnp.int32, float0((2,))), "flag": (jnp.bool_, float0())}
+
+
+def mixed_params(case):
+    """Every kind of leaf a model may have; no integers for optax, which computes with float0."""
+    floats = {
+        "layer": {
+            "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]),
+            "bias": jnp.array([1.0, -0.5, 0.25], jnp.bfloat16),
+        },
+        "half": jnp.array([1.0, -0.5], jnp.float16),
+        "wave": jnp.array([1.0 + 2.0j, -1.0j]),
+        "gain": jnp.array(0.5),
+        "empty": jnp.zeros((0, 2)),
+    }
+    integers = {name: jnp.ones(g.shape, dtype) for name, (dtype, g) in INTEGERS.items()}
+    return floats if case.optax else {**floats, **integers}
+
+
+def mixed_grads(case, **others):
+    """Their gradients, float0 for the integers, or what is given."""
+    grads = jax.tree.map(lambda p: 0.3 * p + jnp.ones_like(p), mixed_params(case))
+    if not case.optax:
+        grads |= {name: g for name, (_, g) in INTEGERS.items()} | others
+    return grads
+
+
+@law
+def test_state_keeps_its_form(case):
+    """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
+    params, grads, step = mixed_params(case), mixed_grads(case), stepping(case.tx)
+
+    def body(carry, t):
+        def rest():
+            return carry
+
+        def move():
+            params, state, _ = step(*carry, grads)
+            return params, state
+
+        return jax.lax.cond(t == 1, rest, move), None
+
+    start = params, case.tx.init(params)
+    end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
+    assert avals(end) == avals(start)
+
+
+@law
+def test_one_trace_and_donation(case):
+    """A donated step is traced once and leaves nothing of its arguments behind."""
+    traces = []
+
+    def step(params, state, grads):
+        traces.append(1)
+        return stepping(case.tx)(params, state, grads)[:2]
+
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    for init in (case.tx.init, jax.jit(case.tx.init)):
+        params = make_params()
+        state = init(params)
+        for t in range(2):
+            held = jax.tree.leaves((params, state))
+            params, state = donated(params, state, make_grads(t))
+            assert all(x.is_deleted() for x in held)
+        expected, expected_state, *_ = trajectory(case.name, jnp.float32)[2]
+        assert_close((params, state), (expected, expected_state))
+    assert len(traces) == 1
+
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@law
+def test_updates_have_the_gradients_dtype(case):
+    """Whatever the parameters' dtype, which alone makes the state's."""
+    for x64, p_dtype, g_dtype in itertools.product((False, True), DTYPES, DTYPES):
+        with enable_x64(x64):
+            params, grads = make_params(p_dtype), make_grads(0, g_dtype)
+            params["gain"], grads["gain"] = jnp.float32(1), jnp.float32(1)  # a mixed tree
+            state = jax.eval_shape(case.tx.init, params)
+            updates, next_state = jax.eval_shape(case.tx.update, grads, state, params)
+            assert avals(updates) == avals(grads)
+            if not case.optax:  # optax.trace takes on the gradients' dtype
+                assert avals(next_state) == avals(state)
+
+
+@law
+def test_strict_promotion(case):
+    """Users who have JAX refuse implicit promotions can use it."""
+    params = make_params(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(case.tx.init, params)
+        jax.eval_shape(stepping(case.tx), params, state, params)
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@law
+@pytest.mark.parametrize("dtype", [*DTYPES, jnp.float64], ids=lambda d: d.__name__)
+def test_zero_gradients_move_nothing(case, dtype):
+    """From a zero state; decay goes on, and shrinks. Weight averages rest on the weights."""
+    wide = dtype == jnp.float64
+    with enable_x64(wide), jax.disable_jit(wide):
+        params = make_params(dtype)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        state = case.tx.init(params)
+        for _ in range(2 if wide else 3):
+            moved, state, updates = compiled(case.name)(params, state, zeros)
+            for u, p, p1 in zip(*map(leaves, (updates, params, moved)), strict=True):
+                if case.decays:
+                    assert np.all(np.isfinite(u))
+                    uphill = case.name.startswith("add_decayed_weights")
+                    assert np.all((u * p >= 0) if uphill else (u * p <= 0))
+                else:
+                    assert np.all(u == 0)
+                    np.testing.assert_array_equal(p1, p)
+            if not case.decays:
+                averages = [x for x in jax.tree.leaves(state) if x.dtype == dtype and x.size]
+                assert all(np.all(np.isfinite(x)) for x in averages)
+            params = moved
+
+
+# Cases that overwrite the weights: the update is a difference of weights, whose rounding in the
+# low dtype is in the weights' units. The twin is then held to an ulp of the weights.
+OVERWRITE = {"weight_ema, overwriting", "chain, overwriting"}
+
+
+@law
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_low_precision_updates_are_the_float32_twins_rounded_once(case, dtype):
+    """Step by step, from the same weights: a 1% of half an ulp is left to float32's rounding."""
+    name = case.name
+    twin_state = case.tx.init(cast(make_params(dtype), jnp.float32))
+    for params, _, grads, updates in trajectory(name, dtype)[:-1]:
+        twin = compiled(name)(cast(params, jnp.float32), twin_state, cast(grads, jnp.float32))
+        _, twin_state, twin_updates = twin
+        for u, exact, p in zip(*map(leaves, (updates, twin_updates, params)), strict=True):
+            u, exact = u.astype(np.float64), exact.astype(np.float64)
+            bound = 0.505 * ulp(exact, dtype)
+            if name in OVERWRITE:
+                bound = bound + ulp(np.abs(p.astype(np.float64)) + 0.5, dtype)
+            assert np.all(np.abs(u - exact) <= bound), (u, exact)
+
+
+@law
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
+    """Over a whole run, by no more than the roundings of the weights and updates of its steps."""
+    params = cast(make_params(dtype), jnp.float32)
+    start, state = params, case.tx.init(params)
+    bounds = [0.0] * len(leaves(params))
+    for t, (low, _, grads, updates) in enumerate(trajectory(case.name, dtype)):
+        for p, p32, bound in zip(leaves(low), leaves(params), bounds, strict=True):
+            # Decay and averages feed the difference back: 1.5 covers what they add to it.
+            assert np.all(np.abs(p.astype(np.float64) - p32) <= 1.5 * bound), t
+        if grads is None:
+            break
+        params, state, _ = compiled(case.name)(params, state, cast(grads, jnp.float32))
+        rounded = zip(bounds, leaves(updates), leaves(params), strict=True)
+        bounds = [b + 0.5 * ulp(p, dtype) + 0.5 * ulp(u, dtype) for b, u, p in rounded]
+    ways = zip(*map(leaves, (start, params)), bounds, strict=True)
+    assert any(np.any(np.abs(p - p0) > 10 * bound) for p0, p, bound in ways)
+
+
+@law
+def test_vmap_over_weights_is_a_loop(case):
+    """Over parameters, gradients and state."""
+    histories = [trajectory(case.name, jnp.float32)]
+    tx = case.tx
+    shift = jax.tree.map(lambda p: p + 1, make_params())
+    many = jax.tree.map(lambda *xs: jnp.stack(xs), make_params(), shift)
+    state, other = jax.vmap(tx.init)(many), tx.init(shift)
+    step = jax.jit(jax.vmap(stepping(tx)))
+    for t in range(2):
+        grads, scaled = make_grads(t), jax.tree.map(lambda g: 3 * g, make_grads(t))
+        both = jax.tree.map(lambda *xs: jnp.stack(xs), grads, scaled)
+        many, state, updates = step(many, state, both)
+        shift, other, other_updates = compiled(case.name)(shift, other, scaled)
+        params, first, *_ = histories[0][t + 1]
+        first_updates = histories[0][t][3]
+        one = jax.tree.map(lambda x: x[0], (many, state, updates))
+        two = jax.tree.map(lambda x: x[1], (many, state, updates))
+        assert_close(one, (params, first, first_updates))
+        assert_close(two, (shift, other, other_updates))
+
+
+@law
+def test_complex_weights(case):
+    """Complex parameters move, and the others as if they were alone or not at all."""
+    params = {"layer": {"kernel": jnp.array([[1 + 2j, 0.5 - 1j]]), "bias": jnp.array([-1j])}}
+    state = case.tx.init(params)
+    for t in range(2):
+        grads = jax.tree.map(lambda p, t=t: (1 + t - 2j) * jnp.ones_like(p), params)
+        before = params
+        updates, state = case.tx.update(grads, state, params)
+        assert avals(updates) == avals(grads)
+        params = adamjax.apply_updates(params, updates)
+        assert avals(params) == avals(before)
+        assert all(np.all(np.isfinite(x)) for x in leaves(params))
+    if case.name != "masked":
+        assert all(np.any(np.abs(x.imag) > 0) for x in leaves(updates))
+
+
+@law
+def test_counts_stay_at_the_largest_int32(case):
+    """Where they would wrap, steps go on."""
+    largest = jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32)
+
+    def late(path, x):
+        return largest if jax.tree_util.keystr(path).endswith(".count") else x
+
+    params = make_params()
+    state = jax.tree_util.tree_map_with_path(late, case.tx.init(params))
+    for t in range(2):
+        params, state, _ = compiled(case.name)(params, state, make_grads(t))
+    assert all(np.all(np.isfinite(p)) for p in leaves(params))
+    assert_same(jax.tree_util.tree_map_with_path(late, state), state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", ["adam, eps", "amsgrad", "adamax", "nadam", "pipeline"])
+def test_low_precision_twins_over_hundreds_of_steps(name, dtype):
+    """The twins' updates differ by no more than a rounding, and the weights move.
+
+    The state knows nothing of the parameters' dtype, so nothing adds up in it. (A scalar may
+    come back to where it was: bfloat16 has few places.)
+    """
+    tx = BY_NAME[name].tx
+
+    def body(carry, key):
+        params, state, twin = carry
+        grads = cast(jax.tree.map(lambda p: jax.random.normal(key, p.shape) + 0.1, params), dtype)
+        updates, state = tx.update(grads, state, params)
+        wide = cast(params, jnp.float32), cast(grads, jnp.float32)
+        twin_updates, twin = tx.update(wide[1], twin, wide[0])
+        return (adamjax.apply_updates(params, updates), state, twin), (updates, twin_updates)
+
+    params = make_params(dtype)
+    keys = jax.random.split(jax.random.key(0), 300)
+    carry = params, tx.init(params), tx.init(cast(params, jnp.float32))
+    (end, _, _), (low, exact) = jax.jit(lambda c: jax.lax.scan(body, c, keys))(carry)
+    for p0, p1, u, twin in zip(*map(leaves, (params, end, low, exact)), strict=True):
+        u, twin = u.astype(np.float64), twin.astype(np.float64)
+        assert np.all(np.abs(u - twin) <= 0.505 * ulp(twin, dtype))
+        assert np.any(p0 != p1) or p0.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (adam(0.1, eps=1e-8), optax.adam(0.1)),
+        (adamw(0.1, eps=1e-8, weight_decay=0.1), optax.adamw(0.1, weight_decay=0.1)),
+        (
+            chain(clip_by_global_norm(0.5), adam(0.1, eps=1e-8)),
+            optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)),
+        ),
+    ],
+    ids=["adam", "adamw", "clip"],
+)
+def test_complex_weights_move_as_with_optax(ours, theirs):
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return jnp.asarray(rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3)), jnp.complex64)
+
+    p = q = {"wave": draw(), "real": draw().real}
+    s, r = ours.init(p), theirs.init(q)
+    for _ in range(4):
+        grads = {"wave": draw(), "real": draw().real}
+        u, s = ours.update(grads, s, p)
+        v, r = theirs.update(grads, r, q)
+        p, q = adamjax.apply_updates(p, u), optax.apply_updates(q, v)
+        assert_close(p, q, rtol=1e-5)
+
+
+# --- hyperparameters ----------------------------------------------------------------------------
+
+
+def varied(tx, factor):
+    """The transform with every float hyperparameter multiplied, as arrays."""
+
+    def one(x):
+        return jnp.asarray(factor * x) if isinstance(x, float) else jnp.asarray(x)
+
+    return jax.tree.map(one, tx)
+
+
+@functools.cache
+def compiled_argument(name):
+    """The step as a function of the transform too, and the list of its traces."""
+    traces = []
+
+    def step(tx, params, state, grads):
+        traces.append(1)
+        return stepping(tx)(params, state, grads)
+
+    return jax.jit(step), traces
+
+
+def run_argument(case, tx):
+    params = make_params()
+    state, history = case.tx.init(params), []
+    for t in range(3):
+        params, state, updates = compiled_argument(case.name)[0](tx, params, state, make_grads(t))
+        history.append(updates)
+    return params, history
+
+
+@law
+def test_jit_argument(case):
+    """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
+    for tx in (case.tx, varied(case.tx, 0.9)):
+        params, history = run_argument(case, tx)
+        closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
+        expected, state, expected_history = make_params(), case.tx.init(make_params()), []
+        with jax.disable_jit():
+            for t in range(3):
+                expected, state, updates = stepping(closed_over)(expected, state, make_grads(t))
+                expected_history.append(updates)
+        # Where b2 is traced, 1 - b2 is what float32 makes of it: 1e-5 off for 0.999.
+        assert_close((params, history), (expected, expected_history), rtol=1e-4)
+    _, traces = compiled_argument(case.name)
+    assert len(traces) == 1
+
+
+@law
+def test_vmap_hyperparameters(case):
+    """A population: the transform itself is mapped over, and equals a loop."""
+    alone = [varied(case.tx, factor) for factor in (1.0, 0.9)]
+    many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
+    step = jax.jit(jax.vmap(lambda tx, p, s, g: stepping(tx)(p, s, g), in_axes=(0, 0, 0, None)))
+    params = jax.tree.map(lambda p: jnp.stack([p, p]), make_params())
+    state, history = jax.vmap(lambda tx, p: tx.init(p))(many, params), []
+    for t in range(3):
+        params, state, updates = step(many, params, state, make_grads(t))
+        history.append(updates)
+    for i, tx in enumerate(alone):
+        expected, expected_history = run_argument(case, tx)
+        one, one_history = jax.tree.map(lambda x, i=i: x[i], (params, history))
+        assert_close(one, expected)
+        assert_close(one_history, expected_history)
+
+
+def hyperparameters(tx):
+    """The float hyperparameters, and the function that makes the transform of others."""
+    found, treedef = jax.tree.flatten(tx)
+    where = [i for i, x in enumerate(found) if isinstance(x, float)]
+
+    def make(values):
+        changed = dict(zip(where, values, strict=True))
+        return treedef.unflatten([changed.get(i, x) for i, x in enumerate(found)])
+
+    return [found[i] for i in where], make
+
+
+def outcome(tx, grads):
+    """One number of three steps, of which the second has half the gradients: weighed updates.
+
+    To be called without jit: each operation is compiled once for all cases.
+    """
+    params = cast(make_params(), grads["gain"].dtype)
+    state, total = tx.init(params), 0.0
+    for t in range(3):
+        used = jax.tree.map(lambda g, t=t: g / (1 + t % 2), grads)
+        updates, state = tx.update(used, state, params)
+        for i, u in enumerate(jax.tree.leaves(updates)):
+            total += jnp.sum(np.cos(t + i + np.arange(u.size)) * u.ravel())
+        params = adamjax.apply_updates(params, updates)
+    return total
+
+
+def slopes(case, grads):
+    """The derivatives of the outcome by the hyperparameters and by the gradients."""
+    values, make = hyperparameters(case.tx)
+    return jax.grad(lambda v, g: outcome(make(v), g), argnums=(0, 1))(values, grads)
+
+
+@law
+def test_derivatives_are_finite_at_zero_gradients(case):
+    with jax.disable_jit():
+        found = slopes(case, jax.tree.map(jnp.zeros_like, make_params()))
+    assert all(np.all(np.isfinite(x)) for x in leaves(found))
+
+
+@law
+def test_derivatives_equal_finite_differences(case):
+    """With respect to every hyperparameter, and to the gradients in a direction."""
+    with enable_x64(True), jax.disable_jit():
+        values, make = hyperparameters(case.tx)
+        grads, direction = make_grads(0, jnp.float64), make_grads(9, jnp.float64)
+        by_values, by_grads = slopes(case, grads)
+
+        for i, x in enumerate(values):
+            # A beta of 0 is at the edge of its range: a difference to one side.
+            h = max(1e-6 * x, 1e-9)
+            low = values if x == 0.0 else [*values[:i], x - h, *values[i + 1 :]]
+            high = [*values[:i], x + h, *values[i + 1 :]]
+            rise = outcome(make(high), grads) - outcome(make(low), grads)
+            np.testing.assert_allclose(
+                by_values[i], rise / (high[i] - low[i]), rtol=1e-5, atol=1e-6
+            )
+
+        h = 1e-6
+        low = jax.tree.map(lambda g, d: g - h * d, grads, direction)
+        high = jax.tree.map(lambda g, d: g + h * d, grads, direction)
+        rise = outcome(case.tx, high) - outcome(case.tx, low)
+        along = sum(map(np.vdot, leaves(by_grads), leaves(direction)))
+        np.testing.assert_allclose(along, rise / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+# --- trees --------------------------------------------------------------------------------------
+
+
+def replaced(tree, **entries):
+    return {**tree, "layer": {**tree["layer"], **entries}}
+
+
+def without(tree, name):
+    return {**tree, "layer": {k: v for k, v in tree["layer"].items() if k != name}}
+
+
+# What comes in place of the gradients, and what the message must say of it.
+WRONG = {
+    "scalar for an array": (
+        lambda g: replaced(g, kernel=jnp.float32(1)),
+        ("layer/kernel", "(2, 3)", "()"),
+    ),
+    "Python number for an array": (lambda g: replaced(g, kernel=1.0), ("layer/kernel", "(2, 3)")),
+    "shape that broadcasts": (
+        lambda g: replaced(g, kernel=jnp.ones((1, 3))),
+        ("layer/kernel", "(2, 3)", "(1, 3)"),
+    ),
+    "transposed": (
+        lambda g: replaced(g, kernel=jnp.ones((3, 2))),
+        ("layer/kernel", "(2, 3)", "(3, 2)"),
+    ),
+    "complex for real": (
+        lambda g: replaced(g, kernel=jnp.ones((2, 3), jnp.complex64)),
+        ("layer/kernel", "real", "complex64"),
+    ),
+    "integer for float": (
+        lambda g: replaced(g, kernel=jnp.ones((2, 3), jnp.int32)),
+        ("layer/kernel", "floating", "int32"),
+    ),
+    "missing leaf": (lambda g: without(g, "kernel"), ("no leaf 'layer/kernel'",)),
+    "surplus leaf": (lambda g: replaced(g, extra=jnp.ones(3)), ("has a leaf 'layer/extra'",)),
+    "list for dict": (
+        lambda g: {**g, "layer": list(g["layer"].values())},
+        ("'layer/", "expected the structure of"),
+    ),
+    "leaf for dict": (lambda g: {**g, "layer": g["gain"]}, ("'layer",)),
+    "dict for leaf": (lambda g: {**g, "gain": {"x": g["gain"]}}, ("'gain",)),
+    "string for an array": (
+        lambda g: replaced(g, kernel="gradient"),
+        ("layer/kernel", "expected an array", "str"),
+    ),
+}
+
+
+@law
+def test_refuses(case):
+    """A wrong tree, before anything is computed, in words: whose, where, what was expected."""
+    params, grads = make_params(), make_grads(0)
+    state = case.tx.init(params)
+    owners = NOT_PRINTED.get(case.name, repr(case.tx))
+    for name, (make, words) in WRONG.items():
+        with pytest.raises((TypeError, ValueError)) as caught:
+            case.tx.update(make(grads), state, params)
+        message = str(caught.value)
+        owner, _, rest = message.partition(": ")
+        assert owner in owners, f"{name}: {message}"
+        for word in words:
+            assert word in rest, f"{name}: {message}"
+
+
+@functools.cache
+def mixed_run(name):
+    """Three steps over every kind of leaf: float0, then integer zeros, then None for some."""
+    case = BY_NAME[name]
+    params, history = mixed_params(case), []
+    state = case.tx.init(params)
+    some = mixed_grads(case, count=None, flag=None)
+    some["layer"] = {"kernel": None, "bias": some["layer"]["bias"]}
+    zeros = {"count": jnp.zeros(2, jnp.int32), "flag": jnp.array(False)}
+    for grads in (mixed_grads(case), mixed_grads(case, **zeros), some):
+        updates, next_state = case.tx.update(grads, state, params)
+        moved = adamjax.apply_updates(params, updates)
+        history.append((params, state, grads, updates, moved, next_state))
+        params, state = moved, next_state
+    return history
+
+
+@law
+def test_a_none_gradient_skips_its_leaf(case):
+    """Its update is None, its weight stays, and its state stands still bit for bit."""
+    params, state, _, updates, moved, next_state = mixed_run(case.name)[2]
+    assert updates["layer"]["kernel"] is None
+    assert_same(moved["layer"]["kernel"], params["layer"]["kernel"])
+
+    def of_kernel(tree):
+        found = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return [x for path, x in found if "kernel" in jax.tree_util.keystr(path)]
+
+    assert_same(of_kernel(next_state), of_kernel(state))
+    assert_same(avals(next_state)[1], avals(state)[1])
+
+
+@law
+def test_integers_and_bools_are_left_alone(case):
+    for params, _, grads, updates, moved, _ in mixed_run(case.name):
+        for name in INTEGERS:
+            assert_same(moved[name], params[name])
+            g, u = grads[name], updates[name]
+            assert u is None if g is None else not np.any(np.asarray(u, bool))
+            assert g is None or u.dtype == g.dtype
+
+
+@law
+def test_mixed_trees_keep_shapes_and_dtypes(case):
+    """Scalars, empty arrays, and every dtype beside the others."""
+    for params, state, grads, updates, moved, next_state in mixed_run(case.name):
+        for g, u in zip(
+            *(jax.tree.leaves(x, is_leaf=is_none) for x in (grads, updates)), strict=True
+        ):
+            assert (g is None) == (u is None)
+            assert g is None or (u.shape, u.dtype) == (g.shape, g.dtype)
+        assert avals(moved) == avals(params)
+        assert avals(next_state) == avals(state)
+
+
+@law
+@pytest.mark.parametrize("empty", [{}, (), {"a": {}, "b": None}, {"a": jnp.zeros((0,))}], ids=repr)
+def test_empty_trees(case, empty):
+    state = case.tx.init(empty)
+    updates, next_state = case.tx.update(empty, state, empty)
+    assert jax.tree.structure(updates) == jax.tree.structure(empty)
+    assert avals(next_state) == avals(state)
+    assert_same(adamjax.apply_updates(empty, updates), empty)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+@law
+def test_is_data(case):
+    tx = case.tx
+    assert isinstance(tx, adamjax.Transform)
+    leaves_, treedef = jax.tree.flatten(tx)
+    assert treedef.unflatten(leaves_) == tx
+    with pytest.raises(AttributeError):
+        tx.b1 = 0.5
+    init, update = tx
+    params = make_params()
+    updates, _ = update(make_grads(0), init(params), params)
+    assert_close(updates, trajectory(case.name, jnp.float32)[0][3])
+
+
+@law
+def test_pickles(case):
+    for made in (pickle.loads(pickle.dumps(case.tx)), copy.deepcopy(case.tx)):
+        assert made == case.tx
+        assert hash(made) == hash(case.tx)
+        assert repr(made) == repr(case.tx)
+    arrays = varied(case.tx, 0.9)
+    assert pickle.loads(pickle.dumps(arrays)) == arrays
+
+
+@law
+def test_equals(case):
+    """By value, arrays too; a transform with arrays has no hash, and says so."""
+    tx, again = case.tx, case.make()
+    assert tx is not again
+    assert tx == again
+    assert hash(tx) == hash(again)
+    assert copy.copy(tx) == tx
+    assert tx != "a transform"
+    arrays = varied(tx, 0.9)
+    assert arrays == varied(again, 0.9)
+    if not jax.tree.leaves(tx):
+        return
+    assert arrays != tx
+    if hyperparameters(tx)[0]:
+        assert arrays != varied(tx, 0.8)
+    with pytest.raises(TypeError, match=r"array.*no hash"):
+        hash(arrays)
+
+
+@law
+def test_prints(case):
+    assert eval(repr(case.tx), dict(vars(adamjax))) == case.tx
+
+
+def test_the_table_is_whole():
+    """Every public transform and optimizer stands in it, and every exception names a law."""
+    text = " ".join(repr(case.tx) for case in CASES)
+    for name in adamjax.__all__:
+        made = getattr(adamjax, name)
+        if isinstance(made, type) and issubclass(made, adamjax.Transform):
+            assert name == "Transform" or f"{name}(" in text, name
+    assert {"adam", "amsgrad", "adamw", "adamax", "nadam"} <= set(BY_NAME)
+    assert {law for case in CASES for law in case.exempt} <= LAWS
