@@ -16,6 +16,7 @@ from adamjax.guard import (
     accumulate_gradients,
     skip_not_finite,
 )
+from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
 from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
 from adamjax.reading import (
@@ -38,7 +39,7 @@ from adamjax.schedule import (
     polynomial_decay,
     warmup,
 )
-from adamjax.transform import Transform, apply_updates, chain, identity
+from adamjax.transform import Transform, chain, identity
 
 # In the order of a pipeline.
 __all__ = [

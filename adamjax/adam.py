@@ -17,6 +17,7 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.data import BETA, POSITIVE, Number, Tree, static
+from adamjax.leaves import lift, new_slots
 from adamjax.moments import (
     Average,
     accumulator,
@@ -31,7 +32,7 @@ from adamjax.moments import (
     widen,
     widened,
 )
-from adamjax.transform import Rule, Step, lift, new_slots, times
+from adamjax.transform import Rule, Step, times
 
 __all__ = [
     "ScaleByAdamState",

@@ -6,8 +6,9 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.data import COUNT, UNIT, Number, Tree
+from adamjax.leaves import lift, needed, new_slots, stepped
 from adamjax.moments import accumulator, averaging, next_count, widen, widened
-from adamjax.transform import Step, Transform, lift, needed, new_slots, stepped
+from adamjax.transform import Step, Transform
 
 __all__ = ["WeightEmaState", "weight_ema"]
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from adamjax.data import POSITIVE, Number, Tree
+from adamjax.leaves import lift, matched, reduced
 from adamjax.moments import accumulator, root, scalar, square, widen
-from adamjax.transform import Stateless, Step, lift, reduced, scaled
+from adamjax.transform import Stateless, Step, scaled
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 
@@ -81,7 +82,11 @@ class clip_by_value(Stateless):
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         (clipped,) = lift(
-            "clip_by_value", _clipped_by_value, lambda real: scalar(self.limit, real), grads
+            "clip_by_value",
+            _clipped_by_value,
+            lambda real: scalar(self.limit, real),
+            grads,
+            like=params,
         )
         return clipped, state
 
@@ -106,7 +111,11 @@ class clip_by_norm(Stateless):
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         (clipped,) = lift(
-            "clip_by_norm", _clipped_by_norm, lambda real: scalar(self.max_norm, real), grads
+            "clip_by_norm",
+            _clipped_by_norm,
+            lambda real: scalar(self.max_norm, real),
+            grads,
+            like=params,
         )
         return clipped, state
 
@@ -133,6 +142,8 @@ class clip_by_global_norm(Stateless):
         self._check("max_norm", POSITIVE)
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        if params is not None:
+            matched("clip_by_global_norm", "grads", grads, params, "params")
         factor = _shrinking(_norm("clip_by_global_norm", grads), self.max_norm)
         (clipped,) = lift("clip_by_global_norm", scaled, factor.astype, grads)
         return clipped, state

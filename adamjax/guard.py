@@ -8,18 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from adamjax.data import COUNT, Number, Tree
+from adamjax.leaves import is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, next_count, scalar, widened
 from adamjax.paths import flatten, is_none
-from adamjax.transform import (
-    Step,
-    Transform,
-    as_transform,
-    is_left_alone,
-    lift,
-    new_slots,
-    nothing,
-    reduced,
-)
+from adamjax.transform import Step, Transform, as_transform
 
 __all__ = [
     "AccumulateGradientsState",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from adamjax.data import Tree, static
+from adamjax.leaves import matched
 from adamjax.paths import (
     Mask,
     checked_mask,
@@ -13,7 +14,7 @@ from adamjax.paths import (
     leaf_paths,
     selected,
 )
-from adamjax.transform import Step, Transform, as_transform, matched
+from adamjax.transform import Step, Transform, as_transform
 
 __all__ = ["masked", "partition"]
 
@@ -31,8 +32,8 @@ class masked(Transform):
 
     Args:
       tx: a transform.
-      mask: a pattern for `re.search` in the leaf's path, like `"kernel$"`, or a function from a
-        tree to a tree of bools.
+      pattern: for `re.search` in the leaf's path, like `"kernel$"`; or a function from a tree to
+        a tree of bools, as optax's masks.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.masked(adamjax.scale(0.0), "^frozen/")
@@ -42,23 +43,23 @@ class masked(Transform):
     """
 
     tx: Transform
-    mask: Mask = static()
+    pattern: Mask = static()
 
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
-        checked_mask("masked", self.mask)
+        checked_mask("masked", self.pattern)
 
     def init(self, params: Tree) -> Any:
-        return self.tx.init(_keep(params, selected(self.mask, params)))
+        return self.tx.init(_keep(params, selected(self.pattern, params)))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         if params is None:
             leaves, treedef = flatten(grads)
-            flags = selected(self.mask, grads)
+            flags = selected(self.pattern, grads)
         else:
             leaves = matched("masked", "grads", grads, params, "params")
             treedef = flatten(params)[1]
-            flags = selected(self.mask, params)
+            flags = selected(self.pattern, params)
             params = _keep(params, flags)
         seen = treedef.unflatten([g if f else None for g, f in zip(leaves, flags, strict=True)])
         inner, state = self.tx.update(seen, state, params, **extra_args)

@@ -11,9 +11,10 @@ from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradSta
 from adamjax.average import WeightEmaState
 from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
+from adamjax.leaves import is_left_alone
 from adamjax.scaling import ScheduleState, scale_by_learning_rate
 from adamjax.schedule import rate_at
-from adamjax.transform import Transform, as_transform, is_left_alone
+from adamjax.transform import Transform, as_transform
 
 __all__ = [
     "averaged_weights",

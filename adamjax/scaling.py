@@ -7,10 +7,11 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.data import FINITE, Number, Tree, is_array, static
+from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, selected
 from adamjax.schedule import Rate, as_rate, rates_at
-from adamjax.transform import Scaling, Stateless, Step, Transform, lift, needed
+from adamjax.transform import Scaling, Stateless, Step, Transform
 
 __all__ = [
     "ScheduleState",
