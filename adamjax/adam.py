@@ -32,7 +32,7 @@ from adamjax.moments import (
     widen,
     widened,
 )
-from adamjax.transform import Rule, Step, times
+from adamjax.transform import Rule, Step, expect_state, times
 
 __all__ = [
     "ScaleByAdamState",
@@ -204,6 +204,9 @@ class scale_by_adam(Rule):
 
     The state is a `ScaleByAdamState`.
 
+    A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
+    update of that element NaN. `skip_not_finite` does not see it; a clip in front prevents it.
+
     Raises:
       ValueError: a value is out of its range, or both epsilons are given.
 
@@ -235,6 +238,7 @@ class scale_by_adam(Rule):
         )
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        expect_state(self, state, ScaleByAdamState)
         product = state.momentum_product
         if self.nesterov:
             product = product * _momentum(self.b1, counted(state.count, product.dtype))
@@ -295,6 +299,7 @@ class scale_by_amsgrad(Rule):
         )
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        expect_state(self, state, ScaleByAmsgradState)
         updates, m, v, v_max = lift(
             "scale_by_amsgrad",
             _amsgrad,
@@ -382,6 +387,8 @@ class scale_by_adamax(Rule):
         )
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        expect_state(self, state, ScaleByAdamaxState)
+
         def scalars(real: Any) -> _AdamaxScalars:
             return _AdamaxScalars(
                 first=averaging(self.b1, real),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from adamjax.data import COUNT, UNIT, Number, Tree
 from adamjax.leaves import lift, needed, new_slots, stepped
 from adamjax.moments import accumulator, averaging, next_count, widen, widened
-from adamjax.transform import Step, Transform
+from adamjax.transform import Step, Transform, expect_state
 
 __all__ = ["WeightEmaState", "weight_ema"]
 
@@ -82,6 +82,7 @@ class weight_ema(Transform):
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, WeightEmaState)
         params = needed("weight_ema", params)
         count = next_count(state.count)
         due = None

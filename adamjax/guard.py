@@ -11,7 +11,7 @@ from adamjax.data import COUNT, Number, Tree
 from adamjax.leaves import is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, next_count, scalar, widened
 from adamjax.paths import flatten, is_none
-from adamjax.transform import Step, Transform, as_transform
+from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
     "AccumulateGradientsState",
@@ -66,9 +66,9 @@ class accumulate_gradients(Transform):
     """Takes a step of `tx` every `steps` calls, with the mean of the gradients of these calls.
 
     In the calls between, updates are zero and nothing of `tx` moves: neither moments, counts and
-    schedules nor decay and average. The mean reaches `tx` in float32 at least. A leaf whose
-    gradient is `None` in a call is left alone in that call, also where that is the real step:
-    what it has gathered then waits for the next one.
+    schedules nor decay and average. The mean is taken in float32 at least. A leaf whose gradient
+    is `None` in a call is left alone in that call, also where that is the real step: what it has
+    gathered then waits for the next one.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
@@ -100,6 +100,7 @@ class accumulate_gradients(Transform):
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, AccumulateGradientsState)
         _, total = lift("accumulate_gradients", _add, nothing, grads, (state.total,))
         count = state.micro_count + 1
         due = count >= jnp.asarray(self.steps, count.dtype)
@@ -109,7 +110,9 @@ class accumulate_gradients(Transform):
                 if is_left_alone(g):
                     return g
                 x = x / scalar(self.steps, accumulator(x.dtype))
-                return x.astype(g.dtype) if self.tx.has_foreign else x
+                # As in a chain: those need what the gradients' own dtype makes of it.
+                own = self.tx.has_foreign or self.tx.must_be_last
+                return x.astype(g.dtype) if own else x
 
             def emptied(g: Any, x: Any) -> Any:
                 return x if is_left_alone(g) else jnp.zeros_like(x)
@@ -172,6 +175,7 @@ class skip_not_finite(Transform):
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, SkipNotFiniteState)
         finite = reduced(
             "skip_not_finite", _all_finite, jnp.logical_and, grads, empty=jnp.array(True)
         )

@@ -14,7 +14,7 @@ from adamjax.paths import (
     leaf_paths,
     selected,
 )
-from adamjax.transform import Step, Transform, as_transform
+from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["masked", "partition"]
 
@@ -144,6 +144,12 @@ class partition(Transform):
         return tuple(tx.init(self._share(params, i)) for i, tx in enumerate(self.parts))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, tuple)
+        if len(state) != len(self.parts):
+            raise ValueError(
+                f"partition: the state has {len(state)} parts for {len(self.parts)} transforms; "
+                f"was it made by the init of {self!r}?"
+            )
         updates, treedef = flatten(grads)
         owners, states = self._owners(grads), []
         for i, (tx, part) in enumerate(zip(self.parts, state, strict=True)):

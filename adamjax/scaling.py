@@ -11,7 +11,7 @@ from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, selected
 from adamjax.schedule import Rate, as_rate, rates_at
-from adamjax.transform import Scaling, Stateless, Step, Transform
+from adamjax.transform import Scaling, Stateless, Step, Transform, expect_state
 
 __all__ = [
     "ScheduleState",
@@ -94,6 +94,7 @@ class scale_by_learning_rate(Scaling):
         return _new_count()
 
     def factors(self, tree: Tree, state: Any) -> Step:
+        expect_state(self, state, ScheduleState)
         rates = rates_at(self.learning_rate, state.count, tree)
         downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
         return downhill, ScheduleState(next_count(state.count))
@@ -132,6 +133,7 @@ class add_decayed_weights(Transform):
         return _new_count()
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, ScheduleState)
         params = needed("add_decayed_weights", params)
         rates = rates_at(self.weight_decay, state.count, params)
         if self.mask is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "Transform",
     "as_transform",
     "chain",
+    "expect_state",
     "identity",
     "scaled",
     "times",
@@ -115,6 +116,15 @@ class foreign(Transform):
 
     def __repr__(self) -> str:
         return f"foreign({getattr(self.update_fn, '__qualname__', self.update_fn)})"
+
+
+def expect_state(owner: Transform, state: Any, kind: type) -> None:
+    """Refuses a state that another transform made."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
+            f"{kind.__name__} that its init or its last update returned"
+        )
 
 
 def as_transform(tx: Any) -> Transform:
@@ -233,6 +243,7 @@ class chain(Transform):
         return tuple(tx.init(params) for tx in self.transforms)
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, tuple)
         if len(state) != len(self.transforms):
             raise ValueError(
                 f"chain: the state has {len(state)} parts for {len(self.transforms)} "

@@ -1,9 +1,11 @@
 """Dense steps: time, compile time and memory against optax, Keras on JAX and torch's fused Adam.
 
 adamjax, optax and Keras take their steps in one process, in turn; torch in a process of its own,
-in turn with that one, as thread pools disturb each other. A sample is the mean of a few steps; a
-ratio is taken within a round, from samples that lie next to each other in time. Where arrays come
-to lie in memory moves a step's time by a tenth, so the processes are started anew several times.
+in turn with that one, as thread pools disturb each other. A sample is the mean of a few steps
+after one that is not timed; a ratio is taken within a round, from samples that lie next to each
+other in time, and who goes first changes from round to round, as the first is slower. Where
+arrays come to lie in memory moves a step's time by a tenth, so the processes are started anew
+several times.
 """
 
 import argparse
@@ -96,7 +98,7 @@ def jax_step(name: str, chain: str, params: list[Any]) -> tuple[Any, Any]:
     return jax.jit(step, donate_argnums=(0, 1)), state
 
 
-def jax_runner(name: str, chain: str, shapes: Any, dtype: str, steps: int) -> Callable[[], None]:
+def jax_runner(name: str, chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
     """Takes some steps in place and waits for them."""
     import jax
 
@@ -104,7 +106,7 @@ def jax_runner(name: str, chain: str, shapes: Any, dtype: str, steps: int) -> Ca
     step, state = jax_step(name, chain, params)
     held = [params, state]
 
-    def run() -> None:
+    def run(steps: int) -> None:
         for _ in range(steps):
             held[:] = step(*held, grads)
         jax.block_until_ready(held)
@@ -112,7 +114,7 @@ def jax_runner(name: str, chain: str, shapes: Any, dtype: str, steps: int) -> Ca
     return run
 
 
-def torch_runner(chain: str, shapes: Any, dtype: str, steps: int) -> Callable[[], None]:
+def torch_runner(chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
     """The same with torch's fused Adam."""
     import torch
 
@@ -123,7 +125,7 @@ def torch_runner(chain: str, shapes: Any, dtype: str, steps: int) -> Callable[[]
         p.grad = torch.randn_like(p)
     optimizer = torch.optim.Adam(params, RATE, fused=True)
 
-    def run() -> None:
+    def run(steps: int) -> None:
         for _ in range(steps):
             if chain == "clip + adam":
                 torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
@@ -139,22 +141,25 @@ def torch_runner(chain: str, shapes: Any, dtype: str, steps: int) -> Callable[[]
 
 def work(kind: str, workloads: dict[str, Any]) -> None:
     """Serves rounds: a line with (workload, chain) in, a line with seconds a step out."""
-    runners: dict[Any, dict[str, Callable[[], None]]] = {}
+    contenders = ["torch"] if kind == "torch" else jax_contenders()
+    runners: dict[str, Callable[[int], None]] = {}
+    current, steps = None, 1
     for line in sys.stdin:
-        workload, chain = key = tuple(json.loads(line))
-        shapes, dtype, steps = workloads[workload]
-        if key not in runners:
-            runners.clear()
-            make = functools.partial(jax_runner, chain=chain, shapes=shapes, dtype=dtype)
-            runners[key] = (
-                {"torch": torch_runner(chain, shapes, dtype, steps)}
-                if kind == "torch"
-                else {name: make(name, steps=steps) for name in jax_contenders()}
-            )
-            for run in runners[key].values():
-                run()
-                run()
-        answer = {name: timed(run) / steps for name, run in runners[key].items()}
+        workload, chain = asked = json.loads(line)
+        if asked != current:
+            current = asked
+            shapes, dtype, steps = workloads[workload]
+            for name in contenders:
+                runners[name] = (
+                    torch_runner(chain, shapes, dtype)
+                    if name == "torch"
+                    else jax_runner(name, chain, shapes, dtype)
+                )
+        answer = {}
+        for name in contenders:
+            runners[name](1)
+            answer[name] = timed(functools.partial(runners[name], steps)) / steps
+        contenders.append(contenders.pop(0))
         print(json.dumps(answer), flush=True)
 
 

@@ -408,3 +408,24 @@ def test_replace_makes_a_checked_copy():
     assert parts.replace(default=None) == partition([("w", scale(1.0))])
     rates = adamjax.by_path([("w", 0.1)], default=0.2)
     assert rates.replace(default=0.3) == adamjax.by_path([("w", 0.1)], default=0.3)
+
+
+STATEFUL = {
+    "scale_by_adam": adamjax.scale_by_adam(),
+    "scale_by_amsgrad": adamjax.scale_by_amsgrad(),
+    "scale_by_adamax": adamjax.scale_by_adamax(),
+    "scale_by_learning_rate": adamjax.scale_by_learning_rate(0.1),
+    "add_decayed_weights": adamjax.add_decayed_weights(0.1),
+    "weight_ema": adamjax.weight_ema(),
+    "accumulate_gradients": adamjax.accumulate_gradients(adamjax.adam(), 2),
+    "skip_not_finite": adamjax.skip_not_finite(adamjax.adam()),
+    "chain": adamjax.adam(),
+    "partition": adamjax.partition([], default=adamjax.adam()),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("state", [None, {"count": 0}], ids=["None", "dict"])
+def test_a_state_of_another_kind_is_refused(name, state):
+    with pytest.raises(TypeError, match=rf"{name}: the state is a \w+, expected the"):
+        STATEFUL[name].update(jnp.ones(2), state, jnp.ones(2))
