@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from adamjax.data import POSITIVE, Number, Tree
-from adamjax.leaves import lift, matched, reduced
-from adamjax.moments import accumulator, root, scalar, square, widen
-from adamjax.transform import Stateless, Step, scaled
+from adamjax.leaves import lift, reduced
+from adamjax.moments import accumulator, apart, root, scalar, square, widen, widened
+from adamjax.transform import Scaling, Stateless, Step
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 
 
 def _sum_of_squares(c: None, g: chex.Array) -> tuple[chex.Array]:
-    return (jnp.sum(square(widen(g, accumulator(g.dtype)))),)
+    real = accumulator(g.dtype)
+    if widened(g.dtype, real) != g.dtype:
+        # A widened copy that the norm and the product have in common would be kept in memory.
+        g = widen(apart(g), real)
+    return (jnp.sum(square(g)),)
 
 
 def global_norm(tree: Tree) -> chex.Array:
@@ -120,7 +124,7 @@ class clip_by_norm(Stateless):
         return clipped, state
 
 
-class clip_by_global_norm(Stateless):
+class clip_by_global_norm(Stateless, Scaling):
     """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
 
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
@@ -141,9 +145,9 @@ class clip_by_global_norm(Stateless):
     def __post_init__(self) -> None:
         self._check("max_norm", POSITIVE)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        if params is not None:
-            matched("clip_by_global_norm", "grads", grads, params, "params")
-        factor = _shrinking(_norm("clip_by_global_norm", grads), self.max_norm)
-        (clipped,) = lift("clip_by_global_norm", scaled, factor.astype, grads)
-        return clipped, state
+    @property
+    def reads_updates(self) -> bool:
+        return True
+
+    def factors(self, tree: Tree, state: Any) -> Step:
+        return _shrinking(_norm("clip_by_global_norm", tree), self.max_norm).astype, state

@@ -66,9 +66,9 @@ class accumulate_gradients(Transform):
     """Takes a step of `tx` every `steps` calls, with the mean of the gradients of these calls.
 
     In the calls between, updates are zero and nothing of `tx` moves: neither moments, counts and
-    schedules nor decay and average. The mean is taken in float32 at least. A leaf whose gradient
-    is `None` in a call is left alone in that call, also where that is the real step: what it has
-    gathered then waits for the next one.
+    schedules nor decay and average. The mean reaches `tx` in float32 at least. A leaf whose
+    gradient is `None` in a call is left alone in that call, also where that is the real step:
+    what it has gathered then waits for the next one.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
@@ -110,9 +110,7 @@ class accumulate_gradients(Transform):
                 if is_left_alone(g):
                     return g
                 x = x / scalar(self.steps, accumulator(x.dtype))
-                # As in a chain: those need what the gradients' own dtype makes of it.
-                own = self.tx.has_foreign or self.tx.must_be_last
-                return x.astype(g.dtype) if own else x
+                return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:
                 return x if is_left_alone(g) else jnp.zeros_like(x)

@@ -13,6 +13,7 @@ from adamjax.data import Number, is_array
 __all__ = [
     "Average",
     "accumulator",
+    "apart",
     "averaging",
     "correction",
     "counted",
@@ -119,6 +120,18 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
     y = root(primals[0])
     slope = jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
     return y, slope * tangents[0]
+
+
+@jax.custom_jvp
+def apart(x: chex.Array) -> chex.Array:
+    """`x`, of which XLA does not see that it is the same."""
+    return jax.lax.optimization_barrier(x)
+
+
+@apart.defjvp
+def _apart_jvp(primals: Any, tangents: Any) -> Any:
+    # The barrier's own rule came to JAX later than the oldest version that is supported.
+    return apart(primals[0]), tangents[0]
 
 
 def square(x: chex.Array) -> chex.Array:

@@ -152,16 +152,24 @@ def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
 
 
 class Scaling(Transform):
-    """Base class of transforms that multiply each leaf by a scalar, whatever the updates are."""
+    """Base class of transforms that multiply each leaf by a scalar."""
+
+    @property
+    def reads_updates(self) -> bool:
+        """Whether the scalars depend on what they multiply."""
+        return False
 
     def factors(self, tree: Tree, state: Any) -> Step:
         """The factor of every leaf of the tree, as `lift` takes scalars, and the next state."""
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
+    def scaled(self, factors: Any, updates: Tree, params: Tree) -> Tree:
+        """The updates times their factors."""
+        return lift(type(self).__name__, scaled, factors, updates, like=params)[0]
+
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         factors, state = self.factors(grads, state)
-        (updates,) = lift(type(self).__name__, scaled, factors, grads, like=params)
-        return updates, state
+        return self.scaled(factors, grads, params), state
 
 
 class Rule(Transform):
@@ -261,18 +269,24 @@ class chain(Transform):
 
         updates, states, joined = grads, list(state), False
         for i, tx in enumerate(self.transforms):
+            behind = self.transforms[i + 1] if i + 1 < len(states) else None
             if joined:
                 joined = False
-                continue
-            # An average of weights is of those that the rounded updates will lead to.
-            own = tx.has_foreign or tx.must_be_last
-            updates = cast(updates, dtypes if own else wide)
-            behind = self.transforms[i + 1] if i + 1 < len(states) else None
-            if isinstance(tx, Rule) and isinstance(behind, Scaling):
+            elif tx.has_foreign or tx.must_be_last:
+                # An average of weights is of those that the rounded updates will lead to.
+                updates = cast(updates, dtypes)
+                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
+            elif isinstance(tx, Scaling):
+                # Factors are taken from the updates as they are: widened for both, narrow
+                # gradients would be kept in the wide dtype from the norm to the product.
+                factors, states[i] = tx.factors(updates, state[i])
+                updates = tx.scaled(factors, cast(updates, wide), params)
+            elif isinstance(tx, Rule) and isinstance(behind, Scaling) and not behind.reads_updates:
                 factors, states[i + 1] = behind.factors(updates, state[i + 1])
-                updates, states[i] = tx.step(updates, state[i], factors)
+                updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
                 joined = True
             else:
+                updates = cast(updates, wide)
                 updates, states[i] = tx.update(updates, state[i], params, **extra_args)
         return cast(updates, dtypes), tuple(states)
 
