@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from support import enable_x64
 
 import adamjax
 
@@ -24,7 +25,7 @@ def run(tx, start, grads, precision, *, jit=False):
     `start` is a tree of arrays, `grads` the same tree with a leading axis of steps; so are the
     weights and averages.
     """
-    with jax.enable_x64(precision == "float64"):
+    with enable_x64(precision == "float64"):
         start, grads = jax.tree.map(lambda x: np.asarray(x, precision), (start, grads))
 
         def step(params, state, g):
