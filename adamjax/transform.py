@@ -176,7 +176,7 @@ class Rule(Transform):
     """Base class of the rules, whose updates end in a factor.
 
     A chain puts the factors of a scaling that follows into the rule's own: one multiplication
-    and one rounding less an element, and an eighth less to compile.
+    and one rounding less an element, and less to compile.
     """
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
