@@ -10,6 +10,7 @@ from adamjax.adam import (
 )
 from adamjax.average import WeightEmaState, weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from adamjax.exact import ExactRowsState, StaleTable, Ticket, exact_rows
 from adamjax.guard import (
     AccumulateGradientsState,
     SkipNotFiniteState,
@@ -27,6 +28,8 @@ from adamjax.reading import (
     slot_names,
     step_count,
 )
+from adamjax.replicas import sum_over
+from adamjax.rows import RowGradient, row_gradient
 from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import (
     Schedule,
@@ -55,6 +58,9 @@ __all__ = [
     "clip_by_norm",
     "clip_by_global_norm",
     "global_norm",
+    "row_gradient",
+    "RowGradient",
+    "sum_over",
     # rules
     "scale_by_adam",
     "ScaleByAdamState",
@@ -86,6 +92,11 @@ __all__ = [
     "AccumulateGradientsState",
     "skip_not_finite",
     "SkipNotFiniteState",
+    # tables
+    "exact_rows",
+    "ExactRowsState",
+    "Ticket",
+    "StaleTable",
     # complete optimizers
     "adam",
     "amsgrad",

@@ -10,14 +10,16 @@ is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps
 form just before section 2.1 of the paper, with `c_eps = eps * sqrt(1 - b2**t)` its algorithm 1.
 """
 
+import math
 from dataclasses import field
 from typing import Any, NamedTuple
 
 import chex
 import jax.numpy as jnp
 
+from adamjax.coasting import Coast
 from adamjax.data import BETA, POSITIVE, Number, Tree, static
-from adamjax.leaves import lift, new_slots
+from adamjax.leaves import Rows, lift, new_slots
 from adamjax.moments import (
     Average,
     accumulator,
@@ -29,9 +31,9 @@ from adamjax.moments import (
     root,
     scalar,
     square,
-    widen,
     widened,
 )
+from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_state, times
 
 __all__ = [
@@ -68,6 +70,11 @@ def _check(rule: Any, default: str) -> None:
         )
     if eps_hat is None and eps is None:
         rule._set(**{default: 1e-7})
+    if rule.rows not in ("dense", "lazy"):
+        raise ValueError(
+            f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
+            "rows='exact' wrap the whole chain: exact_rows(tx, tables)"
+        )
     for name in ("b1", "b2"):
         rule._check(name, BETA)
     rule._check("eps_hat" if rule.eps is None else "eps", POSITIVE)
@@ -107,11 +114,8 @@ def _zero_size(params: Tree, dtype: str | None) -> Tree:
 
 def _moments(
     c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array
-) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """The widened gradient and the two averages after it."""
-    real = accumulator(g.dtype, v.dtype)
-    g = widen(g, real)
-    return g, c.first(widen(m, real), g), c.second(widen(v, real), square(g))
+) -> tuple[chex.Array, chex.Array]:
+    return c.first(m, g), c.second(v, square(g))
 
 
 def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
@@ -119,19 +123,21 @@ def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.
     return top / (root(v) + c.c_eps)
 
 
-def _adam(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> tuple[chex.Array, ...]:
-    wide, m1, v1 = _moments(c, g, m, v)
-    u = _quotient(c, wide, m1, v1)
-    return u.astype(g.dtype), m1.astype(m.dtype), v1.astype(v.dtype)
-
-
-def _amsgrad(
+def _moments_and_max(
     c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
-) -> tuple[chex.Array, ...]:
-    wide, m1, v1 = _moments(c, g, m, v)
-    largest = jnp.maximum(widen(v_max, v1.dtype), v1)
-    u = _quotient(c, wide, m1, largest)
-    return u.astype(g.dtype), m1.astype(m.dtype), v1.astype(v.dtype), largest.astype(v_max.dtype)
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    m, v = _moments(c, g, m, v)
+    return m, v, jnp.maximum(v_max, v)
+
+
+def _quotient_by_max(
+    c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
+) -> chex.Array:
+    return _quotient(c, g, m, v_max)
+
+
+_adam = Recurrence(_moments, _quotient)
+_amsgrad = Recurrence(_moments_and_max, _quotient_by_max)
 
 
 def _momentum(b1: Number, t: chex.Array) -> chex.Array:
@@ -159,6 +165,16 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
     )
 
 
+def _coast(rule: Any, shrink: float) -> Coast:
+    corrected = getattr(rule, "eps_hat", rule.eps) is None
+    return Coast(
+        b1=rule.b1,
+        shrink=shrink,
+        eps=rule.eps if corrected or not hasattr(rule, "eps_hat") else rule.eps_hat,
+        b2=rule.b2 if corrected else None,
+    )
+
+
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
@@ -173,6 +189,10 @@ class ScaleByAdamState(NamedTuple):
     m: Tree
     v: Tree
     momentum_product: chex.Array | None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("m", "v")
 
 
 class scale_by_adam(Rule):
@@ -201,6 +221,11 @@ class scale_by_adam(Rule):
       m_dtype, v_dtype: real dtypes to keep the moments in; by default float32, or the
         parameter's dtype if that is wider. For complex parameters m is complex, v real, and
         `m_dtype` has no effect.
+      rows: what a `RowGradient` means to the rows it does not hold. "dense": a gradient of zero,
+        so their moments decay and they move on by momentum, as with the dense gradient (and at
+        its cost; `exact_rows` has the same result for less). "lazy": they stand still in
+        everything, in what follows in the chain as well (LazyAdam of TensorFlow Addons, torch's
+        SparseAdam); the step count is that of all rows.
 
     The state is a `ScaleByAdamState`.
 
@@ -224,6 +249,7 @@ class scale_by_adam(Rule):
     nesterov: bool = static(default=False, kw_only=True)
     m_dtype: Any = static(default=None, kw_only=True)
     v_dtype: Any = static(default=None, kw_only=True)
+    rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self, default="eps" if self.nesterov else "eps_hat")
@@ -237,17 +263,33 @@ class scale_by_adam(Rule):
             momentum_product=jnp.ones((), float) if self.nesterov else None,
         )
 
+    def coast(self) -> Coast:
+        return _coast(self, math.sqrt(self.b2))
+
+    @property
+    def decays(self) -> dict[str, Any]:
+        return {"m": self.b1, "v": self.b2}
+
+    def pace(self, state: Any, real: Any) -> Any:
+        return _scalars(self, state.count, real, self._product(state)).c_m
+
+    def _product(self, state: Any) -> Any:
+        """The product of the momenta after the step that is taken from this state."""
+        product = state.momentum_product
+        if not self.nesterov:
+            return product
+        return product * _momentum(self.b1, counted(state.count, product.dtype))
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAdamState)
-        product = state.momentum_product
-        if self.nesterov:
-            product = product * _momentum(self.b1, counted(state.count, product.dtype))
+        product = self._product(state)
         updates, m, v = lift(
             "scale_by_adam",
             _adam,
             times(lambda real: _scalars(self, state.count, real, product), factors),
             grads,
             slots=(state.m, state.v),
+            rows=self.rows,
         )
         return updates, ScaleByAdamState(next_count(state.count), m, v, product)
 
@@ -260,6 +302,10 @@ class ScaleByAmsgradState(NamedTuple):
     v: Tree
     v_max: Tree
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("m", "v", "v_max")
+
 
 class scale_by_amsgrad(Rule):
     """AMSGrad's rule: Adam's, with the largest v so far in place of v.
@@ -268,7 +314,8 @@ class scale_by_amsgrad(Rule):
     torch: `v_max = max(v_max, v)` is taken over the raw v and corrected afterwards.
 
     Args:
-      b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `scale_by_adam`; `v_max` has the dtype of v.
+      b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`; `v_max` has the dtype
+        of v.
 
     The state is a `ScaleByAmsgradState`.
 
@@ -285,6 +332,7 @@ class scale_by_amsgrad(Rule):
     eps: Number | None = field(default=None, kw_only=True)
     m_dtype: Any = static(default=None, kw_only=True)
     v_dtype: Any = static(default=None, kw_only=True)
+    rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self, default="eps_hat")
@@ -298,6 +346,16 @@ class scale_by_amsgrad(Rule):
             v_max=_zero_size(params, self.v_dtype),
         )
 
+    def coast(self) -> Coast:
+        return _coast(self, 1.0)
+
+    @property
+    def decays(self) -> dict[str, Any]:
+        return {"m": self.b1, "v": self.b2}
+
+    def pace(self, state: Any, real: Any) -> Any:
+        return _scalars(self, state.count, real, None).c_m
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAmsgradState)
         updates, m, v, v_max = lift(
@@ -306,6 +364,7 @@ class scale_by_amsgrad(Rule):
             times(lambda real: _scalars(self, state.count, real, None), factors),
             grads,
             slots=(state.m, state.v, state.v_max),
+            rows=self.rows,
         )
         return updates, ScaleByAmsgradState(next_count(state.count), m, v, v_max)
 
@@ -320,15 +379,19 @@ class _AdamaxScalars(NamedTuple):
         return self._replace(c_m=factor * self.c_m)
 
 
-def _adamax(
+def _moment_and_maximum(
     c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
-) -> tuple[chex.Array, ...]:
-    real = accumulator(g.dtype, u.dtype)
-    wide = widen(g, real)
-    m1 = c.first(widen(m, real), wide)
-    held = widen(u, real)
-    u1 = jnp.maximum(c.second(held, jnp.zeros_like(held)), magnitude(wide))
-    return (c.c_m * m1 / (u1 + c.c_eps)).astype(g.dtype), m1.astype(m.dtype), u1.astype(u.dtype)
+) -> tuple[chex.Array, chex.Array]:
+    return c.first(m, g), jnp.maximum(c.second(u, jnp.zeros_like(u)), magnitude(g))
+
+
+def _quotient_by_maximum(
+    c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
+) -> chex.Array:
+    return c.c_m * m / (u + c.c_eps)
+
+
+_adamax = Recurrence(_moment_and_maximum, _quotient_by_maximum)
 
 
 class ScaleByAdamaxState(NamedTuple):
@@ -343,6 +406,10 @@ class ScaleByAdamaxState(NamedTuple):
     count: chex.Array
     m: Tree
     u: Tree
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("m", "u")
 
 
 class scale_by_adamax(Rule):
@@ -359,6 +426,7 @@ class scale_by_adamax(Rule):
       b2: decay of the maximum, in [0, 1).
       eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
       m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
+      rows: as in `scale_by_adam`, but "lazy" by default, as Keras' document of Adamax says.
 
     The state is a `ScaleByAdamaxState`.
 
@@ -374,6 +442,7 @@ class scale_by_adamax(Rule):
     eps: Number = field(default=1e-7, kw_only=True)
     m_dtype: Any = static(default=None, kw_only=True)
     u_dtype: Any = static(default=None, kw_only=True)
+    rows: Rows = static(default="lazy", kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self, default="eps")
@@ -386,6 +455,16 @@ class scale_by_adamax(Rule):
             u=_zero_size(params, self.u_dtype),
         )
 
+    def coast(self) -> Coast:
+        return _coast(self, self.b2)
+
+    @property
+    def decays(self) -> dict[str, Any]:
+        return {"m": self.b1, "u": self.b2}
+
+    def pace(self, state: Any, real: Any) -> Any:
+        return 1 / correction(self.b1, counted(state.count, real))
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAdamaxState)
 
@@ -393,11 +472,16 @@ class scale_by_adamax(Rule):
             return _AdamaxScalars(
                 first=averaging(self.b1, real),
                 second=averaging(self.b2, real),
-                c_m=1 / correction(self.b1, counted(state.count, real)),
+                c_m=self.pace(state, real),
                 c_eps=scalar(self.eps, real),
             )
 
         updates, m, u = lift(
-            "scale_by_adamax", _adamax, times(scalars, factors), grads, slots=(state.m, state.u)
+            "scale_by_adamax",
+            _adamax,
+            times(scalars, factors),
+            grads,
+            slots=(state.m, state.u),
+            rows=self.rows,
         )
         return updates, ScaleByAdamaxState(next_count(state.count), m, u)

@@ -6,8 +6,8 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.data import COUNT, UNIT, Number, Tree
-from adamjax.leaves import lift, needed, new_slots, stepped
-from adamjax.moments import accumulator, averaging, next_count, widen, widened
+from adamjax.leaves import lift, needed, new_slots
+from adamjax.moments import accumulator, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
 
 __all__ = ["WeightEmaState", "weight_ema"]
@@ -23,6 +23,10 @@ class WeightEmaState(NamedTuple):
 
     count: chex.Array
     average: Tree
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("average",)
 
 
 class _Ema(NamedTuple):

@@ -1,5 +1,6 @@
 """Clipping: by value, by the norm of each leaf, by the norm of all leaves together."""
 
+import functools
 import operator
 from typing import Any
 
@@ -10,17 +11,18 @@ import jax.numpy as jnp
 from adamjax.data import POSITIVE, Number, Tree
 from adamjax.leaves import lift, reduced
 from adamjax.moments import accumulator, apart, root, scalar, square, widen, widened
+from adamjax.rows import each_array, parts
 from adamjax.transform import Scaling, Stateless, Step
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 
 
-def _sum_of_squares(c: None, g: chex.Array) -> tuple[chex.Array]:
+def _sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
     real = accumulator(g.dtype)
     if widened(g.dtype, real) != g.dtype:
         # A widened copy that the norm and the product have in common would be kept in memory.
-        g = widen(apart(g), real)
-    return (jnp.sum(square(g)),)
+        g = each_array(lambda x: widen(apart(x), real), g)
+    return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in parts(g))),)
 
 
 def global_norm(tree: Tree) -> chex.Array:
@@ -61,9 +63,13 @@ def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
     return (clipped.astype(g.dtype),)
 
 
-def _clipped_by_norm(max_norm: Any, g: chex.Array) -> tuple[chex.Array]:
-    x = widen(g, max_norm.dtype)
-    return ((_shrinking(root(jnp.sum(square(x))), max_norm) * x).astype(g.dtype),)
+def _clipped_by_norm(max_norm: Any, g: Any) -> tuple[Any]:
+    def clipped(x: chex.Array) -> chex.Array:
+        return (factor * widen(x, max_norm.dtype)).astype(x.dtype)
+
+    squares = (jnp.sum(square(widen(x, max_norm.dtype))) for x in parts(g))
+    factor = _shrinking(root(functools.reduce(operator.add, squares)), max_norm)
+    return (each_array(clipped, g),)
 
 
 class clip_by_value(Stateless):
@@ -80,6 +86,8 @@ class clip_by_value(Stateless):
     """
 
     limit: Number
+
+    keeps_zero = True
 
     def __post_init__(self) -> None:
         self._check("limit", POSITIVE)
@@ -110,6 +118,8 @@ class clip_by_norm(Stateless):
 
     max_norm: Number
 
+    keeps_zero = True
+
     def __post_init__(self) -> None:
         self._check("max_norm", POSITIVE)
 
@@ -120,6 +130,7 @@ class clip_by_norm(Stateless):
             lambda real: scalar(self.max_norm, real),
             grads,
             like=params,
+            rows="whole",
         )
         return clipped, state
 

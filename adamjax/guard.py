@@ -1,5 +1,6 @@
 """Steps that are taken only when it is time, or only when the gradients are sound."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,10 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamjax.data import COUNT, Number, Tree
-from adamjax.leaves import is_left_alone, lift, new_slots, nothing, reduced
+from adamjax.data import COUNT, Number, Tree, static
+from adamjax.leaves import at_rest, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, next_count, scalar, widened
-from adamjax.paths import flatten, is_none
+from adamjax.paths import checked_rules, first_match, flatten, is_leaf, leaf_paths
+from adamjax.rows import RowGradient, parts
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
@@ -30,18 +32,38 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
     leaves, treedef = flatten(grads)
     passed = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
     pairs = list(zip(leaves, passed, strict=True))
-    alive = treedef.unflatten([None if rests else jnp.asarray(g) for g, rests in pairs])
+    alive = treedef.unflatten(
+        [
+            None if rests else g if isinstance(g, RowGradient) else jnp.asarray(g)
+            for g, rests in pairs
+        ]
+    )
 
     def taken() -> Step:
         updates, new_state = step(alive)
-        return jax.tree.map(lambda g, u: u.astype(g.dtype), alive, updates), new_state
+        return _each_leaf(lambda g, u: u.astype(g.dtype), alive, updates), new_state
 
     def rested() -> Step:
-        return jax.tree.map(jnp.zeros_like, alive), state
+        # Updates may have other leaves than the gradients: all rows of a table may move.
+        return _each_leaf(_still, jax.eval_shape(taken)[0]), state
 
     updates, state = jax.lax.cond(due, taken, rested)
     moves = zip(flatten(updates)[0], pairs, strict=True)
     return treedef.unflatten([g if rests else u for u, (g, rests) in moves]), state
+
+
+def _each_leaf(function: Callable[..., Any], *trees: Tree) -> Any:
+    """A function of leaves mapped over trees, `None` left as it is."""
+
+    def alive(*leaves: Any) -> Any:
+        return None if leaves[0] is None else function(*leaves)
+
+    return jax.tree.map(alive, *trees, is_leaf=is_leaf)
+
+
+def _still(shape: Any) -> Any:
+    """The update of this shape that moves nothing."""
+    return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
 
 
 class AccumulateGradientsState(NamedTuple):
@@ -58,8 +80,19 @@ class AccumulateGradientsState(NamedTuple):
     inner: Any
 
 
-def _add(c: None, g: chex.Array, total: chex.Array) -> tuple[chex.Array, chex.Array]:
-    return g, total + g.astype(total.dtype)
+def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
+    if not isinstance(total, RowGradient):
+        return g, total + g.astype(total.dtype)
+    if not isinstance(g, RowGradient):
+        raise ValueError(
+            f"accumulate_gradients: max_rows makes room for row gradients of this table of shape "
+            f"{total.shape}, but a dense one came; leave the table out of max_rows"
+        )
+    room, found = total.indices.size, total + g.astype(total.dtype)
+    full = jnp.any(found.indices[room:] < found.num_rows)
+    # Rows that have no place cannot be left out unseen.
+    values = jnp.where(full, jnp.nan, found.values[:room])
+    return g, found.replace(indices=found.indices[:room], values=values)
 
 
 class accumulate_gradients(Transform):
@@ -70,9 +103,16 @@ class accumulate_gradients(Transform):
     gradient is `None` in a call is left alone in that call, also where that is the real step:
     what it has gathered then waits for the next one.
 
+    Row gradients are gathered in a dense array, unless `max_rows` says how many distinct rows of
+    a table at most are touched in a step; the step then gets a row gradient. Should there be
+    more, the gradient of the rows becomes NaN: the fault is seen, and `skip_not_finite` inside
+    can tell.
+
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
       steps: micro-batches a step, a whole number of at least 1.
+      max_rows: pairs (pattern, rows) for tables that get row gradients; or a number, for every
+        leaf of two or more dimensions that has more rows than that.
 
     The state is an `AccumulateGradientsState`.
 
@@ -88,20 +128,55 @@ class accumulate_gradients(Transform):
 
     tx: Transform
     steps: Number
+    max_rows: Any = static(default=None)
 
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
         self._check("steps", COUNT)
+        if self.max_rows is None:
+            return
+        rules: Any = self.max_rows
+        if not isinstance(rules, int):
+            rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
+        for rows in (rules,) if isinstance(rules, int) else (rows for _, rows in rules):
+            if not isinstance(rows, int) or rows < 1:
+                raise ValueError(
+                    f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
+                    f"pairs (pattern, number); got {self.max_rows!r}"
+                )
+        self._set(max_rows=rules)
+
+    def _room(self, path: str, p: Any) -> int | None:
+        """The rows to make room for in a leaf, `None` for a dense array."""
+        rows: int | None
+        if self.max_rows is None or jnp.ndim(p) == 0:
+            return None
+        if isinstance(self.max_rows, int):
+            rows = self.max_rows if jnp.ndim(p) > 1 else None
+        else:
+            found = first_match([pattern for pattern, _ in self.max_rows], path)
+            rows = None if found is None else self.max_rows[found][1]
+        return rows if rows is not None and rows < jnp.shape(p)[0] else None
 
     def init(self, params: Tree) -> AccumulateGradientsState:
-        total = new_slots(
-            params, lambda p: jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
-        )
+        rooms = list(map(self._room, leaf_paths(params), flatten(params)[0]))
+
+        def empty(p: chex.Array) -> chex.Array:
+            return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
+
+        total, treedef = flatten(new_slots(params, empty))
+        for i, x in enumerate(total):
+            rows = rooms[i]
+            if x is not None and rows is not None:
+                ids = jnp.full(rows, x.shape[0], jnp.int32)
+                values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
+                total[i] = RowGradient(ids, values, num_rows=x.shape[0])
+        total = treedef.unflatten(total)
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, AccumulateGradientsState)
-        _, total = lift("accumulate_gradients", _add, nothing, grads, (state.total,))
+        _, total = lift("accumulate_gradients", _add, nothing, grads, (state.total,), rows="whole")
         count = state.micro_count + 1
         due = count >= jnp.asarray(self.steps, count.dtype)
 
@@ -113,11 +188,11 @@ class accumulate_gradients(Transform):
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:
-                return x if is_left_alone(g) else jnp.zeros_like(x)
+                return x if is_left_alone(g) else at_rest(x)
 
-            means = jax.tree.map(mean, alive, total, is_leaf=is_none)
+            means = jax.tree.map(mean, alive, total, is_leaf=is_leaf)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
-            rest = jax.tree.map(emptied, alive, total, is_leaf=is_none)
+            rest = jax.tree.map(emptied, alive, total, is_leaf=is_leaf)
             return updates, (rest, inner)
 
         updates, (total, inner) = _conditional(due, step, grads, (total, state.inner))
@@ -143,8 +218,8 @@ class SkipNotFiniteState(NamedTuple):
     inner: Any
 
 
-def _all_finite(c: None, g: chex.Array) -> tuple[chex.Array]:
-    return (jnp.all(jnp.isfinite(g)),)
+def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
+    return (functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in parts(g))),)
 
 
 class skip_not_finite(Transform):

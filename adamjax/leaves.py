@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
-from adamjax.moments import accumulator, widen
+from adamjax.moments import accumulator, stepped
 from adamjax.paths import flatten, leaf_paths
+from adamjax.rows import RowGradient, applied, check_sound
 
 __all__ = [
+    "Rows",
     "apply_updates",
     "at_rest",
     "dtype_of",
@@ -26,8 +28,11 @@ __all__ = [
     "new_slots",
     "nothing",
     "reduced",
-    "stepped",
 ]
+
+
+# What a rule does with the rows of a table that a row gradient does not hold; see `lift`.
+Rows = Literal["dense", "lazy", "whole"]
 
 
 def is_left_alone(leaf: Any) -> bool:
@@ -45,7 +50,7 @@ def at_rest(leaf: Any) -> Any:
     """The update of a leaf that is left alone: zeros where they can be added, else what came."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
-    return jnp.zeros_like(leaf)
+    return leaf.emptied() if isinstance(leaf, RowGradient) else jnp.zeros_like(leaf)
 
 
 def is_arraylike(leaf: Any) -> bool:
@@ -57,7 +62,8 @@ def _said(leaf: Any) -> str:
         return "None"
     if not is_arraylike(leaf):
         return f"a {type(leaf).__name__}"
-    return f"{dtype_of(leaf).name}{list(np.shape(leaf))}"
+    rows = "rows of " if isinstance(leaf, RowGradient) else ""
+    return f"{rows}{dtype_of(leaf).name}{list(np.shape(leaf))}"
 
 
 def _kind(leaf: Any) -> str:
@@ -136,8 +142,11 @@ def lift(
     params: Tree = None,
     like: Tree = None,
     names: tuple[str, str] = ("grads", "the state"),
+    rows: Rows = "dense",
 ) -> tuple[Any, ...]:
     """Applies a rule on arrays to every leaf of trees; checks all leaves before the first.
+
+    A rule is elementwise: to a `RowGradient` it is applied by `rows.applied`.
 
     Args:
       owner: the transform's name, for errors.
@@ -150,6 +159,8 @@ def lift(
       like: parameters that the rule does not read; where there are no slots and they are given,
         the gradients must match them.
       names: what errors call `grads` and `slots`.
+      rows: whether the rows that a `RowGradient` does not hold have a gradient of zero, or are
+        left alone; or "whole" for a rule that is not elementwise and takes such a leaf as it is.
 
     Returns:
       The tree of updates, then the new slot trees.
@@ -177,13 +188,14 @@ def lift(
         elif given is None:
             outputs[i] = (g, *held)
         else:
-            arrays = [jnp.asarray(x) for x in (g, *held, *(column[i] for column in reads))]
-            key = (given, *((x.shape, x.dtype) for x in arrays))
-            alike.setdefault(key, []).append((i, arrays))
+            leaf = [_ready(owner, x) for x in (g, *held, *(column[i] for column in reads))]
+            arrays, structure = jax.tree.flatten(leaf)
+            key = (given, structure, *((x.shape, x.dtype) for x in arrays))
+            alike.setdefault(key, []).append((i, leaf))
 
     ready: dict[Any, Any] = {}
-    for (given, *avals), group in alike.items():
-        real = accumulator(*(dtype for _, dtype in avals[: 1 + len(slots)]))
+    for (given, *_), group in alike.items():
+        real = accumulator(*(x.dtype for x in group[0][1][: 1 + len(slots)]))
         if (given, real) not in ready:
             ready[given, real] = c = given(real)
             if any(np.ndim(x) for x in jax.tree.leaves(c)):
@@ -194,7 +206,9 @@ def lift(
                 )
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
-            results = _each(rule, ready[given, real], [arrays for _, arrays in block])
+            results = _each(
+                rule, (rows, len(slots)), ready[given, real], [leaf for _, leaf in block]
+            )
             for (i, _), result in zip(block, results, strict=True):
                 outputs[i] = result
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
@@ -206,9 +220,25 @@ def lift(
 _BLOCK = 8
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _each(rule: Callable[..., Any], c: Any, block: list[list[chex.Array]]) -> list[Any]:
-    return [tuple(rule(c, *arrays)) for arrays in block]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _each(
+    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, block: list[list[Any]]
+) -> list[Any]:
+    rows, slots = how
+
+    def result(g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
+        if rows == "whole" or not isinstance(g, RowGradient):
+            return tuple(rule(c, g, *arrays))
+        return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:])
+
+    return [result(*leaf) for leaf in block]
+
+
+def _ready(owner: str, leaf: Any) -> Any:
+    if not isinstance(leaf, RowGradient):
+        return jnp.asarray(leaf)
+    check_sound(owner, leaf)
+    return leaf
 
 
 def needed(owner: str, params: Tree) -> Tree:
@@ -225,8 +255,11 @@ def reduced(
     tree: Tree,
     empty: chex.Array,
 ) -> chex.Array:
-    """What a rule `(None, g) -> (scalar,)` gives for the leaves of a tree, joined into one."""
-    (scalars,) = lift(owner, rule, nothing, tree, names=("the tree", ""))
+    """What a rule `(None, g) -> (scalar,)` gives for the leaves of a tree, joined into one.
+
+    The rule takes a `RowGradient` as it is.
+    """
+    (scalars,) = lift(owner, rule, nothing, tree, names=("the tree", ""), rows="whole")
     pairs = zip(flatten(tree)[0], flatten(scalars)[0], strict=True)
     found = [x for leaf, x in pairs if not is_left_alone(leaf)]
     while len(found) > 1:
@@ -239,14 +272,8 @@ def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Ar
     return functools.reduce(join, block)
 
 
-def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
-    """The parameter after its update: added in float32 at least, rounded once to its own dtype."""
-    real = accumulator(p.dtype, u.dtype)
-    return (widen(p, real) + widen(u, real)).astype(p.dtype)
-
-
-def _moved(c: None, u: chex.Array, p: chex.Array) -> tuple[chex.Array, chex.Array]:
-    return u, stepped(p, u)
+def _moved(c: None, u: Any, p: chex.Array) -> tuple[Any, chex.Array]:
+    return u, p + u if isinstance(u, RowGradient) else stepped(p, u)
 
 
 def nothing(real: Any) -> None:
@@ -272,4 +299,6 @@ def apply_updates(params: Tree, updates: Tree) -> Any:
     {'n': 3, 'w': Array([2., 2.], dtype=float32)}
     """
     names = ("updates", "params")
-    return lift("apply_updates", _moved, nothing, updates, slots=(params,), names=names)[1]
+    return lift(
+        "apply_updates", _moved, nothing, updates, slots=(params,), names=names, rows="whole"
+    )[1]

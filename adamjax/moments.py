@@ -22,6 +22,7 @@ __all__ = [
     "root",
     "scalar",
     "square",
+    "stepped",
     "widen",
     "widened",
 ]
@@ -132,6 +133,12 @@ def apart(x: chex.Array) -> chex.Array:
 def _apart_jvp(primals: Any, tangents: Any) -> Any:
     # The barrier's own rule came to JAX later than the oldest version that is supported.
     return apart(primals[0]), tangents[0]
+
+
+def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
+    """The parameter after its update: added in float32 at least, rounded once to its own dtype."""
+    real = accumulator(p.dtype, u.dtype)
+    return (widen(p, real) + widen(u, real)).astype(p.dtype)
 
 
 def square(x: chex.Array) -> chex.Array:

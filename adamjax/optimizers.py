@@ -4,6 +4,7 @@ from typing import Any
 
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.data import Number
+from adamjax.leaves import Rows
 from adamjax.paths import Mask
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 from adamjax.schedule import Rate
@@ -21,12 +22,13 @@ def adam(
     eps: Number | None = None,
     m_dtype: Any = None,
     v_dtype: Any = None,
+    rows: Rows = "dense",
 ) -> chain:
     """Adam (Kingma & Ba, arXiv:1412.6980): `scale_by_adam`, then `scale_by_learning_rate`.
 
     Args:
       learning_rate: a float or scalar array of at least 0, a schedule, or `by_path`.
-      b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `scale_by_adam`.
+      b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`.
 
     Returns:
       The chain; `apply_updates(params, updates)` takes the step.
@@ -38,7 +40,9 @@ def adam(
     >>> adamjax.apply_updates(params, updates)
     {'w': Array([0.9000001, 2.1      ], dtype=float32)}
     """
-    rule = scale_by_adam(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    rule = scale_by_adam(
+        b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, rows=rows
+    )
     return chain(rule, scale_by_learning_rate(learning_rate))
 
 
@@ -51,6 +55,7 @@ def amsgrad(
     eps: Number | None = None,
     m_dtype: Any = None,
     v_dtype: Any = None,
+    rows: Rows = "dense",
 ) -> chain:
     """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, `scale_by_learning_rate`.
 
@@ -61,7 +66,9 @@ def amsgrad(
     chain(scale_by_amsgrad(b1=0.8, b2=0.999, eps_hat=1e-07),
           scale_by_learning_rate(learning_rate=0.1))
     """
-    rule = scale_by_amsgrad(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    rule = scale_by_amsgrad(
+        b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, rows=rows
+    )
     return chain(rule, scale_by_learning_rate(learning_rate))
 
 
@@ -76,13 +83,14 @@ def adamw(
     mask: Mask | None = None,
     m_dtype: Any = None,
     v_dtype: Any = None,
+    rows: Rows = "dense",
 ) -> chain:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101): Adam with decoupled weight decay.
 
     `p -= learning_rate * (u + weight_decay * p)`, with u the update of `scale_by_adam`.
 
     Args:
-      learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype: as in `adam`.
+      learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `adam`.
       weight_decay, mask: as in `add_decayed_weights`; 0.004 is Keras' default.
 
     Returns:
@@ -95,7 +103,9 @@ def adamw(
     >>> tx.update(zeros, tx.init(params), params)[0]
     {'bias': Array([-0.], dtype=float32), 'kernel': Array([-0.05], dtype=float32)}
     """
-    rule = scale_by_adam(b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype)
+    rule = scale_by_adam(
+        b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, rows=rows
+    )
     return chain(
         rule, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate)
     )
@@ -109,6 +119,7 @@ def adamax(
     eps: Number = 1e-7,
     m_dtype: Any = None,
     u_dtype: Any = None,
+    rows: Rows = "lazy",
 ) -> chain:
     """Adamax (Kingma & Ba, arXiv:1412.6980, algorithm 2).
 
@@ -119,7 +130,7 @@ def adamax(
     chain(scale_by_adamax(b1=0.9, b2=0.999, eps=1e-07),
           scale_by_learning_rate(learning_rate=0.1))
     """
-    rule = scale_by_adamax(b1, b2, eps=eps, m_dtype=m_dtype, u_dtype=u_dtype)
+    rule = scale_by_adamax(b1, b2, eps=eps, m_dtype=m_dtype, u_dtype=u_dtype, rows=rows)
     return chain(rule, scale_by_learning_rate(learning_rate))
 
 
@@ -131,6 +142,7 @@ def nadam(
     eps: Number = 1e-7,
     m_dtype: Any = None,
     v_dtype: Any = None,
+    rows: Rows = "dense",
 ) -> chain:
     """Nadam (Dozat, 2016) as Keras defines it, with its momentum schedule.
 
@@ -141,5 +153,7 @@ def nadam(
     chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-07, nesterov=True),
           scale_by_learning_rate(learning_rate=0.1))
     """
-    rule = scale_by_adam(b1, b2, eps=eps, nesterov=True, m_dtype=m_dtype, v_dtype=v_dtype)
+    rule = scale_by_adam(
+        b1, b2, eps=eps, nesterov=True, m_dtype=m_dtype, v_dtype=v_dtype, rows=rows
+    )
     return chain(rule, scale_by_learning_rate(learning_rate))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from adamjax.data import Tree
+from adamjax.rows import RowGradient
 
 __all__ = [
     "Mask",
@@ -14,7 +15,7 @@ __all__ = [
     "checked_rules",
     "first_match",
     "flatten",
-    "is_none",
+    "is_leaf",
     "leaf_paths",
     "selected",
 ]
@@ -23,19 +24,19 @@ __all__ = [
 Mask = str | Callable[[Any], Any]
 
 
-def is_none(x: Any) -> bool:
-    """Whether a node is `None`: for `is_leaf`."""
-    return x is None
+def is_leaf(x: Any) -> bool:
+    """Whether a node is one leaf to us: `None`, which stands for 'not here', or a row gradient."""
+    return x is None or isinstance(x, RowGradient)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
-    """Leaves and structure of a tree in which `None` is a leaf: it stands for 'not here'."""
-    return jax.tree.flatten(tree, is_leaf=is_none)
+    """Leaves and structure of a tree; what is a leaf, `is_leaf` says."""
+    return jax.tree.flatten(tree, is_leaf=is_leaf)
 
 
 def leaf_paths(tree: Tree) -> list[str]:
     """The path of every leaf (`None` is one), keys joined by slashes: `"layers/0/kernel"`."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
 
 
@@ -79,9 +80,9 @@ def selected(mask: Mask, tree: Tree) -> list[bool]:
         return [re.search(mask, path) is not None for path in leaf_paths(tree)]
     # A mask may stop above the leaves: one bool for all that is below it.
     flags = jax.tree.map(
-        lambda flag, below: jax.tree.map(lambda _: bool(flag), below, is_leaf=is_none),
+        lambda flag, below: jax.tree.map(lambda _: bool(flag), below, is_leaf=is_leaf),
         mask(tree),
         tree,
-        is_leaf=is_none,
+        is_leaf=is_leaf,
     )
     return jax.tree.leaves(flags)

@@ -25,12 +25,7 @@ __all__ = [
     "step_count",
 ]
 
-# The slots of every rule, in the order in which they are named.
-_SLOTS = {
-    ScaleByAdamState: ("m", "v"),
-    ScaleByAmsgradState: ("m", "v", "v_max"),
-    ScaleByAdamaxState: ("m", "u"),
-}
+_RULES = (ScaleByAdamState, ScaleByAmsgradState, ScaleByAdamaxState)
 
 
 def _found(state: Any, *kinds: type) -> list[Any]:
@@ -68,7 +63,7 @@ def slot_names(state: Any) -> tuple[str, ...]:
     >>> adamjax.slot_names(adamjax.amsgrad().init(jnp.zeros(3)))
     ('m', 'v', 'v_max')
     """
-    names = [name for s in _found(state, *_SLOTS) for name in _SLOTS[type(s)]]
+    names = [name for s in _found(state, *_RULES) for name in s.slots]
     return tuple(dict.fromkeys(names))
 
 
@@ -90,7 +85,7 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    trees = [getattr(s, name) for s in _found(state, *_SLOTS) if name in _SLOTS[type(s)]]
+    trees = [getattr(s, name) for s in _found(state, *_RULES) if name in s.slots]
     if not trees:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
     return _joined(f"slot {name!r}", trees)
@@ -111,7 +106,7 @@ def step_count(state: Any) -> chex.Array:
     >>> adamjax.step_count(adamjax.adam().init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    found = _found(state, *_SLOTS) or _found(state, ScheduleState, WeightEmaState)
+    found = _found(state, *_RULES) or _found(state, ScheduleState, WeightEmaState)
     if not found:
         raise ValueError("nothing in this state counts steps: it holds no rule, rate or average")
     return found[0].count

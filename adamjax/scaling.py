@@ -132,13 +132,23 @@ class add_decayed_weights(Transform):
     def init(self, params: Tree) -> ScheduleState:
         return _new_count()
 
+    def _rates(self, state: Any, params: Tree) -> list[Any]:
+        """The decay of every leaf; the number 0 for those that have none."""
+        rates = rates_at(self.weight_decay, state.count, params)
+        if self.mask is None:
+            return rates
+        decays = selected(self.mask, params)
+        return [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        if state is None:
+            return 1, 1
+        return 1, scalar(self._rates(state, params)[leaf], real)
+
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, ScheduleState)
         params = needed("add_decayed_weights", params)
-        rates = rates_at(self.weight_decay, state.count, params)
-        if self.mask is not None:
-            decays = selected(self.mask, params)
-            rates = [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
+        rates = self._rates(state, params)
 
         def decaying(rate: Number) -> Callable[[Any], Any] | None:
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)

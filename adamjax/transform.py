@@ -2,15 +2,18 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
+import jax
 import jax.numpy as jnp
 
+from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
 from adamjax.leaves import dtype_of, is_arraylike, is_left_alone, lift
 from adamjax.moments import accumulator, widen, widened
-from adamjax.paths import flatten
+from adamjax.paths import flatten, leaf_paths
+from adamjax.rows import RowGradient
 
 __all__ = [
     "Rule",
@@ -22,6 +25,7 @@ __all__ = [
     "chain",
     "expect_state",
     "identity",
+    "over_slots",
     "scaled",
     "times",
 ]
@@ -49,6 +53,22 @@ class Transform(Data):
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         """The updates, in the gradients' structure, shapes and dtypes, and the next state."""
         raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
+    keeps_zero: ClassVar[bool] = False
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        """Scalars (s, w) with which this transform turns an update u of a leaf into s * u + w * p.
+
+        Args:
+          state: its state before the step; `None` asks whether there are such scalars at all.
+          leaf: the leaf's place in `params`.
+          real: the dtype of the scalars.
+
+        Returns:
+          The pair, w the number 0 where it is always 0; `None` if it does something else.
+        """
+        return None
 
     @property
     def parts(self) -> tuple["Transform", ...]:
@@ -91,8 +111,13 @@ class identity(Stateless):
     ({'w': 1.0}, ())
     """
 
+    keeps_zero = True
+
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         return grads, state
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        return 1, 0
 
 
 class foreign(Transform):
@@ -112,7 +137,26 @@ class foreign(Transform):
         taken = inspect.signature(self.update_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             extra_args = {name: arg for name, arg in extra_args.items() if name in taken}
-        return self.update_fn(grads, state, params, **extra_args)
+        rows = [i for i, g in enumerate(flatten(grads)[0]) if isinstance(g, RowGradient)]
+        if not rows:
+            return self.update_fn(grads, state, params, **extra_args)
+        before = flatten(grads)[0]
+        try:
+            updates, state = self.update_fn(grads, state, params, **extra_args)
+            after = flatten(updates)[0]
+            passed = len(after) == len(before) and all(after[i] is before[i] for i in rows)
+        except Exception as error:
+            raise self._cannot_take(leaf_paths(grads)[rows[0]]) from error
+        if not passed:
+            raise self._cannot_take(leaf_paths(grads)[rows[0]])
+        return updates, state
+
+    def _cannot_take(self, path: str) -> TypeError:
+        return TypeError(
+            f"{self!r} cannot take row gradients, and grads[{path!r}] is one: to it, row indices "
+            "are gradients like all others. Use adamjax's own transform, keep it from this leaf "
+            "with optax.masked, or give it the dense gradient (to_dense)"
+        )
 
     def __repr__(self) -> str:
         return f"foreign({getattr(self.update_fn, '__qualname__', self.update_fn)})"
@@ -125,6 +169,24 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
             f"{kind.__name__} that its init or its last update returned"
         )
+
+
+def over_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
+    """A state with a function of (name, tree) applied to each tree in it that is like the params.
+
+    States say which of their fields these are: `slots`. Further states are zipped in.
+    """
+
+    def has_slots(x: Any) -> bool:
+        return isinstance(x, tuple) and hasattr(x, "slots")
+
+    def mapped(x: Any, *others: Any) -> Any:
+        if not has_slots(x):
+            return x
+        fields = {n: function(n, *(getattr(o, n) for o in (x, *others))) for n in x.slots}
+        return x._replace(**fields)
+
+    return jax.tree.map(mapped, state, *rest, is_leaf=has_slots)
 
 
 def as_transform(tx: Any) -> Transform:
@@ -154,6 +216,8 @@ def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
 class Scaling(Transform):
     """Base class of transforms that multiply each leaf by a scalar."""
 
+    keeps_zero = True
+
     @property
     def reads_updates(self) -> bool:
         """Whether the scalars depend on what they multiply."""
@@ -162,6 +226,14 @@ class Scaling(Transform):
     def factors(self, tree: Tree, state: Any) -> Step:
         """The factor of every leaf of the tree, as `lift` takes scalars, and the next state."""
         raise NotImplementedError(f"{type(self).__name__} has no factors")
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        if self.reads_updates:
+            return None
+        if state is None:
+            return 1, 0
+        factors, _ = self.factors(params, state)
+        return (factors[leaf] if isinstance(factors, list) else factors)(real), 0
 
     def scaled(self, factors: Any, updates: Tree, params: Tree) -> Tree:
         """The updates times their factors."""
@@ -182,6 +254,19 @@ class Rule(Transform):
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def coast(self) -> Coast:
+        """What it does to an element without a gradient."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """By which each slot decays a step where there is no gradient."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
+
+    def pace(self, state: Any, real: Any) -> Any:
+        """The factor of the momentum in the step that is taken from this state."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         return self.step(grads, state, None)
@@ -205,7 +290,9 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
 
 
 def _cast(leaf: Any, dtype: Any) -> Any:
-    return leaf if dtype is None or is_left_alone(leaf) else jnp.asarray(leaf, dtype)
+    if dtype is None or is_left_alone(leaf):
+        return leaf
+    return leaf.astype(dtype) if isinstance(leaf, RowGradient) else jnp.asarray(leaf, dtype)
 
 
 class chain(Transform):

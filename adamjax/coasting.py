@@ -1,0 +1,539 @@
+"""Coasting: where a row stands that got no gradient for a while, at the cost of one step.
+
+A row is touched at step s and then not for k steps. Its gradients are zero, so its moments fall by
+known powers, and what drives it is the same few scalars for all rows. Step t = s + j moves it by
+
+    p_t = (1 + b_t) p_{t-1} + a_t m_t / (x_t + e_t)        m_t = b1**j m,  x_t = shrink**j x
+
+Here x measures the gradients' size (`Coast` says what it is for which rule), `a_t` is the step
+size with its sign, the learning rate and the bias correction in it, `b_t` is minus the rate of
+decoupled weight decay, and `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. None
+of `a_t`, `b_t` need be known before step t: schedules and rates set by hand are exact as well.
+
+**One function of one variable.** With `e = e_{s+1}`, the row is x = (1 - sigma) (x + e) for some
+sigma = e / (x + e) in (0, 1], so that, as long as there is no decay,
+
+    p_t = p_s + m / (x + e) * G_t(sigma)
+    G_t(sigma) = sum over j of a_{s+j} * w_j(sigma)
+    w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
+
+The row enters by sigma alone, and G depends on s and t alone. It is smooth in `u = log(1 + sigma *
+d) / log(1 + d)`, which spreads its poles evenly for a good d, and a few Chebyshev coefficients in
+u hold it to 1e-8. A ring keeps them for each of the last start steps s. Step t adds `a_t` times
+the coefficients of `w_{t-s}` to the entries of the last K steps; by then (b1 / shrink)**j has
+become negligible. A row is brought up to date by reading its entry and evaluating it at its
+elements, however long it has been left alone.
+
+**Decay.** With C_t the product of `1 + b` over the steps s+1, ..., t,
+
+    p_t = C_t p_s + m / (x + e) * G_t(sigma)               G_t = (1 + b_t) G_{t-1} + a_t w_{t-s}
+
+for K steps, after which G falls as the weights do. C is the exponential of a difference of two
+running sums of `log1p(b)`. Those are kept in two floats: a plain float32 sum is 4e-4 off after a
+gap of 65,536 steps at step 1e5.
+
+**Average.** `avg_t = momentum * avg_{t-1} + (1 - momentum) * p_t` is `p_t + h_t`, and its distance
+h_t = momentum * (h_{t-1} + p_{t-1} - p_t) is linear in the same three things:
+
+    h_t = momentum**k h_s + kappa_t p_s + m / (x + e) * Q_t(sigma)
+    Q_t = momentum * (Q_{t-1} + G_{t-1} - G_t)
+    kappa_t = momentum * (kappa_{t-1} + C_{t-1} - C_t)
+
+from kappa_s = Q_s = 0. Only decay is left after K steps, so Q, too, is followed for K steps, and
+s + K stands for s from there on: what G has moved by then is part of the weights.
+
+**Replay.** Where b1 is not well below shrink the terms do not fall off before x has fallen below
+eps, and no short series holds G. The ring keeps `(a_t, b_t)` there, and the recurrence is repeated
+step by step, for no more steps than can move a row.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.moments import apart
+
+__all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
+
+# What is negligible, as a part of a row's whole movement.
+_TOLERANCE = 1e-8
+# The most coefficients that a series may have; b1 = b2 = 0.5 needs 35.
+_MOST_TERMS = 40
+# What the logarithm in u costs, in coefficients.
+_LOGARITHM = 4
+# The largest x a replay reckons with: the root of the largest float32.
+_LARGEST = 2.0**64
+
+
+class Coast(NamedTuple):
+    """What a rule says of rows without a gradient: numbers that a plan can be made from.
+
+    Attributes:
+      b1: decay of the average m, in [0, 1).
+      shrink: decay of the size x a step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
+        `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
+      eps: what is added to x, above 0.
+      b2: `None` if eps is added as it is; for the form of algorithm 1, where step t adds
+        `max(eps * sqrt(1 - b2**t), tiny)`, the decay of v, in [0, 1).
+    """
+
+    b1: float
+    shrink: float
+    eps: float
+    b2: float | None = None
+
+
+class Ring(NamedTuple):
+    """The state: an entry for each of the last start steps, that of step s in slot `s % history`.
+
+    What a plan does not need is `None`. The dtype is that of `Coasting.init`.
+
+    Attributes:
+      series: [history, terms], or [history, 2 * terms] with an average: the coefficients of G_t
+        and then of Q_t, as far as step s + K.
+      rates: [history, 2], for replay: `a_s` and `b_s`.
+      decay: [history, 2], with decay: the sum of `log1p(b)` up to step s, in two floats.
+      kappa: [history], with decay and an average: `kappa_t`.
+    """
+
+    series: chex.Array | None = None
+    rates: chex.Array | None = None
+    decay: chex.Array | None = None
+    kappa: chex.Array | None = None
+
+
+class _Rows(NamedTuple):
+    """Rows to bring up to date: where they stand, how far it is to `now`, and when they stop.
+
+    Attributes:
+      last: int32 [n], the clock.
+      gap: int32 [n], steps since.
+      end: int32 [n], the clock, after which only decay moves them.
+      now: int32 scalar, the number of the last step, which does not wrap around.
+    """
+
+    last: chex.Array
+    gap: chex.Array
+    end: chex.Array
+    now: chex.Array
+
+    def number(self, j: Any) -> chex.Array:
+        """The number of the j-th step after `last`, or of the last one."""
+        return self.now - jnp.maximum(self.gap - j, 0)
+
+
+def coasting(coast: Coast, momentum: float | None, decays: bool) -> "Coasting":
+    """The plan for a rule.
+
+    Args:
+      coast: what the rule says of itself.
+      momentum: of an average of the weights that is kept with them, in [0, 1]; `None` for none.
+      decays: whether b may be anything but 0.
+    """
+    # With momentum 1 the average stands still, as it does where there is none to keep.
+    momentum = None if momentum is None or momentum == 1 else float(momentum)
+    b2 = float(coast.b2) if coast.b2 else None
+    coast = Coast(float(coast.b1), float(coast.shrink), float(coast.eps), b2)
+    return Coasting(coast, momentum, decays, *_layout(coast))
+
+
+@dataclass(frozen=True)
+class Coasting:
+    """A plan: static, hashable, and equal to every other one for the same; see `coasting`.
+
+    Attributes:
+      coast: the rule's numbers, with b2 only where it matters.
+      momentum: of the average; `None` if there is none, or one that stands still.
+      decays: whether b may be anything but 0.
+      steps: K, the number of steps after which only decay moves a row.
+      terms: the number of coefficients of a series; 0 for replay, or if no row moves.
+      stretch: the d of its variable u; 0 if u is sigma.
+    """
+
+    coast: Coast
+    momentum: float | None
+    decays: bool
+    steps: int
+    terms: int
+    stretch: float
+
+    @property
+    def least_history(self) -> int:
+        """The least length of the ring, a power of two."""
+        return max(2, 1 << self.steps.bit_length())
+
+    def init(self, history: int, real: Any) -> Ring:
+        """The ring before the first step.
+
+        Args:
+          history: its length, a power of two of at least `least_history`.
+          real: its dtype, float32 or float64.
+
+        Raises:
+          ValueError: another length.
+        """
+        if history < self.least_history or history & (history - 1):
+            raise ValueError(
+                f"history must be a power of two of at least {self.least_history}; got {history!r}"
+            )
+        averages = self.momentum is not None
+        width = (2 if averages else 1) * self.terms
+        replays = self.steps > 0 and self.terms == 0
+        return Ring(
+            series=jnp.zeros((history, width), real) if width else None,
+            rates=jnp.zeros((history, 2), real) if replays else None,
+            decay=jnp.zeros((history, 2), real) if self.decays else None,
+            kappa=jnp.zeros(history, real) if self.decays and averages else None,
+        )
+
+    def advance(self, ring: Ring, clock: Any, count: Any, a: Any, b: Any = 0.0) -> Ring:
+        """The ring after a step.
+
+        Args:
+          ring: the ring before it.
+          clock: int32 scalar, the step's number, 1 for the first; it may wrap around.
+          count: int32 scalar, the same, but it stays at the largest int32.
+          a: scalar: the step moves the weights by `a * m / (x + e)`
+          b: and by `b` times what they were; scalar above -1, 0 for a plan without decay.
+        """
+        clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
+        series, rates, decay, kappa = ring
+        if kappa is not None:
+            product = jnp.exp(_difference(_at(decay, clock - 1)[None], decay))
+            own = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
+            b = jnp.asarray(b, kappa.dtype)
+            kappa = jnp.where(own, 0, _times(self.momentum, kappa - b * product))
+        if decay is not None:
+            b = jnp.asarray(b, decay.dtype)
+            decay = _put(decay, clock, _two_sum(_at(decay, clock - 1), jnp.log1p(b)))
+        if rates is not None:
+            both = [jnp.asarray(scalar, rates.dtype) for scalar in (a, b)]
+            rates = _put(rates, clock, jnp.stack(both))
+        if series is not None:
+            series = self._advance_series(series, clock, count, a, b)
+        return Ring(series, rates, decay, kappa)
+
+    def _advance_series(
+        self, series: chex.Array, clock: chex.Array, count: chex.Array, a: Any, b: Any
+    ) -> chex.Array:
+        real, j = series.dtype, np.arange(self.steps + 1, dtype=np.int32)
+        a, b = jnp.asarray(a, real), jnp.asarray(b, real)
+        g, q = self._halves(_at(series, clock - j))
+        change = b * g + a * self._vectors(count, real)
+        new = g + change
+        if q is not None:
+            new = jnp.concatenate([new, _times(self.momentum, q - change)], axis=1)
+        return _put(series, clock - j, jnp.where((j > 0)[:, None], new, 0))
+
+    def _halves(self, entries: chex.Array) -> tuple[chex.Array, chex.Array | None]:
+        """The coefficients of G and of Q, each [..., terms]."""
+        q = None if self.momentum is None else entries[:, self.terms :]
+        return entries[:, : self.terms], q
+
+    def _vectors(self, count: chex.Array, real: Any) -> Any:
+        """[K + 1, terms]: the coefficients of `w_j` at step `count`, for the start `count - j`."""
+        j, (sigma, matrix) = np.arange(self.steps + 1)[:, None], _nodes(self.terms, self.stretch)
+        top, bottom = self.coast.b1**j, (1 - sigma) * self.coast.shrink**j
+        if self.coast.b2 is None:
+            return (top / (bottom + sigma) @ matrix).astype(real)
+        first = jnp.maximum(count - j.astype(np.int32) + 1, 1)
+        ratio = self._epsilon(count, real) / self._epsilon(first, real)
+        w = top.astype(real) / (bottom.astype(real) + sigma.astype(real)[None] * ratio)
+        return jnp.matmul(w, matrix.astype(real), precision=jax.lax.Precision.HIGHEST)
+
+    def _epsilon(self, t: chex.Array, real: Any) -> chex.Array:
+        """`e_t` of the steps t, int32 of any shape."""
+        tiny = float(jnp.finfo(real).tiny)
+        if self.coast.b2 is None:
+            return jnp.full(t.shape, max(self.coast.eps, tiny), real)
+        log_b2 = np.asarray(math.log(self.coast.b2), real)
+        return jnp.maximum(self.coast.eps * jnp.sqrt(-jnp.expm1(t.astype(real) * log_b2)), tiny)
+
+    def catch_up(
+        self,
+        ring: Ring,
+        clock: Any,
+        count: Any,
+        last: chex.Array,
+        p: chex.Array,
+        m: chex.Array,
+        x: chex.Array,
+        average: chex.Array | None = None,
+    ) -> tuple[chex.Array, chex.Array | None]:
+        """How far rows have moved since they were left alone, and their average now.
+
+        Args:
+          ring: the ring after the last step.
+          clock, count: int32 scalars, the number of that step, as in `advance`.
+          last: int32 [n], the clock at which the rows stand, less than `history` steps ago.
+          p: [n, ...], the weights there, in the ring's dtype, and of the same shape and dtype
+          m: the average gradient,
+          x: the gradients' size, at least 0,
+          average: and the average of the weights, which may be left out.
+
+        Returns:
+          The weights now less p, and the average now. A row that stands at the clock has moved
+          by 0 and keeps its average, bit for bit.
+        """
+        clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
+        gap = clock - last
+        rows = _Rows(last, gap, last + jnp.minimum(gap, self.steps), count)
+        momentum = None if average is None else self.momentum
+        history = next((len(entries) for entries in ring if entries is not None), 1 << 31)
+
+        def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
+            """G and Q now, [n, ...], of G and Q at the rows' end."""
+            if momentum is None or q is None:
+                q = None
+            else:
+                q = _column(power(momentum, clock - rows.end, p.dtype, history), q) * q
+                if ring.kappa is not None:
+                    q += _column(_at(ring.kappa, rows.end), g) * g
+            if ring.decay is not None:
+                since_end = _difference(_at(ring.decay, clock)[None], _at(ring.decay, rows.end))
+                g = _column(jnp.exp(since_end), g) * g
+            return g, q
+
+        moved, distance = jnp.zeros_like(p), None
+        if ring.series is not None:
+            moved, distance = self._evaluate(ring.series, rows, m, x, settled)
+        elif ring.rates is not None:
+            moved, distance = settled(*self._replay(ring.rates, rows, m, x))
+        if ring.decay is not None:
+            since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last))
+            moved += _column(jnp.expm1(since_last), p) * p
+        still = _column(gap == 0, p)
+        moved = jnp.where(still, 0, moved)
+        if average is None or momentum is None:
+            return moved, average
+
+        # Else XLA's CPU backend would compute it again for the average.
+        moved = apart(moved)
+        high, low = _powers(momentum, gap, p.dtype, history)
+        change = moved + _column((high - 1) + low, p) * (average - p)
+        if distance is not None:
+            change += distance
+        if ring.kappa is not None:
+            change += _column(_at(ring.kappa, last), p) * p
+        return moved, jnp.where(still, average, average + change)
+
+    def _evaluate(
+        self, series: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array, settled: Callable
+    ) -> tuple[chex.Array, chex.Array | None]:
+        """`m / (x + e)` times G and Q now, like m."""
+        # Fused into the loop over the elements, they would be read again for each of them.
+        coefficients = [
+            q if q is None else apart(q) for q in settled(*self._halves(_at(series, rows.last)))
+        ]
+        e = _column(self._epsilon(rows.number(1), x.dtype), x)
+        inverse = 1 / (x + e)
+        u = e * inverse
+        if self.stretch > 0:
+            # Rounded to within one rounding of u's whole range, which is what counts.
+            u = jnp.log(1 + self.stretch * u) / math.log1p(self.stretch)
+        g, q = (q if q is None else m * inverse * _clenshaw(q, 2 * u - 1) for q in coefficients)
+        return g, q
+
+    def _replay(
+        self, rates: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array
+    ) -> tuple[chex.Array, chex.Array | None]:
+        """`m / (x + e)` times G and Q at the rows' end, like m."""
+        real, j = x.dtype, np.arange(self.steps + 1)
+        fall_m, fall_x = (jnp.asarray(b**j, real) for b in (self.coast.b1, self.coast.shrink))
+        longest = jnp.minimum(jnp.max(rows.gap, initial=0), self.steps)
+
+        def step(carry: tuple) -> tuple:
+            j, g, q = carry
+            live = j <= rows.gap
+            a, b = (_column(jnp.where(live, r, 0), x) for r in _at(rates, rows.last + j).T)
+            e = _column(self._epsilon(rows.number(j), real), x)
+            change = b * g + a * (fall_m[j] * m / (fall_x[j] * x + e))
+            if q is not None:
+                q = jnp.where(_column(live, x), _times(self.momentum, q - change), q)
+            return j + 1, g + change, q
+
+        zero = jnp.zeros_like(m)
+        start = jnp.int32(1), zero, None if self.momentum is None else zero
+        _, g, q = jax.lax.while_loop(lambda carry: carry[0] <= longest, step, start)
+        return g, q
+
+
+@functools.lru_cache
+def _layout(coast: Coast) -> tuple[int, int, float]:
+    """The plan's `steps`, `terms` and `stretch`."""
+    if coast.b1 == 0:
+        return 0, 0, 0.0
+    # Replay: until x has fallen below eps at the latest, and then until m has fallen.
+    steps = _steps_until(_TOLERANCE, coast.b1)
+    if coast.shrink < 1:
+        least = max(coast.eps * float(_corrected(coast.b2, 1)), float(np.finfo(np.float32).tiny))
+        steps += _steps_until(min(1.0, least / _LARGEST), coast.shrink)
+    if coast.b1 >= coast.shrink:
+        return steps, 0, 0.0
+    until = _steps_until(_TOLERANCE, coast.b1 / coast.shrink)
+    series = _series(coast, until)
+    return (min(steps, until), 0, 0.0) if series is None else (until, *series)
+
+
+def _steps_until(part: float, b: float) -> int:
+    """The least j above 0 for which `b**j <= part`, for b in [0, 1) and a part in (0, 1]."""
+    return max(1, math.ceil(math.log(part) / math.log(b))) if b > 0 else 1
+
+
+def _corrected(b2: float | None, t: Any) -> np.ndarray:
+    """`e_t / eps`."""
+    return np.ones(np.shape(t)) if b2 is None else np.sqrt(-np.expm1(t * math.log(b2)))
+
+
+def _series(coast: Coast, steps: int) -> tuple[int, float] | None:
+    """The fewest coefficients that hold every G, and the stretch d for that; `None` if none do.
+
+    The error is at most the tolerance as a part of what rates of one size and sign would move,
+    for every sigma, start step and choice of signs.
+    """
+    # A selection of the terms, each of which stands for those around it, and of the starts.
+    j = np.unique(np.round(np.geomspace(1, steps, 100)))
+    number = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
+    weight = (number * (coast.b1 / coast.shrink) ** j)[:, None]
+    j = j[:, None]
+    starts = np.zeros((1, 1, 1))
+    if coast.b2 is not None:
+        many = math.ceil(math.log(40 / (1 - coast.b2), 4))
+        starts = np.append(0, 4.0 ** np.arange(many))[:, None, None]
+    excess = (
+        _corrected(coast.b2, starts + j) / _corrected(coast.b2, starts + 1) / coast.shrink**j - 1
+    )
+    angles = np.linspace(0, np.pi, 3 * _MOST_TERMS)
+
+    def values(sigma: np.ndarray) -> np.ndarray:
+        return weight / (1 + sigma * excess)  # [starts, terms of the sum, sigma]
+
+    def suffice(terms: int, stretch: float) -> bool:
+        sigma, matrix = _nodes(terms, stretch)
+        exact = values(_unstretched((1 + np.cos(angles)) / 2, stretch))
+        held = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
+        return bool((np.abs(held - exact).sum(1) <= _TOLERANCE * exact.sum(1)).all())
+
+    found = None
+    for terms in range(1, _MOST_TERMS + 1):
+        if suffice(terms, 0.0):
+            return terms, 0.0
+        if found is None:
+            stretches = (float(excess.max()) / 2**i for i in range(9))
+            found = next(((terms, d) for d in stretches if suffice(terms, d)), None)
+        elif terms == found[0] + _LOGARITHM:
+            break
+    return found
+
+
+def _nodes(terms: int, stretch: float) -> tuple[np.ndarray, np.ndarray]:
+    """Sigma at the Chebyshev nodes of u, and the matrix from the values there to coefficients."""
+    angles = np.pi * (np.arange(terms) + 0.5) / terms
+    matrix = 2 / terms * np.cos(np.outer(angles, np.arange(terms)))
+    matrix[:, 0] /= 2
+    return _unstretched((1 + np.cos(angles)) / 2, stretch), matrix
+
+
+def _unstretched(u: np.ndarray, stretch: float) -> np.ndarray:
+    """Sigma of u."""
+    return np.expm1(u * math.log1p(stretch)) / stretch if stretch > 0 else u
+
+
+def _clenshaw(coefficients: chex.Array, y: chex.Array) -> chex.Array:
+    """The sum over i of `coefficients[:, i] * T_i(y)`, y in [-1, 1], [n, ...]."""
+    first, *others = (_column(coefficients[:, i], y) for i in range(coefficients.shape[1]))
+    here, after = jnp.zeros_like(y), jnp.zeros_like(y)
+    for c in reversed(others):
+        here, after = c + 2 * y * here - after, here
+    return first + y * here - after
+
+
+def power(b: float, k: chex.Array, real: Any, history: int) -> chex.Array:
+    """`b**k` to about a rounding, however large k is.
+
+    Args:
+      b: in [0, 1]; `0**0` is 1.
+      k: int32 of any shape, in [0, history); beyond, the result is that of some k at the end.
+      real: the result's dtype.
+      history: a power of two.
+    """
+    return _powers(b, k, real, history)[0]
+
+
+def decayed(value: chex.Array, b: float, k: chex.Array, history: int) -> chex.Array:
+    """`value * b**k`, rounded so that many small k in a row do not add up to an error.
+
+    Args:
+      value: [n, ...].
+      b, k, history: as for `power`; k is [n].
+    """
+    high, low = _powers(b, k, value.dtype, history)
+    return value * _column(high, value) + value * _column(low, value)
+
+
+def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Array, chex.Array]:
+    """`b**k`, and what is rounded off it for small k.
+
+    From two tables, of the powers below 256 and of those of `b**256`: the logarithm's rounding,
+    multiplied by k, would be felt.
+    """
+    exact = np.power(b, np.arange(256.0))
+    high = exact.astype(real)
+    low = (exact - high).astype(real)
+
+    def entry(table: np.ndarray, i: chex.Array) -> chex.Array:
+        return jnp.asarray(table).at[i].get(mode="promise_in_bounds")
+
+    of_k = entry(high, k & 255), entry(low, k & 255)
+    # No further than until the power is less than any number.
+    last = _steps_until(float(np.finfo(real).tiny) / 2, b) >> 8 if b < 1 else 0
+    blocks = min(history >> 8, last + 2)
+    if blocks > 1:
+        block = np.power(b, 256.0 * np.arange(blocks)).astype(real)
+        of_block = entry(block, jnp.minimum(k >> 8, blocks - 1))
+        of_k = of_k[0] * of_block, of_k[1] * of_block
+    return of_k
+
+
+def _times(momentum: Any, value: chex.Array) -> chex.Array:
+    """`momentum * value`, with the rounding of 1 - momentum in place of that of momentum."""
+    return value - (1 - momentum) * value
+
+
+def _two_sum(total: chex.Array, term: chex.Array) -> chex.Array:
+    """A sum in two floats, [2], and a term: what is rounded off the first goes to the second."""
+    high, low = total
+    new = high + term
+    taken = new - high
+    low = low + ((high - (new - taken)) + (term - taken))
+    high = new + low
+    return jnp.stack([high, low - (high - new)])
+
+
+def _difference(now: chex.Array, then: chex.Array) -> chex.Array:
+    """Of sums in two floats, [..., 2]."""
+    return (now[..., 0] - then[..., 0]) + (now[..., 1] - then[..., 1])
+
+
+def _column(rows: chex.Array, like: chex.Array) -> chex.Array:
+    """[n] as [n, 1, ...], to go with [n, ...]."""
+    return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
+
+
+def _at(entries: chex.Array, steps: chex.Array) -> chex.Array:
+    """The ring's entries of steps of any shape."""
+    slots = steps & (len(entries) - 1)
+    return entries.at[slots].get(mode="promise_in_bounds")
+
+
+def _put(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:
+    """The ring with new entries of steps, no two of which share a slot."""
+    slots = steps & (len(entries) - 1)
+    return entries.at[slots].set(new, mode="promise_in_bounds", unique_indices=True)

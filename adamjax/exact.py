@@ -1,0 +1,652 @@
+"""Tables kept exact at the cost of the rows that are touched: the others catch up when read.
+
+A row without a gradient moves on by its momentum, and by how much is known (`coasting`). So a
+step leaves it where it stands and notes, once for all rows, what the step would have done to
+it; the row is brought up to date when somebody reads it, and then takes its step with all that
+is in the chain, as the dense row would. Nothing in a chain knows of this: it is given the rows
+that are touched as if they were the whole table.
+"""
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.average import weight_ema
+from adamjax.coasting import Coasting, Ring, coasting, decayed
+from adamjax.data import Tree, is_array, static
+from adamjax.guard import accumulate_gradients, skip_not_finite
+from adamjax.leaves import dtype_of, matched, needed
+from adamjax.masking import masked, partition
+from adamjax.moments import accumulator, apart, next_count, root
+from adamjax.paths import checked_pattern, first_match, flatten, leaf_paths, selected
+from adamjax.rows import RowGradient, check_sound, distinct, in_table
+from adamjax.transform import Rule, Step, Transform, as_transform, chain, expect_state, over_slots
+
+__all__ = ["ExactRowsState", "StaleTable", "TableState", "Ticket", "exact_rows"]
+
+
+class TableState(NamedTuple):
+    """What is known of a table's rows.
+
+    Attributes:
+      last: int32[num_rows], the clock at which each row stands as it is in `params`.
+      cursor: int32, the row that is refreshed next.
+      ring: what the last steps have done to a row that stands at each of them.
+    """
+
+    last: chex.Array
+    cursor: chex.Array
+    ring: Ring
+
+
+class ExactRowsState(NamedTuple):
+    """State of `exact_rows`.
+
+    Attributes:
+      inner: the state of the inner transform; the slots of a table lag behind as its rows do.
+      clock: int32, the steps taken; unlike a count it wraps around.
+      tables: by path, each table's `TableState`.
+    """
+
+    inner: Any
+    clock: chex.Array
+    tables: dict[str, TableState]
+
+    @property
+    def last(self) -> dict[str, chex.Array]:
+        """By path, the clock at which each row of a table stands: int32[num_rows]."""
+        return {path: table.last for path, table in self.tables.items()}
+
+
+class _Rows(NamedTuple):
+    """Rows of a table that have caught up."""
+
+    indices: Any  # int32[n] with `num_rows` where there is none; None: all rows
+    last: chex.Array
+    before: chex.Array  # as they are in `params`, widened
+    now: chex.Array
+    slots: dict[str, chex.Array]
+    spoilt: chex.Array  # bool scalar, whether there is NaN in what was read of the ring
+
+
+class Ticket(NamedTuple):
+    """What `prepare` found out, for the `update` of the same step."""
+
+    clock: chex.Array
+    rows: dict[str, _Rows]
+
+
+class _Table(NamedTuple):
+    """A table: where it is, and what happens to its rows."""
+
+    leaf: int
+    path: str
+    num_rows: int
+    dtype: Any
+    rule: Rule
+    plan: Coasting
+
+    @property
+    def real(self) -> Any:
+        return accumulator(self.dtype)
+
+
+@jax.tree_util.register_pytree_node_class
+class StaleTable:
+    """Stands where a table was: reading it raises, as its rows may lag behind."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def tree_flatten(self) -> tuple[tuple[()], str]:
+        return (), self.path
+
+    @classmethod
+    def tree_unflatten(cls, path: str, leaves: Any) -> "StaleTable":
+        return cls(path)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"rows of the table {self.path!r} may lag behind, so it cannot be read as it is: read "
+            "rows with prepare (in a train step) or lookup, or bring all up to date with flush"
+        )
+
+    __getitem__ = __array__ = __jax_array__ = __len__ = __iter__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+
+    def __repr__(self) -> str:
+        return f"StaleTable({self.path!r})"
+
+
+# --- what a table goes through --------------------------------------------------------------------
+
+
+def _route(tx: Transform, state: Any, leaf: int, params: Tree) -> Iterator[tuple[Transform, Any]]:
+    """The elementary transforms that a leaf's gradient goes through, with their states.
+
+    Without parameters, at construction, those that every leaf may go through.
+    """
+    if isinstance(tx, partition):
+        if params is not None:
+            found = first_match(tx.patterns, leaf_paths(params)[leaf])
+            owner = len(tx.transforms) if found is None else found
+            yield from _route(tx.parts[owner], _part_state(tx, state, owner), leaf, params)
+    elif isinstance(tx, masked):
+        if params is None or selected(tx.pattern, params)[leaf]:
+            yield from _route(tx.tx, state, leaf, params)
+    elif isinstance(tx, chain):
+        for i, part in enumerate(tx.parts):
+            yield from _route(part, _part_state(tx, state, i), leaf, params)
+    else:
+        yield tx, state
+
+
+def _part_state(tx: Transform, state: Any, part: int) -> Any:
+    return None if state is None else tx.part_states(state)[part]
+
+
+def _refused(tx: Transform, why: str) -> ValueError:
+    return ValueError(f"exact_rows: {tx!r} cannot be in the chain of a table: {why}")
+
+
+def _checked(route: list[Transform]) -> None:
+    """Refuses what rows cannot be kept exact through."""
+    rule: Transform | None = None
+    average: Transform | None = None
+    for tx in route:
+        if isinstance(tx, skip_not_finite | accumulate_gradients | exact_rows):
+            name = type(tx).__name__
+            raise _refused(tx, f"put it around the whole: {name}(exact_rows(...))")
+        if average is not None:
+            raise _refused(average, "it must be last")
+        if isinstance(tx, weight_ema):
+            average = tx
+            if tx.overwrite_frequency is not None:
+                raise _refused(tx, "overwriting would move every row; call flush and set them")
+        elif isinstance(tx, Rule):
+            if rule is not None:
+                raise _refused(tx, f"it is a second rule, behind {rule!r}")
+            rule = tx
+        elif rule is None and not tx.keeps_zero:
+            raise _refused(tx, "in front of the rule, it may give a gradient to rows without one")
+        elif rule is not None and tx.affine(None, None, 0, None) is None:
+            raise _refused(tx, "behind the rule, its result is not affine in update and weights")
+    if rule is None or (average is not None and route[-1] is not average):
+        raise ValueError(
+            f"exact_rows: expected one rule such as scale_by_adam in a table's chain, got {route!r}"
+        )
+
+
+def _is_fixed(x: Any) -> bool:
+    return isinstance(x, Rule | weight_ema)
+
+
+class exact_rows(Transform):
+    """Any optimizer, with tables whose steps cost what their touched rows cost, and are exact.
+
+    A table's `RowGradient` has the effect of the dense gradient: rows without one decay and move
+    on by their momentum as well. But they do so late, when they are read: **between steps rows of
+    `params` may lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`;
+    `flush` brings all up to date, before a checkpoint is handed on or the weights are read by
+    something else. `without_tables(params)` is `params` with placeholders that refuse to be read.
+
+    Tables may get dense gradients in some steps; such a step costs as much as a dense one. A
+    gradient of `None` is refused for a table: pass a row gradient without rows.
+
+    Args:
+      tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
+        effect on it here), scalings and decoupled weight decay, a `weight_ema` last. Betas,
+        epsilons and the average's momentum must be Python floats; rates and decays may be arrays
+        and change from step to step, as long as `learning_rate * weight_decay < 1`.
+      tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
+      history: how many steps a row may lag behind, rounded up to a power of two. The least
+        depends on the betas. Each step refreshes `num_rows / history` rows of each table.
+
+    The state is an `ExactRowsState`.
+
+    Raises:
+      ValueError: something in the chain cannot be kept exact (the message names it), or
+        `history` is too small.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> params = {"table": jnp.ones((1000, 2))}
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> state = tx.init(params)
+    >>> for ids in ([3], [5], [5]):
+    ...     rows, ticket = tx.prepare(params, state, {"table": jnp.array(ids)})
+    ...     grads = {"table": adamjax.row_gradient(jnp.array(ids), rows["table"], 1000)}
+    ...     updates, state = tx.update(grads, state, params, ticket=ticket)
+    ...     params = adamjax.apply_updates(params, updates)
+    >>> params["table"][3], tx.lookup(params, state, "table", 3)
+    (Array([0.90000033, 0.90000033], dtype=float32), Array([0.7811992, 0.7811992], dtype=float32))
+    """
+
+    tx: Transform
+    tables: Any = static()
+    history: int = static(default=65536, kw_only=True)
+    fixed: Any = static(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        tables = (self.tables,) if isinstance(self.tables, str) else tuple(self.tables)
+        for pattern in tables:
+            checked_pattern("exact_rows", pattern)
+        try:
+            history = operator.index(self.history)
+        except TypeError:
+            raise TypeError(f"exact_rows: history must be an int, got {self.history!r}") from None
+        tx = as_transform(self.tx)
+        kept = []
+        for part in filter(_is_fixed, jax.tree.leaves(tx, is_leaf=_is_fixed)):
+            numbers = {k: v for k, v in vars(part).items() if v is not None}
+            for name, value in numbers.items():
+                if is_array(value):
+                    raise _refused(part, f"{name} must be a Python float here, got {value!r}")
+            kept.append(tuple(numbers.items()))
+        history = 1 << max(history - 1, 0).bit_length()
+        self._set(tx=tx, tables=tables, history=history, fixed=tuple(kept))
+        if not any(isinstance(part, partition) for part in _all_parts(tx)):
+            route = [part for part, _ in _route(tx, None, 0, None)]
+            _checked(route)
+            self._plan(route)
+
+    @property
+    def parts(self) -> tuple[Transform, ...]:
+        return (self.tx,)
+
+    def part_states(self, state: Any) -> tuple[Any, ...]:
+        return (state.inner,)
+
+    @property
+    def must_be_last(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
+        return f"exact_rows({self.tx!r}, {tables!r}, history={self.history})"
+
+    # --- statics
+
+    @property
+    def _inner(self) -> Transform:
+        """The inner transform, with the numbers that must be static as they were given."""
+        kept = iter(self.fixed)
+        return jax.tree.map(
+            lambda x: x.replace(**dict(next(kept))) if _is_fixed(x) else x,
+            self.tx,
+            is_leaf=_is_fixed,
+        )
+
+    def _plan(self, route: list[Transform]) -> tuple[Rule, Coasting]:
+        rule = next(tx for tx in route if isinstance(tx, Rule))
+        momenta = [tx.momentum for tx in route if isinstance(tx, weight_ema)]
+        behind = route[route.index(rule) + 1 :]
+        decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in behind)
+        plan = coasting(rule.coast(), float(momenta[0]) if momenta else None, decays)
+        if self.history < plan.least_history:
+            raise ValueError(
+                f"exact_rows: history={self.history} is too small, expected at least "
+                f"{plan.least_history}: so many steps long a gradient is felt with {rule!r}"
+                + (f" and an average of momentum {momenta[0]}" if momenta else "")
+            )
+        return rule, plan
+
+    def _tables(self, params: Tree) -> list[_Table]:
+        """The tables among the parameters."""
+        tx, leaves, found = self._inner, flatten(params)[0], []
+        for leaf, path in enumerate(leaf_paths(params)):
+            p = leaves[leaf]
+            if p is None or first_match(self.tables, path) is None:
+                continue
+            dtype, shape = dtype_of(p), np.shape(p)
+            if len(shape) < 1 or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    f"exact_rows: params[{path!r}] is {dtype.name}{list(shape)}, expected a table "
+                    "of real floats with rows; the pattern is too wide"
+                )
+            route = [part for part, _ in _route(tx, None, leaf, params)]
+            _checked(route)
+            rule, plan = self._plan(route)
+            found.append(_Table(leaf, path, shape[0], dtype, rule, plan))
+        if not found:
+            raise ValueError(
+                f"exact_rows: no leaf's path holds any of {list(self.tables)}; the paths are "
+                f"{leaf_paths(params)}"
+            )
+        return found
+
+    def _named(self, tables: list[_Table], name: str) -> _Table:
+        exact = [t for t in tables if t.path == name]
+        found = exact or [t for t in tables if re.search(name, t.path)]
+        if len(found) != 1:
+            raise ValueError(
+                f"exact_rows: {name!r} names {len(found)} tables, expected one of "
+                f"{[t.path for t in tables]}"
+            )
+        return found[0]
+
+    # --- the state
+
+    def init(self, params: Tree) -> ExactRowsState:
+        return self.from_dense(self.tx.init(params), params)
+
+    def from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
+        """The state that goes on from a state of the inner transform, all rows up to date.
+
+        The way back is `params, state = tx.flush(params, state)`, then `state.inner`.
+        """
+        tables, clock, states = self._tables(params), None, {}
+        for t in tables:
+            _, count = self._found(t, inner, params)
+            clock = count if clock is None else clock
+            states[t.path] = TableState(
+                last=jnp.full(t.num_rows, clock, jnp.int32),
+                cursor=jnp.zeros((), jnp.int32),
+                ring=t.plan.init(self.history, t.real),
+            )
+        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), states)
+
+    def _found(self, table: _Table, inner: Any, params: Tree) -> tuple[list[Any], chex.Array]:
+        """The transforms and states behind a table's rule, with it, and its count of steps."""
+        route = list(_route(self._inner, inner, table.leaf, params))
+        start = next(i for i, (tx, _) in enumerate(route) if isinstance(tx, Rule))
+        return route[start:], route[start][1].count
+
+    def _advanced(
+        self, table: _Table, state: ExactRowsState, params: Tree, spoilt: chex.Array
+    ) -> Ring:
+        """A table's ring after the step that is taken from a state."""
+        (rule, *behind), count = self._found(table, state.inner, params)
+        a, b = rule[0].pace(rule[1], table.real), jnp.zeros((), table.real)
+        for tx, tx_state in behind:
+            if not isinstance(tx, weight_ema):
+                s, w = tx.affine(tx_state, params, table.leaf, table.real)
+                a, b = s * a, s * b + w
+        ring = state.tables[table.path].ring
+        # NaN stays, but it is written here so that what is read of the ring is needed before the
+        # ring is written: XLA, which would not know which comes first, would copy it.
+        a = jnp.where(spoilt, jnp.nan, a)
+        return table.plan.advance(ring, state.clock + 1, next_count(count), a, b)
+
+    # --- rows
+
+    def _caught_up(
+        self, table: _Table, state: ExactRowsState, params: Tree, indices: chex.Array | None
+    ) -> _Rows:
+        """Rows of a table brought up to date, zeros where an index is `num_rows`."""
+
+        def rows(x: chex.Array) -> chex.Array:
+            return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
+
+        held: dict[str, chex.Array] = {}
+
+        def collect(name: str, tree: Tree) -> Tree:
+            leaf = flatten(tree)[0][table.leaf]
+            if leaf is not None:
+                held[name] = rows(leaf)
+            return tree
+
+        over_slots(collect, state.inner)
+        known, real = state.tables[table.path], table.real
+        last = rows(known.last)
+        if indices is not None:
+            last = jnp.where(indices < table.num_rows, last, state.clock)
+        _, count = self._found(table, state.inner, params)
+        wide = {name: x.astype(real) for name, x in held.items()}
+        measure = wide["u"] if "u" in wide else root(wide.get("v_max", wide.get("v")))
+        # A gather that is fused into the arithmetic keeps it from being vectorised.
+        before = apart(rows(flatten(params)[0][table.leaf])).astype(real)
+        moved, average = table.plan.catch_up(
+            known.ring, state.clock, count, last, before, wide["m"], measure, wide.get("average")
+        )
+        for name, b in table.rule.decays.items():
+            wide[name] = decayed(wide[name], b, state.clock - last, self.history)
+        if average is not None:
+            wide["average"] = average
+        now = (before + moved).astype(table.dtype)
+        slots = {name: x.astype(held[name].dtype) for name, x in wide.items()}
+        ring = [
+            x.at[last & (len(x) - 1)].get(mode="promise_in_bounds")
+            for x in known.ring
+            if x is not None
+        ]
+        spoilt = functools.reduce(
+            operator.or_, (jnp.any(jnp.isnan(x)) for x in ring), jnp.array(False)
+        )
+        return _Rows(indices, last, before, now, slots, spoilt)
+
+    def _with_refreshed(
+        self, table: _Table, state: ExactRowsState, indices: chex.Array
+    ) -> chex.Array:
+        """Distinct indices and those of the rows whose turn it is, as far as they are others."""
+        size, cursor = self._refreshed(table), state.tables[table.path].cursor
+        behind = (indices - cursor) % table.num_rows
+        is_row = (indices < table.num_rows) & (behind < size)
+        there = jnp.zeros(size, bool).at[jnp.where(is_row, behind, size)].set(True, mode="drop")
+        due = (cursor + jnp.arange(size, dtype=jnp.int32)) % table.num_rows
+        return jnp.concatenate([indices, jnp.where(there, table.num_rows, due)])
+
+    def _refreshed(self, table: _Table) -> int:
+        """How many rows each step refreshes, so that none is older than the ring."""
+        return -(-table.num_rows // (self.history - 2))
+
+    def prepare(
+        self, params: Tree, state: ExactRowsState, indices: Mapping[str, chex.Array]
+    ) -> tuple[dict[str, chex.Array], Ticket]:
+        """Reads rows for a train step.
+
+        Args:
+          params, state: as for `update`.
+          indices: for each table that the step reads, by its path or a pattern that finds it
+            alone, the rows: integers of any dtype and shape. One outside the table reads zeros.
+
+        Returns:
+          By the same names, the rows, of shape `indices.shape + trailing` and the table's dtype;
+          and a ticket which spares `update` doing the same again. The gradient must then be
+          `row_gradient` of these indices; for others the ticket is of no use, but does no harm.
+        """
+        expect_state(self, state, ExactRowsState)
+        tables, read, rows = self._tables(params), {}, {}
+        for name, ids in indices.items():
+            table = self._named(tables, name)
+            ids = in_table(jnp.asarray(ids), table.num_rows)
+            found, position = distinct(ids.reshape(-1), table.num_rows)
+            ready = self._caught_up(table, state, params, self._with_refreshed(table, state, found))
+            rows[table.path] = ready
+            # An index outside the table has the place of no row.
+            position = jnp.where(position < found.size, position, ready.now.shape[0])
+            taken = ready.now.at[position].get(mode="fill", fill_value=0)
+            read[name] = taken.reshape(*ids.shape, *taken.shape[1:])
+        return read, Ticket(state.clock, rows)
+
+    def lookup(
+        self, params: Tree, state: ExactRowsState, table: str, indices: chex.Array
+    ) -> chex.Array:
+        """Rows of a table, up to date, and nothing else: for evaluation.
+
+        Args:
+          table: the table's path, or a pattern that finds it alone.
+          indices: integers of any dtype and shape. One outside the table reads zeros.
+
+        Returns:
+          The rows, of shape `indices.shape + trailing` and the table's dtype.
+        """
+        expect_state(self, state, ExactRowsState)
+        found = self._named(self._tables(params), table)
+        ids = in_table(jnp.asarray(indices), found.num_rows)
+        rows = self._caught_up(found, state, params, ids.reshape(-1)).now
+        return rows.reshape(*ids.shape, *rows.shape[1:])
+
+    def without_tables(self, params: Tree) -> Tree:
+        """The parameters with each table replaced by a `StaleTable`, which refuses to be read.
+
+        A placeholder holds no array: gradients by such a tree have placeholders as well.
+        """
+        leaves, treedef = flatten(params)
+        for t in self._tables(params):
+            leaves[t.leaf] = StaleTable(t.path)
+        return treedef.unflatten(leaves)
+
+    # --- a step
+
+    def update(
+        self,
+        grads: Tree,
+        state: Any,
+        params: Tree = None,
+        *,
+        ticket: Ticket | None = None,
+        **extra_args: Any,
+    ) -> Step:
+        expect_state(self, state, ExactRowsState)
+        params = needed("exact_rows", params)
+        tables = self._tables(params)
+        leaves = matched("exact_rows", "grads", grads, params, "params")
+        ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
+
+        def small(values: dict[int, Any], tree: Tree) -> Tree:
+            """The tree with the tables' leaves replaced by those of their rows."""
+            found, treedef = flatten(tree)
+            return treedef.unflatten(
+                [values.get(i, x) if x is not None else None for i, x in enumerate(found)]
+            )
+
+        def slots_of(name: str, tree: Tree) -> Tree:
+            return small({i: r.slots.get(name) for i, r in ready.items()}, tree)
+
+        treedef = flatten(params)[1]
+        seen = treedef.unflatten(leaves)
+        gradients = {i: _padded(leaves[i], rows) for i, rows in ready.items()}
+        moves, inner = self._inner.update(
+            small(gradients, seen),
+            over_slots(slots_of, state.inner),
+            small({i: rows.now for i, rows in ready.items()}, params),
+            **extra_args,
+        )
+
+        def put_back(name: str, new: Tree, old: Tree) -> Tree:
+            found, tree = flatten(new)
+            pairs = zip(found, flatten(old)[0], strict=True)
+            return tree.unflatten(
+                [
+                    x if y is None or i not in ready else _put(y, ready[i].indices, x)
+                    for i, (x, y) in enumerate(pairs)
+                ]
+            )
+
+        clock, updates, states = state.clock + 1, flatten(moves)[0], {}
+        for t in tables:
+            rows, known = ready[t.leaf], state.tables[t.path]
+            # What they lagged behind, and the step, in one go: so the table is rounded once.
+            way = (rows.now.astype(t.real) - rows.before) + updates[t.leaf].astype(t.real)
+            if rows.indices is not None:
+                way = RowGradient(rows.indices, way, num_rows=t.num_rows, lazy=True)
+            updates[t.leaf] = way
+            # Never back; needed so that it is read before it is written, as with the ring.
+            last = jnp.where(clock - rows.last > 0, clock, rows.last)
+            states[t.path] = TableState(
+                last=_put(known.last, rows.indices, last),
+                cursor=(known.cursor + self._refreshed(t)) % t.num_rows,
+                ring=self._advanced(t, state, params, rows.spoilt),
+            )
+        inner = over_slots(put_back, inner, state.inner)
+        return treedef.unflatten(updates), ExactRowsState(inner, clock, states)
+
+    def _ready(
+        self, table: _Table, state: ExactRowsState, params: Tree, g: Any, ticket: Ticket | None
+    ) -> _Rows:
+        """The rows that a gradient touches and those to be refreshed, brought up to date."""
+        if g is None:
+            raise ValueError(
+                f"exact_rows: grads[{table.path!r}] is None, but a table moves in every step: "
+                "pass row_gradient with no indices"
+            )
+        if not isinstance(g, RowGradient):
+            return self._caught_up(table, state, params, None)
+        check_sound("exact_rows", g)
+        if g.rest is not None:
+            raise ValueError(
+                f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
+                "in front touches rows without a gradient; put it into the chain or leave it out"
+            )
+        indices = self._with_refreshed(table, state, g.joined().indices)
+
+        def afresh() -> _Rows:
+            return self._caught_up(table, state, params, indices)
+
+        held = None if ticket is None else ticket.rows.get(table.path)
+        if ticket is None or held is None or held.indices.shape != indices.shape:
+            return afresh()
+        fits = (ticket.clock == state.clock) & jnp.all(held.indices == indices)
+        return jax.lax.cond(fits, lambda: held, afresh)
+
+    def flush(self, params: Tree, state: ExactRowsState) -> tuple[Any, ExactRowsState]:
+        """Brings all rows up to date, block by block in place; nothing else changes.
+
+        Returns:
+          `params` and the state. Jit it, and donate both, to spare copies of the tables.
+        """
+        expect_state(self, state, ExactRowsState)
+        for t in self._tables(params):
+            params, state = self._flushed(t, params, state)
+        return params, state
+
+    def _flushed(
+        self, table: _Table, params: Tree, state: ExactRowsState
+    ) -> tuple[Tree, ExactRowsState]:
+        size = min(_BLOCK, table.num_rows)
+
+        def block(i: chex.Array, carry: Any) -> Any:
+            params, state = carry
+            ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), table.num_rows)
+            rows = self._caught_up(table, state, params, ids)
+
+            def slots(name: str, tree: Tree) -> Tree:
+                return _replaced(tree, table.leaf, lambda x: _put(x, ids, rows.slots[name]))
+
+            known = state.tables[table.path]
+            last = _put(known.last, ids, jnp.broadcast_to(state.clock, ids.shape))
+            tables = {**state.tables, table.path: known._replace(last=last)}
+            params = _replaced(params, table.leaf, lambda x: _put(x, ids, rows.now))
+            return params, state._replace(inner=over_slots(slots, state.inner), tables=tables)
+
+        return jax.lax.fori_loop(0, -(-table.num_rows // size), block, (params, state))
+
+
+# Rows that are flushed at a time.
+_BLOCK = 8192
+
+
+def _all_parts(tx: Transform) -> Iterator[Transform]:
+    yield tx
+    for part in tx.parts:
+        yield from _all_parts(part)
+
+
+def _replaced(tree: Tree, leaf: int, function: Callable[[chex.Array], chex.Array]) -> Tree:
+    """The tree with a function applied to one leaf, if it is there."""
+    leaves, treedef = flatten(tree)
+    if leaves[leaf] is not None:
+        leaves[leaf] = function(leaves[leaf])
+    return treedef.unflatten(leaves)
+
+
+def _put(x: chex.Array, indices: chex.Array | None, rows: chex.Array) -> chex.Array:
+    if indices is None:
+        return rows.astype(x.dtype)
+    return x.at[indices].set(rows.astype(x.dtype), mode="drop", unique_indices=True)
+
+
+def _padded(g: Any, rows: _Rows) -> Any:
+    """A table's gradient as an array of the rows that are ready: zeros for those refreshed."""
+    if rows.indices is None:
+        return g
+    values = g.joined().values
+    empty = jnp.zeros((rows.indices.size - values.shape[0], *values.shape[1:]), values.dtype)
+    return jnp.concatenate([values, empty])

@@ -1,0 +1,56 @@
+"""Gradients of replicas: what each device found, summed on all of them."""
+
+from typing import Any
+
+import jax
+
+from adamjax.data import Tree, static
+from adamjax.leaves import is_left_alone, matched
+from adamjax.paths import flatten
+from adamjax.rows import RowGradient, row_gradient
+from adamjax.transform import Stateless, Step
+
+__all__ = ["sum_over"]
+
+
+class sum_over(Stateless):
+    """Sums gradients over the replicas of a mapped axis: first in a chain, as norms are of sums.
+
+    For `update` inside `shard_map`, `pmap` or `vmap`. A `RowGradient` is not made dense: the rows
+    of all replicas are gathered, and equal indices summed, so the result has room for as many
+    rows as all replicas together. (Keras' document of Adamax has this as its replica context.)
+
+    Args:
+      axis_name: the mapped axis, or a tuple of axes.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> tx = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(-1.0))
+    >>> def step(g):
+    ...     return tx.update(g, tx.init(g))[0]
+    >>> jax.vmap(step, axis_name="batch")(jnp.array([1.0, 2.0]))
+    Array([-3., -3.], dtype=float32)
+    """
+
+    axis_name: Any = static()
+
+    keeps_zero = True
+
+    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        def gathered(x: Any) -> Any:
+            return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
+
+        def summed(g: Any) -> Any:
+            if is_left_alone(g):
+                return g
+            if not isinstance(g, RowGradient):
+                return jax.lax.psum(g, self.axis_name)
+            if g.rest is not None:
+                # A row that is here may be one of the others elsewhere.
+                return jax.lax.psum(g.to_dense(), self.axis_name)
+            g = g.joined()
+            rows = row_gradient(gathered(g.indices), gathered(g.values), g.num_rows)
+            return rows.replace(lazy=g.lazy)
+
+        like, like_name = (grads, "grads") if params is None else (params, "params")
+        leaves = matched("sum_over", "grads", grads, like, like_name)
+        return flatten(like)[1].unflatten(map(summed, leaves)), state
