@@ -70,7 +70,7 @@ class _Rows(NamedTuple):
 
     indices: Any  # int32[n] with `num_rows` where there is none; None: all rows
     last: chex.Array
-    before: chex.Array  # as they are in `params`, widened
+    moved: chex.Array  # by how much they lag behind in `params`, widened
     now: chex.Array
     slots: dict[str, chex.Array]
     spoilt: chex.Array  # bool scalar, whether there is NaN in what was read of the ring
@@ -419,7 +419,7 @@ class exact_rows(Transform):
         spoilt = functools.reduce(
             operator.or_, (jnp.any(jnp.isnan(x)) for x in ring), jnp.array(False)
         )
-        return _Rows(indices, last, before, now, slots, spoilt)
+        return _Rows(indices, last, moved, now, slots, spoilt)
 
     def _with_refreshed(
         self, table: _Table, state: ExactRowsState, indices: chex.Array
@@ -543,8 +543,9 @@ class exact_rows(Transform):
         clock, updates, states = state.clock + 1, flatten(moves)[0], {}
         for t in tables:
             rows, known = ready[t.leaf], state.tables[t.path]
-            # What they lagged behind, and the step, in one go: so the table is rounded once.
-            way = (rows.now.astype(t.real) - rows.before) + updates[t.leaf].astype(t.real)
+            # What they lag behind and the step in one go: so the table is rounded once, and where
+            # nothing in the chain reads the weights they need not be gathered.
+            way = rows.moved + updates[t.leaf].astype(t.real)
             if rows.indices is not None:
                 way = RowGradient(rows.indices, way, num_rows=t.num_rows, lazy=True)
             updates[t.leaf] = way
