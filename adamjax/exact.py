@@ -206,6 +206,7 @@ class exact_rows(Transform):
         epsilons and the average's momentum must be Python floats; rates and decays may be arrays
         and change from step to step, as long as `learning_rate * weight_decay < 1`.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
+        (Masks in `tx` that are functions see the rows of a step in a table's place.)
       history: how many steps a row may lag behind, rounded up to a power of two. The least
         depends on the betas. Each step refreshes `num_rows / history` rows of each table.
 
@@ -434,7 +435,7 @@ class exact_rows(Transform):
 
     def _refreshed(self, table: _Table) -> int:
         """How many rows each step refreshes, so that none is older than the ring."""
-        return -(-table.num_rows // (self.history - 2))
+        return -(-table.num_rows // max(self.history - 2, 1))
 
     def prepare(
         self, params: Tree, state: ExactRowsState, indices: Mapping[str, chex.Array]
@@ -546,6 +547,7 @@ class exact_rows(Transform):
             # What they lag behind and the step in one go: so the table is rounded once, and where
             # nothing in the chain reads the weights they need not be gathered.
             way = rows.moved + updates[t.leaf].astype(t.real)
+            way = way.astype(jnp.promote_types(dtype_of(leaves[t.leaf]), t.dtype))
             if rows.indices is not None:
                 way = RowGradient(rows.indices, way, num_rows=t.num_rows, lazy=True)
             updates[t.leaf] = way
