@@ -378,7 +378,8 @@ def _layout(coast: Coast) -> tuple[int, int, float]:
     if coast.b1 >= coast.shrink:
         return steps, 0, 0.0
     until = _steps_until(_TOLERANCE, coast.b1 / coast.shrink)
-    series = _series(coast, until)
+    # For tiny betas alone: d would be too large for a float32.
+    series = None if coast.shrink**until < 1e-30 else _series(coast, until)
     return (min(steps, until), 0, 0.0) if series is None else (until, *series)
 
 

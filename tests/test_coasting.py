@@ -1,0 +1,419 @@
+"""Coasting against the recurrence itself, step by step in float64."""
+
+import functools
+import math
+import pickle
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import avals, enable_x64
+
+from adamjax.coasting import Coast, coasting, decayed, power
+
+TOP = 2**31 - 1
+BETAS = [
+    (0.9, 0.999),
+    (0.9, 0.95),
+    (0.95, 0.98),
+    (0.0, 0.99),
+    (0.5, 0.5),
+    (0.9, 0.99999),
+    (0.99, 0.9),
+]
+COASTS = {
+    "adam-eps_hat": lambda b1, b2, eps: Coast(b1, math.sqrt(b2), eps),
+    "adam-eps": lambda b1, b2, eps: Coast(b1, math.sqrt(b2), eps, b2),
+    "amsgrad-eps_hat": lambda b1, b2, eps: Coast(b1, 1.0, eps),
+    "amsgrad-eps": lambda b1, b2, eps: Coast(b1, 1.0, eps, b2),
+    "adamax": lambda b1, b2, eps: Coast(b1, b2, eps),
+}
+CASES = [
+    *(("adam-eps_hat", betas) for betas in BETAS),
+    *(("adam-eps", betas) for betas in BETAS if betas[0] > 0),
+    *(("adamax", betas) for betas in BETAS[:5] if betas[0] > 0),
+    ("amsgrad-eps_hat", (0.9, 0.999)),
+    ("amsgrad-eps", (0.9, 0.999)),
+    ("amsgrad-eps", (0.5, 0.5)),
+    ("amsgrad-eps", (0.99, 0.9)),
+]
+
+
+def plan_of(form, betas, eps=1e-7, momentum=None, decays=False):
+    return coasting(COASTS[form](*betas, eps), momentum, decays)
+
+
+def rates(plan, first, steps, real, decay):
+    """`a` and `b` of the steps after `first`: corrected, on a schedule, set by hand, any sign."""
+    rng = np.random.default_rng(0)
+    i = np.arange(steps)
+    a = (
+        -1e-3
+        * np.sqrt(1 - 0.99 ** (first + 1 + i))
+        * (1 + np.cos(i / 40))
+        * rng.uniform(0, 2, steps)
+    )
+    a[steps // 3 : steps // 2] *= rng.choice([-1, 0, 1], steps // 2 - steps // 3)
+    a[-5:] *= 10
+    b = -decay * rng.uniform(0, 1, steps) * plan.decays
+    return a.astype(real), b.astype(real)
+
+
+def start(n, eps, real, least, most):
+    """Weights, moments and averages of n rows; sizes from `least` to `most` times eps, and 0."""
+    rng = np.random.default_rng(1)
+    shape = (n, 24)
+    x = eps * 10 ** rng.uniform(math.log10(least), math.log10(most), shape)
+    m = x * rng.normal(size=shape)
+    p = rng.normal(size=shape)
+    average = p + 0.1 * rng.normal(size=shape)
+    x[:, 0], m[:, 0], x[:, 1], m[:, 2] = 0, 0, 0, 0
+    m[:, 1] = eps
+    return [z.astype(real) for z in (p, m, x, average)]
+
+
+class Track(NamedTuple):
+    """What the rows did.
+
+    `way` is the movement that there would have been, had each step gone the same way and at the
+    rate of the fastest, and what decay took.
+    """
+
+    moved: np.ndarray
+    average: np.ndarray
+    way: np.ndarray
+
+
+def recurrence(plan, a, b, first, last, p, m, x, average, real):
+    """The recurrence in float64, rows starting when their `last` has come."""
+    a, b, p, m, x, average = (np.asarray(z, np.float64) for z in (a, b, p, m, x, average))
+    moved, way, fastest = np.zeros_like(p), np.zeros_like(p), np.abs(a).max()
+    e = np.full(len(a), plan.coast.eps)
+    if plan.coast.b2 is not None:
+        e *= np.sqrt(-np.expm1((first + 1 + np.arange(len(a))) * math.log(plan.coast.b2)))
+    e = np.maximum(e, np.finfo(real).tiny)
+    for i in range(len(a)):
+        live = (last <= first + i)[:, None]
+        m = np.where(live, plan.coast.b1 * m, m)
+        x = np.where(live, plan.coast.shrink * x, x)
+        change = np.where(live, a[i] * m / (x + e[i]) + b[i] * p, 0)
+        way += np.where(live, fastest * np.abs(m) / (x + e[i]) + np.abs(b[i] * p), 0)
+        p, moved = p + change, moved + change
+        if plan.momentum is not None:
+            new = plan.momentum * average + (1 - plan.momentum) * p
+            average = np.where(live, new, average)
+    return Track(moved, average, way)
+
+
+def int32(t):
+    """`t` as a clock shows it that wraps around."""
+    return jnp.asarray((np.asarray(t, np.int64) + 2**31) % 2**32 - 2**31, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "history"))
+def coast(plan, history, a, b, first, last, rows):
+    """The rows after the steps, in one program."""
+
+    def count(clock):
+        return jnp.where((first > 0) & (clock < 0), TOP, clock)
+
+    def step(ring, scalars):
+        clock, a, b = scalars
+        return plan.advance(ring, clock, count(clock), a, b), None
+
+    clocks = first + 1 + jnp.arange(len(a), dtype=jnp.int32)
+    ring, _ = jax.lax.scan(step, plan.init(history, a.dtype), (clocks, a, b))
+    return plan.catch_up(ring, clocks[-1], count(clocks[-1]), last, *rows)
+
+
+def errors(
+    plan, *, history=None, first=0, real=np.float32, eps=1e-7, least=1e-4, most=1e8, decay=0.01
+):
+    """Errors of rows after every kind of gap: of the weights, and of the average, [n, columns].
+
+    The first in parts of the way, the second in parts of the way and of what is averaged.
+    """
+    history = history or plan.least_history
+    steps = history + 37
+    edges = {0, 1, 2, plan.steps - 1, plan.steps, plan.steps + 1, history // 2, history - 1}
+    gaps = np.array(sorted(gap for gap in edges if 0 <= gap < history))
+    last = first + steps - gaps
+    p, m, x, average = start(len(gaps), eps, real, least, most)
+    a, b = rates(plan, first, steps, real, decay)
+    rows = [jnp.asarray(z) for z in (p, m, x, average)]
+    if plan.momentum is None:
+        rows.pop()
+    scalars = jnp.asarray(a), jnp.asarray(b)
+    moved, kept = coast(plan, history, *scalars, int32(first), int32(last), rows)
+    expected = recurrence(plan, a, b, first, last, p, m, x, average, real)
+    still = gaps == 0
+    assert moved.dtype == real
+    assert np.all(np.asarray(moved)[still] == 0)
+    error = np.abs(moved - expected.moved) / (expected.way + 1e-300)
+    if plan.momentum is None:
+        assert kept is None
+        return error, None
+    assert kept.dtype == real
+    assert np.array_equal(np.asarray(kept)[still], average[still])
+    scale = expected.way + np.abs(average) + np.abs(p)
+    return error, np.abs(kept - expected.average) / scale
+
+
+@pytest.mark.parametrize(("form", "betas"), CASES)
+def test_float32(form, betas):
+    """With decay and an average, from the first step on, in the shortest ring."""
+    error, of_average = errors(plan_of(form, betas, momentum=0.99, decays=True))
+    assert error.max() <= 5e-7
+    assert of_average.max() <= 3e-7
+
+
+@pytest.mark.parametrize(
+    ("form", "betas"),
+    [
+        *(("adam-eps_hat", betas) for betas in BETAS if betas[0] > 0),
+        ("adam-eps", (0.9, 0.999)),
+        ("adam-eps", (0.5, 0.5)),
+        ("amsgrad-eps", (0.9, 0.999)),
+        ("amsgrad-eps", (0.5, 0.5)),
+        ("adamax", (0.9, 0.95)),
+    ],
+)
+def test_float64(form, betas):
+    """Nothing but the series' own error: 1e-8 for terms left out, 1e-8 for those taken in."""
+    with enable_x64(True):
+        error, _ = errors(plan_of(form, betas), real=np.float64)
+        assert error.max() <= 2e-8
+
+
+@pytest.mark.parametrize(
+    ("form", "betas", "options"),
+    [
+        ("adam-eps_hat", (0.9, 0.999), {"eps": 1e-12}),
+        ("adam-eps_hat", (0.9, 0.95), {"eps": 1e-3}),
+        ("adam-eps", (0.9, 0.999), {"eps": 1.0}),
+        ("adam-eps", (0.9, 0.999), {"eps": 3e-37, "least": 1.0}),  # at first less than any number
+        ("adam-eps", (0.9, 0.99999), {"eps": 1e-12, "first": 5}),
+        ("adam-eps", (0.9, 0.99999), {"first": 3000}),
+        ("adam-eps", (0.9, 0.999), {"first": TOP - 100}),  # the clock wraps around
+        ("adam-eps", (0.99, 0.9), {"first": TOP - 1000}),
+        ("adam-eps_hat", (0.99, 0.9), {"eps": 1e-12, "most": 1e30}),
+        ("adamax", (0.9, 0.0), {}),
+        ("adam-eps", (0.0, 0.0), {}),
+        ("adam-eps", (1e-9, 1e-17), {}),
+        ("adam-eps_hat", (0.9, 0.999), {"decay": 0.9}),
+        ("adam-eps_hat", (0.9, 0.999), {"history": 1024}),
+    ],
+)
+def test_options(form, betas, options):
+    plan = plan_of(form, betas, options.get("eps", 1e-7), momentum=0.99, decays=True)
+    error, of_average = errors(plan, **options)
+    assert error.max() <= 5e-7
+    assert of_average.max() <= 3e-7
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9999])
+@pytest.mark.parametrize("decays", [False, True])
+def test_momentum(momentum, decays):
+    """Among them an average that forgets more slowly than the weights decay."""
+    plan = plan_of("adam-eps", (0.9, 0.999), momentum=momentum, decays=decays)
+    error, of_average = errors(plan, history=1024)
+    assert error.max() <= 5e-7
+    # As in a dense average, the roundings of 1,024 steps add up where it forgets so slowly.
+    assert of_average.max() <= (6e-7 if momentum == 0.9999 else 3e-7)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def once(plan, last, rows):
+    """The rows after one step."""
+    ring = plan.advance(plan.init(plan.least_history, np.float32), 1, 1, -1.0, -0.5)
+    return plan.catch_up(ring, 1, 1, last, *rows)
+
+
+def test_average_that_stands():
+    plan = plan_of("adam-eps", (0.9, 0.999), momentum=1.0, decays=True)
+    assert plan == plan_of("adam-eps", (0.9, 0.999), momentum=None, decays=True)
+    p, last = jnp.ones((1, 3)), jnp.zeros(1, jnp.int32)
+    moved, average = once(plan, last, [p, p, p, 3 * p])
+    assert (moved < -0.5).all()
+    assert (average == 3).all()
+
+
+def test_long_decay():
+    """A gap of 65,535 steps at step 1e5: that the sum of logarithms is compensated, in a scan."""
+    plan = plan_of("adam-eps_hat", (0.9, 0.999), decays=True)
+    steps = 100_000
+    b = (-1e-5 * np.random.default_rng(0).uniform(0, 1, steps)).astype(np.float32)
+    gaps = np.array([1, 300, 20_000, 65_535])
+    p = jnp.ones((4, 1))
+    a = jnp.zeros(steps)
+    moved, _ = coast(plan, 65_536, a, jnp.asarray(b), 0, int32(steps - gaps), [p, p, p])
+    expected = [np.expm1(np.log1p(b[-gap:].astype(np.float64)).sum()) for gap in gaps]
+    np.testing.assert_allclose(moved[:, 0], expected, rtol=3e-7)
+
+
+def test_sum_in_two_floats():
+    """XLA must not see that (a + b) - a is b."""
+    plan = plan_of("adam-eps_hat", (0.0, 0.999), decays=True)
+
+    @jax.jit
+    def total(ring, b):
+        def step(ring, scalars):
+            return plan.advance(ring, scalars[0], scalars[0], 0.0, scalars[1]), None
+
+        clocks = jnp.arange(1, len(b) + 1, dtype=jnp.int32)
+        return jax.lax.scan(step, ring, (clocks, b))[0].decay[len(b) % 4]
+
+    b = -(10 ** np.random.default_rng(0).uniform(-9, -1, 50_000)).astype(np.float32)
+    high, low = np.asarray(total(plan.init(4, np.float32), jnp.asarray(b)), np.float64)
+    exact = np.asarray(jnp.log1p(b)).astype(np.float64).sum()
+    assert abs(low) <= abs(np.spacing(np.float32(high))) / 2
+    assert abs(high + low - exact) <= 1e-9 * abs(exact)
+    assert abs(high - exact) > 1e-8 * abs(exact)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
+def test_any_shape(betas):
+    """Rows without columns, with two axes of them, no rows; and a population of optimizers."""
+    plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
+
+    def stand(scale, last, rows):
+        ring = plan.init(plan.least_history, np.float32)
+        for t in (1, 2, 3):
+            ring = plan.advance(ring, t, t, -scale * t, -0.1 * scale)
+        return plan.catch_up(ring, 3, 3, last, *rows)
+
+    n = 5
+    rows = np.random.default_rng(0).uniform(0.5, 1, (4, n, 6)).astype(np.float32)
+    last = jnp.array([0, 1, 2, 3, 0], jnp.int32)
+    scales = jnp.array([0.0, 0.1])
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        expected = jax.jit(stand)(0.1, last, list(rows))
+        deep = jax.jit(stand)(0.1, last, list(rows.reshape(4, n, 2, 3)))
+        flat = jax.jit(stand)(0.1, last, list(rows[:, :, 0]))
+        none = jax.jit(stand)(0.1, last[:0], list(rows[:, :0]))
+        many = jax.jit(jax.vmap(stand, in_axes=(0, None, None)))(scales, last, list(rows))
+    for i in range(2):
+        np.testing.assert_allclose(deep[i].reshape(n, 6), expected[i], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(flat[i], expected[i][:, 0], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(many[i][1], expected[i], rtol=1e-6, atol=1e-7)
+        assert none[i].shape == (0, 6)
+    assert (many[0][0] == 0).all()
+    assert (expected[0][last < 3] != 0).all()
+
+
+def test_average_left_out():
+    plan = plan_of("adam-eps_hat", (0.9, 0.999), momentum=0.99, decays=True)
+    last, rows = jnp.zeros(1, jnp.int32), [jnp.full((1, 2), z) for z in (1.0, 2.0, 3.0)]
+    both = once(plan, last, [*rows, rows[0]])
+    moved, none = once(plan, last, rows)
+    assert none is None
+    np.testing.assert_allclose(moved, both[0], rtol=1e-6)
+
+
+def test_standing_rows_are_left_as_they_are():
+    """Whatever they hold."""
+    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+    odd = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, -0.0, 0.0, 1.0]])
+    moved, average = once(plan, jnp.ones(1, jnp.int32), [odd, odd, odd, odd])
+    assert (moved == 0).all()
+    assert np.asarray(average).tobytes() == np.asarray(odd).tobytes()
+
+
+def test_state_is_stable():
+    """Numbers and traced scalars give a ring of the same dtypes."""
+    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+    ring = plan.init(256, np.float32)
+    scalars = jnp.int32(1), jnp.int32(1), jnp.float32(-0.1), jnp.float32(-0.1)
+    of_numbers = jax.eval_shape(lambda ring: plan.advance(ring, 1, 1, -0.1, -0.25), ring)
+    of_arrays = jax.eval_shape(plan.advance, ring, *scalars)
+    assert avals(of_numbers) == avals(of_arrays) == avals(ring)
+
+
+@pytest.mark.parametrize(
+    ("form", "betas", "terms", "history"),
+    [
+        ("adam-eps_hat", (0.9, 0.999), 4, 256),
+        ("adam-eps_hat", (0.9, 0.95), 13, 256),
+        ("adam-eps_hat", (0.95, 0.98), 11, 512),
+        ("adam-eps_hat", (0.9, 0.99999), 2, 256),
+        ("adam-eps_hat", (0.5, 0.5), 35, 64),
+        ("adam-eps", (0.9, 0.999), 11, 256),
+        ("amsgrad-eps_hat", (0.9, 0.999), 1, 256),
+        ("adamax", (0.9, 0.999), 4, 256),
+        # Replay.
+        ("adam-eps_hat", (0.99, 0.9), 0, 4096),
+        ("adamax", (0.5, 0.5), 0, 128),
+        # Without momentum nothing moves.
+        ("adam-eps_hat", (0.0, 0.99), 0, 2),
+    ],
+)
+def test_cost(form, betas, terms, history):
+    plan = plan_of(form, betas)
+    assert plan.terms <= terms
+    assert (plan.terms == 0) == (terms == 0)
+    assert plan.least_history == history
+    for wrong in (history // 2, history + 1, 3 * history, 0):
+        with pytest.raises(ValueError, match=f"power of two of at least {history}; got {wrong}"):
+            plan.init(wrong, np.float32)
+    width = {ring.shape for ring in plan.init(history, np.float32) if ring is not None}
+    assert width == ({(history, plan.terms)} if terms else {(history, 2)} if betas[0] else set())
+
+
+def test_plans_are_values():
+    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+    wide = coasting(Coast(*(np.float64(z) for z in plan.coast)), np.float64(0.99), True)
+    assert plan == wide == pickle.loads(pickle.dumps(plan))
+    assert hash(plan) == hash(wide)
+    assert plan != plan_of("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)
+    assert all(type(z) is float for z in (*wide.coast, wide.momentum, wide.stretch))
+
+
+@pytest.mark.parametrize("b", [0.0, 0.3, 0.9, 0.999, 0.99999, 1.0])
+@pytest.mark.parametrize("history", [2, 256, 65_536])
+def test_power(b, history):
+    k = np.unique(np.append(np.geomspace(1, history - 1, 500).astype(np.int32), [0, history - 1]))
+    result = jax.jit(lambda k: power(b, k, jnp.float32, history))(jnp.asarray(k, jnp.int32))
+    exact = np.power(b, k.astype(np.float64))
+    normal = exact > 2 * np.finfo(np.float32).tiny
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[normal], exact[normal], rtol=1.8e-7)
+    np.testing.assert_allclose(result[~normal], 0, atol=4e-38)
+    far = power(b, jnp.array([2**20, TOP], jnp.int32), jnp.float32, history)
+    assert ((far >= 0) & (far <= 1)).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 300])
+def test_decay_again_and_again(k):
+    """What is rounded goes up as often as down: it adds up as a random walk, if at all."""
+    times, history = 3000 // k, 512
+
+    @jax.jit
+    def fall(x):
+        gaps = jnp.full(len(x), k, jnp.int32)
+        return jax.lax.fori_loop(0, times, lambda i, x: decayed(x, 0.999, gaps, history), x)
+
+    x = np.random.default_rng(0).uniform(1, 2, (400, 3)).astype(np.float32)
+    ratio = np.asarray(fall(jnp.asarray(x)), np.float64) / (x * 0.999 ** (k * times)) - 1
+    assert abs(ratio.mean()) <= 2e-7
+    assert ratio.std() <= 3e-8 * math.sqrt(times)
+
+
+def test_average_again_and_again():
+    """Weights that stand still, and an average on its way to them, one step at a time."""
+    plan = plan_of("adam-eps", (0.0, 0.999), momentum=0.999)
+    steps, last = 3000, jnp.zeros(400, jnp.int32)
+
+    @jax.jit
+    def fall(average):
+        zero = jnp.zeros_like(average)
+
+        def step(_, average):
+            return plan.catch_up(plan.init(2, np.float32), 1, 1, last, zero, zero, zero, average)[1]
+
+        return jax.lax.fori_loop(0, steps, step, average)
+
+    average = np.random.default_rng(0).uniform(1, 2, (400, 3)).astype(np.float32)
+    ratio = np.asarray(fall(jnp.asarray(average)), np.float64) / (average * 0.999**steps) - 1
+    assert abs(ratio.mean()) <= 2e-7
