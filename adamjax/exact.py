@@ -587,7 +587,10 @@ class exact_rows(Transform):
         if ticket is None or held is None or held.indices.shape != indices.shape:
             return afresh()
         fits = (ticket.clock == state.clock) & jnp.all(held.indices == indices)
-        return jax.lax.cond(fits, lambda: held, afresh)
+        # A loop of no rounds or one: what a `cond` passes on is kept twice.
+        return jax.lax.while_loop(
+            _wanted, lambda _: (jnp.zeros((), bool), afresh()), (~fits, held)
+        )[1]
 
     def flush(self, params: Tree, state: ExactRowsState) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.
@@ -620,6 +623,10 @@ class exact_rows(Transform):
             return params, state._replace(inner=over_slots(slots, state.inner), tables=tables)
 
         return jax.lax.fori_loop(0, -(-table.num_rows // size), block, (params, state))
+
+
+def _wanted(carry: tuple[chex.Array, _Rows]) -> chex.Array:
+    return carry[0]
 
 
 # Rows that are flushed at a time.
