@@ -7,6 +7,7 @@ import sys
 SUITES = {
     "train": "train a next-word model on real text with the whole chain",
     "dense": "dense steps against optax, Keras and torch: time, compile time, memory",
+    "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
     "readme": "write the measured tables into README.md",
 }
 

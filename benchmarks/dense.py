@@ -11,15 +11,12 @@ several times.
 import argparse
 import functools
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, environment, save, spread, timed
+from benchmarks.workers import Worker, serve
 
 __all__ = ["main"]
 
@@ -140,12 +137,14 @@ def torch_runner(chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
 
 
 def work(kind: str, workloads: dict[str, Any]) -> None:
-    """Serves rounds: a line with (workload, chain) in, a line with seconds a step out."""
+    """Serves rounds: asked for (workload, chain), answers with seconds a step of contenders."""
     contenders = ["torch"] if kind == "torch" else jax_contenders()
     runners: dict[str, Callable[[int], None]] = {}
     current, steps = None, 1
-    for line in sys.stdin:
-        workload, chain = asked = json.loads(line)
+
+    def answer(asked: list[str]) -> dict[str, float]:
+        nonlocal current, steps
+        workload, chain = asked
         if asked != current:
             current = asked
             shapes, dtype, steps = workloads[workload]
@@ -155,12 +154,14 @@ def work(kind: str, workloads: dict[str, Any]) -> None:
                     if name == "torch"
                     else jax_runner(name, chain, shapes, dtype)
                 )
-        answer = {}
+        taken = {}
         for name in contenders:
             runners[name](1)
-            answer[name] = timed(functools.partial(runners[name], steps)) / steps
+            taken[name] = timed(functools.partial(runners[name], steps)) / steps
         contenders.append(contenders.pop(0))
-        print(json.dumps(answer), flush=True)
+        return taken
+
+    serve(answer)
 
 
 def jax_contenders() -> list[str]:
@@ -168,46 +169,17 @@ def jax_contenders() -> list[str]:
     return ["adamjax", "optax", *(["keras"] if importlib.util.find_spec("keras") else [])]
 
 
-class Worker:
-    """A process of its own that takes rounds when it is asked to."""
-
-    def __init__(self, kind: str, quick: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks", "dense", "--worker", kind]
-        self.process = subprocess.Popen(
-            [*command, "--quick"] if quick else command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "KERAS_BACKEND": "jax", "OMP_WAIT_POLICY": "PASSIVE"},
-        )
-
-    def round(self, workload: str, chain: str) -> dict[str, float]:
-        """Seconds a step of each of its contenders."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps([workload, chain]) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def sitting(workload: str, chain: str, rounds: int, quick: bool) -> list[dict[str, float]]:
     """Seconds a step of every contender, for each of some rounds, in new processes."""
     kinds = ["jax", *(["torch"] if importlib.util.find_spec("torch") else [])]
-    workers = [Worker(kind, quick) for kind in kinds]
+    options = ["--quick"] if quick else []
+    workers = [Worker("dense", "--worker", kind, *options) for kind in kinds]
+    asked = [workload, chain]
     try:
         for worker in workers:
-            worker.round(workload, chain)
+            worker.ask(asked)
         return [
-            {name: s for worker in workers for name, s in worker.round(workload, chain).items()}
+            {name: s for worker in workers for name, s in worker.ask(asked).items()}
             for _ in range(rounds)
         ]
     finally:

@@ -75,15 +75,100 @@ def dense(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _mega(number: float | None) -> str:
+    return "" if number is None else f"{number / 1e6:,.1f}"
+
+
+def rows(results: dict[str, Any]) -> str:
+    """The tables of the rows suite: its main case, what was asked of it, and `exact` everywhere."""
+    found = {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
+    kinds = ("Zipf", "uniform")
+    zipf, uniform = (found[1_000_000, 64, 8192, kind] for kind in kinds)
+
+    def times(row: dict[str, Any], name: str, own: str = "exact") -> str:
+        """How many times as long as ours the contender takes."""
+        if name not in row["ratio"][own]:
+            return "?"
+        longer = 1 / row["ratio"][own][name]["median"]
+        return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
+
+    def taken(row: dict[str, Any], name: str, own: str) -> list[str]:
+        if name not in row["ms"]:
+            return ["", ""]
+        return [_range(row["ms"][name], 1), "" if name == own else times(row, name, own)]
+
+    contenders = [
+        [
+            name,
+            *taken(zipf, name, "exact step" if "step" in name else "exact"),
+            *taken(uniform, name, "exact step" if "step" in name else "exact"),
+            _mega(zipf["temporary_bytes"][name]),
+            f"{zipf['peak_bytes'][name] / 1e6:,.0f}",
+        ]
+        for name in zipf["ms"]
+    ]
+    asked = [
+        [
+            row["what"],
+            row["asked"],
+            "" if row["measured"] is None else f"{row['measured']:.3g}",
+            {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
+        ]
+        for row in results["bounds"]
+    ]
+    tables = sorted({key[0] for key in found})
+
+    grid = []
+    for width, reads in sorted({key[1:3] for key in found}):
+        line = [str(width), f"{reads:,}"]
+        for kind in kinds:
+            for count in tables:
+                row = found[count, width, reads, kind]
+                both = f"{times(row, 'optax')}, {times(row, 'torch sparse')}"
+                line.append(f"{row['ms']['exact']['median']:.1f} ({both})")
+        grid.append(line)
+    where = f"{_where(results)} The grid's other cases: {results['grid_rounds']} rounds."
+    if "tunables" in results["environment"]:
+        where += f" With GLIBC_TUNABLES={results['environment']['tunables']}."
+    if alone := sum(not row["in_turn"] for row in results["times"]):
+        where += f" In {alone} cases, whose tables did not fit in memory at once, the contenders "
+        where += "came one after another."
+    for row in results["times"]:
+        where += "".join(f" {row['case']}: {name}: {why}." for name, why in row["failed"].items())
+    return "\n\n".join(
+        [
+            f"{where} 1M rows of 64, 8,192 indices; median (quartiles). The whole steps read "
+            "the rows and differentiate a loss as well; their time is compared with each other's.",
+            _table(
+                [
+                    *("contender", "Zipf, ms", "of exact's time", "uniform, ms", "of exact's time"),
+                    *("temporaries, MB", "most memory, MB"),
+                ],
+                contenders,
+            ),
+            "What was asked of it:",
+            _table(["what", "asked", "measured", "holds"], asked),
+            "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
+            "dense gradients and torch's SparseAdam take):",
+            _table(
+                ["D", "n", *(f"{kind}, {count:,}" for kind in kinds for count in tables)],
+                grid,
+            ),
+        ]
+    )
+
+
 def rendered(text: str) -> str:
     """The README's text with its tables as the committed results say."""
-    for path in sorted(RESULTS.glob("*/dense.json")):
-        name = f"dense {path.parent.name}"
-        block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not block.search(text):
-            raise ValueError(f"README.md has no place for {path}: add <!-- {name} --> marks")
-        table = dense(json.loads(path.read_text()))
-        text = block.sub(lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", text)
+    for suite, tables in (("dense", dense), ("rows", rows)):
+        for path in sorted(RESULTS.glob(f"*/{suite}.json")):
+            name = f"{suite} {path.parent.name}"
+            block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+            place = block.search(text)
+            if not place:
+                raise ValueError(f"README.md has no place for {path}: add <!-- {name} --> marks")
+            made = f"{place[1]}\n{tables(json.loads(path.read_text()))}\n\n{place[2]}"
+            text = text[: place.start()] + made + text[place.end() :]
     return text
 
 

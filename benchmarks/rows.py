@@ -1,0 +1,444 @@
+"""One table's step by the rows it read: exact, lazy and dense, against those who do the like.
+
+Each contender takes its steps in a process of its own, in turn with the others. A sample is the
+mean of a few steps after one that is not timed; a ratio is taken within a round, from samples
+that lie next to each other in time, and who goes first changes from round to round. Where all
+tables do not fit in memory at once, the contenders come one after another instead, and a round is
+what has the same number with each. The main case (1M rows of 64, 8,192 indices) gets more rounds,
+and its processes are started anew several times: where arrays come to lie in memory moves a
+step's time by a tenth.
+
+Every step gets other indices, 32 batches in rotation, so that its rows are not in the cache and
+lag behind by various numbers of steps. The dense gradient, the row gradient and torch's sorting of
+its sparse gradient are part of the step; the gradient's rows are given.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import (
+    EVERYONE,
+    FEW,
+    WHOLE,
+    Case,
+    JaxTable,
+    TorchTable,
+    batches,
+    short,
+)
+from benchmarks.measure import RESULTS, environment, save, spread, timed
+from benchmarks.workers import Team, serve
+
+__all__ = ["main", "plot"]
+
+# The seconds that a timed sample should last, and the most steps in it.
+SAMPLE, MOST = 0.1, 50
+
+OURS = ("exact", "exact, max_unique", "lazy", "lazy, max_unique", "dense", "exact step")
+
+
+def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> list[Case]:
+    return [Case(*case) for case in itertools.product(rows, widths, reads, ("Zipf", "uniform"))]
+
+
+GRID = _cases((100_000, 1_000_000, 4_000_000), (32, 64, 128), (1024, 8192, 65_536))
+MAIN = _cases((1_000_000,), (64,), (8192,))
+QUICK = _cases((1000, 4000), (8,), (64,))
+QUICK_MAIN = _cases((4000,), (8,), (64,))
+
+
+# --- a contender in its process -------------------------------------------------------------------
+
+
+def _resident(what: str) -> int:
+    """Bytes that are resident (`VmRSS`), or were at most (`VmHWM`); 0 where nobody counts."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(what)), 0)
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Serving:
+    """Answers questions: makes a table, takes up a case, takes samples."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.table: Any = None
+        self.base = 0
+
+    def __call__(self, question: list[Any]) -> Any:
+        kind, *about = question
+        if kind == "table":
+            return self.make(*about)
+        return self.take_up(*about) if kind == "case" else self.sample()
+
+    def make(self, *about: Any) -> None:
+        """A new table in place of the one before, or none."""
+        self.table = None
+        gc.collect()
+        if about:
+            # Libraries are loaded before what is resident counts.
+            importlib.import_module(EVERYONE[self.name][0])
+            kind: Any = TorchTable
+            if not self.name.startswith("torch"):
+                import jax
+
+                jax.numpy.zeros(1000).block_until_ready()
+                kind = JaxTable
+            self.base = _resident("VmRSS")
+            self.table = kind(self.name, Case(*about))
+
+    def take_up(self, *about: Any) -> dict[str, Any]:
+        """Loads, compiles and warms up; answers with what the memory was."""
+        case = Case(*about)
+        indices, values = batches(case)
+        before = _resident("VmRSS")
+        temporary = self.table.load(case, indices, values)
+        self.base += _resident("VmRSS") - before
+        _forget_peak()
+        self.table.run(EVERYONE[self.name][1])
+        return {
+            "temporary_bytes": temporary,
+            "peak_bytes": _resident("VmHWM") - self.base,
+            "distinct": statistics.mean(len(np.unique(x)) for x in indices[:4]),
+        }
+
+    def sample(self) -> float:
+        """Seconds a step."""
+        once = timed(lambda: self.table.run(1))
+        steps = max(1, min(MOST, round(SAMPLE / once)))
+        return timed(lambda: self.table.run(steps)) / steps
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Taken:
+    """What was taken in a case: seconds a step of each contender, round by round, and the rest."""
+
+    case: Case
+    together: bool
+    rounds: list[dict[str, float]]
+    about: dict[str, dict[str, Any]]
+    failed: dict[str, str]
+
+    def __add__(self, later: "Taken") -> "Taken":
+        """The same case with the rounds of another sitting."""
+        rounds, failed = self.rounds + later.rounds, self.failed | later.failed
+        return replace(self, rounds=rounds, failed=failed)
+
+    def row(self) -> dict[str, Any]:
+        """As it goes into the results."""
+        names = [n for n in EVERYONE if all(n in taken for taken in self.rounds)]
+        ours = [n for n in names if n in OURS]
+        return {
+            "case": self.case.name,
+            **vars(self.case),
+            "distinct": round(max((x["distinct"] for x in self.about.values()), default=0)),
+            "in_turn": self.together,
+            "rounds": len(self.rounds),
+            "ms": {n: _rounded([1e3 * t[n] for t in self.rounds]) for n in names},
+            "ratio": {
+                own: {n: _rounded([t[own] / t[n] for t in self.rounds]) for n in names if n != own}
+                for own in ours
+            },
+            "temporary_bytes": {n: x["temporary_bytes"] for n, x in self.about.items()},
+            "peak_bytes": {n: x["peak_bytes"] for n, x in self.about.items()},
+            "failed": self.failed,
+        }
+
+
+def _rounded(samples: Sequence[float]) -> dict[str, float]:
+    return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
+
+
+def _free_bytes() -> float:
+    """Bytes of memory that are free, or infinity where nobody counts."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+
+
+def _fit(names: Sequence[str], case: Case) -> bool:
+    """Whether parameters and moments of all contenders fit in memory, and one's temporaries."""
+    tables = 3 * len(names) + 3
+    return tables * case.rows * case.width * 4 < 0.8 * _free_bytes()
+
+
+def measure(team: Team, cases: Sequence[Case], rounds: int) -> Iterator[Taken]:
+    """Samples of cases with one table: of all contenders in turn, or of one after another."""
+    together = _fit(team.names, cases[0])
+    found = {case: Taken(case, together, [{} for _ in range(rounds)], {}, {}) for case in cases}
+    for names in [team.names] if together else [[name] for name in team.names]:
+        team.ask(names, ["table", *vars(cases[0]).values()])
+        for case, taken in found.items():
+            playing = [name for name in names if case.takes(name)]
+            question = ["case", *vars(case).values()]
+            heavy = [name for name in playing if EVERYONE[name][1] == FEW]
+            taken.about |= team.ask([name for name in playing if name not in heavy], question)
+            for name in heavy:  # their temporaries are as large as the table
+                taken.about |= team.ask([name], question)
+            for number, samples in enumerate(taken.rounds):
+                if playing:
+                    samples |= team.in_turn(playing, number)
+            lost = {name: why for name, why in team.failed.items() if case.takes(name)}
+            taken.failed |= lost
+        team.ask(names, ["table"])
+    team.failed = {}  # New processes may try the next table.
+    yield from found.values()
+
+
+def measure_growth(names: Sequence[str], sittings: int, rounds: int) -> list[dict[str, Any]]:
+    """How a step's time grows from the least table to the largest, all of them in turn."""
+    sizes = {short(case.rows): case.rows for case in (GRID[0], GRID[-1])}
+    least, most = sizes
+    kept = [name for name in ("exact", "lazy", "torch sparse") if name in names]
+    players = {f"{name} {size}": name for name in kept for size in sizes}
+    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in MAIN}
+    for _ in range(sittings):
+        with Team("rows", players) as team:
+            for kind, case in [("table", MAIN[0]), *(("case", case) for case in MAIN)]:
+                for player in players:
+                    sized = replace(case, rows=sizes[player.split()[-1]])
+                    team.ask([player], [kind, *vars(sized).values()])
+                if kind == "case":
+                    turns = [team.in_turn(list(players), number) for number in range(rounds)]
+                    taken[case.indices] += [t for t in turns if len(t) == len(players)]
+    return [
+        {
+            "indices": indices,
+            "contender": name,
+            "ms": {size: _rounded([1e3 * t[f"{name} {size}"] for t in turns]) for size in sizes},
+            "ratio": _rounded([t[f"{name} {most}"] / t[f"{name} {least}"] for t in turns]),
+        }
+        for indices, turns in taken.items()
+        for name in kept
+        if turns
+    ]
+
+
+def _shown(row: dict[str, Any], began: float) -> None:
+    times = ", ".join(f"{n} {ms['median']:.1f}" for n, ms in row["ms"].items())
+    minutes, seconds = divmod(int(time.perf_counter() - began), 60)
+    print(f"{minutes:3}:{seconds:02}  {row['case']:25} ms: {times}", flush=True)
+    for name, why in row["failed"].items():
+        print(f"        {name}: {why}", flush=True)
+
+
+def run(
+    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], args: Any
+) -> list[dict[str, Any]]:
+    """The results of all cases; the main ones take their rounds in several sittings."""
+    began, table = time.perf_counter(), []
+    sittings: list[list[Taken]] = []
+    for _ in range(args.sittings if main_cases else 0):
+        with Team("rows", names) as team:
+            sittings.append(list(measure(team, main_cases, args.rounds)))
+    for takens in zip(*sittings, strict=True):
+        table.append(sum(takens[1:], takens[0]).row())
+        _shown(table[-1], began)
+    with Team("rows", [name for name in names if name not in WHOLE]) as team:
+        for _, cases in itertools.groupby(grid, lambda case: (case.rows, case.width)):
+            for taken in measure(team, list(cases), args.grid_rounds):
+                table.append(taken.row())
+                _shown(table[-1], began)
+    return sorted(table, key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def bounds(
+    table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What the main case is asked to keep, and what was measured (`None`: it was not)."""
+    rows = {row["case"]: row for row in table}
+    main_rows = {case.indices: rows.get(case.name) for case in MAIN}
+    grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
+    found: list[dict[str, Any]] = []
+
+    def ask(what: str, asked: str, bound: float, value: float | None) -> None:
+        holds = value and (value >= bound if asked == "at least" else value <= bound)
+        asked = f"{asked} {bound:g}"
+        found.append({"what": what, "asked": asked, "measured": value, "holds": holds})
+
+    def ratio(one: str, other: str, indices: str) -> float | None:
+        """The time of one by that of the other, of which one is ours."""
+        ratios = (main_rows[indices] or {"ratio": {}})["ratio"]
+        if other in ratios.get(one, {}):
+            return ratios[one][other]["median"]
+        return 1 / ratios[other][one]["median"] if one in ratios.get(other, {}) else None
+
+    def temporaries(*names: str) -> float | None:
+        held = [
+            row["temporary_bytes"].get(name) for row in main_rows.values() if row for name in names
+        ]
+        return max((x for x in held if x is not None), default=0) / 1e6 or None
+
+    for kind in main_rows:
+        ask(f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind))
+        ask(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
+        whole = ratio("exact step", "lazy step", kind)
+        ask(f"the whole exact step's time by the lazy one's, {kind}", "at most", 1.4, whole)
+        ask(f"dense's time by optax's, {kind}", "at most", 0.9, ratio("dense", "optax", kind))
+        larger = grown.get(("exact", kind))
+        ask(f"exact's time at 4M rows by that at 100k, {kind}", "at most", 2, larger)
+    sparse, name = "torch sparse", "torch SparseAdam"
+    ask(f"{name}'s time by exact's, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
+    ask(f"lazy's time by {name}'s, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
+    bounded = ratio("lazy, max_unique", sparse, "Zipf")
+    ask(f"lazy's time with max_unique by {name}'s, Zipf", "at most", 1, bounded)
+    own = temporaries("exact", "lazy", "dense")
+    ask("temporaries of an optimizer step, MB", "at most", 20, own)
+    ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
+    return found
+
+
+def _tell(found: Sequence[dict[str, Any]]) -> None:
+    print(f"\nbounds on {MAIN[0].name} and uniform")
+    for row in found:
+        verdict = {None: "      ", True: "holds ", False: "FAILS "}[row["holds"]]
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+        print(f"  {verdict} {row['what']}: {row['asked']}; {measured}")
+
+
+# --- the plot -------------------------------------------------------------------------------------
+
+# name: (label, colour, marker, line width)
+_LINES: dict[str, tuple[str, str, str, float]] = {
+    "torch dense": ("torch, fused Adam, dense gradient", "0.72", "v", 1.2),
+    "optax": ("optax, dense gradient", "0.35", "s", 1.2),
+    "keras": ("Keras, dense gradient", "0.55", "D", 1.2),
+    "tf form": ("TF's sparse step, in JAX", "0.35", "x", 1.2),
+    "dense": ('adamjax, rows="dense"', "C1", "o", 2.2),
+    "torch sparse": ("torch SparseAdam (lazy)", "C3", "^", 1.6),
+    "exact": ("adamjax, exact_rows", "C0", "o", 3.0),
+    "lazy": ('adamjax, rows="lazy"', "C2", "o", 1.6),
+}
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Time against the table's size, for one width: a panel for each batch and distribution."""
+    from matplotlib.figure import Figure
+
+    widths = sorted({row["width"] for row in results["times"]})
+    width = 64 if 64 in widths else widths[0]
+    table = [row for row in results["times"] if row["width"] == width]
+    reads = sorted({row["reads"] for row in table})
+    kinds = sorted({row["indices"] for row in table}, reverse=True)
+    size = (3.1 * len(reads) + 3.2, 2.9 * len(kinds) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(kinds), len(reads), sharex=True, sharey=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for kind, line in zip(kinds, panels, strict=True):
+        for n, axes in zip(reads, line, strict=True):
+            here = [row for row in table if (row["indices"], row["reads"]) == (kind, n)]
+            here.sort(key=lambda row: row["rows"])
+            for name, (label, colour, marker, thick) in _LINES.items():
+                points = [(r["rows"], r["ms"][name]["median"]) for r in here if name in r["ms"]]
+                if points:
+                    style = {"color": colour, "marker": marker, "linewidth": thick}
+                    (handles[label],) = axes.plot(*zip(*points, strict=True), **style)
+            axes.set(xscale="log", yscale="log", title=f"{n:,} indices, {kind}")
+            sizes = [row["rows"] for row in here]
+            axes.set_xticks(sizes, [short(x) for x in sizes])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.grid(alpha=0.3)
+    # In the order of their times at the right end, as the eye meets them there.
+    last = max(table, key=lambda row: (row["rows"], row["reads"] == 8192))
+    order = sorted((n for n in _LINES if n in last["ms"]), key=lambda n: -last["ms"][n]["median"])
+    labels = [_LINES[name][0] for name in order]
+    figure.supxlabel(f"rows of the table (float32, {width} columns)")
+    figure.supylabel("ms a step")
+    figure.suptitle("One Adam step on a table, by the table's size")
+    shown = [handles[label] for label in labels]
+    figure.legend(shown, labels, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# --- the suite ------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks rows", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8, help="of the main case (default 8)")
+    parser.add_argument("--sittings", type=int, default=4, help="of the main case (default 4)")
+    parser.add_argument("--grid-rounds", type=int, default=3, help="of the others (default 3)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--only", default="", help="cases whose name holds this text, or growth")
+    parser.add_argument("--contenders", help=f"some of: {'; '.join(EVERYONE)}; split by ;")
+    parser.add_argument("--out", type=Path, help="where to write the JSON, the plot beside it")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw these results and no more")
+    parser.add_argument("--worker", choices=EVERYONE, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        serve(Serving(args.worker))
+        return 0
+    if args.plot:
+        plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+        return 0
+    if min(args.rounds, args.grid_rounds) < 2 or args.sittings < 1:
+        parser.error("--rounds and --grid-rounds must be at least 2, --sittings at least 1")
+    chosen = args.contenders.split(";") if args.contenders else list(EVERYONE)
+    if unknown := [name for name in chosen if name not in EVERYONE]:
+        parser.error(f"no contenders {unknown}; there are {list(EVERYONE)}")
+    names = [name for name in chosen if importlib.util.find_spec(EVERYONE[name][0])]
+    for name in chosen:
+        if name not in names:
+            print(f"{name}: left out, {EVERYONE[name][0]} is not installed")
+    main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
+    main_cases = [case for case in main_cases if args.only in case.name]
+    grid = [case for case in grid if args.only in case.name and case not in main_cases]
+    grows = args.only in ("", "growth") and not args.quick
+    if not (main_cases or grid or grows):
+        parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
+
+    results: dict[str, Any] = {"suite": "rows", "sittings": args.sittings, "rounds": args.rounds}
+    results["grid_rounds"] = args.grid_rounds
+    results["times"] = run(main_cases, grid, names, args)
+    if not args.quick:
+        results["growth"] = measure_growth(names, args.sittings, args.rounds) if grows else []
+        for row in results["growth"]:
+            times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
+            by = row["ratio"]["median"]
+            print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
+        results["bounds"] = bounds(results["times"], results["growth"])
+        _tell(results["bounds"])
+    packages = ["adamjax", "jax", "jaxlib", "optax", "keras", "torch"]
+    packages = [name for name in packages if importlib.util.find_spec(name)]
+    results["environment"] = environment(*packages)
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        results["environment"]["tunables"] = tunables
+    out = args.out or RESULTS / results["environment"]["platform"] / "rows.json"
+    if args.out or not (args.quick or args.only or args.contenders):
+        save(results, out)
+        if results["times"]:
+            plot(results, out.with_suffix(".png"))
+        print(f"written to {out} and {out.with_suffix('.png').name}")
+    return 0

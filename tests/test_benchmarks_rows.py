@@ -1,0 +1,188 @@
+"""The rows suite: its contenders do the same work, and it tells what it found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import adamjax
+from benchmarks import contenders, readme, rows, workers
+from benchmarks.workers import Ended
+
+ROOT = Path(__file__).parents[1]
+CASE = contenders.Case(600, 4, 16, "uniform")
+
+
+def batches(distinct=True):
+    """Gradients far above every epsilon, so that it matters little where it stands."""
+    rng = np.random.default_rng(0)
+    pick = [
+        rng.choice(CASE.rows, CASE.reads, replace=not distinct) for _ in range(contenders.INDICES)
+    ]
+    values = rng.uniform(1, 2, (contenders.VALUES, CASE.reads, CASE.width))
+    values *= rng.choice([-1, 1], values.shape)
+    return np.array(pick, np.int32), values.astype(np.float32)
+
+
+def walked(name, batches, steps=20):
+    """A contender's table after some steps, and what it moved by."""
+    kind = contenders.TorchTable if name.startswith("torch") else contenders.JaxTable
+    table = kind(name, CASE)
+    table.load(CASE, *batches)
+    table.run(steps)
+    if name.startswith("torch"):
+        end = table.table.detach().numpy()
+    else:
+        params, state = table.held
+        if name.startswith("exact"):
+            tx = contenders.optimizer(name)
+            params, state = tx.flush(params, state)
+        end = np.asarray(params["table"])
+    return end - np.resize(contenders.some_rows(CASE.width), end.shape)
+
+
+@pytest.mark.parametrize(
+    "name", ["exact", "exact, max_unique", "dense", "keras", "tf form", "torch dense"]
+)
+def test_dense_contenders_do_what_optax_does(name, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    pytest.importorskip(contenders.EVERYONE[name][0])
+    same = batches()
+    # The epsilons stand at other places: 1e-5 of a step of 1e-3 at most.
+    np.testing.assert_allclose(walked(name, same), walked("optax", same), atol=2e-7)
+
+
+@pytest.mark.parametrize("name", ["lazy, max_unique", "torch sparse"])
+def test_lazy_contenders_do_the_same(name):
+    pytest.importorskip(contenders.EVERYONE[name][0])
+    same = batches(distinct=False)
+    np.testing.assert_allclose(walked(name, same), walked("lazy", same), atol=2e-7)
+
+
+def test_whole_steps_read_what_they_should():
+    """The exact step's rows are those of the dense optimizer, the lazy one's are not."""
+    same = batches()
+    exact = walked("exact step", same)
+    table = np.resize(contenders.some_rows(CASE.width), exact.shape)
+    start = {"table": np.array(table)}
+    tx = adamjax.adam(contenders.RATE)
+    params, state = start, tx.init(start)
+    for i in range(20):
+        indices, values = same[0][i % contenders.INDICES], same[1][i % contenders.VALUES]
+        grad = np.zeros_like(table)
+        grad[indices] = values * np.asarray(params["table"])[indices]
+        updates, state = tx.update({"table": grad}, state, params)
+        params = adamjax.apply_updates(params, updates)
+    dense = np.asarray(params["table"]) - table
+    np.testing.assert_allclose(exact, dense, atol=1e-6)
+    assert np.abs(walked("lazy step", same) - dense).max() > 1e-4
+
+
+def test_indices_are_as_skewed_as_told():
+    zipf, uniform = (contenders.batches(case) for case in rows.MAIN)
+    distinct = [len(np.unique(x)) for x in zipf[0]]
+    assert 1350 < np.mean(distinct) < 1450
+    assert max(distinct) <= rows.MAIN[0].max_unique == 2048
+    assert np.mean([len(np.unique(x)) for x in uniform[0]]) > 8100
+    for indices, _ in (zipf, uniform):
+        assert indices.min() >= 0
+        assert indices.max() < 1_000_000
+    again, _ = contenders.batches(rows.MAIN[0])
+    np.testing.assert_array_equal(again, zipf[0])
+
+
+class Pretend:
+    """A worker that answers at once; torch's ends when it should take a sample."""
+
+    def __init__(self, *arguments, **environment):
+        self.name = arguments[-1]
+
+    def send(self, question):
+        self.question = question
+
+    def receive(self):
+        kind = self.question[0]
+        if kind == "sample":
+            if self.name.startswith("torch"):
+                raise Ended("a worker ended with status -9")
+            return {"exact": 1e-3, "optax": 0.04, "lazy": 0.5e-3}.get(self.name, 0.02)
+        return {"distinct": 5, "temporary_bytes": 1, "peak_bytes": 2} if kind == "case" else None
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_a_contender_that_ends_is_told_and_the_others_go_on(monkeypatch, in_turn):
+    monkeypatch.setattr(workers, "Worker", Pretend)
+    monkeypatch.setattr(rows, "_fit", lambda names, case: in_turn)
+    with workers.Team("rows", list(contenders.EVERYONE)) as team:
+        zipf, uniform = (taken.row() for taken in rows.measure(team, rows.MAIN, 3))
+    for row in (zipf, uniform):
+        assert set(row["failed"]) == {"torch sparse", "torch dense"}
+        assert set(row["ms"]) == {n for n in contenders.EVERYONE if n not in row["failed"]} - (
+            set() if row is zipf else {"exact, max_unique", "lazy, max_unique"}
+        )
+        assert row["ratio"]["exact"]["optax"]["median"] == 0.025
+        assert row["in_turn"] == in_turn
+    found = {row["what"]: row for row in rows.bounds([zipf, uniform], [])}
+    assert found["optax's time by exact's, Zipf"]["holds"] is True
+    assert found["exact's time by lazy's, Zipf"]["holds"] is False
+    assert found["torch SparseAdam's time by exact's, uniform"]["measured"] is None
+
+
+def test_quick_run(tmp_path):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    asked = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
+    told = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "rows", *asked.split(), "--contenders", "exact;optax"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "V=4k D=8 n=64 Zipf" in told
+    results = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["indices"] for row in results["times"]] == ["Zipf", "uniform"]
+    for row in results["times"]:
+        assert row["ms"].keys() == {"exact", "optax"}
+        assert row["rounds"] == 2
+        assert not row["failed"]
+        assert row["peak_bytes"]["optax"] >= 4 * 4000 * 8 * 4
+        assert 0 < row["temporary_bytes"]["exact"] < 1e6
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+
+
+def test_tables_hold_all_cases_and_bounds():
+    names = [name for name in contenders.CONTENDERS if "max_unique" not in name]
+    times = {n: {"median": 2.0, "q25": 1.0, "q75": 3.0} for n in names}
+    table = [
+        {
+            **{"case": case.name, "rows": case.rows, "width": case.width, "reads": case.reads},
+            **{"indices": case.indices, "ms": times, "in_turn": case.rows < 4_000_000},
+            "ratio": {"exact": {n: {"median": 0.4} for n in names if n != "exact"}},
+            "temporary_bytes": dict.fromkeys(names, 1e6),
+            "peak_bytes": dict.fromkeys(names, 2e6),
+            "failed": {"keras": "ended"} if case == rows.GRID[0] else {},
+        }
+        for case in rows.GRID
+    ]
+    growth = [{"contender": "exact", "indices": "Zipf", "ratio": {"median": 2.4}}]
+    where = {"device": "d", "platform": "gpu", "versions": {}, "date": "today"}
+    counts = {"sittings": 1, "rounds": 2, "grid_rounds": 3}
+    results = {"environment": where, "times": table, "bounds": rows.bounds(table, growth), **counts}
+    text = readme.rows(results)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert sum(line.count(" (2.5, 2.5)") for line in lines) == len(rows.GRID)
+    assert "| exact's time by lazy's, Zipf | at most 1.25 | 0.4 | yes |" in lines
+    assert sum("| not measured |" in line for line in lines) == 8
+    assert sum("2.4 | **no** |" in line for line in lines) == 1
+    assert "In 18 cases" in text
+    assert f"{rows.GRID[0].name}: keras: ended." in text
