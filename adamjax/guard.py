@@ -136,9 +136,9 @@ class accumulate_gradients(Transform):
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
-        if not isinstance(rules, int):
+        if isinstance(rules, list | tuple):
             rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
-        for rows in (rules,) if isinstance(rules, int) else (rows for _, rows in rules):
+        for rows in [rows for _, rows in rules] if isinstance(rules, tuple) else [rules]:
             if not isinstance(rows, int) or rows < 1:
                 raise ValueError(
                     f"accumulate_gradients: max_rows must be a whole number of at least 1, or "

@@ -1,0 +1,209 @@
+"""What the tests of trajectories share: ten steps of a transform, and other systems' ten steps.
+
+The systems' trajectories, and their known roundings and faults, are described in data/README.md.
+"""
+
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import enable_x64
+
+import adamjax
+
+PRECISIONS = ("float64", "float32")
+
+
+def run(tx, start, grads, precision, *, jit=False):
+    """Weights, averages (None without any) and the last state of ten steps; NumPy in and out.
+
+    `start` is a tree of arrays; so are the weights and averages, with a leading axis of steps.
+    `grads` is the same tree with such an axis, or a function that gives a step's gradients.
+    """
+    with enable_x64(precision == "float64"):
+
+        def step(params, state, g):
+            updates, state = tx.update(g, state, params)
+            params = adamjax.apply_updates(params, updates)
+            return params, state, averages(state)
+
+        if jit:
+            step = jax.jit(step)
+        params = narrowed(start, precision)
+        state, history = tx.init(params), []
+        for t in range(10):
+            g = grads(t) if callable(grads) else jax.tree.map(itemgetter(t), grads)
+            params, state, average = step(params, state, narrowed(g, precision))
+            history.append((params, average))
+        weights, averaged = jax.tree.map(lambda *steps: np.stack(steps), *history)
+        return weights, averaged, jax.tree.map(np.asarray, state)
+
+
+def narrowed(tree, precision):
+    """The floats of a tree in a precision, as arrays of JAX."""
+
+    def cast(x):
+        return jnp.asarray(x, precision if np.issubdtype(x.dtype, np.floating) else None)
+
+    return jax.tree.map(cast, tree)
+
+
+def averages(state):
+    """The averages of the weights, or None if the state has none."""
+    try:
+        return adamjax.averaged_weights(state)
+    except ValueError:  # no weight_ema in this chain
+        return None
+
+
+def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
+    """One leaf's values stay within the tolerance of the displacement from `start`.
+
+    The scale at a step is the largest displacement of any element so far. In float32 the
+    tolerance is 2e-5, and a step may add one float32 ulp of each parameter.
+    """
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert actual.dtype == precision
+    axes = tuple(range(1, expected.ndim))
+    displacement = np.maximum.accumulate(np.abs(expected - start).max(axes, keepdims=True))
+    if precision == "float32":
+        ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
+        bound = 2e-5 * displacement + np.cumsum(ulp, axis=0)
+    else:
+        bound = tolerance * displacement
+    error = np.abs(actual.astype(np.float64) - expected)
+    worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
+    assert (error <= bound).all(), (
+        f"step {worst[0] + 1}, element {tuple(map(int, worst[1:]))}: "
+        f"error {error[worst]:.3g}, bound {bound[worst]:.3g}, "
+        f"displacement {float(displacement[worst[0]].squeeze()):.3g}"
+    )
+
+
+# The systems
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a case departs from the defaults; the names are adamjax's."""
+
+    learning_rate: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-7
+    decay: float = 0.0
+    schedule: bool = False
+    clips: tuple = ()
+    weight_decay: float | None = None
+    momentum: float | None = None
+    overwrite_frequency: int | None = None
+    accumulate: int = 1
+
+
+BY_VALUE = adamjax.clip_by_value(0.3)
+BY_NORM = adamjax.clip_by_norm(0.5)
+
+VARIANTS = {
+    "default": Variant(learning_rate=0.001),
+    "hyper": Variant(b1=0.8, b2=0.95, eps=1e-3),
+    "decay": Variant(decay=0.25),
+    "sched": Variant(schedule=True),
+    "clipvalue": Variant(learning_rate=0.01, clips=(BY_VALUE,)),
+    "clipnorm": Variant(learning_rate=0.01, clips=(BY_NORM,)),
+    "valnorm": Variant(learning_rate=0.01, clips=(BY_VALUE, BY_NORM)),
+    "global": Variant(learning_rate=0.01, clips=(adamjax.clip_by_global_norm(0.7),)),
+    "wd": Variant(weight_decay=0.1),
+    "ema": Variant(momentum=0.9),
+    "emafreq": Variant(momentum=0.9, overwrite_frequency=3),
+    "accum": Variant(accumulate=2),
+}
+
+K3JAX_EMAFREQ = (
+    "Keras 3 starts its average from the weights after step 1, not from the initial ones, "
+    "and writes it into the weights at step 3"
+)
+
+EPSILON = {"adamax": "eps", "nadam": "eps"}  # the others' is epsilon hat
+
+
+class Oracle:
+    """The committed trajectories of a file, by the name of the case."""
+
+    def __init__(self, name):
+        data = self.load(name)
+        inputs = self.load("keras_f64.npz")
+        self.start = self.tree(inputs["A0"], inputs["B0"])
+        self.grads = self.tree(inputs["gA"], inputs["gB"])
+        names = [case.decode() for case in data["cases"]]
+        self.weights = dict(zip(names, map(self.tree, data["A"], data["B"]), strict=True))
+        names = [case.decode() for case in data["ema_cases"]]
+        self.averages = dict(zip(names, data["ema"], strict=True))
+
+    @staticmethod
+    def load(name):
+        with np.load(Path(__file__).parent / "data" / name) as file:
+            return dict(file)
+
+    @staticmethod
+    def tree(a, b):
+        """The two leaves, under the names that AdamMultilr's pattern tells apart."""
+        return {"bert": {"emb": a}, "head": {"kernel": b}}
+
+
+def rounded(x):
+    """What is left of a hyperparameter that a system holds in float32."""
+    return float(np.float32(x))
+
+
+def learning_rate(system, variant):
+    """The variant's rate, with the roundings of the system."""
+    rate = rounded(variant.learning_rate)
+    if system == "multilr":
+        decayed = adamjax.inverse_time_decay(rounded(0.02), 1, variant.decay)
+        return adamjax.by_path(
+            [("^bert", decayed)], default=adamjax.inverse_time_decay(rate, 1, variant.decay)
+        )
+    if variant.schedule:
+        initial = variant.learning_rate if system == "k3jax" else rate
+        return adamjax.inverse_time_decay(initial, 2, 0.5)
+    return adamjax.inverse_time_decay(rate, 1, variant.decay) if variant.decay else rate
+
+
+def optimizer(system, name, variant, **options):
+    """A system's optimizer, written as a chain of ours; the options are the rule's."""
+    beta = rounded if system in ("legacy", "multilr", "lazy") else float
+    rate, b1, b2 = learning_rate(system, variant), beta(variant.b1), beta(variant.b2)
+    options = {EPSILON.get(name, "eps_hat"): variant.eps, **options}
+    if name == "adamw":
+        decay = {} if variant.weight_decay is None else {"weight_decay": variant.weight_decay}
+        rule = (adamjax.adamw(rate, b1, b2, **options, **decay),)
+    elif variant.weight_decay is None:
+        rule = (getattr(adamjax, name)(rate, b1, b2, **options),)
+    else:
+        rule = (
+            scale_by(name, b1, b2, **options),
+            adamjax.add_decayed_weights(variant.weight_decay),
+            adamjax.scale_by_learning_rate(rate),
+        )
+    average = ()
+    if variant.momentum is not None:
+        average = (adamjax.weight_ema(variant.momentum, variant.overwrite_frequency),)
+    tx = adamjax.chain(*variant.clips, *rule, *average)
+    return tx if variant.accumulate == 1 else adamjax.accumulate_gradients(tx, variant.accumulate)
+
+
+def scale_by(name, b1, b2, **options):
+    """The named rule without a learning rate."""
+    if name == "nadam":
+        return adamjax.scale_by_adam(b1, b2, nesterov=True, **options)
+    return getattr(adamjax, f"scale_by_{name}")(b1, b2, **options)
+
+
+def start_of_average(start, weights, momentum):
+    """What starting from p_0 rather than from p_1 adds to an average: momentum^t (p_0 - p_1)."""
+    t = np.arange(1, 11).reshape(-1, 1, 1)
+    return momentum**t * (start - weights[0])

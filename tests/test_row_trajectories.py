@@ -1,0 +1,300 @@
+"""Ten steps with row gradients against what other systems computed; see data/README.md.
+
+The table `bert/emb` has 7 rows, of which row 6 never gets a row gradient. In mode `uniq` a step's
+indices are distinct, in `dup` some are repeated, in `mix` steps 1, 3, ... have dense gradients and
+the others those of `dup`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from oracle import (
+    K3JAX_EMAFREQ,
+    PRECISIONS,
+    VARIANTS,
+    Oracle,
+    assert_follows,
+    averages,
+    narrowed,
+    optimizer,
+    rounded,
+    run,
+    start_of_average,
+)
+from support import enable_x64
+
+import adamjax
+
+ORACLE = Oracle("keras_rows_f64.npz")
+ROWS = Oracle.load("keras_rows_f64.npz")
+NUM_ROWS = 7
+
+# Our names of the lazy system's optimizers.
+LAZY = {"lazyadam": "adam", "lazyamsgrad": "amsgrad"}
+
+NO_V_MAX = "LazyAdam of TensorFlow Addons divides by sqrt(v), not by sqrt(v_max), in its rows"
+
+CLIPS = ("clipvalue", "clipnorm", "valnorm", "global")
+
+
+def not_applicable(system, name, variant, mode):
+    """Why a case cannot agree, or None."""
+    if (system, variant) == ("k3jax", "emafreq"):
+        return K3JAX_EMAFREQ
+    return NO_V_MAX if name == "lazyamsgrad" else None
+
+
+def clips_first(system, variant, mode):
+    """Whether the case is one of a system that clips rows before it sums equal ones.
+
+    We sum first: then a clip is that of the dense gradient. Such a case is given gradients that
+    are clipped already.
+    """
+    return system in ("legacy", "new") and variant in CLIPS and mode != "uniq"
+
+
+def is_lazy(system, name):
+    """Whether the system leaves rows alone that have no gradient."""
+    return system == "lazy" or (system, name) == ("legacy", "adamax")
+
+
+def cases(wanted=lambda system, name, variant, mode: True):
+    """The cases of the file that are wanted; one that is not applicable says why."""
+    for case in ORACLE.weights:
+        if not wanted(*case.split("|")):
+            continue
+        reason = not_applicable(*case.split("|"))
+        marks = [pytest.mark.skip(reason=reason)] if reason else []
+        yield pytest.param(case, marks=marks, id=case.replace("|", "-"))
+
+
+def raw(mode, t):
+    """Indices (None if all rows are meant) and values of the table's gradient in step t."""
+    if mode == "mix" and t % 2 == 0:
+        return None, ORACLE.grads["bert"]["emb"][t]
+    kind = "dup" if mode == "mix" else mode
+    return ROWS[f"idx_{kind}"][t], ROWS[f"val_{kind}"][t]
+
+
+def dense_gradient(mode, t):
+    """The table's gradient in step t with equal rows summed, in NumPy."""
+    indices, values = raw(mode, t)
+    if indices is None:
+        return values
+    g = np.zeros_like(ORACLE.start["bert"]["emb"])
+    np.add.at(g, indices, values)
+    return g
+
+
+def clipped(variant, *grads):
+    """The clips of a variant, on arrays."""
+    if variant in ("clipvalue", "valnorm"):
+        grads = [reference.clip_by_value(g, 0.3) for g in grads]
+    if variant in ("clipnorm", "valnorm"):
+        grads = [reference.clip_by_norm(g, 0.5) for g in grads]
+    return reference.clip_by_global_norm(grads, 0.7) if variant == "global" else grads
+
+
+def gradients(mode, clips=None):
+    """The function of the step that gives its gradients, after the clips of a variant."""
+
+    def at(t):
+        indices, values = raw(mode, t)
+        values, b = clipped(clips, values, ORACLE.grads["head"]["kernel"][t])
+        if indices is not None:
+            values = adamjax.row_gradient(jnp.asarray(indices), jnp.asarray(values), NUM_ROWS)
+        return ORACLE.tree(values, b)
+
+    return at
+
+
+def prepared(case):
+    """The optimizer of a case, and the function that gives its gradients."""
+    system, name, variant, mode = case.split("|")
+    first = clips_first(system, variant, mode)
+    options = {"rows": "lazy" if is_lazy(system, name) else "dense"}
+    settings = VARIANTS[variant]
+    if first:
+        settings = dataclasses.replace(settings, clips=())
+    tx = optimizer(system, LAZY.get(name, name), settings, **options)
+    return tx, gradients(mode, variant if first else None)
+
+
+def assert_case(case, weights, averaged, precision):
+    """Weights, and averages if there are any, follow those of the case."""
+    system, _, variant, _ = case.split("|")
+    tolerance = 2e-5 if system == "new" else 2e-6
+    jax.tree.map(
+        lambda *leaves: assert_follows(*leaves, precision=precision, tolerance=tolerance),
+        weights,
+        ORACLE.weights[case],
+        ORACLE.start,
+    )
+    assert (averaged is not None) == (case in ORACLE.averages)
+    if averaged is not None:
+        start, expected = ORACLE.start["bert"]["emb"], ORACLE.averages[case]
+        if system == "k3jax":
+            first = ORACLE.weights[case]["bert"]["emb"]
+            expected = expected + start_of_average(start, first, VARIANTS[variant].momentum)
+        assert_follows(
+            averaged["bert"]["emb"], expected, start, precision=precision, tolerance=tolerance
+        )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", list(cases()))
+def test_system(case, precision):
+    tx, grads = prepared(case)
+    weights, averaged, _ = run(tx, ORACLE.start, grads, precision)
+    assert_case(case, weights, averaged, precision)
+
+
+# --- exact rows -----------------------------------------------------------------------------------
+
+
+def is_exact(system, name, variant, mode):
+    """Whether all rows move as with dense gradients, and an average never moves the weights."""
+    return not is_lazy(system, name) and variant != "emafreq"
+
+
+@jax.jit
+def exact_step(tx, params, state, grads):
+    """A step, every row as `lookup` reads it, and the weights and averages after `flush`.
+
+    The optimizer is an argument: so all those are compiled once that differ in rates alone.
+    """
+    updates, state = tx.update(grads, state, params)
+    params = adamjax.apply_updates(params, updates)
+    rows = tx.lookup(params, state, "emb", jnp.arange(NUM_ROWS))
+    flushed, settled = tx.flush(params, state)
+    return params, state, (flushed, averages(settled), rows)
+
+
+def is_row_gradient(x):
+    return isinstance(x, adamjax.RowGradient)
+
+
+def is_dense_step(variant, g):
+    """Whether a gradient stays an array. One variant's suffice: they are compiled apart."""
+    return variant == "default" and not is_row_gradient(g)
+
+
+def padded(g):
+    """A row gradient with room for all rows, so that all cases are compiled for one shape."""
+    if not is_row_gradient(g):
+        return adamjax.row_gradient(jnp.arange(NUM_ROWS), g, NUM_ROWS)
+    empty = NUM_ROWS - g.indices.size
+    return g.replace(
+        indices=jnp.pad(g.indices, (0, empty), constant_values=NUM_ROWS),
+        values=jnp.pad(g.values, ((0, empty), (0, 0))),
+    )
+
+
+@pytest.mark.parametrize("case", list(cases(is_exact)))
+def test_exact_rows(case):
+    precision = "float64"
+    tx, grads = prepared(case)
+    tx = adamjax.exact_rows(tx, "emb", history=512)
+    with enable_x64():
+        params = narrowed(ORACLE.start, precision)
+        state, history = tx.init(params), []
+        for t in range(10):
+            g = narrowed(grads(t), precision)
+            if not is_dense_step(case.split("|")[2], g["bert"]["emb"]):
+                g["bert"]["emb"] = padded(g["bert"]["emb"])
+            params, state, seen = exact_step(tx, params, state, g)
+            history.append(seen)
+        weights, averaged, rows = jax.tree.map(lambda *steps: np.stack(steps), *history)
+    assert_case(case, weights, averaged, precision)
+    assert_case(case, {**weights, "bert": {"emb": rows}}, averaged, precision)
+
+
+# --- what the file holds --------------------------------------------------------------------------
+
+
+def test_file_is_whole():
+    cases = [case.split("|") for case in ORACLE.weights]
+    counts = {}
+    for system, _, _, mode in cases:
+        counts.setdefault(system, {}).setdefault(mode, 0)
+        counts[system][mode] += 1
+    each = {"legacy": 24, "new": 45, "k3jax": 30, "lazy": 4}
+    assert counts == {s: dict.fromkeys(("uniq", "dup", "mix"), n) for s, n in each.items()}
+    assert {variant for _, _, variant, _ in cases} == set(VARIANTS) - {"accum"}
+    assert set(ORACLE.averages) == {case for case in ORACLE.weights if "|ema" in case}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(ORACLE.weights))
+    distinct = {kind: [len(set(ids)) for ids in ROWS[f"idx_{kind}"]] for kind in ("uniq", "dup")}
+    assert set(distinct["uniq"]) == {3}
+    assert max(distinct["dup"]) < 5
+    assert max(ROWS["idx_uniq"].max(), ROWS["idx_dup"].max()) < NUM_ROWS - 1
+
+
+@pytest.mark.parametrize("variant", CLIPS)
+def test_reason_for_clips_in_front_of_sums(variant):
+    """`test_system` shows that the systems clip first; so it must make a difference."""
+
+    def summed(values, t):
+        return np.asarray(adamjax.row_gradient(ROWS["idx_dup"][t], values, NUM_ROWS).to_dense())
+
+    differences = []
+    for t in range(10):
+        values, b = ROWS["val_dup"][t], ORACLE.grads["head"]["kernel"][t]
+        first = summed(clipped(variant, values, b)[0], t)
+        last = clipped(variant, summed(values, t), b)[0]
+        differences.append(np.abs(first - last).max())
+    assert max(differences) > 0.01
+
+
+def lazy_amsgrad(mode, variant, with_max):
+    """The weights of the table after each step of a lazy AMSGrad, in NumPy."""
+    settings = VARIANTS[variant]
+    rate, b1, b2 = map(rounded, (settings.learning_rate, settings.b1, settings.b2))
+    p = ORACLE.start["bert"]["emb"].copy()
+    m, v, v_max, weights = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), []
+    for t in range(10):
+        indices, g = raw(mode, t)[0], dense_gradient(mode, t)
+        rows = np.arange(NUM_ROWS) if indices is None else np.unique(indices)
+        m[rows] = b1 * m[rows] + (1 - b1) * g[rows]
+        v[rows] = b2 * v[rows] + (1 - b2) * g[rows] ** 2
+        size = v
+        if with_max or indices is None:
+            v_max[rows] = np.maximum(v_max[rows], v[rows])
+            size = v_max
+        step = rate * np.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
+        p[rows] -= step * m[rows] / (np.sqrt(size[rows]) + settings.eps)
+        weights.append(p.copy())
+    return np.stack(weights)
+
+
+@pytest.mark.parametrize("mode", ["uniq", "dup", "mix"])
+@pytest.mark.parametrize("variant", ["default", "hyper"])
+def test_reason_for_lazy_amsgrad(variant, mode):
+    """Without v_max in its rows a lazy AMSGrad does as the system does; with it, as we do."""
+    case = f"lazy|lazyamsgrad|{variant}|{mode}"
+    start, theirs = ORACLE.start["bert"]["emb"], ORACLE.weights[case]["bert"]["emb"]
+    without = lazy_amsgrad(mode, variant, with_max=False)
+    assert_follows(without, theirs, start, precision="float64", tolerance=1e-12)
+    tx, grads = prepared(case)
+    ours, _, _ = run(tx, ORACLE.start, grads, "float64")
+    right = lazy_amsgrad(mode, variant, with_max=True)
+    assert_follows(ours["bert"]["emb"], right, start, precision="float64", tolerance=1e-12)
+    assert np.abs(right - theirs).max() > 1e-5 * np.abs(theirs - start).max()
+
+
+@pytest.mark.parametrize("mode", ["uniq", "dup", "mix"])
+def test_reason_for_overwriting(mode):
+    """Keras 3's average starts from the weights after step 1, and steps 3, 6, ... put it there."""
+    start = ORACLE.start["bert"]["emb"]
+    p, average, weights = start, None, []
+    grads = [dense_gradient(mode, t) for t in range(10)]
+    for t, update in enumerate(reference.adam(grads)):
+        p = p - rounded(0.05) * update
+        average = p if t == 0 else 0.9 * average + 0.1 * p
+        p = average if t % 3 == 2 else p
+        weights.append(p)
+    theirs = ORACLE.weights[f"k3jax|adam|emafreq|{mode}"]["bert"]["emb"]
+    assert_follows(np.stack(weights), theirs, start, precision="float64", tolerance=1e-12)

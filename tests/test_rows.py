@@ -1,0 +1,417 @@
+"""Row gradients stand for the dense arrays that they are, in arithmetic and through transforms."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import checkify
+from support import assert_close, enable_x64
+
+import adamjax
+from adamjax import row_gradient
+from adamjax.rows import distinct
+
+V, D = 23, 3
+
+
+def dense(indices, values, num_rows):
+    """The same by NumPy, in float64."""
+    indices, values = np.asarray(indices), np.asarray(values, np.float64)
+    out = np.zeros((num_rows, *values.shape[indices.ndim :]))
+    for i, v in zip(indices.reshape(-1), values.reshape(-1, *out.shape[1:]), strict=True):
+        if 0 <= i < num_rows:
+            out[i] += v
+    return out
+
+
+def batch(shape=(4, 10), trailing=(D,), seed=0, low=-3, high=V + 3, dtype=np.int32):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(*shape, *trailing)).astype(np.float32)
+    return rng.integers(low, high, shape).astype(dtype), values
+
+
+def check(rows, indices, values, num_rows=V):
+    """Each row once, no row where there is none, and the sum of what it got."""
+    expected = dense(indices, values, num_rows)
+    found = np.asarray(rows.joined().indices)
+    live = found[found < num_rows]
+    assert len(set(live)) == len(live)
+    assert (found >= 0).all()
+    assert not np.any(np.asarray(rows.joined().values)[found == num_rows])
+    inside = np.asarray(indices)[(np.asarray(indices) >= 0) & (np.asarray(indices) < num_rows)]
+    assert set(live) == set(inside.reshape(-1).tolist())
+    assert rows.shape == expected.shape
+    np.testing.assert_allclose(np.asarray(rows.to_dense()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40,), (4, 10), (), (2, 0), (0,)])
+@pytest.mark.parametrize("trailing", [(), (D,), (2, 3)])
+@pytest.mark.parametrize("jit", [False, True])
+def test_equal_indices_are_summed(shape, trailing, jit):
+    indices, values = batch(shape, trailing)
+    make = lambda i, g: row_gradient(i, g, V)  # noqa: E731
+    rows = (jax.jit(make) if jit else make)(indices, values)
+    assert rows.indices.dtype == jnp.int32
+    assert rows.indices.shape == (np.size(indices),)
+    check(rows, indices, values)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"])
+def test_any_integer_dtype(dtype):
+    low = 0 if dtype.startswith("u") else -3
+    with enable_x64(True):
+        for num_rows in (V, 1000):
+            indices, values = batch(low=low, dtype=dtype)
+            check(row_gradient(indices, values, num_rows), indices, values, num_rows)
+    if dtype == "uint32":
+        assert not np.any(row_gradient(np.uint32([2**32 - 1]), np.ones((1, D)), V).to_dense())
+
+
+@pytest.mark.parametrize("num_rows", [7, 23, 100_000])
+def test_both_ways_to_find_distinct_indices(num_rows):
+    """By a scratch of the table's length, and, where that would be long, by sorting."""
+    ids = np.random.default_rng(0).integers(0, num_rows + 1, 40).astype(np.int32)
+    found, place = map(np.asarray, distinct(jnp.asarray(ids), num_rows))
+    live = ids < num_rows
+    assert (found[place[live]] == ids[live]).all()
+    assert (place[~live] == ids.size).all()
+    count = len(set(ids[live]))
+    assert set(found[:count]) == set(ids[live])
+    assert (found[count:] == num_rows).all()
+
+
+@pytest.mark.parametrize("max_unique", [1, 5, 39, 40, 1000])
+def test_more_distinct_rows_than_expected_are_kept(max_unique):
+    indices, values = batch(seed=1)
+    rows = jax.jit(lambda i, g: row_gradient(i, g, V, max_unique=max_unique))(indices, values)
+    assert rows.indices.shape == (min(max_unique, indices.size),)
+    check(rows, indices, values)
+    table = jnp.ones((V, D))
+    assert_close(table + rows, table + row_gradient(indices, values, V), 1e-6)
+
+
+def test_an_index_outside_is_reported_by_checkify():
+    def make(indices):
+        return row_gradient(indices, jnp.ones((3, D)), V, check=True)
+
+    checked = jax.jit(checkify.checkify(make))
+    error, _ = checked(jnp.array([0, 3, V - 1]))
+    assert error.get() is None
+    for bad in (-1, V):
+        error, rows = checked(jnp.array([0, bad, 3]))
+        assert f"index {bad} is outside [0, {V})" in error.get()
+        check(rows, [0, bad, 3], np.ones((3, D)))
+
+
+@pytest.mark.parametrize(
+    ("indices", "values", "num_rows", "options", "error", "text"),
+    [
+        ([0.0], np.ones((1, D)), V, {}, TypeError, "indices must be integers, got float"),
+        ([0], np.ones((1, D), np.int32), V, {}, TypeError, "values must be floats, got int32"),
+        ([0, 1], np.ones((3, D)), V, {}, ValueError, r"\(2,\) \+ \(\.\.\.\), got \(3, 3\)"),
+        ([0], np.ones((1, D)), 0, {}, ValueError, "num_rows must be a Python int.*got 0"),
+        ([0], np.ones((1, D)), 2**31, {}, ValueError, "num_rows must be.*got 2147483648"),
+        ([0], np.ones((1, D)), V, {"max_unique": 0}, ValueError, "max_unique must be.*got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(indices, values, num_rows, options, error, text):
+    with pytest.raises(error, match=text):
+        row_gradient(np.array(indices), values, num_rows, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_values_are_summed_in_float32(dtype):
+    """A thousand times 1 + 1/256 is that, not where bfloat16 stops counting."""
+    values = jnp.full((1000, 1), 1.00390625, dtype)
+    rows = row_gradient(jnp.zeros(1000, int), values, 2)
+    assert rows.dtype == dtype
+    assert rows.to_dense()[0, 0] == jnp.sum(values.astype(jnp.float32)).astype(dtype)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[None, 5], ids=["whole", "spilt"])
+def rows(request):
+    indices, values = batch(seed=2)
+    return row_gradient(indices, values, V, max_unique=request.param)
+
+
+def test_arithmetic_is_that_of_the_dense_array(rows):
+    array = rows.to_dense()
+    for two in (2, 2.0, np.float32(2), jnp.float32(2), jnp.array(2)):
+        assert_close((rows * two).to_dense(), array * 2)
+        assert_close((two * rows).to_dense(), array * 2)
+        assert_close((rows / two).to_dense(), array / 2)
+    assert_close((-rows).to_dense(), -array)
+    assert (rows.astype(jnp.bfloat16)).to_dense().dtype == jnp.bfloat16
+    assert_close((rows + rows).to_dense(), 2 * array)
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(V, D)), jnp.float32)
+    for moved in (
+        table + rows,
+        rows + table,
+        np.asarray(table) + rows,
+        jax.jit(jnp.add)(table, 0) + rows,
+    ):
+        assert isinstance(moved, jax.Array)
+        assert_close(moved, table + array)
+    assert_close(adamjax.global_norm({"t": rows}), adamjax.global_norm({"t": array}))
+    assert (rows.ndim, rows.size, rows.dtype) == (2, V * D, jnp.float32)
+
+
+def test_what_is_not_of_its_shape_is_not_added(rows):
+    for other in (jnp.ones((V, D + 1)), jnp.ones(D), 1.0):
+        with pytest.raises(TypeError):
+            other + rows
+    with pytest.raises(TypeError):
+        rows * jnp.ones(D)
+    with pytest.raises(ValueError, match="cannot be added"):
+        rows + row_gradient(jnp.array([0]), jnp.ones((1, D)), V + 1)
+
+
+def test_a_narrow_table_is_rounded_once(rows):
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(V, D)), jnp.bfloat16)
+    moved = table + 1e-3 * rows
+    exact = (table.astype(jnp.float32) + 1e-3 * rows.to_dense()).astype(jnp.bfloat16)
+    assert moved.dtype == jnp.bfloat16
+    assert (moved == exact).all()
+
+
+def test_is_a_pytree_that_compares_and_pickles(rows):
+    leaves, treedef = jax.tree.flatten(rows)
+    assert treedef.unflatten(leaves) == rows
+    assert pickle.loads(pickle.dumps(rows)) == rows == copy.deepcopy(rows)
+    assert rows != -rows
+    mapped = jax.vmap(lambda i, g: row_gradient(i, g, V).to_dense())(*batch((4, 10)))
+    assert_close(mapped.sum(0), row_gradient(*batch((4, 10)), V).to_dense(), 1e-5)
+
+
+# --- through transforms -------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adam": lambda rows: adamjax.adam(0.1, rows=rows),
+    "amsgrad, eps": lambda rows: adamjax.amsgrad(0.1, eps=1e-8, rows=rows),
+    "adamax": lambda rows: adamjax.adamax(0.1, rows=rows),
+    "nadam": lambda rows: adamjax.nadam(0.1, rows=rows),
+    "pipeline": lambda rows: adamjax.chain(
+        adamjax.clip_by_value(0.9),
+        adamjax.clip_by_norm(2.0),
+        adamjax.clip_by_global_norm(1.5),
+        adamjax.adamw(adamjax.cosine_decay(0.1, 9), weight_decay=0.1, rows=rows),
+        adamjax.weight_ema(0.9),
+    ),
+    "by_path": lambda rows: adamjax.adam(adamjax.by_path([("t", 0.1)], default=0.2), rows=rows),
+    "skip_not_finite": lambda rows: adamjax.skip_not_finite(adamjax.adam(0.1, rows=rows)),
+    "decay in front": lambda rows: adamjax.chain(
+        adamjax.add_decayed_weights(0.1), adamjax.adam(0.1, rows=rows)
+    ),
+    "no rule": lambda rows: adamjax.chain(
+        adamjax.add_decayed_weights(0.1), adamjax.scale(-0.1), adamjax.weight_ema(0.5, 2)
+    ),
+}
+
+
+def run(tx, steps, *, as_rows, max_unique=None, dtype=jnp.float32):
+    params = {
+        "b": jnp.ones(4),
+        "t": jnp.asarray(np.random.default_rng(5).normal(size=(V, D)), dtype),
+    }
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, indices, values):
+        g = row_gradient(indices, values.astype(dtype), V, max_unique=max_unique)
+        grads = {"b": params["b"], "t": g if as_rows else g.to_dense()}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    for t in range(steps):
+        params, state = step(params, state, *batch((12,), seed=t, high=V - 3))
+    return params, state
+
+
+@pytest.mark.parametrize("max_unique", [None, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_densely_rows_are_the_dense_gradient(name, max_unique):
+    tx = OPTIMIZERS[name]("dense")
+    rows = run(tx, 8, as_rows=True, max_unique=max_unique)
+    assert_close(rows, run(tx, 8, as_rows=False), 2e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("decay in front", "no rule")])
+@pytest.mark.parametrize("max_unique", [None, 4])
+def test_lazily_other_rows_stand_still(name, max_unique):
+    """In weights, moments, decay and average; the touched ones go as in a table of their own."""
+    tx = OPTIMIZERS[name]("lazy")
+    params = {"b": jnp.ones(4), "t": jnp.asarray(np.random.default_rng(5).normal(size=(V, D)))}
+    state = tx.init(params)
+    indices, values = batch((12,), seed=1)
+    for _ in range(2):
+        g = row_gradient(indices, values, V, max_unique=max_unique)
+        updates, after = tx.update({"b": params["b"], "t": g}, state, params)
+        moved = adamjax.apply_updates(params, updates)
+        there = np.isin(np.arange(V), indices)
+        for new, old in zip(
+            jax.tree.leaves((moved, after)), jax.tree.leaves((params, state)), strict=True
+        ):
+            if np.shape(old) == (V, D):
+                assert (np.asarray(new)[~there] == np.asarray(old)[~there]).all()
+        assert (np.asarray(moved["t"])[there] != np.asarray(params["t"])[there]).all()
+        dense_grads = {"b": params["b"], "t": g.to_dense()}
+        updates, _ = tx.update(dense_grads, state, params)
+        full = adamjax.apply_updates(params, updates)
+        assert_close(moved["t"][there], full["t"][there], 1e-6)
+        params, state = moved, after
+
+
+def test_no_rows_are_a_gradient_of_zero():
+    tx, params = adamjax.adamw(0.1, weight_decay=0.1), {"t": jnp.ones((V, D))}
+    empty = row_gradient(jnp.zeros(0, int), jnp.zeros((0, D)), V)
+    zeros = {"t": jnp.zeros((V, D))}
+    rows = tx.update({"t": empty}, tx.init(params), params)
+    both = [
+        adamjax.apply_updates(params, u)
+        for u in (rows[0], tx.update(zeros, tx.init(params), params)[0])
+    ]
+    assert_close(*both)
+
+
+@pytest.mark.parametrize("max_rows", [None, 20, [("t", 20)]])
+def test_gradients_of_micro_batches_are_gathered(max_rows):
+    def make(**options):
+        return adamjax.accumulate_gradients(adamjax.adam(0.1), 3, **options)
+
+    rows = run(make(max_rows=max_rows), 6, as_rows=True)[0]
+    assert_close(rows, run(make(), 6, as_rows=False)[0], 2e-6)
+
+
+def test_more_rows_than_there_is_room_for_are_seen():
+    tx = adamjax.accumulate_gradients(adamjax.skip_not_finite(adamjax.adam(0.1)), 3, max_rows=6)
+    params, state = run(tx, 3, as_rows=True)
+    assert adamjax.skipped_steps(state) == 1
+    assert np.isfinite(params["t"]).all()
+    with pytest.raises(ValueError, match=r"max_rows.*a dense one came"):
+        run(tx, 1, as_rows=False)
+    for bad in (0, 1.5, [("t", 0)]):
+        with pytest.raises(ValueError, match="max_rows"):
+            adamjax.accumulate_gradients(adamjax.adam(), 2, max_rows=bad)
+
+
+def test_rows_must_be_dense_or_lazy():
+    with pytest.raises(
+        ValueError, match=r"rows must be 'dense' or 'lazy', got 'exact'.*exact_rows"
+    ):
+        adamjax.adam(rows="exact")
+
+
+# --- with other packages ------------------------------------------------------------------------
+
+
+def lazy_step():
+    params, (indices, values) = {"t": jnp.ones((V, D))}, batch(high=V, low=0)
+    grads = {"t": row_gradient(indices, values, V)}
+    tx = adamjax.adam(0.1, rows="lazy")
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return tx, params, grads, adamjax.apply_updates(params, updates)
+
+
+def test_optax_applies_rows():
+    tx, params, grads, expected = lazy_step()
+    tx = optax.chain(tx)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert_close(jax.jit(optax.apply_updates)(params, updates), expected)
+
+
+def test_flax_applies_rows():
+    pytest.importorskip("flax")
+    from flax import nnx
+    from flax.training.train_state import TrainState
+
+    tx, params, grads, expected = lazy_step()
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    assert_close(state.apply_gradients(grads=grads).params, expected)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.t = nnx.Param(params["t"])
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(lambda _: grads["t"], nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+    assert_close(model.t[...], expected["t"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.scale(2.0),
+        lambda: optax.clip(1.0),
+        lambda: optax.clip_by_global_norm(1.0),
+        lambda: optax.scale_by_adam(),
+        lambda: optax.add_decayed_weights(0.1),
+        lambda: optax.scale_by_schedule(lambda count: 1.0),
+    ],
+)
+def test_what_cannot_take_rows_is_named(make):
+    params, grads = {"t": jnp.ones((V, D))}, {"t": row_gradient(*batch(), V)}
+    other = make()
+    name = other.update.__qualname__.split(".")[0]
+    for tx in (
+        adamjax.chain(other, adamjax.adam()),
+        adamjax.chain(adamjax.adam(rows="lazy"), other),
+    ):
+        with pytest.raises(TypeError, match=rf"foreign\({name}\b.*cannot take row.*'t'"):
+            tx.update(grads, tx.init(params), params)
+
+
+def test_what_passes_rows_on_may_stay():
+    params, grads = {"t": jnp.ones((V, D))}, {"t": row_gradient(*batch(), V)}
+    tx = adamjax.chain(optax.masked(optax.scale(2.0), {"t": False}), adamjax.adam())
+    alone = adamjax.adam()
+    assert_close(
+        tx.update(grads, tx.init(params), params)[0]["t"].to_dense(),
+        alone.update(grads, alone.init(params), params)[0]["t"].to_dense(),
+    )
+
+
+def test_indices_that_were_taken_for_gradients_are_refused():
+    tx, params, grads, _ = lazy_step()
+    around = optax.chain(optax.scale(2.0), tx)
+    with pytest.raises(
+        TypeError, match=r"scale_by_adam: the indices .* are float32, expected int32"
+    ):
+        around.update(grads, around.init(params), params)
+    around = optax.chain(tx, optax.scale(2.0))
+    updates, _ = around.update(grads, around.init(params), params)
+    with pytest.raises(TypeError, match=r"the indices .* are float32"):
+        optax.apply_updates(params, updates)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the figure is that of today's XLA")
+def test_tables_are_updated_in_place(mode):
+    """No copy of a table among the temporaries of a donated step, nor its gradient."""
+    num_rows, width, n = 100_000, 64, 1024
+    tx = adamjax.adam(0.1, rows="dense" if mode == "dense" else "lazy")
+    tx = adamjax.exact_rows(tx, "t") if mode == "exact" else tx
+
+    def step(params, state, indices, values):
+        grads = {"t": row_gradient(indices, values, num_rows)}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    params = {"t": jax.ShapeDtypeStruct((num_rows, width), jnp.float32)}
+    given = jax.ShapeDtypeStruct((n,), jnp.int32), jax.ShapeDtypeStruct((n, width), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *given).compile()
+    table, memory = num_rows * width * 4, compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * table
+    assert memory.alias_size_in_bytes > 3 * table
