@@ -4,12 +4,13 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help train test test-oldest lint types bench readme clean
+.PHONY: help train test test-oldest test-tpu lint types bench readme clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run them with the oldest supported JAX"
+	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make lint types   check style and types"
 	@echo "make bench        measure dense steps against optax, Keras and torch"
 	@echo "make readme       write the measured tables into README.md"
@@ -24,6 +25,9 @@ test: .venv/.test
 
 test-oldest: .venv-oldest/.test
 	$(OLDEST)/python -m pytest $(ARGS)
+
+test-tpu: .venv-tpu/.test
+	.venv-tpu/bin/python -m pytest tests/test_tpu.py $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -60,5 +64,10 @@ readme: .venv/.test
 	$(OLDEST)/python $(PIP) -c constraints-oldest.txt -e '.[test,bench]'
 	@touch $@
 
+.venv-tpu/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python $(PIP) -c constraints.txt -e '.[test,tpu]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-tpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

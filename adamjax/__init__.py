@@ -17,6 +17,7 @@ from adamjax.guard import (
     accumulate_gradients,
     skip_not_finite,
 )
+from adamjax.layout import Packing, formats, packing, row_major
 from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
 from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
@@ -97,6 +98,10 @@ __all__ = [
     "ExactRowsState",
     "Ticket",
     "StaleTable",
+    "row_major",
+    "formats",
+    "packing",
+    "Packing",
     # complete optimizers
     "adam",
     "amsgrad",

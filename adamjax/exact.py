@@ -587,10 +587,17 @@ class exact_rows(Transform):
         if ticket is None or held is None or held.indices.shape != indices.shape:
             return afresh()
         fits = (ticket.clock == state.clock) & jnp.all(held.indices == indices)
-        # A loop of no rounds or one: what a `cond` passes on is kept twice.
-        return jax.lax.while_loop(
-            _wanted, lambda _: (jnp.zeros((), bool), afresh()), (~fits, held)
-        )[1]
+
+        def looped(fits: chex.Array, held: _Rows) -> Any:
+            start = (~fits, held)
+            return jax.lax.while_loop(_wanted, lambda _: (jnp.zeros((), bool), afresh()), start)[1]
+
+        def chosen(fits: chex.Array, held: _Rows) -> Any:
+            return jax.lax.cond(fits, lambda: held, afresh)
+
+        # What a `cond` passes on is kept twice, so this is a loop of no rounds or one; but a
+        # TPU's compiler keeps what goes through a loop in the slow memory.
+        return jax.lax.platform_dependent(fits, held, tpu=chosen, default=looped)
 
     def flush(self, params: Tree, state: ExactRowsState) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.

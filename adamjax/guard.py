@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.data import COUNT, Number, Tree, static
 from adamjax.leaves import at_rest, is_left_alone, lift, new_slots, nothing, reduced
@@ -149,14 +150,14 @@ class accumulate_gradients(Transform):
     def _room(self, path: str, p: Any) -> int | None:
         """The rows to make room for in a leaf, `None` for a dense array."""
         rows: int | None
-        if self.max_rows is None or jnp.ndim(p) == 0:
+        if self.max_rows is None or np.ndim(p) == 0:
             return None
         if isinstance(self.max_rows, int):
-            rows = self.max_rows if jnp.ndim(p) > 1 else None
+            rows = self.max_rows if np.ndim(p) > 1 else None
         else:
             found = first_match([pattern for pattern, _ in self.max_rows], path)
             rows = None if found is None else self.max_rows[found][1]
-        return rows if rows is not None and rows < jnp.shape(p)[0] else None
+        return rows if rows is not None and rows < np.shape(p)[0] else None
 
     def init(self, params: Tree) -> AccumulateGradientsState:
         rooms = list(map(self._room, leaf_paths(params), flatten(params)[0]))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
+from adamjax.layout import laid_out_like
 from adamjax.moments import accumulator, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, applied, check_sound
@@ -123,14 +124,19 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
 
 
 def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
-    """A tree of one new array for each floating leaf, `None` for every other."""
+    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
     leaves, treedef = flatten(params)
     for i, p in enumerate(leaves):
         if p is not None and not is_arraylike(p):
             raise TypeError(
                 f"params[{leaf_paths(params)[i]!r}] is {_said(p)}: expected an array, or None"
             )
-    return treedef.unflatten([None if is_left_alone(p) else make(jnp.asarray(p)) for p in leaves])
+
+    def made(p: Any) -> Any:
+        p = jnp.asarray(p)
+        return laid_out_like(make(p), p)
+
+    return treedef.unflatten([None if is_left_alone(p) else made(p) for p in leaves])
 
 
 def lift(

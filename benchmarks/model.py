@@ -2,17 +2,41 @@
 
 Training takes the softmax's sum exactly over the most frequent words and estimates the rest from
 a few drawn at random; whatever is reported of held-out text is the full softmax.
+
+So a training step reads rows of two tables, the embedding and the output's kernel. The loss works
+on the tables, or on the rows that a batch reads in their place: how rows are read, and what
+becomes of their gradients, is up to whoever trains.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Shuffled", "Windows", "held_out_loss", "init", "loss", "neighbours", "windows"]
+__all__ = [
+    "Batch",
+    "Rows",
+    "Shuffled",
+    "Windows",
+    "batch",
+    "by_rows",
+    "held_out_loss",
+    "init",
+    "leaf",
+    "loss",
+    "neighbours",
+    "reads",
+    "replaced",
+    "room",
+    "tables",
+    "windows",
+]
+
+EMBEDDING, KERNEL, BIAS = "embedding", "output/kernel", "output/bias"
 
 # The words in every training sum, and how many are drawn from the others.
 FREQUENT = 2048
@@ -109,10 +133,10 @@ def _full(params: Any, features: jax.Array, words: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=1) - chosen
 
 
-def _estimated(params: Any, features: jax.Array, words: jax.Array, key: jax.Array) -> jax.Array:
+def _estimated(
+    params: Any, features: jax.Array, words: jax.Array, drawn: jax.Array, rare: int
+) -> jax.Array:
     kernel, bias = params["output"]["kernel"], params["output"]["bias"]
-    rare = len(kernel) - FREQUENT
-    drawn = jax.random.randint(key, (DRAWN,), FREQUENT, len(kernel))
 
     chosen = jnp.sum(features * kernel[words], axis=1) + bias[words]
     frequent = features @ kernel[:FREQUENT].T + bias[:FREQUENT]
@@ -124,15 +148,138 @@ def _estimated(params: Any, features: jax.Array, words: jax.Array, key: jax.Arra
     return jax.nn.logsumexp(logits, axis=1) - chosen
 
 
-def loss(
-    params: Any, tokens: jax.Array, starts: jax.Array, width: int, key: jax.Array
-) -> jax.Array:
-    """The training loss of windows: mean of -log probability, in nats a token."""
+# --- training: the whole tables, or the rows that a batch reads -----------------------------------
+
+
+class Batch(NamedTuple):
+    """What a step trains on.
+
+    Attributes:
+      contexts: int32[batch, width], the words before: rows of the embedding.
+      words: int32[batch], those to predict: rows of the output.
+      drawn: int32[DRAWN], rare words, which stand for all; `None` where the softmax is full.
+    """
+
+    contexts: jax.Array
+    words: jax.Array
+    drawn: jax.Array | None
+
+
+def _is_small(vocabulary: int) -> bool:
+    """Whether training takes the full softmax: there is nothing to gain from drawing words."""
+    return vocabulary <= FREQUENT + DRAWN
+
+
+def batch(
+    tokens: jax.Array, starts: jax.Array, width: int, vocabulary: int, key: jax.Array
+) -> Batch:
+    """The windows that start there, and the words that a key draws."""
     contexts, words = _read(tokens, starts, width)
-    features = _features(params, contexts)
-    if len(params["output"]["kernel"]) <= FREQUENT + DRAWN:
-        return _full(params, features, words).mean()
-    return _estimated(params, features, words, key).mean()
+    if _is_small(vocabulary):
+        return Batch(contexts, words, None)
+    return Batch(contexts, words, jax.random.randint(key, (DRAWN,), FREQUENT, vocabulary))
+
+
+def loss(params: Any, given: Batch, vocabulary: int) -> jax.Array:
+    """The training loss of a batch: mean of -log probability, in nats a token."""
+    features = _features(params, given.contexts)
+    if given.drawn is None:
+        return _full(params, features, given.words).mean()
+    rare = vocabulary - FREQUENT
+    return _estimated(params, features, given.words, given.drawn, rare).mean()
+
+
+def tables(vocabulary: int) -> tuple[str, ...]:
+    """The paths of the tables, of which a step reads some rows only.
+
+    The kernel's frequent words are read in every step. They are rows among the others none the
+    less: so that the kernel is read in one way, and as they are less than a tenth of it. A full
+    softmax reads all of the kernel, so there it is none. Biases are never: a row that is one
+    number costs more to find than to update.
+    """
+    return (EMBEDDING,) if _is_small(vocabulary) else (EMBEDDING, KERNEL)
+
+
+class Rows(NamedTuple):
+    """The rows that a batch reads.
+
+    Attributes:
+      indices: by the table's path, int32[room]: each row once, ascending, filled up with the
+        table's number of rows.
+      batch: the batch with the places of rows among these instead of the rows themselves.
+    """
+
+    indices: dict[str, jax.Array]
+    batch: Batch
+
+
+def _numbered(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """The distinct ids, and at each id its place among them."""
+    there = jnp.zeros(num_rows, jnp.int32).at[ids.ravel()].set(1)
+    found = jnp.nonzero(there, size=size, fill_value=num_rows)[0]
+    return found.astype(jnp.int32), jnp.cumsum(there) - 1
+
+
+def reads(given: Batch, vocabulary: int, size: Mapping[str, int]) -> Rows:
+    """The rows that the loss of a batch needs.
+
+    A batch names most of its rows many times over: each is read and updated once.
+
+    Args:
+      size: of `room`, or larger.
+    """
+    found, place = _numbered(given.contexts, vocabulary + 1, size[EMBEDDING])
+    indices, contexts = {EMBEDDING: found}, place[given.contexts]
+    if given.drawn is None:
+        return Rows(indices, given._replace(contexts=contexts))
+    # The frequent words' rows come first, in order, as in the whole kernel.
+    frequent = jnp.arange(FREQUENT, dtype=jnp.int32)
+    every = jnp.concatenate([frequent, given.drawn, given.words])
+    indices[KERNEL], place = _numbered(every, vocabulary, size[KERNEL])
+    return Rows(indices, Batch(contexts, place[given.words], place[given.drawn]))
+
+
+def room(given: Windows, vocabulary: int, batches: "Shuffled", steps: int) -> dict[str, int]:
+    """The most rows of each table that any of the first batches may read."""
+    tokens, width = np.asarray(given.tokens), given.width
+    contexts = rare = 0
+    for step in range(steps):
+        read = tokens[batches.at(step)[:, None] + np.arange(width + 1)]
+        words = read[:, -1]
+        contexts = max(contexts, _distinct(read[:, :-1].ravel()))
+        rare = max(rare, _distinct(words[words >= FREQUENT]))
+    sizes = {EMBEDDING: contexts, KERNEL: min(vocabulary, FREQUENT + DRAWN + rare)}
+    return {path: sizes[path] for path in tables(vocabulary)}
+
+
+def _distinct(ids: np.ndarray) -> int:
+    return int(np.count_nonzero(np.bincount(ids)))
+
+
+def leaf(params: Any, path: str) -> Any:
+    """The leaf at a path such as `output/kernel`."""
+    return functools.reduce(operator.getitem, path.split("/"), params)
+
+
+def replaced(params: Any, leaves: Mapping[str, Any]) -> Any:
+    """The parameters with other leaves at some paths."""
+    new = dict(params)
+    for path, x in leaves.items():
+        first, _, rest = path.partition("/")
+        new[first] = replaced(new[first], {rest: x}) if rest else x
+    return new
+
+
+def by_rows(params: Any, rows: Mapping[str, jax.Array], indices: Mapping[str, jax.Array]) -> Any:
+    """The parameters with rows in the place of their tables, and the biases that go with them."""
+    here = dict(rows)
+    if KERNEL in rows:
+        at = leaf(params, BIAS).at[indices[KERNEL]]
+        here[BIAS] = at.get(mode="fill", fill_value=0)
+    return replaced(params, here)
+
+
+# --- the loss of held-out text --------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -4,6 +4,12 @@ The gradients are clipped by their global norm, scaled by Adam, decayed weights 
 rate warms up and follows a cosine, and an average of the weights is kept: one jitted step, with
 parameters and optimizer state donated. Everything that a step does depends on the options and on
 its number alone, so a run that was interrupted and resumed ends with the same bits.
+
+A step reads some rows of two tables, and `--rows` says what it does for the others: `exact` has
+the effect of dense gradients at the cost of the rows that are read, and is the default. Between
+steps the other rows lag behind, so before anything else reads the weights all are brought up to
+date: at the end, or for the evaluation of an interrupted run, whose checkpoint is left as it was.
+`--compare` trains with each in turn and shows what that costs, and what becomes of the losses.
 """
 
 import argparse
@@ -16,10 +22,11 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,7 +38,7 @@ import numpy as np
 
 import adamjax
 from benchmarks import model
-from benchmarks.measure import environment
+from benchmarks.measure import RESULTS, environment, save, spread
 from benchmarks.text import (
     Complaint,
     Text,
@@ -63,7 +70,16 @@ class Config:
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
     seed: int = 0
+    rows: str = "exact"
 
+
+# name: what a step does for the rows that it reads, and for the others
+ROWS: dict[str, str] = {
+    "exact": "what dense gradients would do, at the cost of the rows read",
+    "lazy": "the rows read move, all others stand still",
+    "dense": "what dense gradients would do, without making them",
+    "none": "dense gradients",
+}
 
 # name: the least value, the help text
 _OPTIONS: dict[str, tuple[float, str]] = {
@@ -77,6 +93,10 @@ _OPTIONS: dict[str, tuple[float, str]] = {
     "weight_decay": (0, "share of the weights taken off a step, times the learning rate"),
     "seed": (0, "of the initial weights and the order of the batches"),
 }
+
+# A comparison's steps with each of `ROWS`, how many are taken in a row, and the fewest: in four
+# rounds, of which the first is not timed.
+_COMPARED, _IN_A_ROW, _FEWEST = 200, 10, 12
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks train",
         description="Trains word embeddings and a next-word model on real text.",
         epilog="Ctrl-C keeps what was learned so far, to be continued with --resume; on a CPU the "
-        "weights then end bit for bit as without the break.",
+        "weights then end bit for bit as without the break. --rows: "
+        + "; ".join(f"{name}: {what}" for name, what in ROWS.items())
+        + ".",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -117,7 +139,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", type=Path, metavar="DIR", help="continue the run in DIR, with its options"
     )
+    parser.add_argument(
+        "--rows",
+        choices=ROWS,
+        default=argparse.SUPPRESS,
+        help=f"how the tables' rows are read and updated, see below (default: {Config.rows})",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train with each of --rows in turn instead, and show losses and step times side by "
+        f"side ({_COMPARED} steps unless --steps says otherwise)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the JSON of --compare (default: benchmarks/results/PLATFORM/train.json, where only "
+        "the default options' results go)",
+    )
     for option in dataclasses.fields(Config):
+        if option.name not in _OPTIONS:
+            continue
         least, what = _OPTIONS[option.name]
         parser.add_argument(
             f"--{option.name.replace('_', '-')}",
@@ -192,6 +235,10 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _save(run: Run) -> None:
+    """Writes all that the run goes on from; with `exact`, rows of it may lag behind until the end.
+
+    What a finished run leaves is up to date: `params` and `average` are the weights.
+    """
     about = {
         "config": dataclasses.asdict(run.config),
         "files": run.files,
@@ -277,31 +324,118 @@ def _new_folder(name: str | None) -> Path:
 # --- training -------------------------------------------------------------------------------------
 
 
-def optimizer(config: Config) -> adamjax.Transform:
+def optimizer(config: Config, vocabulary: int) -> adamjax.Transform:
     """The whole chain."""
     warm = config.steps // 10
     rate = adamjax.cosine_decay(config.learning_rate, decay_steps=config.steps - warm)
-    return adamjax.chain(
+    lazy = config.rows == "lazy"
+    chain = adamjax.chain(
         adamjax.clip_by_global_norm(1.0),
-        adamjax.scale_by_adam(b1=0.9, b2=0.999, eps_hat=1e-7),
+        adamjax.scale_by_adam(b1=0.9, b2=0.999, eps_hat=1e-7, rows="lazy" if lazy else "dense"),
         adamjax.add_decayed_weights(config.weight_decay, mask="embedding|kernel"),
         adamjax.scale_by_learning_rate(adamjax.warmup(rate, warm) if warm else rate),
         adamjax.weight_ema(momentum=0.99),
     )
+    if config.rows != "exact":
+        return chain
+    return adamjax.exact_rows(chain, [f"^{path}$" for path in model.tables(vocabulary)])
 
 
-def make_step(tx: adamjax.Transform, config: Config) -> Any:
+def _initial(config: Config, text: Text) -> dict[str, Any]:
+    """The parameters that a run starts with."""
+    frequencies = unigram(text)
+    return model.init(config.seed, frequencies, config.context, config.dim, config.hidden)
+
+
+Gradients = tuple[jax.Array, Any, dict[str, Any]]
+
+
+def gradients(
+    tx: adamjax.Transform,
+    params: Any,
+    state: Any,
+    batch: model.Batch,
+    vocabulary: int,
+    size: Mapping[str, int] | None,
+) -> Gradients:
+    """The loss, its gradients, and what else `tx.update` is given.
+
+    Args:
+      size: how many rows to make room for, by table; `None` for dense gradients.
+    """
+    if size is None:
+        return *jax.value_and_grad(model.loss)(params, batch, vocabulary), {}
+    extra = {}
+    indices, batch = model.reads(batch, vocabulary, size)
+    if isinstance(tx, adamjax.exact_rows):
+        rows, extra["ticket"] = tx.prepare(params, state, indices)
+        others = tx.without_tables(params)
+    else:
+        rows = {
+            path: model.leaf(params, path).at[ids].get(mode="fill", fill_value=0)
+            for path, ids in indices.items()
+        }
+        others = model.replaced(params, dict.fromkeys(indices))
+
+    def loss(others: Any, rows: Any) -> jax.Array:
+        return model.loss(model.by_rows(others, rows, indices), batch, vocabulary)
+
+    value, (grads, found) = jax.value_and_grad(loss, argnums=(0, 1))(others, rows)
+    of_tables = {
+        path: adamjax.row_gradient(indices[path], g, len(model.leaf(params, path)))
+        for path, g in found.items()
+    }
+    return value, model.replaced(grads, of_tables), extra
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is trained on, and in which order; `size` is how many rows a batch reads at most."""
+
+    tokens: jax.Array
+    batches: model.Shuffled
+    vocabulary: int
+    size: dict[str, int]
+
+
+def make_course(config: Config, text: Text) -> Course:
+    """All steps' batches."""
+    training = model.windows(text.training, config.context, text.boundary)
+    batches = model.Shuffled(training.starts, config.batch, config.seed)
+    vocabulary = len(text.words)
+    size = model.room(training, vocabulary, batches, config.steps)
+    return Course(training.tokens, batches, vocabulary, size)
+
+
+def make_step(tx: adamjax.Transform, config: Config, course: Course) -> Any:
     """One jitted step: takes the parameters and the state, which it donates, tokens, a batch."""
     key = jax.random.key(config.seed)
+    vocabulary = course.vocabulary
+    size = None if config.rows == "none" else course.size
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, tokens: jax.Array, starts: jax.Array) -> Any:
         draw = jax.random.fold_in(key, adamjax.step_count(state))
-        loss, grads = jax.value_and_grad(model.loss)(params, tokens, starts, config.context, draw)
-        updates, state = tx.update(grads, state, params)
+        batch = model.batch(tokens, starts, config.context, vocabulary, draw)
+        loss, grads, extra = gradients(tx, params, state, batch, vocabulary, size)
+        updates, state = tx.update(grads, state, params, **extra)
         return adamjax.apply_updates(params, updates), state, loss
 
     return step
+
+
+def compiled_step(tx: adamjax.Transform, config: Config, course: Course, *trees: Any) -> Any:
+    """The step compiled for such parameters and such a state."""
+    return (
+        make_step(tx, config, course).lower(*trees, course.tokens, course.batches.at(0)).compile()
+    )
+
+
+def up_to_date(tx: adamjax.Transform, params: Any, state: Any) -> tuple[Any, Any]:
+    """Parameters and state, which are donated, with no row lagging behind."""
+    if not isinstance(tx, adamjax.exact_rows):
+        return params, state
+    return jax.jit(tx.flush, donate_argnums=(0, 1))(params, state)
 
 
 def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> dict[str, float]:
@@ -309,13 +443,14 @@ def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> di
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     config = run.config
-    tokens, starts, _ = model.windows(text.training, config.context, text.boundary)
-    batches = model.Shuffled(starts, config.batch, config.seed)
+    first = len(run.losses)
+    if first == config.steps:
+        return {"compile_seconds": 0.0, "train_seconds": 0.0, "tokens_per_second": 0}
+    course = make_course(config, text)
     began = time.perf_counter()
-    step = make_step(tx, config).lower(run.params, run.state, tokens, batches.at(0)).compile()
+    step = compiled_step(tx, config, course, run.params, run.state)
     compiled = time.perf_counter()
 
-    first = len(run.losses)
     with tqdm(
         total=config.steps * config.batch,
         initial=first * config.batch,
@@ -325,8 +460,8 @@ def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> di
         mininterval=0.2 if sys.stderr.isatty() else 10,
     ) as bar:
         for number in range(first, config.steps):
-            batch = batches.at(number)
-            run.params, run.state, loss = step(run.params, run.state, tokens, batch)
+            batch = course.batches.at(number)
+            run.params, run.state, loss = step(run.params, run.state, course.tokens, batch)
             run.losses.append(round(float(loss), 6))
             if not math.isfinite(run.losses[-1]):
                 break
@@ -380,7 +515,7 @@ def _plot(run: Run, path: Path) -> None:
         )
     axes.set_xlim(-0.02 * run.config.steps, 1.04 * run.config.steps)
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.set_title("Predicting the next word: Adam with a weight average")
+    axes.set_title(f"Predicting the next word: Adam with a weight average, rows: {run.config.rows}")
     axes.grid(alpha=0.3)
     axes.legend(loc="center right")
     figure.savefig(path, dpi=120)
@@ -424,19 +559,194 @@ def _metrics(run: Run, text: Text, near: dict[str, list[str]], speed: dict[str, 
     }
 
 
+# --- each way of treating rows, side by side ------------------------------------------------------
+
+
+class _Contender:
+    """One way of treating rows, and how far it has come."""
+
+    def __init__(self, config: Config, text: Text, course: Course):
+        self.tx = optimizer(config, course.vocabulary)
+        self.course = course
+        self.params = _initial(config, text)
+        self.state = self.tx.init(self.params)
+        began = time.perf_counter()
+        self.step = compiled_step(self.tx, config, course, self.params, self.state)
+        self.compile_seconds = time.perf_counter() - began
+        self.losses: list[float] = []
+
+    def take(self, steps: int) -> float:
+        """Takes steps; returns the median of their seconds, less the first's, whose caches hold
+        another's arrays."""
+        seconds = []
+        for _ in range(steps):
+            starts = self.course.batches.at(len(self.losses))
+            began = time.perf_counter()
+            self.params, self.state, loss = self.step(
+                self.params, self.state, self.course.tokens, starts
+            )
+            self.losses.append(float(loss))
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds[1:])
+
+    def held_out(self, windows: model.Windows, given_up: Callable[[], bool]) -> float | None:
+        """The loss with the averaged weights."""
+        self.params, self.state = up_to_date(self.tx, self.params, self.state)
+        return model.held_out_loss(adamjax.averaged_weights(self.state), windows, given_up)
+
+
+def compare(config: Config, text: Text, stop: Interruption) -> dict[str, Any] | None:
+    """Trains with each of `ROWS`, a few steps at a time in turn; `None` when interrupted.
+
+    Who goes first changes from round to round, and a ratio is taken within a round.
+    """
+    course = make_course(config, text)
+    all_in_turn = {}
+    for rows in ROWS:
+        all_in_turn[rows] = _Contender(dataclasses.replace(config, rows=rows), text, course)
+        if stop.times:
+            return None
+    seconds: list[dict[str, float]] = []
+    in_a_row = min(_IN_A_ROW, config.steps // 4)
+    for round_ in range(config.steps // in_a_row):
+        first = round_ % len(ROWS)
+        names = [*list(ROWS)[first:], *list(ROWS)[:first]]
+        seconds.append({name: all_in_turn[name].take(in_a_row) for name in names})
+        latest = {name: x.losses[-1] for name, x in all_in_turn.items()}
+        print(f"step {(round_ + 1) * in_a_row:,}: {_listed(latest, '.4f')}", flush=True)
+        if not all(map(math.isfinite, latest.values())):
+            raise Complaint("the loss is not finite: lower --learning-rate")
+        if stop.times:
+            return None
+    del seconds[0]
+
+    held_out = model.windows(text.held_out, config.context, text.boundary)
+    plain = np.array(all_in_turn["none"].losses)
+    table = {}
+    for name, contender in all_in_turn.items():
+        losses = np.array(contender.losses)
+        table[name] = {
+            "ms": spread([1e3 * s[name] for s in seconds]),
+            "ratio_to_none": spread([s[name] / s["none"] for s in seconds]),
+            "compile_seconds": contender.compile_seconds,
+            "held_out_loss": contender.held_out(held_out, lambda: stop.times > 0),
+            "training_loss": losses[in_a_row - 1 :: in_a_row].tolist(),
+            "largest_difference_to_none": float(np.abs(losses - plain).max()),
+        }
+        if stop.times:
+            return None
+    params = all_in_turn["none"].params
+    reads = {model.EMBEDDING: config.batch * config.context}
+    reads[model.KERNEL] = config.batch + model.FREQUENT + model.DRAWN
+    return {
+        "suite": "train",
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "rows"},
+        "text": text.description,
+        "tables": {
+            path: {
+                "shape": list(model.leaf(params, path).shape),
+                "reads": reads[path],
+                "distinct_at_most": size,
+            }
+            for path, size in course.size.items()
+        },
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "rounds": len(seconds),
+        "steps_in_a_row": in_a_row,
+        "rows": table,
+        "environment": environment("adamjax", "jax", "jaxlib", "numpy"),
+    }
+
+
+def _listed(numbers: dict[str, float], form: str) -> str:
+    return ", ".join(f"{name} {value:{form}}" for name, value in numbers.items())
+
+
+def _verdict(name: str, ratio: dict[str, float]) -> str:
+    if ratio["q25"] > 1:
+        return f"{name} loses to none here: a step takes {ratio['median']:.2f} of its time"
+    if ratio["q75"] < 1:
+        return f"{name} is faster than none: a step takes {ratio['median']:.2f} of its time"
+    return f"{name} is about as fast as none: {ratio['median']:.2f} of its time"
+
+
+def _compared(results: dict[str, Any]) -> str:
+    """What a comparison found, in a table and in words."""
+
+    def range_(spread: dict[str, float], digits: int) -> str:
+        low, middle, high = (f"{spread[k]:.{digits}f}" for k in ("q25", "median", "q75"))
+        return f"{middle} ({low} to {high})"
+
+    rows = results["rows"]
+    share = "of none's time"
+    lines = [
+        f"\n{'rows':6} {'step, ms (quartiles)':>24} {share:>21} {'compile, s':>10}"
+        f" {'training':>9} {'held-out':>9} {'largest difference':>19}"
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:6} {range_(row['ms'], 1):>24} {range_(row['ratio_to_none'], 2):>21}"
+            f" {row['compile_seconds']:10.1f} {row['training_loss'][-1]:9.4f}"
+            f" {row['held_out_loss']:9.4f} {row['largest_difference_to_none']:19.1e}"
+        )
+    lines.append("The last is of any step's training loss to that of none; losses are in nats.\n")
+    for path, table in results["tables"].items():
+        num_rows, width = table["shape"]
+        lines.append(
+            f"{path}: {num_rows:,} rows of {width}; a step reads {table['reads']:,}, of which at "
+            f"most {table['distinct_at_most']:,} are distinct"
+        )
+    lines += [_verdict(name, rows[name]["ratio_to_none"]) for name in rows if name != "none"]
+    return "\n".join(lines)
+
+
+def _comparison(given: argparse.Namespace, config: Config, text: Text, stop: Interruption) -> int:
+    results = compare(config, text, stop)
+    if results is None:
+        print("train: interrupted, nothing was written", file=sys.stderr)
+        return 128 + stop.signal
+    print(_compared(results))
+    default = not given.text and config == Config(steps=_COMPARED)
+    out = RESULTS / results["environment"]["platform"] / "train.json" if default else None
+    if out := given.out or out:
+        save(results, out)
+        print(f"written to {out}")
+    return 0
+
+
 # --- the job --------------------------------------------------------------------------------------
+
+
+def _checked(config: Config) -> Config:
+    share = config.learning_rate * config.weight_decay
+    if config.rows == "exact" and share >= 1:
+        raise Complaint(
+            "--rows exact: --learning-rate times --weight-decay must be below 1, got "
+            f"{share:g}; choose others, or another of --rows"
+        )
+    return config
 
 
 def _options(argv: list[str]) -> tuple[argparse.Namespace, Config, Saved | None]:
     given = _parser().parse_args(argv)
-    chosen = {name: value for name, value in vars(given).items() if name in _OPTIONS}
+    known = {option.name for option in dataclasses.fields(Config)}
+    chosen = {name: value for name, value in vars(given).items() if name in known}
+    if given.compare:
+        if given.name or given.resume or "rows" in chosen:
+            raise Complaint("--compare keeps no run and takes all of --rows: leave the others out")
+        config = Config(**{"steps": _COMPARED, **chosen})
+        if config.steps < _FEWEST:
+            raise Complaint(f"--compare: expected --steps of at least {_FEWEST}")
+        return given, _checked(config), None
+    if given.out is not None:
+        raise Complaint("--out is of --compare alone; a run writes to runs/NAME")
     if given.resume is None:
         if given.name is not None:
             if not re.fullmatch(r"\w[\w.-]*", given.name):
                 raise Complaint(f"--name: expected letters, digits, - and ., got {given.name!r}")
             if (RUNS / given.name).exists():
                 raise _taken(RUNS / given.name)
-        return given, Config(**chosen), None
+        return given, _checked(Config(**chosen)), None
     if given.name is not None:
         raise Complaint("--name and --resume exclude each other: a resumed run keeps its name")
     saved = _load(given.resume)
@@ -469,9 +779,11 @@ def _job(argv: list[str], stop: Interruption) -> int:
         f"{len(text.words):,} words",
         flush=True,
     )
+    if given.compare:
+        return _comparison(given, config, text, stop)
     frequencies = unigram(text)
-    params = model.init(config.seed, frequencies, config.context, config.dim, config.hidden)
-    tx = optimizer(config)
+    params = _initial(config, text)
+    tx = optimizer(config, len(text.words))
     run = Run(Path(), config, files, text.digest(), params, tx.init(params))
     held_out = model.windows(text.held_out, config.context, text.boundary)
 
@@ -492,7 +804,11 @@ def _job(argv: list[str], stop: Interruption) -> int:
     run.folder = saved.folder if saved else _new_folder(given.name)
     print("held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in run.held_out.items() if v))
     left = config.steps - len(run.losses)
-    print(f"run:  {run.folder}, {left:,} of {config.steps:,} steps to take", flush=True)
+    print(
+        f"run:  {run.folder}, {left:,} of {config.steps:,} steps to take, rows: {config.rows} "
+        f"({ROWS[config.rows]})",
+        flush=True,
+    )
 
     run.held_out["after"] = None
     speed = train(run, tx, text, stop)
@@ -502,7 +818,15 @@ def _job(argv: list[str], stop: Interruption) -> int:
         raise Complaint(
             f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"
         )
-    _save(run)
+    finished = len(run.losses) == config.steps
+    if not finished:
+        # Rows that lag behind stay so: caught up now they would be rounded twice, and the run
+        # would not go on with the bits of one that was not interrupted.
+        _save(run)
+    if left:
+        run.params, run.state = up_to_date(tx, run.params, run.state)
+    if finished:
+        _save(run)
     run.held_out["after"] = evaluate(lambda: stop.times > 1)
     near = model.neighbours(adamjax.averaged_weights(run.state), text.words)
     _plot(run, run.folder / "loss.png")
@@ -515,7 +839,7 @@ def _job(argv: list[str], stop: Interruption) -> int:
         f"{speed['tokens_per_second']:,} tokens/s, {speed['wall_seconds']:.0f} s in all; "
         f"metrics.json, loss.png and checkpoint.npz are in {run.folder}"
     )
-    if len(run.losses) == config.steps:
+    if finished:
         return 0
     print(
         f"interrupted after step {len(run.losses):,} of {config.steps:,}; to go on: "

@@ -23,6 +23,8 @@ from benchmarks import model, train
 from benchmarks.text import Bigram, installation, make_text, tuned_bigram, unigram
 
 ROOT = Path(__file__).parents[1]
+# Where rows do not matter: it compiles in a third of the time.
+PLAIN = ["--rows", "none"]
 TINY = ["--steps", "20", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 
 
@@ -73,16 +75,30 @@ def assert_same_bits(one, other):
 
 def signal_at(monkeypatch, step, *numbers):
     """Has signals arrive while a step is under way, step 0 while it compiles."""
-    at = model.Shuffled.at
+    make_course = train.make_course
     calls = iter(range(step + 1))
 
-    def interrupted(self, number):
-        if next(calls, None) == step:
-            for one in numbers:
-                signal.raise_signal(one)
-        return at(self, number)
+    def disturbed(*arguments):
+        course = make_course(*arguments)
+        at = course.batches.at
 
-    monkeypatch.setattr(model.Shuffled, "at", interrupted)
+        def interrupted(number):
+            if next(calls, None) == step:
+                for one in numbers:
+                    signal.raise_signal(one)
+            return at(number)
+
+        monkeypatch.setattr(course.batches, "at", interrupted)
+        return course
+
+    monkeypatch.setattr(train, "make_course", disturbed)
+
+
+@pytest.fixture
+def few_frequent(monkeypatch):
+    """Few words are frequent, so that the kernel of a small vocabulary is a table as well."""
+    monkeypatch.setattr(model, "FREQUENT", 40)
+    monkeypatch.setattr(model, "DRAWN", 16)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -111,7 +127,7 @@ def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
 
 def test_runs_without_a_name_are_numbered(prose):
     for _ in range(2):
-        assert train.main(["--text", prose, *TINY, "--steps", "1"]) == 0
+        assert train.main(["--text", prose, *TINY, *PLAIN, "--steps", "1"]) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["train-1", "train-2"]
 
 
@@ -168,6 +184,12 @@ def test_a_file_that_cannot_be_trained_on_gets_one_line(tmp_path, capsys, conten
         (["--name", ""], "--name"),
         (["--speed", "9"], "unrecognized arguments: --speed"),
         (["--text"], "--text"),
+        (["--rows", "sparse"], "--rows"),
+        (["--learning-rate", "20", "--weight-decay", "0.05"], "must be below 1, got 1;"),
+        (["--compare", "--rows", "lazy"], "--compare"),
+        (["--compare", "--name", "one"], "--compare"),
+        (["--compare", "--steps", "8"], "--steps of at least 12"),
+        (["--out", "train.json"], "--out"),
         (["--resume", "runs/none"], "runs/none: no checkpoint"),
     ],
 )
@@ -185,13 +207,14 @@ def test_a_command_line_that_is_refused_exits_with_2(tmp_path, start):
 
 
 def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose, capsys):
-    assert train.main(["--text", prose, "--name", "one", *TINY]) == 0
+    assert train.main(["--text", prose, "--name", "one", *TINY, *PLAIN]) == 0
     Path("runs/one/metrics.json").unlink()  # as if interrupted in the last evaluation
     before = kept("one")[0]
     capsys.readouterr()
     resume = ["--resume", "runs/one"]
     assert_refused(capsys, ["--text", prose, "--name", "one"], "there already", "--resume")
     assert_refused(capsys, [*resume, "--dim", "9"], "this run has dim 8, not 9")
+    assert_refused(capsys, [*resume, "--rows", "lazy"], "this run has rows none, not lazy")
     assert_refused(capsys, [*resume, "--name", "two"], "--name and --resume")
     Path("other.txt").write_text(Path(prose).read_text()[2000:])
     assert_refused(capsys, [*resume, "--text", "other.txt"], "another text")
@@ -203,13 +226,19 @@ def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose
 
 
 def test_a_loss_that_is_not_finite_gets_one_line(prose, capsys):
-    arguments = ["--text", prose, "--name", "one", *TINY, "--learning-rate", "1e38"]
+    arguments = ["--text", prose, "--name", "one", *TINY, *PLAIN, "--learning-rate", "1e38"]
     assert train.main(arguments) == 2
     assert "lower --learning-rate" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("runs/one").exists()
 
 
 # --- interruption ---------------------------------------------------------------------------------
+
+
+def lag(name):
+    """Of a run's checkpoint, how many steps the embedding's rows lag behind."""
+    about, arrays = kept(name)
+    return len(about["losses"]) - arrays["state/tables/embedding/last"]
 
 
 def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, monkeypatch, capsys):
@@ -231,6 +260,16 @@ def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, m
         assert train.main(["--resume", "runs/parts"]) == 143
     metrics = json.loads(Path("runs/parts/metrics.json").read_text())
     assert (metrics["steps_taken"], metrics["held_out_loss"]["after"]) == (8, None)
+    assert lag("parts").max() == 8
+    assert lag("parts").min() == 0
+
+    with monkeypatch.context() as patch:
+        # In the last step: the weights are there, up to date, and are evaluated another time.
+        signal_at(patch, 12, signal.SIGINT, signal.SIGINT)
+        assert train.main(["--resume", "runs/parts"]) == 0
+    metrics = json.loads(Path("runs/parts/metrics.json").read_text())
+    assert (metrics["steps_taken"], metrics["finished"]) == (20, False)
+    assert not lag("parts").any()
 
     assert train.main(["--resume", "runs/parts", "--steps", "20"]) == 0
     assert_same_bits("whole", "parts")
@@ -246,6 +285,16 @@ def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, m
     assert "nothing is left to resume" in capsys.readouterr().out
 
 
+def test_a_lazy_run_is_resumed_as_well(prose, monkeypatch):
+    job = ["--text", prose, *TINY, "--rows", "lazy"]
+    assert train.main([*job, "--name", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, 7, signal.SIGINT, signal.SIGINT)
+        assert train.main([*job, "--name", "parts"]) == 130
+    assert train.main(["--resume", "runs/parts"]) == 0
+    assert_same_bits("whole", "parts")
+
+
 def test_an_interruption_before_the_first_step_leaves_nothing(prose, monkeypatch, capsys):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
@@ -258,7 +307,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(prose, monkeypatch
 
 
 def test_ctrl_c_on_the_command_line(prose, start):
-    job = ["--text", prose, *TINY, "--steps", "3000"]
+    job = ["--text", prose, *TINY, *PLAIN, "--steps", "3000"]
     arguments = [*job, "--name", "parts"]
     for delay in (0.0, 0.7):  # while it compiles, and amid its steps unless it is very fast
         process = start(*arguments)
@@ -277,6 +326,111 @@ def test_ctrl_c_on_the_command_line(prose, start):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     assert_same_bits("whole", "parts")
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_learn_the_same_as_dense_gradients_all_but_the_lazy(prose, capsys, few_frequent):
+    job = ["--text", prose, *TINY, "--steps", "40", "--learning-rate", "0.03"]
+    assert train.main([*job, "--compare", "--out", "out.json"]) == 0
+    assert not Path("runs").exists()
+    results = json.loads(Path("out.json").read_text())
+    assert results["tables"].keys() == {"embedding", "output/kernel"}
+    for table in results["tables"].values():
+        assert table["distinct_at_most"] < table["shape"][0]
+
+    rows = results["rows"]
+    assert list(rows) == list(train.ROWS)
+    for row in rows.values():
+        assert row["ms"]["median"] > 0
+        assert len(row["training_loss"]) == 4
+    # Losses of 4 nats are 5e-7 apart in float32.
+    off = {name: row["largest_difference_to_none"] for name, row in rows.items()}
+    assert off["exact"] < 5e-6
+    assert off["dense"] < 5e-6
+    assert off["lazy"] > 1e-3
+    held_out = {name: row["held_out_loss"] for name, row in rows.items()}
+    assert held_out["exact"] == pytest.approx(held_out["none"], abs=5e-6)
+    assert held_out["dense"] == pytest.approx(held_out["none"], abs=5e-6)
+    assert held_out["lazy"] != pytest.approx(held_out["none"], abs=1e-4)
+
+    out = capsys.readouterr().out
+    for name in ("exact", "lazy", "dense"):
+        (said,) = (
+            line
+            for line in out.splitlines()
+            if line.startswith(f"{name} is", 0) or line.startswith(f"{name} loses")
+        )
+        slower = rows[name]["ratio_to_none"]["q25"] > 1
+        assert ("loses to none" in said) == slower
+
+
+def small_step(rows):
+    """A training step's ingredients, with two tables."""
+    config = train.Config(batch=16, context=2, rows=rows)
+    vocabulary = 60 + model.FREQUENT
+    rng = np.random.default_rng(0)
+    params = model.init(0, np.full(vocabulary, 1 / vocabulary), 2, 4, 4)
+    params["output"]["kernel"] = jnp.asarray(rng.normal(size=(vocabulary, 4)), jnp.float32)
+    windows = model.windows(rng.integers(vocabulary, size=(4, 32)), 2, vocabulary)
+    batches = model.Shuffled(windows.starts, 16, 0)
+    tx = train.optimizer(config, vocabulary)
+    size = model.room(windows, vocabulary, batches, 20)
+    course = train.Course(windows.tokens, batches, vocabulary, size)
+    return tx, params, course
+
+
+def test_the_loss_by_rows_is_that_of_the_whole_tables(few_frequent):
+    _, params, course = small_step("none")
+
+    @jax.jit
+    def both(starts, step):
+        key = jax.random.fold_in(jax.random.key(1), step)
+        batch = model.batch(course.tokens, starts, 2, course.vocabulary, key)
+        indices, here = model.reads(batch, course.vocabulary, course.size)
+        rows = {path: model.leaf(params, path)[ids] for path, ids in indices.items()}
+        by_rows = model.loss(model.by_rows(params, rows, indices), here, course.vocabulary)
+        return indices, model.loss(params, batch, course.vocabulary), by_rows
+
+    most = dict.fromkeys(course.size, 0)
+    for step in range(20):
+        indices, whole, by_rows = both(course.batches.at(step), step)
+        for path, ids in indices.items():
+            found = np.asarray(ids)[ids < len(model.leaf(params, path))]
+            most[path] = max(most[path], len(found))
+            assert (np.diff(found) > 0).all()
+        np.testing.assert_allclose(whole, by_rows, rtol=1e-6)
+    # Of the embedding there is just as much room as is needed; words may be drawn twice.
+    assert most["embedding"] == course.size["embedding"]
+    assert 0 <= course.size["output/kernel"] - most["output/kernel"] < model.DRAWN
+
+
+def test_a_row_that_lags_behind_cannot_be_read(few_frequent, monkeypatch):
+    tx, params, course = small_step("exact")
+    batch = model.batch(
+        course.tokens, course.batches.at(0), 2, course.vocabulary, jax.random.key(0)
+    )
+
+    def traced():
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(
+            lambda params, state: train.gradients(
+                tx, params, state, batch, course.vocabulary, course.size
+            )[0],
+            params,
+            state,
+        )
+
+    traced()
+    monkeypatch.setattr(model, "by_rows", lambda params, rows, indices: params)
+    with pytest.raises(TypeError, match="'embedding' may lag behind"):
+        traced()
+
+
+def test_a_small_vocabulary_has_one_table():
+    assert model.tables(model.FREQUENT + model.DRAWN) == ("embedding",)
+    assert model.tables(model.FREQUENT + model.DRAWN + 1) == ("embedding", "output/kernel")
 
 
 # --- the text, and the models that count ----------------------------------------------------------
@@ -358,13 +512,19 @@ def test_windows_stay_in_their_block_and_come_once_an_epoch():
 def test_the_estimated_softmax_is_the_full_one_on_average(monkeypatch):
     monkeypatch.setattr(model, "FREQUENT", 6)
     monkeypatch.setattr(model, "DRAWN", 8)
+    one = jnp.zeros(1, jnp.int32)
     rng = np.random.default_rng(0)
     params = model.init(0, np.full(40, 1 / 40), 2, 4, 4)
     params["output"]["kernel"] = jnp.asarray(rng.normal(size=(40, 4)), jnp.float32)
     features = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
     words = jnp.array([0, 5, 6, 20, 39])
     keys = jax.random.split(jax.random.key(0), 4000)
-    losses = jax.vmap(lambda key: model._estimated(params, features, words, key))(keys)
+
+    def estimated(key):
+        drawn = model.batch(jnp.zeros(3, jnp.int32), one, 2, 40, key).drawn
+        return model._estimated(params, features, words, drawn, 40 - 6)
+
+    losses = jax.vmap(estimated)(keys)
     # 1/probability is what the estimate is unbiased for.
     np.testing.assert_allclose(
         np.exp(losses).mean(0), np.exp(model._full(params, features, words)), rtol=0.03

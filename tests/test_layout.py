@@ -1,0 +1,216 @@
+"""Layouts of tables and states: column-major stands for what is not the default, as on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import layout as layouts
+from support import assert_same
+
+import adamjax
+
+NUM_ROWS, WIDTH = 96, 10
+COLUMNS, ROWS = (1, 0), (0, 1)
+
+
+def order(x):
+    how = x.format if hasattr(x, "format") else x.layout
+    return (getattr(how, "device_local_layout", None) or how.layout).major_to_minor
+
+
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def by_columns(x):
+    try:
+        how = layouts.Format(layouts.Layout(COLUMNS), DEVICE)
+    except AttributeError:  # an older JAX
+        how = layouts.Layout(layouts.DeviceLocalLayout(COLUMNS), DEVICE)
+    return jax.device_put(x, how)
+
+
+def table(seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(NUM_ROWS, WIDTH)), jnp.float32)
+
+
+def test_a_row_major_table_is_returned_as_it_is():
+    x = table()
+    assert adamjax.row_major(x) is x
+    assert order(adamjax.row_major(np.asarray(x))) == ROWS
+
+
+def test_a_table_is_made_row_major():
+    x = by_columns(table())
+    assert order(x) == COLUMNS
+    assert order(adamjax.row_major(x)) == ROWS
+    assert_same(adamjax.row_major(x), table())
+
+
+def test_row_major_inside_jit_changes_nothing():
+    assert_same(jax.jit(adamjax.row_major)(table()), table())
+
+
+def test_a_shape_says_how_it_is_to_lie():
+    x = adamjax.row_major(jax.ShapeDtypeStruct((NUM_ROWS, WIDTH), jnp.float32))
+    assert (x.shape, x.dtype) == ((NUM_ROWS, WIDTH), jnp.float32)
+    assert order(x) == ROWS
+
+
+OPTIMIZERS = {
+    "adam": adamjax.adam(0.1, rows="lazy"),
+    "amsgrad": adamjax.amsgrad(0.1),
+    "adamax": adamjax.adamax(0.1),
+    "average": adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.9)),
+    "accumulated": adamjax.accumulate_gradients(adamjax.adam(0.1), 2),
+    "masked": adamjax.masked(adamjax.adam(0.1), "table"),
+    "exact": adamjax.exact_rows(adamjax.adamw(0.1, weight_decay=0.1), "table"),
+    "foreign": adamjax.chain(optax.trace(0.9), adamjax.scale(-0.1)),
+}
+
+
+def trees():
+    """Parameters in the default layout, and bound to a device with the table by columns."""
+    dense = {"table": table(), "bias": jnp.ones(3), "none": None, "kernel": table(1)}
+    return dense, {**jax.device_put(dense, DEVICE), "table": by_columns(dense["table"])}
+
+
+def orders(state):
+    """The orders of arrays like the table."""
+    return [order(x) for x in jax.tree.leaves(state) if x.shape == (NUM_ROWS, WIDTH)]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "foreign"])
+def test_init_makes_slots_that_lie_like_their_parameters(name):
+    tx, (dense, params) = OPTIMIZERS[name], trees()
+    state = tx.init(params)
+    found = orders(state)
+    assert COLUMNS in found
+    # A masked kernel has no slots.
+    assert found.count(ROWS) == (0 if name == "masked" else found.count(COLUMNS))
+    assert_same(state, tx.init(dense))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_jitted_init_does_so_with_formats(name):
+    tx, (dense, params) = OPTIMIZERS[name], trees()
+    state = jax.jit(tx.init, out_shardings=adamjax.formats(tx, params)[1])(params)
+    found = orders(state)
+    assert COLUMNS in found
+    assert found.count(ROWS) == (0 if name == "masked" else found.count(COLUMNS))
+    assert_same(state, tx.init(dense))
+
+
+def step_of(tx):
+    def step(params, state, ids, values):
+        rows = adamjax.row_gradient(ids, values, NUM_ROWS)
+        if isinstance(tx, type(OPTIMIZERS["foreign"])):
+            rows = rows.to_dense()
+        grads = {**jax.tree.map(jnp.ones_like, params), "table": rows}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_keeps_layouts_in_place(name):
+    tx, (dense, params) = OPTIMIZERS[name], trees()
+    formats = adamjax.formats(tx, params)
+    state = jax.jit(tx.init, out_shardings=formats[1])(params)
+    kept = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=formats)
+    plain, dense_state = jax.jit(step_of(tx)), tx.init(dense)
+    dense = jax.tree.map(jnp.copy, dense)
+    where = params["table"].unsafe_buffer_pointer()
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        ids = jnp.asarray(rng.integers(0, NUM_ROWS, 7))
+        values = jnp.asarray(rng.normal(size=(7, WIDTH)), jnp.float32)
+        wanted = orders((params, state))
+        params, state = kept(params, state, ids, values)
+        assert orders((params, state)) == wanted
+        dense, dense_state = plain(dense, dense_state, ids, values)
+    assert params["table"].unsafe_buffer_pointer() == where
+    assert kept._cache_size() == 1
+    pairs = zip(*map(jax.tree.leaves, ((params, state), (dense, dense_state))), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_formats_leave_open_what_is_not_bound_to_devices():
+    tx, params = adamjax.adam(0.1), {"w": jnp.ones((3, 2)), "n": 3}
+    for tree in adamjax.formats(tx, params):
+        assert jax.tree.leaves(tree) == []
+
+
+def test_formats_with_a_bounded_accumulator():
+    tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 2, max_rows=8)
+    _, params = trees()
+    state = jax.jit(tx.init, out_shardings=adamjax.formats(tx, params)[1])(params)
+    assert orders(state.inner).count(COLUMNS) == 2
+    assert_same(state, tx.init(params))
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 32, 60, 64, 100, 117, 128, 129, 200, 256, 300, 1000])
+def test_a_line_is_padded_by_a_tenth_at_most(width):
+    packing = adamjax.packing(width)
+
+    def padded(per_line):
+        return -(-per_line * width // 128) * 128
+
+    assert padded(packing.per_line) <= 1.1 * packing.per_line * width
+    assert all(padded(n) > 1.1 * n * width for n in range(1, packing.per_line))
+
+
+@pytest.mark.parametrize("width", [16, 64, 100, 128])
+def test_rows_of_packed_tables(width):
+    packing, rng = adamjax.packing(width), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(101, width)), jnp.float32)
+    lines = packing.pack(x)
+    assert lines.shape == (-(-101 // packing.per_line), packing.per_line * width)
+    assert_same(packing.unpack(lines, 101), x)
+    ids = jnp.asarray(rng.integers(0, 101, (3, 5)), jnp.int8)
+    assert_same(packing.rows(lines[packing.line(ids)], ids), x[ids])
+    assert packing.line(jnp.array([-1])) < 0
+
+
+def test_packing_refuses_what_it_does_not_fit():
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        adamjax.packing(0)
+    with pytest.raises(ValueError, match=r"shape \[rows, 64\], got \[3, 5\]"):
+        adamjax.packing(64).pack(jnp.ones((3, 5)))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_packed_rows_move_as_rows(exact):
+    width, num_rows, rng = 60, 51, np.random.default_rng(0)
+    packing = adamjax.packing(width)
+    assert packing.per_line == 2
+    x = jnp.asarray(rng.normal(size=(num_rows, width)), jnp.float32)
+    tx = adamjax.adamw(0.1, weight_decay=0.1)
+    tx = adamjax.exact_rows(tx, "table", history=1024) if exact else tx
+
+    @jax.jit
+    def step(params, state, ids, values, index):
+        grads = adamjax.row_gradient(index, values, params["table"].shape[0])
+        updates, state = tx.update({"table": grads}, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    rows, lines = {"table": x}, {"table": packing.pack(x)}
+    row_state, line_state = tx.init(rows), tx.init(lines)
+    for _ in range(20):
+        ids = jnp.asarray(rng.integers(0, num_rows, 7))
+        values = jnp.asarray(rng.normal(size=(7, width)), jnp.float32)
+        spread = jax.linear_transpose(
+            lambda read, ids=ids: packing.rows(read, ids), jnp.zeros((7, 2 * width))
+        )
+        rows, row_state = step(rows, row_state, ids, values, ids)
+        lines, line_state = step(lines, line_state, ids, spread(values)[0], packing.line(ids))
+    if exact:
+        rows, _ = tx.flush(rows, row_state)
+        lines, _ = tx.flush(lines, line_state)
+    found = packing.unpack(lines["table"], num_rows)
+    np.testing.assert_allclose(found, rows["table"], rtol=2e-6, atol=2e-6)
