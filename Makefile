@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+# Tests are mostly compilation, which takes one core each.
+PARALLEL := -n auto --maxprocesses 4
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: help train test test-oldest test-tpu lint types bench readme clean
@@ -12,7 +14,7 @@ help:
 	@echo "make test-oldest  run them with the oldest supported JAX"
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make lint types   check style and types"
-	@echo "make bench        measure dense steps against optax, Keras and torch"
+	@echo "make bench        measure steps against optax, Keras and torch: dense ones, and on rows"
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
 
@@ -21,10 +23,10 @@ train: .venv/.bench
 	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks train $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 test-oldest: .venv-oldest/.test
-	$(OLDEST)/python -m pytest $(ARGS)
+	$(OLDEST)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-tpu: .venv-tpu/.test
 	.venv-tpu/bin/python -m pytest tests/test_tpu.py $(ARGS)
@@ -38,6 +40,7 @@ types: .venv/.test
 
 bench: .venv/.contenders
 	$(BIN)/python -m benchmarks dense $(ARGS)
+	$(BIN)/python -m benchmarks rows $(ARGS)
 
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme

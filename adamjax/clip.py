@@ -106,7 +106,8 @@ class clip_by_value(Stateless):
 class clip_by_norm(Stateless):
     """Scales each leaf, by itself, to a Euclidean norm of at most `max_norm` (`clipnorm` of Keras).
 
-    Norms are taken in float32 at least. A leaf whose norm is not finite becomes NaN throughout.
+    Norms are taken in float32 at least. A leaf whose norm is not finite becomes NaN throughout;
+    a `RowGradient`, in the rows that it holds.
 
     Args:
       max_norm: largest norm of a leaf, above 0.
@@ -140,7 +141,8 @@ class clip_by_global_norm(Stateless, Scaling):
 
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
     of `global_norm`. Where it is not finite, every element becomes NaN, as in TensorFlow's
-    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell.
+    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell. (Of a
+    `RowGradient`, every element of the rows that it holds.)
 
     Args:
       max_norm: largest joint norm, above 0.

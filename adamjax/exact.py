@@ -204,7 +204,8 @@ class exact_rows(Transform):
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
         effect on it here), scalings and decoupled weight decay, a `weight_ema` last. Betas,
         epsilons and the average's momentum must be Python floats; rates and decays may be arrays
-        and change from step to step, as long as `learning_rate * weight_decay < 1`.
+        and change from step to step, as long as `learning_rate * weight_decay < 1`: at a step
+        where it is not, the rows become NaN.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         (Masks in `tx` that are functions see the rows of a step in a table's place.)
       history: how many steps a row may lag behind, rounded up to a power of two. The least
@@ -214,7 +215,7 @@ class exact_rows(Transform):
 
     Raises:
       ValueError: something in the chain cannot be kept exact (the message names it), or
-        `history` is too small.
+        `history` is too small; by `init`, if `learning_rate * weight_decay` is not below 1.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
@@ -346,6 +347,12 @@ class exact_rows(Transform):
         for t in tables:
             _, count = self._found(t, inner, params)
             clock = count if clock is None else clock
+            _, b = self._scalars(t, inner, params)
+            if not isinstance(b, jax.core.Tracer) and b <= -1:
+                raise ValueError(
+                    f"exact_rows: a step multiplies the weights of {t.path!r} by {1 + b:.3g}; "
+                    "expected a factor above 0: learning_rate * weight_decay must be below 1"
+                )
             states[t.path] = TableState(
                 last=jnp.full(t.num_rows, clock, jnp.int32),
                 cursor=jnp.zeros((), jnp.int32),
@@ -359,20 +366,26 @@ class exact_rows(Transform):
         start = next(i for i, (tx, _) in enumerate(route) if isinstance(tx, Rule))
         return route[start:], route[start][1].count
 
+    def _scalars(self, table: _Table, inner: Any, params: Tree) -> tuple[Any, Any]:
+        """The step from a state, p += a * m / (x + e) + b * p: its scalars a and b."""
+        (rule, *behind), _ = self._found(table, inner, params)
+        a, b = rule[0].pace(rule[1], table.real), 0.0
+        for tx, state in behind:
+            if not isinstance(tx, weight_ema):
+                s, w = tx.affine(state, params, table.leaf, table.real)
+                a, b = s * a, s * b + w
+        return a, b
+
     def _advanced(
         self, table: _Table, state: ExactRowsState, params: Tree, spoilt: chex.Array
     ) -> Ring:
         """A table's ring after the step that is taken from a state."""
-        (rule, *behind), count = self._found(table, state.inner, params)
-        a, b = rule[0].pace(rule[1], table.real), jnp.zeros((), table.real)
-        for tx, tx_state in behind:
-            if not isinstance(tx, weight_ema):
-                s, w = tx.affine(tx_state, params, table.leaf, table.real)
-                a, b = s * a, s * b + w
-        ring = state.tables[table.path].ring
+        a, b = self._scalars(table, state.inner, params)
+        _, count = self._found(table, state.inner, params)
         # NaN stays, but it is written here so that what is read of the ring is needed before the
         # ring is written: XLA, which would not know which comes first, would copy it.
         a = jnp.where(spoilt, jnp.nan, a)
+        ring = state.tables[table.path].ring
         return table.plan.advance(ring, state.clock + 1, next_count(count), a, b)
 
     # --- rows

@@ -160,15 +160,14 @@ class accumulate_gradients(Transform):
         return rows if rows is not None and rows < np.shape(p)[0] else None
 
     def init(self, params: Tree) -> AccumulateGradientsState:
-        rooms = list(map(self._room, leaf_paths(params), flatten(params)[0]))
-
         def empty(p: chex.Array) -> chex.Array:
             return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
 
         total, treedef = flatten(new_slots(params, empty))
-        for i, x in enumerate(total):
-            rows = rooms[i]
-            if x is not None and rows is not None:
+        for i, path in enumerate(leaf_paths(params)):
+            x = total[i]
+            rows = None if x is None else self._room(path, x)
+            if rows is not None:
                 ids = jnp.full(rows, x.shape[0], jnp.int32)
                 values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
                 total[i] = RowGradient(ids, values, num_rows=x.shape[0])

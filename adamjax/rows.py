@@ -238,7 +238,7 @@ def row_gradient(
             index=jnp.asarray(indices).reshape(-1)[jnp.argmax(bad)] if ids.size else jnp.array(0),
         )
     found, position = distinct(ids, num_rows)
-    wide = widen(values.reshape(-1, *trailing), accumulator(values.dtype))
+    wide = widen(values.reshape(ids.size, *trailing), accumulator(values.dtype))
     # An index outside has the position of no row.
     summed = jax.ops.segment_sum(wide, position, ids.size, mode="drop").astype(values.dtype)
     rows = RowGradient(found[:size], summed[:size], num_rows=num_rows)
