@@ -22,6 +22,7 @@ from support import assert_close, assert_same, avals, enable_x64, float0, is_non
 
 import adamjax
 from adamjax import (
+    RowGradient,
     accumulate_gradients,
     adam,
     adamax,
@@ -34,6 +35,7 @@ from adamjax import (
     clip_by_norm,
     clip_by_value,
     cosine_decay,
+    exact_rows,
     exponential_decay,
     identity,
     masked,
@@ -59,6 +61,7 @@ class Case:
       decays: weights move at zero gradients too, towards zero.
       optax: has a part that is optax's.
       exempt: laws that do not hold, each with the reason.
+      make_dense: makes what takes the gradients of tables as arrays, where `make` does not.
     """
 
     name: str
@@ -66,10 +69,19 @@ class Case:
     decays: bool = False
     optax: bool = False
     exempt: dict[str, str] = field(default_factory=dict)
+    make_dense: Callable[[], Any] | None = None
 
     @functools.cached_property
     def tx(self) -> Any:
         return self.make()
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        return self.make_dense() if self.make_dense else self.tx
+
+    @property
+    def is_lazy(self) -> bool:
+        return LAZY.items() <= self.exempt.items()
 
 
 def matrices(tree):
@@ -87,6 +99,22 @@ def pipeline():
     )
 
 
+def lazy_pipeline():
+    return chain(clip_by_global_norm(0.5), amsgrad(0.1, rows="lazy"), scale(0.5), weight_ema(0.9))
+
+
+# What exact_rows asks of its tables.
+A_TABLE = {
+    "updates_have_the_gradients_dtype": "what rows lag behind is in the table's dtype",
+    "complex_weights": "tables are real",
+    "empty_trees": "the table must be there",
+}
+NO_NONE = "a table without a gradient is refused"
+# What a row gradient means where rows are lazy.
+LAZY = {
+    "rows_are_the_dense_gradient": "rows that are not there stand still, as its document says",
+    "no_rows_are_zero_gradients": "rows that are not there stand still, as its document says",
+}
 # What optax's closures, or functions of ours, can not do.
 A_FUNCTION = {"prints": "a function has no repr to make it from"}
 CLOSURES = {
@@ -95,6 +123,8 @@ CLOSURES = {
     **A_FUNCTION,
 }
 OPTAX = {
+    "rows_are_the_dense_gradient": "to optax, row indices are gradients like all others",
+    "no_rows_are_zero_gradients": "to optax, row indices are gradients like all others",
     "integers_and_bools_are_left_alone": "optax computes with float0",
     "low_precision_updates_are_the_float32_twins_rounded_once": "optax rounds between transforms",
 }
@@ -123,7 +153,8 @@ CASES = [
     ),
     Case("scale_by_amsgrad", lambda: scale_by_amsgrad()),
     Case("scale_by_amsgrad, eps", lambda: scale_by_amsgrad(0.8, 0.99, eps=1e-8)),
-    Case("scale_by_adamax", lambda: scale_by_adamax()),
+    Case("scale_by_adamax", lambda: scale_by_adamax(), exempt=LAZY),
+    Case("scale_by_adamax, dense", lambda: scale_by_adamax(rows="dense")),
     Case("add_decayed_weights", lambda: add_decayed_weights(0.1), decays=True),
     Case(
         "add_decayed_weights, mask",
@@ -146,7 +177,7 @@ CASES = [
     Case("adam, eps", lambda: adam(cosine_decay(0.1, 10), 0.8, 0.99, eps=1e-8)),
     Case("amsgrad", lambda: amsgrad(0.1)),
     Case("adamw", lambda: adamw(0.1, weight_decay=0.1), decays=True),
-    Case("adamax", lambda: adamax(0.1)),
+    Case("adamax", lambda: adamax(0.1), exempt=LAZY),
     Case("nadam", lambda: nadam(0.1)),
     # chains and wrappers
     Case("pipeline", pipeline, decays=True),
@@ -167,6 +198,7 @@ CASES = [
             [("bias", chain(amsgrad(0.1), weight_ema(0.9))), ("kernel", adamax(0.1))],
             default=nadam(0.1),
         ),
+        exempt=LAZY,
     ),
     Case("accumulate_gradients", lambda: accumulate_gradients(scale_by_adam(), 2)),
     Case("accumulate_gradients, pipeline", lambda: accumulate_gradients(pipeline(), 2), True),
@@ -177,6 +209,28 @@ CASES = [
         lambda: skip_not_finite(accumulate_gradients(masked(pipeline(), "kernel|bias"), 2)),
         decays=True,
     ),
+    # rows
+    Case("lazy pipeline", lazy_pipeline, exempt=LAZY),
+    Case(
+        "accumulate_gradients, rows",
+        lambda: accumulate_gradients(pipeline(), 2, max_rows=4),
+        decays=True,
+        make_dense=lambda: accumulate_gradients(pipeline(), 2),
+    ),
+    Case(
+        "exact_rows",
+        lambda: exact_rows(
+            chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9)), "kernel"
+        ),
+        decays=True,
+        exempt={
+            "a_none_gradient_skips_its_leaf": NO_NONE,
+            "integers_and_bools_are_left_alone": NO_NONE,
+            "mixed_trees_keep_shapes_and_dtypes": NO_NONE,
+            **A_TABLE,
+        },
+    ),
+    Case("exact_rows, adam", lambda: exact_rows(adam(0.1), "bias", history=1024), exempt=A_TABLE),
     # with optax
     Case(
         "optax in our chain",
@@ -547,6 +601,113 @@ def test_complex_weights_move_as_with_optax(ours, theirs):
         assert_close(p, q, rtol=1e-5)
 
 
+# --- rows ---------------------------------------------------------------------------------------
+
+# The rows of which each batch has gradients: some twice, two never, some that are not in the
+# table. Every other batch has room for two rows only: for too few, in the end for just enough.
+ROWS = 7
+TOUCHED = ([0, 3, 0, 5], [3, 0, 3, 5], [2, 2, 5, -1], [5, 7, 1, 2], [0, 3, 1, 0], [1, 3, 1, 1])
+
+
+def table_params():
+    """As the others, with two tables: one of them has rows of no dimensions."""
+    rng = np.random.default_rng(1)
+    kernel, bias = rng.normal(size=(ROWS, 3)), rng.normal(size=ROWS)
+    return replaced(
+        make_params(),
+        kernel=jnp.asarray(kernel, jnp.float32),
+        bias=jnp.asarray(bias, jnp.float32),
+    )
+
+
+def row_grads(t, touched=TOUCHED):
+    rng, ids = np.random.default_rng(200 + t), jnp.asarray(touched[t], jnp.int32)
+
+    def rows(*trailing):
+        values = jnp.asarray(rng.normal(size=(ids.size, *trailing)), jnp.float32)
+        return adamjax.row_gradient(ids, values, ROWS, max_unique=(None, 2)[t % 2])
+
+    gain = jnp.asarray(rng.normal(), jnp.float32)
+    return {"gain": gain, "layer": {"kernel": rows(3), "bias": rows()}}
+
+
+def of_kernel(tree):
+    """The leaves that belong to the kernel: the weights, their slots, their average."""
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [x for path, x in found if "kernel" in jax.tree_util.keystr(path)]
+
+
+def is_row_gradient(x):
+    return isinstance(x, RowGradient)
+
+
+def to_dense(tree):
+    def dense(x):
+        return x.to_dense() if is_row_gradient(x) else x
+
+    return jax.tree.map(dense, tree, is_leaf=is_row_gradient)
+
+
+def run_of_rows(tx, grads):
+    """Weights and state after all steps; weights that lag behind are brought up to date.
+
+    Without jit: each operation is compiled once for all cases.
+    """
+    with jax.disable_jit():
+        params = table_params()
+        state = tx.init(params)
+        for g in grads:
+            params, state, _ = stepping(tx)(params, state, g)
+        if isinstance(tx, exact_rows):
+            params, state = tx.flush(params, state)
+            state = state.inner  # besides, it holds when each row was read
+        return params, to_dense(state)
+
+
+@functools.cache
+def run_of_arrays(name, steps_with_rows):
+    """The run with the same gradients as arrays; zeros after the steps with rows."""
+    grads = [to_dense(row_grads(t)) for t in range(len(TOUCHED))]
+    for g in grads[steps_with_rows:]:
+        g["layer"] = jax.tree.map(jnp.zeros_like, g["layer"])
+    return run_of_rows(BY_NAME[name].dense, grads)
+
+
+@law
+def test_rows_are_the_dense_gradient(case):
+    """A row gradient does to weights and state what the dense one of its rows does."""
+    grads = [row_grads(t) for t in range(len(TOUCHED))]
+    assert_close(run_of_rows(case.tx, grads), run_of_arrays(case.name, len(TOUCHED)))
+
+
+@law
+def test_no_rows_are_zero_gradients(case):
+    """Without any place, or with nothing in it: the rows decay and move on by their momentum."""
+    touched = [*TOUCHED[:2], [], [-1, ROWS, -ROWS, 99], [], []]
+    grads = [row_grads(t, touched=touched) for t in range(len(touched))]
+    for t, g in enumerate(grads):
+        g["gain"] = row_grads(t)["gain"]
+    assert_close(run_of_rows(case.tx, grads), run_of_arrays(case.name, 2))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_lazy], ids=lambda c: c.name)
+def test_lazy_rows_stand_still(case):
+    """Where a step has no row, its weights, slots and average stay bit for bit."""
+    with jax.disable_jit():
+        params = table_params()
+        state = case.tx.init(params)
+        for t, ids in enumerate(TOUCHED):
+            before, start = of_kernel((params, state)), params
+            params, state, _ = stepping(case.tx)(params, state, row_grads(t))
+            still = np.setdiff1d(np.arange(ROWS), ids)
+            for x, y in zip(before, of_kernel((params, state)), strict=True):
+                assert_same(y[still], x[still])
+            if not case.name.startswith("scale_by"):
+                moved = np.intersect1d(np.arange(ROWS), ids)
+                kernels = (p["layer"]["kernel"][moved] for p in (start, params))
+                assert np.all(np.not_equal(*kernels))
+
+
 # --- hyperparameters ----------------------------------------------------------------------------
 
 
@@ -771,10 +932,6 @@ def test_a_none_gradient_skips_its_leaf(case):
     assert updates["layer"]["kernel"] is None
     assert_same(moved["layer"]["kernel"], params["layer"]["kernel"])
 
-    def of_kernel(tree):
-        found = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return [x for path, x in found if "kernel" in jax.tree_util.keystr(path)]
-
     assert_same(of_kernel(next_state), of_kernel(state))
     assert_same(avals(next_state)[1], avals(state)[1])
 
@@ -864,12 +1021,19 @@ def test_prints(case):
     assert eval(repr(case.tx), dict(vars(adamjax))) == case.tx
 
 
+# Public transforms that cannot stand in the table.
+ELSEWHERE = {
+    "Transform": "the base class",
+    "sum_over": "needs a mapped axis: tests/test_replicas.py",
+}
+
+
 def test_the_table_is_whole():
     """Every public transform and optimizer stands in it, and every exception names a law."""
     text = " ".join(repr(case.tx) for case in CASES)
     for name in adamjax.__all__:
         made = getattr(adamjax, name)
         if isinstance(made, type) and issubclass(made, adamjax.Transform):
-            assert name == "Transform" or f"{name}(" in text, name
+            assert (f"{name}(" in text) != (name in ELSEWHERE), name
     assert {"adam", "amsgrad", "adamw", "adamax", "nadam"} <= set(BY_NAME)
     assert {law for case in CASES for law in case.exempt} <= LAWS

@@ -1,0 +1,112 @@
+"""Gradients of replicas are summed: dense ones as they are, rows without being made dense."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close
+
+import adamjax
+
+REPLICAS, V, D = 4, 11, 2
+
+
+def grads_of_all():
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(-1, V + 1, (REPLICAS, 5)))
+    values = jnp.asarray(rng.normal(size=(REPLICAS, 5, D)), jnp.float32)
+    return ids, values, jnp.asarray(rng.normal(size=(REPLICAS, 3)), jnp.float32)
+
+
+def grads(ids, values, dense, max_unique=None):
+    rows = adamjax.row_gradient(ids, values, V, max_unique=max_unique)
+    return {"none": None, "table": rows, "w": dense}
+
+
+def optimizer(*first):
+    return adamjax.chain(*first, adamjax.clip_by_global_norm(0.5), adamjax.adamw(0.1))
+
+
+PARAMS = {"none": None, "table": jnp.ones((V, D)), "w": jnp.ones(3)}
+
+
+def one_step(tx, g):
+    updates, _ = tx.update(g, tx.init(PARAMS), PARAMS)
+    return adamjax.apply_updates(PARAMS, updates)
+
+
+def expected():
+    """The step of one device that has all rows and the sum of the dense gradients."""
+    ids, values, dense = grads_of_all()
+    return one_step(optimizer(), grads(ids, values, dense.sum(0)))
+
+
+def check(mapped):
+    """Every replica takes the step of one device."""
+    for i in range(REPLICAS):
+        assert_close(jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), mapped), expected(), 1e-6)
+
+
+@pytest.mark.parametrize("max_unique", [None, 2])
+def test_under_vmap(max_unique):
+    def step(ids, values, dense):
+        tx = optimizer(adamjax.sum_over("batch"))
+        return one_step(tx, grads(ids, values, dense, max_unique))
+
+    check(jax.vmap(step, axis_name="batch")(*grads_of_all()))
+
+
+def test_updates_of_all_rows_are_summed_as_well():
+    """A row that one replica holds is one of the others to another."""
+
+    def step(ids, values, dense):
+        tx = adamjax.chain(adamjax.adam(0.1), adamjax.sum_over("batch"))
+        return one_step(tx, grads(ids, values, dense))["table"]
+
+    def alone(ids, values, dense):
+        return one_step(adamjax.adam(0.1), grads(ids, values, dense))["table"] - PARAMS["table"]
+
+    mapped = jax.vmap(step, axis_name="batch")(*grads_of_all())
+    total = jax.vmap(alone)(*grads_of_all()).sum(0)
+    assert_close(mapped[0], PARAMS["table"] + total, 1e-6)
+
+
+def under_devices():
+    """What a process of its own with several devices runs."""
+    assert jax.device_count() == REPLICAS
+
+    def step(ids, values, dense):
+        return one_step(optimizer(adamjax.sum_over("batch")), grads(ids, values, dense))
+
+    check(jax.pmap(step, axis_name="batch")(*grads_of_all()))
+    try:
+        shard_map = jax.shard_map
+    except AttributeError:  # an older JAX
+        from jax.experimental.shard_map import shard_map
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    spec = jax.sharding.PartitionSpec("batch")
+
+    def shard(*of_one):
+        moved = step(*(x[0] for x in of_one))
+        return jax.tree.map(lambda x: x[None], moved)
+
+    mapped = shard_map(shard, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    check(jax.jit(mapped)(*grads_of_all()))
+
+
+def test_over_devices():
+    """Under `pmap` and `shard_map`."""
+    flags = f"--xla_force_host_platform_device_count={REPLICAS}"
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_replicas; test_replicas.under_devices()"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
