@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from adamjax.data import Data, static
-from adamjax.moments import accumulator, stepped, widen
+from adamjax.moments import accumulator, apart, stepped, widen
 
 __all__ = [
     "Recurrence",
@@ -381,24 +381,43 @@ def applied(
     if lazy and g.rest is not None:
         return tuple(rule(c, g.to_dense(), *slots, *reads))
 
-    def step(rows: RowGradient, held: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
-        def gathered(x: chex.Array) -> chex.Array:
-            return x.at[rows.indices].get(mode="fill", fill_value=0)
+    def gathered(rows: RowGradient, tables: Sequence[chex.Array]) -> list[chex.Array]:
+        return [x.at[rows.indices].get(mode="fill", fill_value=0) for x in tables]
 
-        u, *new = rule(c, rows.values, *map(gathered, held), *map(gathered, reads))
+    def step(
+        rows: RowGradient, held: Sequence[chex.Array], read: Sequence[chex.Array]
+    ) -> tuple[chex.Array, ...]:
+        u, *new = rule(c, rows.values, *gathered(rows, held), *read)
         pairs = zip(held, new, strict=True)
         return u, *(x.at[rows.indices].set(n, mode="drop", unique_indices=True) for x, n in pairs)
 
-    u, *held = step(g, slots)
+    first = len(g.indices)
+    read = gathered(g.joined(), reads)
+    if g.spill is not None:
+        # All at once and now: read within the loop, or after the first rows were written, the
+        # table would be copied.
+        read = [apart(x) for x in read]
+    u, *held = step(g, slots, [x[:first] for x in read])
     moved = g.replace(values=u)
     if g.spill is not None:
         spill, still = g.spill, jnp.zeros_like(g.spill.values)
-        u, *held = _if_any(spill, lambda x: step(spill, x[1:]), (still, *held))
+        later = [x[first:] for x in read]
+        u, *held = _if_any(spill, lambda x: step(spill, x[1:], later), (still, *held))
         moved = moved.replace(spill=spill.replace(values=u))
     if lazy or g.lazy:
         return moved.replace(lazy=True), *held
+    # The least of the two is always the index; but so the rows are read before the table that
+    # they are read from is written, and XLA, which would not know, need not copy it.
+    least = jnp.where(_any_nan(read), g.num_rows, np.iinfo(np.int32).max)
+    g = g.joined()
+    g = g.replace(indices=jnp.minimum(g.indices, least))
     rest, *held = _others(rule, c, g, held, reads)
     return moved.replace(rest=rest), *held
+
+
+def _any_nan(arrays: Sequence[chex.Array]) -> chex.Array:
+    found = [jnp.any(jnp.isnan(x)) for x in arrays]
+    return functools.reduce(operator.or_, found, jnp.zeros((), bool))
 
 
 def _others(
@@ -409,9 +428,7 @@ def _others(
     reads: Sequence[chex.Array],
 ) -> tuple[chex.Array, ...]:
     """A rule on the rows that a row gradient does not hold: the others' updates, all slots."""
-    here = jnp.zeros(g.num_rows, bool)
-    for ids in [g.indices] if g.spill is None else [g.indices, g.spill.indices]:
-        here = here.at[ids].set(True, mode="drop")
+    here = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
     here = here.reshape(-1, *[1] * (g.ndim - 1))
     others = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
