@@ -146,8 +146,8 @@ def rows(results: dict[str, Any]) -> str:
                 ],
                 contenders,
             ),
-            "What was asked of it:",
-            _table(["what", "asked", "measured", "holds"], asked),
+            "The bounds it is held to:",
+            _table(["what", "bound", "measured", "holds"], asked),
             "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
             "dense gradients and torch's SparseAdam take):",
             _table(
