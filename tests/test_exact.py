@@ -1016,9 +1016,12 @@ def test_stale_tables_cannot_be_read_by_accident():
     tx = exact_rows(adamjax.adam(), "table")
     params = tx.without_tables(small_params())
     assert_same(params["kernel"], jnp.ones(2))
-    for read in (lambda x: x[0], jnp.sum, np.asarray, lambda x: x + 1, lambda x: x @ x, len):
+    for read in (lambda x: x[0], np.asarray, lambda x: x + 1, lambda x: x @ x, len):
         with pytest.raises(TypeError, match=r"'table'.*prepare.*lookup.*flush"):
             read(params["table"])
+    # An older JAX refuses it in its own words.
+    with pytest.raises(TypeError, match=r"'table'"):
+        jnp.sum(params["table"])
     jax.jit(lambda params: params["kernel"])(params)
 
 
