@@ -20,7 +20,9 @@ from adamjax import (
     clip_by_global_norm,
     clip_by_value,
     cosine_decay,
+    exact_rows,
     identity,
+    row_gradient,
     scale,
     scale_by_adam,
     scale_by_learning_rate,
@@ -201,6 +203,207 @@ def test_an_integer_in_place_of_a_gradient_is_refused():
     for tx in (skip_not_finite(adam()), accumulate_gradients(adam(), 2)):
         with pytest.raises(ValueError, match=r"grads\['w'\] is int32\[2\].*floating"):
             tx.update({"w": jnp.ones(2, jnp.int32)}, tx.init(params), params)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+ROWS = 9
+TABLE = {"b": jnp.array([1.0, -1.0]), "t": jnp.arange(2.0 * ROWS).reshape(ROWS, 2) / ROWS}
+
+
+def draw_rows(t, max_unique=None, dtype=jnp.float32):
+    """Gradients of at most three rows: one twice, one outside, row 8 never."""
+    rng = np.random.default_rng(t)
+    ids = jnp.asarray([*rng.integers(0, 8, 2), 3, 3, -1])
+    values = jnp.asarray(rng.normal(size=(5, 2)), dtype)
+    rows = row_gradient(ids, values, ROWS, max_unique=max_unique)
+    return {"b": jnp.asarray(rng.normal(size=2), jnp.float32), "t": rows}
+
+
+def dense(grads):
+    return {**grads, "t": grads["t"].to_dense()}
+
+
+@pytest.mark.parametrize("max_rows", [None, 6, [("b|t", 6)]], ids=str)
+def test_gathered_rows_are_the_mean(max_rows):
+    """The inner step with the mean of dense gradients; then there is room again."""
+    tx, inner = accumulate_gradients(pipeline(), 2, max_rows), pipeline()
+    params = expected = TABLE
+    state, inner_state = tx.init(params), inner.init(params)
+    assert hasattr(state.total["t"], "indices") == (max_rows is not None)
+    assert not hasattr(state.total["b"], "indices")
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    for t in range(6):
+        before = params, state
+        updates, state = update(draw_rows(t, max_unique=(None, 2)[t // 2 % 2]), state, params)
+        params = apply_updates(params, updates)
+        if t % 2 == 0:
+            assert_same((params, state.inner), (before[0], before[1].inner))
+            assert int(state.micro_count) == 1
+            continue
+        micro = [dense(draw_rows(t - i)) for i in range(2)]
+        mean = jax.tree.map(lambda *gs: sum(gs) / 2, *micro)
+        inner_updates, inner_state = inner_update(mean, inner_state, expected)
+        expected = apply_updates(expected, inner_updates)
+        assert_close((params, state.inner), (expected, inner_state))
+        assert_same(jax.tree.leaves(state.total), jax.tree.leaves(tx.init(TABLE).total))
+
+
+def test_gathered_rows_are_summed_in_float32():
+    """1 + 2**-9 is 1 in bfloat16."""
+    tx, table = accumulate_gradients(scale(1.0), 257, max_rows=1), jnp.zeros((3, 1), jnp.bfloat16)
+    state = tx.init(table)
+    assert state.total.dtype == jnp.float32
+    update = jax.jit(tx.update)
+    for value in [1.0] + [2.0**-9] * 256:
+        rows = row_gradient(jnp.array([1]), jnp.full((1, 1), value, jnp.bfloat16), 3)
+        updates, state = update(rows, state)
+    assert updates.dtype == jnp.bfloat16
+    assert_same(updates.to_dense()[1, 0], jnp.bfloat16(1.5 / 257))
+
+
+def test_more_rows_than_there_is_room_for_become_nan():
+    """All that were gathered, in this step alone; where it is skipped, nothing is lost but it."""
+    for inner in (identity(), skip_not_finite(identity())):
+        tx = accumulate_gradients(inner, 2, max_rows=2)
+        state, update = tx.init(TABLE), jax.jit(tx.update)
+
+        def rows(*ids):
+            values = jnp.ones((len(ids), 2))
+            return {"b": jnp.ones(2), "t": row_gradient(jnp.array(ids), values, ROWS)}
+
+        _, state = update(rows(1, 2), state)
+        updates, state = update(rows(2, 4), state)
+        moved = np.asarray(updates["t"].to_dense())
+        if inner == identity():
+            assert np.all(np.isnan(moved[[1, 2]]))
+            assert not np.any(moved[[0, 3, 5, 6, 7, 8]])
+        else:
+            assert int(skipped_steps(state)) == 1
+            assert not np.any(moved)
+        _, state = update(rows(4, 4), state)
+        updates, state = update(rows(5, 4), state)
+        expected = np.zeros((ROWS, 2))
+        expected[4], expected[5] = 1.5, 0.5
+        np.testing.assert_array_equal(updates["t"].to_dense(), expected)
+
+
+def test_a_table_without_a_gradient_waits():
+    tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
+    _, state = tx.update(draw_rows(0), tx.init(TABLE))
+    updates, after = tx.update({**draw_rows(1), "t": None}, state)
+    assert updates["t"] is None
+    assert_same(jax.tree.leaves(after.total["t"]), jax.tree.leaves(state.total["t"]))
+
+
+def test_rows_and_room_that_do_not_fit_are_refused():
+    tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
+    with pytest.raises(ValueError, match=r"max_rows makes room.*\(9, 2\), but a dense one came"):
+        tx.update(dense(draw_rows(0)), tx.init(TABLE))
+    for bad in (0, -1, 1.5, "t", [("t", 0)], [("t", 1.5)]):
+        with pytest.raises(ValueError, match=r"accumulate_gradients: max_rows must be a whole"):
+            accumulate_gradients(scale(1.0), 2, max_rows=bad)
+    with pytest.raises(ValueError, match=r"max_rows: '\(' is not a regular expression"):
+        accumulate_gradients(scale(1.0), 2, max_rows=[("(", 1)])
+    # A leaf that has no more rows than that is gathered in a dense array.
+    assert not hasattr(accumulate_gradients(scale(1.0), 2, ROWS).init(TABLE).total["t"], "indices")
+
+
+@pytest.mark.parametrize("rows", ["dense", "lazy"])
+def test_bad_rows_are_skipped(rows):
+    """Whether they are among the first or exceed `max_unique`; the others are as good as ever."""
+    inner = chain(adamw(0.1, rows=rows), weight_ema(0.9))
+    tx, params, expected = skip_not_finite(inner), TABLE, TABLE
+    state, inner_state = tx.init(params), inner.init(params)
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    for t in range(4):
+        good = draw_rows(t, max_unique=1)
+        for bad in (jnp.nan, jnp.inf):
+            first = good["t"].replace(values=good["t"].values.at[0, 1].set(bad))
+            last = good["t"].spill.replace(values=good["t"].spill.values.at[0, 0].set(bad))
+            for faulty in (first, good["t"].replace(spill=last)):
+                updates, after = update({**good, "t": faulty}, state, params)
+                assert_same(apply_updates(params, updates), params)
+                assert_same(after.inner, state.inner)
+                assert int(skipped_steps(after)) == int(skipped_steps(state)) + 1
+                state = after
+        updates, state = update(good, state, params)
+        params = apply_updates(params, updates)
+        inner_updates, inner_state = inner_update(good, inner_state, expected)
+        expected = apply_updates(expected, inner_updates)
+    assert_close((params, state.inner), (expected, inner_state))
+    assert int(skipped_steps(state)) == 16
+
+
+def test_nan_that_no_row_gets_is_not_asked():
+    """Of an index outside the table."""
+    tx = skip_not_finite(scale(-1.0))
+    rows = row_gradient(jnp.array([-1, 2]), jnp.array([[jnp.nan] * 2, [1.0] * 2]), ROWS)
+    updates, state = tx.update(rows, tx.init(TABLE["t"]))
+    assert int(skipped_steps(state)) == 0
+    assert_same(updates.to_dense(), jnp.zeros((ROWS, 2)).at[2].set(-1))
+
+
+WRAPPERS = {
+    "skip": lambda tx, **room: skip_not_finite(tx),
+    "accumulate": lambda tx, **room: accumulate_gradients(tx, 2, **room),
+    "both": lambda tx, **room: skip_not_finite(accumulate_gradients(tx, 2, **room)),
+}
+
+
+@pytest.mark.parametrize("ticketed", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_around_exact_rows(wrapper, ticketed):
+    """As around the dense optimizer with dense gradients, with the inner one's tickets too."""
+    wrap, dense_inner = WRAPPERS[wrapper], adamw(0.1, weight_decay=0.1)
+    exact = exact_rows(dense_inner, "t", history=256)
+    tx, other = wrap(exact, max_rows=6), wrap(dense_inner)
+    params = expected = TABLE
+    state, other_state = tx.init(params), other.init(params)
+
+    def inner(state):
+        return state if hasattr(state, "tables") else inner(state.inner)
+
+    @jax.jit
+    def step(params, state, grads):
+        kept = {}
+        if ticketed:
+            _, kept["ticket"] = exact.prepare(params, inner(state), {"t": grads["t"].indices})
+        updates, state = tx.update(grads, state, params, **kept)
+        return apply_updates(params, updates), state
+
+    other_update = jax.jit(other.update)
+    for t in range(12):
+        grads = draw_rows(t)
+        if t in (3, 4) and wrapper != "accumulate":
+            grads = {**grads, "b": grads["b"].at[0].set(jnp.nan)}
+        before = params
+        params, state = step(params, state, grads)
+        updates, other_state = other_update(dense(grads), other_state, expected)
+        expected = apply_updates(expected, updates)
+        if t in (3, 4) and wrapper != "accumulate":
+            assert_same(params, before)
+        read = exact.lookup(params, inner(state), "t", jnp.arange(ROWS))
+        assert_close({**params, "t": read}, expected, rtol=1e-6)
+    assert int(step_count(state)) == int(step_count(other_state)) > 4
+    flushed, _ = exact.flush(params, inner(state))
+    assert_close(flushed, expected, rtol=1e-6)
+
+
+def test_a_ticket_reaches_the_inside():
+    """One that says something else is believed."""
+    exact, grads = exact_rows(adam(0.1), "t", history=256), draw_rows(0)
+    tx = skip_not_finite(exact)
+    state = tx.init(TABLE)
+    _, ticket = exact.prepare(TABLE, state.inner, {"t": grads["t"].indices})
+    rows = ticket.rows["t"]
+    forged = ticket._replace(rows={"t": rows._replace(moved=rows.moved + 10)})
+    alone, honest, believed = (
+        tx.update(grads, state, TABLE, ticket=given)[0]["t"] for given in (None, ticket, forged)
+    )
+    assert_same(honest, alone)
+    there = np.asarray(honest.indices < ROWS)
+    np.testing.assert_allclose((believed.values - honest.values)[there], 10.0, rtol=1e-6)
 
 
 # --- nested -------------------------------------------------------------------------------------
