@@ -8,6 +8,7 @@ from adamjax.adam import (
     scale_by_adamax,
     scale_by_amsgrad,
 )
+from adamjax.autodiff import grad, value_and_grad
 from adamjax.average import WeightEmaState, weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from adamjax.exact import ExactRowsState, StaleTable, Ticket, exact_rows
@@ -59,6 +60,8 @@ __all__ = [
     "clip_by_norm",
     "clip_by_global_norm",
     "global_norm",
+    "value_and_grad",
+    "grad",
     "row_gradient",
     "RowGradient",
     "sum_over",

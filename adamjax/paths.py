@@ -54,6 +54,12 @@ def checked_pattern(owner: str, pattern: Any) -> str:
     return pattern
 
 
+def checked_patterns(owner: str, patterns: Any) -> tuple[str, ...]:
+    """One pattern or several, checked."""
+    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return tuple(checked_pattern(owner, pattern) for pattern in several)
+
+
 def checked_rules(owner: str, rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The pairs (pattern, value), their patterns checked."""
     pairs = [tuple(rule) for rule in rules]

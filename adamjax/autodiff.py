@@ -1,0 +1,299 @@
+"""Row gradients of models as they are: a loss is differentiated by the rows that it reads.
+
+JAX differentiates `table[ids]` by an array of the table's size. Here the loss is traced once, the
+reads of its tables are found (`reads`), and what is read at each place is differentiated by an
+array of its own, as if that were added to the rows. So cotangents come row by row. A table that
+is used in any other way is differentiated as JAX does it.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from adamjax.leaves import is_arraylike, is_left_alone
+from adamjax.paths import checked_patterns, first_match, flatten, leaf_paths
+from adamjax.reads import Planner, Slots, Source, View
+from adamjax.rows import RowGradient, row_gradient
+
+__all__ = ["Call", "Reads", "grad", "value_and_grad"]
+
+
+# --- a call of a loss -----------------------------------------------------------------------------
+
+
+class Call:
+    """A loss with its arguments, as a function of the leaves that it may be differentiated by.
+
+    Attributes:
+      leaves, paths: of the arguments to differentiate by, joined; floats are `floats` of them.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        loss_fn: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+    ) -> None:
+        self.owner, self.loss_fn, self.args, self.kwargs = owner, loss_fn, args, kwargs
+        self.has_aux, self.single = has_aux, isinstance(argnums, int)
+        numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+        if not all(-len(args) <= i < len(args) for i in numbers):
+            raise ValueError(
+                f"{owner}: argnums={argnums} needs more than the {len(args)} positional arguments "
+                "that were given"
+            )
+        self.argnums = [i % len(args) for i in numbers]
+        self.trees = [flatten(args[i]) for i in self.argnums]
+        self.leaves = [leaf for leaves, _ in self.trees for leaf in leaves]
+        self.paths = [path for i in self.argnums for path in leaf_paths(args[i])]
+        self.floats = [
+            i
+            for i, leaf in enumerate(self.leaves)
+            if leaf is not None and is_arraylike(leaf) and not is_left_alone(leaf)
+        ]
+
+    def unflattened(self, leaves: Sequence[Any]) -> list[Any]:
+        """Trees like the arguments to differentiate by."""
+        rest = iter(leaves)
+        return [treedef.unflatten(itertools.islice(rest, len(own))) for own, treedef in self.trees]
+
+    def traced(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
+        """The jaxpr from float leaves to the loss and the arrays of aux, and aux from those."""
+        aux: list[Any] = []
+
+        def function(*floats: Any) -> list[Any]:
+            leaves, args = list(self.leaves), list(self.args)
+            for i, x in zip(self.floats, floats, strict=True):
+                leaves[i] = x
+            for i, tree in zip(self.argnums, self.unflattened(leaves), strict=True):
+                args[i] = tree
+            value = self.loss_fn(*args, **self.kwargs)
+            if self.has_aux:
+                if not isinstance(value, tuple | list) or len(value) != 2:
+                    raise TypeError(
+                        f"{self.owner}: with has_aux=True the loss function must return a pair "
+                        f"(loss, aux), got {value!r}"
+                    )
+                value, given = value
+                found, treedef = jax.tree.flatten(given)
+                # What is no array of JAX's need not become one.
+                aux[:] = treedef, [None if isinstance(x, jax.Array) else (x,) for x in found]
+            arrays = [x for x in found if isinstance(x, jax.Array)] if self.has_aux else []
+            return [value, *arrays]
+
+        closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
+        loss = closed.out_avals[0]
+        if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise TypeError(
+                f"{self.owner}: the loss must be one real float, got "
+                f"{loss.dtype.name}{list(loss.shape)}; with aux beside it say has_aux=True"
+            )
+
+        def restored(arrays: list[Any]) -> Any:
+            rest, (treedef, found) = iter(arrays), aux
+            return treedef.unflatten([next(rest) if x is None else x[0] for x in found])
+
+        return closed, restored
+
+
+class Reads:
+    """Where a loss reads rows of its tables.
+
+    Attributes:
+      dense: the tables, as numbers of leaves, that are used in another way as well.
+    """
+
+    def __init__(self, call: Call, tables: Sequence[int], exact: bool, strict: bool) -> None:
+        self.call = call
+        self.closed, self.aux = call.traced()
+        self.dense: list[int] = []
+        while True:
+            planner = Planner(exact)
+            rows = [i for i in tables if i not in self.dense]
+            views = [View(i, np.shape(call.leaves[i])) if i in rows else None for i in call.floats]
+            outs = [True] + [False] * (len(self.closed.out_avals) - 1)
+            self.plan = planner.plan(self.closed, views, [True] * len(views), outs)
+            if exact:
+                planner.refuse((x for x in self.plan.outs if isinstance(x, View)), None)
+            if not planner.refused:
+                break
+            if strict:
+                raise ValueError(self._refused(*next(iter(planner.refused.items()))))
+            self.dense += planner.refused
+        self.rows = rows
+        self.others = [i for i in call.floats if i not in rows]
+
+    def _refused(self, table: int, eqn: JaxprEqn | None) -> str:
+        call = self.call
+        if eqn is None:
+            use = "returned by the loss function"
+        else:
+            use = f"used by {eqn.primitive.name} at {source_info_util.summarize(eqn.source_info)}"
+        return (
+            f"{call.owner}: the table {call.paths[table]!r} is {use}, which is not a read of whole "
+            "rows, so its gradient is dense. Read it by table[ids] or jnp.take alone, or take it "
+            "from the tables; strict=False takes its dense gradient"
+        )
+
+    def indices(self) -> dict[int, chex.Array]:
+        """For each table whose rows can be told beforehand, all that are read, one-dimensional."""
+        known: dict[int, list[Any]] = {i: [] for i in self.rows}
+        for place, ids in zip(self.plan.places, self.plan.indices({})[1], strict=True):
+            known[place.view.table].append(ids)
+        return {
+            i: jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in ids)])
+            for i, ids in known.items()
+            if all(x is not None for x in ids)
+        }
+
+    def value_and_grad(
+        self,
+        look: Callable[[int, chex.Array], chex.Array],
+        given: Mapping[int, chex.Array] | None = None,
+        dense: Mapping[int, chex.Array] | None = None,
+    ) -> Any:
+        """The loss, with aux if there is, and the gradients.
+
+        Args:
+          look: `(table, int32[...]) -> rows`, for rows that are not given.
+          given: rows at the places that `indices` told.
+          dense: what stands for some leaves.
+        """
+        call, given = self.call, dict(given or {})
+        leaves: list[Any] = [
+            jnp.asarray(x) if i in call.floats else x for i, x in enumerate(call.leaves)
+        ]
+        others = [(dense or {}).get(i, leaves[i]) for i in self.others]
+        xs, done = [], dict.fromkeys(given, 0)
+        for place in self.plan.places:
+            table, size = place.view.table, math.prod(place.shape)
+            shape = (*place.shape, *place.trailing)
+            if table in given:
+                rows = given[table][done[table] :][:size]
+                done[table] += size
+                xs.append(rows.reshape(shape))
+            elif place.live:
+                x = jnp.zeros(shape, leaves[table].dtype)
+                xs.append(jax.lax.pcast(x, place.varying, to="varying") if place.varying else x)
+            else:
+                xs.append(None)
+        source = Source(look, lambda i: leaves[i], frozenset(given))
+
+        def loss(others: list[Any], xs: Slots) -> Any:
+            found, ids = self.plan.run(source, others, xs)
+            rest = iter(found)
+            value, *arrays = (
+                source.all(x) if isinstance(x, View) else next(rest) for x in self.plan.outs
+            )
+            return value, (arrays, ids)
+
+        taken = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(others, xs)
+        (value, (arrays, ids)), (of_others, of_places) = taken
+        grads: list[Any] = [None] * len(leaves)
+        for i, g in zip(self.others, of_others, strict=True):
+            grads[i] = g
+        for i in self.rows:
+            grads[i] = self._rows(leaves[i], i, ids, of_places)
+        trees = call.unflattened(grads)
+        value = (value, self.aux(arrays)) if call.has_aux else value
+        return value, trees[0] if call.single else tuple(trees)
+
+    def _rows(self, leaf: chex.Array, table: int, ids: Slots, grads: Slots) -> RowGradient:
+        """The gradient of a table."""
+        num_rows, *trailing = leaf.shape
+        indices = [jnp.zeros(0, jnp.int32)]
+        values = [jnp.zeros((0, *trailing), leaf.dtype)]
+        for place, i, g in zip(self.plan.places, ids, grads, strict=True):
+            if place.view.table != table or g is None:
+                continue
+            i, g = i.reshape(-1), g.reshape(-1, *trailing)
+            if place.view.axes:
+                gathered = functools.partial(
+                    jax.lax.all_gather,
+                    axis_name=place.view.axes,
+                    tiled=True,
+                    to="invarying",
+                )
+                i, g = gathered(i), gathered(g)
+            indices.append(i)
+            values.append(g)
+        return row_gradient(jnp.concatenate(indices), jnp.concatenate(values), num_rows)
+
+
+# --- what users call ------------------------------------------------------------------------------
+
+
+def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
+    """The leaves that are tables."""
+    found = [i for i in call.floats if first_match(patterns, call.paths[i]) is not None]
+    if not found:
+        raise ValueError(
+            f"{call.owner}: no float leaf's path holds any of {list(patterns)}; the paths are "
+            f"{call.paths}"
+        )
+    for i in found:
+        if np.ndim(call.leaves[i]) < 1:
+            raise ValueError(
+                f"{call.owner}: {call.paths[i]!r} is a scalar, expected a table with rows"
+            )
+    return found
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    tables: str | Sequence[str],
+    *,
+    has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """`jax.value_and_grad` with row gradients for tables."""
+    owner = "value_and_grad"
+    patterns = checked_patterns(owner, tables)
+
+    @functools.wraps(loss_fn)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        call = Call(owner, loss_fn, args, kwargs, argnums, has_aux)
+        reads = Reads(call, _tables(call, patterns), False, strict)
+
+        def look(table: int, ids: chex.Array) -> chex.Array:
+            return jnp.asarray(call.leaves[table]).at[ids].get(mode="clip")
+
+        return reads.value_and_grad(look)
+
+    return function
+
+
+def grad(
+    loss_fn: Callable[..., Any],
+    tables: str | Sequence[str],
+    *,
+    has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """`jax.grad` with row gradients for tables: as `value_and_grad`, without the value.
+
+    Returns:
+      A function like `loss_fn`: gradients, or a pair of them and aux.
+    """
+    both = value_and_grad(loss_fn, tables, has_aux=has_aux, argnums=argnums, strict=strict)
+
+    @functools.wraps(loss_fn)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return function
