@@ -90,6 +90,8 @@ class Call:
                 found, treedef = jax.tree.flatten(given)
                 # What is no array of JAX's need not become one.
                 aux[:] = treedef, [None if isinstance(x, jax.Array) else (x,) for x in found]
+            if not is_arraylike(value):
+                raise TypeError(f"{self.owner}: the loss must be one real float, got {value!r}")
             arrays = [x for x in found if isinstance(x, jax.Array)] if self.has_aux else []
             return [value, *arrays]
 
@@ -160,14 +162,16 @@ class Reads:
 
     def value_and_grad(
         self,
-        look: Callable[[int, chex.Array], chex.Array],
+        held: Any,
+        look: Callable[[Any, int, chex.Array], chex.Array],
         given: Mapping[int, chex.Array] | None = None,
         dense: Mapping[int, chex.Array] | None = None,
     ) -> Any:
         """The loss, with aux if there is, and the gradients.
 
         Args:
-          look: `(table, int32[...]) -> rows`, for rows that are not given.
+          held: what `look` looks into.
+          look: `(held, table, int32[...]) -> rows`, for rows that are not given.
           given: rows at the places that `indices` told.
           dense: what stands for some leaves.
         """
@@ -189,7 +193,7 @@ class Reads:
                 xs.append(jax.lax.pcast(x, place.varying, to="varying") if place.varying else x)
             else:
                 xs.append(None)
-        source = Source(look, lambda i: leaves[i], frozenset(given))
+        source = Source(held, look, lambda _, i: leaves[i], frozenset(given))
 
         def loss(others: list[Any], xs: Slots) -> Any:
             found, ids = self.plan.run(source, others, xs)
@@ -259,7 +263,49 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad` with row gradients for tables."""
+    """`jax.value_and_grad` of a loss as it is, with a `RowGradient` for each table.
+
+    A table is a leaf of which the loss reads whole rows: by `table[ids]`, `jnp.take`, Flax' and
+    Equinox' embeddings, in any mode and shape, also after a cast or a reshape that keeps the
+    rows, within `jit`, `vmap`, `remat`, `scan`, `map`, `cond` and `shard_map`. Its gradient holds
+    the rows that were read, equal ones summed (in float32 at least), and no array of its size is
+    made, nor a cast one. Where a loss uses it in another way as well (as output weights, in a
+    norm, in a call with a derivative of its own), the gradient is JAX's, dense and exact.
+
+    Else it is as JAX's, and composes with its transformations. It differs in this:
+
+    - The loss is traced, once, so it cannot branch by values of what it is differentiated by.
+      As a train step is, it should be under `jit`: outside, a loss runs operation by operation.
+    - Leaves that are no floats (integers, keys, functions) get the gradient `None`, which
+      transforms leave alone, in the place of an error.
+    - Within `shard_map`, where JAX sums the gradient of what all devices share, their rows are
+      gathered, by a collective of the rows' size.
+
+    Args:
+      loss_fn: returns one real float, or a pair of it and any tree with `has_aux`.
+      tables: which leaves are tables: a pattern for `re.search` in the leaf's path within its
+        argument, such as `"embedding"`, or a list of them.
+      has_aux: as JAX's.
+      argnums: as JAX's: which arguments to differentiate by.
+      strict: raise where a table's gradient would be dense.
+
+    Returns:
+      A function like `loss_fn`: `(value, grads)`, where value is `(loss, aux)` with `has_aux`.
+      Where no row is read that the loss is differentiated by, the row gradient is empty.
+
+    Raises:
+      ValueError, TypeError: by the call: no leaf is a table, the loss is not one real float; with
+        `strict`, the message names the table, the operation and the line that uses it.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> def loss(params, ids, y):
+    ...     return jnp.mean((params["embedding"][ids] @ params["out"] - y) ** 2)
+    >>> params = {"embedding": jnp.ones((1000, 2)), "out": jnp.ones(2)}
+    >>> value, grads = adamjax.value_and_grad(loss, "embedding")(params, jnp.array([7, 7]), 0.0)
+    >>> grads["embedding"].indices, grads["embedding"].values
+    (Array([   7, 1000], dtype=int32), Array([[4., 4.],
+           [0., 0.]], dtype=float32))
+    """
     owner = "value_and_grad"
     patterns = checked_patterns(owner, tables)
 
@@ -268,10 +314,8 @@ def value_and_grad(
         call = Call(owner, loss_fn, args, kwargs, argnums, has_aux)
         reads = Reads(call, _tables(call, patterns), False, strict)
 
-        def look(table: int, ids: chex.Array) -> chex.Array:
-            return jnp.asarray(call.leaves[table]).at[ids].get(mode="clip")
-
-        return reads.value_and_grad(look)
+        held = {i: jnp.asarray(call.leaves[i]) for i in reads.rows}
+        return reads.value_and_grad(held, lambda held, i, ids: held[i].at[ids].get(mode="clip"))
 
     return function
 

@@ -69,24 +69,27 @@ class Source(NamedTuple):
     """Where rows come from.
 
     Attributes:
-      look: `(table, int32[...]) -> rows`.
-      whole: `(table) -> array`, for uses that are not differentiated.
+      held: a pytree of arrays, that which the functions look into.
+      look: `(held, table, int32[...]) -> rows`.
+      whole: `(held, table) -> array`, for uses that are not differentiated.
       given: the tables whose rows are given as what the loss is differentiated by.
     """
 
-    look: Callable[[int, chex.Array], chex.Array]
-    whole: Callable[[int], chex.Array]
+    held: Any
+    look: Callable[[Any, int, chex.Array], chex.Array]
+    whole: Callable[[Any, int], chex.Array]
     given: frozenset[int]
 
     def rows(self, place: Place, ids: chex.Array, x: Any) -> chex.Array:
         """The rows of a place, in the table's dtype; anything where an index is no row's."""
         if place.view.table in self.given:
             return x
-        rows = self.look(place.view.table, ids).reshape(*place.shape, *place.trailing)
+        rows = self.look(self.held, place.view.table, ids)
+        rows = rows.reshape(*place.shape, *place.trailing)
         return rows if x is None else _perturbed(rows, x)
 
     def all(self, view: View) -> chex.Array:
-        return view.cast(self.whole(view.table).reshape(view.shape))
+        return view.cast(self.whole(self.held, view.table).reshape(view.shape))
 
 
 @jax.custom_jvp
@@ -390,7 +393,7 @@ class _Read(_Step):
         return [rows], [ids]
 
     def needs(self) -> list[Any]:
-        return self.ins if self.places[0].free else []
+        return list(self.ins) if self.places[0].free else []
 
     def indices(self, get: _Get) -> Slots:
         return [self._ids(get)[0] if self.places[0].free else None]
@@ -432,8 +435,8 @@ class _Remat(_Inlined):
 
     def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
         params = self.eqn.params
-        body = functools.partial(self.plan.run, source)
-        body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+        run = functools.partial(self.plan.run, source)
+        body = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
         return body([get(x) for x in self.ins], xs)
 
 
@@ -598,15 +601,16 @@ class _ShardMap(_Step):
         return jax.shard_map(body, mesh=self.mesh, **specs, **options)(*args)
 
     def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        def body(values: list[Any], xs: Slots) -> Any:
+        def body(held: Any, values: list[Any], xs: Slots) -> Any:
             mine = [None if x is None else x[0] for x in xs]
-            outs, ids = self.plan.run(source, values, mine)
+            outs, ids = self.plan.run(source._replace(held=held), values, mine)
             return outs, [x[None] for x in ids]
 
         of_xs = [None if x is None else spec for x, spec in zip(xs, self.rows, strict=True)]
         out_specs = list(self.eqn.params["out_specs"]), self.rows
-        args = [get(x) for x in self.ins], xs
-        return self._mapped(body, args, (self.specs, of_xs), out_specs)
+        args = source.held, [get(x) for x in self.ins], xs
+        everywhere = jax.sharding.PartitionSpec()
+        return self._mapped(body, args, (everywhere, self.specs, of_xs), out_specs)
 
     def needs(self) -> list[Any]:
         return [self.ins[i] for i in self.plan.needs()]
@@ -690,7 +694,13 @@ class Planner:
         self.exact = exact
         self.refused: dict[int, JaxprEqn | None] = {}
 
-    def refuse(self, views: Iterable[Any], eqn: JaxprEqn | None) -> None:
+    def refuse(
+        self, views: Iterable[Any], eqn: JaxprEqn | None, jaxpr: Jaxpr | None = None
+    ) -> None:
+        if eqn is not None and jaxpr is not None and eqn.primitive.name == "transpose":
+            # What it is transposed for says more.
+            users = (e for e in jaxpr.eqns if eqn.outvars[0] in _variables(e.invars))
+            eqn = next(users, eqn)
         for view in views:
             if view is not None:
                 self.refused.setdefault(view.table, eqn)
@@ -726,7 +736,8 @@ class Planner:
         view, kind, params = held[0], eqn.primitive.name, eqn.params
         if view is None or len(eqn.outvars) != 1:
             return None
-        shape, lax = eqn.outvars[0].aval.shape, jax.lax
+        out: Any = eqn.outvars[0].aval
+        shape, lax = out.shape, jax.lax
 
         def cast(function: Any, *args: Any) -> View:
             return view._replace(casts=(*view.casts, lambda x: function(x, *args)))
@@ -792,7 +803,8 @@ class Planner:
             outs, new = _split(eqn.outvars, plans[0].outs)
             return _Cond(eqn, plans, ins, outs, not is_tainted[0]), new
         if self.exact or any(is_live):
-            self.refuse((view for view in held if view and (self.exact or view.live)), eqn)
+            used = (view for view in held if view is not None and (self.exact or view.live))
+            self.refuse(used, eqn, jaxpr)
         return _Whole(eqn, jaxpr, held), {}
 
     def _scan(
