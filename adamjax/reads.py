@@ -29,7 +29,7 @@ class View(NamedTuple):
 
     table: int
     shape: tuple[int, ...]
-    casts: tuple[Callable[[chex.Array], chex.Array], ...] = ()
+    casts: tuple[tuple[Callable[..., chex.Array], tuple[Any, ...]], ...] = ()
     # Whether anything is differentiated by it.
     live: bool = True
     # Axes of `shard_map` over which its gradient is a sum.
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
     def cast(self, x: chex.Array) -> chex.Array:
         """What became of rows, or of all of them."""
-        return functools.reduce(lambda x, cast: cast(x), self.casts, x)
+        return functools.reduce(lambda x, cast: cast[0](x, *cast[1]), self.casts, x)
 
 
 class Place(NamedTuple):
@@ -663,13 +663,16 @@ def _live(jaxpr: Jaxpr, outs: Sequence[bool]) -> set[Any]:
     pairs = zip(jaxpr.outvars, outs, strict=True)
     live = {v for v, is_live in pairs if is_live and isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        if eqn.primitive.name != "stop_gradient" and not live.isdisjoint(eqn.outvars):
+        name = eqn.primitive.name
+        # What has an effect other than to be shown may come back in another way.
+        seen = not live.isdisjoint(eqn.outvars) or (eqn.effects and not name.startswith("debug"))
+        if seen and name != "stop_gradient":
             live.update(v for v in _variables(eqn.invars) if _is_float(v))
     return live
 
 
 def _is_float(v: Any) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
 
 
 def _tainted(jaxpr: Jaxpr, ins: Sequence[bool]) -> set[Any]:
@@ -685,7 +688,6 @@ class Planner:
     """Makes plans, and notes the tables that cannot be followed.
 
     Attributes:
-      num_rows: of each table.
       exact: whether nothing may read a table as it is, differentiated or not.
       refused: by table, the equation that uses it in another way, `None` for the return.
     """
@@ -740,7 +742,7 @@ class Planner:
         shape, lax = out.shape, jax.lax
 
         def cast(function: Any, *args: Any) -> View:
-            return view._replace(casts=(*view.casts, lambda x: function(x, *args)))
+            return view._replace(casts=(*view.casts, (function, args)))
 
         if kind == "convert_element_type":
             if jnp.issubdtype(params["new_dtype"], jnp.floating):
@@ -802,7 +804,8 @@ class Planner:
                     self.refuse(found, eqn)
             outs, new = _split(eqn.outvars, plans[0].outs)
             return _Cond(eqn, plans, ins, outs, not is_tainted[0]), new
-        if self.exact or any(is_live):
+        has_effect = bool(eqn.effects) and not kind.startswith("debug")
+        if self.exact or has_effect or any(is_live):
             used = (view for view in held if view is not None and (self.exact or view.live))
             self.refuse(used, eqn, jaxpr)
         return _Whole(eqn, jaxpr, held), {}

@@ -29,6 +29,7 @@ CASES = [
     *((kind, width, NUM_ROWS) for kind in ("lazy", "exact") for width in PADDED),
     *(("packed", width, num_rows) for width, num_rows in PACKED.items()),
     *((kind, 64, NUM_ROWS) for kind in ("decayed", "init", "lookup", "flush", "not row-major")),
+    *((kind, 64, NUM_ROWS) for kind in ("followed lazy", "followed exact")),
 ]
 
 
@@ -68,7 +69,12 @@ def assert_no_copy(found):
 
 @pytest.mark.parametrize(
     ("kind", "width"),
-    [*((kind, width) for kind in ("lazy", "exact") for width in PADDED), ("decayed", 64)],
+    [
+        *((kind, width) for kind in ("lazy", "exact") for width in PADDED),
+        ("decayed", 64),
+        ("followed lazy", 64),
+        ("followed exact", 64),
+    ],
 )
 def test_a_step_on_a_row_major_table_copies_nothing(compiled, kind, width):
     found = compiled[kind, width, NUM_ROWS]
@@ -136,6 +142,29 @@ def exact(num_rows, packing=None, decayed=False):
     return tx, step
 
 
+def followed(is_exact):
+    """A step that finds the reads of a loss, which casts the table before it reads rows."""
+    rate = adamjax.cosine_decay(1e-3, 1000)
+    tx = adamjax.adam(rate, rows="lazy")
+    if is_exact:
+        tx = adamjax.exact_rows(adamjax.adam(rate), "table")
+
+    def loss(params, ids, values):
+        rows = params["table"].astype(jnp.bfloat16)[ids]
+        return jnp.sum(jnp.square(rows.astype(jnp.float32) - values))
+
+    def step(params, state, ids, values):
+        if is_exact:
+            (_, grads), ticket = tx.value_and_grad(loss)(params, state, ids, values)
+        else:
+            _, grads = adamjax.value_and_grad(loss, "table")(params, ids, values)
+            ticket = None
+        updates, state = tx.update(grads, state, params, ticket=ticket)
+        return adamjax.apply_updates(params, updates), state
+
+    return tx, step
+
+
 def program(kind, width, num_rows, device):
     """The function of a case, jitted, and what to compile it for."""
 
@@ -148,6 +177,8 @@ def program(kind, width, num_rows, device):
         shape = (-(-num_rows // packing.per_line), packing.per_line * width)
     if kind in ("lazy", "not row-major"):
         tx, step = lazy(num_rows)
+    elif kind.startswith("followed"):
+        tx, step = followed(kind == "followed exact")
     else:
         tx, step = exact(shape[0], packing, kind == "decayed")
     table = lies(shape, jnp.float32)
