@@ -18,6 +18,7 @@ from adamjax.guard import (
     accumulate_gradients,
     skip_not_finite,
 )
+from adamjax.hyperparams import HyperparamsState, set_hyperparams, with_hyperparams
 from adamjax.layout import Packing, formats, packing, row_major
 from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
@@ -44,6 +45,7 @@ from adamjax.schedule import (
     polynomial_decay,
     warmup,
 )
+from adamjax.training import train_step
 from adamjax.transform import Transform, chain, identity
 
 # In the order of a pipeline.
@@ -111,6 +113,11 @@ __all__ = [
     "adamw",
     "adamax",
     "nadam",
+    # a step, and setting hyperparameters between steps
+    "train_step",
+    "with_hyperparams",
+    "HyperparamsState",
+    "set_hyperparams",
     # reading a state
     "get_slot",
     "slot_names",

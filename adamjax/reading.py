@@ -11,6 +11,7 @@ from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradSta
 from adamjax.average import WeightEmaState
 from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
+from adamjax.hyperparams import with_hyperparams
 from adamjax.leaves import is_left_alone
 from adamjax.scaling import ScheduleState, scale_by_learning_rate
 from adamjax.schedule import rate_at
@@ -164,6 +165,8 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
 
 
 def _rates(tx: Transform, state: Any) -> Iterator[Any]:
+    if isinstance(tx, with_hyperparams):
+        tx, state = tx.resolved(state), state.inner
     if isinstance(tx, scale_by_learning_rate):
         yield rate_at(tx.learning_rate, state.count)
     for part, part_state in zip(tx.parts, tx.part_states(state), strict=True):

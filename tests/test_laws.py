@@ -49,6 +49,7 @@ from adamjax import (
     skip_not_finite,
     warmup,
     weight_ema,
+    with_hyperparams,
 )
 
 
@@ -207,6 +208,16 @@ CASES = [
     Case(
         "wrappers in wrappers",
         lambda: skip_not_finite(accumulate_gradients(masked(pipeline(), "kernel|bias"), 2)),
+        decays=True,
+    ),
+    Case(
+        "with_hyperparams",
+        lambda: with_hyperparams(
+            chain(adamw(0.2, weight_decay=0.3), weight_ema(0.9)),
+            learning_rate=0.1,
+            weight_decay=0.1,
+            b1=0.8,
+        ),
         decays=True,
     ),
     # rows
@@ -734,7 +745,7 @@ def compiled_argument(name):
 
 def run_argument(case, tx):
     params = make_params()
-    state, history = case.tx.init(params), []
+    state, history = tx.init(params), []
     for t in range(3):
         params, state, updates = compiled_argument(case.name)[0](tx, params, state, make_grads(t))
         history.append(updates)
@@ -747,7 +758,7 @@ def test_jit_argument(case):
     for tx in (case.tx, varied(case.tx, 0.9)):
         params, history = run_argument(case, tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
-        expected, state, expected_history = make_params(), case.tx.init(make_params()), []
+        expected, state, expected_history = make_params(), closed_over.init(make_params()), []
         with jax.disable_jit():
             for t in range(3):
                 expected, state, updates = stepping(closed_over)(expected, state, make_grads(t))

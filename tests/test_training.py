@@ -1,0 +1,115 @@
+"""A train step in one line is the step that one would write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamjax
+
+V = 20
+
+
+def params():
+    return {"table": jnp.linspace(-1, 1, 2 * V).reshape(V, 2), "w": jnp.array([0.5, -1.0])}
+
+
+def loss_fn(params, ids, y=0.5):
+    return jnp.mean((params["table"][ids] @ params["w"] - y) ** 2)
+
+
+def with_aux(params, ids, y=0.5):
+    return loss_fn(params, ids, y), {"ids": ids, "kind": jnp.max(params["w"])}
+
+
+IDS = [jnp.array(x) for x in ([1, 2, 2], [3, 1, 0], [9, 9, 19], [1, 1, 1])]
+
+
+def by_hand(tx):
+    """The parameters and losses of dense steps."""
+    p, losses = params(), []
+    state = tx.init(p)
+    for ids in IDS:
+        loss, grads = jax.value_and_grad(loss_fn)(p, ids)
+        updates, state = tx.update(grads, state, p)
+        p = adamjax.apply_updates(p, updates)
+        losses.append(loss)
+    return p, losses
+
+
+def trained(tx, **options):
+    p, losses = params(), []
+    state, step = tx.init(p), adamjax.train_step(loss_fn, tx, **options)
+    for ids in IDS:
+        p, state, loss = step(p, state, ids)
+        losses.append(loss)
+    return p, losses, state
+
+
+def assert_near(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tables", [None, "table"])
+@pytest.mark.parametrize("tx", [adamjax.adamw(0.1), optax.adam(0.1)], ids=["ours", "optax's"])
+def test_is_the_step_by_hand(tx, tables):
+    if tables and not isinstance(tx, adamjax.Transform):
+        pytest.skip("optax takes no row gradients")
+    p, losses, _ = trained(tx, tables=tables)
+    assert_near((p, losses), by_hand(tx))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: tx,
+        lambda tx: adamjax.skip_not_finite(tx),
+        lambda tx: adamjax.chain(adamjax.clip_by_value(0.5), tx),
+        lambda tx: adamjax.with_hyperparams(tx, learning_rate=0.1),
+    ],
+    ids=["alone", "skip_not_finite", "chain", "with_hyperparams"],
+)
+def test_exact_rows_are_found_wherever_they_are(around):
+    dense = adamjax.adamw(0.1)
+    tx = around(adamjax.exact_rows(dense, "table"))
+    p, losses, _ = trained(tx)
+    # Rows that were not read lag behind: so they were read up to date, by rows.
+    assert not np.allclose(p["table"], by_hand(around(dense))[0]["table"], rtol=1e-3)
+    assert_near(losses, by_hand(around(dense))[1])
+
+
+def test_aux_and_arguments():
+    tx = adamjax.adam(0.1)
+    step = adamjax.train_step(with_aux, tx, has_aux=True)
+    _, _, (loss, aux) = step(params(), tx.init(params()), IDS[0], y=1.0)
+    assert_near(loss, loss_fn(params(), IDS[0], 1.0))
+    assert aux["kind"] == 0.5
+    np.testing.assert_array_equal(aux["ids"], IDS[0])
+
+
+def test_donates_unless_told_otherwise():
+    tx = adamjax.adam(0.1)
+    for options, deleted in ({}, True), ({"donate_argnums": ()}, False):
+        p = params()
+        state = tx.init(p)
+        adamjax.train_step(loss_fn, tx, **options)(p, state, IDS[0])
+        assert p["table"].is_deleted() == deleted
+        assert state[0].m["table"].is_deleted() == deleted
+
+
+def test_refuses():
+    tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    with pytest.raises(ValueError, match=r"exact_rows has its own tables, \['table'\]"):
+        adamjax.train_step(loss_fn, tx, tables="table")(params(), tx.init(params()), IDS[0])
+
+    def tied(params, ids):
+        return jnp.sum(params["table"][ids] @ params["table"].T)
+
+    with pytest.raises(ValueError, match="dot_general"):
+        adamjax.train_step(tied, tx, strict=True)(params(), tx.init(params()), IDS[0])
+    tx = adamjax.adam(0.1)
+    step = adamjax.train_step(tied, tx, tables="table", strict=True)
+    with pytest.raises(ValueError, match="dot_general"):
+        step(params(), tx.init(params()), IDS[0])
