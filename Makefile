@@ -6,7 +6,7 @@ OLDEST := .venv-oldest/bin
 PARALLEL := -n auto --maxprocesses 4
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help train test test-oldest test-tpu lint types bench readme clean
+.PHONY: help train test test-oldest test-tpu lint types bench readme docs clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make lint types   check style and types"
 	@echo "make bench        measure steps against optax, Keras and torch: dense ones, and on rows"
+	@echo "make docs         build the API reference in build/api"
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
 
@@ -45,6 +46,9 @@ bench: .venv/.contenders
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme
 
+docs: .venv/.test
+	$(BIN)/python -W error -m pdoc --docformat google adamjax -o build/api
+
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
@@ -55,7 +59,7 @@ readme: .venv/.test
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,notebooks]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,notebooks,models,docs]'
 	@touch $@
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt

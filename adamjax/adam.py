@@ -183,6 +183,10 @@ class ScaleByAdamState(NamedTuple):
       m: tree like the parameters, averages of gradients.
       v: tree like the parameters, averages of squared gradients, real.
       momentum_product: with `nesterov`, the product of the momenta so far; else `None`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.scale_by_adam().init(jnp.zeros(1)).v
+    Array([0.], dtype=float32)
     """
 
     count: chex.Array
@@ -295,7 +299,12 @@ class scale_by_adam(Rule):
 
 
 class ScaleByAmsgradState(NamedTuple):
-    """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far."""
+    """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.scale_by_amsgrad().init(jnp.zeros(1)).v_max
+    Array([0.], dtype=float32)
+    """
 
     count: chex.Array
     m: Tree
@@ -401,6 +410,10 @@ class ScaleByAdamaxState(NamedTuple):
       count: int32, the steps taken; it stays at the largest int32.
       m: tree like the parameters, averages of gradients.
       u: tree like the parameters, decaying maxima of the gradients' absolute values, real.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.scale_by_adamax().init(jnp.zeros(1)).u
+    Array([0.], dtype=float32)
     """
 
     count: chex.Array

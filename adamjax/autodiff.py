@@ -332,6 +332,11 @@ def grad(
 
     Returns:
       A function like `loss_fn`: gradients, or a pair of them and aux.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> table = jnp.ones((1000, 2))
+    >>> adamjax.grad(lambda table, i: table[i].sum(), "")(table, jnp.array([5])).indices
+    Array([5], dtype=int32)
     """
     both = value_and_grad(loss_fn, tables, has_aux=has_aux, argnums=argnums, strict=strict)
 

@@ -19,6 +19,10 @@ class WeightEmaState(NamedTuple):
     Attributes:
       count: int32, the steps taken; it stays at the largest int32.
       average: tree like the parameters, in float32 at least; before the first step the weights.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.weight_ema(0.9).init(jnp.ones(1)).average
+    Array([1.], dtype=float32)
     """
 
     count: chex.Array

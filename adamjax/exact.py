@@ -54,6 +54,11 @@ class ExactRowsState(NamedTuple):
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> tx.init({"table": jnp.zeros((3, 1))}).last
+    {'table': Array([0, 0, 0], dtype=int32)}
     """
 
     inner: Any
@@ -78,7 +83,15 @@ class _Rows(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """What `prepare` found out, for the `update` of the same step."""
+    """What `prepare` found out, for the `update` of the same step.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> params = {"table": jnp.zeros((9, 1))}
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> rows, ticket = tx.prepare(params, tx.init(params), {"table": jnp.array([4, 4])})
+    >>> list(ticket.rows)
+    ['table']
+    """
 
     clock: chex.Array
     rows: dict[str, _Rows]
@@ -101,7 +114,13 @@ class _Table(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class StaleTable:
-    """Stands where a table was: reading it raises, as its rows may lag behind."""
+    """Stands where a table was: reading it raises, as its rows may lag behind.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> tx.without_tables({"table": jnp.zeros((9, 1)), "bias": jnp.zeros(1)})
+    {'bias': Array([0.], dtype=float32), 'table': StaleTable('table')}
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path

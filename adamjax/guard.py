@@ -74,6 +74,11 @@ class AccumulateGradientsState(NamedTuple):
       micro_count: int32, the micro-batches taken in since the last step.
       total: tree like the parameters, the sum of their gradients, in float32 at least.
       inner: the state of the inner transform.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.accumulate_gradients(adamjax.scale(-1.0), steps=2)
+    >>> tx.update(jnp.array(3.0), tx.init(jnp.array(0.0)))[1].total
+    Array(3., dtype=float32)
     """
 
     micro_count: chex.Array
@@ -212,6 +217,11 @@ class SkipNotFiniteState(NamedTuple):
     Attributes:
       skipped: int32, the steps that were skipped; it stays at the largest int32.
       inner: the state of the inner transform.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.skip_not_finite(adamjax.scale(-1.0))
+    >>> tx.update(jnp.array(jnp.nan), tx.init(jnp.array(0.0)))[1].skipped
+    Array(1, dtype=int32)
     """
 
     skipped: chex.Array

@@ -22,6 +22,11 @@ class HyperparamsState(NamedTuple):
     Attributes:
       hyperparams: by name, scalar arrays: the values that the next step uses.
       inner: the state of the inner transform.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.25)
+    >>> tx.init(jnp.zeros(1)).hyperparams
+    {'learning_rate': Array(0.25, dtype=float32)}
     """
 
     hyperparams: dict[str, chex.Array]

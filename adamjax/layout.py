@@ -208,6 +208,10 @@ def packing(width: int) -> Packing:
     """The least packing of rows that a TPU pads to at most 1.1 times their bytes.
 
     That is 8 rows of 16 elements a line, 4 of 32, 2 of 64, 5 of 100, 1 of 128 or 256, 2 of 300.
+
+    >>> import adamjax
+    >>> adamjax.packing(100)
+    Packing(width=100, per_line=5)
     """
     if operator.index(width) < 1:
         raise ValueError(f"packing: width must be at least 1, got {width!r}")

@@ -49,6 +49,13 @@ class RowGradient(Data):
       num_rows: the table's number of rows, static.
       lazy: whether the other rows stand still, momentum, decay and average included, static;
         set by an optimizer with `rows="lazy"`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> rows = adamjax.row_gradient(jnp.array([2, 0]), jnp.array([[1.0], [5.0]]), 3)
+    >>> jnp.ones((3, 1)) + 2 * rows
+    Array([[11.],
+           [ 1.],
+           [ 3.]], dtype=float32)
     """
 
     indices: chex.Array

@@ -26,6 +26,10 @@ class ScheduleState(NamedTuple):
 
     It is there for a constant rate too, so that a run can go on from its checkpoint with a
     schedule.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.scale_by_learning_rate(0.1).init(jnp.zeros(1))
+    ScheduleState(count=Array(0, dtype=int32))
     """
 
     count: chex.Array

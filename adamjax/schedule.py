@@ -34,7 +34,17 @@ __all__ = [
 
 
 class Schedule(Data):
-    """Base class: a frozen dataclass that is called with the count and returns a scalar."""
+    """Base class: a frozen dataclass that is called with the count and returns a scalar.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> class halved(adamjax.Schedule):
+    ...     initial: float
+    ...
+    ...     def __call__(self, count):
+    ...         return self.initial * 0.5**count
+    >>> adamjax.scale_by_learning_rate(halved(0.1))
+    scale_by_learning_rate(learning_rate=halved(initial=0.1))
+    """
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
         """The value after `count` steps (int, 0 before the first), a float scalar."""

@@ -44,6 +44,19 @@ class Transform(Data):
 
     Everywhere, a leaf whose gradient is `None`, of dtype float0, integer or boolean is left
     alone: nothing of its state moves, and `apply_updates` does not move its parameter.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> class sign(adamjax.Transform):
+    ...     size: float
+    ...
+    ...     def init(self, params):
+    ...         return ()
+    ...
+    ...     def update(self, grads, state, params=None, **extra_args):
+    ...         return jax.tree.map(lambda g: self.size * jnp.sign(g), grads), state
+    >>> tx = adamjax.chain(sign(0.1), adamjax.scale(-1.0))
+    >>> tx, tx.update(jnp.array(7.0), tx.init(None))[0]
+    (chain(sign(size=0.1), scale(factor=-1.0)), Array(-0.1, dtype=float32))
     """
 
     def init(self, params: Tree) -> Any:
