@@ -311,6 +311,7 @@ def _window(eqn: JaxprEqn, view: View) -> _Window | None:
         fills = mode == modes.FILL_OR_DROP
         if (
             0 not in starts
+            or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
             or sizes != trailing
             or numbers.operand_batching_dims
             or (fills and len(starts) > 1)

@@ -8,6 +8,7 @@ SUITES = {
     "train": "train a next-word model on real text with the whole chain",
     "dense": "dense steps against optax, Keras and torch: time, compile time, memory",
     "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
+    "models": "whole models with large tables: steps and tracing, row gradients against dense",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "readme": "write the measured tables into README.md",
 }
