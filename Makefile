@@ -59,7 +59,7 @@ docs: .venv/.test
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,notebooks,models,docs]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,contenders,notebooks,models,docs]'
 	@touch $@
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ SUITES = {
     "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
+    "differences": "what other packages do otherwise, in numbers",
     "readme": "write the measured tables into README.md",
 }
 

@@ -158,9 +158,20 @@ def rows(results: dict[str, Any]) -> str:
     )
 
 
+def differences(results: dict[str, Any]) -> str:
+    """The table of what other packages do otherwise."""
+    systems = list(results["rows"][0]["numbers"])
+    table = [
+        [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
+        for row in results["rows"]
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in results["environment"]["versions"].items())
+    return f"{_table(['what is done', *systems, 'to get theirs'], table)}\n\n{versions}."
+
+
 def rendered(text: str) -> str:
     """The README's text with its tables as the committed results say."""
-    for suite, tables in (("dense", dense), ("rows", rows)):
+    for suite, tables in (("dense", dense), ("rows", rows), ("differences", differences)):
         for path in sorted(RESULTS.glob(f"*/{suite}.json")):
             name = f"{suite} {path.parent.name}"
             block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
