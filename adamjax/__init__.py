@@ -11,6 +11,7 @@ from adamjax.adam import (
 from adamjax.autodiff import grad, value_and_grad
 from adamjax.average import WeightEmaState, weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from adamjax.config import from_config, to_config
 from adamjax.exact import ExactRowsState, StaleTable, Ticket, exact_rows
 from adamjax.guard import (
     AccumulateGradientsState,
@@ -118,6 +119,9 @@ __all__ = [
     "with_hyperparams",
     "HyperparamsState",
     "set_hyperparams",
+    # as JSON
+    "to_config",
+    "from_config",
     # reading a state
     "get_slot",
     "slot_names",

@@ -120,7 +120,8 @@ class Reads:
     def __init__(self, call: Call, tables: Sequence[int], exact: bool, strict: bool) -> None:
         self.call = call
         self.closed, self.aux = call.traced()
-        self.dense: list[int] = []
+        # Of a table without rows there is nothing to be read.
+        self.dense = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
         while True:
             planner = Planner(exact)
             rows = [i for i in tables if i not in self.dense]

@@ -76,6 +76,7 @@ def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
     else:
         bound = tolerance * displacement
     error = np.abs(actual.astype(np.float64) - expected)
+    bound = np.broadcast_to(bound, error.shape)
     worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
     assert (error <= bound).all(), (
         f"step {worst[0] + 1}, element {tuple(map(int, worst[1:]))}: "

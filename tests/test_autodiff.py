@@ -1,0 +1,2205 @@
+"""Gradients of unmodified models are JAX's, and those of tables hold only the rows that were read.
+
+One table of losses, `CASES`, and laws that hold for all of them; below it the ways to call, the
+packages whose embeddings people use, and what it composes with.
+
+Tables, weights and targets are small multiples of 1/2 and the losses polynomials, so that every
+sum is exact in any order: gradients and values are compared bit for bit. The few losses that
+round say so (`exact=False`), and are compared within 1e-6 of the largest gradient: eight float32
+roundings, where XLA may fuse the two programs differently.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from support import enable_x64, is_none
+
+import adamjax
+from adamjax import RowGradient
+
+V, D = 11, 3
+
+
+# --- what a case is, and what it is compared with -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table of which rows are read.
+
+    Attributes:
+      ids: the indices read, out of `[-num_rows, num_rows)`; others are no row. A function: it
+        gives the rows, from a table that holds its own row numbers.
+      room: how many indices are read at most, in all branches; `None`: as many as `ids`.
+    """
+
+    ids: Any
+    room: int | None = None
+
+    def __post_init__(self):
+        if self.room is None:
+            object.__setattr__(self, "room", np.size(self.ids))
+
+    def found(self, table):
+        """The same, with the indices that the function gives."""
+        if not callable(self.ids):
+            return self
+        return dataclasses.replace(self, ids=self.ids(jnp.arange(float(len(table)))))
+
+    def rows(self, num_rows):
+        ids = np.asarray(self.ids, np.float64).reshape(-1)
+        ids = ids[ids == np.round(ids)]  # others are what is filled in
+        ids = np.where(ids < 0, ids + num_rows, ids)
+        return set(ids[(ids >= 0) & (ids < num_rows)].tolist())
+
+
+jax.tree_util.register_dataclass(Rows, data_fields=["ids"], meta_fields=["room"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A table that is used as a whole, by the operation of this name."""
+
+    operation: str
+
+
+# Equal gradients are promised, and nothing about what they look like.
+ANY = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    loss: Callable[..., Any]
+    args: tuple[Any, ...]
+    tables: dict[str, Any]  # by path in the first argument
+    exact: bool = True
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(*args, exact=True, **tables):
+    """The decorated loss is a case; `__` in a table's name stands for a slash."""
+
+    def add(loss):
+        name = loss.__name__.rstrip("_")
+        assert name not in CASES
+        by_path = {path.replace("__", "/"): what for path, what in tables.items()}
+        CASES[name] = Case(loss, args, by_path, exact)
+        return loss
+
+    return add
+
+
+def halves(*shape, dtype=np.float32, seed=0):
+    """Multiples of 1/2 up to 2; no zeros, so that every row that is read has a gradient."""
+    numbers = np.random.default_rng(seed).choice([-4, -3, -2, -1, 1, 2, 3, 4], shape)
+    return (numbers / 2).astype(dtype)
+
+
+def params(dtype=np.float32, trailing=(D,), num_rows=V, **more):
+    table = halves(num_rows, *trailing, dtype=dtype)
+    return {"table": table, "w": np.float32(0.5), **more}
+
+
+def quad(p, rows):
+    """float32[], a quadratic form that tells all its elements apart."""
+    factors = np.resize(np.float32([1, 2, 3, -1, -2, -3, 2]), np.shape(rows))
+    return jnp.sum(factors * rows * (rows + p["w"]), dtype=jnp.float32)
+
+
+VALID = np.array([3, 0, 10, 3, 7, 0, 1], np.int32)  # with two pairs
+MANY = np.array([[3, 0, 10, 3], [7, 0, 1, 5], [3, 3, 9, 8]], np.int32)
+OUTSIDE = np.array([3, -1, 3, 10, 11, 25, -11, -12, -40, 8, 2**31 - 1, -(2**31)], np.int32)
+
+
+def is_array(x):
+    return isinstance(x, np.ndarray | np.generic | jax.Array)
+
+
+def is_float(x):
+    return isinstance(x, float) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def is_gradient(x):
+    return x is None or isinstance(x, RowGradient)
+
+
+def split(tree, wanted):
+    """The wanted leaves, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
+
+    def merge(new):
+        new = iter(new)
+        return treedef.unflatten([next(new) if wanted(x) else x for x in leaves])
+
+    return [x for x in leaves if wanted(x)], merge
+
+
+def of_jax(loss, args):
+    """JAX's value and gradients of the first argument's floats; `None` for its other leaves."""
+    floats, merge = split(args[0], is_float)
+    value, grads = jax.value_and_grad(lambda x: loss(merge(x), *args[1:]))(floats)
+    _, fill = split(jax.tree.map(lambda x: x if is_float(x) else None, args[0]), is_float)
+    return value, fill(grads)
+
+
+def dense(grads):
+    return jax.tree.map(
+        lambda g: g.to_dense() if isinstance(g, RowGradient) else g, grads, is_leaf=is_gradient
+    )
+
+
+def assert_equal(actual, expected, exact=True):
+    """Equal structure, dtypes and shapes, and the same numbers (up to 1e-6 of the largest)."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        atol = 0.0 if exact else 1e-6 * np.max(np.abs(b), initial=0.0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def check_rows(rows, table, what):
+    """It is a sound row gradient, of no row that was not read, and no larger than the reads."""
+    assert isinstance(rows, RowGradient), type(rows)
+    assert (rows.shape, rows.dtype) == (jnp.shape(table), jnp.result_type(table))
+    assert rows.indices.dtype == jnp.int32
+    assert rows.spill is None
+    assert rows.rest is None
+    assert not rows.lazy
+    indices, values = np.asarray(rows.indices), np.asarray(rows.values)
+    assert indices.ndim == 1
+    assert len(values) == len(indices)
+    live = indices[indices < rows.num_rows]
+    assert (indices >= 0).all()
+    assert (indices <= rows.num_rows).all()
+    assert len(set(live.tolist())) == len(live)
+    assert not np.any(values[indices == rows.num_rows])
+    if what is not ANY:
+        assert set(live.tolist()) <= what.rows(rows.num_rows)
+        assert len(indices) <= what.room
+
+
+def by_path(tree):
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gradient)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def laid_out(g):
+    """What `to_dense` gives, without a program for it."""
+    if not isinstance(g, RowGradient):
+        return g
+    live = np.asarray(g.indices) < g.num_rows
+    table = np.zeros(g.shape, g.dtype)
+    table[np.asarray(g.indices)[live]] = np.asarray(g.values)[live]
+    return table
+
+
+def check(case, actual, expected, tables=None):
+    """Value and gradients are as expected, and those of tables as the case says."""
+    value, grads = actual
+    assert_equal(value, expected[0], case.exact)
+    assert jax.tree.structure(grads, is_leaf=is_gradient) == jax.tree.structure(
+        expected[1], is_leaf=is_gradient
+    )
+    assert_equal(jax.tree.map(laid_out, grads, is_leaf=is_gradient), expected[1], case.exact)
+    given = by_path(case.args[0])
+    for path, g in by_path(grads).items():
+        what = (tables or case.tables).get(path)
+        if isinstance(what, Rows) or (what is ANY and isinstance(g, RowGradient)):
+            check_rows(g, given[path], what)
+        else:
+            assert g is None or isinstance(g, jax.Array)
+
+
+def value_and_grad(case, **options):
+    tables = [f"^{re.escape(path)}$" for path in case.tables]
+    return adamjax.value_and_grad(case.loss, tables, **options)
+
+
+# --- reads of whole rows, in every way and every mode ---------------------------------------------
+
+
+def read_case(name, reader, ids, exact=True, **table):
+    """A case that reads an array of indices in one way; which rows those are, the reader says."""
+
+    def loss(p, ids):
+        rows = reader(p["table"], ids)
+        # An index outside may read NaN.
+        return quad(p, jnp.where(jnp.isnan(rows), 1.5, rows))
+
+    rows = Rows(lambda numbers: reader(numbers, ids), np.size(ids))
+    assert name not in CASES
+    CASES[name] = Case(loss, (params(**table), ids), {"table": rows}, exact)
+
+
+def at_get(**options):
+    return lambda t, ids: t.at[ids].get(**options)
+
+
+def taken(**options):
+    return lambda t, ids: jnp.take(t, ids, axis=0, **options)
+
+
+def indexed(t, ids):
+    return t[ids]
+
+
+for name, ids in {
+    "scalar": np.int32(4),
+    "negative_scalar": np.int32(-4),
+    "1d": VALID,
+    "2d": MANY,
+    "3d": -MANY.reshape(2, 3, 2),
+    "empty": np.zeros(0, np.int32),
+    "empty_2d": np.zeros((2, 0), np.int32),
+    "empty_2d_first": np.zeros((0, 2), np.int32),
+    "outside": OUTSIDE,
+    "one_row_often": np.full(50, 6, np.int32),
+    "all_rows_twice": np.arange(-V, V, dtype=np.int32),
+    "uint8": VALID.astype(np.uint8),
+    "int8": -VALID.astype(np.int8),
+    "uint32": VALID.astype(np.uint32),
+    "int64": -VALID.astype(np.int64),
+}.items():
+    read_case(f"index_{name}", indexed, ids)
+
+for name, reader in {
+    "take": taken(),
+    "take_fill": taken(mode="fill"),
+    "take_fill_value": taken(mode="fill", fill_value=0.5),
+    "take_clip": taken(mode="clip"),
+    "take_wrap": taken(mode="wrap"),
+    "at_get": at_get(),
+    "at_fill": at_get(mode="fill"),
+    "at_fill_value": at_get(mode="fill", fill_value=0.5),
+    "at_drop": at_get(mode="drop"),
+    "at_drop_value": at_get(mode="drop", fill_value=-0.5),
+    "at_clip": at_get(mode="clip"),
+}.items():
+    read_case(f"{name}_outside", reader, OUTSIDE.reshape(2, 6))
+
+read_case("take_scalar_outside", taken(), np.int32(V))
+read_case("clip_scalar_outside", at_get(mode="clip"), np.int32(V))
+read_case("take_empty", taken(), np.zeros(0, np.int32))
+
+# Rows that the indices' dtype cannot count.
+uint8 = np.array([0, 1, 127, 127, 128, 255, 100], np.uint8)
+read_case("index_300_rows", indexed, uint8, num_rows=300)
+read_case("clip_300_rows", at_get(mode="clip"), uint8, num_rows=300)
+if jax.__version_info__ >= (0, 10):  # an older JAX loses these gradients
+    read_case("take_300_rows_uint8", taken(), uint8, num_rows=300)
+    read_case("take_300_rows_int8", taken(), uint8.astype(np.int8), num_rows=300)
+
+read_case("at_promised", at_get(mode="promise_in_bounds"), VALID)
+read_case("at_promised_sorted", at_get(indices_are_sorted=True), np.sort(VALID))
+read_case("at_promised_unique", at_get(unique_indices=True), np.unique(VALID))
+if "wrap_negative_indices" in inspect.signature(jnp.zeros(1).at[0].get).parameters:
+    read_case("at_unwrapped", at_get(mode="fill", wrap_negative_indices=False), OUTSIDE)
+read_case("take_flat", lambda t, ids: jnp.take(t, ids, 0).reshape(-1), MANY)
+read_case("index_ellipsis", lambda t, ids: t[ids, ...], MANY)
+read_case("index_colon", lambda t, ids: t[ids, :] if t.ndim > 1 else t[ids], MANY)
+read_case("index_of_index", lambda t, ids: t[ids[ids[0, 0] % 3]], MANY)
+read_case("rows_reshaped", lambda t, ids: t[ids].reshape(ids.size, -1).T, MANY)
+read_case("rows_cast_down_and_up", lambda t, ids: t[ids].astype("bfloat16").astype("float32"), MANY)
+
+for name, trailing in {"bias": (), "3d": (2, 3), "4d": (2, 1, 2), "narrow": (1,)}.items():
+    read_case(f"table_{name}", indexed, MANY, trailing=trailing)
+    read_case(f"table_{name}_outside", taken(), OUTSIDE, trailing=trailing)
+
+for dtype in (jnp.bfloat16, jnp.float16):
+    for name, reader, ids in (
+        ("index", indexed, VALID),
+        ("take", taken(), OUTSIDE),
+        ("clip", at_get(mode="clip"), OUTSIDE),
+        ("cast_up", lambda t, ids: t.astype(jnp.float32)[ids], MANY),
+    ):
+        read_case(f"{jnp.dtype(dtype).name}_{name}", reader, ids, dtype=dtype)
+
+for name, reader in {
+    "bfloat16": lambda t, ids: t.astype(jnp.bfloat16)[ids],
+    "float16": lambda t, ids: jnp.take(t.astype(jnp.float16), ids, axis=0),
+    "bfloat16_and_back": lambda t, ids: t.astype(jnp.bfloat16).astype(jnp.float32)[ids],
+    "bfloat16_twice": lambda t, ids: t.astype(jnp.bfloat16).astype(jnp.float16)[ids],
+    "bfloat16_filled": lambda t, ids: jnp.take(t.astype(jnp.bfloat16), ids, 0, fill_value=0.5),
+    "under_jit": lambda t, ids: jax.jit(lambda t: t.astype(jnp.bfloat16))(t)[ids],
+}.items():
+    read_case(f"table_cast_{name}", reader, OUTSIDE)
+
+# Shapes that leave the rows what they are.
+read_case("table_expanded", lambda t, ids: t[..., None][ids], MANY)
+read_case("table_flattened", lambda t, ids: t.reshape(V, -1)[ids], MANY, trailing=(2, 3))
+read_case("table_folded", lambda t, ids: t.reshape(V, 2, -1)[ids] if t.ndim > 1 else t[ids], MANY,
+          trailing=(4,))  # fmt: skip
+read_case("table_squeezed", lambda t, ids: t.reshape(V, -1).squeeze()[ids], MANY, trailing=(1,))
+read_case("table_cast_expanded", lambda t, ids: t.astype("bfloat16")[..., None][ids], MANY)
+
+# Indices that are known when the loss is traced.
+read_case("python_int", lambda t, _: t[3], np.int32(0))
+read_case("negative_python_int", lambda t, _: t[-3], np.int32(0))
+read_case("python_list", lambda t, _: t[jnp.array([1, -1, 1])], np.zeros(3, np.int32))
+read_case("numpy_mask", lambda t, _: t[np.arange(V) % 4 == 0], np.zeros(3, np.int32))
+read_case("first_rows", lambda t, _: t[:4], np.zeros(4, np.int32))
+read_case("last_rows", lambda t, _: t[-4:], np.zeros(4, np.int32))
+read_case("every_third_row", lambda t, _: t[1::3], np.zeros(4, np.int32))
+read_case("dynamic_slice", lambda t, i: lax.dynamic_slice_in_dim(t, i[0], 3), np.int32([2, 0, 0]))
+read_case("dynamic_slice_outside", lambda t, i: lax.dynamic_slice_in_dim(t, i[0], 3),
+          np.int32([V - 1, 0, 0]))  # fmt: skip
+read_case("dynamic_index", lambda t, i: lax.dynamic_index_in_dim(t, i[0], keepdims=False),
+          np.int32([-2]))  # fmt: skip
+read_case("slice_in_dim", lambda t, _: lax.slice_in_dim(t, 2, 5), np.zeros(3, np.int32))
+
+# Under vmap a gather has its offset dimensions where the batch does not go.
+read_case("vmap", lambda t, ids: jax.vmap(lambda i: t[i])(ids), MANY)
+read_case("vmap_of_table", lambda t, ids: jax.vmap(indexed, (None, 0))(t, ids), MANY)
+read_case("vmap_columns", lambda t, ids: jax.vmap(lambda i: t[i], 1)(ids), MANY)
+read_case("vmap_out_axis", lambda t, ids: jax.vmap(lambda i: t[i], out_axes=1)(ids), MANY)
+read_case("vmap_twice", lambda t, ids: jax.vmap(jax.vmap(lambda i: t[i]))(ids), MANY)
+read_case("vmap_take", lambda t, ids: jax.vmap(lambda i: jnp.take(t, i, 0))(ids), OUTSIDE)
+read_case("vmap_dynamic_index", lambda t, ids: jax.vmap(
+    lambda i: lax.dynamic_index_in_dim(t, i, keepdims=False))(ids), VALID)  # fmt: skip
+read_case("vmap_empty", lambda t, ids: jax.vmap(lambda i: t[i])(ids), np.zeros((3, 0), np.int32))
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@case(params(), MANY, table=Rows(MANY))
+def bag_sum(p, ids):
+    return quad(p, p["table"][ids].sum(1))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def bag_mean(p, ids):
+    return quad(p, p["table"][ids].mean(1))
+
+
+@case(params(), MANY, MANY % 2 == 0, table=Rows(MANY))
+def bag_with_mask(p, ids, mask):
+    rows = jnp.take(p["table"], ids, axis=0)
+    return quad(p, jnp.sum(rows, 1, where=mask[..., None]))
+
+
+@case(params(), MANY, np.float32(MANY % 3), table=Rows(MANY))
+def bag_with_weights(p, ids, weights):
+    return quad(p, jnp.einsum("bl,bld->bd", weights, p["table"][ids]))
+
+
+@case(params(), VALID, np.int32([0, 0, 1, 1, 1, 3, 3]), table=Rows(VALID))
+def bag_by_segments(p, ids, segments):
+    return quad(p, jax.ops.segment_sum(p["table"][ids], segments, 4))
+
+
+@case(
+    params(),
+    OUTSIDE,
+    np.int32([0, 0, 1, 2, 2, 2, 2, 3, 0, 1, 1, 0]),
+    table=Rows(OUTSIDE),
+    exact=False,
+)
+def bag_padded(p, ids, segments):
+    rows = jnp.take(p["table"], ids, axis=0, mode="fill", fill_value=0)
+    return quad(p, jax.ops.segment_max(rows, segments, 4))
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def softmax_of_rows(p, ids):
+    rows = jax.nn.gelu(p["table"][ids] * p["w"])
+    return -jnp.mean(jax.nn.log_softmax(rows.sum(1))[:, 0])
+
+
+@case(
+    params(context=halves(7, 2, seed=1)), MANY, MANY % 7, table=Rows(MANY), context=Rows(MANY % 7)
+)
+def two_tables(p, ids, others):
+    mixed = p["table"][ids].sum((1, 2)) * p["context"][others].sum((1, 2))
+    return quad(p, mixed)
+
+
+@case(params(other=halves(V, D, seed=1)), MANY, VALID, table=Rows(MANY), other=Rows(VALID))
+def one_lookup_for_two_tables(p, ids, others):
+    lookup = jax.jit(lambda table, ids: table[ids])
+    return quad(p, lookup(p["table"], ids)) + quad(p, lookup(p["other"], others))
+
+
+@case({"layers": [halves(V, D, seed=i) for i in range(3)], "w": np.float32(0.5)}, MANY,
+      layers__0=Rows(MANY), layers__1=Rows(MANY), layers__2=Rows(MANY))  # fmt: skip
+def a_list_of_tables(p, ids):
+    return sum(quad(p, jnp.take(table, ids, axis=0)) for table in p["layers"])
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
+def read_twice(p, ids, others):
+    return quad(p, p["table"][ids]) - 2 * quad(p, p["table"][others])
+
+
+@case(params(), OUTSIDE, table=Rows(OUTSIDE, 4 * OUTSIDE.size))
+def read_four_times(p, ids):
+    t = p["table"]
+    clipped = jnp.take(t, jnp.clip(ids, -V, V - 1), axis=0)
+    cast = t.astype(jnp.bfloat16).at[ids].get(mode="drop", fill_value=0)
+    under = jax.vmap(lambda i: t.at[i].get(mode="fill", fill_value=1))(ids)
+    return quad(p, clipped) + quad(p, cast) + quad(p, under) + quad(p, t[ids[:0]])
+
+
+@case({"table": halves(V, D), "same": halves(V, D), "w": np.float32(0.5)}, MANY,
+      table=Rows(MANY), same=Rows(MANY % 5))  # fmt: skip
+def an_array_that_is_closed_over(p, ids):
+    """A constant with the table's own values is no table."""
+    return quad(p, p["table"][ids] * jnp.asarray(halves(V, D))[ids] + p["same"][ids % 5])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def gradient_of_rows_in_the_loss(p, ids):
+    slope = jax.grad(lambda rows: jnp.sum(rows * rows * rows))(p["table"][ids])
+    return quad(p, slope)
+
+
+@case(params(), MANY, table=ANY)
+def gradient_of_the_table_in_the_loss(p, ids):
+    slope = jax.grad(lambda t: jnp.sum(t[ids] * t[ids]))(p["table"])
+    return quad(p, slope)
+
+
+@case(params(), MANY, table=Rows(MANY))
+def tangent_in_the_loss(p, ids):
+    read = lambda scale: scale * scale * p["table"][ids]  # noqa: E731
+    return quad(p, jax.jvp(read, (p["w"],), (jnp.float32(1),))[1])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def named_axis(p, ids):
+    def of_one(ids):
+        rows = p["table"][ids]
+        return quad(p, rows - lax.psum(rows, "batch"))
+
+    return jnp.sum(jax.vmap(of_one, axis_name="batch")(ids))
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def spectrum_of_rows(p, ids):
+    return quad(p, jnp.abs(jnp.fft.rfft(p["table"][ids] + 5.0)))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def half_precision_loss(p, ids):
+    return quad(p, p["table"][ids]).astype(jnp.bfloat16)
+
+
+@case(params(trailing=(0,)), MANY, table=Rows(MANY))
+def rows_of_no_columns(p, ids):
+    return quad(p, p["table"][ids]) + p["w"]
+
+
+@case(params(), MANY, table=Rows([], 0))
+def constant(p, ids):
+    return 2.0
+
+
+@case(params(), MANY, table=Rows([], 0))
+def unused(p, ids):
+    return quad(p, jnp.float32(ids))
+
+
+@case(params(), table=Rows([], 0))
+def no_other_argument(p):
+    return p["w"] * 2
+
+
+# --- uses that no gradient goes through -----------------------------------------------------------
+
+
+@case(params(), MANY, table=Rows(MANY))
+def stopped_table(p, ids):
+    return quad(p, lax.stop_gradient(p["table"])[ids])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def stopped_rows(p, ids):
+    return quad(p, lax.stop_gradient(p["table"][ids]))
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
+def stopped_here_read_there(p, ids, others):
+    return quad(p, p["table"][ids] * lax.stop_gradient(p["table"])[others[:4]][:, None][:3])
+
+
+@case(params(), MANY, table=ANY)
+def stopped_norm(p, ids):
+    scale = jnp.sum(lax.stop_gradient(p["table"]) ** 2)
+    return scale * quad(p, p["table"][ids])
+
+
+@case(params(), np.float32([1, -2, 0.5]), table=Rows(np.arange(V), 1))
+def nearest_row(p, x):
+    """Found by all rows, and only one of them learns."""
+    nearest = jnp.argmin(jnp.sum((p["table"] - x) ** 2, axis=-1))
+    return quad(p, p["table"][nearest])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def compared_table(p, ids):
+    return jnp.where(jnp.any(p["table"] > 1.5), 2.0, 1.0) * quad(p, p["table"][ids])
+
+
+@case(params(), MANY, table=ANY)
+def table_of_integers(p, ids):
+    """No gradient goes through a cast to integers, read as they may be."""
+    whole = p["table"].astype(jnp.int32)[ids] * 2 + p["table"].astype(bool)[ids]
+    return quad(p, whole + p["table"][ids])
+
+
+@case(params(), MANY, table=Rows(np.append(MANY, VALID[:4])))
+def gated_by_its_rows(p, ids):
+    gate = p["table"][VALID[:4]][:, 0] > 0
+    return quad(p, jnp.where(gate[:, None], p["table"][ids], 0))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def searched_table(p, ids):
+    """A loop over the table that JAX could not differentiate, and need not."""
+    frozen = lax.stop_gradient(p["table"])
+    found = lax.while_loop(lambda i: frozen[i, 0] < 0, lambda i: i + 1, jnp.int32(0))
+    return quad(p, p["table"][ids] + found)
+
+
+@case(params(), MANY, table=Rows(MANY))
+def shape_of_the_table(p, ids):
+    return quad(p, p["table"][ids % p["table"].shape[0]] + jnp.zeros_like(p["table"])[:1])
+
+
+# --- under other transformations ------------------------------------------------------------------
+
+
+@case(params(), MANY, table=Rows(MANY))
+def jit_once(p, ids):
+    return jax.jit(quad)(p, jax.jit(lambda ids: p["table"][ids])(ids))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def jit_twice(p, ids):
+    @jax.jit
+    def inner(table, ids):
+        return jnp.take(table, ids, axis=0)
+
+    @jax.jit
+    def outer(p, ids):
+        return quad(p, inner(p["table"], ids)), p["table"]
+
+    return outer(p, ids)[0]
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
+def jit_passes_the_table_on(p, ids, others):
+    read = jax.jit(lambda table, ids: (table[ids], table))
+    rows, table = read(p["table"], ids)
+    return quad(p, rows) + quad(p, table[others])
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
+def jit_with_two_reads(p, ids, others):
+    @jax.jit
+    def read(a, b):
+        return quad(p, a[ids]) + quad(p, b[others])
+
+    return read(p["table"], p["table"])
+
+
+def layer(p, ids):
+    return quad(p, jnp.sin(p["table"][ids]))
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat(p, ids):
+    return jax.checkpoint(layer)(p, ids)
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat_closed_over(p, ids):
+    return jax.checkpoint(lambda ids: layer(p, ids))(ids)
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat_saves_nothing(p, ids):
+    policy = jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)(p, ids)
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat_saves_dots(p, ids):
+    def of(p, ids):
+        rows = jnp.sin(p["table"][ids])
+        return quad(p, jnp.einsum("ijk,ilk->ijl", rows, rows))
+
+    return jax.checkpoint(of, policy=jax.checkpoint_policies.dots_saveable)(p, ids)
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat_saves_names(p, ids):
+    from jax.ad_checkpoint import checkpoint_name
+
+    def of(p, ids):
+        return quad(p, jnp.sin(checkpoint_name(p["table"][ids], "rows")))
+
+    policy = jax.checkpoint_policies.save_only_these_names("rows")
+    return jax.checkpoint(of, policy=policy)(p, ids)
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def remat_in_jit_in_remat(p, ids):
+    return jax.checkpoint(jax.jit(jax.checkpoint(layer)))(p, ids)
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan(p, batches):
+    def step(total, ids):
+        return total + quad(p, p["table"][ids]), None
+
+    return lax.scan(step, jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_stacks_rows(p, batches):
+    _, rows = lax.scan(lambda _, ids: (None, jnp.take(p["table"], ids, axis=0)), None, batches)
+    return quad(p, rows)
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_backwards_unrolled(p, batches):
+    def step(total, ids):
+        return total / 2 + quad(p, p["table"][ids]), total
+
+    total, totals = lax.scan(step, jnp.float32(0), batches, reverse=True, unroll=2)
+    return total + totals[0]
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_carries_the_table(p, batches):
+    def step(carry, ids):
+        table, total = carry
+        return (table, total + quad(p, table[ids])), None
+
+    return lax.scan(step, (p["table"], jnp.float32(0)), batches)[0][1]
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
+def scan_hands_the_table_on(p, batches, others):
+    def step(carry, ids):
+        table, total = carry
+        return (table, total + quad(p, table[ids])), None
+
+    table, total = lax.scan(step, (p["table"], jnp.float32(0)), batches)[0]
+    return total + quad(p, table[others])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_casts_the_table(p, batches):
+    def step(total, ids):
+        return total + quad(p, p["table"].astype(jnp.bfloat16)[ids]), None
+
+    return lax.scan(step, jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_after_the_cast(p, batches):
+    cast = p["table"].astype(jnp.bfloat16)
+    return jnp.sum(lax.scan(lambda c, ids: (c, quad(p, cast[ids])), 0, batches)[1])
+
+
+@case(params(), MANY, table=Rows(MANY), exact=False)
+def scan_with_remat(p, batches):
+    def step(total, ids):
+        return total + layer(p, ids), None
+
+    return lax.scan(jax.checkpoint(step), jnp.float32(0), batches)[0]
+
+
+@case(params(), VALID, table=Rows(np.arange(V), 3 * VALID.size), exact=False)
+def scan_reads_what_it_found(p, ids):
+    """Each step's indices come from the last one's rows."""
+
+    def step(ids, _):
+        rows = p["table"][ids]
+        return jnp.argsort(rows[:, 0]).astype(jnp.int32), jnp.sum(jnp.tanh(rows * p["w"]))
+
+    return jnp.sum(lax.scan(step, ids, length=3)[1])
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_in_scan(p, batches):
+    def outer(total, ids):
+        def inner(total, i):
+            return total + quad(p, p["table"][i]), None
+
+        return lax.scan(inner, total, ids)[0], None
+
+    return lax.scan(outer, jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=Rows(MANY))
+def scan_learns_a_round_late(p, batches):
+    """What is read counts in the next round, and its own place in the carry is dropped."""
+
+    def step(carry, ids):
+        held, total = carry
+        return (p["table"][ids], total + quad(p, held)), None
+
+    return lax.scan(step, (jnp.zeros((4, D)), jnp.float32(0)), batches)[0][1]
+
+
+@case(params(), np.zeros((0, 4), np.int32), table=Rows([], 0))
+def scan_of_nothing(p, batches):
+    def step(total, ids):
+        return total + quad(p, p["table"][ids]), None
+
+    return lax.scan(step, p["w"], batches)[0]
+
+
+@case(params(), MANY, table=Rows(MANY, 3 * MANY.size))
+def scan_reads_the_same_each_time(p, ids):
+    def step(total, factor):
+        return total + factor * quad(p, p["table"][ids]), None
+
+    return lax.scan(step, jnp.float32(0), np.float32([1, 2, -1]))[0]
+
+
+@case(params(), MANY, table=Rows([0, 1, 2, 3], 4))
+def scan_counts_rows(p, ids):
+    def step(i, _):
+        return i + 1, p["table"][i]
+
+    return quad(p, lax.scan(step, 0, length=4)[1])
+
+
+@case(params(), MANY, VALID, table=Rows(np.append(MANY, np.tile(VALID, 3)), 33))
+def scan_has_it_twice(p, batches, others):
+    """Closed over, and carried."""
+
+    def step(carry, ids):
+        table, total = carry
+        return (table, total + quad(p, table[ids]) - quad(p, p["table"][others])), None
+
+    return lax.scan(step, (p["table"], jnp.float32(0)), batches)[0][1]
+
+
+@case(params(other=halves(V, D, seed=1)), MANY, table=Rows(MANY), other=Rows(MANY))
+def scan_of_two_tables(p, batches):
+    def step(total, ids):
+        return total + quad(p, p["table"][ids] * jnp.take(p["other"], ids, axis=0)), None
+
+    return lax.scan(step, jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=Rows(MANY))
+def map_(p, batches):
+    return jnp.sum(lax.map(lambda ids: quad(p, p["table"][ids]), batches))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def map_in_batches(p, batches):
+    return quad(p, lax.map(lambda i: p["table"][i], batches.reshape(-1), batch_size=5))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def vmap_of_scan(p, batches):
+    def of_one(ids):
+        return lax.scan(lambda c, i: (c + p["table"][i], None), jnp.zeros(D), ids)[0]
+
+    return quad(p, jax.vmap(of_one)(batches))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def vmap_of_loss(p, batches):
+    return jnp.sum(
+        jax.vmap(quad, (None, 0))(p, jax.vmap(jax.jit(lambda i: p["table"][i]))(batches))
+    )
+
+
+@case(params(), MANY, table=Rows(MANY))
+def fori(p, batches):
+    batches = jnp.asarray(batches)
+
+    def body(i, total):
+        return total + quad(p, p["table"][batches[i]])
+
+    return lax.fori_loop(0, 3, body, jnp.float32(0))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def fori_carries_the_table(p, batches):
+    batches = jnp.asarray(batches)
+
+    def body(i, carry):
+        table, total = carry
+        return table, total + quad(p, table[batches[i]])
+
+    return lax.fori_loop(0, 3, body, (p["table"], jnp.float32(0)))[1]
+
+
+def branch_cases():
+    """Both ways through every conditional; only the branch that is taken reads."""
+
+    def two_reads(p, way, ids, others):
+        return lax.cond(way, lambda: quad(p, p["table"][ids]), lambda: -quad(p, p["table"][others]))
+
+    def table_as_operand(p, way, ids, others):
+        def yes(table, ids):
+            return quad(p, jnp.take(table, ids, axis=0))
+
+        def no(table, ids):
+            return quad(p, table[ids[0, 0]])
+
+        return lax.cond(way, yes, no, p["table"], ids)
+
+    def one_read(p, way, ids, others):
+        return lax.cond(way, lambda: quad(p, p["table"][ids]), lambda: p["w"] * 2)
+
+    def in_scan(p, way, ids, others):
+        def step(total, x):
+            row, flag = x
+            read = lax.cond(flag == way, lambda: quad(p, p["table"][row]), lambda: jnp.float32(0))
+            return total + read, None
+
+        return lax.scan(step, jnp.float32(0), (ids, np.array([True, False, True])))[0]
+
+    def nested(p, way, ids, others):
+        def inner():
+            return lax.cond(
+                ids[0, 0] > 3, lambda: jnp.float32(1), lambda: quad(p, p["table"][others])
+            )
+
+        return lax.cond(way, inner, lambda: quad(p, p["table"][ids]))
+
+    def rows_out(p, way, ids, others):
+        rows = lax.cond(way, lambda t: t[ids], lambda t: jnp.zeros((*ids.shape, D)), p["table"])
+        return quad(p, rows)
+
+    def selected_by_vmap(p, way, ids, others):
+        """Under vmap a conditional is a selection, for which JAX repeats the table."""
+
+        def of_one(flag, i):
+            return lax.cond(flag == way, lambda: p["table"][i], lambda: p["table"][0])
+
+        return quad(p, jax.vmap(of_one)(others % 2 == 0, others))
+
+    def table_out(p, way, ids, others):
+        """The table that is read is itself chosen."""
+        table = lax.cond(way, lambda t: t, lambda t: 2 * t, p["table"])
+        return quad(p, table[ids])
+
+    size = MANY.size + VALID.size
+    nothing = Rows([], MANY.size)
+    for loss, yes, no in (
+        (two_reads, Rows(MANY, size), Rows(VALID, size)),
+        (table_as_operand, Rows(MANY, MANY.size + 1), Rows([3], MANY.size + 1)),
+        (one_read, Rows(MANY), nothing),
+        (in_scan, Rows(MANY[::2], MANY.size), Rows(MANY[1], MANY.size)),
+        (nested, Rows(VALID, size), Rows(MANY, size)),
+        (rows_out, Rows(MANY), nothing),
+        (selected_by_vmap, ANY, ANY),
+        (table_out, ANY, ANY),
+    ):
+        for way, what in ((True, yes), (False, no)):
+            name = f"cond_{loss.__name__}_{'yes' if way else 'no'}"
+            if what is ANY and way:
+                continue
+            CASES[name] = Case(loss, (params(), np.bool_(way), MANY, VALID), {"table": what})
+
+    def switch(p, which, ids, others):
+        branches = [
+            lambda table: quad(p, table[ids]),
+            lambda table: quad(p, table[others]) + quad(p, table[ids[0]]),
+            lambda table: p["w"],
+        ]
+        return lax.switch(which, branches, p["table"])
+
+    room = MANY.size + VALID.size + 4
+    for which, ids in enumerate((MANY, np.append(VALID, MANY[0]), [], [])):
+        args = params(), np.int32(which), MANY, VALID
+        CASES[f"switch_{which}"] = Case(switch, args, {"table": Rows(ids, room)})
+
+
+branch_cases()
+
+
+# --- rules of their own ---------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def tripled(x):
+    """Whose derivative is said to be three times what it is."""
+    return x * x
+
+
+tripled.defjvp(lambda primals, tangents: (tripled(*primals), 6 * primals[0] * tangents[0]))
+
+
+@jax.custom_vjp
+def reversed_(x):
+    """The identity, with the gradient's sign turned."""
+    return x
+
+
+reversed_.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def custom_jvp_of_rows(p, ids):
+    return quad(p, tripled(p["table"][ids]))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def custom_vjp_of_rows(p, ids):
+    return quad(p, reversed_(p["table"][ids]))
+
+
+@case(params(), MANY, table=Rows(MANY))
+def custom_rules_in_scan_in_remat(p, batches):
+    @jax.checkpoint
+    def of(p):
+        def step(total, ids):
+            return total + quad(p, reversed_(tripled(p["table"][ids]))), None
+
+        return lax.scan(step, jnp.float32(0), batches)[0]
+
+    return of(p)
+
+
+@case(params(), MANY, table=Rows(MANY))
+def relu_of_rows(p, ids):
+    return quad(p, jax.nn.relu(p["table"][ids]))
+
+
+@case(params(), MANY, table=ANY)
+def custom_jvp_of_the_table(p, ids):
+    @jax.custom_jvp
+    def lookup(table, ids):
+        return table[ids]
+
+    @lookup.defjvp
+    def _(primals, tangents):
+        return lookup(*primals), 3 * tangents[0][primals[1]]
+
+    return quad(p, lookup(p["table"], ids))
+
+
+@case(params(), MANY, table=ANY)
+def custom_vjp_of_the_table(p, ids):
+    """A rule that sends back what it likes: here, something to every row."""
+
+    @jax.custom_vjp
+    def lookup(table, ids):
+        return table[ids]
+
+    def forth(table, ids):
+        return table[ids], ids
+
+    def back(ids, g):
+        return jnp.ones((V, D)).at[ids].add(2 * g), None
+
+    lookup.defvjp(forth, back)
+    return quad(p, lookup(p["table"], ids))
+
+
+@case(params(), MANY, table=ANY)
+def custom_vjp_of_the_table_in_scan(p, batches):
+    lookup = jax.custom_vjp(lambda table, ids: table[ids])
+    lookup.defvjp(
+        lambda table, ids: (table[ids], ids),
+        lambda ids, g: (jnp.zeros((V, D)).at[ids].add(-g), None),
+    )
+
+    def step(total, ids):
+        return total + quad(p, lookup(p["table"], ids)), None
+
+    return lax.scan(jax.checkpoint(step), jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=ANY)
+def custom_vjp_clips_the_tables_gradient(p, ids):
+    """A rule on the whole table, before it is read."""
+    clip = jax.custom_vjp(lambda table: table)
+    clip.defvjp(lambda table: (table, None), lambda _, g: (jnp.clip(g, -1, 1),))
+    return quad(p, clip(p["table"])[ids])
+
+
+@case(params(), MANY, table=ANY)
+def custom_jvp_of_the_table_elementwise(p, ids):
+    return quad(p, tripled(p["table"])[ids])
+
+
+# --- uses of the whole table ----------------------------------------------------------------------
+
+
+@case(params(), MANY, table=Dense("dot_general"))
+def tied(p, ids):
+    hidden = p["table"][ids].sum(1)
+    return quad(p, hidden @ p["table"].T)
+
+
+@case(
+    params(other=halves(V, D, seed=1)), MANY, table=Dense("dot_general"), other=Rows(MANY)
+)
+def tied_and_not(p, ids):
+    hidden = p["table"][ids].sum(1) + p["other"][ids].sum(1)
+    return quad(p, hidden @ p["table"].T)
+
+
+@case(params(), MANY, table=Dense("dot_general"))
+def tied_in_jit_in_remat(p, ids):
+    logits = jax.checkpoint(jax.jit(lambda table, x: jnp.einsum("bd,vd->bv", x, table)))
+    return quad(p, logits(p["table"], p["table"][ids].sum(1)))
+
+
+@case(params(), MANY, table=Dense("dot_general"))
+def tied_in_scan(p, batches):
+    def step(total, ids):
+        return total + quad(p, p["table"][ids].sum(0) @ p["table"].T), None
+
+    return lax.scan(step, jnp.float32(0), batches)[0]
+
+
+@case(params(), MANY, table=Dense("dot_general"))
+def one_hot(p, ids):
+    return quad(p, jax.nn.one_hot(ids, V) @ p["table"])
+
+
+@case(params(), MANY, table=Dense("mul"))
+def norm_of_all_rows(p, ids):
+    return quad(p, p["table"][ids]) + jnp.sum(p["table"] * p["table"])
+
+
+@case(params(), MANY, table=Dense("reduce_sum"))
+def mean_of_all_rows(p, ids):
+    return quad(p, p["table"][ids] - p["table"].sum(0))
+
+
+@case(params(), MANY, table=Dense("mul"))
+def norm_of_all_rows_in_a_branch(p, ids):
+    """Even where it is not taken."""
+
+    def norm(table):
+        return jnp.sum(table * table)
+
+    return quad(p, p["table"][ids]) + lax.cond(p["w"] > 1, norm, lambda t: 0.0, p["table"])
+
+
+@case(params(), MANY, table=Dense("scan"))
+def scan_over_the_table(p, ids):
+    def step(total, row):
+        return total + quad(p, row), None
+
+    return lax.scan(step, quad(p, p["table"][ids]), p["table"])[0]
+
+
+@case(params(), MANY, table=ANY)
+def scan_changes_the_table(p, batches):
+    def step(table, ids):
+        return table * 0.5, quad(p, table[ids])
+
+    return jnp.sum(lax.scan(step, p["table"], batches)[1])
+
+
+TWO = params(other=halves(V, D, seed=1))
+
+
+@case(TWO, MANY, table=ANY, other=ANY)
+def scan_swaps_two_tables(p, batches):
+    """Each is handed on unchanged, to the other's place."""
+
+    def step(carry, ids):
+        a, b = carry
+        return (b, a), quad(p, a[ids]) * 2 + quad(p, b[ids % 3])
+
+    return jnp.sum(lax.scan(step, (p["table"], p["other"]), batches)[1])
+
+
+@case(TWO, MANY, np.bool_(True), table=ANY, other=ANY)
+def one_of_two_tables(p, ids, first):
+    table = lax.cond(first, lambda a, b: a, lambda a, b: b, p["table"], p["other"])
+    return quad(p, table[ids])
+
+
+@case(TWO, MANY, np.arange(V) % 2 == 0, table=ANY, other=ANY)
+def rows_of_two_tables(p, ids, first):
+    return quad(p, jnp.where(first[:, None], p["table"], p["other"])[ids])
+
+
+@case(params(), MANY, table=ANY)
+def scaled_table(p, ids):
+    return quad(p, (2 * p["table"])[ids])
+
+
+@case(params(), MANY, table=ANY)
+def padding_row(p, ids):
+    return quad(p, p["table"].at[0].set(0)[ids])
+
+
+@case(params(), MANY, table=ANY)
+def joined_tables(p, ids):
+    return quad(p, jnp.concatenate([p["table"], jnp.ones((2, D))])[ids + 2])
+
+
+@case(params(), MANY, table=ANY)
+def columns(p, ids):
+    return quad(p, p["table"][:, 1][ids]) + quad(p, p["table"][ids, 0])
+
+
+@case(params(), MANY, table=ANY)
+def transposed(p, ids):
+    return quad(p, p["table"].T[:, ids])
+
+
+@case(params(), MANY, table=ANY)
+def copied(p, ids):
+    return quad(p, jnp.array(p["table"], copy=True)[ids])
+
+
+if jax.__version_info__ >= (0, 10):  # an older JAX has no derivative of it
+
+    @case(params(), MANY, table=ANY)
+    def behind_a_barrier(p, ids):
+        return quad(p, lax.optimization_barrier(p["table"])[ids])
+
+
+@case(params(), MANY, table=ANY)
+def rounded(p, ids):
+    return quad(p, lax.reduce_precision(p["table"], 8, 7)[ids])
+
+
+@case(params(), MANY, table=ANY)
+def mapped_rows(p, ids):
+    return quad(p, jax.vmap(lambda row: row * p["w"])(p["table"])[ids])
+
+
+@case(params(), MANY, table=ANY)
+def by_platform(p, ids):
+    rows = lax.platform_dependent(
+        p["table"], cpu=lambda t: t[ids], default=lambda t: jnp.take(t, ids, axis=0)
+    )
+    return quad(p, rows)
+
+
+@case(params(), MANY, table=ANY)
+def rule_for_batches(p, ids):
+    @jax.custom_batching.custom_vmap
+    def lookup(table, i):
+        return table[i]
+
+    @lookup.def_vmap
+    def _(size, batched, table, ids):
+        return jnp.take(table, ids, axis=0), True
+
+    return quad(p, jax.vmap(lookup, (None, 0))(p["table"], ids))
+
+
+@case(params(), VALID, table=ANY, exact=False)
+def linear_solve(p, ids):
+    """An equation whose matrix is made of rows."""
+
+    def matrix(x):
+        rows = p["table"][ids]
+        return 9 * x + rows.T @ (rows @ x)
+
+    return jnp.sum(
+        lax.custom_linear_solve(
+            matrix,
+            jnp.ones(D),
+            lambda f, b: jnp.linalg.solve(jax.jacobian(f)(b), b),
+            symmetric=True,
+        )
+    )
+
+
+@case(params(), VALID, table=ANY)
+def along_axis(p, ids):
+    return quad(p, jnp.take_along_axis(p["table"], ids[:, None], axis=0))
+
+
+@case(params(), VALID, table=ANY)
+def pieces_of_rows(p, ids):
+    pieces = jax.vmap(lambda i: lax.dynamic_slice(p["table"], (i, 1), (2, 2)))(ids)
+    return quad(p, pieces)
+
+
+@case(params(), VALID, table=ANY)
+def pairs_of_rows(p, ids):
+    """Windows of two rows, moved inwards at the end of the table."""
+    return quad(p, jax.vmap(lambda i: lax.dynamic_slice_in_dim(p["table"], i, 2))(ids))
+
+
+def gather_cases():
+    """What no indexing makes, but `lax.gather` can say."""
+    starts = np.array([[2, 0], [2, 1], [10, 0], [11, 0], [-1, 0], [0, 2], [9, -1]], np.int32)
+
+    def add(name, indices, mode, slice_sizes, **dimensions):
+        def loss(p, indices):
+            numbers = lax.GatherDimensionNumbers(**dimensions)
+            rows = lax.gather(p["table"], indices, numbers, slice_sizes, mode=mode, fill_value=1.5)
+            return quad(p, rows)
+
+        name = f"gather_{name}_{mode}"
+        CASES[name] = Case(loss, (params(), indices), {"table": ANY})
+
+    for mode in ("fill", "clip"):
+        # A start in a row that is read as a whole: it is moved back, or the row is outside.
+        start = {"offset_dims": (1,), "collapsed_slice_dims": (0,), "start_index_map": (0, 1)}
+        add("row_and_column", starts, mode, (1, D), **start)
+        swapped = {**start, "start_index_map": (1, 0)}
+        add("column_and_row", starts[:, ::-1].copy(), mode, (1, D), **swapped)
+        window = {"offset_dims": (1, 2), "collapsed_slice_dims": (), "start_index_map": (0,)}
+        add("windows", starts[:, :1], mode, (2, D), **window)
+        add("windows_of_one", starts[:, :1], mode, (1, D), **window)
+        turned = {"offset_dims": (0,), "collapsed_slice_dims": (0,), "start_index_map": (0,)}
+        add("turned", starts[:, :1], mode, (1, D), **turned)
+        add("parts", starts[:, :1], mode, (1, D - 1), **{**turned, "offset_dims": (1,)})
+        of_columns = {"offset_dims": (0,), "collapsed_slice_dims": (1,), "start_index_map": (1,)}
+        add("columns", starts[:, :1], mode, (V, 1), **of_columns)
+        add("all_rows", starts[:, :1], mode, (V, D), **window)
+
+
+gather_cases()
+
+
+@case(params(trailing=(4,)), MANY, table=ANY)
+def rows_cut_in_two(p, ids):
+    return quad(p, p["table"].reshape(2 * V, 2)[ids])
+
+
+@case(params(trailing=(2, 2)), MANY, table=ANY)
+def rows_of_a_row(p, ids):
+    return quad(p, p["table"].reshape(V * 2, 2)[ids])
+
+
+@case({"table": halves(12, 2), "w": np.float32(0.5)}, MANY % 6, table=ANY)
+def two_rows_as_one(p, ids):
+    return quad(p, p["table"].reshape(6, 4)[ids])
+
+
+@case(params(trailing=(2, 3)), MANY % 2, table=ANY)
+def second_axis(p, ids):
+    return quad(p, jnp.take(p["table"], ids, axis=1))
+
+
+@case(params(trailing=(1,)), MANY % 1, table=ANY)
+def only_column(p, ids):
+    return quad(p, p["table"][:, ids])
+
+
+@case({"table": halves(2, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+def stacked_tables(p, ids):
+    return quad(p, jax.vmap(lambda table: table[ids])(p["table"]))
+
+
+@case({"table": halves(3, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+def stacked_tables_by_batch(p, ids):
+    return quad(p, jax.vmap(indexed)(p["table"], ids))
+
+
+@case({"table": halves(3, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+def scan_over_stacked_tables(p, batches):
+    def step(total, x):
+        table, ids = x
+        return total + quad(p, table[ids]), None
+
+    return lax.scan(step, jnp.float32(0), (p["table"], batches))[0]
+
+
+@case({"table": halves(V, V), "w": np.float32(0.5)}, VALID, table=ANY)
+def both_axes(p, ids):
+    return quad(p, p["table"][ids, ids]) + quad(p, p["table"][jnp.ix_(ids, ids)])
+
+
+@case({"table": halves(1, D), "w": np.float32(0.5)}, MANY % 1, table=Rows(MANY % 1))
+def table_of_one_row(p, ids):
+    return quad(p, p["table"][ids])
+
+
+@case(params(), MANY, table=ANY)
+def positions(p, ids):
+    """A slice that is all of it."""
+    return quad(p, p["table"][:V])
+
+
+# --- the laws -------------------------------------------------------------------------------------
+
+
+def quickly(function, *args):
+    """What the function gives under jit, with little optimization, which is what takes time."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function).lower(*args).compile(options)(*args)
+
+
+def ours(names, args):
+    """Of each case; asked to be strict, where rows are promised."""
+    found = []
+    for name, arg in zip(names, args, strict=True):
+        promised = all(isinstance(x, Rows) for x in CASES[name].tables.values())
+        found.append(value_and_grad(CASES[name], strict=promised)(*arg))
+    return found
+
+
+def theirs(names, args):
+    """By JAX, and the rows that were read."""
+    found = []
+    for name, arg in zip(names, args, strict=True):
+        tables = by_path(arg[0])
+        reads = {
+            p: x.found(tables[p]) for p, x in CASES[name].tables.items() if isinstance(x, Rows)
+        }
+        found.append((of_jax(CASES[name].loss, arg), reads))
+    return found
+
+
+def check_cases(names, run):
+    args = [CASES[name].args for name in names]
+    together = zip(names, run(ours, names, args), run(theirs, names, args), strict=True)
+    for name, actual, (expected, reads) in together:
+        check(CASES[name], actual, expected, CASES[name].tables | reads)
+
+
+def under_jit(function, names, args):
+    return quickly(lambda args: function(names, args), args)
+
+
+def op_by_op(function, names, args):
+    return function(names, args)
+
+
+# Programs of a dozen cases take a third of the time.
+DOZENS = [list(CASES)[i : i + 12] for i in range(0, len(CASES), 12)]
+
+
+@pytest.mark.parametrize("names", DOZENS, ids=lambda names: f"{names[0]} to {names[-1]}")
+def test_as_jax(names):
+    try:
+        check_cases(names, under_jit)
+    except Exception:
+        # Which of them?
+        failed = {}
+        for name in names:
+            try:
+                check_cases([name], under_jit)
+            except Exception as error:
+                failed[name] = error
+        for name, error in failed.items():
+            error.add_note(f"in the case {name}")
+        raise ExceptionGroup(", ".join(failed), list(failed.values())) from None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "index_2d",
+        "index_empty",
+        "table_cast_bfloat16",
+        "unused",
+        "jit_twice",
+        "remat",
+        "scan_carries_the_table",
+        "cond_two_reads_no",
+        "custom_vjp_of_rows",
+        "tied_and_not",
+    ],
+)
+def test_as_jax_without_jit(name):
+    check_cases([name], op_by_op)
+
+
+def lines(function):
+    """The first and the last line of a function."""
+    source, first = inspect.getsourcelines(function)
+    return first, first + len(source) - 1
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if any(isinstance(x, Dense) for x in c.tables.values())]
+)
+def test_strict(name):
+    """The error says which table, what for and where."""
+    case = CASES[name]
+    [(path, what)] = [(p, x) for p, x in case.tables.items() if isinstance(x, Dense)]
+    with pytest.raises(ValueError, match=rf"\b{path}\b") as error:
+        value_and_grad(case, strict=True)(*case.args)
+    message = str(error.value)
+    assert re.search(rf"\b({what.operation})\b", message), message
+    place = re.search(r"test_autodiff\.py:(\d+)", message)
+    assert place, message
+    first, last = lines(case.loss)
+    assert first <= int(place[1]) <= last, (message, first, last)
+
+
+def test_strict_says_the_line():
+    def loss(p, ids):
+        hidden = p["table"][ids]
+        return quad(p, hidden @ p["table"].T)
+
+    vg = adamjax.value_and_grad(loss, "table", strict=True)
+    operation = "(dot_general)"
+    line = lines(loss)[0] + 2
+    with pytest.raises(ValueError, match=rf"(?s)table.*{operation}.*test_autodiff\.py:{line}\b"):
+        vg(params(), VALID)
+    with pytest.raises(ValueError, match=operation):
+        jax.jit(vg)(params(), VALID)
+    with pytest.raises(ValueError, match=operation):
+        adamjax.grad(loss, "table", strict=True)(params(), VALID)
+
+
+READS = st.fixed_dictionaries(
+    {
+        "v": st.integers(1, 9),
+        "trailing": st.lists(st.integers(1, 3), max_size=2).map(tuple),
+        "shape": st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        "dtype": st.sampled_from(["int8", "uint8", "int16", "int32", "uint32"]),
+        "mode": st.sampled_from([None, "fill", "clip", "wrap", "drop"]),
+        "cast": st.sampled_from([None, "bfloat16"]),
+        "jit": st.booleans(),
+        "vmap": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
+    """The case of some read."""
+    unsigned = np.dtype(dtype).kind == "u"
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0 if unsigned else -v - 3, v + 4, shape).astype(dtype)
+
+    def read(table, ids):
+        table = table if cast is None else table.astype(cast)
+        if mode == "wrap":
+            return jnp.take(table, ids, axis=0, mode="wrap")
+        return table.at[ids].get(mode=mode, fill_value=None if mode in (None, "clip") else 0.5)
+
+    if jit:
+        read = jax.jit(read)
+    if vmap and shape:
+        read = jax.vmap(read, (None, 0))
+    p = {"table": halves(v, *trailing, seed=seed), "w": np.float32(0.5)}
+    reads = Rows(lambda numbers: read(numbers, ids), np.size(ids))
+    return Case(lambda p, ids: quad(p, read(p["table"], ids)), (p, ids), {"table": reads})
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(READS, min_size=2, max_size=5))
+def test_any_read(reads):
+    cases = [any_read(**read) for read in reads]
+
+    def run(args):
+        found = []
+        for case, arg in zip(cases, args, strict=True):
+            rows = case.tables["table"].found(arg[0]["table"])
+            found.append((value_and_grad(case)(*arg), of_jax(case.loss, arg), rows))
+        return found
+
+    found = quickly(run, [case.args for case in cases])
+    for case, (actual, expected, rows) in zip(cases, found, strict=True):
+        check(case, actual, expected, {"table": rows})
+
+
+# --- ways to call ---------------------------------------------------------------------------------
+
+
+def simple(p, ids):
+    return quad(p, p["table"][ids])
+
+
+def rows_and_dense(grads):
+    """The paths of row gradients and of dense ones."""
+    found = by_path(grads)
+    rows = {path for path, g in found.items() if isinstance(g, RowGradient)}
+    return rows, set(found) - rows
+
+
+def test_grad_is_the_gradient_alone():
+    value, grads = adamjax.value_and_grad(simple, "table")(params(), MANY)
+    again = adamjax.grad(simple, "table")(params(), MANY)
+    assert isinstance(again["table"], RowGradient)
+    assert_equal(again, grads)
+    assert value.shape == ()
+
+
+def with_aux(p, ids):
+    rows = p["table"][ids]
+    # What is logged of the whole table is no reason to differentiate it.
+    norms = {"norm": jnp.sqrt(jnp.sum(p["table"] ** 2)), "rows": rows, "w": p["w"] * 2}
+    return quad(p, rows), {
+        "arrays": norms,
+        "name": "a batch",
+        "n": 3,
+        "nothing": None,
+        "f": jnp.tanh,
+    }
+
+
+def test_auxiliary_outputs():
+    vg = adamjax.value_and_grad(with_aux, "table", has_aux=True)
+    (value, aux), grads = vg(params(), MANY)
+    (expected, told), dense_grads = jax.value_and_grad(with_aux, has_aux=True)(params(), MANY)
+    check_rows(grads["table"], params()["table"], Rows(MANY))
+    assert_equal(dense(grads), dense_grads)
+    assert_equal(value, expected)
+    assert_equal(aux.pop("arrays"), told.pop("arrays"), exact=False)
+    assert aux == told
+    grads, aux = adamjax.grad(with_aux, "table", has_aux=True)(params(), MANY)
+    assert_equal(dense(grads), dense_grads)
+    assert aux["name"] == "a batch"
+
+
+def test_auxiliary_outputs_under_jit():
+    def loss(p, ids):
+        value, aux = with_aux(p, ids)
+        return value, aux["arrays"]
+
+    vg = jax.jit(adamjax.value_and_grad(loss, "table", has_aux=True, strict=True))
+    (_, aux), grads = vg(params(), MANY)
+    check_rows(grads["table"], params()["table"], Rows(MANY))
+    assert_equal(aux, with_aux(params(), MANY)[1]["arrays"], exact=False)
+
+
+@pytest.mark.parametrize("way", ["table", "table itself", "table in a list"])
+def test_a_table_in_the_auxiliary_outputs(way):
+    """What comes out as it went in is still only read."""
+
+    def loss(p, ids):
+        aux = {"table": p["w"], "table itself": p["table"], "table in a list": [p["table"]] * 2}
+        return simple(p, ids), aux[way]
+
+    (_, aux), grads = adamjax.value_and_grad(loss, "table", has_aux=True)(params(), MANY)
+    check_rows(grads["table"], params()["table"], Rows(MANY))
+    assert_equal(aux, jax.tree.map(jnp.asarray, loss(params(), MANY)[1]))
+
+
+def test_pairs_must_be_pairs():
+    with pytest.raises((TypeError, ValueError)):
+        adamjax.value_and_grad(simple, "table", has_aux=True)(params(), MANY)
+
+
+def two_arguments(a, ids, b):
+    return quad(b, a["table"][ids]) + quad(a, b["embedding"][ids])
+
+
+A = params()
+B = {"embedding": halves(V, 2, seed=3), "w": np.float32(1.5)}
+
+
+@pytest.mark.parametrize(
+    "argnums",
+    [0, 2, -1, (0,), (0, 2), (2, 0), [0, 2]],
+    ids=str,
+)
+def test_argnums(argnums):
+    vg = adamjax.value_and_grad(two_arguments, ["table", "embedding"], argnums=argnums)
+    value, grads = vg(A, MANY, B)
+    expected = jax.value_and_grad(
+        two_arguments, tuple(argnums) if isinstance(argnums, list) else argnums
+    )(A, MANY, B)
+    assert_equal((value, dense(grads)), expected)
+    found = [g for g in jax.tree.leaves(grads, is_leaf=is_gradient) if isinstance(g, RowGradient)]
+    assert len(found) == len(np.atleast_1d(argnums))
+
+
+def test_a_table_as_an_argument():
+    """The argument is the leaf, and its path is empty."""
+    vg = adamjax.value_and_grad(lambda ids, table: quad(A, table[ids]), "", argnums=1)
+    _, rows = vg(MANY, A["table"])
+    check_rows(rows, A["table"], Rows(MANY))
+    assert_equal(rows.to_dense(), jax.grad(simple)(A, MANY)["table"])
+
+
+def test_keywords():
+    def loss(p, *, ids, scale=2, others=None):
+        assert others is None
+        return scale * quad(p, p["table"][ids])
+
+    vg = adamjax.value_and_grad(loss, "table")
+    _, grads = vg(params(), ids=MANY, scale=3)
+    check_rows(grads["table"], params()["table"], Rows(MANY))
+    assert_equal(dense(grads), jax.grad(loss)(params(), ids=MANY, scale=3))
+    assert_equal(dense(vg(params(), ids=MANY)[1]), jax.grad(loss)(params(), ids=MANY))
+
+
+def test_patterns():
+    p = {"a": {"table": A["table"]}, "b": {"table": B["embedding"]}, "w": A["w"]}
+
+    def loss(p, ids):
+        return quad(p, p["a"]["table"][ids]) + quad(p, p["b"]["table"][ids])
+
+    for tables, rows in (
+        ("table", {"a/table", "b/table"}),
+        ("^a/", {"a/table"}),
+        (["^a/", "^b/"], {"a/table", "b/table"}),
+        (("b/table$",), {"b/table"}),
+    ):
+        grads = adamjax.grad(loss, tables)(p, MANY)
+        assert rows_and_dense(grads) == (rows, {"a/table", "b/table", "w"} - rows)
+        assert_equal(dense(grads), jax.grad(loss)(p, MANY))
+
+
+def test_a_pattern_that_matches_nothing():
+    with pytest.raises(ValueError, match=r"(?s)tabel.*table"):
+        adamjax.value_and_grad(simple, "tabel")(params(), MANY)
+    with pytest.raises(ValueError, match="regular expression"):
+        adamjax.value_and_grad(simple, "(table")(params(), MANY)
+    with pytest.raises(ValueError, match=r"\[\]"):
+        adamjax.grad(simple, "table")({}, MANY)
+
+
+def test_leaves_that_are_no_floats_have_no_gradient():
+    p = params(
+        ids=jnp.asarray(MANY),
+        count=3,
+        flag=np.bool_(True),
+        key=jax.random.key(0),
+        old_key=jax.random.PRNGKey(1),
+        function=jnp.square,
+        name="model",
+        none=None,
+        scale=2.0,
+    )
+
+    def loss(p):
+        keep = jax.random.bernoulli(jax.random.fold_in(p["key"], p["old_key"][0]), 0.5, MANY.shape)
+        rows = jnp.where(keep[..., None], p["function"](p["table"][p["ids"]]), 0)
+        assert p["name"] == "model"
+        return jnp.where(p["flag"], p["scale"] * p["count"], 0.0) * quad(p, rows)
+
+    value, grads = adamjax.value_and_grad(loss, "table")(p)
+    expected = of_jax(loss, (p,))
+    assert_equal(value, expected[0])
+    check_rows(grads["table"], p["table"], Rows(MANY))
+    assert_equal(dense(grads), expected[1])
+    assert {k for k, g in grads.items() if g is not None} == {"table", "w", "scale"}
+    assert set(grads) == set(p)
+
+
+def test_other_arguments_stay_what_they_are():
+    def loss(p, ids, times, name, function, flags):
+        assert isinstance(ids, np.ndarray)
+        found = np.unique(ids)
+        total = jnp.float32(0)
+        for i in range(times):
+            total += (i + 1) * quad(p, function(p["table"][found]))
+        return total if name == "plus" and flags["twice"] is False else -total
+
+    args = params(), MANY, 2, "plus", jnp.square, {"twice": False}
+    value, grads = adamjax.value_and_grad(loss, "table")(*args)
+    rows = Rows(np.unique(MANY), 2 * np.unique(MANY).size)
+    check_rows(grads["table"], args[0]["table"], rows)
+    assert_equal((value, dense(grads)), jax.value_and_grad(loss)(*args))
+
+
+def test_arguments_closed_over():
+    """Also arrays that are being traced: the weights of an outer function."""
+
+    def outer(w, ids):
+        vg = adamjax.value_and_grad(lambda p: quad({"w": w}, p["table"][ids]), "table")
+        value, grads = vg({"table": A["table"]})
+        return value, grads["table"].to_dense()
+
+    expected = jax.value_and_grad(lambda t: quad(A, t[MANY]))(A["table"])
+    assert_equal(outer(A["w"], MANY), expected)
+    assert_equal(jax.jit(outer)(A["w"], MANY), expected)
+
+
+def test_the_loss_is_called_once():
+    calls = []
+
+    def loss(p, ids):
+        calls.append(p)
+        return simple(p, ids)
+
+    def tied(p, ids):
+        calls.append(p)
+        return quad(p, p["table"][ids] @ p["table"].T)
+
+    for function in (loss, tied):
+        vg = adamjax.value_and_grad(function, "table")
+        for n in range(1, 4):
+            vg(params(), MANY)
+            assert len(calls) == n
+        compiled = jax.jit(vg)
+        for _ in range(3):
+            compiled(params(), MANY)
+            assert len(calls) == 4
+        calls.clear()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, ids: p["table"][ids],
+        lambda p, ids: p["table"][ids[:0, 0]].sum(1),
+        lambda p, ids: ids.sum(),
+        lambda p, ids: simple(p, ids) * 1j,
+        lambda p, ids: {"loss": simple(p, ids)},
+        lambda p, ids: None,
+    ],
+    ids=["rows", "empty", "integer", "complex", "dict", "nothing"],
+)
+def test_a_loss_that_is_no_number(loss):
+    for transformed in (jax.value_and_grad(loss), adamjax.value_and_grad(loss, "table")):
+        with pytest.raises(TypeError, match=r"scalar|real|None"):
+            transformed(params(), MANY)
+
+
+def test_one_array_as_two_tables():
+    table = jnp.asarray(halves(V, D))
+    p = {"a": table, "b": table, "w": jnp.float32(0.5)}
+
+    def loss(p, ids):
+        return quad(p, p["a"][ids]) - 3 * quad(p, p["b"][ids % 3])
+
+    grads = adamjax.grad(loss, ["a", "b"])(p, MANY)
+    check_rows(grads["a"], table, Rows(MANY))
+    check_rows(grads["b"], table, Rows(MANY % 3))
+    assert_equal(dense(grads), jax.grad(loss)(p, MANY))
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_indices_of_64_bits(mode):
+    """One beyond 32 bits is no row's, and not that of its last bits."""
+    starts = np.array([3, 2**32 + 4, -1, 2**40, -(2**32) + 2, 5], np.int64)[:, None]
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+
+    def loss(p, starts):
+        return quad(p, lax.gather(p["table"], starts, numbers, (1, D), mode=mode, fill_value=1.5))
+
+    with enable_x64(True):
+        p = {"table": halves(V, D, dtype=np.float64), "w": np.float32(0.5)}
+        value, grads = adamjax.value_and_grad(loss, "table")(p, starts)
+        edges = [0, V - 1] if mode == "clip" else []
+        check_rows(grads["table"], p["table"], Rows([3, 5, *edges], starts.size))
+        expected = jax.value_and_grad(loss)(p, starts)
+        assert_equal(grads["table"].to_dense(), expected[1]["table"])
+        if mode == "clip":  # else JAX reads the last bits' row, though that gets no gradient
+            assert_equal((value, grads["w"]), (expected[0], expected[1]["w"]))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_effects_of_the_loss_happen_once(jit):
+    seen = []
+
+    def see(rows):
+        jax.debug.callback(lambda x: seen.append(float(x)), rows.sum())
+
+    def loss(p, ids):
+        see(p["table"][ids])
+
+        def step(total, row):
+            see(p["table"][row])
+            return total, None
+
+        return lax.scan(step, quad(p, p["table"][ids]), ids)[0]
+
+    def seen_by(value_and_grad):
+        seen.clear()
+        (jax.jit(value_and_grad) if jit else value_and_grad)(params(), MANY)
+        jax.effects_barrier()
+        return sorted(seen)
+
+    table = params()["table"]
+    theirs = seen_by(jax.value_and_grad(loss))
+    assert theirs.count(table[MANY].sum()) == 1
+    assert seen_by(adamjax.value_and_grad(loss, "table")) == theirs
+
+
+def test_errors_of_the_loss_are_its_own():
+    def loss(p, ids):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        adamjax.value_and_grad(loss, "table")(params(), MANY)
+
+
+def test_repeated_rows_are_summed_in_float32():
+    """JAX adds up the cotangents of a cast table in bfloat16, where they stop growing at 256."""
+    ids = np.zeros(1000, np.int32)
+
+    def loss(p):
+        return jnp.sum(p["table"].astype(jnp.bfloat16)[ids].astype(jnp.float32))
+
+    g = quickly(adamjax.grad(loss, "table"), params())["table"]
+    assert_equal(laid_out(g), np.float32([[1000] * D] + [[0] * D] * (V - 1)))
+
+
+def test_a_cast_table_is_never_made():
+    rows, width = 100_000, 16
+    ids = np.random.default_rng(0).integers(0, rows, 256).astype(np.int32)
+
+    def loss(p, ids):
+        return quad(p, p["table"].astype(jnp.bfloat16)[ids])
+
+    p = {"table": jax.ShapeDtypeStruct((rows, width), jnp.float32), "w": jnp.float32(0.5)}
+
+    def made(function):
+        text = jax.jit(function).lower(p, ids).compile().as_text()
+        arrays = re.findall(rf"= (\w+)\[{rows},{width}\]\S* (\w[\w-]*)\(", text)
+        return [found for found in arrays if found[1] != "parameter"], text
+
+    def step(p, ids):
+        value, grads = adamjax.value_and_grad(loss, "table")(p, ids)
+        return value, adamjax.apply_updates(p, jax.tree.map(lambda g: -g, grads))
+
+    arrays, text = made(adamjax.value_and_grad(loss, "table"))
+    assert arrays == []
+    assert f"bf16[{rows},{width}]" not in text
+    # Only where it is asked for: the new table.
+    arrays, text = made(step)
+    assert f"bf16[{rows},{width}]" not in text
+    assert {dtype for dtype, _ in arrays} <= {"f32"}
+    # Which would be seen.
+    assert made(jax.value_and_grad(loss))[0]
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def check_package(loss, args, what, path, exact=True):
+    case = Case(loss, args, {path: what}, exact)
+    leaves, merge = split(args[0], is_array)
+    vg = value_and_grad(case, strict=isinstance(what, Rows))
+    if isinstance(what, Dense):
+        with pytest.raises(ValueError, match=what.operation):
+            value_and_grad(case, strict=True)(*args)
+
+    def both(leaves, *rest):
+        args = (merge(leaves), *rest)
+        return vg(*args), of_jax(loss, args)
+
+    check(case, *quickly(both, leaves, *args[1:]))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_flax_linen(dtype):
+    linen = pytest.importorskip("flax.linen")
+    table = {"params": {"embedding": halves(V, D)}}
+    embed = linen.Embed(V, D, dtype=None if dtype is None else jnp.bfloat16)
+
+    def loss(variables, ids):
+        return quad(A, embed.apply(variables, ids))
+
+    check_package(loss, (table, MANY), Rows(MANY), "params/embedding")
+
+    def tied(variables, ids):
+        hidden = embed.apply(variables, ids)
+        return quad(A, embed.apply(variables, hidden, method="attend"))
+
+    check_package(tied, (table, MANY), Dense("dot_general"), "params/embedding")
+
+
+def test_a_model_of_flax_linen():
+    linen = pytest.importorskip("flax.linen")
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, ids, others):
+            x = linen.Embed(V, D, name="items")(ids).mean(1)
+            y = linen.remat(linen.Embed)(V, D, dtype=jnp.bfloat16, name="users")(others)
+            return linen.Dense(1)(linen.relu(linen.Dense(5)(jnp.concatenate([x, y], -1))))
+
+    model = Model()
+    others = VALID[: len(MANY)]
+    variables = model.init(jax.random.key(0), MANY, others)
+
+    def loss(variables, ids, others):
+        return jnp.mean(model.apply(variables, ids, others) ** 2)
+
+    case = Case(
+        loss,
+        (variables, MANY, others),
+        {"params/items/embedding": Rows(MANY), "params/users/embedding": Rows(others)},
+        exact=False,
+    )
+    vg = adamjax.value_and_grad(loss, "embedding", strict=True)
+    check(case, *quickly(lambda *args: (vg(*args), of_jax(loss, args)), *case.args))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_flax_nnx_split(dtype):
+    nnx = pytest.importorskip("flax.nnx")
+    options = {} if dtype is None else {"dtype": jnp.bfloat16}
+    embed = nnx.Embed(V, D, rngs=nnx.Rngs(0), **options)
+    graph, state = nnx.split(embed)
+    state = jax.tree.map(lambda x: jnp.asarray(halves(V, D)), state)
+    [path] = by_path(state)
+    assert "embedding" in path
+
+    def loss(state, ids):
+        return quad(A, nnx.merge(graph, state)(ids))
+
+    check_package(loss, (state, MANY), Rows(MANY), path)
+
+    def tied(state, ids):
+        embed = nnx.merge(graph, state)
+        return quad(A, embed.attend(embed(ids)))
+
+    check_package(tied, (state, MANY), Dense("dot_general"), path)
+
+
+def test_flax_nnx_module():
+    """The module itself, where it is a pytree."""
+    nnx = pytest.importorskip("flax.nnx")
+    embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
+    if jax.tree.leaves(embed)[0] is embed:
+        pytest.skip("this flax's modules are no pytrees")
+    embed = jax.tree.map(lambda x: jnp.asarray(halves(V, D)), embed)
+    [path] = by_path(embed)
+
+    def loss(model, ids):
+        return quad(A, model(ids))
+
+    check_package(loss, (embed, MANY), Rows(MANY), path)
+
+
+@pytest.mark.parametrize("vmaps", [1, 2])
+def test_equinox(vmaps):
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        embedding: Any
+        mlp: Any
+
+    mlp = eqx.nn.MLP(D, "scalar", 4, 1, key=jax.random.key(0))
+    model = Model(eqx.nn.Embedding(weight=jnp.asarray(halves(V, D))), mlp)
+    ids = {1: VALID, 2: MANY}[vmaps]
+
+    def loss(model, ids):
+        def of_one(i):
+            return model.mlp(model.embedding(i))
+
+        for _ in range(vmaps):
+            of_one = jax.vmap(of_one)
+        return jnp.mean(of_one(ids) ** 2)
+
+    # The module has its activation functions as leaves.
+    assert any(callable(x) and not is_array(x) for x in jax.tree.leaves(model))
+    check_package(loss, (model, ids), Rows(ids), "embedding/weight", exact=False)
+
+
+# --- composition ----------------------------------------------------------------------------------
+
+
+def descended(vg):
+    def step(p, ids):
+        value, grads = vg(p, ids)
+        return value, adamjax.apply_updates(
+            p, jax.tree.map(lambda g: g * -0.5, grads, is_leaf=is_gradient)
+        )
+
+    return step
+
+
+def test_donation():
+    """A buffer that could not be used again would be a warning, which is an error here."""
+    step = jax.jit(descended(adamjax.value_and_grad(simple, "table")), donate_argnums=0)
+    p = jax.tree.map(jnp.array, params())
+    held = p["table"]
+    value, p = step(p, MANY)
+    assert held.is_deleted()
+    assert_equal((value, p), descended(jax.value_and_grad(simple))(params(), MANY))
+
+
+def row_wise(loss):
+    return adamjax.value_and_grad(loss, "table")
+
+
+def test_under_vmap():
+    """A gradient of every example."""
+    vg = adamjax.value_and_grad(simple, "table")
+    value, grads = jax.jit(jax.vmap(vg, in_axes=(None, 0)))(params(), MANY)
+    expected = jax.vmap(jax.value_and_grad(simple), in_axes=(None, 0))(params(), MANY)
+    assert grads["table"].values.shape == (*MANY.shape, D)
+    for i, ids in enumerate(MANY):
+        check_rows(jax.tree.map(lambda x, i=i: x[i], grads["table"]), A["table"], Rows(ids))
+    assert_equal((value, jax.vmap(dense)(grads)), expected)
+
+
+def test_under_vmap_over_models():
+    """Every member of an ensemble has its own table."""
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack(x), params(), {**params(), "table": halves(V, D, seed=9)}
+    )
+    ids = MANY[:2]
+    both = [jax.vmap(f(simple)) for f in (row_wise, jax.value_and_grad)]
+    (value, grads), expected = quickly(lambda *args: [f(*args) for f in both], stacked, ids)
+    assert grads["table"].values.shape == (2, 4, D)
+    assert_equal((value, jax.vmap(dense)(grads)), expected)
+
+
+def test_in_a_scan():
+    """Training steps in one program."""
+
+    def train(vg):
+        step = descended(vg)
+        return jax.jit(lambda p, batches: lax.scan(lambda p, b: step(p, b)[::-1], p, batches))
+
+    batches = MANY[:2]
+    actual = train(adamjax.value_and_grad(simple, "table"))(params(), batches)
+    assert_equal(actual, train(jax.value_and_grad(simple))(params(), batches), exact=False)
+
+
+def test_inside_remat_and_cond():
+    vg = adamjax.value_and_grad(simple, "table")
+    expected = jax.value_and_grad(simple)(params(), MANY)
+    value, grads = jax.checkpoint(vg)(params(), MANY)
+    assert_equal((value, dense(grads)), expected)
+    value, grads = lax.cond(True, vg, vg, params(), MANY)
+    assert_equal((value, dense(grads)), expected)
+
+
+def cubic(p, ids):
+    rows = p["table"][ids]
+    return jnp.sum(rows * rows * (rows + p["w"]) * p["w"])
+
+
+def test_second_derivatives():
+    """Forward and backward, with respect to all parameters, the table among them."""
+    tangent = {"table": halves(V, D, seed=7), "w": np.float32(1.5)}
+    of_w = {"table": np.zeros((V, D), np.float32), "w": np.float32(1)}
+
+    def derivatives(value_and_grad, p):
+        def of(p):
+            value, grads = value_and_grad(cubic)(p, MANY)
+            return value, dense(grads)
+
+        def penalty(p):
+            return sum(jnp.sum(g * g) for g in jax.tree.leaves(of(p)[1]))
+
+        return [jax.jvp(of, (p,), (t,)) for t in (tangent, of_w)], jax.grad(penalty)(p)
+
+    both = [functools.partial(derivatives, f) for f in (row_wise, jax.value_and_grad)]
+    actual, expected = quickly(lambda p: [f(p) for f in both], params())
+    assert_equal(actual, expected)
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+DEVICES = 8
+SHARDS = np.random.default_rng(5).integers(-2, V + 2, (DEVICES, 6)).astype(np.int32)
+
+
+def of_shards(p, ids):
+    return quad(p, jnp.take(p["table"], ids, axis=0, mode="fill", fill_value=0.5))
+
+
+def mapped(function, mesh, in_specs, out_specs):
+    try:
+        shard_map = jax.shard_map
+    except AttributeError:  # an older JAX
+        from jax.experimental.shard_map import shard_map
+    return shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def over_devices():
+    """What a process of its own with several devices runs."""
+    assert jax.device_count() == DEVICES
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    batch, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    p = jax.device_put(params(), place(whole))
+    ids = jax.device_put(SHARDS, place(batch))
+
+    # The batch lies on all devices, and jit divides the work.
+    value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(p, ids)
+    expected = jax.value_and_grad(of_shards)(params(), SHARDS)
+    check_rows(grads["table"], A["table"], Rows(SHARDS))
+    assert_equal((value, dense(grads)), expected)
+
+    # And the table by its rows, and by its columns.
+    for rows in (jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec(None, "batch")):
+        wide = params(trailing=(16,), table=halves(16, 16))
+        cut = {**wide, "table": jax.device_put(wide["table"], place(rows))}
+        value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(cut, ids)
+        check_rows(grads["table"], wide["table"], Rows(np.arange(16), SHARDS.size))
+        assert_equal((value, dense(grads)), jax.value_and_grad(of_shards)(wide, SHARDS))
+
+    # A table that is told where to lie.
+    def placed(p, ids):
+        table = lax.with_sharding_constraint(p["table"], place(whole))
+        return of_shards({**p, "table": table}, ids)
+
+    value, grads = jax.jit(adamjax.value_and_grad(placed, "table"))(p, ids)
+    expected = jax.value_and_grad(of_shards)(params(), SHARDS)
+    assert_equal((value, dense(grads)), expected)
+
+    # Inside of a shard_map every device has the gradient of its own examples; the table is cast
+    # to one that varies, so that nothing is summed behind its back.
+    def vary(x):
+        try:
+            return lax.pcast(x, "batch", to="varying")
+        except AttributeError:
+            try:
+                return lax.pvary(x, "batch")
+            except AttributeError:
+                return x
+
+    def own(p, ids):
+        p = jax.tree.map(vary, p)
+        value, grads = adamjax.value_and_grad(of_shards, "table", strict=True)(p, ids[0])
+        return jax.tree.map(lambda x: x[None], (value, grads))
+
+    values, grads = jax.jit(mapped(own, mesh, (whole, batch), batch))(p, ids)
+    for i, shard in enumerate(SHARDS):
+        one = jax.tree.map(lambda x, i=i: x[i], grads)
+        check_rows(one["table"], A["table"], Rows(shard))
+        expected = jax.value_and_grad(of_shards)(params(), shard)
+        assert_equal((values[i], dense(one)), expected)
+
+    # Summed there, as the replicas do.
+    def summed(p, ids):
+        grads = adamjax.grad(of_shards, "table")(jax.tree.map(vary, p), ids[0])
+        grads = adamjax.sum_over("batch").update(grads, (), p)[0]
+        return jax.tree.map(lambda x: x[None], dense(grads))
+
+    total = jax.jit(mapped(summed, mesh, (whole, batch), batch))(p, ids)
+    expected = jax.grad(of_shards)(params(), SHARDS)
+    for i in range(DEVICES):
+        got = jax.tree.map(lambda x, i=i: x[i], total)
+        assert_equal(got["table"], expected_sum("table"))
+        assert_equal(got["w"], expected_sum("w"))
+
+    # A shard_map in the loss.
+    def parted(p, ids):
+        def part(p, ids):
+            return lax.psum(of_shards(p, ids[0]), "batch")
+
+        return mapped(part, mesh, (whole, batch), whole)(p, ids)
+
+    expected = jax.jit(jax.value_and_grad(parted))(p, ids)
+    value, grads = jax.jit(adamjax.value_and_grad(parted, "table"))(p, ids)
+    assert_equal((value, dense(grads)), expected)
+
+
+def expected_sum(name):
+    """The sum of the gradients of each device's examples alone."""
+    return sum(jax.grad(of_shards)(params(), shard)[name] for shard in SHARDS)
+
+
+def test_over_devices():
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import test_autodiff; test_autodiff.over_devices()"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
