@@ -1,5 +1,6 @@
 """Adam, AMSGrad and Adamax for JAX as pure functions, exact to the documents in every dtype."""
 
+from adamjax import convert
 from adamjax.adam import (
     ScaleByAdamaxState,
     ScaleByAdamState,
@@ -122,6 +123,7 @@ __all__ = [
     # as JSON
     "to_config",
     "from_config",
+    "convert",
     # reading a state
     "get_slot",
     "slot_names",

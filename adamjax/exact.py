@@ -341,6 +341,27 @@ class exact_rows(Transform):
             )
         return found
 
+    def _expected(self, state: Any, params: Tree) -> list[_Table]:
+        """The tables, if the state is one of ours and of these parameters."""
+        expect_state(self, state, ExactRowsState)
+        tables, seen = self._tables(params), []
+
+        def see(name: str, tree: Tree) -> Tree:
+            seen.append(tree)
+            return tree
+
+        over_slots(see, state.inner)
+        came, wanted = leaf_paths(params), leaf_paths(seen[0])
+        if came != wanted or [t.path for t in tables] != list(state.tables):
+            others = [path for path in came if path not in set(wanted)]
+            others += [path for path in wanted if path not in set(came)]
+            raise ValueError(
+                f"exact_rows: the state is of other parameters, with the tables "
+                f"{list(state.tables)}; leaves that only one of both has: {others}. Rows are found "
+                "by the leaf's place, so params must have the structure that init was given"
+            )
+        return tables
+
     def _named(self, tables: list[_Table], name: str) -> _Table:
         exact = [t for t in tables if t.path == name]
         found = exact or [t for t in tables if re.search(name, t.path)]
@@ -483,8 +504,7 @@ class exact_rows(Transform):
           and a ticket which spares `update` doing the same again. The gradient must then be
           `row_gradient` of these indices; for others the ticket is of no use, but does no harm.
         """
-        expect_state(self, state, ExactRowsState)
-        tables, read, rows = self._tables(params), {}, {}
+        tables, read, rows = self._expected(state, params), {}, {}
         for name, ids in indices.items():
             table = self._named(tables, name)
             ids = in_table(jnp.asarray(ids), table.num_rows)
@@ -544,8 +564,7 @@ class exact_rows(Transform):
 
         @functools.wraps(loss_fn)
         def function(params: Tree, state: Any, *args: Any, **kwargs: Any) -> Any:
-            expect_state(self, state, ExactRowsState)
-            tables = {t.leaf: t for t in self._tables(params)}
+            tables = {t.leaf: t for t in self._expected(state, params)}
             call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
             reads = Reads(call, list(tables), exact=True, strict=strict)
             given, ready = {}, {}
@@ -577,8 +596,7 @@ class exact_rows(Transform):
         Returns:
           The rows, of shape `indices.shape + trailing` and the table's dtype.
         """
-        expect_state(self, state, ExactRowsState)
-        found = self._named(self._tables(params), table)
+        found = self._named(self._expected(state, params), table)
         ids = in_table(jnp.asarray(indices), found.num_rows)
         rows = self._caught_up(found, state, params, ids.reshape(-1)).now
         return rows.reshape(*ids.shape, *rows.shape[1:])
@@ -604,9 +622,8 @@ class exact_rows(Transform):
         ticket: Ticket | None = None,
         **extra_args: Any,
     ) -> Step:
-        expect_state(self, state, ExactRowsState)
         params = needed("exact_rows", params)
-        tables = self._tables(params)
+        tables = self._expected(state, params)
         leaves = matched("exact_rows", "grads", grads, params, "params")
         ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
 
@@ -704,8 +721,7 @@ class exact_rows(Transform):
         Returns:
           `params` and the state. Jit it, and donate both, to spare copies of the tables.
         """
-        expect_state(self, state, ExactRowsState)
-        for t in self._tables(params):
+        for t in self._expected(state, params):
             params, state = self._flushed(t, params, state)
         return params, state
 

@@ -72,7 +72,14 @@ def _kind(leaf: Any) -> str:
 
 
 def matched(
-    owner: str, name: str, tree: Any, like: Any, like_name: str, *, kinds: bool = True
+    owner: str,
+    name: str,
+    tree: Any,
+    like: Any,
+    like_name: str,
+    *,
+    kinds: bool = True,
+    grads: list[Any] | None = None,
 ) -> list[Any]:
     """The leaves of `tree` in the order of `like`, or an error that names the first that differs.
 
@@ -98,6 +105,8 @@ def matched(
             "(None stands for a leaf that is not to be updated)"
         ) from None
     for i, (leaf, want) in enumerate(zip(leaves, expected, strict=True)):
+        if grads is not None and grads[i] is None:
+            continue  # nobody looks at it
         reason = _mismatch(leaf, want, kinds)
         if reason:
             path = leaf_paths(like)[i]
@@ -133,6 +142,8 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
             )
 
     def made(p: Any) -> Any:
+        if isinstance(p, jax.ShapeDtypeStruct):
+            return make(p)
         p = jnp.asarray(p)
         return laid_out_like(make(p), p)
 
@@ -181,8 +192,13 @@ def lift(
     treedef = flatten(like)[1]
     leaves = matched(owner, name, grads, like, like_name)
     # The size of a complex leaf is kept in a real slot.
-    columns = [matched(owner, slot_name, slot, like, like_name, kinds=False) for slot in slots]
-    reads = [] if params is None else [matched(owner, "params", params, like, like_name)]
+    columns = [
+        matched(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
+        for slot in slots
+    ]
+    reads = (
+        [] if params is None else [matched(owner, "params", params, like, like_name, grads=leaves)]
+    )
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
     alike: dict[Any, list[tuple[int, list[Any]]]] = {}

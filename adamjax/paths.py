@@ -36,8 +36,23 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
 
 def leaf_paths(tree: Tree) -> list[str]:
     """The path of every leaf (`None` is one), keys joined by slashes: `"layers/0/kernel"`."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_named)
+    paths: list[str] = []
+    for path, x in found:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # A Variable of flax.nnx is named as its value is where there is no Variable around it:
+        # its Optimizer shows `init` the one and `update` the other.
+        below = [name] if is_leaf(x) or not _is_variable(x) else len(flatten(x)[0]) * [name]
+        paths.extend(below)
+    return paths
+
+
+def _is_variable(x: Any) -> bool:
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+
+
+def _is_named(x: Any) -> bool:
+    return is_leaf(x) or _is_variable(x)
 
 
 def checked_pattern(owner: str, pattern: Any) -> str:

@@ -1,0 +1,28 @@
+"""States from and to optax, Keras and torch: a run that goes on here, or there, where it stood.
+
+What a system keeps is read into one form, by the path of a leaf: its moments, and the steps that
+they have taken. From that form a state is filled, ours or theirs. Neither optax nor Keras nor
+torch is imported: what a state holds is told by the names of its fields.
+
+A conversion is refused, with the leaf's path and what to do, where the run would not go on as it
+would have:
+
+- **A form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and torch's
+  SparseAdam to the root (`eps_hat`). The rule of `tx` must have theirs.
+- **Hyperparameters**, as far as the source says them: torch's groups, what optax's
+  `inject_hyperparams` holds, the learning rate in Keras' variables. An optax state says nothing of
+  its betas, its epsilon, its `eps_root` (which must be 0) or its rate: build `tx` with the same.
+- **A rule of another form**, where it shows: optax' AMSGrad, whose maximum is over bias-corrected
+  moments; optax' Nadam, which has no momentum schedule; Adamax of optax and torch, whose epsilon
+  is inside the maximum. Both forms become one, for AMSGrad and Nadam with the steps taken, for
+  Adamax where gradients are large against epsilon; `rtol` says how close is close enough.
+- **A value that would be rounded** by the dtype that is to hold it.
+
+`check=False` takes the arrays all the same, and the run goes on as `tx` says.
+"""
+
+from adamjax.convert.keras import from_keras, to_keras
+from adamjax.convert.optax import from_optax, to_optax
+from adamjax.convert.torch import from_torch, to_torch
+
+__all__ = ["from_keras", "from_optax", "from_torch", "to_keras", "to_optax", "to_torch"]

@@ -1,0 +1,1177 @@
+"""Runs that change their optimizer in the middle, against the one they started with.
+
+Ten steps are taken by one system, its state is converted, and twenty more are taken by both, really
+running the packages. What the two do is the same arithmetic in another order, so trajectories are
+compared in float64, to 1e-12 of the largest weight: a slot in the wrong place, a count that is off
+by one or an epsilon of the other form is seen at 1e-3 to 1e-8. In float32, where systems differ by
+how they compute the bias correction, a few runs are compared to what that rounds off.
+"""
+
+import functools
+import inspect
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same, enable_x64
+
+import adamjax
+from adamjax import convert
+
+BEFORE, AFTER = 10, 20
+RATE = 0.0625  # a float32, as which Keras keeps it
+
+SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
+PATHS = ["embed/table", "head/bias", "head/kernel"]
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def new_params(dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+
+
+def noise(steps=BEFORE + AFTER, dtype=np.float64, seed=1):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda s: np.asarray(rng.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+        for _ in range(steps)
+    ]
+
+
+def gradient(p, n):
+    """Of a bowl, and noise: later steps feel the earlier ones through the weights."""
+    return 0.5 * p + n
+
+
+@functools.cache
+def step_of(tx, apply):
+    @jax.jit
+    def step(params, state, n):
+        updates, state = tx.update(jax.tree.map(gradient, params, n), state, params)
+        return apply(params, updates), state
+
+    return step
+
+
+def taken(tx, params, state, noises, apply=optax.apply_updates):
+    """The parameters after each step, and the state after the last."""
+    visited = []
+    for n in noises:
+        params, state = step_of(tx, apply)(params, state, n)
+        visited.append(params)
+    return visited, state
+
+
+def ours_taken(tx, params, state, noises):
+    return taken(tx, params, state, noises, adamjax.apply_updates)
+
+
+@functools.cache
+def pair(name):
+    """The transforms of this name, the same each time: compiled once."""
+    return tuple(make() for make in OPTAX[name])
+
+
+@pytest.fixture
+def x64():
+    with enable_x64(True):
+        yield
+
+
+# --- optax ----------------------------------------------------------------------------------------
+
+
+def falling(count):
+    return RATE / (1 + 0.1 * count)
+
+
+def is_head(tree):
+    return {"embed": {"table": False}, "head": {"bias": True, "kernel": True}}
+
+
+def is_embed(tree):
+    return jax.tree.map(lambda flag: not flag, is_head(tree))
+
+
+def micro_batches(tx):
+    # By default newer versions gather in float32, older ones in the dtype of the parameters.
+    known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
+    kept = {"accumulator_dtype": np.float64} if known else {}
+    return optax.MultiSteps(tx, 4, **kept).gradient_transformation()
+
+
+def labels(tree):
+    return {"embed": {"table": "rows"}, "head": {"bias": "rest", "kernel": "rest"}}
+
+
+OPTAX = {
+    "adam": (lambda: optax.adam(RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
+    "adam, an epsilon that matters": (
+        lambda: optax.adam(RATE, b1=0.8, b2=0.95, eps=1e-2),
+        lambda: adamjax.adam(RATE, 0.8, 0.95, eps=1e-2),
+    ),
+    "clip, adamw, schedule": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(falling, weight_decay=0.1)),
+        lambda: adamjax.chain(
+            adamjax.clip_by_global_norm(1.0), adamjax.adamw(falling, eps=1e-8, weight_decay=0.1)
+        ),
+    ),
+    "a decay that masks": (
+        lambda: optax.adamw(RATE, weight_decay=0.1, mask=is_head),
+        lambda: adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1, mask="^head"),
+    ),
+    "masked": (
+        lambda: optax.chain(
+            optax.masked(optax.adam(falling), is_head), optax.masked(optax.scale(-0.1), is_embed)
+        ),
+        lambda: adamjax.chain(
+            adamjax.masked(adamjax.adam(falling, eps=1e-8), "^head"),
+            adamjax.masked(adamjax.scale(-0.1), "^embed"),
+        ),
+    ),
+    "multi_transform": (
+        lambda: optax.multi_transform(
+            {"rows": optax.adam(falling), "rest": optax.adamw(RATE, weight_decay=0.1)}, labels
+        ),
+        lambda: adamjax.partition(
+            [("^embed", adamjax.adam(falling, eps=1e-8))],
+            default=adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1),
+        ),
+    ),
+    "multi_transform into one chain": (
+        lambda: optax.multi_transform({"rows": optax.adam(RATE), "rest": optax.adam(0.03)}, labels),
+        lambda: adamjax.adam(adamjax.by_path([("^embed", RATE)], default=0.03), eps=1e-8),
+    ),
+    "inject_hyperparams": (
+        lambda: optax.inject_hyperparams(optax.adamw)(falling, b1=0.8, weight_decay=0.1),
+        lambda: adamjax.adamw(falling, 0.8, eps=1e-8, weight_decay=0.1),
+    ),
+    "inject_hyperparams into with_hyperparams": (
+        lambda: optax.inject_hyperparams(optax.adam)(RATE, b1=0.75),
+        lambda: adamjax.with_hyperparams(adamjax.adam(0.5, eps=1e-8), learning_rate=RATE, b1=0.75),
+    ),
+    "MultiSteps": (
+        lambda: micro_batches(optax.adam(falling)),
+        lambda: adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
+    ),
+    "apply_if_finite": (
+        lambda: optax.apply_if_finite(optax.adam(RATE), 5),
+        lambda: adamjax.skip_not_finite(adamjax.adam(RATE, eps=1e-8)),
+    ),
+    "adamax": (
+        lambda: optax.adamax(RATE, eps=1e-30),
+        lambda: adamjax.adamax(RATE, eps=1e-30),
+    ),
+    "optax within ours": (
+        lambda: optax.chain(optax.trace(0.5), optax.adam(RATE)),
+        lambda: adamjax.chain(optax.trace(0.5), adamjax.adam(RATE, eps=1e-8)),
+    ),
+    "ours within optax": (
+        lambda: optax.chain(optax.clip(1.0), optax.masked(optax.adam(falling), is_head)),
+        lambda: optax.chain(
+            optax.clip(1.0), optax.masked(adamjax.adam(falling, eps=1e-8), is_head)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_a_run_that_comes_from_optax(name, x64):
+    theirs, ours = pair(name)
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle)
+    assert jax.tree.structure(converted) == jax.tree.structure(ours.init(params))
+    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_a_run_that_goes_to_optax(name, x64):
+    theirs, ours = pair(name)
+    params, noises = new_params(), noise()
+    (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
+    expected, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    converted = convert.to_optax(state, ours, middle, theirs.init(middle))
+    actual, _ = taken(theirs, middle, converted, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adam", "multi_transform", "MultiSteps", "inject_hyperparams"])
+def test_there_and_back_is_the_same_state(name, x64):
+    theirs, ours = pair(name)
+    params = new_params()
+    _, state = taken(theirs, params, theirs.init(params), noise()[:BEFORE])
+    back = convert.to_optax(
+        convert.from_optax(state, ours, params), ours, params, theirs.init(params)
+    )
+    if name == "inject_hyperparams":  # which keeps the rates of the last step as well
+        state, back = state.inner_state, back.inner_state
+    assert_close(back, state, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "count"),
+    [
+        (optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8), 200_000),
+        (optax.nadam(RATE), adamjax.nadam(RATE, eps=1e-8), 2_000),
+    ],
+    ids=["amsgrad", "nadam"],
+)
+def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
+    """A state of a long run is one of a short run with its count set."""
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    young = state
+    state = (state[0]._replace(count=jnp.asarray(count, jnp.int32)), *state[1:])
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle)
+    actual, after = ours_taken(ours, middle, converted, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    back = convert.to_optax(after, ours, actual[-1], theirs.init(params))
+    expected, _ = ours_taken(ours, actual[-1], after, noises[:AFTER])
+    actual, _ = taken(theirs, actual[-1], back, noises[:AFTER])
+    assert_close(actual, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"is not the one here.*'embed/table', after 10 steps"):
+        convert.from_optax(young, ours, middle)
+    _, young = ours_taken(ours, params, ours.init(params), noises[:2])
+    with pytest.raises(ValueError, match=r"is not the one here.*'embed/table', after 2 steps"):
+        convert.to_optax(young, ours, middle, theirs.init(params))
+
+
+def test_optax_amsgrad_by_as_much_as_is_said(x64):
+    """What `rtol` lets pass is as large as the message says, and no larger than it."""
+    theirs, ours = optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8)
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    state = (state[0]._replace(count=jnp.asarray(8_000, jnp.int32)), *state[1:])
+    with pytest.raises(ValueError, match="rtol=") as refused:
+        convert.from_optax(state, ours, middle)
+    rtol = float(re.search(r"rtol=(\S+)", str(refused.value))[1])
+    assert 1e-4 < rtol < 2e-4
+    converted = convert.from_optax(state, ours, middle, rtol=rtol)
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:][:1])
+    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:][:1])
+    for a, b, p in zip(*map(jax.tree.leaves, (actual, expected, middle)), strict=True):
+        apart = np.max(np.abs(a - b) / np.abs(b - p))
+        assert 0.1 * rtol < apart <= rtol
+
+
+def test_adamax_with_epsilon_inside_the_maximum():
+    theirs, ours = optax.adamax(RATE), adamjax.adamax(RATE, eps=1e-8)
+    params, noises = new_params(np.float32), noise(dtype=np.float32)
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle, rtol=1e-6)
+    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
+    # optax' 1 - b1**t is off by 1.2e-7 / (1 - b1**t), here at most 2e-7 of the steps.
+    assert_close(actual, expected, rtol=2e-6)
+    small = (state[0]._replace(nu=jax.tree.map(lambda u: u * 1e-5, state[0].nu)), *state[1:])
+    with pytest.raises(ValueError, match=r"adamax is not the one here: it has epsilon inside"):
+        convert.from_optax(small, ours, middle)
+
+
+def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
+    theirs, ours = optax.adamax(RATE, eps=0.5), adamjax.adamax(RATE, eps=0.5)
+    params, n = new_params(), noise()[0]
+    (after,), state = taken(theirs, params, theirs.init(params), [n])
+    converted = convert.from_optax(state, ours, after, rtol=1e3)
+    sizes = jax.tree.map(lambda p, n: jnp.abs(gradient(p, n)), params, n)
+    assert_close(adamjax.get_slot(converted, "u"), sizes, rtol=1e-15)
+    back = convert.to_optax(converted, ours, after, theirs.init(after), rtol=1e3)
+    assert_close(back, state, rtol=1e-15)
+    with pytest.raises(ValueError, match=r"after 1 steps, a step may differ by"):
+        convert.to_optax(converted, ours, after, theirs.init(after))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_parameters_with_float32_moments(dtype):
+    """Gradients in float32, as both would square them in the gradients' dtype otherwise."""
+    theirs, ours = (
+        optax.adamw(RATE, weight_decay=0.1),
+        adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1),
+    )
+    noises = noise(dtype=np.float32)
+    wide = new_params(np.float32)
+    params = jax.tree.map(lambda p: p.astype(dtype), wide)
+
+    def run(tx, apply, params, state, noises):
+        @jax.jit
+        def step(params, state, n):
+            updates, state = tx.update(n, state, wide)
+            return apply(params, updates), state
+
+        visited = []
+        for n in noises:
+            params, state = step(params, state, n)
+            visited.append(params)
+        return visited, state
+
+    (*_, middle), state = run(theirs, optax.apply_updates, params, theirs.init(wide), noises[:10])
+    expected, _ = run(theirs, optax.apply_updates, middle, state, noises[10:])
+    converted = convert.from_optax(state, ours, middle)
+    assert {x.dtype.name for x in jax.tree.leaves(adamjax.get_slot(converted, "v"))} == {"float32"}
+    actual, _ = run(ours, adamjax.apply_updates, middle, converted, noises[10:])
+    # optax' 1 - b2**t is off by 6e-8 / (1 - b2**t), 5e-6 at t = 11, half of which is in a step:
+    # 20 steps of 1/16 move by 3e-6 more or less. bfloat16 may round such a sum to its neighbour.
+    assert_close(actual, expected, rtol=3e-6 if dtype == "float32" else 2**-7)
+    if dtype == "bfloat16":
+        near = [
+            jnp.mean(a == b) for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
+        ]
+        assert min(near) > 0.9
+        with pytest.raises(
+            ValueError, match=r"'embed/table' is float32 and would be rounded to bfl"
+        ):
+            convert.to_optax(converted, ours, middle, theirs.init(middle))
+        rounded = convert.to_optax(converted, ours, middle, theirs.init(middle), check=False)
+        assert rounded[0].nu["embed"]["table"].dtype == jnp.bfloat16
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def rows_of(step):
+    """Two rows a step, four of six in all: two are never touched again."""
+    return np.array([step % 3, 3])
+
+
+def touched(step):
+    flags = np.zeros((6, 1))
+    flags[rows_of(step)] = 1
+    return flags
+
+
+def only_rows(tree, step):
+    return {**tree, "embed": {"table": tree["embed"]["table"] * touched(step)}}
+
+
+def exact_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, ids, n):
+        rows, ticket = tx.prepare(params, state, {"embed": ids})
+        table = gradient(rows["embed"], n["embed"]["table"][ids])
+        grads = {
+            "embed": {"table": adamjax.row_gradient(ids, table, 6)},
+            "head": jax.tree.map(gradient, params["head"], n["head"]),
+        }
+        updates, state = tx.update(grads, state, params, ticket=ticket)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, jnp.asarray(rows_of(step)), n)
+    return jax.jit(tx.flush)(params, state)
+
+
+def dense_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, flags, n):
+        grads = jax.tree.map(gradient, params, n)
+        grads = {**grads, "embed": {"table": grads["embed"]["table"] * flags}}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, touched(step), n)
+    return params, state
+
+
+EXACT = {
+    "adamw, schedule": (
+        optax.adamw(falling, weight_decay=0.1),
+        adamjax.adamw(falling, eps=1e-8, weight_decay=0.1),
+    ),
+    "adamax": (optax.adamax(RATE, eps=1e-30), adamjax.adamax(RATE, eps=1e-30)),
+    "multi_transform": (
+        optax.multi_transform({"rows": optax.adam(RATE), "rest": optax.adam(0.03)}, labels),
+        adamjax.partition(
+            [("^embed", adamjax.adam(RATE, eps=1e-8))], default=adamjax.adam(0.03, eps=1e-8)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_straight_into_exact_rows_and_back(name, x64):
+    theirs, dense = EXACT[name]
+    ours = adamjax.exact_rows(dense, "^embed", history=2048)
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    expected, expected_state = dense_taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle)
+    assert int(converted.clock) == BEFORE
+    actual, ours_state = exact_taken(ours, middle, converted, noises[BEFORE:])
+    # What exact_rows promises of rows that have caught up.
+    assert_close(actual, expected, rtol=1e-8)
+    back = convert.to_optax(ours_state, ours, actual, theirs.init(params))
+    assert_close(back, expected_state, rtol=1e-8)
+
+
+def test_rows_that_lag_behind_are_not_converted():
+    ours = adamjax.exact_rows(adamjax.adam(RATE, eps=1e-8), "^embed", history=2048)
+    params = new_params(np.float32)
+    grads = {
+        "embed": {"table": adamjax.row_gradient(jnp.array([1]), jnp.ones((1, 3)), 6)},
+        "head": params["head"],
+    }
+    _, state = jax.jit(ours.update)(grads, ours.init(params), params)
+    with pytest.raises(ValueError, match=r"'embed/table' lag behind: .*flush"):
+        convert.to_optax(state, ours, params, optax.adam(RATE).init(params))
+
+
+# --- Keras ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keras():
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras runs on another backend here")
+    return keras
+
+
+KERAS = {
+    "adam": (lambda k: k.Adam(RATE), lambda: adamjax.adam(RATE)),
+    "adam, an epsilon that matters": (
+        lambda k: k.Adam(RATE, beta_1=0.8, epsilon=1e-2),
+        lambda: adamjax.adam(RATE, 0.8, eps_hat=1e-2),
+    ),
+    "amsgrad": (lambda k: k.Adam(RATE, amsgrad=True), lambda: adamjax.amsgrad(RATE)),
+    "adamw": (
+        lambda k: k.AdamW(RATE, weight_decay=0.125),
+        lambda: adamjax.adamw(RATE, weight_decay=0.125),
+    ),
+    "adamax": (lambda k: k.Adamax(RATE), lambda: adamjax.adamax(RATE)),
+    "nadam": (lambda k: k.Nadam(RATE), lambda: adamjax.nadam(RATE)),
+    "schedule, clip": (
+        lambda k: k.Adam(k.schedules.InverseTimeDecay(RATE, 1, 0.125), global_clipnorm=1.0),
+        lambda: adamjax.chain(
+            adamjax.clip_by_global_norm(1.0),
+            adamjax.adam(adamjax.inverse_time_decay(RATE, 1, 0.125)),
+        ),
+    ),
+    "amsgrad, average": (
+        lambda k: k.Adam(RATE, amsgrad=True, use_ema=True, ema_momentum=0.75),
+        lambda: adamjax.chain(adamjax.amsgrad(RATE), adamjax.weight_ema(0.75)),
+    ),
+    "average that overwrites": (
+        lambda k: k.Adam(RATE, use_ema=True, ema_momentum=0.75, ema_overwrite_frequency=7),
+        lambda: adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.75, 7)),
+    ),
+    "accumulation": (
+        lambda k: k.Adam(RATE, gradient_accumulation_steps=4),
+        lambda: adamjax.accumulate_gradients(adamjax.adam(RATE), 4),
+    ),
+    "accumulation, average": (
+        lambda k: k.Adam(RATE, gradient_accumulation_steps=4, use_ema=True, ema_momentum=0.75),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75)
+        ),
+    ),
+}
+
+
+class Keras:
+    """A Keras optimizer with its variables."""
+
+    def __init__(self, keras, make, params):
+        self.optimizer = make(keras.optimizers)
+        self.treedef = jax.tree.structure(params)
+        self.variables = [
+            keras.Variable(np.asarray(p), dtype=p.dtype.name, name=path.replace("/", "_"))
+            for p, path in zip(jax.tree.leaves(params), PATHS, strict=True)
+        ]
+        self.optimizer.build(self.variables)
+        self.step = jax.jit(self._step)
+
+    def _step(self, kept, params, n):
+        grads = jax.tree.map(gradient, self.treedef.unflatten(params), n)
+        return self.optimizer.stateless_apply(kept, jax.tree.leaves(grads), params)
+
+    @property
+    def params(self):
+        return self.treedef.unflatten([jnp.asarray(v.value) for v in self.variables])
+
+    def take(self, noises):
+        kept = [v.value for v in self.optimizer.variables]
+        params, visited = [v.value for v in self.variables], []
+        for n in noises:
+            params, kept = self.step(kept, params, n)
+            visited.append(self.treedef.unflatten(params))
+        self.load(self.treedef.unflatten(params), kept)
+        return visited
+
+    def load(self, params, kept):
+        pairs = [(self.variables, jax.tree.leaves(params)), (self.optimizer.variables, kept)]
+        for variables, values in pairs:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+
+    @property
+    def average(self):
+        found = [v.value for v in self.optimizer.variables if v.path.endswith("_average")]
+        return self.treedef.unflatten(found) if found else None
+
+
+@pytest.mark.parametrize("name", KERAS)
+def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
+    make, make_ours = KERAS[name]
+    ours, noises, params = make_ours(), noise(), new_params()
+    theirs = Keras(keras, make, params)
+    theirs.take(noises[:BEFORE])
+    middle = theirs.params
+    state = convert.from_keras(theirs.optimizer.variables, ours, middle)
+    expected = theirs.take(noises[BEFORE:])
+    actual, state = ours_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    if theirs.average is not None:
+        assert_close(adamjax.averaged_weights(state), theirs.average, rtol=1e-12)
+
+    (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
+    expected, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    # What the run before has left in the optimizer is all replaced.
+    theirs.load(middle, convert.to_keras(state, ours, middle, theirs.optimizer.variables))
+    actual = theirs.take(noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    if theirs.average is not None:
+        assert_close(theirs.average, adamjax.averaged_weights(after), rtol=1e-12)
+
+
+def test_keras_into_exact_rows(keras, x64):
+    noises = noise()
+    ours = adamjax.exact_rows(
+        adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.75)), "^embed", history=2048
+    )
+    theirs = Keras(keras, lambda k: k.Adam(RATE, use_ema=True, ema_momentum=0.75), new_params())
+    theirs.take(noises[:BEFORE])
+    middle = theirs.params
+    state = convert.from_keras(theirs.optimizer.variables, ours, middle)
+    for step, n in enumerate(noises[BEFORE:]):
+        grads = only_rows(jax.tree.map(gradient, theirs.params, n), step)
+        theirs.optimizer.apply(jax.tree.leaves(grads))
+    actual, state = exact_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, theirs.params, rtol=1e-8)
+    assert_close(adamjax.averaged_weights(state), theirs.average, rtol=1e-8)
+    values = convert.to_keras(state, ours, actual, theirs.optimizer.variables)
+    for variable, value in zip(theirs.optimizer.variables, values, strict=True):
+        assert_close(value, np.asarray(variable.value), rtol=1e-8)
+
+
+KERAS_NAMES = {
+    "momentum": "m",
+    "velocity": "v",
+    "velocity_hat": "vhat",
+    "norm": "u",
+    "average": "average",
+}
+
+
+def tf_keras_name(path):
+    """As tf_keras names the variable that Keras 3 names so."""
+    for theirs, short in KERAS_NAMES.items():
+        if path.endswith(f"_{theirs}"):
+            owner, leaf = path.removesuffix(f"_{theirs}").split("/")
+            return f"{owner}/{short}/{leaf}/kernel:0"
+    return path.split("/")[-1] + ":0"
+
+
+def legacy_name(path):
+    """As TensorFlow before 2.11 does."""
+    name = tf_keras_name(path)
+    owner, *rest = name.removesuffix(":0").split("/")
+    if not rest:
+        return f"Adam/{'iter' if owner == 'iteration' else owner}:0"
+    slot, *leaf = rest
+    adamax = owner.startswith("adamax")
+    return "/".join(["Adamax" if adamax else "Adam", *leaf, "v" if slot == "u" else slot]) + ":0"
+
+
+# Keras' own: it does not know the `copy` of newer NumPys.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "amsgrad, average"])
+def test_every_form_of_keras_variables(name, keras, x64):
+    make, make_ours = KERAS[name]
+    ours = make_ours()
+    theirs = Keras(keras, make, new_params())
+    theirs.take(noise()[:2])
+    variables, params = theirs.optimizer.variables, theirs.params
+    expected = convert.from_keras(variables, ours, params)
+    assert int(adamjax.step_count(expected)) == 2
+    stored: dict[str, np.ndarray] = {}
+    theirs.optimizer.save_own_variables(stored)
+    pairs = [(v.path, np.asarray(v.value)) for v in variables]
+    forms = {
+        "pairs": pairs,
+        "names": dict(pairs),
+        "save_own_variables": stored,
+        "arrays": [np.asarray(v.value) for v in variables],
+        "tf_keras": [(tf_keras_name(path), x) for path, x in pairs],
+    }
+    if "average" not in name:
+        roles = ("iteration", "momentum", "velocity", "norm", "velocity_hat")
+        kept = [(legacy_name(p), x) for r in roles for p, x in pairs if p.endswith(r)]
+        forms |= {"legacy": kept, "get_weights": [x for _, x in kept]}
+    for form, given in forms.items():
+        print(form)
+        assert_same(convert.from_keras(given, ours, params), expected)
+    values = convert.to_keras(expected, ours, params, stored)
+    assert list(values) == list(stored)
+    assert_same(list(values.values()), list(stored.values()))
+
+
+def test_keras_nadam_without_its_product(keras, x64):
+    """tf_keras keeps the product of momenta outside of its variables."""
+    make, make_ours = KERAS["nadam"]
+    theirs = Keras(keras, make, new_params())
+    theirs.take(noise()[:BEFORE])
+    *pairs, (_, product) = [(v.path, np.asarray(v.value)) for v in theirs.optimizer.variables]
+    state = convert.from_keras(pairs, make_ours(), theirs.params)
+    assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
+
+
+def test_a_keras_average_before_the_first_step(keras, x64):
+    make, make_ours = KERAS["amsgrad, average"]
+    theirs = Keras(keras, make, new_params())
+    state = convert.from_keras(theirs.optimizer.variables, make_ours(), theirs.params)
+    assert_same(adamjax.averaged_weights(state), theirs.params)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torch():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+def negated(*transforms):
+    return adamjax.chain(adamjax.scale(-1.0), *transforms)
+
+
+TORCH = {
+    "adam": (lambda o, ps: o.Adam(ps, RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
+    "adam, decay in the gradient": (
+        lambda o, ps: o.Adam(ps, RATE, eps=1e-2, weight_decay=0.1),
+        lambda: adamjax.chain(adamjax.add_decayed_weights(0.1), adamjax.adam(RATE, eps=1e-2)),
+    ),
+    "amsgrad": (
+        lambda o, ps: o.Adam(ps, RATE, amsgrad=True),
+        lambda: adamjax.amsgrad(RATE, eps=1e-8),
+    ),
+    "adamw": (
+        lambda o, ps: o.AdamW(ps, RATE, (0.8, 0.95), weight_decay=0.1),
+        lambda: adamjax.adamw(RATE, 0.8, 0.95, eps=1e-8, weight_decay=0.1),
+    ),
+    "adamw, amsgrad, maximize": (
+        lambda o, ps: o.AdamW(ps, RATE, weight_decay=0.1, amsgrad=True, maximize=True),
+        lambda: negated(
+            adamjax.scale_by_amsgrad(eps=1e-8),
+            adamjax.add_decayed_weights(0.1),
+            adamjax.scale_by_learning_rate(RATE),
+        ),
+    ),
+    "adamax": (
+        lambda o, ps: o.Adamax(ps, RATE, eps=1e-30),
+        lambda: adamjax.adamax(RATE, eps=1e-30),
+    ),
+    "nadam": (
+        lambda o, ps: o.NAdam(ps, RATE, momentum_decay=1.0),
+        lambda: adamjax.nadam(RATE, eps=1e-8),
+    ),
+}
+
+
+class Torch:
+    """An optimizer of torch with its parameters, in groups."""
+
+    def __init__(self, torch, make, params, names=PATHS):
+        self.torch, self.treedef, self.names = torch, jax.tree.structure(params), list(names)
+        leaves = dict(zip(PATHS, jax.tree.leaves(params), strict=True))
+        self.held = {
+            path: torch.nn.Parameter(torch.from_numpy(np.array(leaves[path]))) for path in names
+        }
+        self.optimizer = make(torch.optim, list(self.held.values()))
+
+    @property
+    def params(self):
+        return self.treedef.unflatten([self.held[p].detach().numpy().copy() for p in PATHS])
+
+    def take(self, noises, after_each=lambda: None, sparse=False):
+        visited = []
+        for step, n in enumerate(noises):
+            for path, x in zip(PATHS, jax.tree.leaves(n), strict=True):
+                p = self.held[path]
+                p.grad = gradient(p.detach(), self.torch.from_numpy(np.array(x)))
+                if sparse:
+                    p.grad = self._sparse(p.grad, rows_of(step) % len(p))
+            self.optimizer.step()
+            after_each()
+            visited.append(jax.tree.map(jnp.asarray, self.params))
+        return visited
+
+    def _sparse(self, g, rows):
+        rows = self.torch.from_numpy(np.unique(rows))
+        return self.torch.sparse_coo_tensor(rows[None], g[rows], g.shape, check_invariants=True)
+
+    def load(self, state_dict):
+        def tensors(x):
+            return self.torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+        self.optimizer.load_state_dict(jax.tree.map(tensors, state_dict))
+
+
+# torch keeps the product of momenta in float32.
+TORCH_RTOL = {"nadam": 1e-10}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_run_that_comes_from_torch(name, torch, x64):
+    make, make_ours = TORCH[name]
+    ours, noises = make_ours(), noise()
+    theirs = Torch(torch, make, new_params())
+    theirs.take(noises[:BEFORE])
+    middle = jax.tree.map(jnp.asarray, theirs.params)
+    state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
+    expected = theirs.take(noises[BEFORE:])
+    actual, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=TORCH_RTOL.get(name, 1e-12))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_run_that_goes_to_torch(name, torch, x64):
+    make, make_ours = TORCH[name]
+    ours, noises, params = make_ours(), noise(), new_params()
+    (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
+    expected, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    theirs = Torch(torch, make, middle)
+    theirs.load(convert.to_torch(state, ours, middle, theirs.optimizer.state_dict()))
+    assert_close(theirs.take(noises[BEFORE:]), expected, rtol=TORCH_RTOL.get(name, 1e-12))
+
+
+# Two groups, in another order than that of our leaves.
+GROUPED = ["head/kernel", "embed/table", "head/bias"]
+
+
+def grouped(o, ps):
+    groups = [
+        {"params": [ps[0]], "weight_decay": 0.1},
+        {"params": ps[1:], "lr": 0.03, "weight_decay": 0.0},
+    ]
+    return o.AdamW(groups, RATE)
+
+
+def ours_grouped(rate):
+    return adamjax.adamw(rate, eps=1e-8, weight_decay=0.1, mask="kernel$")
+
+
+def test_groups_of_torch_with_a_scheduler(torch, x64):
+    noises = noise()
+    theirs = Torch(torch, grouped, new_params(), GROUPED)
+    falls = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda t: 1 / (1 + 0.1 * t))
+    theirs.take(noises[:BEFORE], falls.step)
+    middle = jax.tree.map(jnp.asarray, theirs.params)
+    rates = [adamjax.inverse_time_decay(lr, 1, 0.1) for lr in (RATE, 0.03)]
+    ours = ours_grouped(adamjax.by_path([("kernel$", rates[0])], default=rates[1]))
+    kept = theirs.optimizer.state_dict()
+    state = convert.from_torch(kept, ours, middle, order=GROUPED)
+    expected = theirs.take(noises[BEFORE:], falls.step)
+    actual, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    back = convert.to_torch(after, ours, actual[-1], theirs.optimizer.state_dict(), order=GROUPED)
+    for key, held in theirs.optimizer.state_dict()["state"].items():
+        for name, x in held.items():
+            assert_close(back["state"][key][name], x.numpy(), rtol=1e-12)
+    for order, problem in [
+        (PATHS, r"m of 'embed/table' has shape \[3, 4\], expected \[6, 3\]"),
+        (GROUPED[:2], r"3 parameters, but order has 2"),
+        ([*GROUPED[:2], "head/gain"], r"the leaf 'head/gain', which params does not have"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            convert.from_torch(kept, ours, middle, order=order)
+    with pytest.raises(
+        ValueError, match=r"'head/kernel': torch has a learning rate of 0.03125, tx"
+    ):
+        convert.from_torch(kept, ours_grouped(0.01), middle, order=GROUPED)
+
+
+def test_a_transposed_kernel_of_torch(torch, x64):
+    noises, ours = noise(), adamjax.adam(RATE, eps=1e-8)
+
+    def turned(path, x):
+        return x.T if path == "head/kernel" else x
+
+    def turn(tree):
+        return {**tree, "head": {**tree["head"], "kernel": tree["head"]["kernel"].T}}
+
+    theirs = Torch(torch, TORCH["adam"][0], turn(new_params()))
+    theirs.take([turn(n) for n in noises[:BEFORE]])
+    middle = jax.tree.map(jnp.asarray, turn(theirs.params))
+    kept = theirs.optimizer.state_dict()
+    state = convert.from_torch(kept, ours, middle, adapt=turned)
+    expected = [turn(p) for p in theirs.take([turn(n) for n in noises[BEFORE:]])]
+    actual, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    back = convert.to_torch(after, ours, middle, theirs.optimizer.state_dict(), adapt=turned)
+    kernel = theirs.optimizer.state_dict()["state"][2]["exp_avg"].numpy()
+    assert_close(back["state"][2]["exp_avg"], kernel, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"m of 'head/kernel' has shape \[4, 3\]"):
+        convert.from_torch(kept, ours, middle)
+
+
+def lazy_taken(tx, params, state, noises):
+    visited = []
+    for step, n in enumerate(noises):
+        grads = jax.tree.map(gradient, params, n)
+        grads = jax.tree.map(
+            lambda g, s=step: adamjax.row_gradient(
+                jnp.asarray(np.unique(rows_of(s) % len(g))),
+                g[np.unique(rows_of(s) % len(g))],
+                len(g),
+            ),
+            grads,
+        )
+        updates, state = tx.update(grads, state, params)
+        params = adamjax.apply_updates(params, updates)
+        visited.append(params)
+    return visited, state
+
+
+def test_sparse_adam_of_torch(torch, x64):
+    noises = noise()
+    theirs = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), new_params())
+    ours = adamjax.adam(RATE, eps_hat=1e-8, rows="lazy")
+    theirs.take(noises[:BEFORE], sparse=True)
+    middle = jax.tree.map(jnp.asarray, theirs.params)
+    kept = theirs.optimizer.state_dict()
+    state = convert.from_torch(kept, ours, middle)
+    new = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), middle)
+    new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict()))
+    expected = theirs.take(noises[BEFORE:], sparse=True)
+    actual, _ = lazy_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    assert_close(new.take(noises[BEFORE:], sparse=True), expected, rtol=1e-15)
+    with pytest.raises(ValueError, match=r"epsilon outside the bias correction \(eps_hat=1e-08\)"):
+        convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8, rows="lazy"), middle)
+    # Rows that stood still move from here on, in exact_rows as in the dense rule.
+    dense = adamjax.adam(RATE, eps_hat=1e-8)
+    exact = adamjax.exact_rows(dense, "^embed", history=2048)
+    with pytest.raises(ValueError, match=r"stand still without a gradient, tx has exact_rows"):
+        convert.from_torch(kept, exact, middle)
+    state = convert.from_torch(kept, exact, middle, check=False)
+    actual, _ = exact_taken(exact, middle, state, noises[BEFORE:])
+    state = convert.from_torch(kept, dense, middle, check=False)
+    expected, _ = dense_taken(dense, middle, state, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-8)
+
+
+def test_torch_into_exact_rows_with_row_gradients(torch, x64):
+    noises = noise()
+    theirs = Torch(
+        torch, lambda o, ps: o.AdamW(ps, RATE, weight_decay=0.1, amsgrad=True), new_params()
+    )
+    rule = adamjax.scale_by_amsgrad(eps=1e-8)
+    tail = (adamjax.add_decayed_weights(0.1), adamjax.scale_by_learning_rate(RATE))
+    ours = adamjax.exact_rows(adamjax.chain(rule, *tail), "^embed", history=2048)
+    theirs.take(noises[:BEFORE])
+    middle = jax.tree.map(jnp.asarray, theirs.params)
+    state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
+    for step, n in enumerate(noises[BEFORE:]):
+        grads = only_rows(jax.tree.map(gradient, theirs.params, n), step)
+        for path, g in zip(PATHS, jax.tree.leaves(grads), strict=True):
+            theirs.held[path].grad = torch.from_numpy(np.array(g))
+        theirs.optimizer.step()
+    actual, after = exact_taken(ours, middle, state, noises[BEFORE:])
+    assert_close(actual, jax.tree.map(jnp.asarray, theirs.params), rtol=1e-8)
+    back = convert.to_torch(after, ours, actual, theirs.optimizer.state_dict())
+    for key, held in theirs.optimizer.state_dict()["state"].items():
+        for name, x in held.items():
+            assert_close(back["state"][key][name], x.numpy(), rtol=1e-8)
+
+
+def test_torch_in_float32_and_bfloat16(torch):
+    """bfloat16 tensors, which NumPy does not know, and float32 ones to rounding."""
+    noises = noise(dtype=np.float32)
+    theirs = Torch(torch, TORCH["adam"][0], new_params(np.float32))
+    ours = adamjax.adam(RATE, eps=1e-8)
+    theirs.take(noises[:BEFORE])
+    middle = jax.tree.map(jnp.asarray, theirs.params)
+    state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
+    actual, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    # torch computes its scalars in float64: twenty steps' roundings are left.
+    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=2e-6)
+    for p in theirs.held.values():
+        p.data, p.grad = p.data.bfloat16(), p.data.bfloat16()
+    theirs.optimizer = torch.optim.Adam(theirs.held.values(), RATE)
+    theirs.optimizer.step()
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), middle)
+    state = convert.from_torch(theirs.optimizer.state_dict(), ours, low)
+    kept = theirs.optimizer.state_dict()["state"][1]["exp_avg"]
+    assert_same(adamjax.get_slot(state, "m")["head"]["bias"], jnp.asarray(kept.float().numpy()))
+    back = convert.to_torch(state, ours, low, theirs.optimizer.state_dict())
+    theirs.load(back)
+    assert theirs.optimizer.state_dict()["state"][1]["exp_avg"].dtype is torch.bfloat16
+    assert torch.equal(theirs.optimizer.state_dict()["state"][1]["exp_avg"], kept)
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_an_average_is_given_where_there_is_none(x64):
+    theirs = optax.adam(RATE)
+    ours = adamjax.chain(adamjax.adam(RATE, eps=1e-8), adamjax.weight_ema(0.9))
+    params = new_params()
+    _, state = taken(theirs, params, theirs.init(params), noise()[:3])
+    with pytest.raises(ValueError, match=r"no average: pass average="):
+        convert.from_optax(state, ours, params)
+    average = jax.tree.map(lambda p: p + 1, params)
+    converted = convert.from_optax(state, ours, params, average=average)
+    assert_same(adamjax.averaged_weights(converted), average)
+    assert [int(c) for c in (converted[0].count, converted[-1].count)] == [3, 3]
+
+
+def test_converted_arrays_are_copies():
+    theirs, ours = optax.adam(RATE), adamjax.adam(RATE, eps=1e-8)
+    params = new_params(np.float32)
+    state = theirs.init(params)
+    converted = convert.from_optax(state, ours, params)
+    jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0)(converted)
+    assert float(jnp.sum(state[0].mu["embed"]["table"])) == 0
+
+
+def test_integer_leaves_and_none_are_left_alone(x64):
+    params = {"n": jnp.array(3), "none": None, "w": jnp.ones(2)}
+    theirs, ours = optax.adam(RATE), adamjax.adam(RATE, eps=1e-8)
+    state = (theirs.init(params)[0]._replace(count=jnp.array(4)), optax.EmptyState())
+    converted = convert.from_optax(state, ours, params)
+    assert adamjax.get_slot(converted, "m")["n"] is None
+    back = convert.to_optax(converted, ours, params, theirs.init(params))
+    assert int(back[0].count) == 4
+
+
+OLD = optax.adam(RATE)
+PARAMS = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
+
+
+def old_state(params=None, tx=OLD, count=1):
+    state = tx.init(jax.tree.map(jnp.asarray, PARAMS if params is None else params))
+    return jax.tree.map(lambda x: x + count if x.dtype == jnp.int32 else x, state)
+
+
+REFUSED = {
+    "the default epsilon": (
+        lambda: (old_state(), adamjax.adam(RATE)),
+        r"'a': optax has epsilon on the corrected root \(eps\), tx has eps_hat=1e-07: build tx "
+        r"with eps=",
+    ),
+    "a leaf that is missing": (
+        lambda: (old_state({"a": PARAMS["a"]}), adamjax.adam(RATE, eps=1e-8)),
+        r"no moments of the leaf 'b'",
+    ),
+    "a leaf that has no place": (
+        lambda: (old_state(), adamjax.masked(adamjax.adam(RATE, eps=1e-8), "^a")),
+        r"moments of the leaf 'b' have no place",
+    ),
+    "a shape": (
+        lambda: (old_state({**PARAMS, "b": np.ones(4)}), adamjax.adam(RATE, eps=1e-8)),
+        r"m of 'b' has shape \[4\], expected \[3\]",
+    ),
+    "another rule": (
+        lambda: (old_state(tx=optax.amsgrad(RATE)), adamjax.adam(RATE, eps=1e-8)),
+        r"optax keeps \['mu', 'nu', 'nu_max'\] of 'a', those of amsgrad, but for adam expected",
+    ),
+    "another rule, other way": (
+        lambda: (old_state(), adamjax.amsgrad(RATE, eps=1e-8)),
+        r"keeps \['mu', 'nu'\] of 'a'.*for amsgrad expected \['mu', 'nu', 'nu_max'\]",
+    ),
+    "another momentum": (
+        lambda: (
+            old_state(tx=optax.inject_hyperparams(optax.adam)(RATE, b1=0.8)),
+            adamjax.adam(RATE, eps=1e-8),
+        ),
+        r"'a': optax has b1=0.8, tx has b1=0.9: build tx with b1=0.8",
+    ),
+    "an epsilon within the root": (
+        lambda: (
+            old_state(tx=optax.inject_hyperparams(optax.adam)(RATE, eps_root=0.5)),
+            adamjax.adam(RATE, eps=1e-8),
+        ),
+        r"'a': optax has eps_root=0.5, tx has none",
+    ),
+    "a state that is not known": (
+        lambda: (
+            old_state(tx=optax.chain(optax.trace(0.9), OLD)),
+            adamjax.adam(RATE, eps=1e-8),
+        ),
+        r"no place for a TraceState",
+    ),
+    "a state that is missing": (
+        lambda: (old_state(), adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))),
+        r"the source has no TraceState",
+    ),
+    "gathered gradients": (
+        lambda: (
+            old_state(tx=optax.MultiSteps(OLD, 4).gradient_transformation()),
+            adamjax.adam(RATE, eps=1e-8),
+        ),
+        r"has gathered 1 micro-batches.*wrap tx in accumulate_gradients",
+    ),
+    "counts that differ": (
+        lambda: (
+            (old_state({"a": PARAMS["a"]}), old_state({"b": PARAMS["b"]}, count=5)),
+            adamjax.adam(RATE, eps=1e-8),
+        ),
+        r"'a' has taken 1 steps and 'b' 5.*partition",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name):
+    make, message = REFUSED[name]
+    state, tx = make()
+    with pytest.raises(ValueError, match=message):
+        convert.from_optax(state, tx, jax.tree.map(jnp.asarray, PARAMS))
+
+
+def test_check_false_takes_the_arrays_all_the_same():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = convert.from_optax(old_state(), adamjax.adam(RATE), params, check=False)
+    assert int(adamjax.step_count(state)) == 1
+    state = convert.from_optax(
+        old_state(tx=optax.amsgrad(RATE)), adamjax.amsgrad(RATE), params, check=False
+    )
+    assert adamjax.slot_names(state) == ("m", "v", "v_max")
+
+
+def torch_state(group=(), **held):
+    kept = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **held}
+    other = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
+    groups = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
+    groups |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(group)}
+    return {"state": {0: kept, 1: other}, "param_groups": [groups]}
+
+
+TORCH_REFUSED = {
+    "epsilon": (
+        {"eps": 1e-6},
+        r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
+    ),
+    "betas": ({"betas": (0.9, 0.99)}, r"b2=0.99, tx has b2=0.999"),
+    "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
+    "decay": (
+        {"weight_decay": 0.5},
+        r"a weight decay of 0.5, tx has 0 in front of its rule and 0 behind it: put "
+        r"add_decayed_weights\(0.5\) in front of the rule",
+    ),
+    "decoupled decay": (
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+        r"put add_decayed_weights\(0.5\) behind the rule",
+    ),
+    "amsgrad": ({"amsgrad": True}, r"those of amsgrad, but for adam expected"),
+    "momentum_decay": ({"momentum_decay": 0.004}, r"NAdam has momentum_decay=0.004"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_REFUSED)
+def test_what_torch_says_is_compared(name):
+    group, message = TORCH_REFUSED[name]
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    convert.from_torch(torch_state(), tx, params)
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(torch_state(group), tx, params)
+    state = tx.init(params)
+    convert.to_torch(state, tx, params, {**torch_state(), "state": {}})
+    with pytest.raises(ValueError, match=message.replace("those of amsgrad.*", "")):
+        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}})
+
+
+def test_a_parameter_that_torch_never_trained():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    kept = torch_state()
+    del kept["state"][1]
+    with pytest.raises(ValueError, match=r"'a' has taken 1 steps and 'b' 0"):
+        convert.from_torch(kept, tx, params)
+    apart = adamjax.partition([("a", tx)], default=tx)
+    state = convert.from_torch(kept, apart, params)
+    assert [int(s[0].count) for s in state] == [1, 0]
+    only = adamjax.masked(tx, "a")
+    state = convert.from_torch(kept, only, params, order=["a", None])
+    assert int(adamjax.step_count(state)) == 1
+    with pytest.raises(TypeError, match=r"expected optimizer.state_dict\(\) of torch"):
+        convert.from_torch({"state": {}}, tx, params)
+
+
+def keras_pairs(extra=()):
+    pairs = [("adam/iteration", np.array(1)), ("adam/learning_rate", np.float32(RATE))]
+    for path, x in PARAMS.items():
+        pairs += [(f"adam/{path}_momentum", x), (f"adam/{path}_velocity", x)]
+    return [*pairs, *extra]
+
+
+def test_what_keras_keeps_is_compared():
+    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
+    convert.from_keras(keras_pairs(), adam, params)
+    for pairs, tx, message in [
+        (keras_pairs(), adamjax.adam(0.5), r"'a': Keras has a learning rate of 0.0625, tx has 0.5"),
+        (keras_pairs(), adamjax.adam(RATE, eps=1e-7), r"'a': Keras has epsilon outside the bias"),
+        (keras_pairs(), adamjax.amsgrad(RATE), r"for amsgrad expected .*'velocity_hat'"),
+        (keras_pairs()[:-1], adam, r"there are 1 of velocity"),
+        (keras_pairs([("adam/step_counter", np.ones(2))]), adam, r"cannot tell what 'adam/step_c"),
+        ([x for _, x in keras_pairs()][:-1], adam, r"arrays without names fit nothing"),
+        (
+            keras_pairs([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
+            adam,
+            r"keeps an average of the weights, which has no place",
+        ),
+        (
+            keras_pairs([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
+            adam,
+            r"wrap tx in accumulate_gradients",
+        ),
+        (
+            keras_pairs(),
+            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE)), 2),
+            r"Keras calls a schedule with the number of micro-batches",
+        ),
+        (
+            keras_pairs(),
+            adamjax.accumulate_gradients(adamjax.chain(adam, adamjax.weight_ema(0.9)), 2),
+            r"put weight_ema behind accumulate_gradients",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(pairs, tx, params)
+    with pytest.raises(TypeError, match=r"expected optimizer.variables"):
+        convert.from_keras(3, adam, params)
+
+
+def test_arrays_that_may_be_ordered_in_several_ways():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    arrays = [np.array(1), *[np.ones(2)] * 4]
+    with pytest.raises(ValueError, match=r"may be ordered in several ways"):
+        convert.from_keras(arrays, adamjax.adam(RATE), params)
+    convert.from_keras({str(i): x for i, x in enumerate(arrays)}, adamjax.adam(RATE), params)
+
+
+def test_nothing_is_imported():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, adamjax, adamjax.convert;"
+        "print([m for m in ('optax', 'keras', 'torch', 'tensorflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

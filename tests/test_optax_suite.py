@@ -1,0 +1,914 @@
+"""What optax asks of its own optimizers, asked of ours in their place.
+
+Checks of our own making, after the tests of optax 0.2.8: the same targets, rates, dtypes and
+tolerances. What applies, by file and test:
+
+_src/alias_test
+  test_optimization: parabola and Rosenbrock, float32 and complex64, 10,000 steps
+    -> test_reaches_the_optimum. adamw with optax's weight decay, 1e-4: ours is Keras', 0.004, by
+    which the complex Rosenbrock optimum moves by 0.11 (optax's, with 0.004, by 0.10).
+  test_optimizers_accept_extra_args -> test_extra_arguments
+  test_optimizers_can_be_wrapped_in_inject_hyperparams -> test_injected_hyperparameters
+  test_explicit_dtype -> test_explicit_dtype. Two differences are asked for: without `m_dtype` a
+    bfloat16 parameter's moments are float32, and a complex `m_dtype` is refused, as m is complex
+    where the parameter is, and only there.
+  test_preserve_dtype -> test_updates_have_the_dtype_of_the_gradients
+  test_state_shape_dtype_shard_stability -> test_state_is_stable_under_cond
+  test_gradient_accumulation -> test_multi_steps
+_src/transform_test
+  test_scalers -> test_rules_are_finite; test_scale -> test_scale;
+  test_rms_match_adam -> test_adam_without_momentum_is_rms
+_src/float64_test -> test_dtypes_under_x64
+_src/sharding_test
+  test_init_with_abstract_input -> test_abstract_parameters, by jax.eval_shape; that `init` takes
+    shapes itself does not hold (test_shapes_as_parameters). The sharding of states is in
+    test_integration.py, which has several devices.
+_src/update_test, but for incremental_update and periodic_update, which take no transform
+  -> test_applied_updates
+_src/base_test
+  ExtraArgsTest -> test_extra_arguments, test_extra_arguments_go_to_those_who_take_them.
+  That ours are instances of GradientTransformation does not hold: they are no named tuples.
+schedules/_inject_test, with scale, scale_by_adam and clip_by_global_norm
+  -> test_injected_schedules, test_injected_hyperparameters_are_set,
+  test_injected_static_arguments, test_injected_dtypes
+transforms/_combining_test
+  test_chain -> test_chain; test_extra_args* -> test_extra_arguments*; PartitionTest
+  -> test_multi_transform, test_partition_of_nothing; NamedChainTest -> test_named_chain
+transforms/_masking_test
+  test_masked, test_prefix_mask, test_update_requires_params, test_mask_fn, test_nested_mask,
+  test_masked_state_structure, test_mask_compatible_callable_pytree -> test_masks*;
+  test_empty -> test_partition_of_nothing; test_tree_map_params -> test_map_params_of_masked
+transforms/_accumulation_test
+  all of MultiSteps, with our transforms inside -> test_multi_steps*; ema, trace and the
+  functions that tell what to skip are optax's own
+transforms/_conditionality_test -> test_apply_if_finite, test_conditionally
+transforms/_clipping_test: clip_by_global_norm and clip_by_block_rms' place, clip_by_norm, are in
+  test_clip.py, which asks for more
+transforms/_freezing_test -> test_freeze
+tree_utils/_state_utils_test -> test_map_params, test_get_and_set
+contrib/_common_test
+  the wrappers mechanize, schedule_free and reduce_on_plateau around our optimizers
+  -> test_mechanize, test_schedule_free, test_reduce_on_plateau; contrib's own optimizers are not
+  concerned
+contrib/_complex_valued_test -> test_split_real_and_imaginary
+contrib/_sam_test, _src/lookahead_test -> test_lookahead, test_sam
+
+The rest does not concern these optimizers: losses, projections, assignment, linear algebra, line
+searches, perturbations, microbatching, privacy, and optimizers that have no counterpart here.
+"""
+
+import functools
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same, avals, enable_x64
+
+import adamjax
+
+contrib = pytest.importorskip("optax.contrib")
+tree_utils = optax.tree_utils
+
+# By name, an optimizer with the rate at which optax' tests take its counterpart.
+OPTIMIZERS = {
+    "adam": functools.partial(adamjax.adam, 0.1),
+    "amsgrad": functools.partial(adamjax.amsgrad, 0.1),
+    "adamw": functools.partial(adamjax.adamw, 0.1, weight_decay=1e-4),
+    "adamax": functools.partial(adamjax.adamax, 0.1),
+    "nadam": functools.partial(adamjax.nadam, 0.01),
+}
+RULES = {
+    "adam": adamjax.scale_by_adam,
+    "amsgrad": adamjax.scale_by_amsgrad,
+    "adamax": adamjax.scale_by_adamax,
+    "nadam": functools.partial(adamjax.scale_by_adam, nesterov=True),
+}
+PAIR = (jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+STEEP = (jnp.array([500.0, 5.0]), jnp.array([300.0, 3.0]))
+# optax corrects biases by 1 - b**t in float32, which is off by 1e-5 at small t.
+ROUNDING = 2e-5
+each = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def squared(x):
+    return jnp.real(x * jnp.conj(x))
+
+
+def parabola(dtype):
+    goal = jnp.array([1.0, -1.0, 1.0], dtype)
+    goal = goal * (1 + 1j) if jnp.iscomplexobj(goal) else goal
+    return jnp.array([-1.0, 10.0, 1.0], dtype), goal, lambda p: jnp.sum(squared(p - goal))
+
+
+def rosenbrock(dtype):
+    a = 1 + 1j if jnp.issubdtype(dtype, jnp.complexfloating) else 1.0
+    goal = jnp.array([a, a**2], dtype)
+    return (
+        jnp.zeros(2, dtype),
+        goal,
+        lambda p: squared(a - p[0]) + 100 * squared(p[1] - p[0] ** 2),
+    )
+
+
+def mixed(dtype):
+    goal = (jnp.array([1.0, -1.0, 2.0], dtype), jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype))
+
+    def objective(p):
+        return sum(jnp.sum(squared(x - y)) for x, y in zip(p, goal, strict=True))
+
+    return jax.tree.map(jnp.zeros_like, goal), goal, objective
+
+
+def walked(tx, p, objective, steps, state=None, with_value=False):
+    """The parameters and the state after so many steps in one scan."""
+
+    def step(carry, _):
+        p, state = carry
+        value, g = jax.value_and_grad(objective)(p)
+        g = jax.tree.map(jnp.conj, g)  # JAX's gradient points the other way in the complex plane
+        extra = {"value": value} if with_value else {}
+        updates, state = tx.update(g, state, p, **extra)
+        return (optax.apply_updates(p, updates), state), None
+
+    def run(carry):
+        return jax.lax.scan(step, carry, length=steps)[0]
+
+    return jax.jit(run)((p, tx.init(p) if state is None else state))
+
+
+def assert_near(p, goal):
+    """As near as optax asks: 0.03, and 0.03 of the goal."""
+    for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True):
+        np.testing.assert_allclose(x, y, rtol=3e-2, atol=3e-2)
+
+
+# --- the optimizers -------------------------------------------------------------------------------
+
+
+def at_once(*targets):
+    """Several targets as one: to what treats each element by itself the same as one by one."""
+    starts, goals, objectives = zip(*targets, strict=True)
+
+    def objective(p):
+        return sum(f(x) for f, x in zip(objectives, p, strict=True))
+
+    return starts, goals, objective
+
+
+@each
+def test_reaches_the_optimum(name):
+    targets = [t(d) for t in (parabola, rosenbrock) for d in (jnp.float32, jnp.complex64)]
+    p, goal, objective = at_once(*targets)
+    tx = OPTIMIZERS[name]()
+    state = tree_utils.tree_map_params(tx, lambda x: x, tx.init(p))
+    assert_same(state, tx.init(p))
+    p, state = walked(tx, p, objective, 10_000, state)
+    assert_near(p, goal)
+    assert adamjax.step_count(state) == 10_000
+
+
+@each
+def test_compiles_once(name):
+    p, _, objective = rosenbrock(jnp.float32)
+    tx = OPTIMIZERS[name]()
+
+    @jax.jit
+    def step(p, state):
+        updates, state = tx.update(jax.grad(objective)(p), state, p)
+        return optax.apply_updates(p, updates), state
+
+    state = tx.init(p)
+    for _ in range(3):
+        p, state = step(p, state)
+    assert step._cache_size() == 1
+
+
+@each
+def test_extra_arguments(name):
+    """Those that it does not know are of no effect."""
+    tx = OPTIMIZERS[name]()
+    state, extra = tx.init(PAIR), {"unexpected": 1, "value": jnp.array(2.0)}
+    expected = jax.jit(tx.update)(STEEP, state, PAIR)
+    assert_same(jax.jit(tx.update)(STEEP, state, PAIR, **extra), expected)
+    known = optax.with_extra_args_support(tx)
+    assert isinstance(known, optax.GradientTransformationExtraArgs)
+    assert_same(jax.jit(known.update)(STEEP, state, PAIR, **extra), expected)
+
+
+def test_extra_arguments_go_to_those_who_take_them():
+    def update(updates, state, params=None, *, loss, **extra):
+        return jax.tree.map(lambda u: u * loss, updates), state
+
+    def deaf(updates, state, params=None):
+        assert params is not None
+        return updates, state
+
+    takes = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    does_not = optax.GradientTransformation(lambda params: (), deaf)
+    expected = adamjax.scale(-2.0).update(STEEP, ())[0]
+    ours = adamjax.chain(adamjax.scale(-1.0), takes)
+    for tx in (
+        optax.chain(adamjax.scale(-1.0), takes, does_not),
+        adamjax.chain(adamjax.scale(-1.0), takes, does_not),
+        optax.chain(does_not, optax.GradientTransformationExtraArgs(*ours)),
+        adamjax.skip_not_finite(adamjax.chain(adamjax.scale(-1.0), takes, does_not)),
+        adamjax.partition([("0", takes)], default=adamjax.chain(takes, does_not)),
+    ):
+        state = tx.init(PAIR)
+        updates, _ = tx.update(STEEP, state, PAIR, loss=2.0, ignored="x")
+        sign = -1.0 if isinstance(tx, adamjax.partition) else 1.0
+        assert_close(updates, jax.tree.map(lambda u, sign=sign: sign * u, expected))
+        with pytest.raises(TypeError, match="loss"):
+            tx.update(STEEP, state, PAIR)
+    # By the class optax tells who takes them, and to what is not of it passes none.
+    tx = optax.chain(does_not, ours)
+    with pytest.raises(TypeError, match="loss"):
+        tx.update(STEEP, tx.init(PAIR), PAIR, loss=2.0)
+
+
+@each
+def test_updates_have_the_dtype_of_the_gradients(name):
+    tx, p = OPTIMIZERS[name](), [jnp.array([1.0, 2.0], d) for d in (jnp.bfloat16, jnp.float32)]
+    updates, _ = jax.jit(tx.update)(p, jax.jit(tx.init)(p), p)
+    assert avals(updates) == avals(p)
+
+
+@pytest.mark.parametrize("make", [adamjax.adam, adamjax.amsgrad, adamjax.adamw, adamjax.adamax])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64, None])
+@pytest.mark.parametrize("m_dtype", ["bfloat16", "float32", jnp.float32, None])
+def test_explicit_dtype(make, dtype, m_dtype):
+    p = jnp.zeros(2, dtype)
+    m = tree_utils.tree_get(make(0.1, m_dtype=m_dtype).init(p), "m")
+    own = jnp.complex64 if jnp.iscomplexobj(p) else jnp.dtype(m_dtype or jnp.float32)
+    assert m.dtype == own
+
+
+def test_a_complex_dtype_of_moments_is_refused():
+    with pytest.raises(TypeError, match="m_dtype must be a real floating dtype"):
+        adamjax.adam(0.1, m_dtype=jnp.complex64)
+
+
+@each
+@pytest.mark.parametrize("x64", [False, True])
+def test_state_is_stable_under_cond(name, x64):
+    """Shapes and dtypes of updates and state are those of gradients and state: both branches."""
+    narrow = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
+    with enable_x64(x64):
+        dtypes = (jnp.float64, jnp.complex128) if x64 else narrow
+        p, _, objective = at_once(*(parabola(dtype) for dtype in dtypes))
+        tx = OPTIMIZERS[name]()
+
+        @jax.jit
+        def step(take, p, state):
+            g = jax.tree.map(jnp.conj, jax.grad(objective)(p))
+            rested = jax.tree.map(jnp.zeros_like, p)
+            updates, state = jax.lax.cond(
+                take, lambda: tx.update(g, state, p), lambda: (rested, state)
+            )
+            return optax.apply_updates(p, updates), state
+
+        state = tx.init(p)
+        assert_same(step(False, p, state), (p, state))
+        moved = step(True, p, state)
+        assert avals(moved) == avals((p, state))
+        assert all(after[0] != before[0] for after, before in zip(moved[0], p, strict=True))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_finite(name):
+    tx = RULES[name]()
+    state, update = jax.jit(tx.init)(PAIR), jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update(STEEP, state, PAIR)
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((updates, state)))
+        assert avals(updates) == avals(PAIR)
+
+
+def test_scale():
+    for i in range(1, 51):
+        factor = 0.1**i
+        if factor < 1e-30:  # products below the smallest normal float32 are flushed
+            break
+        scaled, state = adamjax.scale(factor).update(STEEP, ())
+        assert state == ()
+        assert_close(scaled, jax.tree.map(lambda x, f=factor: x * f, STEEP), 1e-7)
+
+
+def test_adam_without_momentum_is_rms():
+    rms = optax.scale_by_rms(decay=0.999, eps_in_sqrt=False, bias_correction=True)
+
+    def objective(p):
+        return sum(jnp.sum(x**2) for x in p)
+
+    ours, _ = walked(adamjax.scale_by_adam(b1=0.0, eps=1e-8), PAIR, objective, 5)
+    theirs, _ = walked(rms, PAIR, objective, 5)
+    assert_close(ours, theirs, 1e-5)
+
+
+@each
+def test_dtypes_under_x64(name):
+    """Parameters and gradients of both widths: each keeps its own."""
+    with enable_x64(True):
+        p = (jnp.array([1.0, 2.0], jnp.float32), jnp.array([3.0, 4.0], jnp.float64))
+        g = (jnp.array([10.0, 21.0], jnp.float32), jnp.array([33.0, 42.0], jnp.float64))
+        tx = OPTIMIZERS[name]()
+        state = jax.jit(tx.init)(p)
+        updates, new_state = jax.jit(tx.update)(g, state, params=p)
+        assert avals(new_state) == avals(state)
+        assert avals(optax.apply_updates(p, updates)) == avals(p)
+        assert avals(adamjax.apply_updates(p, updates)) == avals(p)
+
+
+def test_applied_updates():
+    params = ({"a": jnp.ones((3, 2))}, jnp.ones(1))
+    updates = jax.tree.map(lambda p: 2 * p, params)
+    assert_same(
+        jax.jit(adamjax.apply_updates)(params, updates), optax.apply_updates(params, updates)
+    )
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    moved = jax.jit(adamjax.apply_updates)(narrow, updates)
+    assert_same(moved, optax.apply_updates(narrow, updates))
+    assert adamjax.apply_updates(None, None) is None
+
+
+def test_shapes_as_parameters():
+    """optax makes zeros from shapes alone."""
+    shape = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+    tx = adamjax.adam(0.1)
+    assert_same(tx.init({"w": shape}), tx.init({"w": jnp.zeros(shape.shape)}))
+
+
+@each
+def test_abstract_parameters(name):
+    """Shapes and dtypes are enough, as they are to `jax.eval_shape`."""
+    tx, shape = OPTIMIZERS[name](), jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+    abstract = jax.eval_shape(tx.init, {"w": shape})
+    assert avals(abstract) == avals(tx.init({"w": jnp.zeros(shape.shape)}))
+
+
+# --- injected hyperparameters ---------------------------------------------------------------------
+
+
+@each
+def test_injected_hyperparameters(name):
+    params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
+    grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
+    make, kept = OPTIMIZERS[name].func, OPTIMIZERS[name].keywords
+    rate = OPTIMIZERS[name].args[0]
+    plain, injected = make(rate, **kept), optax.inject_hyperparams(make)(rate, **kept)
+    updates, state = jax.jit(plain.update)(grads, jax.jit(plain.init)(params), params)
+    held = jax.jit(injected.init)(params)
+    assert set(held.hyperparams) == {"learning_rate", "b1", "b2", *kept} | (
+        {"eps"} if name in ("adamax", "nadam") else set()
+    )
+    found, held = jax.jit(injected.update)(grads, held, params)
+    # An array 0.999 is the float32 0.999, which 1 - b2 is taken from: 1.3e-5 of v.
+    assert_close(found, updates, 1e-5)
+    assert_close(held.inner_state, state, 2e-5)
+
+
+def test_injected_schedules():
+    rate = optax.piecewise_constant_schedule(3.0, {1: 5, 7: 2, 12: 1.5})
+    tx = optax.inject_hyperparams(adamjax.scale)(factor=rate)
+    params, state = [jnp.zeros([])], None
+    state = jax.jit(tx.init)(params)
+    state = tree_utils.tree_map_params(tx, lambda x: x, state)
+    update = jax.jit(tx.update)
+    for expected in [3.0] + [15.0] * 6 + [30.0] * 5 + [45.0] * 3:
+        updates, state = update([jnp.ones([])], state, params)
+        np.testing.assert_allclose(updates[0], expected, rtol=1e-6)
+    # The first update is that of count 0.
+    tx = optax.inject_hyperparams(adamjax.scale)(lambda count: count)
+    updates, _ = jax.jit(tx.update)(jnp.ones(3), tx.init(jnp.zeros(3)), jnp.zeros(3))
+    assert_same(updates, jnp.zeros(3))
+
+
+def test_injected_schedules_of_ours():
+    """Our schedules are callables, to optax as well; a rate injected by it is the one that acts."""
+    rate = adamjax.cosine_decay(0.1, 8)
+    _, goal, objective = mixed(jnp.float32)
+    p = jax.tree.map(jnp.zeros_like, goal)
+    injected = optax.inject_hyperparams(adamjax.amsgrad)(rate, b1=0.8)
+    q, state = walked(injected, p, objective, 6)
+    expected, _ = walked(adamjax.amsgrad(rate, b1=0.8), p, objective, 6)
+    assert_close(q, expected, 1e-5)
+    np.testing.assert_allclose(state.hyperparams["learning_rate"], rate(5), rtol=1e-6)
+
+
+def test_injected_hyperparameters_are_set():
+    tx = optax.inject_hyperparams(adamjax.clip_by_global_norm)(0.1)
+    grads = jnp.ones((3, 5, 7))
+    state, update = jax.jit(tx.init)(grads), jax.jit(tx.update)
+    for i in range(5):
+        state.hyperparams["max_norm"] = jnp.array(i, jnp.float32)
+        updates, state = update(grads, state, grads)
+        np.testing.assert_allclose(jnp.linalg.norm(updates.ravel()), i, rtol=1e-6)
+    assert update._cache_size() == 1
+
+
+def test_injected_rates_are_set_between_steps():
+    """By hand in the dict or by tree_set; steps that follow go at the new rate."""
+    tx = optax.inject_hyperparams(adamjax.adam)(0.1)
+    state, update = tx.init(PAIR), jax.jit(tx.update)
+    first, _ = update(STEEP, state, PAIR)
+    state = tree_utils.tree_set(state, learning_rate=jnp.float32(0.025))
+    assert tree_utils.tree_get(state, "learning_rate") == jnp.float32(0.025)
+    quarter, _ = update(STEEP, state, PAIR)
+    assert_close(quarter, jax.tree.map(lambda u: u / 4, first), 1e-6)
+    assert update._cache_size() == 1
+
+
+def test_injected_static_arguments():
+    tx = optax.inject_hyperparams(adamjax.scale_by_adam, static_args=("b1",))(b1=0.8, b2=0.9)
+    state = jax.jit(tx.init)(PAIR)
+    assert set(state.hyperparams) == {"b2"}
+    updates, state = jax.jit(tx.update)(STEEP, state, PAIR)
+    expected = adamjax.scale_by_adam(b1=0.8, b2=0.9).update(
+        STEEP, adamjax.scale_by_adam().init(PAIR)
+    )
+    assert_close((updates, state.inner_state), expected, 1e-6)
+    with pytest.raises(ValueError, match="static_args"):
+        optax.inject_hyperparams(adamjax.scale, static_args="rate")
+
+    def on_matrices(learning_rate, mask):
+        return adamjax.masked(adamjax.scale(-learning_rate), mask)
+
+    def matrices(tree):
+        return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+    tx = optax.inject_hyperparams(on_matrices, static_args="mask")(0.1, matrices)
+    grads = [jnp.ones((1, 2)), jnp.ones(2)]
+    updates, state = tx.update(grads, tx.init(grads), grads)
+    assert set(state.hyperparams) == {"learning_rate"}
+    assert_close(updates, [-0.1 * grads[0], grads[1]], 1e-6)
+
+
+@pytest.mark.parametrize("hyper", [jnp.bfloat16, jnp.float32, None])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_injected_dtypes(hyper, dtype):
+    """Hyperparameters have the dtype that was asked for, or the parameters': and so they stay."""
+    p = [jnp.ones((1, 2), dtype), jnp.ones(2, dtype)]
+    make = optax.inject_hyperparams(adamjax.scale_by_adam, hyperparam_dtype=hyper)
+    tx = make(b1=0.9, b2=0.95)
+    state = jax.jit(tx.init)(p)
+    update = jax.jit(tx.update)
+    for _ in range(2):
+        assert state.hyperparams["b1"].dtype == state.hyperparams["b2"].dtype == (hyper or dtype)
+        updates, new_state = update(p, state, p)
+        assert avals(new_state) == avals(state)
+        assert avals(updates) == avals(p)
+        state = new_state
+
+
+def test_a_beta_that_the_dtype_rounds_to_one():
+    """optax keeps hyperparameters in the parameters' dtype: 0.999 in bfloat16 is 1."""
+    p = jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(ValueError, match="b2 must be in"):
+        optax.inject_hyperparams(adamjax.adam)(0.1).init(p)
+    tx = optax.inject_hyperparams(adamjax.adam, hyperparam_dtype=jnp.float32)(0.125)
+    updates, _ = jax.jit(tx.update)(p, tx.init(p), p)
+    assert_same(updates, jnp.full(2, -0.125, jnp.bfloat16))
+
+
+# --- compositions ---------------------------------------------------------------------------------
+
+
+def test_chain():
+    """A chain of optax with parts of ours is its parts in turn; so is ours with parts of optax'."""
+    parts = [adamjax.scale_by_adam(), optax.trace(0.5), adamjax.scale(-0.01)]
+    moved = []
+    for chain in (optax.chain, adamjax.chain):
+        p, tx = PAIR, chain(*parts)
+        state = tx.init(p)
+        assert isinstance(state, tuple)
+        update = jax.jit(tx.update)
+        for _ in range(20):
+            updates, state = update(STEEP, state)
+            p = optax.apply_updates(p, updates)
+        moved.append(p)
+    p, states = PAIR, [tx.init(PAIR) for tx in parts]
+    for _ in range(20):
+        updates = STEEP
+        for i, tx in enumerate(parts):
+            updates, states[i] = tx.update(updates, states[i])
+        p = optax.apply_updates(p, updates)
+    assert_close(moved[0], p, 1e-6)
+    assert_close(moved[1], p, 1e-6)
+
+
+def test_named_chain():
+    tx = optax.named_chain(("rule", adamjax.scale_by_adam()), ("rate", adamjax.scale(-0.1)))
+    state = tx.init(PAIR)
+    assert set(state) == {"rule", "rate"}
+    plain = adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))
+    expected = plain.update(STEEP, plain.init(PAIR), PAIR)[0]
+    updates, state = tx.update(STEEP, state, PAIR)
+    assert_close(updates, expected, 1e-6)
+    assert adamjax.step_count(state) == 1
+
+
+def objective_of(goal):
+    def objective(p):
+        pairs = zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True)
+        return sum(jnp.sum((x - y) ** 2) for x, y in pairs)
+
+    return objective
+
+
+MODEL = {"a": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "z": [jnp.full(2, 2.0)]}
+GOAL = jax.tree.map(lambda x: x * 0.3 - 1.0, MODEL)
+
+
+def test_multi_transform():
+    parts = {"fast": adamjax.adam(0.1), "slow": adamjax.adamax(0.01), "still": adamjax.scale(0.0)}
+    labels = {"a": {"w": "fast", "b": "slow"}, "z": "still"}
+    p, state = walked(optax.multi_transform(parts, labels), MODEL, objective_of(GOAL), 5)
+    tx = adamjax.partition([("/w", parts["fast"]), ("/b", parts["slow"])], default=parts["still"])
+    expected, _ = walked(tx, MODEL, objective_of(GOAL), 5)
+    assert_close(p, expected, 1e-6)
+    assert_same(p["z"], MODEL["z"])
+    assert jax.tree.leaves(adamjax.get_slot(state, "v"))[0].shape == (2, 3)
+    # By a function, and a label that there is no transform for.
+    p, _ = walked(optax.multi_transform(parts, lambda _: labels), MODEL, objective_of(GOAL), 5)
+    assert_close(p, expected, 1e-6)
+    with pytest.raises(ValueError, match="other"):
+        optax.multi_transform(parts, {**labels, "z": "other"}).init(MODEL)
+
+
+@pytest.mark.parametrize("container", [list, tuple, dict])
+def test_partition_of_nothing(container):
+    nothing = container()
+    for tx in (
+        optax.multi_transform({0: adamjax.adam(0.1)}, lambda _: 0),
+        optax.masked(adamjax.adam(0.1), container()),
+        adamjax.partition([("x", optax.adam(0.1))]),
+        adamjax.masked(optax.adam(0.1), "x"),
+        adamjax.adam(0.1),
+    ):
+        updates, _ = tx.update(nothing, tx.init(nothing), nothing)
+        assert updates == nothing
+
+
+MASKS = {
+    "leaf by leaf": {"a": {"w": True, "b": False}, "z": [True]},
+    "a prefix": {"a": False, "z": True},
+    "a function": lambda tree: jax.tree.map(lambda x: np.ndim(x) > 1, tree),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("weights", [True, False])
+def test_masks(mask, weights):
+    """Masks of optax around ours: leaves that are not masked pass, and have no slots."""
+    mask = MASKS[mask]
+    tx = optax.chain(
+        optax.masked(adamjax.scale_by_adam(eps=1e-8), mask),
+        optax.masked(adamjax.add_decayed_weights(0.1 if weights else 0.0), mask),
+        adamjax.scale_by_learning_rate(0.1),
+    )
+    theirs = optax.chain(
+        optax.masked(optax.scale_by_adam(), mask),
+        optax.masked(optax.add_decayed_weights(0.1 if weights else 0.0), mask),
+        optax.scale_by_learning_rate(0.1),
+    )
+    p, state = walked(tx, MODEL, objective_of(GOAL), 5)
+    expected, other = walked(theirs, MODEL, objective_of(GOAL), 5)
+    assert_close(p, expected, ROUNDING)
+    m, mu = state[0].inner_state.m, other[0].inner_state.mu
+    assert_close(m, mu, ROUNDING)
+
+
+def test_masks_as_functions_in_ours():
+    """optax's mask functions are taken by our `masked`, around optax' transforms as around ours."""
+    mask = MASKS["a function"]
+    for inner, other in (
+        (adamjax.add_decayed_weights(0.1), optax.add_decayed_weights(0.1)),
+        (optax.adam(0.1), optax.adam(0.1)),
+    ):
+        p, _ = walked(
+            adamjax.chain(adamjax.masked(inner, mask), optax.scale(-0.1)),
+            MODEL,
+            objective_of(GOAL),
+            3,
+        )
+        expected, _ = walked(
+            optax.chain(optax.masked(other, mask), optax.scale(-0.1)), MODEL, objective_of(GOAL), 3
+        )
+        assert_close(p, expected, 1e-6)
+
+
+def test_masks_within_masks():
+    inner = optax.masked(adamjax.scale(-1.0), {"a": True, "z": False})
+    for tx in (
+        optax.masked(inner, MASKS["a function"]),
+        adamjax.masked(inner, "w"),
+        optax.masked(adamjax.masked(adamjax.scale(-1.0), "^a"), MASKS["a function"]),
+    ):
+        updates, _ = jax.jit(tx.update)(MODEL, jax.jit(tx.init)(MODEL), MODEL)
+        expected = {**MODEL, "a": {"w": -MODEL["a"]["w"], "b": MODEL["a"]["b"]}}
+        assert_same(updates, expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "amsgrad", "nadam"])
+def test_multi_steps(name):
+    """optax's accumulation around ours: nothing moves in between, then the step of the mean."""
+    tx, dtype = OPTIMIZERS[name](), jnp.float32
+    p, _, objective = parabola(dtype)
+    gathered = optax.MultiSteps(tx, every_k_schedule=4)
+    state, update = jax.jit(gathered.init)(p), jax.jit(gathered.update)
+    grads = [jax.grad(objective)(p) * k for k in (1.0, 2.0, 3.0, 6.0)]
+    for g in grads[:-1]:
+        updates, state = update(g, state, p)
+        assert jnp.all(updates == 0)
+        assert not gathered.has_updated(state)
+    updates, state = update(grads[-1], state, p)
+    expected, _ = tx.update(3.0 * jax.grad(objective)(p), tx.init(p), p)
+    assert gathered.has_updated(state)
+    assert_close(updates, expected, 1e-6)
+    assert adamjax.step_count(state) == 1
+
+
+def test_multi_steps_of_a_schedule():
+    tx = optax.MultiSteps(adamjax.adam(0.1), lambda step: jnp.where(step < 2, 1, 3))
+    state, update = tx.init(PAIR), jax.jit(tx.update)
+    moved = []
+    for _ in range(8):
+        _, state = update(STEEP, state, PAIR)
+        moved.append(bool(tx.has_updated(state)))
+    assert moved == [True, True, False, False, True, False, False, True]
+
+
+def test_multi_steps_skip_what_is_not_finite():
+    tx = optax.MultiSteps(adamjax.scale(-1.0), 2, should_skip_update_fn=optax.skip_not_finite)
+    p, update = jnp.zeros([]), jax.jit(tx.update)
+    state, seen = tx.init(p), []
+    for g in (1.0, 3.0, jnp.inf, jnp.nan, 1.0, 1.0):
+        updates, state = update(jnp.array(g), state, p)
+        p = optax.apply_updates(p, updates)
+        seen.append(float(p))
+    assert seen == [0.0, -2.0, -2.0, -2.0, -2.0, -3.0]
+
+
+@pytest.mark.skipif(
+    "accumulator_dtype" not in inspect.signature(optax.MultiSteps.__init__).parameters,
+    reason="an older optax, whose MultiSteps refuses mixed dtypes around its own optimizers too",
+)
+def test_multi_steps_in_mixed_precision():
+    """Updates have the dtype that they have without MultiSteps, and parameters keep theirs."""
+    pairs = list(itertools.product((jnp.float32, jnp.float16, jnp.bfloat16), repeat=2))
+    p = [jnp.ones(3, of_params) for of_params, _ in pairs]
+    g = [jnp.full(3, 0.5, of_grads) for _, of_grads in pairs]
+    tx = adamjax.adam(0.1, m_dtype="float32")
+    gathered = optax.MultiSteps(tx, 2)
+    state, held = tx.init(p), gathered.init(p)
+    plain, gathering = jax.jit(tx.update), jax.jit(gathered.update)
+    for _ in range(3):
+        updates, state = plain(g, state, p)
+        others, held = gathering(g, held, p)
+        assert avals(others) == avals(updates)
+        moved = optax.apply_updates(p, others)
+        assert avals(moved) == avals(p)
+        p = moved
+
+
+def test_multi_steps_in_a_scan():
+    tx = optax.MultiSteps(adamjax.adam(0.1), 2)
+    p = {"w": jnp.ones(3, jnp.bfloat16)}
+
+    def step(state, _):
+        updates, state = tx.update(p, state, p)
+        return state, updates
+
+    final, updates = jax.lax.scan(step, tx.init(p), None, length=4)
+    assert adamjax.step_count(final) == 2
+    assert_close(updates["w"][1::2], jnp.full((2, 3), -0.1, jnp.bfloat16), 1e-2)
+
+
+def test_apply_if_finite():
+    """optax' guard around ours, with its limit on what it rejects in a row."""
+    tx = optax.apply_if_finite(adamjax.scale_by_learning_rate(1.0), 2)
+    p, update = jnp.array(0.0), jax.jit(tx.update)
+    state, seen = tx.init(p), []
+    for g in (1.0, jnp.nan, jnp.nan, 1.0, jnp.nan, jnp.inf):
+        updates, state = update(jnp.array(g), state, p)
+        p = optax.apply_updates(p, updates)
+        seen.append(float(p))
+    assert seen == [-1.0, -1.0, -1.0, -2.0, -2.0, -2.0]
+    assert state.total_notfinite == 4
+    updates, state = update(jnp.array(jnp.nan), state, p)
+    assert jnp.isnan(updates)
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadam"])
+def test_apply_if_finite_around_optimizers(name):
+    tx = OPTIMIZERS[name]()
+    p, _, objective = mixed(jnp.float32)
+    guarded, state = walked(optax.apply_if_finite(tx, 3), p, objective, 4)
+    expected, held = walked(tx, p, objective, 4)
+    assert_close((guarded, state.inner_state), (expected, held), 1e-6)
+    spoilt = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), p)
+    updates, after = jax.jit(optax.apply_if_finite(tx, 3).update)(spoilt, state, guarded)
+    assert_same((updates, after.inner_state), (jax.tree.map(jnp.zeros_like, p), state.inner_state))
+
+
+def test_conditionally():
+    def early(step):
+        return step < 2
+
+    transform = optax.conditionally_transform(adamjax.scale(2.0), early)
+    mask = optax.conditionally_mask(adamjax.scale(2.0), early)
+    for tx, after in ((transform, 1.0), (mask, 0.0)):
+        state, update, seen = tx.init(jnp.zeros([])), jax.jit(tx.update), []
+        for _ in range(4):
+            updates, state = update(jnp.ones([]), state)
+            seen.append(float(updates))
+        assert seen == [2.0, 2.0, after, after]
+
+    def lossy(step, loss, **extra):
+        return loss > 0.1
+
+    tx = optax.conditionally_mask(adamjax.adam(0.1), lossy, forward_extra_args=True)
+    state = tx.init(PAIR)
+    moved, state = tx.update(STEEP, state, PAIR, loss=0.2)
+    assert_close(moved, jax.tree.map(lambda x: jnp.full_like(x, -0.1), PAIR), 1e-5)
+    rested, after = tx.update(STEEP, state, PAIR, loss=0.0)
+    assert_same(rested, jax.tree.map(jnp.zeros_like, PAIR))
+    assert_same(after.inner_state, state.inner_state)
+
+
+@pytest.mark.skipif(not hasattr(optax.transforms, "freeze"), reason="an older optax")
+def test_freeze():
+    frozen = {"a": True, "z": False}
+    tx = optax.chain(adamjax.adam(0.1), optax.transforms.freeze(frozen))
+    p, _ = walked(tx, MODEL, objective_of(GOAL), 3)
+    free, _ = walked(adamjax.adam(0.1), MODEL, objective_of(GOAL), 3)
+    assert_same(p["a"], MODEL["a"])
+    assert_close(p["z"], free["z"], 1e-6)
+    tx = optax.transforms.selective_transform(adamjax.adam(0.1), freeze_mask=frozen)
+    assert_close(walked(tx, MODEL, objective_of(GOAL), 3)[0], p, 1e-6)
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+WITH_SLOTS = {
+    "adam": (adamjax.adam, ("m", "v")),
+    "adamw": (adamjax.adamw, ("m", "v")),
+    "amsgrad": (adamjax.amsgrad, ("m", "v", "v_max")),
+    "adamax": (adamjax.adamax, ("m", "u")),
+    "nadam": (adamjax.nadam, ("m", "v")),
+    "average": (lambda: adamjax.chain(adamjax.adam(), adamjax.weight_ema()), ("m", "v", "average")),
+    "accumulated": (lambda: adamjax.accumulate_gradients(adamjax.adam(), 2), ("m", "v", "total")),
+    "guarded": (lambda: adamjax.skip_not_finite(adamjax.adam()), ("m", "v")),
+    "optax": (lambda: optax.chain(adamjax.clip_by_norm(1.0), adamjax.amsgrad()), ("m", "v_max")),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_map_params(name):
+    """optax tells which parts of a state are like the parameters: to lay it out, say."""
+    make, slots = WITH_SLOTS[name]
+    tx = make()
+    state = tx.init(MODEL)
+    specs = jax.tree.map(lambda p: f"spec of {p.shape}", MODEL)
+    laid = tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "everywhere"
+    )
+    for slot in slots:
+        assert tree_utils.tree_get(laid, slot) == specs
+    others = [x for x in jax.tree.leaves(laid) if not x.startswith("spec")]
+    assert set(others) == {"everywhere"}
+    kept = tree_utils.tree_map_params(tx, lambda x: None, state)
+    assert tree_utils.tree_get(kept, "m") == jax.tree.map(lambda _: None, MODEL)
+
+
+def test_map_params_of_masked():
+    """Where a part has no leaf there is `None`, which `is_leaf` must tell, as with optax' nodes."""
+    for tx in (
+        adamjax.masked(adamjax.adam(0.1), "w"),
+        adamjax.partition([("w", adamjax.adam(0.1))], default=adamjax.scale(0.0)),
+    ):
+        state = tx.init(MODEL)
+        mapped = tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+        assert_same(tree_utils.tree_get(mapped, "m")["a"]["w"], jnp.ones((2, 3)))
+        specs = jax.tree.map(lambda p: p.ndim, MODEL)
+        laid = tree_utils.tree_map_params(
+            tx,
+            lambda x, spec: None if x is None else spec,
+            state,
+            specs,
+            is_leaf=lambda x: x is None,
+        )
+        assert tree_utils.tree_get(laid, "m") == {"a": {"w": 2, "b": None}, "z": [None]}
+
+
+def test_get_and_set():
+    tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.1))
+    _, state = walked(tx, MODEL, objective_of(GOAL), 3)
+    assert_same(tree_utils.tree_get(state, "v"), adamjax.get_slot(state, "v"))
+    assert tree_utils.tree_get(state, "ScaleByAdamState").count == 3
+    assert tree_utils.tree_get(state, "mu", default="none") == "none"
+    # Rates count as well: optax asks which is meant, where `step_count` knows.
+    with pytest.raises(KeyError, match="multiple values"):
+        tree_utils.tree_get(state, "count")
+    assert adamjax.step_count(state) == 3
+
+    def of_rule(path, _):
+        return getattr(path[-1], "tuple_name", None) == "ScaleByAdamState"
+
+    assert tree_utils.tree_get(state, "count", filtering=of_rule) == 3
+    counts = tree_utils.tree_get_all_with_path(state, "count")
+    assert [path[-1].tuple_name for path, _ in counts] == ["ScaleByAdamState", "ScheduleState"]
+
+    # Set counts are where the next step starts from.
+    @jax.jit
+    def put(state, count):
+        return tree_utils.tree_set(state, count=count)
+
+    moved = put(state, jnp.array(7, jnp.int32))
+    assert avals(moved) == avals(state)
+    assert adamjax.step_count(moved) == 7
+    _, after = tx.update(MODEL, moved, MODEL)
+    assert adamjax.step_count(after) == 8
+    with pytest.raises(KeyError):
+        tree_utils.tree_set(state, momentum=1.0)
+
+
+# --- contrib --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("adam", parabola), ("adam", mixed), *((name, rosenbrock) for name in OPTIMIZERS)],
+)
+def test_mechanize(name, target):
+    """A rate of 1 that contrib's wrapper tunes: what it finds is near the optimum."""
+    p, goal, objective = target(jnp.float32)
+    tx = contrib.mechanize(OPTIMIZERS[name].func(1.0), weight_decay=0.0)
+    state = tree_utils.tree_map_params(tx, lambda x: x, tx.init(p))
+    assert_near(walked(tx, p, objective, 30_000, state)[0], goal)
+
+
+@each
+def test_schedule_free(name):
+    p, goal, objective = at_once(*(t(jnp.float32) for t in (parabola, rosenbrock, mixed)))
+    tx = contrib.schedule_free(OPTIMIZERS[name].func(0.01, b1=0.0), learning_rate=0.01)
+    p, state = walked(tx, p, objective, 30_000)
+    assert_near(contrib.schedule_free_eval_params(state, p), goal)
+
+
+def test_reduce_on_plateau():
+    """The loss that it is given reaches it, in an optax chain and in ours."""
+    p, _, objective = rosenbrock(jnp.float32)
+
+    def plateau():
+        return contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=0.5, cooldown=1)
+
+    theirs = optax.chain(optax.adam(0.1), plateau())
+    expected, known = walked(theirs, p, objective, 40, with_value=True)
+    assert known[-1].scale < 0.1
+    for chain in (optax.chain, adamjax.chain):
+        tx = chain(adamjax.adam(0.1, eps=1e-8), plateau())
+        q, state = walked(tx, p, objective, 40, with_value=True)
+        assert_close(q, expected, 1e-4)
+        assert state[-1].scale == known[-1].scale
+
+
+def test_split_real_and_imaginary():
+    """Complex weights as pairs of real ones: steps of the pairs."""
+    x = jnp.array([[0.1, 0.2, 0.3], [-0.1, -0.2, -0.3]])
+    y = jnp.array([[0.5, -0.5, 0.0], [0.1, 0.3, -0.2]])
+    for tx in (adamjax.adam(0.1), adamjax.adamax(0.1)):
+        split = contrib.split_real_and_imaginary(tx)
+        (a, b), _ = walked(tx, (x, y), lambda p: jnp.sum(p[0] ** 2 + p[1] ** 2), 3)
+        z, _ = walked(split, x + 1j * y, lambda z: jnp.sum(squared(z)), 3)
+        assert_close(z, a + 1j * b, 1e-6)
+
+
+def test_lookahead():
+    _, goal, objective = mixed(jnp.float32)
+    p = optax.LookaheadParams.init_synced(jax.tree.map(jnp.zeros_like, goal))
+
+    def of(tx):
+        tx = optax.lookahead(tx, sync_period=3, slow_step_size=0.5)
+        q, state, update = p, tx.init(p), jax.jit(tx.update)
+        for _ in range(7):
+            updates, state = update(jax.grad(objective)(q.fast), state, q)
+            q = optax.apply_updates(q, updates)
+        return q
+
+    assert_close(of(adamjax.adam(0.1, eps=1e-8)), of(optax.adam(0.1)), 1e-5)
+
+
+def test_sam():
+    p, _, objective = parabola(jnp.float32)
+
+    def of(tx, ascent):
+        tx = contrib.sam(tx, optax.chain(contrib.normalize(), ascent), sync_period=2)
+        return walked(tx, p, objective, 20)[0]
+
+    ours = of(adamjax.adam(0.1, eps=1e-8), adamjax.scale(-0.05))
+    assert_close(ours, of(optax.adam(0.1), optax.sgd(0.05)), 1e-5)
