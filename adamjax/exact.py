@@ -194,7 +194,7 @@ def _checked(route: list[Transform]) -> None:
             if rule is not None:
                 raise _refused(tx, f"it is a second rule, behind {rule!r}")
             rule = tx
-        elif rule is None and not tx.keeps_zero:
+        elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
             raise _refused(tx, "in front of the rule, it may give a gradient to rows without one")
         elif rule is not None and tx.affine(None, None, 0, None) is None:
             raise _refused(tx, "behind the rule, its result is not affine in update and weights")

@@ -1053,9 +1053,7 @@ def tied(p, ids):
     return quad(p, hidden @ p["table"].T)
 
 
-@case(
-    params(other=halves(V, D, seed=1)), MANY, table=Dense("dot_general"), other=Rows(MANY)
-)
+@case(params(other=halves(V, D, seed=1)), MANY, table=Dense("dot_general"), other=Rows(MANY))
 def tied_and_not(p, ids):
     hidden = p["table"][ids].sum(1) + p["other"][ids].sum(1)
     return quad(p, hidden @ p["table"].T)
