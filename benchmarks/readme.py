@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS
+from benchmarks.models import CONTENDERS
 
 __all__ = ["main", "rendered"]
 
@@ -158,6 +159,38 @@ def rows(results: dict[str, Any]) -> str:
     )
 
 
+def models(results: dict[str, Any]) -> str:
+    """The tables of the models suite."""
+    steps = [
+        [
+            f"{row['model']}, {row['parameters'] / 1e6:,.1f}M",
+            contender,
+            _range(ms, 1),
+            f"{row['ratio'][name]['median']:.2g}" if name != "exact" else "",
+            _range(row["tables_ms"][name], 1) if name in row["tables_ms"] else "",
+            _mega(row["temporary_bytes"][name]),
+        ]
+        for row in results["steps"]
+        for name, contender in CONTENDERS.items()
+        if (ms := row["ms"].get(name))
+    ]
+    traces = [
+        [row["model"], row["caches"], _range(row["ms"]["rows"], 0), _range(row["ratio"], 2)]
+        for row in results["traces"]
+    ]
+    head = ["model, parameters", "contender", "step, ms", "by exact's"]
+    return "\n\n".join(
+        [
+            f"{_where(results)} Median (quartiles). What the tables add is the step's time less "
+            "that of one with frozen tables.",
+            _table([*head, "of it tables, ms", "temporaries, MB"], steps),
+            "The time to trace a loss with row gradients, by that of `jax.value_and_grad`, with "
+            "JAX's own functions traced before (caches warm) and not:",
+            _table(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
+        ]
+    )
+
+
 def differences(results: dict[str, Any]) -> str:
     """The table of what other packages do otherwise."""
     systems = list(results["rows"][0]["numbers"])
@@ -169,9 +202,13 @@ def differences(results: dict[str, Any]) -> str:
     return f"{_table(['what is done', *systems, 'to get theirs'], table)}\n\n{versions}."
 
 
+# The function that writes the tables of a suite's results.
+SUITES = {"dense": dense, "rows": rows, "models": models, "differences": differences}
+
+
 def rendered(text: str) -> str:
     """The README's text with its tables as the committed results say."""
-    for suite, tables in (("dense", dense), ("rows", rows), ("differences", differences)):
+    for suite, tables in SUITES.items():
         for path in sorted(RESULTS.glob(f"*/{suite}.json")):
             name = f"{suite} {path.parent.name}"
             block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
