@@ -31,6 +31,7 @@ from support import enable_x64, is_none
 
 import adamjax
 from adamjax import RowGradient
+from adamjax.paths import leaf_paths
 
 V, D = 11, 3
 
@@ -197,8 +198,7 @@ def check_rows(rows, table, what):
 
 
 def by_path(tree):
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gradient)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree, is_leaf=is_gradient), strict=True))
 
 
 def laid_out(g):

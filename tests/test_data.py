@@ -136,7 +136,7 @@ def test_every_hyperparameter_is_in_the_table():
     """Of every public transform and schedule, but those that are transforms or patterns."""
     listed = {p.id for p in HYPERPARAMETERS}
     elsewhere = {"tx", "transforms", "rules", "pattern", "patterns"}
-    elsewhere |= {"values", "boundaries", "default", "mask"}
+    elsewhere |= {"values", "boundaries", "default", "mask", "hyperparams"}
     static = {"nesterov", "m_dtype", "v_dtype", "u_dtype", "staircase", "cycle"}
     static |= {"rows", "max_rows", "tables", "history", "fixed", "axis_name"}
     for public in adamjax.__all__:

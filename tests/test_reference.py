@@ -27,4 +27,5 @@ def test_the_reference_is_built_without_warnings(tmp_path):
     assert not done.stderr, done.stderr
     page = (tmp_path / "adamjax.html").read_text()
     missing = [name for name in adamjax.__all__ if f'id="{name}"' not in page]
+    missing = [name for name in missing if not (tmp_path / "adamjax" / f"{name}.html").exists()]
     assert not missing

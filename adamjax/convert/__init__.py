@@ -19,6 +19,14 @@ would have:
 - **A value that would be rounded** by the dtype that is to hold it.
 
 `check=False` takes the arrays all the same, and the run goes on as `tx` says.
+
+>>> import adamjax, jax.numpy as jnp, optax
+>>> params = {"w": jnp.ones(2)}
+>>> theirs = optax.adam(0.1)
+>>> updates, state = theirs.update(params, theirs.init(params), params)
+>>> tx = adamjax.adam(0.1, eps=1e-8)  # as optax's, which is on the corrected root
+>>> adamjax.step_count(adamjax.convert.from_optax(state, tx, params))
+Array(1, dtype=int32)
 """
 
 from adamjax.convert.keras import from_keras, to_keras

@@ -221,7 +221,7 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
 
 def field_names(x: Any) -> tuple[str, ...] | None:
     """The names of a named tuple's fields; `None` for anything else."""
-    return getattr(type(x), "field_names", None) if isinstance(x, tuple) else None
+    return getattr(type(x), "_fields", None) if isinstance(x, tuple) else None
 
 
 def _is_ours(x: Any) -> bool:
