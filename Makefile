@@ -14,7 +14,7 @@ help:
 	@echo "make test-oldest  run them with the oldest supported JAX"
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make lint types   check style and types"
-	@echo "make bench        measure steps against optax, Keras and torch: dense ones, on rows, of models"
+	@echo "make bench        measure everything against optax, Keras and torch, and write a report of it"
 	@echo "make docs         build the API reference in build/api"
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
@@ -40,9 +40,7 @@ types: .venv/.test
 	$(BIN)/mypy
 
 bench: .venv/.contenders
-	$(BIN)/python -m benchmarks dense $(ARGS)
-	$(BIN)/python -m benchmarks rows $(ARGS)
-	$(BIN)/python -m benchmarks models $(ARGS)
+	$(BIN)/python -m benchmarks all $(ARGS)
 
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme

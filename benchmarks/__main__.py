@@ -6,11 +6,15 @@ import sys
 # name: what it does. The suite is the function `main(arguments)` of the module of that name.
 SUITES = {
     "train": "train a next-word model on real text with the whole chain",
-    "dense": "dense steps against optax, Keras and torch: time, compile time, memory",
+    "all": "dense, rows, compile, memory and models, one after another, and the report",
+    "dense": "dense steps against optax, Keras and torch",
     "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
+    "compile": "what a program of 500 leaves costs to trace and to compile, against optax",
+    "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "what other packages do otherwise, in numbers",
+    "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",
     "readme": "write the measured tables into README.md",
 }
 
@@ -22,6 +26,8 @@ def main(argv: list[str]) -> int:
         print("usage: python -m benchmarks SUITE [options]; SUITE --help says which\n")
         print("\n".join(f"  {name:{width}}  {what}" for name, what in SUITES.items()))
         return 0
+    if argv[0] == "--compare":
+        argv = ["report", *argv]
     name, *rest = argv
     if name not in SUITES:
         print(f"benchmarks: no suite {name!r}; there are {', '.join(SUITES)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Dense steps: time, compile time and memory against optax, Keras on JAX and torch's fused Adam.
+"""Dense steps: time against optax, Keras on JAX and torch's fused Adam, and against the memory.
 
 adamjax, optax and Keras take their steps in one process, in turn; torch in a process of its own,
 in turn with that one, as thread pools disturb each other. A sample is the mean of a few steps
@@ -6,19 +6,43 @@ after one that is not timed; a ratio is taken within a round, from samples that 
 other in time, and who goes first changes from round to round, as the first is slower. Where
 arrays come to lie in memory moves a step's time by a tenth, so the processes are started anew
 several times.
+
+Each time is also given as a fraction of the limit that the device's bandwidth sets, measured before
+and after: the least bytes that the step must move (`least_bytes`), over the bytes a second.
 """
 
 import argparse
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, environment, save, spread, timed
+from benchmarks.measure import (
+    RESULTS,
+    Device,
+    device,
+    environment,
+    fraction,
+    installed,
+    progress,
+    rounded,
+    save,
+    say,
+    timed,
+)
 from benchmarks.workers import Worker, serve
 
-__all__ = ["main"]
+__all__ = [
+    "CHAINS",
+    "MANY_LEAVES",
+    "QUICK",
+    "WORKLOADS",
+    "jax_step",
+    "least_bytes",
+    "main",
+    "random_arrays",
+    "transform",
+]
 
 CHAINS = ("adam", "clip + adam")
 MAX_NORM = 1.0
@@ -33,23 +57,45 @@ def transformer(width: int = 256, layers: int = 12, words: int = 8192) -> list[t
     return [(words, w), (512, w), *(block * layers), (w,), (w,), (w, words), (words,)]
 
 
-# name: shapes, dtype, steps a sample
+MANY_LEAVES = "500 leaves, 8.2M"
+
+# name: shapes, dtype, the least steps of a sample
 WORKLOADS: dict[str, tuple[list[tuple[int, ...]], str, int]] = {
     "one leaf, 33.6M": ([(33_554_432,)], "float32", 2),
     "transformer, 150 leaves, 13.8M": (transformer(), "float32", 3),
-    "500 leaves, 8.2M": ([(64, 256)] * 500, "float32", 4),
+    MANY_LEAVES: ([(64, 256)] * 500, "float32", 4),
     "transformer, bfloat16": (transformer(), "bfloat16", 3),
 }
 QUICK = {
-    "one leaf, 33.6M": ([(65_536,)], "float32", 2),
-    "500 leaves, 8.2M": ([(8, 8)] * 20, "float32", 2),
+    "one leaf, 65k": ([(65_536,)], "float32", 2),
+    "20 leaves, 1.3k": ([(8, 8)] * 20, "float32", 2),
 }
+# The seconds that a sample should last, and the most steps in it.
+SAMPLE, MOST = 0.05, 100
+
+
+def least_bytes(shapes: list[tuple[int, ...]], dtype: str, chain: str) -> int:
+    """Bytes that a step of Adam must read and write, however it is written.
+
+    Counted for every element: the gradient is read, parameter and both moments are read and
+    written, each once. That is 28 bytes in float32; 22 in bfloat16 with moments in float32. A clip
+    by the global norm reads the gradient once more, as the norm of all comes before the first
+    element can be clipped: 32 and 24. Scalars are not counted.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    size = jnp.dtype(dtype).itemsize
+    moments = 2 * 2 * max(size, 4)
+    reads_of_gradient = 2 if "clip" in chain else 1
+    each = 2 * size + moments + reads_of_gradient * size
+    return each * sum(int(np.prod(shape)) for shape in shapes)
 
 
 # --- contenders: each is a function that takes one step, and waits where it is asked to -----------
 
 
-def _arrays(shapes: list[tuple[int, ...]], dtype: str, seed: int) -> list[Any]:
+def random_arrays(shapes: list[tuple[int, ...]], dtype: str, seed: int) -> list[Any]:
     import jax
     import numpy as np
 
@@ -57,7 +103,8 @@ def _arrays(shapes: list[tuple[int, ...]], dtype: str, seed: int) -> list[Any]:
     return [jax.numpy.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes]
 
 
-def _pair(name: str, chain: str) -> tuple[Any, Callable[..., Any]]:
+def transform(name: str, chain: str) -> tuple[Any, Callable[..., Any]]:
+    """The optimizer of adamjax or optax, and what applies its updates."""
     clip = chain == "clip + adam"
     if name == "adamjax":
         import adamjax
@@ -85,7 +132,7 @@ def jax_step(name: str, chain: str, params: list[Any]) -> tuple[Any, Any]:
         def step(params: Any, state: Any, grads: Any) -> Any:
             return optimizer.stateless_apply(state, grads, params)
     else:
-        tx, apply = _pair(name, chain)
+        tx, apply = transform(name, chain)
         state = tx.init(params)
 
         def step(params: Any, state: Any, grads: Any) -> Any:
@@ -99,7 +146,7 @@ def jax_runner(name: str, chain: str, shapes: Any, dtype: str) -> Callable[[int]
     """Takes some steps in place and waits for them."""
     import jax
 
-    params, grads = _arrays(shapes, dtype, 0), _arrays(shapes, dtype, 1)
+    params, grads = random_arrays(shapes, dtype, 0), random_arrays(shapes, dtype, 1)
     step, state = jax_step(name, chain, params)
     held = [params, state]
 
@@ -138,16 +185,16 @@ def torch_runner(chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
 
 def work(kind: str, workloads: dict[str, Any]) -> None:
     """Serves rounds: asked for (workload, chain), answers with seconds a step of contenders."""
-    contenders = ["torch"] if kind == "torch" else jax_contenders()
+    contenders = ["torch"] if kind == "torch" else installed("adamjax", "optax", "keras")
     runners: dict[str, Callable[[int], None]] = {}
-    current, steps = None, 1
+    current, least = None, 1
 
     def answer(asked: list[str]) -> dict[str, float]:
-        nonlocal current, steps
+        nonlocal current, least
         workload, chain = asked
         if asked != current:
             current = asked
-            shapes, dtype, steps = workloads[workload]
+            shapes, dtype, least = workloads[workload]
             for name in contenders:
                 runners[name] = (
                     torch_runner(chain, shapes, dtype)
@@ -156,7 +203,8 @@ def work(kind: str, workloads: dict[str, Any]) -> None:
                 )
         taken = {}
         for name in contenders:
-            runners[name](1)
+            once = timed(functools.partial(runners[name], 1))
+            steps = max(least, min(MOST, round(SAMPLE / once)))
             taken[name] = timed(functools.partial(runners[name], steps)) / steps
         contenders.append(contenders.pop(0))
         return taken
@@ -164,118 +212,53 @@ def work(kind: str, workloads: dict[str, Any]) -> None:
     serve(answer)
 
 
-def jax_contenders() -> list[str]:
-    """Those that share a process: adamjax, optax, and Keras if it is installed."""
-    return ["adamjax", "optax", *(["keras"] if importlib.util.find_spec("keras") else [])]
-
-
-def sitting(workload: str, chain: str, rounds: int, quick: bool) -> list[dict[str, float]]:
+def sitting(
+    workload: str, chain: str, rounds: int, quick: bool, device: Device, bar: Any
+) -> list[dict[str, float]]:
     """Seconds a step of every contender, for each of some rounds, in new processes."""
-    kinds = ["jax", *(["torch"] if importlib.util.find_spec("torch") else [])]
+    kinds = ["jax", *(["torch"] if device.torch else [])]
     options = ["--quick"] if quick else []
-    workers = [Worker("dense", "--worker", kind, *options) for kind in kinds]
+    workers = [Worker("dense", "--worker", kind, *options, **device.variables) for kind in kinds]
     asked = [workload, chain]
+    taken = []
     try:
         for worker in workers:
             worker.ask(asked)
-        return [
-            {name: s for worker in workers for name, s in worker.ask(asked).items()}
-            for _ in range(rounds)
-        ]
+        for _ in range(rounds):
+            taken.append({n: s for worker in workers for n, s in worker.ask(asked).items()})
+            bar.update()
     finally:
         for worker in workers:
             worker.close()
+    return taken
 
 
 def run_times(
-    workloads: dict[str, Any], sittings: int, rounds: int, quick: bool
+    workloads: dict[str, Any], sittings: int, rounds: int, quick: bool, device: Device
 ) -> list[dict[str, Any]]:
     """Step times of every contender on every workload and chain."""
     table = []
-    for workload in workloads:
-        for chain in CHAINS:
-            taken: list[dict[str, float]] = []
-            for _ in range(sittings):
-                taken += sitting(workload, chain, rounds, quick)
-            row = {
-                "workload": workload,
-                "chain": chain,
-                "ms": {n: spread([1e3 * t[n] for t in taken]) for n in taken[0]},
-                "ratio": {
-                    n: spread([t["adamjax"] / t[n] for t in taken])
-                    for n in taken[0]
-                    if n != "adamjax"
-                },
-            }
-            table.append(row)
-            ratios = ", ".join(f"{n} {r['median']:.2f}" for n, r in row["ratio"].items())
-            own = row["ms"]["adamjax"]["median"]
-            print(f"{workload:32} {chain:12} {own:7.1f} ms; of the time of: {ratios}", flush=True)
-    return table
-
-
-# --- compilation and memory -----------------------------------------------------------------------
-
-
-def run_compile(workload: tuple[Any, ...], rounds: int) -> list[dict[str, Any]]:
-    """Seconds to trace and lower, and to compile, a step; contenders in turn, caches cleared."""
-    import jax
-
-    shapes, dtype, _ = workload
-    table = []
-    for chain in CHAINS:
-        taken: list[dict[str, dict[str, float]]] = []
-        for _ in range(rounds + 1):
-            taken.append({})
-            for name in ("adamjax", "optax"):
-                params = _arrays(shapes, dtype, 0)
-                step, state = jax_step(name, chain, params)
-                jax.clear_caches()
-                lowered: list[Any] = []
-                first = timed(lambda: lowered.append(step.lower(params, state, params)))  # noqa: B023
-                second = timed(lambda: lowered[0].compile())  # noqa: B023
-                taken[-1][name] = {"trace and lower": first, "compile": second}
-        del taken[0]
-        for what in ("trace and lower", "compile"):
-            row = {
-                "chain": chain,
-                "what": what,
-                "s": {n: spread([t[n][what] for t in taken]) for n in taken[0]},
-                "ratio": {"optax": spread([t["adamjax"][what] / t["optax"][what] for t in taken])},
-            }
-            table.append(row)
-            own, ratio = row["s"]["adamjax"]["median"], row["ratio"]["optax"]["median"]
-            print(f"{what:16} {chain:12} {own:6.2f} s; of the time of: optax {ratio:.2f}")
-    return table
-
-
-def run_memory(workloads: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bytes of the state and of temporaries of a donated step, as the compiler reports them."""
-    import jax
-
-    table = []
-    for workload, (shapes, dtype, _) in workloads.items():
-        for chain in CHAINS:
-            params = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
-            tx, apply = _pair("adamjax", chain)
-
-            def step(params: Any, state: Any, grads: Any, tx: Any = tx, apply: Any = apply) -> Any:
-                updates, state = tx.update(grads, state, params)
-                return apply(params, updates), state
-
-            state = jax.eval_shape(tx.init, params)
-            compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-            count = sum(p.size for p in params)
-            table.append(
-                {
+    with progress(len(workloads) * len(CHAINS) * sittings * rounds, "round") as bar:
+        for workload, (shapes, dtype, _) in workloads.items():
+            for chain in CHAINS:
+                taken: list[dict[str, float]] = []
+                for _ in range(sittings):
+                    taken += sitting(workload, chain, rounds, quick, device, bar)
+                row = {
                     "workload": workload,
                     "chain": chain,
-                    "parameter_bytes": sum(p.size * p.dtype.itemsize for p in params),
-                    "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-                    "parameters": count,
-                    "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                    "least_bytes": least_bytes(shapes, dtype, chain),
+                    "ms": {n: rounded([1e3 * t[n] for t in taken]) for n in taken[0]},
+                    "ratio": {
+                        n: rounded([t["adamjax"] / t[n] for t in taken])
+                        for n in taken[0]
+                        if n != "adamjax"
+                    },
                 }
-            )
+                table.append(row)
+                ratios = ", ".join(f"{n} {r['median']:.2f}" for n, r in row["ratio"].items())
+                own = row["ms"]["adamjax"]["median"]
+                say(f"{workload:32} {chain:12} {own:7.1f} ms; of the time of: {ratios}")
     return table
 
 
@@ -298,14 +281,20 @@ def main(argv: list[str]) -> int:
         work(args.worker, workloads)
         return 0
 
-    packages = ["adamjax", "jax", "jaxlib", "optax", "keras", "torch"]
-    packages = [name for name in packages if importlib.util.find_spec(name)]
-    results: dict[str, Any] = {"suite": "dense", "sittings": args.sittings, "rounds": args.rounds}
-    results["times"] = run_times(workloads, args.sittings, args.rounds, args.quick)
-    many = (QUICK if args.quick else WORKLOADS)["500 leaves, 8.2M"]
-    results["compile"] = [] if args.only else run_compile(many, min(args.rounds, 7))
-    results["memory"] = run_memory(workloads)
-    results["environment"] = environment(*packages)
+    here = device(args.quick)
+    results: dict[str, Any] = {"suite": "dense", "quick": args.quick}
+    results |= {"sittings": args.sittings, "rounds": args.rounds}
+    results["times"] = run_times(workloads, args.sittings, args.rounds, args.quick, here)
+    here.add_bandwidth(results, args.quick)
+    for row in results["times"]:
+        row["fraction"] = {
+            name: fraction(row["least_bytes"], ms, results["bandwidth"])
+            for name, ms in row["ms"].items()
+            # In bfloat16 the others have moments of two bytes.
+            if name == "adamjax" or "bfloat16" not in workloads[row["workload"]]
+        }
+    packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
+    results["environment"] = environment(*installed(*packages))
     out = args.out or RESULTS / results["environment"]["platform"] / "dense.json"
     if args.out or not (args.quick or args.only):
         save(results, out)

@@ -5,16 +5,18 @@ they are written by people who know nothing of row gradients. Each contender tak
 steps, jitted and donated, in a process of its own, in turn with the others: the dense gradients
 that JAX gives, with adamjax and with optax; row gradients of the same loss, lazy and exact; and a
 step with the tables frozen, which is what the rest of the model costs. A sample is the mean of a
-few steps after one that is not timed; a ratio is taken within a round. Besides, how long it takes
-to trace the row gradients by what `jax.value_and_grad` takes.
+few steps after one that is not timed; a ratio is taken within a round. Where only one process at a
+time can use the device, as a TPU, all contenders share one. Besides, how long it takes to trace the
+row gradients by what `jax.value_and_grad` takes. The device's bandwidth is measured before and
+after; what a whole model's step must move at least is not known.
 """
 
 import argparse
 import functools
 import gc
-import importlib.util
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
-from benchmarks.measure import RESULTS, environment, save, spread, timed
-from benchmarks.workers import Team, serve
+from adamjax.paths import leaf_paths
+from benchmarks.measure import (
+    RESULTS,
+    Device,
+    device,
+    environment,
+    installed,
+    progress,
+    rounded,
+    save,
+    say,
+    timed,
+)
+from benchmarks.workers import SHARED, Team, serve, shared
 
 __all__ = ["CONTENDERS", "DLRM", "MODELS", "QUICK", "Transformer", "TwoTower", "main", "trainer"]
 
@@ -307,16 +321,21 @@ WARM = 24
 BATCHES, SAMPLE, MOST = 32, 0.5, 50
 
 
-def trainer(name: str, model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init(params)` and `step(params, state, batch) -> (params, state, loss)` of a contender."""
-    if name == "exact":
-        return _exact(model)
+def optimizer(name: str, model: Any) -> Any:
+    """The optimizer of a contender."""
     if name == "optax":
         import optax
 
-        tx: Any = optax.adamw(RATE, weight_decay=DECAY)
-    else:
-        tx = adamjax.adamw(RATE, weight_decay=DECAY, rows="lazy" if name == "lazy" else "dense")
+        return optax.adamw(RATE, weight_decay=DECAY)
+    tx = adamjax.adamw(RATE, weight_decay=DECAY, rows="lazy" if name == "lazy" else "dense")
+    return adamjax.exact_rows(tx, model.tables) if name == "exact" else tx
+
+
+def trainer(name: str, model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`init(params)` and `step(params, state, batch) -> (params, state, loss)` of a contender."""
+    tx = optimizer(name, model)
+    if name == "exact":
+        return _exact(model, tx)
     if name == "frozen":
         return _frozen(model, tx)
     gradient = jax.value_and_grad(model.loss)
@@ -331,8 +350,7 @@ def trainer(name: str, model: Any) -> tuple[Callable[..., Any], Callable[..., An
     return tx.init, step
 
 
-def _exact(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    tx = adamjax.exact_rows(adamjax.adamw(RATE, weight_decay=DECAY), model.tables)
+def _exact(model: Any, tx: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     gradient = tx.value_and_grad(model.loss)
 
     def step(params: Params, state: Any, batch: Batch) -> Any:
@@ -359,6 +377,15 @@ def _frozen(model: Any, tx: Any) -> tuple[Callable[..., Any], Callable[..., Any]
     return lambda params: tx.init(rest(params)), step
 
 
+def _row_major(params: Params, tables: str) -> Params:
+    """With tables as the README has them for TPUs; elsewhere this changes nothing."""
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaf_paths(params), leaves, strict=True)
+    return treedef.unflatten(
+        [adamjax.row_major(x) if re.search(tables, path) else x for path, x in pairs]
+    )
+
+
 class Serving:
     """Answers questions in a contender's process: takes up a model, takes samples."""
 
@@ -378,14 +405,22 @@ class Serving:
         init, step = trainer(self.name, model)
         # The other generator takes long to compile.
         params = jax.jit(model.init)(jax.random.key(0, impl="rbg"))
+        lies: Any = None
+        if self.name in ("lazy", "exact"):
+            params = _row_major(params, model.tables)
+            lies = (*adamjax.formats(optimizer(self.name, model), params), None)
         self.held = [params, init(params)]
         self.batches = [jax.device_put(model.batch(i)) for i in range(BATCHES)]
-        jitted = jax.jit(step, donate_argnums=(0, 1))
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=lies)
         self.step = jitted.lower(*self.held, self.batches[0]).compile()
         self.taken = 0
         self.run(WARM)
         bytes_held = self.step.memory_analysis().temp_size_in_bytes
-        return {"temporary_bytes": bytes_held, "loss": float(self.value)}
+        return {
+            "temporary_bytes": bytes_held,
+            "loss": float(self.value),
+            "parameters": sum(x.size for x in jax.tree.leaves(self.held[0])),
+        }
 
     def run(self, steps: int) -> None:
         """Takes steps and waits for them."""
@@ -405,42 +440,49 @@ class Serving:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def _rounded(samples: Sequence[float]) -> dict[str, float]:
-    return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
-
-
 def run_steps(
-    models: dict[str, Any], names: Sequence[str], args: argparse.Namespace
+    models: dict[str, Any],
+    names: Sequence[str],
+    args: argparse.Namespace,
+    device: Device,
+    bar: Any,
 ) -> list[dict[str, Any]]:
     """The time of whole steps, of all contenders in turn."""
     table = []
-    for label, model in models.items():
+    for label in models:
         about: dict[str, Any] = {}
+        failed: dict[str, str] = {}
         rounds: list[dict[str, float]] = []
         for _ in range(args.sittings):
-            with Team("models", names) as team:
+            with Team("models", names, device, bar) as team:
                 for name in names:  # one by one: their temporaries are as large as the tables
                     about |= team.ask([name], ["model", label, args.quick])
                 rounds += [team.in_turn(names, number) for number in range(args.rounds)]
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+                failed |= team.failed
+        kept = [n for n in names if n in about and all(n in t for t in rounds)]
         row = {
             "model": label,
-            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
-            "ms": {n: _rounded([1e3 * t[n] for t in rounds]) for n in names},
+            # Of the workers': to ask JAX here would take the device from them.
+            "parameters": max((x["parameters"] for x in about.values()), default=0),
+            "ms": {n: rounded([1e3 * t[n] for t in rounds]) for n in kept},
             "ratio": {
-                n: _rounded([t[n] / t["exact"] for t in rounds]) for n in names if "exact" in names
+                n: rounded([t[n] / t["exact"] for t in rounds]) for n in kept if "exact" in kept
             },
             # What the tables add to a step.
             "tables_ms": {
-                n: _rounded([1e3 * (t[n] - t["frozen"]) for t in rounds])
-                for n in names
-                if n != "frozen" and "frozen" in names
+                n: rounded([1e3 * (t[n] - t["frozen"]) for t in rounds])
+                for n in kept
+                if n != "frozen" and "frozen" in kept
             },
-            "temporary_bytes": {n: x["temporary_bytes"] for n, x in about.items()},
-            "loss": {n: x["loss"] for n, x in about.items()},
+            "temporary_bytes": {n: about[n]["temporary_bytes"] for n in kept},
+            "loss": {n: about[n]["loss"] for n in kept},
+            "failed": failed,
         }
         table.append(row)
-        print(f"{label:12}", ", ".join(f"{n} {x['median']:.1f}" for n, x in row["ms"].items()))
+        times = ", ".join(f"{n} {x['median']:.1f}" for n, x in row["ms"].items())
+        say(f"{label:12} ms: {times}")
+        for name, why in failed.items():
+            say(f"{'':12} {name}: {why}")
     return table
 
 
@@ -481,8 +523,8 @@ def run_traces(models: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
                 "model": label,
                 "caches": "empty" if cold else "warm",
                 "rounds": len(taken),
-                "ms": {n: _rounded([1e3 * t[n] for t in taken]) for n in taken[0]},
-                "ratio": _rounded([t["rows"] / t["jax"] for t in taken]),
+                "ms": {n: rounded([1e3 * t[n] for t in taken]) for n in taken[0]},
+                "ratio": rounded([t["rows"] / t["jax"] for t in taken]),
             }
         )
     return table
@@ -546,10 +588,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="models whose name holds this text")
     parser.add_argument("--contenders", help=f"some of: {'; '.join(CONTENDERS)}; split by ;")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTENDERS, SHARED), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        serve(Serving(args.worker))
+        serve(shared(Serving) if args.worker == SHARED else Serving(args.worker))
         return 0
     if args.rounds < 2 or args.sittings < 1:
         parser.error("--rounds must be at least 2, --sittings at least 1")
@@ -560,13 +602,17 @@ def main(argv: list[str]) -> int:
     chosen = args.contenders.split(";") if args.contenders else list(CONTENDERS)
     if unknown := [name for name in chosen if name not in CONTENDERS]:
         parser.error(f"no contenders {unknown}; there are {list(CONTENDERS)}")
-    names = [n for n in chosen if n != "optax" or importlib.util.find_spec("optax")]
+    names = [n for n in chosen if n != "optax" or installed("optax")]
 
-    results: dict[str, Any] = {"suite": "models", "sittings": args.sittings, "rounds": args.rounds}
-    results["steps"] = run_steps(models, names, args)
+    here = device(args.quick)
+    results: dict[str, Any] = {"suite": "models", "quick": args.quick}
+    results |= {"sittings": args.sittings, "rounds": args.rounds}
+    with progress(len(models) * args.sittings * args.rounds * len(names)) as bar:
+        results["steps"] = run_steps(models, names, args, here, bar)
+    here.add_bandwidth(results, args.quick)
     results["traces"] = run_traces(models, 2 if args.quick else max(7, args.rounds))
-    packages = [n for n in ("adamjax", "jax", "jaxlib", "optax") if importlib.util.find_spec(n)]
-    results["environment"] = environment(*packages)
+    packages = ("adamjax", "jax", "jaxlib", "optax")
+    results["environment"] = environment(*installed(*packages))
     print(f"\n{told(results)}")
     out = args.out or RESULTS / results["environment"]["platform"] / "models.json"
     if args.out or not (args.quick or args.only or args.contenders):

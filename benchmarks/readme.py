@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import short
 from benchmarks.measure import RESULTS
 from benchmarks.models import CONTENDERS
 
-__all__ = ["main", "rendered"]
+__all__ = ["SUITES", "main", "main_case", "rendered"]
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -19,94 +20,156 @@ def _range(spread: dict[str, float], digits: int) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def _median(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{spread['median']:.2g}"
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _where(results: dict[str, Any]) -> str:
+def _where(results: dict[str, Any], *, bandwidth: bool = False) -> str:
+    """A sentence: where, with what, how often and when."""
     env = results["environment"]
-    versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
-    cores = f", {env['cores']} cores" if env["platform"] == "cpu" else ""
-    rounds = f"{results['sittings']} sittings of {results['rounds']} rounds"
-    return f"{env['device']}{cores}; {versions}; {rounds}, {env['date']}."
+    parts = [env["device"] + (f", {env['cores']} cores" if env["platform"] == "cpu" else "")]
+    parts.append(", ".join(f"{k} {v}" for k, v in env["versions"].items()))
+    rounds = f"{results['rounds']} rounds" if "rounds" in results else ""
+    if "sittings" in results:
+        sittings = results["sittings"]
+        rounds = f"{sittings} sitting{'s' * (sittings != 1)} of {rounds}"
+    when = [rounds, f"commit {env['commit']}" if env.get("commit") else "", env["date"]]
+    parts.append(", ".join(filter(None, when)))
+    text = "; ".join(filter(None, parts)) + "."
+    if bandwidth and "bandwidth" in results:
+        measured = {name: x / 1e9 for name, x in results["bandwidth"].items()}
+        text += f" The memory's bandwidth is {_range(measured, 1)} GB/s."
+    return text
 
 
 def dense(results: dict[str, Any]) -> str:
-    """The tables of the dense suite."""
+    """The table of the dense suite."""
     rivals = list(results["times"][0]["ratio"])
+    limits = "bandwidth" in results
     steps = [
         [
             row["workload"],
             row["chain"],
             _range(row["ms"]["adamjax"], 1),
+            *([_range(row["fraction"]["adamjax"], 2)] if limits else []),
             *(_range(row["ratio"][name], 2) if name in row["ratio"] else "" for name in rivals),
         ]
         for row in results["times"]
     ]
-    compiling = [
+    text = "Median (quartiles); a ratio below 1 means that adamjax is faster."
+    if limits:
+        text += " Of the limit: the least bytes that the step must move at this bandwidth, by the "
+        text += "step's time."
+    head = ["workload", "chain", "step, ms", *(["of the limit"] if limits else [])]
+    return "\n\n".join(
+        [
+            f"{_where(results, bandwidth=True)} {text}",
+            _table([*head, *(f"of {name}'s time" for name in rivals)], steps),
+        ]
+    )
+
+
+def compiling(results: dict[str, Any]) -> str:
+    """The table of the compile suite."""
+    table = [
         [
             row["what"],
             row["chain"],
             _range(row["s"]["adamjax"], 2),
-            _range(row["ratio"]["optax"], 2),
+            *(_range(ratio, 2) for ratio in row["ratio"].values()),
         ]
-        for row in results["compile"]
+        for row in results["times"]
     ]
-    memory = [
+    rivals = [f"of {name}'s time" for name in results["times"][0]["ratio"]]
+    return "\n\n".join(
+        [
+            f"{_where(results)} {results['workload'].split(',')[0]}, once per program; median "
+            "(quartiles).",
+            _table(["what", "chain", "s", *rivals], table),
+        ]
+    )
+
+
+def memory(results: dict[str, Any]) -> str:
+    """The tables of the memory suite."""
+
+    def per_parameter(row: dict[str, Any]) -> str:
+        return f"{row['state_bytes'] / row['parameters']:.4f}"
+
+    chains = [
         [
             row["workload"],
             row["chain"],
-            f"{row['state_bytes'] / row['parameters']:.4f}",
+            per_parameter(row),
             f"{row['temporary_bytes'] / row['parameter_bytes']:.4%}",
         ]
-        for row in results["memory"]
+        for row in results["dense"]
     ]
+    head = ["state, bytes a parameter", "temporaries, of the parameters"]
     parts = [
-        f"{_where(results)} Median (quartiles); a ratio below 1 means that adamjax is faster.",
-        _table(["workload", "chain", "step, ms", *(f"of {name}'s time" for name in rivals)], steps),
-        "500 leaves, once per program:",
-        _table(["what", "chain", "s", "of optax's time"], compiling),
-        "Memory of a donated step:",
-        _table(
-            ["workload", "chain", "state, bytes a parameter", "temporaries, of the parameters"],
-            memory,
-        ),
+        f"{_where(results)} Of a donated step, as the compiler reports it.",
+        _table(["workload", "chain", *head], chains),
     ]
+    if results.get("tables"):
+        first = results["tables"][0]
+        where = f"{short(first['rows'])} rows of {first['width']}, {first['reads']:,} indices"
+        modes = [
+            [row["mode"], per_parameter(row), f"{row['temporary_bytes'] / 1e6:,.2f}"]
+            for row in results["tables"]
+        ]
+        parts.append(f"A whole train step with Adam on a table of {where}:")
+        parts.append(_table(["the table's mode", head[0], "temporaries, MB"], modes))
     return "\n\n".join(parts)
 
 
-def _mega(number: float | None) -> str:
-    return "" if number is None else f"{number / 1e6:,.1f}"
+def _mega(number: float | None, digits: int = 1) -> str:
+    return "" if number is None else f"{number / 1e6:,.{digits}f}"
+
+
+def main_case(found: dict[tuple[Any, ...], Any]) -> tuple[int, int, int]:
+    """Rows, width and indices of the case that all contenders are in."""
+    if (1_000_000, 64, 8192, "Zipf") in found:
+        return 1_000_000, 64, 8192
+    rows, width, reads, _ = max(found, key=lambda key: (len(found[key]["ms"]), key))
+    return rows, width, reads
 
 
 def rows(results: dict[str, Any]) -> str:
     """The tables of the rows suite: its main case, what was asked of it, and `exact` everywhere."""
     found = {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
-    kinds = ("Zipf", "uniform")
-    zipf, uniform = (found[1_000_000, 64, 8192, kind] for kind in kinds)
+    count, width, reads = main_case(found)
+    kinds = [k for k in ("Zipf", "uniform") if (count, width, reads, k) in found]
+    cases = {kind: found[count, width, reads, kind] for kind in kinds}
+    limits = "bandwidth" in results
 
     def times(row: dict[str, Any], name: str, own: str = "exact") -> str:
         """How many times as long as ours the contender takes."""
-        if name not in row["ratio"][own]:
+        if name not in row["ratio"].get(own, {}):
             return "?"
         longer = 1 / row["ratio"][own][name]["median"]
         return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
 
-    def taken(row: dict[str, Any], name: str, own: str) -> list[str]:
+    def taken(row: dict[str, Any], name: str) -> list[str]:
+        own = "exact step" if "step" in name else "exact"
         if name not in row["ms"]:
-            return ["", ""]
-        return [_range(row["ms"][name], 1), "" if name == own else times(row, name, own)]
+            return ["", "", *([""] if limits else [])]
+        cells = [_range(row["ms"][name], 1), "" if name == own else times(row, name, own)]
+        return [*cells, *([f"{row['fraction'][name]['median']:.2g}"] if limits else [])]
 
+    first = cases[kinds[0]]
     contenders = [
         [
             name,
-            *taken(zipf, name, "exact step" if "step" in name else "exact"),
-            *taken(uniform, name, "exact step" if "step" in name else "exact"),
-            _mega(zipf["temporary_bytes"][name]),
-            f"{zipf['peak_bytes'][name] / 1e6:,.0f}",
+            *(cell for row in cases.values() for cell in taken(row, name)),
+            _mega(first["temporary_bytes"].get(name)),
+            _mega(first["peak_bytes"].get(name), 0),
         ]
-        for name in zipf["ms"]
+        for name in first["ms"]
     ]
     asked = [
         [
@@ -115,20 +178,23 @@ def rows(results: dict[str, Any]) -> str:
             "" if row["measured"] is None else f"{row['measured']:.3g}",
             {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
         ]
-        for row in results["bounds"]
+        for row in results.get("bounds", ())
     ]
-    tables = sorted({key[0] for key in found})
+    sizes = sorted({key[0] for key in found})
+    columns = [(kind, size) for kind in kinds for size in sizes]
 
-    grid = []
-    for width, reads in sorted({key[1:3] for key in found}):
-        line = [str(width), f"{reads:,}"]
-        for kind in kinds:
-            for count in tables:
-                row = found[count, width, reads, kind]
-                both = f"{times(row, 'optax')}, {times(row, 'torch sparse')}"
-                line.append(f"{row['ms']['exact']['median']:.1f} ({both})")
-        grid.append(line)
-    where = f"{_where(results)} The grid's other cases: {results['grid_rounds']} rounds."
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or "exact" not in row["ms"]:
+            return ""
+        both = f"{times(row, 'optax')}, {times(row, 'torch sparse')}"
+        return f"{row['ms']['exact']['median']:.1f} ({both})"
+
+    grid = [
+        [str(d), f"{n:,}", *(cell(found.get((size, d, n, kind))) for kind, size in columns)]
+        for d, n in sorted({key[1:3] for key in found})
+    ]
+    where = _where(results, bandwidth=True)
+    where += f" The grid's other cases: {results['grid_rounds']} rounds."
     if "tunables" in results["environment"]:
         where += f" With GLIBC_TUNABLES={results['environment']['tunables']}."
     if alone := sum(not row["in_turn"] for row in results["times"]):
@@ -136,27 +202,30 @@ def rows(results: dict[str, Any]) -> str:
         where += "came one after another."
     for row in results["times"]:
         where += "".join(f" {row['case']}: {name}: {why}." for name, why in row["failed"].items())
-    return "\n\n".join(
-        [
-            f"{where} 1M rows of 64, 8,192 indices; median (quartiles). The whole steps read "
-            "the rows and differentiate a loss as well; their time is compared with each other's.",
-            _table(
-                [
-                    *("contender", "Zipf, ms", "of exact's time", "uniform, ms", "of exact's time"),
-                    *("temporaries, MB", "most memory, MB"),
-                ],
-                contenders,
-            ),
-            "The bounds it is held to:",
-            _table(["what", "bound", "measured", "holds"], asked),
-            "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
-            "dense gradients and torch's SparseAdam take):",
-            _table(
-                ["D", "n", *(f"{kind}, {count:,}" for kind in kinds for count in tables)],
-                grid,
-            ),
-        ]
+    limit = ["of the limit"] if limits else []
+    heads = [(f"{kind}, ms", "of exact's time", *limit) for kind in kinds]
+    parts = [
+        f"{where} {short(count)} rows of {width}, {reads:,} indices; median (quartiles). The whole "
+        "steps read the rows and differentiate a loss as well; their time is compared with each "
+        "other's.",
+        _table(
+            [
+                "contender",
+                *(name for head in heads for name in head),
+                *("temporaries, MB", "most memory, MB"),
+            ],
+            contenders,
+        ),
+    ]
+    if asked:
+        parts.append("The bounds it is held to:")
+        parts.append(_table(["what", "bound", "measured", "holds"], asked))
+    parts.append(
+        "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
+        "dense gradients and torch's SparseAdam take):"
     )
+    parts.append(_table(["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)], grid))
+    return "\n\n".join(parts)
 
 
 def models(results: dict[str, Any]) -> str:
@@ -166,7 +235,7 @@ def models(results: dict[str, Any]) -> str:
             f"{row['model']}, {row['parameters'] / 1e6:,.1f}M",
             contender,
             _range(ms, 1),
-            f"{row['ratio'][name]['median']:.2g}" if name != "exact" else "",
+            "" if name == "exact" else _median(row["ratio"].get(name)),
             _range(row["tables_ms"][name], 1) if name in row["tables_ms"] else "",
             _mega(row["temporary_bytes"][name]),
         ]
@@ -203,7 +272,14 @@ def differences(results: dict[str, Any]) -> str:
 
 
 # The function that writes the tables of a suite's results.
-SUITES = {"dense": dense, "rows": rows, "models": models, "differences": differences}
+SUITES = {
+    "dense": dense,
+    "rows": rows,
+    "compile": compiling,
+    "memory": memory,
+    "models": models,
+    "differences": differences,
+}
 
 
 def rendered(text: str) -> str:

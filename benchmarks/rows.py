@@ -8,6 +8,10 @@ what has the same number with each. The main case (1M rows of 64, 8,192 indices)
 and its processes are started anew several times: where arrays come to lie in memory moves a
 step's time by a tenth.
 
+Each time is also given as a fraction of the limit that the device's bandwidth sets, measured before
+and after: the least bytes that the step must move (`contenders.least_bytes`), over the bytes a
+second. Where only one process at a time can use the device, as a TPU, all contenders share one.
+
 Every step gets other indices, 32 batches in rotation, so that its rows are not in the cache and
 lag behind by various numbers of steps. The dense gradient, the row gradient and torch's sorting of
 its sparse gradient are part of the step; the gradient's rows are given.
@@ -17,7 +21,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -34,22 +37,34 @@ import numpy as np
 from benchmarks.contenders import (
     EVERYONE,
     FEW,
+    OURS,
     WHOLE,
     Case,
     JaxTable,
     TorchTable,
     batches,
+    least_bytes,
     short,
 )
-from benchmarks.measure import RESULTS, environment, save, spread, timed
-from benchmarks.workers import Team, serve
+from benchmarks.measure import (
+    RESULTS,
+    Device,
+    device,
+    environment,
+    fraction,
+    installed,
+    progress,
+    rounded,
+    save,
+    say,
+    timed,
+)
+from benchmarks.workers import SHARED, Team, serve, shared
 
 __all__ = ["main", "plot"]
 
 # The seconds that a timed sample should last, and the most steps in it.
 SAMPLE, MOST = 0.1, 50
-
-OURS = ("exact", "exact, max_unique", "lazy", "lazy, max_unique", "dense", "exact step")
 
 
 def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> list[Case]:
@@ -118,9 +133,11 @@ class Serving:
         self.base += _resident("VmRSS") - before
         _forget_peak()
         self.table.run(EVERYONE[self.name][1])
+        peak = _resident("VmHWM") - self.base
         return {
             "temporary_bytes": temporary,
-            "peak_bytes": _resident("VmHWM") - self.base,
+            # Elsewhere the table is not in this memory.
+            "peak_bytes": peak if self.table.on_cpu else None,
             "distinct": statistics.mean(len(np.unique(x)) for x in indices[:4]),
         }
 
@@ -152,16 +169,16 @@ class Taken:
     def row(self) -> dict[str, Any]:
         """As it goes into the results."""
         names = [n for n in EVERYONE if all(n in taken for taken in self.rounds)]
-        ours = [n for n in names if n in OURS]
+        ours = [n for n in names if n in OURS and n != "lazy step"]
         return {
             "case": self.case.name,
             **vars(self.case),
             "distinct": round(max((x["distinct"] for x in self.about.values()), default=0)),
             "in_turn": self.together,
             "rounds": len(self.rounds),
-            "ms": {n: _rounded([1e3 * t[n] for t in self.rounds]) for n in names},
+            "ms": {n: rounded([1e3 * t[n] for t in self.rounds]) for n in names},
             "ratio": {
-                own: {n: _rounded([t[own] / t[n] for t in self.rounds]) for n in names if n != own}
+                own: {n: rounded([t[own] / t[n] for t in self.rounds]) for n in names if n != own}
                 for own in ours
             },
             "temporary_bytes": {n: x["temporary_bytes"] for n, x in self.about.items()},
@@ -170,12 +187,10 @@ class Taken:
         }
 
 
-def _rounded(samples: Sequence[float]) -> dict[str, float]:
-    return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
-
-
-def _free_bytes() -> float:
-    """Bytes of memory that are free, or infinity where nobody counts."""
+def _free_bytes(device: Device) -> float:
+    """Bytes of memory that are free for tables, or infinity where nobody counts."""
+    if device.memory is not None:
+        return device.memory
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -183,15 +198,18 @@ def _free_bytes() -> float:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
 
 
-def _fit(names: Sequence[str], case: Case) -> bool:
+def _fit(team: Team, case: Case) -> bool:
     """Whether parameters and moments of all contenders fit in memory, and one's temporaries."""
-    tables = 3 * len(names) + 3
-    return tables * case.rows * case.width * 4 < 0.8 * _free_bytes()
+    tables = 3 * len(team.names) + 3
+    # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
+    width = max(case.width, 128) if team.device.platform == "tpu" else case.width
+    taken = 6e8 * len(team.names) if team.device.platform == "gpu" else 0
+    return tables * case.rows * width * 4 + taken < 0.8 * _free_bytes(team.device)
 
 
 def measure(team: Team, cases: Sequence[Case], rounds: int) -> Iterator[Taken]:
     """Samples of cases with one table: of all contenders in turn, or of one after another."""
-    together = _fit(team.names, cases[0])
+    together = _fit(team, cases[0])
     found = {case: Taken(case, together, [{} for _ in range(rounds)], {}, {}) for case in cases}
     for names in [team.names] if together else [[name] for name in team.names]:
         team.ask(names, ["table", *vars(cases[0]).values()])
@@ -212,15 +230,21 @@ def measure(team: Team, cases: Sequence[Case], rounds: int) -> Iterator[Taken]:
     yield from found.values()
 
 
-def measure_growth(names: Sequence[str], sittings: int, rounds: int) -> list[dict[str, Any]]:
+# Whose growth is measured.
+GROWING = ("exact", "lazy", "torch sparse")
+
+
+def measure_growth(
+    names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
+) -> list[dict[str, Any]]:
     """How a step's time grows from the least table to the largest, all of them in turn."""
     sizes = {short(case.rows): case.rows for case in (GRID[0], GRID[-1])}
     least, most = sizes
-    kept = [name for name in ("exact", "lazy", "torch sparse") if name in names]
+    kept = [name for name in GROWING if name in names]
     players = {f"{name} {size}": name for name in kept for size in sizes}
     taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in MAIN}
     for _ in range(sittings):
-        with Team("rows", players) as team:
+        with Team("rows", players, device, bar) as team:
             for kind, case in [("table", MAIN[0]), *(("case", case) for case in MAIN)]:
                 for player in players:
                     sized = replace(case, rows=sizes[player.split()[-1]])
@@ -232,8 +256,8 @@ def measure_growth(names: Sequence[str], sittings: int, rounds: int) -> list[dic
         {
             "indices": indices,
             "contender": name,
-            "ms": {size: _rounded([1e3 * t[f"{name} {size}"] for t in turns]) for size in sizes},
-            "ratio": _rounded([t[f"{name} {most}"] / t[f"{name} {least}"] for t in turns]),
+            "ms": {size: rounded([1e3 * t[f"{name} {size}"] for t in turns]) for size in sizes},
+            "ratio": rounded([t[f"{name} {most}"] / t[f"{name} {least}"] for t in turns]),
         }
         for indices, turns in taken.items()
         for name in kept
@@ -244,24 +268,54 @@ def measure_growth(names: Sequence[str], sittings: int, rounds: int) -> list[dic
 def _shown(row: dict[str, Any], began: float) -> None:
     times = ", ".join(f"{n} {ms['median']:.1f}" for n, ms in row["ms"].items())
     minutes, seconds = divmod(int(time.perf_counter() - began), 60)
-    print(f"{minutes:3}:{seconds:02}  {row['case']:25} ms: {times}", flush=True)
+    say(f"{minutes:3}:{seconds:02}  {row['case']:25} ms: {times}")
     for name, why in row["failed"].items():
-        print(f"        {name}: {why}", flush=True)
+        say(f"        {name}: {why}")
+
+
+def _in_grid(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in WHOLE]
+
+
+def _samples(
+    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], grows: bool, args: Any
+) -> int:
+    """How many samples there will be, if nobody ends before."""
+    rounds = args.sittings * args.rounds
+    count = rounds * sum(case.takes(name) for case in main_cases for name in names)
+    count += args.grid_rounds * sum(case.takes(name) for case in grid for name in _in_grid(names))
+    return count + grows * rounds * len(MAIN) * 2 * sum(name in names for name in GROWING)
+
+
+def _add_limits(results: dict[str, Any]) -> None:
+    """Puts the fraction of the bandwidth's limit to the times."""
+    for row in results["times"]:
+        case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
+        row["least_bytes"] = {n: round(least_bytes(n, case, row["distinct"])) for n in row["ms"]}
+        row["fraction"] = {
+            name: fraction(row["least_bytes"][name], ms, results["bandwidth"])
+            for name, ms in row["ms"].items()
+        }
 
 
 def run(
-    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], args: Any
+    main_cases: Sequence[Case],
+    grid: Sequence[Case],
+    names: Sequence[str],
+    args: Any,
+    device: Device,
+    bar: Any,
 ) -> list[dict[str, Any]]:
     """The results of all cases; the main ones take their rounds in several sittings."""
     began, table = time.perf_counter(), []
     sittings: list[list[Taken]] = []
     for _ in range(args.sittings if main_cases else 0):
-        with Team("rows", names) as team:
+        with Team("rows", names, device, bar) as team:
             sittings.append(list(measure(team, main_cases, args.rounds)))
     for takens in zip(*sittings, strict=True):
         table.append(sum(takens[1:], takens[0]).row())
         _shown(table[-1], began)
-    with Team("rows", [name for name in names if name not in WHOLE]) as team:
+    with Team("rows", _in_grid(names), device, bar) as team:
         for _, cases in itertools.groupby(grid, lambda case: (case.rows, case.width)):
             for taken in measure(team, list(cases), args.grid_rounds):
                 table.append(taken.row())
@@ -341,18 +395,27 @@ _LINES: dict[str, tuple[str, str, str, float]] = {
 }
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time against the table's size, for one width: a panel for each batch and distribution."""
+def plot(results: dict[str, Any], path: Path, small: bool = False) -> None:
+    """Time against the table's size, for one width: a panel for each batch and distribution.
+
+    A small plot shows one batch, the one of the main case.
+    """
     from matplotlib.figure import Figure
 
     widths = sorted({row["width"] for row in results["times"]})
     width = 64 if 64 in widths else widths[0]
     table = [row for row in results["times"] if row["width"] == width]
     reads = sorted({row["reads"] for row in table})
+    if small:
+        reads = [8192 if 8192 in reads else reads[0]]
+        table = [row for row in table if row["reads"] in reads]
     kinds = sorted({row["indices"] for row in table}, reverse=True)
-    size = (3.1 * len(reads) + 3.2, 2.9 * len(kinds) + 0.6)
+    across = (len(reads), len(kinds)) if not small else (len(kinds), 1)
+    size = (3.1 * across[0] + 3.2, 2.9 * across[1] + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(kinds), len(reads), sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(*across[::-1], sharex=True, sharey=True, squeeze=False)
+    if small:
+        panels = panels.T
     handles: dict[str, Any] = {}
     for kind, line in zip(kinds, panels, strict=True):
         for n, axes in zip(reads, line, strict=True):
@@ -375,10 +438,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     labels = [_LINES[name][0] for name in order]
     figure.supxlabel(f"rows of the table (float32, {width} columns)")
     figure.supylabel("ms a step")
-    figure.suptitle("One Adam step on a table, by the table's size")
+    if not small:
+        figure.suptitle("One Adam step on a table, by the table's size")
     shown = [handles[label] for label in labels]
     figure.legend(shown, labels, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90 if small else 120)
 
 
 # --- the suite ------------------------------------------------------------------------------------
@@ -395,10 +459,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--contenders", help=f"some of: {'; '.join(EVERYONE)}; split by ;")
     parser.add_argument("--out", type=Path, help="where to write the JSON, the plot beside it")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw these results and no more")
-    parser.add_argument("--worker", choices=EVERYONE, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*EVERYONE, SHARED), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        serve(Serving(args.worker))
+        serve(shared(Serving) if args.worker == SHARED else Serving(args.worker))
         return 0
     if args.plot:
         plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
@@ -408,10 +472,6 @@ def main(argv: list[str]) -> int:
     chosen = args.contenders.split(";") if args.contenders else list(EVERYONE)
     if unknown := [name for name in chosen if name not in EVERYONE]:
         parser.error(f"no contenders {unknown}; there are {list(EVERYONE)}")
-    names = [name for name in chosen if importlib.util.find_spec(EVERYONE[name][0])]
-    for name in chosen:
-        if name not in names:
-            print(f"{name}: left out, {EVERYONE[name][0]} is not installed")
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
     main_cases = [case for case in main_cases if args.only in case.name]
     grid = [case for case in grid if args.only in case.name and case not in main_cases]
@@ -419,20 +479,35 @@ def main(argv: list[str]) -> int:
     if not (main_cases or grid or grows):
         parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
 
-    results: dict[str, Any] = {"suite": "rows", "sittings": args.sittings, "rounds": args.rounds}
-    results["grid_rounds"] = args.grid_rounds
-    results["times"] = run(main_cases, grid, names, args)
+    here = device(args.quick)
+    names = [name for name in chosen if installed(EVERYONE[name][0])]
+    for name in chosen:
+        if name not in names:
+            print(f"{name}: left out, {EVERYONE[name][0]} is not installed")
+        elif EVERYONE[name][0] == "torch" and not here.torch:
+            print(f"{name}: left out, torch does not run on this {here.platform}")
+            names.remove(name)
+
+    results: dict[str, Any] = {"suite": "rows", "quick": args.quick}
+    results |= {"sittings": args.sittings, "rounds": args.rounds, "grid_rounds": args.grid_rounds}
+    with progress(_samples(main_cases, grid, names, grows, args)) as bar:
+        results["times"] = run(main_cases, grid, names, args, here, bar)
+        results["growth"] = []
+        if grows:
+            rounds = (args.sittings, args.rounds)
+            results["growth"] = measure_growth(names, *rounds, here, bar)
+    for row in results["growth"]:
+        times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
+        by = row["ratio"]["median"]
+        print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
+    results["bounds"] = []
     if not args.quick:
-        results["growth"] = measure_growth(names, args.sittings, args.rounds) if grows else []
-        for row in results["growth"]:
-            times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
-            by = row["ratio"]["median"]
-            print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
         results["bounds"] = bounds(results["times"], results["growth"])
         _tell(results["bounds"])
-    packages = ["adamjax", "jax", "jaxlib", "optax", "keras", "torch"]
-    packages = [name for name in packages if importlib.util.find_spec(name)]
-    results["environment"] = environment(*packages)
+    here.add_bandwidth(results, args.quick)
+    _add_limits(results)
+    packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
+    results["environment"] = environment(*installed(*packages))
     if tunables := os.environ.get("GLIBC_TUNABLES"):
         results["environment"]["tunables"] = tunables
     out = args.out or RESULTS / results["environment"]["platform"] / "rows.json"

@@ -8,7 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Ended", "Team", "Worker", "serve"]
+from benchmarks.measure import Device
+
+__all__ = ["SHARED", "Ended", "Team", "Worker", "serve", "shared"]
+
+# The worker that serves all contenders, instead of the one whose name it is given.
+SHARED = "all of them"
 
 
 class Ended(RuntimeError):
@@ -67,40 +72,67 @@ class Worker:
 class Team:
     """The contenders' processes, started when they are needed.
 
-    `names` are what they are called here: the contenders' own names, or a dict from others to
-    these. A process that ends is no longer asked; `failed` says how it ended.
+    Each has a process of its own; where only one process at a time can use the device (a TPU), they
+    share one. One that ends is no longer asked; `failed` says how it ended.
+
+    Args:
+      suite: whose workers they are.
+      names: what they are called here: the contenders' own names, or a dict from others to these.
+      device: what they run on.
+      bar: a progress bar, moved on by each sample.
     """
 
-    def __init__(self, suite: str, names: Sequence[str] | dict[str, str]) -> None:
-        self.suite = suite
+    def __init__(
+        self,
+        suite: str,
+        names: Sequence[str] | dict[str, str],
+        device: Device = Device(),  # noqa: B008
+        bar: Any = None,
+    ) -> None:
+        self.suite, self.device, self.bar = suite, device, bar
         self.contenders = names if isinstance(names, dict) else {name: name for name in names}
         self.names = list(self.contenders)
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
+    def _process(self, name: str) -> str:
+        """What the process is called that serves a name."""
+        return SHARED if self.device.exclusive else name
+
     def ask(self, names: Sequence[str], question: list[Any]) -> dict[str, Any]:
         """The answers of those who are still there; they work at it side by side."""
         asked = [name for name in names if name not in self.failed]
         for name in asked:
-            if name not in self.workers:
-                arguments = (self.suite, "--worker", self.contenders[name])
-                # On an accelerator they share its memory.
-                self.workers[name] = Worker(*arguments, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-            self.workers[name].send(question)
+            process = self._process(name)
+            if process not in self.workers:
+                serves = SHARED if process == SHARED else self.contenders[name]
+                arguments = (self.suite, "--worker", serves)
+                self.workers[process] = Worker(*arguments, **self.device.variables)
+            to = [name, self.contenders[name]] if process == SHARED else []
+            self.workers[process].send([*to, *question])
         answers = {}
         for name in asked:
+            process = self._process(name)
+            if process not in self.workers:
+                continue  # It ended with an answer before.
             try:
-                answers[name] = self.workers[name].receive()
+                answers[name] = self.workers[process].receive()
             except Ended as error:
-                self.failed[name] = str(error)
-                self.workers.pop(name).close()
+                served = self.names if process == SHARED else [name]
+                self.failed |= {name: str(error) for name in served}
+                self.workers.pop(process).close()
         return answers
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
         """A sample of each, one after another, beginning with the one of a number."""
         first %= len(names)
         order = [*names[first:], *names[:first]]
-        return {k: s for name in order for k, s in self.ask([name], ["sample"]).items()}
+        taken = {}
+        for name in order:
+            taken |= self.ask([name], ["sample"])
+            if self.bar is not None:
+                self.bar.update()
+        return taken
 
     def close(self) -> None:
         """Ends the processes."""
@@ -121,3 +153,19 @@ def serve(answer: Callable[[Any], Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             print(json.dumps(answer(json.loads(line))), file=sys.__stdout__, flush=True)
+
+
+def shared(make: Callable[[str], Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Answers for several players, each of a contender, that `make` makes when they are asked.
+
+    A question begins with the player's name and its contender's.
+    """
+    served: dict[str, Callable[[Any], Any]] = {}
+
+    def answer(asked: Any) -> Any:
+        player, contender, *question = asked
+        if player not in served:
+            served[player] = make(contender)
+        return served[player](question)
+
+    return answer

@@ -1,0 +1,193 @@
+"""Two results of one suite: what changed, and whether by more than the noise.
+
+A figure that was measured in rounds has a median and quartiles. Where the quartile ranges of two
+results overlap, the difference is within the noise; where they do not, and each is of five rounds
+or more, it is told as a change. What has no spread (bytes, bounds) changed or did not.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Figure", "compared", "figures", "loaded", "verdict"]
+
+# Quartiles of fewer rounds say little about the next round.
+ENOUGH = 5
+TOO_FEW = "apart, but too few rounds to tell"
+
+# Parts of a figure's name that tell what more of it means.
+SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
+FASTER = {"fraction", "bandwidth"}
+# What is no figure, but how it was measured.
+ABOUT = {
+    *("suite", "quick", "environment", "rounds", "sittings", "grid_rounds"),
+    *("growth_rounds", "growth_sittings"),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number in a suite's results.
+
+    Attributes:
+      name: where it stands, from the outside in.
+      value: the median if it has a spread; a bound's `holds` is a number too.
+      quartiles: the range; `None` if it has none.
+      rounds: how often it was measured; 0 if nobody says.
+    """
+
+    name: tuple[str, ...]
+    value: Any
+    quartiles: tuple[float, float] | None = None
+    rounds: int = 0
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """A suite's results, or an error that says what is wrong with the file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a suite's results: {error}") from None
+    if not isinstance(found, dict) or "suite" not in found:
+        raise ValueError(f"{path}: not a suite's results: it does not say of which suite")
+    return found
+
+
+def _identity(row: dict[str, Any]) -> str:
+    """What tells a row of a list from the others: its texts."""
+    found: list[str] = []
+    for key, x in row.items():
+        if isinstance(x, str) and key != "theirs" and not any(x in y for y in found):
+            found.append(x)
+    return ", ".join(found)
+
+
+def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
+    if isinstance(node, dict):
+        if {"median", "q25", "q75"} <= node.keys():
+            yield Figure(name, node["median"], (node["q25"], node["q75"]), rounds)
+            return
+        rounds = node.get("rounds", rounds) if name else rounds
+        for key, x in node.items():
+            if key not in ABOUT and not (isinstance(x, str) and name):
+                yield from _walk(x, (*name, key), rounds)
+    elif isinstance(node, list):
+        if node and all(isinstance(x, dict) for x in node):
+            for row in node:
+                yield from _walk(row, (*name, _identity(row)), rounds)
+        elif node and all(isinstance(x, int | float) for x in node):
+            yield Figure((*name, "the last"), node[-1], None, rounds)
+    elif isinstance(node, str | int | float):
+        yield Figure(name, node, None, rounds)
+
+
+def figures(results: dict[str, Any]) -> dict[tuple[str, ...], Figure]:
+    """All figures of a suite's results, whatever its shape, by name."""
+    rounds = results.get("rounds", 0) * results.get("sittings", 1)
+    return {figure.name: figure for figure in _walk(results, (), rounds)}
+
+
+def verdict(a: Figure, b: Figure) -> str:
+    """What became of a figure, from a to b."""
+    if a.quartiles is None or b.quartiles is None:
+        return "same" if a.value == b.value else "changed"
+    if max(a.quartiles[0], b.quartiles[0]) <= min(a.quartiles[1], b.quartiles[1]):
+        return "within the noise"
+    if min(a.rounds, b.rounds) < ENOUGH:
+        return TOO_FEW
+    more = b.value > a.value
+    if SLOWER & set(a.name):
+        return "slower" if more else "faster"
+    if FASTER & set(a.name):
+        return "faster" if more else "slower"
+    return "more" if more else "less"
+
+
+def _where(results: dict[str, Any]) -> str:
+    env = results.get("environment", {})
+    commit = f"commit {env['commit']}" if env.get("commit") else "commit not known"
+    versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items())
+    device = env.get("device", "device not known")
+    cores = f", {env['cores']} cores" if env.get("platform") == "cpu" else ""
+    return f"{device}{cores}; {versions}; {commit}, {env.get('date', 'date not known')}"
+
+
+def _shown(figure: Figure) -> str:
+    if isinstance(figure.value, bool | str):
+        return str(figure.value)
+    text = f"{figure.value:.4g}" if isinstance(figure.value, float) else f"{figure.value:,}"
+    if figure.quartiles:
+        text += " ({:.4g} to {:.4g})".format(*figure.quartiles)
+    return text
+
+
+def _change(a: Any, b: Any) -> float:
+    """b by a; 1 where that means nothing."""
+    if isinstance(a, bool | str) or isinstance(b, bool | str) or not (a and b and b / a > 0):
+        return 1.0
+    return b / a
+
+
+def _device(results: dict[str, Any]) -> tuple[Any, ...]:
+    env = results.get("environment", {})
+    cores = env.get("cores") if env.get("platform") == "cpu" else None
+    return env.get("platform"), env.get("device"), cores
+
+
+def compared(old: dict[str, Any], new: dict[str, Any], everything: bool = False) -> str:
+    """What changed from the old results to the new ones, as text.
+
+    Args:
+      old, new: results of one suite.
+      everything: whether to list what did not change as well.
+
+    Raises:
+      ValueError: they are of different suites, or one is of a quick run and the other is not.
+    """
+    if old["suite"] != new["suite"]:
+        raise ValueError(
+            f"these are results of different suites, {old['suite']!r} and {new['suite']!r}: "
+            "compare two of one suite"
+        )
+    if old.get("quick", False) != new.get("quick", False):
+        raise ValueError(
+            "one of these is a quick run, which works on tiny sizes: its times say nothing about "
+            "the other's"
+        )
+    lines = [f"{old['suite']}, from A to B", f"A: {_where(old)}", f"B: {_where(new)}"]
+    if _device(old) != _device(new):
+        lines.append("THE DEVICES DIFFER: what follows is about the machines as much as the code.")
+    if old.get("quick"):
+        lines.append("Quick runs: tiny sizes, whose times mean little.")
+    before, after = figures(old), figures(new)
+    common = [name for name in before if name in after]
+    verdicts = {name: verdict(before[name], after[name]) for name in common}
+    shown = [
+        name
+        for name, what in verdicts.items()
+        if everything or what not in ("same", "within the noise")
+    ]
+    by = {name: _change(before[name].value, after[name].value) for name in shown}
+    # What was measured in enough rounds first, and of that the largest change.
+    shown.sort(key=lambda name: (verdicts[name] == TOO_FEW, -abs(math.log(by[name]))))
+    for name in shown:
+        a, b = before[name], after[name]
+        times = "" if by[name] == 1 else f", {by[name]:.3g} times"
+        lines.append(f"  {verdicts[name]:10} {' / '.join(name)}: {_shown(a)} -> {_shown(b)}{times}")
+    for label, ours, others in (("A", before, after), ("B", after, before)):
+        if missing := [name for name in ours if name not in others]:
+            first = "; ".join(" / ".join(name) for name in missing[:3])
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            lines.append(f"  only in {label}: {first}{more}")
+    counts = ", ".join(f"{n} {what}" for what, n in Counter(verdicts.values()).most_common())
+    lines.append(f"{len(common)} figures: {counts or 'none in common'}.")
+    if any(SLOWER & set(name) for name in shown):
+        lines.append(
+            "A ratio is taken within a round: it stands where the machine as a whole was faster or "
+            "slower."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,400 @@
+"""The benchmarks as a product: suites run and are told, reports say what was measured, no more."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks import __main__ as suites
+from benchmarks import all as everything
+from benchmarks import compare, contenders, dense, measure, memory, readme, report, workers
+
+ROOT = Path(__file__).parents[1]
+CPU = measure.RESULTS / "cpu"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return report.read(CPU)
+
+
+def run(*arguments, cwd):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+
+# --- the suites -----------------------------------------------------------------------------------
+
+
+def test_every_suite_is_listed_and_has_a_main(capsys):
+    assert suites.main([]) == 0
+    listed = capsys.readouterr().out
+    for name, what in suites.SUITES.items():
+        assert re.search(f"^  {name} +{re.escape(what)}$", listed, re.MULTILINE)
+        assert callable(importlib.import_module(f"benchmarks.{name}").main)
+    assert {*everything.SUITES, "all", "report"} <= suites.SUITES.keys()
+    assert everything.SUITES.keys() == report.SECTIONS.keys() <= readme.SUITES.keys()
+
+
+def test_compile_runs_quickly(tmp_path):
+    pytest.importorskip("optax")
+    done = run("compile", "--quick", "--rounds", "2", "--out", "compile.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr  # no progress bar where nobody looks
+    results = json.loads((tmp_path / "compile.json").read_text())
+    assert results["quick"]
+    assert {row["what"] for row in results["times"]} == {"trace and lower", "compile"}
+    for row in results["times"]:
+        assert row["s"].keys() == {"adamjax", "optax"}
+        assert min(x["median"] for x in row["s"].values()) > 0
+    assert "20 leaves, once per program" in readme.SUITES["compile"](results)
+
+
+def test_memory_runs_quickly(tmp_path):
+    pytest.importorskip("optax")
+    done = run("memory", "--quick", "--out", "memory.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "memory.json").read_text())
+    for row in results["dense"]:
+        assert 8 <= row["state_bytes"] / row["parameters"] < 8.01
+    rows, width, _ = memory.QUICK_TABLE
+    by_mode = {row["mode"]: row for row in results["tables"]}
+    assert by_mode.keys() == set(memory.MODES)
+    for row in results["tables"]:
+        assert row["parameters"] == (rows + 1) * width
+        assert row["state_bytes"] >= 8 * row["parameters"]
+    # Besides the moments, `exact_rows` has an int32 for each row, and its history.
+    assert by_mode["exact_rows"]["state_bytes"] >= 8 * (rows + 1) * width + 4 * rows
+    # A dense gradient is as large as the table.
+    assert by_mode["dense gradient"]["temporary_bytes"] >= 4 * rows * width
+    assert by_mode['rows="lazy"']["temporary_bytes"] < 4 * rows * width
+    assert "exact_rows" in readme.SUITES["memory"](results)
+
+
+def test_all_runs_every_suite_and_tells_what_failed(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def pretend(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, int("rows" in command))
+
+    monkeypatch.setattr(everything.subprocess, "run", pretend)
+    monkeypatch.setattr(everything.report, "main", lambda arguments: ran.append(arguments))
+    assert everything.main(["--quick", "--out", str(tmp_path)]) == 1
+    *commands, reported = ran
+    assert [command[3] for command in commands] == list(everything.SUITES)
+    for command in commands:
+        assert "--quick" in command
+        assert command[-2:] == ["--out", str(tmp_path / f"{command[3]}.json")]
+    assert reported == [str(tmp_path)]
+    assert "failed: rows" in capsys.readouterr().err
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def test_bandwidth_is_plausible():
+    found = measure.bandwidth(2**22, 3)
+    assert 1e8 < found["q25"] <= found["median"] <= found["q75"] < 1e14
+
+
+def test_a_process_of_its_own_tells_about_the_device(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.chdir(ROOT)
+    found = measure.device(quick=True)
+    assert (found.platform, found.memory, found.exclusive) == ("cpu", None, False)
+    results = {}
+    monkeypatch.setattr(measure, "device", lambda: measure.Device(copied=(4e9, 5e9)))
+    measure.Device(copied=(1e9, 2e9, 3e9)).add_bandwidth(results)
+    assert results["bandwidth"] == {"median": 3e9, "q25": 2e9, "q75": 4e9}
+
+
+def test_bytes_and_what_they_allow():
+    shapes = [(10, 7), (30,)]
+    each = {
+        (dtype, chain): dense.least_bytes(shapes, dtype, chain) / 100
+        for dtype in ("float32", "bfloat16")
+        for chain in dense.CHAINS
+    }
+    # read p, g, m, v, write p, m, v; a clip reads g twice; moments of bfloat16 are in float32
+    assert list(each.values()) == [28, 32, 22, 24]
+    case = contenders.Case(1000, 8, 16, "uniform")
+    batch = 4 * 16 * 8 + 4 * 16
+    assert contenders.least_bytes("exact", case, 15.5) == 6 * 4 * 15.5 * 8 + batch
+    assert contenders.least_bytes("optax", case, 15.5) == 6 * 4 * 1000 * 8 + batch
+    ms = {"median": 4.0, "q25": 2.0, "q75": 8.0}
+    share = measure.fraction(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
+    assert share == {"median": 0.25, "q25": 0.125, "q75": 0.5}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_is_told_with_a_mark_if_files_are_not_as_committed(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert measure.commit(tmp_path) is None
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    git("init")
+    for path in (tmp_path / "code.py", results / "dense.json"):
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    (results / "dense.json").write_text("2")  # what a run writes
+    assert measure.commit(tmp_path) == head
+    (tmp_path / "code.py").write_text("2")
+    assert measure.commit(tmp_path) == f"{head}-dirty"
+    # A folder within somebody else's checkout.
+    assert measure.commit(results) is None
+
+
+def test_contenders_share_a_process_where_the_device_takes_but_one(monkeypatch):
+    started = []
+
+    class Pretend:
+        def __init__(self, *arguments, **environment):
+            started.append(arguments)
+            make = lambda name: lambda question: [name, *question]  # noqa: E731
+            self.answer, self.asked = workers.shared(make), []
+
+        def send(self, question):
+            self.asked.append(json.loads(json.dumps(question)))
+
+        def receive(self):
+            question = self.asked.pop(0)
+            if question[2] == "end":
+                raise workers.Ended("a worker ended with status -9")
+            return self.answer(question)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(workers, "Worker", Pretend)
+    players = {"exact 1k": "exact", "exact 4M": "exact", "optax": "optax"}
+    with workers.Team("rows", players, measure.Device("tpu")) as team:
+        answers = team.ask(list(players), ["case", 3])
+        assert answers == {player: [name, "case", 3] for player, name in players.items()}
+        assert started == [("rows", "--worker", workers.SHARED)]
+        assert team.ask(["optax"], ["end"]) == {}
+        assert team.failed.keys() == players.keys()
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def numbers(node):
+    if isinstance(node, dict):
+        node = node.values()
+    elif not isinstance(node, list):
+        return [node] if isinstance(node, int | float) and not isinstance(node, bool) else []
+    return [x for part in node for x in numbers(part)]
+
+
+def texts(node):
+    if isinstance(node, dict):
+        return [x for part in node.values() for x in texts(part)]
+    if isinstance(node, list):
+        return [x for part in node for x in texts(part)]
+    return [node] if isinstance(node, str) else []
+
+
+def with_bandwidth(results):
+    """Committed results, as if the bandwidth had been measured."""
+    results = copy.deepcopy(results)
+    for suite in ("dense", "rows"):
+        speed = {"median": 33.3e9, "q25": 30e9, "q75": 35e9}
+        results[suite]["bandwidth"] = speed
+        for row in results[suite]["times"]:
+            row["fraction"] = {n: measure.fraction(1e7, ms, speed) for n, ms in row["ms"].items()}
+    return results
+
+
+def assert_quotes_only(told, results):
+    """Every figure of a summary is one of the results; the other numerals are names or counts."""
+    found = [x for x in numbers(results) if x]
+    held = [
+        100 * row["temporary_bytes"] / row["parameter_bytes"] for row in results["memory"]["dense"]
+    ]
+    known = sorted([*found, *(1 / x for x in found), *(x / 1e6 for x in found), *held])
+    known += [results[s]["bandwidth"]["median"] / 1e9 for s in results if "bandwidth" in results[s]]
+    written = "\n".join(told.lines)
+    for shown, number in told.figures:
+        assert shown in written
+        assert any(math.isclose(number, x, rel_tol=1e-12) for x in known), (shown, number)
+    for name in sorted(set(texts(results)), key=len, reverse=True):
+        written = written.replace(name, "")
+    written = re.sub(r"(\d+) (cases|bounds)", "", written)
+    quoted = {shown for shown, _ in told.figures} | {f"{x:,}" for x in found if isinstance(x, int)}
+    numerals = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?", written))
+    assert {x.rstrip(",") for x in numerals} <= quoted
+
+
+def test_the_report_has_every_suite_and_quotes_what_was_measured(committed):
+    assert {"dense", "rows", "compile", "memory"} <= committed.keys()
+    text = report.text(committed)
+    for suite, (title, _) in report.SECTIONS.items():
+        section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        if suite in committed:
+            assert readme.SUITES[suite](committed[suite]) in section
+        else:
+            assert f"Not measured: `python -m benchmarks {suite}`" in section
+    told = report.summary(committed)
+    assert len(told.figures) > 10
+    assert_quotes_only(told, committed)
+    limits = report.summary(with_bandwidth(committed))
+    assert_quotes_only(limits, with_bandwidth(committed))
+    assert "33.3 GB/s" in "\n".join(limits.lines)
+    assert "not measured" not in "\n".join(limits.lines)
+
+
+def test_the_summary_tells_what_is_slow_and_what_does_not_hold(committed):
+    before = "\n".join(report.summary(with_bandwidth(committed)).lines)
+    doctored = copy.deepcopy(committed)
+    for suite in ("dense", "rows"):
+        doctored[suite].pop("bandwidth", None)
+    for row in doctored["dense"]["times"]:
+        row["ratio"]["keras"] = {"median": 0.9, "q25": 0.8, "q75": 1.0}
+    doctored["dense"]["times"][2]["ratio"]["keras"] = {"median": 4.44, "q25": 4.0, "q75": 5.0}
+    bound = doctored["rows"]["bounds"][0]
+    bound |= {"measured": 12.5, "holds": False}
+    for row in doctored["rows"]["times"]:
+        row["ratio"]["exact"]["torch sparse"] = {"median": 0.5, "q25": 0.4, "q75": 0.6}
+    written = "\n".join(report.summary(doctored).lines)
+    assert "0.90 to 4.44 (Keras)" in written
+    assert "Keras in one case: 4.4 times the time (transformer, 150 leaves, 13.8M, adam)" in written
+    assert f"A bound that does not hold: {bound['what']}: {bound['asked']}, but 12.5." in written
+    assert "is not measured (dense and rows" in written
+    slower = sum(r["ratio"]["exact"]["torch sparse"]["q25"] > 1 for r in committed["rows"]["times"])
+    if slower > 1:
+        assert f"torch's SparseAdam in {slower} cases" in before
+    assert "torch's SparseAdam in" not in written
+
+
+def test_quick_runs_are_not_reported_as_measurements(committed):
+    quick = {suite: {**results, "quick": True} for suite, results in committed.items()}
+    told = report.summary(quick)
+    assert not told.figures
+    assert "Quick runs" in told.lines[0]
+
+
+def test_the_report_command_writes_the_page_and_small_plots(committed, tmp_path, capsys):
+    for suite, results in with_bandwidth(committed).items():
+        (tmp_path / f"{suite}.json").write_text(json.dumps(results))
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures[:3] == ["report-limit.png", "report-dense.png", "report-rows.png"]
+    assert {*pictures} == {path.name for path in tmp_path.glob("*.png")}
+    for picture in pictures:
+        assert 5_000 < (tmp_path / picture).stat().st_size < 100_000
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert report.main([str(empty)]) == 2
+    assert "python -m benchmarks all" in capsys.readouterr().err
+
+
+def test_the_committed_report_is_of_the_committed_results(committed):
+    assert (CPU / "report.md").read_text() == report.text(committed), (
+        "run `python -m benchmarks report benchmarks/results/cpu`"
+    )
+
+
+# --- what changed ---------------------------------------------------------------------------------
+
+
+def scaled(spread, factor):
+    return {name: factor * x for name, x in spread.items()}
+
+
+def verdicts(old, new):
+    before, after = compare.figures(old), compare.figures(new)
+    return {name: compare.verdict(before[name], after[name]) for name in before}
+
+
+def test_nothing_changed_from_results_to_themselves(committed):
+    for path in CPU.glob("*.json"):
+        results = compare.loaded(path)
+        assert set(verdicts(results, results).values()) <= {"same", "within the noise"}
+        assert len(compare.figures(results)) > 10
+        assert len(compare.compared(results, results).splitlines()) == 4
+
+
+def test_changes_beyond_the_noise_are_told(committed):
+    old = committed["dense"]
+    new = copy.deepcopy(old)
+    ms = [row["ms"] for row in new["times"]]
+    ms[0]["adamjax"] = scaled(ms[0]["adamjax"], 0.5)
+    ms[1]["adamjax"] = scaled(ms[1]["adamjax"], 2)
+    ms[2]["adamjax"] = scaled(ms[2]["adamjax"], 1.01)
+    found = verdicts(old, new)
+    cases = [f"{row['workload']}, {row['chain']}" for row in old["times"]]
+    told = [found["times", case, "ms", "adamjax"] for case in cases[:4]]
+    assert told == ["faster", "slower", "within the noise", "within the noise"]
+    text = compare.compared(old, new)
+    assert re.search(rf"faster +times / {re.escape(cases[0])} / ms / adamjax: .*, 0.5 times", text)
+    assert re.search(rf"slower +times / {re.escape(cases[1])} / ms / adamjax: .*, 2 times", text)
+    assert cases[2] not in text
+    assert "1 faster" in text
+    assert "1 slower" in text
+    assert cases[2] in compare.compared(old, new, everything=True)
+
+
+def test_few_rounds_are_no_proof_and_more_of_a_fraction_is_faster(committed):
+    old = with_bandwidth(committed)["rows"]
+    old["times"][0]["rounds"], old["times"][1]["rounds"] = 2, compare.ENOUGH
+    new = copy.deepcopy(old)
+    grid, main, *_ = new["times"]
+    for row in (grid, main):
+        row["ms"]["exact"] = scaled(row["ms"]["exact"], 0.1)
+        row["fraction"]["exact"] = scaled(row["fraction"]["exact"], 10)
+    found = verdicts(old, new)
+    assert found["times", main["case"], "ms", "exact"] == "faster"
+    assert found["times", main["case"], "fraction", "exact"] == "faster"
+    assert found["times", grid["case"], "ms", "exact"] == compare.TOO_FEW
+    old["bounds"][0]["holds"], new["bounds"][0]["holds"] = True, False
+    assert "holds: True -> False" in compare.compared(old, new)
+
+
+def test_bytes_change_or_do_not(committed):
+    old = committed["memory"]
+    new = copy.deepcopy(old)
+    new["dense"][0]["temporary_bytes"] *= 3
+    text = compare.compared(old, new)
+    assert "changed" in text
+    assert "3 times" in text
+
+
+def test_what_cannot_be_compared_is_refused(committed, tmp_path, capsys):
+    paths = {suite: str(CPU / f"{suite}.json") for suite in ("dense", "rows")}
+    assert suites.main(["--compare", paths["dense"], paths["rows"]]) == 2
+    assert "different suites, 'dense' and 'rows'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="quick run"):
+        compare.compared(committed["dense"], {**committed["dense"], "quick": True})
+    (tmp_path / "other.json").write_text("[]")
+    assert report.main(["--compare", paths["dense"], str(tmp_path / "other.json")]) == 2
+    assert "does not say of which suite" in capsys.readouterr().err
+    elsewhere = copy.deepcopy(committed["dense"])
+    elsewhere["environment"] |= {"platform": "gpu", "device": "NVIDIA H100"}
+    assert "THE DEVICES DIFFER" in compare.compared(committed["dense"], elsewhere)
+    assert suites.main(["--compare", paths["dense"], paths["dense"]]) == 0
+    assert "DIFFER" not in capsys.readouterr().out
