@@ -9,6 +9,7 @@ becomes of their gradients, is up to whoever trains.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.processes import ALONE, Processes
 
 __all__ = [
     "Batch",
@@ -302,14 +305,27 @@ def _parts(starts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.pad(part, fill), np.pad(np.ones(len(part), np.float32), fill)
 
 
-def held_out_loss(params: Any, held_out: Windows, given_up: Callable[[], bool]) -> float | None:
-    """Mean of -log probability in nats a token, by the full softmax; None when given up."""
-    total = 0.0
-    for starts, counts in _parts(held_out.starts):
-        if given_up():
-            return None
-        total += float(_summed(params, held_out.tokens, starts, counts, held_out.width))
-    return total / len(held_out.starts)
+def held_out_loss(
+    params: Any,
+    held_out: Windows,
+    given_up: Callable[[], bool],
+    processes: Processes = ALONE,
+) -> float | None:
+    """Mean of -log probability in nats a token, by the full softmax; None when given up.
+
+    Processes take parts in turn; what they find, and whether one gave up, is known to all.
+    """
+    parts = list(_parts(held_out.starts))
+    sums, left = np.zeros(len(parts)), False
+    for i in range(processes.index, len(parts), processes.count):
+        left = given_up()
+        if left:
+            break
+        sums[i] = float(_summed(params, held_out.tokens, *parts[i], held_out.width))
+    if processes.any(left):
+        return None
+    # Each sum is of one process, and the total is exact: the same for any count.
+    return math.fsum(processes.gathered(sums).ravel()) / len(held_out.starts)
 
 
 # --- what it learned ------------------------------------------------------------------------------

@@ -10,35 +10,64 @@ the effect of dense gradients at the cost of the rows that are read, and is the 
 steps the other rows lag behind, so before anything else reads the weights all are brought up to
 date: at the end, or for the evaluation of an interrupted run, whose checkpoint is left as it was.
 `--compare` trains with each in turn and shows what that costs, and what becomes of the losses.
+
+A batch is split over all devices there are, of this process or of several (`--processes`): all
+hold the same parameters and state, and a step is one program over all of them. Only process 0
+reports and writes.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+try:
+    from jax import shard_map
+
+    # Checked, it adds up the gradients of each use of a parameter by itself.
+    _UNCHECKED = {"check_vma": False}
+except ImportError:  # an older JAX
+    from jax.experimental.shard_map import shard_map
+
+    _UNCHECKED = {"check_rep": False}
 
 import adamjax
 from benchmarks import model
 from benchmarks.measure import RESULTS, environment, save, spread
+from benchmarks.processes import (
+    ALONE,
+    LOST,
+    Interruption,
+    Lost,
+    Processes,
+    end,
+    end_with_launcher,
+    free_port,
+    join,
+    launch,
+)
 from benchmarks.text import (
     Complaint,
     Text,
@@ -158,6 +187,33 @@ def _parser() -> argparse.ArgumentParser:
         help="the JSON of --compare (default: benchmarks/results/PLATFORM/train.json, where only "
         "the default options' results go)",
     )
+    parser.add_argument(
+        "--save-every",
+        type=_number(0, float),
+        default=60.0,
+        metavar="SECONDS",
+        help="between checkpoints while it trains (default: 60)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=_number(1, int),
+        default=1,
+        metavar="N",
+        help="train in N processes, on this machine unless --coordinator is given (default: 1)",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="a port of process 0's machine: for processes on several machines, on each of which "
+        "the same is started, but for --process",
+    )
+    parser.add_argument(
+        "--process",
+        type=_number(0, int),
+        metavar="I",
+        help="with --coordinator: which of the N processes this machine's is, from 0",
+    )
+    parser.add_argument("--member", action="store_true", help=argparse.SUPPRESS)
     for option in dataclasses.fields(Config):
         if option.name not in _OPTIONS:
             continue
@@ -170,29 +226,6 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{what} (default: {option.default})",
         )
     return parser
-
-
-# --- interruption ---------------------------------------------------------------------------------
-
-
-class Interruption:
-    """Counts SIGINT and SIGTERM within a `with` block, instead of what they would do."""
-
-    def __init__(self) -> None:
-        self.times = 0
-        self.signal = 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
-        self.signal = number
-
-    def __enter__(self) -> "Interruption":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 # --- what a run keeps -----------------------------------------------------------------------------
@@ -308,17 +341,20 @@ def _taken(folder: Path) -> Complaint:
 
 def _new_folder(name: str | None) -> Path:
     RUNS.mkdir(exist_ok=True)
-    number = 1
     while True:
-        folder = RUNS / (name or f"train-{number}")
+        folder = RUNS / (name or _free_name())
         try:
             folder.mkdir()
         except FileExistsError:
             if name:
                 raise _taken(folder) from None
-            number += 1
         else:
             return folder
+
+
+def _free_name() -> str:
+    names = (f"train-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (RUNS / name).exists())
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -357,14 +393,16 @@ def gradients(
     batch: model.Batch,
     vocabulary: int,
     size: Mapping[str, int] | None,
+    loss: Callable[[Any, model.Batch, int], jax.Array] = model.loss,
 ) -> Gradients:
     """The loss, its gradients, and what else `tx.update` is given.
 
     Args:
       size: how many rows to make room for, by table; `None` for dense gradients.
+      loss: `model.loss`, or the same over several devices.
     """
     if size is None:
-        return *jax.value_and_grad(model.loss)(params, batch, vocabulary), {}
+        return *jax.value_and_grad(loss)(params, batch, vocabulary), {}
     extra = {}
     indices, batch = model.reads(batch, vocabulary, size)
     if isinstance(tx, adamjax.exact_rows):
@@ -377,10 +415,10 @@ def gradients(
         }
         others = model.replaced(params, dict.fromkeys(indices))
 
-    def loss(others: Any, rows: Any) -> jax.Array:
-        return model.loss(model.by_rows(others, rows, indices), batch, vocabulary)
+    def of_rows(others: Any, rows: Any) -> jax.Array:
+        return loss(model.by_rows(others, rows, indices), batch, vocabulary)
 
-    value, (grads, found) = jax.value_and_grad(loss, argnums=(0, 1))(others, rows)
+    value, (grads, found) = jax.value_and_grad(of_rows, argnums=(0, 1))(others, rows)
     of_tables = {
         path: adamjax.row_gradient(indices[path], g, len(model.leaf(params, path)))
         for path, g in found.items()
@@ -407,28 +445,93 @@ def make_course(config: Config, text: Text) -> Course:
     return Course(training.tokens, batches, vocabulary, size)
 
 
-def make_step(tx: adamjax.Transform, config: Config, course: Course) -> Any:
-    """One jitted step: takes the parameters and the state, which it donates, tokens, a batch."""
-    key = jax.random.key(config.seed)
-    vocabulary = course.vocabulary
-    size = None if config.rows == "none" else course.size
+def mean_over(mesh: Mesh) -> Callable[[Any, model.Batch, int], jax.Array]:
+    """`model.loss` of a batch of which each device of a mesh takes its share.
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, tokens: jax.Array, starts: jax.Array) -> Any:
-        draw = jax.random.fold_in(key, adamjax.step_count(state))
-        batch = model.batch(tokens, starts, config.context, vocabulary, draw)
-        loss, grads, extra = gradients(tx, params, state, batch, vocabulary, size)
-        updates, state = tx.update(grads, state, params, **extra)
-        return adamjax.apply_updates(params, updates), state, loss
+    Which rows a batch reads is found out before, and every device has them all: so what devices
+    add up are gradients of the rows of a step, once, and of no table unless they are dense.
+    """
+    if mesh.size == 1:
+        return model.loss
+    everywhere, axis = NamedSharding(mesh, P()), mesh.axis_names
 
-    return step
+    def loss(params: Any, batch: model.Batch, vocabulary: int) -> jax.Array:
+        def of_share(params: Any, share: model.Batch) -> jax.Array:
+            return jax.lax.pmean(model.loss(params, share, vocabulary), axis)
+
+        # Not to be split earlier: numbers of rows cost less to find than to exchange.
+        batch = jax.lax.with_sharding_constraint(batch, everywhere)
+        split = model.Batch(P(axis), P(axis), P())
+        return shard_map(of_share, mesh=mesh, in_specs=(P(), split), out_specs=P(), **_UNCHECKED)(
+            params, batch
+        )
+
+    return loss
 
 
-def compiled_step(tx: adamjax.Transform, config: Config, course: Course, *trees: Any) -> Any:
-    """The step compiled for such parameters and such a state."""
-    return (
-        make_step(tx, config, course).lower(*trees, course.tokens, course.batches.at(0)).compile()
-    )
+class Step:
+    """One jitted step over the devices of a mesh, compiled.
+
+    Args:
+      trees: parameters and state such as it is called with.
+    """
+
+    def __init__(
+        self, tx: adamjax.Transform, config: Config, course: Course, mesh: Mesh, *trees: Any
+    ):
+        key = jax.random.key(config.seed)
+        vocabulary = course.vocabulary
+        size = None if config.rows == "none" else course.size
+        if config.batch % mesh.size:
+            raise Complaint(
+                f"--batch {config.batch} cannot be split evenly over {mesh.size} devices"
+            )
+
+        everywhere, loss_over = NamedSharding(mesh, P()), mean_over(mesh)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
+        def step(
+            params: Any, state: Any, tokens: jax.Array, starts: jax.Array, stop: jax.Array
+        ) -> Any:
+            draw = jax.random.fold_in(key, adamjax.step_count(state))
+            batch = model.batch(tokens, starts, config.context, vocabulary, draw)
+            loss, grads, extra = gradients(tx, params, state, batch, vocabulary, size, loss_over)
+            updates, state = tx.update(grads, state, params, **extra)
+            return adamjax.apply_updates(params, updates), state, loss, jnp.any(stop)
+
+        split, here = (
+            NamedSharding(mesh, P(mesh.axis_names)),
+            np.ones(len(mesh.local_devices), bool),
+        )
+        self.stop = [jax.make_array_from_process_local_data(split, here & x) for x in (False, True)]
+        self.tokens = on_all(mesh, course.tokens)
+        self.compiled = step.lower(
+            *trees, self.tokens, course.batches.at(0), self.stop[False]
+        ).compile()
+
+    def __call__(self, params: Any, state: Any, starts: np.ndarray, stop: bool = False) -> Any:
+        """Takes parameters and state, which it donates, and a batch.
+
+        Returns:
+          The new ones, the loss, and whether any process said stop: all see it at one step.
+        """
+        return self.compiled(params, state, self.tokens, starts, self.stop[stop])
+
+
+def on_all(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of this process as arrays of a mesh, whole on each of its devices."""
+    everywhere = NamedSharding(mesh, P())
+
+    def copied(x: Any) -> jax.Array:
+        copies = [jax.device_put(x, device) for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(np.shape(x), everywhere, copies)
+
+    return jax.tree.map(copied, tree)
+
+
+def here(tree: Any) -> Any:
+    """Arrays that are whole on each device, as arrays of one of this process' devices."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def up_to_date(tx: adamjax.Transform, params: Any, state: Any) -> tuple[Any, Any]:
@@ -438,8 +541,18 @@ def up_to_date(tx: adamjax.Transform, params: Any, state: Any) -> tuple[Any, Any
     return jax.jit(tx.flush, donate_argnums=(0, 1))(params, state)
 
 
-def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> dict[str, float]:
-    """Takes the steps that are left, or fewer when stopped; returns how long they took."""
+def train(
+    run: Run,
+    tx: adamjax.Transform,
+    text: Text,
+    stop: Interruption,
+    processes: Processes,
+    save_every: float,
+) -> dict[str, float]:
+    """Takes the steps that are left, or fewer when stopped; returns how long they took.
+
+    Only here do parameters and state lie on all devices, and do steps need all processes.
+    """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     config = run.config
@@ -447,28 +560,40 @@ def train(run: Run, tx: adamjax.Transform, text: Text, stop: Interruption) -> di
     if first == config.steps:
         return {"compile_seconds": 0.0, "train_seconds": 0.0, "tokens_per_second": 0}
     course = make_course(config, text)
+    mesh = processes.mesh()
     began = time.perf_counter()
-    step = compiled_step(tx, config, course, run.params, run.state)
-    compiled = time.perf_counter()
+    run.params, run.state = on_all(mesh, (run.params, run.state))
+    step = Step(tx, config, course, mesh, run.params, run.state)
+    saved = compiled = time.perf_counter()
 
-    with tqdm(
-        total=config.steps * config.batch,
-        initial=first * config.batch,
-        unit=" tokens",
-        unit_scale=True,
-        ncols=shutil.get_terminal_size().columns,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-    ) as bar:
+    with (
+        processes.together(),
+        tqdm(
+            total=config.steps * config.batch,
+            initial=first * config.batch,
+            unit=" tokens",
+            unit_scale=True,
+            ncols=shutil.get_terminal_size().columns,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            disable=not processes.first,
+        ) as bar,
+    ):
         for number in range(first, config.steps):
             batch = course.batches.at(number)
-            run.params, run.state, loss = step(run.params, run.state, course.tokens, batch)
+            run.params, run.state, loss, stopped = step(
+                run.params, run.state, batch, stop.times > 0
+            )
             run.losses.append(round(float(loss), 6))
             if not math.isfinite(run.losses[-1]):
                 break
             bar.set_postfix(loss=f"{run.losses[-1]:.2f}", step=number + 1, refresh=False)
             bar.update(config.batch)
-            if stop.times:
+            if stopped:
                 break
+            if processes.first and time.perf_counter() - saved >= save_every:
+                _save(run)
+                saved = time.perf_counter()
+    run.params, run.state = here((run.params, run.state))
     seconds = time.perf_counter() - compiled
     taken = (len(run.losses) - first) * config.batch
     return {
@@ -538,7 +663,7 @@ def _report(run: Run, text: Text, near: dict[str, list[str]]) -> None:
     print()
 
 
-def _metrics(run: Run, text: Text, near: dict[str, list[str]], speed: dict[str, float]) -> Any:
+def _metrics(run: Run, text: Text, near: dict[str, list[str]], **more: Any) -> Any:
     return {
         "config": dataclasses.asdict(run.config),
         "text": {
@@ -553,7 +678,7 @@ def _metrics(run: Run, text: Text, near: dict[str, list[str]], speed: dict[str, 
         "finished": len(run.losses) == run.config.steps and run.held_out["after"] is not None,
         "held_out_loss": run.held_out,
         "neighbours": near,
-        **speed,
+        **more,
         **environment("adamjax", "jax", "jaxlib", "numpy"),
         "training_loss": run.losses,
     }
@@ -570,8 +695,10 @@ class _Contender:
         self.course = course
         self.params = _initial(config, text)
         self.state = self.tx.init(self.params)
+        mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+        self.params, self.state = on_all(mesh, (self.params, self.state))
         began = time.perf_counter()
-        self.step = compiled_step(self.tx, config, course, self.params, self.state)
+        self.step = Step(self.tx, config, course, mesh, self.params, self.state)
         self.compile_seconds = time.perf_counter() - began
         self.losses: list[float] = []
 
@@ -582,9 +709,7 @@ class _Contender:
         for _ in range(steps):
             starts = self.course.batches.at(len(self.losses))
             began = time.perf_counter()
-            self.params, self.state, loss = self.step(
-                self.params, self.state, self.course.tokens, starts
-            )
+            self.params, self.state, loss, _ = self.step(self.params, self.state, starts)
             self.losses.append(float(loss))
             seconds.append(time.perf_counter() - began)
         return statistics.median(seconds[1:])
@@ -704,7 +829,7 @@ def _comparison(given: argparse.Namespace, config: Config, text: Text, stop: Int
     results = compare(config, text, stop)
     if results is None:
         print("train: interrupted, nothing was written", file=sys.stderr)
-        return 128 + stop.signal
+        return stop.status
     print(_compared(results))
     default = not given.text and config == Config(steps=_COMPARED)
     out = RESULTS / results["environment"]["platform"] / "train.json" if default else None
@@ -731,6 +856,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, Config, Saved | None]
     given = _parser().parse_args(argv)
     known = {option.name for option in dataclasses.fields(Config)}
     chosen = {name: value for name, value in vars(given).items() if name in known}
+    _check_processes(given)
     if given.compare:
         if given.name or given.resume or "rows" in chosen:
             raise Complaint("--compare keeps no run and takes all of --rows: leave the others out")
@@ -744,7 +870,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, Config, Saved | None]
         if given.name is not None:
             if not re.fullmatch(r"\w[\w.-]*", given.name):
                 raise Complaint(f"--name: expected letters, digits, - and ., got {given.name!r}")
-            if (RUNS / given.name).exists():
+            if not given.process and (RUNS / given.name).exists():
                 raise _taken(RUNS / given.name)
         return given, _checked(Config(**chosen)), None
     if given.name is not None:
@@ -760,6 +886,54 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, Config, Saved | None]
     return given, saved.config, saved
 
 
+def _check_processes(given: argparse.Namespace) -> None:
+    if given.compare and given.processes > 1:
+        raise Complaint("--compare runs in one process: leave --processes out")
+    if (given.coordinator is None) != (given.process is None):
+        raise Complaint("--coordinator and --process go together, with --processes")
+    if given.process is None:
+        return
+    if not given.process < given.processes:
+        raise Complaint(
+            f"--process: expected a number below --processes {given.processes}, got {given.process}"
+        )
+    host, _, port = given.coordinator.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise Complaint(f"--coordinator: expected HOST:PORT, got {given.coordinator!r}")
+
+
+def _launched(argv: list[str], given: argparse.Namespace, stop: Interruption) -> int:
+    """Runs this machine's processes."""
+    remote = given.coordinator is not None
+    more = []
+    folder = given.resume
+    if folder is None and not given.process:
+        # So that the launcher knows it as well.
+        folder = RUNS / (given.name or _free_name())
+        more = [] if given.name else ["--name", folder.name]
+
+    def advice() -> str:
+        if folder is None:
+            return "to go on from the last checkpoint, start all again with --resume runs/NAME"
+        if not (folder / "checkpoint.npz").exists():
+            (folder / "checkpoint.npz.part").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless there is something in it
+            return "there is no checkpoint to go on from yet: start again"
+        again = f"python -m benchmarks train --resume {folder} --processes {given.processes}"
+        everywhere = " with --coordinator and --process, on all machines" if remote else ""
+        return f"to go on from the last checkpoint: {again}{everywhere}"
+
+    return launch(
+        [sys.executable, "-m", "benchmarks", "train", *argv, *more],
+        given.processes,
+        [given.process] if remote else range(given.processes),
+        given.coordinator if remote else f"127.0.0.1:{free_port()}",
+        stop,
+        advice,
+    )
+
+
 def _job(argv: list[str], stop: Interruption) -> int:
     began = time.perf_counter()
     given, config, saved = _options(argv)
@@ -769,6 +943,15 @@ def _job(argv: list[str], stop: Interruption) -> int:
     for package in ("matplotlib", "tqdm"):
         if importlib.util.find_spec(package) is None:
             raise Complaint(f"{package} is missing: pip install 'adamjax[bench]'")
+    processes = ALONE
+    if given.processes > 1:
+        if not given.member:
+            return _launched(argv, given, stop)
+        end_with_launcher()
+        processes = join(given.coordinator, given.processes, given.process)
+        if not processes.first:
+            print(f"process {processes.index} of {processes.count}: process 0 reports", flush=True)
+            sys.stdout = None
 
     kept = saved.about["files"] if saved else []
     files = [str(Path(path).resolve()) for path in given.text] if given.text else kept
@@ -785,10 +968,14 @@ def _job(argv: list[str], stop: Interruption) -> int:
     params = _initial(config, text)
     tx = optimizer(config, len(text.words))
     run = Run(Path(), config, files, text.digest(), params, tx.init(params))
+    processes.agree("options", config)
+    processes.agree("a text", run.digest)
+    processes.agree("a checkpoint", saved and saved.about["losses"])
     held_out = model.windows(text.held_out, config.context, text.boundary)
 
     def evaluate(given_up: Callable[[], bool]) -> float | None:
-        return model.held_out_loss(adamjax.averaged_weights(run.state), held_out, given_up)
+        weights = adamjax.averaged_weights(run.state)
+        return model.held_out_loss(weights, held_out, given_up, processes)
 
     if saved is not None:
         saved.restore(run)
@@ -798,40 +985,52 @@ def _job(argv: list[str], stop: Interruption) -> int:
             "bigram": tuned_bigram(text).loss(text.held_out),
             "before": evaluate(lambda: stop.times > 0),
         }
-    if stop.times:
-        print("train: interrupted before a step was taken", file=sys.stderr)
-        return 128 + stop.signal
-    run.folder = saved.folder if saved else _new_folder(given.name)
+    if processes.any(stop.times > 0):
+        if processes.first:
+            print("train: interrupted before a step was taken", file=sys.stderr)
+        processes.leave()
+        return stop.status
+    if saved is not None:
+        run.folder = saved.folder
+    elif processes.first:
+        run.folder = _new_folder(given.name)
     print("held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in run.held_out.items() if v))
     left = config.steps - len(run.losses)
     print(
         f"run:  {run.folder}, {left:,} of {config.steps:,} steps to take, rows: {config.rows} "
-        f"({ROWS[config.rows]})",
+        f"({ROWS[config.rows]}){_devices(processes)}",
         flush=True,
     )
 
     run.held_out["after"] = None
-    speed = train(run, tx, text, stop)
+    speed = train(run, tx, text, stop, processes, given.save_every)
     if not math.isfinite(run.losses[-1]):
-        if not saved:
+        if processes.first and not any(run.folder.iterdir()):
             run.folder.rmdir()
         raise Complaint(
             f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"
         )
     finished = len(run.losses) == config.steps
-    if not finished:
+    if not finished and processes.first:
         # Rows that lag behind stay so: caught up now they would be rounded twice, and the run
         # would not go on with the bits of one that was not interrupted.
         _save(run)
     if left:
         run.params, run.state = up_to_date(tx, run.params, run.state)
-    if finished:
+    if finished and processes.first:
         _save(run)
     run.held_out["after"] = evaluate(lambda: stop.times > 1)
+    processes.leave()
+    status = 0 if finished else stop.status
+    if not processes.first:
+        return status
     near = model.neighbours(adamjax.averaged_weights(run.state), text.words)
     _plot(run, run.folder / "loss.png")
     speed["wall_seconds"] = round(time.perf_counter() - began, 2)
-    metrics = json.dumps(_metrics(run, text, near, speed), indent=1).encode()
+    metrics = json.dumps(
+        _metrics(run, text, near, processes=processes.count, devices=jax.device_count(), **speed),
+        indent=1,
+    ).encode()
     _write(run.folder / "metrics.json", lambda file: file.write(metrics + b"\n"))
 
     _report(run, text, near)
@@ -839,22 +1038,37 @@ def _job(argv: list[str], stop: Interruption) -> int:
         f"{speed['tokens_per_second']:,} tokens/s, {speed['wall_seconds']:.0f} s in all; "
         f"metrics.json, loss.png and checkpoint.npz are in {run.folder}"
     )
-    if finished:
-        return 0
-    print(
-        f"interrupted after step {len(run.losses):,} of {config.steps:,}; to go on: "
-        f"python -m benchmarks train --resume {run.folder}"
-    )
-    return 128 + stop.signal
+    if not finished:
+        print(
+            f"interrupted after step {len(run.losses):,} of {config.steps:,}; to go on: "
+            f"python -m benchmarks train --resume {run.folder}"
+        )
+    return status
+
+
+def _devices(processes: Processes) -> str:
+    devices = jax.device_count()
+    return "" if devices == 1 else f", on {devices} devices of {processes.count} processes"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the job; returns the exit code: 0, 2 for what the user must mend, 128 + signal."""
+    """Runs the job; returns the exit code.
+
+    It is 0, 2 for what the user must mend, `LOST` when another process is gone, 128 + signal.
+    """
     try:
         with Interruption() as stop:
-            return _job(argv, stop)
+            return end(_job(argv, stop))
     except Complaint as complaint:
         print(f"train: {complaint}", file=sys.stderr)
     except OSError as error:
         print(f"train: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-    return 2
+    except Lost as lost:
+        print(f"train: another process is gone: {lost}", file=sys.stderr)
+        return end(LOST)
+    except BaseException:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+        end(1)
+        raise
+    return end(2)

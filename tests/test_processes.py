@@ -1,0 +1,221 @@
+"""The training job as several processes: the same numbers, and what becomes of it when one dies."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks import model, train
+from benchmarks.processes import Processes
+from benchmarks.text import make_text, read_files
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
+STEPS = 60
+# A few float32 roundings, of sums in another order, over that many steps.
+ROUNDING = 2e-5
+
+
+def environment(**more):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **more}
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """The job as a user starts it, in a folder of the test's own with a file of real text."""
+    monkeypatch.chdir(tmp_path)
+    Path("prose.txt").write_text(Path(argparse.__file__).read_text()[:30_000])
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks", "train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()  # its children end with it
+        process.communicate()
+
+
+def finished(process, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err
+    return out
+
+
+def kept(name):
+    with np.load(Path("runs", name, "checkpoint.npz")) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("about"))), arrays
+
+
+def apart(one, other):
+    """The largest difference of two runs' arrays, by that array's largest number; of losses."""
+    (about, arrays), (other_about, others) = kept(one), kept(other)
+    assert arrays.keys() == others.keys()
+    assert len(about["losses"]) == len(other_about["losses"]) == STEPS
+    off = 0.0
+    for name, x in arrays.items():
+        difference = np.abs(x.astype(np.float64) - others[name]).max()
+        off = max(off, difference / max(np.abs(x).max(), 1e-30))
+    return off, np.abs(np.subtract(about["losses"], other_about["losses"])).max()
+
+
+def members_at_work(launcher):
+    """The launcher's processes once they are about to train: each one's id by its number."""
+    assert any(line.startswith("run:") for line in launcher.stdout), launcher.stderr.read()
+    listed = subprocess.run(
+        ["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+    )
+    found = re.findall(r"^\s*(\d+)\s+(\d+) .*--process (\d+) --member$", listed.stdout, re.M)
+    return {int(i): int(pid) for pid, parent, i in found if int(parent) == launcher.pid}
+
+
+def is_running(pid):
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return listed.stdout.strip()[:1] not in ("", "Z")
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(start):
+    job = [*TINY, "--steps", str(STEPS)]
+    finished(start(*job, "--name", "one"))
+    finished(start(*job, "--name", "whole", "--processes", "2"))
+    off, off_losses = apart("one", "whole")
+    assert 0 < off < ROUNDING
+    assert off_losses < 5e-6
+    about, _ = kept("whole")
+    assert about["held_out"] == kept("one")[0]["held_out"]
+
+    process = start(*job, "--name", "killed", "--processes", "2", "--save-every", "0")
+    pids = members_at_work(process)
+    checkpoint = Path("runs/killed/checkpoint.npz")
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 128 + signal.SIGKILL
+    said = [line for line in err.splitlines() if line.startswith("train: ")]
+    assert "train: process 1 of 2 was ended by SIGKILL; the others were ended as well" in said
+    assert said[-1].endswith("python -m benchmarks train --resume runs/killed --processes 2")
+    assert "Traceback" not in err
+    assert not any(map(is_running, pids.values()))
+    taken = len(kept("killed")[0]["losses"])
+    assert 1 <= taken < STEPS
+
+    for count in (1, 2, 4):
+        folder = Path("runs", f"on-{count}")
+        folder.mkdir()
+        (folder / "checkpoint.npz").write_bytes(checkpoint.read_bytes())
+    for count in (1, 2, 4):
+        out = finished(start("--resume", f"runs/on-{count}", "--processes", str(count)))
+        assert f"{STEPS - taken} of {STEPS} steps to take" in out
+        assert apart("whole", f"on-{count}")[0] < ROUNDING
+    assert apart("whole", "on-2") == (0, 0)
+
+
+def collectives(rows):
+    """What a process of its own with two devices runs: the shapes that its step exchanges."""
+    model.FREQUENT, model.DRAWN = 40, 16
+    config = train.Config(steps=20, batch=32, context=3, dim=8, hidden=8, rows=rows)
+    text = make_text(*read_files(["prose.txt"]), config.vocab)
+    tx, params = train.optimizer(config, len(text.words)), train._initial(config, text)
+    mesh = Processes().mesh()
+    assert mesh.size == 2
+    trees = train.on_all(mesh, (params, tx.init(params)))
+    course = train.make_course(config, text)
+    assert all(size < len(text.words) for size in course.size.values())
+    step = train.Step(tx, config, course, mesh, *trees)
+    shapes = []
+    for line in step.compiled.as_text().splitlines():
+        if found := re.search(r" = (.*) (all-|reduce-scatter|collective-)[\w-]*\(", line):
+            shapes += re.findall(r"\w+\[[\d,]*\]", found[1])
+    print(json.dumps([shapes, course.size, len(text.words)]))
+
+
+def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_processes; test_processes.collectives('exact')"],
+        env=environment(
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shapes, size, _ = json.loads(done.stdout)
+    tables = [f"f32[{rows},8]" for rows in size.values()]
+    # Once each, and besides them the hidden layer, its bias, the projection, the output's bias
+    # and scalars: the loss, and whether to stop.
+    of_rest = ["f32[24,8]", "f32[8]", "f32[8,8]", f"f32[{size['output/kernel']}]"]
+    assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(tables + of_rest)
+
+
+def test_processes_that_are_started_one_by_one_stop_at_one_step(start):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    job = [*TINY, "--rows", "none", "--steps", "100000", "--name", "run", "--processes", "2"]
+    one, other = (start(*job, "--coordinator", coordinator, "--process", str(i)) for i in (0, 1))
+    assert members_at_work(one).keys() == {0}
+    other.send_signal(signal.SIGTERM)
+    out, err = one.communicate(timeout=120)
+    assert one.returncode == 128 + signal.SIGINT, err
+    assert "to go on: python -m benchmarks train --resume runs/run" in out
+    assert 1 <= len(kept("run")[0]["losses"]) < 100_000
+    out, err = other.communicate(timeout=120)
+    assert other.returncode == 128 + signal.SIGTERM, err
+    assert "process 0 reports" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--processes", "0"], "--processes: expected a whole number of at least 1"),
+        (["--process", "1", "--processes", "2"], "--coordinator and --process go together"),
+        (["--coordinator", "host:1", "--process", "2", "--processes", "2"], "below --processes 2"),
+        (["--coordinator", "host", "--process", "1", "--processes", "2"], "expected HOST:PORT"),
+        (["--compare", "--processes", "2"], "--compare runs in one process"),
+    ],
+)
+def test_bad_options_get_one_line(capsys, arguments, why):
+    assert train.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train: ")
+    assert err.count("\n") == 1
+    assert why in err
+
+
+def test_what_is_wrong_is_said_once_by_several_processes(start):
+    Path("small.txt").write_text("too few words")
+    process = start("--text", "small.txt", "--processes", "2")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert [line for line in err.splitlines() if line] == [
+        "train: the text is too small: 3 tokens, at least 2,000 are needed"
+    ]
+    assert not Path("runs").exists()
