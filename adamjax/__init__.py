@@ -47,6 +47,7 @@ from adamjax.schedule import (
     polynomial_decay,
     warmup,
 )
+from adamjax.sharding import ShardedState, shard_state, state_shardings
 from adamjax.training import train_step
 from adamjax.transform import Transform, chain, identity
 
@@ -109,6 +110,10 @@ __all__ = [
     "formats",
     "packing",
     "Packing",
+    # many devices
+    "shard_state",
+    "ShardedState",
+    "state_shardings",
     # complete optimizers
     "adam",
     "amsgrad",

@@ -25,10 +25,20 @@ from adamjax.data import Tree, is_array, static
 from adamjax.guard import accumulate_gradients, skip_not_finite
 from adamjax.leaves import dtype_of, matched, needed
 from adamjax.masking import masked, partition
+from adamjax.mesh import over_rows, put, rows_alike, taken
 from adamjax.moments import accumulator, apart, next_count, root
 from adamjax.paths import checked_patterns, first_match, flatten, leaf_paths, selected
 from adamjax.rows import RowGradient, check_sound, distinct, in_table
-from adamjax.transform import Rule, Step, Transform, as_transform, chain, expect_state, over_slots
+from adamjax.transform import (
+    Rule,
+    Step,
+    Transform,
+    all_parts,
+    as_transform,
+    chain,
+    expect_state,
+    over_slots,
+)
 
 __all__ = ["ExactRowsState", "StaleTable", "TableState", "Ticket", "exact_rows"]
 
@@ -69,6 +79,17 @@ class ExactRowsState(NamedTuple):
     def last(self) -> dict[str, chex.Array]:
         """By path, the clock at which each row of a table stands: int32[num_rows]."""
         return {path: table.last for path, table in self.tables.items()}
+
+
+class _Held(NamedTuple):
+    """All that is known of a table; the first three are as long as it."""
+
+    weights: chex.Array
+    slots: dict[str, chex.Array]
+    last: chex.Array
+    ring: Ring
+    clock: chex.Array
+    count: chex.Array
 
 
 class _Rows(NamedTuple):
@@ -271,7 +292,7 @@ class exact_rows(Transform):
             kept.append(tuple(numbers.items()))
         history = 1 << max(history - 1, 0).bit_length()
         self._set(tx=tx, tables=tables, history=history, fixed=tuple(kept))
-        if not any(isinstance(part, partition) for part in _all_parts(tx)):
+        if not any(isinstance(part, partition) for part in all_parts(tx)):
             route = [part for part, _ in _route(tx, None, 0, None)]
             _checked(route)
             self._plan(route)
@@ -393,7 +414,7 @@ class exact_rows(Transform):
                     "expected a factor above 0: learning_rate * weight_decay must be below 1"
                 )
             states[t.path] = TableState(
-                last=jnp.full(t.num_rows, clock, jnp.int32),
+                last=rows_alike(jnp.full(t.num_rows, clock, jnp.int32), flatten(params)[0][t.leaf]),
                 cursor=jnp.zeros((), jnp.int32),
                 ring=t.plan.init(self.history, t.real),
             )
@@ -429,44 +450,51 @@ class exact_rows(Transform):
 
     # --- rows
 
-    def _caught_up(
-        self, table: _Table, state: ExactRowsState, params: Tree, indices: chex.Array | None
-    ) -> _Rows:
-        """Rows of a table brought up to date, zeros where an index is `num_rows`."""
-
-        def rows(x: chex.Array) -> chex.Array:
-            return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
-
-        held: dict[str, chex.Array] = {}
+    def _held(self, table: _Table, state: ExactRowsState, params: Tree) -> _Held:
+        """All that is known of a table."""
+        slots: dict[str, chex.Array] = {}
 
         def collect(name: str, tree: Tree) -> Tree:
             leaf = flatten(tree)[0][table.leaf]
             if leaf is not None:
-                held[name] = rows(leaf)
+                slots[name] = leaf
             return tree
 
         over_slots(collect, state.inner)
-        known, real = state.tables[table.path], table.real
-        last = rows(known.last)
-        if indices is not None:
-            last = jnp.where(indices < table.num_rows, last, state.clock)
+        known, weights = state.tables[table.path], flatten(params)[0][table.leaf]
         _, count = self._found(table, state.inner, params)
-        wide = {name: x.astype(real) for name, x in held.items()}
+        return _Held(weights, slots, known.last, known.ring, state.clock, count)
+
+    def _caught_up(
+        self, table: _Table, state: ExactRowsState, params: Tree, indices: chex.Array | None
+    ) -> _Rows:
+        """Rows of a table brought up to date, zeros where an index is `num_rows`."""
+        return self._rows(table, self._held(table, state, params), indices)
+
+    def _rows(self, table: _Table, held: _Held, indices: chex.Array | None) -> _Rows:
+        def rows(x: chex.Array) -> chex.Array:
+            return x if indices is None else taken(x, indices, mode="fill", fill_value=0)
+
+        here, real = {name: rows(x) for name, x in held.slots.items()}, table.real
+        last = rows(held.last)
+        if indices is not None:
+            last = jnp.where(indices < len(held.last), last, held.clock)
+        wide = {name: x.astype(real) for name, x in here.items()}
         measure = wide["u"] if "u" in wide else root(wide.get("v_max", wide.get("v")))
         # A gather that is fused into the arithmetic keeps it from being vectorised.
-        before = apart(rows(flatten(params)[0][table.leaf])).astype(real)
+        before = apart(rows(held.weights)).astype(real)
         moved, average = table.plan.catch_up(
-            known.ring, state.clock, count, last, before, wide["m"], measure, wide.get("average")
+            held.ring, held.clock, held.count, last, before, wide["m"], measure, wide.get("average")
         )
         for name, b in table.rule.decays.items():
-            wide[name] = decayed(wide[name], b, state.clock - last, self.history)
+            wide[name] = decayed(wide[name], b, held.clock - last, self.history)
         if average is not None:
             wide["average"] = average
         now = (before + moved).astype(table.dtype)
-        slots = {name: x.astype(held[name].dtype) for name, x in wide.items()}
+        slots = {name: x.astype(here[name].dtype) for name, x in wide.items()}
         ring = [
             x.at[last & (len(x) - 1)].get(mode="promise_in_bounds")
-            for x in known.ring
+            for x in held.ring
             if x is not None
         ]
         spoilt = functools.reduce(
@@ -715,36 +743,56 @@ class exact_rows(Transform):
         # TPU's compiler keeps what goes through a loop in the slow memory.
         return jax.lax.platform_dependent(fits, held, tpu=chosen, default=looped)
 
-    def flush(self, params: Tree, state: ExactRowsState) -> tuple[Any, ExactRowsState]:
+    def flush(
+        self, params: Tree, state: ExactRowsState, *, axis: Any = None
+    ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.
+
+        Args:
+          params, state: as for `update`.
+          axis: the mesh axis, or a tuple of axes, over which all tables are split by rows: each
+            device then works on its own rows. Needed only inside `jit` on a mesh with automatic
+            axes, which must be set (`jax.set_mesh`); else it is known. Without it the result is
+            the same, but every device works on all rows, which the others send.
 
         Returns:
           `params` and the state. Jit it, and donate both, to spare copies of the tables.
         """
         for t in self._expected(state, params):
-            params, state = self._flushed(t, params, state)
+            held = self._held(t, state, params)
+            done = over_rows("exact_rows.flush", self._flushed(t), held.weights, axis)
+            long, short = (held.weights, held.slots, held.last), (held.ring, held.clock, held.count)
+            weights, slots, last = done(long, short)
+
+            def put_back(name: str, tree: Tree, leaf: int = t.leaf, slots: Any = slots) -> Tree:
+                return _replaced(tree, leaf, slots.get(name))
+
+            params = _replaced(params, t.leaf, weights)
+            tables = {**state.tables, t.path: state.tables[t.path]._replace(last=last)}
+            state = state._replace(inner=over_slots(put_back, state.inner), tables=tables)
         return params, state
 
-    def _flushed(
-        self, table: _Table, params: Tree, state: ExactRowsState
-    ) -> tuple[Tree, ExactRowsState]:
-        size = min(_BLOCK, table.num_rows)
+    def _flushed(self, table: _Table) -> Callable[[Any, Any], Any]:
+        """A function that flushes what is as long as a table, or a part of it."""
 
-        def block(i: chex.Array, carry: Any) -> Any:
-            params, state = carry
-            ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), table.num_rows)
-            rows = self._caught_up(table, state, params, ids)
+        def function(long: Any, short: Any) -> Any:
+            num_rows = long[0].shape[0]
+            size = min(_BLOCK, num_rows)
 
-            def slots(name: str, tree: Tree) -> Tree:
-                return _replaced(tree, table.leaf, lambda x: _put(x, ids, rows.slots[name]))
+            def block(i: chex.Array, carry: Any) -> Any:
+                weights, slots, last = carry
+                ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
+                held = _Held(weights, slots, last, *short)
+                rows = self._rows(table, held, ids)
+                return (
+                    _put(weights, ids, rows.now),
+                    {name: _put(x, ids, rows.slots[name]) for name, x in slots.items()},
+                    _put(last, ids, jnp.broadcast_to(held.clock, ids.shape)),
+                )
 
-            known = state.tables[table.path]
-            last = _put(known.last, ids, jnp.broadcast_to(state.clock, ids.shape))
-            tables = {**state.tables, table.path: known._replace(last=last)}
-            params = _replaced(params, table.leaf, lambda x: _put(x, ids, rows.now))
-            return params, state._replace(inner=over_slots(slots, state.inner), tables=tables)
+            return jax.lax.fori_loop(0, -(-num_rows // size), block, long)
 
-        return jax.lax.fori_loop(0, -(-table.num_rows // size), block, (params, state))
+        return function
 
 
 def _wanted(carry: tuple[chex.Array, _Rows]) -> chex.Array:
@@ -755,24 +803,17 @@ def _wanted(carry: tuple[chex.Array, _Rows]) -> chex.Array:
 _BLOCK = 8192
 
 
-def _all_parts(tx: Transform) -> Iterator[Transform]:
-    yield tx
-    for part in tx.parts:
-        yield from _all_parts(part)
-
-
-def _replaced(tree: Tree, leaf: int, function: Callable[[chex.Array], chex.Array]) -> Tree:
-    """The tree with a function applied to one leaf, if it is there."""
+def _replaced(tree: Tree, leaf: int, x: Any) -> Tree:
+    """The tree with another array in the place of a leaf, if that is there."""
     leaves, treedef = flatten(tree)
-    if leaves[leaf] is not None:
-        leaves[leaf] = function(leaves[leaf])
+    leaves[leaf] = None if leaves[leaf] is None else x
     return treedef.unflatten(leaves)
 
 
 def _put(x: chex.Array, indices: chex.Array | None, rows: chex.Array) -> chex.Array:
     if indices is None:
         return rows.astype(x.dtype)
-    return x.at[indices].set(rows.astype(x.dtype), mode="drop", unique_indices=True)
+    return put(x, indices, rows.astype(x.dtype))
 
 
 def _padded(g: Any, rows: _Rows) -> Any:

@@ -7,6 +7,7 @@ that of a result from `out_shardings`, else it goes back to the default.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from adamjax.data import Tree
 from adamjax.paths import flatten
 
-__all__ = ["Packing", "formats", "laid_out_like", "packing", "row_major"]
+__all__ = ["Packing", "formats", "laid_out_like", "over_like", "packing", "row_major"]
 
 # Older versions of JAX call a format Layout, and the layout in it DeviceLocalLayout.
 _Format: Any = getattr(_layouts, "Format", None) or getattr(_layouts, "Layout", None)
@@ -126,17 +127,36 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
     leaves, treedef = flatten(params)
     found = [_format(p) for p in leaves]
 
-    def is_slot(tree: Any) -> bool:
-        return bool(flatten(tree)[1] == treedef)
-
-    def lies(tree: Any) -> Any:
-        if not is_slot(tree):
-            return None
-        beside = zip(flatten(tree)[0], leaves, found, strict=True)
+    def lies(slots: Tree) -> Tree:
+        beside = zip(flatten(slots)[0], leaves, found, strict=True)
         return treedef.unflatten([f if _is_like(x, p) else None for x, p, f in beside])
 
     state = jax.eval_shape(tx.init, params)
-    return treedef.unflatten(found), jax.tree.map(lies, state, is_leaf=is_slot)
+    return treedef.unflatten(found), over_like(params, lies, lambda _: None, state)
+
+
+def over_like(
+    params: Tree,
+    slots: Callable[[Tree], Tree],
+    other: Callable[[Any], Any],
+    state: Any,
+    stop: Callable[[Any], bool] = lambda _: False,
+) -> Any:
+    """A state with a function applied to each tree in it that is like the params, one to the rest.
+
+    Also to such trees in states from elsewhere, which do not say where they are. The rest are
+    leaves, and nodes at which to stop.
+    """
+    treedef = flatten(params)[1]
+
+    def is_slots(x: Any) -> bool:
+        return not stop(x) and bool(flatten(x)[1] == treedef)
+
+    return jax.tree.map(
+        lambda x: slots(x) if is_slots(x) else other(x),
+        state,
+        is_leaf=lambda x: stop(x) or is_slots(x),
+    )
 
 
 class Packing(NamedTuple):

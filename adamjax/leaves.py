@@ -12,6 +12,7 @@ import numpy as np
 
 from adamjax.data import Tree
 from adamjax.layout import laid_out_like
+from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, applied, check_sound
@@ -145,7 +146,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         if isinstance(p, jax.ShapeDtypeStruct):
             return make(p)
         p = jnp.asarray(p)
-        return laid_out_like(make(p), p)
+        return split_alike(laid_out_like(make(p), p), p)
 
     return treedef.unflatten([None if is_left_alone(p) else made(p) for p in leaves])
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from adamjax.data import Data, static
+from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, apart, stepped, widen
 
 __all__ = [
@@ -151,11 +152,10 @@ class RowGradient(Data):
             table = stepped(table, self.rest)
 
         def scattered(table: chex.Array, rows: RowGradient) -> chex.Array:
-            at = table.at[rows.indices]
             if table.dtype == accumulator(table.dtype, rows.dtype) == rows.dtype:
-                return at.add(rows.values, mode="drop", unique_indices=True)
-            held = at.get(mode="fill", fill_value=0)
-            return at.set(stepped(held, rows.values), mode="drop", unique_indices=True)
+                return put(table, rows.indices, rows.values, add=True)
+            held = taken(table, rows.indices, mode="fill", fill_value=0)
+            return put(table, rows.indices, stepped(held, rows.values))
 
         table = scattered(table, self)
         if self.spill is None:
@@ -236,6 +236,9 @@ def row_gradient(
     num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
     size = indices.size if max_unique is None else _whole("max_unique", max_unique, None)
     trailing = values.shape[indices.ndim :]
+    # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
+    # sends twice as much, or an array as long as the table.
+    indices, values = everywhere(indices), everywhere(values)
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
         bad = ids == num_rows
@@ -284,6 +287,7 @@ def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
     Returns:
       int32[n] and int32[n]; the place of `num_rows` is n.
     """
+    ids = everywhere(ids)
     if ids.size == 0:
         return ids, ids
     by_scratch = functools.partial(_by_scratch, num_rows)
@@ -389,14 +393,14 @@ def applied(
         return tuple(rule(c, g.to_dense(), *slots, *reads))
 
     def gathered(rows: RowGradient, tables: Sequence[chex.Array]) -> list[chex.Array]:
-        return [x.at[rows.indices].get(mode="fill", fill_value=0) for x in tables]
+        return [taken(x, rows.indices, mode="fill", fill_value=0) for x in tables]
 
     def step(
         rows: RowGradient, held: Sequence[chex.Array], read: Sequence[chex.Array]
     ) -> tuple[chex.Array, ...]:
         u, *new = rule(c, rows.values, *gathered(rows, held), *read)
         pairs = zip(held, new, strict=True)
-        return u, *(x.at[rows.indices].set(n, mode="drop", unique_indices=True) for x, n in pairs)
+        return u, *(put(x, rows.indices, n) for x, n in pairs)
 
     first = len(g.indices)
     read = gathered(g.joined(), reads)

@@ -21,6 +21,7 @@ __all__ = [
     "Stateless",
     "Step",
     "Transform",
+    "all_parts",
     "as_transform",
     "chain",
     "expect_state",
@@ -216,6 +217,13 @@ def as_transform(tx: Any) -> Transform:
             f"such as an optax transform; got {tx!r}"
         )
     return foreign(init, update)
+
+
+def all_parts(tx: Transform) -> Iterator[Transform]:
+    """A transform and all that it is made of, at any depth, in their order."""
+    yield tx
+    for part in tx.parts:
+        yield from all_parts(part)
 
 
 # --- what a chain may join ------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from adamjax import (
     scale_by_adamax,
     scale_by_amsgrad,
     scale_by_learning_rate,
+    shard_state,
     skip_not_finite,
     warmup,
     weight_ema,
@@ -136,6 +137,7 @@ NOT_OURS = {
     "vmap_hyperparameters": "optax's chain is a pair of functions",
 }
 
+ONE_DEVICE = jax.sharding.Mesh(jax.devices(), "data")
 CASES = [
     # transforms
     Case("identity", lambda: identity(), exempt={"refuses": "passes on whatever comes"}),
@@ -242,6 +244,7 @@ CASES = [
         },
     ),
     Case("exact_rows, adam", lambda: exact_rows(adam(0.1), "bias", history=1024), exempt=A_TABLE),
+    Case("shard_state", lambda: shard_state(pipeline(), ONE_DEVICE, "data"), decays=True),
     # with optax
     Case(
         "optax in our chain",

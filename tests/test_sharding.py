@@ -1,0 +1,469 @@
+"""States and tables on a mesh: what eight devices do is what one does, and what it costs them."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import adamjax
+
+DEVICES, STEPS, BATCH = 8, 200, 32
+V, D = 4096, 8
+# Sums in another order are felt as rounding errors of the gradient are.
+CLOSE = 1e-5
+
+RULES = {
+    "adam": functools.partial(adamjax.adam, 1e-2),
+    "amsgrad": functools.partial(adamjax.amsgrad, 1e-2),
+    "adamw": functools.partial(adamjax.adamw, 1e-2, weight_decay=0.1),
+    "adamax": functools.partial(adamjax.adamax, 1e-2),
+    "nadam": functools.partial(adamjax.nadam, 1e-2),
+}
+MODES = ("dense", "lazy", "exact")
+REPLICAS = [f"{how} {name}" for how in ("whole", "split") for name in RULES]
+TABLES = [f"{mode} {name}" for mode in MODES for name in RULES] + ["array adam"]
+# Older versions have no mesh in context but the one that `with mesh:` sets.
+NEW = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no jax.set_mesh")
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What a process of its own with several devices found out about each case."""
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- what is asserted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", REPLICAS)
+def test_replicas_do_what_one_device_does(found, case):
+    assert found[case]["distance"] < CLOSE
+
+
+@pytest.mark.parametrize("case", [case for case in REPLICAS if case.startswith("split")])
+def test_a_device_holds_its_share_of_a_split_state(found, case):
+    """But for the leaves that do not divide, and numbers, which all hold."""
+    whole = found[case.replace("split", "whole")]["bytes"]
+    assert found[case]["bytes"] - found[case]["odd"] == (whole - found[case]["odd"]) / DEVICES
+
+
+def test_gradients_are_reduce_scattered_and_updates_gathered(found):
+    program = found["reduced"]["program"]
+    sizes = {kind: [x for k, x in program if k == kind] for kind in dict(program)}
+    assert found["reduced"]["distance"] < CLOSE
+    # The parts of two parameters; their updates.
+    assert sizes["reduce-scatter"] == [3, 48]
+    assert sizes["all-gather"] == [24, 384]
+    # The loss, the norm, and what does not divide.
+    assert max(sizes["all-reduce"]) <= 5
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_row_sharded_tables_move_as_on_one_device(found, case):
+    assert found[case]["distance"] < CLOSE
+    assert found[case]["bytes"] * DEVICES == found[case]["bytes of one"]
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_devices_exchange_rows_and_never_tables(found, case):
+    """At most the rows that are touched, of weights and slots, in one piece."""
+    assert found[case]["program"]
+    assert max(size for _, size in found[case]["program"]) <= 2 * BATCH * D
+    assert not found[case]["holds a table"]
+
+
+def test_an_array_of_a_table_would_be_seen(found):
+    assert found["exact adam"]["one holds a table"]
+
+
+@NEW
+def test_devices_flush_their_own_rows(found):
+    assert found["flush"]["program"] == []
+    assert found["flush"]["distance"] < 1e-6
+
+
+@NEW
+@pytest.mark.parametrize("case", ["explicit exact", "explicit lazy"])
+def test_meshes_with_explicit_axes(found, case):
+    assert found[case]["distance"] < CLOSE
+    assert found[case]["specs"] == 3 * [["data"]]
+
+
+@pytest.mark.parametrize("case", ["init", pytest.param("explicit init", marks=NEW)])
+def test_init_follows_the_parameters(found, case):
+    assert all(found[case].values()), found[case]
+
+
+def test_a_state_in_the_hosts_memory(found):
+    assert found["pinned"]["kinds"] == ["pinned_host"]
+    assert found["pinned"]["distance"] == 0
+
+
+# --- in one process, without several devices ------------------------------------------------------
+
+
+def mesh_of(axes=("data",), **kinds):
+    shape = (jax.device_count(), *(1 for _ in axes[1:]))
+    return Mesh(np.array(jax.devices()).reshape(shape), axes, **kinds)
+
+
+def test_shardings_have_the_states_structure():
+    mesh = mesh_of()
+    split, lines = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "data"))
+    params = {
+        "none": None,
+        "table": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split),
+        "w": jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=lines),
+    }
+    inner = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.1))
+    tx = adamjax.chain(adamjax.exact_rows(inner, "table"))
+    found = adamjax.state_shardings(tx, params, mesh, memory_kind="device")
+    state = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    slots = adamjax.get_slot(found, "m")
+    assert slots == {"none": None, "table": split, "w": lines}
+    assert found[0].tables["table"].last.spec == P("data")
+    assert found[0].clock.spec == P()
+
+
+def test_a_wrong_axis_is_refused():
+    with pytest.raises(ValueError, match=r"'model' is none of the mesh, which has \['data'\]"):
+        adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "model")
+
+
+@NEW
+def test_flush_without_a_mesh_is_refused():
+    tx = adamjax.exact_rows(adamjax.adam(0.1), "")
+    state = tx.init(jnp.ones((8, 2)))
+    flush = jax.jit(functools.partial(tx.flush, axis="data"))
+    with pytest.raises(ValueError, match=r"no mesh is set: call it under jax.set_mesh"):
+        flush(jnp.ones((8, 2)), state)
+
+
+# --- in the process with several devices ----------------------------------------------------------
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def distance(a, b):
+    """The largest difference, by the largest number of its leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - y).max() / np.abs(y).max()) for x, y in pairs)
+
+
+def bytes_held(tree, device=0):
+    """Bytes of all arrays that a device holds."""
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device == jax.devices()[device])
+
+
+def exchanged(text):
+    """Each collective of a program, and the elements of each of its results."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for results, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        found += [[kind, elements(x)] for x in re.findall(r"\w\[([\d,]*)\]", results)]
+    return sorted(found)
+
+
+def elements(dimensions):
+    return int(np.prod([int(n) for n in dimensions.split(",") if n]))
+
+
+# Replicas.
+
+
+def replica_params():
+    r = rng()
+    sizes = {"w": (16, 24), "b": (24,), "odd": (5,)}
+    return {n: jnp.asarray(r.normal(size=s), jnp.float32) for n, s in sizes.items()}
+
+
+def replica_loss(params, x, y):
+    hidden = jnp.tanh(x @ params["w"] + params["b"])
+    return jnp.mean((hidden[:, :5] @ params["odd"] + hidden.sum(1) - y) ** 2)
+
+
+def replica_batches():
+    r = rng()
+    for _ in range(STEPS):
+        yield r.normal(size=(BATCH, 16)).astype("f"), r.normal(size=BATCH).astype("f")
+
+
+def replicas(tx, placed=None, batch=None, gradient=None):
+    """Parameters and state after all steps, and the program of one."""
+    gradient = gradient or jax.value_and_grad(replica_loss)
+
+    def step(params, state, x, y):
+        _, grads = gradient(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    params, shardings = jax.device_put(replica_params(), placed), None
+    if placed is not None:
+        state_lies = adamjax.state_shardings(tx, params, placed.mesh)
+        shardings = jax.tree.map(lambda _: placed, params), state_lies
+    state = jax.jit(tx.init, out_shardings=shardings and shardings[1])(params)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    for x, y in replica_batches():
+        # One at a time: devices that are threads wait for each other, and there are only so many.
+        params, state = jax.block_until_ready(step(params, state, *jax.device_put((x, y), batch)))
+    return params, state, step.lower(params, state, x, y).compile().as_text()
+
+
+def chained(tx):
+    return adamjax.chain(adamjax.clip_by_global_norm(0.5), tx, adamjax.weight_ema(0.9))
+
+
+def all_replicas(mesh):
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    for name, make in RULES.items():
+        tx = chained(make())
+        one, of_one, _ = replicas(tx)
+        params, state, _ = replicas(tx, everywhere, split)
+        averages = adamjax.averaged_weights(of_one)
+        whole = (params, adamjax.averaged_weights(state))
+        yield (
+            f"whole {name}",
+            {
+                "distance": distance(whole, (one, averages)),
+                "bytes": bytes_held(state),
+            },
+        )
+        tx = adamjax.shard_state(tx, mesh, "data")
+        params, state, _ = replicas(tx, everywhere, split)
+        yield (
+            f"split {name}",
+            {
+                "distance": distance((params, adamjax.averaged_weights(state)), (one, averages)),
+                "bytes": bytes_held(state),
+                "odd": sum(bytes_held(x) for x in jax.tree.leaves(state) if x.shape in ((), (5,))),
+            },
+        )
+        if name == "adam":
+            reduced = replicas(tx, everywhere, split, tx.value_and_grad(replica_loss))
+            yield (
+                "reduced",
+                {"distance": distance(reduced[0], one), "program": exchanged(reduced[2])},
+            )
+            pinned = tx.replace(memory_kind="pinned_host")
+            params_, state_, _ = replicas(pinned, everywhere, split)
+            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(adamjax.get_slot(state_, "m"))}
+            yield "pinned", {"distance": distance(params_, params), "kinds": sorted(kinds)}
+
+
+# Tables.
+
+
+def table_params():
+    r = rng()
+    return {
+        "table": jnp.asarray(r.normal(size=(V, D)), jnp.float32),
+        "w": jnp.asarray(r.normal(size=D), jnp.float32),
+    }
+
+
+def table_batches():
+    r = rng()
+    for _ in range(STEPS):
+        # Frequent rows, and some that are read once in a while.
+        yield (V * r.random(BATCH) ** 8).astype("i"), r.normal(size=BATCH).astype("f")
+
+
+def table_loss(params, ids, y, **how):
+    rows = params["table"].at[ids].get(**how) if how else params["table"][ids]
+    return jnp.mean((rows @ params["w"] - y) ** 2)
+
+
+def optimizer(mode, name):
+    rows = {"rows": mode} if mode in ("dense", "lazy") else {}
+    tx = adamjax.chain(adamjax.clip_by_global_norm(0.5), RULES[name](**rows))
+    return adamjax.exact_rows(tx, "table") if mode == "exact" else tx
+
+
+def table_step(mode, tx):
+    def step(params, state, ids, y):
+        extra = {}
+        if mode == "exact":
+            (_, grads), extra["ticket"] = tx.value_and_grad(table_loss)(params, state, ids, y)
+        elif mode == "array":
+            grads = jax.grad(table_loss)(params, ids, y)
+        else:
+            grads = adamjax.grad(table_loss, "table")(params, ids, y)
+        updates, state = tx.update(grads, state, params, **extra)
+        return adamjax.apply_updates(params, updates), state
+
+    return step
+
+
+def explicit_step(mode, tx):
+    """By rows that are read by hand, as reads of a split table must say how they are split."""
+
+    def step(params, state, ids, y):
+        extra = {}
+        if mode == "exact":
+            read, extra["ticket"] = tx.prepare(params, state, {"table": ids})
+            rows = read["table"]
+        else:
+            rows = params["table"].at[ids].get(out_sharding=P())
+        y = jax.sharding.reshard(y, P())
+
+        def loss(rows, w):
+            return jnp.mean((rows @ w - y) ** 2)
+
+        of_rows, of_w = jax.grad(loss, argnums=(0, 1))(rows, params["w"])
+        grads = {"table": adamjax.row_gradient(ids, of_rows, V), "w": of_w}
+        updates, state = tx.update(grads, state, params, **extra)
+        return adamjax.apply_updates(params, updates), state
+
+    return step
+
+
+def tables(step, tx, mesh=None):
+    """Parameters and state after all steps, the program of one, and how they are split."""
+    params, shardings, batch = table_params(), None, None
+    if mesh is not None:
+        split, batch = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data"))
+        params = jax.device_put(params, {"table": split, "w": NamedSharding(mesh, P())})
+        params_lie = jax.tree.map(lambda x: x.sharding, params)
+        shardings = params_lie, adamjax.state_shardings(tx, params, mesh)
+    state = jax.jit(tx.init, out_shardings=shardings and shardings[1])(params)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    for ids, y in table_batches():
+        params, state = jax.block_until_ready(step(params, state, *jax.device_put((ids, y), batch)))
+    text = step.lower(params, state, *jax.device_put((ids, y), batch)).compile().as_text()
+    return params, state, text, shardings
+
+
+def brought_up(tx, mode, params, state):
+    return jax.jit(tx.flush)(params, state)[0] if mode == "exact" else params
+
+
+def of_tables(tree):
+    return [x for x in jax.tree.leaves(tree) if x.shape[:1] == (V,)]
+
+
+def all_tables(mesh):
+    for case in TABLES:
+        mode, name = case.split()
+        tx = optimizer(mode, name)
+        step = table_step(mode, tx)
+        one, of_one, of_text, _ = tables(step, tx)
+        with setting(mesh):
+            params, state, text, shardings = tables(step, tx, mesh)
+        yield (
+            case,
+            {
+                "distance": distance(
+                    brought_up(tx, mode, params, state), brought_up(tx, mode, one, of_one)
+                ),
+                "program": exchanged(text),
+                "holds a table": f"[{V},{D}]" in text,
+                "one holds a table": f"[{V},{D}]" in of_text,
+                "bytes": bytes_held(of_tables((params, state))),
+                "bytes of one": bytes_held(of_tables((one, of_one))),
+            },
+        )
+        if case != "exact adam" or not hasattr(jax, "set_mesh"):
+            continue
+        with setting(mesh):
+            flush = functools.partial(tx.flush, axis="data")
+            flush = jax.jit(flush, out_shardings=shardings).lower(params, state).compile()
+            flushed, _ = flush(params, state)
+        yield (
+            "flush",
+            {
+                "distance": distance(flushed, brought_up(tx, mode, params, state)),
+                "program": exchanged(flush.as_text()),
+            },
+        )
+
+
+def explicit_cases():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    for case in ("explicit exact", "explicit lazy"):
+        mode = case.split()[1]
+        tx = optimizer(mode, "adam")
+        one, of_one, *_ = tables(table_step(mode, tx), tx)
+        with jax.set_mesh(mesh):
+            params, state, *_ = tables(explicit_step(mode, tx), tx, mesh)
+            # As their rows are known to be split, each device flushes its own.
+            params_, state = tx.flush(params, state) if mode == "exact" else (params, state)
+        slots = [adamjax.get_slot(state, name) for name in ("m", "v")]
+        yield (
+            case,
+            {
+                "distance": distance(params_, brought_up(tx, mode, one, of_one)),
+                "specs": [list(tree["table"].sharding.spec)[:1] for tree in (params_, *slots)],
+            },
+        )
+
+
+def of_init(mesh):
+    """Whether each kind of `init` gives every slot the sharding of its parameter."""
+    split = NamedSharding(mesh, P("data"))
+    params = jax.device_put(table_params(), {"table": split, "w": NamedSharding(mesh, P())})
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    tx = chained(adamjax.amsgrad(0.1))
+    exact = adamjax.exact_rows(adamjax.chain(adamjax.adam(0.1)), "table")
+    rows = adamjax.accumulate_gradients(tx, 2)
+    made = {
+        "as it is": tx.init(params),
+        "jitted": jax.jit(tx.init)(params),
+        "exact rows": exact.init(params),
+        "exact rows, jitted": jax.jit(exact.init)(params),
+        "accumulating, jitted": jax.jit(rows.init)(params),
+        "by shardings": jax.jit(tx.init, out_shardings=adamjax.state_shardings(tx, params, mesh))(
+            params
+        ),
+    }
+    made["of shapes"] = exact.init(shapes)
+    return {
+        name: all(x.sharding.is_equivalent_to(split, x.ndim) for x in of_tables(state))
+        for name, state in made.items()
+    }
+
+
+def setting(mesh):
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
+
+
+def main():
+    mesh = mesh_of()
+    cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": of_init(mesh)}
+    if hasattr(jax, "set_mesh"):
+        explicit = jax.make_mesh(
+            (DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
+        )
+        cases |= dict(explicit_cases())
+        with jax.set_mesh(explicit):
+            cases["explicit init"] = of_init(explicit)
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()
