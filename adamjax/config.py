@@ -28,6 +28,7 @@ from adamjax.schedule import (
     warmup,
     wrapped,
 )
+from adamjax.sharding import shard_state
 from adamjax.transform import Transform, as_transform, chain, foreign
 
 __all__ = ["from_config", "to_config"]
@@ -36,8 +37,14 @@ __all__ = ["from_config", "to_config"]
 CLASS = "class"
 # What an object works out for itself when it is made.
 DERIVED = {(exact_rows, "fixed")}
-# What cannot be told, as functions are at its heart.
-UNTELLABLE = (foreign, wrapped)
+# What cannot be told, and why.
+UNTELLABLE: dict[type[Data], str] = {
+    foreign: "it is a pair of functions from elsewhere: use adamjax's own transform, or write "
+    "a subclass of adamjax.Transform",
+    wrapped: "it holds a callable, of which JSON can say nothing: write a subclass of "
+    "adamjax.Schedule, whose fields are its numbers",
+    shard_state: "its mesh is made of this process' devices: tell its tx, and split that anew",
+}
 
 
 def to_config(tx: Any) -> dict[str, Any]:
@@ -126,15 +133,10 @@ def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ())
 
 def _told_data(data: Data, place: str) -> dict[str, Any]:
     kind = type(data)
-    if isinstance(data, UNTELLABLE):
-        why = (
-            "it holds a callable, of which JSON can say nothing: write a subclass of "
-            "adamjax.Schedule, whose fields are its numbers"
-            if isinstance(data, wrapped)
-            else "it is a pair of functions from elsewhere: use adamjax's own transform, or write "
-            "a subclass of adamjax.Transform"
+    if kind in UNTELLABLE:
+        raise TypeError(
+            f"to_config: {place} is {data!r}, which cannot be told in a config: {UNTELLABLE[kind]}"
         )
-        raise TypeError(f"to_config: {place} is {data!r}, which cannot be told in a config: {why}")
     if kind is not _ours().get(kind.__name__, kind):
         raise TypeError(
             f"to_config: {place} is a {kind.__module__}.{kind.__qualname__}, but {kind.__name__} "

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adamjax.data import Tree, static
 from adamjax.exact import ExactRowsState
 from adamjax.layout import over_like
-from adamjax.leaves import dtype_of, is_left_alone
+from adamjax.leaves import dtype_of, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices, per_device
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -229,7 +229,8 @@ class shard_state(Transform):
             inner = self.tx.init(params)
             return ShardedState(jax.tree.map(on_devices, inner, self.placed(inner, params)))
 
-        if any(isinstance(p, jax.core.Tracer) for p in flatten(params)[0]):
+        absent = jax.core.Tracer | jax.ShapeDtypeStruct | None
+        if all(isinstance(p, absent) for p in flatten(params)[0]):
             return make(params)
         # Jitted, so that no slot is ever whole on a device.
         return jax.jit(make, out_shardings=state_shardings(self, params, self.mesh))(params)
@@ -240,7 +241,8 @@ class shard_state(Transform):
         if self.memory_kind is not None:
             kind = self.mesh.devices.flat[0].default_memory().kind
             inner = jax.tree.map(on_devices, inner, self.placed(inner, whole, kind))
-        grads = self._laid(grads, whole, self.split)
+        leaves = matched("shard_state", "grads", grads, whole, "params")
+        grads = self._laid(flatten(whole)[1].unflatten(leaves), whole, self.split)
         if params is not None:
             params = self._laid(params, whole, self.split)
         updates, inner = self.tx.update(grads, inner, params, **extra_args)
