@@ -35,6 +35,8 @@ TABLES = [f"{mode} {name}" for mode in MODES for name in RULES] + ["array adam"]
 # Older versions have no mesh in context but the one that `with mesh:` sets.
 NEW = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no jax.set_mesh")
 
+PINNED = "pinned_host" in [m.kind for m in jax.devices()[0].addressable_memories()]
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -84,6 +86,7 @@ def test_row_sharded_tables_move_as_on_one_device(found, case):
     assert found[case]["bytes"] * DEVICES == found[case]["bytes of one"]
 
 
+@NEW  # The compiler of older versions sends an index for each row of a table.
 @pytest.mark.parametrize("case", TABLES)
 def test_devices_exchange_rows_and_never_tables(found, case):
     """At most the rows that are touched, of weights and slots, in one piece."""
@@ -114,6 +117,7 @@ def test_init_follows_the_parameters(found, case):
     assert all(found[case].values()), found[case]
 
 
+@pytest.mark.skipif(not PINNED, reason="this platform has no pinned_host memory")
 def test_a_state_in_the_hosts_memory(found):
     assert found["pinned"]["kinds"] == ["pinned_host"]
     assert found["pinned"]["distance"] == 0
@@ -129,7 +133,7 @@ def mesh_of(axes=("data",), **kinds):
 
 def test_shardings_have_the_states_structure():
     mesh = mesh_of()
-    split, lines = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "data"))
+    split, lines = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, "data"))
     params = {
         "none": None,
         "table": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split),
@@ -137,7 +141,8 @@ def test_shardings_have_the_states_structure():
     }
     inner = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.1))
     tx = adamjax.chain(adamjax.exact_rows(inner, "table"))
-    found = adamjax.state_shardings(tx, params, mesh, memory_kind="device")
+    kind = jax.devices()[0].default_memory().kind
+    found = adamjax.state_shardings(tx, params, mesh, memory_kind=kind)
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     slots = adamjax.get_slot(found, "m")
@@ -268,6 +273,8 @@ def all_replicas(mesh):
                 "reduced",
                 {"distance": distance(reduced[0], one), "program": exchanged(reduced[2])},
             )
+            if not PINNED:
+                continue
             pinned = tx.replace(memory_kind="pinned_host")
             params_, state_, _ = replicas(pinned, everywhere, split)
             kinds = {x.sharding.memory_kind for x in jax.tree.leaves(adamjax.get_slot(state_, "m"))}
