@@ -6,7 +6,7 @@ OLDEST := .venv-oldest/bin
 PARALLEL := -n auto --maxprocesses 4
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help train test test-oldest test-tpu lint types bench readme docs clean
+.PHONY: help train test test-oldest test-tpu lint types bench bench-tpu readme docs clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make lint types   check style and types"
 	@echo "make bench        measure everything against optax, Keras and torch, and write a report of it"
+	@echo "make bench-tpu    what the TPU's compiler says of steps, without a TPU"
 	@echo "make docs         build the API reference in build/api"
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
@@ -41,6 +42,9 @@ types: .venv/.test
 
 bench: .venv/.contenders
 	$(BIN)/python -m benchmarks all $(ARGS)
+
+bench-tpu: .venv-tpu/.test
+	.venv-tpu/bin/python -m benchmarks tpu $(ARGS)
 
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme

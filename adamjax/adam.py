@@ -18,7 +18,7 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.coasting import Coast
-from adamjax.data import BETA, POSITIVE, Number, Tree, static
+from adamjax.data import BETA, POSITIVE, Number, Tree, exportable, static
 from adamjax.leaves import Rows, lift, new_slots
 from adamjax.moments import (
     Average,
@@ -175,6 +175,7 @@ def _coast(rule: Any, shrink: float) -> Coast:
     )
 
 
+@exportable
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
@@ -298,6 +299,7 @@ class scale_by_adam(Rule):
         return updates, ScaleByAdamState(next_count(state.count), m, v, product)
 
 
+@exportable
 class ScaleByAmsgradState(NamedTuple):
     """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far.
 
@@ -403,6 +405,7 @@ def _quotient_by_maximum(
 _adamax = Recurrence(_moment_and_maximum, _quotient_by_maximum)
 
 
+@exportable
 class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from adamjax.data import COUNT, UNIT, Number, Tree
+from adamjax.data import COUNT, UNIT, Number, Tree, exportable
 from adamjax.leaves import lift, needed, new_slots
 from adamjax.moments import accumulator, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
@@ -13,6 +13,7 @@ from adamjax.transform import Step, Transform, expect_state
 __all__ = ["WeightEmaState", "weight_ema"]
 
 
+@exportable
 class WeightEmaState(NamedTuple):
     """State of `weight_ema`.
 

@@ -58,6 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.data import exportable
 from adamjax.moments import apart
 
 __all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
@@ -90,6 +91,7 @@ class Coast(NamedTuple):
     b2: float | None = None
 
 
+@exportable
 class Ring(NamedTuple):
     """The state: an entry for each of the last start steps, that of step s in slot `s % history`.
 

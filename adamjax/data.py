@@ -3,12 +3,13 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 __all__ = [
     "BETA",
@@ -21,6 +22,7 @@ __all__ = [
     "Number",
     "Range",
     "Tree",
+    "exportable",
     "is_array",
     "static",
 ]
@@ -44,6 +46,16 @@ FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
 COUNT = Range(
     "a whole number of at least 1", lambda x: (x >= 1) & (x <= LARGEST) & (x == np.floor(x))
 )
+
+
+_T = TypeVar("_T")
+
+
+def exportable(kind: type[_T]) -> type[_T]:
+    """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it."""
+    return export.register_namedtuple_serialization(
+        kind, serialized_name=f"adamjax.{kind.__name__}"
+    )
 
 
 def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from adamjax.autodiff import Call, Reads
 from adamjax.average import weight_ema
 from adamjax.coasting import Coasting, Ring, coasting, decayed
-from adamjax.data import Tree, is_array, static
+from adamjax.data import Tree, exportable, is_array, static
 from adamjax.guard import accumulate_gradients, skip_not_finite
 from adamjax.leaves import dtype_of, matched, needed
 from adamjax.masking import masked, partition
@@ -43,6 +43,7 @@ from adamjax.transform import (
 __all__ = ["ExactRowsState", "StaleTable", "TableState", "Ticket", "exact_rows"]
 
 
+@exportable
 class TableState(NamedTuple):
     """What is known of a table's rows.
 
@@ -57,6 +58,7 @@ class TableState(NamedTuple):
     ring: Ring
 
 
+@exportable
 class ExactRowsState(NamedTuple):
     """State of `exact_rows`.
 
@@ -92,6 +94,7 @@ class _Held(NamedTuple):
     count: chex.Array
 
 
+@exportable
 class _Rows(NamedTuple):
     """Rows of a table that have caught up."""
 
@@ -103,6 +106,7 @@ class _Rows(NamedTuple):
     spoilt: chex.Array  # bool scalar, whether there is NaN in what was read of the ring
 
 
+@exportable
 class Ticket(NamedTuple):
     """What `prepare` found out, for the `update` of the same step.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, Number, Tree, static
+from adamjax.data import COUNT, Number, Tree, exportable, static
 from adamjax.leaves import at_rest, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, next_count, scalar, widened
 from adamjax.paths import checked_rules, first_match, flatten, is_leaf, leaf_paths
@@ -67,6 +67,7 @@ def _still(shape: Any) -> Any:
     return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
 
 
+@exportable
 class AccumulateGradientsState(NamedTuple):
     """State of `accumulate_gradients`.
 
@@ -211,6 +212,7 @@ class accumulate_gradients(Transform):
         return (state.inner,)
 
 
+@exportable
 class SkipNotFiniteState(NamedTuple):
     """State of `skip_not_finite`.
 

@@ -9,13 +9,14 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import Number, Tree
+from adamjax.data import Number, Tree, exportable
 from adamjax.exact import exact_rows
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["HyperparamsState", "set_hyperparams", "with_hyperparams"]
 
 
+@exportable
 class HyperparamsState(NamedTuple):
     """State of `with_hyperparams`.
 

@@ -6,6 +6,7 @@ holds the rows that were read, each once, and stands where the table's gradient 
 
 import dataclasses
 import functools
+import json
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.experimental import checkify
 
 from adamjax.data import Data, static
@@ -161,6 +163,15 @@ class RowGradient(Data):
         if self.spill is None:
             return table
         return _if_any(self.spill, lambda t: (scattered(t[0], self.spill),), (table,))[0]
+
+
+# As an argument or a result of what `jax.export` writes.
+export.register_pytree_node_serialization(
+    RowGradient,
+    serialized_name="adamjax.RowGradient",
+    serialize_auxdata=lambda statics: json.dumps(statics).encode(),
+    deserialize_auxdata=lambda written: tuple(json.loads(written)),
+)
 
 
 def check_sound(owner: str, rows: RowGradient) -> None:

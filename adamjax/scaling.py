@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from adamjax.data import FINITE, Number, Tree, is_array, static
+from adamjax.data import FINITE, Number, Tree, exportable, is_array, static
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, selected
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 
+@exportable
 class ScheduleState(NamedTuple):
     """State of a transform with a rate: `count`, int32, the steps taken, for its schedule.
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamjax.data import Tree, static
+from adamjax.data import Tree, exportable, static
 from adamjax.exact import ExactRowsState
 from adamjax.layout import over_like
 from adamjax.leaves import dtype_of, is_left_alone, matched
@@ -21,6 +21,7 @@ from adamjax.transform import Step, Transform, all_parts, as_transform, expect_s
 __all__ = ["ShardedState", "shard_state", "state_shardings"]
 
 
+@exportable
 class ShardedState(NamedTuple):
     """State of `shard_state`.
 

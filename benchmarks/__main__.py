@@ -12,6 +12,7 @@ SUITES = {
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
     "compile": "what a program of 500 leaves costs to trace and to compile, against optax",
     "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
+    "tpu": "what the TPU's compiler says of steps, without a TPU",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "what other packages do otherwise, in numbers",
     "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",

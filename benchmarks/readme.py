@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,92 @@ def differences(results: dict[str, Any]) -> str:
     return f"{_table(['what is done', *systems, 'to get theirs'], table)}\n\n{versions}."
 
 
+def tpu(results: dict[str, Any]) -> str:
+    """The tables of what the TPU's compiler says, and of times, if there are any."""
+    chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
+
+    def cell(said: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
+
+    found: dict[Any, dict[str, Any]] = {}
+    for row in results["dense"]:
+        found.setdefault((row["workload"], row["chain"]), {})[row["chip"]] = row["said"]
+    dense = []
+    for key, by_chip in found.items():
+        line = list(key)
+        for chip in chips:
+            said = by_chip[chip]
+            both = [cell(said[name], "bytes", 2) for name in _PAIR]
+            ratio = "failed"
+            if "failed" not in both:
+                ratio = f"{said['adamjax']['cycles'] / said['optax']['cycles']:.3f}"
+            line.append(f"{both[0]} ({both[1]}), {ratio}")
+        most = [
+            max(x[name].get("temporary_bytes", math.nan) for x in by_chip.values())
+            for name in _PAIR
+        ]
+        dense.append([*line, f"{most[0]:.2f} ({most[1]:.2f})"])
+    modes: dict[Any, dict[str, Any]] = {}
+    for row in results["rows"]:
+        for kind, said in row["said"].items():
+            modes.setdefault((row["width"], kind), {})[row["chip"]] = said
+    rows = []
+    for (width, kind), by_chip in modes.items():
+        most = {
+            name: max(said.get(name, math.nan) for said in by_chip.values()) for name in _OF_ROWS
+        }
+        rows.append(
+            [
+                *(str(width), kind),
+                *(cell(by_chip[chip], "bytes", 0, 1e6) for chip in chips),
+                *(f"{most[name] / 1e6:,.{digits}f}" for name, digits in _OF_ROWS.items()),
+                str(max(map(_copies, by_chip.values()))),
+            ]
+        )
+    versions = ", ".join(f"{k} {v}" for k, v in results["environment"]["versions"].items())
+    parts = [
+        f"**The compiler's estimates, never times**; {versions}, {results['environment']['date']}. "
+        "Bytes a parameter between the chip and its memory, in brackets optax's; then the "
+        "estimated cycles, by optax's. Temporaries, the most of all chips, are in either memory of "
+        "the chip.",
+        _table(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense),
+        "A train step that reads 8,192 rows of a row-major table [1M, D], in MB; what is read or "
+        "written row by row counts as the rows are padded. Arguments and temporaries are the most "
+        "of all chips.",
+        _table(
+            [
+                *("D", "mode", *(f"{chip}: moved" for chip in chips)),
+                *("arguments", "temporaries", "copies of whole arrays"),
+            ],
+            rows,
+        ),
+    ]
+    if results["times"]:
+        times = results["times"]
+        for what, key in (("dense steps", "dense"), ("steps on tables", "rows")):
+            lines = [
+                [*(str(v) for k, v in row.items() if k != "ms"), name, _range(ms, 3)]
+                for row in times[key]
+                for name, ms in row["ms"].items()
+            ]
+            head = [k for k in times[key][0] if k != "ms"]
+            parts += [
+                f"Measured on {times['device']}, {what}, {times['rounds']} rounds:",
+                _table([*head, "contender", "step, ms"], lines),
+            ]
+    return "\n\n".join(parts)
+
+
+_PAIR = ("adamjax", "optax")
+# What is shown of a step on a table, and its decimals.
+_OF_ROWS = {"arguments": 0, "temporary": 1}
+
+
+def _copies(said: dict[str, Any]) -> int:
+    """The copies of arrays of a table's size."""
+    return sum(said.get("makers", {}).get(kind, 0) for kind in ("copy", "copy-start", "transpose"))
+
+
 # The function that writes the tables of a suite's results.
 SUITES = {
     "dense": dense,
@@ -279,6 +366,7 @@ SUITES = {
     "memory": memory,
     "models": models,
     "differences": differences,
+    "tpu": tpu,
 }
 
 

@@ -5,21 +5,13 @@ table's size but the scatters into the table that was donated, and the bytes it 
 """
 
 import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-import adamjax
+from benchmarks import tpu
 
-NUM_ROWS, NUM_IDS = 1_000_000, 8192
+NUM_ROWS = tpu.NUM_ROWS
 # What a TPU pads a row to 128 elements by.
 PADDED = {16: 8, 32: 4, 64: 2, 100: 1.28, 128: 1, 256: 1, 300: 1.28}
 # Rows of a packed table. One of 16 columns is longer, as one that fits in the TPU's fast memory is
@@ -33,30 +25,30 @@ CASES = [
 ]
 
 
+# The packages and chains of dense steps, on one leaf.
+DENSE = [
+    ("adamjax", "adam"),
+    ("adamjax", "clip + adamw + average"),
+    ("optax", "clip + adamw"),
+]
+PARAMETERS = 2**26
+
+
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler says about each case; it may end the process, so it gets one of its own."""
+    """What the compiler says about each case; it may end the process, so it gets its own, two."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which has the TPU's compiler, is not installed: make test-tpu")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "LIBTPU_"))}
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        # Compilers do not get into each other's way as users of a TPU do.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=env,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {tuple(case): found for case, found in json.loads(done.stdout.splitlines()[-1])}
+    cases = [("rows", *case) for case in CASES]
+    cases += [("dense", *case, [[PARAMETERS]]) for case in DENSE]
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(lambda part: tpu.asked("v5e", part), (cases[::2], cases[1::2]))
+        found = {}
+        for part, answers in zip((cases[::2], cases[1::2]), halves, strict=True):
+            for (_, *case), answer in zip(part, answers, strict=True):
+                assert "failed" not in answer, (case, answer)
+                found[tuple(case[:2] if case[0] in ("adamjax", "optax") else case)] = answer
+    return found
 
 
 IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusion in place"}
@@ -106,157 +98,60 @@ def test_copies_would_be_seen(compiled):
     assert found["temporary"] > found["table"]
 
 
-# --- in the process that compiles -----------------------------------------------------------------
+def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
+    """It reads the parameter, its gradient and two moments, and writes all but the gradient."""
+    assert 28 <= compiled["adamjax", "adam"]["bytes"] <= 1.01 * 28
 
 
-def lazy(num_rows):
-    tx = adamjax.adam(adamjax.cosine_decay(1e-3, 1000), rows="lazy")
-
-    def step(params, state, ids, values):
-        grads = {"table": adamjax.row_gradient(ids, values, num_rows)}
-        updates, state = tx.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), state
-
-    return tx, step
+def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):
+    most = compiled["optax", "clip + adamw"]["bytes"] + 8
+    assert compiled["adamjax", "clip + adamw + average"]["bytes"] <= 1.001 * most
 
 
-def exact(num_rows, packing=None, decayed=False):
-    """A step with everything in it: prepare, a gradient that depends on the rows, update."""
-    rate = adamjax.cosine_decay(1e-3, 1000)
-    adam = adamjax.adamw(rate, weight_decay=0.01) if decayed else adamjax.adam(rate)
-    tx = adamjax.exact_rows(adam, "table")
+# --- what is read of a program, without a compiler ------------------------------------------------
 
-    def step(params, state, ids, values):
-        lines = ids if packing is None else packing.line(ids)
-        read, ticket = tx.prepare(params, state, {"table": lines})
+PROGRAM = """HloModule jit_step
 
-        def loss(read):
-            rows = read if packing is None else packing.rows(read, ids)
-            return jnp.sum(jnp.square(rows - values))
+%fused_computation.1 (a: f32[1000,64], b: s32[8]) -> f32[8,64] {
+  %a = f32[1000,64]{1,0:T(8,128)} parameter(0)
+  ROOT %gather.1 = f32[8,64]{1,0:T(8,128)S(1)} gather(%a, %b), offset_dims={1}
+}
 
-        grads = jax.grad(loss)(read["table"])
-        grads = {"table": adamjax.row_gradient(lines, grads, num_rows)}
-        updates, state = tx.update(grads, state, params, ticket=ticket)
-        return adamjax.apply_updates(params, updates), state
-
-    return tx, step
-
-
-def followed(is_exact):
-    """A step that finds the reads of a loss, which casts the table before it reads rows."""
-    rate = adamjax.cosine_decay(1e-3, 1000)
-    tx = adamjax.adam(rate, rows="lazy")
-    if is_exact:
-        tx = adamjax.exact_rows(adamjax.adam(rate), "table")
-
-    def loss(params, ids, values):
-        rows = params["table"].astype(jnp.bfloat16)[ids]
-        return jnp.sum(jnp.square(rows.astype(jnp.float32) - values))
-
-    def step(params, state, ids, values):
-        if is_exact:
-            (_, grads), ticket = tx.value_and_grad(loss)(params, state, ids, values)
-        else:
-            _, grads = adamjax.value_and_grad(loss, "table")(params, ids, values)
-            ticket = None
-        updates, state = tx.update(grads, state, params, ticket=ticket)
-        return adamjax.apply_updates(params, updates), state
-
-    return tx, step
+ENTRY %main.3 (table: f32[1000,64], ids: s32[8], g: bf16[100]) -> f32[1000,64] {
+  %table = f32[1000,64]{1,0:T(8,128)} parameter(0)
+  %ids = s32[8]{0:T(128)S(1)} parameter(1)
+  %g = bf16[100]{0:T(1024)(128)(2,1)} parameter(2)
+  %copy-start = (bf16[100]{0:T(1024)(128)(2,1)S(1)}, bf16[100]{0}, u32[]{:S(2)}) copy-start(%g)
+  %copy-done = bf16[100]{0:T(1024)(128)(2,1)S(1)} copy-done(%copy-start)
+  %read = f32[8,64]{1,0:T(8,128)S(1)} fusion(%table, %ids), kind=kCustom, calls=%fused_computation.1
+  %slice-start = ((f32[1000,64]{1,0:T(8,128)}), f32[8,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%table)
+  %both = (f32[1000,64]{1,0:T(8,128)}, f32[]{:T(128)S(6)}) fusion(%table, %read, %copy-done), \
+kind=kLoop, calls=%other, backend_config={"estimated_cycles":"70"}
+  ROOT %moved = f32[1000,64]{1,0:T(8,128)} get-tuple-element(%both), index=0
+}
+""".replace("\\\n", "")
 
 
-def program(kind, width, num_rows, device):
-    """The function of a case, jitted, and what to compile it for."""
-
-    def lies(shape, dtype, how=None):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=how or device)
-
-    shape, packing = (num_rows, width), None
-    if kind == "packed":
-        packing = adamjax.packing(width)
-        shape = (-(-num_rows // packing.per_line), packing.per_line * width)
-    if kind in ("lazy", "not row-major"):
-        tx, step = lazy(num_rows)
-    elif kind.startswith("followed"):
-        tx, step = followed(kind == "followed exact")
-    else:
-        tx, step = exact(shape[0], packing, kind == "decayed")
-    table = lies(shape, jnp.float32)
-    params = {"table": table if kind == "not row-major" else adamjax.row_major(table)}
-    formats = adamjax.formats(tx, params)
-    state = jax.eval_shape(tx.init, params)
-    slots, treedef = jax.tree.flatten(state, is_leaf=lambda x: x is None)
-    state = treedef.unflatten(
-        None if x is None else lies(x.shape, x.dtype, how)
-        for x, how in zip(slots, treedef.flatten_up_to(formats[1]), strict=True)
-    )
-    ids = lies((NUM_IDS,), jnp.int32)
-    if kind == "init":
-        return jax.jit(tx.init, out_shardings=formats[1]), (params,)
-    if kind == "lookup":
-        return jax.jit(lambda p, s, i: tx.lookup(p, s, "table", i)), (params, state, ids)
-    donate = {"donate_argnums": (0, 1), "out_shardings": formats}
-    if kind == "flush":
-        return jax.jit(tx.flush, **donate), (params, state)
-    return jax.jit(step, **donate), (params, state, ids, lies((NUM_IDS, width), jnp.float32))
+def test_bytes_are_those_of_the_large_memory_with_padding():
+    table, row = 1000 * 128 * 4, 8 * 128 * 4
+    # g to the fast memory; the rows that are read; the slice; the table, read and written.
+    assert tpu.traffic(PROGRAM) == 2 * 1024 + row + row + 2 * table
+    assert tpu.cycles(PROGRAM) == 70
 
 
-def size(x):
-    return x.size * x.dtype.itemsize
-
-
-def makers(text, least):
-    """How many instructions of each kind have a result of so many elements, in a whole program."""
-    found = {}
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?\S+ = (.*?) ([\w-]+)\(", line)
-        if match is None:
-            continue
-        sizes = [1]
-        for dimensions in re.findall(r"\w\[([\d,]+)\]", match[1]):
-            sizes.append(1)
-            for n in dimensions.split(","):
-                sizes[-1] *= int(n)
-        if max(sizes) < least:
-            continue
-        name = match[2]
-        if name == "fusion" and '"aliasing_operands":{"lists":[{' in line:
-            name = "fusion in place"
-        found[name] = found.get(name, 0) + 1
-    return found
-
-
-def compile_for(device, kind, width, num_rows):
-    """What the compiler says about a case."""
-    function, arguments = program(kind, width, num_rows, device)
-    done = function.lower(*arguments).compile()
-    memory, elements = done.memory_analysis(), num_rows * width
-    found = {
-        # A table that is moved in pieces is moved as well.
-        "makers": makers(done.as_text(), elements // 8),
-        "temporary": memory.temp_size_in_bytes,
-        "arguments": memory.argument_size_in_bytes,
-        "donated": memory.alias_size_in_bytes,
-        "unpadded": sum(map(size, jax.tree.leaves(arguments))),
-        "tables": sum(size(x) for x in jax.tree.leaves(arguments) if x.size >= elements),
-        "table": 4 * elements,
+def test_what_makes_large_arrays():
+    assert tpu.makers(PROGRAM, 64_000) == {
+        **{"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
     }
-    if kind == "init":
-        rule = done.output_formats.inner[0]
-        orders = [slot["table"].layout.major_to_minor for slot in (rule.m, rule.v)]
-        found["orders"] = list(map(list, orders))
-    return found
 
 
-def main():
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda case: (case, compile_for(device, *case)), CASES)
-        print(json.dumps(list(found)))
-
-
-if __name__ == "__main__":
-    main()
+def test_times_are_taken_where_there_is_a_device():
+    """The path for a TPU, tried on what there is."""
+    groups = [
+        ({}, {name: ("dense", name, "adam", [(8,)]) for name in ("adamjax", "optax")}),
+        ({}, {"rows=lazy": ("rows", "rows=lazy", 64, 1000)}),
+    ]
+    for (_, cases), row in zip(groups, tpu.run_times(groups, 2, 1), strict=True):
+        assert list(row["ms"]) == list(cases)
+        assert all(ms["median"] > 0 for ms in row["ms"].values())

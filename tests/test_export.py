@@ -1,0 +1,260 @@
+"""Whole train steps go out through `jax.export`, for every platform at once, and come back in.
+
+A step is exported once for TPUs, both kinds of GPU and CPUs, so each of them has its lowering;
+written as bytes and read again, if flatbuffers is there; and called on this machine, where it must
+give what the jitted step gives.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+from support import assert_close, avals
+from test_laws import CASES, make_grads, make_params
+
+import adamjax
+from adamjax import (
+    accumulate_gradients,
+    adam,
+    adamax,
+    adamw,
+    amsgrad,
+    chain,
+    clip_by_global_norm,
+    cosine_decay,
+    exact_rows,
+    nadam,
+    skip_not_finite,
+    sum_over,
+    weight_ema,
+)
+
+PLATFORMS = ("tpu", "cuda", "rocm", "cpu")
+
+
+def carried(step, *arguments):
+    """A jitted step that went from here to anywhere, and came back."""
+    artifact = export.export(step, platforms=PLATFORMS)(*arguments)
+    assert artifact.platforms == PLATFORMS
+    if importlib.util.find_spec("flatbuffers") is not None:
+        artifact = export.deserialize(artifact.serialize())
+    found = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
+    assert avals(found) == avals(jax.eval_shape(step, *arguments))
+    return artifact.call
+
+
+def compiled(step, *arguments):
+    """A step as quickly compiled as can be, which is what these tests take their time for."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(step).lower(*arguments).compile(compiler_options=options)
+
+
+def results(step, params, state, batches):
+    """What some steps give, each going on from the one before."""
+    step, found = compiled(step, params, state, *batches[0]), []
+    for batch in batches:
+        params, state, *rest = step(params, state, *batch)
+        found.append((params, state, *rest))
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optax_states():
+    """optax leaves it to others to say how its states are written."""
+    for state in (optax.EmptyState, optax.TraceState):
+        export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
+
+
+def stepping(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
+def test_every_transform_goes_out(case):
+    params = jax.eval_shape(make_params)
+    carried(jax.jit(stepping(case.tx)), params, jax.eval_shape(case.tx.init, params), params)
+
+
+def test_every_transform_comes_back():
+    """All of them in one step, as compiling them one by one takes ten times as long."""
+
+    def step(params, state, grads):
+        moved = {
+            case.name: stepping(case.tx)(params[case.name], state[case.name], grads)
+            for case in CASES
+        }
+        return tuple({name: both[i] for name, both in moved.items()} for i in range(2))
+
+    params = {case.name: make_params() for case in CASES}
+    state = {case.name: case.tx.init(make_params()) for case in CASES}
+    grads = [(make_grads(t),) for t in range(3)]
+    abroad = carried(jax.jit(step), params, state, *grads[0])
+    pairs = zip(
+        results(abroad, params, state, grads), results(step, params, state, grads), strict=True
+    )
+    for found, wanted in pairs:
+        for case in CASES:
+            for a, b in zip(found, wanted, strict=True):
+                assert_close(a[case.name], b[case.name])
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+ROWS, WIDTH = 100, 3
+
+
+def loss(params, ids, y):
+    return jnp.mean((params["table"][ids] @ params["out"] - y) ** 2)
+
+
+def pipeline(rule=adamw):
+    return chain(clip_by_global_norm(0.5), rule(cosine_decay(0.1, 10)), weight_ema(0.9))
+
+
+def dense_gradient(tx):
+    def step(params, state, ids, y):
+        value, grads = jax.value_and_grad(loss)(params, ids, y)
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, value
+
+    return tx, step
+
+
+def reads_found(tx):
+    """The rows that an ordinary loss reads; under exact_rows up to date."""
+    return tx, adamjax.train_step(loss, tx, tables=None if "exact" in repr(tx) else "table")
+
+
+def rows_given(tx, max_unique=None, ticket=True):
+    """A loss of rows, whose gradient is made a row gradient by hand."""
+
+    def step(params, state, ids, y):
+        extra = {}
+        if isinstance(tx, exact_rows):
+            read, extra["ticket"] = tx.prepare(params, state, {"table": ids})
+            rows = read["table"]
+            if not ticket:
+                del extra["ticket"]
+        else:
+            rows = params["table"][ids]
+
+        def loss_of_rows(rows, out):
+            return jnp.mean((rows @ out - y) ** 2)
+
+        value, grads = jax.value_and_grad(loss_of_rows, (0, 1))(rows, params["out"])
+        table = adamjax.row_gradient(ids, grads[0], ROWS, max_unique=max_unique)
+        updates, state = tx.update({"table": table, "out": grads[1]}, state, params, **extra)
+        return adamjax.apply_updates(params, updates), state, value
+
+    return tx, step
+
+
+def over_replicas(tx):
+    """Replicas of a mesh, which sum their gradients: of the table, only its rows."""
+    try:
+        shard_map = jax.shard_map
+    except AttributeError:  # an older JAX
+        from jax.experimental.shard_map import shard_map
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    spec = jax.sharding.PartitionSpec("batch")
+    tx = chain(sum_over("batch"), tx)
+    step = reads_found(tx)[1]
+
+    def shard(params, state, ids, y):
+        found = step(*jax.tree.map(lambda x: x[0], (params, state)), ids, y)
+        return jax.tree.map(lambda x: x[None], found)
+
+    def mapped(params, state, ids, y):
+        held = jax.tree.map(lambda x: x[None], (params, state))
+        specs = (spec, spec, spec, spec)
+        found = shard_map(shard, mesh=mesh, in_specs=specs, out_specs=spec)(*held, ids, y)
+        return jax.tree.map(lambda x: x[0], found)
+
+    return tx, mapped
+
+
+def and_read(tx):
+    """What evaluation needs besides: rows and slots up to date, the averages, the rate."""
+    _, take = rows_given(tx)
+
+    def step(params, state, ids, y):
+        params, state, value = take(params, state, ids, y)
+        rows = tx.lookup(params, state, "table", ids[::2])
+        flushed = tx.flush(params, state)
+        found = (adamjax.get_slot(flushed[1], "v"), adamjax.averaged_weights(flushed[1]))
+        scalars = (adamjax.step_count(state), adamjax.learning_rate(tx, state))
+        return params, state, value, rows, flushed, found, scalars, adamjax.global_norm(params)
+
+    return tx, step
+
+
+ROW_MODES = {
+    "dense gradient": lambda: dense_gradient(pipeline()),
+    "dense gradient, exact_rows": lambda: dense_gradient(exact_rows(pipeline(), "table")),
+    "rows=dense": lambda: reads_found(pipeline()),
+    "rows=dense, amsgrad": lambda: rows_given(pipeline(amsgrad)),
+    "rows=dense, max_unique": lambda: rows_given(pipeline(), max_unique=2),
+    "rows=lazy": lambda: reads_found(adam(0.1, rows="lazy")),
+    "rows=lazy, adamax": lambda: rows_given(pipeline(adamax), max_unique=2),
+    "exact_rows": lambda: and_read(exact_rows(pipeline(), "table")),
+    "exact_rows, no ticket": lambda: rows_given(exact_rows(adam(0.1), "table"), ticket=False),
+    "exact_rows, max_unique": lambda: rows_given(exact_rows(pipeline(), "table"), max_unique=2),
+    "exact_rows, nadam": lambda: rows_given(exact_rows(nadam(0.1), "table")),
+    "exact_rows, reads found": lambda: reads_found(exact_rows(adam(0.1), "table")),
+    "skip_not_finite": lambda: reads_found(skip_not_finite(exact_rows(adam(0.1), "table"))),
+    "accumulate_gradients": lambda: rows_given(accumulate_gradients(pipeline(), 2, max_rows=8)),
+    "sum_over": lambda: over_replicas(pipeline()),
+}
+# Those that between them do all that depends on the platform, loop and branch.
+CALLED = ("rows=dense, max_unique", "rows=lazy, adamax", "exact_rows", "exact_rows, reads found")
+
+
+def table_params():
+    rng = np.random.default_rng(0)
+    shapes = {"table": (ROWS, WIDTH), "out": (WIDTH,)}
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+def batches():
+    """Some indices are equal, some rows come again after a step without them."""
+    ids = ([7, 0, 7, ROWS - 1], [5, 5, 5, 2], [0, 7, 2, 9])
+    return [(jnp.array(x), jnp.arange(4.0) + t) for t, x in enumerate(ids)]
+
+
+@pytest.mark.parametrize("mode", ROW_MODES)
+def test_every_row_mode_goes_out(mode):
+    tx, step = ROW_MODES[mode]()
+    params = table_params()
+    carried(jax.jit(step), params, jax.eval_shape(tx.init, params), *batches()[0])
+
+
+@pytest.mark.parametrize("mode", CALLED)
+def test_rows_come_back(mode):
+    tx, step = ROW_MODES[mode]()
+    params = table_params()
+    state = tx.init(params)
+    abroad = carried(jax.jit(step), params, state, *batches()[0])
+    found = results(abroad, params, state, batches())
+    assert_close(found, results(step, params, state, batches()))
+
+
+def test_a_step_that_came_back_copies_no_table():
+    """Donated, as the jitted step is."""
+    rows, width = 100_000, 64
+    tx = exact_rows(adam(0.1), "table")
+    params = {"table": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
+    params["out"] = jax.ShapeDtypeStruct((width,), jnp.float32)
+    arguments = (params, jax.eval_shape(tx.init, params), *batches()[0])
+    abroad = carried(adamjax.train_step(loss, tx), *arguments)
+    donated = jax.jit(abroad, donate_argnums=(0, 1)).lower(*arguments).compile()
+    memory, table = donated.memory_analysis(), 4 * rows * width
+    assert memory.temp_size_in_bytes < table / 10
+    assert memory.alias_size_in_bytes > 3 * table  # with its moments
