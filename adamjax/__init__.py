@@ -11,9 +11,11 @@ from adamjax.adam import (
 )
 from adamjax.autodiff import grad, value_and_grad
 from adamjax.average import WeightEmaState, weight_ema
+from adamjax.buckets import Joined
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from adamjax.config import from_config, to_config
 from adamjax.exact import ExactRowsState, StaleTable, Ticket, exact_rows
+from adamjax.grouping import grouped
 from adamjax.guard import (
     AccumulateGradientsState,
     SkipNotFiniteState,
@@ -110,6 +112,9 @@ __all__ = [
     "formats",
     "packing",
     "Packing",
+    # thousands of small leaves
+    "grouped",
+    "Joined",
     # many devices
     "shard_state",
     "ShardedState",

@@ -75,6 +75,8 @@ class weight_ema(Transform):
     momentum: Number = 0.99
     overwrite_frequency: Number | None = None
 
+    joinable = True
+
     def __post_init__(self) -> None:
         self._check("momentum", UNIT)
         if self.overwrite_frequency is not None:

@@ -88,6 +88,7 @@ class clip_by_value(Stateless):
     limit: Number
 
     keeps_zero = True
+    joinable = True
 
     def __post_init__(self) -> None:
         self._check("limit", POSITIVE)
@@ -154,6 +155,8 @@ class clip_by_global_norm(Stateless, Scaling):
     """
 
     max_norm: Number
+
+    joinable = True
 
     def __post_init__(self) -> None:
         self._check("max_norm", POSITIVE)

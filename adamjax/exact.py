@@ -22,6 +22,7 @@ from adamjax.autodiff import Call, Reads
 from adamjax.average import weight_ema
 from adamjax.coasting import Coasting, Ring, coasting, decayed
 from adamjax.data import Tree, exportable, is_array, static
+from adamjax.grouping import grouped
 from adamjax.guard import accumulate_gradients, skip_not_finite
 from adamjax.leaves import dtype_of, matched, needed
 from adamjax.masking import masked, partition
@@ -209,6 +210,8 @@ def _checked(route: list[Transform]) -> None:
         if isinstance(tx, skip_not_finite | accumulate_gradients | exact_rows):
             name = type(tx).__name__
             raise _refused(tx, f"put it around the whole: {name}(exact_rows(...))")
+        if isinstance(tx, grouped):
+            raise _refused(tx, "keep tables apart from the leaves that are joined, by partition")
         if average is not None:
             raise _refused(average, "it must be last")
         if isinstance(tx, weight_ema):
@@ -300,6 +303,8 @@ class exact_rows(Transform):
             route = [part for part, _ in _route(tx, None, 0, None)]
             _checked(route)
             self._plan(route)
+
+    joinable = False
 
     @property
     def parts(self) -> tuple[Transform, ...]:

@@ -137,6 +137,10 @@ class accumulate_gradients(Transform):
     steps: Number
     max_rows: Any = static(default=None)
 
+    @property
+    def joinable(self) -> bool:
+        return not isinstance(self.max_rows, tuple) and super().joinable
+
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
         self._check("steps", COUNT)

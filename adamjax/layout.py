@@ -15,6 +15,7 @@ import jax
 import jax.experimental.layout as _layouts
 import jax.numpy as jnp
 
+from adamjax.buckets import Joined
 from adamjax.data import Tree
 from adamjax.paths import flatten
 
@@ -150,13 +151,20 @@ def over_like(
     treedef = flatten(params)[1]
 
     def is_slots(x: Any) -> bool:
-        return not stop(x) and bool(flatten(x)[1] == treedef)
+        return isinstance(x, Joined) or (not stop(x) and bool(flatten(x)[1] == treedef))
 
-    return jax.tree.map(
-        lambda x: slots(x) if is_slots(x) else other(x),
-        state,
-        is_leaf=lambda x: stop(x) or is_slots(x),
-    )
+    def mapped(x: Any) -> Any:
+        if not isinstance(x, Joined):
+            return slots(x) if is_slots(x) else other(x)
+        # Leaves that are joined are not there; and buckets are like no parameter.
+        leaves: list[Any] = [None] * len(x.plan.avals)
+        for i, leaf in zip(x.plan.alone, x.alone, strict=True):
+            leaves[i] = leaf
+        found = flatten(slots(treedef.unflatten(leaves)))[0]
+        alone = tuple(found[i] for i in x.plan.alone)
+        return Joined(tuple(map(other, x.joined)), alone, x.plan)
+
+    return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))
 
 
 class Packing(NamedTuple):

@@ -45,6 +45,8 @@ class masked(Transform):
     tx: Transform
     pattern: Mask = static()
 
+    joinable = False
+
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
         checked_mask("masked", self.pattern)
@@ -105,6 +107,8 @@ class partition(Transform):
             default=default,
         )
         self.__post_init__()
+
+    joinable = False
 
     def __post_init__(self) -> None:
         rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))

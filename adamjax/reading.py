@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
 from adamjax.average import WeightEmaState
+from adamjax.buckets import apart
 from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
 from adamjax.hyperparams import with_hyperparams
@@ -86,7 +87,7 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    trees = [getattr(s, name) for s in _found(state, *_RULES) if name in s.slots]
+    trees = [apart(getattr(s, name)) for s in _found(state, *_RULES) if name in s.slots]
     if not trees:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
     return _joined(f"slot {name!r}", trees)
@@ -154,7 +155,7 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
     found = _found(state, WeightEmaState)
     if not found:
         raise ValueError("the state holds no weight_ema: put one last in the chain")
-    average = _joined("the average", [s.average for s in found])
+    average = _joined("the average", [apart(s.average) for s in found])
     if params is None:
         return average
 

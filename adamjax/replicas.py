@@ -34,6 +34,7 @@ class sum_over(Stateless):
     axis_name: Any = static()
 
     keeps_zero = True
+    joinable = True
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         def gathered(x: Any) -> Any:

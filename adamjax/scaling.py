@@ -10,7 +10,7 @@ from adamjax.data import FINITE, Number, Tree, exportable, is_array, static
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, selected
-from adamjax.schedule import Rate, as_rate, rates_at
+from adamjax.schedule import Rate, as_rate, by_path, rates_at
 from adamjax.transform import Scaling, Stateless, Step, Transform, expect_state
 
 __all__ = [
@@ -63,6 +63,8 @@ class scale(Stateless, Scaling):
 
     factor: Number
 
+    joinable = True
+
     def __post_init__(self) -> None:
         self._check("factor", FINITE)
 
@@ -94,6 +96,10 @@ class scale_by_learning_rate(Scaling):
 
     def __post_init__(self) -> None:
         self._set(learning_rate=as_rate(self, "learning_rate"))
+
+    @property
+    def joinable(self) -> bool:
+        return not isinstance(self.learning_rate, by_path)
 
     def init(self, params: Tree) -> ScheduleState:
         return _new_count()
@@ -133,6 +139,10 @@ class add_decayed_weights(Transform):
         self._set(weight_decay=as_rate(self, "weight_decay"))
         if self.mask is not None:
             checked_mask("add_decayed_weights", self.mask)
+
+    @property
+    def joinable(self) -> bool:
+        return self.mask is None and not isinstance(self.weight_decay, by_path)
 
     def init(self, params: Tree) -> ScheduleState:
         return _new_count()

@@ -167,6 +167,8 @@ class shard_state(Transform):
     axis: Any = static()
     memory_kind: str | None = static(default=None, kw_only=True)
 
+    joinable = False
+
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
         if not isinstance(self.axis, str):

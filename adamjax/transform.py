@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamjax.buckets import is_joined
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
 from adamjax.leaves import dtype_of, is_arraylike, is_left_alone, lift
@@ -71,6 +72,15 @@ class Transform(Data):
     # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
     keeps_zero: ClassVar[bool] = False
 
+    @property
+    def joinable(self) -> bool:
+        """Whether leaves that are joined end to end are treated as they are one by one.
+
+        So it is where every element is treated alike, whatever its leaf's path, shape and other
+        elements; what is summed over all leaves may be read. `grouped` asks for it.
+        """
+        return bool(self.parts) and all(part.joinable for part in self.parts)
+
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
         """Scalars (s, w) with which this transform turns an update u of a leaf into s * u + w * p.
 
@@ -126,6 +136,7 @@ class identity(Stateless):
     """
 
     keeps_zero = True
+    joinable = True
 
     def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         return grads, state
@@ -188,7 +199,8 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
 def over_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
     """A state with a function of (name, tree) applied to each tree in it that is like the params.
 
-    States say which of their fields these are: `slots`. Further states are zipped in.
+    States say which of their fields these are: `slots`. Further states are zipped in. Trees that
+    are joined are none of these.
     """
 
     def has_slots(x: Any) -> bool:
@@ -197,7 +209,8 @@ def over_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
     def mapped(x: Any, *others: Any) -> Any:
         if not has_slots(x):
             return x
-        fields = {n: function(n, *(getattr(o, n) for o in (x, *others))) for n in x.slots}
+        names = [n for n in x.slots if not is_joined(getattr(x, n))]
+        fields = {n: function(n, *(getattr(o, n) for o in (x, *others))) for n in names}
         return x._replace(**fields)
 
     return jax.tree.map(mapped, state, *rest, is_leaf=has_slots)
@@ -271,6 +284,8 @@ class Rule(Transform):
     A chain puts the factors of a scaling that follows into the rule's own: one multiplication
     and one rounding less an element, and less to compile.
     """
+
+    joinable = True
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""

@@ -13,6 +13,7 @@ and after: the least bytes that the step must move (`least_bytes`), over the byt
 
 import argparse
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "MANY_LEAVES",
     "QUICK",
     "WORKLOADS",
+    "chains",
     "jax_step",
     "least_bytes",
     "main",
@@ -45,6 +47,8 @@ __all__ = [
 ]
 
 CHAINS = ("adam", "clip + adam")
+# For many small leaves: with those of adamjax joined, the others as ever.
+GROUPED = ("adam", "adam, grouped", "clip + adam, grouped")
 MAX_NORM = 1.0
 RATE = 1e-3
 
@@ -59,19 +63,35 @@ def transformer(width: int = 256, layers: int = 12, words: int = 8192) -> list[t
 
 MANY_LEAVES = "500 leaves, 8.2M"
 
+
+def small_leaves(count: int = 2000) -> list[tuple[int, ...]]:
+    """The shapes of biases, gains, scalars and small matrices, in no order."""
+    kinds = [(64,), (128,), (256,), (1024,), (), (16, 16), (32, 32), (3, 3, 16), (64, 16)]
+    rng = random.Random(0)
+    return [rng.choice(kinds) for _ in range(count)]
+
+
 # name: shapes, dtype, the least steps of a sample
 WORKLOADS: dict[str, tuple[list[tuple[int, ...]], str, int]] = {
     "one leaf, 33.6M": ([(33_554_432,)], "float32", 2),
     "transformer, 150 leaves, 13.8M": (transformer(), "float32", 3),
     MANY_LEAVES: ([(64, 256)] * 500, "float32", 4),
     "transformer, bfloat16": (transformer(), "bfloat16", 3),
+    "2,000 leaves of 64": ([(64,)] * 2000, "float32", 4),
+    "2,000 small leaves, 0.9M": (small_leaves(), "float32", 4),
 }
 QUICK = {
     "one leaf, 65k": ([(65_536,)], "float32", 2),
     "20 leaves, 1.3k": ([(8, 8)] * 20, "float32", 2),
+    "40 small leaves": (small_leaves(40), "float32", 2),
 }
 # The seconds that a sample should last, and the most steps in it.
 SAMPLE, MOST = 0.05, 100
+
+
+def chains(workload: str) -> tuple[str, ...]:
+    """The chains that are measured on a workload."""
+    return GROUPED if "small leaves" in workload or "leaves of" in workload else CHAINS
 
 
 def least_bytes(shapes: list[tuple[int, ...]], dtype: str, chain: str) -> int:
@@ -110,7 +130,8 @@ def transform(name: str, chain: str) -> tuple[Any, Callable[..., Any]]:
         import adamjax
 
         first = [adamjax.clip_by_global_norm(MAX_NORM)] if clip else []
-        return adamjax.chain(*first, adamjax.adam(RATE)), adamjax.apply_updates
+        tx = adamjax.chain(*first, adamjax.adam(RATE))
+        return adamjax.grouped(tx) if "grouped" in chain else tx, adamjax.apply_updates
     import optax
 
     first = [optax.clip_by_global_norm(MAX_NORM)] if clip else []
@@ -124,7 +145,7 @@ def jax_step(name: str, chain: str, params: list[Any]) -> tuple[Any, Any]:
     if name == "keras":
         import keras
 
-        clip = MAX_NORM if chain == "clip + adam" else None
+        clip = MAX_NORM if chain.startswith("clip") else None
         optimizer = keras.optimizers.Adam(RATE, global_clipnorm=clip)
         optimizer.build([keras.Variable(p, dtype=str(p.dtype)) for p in params])
         state = [jax.numpy.array(v.value) for v in optimizer.variables]
@@ -171,7 +192,7 @@ def torch_runner(chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            if chain == "clip + adam":
+            if chain.startswith("clip"):
                 torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
             optimizer.step()
         if device == "cuda":
@@ -238,9 +259,10 @@ def run_times(
 ) -> list[dict[str, Any]]:
     """Step times of every contender on every workload and chain."""
     table = []
-    with progress(len(workloads) * len(CHAINS) * sittings * rounds, "round") as bar:
+    cases = sum(len(chains(workload)) for workload in workloads)
+    with progress(cases * sittings * rounds, "round") as bar:
         for workload, (shapes, dtype, _) in workloads.items():
-            for chain in CHAINS:
+            for chain in chains(workload):
                 taken: list[dict[str, float]] = []
                 for _ in range(sittings):
                     taken += sitting(workload, chain, rounds, quick, device, bar)

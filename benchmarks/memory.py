@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dense import CHAINS, QUICK, WORKLOADS, transform
+from benchmarks.dense import QUICK, WORKLOADS, chains, transform
 from benchmarks.measure import RESULTS, environment, installed, save, say
 
 __all__ = ["MODES", "main"]
@@ -47,7 +47,7 @@ def dense(workloads: dict[str, Any]) -> list[dict[str, Any]]:
 
     table = []
     for workload, (shapes, dtype, _) in workloads.items():
-        for chain in CHAINS:
+        for chain in chains(workload):
             params = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
             tx, apply = transform("adamjax", chain)
 

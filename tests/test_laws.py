@@ -37,6 +37,7 @@ from adamjax import (
     cosine_decay,
     exact_rows,
     exponential_decay,
+    grouped,
     identity,
     masked,
     nadam,
@@ -99,6 +100,10 @@ def pipeline():
         scale_by_learning_rate(warmup(cosine_decay(0.1, 10), 2, start=0.02)),
         weight_ema(0.9),
     )
+
+
+def joinable_pipeline():
+    return chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9))
 
 
 def lazy_pipeline():
@@ -222,6 +227,7 @@ CASES = [
         ),
         decays=True,
     ),
+    Case("grouped", lambda: grouped(joinable_pipeline()), decays=True),
     # rows
     Case("lazy pipeline", lazy_pipeline, exempt=LAZY),
     Case(

@@ -13,6 +13,7 @@ from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradSta
 from adamjax.average import WeightEmaState
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows
+from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.hyperparams import with_hyperparams
 from adamjax.layout import laid_out_like
@@ -254,6 +255,12 @@ class Ours:
         self.owner, self.state, self.params = owner, state, params
         self.tx = as_transform(tx)
         self.parts = list(rule_parts(self.tx, state, params))
+        for part in self.parts:
+            if isinstance(part.tx, grouped):
+                raise ValueError(
+                    f"{owner}: {part.tx!r} keeps leaves joined. Convert the state of the transform "
+                    "without grouped; grouped.join and grouped.split take such a state in and out"
+                )
         # The innermost of those that share a state, as `masked` does with its transform.
         self.known = {id(part.state): part for part in self.parts}
 

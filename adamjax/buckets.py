@@ -1,0 +1,142 @@
+"""Small leaves joined end to end in flat buckets: which leaves, and how a tree lies in them."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import Tree
+from adamjax.paths import leaf_paths
+
+__all__ = ["Joined", "Plan", "apart", "is_joined"]
+
+
+class Plan:
+    """Which leaves of a tree are joined with which: the static part of a `Joined`."""
+
+    def __init__(
+        self, treedef: Any, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]
+    ) -> None:
+        self.treedef, self.avals, self.buckets = treedef, avals, buckets
+        within = {i for bucket in buckets for i in bucket}
+        self.alone = tuple(i for i in range(len(avals)) if i not in within)
+
+    @property
+    def _key(self) -> Any:
+        return self.treedef, self.avals, self.buckets
+
+    # JAX compares plans at each call of a jitted function: mostly one with itself.
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Plan) and bool(self._key == other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves joined"
+
+    @property
+    def like(self) -> Tree:
+        """The tree, of shapes and dtypes."""
+        return self.treedef.unflatten(
+            [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
+        )
+
+    def join(self, leaves: list[Any]) -> "Joined":
+        """Leaves, in the order of `flatten`, with those of each bucket joined end to end."""
+        joined = tuple(_end_to_end([leaves[i] for i in bucket]) for bucket in self.buckets)
+        return Joined(joined, tuple(leaves[i] for i in self.alone), self)
+
+    def without(self, dropped: list[int]) -> "Plan":
+        """The plan without the buckets of these numbers."""
+        if not dropped:
+            return self
+        kept = tuple(b for i, b in enumerate(self.buckets) if i not in dropped)
+        return Plan(self.treedef, self.avals, kept)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A tree whose small leaves are joined: flat buckets, then the leaves that are as they are.
+
+    In the state of `grouped` it stands where the inner transform keeps a tree like the
+    parameters; `get_slot` and `averaged_weights` give that tree.
+
+    Attributes:
+      joined: tuple of arrays of one dimension, each some leaves of one dtype end to end.
+      alone: tuple of all other leaves.
+      plan: which leaves are where; no part of the arrays.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> state = adamjax.grouped(adamjax.scale_by_adam()).init({"a": jnp.ones(3), "b": jnp.ones(())})
+    >>> state.m.joined
+    (Array([0., 0., 0., 0.], dtype=float32),)
+    """
+
+    joined: tuple[Any, ...]
+    alone: tuple[Any, ...]
+    plan: Plan
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        paths = leaf_paths(self.plan.like)
+        names = [f"bucket {i}" for i in range(len(self.joined))]
+        names += [paths[i] for i in self.plan.alone]
+        keys = map(jax.tree_util.DictKey, names)
+        return tuple(zip(keys, (*self.joined, *self.alone), strict=True)), self.plan
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (*self.joined, *self.alone), self.plan
+
+    @classmethod
+    def tree_unflatten(cls, plan: Any, children: Any) -> "Joined":
+        children, count = tuple(children), len(plan.buckets)
+        return cls(children[:count], children[count:], plan)
+
+    def leaves(self) -> list[Any]:
+        """The leaves of the tree, in the order of `flatten`."""
+        found: list[Any] = [None] * len(self.plan.avals)
+        for i, x in zip(self.plan.alone, self.alone, strict=True):
+            found[i] = x
+        for bucket, x in zip(self.plan.buckets, self.joined, strict=True):
+            shapes = tuple(self.plan.avals[i][0] for i in bucket)
+            for i, piece in zip(bucket, _pieces(x, shapes), strict=True):
+                found[i] = piece
+        return found
+
+    def tree(self) -> Tree:
+        """The tree, each leaf by itself."""
+        return self.plan.treedef.unflatten(self.leaves())
+
+
+def _end_to_end(leaves: list[Any]) -> Any:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        size = sum(int(np.prod(x.shape, dtype=int)) for x in leaves)
+        return jax.ShapeDtypeStruct((size,), leaves[0].dtype)
+    return _concatenated(leaves)
+
+
+# Jitted for those who call init or update outside of jit: one call in place of one a leaf.
+@jax.jit
+def _concatenated(leaves: list[Any]) -> Any:
+    return jax.lax.concatenate([jnp.reshape(x, -1) for x in leaves], 0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pieces(bucket: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
+    pieces = jax.lax.split(bucket, [int(np.prod(s, dtype=int)) for s in shapes])
+    return [jnp.reshape(x, s) for x, s in zip(pieces, shapes, strict=True)]
+
+
+def is_joined(x: Any) -> bool:
+    return isinstance(x, Joined)
+
+
+def apart(tree: Any) -> Any:
+    """A tree like the parameters, each leaf by itself, of one that may be joined."""
+    return tree.tree() if isinstance(tree, Joined) else tree
