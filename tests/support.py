@@ -47,6 +47,17 @@ def assert_close(actual, expected, rtol=2e-6, atol=0.0):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale + atol)
 
 
+def counted(function, **options):
+    """The function jitted, and a list with an entry for each time it was traced."""
+    traces = []
+
+    def traced(*args):
+        traces.append(None)
+        return function(*args)
+
+    return jax.jit(traced, **options), traces
+
+
 def ulp(x, dtype):
     """The distance of neighbouring floats of the dtype at |x|."""
     info = jnp.finfo(dtype)

@@ -139,6 +139,7 @@ def test_every_hyperparameter_is_in_the_table():
     elsewhere |= {"values", "boundaries", "default", "mask", "hyperparams"}
     static = {"nesterov", "m_dtype", "v_dtype", "u_dtype", "staircase", "cycle"}
     static |= {"rows", "max_rows", "max_size", "tables", "history", "fixed", "axis_name"}
+    static |= {"mesh", "axis", "memory_kind"}
     for public in adamjax.__all__:
         made = getattr(adamjax, public)
         data = isinstance(made, type) and hasattr(made, "replace") and public != "RowGradient"
