@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
-# Tests are mostly compilation, which takes one core each.
-PARALLEL := -n auto --maxprocesses 4
+# Tests are mostly compilation, which takes one core each; those of a file share what is compiled.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: help train test test-oldest test-tpu lint types bench bench-tpu readme docs clean
