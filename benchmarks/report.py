@@ -315,7 +315,7 @@ def _limit_plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
         axes.barh(i, share["median"], color=colour, alpha=0.75, xerr=around, capsize=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars[::-1]])
-    axes.set_xlabel("reached, of the limit that the memory's bandwidth sets (1: all of it)")
+    axes.set_xlabel("of the limit that the bandwidth sets")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=90)
     return True

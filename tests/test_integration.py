@@ -1230,7 +1230,7 @@ def onto_other_devices():
             # A table that has grown since.
             grown = {**params, "table": jnp.ones((20, 4))}
             target = jax.eval_shape(fresh, grown)
-            # Orbax names whichever array it comes to first: the table, or what is known of its rows.
+            # Orbax names whichever array it comes to first: the table, or what is kept of its rows.
             with pytest.raises(ValueError, match=r"\(20,.*\) is not compatible.*\(16,.*\)"):
                 checkpointer.restore(f"{folder}/0", target)
 
