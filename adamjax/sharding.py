@@ -131,8 +131,9 @@ class shard_state(Transform):
     transform up to the order of sums, and a device holds 1/N of the state.
 
     For arrays of the whole mesh, in `jit`; not within `shard_map`. Where the gradients are sums
-    over a batch that is split over the axis, compilers for TPU and GPU make one reduce-scatter of
-    the sum and the split; `value_and_grad` asks for it itself. Rows of tables pass as they are.
+    over a batch that is split over the axis, a compiler may make one reduce-scatter of the sum and
+    the split, as that for TPUs does; `value_and_grad` asks for it on every platform. Rows of tables
+    pass as they are.
     (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
 
     Args:
