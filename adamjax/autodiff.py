@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, first_match, flatten, leaf_paths
 from adamjax.reads import Planner, Slots, Source, View
-from adamjax.rows import RowGradient, row_gradient
+from adamjax.rows import RowGradient, row_gradient, summed
 
 __all__ = ["Call", "Reads", "grad", "value_and_grad"]
 
@@ -167,6 +167,7 @@ class Reads:
         look: Callable[[Any, int, chex.Array], chex.Array],
         given: Mapping[int, chex.Array] | None = None,
         dense: Mapping[int, chex.Array] | None = None,
+        known: Mapping[int, tuple[chex.Array, chex.Array]] | None = None,
     ) -> Any:
         """The loss, with aux if there is, and the gradients.
 
@@ -175,6 +176,7 @@ class Reads:
           look: `(held, table, int32[...]) -> rows`, for rows that are not given.
           given: rows at the places that `indices` told.
           dense: what stands for some leaves.
+          known: what `distinct` makes of what `indices` told.
         """
         call, given = self.call, dict(given or {})
         leaves: list[Any] = [
@@ -210,18 +212,37 @@ class Reads:
         for i, g in zip(self.others, of_others, strict=True):
             grads[i] = g
         for i in self.rows:
-            grads[i] = self._rows(leaves[i], i, ids, of_places)
+            grads[i] = self._rows(leaves[i], i, ids, of_places, (known or {}).get(i))
         trees = call.unflattened(grads)
         value = (value, self.aux(arrays)) if call.has_aux else value
         return value, trees[0] if call.single else tuple(trees)
 
-    def _rows(self, leaf: chex.Array, table: int, ids: Slots, grads: Slots) -> RowGradient:
+    def _rows(
+        self,
+        leaf: chex.Array,
+        table: int,
+        ids: Slots,
+        grads: Slots,
+        known: tuple[chex.Array, chex.Array] | None,
+    ) -> RowGradient:
         """The gradient of a table."""
         num_rows, *trailing = leaf.shape
+        mine = [
+            x for x in zip(self.plan.places, ids, grads, strict=True) if x[0].view.table == table
+        ]
+        # Within `shard_map` it is known of the rows of one device alone.
+        if known is not None and not any(place.view.axes for place, _, _ in mine):
+            told = [
+                jnp.zeros((math.prod(place.shape), *trailing), leaf.dtype)
+                if g is None
+                else g.reshape(-1, *trailing)
+                for place, _, g in mine
+            ]
+            return summed(*known, jnp.concatenate(told), num_rows)
         indices = [jnp.zeros(0, jnp.int32)]
         values = [jnp.zeros((0, *trailing), leaf.dtype)]
-        for place, i, g in zip(self.plan.places, ids, grads, strict=True):
-            if place.view.table != table or g is None:
+        for place, i, g in mine:
+            if g is None:
                 continue
             i, g = i.reshape(-1), g.reshape(-1, *trailing)
             if place.view.axes:

@@ -105,6 +105,7 @@ class _Rows(NamedTuple):
     now: chex.Array
     slots: dict[str, chex.Array]
     spoilt: chex.Array  # bool scalar, whether there is NaN in what was read of the ring
+    found: Any = None  # int32[k], in a ticket: the rows that were asked for, first among `indices`
 
 
 @exportable
@@ -545,19 +546,20 @@ class exact_rows(Transform):
         for name, ids in indices.items():
             table = self._named(tables, name)
             ids = in_table(jnp.asarray(ids), table.num_rows)
-            read[name], rows[table.path] = self._prepared(table, state, params, ids)
+            read[name], rows[table.path], _ = self._prepared(table, state, params, ids)
         return read, Ticket(state.clock, rows)
 
     def _prepared(
         self, table: _Table, state: ExactRowsState, params: Tree, ids: chex.Array
-    ) -> tuple[chex.Array, _Rows]:
-        """The rows at indices, up to date, and what a ticket says of them."""
+    ) -> tuple[chex.Array, _Rows, tuple[chex.Array, chex.Array]]:
+        """The rows at indices, up to date; what a ticket says of them; which are distinct."""
         found, position = distinct(ids.reshape(-1), table.num_rows)
         ready = self._caught_up(table, state, params, self._with_refreshed(table, state, found))
         # An index outside the table has the place of no row.
-        position = jnp.where(position < found.size, position, ready.now.shape[0])
-        taken = ready.now.at[position].get(mode="fill", fill_value=0)
-        return taken.reshape(*ids.shape, *taken.shape[1:]), ready
+        place = jnp.where(position < found.size, position, ready.now.shape[0])
+        taken = ready.now.at[place].get(mode="fill", fill_value=0)
+        taken = taken.reshape(*ids.shape, *taken.shape[1:])
+        return taken, ready._replace(found=found), (found, position)
 
     def value_and_grad(
         self,
@@ -604,10 +606,12 @@ class exact_rows(Transform):
             tables = {t.leaf: t for t in self._expected(state, params)}
             call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
             reads = Reads(call, list(tables), exact=True, strict=strict)
-            given, ready = {}, {}
+            given, ready, known = {}, {}, {}
             for leaf, ids in reads.indices().items():
-                table = tables[leaf]
-                given[leaf], ready[table.path] = self._prepared(table, state, params, ids)
+                path = tables[leaf].path
+                given[leaf], ready[path], known[leaf] = self._prepared(
+                    tables[leaf], state, params, ids
+                )
 
             def look(held: Any, leaf: int, ids: chex.Array) -> chex.Array:
                 params, state = held
@@ -616,7 +620,7 @@ class exact_rows(Transform):
             dense = {
                 leaf: self._caught_up(tables[leaf], state, params, None).now for leaf in reads.dense
             }
-            found = reads.value_and_grad((params, state), look, given, dense)
+            found = reads.value_and_grad((params, state), look, given, dense, known)
             return found, Ticket(state.clock, ready)
 
         return function
@@ -731,15 +735,22 @@ class exact_rows(Transform):
                 f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
                 "in front touches rows without a gradient; put it into the chain or leave it out"
             )
-        indices = self._with_refreshed(table, state, g.joined().indices)
+        found = g.joined().indices
+        held = None if ticket is None else ticket.rows.get(table.path)
+        if ticket is not None and held is not None:
+            if held.found is found and ticket.clock is state.clock:
+                return held
+            if held.found.shape != found.shape:
+                held = None
 
         def afresh() -> _Rows:
+            indices = self._with_refreshed(table, state, found)
             return self._caught_up(table, state, params, indices)
 
-        held = None if ticket is None else ticket.rows.get(table.path)
-        if ticket is None or held is None or held.indices.shape != indices.shape:
+        if ticket is None or held is None:
             return afresh()
-        fits = (ticket.clock == state.clock) & jnp.all(held.indices == indices)
+        fits = (ticket.clock == state.clock) & jnp.all(held.found == found)
+        held = held._replace(found=None)
 
         def looped(fits: chex.Array, held: _Rows) -> Any:
             start = (~fits, held)

@@ -32,6 +32,7 @@ __all__ = [
     "in_table",
     "parts",
     "row_gradient",
+    "summed",
 ]
 
 
@@ -249,7 +250,7 @@ def row_gradient(
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
-    indices, values = everywhere(indices), everywhere(values)
+    indices = everywhere(indices)
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
         bad = ids == num_rows
@@ -258,14 +259,22 @@ def row_gradient(
             "row_gradient: index {index} is outside [0, " + str(num_rows) + ")",
             index=jnp.asarray(indices).reshape(-1)[jnp.argmax(bad)] if ids.size else jnp.array(0),
         )
-    found, position = distinct(ids, num_rows)
-    wide = widen(values.reshape(ids.size, *trailing), accumulator(values.dtype))
-    # An index outside has the position of no row.
-    summed = jax.ops.segment_sum(wide, position, ids.size, mode="drop").astype(values.dtype)
-    rows = RowGradient(found[:size], summed[:size], num_rows=num_rows)
+    rows = summed(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
     if size >= ids.size:
         return rows
-    return rows.replace(spill=RowGradient(found[size:], summed[size:], num_rows=num_rows))
+    found, values = rows.indices, rows.values
+    spill = RowGradient(found[size:], values[size:], num_rows=num_rows)
+    return rows.replace(indices=found[:size], values=values[:size], spill=spill)
+
+
+def summed(
+    found: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
+) -> RowGradient:
+    """The row gradient of `values[n, *trailing]` at ids of which `distinct` is known."""
+    wide = widen(everywhere(values), accumulator(values.dtype))
+    # An index outside has the position of no row.
+    sums = jax.ops.segment_sum(wide, position, len(found), mode="drop").astype(values.dtype)
+    return RowGradient(found, sums, num_rows=num_rows)
 
 
 def _whole(name: str, value: Any, most: int | None) -> int:
