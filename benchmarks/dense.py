@@ -13,6 +13,7 @@ and after: the least bytes that the step must move (`least_bytes`), over the byt
 
 import argparse
 import functools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
     "main",
     "random_arrays",
     "transform",
+    "workloads",
 ]
 
 CHAINS = ("adam", "clip + adam")
@@ -53,9 +55,9 @@ MAX_NORM = 1.0
 RATE = 1e-3
 
 
-def transformer(width: int = 256, layers: int = 12, words: int = 8192) -> list[tuple[int, ...]]:
-    """The shapes of a transformer's 150 leaves."""
-    w = width
+def transformer(width: int = 256, layers: int = 12) -> list[tuple[int, ...]]:
+    """The shapes of a transformer's leaves, 12 a layer and six beside."""
+    w, words = width, 32 * width
     block = [(w,), (w,), (w, 3 * w), (3 * w,), (w, w), (w,)]
     block += [(w,), (w,), (w, 4 * w), (4 * w,), (4 * w, w), (w,)]
     return [(words, w), (512, w), *(block * layers), (w,), (w,), (w, words), (words,)]
@@ -71,15 +73,35 @@ def small_leaves(count: int = 2000) -> list[tuple[int, ...]]:
     return [rng.choice(kinds) for _ in range(count)]
 
 
-# name: shapes, dtype, the least steps of a sample
-WORKLOADS: dict[str, tuple[list[tuple[int, ...]], str, int]] = {
-    "one leaf, 33.6M": ([(33_554_432,)], "float32", 2),
-    "transformer, 150 leaves, 13.8M": (transformer(), "float32", 3),
-    MANY_LEAVES: ([(64, 256)] * 500, "float32", 4),
-    "transformer, bfloat16": (transformer(), "bfloat16", 3),
-    "2,000 leaves of 64": ([(64,)] * 2000, "float32", 4),
-    "2,000 small leaves, 0.9M": (small_leaves(), "float32", 4),
-}
+# Its shapes, its dtype, the least steps of a sample.
+Workload = tuple[list[tuple[int, ...]], str, int]
+
+
+def size(shapes: list[tuple[int, ...]]) -> int:
+    """How many numbers arrays of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def workloads(large: bool) -> dict[str, Workload]:
+    """What is measured, by name.
+
+    Args:
+      large: as for an accelerator: a leaf of 1 GiB, and a transformer of twice the width and depth.
+    """
+    leaf = [(2**28 if large else 2**25,)]
+    model = transformer(512, 25) if large else transformer()
+    about = f"transformer, {len(model)} leaves, {size(model) / 1e6:.1f}M"
+    return {
+        f"one leaf, {size(leaf) / 1e6:.1f}M": (leaf, "float32", 2),
+        about: (model, "float32", 3),
+        MANY_LEAVES: ([(64, 256)] * 500, "float32", 4),
+        "transformer, bfloat16": (model, "bfloat16", 3),
+        "2,000 leaves of 64": ([(64,)] * 2000, "float32", 4),
+        "2,000 small leaves, 0.9M": (small_leaves(), "float32", 4),
+    }
+
+
+WORKLOADS = workloads(large=False)
 QUICK = {
     "one leaf, 65k": ([(65_536,)], "float32", 2),
     "20 leaves, 1.3k": ([(8, 8)] * 20, "float32", 2),
@@ -87,6 +109,8 @@ QUICK = {
 }
 # The seconds that a sample should last, and the most steps in it.
 SAMPLE, MOST = 0.05, 100
+# Bytes of a device's memory for each parameter: six arrays of each of four contenders.
+HELD = 6 * 4 * 4
 
 
 def chains(workload: str) -> tuple[str, ...]:
@@ -103,13 +127,12 @@ def least_bytes(shapes: list[tuple[int, ...]], dtype: str, chain: str) -> int:
     element can be clipped: 32 and 24. Scalars are not counted.
     """
     import jax.numpy as jnp
-    import numpy as np
 
-    size = jnp.dtype(dtype).itemsize
-    moments = 2 * 2 * max(size, 4)
+    itemsize = jnp.dtype(dtype).itemsize
+    moments = 2 * 2 * max(itemsize, 4)
     reads_of_gradient = 2 if "clip" in chain else 1
-    each = 2 * size + moments + reads_of_gradient * size
-    return each * sum(int(np.prod(shape)) for shape in shapes)
+    each = 2 * itemsize + moments + reads_of_gradient * itemsize
+    return each * size(shapes)
 
 
 # --- contenders: each is a function that takes one step, and waits where it is asked to -----------
@@ -204,7 +227,7 @@ def torch_runner(chain: str, shapes: Any, dtype: str) -> Callable[[int], None]:
 # --- workers ------------------------------------------------------------------------------------
 
 
-def work(kind: str, workloads: dict[str, Any]) -> None:
+def work(kind: str, workloads: dict[str, Workload]) -> None:
     """Serves rounds: asked for (workload, chain), answers with seconds a step of contenders."""
     contenders = ["torch"] if kind == "torch" else installed("adamjax", "optax", "keras")
     runners: dict[str, Callable[[int], None]] = {}
@@ -238,7 +261,7 @@ def sitting(
 ) -> list[dict[str, float]]:
     """Seconds a step of every contender, for each of some rounds, in new processes."""
     kinds = ["jax", *(["torch"] if device.torch else [])]
-    options = ["--quick"] if quick else []
+    options = ["--quick"] if quick else [] if device.platform == "cpu" else ["--large"]
     workers = [Worker("dense", "--worker", kind, *options, **device.variables) for kind in kinds]
     asked = [workload, chain]
     taken = []
@@ -255,9 +278,13 @@ def sitting(
 
 
 def run_times(
-    workloads: dict[str, Any], sittings: int, rounds: int, quick: bool, device: Device
+    workloads: dict[str, Workload], sittings: int, rounds: int, quick: bool, device: Device
 ) -> list[dict[str, Any]]:
     """Step times of every contender on every workload and chain."""
+    for workload, (shapes, _, _) in list(workloads.items()):
+        if device.memory is not None and device.memory < HELD * size(shapes):
+            del workloads[workload]
+            say(f"{workload}: left out, all contenders together need {HELD * size(shapes):,} bytes")
     table = []
     cases = sum(len(chains(workload)) for workload in workloads)
     with progress(cases * sittings * rounds, "round") as bar:
@@ -292,28 +319,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--only", default="", help="workloads whose name holds this text")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--large", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.sittings < 1:
         parser.error("--rounds must be at least 2, --sittings at least 1")
-    workloads = {k: v for k, v in (QUICK if args.quick else WORKLOADS).items() if args.only in k}
-    if not workloads:
-        parser.error(f"no workload's name holds {args.only!r}; there are {list(WORKLOADS)}")
     if args.worker:
-        work(args.worker, workloads)
+        work(args.worker, QUICK if args.quick else workloads(args.large))
         return 0
 
     here = device(args.quick)
+    there_are = QUICK if args.quick else workloads(large=here.platform != "cpu")
+    chosen = {name: about for name, about in there_are.items() if args.only in name}
+    if not chosen:
+        parser.error(f"no workload's name holds {args.only!r}; there are {list(there_are)}")
     results: dict[str, Any] = {"suite": "dense", "quick": args.quick}
     results |= {"sittings": args.sittings, "rounds": args.rounds}
-    results["times"] = run_times(workloads, args.sittings, args.rounds, args.quick, here)
+    results["times"] = run_times(chosen, args.sittings, args.rounds, args.quick, here)
     here.add_bandwidth(results, args.quick)
     for row in results["times"]:
         row["fraction"] = {
             name: fraction(row["least_bytes"], ms, results["bandwidth"])
             for name, ms in row["ms"].items()
             # In bfloat16 the others have moments of two bytes.
-            if name == "adamjax" or "bfloat16" not in workloads[row["workload"]]
+            if name == "adamjax" or "bfloat16" not in chosen[row["workload"]]
         }
     packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
     results["environment"] = environment(*installed(*packages))

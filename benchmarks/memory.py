@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dense import QUICK, WORKLOADS, chains, transform
+from benchmarks.dense import QUICK, chains, transform, workloads
 from benchmarks.measure import RESULTS, environment, installed, save, say
 
 __all__ = ["MODES", "main"]
@@ -136,8 +136,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)
+
+    import jax
+
     results: dict[str, Any] = {"suite": "memory", "quick": args.quick}
-    results["dense"] = dense(QUICK if args.quick else WORKLOADS)
+    on_cpu = jax.default_backend() == "cpu"
+    results["dense"] = dense(QUICK if args.quick else workloads(large=not on_cpu))
     results["tables"] = tables(*(QUICK_TABLE if args.quick else TABLE))
     results["environment"] = environment(*installed("adamjax", "jax", "jaxlib"))
     out = args.out or RESULTS / results["environment"]["platform"] / "memory.json"

@@ -72,6 +72,8 @@ def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> 
 
 
 GRID = _cases((100_000, 1_000_000, 4_000_000), (32, 64, 128), (1024, 8192, 65_536))
+# On an accelerator as well: 5 GB, and as much for each moment.
+LARGE = _cases((10_000_000,), (128,), (8192, 65_536))
 MAIN = _cases((1_000_000,), (64,), (8192,))
 QUICK = _cases((1000, 4000), (8,), (64,))
 QUICK_MAIN = _cases((4000,), (8,), (64,))
@@ -472,14 +474,15 @@ def main(argv: list[str]) -> int:
     chosen = args.contenders.split(";") if args.contenders else list(EVERYONE)
     if unknown := [name for name in chosen if name not in EVERYONE]:
         parser.error(f"no contenders {unknown}; there are {list(EVERYONE)}")
-    main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
+    here = device(args.quick)
+    large = [] if here.platform == "cpu" else LARGE
+    main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID + large)
     main_cases = [case for case in main_cases if args.only in case.name]
     grid = [case for case in grid if args.only in case.name and case not in main_cases]
     grows = args.only in ("", "growth") and not args.quick
     if not (main_cases or grid or grows):
         parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
 
-    here = device(args.quick)
     names = [name for name in chosen if installed(EVERYONE[name][0])]
     for name in chosen:
         if name not in names:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.measure import Device
 
-__all__ = ["SHARED", "Ended", "Team", "Worker", "serve", "shared"]
+__all__ = ["SHARED", "Ended", "Team", "Worker", "asked", "serve", "shared"]
 
 # The worker that serves all contenders, instead of the one whose name it is given.
 SHARED = "all of them"
@@ -67,6 +67,21 @@ class Worker:
             self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+
+def asked(start: Callable[[], Worker], questions: Sequence[Any]) -> list[dict[str, Any]]:
+    """A worker's answers; `{"failed": why}` where it ended, and a new one goes on."""
+    worker, found = start(), []
+    for question in questions:
+        try:
+            found.append(worker.ask(question))
+        except Ended as error:
+            found.append({"failed": str(error)})
+            worker.close()
+            worker = start()
+        print(f"{question}"[:120], found[-1], flush=True)
+    worker.close()
+    return found
 
 
 class Team:

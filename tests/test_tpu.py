@@ -4,12 +4,14 @@ What is asserted is what the compiler says about its program: nothing in it make
 table's size but the scatters into the table that was donated, and the bytes it will take.
 """
 
+import functools
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import tpu
+from benchmarks import hlo, tpu
+from benchmarks.workers import asked
 
 NUM_ROWS = tpu.NUM_ROWS
 # What a TPU pads a row to 128 elements by.
@@ -42,7 +44,8 @@ def compiled():
     cases = [("rows", *case) for case in CASES]
     cases += [("dense", *case, [[PARAMETERS]]) for case in DENSE]
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda part: tpu.asked("v5e", part), (cases[::2], cases[1::2]))
+        start = functools.partial(tpu.compiler, "v5e")
+        halves = pool.map(lambda part: asked(start, part), (cases[::2], cases[1::2]))
         found = {}
         for part, answers in zip((cases[::2], cases[1::2]), halves, strict=True):
             for (_, *case), answer in zip(part, answers, strict=True):
@@ -136,12 +139,12 @@ kind=kLoop, calls=%other, backend_config={"estimated_cycles":"70"}
 def test_bytes_are_those_of_the_large_memory_with_padding():
     table, row = 1000 * 128 * 4, 8 * 128 * 4
     # g to the fast memory; the rows that are read; the slice; the table, read and written.
-    assert tpu.traffic(PROGRAM) == 2 * 1024 + row + row + 2 * table
-    assert tpu.cycles(PROGRAM) == 70
+    assert hlo.traffic(PROGRAM) == 2 * 1024 + row + row + 2 * table
+    assert hlo.cycles(PROGRAM) == 70
 
 
 def test_what_makes_large_arrays():
-    assert tpu.makers(PROGRAM, 64_000) == {
+    assert hlo.makers(PROGRAM, 64_000) == {
         **{"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
     }
 
