@@ -6,16 +6,19 @@ OLDEST := .venv-oldest/bin
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help train test test-oldest test-tpu lint types bench bench-tpu readme docs clean
+.PHONY: help train test test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu readme docs \
+	clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run them with the oldest supported JAX"
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
+	@echo "make test-gpu     compile for a GPU, without one"
 	@echo "make lint types   check style and types"
 	@echo "make bench        measure everything against optax, Keras and torch, and write a report of it"
 	@echo "make bench-tpu    what the TPU's compiler says of steps, without a TPU"
+	@echo "make bench-gpu    what the GPU's compiler says of them, without a GPU"
 	@echo "make docs         build the API reference in build/api"
 	@echo "make readme       write the measured tables into README.md"
 	@echo "make clean        remove what these made"
@@ -33,6 +36,9 @@ test-oldest: .venv-oldest/.test
 test-tpu: .venv-tpu/.test
 	.venv-tpu/bin/python -m pytest tests/test_tpu.py $(ARGS)
 
+test-gpu: .venv-gpu/.test
+	.venv-gpu/bin/python -m pytest tests/test_gpu.py $(ARGS)
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +51,9 @@ bench: .venv/.contenders
 
 bench-tpu: .venv-tpu/.test
 	.venv-tpu/bin/python -m benchmarks tpu $(ARGS)
+
+bench-gpu: .venv-gpu/.test
+	.venv-gpu/bin/python -m benchmarks gpu $(ARGS)
 
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme
@@ -79,5 +88,10 @@ docs: .venv/.test
 	.venv-tpu/bin/python $(PIP) -c constraints.txt -e '.[test,tpu]'
 	@touch $@
 
+.venv-gpu/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python $(PIP) -c constraints.txt -e '.[test,gpu]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-tpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-tpu .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ SUITES = {
     "compile": "what a program of 500 leaves costs to trace and to compile, against optax",
     "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
     "tpu": "what the TPU's compiler says of steps, without a TPU",
+    "gpu": "what the GPU's compiler says of steps, without a GPU",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "what other packages do otherwise, in numbers",
     "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",

@@ -348,6 +348,47 @@ def tpu(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def gpu(results: dict[str, Any]) -> str:
+    """The tables of what the GPU's compiler says."""
+
+    def cell(said: dict[str, Any], name: str, digits: int = 0, scale: float = 1.0) -> str:
+        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
+
+    def both(row: dict[str, Any], name: str, digits: int = 0) -> str:
+        own, other = (cell(row["said"][package], name, digits) for package in _PAIR)
+        return f"{own} ({other})"
+
+    dense = [
+        [
+            *(row["workload"], row["chain"], both(row, "kernels")),
+            *(both(row, "bytes", 2), both(row, "temporary_bytes", 2)),
+        ]
+        for row in results["dense"]
+    ]
+    rows = [
+        [
+            *(f"{short(row['rows'])} x {row['width']}", kind),
+            *(cell(said, name) for name in ("kernels", "round_trips")),
+            *(cell(said, "bytes", 0, 1e6), cell(said, "temporary_bytes", 1, 1e6)),
+        ]
+        for row in results["rows"]
+        for kind, said in row["said"].items()
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in results["environment"]["versions"].items())
+    return "\n\n".join(
+        [
+            f"**What the compiler says for an {results['device']}, never times**; {versions}, "
+            f"{results['environment']['date']}. In brackets optax's; bytes are those of a "
+            "parameter, between the GPU and its memory.",
+            _table(["workload", "chain", "kernels", "bytes", "temporaries, bytes"], dense),
+            "A train step that reads 8,192 rows of a table, in MB:",
+            _table(
+                ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"], rows
+            ),
+        ]
+    )
+
+
 _PAIR = ("adamjax", "optax")
 # What is shown of a step on a table, and its decimals.
 _OF_ROWS = {"arguments": 0, "temporary": 1}
@@ -367,6 +408,7 @@ SUITES = {
     "models": models,
     "differences": differences,
     "tpu": tpu,
+    "gpu": gpu,
 }
 
 

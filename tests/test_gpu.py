@@ -1,0 +1,104 @@
+"""Steps compiled for a GPU by XLA's own compiler, without there being one.
+
+What is asserted is what the compiler says about its program: how many kernels it launches, whether
+it waits for the host, and that nothing in it makes an array of a table's size but the scatters into
+the tables that were donated.
+"""
+
+import functools
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.workers import asked
+
+NUM_ROWS, WIDTH = 1_000_000, 64
+SMALL = [(64,)] * 2000
+CASES = {
+    **{
+        kind: ("rows", kind, WIDTH, NUM_ROWS)
+        for kind in (
+            *("rows=dense", "rows=lazy", "exact_rows", "followed exact", "decayed"),
+            *("flush", "dense gradient"),
+        )
+    },
+    "one leaf": ("dense", "adamjax", "adam", [(2**26,)]),
+    "average": ("dense", "adamjax", "clip + adamw + average", [(2**26,)]),
+    "optax, clip + adamw": ("dense", "optax", "clip + adamw", [(2**26,)]),
+    "small": ("dense", "adamjax", "clip + adam, grouped", SMALL),
+    "10 small": ("dense", "adamjax", "clip + adam", SMALL[:10]),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler says about each case."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("XLA's compiler for CUDA is not installed: make test-gpu")
+    names = list(CASES)
+    with ThreadPoolExecutor(2) as pool:
+        halves = [names[::2], names[1::2]]
+        questions = [[CASES[name] for name in half] for half in halves]
+        found = {}
+        answers = pool.map(functools.partial(asked, gpu.compiler), questions)
+        for half, part in zip(halves, answers, strict=True):
+            found |= dict(zip(half, part, strict=True))
+    assert not any("failed" in answer for answer in found.values()), found
+    return found
+
+
+IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusion"}
+
+
+@pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "followed exact", "decayed", "flush"])
+def test_a_step_on_a_table_makes_nothing_of_its_size(compiled, kind):
+    found = compiled[kind]
+    assert set(found["makers"]) <= IN_PLACE, found["makers"]
+    assert found["temporary_bytes"] <= 0.04 * found["table_bytes"], found
+    assert found["donated_bytes"] >= found["tables_bytes"]
+
+
+def test_rows_dense_makes_no_temporary_of_a_tables_size(compiled):
+    assert compiled["rows=dense"]["temporary_bytes"] <= 0.04 * compiled["rows=dense"]["table_bytes"]
+
+
+def test_a_table_sized_temporary_would_be_seen(compiled):
+    found = compiled["dense gradient"]
+    assert found["temporary_bytes"] >= found["table_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact"])
+def test_a_train_step_never_waits_for_the_host(compiled, kind):
+    assert compiled[kind]["round_trips"] == 0
+
+
+def test_waiting_would_be_seen(compiled):
+    """Prepared by hand, `update` compares indices; flushing goes block by block."""
+    assert compiled["decayed"]["round_trips"] == compiled["flush"]["round_trips"] == 1
+
+
+def test_a_step_moves_what_its_rows_are(compiled):
+    """Of 8,192 rows: parameter and moments are read and written, gathered and sorted about."""
+    rows = 8192 * WIDTH * 4
+    # And an int32 for each row of the table, cleared; it is counted where it is cleared.
+    beside = 4 * NUM_ROWS
+    for kind, most in (("rows=lazy", 21), ("exact_rows", 30)):
+        assert compiled[kind]["bytes"] <= most * rows + beside, compiled[kind]
+
+
+def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
+    assert 28 <= compiled["one leaf"]["bytes"] <= 1.01 * 28
+    assert compiled["one leaf"]["temporary_bytes"] < 0.01
+
+
+def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):
+    most = compiled["optax, clip + adamw"]["bytes"] + 8
+    assert compiled["average"]["bytes"] <= 1.001 * most
+
+
+def test_two_thousand_small_leaves_are_a_few_kernels(compiled):
+    """Joining and splitting included; apart, each leaf is a kernel at least."""
+    assert compiled["10 small"]["kernels"] >= 10
+    assert compiled["small"]["kernels"] <= 2000 / 10
