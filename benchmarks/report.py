@@ -176,9 +176,17 @@ def _at_the_limit(told: Summary, results: dict[str, Any]) -> None:
             told.say(f"Steps on rows ({row['indices']} indices): {', '.join(each)} {limit}.")
     if "memory" in results:
         rows = results["memory"]["dense"]
-        most = max(row["temporary_bytes"] / row["parameter_bytes"] for row in rows)
-        share = told.quote(100 * most, ".2g")
-        told.say(f"A dense step's temporaries take {share}% of the parameters' bytes at most.")
+        most: dict[bool, float] = {}
+        for row in rows:
+            joined = "grouped" in row["chain"]
+            share = 100 * row["temporary_bytes"] / row["parameter_bytes"]
+            most[joined] = max(share, most.get(joined, 0))
+        shares = {joined: told.quote(share, ".1f") for joined, share in most.items()}
+        beside = f", {shares[True]}% where small leaves are joined" if True in shares else ""
+        told.say(
+            f"A dense step's temporaries take {shares[False]}% of the parameters' bytes at most"
+            f"{beside}."
+        )
         held = [
             f"{told.quote(row['temporary_bytes'] / 1e6, ',.1f')} MB ({row['mode']})"
             for row in results["memory"].get("tables", ())
