@@ -312,15 +312,19 @@ def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
         return ids, ids
     by_scratch = functools.partial(_by_scratch, num_rows)
     by_sort = functools.partial(_by_sort, num_rows)
-    if num_rows > _SCRATCH_ROWS * ids.size:
+    if num_rows <= _SCRATCH_ROWS * ids.size:
+        return jax.lax.platform_dependent(ids, tpu=by_sort, default=by_scratch)
+    if num_rows > _SCRATCH_ROWS_ON_GPU * ids.size:
         return by_sort(ids)
-    return jax.lax.platform_dependent(ids, tpu=by_sort, default=by_scratch)
+    return jax.lax.platform_dependent(ids, cuda=by_scratch, rocm=by_scratch, default=by_sort)
 
 
 # Rows of a table for each id, up to which it is cheaper to clear an int32 a row than to sort:
 # at 1M rows and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms.
-# A TPU sorts fast and scatters single numbers slowly.
+# A TPU sorts fast and scatters single numbers slowly. A GPU clears 134 MB, for 8,192 ids the most
+# here, in 0.05 ms at 3 TB/s; searching the sorted ids is a loop of dozens of kernels.
 _SCRATCH_ROWS = 512
+_SCRATCH_ROWS_ON_GPU = 4096
 
 
 def _by_scratch(num_rows: int, ids: chex.Array) -> tuple[chex.Array, chex.Array]:

@@ -3,10 +3,10 @@
 XLA compiles for a GPU that is not there, of which it is told the properties. A case is a jitted,
 donated step. Of the program that comes out we read
 
-- the kernels: what the program's entry launches, each of which costs microseconds, however little
-  it does;
-- the round trips: loops and branches of the entry, at which the GPU waits until the host has seen
-  a number. What is in them is not counted;
+- the kernels: what the program launches, each of which costs microseconds, however little it does;
+  those of a loop as often as it goes round, where the compiler knows how often;
+- the round trips: branches and other loops, at which the GPU waits until the host has seen a
+  number. What is in them is not counted;
 - the bytes between the GPU and its memory: for every instruction of the entry the arrays that it
   reads and writes. What reads or writes rows of a table counts with these rows alone;
 - the bytes of temporaries, and the instructions that copy an array of a table's size.
@@ -18,6 +18,7 @@ import argparse
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ from benchmarks.measure import RESULTS, environment, save
 from benchmarks.programs import ROWS, Case, program, size
 from benchmarks.workers import Worker, asked, serve
 
-__all__ = ["compiler", "main"]
+__all__ = ["compiler", "launches", "main"]
 
 # The properties of an H100 (SXM), as XLA asks for them.
 H100 = """
@@ -72,6 +73,34 @@ QUICK_TABLES = ((20_000, 64),)
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
+def launches(text: str) -> tuple[int, int]:
+    """The kernels that a program launches, and its round trips."""
+    bodies = {
+        found[1]: body
+        for body in text.split("\n}")
+        if (found := re.search(r"^(?:ENTRY )?%?(\S+) \(.*\{$", body, re.MULTILINE))
+    }
+
+    def count(body: str) -> tuple[int, int]:
+        kernels = waits = 0
+        for _, _, opcode, rest in instructions(body):
+            if opcode in _FREE or opcode.endswith("-done"):
+                continue
+            rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            inner = re.search(r"(?:body|to_apply)=%?([\w.-]+)", rest)
+            if inner and (opcode == "call" or (opcode == "while" and rounds)):
+                each = count(bodies[inner[1]])
+                times = int(rounds[1]) if rounds else 1
+                kernels, waits = kernels + times * each[0], waits + times * each[1]
+            elif opcode in ("while", "conditional"):
+                waits += 1
+            else:
+                kernels += 1
+        return kernels, waits
+
+    return count(entry(text))
+
+
 def said(case: Case, device: Any) -> dict[str, Any]:
     """What the compiler says about a case."""
     import jax
@@ -79,10 +108,9 @@ def said(case: Case, device: Any) -> dict[str, Any]:
     function, arguments = program(case, device)
     compiled = function.lower(*arguments).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    opcodes = [opcode for _, _, opcode, _ in instructions(entry(text)) if opcode not in _FREE]
-    waits = sum(opcode in ("while", "conditional") for opcode in opcodes)
+    kernels, waits = launches(text)
     found = {
-        "kernels": sum(not opcode.endswith("-done") for opcode in opcodes) - waits,
+        "kernels": kernels,
         "round_trips": waits,
         "bytes": traffic(text),
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -177,7 +205,7 @@ def main(argv: list[str]) -> int:
     if args.worker:
         work()
         return 0
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         parser.error("XLA's compiler for CUDA is not installed: make bench-gpu")
     # Nothing here runs on a device.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -28,6 +28,7 @@ CASES = {
     "average": ("dense", "adamjax", "clip + adamw + average", [(2**26,)]),
     "optax, clip + adamw": ("dense", "optax", "clip + adamw", [(2**26,)]),
     "small": ("dense", "adamjax", "clip + adam, grouped", SMALL),
+    "large": ("rows", "exact_rows", 128, 10_000_000),
     "10 small": ("dense", "adamjax", "clip + adam", SMALL[:10]),
 }
 
@@ -35,7 +36,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says about each case."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("XLA's compiler for CUDA is not installed: make test-gpu")
     names = list(CASES)
     with ThreadPoolExecutor(2) as pool:
@@ -56,7 +57,7 @@ IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusi
 def test_a_step_on_a_table_makes_nothing_of_its_size(compiled, kind):
     found = compiled[kind]
     assert set(found["makers"]) <= IN_PLACE, found["makers"]
-    assert found["temporary_bytes"] <= 0.04 * found["table_bytes"], found
+    assert found["temporary_bytes"] <= 0.06 * found["table_bytes"], found
     assert found["donated_bytes"] >= found["tables_bytes"]
 
 
@@ -69,14 +70,23 @@ def test_a_table_sized_temporary_would_be_seen(compiled):
     assert found["temporary_bytes"] >= found["table_bytes"]
 
 
-@pytest.mark.parametrize("kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact"])
+@pytest.mark.parametrize(
+    "kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large"]
+)
 def test_a_train_step_never_waits_for_the_host(compiled, kind):
     assert compiled[kind]["round_trips"] == 0
 
 
 def test_waiting_would_be_seen(compiled):
-    """Prepared by hand, `update` compares indices; flushing goes block by block."""
-    assert compiled["decayed"]["round_trips"] == compiled["flush"]["round_trips"] == 1
+    """Prepared by hand, `update` compares indices."""
+    assert compiled["decayed"]["round_trips"] == 1
+
+
+@pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "large"])
+def test_a_train_step_is_a_few_dozen_kernels(compiled, kind):
+    """Whatever the table's size; and flushing goes through it block by block."""
+    assert compiled[kind]["kernels"] <= 36
+    assert compiled["flush"]["kernels"] > NUM_ROWS / 8192
 
 
 def test_a_step_moves_what_its_rows_are(compiled):
@@ -102,3 +112,39 @@ def test_two_thousand_small_leaves_are_a_few_kernels(compiled):
     """Joining and splitting included; apart, each leaf is a kernel at least."""
     assert compiled["10 small"]["kernels"] >= 10
     assert compiled["small"]["kernels"] <= 2000 / 10
+
+
+# --- what is read of a program, without a compiler ------------------------------------------------
+
+PROGRAM = """HloModule jit_step
+
+%body.1 (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %carry = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[8]{0} fusion(%carry), kind=kLoop, calls=%fused
+  %next = s32[] fusion(%i), kind=kLoop, calls=%fused.1
+  ROOT %both = (s32[], f32[8]{0}) tuple(%next, %x)
+}
+
+%graph.2 (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %copy.2 = f32[8]{0} copy(%a)
+}
+
+ENTRY %main.3 (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %start = (s32[], f32[8]{0}) fusion(%a), kind=kLoop, calls=%fused.2
+  %often = (s32[], f32[8]{0}) while(%start), condition=%c, body=%body.1, \
+backend_config={"known_trip_count":{"n":"7"}}
+  %while = (s32[], f32[8]{0}) while(%often), condition=%c.2, body=%body.1
+  %last = f32[8]{0} get-tuple-element(%while), index=1
+  %sent = (f32[8]{0}, f32[8]{0}) copy-start(%last)
+  %came = f32[8]{0} copy-done(%sent)
+  ROOT %called = f32[8]{0} call(%came), to_apply=%graph.2
+}
+""".replace("\\\n", "")
+
+
+def test_launches_and_round_trips():
+    """A fusion, seven rounds of two, a copy, one that is called; and a loop nobody can count."""
+    assert gpu.launches(PROGRAM) == (1 + 7 * 2 + 1 + 1, 1)
