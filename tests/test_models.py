@@ -244,7 +244,10 @@ def test_a_dense_step_holds_more():
 
 
 def test_tracing_takes_at_most_twice_as_long(monkeypatch):
-    """The least of several in turn, in seconds of the processor, which may have other work."""
+    """The least of several in turn, in seconds of the processor, which may have other work.
+
+    Beside other work even the least of a few is too long now and then, so there are more of both.
+    """
 
     def taken_by(function):
         start = time.process_time()
@@ -256,12 +259,15 @@ def test_tracing_takes_at_most_twice_as_long(monkeypatch):
     taken = {name: [] for name in ("jax", "rows")}
     gc.freeze()  # What other tests left need not be looked at before each.
     try:
-        for _ in range(8):
-            for name, times in taken.items():
-                times.append(models.traced(model, name))
+        for rounds in (9, 16, 32):
+            for _ in range(rounds):
+                for name, times in taken.items():
+                    times.append(models.traced(model, name))
+            if holds := min(taken["rows"][1:]) < 2 * min(taken["jax"][1:]):
+                break
     finally:
         gc.unfreeze()
-    assert min(taken["rows"][1:]) < 2 * min(taken["jax"][1:])
+    assert holds, taken
 
 
 # --- the suite ------------------------------------------------------------------------------------
