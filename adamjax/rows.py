@@ -308,8 +308,12 @@ def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
       int32[n] and int32[n]; the place of `num_rows` is n.
     """
     ids = everywhere(ids)
-    if ids.size == 0:
-        return ids, ids
+    return _distinct(num_rows, ids) if ids.size else (ids, ids)
+
+
+# Jitted, JAX traces it once for all tables and steps of these sizes; inline, it leaves no trace.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _distinct(num_rows: int, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
     by_scratch = functools.partial(_by_scratch, num_rows)
     by_sort = functools.partial(_by_sort, num_rows)
     if num_rows <= _SCRATCH_ROWS * ids.size:
