@@ -226,6 +226,23 @@ def rows(results: dict[str, Any]) -> str:
         "dense gradients and torch's SparseAdam take):"
     )
     parts.append(_table(["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)], grid))
+    if paged := results.get("pages"):
+        ways = [*paged[0]["ms"]]
+        parts.append(f"{paged[0]['reads']:,} indices, by the pages of the memory, in ms:")
+        parts.append(
+            _table(
+                ["contender", "indices", *ways, f"{ways[1]} by {ways[0]}"],
+                [
+                    [
+                        row["contender"],
+                        row["indices"],
+                        *(_range(row["ms"][way], 1) for way in ways),
+                        _range(row["ratio"], 2),
+                    ]
+                    for row in paged
+                ],
+            )
+        )
     return "\n\n".join(parts)
 
 

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -232,39 +233,67 @@ def measure(team: Team, cases: Sequence[Case], rounds: int) -> Iterator[Taken]:
     yield from found.values()
 
 
-# Whose growth is measured.
-GROWING = ("exact", "lazy", "torch sparse")
+@dataclass(frozen=True)
+class Twice:
+    """What some contenders are measured in two ways of, all in turn.
+
+    Attributes:
+      cases: what is measured.
+      ways: by name, what differs: of a case, and of a process' environment.
+      names: the contenders.
+    """
+
+    cases: Sequence[Case]
+    ways: dict[str, tuple[dict[str, Any], dict[str, str]]]
+    names: Sequence[str] = ("exact", "lazy", "torch sparse")
 
 
-def measure_growth(
-    names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
-) -> list[dict[str, Any]]:
-    """How a step's time grows from the least table to the largest, all of them in turn."""
-    sizes = {short(case.rows): case.rows for case in (GRID[0], GRID[-1])}
-    least, most = sizes
-    kept = [name for name in GROWING if name in names]
-    players = {f"{name} {size}": name for name in kept for size in sizes}
-    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in MAIN}
-    for _ in range(sittings):
-        with Team("rows", players, device, bar) as team:
-            for kind, case in [("table", MAIN[0]), *(("case", case) for case in MAIN)]:
-                for player in players:
-                    sized = replace(case, rows=sizes[player.split()[-1]])
-                    team.ask([player], [kind, *vars(sized).values()])
-                if kind == "case":
-                    turns = [team.in_turn(list(players), number) for number in range(rounds)]
-                    taken[case.indices] += [t for t in turns if len(t) == len(players)]
-    return [
+_SIZES = (GRID[0].rows, GRID[-1].rows)
+TWICE = {
+    "growth": Twice(MAIN, {short(rows): ({"rows": rows}, {}) for rows in _SIZES}),
+    # XLA takes the temporaries of a step from malloc at once, and glibc maps what is larger than
+    # 32 MB anew each time: at so many indices that is most of the step.
+    "pages": Twice(
+        _cases((1_000_000,), (64,), (65_536,)),
         {
-            "indices": indices,
-            "contender": name,
-            "ms": {size: rounded([1e3 * t[f"{name} {size}"] for t in turns]) for size in sizes},
-            "ratio": rounded([t[f"{name} {most}"] / t[f"{name} {least}"] for t in turns]),
+            "small pages": ({}, {"GLIBC_TUNABLES": ""}),
+            "huge pages": ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+        },
+    ),
+}
+
+
+def measure_twice(
+    twice: Twice, names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
+) -> list[dict[str, Any]]:
+    """Samples of the contenders in both ways, in turn, and their ratio: the second by the first."""
+    kept = [name for name in twice.names if name in names]
+    players = {f"{name}, {way}": (name, way) for name in kept for way in twice.ways}
+    contenders = {player: name for player, (name, _) in players.items()}
+    variables = {player: twice.ways[way][1] for player, (_, way) in players.items()}
+    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in twice.cases}
+    for _ in range(sittings):
+        with Team("rows", contenders, device, bar, variables) as team:
+            first = twice.cases[0]
+            for kind, case in [("table", first), *(("case", case) for case in twice.cases)]:
+                for player, (_, way) in players.items():
+                    own = replace(case, **twice.ways[way][0])
+                    team.ask([player], [kind, *vars(own).values()])
+                if kind == "case":
+                    turns = (team.in_turn(list(players), number) for number in range(rounds))
+                    taken[case.indices] += turns
+    found = []
+    for indices, name in itertools.product(taken, kept):
+        both = [[turn.get(f"{name}, {way}") for way in twice.ways] for turn in taken[indices]]
+        if any(None in times for times in both):
+            continue  # it ended
+        row = {"indices": indices, "reads": twice.cases[0].reads, "contender": name}
+        row["ms"] = {
+            way: rounded([1e3 * x for x in times])
+            for way, times in zip(twice.ways, zip(*both, strict=True), strict=True)
         }
-        for indices, turns in taken.items()
-        for name in kept
-        if turns
-    ]
+        found.append(row | {"ratio": rounded([after / before for before, after in both])})
+    return found
 
 
 def _shown(row: dict[str, Any], began: float) -> None:
@@ -280,13 +309,20 @@ def _in_grid(names: Sequence[str]) -> list[str]:
 
 
 def _samples(
-    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], grows: bool, args: Any
+    main_cases: Sequence[Case],
+    grid: Sequence[Case],
+    names: Sequence[str],
+    twice: Sequence[str],
+    args: Any,
 ) -> int:
     """How many samples there will be, if nobody ends before."""
     rounds = args.sittings * args.rounds
     count = rounds * sum(case.takes(name) for case in main_cases for name in names)
     count += args.grid_rounds * sum(case.takes(name) for case in grid for name in _in_grid(names))
-    return count + grows * rounds * len(MAIN) * 2 * sum(name in names for name in GROWING)
+    for each in (TWICE[what] for what in twice):
+        playing = sum(name in names for name in each.names)
+        count += rounds * len(each.cases) * len(each.ways) * playing
+    return count
 
 
 def _add_limits(results: dict[str, Any]) -> None:
@@ -457,7 +493,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sittings", type=int, default=4, help="of the main case (default 4)")
     parser.add_argument("--grid-rounds", type=int, default=3, help="of the others (default 3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--only", default="", help="cases whose name holds this text, or growth")
+    parser.add_argument(
+        "--only", default="", help=f"cases whose name holds this text, or {' or '.join(TWICE)}"
+    )
     parser.add_argument("--contenders", help=f"some of: {'; '.join(EVERYONE)}; split by ;")
     parser.add_argument("--out", type=Path, help="where to write the JSON, the plot beside it")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw these results and no more")
@@ -479,8 +517,10 @@ def main(argv: list[str]) -> int:
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID + large)
     main_cases = [case for case in main_cases if args.only in case.name]
     grid = [case for case in grid if args.only in case.name and case not in main_cases]
-    grows = args.only in ("", "growth") and not args.quick
-    if not (main_cases or grid or grows):
+    twice = [what for what in TWICE if args.only in ("", what) and not args.quick]
+    if here.platform != "cpu" or sys.platform != "linux":
+        twice = [what for what in twice if what != "pages"]
+    if not (main_cases or grid or twice):
         parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
 
     names = [name for name in chosen if installed(EVERYONE[name][0])]
@@ -493,14 +533,14 @@ def main(argv: list[str]) -> int:
 
     results: dict[str, Any] = {"suite": "rows", "quick": args.quick}
     results |= {"sittings": args.sittings, "rounds": args.rounds, "grid_rounds": args.grid_rounds}
-    with progress(_samples(main_cases, grid, names, grows, args)) as bar:
+    with progress(_samples(main_cases, grid, names, twice, args)) as bar:
         results["times"] = run(main_cases, grid, names, args, here, bar)
-        results["growth"] = []
-        if grows:
-            rounds = (args.sittings, args.rounds)
-            results["growth"] = measure_growth(names, *rounds, here, bar)
-    for row in results["growth"]:
-        times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
+        rounds = (args.sittings, args.rounds)
+        for what in TWICE:
+            both = (TWICE[what], names, *rounds, here, bar)
+            results[what] = measure_twice(*both) if what in twice else []
+    for row in (row for what in twice for row in results[what]):
+        times = ", ".join(f"{way} {ms['median']:.1f} ms" for way, ms in row["ms"].items())
         by = row["ratio"]["median"]
         print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
     results["bounds"] = []
