@@ -252,7 +252,7 @@ _SIZES = (GRID[0].rows, GRID[-1].rows)
 TWICE = {
     "growth": Twice(MAIN, {short(rows): ({"rows": rows}, {}) for rows in _SIZES}),
     # XLA takes the temporaries of a step from malloc at once, and glibc maps what is larger than
-    # 32 MB anew each time: at so many indices that is most of the step.
+    # 32 MB anew each time: at so many indices that is a good part of the step.
     "pages": Twice(
         _cases((1_000_000,), (64,), (65_536,)),
         {

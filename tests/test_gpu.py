@@ -57,8 +57,26 @@ IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusi
 def test_a_step_on_a_table_makes_nothing_of_its_size(compiled, kind):
     found = compiled[kind]
     assert set(found["makers"]) <= IN_PLACE, found["makers"]
-    assert found["temporary_bytes"] <= 0.06 * found["table_bytes"], found
     assert found["donated_bytes"] >= found["tables_bytes"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("rows=lazy", "exact_rows", "followed exact", "flush"),
+        pytest.param(
+            "decayed",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="prepared by hand, `update` compares indices, in a loop that all that is "
+                "ready goes through: 0.052 of the table",
+            ),
+        ),
+    ],
+)
+def test_temporaries_are_as_small_as_the_rows(compiled, kind):
+    found = compiled[kind]
+    assert found["temporary_bytes"] <= 0.04 * found["table_bytes"], found
 
 
 def test_rows_dense_makes_no_temporary_of_a_tables_size(compiled):
