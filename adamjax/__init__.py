@@ -27,6 +27,7 @@ from adamjax.layout import Packing, formats, packing, row_major
 from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
 from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
+from adamjax.paths import optional
 from adamjax.reading import (
     averaged_weights,
     get_slot,
@@ -60,6 +61,7 @@ __all__ = [
     "identity",
     "masked",
     "partition",
+    "optional",
     "apply_updates",
     "Transform",
     # gradients

@@ -92,7 +92,7 @@ class weight_ema(Transform):
 
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, WeightEmaState)
         params = needed("weight_ema", params)
         count = next_count(state.count)
@@ -103,7 +103,7 @@ class weight_ema(Transform):
             "weight_ema",
             _ema,
             lambda real: _Ema(averaging(self.momentum, real), due),
-            grads,
+            updates,
             slots=(state.average,),
             params=params,
         )

@@ -93,12 +93,12 @@ class clip_by_value(Stateless):
     def __post_init__(self) -> None:
         self._check("limit", POSITIVE)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         (clipped,) = lift(
             "clip_by_value",
             _clipped_by_value,
             lambda real: scalar(self.limit, real),
-            grads,
+            updates,
             like=params,
         )
         return clipped, state
@@ -125,12 +125,12 @@ class clip_by_norm(Stateless):
     def __post_init__(self) -> None:
         self._check("max_norm", POSITIVE)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         (clipped,) = lift(
             "clip_by_norm",
             _clipped_by_norm,
             lambda real: scalar(self.max_norm, real),
-            grads,
+            updates,
             like=params,
             rows="whole",
         )

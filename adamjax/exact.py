@@ -656,7 +656,7 @@ class exact_rows(Transform):
 
     def update(
         self,
-        grads: Tree,
+        updates: Tree,
         state: Any,
         params: Tree = None,
         *,
@@ -665,7 +665,7 @@ class exact_rows(Transform):
     ) -> Step:
         params = needed("exact_rows", params)
         tables = self._expected(state, params)
-        leaves = matched("exact_rows", "grads", grads, params, "params")
+        leaves = matched("exact_rows", "grads", updates, params, "params")
         ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
 
         def small(values: dict[int, Any], tree: Tree) -> Tree:
@@ -698,16 +698,16 @@ class exact_rows(Transform):
                 ]
             )
 
-        clock, updates, states = state.clock + 1, flatten(moves)[0], {}
+        clock, moved, states = state.clock + 1, flatten(moves)[0], {}
         for t in tables:
             rows, known = ready[t.leaf], state.tables[t.path]
             # What they lag behind and the step in one go: so the table is rounded once, and where
             # nothing in the chain reads the weights they need not be gathered.
-            way = rows.moved + updates[t.leaf].astype(t.real)
+            way = rows.moved + moved[t.leaf].astype(t.real)
             way = way.astype(jnp.promote_types(dtype_of(leaves[t.leaf]), t.dtype))
             if rows.indices is not None:
                 way = RowGradient(rows.indices, way, num_rows=t.num_rows, lazy=True)
-            updates[t.leaf] = way
+            moved[t.leaf] = way
             # Never back; needed so that it is read before it is written, as with the ring.
             last = jnp.where(clock - rows.last > 0, clock, rows.last)
             states[t.path] = TableState(
@@ -716,7 +716,7 @@ class exact_rows(Transform):
                 ring=self._advanced(t, state, params, rows.spoilt),
             )
         inner = over_slots(put_back, inner, state.inner)
-        return treedef.unflatten(updates), ExactRowsState(inner, clock, states)
+        return treedef.unflatten(moved), ExactRowsState(inner, clock, states)
 
     def _ready(
         self, table: _Table, state: ExactRowsState, params: Tree, g: Any, ticket: Ticket | None

@@ -156,13 +156,13 @@ class grouped(Transform):
         plan = _planned(params, self.max_size)
         return self.tx.init(plan.join(flatten(params)[0]))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         plan, like_name = _plan_of(state), "the state"
         if plan is None:
-            like, like_name = (grads, "grads") if params is None else (params, "params")
+            like, like_name = (updates, "grads") if params is None else (params, "params")
             plan = _planned(like, self.max_size)
         kept, plan = plan, _seen_in(plan, params)
-        leaves = matched("grouped", "grads", grads, plan.like, like_name)
+        leaves = matched("grouped", "grads", updates, plan.like, like_name)
         columns = [leaves]
         if params is not None:
             beside = matched("grouped", "params", params, plan.like, like_name, grads=leaves)

@@ -184,9 +184,10 @@ class accumulate_gradients(Transform):
         total = treedef.unflatten(total)
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, AccumulateGradientsState)
-        _, total = lift("accumulate_gradients", _add, nothing, grads, (state.total,), rows="whole")
+        slots = (state.total,)
+        _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
         count = state.micro_count + 1
         due = count >= jnp.asarray(self.steps, count.dtype)
 
@@ -205,7 +206,7 @@ class accumulate_gradients(Transform):
             rest = jax.tree.map(emptied, alive, total, is_leaf=is_leaf)
             return updates, (rest, inner)
 
-        updates, (total, inner) = _conditional(due, step, grads, (total, state.inner))
+        updates, (total, inner) = _conditional(due, step, updates, (total, state.inner))
         return updates, AccumulateGradientsState(jnp.where(due, 0, count), total, inner)
 
     @property
@@ -263,16 +264,16 @@ class skip_not_finite(Transform):
     def init(self, params: Tree) -> SkipNotFiniteState:
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, SkipNotFiniteState)
         finite = reduced(
-            "skip_not_finite", _all_finite, jnp.logical_and, grads, empty=jnp.array(True)
+            "skip_not_finite", _all_finite, jnp.logical_and, updates, empty=jnp.array(True)
         )
 
         def step(alive: Tree) -> Step:
             return self.tx.update(alive, state.inner, params, **extra_args)
 
-        updates, inner = _conditional(finite, step, grads, state.inner)
+        updates, inner = _conditional(finite, step, updates, state.inner)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))
         return updates, SkipNotFiniteState(skipped, inner)
 

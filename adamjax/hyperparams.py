@@ -135,9 +135,9 @@ class with_hyperparams(Transform):
         kept = {name: jnp.array(x, jnp.result_type(x), copy=True) for name, x in given}
         return HyperparamsState(kept, _with(self.tx, kept).init(params))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         tx = self.resolved(state)
-        updates, inner = tx.update(grads, state.inner, params, **extra_args)
+        updates, inner = tx.update(updates, state.inner, params, **extra_args)
         return updates, HyperparamsState(state.hyperparams, inner)
 
     def __repr__(self) -> str:

@@ -54,12 +54,12 @@ class masked(Transform):
     def init(self, params: Tree) -> Any:
         return self.tx.init(_keep(params, selected(self.pattern, params)))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         if params is None:
-            leaves, treedef = flatten(grads)
-            flags = selected(self.pattern, grads)
+            leaves, treedef = flatten(updates)
+            flags = selected(self.pattern, updates)
         else:
-            leaves = matched("masked", "grads", grads, params, "params")
+            leaves = matched("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
             flags = selected(self.pattern, params)
             params = _keep(params, flags)
@@ -147,22 +147,22 @@ class partition(Transform):
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(tx.init(self._share(params, i)) for i, tx in enumerate(self.parts))
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, tuple)
         if len(state) != len(self.parts):
             raise ValueError(
                 f"partition: the state has {len(state)} parts for {len(self.parts)} transforms; "
                 f"was it made by the init of {self!r}?"
             )
-        updates, treedef = flatten(grads)
-        owners, states = self._owners(grads), []
+        given, (leaves, treedef) = updates, flatten(updates)
+        owners, states = self._owners(given), []
         for i, (tx, part) in enumerate(zip(self.parts, state, strict=True)):
             seen = None if params is None else self._share(params, i)
-            moved, part = tx.update(self._share(grads, i), part, seen, **extra_args)
+            moved, part = tx.update(self._share(given, i), part, seen, **extra_args)
             states.append(part)
-            moves = zip(updates, flatten(moved)[0], owners, strict=True)
-            updates = [u if owner == i else kept for kept, u, owner in moves]
-        return treedef.unflatten(updates), tuple(states)
+            moves = zip(leaves, flatten(moved)[0], owners, strict=True)
+            leaves = [u if owner == i else kept for kept, u, owner in moves]
+        return treedef.unflatten(leaves), tuple(states)
 
     def __repr__(self) -> str:
         rules = list(zip(self.patterns, self.transforms, strict=True))

@@ -13,11 +13,14 @@ __all__ = [
     "Mask",
     "checked_mask",
     "checked_rules",
+    "expect_matches",
     "first_match",
     "flatten",
     "is_leaf",
     "leaf_paths",
+    "optional",
     "selected",
+    "unique_paths",
 ]
 
 # A pattern for `re.search`, or a function from a tree to a tree of bools (optax's masks).
@@ -47,12 +50,60 @@ def leaf_paths(tree: Tree) -> list[str]:
     return paths
 
 
+def unique_paths(owner: str, tree: Tree) -> list[str]:
+    """`leaf_paths` where paths are keys: an error if two leaves have the same one."""
+    paths = leaf_paths(tree)
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            raise ValueError(
+                f"{owner}: two leaves have the path {path!r}, by which leaves are told apart here: "
+                "rename a key, as in {'a/b': x, 'a': {'b': y}}, so that all paths differ"
+            )
+        seen.add(path)
+    return paths
+
+
 def _is_variable(x: Any) -> bool:
     return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
 
 
 def _is_named(x: Any) -> bool:
     return is_leaf(x) or _is_variable(x)
+
+
+class optional(str):
+    """A path pattern that may match no leaf; `init` refuses any other one that matches none.
+
+    It can stand wherever a pattern can: in `by_path`, `partition`, `masked`, `mask=`, `tables`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> rates = adamjax.by_path([(adamjax.optional("bias$"), 0.1)], default=0.01)
+    >>> state = adamjax.adam(rates).init({"kernel": jnp.zeros(2)})
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"optional({str.__repr__(self)})"
+
+
+def expect_matches(owner: str, patterns: Iterable[str], tree: Tree) -> None:
+    """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
+
+    A leaf that is `None` is not there. A tree without leaves is not checked.
+    """
+    pairs = zip(leaf_paths(tree), flatten(tree)[0], strict=True)
+    paths = [path for path, leaf in pairs if leaf is not None]
+    for pattern in patterns:
+        if isinstance(pattern, optional) or not paths:
+            continue
+        if not any(re.search(pattern, path) for path in paths):
+            shown = f"{paths[:20]}{' and others' if len(paths) > 20 else ''}"
+            raise ValueError(
+                f"{owner}: the pattern {pattern!r} matches no leaf; the paths are {shown}. If that "
+                f"is meant, write adamjax.optional({pattern!r})"
+            )
 
 
 def checked_pattern(owner: str, pattern: Any) -> str:

@@ -36,7 +36,7 @@ class sum_over(Stateless):
     keeps_zero = True
     joinable = True
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         def gathered(x: Any) -> Any:
             return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 
@@ -52,6 +52,6 @@ class sum_over(Stateless):
             rows = row_gradient(gathered(g.indices), gathered(g.values), g.num_rows)
             return rows.replace(lazy=g.lazy)
 
-        like, like_name = (grads, "grads") if params is None else (params, "params")
-        leaves = matched("sum_over", "grads", grads, like, like_name)
+        like, like_name = (updates, "grads") if params is None else (params, "params")
+        leaves = matched("sum_over", "grads", updates, like, like_name)
         return flatten(like)[1].unflatten(map(summed, leaves)), state

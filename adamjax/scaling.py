@@ -160,7 +160,7 @@ class add_decayed_weights(Transform):
             return 1, 1
         return 1, scalar(self._rates(state, params)[leaf], real)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, ScheduleState)
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
@@ -169,5 +169,5 @@ class add_decayed_weights(Transform):
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
 
         scalars = _scalars(rates, decaying)
-        (updates,) = lift("add_decayed_weights", _decayed, scalars, grads, params=params)
+        (updates,) = lift("add_decayed_weights", _decayed, scalars, updates, params=params)
         return updates, ScheduleState(next_count(state.count))

@@ -239,17 +239,17 @@ class shard_state(Transform):
         # Jitted, so that no slot is ever whole on a device.
         return jax.jit(make, out_shardings=state_shardings(self, params, self.mesh))(params)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, ShardedState)
-        whole, inner = grads if params is None else params, state.inner
+        whole, inner = updates if params is None else params, state.inner
         if self.memory_kind is not None:
             kind = self.mesh.devices.flat[0].default_memory().kind
             inner = jax.tree.map(on_devices, inner, self.placed(inner, whole, kind))
-        leaves = matched("shard_state", "grads", grads, whole, "params")
-        grads = self._laid(flatten(whole)[1].unflatten(leaves), whole, self.split)
+        leaves = matched("shard_state", "grads", updates, whole, "params")
+        updates = self._laid(flatten(whole)[1].unflatten(leaves), whole, self.split)
         if params is not None:
             params = self._laid(params, whole, self.split)
-        updates, inner = self.tx.update(grads, inner, params, **extra_args)
+        updates, inner = self.tx.update(updates, inner, params, **extra_args)
         inner = jax.tree.map(on_devices, inner, self.placed(inner, whole))
         return self._laid(updates, whole, self._whole), ShardedState(inner)
 

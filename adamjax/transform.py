@@ -54,8 +54,8 @@ class Transform(Data):
     ...     def init(self, params):
     ...         return ()
     ...
-    ...     def update(self, grads, state, params=None, **extra_args):
-    ...         return jax.tree.map(lambda g: self.size * jnp.sign(g), grads), state
+    ...     def update(self, updates, state, params=None, **extra_args):
+    ...         return jax.tree.map(lambda g: self.size * jnp.sign(g), updates), state
     >>> tx = adamjax.chain(sign(0.1), adamjax.scale(-1.0))
     >>> tx, tx.update(jnp.array(7.0), tx.init(None))[0]
     (chain(sign(size=0.1), scale(factor=-1.0)), Array(-0.1, dtype=float32))
@@ -65,8 +65,11 @@ class Transform(Data):
         """The state before the first step, for parameters of these shapes and dtypes."""
         raise NotImplementedError(f"{type(self).__name__} has no init")
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        """The updates, in the gradients' structure, shapes and dtypes, and the next state."""
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        """The updates, in the gradients' structure, shapes and dtypes, and the next state.
+
+        The arguments have optax' names: `updates` are the gradients that come in.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
@@ -138,8 +141,8 @@ class identity(Stateless):
     keeps_zero = True
     joinable = True
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        return grads, state
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        return updates, state
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
         return 1, 0
@@ -158,22 +161,22 @@ class foreign(Transform):
     def init(self, params: Tree) -> Any:
         return self.init_fn(params)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         taken = inspect.signature(self.update_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             extra_args = {name: arg for name, arg in extra_args.items() if name in taken}
-        rows = [i for i, g in enumerate(flatten(grads)[0]) if isinstance(g, RowGradient)]
+        rows = [i for i, g in enumerate(flatten(updates)[0]) if isinstance(g, RowGradient)]
         if not rows:
-            return self.update_fn(grads, state, params, **extra_args)
-        before = flatten(grads)[0]
+            return self.update_fn(updates, state, params, **extra_args)
+        before, path = flatten(updates)[0], leaf_paths(updates)[rows[0]]
         try:
-            updates, state = self.update_fn(grads, state, params, **extra_args)
+            updates, state = self.update_fn(updates, state, params, **extra_args)
             after = flatten(updates)[0]
             passed = len(after) == len(before) and all(after[i] is before[i] for i in rows)
         except Exception as error:
-            raise self._cannot_take(leaf_paths(grads)[rows[0]]) from error
+            raise self._cannot_take(path) from error
         if not passed:
-            raise self._cannot_take(leaf_paths(grads)[rows[0]])
+            raise self._cannot_take(path)
         return updates, state
 
     def _cannot_take(self, path: str) -> TypeError:
@@ -273,9 +276,9 @@ class Scaling(Transform):
         """The updates times their factors."""
         return lift(type(self).__name__, scaled, factors, updates, like=params)[0]
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        factors, state = self.factors(grads, state)
-        return self.scaled(factors, grads, params), state
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        factors, state = self.factors(updates, state)
+        return self.scaled(factors, updates, params), state
 
 
 class Rule(Transform):
@@ -304,8 +307,8 @@ class Rule(Transform):
         """The factor of the momentum in the step that is taken from this state."""
         raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        return self.step(grads, state, None)
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        return self.step(updates, state, None)
 
 
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
@@ -373,14 +376,14 @@ class chain(Transform):
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(tx.init(params) for tx in self.transforms)
 
-    def update(self, grads: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, tuple)
         if len(state) != len(self.transforms):
             raise ValueError(
                 f"chain: the state has {len(state)} parts for {len(self.transforms)} "
                 f"transforms; was it made by the init of {self!r}?"
             )
-        leaves = flatten(grads)[0]
+        leaves = flatten(updates)[0]
         dtypes = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
         wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
 
@@ -390,7 +393,7 @@ class chain(Transform):
             leaves, treedef = flatten(updates)
             return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
 
-        updates, states, joined = grads, list(state), False
+        states, joined = list(state), False
         for i, tx in enumerate(self.transforms):
             behind = self.transforms[i + 1] if i + 1 < len(states) else None
             if joined:
