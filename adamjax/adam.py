@@ -15,11 +15,12 @@ from dataclasses import field
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from adamjax.coasting import Coast
 from adamjax.data import BETA, POSITIVE, Number, Tree, exportable, static
-from adamjax.leaves import Rows, lift, new_slots
+from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
     accumulator,
@@ -110,6 +111,17 @@ def _zero_mean(params: Tree, dtype: str | None) -> Tree:
 def _zero_size(params: Tree, dtype: str | None) -> Tree:
     """Zero measures of the gradients' size: real, in the given dtype."""
     return new_slots(params, lambda p: jnp.zeros_like(p, dtype or accumulator(p.dtype)))
+
+
+def _expect_slots(rule: Any, state: Any, **dtypes: str | None) -> None:
+    for name, dtype in dtypes.items():
+        slot = getattr(state, name)
+        expect_wide(type(rule).__name__, name, slot, dtype)
+        if name != "m" and any(map(jnp.iscomplexobj, jax.tree.leaves(slot))):
+            raise ValueError(
+                f"{type(rule).__name__}: the state's {name} is complex, expected a real one: it "
+                "measures the size of gradients"
+            )
 
 
 def _moments(
@@ -287,6 +299,13 @@ class scale_by_adam(Rule):
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAdamState)
+        _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype)
+        if (state.momentum_product is None) == self.nesterov:
+            came, here = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
+            raise ValueError(
+                f"scale_by_adam: the state is {came}'s, but nesterov={self.nesterov} makes this "
+                f"{here}: build it with nesterov={not self.nesterov}, or start from init"
+            )
         product = self._product(state)
         updates, m, v = lift(
             "scale_by_adam",
@@ -369,6 +388,7 @@ class scale_by_amsgrad(Rule):
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAmsgradState)
+        _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype, v_max=self.v_dtype)
         updates, m, v, v_max = lift(
             "scale_by_amsgrad",
             _amsgrad,
@@ -483,6 +503,7 @@ class scale_by_adamax(Rule):
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         expect_state(self, state, ScaleByAdamaxState)
+        _expect_slots(self, state, m=self.m_dtype, u=self.u_dtype)
 
         def scalars(real: Any) -> _AdamaxScalars:
             return _AdamaxScalars(

@@ -69,17 +69,32 @@ class Call:
         rest = iter(leaves)
         return [treedef.unflatten(itertools.islice(rest, len(own))) for own, treedef in self.trees]
 
+    def _loss(self, floats: Sequence[Any]) -> Any:
+        """The loss as a function of the float leaves."""
+        leaves, args = list(self.leaves), list(self.args)
+        for i, x in zip(self.floats, floats, strict=True):
+            leaves[i] = x
+        for i, tree in zip(self.argnums, self.unflattened(leaves), strict=True):
+            args[i] = tree
+        return self.loss_fn(*args, **self.kwargs)
+
+    def value_and_grad(self) -> Any:
+        """As of `jax.value_and_grad`, but the gradient of a leaf that is no float is `None`."""
+
+        floats = [self.leaves[i] for i in self.floats]
+        value, found = jax.value_and_grad(self._loss, has_aux=self.has_aux)(floats)
+        grads: list[Any] = [None] * len(self.leaves)
+        for i, g in zip(self.floats, found, strict=True):
+            grads[i] = g
+        trees = self.unflattened(grads)
+        return value, trees[0] if self.single else tuple(trees)
+
     def traced(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
         """The jaxpr from float leaves to the loss and the arrays of aux, and aux from those."""
         aux: list[Any] = []
 
         def function(*floats: Any) -> list[Any]:
-            leaves, args = list(self.leaves), list(self.args)
-            for i, x in zip(self.floats, floats, strict=True):
-                leaves[i] = x
-            for i, tree in zip(self.argnums, self.unflattened(leaves), strict=True):
-                args[i] = tree
-            value = self.loss_fn(*args, **self.kwargs)
+            value = self._loss(floats)
             if self.has_aux:
                 if not isinstance(value, tuple | list) or len(value) != 2:
                     raise TypeError(
@@ -232,19 +247,17 @@ class Reads:
         ]
         # Within `shard_map` it is known of the rows of one device alone.
         if known is not None and not any(place.view.axes for place, _, _ in mine):
-            told = [
-                jnp.zeros((math.prod(place.shape), *trailing), leaf.dtype)
-                if g is None
-                else g.reshape(-1, *trailing)
-                for place, _, g in mine
-            ]
+            told = [jnp.zeros((0, *trailing), leaf.dtype)]
+            for place, _, g in mine:
+                shape = (math.prod(place.shape), *trailing)
+                told.append(jnp.zeros(shape, leaf.dtype) if g is None else g.reshape(shape))
             return summed(*known, jnp.concatenate(told), num_rows)
         indices = [jnp.zeros(0, jnp.int32)]
         values = [jnp.zeros((0, *trailing), leaf.dtype)]
         for place, i, g in mine:
             if g is None:
                 continue
-            i, g = i.reshape(-1), g.reshape(-1, *trailing)
+            i, g = i.reshape(-1), g.reshape(i.size, *trailing)
             if place.view.axes:
                 gathered = functools.partial(
                     jax.lax.all_gather,

@@ -6,7 +6,7 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.data import COUNT, UNIT, Number, Tree, exportable
-from adamjax.leaves import lift, needed, new_slots
+from adamjax.leaves import expect_wide, lift, needed, new_slots
 from adamjax.moments import accumulator, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
 
@@ -94,6 +94,7 @@ class weight_ema(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, WeightEmaState)
+        expect_wide("weight_ema", "average", state.average)
         params = needed("weight_ema", params)
         count = next_count(state.count)
         due = None

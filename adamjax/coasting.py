@@ -19,10 +19,10 @@ sigma = e / (x + e) in (0, 1], so that, as long as there is no decay,
 
 The row enters by sigma alone, and G depends on s and t alone. It is smooth in `u = log(1 + sigma *
 d) / log(1 + d)`, which spreads its poles evenly for a good d, and a few Chebyshev coefficients in
-u hold it to 1e-8. A ring keeps them for each of the last start steps s. Step t adds `a_t` times
-the coefficients of `w_{t-s}` to the entries of the last K steps; by then (b1 / shrink)**j has
-become negligible. A row is brought up to date by reading its entry and evaluating it at its
-elements, however long it has been left alone.
+u hold it to 1e-8, a few more to 1e-13 where rows are brought up to date in float64. A ring keeps
+them for each of the last start steps s. Step t adds `a_t` times the coefficients of `w_{t-s}` to
+the entries of the last K steps; by then (b1 / shrink)**j has become negligible. A row is brought up
+to date by reading its entry and evaluating it at its elements, however long it has been left alone.
 
 **Decay.** With C_t the product of `1 + b` over the steps s+1, ..., t,
 
@@ -59,12 +59,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import exportable
+from adamjax.mesh import at_each
 from adamjax.moments import apart
 
 __all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
 
-# What is negligible, as a part of a row's whole movement.
-_TOLERANCE = 1e-8
+# What is negligible, as a part of a row's whole movement, by the dtype it is computed in.
+_TOLERANCE = {np.dtype(np.float32): 1e-8, np.dtype(np.float64): 1e-13}
 # The most coefficients that a series may have; b1 = b2 = 0.5 needs 35.
 _MOST_TERMS = 40
 # What the logarithm in u costs, in coefficients.
@@ -131,19 +132,22 @@ class _Rows(NamedTuple):
         return self.now - jnp.maximum(self.gap - j, 0)
 
 
-def coasting(coast: Coast, momentum: float | None, decays: bool) -> "Coasting":
+def coasting(
+    coast: Coast, momentum: float | None, decays: bool, real: Any = np.float32
+) -> "Coasting":
     """The plan for a rule.
 
     Args:
       coast: what the rule says of itself.
       momentum: of an average of the weights that is kept with them, in [0, 1]; `None` for none.
       decays: whether b may be anything but 0.
+      real: the dtype that rows are brought up to date in, float32 or float64.
     """
     # With momentum 1 the average stands still, as it does where there is none to keep.
     momentum = None if momentum is None or momentum == 1 else float(momentum)
     b2 = float(coast.b2) if coast.b2 else None
     coast = Coast(float(coast.b1), float(coast.shrink), float(coast.eps), b2)
-    return Coasting(coast, momentum, decays, *_layout(coast))
+    return Coasting(coast, momentum, decays, *_layout(coast, _TOLERANCE[np.dtype(real)]))
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,13 @@ class Coasting:
     steps: int
     terms: int
     stretch: float
+
+    @property
+    def name(self) -> str:
+        """All that the entries of a ring depend on, so that a ring is not read by another plan."""
+        rule = [f"{k}={v!r}" for k, v in self.coast._asdict().items() if v is not None]
+        momentum = [] if self.momentum is None else [f"momentum={self.momentum!r}"]
+        return ",".join(rule + momentum + ["decay"] * self.decays)
 
     @property
     def least_history(self) -> int:
@@ -368,20 +379,20 @@ class Coasting:
 
 
 @functools.lru_cache
-def _layout(coast: Coast) -> tuple[int, int, float]:
+def _layout(coast: Coast, tolerance: float) -> tuple[int, int, float]:
     """The plan's `steps`, `terms` and `stretch`."""
     if coast.b1 == 0:
         return 0, 0, 0.0
     # Replay: until x has fallen below eps at the latest, and then until m has fallen.
-    steps = _steps_until(_TOLERANCE, coast.b1)
+    steps = _steps_until(tolerance, coast.b1)
     if coast.shrink < 1:
         least = max(coast.eps * float(_corrected(coast.b2, 1)), float(np.finfo(np.float32).tiny))
         steps += _steps_until(min(1.0, least / _LARGEST), coast.shrink)
     if coast.b1 >= coast.shrink:
         return steps, 0, 0.0
-    until = _steps_until(_TOLERANCE, coast.b1 / coast.shrink)
+    until = _steps_until(tolerance, coast.b1 / coast.shrink)
     # For tiny betas alone: d would be too large for a float32.
-    series = None if coast.shrink**until < 1e-30 else _series(coast, until)
+    series = None if coast.shrink**until < 1e-30 else _series(coast, until, tolerance)
     return (min(steps, until), 0, 0.0) if series is None else (until, *series)
 
 
@@ -395,7 +406,7 @@ def _corrected(b2: float | None, t: Any) -> np.ndarray:
     return np.ones(np.shape(t)) if b2 is None else np.sqrt(-np.expm1(t * math.log(b2)))
 
 
-def _series(coast: Coast, steps: int) -> tuple[int, float] | None:
+def _series(coast: Coast, steps: int, tolerance: float) -> tuple[int, float] | None:
     """The fewest coefficients that hold every G, and the stretch d for that; `None` if none do.
 
     The error is at most the tolerance as a part of what rates of one size and sign would move,
@@ -422,7 +433,7 @@ def _series(coast: Coast, steps: int) -> tuple[int, float] | None:
         sigma, matrix = _nodes(terms, stretch)
         exact = values(_unstretched((1 + np.cos(angles)) / 2, stretch))
         held = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
-        return bool((np.abs(held - exact).sum(1) <= _TOLERANCE * exact.sum(1)).all())
+        return bool((np.abs(held - exact).sum(1) <= tolerance * exact.sum(1)).all())
 
     found = None
     for terms in range(1, _MOST_TERMS + 1):
@@ -492,7 +503,7 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
     low = (exact - high).astype(real)
 
     def entry(table: np.ndarray, i: chex.Array) -> chex.Array:
-        return jnp.asarray(table).at[i].get(mode="promise_in_bounds")
+        return at_each(jnp.asarray(table), i)
 
     of_k = entry(high, k & 255), entry(low, k & 255)
     # No further than until the power is less than any number.
@@ -532,8 +543,7 @@ def _column(rows: chex.Array, like: chex.Array) -> chex.Array:
 
 def _at(entries: chex.Array, steps: chex.Array) -> chex.Array:
     """The ring's entries of steps of any shape."""
-    slots = steps & (len(entries) - 1)
-    return entries.at[slots].get(mode="promise_in_bounds")
+    return at_each(entries, steps & (len(entries) - 1))
 
 
 def _put(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:

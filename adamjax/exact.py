@@ -10,25 +10,36 @@ that are touched as if they were the whole table.
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from adamjax.autodiff import Call, Reads
 from adamjax.average import weight_ema
 from adamjax.coasting import Coasting, Ring, coasting, decayed
-from adamjax.data import Tree, exportable, is_array, static
+from adamjax.data import Data, Tree, exportable, is_array, static
 from adamjax.grouping import grouped
 from adamjax.guard import accumulate_gradients, skip_not_finite
-from adamjax.leaves import dtype_of, matched, needed
-from adamjax.masking import masked, partition
-from adamjax.mesh import over_rows, put, rows_alike, taken
+from adamjax.leaves import as_arrays, dtype_of, expect_array, expect_like, matched, needed
+from adamjax.masking import masked, partition, settled
+from adamjax.mesh import at_each, over_rows, put, rows_alike, taken
 from adamjax.moments import accumulator, apart, next_count, root
-from adamjax.paths import checked_patterns, first_match, flatten, leaf_paths, selected
+from adamjax.paths import (
+    checked_patterns,
+    expect_matches,
+    first_match,
+    flatten,
+    leaf_paths,
+    optional,
+    selected,
+    unique_paths,
+)
+from adamjax.replicas import sum_over
 from adamjax.rows import RowGradient, check_sound, distinct, in_table
 from adamjax.transform import (
     Rule,
@@ -51,12 +62,14 @@ class TableState(NamedTuple):
     Attributes:
       last: int32[num_rows], the clock at which each row stands as it is in `params`.
       cursor: int32, the row that is refreshed next.
-      ring: what the last steps have done to a row that stands at each of them.
+      ring: what the last steps have done to a row that stands at each of them, under a name that
+        says of which rule: `{"b1=0.9,shrink=0.9995,eps=1e-07": Ring(...)}`. With another rule the
+        rows that lag behind would move otherwise, and a checkpoint has no other place for it.
     """
 
     last: chex.Array
     cursor: chex.Array
-    ring: Ring
+    ring: dict[str, Ring]
 
 
 @exportable
@@ -108,9 +121,16 @@ class _Rows(NamedTuple):
     found: Any = None  # int32[k], in a ticket: the rows that were asked for, first among `indices`
 
 
-@exportable
-class Ticket(NamedTuple):
+class Ticket(Data):
     """What `prepare` found out, for the `update` of the same step.
+
+    It counts for the very arrays of params and state that it was made of: `update` ignores it
+    where one of them is another by now (after a `flush`, at a perturbed point), and where it went
+    through a function that is jitted by itself. So it spares work in one jitted step, and does no
+    harm anywhere.
+
+    Attributes:
+      rows: by path, what each table's rows are, up to date.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.zeros((9, 1))}
@@ -120,8 +140,32 @@ class Ticket(NamedTuple):
     ['table']
     """
 
-    clock: chex.Array
     rows: dict[str, _Rows]
+
+    @classmethod
+    def of(cls, rows: dict[str, _Rows], origin: dict[str, "_Held"]) -> "Ticket":
+        """A ticket that knows the arrays it was made of, which are no part of the pytree."""
+        ticket = cls(rows)
+        ticket._set(_origin=origin)
+        return ticket
+
+    def rows_of(self, path: str, held: "_Held") -> _Rows | None:
+        """The rows of a table, if the ticket was made of these arrays."""
+        origin = vars(self).get("_origin", {}).get(path)
+        if origin is None or path not in self.rows:
+            return None
+        made_of, now = jax.tree.leaves(origin), jax.tree.leaves(held)
+        same = len(made_of) == len(now) and all(map(operator.is_, made_of, now))
+        return self.rows[path] if same else None
+
+
+# As an argument or a result of what `jax.export` writes.
+export.register_pytree_node_serialization(
+    Ticket,
+    serialized_name="adamjax.Ticket",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 class _Table(NamedTuple):
@@ -133,6 +177,7 @@ class _Table(NamedTuple):
     dtype: Any
     rule: Rule
     plan: Coasting
+    has_front: bool  # whether anything is in front of the rule
 
     @property
     def real(self) -> Any:
@@ -211,6 +256,12 @@ def _checked(route: list[Transform]) -> None:
         if isinstance(tx, skip_not_finite | accumulate_gradients | exact_rows):
             name = type(tx).__name__
             raise _refused(tx, f"put it around the whole: {name}(exact_rows(...))")
+        if isinstance(tx, sum_over):
+            raise _refused(
+                tx,
+                "each replica would add it to rows of its own; put it in front of the whole: "
+                f"chain({tx!r}, exact_rows(...))",
+            )
         if isinstance(tx, grouped):
             raise _refused(tx, "keep tables apart from the leaves that are joined, by partition")
         if average is not None:
@@ -233,8 +284,50 @@ def _checked(route: list[Transform]) -> None:
         )
 
 
+@functools.lru_cache
+def _ring_like(plan: Coasting, history: int, real: Any) -> Ring:
+    """Shapes and dtypes of a ring."""
+    return jax.eval_shape(lambda: plan.init(history, real))
+
+
 def _is_fixed(x: Any) -> bool:
     return isinstance(x, Rule | weight_ema)
+
+
+class _zeroing(Rule):
+    """A rule to which the rows behind the first few of some leaves have a gradient of zero.
+
+    Rows that are refreshed have none. What is in front of the rule may have multiplied that by a
+    factor that is not finite, as a clip does where the norm is not.
+    """
+
+    tx: Rule
+    first: Any = static()  # pairs (leaf, number of rows whose gradients count)
+
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        leaves, treedef = flatten(grads)
+        for leaf, count in self.first:
+            g = leaves[leaf]
+            if g is not None:
+                counts = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0) < count
+                leaves[leaf] = jnp.where(counts, g, 0)
+        return self.tx.step(treedef.unflatten(leaves), state, factors)
+
+
+def _with_zeros(tx: Transform, tables: list[_Table], leaves: list[Any]) -> Transform:
+    """The transform for the rows of a step, its rules `_zeroing` where something is in front."""
+    first = tuple(
+        (t.leaf, leaves[t.leaf].joined().indices.size)
+        for t in tables
+        if t.has_front and isinstance(leaves[t.leaf], RowGradient)
+    )
+    if not first:
+        return tx
+
+    def is_rule(x: Any) -> bool:
+        return isinstance(x, Rule)
+
+    return jax.tree.map(lambda x: _zeroing(x, first) if is_rule(x) else x, tx, is_leaf=is_rule)
 
 
 class exact_rows(Transform):
@@ -247,7 +340,12 @@ class exact_rows(Transform):
     something else. `without_tables(params)` is `params` with placeholders that refuse to be read.
 
     Tables may get dense gradients in some steps; such a step costs as much as a dense one. A
-    gradient of `None` is refused for a table: pass a row gradient without rows.
+    gradient of `None` is refused for a table: pass a row gradient without rows. A norm that is not
+    finite in front of the rule makes NaN of the rows that the gradient has, and of no others.
+
+    A state goes on only with the tables, the history and the rule that it is of: with other betas,
+    epsilons or momenta the rows that lag behind would move otherwise, so that is refused. To change
+    them, `flush` with the old transform and begin with `from_dense` of the new one.
 
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
@@ -255,8 +353,8 @@ class exact_rows(Transform):
         epsilons and the average's momentum must be Python floats; rates and decays may be arrays
         and change from step to step, as long as `learning_rate * weight_decay < 1`: at a step
         where it is not, the rows become NaN.
-      tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
-        (Masks in `tx` that are functions see the rows of a step in a table's place.)
+      tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them;
+        each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
         depends on the betas. Each step refreshes `num_rows / history` rows of each table.
 
@@ -312,6 +410,7 @@ class exact_rows(Transform):
         return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, ExactRowsState)
         return (state.inner,)
 
     @property
@@ -334,16 +433,17 @@ class exact_rows(Transform):
             is_leaf=_is_fixed,
         )
 
-    def _plan(self, route: list[Transform]) -> tuple[Rule, Coasting]:
+    def _plan(self, route: list[Transform], real: Any = np.float32) -> tuple[Rule, Coasting]:
         rule = next(tx for tx in route if isinstance(tx, Rule))
         momenta = [tx.momentum for tx in route if isinstance(tx, weight_ema)]
         behind = route[route.index(rule) + 1 :]
         decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in behind)
-        plan = coasting(rule.coast(), float(momenta[0]) if momenta else None, decays)
+        plan = coasting(rule.coast(), float(momenta[0]) if momenta else None, decays, real)
         if self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} is too small, expected at least "
-                f"{plan.least_history}: so many steps long a gradient is felt with {rule!r}"
+                f"{plan.least_history}: so many steps long a gradient is felt with {rule!r} in "
+                f"{np.dtype(real).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
         return rule, plan
@@ -351,7 +451,7 @@ class exact_rows(Transform):
     def _tables(self, params: Tree) -> list[_Table]:
         """The tables among the parameters."""
         tx, leaves, found = self._inner, flatten(params)[0], []
-        for leaf, path in enumerate(leaf_paths(params)):
+        for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
             if p is None or first_match(self.tables, path) is None:
                 continue
@@ -363,35 +463,81 @@ class exact_rows(Transform):
                 )
             route = [part for part, _ in _route(tx, None, leaf, params)]
             _checked(route)
-            rule, plan = self._plan(route)
-            found.append(_Table(leaf, path, shape[0], dtype, rule, plan))
-        if not found:
+            rule, plan = self._plan(route, accumulator(dtype))
+            found.append(_Table(leaf, path, shape[0], dtype, rule, plan, route[0] is not rule))
+        if not found and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
-                f"exact_rows: no leaf's path holds any of {list(self.tables)}; the paths are "
+                f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
                 f"{leaf_paths(params)}"
             )
+        expect_matches("exact_rows", self.tables, params)
         return found
 
-    def _expected(self, state: Any, params: Tree) -> list[_Table]:
-        """The tables, if the state is one of ours and of these parameters."""
+    def _expected(self, state: Any, params: Tree) -> tuple[list[_Table], ExactRowsState, Tree]:
+        """The tables; state and params as arrays of JAX, if they fit each other and this transform.
+
+        All is checked by structures, shapes and dtypes, so a step takes no time for it.
+        """
         expect_state(self, state, ExactRowsState)
-        tables, seen = self._tables(params), []
+        tables = self._tables(params)
+        slots: dict[str, Tree] = {}
 
         def see(name: str, tree: Tree) -> Tree:
-            seen.append(tree)
+            slots.setdefault(name, tree)
             return tree
 
         over_slots(see, state.inner)
-        came, wanted = leaf_paths(params), leaf_paths(seen[0])
+        came = leaf_paths(params)
+        wanted = leaf_paths(next(iter(slots.values()))) if slots else came
         if came != wanted or [t.path for t in tables] != list(state.tables):
             others = [path for path in came if path not in set(wanted)]
             others += [path for path in wanted if path not in set(came)]
             raise ValueError(
                 f"exact_rows: the state is of other parameters, with the tables "
-                f"{list(state.tables)}; leaves that only one of both has: {others}. Rows are found "
-                "by the leaf's place, so params must have the structure that init was given"
+                f"{list(state.tables)}, expected {[t.path for t in tables]}; leaves that only one "
+                f"of both has: {others}. Rows are found by the leaf's place, so params must have "
+                "the structure that init was given"
             )
-        return tables
+        for table in tables:
+            self._expect_table(table, state.tables[table.path], slots, params)
+        return tables, as_arrays(state), as_arrays(params)
+
+    def _expect_table(
+        self, table: _Table, known: TableState, slots: dict[str, Tree], params: Tree
+    ) -> None:
+        """Refuses what is known of another table, or of a table under another transform."""
+        other = f"make a new state with init, or resize every array of {table.path!r} in the state"
+        shape = np.shape(flatten(params)[0][table.leaf])
+        expect_array(
+            f"exact_rows: tables[{table.path!r}].last", known.last, shape[:1], other, "int32"
+        )
+        expect_array(f"exact_rows: tables[{table.path!r}].cursor", known.cursor, (), other, "int32")
+        for name, tree in slots.items():
+            slot = flatten(tree)[0][table.leaf]
+            if slot is not None:
+                expect_array(f"exact_rows: {name}[{table.path!r}]", slot, shape, other)
+        mend = (
+            "rows that lag behind must go on as they began. Build it as it was; or flush with the "
+            "old one and start from its dense state: params, state = old.flush(params, state), "
+            "then state = new.from_dense(state.inner, params)"
+        )
+        if not isinstance(known.ring, Mapping) or list(known.ring) != [table.plan.name]:
+            came = (
+                list(known.ring) if isinstance(known.ring, Mapping) else type(known.ring).__name__
+            )
+            raise ValueError(
+                f"exact_rows: the state of {table.path!r} is of another transform: {came}, "
+                f"expected {[table.plan.name]}: {mend}"
+            )
+        ring = known.ring[table.plan.name]
+        expected = _ring_like(table.plan, self.history, table.real)
+        for name, x, like in zip(Ring._fields, ring, expected, strict=True):
+            if (x is None) != (like is None):
+                has = "has no" if x is None else "has"
+                raise ValueError(f"exact_rows: the ring of {table.path!r} {has} {name}: {mend}")
+            if like is not None:
+                where = f"exact_rows: tables[{table.path!r}].ring.{name} (history={self.history})"
+                expect_array(where, x, like.shape, mend, like.dtype.name)
 
     def _named(self, tables: list[_Table], name: str) -> _Table:
         exact = [t for t in tables if t.path == name]
@@ -406,13 +552,30 @@ class exact_rows(Transform):
     # --- the state
 
     def init(self, params: Tree) -> ExactRowsState:
-        return self.from_dense(self.tx.init(params), params)
+        return self._from_dense(self.tx.init(params), params)
 
     def from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
         """The state that goes on from a state of the inner transform, all rows up to date.
 
         The way back is `params, state = tx.flush(params, state)`, then `state.inner`.
+
+        Args:
+          inner: a state like that of `tx.init(params)`, tx the inner transform.
+          params: the parameters at that step.
+
+        Raises:
+          ValueError: the state is not like that, or `learning_rate * weight_decay` is not below 1.
+
+        >>> import adamjax, jax.numpy as jnp
+        >>> params, dense = {"table": jnp.zeros((9, 1))}, adamjax.adam(0.1)
+        >>> state = adamjax.exact_rows(dense, "table").from_dense(dense.init(params), params)
         """
+        expected = jax.eval_shape(self.tx.init, params)
+        mend = "pass a state of the inner transform for these parameters"
+        expect_like("exact_rows.from_dense", "inner", inner, expected, mend)
+        return self._from_dense(as_arrays(inner), params)
+
+    def _from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
         tables, clock, states = self._tables(params), None, {}
         for t in tables:
             _, count = self._found(t, inner, params)
@@ -426,8 +589,9 @@ class exact_rows(Transform):
             states[t.path] = TableState(
                 last=rows_alike(jnp.full(t.num_rows, clock, jnp.int32), flatten(params)[0][t.leaf]),
                 cursor=jnp.zeros((), jnp.int32),
-                ring=t.plan.init(self.history, t.real),
+                ring={t.plan.name: t.plan.init(self.history, t.real)},
             )
+        clock = 0 if clock is None else clock
         return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), states)
 
     def _found(self, table: _Table, inner: Any, params: Tree) -> tuple[list[Any], chex.Array]:
@@ -448,15 +612,16 @@ class exact_rows(Transform):
 
     def _advanced(
         self, table: _Table, state: ExactRowsState, params: Tree, spoilt: chex.Array
-    ) -> Ring:
+    ) -> dict[str, Ring]:
         """A table's ring after the step that is taken from a state."""
         a, b = self._scalars(table, state.inner, params)
         _, count = self._found(table, state.inner, params)
         # NaN stays, but it is written here so that what is read of the ring is needed before the
         # ring is written: XLA, which would not know which comes first, would copy it.
         a = jnp.where(spoilt, jnp.nan, a)
-        ring = state.tables[table.path].ring
-        return table.plan.advance(ring, state.clock + 1, next_count(count), a, b)
+        name = table.plan.name
+        ring = state.tables[table.path].ring[name]
+        return {name: table.plan.advance(ring, state.clock + 1, next_count(count), a, b)}
 
     # --- rows
 
@@ -473,7 +638,8 @@ class exact_rows(Transform):
         over_slots(collect, state.inner)
         known, weights = state.tables[table.path], flatten(params)[0][table.leaf]
         _, count = self._found(table, state.inner, params)
-        return _Held(weights, slots, known.last, known.ring, state.clock, count)
+        ring = known.ring[table.plan.name]
+        return _Held(weights, slots, known.last, ring, state.clock, count)
 
     def _caught_up(
         self, table: _Table, state: ExactRowsState, params: Tree, indices: chex.Array | None
@@ -502,11 +668,7 @@ class exact_rows(Transform):
             wide["average"] = average
         now = (before + moved).astype(table.dtype)
         slots = {name: x.astype(here[name].dtype) for name, x in wide.items()}
-        ring = [
-            x.at[last & (len(x) - 1)].get(mode="promise_in_bounds")
-            for x in held.ring
-            if x is not None
-        ]
+        ring = [at_each(x, last & (len(x) - 1)) for x in held.ring if x is not None]
         spoilt = functools.reduce(
             operator.or_, (jnp.any(jnp.isnan(x)) for x in ring), jnp.array(False)
         )
@@ -517,6 +679,8 @@ class exact_rows(Transform):
     ) -> chex.Array:
         """Distinct indices and those of the rows whose turn it is, as far as they are others."""
         size, cursor = self._refreshed(table), state.tables[table.path].cursor
+        if size == 0:
+            return indices
         behind = (indices - cursor) % table.num_rows
         is_row = (indices < table.num_rows) & (behind < size)
         there = jnp.zeros(size, bool).at[jnp.where(is_row, behind, size)].set(True, mode="drop")
@@ -542,24 +706,26 @@ class exact_rows(Transform):
           and a ticket which spares `update` doing the same again. The gradient must then be
           `row_gradient` of these indices; for others the ticket is of no use, but does no harm.
         """
-        tables, read, rows = self._expected(state, params), {}, {}
+        (tables, state, params), read = self._expected(state, params), {}
+        rows, origin = {}, {}
         for name, ids in indices.items():
             table = self._named(tables, name)
             ids = in_table(jnp.asarray(ids), table.num_rows)
-            read[name], rows[table.path], _ = self._prepared(table, state, params, ids)
-        return read, Ticket(state.clock, rows)
+            origin[table.path] = held = self._held(table, state, params)
+            read[name], rows[table.path], _ = self._prepared(table, state, held, ids)
+        return read, Ticket.of(rows, origin)
 
     def _prepared(
-        self, table: _Table, state: ExactRowsState, params: Tree, ids: chex.Array
+        self, table: _Table, state: ExactRowsState, held: _Held, ids: chex.Array
     ) -> tuple[chex.Array, _Rows, tuple[chex.Array, chex.Array]]:
         """The rows at indices, up to date; what a ticket says of them; which are distinct."""
         found, position = distinct(ids.reshape(-1), table.num_rows)
-        ready = self._caught_up(table, state, params, self._with_refreshed(table, state, found))
+        ready = self._rows(table, held, self._with_refreshed(table, state, found))
         # An index outside the table has the place of no row.
         place = jnp.where(position < found.size, position, ready.now.shape[0])
-        taken = ready.now.at[place].get(mode="fill", fill_value=0)
-        taken = taken.reshape(*ids.shape, *taken.shape[1:])
-        return taken, ready._replace(found=found), (found, position)
+        read = taken(ready.now, place, mode="fill", fill_value=0)
+        read = read.reshape(*ids.shape, *read.shape[1:])
+        return read, ready._replace(found=found), (found, position)
 
     def value_and_grad(
         self,
@@ -603,25 +769,8 @@ class exact_rows(Transform):
 
         @functools.wraps(loss_fn)
         def function(params: Tree, state: Any, *args: Any, **kwargs: Any) -> Any:
-            tables = {t.leaf: t for t in self._expected(state, params)}
-            call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
-            reads = Reads(call, list(tables), exact=True, strict=strict)
-            given, ready, known = {}, {}, {}
-            for leaf, ids in reads.indices().items():
-                path = tables[leaf].path
-                given[leaf], ready[path], known[leaf] = self._prepared(
-                    tables[leaf], state, params, ids
-                )
-
-            def look(held: Any, leaf: int, ids: chex.Array) -> chex.Array:
-                params, state = held
-                return self._caught_up(tables[leaf], state, params, ids.reshape(-1)).now
-
-            dense = {
-                leaf: self._caught_up(tables[leaf], state, params, None).now for leaf in reads.dense
-            }
-            found = reads.value_and_grad((params, state), look, given, dense, known)
-            return found, Ticket(state.clock, ready)
+            gradient = gradient_of(loss_fn, [(self, state, params)], has_aux=has_aux, strict=strict)
+            return gradient(params, *args, **kwargs)
 
         return function
 
@@ -637,7 +786,8 @@ class exact_rows(Transform):
         Returns:
           The rows, of shape `indices.shape + trailing` and the table's dtype.
         """
-        found = self._named(self._expected(state, params), table)
+        tables, state, params = self._expected(state, params)
+        found = self._named(tables, table)
         ids = in_table(jnp.asarray(indices), found.num_rows)
         rows = self._caught_up(found, state, params, ids.reshape(-1)).now
         return rows.reshape(*ids.shape, *rows.shape[1:])
@@ -664,8 +814,8 @@ class exact_rows(Transform):
         **extra_args: Any,
     ) -> Step:
         params = needed("exact_rows", params)
-        tables = self._expected(state, params)
-        leaves = matched("exact_rows", "grads", updates, params, "params")
+        tables, state, params = self._expected(state, params)
+        leaves = matched("exact_rows", "grads", as_arrays(updates), params, "params")
         ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
 
         def small(values: dict[int, Any], tree: Tree) -> Tree:
@@ -681,7 +831,7 @@ class exact_rows(Transform):
         treedef = flatten(params)[1]
         seen = treedef.unflatten(leaves)
         gradients = {i: _padded(leaves[i], rows) for i, rows in ready.items()}
-        moves, inner = self._inner.update(
+        moves, inner = _with_zeros(settled(self._inner, params), tables, leaves).update(
             small(gradients, seen),
             over_slots(slots_of, state.inner),
             small({i: rows.now for i, rows in ready.items()}, params),
@@ -712,7 +862,7 @@ class exact_rows(Transform):
             last = jnp.where(clock - rows.last > 0, clock, rows.last)
             states[t.path] = TableState(
                 last=_put(known.last, rows.indices, last),
-                cursor=(known.cursor + self._refreshed(t)) % t.num_rows,
+                cursor=(known.cursor + self._refreshed(t)) % max(t.num_rows, 1),
                 ring=self._advanced(t, state, params, rows.spoilt),
             )
         inner = over_slots(put_back, inner, state.inner)
@@ -735,33 +885,29 @@ class exact_rows(Transform):
                 f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
                 "in front touches rows without a gradient; put it into the chain or leave it out"
             )
-        found = g.joined().indices
-        held = None if ticket is None else ticket.rows.get(table.path)
-        if ticket is not None and held is not None:
-            if held.found is found and ticket.clock is state.clock:
-                return held
-            if held.found.shape != found.shape:
-                held = None
+        found, held = g.joined().indices, self._held(table, state, params)
+        known = None if ticket is None else ticket.rows_of(table.path, held)
+        if known is not None and known.found is found:
+            return known
 
         def afresh() -> _Rows:
-            indices = self._with_refreshed(table, state, found)
-            return self._caught_up(table, state, params, indices)
+            return self._rows(table, held, self._with_refreshed(table, state, found))
 
-        if ticket is None or held is None:
+        if known is None or known.found.shape != found.shape:
             return afresh()
-        fits = (ticket.clock == state.clock) & jnp.all(held.found == found)
-        held = held._replace(found=None)
+        fits = jnp.all(known.found == found)
+        known = known._replace(found=None)
 
-        def looped(fits: chex.Array, held: _Rows) -> Any:
-            start = (~fits, held)
+        def looped(fits: chex.Array, known: _Rows) -> Any:
+            start = (~fits, known)
             return jax.lax.while_loop(_wanted, lambda _: (jnp.zeros((), bool), afresh()), start)[1]
 
-        def chosen(fits: chex.Array, held: _Rows) -> Any:
-            return jax.lax.cond(fits, lambda: held, afresh)
+        def chosen(fits: chex.Array, known: _Rows) -> Any:
+            return jax.lax.cond(fits, lambda: known, afresh)
 
         # What a `cond` passes on is kept twice, so this is a loop of no rounds or one; but a
         # TPU's compiler keeps what goes through a loop in the slow memory.
-        return jax.lax.platform_dependent(fits, held, tpu=chosen, default=looped)
+        return jax.lax.platform_dependent(fits, known, tpu=chosen, default=looped)
 
     def flush(
         self, params: Tree, state: ExactRowsState, *, axis: Any = None
@@ -778,7 +924,10 @@ class exact_rows(Transform):
         Returns:
           `params` and the state. Jit it, and donate both, to spare copies of the tables.
         """
-        for t in self._expected(state, params):
+        tables, state, params = self._expected(state, params)
+        for t in tables:
+            if t.num_rows == 0:
+                continue
             held = self._held(t, state, params)
             done = over_rows("exact_rows.flush", self._flushed(t), held.weights, axis)
             long, short = (held.weights, held.slots, held.last), (held.ring, held.clock, held.count)
@@ -788,8 +937,8 @@ class exact_rows(Transform):
                 return _replaced(tree, leaf, slots.get(name))
 
             params = _replaced(params, t.leaf, weights)
-            tables = {**state.tables, t.path: state.tables[t.path]._replace(last=last)}
-            state = state._replace(inner=over_slots(put_back, state.inner), tables=tables)
+            known = {**state.tables, t.path: state.tables[t.path]._replace(last=last)}
+            state = state._replace(inner=over_slots(put_back, state.inner), tables=known)
         return params, state
 
     def _flushed(self, table: _Table) -> Callable[[Any, Any], Any]:
@@ -813,6 +962,56 @@ class exact_rows(Transform):
             return jax.lax.fori_loop(0, -(-num_rows // size), block, long)
 
         return function
+
+
+def gradient_of(
+    loss_fn: Callable[..., Any],
+    parts: Sequence[tuple[exact_rows, Any, Tree]],
+    *,
+    has_aux: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """`exact_rows.value_and_grad` where several of them, each with its own tables, are at work.
+
+    Args:
+      parts: each with its state, and the parameters it sees: like those of the loss, `None` for
+        leaves that are not its own.
+
+    Returns:
+      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`; the ticket is for all.
+    """
+
+    @functools.wraps(loss_fn)
+    def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
+        owners: dict[int, tuple[exact_rows, _Table]] = {}
+        states, held = {}, {}
+        for tx, state, seen in parts:
+            tables, state, seen = tx._expected(state, seen)
+            for table in tables:
+                owners[table.leaf] = tx, table
+                states[table.leaf], held[table.leaf] = state, tx._held(table, state, seen)
+        call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
+        reads = Reads(call, sorted(owners), exact=True, strict=strict)
+        given, known, ready, origin = {}, {}, {}, {}
+        for leaf, ids in reads.indices().items():
+            tx, table = owners[leaf]
+            given[leaf], ready[table.path], known[leaf] = tx._prepared(
+                table, states[leaf], held[leaf], ids
+            )
+            origin[table.path] = held[leaf]
+
+        def look(held: Any, leaf: int, ids: chex.Array) -> chex.Array:
+            tx, table = owners[leaf]
+            return tx._rows(table, held[leaf], ids.reshape(-1)).now
+
+        dense = {
+            leaf: owners[leaf][0]._rows(owners[leaf][1], held[leaf], None).now
+            for leaf in reads.dense
+        }
+        found = reads.value_and_grad(held, look, given, dense, known)
+        return found, Ticket.of(ready, origin)
+
+    return function
 
 
 def _wanted(carry: tuple[chex.Array, _Rows]) -> chex.Array:

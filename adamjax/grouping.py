@@ -13,10 +13,10 @@ import numpy as np
 
 from adamjax.buckets import Plan, apart, is_joined
 from adamjax.data import COUNT, Tree, static
-from adamjax.leaves import dtype_of, is_arraylike, is_left_alone, matched
+from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
-from adamjax.transform import Step, Transform, as_transform
+from adamjax.transform import Step, Transform, as_transform, over_slots
 
 __all__ = ["grouped"]
 
@@ -159,6 +159,7 @@ class grouped(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         plan, like_name = _plan_of(state), "the state"
         if plan is None:
+            self._expect_joined(state)
             like, like_name = (updates, "grads") if params is None else (params, "params")
             plan = _planned(like, self.max_size)
         kept, plan = plan, _seen_in(plan, params)
@@ -179,6 +180,17 @@ class grouped(Transform):
         )
         return apart(updates), _by_plan(new_state, kept)
 
+    def _expect_joined(self, state: Any) -> None:
+        """Refuses a state of the inner transform, where that has slots."""
+
+        def refuse(name: str, tree: Tree) -> Tree:
+            raise ValueError(
+                f"grouped: the state's {name} is not joined, it is one of {self.tx!r}: go on with "
+                "tx.join(state, params)"
+            )
+
+        over_slots(refuse, state)
+
     def join(self, state: Any, params: Tree) -> Any:
         """The state that goes on from one of `tx` alone, such as one from a checkpoint.
 
@@ -186,11 +198,17 @@ class grouped(Transform):
           state: a state of `tx`, which is not joined.
           params: the parameters that it is of.
 
+        Raises:
+          ValueError: the state is none of `tx` for these parameters; the message names the leaf.
+
         >>> import adamjax, jax.numpy as jnp
         >>> tx, params = adamjax.grouped(adamjax.adam()), [jnp.ones(2), jnp.ones(3)]
         >>> tx.join(tx.tx.init(params), params)[0].m.joined
         (Array([0., 0., 0., 0., 0.], dtype=float32),)
         """
+        expected = jax.eval_shape(self.tx.init, params)
+        mend = f"pass a state of {self.tx!r} for these parameters"
+        expect_like("grouped.join", "state", state, expected, mend)
         plan = _planned(params, self.max_size)
 
         def one(like: Any, x: Any) -> Any:

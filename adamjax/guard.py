@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, Number, Tree, exportable, static
-from adamjax.leaves import at_rest, is_left_alone, lift, new_slots, nothing, reduced
-from adamjax.moments import accumulator, next_count, scalar, widened
+from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
+from adamjax.moments import accumulator, next_count, widened
 from adamjax.paths import checked_rules, first_match, flatten, is_leaf, leaf_paths
 from adamjax.rows import RowGradient, parts
 from adamjax.transform import Step, Transform, as_transform, expect_state
@@ -169,6 +169,20 @@ class accumulate_gradients(Transform):
             rows = None if found is None else self.max_rows[found][1]
         return rows if rows is not None and rows < np.shape(p)[0] else None
 
+    def _expect_room(self, total: Tree) -> None:
+        """Refuses a state that makes room for other rows."""
+        for path, x in zip(leaf_paths(total), flatten(total)[0], strict=True):
+            came = x.indices.size if isinstance(x, RowGradient) else None
+            room = None if x is None else self._room(path, x)
+            if came != room:
+                raise ValueError(
+                    f"accumulate_gradients: the state gathers {path!r} in "
+                    f"{'a dense array' if came is None else f'{came} rows'}, expected "
+                    f"{'a dense array' if room is None else f'{room} rows'} by max_rows="
+                    f"{self.max_rows!r}: build it as it was, or put the state's inner into a new "
+                    "one from init after a whole step"
+                )
+
     def init(self, params: Tree) -> AccumulateGradientsState:
         def empty(p: chex.Array) -> chex.Array:
             return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
@@ -186,6 +200,8 @@ class accumulate_gradients(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, AccumulateGradientsState)
+        expect_wide("accumulate_gradients", "total", state.total)
+        self._expect_room(state.total)
         slots = (state.total,)
         _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
         count = state.micro_count + 1
@@ -195,7 +211,8 @@ class accumulate_gradients(Transform):
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
-                x = x / scalar(self.steps, accumulator(x.dtype))
+                # Not by `steps`, which may be another one since the first of these calls.
+                x = x / count.astype(accumulator(x.dtype))
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:
@@ -214,6 +231,7 @@ class accumulate_gradients(Transform):
         return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, AccumulateGradientsState)
         return (state.inner,)
 
 
@@ -282,4 +300,5 @@ class skip_not_finite(Transform):
         return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, SkipNotFiniteState)
         return (state.inner,)

@@ -122,6 +122,7 @@ class with_hyperparams(Transform):
         return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, HyperparamsState)
         return (state.inner,)
 
     def resolved(self, state: HyperparamsState) -> Transform:

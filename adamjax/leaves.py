@@ -20,8 +20,13 @@ from adamjax.rows import RowGradient, applied, check_sound
 __all__ = [
     "Rows",
     "apply_updates",
+    "as_arrays",
     "at_rest",
+    "described",
     "dtype_of",
+    "expect_array",
+    "expect_like",
+    "expect_wide",
     "is_arraylike",
     "is_left_alone",
     "lift",
@@ -59,13 +64,69 @@ def is_arraylike(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
 
 
-def _said(leaf: Any) -> str:
+def described(leaf: Any) -> str:
+    """What a leaf is, for errors: `float32[3, 2]`."""
     if leaf is None:
         return "None"
     if not is_arraylike(leaf):
         return f"a {type(leaf).__name__}"
     rows = "rows of " if isinstance(leaf, RowGradient) else ""
     return f"{rows}{dtype_of(leaf).name}{list(np.shape(leaf))}"
+
+
+def as_arrays(tree: Tree) -> Any:
+    """The tree with arrays of JAX in the place of NumPy's."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree
+    )
+
+
+def expect_array(
+    what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
+) -> None:
+    """Refuses anything but an array of this shape, and dtype where that is given."""
+    if is_arraylike(x) and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
+        return
+    wanted = f"{dtype or 'shape '}{list(shape)}"
+    raise ValueError(f"{what} is {described(x)}, expected {wanted}: {mend}")
+
+
+def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
+    """Refuses a tree that has other leaves, shapes or dtypes than another one."""
+    came, wanted = leaf_paths(tree), leaf_paths(like)
+    if came != wanted:
+        missing = [path for path in wanted if path not in set(came)]
+        surplus = [path for path in came if path not in set(wanted)]
+        what = f"has no {missing[0]!r}" if missing else f"has {surplus or came}, not expected"
+        raise ValueError(f"{owner}: {name} {what}: {mend}")
+    for path, x, y in zip(came, flatten(tree)[0], flatten(like)[0], strict=True):
+        same = x is y is None or (
+            None not in (x, y)
+            and is_arraylike(x)
+            and (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
+        )
+        if not same:
+            raise ValueError(
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {mend}"
+            )
+
+
+def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> None:
+    """Refuses slots that were cast: each is kept in float32 at least, or in this dtype.
+
+    Rounded to a narrow dtype after each step, an average of small changes stands still.
+    """
+    wanted = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    for x in jax.tree.leaves(tree):
+        if is_left_alone(x) or (wanted is not None and jnp.iscomplexobj(x)):
+            continue
+        fits = jnp.finfo(x.dtype).bits >= 32 if wanted is None else x.dtype == wanted
+        if not fits:
+            raise ValueError(
+                f"{owner}: the state keeps {name} in {x.dtype.name}, expected "
+                f"{'float32 or wider' if wanted is None else wanted.name}: cast it back, or build "
+                f"the transform for that dtype ({name}_dtype) if the run is meant to go on so"
+            )
 
 
 def _kind(leaf: Any) -> str:
@@ -111,8 +172,8 @@ def matched(
         reason = _mismatch(leaf, want, kinds)
         if reason:
             path = leaf_paths(like)[i]
-            beside = "" if like is tree else f", but {like_name}[{path!r}] is {_said(want)}"
-            raise ValueError(f"{owner}: {name}[{path!r}] is {_said(leaf)}{beside}: {reason}")
+            beside = "" if like is tree else f", but {like_name}[{path!r}] is {described(want)}"
+            raise ValueError(f"{owner}: {name}[{path!r}] is {described(leaf)}{beside}: {reason}")
     return leaves
 
 
@@ -139,7 +200,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     for i, p in enumerate(leaves):
         if p is not None and not is_arraylike(p):
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {_said(p)}: expected an array, or None"
+                f"params[{leaf_paths(params)[i]!r}] is {described(p)}: expected an array, or None"
             )
 
     def made(p: Any) -> Any:

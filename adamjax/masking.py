@@ -14,9 +14,9 @@ from adamjax.paths import (
     leaf_paths,
     selected,
 )
-from adamjax.transform import Step, Transform, as_transform, expect_state
+from adamjax.transform import Step, Transform, as_transform, several_states
 
-__all__ = ["masked", "partition"]
+__all__ = ["masked", "partition", "settled"]
 
 
 def _keep(tree: Tree, flags: list[bool]) -> Tree:
@@ -123,7 +123,7 @@ class partition(Transform):
         return self.transforms + (() if self.default is None else (self.default,))
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        return tuple(state)
+        return several_states(self, state)
 
     def _owners(self, tree: Tree) -> list[int]:
         """The index of each leaf's part; a leaf that is not here belongs to none."""
@@ -148,15 +148,9 @@ class partition(Transform):
         return tuple(tx.init(self._share(params, i)) for i, tx in enumerate(self.parts))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        expect_state(self, state, tuple)
-        if len(state) != len(self.parts):
-            raise ValueError(
-                f"partition: the state has {len(state)} parts for {len(self.parts)} transforms; "
-                f"was it made by the init of {self!r}?"
-            )
         given, (leaves, treedef) = updates, flatten(updates)
         owners, states = self._owners(given), []
-        for i, (tx, part) in enumerate(zip(self.parts, state, strict=True)):
+        for i, (tx, part) in enumerate(zip(self.parts, self.part_states(state), strict=True)):
             seen = None if params is None else self._share(params, i)
             moved, part = tx.update(self._share(given, i), part, seen, **extra_args)
             states.append(part)
@@ -167,3 +161,7 @@ class partition(Transform):
     def __repr__(self) -> str:
         rules = list(zip(self.patterns, self.transforms, strict=True))
         return f"partition({rules!r}, default={self.default!r})"
+
+
+def settled(tx: Transform, params: Tree) -> Transform:
+    return tx

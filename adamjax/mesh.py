@@ -11,10 +11,12 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
+    "at_each",
     "everywhere",
     "explicit",
     "on_devices",
@@ -75,10 +77,23 @@ def rows_split(x: Any) -> NamedSharding | None:
 
 def taken(table: chex.Array, indices: chex.Array, **how: Any) -> chex.Array:
     """Rows `table.at[indices].get(**how)`, on all devices that hold a part of the table."""
+    if table.shape[0] == 0:
+        # JAX refuses to gather from nothing.
+        table = jnp.zeros((1, *table.shape[1:]), table.dtype)
+        indices = jnp.ones_like(indices)
     typed = explicit(table)
     if typed is not None:
         how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
     return table.at[indices].get(**how)
+
+
+def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
+    """Entries of a short array, whole on every device, at indices in it, split as those are."""
+    typed, how = explicit(indices), {}
+    if typed is not None:
+        spec = (*typed.spec, *[None] * (entries.ndim - 1))
+        how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
+    return entries.at[indices].get(mode="promise_in_bounds", **how)
 
 
 def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False) -> chex.Array:

@@ -185,6 +185,7 @@ class shard_state(Transform):
         return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, ShardedState)
         return (state.inner,)
 
     @property

@@ -5,28 +5,32 @@ from typing import Any
 
 import jax
 
-from adamjax.autodiff import value_and_grad
+from adamjax.autodiff import Call, value_and_grad
 from adamjax.data import Tree
-from adamjax.exact import exact_rows
-from adamjax.hyperparams import with_hyperparams
+from adamjax.exact import ExactRowsState, exact_rows, gradient_of
 from adamjax.leaves import apply_updates
-from adamjax.masking import masked, partition
+from adamjax.parts import walk
 from adamjax.transform import Transform, as_transform
 
 __all__ = ["train_step"]
 
 
-def _exact(tx: Transform, state: Any) -> tuple[exact_rows, Any] | None:
-    """The part of a transform that keeps rows exact, with its state."""
-    if isinstance(tx, exact_rows):
-        return tx, state
-    if isinstance(tx, with_hyperparams):
-        return _exact(tx.resolved(state), state.inner)
-    # Parts of these see other parameters.
-    if isinstance(tx, masked | partition):
-        return None
-    found = (_exact(*pair) for pair in zip(tx.parts, tx.part_states(state), strict=True))
-    return next((pair for pair in found if pair is not None), None)
+def _exact(tx: Transform, state: Any, params: Tree) -> list[tuple[exact_rows, Any, Tree]]:
+    """The parts of a transform that keep rows exact, with their states and what they see."""
+    parts = walk(tx, state, params)
+    there = [(p.tx, p.state, p.params) for p in parts if isinstance(p.tx, exact_rows)]
+
+    def is_exact(x: Any) -> bool:
+        return isinstance(x, ExactRowsState)
+
+    states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
+    if len(there) < len(list(states)):
+        raise ValueError(
+            "train_step: exact_rows stands inside of a transform from elsewhere, where it cannot "
+            "be followed, so the loss would read rows that lag behind: put it into "
+            "adamjax.chain, masked or partition in place of optax's, which take optax's transforms"
+        )
+    return there
 
 
 def train_step(
@@ -42,9 +46,10 @@ def train_step(
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)`, one real float; a pair of it and any tree of
-        arrays with `has_aux`.
-      tx: an optimizer, ours or optax's. Where `exact_rows` is in it, alone, in a chain or in a
-        wrapper, rows are read up to date.
+        arrays with `has_aux`. Leaves of params that are no floats (integers, keys) stay as they
+        are.
+      tx: an optimizer, ours or optax's. Where `exact_rows` is in it, alone or anywhere in a
+        chain, wrapper, mask or partition of ours, rows are read up to date.
       tables: patterns of leaves that get row gradients, as of `adamjax.value_and_grad`; not for
         `exact_rows`, which has them.
       strict: as of `adamjax.value_and_grad`.
@@ -69,20 +74,21 @@ def train_step(
     tx = as_transform(tx)
 
     def step(params: Tree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        exact, extra = _exact(tx, state), {}
-        if exact is not None:
+        exact, extra = _exact(tx, state, params), {}
+        if exact:
             if tables is not None:
                 raise ValueError(
-                    f"train_step: exact_rows has its own tables, {list(exact[0].tables)}; leave "
-                    "out `tables`"
+                    "train_step: exact_rows has its own tables, "
+                    f"{[name for part, *_ in exact for name in part.tables]}; leave out `tables`"
                 )
-            gradient = exact[0].value_and_grad(loss_fn, has_aux=has_aux, strict=strict)
-            (value, grads), extra["ticket"] = gradient(params, exact[1], *args, **kwargs)
-        else:
-            gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)
-            if tables is not None:
-                gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, strict=strict)
+            gradient = gradient_of(loss_fn, exact, has_aux=has_aux, strict=strict)
+            (value, grads), extra["ticket"] = gradient(params, *args, **kwargs)
+        elif tables is not None:
+            gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, strict=strict)
             value, grads = gradient(params, *args, **kwargs)
+        else:
+            call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
+            value, grads = call.value_and_grad()
         updates, state = tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), state, value
 

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.buckets import is_joined
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import dtype_of, is_arraylike, is_left_alone, lift
+from adamjax.leaves import described, dtype_of, is_arraylike, is_left_alone, lift
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -29,6 +30,7 @@ __all__ = [
     "identity",
     "over_slots",
     "scaled",
+    "several_states",
     "times",
 ]
 
@@ -103,7 +105,7 @@ class Transform(Data):
         return ()
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        """The states of the parts, in their order."""
+        """The states of the parts, in their order, or an error if the state is another's."""
         return ()
 
     @property
@@ -191,12 +193,35 @@ class foreign(Transform):
 
 
 def expect_state(owner: Transform, state: Any, kind: type) -> None:
-    """Refuses a state that another transform made."""
+    """Refuses a state that another transform made, or whose counts are no counts any more."""
     if not isinstance(state, kind):
         raise TypeError(
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
             f"{kind.__name__} that its init or its last update returned"
         )
+    for name in _COUNTS.intersection(getattr(state, "_fields", ())):
+        x = getattr(state, name)
+        whole = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
+        if not whole or np.shape(x) != ():
+            raise ValueError(
+                f"{type(owner).__name__}: the state's {name} is {described(x)}, expected int32[]: "
+                "only moments may be cast; a state with a leading axis is for jax.vmap"
+            )
+
+
+def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
+    """A state that is the tuple of the states of all parts, or an error."""
+    expect_state(owner, state, tuple)
+    if len(state) != len(owner.parts):
+        raise ValueError(
+            f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "
+            f"transforms; was it made by the init of {owner!r}?"
+        )
+    return tuple(state)
+
+
+# The fields of states that count something.
+_COUNTS = {"count", "micro_count", "skipped", "clock"}
 
 
 def over_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
@@ -377,12 +402,7 @@ class chain(Transform):
         return tuple(tx.init(params) for tx in self.transforms)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        expect_state(self, state, tuple)
-        if len(state) != len(self.transforms):
-            raise ValueError(
-                f"chain: the state has {len(state)} parts for {len(self.transforms)} "
-                f"transforms; was it made by the init of {self!r}?"
-            )
+        state = self.part_states(state)
         leaves = flatten(updates)[0]
         dtypes = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
         wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
@@ -421,7 +441,7 @@ class chain(Transform):
         return self.transforms
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        return tuple(state)
+        return several_states(self, state)
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.transforms))})"

@@ -1121,12 +1121,13 @@ def test_float64():
     with enable_x64():
         params = as_float64(small_params())
         dense = pipeline()
-        tx = exact_rows(dense, "table", history=256)
+        with pytest.raises(ValueError, match=r"at least 512: .* in float64"):
+            exact_rows(dense, "table", history=256).init(params)
+        tx = exact_rows(dense, "table", history=512)
         exact, plain = (params, tx.init(params)), (params, dense.init(params))
         for t in range(300):
             grads = as_float64(small_grads(t))
             exact = stepped(tx, *exact, grads)
             plain = stepped(dense, *plain, to_dense(grads))
         assert looked_up(tx, *exact).dtype == jnp.float64
-        # The series is cut where a float32 cannot tell.
-        assert_close(looked_up(tx, *exact), plain[0]["table"], rtol=2e-7)
+        assert_close(looked_up(tx, *exact), plain[0]["table"], rtol=1e-13)

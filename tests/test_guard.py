@@ -397,7 +397,7 @@ def test_a_ticket_reaches_the_inside():
     state = tx.init(TABLE)
     _, ticket = exact.prepare(TABLE, state.inner, {"t": grads["t"].indices})
     rows = ticket.rows["t"]
-    forged = ticket._replace(rows={"t": rows._replace(moved=rows.moved + 10)})
+    forged = ticket.replace(rows={"t": rows._replace(moved=rows.moved + 10)})
     alone, honest, believed = (
         tx.update(grads, state, TABLE, ticket=given)[0]["t"] for given in (None, ticket, forged)
     )
