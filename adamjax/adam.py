@@ -35,7 +35,7 @@ from adamjax.moments import (
     widened,
 )
 from adamjax.rows import Recurrence
-from adamjax.transform import Rule, Step, expect_state, times
+from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
 __all__ = [
     "ScaleByAdamState",
@@ -306,6 +306,9 @@ class scale_by_adam(Rule):
                 f"scale_by_adam: the state is {came}'s, but nesterov={self.nesterov} makes this "
                 f"{here}: build it with nesterov={not self.nesterov}, or start from init"
             )
+        if self.nesterov:
+            expect_number(self, "momentum_product", state.momentum_product, jnp.floating)
+            expect_wide("scale_by_adam", "momentum_product", state.momentum_product)
         product = self._product(state)
         updates, m, v = lift(
             "scale_by_adam",

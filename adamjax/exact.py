@@ -48,6 +48,7 @@ from adamjax.transform import (
     all_parts,
     as_transform,
     chain,
+    expect_number,
     expect_state,
     over_slots,
 )
@@ -500,6 +501,8 @@ class exact_rows(Transform):
             )
         for table in tables:
             self._expect_table(table, state.tables[table.path], slots, params)
+            _, count = self._found(table, state.inner, params)
+            expect_number(self, "count", count, jnp.integer)
         return tables, as_arrays(state), as_arrays(params)
 
     def _expect_table(
@@ -514,7 +517,7 @@ class exact_rows(Transform):
         expect_array(f"exact_rows: tables[{table.path!r}].cursor", known.cursor, (), other, "int32")
         for name, tree in slots.items():
             slot = flatten(tree)[0][table.leaf]
-            if slot is not None:
+            if slot is not None or name in table.rule.decays:
                 expect_array(f"exact_rows: {name}[{table.path!r}]", slot, shape, other)
         mend = (
             "rows that lag behind must go on as they began. Build it as it was; or flush with the "

@@ -100,11 +100,10 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
         what = f"has no {missing[0]!r}" if missing else f"has {surplus or came}, not expected"
         raise ValueError(f"{owner}: {name} {what}: {mend}")
     for path, x, y in zip(came, flatten(tree)[0], flatten(like)[0], strict=True):
-        same = x is y is None or (
-            None not in (x, y)
-            and is_arraylike(x)
-            and (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
-        )
+        if x is None or y is None or not is_arraylike(x):
+            same = x is y
+        else:
+            same = (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
         if not same:
             raise ValueError(
                 f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {mend}"
@@ -258,6 +257,13 @@ def lift(
         matched(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
         for slot in slots
     ]
+    for i, g in enumerate(leaves):
+        held = [column[i] for column in columns]
+        if g is not None and any(x is None for x in held) and any(x is not None for x in held):
+            raise ValueError(
+                f"{owner}: {slot_name} has only a part of what is kept of "
+                f"{leaf_paths(like)[i]!r}: expected an array in each of its trees"
+            )
     reads = (
         [] if params is None else [matched(owner, "params", params, like, like_name, grads=leaves)]
     )

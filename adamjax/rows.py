@@ -308,7 +308,9 @@ def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
       int32[n] and int32[n]; the place of `num_rows` is n.
     """
     ids = everywhere(ids)
-    return _distinct(num_rows, ids) if ids.size else (ids, ids)
+    if ids.size == 0 or num_rows == 0:
+        return ids, jnp.full_like(ids, ids.size)
+    return _distinct(num_rows, ids)
 
 
 # Jitted, JAX traces it once for all tables and steps of these sizes; inline, it leaves no trace.

@@ -26,6 +26,7 @@ __all__ = [
     "all_parts",
     "as_transform",
     "chain",
+    "expect_number",
     "expect_state",
     "identity",
     "over_slots",
@@ -200,13 +201,17 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{kind.__name__} that its init or its last update returned"
         )
     for name in _COUNTS.intersection(getattr(state, "_fields", ())):
-        x = getattr(state, name)
-        whole = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
-        if not whole or np.shape(x) != ():
-            raise ValueError(
-                f"{type(owner).__name__}: the state's {name} is {described(x)}, expected int32[]: "
-                "only moments may be cast; a state with a leading axis is for jax.vmap"
-            )
+        expect_number(owner, name, getattr(state, name), jnp.integer)
+
+
+def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
+    """Refuses what is no scalar of this kind in a state."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, kind) or np.shape(x) != ():
+        wanted = "int32[]" if kind is jnp.integer else "float32[]"
+        raise ValueError(
+            f"{type(owner).__name__}: the state's {name} is {described(x)}, expected {wanted}: "
+            "only moments may be cast; a state with a leading axis is for jax.vmap"
+        )
 
 
 def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ LEARNING_RATE = 0.01
 DECAY = 0.1
 MOMENTUM = 0.99
 
-# --- chains, here and in the reference ------------------------------------------------------------
+# --- chains, here and in the reference ----------------------------------------------------------
 
 RULES = {
     "adam": (scale_by_adam, reference.adam),
@@ -150,7 +150,7 @@ def least_history(tx):
     return 1
 
 
-# --- data -----------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(repr=False)
@@ -232,7 +232,7 @@ def drawn(config, seed):
     return Data(start, indices, values, dense, is_dense, rates)
 
 
-# --- the three runs -------------------------------------------------------------------------------
+# --- the three runs -----------------------------------------------------------------------------
 
 PROBES = 64  # rows that are read after each step
 
@@ -371,7 +371,7 @@ def figures(config, seeds):
     return {what: np.mean(pair, axis=0) for what, pair in found.items()}
 
 
-# --- every pair of settings -----------------------------------------------------------------------
+# --- every pair of settings ---------------------------------------------------------------------
 
 FACTORS = {
     "rule": list(RULES),
@@ -470,7 +470,7 @@ def test_exact(config):
         assert exact <= most * dense, f"{what}: error {exact:.3g}, dense {dense:.3g}"
 
 
-# --- any pattern ----------------------------------------------------------------------------------
+# --- any pattern --------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 12, 2
 
@@ -564,7 +564,7 @@ def test_any_pattern(name):
     holds()
 
 
-# --- histories ------------------------------------------------------------------------------------
+# --- histories ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tail", ["", "decay, average"])
@@ -607,7 +607,7 @@ def test_history_is_rounded_up():
         exact_rows(adamjax.adam(), "table", history="long")
 
 
-# --- single steps ---------------------------------------------------------------------------------
+# --- single steps -------------------------------------------------------------------------------
 
 ROWS_SMALL = 40
 
@@ -816,7 +816,7 @@ def test_more_distinct_rows_than_there_is_room_for():
     assert_close(looked_up(tx, *actual), looked_up(tx, *expected), rtol=1e-6)
 
 
-# --- states ---------------------------------------------------------------------------------------
+# --- states -------------------------------------------------------------------------------------
 
 
 def test_from_the_dense_optimizer_and_back():
@@ -941,7 +941,7 @@ def test_donated_tables_are_updated_in_place():
     assert_close(looked_up(tx, params, state), looked_up(tx, *trained_shortly(tx, 3)), rtol=1e-6)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------
 
 
 class to_the_sign(adamjax.Transform):
@@ -974,6 +974,10 @@ REFUSED = {
     "decay in front of the rule": (
         chain(add_decayed_weights(0.1), scale_by_adam()),
         r"add_decayed_weights\(weight_decay=0.1\).*rows without",
+    ),
+    "a sum over replicas": (
+        chain(adamjax.sum_over("x"), adamjax.adamw()),
+        r"sum_over\(axis_name='x'\).*in front of the whole: chain\(sum_over",
     ),
     "two rules": (
         chain(scale_by_adam(), scale_by_adamax()),
@@ -1055,7 +1059,223 @@ def test_stale_tables_cannot_be_read_by_accident():
     jax.jit(lambda params: params["kernel"])(params)
 
 
-# --- in company -----------------------------------------------------------------------------------
+# --- states, tickets and parameters that do not fit -----------------------------------------------
+
+OTHERS = {
+    "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=256), r"\[65536, 4\]"),
+    "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected \['b1=0.8,"),
+    "b2": (lambda: exact_rows(adamjax.adam(0.1, b2=0.99), "table"), "shrink=0.9949"),
+    "epsilon": (lambda: exact_rows(adamjax.adam(0.1, eps_hat=1e-3), "table"), "eps=0.001"),
+    "its form": (lambda: exact_rows(adamjax.adam(0.1, eps=1e-7), "table"), "b2=0.999"),
+    "decay": (lambda: exact_rows(adamjax.adamw(0.1), "table"), r"3 parts|has no|decay"),
+    "rule": (lambda: exact_rows(adamjax.amsgrad(0.1), "table"), "shrink=1.0"),
+}
+
+
+@pytest.mark.parametrize("read", ["update", "flush", "lookup", "prepare", "value_and_grad"])
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_state_of_another_transform_is_refused(what, read):
+    """Rows that lag behind would go on otherwise; the error says how to change over."""
+    make, message = OTHERS[what]
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    state, other = tx.init(params), make()
+    if what == "less history":
+        tx, other = other, tx
+        state = tx.init(params)
+    ids = jnp.arange(2)
+    calls = {
+        "update": lambda: other.update(small_grads(0), state, params),
+        "flush": lambda: other.flush(params, state),
+        "lookup": lambda: other.lookup(params, state, "table", ids),
+        "prepare": lambda: other.prepare(params, state, {"table": ids}),
+        "value_and_grad": lambda: other.value_and_grad(stopped)(params, state, ids),
+    }
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        calls[read]()
+    assert "from_dense(state.inner, params)" in str(caught.value)
+
+
+def test_the_momentum_of_an_average_is_part_of_the_state():
+    made = [exact_rows(chain(adamjax.adam(0.1), weight_ema(b)), "table") for b in (0.9, 0.99)]
+    params = small_params()
+    with pytest.raises(ValueError, match=r"momentum=0.9'\], expected .*momentum=0.99'"):
+        made[1].flush(params, made[0].init(params))
+
+
+def test_a_change_of_betas_behind_a_flush():
+    """As the error says: from the dense state, and then as the dense optimizer with other betas."""
+    old, new = adamjax.adam(0.05, 0.9, 0.95), adamjax.adam(0.05, 0.8, 0.99)
+    exact = [exact_rows(tx, "table", history=512) for tx in (old, new)]
+    params, state = trained_shortly(exact[0], 10)
+    plain, plain_state = trained_shortly(dense_steps(old), 10)
+    params, state = exact[0].flush(params, state)
+    state = exact[1].from_dense(state.inner, params)
+    for t in range(10, 20):
+        params, state = stepped(exact[1], params, state, small_grads(t))
+        plain, plain_state = stepped(dense_steps(new), plain, plain_state, small_grads(t))
+    assert_close(looked_up(exact[1], params, state), plain["table"], rtol=2e-6)
+
+
+def test_a_table_of_another_size_is_refused():
+    tx = exact_rows(adamjax.adam(0.1), "table")
+    state = tx.init(small_params())
+    for rows in (ROWS_SMALL + 2, ROWS_SMALL - 1):
+        params = small_params(rows)
+        with pytest.raises(ValueError, match=rf"'table'\].last is int32\[40\].*int32\[{rows}\]"):
+            tx.update(small_grads(0, rows), state, params)
+    with pytest.raises(ValueError, match=r"m\['table'\] is float32\[40, 3\].*\[40, 2\]"):
+        tx.lookup(small_params(columns=2), state, "table", jnp.arange(2))
+
+
+def test_from_dense_takes_a_state_of_the_inner_transform_alone():
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    for state, message in (
+        (adamjax.nadam(0.1).init(params), r"momentum_product'\] is float32\[\], expected None"),
+        (adamjax.amsgrad(0.1).init(params), "has no '0/momentum_product'"),
+        (adamjax.adam(0.1).init(small_params(5)), r"m/table'\] is float32\[5, 3\]"),
+        (tx.init(params), "has no '0/count'"),
+    ):
+        with pytest.raises(ValueError, match=rf"exact_rows.from_dense: inner.*{message}"):
+            tx.from_dense(state, params)
+
+
+def read_and_step(tx, params, state, between):
+    """Gradients and a ticket by some parameters and state, and a step of what they become."""
+    ids = jnp.array([3, 5, 5])
+    (_, grads), ticket = tx.value_and_grad(stopped)(params, state, ids)
+    grads["kernel"] = jnp.zeros(2)
+    updates, _ = tx.update(grads, *between(state, params), ticket=ticket)
+    expected, _ = tx.update(grads, *between(state, params))
+    return updates, expected
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_ticket_of_other_arrays_is_ignored(jit):
+    """A flush in between; a gradient at a perturbed point, as in SAM; a state made anew."""
+    tx = exact_rows(pipeline(), "table")
+    params, state = trained_shortly(tx)
+
+    def flushed(state, params):
+        return tx.flush(params, state)[::-1]
+
+    def perturbed(state, params):
+        return state, jax.tree.map(lambda p: p + 0.1, params)
+
+    def other(state, params):
+        inner = jax.tree.map(lambda x: 0.5 * x if x.ndim == 2 else x, state.inner)
+        return state._replace(inner=inner), params
+
+    for between in (flushed, perturbed, other):
+        run = functools.partial(read_and_step, between=between)
+        run = jax.jit(run) if jit else run
+        assert_same(*run(tx, params, state))
+
+
+def test_a_ticket_of_these_arrays_counts():
+    tx = exact_rows(pipeline(), "table")
+    params, state = trained_shortly(tx)
+    ids = jnp.array([3, 5, 5])
+    (_, grads), ticket = tx.value_and_grad(stopped)(params, state, ids)
+    grads["kernel"] = jnp.zeros(2)
+    rows = ticket.rows["table"]
+    forged = ticket.replace(rows={"table": rows._replace(moved=rows.moved + 10)})
+    step = functools.partial(tx.update, grads, state, params)
+    assert_same(step(ticket=ticket), step())
+    assert np.all(np.asarray(step(ticket=forged)[0]["table"].values) > 5)
+
+
+def test_numpy_arrays_do_as_well():
+    """As they come from a checkpoint: in the parameters, in the state and in the gradients."""
+    tx = exact_rows(pipeline(), "table")
+    params, state = trained_shortly(tx)
+    ids, grads = jnp.array([3, 5, 5]), small_grads(20)
+
+    def everything(params, state, grads, ids):
+        return (
+            tx.lookup(params, state, "table", ids),
+            tx.prepare(params, state, {"table": ids})[0],
+            tx.flush(params, state),
+            tx.value_and_grad(stopped)(params, state, ids)[0],
+            tx.update(grads, state, params),
+            tx.from_dense(state.inner, params),
+        )
+
+    args = params, state, grads, ids
+    assert_same(everything(*jax.device_get(args)), everything(*args))
+
+
+def test_leaves_with_one_path_are_refused():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match=r"exact_rows: two leaves have the path 'a/b'.*rename"):
+        exact_rows(adamjax.adam(), "a").init(params)
+
+
+def test_every_pattern_must_match():
+    params = small_params()
+    with pytest.raises(ValueError, match=r"'tabel' matches no leaf.*'kernel', 'table'.*optional"):
+        exact_rows(adamjax.adam(), ["table", "tabel"]).init(params)
+    tx = exact_rows(adamjax.adam(), ["table", adamjax.optional("tabel")])
+    assert list(tx.init(params).tables) == ["table"]
+    tx = exact_rows(adamjax.adam(0.1), adamjax.optional("tabel"))
+    state = tx.init(params)
+    grads = to_dense(small_grads(0))
+    expected, _ = adamjax.adam(0.1).update(grads, state.inner, params)
+    assert_same(tx.update(grads, state, params)[0], expected)
+
+
+# --- tables of which nothing is read --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 0), (0, 3), (0, 0), (4,)], ids=str)
+@pytest.mark.parametrize("batch", [3, 0])
+def test_a_table_that_is_not_read(shape, batch):
+    """It gets an empty row gradient, and moves as with a gradient of zero."""
+    tx = exact_rows(adamjax.adamw(0.1), ["here", "there"])
+    params = {"here": jnp.ones((6, 2)), "there": jnp.ones(shape)}
+    step = adamjax.train_step(lambda p, ids: jnp.sum(p["here"][ids] ** 2), tx, donate_argnums=())
+    state, plain = tx.init(params), params
+    dense = tx.tx.init(params)
+    for t in range(3):
+        ids = (jnp.arange(batch) + t) % 6
+        grads = jax.grad(lambda p, ids=ids: jnp.sum(p["here"][ids] ** 2))(plain)
+        params, state, _ = step(params, state, ids)
+        updates, dense = tx.tx.update(grads, dense, plain)
+        plain = apply_updates(plain, updates)
+    assert_close(tx.flush(params, state)[0], plain, rtol=1e-6)
+    for ids in (jnp.array([0, -1, 7]), jnp.zeros((2, 0), jnp.int32)):
+        rows = tx.lookup(params, state, "there", ids)
+        assert rows.shape == (*ids.shape, *shape[1:])
+        assert_same(tx.prepare(params, state, {"there": ids})[0]["there"], rows)
+
+
+# --- norms that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [clip_by_global_norm(1.0), adamjax.clip_by_norm(1.0)], ids=repr)
+def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
+    """Whichever rows are being refreshed meanwhile: with a ring as short as can be, many are."""
+    tx = exact_rows(chain(clip, adamjax.adam(0.05, 0.5, 0.9)), "table", history=64)
+    rows = 500
+    for steps in (1, 2, 5):
+        params = small_params(rows)
+        state, plain = tx.init(params), params
+        plain_state = tx.tx.init(params)
+        for t in range(steps):
+            grads = small_grads(t, rows)
+            params, state = stepped(tx, params, state, grads)
+            plain, plain_state = stepped(tx.tx, plain, plain_state, to_dense(grads))
+        bad = row_gradient(jnp.array([3, 400]), jnp.full((2, 3), jnp.nan), rows)
+        bad = {"kernel": jnp.zeros(2), "table": bad}
+        params, state = stepped(tx, params, state, bad)
+        zero = {"kernel": jnp.zeros(2), "table": jnp.zeros((rows, 3))}
+        plain, _ = stepped(tx.tx, plain, plain_state, zero)
+        for read in (looked_up(tx, params, state), tx.flush(params, state)[0]["table"]):
+            spoilt = np.isnan(read).any(axis=1)
+            assert list(np.flatnonzero(spoilt)) == [3, 400]
+            assert_close(read[~spoilt], plain["table"][~spoilt], rtol=2e-6)
+
+
+# --- in company ---------------------------------------------------------------------------------
 
 
 def test_beside_other_optimizers():

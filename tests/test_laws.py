@@ -9,6 +9,7 @@ import copy
 import functools
 import itertools
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -270,6 +271,7 @@ CASES = [
             **CLOSURES,
             **OPTAX,
             "a_none_gradient_skips_its_leaf": "optax.trace forgets the leaf",
+            "refuses_a_state_that_does_not_fit": "optax.trace takes any state",
             "mixed_trees_keep_shapes_and_dtypes": "optax.trace forgets the leaf",
         },
     ),
@@ -936,6 +938,31 @@ def test_refuses(case):
         assert owner in owners, f"{name}: {message}"
         for word in words:
             assert word in rest, f"{name}: {message}"
+
+
+# What may have become of an array of a state on its way through a checkpoint.
+SPOILT_STATES = {
+    "replicated": lambda x: jnp.stack([x, x]),
+    "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
+    "cast": lambda x: x.astype(jnp.float16),
+    "cast to the other kind": lambda x: x.astype(
+        jnp.int32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    ),
+    "missing": lambda x: None,
+}
+
+
+@law
+def test_refuses_a_state_that_does_not_fit(case):
+    """Each array of it by itself, with the name of who expected another one."""
+    params, grads = make_params(), make_grads(0)
+    found, treedef = jax.tree.flatten(case.tx.init(params))
+    for i, x in enumerate(found):
+        for name, spoil in SPOILT_STATES.items():
+            state = treedef.unflatten([*found[:i], spoil(x), *found[i + 1 :]])
+            with pytest.raises((TypeError, ValueError)) as caught:
+                case.tx.update(grads, state, params)
+            assert re.match(r"\w+(\.\w+)?: ", str(caught.value)), f"{i}, {name}: {caught.value}"
 
 
 @functools.cache
