@@ -433,3 +433,22 @@ def test_variables_may_be_unwrapped_after_init():
     updates, next_state = tx.update(values, state, values)
     assert_same(updates, tx.update(values, tx.init(values), values)[0])
     assert avals(next_state) == avals(state)
+
+
+def test_a_state_of_other_leaves_is_not_joined():
+    """Leaves of the same total as well, whose moments would be dealt out otherwise."""
+    tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
+    for state, message in (
+        (adam().init(params[::-1]), r"state\['0/m/0'\] is float32\[3\], expected float32\[2\]"),
+        (adam().init(params[:1]), "has no '0/m/1'"),
+        (nadam().init(params), r"momentum_product'\] is float32\[\], expected None"),
+        (tx.init(params), "0/m"),
+    ):
+        with pytest.raises(ValueError, match=f"grouped.join: .*{message}"):
+            tx.join(state, params)
+
+
+def test_a_state_that_is_not_joined_is_refused():
+    tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
+    with pytest.raises(ValueError, match=r"the state's m is not joined.*tx.join\(state, params\)"):
+        tx.update(params, adam().init(params), params)

@@ -390,6 +390,24 @@ def test_around_exact_rows(wrapper, ticketed):
     assert_close(flushed, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, 3), (3, None), (3, 4)], ids=lambda rows: f"max_rows={rows}"
+)
+def test_a_state_with_room_for_other_rows_is_refused(before, after):
+    old, new = (accumulate_gradients(adam(), 2, max_rows=rows) for rows in (before, after))
+    with pytest.raises(ValueError, match=r"the state gathers 't' in .*, expected .*max_rows="):
+        new.update(draw_rows(0), old.init(TABLE), TABLE)
+
+
+def test_the_mean_is_of_the_calls_that_there_were():
+    """Also where `steps` changes while gradients are being gathered."""
+    many, few = (accumulate_gradients(scale(1.0), steps) for steps in (4, 2))
+    state = many.init(jnp.array(0.0))
+    for g in (1.0, 2.0, 3.0):
+        _, state = many.update(jnp.array(g), state)
+    assert float(few.update(jnp.array(6.0), state)[0]) == 3.0
+
+
 def test_a_ticket_reaches_the_inside():
     """One that says something else is believed."""
     exact, grads = exact_rows(adam(0.1), "t", history=256), draw_rows(0)

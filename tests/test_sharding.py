@@ -112,6 +112,13 @@ def test_meshes_with_explicit_axes(found, case):
     assert found[case]["specs"] == 3 * [["data"]]
 
 
+@NEW
+@pytest.mark.parametrize("loss", ["whole", "split", "all rows"])
+def test_any_loss_on_a_mesh_with_explicit_axes(found, loss):
+    """The table's gradient is an array there: all rows are brought up to date."""
+    assert found[f"explicit, {loss}"]["distance"] < CLOSE
+
+
 @pytest.mark.parametrize("case", ["init", pytest.param("explicit init", marks=NEW)])
 def test_init_follows_the_parameters(found, case):
     assert all(found[case].values()), found[case]
@@ -428,6 +435,47 @@ def explicit_cases():
         )
 
 
+def split_losses():
+    """A loss by name, with indices and values split over the mesh or not."""
+
+    def rows(spec):
+        return functools.partial(table_loss, out_sharding=spec)
+
+    return {
+        "whole": (rows(P()), P()),
+        "split": (rows(P("data")), P("data")),
+        "all rows": (
+            lambda params, ids, y: jnp.mean(params["table"] ** 2) + params["w"].sum(),
+            P(),
+        ),
+    }
+
+
+def explicit_losses():
+    """`train_step` on a mesh with explicit axes, where the table's gradient is an array."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    table = NamedSharding(mesh, P("data"))
+    tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
+    ids, y = np.arange(16) % 5, np.ones(16, np.float32)
+
+    def trained(loss, *batch):
+        params = table_params()
+        if batch:
+            params = jax.device_put(params, {"table": table, "w": NamedSharding(mesh, P())})
+        batch = batch or (jnp.asarray(ids), jnp.asarray(y))
+        state, step = tx.init(params), adamjax.train_step(loss, tx)
+        for _ in range(4):
+            params, state, _ = step(params, state, *batch)
+        return tx.flush(params, state)[0]
+
+    for name, (loss, spec) in split_losses().items():
+        plain = loss if name == "all rows" else table_loss
+        one = trained(plain)
+        with jax.set_mesh(mesh):
+            many = trained(loss, *jax.device_put((ids, y), NamedSharding(mesh, spec)))
+        yield f"explicit, {name}", {"distance": distance(many, one)}
+
+
 def of_init(mesh):
     """Whether each kind of `init` gives every slot the sharding of its parameter."""
     split = NamedSharding(mesh, P("data"))
@@ -466,7 +514,7 @@ def main():
         explicit = jax.make_mesh(
             (DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
         )
-        cases |= dict(explicit_cases())
+        cases |= dict(explicit_cases()) | dict(explicit_losses())
         with jax.set_mesh(explicit):
             cases["explicit init"] = of_init(explicit)
     print(json.dumps(cases))

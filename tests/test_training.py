@@ -80,6 +80,86 @@ def test_exact_rows_are_found_wherever_they_are(around):
     assert_near(losses, by_hand(around(dense))[1])
 
 
+def half(dense):
+    """The tables of a click model, each in a part of its own."""
+    return adamjax.partition(
+        [("table", adamjax.exact_rows(dense, "table")), ("other", adamjax.exact_rows(dense, ""))],
+        default=dense,
+    )
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        half,
+        lambda dense: adamjax.chain(
+            adamjax.masked(dense, "w"),
+            adamjax.masked(adamjax.exact_rows(dense, "table"), "table|other"),
+        ),
+        lambda dense: adamjax.skip_not_finite(half(dense)),
+        lambda dense: adamjax.with_hyperparams(half(dense)),
+    ],
+    ids=["partition", "masked", "skip_not_finite", "with_hyperparams"],
+)
+def test_exact_rows_of_some_leaves_read_rows_up_to_date(around):
+    """In a part that sees its own leaves alone, several of them too, at the cost of the rows."""
+
+    def loss(params, ids):
+        return loss_fn(params, ids) + jnp.mean(params["other"][ids + 1] ** 2)
+
+    dense = adamjax.adamw(0.1)
+    tx = around(dense)
+    start = {**params(), "other": jnp.linspace(-1, 1, V)[:, None]}
+    p, plain = jax.tree.map(jnp.copy, start), start
+    state, other = tx.init(p), dense.init(plain)
+    step = adamjax.train_step(loss, tx)
+    for ids in IDS * 3:
+        p, state, value = step(p, state, ids)
+        expected, grads = jax.value_and_grad(loss)(plain, ids)
+        updates, other = dense.update(grads, other, plain)
+        plain = adamjax.apply_updates(plain, updates)
+        assert_near(value, expected)
+    assert not np.allclose(p["table"], plain["table"], rtol=1e-3)  # rows do lag behind
+    assert_near(p["w"], plain["w"])
+
+
+def test_exact_rows_that_cannot_be_followed_are_refused():
+    """Inside of optax's wrappers the loss would read rows that lag behind."""
+    exact = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    tx = optax.chain(optax.clip(1.0), optax.GradientTransformationExtraArgs(*exact))
+    with pytest.raises(ValueError, match="exact_rows stands inside of a transform from elsewhere"):
+        adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+
+
+def test_a_state_of_another_transform_is_refused():
+    tx = adamjax.skip_not_finite(adamjax.exact_rows(adamjax.adam(0.1), "table"))
+    other = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    with pytest.raises(TypeError, match="state is a ExactRowsState, expected the SkipNotFinite"):
+        adamjax.train_step(loss_fn, tx)(params(), other.init(params()), IDS[0])
+
+
+@pytest.mark.parametrize("tables", [None, "table"])
+def test_leaves_that_are_no_floats_stay_as_they_are(tables):
+    tx = adamjax.adamw(0.1)
+    beside = {"n": jnp.array(3), "key": jax.random.key(0), "flags": jnp.array([True]), "gone": None}
+
+    def loss(params, ids):
+        return loss_fn(params, ids) * params["n"], jax.random.key_data(params["key"])
+
+    def copied():
+        return jax.tree.map(jnp.copy, beside | params())
+
+    step = adamjax.train_step(loss, tx, has_aux=True, tables=tables)
+    p, _, (value, _) = step(copied(), tx.init(copied()), IDS[0])
+    grads = jax.grad(lambda p: 3 * loss_fn(p, IDS[0]))(params())
+    updates, _ = tx.update(grads, tx.init(params()), params())
+    assert_near({k: p[k] for k in params()}, adamjax.apply_updates(params(), updates))
+    assert_near(value, 3 * loss_fn(params(), IDS[0]))
+    for name in ("n", "flags"):
+        np.testing.assert_array_equal(p[name], beside[name])
+    assert jax.random.key_data(p["key"]).tolist() == [0, 0]
+
+
 def test_aux_and_arguments():
     tx = adamjax.adam(0.1)
     step = adamjax.train_step(with_aux, tx, has_aux=True)
