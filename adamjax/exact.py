@@ -25,7 +25,16 @@ from adamjax.coasting import Coasting, Ring, coasting, decayed
 from adamjax.data import Data, Tree, exportable, is_array, static
 from adamjax.grouping import grouped
 from adamjax.guard import accumulate_gradients, skip_not_finite
-from adamjax.leaves import as_arrays, dtype_of, expect_array, expect_like, matched, needed
+from adamjax.leaves import (
+    as_arrays,
+    described,
+    dtype_of,
+    expect_array,
+    expect_like,
+    is_left_alone,
+    matched,
+    needed,
+)
 from adamjax.masking import masked, partition, settled
 from adamjax.mesh import at_each, over_rows, put, rows_alike, taken
 from adamjax.moments import accumulator, apart, next_count, root
@@ -875,10 +884,10 @@ class exact_rows(Transform):
         self, table: _Table, state: ExactRowsState, params: Tree, g: Any, ticket: Ticket | None
     ) -> _Rows:
         """The rows that a gradient touches and those to be refreshed, brought up to date."""
-        if g is None:
+        if is_left_alone(g):
             raise ValueError(
-                f"exact_rows: grads[{table.path!r}] is None, but a table moves in every step: "
-                "pass row_gradient with no indices"
+                f"exact_rows: grads[{table.path!r}] is {described(g)}, but a table moves in every "
+                "step: pass row_gradient with no indices"
             )
         if not isinstance(g, RowGradient):
             return self._caught_up(table, state, params, None)

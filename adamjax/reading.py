@@ -13,10 +13,10 @@ from adamjax.buckets import apart
 from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
 from adamjax.hyperparams import with_hyperparams
-from adamjax.leaves import is_left_alone
+from adamjax.leaves import expect_array, is_left_alone
 from adamjax.scaling import ScheduleState, scale_by_learning_rate
 from adamjax.schedule import rate_at
-from adamjax.transform import Transform, as_transform
+from adamjax.transform import Transform, as_transform, expect_state
 
 __all__ = [
     "averaged_weights",
@@ -145,7 +145,7 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
       A tree like the parameters, in float32 at least where `params` is not given.
 
     Raises:
-      ValueError: the state holds no `weight_ema`.
+      ValueError: the state holds no `weight_ema`, or one of other parameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.chain(adamjax.adam(), adamjax.weight_ema(0.99))
@@ -159,16 +159,22 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
     if params is None:
         return average
 
-    def like(x: Any, p: Any) -> Any:
-        return p if _is_empty(x) or is_left_alone(p) else x.astype(jnp.asarray(p).dtype)
+    def like(path: Any, x: Any, p: Any) -> Any:
+        if _is_empty(x) or is_left_alone(p):
+            return p
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        what = f"averaged_weights: the average of {name!r}"
+        expect_array(what, x, jnp.shape(p), "pass the parameters that it is of")
+        return x.astype(jnp.asarray(p).dtype)
 
-    return jax.tree.map(like, average, params, is_leaf=_is_empty)
+    return jax.tree_util.tree_map_with_path(like, average, params, is_leaf=_is_empty)
 
 
 def _rates(tx: Transform, state: Any) -> Iterator[Any]:
     if isinstance(tx, with_hyperparams):
         tx, state = tx.resolved(state), state.inner
     if isinstance(tx, scale_by_learning_rate):
+        expect_state(tx, state, ScheduleState)
         yield rate_at(tx.learning_rate, state.count)
     for part, part_state in zip(tx.parts, tx.part_states(state), strict=True):
         yield from _rates(part, part_state)

@@ -207,6 +207,21 @@ def test_averaged_weights_without_an_average():
         averaged_weights(adam().init(PARAMS))
 
 
+def test_an_average_of_other_weights_is_refused():
+    _, state = run(chain(adam(0.1), weight_ema(0.9)))
+    other = {**PARAMS, "head": jnp.ones(7)}
+    with pytest.raises(ValueError, match=r"averaged_weights: the average of 'head' is .*\[7\]"):
+        averaged_weights(state, other)
+
+
+def test_the_rate_of_another_state_is_refused():
+    state = adam(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match="the state has 2 parts for 3 transforms"):
+        learning_rate(adamjax.adamw(0.1), state)
+    with pytest.raises(TypeError, match="expected the ScheduleState"):
+        learning_rate(chain(scale_by_learning_rate(0.1), adam().transforms[0]), state)
+
+
 def test_learning_rates():
     state = adam(0.25).init(PARAMS)
     assert learning_rate(adam(0.25), state) == 0.25
