@@ -138,8 +138,12 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     leaves, treedef = flatten(params)
     for i, p in enumerate(leaves):
         if p is not None and not is_arraylike(p):
+            name = getattr(p, "__name__", None)
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {_said(p)}: expected an array, or None"
+                f"params[{leaf_paths(params)[i]!r}] is {_said(p)}{f' ({name})' if name else ''}: "
+                "expected an array, or None. Give the arrays of a model alone: of an Equinox one "
+                "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
+                "nnx.state(model, nnx.Param)"
             )
 
     def made(p: Any) -> Any:
