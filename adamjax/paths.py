@@ -154,13 +154,7 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
             raise ValueError(f"{wanted}, got the string {pair!r} in the place of a pair")
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"{wanted}, got {pair!r} in the place of a pair")
-        pattern = checked_pattern(owner, pair[0])
-        if any(str(pattern) == str(earlier) for earlier, _ in pairs):
-            raise ValueError(
-                f"{owner}: the pattern {pattern!r} stands there twice; only the first would have "
-                "an effect, so leave one out"
-            )
-        pairs.append((pattern, pair[1]))
+        pairs.append((checked_pattern(owner, pair[0]), pair[1]))
     return pairs
 
 
@@ -183,7 +177,7 @@ def expect_matches(
       tree: the tree.
       first_decides: whether only the first pattern that matches a leaf counts for it. Then one
         that matches no leaf but those of earlier ones is refused too, unless it matches them
-        all, as a last rule for what is left does.
+        all, as a last rule for what is left does, and is no repetition.
     """
     if all(isinstance(pattern, optional) for pattern in patterns):
         return
@@ -201,7 +195,8 @@ def expect_matches(
             continue
         matches = [path for path in paths if re.search(pattern, path)]
         deciding = [first_match(patterns, path) for path in matches]
-        if i not in deciding and len(matches) < len(paths):
+        repeated = any(str(pattern) == str(earlier) for earlier in patterns[:i])
+        if i not in deciding and (repeated or len(matches) < len(paths)):
             earlier = patterns[min(j for j in deciding if j is not None)]
             raise ValueError(
                 f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
