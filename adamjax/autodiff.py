@@ -20,7 +20,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from adamjax.leaves import is_arraylike, is_left_alone
-from adamjax.paths import checked_patterns, first_match, flatten, leaf_paths
+from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import Planner, Slots, Source, View
 from adamjax.rows import RowGradient, row_gradient, summed
 
@@ -276,12 +276,10 @@ class Reads:
 
 def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
     """The leaves that are tables."""
+    expect_paths(
+        call.owner, patterns, [call.paths[i] for i in call.floats], what="leaf of real floats"
+    )
     found = [i for i in call.floats if first_match(patterns, call.paths[i]) is not None]
-    if not found:
-        raise ValueError(
-            f"{call.owner}: no float leaf's path holds any of {list(patterns)}; the paths are "
-            f"{call.paths}"
-        )
     for i in found:
         if np.ndim(call.leaves[i]) < 1:
             raise ValueError(
@@ -319,7 +317,8 @@ def value_and_grad(
     Args:
       loss_fn: returns one real float, or a pair of it and any tree with `has_aux`.
       tables: which leaves are tables: a pattern for `re.search` in the leaf's path within its
-        argument, such as `"embedding"`, or a list of them.
+        argument, such as `"embedding"`, or a list of them, each of which must match one
+        (`adamjax.optional(pattern)` need not).
       has_aux: as JAX's.
       argnums: as JAX's: which arguments to differentiate by.
       strict: raise where a table's gradient would be dense.

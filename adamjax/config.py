@@ -16,6 +16,7 @@ from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.data import Data, is_array
 from adamjax.exact import exact_rows
 from adamjax.guard import accumulate_gradients
+from adamjax.paths import BoolTree, bool_tree, optional
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 from adamjax.schedule import (
     Schedule,
@@ -54,7 +55,8 @@ def to_config(tx: Any) -> dict[str, Any]:
     nothing. A dictionary holds the class' name and every field, defaults too:
     `{"class": "scale", "factor": 0.5}`; parts are dictionaries, tuples are lists. An array is
     `{"array": [...], "dtype": "bfloat16"}`, so that it keeps its value and dtype (a weakly typed
-    one comes back strongly typed).
+    one comes back strongly typed), `adamjax.optional` is `{"optional": "bias$"}`, and a mask that
+    is a tree of bools, in dictionaries, lists and tuples, `{"bools": ...}`.
 
     Args:
       tx: what this package or a subclass of `Transform` or `Schedule` makes.
@@ -156,6 +158,15 @@ def _told(value: Any, place: str) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
+    if kind is optional:
+        return {"optional": str(value)}
+    if kind is BoolTree:
+        if not _is_nest_of_bools(value.tree):
+            raise TypeError(
+                f"to_config: {place} is a tree of bools in more than dictionaries, lists and "
+                "tuples, which cannot be told in a config: write a pattern for the leaves' paths"
+            )
+        return {"bools": _told(value.tree, place)}
     if kind is float:
         return value if math.isfinite(value) else {"float": str(value)}
     if kind in (tuple, list):
@@ -169,11 +180,21 @@ def _told(value: Any, place: str) -> Any:
         name = getattr(value, "__qualname__", repr(value))
         raise TypeError(
             f"to_config: {place} is the function {name}, which cannot be told in a config: a mask "
-            "can be a pattern for the leaves' paths, a schedule a subclass of adamjax.Schedule"
+            "can be a pattern for the leaves' paths or a tree of bools, a schedule a subclass of "
+            "adamjax.Schedule"
         )
     raise TypeError(
         f"to_config: {place} is {value!r} of type {kind.__name__}, which cannot be told in a "
         "config: expected a number, string, array, tuple, list or dict of Python's or JAX'"
+    )
+
+
+def _is_nest_of_bools(tree: Any) -> bool:
+    kind = type(tree)
+    if kind is dict:
+        return all(type(key) is str for key in tree) and all(map(_is_nest_of_bools, tree.values()))
+    return (
+        all(map(_is_nest_of_bools, tree)) if kind in (tuple, list) else kind in (bool, type(None))
     )
 
 
@@ -301,6 +322,10 @@ def _heard_literal(value: Mapping[str, Any], place: str, classes: dict[str, type
     keys = set(value)
     if keys == {"float"}:
         return _made(place, float, value["float"])
+    if keys == {"optional"}:
+        return _made(place, optional, value["optional"])
+    if keys == {"bools"}:
+        return _made(place, bool_tree, "bools", _heard(value["bools"], place, classes))
     if keys == {"list"}:
         return list(_heard(value["list"], place, classes))
     if keys == {"dict"}:

@@ -1,7 +1,7 @@
 """Steps that are taken only when it is time, or only when the gradients are sound."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.data import COUNT, Number, Tree, exportable, static
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, next_count, widened
-from adamjax.paths import checked_rules, first_match, flatten, is_leaf, leaf_paths
+from adamjax.paths import checked_rules, expect_matches, first_match, flatten, is_leaf, leaf_paths
 from adamjax.rows import RowGradient, parts
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -118,8 +118,9 @@ class accumulate_gradients(Transform):
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
       steps: micro-batches a step, a whole number of at least 1.
-      max_rows: pairs (pattern, rows) for tables that get row gradients; or a number, for every
-        leaf of two or more dimensions that has more rows than that.
+      max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
+        gradients; each pattern must match a leaf, as in `by_path`. Or a number, for every leaf of
+        two or more dimensions that has more rows than that.
 
     The state is an `AccumulateGradientsState`.
 
@@ -147,13 +148,13 @@ class accumulate_gradients(Transform):
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
-        if isinstance(rules, list | tuple):
+        if isinstance(rules, list | tuple | Mapping):
             rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
         for rows in [rows for _, rows in rules] if isinstance(rules, tuple) else [rules]:
-            if not isinstance(rows, int) or rows < 1:
+            if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
                 raise ValueError(
                     f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
-                    f"pairs (pattern, number); got {self.max_rows!r}"
+                    f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
                 )
         self._set(max_rows=rules)
 
@@ -184,6 +185,10 @@ class accumulate_gradients(Transform):
                 )
 
     def init(self, params: Tree) -> AccumulateGradientsState:
+        if isinstance(self.max_rows, tuple):
+            patterns = [pattern for pattern, _ in self.max_rows]
+            expect_matches("accumulate_gradients: max_rows", patterns, params, first_decides=True)
+
         def empty(p: chex.Array) -> chex.Array:
             return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
 

@@ -198,8 +198,12 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     leaves, treedef = flatten(params)
     for i, p in enumerate(leaves):
         if p is not None and not is_arraylike(p):
+            name = f" ({p.__name__})" if hasattr(p, "__name__") else ""
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {described(p)}: expected an array, or None"
+                f"params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
+                "array, or None. Give the arrays of a model alone: of an Equinox one "
+                "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
+                "nnx.state(model, nnx.Param)"
             )
 
     def made(p: Any) -> Any:

@@ -1,19 +1,24 @@
 """Transforms for a part of the leaves: a leaf that is not theirs is `None` to them."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adamjax.data import Tree, static
 from adamjax.leaves import matched
 from adamjax.paths import (
     Mask,
+    bool_tree,
     checked_mask,
     checked_rules,
+    expect_matches,
     first_match,
     flatten,
+    is_mask_function,
     leaf_paths,
     selected,
 )
+from adamjax.scaling import add_decayed_weights
 from adamjax.transform import Step, Transform, as_transform, several_states
 
 __all__ = ["masked", "partition", "settled"]
@@ -32,8 +37,13 @@ class masked(Transform):
 
     Args:
       tx: a transform.
-      pattern: for `re.search` in the leaf's path, like `"kernel$"`; or a function from a tree to
-        a tree of bools, as optax's masks.
+      pattern: for `re.search` in the leaf's path, like `"kernel$"`; or a tree of bools like the
+        parameters, or with one bool for a subtree; or a function from a tree to such a one.
+
+    Raises:
+      ValueError: by `init`, the pattern matches no leaf (`adamjax.optional(pattern)` allows it);
+        by `init` and `update`, the tree of bools does not fit; the message names the leaf.
+      TypeError: something in the tree is no bool.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.masked(adamjax.scale(0.0), "^frozen/")
@@ -48,20 +58,23 @@ class masked(Transform):
     joinable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
-        checked_mask("masked", self.pattern)
+        self._set(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
+
+    def _flags(self, tree: Tree) -> list[bool]:
+        return selected(self.pattern, tree, "masked")
 
     def init(self, params: Tree) -> Any:
-        return self.tx.init(_keep(params, selected(self.pattern, params)))
+        flags = selected(self.pattern, params, "masked", must_match=True)
+        return self.tx.init(_keep(params, flags))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         if params is None:
             leaves, treedef = flatten(updates)
-            flags = selected(self.pattern, updates)
+            flags = self._flags(updates)
         else:
             leaves = matched("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
-            flags = selected(self.pattern, params)
+            flags = self._flags(params)
             params = _keep(params, flags)
         seen = treedef.unflatten([g if f else None for g, f in zip(leaves, flags, strict=True)])
         inner, state = self.tx.update(seen, state, params, **extra_args)
@@ -84,9 +97,15 @@ class partition(Transform):
     The state is the tuple of the parts' states, the default's last.
 
     Args:
-      rules: pairs (pattern, transform); patterns as in `by_path`.
+      rules: pairs (pattern, transform) or a dictionary {pattern: transform}; patterns as in
+        `by_path`.
       default: the transform of leaves that no pattern matches. Without it such a leaf is
         refused by `init`, as raw gradients would climb. (`scale(0.0)` keeps leaves still.)
+
+    Raises:
+      ValueError: by `init`, a pattern matches no leaf, or none that earlier ones leave
+        (`adamjax.optional(pattern)` allows it). A pattern within a part must match one of the
+        part's own leaves.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.partition([("bias", adamjax.scale(-1.0))], default=adamjax.scale(-0.5))
@@ -99,7 +118,9 @@ class partition(Transform):
     transforms: tuple[Transform, ...]
     default: Transform | None
 
-    def __init__(self, rules: Iterable[tuple[str, Any]], *, default: Any = None) -> None:
+    def __init__(
+        self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any = None
+    ) -> None:
         rules = checked_rules("partition", rules)
         self._set(
             patterns=tuple(pattern for pattern, _ in rules),
@@ -145,6 +166,7 @@ class partition(Transform):
         return _keep(tree, [owner == index for owner in self._owners(tree)])
 
     def init(self, params: Tree) -> tuple[Any, ...]:
+        expect_matches("partition", self.patterns, params, first_decides=True)
         return tuple(tx.init(self._share(params, i)) for i, tx in enumerate(self.parts))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -163,5 +185,71 @@ class partition(Transform):
         return f"partition({rules!r}, default={self.default!r})"
 
 
+# --- masks that are settled ---------------------------------------------------------------------
+
+# Where a transform has a mask.
+_MASKS: tuple[tuple[type[Transform], str], ...] = (
+    (masked, "pattern"),
+    (add_decayed_weights, "mask"),
+)
+
+
 def settled(tx: Transform, params: Tree) -> Transform:
-    return tx
+    """The transform with trees of bools in the place of mask functions, at any depth.
+
+    A mask that is a function of shapes decides otherwise where a table's rows stand in the
+    table's place: so it is asked here, about the parameters as they are. Each function is asked
+    about the leaves that its part sees. Where there are none, it is the same object.
+    """
+    if not _has_mask_functions(tx):
+        return tx
+    changes: dict[str, Any] = {}
+    for name, mask in _mask_functions(tx):
+        owner = type(tx).__name__
+        changes[name] = bool_tree(f"{owner}: what the mask function returns", mask(params))
+    for field in dataclasses.fields(tx):
+        value = getattr(tx, field.name)
+        if _has_mask_functions(value):
+            changes[field.name] = _settled_within(tx, field.name, value, params)
+    made = object.__new__(type(tx))
+    made._set(**{**tx.__dict__, **changes})
+    return made
+
+
+def _mask_functions(tx: Transform) -> list[tuple[str, Any]]:
+    """The masks of this transform itself that are functions, by field."""
+    fields = [(name, getattr(tx, name)) for kind, name in _MASKS if isinstance(tx, kind)]
+    return [(name, mask) for name, mask in fields if is_mask_function(mask)]
+
+
+def _has_mask_functions(value: Any) -> bool:
+    """Whether there is a mask that is a function in what a field holds, at any depth."""
+    if isinstance(value, Transform):
+        return bool(_mask_functions(value)) or any(
+            _has_mask_functions(getattr(value, field.name)) for field in dataclasses.fields(value)
+        )
+    if isinstance(value, list | tuple):
+        return any(map(_has_mask_functions, value))
+    return isinstance(value, dict) and any(map(_has_mask_functions, value.values()))
+
+
+def _settled_within(tx: Transform, name: str, value: Any, params: Tree) -> Any:
+    """What a field of a transform holds, its transforms settled for the leaves that they see."""
+    if isinstance(tx, masked):
+        return settled(value, _keep(params, tx._flags(params)))
+    if isinstance(tx, partition):
+        if name == "default":
+            return settled(value, tx._share(params, len(tx.transforms)))
+        return tuple(settled(part, tx._share(params, i)) for i, part in enumerate(value))
+    return _each_settled(value, params)
+
+
+def _each_settled(value: Any, params: Tree) -> Any:
+    if isinstance(value, Transform):
+        return settled(value, params)
+    if isinstance(value, list | tuple) and _has_mask_functions(value):
+        items = [_each_settled(x, params) for x in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _each_settled(x, params) for key, x in value.items()}
+    return value

@@ -91,7 +91,8 @@ def adamw(
 
     Args:
       learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `adam`.
-      weight_decay, mask: as in `add_decayed_weights`; 0.004 is Keras' default.
+      weight_decay, mask: as in `add_decayed_weights`, so a mask is a pattern, a tree of bools or a
+        function; 0.004 is Keras' default.
 
     Returns:
       The chain; its `update` needs `params`.

@@ -1,30 +1,35 @@
 """How a leaf is named, and how names are matched: one way, everywhere."""
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from adamjax.data import Tree
 from adamjax.rows import RowGradient
 
 __all__ = [
+    "BoolTree",
     "Mask",
+    "bool_tree",
     "checked_mask",
+    "checked_pattern",
+    "checked_patterns",
     "checked_rules",
     "expect_matches",
+    "expect_paths",
     "first_match",
     "flatten",
     "is_leaf",
+    "is_mask_function",
     "leaf_paths",
     "optional",
     "selected",
     "unique_paths",
 ]
-
-# A pattern for `re.search`, or a function from a tree to a tree of bools (optax's masks).
-Mask = str | Callable[[Any], Any]
 
 
 def is_leaf(x: Any) -> bool:
@@ -75,7 +80,8 @@ def _is_named(x: Any) -> bool:
 class optional(str):
     """A path pattern that may match no leaf; `init` refuses any other one that matches none.
 
-    It can stand wherever a pattern can: in `by_path`, `partition`, `masked`, `mask=`, `tables`.
+    It can stand wherever a pattern can: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
+    `max_rows`. It is not equal to the plain string, as it does something else.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rates = adamjax.by_path([(adamjax.optional("bias$"), 0.1)], default=0.01)
@@ -84,32 +90,34 @@ class optional(str):
 
     __slots__ = ()
 
+    def __new__(cls, pattern: str) -> "optional":
+        return super().__new__(cls, checked_pattern("optional", pattern))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, optional) and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((optional, str.__hash__(self)))
+
     def __repr__(self) -> str:
         return f"optional({str.__repr__(self)})"
 
 
-def expect_matches(owner: str, patterns: Iterable[str], tree: Tree) -> None:
-    """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
-
-    A leaf that is `None` is not there. A tree without leaves is not checked.
-    """
-    pairs = zip(leaf_paths(tree), flatten(tree)[0], strict=True)
-    paths = [path for path, leaf in pairs if leaf is not None]
-    for pattern in patterns:
-        if isinstance(pattern, optional) or not paths:
-            continue
-        if not any(re.search(pattern, path) for path in paths):
-            shown = f"{paths[:20]}{' and others' if len(paths) > 20 else ''}"
-            raise ValueError(
-                f"{owner}: the pattern {pattern!r} matches no leaf; the paths are {shown}. If that "
-                f"is meant, write adamjax.optional({pattern!r})"
-            )
+# --- patterns -----------------------------------------------------------------------------------
 
 
 def checked_pattern(owner: str, pattern: Any) -> str:
     """The pattern, if it is a regular expression; an error that names the owner otherwise."""
     if not isinstance(pattern, str):
-        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}")
+        mend = ""
+        if isinstance(pattern, re.Pattern):
+            mend = f": write its text, {pattern.pattern!r}, flags as in '(?i)bias'"
+        elif isinstance(pattern, bytes):
+            mend = f": write {pattern.decode(errors='replace')!r}"
+        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{mend}")
     try:
         re.compile(pattern)
     except re.error as error:
@@ -117,22 +125,36 @@ def checked_pattern(owner: str, pattern: Any) -> str:
             f"{owner}: {pattern!r} is not a regular expression ({error}); a path is written "
             "like 'layers/0/kernel' and matched with re.search"
         ) from None
-    return pattern
+    # NumPy's strings and enumerations would print, compare and be written as something else.
+    return pattern if type(pattern) in (str, optional) else str.__str__(pattern)
 
 
 def checked_patterns(owner: str, patterns: Any) -> tuple[str, ...]:
     """One pattern or several, checked."""
-    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    return tuple(checked_pattern(owner, pattern) for pattern in several)
+    if isinstance(patterns, str | bytes | re.Pattern):
+        patterns = (patterns,)
+    if isinstance(patterns, Mapping) or not isinstance(patterns, Iterable):
+        raise TypeError(f"{owner}: expected a path pattern or a list of them, got {patterns!r}")
+    several = tuple(checked_pattern(owner, pattern) for pattern in patterns)
+    if not several:
+        raise ValueError(f"{owner}: expected a path pattern or a list of them, got an empty list")
+    return several
 
 
-def checked_rules(owner: str, rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The pairs (pattern, value), their patterns checked."""
-    pairs = [tuple(rule) for rule in rules]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ValueError(f"{owner}: rules must be pairs (pattern, value), got {pair!r}")
-        checked_pattern(owner, pair[0])
+def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
+    """The rules, pairs (pattern, value) or a dictionary {pattern: value}, as checked pairs."""
+    wanted = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
+    if isinstance(rules, str | bytes):
+        raise TypeError(f"{wanted}, got the string {rules!r}")
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"{wanted}, got {rules!r}")
+    pairs: list[tuple[str, Any]] = []
+    for pair in rules.items() if isinstance(rules, Mapping) else rules:
+        if isinstance(pair, str | bytes):
+            raise ValueError(f"{wanted}, got the string {pair!r} in the place of a pair")
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"{wanted}, got {pair!r} in the place of a pair")
+        pairs.append((checked_pattern(owner, pair[0]), pair[1]))
     return pairs
 
 
@@ -141,20 +163,235 @@ def first_match(patterns: Sequence[str], path: str) -> int | None:
     return next((i for i, pattern in enumerate(patterns) if re.search(pattern, path)), None)
 
 
+def expect_matches(
+    owner: str, patterns: Sequence[str], tree: Tree, *, first_decides: bool = False
+) -> None:
+    """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
+
+    A leaf that is `None` is not there, as another part's leaves in `masked` and `partition`; any
+    other leaf is, integers too. A tree without leaves is not checked.
+
+    Args:
+      owner: for errors.
+      patterns: the patterns.
+      tree: the tree.
+      first_decides: whether only the first pattern that matches a leaf counts for it. Then one
+        that matches no leaf but those of earlier ones is refused too, unless it matches them
+        all, as a last rule for what is left does, and is no repetition.
+    """
+    if all(isinstance(pattern, optional) for pattern in patterns):
+        return
+    paths: list[str] = []
+    absent: list[str] = []
+    for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
+        (absent if leaf is None else paths).append(path)
+    if not paths:
+        return
+    expect_paths(owner, patterns, paths, absent=absent)
+    if not first_decides:
+        return
+    for i, pattern in enumerate(patterns):
+        if isinstance(pattern, optional):
+            continue
+        matches = [path for path in paths if re.search(pattern, path)]
+        deciding = [first_match(patterns, path) for path in matches]
+        repeated = any(str(pattern) == str(earlier) for earlier in patterns[:i])
+        if i not in deciding and (repeated or len(matches) < len(paths)):
+            earlier = patterns[min(j for j in deciding if j is not None)]
+            raise ValueError(
+                f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
+                f"earlier one, such as {earlier!r}, and the first that matches decides. Put it in "
+                f"front, or write adamjax.optional({str(pattern)!r}) if that is meant"
+            )
+
+
+def expect_paths(
+    owner: str,
+    patterns: Iterable[str],
+    paths: Sequence[str],
+    *,
+    what: str = "leaf",
+    absent: Sequence[str] = (),
+) -> None:
+    """Refuses patterns that are found in none of the paths, unless they are `optional`.
+
+    `absent` are the paths of leaves that are `None`.
+    """
+    for pattern in patterns:
+        if isinstance(pattern, optional) or any(re.search(pattern, path) for path in paths):
+            continue
+        here = ""
+        if any(re.search(pattern, path) for path in absent):
+            here = " that is here (leaves of other parts are None here)"
+        raise ValueError(
+            f"{owner}: the pattern {pattern!r} matches no {what}{here}; the paths are "
+            f"{_listed(paths)}. If that is meant, write adamjax.optional({str(pattern)!r})"
+        )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = len(paths) - 20
+    return f"{list(paths[:20])}{f' and {more} more' if more > 0 else ''}"
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+class BoolTree:
+    """A tree of bools, or a prefix of one, which hashes and compares: a mask of a transform.
+
+    Attributes:
+      flags: the bools, in the order of `flatten`; `None` where there is no leaf.
+      treedef: the structure, without the Variables of flax.nnx.
+    """
+
+    __slots__ = ("flags", "treedef")
+
+    def __init__(self, tree: Tree) -> None:
+        flags, self.treedef = flatten(_without_variables(tree))
+        self.flags = tuple(None if flag is None else bool(flag) for flag in flags)
+
+    @property
+    def tree(self) -> Any:
+        """The tree of bools."""
+        return self.treedef.unflatten(self.flags)
+
+    def over(self, owner: str, tree: Tree) -> list[bool]:
+        """The flag of every leaf of the tree, one that stands above several for each of them."""
+        try:
+            below = [flatten(x)[0] for x in self.treedef.flatten_up_to(tree)]
+        except ValueError:
+            raise ValueError(f"{owner}: the mask does not fit: {self._misfit(tree)}") from None
+        for i, leaves in enumerate(below):
+            if self.flags[i] is None and any(x is not None for x in leaves):
+                path = leaf_paths(self.tree)[i]
+                raise ValueError(
+                    f"{owner}: the mask does not fit: it is None at {path!r}, where there is a "
+                    "leaf, expected a bool"
+                )
+        return [bool(flag) for flag, x in zip(self.flags, below, strict=True) for _ in x]
+
+    def _misfit(self, tree: Tree) -> str:
+        """What differs between this and a tree of which it is no prefix."""
+        came, wanted = leaf_paths(self.tree), leaf_paths(tree)
+
+        def within(path: str, heads: set[str]) -> bool:
+            parts = path.split("/")
+            return any("/".join(parts[:i]) in heads for i in range(len(parts) + 1))
+
+        heads = set(came)
+        missing = [path for path in wanted if not within(path, heads)]
+        surplus = [path for path in came if not any(within(x, {path}) for x in wanted)]
+        what = (
+            f"it has no bool for the leaf {missing[0]!r}"
+            if missing
+            else f"it has a bool at {surplus[0]!r}, where there is no leaf"
+            if surplus
+            else f"its structure is {self.treedef}, that of the leaves {flatten(tree)[1]}"
+        )
+        said = f"{what}. Expected a tree of bools like the parameters, or one bool for a subtree"
+        if callable(self.tree):
+            said += " (to have this object called, write lambda tree: mask(tree))"
+        return said
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoolTree):
+            return NotImplemented
+        return self.flags == other.flags and bool(self.treedef == other.treedef)
+
+    def __hash__(self) -> int:
+        return hash((self.flags, self.treedef))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BoolTree, (self.tree,)
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
+# A pattern for `re.search`, a tree of bools, or a function from a tree to one (optax's masks).
+Mask = str | BoolTree | Callable[[Any], Any]
+
+
+def _without_variables(tree: Tree) -> Any:
+    """The tree with the value of each Variable of flax.nnx in its place, see `leaf_paths`."""
+
+    def bare(x: Any) -> Any:
+        leaves = flatten(x)[0] if not is_leaf(x) and _is_variable(x) else []
+        return leaves[0] if len(leaves) == 1 else x
+
+    return jax.tree.map(bare, tree, is_leaf=_is_named)
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_)
+
+
+def bool_tree(owner: str, tree: Tree) -> BoolTree:
+    """A tree of bools as a `BoolTree`; an error that names the first leaf that is no bool."""
+    for i, flag in enumerate(flatten(tree)[0]):
+        if flag is not None and not _is_bool(flag):
+            path = leaf_paths(tree)[i]
+            mend = ": several patterns are one, as in 'a|b'" if isinstance(flag, str) else ""
+            raise TypeError(
+                f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
+                f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"
+            )
+    made = BoolTree(tree)
+    try:
+        hash(made)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}: this tree of bools cannot be hashed ({error}), as a mask must be; give a "
+            "function that returns it"
+        ) from None
+    return made
+
+
+def is_mask_function(mask: Any) -> bool:
+    """Whether a checked mask is a function."""
+    return mask is not None and not isinstance(mask, str | BoolTree)
+
+
 def checked_mask(owner: str, mask: Any) -> Mask:
-    """A mask that can be used: a pattern, or a function from a tree to a tree of bools."""
-    return mask if callable(mask) else checked_pattern(owner, mask)
+    """A mask that can be used: a pattern, a tree of bools, or a function from a tree to one.
+
+    A tree of bools may be callable, as an Equinox model is: its leaves tell.
+    """
+    if isinstance(mask, str | bytes | re.Pattern):
+        return checked_pattern(owner, mask)
+    if isinstance(mask, BoolTree):
+        return mask
+    leaves = [x for x in flatten(mask)[0] if x is not None]
+    if callable(mask):
+        if isinstance(mask, functools.partial) or not any(map(_is_bool, leaves)):
+            return mask
+        if not all(map(_is_bool, leaves)):
+            raise TypeError(
+                f"{owner}: the mask is a {type(mask).__name__} that can be called, and some of "
+                "its leaves are bools, others not: as a tree it needs bools alone, as a function "
+                "write lambda tree: mask(tree)"
+            )
+    elif mask is None or (len(leaves) == 1 and leaves[0] is mask and not _is_bool(mask)):
+        raise TypeError(
+            f"{owner}: a path pattern must be a str, got {mask!r} (a mask may also be a tree of "
+            "bools, or a function from a tree to one)"
+        )
+    return bool_tree(owner, mask)
 
 
-def selected(mask: Mask, tree: Tree) -> list[bool]:
-    """Whether each leaf of the tree is selected, in the order of `flatten`."""
+def selected(
+    mask: Mask, tree: Tree, owner: str = "mask", *, must_match: bool = False
+) -> list[bool]:
+    """Whether each leaf of the tree is selected, in the order of `flatten`.
+
+    An error names the owner and the leaf where a tree of bools does not fit, or a pattern which
+    `must_match` does not (see `expect_matches`).
+    """
     if isinstance(mask, str):
+        if must_match:
+            expect_matches(owner, (mask,), tree)
         return [re.search(mask, path) is not None for path in leaf_paths(tree)]
-    # A mask may stop above the leaves: one bool for all that is below it.
-    flags = jax.tree.map(
-        lambda flag, below: jax.tree.map(lambda _: bool(flag), below, is_leaf=is_leaf),
-        mask(tree),
-        tree,
-        is_leaf=is_leaf,
-    )
-    return jax.tree.leaves(flags)
+    if not isinstance(mask, BoolTree):
+        mask = bool_tree(f"{owner}: what the mask function returns", mask(tree))
+    return mask.over(owner, tree)

@@ -40,6 +40,12 @@ def _new_count() -> ScheduleState:
     return ScheduleState(jnp.zeros((), jnp.int32))
 
 
+def _expect_rate(owner: str, rate: Any, params: Tree) -> None:
+    """Refuses a rate by patterns that match no leaf."""
+    if isinstance(rate, by_path):
+        rate.expect_matches(owner, params)
+
+
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
     """The scalars of a lift for one rate a leaf: one object for equal rates, see `lift`."""
     made = {id(rate): make(rate) for rate in rates}
@@ -81,6 +87,9 @@ class scale_by_learning_rate(Scaling):
 
     The state is a `ScheduleState`.
 
+    Raises:
+      ValueError: by `init`, a pattern of `by_path` matches no leaf.
+
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
     >>> state = tx.init(jnp.array(0.0))
@@ -102,6 +111,7 @@ class scale_by_learning_rate(Scaling):
         return not isinstance(self.learning_rate, by_path)
 
     def init(self, params: Tree) -> ScheduleState:
+        _expect_rate("scale_by_learning_rate", self.learning_rate, params)
         return _new_count()
 
     def factors(self, tree: Tree, state: Any) -> Step:
@@ -120,10 +130,15 @@ class add_decayed_weights(Transform):
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`.
-      mask: which leaves decay: a pattern for `re.search` in the leaf's path, or a function
-        from a tree to a tree of bools. `None`: all.
+      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools
+        like the parameters, or with one bool for a subtree; or a function from a tree to such a
+        one. `None`: all.
 
     The state is a `ScheduleState`.
+
+    Raises:
+      ValueError: by `init`, a pattern matches no leaf (`adamjax.optional` allows it), or the mask
+        does not fit the parameters; the message names the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"bias": jnp.ones(1), "kernel": jnp.ones(1)}
@@ -138,13 +153,16 @@ class add_decayed_weights(Transform):
     def __post_init__(self) -> None:
         self._set(weight_decay=as_rate(self, "weight_decay"))
         if self.mask is not None:
-            checked_mask("add_decayed_weights", self.mask)
+            self._set(mask=checked_mask("add_decayed_weights", self.mask))
 
     @property
     def joinable(self) -> bool:
         return self.mask is None and not isinstance(self.weight_decay, by_path)
 
     def init(self, params: Tree) -> ScheduleState:
+        _expect_rate("add_decayed_weights", self.weight_decay, params)
+        if self.mask is not None:
+            selected(self.mask, params, "add_decayed_weights", must_match=True)
         return _new_count()
 
     def _rates(self, state: Any, params: Tree) -> list[Any]:
@@ -152,7 +170,7 @@ class add_decayed_weights(Transform):
         rates = rates_at(self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
-        decays = selected(self.mask, params)
+        decays = selected(self.mask, params, "add_decayed_weights")
         return [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:

@@ -6,7 +6,7 @@ in float32 (float64 under x64). The formulas and the argument names are those of
 as well, optax's schedules among them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import chex
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, FINITE, NON_NEGATIVE, POSITIVE, Data, Number, Tree, is_array, static
-from adamjax.paths import checked_rules, first_match, flatten, leaf_paths
+from adamjax.paths import checked_rules, expect_matches, first_match, flatten, leaf_paths
 
 __all__ = [
     "Rate",
@@ -294,13 +294,18 @@ class by_path(Data):
     wherever a learning rate or a weight decay is expected.
 
     Args:
-      rules: pairs (pattern, rate). A pattern is a regular expression for `re.search`; the path
-        of a leaf is its keys joined by slashes, like `"encoder/layers/0/kernel"`. A rate is a
-        float or array of at least 0, or a schedule.
+      rules: pairs (pattern, rate), or a dictionary {pattern: rate}, in its order. A pattern is a
+        regular expression for `re.search`; the path of a leaf is its keys joined by slashes,
+        like `"encoder/layers/0/kernel"`. A rate is a float or array of at least 0, or a schedule.
       default: the rate of a leaf that no pattern matches.
 
+    Raises:
+      ValueError: by `init` of the transform whose rate this is, a pattern matches no leaf, or
+        none that earlier ones leave (one that matches all leaves may stand last). Leaves that are
+        `None` do not count; integer ones do. `adamjax.optional(pattern)` allows it.
+
     >>> import adamjax
-    >>> rates = adamjax.by_path([("^bert", 2e-5), ("bias$", 0.0)], default=1e-3)
+    >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
     >>> rates.at("bert/kernel"), rates.at("head/bias"), rates.at("head/kernel")
     (2e-05, 0.0, 0.001)
     """
@@ -309,7 +314,9 @@ class by_path(Data):
     values: tuple[Any, ...]
     default: Any
 
-    def __init__(self, rules: Iterable[tuple[str, Any]], *, default: Any) -> None:
+    def __init__(
+        self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any
+    ) -> None:
         rules = checked_rules("by_path", rules)
         self._set(
             patterns=tuple(pattern for pattern, _ in rules),
@@ -330,6 +337,10 @@ class by_path(Data):
         """The rate of the leaf with this path."""
         index = first_match(self.patterns, path)
         return self.default if index is None else self.values[index]
+
+    def expect_matches(self, owner: str, tree: Tree) -> None:
+        """Refuses patterns that decide the rate of no leaf of the tree."""
+        expect_matches(f"{owner}: by_path", self.patterns, tree, first_decides=True)
 
     def resolve(self, count: chex.Numeric) -> "by_path":
         """The same patterns with every schedule replaced by its value at the count."""

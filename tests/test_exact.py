@@ -1275,6 +1275,33 @@ def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
             assert_close(read[~spoilt], plain["table"][~spoilt], rtol=2e-6)
 
 
+def of_many_rows(tree):
+    """A mask that asks for the shape of a leaf."""
+    return jax.tree.map(lambda x: x.shape[0] > 10, tree)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adamjax.adamw(0.1, weight_decay=0.5, mask=of_many_rows),
+        lambda: adamjax.partition(
+            [("table", adamjax.adamw(0.1, weight_decay=0.5, mask=of_many_rows))],
+            default=adamjax.adam(0.1),
+        ),
+        lambda: chain(
+            adamjax.masked(clip_by_value(1e-3), of_many_rows), adamjax.adam(0.1, eps=1.0)
+        ),
+    ],
+    ids=["decay", "in a partition", "masked"],
+)
+def test_masks_that_are_functions_see_the_whole_table(make):
+    """Though the chain within is given the rows of a step alone, here 7 of 40."""
+    dense = make()
+    params, state = trained_shortly(exact_rows(dense, "table"), 6)
+    expected, _ = trained_shortly(dense_steps(dense), 6)
+    assert_close(looked_up(exact_rows(dense, "table"), params, state), expected["table"], rtol=2e-6)
+
+
 # --- in company ---------------------------------------------------------------------------------
 
 
