@@ -16,9 +16,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from adamjax._compat import ClosedJaxpr, JaxprEqn, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import Planner, Slots, Source, View
@@ -158,7 +157,7 @@ class Reads:
         if eqn is None:
             use = "returned by the loss function"
         else:
-            use = f"used by {eqn.primitive.name} at {source_info_util.summarize(eqn.source_info)}"
+            use = f"used by {eqn.primitive.name} at {line(eqn)}"
         return (
             f"{call.owner}: the table {call.paths[table]!r} is {use}, which is not a read of whole "
             "rows, so its gradient is dense. Read it by table[ids] or jnp.take alone, or take it "

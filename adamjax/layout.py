@@ -12,18 +12,14 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.experimental.layout as _layouts
 import jax.numpy as jnp
 
+from adamjax._compat import dimension_order, layout_format
 from adamjax.buckets import Joined
 from adamjax.data import Tree
 from adamjax.paths import flatten
 
 __all__ = ["Packing", "formats", "laid_out_like", "over_like", "packing", "row_major"]
-
-# Older versions of JAX call a format Layout, and the layout in it DeviceLocalLayout.
-_Format: Any = getattr(_layouts, "Format", None) or getattr(_layouts, "Layout", None)
-_Layout: Any = getattr(_layouts, "DeviceLocalLayout", None) or getattr(_layouts, "Layout", None)
 
 
 def _format(x: Any) -> Any:
@@ -31,25 +27,23 @@ def _format(x: Any) -> Any:
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
     # An array that is not bound to its devices goes wherever the others of a computation are.
-    bound = isinstance(x, jax.ShapeDtypeStruct) or getattr(x, "_committed", True)
+    bound = isinstance(x, jax.ShapeDtypeStruct) or x.committed
     order, sharding = _order(x), x.sharding
     if not bound or sharding is None or order is None:
         return sharding if bound else None
     # Not the array's own layout, whose tiles depend on the dtype.
-    return _Format(_Layout(order), sharding)
+    return layout_format(order, sharding)
 
 
 def _order(x: Any) -> tuple[int, ...] | None:
     """The dimensions of an array from the slowest to the fastest, where that is known."""
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
-    held = x.format if hasattr(x, "format") else getattr(x, "layout", None)
-    layout = getattr(held, "device_local_layout", None) or getattr(held, "layout", None)
-    return getattr(layout, "major_to_minor", None)
+    return dimension_order(x)
 
 
 def _in_order(x: Any, order: tuple[int, ...]) -> Any:
-    return x if _order(x) == order else jax.device_put(x, _Format(_Layout(order), x.sharding))
+    return x if _order(x) == order else jax.device_put(x, layout_format(order, x.sharding))
 
 
 def _is_like(slot: Any, p: Any) -> bool:
@@ -81,7 +75,7 @@ def row_major(table: Any) -> Any:
         return table
     if isinstance(table, jax.ShapeDtypeStruct):
         sharding = table.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        lies = _Format(_Layout(order), sharding)
+        lies = layout_format(order, sharding)
         return jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=lies)
     return _in_order(jnp.asarray(table), order)
 

@@ -12,8 +12,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
+
+from adamjax._compat import (
+    axis_kinds,
+    current_mesh,
+    in_memory_of,
+    per_device,
+    type_sharding,
+)
 
 __all__ = [
     "at_each",
@@ -21,7 +28,6 @@ __all__ = [
     "explicit",
     "on_devices",
     "over_rows",
-    "per_device",
     "put",
     "rows_alike",
     "split_alike",
@@ -31,13 +37,10 @@ __all__ = [
 
 def explicit(x: Any) -> NamedSharding | None:
     """How a value is split, where its type says so."""
-    if not hasattr(jax, "typeof") or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+    if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or sharding.mesh.empty:
-        return None
-    kinds = getattr(sharding.mesh, "axis_types", ())
-    return sharding if jax.sharding.AxisType.Explicit in kinds else None
+    sharding = type_sharding(x)
+    return sharding if sharding is not None and "Explicit" in axis_kinds(sharding.mesh) else None
 
 
 def everywhere(x: chex.Array) -> chex.Array:
@@ -59,8 +62,7 @@ def on_devices(x: Any, sharding: NamedSharding) -> Any:
     """An array split in this way, in this kind of memory; traced or not."""
     if sharding.memory_kind is not None:
         return jax.device_put(x, sharding)
-    kinds = getattr(sharding.mesh, "axis_types", None) or ()
-    if explicit(x) is not None or (kinds and jax.sharding.AxisType.Explicit in kinds):
+    if explicit(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -105,10 +107,28 @@ def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = Fa
 
 
 def split_alike(x: chex.Array, like: chex.Array) -> chex.Array:
-    """A new array that the compiler splits as another one of its shape, where both are traced."""
+    """A new array that the compiler splits as another one of its shape, where both are traced.
+
+    Compilers split what a select chooses from alike. This one never chooses `like`, which must not
+    be seen before arrays are split: the constraint on its condition is gone after that, the select
+    becomes `x`, and nothing reads `like`. Where the type of `like` names no mesh, a barrier takes
+    the constraint's place, and stays.
+    """
     if not isinstance(like, jax.core.Tracer) or explicit(like) is not None:
         return x
-    return shard_alike(like, x)[1]
+    sharding, never = type_sharding(like), jnp.asarray(False)
+    kinds = set() if sharding is None else axis_kinds(sharding.mesh)
+    if kinds == {"Manual"}:  # all within `shard_map` belongs to one device
+        return x
+    if kinds == {"Auto"}:
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        never = jax.lax.with_sharding_constraint(never, whole)
+    else:
+        never = jax.lax.optimization_barrier(never)
+    like = jax.lax.stop_gradient(like)
+    if not jnp.iscomplexobj(x):
+        like = like.real
+    return jax.lax.select(never, in_memory_of(like.astype(x.dtype), x), x)
 
 
 def rows_alike(x: chex.Array, table: Any) -> chex.Array:
@@ -119,7 +139,7 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
         return jax.sharding.reshard(x, split) if typed else jax.device_put(x, split)
     if not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
-    return split_alike(x, table.reshape(len(x), -1)[:, 0].astype(x.dtype))
+    return split_alike(x, table.reshape(len(x), -1)[:, 0])
 
 
 def over_rows(
@@ -147,24 +167,10 @@ def over_rows(
     return jax.jit(per_device(function, mesh, names, *specs))
 
 
-def per_device(
-    function: Callable[..., Any], mesh: Any, names: set[str], in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """`shard_map` over some axes of a mesh, without a check of what differs between devices."""
-    specs = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
-    from jax.experimental import shard_map as older
-
-    shard_map: Any = older.shard_map
-    others = frozenset(mesh.axis_names) - names
-    return shard_map(function, auto=others, check_rep=False, **specs)
-
-
 def _mesh(owner: str, axes: Any) -> Any:
     """The mesh that is set."""
-    found = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    if found is None or found.empty:
+    found = current_mesh()
+    if found is None:
         raise ValueError(
             f"{owner}: axis={axes!r} names an axis of the mesh, but no mesh is set: call it under "
             "jax.set_mesh(mesh)"

@@ -16,9 +16,17 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from adamjax._compat import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    at,
+    jaxpr_as_fun,
+    varying_axes,
+)
 from adamjax.rows import in_table
 
 __all__ = ["Place", "Plan", "Planner", "Slots", "Source", "View"]
@@ -114,12 +122,6 @@ def _closed(jaxpr: Any) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
-def _at(eqn: JaxprEqn) -> Any:
-    """A context in which JAX takes an equation's line and scope for the present ones."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
-
-
 # JAX keeps the derivative of a jitted function, as most of jax.numpy's are. In a jaxpr these are
 # bare primitives, each of which it would derive anew: twice the time to trace a model.
 @functools.lru_cache(maxsize=4096)
@@ -138,7 +140,7 @@ def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     bare = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
     if bare and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
-        with _at(eqn), eqn.ctx.manager:
+        with at(eqn), eqn.ctx.manager:
             found = _jitted(primitive, params)(*args)
         found = found if primitive.multiple_results else [found]
     else:
@@ -230,7 +232,7 @@ class Plan:
                 _evaluate(self.closed.jaxpr, item, env)
                 continue
             mine = xs[len(indices) : len(indices) + len(item.places)]
-            with _at(item.eqn):
+            with at(item.eqn):
                 outs, found = item.run(source, get, mine)
             env.update(zip(item.outs, outs, strict=True))
             indices += found
@@ -289,11 +291,6 @@ class _Window(NamedTuple):
     offsets: tuple[int, ...] | None = None
     fill: Any = None
     moved: bool = True
-
-
-def _varying(aval: Any) -> tuple[str, ...]:
-    kind = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
-    return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 # The largest part of a table's rows that a slice may have to count as a read.
@@ -358,7 +355,7 @@ class _Read(_Step):
         if window.run is not None:
             shape = (*shape, window.run)
         trailing = tuple(n for d, n in enumerate(view.shape) if d > 0 and d not in window.dropped)
-        varying = _varying(eqn.outvars[0].aval)
+        varying = varying_axes(eqn.outvars[0].aval)
         self.places = [Place(view, shape, trailing, live and view.live, free, varying)]
 
     def _ids(self, get: _Get) -> tuple[chex.Array, chex.Array]:
@@ -672,6 +669,22 @@ def _live(jaxpr: Jaxpr, outs: Sequence[bool]) -> set[Any]:
     return live
 
 
+def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried.
+
+    JAX's releases write these numbers in different ways, but the types tell them: an array that is
+    stacked has one dimension more than its part in a round.
+    """
+    body = eqn.params["jaxpr"]
+
+    def stacked(variables: Sequence[Any], rounds: Sequence[Any]) -> int:
+        pairs = zip(variables, rounds, strict=True)
+        return sum(np.ndim(v.aval) > np.ndim(each) for v, each in pairs)
+
+    carried = len(eqn.outvars) - stacked(eqn.outvars, body.out_avals)
+    return len(eqn.invars) - stacked(eqn.invars, body.in_avals) - carried, carried
+
+
 def _is_float(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
 
@@ -818,7 +831,7 @@ class Planner:
         is_tainted: list[bool],
         is_live: list[bool],
     ) -> tuple[Any, dict[Var, View]]:
-        closed, consts, carry = (eqn.params[k] for k in ("jaxpr", "num_consts", "num_carry"))
+        closed, (consts, carry) = eqn.params["jaxpr"], _scan_sizes(eqn)
         self.refuse(held[consts + carry :], eqn)
         is_live[:carry] = [any(is_live)] * carry
         while True:

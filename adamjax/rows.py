@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jax.experimental import checkify
 
+from adamjax._compat import experimental
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, apart, stepped, widen
@@ -254,7 +254,7 @@ def row_gradient(
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
         bad = ids == num_rows
-        checkify.check(
+        experimental("row_gradient: check=True", "checkify").check(
             ~jnp.any(bad),
             "row_gradient: index {index} is outside [0, " + str(num_rows) + ")",
             index=jnp.asarray(indices).reshape(-1)[jnp.argmax(bad)] if ids.size else jnp.array(0),

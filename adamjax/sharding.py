@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adamjax._compat import per_device
 from adamjax.data import Tree, exportable, static
 from adamjax.exact import ExactRowsState
 from adamjax.layout import over_like
 from adamjax.leaves import dtype_of, is_left_alone, matched
-from adamjax.mesh import explicit, on_devices, per_device
+from adamjax.mesh import explicit, on_devices
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
 from adamjax.transform import Step, Transform, all_parts, as_transform, expect_state

@@ -1,0 +1,143 @@
+"""What differs between the releases of JAX that are supported, 0.5.1 and newer.
+
+All of the library that a release of JAX may rename or take away is in this module, so that a new
+release is met here alone. `jax.extend.core` is where JAX keeps jaxprs for those who read them.
+Modules of `jax.experimental` are imported when a feature needs them: without one the feature
+fails, and says why; `import adamjax` does not.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+try:
+    from jax.extend import source_info_util
+except ImportError:  # without it, errors do not name lines of a loss
+    source_info_util = None  # type: ignore[assignment]
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "at",
+    "axis_kinds",
+    "current_mesh",
+    "dimension_order",
+    "experimental",
+    "in_memory_of",
+    "jaxpr_as_fun",
+    "layout_format",
+    "line",
+    "per_device",
+    "type_sharding",
+    "varying_axes",
+]
+
+
+def experimental(feature: str, name: str) -> Any:
+    """The module `jax.experimental.<name>`, imported for a feature that needs it."""
+    try:
+        return importlib.import_module(f"jax.experimental.{name}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"{feature} needs jax.experimental.{name}, which JAX {jax.__version__} does not have; "
+            "install a newer adamjax, or an older JAX"
+        ) from error
+
+
+# --- types of values ------------------------------------------------------------------------------
+
+
+def _type(x: Any) -> Any:
+    """The type of an array, traced or not."""
+    older: Any = jax.core  # before JAX 0.6
+    return jax.typeof(x) if hasattr(jax, "typeof") else older.get_aval(x)
+
+
+def type_sharding(x: Any) -> Any:
+    """How the type of an array says that it is split; `None` where it names no mesh."""
+    sharding = getattr(_type(x), "sharding", None)
+    return None if sharding is None or sharding.mesh.empty else sharding
+
+
+def axis_kinds(mesh: Any) -> set[str]:
+    """Of which kinds the axes of a mesh are: `"Auto"`, `"Explicit"`, `"Manual"`."""
+    # Before JAX 0.6 these are a dictionary by kind, and there are no explicit ones.
+    return {kind.name for kind in getattr(mesh, "axis_types", None) or ()}
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """The manual axes over which a value differs."""
+    kind = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
+    return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def in_memory_of(x: Any, like: Any) -> Any:
+    """A traced array in the kind of memory in which another one lies."""
+    kind = getattr(_type(like), "memory_space", None)  # older versions do not say
+    return x if kind == getattr(_type(x), "memory_space", None) else jax.device_put(x, kind)
+
+
+# --- meshes ---------------------------------------------------------------------------------------
+
+
+def current_mesh() -> Any:
+    """The mesh that is set; `None` without one."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    return None if mesh is None or mesh.empty else mesh
+
+
+def per_device(
+    function: Callable[..., Any], mesh: Any, names: set[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`shard_map` over some axes of a mesh, without a check of what differs between devices."""
+    specs = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
+    older = experimental("adamjax: jax.shard_map", "shard_map")
+    others = frozenset(mesh.axis_names) - names
+    mapped: Callable[..., Any] = older.shard_map(function, auto=others, check_rep=False, **specs)
+    return mapped
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def dimension_order(x: Any) -> tuple[int, ...] | None:
+    """The dimensions of an array from the slowest to the fastest, where that is known."""
+    # Before JAX 0.7 a format is called a layout, and the layout in it a device_local_layout.
+    how = x.format if hasattr(x, "format") else getattr(x, "layout", None)
+    layout = getattr(how, "device_local_layout", None) or getattr(how, "layout", None)
+    return getattr(layout, "major_to_minor", None)
+
+
+def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
+    """What asks for an order of dimensions in memory and for a sharding."""
+    layouts = experimental("row_major, formats: an order in memory", "layout")
+    if hasattr(layouts, "Format"):
+        return layouts.Format(layouts.Layout(order), sharding)
+    return layouts.Layout(layouts.DeviceLocalLayout(order), sharding)
+
+
+# --- jaxprs ---------------------------------------------------------------------------------------
+
+
+def at(eqn: JaxprEqn) -> Any:
+    """A context in which JAX takes an equation's line and scope for the present ones."""
+    if source_info_util is None:
+        return contextlib.nullcontext()
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+
+
+def line(eqn: JaxprEqn) -> str:
+    """The line of a user's code that an equation stems from."""
+    if source_info_util is None:
+        return "a line that this version of JAX does not tell"
+    return source_info_util.summarize(eqn.source_info)
