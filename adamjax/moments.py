@@ -17,6 +17,7 @@ __all__ = [
     "averaging",
     "correction",
     "counted",
+    "divisor",
     "magnitude",
     "next_count",
     "root",
@@ -51,6 +52,18 @@ def scalar(value: Number, real: Any) -> Any:
     if is_array(value):
         return jnp.asarray(value, real)
     return np.asarray(value, real)[()]
+
+
+def divisor(value: Number, real: Any) -> Any:
+    """An epsilon in the accumulator dtype, never 0: what has no gradient is divided by it.
+
+    An array is not checked where it is traced or set: 0 does what every smaller epsilon does, and
+    what is below makes NaN.
+    """
+    eps = scalar(value, real)
+    if not is_array(value):
+        return eps
+    return jnp.where(eps >= 0, jnp.maximum(eps, jnp.finfo(real).tiny), jnp.nan)
 
 
 def counted(count: chex.Array, real: Any) -> chex.Array:
