@@ -14,6 +14,7 @@ __all__ = [
     "Average",
     "accumulator",
     "apart",
+    "as_count",
     "averaging",
     "correction",
     "counted",
@@ -64,6 +65,18 @@ def divisor(value: Number, real: Any) -> Any:
     if not is_array(value):
         return eps
     return jnp.where(eps >= 0, jnp.maximum(eps, jnp.finfo(real).tiny), jnp.nan)
+
+
+def as_count(name: str, value: Number, dtype: Any) -> Any:
+    """A hyperparameter that counts steps, in the dtype of the count it is compared with."""
+    if not is_array(value):
+        return np.asarray(value, dtype)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
+            "expected one of an integer dtype"
+        )
+    return jnp.asarray(value, dtype)
 
 
 def counted(count: chex.Array, real: Any) -> chex.Array:
