@@ -27,6 +27,7 @@ from adamjax.moments import (
     averaging,
     correction,
     counted,
+    divisor,
     magnitude,
     next_count,
     root,
@@ -171,9 +172,9 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
         c_m=c_m,
         c_g=c_g,
         # Never 0, to which what is below the smallest normal number is flushed.
-        c_eps=scalar(rule.eps_hat, real)
+        c_eps=divisor(rule.eps_hat, real)
         if rule.eps is None
-        else jnp.maximum(scalar(rule.eps, real) * corrected_root, jnp.finfo(real).tiny),
+        else jnp.maximum(divisor(rule.eps, real) * corrected_root, jnp.finfo(real).tiny),
     )
 
 
@@ -513,7 +514,7 @@ class scale_by_adamax(Rule):
                 first=averaging(self.b1, real),
                 second=averaging(self.b2, real),
                 c_m=self.pace(state, real),
-                c_eps=scalar(self.eps, real),
+                c_eps=divisor(self.eps, real),
             )
 
         updates, m, u = lift(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adamjax.data import COUNT, UNIT, Number, Tree, exportable
 from adamjax.leaves import expect_wide, lift, needed, new_slots
-from adamjax.moments import accumulator, averaging, next_count, stepped, widen, widened
+from adamjax.moments import accumulator, as_count, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
 
 __all__ = ["WeightEmaState", "weight_ema"]
@@ -99,7 +99,8 @@ class weight_ema(Transform):
         count = next_count(state.count)
         due = None
         if self.overwrite_frequency is not None:
-            due = count % jnp.asarray(self.overwrite_frequency, count.dtype) == 0
+            name = "weight_ema: overwrite_frequency"
+            due = count % as_count(name, self.overwrite_frequency, count.dtype) == 0
         updates, average = lift(
             "weight_ema",
             _ema,

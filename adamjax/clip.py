@@ -2,13 +2,13 @@
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from adamjax.data import POSITIVE, Number, Tree
+from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
 from adamjax.moments import accumulator, apart, root, scalar, square, widen, widened
 from adamjax.rows import each_array, parts
@@ -48,10 +48,29 @@ def _norm(owner: str, tree: Tree) -> chex.Array:
     return root(reduced(owner, _sum_of_squares, operator.add, tree, empty))
 
 
-def _shrinking(norm: chex.Array, max_norm: Number) -> chex.Array:
-    """The factor that takes a vector of this norm to at most `max_norm`; NaN if it has none."""
-    limit = scalar(max_norm, norm.dtype)
-    return jnp.where(jnp.isfinite(norm), limit / jnp.maximum(norm, limit), jnp.nan)
+class _MaxNorm(NamedTuple):
+    """The norm to shrink to, and the least norm to divide by; `None` where they are the same."""
+
+    limit: Any
+    least: Any
+
+
+def _max_norm(value: Number, real: Any) -> _MaxNorm:
+    limit = _limit(value, real)
+    # To 0, a vector of norm 0 goes as any other.
+    return _MaxNorm(limit, jnp.maximum(limit, jnp.finfo(real).tiny) if is_array(value) else None)
+
+
+def _limit(value: Number, real: Any) -> Any:
+    """A limit in the accumulator dtype; NaN for an array, which may be traced, below 0."""
+    limit = scalar(value, real)
+    return jnp.where(limit >= 0, limit, jnp.nan) if is_array(value) else limit
+
+
+def _shrinking(norm: chex.Array, most: _MaxNorm) -> chex.Array:
+    """The factor that takes a vector of this norm to the largest; NaN if the norm is not finite."""
+    least = most.limit if most.least is None else most.least
+    return jnp.where(jnp.isfinite(norm), most.limit / jnp.maximum(norm, least), jnp.nan)
 
 
 def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
@@ -63,12 +82,14 @@ def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
     return (clipped.astype(g.dtype),)
 
 
-def _clipped_by_norm(max_norm: Any, g: Any) -> tuple[Any]:
-    def clipped(x: chex.Array) -> chex.Array:
-        return (factor * widen(x, max_norm.dtype)).astype(x.dtype)
+def _clipped_by_norm(most: _MaxNorm, g: Any) -> tuple[Any]:
+    real = most.limit.dtype
 
-    squares = (jnp.sum(square(widen(x, max_norm.dtype))) for x in parts(g))
-    factor = _shrinking(root(functools.reduce(operator.add, squares)), max_norm)
+    def clipped(x: chex.Array) -> chex.Array:
+        return (factor * widen(x, real)).astype(x.dtype)
+
+    squares = (jnp.sum(square(widen(x, real))) for x in parts(g))
+    factor = _shrinking(root(functools.reduce(operator.add, squares)), most)
     return (each_array(clipped, g),)
 
 
@@ -78,7 +99,8 @@ class clip_by_value(Stateless):
     The real and the imaginary part of a complex element are limited each by itself.
 
     Args:
-      limit: largest absolute value of an element, above 0.
+      limit: largest absolute value of an element, above 0. (Of an array that is traced or set,
+        the value is not checked: 0 makes zeros; what is below 0 or NaN makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_value(1.0).update(jnp.array([-3.0, 0.5]), ())[0]
@@ -97,7 +119,7 @@ class clip_by_value(Stateless):
         (clipped,) = lift(
             "clip_by_value",
             _clipped_by_value,
-            lambda real: scalar(self.limit, real),
+            lambda real: _limit(self.limit, real),
             updates,
             like=params,
         )
@@ -111,7 +133,8 @@ class clip_by_norm(Stateless):
     a `RowGradient`, in the rows that it holds.
 
     Args:
-      max_norm: largest norm of a leaf, above 0.
+      max_norm: largest norm of a leaf, above 0. (Of an array that is traced or set, the value is
+        not checked: 0 makes zeros; what is below 0, infinite or NaN makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
@@ -129,7 +152,7 @@ class clip_by_norm(Stateless):
         (clipped,) = lift(
             "clip_by_norm",
             _clipped_by_norm,
-            lambda real: scalar(self.max_norm, real),
+            lambda real: _max_norm(self.max_norm, real),
             updates,
             like=params,
             rows="whole",
@@ -146,7 +169,8 @@ class clip_by_global_norm(Stateless, Scaling):
     `RowGradient`, every element of the rows that it holds.)
 
     Args:
-      max_norm: largest joint norm, above 0.
+      max_norm: largest joint norm, above 0. (Of an array that is traced or set, the value is not
+        checked: 0 makes zeros; what is below 0, infinite or NaN makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
@@ -166,4 +190,5 @@ class clip_by_global_norm(Stateless, Scaling):
         return True
 
     def factors(self, tree: Tree, state: Any) -> Step:
-        return _shrinking(_norm("clip_by_global_norm", tree), self.max_norm).astype, state
+        norm = _norm("clip_by_global_norm", tree)
+        return _shrinking(norm, _max_norm(self.max_norm, norm.dtype)).astype, state

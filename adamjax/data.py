@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -15,8 +15,10 @@ __all__ = [
     "BETA",
     "COUNT",
     "FINITE",
+    "LAST_COUNT",
     "NON_NEGATIVE",
     "POSITIVE",
+    "STEPS",
     "UNIT",
     "Data",
     "Number",
@@ -29,13 +31,22 @@ __all__ = [
 
 
 class Range(NamedTuple):
-    """The values a hyperparameter may take: in words for the error, and as a test."""
+    """The values a hyperparameter may take: in words for the error, and as a test.
+
+    Attributes:
+      whole: what happens to a whole number. "never": it becomes a float, as an array of integers
+        would have no place for the fractions that are set later. "kept": it stays, as it counts
+        steps and may be too large for a float32. "only": nothing else is taken.
+    """
 
     text: str
     holds: Callable[[np.ndarray], Any]
+    whole: Literal["never", "kept", "only"] = "never"
 
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# Counts are int32, and stay at the largest.
+LAST_COUNT = int(np.iinfo(np.int32).max)
 BETA = Range("in [0, 1)", lambda x: (x >= 0) & (x < 1))
 UNIT = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 # What is finite must be so in float32.
@@ -43,8 +54,12 @@ NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x <= LARGEST
 # A smaller one is 0 in float32, and 0/0 would be the update of a weight that never had a gradient.
 POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & (x <= LARGEST))
 FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
+# A length of time or a point in it, in steps.
+STEPS = POSITIVE._replace(whole="kept")
 COUNT = Range(
-    "a whole number of at least 1", lambda x: (x >= 1) & (x <= LARGEST) & (x == np.floor(x))
+    f"a whole number of at least 1 and at most {LAST_COUNT}",
+    lambda x: (x >= 1) & (x <= LAST_COUNT) & (x == np.floor(x)),
+    whole="only",
 )
 
 
@@ -66,6 +81,16 @@ def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
 def is_array(value: Any) -> bool:
     """Whether a hyperparameter is an array rather than a Python number."""
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether an array is of an integer dtype."""
+    return bool(jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def _is_wide(x: Any) -> bool:
+    """Whether an array holds a whole number beyond int32."""
+    return bool(np.any(np.abs(np.asarray(x, np.float64)) > LAST_COUNT))
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
@@ -95,7 +120,8 @@ class Data:
     hyperparameter is an array.
 
     Rebuilding from leaves skips `__init__`, as JAX puts tracers, axes and placeholders there:
-    checks belong in `__post_init__`, which runs when a person makes the object.
+    checks belong in `__post_init__`, which runs when a person makes the object. The value of an
+    array that is being traced is not known there, so its range is not checked.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -131,30 +157,45 @@ class Data:
         self.__dict__.update(values)
 
     def _check(self, name: str, allowed: Range) -> None:
-        """Refuses a hyperparameter outside its range; arrays that are being traced pass."""
+        """Refuses a hyperparameter outside its range; of what is being traced, only the dtype."""
         self._set(**{name: self._checked(name, getattr(self, name), allowed)})
 
     def _checked(self, name: str, value: Any, allowed: Range) -> Any:
         """The value of a hyperparameter, if it is in its range, as a Python number or array."""
-        if isinstance(value, jax.core.Tracer):
-            return value
+        owner, whole = type(self).__name__, allowed.whole
         if isinstance(value, np.generic):
             value = value.item()
-        elif isinstance(value, np.ndarray):
-            value = jnp.asarray(value)
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if real and not isinstance(value, int):
-            value = float(value)  # a fraction, say
         if is_array(value):
-            real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
-        if not real:
-            raise TypeError(
-                f"{type(self).__name__}: {name} must be a number {allowed.text}, "
-                f"got {value!r} of type {type(value).__name__}"
+            real = jnp.issubdtype(value.dtype, jnp.integer) or (
+                jnp.issubdtype(value.dtype, jnp.floating)
+                and not (whole == "only" and isinstance(value, jax.core.Tracer))
             )
-        if not np.all(allowed.holds(np.asarray(value, np.float64))):
-            raise ValueError(f"{type(self).__name__}: {name} must be {allowed.text}, got {value!r}")
-        return value
+        if not real:
+            kind = f"of type {type(value).__name__}"
+            if isinstance(value, jax.core.Tracer):
+                kind = f"of dtype {value.dtype.name}, which is being traced"
+            raise TypeError(
+                f"{owner}: {name} must be a number {allowed.text}, got {value!r} {kind}"
+            )
+        if isinstance(value, jax.core.Tracer):
+            return value.astype(float) if _is_whole(value) and whole == "never" else value
+        try:
+            inside = bool(np.all(allowed.holds(np.asarray(value, np.float64))))
+        except OverflowError:  # a whole number beyond all floats
+            inside = False
+        if not inside:
+            raise ValueError(f"{owner}: {name} must be {allowed.text}, got {value!r}")
+        if not is_array(value):
+            # A float where a count is meant, or a fraction, an integer, a longdouble, ...
+            kept = whole == "kept" and isinstance(value, int)
+            return int(value) if whole == "only" or kept else float(value)
+        # Before JAX sees it, which would cut a wide integer to 32 bits.
+        if whole == "only":
+            return jnp.asarray(value, jnp.int32)
+        if _is_whole(value) and (whole == "never" or _is_wide(value)):
+            return jnp.asarray(np.asarray(value, np.float64), float)
+        return jnp.asarray(value)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in the named fields, checked as when it is made.
@@ -193,7 +234,8 @@ class Data:
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if getattr(self, f.name) is not None
+            if f.repr
+            and getattr(self, f.name) is not None
             and not (f.metadata.get("static") and getattr(self, f.name) == f.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"

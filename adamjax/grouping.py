@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from adamjax.buckets import Plan, apart, is_joined
-from adamjax.data import COUNT, Tree, static
+from adamjax.data import Tree, static
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -135,7 +135,8 @@ class grouped(Transform):
         whole = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
         if not whole or self.max_size < 1:
             raise ValueError(
-                f"grouped: max_size must be {COUNT.text}, an int, got {self.max_size!r}"
+                "grouped: max_size must be a whole number of at least 1, an int, got "
+                f"{self.max_size!r}"
             )
         for odd in _odd(self.tx):
             raise ValueError(

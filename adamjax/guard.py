@@ -11,7 +11,7 @@ import numpy as np
 
 from adamjax.data import COUNT, Number, Tree, exportable, static
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
-from adamjax.moments import accumulator, next_count, widened
+from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import checked_rules, expect_matches, first_match, flatten, is_leaf, leaf_paths
 from adamjax.rows import RowGradient, parts
 from adamjax.transform import Step, Transform, as_transform, expect_state
@@ -210,7 +210,7 @@ class accumulate_gradients(Transform):
         slots = (state.total,)
         _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
         count = state.micro_count + 1
-        due = count >= jnp.asarray(self.steps, count.dtype)
+        due = count >= as_count("accumulate_gradients: steps", self.steps, count.dtype)
 
         def step(alive: Tree) -> Step:
             def mean(g: Any, x: Any) -> Any:

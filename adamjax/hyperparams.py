@@ -2,14 +2,16 @@
 
 import copy
 import dataclasses
+import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import Number, Tree, exportable
+from adamjax.data import COUNT, LARGEST, Number, Tree, exportable, is_array
 from adamjax.exact import exact_rows
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -67,7 +69,8 @@ class with_hyperparams(Transform):
     They are read and logged as `state.hyperparams["learning_rate"]`, and set between steps by
     `set_hyperparams`, without the step being traced anew. What they were in the transform, a
     schedule perhaps, has no effect. As arrays are, a float is rounded to float32: 0.999 is
-    0.99900001, and `1 - b2` is taken from that.
+    0.99900001, and `1 - b2` is taken from that. Counts (`steps`, `overwrite_frequency`) are int32,
+    everything else is a float, also where a whole number is given.
 
     Args:
       tx: any transform.
@@ -78,7 +81,8 @@ class with_hyperparams(Transform):
     epsilons and the average's momentum cannot be named, as they must be Python floats there.
 
     Raises:
-      ValueError: a name is that of no field, or of several; a value is outside its range.
+      ValueError: a name is that of no field, or of several; a value is outside its range, or is so
+        once it is rounded to float32. By `update`: the state keeps other hyperparameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
@@ -115,6 +119,9 @@ class with_hyperparams(Transform):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
             made = owners[0].replace(**{name: value})  # it knows the range
             found[name] = getattr(made, name)
+            if not is_array(found[name]):
+                # 0.99999999 is a beta, but in float32 it is 1.
+                made.replace(**{name: jnp.asarray(found[name])})
         self._set(tx=tx, hyperparams=found)
 
     @property
@@ -128,7 +135,16 @@ class with_hyperparams(Transform):
     def resolved(self, state: HyperparamsState) -> Transform:
         """The inner transform with the values that a state holds."""
         expect_state(self, state, HyperparamsState)
-        return _with(self.tx, state.hyperparams)
+        kept = state.hyperparams
+        if not isinstance(kept, dict) or set(kept) != set(self.hyperparams):
+            raise ValueError(
+                f"with_hyperparams: the state keeps {sorted(kept)}, the transform has "
+                f"{sorted(self.hyperparams)}. Name the same ones, or go on from here: "
+                "HyperparamsState(tx.init(params).hyperparams, state.inner)"
+            )
+        for name, value in self.hyperparams.items():
+            _check_kind(name, value, kept[name])
+        return _with(self.tx, kept)
 
     def init(self, params: Tree) -> HyperparamsState:
         # Strongly typed, and copies, which a step may donate.
@@ -146,6 +162,23 @@ class with_hyperparams(Transform):
         return f"with_hyperparams({', '.join([repr(self.tx), *shown])})"
 
 
+def _is_whole(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.integer))
+
+
+def _check_kind(name: str, value: Any, kept: Any) -> None:
+    """Refuses what a state keeps of a hyperparameter if it is no scalar of the right kind."""
+    wanted = jnp.integer if _is_whole(value) else jnp.floating
+    if np.shape(kept) != () or not jnp.issubdtype(jnp.result_type(kept), wanted):
+        came = f"{jnp.result_type(kept).name}{list(np.shape(kept))}"
+        raise ValueError(
+            f"with_hyperparams: the state keeps {name} as {came}, expected a scalar of "
+            f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Set it anew: "
+            "state._replace(hyperparams=tx.init(params).hyperparams); a state of many values at "
+            "once goes through jax.vmap"
+        )
+
+
 # Fields that hold transforms.
 _PARTS = {"tx", "transforms", "hyperparams"}
 
@@ -155,10 +188,13 @@ def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
 
     Args:
       state: a `HyperparamsState`.
-      **hyperparams: scalars by name. Their ranges are not checked.
+      **hyperparams: real scalars by name; whole numbers for counts. NaN and what is infinite in
+        the state's dtype are refused. The state knows names alone, so other ranges are not
+        checked: `with_hyperparams` says what each may be.
 
     Raises:
-      TypeError, ValueError: it is another state, or does not keep such a hyperparameter.
+      TypeError, ValueError: it is another state, or does not keep such a hyperparameter; a value
+        is no number that the state can keep.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1, b1=0.9)
@@ -172,12 +208,53 @@ def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
             "HyperparamsState of with_hyperparams; if it is in another state, set it there"
         )
     kept = state.hyperparams
-    for name, value in hyperparams.items():
+    for name in hyperparams:
         if name not in kept:
             raise ValueError(f"set_hyperparams: the state keeps {list(kept)}, not {name!r}")
-        if np.shape(value) != kept[name].shape:
-            raise ValueError(
-                f"set_hyperparams: {name} must be of shape {kept[name].shape}, got {value!r}"
-            )
-    new = {name: jnp.array(x, kept[name].dtype, copy=True) for name, x in hyperparams.items()}
+    new = {name: _taken(name, x, kept[name]) for name, x in hyperparams.items()}
     return state._replace(hyperparams={**kept, **new})
+
+
+def _taken(name: str, value: Any, kept: Any) -> chex.Array:
+    """A value as the state keeps it."""
+    shape, dtype = np.shape(kept), jnp.result_type(kept)
+    given = _array(value)
+    if given is None:
+        raise TypeError(f"set_hyperparams: {name} must be a real number, got {value!r}")
+    if given.shape != shape:
+        raise ValueError(f"set_hyperparams: {name} must be of shape {shape}, got {value!r}")
+    if jnp.issubdtype(dtype, jnp.integer):
+        _expect_whole(name, given, value, dtype)
+    elif not isinstance(given, jax.core.Tracer):
+        given = np.asarray(given, np.float64)
+        if not np.all(np.abs(given) <= float(jnp.finfo(dtype).max)):
+            raise ValueError(
+                f"set_hyperparams: {name} must be finite in {dtype.name}, got {value!r}"
+            )
+    return jnp.array(given, dtype, copy=True)
+
+
+def _array(value: Any) -> Any:
+    """A real number or an array of them as an array, `None` for anything else."""
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float | np.generic):
+        value = float(value)  # a fraction, say
+    # NumPy's array, as JAX would cut a wide integer to 32 bits.
+    given = value if isinstance(value, jax.Array) else np.asarray(value)
+    if given.dtype == object and isinstance(value, int):
+        given = np.asarray(float(value) if abs(value) <= LARGEST else np.inf)
+    kinds = (jnp.integer, jnp.floating)
+    return given if any(jnp.issubdtype(given.dtype, kind) for kind in kinds) else None
+
+
+def _expect_whole(name: str, given: Any, value: Any, dtype: Any) -> None:
+    """Refuses what is no count, for a hyperparameter that is kept as an integer."""
+    if isinstance(given, jax.core.Tracer):
+        whole = jnp.issubdtype(given.dtype, jnp.integer)
+    else:
+        whole = bool(np.all(COUNT.holds(np.asarray(given, np.float64))))
+    if not whole:
+        raise ValueError(
+            f"set_hyperparams: the state keeps {name} as {dtype.name}, so it must be {COUNT.text}, "
+            f"got {value!r}. If it is no count, an older version made the state of an int: "
+            "take state._replace(hyperparams=tx.init(params).hyperparams)"
+        )

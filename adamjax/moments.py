@@ -14,9 +14,11 @@ __all__ = [
     "Average",
     "accumulator",
     "apart",
+    "as_count",
     "averaging",
     "correction",
     "counted",
+    "divisor",
     "magnitude",
     "next_count",
     "root",
@@ -51,6 +53,30 @@ def scalar(value: Number, real: Any) -> Any:
     if is_array(value):
         return jnp.asarray(value, real)
     return np.asarray(value, real)[()]
+
+
+def divisor(value: Number, real: Any) -> Any:
+    """An epsilon in the accumulator dtype, never 0: what has no gradient is divided by it.
+
+    An array is not checked where it is traced or set: 0 does what every smaller epsilon does, and
+    what is below makes NaN.
+    """
+    eps = scalar(value, real)
+    if not is_array(value):
+        return eps
+    return jnp.where(eps >= 0, jnp.maximum(eps, jnp.finfo(real).tiny), jnp.nan)
+
+
+def as_count(name: str, value: Number, dtype: Any) -> Any:
+    """A hyperparameter that counts steps, in the dtype of the count it is compared with."""
+    if not is_array(value):
+        return np.asarray(value, dtype)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
+            "expected one of an integer dtype"
+        )
+    return jnp.asarray(value, dtype)
 
 
 def counted(count: chex.Array, real: Any) -> chex.Array:

@@ -6,14 +6,31 @@ in float32 (float64 under x64). The formulas and the argument names are those of
 as well, optax's schedules among them.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, FINITE, NON_NEGATIVE, POSITIVE, Data, Number, Tree, is_array, static
+from adamjax.data import (
+    COUNT,
+    FINITE,
+    LAST_COUNT,
+    NON_NEGATIVE,
+    POSITIVE,
+    STEPS,
+    Data,
+    Number,
+    Tree,
+    is_array,
+    static,
+)
+from adamjax.moments import as_count
 from adamjax.paths import checked_rules, expect_matches, first_match, flatten, leaf_paths
 
 __all__ = [
@@ -51,6 +68,56 @@ class Schedule(Data):
         raise NotImplementedError(f"{type(self).__name__} does not say what its value is")
 
 
+class _Compiled(Schedule):
+    """Base class of the schedules here: read outside `jit`, the value is what a step computes.
+
+    Compiled, a division by a constant is a product with its reciprocal, and sums and products are
+    rounded together. Operation by operation the last bit would often be another.
+    """
+
+    def __call__(self, count: chex.Numeric) -> chex.Array:
+        count = _as_count(count)
+        leaves, treedef = jax.tree.flatten(self)
+        traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
+        if traced or not _is_ours(self):
+            return self.at(count)
+        constants = tuple(None if is_array(x) else x for x in leaves)
+        return _read(treedef, constants, [x if is_array(x) else None for x in leaves], count)
+
+    def at(self, count: chex.Array) -> chex.Array:
+        """The value after `count` steps, an integer of 32 bits at least or a float."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its value is")
+
+
+def _is_ours(schedule: Any) -> bool:
+    """Whether nothing in a schedule is a function from elsewhere, which might not be traceable."""
+    inner = (getattr(schedule, f.name) for f in dataclasses.fields(schedule))
+    return isinstance(schedule, _Compiled) and all(
+        _is_ours(x) for x in inner if isinstance(x, Schedule)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(treedef: Any, constants: Any, arrays: Any, count: chex.Array) -> chex.Array:
+    pairs = zip(constants, arrays, strict=True)
+    return treedef.unflatten([c if x is None else x for c, x in pairs]).at(count)
+
+
+def _as_count(count: chex.Numeric) -> chex.Array:
+    """A count as an array of at least 32 bits; one that JAX would cut to 32 is refused."""
+    if not isinstance(count, jax.Array):
+        x = np.asarray(count)
+        wide = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+        if x.dtype == object or (not wide and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)):
+            raise ValueError(
+                f"a schedule is called with a count of steps, a number up to {LAST_COUNT}; "
+                f"got {count!r}"
+            )
+        count = jnp.asarray(x)
+    is_narrow = jnp.issubdtype(count.dtype, jnp.integer) and count.dtype.itemsize < 4
+    return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
+
+
 class wrapped(Schedule):
     """Any callable of the count as a schedule; the function is part of the structure."""
 
@@ -63,11 +130,88 @@ class wrapped(Schedule):
         return repr(self.function)
 
 
-def _steps(count: chex.Numeric) -> chex.Array:
-    return jnp.asarray(count, dtype=float)
+def _float(x: Any) -> chex.Array:
+    return jnp.asarray(x, dtype=float)
 
 
-class constant(Schedule):
+class _Units(NamedTuple):
+    """A count, measured in units of so many steps.
+
+    Attributes:
+      whole: the units that have passed, a float without a fraction.
+      part: how much of the next one has, in [0, 1), exactly 0 at a multiple.
+      left: how much of it is to come, in (0, 1].
+    """
+
+    whole: chex.Array
+    part: chex.Array
+    left: chex.Array
+
+    @property
+    def passed(self) -> chex.Array:
+        return self.whole + self.part
+
+
+def _units(count: chex.Array, steps: Number) -> _Units:
+    """A count in units of `steps`; exact for whole steps, of which a float may be too coarse.
+
+    A compiled quotient of floats is a product with a rounded reciprocal, so it may be a bit below
+    a whole number where the count is a multiple. An array of steps, which may be traced, is not
+    checked: 0 does what the least steps of its dtype do, and what is below makes NaN.
+    """
+    if not is_array(steps):
+        if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
+            return _whole_units(count, int(steps))
+        return _float_units(_float(count), _float(steps))
+    if jnp.issubdtype(steps.dtype, jnp.integer) and jnp.issubdtype(count.dtype, jnp.integer):
+        units = _whole_units(count, jnp.maximum(steps, 1).astype(count.dtype))
+    else:
+        units = _float_units(_float(count), _float(steps))
+    return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
+
+
+def _whole_units(count: chex.Array, steps: Any) -> _Units:
+    if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
+        # No count gets there.
+        part = _float(count) / steps
+        return _Units(jnp.zeros_like(part), part, 1 - part)
+    whole = count // steps
+    rest = count - whole * steps
+    left = jnp.where(rest == 0, 1, _float(steps - rest) / _float(steps))
+    return _Units(_float(whole), _float(rest) / _float(steps), left)
+
+
+def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
+    """The same in floats: exact where products of `steps` with whole numbers are."""
+    # At count 0 none has passed, however short they are.
+    near = jnp.floor(jnp.where(count == 0, 0, count / steps))
+    near = jnp.where((near + 1) * steps <= count, near + 1, near)
+    whole = jnp.where((near * steps > count) & (near > 0), near - 1, near)
+    rest = jnp.where(count == 0, 0, count - whole * steps)
+    part = jnp.where(rest == 0, 0, rest / steps)
+    return _Units(whole, part, 1 - part)
+
+
+def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
+    """Whether `boundary < count`, compared as whole numbers where the count is one."""
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        return _float(boundary) < count
+    limits = jnp.iinfo(count.dtype)
+    if not is_array(boundary):
+        # No count is between a number and the whole number below.
+        below = math.floor(boundary)
+        if not limits.min <= below < limits.max:
+            return jnp.full(count.shape, below < limits.min)
+        return np.asarray(below, count.dtype) < count
+    if jnp.issubdtype(boundary.dtype, jnp.integer):
+        return boundary < count
+    # The largest float that is a count.
+    most = np.nextafter(np.asarray(limits.max, boundary.dtype), np.asarray(0, boundary.dtype))
+    below = jnp.clip(jnp.floor(boundary), float(limits.min), most)
+    return below.astype(count.dtype) < count
+
+
+class constant(_Compiled):
     """The same value at every count; at least 0.
 
     >>> import adamjax
@@ -80,11 +224,11 @@ class constant(Schedule):
     def __post_init__(self) -> None:
         self._check("value", NON_NEGATIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        return jnp.asarray(self.value, dtype=float)
+    def at(self, count: chex.Array) -> chex.Array:
+        return _float(self.value)
 
 
-class inverse_time_decay(Schedule):
+class inverse_time_decay(_Compiled):
     """`initial / (1 + decay_rate * count / decay_steps)`; `staircase` rounds the quotient down.
 
     With `decay_steps=1` this is what the legacy option `decay` of Keras does, so the initial
@@ -108,17 +252,16 @@ class inverse_time_decay(Schedule):
 
     def __post_init__(self) -> None:
         self._set(initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False))
-        self._check("decay_steps", POSITIVE)
+        self._check("decay_steps", STEPS)
         self._check("decay_rate", NON_NEGATIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        units = _steps(count) / self.decay_steps
-        if self.staircase:
-            units = jnp.floor(units)
-        return rate_at(self.initial_learning_rate, count) / (1 + self.decay_rate * units)
+    def at(self, count: chex.Array) -> chex.Array:
+        units = _units(count, self.decay_steps)
+        passed = units.whole if self.staircase else units.passed
+        return rate_at(self.initial_learning_rate, count) / (1 + self.decay_rate * passed)
 
 
-class exponential_decay(Schedule):
+class exponential_decay(_Compiled):
     """`initial * decay_rate ** (count / decay_steps)`; `staircase` rounds the exponent down.
 
     Args:
@@ -139,17 +282,16 @@ class exponential_decay(Schedule):
 
     def __post_init__(self) -> None:
         self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", POSITIVE)
+        self._check("decay_steps", STEPS)
         self._check("decay_rate", POSITIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        units = _steps(count) / self.decay_steps
-        if self.staircase:
-            units = jnp.floor(units)
-        return self.initial_learning_rate * self.decay_rate**units
+    def at(self, count: chex.Array) -> chex.Array:
+        units = _units(count, self.decay_steps)
+        passed = units.whole if self.staircase else units.passed
+        return self.initial_learning_rate * self.decay_rate**passed
 
 
-class piecewise_constant(Schedule):
+class piecewise_constant(_Compiled):
     """`values[i]`, where i is the number of boundaries that the count has passed.
 
     Args:
@@ -166,7 +308,8 @@ class piecewise_constant(Schedule):
     values: Any
 
     def __post_init__(self) -> None:
-        for name, allowed in (("boundaries", FINITE), ("values", NON_NEGATIVE)):
+        times = FINITE._replace(whole="kept")
+        for name, allowed in (("boundaries", times), ("values", NON_NEGATIVE)):
             items = enumerate(getattr(self, name))
             checked = tuple(self._checked(f"{name}[{i}]", x, allowed) for i, x in items)
             self._set(**{name: checked})
@@ -180,13 +323,12 @@ class piecewise_constant(Schedule):
                 f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
             )
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        step = _steps(count)
-        passed = sum((step > b).astype(jnp.int32) for b in self.boundaries)
-        return jnp.stack([jnp.asarray(v, dtype=float) for v in self.values])[passed]
+    def at(self, count: chex.Array) -> chex.Array:
+        passed = sum(_is_before(count, b).astype(jnp.int32) for b in self.boundaries)
+        return jnp.stack([_float(v) for v in self.values])[passed]
 
 
-class polynomial_decay(Schedule):
+class polynomial_decay(_Compiled):
     """From the initial rate to `end_learning_rate` along `(1 - count / decay_steps) ** power`.
 
     Args:
@@ -211,18 +353,28 @@ class polynomial_decay(Schedule):
 
     def __post_init__(self) -> None:
         self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", POSITIVE)
+        self._check("decay_steps", STEPS)
         self._check("end_learning_rate", NON_NEGATIVE)
         self._check("power", POSITIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        units = _steps(count) / self.decay_steps
-        done = units / jnp.maximum(jnp.ceil(units), 1) if self.cycle else jnp.minimum(units, 1)
+    def at(self, count: chex.Array) -> chex.Array:
+        units = _units(count, self.decay_steps)
+        # What is left of the line: of the unit that the count is in, the first begins at 0.
+        if self.cycle:
+            at_end = (units.part == 0) & (units.whole > 0)
+            length = units.whole + (units.part > 0)
+            left = jnp.where(at_end, 0, units.left) / jnp.maximum(length, 1)
+        else:
+            left = jnp.where(units.whole >= 1, 0, units.left)
+        falls = left**self.power
+        if is_array(self.power):
+            # A traced power of 0 ends where the smallest does.
+            falls = jnp.where(left > 0, falls, 0 * falls)
         span = self.initial_learning_rate - self.end_learning_rate
-        return self.end_learning_rate + span * (1 - done) ** self.power
+        return self.end_learning_rate + span * falls
 
 
-class cosine_decay(Schedule):
+class cosine_decay(_Compiled):
     """Half a cosine from the initial rate to `alpha` times it, then constant.
 
     Loshchilov & Hutter, arXiv:1608.03983, eq. 5, without restarts.
@@ -244,16 +396,17 @@ class cosine_decay(Schedule):
 
     def __post_init__(self) -> None:
         self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", POSITIVE)
+        self._check("decay_steps", STEPS)
         self._check("alpha", NON_NEGATIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        done = jnp.minimum(_steps(count) / self.decay_steps, 1)
+    def at(self, count: chex.Array) -> chex.Array:
+        units = _units(count, self.decay_steps)
+        done = jnp.where(units.whole >= 1, 1, units.part)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
         return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
 
 
-class warmup(Schedule):
+class warmup(_Compiled):
     """A straight line from `start` to the schedule's first value, then the schedule from its 0.
 
     This is the warm-up of `keras.optimizers.schedules.CosineDecay`, for any schedule.
@@ -279,12 +432,13 @@ class warmup(Schedule):
         self._check("steps", COUNT)
         self._check("start", NON_NEGATIVE)
 
-    def __call__(self, count: chex.Numeric) -> chex.Array:
-        count = jnp.asarray(count)
+    def at(self, count: chex.Array) -> chex.Array:
         first = rate_at(self.schedule, jnp.zeros_like(count))
-        line = self.start + (first - self.start) * (_steps(count) / self.steps)
-        later = rate_at(self.schedule, jnp.maximum(count - self.steps, 0))
-        return jnp.where(count < self.steps, line, later)
+        steps = as_count("warmup: steps", self.steps, count.dtype)
+        # Of no steps the line is not read.
+        line = self.start + (first - self.start) * (_float(count) / _float(jnp.maximum(steps, 1)))
+        later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
+        return jnp.where(count < steps, line, later)
 
 
 class by_path(Data):

@@ -13,6 +13,7 @@ import pytest
 
 import adamjax
 from adamjax import by_path, piecewise_constant, scale, weight_ema
+from adamjax.data import Data
 
 # Every hyperparameter: how to make its owner with it, its owner's name, its own, and its kind.
 BETA, UNIT, RATE, EPSILON, LIMIT, ANY, COUNT = range(7)
@@ -142,7 +143,7 @@ def test_every_hyperparameter_is_in_the_table():
     static |= {"mesh", "axis", "memory_kind"}
     for public in adamjax.__all__:
         made = getattr(adamjax, public)
-        data = isinstance(made, type) and hasattr(made, "replace") and public != "RowGradient"
+        data = isinstance(made, type) and issubclass(made, Data) and public != "RowGradient"
         if public in OPTIMIZERS or data:
             names = (
                 set(inspect.signature(made).parameters) - elsewhere - static - {"args", "kwargs"}
