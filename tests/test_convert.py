@@ -275,7 +275,10 @@ def test_adamax_with_epsilon_inside_the_maximum():
     actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
     # optax' 1 - b1**t is off by 1.2e-7 / (1 - b1**t), here at most 2e-7 of the steps.
     assert_close(actual, expected, rtol=2e-6)
-    small = (state[0]._replace(nu=jax.tree.map(lambda u: u * 1e-5, state[0].nu)), *state[1:])
+    tiny = {
+        name: jax.tree.map(lambda x: x * 1e-5, getattr(state[0], name)) for name in ("mu", "nu")
+    }
+    small = (state[0]._replace(**tiny), *state[1:])
     with pytest.raises(ValueError, match=r"adamax is not the one here: it has epsilon inside"):
         convert.from_optax(small, ours, middle)
 
@@ -1175,3 +1178,209 @@ def test_nothing_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- only what is understood ----------------------------------------------------------------------
+
+
+def test_two_leaves_with_one_path_are_refused():
+    params = {"a/b": jnp.ones(2), "a": {"b": 2 * jnp.ones(2)}}
+    old = optax.adam(0.1)
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        convert.from_optax(old.init(params), adamjax.adam(0.1, eps=1e-8), params)
+
+
+def built_keras(keras, kind, **options):
+    """A Keras optimizer after two steps."""
+    optimizer = getattr(keras.optimizers, kind)(0.1, **options)
+    w = keras.Variable(np.ones(3, np.float32), name="w")
+    optimizer.build([w])
+    for g in ([1.0, -2.0, 0.5], [0.5, 1.0, -3.0]):
+        optimizer.apply([keras.ops.convert_to_tensor(np.asarray(g, np.float32))], [w])
+    return optimizer
+
+
+KERAS_OPTIMIZERS = {
+    "Adam": {},
+    "AdamW": {},
+    "Adamax": {},
+    "Nadam": {},
+    "RMSprop": {"momentum": 0.9},
+    "SGD": {"momentum": 0.9},
+    "Lamb": {},
+    "Muon": {},
+    "Ftrl": {},
+    "Lion": {},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adafactor": {},
+    "ScheduleFreeAdamW": {},
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names", "no names"])
+@pytest.mark.parametrize("name", KERAS_OPTIMIZERS)
+def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
+    if not hasattr(keras.optimizers, name):
+        pytest.skip(f"this Keras has no {name}")
+    optimizer = built_keras(keras, name, **KERAS_OPTIMIZERS[name])
+    variables = [(v.path, np.asarray(v)) for v in optimizer.variables]
+    variables = variables if named else [x for _, x in variables]
+    makes = {"Adamax": adamjax.adamax, "Nadam": adamjax.nadam}
+    tx, params = makes.get(name, adamjax.adam)(0.1), {"w": jnp.ones(3)}
+    if name in ("Adam", "AdamW", "Adamax", "Nadam"):
+        assert int(adamjax.step_count(convert.from_keras(variables, tx, params))) == 2
+    elif name in ("Lamb", "Muon") and not named:
+        # Their moments of a vector are Adam's: nothing tells.
+        convert.from_keras(variables, tx, params)
+    else:
+        with pytest.raises(ValueError, match="from_keras: "):
+            convert.from_keras(variables, tx, params)
+
+
+def test_keras_optimizers_of_another_name(keras):
+    for make in (keras.optimizers.Adam, keras.optimizers.RMSprop):
+        options = {} if make is keras.optimizers.Adam else {"momentum": 0.9}
+        optimizer = built_keras(keras, make.__name__, name="mine", **options)
+        variables = [(v.path, np.asarray(v)) for v in optimizer.variables]
+        if make is keras.optimizers.Adam:
+            convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.ones(3)})
+        else:
+            with pytest.raises(ValueError, match="velocities come before momenta"):
+                convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.ones(3)})
+
+
+def built_torch(name, named=False, **options):
+    """A state dict of torch after two steps."""
+    torch = pytest.importorskip("torch")
+    w = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = getattr(torch.optim, name)([("w", w)] if named else [w], lr=0.1, **options)
+    for scale in (1.0, -0.5):
+        w.grad = scale * torch.arange(6.0).reshape(3, 2)
+        if name == "SparseAdam":
+            w.grad = w.grad.to_sparse(1)
+        optimizer.step(*([lambda: w.sum()] if name == "LBFGS" else []))
+    return optimizer.state_dict()
+
+
+ADAMS_OF_TORCH = {
+    "Adam": lambda: adamjax.adam(0.1, eps=1e-8),
+    "AdamW": lambda: adamjax.adamw(0.1, eps=1e-8, weight_decay=0.01),
+    "Adamax": lambda: adamjax.adamax(0.1, eps=1e-8),
+    "SparseAdam": lambda: adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"),
+}
+OTHER_TORCH = [
+    *("SGD", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "RAdam", "Adafactor", "LBFGS"),
+    *("NAdam", "Muon"),
+]
+
+
+@pytest.mark.parametrize("name", [*ADAMS_OF_TORCH, *OTHER_TORCH])
+def test_of_torch_optimizers_only_adams_are_taken(name):
+    torch = pytest.importorskip("torch")
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    params = {"w": jnp.ones((3, 2))}
+    state_dict = built_torch(name, **({"momentum": 0.9} if name == "SGD" else {}))
+    if name in ADAMS_OF_TORCH:
+        state = convert.from_torch(state_dict, ADAMS_OF_TORCH[name](), params, rtol=1e-4)
+        assert int(adamjax.step_count(state)) == 2
+    else:
+        # NAdam's momentum decays at another rate.
+        message = "from_torch: (a group of torch has the options|torch's NAdam)"
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(state_dict, adamjax.adam(0.1, eps=1e-8), params)
+
+
+def test_the_names_of_torch_parameters_are_heeded():
+    """Leaves of one shape in another order would take each other's moments."""
+    torch = pytest.importorskip("torch")
+    leaves = {name: torch.nn.Parameter(torch.ones(2)) for name in ("b", "a")}
+    optimizer = torch.optim.Adam(list(leaves.items()), lr=0.1)
+    for i, p in enumerate(leaves.values()):
+        p.grad = torch.full((2,), i + 1.0)
+    optimizer.step()
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"a": jnp.ones(2), "b": jnp.ones(2)}
+    m = adamjax.get_slot(convert.from_torch(optimizer.state_dict(), tx, params), "m")
+    assert_close(m, {"a": jnp.full(2, 0.2), "b": jnp.full(2, 0.1)}, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"order has 'a' in the place of torch's 'b'"):
+        convert.from_torch(optimizer.state_dict(), tx, params, order=["a", "b"])
+    other = {"x": jnp.ones(2), "y": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"names its parameters \['b', 'a'\].*give order="):
+        convert.from_torch(optimizer.state_dict(), tx, other)
+    m = adamjax.get_slot(
+        convert.from_torch(optimizer.state_dict(), tx, other, order=["y", "x"]), "m"
+    )
+    assert_close(m, {"x": jnp.full(2, 0.2), "y": jnp.full(2, 0.1)}, rtol=1e-6)
+
+
+def test_maximize_is_a_negation():
+    state_dict = built_torch("Adam", maximize=True)
+    params, plain = {"w": jnp.ones((3, 2))}, adamjax.adam(0.1, eps=1e-8)
+    negated = adamjax.chain(adamjax.scale(-1.0), plain)
+    convert.from_torch(state_dict, negated, params)
+    with pytest.raises(ValueError, match=r"maximize=True.*begin tx with scale\(-1.0\)"):
+        convert.from_torch(state_dict, plain, params)
+    with pytest.raises(ValueError, match=r"maximize=False.*leave out"):
+        convert.from_torch(built_torch("Adam"), negated, params)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda: optax.adabelief(0.1),
+        lambda: optax.yogi(0.1),
+        lambda: optax.adan(0.1),
+        lambda: optax.lion(0.1),
+        lambda: optax.novograd(0.1),
+        lambda: optax.rmsprop(0.1, momentum=0.9),
+        lambda: optax.adafactor(0.1),
+        lambda: optax.contrib.schedule_free_adamw(0.1),
+    ],
+)
+def test_of_optax_states_only_adams_are_taken(theirs):
+    theirs, params = theirs(), {"w": jnp.ones((3, 2))}
+    _, state = theirs.update({"w": jnp.full((3, 2), 0.3)}, theirs.init(params), params)
+    if type(theirs).__name__ and any(type(x).__name__ == "ScaleByAdamState" for x in state):
+        pytest.skip("its state is of Adam's class")
+    for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.amsgrad(0.1, eps=1e-8)):
+        with pytest.raises(ValueError, match="from_optax: "):
+            convert.from_optax(state, tx, params)
+
+
+def test_the_epsilon_error_says_what_else_an_optax_state_does_not():
+    params = {"w": jnp.ones(2)}
+    old = optax.adamw(0.1)
+    with pytest.raises(ValueError, match=r"b1, b2, the rate and the weight decay .*1e-4.*0.004"):
+        convert.from_optax(old.init(params), adamjax.adamw(0.1), params)
+
+
+def test_an_injected_weight_decay_is_compared():
+    params = {"w": jnp.ones(2)}
+    old = optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=1e-4)
+    with pytest.raises(ValueError, match=r"weight decay of 0.0001.*add_decayed_weights"):
+        convert.from_optax(old.init(params), adamjax.adamw(0.1, eps=1e-8), params)
+    tx = adamjax.adamw(0.1, eps=1e-8, weight_decay=1e-4)
+    convert.from_optax(old.init(params), tx, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(count=jnp.array(-1)), "count of 'w' is .*whole number"),
+        (lambda s: s._replace(count=jnp.array(1.5)), "count of 'w' is .*whole number"),
+        (lambda s: s._replace(nu={"w": -s.nu["w"]}), "nu has values below 0"),
+        (lambda s: s._replace(mu=s.nu, nu=s.mu), "larger than nu allows|values below 0"),
+        (lambda s: s._replace(mu={"w": 1e3 * s.mu["w"]}), "mu is larger than nu allows"),
+        (lambda s: s._replace(count=jnp.array(0)), "not 0 after 0 steps"),
+    ],
+    ids=["negative", "fraction", "v below 0", "swapped", "too large", "no steps"],
+)
+def test_moments_that_no_gradients_leave_are_refused(change, message):
+    params, old = {"w": jnp.ones(3)}, optax.adam(0.1)
+    g = {"w": jnp.array([300.0, -2.0, 0.01])}
+    _, state = old.update(g, old.init(params), params)
+    tx = adamjax.adam(0.1, eps=1e-8)
+    convert.from_optax(state, tx, params)
+    with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
+        convert.from_optax((change(state[0]), *state[1:]), tx, params)

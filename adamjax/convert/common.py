@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,14 @@ from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
-from adamjax.hyperparams import with_hyperparams
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
-from adamjax.masking import masked, partition
-from adamjax.paths import first_match, flatten, leaf_paths, selected
+from adamjax.parts import Part, walk
+from adamjax.paths import flatten, leaf_paths, unique_paths
 from adamjax.rows import RowGradient
-from adamjax.scaling import ScheduleState, add_decayed_weights, scale_by_learning_rate
+from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
-from adamjax.transform import Rule, Transform, as_transform
+from adamjax.transform import Rule, as_transform
 
 __all__ = [
     "KERAS",
@@ -49,8 +48,8 @@ __all__ = [
     "new_ours",
     "no_place_to_gather",
     "numpy_array",
-    "rule_parts",
     "same_value",
+    "steps_taken",
 ]
 
 # How much of a step a conversion may change where the systems' rules differ: what the arithmetic
@@ -124,6 +123,18 @@ class Kept:
     rule: Any = None
 
 
+def steps_taken(owner: str, what: str, x: Any) -> int:
+    """A count of steps, or an error where it is none."""
+    value = np.asarray(numpy_array(x), np.float64)
+    if value.shape != () or not np.isfinite(value) or value < 0 or value != np.floor(value):
+        raise ValueError(
+            f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least 0"
+        )
+    if value > np.iinfo(np.int32).max:
+        raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
+    return int(value)
+
+
 class Count(NamedTuple):
     """A number of steps counted outside of a rule, and the leaves it is of; `None`: all."""
 
@@ -187,36 +198,9 @@ def kind_of(state: Any) -> str:
     return "adam" if state.momentum_product is None else "nadam"
 
 
-class _Part(NamedTuple):
-    """A transform somewhere in another, its state, and the parameters that it sees."""
-
-    tx: Transform
-    state: Any
-    params: Tree
-
-
-def rule_parts(tx: Transform, state: Any, params: Tree) -> Iterator[_Part]:
-    """A transform and all that it is made of, in the order in which a gradient meets them."""
-    yield _Part(tx, state, params)
-    if isinstance(tx, with_hyperparams):
-        yield from rule_parts(tx.resolved(state), state.inner, params)
-        return
-    leaves, treedef = flatten(params)
-    seen: list[list[bool]] = [[True] * len(leaves)] * len(tx.parts)
-    if isinstance(tx, masked):
-        seen = [selected(tx.pattern, params)]
-    elif isinstance(tx, partition):
-        found = [first_match(tx.patterns, path) for path in leaf_paths(params)]
-        owners = [len(tx.transforms) if i is None else i for i in found]
-        seen = [[owner == i for owner in owners] for i in range(len(tx.parts))]
-    for part, part_state, flags in zip(tx.parts, tx.part_states(state), seen, strict=True):
-        kept = [p if flag else None for p, flag in zip(leaves, flags, strict=True)]
-        yield from rule_parts(part, part_state, treedef.unflatten(kept))
-
-
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """The leaves that are there and are floats, by path."""
-    pairs = zip(leaf_paths(tree), flatten(tree)[0], strict=True)
+    """The leaves that are there and are floats, by path, which no two may share."""
+    pairs = zip(unique_paths("convert", tree), flatten(tree)[0], strict=True)
     return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
 
 
@@ -254,7 +238,7 @@ class Ours:
     def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
         self.owner, self.state, self.params = owner, state, params
         self.tx = as_transform(tx)
-        self.parts = list(rule_parts(self.tx, state, params))
+        self.parts = list(walk(self.tx, state, params))
         for part in self.parts:
             if isinstance(part.tx, grouped):
                 raise ValueError(
@@ -264,7 +248,7 @@ class Ours:
         # The innermost of those that share a state, as `masked` does with its transform.
         self.known = {id(part.state): part for part in self.parts}
 
-    def part(self, state: Any) -> _Part | None:
+    def part(self, state: Any) -> Part | None:
         found = self.known.get(id(state))
         return found if found is not None and found.state is state else None
 
@@ -432,6 +416,57 @@ def as_expected(owner: str, system: _System, kind: str, path: str, kept: Kept) -
         )
 
 
+def _expect_moments(
+    owner: str,
+    system: _System,
+    rule: Any,
+    kind: str,
+    path: str,
+    count: int,
+    slots: Mapping[str, Any],
+) -> None:
+    """Refuses what no sequence of gradients can have left in the slots of a rule.
+
+    The gradients' sizes bound their average: by Cauchy and Schwarz m**2 <= c * v, with c the sum
+    over k of `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`, and for Adamax m <= c * u.
+    """
+
+    def refuse(what: str) -> None:
+        raise ValueError(
+            f"{owner}: {what} of {path!r}, which {kind} cannot have: is this the state of another "
+            f"optimizer of {system.name}, or are the leaves in another order? check=False takes it"
+        )
+
+    wide = {
+        name: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+        for name, x in slots.items()
+    }
+    for name, x in wide.items():
+        theirs = system.names[kind][name]
+        if name != "m" and np.any(np.real(x) < 0):
+            refuse(f"{theirs} has values below 0")
+        if count == 0 and np.any(x != 0):
+            refuse(f"{theirs} is not 0 after 0 steps")
+    m, size = np.abs(wide["m"]), wide["u"] if kind == "adamax" else wide["v"]
+    size, b1, b2 = np.real(size), float(rule.b1), float(rule.b2)
+    if kind == "amsgrad" and np.any(wide["v_max"] < 0.99 * size) and not system.corrected_maximum:
+        refuse(f"{system.names[kind]['v_max']} is below {system.names[kind]['v']}")
+    if kind == "adamax":
+        ratio, bound = b1 / b2 if b2 else math.inf, 1 - b1
+    else:
+        ratio = b1**2 / b2 if b2 else math.inf
+        bound = (1 - b1) ** 2 / (1 - b2)
+        # Squares below the smallest float are not there any more.
+        size = np.sqrt(size + 1e-36)
+    if ratio < 1:
+        most = bound / (1 - ratio)
+        most = most if kind == "adamax" else math.sqrt(most)
+        # Twice, as moments may be rounded to few bits.
+        if np.any(m > 2 * most * size + 1e-18):
+            names = [system.names[kind][name] for name in ("m", "u" if kind == "adamax" else "v")]
+            refuse(f"{names[0]} is larger than {names[1]} allows")
+
+
 def _close(
     owner: str, system: _System, rule: Any, kind: str, path: str, count: int, m: Any, u: Any
 ) -> tuple[float, str]:
@@ -481,6 +516,9 @@ class Translation:
         as_expected(self.filling.owner, self.system, kind, path, kept)
         if kept.slots is None:
             return None
+        if self.filling.check and rule is not None:
+            ours = {name: kept.slots[theirs] for name, theirs in self.system.names[kind].items()}
+            _expect_moments(self.filling.owner, self.system, rule, kind, path, kept.count, ours)
         slots = {name: kept.slots[theirs] for name, theirs in self.system.names[kind].items()}
         self._refuse(rule, kind, path, kept.count, slots["m"], slots.get("u"))
         if kind == "adamax" and self.system.eps_inside:
@@ -535,6 +573,7 @@ class Said:
             if len(rules) == len(several):
                 for i, one in zip(rules, several, strict=True):
                     self._check_rule(path, route[i], one.facts)
+                    self._check_sign(path, route[:i], one.facts)
                 self._check_rates(path, route, rules[-1], several[-1].facts)
 
     def _refuse(self, path: str, theirs: str, ours: str, mend: str) -> None:
@@ -543,7 +582,7 @@ class Said:
             "or pass check=False to go on otherwise from here"
         )
 
-    def _check_rule(self, path: str, part: _Part, facts: dict[str, Any]) -> None:
+    def _check_rule(self, path: str, part: Part, facts: dict[str, Any]) -> None:
         rule: Any = part.tx
         form = facts.get("form", self.system.forms[kind_of(part.state)])
         eps = facts.get("eps")
@@ -553,7 +592,13 @@ class Said:
             value = theirs if eps is not None else f"{form}=..., with their value"
             other = "eps" if form == "eps_hat" else "eps_hat"
             ours = f"{other}={getattr(rule, other)}"
-            self._refuse(path, f"epsilon {where} ({theirs})", ours, f"build tx with {value}")
+            mend = f"build tx with {value}"
+            if self.system is OPTAX:
+                mend += (
+                    ", and with the rest that an optax state does not say either: b1, b2, the rate "
+                    "and the weight decay (optax.adamw's is 1e-4 by default, adamjax.adamw's 0.004)"
+                )
+            self._refuse(path, f"epsilon {where} ({theirs})", ours, mend)
         numbers = {"b1": rule.b1, "b2": rule.b2, "eps": getattr(rule, form)}
         for name, value in numbers.items():
             if name in facts and not same_value(facts[name], value):
@@ -571,7 +616,17 @@ class Said:
                 path, "rows that stand still without a gradient", rows, "build it with rows='lazy'"
             )
 
-    def _check_rates(self, path: str, route: list[_Part], rule: int, facts: dict[str, Any]) -> None:
+    def _check_sign(self, path: str, front: Sequence[Part], facts: dict[str, Any]) -> None:
+        """Compares whose gradients are negated in front of the rule, as torch does to maximize."""
+        if "maximize" not in facts:
+            return
+        signs = [p.tx.factor < 0 for p in front if isinstance(p.tx, scale)]
+        if bool(facts["maximize"]) != (sum(map(bool, signs)) % 2 == 1):
+            here = "gradients that are negated in front of the rule" if any(signs) else "none"
+            mend = "begin tx with scale(-1.0)" if facts["maximize"] else "leave out that scale"
+            self._refuse(path, f"maximize={bool(facts['maximize'])}", here, mend)
+
+    def _check_rates(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> None:
         rates = [p for p in route if isinstance(p.tx, scale_by_learning_rate)]
         if len(rates) == 1 and facts.get("learning_rate") is not None:
             now = rate_at(rates[0].tx.learning_rate, rates[0].state.count)  # type: ignore[attr-defined]
@@ -599,7 +654,7 @@ class Said:
                 ours = f"{front:g} in front of its rule and {behind:g} behind it"
                 self._refuse(path, theirs, ours, f"put add_decayed_weights({wd:g}) {where}")
 
-    def _decay(self, path: str, route: Sequence[_Part]) -> float:
+    def _decay(self, path: str, route: Sequence[Part]) -> float:
         found = [p for p in route if isinstance(p.tx, add_decayed_weights)]
         pairs = [p.tx.affine(p.state, p.params, self.places[path], np.float32) for p in found]
         return sum(float(pair[1]) for pair in pairs if pair is not None)

@@ -27,10 +27,11 @@ from adamjax.convert.common import (
     new_ours,
     no_place_to_gather,
     numpy_array,
-    rule_parts,
+    steps_taken,
 )
 from adamjax.data import Tree
 from adamjax.guard import accumulate_gradients
+from adamjax.parts import walk
 from adamjax.rows import RowGradient
 from adamjax.scaling import scale_by_learning_rate
 
@@ -159,7 +160,26 @@ def _layout(
     return _Layout(fits.pop())
 
 
+# Keras' other optimizers, some of which keep what is named as Adam's moments are.
+_OTHERS = {
+    *("rmsprop", "lamb", "muon", "schedulefreeadamw", "ftrl", "lion", "sgd", "adafactor"),
+    *("adagrad", "adadelta", "multioptimizer", "lossscaleoptimizer"),
+}
+
+
+def _expect_adam(owner: str, names: Sequence[str]) -> None:
+    """Refuses the variables of Keras' other optimizers, by the optimizer's name in front."""
+    for name in names:
+        first = re.sub(r"_\d+$", "", name.split("/")[0])
+        if "/" in name and first.replace("_", "").lower() in _OTHERS:
+            raise ValueError(
+                f"{owner}: {name!r} is a variable of Keras' {first}, expected those of Adam, "
+                "AdamW, Adamax or Nadam: start the run anew, with tx.init(params)"
+            )
+
+
 def _layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n: int) -> _Layout:
+    _expect_adam(owner, names)
     bare = [re.sub(r":\d+$", "", name) for name in names]
     problem = ""
     for role_of in (_keras3_role, _tf_keras_role, _legacy_role):
@@ -174,6 +194,7 @@ def _layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], 
         counts = {role: roles.count(role) for role in dict.fromkeys(roles)}
         wrong = [r for r, count in counts.items() if r in _KERAS_SUFFIXES and count != n]
         if not wrong and counts.get("count") == 1:
+            _expect_order(owner, roles)
             places = [roles[:i].count(role) for i, role in enumerate(roles)]
             return _Layout(tuple(zip(roles, places, strict=True)))
         what = wrong[0] if wrong else "count"
@@ -184,6 +205,16 @@ def _layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], 
         f"'iteration' and, for each of {n} leaves, what Adam, AdamW, Adamax or Nadam keep (of a "
         "LossScaleOptimizer convert the inner_optimizer); order= says which leaves there are"
     )
+
+
+def _expect_order(owner: str, roles: Sequence[str]) -> None:
+    """Refuses velocities that come before momenta: RMSprop's, under another name."""
+    both = "momentum" in roles and "velocity" in roles
+    if both and roles.index("velocity") < roles.index("momentum"):
+        raise ValueError(
+            f"{owner}: velocities come before momenta, as of RMSprop; expected the variables of "
+            "Adam, AdamW, Adamax or Nadam in their order"
+        )
 
 
 def _scalar_role(x: np.ndarray, name: str) -> str | None:
@@ -212,7 +243,7 @@ def _read_keras(
         owner, names, values, shapes, blocks, list(slots.values()), isinstance(variables, Mapping)
     )
     source = Source(owner)
-    count = int(layout.of("count", values)[0])
+    count = steps_taken(owner, "the optimizer", layout.of("count", values)[0])
     totals = layout.of("gradient_accumulator", values)
     micro = 0
     if totals:
@@ -250,7 +281,7 @@ def _check_keras(owner: str, ours: Ours, check: bool) -> None:
         id(p.tx)
         for part in ours.parts
         if isinstance(part.tx, accumulate_gradients)
-        for p in rule_parts(part.tx.tx, part.state.inner, part.params)
+        for p in walk(part.tx.tx, part.state.inner, part.params)
     }
     for part in ours.parts:
         tx = part.tx
@@ -290,7 +321,8 @@ def from_keras(
         `[(v.name, v.numpy()) for v in optimizer.variables]`; a mapping of names to arrays; the
         mapping of `"0"`, `"1"`, ... to arrays that `save_own_variables` fills, such as the group
         `optimizer/vars` of a `.weights.h5` file; `get_weights()`, a list of arrays. Without names,
-        what an array is must follow from its place and shape.
+        what an array is must follow from its place, shape and values: Lamb's moments, and Muon's of
+        vectors, cannot be told from Adam's then, nor where the optimizer was given a name of its own.
       tx: a transform of ours.
       params: the parameters at that step.
       order: the path of each variable that the optimizer was built on, in their order; `None` for

@@ -24,6 +24,7 @@ from adamjax.convert.common import (
     mapped,
     new_ours,
     no_place_to_gather,
+    steps_taken,
 )
 from adamjax.data import Tree
 from adamjax.rows import RowGradient
@@ -31,23 +32,32 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-def _is_optax_rule(fields: tuple[str, ...]) -> bool:
-    return {"count", "mu", "nu"} <= set(fields) <= {"count", "mu", "nu", "nu_max"}
+# By the classes of optax' states: others, such as AdaBelief's, have the same fields.
+_RULES = {
+    "ScaleByAdamState": ("count", "mu", "nu"),
+    "ScaleByAmsgradState": ("count", "mu", "nu", "nu_max"),
+}
 
 
-_INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate")
+def _is_optax_rule(x: Any) -> bool:
+    kind = type(x)
+    return kind.__module__.split(".")[0] == "optax" and field_names(x) == _RULES.get(kind.__name__)
+
+
+_INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
 def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
     fields = field_names(x)
-    if fields is not None and _is_optax_rule(fields):
+    if fields is not None and _is_optax_rule(x):
         trees = {name: leaves_by_path(getattr(x, name)) for name in fields if name != "count"}
         kinds = ("amsgrad",) if "nu_max" in fields else ("adam", "nadam", "adamax")
         for path in trees["mu"]:
             slots = {name: tree[path] for name, tree in trees.items()}
-            source.add(path, Kept(int(x.count), slots, kinds, facts=facts))
+            count = steps_taken(source.owner, repr(path), x.count)
+            source.add(path, Kept(count, slots, kinds, facts=facts))
     elif fields == ("count",):
-        source.counts.append(Count(int(x.count), None))
+        source.counts.append(Count(steps_taken(source.owner, type(x).__name__, x.count), None))
     elif fields is not None and {"hyperparams", "inner_state"} <= set(fields):
         scheduled = getattr(x, "hyperparams_states", {})
         found = {k: v for k, v in x.hyperparams.items() if k in _INJECTED and k not in scheduled}
@@ -93,7 +103,7 @@ class _IntoOptax:
 
     def fill(self, x: Any) -> Any:
         fields = field_names(x)
-        if fields is not None and _is_optax_rule(fields):
+        if fields is not None and _is_optax_rule(x):
             return self._rule(x, fields)
         if fields == ("count",):
             steps = self.source.count_of(next(self.counts).leaves)
@@ -160,9 +170,11 @@ def from_optax(
 
     Args:
       source_state: what the optax transform's `init` or `update` returned, of `adam`, `adamw`,
-        `nadam`, `amsgrad`, `adamax` and the transforms they are made of.
-      tx: a transform of ours, with the hyperparameters of the optax transform; optax's epsilon is
-        `eps`, 1e-8 by default.
+        `nadam`, `amsgrad`, `adamax` and the transforms they are made of. (States of `radam` and
+        `lamb` are of the same class as Adam's, and cannot be told from it.)
+      tx: a transform of ours, with the hyperparameters of the optax transform, of which its state
+        says nothing: b1, b2, the rate, `eps` (optax's epsilon, 1e-8 by default), and the weight
+        decay (1e-4 by default in `optax.adamw`, 0.004 here).
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
         hold none.

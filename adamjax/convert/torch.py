@@ -18,42 +18,92 @@ from adamjax.convert.common import (
     as_expected,
     into_ours,
     leaf_order,
+    leaves_by_path,
     new_ours,
     no_place_to_gather,
     numpy_array,
     same_value,
+    steps_taken,
 )
 from adamjax.data import Tree
 
 __all__ = ["from_torch", "to_torch"]
 
 
+# Options that change nothing of what is kept, and those that say what does.
+_HARMLESS = {
+    *("params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable"),
+    "maximize",
+}
+_ALWAYS = {"lr", "betas", "eps"}
+_DECAY = {"weight_decay", "decoupled_weight_decay"}
+
+
+def _kinds(owner: str, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What kinds of rule a group of torch may be of, by the options that it has."""
+    own = set(group) - _HARMLESS
+    if own == _ALWAYS:
+        return ("sparse",)
+    if own == _ALWAYS | {"weight_decay"}:
+        return ("adamax",)
+    if _ALWAYS | {"weight_decay", "amsgrad"} <= own <= _ALWAYS | _DECAY | {"amsgrad"}:
+        return ("amsgrad",) if group["amsgrad"] else ("adam",)
+    nadam = _ALWAYS | {"weight_decay", "momentum_decay"}
+    if nadam <= own <= nadam | _DECAY | {"amsgrad"}:
+        return ("nadam",)
+    raise ValueError(
+        f"{owner}: a group of torch has the options {sorted(own)}: expected those of Adam, AdamW, "
+        "Adamax, NAdam or SparseAdam; the moments of another optimizer cannot go on here"
+    )
+
+
 def _group_facts(owner: str, group: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """What kinds of rule a group of torch may be of, and what it says of hyperparameters."""
+    kinds = _kinds(owner, group)
     facts: dict[str, Any] = {"learning_rate": _scalar(group["lr"]), "eps": group["eps"]}
     facts["b1"], facts["b2"] = (_scalar(b) for b in group["betas"])
-    kinds: tuple[str, ...] = ("adamax",)
-    if "weight_decay" not in group:
-        # SparseAdam alone has none; its epsilon is outside the bias correction.
+    facts["maximize"] = bool(group.get("maximize", False))
+    if kinds == ("sparse",):
+        # Its epsilon is outside the bias correction.
         return ("adam",), {**facts, "lazy": True, "form": "eps_hat"}
     # Older versions do not say whether the decay is Adam's or AdamW's.
     decoupled = group.get("decoupled_weight_decay", None if "amsgrad" in group else False)
     facts |= {"weight_decay": _scalar(group["weight_decay"]), "decoupled": decoupled}
-    if "momentum_decay" in group:
-        kinds = ("nadam",)
-        if not same_value(group["momentum_decay"], 1.0):
-            raise ValueError(
-                f"{owner}: torch's NAdam has momentum_decay={group['momentum_decay']}: the "
-                "momentum here is b1 * (1 - 0.5 * 0.96**t), that of momentum_decay=1"
-            )
-    elif "amsgrad" in group:
-        kinds = ("amsgrad",) if group["amsgrad"] else ("adam",)
-    elif "decoupled_weight_decay" in group:
+    if kinds == ("nadam",) and not same_value(group["momentum_decay"], 1.0):
         raise ValueError(
-            f"{owner}: a group of torch has {sorted(group)}: expected that of Adam, AdamW, Adamax, "
-            "NAdam or SparseAdam"
+            f"{owner}: torch's NAdam has momentum_decay={group['momentum_decay']}: the "
+            "momentum here is b1 * (1 - 0.5 * 0.96**t), that of momentum_decay=1"
         )
     return kinds, facts
+
+
+def _in_order(
+    owner: str,
+    groups: Sequence[Mapping[str, Any]],
+    order: Sequence[str | None] | None,
+    params: Tree,
+) -> list[str | None]:
+    """The path of each parameter of the groups, by their names where they have some."""
+    paths = leaf_order(owner, order, params)
+    names = [name for group in groups for name in group.get("param_names") or ()]
+    if len(names) != sum(len(group["params"]) for group in groups):
+        return paths
+    named = [str(name).replace(".", "/") for name in names]
+    known = set(leaves_by_path(params))
+    if order is None:
+        if sorted(named) == sorted(known):
+            return list(named)
+        raise ValueError(
+            f"{owner}: torch names its parameters {names[:8]}, which are not the paths of params, "
+            f"{sorted(known)[:8]}: give order=, the path (or None) of each in this order"
+        )
+    for name, here, path in zip(names, named, paths, strict=False):
+        if path is not None and here in known and here != path:
+            raise ValueError(
+                f"{owner}: order has {path!r} in the place of torch's {name!r}, which is the path "
+                f"of another leaf, {here!r}: put order in the order of {names[:8]}"
+            )
+    return paths
 
 
 def _scalar(x: Any) -> float:
@@ -76,7 +126,8 @@ def _read_torch(
             f"{owner}: expected optimizer.state_dict() of torch, with 'state' and "
             f"'param_groups', got {type(state_dict).__name__}"
         )
-    source, paths, keys = Source(owner), leaf_order(owner, order, params), {}
+    source, keys = Source(owner), {}
+    paths = _in_order(owner, state_dict["param_groups"], order, params)
     ids = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
     if len(ids) != len(paths):
         raise ValueError(
@@ -93,12 +144,18 @@ def _read_torch(
         if not held:
             source.add(path, Kept(0, None, kinds, facts=facts))
             continue
+        if unknown := set(held) - {*_TORCH_SLOTS, "step", "mu_product"} or {"step"} - set(held):
+            raise ValueError(
+                f"{owner}: torch keeps {sorted(held)} of {path!r}, expected 'step' and some of "
+                f"{list(_TORCH_SLOTS)}: {sorted(unknown)[0]!r} is another optimizer's, or missing"
+            )
         slots = {name: numpy_array(held[name]) for name in _TORCH_SLOTS if name in held}
         if adapt is not None:
             slots = {name: np.asarray(adapt(path, x)) for name, x in slots.items()}
         product = held.get("mu_product")
         product = None if product is None else _scalar(product)
-        source.add(path, Kept(int(_scalar(held["step"])), slots, kinds, product, facts))
+        count = steps_taken(owner, repr(path), held["step"])
+        source.add(path, Kept(count, slots, kinds, product, facts))
     return source, keys
 
 
@@ -124,6 +181,7 @@ def from_torch(
       AdamW behind it.
     - With `maximize` torch negates gradients, and keeps the moments of what it negated: negate
       them here too, `chain(scale(-1.0), adam(...))`.
+    - `param_names` are the leaves' paths, dots for slashes, or else `order` must be given.
     - `lr` must be the rate of the next step, which it is after `scheduler.step()`.
 
     Args:
