@@ -665,7 +665,10 @@ class exact_rows(Transform):
     ) -> Step:
         params = needed("exact_rows", params)
         tables = self._expected(state, params)
-        leaves = matched("exact_rows", "grads", updates, params, "params")
+        leaves = [
+            check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
+            for g in matched("exact_rows", "grads", updates, params, "params")
+        ]
         ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
 
         def small(values: dict[int, Any], tree: Tree) -> Tree:
@@ -729,7 +732,6 @@ class exact_rows(Transform):
             )
         if not isinstance(g, RowGradient):
             return self._caught_up(table, state, params, None)
-        check_sound("exact_rows", g)
         if g.rest is not None:
             raise ValueError(
                 f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
