@@ -49,7 +49,7 @@ from adamjax.paths import (
     unique_paths,
 )
 from adamjax.replicas import sum_over
-from adamjax.rows import RowGradient, check_sound, distinct, in_table
+from adamjax.rows import RowGradient, check_sound, checked_ids, distinct
 from adamjax.transform import (
     Rule,
     Step,
@@ -722,7 +722,7 @@ class exact_rows(Transform):
         rows, origin = {}, {}
         for name, ids in indices.items():
             table = self._named(tables, name)
-            ids = in_table(jnp.asarray(ids), table.num_rows)
+            ids = checked_ids("exact_rows.prepare", ids, table.num_rows)
             origin[table.path] = held = self._held(table, state, params)
             read[name], rows[table.path], _ = self._prepared(table, state, held, ids)
         return read, Ticket.of(rows, origin)
@@ -800,7 +800,7 @@ class exact_rows(Transform):
         """
         tables, state, params = self._expected(state, params)
         found = self._named(tables, table)
-        ids = in_table(jnp.asarray(indices), found.num_rows)
+        ids = checked_ids("exact_rows.lookup", indices, found.num_rows)
         rows = self._caught_up(found, state, params, ids.reshape(-1)).now
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
@@ -827,7 +827,10 @@ class exact_rows(Transform):
     ) -> Step:
         params = needed("exact_rows", params)
         tables, state, params = self._expected(state, params)
-        leaves = matched("exact_rows", "grads", as_arrays(updates), params, "params")
+        leaves = [
+            check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
+            for g in matched("exact_rows", "grads", as_arrays(updates), params, "params")
+        ]
         ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
 
         def small(values: dict[int, Any], tree: Tree) -> Tree:
@@ -891,7 +894,6 @@ class exact_rows(Transform):
             )
         if not isinstance(g, RowGradient):
             return self._caught_up(table, state, params, None)
-        check_sound("exact_rows", g)
         if g.rest is not None:
             raise ValueError(
                 f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "

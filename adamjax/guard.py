@@ -13,7 +13,7 @@ from adamjax.data import COUNT, Number, Tree, exportable, static
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import checked_rules, expect_matches, first_match, flatten, is_leaf, leaf_paths
-from adamjax.rows import RowGradient, parts
+from adamjax.rows import RowGradient, parts, sealed, unsealed
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
@@ -42,7 +42,8 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
 
     def taken() -> Step:
         updates, new_state = step(alive)
-        return _each_leaf(lambda g, u: u.astype(g.dtype), alive, updates), new_state
+        # Seals that come out of a `cond` would be traced, and have to be compared.
+        return _each_leaf(lambda g, u: unsealed(u.astype(g.dtype)), alive, updates), new_state
 
     def rested() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
@@ -50,7 +51,7 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
 
     updates, state = jax.lax.cond(due, taken, rested)
     moves = zip(flatten(updates)[0], pairs, strict=True)
-    return treedef.unflatten([g if rests else u for u, (g, rests) in moves]), state
+    return treedef.unflatten([g if rests else sealed(u) for u, (g, rests) in moves]), state
 
 
 def _each_leaf(function: Callable[..., Any], *trees: Tree) -> Any:
@@ -199,7 +200,7 @@ class accumulate_gradients(Transform):
             if rows is not None:
                 ids = jnp.full(rows, x.shape[0], jnp.int32)
                 values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
-                total[i] = RowGradient(ids, values, num_rows=x.shape[0])
+                total[i] = RowGradient(ids, values, num_rows=x.shape[0], seal=None)
         total = treedef.unflatten(total)
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
 
@@ -217,7 +218,7 @@ class accumulate_gradients(Transform):
                 if is_left_alone(g):
                     return g
                 # Not by `steps`, which may be another one since the first of these calls.
-                x = x / count.astype(accumulator(x.dtype))
+                x = sealed(x / count.astype(accumulator(x.dtype)))
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax._compat import dimension_order, layout_format
 from adamjax.buckets import Joined
 from adamjax.data import Tree
 from adamjax.paths import flatten
+from adamjax.rows import as_int32, integers
 
 __all__ = ["Packing", "formats", "laid_out_like", "over_like", "packing", "row_major"]
 
@@ -207,7 +209,10 @@ class Packing(NamedTuple):
         return lines.reshape(-1, self.width)[:num_rows]
 
     def line(self, indices: chex.Array) -> chex.Array:
-        """The lines of rows; a negative index is outside the lines as well."""
+        """The lines of rows; a negative index, and one beyond them, is outside the lines as well.
+
+        Indices are integers of any dtype and width, as for `row_gradient`.
+        """
         return self._split(indices)[0]
 
     def rows(self, lines: chex.Array, indices: chex.Array) -> chex.Array:
@@ -220,10 +225,12 @@ class Packing(NamedTuple):
         return found
 
     def _split(self, indices: chex.Array) -> tuple[chex.Array, chex.Array]:
-        indices = jnp.asarray(indices)
-        if indices.dtype.itemsize < 4:
-            indices = indices.astype(jnp.int32)
-        return jnp.divmod(indices, jnp.asarray(self.per_line, indices.dtype))
+        ids = integers("packing", indices)
+        if ids.dtype.itemsize < 4:
+            ids = ids.astype(np.int32)
+        if isinstance(ids, jax.Array):
+            return jnp.divmod(ids, jnp.asarray(self.per_line, ids.dtype))
+        return as_int32(ids // self.per_line), as_int32(ids % self.per_line)
 
 
 def packing(width: int) -> Packing:

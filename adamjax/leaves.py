@@ -15,7 +15,7 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, stepped
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient, applied, check_sound
+from adamjax.rows import RowGradient, applied, check_sound, sealed, unsealed
 
 __all__ = [
     "Rows",
@@ -303,8 +303,8 @@ def lift(
             results = _each(
                 rule, (rows, len(slots)), ready[given, real], [leaf for _, leaf in block]
             )
-            for (i, _), result in zip(block, results, strict=True):
-                outputs[i] = result
+            for (i, _), (u, *new) in zip(block, results, strict=True):
+                outputs[i] = (sealed(u), *new)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
 
 
@@ -321,7 +321,9 @@ def _each(
     rows, slots = how
 
     def result(g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
-        if rows == "whole" or not isinstance(g, RowGradient):
+        if rows == "whole":
+            return tuple(unsealed(x) for x in rule(c, g, *arrays))
+        if not isinstance(g, RowGradient):
             return tuple(rule(c, g, *arrays))
         return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:])
 
@@ -331,8 +333,7 @@ def _each(
 def _ready(owner: str, leaf: Any) -> Any:
     if not isinstance(leaf, RowGradient):
         return jnp.asarray(leaf)
-    check_sound(owner, leaf)
-    return leaf
+    return unsealed(check_sound(owner, leaf))
 
 
 def needed(owner: str, params: Tree) -> Tree:

@@ -7,7 +7,7 @@ import jax
 from adamjax.data import Tree, static
 from adamjax.leaves import is_left_alone, matched
 from adamjax.paths import flatten
-from adamjax.rows import RowGradient, row_gradient
+from adamjax.rows import RowGradient, check_sound, row_gradient
 from adamjax.transform import Stateless, Step
 
 __all__ = ["sum_over"]
@@ -45,6 +45,7 @@ class sum_over(Stateless):
                 return g
             if not isinstance(g, RowGradient):
                 return jax.lax.psum(g, self.axis_name)
+            g = check_sound("sum_over", g)
             if g.rest is not None:
                 # A row that is here may be one of the others elsewhere.
                 return jax.lax.psum(g.to_dense(), self.axis_name)

@@ -26,14 +26,27 @@ __all__ = [
     "Recurrence",
     "RowGradient",
     "applied",
+    "as_int32",
     "check_sound",
+    "checked_ids",
     "distinct",
     "each_array",
     "in_table",
+    "integers",
     "parts",
     "row_gradient",
+    "sealed",
     "summed",
+    "unsealed",
 ]
+
+
+# Arithmetic on the leaves of a row gradient would change its indices. It changes this as well:
+# odd, so that no sum of n of it is it again, large and negative, so that no halved sum, absolute
+# value, clipped or squared one is. A NumPy array, so that in the trace it was made in it is known,
+# and costs nothing; its sums do not warn.
+SEAL = np.array(-0x5EA1_0FD1, np.int32)
+SEAL.setflags(write=False)
 
 
 class RowGradient(Data):
@@ -41,7 +54,10 @@ class RowGradient(Data):
 
     As a gradient it says that all other rows have the gradient zero. Multiplied by a scalar,
     cast with `astype` and added to an array (`table + rows` is a scatter, so
-    `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would.
+    `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, and the sum
+    of two is the gradient of both. Arithmetic on its leaves is not (`jax.tree.map(jnp.add, a, b)`,
+    `jax.lax.psum(rows, axis)`): it moves indices too. What comes of that is refused where it is
+    used, or, if only the compiled step can tell, has NaN for its values.
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
@@ -53,6 +69,8 @@ class RowGradient(Data):
       num_rows: the table's number of rows, static.
       lazy: whether the other rows stand still, momentum, decay and average included, static;
         set by an optimizer with `rows="lazy"`.
+      seal: int32, a fixed number, by which arithmetic on the leaves is noticed; `None` in states
+        and in `spill`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rows = adamjax.row_gradient(jnp.array([2, 0]), jnp.array([[1.0], [5.0]]), 3)
@@ -68,6 +86,7 @@ class RowGradient(Data):
     rest: Any = None
     num_rows: int = static(kw_only=True)
     lazy: bool = static(default=False, kw_only=True)
+    seal: Any = dataclasses.field(default_factory=lambda: SEAL, kw_only=True, repr=False)
 
     # NumPy must leave `array + rows` to us.
     __array_ufunc__ = None
@@ -120,9 +139,9 @@ class RowGradient(Data):
 
     def to_dense(self) -> chex.Array:
         """The dense array of `shape`."""
-        return (jnp.zeros(self.shape, self.dtype) if self.rest is None else self.rest) + (
-            self.replace(rest=None)
-        )
+        rows = check_sound("RowGradient", self)
+        others = jnp.zeros(rows.shape, rows.dtype) if rows.rest is None else rows.rest
+        return others + rows.replace(rest=None)
 
     def __mul__(self, factor: Any) -> Any:
         if isinstance(factor, RowGradient) or np.ndim(factor) != 0:
@@ -144,13 +163,12 @@ class RowGradient(Data):
             return _sum(self, other)
         if np.shape(other) != self.shape:
             return NotImplemented
-        return self._added_to(jnp.asarray(other))
+        return check_sound("RowGradient", self)._added_to(jnp.asarray(other))
 
     __radd__ = __add__
 
     def _added_to(self, table: chex.Array) -> chex.Array:
         """The table moved by its rows, in its own dtype, rounded once."""
-        check_sound("RowGradient", self)
         if self.rest is not None:
             table = stepped(table, self.rest)
 
@@ -166,6 +184,9 @@ class RowGradient(Data):
         return _if_any(self.spill, lambda t: (scattered(t[0], self.spill),), (table,))[0]
 
 
+# Of one in a state that was pickled before there were seals.
+RowGradient.seal = None
+
 # As an argument or a result of what `jax.export` writes.
 export.register_pytree_node_serialization(
     RowGradient,
@@ -175,14 +196,65 @@ export.register_pytree_node_serialization(
 )
 
 
-def check_sound(owner: str, rows: RowGradient) -> None:
-    """Refuses a row gradient whose indices something took for gradients."""
-    if not jnp.issubdtype(rows.indices.dtype, jnp.integer):
+def check_sound(owner: str, rows: RowGradient) -> RowGradient:
+    """The row gradient, to be used; one whose indices something took for gradients is refused.
+
+    Every use goes through this once. Where the seal is being traced, so that only the compiled step
+    can tell whether it is intact, it makes NaN of the first rows of the table if it is not:
+    wherever the indices were moved to, that is seen.
+    """
+    if rows.indices.dtype != np.int32:
         raise TypeError(
             f"{owner}: the indices of a row gradient are {rows.indices.dtype.name}, expected "
             "int32: a transform that does not know row gradients has changed them. Put adamjax's "
             "own in its place, or give it dense gradients (to_dense)"
         )
+    if np.ndim(rows.indices) != 1 or np.shape(rows.values)[:1] != np.shape(rows.indices):
+        raise ValueError(
+            f"{owner}: a row gradient has indices of shape {np.shape(rows.indices)} and values of "
+            f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). Of several at once (of "
+            "vmap, scan or a stack) make one: row_gradient(rows.indices, rows.values, num_rows)"
+        )
+    seal = rows.seal
+    if seal is None or seal is SEAL:
+        return rows
+    if np.shape(seal) != () or getattr(seal, "dtype", None) != np.int32:
+        raise _broken(owner)
+    if _is_known(seal):
+        if np.asarray(seal) != SEAL:
+            raise _broken(owner)
+        return rows.replace(seal=SEAL)
+    intact = seal == SEAL
+    first = jnp.minimum(jax.lax.iota(jnp.int32, len(rows.indices)), rows.num_rows)
+    indices = jnp.where(intact, rows.indices, first)
+    rows = rows.map(lambda x: jnp.where(intact, x, jnp.nan))
+    return rows.replace(indices=indices, seal=SEAL)
+
+
+def _broken(owner: str) -> ValueError:
+    return ValueError(
+        f"{owner}: something has computed with the leaves of a row gradient, which moved its "
+        "indices as well (jax.tree.map of an arithmetic function does, as do jax.lax.psum and "
+        "zeros_like). Add row gradients with a + b, scale them with 2 * a, sum them over devices "
+        "with adamjax.sum_over, start a sum from row_gradient without indices; or take to_dense()"
+    )
+
+
+def _is_known(x: Any) -> bool:
+    """Whether the value of a scalar can be read here and now."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def unsealed(x: Any) -> Any:
+    """A leaf without a seal: one that is checked, and goes on to where a seal would be traced."""
+    return x.replace(seal=None) if isinstance(x, RowGradient) else x
+
+
+def sealed(x: Any) -> Any:
+    """A leaf as it leaves a transform."""
+    return x.replace(seal=SEAL) if isinstance(x, RowGradient) else x
 
 
 def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
@@ -191,7 +263,7 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
             f"row gradients of {a.shape} and {b.shape} cannot be added: expected two of one shape, "
             "and no updates of rows='dense'; to_dense() makes arrays of them"
         )
-    a, b = a.joined(), b.joined()
+    a, b = (check_sound("RowGradient", x).joined() for x in (a, b))
     indices = jnp.concatenate([a.indices, b.indices])
     return row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
 
@@ -210,11 +282,13 @@ def row_gradient(
     """The gradient of a table of which only some rows were read; equal indices are summed.
 
     Args:
-      indices: integers of any dtype and shape; one outside `[0, num_rows)` contributes nothing
-        (-1 does not mean the last row).
+      indices: integers of any dtype and shape, arrays, NumPy's, or Python's; one outside
+        `[0, num_rows)` contributes nothing (-1 does not mean the last row). NumPy's and Python's
+        may have any width. (As an argument of `jit`, a 64-bit array is cut to 32 bits by JAX,
+        unless x64 is enabled, before anything here sees it.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         Sums are taken in float32 at least.
-      num_rows: rows of the table, a Python int below 2**31 - 1.
+      num_rows: rows of the table, a Python int of at least 0 and below 2**31 - 1.
       max_unique: how many distinct rows to make room for, where far fewer than `indices.size`
         are expected: the rows beyond are kept as well, and worked through only if there are any.
         `None`: `indices.size`.
@@ -235,9 +309,7 @@ def row_gradient(
            [4.],
            [0.]], dtype=float32)
     """
-    indices, values = jnp.asarray(indices), jnp.asarray(values)
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"row_gradient: indices must be integers, got {indices.dtype.name}")
+    indices, values = integers("row_gradient", indices), jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         raise TypeError(f"row_gradient: values must be floats, got {values.dtype.name}")
     if values.shape[: indices.ndim] != indices.shape:
@@ -245,25 +317,20 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices and the row's behind it, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
-    size = indices.size if max_unique is None else _whole("max_unique", max_unique, None)
+    num_rows = _whole("num_rows", num_rows, 0, np.iinfo(np.int32).max - 1)
+    size = indices.size if max_unique is None else _whole("max_unique", max_unique, 1, None)
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
     indices = everywhere(indices)
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
-        bad = ids == num_rows
-        experimental("row_gradient: check=True", "checkify").check(
-            ~jnp.any(bad),
-            "row_gradient: index {index} is outside [0, " + str(num_rows) + ")",
-            index=jnp.asarray(indices).reshape(-1)[jnp.argmax(bad)] if ids.size else jnp.array(0),
-        )
+        _report(indices, ids, num_rows)
     rows = summed(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
     if size >= ids.size:
         return rows
     found, values = rows.indices, rows.values
-    spill = RowGradient(found[size:], values[size:], num_rows=num_rows)
+    spill = RowGradient(found[size:], values[size:], num_rows=num_rows, seal=None)
     return rows.replace(indices=found[:size], values=values[:size], spill=spill)
 
 
@@ -277,23 +344,96 @@ def summed(
     return RowGradient(found, sums, num_rows=num_rows)
 
 
-def _whole(name: str, value: Any, most: int | None) -> int:
+def _whole(name: str, value: Any, least: int, most: int | None) -> int:
     try:
-        number = operator.index(value)
+        number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1 or (most is not None and number > most):
+        number = -1
+    if number < least or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
         raise ValueError(
-            f"row_gradient: {name} must be a Python int of at least 1{limit}, got {value!r}"
+            f"row_gradient: {name} must be a Python int of at least {least}{limit}, got {value!r}"
         )
     return number
 
 
-def in_table(indices: chex.Array, num_rows: int) -> chex.Array:
-    """The indices as int32, `num_rows` for those outside the table."""
+def checked_ids(owner: str, indices: Any, num_rows: int) -> chex.Array:
+    """Indices as int32, `num_rows` for each that is outside `[0, num_rows)`, of whatever width.
+
+    Args:
+      owner: who asks, for the error.
+      indices: integers: an array of JAX or NumPy of any dtype, an int, or lists of these.
+
+    Raises:
+      TypeError: they are floats, booleans or no numbers.
+    """
+    return in_table(integers(owner, indices), num_rows)
+
+
+def integers(owner: str, indices: Any) -> Any:
+    """Indices as an array: JAX' own as it is, else a NumPy array, which keeps wide values."""
+    if hasattr(indices, "__jax_array__"):
+        indices = jnp.asarray(indices)
+    if isinstance(indices, list | tuple):
+        return _of_list(owner, indices)
+    if not isinstance(indices, jax.Array):
+        # Integers beyond 64 bits are objects.
+        indices = np.asarray(indices)
+    if indices.dtype == object:
+        wrong = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
+    else:
+        is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+        wrong = [] if is_integer else [indices.dtype.name]
+    if wrong:
+        raise TypeError(
+            f"{owner}: indices must be integers, got {wrong[0]}: cast them, if they are whole "
+            "numbers (ids.astype(int)), or take the places of a mask (jnp.nonzero)"
+        )
+    return indices
+
+
+def _of_list(owner: str, indices: Any) -> Any:
+    """Of lists, in which NumPy would make floats of a wide and a negative integer."""
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(indices)):
+        return jnp.stack([as_int32(integers(owner, x)) for x in indices])
+    return integers(owner, np.array(indices, object))
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def as_int32(indices: Any) -> chex.Array:
+    """Integers as an array of JAX; NumPy's beyond int32 become its limits, outside any table."""
+    if isinstance(indices, jax.Array):
+        return indices
+    limits = np.iinfo(np.int32)
+    below, above = (np.asarray(x, bool) for x in (indices < limits.min, indices > limits.max))
+    ids = np.where(below | above, 0, indices).astype(np.int32)
+    return jnp.asarray(np.where(below, limits.min, np.where(above, limits.max, ids)))
+
+
+def _report(indices: Any, ids: chex.Array, num_rows: int) -> None:
+    """Reports the first index outside the table, if there is one, through checkify."""
+    bad, checkify = ids == num_rows, experimental("row_gradient: check=True", "checkify")
+    text, limits = "row_gradient: index {index} is outside ", f"[0, {num_rows})"
+    if isinstance(indices, jax.Array):
+        flat = indices.reshape(-1)
+        index = flat[jnp.argmax(bad)] if ids.size else jnp.array(0)
+        checkify.check(~jnp.any(bad), text + limits, index=index)
+    else:
+        first = next((i for i in indices.reshape(-1) if not 0 <= i < num_rows), 0)
+        checkify.check(~jnp.any(bad), text.format(index=first) + limits)
+
+
+def in_table(indices: Any, num_rows: int) -> chex.Array:
+    """Integers as int32, `num_rows` for those outside the table."""
     if indices.dtype.itemsize < 4:
-        indices = indices.astype(jnp.int32)
+        indices = indices.astype(np.int32)
+    if not isinstance(indices, jax.Array):
+        # Before JAX would cut what is wider than 32 bits.
+        outside = np.asarray((indices < 0) | (indices >= num_rows), bool)
+        return jnp.asarray(np.where(outside, num_rows, np.where(outside, 0, indices)), jnp.int32)
     inside = (indices >= 0) & (indices < np.asarray(num_rows, indices.dtype))
     return jnp.where(inside, indices, np.asarray(num_rows, indices.dtype)).astype(jnp.int32)
 

@@ -322,7 +322,7 @@ def from_keras(
         mapping of `"0"`, `"1"`, ... to arrays that `save_own_variables` fills, such as the group
         `optimizer/vars` of a `.weights.h5` file; `get_weights()`, a list of arrays. Without names,
         what an array is must follow from its place, shape and values: Lamb's moments, and Muon's of
-        vectors, cannot be told from Adam's then, nor where the optimizer was given a name of its own.
+        vectors, cannot be told from Adam's then, nor where the optimizer has a name of its own.
       tx: a transform of ours.
       params: the parameters at that step.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
