@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+NEWEST := .venv-newest/bin
+# The Python of the newest JAX: by default, the newest that is found.
+NEWEST_PYTHON ?=
 # Tests are mostly compilation, which takes one core each; those of a file share what is compiled.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
+VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
-.PHONY: help train test test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu readme docs \
-	clean
+.PHONY: help train test test-newest test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu \
+	readme docs clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests, with the versions in constraints.txt"
+	@echo "make test-newest  run them with the newest JAX, on the newest Python (NEWEST_PYTHON=)"
 	@echo "make test-oldest  run them with the oldest supported JAX"
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
 	@echo "make test-gpu     compile for a GPU, without one"
@@ -28,9 +33,17 @@ train: .venv/.bench
 	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks train $(ARGS)
 
 test: .venv/.test
+	@$(BIN)/python $(VERSIONS)
 	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
+# As a user gets it: without constraints, and whatever is the newest today.
+test-newest: .venv-newest/.made
+	$(NEWEST)/python $(PIP) --upgrade --upgrade-strategy eager -e '.[test,bench,models]'
+	@$(NEWEST)/python $(VERSIONS)
+	$(NEWEST)/python -m pytest $(PARALLEL) $(ARGS)
+
 test-oldest: .venv-oldest/.test
+	@$(OLDEST)/python $(VERSIONS)
 	$(OLDEST)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-tpu: .venv-tpu/.test
@@ -78,6 +91,10 @@ docs: .venv/.test
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,contenders]'
 	@touch $@
 
+.venv-newest/.made:
+	@python=$$($(PYTHON) .ci/newest_python.py $(NEWEST_PYTHON)) && "$$python" -m venv .venv-newest
+	@touch $@
+
 .venv-oldest/.test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python $(PIP) -c constraints-oldest.txt -e '.[test,bench]'
@@ -94,4 +111,4 @@ docs: .venv/.test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-tpu .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest .venv-tpu .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -124,6 +124,14 @@ def test_init_follows_the_parameters(found, case):
     assert all(found[case].values()), found[case]
 
 
+@pytest.mark.parametrize("case", ["plain", "exact rows", "of what jit makes", "host"])
+def test_a_jitted_init_reads_no_parameter(found, case):
+    """Slots are split like their parameters, which hold NaN here, and cost nothing besides."""
+    if case == "host" and not PINNED:
+        pytest.skip("this platform has no pinned_host memory")
+    assert all(found["unread"][case].values()), found["unread"][case]
+
+
 @pytest.mark.skipif(not PINNED, reason="this platform has no pinned_host memory")
 def test_a_state_in_the_hosts_memory(found):
     assert found["pinned"]["kinds"] == ["pinned_host"]
@@ -503,6 +511,47 @@ def of_init(mesh):
     }
 
 
+def of_unread(mesh):
+    """What jitted `init`s make of parameters that are not finite, and whether they read them."""
+    split = NamedSharding(mesh, P("data"))
+    odd = [(jnp.nan, jnp.float32), (jnp.inf, jnp.bfloat16), (jnp.nan, jnp.complex64)]
+    params = [jax.device_put(jnp.full((V, D), x, dtype), split) for x, dtype in odd]
+    adam = adamjax.adam(0.1)
+    exact = adamjax.exact_rows(adam, "t")
+
+    def slots(state):
+        return [x for x in jax.tree.leaves(state) if x.shape[:1] == (V,)]
+
+    def zero_and_split(state):
+        return {
+            "zero": not any(np.any(x) for x in slots(state) if x.ndim > 1),
+            "split": all(x.sharding.is_equivalent_to(split, x.ndim) for x in slots(state)),
+        }
+
+    def case(init, params):
+        compiled = jax.jit(init).lower(params).compile()
+        entry = compiled.as_text().partition("\nENTRY ")[2]
+        names = re.findall(r"(\S+) = \S+ parameter\(", entry)
+        read = [x for x in names if re.search(rf"[(, ]{re.escape(x)}[,)]", entry)]
+        return {**zero_and_split(compiled(params)), "unread": bool(names) and not read}
+
+    def made(key):
+        table = jax.random.normal(key, (V, D))
+        return table, adam.init(table)
+
+    found = {
+        "plain": case(adam.init, params),
+        "exact rows": case(exact.init, {"t": params[0]}),
+        "of what jit makes": zero_and_split(
+            jax.jit(made, out_shardings=(split, None))(jax.random.key(0))[1]
+        ),
+    }
+    if PINNED:
+        host = split.with_memory_kind("pinned_host")
+        found["host"] = case(adam.init, jax.device_put(params, host))
+    return found
+
+
 def setting(mesh):
     return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
 
@@ -510,6 +559,7 @@ def setting(mesh):
 def main():
     mesh = mesh_of()
     cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": of_init(mesh)}
+    cases["unread"] = of_unread(mesh)
     if hasattr(jax, "set_mesh"):
         explicit = jax.make_mesh(
             (DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)

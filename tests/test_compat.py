@@ -1,0 +1,139 @@
+"""What differs between releases of JAX: where that is, and what happens where a part is missing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import adamjax
+from adamjax import _compat
+
+PACKAGE = Path(adamjax.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# What JAX may take away in any release.
+UNSTABLE = ("jax.experimental", "jax.extend", "jax.interpreters", "jax._src", "jaxlib")
+
+
+def run(program):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def imported(tree):
+    """The modules and names that a module imports, with dots."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_release_may_take_away_is_in_one_module(path):
+    if path.name == "_compat.py":
+        pytest.skip("this is the module")
+    names = list(imported(ast.parse(path.read_text())))
+    assert not [x for x in names if f"{x}.".startswith(tuple(f"{name}." for name in UNSTABLE))]
+    assert not [x for x in names if x.startswith("jax.") and "._" in x]
+
+
+def test_the_search_for_imports_finds_them():
+    program = "import jax.experimental.layout\nfrom jax.extend import core\njax._src.core"
+    assert {"jax.experimental.layout", "jax.extend.core", "jax._src.core"} <= set(
+        imported(ast.parse(program))
+    )
+
+
+def test_the_import_warns_of_nothing():
+    """Warnings of deprecation are errors here, so that a name is replaced before it is gone."""
+    done = run("import adamjax")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("jax.experimental.") and name.split(".")[2] in GONE:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+GONE = ("checkify", "layout", "shard_alike")
+import chex, jax, jax.extend, jax.numpy as jnp  # which import some of these for themselves
+for name in [name for name in sys.modules if name.startswith("jax.experimental.")]:
+    if name.split(".")[2] in GONE:
+        del sys.modules[name]
+        delattr(jax.experimental, name.split(".")[2])
+sys.meta_path.insert(0, Missing())
+sys.modules["jax.extend.source_info_util"] = None
+del jax.extend.source_info_util
+
+import adamjax
+
+tx = adamjax.exact_rows(adamjax.adam(0.5), "t")
+params = {"t": adamjax.row_major(jnp.ones((4, 2)))}
+loss_fn = lambda params, ids: params["t"][ids].sum()
+step = adamjax.train_step(loss_fn, tx)
+params, state, loss = step(params, jax.jit(tx.init)(params), jnp.array([2]))
+print(tx.flush(params, state)[0]["t"][:, 0].round(3).tolist())
+
+def message(function, *args, **options):
+    try:
+        function(*args, **options)
+    except Exception as error:
+        print(type(error).__name__, error)
+
+message(adamjax.row_gradient, jnp.array([1]), jnp.ones((1, 2)), 4, check=True)
+message(adamjax.row_major, jax.ShapeDtypeStruct((4, 2), jnp.float32))
+message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), params["t"])
+"""
+
+
+def test_without_modules_that_jax_may_drop_only_their_features_fail():
+    done = run(WITHOUT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows, checked, laid_out, strict = done.stdout.splitlines()
+    assert rows == "[1.0, 1.0, 0.5, 1.0]"
+    tail = f"which JAX {jax.__version__} does not have; install a newer adamjax, or an older JAX"
+    assert checked == (
+        "NotImplementedError row_gradient: check=True needs jax.experimental.checkify, " + tail
+    )
+    assert laid_out == (
+        "NotImplementedError row_major, formats: an order in memory needs "
+        "jax.experimental.layout, " + tail
+    )
+    assert strict.startswith("ValueError value_and_grad: the table '' is used by tanh at a line")
+
+
+def test_types_name_meshes_and_the_kinds_of_their_axes():
+    assert _compat.type_sharding(jnp.ones(3)) is None
+    assert _compat.axis_kinds(jax.sharding.Mesh(jax.devices(), "x")) <= {"Auto", "Explicit"}
+    seen = []
+
+    @jax.jit
+    def function(x):
+        sharding = _compat.type_sharding(x)
+        seen.append(sharding and _compat.axis_kinds(sharding.mesh))
+        return x
+
+    mesh = jax.sharding.Mesh(jax.devices(), "x", **automatic())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    function(jax.device_put(jnp.ones(8), split))
+    function(jnp.ones(9))
+    assert seen == [{"Auto"}, None]
+
+
+def automatic():
+    kinds = getattr(jax.sharding, "AxisType", None)
+    return {} if kinds is None else {"axis_types": (kinds.Auto,)}
