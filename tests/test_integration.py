@@ -75,7 +75,9 @@ def optimizer():
     """One with everything: clipped, with a schedule, decay by pattern and an average."""
     return adamjax.chain(
         adamjax.clip_by_global_norm(0.5),
-        adamjax.adamw(adamjax.cosine_decay(0.1, 20), weight_decay=0.1, mask="kernel"),
+        adamjax.adamw(
+            adamjax.cosine_decay(0.1, 20), weight_decay=0.1, mask=adamjax.optional("kernel")
+        ),
         adamjax.weight_ema(0.9),
     )
 
@@ -678,7 +680,7 @@ def test_equinox_with_the_model_as_parameters(name):
 STATES = {
     "everything": optimizer,
     "nadam": lambda: adamjax.nadam(0.1),
-    "adamax, a rate a leaf": lambda: adamjax.adamax(adamjax.by_path([("w", 0.2)], default=0.1)),
+    "adamax, a rate a leaf": lambda: adamjax.adamax(adamjax.by_path([("bias", 0.2)], default=0.1)),
     "partition": lambda: adamjax.partition(
         [("kernel", adamjax.amsgrad(0.1))], default=adamjax.skip_not_finite(adamjax.adam(0.1))
     ),
