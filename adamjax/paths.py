@@ -287,7 +287,8 @@ class BoolTree:
             if missing
             else f"it has a bool at {surplus[0]!r}, where there is no leaf"
             if surplus
-            else f"its structure is {self.treedef}, that of the leaves {flatten(tree)[1]}"
+            else f"its structure is {self.treedef!s:.300}, that of the leaves "
+            f"{flatten(tree)[1]!s:.300}"
         )
         said = f"{what}. Expected a tree of bools like the parameters, or one bool for a subtree"
         if callable(self.tree):
@@ -332,7 +333,11 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
     for i, flag in enumerate(flatten(tree)[0]):
         if flag is not None and not _is_bool(flag):
             path = leaf_paths(tree)[i]
-            mend = ": several patterns are one, as in 'a|b'" if isinstance(flag, str) else ""
+            mend = ""
+            if isinstance(flag, str):
+                mend = ": several patterns are one, as in 'a|b'"
+            elif isinstance(flag, RowGradient):
+                mend = ": give update the params, about which the function is asked then"
             raise TypeError(
                 f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
                 f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"

@@ -3,6 +3,7 @@
 Each test takes a few real steps and asks for the result of the plain loop, within rounding.
 """
 
+import copy
 import functools
 import importlib
 import operator
@@ -75,7 +76,9 @@ def optimizer():
     """One with everything: clipped, with a schedule, decay by pattern and an average."""
     return adamjax.chain(
         adamjax.clip_by_global_norm(0.5),
-        adamjax.adamw(adamjax.cosine_decay(0.1, 20), weight_decay=0.1, mask="kernel"),
+        adamjax.adamw(
+            adamjax.cosine_decay(0.1, 20), weight_decay=0.1, mask=adamjax.optional("kernel")
+        ),
         adamjax.weight_ema(0.9),
     )
 
@@ -596,6 +599,69 @@ def test_equinox():
     assert (model.activation, model.name, model.steps) == (jax.nn.tanh, "model", 7)
 
 
+def test_a_whole_equinox_model():
+    """`init` of what has slots asks for its arrays; what has none takes the model as it is."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx_model()
+    for tx in (
+        adamjax.adam(0.1),
+        adamjax.weight_ema(0.9),
+        adamjax.accumulate_gradients(adamjax.scale(-0.1), 2),
+        adamjax.grouped(adamjax.adam(0.1)),
+        adamjax.exact_rows(adamjax.adam(0.1), "embed/weight$"),
+        adamjax.masked(adamjax.adam(0.1), ""),
+    ):
+        wanted = r"params\['\w+'\] is a .*: expected an array.*eqx.filter\(model, eqx.is_inexact_a"
+        with pytest.raises(TypeError, match=wanted):
+            tx.init(model)
+        tx.init(eqx.filter(model, eqx.is_inexact_array))
+    _, grads = eqx.filter_value_and_grad(eqx_loss)(model, IDS[0])
+    for tx in (
+        adamjax.chain(adamjax.clip_by_global_norm(0.5), adamjax.scale(-0.1)),
+        adamjax.chain(adamjax.add_decayed_weights(0.1, "weight$"), adamjax.scale(-0.1)),
+        adamjax.masked(adamjax.adam(0.1), "weight$|bias$"),
+    ):
+        updates, _ = tx.update(grads, tx.init(model), model)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        expected, _ = tx.update(grads, tx.init(arrays), arrays)
+        assert_same(updates, expected)
+        moved = adamjax.apply_updates(model, updates)
+        assert_same(eqx.filter(moved, eqx.is_array), eqx.apply_updates(arrays, expected))
+        assert moved.activation is model.activation
+
+
+def test_a_mask_that_is_an_equinox_model():
+    """An Equinox model of bools can be called: it is a tree all the same."""
+    eqx = pytest.importorskip("equinox")
+    arrays = eqx.filter(eqx_model(), eqx.is_inexact_array)
+
+    def matrices(tree):
+        return jax.tree.map(lambda x: jnp.ndim(x) == 2, tree)
+
+    zeros = jax.tree.map(jnp.zeros_like, arrays)
+    expected = adamjax.adamw(0.1, weight_decay=0.5, mask=matrices)
+    expected, _ = expected.update(zeros, expected.init(arrays), arrays)
+    of_all = jax.tree.map(lambda x: eqx.is_array(x) and x.ndim == 2, eqx_model())
+    for mask in (matrices(arrays), of_all):
+        tx = adamjax.adamw(0.1, weight_decay=0.5, mask=mask)
+        assert hash(tx) == hash(copy.deepcopy(tx))
+        updates, _ = jax.jit(tx.update)(zeros, tx.init(arrays), arrays)
+        assert_close(updates, expected, ROUNDING)
+
+
+def test_a_mask_that_is_an_nnx_state():
+    """Its Variables are around the leaves at `init`, and not at `update`."""
+    nnx = pytest.importorskip("flax.nnx")
+    state = nnx.state(nnx_model()(nnx.Rngs(0)), nnx.Param)
+    mask = jax.tree.map(lambda x: jnp.ndim(x) == 2, state)
+    moved = []
+    for given in (mask, "kernel$|embedding$"):
+        tx = adamjax.adamw(0.1, weight_decay=0.5, mask=given)
+        assert pickle.loads(pickle.dumps(tx)) == tx
+        moved.append(nnx_trained(tx)[0])
+    assert_same(*moved)
+
+
 def test_equinox_with_a_transform_as_argument():
     """What `filter_jit` takes for arrays is traced, floats are static: another rate, no retrace."""
     eqx = pytest.importorskip("equinox")
@@ -678,7 +744,7 @@ def test_equinox_with_the_model_as_parameters(name):
 STATES = {
     "everything": optimizer,
     "nadam": lambda: adamjax.nadam(0.1),
-    "adamax, a rate a leaf": lambda: adamjax.adamax(adamjax.by_path([("w", 0.2)], default=0.1)),
+    "adamax, a rate a leaf": lambda: adamjax.adamax(adamjax.by_path([("bias", 0.2)], default=0.1)),
     "partition": lambda: adamjax.partition(
         [("kernel", adamjax.amsgrad(0.1))], default=adamjax.skip_not_finite(adamjax.adam(0.1))
     ),

@@ -1,4 +1,7 @@
-"""Transforms for a part of the leaves: masked and partition."""
+"""Transforms for a part of the leaves: masked and partition, and their masks."""
+
+import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +11,26 @@ import pytest
 from support import assert_close, assert_same, float0
 
 from adamjax import (
+    RowGradient,
+    accumulate_gradients,
     adam,
     adamw,
     add_decayed_weights,
     apply_updates,
     chain,
     clip_by_global_norm,
+    exact_rows,
+    from_config,
     masked,
     partition,
+    row_gradient,
     scale,
     scale_by_adam,
+    skip_not_finite,
+    to_config,
+    with_hyperparams,
 )
+from adamjax.masking import settled
 
 PARAMS = {
     "enc": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])},
@@ -127,6 +139,302 @@ def test_masked_refuses():
         masked(scale(1.0), 3)
     with pytest.raises(ValueError, match="masked: '\\[' is not a regular expression"):
         masked(scale(1.0), "[")
+
+
+# --- trees of bools -----------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+class Model:
+    """A model as Equinox has them: a tree that can be called."""
+
+    def __init__(self, enc, head):
+        self.enc, self.head = enc, head
+
+    def tree_flatten(self):
+        return (self.enc, self.head), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+    def __call__(self, tree):
+        return True
+
+
+MODEL, MODEL_GRADS = Model(PARAMS["enc"], PARAMS["head"]), Model(GRADS["enc"], GRADS["head"])
+FLAGS = {"enc": {"kernel": True, "bias": False}, "head": {"kernel": False, "bias": True}}
+WEIGHTED = add_decayed_weights(0.5)
+# A mask, and what it selects of PARAMS.
+TREES = {
+    "every leaf": (FLAGS, FLAGS),
+    "NumPy's": (jax.tree.map(np.bool_, FLAGS), FLAGS),
+    "prefix": (
+        {"enc": True, "head": {"kernel": False, "bias": True}},
+        {**FLAGS, "enc": {"kernel": True, "bias": True}},
+    ),
+    "all": (True, jax.tree.map(lambda _: True, FLAGS)),
+    "none": (False, jax.tree.map(lambda _: False, FLAGS)),
+    "a NumPy bool": (np.bool_(True), jax.tree.map(lambda _: True, FLAGS)),
+    "ndim": (matrices(PARAMS), matrices(PARAMS)),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_of_bools_is_a_mask(name):
+    """As it is for optax, and as a function that returns it."""
+    mask, wanted = TREES[name]
+    inner, theirs = scale(0.0), optax.masked(optax.scale(0.0), jax.tree.map(bool, mask))
+    expected, _ = theirs.update(GRADS, theirs.init(PARAMS))
+    assert_same(expected, jax.tree.map(lambda flag, g: 0 * g if flag else g, wanted, GRADS))
+    decayed = jax.tree.map(lambda flag, g, p: g + 0.5 * p if flag else g, wanted, GRADS, PARAMS)
+    for given in (mask, lambda tree: mask):
+        tx = masked(inner, given)
+        updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
+        assert_same(updates, expected)
+        assert_same(tx.update(GRADS, ())[0], expected)
+        assert (
+            masked(scale_by_adam(), given).init(PARAMS).m["enc"]["kernel"] is None
+            or (wanted["enc"]["kernel"])
+        )
+        for tx in (add_decayed_weights(0.5, given), masked(WEIGHTED, given)):
+            assert_same(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0], decayed)
+        tx = adamw(0.1, weight_decay=0.5, mask=given)
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, GRADS), tx.init(PARAMS), PARAMS)
+        assert [bool(jnp.any(u)) for u in jax.tree.leaves(updates)] == jax.tree.leaves(wanted)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_transform_with_a_tree_of_bools_is_data(name):
+    """It hashes, compares, prints, pickles, goes through `jit` and into a config and back."""
+    mask, _ = TREES[name]
+    for make in (lambda m: masked(adam(), m), lambda m: adamw(mask=m)):
+        tx = make(mask)
+        rebuilt = [
+            make(jax.tree.map(bool, mask)),
+            pickle.loads(pickle.dumps(tx)),
+            tx.replace(),
+            jax.tree.map(lambda x: x, tx),
+            from_config(json.loads(json.dumps(to_config(tx)))),
+        ]
+        for same in rebuilt:
+            assert same == tx
+            assert hash(same) == hash(tx)
+        assert repr(jax.tree.map(bool, mask)).split(":")[0] in repr(tx)
+        other = make(jax.tree.map(lambda flag: not flag, mask))
+        assert other != tx
+        init = jax.jit(lambda tx, params: tx.init(params))
+        assert_same(init(other, PARAMS), other.init(PARAMS))
+        assert_same(init(tx, PARAMS), tx.init(PARAMS))
+
+
+def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
+    mask = jax.tree.map(lambda x: jnp.ndim(x) == 2, MODEL)
+    for tx in (masked(scale(0.0), mask), masked(scale(0.0), lambda tree: mask)):
+        updates, _ = tx.update(MODEL_GRADS, tx.init(MODEL), MODEL)
+        for part, grads in ((updates.enc, GRADS["enc"]), (updates.head, GRADS["head"])):
+            assert not np.any(part["kernel"])
+            assert_same(part["bias"], grads["bias"])
+    decay = adamw(0.1, weight_decay=0.5, mask=mask)
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, MODEL), decay.init(MODEL), MODEL)
+    assert np.all(np.asarray(updates.enc["kernel"]) != 0)
+    assert not np.any(updates.enc["bias"])
+    # Above the leaves, or of None where there is no leaf.
+    masked(scale(0.0), Model(True, None)).init(Model(PARAMS["enc"], None))
+    # A tree without a bool is a function, as ever.
+    assert_same(masked(scale(0.0), Model(None, None)).update(GRADS, ())[0], by_zero(GRADS))
+
+
+def by_zero(tree):
+    return jax.tree.map(lambda x: 0 * x, tree)
+
+
+def test_a_model_of_bools_and_others_is_refused():
+    for mask in (Model(True, 1.0), Model({"a": True}, "enc")):
+        with pytest.raises(TypeError, match="masked: the mask is a Model that can be called, and"):
+            masked(scale(0.0), mask)
+    with pytest.raises(ValueError, match=r"no bool for the leaf 'enc/bias'.*lambda tree: mask"):
+        masked(scale(0.0), Model(True, True)).init(PARAMS)
+
+
+def test_leaves_that_are_none_and_masks():
+    """A flag for what is not here has no effect; one that is None is for nothing else."""
+    some = {"enc": {"kernel": PARAMS["enc"]["kernel"], "bias": None}, "head": None}
+    tx = masked(scale(0.0), matrices)
+    for mask in (
+        {"enc": {"kernel": True, "bias": True}, "head": True},
+        {"enc": {"kernel": True, "bias": None}, "head": None},
+        matrices(some),
+    ):
+        tx = masked(scale(0.0), mask)
+        updates, _ = tx.update(some, tx.init(some), some)
+        assert updates["enc"]["bias"] is None
+        assert updates["head"] is None
+        assert not np.any(updates["enc"]["kernel"])
+    with pytest.raises(ValueError, match="it is None at 'enc/bias', where there is a leaf"):
+        masked(scale(0.0), matrices(some)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "misfit"),
+    [
+        ({"enc": {"kernel": True}, "head": True}, "it has no bool for the leaf 'enc/bias'"),
+        ({"enc": True}, "it has no bool for the leaf 'head/bias'"),
+        ({}, "it has no bool for the leaf 'enc/bias'"),
+        ([True, False], "it has no bool for the leaf 'enc/bias'"),
+        ({"enc": True, "head": True, "new": {"w": True}}, "it has a bool at 'new/w', where"),
+        ({"enc": {"kernel": {"a": True}, "bias": True}, "head": True}, "for the leaf 'enc/kernel'"),
+        ({"enc": None, "head": True}, "it is None at 'enc', where there is a leaf"),
+        (Model(True, False), "it has no bool for the leaf 'enc/bias'"),
+    ],
+    ids=str,
+)
+def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
+    """By `init` and by `update`, of a tree as of a function that returns it."""
+    owners = {
+        "masked": lambda m: masked(scale(0.0), m),
+        "add_decayed_weights": lambda m: adamw(mask=m).transforms[1],
+    }
+    for owner, make in owners.items():
+        state = make(True).init(PARAMS)
+        for given in (mask, lambda tree: mask):
+            for call in (
+                lambda tx: tx.init(PARAMS),
+                lambda tx: jax.eval_shape(tx.init, PARAMS),
+                lambda tx, state=state: tx.update(GRADS, state, PARAMS),
+            ):
+                with pytest.raises(
+                    ValueError, match=f"^{owner}: the mask does not fit: .*{misfit}"
+                ):
+                    call(make(given))
+
+
+def test_containers_that_differ_are_refused():
+    tx = masked(scale(0.0), [True, False])
+    with pytest.raises(
+        ValueError, match=r"its structure is .*\[\*, \*\].*that of the leaves .*\(\*"
+    ):
+        tx.init((jnp.ones(1), jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "said"),
+    [
+        ("yes", "'yes' of type str"),
+        (1, "1 of type int"),
+        (0.0, "0.0 of type float"),
+        (np.array(True), "of type ndarray"),
+        (np.ones(2, bool), "of type ndarray"),
+        (jnp.array(True), "of type ArrayImpl"),
+        (len, "of type builtin_function_or_method"),
+    ],
+    ids=str,
+)
+def test_what_is_no_bool_is_refused(leaf, said):
+    mask = {"enc": {"kernel": True, "bias": leaf}, "head": False}
+    for make, owner in (
+        (lambda m: masked(scale(0.0), m), "masked"),
+        (lambda m: adamw(mask=m), "add_decayed_weights"),
+    ):
+        with pytest.raises(TypeError, match=f"^{owner}: at 'enc/bias' the mask has .*{said}"):
+            make(mask)
+        returned = f"^{owner}: what the mask function returns: at 'enc/bias' the mask has .*{said}"
+        with pytest.raises(TypeError, match=returned):
+            make(lambda tree: mask).init(PARAMS)
+    with pytest.raises(TypeError, match="a path pattern must be a str, got None"):
+        masked(scale(0.0), None)
+    with pytest.raises(TypeError, match=r"at '0' the mask has 'kernel'.*several .* are one"):
+        masked(scale(0.0), ["kernel", "bias"])
+    for returned in ("kernel", 1):
+        with pytest.raises(TypeError, match="masked: what the mask function returns: the mask has"):
+            masked(scale(0.0), lambda tree, x=returned: x).init(PARAMS)
+
+
+def test_row_gradients_and_masks():
+    """A mask function is asked about the parameters; without them, it must know row gradients."""
+    params = {"table": jnp.ones((9, 2)), "w": jnp.ones(2)}
+    grads = {"table": row_gradient(jnp.array([3, 3]), jnp.ones((2, 2)), 9), "w": jnp.ones(2)}
+    for mask in ({"table": True, "w": False}, matrices):
+        updates, _ = masked(scale(0.5), mask).update(grads, (), params)
+        assert isinstance(updates["table"], RowGradient)
+        assert_same(updates["table"].to_dense()[3], jnp.ones(2))
+        assert_same(updates["w"], grads["w"])
+    updates, _ = masked(scale(0.5), {"table": True, "w": False}).update(grads, ())
+    assert_same(updates["table"].to_dense()[3], jnp.ones(2))
+    with pytest.raises(
+        TypeError, match=r"at 'table' the mask has RowGradient.*give update the params"
+    ):
+        masked(scale(0.5), matrices).update(grads, ())
+
+
+def test_a_tree_of_bools_in_a_config():
+    config = to_config(masked(scale(0.5), {"a": True, "b": [False, (True, None)]}))
+    told = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
+    assert config["pattern"] == {"bools": told}
+    with pytest.raises(TypeError, match=r"masked.pattern is a tree of bools in more than diction"):
+        to_config(masked(scale(0.5), Model(True, False)))
+    with pytest.raises(TypeError, match=r"config.pattern: bools: at 'a' the mask has 1"):
+        from_config({**config, "pattern": {"bools": {"dict": {"a": 1}}}})
+
+
+# --- masks that are settled ---------------------------------------------------------------------
+
+BIG = {"table": jnp.ones((20, 2)), "w": jnp.ones((3, 2)), "none": None}
+
+
+def many_rows(tree):
+    return jax.tree.map(lambda x: x.shape[0] > 10, tree)
+
+
+TABLE, REST = {"none": None, "table": True, "w": None}, {"none": None, "table": None, "w": False}
+BOTH = {"none": None, "table": True, "w": False}
+# A transform with mask functions, and what it is settled.
+SETTLED = {
+    "decay": lambda m, t, r: adamw(0.1, mask=m),
+    "masked": lambda m, t, r: masked(adam(), m),
+    "in masked": lambda m, t, r: masked(adamw(mask=t), m),
+    "in a pattern": lambda m, t, r: masked(masked(adam(), r), "^w"),
+    "in partition": lambda m, t, r: partition([("^t", adamw(mask=t))], default=masked(adam(), r)),
+    "guards": lambda m, t, r: skip_not_finite(accumulate_gradients(adamw(mask=m), 2)),
+    "hyperparams": lambda m, t, r: with_hyperparams(adamw(mask=m), b1=0.5),
+    "exact": lambda m, t, r: exact_rows(adamw(0.1, mask=m), "table"),
+    "chain": lambda m, t, r: chain(scale(1.0), chain(masked(scale(1.0), "w"), masked(adam(), m))),
+}
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_mask_functions_are_settled_by_the_parameters(name):
+    """At any depth, each for the leaves that it sees; the rest stays what it was."""
+    tx = SETTLED[name](many_rows, many_rows, many_rows)
+    expected = SETTLED[name](BOTH, TABLE, REST)
+    found = settled(tx, BIG)
+    assert found == expected
+    assert hash(found) == hash(expected)
+    assert settled(found, BIG) is found
+    assert_same(found.init(BIG), tx.init(BIG))
+    assert jax.eval_shape(lambda params: settled(tx, params).init(params), BIG)
+
+
+def test_what_has_no_mask_function_is_left_as_it_is():
+    for tx in (
+        adam(jnp.array(0.1)),
+        adamw(mask="w"),
+        chain(masked(adam(), "w"), masked(scale(1.0), {"table": True, "w": False, "none": None})),
+        partition([("w", optax.adam(0.1))], default=optax.masked(optax.scale(1.0), many_rows)),
+    ):
+        assert settled(tx, BIG) is tx
+    parts = chain(adam(jnp.array(0.1)), masked(scale(1.0), many_rows))
+    found = settled(parts, BIG)
+    assert found.transforms[0] is parts.transforms[0]
+
+
+def test_a_settled_mask_decides_as_for_the_whole():
+    """Also where a few rows stand in the table's place."""
+    tx = settled(add_decayed_weights(0.5, many_rows), BIG)
+    rows = {**BIG, "table": BIG["table"][:3]}
+    updates, _ = tx.update(by_zero(rows), tx.init(BIG), rows)
+    assert_same(updates["table"], 0.5 * rows["table"])
+    assert not np.any(updates["w"])
 
 
 # --- partition ----------------------------------------------------------------------------------

@@ -1,0 +1,363 @@
+"""Patterns and trees of bools: what is taken, what is refused, and how both are kept."""
+
+import copy
+import enum
+import json
+import pickle
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamjax
+from adamjax import (
+    accumulate_gradients,
+    adam,
+    adamw,
+    add_decayed_weights,
+    by_path,
+    chain,
+    exact_rows,
+    from_config,
+    masked,
+    optional,
+    partition,
+    scale,
+    scale_by_learning_rate,
+    to_config,
+)
+from adamjax.paths import BoolTree, checked_patterns, checked_rules, unique_paths
+
+PARAMS = {
+    "enc": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+    "head": {"kernel": jnp.ones((3, 1)), "none": None},
+    "steps": jnp.arange(2),
+}
+LOSS = adamjax.value_and_grad
+
+# What takes a pattern and is asked by `init`, with the owner that its error names.
+TAKERS = {
+    "masked": (lambda p: masked(adam(), p), "masked"),
+    "adamw": (lambda p: adamw(1e-3, mask=p), "add_decayed_weights"),
+    "decay": (lambda p: add_decayed_weights(0.1, p), "add_decayed_weights"),
+    "partition": (lambda p: partition([(p, scale(0.5))], default=adam()), "partition"),
+    "no default": (lambda p: partition([(p, scale(0.5)), ("", adam())]), "partition"),
+    "rate": (lambda p: adam(by_path([(p, 0.1)], default=0.2)), "scale_by_learning_rate: by_path"),
+    "one of two": (
+        lambda p: scale_by_learning_rate(by_path({"kernel": 0.1, p: 0.2}, default=0.3)),
+        "scale_by_learning_rate: by_path",
+    ),
+    "decay by path": (
+        lambda p: adamw(0.1, weight_decay=by_path({p: 0.1}, default=0.2)),
+        "add_decayed_weights: by_path",
+    ),
+    "max_rows": (
+        lambda p: accumulate_gradients(adam(), 2, max_rows=[(p, 2)]),
+        "accumulate_gradients: max_rows",
+    ),
+    "deep": (
+        lambda p: adamjax.skip_not_finite(
+            adamjax.with_hyperparams(chain(masked(adamw(mask=p), "enc"), scale(1.0)), b1=0.5)
+        ),
+        "add_decayed_weights",
+    ),
+}
+
+
+# --- patterns that match nothing ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_init_refuses_a_pattern_that_matches_no_leaf(name):
+    """By arrays, by their shapes and under a trace; it names what there is, and the way out."""
+    make, owner = TAKERS[name]
+    tx = make("kernal")
+    wanted = (
+        rf"^{owner}: the pattern 'kernal' matches no leaf; the paths are \['enc/bias', "
+        r"'enc/kernel'(, 'head/kernel', 'steps')?\]. If that is meant, write "
+        r"adamjax.optional\('kernal'\)"
+    )
+    shapes = jax.eval_shape(lambda: PARAMS)
+    for init in (tx.init, lambda params: jax.eval_shape(tx.init, params)):
+        for params in (PARAMS, shapes):
+            with pytest.raises(ValueError, match=wanted):
+                init(params)
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_patterns_that_match_and_optional_ones_are_taken(name):
+    make, _ = TAKERS[name]
+    for pattern in ("^enc/bias$", optional("kernal"), optional("enc")):
+        assert jax.eval_shape(make(pattern).init, PARAMS)
+    # A tree without leaves is not checked.
+    for nothing in (None, {}, {"a": None}):
+        assert "no leaf" not in repr(make(optional("kernal")).init(nothing))
+        make("enc").init(nothing)
+
+
+def test_a_list_of_paths_has_an_end():
+    params = {f"layer{i:02}": jnp.ones(1) for i in range(25)}
+    with pytest.raises(ValueError, match=r"'layer19'\] and 5 more\. If"):
+        masked(adam(), "kernel").init(params)
+
+
+def test_leaves_that_are_none_do_not_count_and_integers_do():
+    """Each part of `partition` and `masked` sees its own leaves alone."""
+    assert jax.eval_shape(masked(adam(), "steps").init, PARAMS)
+    with pytest.raises(ValueError, match="masked: the pattern 'none' matches no leaf that is here"):
+        masked(adam(), "none").init(PARAMS)
+    rates = by_path([("bias", 0.1)], default=0.2)
+    wanted = r"by_path: the pattern 'bias' matches no leaf that is here \(leaves of other parts .*"
+    for tx in (
+        masked(adam(rates), "head"),
+        partition([("head", adam(rates))], default=scale(0.0)),
+        partition([("enc", scale(0.0))], default=adam(rates)),
+    ):
+        with pytest.raises(ValueError, match=wanted + r"\['head/kernel'"):
+            tx.init(PARAMS)
+    partition([("head", scale(0.0))], default=adam(rates)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *rules: adam(by_path([(p, 0.1) for p in rules], default=0.2)),
+        lambda *rules: partition([(p, scale(0.1)) for p in rules], default=adam()),
+        lambda *rules: accumulate_gradients(adam(), 2, max_rows=[(p, 1) for p in rules]),
+    ],
+    ids=["by_path", "partition", "max_rows"],
+)
+def test_init_refuses_a_rule_that_earlier_ones_leave_nothing(make):
+    for rules, matches in (
+        (("enc", "enc/kernel"), r"\['enc/kernel'\]"),
+        (("bias", "kernel", "^enc"), r"\['enc/bias', 'enc/kernel'\]"),
+        (("kernel", "kernel"), r"\['enc/kernel', 'head/kernel'\]"),
+        (("", ""), ".*"),
+    ):
+        wanted = (
+            rf": the pattern '{re.escape(rules[-1])}' has no effect: {matches} match an earlier one"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            make(*rules).init(PARAMS)
+        make(*rules[:-1], optional(rules[-1])).init(PARAMS)
+    make("enc/kernel", "enc").init(PARAMS)
+    make("enc", "kernel").init(PARAMS)
+    # What is for all that is left may be left nothing.
+    make("enc", "head", "steps", "").init(PARAMS)
+
+
+TABLES = {"user": jnp.ones((5, 2)), "item": jnp.ones((4, 2)), "w": jnp.ones(2), "n": 3}
+
+
+def read(params):
+    return params["user"][jnp.array([1])].sum() + params["item"][jnp.array([2])].sum()
+
+
+def test_each_of_several_tables_must_match():
+    wanted = (
+        r"value_and_grad: the pattern 'itme' matches no leaf.*\['item', 'user', 'w'\].*optional"
+    )
+    for tables in (["user", "itme"], ("itme", "user"), "itme"):
+        with pytest.raises(ValueError, match=wanted):
+            adamjax.value_and_grad(read, tables)(TABLES)
+    with pytest.raises(ValueError, match="the pattern '\\^n' matches no leaf of real floats"):
+        adamjax.value_and_grad(read, ["user", "^n"])(TABLES)
+    for tables, rows in (
+        (["user", optional("itme")], ["user"]),
+        (optional("itme"), []),
+        (["user", "item", "u"], ["item", "user"]),
+    ):
+        grads = adamjax.grad(read, tables)(TABLES)
+        assert [k for k, g in grads.items() if isinstance(g, adamjax.RowGradient)] == rows
+        assert float(jnp.sum(grads["item"].to_dense() if "item" in rows else grads["item"])) == 2
+
+
+# --- what is no pattern, and no rule -------------------------------------------------------------
+
+
+class Names(str, enum.Enum):  # noqa: UP042
+    KERNEL = "kernel"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: checked_patterns("x", ["a", p]),
+        lambda p: checked_rules("x", [("a", 1), (p, 2)]),
+        lambda p: masked(adam(), p),
+        lambda p: adamw(mask=p),
+        optional,
+    ],
+)
+def test_what_is_no_pattern(make):
+    with pytest.raises(TypeError, match="a path pattern must be a str, got b'bias': write 'bias'"):
+        make(b"bias")
+    with pytest.raises(
+        TypeError, match=r"got re.compile\('bias', re.I\w*\): write its text, 'bias'"
+    ):
+        make(re.compile("bias", re.IGNORECASE))
+    with pytest.raises(TypeError, match="a path pattern must be a str, got 3"):
+        make(3)
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        make("(")
+
+
+def test_patterns_are_plain_strings():
+    """What derives from a string would be written and compared as something else."""
+    for pattern in (np.str_("kernel"), Names.KERNEL):
+        tx = masked(adam(), pattern)
+        assert tx == masked(adam(), "kernel")
+        assert type(tx.pattern) is str
+        assert from_config(to_config(tx)) == tx
+        assert by_path({pattern: 0.1}, default=0.2) == by_path({"kernel": 0.1}, default=0.2)
+
+
+@pytest.mark.parametrize("patterns", [3, None, {"a": 1}, re], ids=str)
+def test_what_is_no_list_of_patterns(patterns):
+    for make in (lambda p: LOSS(read, p), lambda p: exact_rows(adam(), p)):
+        with pytest.raises(TypeError, match=": expected a path pattern or a list of them, got"):
+            make(patterns)
+
+
+def test_no_patterns():
+    for make in (lambda p: LOSS(read, p), lambda p: exact_rows(adam(), p)):
+        for none in ([], (), set()):
+            with pytest.raises(ValueError, match=r"expected a path pattern .* got an empty list"):
+                make(none)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rules: by_path(rules, default=0.5),
+        lambda rules: partition(rules, default=adam()),
+        lambda rules: checked_rules("x", rules),
+    ],
+)
+def test_rules_are_pairs_or_a_dictionary(make):
+    wanted = r": expected pairs \(pattern, value\) or a dictionary \{pattern: value\}, got "
+    for rules, got in (
+        ("ab", "the string 'ab'$"),
+        (b"ab", "the string b'ab'$"),
+        (3, "3$"),
+        (None, "None$"),
+    ):
+        with pytest.raises(TypeError, match=wanted + got):
+            make(rules)
+    for rules, got in (
+        (["ab"], "the string 'ab' in the place of a pair"),
+        (("ab", 0.1), "the string 'ab' in the place of a pair"),
+        ([("a", 0.1, 0.2)], r"\('a', 0.1, 0.2\) in the place"),
+        ([("a",)], r"\('a',\) in the place"),
+        ([0.1], "0.1 in the place"),
+        ([{"a": 0.1, "b": 0.2}], "{'a': 0.1, 'b': 0.2} in the place"),
+        ([{"a"}], "{'a'} in the place"),
+    ):
+        with pytest.raises(ValueError, match=wanted + got):
+            make(rules)
+
+
+def test_a_dictionary_is_its_pairs_in_order():
+    pairs = [("ab", 1e-3), ("a", 2e-3), (optional("c"), 3e-3)]
+    for rules in (
+        dict(pairs),
+        types.MappingProxyType(dict(pairs)),
+        iter(pairs),
+        dict(pairs).items(),
+    ):
+        assert by_path(rules, default=0.1) == by_path(pairs, default=0.1)
+    rates = by_path({"ab": 1e-3}, default=0.1)
+    assert (rates.at("cab"), rates.at("b")) == (1e-3, 0.1)
+    assert by_path({"b": 1.0, "a": 2.0}, default=0.1).at("ab") == 1.0
+    parts = {"kernel": scale(2.0), "bias": adam()}
+    assert partition(parts, default=adam()) == partition(list(parts.items()), default=adam())
+    rooms = accumulate_gradients(adam(), 2, max_rows={"kernel": 2, "bias": 1})
+    assert rooms == accumulate_gradients(adam(), 2, max_rows=[("kernel", 2), ("bias", 1)])
+    assert rooms.init(PARAMS).total["enc"]["kernel"].indices.shape == (2,)
+
+
+def test_two_leaves_of_one_path():
+    assert unique_paths("x", PARAMS)[0] == "enc/bias"
+    with pytest.raises(ValueError, match="x: two leaves have the path 'a/b'"):
+        unique_paths("x", {"a/b": 1, "a": {"b": 2}})
+
+
+# --- optional -------------------------------------------------------------------------------------
+
+
+def test_an_optional_pattern_is_a_string_of_its_own():
+    pattern = optional("bias$")
+    assert isinstance(pattern, str)
+    assert (str(pattern), f"{pattern}", repr(pattern)) == ("bias$", "bias$", "optional('bias$')")
+    assert pattern != "bias$"
+    assert "bias$" != pattern  # noqa: SIM300
+    assert not pattern == "bias$"  # noqa: SIM201
+    assert {pattern: 1, "bias$": 2}[optional("bias$")] == 1
+    for same in (optional(pattern), pickle.loads(pickle.dumps(pattern)), copy.deepcopy(pattern)):
+        assert type(same) is optional
+        assert same == pattern
+        assert hash(same) == hash(pattern)
+    assert re.search(pattern, "x/bias")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make for make, _ in TAKERS.values()] + [lambda p: exact_rows(adam(), ["kernel", p])],
+    ids=[*TAKERS, "exact_rows"],
+)
+def test_optional_survives(make):
+    """Where a transform is copied, written, changed or told apart by `jit`."""
+    tx, other = make(optional("bias$")), make("bias$")
+    assert tx != other
+    assert jax.tree.structure(tx) != jax.tree.structure(other)
+    assert "optional('bias$')" in repr(tx)
+    assert "optional" not in repr(other)
+    rebuilt = [
+        pickle.loads(pickle.dumps(tx)),
+        copy.deepcopy(tx),
+        tx.replace(),
+        jax.tree.map(lambda x: x, tx),
+        from_config(json.loads(json.dumps(to_config(tx)))),
+    ]
+    for same in rebuilt:
+        assert same == tx
+        assert hash(same) == hash(tx)
+        assert repr(same) == repr(tx)
+
+
+def test_jit_tells_optional_patterns_apart():
+    init = jax.jit(lambda tx, params: tx.init(params))
+    init(adamw(mask=optional("kernal")), PARAMS)
+    with pytest.raises(ValueError, match="'kernal' matches no leaf"):
+        init(adamw(mask="kernal"), PARAMS)
+
+
+def test_optional_in_a_config():
+    config = to_config(masked(scale(0.5), optional("bias$")))
+    assert config["pattern"] == {"optional": "bias$"}
+    with pytest.raises(
+        TypeError, match=r"from_config: the config.pattern: .* must be a str, got 3"
+    ):
+        from_config({**config, "pattern": {"optional": 3}})
+    keras = {"name": "Adam", "pattern_lrs": [{"patterns": [optional("bert")], "lr": 1e-5}]}
+    assert from_config(keras).transforms[1].learning_rate.patterns == (optional("bert"),)
+
+
+# --- trees of bools -------------------------------------------------------------------------------
+
+
+def test_a_tree_of_bools_hashes_and_compares():
+    mask = BoolTree({"a": True, "b": [np.bool_(False), None]})
+    same = BoolTree({"b": [False, None], "a": True})
+    assert mask == same
+    assert hash(mask) == hash(same)
+    assert repr(mask) == "{'a': True, 'b': [False, None]}"
+    for other in (True, {"a": True, "b": False}, {"a": True, "b": (False, None)}):
+        assert mask != BoolTree(other)
+    assert mask != {"a": True, "b": [False, None]}
+    for copied in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
+        assert copied == mask
+    assert mask.over("x", {"a": {"c": 1, "d": None}, "b": [2, None]}) == [True, True, False, False]
