@@ -207,12 +207,14 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
             )
 
     def made(p: Any) -> Any:
+        if is_left_alone(p):
+            return None
         if isinstance(p, jax.ShapeDtypeStruct):
             return make(p)
         p = jnp.asarray(p)
-        return split_alike(laid_out_like(make(p), p), p)
+        return laid_out_like(make(p), p)
 
-    return treedef.unflatten([None if is_left_alone(p) else made(p) for p in leaves])
+    return treedef.unflatten(split_alike(list(map(made, leaves)), leaves))
 
 
 def lift(

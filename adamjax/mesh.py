@@ -6,12 +6,13 @@ constraint may tell it what is better.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._compat import (
@@ -106,29 +107,43 @@ def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = Fa
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **how)
 
 
-def split_alike(x: chex.Array, like: chex.Array) -> chex.Array:
-    """A new array that the compiler splits as another one of its shape, where both are traced.
+def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
+    """New arrays that the compiler splits as others of their shapes, where these are traced.
 
-    Compilers split what a select chooses from alike. This one never chooses `like`, which must not
-    be seen before arrays are split: the constraint on its condition is gone after that, the select
-    becomes `x`, and nothing reads `like`. Where the type of `like` names no mesh, a barrier takes
-    the constraint's place, and stays.
+    Compilers split what a select chooses from alike. These selects never choose a like, but that
+    must not be seen before arrays are split: the constraint on their condition is gone after that,
+    the selects become the new arrays, and nothing reads the likes. Where the type of a like names
+    no mesh, a barrier takes the constraint's place, and stays.
+
+    Args:
+      arrays: the new arrays; `None` stays so.
+      likes: one for each, of its shape and any dtype. Only those that are traced count.
     """
-    if not isinstance(like, jax.core.Tracer) or explicit(like) is not None:
-        return x
-    sharding, never = type_sharding(like), jnp.asarray(False)
-    kinds = set() if sharding is None else axis_kinds(sharding.mesh)
-    if kinds == {"Manual"}:  # all within `shard_map` belongs to one device
-        return x
-    if kinds == {"Auto"}:
-        whole = NamedSharding(sharding.mesh, PartitionSpec())
-        never = jax.lax.with_sharding_constraint(never, whole)
-    else:
-        never = jax.lax.optimization_barrier(never)
-    like = jax.lax.stop_gradient(like)
-    if not jnp.iscomplexobj(x):
-        like = like.real
-    return jax.lax.select(never, in_memory_of(like.astype(x.dtype), x), x)
+    conditions: dict[Any, chex.Array] = {}
+
+    def never(mesh: Any) -> chex.Array:
+        if mesh is None:
+            return jax.lax.optimization_barrier(np.False_)
+        return jax.lax.with_sharding_constraint(np.False_, NamedSharding(mesh, PartitionSpec()))
+
+    def alike(x: Any, like: Any) -> Any:
+        if x is None or not isinstance(like, jax.core.Tracer):
+            return x
+        sharding = type_sharding(like)
+        mesh = None if sharding is None else sharding.mesh
+        kinds = set() if mesh is None else axis_kinds(mesh)
+        # Explicit axes are in the type of x as well; with manual ones alone x is one device's.
+        if "Explicit" in kinds or kinds == {"Manual"}:
+            return x
+        mesh = mesh if kinds == {"Auto"} else None
+        if mesh not in conditions:
+            conditions[mesh] = never(mesh)
+        if like.dtype != x.dtype:
+            like = like if jnp.iscomplexobj(x) else like.real
+            like = like.astype(x.dtype)
+        return jax.lax.select(conditions[mesh], in_memory_of(like, x), x)
+
+    return list(map(alike, arrays, likes))
 
 
 def rows_alike(x: chex.Array, table: Any) -> chex.Array:
@@ -139,7 +154,7 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
         return jax.sharding.reshard(x, split) if typed else jax.device_put(x, split)
     if not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
-    return split_alike(x, table.reshape(len(x), -1)[:, 0])
+    return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 
 
 def over_rows(

@@ -27,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from support import enable_x64, is_none
+from support import enable_x64, is_none, shard_map
 
 import adamjax
 from adamjax import RowGradient
@@ -2099,10 +2099,6 @@ def of_shards(p, ids):
 
 
 def mapped(function, mesh, in_specs, out_specs):
-    try:
-        shard_map = jax.shard_map
-    except AttributeError:  # an older JAX
-        from jax.experimental.shard_map import shard_map
     return shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 

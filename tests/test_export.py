@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from support import assert_close, avals
+from support import assert_close, avals, shard_map
 from test_laws import CASES, make_grads, make_params
 
 import adamjax
@@ -174,10 +174,6 @@ def rows_given(tx, max_unique=None, ticket=True):
 
 def over_replicas(tx):
     """Replicas of a mesh, which sum their gradients: of the table, only its rows."""
-    try:
-        shard_map = jax.shard_map
-    except AttributeError:  # an older JAX
-        from jax.experimental.shard_map import shard_map
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
     tx = chain(sum_over("batch"), tx)

@@ -22,7 +22,7 @@ import optax
 import pytest
 from jax import export
 from jax.experimental import checkify
-from support import assert_close, assert_same
+from support import assert_close, assert_same, shard_map
 
 import adamjax
 
@@ -1169,10 +1169,6 @@ def of_devices(*functions):
 def replicas():
     """Steps of replicas that each have their share of the batch: those of one that has all."""
     assert jax.device_count() == DEVICES
-    try:
-        shard_map = jax.shard_map
-    except AttributeError:  # an older JAX
-        from jax.experimental.shard_map import shard_map
     share = 1 / DEVICES
     ours = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(share), optimizer())
     theirs = optax.chain(adamjax.sum_over("batch"), optax.scale(share), optimizer())

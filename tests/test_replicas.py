@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close
+from support import assert_close, shard_map
 
 import adamjax
 
@@ -84,10 +84,6 @@ def under_devices():
         return one_step(optimizer(adamjax.sum_over("batch")), grads(ids, values, dense))
 
     check(jax.pmap(step, axis_name="batch")(*grads_of_all()))
-    try:
-        shard_map = jax.shard_map
-    except AttributeError:  # an older JAX
-        from jax.experimental.shard_map import shard_map
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
 
