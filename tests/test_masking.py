@@ -144,12 +144,12 @@ def test_masked_refuses():
 # --- trees of bools -----------------------------------------------------------------------------
 
 
-@jax.tree_util.register_pytree_node_class
 def readable(x):
     """Without the addresses of objects, which differ between the processes of a run."""
     return type(x).__name__ if " at 0x" in str(x) else str(x)
 
 
+@jax.tree_util.register_pytree_node_class
 class Model:
     """A model as Equinox has them: a tree that can be called."""
 
