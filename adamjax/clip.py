@@ -12,7 +12,7 @@ from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
 from adamjax.moments import accumulator, apart, root, scalar, square, widen, widened
 from adamjax.rows import each_array, parts
-from adamjax.transform import Scaling, Stateless, Step
+from adamjax.transform import Scaling, Stateless, Step, expect_empty
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 
@@ -116,6 +116,7 @@ class clip_by_value(Stateless):
         self._check("limit", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
         (clipped,) = lift(
             "clip_by_value",
             _clipped_by_value,
@@ -149,6 +150,7 @@ class clip_by_norm(Stateless):
         self._check("max_norm", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
         (clipped,) = lift(
             "clip_by_norm",
             _clipped_by_norm,
@@ -190,5 +192,6 @@ class clip_by_global_norm(Stateless, Scaling):
         return True
 
     def factors(self, tree: Tree, state: Any) -> Step:
+        expect_empty(self, state)
         norm = _norm("clip_by_global_norm", tree)
         return _shrinking(norm, _max_norm(self.max_norm, norm.dtype)).astype, state

@@ -499,7 +499,8 @@ class exact_rows(Transform):
         over_slots(see, state.inner)
         came = leaf_paths(params)
         wanted = leaf_paths(next(iter(slots.values()))) if slots else came
-        if came != wanted or [t.path for t in tables] != list(state.tables):
+        # JAX sorts the keys of a dictionary that goes through jit.
+        if came != wanted or {t.path for t in tables} != set(state.tables):
             others = [path for path in came if path not in set(wanted)]
             others += [path for path in wanted if path not in set(came)]
             raise ValueError(
@@ -518,7 +519,10 @@ class exact_rows(Transform):
         self, table: _Table, known: TableState, slots: dict[str, Tree], params: Tree
     ) -> None:
         """Refuses what is known of another table, or of a table under another transform."""
-        other = f"make a new state with init, or resize every array of {table.path!r} in the state"
+        other = (
+            "make a new state with init; or flush with the old sizes, resize the table in params "
+            "and in state.inner, and go on with from_dense(state.inner, params)"
+        )
         shape = np.shape(flatten(params)[0][table.leaf])
         expect_array(
             f"exact_rows: tables[{table.path!r}].last", known.last, shape[:1], other, "int32"

@@ -14,6 +14,7 @@ from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
 from adamjax.hyperparams import with_hyperparams
 from adamjax.leaves import expect_array, is_left_alone
+from adamjax.paths import flatten, leaf_paths
 from adamjax.scaling import ScheduleState, scale_by_learning_rate
 from adamjax.schedule import rate_at
 from adamjax.transform import Transform, as_transform, expect_state
@@ -165,8 +166,14 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         what = f"averaged_weights: the average of {name!r}"
         expect_array(what, x, jnp.shape(p), "pass the parameters that it is of")
-        return x.astype(jnp.asarray(p).dtype)
+        # A copy: a step may donate both the weights and the state.
+        return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
+    if len(jax.tree.leaves(average, is_leaf=_is_empty)) != len(flatten(params)[0]):
+        raise ValueError(
+            f"averaged_weights: params has the leaves {leaf_paths(params)}, the average those of "
+            f"{leaf_paths(average)}: pass the parameters that it is of"
+        )
     return jax.tree_util.tree_map_with_path(like, average, params, is_leaf=_is_empty)
 
 

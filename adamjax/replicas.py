@@ -8,7 +8,7 @@ from adamjax.data import Tree, static
 from adamjax.leaves import is_left_alone, matched
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, check_sound, row_gradient
-from adamjax.transform import Stateless, Step
+from adamjax.transform import Stateless, Step, expect_empty
 
 __all__ = ["sum_over"]
 
@@ -37,6 +37,8 @@ class sum_over(Stateless):
     joinable = True
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
+
         def gathered(x: Any) -> Any:
             return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 

@@ -11,7 +11,7 @@ from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, selected
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
-from adamjax.transform import Scaling, Stateless, Step, Transform, expect_state
+from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
 
 __all__ = [
     "ScheduleState",
@@ -75,6 +75,7 @@ class scale(Stateless, Scaling):
         self._check("factor", FINITE)
 
     def factors(self, tree: Tree, state: Any) -> Step:
+        expect_empty(self, state)
         return lambda real: scalar(self.factor, real), state
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "all_parts",
     "as_transform",
     "chain",
+    "expect_empty",
     "expect_number",
     "expect_state",
     "identity",
@@ -145,6 +146,7 @@ class identity(Stateless):
     joinable = True
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
         return updates, state
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
@@ -211,6 +213,15 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
         raise ValueError(
             f"{type(owner).__name__}: the state's {name} is {described(x)}, expected {wanted}: "
             "only moments may be cast; a state with a leading axis is for jax.vmap"
+        )
+
+
+def expect_empty(owner: Transform, state: Any) -> None:
+    """Refuses a state where there is none."""
+    if not isinstance(state, tuple | None) or state:
+        raise TypeError(
+            f"{type(owner).__name__}: the state is a {type(state).__name__}, expected (): it keeps "
+            "nothing, so this is the state of another transform"
         )
 
 

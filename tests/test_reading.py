@@ -215,6 +215,17 @@ def test_an_average_of_other_weights_is_refused():
         averaged_weights(state, other)
 
 
+def test_an_average_that_stands_in_for_the_weights_is_a_copy():
+    """A step may donate both the weights and the state."""
+    tx = chain(adam(0.1), weight_ema(0.9))
+    params = {"w": jnp.ones(3)}
+    step = adamjax.train_step(lambda p: jnp.sum(p["w"] ** 2), tx)
+    params, state, _ = step(params, tx.init(params))
+    step(averaged_weights(state, params), state)
+    with pytest.raises(ValueError, match=r"params has the leaves .*'extra'"):
+        averaged_weights(tx.init({"w": jnp.ones(3)}), {"w": jnp.ones(3), "extra": jnp.ones(2)})
+
+
 def test_the_rate_of_another_state_is_refused():
     state = adam(0.1).init(PARAMS)
     with pytest.raises(ValueError, match="the state has 2 parts for 3 transforms"):

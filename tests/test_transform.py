@@ -424,6 +424,26 @@ STATEFUL = {
 }
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adamjax.scale(0.1),
+        adamjax.clip_by_value(1.0),
+        adamjax.clip_by_norm(1.0),
+        adamjax.clip_by_global_norm(1.0),
+        adamjax.identity(),
+    ],
+    ids=lambda tx: type(tx).__name__,
+)
+def test_what_keeps_no_state_takes_none(tx):
+    params = {"w": jnp.ones(3)}
+    state = adamjax.scale_by_adam().init(params)
+    message = rf"{type(tx).__name__}: the state is a ScaleByAdamState, expected \(\)"
+    for one, of in ((tx, state), (adamjax.chain(tx), (state,))):
+        with pytest.raises(TypeError, match=message):
+            one.update(params, of, params)
+
+
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("state", [None, {"count": 0}], ids=["None", "dict"])
 def test_a_state_of_another_kind_is_refused(name, state):
