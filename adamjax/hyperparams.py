@@ -169,13 +169,13 @@ def _is_whole(x: Any) -> bool:
 def _check_kind(name: str, value: Any, kept: Any) -> None:
     """Refuses what a state keeps of a hyperparameter if it is no scalar of the right kind."""
     wanted = jnp.integer if _is_whole(value) else jnp.floating
-    dtype = jnp.result_type(kept)
+    dtype = jnp.result_type(jnp.bool_ if kept is None else kept)
     fits = np.shape(kept) == () and bool(jnp.issubdtype(dtype, wanted))
     if fits and wanted is jnp.floating:
         # A state that was cast would round the rate.
         fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     if not fits:
-        came = f"{dtype.name}{list(np.shape(kept))}"
+        came = "None" if kept is None else f"{dtype.name}{list(np.shape(kept))}"
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {came}, expected a scalar of "
             f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Set it anew: "

@@ -76,9 +76,14 @@ def described(leaf: Any) -> str:
 
 def as_arrays(tree: Tree) -> Any:
     """The tree with arrays of JAX in the place of NumPy's."""
-    return jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree
-    )
+
+    def made(x: Any) -> Any:
+        if isinstance(x, RowGradient):
+            # Its seal is known as NumPy's.
+            return jax.tree.map(made, x.replace(seal=None)).replace(seal=x.seal)
+        return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+
+    return jax.tree.map(made, tree, is_leaf=lambda x: isinstance(x, RowGradient))
 
 
 def expect_array(

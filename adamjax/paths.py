@@ -169,7 +169,7 @@ def expect_matches(
     """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
 
     A leaf that is `None` is not there, as another part's leaves in `masked` and `partition`; any
-    other leaf is, integers too. A tree without leaves is not checked.
+    other leaf is, integers too. A tree without any element is not checked.
 
     Args:
       owner: for errors.
@@ -183,9 +183,11 @@ def expect_matches(
         return
     paths: list[str] = []
     absent: list[str] = []
+    has_elements = False
     for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
         (absent if leaf is None else paths).append(path)
-    if not paths:
+        has_elements = has_elements or (leaf is not None and np.size(leaf) > 0)
+    if not has_elements:
         return
     expect_paths(owner, patterns, paths, absent=absent)
     if not first_decides:

@@ -288,7 +288,7 @@ def row_gradient(
         unless x64 is enabled, before anything here sees it.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         Sums are taken in float32 at least.
-      num_rows: rows of the table, a Python int of at least 0 and below 2**31 - 1.
+      num_rows: rows of the table, a Python int of at least 1 and below 2**31 - 1.
       max_unique: how many distinct rows to make room for, where far fewer than `indices.size`
         are expected: the rows beyond are kept as well, and worked through only if there are any.
         `None`: `indices.size`.
@@ -317,8 +317,8 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices and the row's behind it, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = _whole("num_rows", num_rows, 0, np.iinfo(np.int32).max - 1)
-    size = indices.size if max_unique is None else _whole("max_unique", max_unique, 1, None)
+    num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
+    size = indices.size if max_unique is None else _whole("max_unique", max_unique, None)
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
@@ -344,15 +344,15 @@ def summed(
     return RowGradient(found, sums, num_rows=num_rows)
 
 
-def _whole(name: str, value: Any, least: int, most: int | None) -> int:
+def _whole(name: str, value: Any, most: int | None) -> int:
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
-    if number < least or (most is not None and number > most):
+    if number < 1 or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
         raise ValueError(
-            f"row_gradient: {name} must be a Python int of at least {least}{limit}, got {value!r}"
+            f"row_gradient: {name} must be a Python int of at least 1{limit}, got {value!r}"
         )
     return number
 
