@@ -548,15 +548,12 @@ def _expect_moments(
         return  # refused where it is filled in
 
     def wide(x: Any) -> Any:
-        double = (
-            np.dtype(x.dtype).itemsize > 4 and not np.iscomplexobj(x) or x.dtype == np.complex128
-        )
-        return xp.abs(x).astype(np.float64 if double else np.float32)
+        return xp.abs(x).astype(np.float32 if _narrow(xp.real(x)) else np.float64)
 
     m, size = wide(slots["m"]), wide(slots["u" if kind == "adamax" else "v"])
-    if kind == "amsgrad" and not system.corrected_maximum:
-        if bool(xp.any(wide(slots["v_max"]) < 0.99 * size)):
-            refuse(f"{names['v_max']} is below {names['v']}")
+    largest = kind == "amsgrad" and not system.corrected_maximum
+    if largest and bool(xp.any(wide(slots["v_max"]) < 0.99 * size)):
+        refuse(f"{names['v_max']} is below {names['v']}")
     if rule is None:
         return
     most = _bound(kind, rule)
@@ -1028,8 +1025,8 @@ def _order_of_names(
         return known
     raise ValueError(
         f"{owner}: {system} names its parameters {list(names[:8])}"
-        f"{'...' if len(names) > 8 else ''}, which are not the leaves {known[:8]}{'...' if len(known) > 8 else ''} one to one, and "
-        "some leaves have the same shape: give order=, the path of the leaf for each of these "
+        f"{'...' if len(names) > 8 else ''}, which are not the leaves {known[:8]}"
+        f"{'...' if len(known) > 8 else ''} one to one, and some leaves have the same shape: give order=, the path of the leaf for each of these "
         "names, in their order"
     )
 
