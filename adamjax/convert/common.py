@@ -1026,8 +1026,8 @@ def _order_of_names(
     raise ValueError(
         f"{owner}: {system} names its parameters {list(names[:8])}"
         f"{'...' if len(names) > 8 else ''}, which are not the leaves {known[:8]}"
-        f"{'...' if len(known) > 8 else ''} one to one, and some leaves have the same shape: give order=, the path of the leaf for each of these "
-        "names, in their order"
+        f"{'...' if len(known) > 8 else ''} one to one, and some leaves have the same shape: "
+        "give order=, the path of the leaf for each of these names, in their order"
     )
 
 

@@ -285,7 +285,7 @@ def _scalar_role(x: np.ndarray, name: str) -> str | None:
     return "product" if last == "variable" else _KERAS_SCALARS.get(last)
 
 
-def _identified(source: Source, layout: _Layout, optimizer: Any) -> tuple[str, ...]:
+def _identified(source: Source, layout: _Layout, optimizer: Any, product: bool) -> tuple[str, ...]:
     """What kinds of rule the variables may be of, by the class or the name of the optimizer."""
     every = ("adam", "nadam", "amsgrad", "adamax")
     if optimizer is not None:
@@ -298,7 +298,10 @@ def _identified(source: Source, layout: _Layout, optimizer: Any) -> tuple[str, .
             "another one anew, tx.init(params)"
         )
         return every
-    if layout.names is None or not layout.doubtful:
+    if layout.names is None:
+        # Nadam of Keras 3 keeps its product, that of tf_keras only shows in names.
+        return ("adam", "amsgrad", "adamax") if not product else ("nadam",)
+    if not layout.doubtful:
         return every
     if _short(layout.optimizer) in _OPTIMIZERS:
         return _OPTIMIZERS[_short(layout.optimizer)]
@@ -317,13 +320,11 @@ def _identified(source: Source, layout: _Layout, optimizer: Any) -> tuple[str, .
 
 def _config_facts(optimizer: Any) -> dict[str, Any]:
     """What an optimizer says of its hyperparameters."""
-    config = optimizer.get_config()
-    names = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
-    facts = {ours: config[key] for key, ours in names.items() if config.get(key) is not None}
-    if config.get("weight_decay") is not None:
-        # Which variables are excluded from the decay it does not say.
-        facts |= {"weight_decay": config["weight_decay"], "decoupled": True, "masks_decay": True}
-    return facts
+    names = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
+    values = {ours: getattr(optimizer, theirs, None) for theirs, ours in names.items()}
+    facts = {name: float(x) for name, x in values.items() if x is not None}
+    # Which variables are excluded from the decay it does not say.
+    return {**facts, "decoupled": True, "masks_decay": True}
 
 
 def _read_keras(
@@ -378,7 +379,7 @@ def _read_keras(
     rate = layout.of("learning_rate", values).get(0)
     facts = {} if rate is None else {"learning_rate": rate}
     facts |= {} if optimizer is None else _config_facts(optimizer)
-    either = _identified(source, layout, optimizer)
+    either = _identified(source, layout, optimizer, product is not None)
     either = either if product is None else tuple(k for k in either if k == "nadam")
     for i, path in enumerate(paths):
         if path is not None:
@@ -441,8 +442,8 @@ def from_keras(
     names of the variables, `adam/dense_kernel_momentum`: with a name of your own,
     `Adam(name="mine")`, give the optimizer itself. Arrays without any names do not say what they
     are of: refused is what does not fit in shape, or cannot be Adam's in value (a negative
-    `velocity`, moments that `b1` and `b2` do not allow); the arrays of Lamb and ScheduleFreeAdamW
-    cannot be told from Adam's.
+    `velocity`, moments that `b1` and `b2` do not allow). The arrays of Lamb, ScheduleFreeAdamW,
+    Muon (of vectors) and Adamax cannot be told from Adam's.
 
     Args:
       variables: one of: the optimizer itself, whose betas, epsilon and weight decay are then

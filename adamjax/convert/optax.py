@@ -228,9 +228,13 @@ def from_optax(
 
     Args:
       source_state: what the optax transform's `init` or `update` returned, of `adam`, `adamw`,
-        `nadam`, `amsgrad`, `adamax` and the transforms they are made of.
-      tx: a transform of ours, with the hyperparameters of the optax transform; optax's epsilon is
-        `eps`, 1e-8 by default.
+        `nadam`, `amsgrad`, `adamax` and the transforms they are made of. A state is known by its
+        class. One class serves optax's `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
+        `contrib.adopt`: which of them a state is of, only `tx` says.
+      tx: a transform of ours, with the hyperparameters of the optax transform. Those that
+        `inject_hyperparams` holds are compared; else a state says nothing of b1, b2, `eps`
+        (optax's epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
+        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
         hold none.
