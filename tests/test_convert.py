@@ -1629,13 +1629,17 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
     optimizer = torch.optim.Adam(model.named_parameters(prefix="module"), lr=0.1)
     for i, layer in enumerate(layers):
-        layer.weight.grad = torch.full((2, 2), i + 1.0)
+        layer.weight.grad = (i + 1.0) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     optimizer.step()
     kept = optimizer.state_dict()
     params = {"layers": {str(i): {"kernel": jnp.zeros((2, 2))} for i in range(12)}}
-    tx = adamjax.adam(0.1, eps=1e-8)
-    m = adamjax.get_slot(convert.from_torch(kept, tx, params), "m")
-    expected = {str(i): {"kernel": jnp.full((2, 2), 0.1 * (i + 1))} for i in range(12)}
+    tx, sizes = adamjax.adam(0.1, eps=1e-8), jnp.array([[1.0, 3.0], [2.0, 4.0]])
+    expected = {str(i): {"kernel": 0.1 * (i + 1) * sizes} for i in range(12)}
+
+    def convert_from(kept):
+        return convert.from_torch(kept, tx, params, adapt=lambda path, x: x.T)
+
+    m = adamjax.get_slot(convert_from(kept), "m")
     assert_close(m, {"layers": expected}, rtol=1e-6)
     # Keys that are names, as torch.distributed.checkpoint writes them.
     (group,) = kept["param_groups"]
@@ -1645,12 +1649,18 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
         "state": {names[i]: x for i, x in kept["state"].items()},
         "param_groups": [{**group, "params": names}],
     }
-    m = adamjax.get_slot(convert.from_torch(by_name, tx, params), "m")
-    assert_close(m, {"layers": expected}, rtol=1e-6)
-    state = convert.from_torch(kept, tx, params)
-    back = convert.to_torch(state, tx, params, kept)["state"]
+    state = convert_from(by_name)
+    assert_close(adamjax.get_slot(state, "m"), {"layers": expected}, rtol=1e-6)
+    back = convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x.T)["state"]
     for i, x in kept["state"].items():
         assert_same(back[i]["exp_avg"], x["exp_avg"].numpy())
+    # No shape shows that square kernels are transposed.
+    for refused in (
+        lambda: convert.from_torch(kept, tx, params),
+        lambda: convert.to_torch(state, tx, params, kept),
+    ):
+        with pytest.raises(ValueError, match=r"weights are the transposes of kernels.*adapt="):
+            refused()
 
 
 def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():

@@ -18,6 +18,7 @@ from adamjax.convert.common import (
     as_expected,
     into_ours,
     leaf_order,
+    leaves_by_path,
     new_ours,
     no_place_to_gather,
     numpy_array,
@@ -150,6 +151,22 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return names
 
 
+def _doubt_kernels(
+    source: Source, names: Sequence[str] | None, paths: Sequence[str | None], params: Tree
+) -> None:
+    """Doubts a square kernel that may be transposed there, which no shape shows."""
+    leaves = leaves_by_path(source.owner, params)
+    pairs = [(name, path) for name, path in zip(names or (), paths, strict=False) if path]
+    kernels = [path for name, path in pairs if name.endswith("weight") and path.endswith("kernel")]
+    shapes = [np.shape(leaves[path]) for path in kernels]
+    if kernels and all(len(set(shape)) == 1 < len(shape) for shape in shapes):
+        source.doubts.append(
+            f"torch's weights are the transposes of kernels, as of {kernels[0]!r}, and of square "
+            "ones no shape shows it: pass adapt=lambda path, x: x.T if path.endswith('kernel') "
+            "else x, or adapt=lambda path, x: x where they are not"
+        )
+
+
 def _read_torch(
     owner: str,
     state_dict: Mapping[str, Any],
@@ -157,8 +174,14 @@ def _read_torch(
     order: Sequence[str | None] | None,
     adapt: Callable[[str, np.ndarray], np.ndarray] | None,
     check: bool,
+    adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
-    """The state in the one form, and by path torch's key of the leaf."""
+    """The state in the one form, and by path torch's key of the leaf.
+
+    Args:
+      adapt: for the arrays that are read.
+      adapted: whether the user adapts arrays, these or those that are written.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
             f"{owner}: expected optimizer.state_dict() of torch, with 'state' and "
@@ -167,7 +190,10 @@ def _read_torch(
     source, keys, groups = Source(owner), {}, state_dict["param_groups"]
     said = [_group_facts(source, group) for group in groups]
     ids = [(key, i) for i, group in enumerate(groups) for key in group["params"]]
-    paths = leaf_order(owner, order, params, "torch", _names(owner, groups), check)
+    names = _names(owner, groups)
+    paths = leaf_order(owner, order, params, "torch", names, check)
+    if not adapted:
+        _doubt_kernels(source, names, paths, params)
     if len(ids) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(ids)} parameters, but "
@@ -241,7 +267,8 @@ def from_torch(
         floating leaves of `params` in their order (which for a dictionary is that of its sorted
         keys, and for a torch module that of its definition).
       adapt: gives an array the form of the leaf, for one that is transposed there, say
-        `lambda path, x: x.T if path.endswith("kernel") else x`.
+        `lambda path, x: x.T if path.endswith("kernel") else x`. Of square kernels shapes do not
+        show it; where torch's names show that they are weights, it must be given.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
@@ -262,7 +289,9 @@ def from_torch(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
-    source, _ = _read_torch("from_torch", state_dict, params, order, adapt, check)
+    source, _ = _read_torch(
+        "from_torch", state_dict, params, order, adapt, check, adapt is not None
+    )
     new = new_ours("from_torch", tx, params)
     return into_ours(source, TORCH, new, average, check, rtol)
 
@@ -308,7 +337,7 @@ def to_torch(
     >>> def tensors(x):  # optimizer.load_state_dict(jax.tree.map(tensors, new))
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
-    wanted, keys = _read_torch("to_torch", target, params, order, None, check)
+    wanted, keys = _read_torch("to_torch", target, params, order, None, check, adapt is not None)
     wanted.refuse_doubts(check)
     ours = Ours("to_torch", tx, state, params)
     source = ours.read()
