@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -1239,15 +1240,153 @@ def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
 
 
 def test_keras_optimizers_of_another_name(keras):
-    for make in (keras.optimizers.Adam, keras.optimizers.RMSprop):
-        options = {} if make is keras.optimizers.Adam else {"momentum": 0.9}
-        optimizer = built_keras(keras, make.__name__, name="mine", **options)
-        variables = [(v.path, np.asarray(v)) for v in optimizer.variables]
-        if make is keras.optimizers.Adam:
-            convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.ones(3)})
+    """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
+        optimizer = built_keras(keras, kind, name="mine", **options)
+        bare = [(v.name, np.asarray(v)) for v in optimizer.variables]
+        for variables, problem in [
+            (optimizer.variables, "an optimizer that is named 'mine'"),
+            (bare, "names of the variables do not say which optimizer"),
+        ]:
+            with pytest.raises(ValueError, match=problem):
+                convert.from_keras(variables, tx, params)
+        if kind == "Adam":
+            assert int(adamjax.step_count(convert.from_keras(optimizer, tx, params))) == 2
         else:
-            with pytest.raises(ValueError, match="velocities come before momenta"):
-                convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.ones(3)})
+            with pytest.raises(ValueError, match=rf"the optimizer is a keras.*{kind}: expected"):
+                convert.from_keras(optimizer, tx, params)
+    called_adam = built_keras(keras, "RMSprop", name="adam", momentum=0.9)
+    with pytest.raises(ValueError, match="velocities come before momenta"):
+        convert.from_keras(called_adam.variables, tx, params)
+
+
+def test_all_of_keras_optimizers_but_adams_are_refused(keras):
+    """Those of future versions too."""
+    taken, params = set(), {"w": jnp.ones(3)}
+    for name, kind in vars(keras.optimizers).items():
+        if not isinstance(kind, type) or name in ("Optimizer", "OptimizerMap", "MultiOptimizer"):
+            continue
+        optimizer = kind(keras.optimizers.Adam() if name == "LossScaleOptimizer" else 0.1)
+        optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+        txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
+        for given in (optimizer, optimizer.variables):
+            for tx in txs:
+                try:
+                    convert.from_keras(given, tx(0.1), params)
+                except ValueError as error:
+                    assert "from_keras: " in str(error)  # noqa: PT017
+                else:
+                    taken.add((name, tx.__name__))
+    expected = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("Nadam", "nadam")}
+    assert taken == expected
+
+
+def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
+    params = {"w": jnp.ones(3)}
+    for options, tx, problem in [
+        ({"beta_1": 0.8}, adamjax.adam(0.1), r"b1=0.8, tx has b1=0.9"),
+        ({"epsilon": 1e-5}, adamjax.adam(0.1), r"eps_hat=1e-05, tx has eps_hat=1e-07"),
+        ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 in"),
+        ({"gradient_accumulation_steps": 4}, None, r"does not fit accumulate_gradients of 2"),
+    ]:
+        optimizer = built_keras(keras, "Adam", **options)
+        tx = tx or adamjax.accumulate_gradients(adamjax.adam(0.1), 2)
+        with pytest.raises(ValueError, match=problem):
+            convert.from_keras(optimizer, tx, params)
+        convert.from_keras(optimizer, tx, params, check=False)
+
+
+def keras_layers(names, prefix="adam"):
+    """Variables of as many leaves of one shape, their moments the number of each."""
+    pairs = [(f"{prefix}/iteration", np.array(1)), (f"{prefix}/learning_rate", np.float32(RATE))]
+    for i, name in enumerate(names):
+        x = np.full(2, i + 1, np.float32)
+        pairs += [(f"{prefix}/{name}_momentum", x), (f"{prefix}/{name}_velocity", x)]
+    return pairs
+
+
+LAYERS = ["dense", *(f"dense_{i}" for i in range(1, 12))]
+
+
+def layered(names):
+    return {name: {"kernel": jnp.zeros(2)} for name in names}
+
+
+def test_variables_of_keras_are_taken_by_their_names():
+    """A dictionary has dense_10 in front of dense_2."""
+    params, tx = layered(LAYERS), adamjax.adam(RATE)
+    pairs = keras_layers([f"sequential_{name}_kernel" for name in LAYERS])
+    expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
+    # In the order of the slots, and of the variables sorted by name, too.
+    by_slot = sorted(pairs, key=lambda pair: pair[0].rsplit("_", 1)[-1])
+    for given in (pairs, by_slot, sorted(pairs), dict(pairs)):
+        state = convert.from_keras(given, tx, params)
+        assert_same(adamjax.get_slot(state, "m"), expected)
+        assert_same(adamjax.get_slot(state, "v"), expected)
+    values = convert.to_keras(state, tx, params, pairs)
+    assert_same(values[2:], [x for _, x in pairs[2:]])
+    # A list says no names: it is taken in its order.
+    state = convert.from_keras(pairs, tx, [jnp.zeros(2)] * len(LAYERS))
+    assert_same(adamjax.get_slot(state, "m"), [x["kernel"] for x in expected.values()])
+    order = [f"{name}/kernel" for name in LAYERS]
+    assert_same(adamjax.get_slot(convert.from_keras(pairs, tx, params, order=order), "m"), expected)
+    with pytest.raises(ValueError, match=r"order has 'dense_1/kernel' in the place of Keras's 's"):
+        convert.from_keras(pairs, tx, params, order=[*order[1::-1], *order[2:]])
+    other = keras_layers([f"conv_{i}" for i in range(12)])
+    with pytest.raises(ValueError, match=r"Keras names its parameters \['conv_0'.*give order="):
+        convert.from_keras(other, tx, params)
+    mixed = [*pairs[:-1], ("adam/sequential_dense_1_kernel_velocity", pairs[-1][1])]
+    with pytest.raises(ValueError, match=r"leaves of velocity are others than those of momentum"):
+        convert.from_keras(mixed, tx, params)
+    both = [*pairs[:-1], ("nadam/sequential_dense_11_kernel_velocity", pairs[-1][1])]
+    with pytest.raises(ValueError, match=r"of several optimizers, \['adam', 'nadam'\]"):
+        convert.from_keras(both, tx, params)
+
+
+@pytest.mark.parametrize("prefix", ["lamb", "my_own", "lazy_adam", "rectified_adam", "adam_mini"])
+def test_names_of_other_optimizers_are_refused(prefix):
+    pairs, params = keras_layers(["a"], prefix), {"a": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
+        convert.from_keras(pairs, adamjax.adam(RATE), params)
+    state = adamjax.adam(RATE).init(params)
+    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
+        convert.to_keras(state, adamjax.adam(RATE), params, pairs)
+    convert.from_keras(pairs, adamjax.adam(RATE), params, check=False)
+
+
+def test_numbered_names_of_keras_optimizers():
+    for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adam), ("AdamW", None)]:
+        convert.from_keras(keras_layers(["a"], prefix), (tx or adamjax.adam)(RATE), jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"those of nadam, but for adam expected"):
+        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
+
+
+def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
+    names = ["m", "v"], ["momentum", "velocity"]
+    for taken, (m, v) in zip((True, False), names, strict=True):
+        pairs = [("iteration:0", np.array(1))]
+        pairs += [(f"{role}/dense/kernel:0", np.ones(2, np.float32)) for role in (m, v)]
+        if taken:
+            convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
+        else:
+            with pytest.raises(ValueError, match="cannot tell what 'momentum/dense/kernel:0' is"):
+                convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
+
+
+def test_micro_batches_of_keras_in_another_number():
+    """The iteration counts them, and only gathered gradients show of how many a step is."""
+    params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
+
+    def pairs(iteration, gathered):
+        found = [("adam/iteration", np.array(iteration)), *keras_layers(["a"])[1:]]
+        return [*found, ("adam/a_gradient_accumulator", np.full(2, gathered, np.float32))]
+
+    assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
+    convert.from_keras(pairs(9, 0.5), tx, params)
+    for iteration, gathered in [(8, 0.5), (6, 0.0)]:
+        with pytest.raises(ValueError, match=r"does not fit accumulate_gradients of 4 steps"):
+            convert.from_keras(pairs(iteration, gathered), tx, params)
 
 
 def built_torch(name, named=False, **options):
@@ -1384,3 +1523,328 @@ def test_moments_that_no_gradients_leave_are_refused(change, message):
     convert.from_optax(state, tx, params)
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
         convert.from_optax((change(state[0]), *state[1:]), tx, params)
+
+
+def test_all_of_torch_optimizers_but_adams_are_refused(torch):
+    """Those of future versions too: they have keys of their own."""
+    taken, params = set(), [jnp.ones((3, 2))]
+    txs = {
+        "adam": adamjax.adam(0.1, eps=1e-8),
+        "amsgrad": adamjax.amsgrad(0.1, eps=1e-8),
+        "adamax": adamjax.adamax(0.1, eps=1e-8),
+        "nadam": adamjax.nadam(0.1, eps=1e-8),
+        "lazy": adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"),
+    }
+    for name, kind in vars(torch.optim).items():
+        if not isinstance(kind, type) or kind is torch.optim.Optimizer:
+            continue
+        options = {"weight_decay": 0.0} if name in ("AdamW", "Muon") else {}
+        options |= {"momentum_decay": 1.0} if name == "NAdam" else {}
+        kept = kind([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, **options).state_dict()
+        for key, tx in txs.items():
+            try:
+                state = convert.from_torch(kept, tx, params)
+            except ValueError as error:
+                assert "from_torch: " in str(error)  # noqa: PT017
+                with pytest.raises(ValueError, match="to_torch: "):
+                    convert.to_torch(tx.init(params), tx, params, kept)
+            else:
+                taken.add((name, key))
+                convert.to_torch(state, tx, params, kept)
+    adams = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("NAdam", "nadam")}
+    assert taken == {*adams, ("SparseAdam", "lazy")}
+
+
+TORCH_STRANGE = {
+    "a key of another optimizer": (
+        lambda s: s["param_groups"][0].update(bias_correction=True),
+        r"has the options \[.*'bias_correction'.*take keys of your own out",
+    ),
+    "a scheduler that moves betas": (
+        lambda s: s["param_groups"][0].update(max_momentum=0.95, base_momentum=0.85),
+        r"changes betas in each step",
+    ),
+    "a moment of another optimizer": (
+        lambda s: s["state"][0].update(exp_avg_var=np.ones(2)),
+        r"torch keeps \['exp_avg', 'exp_avg_sq', 'exp_avg_var', 'step'\] of 'a'",
+    ),
+    "no step": (lambda s: s["state"][0].pop("step"), r"torch keeps .* of 'a': expected 'step'"),
+    "half a step": (lambda s: s["state"][0].update(step=1.5), r"count of 'a' is 1.5, expected"),
+    "not a number": (
+        lambda s: s["state"][0].update(exp_avg=np.array([np.nan, 0.0])),
+        r"exp_avg has values that are not finite of 'a'",
+    ),
+    "integers": (
+        lambda s: s["state"][0].update(exp_avg=np.ones(2, int)),
+        r"m of 'a' is int64, expected floats",
+    ),
+    "keys that JSON made strings": (
+        lambda s: s.update(state={str(k): x for k, x in s["state"].items()}),
+        r"state has the keys \['0', '1'\], but its groups",
+    ),
+    "as many names as there are not": (
+        lambda s: s["param_groups"][0].update(param_names=["a"]),
+        r"1 param_names for 2 params",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_STRANGE)
+def test_strange_states_of_torch_are_refused(name):
+    change, message = TORCH_STRANGE[name]
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    kept = torch_state()
+    convert.from_torch(kept, tx, params)
+    change(kept)
+    with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
+        convert.from_torch(kept, tx, params)
+
+
+def test_what_schedulers_of_torch_note_for_themselves_is_harmless(torch):
+    params, tx = {"w": jnp.ones(2)}, adamjax.adam(0.1, eps=1e-8)
+    for cycle in (False, True):
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        options = {"max_lr": 0.1, "total_steps": 10, "div_factor": 1.0, "cycle_momentum": cycle}
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, **options)
+        if cycle:
+            with pytest.raises(ValueError, match=r"OneCycleLR, CyclicLR\) changes betas"):
+                convert.from_torch(optimizer.state_dict(), tx, params)
+        else:
+            convert.from_torch(optimizer.state_dict(), tx, params)
+
+
+def test_tensors_that_are_not_plain_are_refused():
+    class DTensor:
+        def detach(self):
+            raise AssertionError("not asked")
+
+    kept = torch_state(exp_avg=DTensor())
+    with pytest.raises(ValueError, match=r"exp_avg of 'a' is a .*DTensor, expected a plain tensor"):
+        convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
+
+
+def test_names_of_torch_modules_are_those_of_flax(torch):
+    """`weight` is `kernel`; names in front of all, as of a wrapper, do not matter."""
+    layers = [torch.nn.Linear(2, 2, bias=False) for _ in range(12)]
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+    optimizer = torch.optim.Adam(model.named_parameters(prefix="module"), lr=0.1)
+    for i, layer in enumerate(layers):
+        layer.weight.grad = (i + 1.0) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    optimizer.step()
+    kept = optimizer.state_dict()
+    params = {"layers": {str(i): {"kernel": jnp.zeros((2, 2))} for i in range(12)}}
+    tx, sizes = adamjax.adam(0.1, eps=1e-8), jnp.array([[1.0, 3.0], [2.0, 4.0]])
+    expected = {str(i): {"kernel": 0.1 * (i + 1) * sizes} for i in range(12)}
+
+    def convert_from(kept):
+        return convert.from_torch(kept, tx, params, adapt=lambda path, x: x.T)
+
+    m = adamjax.get_slot(convert_from(kept), "m")
+    assert_close(m, {"layers": expected}, rtol=1e-6)
+    # Keys that are names, as torch.distributed.checkpoint writes them.
+    (group,) = kept["param_groups"]
+    names = group["param_names"]
+    group = {key: x for key, x in group.items() if key != "param_names"}
+    by_name = {
+        "state": {names[i]: x for i, x in kept["state"].items()},
+        "param_groups": [{**group, "params": names}],
+    }
+    state = convert_from(by_name)
+    assert_close(adamjax.get_slot(state, "m"), {"layers": expected}, rtol=1e-6)
+    back = convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x.T)["state"]
+    for i, x in kept["state"].items():
+        assert_same(back[i]["exp_avg"], x["exp_avg"].numpy())
+    # No shape shows that square kernels are transposed.
+    for refused in (
+        lambda: convert.from_torch(kept, tx, params),
+        lambda: convert.to_torch(state, tx, params, kept),
+    ):
+        with pytest.raises(ValueError, match=r"weights are the transposes of kernels.*adapt="):
+            refused()
+
+
+def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    kept = torch_state({"maximize": True, "weight_decay": 0.5})
+    parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
+    adam = adamjax.adam(RATE, eps=1e-8)
+    convert.from_torch(kept, adamjax.chain(*parts, adam), params)
+    with pytest.raises(ValueError, match=r"negated behind their weight decay: begin tx with"):
+        convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
+
+
+def test_a_rate_that_is_scaled_is_another_rate():
+    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    with pytest.raises(ValueError, match=r"rate of 0.0625, tx has 0.03125 for the next step"):
+        convert.from_torch(torch_state(), adamjax.chain(adam, adamjax.scale(0.5)), params)
+    parts = adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-RATE)
+    convert.from_torch(torch_state(), adamjax.chain(*parts), params)
+
+
+# --- all of optax ---------------------------------------------------------------------------------
+
+# Whose states are of Adam's class, so that only `tx` says which rule they are of.
+LIKE_ADAM = {
+    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "lamb", "yogi", "adopt"),
+}
+
+
+def optax_optimizers():
+    for module in (optax, optax.contrib):
+        for name, make in sorted(vars(module).items()):
+            if callable(make) and not isinstance(make, type) and not name.startswith("_"):
+                try:
+                    parameters = inspect.signature(make).parameters
+                except (TypeError, ValueError):
+                    continue
+                if "learning_rate" in parameters:
+                    yield name, make
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_of_optax_but_adams_are_refused():
+    """Those of future versions too, but where they keep states of Adam's class."""
+    params, taken, seen = {"w": jnp.ones((3, 2))}, set(), 0
+    txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
+    for name, make in optax_optimizers():
+        try:
+            theirs = make(learning_rate=0.1)
+            state = theirs.init(params)
+        except (AttributeError, TypeError, ValueError):
+            continue  # one that asks for more
+        seen += 1
+        for tx in txs:
+            ours = tx(0.1, eps=1e-8)
+            try:
+                convert.from_optax(state, ours, params, rtol=10.0)
+            except ValueError as error:
+                assert "from_optax: " in str(error)  # noqa: PT017
+                if name not in LIKE_ADAM:
+                    with pytest.raises(ValueError, match="to_optax: "):
+                        convert.to_optax(ours.init(params), ours, params, state, rtol=10.0)
+            else:
+                taken.add((name, tx.__name__))
+    assert seen > 20
+    assert {name for name, tx in taken if tx == "amsgrad"} == {"amsgrad"}
+    others = {name for name, tx in taken if tx != "amsgrad"}
+    assert {"adam", "adamw", "adamax"} <= others <= LIKE_ADAM
+
+
+class MyState(NamedTuple):
+    """As Adam's, of something else."""
+
+    count: jax.Array
+    mu: dict
+    nu: dict
+
+
+class MyWrapper(NamedTuple):
+    inner_state: tuple
+
+
+def injected(**options):
+    return optax.inject_hyperparams(optax.adamw, static_args="mask")(RATE, **options)
+
+
+def clipped(max_norm, learning_rate):
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate))
+
+
+OPTAX_STRANGE = {
+    "a class from elsewhere": (
+        lambda: MyState(*old_state()[0]),
+        r"no moments of the leaf 'a'.*its .*MyState is no state that is known",
+    ),
+    "a wrapper from elsewhere": (lambda: MyWrapper(old_state()), r"no moments.*MyWrapper"),
+    "real and imaginary parts": (
+        lambda: old_state(tx=optax.contrib.split_real_and_imaginary(OLD)),
+        r"no moments.*SplitRealAndImaginaryState",
+    ),
+    "look ahead": (
+        lambda: optax.lookahead(OLD, 5, 0.5).init(
+            optax.LookaheadParams.init_synced(jax.tree.map(jnp.asarray, PARAMS))
+        ),
+        r"no moments.*LookaheadState is no state that is known",
+    ),
+    "an average of gradients": (
+        lambda: old_state(tx=optax.chain(optax.ema(0.9), OLD)),
+        r"no place for a EmaState",
+    ),
+    "a schedule of b1": (
+        lambda: old_state(tx=injected(b1=lambda count: 0.9)),
+        r"calls a schedule for b1, which does not change between steps here",
+    ),
+    "another weight decay": (
+        lambda: old_state(tx=injected(weight_decay=0.5)),
+        r"a weight decay of 0.5, tx has 0 in front",
+    ),
+    "a hyperparameter of something else": (
+        lambda: old_state(tx=optax.inject_hyperparams(clipped)(2.0, RATE)),
+        r"optax has max_norm=2.0, tx has no such max_norm: build tx with a transform that has",
+    ),
+    "micro-batches that are skipped": (
+        lambda: old_state(
+            tx=optax.MultiSteps(
+                OLD, 4, should_skip_update_fn=optax.skip_not_finite
+            ).gradient_transformation(),
+            count=0,
+        ),
+        r"MultiSteps skips some micro-batches",
+    ),
+    "several runs": (
+        lambda: jax.tree.map(lambda x: jnp.stack([x, x]), old_state()),
+        r"the count of 'a' is .*convert the states of several runs one by one",
+    ),
+    "not finite": (
+        lambda: jax.tree.map(
+            lambda x: x if x.dtype == jnp.int32 else jnp.full_like(x, jnp.inf), old_state()
+        ),
+        r"mu has values that are not finite of 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX_STRANGE)
+def test_strange_states_of_optax_are_refused(name):
+    make, message = OPTAX_STRANGE[name]
+    tx = adamjax.adam(RATE, eps=1e-8)
+    with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
+        convert.from_optax(make(), tx, jax.tree.map(jnp.asarray, PARAMS))
+
+
+def test_hyperparameters_that_are_injected_are_found_in_tx():
+    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    state = old_state(tx=optax.inject_hyperparams(clipped)(2.0, RATE))
+    convert.from_optax(state, adamjax.chain(adamjax.clip_by_global_norm(2.0), adam), params)
+    with pytest.raises(ValueError, match=r"max_norm=2.0, tx has no such max_norm"):
+        convert.from_optax(state, adamjax.chain(adamjax.clip_by_global_norm(1.0), adam), params)
+
+
+def test_an_injected_decay_may_be_masked():
+    """The mask is not in the state: that some leaf decays is compared."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = old_state(tx=injected(weight_decay=0.5, mask={"a": True, "b": False}))
+    masked = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.5, mask="^a")
+    convert.from_optax(state, masked, params)
+    for decay in (0.25, 0.0):
+        with pytest.raises(ValueError, match=r"weight decay of 0.5"):
+            convert.from_optax(
+                state, adamjax.adamw(RATE, eps=1e-8, weight_decay=decay, mask="^a"), params
+            )
+
+
+def test_more_micro_batches_than_a_step_takes():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
+    tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
+    with pytest.raises(ValueError, match=r"gathered 3 micro-batches.*tx takes one of every 2"):
+        convert.from_optax(state, tx, params)
+
+
+def test_a_state_from_elsewhere_of_other_shapes_is_not_copied():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    turned = {name: x[:, None] for name, x in params.items()}
+    state = optax.trace(0.9).init(turned), *old_state()
+    tx = adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))
+    with pytest.raises(ValueError, match=r"the source has no TraceState of these shapes"):
+        convert.from_optax(state, tx, params)

@@ -2,11 +2,17 @@
 
 What a system keeps is read into one form, by the path of a leaf: its moments, and the steps that
 they have taken. From that form a state is filled, ours or theirs. Neither optax nor Keras nor
-torch is imported: what a state holds is told by the names of its fields.
+torch is imported: what a state holds is told by the classes of optax' states, the class or name
+of a Keras optimizer, and the keys of torch's groups. What is not known by these is refused.
 
 A conversion is refused, with the leaf's path and what to do, where the run would not go on as it
 would have:
 
+- **Another optimizer**, as far as it shows: AdaBelief, RMSprop, Lamb, RAdam and others keep what
+  looks alike. optax' RAdam, LAMB, Yogi and ADOPT have states of Adam's class, and arrays of Keras
+  without names do not say whose they are; of these, moments that no gradients can leave with the
+  betas of `tx` are refused, and the rest cannot be told.
+- **Leaves in another order**, where names show it (torch's `param_names`, Keras' variables).
 - **A form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and torch's
   SparseAdam to the root (`eps_hat`). The rule of `tx` must have theirs.
 - **Hyperparameters**, as far as the source says them: torch's groups, what optax's

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class _System(NamedTuple):
       eps_inside: whether Adamax' epsilon is inside the maximum.
       corrected_maximum: whether AMSGrad's maximum is over corrected moments.
       plain_nadam: whether Nadam's momentum is the same in each step.
+      unsaid: which hyperparameters a state may not say, and what they are by default.
     """
 
     name: str
@@ -77,6 +79,7 @@ class _System(NamedTuple):
     eps_inside: bool = False
     corrected_maximum: bool = False
     plain_nadam: bool = False
+    unsaid: str = ""
 
 
 def _named(m: str, v: str, v_max: str, u: str) -> dict[str, dict[str, str]]:
@@ -91,14 +94,35 @@ def _named(m: str, v: str, v_max: str, u: str) -> dict[str, dict[str, str]]:
 
 _KINDS = ("adam", "amsgrad", "nadam", "adamax")
 _INSIDE = dict.fromkeys(_KINDS, "eps")
-OPTAX = _System("optax", _named("mu", "nu", "nu_max", "nu"), _INSIDE, True, True, True)
+OPTAX = _System(
+    "optax",
+    _named("mu", "nu", "nu_max", "nu"),
+    _INSIDE,
+    eps_inside=True,
+    corrected_maximum=True,
+    plain_nadam=True,
+    unsaid=(
+        "an optax state, outside of inject_hyperparams, does not say eps, eps_root, b1, b2, the "
+        "rate and the weight decay (or its mask), so they are not compared: by default eps=1e-8, "
+        "eps_root=0, b1=0.9, b2=0.999, and weight_decay=1e-4 in optax.adamw, 0.004 in "
+        "adamjax.adamw"
+    ),
+)
 TORCH = _System(
-    "torch", _named("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"), _INSIDE, True
+    "torch",
+    _named("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
+    _INSIDE,
+    eps_inside=True,
 )
 KERAS = _System(
     "Keras",
     _named("momentum", "velocity", "velocity_hat", "norm"),
     {**_INSIDE, "adam": "eps_hat", "amsgrad": "eps_hat"},
+    unsaid=(
+        "Keras' variables do not say beta_1, beta_2, epsilon, the weight decay or clips, so none "
+        "of them is compared: Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
+        "weight_decay=0.004 in AdamW; the optimizer itself in their place says the first four"
+    ),
 )
 
 
@@ -123,18 +147,6 @@ class Kept:
     rule: Any = None
 
 
-def steps_taken(owner: str, what: str, x: Any) -> int:
-    """A count of steps, or an error where it is none."""
-    value = np.asarray(numpy_array(x), np.float64)
-    if value.shape != () or not np.isfinite(value) or value < 0 or value != np.floor(value):
-        raise ValueError(
-            f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least 0"
-        )
-    if value > np.iinfo(np.int32).max:
-        raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
-    return int(value)
-
-
 class Count(NamedTuple):
     """A number of steps counted outside of a rule, and the leaves it is of; `None`: all."""
 
@@ -153,6 +165,8 @@ class Source:
       gathered: micro-batches since the last step, and the sums of their gradients by path.
       skipped: steps that were not taken.
       others: states of transforms that are neither ours nor known.
+      doubts: why the run may not go on as before, each with its mend: refused where a check is
+        wanted.
     """
 
     owner: str
@@ -162,6 +176,7 @@ class Source:
     gathered: tuple[int, dict[str, Any]] | None = None
     skipped: int | None = None
     others: list[Any] = dataclasses.field(default_factory=list)
+    doubts: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, kept: Kept) -> None:
         self.kept.setdefault(path, []).append(kept)
@@ -179,6 +194,13 @@ class Source:
                 "chain of their own with partition"
             )
         return found.pop() if found else 0
+
+    def refuse_doubts(self, check: bool) -> None:
+        if check and self.doubts:
+            raise ValueError(
+                f"{self.owner}: {self.doubts[0]}, or pass check=False to take the arrays all the "
+                "same"
+            )
 
 
 def _meet(a: Iterable[str] | None, b: Iterable[str] | None) -> bool:
@@ -198,9 +220,9 @@ def kind_of(state: Any) -> str:
     return "adam" if state.momentum_product is None else "nadam"
 
 
-def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """The leaves that are there and are floats, by path, which no two may share."""
-    pairs = zip(unique_paths("convert", tree), flatten(tree)[0], strict=True)
+def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
+    """The leaves that are there and are floats, by path; two leaves of one path are refused."""
+    pairs = zip(unique_paths(owner, tree), flatten(tree)[0], strict=True)
     return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
 
 
@@ -237,6 +259,7 @@ class Ours:
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
         self.owner, self.state, self.params = owner, state, params
+        unique_paths(owner, params)
         self.tx = as_transform(tx)
         self.parts = list(walk(self.tx, state, params))
         for part in self.parts:
@@ -255,7 +278,7 @@ class Ours:
     def leaves(self, state: Any) -> frozenset[str] | None:
         """The paths that the transform of this state sees."""
         part = self.part(state)
-        return None if part is None else frozenset(leaves_by_path(part.params))
+        return None if part is None else frozenset(leaves_by_path(self.owner, part.params))
 
     def read(self) -> Source:
         """The state in the one form, with our names of slots."""
@@ -265,18 +288,21 @@ class Ours:
 
     def _read(self, x: Any, source: Source) -> None:
         if isinstance(x, RULES):
-            trees = {name: leaves_by_path(getattr(x, name)) for name in x.slots}
+            trees = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
             product, part = getattr(x, "momentum_product", None), self.part(x)
             rule = None if part is None else part.tx
+            count = steps_taken(self.owner, "a rule", x.count)
             for path in trees["m"]:
                 slots = {name: tree[path] for name, tree in trees.items()}
-                source.add(path, Kept(int(x.count), slots, (kind_of(x),), product, rule=rule))
+                source.add(path, Kept(count, slots, (kind_of(x),), product, rule=rule))
         elif isinstance(x, ScheduleState):
-            source.counts.append(Count(int(x.count), self.leaves(x)))
+            steps = steps_taken(self.owner, "a schedule", x.count)
+            source.counts.append(Count(steps, self.leaves(x)))
         elif isinstance(x, WeightEmaState):
-            source.average = {**(source.average or {}), **leaves_by_path(x.average)}
+            average = leaves_by_path(self.owner, x.average)
+            source.average = {**(source.average or {}), **average}
         elif isinstance(x, AccumulateGradientsState):
-            source.gathered = int(x.micro_count), leaves_by_path(x.total)
+            source.gathered = int(x.micro_count), leaves_by_path(self.owner, x.total)
             self._read(x.inner, source)
         elif isinstance(x, SkipNotFiniteState):
             source.skipped = (source.skipped or 0) + int(x.skipped)
@@ -297,6 +323,19 @@ class Ours:
             source.others.append(x)
 
 
+def _class(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+
+    def avals(tree: Any) -> list[Any]:
+        return [(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+
+    return (jax.tree.structure(a), avals(a)) == (jax.tree.structure(b), avals(b))
+
+
 # --- filling --------------------------------------------------------------------------------------
 
 
@@ -314,10 +353,15 @@ class Filling:
         if i >= len(found):
             has = "no moments" if not found else f"the moments of {len(found)} rule(s) only"
             known = sorted(self.source.kept)
+            mend = "keep the rule from this leaf with masked or partition, or name leaves alike"
+            if self.others:
+                mend = (
+                    f"its {_class(self.others[0])} is no state that is known here: convert one "
+                    "of Adam, AMSGrad, Nadam or Adamax"
+                )
             raise ValueError(
                 f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "
-                f"{known[:5]}{' and others' if len(known) > 5 else ''}): keep the rule from this "
-                "leaf with masked or partition, or name leaves alike"
+                f"{known[:5]}{' and others' if len(known) > 5 else ''}): {mend}"
             )
         self.taken[path] = i + 1
         return found[i]
@@ -345,6 +389,11 @@ class Filling:
                 "or is one of the two transposed?"
             )
         old, new = np.dtype(x.dtype), np.dtype(like.dtype)
+        if not jnp.issubdtype(old, jnp.inexact):
+            raise ValueError(
+                f"{self.owner}: {name} of {path!r} is {old.name}, expected floats like "
+                f"{new.name}: is it this optimizer's array?"
+            )
         if jnp.issubdtype(old, jnp.complexfloating) != jnp.issubdtype(new, jnp.complexfloating):
             raise ValueError(
                 f"{self.owner}: {name} of {path!r} is {old.name}, expected {new.name}: of a "
@@ -378,11 +427,12 @@ class Filling:
     def other(self, like: Any) -> Any:
         """The source's state of a transform that is neither ours nor known."""
         for i, x in enumerate(self.others):
-            if type(x) is type(like) and (jax.tree.structure(x),) == (jax.tree.structure(like),):
+            if type(x) is type(like) and _alike(x, like):
                 del self.others[i]
                 return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
         raise ValueError(
-            f"{self.owner}: the source has no {type(like).__name__}, which is to be filled; "
+            f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes, "
+            f"which is to be filled, a {_class(like)}; "
             "leave that transform out, or start it anew and set its state by hand"
         )
 
@@ -398,7 +448,7 @@ class Filling:
         if self.others:
             raise ValueError(
                 f"{self.owner}: there is no place for a {type(self.others[0]).__name__} of the "
-                "source: convert chains of the same transforms"
+                f"source (a {_class(self.others[0])}): convert chains of the same transforms"
             )
 
 
@@ -408,63 +458,13 @@ class Filling:
 def as_expected(owner: str, system: _System, kind: str, path: str, kept: Kept) -> None:
     """Refuses what another rule has kept."""
     wanted = set(system.names[kind].values())
-    if kept.slots is not None and (set(kept.slots) != wanted or kind not in kept.kinds):
+    keeps = "nothing so far" if kept.slots is None else sorted(kept.slots)
+    if kind not in kept.kinds or (kept.slots is not None and set(kept.slots) != wanted):
         of = "" if len(kept.kinds) == len(_KINDS) else f", those of {' or '.join(kept.kinds)}"
         raise ValueError(
-            f"{owner}: {system.name} keeps {sorted(kept.slots)} of {path!r}{of}, but for {kind} "
+            f"{owner}: {system.name} keeps {keeps} of {path!r}{of}, but for {kind} "
             f"expected {sorted(wanted)}: build both with the same rule"
         )
-
-
-def _expect_moments(
-    owner: str,
-    system: _System,
-    rule: Any,
-    kind: str,
-    path: str,
-    count: int,
-    slots: Mapping[str, Any],
-) -> None:
-    """Refuses what no sequence of gradients can have left in the slots of a rule.
-
-    The gradients' sizes bound their average: by Cauchy and Schwarz m**2 <= c * v, with c the sum
-    over k of `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`, and for Adamax m <= c * u.
-    """
-
-    def refuse(what: str) -> None:
-        raise ValueError(
-            f"{owner}: {what} of {path!r}, which {kind} cannot have: is this the state of another "
-            f"optimizer of {system.name}, or are the leaves in another order? check=False takes it"
-        )
-
-    wide = {
-        name: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
-        for name, x in slots.items()
-    }
-    for name, x in wide.items():
-        theirs = system.names[kind][name]
-        if name != "m" and np.any(np.real(x) < 0):
-            refuse(f"{theirs} has values below 0")
-        if count == 0 and np.any(x != 0):
-            refuse(f"{theirs} is not 0 after 0 steps")
-    m, size = np.abs(wide["m"]), wide["u"] if kind == "adamax" else wide["v"]
-    size, b1, b2 = np.real(size), float(rule.b1), float(rule.b2)
-    if kind == "amsgrad" and np.any(wide["v_max"] < 0.99 * size) and not system.corrected_maximum:
-        refuse(f"{system.names[kind]['v_max']} is below {system.names[kind]['v']}")
-    if kind == "adamax":
-        ratio, bound = b1 / b2 if b2 else math.inf, 1 - b1
-    else:
-        ratio = b1**2 / b2 if b2 else math.inf
-        bound = (1 - b1) ** 2 / (1 - b2)
-        # Squares below the smallest float are not there any more.
-        size = np.sqrt(size + 1e-36)
-    if ratio < 1:
-        most = bound / (1 - ratio)
-        most = most if kind == "adamax" else math.sqrt(most)
-        # Twice, as moments may be rounded to few bits.
-        if np.any(m > 2 * most * size + 1e-18):
-            names = [system.names[kind][name] for name in ("m", "u" if kind == "adamax" else "v")]
-            refuse(f"{names[0]} is larger than {names[1]} allows")
 
 
 def _close(
@@ -494,6 +494,80 @@ def _close(
     return 0.0, ""
 
 
+def _bound(kind: str, rule: Any) -> float:
+    """The largest m / sqrt(v), or m / u of Adamax, that any gradients can leave.
+
+    By Cauchy and Schwarz, m**2 <= c * v with c the sum over k of
+    `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`; and m <= c * u with c that of
+    `(1 - b1) * b1**k / b2**k`.
+    """
+    b1, b2 = float(rule.b1), float(rule.b2)
+    falls = math.inf if b2 == 0 else b1 / b2 if kind == "adamax" else b1 * b1 / b2
+    if falls >= 1 or b2 >= 1:
+        return math.inf
+    if kind == "adamax":
+        return (1 - b1) / (1 - falls)
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - falls))
+
+
+def _expect_moments(
+    owner: str,
+    system: _System,
+    rule: Any,
+    kind: str,
+    path: str,
+    count: int,
+    slots: Mapping[str, Any],
+) -> None:
+    """Refuses what no sequence of gradients can have left in the slots of a rule.
+
+    Args:
+      rule: the rule, with whose betas the moments must agree; `None`: of any betas.
+      slots: by our names.
+    """
+    names = system.names[kind]
+
+    def refuse(what: str) -> None:
+        raise ValueError(
+            f"{owner}: {what} of {path!r}, which {kind} cannot have: is this the state of another "
+            f"optimizer of {system.name} or of other betas, or are the leaves in another order? "
+            "check=False takes it"
+        )
+
+    # Where they are: NumPy's in NumPy, and those of JAX perhaps on the devices of other processes.
+    on_device = all(isinstance(x, jax.Array) for x in slots.values())
+    xp: Any = jnp if on_device else np
+    for name, x in slots.items():
+        if not bool(xp.all(xp.isfinite(x))):
+            refuse(f"{names[name]} has values that are not finite")
+        if name != "m" and bool(xp.any(xp.real(x) < 0)):
+            refuse(f"{names[name]} has values below 0")
+        if count == 0 and bool(xp.any(x != 0)):
+            refuse(f"{names[name]} is not 0 after 0 steps")
+    if len({np.shape(x) for x in slots.values()}) > 1:
+        return  # refused where it is filled in
+
+    def wide(x: Any) -> Any:
+        return xp.abs(x).astype(np.float32 if _narrow(xp.real(x)) else np.float64)
+
+    m, size = wide(slots["m"]), wide(slots["u" if kind == "adamax" else "v"])
+    largest = kind == "amsgrad" and not system.corrected_maximum
+    if largest and bool(xp.any(wide(slots["v_max"]) < 0.99 * size)):
+        refuse(f"{names['v_max']} is below {names['v']}")
+    if rule is None:
+        return
+    most = _bound(kind, rule)
+    # Squares below the smallest float are not there any more.
+    size = size + float(rule.eps or 0) if kind == "adamax" else xp.sqrt(size + _VANISHED)
+    # Twice, as moments may be rounded to few bits.
+    if math.isfinite(most) and bool(xp.any(m > 2 * most * size + 1e-18)):
+        refuse(f"{names['m']} is larger than {names['u' if kind == 'adamax' else 'v']} allows")
+
+
+# What a second moment may have lost of squares too small for a float32.
+_VANISHED = 1e-34
+
+
 class Translation:
     """Another system's slots from ours and back."""
 
@@ -516,11 +590,11 @@ class Translation:
         as_expected(self.filling.owner, self.system, kind, path, kept)
         if kept.slots is None:
             return None
-        if self.filling.check and rule is not None:
-            ours = {name: kept.slots[theirs] for name, theirs in self.system.names[kind].items()}
-            _expect_moments(self.filling.owner, self.system, rule, kind, path, kept.count, ours)
         slots = {name: kept.slots[theirs] for name, theirs in self.system.names[kind].items()}
         self._refuse(rule, kind, path, kept.count, slots["m"], slots.get("u"))
+        if self.filling.check:
+            owner, count = self.filling.owner, kept.count
+            _expect_moments(owner, self.system, rule, kind, path, count, slots)
         if kind == "adamax" and self.system.eps_inside:
             u = np.asarray(slots["u"], np.float64) - float(rule.eps)
             slots["u"] = np.maximum(u, 0).astype(np.float32 if _narrow(slots["u"]) else np.float64)
@@ -531,6 +605,9 @@ class Translation:
         kept = self.filling.take(path)
         (kind,) = kept.kinds
         slots = dict(kept.slots or {})
+        if self.filling.check:
+            owner, count = self.filling.owner, kept.count
+            _expect_moments(owner, self.system, None, kind, path, count, slots)
         if kind == "adamax" and self.system.eps_inside:
             u = np.asarray(slots["u"], np.float64) + float(kept.rule.eps)
             # Before the first step there is no maximum.
@@ -562,7 +639,7 @@ class Said:
     def __init__(self, ours: Ours, system: _System) -> None:
         self.ours, self.system = ours, system
         parts = [part for part in ours.parts if not part.tx.parts]
-        self.parts = [(part, frozenset(leaves_by_path(part.params))) for part in parts]
+        self.parts = [(part, frozenset(leaves_by_path(ours.owner, part.params))) for part in parts]
         self.places = {path: i for i, path in enumerate(leaf_paths(ours.params))}
 
     def check(self, kept: dict[str, list[Kept]]) -> None:
@@ -573,13 +650,15 @@ class Said:
             if len(rules) == len(several):
                 for i, one in zip(rules, several, strict=True):
                     self._check_rule(path, route[i], one.facts)
-                    self._check_sign(path, route[:i], one.facts)
+                    self._check_direction(path, route[:i], one.facts)
+                    self._check_more(path, route, one.facts)
                 self._check_rates(path, route, rules[-1], several[-1].facts)
 
-    def _refuse(self, path: str, theirs: str, ours: str, mend: str) -> None:
+    def _refuse(self, path: str, theirs: str, ours: str, mend: str, unsaid: bool = False) -> None:
+        more = f". Note: {self.system.unsaid}" if unsaid and self.system.unsaid else ""
         raise ValueError(
             f"{self.ours.owner}: {path!r}: {self.system.name} has {theirs}, tx has {ours}: {mend}, "
-            "or pass check=False to go on otherwise from here"
+            f"or pass check=False to go on otherwise from here{more}"
         )
 
     def _check_rule(self, path: str, part: Part, facts: dict[str, Any]) -> None:
@@ -593,12 +672,7 @@ class Said:
             other = "eps" if form == "eps_hat" else "eps_hat"
             ours = f"{other}={getattr(rule, other)}"
             mend = f"build tx with {value}"
-            if self.system is OPTAX:
-                mend += (
-                    ", and with the rest that an optax state does not say either: b1, b2, the rate "
-                    "and the weight decay (optax.adamw's is 1e-4 by default, adamjax.adamw's 0.004)"
-                )
-            self._refuse(path, f"epsilon {where} ({theirs})", ours, mend)
+            self._refuse(path, f"epsilon {where} ({theirs})", ours, mend, unsaid=eps is None)
         numbers = {"b1": rule.b1, "b2": rule.b2, "eps": getattr(rule, form)}
         for name, value in numbers.items():
             if name in facts and not same_value(facts[name], value):
@@ -616,43 +690,70 @@ class Said:
                 path, "rows that stand still without a gradient", rows, "build it with rows='lazy'"
             )
 
-    def _check_sign(self, path: str, front: Sequence[Part], facts: dict[str, Any]) -> None:
+    def _check_direction(self, path: str, front: list[Part], facts: dict[str, Any]) -> None:
         """Compares whose gradients are negated in front of the rule, as torch does to maximize."""
         if "maximize" not in facts:
             return
-        signs = [p.tx.factor < 0 for p in front if isinstance(p.tx, scale)]
-        if bool(facts["maximize"]) != (sum(map(bool, signs)) % 2 == 1):
-            here = "gradients that are negated in front of the rule" if any(signs) else "none"
-            mend = "begin tx with scale(-1.0)" if facts["maximize"] else "leave out that scale"
-            self._refuse(path, f"maximize={bool(facts['maximize'])}", here, mend)
+        signs = [i for i, p in enumerate(front) if isinstance(p.tx, scale) and p.tx.factor < 0]
+        maximize = bool(facts["maximize"])
+        late = bool(signs) and bool(self._decay(path, front[: signs[-1]]))
+        if maximize != (len(signs) % 2 == 1) or late:
+            here = "gradients that are negated in front of the rule" if signs else "none"
+            here = "gradients that are negated behind their weight decay" if late else here
+            mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
+            self._refuse(path, f"maximize={maximize}", here, mend)
+
+    def _check_more(self, path: str, route: list[Part], facts: dict[str, Any]) -> None:
+        """Hyperparameters that are no rule's: some part of tx must have one of that name."""
+        for name, value in facts.get("more", {}).items():
+            ours = [getattr(part.tx, name, None) for part in route]
+            numbers = [x for x in ours if x is not None and not callable(x) and np.ndim(x) == 0]
+            if np.ndim(value) or not any(same_value(value, x) for x in numbers):
+                theirs = f"{name}={np.asarray(value)}"
+                mend = f"build tx with a transform that has {theirs}"
+                self._refuse(path, theirs, f"no such {name}", mend)
 
     def _check_rates(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> None:
-        rates = [p for p in route if isinstance(p.tx, scale_by_learning_rate)]
-        if len(rates) == 1 and facts.get("learning_rate") is not None:
-            now = rate_at(rates[0].tx.learning_rate, rates[0].state.count)  # type: ignore[attr-defined]
-            now = now.at(path) if isinstance(now, by_path) else now
-            if not same_value(facts["learning_rate"], now):
+        if facts.get("learning_rate") is not None:
+            now = self._rate(path, route[rule:])
+            if now is not None and not same_value(facts["learning_rate"], now):
                 theirs = f"a learning rate of {float(facts['learning_rate']):g}"
                 mend = "build tx with that rate (by_path, for one a leaf)"
                 self._refuse(path, theirs, f"{float(now):g} for the next step", mend)
-        if "weight_decay" in facts:
-            front = self._decay(path, route[:rule])
-            behind = self._decay(path, route[rule:])
-            wd, decoupled = float(facts["weight_decay"]), facts.get("decoupled")
-            fits = (
-                [(0.0, wd), (wd, 0.0)]
-                if decoupled is None
-                else [(0.0, wd) if decoupled else (wd, 0.0)]
+        if "weight_decay" in facts and not self._decays(path, route, rule, facts):
+            wd = float(facts["weight_decay"])
+            where = (
+                "in front of the rule (in its moments)"
+                if facts.get("decoupled") is False
+                else "behind the rule"
             )
-            if not any(same_value(front, a) and same_value(behind, b) for a, b in fits):
-                where = (
-                    "in front of the rule (in its moments)"
-                    if decoupled is False
-                    else "behind the rule"
-                )
-                theirs = f"a weight decay of {wd:g}"
-                ours = f"{front:g} in front of its rule and {behind:g} behind it"
-                self._refuse(path, theirs, ours, f"put add_decayed_weights({wd:g}) {where}")
+            front, behind = self._decay(path, route[:rule]), self._decay(path, route[rule:])
+            ours = f"{front:g} in front of its rule and {behind:g} behind it"
+            mend = f"put add_decayed_weights({wd:g}) {where}"
+            self._refuse(path, f"a weight decay of {wd:g}", ours, mend)
+
+    def _decays(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> bool:
+        """Whether a leaf decays as there."""
+        front, behind = self._decay(path, route[:rule]), self._decay(path, route[rule:])
+        wd, decoupled = float(facts["weight_decay"]), facts.get("decoupled")
+        fits = {None: [(0.0, wd), (wd, 0.0)], True: [(0.0, wd)], False: [(wd, 0.0)]}[decoupled]
+        if facts.get("masks_decay"):
+            # Which leaves decay is not said: at least one does.
+            parts = [p for p in self.ours.parts if isinstance(p.tx, add_decayed_weights)]
+            if any(same_value(self._decay(other, parts), wd) for other in self.places):
+                fits.append((0.0, 0.0))
+        return any(same_value(front, a) and same_value(behind, b) for a, b in fits)
+
+    def _rate(self, path: str, route: Sequence[Part]) -> Any:
+        """What the next step is multiplied by, downhill; `None` where nothing says."""
+        factors: list[float] = []
+        for part in route:
+            if isinstance(part.tx, scale_by_learning_rate):
+                rate = rate_at(part.tx.learning_rate, part.state.count)
+                factors.append(-float(rate.at(path) if isinstance(rate, by_path) else rate))
+            elif isinstance(part.tx, scale):
+                factors.append(float(part.tx.factor))
+        return -math.prod(factors) if factors else None
 
     def _decay(self, path: str, route: Sequence[Part]) -> float:
         found = [p for p in route if isinstance(p.tx, add_decayed_weights)]
@@ -678,6 +779,12 @@ class _IntoOurs:
                 raise ValueError(
                     f"{self.owner}: the source has gathered {source.gathered[0]} micro-batches "
                     "since its last step: wrap tx in accumulate_gradients, or convert after a step"
+                )
+            if steps and source.gathered[0] >= int(steps[0]) and check:
+                raise ValueError(
+                    f"{self.owner}: the source has gathered {source.gathered[0]} micro-batches "
+                    f"since its last step, but tx takes one of every {int(steps[0])}: wrap it in "
+                    "accumulate_gradients of as many steps, or pass check=False"
                 )
             self.calls = (int(steps[0]), source.gathered[0]) if steps else self.calls
 
@@ -730,7 +837,7 @@ class _IntoOurs:
 
     def _rule(self, x: Any) -> Any:
         kind, part = kind_of(x), self.ours.part(x)
-        paths = list(leaves_by_path(x.m))
+        paths = list(leaves_by_path(self.owner, x.m))
         kept = {path: self.filling.take(path) for path in paths}
         count = self.filling.counted(kept)
         rule = None if part is None else part.tx
@@ -739,13 +846,12 @@ class _IntoOurs:
                 f"{self.owner}: {kind} inside of a transform from elsewhere cannot be filled: use "
                 "adamjax.chain, masked or partition in its place"
             )
+        fresh = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
         slots: dict[str, dict[str, Any]] = {name: {} for name in x.slots}
         for path in paths:
             found = self.translation.to_ours(rule, kind, path, kept[path])
             for name, values in slots.items():
-                values[path] = (
-                    leaves_by_path(getattr(x, name))[path] if found is None else found[name]
-                )
+                values[path] = fresh[name][path] if found is None else found[name]
         trees = {
             name: self.filling.tree(name, values, getattr(x, name))
             for name, values in slots.items()
@@ -763,7 +869,8 @@ class _IntoOurs:
         micro, totals = self.source.gathered or (0, {})
         total: Any = x.total
         if micro:
-            rows = [p for p, t in leaves_by_path(total).items() if isinstance(t, RowGradient)]
+            kept = leaves_by_path(self.owner, total)
+            rows = [p for p, t in kept.items() if isinstance(t, RowGradient)]
             if rows:
                 raise ValueError(
                     f"{self.owner}: {micro} micro-batches were gathered, densely, but the table "
@@ -783,34 +890,145 @@ def new_ours(owner: str, tx: Any, params: Tree) -> Ours:
 def into_ours(
     source: Source, system: _System, new: Ours, average: Tree, check: bool, rtol: float
 ) -> Any:
+    source.refuse_doubts(check)
     if average is not None:
-        source.average = leaves_by_path(average)
+        source.average = leaves_by_path(new.owner, average)
     state = _IntoOurs(source, system, new, check, rtol).state()
     if check:
         Said(Ours(new.owner, new.tx, state, new.params), system).check(source.kept)
     return state
 
 
+def steps_taken(owner: str, what: str, x: Any) -> int:
+    """A count of steps, or an error where it is none."""
+    value = np.asarray(numpy_array(x))
+    number = value.dtype.kind in "iuf" and value.shape == ()
+    if not (number and np.isfinite(value) and value >= 0 and value == np.floor(value)):
+        mend = "" if value.shape == () else ": convert the states of several runs one by one"
+        raise ValueError(
+            f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least "
+            f"0{mend}"
+        )
+    if value > np.iinfo(np.int32).max:
+        raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
+    return int(value)
+
+
 def numpy_array(x: Any) -> np.ndarray:
     """A tensor of torch, or an array, in NumPy."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        x = (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
+        x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
     return np.asarray(x)
 
 
-def leaf_order(owner: str, order: Sequence[str | None] | None, params: Tree) -> list[str | None]:
-    """The paths of the leaves in the order of another system, checked."""
-    known = list(leaves_by_path(params))
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W_]+", name.lower()))
+
+
+# What the last word of a name may be in the one system, and in the other.
+_SYNONYMS = {
+    **dict.fromkeys(("kernel", "embedding", "embeddings", "scale", "gamma"), "weight"),
+    "beta": "bias",
+}
+
+
+def _paired(names: Sequence[str], paths: Sequence[str]) -> list[str] | None:
+    """The path that each name corresponds to; `None` if not all do, one to one.
+
+    A name is a path's if their words are the same, `layers.0.weight` and `layers/0/kernel`, but
+    for words in front of one of the two, as `model`.
+    """
+
+    def exact(words: tuple[str, ...]) -> tuple[str, ...]:
+        return words
+
+    def plain(words: tuple[str, ...]) -> tuple[str, ...]:
+        return (*words[:-1], _SYNONYMS.get(words[-1], words[-1])) if words else words
+
+    def fits(a: tuple[str, ...], b: tuple[str, ...], whole_name: bool) -> bool:
+        n = min(len(a), len(b))
+        named = any(not word.isdigit() for word in a[len(a) - n :])
+        return a == b or (not whole_name and named and a[len(a) - n :] == b[len(b) - n :])
+
+    for form in (exact, plain):
+        ours: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+        for path in paths:
+            words = form(_words(path))
+            ours.setdefault(words[-1] if words else "", []).append((words, path))
+        theirs = [form(_words(name)) for name in names]
+        for whole_name in (True, False):
+            chosen = []
+            for words in theirs:
+                near = ours.get(words[-1] if words else "", [])
+                found = [path for own, path in near if fits(words, own, whole_name)]
+                chosen += found[:1] if len(found) == 1 else []
+            if len(chosen) == len(names) == len(set(chosen)):
+                return chosen
+    return None
+
+
+def leaf_order(
+    owner: str,
+    order: Sequence[str | None] | None,
+    params: Tree,
+    system: str = "",
+    names: Sequence[str] | None = None,
+    check: bool = True,
+) -> list[str | None]:
+    """The paths of the leaves in the order of another system, checked.
+
+    Args:
+      order: what the user says.
+      system: the other system's name, for errors.
+      names: what it calls its parameters, in its order, where it says.
+    """
+    leaves = leaves_by_path(owner, params)
+    known = list(leaves)
     if order is None:
-        return list(known)
+        if names is None or len(names) != len(known):
+            return list(known)
+        return list(_order_of_names(owner, system, names, leaves, check))
     for path in order:
         if path is not None and path not in known:
             raise ValueError(
                 f"{owner}: order names the leaf {path!r}, which params does not have (as floats): "
                 f"expected paths of {known}, or None for one that is not to be converted"
             )
+    given = [path for path in order if path is not None]
+    if len(set(given)) != len(given):
+        twice = next(path for path in given if given.count(path) > 1)
+        raise ValueError(f"{owner}: order names the leaf {twice!r} more than once")
+    if check and names is not None and len(names) == len(order):
+        wanted = [name for name, path in zip(names, order, strict=True) if path is not None]
+        for name, path, meant in zip(wanted, given, _paired(wanted, given) or given, strict=True):
+            if path != meant:
+                raise ValueError(
+                    f"{owner}: order has {path!r} in the place of {system}'s {name!r}, which is "
+                    f"the name of another leaf, {meant!r}: put order in the order of "
+                    f"{list(names[:8])}, or pass check=False to go by it"
+                )
     return list(order)
+
+
+def _order_of_names(
+    owner: str, system: str, names: Sequence[str], leaves: Mapping[str, Any], check: bool
+) -> list[str]:
+    known = list(leaves)
+    paired = _paired(names, known)
+    if paired is not None:
+        return paired
+    # By place, where leaves have no names of their own, or where a wrong place would be seen.
+    nameless = all(word.isdigit() for path in known for word in path.split("/"))
+    sizes = [tuple(sorted(np.shape(x))) for x in leaves.values()]
+    if nameless or len(set(sizes)) == len(sizes) or not check:
+        return known
+    raise ValueError(
+        f"{owner}: {system} names its parameters {list(names[:8])}"
+        f"{'...' if len(names) > 8 else ''}, which are not the leaves {known[:8]}"
+        f"{'...' if len(known) > 8 else ''} one to one, and some leaves have the same shape: "
+        "give order=, the path of the leaf for each of these names, in their order"
+    )
 
 
 def no_place_to_gather(owner: str, source: Source) -> None:

@@ -52,32 +52,82 @@ _KERAS_SUFFIXES = (
     "average",
     "gradient_accumulator",
 )
-_TF_KERAS = {"m": "momentum", "v": "velocity", "vhat": "velocity_hat", "u": "norm"}
+_TF_KERAS = {
+    "m": "momentum",
+    "v": "velocity",
+    "vhat": "velocity_hat",
+    "u": "norm",
+    "average": "average",
+    "gradient_accumulator": "gradient_accumulator",
+}
+# Keras' optimizers that can go on here, by name without case, underscores and number.
+_OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adam": ("adam", "amsgrad"),
+    "adamw": ("adam", "amsgrad"),
+    "adammultilr": ("adam", "amsgrad"),
+    "adamax": ("adamax",),
+    "nadam": ("nadam",),
+}
 
 
-def _keras3_role(name: str) -> str | None:
-    """What a variable of Keras 3 is, `adam/dense_kernel_momentum`."""
-    last = name.rsplit("/", 1)[-1]
-    return next((s for s in _KERAS_SUFFIXES if last.endswith(f"_{s}")), None)
+class _Name(NamedTuple):
+    """What the name of a variable says.
+
+    Attributes:
+      role: of `_KERAS_SUFFIXES`.
+      optimizer: the name of its optimizer, empty where it is not said.
+      leaf: the name of the parameter.
+    """
+
+    role: str
+    optimizer: str
+    leaf: str
 
 
-def _tf_keras_role(name: str) -> str | None:
-    """What a variable of tf_keras is, `Adam/m/dense/kernel:0`."""
-    first = [_TF_KERAS.get(part, part) for part in name.split("/")[:2]]
-    return next((part for part in first if part in _KERAS_SUFFIXES), None)
+def _keras3_name(name: str) -> _Name | None:
+    """A variable of Keras 3, `adam/dense_kernel_momentum`."""
+    optimizer, _, last = name.rpartition("/")
+    role = next((s for s in _KERAS_SUFFIXES if last.endswith(f"_{s}")), None)
+    return None if role is None else _Name(role, optimizer, last.removesuffix(f"_{role}"))
 
 
-def _legacy_role(name: str) -> str | None:
-    """What a weight of the optimizers before 2.11 is, `Adam/dense/kernel/m:0`."""
-    last = name.rsplit("/", 1)[-1]
+def _tf_keras_name(name: str) -> _Name | None:
+    """A variable of tf_keras, `Adam/m/dense/kernel:0`, or without its optimizer."""
+    parts = name.split("/")
+    for i, part in enumerate(parts[:2]):
+        if part in _TF_KERAS:
+            return _Name(_TF_KERAS[part], "/".join(parts[:i]), "/".join(parts[i + 1 :]))
+    return None
+
+
+def _legacy_name(name: str) -> _Name | None:
+    """A weight of the optimizers before 2.11, `Adam/dense/kernel/m:0`."""
+    if "/" not in name:
+        return None
+    optimizer, *leaf, last = name.removeprefix("training/").split("/")
     # What Adamax calls v is its maximum.
-    return "norm" if last == "v" and "Adamax" in name else _TF_KERAS.get(last)
+    role = "norm" if last == "v" and "Adamax" in optimizer else _TF_KERAS.get(last)
+    return None if role is None else _Name(role, optimizer, "/".join(leaf))
+
+
+def _short(optimizer: str) -> str:
+    return re.sub(r"_\d+$", "", optimizer.rsplit("/", 1)[-1]).replace("_", "").lower()
 
 
 class _Layout(NamedTuple):
-    """What each of Keras' variables is: its role, and the place of its parameter."""
+    """What each of Keras' variables is: its role, and the place of its parameter.
+
+    Attributes:
+      roles: of each variable, the two.
+      names: of the parameters, where names say.
+      optimizer: the name of the optimizer, empty where it is not said.
+      doubtful: whether other optimizers name what they keep in the same way.
+    """
 
     roles: tuple[tuple[str, int], ...]
+    names: list[str] | None = None
+    optimizer: str = ""
+    doubtful: bool = False
 
     def of(self, role: str, values: Sequence[Any]) -> dict[int, Any]:
         pairs = zip(self.roles, values, strict=True)
@@ -117,18 +167,15 @@ def _value(variable: Any) -> np.ndarray:
     return numpy_array(value)
 
 
-def _layout(
+def _layout_by_place(
     owner: str,
-    names: Sequence[str | None],
     values: Sequence[np.ndarray],
     shapes: list[tuple[int, ...]],
     blocks: list[str],
     slots: list[str],
     interleaved: bool,
 ) -> _Layout:
-    """What each variable is: by its name, or else by its place and shape."""
-    if all(name is not None for name in names):
-        return _layout_by_name(owner, [str(name) for name in names], values, len(shapes))
+    """What each variable is, by its place and shape."""
     places = range(len(shapes))
 
     def block(role: str) -> list[tuple[str, int]]:
@@ -137,18 +184,19 @@ def _layout(
     front = [entry for role in blocks for entry in block(role)]
     hat = block("velocity_hat") if "velocity_hat" in slots else []
     pair = [role for role in slots if role != "velocity_hat"]
-    # Leaf by leaf, and in optimizers before 2.11 slot by slot.
-    bodies = {(*front, *((role, i) for i in places for role in pair), *hat)}
+    rate = [("learning_rate", 0)]
+    # Leaf by leaf, and in optimizers before 2.11, which keep no rate, slot by slot.
+    by_leaf = (*front, *((role, i) for i in places for role in pair), *hat)
+    bodies = {(by_leaf, ()), (by_leaf, tuple(rate))}
     if not interleaved:
-        bodies.add((*front, *(entry for role in pair for entry in block(role)), *hat))
+        bodies.add(((*front, *(entry for role in pair for entry in block(role)), *hat), ()))
     fits = set()
-    for body in bodies:
-        for rate in ([], [("learning_rate", 0)]):
-            for product in ([], [("product", 0)]):
-                roles = (("count", 0), *rate, *body, *product)
-                expected = [shapes[i] if (role, i) in body else () for role, i in roles]
-                if [x.shape for x in values] == expected:
-                    fits.add(roles)
+    for body, rates in bodies:
+        for product in ([], [("product", 0)]):
+            roles = (("count", 0), *rates, *body, *product)
+            expected = [shapes[i] if (role, i) in body else () for role, i in roles]
+            if [x.shape for x in values] == expected:
+                fits.add(roles)
     if len(fits) != 1:
         found = [list(x.shape) for x in values]
         how = "fit nothing that is expected" if not fits else "may be ordered in several ways"
@@ -160,46 +208,43 @@ def _layout(
     return _Layout(fits.pop())
 
 
-# Keras' other optimizers, some of which keep what is named as Adam's moments are.
-_OTHERS = {
-    *("rmsprop", "lamb", "muon", "schedulefreeadamw", "ftrl", "lion", "sgd", "adafactor"),
-    *("adagrad", "adadelta", "multioptimizer", "lossscaleoptimizer"),
-}
-
-
-def _expect_adam(owner: str, names: Sequence[str]) -> None:
-    """Refuses the variables of Keras' other optimizers, by the optimizer's name in front."""
-    for name in names:
-        first = re.sub(r"_\d+$", "", name.split("/")[0])
-        if "/" in name and first.replace("_", "").lower() in _OTHERS:
-            raise ValueError(
-                f"{owner}: {name!r} is a variable of Keras' {first}, expected those of Adam, "
-                "AdamW, Adamax or Nadam: start the run anew, with tx.init(params)"
-            )
-
-
 def _layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n: int) -> _Layout:
-    _expect_adam(owner, names)
     bare = [re.sub(r":\d+$", "", name) for name in names]
     problem = ""
-    for role_of in (_keras3_role, _tf_keras_role, _legacy_role):
-        found = [
-            _scalar_role(x, name) or role_of(name) for name, x in zip(bare, values, strict=True)
+    for parsed in (_keras3_name, _tf_keras_name, _legacy_name):
+        scalars = [_scalar_role(x, name) for name, x in zip(bare, values, strict=True)]
+        found = [None if s else parsed(name) for s, name in zip(scalars, bare, strict=True)]
+        unknown = [
+            name for name, s, f in zip(names, scalars, found, strict=True) if not s and f is None
         ]
-        if None in found:
-            unknown = names[found.index(None)]
-            problem = problem or f"cannot tell what {unknown!r} is"
+        if unknown:
+            problem = problem or f"cannot tell what {unknown[0]!r} is"
             continue
-        roles = [str(role) for role in found]
-        counts = {role: roles.count(role) for role in dict.fromkeys(roles)}
-        wrong = [r for r, count in counts.items() if r in _KERAS_SUFFIXES and count != n]
-        if not wrong and counts.get("count") == 1:
-            _expect_order(owner, roles)
-            places = [roles[:i].count(role) for i, role in enumerate(roles)]
-            return _Layout(tuple(zip(roles, places, strict=True)))
-        what = wrong[0] if wrong else "count"
-        problem = f"there are {counts.get(what, 0)} of {'iteration' if what == 'count' else what}"
-        break
+        slots: dict[str, list[str]] = {}
+        for one in filter(None, found):
+            slots.setdefault(one.role, []).append(one.leaf)
+        problem = _miscounted(slots, scalars, n)
+        if problem:
+            break
+        _expect_order(owner, [named.role for named in found if named is not None])
+        order = next(iter(slots.values()), [])
+        roles, seen = [], dict.fromkeys(slots, 0)
+        for s, named in zip(scalars, found, strict=True):
+            if named is None:
+                roles.append((str(s), 0))
+                continue
+            # By its leaf; those that have one name, by place.
+            place = order.index(named.leaf) if len(set(order)) == n else seen[named.role]
+            seen[named.role] += 1
+            roles.append((named.role, place))
+        several = {one.optimizer for one in found if one is not None}
+        if len(several) > 1:
+            problem = f"the variables are of several optimizers, {sorted(several)}"
+            break
+        optimizer = several.pop() if several else ""
+        return _Layout(
+            tuple(roles), order, optimizer, bool(optimizer) or parsed is not _tf_keras_name
+        )
     raise ValueError(
         f"{owner}: {problem}, in {names[:8]}{'...' if len(names) > 8 else ''}: expected "
         f"'iteration' and, for each of {n} leaves, what Adam, AdamW, Adamax or Nadam keep (of a "
@@ -208,13 +253,27 @@ def _layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], 
 
 
 def _expect_order(owner: str, roles: Sequence[str]) -> None:
-    """Refuses velocities that come before momenta: RMSprop's, under another name."""
+    """Refuses velocities that come before momenta: RMSprop's, whatever its name."""
     both = "momentum" in roles and "velocity" in roles
     if both and roles.index("velocity") < roles.index("momentum"):
         raise ValueError(
             f"{owner}: velocities come before momenta, as of RMSprop; expected the variables of "
             "Adam, AdamW, Adamax or Nadam in their order"
         )
+
+
+def _miscounted(slots: Mapping[str, Sequence[str]], scalars: Sequence[str | None], n: int) -> str:
+    """What is wrong with the numbers of variables of each role; empty if nothing."""
+    if scalars.count("count") != 1:
+        return f"there are {scalars.count('count')} of iteration"
+    first = sorted(next(iter(slots.values()), []))
+    for role, leaves in slots.items():
+        if len(leaves) != n:
+            return f"there are {len(leaves)} of {role}"
+        if sorted(leaves) != first:
+            other = sorted(set(leaves) ^ set(first))[0]
+            return f"the leaves of {role} are others than those of {next(iter(slots))}, {other!r}"
+    return ""
 
 
 def _scalar_role(x: np.ndarray, name: str) -> str | None:
@@ -226,22 +285,72 @@ def _scalar_role(x: np.ndarray, name: str) -> str | None:
     return "product" if last == "variable" else _KERAS_SCALARS.get(last)
 
 
-def _read_keras(
-    owner: str, variables: Any, ours: Ours, order: Sequence[str | None] | None
-) -> tuple[Source, _Layout, list[str | None], list[np.ndarray]]:
-    names, values = _entries(owner, variables)
-    paths = leaf_order(owner, order, ours.params)
-    leaves = leaves_by_path(ours.params)
-    states = jax.tree.leaves(ours.state, is_leaf=lambda x: isinstance(x, RULES))
-    kinds = [kind_of(x) for x in states if isinstance(x, RULES)]
-    slots = KERAS.names[kinds[0] if kinds else "adam"]
-    averaging = [p for p in ours.parts if isinstance(p.tx, weight_ema)]
-    gathering = [p for p in ours.parts if isinstance(p.tx, accumulate_gradients)]
-    blocks = ["average"] * bool(averaging) + ["gradient_accumulator"] * bool(gathering)
-    shapes = [() if p is None else np.shape(leaves[p]) for p in paths]
-    layout = _layout(
-        owner, names, values, shapes, blocks, list(slots.values()), isinstance(variables, Mapping)
+def _identified(source: Source, layout: _Layout, optimizer: Any, product: bool) -> tuple[str, ...]:
+    """What kinds of rule the variables may be of, by the class or the name of the optimizer."""
+    every = ("adam", "nadam", "amsgrad", "adamax")
+    if optimizer is not None:
+        name, own = type(optimizer).__name__, type(optimizer).__module__.split(".")[0]
+        if own in ("keras", "tf_keras", "tensorflow") and _short(name) in _OPTIMIZERS:
+            return _OPTIMIZERS[_short(name)]
+        source.doubts.append(
+            f"the optimizer is a {type(optimizer).__module__}.{name}: expected Keras' Adam, "
+            "AdamW, Adamax or Nadam (of a LossScaleOptimizer convert the inner_optimizer). Start "
+            "another one anew, tx.init(params)"
+        )
+        return every
+    if layout.names is None:
+        # Nadam of Keras 3 keeps its product, that of tf_keras only shows in names.
+        return ("adam", "amsgrad", "adamax") if not product else ("nadam",)
+    if not layout.doubtful:
+        return every
+    if _short(layout.optimizer) in _OPTIMIZERS:
+        return _OPTIMIZERS[_short(layout.optimizer)]
+    whose = (
+        f"the variables are of an optimizer that is named {layout.optimizer!r}"
+        if layout.optimizer
+        else "the names of the variables do not say which optimizer they are of"
     )
+    source.doubts.append(
+        f"{whose}: expected names of Adam, AdamW, Adamax or Nadam, 'adam/dense_kernel_momentum' "
+        "(others, as RMSprop and Lamb, keep what has the same names): give the optimizer itself "
+        "in place of its variables, or pairs (v.path, array)"
+    )
+    return every
+
+
+def _config_facts(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer says of its hyperparameters."""
+    names = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
+    values = {ours: getattr(optimizer, theirs, None) for theirs, ours in names.items()}
+    facts = {name: float(x) for name, x in values.items() if x is not None}
+    # Which variables are excluded from the decay it does not say.
+    return {**facts, "decoupled": True, "masks_decay": True}
+
+
+def _read_keras(
+    owner: str, variables: Any, ours: Ours, order: Sequence[str | None] | None, check: bool
+) -> tuple[Source, _Layout, list[str | None], list[np.ndarray]]:
+    optimizer = variables if hasattr(variables, "get_config") else None
+    if optimizer is not None:
+        variables = optimizer.variables
+        variables = variables() if callable(variables) else variables
+    names, values = _entries(owner, variables)
+    leaves = leaves_by_path(owner, ours.params)
+    gathering = [p for p in ours.parts if isinstance(p.tx, accumulate_gradients)]
+    if all(name is not None for name in names):
+        n = len(leaves if order is None else order)
+        layout = _layout_by_name(owner, [str(name) for name in names], values, n)
+        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check)
+    else:
+        paths = leaf_order(owner, order, ours.params)
+        states = jax.tree.leaves(ours.state, is_leaf=lambda x: isinstance(x, RULES))
+        kinds = [kind_of(x) for x in states if isinstance(x, RULES)]
+        slots = list(KERAS.names[kinds[0] if kinds else "adam"].values())
+        averaging = [p for p in ours.parts if isinstance(p.tx, weight_ema)]
+        blocks = ["average"] * bool(averaging) + ["gradient_accumulator"] * bool(gathering)
+        shapes = [() if p is None else np.shape(leaves[p]) for p in paths]
+        given = isinstance(variables, Mapping)
+        layout = _layout_by_place(owner, values, shapes, blocks, slots, given)
     source = Source(owner)
     count = steps_taken(owner, "the optimizer", layout.of("count", values)[0])
     totals = layout.of("gradient_accumulator", values)
@@ -252,14 +361,26 @@ def _read_keras(
                 f"{owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
                 "accumulate_gradients of as many steps"
             )
-        count, micro = divmod(count, int(gathering[0].tx.steps))  # type: ignore[attr-defined]
+        steps = int(gathering[0].tx.steps)  # type: ignore[attr-defined]
+        theirs = getattr(optimizer, "gradient_accumulation_steps", None) or steps
+        count, micro = divmod(count, steps)
         source.gathered = micro, {str(p): totals[i] for i, p in enumerate(paths) if p}
+        some = any(map(np.any, totals.values()))
+        if theirs != steps or some != bool(micro):
+            source.doubts.append(
+                f"after {count * steps + micro} micro-batches the optimizer has "
+                f"{'some' if some else 'no'} gradients gathered, which does not fit "
+                f"accumulate_gradients of {steps} steps in tx: make them as many as "
+                "gradient_accumulation_steps"
+            )
     roles = dict.fromkeys(role for role, _ in layout.roles)
     kept = {r: layout.of(r, values) for r in roles if r in set(_KERAS_SUFFIXES[:4])}
     product = layout.of("product", values).get(0)
     rate = layout.of("learning_rate", values).get(0)
     facts = {} if rate is None else {"learning_rate": rate}
-    either = ("adam", "nadam", "amsgrad", "adamax") if product is None else ("nadam",)
+    facts |= {} if optimizer is None else _config_facts(optimizer)
+    either = _identified(source, layout, optimizer, product is not None)
+    either = either if product is None else tuple(k for k in either if k == "nadam")
     for i, path in enumerate(paths):
         if path is not None:
             held = {role: arrays[i] for role, arrays in kept.items()}
@@ -316,17 +437,29 @@ def from_keras(
     and betas are in its config, not in its variables: build `tx` with the same, and with Keras'
     epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default.
 
+    Other optimizers keep what is called the same and is something else (RMSprop, Lamb, Muon,
+    ScheduleFreeAdamW). They are told by the class of the optimizer, and else by its name in the
+    names of the variables, `adam/dense_kernel_momentum`: with a name of your own,
+    `Adam(name="mine")`, give the optimizer itself. Arrays without any names do not say what they
+    are of: refused is what does not fit in shape, or cannot be Adam's in value (a negative
+    `velocity`, moments that `b1` and `b2` do not allow). The arrays of Lamb, ScheduleFreeAdamW,
+    Muon (of vectors) and Adamax cannot be told from Adam's.
+
     Args:
-      variables: one of: `optimizer.variables`; pairs (name, array), for instance
-        `[(v.name, v.numpy()) for v in optimizer.variables]`; a mapping of names to arrays; the
-        mapping of `"0"`, `"1"`, ... to arrays that `save_own_variables` fills, such as the group
-        `optimizer/vars` of a `.weights.h5` file; `get_weights()`, a list of arrays. Without names,
-        what an array is must follow from its place, shape and values: Lamb's moments, and Muon's of
-        vectors, cannot be told from Adam's then, nor where the optimizer has a name of its own.
+      variables: one of: the optimizer itself, whose betas, epsilon and weight decay are then
+        compared as well; `optimizer.variables`; pairs (name, array), for instance
+        `[(v.path, v.numpy()) for v in optimizer.variables]` (in TensorFlow's Keras `v.name`); a
+        mapping of names to arrays; the mapping of `"0"`, `"1"`, ... to arrays that
+        `save_own_variables` fills, such as the group `optimizer/vars` of a `.weights.h5` file;
+        `get_weights()`, a list of arrays. Without names, what an array is must follow from its
+        place and shape.
       tx: a transform of ours.
       params: the parameters at that step.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
-        one that is not to be converted. By default the floating leaves of `params` in their order.
+        one that is not to be converted. By default as the variables are named, where their names
+        are the paths of the leaves one to one (`dense_kernel` is `dense/kernel`), and else the
+        floating leaves of `params` in their order, if all have shapes of their own or, as the
+        items of a list, no names.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 
@@ -346,7 +479,7 @@ def from_keras(
     """
     new = new_ours("from_keras", tx, params)
     _check_keras("from_keras", new, check)
-    source, *_ = _read_keras("from_keras", variables, new, order)
+    source, *_ = _read_keras("from_keras", variables, new, order, check)
     return into_ours(source, KERAS, new, average, check, RTOL)
 
 
@@ -363,7 +496,7 @@ def to_keras(
 
     Args:
       state, tx, params: as for `to_optax`.
-      target: the variables of the new optimizer, which must be built, in one of the forms of
+      target: the new optimizer, which must be built, or its variables, in one of the forms of
         `from_keras`. Learning rates and dtypes are kept, and what `order` leaves out.
       order, check: as for `from_keras`.
 
@@ -383,7 +516,8 @@ def to_keras(
     """
     ours = Ours("to_keras", tx, state, params)
     _check_keras("to_keras", ours, check)
-    wanted, layout, paths, values = _read_keras("to_keras", target, ours, order)
+    wanted, layout, paths, values = _read_keras("to_keras", target, ours, order, check)
+    wanted.refuse_doubts(check)
     source = ours.read()
     if wanted.gathered is None:
         no_place_to_gather("to_keras", source)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.convert.common import (
     OPTAX,
@@ -32,56 +33,113 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-# By the classes of optax' states: others, such as AdaBelief's, have the same fields.
-_RULES = {
-    "ScaleByAdamState": ("count", "mu", "nu"),
-    "ScaleByAmsgradState": ("count", "mu", "nu", "nu_max"),
+# What optax' states are, by class and fields: the fields that each may have, in any version. One
+# that has others, or is of another package, is not known.
+_STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
+    "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
+    "ScaleByScheduleState": ("count", (("count",),)),
+    "WrappedScheduleState": ("count", (("count",),)),
+    "InjectHyperparamsState": ("hyperparams", (("count", "hyperparams", "inner_state"),)),
+    "InjectStatefulHyperparamsState": (
+        "hyperparams",
+        (("count", "hyperparams", "hyperparams_states", "inner_state"),),
+    ),
+    "MultiStepsState": (
+        "gathered",
+        (
+            ("mini_step", "gradient_step", "inner_opt_state", "acc_grads"),
+            ("mini_step", "gradient_step", "inner_opt_state", "acc_grads", "skip_state"),
+        ),
+    ),
+    "ApplyIfFiniteState": (
+        "skipped",
+        (("notfinite_count", "last_finite", "total_notfinite", "inner_state"),),
+    ),
+    "MaskedState": ("inner", (("inner_state",),)),
+    "PartitionState": ("inner", (("inner_states",),)),
+    "MultiTransformState": ("inner", (("inner_states",),)),
 }
 
 
-def _is_optax_rule(x: Any) -> bool:
-    kind = type(x)
-    return kind.__module__.split(".")[0] == "optax" and field_names(x) == _RULES.get(kind.__name__)
+def _role(x: Any) -> str | None:
+    """What a node of an optax state is: one of the known, "items", or `None`, not known."""
+    fields = field_names(x)
+    if fields is None:
+        return "items" if is_container(x) else None
+    if type(x).__module__.split(".")[0] != "optax":
+        return None
+    role, known = _STATES.get(type(x).__name__, (None, ()))
+    return role if fields in known else None
 
 
+# Hyperparameters by the names that optax gives them.
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
+def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> dict[str, Any]:
+    """What `inject_hyperparams` says of its transform's hyperparameters."""
+    facts: dict[str, Any] = {"more": {}, "masks_decay": True}
+    for name, value in x.hyperparams.items():
+        if name in scheduled:
+            if name not in ("learning_rate", "weight_decay"):
+                source.doubts.append(
+                    f"inject_hyperparams calls a schedule for {name}, which does not change "
+                    "between steps here: convert where it has come to its last value, from a "
+                    "state in which it is a constant"
+                )
+        elif name in _INJECTED and np.ndim(value) == 0:
+            facts[name] = value
+        else:
+            facts["more"][name] = value
+    return facts
+
+
 def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
-    fields = field_names(x)
-    if fields is not None and _is_optax_rule(x):
-        trees = {name: leaves_by_path(getattr(x, name)) for name in fields if name != "count"}
-        kinds = ("amsgrad",) if "nu_max" in fields else ("adam", "nadam", "adamax")
+    role, owner = _role(x), source.owner
+    if role == "rule":
+        names = [name for name in x._fields if name != "count"]
+        trees = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
+        kinds = ("amsgrad",) if "nu_max" in names else ("adam", "nadam", "adamax")
+        count = steps_taken(owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
         for path in trees["mu"]:
-            slots = {name: tree[path] for name, tree in trees.items()}
-            count = steps_taken(source.owner, repr(path), x.count)
+            slots = {name: tree[path] for name, tree in trees.items() if path in tree}
             source.add(path, Kept(count, slots, kinds, facts=facts))
-    elif fields == ("count",):
-        source.counts.append(Count(steps_taken(source.owner, type(x).__name__, x.count), None))
-    elif fields is not None and {"hyperparams", "inner_state"} <= set(fields):
+    elif role == "count":
+        source.counts.append(Count(steps_taken(owner, type(x).__name__, x.count), None))
+    elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
-        found = {k: v for k, v in x.hyperparams.items() if k in _INJECTED and k not in scheduled}
+        said = _injected(x, source, scheduled)
+        more = {**facts.get("more", {}), **said["more"]}
         _read_optax(scheduled, source, {})
-        _read_optax(x.inner_state, source, {**facts, **found})
-    elif fields is not None and {"mini_step", "inner_opt_state", "acc_grads"} <= set(fields):
-        micro = int(x.mini_step)
-        source.gathered = micro, {p: g * micro for p, g in leaves_by_path(x.acc_grads).items()}
+        _read_optax(x.inner_state, source, {**facts, **said, "more": more})
+    elif role == "gathered":
+        if jax.tree.leaves(getattr(x, "skip_state", ())):
+            source.doubts.append(
+                "MultiSteps skips some micro-batches (should_skip_update_fn), which "
+                "accumulate_gradients does not: leave it out there, or skip whole steps here "
+                "(skip_not_finite)"
+            )
+        micro = steps_taken(owner, "mini_step of MultiSteps", x.mini_step)
+        gathered = leaves_by_path(owner, x.acc_grads).items()
+        source.gathered = micro, {path: g * micro for path, g in gathered}
         _read_optax(x.inner_opt_state, source, facts)
-    elif fields is not None and {"total_notfinite", "inner_state"} <= set(fields):
-        source.skipped = int(x.total_notfinite)
+    elif role == "skipped":
+        source.skipped = (source.skipped or 0) + int(x.total_notfinite)
         _read_optax(x.inner_state, source, facts)
-    elif fields is not None and fields in (("inner_state",), ("inner_states",)):
+    elif role == "inner":
         # What counts in here is of the leaves in here.
-        inner = Source(source.owner)
+        inner = Source(owner)
         _read_optax(x[0], inner, facts)
         leaves = frozenset(inner.kept) or None
         for path, several in inner.kept.items():
             source.kept.setdefault(path, []).extend(several)
         source.counts += [c if c.leaves else Count(c.steps, leaves) for c in inner.counts]
         source.others += inner.others
+        source.doubts += inner.doubts
         source.gathered = inner.gathered or source.gathered
         source.skipped = inner.skipped if source.skipped is None else source.skipped
-    elif fields is None and is_container(x):
+    elif role == "items":
         for item in _items(x):
             _read_optax(item, source, facts)
     elif jax.tree.leaves(x):
@@ -102,31 +160,31 @@ class _IntoOptax:
         self.counts = iter(target.counts)
 
     def fill(self, x: Any) -> Any:
-        fields = field_names(x)
-        if fields is not None and _is_optax_rule(x):
-            return self._rule(x, fields)
-        if fields == ("count",):
+        role = _role(x)
+        if role == "rule":
+            return self._rule(x, x._fields)
+        if role == "count":
             steps = self.source.count_of(next(self.counts).leaves)
             return x._replace(count=jnp.asarray(steps, x.count.dtype))
-        if fields is not None and {"hyperparams", "inner_state"} <= set(fields):
-            kept = {k: self.fill(getattr(x, k)) for k in fields if k == "hyperparams_states"}
+        if role == "hyperparams":
+            kept = {k: self.fill(getattr(x, k)) for k in x._fields if k == "hyperparams_states"}
             kept["count"] = jnp.asarray(self.source.count_of(None), x.count.dtype)
             return x._replace(inner_state=self.fill(x.inner_state), **kept)
-        if fields is not None and {"mini_step", "inner_opt_state", "acc_grads"} <= set(fields):
+        if role == "gathered":
             return self._gathering(x)
-        if fields is not None and {"total_notfinite", "inner_state"} <= set(fields):
+        if role == "skipped":
             skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
-        if fields is not None and fields in (("inner_state",), ("inner_states",)):
+        if role == "inner":
             return type(x)(self.fill(x[0]))
-        if fields is None and is_container(x):
+        if role == "items":
             return mapped(self.fill, x)
         return self.filling.other(x) if jax.tree.leaves(x) else x
 
     def _rule(self, x: Any, fields: tuple[str, ...]) -> Any:
         values: dict[str, dict[str, Any]] = {name: {} for name in fields if name != "count"}
         found: dict[str, Kept] = {}
-        for path in leaves_by_path(x.mu):
+        for path in leaves_by_path(self.owner, x.mu):
             kind, found[path], slots = self.translation.to_theirs(path)
             as_expected(self.owner, OPTAX, kind, path, Kept(0, dict.fromkeys(values)))
             for name, array in slots.items():
@@ -170,11 +228,13 @@ def from_optax(
 
     Args:
       source_state: what the optax transform's `init` or `update` returned, of `adam`, `adamw`,
-        `nadam`, `amsgrad`, `adamax` and the transforms they are made of. (States of `radam` and
-        `lamb` are of the same class as Adam's, and cannot be told from it.)
-      tx: a transform of ours, with the hyperparameters of the optax transform, of which its state
-        says nothing: b1, b2, the rate, `eps` (optax's epsilon, 1e-8 by default), and the weight
-        decay (1e-4 by default in `optax.adamw`, 0.004 here).
+        `nadam`, `amsgrad`, `adamax` and the transforms they are made of. A state is known by its
+        class. One class serves optax's `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
+        `contrib.adopt`: which of them a state is of, only `tx` says.
+      tx: a transform of ours, with the hyperparameters of the optax transform. Those that
+        `inject_hyperparams` holds are compared; else a state says nothing of b1, b2, `eps`
+        (optax's epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
+        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
         hold none.
@@ -235,6 +295,7 @@ def to_optax(
     """
     ours, wanted = Ours("to_optax", tx, state, params), Source("to_optax")
     _read_optax(target, wanted, {})
+    wanted.refuse_doubts(check)
     into = _IntoOptax(ours, wanted, check, rtol)
     if wanted.gathered is None:
         no_place_to_gather("to_optax", into.source)

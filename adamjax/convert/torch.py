@@ -30,80 +30,81 @@ from adamjax.data import Tree
 __all__ = ["from_torch", "to_torch"]
 
 
-# Options that change nothing of what is kept, and those that say what does.
-_HARMLESS = {
-    *("params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable"),
-    "maximize",
+# The keys that tell torch's optimizers apart: those that a group must have, and those that only
+# newer versions write.
+_ADAM = {"lr", "betas", "eps"}
+_GROUPS: dict[str, tuple[set[str], set[str]]] = {
+    "Adam": ({*_ADAM, "weight_decay", "amsgrad"}, {"decoupled_weight_decay"}),
+    "NAdam": ({*_ADAM, "weight_decay", "momentum_decay"}, {"decoupled_weight_decay"}),
+    "Adamax": ({*_ADAM, "weight_decay"}, set()),
+    "SparseAdam": (_ADAM, set()),
 }
-_ALWAYS = {"lr", "betas", "eps"}
-_DECAY = {"weight_decay", "decoupled_weight_decay"}
+# What changes nothing in a step: names, how it is computed, what schedulers note for themselves.
+_HARMLESS = {
+    *("params", "param_names", "name"),
+    *("foreach", "fused", "capturable", "differentiable"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr"),
+}
+# What OneCycleLR and CyclicLR note when they change betas in each step.
+_CYCLES = {"base_momentum", "max_momentum"}
+# A key that only this one of torch's other optimizers has.
+_OTHERS = {
+    "dampening": "SGD",
+    "alpha": "RMSprop or ASGD",
+    "lr_decay": "Adagrad",
+    "rho": "Adadelta",
+    "etas": "Rprop",
+    "beta2_decay": "Adafactor",
+    "max_iter": "LBFGS",
+    "ns_steps": "Muon",
+}
 
 
-def _kinds(owner: str, group: Mapping[str, Any]) -> tuple[str, ...]:
-    """What kinds of rule a group of torch may be of, by the options that it has."""
-    own = set(group) - _HARMLESS
-    if own == _ALWAYS:
-        return ("sparse",)
-    if own == _ALWAYS | {"weight_decay"}:
-        return ("adamax",)
-    if _ALWAYS | {"weight_decay", "amsgrad"} <= own <= _ALWAYS | _DECAY | {"amsgrad"}:
-        return ("amsgrad",) if group["amsgrad"] else ("adam",)
-    nadam = _ALWAYS | {"weight_decay", "momentum_decay"}
-    if nadam <= own <= nadam | _DECAY | {"amsgrad"}:
-        return ("nadam",)
+def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
+    """Which optimizer a group is of, by its keys; any other one is refused."""
+    keys = set(group) - _HARMLESS - _CYCLES - {"maximize"}
+    for name, (needed, newer) in _GROUPS.items():
+        if needed <= keys <= needed | newer:
+            return name
+    other = [name for key, name in _OTHERS.items() if key in group]
+    if keys == {*_ADAM, "weight_decay", "decoupled_weight_decay"}:
+        other = ["RAdam"]
     raise ValueError(
-        f"{owner}: a group of torch has the options {sorted(own)}: expected those of Adam, AdamW, "
-        "Adamax, NAdam or SparseAdam; the moments of another optimizer cannot go on here"
+        f"{owner}: a group of torch has the options {sorted(map(str, keys))}"
+        f"{f', those of {other[0]}' if other else ''}: expected those of Adam, AdamW, Adamax, "
+        "NAdam or SparseAdam, whose moments alone can go on here. Start another optimizer anew, "
+        "tx.init(params); take keys of your own out of the groups"
     )
 
 
-def _group_facts(owner: str, group: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _group_facts(
+    source: Source, group: Mapping[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
     """What kinds of rule a group of torch may be of, and what it says of hyperparameters."""
-    kinds = _kinds(owner, group)
-    facts: dict[str, Any] = {"learning_rate": _scalar(group["lr"]), "eps": group["eps"]}
-    facts["b1"], facts["b2"] = (_scalar(b) for b in group["betas"])
-    facts["maximize"] = bool(group.get("maximize", False))
-    if kinds == ("sparse",):
-        # Its epsilon is outside the bias correction.
-        return ("adam",), {**facts, "lazy": True, "form": "eps_hat"}
-    # Older versions do not say whether the decay is Adam's or AdamW's.
-    decoupled = group.get("decoupled_weight_decay", None if "amsgrad" in group else False)
-    facts |= {"weight_decay": _scalar(group["weight_decay"]), "decoupled": decoupled}
-    if kinds == ("nadam",) and not same_value(group["momentum_decay"], 1.0):
+    owner = source.owner
+    if not same_value(group.get("momentum_decay", 1.0), 1.0):
         raise ValueError(
             f"{owner}: torch's NAdam has momentum_decay={group['momentum_decay']}: the "
             "momentum here is b1 * (1 - 0.5 * 0.96**t), that of momentum_decay=1"
         )
-    return kinds, facts
-
-
-def _in_order(
-    owner: str,
-    groups: Sequence[Mapping[str, Any]],
-    order: Sequence[str | None] | None,
-    params: Tree,
-) -> list[str | None]:
-    """The path of each parameter of the groups, by their names where they have some."""
-    paths = leaf_order(owner, order, params)
-    names = [name for group in groups for name in group.get("param_names") or ()]
-    if len(names) != sum(len(group["params"]) for group in groups):
-        return paths
-    named = [str(name).replace(".", "/") for name in names]
-    known = set(leaves_by_path(params))
-    if order is None:
-        if sorted(named) == sorted(known):
-            return list(named)
-        raise ValueError(
-            f"{owner}: torch names its parameters {names[:8]}, which are not the paths of params, "
-            f"{sorted(known)[:8]}: give order=, the path (or None) of each in this order"
+    optimizer = _optimizer(owner, group)
+    facts: dict[str, Any] = {"learning_rate": _scalar(group["lr"]), "eps": _scalar(group["eps"])}
+    facts["b1"], facts["b2"] = (_scalar(b) for b in group["betas"])
+    facts["maximize"] = bool(group.get("maximize"))
+    if any(group.get(key) is not None for key in _CYCLES):
+        source.doubts.append(
+            "a scheduler of torch (OneCycleLR, CyclicLR) changes betas in each step, which stand "
+            "still here: go on from where they have come to their last value, with "
+            "base_momentum and max_momentum taken out of the groups"
         )
-    for name, here, path in zip(names, named, paths, strict=False):
-        if path is not None and here in known and here != path:
-            raise ValueError(
-                f"{owner}: order has {path!r} in the place of torch's {name!r}, which is the path "
-                f"of another leaf, {here!r}: put order in the order of {names[:8]}"
-            )
-    return paths
+    if optimizer == "SparseAdam":
+        # Its epsilon is outside the bias correction.
+        return ("adam",), {**facts, "lazy": True, "form": "eps_hat"}
+    # Older versions do not say whether the decay is Adam's or AdamW's.
+    decoupled = group.get("decoupled_weight_decay", None if optimizer == "Adam" else False)
+    facts |= {"weight_decay": _scalar(group["weight_decay"]), "decoupled": decoupled}
+    adam = "amsgrad" if group.get("amsgrad") else "adam"
+    return ({"Adam": adam, "NAdam": "nadam", "Adamax": "adamax"}[optimizer],), facts
 
 
 def _scalar(x: Any) -> float:
@@ -113,49 +114,115 @@ def _scalar(x: Any) -> float:
 _TORCH_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
 
+def _parameter(owner: str, path: str, held: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The moments that torch keeps of a parameter, by its names; anything else is refused."""
+    unknown = sorted(str(key) for key in held if key not in (*_TORCH_SLOTS, "step", "mu_product"))
+    if unknown or "step" not in held:
+        raise ValueError(
+            f"{owner}: torch keeps {sorted(map(str, held))} of {path!r}: expected 'step' and of "
+            f"{list(_TORCH_SLOTS)} what Adam, AdamW, Adamax, NAdam or SparseAdam keep. Start "
+            "another optimizer anew, tx.init(params)"
+        )
+    for name, x in held.items():
+        kind = type(x)
+        if hasattr(x, "detach") and kind.__name__ not in ("Tensor", "Parameter"):
+            raise ValueError(
+                f"{owner}: {name} of {path!r} is a {kind.__module__}.{kind.__qualname__}, "
+                "expected a plain tensor: make it one first (full_tensor() of a DTensor, "
+                "dequantize() of a quantized one)"
+            )
+    return {name: numpy_array(held[name]) for name in _TORCH_SLOTS if name in held}
+
+
+def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """What torch calls its parameters, in the order of its groups; `None` if it does not say."""
+    names: list[str] = []
+    for group in groups:
+        keys = list(group["params"])
+        # torch.distributed's state dicts have names for keys.
+        found = keys if all(isinstance(key, str) for key in keys) else group.get("param_names")
+        if found is None:
+            return None
+        if len(found) != len(keys):
+            raise ValueError(
+                f"{owner}: a group of torch has {len(found)} param_names for {len(keys)} params"
+            )
+        names.extend(found)
+    return names
+
+
+def _doubt_kernels(
+    source: Source, names: Sequence[str] | None, paths: Sequence[str | None], params: Tree
+) -> None:
+    """Doubts a square kernel that may be transposed there, which no shape shows."""
+    leaves = leaves_by_path(source.owner, params)
+    pairs = [(name, path) for name, path in zip(names or (), paths, strict=False) if path]
+    kernels = [path for name, path in pairs if name.endswith("weight") and path.endswith("kernel")]
+    shapes = [np.shape(leaves[path]) for path in kernels]
+    if kernels and all(len(set(shape)) == 1 < len(shape) for shape in shapes):
+        source.doubts.append(
+            f"torch's weights are the transposes of kernels, as of {kernels[0]!r}, and of square "
+            "ones no shape shows it: pass adapt=lambda path, x: x.T if path.endswith('kernel') "
+            "else x, or adapt=lambda path, x: x where they are not"
+        )
+
+
 def _read_torch(
     owner: str,
     state_dict: Mapping[str, Any],
     params: Tree,
     order: Sequence[str | None] | None,
     adapt: Callable[[str, np.ndarray], np.ndarray] | None,
+    check: bool,
+    adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
-    """The state in the one form, and by path torch's key of the leaf."""
+    """The state in the one form, and by path torch's key of the leaf.
+
+    Args:
+      adapt: for the arrays that are read.
+      adapted: whether the user adapts arrays, these or those that are written.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
             f"{owner}: expected optimizer.state_dict() of torch, with 'state' and "
             f"'param_groups', got {type(state_dict).__name__}"
         )
-    source, keys = Source(owner), {}
-    paths = _in_order(owner, state_dict["param_groups"], order, params)
-    ids = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
+    source, keys, groups = Source(owner), {}, state_dict["param_groups"]
+    said = [_group_facts(source, group) for group in groups]
+    ids = [(key, i) for i, group in enumerate(groups) for key in group["params"]]
+    names = _names(owner, groups)
+    paths = leaf_order(owner, order, params, "torch", names, check)
+    if not adapted:
+        _doubt_kernels(source, names, paths, params)
     if len(ids) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(ids)} parameters, but "
             f"{'params' if order is None else 'order'} has {len(paths)} leaves, {paths[:5]}...: "
             "give order=, a path (or None) for each parameter in the order of torch's groups"
         )
+    strays = [key for key in state_dict["state"] if key not in {key for key, _ in ids}]
+    if strays:
+        raise ValueError(
+            f"{owner}: torch's state has the keys {strays[:5]}, but its groups only have "
+            f"{[key for key, _ in ids][:5]}...: expected optimizer.state_dict() as torch writes it "
+            "(numbers that JSON made strings are to be numbers again)"
+        )
     for (key, group), path in zip(ids, paths, strict=True):
         if path is None:
             continue
         keys[path] = key
-        kinds, facts = _group_facts(owner, group)
+        kinds, facts = said[group]
         held = state_dict["state"].get(key)
         if not held:
             source.add(path, Kept(0, None, kinds, facts=facts))
             continue
-        if unknown := set(held) - {*_TORCH_SLOTS, "step", "mu_product"} or {"step"} - set(held):
-            raise ValueError(
-                f"{owner}: torch keeps {sorted(held)} of {path!r}, expected 'step' and some of "
-                f"{list(_TORCH_SLOTS)}: {sorted(unknown)[0]!r} is another optimizer's, or missing"
-            )
-        slots = {name: numpy_array(held[name]) for name in _TORCH_SLOTS if name in held}
+        slots = _parameter(owner, path, held)
         if adapt is not None:
             slots = {name: np.asarray(adapt(path, x)) for name, x in slots.items()}
         product = held.get("mu_product")
         product = None if product is None else _scalar(product)
-        count = steps_taken(owner, repr(path), held["step"])
-        source.add(path, Kept(count, slots, kinds, product, facts))
+        steps = steps_taken(owner, repr(path), held["step"])
+        source.add(path, Kept(steps, slots, kinds, product, facts))
     return source, keys
 
 
@@ -179,19 +246,29 @@ def from_torch(
       `exact_rows` pass `check=False`, since rows then move that stood still.
     - `weight_decay` of Adam and Adamax is `add_decayed_weights` in front of the rule, that of
       AdamW behind it.
-    - With `maximize` torch negates gradients, and keeps the moments of what it negated: negate
-      them here too, `chain(scale(-1.0), adam(...))`.
-    - `param_names` are the leaves' paths, dots for slashes, or else `order` must be given.
-    - `lr` must be the rate of the next step, which it is after `scheduler.step()`.
+    - With `maximize` torch negates gradients, and keeps the moments of what it negated: `tx` must
+      negate them too, in front of all else: `chain(scale(-1.0), adam(...))`.
+    - `lr` must be the rate of the next step, which it is after `scheduler.step()`. A scheduler
+      that changes betas as well (`OneCycleLR`, by default) is refused.
+    - Other optimizers of torch are refused, by the keys of their groups: a key that is not known
+      is that of another optimizer. (Before 2.2 an `RAdam` without a state has the keys of Adamax.)
+    - Parameters that are named (`Adam(model.named_parameters())`, and state dicts of
+      `torch.distributed.checkpoint`) are taken by their names, where these are the paths of the
+      leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. Where they are not, and
+      leaves have the same shape, `order` is asked for. Without names torch says nothing but shapes:
+      that leaves of one shape are in the right order, nothing can tell.
 
     Args:
       state_dict: `optimizer.state_dict()`, its tensors on any device, or arrays.
       tx: a transform of ours.
       params: the parameters at that step.
       order: the path of each of torch's parameters, in the order of its groups; `None` for one
-        that is not to be converted. By default the floating leaves of `params` in their order.
+        that is not to be converted. By default as the parameters are named, and without names the
+        floating leaves of `params` in their order (which for a dictionary is that of its sorted
+        keys, and for a torch module that of its definition).
       adapt: gives an array the form of the leaf, for one that is transposed there, say
-        `lambda path, x: x.T if path.endswith("kernel") else x`.
+        `lambda path, x: x.T if path.endswith("kernel") else x`. Of square kernels shapes do not
+        show it; where torch's names show that they are weights, it must be given.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
@@ -212,7 +289,9 @@ def from_torch(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
-    source, _ = _read_torch("from_torch", state_dict, params, order, adapt)
+    source, _ = _read_torch(
+        "from_torch", state_dict, params, order, adapt, check, adapt is not None
+    )
     new = new_ours("from_torch", tx, params)
     return into_ours(source, TORCH, new, average, check, rtol)
 
@@ -258,7 +337,8 @@ def to_torch(
     >>> def tensors(x):  # optimizer.load_state_dict(jax.tree.map(tensors, new))
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
-    wanted, keys = _read_torch("to_torch", target, params, order, adapt=None)
+    wanted, keys = _read_torch("to_torch", target, params, order, None, check, adapt is not None)
+    wanted.refuse_doubts(check)
     ours = Ours("to_torch", tx, state, params)
     source = ours.read()
     no_place_to_gather("to_torch", source)
@@ -268,6 +348,7 @@ def to_torch(
     for path, key in keys.items():
         kind, kept, slots = translation.to_theirs(path)
         facts = wanted.kept[path][0]
+        as_expected("to_torch", TORCH, kind, path, facts)
         as_expected("to_torch", TORCH, kind, path, dataclasses.replace(facts, slots=slots))
         # torch takes no bfloat16 from NumPy.
         wide = {name: np.float32 if x.dtype.itemsize < 4 else x.dtype for name, x in slots.items()}
