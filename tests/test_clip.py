@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from support import assert_same, enable_x64
 
-from adamjax import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from adamjax import (
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    global_norm,
+    set_hyperparams,
+    with_hyperparams,
+)
 
 CLIPS = [clip_by_value, clip_by_norm, clip_by_global_norm]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -38,6 +45,32 @@ def test_what_is_within_the_limit_passes_bit_for_bit(make, dtype):
     grads = {str(i): jnp.asarray(rng.normal(size=7), dtype) for i in range(3)}
     assert_same(clip(make(100.0), grads), grads)
     assert_same(clip(make(13.0), tree(dtype)), tree(dtype))  # at the limit
+
+
+@pytest.mark.parametrize("make", CLIPS)
+def test_limits_that_are_traced_do_at_0_what_they_do_beside_it(make):
+    """0 makes zeros; what is below 0 or NaN, which nobody could refuse, makes NaN."""
+    clipped = jax.jit(lambda limit, grads: clip(make(limit), grads))
+    zeros, tiny = jax.tree.map(jnp.zeros_like, tree()), jax.tree.map(lambda g: 1e-30 * g, tree())
+    for limit in (0.0, 1e-45, 1e-39, 1e-30, 1.0):
+        assert_same(clipped(limit, zeros), zeros)
+    for grads in (zeros, tiny, tree()):
+        assert_same(jax.tree.map(jnp.abs, clipped(0.0, grads)), zeros)
+    assert_same(clipped(100.0, tree()), tree())
+    for limit in (-1.0, jnp.nan):
+        for grads in (zeros, tree()):
+            assert all(np.isnan(g).all() for g in jax.tree.leaves(clipped(limit, grads)))
+    slope = jax.grad(lambda limit: clip(make(limit), jnp.array([2.0]))[0])(1.0)
+    assert float(slope) == 1.0
+
+
+@pytest.mark.parametrize("make", CLIPS)
+def test_limits_that_are_set_do_at_0_what_they_do_beside_it(make):
+    name = "limit" if make is clip_by_value else "max_norm"
+    tx = with_hyperparams(make(1.0), **{name: 1.0})
+    zeros = jax.tree.map(jnp.zeros_like, tree())
+    state = set_hyperparams(tx.init(zeros), **{name: 0})
+    assert_same(tx.update(zeros, state)[0], zeros)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

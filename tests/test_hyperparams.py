@@ -1,5 +1,8 @@
 """Hyperparameters in the state: what a step uses, set without tracing it anew."""
 
+import decimal
+import fractions
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +104,133 @@ def test_around_exact_rows():
         wanted = adamjax.apply_updates(wanted, updates)
     exact, _ = tx.resolved(state).flush(exact, state.inner)
     np.testing.assert_allclose(exact["table"], wanted["table"], rtol=1e-5, atol=1e-7)
+
+
+# --- only counts are whole ------------------------------------------------------------------------
+
+# Whole numbers for what is no count, in a transform that has it.
+WHOLE = {
+    "learning_rate": (adamjax.adam(0.1), 1),
+    "weight_decay": (adamjax.adamw(0.1), 0),
+    "b1": (adamjax.scale_by_adam(), 0),
+    "b2": (adamjax.scale_by_adam(), 0),
+    "eps": (adamjax.scale_by_adam(eps=0.1), 1),
+    "eps_hat": (adamjax.scale_by_adam(), 1),
+    "max_norm": (adamjax.clip_by_norm(2.0), 1),
+    "limit": (adamjax.clip_by_value(2.0), 1),
+    "factor": (adamjax.scale(2.0), 1),
+    "momentum": (adamjax.weight_ema(0.5), 1),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_no_count_is_a_float(name):
+    tx, whole = WHOLE[name]
+    for value in (whole, np.int64(whole), np.array(whole), jnp.array(whole), np.uint8(whole)):
+        made = with_hyperparams(tx, **{name: value})
+        state = made.init(PARAMS)
+        assert state.hyperparams[name].dtype == jnp.float32
+        assert state.hyperparams[name] == whole
+        halved = set_hyperparams(state, **{name: 0.5})
+        assert halved.hyperparams[name] == 0.5
+        plain = with_hyperparams(tx, **{name: 0.5})
+        ours, _ = made.update(PARAMS, halved, PARAMS)
+        wanted, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert (
+        jax.jit(lambda x: with_hyperparams(tx, **{name: x}).init(PARAMS))(whole)
+        .hyperparams[name]
+        .dtype
+        == jnp.float32
+    )
+
+
+COUNTS = {
+    "steps": adamjax.accumulate_gradients(adamjax.scale(1.0), 2),
+    "overwrite_frequency": adamjax.weight_ema(0.5, 2),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_stay_whole(name):
+    for value in (3, 3.0, np.int64(3), np.float32(3), jnp.array(3), np.array(3.0)):
+        state = with_hyperparams(COUNTS[name], **{name: value}).init(PARAMS)
+        assert state.hyperparams[name].dtype == jnp.int32
+        assert state.hyperparams[name] == 3
+        for new in (4, 4.0, np.uint64(4), jnp.float32(4), 2**31 - 1):
+            found = set_hyperparams(state, **{name: new}).hyperparams[name]
+            assert (found.dtype, int(found)) == (jnp.int32, int(new))
+        for bad in (2.5, 0, -1, 2**31, np.int64(2**32 + 3), np.nan, np.inf, 10**400):
+            with pytest.raises(ValueError, match=rf"keeps {name} as int32.*whole number.*got"):
+                set_hyperparams(state, **{name: bad})
+        with pytest.raises(ValueError, match=rf"keeps {name} as int32"):
+            jax.jit(lambda x, s=state: set_hyperparams(s, **{name: x}))(2.0)
+
+
+def test_what_is_no_number_is_not_set():
+    state = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1).init(PARAMS)
+    for bad in (True, np.True_, jnp.array(True), 1j, "0.1", None, decimal.Decimal("0.1"), {}):
+        with pytest.raises(TypeError, match=r"learning_rate must be a real number, got"):
+            set_hyperparams(state, learning_rate=bad)
+    for bad in (np.nan, np.inf, -np.inf, 1e39, 10**400, jnp.float32(np.nan)):
+        with pytest.raises(ValueError, match=r"learning_rate must be finite in float32, got"):
+            set_hyperparams(state, learning_rate=bad)
+    third = fractions.Fraction(1, 3)
+    for value in (1, third, np.float64(0.3), np.array(0.3), np.int64(2**40), 2**70, np.uint8(2)):
+        found = set_hyperparams(state, learning_rate=value).hyperparams["learning_rate"]
+        assert (found.dtype, float(found)) == (jnp.float32, np.float32(float(value)))
+    traced = jax.jit(lambda x: set_hyperparams(state, learning_rate=x))(2)
+    assert traced.hyperparams["learning_rate"].dtype == jnp.float32
+
+
+def test_a_value_must_be_in_its_range_as_a_float32():
+    """0.99999999 is a beta, but the float32 next to it is 1."""
+    adamjax.adam(b1=0.99999999)
+    with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), got Array\(1"):
+        with_hyperparams(adamjax.adam(), b1=0.99999999)
+
+
+def test_a_state_keeps_what_the_transform_names():
+    inner = adamjax.adam(0.1)
+    one, two = (
+        with_hyperparams(inner, learning_rate=0.1),
+        with_hyperparams(inner, learning_rate=0.1, b1=0.5),
+    )
+    for tx, other in ((two, one), (one, two)):
+        state = other.init(PARAMS)
+        for use in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(
+                ValueError, match=r"the state keeps \[.*the transform has \[.*go on"
+            ):
+                use(PARAMS, state, PARAMS)
+        with pytest.raises(ValueError, match="the state keeps"):
+            adamjax.learning_rate(tx, state)
+        # The way out that is named.
+        state = adamjax.HyperparamsState(tx.init(PARAMS).hyperparams, state.inner)
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_a_state_of_another_kind_is_refused():
+    tx = with_hyperparams(adamjax.adam(0.1), learning_rate=1)
+    state = tx.init(PARAMS)
+    for bad in (jnp.array(1), jnp.array(True), jnp.ones(2), np.int64(1)):
+        old = state._replace(hyperparams={"learning_rate": bad})
+        for use in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(
+                ValueError, match=r"keeps learning_rate as .*expected a scalar of a f"
+            ):
+                use(PARAMS, old, PARAMS)
+    with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is no count.*tx.init"):
+        set_hyperparams(
+            state._replace(hyperparams={"learning_rate": jnp.array(1)}), learning_rate=0.5
+        )
+    counts = with_hyperparams(COUNTS["steps"], steps=2)
+    old = counts.init(PARAMS)._replace(hyperparams={"steps": jnp.array(2.0)})
+    with pytest.raises(ValueError, match="expected a scalar of an integer dtype"):
+        counts.update(PARAMS, old)
+    # NumPy's, as from a checkpoint, does.
+    tx.update(PARAMS, jax.device_get(state), PARAMS)
 
 
 @pytest.mark.parametrize(
