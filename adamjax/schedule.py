@@ -72,7 +72,8 @@ class _Compiled(Schedule):
     """Base class of the schedules here: read outside `jit`, the value is what a step computes.
 
     Compiled, a division by a constant is a product with its reciprocal, and sums and products are
-    rounded together. Operation by operation the last bit would often be another.
+    rounded together. Operation by operation the last bit would often be another. Python's numbers
+    are constants here as in a step, arrays are arguments.
     """
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
@@ -173,7 +174,7 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 def _whole_units(count: chex.Array, steps: Any) -> _Units:
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
         # No count gets there.
-        part = _float(count) / steps
+        part = _float(count) / float(steps)
         return _Units(jnp.zeros_like(part), part, 1 - part)
     whole = count // steps
     rest = count - whole * steps
@@ -183,12 +184,12 @@ def _whole_units(count: chex.Array, steps: Any) -> _Units:
 
 def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
     """The same in floats: exact where products of `steps` with whole numbers are."""
-    # At count 0 none has passed, however short they are.
-    near = jnp.floor(jnp.where(count == 0, 0, count / steps))
+    steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
+    near = jnp.floor(count / steps)
     near = jnp.where((near + 1) * steps <= count, near + 1, near)
-    whole = jnp.where((near * steps > count) & (near > 0), near - 1, near)
-    rest = jnp.where(count == 0, 0, count - whole * steps)
-    part = jnp.where(rest == 0, 0, rest / steps)
+    whole = jnp.where(near * steps > count, near - 1, near)
+    # Of so many that they are infinite, no part counts.
+    part = jnp.where(jnp.isinf(whole), 0, (count - whole * steps) / steps)
     return _Units(whole, part, 1 - part)
 
 
@@ -205,10 +206,12 @@ def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
         return np.asarray(below, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
         return boundary < count
-    # The largest float that is a count.
-    most = np.nextafter(np.asarray(limits.max, boundary.dtype), np.asarray(0, boundary.dtype))
-    below = jnp.clip(jnp.floor(boundary), float(limits.min), most)
-    return below.astype(count.dtype) < count
+    # Floats from the end on are above all counts.
+    boundary = boundary.astype(jnp.promote_types(boundary.dtype, jnp.float32))
+    end = np.asarray(float(limits.max) + 1, boundary.dtype)
+    most = np.nextafter(end, np.zeros_like(end))
+    below = jnp.clip(jnp.floor(boundary), float(limits.min), most).astype(count.dtype)
+    return (below < count) & (boundary < end)
 
 
 class constant(_Compiled):

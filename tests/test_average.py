@@ -68,6 +68,16 @@ def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
             assert np.all(np.abs(params["w"] - average["w"]) > 1e-3)
 
 
+def test_a_frequency_that_no_count_reaches_but_the_last():
+    tx = chain(scale(-1.0), weight_ema(0.5, 2**31 - 1))
+    params = jnp.array(0.0)
+    for count, expected in ((2**31 - 3, 4.0), (2**31 - 2, 2.0)):
+        state = tx.init(params)
+        ema = state[1]._replace(count=jnp.array(count, jnp.int32))
+        updates, _ = jax.jit(tx.update)(jnp.array(-4.0), (state[0], ema), params)
+        assert float(updates) == expected
+
+
 def test_the_average_takes_in_the_weights_before_it_overwrites_them():
     tx = chain(scale(-1.0), weight_ema(0.5, 2))
     p, seen = jnp.array(0.0), []

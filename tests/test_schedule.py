@@ -163,6 +163,216 @@ def test_a_staircase_steps_at_whole_multiples():
         np.testing.assert_allclose(jax.vmap(rate)(t), 1 / (1 + t // 1000), rtol=1e-6)
 
 
+TURNING = {
+    "exponential": (
+        lambda n: exponential_decay(1.0, n, 0.5, staircase=True),
+        lambda n, t: keras_exponential(t, 1.0, n, 0.5, True),
+    ),
+    "inverse time": (
+        lambda n: inverse_time_decay(1.0, n, 0.5, staircase=True),
+        lambda n, t: keras_inverse_time(t, 1.0, n, 0.5, True),
+    ),
+    "cycle": (
+        lambda n: polynomial_decay(1.0, n, 0.25, 0.5, cycle=True),
+        lambda n, t: keras_polynomial(t, 1.0, n, 0.25, 0.5, cycle=True),
+    ),
+    "polynomial": (
+        lambda n: polynomial_decay(1.0, n, 0.0, 0.5),
+        lambda n, t: keras_polynomial(t, 1.0, n, 0.0, 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNING)
+def test_schedules_turn_at_whole_multiples_of_any_length(name):
+    """Of each length of 2 to 129, all in one program, in which they are constants."""
+    make, formula = TURNING[name]
+    lengths = np.arange(2, 130)
+    made = [make(int(n)) for n in lengths]
+    read = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(made, counts, strict=True)]))
+    for k in (1, 2, 3, 7):
+        for near in (-1, 0, 1):
+            counts = k * lengths + near
+            expected = [formula(int(n), int(t)) for n, t in zip(lengths, counts, strict=True)]
+            np.testing.assert_allclose(read(counts), expected, rtol=2e-6, atol=1e-7)
+    for n in (41, 47):
+        assert float(make(n)(n)) == np.float32(formula(n, n))
+
+
+@pytest.mark.parametrize("steps", [41.0, 2.5, 0.5, 390.625, jnp.float32(41), jnp.array(41)])
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_lengths_of_any_kind_have_their_multiples(steps, as_argument):
+    n = float(steps)
+    made = exponential_decay(1.0, steps, 0.5, staircase=True)
+    read = jax.jit(lambda schedule, t: schedule(t)) if as_argument else jax.jit(lambda t: made(t))
+    for t in (0, 1, 2, 3, 5, 40, 41, 42, 81, 82, 390, 391, 3125):
+        found = read(made, t) if as_argument else read(t)
+        assert float(found) == np.float32(0.5 ** math.floor(t / n)), t
+
+
+EDGES = [0, 1, 2, 3, 6, 7, 8, 20, 40, 41, 42, 82, 123, 1000, 2**24 - 1, 2**24, 2**24 + 1]
+EDGES += [2**30, 2**31 - 2, 2**31 - 1]
+READ = {
+    **{name: schedule for name, (schedule, _) in CASES.items()},
+    "staircase of 41": exponential_decay(1.0, 41, 0.5, staircase=True),
+    "cycle of 41": polynomial_decay(0.1, 41, 0.01, 0.7, cycle=True),
+    "cosine of 41": cosine_decay(0.1, 41, 0.01),
+    "cosine of 2.5": cosine_decay(0.1, 2.5, 0.01),
+    "staircase of 2.5": inverse_time_decay(0.1, 2.5, 0.3, staircase=True),
+    "exponential of 41": exponential_decay(0.1, 41, 0.3),
+    "long cosine": cosine_decay(0.1, 3_000_000_000),
+    "long warm-up": warmup(cosine_decay(0.1, 10), 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_is_what_the_step_uses(name):
+    """Bit for bit: a rate that is logged is the rate that was used."""
+    schedule = READ[name]
+    tx = adamjax.chain(adamjax.clip_by_global_norm(1e30), scale_by_learning_rate(schedule))
+    step = jax.jit(lambda g, state: tx.update(g, state)[0])
+    for t in EDGES:
+        state = ((), adamjax.ScheduleState(jnp.array(t, jnp.int32)))
+        rate = adamjax.learning_rate(tx, state)
+        used = -step(jnp.ones(3), state)
+        assert np.asarray(used[0]).tobytes() == np.asarray(rate).tobytes(), (t, used, rate)
+        assert np.asarray(schedule(t)).tobytes() == np.asarray(rate).tobytes(), t
+
+
+@pytest.mark.parametrize("name", ["staircase of 41", "cosine of 41", "polynomial", "piecewise"])
+def test_what_is_read_of_arrays_is_what_a_step_uses_that_takes_them(name):
+    tx = scale_by_learning_rate(jax.tree.map(jnp.asarray, READ[name]))
+    step = jax.jit(lambda tx, g, state: tx.update(g, state)[0])
+    for t in EDGES:
+        state = adamjax.ScheduleState(jnp.array(t, jnp.int32))
+        used, rate = -step(tx, jnp.ones(3), state)[0], adamjax.learning_rate(tx, state)
+        assert np.asarray(used).tobytes() == np.asarray(rate).tobytes(), t
+
+
+def test_counts_are_compared_as_whole_numbers():
+    """A float32 does not know 2**24 + 1."""
+    for read in (lambda f: f, jax.jit):
+        rate = read(piecewise_constant([2**24, 2**31 - 2], [1.0, 0.5, 0.25]))
+        counts = [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1]
+        assert [float(rate(t)) for t in counts] == [1.0, 1.0, 0.5, 0.5, 0.25]
+        rate = read(warmup(1.0, 2**24 + 1))
+        assert [float(rate(t)) for t in (2**23, 2**24 + 1)] == [0.5, 1.0]
+        rate = read(warmup(piecewise_constant([1], [1.0, 0.5]), 2**24 + 1))
+        assert [float(rate(2**24 + t)) for t in (1, 2, 3)] == [1.0, 1.0, 0.5]
+        rate = read(exponential_decay(1.0, 2**24 + 1, 0.5, staircase=True))
+        assert [float(rate(2**24 + t)) for t in (0, 1, 2)] == [1.0, 0.5, 0.5]
+        rate = read(exponential_decay(1.0, 3, 0.999, staircase=True))
+        same = read(exponential_decay(1.0, 1, 0.999))
+        assert float(rate(3 * 5000)) == float(same(5000))
+        # Of the last steps of a long line none is lost.
+        rate = read(polynomial_decay(1.0, 2**30, 0.0))
+        np.testing.assert_allclose([rate(2**30 - t) for t in (1, 3)], [2.0**-30, 3 * 2.0**-30])
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, jnp.array, jnp.bfloat16])
+def test_boundaries_of_any_kind(kind):
+    make = piecewise_constant([kind(2), kind(5)], [1.0, 0.5, 0.25])
+    for read in (make, jax.jit(lambda t: make(t))):
+        assert [float(read(t)) for t in (0, 2, 3, 5, 6)] == [1.0, 1.0, 0.5, 0.5, 0.25]
+    argued = jax.jit(lambda schedule, t: schedule(t))
+    assert [float(argued(make, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
+
+
+def test_boundaries_that_no_count_reaches():
+    far = [-(2**40), -1.5, 2.5, 2**31 - 1, 2**31, 3e9, 1e38]
+    values = [float(i) for i in range(8)]
+    for rate in (piecewise_constant(far, values), jax.jit(piecewise_constant(far, values))):
+        assert [float(rate(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
+    argued = jax.jit(lambda schedule, t: schedule(t))
+    arrays = piecewise_constant([*map(jnp.float32, [-3e9, 2.5, 2**24, 3e9])], values[:5])
+    assert [float(argued(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)] == [
+        *(1.0, 2.0, 2.0, 3.0, 3.0)
+    ]
+
+
+LONG = {
+    "cosine": (lambda n: cosine_decay(0.1, n), lambda n, t: keras_cosine(t, 0.1, n, 0.0)),
+    "polynomial": (
+        lambda n: polynomial_decay(0.1, n, 0.01),
+        lambda n, t: keras_polynomial(t, 0.1, n, 0.01, 1.0),
+    ),
+    "cycle": (
+        lambda n: polynomial_decay(0.1, n, 0.01, cycle=True),
+        lambda n, t: keras_polynomial(t, 0.1, n, 0.01, 1.0, cycle=True),
+    ),
+    "exponential": (
+        lambda n: exponential_decay(0.1, n, 0.5),
+        lambda n, t: keras_exponential(t, 0.1, n, 0.5),
+    ),
+    "staircase": (
+        lambda n: exponential_decay(0.1, n, 0.5, staircase=True),
+        lambda n, t: keras_exponential(t, 0.1, n, 0.5, True),
+    ),
+    "inverse": (
+        lambda n: inverse_time_decay(0.1, n, 0.5),
+        lambda n, t: keras_inverse_time(t, 0.1, n, 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_decays_may_be_longer_than_any_run(name):
+    make, formula = LONG[name]
+    for n in (2**31 - 1, 2**31, 3_000_000_000, 3e9, 2**40, 10**30, 1e38, np.int64(3_000_000_000)):
+        rate, read = make(n), jax.jit(make(n))
+        for t in (0, 1, 2**24 + 1, 2**31 - 1):
+            for found in (rate(t), read(t)):
+                np.testing.assert_allclose(found, formula(float(n), t), rtol=2e-6, atol=1e-9)
+
+
+def test_counts_beyond_all_counts_are_refused():
+    for bad in (2**31, 2**40, np.int64(2**32 + 5), 10**30):
+        for schedule in (cosine_decay(0.1, 10), warmup(0.1, 3), constant(0.5)):
+            with pytest.raises(ValueError, match=r"count of steps.*up to 2147483647; got"):
+                schedule(bad)
+        with pytest.raises(
+            ValueError, match=r"warmup: steps must be a whole number .* at most 2147"
+        ):
+            warmup(0.1, bad)
+        with pytest.raises(ValueError, match=r"overwrite_frequency must be .* at most 2147483647"):
+            adamjax.weight_ema(0.5, bad)
+    rate = warmup(0.5, 2**31 - 1)
+    assert float(rate(2**31 - 1)) == 0.5
+    for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint32):
+        rate = exponential_decay(1.0, 1000, 0.5, staircase=True)
+        assert float(rate(jnp.array(100, dtype))) == 1.0
+        assert float(jax.jit(piecewise_constant([300], [1.0, 0.5]))(jnp.array(100, dtype))) == 1.0
+
+
+def test_lengths_that_are_traced_do_at_0_what_they_do_beside_it():
+    """At the start if none was taken, else at the end; what is below makes NaN."""
+    for make, end in (
+        (lambda n: cosine_decay(0.5, n, 0.5), 0.25),
+        (lambda n: polynomial_decay(0.5, n, 0.25), 0.25),
+        (lambda n: exponential_decay(0.5, n, 0.5), 0.0),
+        (lambda n: inverse_time_decay(0.5, n, 1.0), 0.0),
+    ):
+        read = jax.jit(lambda n, t, make=make: make(n)(t))
+        for n in (0.0, 1e-30):
+            assert float(read(n, 0)) == 0.5
+            np.testing.assert_allclose(read(n, 3), end, atol=1e-20)
+        for bad in (-2.0, jnp.nan, -2):
+            assert np.isnan(read(bad, 1))
+    read = jax.jit(lambda n, t: warmup(0.5, n, 0.25)(t))
+    assert [float(read(n, 0)) for n in (0, 1)] == [0.5, 0.25]
+    assert float(jax.jit(lambda n: jax.grad(lambda s: warmup(0.5, n, s)(0))(0.25))(0)) == 0.0
+    read = jax.jit(lambda power, t: polynomial_decay(0.5, 10, 0.25, power)(t))
+    for power in (0.0, 1e-30):
+        assert [float(read(power, t)) for t in (0, 9, 10, 11)] == [0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_schedule_of_someone_elses_is_called_as_it_is():
+    """A function may look at the count, outside `jit`; then nothing around it is compiled."""
+    table = [0.5, 0.25, 0.125]
+    rate = warmup(lambda count: table[int(count)], 2)
+    assert [float(rate(t)) for t in range(4)] == [0.0, 0.25, 0.5, 0.25]
+
+
 def test_schedules_go_on_at_the_largest_count():
     for name, (schedule, _) in CASES.items():
         last = schedule(jnp.array(jnp.iinfo(jnp.int32).max))
