@@ -86,7 +86,11 @@ RANGES = {
     EPSILON: ([1.2e-38, 1e-8, 1], [0, 0.0, 1e-39, -1e-8, INF, NAN], "finite and at least 1.2e-38"),
     LIMIT: ([1e-9, 1, 3e38], [0, -1, -1e-9, 1e300, INF, NAN], "finite and at least 1.2e-38"),
     ANY: ([-1.0, 0, 3.0], [1e39, -1e39, INF, -INF, NAN], "finite"),
-    COUNT: ([1, 7, 2.0], [0, -1, 1.5, INF, NAN], "a whole number of at least 1"),
+    COUNT: (
+        [1, 7, 2.0],
+        [0, -1, 1.5, INF, NAN, 2**31, 2**32 + 1, 10**400],
+        "a whole number of at least 1 and at most 2147483647",
+    ),
 }
 
 
@@ -105,8 +109,10 @@ def test_a_hyperparameter_outside_its_range_is_refused(make, owner, name, kind):
     """At construction, naming whose it is, what it is called, its range and what came."""
     _, bad, text = RANGES[kind]
     for value in bad:
-        forms = [value, np.float64(value)]
-        if not abs(value) < math.inf or abs(value) <= 3e38:
+        forms = [value] if value == 10**400 else [value, np.float64(value), np.array(value)]
+        if value == 10**400:
+            pass
+        elif not abs(value) < math.inf or abs(value) <= 3e38:
             forms += [jnp.float32(value), jnp.array([1.0, value])]
         for form in forms:
             with pytest.raises(ValueError, match=rf"{owner}: {name} must be .*{text}.*got"):
@@ -265,6 +271,74 @@ def test_leaves_are_hyperparameters_by_their_names():
         ".transforms[2].learning_rate.decay_steps": 10,
         ".transforms[2].learning_rate.alpha": 0.0,
     }
+
+
+def test_only_counts_and_times_stay_whole():
+    """Everything else is a float, as an array of integers has no place for fractions."""
+    for made in (
+        scale(1),
+        adamjax.scale_by_adam(b1=0, b2=0, eps=1),
+        adamjax.clip_by_norm(1),
+        adamjax.clip_by_global_norm(np.int64(1)),
+        adamjax.clip_by_value(np.array(1)),
+        adamjax.add_decayed_weights(0),
+        adamjax.scale_by_learning_rate(jnp.array(1)),
+        adamjax.constant(1),
+        by_path([("a", 1)], default=0),
+        weight_ema(1),
+    ):
+        assert all(jnp.result_type(x) == jnp.float32 for x in jax.tree.leaves(made)), made
+    frequency = weight_ema(0.5, np.array(2.0)).overwrite_frequency
+    assert (frequency.dtype, weight_ema(0.5, 2.0).overwrite_frequency) == (jnp.int32, 2)
+    assert isinstance(weight_ema(0.5, 2.0).overwrite_frequency, int)
+    decay = adamjax.cosine_decay(1, decay_steps=10)
+    assert repr(decay) == "cosine_decay(initial_learning_rate=1.0, decay_steps=10, alpha=0.0)"
+    assert repr(piecewise_constant([1, 2.5], [1, 0.5, 0])) == (
+        "piecewise_constant(boundaries=(1, 2.5), values=(1.0, 0.5, 0.0))"
+    )
+
+
+def test_what_is_traced_is_taken_by_its_dtype():
+    for bad in (True, 1j):
+        with pytest.raises(TypeError, match=r"scale: factor must be a number.*being traced"):
+            jax.jit(scale)(bad)
+    with pytest.raises(TypeError, match=r"overwrite_frequency.*dtype float32.*being traced"):
+        jax.jit(lambda n: weight_ema(0.5, n))(2.5)
+    assert jax.jit(scale)(2).factor.dtype == jnp.float32
+    assert jax.jit(lambda n: weight_ema(0.5, n))(2).overwrite_frequency.dtype == jnp.int32
+    tx = jax.tree.map(jnp.float32, weight_ema(0.5, 2))
+    with pytest.raises(TypeError, match="overwrite_frequency must be a whole number of steps, got"):
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
+
+
+def test_wide_integers_are_not_cut_to_32_bits():
+    for value in (2**40, np.int64(2**40), np.array(2**40), np.array([2**40]), np.uint64(2**40)):
+        assert float(np.asarray(scale(value).factor).reshape(())) == 2.0**40
+    assert scale(2**70).factor == 2.0**70
+    assert float(scale(np.array(2**63 + 2**40, np.uint64)).factor) == 2.0**63 + 2.0**40
+    for value in (2**130, 10**400, -(10**400)):
+        with pytest.raises(ValueError, match="scale: factor must be finite, got"):
+            scale(value)
+    for value in (2**31, 2**32 + 1, np.int64(2**32 + 1), np.array(2**32 + 1), 2.0**31):
+        with pytest.raises(ValueError, match=r"steps must be a whole number .* at most 2147483647"):
+            adamjax.accumulate_gradients(scale(1.0), value)
+
+
+def test_epsilons_that_are_traced_do_at_0_what_they_do_beside_it():
+    """A weight without a gradient has the update 0; what is below 0 or NaN makes NaN."""
+    g = jnp.array([0.0, 2.0])
+    for make in (
+        lambda eps: adamjax.scale_by_adam(eps_hat=eps),
+        lambda eps: adamjax.scale_by_adam(eps=eps),
+        lambda eps: adamjax.scale_by_amsgrad(eps_hat=eps),
+        lambda eps: adamjax.scale_by_adamax(eps=eps),
+        lambda eps: adamjax.scale_by_adam(eps=eps, nesterov=True),
+    ):
+        step = jax.jit(lambda eps, make=make: make(eps).update(g, make(eps).init(g))[0])
+        np.testing.assert_allclose(step(0.0), step(1e-30), rtol=1e-6)
+        assert step(0.0)[0] == 0
+        for bad in (-1.0, jnp.nan):
+            assert np.isnan(step(bad)).all()
 
 
 def test_numbers_of_every_kind_do():

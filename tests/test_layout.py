@@ -177,6 +177,25 @@ def test_rows_of_packed_tables(width):
     assert packing.line(jnp.array([-1])) < 0
 
 
+def test_lines_of_indices_of_any_width():
+    packing, x = adamjax.packing(64), jnp.arange(10.0).repeat(64).reshape(10, 64)
+    lines = packing.pack(x)
+    ids = np.array([2**32 + 5, 5, 2**63 + 5], np.uint64)
+    for wide in (ids, ids.tolist(), ids.astype(np.int64)[:2]):
+        place = packing.line(wide)
+        assert place.dtype == jnp.int32
+        assert (place[1], packing.rows(lines[place], wide)[1, 0]) == (2, 5.0)
+        outside = np.delete(np.asarray(place), 1)
+        assert np.all((outside < 0) | (outside >= len(lines)))
+        rows = adamjax.row_gradient(place, jnp.ones((len(place), 128)), len(lines))
+        assert float(rows.to_dense().sum()) == 128
+    assert np.all(packing.line([-1, -(2**40)]) < 0)
+    for bad in ([1.0], np.array([True]), None):
+        for call in (packing.line, lambda ids: packing.rows(lines, ids)):
+            with pytest.raises(TypeError, match="packing: indices must be integers"):
+                call(bad)
+
+
 def test_packing_refuses_what_it_does_not_fit():
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         adamjax.packing(0)

@@ -1,5 +1,6 @@
 """Row gradients stand for the dense arrays that they are, in arithmetic and through transforms."""
 
+import contextlib
 import copy
 import pickle
 
@@ -13,7 +14,7 @@ from support import assert_close, enable_x64
 
 import adamjax
 from adamjax import row_gradient
-from adamjax.rows import distinct
+from adamjax.rows import SEAL, checked_ids, distinct
 
 V, D = 23, 3
 
@@ -71,6 +72,71 @@ def test_any_integer_dtype(dtype):
         assert not np.any(row_gradient(np.uint32([2**32 - 1]), np.ones((1, D)), V).to_dense())
 
 
+WIDE = {
+    "int64": (np.array([2**32 + 5, 5, -1]), [V, 5, V]),
+    "uint64": (np.array([2**63 + 5, 5, 2**32], np.uint64), [V, 5, V]),
+    "uint32": (np.array([2**32 - 1, 5], np.uint32), [V, 5]),
+    "beyond 64 bits": ([2**70, 5, -1, -(2**70)], [V, 5, V, V]),
+    "wide and negative": ([2**63, -1, 5], [V, V, 5]),
+    "nested lists": ([[2**32 + 5, 5], [0, -(2**32)]], [[V, 5], [0, V]]),
+    "lists of arrays": ([np.array([2**32 + 5, 5]), np.uint64([1, 2])], [[V, 5], [1, 2]]),
+    "lists of JAX' arrays": ([jnp.int32(3), 2**32 + 3, jnp.uint32(5)], [3, V, 5]),
+    "NumPy's numbers": ([np.int8(-1), np.uint64(2**64 - 1), np.int64(5)], [V, V, 5]),
+    "one int": (5, 5),
+    "one wide int": (2**32 + 5, V),
+    "a range": (range(3), [0, 1, 2]),
+    "an empty list": ([], np.zeros(0)),
+    "empty lists": ([[], []], np.zeros((2, 0))),
+}
+
+
+@pytest.mark.parametrize(("indices", "expected"), WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("x64", [False, True])
+def test_indices_keep_their_value_until_they_are_compared(indices, expected, x64):
+    expected = np.asarray(expected)
+    with enable_x64(x64):
+        ids = checked_ids("me", indices, V)
+        assert ids.dtype == jnp.int32
+        np.testing.assert_array_equal(ids, expected)
+        for make in (row_gradient, jax.jit(lambda _, g, v: row_gradient(indices, g, v), **STATIC)):
+            values = np.ones((*expected.shape, D), np.float32)
+            given = indices if make is row_gradient else 0
+            check(make(given, values, V), expected, values)
+
+
+STATIC = {"static_argnums": 2}
+
+
+@pytest.mark.parametrize(
+    ("indices", "kind"),
+    [
+        (np.array([1.0]), "float64"),
+        (jnp.array([1.0]), "float32"),
+        (np.array([]), "float64"),
+        ([1, 2.0], "float"),
+        (1.5, "float64"),
+        (np.array([True]), "bool"),
+        (jnp.array([True]), "bool"),
+        ([True, 2], "bool"),
+        (True, "bool"),
+        ([1, None], "NoneType"),
+        (None, "NoneType"),
+        ("1", "str"),
+        (1j, "complex128"),
+        (np.zeros((), jax.dtypes.float0), "void"),
+    ],
+)
+def test_what_is_no_integer_is_no_index(indices, kind):
+    for call in (
+        lambda: checked_ids("me", indices, V),
+        lambda: jax.jit(lambda: checked_ids("me", indices, V))(),
+    ):
+        with pytest.raises(TypeError, match=rf"me: indices must be integers, got {kind}.*cast"):
+            call()
+    with pytest.raises(TypeError, match="row_gradient: indices must be integers"):
+        row_gradient(indices, jnp.ones((1, D)), V)
+
+
 @pytest.mark.parametrize("num_rows", [7, 23, 100_000])
 def test_both_ways_to_find_distinct_indices(num_rows):
     """By a scratch of the table's length, and, where that would be long, by sorting."""
@@ -105,6 +171,9 @@ def test_an_index_outside_is_reported_by_checkify():
         error, rows = checked(jnp.array([0, bad, 3]))
         assert f"index {bad} is outside [0, {V})" in error.get()
         check(rows, [0, bad, 3], np.ones((3, D)))
+    error, rows = checkify.checkify(lambda: make(np.array([0, 2**32 + 5, 3])))()
+    assert f"index {2**32 + 5} is outside [0, {V})" in error.get()
+    check(rows, [0, V, 3], np.ones((3, D)))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +184,9 @@ def test_an_index_outside_is_reported_by_checkify():
         ([0, 1], np.ones((3, D)), V, {}, ValueError, r"\(2,\) \+ \(\.\.\.\), got \(3, 3\)"),
         ([0], np.ones((1, D)), 0, {}, ValueError, "num_rows must be a Python int.*got 0"),
         ([0], np.ones((1, D)), 2**31, {}, ValueError, "num_rows must be.*got 2147483648"),
+        ([0], np.ones((1, D)), True, {}, ValueError, "num_rows must be.*got True"),
+        ([0], np.ones((1, D)), np.True_, {}, ValueError, "num_rows must be.*got np.True_"),
+        ([0], np.ones((1, D)), 4.0, {}, ValueError, "num_rows must be.*got 4.0"),
         ([0], np.ones((1, D)), V, {"max_unique": 0}, ValueError, "max_unique must be.*got 0"),
     ],
 )
@@ -188,6 +260,167 @@ def test_is_a_pytree_that_compares_and_pickles(rows):
     assert rows != -rows
     mapped = jax.vmap(lambda i, g: row_gradient(i, g, V).to_dense())(*batch((4, 10)))
     assert_close(mapped.sum(0), row_gradient(*batch((4, 10)), V).to_dense(), 1e-5)
+
+
+# --- arithmetic on leaves -----------------------------------------------------------------------
+
+
+def mapped(function, *trees):
+    return jax.tree.map(function, *trees)
+
+
+# What of two row gradients computes with their indices as if they were gradients.
+MISTAKEN = {
+    "added by jnp": lambda a, b: mapped(jnp.add, a, b),
+    "added": lambda a, b: mapped(lambda x, y: x + y, a, b),
+    "doubled": lambda a, b: mapped(lambda x: 2 * x, a),
+    "negative": lambda a, b: mapped(jnp.negative, a),
+    "subtracted": lambda a, b: mapped(jnp.subtract, a, b),
+    "zeros": lambda a, b: mapped(jnp.zeros_like, a),
+    "ones": lambda a, b: mapped(jnp.ones_like, a),
+    "a whole mean": lambda a, b: mapped(lambda x, y: (x + y) // 2, a, b),
+    "64 of them": lambda a, b: mapped(lambda *x: sum(x), *[a] * 64),
+    "size": lambda a, b: mapped(jnp.abs, a),
+    "clipped": lambda a, b: mapped(lambda x: jnp.clip(x, -1, 1), a),
+    "squared": lambda a, b: mapped(jnp.square, a),
+    "micro-batches": lambda a, b: mapped(
+        lambda s, x: s + x, mapped(lambda s, x: s + x, mapped(jnp.zeros_like, a), a), b
+    ),
+}
+# What uses one, of a table of zeros.
+USES = {
+    "to_dense": lambda rows: rows.to_dense(),
+    "table + rows": lambda rows: jnp.zeros(rows.shape) + rows,
+    "rows + rows": lambda rows: (rows + rows.emptied()).to_dense(),
+    "others + rows": lambda rows: (row_gradient([], jnp.zeros((0, D)), V) + rows).to_dense(),
+    "2 * rows": lambda rows: (2 * rows).to_dense(),
+    "astype": lambda rows: rows.astype(jnp.bfloat16).to_dense(),
+    "global_norm": lambda rows: adamjax.global_norm([rows]) * jnp.ones(1),
+    "apply_updates": lambda rows: adamjax.apply_updates(jnp.zeros(rows.shape), rows),
+    "optax": lambda rows: optax.apply_updates(jnp.zeros(rows.shape), rows),
+    "lazy": lambda rows: updated(adamjax.adam(0.1, rows="lazy"), rows),
+    "dense": lambda rows: updated(adamjax.adamw(0.1), rows),
+    "clipped": lambda rows: updated(adamjax.clip_by_norm(1.0), rows),
+    "exact": lambda rows: updated(adamjax.exact_rows(adamjax.adam(0.1), ""), rows),
+    "scaled": lambda rows: updated(adamjax.scale(2.0), rows),
+    "gathered": lambda rows: updated(
+        adamjax.accumulate_gradients(adamjax.scale(2.0), 1, max_rows=20), rows
+    ),
+}
+
+
+def updated(tx, rows):
+    params = jnp.zeros(rows.shape)
+    return adamjax.apply_updates(params, tx.update(rows, tx.init(params), params)[0])
+
+
+def two():
+    return (row_gradient(*batch((6,), seed=seed, low=0, high=V), V) for seed in range(2))
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_arithmetic_on_leaves_is_refused_where_it_is_used(name):
+    wrong = MISTAKEN[name](*two())
+    for use in USES.values():
+        with pytest.raises(ValueError, match=r"computed with the leaves.*a \+ b.*sum_over"):
+            use(wrong)
+
+
+def test_arithmetic_on_leaves_of_another_program_makes_nan():
+    """Where only the compiled step can tell: the first rows, wherever the indices went."""
+    for use in USES.values():
+        step = jax.jit(use)
+        right = step(next(two()))
+        assert np.isfinite(right.astype(np.float32)).all()
+        for make in MISTAKEN.values():
+            assert np.isnan(step(make(*two())).astype(np.float32)).reshape(-1)[0]
+
+
+def test_arithmetic_on_leaves_within_a_program_is_seen():
+    for make in MISTAKEN.values():
+        table = jnp.nan
+        with contextlib.suppress(ValueError):
+            table = jax.jit(lambda make=make: (jnp.zeros((V, D)) + make(*two()))[:6])()
+        assert np.isnan(table).all()
+
+
+def test_means_of_leaves_are_no_rows():
+    halved = mapped(lambda x: x / 2, next(two()))
+    with pytest.raises(TypeError, match="indices of a row gradient are float32"):
+        halved.to_dense()
+
+
+def test_sums_over_replicas_by_leaves_are_seen():
+    indices, values = batch((4, 6), low=0, high=V)
+
+    def summed(add):
+        def f(i, g):
+            return jnp.zeros((V, D)) + add(row_gradient(i, g, V))
+
+        return jax.jit(jax.vmap(f, axis_name="d"))(indices, values)
+
+    right = summed(lambda rows: adamjax.sum_over("d").update(rows, ())[0])
+    assert_close(right[0], row_gradient(indices, values, V).to_dense(), 1e-5)
+    for wrong in (jax.lax.psum, jax.lax.pmean):
+        table = jnp.nan  # the sum of what is no tracer is taken at once, by a newer JAX
+        with contextlib.suppress(ValueError, TypeError):
+            table = summed(lambda rows, wrong=wrong: wrong(rows, "d"))[:, :6]
+        assert np.isnan(table).all()
+
+
+of_many = jax.vmap(lambda i, g: row_gradient(i, g, V))
+MOVED = {
+    "chosen": lambda a, b: mapped(lambda x, y: jnp.where(jnp.bool_(True), x, y), a, b),
+    "copied": lambda a, b: mapped(jnp.copy, a),
+    "to NumPy": lambda a, b: jax.device_get(a),
+    "to a device": lambda a, b: jax.device_put(a, jax.devices()[0]),
+    "pickled": lambda a, b: pickle.loads(pickle.dumps(a)),
+    "jitted": lambda a, b: jax.jit(lambda x: x)(a),
+    "conditional": lambda a, b: jax.lax.cond(True, lambda: a, lambda: b),
+    "carried": lambda a, b: jax.lax.fori_loop(0, 2, lambda _, x: x, a),
+    "unstacked": lambda a, b: mapped(lambda x: x[0], mapped(lambda *x: jnp.stack(x), a, b)),
+    "mapped": lambda a, b: mapped(lambda x: x[0], of_many(a.indices[None], a.values[None])),
+    "negated twice": lambda a, b: -1 * (-a),
+    "without a spill": lambda a, b: row_gradient(a.indices, a.values, V, max_unique=2).joined(),
+    "with a spill": lambda a, b: row_gradient(a.indices, a.values, V, max_unique=2),
+    "by hand": lambda a, b: adamjax.RowGradient(a.indices, a.values, num_rows=V),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_moves_row_gradients_keeps_them(name):
+    right = next(two()).to_dense()
+    moved = MOVED[name](*two())
+    for made in (moved.to_dense(), jax.jit(lambda x: x.to_dense())(moved)):
+        assert_close(made, right)
+    assert "seal" not in repr(moved)
+
+
+def test_stacked_row_gradients_are_no_row_gradient():
+    stacked = mapped(lambda *x: jnp.stack(x), *two())
+    with pytest.raises(ValueError, match=r"indices of shape \(2, 6\).*make one: row_gradient"):
+        stacked.to_dense()
+    one = row_gradient(stacked.indices, stacked.values, V)
+    a, b = two()
+    assert_close(one.to_dense(), (a + b).to_dense())
+
+
+@pytest.mark.parametrize("name", ["lazy adam", "dense adamw", "exact pipeline"])
+def test_a_seal_costs_nothing_in_one_program(name):
+    """Nor does a guard, nor gathering, whose branches would make a seal one that is traced."""
+    for around in (
+        lambda tx: tx,
+        adamjax.skip_not_finite,
+        lambda tx: adamjax.accumulate_gradients(tx, 2, max_rows=20),
+    ):
+        tx, params = around(IN_PLACE[name]), {"t": jnp.zeros((V, D))}
+
+        def step(params, state, indices, values, tx=tx):
+            updates, state = tx.update({"t": row_gradient(indices, values, V)}, state, params)
+            return adamjax.apply_updates(params, updates), state
+
+        text = jax.jit(step).lower(params, tx.init(params), *batch((6,))).as_text()
+        assert str(int(SEAL)) not in text
 
 
 # --- through transforms -------------------------------------------------------------------------
