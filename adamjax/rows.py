@@ -346,7 +346,7 @@ def summed(
 
 def _whole(name: str, value: Any, most: int | None) -> int:
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
+        number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
     if number < 1 or (most is not None and number > most):
