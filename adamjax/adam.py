@@ -248,7 +248,9 @@ class scale_by_adam(Rule):
     The state is a `ScaleByAdamState`.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
-    update of that element NaN. `skip_not_finite` does not see it; a clip in front prevents it.
+    update of that element NaN. `skip_not_finite` does not see it; `clip_by_value` in front prevents
+    it, while a clip by a norm makes NaN of such a leaf or tree. The share of a gradient below about
+    3e-18 in v is 0: with an epsilon smaller than that, its update is far too large.
 
     Raises:
       ValueError: a value is out of its range, or both epsilons are given.

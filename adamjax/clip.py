@@ -167,8 +167,9 @@ class clip_by_global_norm(Stateless, Scaling):
 
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
     of `global_norm`. Where it is not finite, every element becomes NaN, as in TensorFlow's
-    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell. (Of a
-    `RowGradient`, every element of the rows that it holds.)
+    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell,
+    unless all are finite and their squares overflow, see `global_norm`. (Of a `RowGradient`, every
+    element of the rows that it holds.)
 
     Args:
       max_norm: largest joint norm, above 0. (Of an array that is traced or set, the value is not

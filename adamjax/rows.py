@@ -57,7 +57,8 @@ class RowGradient(Data):
     `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, and the sum
     of two is the gradient of both. Arithmetic on its leaves is not (`jax.tree.map(jnp.add, a, b)`,
     `jax.lax.psum(rows, axis)`): it moves indices too. What comes of that is refused where it is
-    used, or, if only the compiled step can tell, has NaN for its values.
+    used, or, if only the compiled step can tell, has NaN for its values. (Integer combinations
+    whose weights add up to one, as `a - b + c`, and maxima and minima are not noticed.)
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
