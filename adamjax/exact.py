@@ -384,7 +384,7 @@ class exact_rows(Transform):
     ...     updates, state = tx.update(grads, state, params, ticket=ticket)
     ...     params = adamjax.apply_updates(params, updates)
     >>> params["table"][3], tx.lookup(params, state, "table", 3)
-    (Array([0.90000033, 0.90000033], dtype=float32), Array([0.7811992, 0.7811992], dtype=float32))
+    (Array([0.9, 0.9], dtype=float32), Array([0.781, 0.781], dtype=float32))
     """
 
     tx: Transform

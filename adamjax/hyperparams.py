@@ -90,7 +90,7 @@ class with_hyperparams(Transform):
     >>> state = adamjax.set_hyperparams(state, learning_rate=0.5)
     >>> updates, state = tx.update(jnp.ones(2), state)
     >>> updates, state.hyperparams
-    (Array([-0.49999842, -0.49999842], dtype=float32), {'learning_rate': Array(0.5, dtype=float32)})
+    (Array([-0.5, -0.5], dtype=float32), {'learning_rate': Array(0.5, dtype=float32)})
     """
 
     tx: Transform
@@ -205,7 +205,7 @@ def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1, b1=0.9)
     >>> state = adamjax.set_hyperparams(tx.init(jnp.zeros(2)), learning_rate=0.05)
     >>> float(state.hyperparams["learning_rate"]), float(state.hyperparams["b1"])
-    (0.05000000074505806, 0.8999999761581421)
+    (0.05, 0.9)
     """
     if not isinstance(state, HyperparamsState):
         raise TypeError(

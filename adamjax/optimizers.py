@@ -35,10 +35,11 @@ def adam(
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.adam(0.1)
-    >>> params = {"w": jnp.array([1.0, 2.0])}
-    >>> updates, state = tx.update({"w": jnp.array([3.0, -5.0])}, tx.init(params), params)
+    >>> params = {"w": jnp.array(1.0), "b": jnp.array(2.0)}
+    >>> grads = {"w": jnp.array(3.0), "b": jnp.array(-5.0)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
     >>> adamjax.apply_updates(params, updates)
-    {'w': Array([0.9000001, 2.1      ], dtype=float32)}
+    {'b': Array(2.1, dtype=float32), 'w': Array(0.9, dtype=float32)}
     """
     rule = scale_by_adam(
         b1, b2, eps_hat=eps_hat, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, rows=rows
