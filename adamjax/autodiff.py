@@ -21,7 +21,7 @@ from adamjax._compat import ClosedJaxpr, JaxprEqn, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import Planner, Slots, Source, View
-from adamjax.rows import RowGradient, row_gradient, summed
+from adamjax.rows import RowGradient, distinct_of_each, in_table, summed_of_each
 
 __all__ = ["Call", "Reads", "grad", "value_and_grad"]
 
@@ -225,49 +225,64 @@ class Reads:
         grads: list[Any] = [None] * len(leaves)
         for i, g in zip(self.others, of_others, strict=True):
             grads[i] = g
-        for i in self.rows:
-            grads[i] = self._rows(leaves[i], i, ids, of_places, (known or {}).get(i))
+        for i, g in self._sums(leaves, ids, of_places, known or {}).items():
+            grads[i] = g
         trees = call.unflattened(grads)
         value = (value, self.aux(arrays)) if call.has_aux else value
         return value, trees[0] if call.single else tuple(trees)
 
-    def _rows(
+    def _sums(
         self,
-        leaf: chex.Array,
-        table: int,
+        leaves: list[Any],
         ids: Slots,
         grads: Slots,
-        known: tuple[chex.Array, chex.Array] | None,
-    ) -> RowGradient:
-        """The gradient of a table."""
-        num_rows, *trailing = leaf.shape
-        mine = [
-            x for x in zip(self.plan.places, ids, grads, strict=True) if x[0].view.table == table
-        ]
-        # Within `shard_map` it is known of the rows of one device alone.
-        if known is not None and not any(place.view.axes for place, _, _ in mine):
-            told = [jnp.zeros((0, *trailing), leaf.dtype)]
-            for place, _, g in mine:
-                shape = (math.prod(place.shape), *trailing)
-                told.append(jnp.zeros(shape, leaf.dtype) if g is None else g.reshape(shape))
-            return summed(*known, jnp.concatenate(told), num_rows)
+        known: Mapping[int, tuple[chex.Array, chex.Array]],
+    ) -> dict[int, RowGradient]:
+        """The gradients of the tables."""
+        values, asked, distinct = {}, {}, dict(known)
+        for i in self.rows:
+            places = zip(self.plan.places, ids, grads, strict=True)
+            mine = [x for x in places if x[0].view.table == i]
+            # Within `shard_map` it is known of the rows of one device alone.
+            if any(place.view.axes for place, _, _ in mine):
+                distinct.pop(i, None)
+            values[i], found = self._touched(leaves[i], mine, i in distinct)
+            if i not in distinct:
+                asked[i] = in_table(found, len(leaves[i]))
+        rows = [len(leaves[i]) for i in asked]
+        searched = distinct_of_each(list(asked.values()), rows)
+        distinct |= dict(zip(asked, searched, strict=True))
+        sums = summed_of_each(
+            [distinct[i] for i in values], list(values.values()), [len(leaves[i]) for i in values]
+        )
+        return dict(zip(values, sums, strict=True))
+
+    def _touched(
+        self, leaf: chex.Array, mine: list[tuple[Any, Any, Any]], is_known: bool
+    ) -> tuple[chex.Array, chex.Array]:
+        """What each read of a table got, and its indices; of known ones not those."""
+        trailing = leaf.shape[1:]
         indices = [jnp.zeros(0, jnp.int32)]
         values = [jnp.zeros((0, *trailing), leaf.dtype)]
         for place, i, g in mine:
             if g is None:
+                if is_known:
+                    values.append(jnp.zeros((math.prod(place.shape), *trailing), leaf.dtype))
                 continue
-            i, g = i.reshape(-1), g.reshape(i.size, *trailing)
-            if place.view.axes:
-                gathered = functools.partial(
-                    jax.lax.all_gather,
-                    axis_name=place.view.axes,
-                    tiled=True,
-                    to="invarying",
-                )
-                i, g = gathered(i), gathered(g)
-            indices.append(i)
+            g = g.reshape(-1, *trailing) if 0 not in trailing else g.reshape(i.size, *trailing)
+            if not is_known:
+                i = i.reshape(-1)
+                if place.view.axes:
+                    gathered = functools.partial(
+                        jax.lax.all_gather,
+                        axis_name=place.view.axes,
+                        tiled=True,
+                        to="invarying",
+                    )
+                    i, g = gathered(i), gathered(g)
+                indices.append(i)
             values.append(g)
-        return row_gradient(jnp.concatenate(indices), jnp.concatenate(values), num_rows)
+        return jnp.concatenate(values), jnp.concatenate(indices)
 
 
 # --- what users call ------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ s + K stands for s from there on: what G has moved by then is part of the weight
 
 **Replay.** Where b1 is not well below shrink the terms do not fall off before x has fallen below
 eps, and no short series holds G. The ring keeps `(a_t, b_t)` there, and the recurrence is repeated
-step by step, for no more steps than can move a row.
+step by step, for no more steps than can move a row. So a row costs as much as the steps that it
+was left alone for, and what bounds that is a short ring.
 """
 
 import functools
@@ -180,7 +181,13 @@ class Coasting:
     @property
     def least_history(self) -> int:
         """The least length of the ring, a power of two."""
-        return max(2, 1 << self.steps.bit_length())
+        # A replay reads the steps since a row was left alone, and no others.
+        return 2 if self.replays else max(2, 1 << self.steps.bit_length())
+
+    @property
+    def replays(self) -> bool:
+        """Whether rows are brought up to date step by step."""
+        return self.steps > 0 and self.terms == 0
 
     def init(self, history: int, real: Any) -> Ring:
         """The ring before the first step.
@@ -198,10 +205,9 @@ class Coasting:
             )
         averages = self.momentum is not None
         width = (2 if averages else 1) * self.terms
-        replays = self.steps > 0 and self.terms == 0
         return Ring(
             series=jnp.zeros((history, width), real) if width else None,
-            rates=jnp.zeros((history, 2), real) if replays else None,
+            rates=jnp.zeros((history, 2), real) if self.replays else None,
             decay=jnp.zeros((history, 2), real) if self.decays else None,
             kappa=jnp.zeros(history, real) if self.decays and averages else None,
         )

@@ -36,7 +36,7 @@ from adamjax.leaves import (
     needed,
 )
 from adamjax.masking import masked, partition, settled
-from adamjax.mesh import at_each, over_rows, put, rows_alike, taken
+from adamjax.mesh import at_each, explicit, over_rows, put, rows_alike, taken
 from adamjax.moments import accumulator, apart, next_count, root
 from adamjax.paths import (
     checked_patterns,
@@ -49,7 +49,17 @@ from adamjax.paths import (
     unique_paths,
 )
 from adamjax.replicas import sum_over
-from adamjax.rows import RowGradient, check_sound, checked_ids, distinct
+from adamjax.rows import (
+    RowGradient,
+    RowMoves,
+    check_sound,
+    checked_ids,
+    distinct_of_each,
+    in_blocks,
+    is_one_block,
+    rows_of_each,
+    together,
+)
 from adamjax.transform import (
     Rule,
     Step,
@@ -72,14 +82,10 @@ class TableState(NamedTuple):
     Attributes:
       last: int32[num_rows], the clock at which each row stands as it is in `params`.
       cursor: int32, the row that is refreshed next.
-      ring: what the last steps have done to a row that stands at each of them, under a name that
-        says of which rule: `{"b1=0.9,shrink=0.9995,eps=1e-07": Ring(...)}`. With another rule the
-        rows that lag behind would move otherwise, and a checkpoint has no other place for it.
     """
 
     last: chex.Array
     cursor: chex.Array
-    ring: dict[str, Ring]
 
 
 @exportable
@@ -90,6 +96,10 @@ class ExactRowsState(NamedTuple):
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
+      rings: what the last steps have done to a row that stands at each of them: a `Ring` for all
+        tables that go the same way. Its name says whose it is and of which rule, as in
+        `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`: with another rule the rows that lag
+        behind would move otherwise, and a checkpoint has no other place for it.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -100,6 +110,7 @@ class ExactRowsState(NamedTuple):
     inner: Any
     clock: chex.Array
     tables: dict[str, TableState]
+    rings: dict[str, Ring]
 
     @property
     def last(self) -> dict[str, chex.Array]:
@@ -107,40 +118,48 @@ class ExactRowsState(NamedTuple):
         return {path: table.last for path, table in self.tables.items()}
 
 
-class _Held(NamedTuple):
-    """All that is known of a table; the first three are as long as it."""
+class _Columns(NamedTuple):
+    """The arrays that are as long as a table."""
 
     weights: chex.Array
     slots: dict[str, chex.Array]
     last: chex.Array
+
+
+class _Past(NamedTuple):
+    """What brings rows up to date: the ring after the last step, and that step's number."""
+
     ring: Ring
     clock: chex.Array
     count: chex.Array
 
 
 @exportable
-class _Rows(NamedTuple):
-    """Rows of a table that have caught up."""
+class _Ready(NamedTuple):
+    """Rows of tables, those of one after those of another, up to date.
 
-    indices: Any  # int32[n] with `num_rows` where there is none; None: all rows
-    last: chex.Array
-    moved: chex.Array  # by how much they lag behind in `params`, widened
+    Where there is no row, they are what happens to be read.
+    """
+
     now: chex.Array
+    moved: chex.Array  # by how much they lag behind in `params`, widened
     slots: dict[str, chex.Array]
-    spoilt: chex.Array  # bool scalar, whether there is NaN in what was read of the ring
-    found: Any = None  # int32[k], in a ticket: the rows that were asked for, first among `indices`
+    last: chex.Array
+    seen: chex.Array  # bool scalar, False unless what was read of the ring has NaN
 
 
 class Ticket(Data):
     """What `prepare` found out, for the `update` of the same step.
 
-    It counts for the very arrays of params and state that it was made of: `update` ignores it
-    where one of them is another by now (after a `flush`, at a perturbed point), and where it went
-    through a function that is jitted by itself. So it spares work in one jitted step, and does no
-    harm anywhere.
+    It counts for the very arrays of params, state and indices that it was made of: where one of
+    them is another by now (after a `flush`, at a perturbed point, for other rows), and where it
+    went through a function that is jitted by itself, `update` brings the rows up to date itself.
+    So a ticket spares work in one jitted step, and does no harm anywhere.
 
     Attributes:
-      rows: by path, what each table's rows are, up to date.
+      rows: by path, what each table's rows are, up to date; of tables whose rows are worked on
+        together, by that of the first. Where there are so many rows that blocks of them take
+        turns, `update` brings each block up to date by itself.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.zeros((9, 1))}
@@ -150,23 +169,26 @@ class Ticket(Data):
     ['table']
     """
 
-    rows: dict[str, _Rows]
+    rows: dict[str, Any]
 
     @classmethod
-    def of(cls, rows: dict[str, _Rows], origin: dict[str, "_Held"]) -> "Ticket":
+    def of(cls, rows: dict[str, Any], origins: dict[str, Any]) -> "Ticket":
         """A ticket that knows the arrays it was made of, which are no part of the pytree."""
         ticket = cls(rows)
-        ticket._set(_origin=origin)
+        ticket._set(_origins=origins)
         return ticket
 
-    def rows_of(self, path: str, held: "_Held") -> _Rows | None:
-        """The rows of a table, if the ticket was made of these arrays."""
-        origin = vars(self).get("_origin", {}).get(path)
-        if origin is None or path not in self.rows:
-            return None
-        made_of, now = jax.tree.leaves(origin), jax.tree.leaves(held)
+    def with_rows_of(self, other: "Ticket") -> "Ticket":
+        """A ticket for what both are for."""
+        rows = {**self.rows, **other.rows}
+        return Ticket.of(rows, {**vars(self)["_origins"], **vars(other)["_origins"]})
+
+    def rows_of(self, path: str, origin: Any) -> _Ready | None:
+        """The rows of tables, if the ticket was made of these arrays."""
+        made_of = jax.tree.leaves(vars(self).get("_origins", {}).get(path))
+        now = jax.tree.leaves(origin)
         same = len(made_of) == len(now) and all(map(operator.is_, made_of, now))
-        return self.rows[path] if same else None
+        return self.rows.get(path) if same else None
 
 
 # As an argument or a result of what `jax.export` writes.
@@ -183,15 +205,38 @@ class _Table(NamedTuple):
 
     leaf: int
     path: str
-    num_rows: int
+    shape: tuple[int, ...]
     dtype: Any
     rule: Rule
     plan: Coasting
-    has_front: bool  # whether anything is in front of the rule
+    kind: Any  # equal for tables that every step treats alike
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0]
 
     @property
     def real(self) -> Any:
         return accumulator(self.dtype)
+
+
+class _Family(NamedTuple):
+    """Tables that go the same way, so that one ring says what becomes of their rows."""
+
+    name: str
+    history: int
+    tables: list[_Table]
+
+
+class _Batch(NamedTuple):
+    """Tables of a family whose rows are worked on together: of one width and dtype."""
+
+    family: _Family
+    tables: list[_Table]
+
+    @property
+    def path(self) -> str:
+        return self.tables[0].path
 
 
 @jax.tree_util.register_pytree_node_class
@@ -230,28 +275,35 @@ class StaleTable:
 # --- what a table goes through --------------------------------------------------------------------
 
 
-def _route(tx: Transform, state: Any, leaf: int, params: Tree) -> Iterator[tuple[Transform, Any]]:
+class _Station(NamedTuple):
+    """An elementary transform on the way of a leaf's gradient."""
+
+    place: tuple[int, ...]  # the numbers of the parts that lead to it
+    tx: Transform
+    state: Any
+
+
+def _route(
+    tx: Transform, state: Any, leaf: int, params: Tree, place: tuple[int, ...] = ()
+) -> Iterator[_Station]:
     """The elementary transforms that a leaf's gradient goes through, with their states.
 
     Without parameters, at construction, those that every leaf may go through.
     """
+    parts: Sequence[int]
     if isinstance(tx, partition):
-        if params is not None:
-            found = first_match(tx.patterns, leaf_paths(params)[leaf])
-            owner = len(tx.transforms) if found is None else found
-            yield from _route(tx.parts[owner], _part_state(tx, state, owner), leaf, params)
+        found = None if params is None else first_match(tx.patterns, leaf_paths(params)[leaf])
+        parts = () if params is None else (len(tx.transforms) if found is None else found,)
     elif isinstance(tx, masked):
-        if params is None or selected(tx.pattern, params)[leaf]:
-            yield from _route(tx.tx, state, leaf, params)
+        parts = (0,) if params is None or selected(tx.pattern, params)[leaf] else ()
     elif isinstance(tx, chain):
-        for i, part in enumerate(tx.parts):
-            yield from _route(part, _part_state(tx, state, i), leaf, params)
+        parts = range(len(tx.parts))
     else:
-        yield tx, state
-
-
-def _part_state(tx: Transform, state: Any, part: int) -> Any:
-    return None if state is None else tx.part_states(state)[part]
+        yield _Station(place, tx, state)
+        return
+    for i in parts:
+        part_state = None if state is None else tx.part_states(state)[i]
+        yield from _route(tx.parts[i], part_state, leaf, params, (*place, i))
 
 
 def _refused(tx: Transform, why: str) -> ValueError:
@@ -304,40 +356,36 @@ def _is_fixed(x: Any) -> bool:
     return isinstance(x, Rule | weight_ema)
 
 
-class _zeroing(Rule):
-    """A rule to which the rows behind the first few of some leaves have a gradient of zero.
+class _Waiting:
+    """A table's gradient in front of its rule: to everything behind, a leaf to be left alone."""
 
-    Rows that are refreshed have none. What is in front of the rule may have multiplied that by a
-    factor that is not finite, as a clip does where the norm is not.
-    """
+    dtype = jax.dtypes.float0
+
+    def __init__(self, gradient: Any) -> None:
+        self.gradient, self.shape = gradient, gradient.shape
+
+
+class _stopping(Rule):
+    """A rule before which the gradients of some leaves wait."""
 
     tx: Rule
-    first: Any = static()  # pairs (leaf, number of rows whose gradients count)
+    leaves: Any = static()
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
-        leaves, treedef = flatten(grads)
-        for leaf, count in self.first:
-            g = leaves[leaf]
-            if g is not None:
-                counts = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0) < count
-                leaves[leaf] = jnp.where(counts, g, 0)
-        return self.tx.step(treedef.unflatten(leaves), state, factors)
+        found, treedef = flatten(grads)
+        for leaf in self.leaves:
+            if found[leaf] is not None:
+                found[leaf] = _Waiting(found[leaf])
+        return self.tx.step(treedef.unflatten(found), state, factors)
 
 
-def _with_zeros(tx: Transform, tables: list[_Table], leaves: list[Any]) -> Transform:
-    """The transform for the rows of a step, its rules `_zeroing` where something is in front."""
-    first = tuple(
-        (t.leaf, leaves[t.leaf].joined().indices.size)
-        for t in tables
-        if t.has_front and isinstance(leaves[t.leaf], RowGradient)
-    )
-    if not first:
-        return tx
+def _with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
+    """The transform without what its rules and all behind them do to some leaves."""
 
     def is_rule(x: Any) -> bool:
         return isinstance(x, Rule)
 
-    return jax.tree.map(lambda x: _zeroing(x, first) if is_rule(x) else x, tx, is_leaf=is_rule)
+    return jax.tree.map(lambda x: _stopping(x, leaves) if is_rule(x) else x, tx, is_leaf=is_rule)
 
 
 class exact_rows(Transform):
@@ -366,7 +414,9 @@ class exact_rows(Transform):
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them;
         each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
-        depends on the betas. Each step refreshes `num_rows / history` rows of each table.
+        depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
+        state has an entry for each step of it. `None`: 1/64 of the largest table's rows, as far as
+        that lies between the least and 65,536.
 
     The state is an `ExactRowsState`.
 
@@ -389,16 +439,17 @@ class exact_rows(Transform):
 
     tx: Transform
     tables: Any = static()
-    history: int = static(default=65536, kw_only=True)
+    history: int | None = static(default=None, kw_only=True)
     fixed: Any = static(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         tables = checked_patterns("exact_rows", self.tables)
-        try:
-            history = operator.index(self.history)
-        except TypeError:
-            raise TypeError(f"exact_rows: history must be an int, got {self.history!r}") from None
-        tx = as_transform(self.tx)
+        tx, history = as_transform(self.tx), self.history
+        if history is not None:
+            try:
+                history = 1 << max(operator.index(history) - 1, 0).bit_length()
+            except TypeError:
+                raise TypeError(f"exact_rows: history must be an int, got {history!r}") from None
         kept = []
         for part in filter(_is_fixed, jax.tree.leaves(tx, is_leaf=_is_fixed)):
             numbers = {k: v for k, v in vars(part).items() if v is not None}
@@ -406,10 +457,9 @@ class exact_rows(Transform):
                 if is_array(value):
                     raise _refused(part, f"{name} must be a Python float here, got {value!r}")
             kept.append(tuple(numbers.items()))
-        history = 1 << max(history - 1, 0).bit_length()
         self._set(tx=tx, tables=tables, history=history, fixed=tuple(kept))
         if not any(isinstance(part, partition) for part in all_parts(tx)):
-            route = [part for part, _ in _route(tx, None, 0, None)]
+            route = [station.tx for station in _route(tx, None, 0, None)]
             _checked(route)
             self._plan(route)
 
@@ -429,7 +479,8 @@ class exact_rows(Transform):
 
     def __repr__(self) -> str:
         tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
-        return f"exact_rows({self.tx!r}, {tables!r}, history={self.history})"
+        history = "" if self.history is None else f", history={self.history}"
+        return f"exact_rows({self.tx!r}, {tables!r}{history})"
 
     # --- statics
 
@@ -449,7 +500,7 @@ class exact_rows(Transform):
         behind = route[route.index(rule) + 1 :]
         decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in behind)
         plan = coasting(rule.coast(), float(momenta[0]) if momenta else None, decays, real)
-        if self.history < plan.least_history:
+        if self.history is not None and self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} is too small, expected at least "
                 f"{plan.least_history}: so many steps long a gradient is felt with {rule!r} in "
@@ -471,10 +522,13 @@ class exact_rows(Transform):
                     f"exact_rows: params[{path!r}] is {dtype.name}{list(shape)}, expected a table "
                     "of real floats with rows; the pattern is too wide"
                 )
-            route = [part for part, _ in _route(tx, None, leaf, params)]
+            stations = list(_route(tx, None, leaf, params))
+            route = [station.tx for station in stations]
             _checked(route)
             rule, plan = self._plan(route, accumulator(dtype))
-            found.append(_Table(leaf, path, shape[0], dtype, rule, plan, route[0] is not rule))
+            behind = stations[route.index(rule) :]
+            kind = tuple((place, part.kinds(params)[leaf]) for place, part, _ in behind)
+            found.append(_Table(leaf, path, shape, dtype, rule, plan, (kind, accumulator(dtype))))
         if not found and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
                 f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
@@ -482,6 +536,24 @@ class exact_rows(Transform):
             )
         expect_matches("exact_rows", self.tables, params)
         return found
+
+    def _families(self, tables: list[_Table]) -> list[_Family]:
+        """The tables by what becomes of their rows, each family with its history."""
+        found: dict[Any, list[_Table]] = {}
+        for table in tables:
+            found.setdefault((table.kind, table.plan), []).append(table)
+        families = []
+        for alike in found.values():
+            plan, history = alike[0].plan, self.history
+            if history is None and plan.replays:
+                history = _REPLAYED
+            elif history is None:
+                wanted = max(t.num_rows for t in alike) // _REFRESHED
+                history = 1 << max(min(wanted, _LONGEST) - 1, 0).bit_length()
+                history = max(history, plan.least_history)
+            name = f"{alike[0].path}: {plan.name},history={history}"
+            families.append(_Family(name, history, alike))
+        return families
 
     def _expected(self, state: Any, params: Tree) -> tuple[list[_Table], ExactRowsState, Tree]:
         """The tables; state and params as arrays of JAX, if they fit each other and this transform.
@@ -511,6 +583,8 @@ class exact_rows(Transform):
             )
         for table in tables:
             self._expect_table(table, state.tables[table.path], slots, params)
+        self._expect_rings(self._families(tables), state.rings)
+        for table in tables:
             _, count = self._found(table, state.inner, params)
             expect_number(self, "count", count, jnp.integer)
         return tables, as_arrays(state), as_arrays(params)
@@ -532,28 +606,30 @@ class exact_rows(Transform):
             slot = flatten(tree)[0][table.leaf]
             if slot is not None or name in table.rule.decays:
                 expect_array(f"exact_rows: {name}[{table.path!r}]", slot, shape, other)
+
+    def _expect_rings(self, families: list[_Family], rings: Any) -> None:
+        """Refuses what the last steps of another transform did."""
         mend = (
             "rows that lag behind must go on as they began. Build it as it was; or flush with the "
             "old one and start from its dense state: params, state = old.flush(params, state), "
             "then state = new.from_dense(state.inner, params)"
         )
-        if not isinstance(known.ring, Mapping) or list(known.ring) != [table.plan.name]:
-            came = (
-                list(known.ring) if isinstance(known.ring, Mapping) else type(known.ring).__name__
-            )
+        names = [family.name for family in families]
+        came = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
+        if not isinstance(rings, Mapping) or set(rings) != set(names):
             raise ValueError(
-                f"exact_rows: the state of {table.path!r} is of another transform: {came}, "
-                f"expected {[table.plan.name]}: {mend}"
+                f"exact_rows: the state is of another transform: {came}, expected {names}: {mend}"
             )
-        ring = known.ring[table.plan.name]
-        expected = _ring_like(table.plan, self.history, table.real)
-        for name, x, like in zip(Ring._fields, ring, expected, strict=True):
-            if (x is None) != (like is None):
-                has = "has no" if x is None else "has"
-                raise ValueError(f"exact_rows: the ring of {table.path!r} {has} {name}: {mend}")
-            if like is not None:
-                where = f"exact_rows: tables[{table.path!r}].ring.{name} (history={self.history})"
-                expect_array(where, x, like.shape, mend, like.dtype.name)
+        for family in families:
+            table = family.tables[0]
+            expected = _ring_like(table.plan, family.history, table.real)
+            for name, x, like in zip(Ring._fields, rings[family.name], expected, strict=True):
+                if (x is None) != (like is None):
+                    has = "has no" if x is None else "has"
+                    raise ValueError(f"exact_rows: the ring of {table.path!r} {has} {name}: {mend}")
+                if like is not None:
+                    where = f"exact_rows: rings[{family.name!r}].{name}"
+                    expect_array(where, x, like.shape, mend, like.dtype.name)
 
     def _named(self, tables: list[_Table], name: str) -> _Table:
         exact = [t for t in tables if t.path == name]
@@ -605,44 +681,48 @@ class exact_rows(Transform):
             states[t.path] = TableState(
                 last=rows_alike(jnp.full(t.num_rows, clock, jnp.int32), flatten(params)[0][t.leaf]),
                 cursor=jnp.zeros((), jnp.int32),
-                ring={t.plan.name: t.plan.init(self.history, t.real)},
             )
-        clock = 0 if clock is None else clock
-        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), states)
+        clock = jnp.array(0 if clock is None else clock, jnp.int32, copy=True)
+        rings = {
+            family.name: family.tables[0].plan.init(family.history, family.tables[0].real)
+            for family in self._families(tables)
+        }
+        return ExactRowsState(inner, clock, states, rings)
 
-    def _found(self, table: _Table, inner: Any, params: Tree) -> tuple[list[Any], chex.Array]:
-        """The transforms and states behind a table's rule, with it, and its count of steps."""
-        route = list(_route(self._inner, inner, table.leaf, params))
-        start = next(i for i, (tx, _) in enumerate(route) if isinstance(tx, Rule))
-        return route[start:], route[start][1].count
+    def _found(
+        self, table: _Table, inner: Any, params: Tree, tx: Transform | None = None
+    ) -> tuple[list[_Station], chex.Array]:
+        """A table's rule and what is behind it, and the rule's count of steps."""
+        route = list(_route(self._inner if tx is None else tx, inner, table.leaf, params))
+        start = next(i for i, station in enumerate(route) if isinstance(station.tx, Rule))
+        return route[start:], route[start].state.count
 
     def _scalars(self, table: _Table, inner: Any, params: Tree) -> tuple[Any, Any]:
         """The step from a state, p += a * m / (x + e) + b * p: its scalars a and b."""
         (rule, *behind), _ = self._found(table, inner, params)
-        a, b = rule[0].pace(rule[1], table.real), 0.0
-        for tx, state in behind:
+        a, b = rule.tx.pace(rule.state, table.real), 0.0  # type: ignore[attr-defined]
+        for _, tx, state in behind:
             if not isinstance(tx, weight_ema):
-                s, w = tx.affine(state, params, table.leaf, table.real)
+                s, w = tx.affine(state, params, table.leaf, table.real) or (1, 0)
                 a, b = s * a, s * b + w
         return a, b
 
     def _advanced(
-        self, table: _Table, state: ExactRowsState, params: Tree, spoilt: chex.Array
-    ) -> dict[str, Ring]:
-        """A table's ring after the step that is taken from a state."""
+        self, family: _Family, state: ExactRowsState, params: Tree, seen: chex.Array
+    ) -> Ring:
+        """A family's ring after the step that is taken from a state."""
+        table = family.tables[0]
         a, b = self._scalars(table, state.inner, params)
         _, count = self._found(table, state.inner, params)
         # NaN stays, but it is written here so that what is read of the ring is needed before the
         # ring is written: XLA, which would not know which comes first, would copy it.
-        a = jnp.where(spoilt, jnp.nan, a)
-        name = table.plan.name
-        ring = state.tables[table.path].ring[name]
-        return {name: table.plan.advance(ring, state.clock + 1, next_count(count), a, b)}
+        a = jnp.where(seen, jnp.nan, a)
+        ring = state.rings[family.name]
+        return table.plan.advance(ring, state.clock + 1, next_count(count), a, b)
 
     # --- rows
 
-    def _held(self, table: _Table, state: ExactRowsState, params: Tree) -> _Held:
-        """All that is known of a table."""
+    def _columns(self, table: _Table, state: ExactRowsState, params: Tree) -> _Columns:
         slots: dict[str, chex.Array] = {}
 
         def collect(name: str, tree: Tree) -> Tree:
@@ -652,60 +732,171 @@ class exact_rows(Transform):
             return tree
 
         over_slots(collect, state.inner)
-        known, weights = state.tables[table.path], flatten(params)[0][table.leaf]
-        _, count = self._found(table, state.inner, params)
-        ring = known.ring[table.plan.name]
-        return _Held(weights, slots, known.last, ring, state.clock, count)
+        return _Columns(flatten(params)[0][table.leaf], slots, state.tables[table.path].last)
 
-    def _caught_up(
-        self, table: _Table, state: ExactRowsState, params: Tree, indices: chex.Array | None
-    ) -> _Rows:
-        """Rows of a table brought up to date, zeros where an index is `num_rows`."""
-        return self._rows(table, self._held(table, state, params), indices)
+    def _past(self, family: _Family, state: ExactRowsState, params: Tree) -> _Past:
+        _, count = self._found(family.tables[0], state.inner, params)
+        return _Past(state.rings[family.name], state.clock, count)
 
-    def _rows(self, table: _Table, held: _Held, indices: chex.Array | None) -> _Rows:
-        def rows(x: chex.Array) -> chex.Array:
-            return x if indices is None else taken(x, indices, mode="fill", fill_value=0)
+    def _batches(self, tables: list[_Table], params: Tree, sizes: dict[int, int]) -> list[_Batch]:
+        """Tables, of which so many rows are worked on, by what can be worked on together."""
+        batches, leaves = [], flatten(params)[0]
+        for family in self._families(tables):
+            alike: dict[Any, list[_Table]] = {}
+            for table in family.tables:
+                if table.leaf in sizes:
+                    # Rows of tables that are split in different ways are of different types.
+                    split = explicit(leaves[table.leaf])
+                    spec = None if split is None else (split.mesh, split.spec[1:])
+                    alike.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
+            for same in alike.values():
+                own = [jax.ShapeDtypeStruct((sizes[t.leaf], *t.shape[1:]), t.dtype) for t in same]
+                groups = together(range(len(same)), own)
+                batches += [_Batch(family, [same[i] for i in several]) for several in groups]
+        return batches
 
-        here, real = {name: rows(x) for name, x in held.slots.items()}, table.real
-        last = rows(held.last)
-        if indices is not None:
-            last = jnp.where(indices < len(held.last), last, held.clock)
-        wide = {name: x.astype(real) for name, x in here.items()}
-        measure = wide["u"] if "u" in wide else root(wide.get("v_max", wide.get("v")))
+    def _parts(
+        self, batch: _Batch, state: ExactRowsState, found: list[chex.Array]
+    ) -> list[list[chex.Array]]:
+        """The rows that a step works on, of each table of a batch: those found, and those due.
+
+        In one part; where there are so many that blocks of them take turns, in two: so their
+        gradients need not be copied to make room.
+        """
+        due = self._due(batch, state, found)
+        if is_one_block(found[0].size):
+            return [[jnp.concatenate(both) for both in zip(found, due, strict=True)]]
+        return [found, due]
+
+    def _due(
+        self, batch: _Batch, state: ExactRowsState, found: list[chex.Array]
+    ) -> list[chex.Array]:
+        """The rows of each table whose turn it is to be refreshed, as far as they were not found.
+
+        Computed for all tables of a batch in one go.
+        """
+        num_rows = [t.num_rows for t in batch.tables]
+        sizes = [_refreshed(t, batch.family.history) for t in batch.tables]
+        if not sum(sizes):
+            return [x[:0] for x in found]
+        cursors = [state.tables[t.path].cursor for t in batch.tables]
+
+        places, starts = [x.size for x in found], np.cumsum([0, *sizes[:-1]])
+        rows = np.array(num_rows, np.int32)
+        behind = jnp.concatenate(found) - _beside(cursors, places)
+        behind = jnp.where(behind < 0, behind + _beside(rows, places), behind)
+        is_due = (jnp.concatenate(found) < _beside(rows, places)) & (
+            behind < _beside(np.array(sizes, np.int32), places)
+        )
+        place = jnp.where(is_due, behind + _beside(starts.astype(np.int32), places), sum(sizes))
+        there = jnp.zeros(sum(sizes), bool).at[place.astype(np.uint32)].set(True, mode="drop")
+        due = _beside(cursors, sizes) + np.concatenate(
+            [np.arange(n, dtype=np.int32) for n in sizes]
+        )
+        due = due - jnp.where(due < _beside(rows, sizes), 0, _beside(rows, sizes))
+        return rows_of_each(jnp.where(there, _beside(rows, sizes), due), sizes)
+
+    def _ready(
+        self, batch: _Batch, past: _Past, columns: list[_Columns], indices: list[Any]
+    ) -> _Ready:
+        """Rows up to date.
+
+        Args:
+          columns: of each table.
+          indices: of each table, int32[n], with `num_rows` where there is none; `None` for all.
+        """
+        first = batch.tables[0]
+        safe, is_row = indices, None
+        if indices[0] is not None:
+            sizes = [x.size for x in indices]
+            num_rows = _beside(np.array([t.num_rows for t in batch.tables], np.int32), sizes)
+            everyone = jnp.concatenate(indices)
+            is_row = everyone < num_rows
+            safe = rows_of_each(jnp.minimum(everyone, num_rows - 1).astype(np.uint32), sizes)
+
+        def gathered(arrays: Any) -> chex.Array:
+            pairs = zip(arrays, safe, strict=True)
+            rows = [x if i is None else taken(x, i, mode="promise_in_bounds") for x, i in pairs]
+            return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+
+        last = gathered(c.last for c in columns)
+        last = last if is_row is None else jnp.where(is_row, last, past.clock)
+        here = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
+        slots = {name: x.astype(first.real) for name, x in here.items()}
         # A gather that is fused into the arithmetic keeps it from being vectorised.
-        before = apart(rows(held.weights)).astype(real)
-        moved, average = table.plan.catch_up(
-            held.ring, held.clock, held.count, last, before, wide["m"], measure, wide.get("average")
+        before = apart(gathered(c.weights for c in columns)).astype(first.real)
+        measure = slots["u"] if "u" in slots else root(slots.get("v_max", slots.get("v")))
+        moved, average = first.plan.catch_up(
+            *past, last, before, slots["m"], measure, slots.get("average")
         )
-        for name, b in table.rule.decays.items():
-            wide[name] = decayed(wide[name], b, held.clock - last, self.history)
+        gap = past.clock - last
+        # The ring does not reach back so far, if a table was resized by hand.
+        lost = (gap < 0) | (gap >= batch.family.history)
+        moved = jnp.where(lost.reshape(-1, *[1] * (moved.ndim - 1)), jnp.nan, moved)
+        for name, b in first.rule.decays.items():
+            slots[name] = decayed(slots[name], b, gap, batch.family.history)
         if average is not None:
-            wide["average"] = average
-        now = (before + moved).astype(table.dtype)
-        slots = {name: x.astype(here[name].dtype) for name, x in wide.items()}
-        ring = [at_each(x, last & (len(x) - 1)) for x in held.ring if x is not None]
-        spoilt = functools.reduce(
-            operator.or_, (jnp.any(jnp.isnan(x)) for x in ring), jnp.array(False)
+            slots["average"] = average
+        read = [at_each(x, last & (len(x) - 1)) for x in past.ring if x is not None]
+        found = [jnp.any(jnp.isnan(x)) for x in read]
+        return _Ready(
+            now=(before + moved).astype(first.dtype),
+            moved=moved,
+            slots={name: x.astype(here[name].dtype) for name, x in slots.items()},
+            last=last,
+            seen=functools.reduce(operator.or_, found, jnp.array(False)),
         )
-        return _Rows(indices, last, moved, now, slots, spoilt)
 
-    def _with_refreshed(
-        self, table: _Table, state: ExactRowsState, indices: chex.Array
+    def _prepared(
+        self,
+        state: ExactRowsState,
+        params: Tree,
+        tables: list[_Table],
+        ids: list[chex.Array],
+    ) -> tuple[list[chex.Array], list[tuple[chex.Array, chex.Array]], Ticket]:
+        """Rows of tables at indices, up to date; which of them are distinct; and a ticket."""
+        searched = distinct_of_each([x.reshape(-1) for x in ids], [t.num_rows for t in tables])
+        places = {t.leaf: i for i, t in enumerate(tables)}
+        sizes = {t.leaf: found.size for t, (found, _) in zip(tables, searched, strict=True)}
+        read: list[Any] = [None] * len(tables)
+        rows: dict[str, Any] = {}
+        origins: dict[str, Any] = {}
+        for batch in self._batches(self._tables(params), params, sizes):
+            own = [places[t.leaf] for t in batch.tables]
+            found = [searched[i][0] for i in own]
+            columns = [self._columns(t, state, params) for t in batch.tables]
+            past = self._past(batch.family, state, params)
+            indices = self._parts(batch, state, found)[0]
+            if is_one_block(found[0].size):
+                ready = self._ready(batch, past, columns, indices)
+                now, rows[batch.path] = ready.now, ready
+                origins[batch.path] = past, columns, found
+            else:
+                now = self._read(batch, past, columns[0], indices[0])
+            starts = np.cumsum([0, *(x.size for x in indices[:-1])])
+            # An index outside the table has the place of no row.
+            place = jnp.concatenate(
+                [
+                    jnp.where(searched[i][1] < x.size, searched[i][1] + start, len(now))
+                    for i, x, start in zip(own, found, starts, strict=True)
+                ]
+            )
+            now = taken(now, place, mode="fill", fill_value=0)
+            for i, x in zip(own, rows_of_each(now, [x.size for x in found]), strict=True):
+                read[i] = x.reshape(*ids[i].shape, *x.shape[1:])
+        return read, searched, Ticket.of(rows, origins)
+
+    def _read(
+        self, batch: _Batch, past: _Past, columns: _Columns, indices: chex.Array
     ) -> chex.Array:
-        """Distinct indices and those of the rows whose turn it is, as far as they are others."""
-        size, cursor = self._refreshed(table), state.tables[table.path].cursor
-        if size == 0:
-            return indices
-        behind = (indices - cursor) % table.num_rows
-        is_row = (indices < table.num_rows) & (behind < size)
-        there = jnp.zeros(size, bool).at[jnp.where(is_row, behind, size)].set(True, mode="drop")
-        due = (cursor + jnp.arange(size, dtype=jnp.int32)) % table.num_rows
-        return jnp.concatenate([indices, jnp.where(there, table.num_rows, due)])
+        """Rows of a table up to date, block by block."""
+        table = batch.tables[0]
 
-    def _refreshed(self, table: _Table) -> int:
-        """How many rows each step refreshes, so that none is older than the ring."""
-        return -(-table.num_rows // max(self.history - 2, 1))
+        def step(_: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
+            return (), self._ready(batch, past, [columns], [indices]).now
+
+        empty = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
+        return in_blocks(step, (), indices, table.num_rows, empty)[1]
 
     def prepare(
         self, params: Tree, state: ExactRowsState, indices: Mapping[str, chex.Array]
@@ -722,26 +913,19 @@ class exact_rows(Transform):
           and a ticket which spares `update` doing the same again. The gradient must then be
           `row_gradient` of these indices; for others the ticket is of no use, but does no harm.
         """
-        (tables, state, params), read = self._expected(state, params), {}
-        rows, origin = {}, {}
-        for name, ids in indices.items():
-            table = self._named(tables, name)
-            ids = checked_ids("exact_rows.prepare", ids, table.num_rows)
-            origin[table.path] = held = self._held(table, state, params)
-            read[name], rows[table.path], _ = self._prepared(table, state, held, ids)
-        return read, Ticket.of(rows, origin)
-
-    def _prepared(
-        self, table: _Table, state: ExactRowsState, held: _Held, ids: chex.Array
-    ) -> tuple[chex.Array, _Rows, tuple[chex.Array, chex.Array]]:
-        """The rows at indices, up to date; what a ticket says of them; which are distinct."""
-        found, position = distinct(ids.reshape(-1), table.num_rows)
-        ready = self._rows(table, held, self._with_refreshed(table, state, found))
-        # An index outside the table has the place of no row.
-        place = jnp.where(position < found.size, position, ready.now.shape[0])
-        read = taken(ready.now, place, mode="fill", fill_value=0)
-        read = read.reshape(*ids.shape, *read.shape[1:])
-        return read, ready._replace(found=found), (found, position)
+        tables, state, params = self._expected(state, params)
+        named = [self._named(tables, name) for name in indices]
+        ids = [
+            checked_ids("exact_rows.prepare", x, table.num_rows)
+            for x, table in zip(indices.values(), named, strict=True)
+        ]
+        if len({table.leaf for table in named}) < len(named):
+            raise ValueError(
+                f"exact_rows.prepare: two names of {list(indices)} mean the same table: give all "
+                "of its indices at once"
+            )
+        read, _, ticket = self._prepared(state, params, named, ids)
+        return dict(zip(indices, read, strict=True)), ticket
 
     def value_and_grad(
         self,
@@ -805,8 +989,27 @@ class exact_rows(Transform):
         tables, state, params = self._expected(state, params)
         found = self._named(tables, table)
         ids = checked_ids("exact_rows.lookup", indices, found.num_rows)
-        rows = self._caught_up(found, state, params, ids.reshape(-1)).now
+        rows = self._looked_up(tables, state, params, found, ids.reshape(-1))
         return rows.reshape(*ids.shape, *rows.shape[1:])
+
+    def _looked_up(
+        self,
+        tables: list[_Table],
+        state: ExactRowsState,
+        params: Tree,
+        table: _Table,
+        indices: chex.Array | None,
+    ) -> chex.Array:
+        """Rows of a table, up to date; `None` for all."""
+        batch = self._alone(tables, table)
+        columns = self._columns(table, state, params)
+        past = self._past(batch.family, state, params)
+        rows = self._ready(batch, past, [columns], [indices]).now
+        return rows if indices is None else _or_zeros(rows, indices, table)
+
+    def _alone(self, tables: list[_Table], table: _Table) -> _Batch:
+        family = next(f for f in self._families(tables) if table in f.tables)
+        return _Batch(family, [table])
 
     def without_tables(self, params: Tree) -> Tree:
         """The parameters with each table replaced by a `StaleTable`, which refuses to be read.
@@ -835,97 +1038,154 @@ class exact_rows(Transform):
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
             for g in matched("exact_rows", "grads", as_arrays(updates), params, "params")
         ]
-        ready = {t.leaf: self._ready(t, state, params, leaves[t.leaf], ticket) for t in tables}
-
-        def small(values: dict[int, Any], tree: Tree) -> Tree:
-            """The tree with the tables' leaves replaced by those of their rows."""
-            found, treedef = flatten(tree)
-            return treedef.unflatten(
-                [values.get(i, x) if x is not None else None for i, x in enumerate(found)]
-            )
-
-        def slots_of(name: str, tree: Tree) -> Tree:
-            return small({i: r.slots.get(name) for i, r in ready.items()}, tree)
-
-        treedef = flatten(params)[1]
-        seen = treedef.unflatten(leaves)
-        gradients = {i: _padded(leaves[i], rows) for i, rows in ready.items()}
-        moves, inner = _with_zeros(settled(self._inner, params), tables, leaves).update(
-            small(gradients, seen),
-            over_slots(slots_of, state.inner),
-            small({i: rows.now for i, rows in ready.items()}, params),
-            **extra_args,
-        )
-
-        def put_back(name: str, new: Tree, old: Tree) -> Tree:
-            found, tree = flatten(new)
-            pairs = zip(found, flatten(old)[0], strict=True)
-            return tree.unflatten(
-                [
-                    x if y is None or i not in ready else _put(y, ready[i].indices, x)
-                    for i, (x, y) in enumerate(pairs)
-                ]
-            )
-
-        clock, moved, states = state.clock + 1, flatten(moves)[0], {}
         for t in tables:
-            rows, known = ready[t.leaf], state.tables[t.path]
-            # What they lag behind and the step in one go: so the table is rounded once, and where
-            # nothing in the chain reads the weights they need not be gathered.
-            way = rows.moved + moved[t.leaf].astype(t.real)
-            way = way.astype(jnp.promote_types(dtype_of(leaves[t.leaf]), t.dtype))
-            if rows.indices is not None:
-                way = RowGradient(rows.indices, way, num_rows=t.num_rows, lazy=True)
-            moved[t.leaf] = way
-            # Never back; needed so that it is read before it is written, as with the ring.
-            last = jnp.where(clock - rows.last > 0, clock, rows.last)
-            states[t.path] = TableState(
-                last=_put(known.last, rows.indices, last),
-                cursor=(known.cursor + self._refreshed(t)) % max(t.num_rows, 1),
-                ring=self._advanced(t, state, params, rows.spoilt),
-            )
-        inner = over_slots(put_back, inner, state.inner)
-        return treedef.unflatten(moved), ExactRowsState(inner, clock, states)
+            self._expect_gradient(t, leaves[t.leaf])
+        treedef = flatten(params)[1]
+        tx = settled(self._inner, params)
+        # What is in front of the rules, and all other leaves.
+        moves, inner = _with_stops(tx, tuple(t.leaf for t in tables)).update(
+            treedef.unflatten(leaves), state.inner, params, **extra_args
+        )
+        moved = flatten(moves)[0]
+        grads = {t.leaf: moved[t.leaf].gradient for t in tables}
+        for leaf, g in grads.items():
+            if isinstance(g, RowGradient):
+                # The very indices that came, by which a ticket is known.
+                grads[leaf] = g.replace(indices=leaves[leaf].indices)
 
-    def _ready(
-        self, table: _Table, state: ExactRowsState, params: Tree, g: Any, ticket: Ticket | None
-    ) -> _Rows:
-        """The rows that a gradient touches and those to be refreshed, brought up to date."""
+        clock, rings = state.clock + 1, dict(state.rings)
+        seen = dict.fromkeys(rings, jnp.array(False))
+        new: dict[int, _Columns] = {}
+        sizes = {leaf: g.indices.size for leaf, g in grads.items() if isinstance(g, RowGradient)}
+        batches = self._batches(tables, params, sizes)
+        batches += [self._alone(tables, t) for t in tables if t.leaf not in sizes]
+        for batch in batches:
+            stepped = self._stepped(batch, tx, grads, state, params, ticket, extra_args)
+            for t, columns in zip(batch.tables, stepped.columns, strict=True):
+                new[t.leaf], moved[t.leaf] = columns, columns.weights
+            seen[batch.family.name] |= stepped.seen
+        for family in self._families(tables):
+            rings[family.name] = self._advanced(family, state, params, seen[family.name])
+        history = {t.leaf: f.history for f in self._families(tables) for t in f.tables}
+        known = {
+            t.path: TableState(
+                last=new[t.leaf].last,
+                cursor=_next_cursor(t, state.tables[t.path].cursor, history[t.leaf]),
+            )
+            for t in tables
+        }
+
+        def put_back(name: str, tree: Tree) -> Tree:
+            found, treedef = flatten(tree)
+            for leaf, columns in new.items():
+                if found[leaf] is not None:
+                    found[leaf] = columns.slots[name]
+            return treedef.unflatten(found)
+
+        inner = over_slots(put_back, inner)
+        return treedef.unflatten(moved), ExactRowsState(inner, clock, known, rings)
+
+    def _expect_gradient(self, table: _Table, g: Any) -> None:
         if is_left_alone(g):
             raise ValueError(
                 f"exact_rows: grads[{table.path!r}] is {described(g)}, but a table moves in every "
                 "step: pass row_gradient with no indices"
             )
-        if not isinstance(g, RowGradient):
-            return self._caught_up(table, state, params, None)
-        if g.rest is not None:
+        if isinstance(g, RowGradient) and g.rest is not None:
             raise ValueError(
                 f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
                 "in front touches rows without a gradient; put it into the chain or leave it out"
             )
-        found, held = g.joined().indices, self._held(table, state, params)
-        known = None if ticket is None else ticket.rows_of(table.path, held)
-        if known is not None and known.found is found:
-            return known
 
-        def afresh() -> _Rows:
-            return self._rows(table, held, self._with_refreshed(table, state, found))
+    def _stepped(
+        self,
+        batch: _Batch,
+        tx: Transform,
+        grads: dict[int, Any],
+        state: ExactRowsState,
+        params: Tree,
+        ticket: Ticket | None,
+        extra_args: dict[str, Any],
+    ) -> "_Stepped":
+        """The tables of a batch after a step; as their weights, what these move by."""
+        first, tables = batch.tables[0], batch.tables
+        columns = [self._columns(t, state, params) for t in tables]
+        past = self._past(batch.family, state, params)
+        tail = self._tail(first, tx, state.inner, params, extra_args)
+        clock = state.clock + 1
 
-        if known is None or known.found.shape != found.shape:
-            return afresh()
-        fits = jnp.all(known.found == found)
-        known = known._replace(found=None)
+        def step(carry: Any, indices: list[Any], g: chex.Array, ready: Any = None) -> Any:
+            """On some rows; a carry of the slots and `last` of each table, and what was seen."""
+            held, seen = carry
+            held = [_Columns(c.weights, *x) for c, x in zip(columns, held, strict=True)]
+            if ready is None:
+                ready = self._ready(batch, past, held, indices)
+            u, slots = tail(g, ready.slots, ready.now)
+            # What they lag behind and the step in one go: so the table is rounded once.
+            way = (ready.moved + u.astype(first.real)).astype(g.dtype)
+            # Never back; needed so that it is read before it is written, as with the ring.
+            last = jnp.where(clock - ready.last > 0, clock, ready.last)
+            held = _put(held, indices, slots, last)
+            return ([(c.slots, c.last) for c in held], seen | ready.seen), way
 
-        def looped(fits: chex.Array, known: _Rows) -> Any:
-            start = (~fits, known)
-            return jax.lax.while_loop(_wanted, lambda _: (jnp.zeros((), bool), afresh()), start)[1]
+        carry = [(c.slots, c.last) for c in columns], jnp.array(False)
+        values = [grads[t.leaf] for t in tables]
+        dtype = jnp.promote_types(jnp.result_type(*(g.dtype for g in values)), first.dtype)
+        if not isinstance(values[0], RowGradient):
+            (held, seen), way = step(carry, [None], values[0].astype(dtype))
+            ways: list[Any] = [way]
+        else:
+            found = [g.indices for g in values]
+            ready = None if ticket is None else ticket.rows_of(batch.path, (past, columns, found))
+            parts: list[list[RowGradient]] = [[] for _ in tables]
+            for number, indices in enumerate(self._parts(batch, state, found)):
+                given = [g.values if number == 0 else g.values[:0] for g in values]
+                sizes = [x.size for x in indices]
+                g = _padded(given, sizes, dtype)
+                if len(tables) > 1 or ready is not None:
+                    carry, way = step(carry, indices, g, ready)
+                else:
+                    carry, way = in_blocks(
+                        lambda carry, ids, g, _: step(carry, [ids], g),
+                        carry,
+                        indices[0],
+                        first.num_rows,
+                        g,
+                    )
+                moves = zip(tables, parts, indices, rows_of_each(way, sizes), strict=True)
+                for t, own, ids, piece in moves:
+                    own.append(RowGradient(ids, piece, num_rows=t.num_rows, seal=None))
+            (held, seen), ways = carry, [RowMoves(tuple(own)) for own in parts]
+        after = [_Columns(way, *x) for way, x in zip(ways, held, strict=True)]
+        return _Stepped(after, seen)
 
-        def chosen(fits: chex.Array, known: _Rows) -> Any:
-            return jax.lax.cond(fits, lambda: known, afresh)
+    def _tail(
+        self, table: _Table, tx: Transform, inner: Any, params: Tree, extra_args: dict[str, Any]
+    ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+        """A table's rule and all behind it: `(g, slots, weights) -> (u, slots)` of some rows."""
+        behind, _ = self._found(table, inner, params, tx)
+        leaves, treedef = flatten(params)
 
-        # What a `cond` passes on is kept twice, so this is a loop of no rounds or one; but a
-        # TPU's compiler keeps what goes through a loop in the slow memory.
-        return jax.lax.platform_dependent(fits, known, tpu=chosen, default=looped)
+        def alone(x: Any) -> Tree:
+            return treedef.unflatten([x if i == table.leaf else None for i in range(len(leaves))])
+
+        def function(
+            g: chex.Array, slots: dict[str, chex.Array], weights: chex.Array
+        ) -> tuple[chex.Array, dict[str, chex.Array]]:
+            new: dict[str, chex.Array] = {}
+
+            def collect(name: str, tree: Tree) -> Tree:
+                x = flatten(tree)[0][table.leaf]
+                new.update({} if x is None else {name: x})
+                return tree
+
+            states = [over_slots(lambda name, _: alone(slots.get(name)), s.state) for s in behind]
+            several = chain(*(station.tx for station in behind))
+            u, after = several.update(alone(g), tuple(states), alone(weights), **extra_args)
+            over_slots(collect, after)
+            return flatten(u)[0][table.leaf], new
+
+        return function
 
     def flush(
         self, params: Tree, state: ExactRowsState, *, axis: Any = None
@@ -946,10 +1206,10 @@ class exact_rows(Transform):
         for t in tables:
             if t.num_rows == 0:
                 continue
-            held = self._held(t, state, params)
-            done = over_rows("exact_rows.flush", self._flushed(t), held.weights, axis)
-            long, short = (held.weights, held.slots, held.last), (held.ring, held.clock, held.count)
-            weights, slots, last = done(long, short)
+            batch = self._alone(tables, t)
+            columns, past = self._columns(t, state, params), self._past(batch.family, state, params)
+            done = over_rows("exact_rows.flush", self._flushed(batch), columns.weights, axis)
+            weights, slots, last = done(columns, past)
 
             def put_back(name: str, tree: Tree, leaf: int = t.leaf, slots: Any = slots) -> Tree:
                 return _replaced(tree, leaf, slots.get(name))
@@ -959,25 +1219,21 @@ class exact_rows(Transform):
             state = state._replace(inner=over_slots(put_back, state.inner), tables=known)
         return params, state
 
-    def _flushed(self, table: _Table) -> Callable[[Any, Any], Any]:
+    def _flushed(self, batch: _Batch) -> Callable[[Any, Any], Any]:
         """A function that flushes what is as long as a table, or a part of it."""
 
-        def function(long: Any, short: Any) -> Any:
-            num_rows = long[0].shape[0]
+        def function(columns: _Columns, past: _Past) -> _Columns:
+            num_rows = columns.weights.shape[0]
             size = min(_BLOCK, num_rows)
 
-            def block(i: chex.Array, carry: Any) -> Any:
-                weights, slots, last = carry
+            def block(i: chex.Array, columns: _Columns) -> _Columns:
                 ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
-                held = _Held(weights, slots, last, *short)
-                rows = self._rows(table, held, ids)
-                return (
-                    _put(weights, ids, rows.now),
-                    {name: _put(x, ids, rows.slots[name]) for name, x in slots.items()},
-                    _put(last, ids, jnp.broadcast_to(held.clock, ids.shape)),
-                )
+                ready = self._ready(batch, past, [columns], [ids])
+                clock = jnp.broadcast_to(past.clock, ids.shape)
+                (moved,) = _put([columns], [ids], ready.slots, clock)
+                return moved._replace(weights=put(columns.weights, ids, ready.now))
 
-            return jax.lax.fori_loop(0, -(-num_rows // size), block, long)
+            return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
 
         return function
 
@@ -1002,42 +1258,79 @@ def gradient_of(
     @functools.wraps(loss_fn)
     def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
         owners: dict[int, tuple[exact_rows, _Table]] = {}
-        states, held = {}, {}
-        for tx, state, seen in parts:
-            tables, state, seen = tx._expected(state, seen)
+        states, seen = {}, {}
+        for tx, state, own in parts:
+            tables, state, own = tx._expected(state, own)
             for table in tables:
                 owners[table.leaf] = tx, table
-                states[table.leaf], held[table.leaf] = state, tx._held(table, state, seen)
+                states[table.leaf], seen[table.leaf] = state, own
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
         reads = Reads(call, sorted(owners), exact=True, strict=strict)
-        given, known, ready, origin = {}, {}, {}, {}
-        for leaf, ids in reads.indices().items():
-            tx, table = owners[leaf]
-            given[leaf], ready[table.path], known[leaf] = tx._prepared(
-                table, states[leaf], held[leaf], ids
-            )
-            origin[table.path] = held[leaf]
+        given: dict[int, Any] = {}
+        known: dict[int, Any] = {}
+        ticket = Ticket.of({}, {})
+        indices = reads.indices()
+        for tx, state, own in parts:
+            tables = [t for t in tx._tables(own) if t.leaf in indices]
+            if tables:
+                ids = [indices[t.leaf] for t in tables]
+                state, own = states[tables[0].leaf], seen[tables[0].leaf]
+                read, searched, one = tx._prepared(state, own, tables, ids)
+                leaves = [t.leaf for t in tables]
+                given |= dict(zip(leaves, read, strict=True))
+                known |= dict(zip(leaves, searched, strict=True))
+                ticket = ticket.with_rows_of(one)
 
-        def look(held: Any, leaf: int, ids: chex.Array) -> chex.Array:
+        def look(held: Any, leaf: int, ids: Any) -> chex.Array:
             tx, table = owners[leaf]
-            return tx._rows(table, held[leaf], ids.reshape(-1)).now
+            batch = tx._alone(tx._tables(seen[leaf]), table)
+            columns, past = held[leaf]
+            ids = None if ids is None else ids.reshape(-1)
+            rows = tx._ready(batch, past, [columns], [ids]).now
+            return rows if ids is None else _or_zeros(rows, ids, table)
 
-        dense = {
-            leaf: owners[leaf][0]._rows(owners[leaf][1], held[leaf], None).now
-            for leaf in reads.dense
-        }
-        found = reads.value_and_grad(held, look, given, dense, known)
-        return found, Ticket.of(ready, origin)
+        held = {}
+        for leaf, (tx, table) in owners.items():
+            family = tx._alone(tx._tables(seen[leaf]), table).family
+            past = tx._past(family, states[leaf], seen[leaf])
+            held[leaf] = tx._columns(table, states[leaf], seen[leaf]), past
+        dense = {leaf: look(held, leaf, None) for leaf in reads.dense}
+        return reads.value_and_grad(held, look, given, dense, known), ticket
 
     return function
 
 
-def _wanted(carry: tuple[chex.Array, _Rows]) -> chex.Array:
-    return carry[0]
-
-
 # Rows that are flushed at a time.
 _BLOCK = 8192
+# The part of a table that each step refreshes, and the longest history, where none is given.
+_REFRESHED = 64
+_LONGEST = 65536
+# The history where rows are brought up to date step by step. Then a step costs about as many row
+# steps as the table has rows, however long the history, and those of the rows that are read.
+_REPLAYED = 64
+
+
+class _Stepped(NamedTuple):
+    """Tables after a step, with what they move by as their weights; and what was seen."""
+
+    columns: list[_Columns]
+    seen: chex.Array
+
+
+def _or_zeros(rows: chex.Array, indices: chex.Array, table: _Table) -> chex.Array:
+    """Rows, and zeros where there is none."""
+    is_row = indices < table.num_rows
+    return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+
+
+def _refreshed(table: _Table, history: int) -> int:
+    """How many rows each step refreshes, so that none is older than the ring."""
+    return -(-table.num_rows // max(history - 2, 1))
+
+
+def _next_cursor(table: _Table, cursor: chex.Array, history: int) -> chex.Array:
+    after = cursor + _refreshed(table, history)
+    return jnp.where(after < table.num_rows, after, after - table.num_rows)
 
 
 def _replaced(tree: Tree, leaf: int, x: Any) -> Tree:
@@ -1047,16 +1340,38 @@ def _replaced(tree: Tree, leaf: int, x: Any) -> Tree:
     return treedef.unflatten(leaves)
 
 
-def _put(x: chex.Array, indices: chex.Array | None, rows: chex.Array) -> chex.Array:
-    if indices is None:
-        return rows.astype(x.dtype)
-    return put(x, indices, rows.astype(x.dtype))
+def _beside(values: Any, counts: Sequence[int]) -> Any:
+    """For each of several rows of each table what belongs to the table."""
+    if len(counts) == 1:
+        return values[0]
+    values = values if isinstance(values, np.ndarray) else jnp.stack(values)
+    return values[np.repeat(np.arange(len(counts)), counts)]
 
 
-def _padded(g: Any, rows: _Rows) -> Any:
-    """A table's gradient as an array of the rows that are ready: zeros for those refreshed."""
-    if rows.indices is None:
-        return g
-    values = g.joined().values
-    empty = jnp.zeros((rows.indices.size - values.shape[0], *values.shape[1:]), values.dtype)
-    return jnp.concatenate([values, empty])
+def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> chex.Array:
+    """The rows of several tables, filled up with zeros to these sizes."""
+    pieces = []
+    for x, size in zip(values, sizes, strict=True):
+        pieces.append(x.astype(dtype))
+        if size > len(x):
+            pieces.append(jnp.zeros((size - len(x), *x.shape[1:]), dtype))
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def _put(
+    columns: list[_Columns], indices: list[Any], slots: dict[str, chex.Array], last: chex.Array
+) -> list[_Columns]:
+    """Tables with other slots and another `last` at some rows; `None` for all rows."""
+    if indices[0] is None:
+        (old,) = columns
+        slots = {name: slots[name].astype(x.dtype) for name, x in old.slots.items()}
+        return [old._replace(slots=slots, last=last)]
+    sizes = [i.size for i in indices]
+    pieces = {name: rows_of_each(x, sizes) for name, x in slots.items()}
+    lasts = rows_of_each(last, sizes)
+
+    def one(old: _Columns, i: chex.Array, n: int) -> _Columns:
+        new = {name: put(x, i, pieces[name][n].astype(x.dtype)) for name, x in old.slots.items()}
+        return old._replace(slots=new, last=put(old.last, i, lasts[n]))
+
+    return [one(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]

@@ -15,7 +15,7 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, stepped
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient, applied, check_sound, sealed, unsealed
+from adamjax.rows import RowGradient, RowMoves, applied, check_sound, sealed, unsealed
 
 __all__ = [
     "Rows",
@@ -57,7 +57,8 @@ def at_rest(leaf: Any) -> Any:
     """The update of a leaf that is left alone: zeros where they can be added, else what came."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
-    return leaf.emptied() if isinstance(leaf, RowGradient) else jnp.zeros_like(leaf)
+    is_rows = isinstance(leaf, RowGradient | RowMoves)
+    return leaf.emptied() if is_rows else jnp.zeros_like(leaf)
 
 
 def is_arraylike(leaf: Any) -> bool:
@@ -338,6 +339,13 @@ def _each(
 
 
 def _ready(owner: str, leaf: Any) -> Any:
+    if isinstance(leaf, RowMoves):
+        if owner == "apply_updates":
+            return leaf
+        raise TypeError(
+            f"{owner}: the updates of exact_rows are to be applied as they are, since they have in "
+            "them what rows lag behind by: put exact_rows last, around all that changes updates"
+        )
     if not isinstance(leaf, RowGradient):
         return jnp.asarray(leaf)
     return unsealed(check_sound(owner, leaf))
@@ -375,7 +383,7 @@ def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Ar
 
 
 def _moved(c: None, u: Any, p: chex.Array) -> tuple[Any, chex.Array]:
-    return u, p + u if isinstance(u, RowGradient) else stepped(p, u)
+    return u, p + u if isinstance(u, RowGradient | RowMoves) else stepped(p, u)
 
 
 def nothing(real: Any) -> None:

@@ -79,7 +79,10 @@ def rows_split(x: Any) -> NamedSharding | None:
 
 
 def taken(table: chex.Array, indices: chex.Array, **how: Any) -> chex.Array:
-    """Rows `table.at[indices].get(**how)`, on all devices that hold a part of the table."""
+    """Rows `table.at[indices].get(**how)`, on all devices that hold a part of the table.
+
+    No index is below 0.
+    """
     if table.shape[0] == 0:
         # JAX refuses to gather from nothing.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
@@ -87,7 +90,12 @@ def taken(table: chex.Array, indices: chex.Array, **how: Any) -> chex.Array:
     typed = explicit(table)
     if typed is not None:
         how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
-    return table.at[indices].get(**how)
+    return table.at[_unsigned(indices)].get(**how)
+
+
+def _unsigned(indices: chex.Array) -> chex.Array:
+    """Indices of a dtype of which JAX does not ask whether they count from the end."""
+    return indices.astype(np.uint32)
 
 
 def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
@@ -96,14 +104,17 @@ def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
     if typed is not None:
         spec = (*typed.spec, *[None] * (entries.ndim - 1))
         how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
-    return entries.at[indices].get(mode="promise_in_bounds", **how)
+    return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **how)
 
 
 def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False) -> chex.Array:
-    """The table with rows set at distinct indices, or added there, split as before."""
+    """The table with rows set at distinct indices, or added there, split as before.
+
+    An index beyond the table has no effect, and none is below 0.
+    """
     typed = explicit(table)
     how = {} if typed is None else {"out_sharding": typed}
-    at = table.at[indices]
+    at = table.at[_unsigned(indices)]
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **how)
 
 

@@ -51,7 +51,6 @@ class sum_over(Stateless):
             if g.rest is not None:
                 # A row that is here may be one of the others elsewhere.
                 return jax.lax.psum(g.to_dense(), self.axis_name)
-            g = g.joined()
             rows = row_gradient(gathered(g.indices), gathered(g.values), g.num_rows)
             return rows.replace(lazy=g.lazy)
 

@@ -20,23 +20,30 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, apart, stepped, widen
+from adamjax.moments import accumulator, stepped, widen, widened
 
 __all__ = [
     "Recurrence",
     "RowGradient",
+    "RowMoves",
     "applied",
     "as_int32",
     "check_sound",
     "checked_ids",
     "distinct",
+    "distinct_of_each",
     "each_array",
+    "in_blocks",
     "in_table",
     "integers",
+    "is_one_block",
     "parts",
     "row_gradient",
+    "rows_of_each",
     "sealed",
     "summed",
+    "summed_of_each",
+    "together",
     "unsealed",
 ]
 
@@ -64,14 +71,12 @@ class RowGradient(Data):
       indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
         no row.
       values: float[n, *trailing], zero where there is no row.
-      spill: the rows that exceeded `max_unique`, as another `RowGradient`; else `None`.
       rest: float[num_rows, *trailing], what all other rows get, zero at the rows that are here;
         `None` for zero. An optimizer with `rows="dense"` gives updates that have it.
       num_rows: the table's number of rows, static.
       lazy: whether the other rows stand still, momentum, decay and average included, static;
         set by an optimizer with `rows="lazy"`.
-      seal: int32, a fixed number, by which arithmetic on the leaves is noticed; `None` in states
-        and in `spill`.
+      seal: int32, a fixed number, by which arithmetic on the leaves is noticed; `None` in states.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rows = adamjax.row_gradient(jnp.array([2, 0]), jnp.array([[1.0], [5.0]]), 3)
@@ -83,7 +88,6 @@ class RowGradient(Data):
 
     indices: chex.Array
     values: chex.Array
-    spill: Any = None
     rest: Any = None
     num_rows: int = static(kw_only=True)
     lazy: bool = static(default=False, kw_only=True)
@@ -113,7 +117,6 @@ class RowGradient(Data):
         """The same rows with a function that maps 0 to 0 applied to all values."""
         return self.replace(
             values=function(self.values),
-            spill=None if self.spill is None else self.spill.map(function),
             rest=None if self.rest is None else function(self.rest),
         )
 
@@ -121,22 +124,10 @@ class RowGradient(Data):
         """The same rows with values of another dtype."""
         return self.map(lambda x: x.astype(dtype))
 
-    def joined(self) -> "RowGradient":
-        """The same rows without a `spill`."""
-        spill = self.spill
-        if spill is None:
-            return self
-        return self.replace(
-            indices=jnp.concatenate([self.indices, spill.indices]),
-            values=jnp.concatenate([self.values, spill.values]),
-            spill=None,
-        )
-
     def emptied(self) -> "RowGradient":
         """As large, and without any row: what moves nothing."""
-        empty = self.map(jnp.zeros_like)
-        spill = None if self.spill is None else self.spill.emptied()
-        return empty.replace(indices=jnp.full_like(self.indices, self.num_rows), spill=spill)
+        indices = jnp.full_like(self.indices, self.num_rows)
+        return self.map(jnp.zeros_like).replace(indices=indices)
 
     def to_dense(self) -> chex.Array:
         """The dense array of `shape`."""
@@ -173,28 +164,74 @@ class RowGradient(Data):
         if self.rest is not None:
             table = stepped(table, self.rest)
 
-        def scattered(table: chex.Array, rows: RowGradient) -> chex.Array:
-            if table.dtype == accumulator(table.dtype, rows.dtype) == rows.dtype:
-                return put(table, rows.indices, rows.values, add=True)
-            held = taken(table, rows.indices, mode="fill", fill_value=0)
-            return put(table, rows.indices, stepped(held, rows.values))
+        if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
+            return put(table, self.indices, self.values, add=True)
 
-        table = scattered(table, self)
-        if self.spill is None:
-            return table
-        return _if_any(self.spill, lambda t: (scattered(t[0], self.spill),), (table,))[0]
+        def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
+            before = taken(table, indices, mode="fill", fill_value=0)
+            return put(table, indices, stepped(before, values)), rows
+
+        return in_blocks(step, table, self.indices, self.num_rows, (), self.values)[0]
 
 
 # Of one in a state that was pickled before there were seals.
 RowGradient.seal = None
 
+
+class RowMoves(Data):
+    """What `exact_rows` moves a table by: to be added to it as it is, by `apply_updates` or `+`.
+
+    Scaled, clipped or averaged it would be wrong, as it has in it what the rows lag behind by.
+
+    Attributes:
+      parts: row gradients, no two of which have a row in common.
+    """
+
+    parts: tuple[RowGradient, ...]
+
+    __array_ufunc__ = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The table's shape."""
+        return self.parts[0].shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    def astype(self, dtype: Any) -> "RowMoves":
+        """The same moves in another dtype."""
+        return RowMoves(tuple(x.astype(dtype) for x in self.parts))
+
+    def emptied(self) -> "RowMoves":
+        """As large, and without any row: what moves nothing."""
+        return RowMoves(tuple(x.emptied() for x in self.parts))
+
+    def __add__(self, table: Any) -> Any:
+        if np.shape(table) != self.shape:
+            return NotImplemented
+        return functools.reduce(operator.add, self.parts, table)
+
+    __radd__ = __add__
+
+
+def _written(statics: Any) -> bytes:
+    return json.dumps(statics).encode()
+
+
+def _read(written: bytes) -> tuple[Any, ...]:
+    return tuple(json.loads(written))
+
+
 # As an argument or a result of what `jax.export` writes.
-export.register_pytree_node_serialization(
-    RowGradient,
-    serialized_name="adamjax.RowGradient",
-    serialize_auxdata=lambda statics: json.dumps(statics).encode(),
-    deserialize_auxdata=lambda written: tuple(json.loads(written)),
-)
+for kind in (RowGradient, RowMoves):
+    export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"adamjax.{kind.__name__}",
+        serialize_auxdata=_written,
+        deserialize_auxdata=_read,
+    )
 
 
 def check_sound(owner: str, rows: RowGradient) -> RowGradient:
@@ -264,7 +301,7 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
             f"row gradients of {a.shape} and {b.shape} cannot be added: expected two of one shape, "
             "and no updates of rows='dense'; to_dense() makes arrays of them"
         )
-    a, b = (check_sound("RowGradient", x).joined() for x in (a, b))
+    a, b = (check_sound("RowGradient", x) for x in (a, b))
     indices = jnp.concatenate([a.indices, b.indices])
     return row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
 
@@ -277,7 +314,6 @@ def row_gradient(
     values: chex.Array,
     num_rows: int,
     *,
-    max_unique: int | None = None,
     check: bool = False,
 ) -> RowGradient:
     """The gradient of a table of which only some rows were read; equal indices are summed.
@@ -290,14 +326,11 @@ def row_gradient(
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         Sums are taken in float32 at least.
       num_rows: rows of the table, a Python int of at least 1 and below 2**31 - 1.
-      max_unique: how many distinct rows to make room for, where far fewer than `indices.size`
-        are expected: the rows beyond are kept as well, and worked through only if there are any.
-        `None`: `indices.size`.
       check: report an index outside the table through `jax.experimental.checkify`, which must
         then transform the calling function.
 
     Returns:
-      A `RowGradient` with room for `max_unique` rows.
+      A `RowGradient` with room for `indices.size` rows.
 
     Raises:
       TypeError, ValueError: dtypes or shapes do not fit.
@@ -319,7 +352,6 @@ def row_gradient(
             f"{indices.shape} + (...), got {values.shape}"
         )
     num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
-    size = indices.size if max_unique is None else _whole("max_unique", max_unique, None)
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
@@ -327,33 +359,71 @@ def row_gradient(
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
         _report(indices, ids, num_rows)
-    rows = summed(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
-    if size >= ids.size:
-        return rows
-    found, values = rows.indices, rows.values
-    spill = RowGradient(found[size:], values[size:], num_rows=num_rows, seal=None)
-    return rows.replace(indices=found[:size], values=values[:size], spill=spill)
+    return summed(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
 
 
 def summed(
     found: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
 ) -> RowGradient:
     """The row gradient of `values[n, *trailing]` at ids of which `distinct` is known."""
-    wide = widen(everywhere(values), accumulator(values.dtype))
-    # An index outside has the position of no row.
-    sums = jax.ops.segment_sum(wide, position, len(found), mode="drop").astype(values.dtype)
-    return RowGradient(found, sums, num_rows=num_rows)
+    return summed_of_each([(found, position)], [values], [num_rows])[0]
 
 
-def _whole(name: str, value: Any, most: int | None) -> int:
+def summed_of_each(
+    searched: Sequence[tuple[chex.Array, chex.Array]],
+    values: Sequence[chex.Array],
+    num_rows: Sequence[int],
+) -> list[RowGradient]:
+    """`summed` for several tables, those of one width and dtype in one sum."""
+    sums: list[Any] = [None] * len(values)
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(values):
+        alike.setdefault((x.shape[1:], x.dtype), []).append(i)
+    for several in (own for same in alike.values() for own in together(same, values)):
+        sizes = [len(searched[i][0]) for i in several]
+        starts = np.cumsum([0, *sizes[:-1]])
+        # An index outside has the position of no row.
+        places = [
+            jnp.where(searched[i][1] < size, searched[i][1] + start, sum(sizes))
+            for i, size, start in zip(several, sizes, starts, strict=True)
+        ]
+        x = jnp.concatenate([everywhere(values[i]) for i in several])
+        empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
+        place = jnp.concatenate(places).astype(np.uint32)
+        total = empty.at[place].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
+        for i, own in zip(several, rows_of_each(total, sizes), strict=True):
+            sums[i] = RowGradient(searched[i][0], own, num_rows=num_rows[i])
+    return sums
+
+
+def together(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
+    """Tables, of each of which there are some rows, by what is best worked on in one go."""
+    groups: list[list[int]] = []
+    room = -1
+    for i in tables:
+        is_small = is_one_block(len(rows[i]))
+        if rows[i].size > room or not is_small:
+            groups.append([])
+            room = _TOGETHER if is_small else -1
+        groups[-1].append(i)
+        room -= rows[i].size
+    return groups
+
+
+def rows_of_each(rows: chex.Array, sizes: Sequence[int]) -> list[chex.Array]:
+    """The rows of each table, which lie one after another."""
+    return [rows] if len(sizes) == 1 else jnp.split(rows, np.cumsum(sizes[:-1]))
+
+
+def _whole(name: str, value: Any, most: int) -> int:
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
-    if number < 1 or (most is not None and number > most):
-        limit = "" if most is None else f" and at most {most}"
+    if not 1 <= number <= most:
         raise ValueError(
-            f"row_gradient: {name} must be a Python int of at least 1{limit}, got {value!r}"
+            f"row_gradient: {name} must be a Python int of at least 1 and at most {most}, "
+            f"got {value!r}"
         )
     return number
 
@@ -448,22 +518,59 @@ def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
     Returns:
       int32[n] and int32[n]; the place of `num_rows` is n.
     """
-    ids = everywhere(ids)
-    if ids.size == 0 or num_rows == 0:
-        return ids, jnp.full_like(ids, ids.size)
-    return _distinct(num_rows, ids)
+    return distinct_of_each([ids], [num_rows])[0]
+
+
+def distinct_of_each(
+    ids: Sequence[chex.Array], num_rows: Sequence[int]
+) -> list[tuple[chex.Array, chex.Array]]:
+    """`distinct` for several tables in one search."""
+    ids = [everywhere(x) for x in ids]
+    found = [(x, jnp.full_like(x, x.size)) for x in ids]
+    there = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
+    for several in _together(there, num_rows):
+        rows, own = tuple(num_rows[i] for i in several), tuple(ids[i] for i in several)
+        for i, pair in zip(several, _distinct(rows, own), strict=True):
+            found[i] = pair
+    return found
+
+
+def _together(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
+    """Tables by how many can be searched at once: as many as have int32 numbers for their rows."""
+    groups: list[list[int]] = []
+    for i in tables:
+        if not groups or sum(num_rows[j] + 1 for j in (*groups[-1], i)) > np.iinfo(np.int32).max:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 # Jitted, JAX traces it once for all tables and steps of these sizes; inline, it leaves no trace.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _distinct(num_rows: int, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    by_scratch = functools.partial(_by_scratch, num_rows)
-    by_sort = functools.partial(_by_sort, num_rows)
-    if num_rows <= _SCRATCH_ROWS * ids.size:
-        return jax.lax.platform_dependent(ids, tpu=by_sort, default=by_scratch)
-    if num_rows > _SCRATCH_ROWS_ON_GPU * ids.size:
-        return by_sort(ids)
-    return jax.lax.platform_dependent(ids, cuda=by_scratch, rocm=by_scratch, default=by_sort)
+def _distinct(
+    num_rows: tuple[int, ...], ids: tuple[chex.Array, ...]
+) -> list[tuple[chex.Array, chex.Array]]:
+    """As `distinct_of_each`. The rows of a table are numbered after those of the one before.
+
+    One number between two tables stands for no row, so each table keeps its places in the order
+    of the numbers too.
+    """
+    own = _Segments(tuple(x.size for x in ids), num_rows)
+    first_rows = own.at_places(np.array(own.first_rows, np.int32))
+    numbers = jnp.concatenate(ids) + first_rows
+    by_scratch = functools.partial(_by_scratch, own)
+    by_sort = functools.partial(_by_sort, own)
+    rows, places = sum(num_rows), numbers.size
+    if rows <= _SCRATCH_ROWS * places:
+        found, position = jax.lax.platform_dependent(numbers, tpu=by_sort, default=by_scratch)
+    elif rows > _SCRATCH_ROWS_ON_GPU * places:
+        found, position = by_sort(numbers)
+    else:
+        found, position = jax.lax.platform_dependent(
+            numbers, cuda=by_scratch, rocm=by_scratch, default=by_sort
+        )
+    ends = np.cumsum(own.sizes)[:-1]
+    return list(zip(jnp.split(found - first_rows, ends), jnp.split(position, ends), strict=True))
 
 
 # Rows of a table for each id, up to which it is cheaper to clear an int32 a row than to sort:
@@ -474,35 +581,80 @@ _SCRATCH_ROWS = 512
 _SCRATCH_ROWS_ON_GPU = 4096
 
 
-def _by_scratch(num_rows: int, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
+@dataclasses.dataclass(frozen=True)
+class _Segments:
+    """Where tables lie in arrays of their places and of their rows' numbers, one after another.
+
+    Attributes:
+      sizes: the places of each table.
+      num_rows: its rows.
+    """
+
+    sizes: tuple[int, ...]
+    num_rows: tuple[int, ...]
+
+    @property
+    def first_places(self) -> list[int]:
+        return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+
+    @property
+    def first_rows(self) -> list[int]:
+        return [sum(self.num_rows[:i]) + i for i in range(len(self.num_rows))]
+
+    def at_places(self, of_tables: Any) -> Any:
+        """For each place the number of its table; that of the only one as it is."""
+        if len(self.sizes) == 1:
+            return of_tables[0]
+        return of_tables[np.repeat(np.arange(len(self.sizes)), self.sizes)]
+
+    @property
+    def no_row(self) -> Any:
+        """At each place, the number that stands for no row of its table."""
+        last = np.add(self.first_rows, self.num_rows)
+        return self.at_places(last.astype(np.int32))
+
+    def positions(self, flags: chex.Array) -> chex.Array:
+        """The flagged places of each table, numbered from 0."""
+        total = jnp.cumsum(flags.astype(jnp.int32))
+        if len(self.sizes) == 1:
+            return total - 1
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), total[np.cumsum(self.sizes[:-1]) - 1]])
+        return total - 1 - self.at_places(before)
+
+    def packed(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
+        """The flagged ids of each table at their positions, and behind them that of no row."""
+        start = self.at_places(np.array(self.first_places, np.int32))
+        target = jnp.where(flags, start + position, ids.size)
+        empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), ids.shape)
+        return empty.at[target].set(ids, mode="drop", unique_indices=True)
+
+    def or_none(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
+        """Positions, and the places of a table where there is no row."""
+        return jnp.where(is_row, position, self.at_places(np.array(self.sizes, np.int32)))
+
+
+def _by_scratch(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Every id notes in its row's slot where it stands; the first to do so stands for the row."""
-    n = ids.size
+    n, rows = ids.size, own.first_rows[-1] + own.num_rows[-1]
     place = jax.lax.iota(jnp.int32, n)
-    slots = jnp.full(num_rows, n, jnp.int32).at[ids].min(place, mode="drop")
+    if len(own.sizes) > 1:
+        ids = jnp.where(ids == own.no_row, rows, ids)
+    slots = jnp.full(rows, n, jnp.int32).at[ids].min(place, mode="drop")
     first = slots.at[ids].get(mode="fill", fill_value=n)
-    position = _positions(first == place)
-    found = _compacted(ids, first == place, position, num_rows)
-    return found, position.at[first].get(mode="fill", fill_value=n)
+    position = own.positions(first == place)
+    found = own.packed(ids, first == place, position)
+    position = position.at[first].get(mode="fill", fill_value=0)
+    return found, own.or_none(position, first < n)
 
 
-def _by_sort(num_rows: int, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
+def _by_sort(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
     ordered = jax.lax.sort(ids)
-    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]]) & (ordered < num_rows)
-    found = _compacted(ordered, new, _positions(new), num_rows)
-    position = jnp.searchsorted(found, ids).astype(jnp.int32)
-    return found, jnp.where(ids < num_rows, position, ids.size)
-
-
-def _positions(flags: chex.Array) -> chex.Array:
-    return jnp.cumsum(flags.astype(jnp.int32)) - 1
-
-
-def _compacted(
-    ids: chex.Array, flags: chex.Array, position: chex.Array, num_rows: int
-) -> chex.Array:
-    """The flagged ids at their positions, `num_rows` behind them."""
-    target = jnp.where(flags, position, ids.size)
-    return jnp.full_like(ids, num_rows).at[target].set(ids, mode="drop", unique_indices=True)
+    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    new = new & (ordered != own.no_row)
+    found = own.packed(ordered, new, own.positions(new))
+    start = own.at_places(np.array(own.first_places, np.int32))
+    position = jnp.searchsorted(found, ids).astype(jnp.int32) - start
+    return found, own.or_none(position, ids != own.no_row)
 
 
 # --- a rule on arrays, on rows --------------------------------------------------------------------
@@ -512,8 +664,7 @@ def parts(x: Any) -> list[chex.Array]:
     """The arrays whose elements are the elements of a leaf that are not zero for sure."""
     if not isinstance(x, RowGradient):
         return [x]
-    found = [x.values] if x.rest is None else [x.values, x.rest]
-    return found if x.spill is None else found + parts(x.spill)
+    return [x.values] if x.rest is None else [x.values, x.rest]
 
 
 def each_array(function: Callable[[chex.Array], chex.Array], x: Any) -> Any:
@@ -563,43 +714,29 @@ def applied(
     if lazy and g.rest is not None:
         return tuple(rule(c, g.to_dense(), *slots, *reads))
 
-    def gathered(rows: RowGradient, tables: Sequence[chex.Array]) -> list[chex.Array]:
-        return [taken(x, rows.indices, mode="fill", fill_value=0) for x in tables]
+    def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
+        here = [taken(x, indices, mode="fill", fill_value=0) for x in (*tables, *reads)]
+        u, *new = rule(c, values, *here)
+        return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
-    def step(
-        rows: RowGradient, held: Sequence[chex.Array], read: Sequence[chex.Array]
-    ) -> tuple[chex.Array, ...]:
-        u, *new = rule(c, rows.values, *gathered(rows, held), *read)
-        pairs = zip(held, new, strict=True)
-        return u, *(put(x, rows.indices, n) for x, n in pairs)
-
-    first = len(g.indices)
-    read = gathered(g.joined(), reads)
-    if g.spill is not None:
-        # All at once and now: read within the loop, or after the first rows were written, the
-        # table would be copied.
-        read = [apart(x) for x in read]
-    u, *held = step(g, slots, [x[:first] for x in read])
+    tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     moved = g.replace(values=u)
-    if g.spill is not None:
-        spill, still = g.spill, jnp.zeros_like(g.spill.values)
-        later = [x[first:] for x in read]
-        u, *held = _if_any(spill, lambda x: step(spill, x[1:], later), (still, *held))
-        moved = moved.replace(spill=spill.replace(values=u))
     if lazy or g.lazy:
-        return moved.replace(lazy=True), *held
-    # The least of the two is always the index; but so the rows are read before the table that
-    # they are read from is written, and XLA, which would not know, need not copy it.
-    least = jnp.where(_any_nan(read), g.num_rows, np.iinfo(np.int32).max)
-    g = g.joined()
-    g = g.replace(indices=jnp.minimum(g.indices, least))
-    rest, *held = _others(rule, c, g, held, reads)
-    return moved.replace(rest=rest), *held
+        return moved.replace(lazy=True), *tables
+    if reads:
+        g = g.replace(indices=_after(u, g.indices, g.num_rows))
+    rest, *tables = _others(rule, c, g, tables, reads)
+    return moved.replace(rest=rest), *tables
 
 
-def _any_nan(arrays: Sequence[chex.Array]) -> chex.Array:
-    found = [jnp.any(jnp.isnan(x)) for x in arrays]
-    return functools.reduce(operator.or_, found, jnp.zeros((), bool))
+def _after(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
+    """The indices, which XLA cannot know before it has computed `first`.
+
+    What is written at them is then written after the rows that `first` came from were read. XLA
+    would not know which of the two comes first, and copy the table.
+    """
+    none_is_larger = jnp.where(jnp.any(jnp.isnan(first)), num_rows, np.iinfo(np.int32).max)
+    return jnp.minimum(indices, none_is_larger)
 
 
 def _others(
@@ -634,16 +771,79 @@ def _others(
     return u, *held
 
 
-def _if_any(
-    rows: RowGradient, step: Callable[[Any], tuple[chex.Array, ...]], held: tuple[chex.Array, ...]
-) -> tuple[chex.Array, ...]:
-    """`step(held)` if there are rows, else `held`; as a loop, which works in place."""
-    Carry = tuple[chex.Array, tuple[chex.Array, ...]]
+# --- blocks of rows -------------------------------------------------------------------------------
 
-    def pending(carry: Carry) -> chex.Array:
-        return carry[0]
 
-    def once(carry: Carry) -> Carry:
-        return jnp.zeros((), bool), step(carry[1])
+# Rows that a turn of the loop works on, and the most that are worked on without a loop.
+_BLOCK = 4096
+_AT_ONCE = 8192
+# The elements of the rows of several tables that are worked on together.
+_TOGETHER = 1 << 20
 
-    return jax.lax.while_loop(pending, once, (rows.indices[0] < rows.num_rows, held))[1]
+
+def is_one_block(n: int) -> bool:
+    """Whether `in_blocks` works on so many rows without a loop, on every platform."""
+    return n <= _AT_ONCE
+
+
+def in_blocks(
+    step: Callable[[Any, chex.Array, Any, Any], tuple[Any, Any]],
+    tables: Any,
+    indices: chex.Array,
+    num_rows: int,
+    rows: Any,
+    reads: Any = (),
+) -> tuple[Any, Any]:
+    """A step on some rows of tables, in place, in as many blocks as hold a row.
+
+    Args:
+      step: `(tables, indices, rows, reads) -> (tables, rows)` for some of the indices, whose rows
+        do not depend on any others.
+      tables: a tree of arrays as long as a table, and of what else goes from block to block.
+      indices: int32[n], distinct, `num_rows` where there is no row.
+      rows: a tree of arrays [n, ...]; the step's results take the place of its input.
+      reads: a tree of arrays [n, ...] that the step only reads.
+
+    Returns:
+      The tables and the rows after the step. In a block without any row the input stays.
+    """
+    n = indices.size
+    if is_one_block(n):
+        return step(tables, indices, rows, reads)
+    size = -(-n // -(-n // _BLOCK))
+
+    def at_once(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
+        return step(tables, indices, rows, reads)
+
+    def looped(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
+        last = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
+
+        def block(carry: Any) -> Any:
+            i, tables, rows = carry
+            # The last block may begin with rows of the one before it, which had their turn.
+            start = jnp.minimum(i * size, n - size)
+            place = start + jax.lax.iota(jnp.int32, size)
+            is_new = place >= i * size
+
+            def block_of(x: chex.Array) -> chex.Array:
+                # XLA would fuse a slice into each of its uses, some of which come after the write,
+                # and copy the whole array for them. A gather it computes once.
+                return x.at[place].get(mode="promise_in_bounds", unique_indices=True)
+
+            def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
+                if n % size:
+                    new = jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+            before, beside = (jax.tree.map(block_of, x) for x in (rows, reads))
+            here = jnp.where(is_new, block_of(indices), num_rows)
+            tables, after = step(tables, here, before, beside)
+            return i + 1, tables, jax.tree.map(written, rows, before, after)
+
+        first = jnp.zeros((), jnp.int32), tables, rows
+        return jax.lax.while_loop(lambda carry: carry[0] * size <= last, block, first)[1:]
+
+    # A GPU would wait for its host at every turn.
+    return jax.lax.platform_dependent(
+        tables, indices, rows, reads, cuda=at_once, rocm=at_once, default=looped
+    )

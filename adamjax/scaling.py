@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adamjax.data import FINITE, Number, Tree, exportable, is_array, static
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
-from adamjax.paths import Mask, checked_mask, selected
+from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, selected
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
 from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
 
@@ -44,6 +44,14 @@ def _expect_rate(owner: str, rate: Any, params: Tree) -> None:
     """Refuses a rate by patterns that match no leaf."""
     if isinstance(rate, by_path):
         rate.expect_matches(owner, params)
+
+
+def _rules(rate: Any, params: Tree) -> list[Any]:
+    """For each leaf the number of the rule of `by_path` that gives its rate."""
+    paths = leaf_paths(params)
+    if not isinstance(rate, by_path):
+        return [None] * len(paths)
+    return [first_match(rate.patterns, path) for path in paths]
 
 
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
@@ -111,6 +119,9 @@ class scale_by_learning_rate(Scaling):
     def joinable(self) -> bool:
         return not isinstance(self.learning_rate, by_path)
 
+    def kinds(self, params: Tree) -> list[Any]:
+        return _rules(self.learning_rate, params)
+
     def init(self, params: Tree) -> ScheduleState:
         _expect_rate("scale_by_learning_rate", self.learning_rate, params)
         return _new_count()
@@ -159,6 +170,12 @@ class add_decayed_weights(Transform):
     @property
     def joinable(self) -> bool:
         return self.mask is None and not isinstance(self.weight_decay, by_path)
+
+    def kinds(self, params: Tree) -> list[Any]:
+        rules = _rules(self.weight_decay, params)
+        if self.mask is None:
+            return rules
+        return list(zip(rules, selected(self.mask, params, "add_decayed_weights"), strict=True))
 
     def init(self, params: Tree) -> ScheduleState:
         _expect_rate("add_decayed_weights", self.weight_decay, params)

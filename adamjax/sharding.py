@@ -114,7 +114,7 @@ def _placed(
                 for path, known in x.tables.items()
             }
             inner = over_like(params, slots, other, x.inner)
-            return ExactRowsState(inner, everywhere(x.clock), tables)
+            return ExactRowsState(inner, everywhere(x.clock), tables, everywhere(x.rings))
         return everywhere(x)
 
     return over_like(

@@ -101,6 +101,11 @@ class Transform(Data):
         """
         return None
 
+    def kinds(self, params: Tree) -> list[Any]:
+        """For each leaf a hashable value: elements of leaves with equal ones are treated alike."""
+        count = len(flatten(params)[0])
+        return [None] * count if self.joinable else list(range(count))
+
     @property
     def parts(self) -> tuple["Transform", ...]:
         """The transforms that this one is made of."""

@@ -181,7 +181,6 @@ def check_rows(rows, table, what):
     assert isinstance(rows, RowGradient), type(rows)
     assert (rows.shape, rows.dtype) == (jnp.shape(table), jnp.result_type(table))
     assert rows.indices.dtype == jnp.int32
-    assert rows.spill is None
     assert rows.rest is None
     assert not rows.lazy
     indices, values = np.asarray(rows.indices), np.asarray(rows.values)

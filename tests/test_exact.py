@@ -602,7 +602,7 @@ def test_the_least_history_is_enough(betas):
 
 def test_history_is_rounded_up():
     assert exact_rows(adamjax.adam(), "table", history=1000).history == 1024
-    assert exact_rows(adamjax.adam(), "table").history == 65536
+    assert exact_rows(adamjax.adam(), "table").history is None
     with pytest.raises(TypeError, match=r"history.*'long'"):
         exact_rows(adamjax.adam(), "table", history="long")
 
@@ -802,18 +802,6 @@ class dense_steps(adamjax.Transform):
 
     def update(self, grads, state, params=None):
         return self.tx.update(to_dense(grads), state, params)
-
-
-def test_more_distinct_rows_than_there_is_room_for():
-    tx = exact_rows(pipeline(), "table")
-    params, state = trained_shortly(tx)
-    ids, values = small_batch(20)
-    tight = row_gradient(ids, values, ROWS_SMALL, max_unique=2)
-    assert tight.spill is not None
-    grads = small_grads(20)
-    expected = stepped(tx, params, state, grads)
-    actual = stepped(tx, params, state, {**grads, "table": tight})
-    assert_close(looked_up(tx, *actual), looked_up(tx, *expected), rtol=1e-6)
 
 
 # --- states -------------------------------------------------------------------------------------
@@ -1062,8 +1050,8 @@ def test_stale_tables_cannot_be_read_by_accident():
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
 OTHERS = {
-    "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=256), r"\[65536, 4\]"),
-    "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected \['b1=0.8,"),
+    "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=512), "history=512"),
+    "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected .*b1=0.8,"),
     "b2": (lambda: exact_rows(adamjax.adam(0.1, b2=0.99), "table"), "shrink=0.9949"),
     "epsilon": (lambda: exact_rows(adamjax.adam(0.1, eps_hat=1e-3), "table"), "eps=0.001"),
     "its form": (lambda: exact_rows(adamjax.adam(0.1, eps=1e-7), "table"), "b2=0.999"),
@@ -1098,7 +1086,7 @@ def test_a_state_of_another_transform_is_refused(what, read):
 def test_the_momentum_of_an_average_is_part_of_the_state():
     made = [exact_rows(chain(adamjax.adam(0.1), weight_ema(b)), "table") for b in (0.9, 0.99)]
     params = small_params()
-    with pytest.raises(ValueError, match=r"momentum=0.9'\], expected .*momentum=0.99'"):
+    with pytest.raises(ValueError, match=r"momentum=0.9,.*expected .*momentum=0.99,"):
         made[1].flush(params, made[0].init(params))
 
 
@@ -1177,11 +1165,11 @@ def test_a_ticket_of_these_arrays_counts():
     ids = jnp.array([3, 5, 5])
     (_, grads), ticket = tx.value_and_grad(stopped)(params, state, ids)
     grads["kernel"] = jnp.zeros(2)
-    rows = ticket.rows["table"]
-    forged = ticket.replace(rows={"table": rows._replace(moved=rows.moved + 10)})
+    ready = ticket.rows["table"]
+    forged = ticket.replace(rows={"table": ready._replace(moved=ready.moved + 10)})
     step = functools.partial(tx.update, grads, state, params)
     assert_same(step(ticket=ticket), step())
-    assert np.all(np.asarray(step(ticket=forged)[0]["table"].values) > 5)
+    assert np.all(np.asarray(step(ticket=forged)[0]["table"].parts[0].values) > 5)
 
 
 def test_tables_may_come_back_in_another_order():

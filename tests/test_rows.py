@@ -38,11 +38,11 @@ def batch(shape=(4, 10), trailing=(D,), seed=0, low=-3, high=V + 3, dtype=np.int
 def check(rows, indices, values, num_rows=V):
     """Each row once, no row where there is none, and the sum of what it got."""
     expected = dense(indices, values, num_rows)
-    found = np.asarray(rows.joined().indices)
+    found = np.asarray(rows.indices)
     live = found[found < num_rows]
     assert len(set(live)) == len(live)
     assert (found >= 0).all()
-    assert not np.any(np.asarray(rows.joined().values)[found == num_rows])
+    assert not np.any(np.asarray(rows.values)[found == num_rows])
     inside = np.asarray(indices)[(np.asarray(indices) >= 0) & (np.asarray(indices) < num_rows)]
     assert set(live) == set(inside.reshape(-1).tolist())
     assert rows.shape == expected.shape
@@ -150,16 +150,6 @@ def test_both_ways_to_find_distinct_indices(num_rows):
     assert (found[count:] == num_rows).all()
 
 
-@pytest.mark.parametrize("max_unique", [1, 5, 39, 40, 1000])
-def test_more_distinct_rows_than_expected_are_kept(max_unique):
-    indices, values = batch(seed=1)
-    rows = jax.jit(lambda i, g: row_gradient(i, g, V, max_unique=max_unique))(indices, values)
-    assert rows.indices.shape == (min(max_unique, indices.size),)
-    check(rows, indices, values)
-    table = jnp.ones((V, D))
-    assert_close(table + rows, table + row_gradient(indices, values, V), 1e-6)
-
-
 def test_an_index_outside_is_reported_by_checkify():
     def make(indices):
         return row_gradient(indices, jnp.ones((3, D)), V, check=True)
@@ -187,7 +177,6 @@ def test_an_index_outside_is_reported_by_checkify():
         ([0], np.ones((1, D)), True, {}, ValueError, "num_rows must be.*got True"),
         ([0], np.ones((1, D)), np.True_, {}, ValueError, "num_rows must be.*got np.True_"),
         ([0], np.ones((1, D)), 4.0, {}, ValueError, "num_rows must be.*got 4.0"),
-        ([0], np.ones((1, D)), V, {"max_unique": 0}, ValueError, "max_unique must be.*got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(indices, values, num_rows, options, error, text):
@@ -207,10 +196,9 @@ def test_narrow_values_are_summed_in_float32(dtype):
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[None, 5], ids=["whole", "spilt"])
-def rows(request):
-    indices, values = batch(seed=2)
-    return row_gradient(indices, values, V, max_unique=request.param)
+@pytest.fixture
+def rows():
+    return row_gradient(*batch(seed=2), V)
 
 
 def test_arithmetic_is_that_of_the_dense_array(rows):
@@ -381,8 +369,6 @@ MOVED = {
     "unstacked": lambda a, b: mapped(lambda x: x[0], mapped(lambda *x: jnp.stack(x), a, b)),
     "mapped": lambda a, b: mapped(lambda x: x[0], of_many(a.indices[None], a.values[None])),
     "negated twice": lambda a, b: -1 * (-a),
-    "without a spill": lambda a, b: row_gradient(a.indices, a.values, V, max_unique=2).joined(),
-    "with a spill": lambda a, b: row_gradient(a.indices, a.values, V, max_unique=2),
     "by hand": lambda a, b: adamjax.RowGradient(a.indices, a.values, num_rows=V),
 }
 
@@ -448,7 +434,7 @@ OPTIMIZERS = {
 }
 
 
-def run(tx, steps, *, as_rows, max_unique=None, dtype=jnp.float32):
+def run(tx, steps, *, as_rows, dtype=jnp.float32):
     params = {
         "b": jnp.ones(4),
         "t": jnp.asarray(np.random.default_rng(5).normal(size=(V, D)), dtype),
@@ -457,7 +443,7 @@ def run(tx, steps, *, as_rows, max_unique=None, dtype=jnp.float32):
 
     @jax.jit
     def step(params, state, indices, values):
-        g = row_gradient(indices, values.astype(dtype), V, max_unique=max_unique)
+        g = row_gradient(indices, values.astype(dtype), V)
         grads = {"b": params["b"], "t": g if as_rows else g.to_dense()}
         updates, state = tx.update(grads, state, params)
         return adamjax.apply_updates(params, updates), state
@@ -467,24 +453,22 @@ def run(tx, steps, *, as_rows, max_unique=None, dtype=jnp.float32):
     return params, state
 
 
-@pytest.mark.parametrize("max_unique", [None, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_densely_rows_are_the_dense_gradient(name, max_unique):
+def test_densely_rows_are_the_dense_gradient(name):
     tx = OPTIMIZERS[name]("dense")
-    rows = run(tx, 8, as_rows=True, max_unique=max_unique)
+    rows = run(tx, 8, as_rows=True)
     assert_close(rows, run(tx, 8, as_rows=False), 2e-6)
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("decay in front", "no rule")])
-@pytest.mark.parametrize("max_unique", [None, 4])
-def test_lazily_other_rows_stand_still(name, max_unique):
+def test_lazily_other_rows_stand_still(name):
     """In weights, moments, decay and average; the touched ones go as in a table of their own."""
     tx = OPTIMIZERS[name]("lazy")
     params = {"b": jnp.ones(4), "t": jnp.asarray(np.random.default_rng(5).normal(size=(V, D)))}
     state = tx.init(params)
     indices, values = batch((12,), seed=1)
     for _ in range(2):
-        g = row_gradient(indices, values, V, max_unique=max_unique)
+        g = row_gradient(indices, values, V)
         updates, after = tx.update({"b": params["b"], "t": g}, state, params)
         moved = adamjax.apply_updates(params, updates)
         there = np.isin(np.arange(V), indices)
@@ -645,15 +629,14 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("max_unique", [None, 256])
 @pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies more")
-def test_tables_are_updated_in_place(name, max_unique):
+def test_tables_are_updated_in_place(name):
     """No copy of a table or a slot among the temporaries of a donated step, nor a gradient."""
     tx, num_rows, width, n = IN_PLACE[name], 2**17, 32, 512
 
     def step(params, state, indices, values):
-        grads = {"t": row_gradient(indices, values, num_rows, max_unique=max_unique)}
+        grads = {"t": row_gradient(indices, values, num_rows)}
         updates, state = tx.update(grads, state, params)
         return adamjax.apply_updates(params, updates), state
 
