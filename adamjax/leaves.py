@@ -25,6 +25,7 @@ __all__ = [
     "described",
     "dtype_of",
     "expect_array",
+    "expect_arrays",
     "expect_like",
     "expect_wide",
     "is_arraylike",
@@ -198,18 +199,23 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
     return None
 
 
-def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
-    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
-    leaves, treedef = flatten(params)
-    for i, p in enumerate(leaves):
+def expect_arrays(owner: str, params: Tree) -> None:
+    """Refuses parameters of which a leaf is no array, such as a whole model with functions."""
+    for i, p in enumerate(flatten(params)[0]):
         if p is not None and not is_arraylike(p):
             name = f" ({p.__name__})" if hasattr(p, "__name__") else ""
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
+                f"{owner}: params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
                 "array, or None. Give the arrays of a model alone: of an Equinox one "
                 "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
                 "nnx.state(model, nnx.Param)"
             )
+
+
+def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
+    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
+    expect_arrays("init", params)
+    leaves, treedef = flatten(params)
 
     def made(p: Any) -> Any:
         if is_left_alone(p):
