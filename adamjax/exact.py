@@ -57,7 +57,6 @@ from adamjax.transform import (
     all_parts,
     as_transform,
     chain,
-    expect_number,
     expect_state,
     over_slots,
 )
@@ -220,11 +219,27 @@ class StaleTable:
             "rows with prepare (in a train step) or lookup, or bring all up to date with flush"
         )
 
-    __getitem__ = __array__ = __jax_array__ = __len__ = __iter__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    def __getattr__(self, name: str) -> Any:
+        # Names of protocols, which copies, pickles and notebooks ask for, are not there.
+        if name.startswith("_") or name == "path":
+            raise AttributeError(f"StaleTable has no {name!r}")
+        return self._refuse()
 
     def __repr__(self) -> str:
         return f"StaleTable({self.path!r})"
+
+
+# Python looks for these on the class.
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
+for _name in (
+    *_BINARY,
+    *(f"r{name}" for name in _BINARY),
+    *"neg pos abs invert lt le gt ge eq ne".split(),
+    *"bool int float complex index round trunc floor ceil".split(),
+    *"getitem setitem delitem len iter reversed contains".split(),
+    *"array array_ufunc array_function jax_array dlpack".split(),
+):
+    setattr(StaleTable, f"__{_name}__", StaleTable._refuse)
 
 
 # --- what a table goes through --------------------------------------------------------------------
@@ -362,7 +377,8 @@ class exact_rows(Transform):
         effect on it here), scalings and decoupled weight decay, a `weight_ema` last. Betas,
         epsilons and the average's momentum must be Python floats; rates and decays may be arrays
         and change from step to step, as long as `learning_rate * weight_decay < 1`: at a step
-        where it is not, the rows become NaN.
+        where it is not, the rows become NaN. They do so too at a step whose rate is NaN or
+        infinite, but rows that are not read for long after it may stay finite.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them;
         each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
@@ -509,10 +525,11 @@ class exact_rows(Transform):
                 f"of both has: {others}. Rows are found by the leaf's place, so params must have "
                 "the structure that init was given"
             )
+        expect_array("exact_rows: the clock", state.clock, (), "it is to wrap around", "int32")
         for table in tables:
             self._expect_table(table, state.tables[table.path], slots, params)
-            _, count = self._found(table, state.inner, params)
-            expect_number(self, "count", count, jnp.integer)
+            for tx, own in _route(self._inner, state.inner, table.leaf, params):
+                tx.check_state(own)
         return tables, as_arrays(state), as_arrays(params)
 
     def _expect_table(
@@ -830,6 +847,12 @@ class exact_rows(Transform):
         **extra_args: Any,
     ) -> Step:
         params = needed("exact_rows", params)
+        if ticket is not None and not isinstance(ticket, Ticket):
+            raise TypeError(
+                f"exact_rows: ticket is {described(ticket)}, expected a Ticket, which prepare "
+                "returns beside the rows and value_and_grad beside the gradients of the same step, "
+                "or None"
+            )
         tables, state, params = self._expected(state, params)
         leaves = [
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
@@ -940,7 +963,9 @@ class exact_rows(Transform):
             the same, but every device works on all rows, which the others send.
 
         Returns:
-          `params` and the state. Jit it, and donate both, to spare copies of the tables.
+          `params` and the state. Go on with both, and with none that came: the state that is
+          returned says that all rows are up to date, which they are in these params alone. Jit it,
+          and donate both, to spare copies of the tables.
         """
         tables, state, params = self._expected(state, params)
         for t in tables:

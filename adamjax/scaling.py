@@ -115,8 +115,11 @@ class scale_by_learning_rate(Scaling):
         _expect_rate("scale_by_learning_rate", self.learning_rate, params)
         return _new_count()
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, ScheduleState)
+
+    def factors(self, tree: Tree, state: Any) -> Step:
+        self.check_state(state)
         rates = rates_at(self.learning_rate, state.count, tree)
         downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
         return downhill, ScheduleState(next_count(state.count))
@@ -174,13 +177,16 @@ class add_decayed_weights(Transform):
         decays = selected(self.mask, params, "add_decayed_weights")
         return [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
 
+    def check_state(self, state: Any) -> None:
+        expect_state(self, state, ScheduleState)
+
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
         if state is None:
             return 1, 1
         return 1, scalar(self._rates(state, params)[leaf], real)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        expect_state(self, state, ScheduleState)
+        self.check_state(state)
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 

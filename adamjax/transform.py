@@ -76,6 +76,9 @@ class Transform(Data):
         """
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
+    def check_state(self, state: Any) -> None:
+        """Refuses a state of its own from which it cannot go on; those of its parts they check."""
+
     # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
     keeps_zero: ClassVar[bool] = False
 
@@ -207,12 +210,15 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
-    """Refuses what is no scalar of this kind in a state."""
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, kind) or np.shape(x) != ():
-        wanted = "int32[]" if kind is jnp.integer else "float32[]"
+    """Refuses what is no scalar of this kind in a state, or an integer of fewer bits than 32."""
+    fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
+    if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
+        wanted = "int32" if kind is jnp.integer else "float32"
+        came = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {described(x)}, expected {wanted}: "
-            "only moments may be cast; a state with a leading axis is for jax.vmap"
+            f"{type(owner).__name__}: the state's {name} is {came}, expected {wanted}[]: only "
+            f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and map over a "
+            "state with a leading axis by jax.vmap"
         )
 
 
