@@ -230,15 +230,14 @@ class StaleTable:
 
 
 # Python looks for these on the class.
-_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
-for _name in (
-    *_BINARY,
-    *(f"r{name}" for name in _BINARY),
-    *"neg pos abs invert lt le gt ge eq ne".split(),
-    *"bool int float complex index round trunc floor ceil".split(),
-    *"getitem setitem delitem len iter reversed contains".split(),
-    *"array array_ufunc array_function jax_array dlpack".split(),
-):
+_BINARY = ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow"]
+_BINARY += ["lshift", "rshift", "and", "xor", "or"]
+_REFUSED = [*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "pos", "abs", "invert"]
+_REFUSED += ["lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "complex", "index"]
+_REFUSED += ["round", "trunc", "floor", "ceil", "getitem", "setitem", "delitem", "contains"]
+_REFUSED += ["len", "iter", "reversed", "jax_array", "array", "array_ufunc", "array_function"]
+_REFUSED += ["dlpack"]
+for _name in _REFUSED:
     setattr(StaleTable, f"__{_name}__", StaleTable._refuse)
 
 

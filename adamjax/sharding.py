@@ -343,13 +343,12 @@ def _of_examples(call: Call, aux: Tree) -> list[bool]:
     the loss is traced once more, with twice the batch.
     """
     pairs = jax.tree_util.tree_flatten_with_path(aux)[0]
-    longer = shapes = [np.shape(x) if is_arraylike(x) else () for _, x in pairs]
-    if any(shapes):
-        longer = _shapes_of_twice(call)
+    shapes = [_shape(x) for _, x in pairs]
+    longer = _shapes_of_twice(call) if any(shapes) else shapes
     found = []
     for (path, x), one, two in zip(pairs, shapes, longer, strict=True):
         name = f"aux[{jax.tree_util.keystr(path, simple=True, separator='/')!r}]"
-        if one != two and two != (2 * one[0], *one[1:]):
+        if one != two and two != tuple(2 * n if i == 0 else n for i, n in enumerate(one)):
             raise ValueError(
                 f"shard_state: {name} is {described(x)}, and of shape {list(two)} with twice the "
                 "batch: expected what it has of each example in its first dimension"
@@ -380,7 +379,11 @@ def _shapes_of_twice(call: Call) -> list[tuple[int, ...]]:
             "with twice the batch, which the loss does not take: let it take batches of any size, "
             "or give scalars"
         ) from error
-    return [np.shape(x) if is_arraylike(x) else () for x in jax.tree.leaves(aux)]
+    return list(map(_shape, jax.tree.leaves(aux)))
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return np.shape(x) if is_arraylike(x) else ()
 
 
 def _names(axes: Any) -> tuple[str, ...]:
