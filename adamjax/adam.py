@@ -272,6 +272,7 @@ class scale_by_adam(Rule):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_flag("nesterov")
         _check(self, default="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 

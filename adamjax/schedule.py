@@ -264,6 +264,7 @@ class inverse_time_decay(_Compiled):
         self._set(initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False))
         self._check("decay_steps", STEPS)
         self._check("decay_rate", NON_NEGATIVE)
+        self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -294,6 +295,7 @@ class exponential_decay(_Compiled):
         self._check("initial_learning_rate", NON_NEGATIVE)
         self._check("decay_steps", STEPS)
         self._check("decay_rate", POSITIVE)
+        self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -366,6 +368,7 @@ class polynomial_decay(_Compiled):
         self._check("decay_steps", STEPS)
         self._check("end_learning_rate", NON_NEGATIVE)
         self._check("power", POSITIVE)
+        self._check_flag("cycle")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
