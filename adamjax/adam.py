@@ -272,6 +272,7 @@ class scale_by_adam(Rule):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_flag("nesterov")
         _check(self, default="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
@@ -300,7 +301,7 @@ class scale_by_adam(Rule):
             return product
         return product * _momentum(self.b1, counted(state.count, product.dtype))
 
-    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamState)
         _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype)
         if (state.momentum_product is None) == self.nesterov:
@@ -312,6 +313,9 @@ class scale_by_adam(Rule):
         if self.nesterov:
             expect_number(self, "momentum_product", state.momentum_product, jnp.floating)
             expect_wide("scale_by_adam", "momentum_product", state.momentum_product)
+
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        self.check_state(state)
         product = self._product(state)
         updates, m, v = lift(
             "scale_by_adam",
@@ -392,9 +396,12 @@ class scale_by_amsgrad(Rule):
     def pace(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, None).c_m
 
-    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAmsgradState)
         _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype, v_max=self.v_dtype)
+
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        self.check_state(state)
         updates, m, v, v_max = lift(
             "scale_by_amsgrad",
             _amsgrad,
@@ -507,9 +514,12 @@ class scale_by_adamax(Rule):
     def pace(self, state: Any, real: Any) -> Any:
         return 1 / correction(self.b1, counted(state.count, real))
 
-    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamaxState)
         _expect_slots(self, state, m=self.m_dtype, u=self.u_dtype)
+
+    def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        self.check_state(state)
 
         def scalars(real: Any) -> _AdamaxScalars:
             return _AdamaxScalars(

@@ -92,9 +92,12 @@ class weight_ema(Transform):
 
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 
-    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, WeightEmaState)
         expect_wide("weight_ema", "average", state.average)
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        self.check_state(state)
         params = needed("weight_ema", params)
         count = next_count(state.count)
         due = None

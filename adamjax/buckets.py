@@ -87,8 +87,11 @@ class Joined:
         paths = leaf_paths(self.plan.like)
         names = [f"bucket {i}" for i in range(len(self.joined))]
         names += [paths[i] for i in self.plan.alone]
+        children = (*self.joined, *self.alone)
+        # A state that is not whole goes into jit, so that `expect_whole` can say what is missing.
+        names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)
-        return tuple(zip(keys, (*self.joined, *self.alone), strict=True)), self.plan
+        return tuple(zip(keys, children, strict=False)), self.plan
 
     def tree_flatten(self) -> tuple[Any, Any]:
         return (*self.joined, *self.alone), self.plan
@@ -98,8 +101,28 @@ class Joined:
         children, count = tuple(children), len(plan.buckets)
         return cls(children[:count], children[count:], plan)
 
+    def expect_whole(self, name: str) -> None:
+        """Refuses other buckets than those of the plan, such as from a file that was cut off."""
+        buckets, alone = self.plan.buckets, self.plan.alone
+        mend = "restore the whole state, or start from init"
+        came, wanted = (len(self.joined), len(self.alone)), (len(buckets), len(alone))
+        if came != wanted:
+            raise ValueError(
+                f"grouped: the state's {name} has {came[0]} buckets and {came[1]} other arrays, "
+                f"expected {wanted[0]} and {wanted[1]}: {mend}"
+            )
+        for i, (bucket, x) in enumerate(zip(buckets, self.joined, strict=True)):
+            size = sum(int(np.prod(self.plan.avals[j][0], dtype=int)) for j in bucket)
+            if getattr(x, "shape", None) != (size,):
+                is_now = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
+                raise ValueError(
+                    f"grouped: bucket {i} of the state's {name} is {is_now}, expected the shape "
+                    f"[{size}], that of its {len(bucket)} leaves end to end: {mend}"
+                )
+
     def leaves(self) -> list[Any]:
         """The leaves of the tree, in the order of `flatten`."""
+        self.expect_whole("joined tree")
         found: list[Any] = [None] * len(self.plan.avals)
         for i, x in zip(self.plan.alone, self.alone, strict=True):
             found[i] = x

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = ["from_config", "to_config"]
 
 # What stands for the name of a class: a keyword, so no field can have this name.
 CLASS = "class"
+# The kinds of arrays that JSON can tell.
+_ARRAYS = (jnp.floating, jnp.integer, jnp.bool_)
 # What an object works out for itself when it is made.
 DERIVED = {(exact_rows, "fixed")}
 # What cannot be told, and why.
@@ -205,7 +208,7 @@ def _told_array(value: Any, place: str) -> dict[str, Any]:
             "of jit, vmap and grad"
         )
     dtype = value.dtype
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+    if not any(jnp.issubdtype(dtype, kind) for kind in _ARRAYS):
         raise TypeError(
             f"to_config: {place} is an array of dtype {dtype}, which cannot be told in a config: "
             "expected real floats, integers or bools"
@@ -326,17 +329,30 @@ def _heard_literal(value: Mapping[str, Any], place: str, classes: dict[str, type
         return _made(place, optional, value["optional"])
     if keys == {"bools"}:
         return _made(place, bool_tree, "bools", _heard(value["bools"], place, classes))
-    if keys == {"list"}:
+    if keys == {"list"} and isinstance(value["list"], list | tuple):
         return list(_heard(value["list"], place, classes))
-    if keys == {"dict"}:
+    if keys == {"dict"} and isinstance(value["dict"], Mapping):
         items = value["dict"].items()
         return {key: _heard(x, f"{place}[{key!r}]", classes) for key, x in items}
     if keys != {"array", "dtype"}:
+        what = f"the keys {sorted(map(str, keys))}"
+        if keys in ({"list"}, {"dict"}):
+            (name,) = keys
+            what = f"{name!r}: {value[name]!r}, which is no {name}"
         raise ValueError(
-            f"from_config: {place} is a dictionary with the keys {sorted(keys)}; expected one "
+            f"from_config: {place} is a dictionary with {what}; expected one "
             f"with {CLASS!r} (adamjax's), 'class_name' (Keras'), or an array's"
         )
+    return _heard_array(value, place, classes)
+
+
+def _heard_array(value: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Any:
     dtype = _made(place, jnp.dtype, value["dtype"])
+    if not any(jnp.issubdtype(dtype, kind) for kind in _ARRAYS):
+        raise ValueError(
+            f"from_config: {place} is an array of dtype {dtype.name}, expected one of real floats, "
+            "integers or bools"
+        )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"from_config: {place} is an array of dtype {dtype.name}, which JAX has only with "
@@ -344,7 +360,21 @@ def _heard_literal(value: Mapping[str, Any], place: str, classes: dict[str, type
         )
     # Tuples of Python's numbers: those of any float dtype are exact as float64.
     items = _made(place, np.asarray, _heard(value["array"], place, classes))
-    return jnp.asarray(items.astype(dtype))
+    if not any(jnp.issubdtype(items.dtype, kind) for kind in _ARRAYS):
+        raise ValueError(
+            f"from_config: {place} is an array of {value['array']!r:.100}, expected numbers"
+        )
+    with np.errstate(all="ignore"):
+        made = items.astype(dtype)
+    # Floats may be rounded, where a person wrote them.
+    floats = jnp.issubdtype(dtype, jnp.floating)
+    same = np.isfinite(items) == np.isfinite(made.astype(np.float64)) if floats else items == made
+    if not np.all(same):
+        raise ValueError(
+            f"from_config: {place} is an array of {value['array']!r:.100}, which {dtype.name} "
+            "cannot hold"
+        )
+    return jnp.asarray(made)
 
 
 # --- Keras' dictionaries --------------------------------------------------------------------------
@@ -390,6 +420,26 @@ _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
 _WRAPPING = {"module", "class_name", "config", "registered_name", "shared_object_id"}
 
 
+# Options that are True or False, and those that are numbers; either may be None.
+_FLAGS = {"amsgrad", "adaptive_epsilon", "is_legacy_optimizer", "use_ema"}
+_NUMBERS = {*_CLIPS, "beta_1", "beta_2", "epsilon", "decay", "schedule_decay", "weight_decay"}
+_NUMBERS |= {"ema_momentum", "ema_overwrite_frequency", "loss_scale_factor"}
+_NUMBERS |= {"gradient_accumulation_steps", "warmup_steps", "warmup_target"}
+
+
+def _expect_kinds(config: Mapping[str, Any], place: str) -> None:
+    """Refuses values of Keras' options that are of another kind, which JSON may have made."""
+    for key, value in config.items():
+        is_flag = isinstance(value, bool | np.bool_)
+        if value is None:
+            continue
+        if key in _FLAGS and not is_flag:
+            raise _refused(f"{place}.{key}", f"expected true or false, got {value!r:.100}")
+        is_number = isinstance(value, numbers.Real) and not is_flag
+        if key in _NUMBERS and not (is_number and not math.isnan(value)):
+            raise _refused(f"{place}.{key}", f"expected a number, got {value!r:.100}")
+
+
 def _refused(place: str, why: str) -> ValueError:
     return ValueError(f"from_config: {place}: {why}")
 
@@ -422,18 +472,21 @@ def _keras_class(config: Mapping[str, Any]) -> str:
 def _plain(value: Any, place: str) -> Any:
     """A value of a Keras dictionary, out of the wrapping that Keras has for some."""
     wrapping = value.get("class_name") if isinstance(value, Mapping) else None
+    wrapping = wrapping if isinstance(wrapping, str) else None
     if callable(value) or wrapping in _FUNCTIONS:
         raise _refused(
             place,
             "it is a function, which Keras calls anew in every step; write a schedule, or keep "
             "the number in the state and set it: adamjax.with_hyperparams",
         )
-    if wrapping == "__tuple__":
+    if wrapping == "__tuple__" and isinstance(value.get("items"), list | tuple):
         return tuple(value["items"])
-    if wrapping in ("__numpy__", "__tensor__"):
-        inner = value["config"]
-        value = np.asarray(inner["value"], jnp.dtype(inner["dtype"]))
+    inner = value.get("config") if wrapping in ("__numpy__", "__tensor__") else None
+    if isinstance(inner, Mapping) and {"value", "dtype"} <= set(inner):
+        value = _made(place, np.asarray, inner["value"], inner["dtype"])
         return value.item() if value.ndim == 0 else value.tolist()
+    if wrapping is not None and wrapping.startswith("__"):
+        raise _refused(place, f"it is no {wrapping} as Keras writes it: {value!r:.100}")
     return value
 
 
@@ -446,11 +499,14 @@ def _heard_keras(config: Mapping[str, Any], place: str) -> Any:
             f"{name!r} and {values!r}"
         )
     values = {key: _plain(x, f"{place}.{key}") for key, x in (values or {}).items()}
+    _expect_kinds(values, place)
     if name in _SCHEDULES:
         return _keras_schedule(name, values, place)
     # Keras does not heed case; in 2.9 and 2.10 names could have this prefix.
     optimizer = _OPTIMIZERS.get(name.lower().removeprefix("experimental"))
     registered = config.get("registered_name")
+    if not isinstance(registered, str | None):
+        raise _refused(place, f"registered_name is {registered!r:.100}, expected a string")
     theirs = registered is not None and registered != name and optimizer != "AdamMultilr"
     if optimizer is None or theirs:
         raise _refused(
@@ -536,7 +592,8 @@ def _keras_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
     def rate(value: Any, key: str) -> Any:
         value = _plain(value, f"{place}.{key}")
         if isinstance(value, Mapping):
-            if value.get("class_name") not in _SCHEDULES:
+            name = value.get("class_name")
+            if not isinstance(name, str) or name not in _SCHEDULES:
                 raise _refused(
                     f"{place}.{key}",
                     f"Keras' {value.get('class_name')!r} is not here; expected one of "
@@ -554,6 +611,8 @@ def _keras_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
     groups = config.get("pattern_lrs")
     if groups is None:
         return _made(f"{place}.learning_rate", scale_by_learning_rate, base)
+    if not isinstance(groups, list | tuple):
+        raise _refused(f"{place}.pattern_lrs", f"expected a list of groups, got {groups!r:.100}")
     rules: list[tuple[str, Any]] = []
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping) or set(group) != {"patterns", "lr"}:
@@ -561,7 +620,7 @@ def _keras_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
                 f"{place}.pattern_lrs[{i}]",
                 f'expected {{"patterns": [...], "lr": a rate}}, got {group!r}',
             )
-        if isinstance(group["patterns"], str):
+        if not isinstance(group["patterns"], list | tuple):
             raise _refused(
                 f"{place}.pattern_lrs[{i}]",
                 f"patterns must be a list of them, got {group['patterns']!r}",

@@ -160,6 +160,13 @@ class Data:
         """Refuses a hyperparameter outside its range; of what is being traced, only the dtype."""
         self._set(**{name: self._checked(name, getattr(self, name), allowed)})
 
+    def _check_flag(self, name: str) -> None:
+        """Refuses what is neither True nor False: the string "false" would be true."""
+        value = getattr(self, name)
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
+        self._set(**{name: bool(value)})
+
     def _checked(self, name: str, value: Any, allowed: Range) -> Any:
         """The value of a hyperparameter, if it is in its range, as a Python number or array."""
         owner, whole = type(self).__name__, allowed.whole

@@ -8,6 +8,7 @@ that are touched as if they were the whole table.
 """
 
 import functools
+import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ from adamjax.rows import (
     in_blocks,
     is_one_block,
     rows_of_each,
+    summed,
     together,
 )
 from adamjax.transform import (
@@ -67,7 +69,6 @@ from adamjax.transform import (
     all_parts,
     as_transform,
     chain,
-    expect_number,
     expect_state,
     over_slots,
 )
@@ -160,6 +161,8 @@ class Ticket(Data):
       rows: by path, what each table's rows are, up to date; of tables whose rows are worked on
         together, by that of the first. Where there are so many rows that blocks of them take
         turns, `update` brings each block up to date by itself.
+      places: by path, which of the rows that were read are distinct.
+      num_rows: for each path the table's number of rows and the shape of its indices, static.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.zeros((9, 1))}
@@ -170,18 +173,50 @@ class Ticket(Data):
     """
 
     rows: dict[str, Any]
+    places: dict[str, Any]
+    num_rows: Any = static(default=())
 
-    @classmethod
-    def of(cls, rows: dict[str, Any], origins: dict[str, Any]) -> "Ticket":
-        """A ticket that knows the arrays it was made of, which are no part of the pytree."""
-        ticket = cls(rows)
-        ticket._set(_origins=origins)
-        return ticket
+    def row_gradient(self, table: str, values: chex.Array) -> RowGradient:
+        """The gradient of the rows that `prepare` read: `adamjax.row_gradient` for less.
+
+        Equal indices need not be looked for again.
+
+        Args:
+          table: the table, by its path or a pattern that finds it alone.
+          values: the gradients of the rows, of the shape in which `prepare` gave them.
+
+        >>> import adamjax, jax.numpy as jnp
+        >>> params = {"table": jnp.zeros((9, 1))}
+        >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+        >>> rows, ticket = tx.prepare(params, tx.init(params), {"table": jnp.array([4, 4])})
+        >>> ticket.row_gradient("table", jnp.ones((2, 1))).values
+        Array([[2.],
+               [0.]], dtype=float32)
+        """
+        path = _named(table, list(self.places))
+        (found, position), (num_rows, shape) = self.places[path], dict(self.num_rows)[path]
+        if np.shape(values)[: len(shape)] != tuple(shape):
+            raise ValueError(
+                f"ticket.row_gradient: the gradients of {path!r} have the shape "
+                f"{np.shape(values)}, expected that of the rows, {(*shape, '...')}"
+            )
+        values = jnp.asarray(values).reshape(position.size, *np.shape(values)[len(shape) :])
+        return summed(found, position, values, num_rows)
 
     def with_rows_of(self, other: "Ticket") -> "Ticket":
         """A ticket for what both are for."""
-        rows = {**self.rows, **other.rows}
-        return Ticket.of(rows, {**vars(self)["_origins"], **vars(other)["_origins"]})
+        ticket = Ticket(
+            {**self.rows, **other.rows},
+            {**self.places, **other.places},
+            (*self.num_rows, *other.num_rows),
+        )
+        ticket._set(_origins={**vars(self).get("_origins", {}), **vars(other).get("_origins", {})})
+        return ticket
+
+    def made_of(self, origins: dict[str, Any]) -> "Ticket":
+        """The ticket, which then knows the arrays it was made of: no part of the pytree."""
+        self._set(_origins=origins)
+        return self
 
     def rows_of(self, path: str, origin: Any) -> _Ready | None:
         """The rows of tables, if the ticket was made of these arrays."""
@@ -191,12 +226,16 @@ class Ticket(Data):
         return self.rows.get(path) if same else None
 
 
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
 # As an argument or a result of what `jax.export` writes.
 export.register_pytree_node_serialization(
     Ticket,
     serialized_name="adamjax.Ticket",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
+    serialize_auxdata=lambda statics: json.dumps(statics).encode(),
+    deserialize_auxdata=lambda written: tuple(_tuples(json.loads(written))),
 )
 
 
@@ -265,11 +304,26 @@ class StaleTable:
             "rows with prepare (in a train step) or lookup, or bring all up to date with flush"
         )
 
-    __getitem__ = __array__ = __jax_array__ = __len__ = __iter__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    def __getattr__(self, name: str) -> Any:
+        # Names of protocols, which copies, pickles and notebooks ask for, are not there.
+        if name.startswith("_") or name == "path":
+            raise AttributeError(f"StaleTable has no {name!r}")
+        return self._refuse()
 
     def __repr__(self) -> str:
         return f"StaleTable({self.path!r})"
+
+
+# Python looks for these on the class.
+_BINARY = ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow"]
+_BINARY += ["lshift", "rshift", "and", "xor", "or"]
+_REFUSED = [*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "pos", "abs", "invert"]
+_REFUSED += ["lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "complex", "index"]
+_REFUSED += ["round", "trunc", "floor", "ceil", "getitem", "setitem", "delitem", "contains"]
+_REFUSED += ["len", "iter", "reversed", "jax_array", "array", "array_ufunc", "array_function"]
+_REFUSED += ["dlpack"]
+for _name in _REFUSED:
+    setattr(StaleTable, f"__{_name}__", StaleTable._refuse)
 
 
 # --- what a table goes through --------------------------------------------------------------------
@@ -410,7 +464,8 @@ class exact_rows(Transform):
         effect on it here), scalings and decoupled weight decay, a `weight_ema` last. Betas,
         epsilons and the average's momentum must be Python floats; rates and decays may be arrays
         and change from step to step, as long as `learning_rate * weight_decay < 1`: at a step
-        where it is not, the rows become NaN.
+        where it is not, the rows become NaN. They do so too at a step whose rate is NaN or
+        infinite, but rows that are not read for long after it may stay finite.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them;
         each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
@@ -581,12 +636,13 @@ class exact_rows(Transform):
                 f"of both has: {others}. Rows are found by the leaf's place, so params must have "
                 "the structure that init was given"
             )
+        expect_array("exact_rows: the clock", state.clock, (), "it is to wrap around", "int32")
         for table in tables:
             self._expect_table(table, state.tables[table.path], slots, params)
         self._expect_rings(self._families(tables), state.rings)
         for table in tables:
-            _, count = self._found(table, state.inner, params)
-            expect_number(self, "count", count, jnp.integer)
+            for _, tx, own in _route(self._inner, state.inner, table.leaf, params):
+                tx.check_state(own)
         return tables, as_arrays(state), as_arrays(params)
 
     def _expect_table(
@@ -632,14 +688,8 @@ class exact_rows(Transform):
                     expect_array(where, x, like.shape, mend, like.dtype.name)
 
     def _named(self, tables: list[_Table], name: str) -> _Table:
-        exact = [t for t in tables if t.path == name]
-        found = exact or [t for t in tables if re.search(name, t.path)]
-        if len(found) != 1:
-            raise ValueError(
-                f"exact_rows: {name!r} names {len(found)} tables, expected one of "
-                f"{[t.path for t in tables]}"
-            )
-        return found[0]
+        path = _named(name, [t.path for t in tables])
+        return next(t for t in tables if t.path == path)
 
     # --- the state
 
@@ -884,7 +934,10 @@ class exact_rows(Transform):
             now = taken(now, place, mode="fill", fill_value=0)
             for i, x in zip(own, rows_of_each(now, [x.size for x in found]), strict=True):
                 read[i] = x.reshape(*ids[i].shape, *x.shape[1:])
-        return read, searched, Ticket.of(rows, origins)
+        by_path = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
+        shapes = {t.path: (t.num_rows, x.shape) for t, x in zip(tables, ids, strict=True)}
+        ticket = Ticket(rows, by_path, tuple(shapes.items()))
+        return read, searched, ticket.made_of(origins)
 
     def _read(
         self, batch: _Batch, past: _Past, columns: _Columns, indices: chex.Array
@@ -1033,6 +1086,12 @@ class exact_rows(Transform):
         **extra_args: Any,
     ) -> Step:
         params = needed("exact_rows", params)
+        if ticket is not None and not isinstance(ticket, Ticket):
+            raise TypeError(
+                f"exact_rows: ticket is {described(ticket)}, expected a Ticket, which prepare "
+                "returns beside the rows and value_and_grad beside the gradients of the same step, "
+                "or None"
+            )
         tables, state, params = self._expected(state, params)
         leaves = [
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
@@ -1154,7 +1213,7 @@ class exact_rows(Transform):
                     )
                 moves = zip(tables, parts, indices, rows_of_each(way, sizes), strict=True)
                 for t, own, ids, piece in moves:
-                    own.append(RowGradient(ids, piece, num_rows=t.num_rows, seal=None))
+                    own.append(RowGradient(ids, piece, num_rows=t.num_rows))
             (held, seen), ways = carry, [RowMoves(tuple(own)) for own in parts]
         after = [_Columns(way, *x) for way, x in zip(ways, held, strict=True)]
         return _Stepped(after, seen)
@@ -1200,7 +1259,9 @@ class exact_rows(Transform):
             the same, but every device works on all rows, which the others send.
 
         Returns:
-          `params` and the state. Jit it, and donate both, to spare copies of the tables.
+          `params` and the state. Go on with both, and with none that came: the state that is
+          returned says that all rows are up to date, which they are in these params alone. Jit it,
+          and donate both, to spare copies of the tables.
         """
         tables, state, params = self._expected(state, params)
         for t in tables:
@@ -1268,7 +1329,7 @@ def gradient_of(
         reads = Reads(call, sorted(owners), exact=True, strict=strict)
         given: dict[int, Any] = {}
         known: dict[int, Any] = {}
-        ticket = Ticket.of({}, {})
+        ticket = Ticket({}, {})
         indices = reads.indices()
         for tx, state, own in parts:
             tables = [t for t in tx._tables(own) if t.leaf in indices]
@@ -1308,6 +1369,14 @@ _LONGEST = 65536
 # The history where rows are brought up to date step by step. Then a step costs about as many row
 # steps as the table has rows, however long the history, and those of the rows that are read.
 _REPLAYED = 64
+
+
+def _named(name: str, paths: list[str]) -> str:
+    """The path of the table that a name means."""
+    found = [p for p in paths if p == name] or [p for p in paths if re.search(name, p)]
+    if len(found) != 1:
+        raise ValueError(f"exact_rows: {name!r} names {len(found)} tables, expected one of {paths}")
+    return found[0]
 
 
 class _Stepped(NamedTuple):

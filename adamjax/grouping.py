@@ -54,8 +54,11 @@ def _planned(tree: Tree, max_size: int) -> Plan:
 
 def _plan_of(state: Any) -> Plan | None:
     """The plan by which a state is joined; one that keeps no tree has none."""
-    found = filter(is_joined, jax.tree.leaves(state, is_leaf=is_joined))
-    return next((x.plan for x in found), None)
+    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_joined)[0]
+    joined = [(path, x) for path, x in found if is_joined(x)]
+    for path, x in joined:
+        x.expect_whole(jax.tree_util.keystr(path[-1:], simple=True))
+    return joined[0][1].plan if joined else None
 
 
 def _seen_in(plan: Plan, params: Tree) -> Plan:

@@ -12,7 +12,15 @@ import numpy as np
 from adamjax.data import COUNT, Number, Tree, exportable, static
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
-from adamjax.paths import checked_rules, expect_matches, first_match, flatten, is_leaf, leaf_paths
+from adamjax.paths import (
+    checked_rules,
+    expect_matches,
+    expect_present,
+    first_match,
+    flatten,
+    is_leaf,
+    leaf_paths,
+)
 from adamjax.rows import RowGradient, parts, sealed, unsealed
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -173,7 +181,11 @@ class accumulate_gradients(Transform):
 
     def _expect_room(self, total: Tree) -> None:
         """Refuses a state that makes room for other rows."""
-        for path, x in zip(leaf_paths(total), flatten(total)[0], strict=True):
+        paths = leaf_paths(total)
+        if isinstance(self.max_rows, tuple):
+            patterns = [pattern for pattern, _ in self.max_rows]
+            expect_present("accumulate_gradients: max_rows", patterns, total, paths)
+        for path, x in zip(paths, flatten(total)[0], strict=True):
             came = x.indices.size if isinstance(x, RowGradient) else None
             room = None if x is None else self._room(path, x)
             if came != room:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -101,6 +101,11 @@ class with_hyperparams(Transform):
         self.__post_init__()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hyperparams, Mapping):
+            raise TypeError(
+                "with_hyperparams: hyperparams must be a dictionary by their names, got "
+                f"{self.hyperparams!r}"
+            )
         tx, found = as_transform(self.tx), {}
         for name, value in self.hyperparams.items():
             owners = [part for part in _all(tx) if name in _fields(part)]

@@ -25,6 +25,7 @@ __all__ = [
     "described",
     "dtype_of",
     "expect_array",
+    "expect_arrays",
     "expect_like",
     "expect_wide",
     "is_arraylike",
@@ -71,7 +72,7 @@ def described(leaf: Any) -> str:
         return "None"
     if not is_arraylike(leaf):
         return f"a {type(leaf).__name__}"
-    rows = "rows of " if isinstance(leaf, RowGradient) else ""
+    rows = "rows of " if isinstance(leaf, RowGradient | RowMoves) else ""
     return f"{rows}{dtype_of(leaf).name}{list(np.shape(leaf))}"
 
 
@@ -199,18 +200,23 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
     return None
 
 
-def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
-    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
-    leaves, treedef = flatten(params)
-    for i, p in enumerate(leaves):
+def expect_arrays(owner: str, params: Tree) -> None:
+    """Refuses parameters of which a leaf is no array, such as a whole model with functions."""
+    for i, p in enumerate(flatten(params)[0]):
         if p is not None and not is_arraylike(p):
             name = f" ({p.__name__})" if hasattr(p, "__name__") else ""
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
+                f"{owner}: params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
                 "array, or None. Give the arrays of a model alone: of an Equinox one "
                 "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
                 "nnx.state(model, nnx.Param)"
             )
+
+
+def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
+    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
+    expect_arrays("init", params)
+    leaves, treedef = flatten(params)
 
     def made(p: Any) -> Any:
         if is_left_alone(p):
@@ -341,7 +347,7 @@ def _each(
 def _ready(owner: str, leaf: Any) -> Any:
     if isinstance(leaf, RowMoves):
         if owner == "apply_updates":
-            return leaf
+            return unsealed(leaf.checked(owner))
         raise TypeError(
             f"{owner}: the updates of exact_rows are to be applied as they are, since they have in "
             "them what rows lag behind by: put exact_rows last, around all that changes updates"

@@ -12,6 +12,7 @@ from adamjax.paths import (
     checked_mask,
     checked_rules,
     expect_matches,
+    expect_present,
     first_match,
     flatten,
     is_mask_function,
@@ -41,8 +42,8 @@ class masked(Transform):
         parameters, or with one bool for a subtree; or a function from a tree to such a one.
 
     Raises:
-      ValueError: by `init`, the pattern matches no leaf (`adamjax.optional(pattern)` allows it);
-        by `init` and `update`, the tree of bools does not fit; the message names the leaf.
+      ValueError: by `init` and `update`, the pattern matches no leaf (`adamjax.optional(pattern)`
+        allows it), or the tree of bools does not fit; the message names the leaf.
       TypeError: something in the tree is no bool.
 
     >>> import adamjax, jax.numpy as jnp
@@ -103,9 +104,9 @@ class partition(Transform):
         refused by `init`, as raw gradients would climb. (`scale(0.0)` keeps leaves still.)
 
     Raises:
-      ValueError: by `init`, a pattern matches no leaf, or none that earlier ones leave
-        (`adamjax.optional(pattern)` allows it). A pattern within a part must match one of the
-        part's own leaves.
+      ValueError: by `init` and `update`, a pattern matches no leaf; by `init`, none that earlier
+        ones leave (`adamjax.optional(pattern)` allows both). For `init` a pattern within a part
+        must match one of the part's own leaves.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.partition([("bias", adamjax.scale(-1.0))], default=adamjax.scale(-0.5))
@@ -172,6 +173,8 @@ class partition(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         given, (leaves, treedef) = updates, flatten(updates)
         owners, states = self._owners(given), []
+        if any(i not in owners for i in range(len(self.patterns))):
+            expect_present("partition", self.patterns, given, leaf_paths(given))
         for i, (tx, part) in enumerate(zip(self.parts, self.part_states(state), strict=True)):
             seen = None if params is None else self._share(params, i)
             moved, part = tx.update(self._share(given, i), part, seen, **extra_args)

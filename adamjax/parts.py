@@ -35,7 +35,7 @@ def walk(tx: Transform, state: Any, params: Tree) -> Iterator[Part]:
     leaves, treedef = flatten(params)
     seen: list[list[bool]] = [[True] * len(leaves)] * len(tx.parts)
     if isinstance(tx, masked):
-        seen = [selected(tx.pattern, params)]
+        seen = [selected(tx.pattern, params, "masked")]
     elif isinstance(tx, partition):
         matches = [first_match(tx.patterns, path) for path in leaf_paths(params)]
         owners = [len(tx.transforms) if i is None else i for i in matches]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from adamjax.data import Tree
-from adamjax.rows import RowGradient
+from adamjax.rows import RowGradient, RowMoves
 
 __all__ = [
     "BoolTree",
@@ -21,6 +21,7 @@ __all__ = [
     "checked_rules",
     "expect_matches",
     "expect_paths",
+    "expect_present",
     "first_match",
     "flatten",
     "is_leaf",
@@ -33,8 +34,8 @@ __all__ = [
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether a node is one leaf to us: `None`, which stands for 'not here', or a row gradient."""
-    return x is None or isinstance(x, RowGradient)
+    """Whether a node is one leaf to us: `None`, which stands for 'not here', or rows of a table."""
+    return x is None or isinstance(x, RowGradient | RowMoves)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
@@ -78,7 +79,7 @@ def _is_named(x: Any) -> bool:
 
 
 class optional(str):
-    """A path pattern that may match no leaf; `init` refuses any other one that matches none.
+    """A path pattern that may match no leaf; any other one that matches none is refused.
 
     It can stand wherever a pattern can: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
     `max_rows`. It is not equal to the plain string, as it does something else.
@@ -205,6 +206,17 @@ def expect_matches(
                 f"earlier one, such as {earlier!r}, and the first that matches decides. Put it in "
                 f"front, or write adamjax.optional({str(pattern)!r}) if that is meant"
             )
+
+
+def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Sequence[str]) -> None:
+    """Refuses patterns that match no path of a tree that comes to `update`.
+
+    So a state for other parameters, from a checkpoint, is no way around `init`. Here a leaf that is
+    `None` counts, as that may be its gradient in this step alone.
+    """
+    unmet = [p for p in patterns if not any(re.search(p, path) for path in paths)]
+    if unmet and any(0 not in np.shape(x) for x in flatten(tree)[0] if x is not None):
+        expect_paths(owner, unmet, paths)
 
 
 def expect_paths(
@@ -393,12 +405,16 @@ def selected(
     """Whether each leaf of the tree is selected, in the order of `flatten`.
 
     An error names the owner and the leaf where a tree of bools does not fit, or a pattern which
-    `must_match` does not (see `expect_matches`).
+    matches no leaf (see `expect_matches`, which `must_match` asks for, and `expect_present`).
     """
     if isinstance(mask, str):
         if must_match:
             expect_matches(owner, (mask,), tree)
-        return [re.search(mask, path) is not None for path in leaf_paths(tree)]
+        paths = leaf_paths(tree)
+        found = [re.search(mask, path) is not None for path in paths]
+        if not any(found):
+            expect_present(owner, (mask,), tree, paths)
+        return found
     if not isinstance(mask, BoolTree):
         mask = bool_tree(f"{owner}: what the mask function returns", mask(tree))
     return mask.over(owner, tree)

@@ -204,6 +204,10 @@ class RowMoves(Data):
         """The same moves in another dtype."""
         return RowMoves(tuple(x.astype(dtype) for x in self.parts))
 
+    def checked(self, owner: str) -> "RowMoves":
+        """The same moves, if nothing has computed with their leaves."""
+        return RowMoves(tuple(check_sound(owner, x) for x in self.parts))
+
     def emptied(self) -> "RowMoves":
         """As large, and without any row: what moves nothing."""
         return RowMoves(tuple(x.emptied() for x in self.parts))
@@ -287,12 +291,18 @@ def _is_known(x: Any) -> bool:
 
 def unsealed(x: Any) -> Any:
     """A leaf without a seal: one that is checked, and goes on to where a seal would be traced."""
-    return x.replace(seal=None) if isinstance(x, RowGradient) else x
+    return _with_seal(x, None)
 
 
 def sealed(x: Any) -> Any:
     """A leaf as it leaves a transform."""
-    return x.replace(seal=SEAL) if isinstance(x, RowGradient) else x
+    return _with_seal(x, SEAL)
+
+
+def _with_seal(x: Any, seal: Any) -> Any:
+    if isinstance(x, RowMoves):
+        return RowMoves(tuple(_with_seal(part, seal) for part in x.parts))
+    return x.replace(seal=seal) if isinstance(x, RowGradient) else x
 
 
 def _sum(a: RowGradient, b: RowGradient) -> RowGradient:

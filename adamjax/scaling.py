@@ -97,7 +97,7 @@ class scale_by_learning_rate(Scaling):
     The state is a `ScheduleState`.
 
     Raises:
-      ValueError: by `init`, a pattern of `by_path` matches no leaf.
+      ValueError: by `init` and `update`, a pattern of `by_path` matches no leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
@@ -126,9 +126,12 @@ class scale_by_learning_rate(Scaling):
         _expect_rate("scale_by_learning_rate", self.learning_rate, params)
         return _new_count()
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def check_state(self, state: Any) -> None:
         expect_state(self, state, ScheduleState)
-        rates = rates_at(self.learning_rate, state.count, tree)
+
+    def factors(self, tree: Tree, state: Any) -> Step:
+        self.check_state(state)
+        rates = rates_at("scale_by_learning_rate", self.learning_rate, state.count, tree)
         downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
         return downhill, ScheduleState(next_count(state.count))
 
@@ -149,8 +152,8 @@ class add_decayed_weights(Transform):
     The state is a `ScheduleState`.
 
     Raises:
-      ValueError: by `init`, a pattern matches no leaf (`adamjax.optional` allows it), or the mask
-        does not fit the parameters; the message names the leaf.
+      ValueError: by `init` and `update`, a pattern matches no leaf (`adamjax.optional` allows it),
+        or the mask does not fit the parameters; the message names the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"bias": jnp.ones(1), "kernel": jnp.ones(1)}
@@ -185,11 +188,14 @@ class add_decayed_weights(Transform):
 
     def _rates(self, state: Any, params: Tree) -> list[Any]:
         """The decay of every leaf; the number 0 for those that have none."""
-        rates = rates_at(self.weight_decay, state.count, params)
+        rates = rates_at("add_decayed_weights", self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
         decays = selected(self.mask, params, "add_decayed_weights")
         return [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
+
+    def check_state(self, state: Any) -> None:
+        expect_state(self, state, ScheduleState)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
         if state is None:
@@ -197,7 +203,7 @@ class add_decayed_weights(Transform):
         return 1, scalar(self._rates(state, params)[leaf], real)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        expect_state(self, state, ScheduleState)
+        self.check_state(state)
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 

@@ -31,7 +31,14 @@ from adamjax.data import (
     static,
 )
 from adamjax.moments import as_count
-from adamjax.paths import checked_rules, expect_matches, first_match, flatten, leaf_paths
+from adamjax.paths import (
+    checked_rules,
+    expect_matches,
+    expect_present,
+    first_match,
+    flatten,
+    leaf_paths,
+)
 
 __all__ = [
     "Rate",
@@ -257,6 +264,7 @@ class inverse_time_decay(_Compiled):
         self._set(initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False))
         self._check("decay_steps", STEPS)
         self._check("decay_rate", NON_NEGATIVE)
+        self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -287,6 +295,7 @@ class exponential_decay(_Compiled):
         self._check("initial_learning_rate", NON_NEGATIVE)
         self._check("decay_steps", STEPS)
         self._check("decay_rate", POSITIVE)
+        self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -359,6 +368,7 @@ class polynomial_decay(_Compiled):
         self._check("decay_steps", STEPS)
         self._check("end_learning_rate", NON_NEGATIVE)
         self._check("power", POSITIVE)
+        self._check_flag("cycle")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -459,7 +469,8 @@ class by_path(Data):
     Raises:
       ValueError: by `init` of the transform whose rate this is, a pattern matches no leaf, or
         none that earlier ones leave (one that matches all leaves may stand last). Leaves that are
-        `None` do not count; integer ones do. `adamjax.optional(pattern)` allows it.
+        `None` do not count; integer ones do. By `update` too, a pattern matches no leaf, where
+        those without a gradient do count. `adamjax.optional(pattern)` allows it.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
@@ -554,9 +565,11 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
     return value
 
 
-def rates_at(rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:
+def rates_at(owner: str, rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:
     """The rate of every leaf after `count` steps; one object for all leaves of one rule."""
     now = rate_at(rate, count)
     if isinstance(now, by_path):
-        return [now.at(path) for path in leaf_paths(tree)]
+        paths = leaf_paths(tree)
+        expect_present(f"{owner}: by_path", now.patterns, tree, paths)
+        return [now.at(path) for path in paths]
     return [now] * len(flatten(tree)[0])

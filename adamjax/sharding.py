@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._compat import per_device
+from adamjax.autodiff import Call
 from adamjax.data import Tree, exportable, static
 from adamjax.exact import ExactRowsState
 from adamjax.layout import over_like
-from adamjax.leaves import dtype_of, is_left_alone, matched
+from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -266,14 +267,23 @@ class shard_state(Transform):
         Args:
           loss_fn: `loss_fn(params, *args)`: a mean over the batch, which is the first dimension
             of every array in args, divided by the number of devices.
-          has_aux: whether it returns `(loss, aux)`, aux being a tree of floats: means as well.
+          has_aux: whether it returns `(loss, aux)`. Floats of aux are averaged over the devices, as
+            the loss is. An array that is longer for a larger batch, in its first dimension, has
+            something of each example: it comes back for the whole batch, in any dtype.
 
         Returns:
           A function `(params, *args) -> (value, grads)`; value is `(loss, aux)` with `has_aux`.
+          The gradient of a leaf that is no float is `None`.
+
+        Raises:
+          ValueError: by the call: a batch does not divide over the devices; something in aux is
+            neither of an example nor a float, such as a count, of which each device has another.
+          TypeError: a leaf of params is no array.
         """
 
         @functools.wraps(loss_fn)
         def function(params: Tree, *args: Any) -> Any:
+            expect_arrays("shard_state", params)
             for x in jax.tree.leaves(args):
                 if np.ndim(x) == 0 or np.shape(x)[0] % self._count:
                     raise ValueError(
@@ -283,8 +293,11 @@ class shard_state(Transform):
                     )
             leaves, treedef = flatten(params)
             splits = [self.split(p) for p in leaves]
+            aux: list[Any] = []
 
             def reduced(g: Any, split: Spec) -> Any:
+                if g is None:
+                    return None
                 if self.axis not in split:
                     return jax.lax.pmean(g, self.axis)
                 g = jax.lax.psum_scatter(
@@ -292,20 +305,85 @@ class shard_state(Transform):
                 )
                 return g / self._count
 
+            def mean(x: Any) -> Any:
+                return jax.lax.pmean(x, self.axis)
+
             def own(params: Tree, *args: Any) -> Any:
-                value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
-                found = flatten(grads)[0]
-                grads = treedef.unflatten(map(reduced, found, splits))
-                return jax.tree.map(lambda x: jax.lax.pmean(x, self.axis), value), grads
+                call = Call("shard_state", loss_fn, (params, *args), {}, 0, has_aux)
+                value, grads = call.value_and_grad()
+                loss, extra = value if has_aux else (value, ())
+                flags = _of_examples(call, extra)
+                found, structure = jax.tree.flatten(extra)
+                aux[:] = structure, flags
+                examples = [x for x, flag in zip(found, flags, strict=True) if flag]
+                means = [mean(x) for x, flag in zip(found, flags, strict=True) if not flag]
+                grads = treedef.unflatten(map(reduced, flatten(grads)[0], splits))
+                return mean(loss), examples, means, grads
 
             def over_axis(split: Spec) -> PartitionSpec:
                 return PartitionSpec(*(self.axis if a == self.axis else None for a in split))
 
-            out = PartitionSpec(), treedef.unflatten(map(over_axis, splits))
-            into = PartitionSpec(), *[PartitionSpec(self.axis)] * len(args)
-            return per_device(own, self.mesh, set(self._axes), into, out)(params, *args)
+            whole, batch = PartitionSpec(), PartitionSpec(self.axis)
+            out = whole, batch, whole, treedef.unflatten(map(over_axis, splits))
+            into = whole, *[batch] * len(args)
+            mapped = per_device(own, self.mesh, set(self._axes), into, out)
+            loss, examples, means, grads = mapped(params, *args)
+            structure, flags = aux
+            rest = {True: iter(examples), False: iter(means)}
+            extra = structure.unflatten([next(rest[flag]) for flag in flags])
+            return (loss, extra) if has_aux else loss, grads
 
         return function
+
+
+def _of_examples(call: Call, aux: Tree) -> list[bool]:
+    """Which leaves of a loss' aux hold something of each example; of the others, floats alone.
+
+    Shapes tell: those of examples grow with the batch. So where there are others than scalars,
+    the loss is traced once more, with twice the batch.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(aux)[0]
+    shapes = [_shape(x) for _, x in pairs]
+    longer = _shapes_of_twice(call) if any(shapes) else shapes
+    found = []
+    for (path, x), one, two in zip(pairs, shapes, longer, strict=True):
+        name = f"aux[{jax.tree_util.keystr(path, simple=True, separator='/')!r}]"
+        if one != two and two != tuple(2 * n if i == 0 else n for i, n in enumerate(one)):
+            raise ValueError(
+                f"shard_state: {name} is {described(x)}, and of shape {list(two)} with twice the "
+                "batch: expected what it has of each example in its first dimension"
+            )
+        if one == two and (not is_arraylike(x) or is_left_alone(x)):
+            raise ValueError(
+                f"shard_state: {name} is {described(x)}, of which each device has its own: "
+                "expected a float, of which the mean over devices is taken, or an array that has "
+                "something of each example in its first dimension. For a count give the mean of "
+                "floats, as in jnp.mean(right.astype(float))"
+            )
+        found.append(one != two)
+    return found
+
+
+def _shapes_of_twice(call: Call) -> list[tuple[int, ...]]:
+    """The shapes in a loss' aux with twice the batch."""
+
+    def twice(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2 * np.shape(x)[0], *np.shape(x)[1:]), dtype_of(x))
+
+    params, *args = call.args
+    try:
+        _, aux = jax.eval_shape(call.loss_fn, params, *jax.tree.map(twice, args))
+    except Exception as error:
+        raise ValueError(
+            "shard_state: aux has arrays, and which of them have something of each example shows "
+            "with twice the batch, which the loss does not take: let it take batches of any size, "
+            "or give scalars"
+        ) from error
+    return list(map(_shape, jax.tree.leaves(aux)))
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return np.shape(x) if is_arraylike(x) else ()
 
 
 def _names(axes: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A train step in one line."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 from adamjax.autodiff import Call, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of
-from adamjax.leaves import apply_updates
+from adamjax.leaves import apply_updates, expect_arrays
 from adamjax.parts import walk
 from adamjax.transform import Transform, as_transform
 
@@ -31,6 +32,42 @@ def _exact(tx: Transform, state: Any, params: Tree) -> list[tuple[exact_rows, An
             "adamjax.chain, masked or partition in place of optax's, which take optax's transforms"
         )
     return there
+
+
+class _Step:
+    """A jitted step, as `jax.jit` returns it, that says which of its parameters are no arrays.
+
+    JAX refuses these before the step is traced, so they are looked for when it has refused
+    something.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+        functools.update_wrapper(self, jitted, updated=())
+
+    def _said(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except TypeError:
+            expect_arrays("train_step", args[0] if args else kwargs.get("params"))
+            raise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._said(self._jitted, *args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self._said(self._jitted.trace, *args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return self._said(self._jitted.lower, *args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return self._said(self._jitted.eval_shape, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_jitted":
+            raise AttributeError(name)
+        return getattr(self._jitted, name)
 
 
 def train_step(
@@ -58,7 +95,10 @@ def train_step(
 
     Returns:
       A function `(params, state, *args, **kwargs) -> (params, state, value)`, where value is the
-      loss, or `(loss, aux)` with `has_aux`.
+      loss, or `(loss, aux)` with `has_aux`. It has what functions of `jax.jit` have, `lower` too.
+
+    Raises:
+      TypeError: by the step: a leaf of params is no array, such as a function in a whole model.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -92,4 +132,4 @@ def train_step(
         updates, state = tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), state, value
 
-    return jax.jit(step, **{"donate_argnums": (0, 1), **jit_options})
+    return _Step(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))

@@ -15,7 +15,7 @@ from adamjax.data import Data, Tree, static
 from adamjax.leaves import described, dtype_of, is_arraylike, is_left_alone, lift
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient
+from adamjax.rows import RowGradient, RowMoves
 
 __all__ = [
     "Rule",
@@ -75,6 +75,9 @@ class Transform(Data):
         The arguments have optax' names: `updates` are the gradients that come in.
         """
         raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    def check_state(self, state: Any) -> None:
+        """Refuses a state of its own from which it cannot go on; those of its parts they check."""
 
     # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
     keeps_zero: ClassVar[bool] = False
@@ -175,7 +178,9 @@ class foreign(Transform):
         taken = inspect.signature(self.update_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             extra_args = {name: arg for name, arg in extra_args.items() if name in taken}
-        rows = [i for i, g in enumerate(flatten(updates)[0]) if isinstance(g, RowGradient)]
+        rows = [
+            i for i, g in enumerate(flatten(updates)[0]) if isinstance(g, RowGradient | RowMoves)
+        ]
         if not rows:
             return self.update_fn(updates, state, params, **extra_args)
         before, path = flatten(updates)[0], leaf_paths(updates)[rows[0]]
@@ -212,12 +217,15 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
-    """Refuses what is no scalar of this kind in a state."""
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, kind) or np.shape(x) != ():
-        wanted = "int32[]" if kind is jnp.integer else "float32[]"
+    """Refuses what is no scalar of this kind in a state, or an integer of fewer bits than 32."""
+    fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
+    if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
+        wanted = "int32" if kind is jnp.integer else "float32"
+        came = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {described(x)}, expected {wanted}: "
-            "only moments may be cast; a state with a leading axis is for jax.vmap"
+            f"{type(owner).__name__}: the state's {name} is {came}, expected {wanted}[]: only "
+            f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and map over a "
+            "state with a leading axis by jax.vmap"
         )
 
 
@@ -377,7 +385,8 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
 def _cast(leaf: Any, dtype: Any) -> Any:
     if dtype is None or is_left_alone(leaf):
         return leaf
-    return leaf.astype(dtype) if isinstance(leaf, RowGradient) else jnp.asarray(leaf, dtype)
+    is_rows = isinstance(leaf, RowGradient | RowMoves)
+    return leaf.astype(dtype) if is_rows else jnp.asarray(leaf, dtype)
 
 
 class chain(Transform):

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -1543,3 +1544,110 @@ def test_line_from_config_keras_optimizers_deserialize_keras_optimizers_get():
         {"name": "adam", "learning_rate": 0.1, "clipnorm": 1.0},
     ):
         assert from_config(config) == tx
+
+
+# --- dictionaries that nobody wrote ---------------------------------------------------------------
+
+SCALE = {"class": "scale", "factor": 0.5}
+MALFORMED = {
+    "a list that is none": ({"list": 3}, r"'list': 3, which is no list"),
+    "a dict that is none": ({"dict": [1]}, r"'dict': \[1\], which is no dict"),
+    "keys of several types": ({None: 1, "a": 2}, r"the keys \['None', 'a'\]"),
+    "text in an array": ({"array": ["a"], "dtype": "float32"}, r"\['a'\], expected numbers"),
+    "a number as text": ({"array": "1", "dtype": "float32"}, r"array of '1', expected numbers"),
+    "nothing in an array": ({"array": None, "dtype": "float32"}, r"array of None, expected"),
+    "a fraction": ({"array": [1.5], "dtype": "int32"}, r"\[1.5\], which int32 cannot hold"),
+    "too large": ({"array": 300, "dtype": "int8"}, "300, which int8 cannot hold"),
+    "infinite once rounded": ({"array": 1e300, "dtype": "float32"}, "which float32 cannot hold"),
+    "of objects": ({"array": 1, "dtype": "object"}, "dtype object, expected one of real floats"),
+    "complex": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected one of real"),
+    "no dtype": ({"array": 1, "dtype": "x"}, "'x'"),
+    "ragged": ({"array": [1, [2]], "dtype": "float32"}, "the config.factor: "),
+    "text": ("0.1", "must be a number finite, got '0.1'"),
+    "not a number": (math.nan, "factor must be finite, got nan"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_values_are_refused_with_their_place(what):
+    value, message = MALFORMED[what]
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        from_config({**SCALE, "factor": value})
+    assert re.match(r"from_config: the config(: scale: |\.)factor", str(caught.value))
+
+
+def test_a_float_that_a_person_wrote_may_be_rounded():
+    found = from_config({**SCALE, "factor": {"array": 0.1, "dtype": "float32"}})
+    assert found.factor == np.float32(0.1)
+    infinite = {"array": [math.inf], "dtype": "float32"}
+    with pytest.raises(ValueError, match="must be finite"):
+        from_config({**SCALE, "factor": infinite})
+
+
+def changed_keras(**options):
+    config = {"name": "adam", "learning_rate": 0.1, "loss_scale_factor": None, **options}
+    return {"class_name": "Adam", "config": config}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("use_ema", x) for x in ("false", 1, [True])),
+        ("amsgrad", "no"),
+        *(("clipnorm", x) for x in ("1.0", [1.0], {"a": 1}, math.nan, True)),
+        ("clipvalue", b"1"),
+        ("epsilon", "1e-7"),
+        *(("weight_decay", x) for x in ("0.1", np.ones(2), math.nan)),
+        ("beta_1", [0.9]),
+        ("gradient_accumulation_steps", "2"),
+        ("ema_overwrite_frequency", "3"),
+        ("loss_scale_factor", "1"),
+    ],
+)
+def test_options_of_keras_of_another_kind_are_refused(option, value):
+    with pytest.raises(
+        ValueError, match=rf"the config.{option}: expected (a number|true or false)"
+    ):
+        from_config(changed_keras(**{option: value}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_name": "AdamMultilr", "config": {"pattern_lrs": 3}}, "expected a list of groups"),
+        (
+            {"class_name": "AdamMultilr", "config": {"pattern_lrs": [{"patterns": 3, "lr": 1}]}},
+            "patterns must be a list",
+        ),
+        (changed_keras(learning_rate={"class_name": ["a"]}), r"Keras' \['a'\] is not here"),
+        (changed_keras(learning_rate={"class_name": "__tuple__"}), "no __tuple__ as Keras"),
+        (changed_keras(epsilon={"class_name": "__numpy__", "config": 3}), "no __numpy__ as Keras"),
+        ({**changed_keras(), "registered_name": [1]}, r"registered_name is \[1\], expected"),
+    ],
+)
+def test_malformed_dictionaries_of_keras_are_refused(config, message):
+    with pytest.raises(ValueError, match=f"from_config: the config.*{message}"):
+        from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("staircase", to_config(adamjax.exponential_decay(0.1, 10, 0.5))),
+        ("staircase", to_config(adamjax.inverse_time_decay(0.1, 10, 0.5))),
+        ("cycle", to_config(adamjax.polynomial_decay(0.1, 10))),
+        ("nesterov", to_config(adamjax.scale_by_adam())),
+    ],
+)
+def test_flags_are_true_or_false(name, config):
+    """The string "false" would be true."""
+    for value in ("false", "", 1, None):
+        with pytest.raises(TypeError, match=rf"{name} must be True or False, got {value!r}"):
+            from_config({**config, name: value})
+
+
+def test_hyperparams_that_are_no_dictionary_are_refused():
+    config = to_config(adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1))
+    for value in (None, 3, [], "b1", SCALE):
+        with pytest.raises(TypeError, match="hyperparams must be a dictionary by their names"):
+            from_config({**config, "hyperparams": value})

@@ -1584,7 +1584,7 @@ TORCH_STRANGE = {
     ),
     "as many names as there are not": (
         lambda s: s["param_groups"][0].update(param_names=["a"]),
-        r"1 param_names for 2 params",
+        r"param_names \['a'\], expected a list of strings for its 2 params",
     ),
 }
 
@@ -1848,3 +1848,179 @@ def test_a_state_from_elsewhere_of_other_shapes_is_not_copied():
     tx = adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))
     with pytest.raises(ValueError, match=r"the source has no TraceState of these shapes"):
         convert.from_optax(state, tx, params)
+
+
+# --- hyperparameters that are injected outside of the rule ----------------------------------------
+
+INJECT = optax.inject_hyperparams
+RATE_ALONE, DECAY_ALONE = INJECT(optax.scale_by_learning_rate), INJECT(optax.add_decayed_weights)
+
+
+def ours_of(rate, **options):
+    return adamjax.adam(rate, eps=1e-8, **options)
+
+
+LOOSE = {
+    "a rate": (lambda rate: optax.chain(optax.scale_by_adam(), RATE_ALONE(rate)), ours_of),
+    "a factor": (
+        lambda rate: optax.chain(optax.scale_by_adam(), INJECT(optax.scale)(-rate)),
+        ours_of,
+    ),
+    "a decay": (
+        lambda decay: optax.chain(optax.scale_by_adam(), DECAY_ALONE(decay), RATE_ALONE(0.5)),
+        lambda decay: adamjax.adamw(0.5, eps=1e-8, weight_decay=decay),
+    ),
+    "a masked decay": (
+        lambda decay: optax.chain(
+            optax.scale_by_adam(),
+            optax.masked(DECAY_ALONE(decay), {"a": True, "b": False}),
+            RATE_ALONE(0.5),
+        ),
+        lambda decay: adamjax.adamw(0.5, eps=1e-8, weight_decay=decay, mask="a"),
+    ),
+    "a rate in each part": (
+        lambda rate: optax.multi_transform(
+            {
+                "one": optax.chain(optax.scale_by_adam(), RATE_ALONE(rate)),
+                "other": optax.chain(optax.scale_by_adam(), RATE_ALONE(0.5)),
+            },
+            {"a": "one", "b": "other"},
+        ),
+        lambda rate: adamjax.partition({"a": ours_of(rate)}, default=ours_of(0.5)),
+    ),
+    "a clip": (
+        lambda limit: optax.chain(
+            INJECT(optax.clip_by_global_norm)(limit), optax.scale_by_adam(), RATE_ALONE(0.5)
+        ),
+        lambda limit: adamjax.chain(adamjax.clip_by_global_norm(limit), ours_of(0.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOOSE)
+def test_what_is_injected_outside_of_the_rule_is_compared(what):
+    theirs, ours = LOOSE[what]
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = old_state(tx=theirs(0.25))
+    convert.from_optax(state, ours(0.25), params)
+    convert.to_optax(ours(0.25).init(params), ours(0.25), params, theirs(0.25).init(params))
+    wanted = r"optax has (a learning rate of|a weight decay of|max_norm=) ?0.25, tx has"
+    with pytest.raises(ValueError, match=f"from_optax: .*{wanted}"):
+        convert.from_optax(state, ours(0.125), params)
+    with pytest.raises(ValueError, match=f"to_optax: .*{wanted}"):
+        convert.to_optax(ours(0.125).init(params), ours(0.125), params, theirs(0.25).init(params))
+    convert.from_optax(state, ours(0.125), params, check=False)
+
+
+def test_an_injected_rate_whose_leaves_are_not_said_is_refused():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    rates = {"one": RATE_ALONE(0.25), "other": RATE_ALONE(0.5)}
+    parts = optax.multi_transform(rates, {"a": "one", "b": "other"})
+    state = old_state(tx=optax.chain(optax.scale_by_adam(), parts))
+    tx = ours_of(adamjax.by_path({"a": 0.25}, default=0.5))
+    with pytest.raises(ValueError, match=r"does not say for which leaves: see that tx has"):
+        convert.from_optax(state, tx, params)
+    convert.from_optax(state, tx, params, check=False)
+
+
+# --- state dicts and variables that are malformed -------------------------------------------------
+
+
+def plain_dict():
+    held = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
+    group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False}
+    return {"state": {0: held, 1: dict(held)}, "param_groups": [group]}
+
+
+def with_group(**changes):
+    def change(found):
+        return {**found, "param_groups": [{**found["param_groups"][0], **changes}]}
+
+    return change
+
+
+def with_held(held):
+    return lambda found: {**found, "state": {**found["state"], 0: held(found["state"][0])}}
+
+
+MALFORMED = {
+    "a state": (lambda found: {**found, "state": [1]}, r"'state' is \[1\] of type list"),
+    "groups": (lambda found: {**found, "param_groups": None}, "'param_groups' is None"),
+    "a group": (lambda found: {**found, "param_groups": [3]}, "a group of 'param_groups' is 3"),
+    "no params": (with_group(params=None), "'params' of a group is None"),
+    "a number for params": (with_group(params=3), "'params' of a group is 3 of type int"),
+    "lists in params": (with_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
+    "twice": (with_group(params=[0, 0]), "is 0 of type int, expected each parameter once"),
+    "too few": (with_group(params=[0]), "groups have 1 parameters"),
+    "a list": (with_held(list), r"the state of parameter 0 is \['step', .*expected a dictionary"),
+    "no moment": (with_held(lambda x: {**x, "exp_avg": None}), "exp_avg of 'w' is None"),
+    "text": (with_held(lambda x: {**x, "exp_avg_sq": ["1", "2"]}), "expected a number or an array"),
+    "no step": (with_held(lambda x: {**x, "step": None}), "the count of 'w' is None"),
+    "a step of text": (with_held(lambda x: {**x, "step": "7"}), "the count of 'w' is '7'"),
+    "no rate": (with_group(lr=None), "lr of a group of torch is None"),
+    "a rate of text": (with_group(lr="0.1"), "lr of a group of torch is '0.1' of type str"),
+    "an epsilon of text": (with_group(eps="1e-8"), "eps of a group of torch is '1e-8'"),
+    "one beta": (with_group(betas=[0.9]), r"betas of a group of torch are \[0.9\]"),
+    "no beta": (with_group(betas=(0.9, None)), "a beta of a group of torch is None"),
+    "a flag of text": (with_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
+    "names": (with_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_state_dicts_are_refused(what):
+    change, message = MALFORMED[what]
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    order = ["w", "z"]
+    state = convert.from_torch(plain_dict(), tx, params, order=order)
+    with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
+        convert.from_torch(change(plain_dict()), tx, params, order=order)
+    with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
+        convert.to_torch(state, tx, params, change(plain_dict()), order=order)
+
+
+@pytest.mark.parametrize("order", [3, "w", b"w", {"w": 0}, object()])
+def test_an_order_that_is_no_list_is_refused(order):
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    with pytest.raises(TypeError, match=r"from_torch: order is .*expected a list of paths"):
+        convert.from_torch(plain_dict(), tx, params, order=order)
+
+
+VARIABLES = {
+    "adam/iteration": 7,
+    "adam/learning_rate": np.float32(0.1),
+    "adam/w_momentum": np.full(2, 0.5, "f"),
+    "adam/w_velocity": np.ones(2, "f"),
+}
+
+
+@pytest.mark.parametrize("form", ["pairs", "mapping", "numbers", "list"])
+@pytest.mark.parametrize("value", [None, "0.1", [[1], 2], {"a": 1}])
+@pytest.mark.parametrize("name", VARIABLES)
+def test_malformed_variables_are_refused(name, value, form):
+    changed = {**VARIABLES, name: value}
+    variables = {
+        "pairs": list(changed.items()),
+        "mapping": changed,
+        "numbers": {str(i): x for i, x in enumerate(changed.values())},
+        "list": list(changed.values()),
+    }[form]
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"from_keras: variable .* is .*expected a number or an a"):
+        convert.from_keras(variables, tx, params)
+    with pytest.raises(ValueError, match=r"to_keras: variable .* is .*expected a number or an a"):
+        convert.to_keras(tx.init(params), tx, params, variables)
+
+
+def test_a_target_of_integers_is_refused():
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    target = {**VARIABLES, "adam/w_momentum": np.zeros(2, int)}
+    with pytest.raises(ValueError, match="momentum of 'w' is int64 in the target, expected floats"):
+        convert.to_keras(tx.init(params), tx, params, target)
+
+
+def test_a_complex_rate_is_refused():
+    variables = {**VARIABLES, "adam/learning_rate": np.complex64(0.1)}
+    with pytest.raises(ValueError, match=r"the learning rate is .*expected one real number"):
+        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})

@@ -7,10 +7,13 @@ step. Those of `exact_rows` are held to 1.2 times those of the dense chain, or 2
 steps must be replayed because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
 import math
+import operator
+import pickle
 import re
 
 import jax
@@ -1038,13 +1041,41 @@ def test_stale_tables_cannot_be_read_by_accident():
     tx = exact_rows(adamjax.adam(), "table")
     params = tx.without_tables(small_params())
     assert_same(params["kernel"], jnp.ones(2))
-    for read in (lambda x: x[0], np.asarray, lambda x: x + 1, lambda x: x @ x, len):
-        with pytest.raises(TypeError, match=r"'table'.*prepare.*lookup.*flush"):
-            read(params["table"])
     # An older JAX refuses it in its own words.
     with pytest.raises(TypeError, match=r"'table'"):
         jnp.sum(params["table"])
     jax.jit(lambda params: params["kernel"])(params)
+
+
+READS = (
+    *(operator.neg, operator.pos, operator.invert, abs, round, len, list, bool, float, int),
+    *(lambda x: x[0], lambda x: x + 1, lambda x: 1 - x, lambda x: x**2, lambda x: 2 / x),
+    *(lambda x: x @ x, lambda x: x % 2, lambda x: x == 0, lambda x: x != x, lambda x: x <= 1),
+    *(lambda x: x.shape, lambda x: x.dtype, lambda x: x.at[0], lambda x: x.astype(int)),
+    *(lambda x: x.T, lambda x: x.sum(), lambda x: 1 in x, lambda x: np.ones(3) * x),
+    *(np.asarray, np.shape, np.sum, lambda x: np.concatenate([x, x]), lambda x: np.add(x, 1)),
+    *(jnp.asarray, lambda x: jnp.ones(3) + x, lambda x: hasattr(x, "shape")),
+)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_whatever_is_done_to_a_stale_table_says_how_to_read_it(read):
+    table = exact_rows(adamjax.adam(), "table").without_tables(small_params())["table"]
+    with pytest.raises(TypeError, match=r"'table' may lag behind.*prepare.*lookup.*flush"):
+        read(table)
+
+
+def test_stale_tables_are_kept_as_they_are():
+    params = exact_rows(adamjax.adam(), "table").without_tables(small_params())
+    copies = copy.copy(params["table"]), copy.deepcopy(params)["table"]
+    pickled = pickle.loads(pickle.dumps(params))
+    for table in (*copies, pickled["table"]):
+        assert repr(table) == f"{table}" == "StaleTable('table')"
+        assert isinstance(table, adamjax.StaleTable)
+        assert {table: 1}[table] == 1
+    doubled = jax.tree.map(lambda x: 2 * x, pickled)
+    assert jax.tree.structure(doubled) == jax.tree.structure(params)
+    assert_same(jax.tree.leaves(doubled), [2 * jnp.ones(2)])
 
 
 # --- states, tickets and parameters that do not fit -----------------------------------------------
@@ -1060,7 +1091,18 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("read", ["update", "flush", "lookup", "prepare", "value_and_grad"])
+READERS = {
+    "update": lambda tx, params, state: tx.update(small_grads(0), state, params),
+    "flush": lambda tx, params, state: tx.flush(params, state),
+    "lookup": lambda tx, params, state: tx.lookup(params, state, "table", jnp.arange(2)),
+    "prepare": lambda tx, params, state: tx.prepare(params, state, {"table": jnp.arange(2)}),
+    "value_and_grad": lambda tx, params, state: tx.value_and_grad(stopped)(
+        params, state, jnp.arange(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_state_of_another_transform_is_refused(what, read):
     """Rows that lag behind would go on otherwise; the error says how to change over."""
@@ -1070,17 +1112,60 @@ def test_a_state_of_another_transform_is_refused(what, read):
     if what == "less history":
         tx, other = other, tx
         state = tx.init(params)
-    ids = jnp.arange(2)
-    calls = {
-        "update": lambda: other.update(small_grads(0), state, params),
-        "flush": lambda: other.flush(params, state),
-        "lookup": lambda: other.lookup(params, state, "table", ids),
-        "prepare": lambda: other.prepare(params, state, {"table": ids}),
-        "value_and_grad": lambda: other.value_and_grad(stopped)(params, state, ids),
-    }
     with pytest.raises((ValueError, TypeError), match=message) as caught:
-        calls[read]()
+        READERS[read](other, params, state)
     assert "from_dense(state.inner, params)" in str(caught.value)
+
+
+CASTS = {
+    "m": lambda adam: adam._replace(m=narrowed(adam.m)),
+    "v": lambda adam: adam._replace(v=narrowed(adam.v)),
+    "int16": lambda adam: adam._replace(count=adam.count.astype(jnp.int16)),
+    "int8": lambda adam: adam._replace(count=adam.count.astype(jnp.int8)),
+    "0 of type int": lambda adam: adam._replace(count=0),
+}
+
+
+def narrowed(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("what", CASTS)
+def test_a_state_that_was_cast_is_refused_by_whoever_reads_it(what, read):
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    state = tx.init(params)
+    adam, *rest = state.inner
+    state = state._replace(inner=(CASTS[what](adam), *rest))
+    with pytest.raises(ValueError, match=rf"scale_by_adam: the state.*{what}.*expected .*32"):
+        READERS[read](tx, params, state)
+
+
+def test_an_average_a_rate_and_a_clock_that_were_cast_are_refused():
+    tx, params = exact_rows(chain(adamjax.adam(0.1), weight_ema(0.9)), "table"), small_params()
+    state = tx.init(params)
+    adam, rate, ema = state.inner
+    for inner, clock, message in (
+        ((adam, rate, ema._replace(average=narrowed(ema.average))), 0, "keeps average in bfloat16"),
+        ((adam, rate._replace(count=jnp.int8(0)), ema), 0, r"scale_by_learning_rate.*int8\[\]"),
+        ((adam, rate, ema._replace(count=jnp.int8(0))), 0, r"weight_ema.*count is int8\[\]"),
+        (state.inner, jnp.int16(0), r"clock is int16\[\], expected int32\[\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.flush(params, state._replace(inner=inner, clock=jnp.asarray(clock)))
+
+
+def test_moments_of_the_dtype_of_the_rule_are_read():
+    params = small_params()
+    tx = exact_rows(adamjax.adam(0.1, m_dtype="bfloat16"), "table")
+    assert_same(tx.lookup(params, tx.init(params), "table", jnp.arange(3)), params["table"][:3])
+
+
+@pytest.mark.parametrize("ticket", [{}, {"table": jnp.arange(2)}, (1,), 3, "table"])
+def test_what_is_no_ticket_is_refused(ticket):
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    with pytest.raises(TypeError, match=r"ticket is .*expected a Ticket, which prepare"):
+        tx.update(small_grads(0), tx.init(params), params, ticket=ticket)
 
 
 def test_the_momentum_of_an_average_is_part_of_the_state():

@@ -452,3 +452,32 @@ def test_a_state_that_is_not_joined_is_refused():
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
     with pytest.raises(ValueError, match=r"the state's m is not joined.*tx.join\(state, params\)"):
         tx.update(params, adam().init(params), params)
+
+
+CUT = {
+    "fewer buckets": (lambda m: m[:-3], r"has \d buckets and \d other arrays, expected"),
+    "no arrays": (lambda m: [], r"has 0 buckets and 0 other arrays, expected \d and \d"),
+    "one too many": (lambda m: [*m, jnp.ones(2)], "other arrays, expected"),
+    "shorter": (lambda m: [m[0][:-1], *m[1:]], r"bucket 0 of .* is of shape \[\d+\], expected"),
+    "two dimensions": (
+        lambda m: [m[0][None], *m[1:]],
+        r"bucket 0 of .* shape \[1, \d+\], expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("what", CUT)
+def test_a_state_that_is_not_whole_is_refused(what, jit):
+    tx, params = grouped(adam(), max_size=8), make_params()
+    state = tx.init(params)
+    whole, (cut, message) = state[0].m, CUT[what]
+    m = type(whole).tree_unflatten(whole.plan, cut([*whole.joined, *whole.alone]))
+    broken = (state[0]._replace(m=m), *state[1:])
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError, match=message) as caught:
+        update(make_grads(0), broken, params)
+    assert "state's m" in str(caught.value)
+    for read in (tx.split, lambda state: get_slot(state, "m")):
+        with pytest.raises(ValueError, match=message):
+            read(broken)

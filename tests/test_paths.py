@@ -87,6 +87,30 @@ def test_init_refuses_a_pattern_that_matches_no_leaf(name):
                 init(params)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", TAKERS)
+def test_update_refuses_a_pattern_that_matches_no_leaf(name, jit):
+    """A state from a checkpoint has not gone through `init` with these parameters."""
+    make, owner = TAKERS[name]
+    state = make(optional("kernal")).init(PARAMS)
+    wanted = rf"^{owner}: the pattern 'kernal' matches no leaf; the paths are .*adamjax.optional"
+    update = make("kernal").update
+    with pytest.raises(ValueError, match=wanted):
+        (jax.jit(update) if jit else update)(PARAMS, state, PARAMS)
+    make(optional("kernal")).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_update_takes_patterns_of_leaves_without_a_gradient(name):
+    make, _ = TAKERS[name]
+    tx = make("^enc/bias$")
+    grads = {**PARAMS, "enc": {"bias": None, "kernel": PARAMS["enc"]["kernel"]}}
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert updates["enc"]["bias"] is None
+    for nothing in ({}, {"a": None}):
+        tx.update(nothing, tx.init(nothing), nothing)
+
+
 @pytest.mark.parametrize("name", TAKERS)
 def test_patterns_that_match_and_optional_ones_are_taken(name):
     make, _ = TAKERS[name]

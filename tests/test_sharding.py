@@ -172,6 +172,69 @@ def test_a_wrong_axis_is_refused():
 
 
 @NEW
+def aux_loss(params, x):
+    """A mean of the batch with what one may want besides."""
+    y = x @ params["w"] + params["n"]
+    return jnp.mean(y**2), {
+        "mean": jnp.mean(y),
+        "columns": jnp.mean(x, axis=0),
+        "examples": y,
+        "right": (y > 0, jnp.outer(y, jnp.arange(3)).reshape(-1).astype(int)),
+        "none": None,
+    }
+
+
+def aux_case():
+    params = {"w": jnp.arange(8.0), "n": jnp.array(3), "none": None}
+    return params, rng().normal(size=(2 * 8, 8)).astype("f")
+
+
+def test_aux_is_that_of_the_whole_batch(found):
+    """Means are averaged, what is of examples is joined; of integers nothing is averaged."""
+    assert found["aux"]["distance"] < CLOSE
+    assert found["aux"]["same"]
+    # The examples of a device are as many as a dimension that is none of the batch.
+    assert found["aux"]["of 8"]
+
+
+@pytest.mark.parametrize(
+    ("aux", "what"),
+    [
+        (lambda x: {"n": jnp.sum(x > 0)}, r"aux\['n'\] is int32\[\].*expected a float"),
+        (lambda x: {"n": 3}, r"aux\['n'\] is int.*\[\].*expected a float"),
+        (lambda x: jnp.any(x > 0), "is bool"),
+        (lambda x: "a word", "is a str"),
+        (lambda x: [x[:, :2].T], r"aux\['0'\].*\[2, 16\] with twice the batch"),
+        (lambda x: x.reshape(8, 8), "with twice the batch, which the loss does not take"),
+    ],
+)
+def test_aux_that_is_of_each_device_is_refused(aux, what):
+    """Also where there is one device, so that it does not depend on their number."""
+    tx = adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "data")
+    gradient = tx.value_and_grad(lambda w, x: (jnp.mean(w * x), aux(x)), has_aux=True)
+    with pytest.raises(ValueError, match=what):
+        gradient(jnp.ones(8), jnp.ones((8 * jax.device_count(), 8)))
+
+
+def test_leaves_that_are_no_floats_have_no_gradient():
+    tx = adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "data")
+    params, x = aux_case()
+    (value, aux), grads = tx.value_and_grad(aux_loss, has_aux=True)(params, x)
+    (expected, more), of_w = jax.value_and_grad(
+        lambda w: aux_loss({**params, "w": w}, x), has_aux=True
+    )(params["w"])
+    assert [grads["n"], grads["none"]] == [None, None]
+    assert distance((value, grads["w"], aux), (expected, of_w, more)) < CLOSE
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert adamjax.apply_updates(params, updates)["n"] == 3
+
+
+def test_a_model_with_functions_is_refused():
+    tx = adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "data")
+    with pytest.raises(TypeError, match=r"shard_state: params\['act'\] is .*eqx.filter"):
+        tx.value_and_grad(aux_loss, has_aux=True)({"act": jnp.tanh}, jnp.ones((8, 8)))
+
+
 def test_flush_without_a_mesh_is_refused():
     tx = adamjax.exact_rows(adamjax.adam(0.1), "")
     state = tx.init(jnp.ones((8, 2)))
@@ -190,7 +253,8 @@ def rng():
 def distance(a, b):
     """The largest difference, by the largest number of its leaf."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.abs(np.asarray(x) - y).max() / np.abs(y).max()) for x, y in pairs)
+    wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
+    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
 
 
 def bytes_held(tree, device=0):
@@ -294,6 +358,21 @@ def all_replicas(mesh):
             params_, state_, _ = replicas(pinned, everywhere, split)
             kinds = {x.sharding.memory_kind for x in jax.tree.leaves(adamjax.get_slot(state_, "m"))}
             yield "pinned", {"distance": distance(params_, params), "kinds": sorted(kinds)}
+
+
+def of_aux(mesh):
+    tx = adamjax.shard_state(adamjax.adam(0.1), mesh, "data")
+    params, x = aux_case()
+    gradient = tx.value_and_grad(aux_loss, has_aux=True)
+    found, expected = jax.jit(gradient)(params, x)[0], aux_loss(params, x)
+    _, eight = tx.value_and_grad(
+        lambda params, x: (aux_loss(params, x)[0], (x[:, 0], jnp.mean(x, 0))), has_aux=True
+    )(params, np.concatenate([x] * 4))[0]
+    return {
+        "distance": distance(found, expected),
+        "same": all(map(np.array_equal, found[1]["right"], expected[1]["right"])),
+        "of 8": [a.shape for a in eight] == [(64,), (8,)],
+    }
 
 
 # Tables.
@@ -559,6 +638,7 @@ def setting(mesh):
 def main():
     mesh = mesh_of()
     cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": of_init(mesh)}
+    cases["aux"] = of_aux(mesh)
     cases["unread"] = of_unread(mesh)
     if hasattr(jax, "set_mesh"):
         explicit = jax.make_mesh(

@@ -1,5 +1,7 @@
 """A train step in one line is the step that one would write."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +195,41 @@ def test_refuses():
     step = adamjax.train_step(tied, tx, tables="table", strict=True)
     with pytest.raises(ValueError, match="dot_general"):
         step(params(), tx.init(params()), IDS[0])
+
+
+@pytest.mark.parametrize("how", ["called", "by name", "lowered", "traced", "shapes"])
+@pytest.mark.parametrize("odd", [jnp.tanh, "gelu", object()])
+def test_a_model_with_leaves_that_are_no_arrays_is_refused(how, odd):
+    """JAX refuses it before the step is traced, and does not say what to do."""
+    tx, ids = adamjax.adam(0.1), IDS[0]
+    step, state = adamjax.train_step(loss_fn, tx), tx.init(params())
+    model = {**params(), "act": odd}
+    calls = {
+        "called": lambda: step(model, state, ids),
+        "by name": lambda: step(params=model, state=state, ids=ids),
+        "lowered": lambda: step.lower(model, state, ids),
+        "traced": lambda: step.trace(model, state, ids),
+        "shapes": lambda: step.eval_shape(model, state, ids),
+    }
+    with pytest.raises(TypeError, match=r"train_step: params\['act'\] is a .*eqx.filter\(model"):
+        calls[how]()
+
+
+def test_other_type_errors_are_left_as_they_are():
+    tx = adamjax.adam(0.1)
+    step, state = adamjax.train_step(loss_fn, tx), tx.init(params())
+    with pytest.raises(TypeError, match=r"not a valid JAX|abstract array"):
+        step(params(), state, "ids")
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: .state."):
+        step(params())
+
+
+def test_it_is_a_function_of_jit():
+    tx = adamjax.adam(0.1)
+    step, p = adamjax.train_step(loss_fn, tx), params()
+    assert isinstance(step, jax.stages.Wrapped)
+    assert isinstance(copy.copy(step), jax.stages.Wrapped)
+    assert step.__name__ == "step"
+    assert "stablehlo" in step.lower(p, tx.init(p), IDS[0]).as_text()
+    step(p, tx.init(p), IDS[0])
+    assert step._cache_size() == 1

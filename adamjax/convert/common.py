@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,8 @@ __all__ = [
     "mapped",
     "new_ours",
     "no_place_to_gather",
+    "number_of",
+    "numbers_of",
     "numpy_array",
     "same_value",
     "steps_taken",
@@ -167,6 +169,7 @@ class Source:
       others: states of transforms that are neither ours nor known.
       doubts: why the run may not go on as before, each with its mend: refused where a check is
         wanted.
+      loose: what the system says of hyperparameters outside of any rule.
     """
 
     owner: str
@@ -177,6 +180,7 @@ class Source:
     skipped: int | None = None
     others: list[Any] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
+    loose: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, kept: Kept) -> None:
         self.kept.setdefault(path, []).append(kept)
@@ -389,6 +393,11 @@ class Filling:
                 "or is one of the two transposed?"
             )
         old, new = np.dtype(x.dtype), np.dtype(like.dtype)
+        if not jnp.issubdtype(new, jnp.inexact):
+            raise ValueError(
+                f"{self.owner}: {name} of {path!r} is {new.name} in the target, expected floats "
+                f"like {old.name}: is it this optimizer's array?"
+            )
         if not jnp.issubdtype(old, jnp.inexact):
             raise ValueError(
                 f"{self.owner}: {name} of {path!r} is {old.name}, expected floats like "
@@ -899,9 +908,31 @@ def into_ours(
     return state
 
 
+def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
+    """A number, an array or a tensor of torch in NumPy, or an error where it is none."""
+    try:
+        found = numpy_array(x)
+    except (TypeError, ValueError):
+        found = np.asarray(None)
+    if not jnp.issubdtype(found.dtype, np.number):
+        raise ValueError(
+            f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected a number or an "
+            "array of numbers"
+        )
+    return found
+
+
+def number_of(owner: str, what: str, x: Any) -> float:
+    """A real number, or an error where it is none."""
+    found = numbers_of(owner, what, x)
+    if found.size != 1 or jnp.issubdtype(found.dtype, np.complexfloating):
+        raise ValueError(f"{owner}: {what} is {x!r:.100}, expected one real number")
+    return float(found.reshape(()))
+
+
 def steps_taken(owner: str, what: str, x: Any) -> int:
     """A count of steps, or an error where it is none."""
-    value = np.asarray(numpy_array(x))
+    value = numbers_of(owner, f"the count of {what}", x)
     number = value.dtype.kind in "iuf" and value.shape == ()
     if not (number and np.isfinite(value) and value >= 0 and value == np.floor(value)):
         mend = "" if value.shape == () else ": convert the states of several runs one by one"
@@ -985,6 +1016,13 @@ def leaf_order(
     """
     leaves = leaves_by_path(owner, params)
     known = list(leaves)
+    if order is not None and (
+        not isinstance(order, Collection) or isinstance(order, str | bytes | Mapping)
+    ):
+        raise TypeError(
+            f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected a list of "
+            "paths"
+        )
     if order is None:
         if names is None or len(names) != len(known):
             return list(known)

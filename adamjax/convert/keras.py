@@ -26,7 +26,8 @@ from adamjax.convert.common import (
     leaves_by_path,
     new_ours,
     no_place_to_gather,
-    numpy_array,
+    number_of,
+    numbers_of,
     steps_taken,
 )
 from adamjax.data import Tree
@@ -138,33 +139,33 @@ def _entries(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndar
     """The names and values of variables, in any of the forms in which Keras gives them."""
     if isinstance(variables, Mapping):
         keys = list(variables)
-        if all(str(key).isdigit() for key in keys):
-            keys = sorted(keys, key=int)
-            return [None] * len(keys), [np.asarray(variables[key]) for key in keys]
-        return [str(key) for key in keys], [np.asarray(variables[key]) for key in keys]
-    if not isinstance(variables, Iterable):
+        numbered = all(str(key).isdigit() for key in keys)
+        keys = sorted(keys, key=int) if numbered else keys
+        values = [_value(owner, f"variable {key!r}", variables[key]) for key in keys]
+        return [None if numbered else str(key) for key in keys], values
+    if not isinstance(variables, Iterable) or getattr(variables, "shape", None) == ():
         raise TypeError(
             f"{owner}: expected optimizer.variables, pairs (name, array), or what "
             f"save_own_variables writes, got {type(variables).__name__}"
         )
     names: list[str | None] = []
     values = []
-    for x in variables:
+    for i, x in enumerate(variables):
         if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
             name, x = x
         else:
             name = getattr(x, "path", None) or getattr(x, "name", None)
         names.append(name)
-        values.append(_value(x))
+        values.append(_value(owner, f"variable {i if name is None else name!r}", x))
     return names, values
 
 
-def _value(variable: Any) -> np.ndarray:
+def _value(owner: str, what: str, variable: Any) -> np.ndarray:
     """The value of a variable of Keras 3 or TensorFlow, or of an array."""
     value = getattr(variable, "value", None)
     if value is None or callable(value):
-        return np.asarray(variable.numpy() if hasattr(variable, "numpy") else variable)
-    return numpy_array(value)
+        value = variable.numpy() if hasattr(variable, "numpy") else variable
+    return numbers_of(owner, what, value)
 
 
 def _layout_by_place(
@@ -318,11 +319,15 @@ def _identified(source: Source, layout: _Layout, optimizer: Any, product: bool) 
     return every
 
 
-def _config_facts(optimizer: Any) -> dict[str, Any]:
+def _config_facts(owner: str, optimizer: Any) -> dict[str, Any]:
     """What an optimizer says of its hyperparameters."""
     names = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
     values = {ours: getattr(optimizer, theirs, None) for theirs, ours in names.items()}
-    facts = {name: float(x) for name, x in values.items() if x is not None}
+    facts = {
+        name: number_of(owner, f"{name} of the optimizer", x)
+        for name, x in values.items()
+        if x is not None
+    }
     # Which variables are excluded from the decay it does not say.
     return {**facts, "decoupled": True, "masks_decay": True}
 
@@ -377,8 +382,10 @@ def _read_keras(
     kept = {r: layout.of(r, values) for r in roles if r in set(_KERAS_SUFFIXES[:4])}
     product = layout.of("product", values).get(0)
     rate = layout.of("learning_rate", values).get(0)
-    facts = {} if rate is None else {"learning_rate": rate}
-    facts |= {} if optimizer is None else _config_facts(optimizer)
+    facts: dict[str, Any] = {}
+    if rate is not None:
+        facts["learning_rate"] = number_of(owner, "the learning rate", rate)
+    facts |= {} if optimizer is None else _config_facts(owner, optimizer)
     either = _identified(source, layout, optimizer, product is not None)
     either = either if product is None else tuple(k for k in either if k == "nadam")
     for i, path in enumerate(paths):

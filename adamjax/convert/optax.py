@@ -110,9 +110,14 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
         said = _injected(x, source, scheduled)
-        more = {**facts.get("more", {}), **said["more"]}
+        said = _with_facts(facts, said)
         _read_optax(scheduled, source, {})
-        _read_optax(x.inner_state, source, {**facts, **said, "more": more})
+        rules = sum(map(len, source.kept.values()))
+        _read_optax(x.inner_state, source, said)
+        if rules == sum(map(len, source.kept.values())):
+            if rules and "step_size" in said["more"]:  # of optax.scale, behind the rule
+                said["learning_rate"] = -said["more"].pop("step_size")
+            source.loose.append(said)
     elif role == "gathered":
         if jax.tree.leaves(getattr(x, "skip_state", ())):
             source.doubts.append(
@@ -131,6 +136,10 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
         # What counts in here is of the leaves in here.
         inner = Source(owner)
         _read_optax(x[0], inner, facts)
+        if inner.kept:
+            _give_loose_facts(inner)
+        else:
+            _pass_loose_facts(inner, source)
         leaves = frozenset(inner.kept) or None
         for path, several in inner.kept.items():
             source.kept.setdefault(path, []).extend(several)
@@ -144,6 +153,41 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
             _read_optax(item, source, facts)
     elif jax.tree.leaves(x):
         source.others.append(x)
+
+
+def _with_facts(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """What is said of hyperparameters, and what is said besides."""
+    both = {**facts.get("more", {}), **more.get("more", {})}
+    return {**facts, **more, "more": both}
+
+
+def _give_loose_facts(source: Source) -> None:
+    """Gives what is said outside of any rule to the rules of the leaves that go through it."""
+    for facts in source.loose:
+        for several in source.kept.values():
+            several[-1].facts = _with_facts(several[-1].facts, facts)
+    source.loose = []
+
+
+def _pass_loose_facts(inner: Source, source: Source) -> None:
+    """Passes on what is said within a mask of no rule, whose leaves the state does not say."""
+    for facts in inner.loose:
+        if "learning_rate" in facts or "step_size" in facts["more"]:
+            source.doubts.append(
+                "inject_hyperparams holds a rate within a mask or a part that has no rule, and "
+                "the state does not say for which leaves: see that tx has this rate for them"
+            )
+        rates = ("learning_rate", "step_size")
+        more = {name: x for name, x in facts["more"].items() if name not in rates}
+        rest = {name: x for name, x in facts.items() if name not in rates}
+        source.loose.append({**rest, "more": more})
+
+
+def _read_state(owner: str, state: Any) -> Source:
+    source = Source(owner)
+    _read_optax(state, source, {})
+    _give_loose_facts(source)
+    return source
 
 
 def _items(x: Any) -> list[Any]:
@@ -258,8 +302,7 @@ def from_optax(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(1, dtype=int32), Array([ 0.1, -0.2], dtype=float32))
     """
-    source = Source("from_optax")
-    _read_optax(source_state, source, {})
+    source = _read_state("from_optax", source_state)
     new = new_ours("from_optax", tx, params)
     return into_ours(source, OPTAX, new, average, check, rtol)
 
@@ -293,8 +336,7 @@ def to_optax(
     >>> new_state[0].mu["w"]
     Array([ 0.1, -0.2], dtype=float32)
     """
-    ours, wanted = Ours("to_optax", tx, state, params), Source("to_optax")
-    _read_optax(target, wanted, {})
+    ours, wanted = Ours("to_optax", tx, state, params), _read_state("to_optax", target)
     wanted.refuse_doubts(check)
     into = _IntoOptax(ours, wanted, check, rtol)
     if wanted.gathered is None:

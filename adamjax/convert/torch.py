@@ -21,7 +21,8 @@ from adamjax.convert.common import (
     leaves_by_path,
     new_ours,
     no_place_to_gather,
-    numpy_array,
+    number_of,
+    numbers_of,
     same_value,
     steps_taken,
 )
@@ -82,15 +83,33 @@ def _group_facts(
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """What kinds of rule a group of torch may be of, and what it says of hyperparameters."""
     owner = source.owner
-    if not same_value(group.get("momentum_decay", 1.0), 1.0):
+
+    def number(key: str, default: Any = None) -> float:
+        return number_of(owner, f"{key} of a group of torch", group.get(key, default))
+
+    def flag(key: str, default: bool | None = False) -> bool | None:
+        value = group.get(key, default)
+        if value is not None and not isinstance(value, bool | np.bool_):
+            raise ValueError(
+                f"{owner}: {key} of a group of torch is {value!r:.100}, expected True or False"
+            )
+        return None if value is None else bool(value)
+
+    if not same_value(number("momentum_decay", 1.0), 1.0):
         raise ValueError(
             f"{owner}: torch's NAdam has momentum_decay={group['momentum_decay']}: the "
             "momentum here is b1 * (1 - 0.5 * 0.96**t), that of momentum_decay=1"
         )
     optimizer = _optimizer(owner, group)
-    facts: dict[str, Any] = {"learning_rate": _scalar(group["lr"]), "eps": _scalar(group["eps"])}
-    facts["b1"], facts["b2"] = (_scalar(b) for b in group["betas"])
-    facts["maximize"] = bool(group.get("maximize"))
+    facts: dict[str, Any] = {"learning_rate": number("lr"), "eps": number("eps")}
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(
+            f"{owner}: betas of a group of torch are {betas!r:.100}, expected a pair of numbers"
+        )
+    what = "a beta of a group of torch"
+    facts["b1"], facts["b2"] = (number_of(owner, what, b) for b in betas)
+    facts["maximize"] = bool(flag("maximize"))
     if any(group.get(key) is not None for key in _CYCLES):
         source.doubts.append(
             "a scheduler of torch (OneCycleLR, CyclicLR) changes betas in each step, which stand "
@@ -101,14 +120,10 @@ def _group_facts(
         # Its epsilon is outside the bias correction.
         return ("adam",), {**facts, "lazy": True, "form": "eps_hat"}
     # Older versions do not say whether the decay is Adam's or AdamW's.
-    decoupled = group.get("decoupled_weight_decay", None if optimizer == "Adam" else False)
-    facts |= {"weight_decay": _scalar(group["weight_decay"]), "decoupled": decoupled}
-    adam = "amsgrad" if group.get("amsgrad") else "adam"
+    decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)
+    facts |= {"weight_decay": number("weight_decay"), "decoupled": decoupled}
+    adam = "amsgrad" if flag("amsgrad") else "adam"
     return ({"Adam": adam, "NAdam": "nadam", "Adamax": "adamax"}[optimizer],), facts
-
-
-def _scalar(x: Any) -> float:
-    return float(numpy_array(x))
 
 
 _TORCH_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
@@ -131,7 +146,40 @@ def _parameter(owner: str, path: str, held: Mapping[str, Any]) -> dict[str, np.n
                 "expected a plain tensor: make it one first (full_tensor() of a DTensor, "
                 "dequantize() of a quantized one)"
             )
-    return {name: numpy_array(held[name]) for name in _TORCH_SLOTS if name in held}
+    here = [name for name in _TORCH_SLOTS if name in held]
+    return {name: numbers_of(owner, f"{name} of {path!r}", held[name]) for name in here}
+
+
+def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuses what has not the form of torch's state dicts, whatever it is of."""
+
+    def refuse(what: str, x: Any, wanted: str) -> None:
+        raise ValueError(
+            f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {wanted}, as in "
+            "optimizer.state_dict() of torch"
+        )
+
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, list | tuple):
+        refuse("'param_groups'", groups, "a list of dictionaries")
+    seen: set[Any] = set()
+    for group in groups:
+        if not isinstance(group, Mapping):
+            refuse("a group of 'param_groups'", group, "a dictionary")
+        keys = group.get("params")
+        if not isinstance(keys, list | tuple):
+            refuse("'params' of a group", keys, "a list of numbers or names")
+        for key in keys:
+            if not isinstance(key, int | str | np.integer) or isinstance(key, bool):
+                refuse("a parameter in 'params' of a group", key, "its number or name")
+            if key in seen:
+                refuse("a parameter in 'params' of a group", key, "each parameter once")
+            seen.add(key)
+    if not isinstance(state, Mapping):
+        refuse("'state'", state, "a dictionary by the parameters' numbers or names")
+    for key, held in state.items():
+        if not isinstance(held, Mapping):
+            refuse(f"the state of parameter {key!r}", held, "a dictionary")
 
 
 def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -143,9 +191,11 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
         found = keys if all(isinstance(key, str) for key in keys) else group.get("param_names")
         if found is None:
             return None
-        if len(found) != len(keys):
+        named = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
+        if not named or len(found) != len(keys):
             raise ValueError(
-                f"{owner}: a group of torch has {len(found)} param_names for {len(keys)} params"
+                f"{owner}: a group of torch has the param_names {found!r:.100}, expected a list of "
+                f"strings for its {len(keys)} params"
             )
         names.extend(found)
     return names
@@ -187,6 +237,7 @@ def _read_torch(
             f"{owner}: expected optimizer.state_dict() of torch, with 'state' and "
             f"'param_groups', got {type(state_dict).__name__}"
         )
+    _expect_form(owner, state_dict)
     source, keys, groups = Source(owner), {}, state_dict["param_groups"]
     said = [_group_facts(source, group) for group in groups]
     ids = [(key, i) for i, group in enumerate(groups) for key in group["params"]]
@@ -220,7 +271,8 @@ def _read_torch(
         if adapt is not None:
             slots = {name: np.asarray(adapt(path, x)) for name, x in slots.items()}
         product = held.get("mu_product")
-        product = None if product is None else _scalar(product)
+        if product is not None:
+            product = number_of(owner, f"mu_product of {path!r}", product)
         steps = steps_taken(owner, repr(path), held["step"])
         source.add(path, Kept(steps, slots, kinds, product, facts))
     return source, keys
