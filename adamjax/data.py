@@ -36,7 +36,8 @@ class Range(NamedTuple):
     Attributes:
       whole: what happens to a whole number. "never": it becomes a float, as an array of integers
         would have no place for the fractions that are set later. "kept": it stays, as it counts
-        steps and may be too large for a float32. "only": nothing else is taken.
+        steps and a float32 would round it; beyond int32 it becomes a float. "only": nothing else
+        is taken.
     """
 
     text: str
@@ -189,6 +190,8 @@ class Data:
         if not is_array(value):
             # A float where a count is meant, or a fraction, an integer, a longdouble, ...
             kept = whole == "kept" and isinstance(value, int)
+            # What an int32 cannot hold does not go through `jit` as an int.
+            kept = kept and abs(value) <= LAST_COUNT
             return int(value) if whole == "only" or kept else float(value)
         # Before JAX sees it, which would cut a wide integer to 32 bits.
         if whole == "only":

@@ -13,7 +13,7 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
-from adamjax.moments import accumulator, stepped
+from adamjax.moments import accumulator, expect_scalar, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, applied, check_sound, sealed, unsealed
 
@@ -299,12 +299,8 @@ def lift(
         real = accumulator(*(x.dtype for x in group[0][1][: 1 + len(slots)]))
         if (given, real) not in ready:
             ready[given, real] = c = given(real)
-            if any(np.ndim(x) for x in jax.tree.leaves(c)):
-                raise ValueError(
-                    f"{owner}: a hyperparameter is an array of shape "
-                    f"{next(np.shape(x) for x in jax.tree.leaves(c) if np.ndim(x))}, expected a "
-                    "scalar; to use many values at once, map over the transform with jax.vmap"
-                )
+            for x in jax.tree.leaves(c):
+                expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
             results = _each(
