@@ -107,7 +107,7 @@ class weight_ema(Transform):
 
         def scalars(real: Any) -> _Ema:
             mean = averaging(self.momentum, real, UNIT)
-            if is_array(self.overwrite_frequency):
+            if frequency is not None and is_array(self.overwrite_frequency):
                 mean = mean._replace(weight=jnp.where(frequency >= 1, mean.weight, jnp.nan))
             return _Ema(mean, due)
 

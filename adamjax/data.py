@@ -41,7 +41,7 @@ class Range(NamedTuple):
     """
 
     text: str
-    holds: Callable[[np.ndarray], Any]
+    holds: Callable[[Any], Any]
     whole: Literal["never", "kept", "only"] = "never"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
-from adamjax.moments import accumulator, expect_scalar, stepped
+from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, applied, check_sound, sealed, unsealed
 
@@ -191,6 +191,8 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         return None if harmless else "expected a floating dtype, or None to leave it alone"
     if want is None or is_left_alone(want):
         return "expected None, as there is no floating array to update"
+    if not is_signed(dtype_of(leaf)):
+        return "expected a dtype that has zero and negative numbers"
     if np.shape(leaf) != np.shape(want):
         return f"expected shape {np.shape(want)}, got {np.shape(leaf)}"
     if kinds and _kind(leaf) != _kind(want):
@@ -209,6 +211,11 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
                 "array, or None. Give the arrays of a model alone: of an Equinox one "
                 "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
                 "nnx.state(model, nnx.Param)"
+            )
+        if not is_left_alone(p) and not is_signed(dtype_of(p)):
+            raise TypeError(
+                f"params[{leaf_paths(params)[i]!r}] is {described(p)}: expected a dtype that has "
+                "zero and negative numbers"
             )
 
     def made(p: Any) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "counted",
     "divisor",
     "expect_scalar",
+    "is_signed",
     "magnitude",
     "next_count",
     "ranged",
@@ -50,6 +51,13 @@ def widened(dtype: Any, real: Any) -> Any:
 def widen(x: chex.Array, real: Any) -> chex.Array:
     """`x` in the accumulator dtype `real`, or in the complex dtype made of two of them."""
     return x.astype(widened(x.dtype, real))
+
+
+def is_signed(dtype: Any) -> bool:
+    """Whether a dtype is a float in which zero and negative numbers are."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return np.dtype(dtype).itemsize > 1 or bool(float(jnp.finfo(dtype).min) < 0)
 
 
 def scalar(value: Number, real: Any) -> Any:

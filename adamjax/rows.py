@@ -20,7 +20,7 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, apart, stepped, widen
+from adamjax.moments import accumulator, apart, is_signed, saturated, stepped, widen
 
 __all__ = [
     "Recurrence",
@@ -38,6 +38,7 @@ __all__ = [
     "sealed",
     "summed",
     "unsealed",
+    "whole",
 ]
 
 
@@ -164,7 +165,14 @@ class RowGradient(Data):
             return _sum(self, other)
         if np.shape(other) != self.shape:
             return NotImplemented
-        return check_sound("RowGradient", self)._added_to(jnp.asarray(other))
+        table = jnp.asarray(other)
+        real = jnp.issubdtype(self.dtype, jnp.floating)
+        if not jnp.issubdtype(table.dtype, jnp.inexact if real else jnp.complexfloating):
+            raise TypeError(
+                f"row gradients of {self.dtype.name} cannot be added to an array of "
+                f"{table.dtype.name}, which would keep a part of them: cast the array"
+            )
+        return check_sound("RowGradient", self)._added_to(table)
 
     __radd__ = __add__
 
@@ -266,7 +274,8 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
         )
     a, b = (check_sound("RowGradient", x).joined() for x in (a, b))
     indices = jnp.concatenate([a.indices, b.indices])
-    return row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
+    rows = row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
+    return rows.replace(lazy=a.lazy and b.lazy)
 
 
 # --- making one -----------------------------------------------------------------------------------
@@ -310,16 +319,19 @@ def row_gradient(
            [4.],
            [0.]], dtype=float32)
     """
+    if values is None:
+        raise TypeError("row_gradient: values must be floats, got None")
     indices, values = integers("row_gradient", indices), jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.inexact):
-        raise TypeError(f"row_gradient: values must be floats, got {values.dtype.name}")
+    if not is_signed(values.dtype):
+        signed = " that can be zero and negative" * jnp.issubdtype(values.dtype, jnp.inexact)
+        raise TypeError(f"row_gradient: values must be floats{signed}, got {values.dtype.name}")
     if values.shape[: indices.ndim] != indices.shape:
         raise ValueError(
             f"row_gradient: values must have the shape of indices and the row's behind it, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
-    size = indices.size if max_unique is None else _whole("max_unique", max_unique, None)
+    num_rows = whole("row_gradient: num_rows", num_rows, np.iinfo(np.int32).max - 1)
+    size = indices.size if max_unique is None else whole("row_gradient: max_unique", max_unique)
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
@@ -345,16 +357,15 @@ def summed(
     return RowGradient(found, sums, num_rows=num_rows)
 
 
-def _whole(name: str, value: Any, most: int | None) -> int:
+def whole(what: str, value: Any, most: int | None = None) -> int:
+    """A size, a whole number of at least 1, as a Python int; NumPy's integers are taken too."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
     if number < 1 or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
-        raise ValueError(
-            f"row_gradient: {name} must be a Python int of at least 1{limit}, got {value!r}"
-        )
+        raise ValueError(f"{what} must be a Python int of at least 1{limit}, got {value!r}")
     return number
 
 
@@ -405,9 +416,9 @@ def _is_int(x: Any) -> bool:
 
 
 def as_int32(indices: Any) -> chex.Array:
-    """Integers as an array of JAX; NumPy's beyond int32 become its limits, outside any table."""
+    """Integers as an array of JAX; those beyond int32 become its limits, outside any table."""
     if isinstance(indices, jax.Array):
-        return indices
+        return saturated(indices, np.int32)
     limits = np.iinfo(np.int32)
     below, above = (np.asarray(x, bool) for x in (indices < limits.min, indices > limits.max))
     ids = np.where(below | above, 0, indices).astype(np.int32)

@@ -78,12 +78,11 @@ class _Compiled(Schedule):
     rounded together. Operation by operation the last bit would often be another. Python's numbers
     are constants here as in a step, arrays are arguments.
 
-    Attributes:
-      ranges: what the fields may be that are numbers. Of an array that is traced or set, whose
-        value is not checked, what is below 0, infinite or NaN makes NaN; at 0 is the limit of what
-        is beside it.
+    Of an array that is traced or set, the value is not checked: what is below 0, infinite or NaN
+    makes NaN, and 0 does what is near to it.
     """
 
+    # What the fields may be that are numbers.
     _ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __post_init__(self) -> None:
@@ -380,8 +379,8 @@ class piecewise_constant(_Compiled):
     def __post_init__(self) -> None:
         times = FINITE._replace(whole="kept")
         for name, allowed in (("boundaries", times), ("values", NON_NEGATIVE)):
-            given = getattr(self, name)
-            if not isinstance(given, Iterable) or (is_array(given) and given.ndim == 0):
+            given: Any = getattr(self, name)
+            if (is_array(given) and given.ndim == 0) or not isinstance(given, Iterable):
                 raise TypeError(
                     f"piecewise_constant: {name} must be a list of numbers, got {given!r}; a rate "
                     "that never changes is constant(value)"
@@ -528,9 +527,8 @@ class warmup(_Compiled):
         # Of no steps the line is not read.
         length = _float(jnp.maximum(self.steps, 1))
         line = self.start + (first - self.start) * (_float(count) / length)
-        value = jnp.where(
-            count < steps, line, rate_at(self.schedule, jnp.maximum(count - steps, 0))
-        )
+        later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
+        value = jnp.where(count < steps, line, later)
         return jnp.where(steps >= 0, value, jnp.nan) if is_array(self.steps) else value
 
 
