@@ -198,7 +198,9 @@ def test_lines_of_indices_of_any_width():
 
 def test_packing_refuses_what_it_does_not_fit():
     for bad in (0, 64.0, True, "64", None):
-        with pytest.raises(ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"):
+        with pytest.raises(
+            ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"
+        ):
             adamjax.packing(bad)
     packing = adamjax.packing(np.int64(64))
     assert packing == (64, 2)
