@@ -230,7 +230,9 @@ class scale_by_adam(Rule):
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1). (Of betas and epsilons that are arrays, traced or
+        set, a value outside of its range makes NaN: 0.99999999 too, which is 1 as a float32. An
+        epsilon of 0 does what the smallest does.)
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon.
         Default, where `eps` is not given either: 1e-7.
       eps: epsilon of the second form, above 0: what optax and torch call eps. At most one of
@@ -468,7 +470,8 @@ class scale_by_adamax(Rule):
 
     Args:
       b1: decay of the moment, in [0, 1).
-      b2: decay of the maximum, in [0, 1).
+      b2: decay of the maximum, in [0, 1). (Of arrays that are traced or set, as in
+        `scale_by_adam`.)
       eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
       m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
       rows: as in `scale_by_adam`, but "lazy" by default, as Keras' document of Adamax says.

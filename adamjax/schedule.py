@@ -3,7 +3,8 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Wherever a rate is expected, any other callable of the count does
-as well, optax's schedules among them.
+as well, optax's schedules among them. What only a step can see, an array that is traced or set,
+or what a callable returns, makes NaN where it is below 0, and where boundaries do not increase.
 """
 
 import copy
