@@ -56,11 +56,12 @@ class RowGradient(Data):
     As a gradient it says that all other rows have the gradient zero. Multiplied by a scalar,
     cast with `astype` and added to an array (`table + rows` is a scatter, so
     `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, but that the
-    sum has the dtype of the array, which must be a float, or complex if the rows are. The sum
-    of two is the gradient of both, lazy if both are. Arithmetic on its leaves is not (`jax.tree.map(jnp.add, a, b)`,
-    `jax.lax.psum(rows, axis)`): it moves indices too. What comes of that is refused where it is
-    used, or, if only the compiled step can tell, has NaN for its values. (Integer combinations
-    whose weights add up to one, as `a - b + c`, and maxima and minima are not noticed.)
+    sum has the dtype of the array, which must be a float, and complex if the rows are. The sum of
+    two is the gradient of both, lazy if both are. Arithmetic on its leaves is not
+    (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it moves indices too. What comes of
+    that is refused where it is used, or, if only the compiled step can tell, has NaN for its
+    values. (Integer combinations whose weights add up to one, as `a - b + c`, and maxima and minima
+    are not noticed.)
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
