@@ -85,7 +85,8 @@ class scale_by_learning_rate(Scaling):
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
         before this step, 0 at the first), or `by_path` for a rate per leaf. (Of an array that is
-        traced or set, and of what a schedule returns, a value below 0 makes NaN.)
+        traced or set, and of what a callable returns, a value below 0 makes NaN; but what rounding
+        leaves of a callable, down to -1e-6, is 0.)
 
     The state is a `ScheduleState`.
 

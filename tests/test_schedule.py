@@ -681,6 +681,13 @@ def test_a_callable_must_return_a_number():
     np.testing.assert_allclose(updated(falling, 1), -0.25)
     for rate in (falling, lambda count: 0.5 - 0.25 * count, by_path({}, default=falling)):
         assert np.isnan(updated(rate, 3)).all()
+    # What rounding leaves below 0 is 0.
+    ending = optax.linear_schedule(0.1, 0.0, 1000)
+    used = jax.vmap(lambda t: updated(ending, t)[0])(jnp.arange(1001))
+    assert np.all((used <= 0) & (used >= -0.1))
+    for rate in (lambda count: -1e-7, lambda count: jnp.float32(-1e-6)):
+        assert not updated(rate).any()
+    assert np.isnan(updated(lambda count: -2e-6)).all()
     decay = adamjax.add_decayed_weights(falling)
     for count, expected in ((1, 0.25), (3, np.nan)):
         state = adamjax.ScheduleState(jnp.array(count, jnp.int32))
