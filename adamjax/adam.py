@@ -25,11 +25,13 @@ from adamjax.moments import (
     Average,
     accumulator,
     averaging,
+    complement,
     correction,
     counted,
     divisor,
     magnitude,
     next_count,
+    ranged,
     root,
     scalar,
     square,
@@ -153,9 +155,10 @@ _adam = Recurrence(_moments, _quotient)
 _amsgrad = Recurrence(_moments_and_max, _quotient_by_max)
 
 
-def _momentum(b1: Number, t: chex.Array) -> chex.Array:
-    """Nadam's momentum of step t."""
-    return scalar(b1, t.dtype) * (1 - 0.5 * 0.96**t)
+def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Nadam's momentum of step t, and what it lacks to 1."""
+    b, shrinking = scalar(ranged(b1, BETA), t.dtype), 0.5 * 0.96**t
+    return b * (1 - shrinking), complement(b1, t.dtype) + b * shrinking
 
 
 def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None) -> _Scalars:
@@ -163,9 +166,9 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
     corrected_root = jnp.sqrt(correction(rule.b2, t))
     c_m, c_g = corrected_root / correction(rule.b1, t), None
     if product is not None:
-        product, ahead = product.astype(real), _momentum(rule.b1, t + 1)
+        product, (ahead, _) = product.astype(real), _momentum(rule.b1, t + 1)
         c_m = corrected_root * ahead / (1 - product * ahead)
-        c_g = corrected_root * (1 - _momentum(rule.b1, t)) / (1 - product)
+        c_g = corrected_root * _momentum(rule.b1, t)[1] / (1 - product)
     return _Scalars(
         first=averaging(rule.b1, real),
         second=averaging(rule.b2, real),
@@ -227,7 +230,9 @@ class scale_by_adam(Rule):
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1). (Of betas and epsilons that are arrays, traced or
+        set, a value outside of its range makes NaN: 0.99999999 too, which is 1 as a float32. An
+        epsilon of 0 does what the smallest does.)
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon.
         Default, where `eps` is not given either: 1e-7.
       eps: epsilon of the second form, above 0: what optax and torch call eps. At most one of
@@ -299,7 +304,7 @@ class scale_by_adam(Rule):
         product = state.momentum_product
         if not self.nesterov:
             return product
-        return product * _momentum(self.b1, counted(state.count, product.dtype))
+        return product * _momentum(self.b1, counted(state.count, product.dtype))[0]
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamState)
@@ -472,7 +477,8 @@ class scale_by_adamax(Rule):
 
     Args:
       b1: decay of the moment, in [0, 1).
-      b2: decay of the maximum, in [0, 1).
+      b2: decay of the maximum, in [0, 1). (Of arrays that are traced or set, as in
+        `scale_by_adam`.)
       eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
       m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
       rows: as in `scale_by_adam`, but "lazy" by default, as Keras' document of Adamax says.

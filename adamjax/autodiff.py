@@ -9,6 +9,7 @@ is used in any other way is differentiated as JAX does it.
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,20 @@ __all__ = ["Call", "Reads", "grad", "value_and_grad"]
 # --- a call of a loss -----------------------------------------------------------------------------
 
 
+def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
+    """The numbers of arguments, and whether one was given rather than several."""
+    single = not isinstance(argnums, Sequence | np.ndarray) or np.shape(argnums) == ()
+    given = [argnums] if single else list(argnums)
+    try:
+        if any(isinstance(i, bool | np.bool_) for i in given):
+            raise TypeError
+        return [operator.index(i) for i in given], single
+    except TypeError:
+        raise TypeError(
+            f"{owner}: argnums must be an int or a tuple of ints, got {argnums!r}"
+        ) from None
+
+
 class Call:
     """A loss with its arguments, as a function of the leaves that it may be differentiated by.
 
@@ -46,14 +61,16 @@ class Call:
         has_aux: bool = False,
     ) -> None:
         self.owner, self.loss_fn, self.args, self.kwargs = owner, loss_fn, args, kwargs
-        self.has_aux, self.single = has_aux, isinstance(argnums, int)
-        numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+        numbers, self.single = _numbers(owner, argnums)
+        self.has_aux = has_aux
         if not all(-len(args) <= i < len(args) for i in numbers):
             raise ValueError(
                 f"{owner}: argnums={argnums} needs more than the {len(args)} positional arguments "
                 "that were given"
             )
         self.argnums = [i % len(args) for i in numbers]
+        if len(set(self.argnums)) != len(numbers):
+            raise ValueError(f"{owner}: argnums={argnums} has an argument twice, expected it once")
         self.trees = [flatten(args[i]) for i in self.argnums]
         self.leaves = [leaf for leaves, _ in self.trees for leaf in leaves]
         self.paths = [path for i in self.argnums for path in leaf_paths(args[i])]

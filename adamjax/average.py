@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from adamjax.data import COUNT, UNIT, Number, Tree, exportable
+from adamjax.data import COUNT, UNIT, Number, Tree, exportable, is_array
 from adamjax.leaves import expect_wide, lift, needed, new_slots
 from adamjax.moments import accumulator, as_count, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
@@ -57,9 +57,11 @@ class weight_ema(Transform):
     instead and copies the weights at the first step.
 
     Args:
-      momentum: weight of the past, in [0, 1].
+      momentum: weight of the past, in [0, 1]. (Of an array that is traced or set, a value outside
+        makes NaN of the average.)
       overwrite_frequency: put the average into the weights at every step whose number is a
-        multiple of this, a whole number of at least 1. `None`: never.
+        multiple of this, a whole number of at least 1. `None`: never. (Of an array that is traced
+        or set, a value below 1 makes NaN of the average, and of the weights.)
 
     The state is a `WeightEmaState`.
 
@@ -100,14 +102,22 @@ class weight_ema(Transform):
         self.check_state(state)
         params = needed("weight_ema", params)
         count = next_count(state.count)
-        due = None
+        due = frequency = None
         if self.overwrite_frequency is not None:
             name = "weight_ema: overwrite_frequency"
-            due = count % as_count(name, self.overwrite_frequency, count.dtype) == 0
+            frequency = as_count(name, self.overwrite_frequency, count.dtype)
+            due = count % jnp.maximum(frequency, 1) == 0
+
+        def scalars(real: Any) -> _Ema:
+            mean = averaging(self.momentum, real, UNIT)
+            if frequency is not None and is_array(self.overwrite_frequency):
+                mean = mean._replace(weight=jnp.where(frequency >= 1, mean.weight, jnp.nan))
+            return _Ema(mean, due)
+
         updates, average = lift(
             "weight_ema",
             _ema,
-            lambda real: _Ema(averaging(self.momentum, real), due),
+            scalars,
             updates,
             slots=(state.average,),
             params=params,

@@ -36,11 +36,12 @@ class Range(NamedTuple):
     Attributes:
       whole: what happens to a whole number. "never": it becomes a float, as an array of integers
         would have no place for the fractions that are set later. "kept": it stays, as it counts
-        steps and may be too large for a float32. "only": nothing else is taken.
+        steps and a float32 would round it; beyond int32 it becomes a float. "only": nothing else
+        is taken.
     """
 
     text: str
-    holds: Callable[[np.ndarray], Any]
+    holds: Callable[[Any], Any]
     whole: Literal["never", "kept", "only"] = "never"
 
 
@@ -196,6 +197,8 @@ class Data:
         if not is_array(value):
             # A float where a count is meant, or a fraction, an integer, a longdouble, ...
             kept = whole == "kept" and isinstance(value, int)
+            # What an int32 cannot hold does not go through `jit` as an int.
+            kept = kept and abs(value) <= LAST_COUNT
             return int(value) if whole == "only" or kept else float(value)
         # Before JAX sees it, which would cut a wide integer to 32 bits.
         if whole == "only":

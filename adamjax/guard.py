@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, Number, Tree, exportable, static
+from adamjax.data import COUNT, Number, Tree, exportable, is_array, static
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import (
@@ -21,7 +21,7 @@ from adamjax.paths import (
     is_leaf,
     leaf_paths,
 )
-from adamjax.rows import RowGradient, parts, sealed, unsealed
+from adamjax.rows import RowGradient, parts, sealed, unsealed, whole
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
@@ -117,7 +117,8 @@ class accumulate_gradients(Transform):
     In the calls between, updates are zero and nothing of `tx` moves: neither moments, counts and
     schedules nor decay and average. The mean reaches `tx` in float32 at least. A leaf whose
     gradient is `None` in a call is left alone in that call, also where that is the real step:
-    what it has gathered then waits for the next one.
+    what it has gathered then waits for the next one, where each gradient still counts one part in
+    the calls of a step.
 
     Row gradients are gathered in a dense array, unless `max_rows` says how many distinct rows of
     a table at most are touched in a step; the step then gets a row gradient. Should there be
@@ -126,7 +127,8 @@ class accumulate_gradients(Transform):
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
-      steps: micro-batches a step, a whole number of at least 1.
+      steps: micro-batches a step, a whole number of at least 1. (Of an array that is traced or
+        set, a value below 1 makes NaN of the mean.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
         gradients; each pattern must match a leaf, as in `by_path`. Or a number, for every leaf of
         two or more dimensions that has more rows than that.
@@ -157,14 +159,22 @@ class accumulate_gradients(Transform):
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
+        wrong = False
         if isinstance(rules, list | tuple | Mapping):
             rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
-        for rows in [rows for _, rows in rules] if isinstance(rules, tuple) else [rules]:
-            if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-                raise ValueError(
-                    f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
-                    f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
-                )
+            wrong = not rules
+        try:
+            if isinstance(rules, tuple):
+                rules = tuple((pattern, whole("", rows)) for pattern, rows in rules)
+            else:
+                rules = whole("", rules)
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise ValueError(
+                f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
+                f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
+            )
         self._set(max_rows=rules)
 
     def _room(self, path: str, p: Any) -> int | None:
@@ -223,14 +233,18 @@ class accumulate_gradients(Transform):
         slots = (state.total,)
         _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
         count = state.micro_count + 1
-        due = count >= as_count("accumulate_gradients: steps", self.steps, count.dtype)
+        steps = as_count("accumulate_gradients: steps", self.steps, count.dtype)
+        due = count >= steps
 
         def step(alive: Tree) -> Step:
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
                 # Not by `steps`, which may be another one since the first of these calls.
-                x = sealed(x / count.astype(accumulator(x.dtype)))
+                calls = count.astype(accumulator(x.dtype))
+                if is_array(self.steps):
+                    calls = jnp.where(steps >= 1, calls, jnp.nan)
+                x = sealed(x / calls)
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def emptied(g: Any, x: Any) -> Any:

@@ -149,7 +149,8 @@ class with_hyperparams(Transform):
             )
         for name, value in self.hyperparams.items():
             _check_kind(name, value, kept[name])
-        return _with(self.tx, kept)
+        # A checkpoint may have made numbers of them.
+        return _with(self.tx, {name: jnp.asarray(x) for name, x in kept.items()})
 
     def init(self, params: Tree) -> HyperparamsState:
         # Strongly typed, and copies, which a step may donate.

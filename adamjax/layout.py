@@ -6,7 +6,6 @@ A layout belongs to an array in memory: `jax.jit` takes that of an argument from
 that of a result from `out_shardings`, else it goes back to the default.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from adamjax._compat import dimension_order, layout_format
 from adamjax.buckets import Joined
 from adamjax.data import Tree
 from adamjax.paths import flatten
-from adamjax.rows import as_int32, integers
+from adamjax.rows import as_int32, integers, whole
 
 __all__ = ["Packing", "formats", "laid_out_like", "over_like", "packing", "row_major"]
 
@@ -205,7 +204,13 @@ class Packing(NamedTuple):
         return row_major(full.reshape(-1, self.per_line * self.width))
 
     def unpack(self, lines: chex.Array, num_rows: int) -> chex.Array:
-        """The table [num_rows, width] of its lines."""
+        """The table [num_rows, width] of its lines.
+
+        Raises:
+          ValueError: they are not the lines of a table of this size.
+        """
+        num_rows = whole("packing: num_rows", num_rows)
+        self._expect_lines(lines, (-(-num_rows // self.per_line),))
         return lines.reshape(-1, self.width)[:num_rows]
 
     def line(self, indices: chex.Array) -> chex.Array:
@@ -216,13 +221,25 @@ class Packing(NamedTuple):
         return self._split(indices)[0]
 
     def rows(self, lines: chex.Array, indices: chex.Array) -> chex.Array:
-        """Rows [*indices.shape, width] of the lines that were read at `line(indices)`."""
+        """Rows [*indices.shape, width] of the lines that were read at `line(indices)`.
+
+        Raises:
+          ValueError: there is not one line for each index.
+        """
         place = self._split(indices)[1][..., None]
+        self._expect_lines(lines, place.shape[:-1])
         parts = [lines[..., i * self.width : (i + 1) * self.width] for i in range(self.per_line)]
         found = parts[0]
         for i, part in enumerate(parts[1:], 1):
             found = jnp.where(place == i, part, found)
         return found
+
+    def _expect_lines(self, lines: chex.Array, shape: tuple[int, ...]) -> None:
+        wanted = [*shape, self.per_line * self.width]
+        if list(jnp.shape(lines)) != wanted:
+            raise ValueError(
+                f"packing: expected lines of shape {wanted}, got {list(jnp.shape(lines))}"
+            )
 
     def _split(self, indices: chex.Array) -> tuple[chex.Array, chex.Array]:
         ids = integers("packing", indices)
@@ -242,8 +259,7 @@ def packing(width: int) -> Packing:
     >>> adamjax.packing(100)
     Packing(width=100, per_line=5)
     """
-    if operator.index(width) < 1:
-        raise ValueError(f"packing: width must be at least 1, got {width!r}")
+    width = whole("packing: width", width)
     per_line = 1
     while 10 * (-(-per_line * width // _LANES) * _LANES) > 11 * per_line * width:
         per_line += 1

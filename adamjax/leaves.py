@@ -13,7 +13,7 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
-from adamjax.moments import accumulator, stepped
+from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves, applied, check_sound, sealed, unsealed
 
@@ -193,6 +193,8 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         return None if harmless else "expected a floating dtype, or None to leave it alone"
     if want is None or is_left_alone(want):
         return "expected None, as there is no floating array to update"
+    if not is_signed(dtype_of(leaf)):
+        return "expected a dtype that has zero and negative numbers"
     if np.shape(leaf) != np.shape(want):
         return f"expected shape {np.shape(want)}, got {np.shape(leaf)}"
     if kinds and _kind(leaf) != _kind(want):
@@ -210,6 +212,11 @@ def expect_arrays(owner: str, params: Tree) -> None:
                 "array, or None. Give the arrays of a model alone: of an Equinox one "
                 "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
                 "nnx.state(model, nnx.Param)"
+            )
+        if not is_left_alone(p) and not is_signed(dtype_of(p)):
+            raise TypeError(
+                f"params[{leaf_paths(params)[i]!r}] is {described(p)}: expected a dtype that has "
+                "zero and negative numbers"
             )
 
 
@@ -306,12 +313,8 @@ def lift(
         real = accumulator(*(x.dtype for x in group[0][1][: 1 + len(slots)]))
         if (given, real) not in ready:
             ready[given, real] = c = given(real)
-            if any(np.ndim(x) for x in jax.tree.leaves(c)):
-                raise ValueError(
-                    f"{owner}: a hyperparameter is an array of shape "
-                    f"{next(np.shape(x) for x in jax.tree.leaves(c) if np.ndim(x))}, expected a "
-                    "scalar; to use many values at once, map over the transform with jax.vmap"
-                )
+            for x in jax.tree.leaves(c):
+                expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
             results = _each(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import Number, is_array
+from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
 
 __all__ = [
     "Average",
@@ -16,12 +16,17 @@ __all__ = [
     "apart",
     "as_count",
     "averaging",
+    "complement",
     "correction",
     "counted",
     "divisor",
+    "expect_scalar",
+    "is_signed",
     "magnitude",
     "next_count",
+    "ranged",
     "root",
+    "saturated",
     "scalar",
     "square",
     "stepped",
@@ -48,6 +53,13 @@ def widen(x: chex.Array, real: Any) -> chex.Array:
     return x.astype(widened(x.dtype, real))
 
 
+def is_signed(dtype: Any) -> bool:
+    """Whether a dtype is a float in which zero and negative numbers are."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return np.dtype(dtype).itemsize > 1 or bool(float(jnp.finfo(dtype).min) < 0)
+
+
 def scalar(value: Number, real: Any) -> Any:
     """A hyperparameter in the accumulator dtype; a Python float stays a compile-time constant."""
     if is_array(value):
@@ -55,28 +67,65 @@ def scalar(value: Number, real: Any) -> Any:
     return np.asarray(value, real)[()]
 
 
+def ranged(value: Number, allowed: Range) -> Any:
+    """A hyperparameter as it is, but NaN for an array whose value is outside its range.
+
+    The value of an array may be traced, or have been set since the range was checked; the array
+    becomes a float32 at least. A number that is put in the place of another, which `jax.tree.map`
+    does, is refused.
+    """
+    if not is_array(value):
+        if not allowed.holds(value):
+            raise ValueError(f"a hyperparameter must be {allowed.text}, got {value!r}")
+        return value
+    x = jnp.asarray(value)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(allowed.holds(x), x, jnp.nan)
+
+
 def divisor(value: Number, real: Any) -> Any:
     """An epsilon in the accumulator dtype, never 0: what has no gradient is divided by it.
 
     An array is not checked where it is traced or set: 0 does what every smaller epsilon does, and
-    what is below makes NaN.
+    what is below, infinite or NaN makes NaN.
     """
-    eps = scalar(value, real)
-    if not is_array(value):
-        return eps
-    return jnp.where(eps >= 0, jnp.maximum(eps, jnp.finfo(real).tiny), jnp.nan)
+    eps = scalar(ranged(value, NON_NEGATIVE), real)
+    return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
 
 
 def as_count(name: str, value: Number, dtype: Any) -> Any:
-    """A hyperparameter that counts steps, in the dtype of the count it is compared with."""
+    """A hyperparameter that counts steps, in the dtype of the count it is compared with.
+
+    Of an array that is traced or set, the value is not checked: what that dtype cannot hold
+    becomes its limit.
+    """
     if not is_array(value):
         return np.asarray(value, dtype)
+    expect_scalar(name, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
             "expected one of an integer dtype"
         )
-    return jnp.asarray(value, dtype)
+    return saturated(value, dtype)
+
+
+def saturated(x: chex.Array, dtype: Any) -> chex.Array:
+    """Integers in another integer dtype; its limit where that cannot hold them."""
+    ours, its = jnp.iinfo(dtype), jnp.iinfo(x.dtype)
+    least, most = max(ours.min, its.min), min(ours.max, its.max)
+    if (least, most) != (its.min, its.max):
+        x = jnp.clip(x, np.asarray(least, its.dtype), np.asarray(most, its.dtype))
+    return jnp.asarray(x, dtype)
+
+
+def expect_scalar(name: str, value: Any) -> None:
+    """Refuses a hyperparameter that has a shape, as one mapped over has outside of the map."""
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} is an array of shape {np.shape(value)}, expected a scalar; to use many values "
+            "at once, map over the transform with jax.vmap"
+        )
 
 
 def counted(count: chex.Array, real: Any) -> chex.Array:
@@ -113,12 +162,15 @@ class Average(NamedTuple):
         return base + (self.weight * step + self.rest * step)
 
 
-def averaging(b: Number, real: Any) -> Average:
-    """The average with decay `b`; an array `b` is taken to be exact in its dtype."""
+def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
+    """The average with decay `b`; an array `b` is taken to be exact in its dtype.
+
+    Of an array that is outside the range that is allowed, averages are NaN.
+    """
     if is_array(b):
-        b = jnp.asarray(b)
+        b = ranged(b, allowed)
         return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
-    exact = min(b, 1 - b)
+    exact = min(ranged(b, allowed), 1 - b)
     weight = scalar(exact, real)
     rest = scalar(exact - float(weight), real)
     # Not worth its two operations where a thousand steps of it do not make up one rounding.
@@ -127,13 +179,24 @@ def averaging(b: Number, real: Any) -> Average:
 
 
 def correction(b: Number, t: chex.Array) -> chex.Array:
-    """The bias correction `1 - b**t`, through expm1: exact to rounding from the first step on."""
+    """The bias correction `1 - b**t`, through expm1: exact to rounding from the first step on.
+
+    An array `b` is taken to be exact in its dtype; outside of [0, 1) it makes NaN.
+    """
     if is_array(b):
-        b = jnp.asarray(b, t.dtype)
-        log_b = jnp.log(jnp.where(b > 0, b, 1))
+        b = ranged(b, BETA)
+        log_b = jnp.log(jnp.where(b == 0, 1, b))
         # The logarithm has no slope at 0, where the power has one in the first step.
-        return jnp.where(b > 0, -jnp.expm1(t * log_b), jnp.where(t == 1, 1 - b, 1))
-    return -jnp.expm1(t * scalar(math.log(b), t.dtype)) if b > 0 else jnp.ones_like(t)
+        at_0 = jnp.where(t == 1, 1 - b, 1)
+        return jnp.where(b == 0, at_0, -jnp.expm1(t * log_b)).astype(t.dtype)
+    if ranged(b, BETA) == 0:
+        return jnp.ones_like(t)
+    return -jnp.expm1(t * scalar(math.log(b), t.dtype))
+
+
+def complement(b: Number, real: Any) -> Any:
+    """`1 - b` of a decay, taken in its own dtype and rounded once; NaN outside of [0, 1)."""
+    return scalar(1 - ranged(b, BETA), real)
 
 
 @jax.custom_jvp

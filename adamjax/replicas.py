@@ -1,5 +1,6 @@
 """Gradients of replicas: what each device found, summed on all of them."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -21,7 +22,11 @@ class sum_over(Stateless):
     rows as all replicas together. (Keras' document of Adamax has this as its replica context.)
 
     Args:
-      axis_name: the mapped axis, or a tuple of axes.
+      axis_name: the name of the mapped axis, or a tuple of names.
+
+    Raises:
+      TypeError, ValueError: it is no name, or no names.
+      NameError: by `update`: no axis of this name is mapped there.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(-1.0))
@@ -36,8 +41,33 @@ class sum_over(Stateless):
     keeps_zero = True
     joinable = True
 
+    def __post_init__(self) -> None:
+        name = self.axis_name
+        names = tuple(name) if isinstance(name, tuple | list) else (name,)
+        for x in names:
+            # A number would be a dimension of the array itself.
+            if x is None or isinstance(x, numbers.Number | tuple | list):
+                raise TypeError(
+                    "sum_over: axis_name must be the name of a mapped axis, such as 'batch', or "
+                    f"a tuple of names; got {name!r}"
+                )
+        if not names or len(set(names)) != len(names):
+            raise ValueError(
+                f"sum_over: axis_name must be one name or several, each once; got {name!r}"
+            )
+        if isinstance(name, list):
+            self._set(axis_name=names)
+
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
+        try:
+            jax.lax.psum(1, self.axis_name)
+        except NameError:
+            raise NameError(
+                f"sum_over: no axis {self.axis_name!r} is mapped here: call update inside "
+                "shard_map over a mesh that has it, or inside vmap or pmap with axis_name="
+                f"{self.axis_name!r}; without replicas leave sum_over out"
+            ) from None
 
         def gathered(x: Any) -> Any:
             return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)

@@ -20,7 +20,7 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, stepped, widen, widened
+from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
 
 __all__ = [
     "Recurrence",
@@ -45,6 +45,7 @@ __all__ = [
     "summed_of_each",
     "together",
     "unsealed",
+    "whole",
 ]
 
 
@@ -61,11 +62,13 @@ class RowGradient(Data):
 
     As a gradient it says that all other rows have the gradient zero. Multiplied by a scalar,
     cast with `astype` and added to an array (`table + rows` is a scatter, so
-    `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, and the sum
-    of two is the gradient of both. Arithmetic on its leaves is not (`jax.tree.map(jnp.add, a, b)`,
-    `jax.lax.psum(rows, axis)`): it moves indices too. What comes of that is refused where it is
-    used, or, if only the compiled step can tell, has NaN for its values. (Integer combinations
-    whose weights add up to one, as `a - b + c`, and maxima and minima are not noticed.)
+    `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, but that the
+    sum has the dtype of the array, which must be a float, and complex if the rows are. The sum of
+    two is the gradient of both, lazy if both are. Arithmetic on its leaves is not
+    (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it moves indices too. What comes of
+    that is refused where it is used, or, if only the compiled step can tell, has NaN for its
+    values. (Integer combinations whose weights add up to one, as `a - b + c`, and maxima and minima
+    are not noticed.)
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
@@ -155,7 +158,14 @@ class RowGradient(Data):
             return _sum(self, other)
         if np.shape(other) != self.shape:
             return NotImplemented
-        return check_sound("RowGradient", self)._added_to(jnp.asarray(other))
+        table = jnp.asarray(other)
+        real = jnp.issubdtype(self.dtype, jnp.floating)
+        if not jnp.issubdtype(table.dtype, jnp.inexact if real else jnp.complexfloating):
+            raise TypeError(
+                f"row gradients of {self.dtype.name} cannot be added to an array of "
+                f"{table.dtype.name}, which would keep a part of them: cast the array"
+            )
+        return check_sound("RowGradient", self)._added_to(table)
 
     __radd__ = __add__
 
@@ -313,7 +323,8 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
         )
     a, b = (check_sound("RowGradient", x) for x in (a, b))
     indices = jnp.concatenate([a.indices, b.indices])
-    return row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
+    rows = row_gradient(indices, jnp.concatenate([a.values, b.values]), a.num_rows)
+    return rows.replace(lazy=a.lazy and b.lazy)
 
 
 # --- making one -----------------------------------------------------------------------------------
@@ -353,15 +364,18 @@ def row_gradient(
            [4.],
            [0.]], dtype=float32)
     """
+    if values is None:
+        raise TypeError("row_gradient: values must be floats, got None")
     indices, values = integers("row_gradient", indices), jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.inexact):
-        raise TypeError(f"row_gradient: values must be floats, got {values.dtype.name}")
+    if not is_signed(values.dtype):
+        signed = " that can be zero and negative" * jnp.issubdtype(values.dtype, jnp.inexact)
+        raise TypeError(f"row_gradient: values must be floats{signed}, got {values.dtype.name}")
     if values.shape[: indices.ndim] != indices.shape:
         raise ValueError(
             f"row_gradient: values must have the shape of indices and the row's behind it, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = _whole("num_rows", num_rows, np.iinfo(np.int32).max - 1)
+    num_rows = whole("row_gradient: num_rows", num_rows, np.iinfo(np.int32).max - 1)
     trailing = values.shape[indices.ndim :]
     # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
     # sends twice as much, or an array as long as the table.
@@ -425,16 +439,15 @@ def rows_of_each(rows: chex.Array, sizes: Sequence[int]) -> list[chex.Array]:
     return [rows] if len(sizes) == 1 else jnp.split(rows, np.cumsum(sizes[:-1]))
 
 
-def _whole(name: str, value: Any, most: int) -> int:
+def whole(what: str, value: Any, most: int | None = None) -> int:
+    """A size, a whole number of at least 1, as a Python int; NumPy's integers are taken too."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
-    if not 1 <= number <= most:
-        raise ValueError(
-            f"row_gradient: {name} must be a Python int of at least 1 and at most {most}, "
-            f"got {value!r}"
-        )
+    if number < 1 or (most is not None and number > most):
+        limit = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{what} must be a Python int of at least 1{limit}, got {value!r}")
     return number
 
 
@@ -485,9 +498,9 @@ def _is_int(x: Any) -> bool:
 
 
 def as_int32(indices: Any) -> chex.Array:
-    """Integers as an array of JAX; NumPy's beyond int32 become its limits, outside any table."""
+    """Integers as an array of JAX; those beyond int32 become its limits, outside any table."""
     if isinstance(indices, jax.Array):
-        return indices
+        return saturated(indices, np.int32)
     limits = np.iinfo(np.int32)
     below, above = (np.asarray(x, bool) for x in (indices < limits.min, indices > limits.max))
     ids = np.where(below | above, 0, indices).astype(np.int32)

@@ -92,12 +92,15 @@ class scale_by_learning_rate(Scaling):
 
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
-        before this step, 0 at the first), or `by_path` for a rate per leaf.
+        before this step, 0 at the first), or `by_path` for a rate per leaf. (Of an array that is
+        traced or set, and of what a callable returns, a value below 0 makes NaN; but what rounding
+        leaves of a callable, down to -1e-6, is 0.)
 
     The state is a `ScheduleState`.
 
     Raises:
       ValueError: by `init` and `update`, a pattern of `by_path` matches no leaf.
+      TypeError, ValueError: by `update`, a callable returned what is no real scalar.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
@@ -144,7 +147,8 @@ class add_decayed_weights(Transform):
     before the step. `update` needs `params`.
 
     Args:
-      weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`.
+      weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`; as for a
+        learning rate, a value below 0 that is only seen in the step makes NaN.
       mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools
         like the parameters, or with one bool for a subtree; or a function from a tree to such a
         one. `None`: all.

@@ -3,14 +3,18 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Wherever a rate is expected, any other callable of the count does
-as well, optax's schedules among them.
+as well, optax's schedules among them. What only a step can see, an array that is traced or set,
+or what a callable returns, makes NaN where it is below 0, and where boundaries do not increase.
+(What a callable returns between -1e-6 and 0 is 0: rounding leaves that of a rate that ends at 0.)
 """
 
+import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
@@ -26,11 +30,12 @@ from adamjax.data import (
     STEPS,
     Data,
     Number,
+    Range,
     Tree,
     is_array,
     static,
 )
-from adamjax.moments import as_count
+from adamjax.moments import as_count, expect_scalar, ranged, saturated
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -81,19 +86,44 @@ class _Compiled(Schedule):
     Compiled, a division by a constant is a product with its reciprocal, and sums and products are
     rounded together. Operation by operation the last bit would often be another. Python's numbers
     are constants here as in a step, arrays are arguments.
+
+    Of an array that is traced or set, the value is not checked: what is below 0, infinite or NaN
+    makes NaN, and 0 does what is near to it.
     """
+
+    # What the fields may be that are numbers.
+    _ranges: ClassVar[Mapping[str, Range]] = {}
+
+    def __post_init__(self) -> None:
+        for name, allowed in self._ranges.items():
+            self._check(name, allowed)
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
         count = _as_count(count)
         leaves, treedef = jax.tree.flatten(self)
         traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
         if traced or not _is_ours(self):
-            return self.at(count)
+            return self._checked_at(count)
         constants = tuple(None if is_array(x) else x for x in leaves)
         return _read(treedef, constants, [x if is_array(x) else None for x in leaves], count)
 
+    def _checked_at(self, count: chex.Array) -> chex.Array:
+        for path, x in jax.tree_util.tree_leaves_with_path(self):
+            if np.ndim(x) != 0:
+                field = jax.tree_util.keystr(path).lstrip(".")
+                expect_scalar(f"{type(self).__name__}: {field}", x)
+        made = copy.copy(self)
+        for name, allowed in self._ranges.items():
+            # Lengths, which may be whole, are looked at where they divide.
+            if allowed.whole == "never":
+                made._set(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
+        return made.at(count)
+
     def at(self, count: chex.Array) -> chex.Array:
-        """The value after `count` steps, an integer of 32 bits at least or a float."""
+        """The value after `count` steps, an integer of 32 bits at least or a float.
+
+        Fields are scalars, and NaN where they are out of their range.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say what its value is")
 
 
@@ -108,11 +138,15 @@ def _is_ours(schedule: Any) -> bool:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(treedef: Any, constants: Any, arrays: Any, count: chex.Array) -> chex.Array:
     pairs = zip(constants, arrays, strict=True)
-    return treedef.unflatten([c if x is None else x for c, x in pairs]).at(count)
+    schedule = treedef.unflatten([c if x is None else x for c, x in pairs])
+    return schedule._checked_at(count)
 
 
 def _as_count(count: chex.Numeric) -> chex.Array:
-    """A count as an array of at least 32 bits; one that JAX would cut to 32 is refused."""
+    """A count as an array of at least 32 bits, signed; one that JAX would cut to 32 is refused.
+
+    Of an unsigned array, which may be traced, what is beyond all counts is the largest.
+    """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
         wide = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
@@ -122,6 +156,8 @@ def _as_count(count: chex.Numeric) -> chex.Array:
                 f"got {count!r}"
             )
         count = jnp.asarray(x)
+    if jnp.issubdtype(count.dtype, jnp.unsignedinteger):
+        return saturated(count, jax.dtypes.canonicalize_dtype(np.int64))
     is_narrow = jnp.issubdtype(count.dtype, jnp.integer) and count.dtype.itemsize < 4
     return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
 
@@ -132,14 +168,34 @@ class wrapped(Schedule):
     function: Callable[[Any], Any] = static()
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
-        return jnp.asarray(self.function(count))
+        return _returned(self, self.function(count))
 
     def __repr__(self) -> str:
         return repr(self.function)
 
 
+def _returned(rate: Any, value: Any) -> chex.Array:
+    """What a callable returned as a rate, as an array; what is no real number is refused."""
+    try:
+        x = None if value is None else jnp.asarray(value)
+    except (TypeError, ValueError):
+        x = None
+    kinds = (jnp.integer, jnp.floating)
+    if x is None or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+        what = f"{value!r} of type {type(value).__name__}" if x is None else f"a {x.dtype.name}"
+        raise TypeError(f"a rate must be a real number, got {what} from {rate!r}")
+    return x
+
+
 def _float(x: Any) -> chex.Array:
     return jnp.asarray(x, dtype=float)
+
+
+def _product(factor: Number, x: chex.Array) -> chex.Array:
+    """`factor * x`, which for a factor of 0 is 0 also where `x` is too large for a float."""
+    if not is_array(factor) and factor != 0:
+        return factor * x
+    return factor * jnp.where((factor == 0) & jnp.isinf(x), 0, x)
 
 
 class _Units(NamedTuple):
@@ -172,7 +228,11 @@ def _units(count: chex.Array, steps: Number) -> _Units:
             return _whole_units(count, int(steps))
         return _float_units(_float(count), _float(steps))
     if jnp.issubdtype(steps.dtype, jnp.integer) and jnp.issubdtype(count.dtype, jnp.integer):
-        units = _whole_units(count, jnp.maximum(steps, 1).astype(count.dtype))
+        both = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps.dtype, count.dtype))
+    else:
+        both = None
+    if both is not None and jnp.iinfo(both).max >= jnp.iinfo(steps.dtype).max:
+        units = _whole_units(count.astype(both), jnp.maximum(steps, 1).astype(both))
     else:
         units = _float_units(_float(count), _float(steps))
     return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
@@ -212,13 +272,20 @@ def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
             return jnp.full(count.shape, below < limits.min)
         return np.asarray(below, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
-        return boundary < count
+        return saturated(boundary, count.dtype) < count
     # Floats from the end on are above all counts.
     boundary = boundary.astype(jnp.promote_types(boundary.dtype, jnp.float32))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
     most = np.nextafter(end, np.zeros_like(end))
     below = jnp.clip(jnp.floor(boundary), float(limits.min), most).astype(count.dtype)
     return (below < count) & (boundary < end)
+
+
+def _point(boundary: Number) -> chex.Array:
+    """A boundary as an array: an integer where it can be one."""
+    if not is_array(boundary) and boundary == math.floor(boundary) and abs(boundary) <= LAST_COUNT:
+        return jnp.asarray(int(boundary), jnp.int32)
+    return jnp.asarray(boundary)
 
 
 class constant(_Compiled):
@@ -231,8 +298,7 @@ class constant(_Compiled):
 
     value: Number
 
-    def __post_init__(self) -> None:
-        self._check("value", NON_NEGATIVE)
+    _ranges: ClassVar[Mapping[str, Range]] = {"value": NON_NEGATIVE}
 
     def at(self, count: chex.Array) -> chex.Array:
         return _float(self.value)
@@ -260,16 +326,17 @@ class inverse_time_decay(_Compiled):
     decay_rate: Number
     staircase: bool = static(default=False)
 
+    _ranges: ClassVar[Mapping[str, Range]] = {"decay_steps": STEPS, "decay_rate": NON_NEGATIVE}
+
     def __post_init__(self) -> None:
         self._set(initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False))
-        self._check("decay_steps", STEPS)
-        self._check("decay_rate", NON_NEGATIVE)
+        super().__post_init__()
         self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
         passed = units.whole if self.staircase else units.passed
-        return rate_at(self.initial_learning_rate, count) / (1 + self.decay_rate * passed)
+        return rate_at(self.initial_learning_rate, count) / (1 + _product(self.decay_rate, passed))
 
 
 class exponential_decay(_Compiled):
@@ -291,16 +358,20 @@ class exponential_decay(_Compiled):
     decay_rate: Number
     staircase: bool = static(default=False)
 
+    _ranges: ClassVar[Mapping[str, Range]] = {
+        "initial_learning_rate": NON_NEGATIVE,
+        "decay_steps": STEPS,
+        "decay_rate": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
-        self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", STEPS)
-        self._check("decay_rate", POSITIVE)
+        super().__post_init__()
         self._check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
         passed = units.whole if self.staircase else units.passed
-        return self.initial_learning_rate * self.decay_rate**passed
+        return _product(self.initial_learning_rate, self.decay_rate**passed)
 
 
 class piecewise_constant(_Compiled):
@@ -322,7 +393,13 @@ class piecewise_constant(_Compiled):
     def __post_init__(self) -> None:
         times = FINITE._replace(whole="kept")
         for name, allowed in (("boundaries", times), ("values", NON_NEGATIVE)):
-            items = enumerate(getattr(self, name))
+            given: Any = getattr(self, name)
+            if (is_array(given) and given.ndim == 0) or not isinstance(given, Iterable):
+                raise TypeError(
+                    f"piecewise_constant: {name} must be a list of numbers, got {given!r}; a rate "
+                    "that never changes is constant(value)"
+                )
+            items = enumerate(given)
             checked = tuple(self._checked(f"{name}[{i}]", x, allowed) for i, x in items)
             self._set(**{name: checked})
         if len(self.values) != len(self.boundaries) + 1:
@@ -330,14 +407,25 @@ class piecewise_constant(_Compiled):
                 f"piecewise_constant: values must be one more than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
-        if all(not is_array(b) for b in self.boundaries) and np.any(np.diff(self.boundaries) <= 0):
-            raise ValueError(
-                f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
-            )
+        # Those mapped over have a shape, and their order is seen as they are called.
+        known = [
+            None if isinstance(b, jax.core.Tracer) or np.ndim(b) else np.asarray(b, np.float64)
+            for b in self.boundaries
+        ]
+        for before, b in itertools.pairwise(known):
+            if before is not None and b is not None and before >= b:
+                raise ValueError(
+                    f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
+                )
 
     def at(self, count: chex.Array) -> chex.Array:
         passed = sum(_is_before(count, b).astype(jnp.int32) for b in self.boundaries)
-        return jnp.stack([_float(v) for v in self.values])[passed]
+        values = [_float(ranged(v, NON_NEGATIVE)) for v in self.values]
+        value = jnp.stack(values)[passed]
+        for before, b in itertools.pairwise(self.boundaries):
+            if is_array(before) or is_array(b):
+                value = jnp.where(_is_before(_point(b), before), value, jnp.nan)
+        return value
 
 
 class polynomial_decay(_Compiled):
@@ -363,11 +451,15 @@ class polynomial_decay(_Compiled):
     power: Number = 1.0
     cycle: bool = static(default=False)
 
+    _ranges: ClassVar[Mapping[str, Range]] = {
+        "initial_learning_rate": NON_NEGATIVE,
+        "decay_steps": STEPS,
+        "end_learning_rate": NON_NEGATIVE,
+        "power": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
-        self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", STEPS)
-        self._check("end_learning_rate", NON_NEGATIVE)
-        self._check("power", POSITIVE)
+        super().__post_init__()
         self._check_flag("cycle")
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -407,10 +499,11 @@ class cosine_decay(_Compiled):
     decay_steps: Number
     alpha: Number = 0.0
 
-    def __post_init__(self) -> None:
-        self._check("initial_learning_rate", NON_NEGATIVE)
-        self._check("decay_steps", STEPS)
-        self._check("alpha", NON_NEGATIVE)
+    _ranges: ClassVar[Mapping[str, Range]] = {
+        "initial_learning_rate": NON_NEGATIVE,
+        "decay_steps": STEPS,
+        "alpha": NON_NEGATIVE,
+    }
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -440,18 +533,21 @@ class warmup(_Compiled):
     steps: Number
     start: Number = 0.0
 
+    _ranges: ClassVar[Mapping[str, Range]] = {"steps": COUNT, "start": NON_NEGATIVE}
+
     def __post_init__(self) -> None:
         self._set(schedule=as_rate(self, "schedule", per_leaf=False))
-        self._check("steps", COUNT)
-        self._check("start", NON_NEGATIVE)
+        super().__post_init__()
 
     def at(self, count: chex.Array) -> chex.Array:
         first = rate_at(self.schedule, jnp.zeros_like(count))
         steps = as_count("warmup: steps", self.steps, count.dtype)
         # Of no steps the line is not read.
-        line = self.start + (first - self.start) * (_float(count) / _float(jnp.maximum(steps, 1)))
+        length = _float(jnp.maximum(self.steps, 1))
+        line = self.start + (first - self.start) * (_float(count) / length)
         later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
-        return jnp.where(count < steps, line, later)
+        value = jnp.where(count < steps, line, later)
+        return jnp.where(steps >= 0, value, jnp.nan) if is_array(self.steps) else value
 
 
 class by_path(Data):
@@ -537,6 +633,11 @@ def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
         )
     if isinstance(value, Schedule | by_path):
         return value
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a number or a callable of the count, got the class {value.__name__}: "
+            f"make one of it, {value.__name__}(...)"
+        )
     if callable(value):
         return wrapped(value)
     try:
@@ -552,17 +653,36 @@ def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
     return _as_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 
+# What the rounding of a function that ends at 0 leaves below it, for rates of up to 8: compiled,
+# `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
+_ROUNDED = 1e-6
+_RATE = Range("at least 0", lambda x: x >= 0)
+
+
 def rate_at(rate: Any, count: chex.Numeric) -> Any:
-    """The rate after `count` steps: a number or a scalar array; for `by_path`, one of numbers."""
+    """The rate after `count` steps: a number or a scalar array; for `by_path`, one of numbers.
+
+    An array below 0 becomes NaN, but 0 where a callable returned what rounding leaves just below.
+    (Schedules that grow may become infinite.)
+
+    Raises:
+      TypeError, ValueError: a callable returned what is no real number, or no scalar.
+    """
     if isinstance(rate, by_path):
         return rate.resolve(count)
-    value = rate(count) if callable(rate) else rate
+    value = rate
+    if callable(rate):
+        value = _returned(rate, rate(count))
+        if not isinstance(rate, _Compiled):
+            value = jnp.where((value < 0) & (value >= -_ROUNDED), 0, value)
     if np.ndim(value) != 0:
+        who = f" from {rate!r}" if callable(rate) else ""
         raise ValueError(
-            f"a rate must be a scalar, got one of shape {np.shape(value)}; "
+            f"a rate must be a scalar, got one of shape {np.shape(value)}{who}; "
             "to train with many rates at once, map over the transform with jax.vmap"
         )
-    return value
+    # Those of this module are at least 0, as what they are made of is.
+    return value if isinstance(rate, _Compiled) else ranged(value, _RATE)
 
 
 def rates_at(owner: str, rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:

@@ -1614,6 +1614,35 @@ def test_argnums(argnums):
     assert len(found) == len(np.atleast_1d(argnums))
 
 
+def test_argnums_of_numpy_and_what_is_none():
+    def found(argnums):
+        tables = [adamjax.optional("table"), adamjax.optional("embedding")]
+        return adamjax.grad(two_arguments, tables, argnums=argnums)(A, MANY, B)
+
+    assert_equal(dense(found(np.int64(2))), dense(found(2)))
+    assert_equal(dense(found(np.array([0, 2]))), dense(found((0, 2))))
+    for bad in ((0, 0), (2, -1), [0, 2, -3]):
+        with pytest.raises(ValueError, match=r"argnums=.* has an argument twice"):
+            found(bad)
+    for bad in ("0", True, 1.0, None, (0, True), (0, "2"), np.array([0.0])):
+        with pytest.raises(TypeError, match="argnums must be an int or a tuple of ints, got"):
+            found(bad)
+    for bad in (3, (0, -4)):
+        with pytest.raises(ValueError, match="needs more than the 3 positional arguments"):
+            found(bad)
+
+
+def test_large_unsigned_indices_read_what_jax_reads():
+    table, ids = jnp.arange(10.0).reshape(5, 2), jnp.array([1, 2**31 + 1, 2**32 - 1], jnp.uint32)
+    for loss in (
+        lambda table, ids: (table.at[ids].get(mode="fill", fill_value=0) ** 2).sum(),
+        lambda table, ids: (table.at[ids].get(mode="clip") ** 2).sum(),
+        lambda table, ids: (jax.lax.dynamic_index_in_dim(table, ids[1]) ** 2).sum(),
+    ):
+        rows = jax.jit(adamjax.grad(loss, "", strict=True))(table, ids)
+        np.testing.assert_array_equal(rows.to_dense(), jax.grad(loss)(table, ids))
+
+
 def test_a_table_as_an_argument():
     """The argument is the leaf, and its path is empty."""
     vg = adamjax.value_and_grad(lambda ids, table: quad(A, table[ids]), "", argnums=1)

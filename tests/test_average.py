@@ -158,3 +158,21 @@ def test_overwriting_at_the_largest_count_goes_on():
     updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
     assert int(state.count) == jnp.iinfo(jnp.int32).max
     assert_close(updates, jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS))
+
+
+def test_what_is_traced_makes_nan_outside_of_its_range():
+    def step(tx):
+        updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+        return updates, state.average
+
+    averages = jax.jit(lambda momentum: step(weight_ema(momentum))[1])
+    for momentum, expected in ((0.0, 2.0), (0.25, 1.75), (1.0, 1.0)):
+        np.testing.assert_array_equal(averages(momentum), jnp.full(2, expected))
+    for bad in (-0.1, 1.1, jnp.nan):
+        assert np.isnan(averages(bad)).all()
+    both = jax.jit(lambda frequency: step(weight_ema(0.5, frequency)))
+    assert_same(both(2), (jnp.ones(2), jnp.full(2, 1.5)))
+    for bad in (0, -1, -3):
+        assert all(np.isnan(x).all() for x in both(bad))
+    with pytest.raises(ValueError, match=r"overwrite_frequency is an array of shape \(2,\).*vmap"):
+        step(weight_ema(0.5, jnp.array([1, 2])))

@@ -2,6 +2,7 @@
 
 import copy
 import fractions
+import functools
 import inspect
 import math
 import pickle
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import enable_x64
 
 import adamjax
 from adamjax import by_path, piecewise_constant, scale, weight_ema
@@ -325,7 +327,7 @@ def test_wide_integers_are_not_cut_to_32_bits():
 
 
 def test_epsilons_that_are_traced_do_at_0_what_they_do_beside_it():
-    """A weight without a gradient has the update 0; what is below 0 or NaN makes NaN."""
+    """A weight without a gradient has the update 0; what is below 0, infinite or NaN makes NaN."""
     g = jnp.array([0.0, 2.0])
     for make in (
         lambda eps: adamjax.scale_by_adam(eps_hat=eps),
@@ -337,7 +339,7 @@ def test_epsilons_that_are_traced_do_at_0_what_they_do_beside_it():
         step = jax.jit(lambda eps, make=make: make(eps).update(g, make(eps).init(g))[0])
         np.testing.assert_allclose(step(0.0), step(1e-30), rtol=1e-6)
         assert step(0.0)[0] == 0
-        for bad in (-1.0, jnp.nan):
+        for bad in (-1.0, jnp.nan, jnp.inf):
             assert np.isnan(step(bad)).all()
 
 
@@ -347,3 +349,74 @@ def test_numbers_of_every_kind_do():
     for value in (1, fractions.Fraction(1, 2), jnp.bfloat16(0.5), np.float16(0.5), 2**40):
         updates, _ = scale(value).update(g, ())
         np.testing.assert_allclose(updates, float(value))
+
+
+RULES = {
+    "adam": adamjax.scale_by_adam,
+    "eps": functools.partial(adamjax.scale_by_adam, eps=1e-8),
+    "nadam": functools.partial(adamjax.scale_by_adam, nesterov=True),
+    "amsgrad": adamjax.scale_by_amsgrad,
+    "adamax": adamjax.scale_by_adamax,
+}
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+@pytest.mark.parametrize("rule", RULES)
+def test_betas_that_are_traced_make_nan_outside_of_their_range(rule, name):
+    """Also in the second step, and for a beta that is 1 as a float32."""
+    g = jnp.array([0.5, 2.0])
+
+    def second(tx):
+        _, state = tx.update(g, tx.init(g))
+        return tx.update(g, state)[0]
+
+    read = jax.jit(lambda b: second(RULES[rule](**{name: b})))
+    for bad in (-0.5, 1.0, 1.5, 0.99999999, -jnp.inf, jnp.inf, jnp.nan):
+        assert np.isnan(read(bad)).all(), bad
+    for b in (0.0, 0.25, 0.5, 0.75):
+        np.testing.assert_allclose(read(b), second(RULES[rule](**{name: b})), rtol=1e-6)
+    assert np.isnan(jax.jit(second)(RULES[rule](**{name: 0.99999999}))).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_betas_of_float64_are_taken_as_they_are(rule):
+    """By rules in float32 as well: 1 - 1e-9 is 1 there."""
+    rng = np.random.default_rng(0)
+    for b1, b2 in ((0.9, 0.999), (0.9, 1 - 1e-9), (1 - 1e-9, 0.999)):
+        with enable_x64(True):
+            grads = [jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(3)]
+            tx = RULES[rule](b1=jnp.float64(b1), b2=jnp.float64(b2))
+            exact = RULES[rule](b1=b1, b2=b2)
+            state = tx.init(grads[0])
+            exact_state = exact.init(grads[0].astype(jnp.float64))
+            for g in grads:
+                updates, state = jax.jit(tx.update)(g, state)
+                expected, exact_state = exact.update(g.astype(jnp.float64), exact_state)
+                assert updates.dtype == jnp.float32
+                np.testing.assert_allclose(updates, expected, rtol=3e-6, atol=1e-7)
+
+
+def test_nadam_steps_by_the_gradient_where_beta_is_near_1():
+    """What the momentum lacks to 1 is not what rounding leaves of it."""
+    g, late = jnp.array([2.0]), 3000
+    for b1 in (0.9999, 1 - 1e-7):
+        tx = adamjax.scale_by_adam(b1=b1, nesterov=True)
+        state = tx.init(g)._replace(count=jnp.array(late, jnp.int32), v=jnp.array([4.0]))
+        state = state._replace(momentum_product=jnp.array(0.0, jnp.float32))
+        found = float(tx.update(g, state)[0][0])
+        m = (1 - b1) * 2
+        expected = (b1 * m + (1 - b1) * 2) * np.sqrt(1 - 0.999 ** (late + 1)) / 2
+        np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_numbers_that_were_put_in_the_place_of_others_are_refused():
+    """As `jax.tree.map` over a transform does, which checks nothing."""
+    g = jnp.ones(2)
+    for tx, text in (
+        (adamjax.scale_by_adam(), r"in \[0, 1\), got 1.998"),
+        (adamjax.scale_by_learning_rate(0.5), "at least 0, got -1.0"),
+    ):
+        factor = -2 if "rate" in repr(tx) else 2
+        wrong = jax.tree.map(lambda x, factor=factor: factor * x, tx)
+        with pytest.raises(ValueError, match=f"a hyperparameter must be {text}"):
+            wrong.update(g, tx.init(g))

@@ -122,6 +122,33 @@ def test_a_leaf_without_a_gradient_waits():
     assert float(updates["b"]) == 4.0
 
 
+def test_steps_that_are_traced_make_nan_below_1():
+    g = jnp.ones(2)
+
+    def first(steps):
+        tx = accumulate_gradients(scale(2.0), steps)
+        return tx.update(g, tx.init(g))[0]
+
+    for steps, expected in ((1, 2.0), (2, 0.0), (jnp.uint32(3_000_000_000), 0.0)):
+        np.testing.assert_array_equal(jax.jit(first)(steps), jnp.full(2, expected))
+    for bad in (0, -1):
+        assert np.isnan(jax.jit(first)(bad)).all()
+    with pytest.raises(ValueError, match=r"steps is an array of shape \(2,\).*vmap"):
+        first(jnp.array([1, 2]))
+    np.testing.assert_array_equal(jax.vmap(first)(jnp.array([1, 2]))[:, 0], [2.0, 0.0])
+
+
+def test_a_gradient_that_waits_counts_as_much_as_any_other():
+    """Of ten calls with a leaf in most: the sum of the updates is half the sum of gradients."""
+    tx = accumulate_gradients(scale(1.0), 2)
+    state, moved = tx.init(PARAMS), 0.0
+    for t in range(10):
+        b = None if t in (1, 4, 5) else jnp.array(2.0**t)
+        updates, state = tx.update({"w": jnp.ones(2), "b": b}, state)
+        moved += 0.0 if b is None else float(updates["b"])
+    assert moved == sum(2.0**t for t in range(10) if t not in (1, 4, 5)) / 2
+
+
 # --- skip_not_finite ----------------------------------------------------------------------------
 
 
@@ -300,11 +327,15 @@ def test_rows_and_room_that_do_not_fit_are_refused():
     tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
     with pytest.raises(ValueError, match=r"max_rows makes room.*\(9, 2\), but a dense one came"):
         tx.update(dense(draw_rows(0)), tx.init(TABLE))
-    for bad in (0, -1, 1.5, "t", [("t", 0)], [("t", 1.5)]):
+    for bad in (0, -1, 1.5, "t", [("t", 0)], [("t", 1.5)], True, {}, []):
         with pytest.raises(ValueError, match=r"accumulate_gradients: max_rows must be a whole"):
             accumulate_gradients(scale(1.0), 2, max_rows=bad)
     with pytest.raises(ValueError, match=r"max_rows: '\(' is not a regular expression"):
         accumulate_gradients(scale(1.0), 2, max_rows=[("(", 1)])
+    assert accumulate_gradients(scale(1.0), 2, max_rows=np.int64(4)) == tx
+    pair = accumulate_gradients(scale(1.0), 2, max_rows={"t": np.int32(4)})
+    assert pair == accumulate_gradients(scale(1.0), 2, max_rows=[("t", 4)])
+    hash((tx, pair))
     # A leaf that has no more rows than that is gathered in a dense array.
     assert not hasattr(accumulate_gradients(scale(1.0), 2, ROWS).init(TABLE).total["t"], "indices")
 

@@ -106,6 +106,29 @@ def test_around_exact_rows():
     np.testing.assert_allclose(exact["table"], wanted["table"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *(("b1", x) for x in (-0.5, 1.0, 1.5)),
+        *(("b2", x) for x in (-0.5, 1.0, 1.5)),
+        ("learning_rate", -0.5),
+        ("weight_decay", -0.5),
+        ("momentum", 1.5),
+        ("momentum", -0.5),
+    ],
+)
+def test_what_is_set_makes_nan_outside_of_its_range(name, bad):
+    """Also where a checkpoint made a number of NumPy's of it."""
+    inner = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.5, 1))
+    tx = with_hyperparams(inner, **{name: 0.5})
+    state = set_hyperparams(tx.init(PARAMS), **{name: bad})
+    bare = state._replace(hyperparams={name: np.float32(bad)})
+    for update in (tx.update, jax.jit(tx.update)):
+        for given in (state, bare):
+            updates, _ = update(PARAMS, given, PARAMS)
+            assert all(np.isnan(x).all() for x in jax.tree.leaves(updates))
+
+
 # --- only counts are whole ------------------------------------------------------------------------
 
 # Whole numbers for what is no count, in a transform that has it.

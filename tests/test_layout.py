@@ -197,8 +197,22 @@ def test_lines_of_indices_of_any_width():
 
 
 def test_packing_refuses_what_it_does_not_fit():
-    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
-        adamjax.packing(0)
+    for bad in (0, 64.0, True, "64", None):
+        with pytest.raises(
+            ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"
+        ):
+            adamjax.packing(bad)
+    packing = adamjax.packing(np.int64(64))
+    assert packing == (64, 2)
+    ids, lines = jnp.arange(3), jnp.ones((3, 128))
+    for rows, bad in ((3, lines), (7, lines), (5, lines[:, :64]), (5, lines[None]), (1, lines[0])):
+        with pytest.raises(ValueError, match=rf"lines of shape \[{-(-rows // 2)}, 128\], got"):
+            packing.unpack(bad, rows)
+    for bad in (lines[:2], lines[:, :64], lines[None], lines[0]):
+        with pytest.raises(ValueError, match=r"lines of shape \[3, 128\], got"):
+            packing.rows(bad, ids)
+    with pytest.raises(ValueError, match=r"num_rows must be a Python int of at least 1, got 5.0"):
+        packing.unpack(lines, 5.0)
     with pytest.raises(ValueError, match=r"shape \[rows, 64\], got \[3, 5\]"):
         adamjax.packing(64).pack(jnp.ones((3, 5)))
 
@@ -233,3 +247,9 @@ def test_packed_rows_move_as_rows(exact):
         lines, _ = tx.flush(lines, line_state)
     found = packing.unpack(lines["table"], num_rows)
     np.testing.assert_allclose(found, rows["table"], rtol=2e-6, atol=2e-6)
+
+
+def test_lines_of_large_unsigned_indices_are_outside():
+    packing, ids = adamjax.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
+    for place in (packing.line(ids), jax.jit(packing.line)(ids)):
+        np.testing.assert_array_equal(place, [2, 2**30, 2**31 - 1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support import assert_close, shard_map
 
 import adamjax
@@ -104,3 +105,23 @@ def test_over_devices():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_is_no_axis_is_refused():
+    for bad in (0, 1.0, None, True, ("batch", 0), (("batch",),)):
+        with pytest.raises(TypeError, match="axis_name must be the name of a mapped axis"):
+            adamjax.sum_over(bad)
+    for bad in ((), [], ("batch", "batch")):
+        with pytest.raises(ValueError, match="one name or several, each once; got"):
+            adamjax.sum_over(bad)
+    g = jnp.ones((2, 3))
+    for axis in ("batch", ("rows", "batch")):
+        tx = adamjax.sum_over(axis)
+        for step in (tx.update, jax.vmap(tx.update, (0, None), axis_name="rows")):
+            with pytest.raises(
+                NameError, match=r"sum_over: no axis .*batch.* is mapped here.*vmap"
+            ):
+                step(g, ())
+    both = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
+    both = jax.vmap(both, (0, None), axis_name="rows")
+    assert_close(both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))

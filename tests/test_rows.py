@@ -81,6 +81,7 @@ WIDE = {
     "nested lists": ([[2**32 + 5, 5], [0, -(2**32)]], [[V, 5], [0, V]]),
     "lists of arrays": ([np.array([2**32 + 5, 5]), np.uint64([1, 2])], [[V, 5], [1, 2]]),
     "lists of JAX' arrays": ([jnp.int32(3), 2**32 + 3, jnp.uint32(5)], [3, V, 5]),
+    "large ones of JAX": ([jnp.uint32(2**32 - 1), jnp.int32(1)], [V, 1]),
     "NumPy's numbers": ([np.int8(-1), np.uint64(2**64 - 1), np.int64(5)], [V, V, 5]),
     "one int": (5, 5),
     "one wide int": (2**32 + 5, V),
@@ -172,6 +173,7 @@ def test_an_index_outside_is_reported_by_checkify():
         ([0.0], np.ones((1, D)), V, {}, TypeError, "indices must be integers, got float"),
         ([0], np.ones((1, D), np.int32), V, {}, TypeError, "values must be floats, got int32"),
         ([0, 1], np.ones((3, D)), V, {}, ValueError, r"\(2,\) \+ \(\.\.\.\), got \(3, 3\)"),
+        ([0], None, V, {}, TypeError, "values must be floats, got None"),
         ([0], np.ones((1, D)), 0, {}, ValueError, "num_rows must be a Python int.*got 0"),
         ([0], np.ones((1, D)), 2**31, {}, ValueError, "num_rows must be.*got 2147483648"),
         ([0], np.ones((1, D)), True, {}, ValueError, "num_rows must be.*got True"),
@@ -231,6 +233,59 @@ def test_what_is_not_of_its_shape_is_not_added(rows):
         rows * jnp.ones(D)
     with pytest.raises(ValueError, match="cannot be added"):
         rows + row_gradient(jnp.array([0]), jnp.ones((1, D)), V + 1)
+
+
+def test_an_array_that_cannot_hold_the_sum_is_refused(rows):
+    """It would lose imaginary parts or fractions."""
+    for array, wrong in (
+        (jnp.ones((V, D)), 1j * rows),
+        (jnp.ones((V, D), int), rows),
+        (jnp.ones((V, D), bool), rows),
+        (np.ones((V, D), np.int8), rows),
+    ):
+        for add in (lambda a, b: a + b, lambda a, b: b + a):
+            with pytest.raises(
+                TypeError, match=r"row gradients of .*cannot be added to an array of"
+            ):
+                add(array, wrong)
+    table = jnp.ones((V, D), jnp.complex64)
+    assert_close(table + 1j * rows, table + 1j * rows.to_dense())
+    assert_close(table + rows, table + rows.to_dense())
+
+
+def test_the_kind_of_a_factor_is_that_of_the_dense_array(rows):
+    narrow = rows.astype(jnp.bfloat16)
+    for r in (rows, narrow):
+        for factor in (True, np.True_, jnp.array(False), 2j, jnp.float32(2), jnp.array([2.0])[0]):
+            assert_close((r * factor).to_dense(), r.to_dense() * factor)
+
+
+def test_the_sum_of_lazy_row_gradients_is_lazy():
+    a, b = (
+        row_gradient(*batch((4,), seed=seed, low=0, high=V), V).replace(lazy=lazy)
+        for seed, lazy in ((0, True), (1, False))
+    )
+    assert [(x + y).lazy for x, y in ((a, a), (a, b), (b, a), (b, b))] == [True, *[False] * 3]
+    params = jnp.ones((V, D))
+    tx = adamjax.chain(adamjax.scale_by_adam(), adamjax.add_decayed_weights(0.5))
+    both = a + b.replace(lazy=True)
+    moved = tx.update(both, tx.init(params), params)[0].to_dense()
+    touched = np.zeros(V, bool)
+    ids = np.asarray(both.indices)
+    touched[ids[ids < V]] = True
+    assert not np.any(np.asarray(moved)[~touched])
+
+
+@pytest.mark.skipif(not hasattr(jnp, "float8_e8m0fnu"), reason="an older JAX")
+def test_dtypes_without_zero_or_negative_numbers_are_refused():
+    x = jnp.ones((1, D), jnp.float8_e8m0fnu)
+    with pytest.raises(TypeError, match="zero and negative, got float8_e8m0fnu"):
+        row_gradient([0], x, V)
+    with pytest.raises(TypeError, match=r"params\[''\] is float8_e8m0fnu.*zero and negative"):
+        adamjax.adam(0.1).init(x)
+    with pytest.raises(ValueError, match=r"is float8_e8m0fnu.*zero and negative"):
+        adamjax.scale(0.5).update(x, ())
+    assert row_gradient([0], x.astype(jnp.float8_e4m3fn), V).dtype == jnp.float8_e4m3fn
 
 
 def test_a_narrow_table_is_rounded_once(rows):

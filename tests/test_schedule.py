@@ -386,6 +386,124 @@ def test_array_hyperparameters_are_differentiable_where_rates_end():
     assert float(slope.end_learning_rate) == 1.0
 
 
+# What takes a number that may be traced, at a count of 3, and that count's value at 0 and at 0.5.
+TRACED = {
+    "constant": (constant, 0.0, 0.5),
+    "cosine": (lambda x: cosine_decay(x, 6), 0.0, 0.25),
+    "alpha": (lambda x: cosine_decay(0.5, 6, x), 0.25, 0.375),
+    "exponential": (lambda x: exponential_decay(x, 3, 0.5), 0.0, 0.25),
+    "decay": (lambda x: exponential_decay(1.0, 3, x), 0.0, 0.5),
+    "staircase": (lambda x: exponential_decay(1.0, 1, x, staircase=True), 0.0, 0.125),
+    "inverse": (lambda x: inverse_time_decay(x, 3, 1.0), 0.0, 0.25),
+    "inverse decay": (lambda x: inverse_time_decay(0.75, 3, x), 0.75, 0.5),
+    "polynomial": (lambda x: polynomial_decay(x, 6, 0.0), 0.0, 0.25),
+    "end": (lambda x: polynomial_decay(0.5, 6, x), 0.25, 0.5),
+    "power": (lambda x: polynomial_decay(0.5, 4, 0.0, x), 0.5, 0.25),
+    "start": (lambda x: warmup(1.0, 6, x), 0.5, 0.75),
+    "warm-up": (lambda x: warmup(x, 6), 0.0, 0.25),
+    "value": (lambda x: piecewise_constant([2], [1.0, x]), 0.0, 0.5),
+    "boundary": (lambda x: piecewise_constant([-1.0, x], [1.0, 0.5, 0.25]), 0.25, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_numbers_that_are_traced_make_nan_outside_of_their_range(name):
+    make, at_0, at_half = TRACED[name]
+    rate = jax.jit(lambda x: make(x)(3))
+    tx = jax.jit(lambda x: adamjax.learning_rate(*[f(make(x)) for f in (with_rate, started)]))
+    for read in (rate, tx):
+        np.testing.assert_allclose([read(0.0), read(0.5)], [at_0, at_half], rtol=1e-6)
+        for bad in (-0.5, -2.0, jnp.nan) if name != "boundary" else (-1.0, -2.0, jnp.nan):
+            assert np.isnan(read(bad)), bad
+
+
+def with_rate(rate):
+    return scale_by_learning_rate(rate)
+
+
+def started(_):
+    return adamjax.ScheduleState(jnp.array(3, jnp.int32))
+
+
+def test_boundaries_that_are_traced_must_increase():
+    read = jax.jit(lambda bounds, t: piecewise_constant(list(bounds), [1.0, 0.5, 0.25])(t))
+    for kind in (jnp.int32, jnp.float32):
+        assert [float(read(jnp.array([2, 5], kind), t)) for t in (2, 3, 6)] == [1.0, 0.5, 0.25]
+        for bad in ([5, 2], [3, 3]):
+            assert np.isnan(read(jnp.array(bad, kind), 4))
+    near = jax.jit(lambda b: piecewise_constant([2**24, b, 10**10], [1.0, 0.5, 0.25, 0.1])(2**25))
+    assert (float(near(2**24 + 1)), np.isnan(near(2**24))) == (0.25, True)
+    for bad in ([jnp.int32(5), 3], [jnp.int32(3), 3.0], np.array([5.0, 5.0]), [9, jnp.int32(3)]):
+        with pytest.raises(ValueError, match="piecewise_constant: boundaries must increase, got"):
+            piecewise_constant(bad, [1.0, 0.5, 0.25])
+    for bad in (5, jnp.array(5), None, 2.0):
+        with pytest.raises(TypeError, match="boundaries must be a list of numbers, got"):
+            piecewise_constant(bad, [1.0, 0.5])
+        with pytest.raises(TypeError, match="values must be a list of numbers, got"):
+            piecewise_constant([5], bad)
+
+
+def test_many_values_at_once_are_refused_where_they_are_read():
+    """And taken apart by `vmap`."""
+    two = jnp.array([0.25, 0.5])
+    for schedule, field in (
+        (constant(two), "value"),
+        (cosine_decay(two, 10), "initial_learning_rate"),
+        (cosine_decay(0.5, 10 * two), "decay_steps"),
+        (exponential_decay(0.5, 10, two), "decay_rate"),
+        (inverse_time_decay(two, 10, 0.5), "initial_learning_rate"),
+        (polynomial_decay(0.5, 10, two), "end_learning_rate"),
+        (warmup(cosine_decay(two, 10), 3), "schedule.initial_learning_rate"),
+        (warmup(0.5, jnp.array([3, 4])), "steps"),
+        (piecewise_constant([3], [two, two]), r"values\[0\]"),
+        (piecewise_constant([two], [0.5, 0.25]), r"boundaries\[0\]"),
+    ):
+        for read in (lambda s: s(4), jax.jit(lambda s: s(4))):
+            with pytest.raises(ValueError, match=rf"{field} is an array of shape \(2,\), .*vmap"):
+                read(schedule)
+    rates = jax.vmap(lambda s: s(5))(jax.tree.map(jnp.asarray, constant(two)))
+    np.testing.assert_array_equal(rates, two)
+    counts = jax.vmap(lambda n: cosine_decay(0.5, n)(4))(jnp.array([4, 8]))
+    np.testing.assert_allclose(counts, [0.0, 0.25], atol=1e-8)
+
+
+def test_what_is_0_stays_0_however_far_it_would_grow():
+    for read in (lambda s, t: s(t), jax.jit(lambda s, t: s(t))):
+        assert float(read(exponential_decay(0.0, 1, 10.0), 60)) == 0.0
+        assert float(read(inverse_time_decay(0.5, 2e-38, 0.0), 60)) == 0.5
+        assert np.isinf(read(exponential_decay(0.5, 1, 10.0), 60))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_decays_go_through_jit(name):
+    """Within a transform, where an integer beyond int32 would not."""
+    make, formula = LONG[name]
+    for n in (2**31, 10**10):
+        tx = adamjax.chain(adamjax.scale(1.0), scale_by_learning_rate(make(n)))
+        state = ((), adamjax.ScheduleState(jnp.array(2**30, jnp.int32)))
+        used = -jax.jit(lambda tx, s: tx.update(jnp.ones(1), s)[0])(tx, state)[0]
+        np.testing.assert_allclose(used, formula(float(n), 2**30), rtol=2e-6, atol=1e-9)
+
+
+def test_large_unsigned_counts_and_lengths_do_not_wrap():
+    large = jnp.uint32(3_000_000_000)
+    for schedule, end in (
+        (cosine_decay(0.5, 10, 0.5), 0.25),
+        (warmup(cosine_decay(0.5, 10, 0.5), 5), 0.25),
+        (exponential_decay(0.5, 10, 0.5), 0.0),
+        (piecewise_constant([10], [1.0, 0.5]), 0.5),
+        (piecewise_constant([jnp.int32(10)], [1.0, 0.5]), 0.5),
+        (polynomial_decay(0.5, jnp.int32(10), 0.25), 0.25),
+    ):
+        read = jax.jit(lambda s, t: s(t))
+        np.testing.assert_allclose(read(schedule, large), end, atol=1e-20)
+        assert float(read(schedule, jnp.uint32(7))) == float(read(schedule, jnp.int32(7)))
+    half = 1_500_000_000
+    read = jax.jit(lambda n: (cosine_decay(0.5, n)(half), warmup(0.5, n)(half)))
+    np.testing.assert_allclose(read(large), [0.25, 0.25], rtol=1e-6)
+    assert float(jax.jit(lambda b: piecewise_constant([b], [1.0, 0.5])(half))(large)) == 1.0
+
+
 # --- by path ------------------------------------------------------------------------------------
 
 PARAMS = {
@@ -524,3 +642,75 @@ def test_a_rate_must_be_a_scalar():
     tx = adamjax.adam(lambda count: jnp.ones(3))
     with pytest.raises(ValueError, match=r"scalar, got one of shape \(3,\)"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+def test_a_callable_must_return_a_number():
+    """It is named where it does not; what is below 0 makes NaN."""
+    g = jnp.ones(2)
+
+    def updated(rate, count=0):
+        tx = scale_by_learning_rate(rate)
+        state = adamjax.ScheduleState(jnp.array(count, jnp.int32))
+        return jax.jit(lambda s: tx.update(g, s)[0])(state)
+
+    def drawn(_):
+        return returns[-1]
+
+    returns = []
+    for bad, error, text in (
+        (1j, TypeError, "real number, got a complex64"),
+        (True, TypeError, "real number, got a bool"),
+        (jnp.array(True), TypeError, "real number, got a bool"),
+        (None, TypeError, "real number, got None of type NoneType"),
+        ("0.1", TypeError, "real number, got '0.1' of type str"),
+        (by_path({"a": 0.1}, default=0.1), TypeError, "real number, got by_path"),
+        (jnp.ones(3), ValueError, r"scalar, got one of shape \(3,\)"),
+        ([0.1], ValueError, r"scalar, got one of shape \(1,\)"),
+    ):
+        returns.append(bad)
+        for make in (lambda f: f, lambda f: warmup(f, 3), lambda f: by_path({}, default=f)):
+            with pytest.raises(error, match=rf"{text}.* from .*drawn"):
+                updated(make(drawn))
+    for good in (1, np.float64(0.5), jnp.bfloat16(0.5), np.int8(3)):
+        returns.append(good)
+        np.testing.assert_allclose(updated(drawn), -float(good))
+    for bad in (-0.5, jnp.float32(-0.5), -1, jnp.nan):
+        returns.append(bad)
+        assert np.isnan(updated(drawn)).all()
+    falling = optax.linear_schedule(0.5, -0.5, 4)
+    np.testing.assert_allclose(updated(falling, 1), -0.25)
+    for rate in (falling, lambda count: 0.5 - 0.25 * count, by_path({}, default=falling)):
+        assert np.isnan(updated(rate, 3)).all()
+    # What rounding leaves below 0 is 0.
+    ending = optax.linear_schedule(0.1, 0.0, 1000)
+    used = jax.vmap(lambda t: updated(ending, t)[0])(jnp.arange(1001))
+    assert np.all((used <= 0) & (used >= -0.1))
+    for rate in (lambda count: -1e-7, lambda count: jnp.float32(-1e-6)):
+        assert not updated(rate).any()
+    assert np.isnan(updated(lambda count: -2e-6)).all()
+    decay = adamjax.add_decayed_weights(falling)
+    for count, expected in ((1, 0.25), (3, np.nan)):
+        state = adamjax.ScheduleState(jnp.array(count, jnp.int32))
+        np.testing.assert_allclose(decay.update(0 * g, state, g)[0], expected)
+
+
+@pytest.mark.parametrize("make", [adamjax.adam, scale_by_learning_rate, adamjax.adamw])
+def test_rates_that_are_traced_make_nan_below_0(make):
+    g = jnp.ones(2)
+    step = jax.jit(lambda rate: make(rate).update(g, make(rate).init(g), g)[0])
+    assert np.isfinite(step(0.5)).all()
+    for bad in (-0.5, jnp.nan):
+        assert np.isnan(step(bad)).all()
+
+
+def test_a_class_is_no_rate():
+    for make in (
+        adamjax.adam,
+        lambda rate: warmup(rate, 3),
+        lambda rate: by_path({"a": rate}, default=0.1),
+        lambda rate: adamjax.adamw(0.1, weight_decay=rate),
+    ):
+        with pytest.raises(
+            TypeError, match=r"got the class cosine_decay: .*cosine_decay\(\.\.\.\)"
+        ):
+            make(cosine_decay)
