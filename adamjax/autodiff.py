@@ -22,7 +22,8 @@ from adamjax._compat import ClosedJaxpr, JaxprEqn, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import Planner, Slots, Source, View
-from adamjax.rows import RowGradient, distinct_of_each, in_table, summed_of_each
+from adamjax.rows import RowGradient, in_table, summed_of_each
+from adamjax.search import distinct_of_each
 
 __all__ = ["Call", "Reads", "grad", "value_and_grad"]
 

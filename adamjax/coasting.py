@@ -299,13 +299,16 @@ class Coasting:
 
         Returns:
           The weights now less p, and the average now. A row that stands at the clock has moved
-          by 0 and keeps its average, bit for bit.
+          by 0 and keeps its average, bit for bit. One that the ring does not reach back to, or
+          that stands ahead of the clock, has moved by NaN.
         """
         clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
         gap = clock - last
         rows = _Rows(last, gap, last + jnp.minimum(gap, self.steps), count)
         momentum = None if average is None else self.momentum
         history = next((len(entries) for entries in ring if entries is not None), 1 << 31)
+        # Put to a number of a row, so that its elements need not be looked at.
+        poison = jnp.where((gap < 0) | (gap > history - 1), jnp.nan, 0).astype(p.dtype)
 
         def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
             """G and Q now, [n, ...], of G and Q at the rows' end."""
@@ -322,11 +325,11 @@ class Coasting:
 
         moved, distance = jnp.zeros_like(p), None
         if ring.series is not None:
-            moved, distance = self._evaluate(ring.series, rows, m, x, settled)
+            moved, distance = self._evaluate(ring.series, rows, m, x, poison, settled)
         elif ring.rates is not None:
-            moved, distance = settled(*self._replay(ring.rates, rows, m, x))
+            moved, distance = settled(*self._replay(ring.rates, rows, m, x, poison))
         if ring.decay is not None:
-            since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last))
+            since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last)) + poison
             moved += _column(jnp.expm1(since_last), p) * p
         still = _column(gap == 0, p)
         moved = jnp.where(still, 0, moved)
@@ -344,12 +347,19 @@ class Coasting:
         return moved, jnp.where(still, average, average + change)
 
     def _evaluate(
-        self, series: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array, settled: Callable
+        self,
+        series: chex.Array,
+        rows: _Rows,
+        m: chex.Array,
+        x: chex.Array,
+        poison: chex.Array,
+        settled: Callable,
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q now, like m."""
         # Fused into the loop over the elements, they would be read again for each of them.
         coefficients = [
-            q if q is None else apart(q) for q in settled(*self._halves(_at(series, rows.last)))
+            q if q is None else apart(q)
+            for q in settled(*self._halves(_at(series, rows.last) + poison[:, None]))
         ]
         e = _column(self._epsilon(rows.number(1), x.dtype), x)
         inverse = 1 / (x + e)
@@ -361,7 +371,7 @@ class Coasting:
         return g, q
 
     def _replay(
-        self, rates: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array
+        self, rates: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array, poison: chex.Array
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q at the rows' end, like m."""
         real, j = x.dtype, np.arange(self.steps + 1)
@@ -378,7 +388,7 @@ class Coasting:
                 q = jnp.where(_column(live, x), _times(self.momentum, q - change), q)
             return j + 1, g + change, q
 
-        zero = jnp.zeros_like(m)
+        zero = jnp.zeros_like(m) + _column(poison, m)
         start = jnp.int32(1), zero, None if self.momentum is None else zero
         _, g, q = jax.lax.while_loop(lambda carry: carry[0] <= longest, step, start)
         return g, q

@@ -22,6 +22,7 @@ from jax import export
 
 from adamjax.autodiff import Call, Reads
 from adamjax.average import weight_ema
+from adamjax.blocks import in_blocks, is_one_block, rows_of_each, together
 from adamjax.coasting import Coasting, Ring, coasting, decayed
 from adamjax.data import Data, Tree, exportable, is_array, static
 from adamjax.grouping import grouped
@@ -50,18 +51,8 @@ from adamjax.paths import (
     unique_paths,
 )
 from adamjax.replicas import sum_over
-from adamjax.rows import (
-    RowGradient,
-    RowMoves,
-    check_sound,
-    checked_ids,
-    distinct_of_each,
-    in_blocks,
-    is_one_block,
-    rows_of_each,
-    summed,
-    together,
-)
+from adamjax.rows import RowGradient, RowMoves, check_sound, checked_ids, summed
+from adamjax.search import distinct_of_each
 from adamjax.transform import (
     Rule,
     Step,
@@ -880,9 +871,6 @@ class exact_rows(Transform):
             *past, last, before, slots["m"], measure, slots.get("average")
         )
         gap = past.clock - last
-        # The ring does not reach back so far, if a table was resized by hand.
-        lost = (gap < 0) | (gap >= batch.family.history)
-        moved = jnp.where(lost.reshape(-1, *[1] * (moved.ndim - 1)), jnp.nan, moved)
         for name, b in first.rule.decays.items():
             slots[name] = decayed(slots[name], b, gap, batch.family.history)
         if average is not None:
@@ -1201,7 +1189,7 @@ class exact_rows(Transform):
                 given = [g.values if number == 0 else g.values[:0] for g in values]
                 sizes = [x.size for x in indices]
                 g = _padded(given, sizes, dtype)
-                if len(tables) > 1 or ready is not None:
+                if is_one_block(found[0].size):
                     carry, way = step(carry, indices, g, ready)
                 else:
                     carry, way = in_blocks(

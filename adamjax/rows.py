@@ -18,9 +18,11 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
+from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.search import distinct
 
 __all__ = [
     "Recurrence",
@@ -30,20 +32,14 @@ __all__ = [
     "as_int32",
     "check_sound",
     "checked_ids",
-    "distinct",
-    "distinct_of_each",
     "each_array",
-    "in_blocks",
     "in_table",
     "integers",
-    "is_one_block",
     "parts",
     "row_gradient",
-    "rows_of_each",
     "sealed",
     "summed",
     "summed_of_each",
-    "together",
     "unsealed",
     "whole",
 ]
@@ -420,25 +416,6 @@ def summed_of_each(
     return sums
 
 
-def together(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
-    """Tables, of each of which there are some rows, by what is best worked on in one go."""
-    groups: list[list[int]] = []
-    room = -1
-    for i in tables:
-        is_small = is_one_block(len(rows[i]))
-        if rows[i].size > room or not is_small:
-            groups.append([])
-            room = _TOGETHER if is_small else -1
-        groups[-1].append(i)
-        room -= rows[i].size
-    return groups
-
-
-def rows_of_each(rows: chex.Array, sizes: Sequence[int]) -> list[chex.Array]:
-    """The rows of each table, which lie one after another."""
-    return [rows] if len(sizes) == 1 else jnp.split(rows, np.cumsum(sizes[:-1]))
-
-
 def whole(what: str, value: Any, most: int | None = None) -> int:
     """A size, a whole number of at least 1, as a Python int; NumPy's integers are taken too."""
     try:
@@ -530,154 +507,6 @@ def in_table(indices: Any, num_rows: int) -> chex.Array:
         return jnp.asarray(np.where(outside, num_rows, np.where(outside, 0, indices)), jnp.int32)
     inside = (indices >= 0) & (indices < np.asarray(num_rows, indices.dtype))
     return jnp.where(inside, indices, np.asarray(num_rows, indices.dtype)).astype(jnp.int32)
-
-
-def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
-    """The distinct ids, filled up with `num_rows`, and the place of each id among them.
-
-    Args:
-      ids: int32[n] in `[0, num_rows]`.
-
-    Returns:
-      int32[n] and int32[n]; the place of `num_rows` is n.
-    """
-    return distinct_of_each([ids], [num_rows])[0]
-
-
-def distinct_of_each(
-    ids: Sequence[chex.Array], num_rows: Sequence[int]
-) -> list[tuple[chex.Array, chex.Array]]:
-    """`distinct` for several tables in one search."""
-    ids = [everywhere(x) for x in ids]
-    found = [(x, jnp.full_like(x, x.size)) for x in ids]
-    there = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
-    for several in _together(there, num_rows):
-        rows, own = tuple(num_rows[i] for i in several), tuple(ids[i] for i in several)
-        for i, pair in zip(several, _distinct(rows, own), strict=True):
-            found[i] = pair
-    return found
-
-
-def _together(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
-    """Tables by how many can be searched at once: as many as have int32 numbers for their rows."""
-    groups: list[list[int]] = []
-    for i in tables:
-        if not groups or sum(num_rows[j] + 1 for j in (*groups[-1], i)) > np.iinfo(np.int32).max:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
-
-
-# Jitted, JAX traces it once for all tables and steps of these sizes; inline, it leaves no trace.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _distinct(
-    num_rows: tuple[int, ...], ids: tuple[chex.Array, ...]
-) -> list[tuple[chex.Array, chex.Array]]:
-    """As `distinct_of_each`. The rows of a table are numbered after those of the one before.
-
-    One number between two tables stands for no row, so each table keeps its places in the order
-    of the numbers too.
-    """
-    own = _Segments(tuple(x.size for x in ids), num_rows)
-    first_rows = own.at_places(np.array(own.first_rows, np.int32))
-    numbers = jnp.concatenate(ids) + first_rows
-    by_scratch = functools.partial(_by_scratch, own)
-    by_sort = functools.partial(_by_sort, own)
-    rows, places = sum(num_rows), numbers.size
-    if rows <= _SCRATCH_ROWS * places:
-        found, position = jax.lax.platform_dependent(numbers, tpu=by_sort, default=by_scratch)
-    elif rows > _SCRATCH_ROWS_ON_GPU * places:
-        found, position = by_sort(numbers)
-    else:
-        found, position = jax.lax.platform_dependent(
-            numbers, cuda=by_scratch, rocm=by_scratch, default=by_sort
-        )
-    ends = np.cumsum(own.sizes)[:-1]
-    return list(zip(jnp.split(found - first_rows, ends), jnp.split(position, ends), strict=True))
-
-
-# Rows of a table for each id, up to which it is cheaper to clear an int32 a row than to sort:
-# at 1M rows and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms.
-# A TPU sorts fast and scatters single numbers slowly. A GPU clears 134 MB, for 8,192 ids the most
-# here, in 0.05 ms at 3 TB/s; searching the sorted ids is a loop of dozens of kernels.
-_SCRATCH_ROWS = 512
-_SCRATCH_ROWS_ON_GPU = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segments:
-    """Where tables lie in arrays of their places and of their rows' numbers, one after another.
-
-    Attributes:
-      sizes: the places of each table.
-      num_rows: its rows.
-    """
-
-    sizes: tuple[int, ...]
-    num_rows: tuple[int, ...]
-
-    @property
-    def first_places(self) -> list[int]:
-        return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-
-    @property
-    def first_rows(self) -> list[int]:
-        return [sum(self.num_rows[:i]) + i for i in range(len(self.num_rows))]
-
-    def at_places(self, of_tables: Any) -> Any:
-        """For each place the number of its table; that of the only one as it is."""
-        if len(self.sizes) == 1:
-            return of_tables[0]
-        return of_tables[np.repeat(np.arange(len(self.sizes)), self.sizes)]
-
-    @property
-    def no_row(self) -> Any:
-        """At each place, the number that stands for no row of its table."""
-        last = np.add(self.first_rows, self.num_rows)
-        return self.at_places(last.astype(np.int32))
-
-    def positions(self, flags: chex.Array) -> chex.Array:
-        """The flagged places of each table, numbered from 0."""
-        total = jnp.cumsum(flags.astype(jnp.int32))
-        if len(self.sizes) == 1:
-            return total - 1
-        before = jnp.concatenate([jnp.zeros(1, jnp.int32), total[np.cumsum(self.sizes[:-1]) - 1]])
-        return total - 1 - self.at_places(before)
-
-    def packed(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
-        """The flagged ids of each table at their positions, and behind them that of no row."""
-        start = self.at_places(np.array(self.first_places, np.int32))
-        target = jnp.where(flags, start + position, ids.size)
-        empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), ids.shape)
-        return empty.at[target].set(ids, mode="drop", unique_indices=True)
-
-    def or_none(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
-        """Positions, and the places of a table where there is no row."""
-        return jnp.where(is_row, position, self.at_places(np.array(self.sizes, np.int32)))
-
-
-def _by_scratch(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Every id notes in its row's slot where it stands; the first to do so stands for the row."""
-    n, rows = ids.size, own.first_rows[-1] + own.num_rows[-1]
-    place = jax.lax.iota(jnp.int32, n)
-    if len(own.sizes) > 1:
-        ids = jnp.where(ids == own.no_row, rows, ids)
-    slots = jnp.full(rows, n, jnp.int32).at[ids].min(place, mode="drop")
-    first = slots.at[ids].get(mode="fill", fill_value=n)
-    position = own.positions(first == place)
-    found = own.packed(ids, first == place, position)
-    position = position.at[first].get(mode="fill", fill_value=0)
-    return found, own.or_none(position, first < n)
-
-
-def _by_sort(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    ordered = jax.lax.sort(ids)
-    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    new = new & (ordered != own.no_row)
-    found = own.packed(ordered, new, own.positions(new))
-    start = own.at_places(np.array(own.first_places, np.int32))
-    position = jnp.searchsorted(found, ids).astype(jnp.int32) - start
-    return found, own.or_none(position, ids != own.no_row)
 
 
 # --- a rule on arrays, on rows --------------------------------------------------------------------
@@ -792,81 +621,3 @@ def _others(
     if u is not g.rest:
         u = jnp.where(here, jnp.zeros((), u.dtype), u)
     return u, *held
-
-
-# --- blocks of rows -------------------------------------------------------------------------------
-
-
-# Rows that a turn of the loop works on, and the most that are worked on without a loop.
-_BLOCK = 4096
-_AT_ONCE = 8192
-# The elements of the rows of several tables that are worked on together.
-_TOGETHER = 1 << 20
-
-
-def is_one_block(n: int) -> bool:
-    """Whether `in_blocks` works on so many rows without a loop, on every platform."""
-    return n <= _AT_ONCE
-
-
-def in_blocks(
-    step: Callable[[Any, chex.Array, Any, Any], tuple[Any, Any]],
-    tables: Any,
-    indices: chex.Array,
-    num_rows: int,
-    rows: Any,
-    reads: Any = (),
-) -> tuple[Any, Any]:
-    """A step on some rows of tables, in place, in as many blocks as hold a row.
-
-    Args:
-      step: `(tables, indices, rows, reads) -> (tables, rows)` for some of the indices, whose rows
-        do not depend on any others.
-      tables: a tree of arrays as long as a table, and of what else goes from block to block.
-      indices: int32[n], distinct, `num_rows` where there is no row.
-      rows: a tree of arrays [n, ...]; the step's results take the place of its input.
-      reads: a tree of arrays [n, ...] that the step only reads.
-
-    Returns:
-      The tables and the rows after the step. In a block without any row the input stays.
-    """
-    n = indices.size
-    if is_one_block(n):
-        return step(tables, indices, rows, reads)
-    size = -(-n // -(-n // _BLOCK))
-
-    def at_once(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        return step(tables, indices, rows, reads)
-
-    def looped(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        last = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
-
-        def block(carry: Any) -> Any:
-            i, tables, rows = carry
-            # The last block may begin with rows of the one before it, which had their turn.
-            start = jnp.minimum(i * size, n - size)
-            place = start + jax.lax.iota(jnp.int32, size)
-            is_new = place >= i * size
-
-            def block_of(x: chex.Array) -> chex.Array:
-                # XLA would fuse a slice into each of its uses, some of which come after the write,
-                # and copy the whole array for them. A gather it computes once.
-                return x.at[place].get(mode="promise_in_bounds", unique_indices=True)
-
-            def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
-                if n % size:
-                    new = jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-                return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
-
-            before, beside = (jax.tree.map(block_of, x) for x in (rows, reads))
-            here = jnp.where(is_new, block_of(indices), num_rows)
-            tables, after = step(tables, here, before, beside)
-            return i + 1, tables, jax.tree.map(written, rows, before, after)
-
-        first = jnp.zeros((), jnp.int32), tables, rows
-        return jax.lax.while_loop(lambda carry: carry[0] * size <= last, block, first)[1:]
-
-    # A GPU would wait for its host at every turn.
-    return jax.lax.platform_dependent(
-        tables, indices, rows, reads, cuda=at_once, rocm=at_once, default=looped
-    )

@@ -1,0 +1,220 @@
+"""Steps on rows in blocks: the same result, however the rows are cut into blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close, assert_same
+
+import adamjax
+from adamjax import blocks
+
+V, D = 60, 3
+
+# The most rows that are worked on without a loop, and the rows of a block.
+SIZES = {"several blocks": (0, 7), "one row": (0, 1), "a block larger than the batch": (0, 64)}
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Sets the sizes, and forgets what was traced for others."""
+
+    def set_sizes(most, size):
+        monkeypatch.setattr(blocks, "_AT_ONCE", most)
+        monkeypatch.setattr(blocks, "_BLOCK", size)
+        jax.clear_caches()
+
+    yield set_sizes
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+# --- the loop by itself ---------------------------------------------------------------------------
+
+
+def counted(tables, indices, rows, reads):
+    """Adds reads to rows, and the sum to the table's rows; counts the blocks."""
+    table, count = tables
+    rows = rows + reads
+    return (table.at[indices].add(rows, mode="drop"), count + 1), rows
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 20])
+@pytest.mark.parametrize("live", [0, 1, 7, 20])
+def test_blocks_do_what_one_does(cut, n, live):
+    rng = np.random.default_rng(n)
+    ids = np.full(n, V, np.int32)
+    ids[:live] = rng.permutation(V)[:n][:live]
+    rows, reads = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for _ in range(2))
+    (table, _), expected = counted((jnp.ones((V, D)), 0), jnp.asarray(ids), rows, reads)
+    cut(0, 7)
+    run = jax.jit(lambda *args: blocks.in_blocks(counted, *args[:2], V, *args[2:]))
+    given = (jnp.ones((V, D)), jnp.zeros((), jnp.int32)), jnp.asarray(ids), rows, reads
+    (found, count), after = run(*given)
+    assert_close(found, table)
+    assert_close(after[:live], expected[:live])
+    size = -(-n // -(-n // 7))
+    assert int(count) == -(-min(live, n) // size)
+
+
+def test_a_hole_among_the_rows_ends_nothing(cut):
+    cut(0, 4)
+    ids = jnp.array([V, V, V, V, V, V, V, 3, V, V])
+    args = (jnp.zeros((V, D)), jnp.zeros((), jnp.int32)), ids
+    (table, count), _ = blocks.in_blocks(counted, *args, V, jnp.ones((10, D)), jnp.ones((10, D)))
+    assert_close(table[3], jnp.full(D, 2.0))
+    assert int(count) == 2
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+def chained(rule, rows):
+    decay = adamjax.add_decayed_weights(0.01)
+    rate = adamjax.scale_by_learning_rate(0.1)
+    clip = adamjax.clip_by_global_norm(2.0)
+    return adamjax.chain(clip, rule(rows=rows), decay, rate, adamjax.weight_ema(0.9))
+
+
+MODES = {
+    "lazy": lambda: adamjax.adam(0.1, rows="lazy"),
+    "dense": lambda: chained(adamjax.scale_by_adam, "dense"),
+    "exact": lambda: adamjax.exact_rows(adamjax.adam(0.1), "t"),
+    "exact, all of it": lambda: adamjax.exact_rows(
+        chained(adamjax.scale_by_amsgrad, "dense"), "t", history=512
+    ),
+    "exact, replay": lambda: adamjax.exact_rows(adamjax.adam(0.1, 0.9, 0.5), "t"),
+}
+
+
+def batch(t):
+    """Indices, some of them outside the table; in one step none is inside."""
+    rng = np.random.default_rng(t)
+    ids = rng.integers(-3, V + 3, size=20)
+    return np.full(20, V) if t == 2 else np.minimum(ids, ids[rng.integers(20, size=20)])
+
+
+def trained(tx, dtype=jnp.float32, steps=6):
+    """Weights after some steps, all rows up to date, and the state without what lags behind."""
+    params = {"t": jnp.linspace(-1, 1, V * D, dtype=dtype).reshape(V, D), "w": jnp.ones(D)}
+    state = tx.init(params)
+    exact = isinstance(tx, adamjax.exact_rows)
+
+    def loss(params, ids):
+        return jnp.sum((params["t"].at[ids].get(mode="fill", fill_value=0) - params["w"]) ** 2)
+
+    step = adamjax.train_step(loss, tx, tables=None if exact else "t")
+    for t in range(steps):
+        params, state, value = step(params, state, jnp.asarray(batch(t)))
+    if exact:
+        params, state = jax.jit(tx.flush)(params, state)
+        state = state.inner
+    return params, state, value
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_results_do_not_depend_on_the_blocks(cut, name):
+    expected = trained(MODES[name]())
+    for most, size in SIZES.values():
+        cut(most, size)
+        assert_close(trained(MODES[name]()), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["lazy", "exact"])
+def test_narrow_tables_neither(cut, name):
+    expected = trained(MODES[name](), jnp.bfloat16)
+    cut(0, 7)
+    params, *_ = trained(MODES[name](), jnp.bfloat16)
+    assert params["t"].dtype == jnp.bfloat16
+    assert_close(params, expected[0], rtol=2**-7)
+
+
+def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
+    tx, params = adamjax.exact_rows(adamjax.adam(), "t"), {"t": jnp.zeros((V, D))}
+
+    def lowered(n):
+        def step(params, state, ids):
+            grads = {"t": adamjax.row_gradient(ids, jnp.ones((n, D)), V)}
+            return tx.update(grads, state, params)
+
+        state = jax.eval_shape(tx.init, params)
+        args = params, state, jax.ShapeDtypeStruct((n,), jnp.int32)
+        return jax.jit(step).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
+
+    assert "stablehlo.while" not in lowered(100)
+    assert "stablehlo.while" in lowered(blocks._AT_ONCE + 1)
+
+
+# --- several tables -------------------------------------------------------------------------------
+
+
+def several(count, widths=(3,)):
+    shapes = {f"t{i}": (V + 5 * i, widths[i % len(widths)]) for i in range(count)}
+    return {name: jnp.linspace(-1, 1, v * d).reshape(v, d) for name, (v, d) in shapes.items()}
+
+
+def of_several(params, ids):
+    return sum(jnp.sum((x[ids % len(x)] - 1) ** 2) for x in params.values())
+
+
+RATES = {
+    "alike": 0.1,
+    "two rates": adamjax.by_path([("t[12]", 0.1)], default=0.2),
+}
+
+
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("widths", [(3,), (3, 2)])
+def test_tables_together_go_as_each_alone(rates, widths):
+    """Some in a decay's mask, of one width or two, at one rate or two."""
+    dense = adamjax.chain(
+        adamjax.clip_by_norm(1.0),
+        adamjax.adamw(RATES[rates], mask="t[013]"),
+        adamjax.weight_ema(0.9),
+    )
+    tx, params = adamjax.exact_rows(dense, "t"), several(4, widths)
+    step, plain_step = adamjax.train_step(of_several, tx), adamjax.train_step(of_several, dense)
+    state, plain = tx.init(params), (jax.tree.map(jnp.copy, params), dense.init(params))
+    for t in range(5):
+        ids = jnp.asarray(np.random.default_rng(t).integers(V, size=8))
+        params, state, _ = step(params, state, ids)
+        *plain, _ = plain_step(*plain, ids)
+    params, state = tx.flush(params, state)
+    assert_close((params, state.inner), tuple(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_that_are_alike_share_a_ring():
+    params = several(4)
+    tx = adamjax.exact_rows(adamjax.adam(0.1), "t")
+    assert len(tx.init(params).rings) == 1
+    tx = adamjax.exact_rows(adamjax.adam(RATES["two rates"]), "t")
+    assert len(tx.init(params).rings) == 2
+    apart = adamjax.partition({"t1": adamjax.adam(0.1)}, default=adamjax.adam(0.1))
+    assert len(adamjax.exact_rows(apart, "t").init(params).rings) == 2
+
+
+def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
+    def lines(count):
+        tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(count)
+        step = adamjax.train_step(of_several, tx)
+        lowered = step.lower(params, tx.init(params), jax.ShapeDtypeStruct((8,), jnp.int32))
+        return lowered.as_text().count("\n")
+
+    assert lines(8) < 3 * lines(1)
+
+
+def test_moves_are_applied_as_they_are():
+    """Scaled or averaged they would be wrong: they have in them what rows lag behind by."""
+    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(1)
+    grads = {"t0": adamjax.row_gradient(jnp.array([3]), jnp.ones((1, D)), V)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = adamjax.apply_updates(params, updates)
+    assert_same(moved, {"t0": params["t0"] + updates["t0"]})
+    for other in (adamjax.scale(0.5), adamjax.clip_by_value(1.0), adamjax.adam(0.1)):
+        with pytest.raises(TypeError, match="updates of exact_rows are to be applied as they are"):
+            other.update(updates, other.init(params), params)
+    with pytest.raises(TypeError):
+        0.5 * updates["t0"]
+    halved = jax.tree.map(lambda x: x / 2, updates)
+    with pytest.raises((TypeError, ValueError), match="row gradient"):
+        adamjax.apply_updates(params, halved)
