@@ -1037,6 +1037,44 @@ def test_tables_must_be_there():
         tx.lookup(params, tx.init(params), "e", jnp.arange(2))
 
 
+def test_slots_and_averages_of_some_rows_are_read():
+    """Up to date, as `flush` would leave them; nothing is told of an index outside."""
+    tx = exact_rows(pipeline(), "table")
+    params, state = trained_shortly(tx)
+    _, flush = tx.flush(params, state)
+    ids = jnp.array([[3, ROWS_SMALL], [0, 3]])
+    slots = {"average": adamjax.averaged_weights(flush), "m": adamjax.get_slot(flush, "m")}
+    for slot, whole in slots.items():
+        rows = tx.lookup(params, state, "table", ids, slot=slot)
+        expected = whole["table"].at[ids].get(mode="fill", fill_value=0)
+        assert_close(rows, expected, rtol=1e-6)
+    with pytest.raises(KeyError, match=r"no slot 'u'; it has \['average', 'm', 'v'\]"):
+        tx.lookup(params, state, "table", ids, slot="u")
+
+
+def test_calls_outside_of_jit_compile_nothing_anew():
+    """The second time, and whatever the values are."""
+    tx, compiled = exact_rows(pipeline(), "table"), []
+
+    def step(params, state, t):
+        ids, values = small_batch(t)
+        rows, ticket = tx.prepare(params, state, {"table": ids})
+        grads = {"kernel": jnp.ones(2), "table": ticket.row_gradient("table", rows["table"])}
+        updates, state = tx.update(grads, state, params, ticket=ticket)
+        params = apply_updates(params, updates)
+        tx.lookup(params, state, "table", ids)
+        return tx.flush(params, state)
+
+    params = small_params()
+    state = tx.init(params)
+    params, state = step(*step(params, state, 0), 1)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    step(params, state, 2)
+    assert not compiled
+
+
 def test_stale_tables_cannot_be_read_by_accident():
     tx = exact_rows(adamjax.adam(), "table")
     params = tx.without_tables(small_params())
