@@ -1057,7 +1057,7 @@ def test_calls_outside_of_jit_compile_nothing_anew():
     tx, compiled = exact_rows(pipeline(), "table"), []
 
     def step(params, state, t):
-        ids, values = small_batch(t)
+        ids, _ = small_batch(t)
         rows, ticket = tx.prepare(params, state, {"table": ids})
         grads = {"kernel": jnp.ones(2), "table": ticket.row_gradient("table", rows["table"])}
         updates, state = tx.update(grads, state, params, ticket=ticket)
@@ -1073,6 +1073,8 @@ def test_calls_outside_of_jit_compile_nothing_anew():
     )
     step(params, state, 2)
     assert not compiled
+    jax.jit(lambda x: x + len(compiled))(1.0)
+    assert compiled
 
 
 def test_stale_tables_cannot_be_read_by_accident():
