@@ -35,6 +35,7 @@ __all__ = [
     "layout_format",
     "line",
     "per_device",
+    "type_of",
     "type_sharding",
     "varying_axes",
 ]
@@ -54,7 +55,7 @@ def experimental(feature: str, name: str) -> Any:
 # --- types of values ------------------------------------------------------------------------------
 
 
-def _type(x: Any) -> Any:
+def type_of(x: Any) -> Any:
     """The type of an array, traced or not."""
     older: Any = jax.core  # before JAX 0.6
     return jax.typeof(x) if hasattr(jax, "typeof") else older.get_aval(x)
@@ -62,7 +63,7 @@ def _type(x: Any) -> Any:
 
 def type_sharding(x: Any) -> Any:
     """How the type of an array says that it is split; `None` where it names no mesh."""
-    sharding = getattr(_type(x), "sharding", None)
+    sharding = getattr(type_of(x), "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
 
 
@@ -80,8 +81,8 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
 
 def in_memory_of(x: Any, like: Any) -> Any:
     """A traced array in the kind of memory in which another one lies."""
-    kind = getattr(_type(like), "memory_space", None)  # older versions do not say
-    return x if kind == getattr(_type(x), "memory_space", None) else jax.device_put(x, kind)
+    kind = getattr(type_of(like), "memory_space", None)  # older versions do not say
+    return x if kind == getattr(type_of(x), "memory_space", None) else jax.device_put(x, kind)
 
 
 # --- meshes ---------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._compat import type_of, varying_axes
+
 __all__ = ["in_blocks", "is_one_block", "rows_of_each", "together"]
 
 # Rows that a turn of the loop works on, and the most that are worked on without a loop.
@@ -80,13 +82,25 @@ def in_blocks(
             tables, after = step(tables, here, before, beside)
             return i + 1, tables, jax.tree.map(written, rows, before, after)
 
-        first = jnp.zeros((), jnp.int32), tables, rows
+        first = _as_varying(block, (jnp.zeros((), jnp.int32), tables, rows), (indices, reads))
         return jax.lax.while_loop(lambda carry: carry[0] * size <= last, block, first)[1:]
 
     # A GPU would wait for its host at every turn.
     return jax.lax.platform_dependent(
         tables, indices, rows, reads, cuda=at_once, rocm=at_once, default=looped
     )
+
+
+def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
+    """A carry that within `shard_map` differs over the axes over which it does after a block."""
+    if not any(varying_axes(type_of(x)) for x in jax.tree.leaves((carry, reads))):
+        return carry
+
+    def cast(x: chex.Array, after: Any) -> chex.Array:
+        more = set(varying_axes(after)) - set(varying_axes(type_of(x)))
+        return jax.lax.pcast(x, tuple(more), to="varying") if more else x
+
+    return jax.tree.map(cast, carry, jax.eval_shape(block, carry))
 
 
 def together(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:

@@ -155,7 +155,7 @@ def lazy(num_rows: int) -> Made:
     return tx, step
 
 
-def exact(num_rows: int, packing: Any = None, decayed: bool = False) -> Made:
+def exact(packing: Any = None, kind: str = "exact_rows") -> Made:
     """A step with everything in it: prepare, a gradient that depends on the rows, update."""
     import jax
     import jax.numpy as jnp
@@ -163,7 +163,9 @@ def exact(num_rows: int, packing: Any = None, decayed: bool = False) -> Made:
     import adamjax
 
     rate = adamjax.cosine_decay(1e-3, 1000)
-    adam = adamjax.adamw(rate, weight_decay=0.01) if decayed else adamjax.adam(rate)
+    adam = adamjax.adamw(rate, weight_decay=0.01) if kind == "decayed" else adamjax.adam(rate)
+    if kind == "replayed":
+        adam = adamjax.adam(rate, b2=0.5)
     tx = adamjax.exact_rows(adam, "table")
 
     def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
@@ -175,7 +177,7 @@ def exact(num_rows: int, packing: Any = None, decayed: bool = False) -> Made:
             return jnp.sum(jnp.square(rows - values))
 
         grads = jax.grad(loss)(read["table"])
-        grads = {"table": adamjax.row_gradient(lines, grads, num_rows)}
+        grads = {"table": ticket.row_gradient("table", grads)}
         updates, state = tx.update(grads, state, params, ticket=ticket)
         return adamjax.apply_updates(params, updates), state
 
@@ -230,7 +232,7 @@ def _rows_program(kind: str, width: int, num_rows: int, device: Any) -> tuple[An
     elif kind.startswith("followed"):
         tx, step = followed(kind == "followed exact")
     else:
-        tx, step = exact(shape[0], packing, kind == "decayed")
+        tx, step = exact(packing, kind)
     table = lies(shape, jnp.float32)
     params = {"table": table if kind == "not row-major" else adamjax.row_major(table)}
     formats = adamjax.formats(tx, params)
