@@ -217,7 +217,7 @@ def _slower(results: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
 
 
 def _not(told: Summary, results: dict[str, Any]) -> None:
-    bounds = results.get("rows", {}).get("bounds", ())
+    bounds = readme.asked_of_rows(results.get("rows", {}))
     for row in bounds:
         if row["holds"] is False:
             measured = told.quote(row["measured"], ".3g")
