@@ -157,6 +157,22 @@ def asked_of_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in results.get("bounds", ()) if row["what"] in known]
 
 
+def _bounds(asked: list[dict[str, Any]]) -> list[str]:
+    """The table of bounds, if there are any, and what is said above it."""
+    if not asked:
+        return []
+    table = [
+        [
+            row["what"],
+            row["asked"],
+            "" if row["measured"] is None else f"{row['measured']:.3g}",
+            {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
+        ]
+        for row in asked
+    ]
+    return ["The bounds it is held to:", _table(["what", "bound", "measured", "holds"], table)]
+
+
 def _times(row: dict[str, Any], name: str, own: str = "exact") -> str:
     """How many times as long as ours a contender takes."""
     if name not in row["ratio"].get(own, {}):
@@ -198,15 +214,6 @@ def rows(results: dict[str, Any]) -> str:
     (count, width, reads), *others = _main_cases(found)
     kinds = [k for k in ("Zipf", "uniform") if (count, width, reads, k) in found]
     limits = "bandwidth" in results
-    asked = [
-        [
-            row["what"],
-            row["asked"],
-            "" if row["measured"] is None else f"{row['measured']:.3g}",
-            {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
-        ]
-        for row in asked_of_rows(results)
-    ]
     sizes = sorted({key[0] for key in found})
     columns = [(kind, size) for kind in kinds for size in sizes]
 
@@ -241,9 +248,7 @@ def rows(results: dict[str, Any]) -> str:
             f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices, {rounds} rounds in all:"
         )
         parts.append(_contenders(here, limits))
-    if asked:
-        parts.append("The bounds it is held to:")
-        parts.append(_table(["what", "bound", "measured", "holds"], asked))
+    parts += _bounds(asked_of_rows(results))
     parts.append(
         "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
         "dense gradients and torch's SparseAdam take):"
@@ -271,6 +276,19 @@ def models(results: dict[str, Any]) -> str:
         [row["model"], row["caches"], _range(row["ms"]["rows"], 0), _range(row["ratio"], 2)]
         for row in results["traces"]
     ]
+    programs = [
+        [
+            row["model"],
+            CONTENDERS[row["contender"]],
+            *(_range(x, 2) for x in row["s"].values()),
+            f"{row['lines']:,}",
+        ]
+        for row in results.get("programs", ())
+    ]
+    made: list[str] = []
+    if programs:
+        head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
+        made = ["A step as a program, made with nothing in a cache:", _table(head, programs)]
     head = ["model, parameters", "contender", "step, ms", "by exact's"]
     return "\n\n".join(
         [
@@ -280,6 +298,8 @@ def models(results: dict[str, Any]) -> str:
             "The time to trace a loss with row gradients, by that of `jax.value_and_grad`, with "
             "JAX's own functions traced before (caches warm) and not:",
             _table(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
+            *made,
+            *_bounds(results.get("bounds", [])),
         ]
     )
 

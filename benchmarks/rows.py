@@ -49,6 +49,7 @@ from benchmarks.contenders import (
 from benchmarks.measure import (
     RESULTS,
     Device,
+    bound,
     device,
     environment,
     fraction,
@@ -57,6 +58,7 @@ from benchmarks.measure import (
     rounded,
     save,
     say,
+    tell_bounds,
     timed,
 )
 from benchmarks.workers import SHARED, Team, serve, shared
@@ -367,10 +369,8 @@ def bounds(
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
     found: list[dict[str, Any]] = []
 
-    def ask(what: str, asked: str, bound: float, value: float | None) -> None:
-        holds = value and (value >= bound if asked == "at least" else value <= bound)
-        asked = f"{asked} {bound:g}"
-        found.append({"what": what, "asked": asked, "measured": value, "holds": holds})
+    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
+        found.append(bound(what, asked, limit, value))
 
     def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
         """The time of one by that of the other, of which one is ours."""
@@ -407,14 +407,6 @@ def bounds(
         what = f"temporaries of {own_name}, {many:,} indices, MB"
         ask(what, "at most", 26, temporaries(own_name, reads=many))
     return found
-
-
-def _tell(found: Sequence[dict[str, Any]]) -> None:
-    print(f"\nbounds on {MAIN[0].name} and uniform, where no other number of indices is told")
-    for row in found:
-        verdict = {None: "      ", True: "holds ", False: "FAILS "}[row["holds"]]
-        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
-        print(f"  {verdict} {row['what']}: {row['asked']}; {measured}")
 
 
 # --- the plot -------------------------------------------------------------------------------------
@@ -540,7 +532,8 @@ def main(argv: list[str]) -> int:
     results["bounds"] = []
     if not args.quick:
         results["bounds"] = bounds(results["times"], results["growth"])
-        _tell(results["bounds"])
+        print(f"\nbounds on {MAIN[0].name} and uniform, where no other number of indices is told")
+        tell_bounds(results["bounds"])
     here.add_bandwidth(results, args.quick)
     _add_limits(results)
     packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
