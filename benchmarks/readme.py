@@ -315,12 +315,16 @@ def differences(results: dict[str, Any]) -> str:
     return f"{_table(['what is done', *systems, 'to get theirs'], table)}\n\n{versions}."
 
 
+def _said(said: dict[str, Any], name: str, digits: int = 0, scale: float = 1.0) -> str:
+    """A figure of a compiler's, if it compiled and this figure was read."""
+    if "failed" in said:
+        return "failed"
+    return f"{said[name] / scale:,.{digits}f}" if name in said else "not counted"
+
+
 def tpu(results: dict[str, Any]) -> str:
     """The tables of what the TPU's compiler says, and of times, if there are any."""
     chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
-
-    def cell(said: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
-        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
 
     found: dict[Any, dict[str, Any]] = {}
     for row in results["dense"]:
@@ -330,7 +334,7 @@ def tpu(results: dict[str, Any]) -> str:
         line = list(key)
         for chip in chips:
             said = by_chip[chip]
-            both = [cell(said[name], "bytes", 2) for name in _PAIR]
+            both = [_said(said[name], "bytes", 2) for name in _PAIR]
             ratio = "failed"
             if "failed" not in both:
                 ratio = f"{said['adamjax']['cycles'] / said['optax']['cycles']:.3f}"
@@ -352,7 +356,7 @@ def tpu(results: dict[str, Any]) -> str:
         rows.append(
             [
                 *(str(width), kind),
-                *(cell(by_chip[chip], "bytes", 0, 1e6) for chip in chips),
+                *(_said(by_chip[chip], "bytes", 0, 1e6) for chip in chips),
                 *(f"{most[name] / 1e6:,.{digits}f}" for name, digits in _OF_ROWS.items()),
                 str(max(map(_copies, by_chip.values()))),
             ]
@@ -364,9 +368,9 @@ def tpu(results: dict[str, Any]) -> str:
         "estimated cycles, by optax's. Temporaries, the most of all chips, are in either memory of "
         "the chip.",
         _table(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense),
-        "A train step that reads 8,192 rows of a row-major table [1M, D], in MB; what is read or "
-        "written row by row counts as the rows are padded. Arguments and temporaries are the most "
-        "of all chips.",
+        "A train step that reads 8,192 rows of a row-major table [1M, D] where nothing else is "
+        "said, in MB; what is read or written row by row counts as the rows are padded. Arguments "
+        "and temporaries are the most of all chips.",
         _table(
             [
                 *("D", "mode", *(f"{chip}: moved" for chip in chips)),
@@ -394,11 +398,8 @@ def tpu(results: dict[str, Any]) -> str:
 def gpu(results: dict[str, Any]) -> str:
     """The tables of what the GPU's compiler says."""
 
-    def cell(said: dict[str, Any], name: str, digits: int = 0, scale: float = 1.0) -> str:
-        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
-
     def both(row: dict[str, Any], name: str, digits: int = 0) -> str:
-        own, other = (cell(row["said"][package], name, digits) for package in _PAIR)
+        own, other = (_said(row["said"][package], name, digits) for package in _PAIR)
         return f"{own} ({other})"
 
     dense = [
@@ -411,8 +412,8 @@ def gpu(results: dict[str, Any]) -> str:
     rows = [
         [
             *(f"{short(row['rows'])} x {row['width']}", kind),
-            *(cell(said, name) for name in ("kernels", "round_trips")),
-            *(cell(said, "bytes", 0, 1e6), cell(said, "temporary_bytes", 1, 1e6)),
+            *(_said(said, name) for name in ("kernels", "round_trips")),
+            *(_said(said, "bytes", 0, 1e6), _said(said, "temporary_bytes", 1, 1e6)),
         ]
         for row in results["rows"]
         for kind, said in row["said"].items()
@@ -424,7 +425,7 @@ def gpu(results: dict[str, Any]) -> str:
             f"{results['environment']['date']}. In brackets optax's; bytes are those of a "
             "parameter, between the GPU and its memory.",
             _table(["workload", "chain", "kernels", "bytes", "temporaries, bytes"], dense),
-            "A train step that reads 8,192 rows of a table, in MB:",
+            "A train step that reads 8,192 rows of a table where nothing else is said, in MB:",
             _table(
                 ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"], rows
             ),

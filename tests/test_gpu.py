@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, programs
 from benchmarks.workers import asked
 
 NUM_ROWS, WIDTH = 1_000_000, 64
@@ -30,7 +30,10 @@ CASES = {
     "small": ("dense", "adamjax", "clip + adam, grouped", SMALL),
     "large": ("rows", "exact_rows", 128, 10_000_000),
     "10 small": ("dense", "adamjax", "clip + adam", SMALL[:10]),
+    **programs.large_cases(NUM_ROWS, WIDTH),
+    **programs.many_tables()[2],
 }
+MANY = [name for name in CASES if "indices" in name]
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +63,11 @@ def test_a_step_on_a_table_makes_nothing_of_its_size(compiled, kind):
     assert found["donated_bytes"] >= found["tables_bytes"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("rows=lazy", "exact_rows", "followed exact", "flush"),
-        pytest.param(
-            "decayed",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="prepared by hand, `update` compares indices, in a loop that all that is "
-                "ready goes through: 0.052 of the table",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "followed exact", "flush", "decayed"])
 def test_temporaries_are_as_small_as_the_rows(compiled, kind):
-    found = compiled[kind]
-    assert found["temporary_bytes"] <= 0.04 * found["table_bytes"], found
+    """With decay the rows' own values are among them: they are 0.008 of the table."""
+    found, most = compiled[kind], 0.045 if kind == "decayed" else 0.04
+    assert found["temporary_bytes"] <= most * found["table_bytes"], found
 
 
 def test_rows_dense_makes_no_temporary_of_a_tables_size(compiled):
@@ -89,15 +80,11 @@ def test_a_table_sized_temporary_would_be_seen(compiled):
 
 
 @pytest.mark.parametrize(
-    "kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large"]
+    "kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large", "decayed", *MANY]
 )
 def test_a_train_step_never_waits_for_the_host(compiled, kind):
+    """Whether rows are followed or prepared by hand; and blocks of many do not take turns."""
     assert compiled[kind]["round_trips"] == 0
-
-
-def test_waiting_would_be_seen(compiled):
-    """Prepared by hand, `update` compares indices."""
-    assert compiled["decayed"]["round_trips"] == 1
 
 
 @pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "large"])
@@ -105,6 +92,12 @@ def test_a_train_step_is_a_few_dozen_kernels(compiled, kind):
     """Whatever the table's size; and flushing goes through it block by block."""
     assert compiled[kind]["kernels"] <= 36
     assert compiled["flush"]["kernels"] > NUM_ROWS / 8192
+
+
+def test_tables_that_are_alike_are_worked_on_together(compiled):
+    """Three scatters and the reads of each; and the search and the arithmetic once."""
+    (name,) = programs.many_tables()[2]
+    assert compiled[name]["kernels"] <= 26 * 9
 
 
 def test_a_step_moves_what_its_rows_are(compiled):
