@@ -19,6 +19,7 @@ __all__ = [
     "Case",
     "JaxTable",
     "TorchTable",
+    "batch_bytes",
     "batches",
     "least_bytes",
     "optimizer",
@@ -32,8 +33,9 @@ B1, B2, EPS = 0.9, 0.999, 1e-7  # of the TF form; the others have their own defa
 # Of p(k) ~ k^-s: 8,192 indices hold about 1,400 distinct ones of 1M, 1,024 about 290.
 EXPONENT = 1.28
 
-# Batches in rotation.
+# Batches in rotation; the most bytes of their values, of which there are two at least.
 INDICES, VALUES = 32, 8
+MOST_BYTES = 2**28
 
 # Steps before any is timed: for a dense step, so that its memory is there; for the others, so that
 # rows lag behind.
@@ -42,9 +44,7 @@ FEW, MANY = 3, 24
 # name: (the package it needs, steps before any is timed)
 CONTENDERS: dict[str, tuple[str, int]] = {
     "exact": ("adamjax", MANY),
-    "exact, max_unique": ("adamjax", MANY),
     "lazy": ("adamjax", MANY),
-    "lazy, max_unique": ("adamjax", MANY),
     "dense": ("adamjax", FEW),
     "optax": ("optax", FEW),
     "keras": ("keras", FEW),
@@ -52,7 +52,7 @@ CONTENDERS: dict[str, tuple[str, int]] = {
     "torch sparse": ("torch", MANY),
     "torch dense": ("torch", FEW),
 }
-# With reading the rows, a loss and its gradient; in the main case alone.
+# With reading the rows, a loss and its gradient; in the main cases alone.
 WHOLE = {"exact step": ("adamjax", MANY), "lazy step": ("adamjax", MANY)}
 EVERYONE = {**CONTENDERS, **WHOLE}
 OURS = tuple(name for name, (package, _) in EVERYONE.items() if package == "adamjax")
@@ -86,15 +86,6 @@ class Case:
     def name(self) -> str:
         return f"V={short(self.rows)} D={self.width} n={short(self.reads)} {self.indices}"
 
-    @property
-    def max_unique(self) -> int:
-        """A bound that Zipf's distinct rows keep: a larger share of a small batch is distinct."""
-        return self.reads // (4 if self.reads > 4096 else 2)
-
-    def takes(self, contender: str) -> bool:
-        """Whether the contender is in this case: the bound is of use for skewed indices alone."""
-        return "max_unique" not in contender or self.indices == "Zipf"
-
 
 def least_bytes(name: str, case: Case, distinct: float) -> float:
     """Bytes that a contender's step must read and write, however it is written.
@@ -114,8 +105,18 @@ def least_bytes(name: str, case: Case, distinct: float) -> float:
     return 24 * touched * case.width + 4 * case.reads * (case.width + 1)
 
 
+def num_values(case: Case) -> int:
+    """How many values there are for the batches: 8, or fewer if they are large."""
+    return min(VALUES, max(2, MOST_BYTES // (4 * case.reads * case.width)))
+
+
+def batch_bytes(case: Case) -> int:
+    """The bytes of the batches that a contender holds; torch's indices have 8 each."""
+    return 4 * num_values(case) * case.reads * case.width + 8 * INDICES * case.reads
+
+
 def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Indices int32[32, reads] and values float32[8, reads, width], the same for everyone."""
+    """Indices int32[32, reads] and values float32[n, reads, width], the same for everyone."""
     rng = np.random.default_rng(case.reads)
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=(INDICES, case.reads))
@@ -125,7 +126,8 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
         ranks = np.searchsorted(total, rng.random((INDICES, case.reads)) * total[-1])
         # Frequent rows are not neighbours; the prime makes this a permutation.
         indices = ranks * 7_368_787 % case.rows
-    values = 0.01 * rng.standard_normal((VALUES, case.reads, case.width), np.float32)
+    shape = (num_values(case), case.reads, case.width)
+    values = 0.01 * rng.standard_normal(shape, np.float32)
     return indices.astype(np.int32), values
 
 
@@ -151,10 +153,9 @@ def adamjax_step(name: str, case: Case) -> Made:
     import adamjax
 
     tx = optimizer(name)
-    bound = case.max_unique if "max_unique" in name else None
 
     def step(params: Any, state: Any, indices: Any, values: Any) -> Any:
-        grads = {"table": adamjax.row_gradient(indices, values, case.rows, max_unique=bound)}
+        grads = {"table": adamjax.row_gradient(indices, values, case.rows)}
         updates, state = tx.update(grads, state, params)
         return adamjax.apply_updates(params, updates), state
 
@@ -176,18 +177,20 @@ def adamjax_whole_step(name: str, case: Case) -> Made:
     def loss(rows: Any, values: Any) -> Any:
         return (values * rows * rows).sum() / 2
 
-    def step(params: Any, state: Any, indices: Any, values: Any) -> Any:
-        if name == "exact step":
-            read, ticket = tx.prepare(params, state, {"table": indices})
-            rows, kept = read["table"], {"ticket": ticket}
-        else:
-            rows, kept = params["table"][indices], {}
-        value, grad = jax.value_and_grad(loss)(rows, values)
-        grads = {"table": adamjax.row_gradient(indices, grad, case.rows)}
-        updates, state = tx.update(grads, state, params, **kept)
+    def exact(params: Any, state: Any, indices: Any, values: Any) -> Any:
+        read, ticket = tx.prepare(params, state, {"table": indices})
+        value, grad = jax.value_and_grad(loss)(read["table"], values)
+        grads = {"table": ticket.row_gradient("table", grad)}
+        updates, state = tx.update(grads, state, params, ticket=ticket)
         return adamjax.apply_updates(params, updates), state, value
 
-    return tx.init, step
+    def lazy(params: Any, state: Any, indices: Any, values: Any) -> Any:
+        value, grad = jax.value_and_grad(loss)(params["table"][indices], values)
+        grads = {"table": adamjax.row_gradient(indices, grad, case.rows)}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, value
+
+    return tx.init, exact if name == "exact step" else lazy
 
 
 def _dense_gradient(table: Any, indices: Any, values: Any) -> Any:
@@ -269,7 +272,7 @@ class JaxTable:
 
         import adamjax
 
-        self.name, self.taken = name, 0
+        self.taken = 0
         self.on_cpu = jax.default_backend() == "cpu"
         some = some_rows(case.width)
         params = {"table": jnp.resize(jnp.asarray(some), (case.rows, case.width))}
@@ -289,8 +292,6 @@ class JaxTable:
         self.indices = [jax.numpy.asarray(x) for x in indices]
         self.values = [jax.numpy.asarray(x) for x in values]
         if case.reads not in self.compiled:
-            if "max_unique" in self.name:
-                self.step = jax_contender(self.name, case)[1]
             jitted = jax.jit(self.step, donate_argnums=(0, 1), out_shardings=self.lies)
             lowered = jitted.lower(*self.held, self.indices[0], self.values[0])
             self.compiled[case.reads] = lowered.compile()
@@ -303,7 +304,7 @@ class JaxTable:
 
         for _ in range(steps):
             indices = self.indices[self.taken % INDICES]
-            values = self.values[self.taken % VALUES]
+            values = self.values[self.taken % len(self.values)]
             self.held = list(self.current(*self.held, indices, values)[:2])
             self.taken += 1
         jax.block_until_ready(self.held)
@@ -339,7 +340,7 @@ class TorchTable:
 
         for _ in range(steps):
             indices = self.indices[self.taken % INDICES]
-            values = self.values[self.taken % VALUES]
+            values = self.values[self.taken % len(self.values)]
             if self.sparse:
                 grad = torch.sparse_coo_tensor(
                     indices[None], values, self.table.shape, check_invariants=False

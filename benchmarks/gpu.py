@@ -8,7 +8,8 @@ donated step. Of the program that comes out we read
 - the round trips: branches and other loops, at which the GPU waits until the host has seen a
   number. What is in them is not counted;
 - the bytes between the GPU and its memory: for every instruction of the entry the arrays that it
-  reads and writes. What reads or writes rows of a table counts with these rows alone;
+  reads and writes. What reads or writes rows of a table counts with these rows alone. Where
+  rows of several tables are joined nobody says what an instruction takes of them: not counted;
 - the bytes of temporaries, and the instructions that copy an array of a table's size.
 
 Where there is a GPU, the suites `dense` and `rows` take times on it.
@@ -26,9 +27,9 @@ from typing import Any
 
 from benchmarks.dense import size as count
 from benchmarks.dense import workloads
-from benchmarks.hlo import entry, instructions, makers, traffic
+from benchmarks.hlo import computations, entry, instructions, makers, traffic
 from benchmarks.measure import RESULTS, environment, save
-from benchmarks.programs import ROWS, Case, program, size
+from benchmarks.programs import ROWS, Case, large_cases, many_tables, program, size
 from benchmarks.workers import Worker, asked, serve
 
 __all__ = ["compiler", "launches", "main"]
@@ -75,11 +76,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 def launches(text: str) -> tuple[int, int]:
     """The kernels that a program launches, and its round trips."""
-    bodies = {
-        found[1]: body
-        for body in text.split("\n}")
-        if (found := re.search(r"^(?:ENTRY )?%?(\S+) \(.*\{$", body, re.MULTILINE))
-    }
+    bodies = computations(text)
 
     def count(body: str) -> tuple[int, int]:
         kernels = waits = 0
@@ -109,19 +106,20 @@ def said(case: Case, device: Any) -> dict[str, Any]:
     compiled = function.lower(*arguments).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kernels, waits = launches(text)
-    found = {
+    found: dict[str, Any] = {
         "kernels": kernels,
         "round_trips": waits,
-        "bytes": traffic(text),
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+    if case[0] != "tables":
+        found["bytes"] = traffic(text)
     if case[0] == "dense":  # by the parameter
         parameters = sum(x.size for x in arguments[0])
         return {name: x / parameters if "bytes" in name else x for name, x in found.items()}
-    _, _, width, num_rows = case
+    _, _, width, num_rows, *_ = case
     return found | {
-        # A table that is moved in pieces is moved as well.
-        "makers": makers(text, num_rows * width // 8),
+        # A table that is moved in pieces is moved as well; small ones are as large as all rows.
+        "makers": makers(text, num_rows * width // (8 if case[0] == "rows" else 2)),
         "table_bytes": 4 * num_rows * width,
         "donated_bytes": memory.alias_size_in_bytes,
         "tables_bytes": sum(
@@ -169,8 +167,12 @@ def rows_cases(quick: bool) -> Iterator[Group]:
     """What each table is called, and the case of each mode."""
     for num_rows, width in QUICK_TABLES if quick else TABLES:
         kinds = [kind for kind in ROWS if "packed" not in kind]
-        cases = {kind: ("rows", kind, width, num_rows) for kind in kinds}
+        cases: dict[str, Case] = {kind: ("rows", kind, width, num_rows) for kind in kinds}
+        if width == 64:
+            cases |= large_cases(num_rows, width, quick)
         yield {"rows": num_rows, "width": width}, cases
+    num_rows, width, cases = many_tables(quick)
+    yield {"rows": num_rows, "width": width}, cases
 
 
 def estimated(groups: Sequence[Group]) -> list[dict[str, Any]]:

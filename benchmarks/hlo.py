@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-__all__ = ["cycles", "entry", "instructions", "makers", "padded", "traffic"]
+__all__ = ["computations", "cycles", "entry", "instructions", "makers", "padded", "traffic"]
 
 # `name = type opcode(operands), attributes`
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\((.*)")
@@ -46,8 +46,8 @@ def padded(kind: str) -> list[tuple[int, int]]:
     return found
 
 
-# They move nothing; or what they move is that of other instructions, which are not counted: what
-# is in loops and branches here are searches among indices.
+# They move nothing; or what they move is that of other instructions. Of these only loops over
+# blocks of rows are counted: what is in other loops and branches here are searches among indices.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 
 
@@ -64,21 +64,43 @@ def _by_rows(text: str) -> set[str]:
     return found
 
 
-def traffic(text: str) -> int:
+def computations(text: str) -> dict[str, str]:
+    """The instructions of each of a program's computations, by its name."""
+    return {
+        found[1]: body
+        for body in text.split("\n}")
+        if (found := re.search(r"^(?:ENTRY )?%?(\S+) \(.*\{$", body, re.MULTILINE))
+    }
+
+
+def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
     """The bytes that a program's entry reads from the large memory and writes to it.
 
     An instruction reads and writes the whole of its arrays. One that reads or writes rows of an
     array, the largest it has, moves as much of it as all its others are.
+
+    Args:
+      text: the program.
+      turns: how often a loop goes round, from turn to turn of which a large array goes.
+      large: the bytes of such an array.
     """
+    return _traffic(text, entry(text), turns, large)
+
+
+def _traffic(text: str, body: str, turns: int, large: float) -> int:
     known: dict[str, list[tuple[int, int]]] = {}
     total, by_rows = 0, _by_rows(text)
-    for name, kind, opcode, rest in instructions(entry(text)):
+    for name, kind, opcode, rest in instructions(body):
         known[name] = results = padded(kind)
         operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
         if opcode == "get-tuple-element":
             index = re.search(r"index=(\d+)", rest)
             assert index is not None
             known[name] = [known[operands[0]][int(index[1])]]
+        if opcode == "while" and turns and max((n for n, _ in results), default=0) >= large:
+            loop = re.search(r"body=%?([\w.-]+)", rest)
+            assert loop is not None
+            total += turns * _traffic(text, computations(text)[loop[1]], 0, large)
         if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in rest:
             continue
         if opcode in ("copy-start", "slice-start"):

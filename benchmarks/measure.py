@@ -21,6 +21,7 @@ __all__ = [
     "ROOT",
     "Device",
     "bandwidth",
+    "bound",
     "commit",
     "copied",
     "device",
@@ -32,6 +33,7 @@ __all__ = [
     "save",
     "say",
     "spread",
+    "tell_bounds",
     "timed",
 ]
 
@@ -58,6 +60,22 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 def rounded(samples: Sequence[float]) -> dict[str, float]:
     """The same to four digits."""
     return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
+
+
+def bound(what: str, asked: str, limit: float, value: float | None) -> dict[str, Any]:
+    """What is asked, "at least" or "at most", and whether what was measured (`None`: not) holds."""
+    holds = None
+    if value is not None:
+        holds = value >= limit if asked == "at least" else value <= limit
+    return {"what": what, "asked": f"{asked} {limit:g}", "measured": value, "holds": holds}
+
+
+def tell_bounds(found: Sequence[dict[str, Any]]) -> None:
+    """Prints bounds."""
+    for row in found:
+        verdict = {None: "      ", True: "holds ", False: "FAILS "}[row["holds"]]
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+        print(f"  {verdict} {row['what']}: {row['asked']}; {measured}")
 
 
 @contextlib.contextmanager

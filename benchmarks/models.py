@@ -1,14 +1,16 @@
-"""Three whole models that read tables: what a train step costs with row gradients and without.
+"""Four whole models that read tables: what a train step costs with row gradients and without.
 
-A click model with eight tables, a retrieval model with two towers and a small language model, as
-they are written by people who know nothing of row gradients. Each contender takes whole train
+A click model with eight tables, a retrieval model with two towers, a small language model and a
+click model with 26 tables of one size, as they are written by people who know nothing of row
+gradients. Each contender takes whole train
 steps, jitted and donated, in a process of its own, in turn with the others: the dense gradients
 that JAX gives, with adamjax and with optax; row gradients of the same loss, lazy and exact; and a
 step with the tables frozen, which is what the rest of the model costs. A sample is the mean of a
 few steps after one that is not timed; a ratio is taken within a round. Where only one process at a
 time can use the device, as a TPU, all contenders share one. Besides, how long it takes to trace the
-row gradients by what `jax.value_and_grad` takes. The device's bandwidth is measured before and
-after; what a whole model's step must move at least is not known.
+row gradients by what `jax.value_and_grad` takes; and how long a step of 26 tables is as a program,
+and how long it takes to make, beside one of a single table. The device's bandwidth is measured
+before and after; what a whole model's step must move at least is not known.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from adamjax.paths import leaf_paths
 from benchmarks.measure import (
     RESULTS,
     Device,
+    bound,
     device,
     environment,
     installed,
@@ -38,11 +41,23 @@ from benchmarks.measure import (
     rounded,
     save,
     say,
+    tell_bounds,
     timed,
 )
 from benchmarks.workers import SHARED, Team, serve, shared
 
-__all__ = ["CONTENDERS", "DLRM", "MODELS", "QUICK", "Transformer", "TwoTower", "main", "trainer"]
+__all__ = [
+    "CONTENDERS",
+    "DLRM",
+    "MODELS",
+    "QUICK",
+    "Clicks",
+    "Transformer",
+    "TwoTower",
+    "bounds",
+    "main",
+    "trainer",
+]
 
 Batch = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -291,15 +306,53 @@ def _preferred(tokens: int) -> np.ndarray:
     return _zipf(np.random.default_rng(0), tokens, (tokens,))
 
 
+@dataclass(frozen=True)
+class Clicks:
+    """Clicks, from tables of one size: one value each of many features, and a dense layer."""
+
+    count: int = 26
+    rows: int = 100_000
+    width: int = 16
+    examples: int = 1024
+
+    tables = "tables"
+
+    def init(self, key: jax.Array) -> Params:
+        keys = jax.random.split(key, self.count + 1)
+        return {
+            "tables": [
+                jax.random.uniform(k, (self.rows, self.width), minval=-0.05, maxval=0.05)
+                for k in keys[1:]
+            ],
+            "top": _mlp(keys[0], self.count * self.width, 32, 1),
+        }
+
+    def loss(self, params: Params, batch: Any) -> jax.Array:
+        read = [table[ids] for table, ids in zip(params["tables"], batch["ids"].T, strict=True)]
+        logits = _through(params["top"], jnp.concatenate(read, axis=1))[:, 0]
+        return (jax.nn.softplus(logits) - batch["clicked"] * logits).mean()
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng((4, step))
+        ids = np.stack([_zipf(rng, self.rows, (self.examples,)) for _ in range(self.count)], axis=1)
+        truth = sum(2 * _effect(column, i) for i, column in enumerate(ids.T))
+        clicked = rng.random(self.examples) < 1 / (1 + np.exp(-truth))
+        return {"ids": ids, "clicked": clicked.astype(np.float32)}
+
+
+# What is called so has the same tables as the last of the models, but one alone.
+MANY, ONE = "click, 26 tables", "click, one table"
 MODELS: dict[str, Any] = {
     "DLRM": DLRM((1_000_000, 250_000, 100_000, 100_000, 50_000, 50_000, 50_000, 50_000)),
     "two towers": TwoTower(500_000, 300_000),
     "transformer": Transformer(),
+    MANY: Clicks(),
 }
 QUICK: dict[str, Any] = {
     "DLRM": DLRM((3000, 2000, 1000, 1000, 500, 500, 500, 500), width=8, examples=64),
     "two towers": TwoTower(3000, 2000, width=16, examples=64),
     "transformer": Transformer(1000, width=16, length=16, examples=4),
+    MANY: Clicks(3, rows=500, width=4, examples=64),
 }
 
 
@@ -362,8 +415,8 @@ def _exact(model: Any, tx: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _frozen(model: Any, tx: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    names = {"DLRM": ("tables",), "TwoTower": ("users", "items"), "Transformer": ("embedding",)}
-    tables = names[type(model).__name__]
+    names = {TwoTower: ("users", "items"), Transformer: ("embedding",)}
+    tables = names.get(type(model), ("tables",))
 
     def rest(params: Params) -> Params:
         return {name: x for name, x in params.items() if name not in tables}
@@ -395,7 +448,30 @@ class Serving:
 
     def __call__(self, question: list[Any]) -> Any:
         kind, *about = question
+        if kind == "program":
+            return self.program(*about)
         return self.take_up(*about) if kind == "model" else self.sample()
+
+    def program(self, label: str, quick: bool) -> dict[str, Any]:
+        """A step as a program: its lines, and how long it takes to make, with nothing in a cache.
+
+        Tables lie as the compiler has them.
+        """
+        model = (QUICK if quick else MODELS)[MANY if label == ONE else label]
+        model = replace(model, count=1) if label == ONE else model
+        init, step = trainer(self.name, model)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        given = params, jax.eval_shape(init, params), model.batch(0)
+        jax.clear_caches()
+        gc.collect()
+        made: list[Any] = []
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        lower = timed(lambda: made.append(jitted.lower(*given)))
+        return {
+            "trace and lower": lower,
+            "compile": timed(lambda: made[0].compile()),
+            "lines": len(made[0].as_text().splitlines()),
+        }
 
     def take_up(self, label: str, quick: bool) -> dict[str, float]:
         """Compiles, warms up; answers with the step's temporaries and the loss then."""
@@ -484,6 +560,49 @@ def run_steps(
         for name, why in failed.items():
             say(f"{'':12} {name}: {why}")
     return table
+
+
+# How often a program is made in a sitting.
+MADE = 2
+
+
+def run_programs(
+    names: Sequence[str], args: argparse.Namespace, device: Device
+) -> list[dict[str, Any]]:
+    """How long the steps of many tables and of one are as programs, and how long they take to make.
+
+    One contender after another: to compile takes all cores.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _ in range(args.sittings):
+        with Team("models", names, device) as team:
+            for _, label, name in itertools.product(range(MADE), (MANY, ONE), names):
+                answers = team.ask([name], ["program", label, args.quick])
+                found.setdefault((label, name), []).extend(answers.values())
+    rounds = MADE * args.sittings
+    return [
+        {
+            **{"model": label, "contender": name, "rounds": rounds, "lines": made[0]["lines"]},
+            "s": {
+                what: rounded([x[what] for x in made]) for what in ("trace and lower", "compile")
+            },
+        }
+        for (label, name), made in found.items()
+        if len(made) == rounds
+    ]
+
+
+def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a step of many tables is asked to keep, and what was measured."""
+    found = {row["model"]: row for row in programs if row["contender"] == "exact"}
+    lines = times = None
+    if {MANY, ONE} <= found.keys():
+        lines = found[MANY]["lines"] / found[ONE]["lines"]
+        times = found[MANY]["s"]["compile"]["median"] / found[ONE]["s"]["compile"]["median"]
+    return [
+        bound("exact's lines with 26 tables by those with one", "at most", 4, lines),
+        bound("exact's time to compile with 26 tables by that with one", "at most", 3, times),
+    ]
 
 
 def traced(model: Any, name: str, cold: bool = False) -> float:
@@ -576,7 +695,21 @@ def told(results: dict[str, Any]) -> str:
         ]
         for row in results["traces"]
     ]
-    return "\n\n".join([*parts, _aligned(table)])
+    parts.append(_aligned(table))
+    if results["programs"]:
+        head = ["trace and lower, s", "compile, s", "lines of StableHLO"]
+        table = [["a step as a program", "contender", *head]]
+        table += [
+            [
+                row["model"],
+                CONTENDERS[row["contender"]],
+                *(ranged(x, 2) for x in row["s"].values()),
+                f"{row['lines']:,}",
+            ]
+            for row in results["programs"]
+        ]
+        parts.append(_aligned(table))
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str]) -> int:
@@ -609,11 +742,16 @@ def main(argv: list[str]) -> int:
     results |= {"sittings": args.sittings, "rounds": args.rounds}
     with progress(len(models) * args.sittings * args.rounds * len(names)) as bar:
         results["steps"] = run_steps(models, names, args, here, bar)
+    results["programs"] = run_programs(names, args, here) if MANY in models else []
     here.add_bandwidth(results, args.quick)
     results["traces"] = run_traces(models, 2 if args.quick else max(7, args.rounds))
     packages = ("adamjax", "jax", "jaxlib", "optax")
     results["environment"] = environment(*installed(*packages))
     print(f"\n{told(results)}")
+    results["bounds"] = []
+    if results["programs"] and not args.quick:
+        results["bounds"] = bounds(results["programs"])
+        tell_bounds(results["bounds"])
     out = args.out or RESULTS / results["environment"]["platform"] / "models.json"
     if args.out or not (args.quick or args.only or args.contenders):
         save(results, out)

@@ -6,7 +6,7 @@ A case is jitted and donated, and may be compiled for a device that is not there
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["ROWS", "Case", "dense_step", "program", "size"]
+__all__ = ["ROWS", "Case", "dense_step", "large_cases", "many_tables", "program", "size", "turns"]
 
 RATE, MAX_NORM, MOMENTUM = 1e-3, 1.0, 0.99
 # Indices of a step.
@@ -24,9 +24,35 @@ Case = Sequence[Any]
 def program(case: Case, device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The jitted function of a case and what to call it with, as shapes on a device.
 
-    A case is `("dense", package, chain, shapes)` or `("rows", kind, width, num_rows)`.
+    A case is `("dense", package, chain, shapes)`, or `("rows", kind, width, num_rows, num_ids=)`,
+    or `("tables", kind, width, num_rows, num_ids, count)` for several tables of one size.
     """
-    return {"dense": _dense_program, "rows": _rows_program}[case[0]](*case[1:], device)
+    made = {"dense": _dense_program, "rows": _rows_program, "tables": _tables_program}
+    return made[case[0]](device, *case[1:])
+
+
+def large_cases(num_rows: int, width: int, quick: bool = False) -> dict[str, Case]:
+    """The cases of a table of which a step reads so many rows that blocks of them take turns."""
+    ids = 16_384 if quick else 65_536
+    return {
+        f"{kind}, {ids:,} indices": ("rows", kind, width, num_rows, ids)
+        for kind in ("rows=lazy", "exact_rows")
+    }
+
+
+def many_tables(quick: bool = False) -> tuple[int, int, dict[str, Case]]:
+    """The rows and columns of each of many tables, and the case of a step on all of them."""
+    count, num_rows, width, ids = (3, 1000, 16, 64) if quick else (26, 100_000, 16, 1024)
+    name = f"exact_rows, {count} tables of {num_rows:,}, {ids:,} indices each"
+    return num_rows, width, {name: ("tables", "exact_rows", width, num_rows, ids, count)}
+
+
+def turns(case: Case) -> int:
+    """The turns of a case's loop over blocks of rows, if no index is there twice; 0 without one."""
+    from adamjax import blocks
+
+    num_ids = case[4] if case[0] == "rows" and len(case) > 4 else 0
+    return 0 if blocks.is_one_block(num_ids) else -(-num_ids // blocks._BLOCK)
 
 
 def size(x: Any) -> int:
@@ -92,7 +118,7 @@ def dense_step(package: str, chain: str, params: Any) -> tuple[Callable[..., Any
 
 
 def _dense_program(
-    package: str, chain: str, shapes: Sequence[tuple[int, ...]], device: Any
+    device: Any, package: str, chain: str, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Any, tuple[Any, ...]]:
     import jax
 
@@ -211,15 +237,61 @@ def followed(is_exact: bool) -> Made:
     return tx, step
 
 
-def _rows_program(kind: str, width: int, num_rows: int, device: Any) -> tuple[Any, tuple[Any, ...]]:
+def _state_like(tx: Any, params: Any, device: Any) -> tuple[Any, Any]:
+    """How params and state lie, and the shapes of the state that lies so."""
+    import jax
+
+    import adamjax
+
+    formats = adamjax.formats(tx, params)
+    slots, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params), is_leaf=lambda x: x is None)
+    state = treedef.unflatten(
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how or device)
+        for x, how in zip(slots, treedef.flatten_up_to(formats[1]), strict=True)
+    )
+    return formats, state
+
+
+def _tables_program(
+    device: Any, kind: str, width: int, num_rows: int, num_ids: int, count: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """A train step on several tables, jitted, and what to compile it for."""
+    import jax
+    import jax.numpy as jnp
+
+    import adamjax
+
+    assert kind == "exact_rows"
+
+    def loss(params: Any, ids: Any, values: Any) -> Any:
+        read = jnp.stack([table[i] for table, i in zip(params["tables"], ids, strict=True)])
+        return jnp.sum(jnp.square(read - values))
+
+    tx = adamjax.exact_rows(adamjax.adam(RATE), "tables")
+    taken = adamjax.train_step(loss, tx)
+    shape = jax.ShapeDtypeStruct
+    table = shape((num_rows, width), jnp.float32, sharding=device)
+    params = {"tables": [adamjax.row_major(table)] * count}
+    formats, state = _state_like(tx, params, device)
+    ids = shape((count, num_ids), jnp.int32, sharding=device)
+    values = shape((count, num_ids, width), jnp.float32, sharding=device)
+    step = jax.jit(
+        lambda *arguments: taken(*arguments)[:2], donate_argnums=(0, 1), out_shardings=formats
+    )
+    return step, (params, state, ids, values)
+
+
+def _rows_program(
+    device: Any, kind: str, width: int, num_rows: int, num_ids: int = NUM_IDS
+) -> tuple[Any, tuple[Any, ...]]:
     """The function of a case, jitted, and what to compile it for."""
     import jax
     import jax.numpy as jnp
 
     import adamjax
 
-    def lies(shape: Any, dtype: Any, how: Any = None) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=how or device)
+    def lies(shape: Any, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
     shape, packing = (num_rows, width), None
     if "packed" in kind:
@@ -235,14 +307,8 @@ def _rows_program(kind: str, width: int, num_rows: int, device: Any) -> tuple[An
         tx, step = exact(packing, kind)
     table = lies(shape, jnp.float32)
     params = {"table": table if kind == "not row-major" else adamjax.row_major(table)}
-    formats = adamjax.formats(tx, params)
-    state = jax.eval_shape(tx.init, params)
-    slots, treedef = jax.tree.flatten(state, is_leaf=lambda x: x is None)
-    state = treedef.unflatten(
-        None if x is None else lies(x.shape, x.dtype, how)
-        for x, how in zip(slots, treedef.flatten_up_to(formats[1]), strict=True)
-    )
-    ids = lies((NUM_IDS,), jnp.int32)
+    formats, state = _state_like(tx, params, device)
+    ids = lies((num_ids,), jnp.int32)
     if kind == "init":
         return jax.jit(tx.init, out_shardings=formats[1]), (params,)
     if kind == "lookup":
@@ -250,4 +316,4 @@ def _rows_program(kind: str, width: int, num_rows: int, device: Any) -> tuple[An
     donate = {"donate_argnums": (0, 1), "out_shardings": formats}
     if kind == "flush":
         return jax.jit(tx.flush, **donate), (params, state)
-    return jax.jit(step, **donate), (params, state, ids, lies((NUM_IDS, width), jnp.float32))
+    return jax.jit(step, **donate), (params, state, ids, lies((num_ids, width), jnp.float32))

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import short
+from benchmarks.contenders import EVERYONE, WHOLE, short
 from benchmarks.measure import RESULTS
 from benchmarks.models import CONTENDERS
+from benchmarks.rows import bounds
 
-__all__ = ["SUITES", "main", "main_case", "rendered"]
+__all__ = ["SUITES", "asked_of_rows", "main", "main_case", "rendered"]
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -132,38 +133,66 @@ def _mega(number: float | None, digits: int = 1) -> str:
     return "" if number is None else f"{number / 1e6:,.{digits}f}"
 
 
-def main_case(found: dict[tuple[Any, ...], Any]) -> tuple[int, int, int]:
-    """Rows, width and indices of the case that all contenders are in."""
+Key = tuple[int, int, int, str]
+
+
+def main_case(found: dict[Key, Any]) -> tuple[int, int, int]:
+    """Rows, width and indices of the first case that all contenders are in."""
     if (1_000_000, 64, 8192, "Zipf") in found:
         return 1_000_000, 64, 8192
     rows, width, reads, _ = max(found, key=lambda key: (len(found[key]["ms"]), key))
     return rows, width, reads
 
 
-def rows(results: dict[str, Any]) -> str:
-    """The tables of the rows suite: its main case, what was asked of it, and `exact` everywhere."""
-    found = {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
-    count, width, reads = main_case(found)
-    kinds = [k for k in ("Zipf", "uniform") if (count, width, reads, k) in found]
-    cases = {kind: found[count, width, reads, kind] for kind in kinds}
-    limits = "bandwidth" in results
+def _main_cases(found: dict[Key, Any]) -> list[tuple[int, int, int]]:
+    """All cases that whole steps are in as well, the first one in front."""
+    first = main_case(found)
+    others = {key[:3] for key, row in found.items() if any(name in row["ms"] for name in WHOLE)}
+    return [first, *sorted(others - {first})]
 
-    def times(row: dict[str, Any], name: str, own: str = "exact") -> str:
-        """How many times as long as ours the contender takes."""
-        if name not in row["ratio"].get(own, {}):
-            return "?"
-        longer = 1 / row["ratio"][own][name]["median"]
-        return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
+
+def asked_of_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bounds of the rows suite that are held to today; older results have others as well."""
+    known = {row["what"] for row in bounds([], [])}
+    return [row for row in results.get("bounds", ()) if row["what"] in known]
+
+
+def _bounds(asked: list[dict[str, Any]]) -> list[str]:
+    """The table of bounds, if there are any, and what is said above it."""
+    if not asked:
+        return []
+    table = [
+        [
+            row["what"],
+            row["asked"],
+            "" if row["measured"] is None else f"{row['measured']:.3g}",
+            {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
+        ]
+        for row in asked
+    ]
+    return ["The bounds it is held to:", _table(["what", "bound", "measured", "holds"], table)]
+
+
+def _times(row: dict[str, Any], name: str, own: str = "exact") -> str:
+    """How many times as long as ours a contender takes."""
+    if name not in row["ratio"].get(own, {}):
+        return "?"
+    longer = 1 / row["ratio"][own][name]["median"]
+    return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
+
+
+def _contenders(cases: dict[str, dict[str, Any]], limits: bool) -> str:
+    """The table of all contenders in a case, with each kind of indices."""
 
     def taken(row: dict[str, Any], name: str) -> list[str]:
         own = "exact step" if "step" in name else "exact"
         if name not in row["ms"]:
             return ["", "", *([""] if limits else [])]
-        cells = [_range(row["ms"][name], 1), "" if name == own else times(row, name, own)]
+        cells = [_range(row["ms"][name], 1), "" if name == own else _times(row, name, own)]
         return [*cells, *([f"{row['fraction'][name]['median']:.2g}"] if limits else [])]
 
-    first = cases[kinds[0]]
-    contenders = [
+    first = next(iter(cases.values()))
+    table = [
         [
             name,
             *(cell for row in cases.values() for cell in taken(row, name)),
@@ -171,23 +200,27 @@ def rows(results: dict[str, Any]) -> str:
             _mega(first["peak_bytes"].get(name), 0),
         ]
         for name in first["ms"]
+        if name in EVERYONE
     ]
-    asked = [
-        [
-            row["what"],
-            row["asked"],
-            "" if row["measured"] is None else f"{row['measured']:.3g}",
-            {None: "not measured", True: "yes", False: "**no**"}[row["holds"]],
-        ]
-        for row in results.get("bounds", ())
-    ]
+    limit = ["of the limit"] if limits else []
+    heads = [(f"{kind}, ms", "of exact's time", *limit) for kind in cases]
+    memory = ("temporaries, MB", "most memory, MB")
+    return _table(["contender", *(name for head in heads for name in head), *memory], table)
+
+
+def rows(results: dict[str, Any]) -> str:
+    """The tables of the rows suite: its main cases, what was asked of them, `exact` everywhere."""
+    found = {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
+    (count, width, reads), *others = _main_cases(found)
+    kinds = [k for k in ("Zipf", "uniform") if (count, width, reads, k) in found]
+    limits = "bandwidth" in results
     sizes = sorted({key[0] for key in found})
     columns = [(kind, size) for kind in kinds for size in sizes]
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None or "exact" not in row["ms"]:
             return ""
-        both = f"{times(row, 'optax')}, {times(row, 'torch sparse')}"
+        both = f"{_times(row, 'optax')}, {_times(row, 'torch sparse')}"
         return f"{row['ms']['exact']['median']:.1f} ({both})"
 
     grid = [
@@ -196,53 +229,31 @@ def rows(results: dict[str, Any]) -> str:
     ]
     where = _where(results, bandwidth=True)
     where += f" The grid's other cases: {results['grid_rounds']} rounds."
-    if "tunables" in results["environment"]:
-        where += f" With GLIBC_TUNABLES={results['environment']['tunables']}."
     if alone := sum(not row["in_turn"] for row in results["times"]):
         where += f" In {alone} cases, whose tables did not fit in memory at once, the contenders "
         where += "came one after another."
     for row in results["times"]:
-        where += "".join(f" {row['case']}: {name}: {why}." for name, why in row["failed"].items())
-    limit = ["of the limit"] if limits else []
-    heads = [(f"{kind}, ms", "of exact's time", *limit) for kind in kinds]
+        failed = {name: why for name, why in row["failed"].items() if name in EVERYONE}
+        where += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
     parts = [
         f"{where} {short(count)} rows of {width}, {reads:,} indices; median (quartiles). The whole "
         "steps read the rows and differentiate a loss as well; their time is compared with each "
         "other's.",
-        _table(
-            [
-                "contender",
-                *(name for head in heads for name in head),
-                *("temporaries, MB", "most memory, MB"),
-            ],
-            contenders,
-        ),
+        _contenders({kind: found[count, width, reads, kind] for kind in kinds}, limits),
     ]
-    if asked:
-        parts.append("The bounds it is held to:")
-        parts.append(_table(["what", "bound", "measured", "holds"], asked))
+    for case in others:
+        here = {kind: found[*case, kind] for kind in kinds if (*case, kind) in found}
+        rounds = next(iter(here.values()))["rounds"]
+        parts.append(
+            f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices, {rounds} rounds in all:"
+        )
+        parts.append(_contenders(here, limits))
+    parts += _bounds(asked_of_rows(results))
     parts.append(
         "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
         "dense gradients and torch's SparseAdam take):"
     )
     parts.append(_table(["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)], grid))
-    if paged := results.get("pages"):
-        ways = [*paged[0]["ms"]]
-        parts.append(f"{paged[0]['reads']:,} indices, by the pages of the memory, in ms:")
-        parts.append(
-            _table(
-                ["contender", "indices", *ways, f"{ways[1]} by {ways[0]}"],
-                [
-                    [
-                        row["contender"],
-                        row["indices"],
-                        *(_range(row["ms"][way], 1) for way in ways),
-                        _range(row["ratio"], 2),
-                    ]
-                    for row in paged
-                ],
-            )
-        )
     return "\n\n".join(parts)
 
 
@@ -265,6 +276,19 @@ def models(results: dict[str, Any]) -> str:
         [row["model"], row["caches"], _range(row["ms"]["rows"], 0), _range(row["ratio"], 2)]
         for row in results["traces"]
     ]
+    programs = [
+        [
+            row["model"],
+            CONTENDERS[row["contender"]],
+            *(_range(x, 2) for x in row["s"].values()),
+            f"{row['lines']:,}",
+        ]
+        for row in results.get("programs", ())
+    ]
+    made: list[str] = []
+    if programs:
+        head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
+        made = ["A step as a program, made with nothing in a cache:", _table(head, programs)]
     head = ["model, parameters", "contender", "step, ms", "by exact's"]
     return "\n\n".join(
         [
@@ -274,6 +298,8 @@ def models(results: dict[str, Any]) -> str:
             "The time to trace a loss with row gradients, by that of `jax.value_and_grad`, with "
             "JAX's own functions traced before (caches warm) and not:",
             _table(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
+            *made,
+            *_bounds(results.get("bounds", [])),
         ]
     )
 
@@ -289,12 +315,16 @@ def differences(results: dict[str, Any]) -> str:
     return f"{_table(['what is done', *systems, 'to get theirs'], table)}\n\n{versions}."
 
 
+def _said(said: dict[str, Any], name: str, digits: int = 0, scale: float = 1.0) -> str:
+    """A figure of a compiler's, if it compiled and this figure was read."""
+    if "failed" in said:
+        return "failed"
+    return f"{said[name] / scale:,.{digits}f}" if name in said else "not counted"
+
+
 def tpu(results: dict[str, Any]) -> str:
     """The tables of what the TPU's compiler says, and of times, if there are any."""
     chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
-
-    def cell(said: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
-        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
 
     found: dict[Any, dict[str, Any]] = {}
     for row in results["dense"]:
@@ -304,7 +334,7 @@ def tpu(results: dict[str, Any]) -> str:
         line = list(key)
         for chip in chips:
             said = by_chip[chip]
-            both = [cell(said[name], "bytes", 2) for name in _PAIR]
+            both = [_said(said[name], "bytes", 2) for name in _PAIR]
             ratio = "failed"
             if "failed" not in both:
                 ratio = f"{said['adamjax']['cycles'] / said['optax']['cycles']:.3f}"
@@ -326,7 +356,7 @@ def tpu(results: dict[str, Any]) -> str:
         rows.append(
             [
                 *(str(width), kind),
-                *(cell(by_chip[chip], "bytes", 0, 1e6) for chip in chips),
+                *(_said(by_chip[chip], "bytes", 0, 1e6) for chip in chips),
                 *(f"{most[name] / 1e6:,.{digits}f}" for name, digits in _OF_ROWS.items()),
                 str(max(map(_copies, by_chip.values()))),
             ]
@@ -338,9 +368,9 @@ def tpu(results: dict[str, Any]) -> str:
         "estimated cycles, by optax's. Temporaries, the most of all chips, are in either memory of "
         "the chip.",
         _table(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense),
-        "A train step that reads 8,192 rows of a row-major table [1M, D], in MB; what is read or "
-        "written row by row counts as the rows are padded. Arguments and temporaries are the most "
-        "of all chips.",
+        "A train step that reads 8,192 rows of a row-major table [1M, D] where nothing else is "
+        "said, in MB; what is read or written row by row counts as the rows are padded. Arguments "
+        "and temporaries are the most of all chips.",
         _table(
             [
                 *("D", "mode", *(f"{chip}: moved" for chip in chips)),
@@ -368,11 +398,8 @@ def tpu(results: dict[str, Any]) -> str:
 def gpu(results: dict[str, Any]) -> str:
     """The tables of what the GPU's compiler says."""
 
-    def cell(said: dict[str, Any], name: str, digits: int = 0, scale: float = 1.0) -> str:
-        return "failed" if "failed" in said else f"{said[name] / scale:,.{digits}f}"
-
     def both(row: dict[str, Any], name: str, digits: int = 0) -> str:
-        own, other = (cell(row["said"][package], name, digits) for package in _PAIR)
+        own, other = (_said(row["said"][package], name, digits) for package in _PAIR)
         return f"{own} ({other})"
 
     dense = [
@@ -385,8 +412,8 @@ def gpu(results: dict[str, Any]) -> str:
     rows = [
         [
             *(f"{short(row['rows'])} x {row['width']}", kind),
-            *(cell(said, name) for name in ("kernels", "round_trips")),
-            *(cell(said, "bytes", 0, 1e6), cell(said, "temporary_bytes", 1, 1e6)),
+            *(_said(said, name) for name in ("kernels", "round_trips")),
+            *(_said(said, "bytes", 0, 1e6), _said(said, "temporary_bytes", 1, 1e6)),
         ]
         for row in results["rows"]
         for kind, said in row["said"].items()
@@ -398,7 +425,7 @@ def gpu(results: dict[str, Any]) -> str:
             f"{results['environment']['date']}. In brackets optax's; bytes are those of a "
             "parameter, between the GPU and its memory.",
             _table(["workload", "chain", "kernels", "bytes", "temporaries, bytes"], dense),
-            "A train step that reads 8,192 rows of a table, in MB:",
+            "A train step that reads 8,192 rows of a table where nothing else is said, in MB:",
             _table(
                 ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"], rows
             ),

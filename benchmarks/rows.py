@@ -4,9 +4,9 @@ Each contender takes its steps in a process of its own, in turn with the others.
 mean of a few steps after one that is not timed; a ratio is taken within a round, from samples
 that lie next to each other in time, and who goes first changes from round to round. Where all
 tables do not fit in memory at once, the contenders come one after another instead, and a round is
-what has the same number with each. The main case (1M rows of 64, 8,192 indices) gets more rounds,
-and its processes are started anew several times: where arrays come to lie in memory moves a
-step's time by a tenth.
+what has the same number with each. The main cases (1M rows of 64, 8,192 indices and more) get more
+rounds, those with the most indices a quarter of them, and their processes are started anew several
+times: where arrays come to lie in memory moves a step's time by a tenth.
 
 Each time is also given as a fraction of the limit that the device's bandwidth sets, measured before
 and after: the least bytes that the step must move (`contenders.least_bytes`), over the bytes a
@@ -24,9 +24,7 @@ import importlib
 import itertools
 import json
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +41,7 @@ from benchmarks.contenders import (
     Case,
     JaxTable,
     TorchTable,
+    batch_bytes,
     batches,
     least_bytes,
     short,
@@ -50,6 +49,7 @@ from benchmarks.contenders import (
 from benchmarks.measure import (
     RESULTS,
     Device,
+    bound,
     device,
     environment,
     fraction,
@@ -58,6 +58,7 @@ from benchmarks.measure import (
     rounded,
     save,
     say,
+    tell_bounds,
     timed,
 )
 from benchmarks.workers import SHARED, Team, serve, shared
@@ -75,9 +76,16 @@ def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> 
 GRID = _cases((100_000, 1_000_000, 4_000_000), (32, 64, 128), (1024, 8192, 65_536))
 # On an accelerator as well: 5 GB, and as much for each moment.
 LARGE = _cases((10_000_000,), (128,), (8192, 65_536))
-MAIN = _cases((1_000_000,), (64,), (8192,))
+MAIN = _cases((1_000_000,), (64,), (8192, 65_536, 262_144))
 QUICK = _cases((1000, 4000), (8,), (64,))
 QUICK_MAIN = _cases((4000,), (8,), (64,))
+# The most indices of a main case that gets all its rounds.
+FULL = 8192
+
+
+def main_rounds(case: Case, rounds: int) -> int:
+    """The rounds of a main case in a sitting: a step on many rows takes long."""
+    return rounds if case.reads <= FULL else max(2, rounds // 4)
 
 
 # --- a contender in its process -------------------------------------------------------------------
@@ -201,96 +209,83 @@ def _free_bytes(device: Device) -> float:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
 
 
-def _fit(team: Team, case: Case) -> bool:
-    """Whether parameters and moments of all contenders fit in memory, and one's temporaries."""
+def _fit(team: Team, cases: Sequence[Case]) -> bool:
+    """Whether what all contenders hold fits in memory, and one's temporaries.
+
+    That is a table with its moments, the same for all cases, and the batches of the largest.
+    """
+    case = max(cases, key=batch_bytes)
     tables = 3 * len(team.names) + 3
     # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
     width = max(case.width, 128) if team.device.platform == "tpu" else case.width
     taken = 6e8 * len(team.names) if team.device.platform == "gpu" else 0
+    taken += batch_bytes(case) * len(team.names)
     return tables * case.rows * width * 4 + taken < 0.8 * _free_bytes(team.device)
 
 
-def measure(team: Team, cases: Sequence[Case], rounds: int) -> Iterator[Taken]:
-    """Samples of cases with one table: of all contenders in turn, or of one after another."""
-    together = _fit(team, cases[0])
-    found = {case: Taken(case, together, [{} for _ in range(rounds)], {}, {}) for case in cases}
+def measure(team: Team, rounds: dict[Case, int]) -> Iterator[Taken]:
+    """Samples of cases with one table: of all contenders in turn, or of one after another.
+
+    Args:
+      team: the contenders.
+      rounds: how many of each case.
+    """
+    together = _fit(team, list(rounds))
+    found = {
+        case: Taken(case, together, [{} for _ in range(count)], {}, {})
+        for case, count in rounds.items()
+    }
     for names in [team.names] if together else [[name] for name in team.names]:
-        team.ask(names, ["table", *vars(cases[0]).values()])
+        team.ask(names, ["table", *vars(next(iter(found))).values()])
         for case, taken in found.items():
-            playing = [name for name in names if case.takes(name)]
             question = ["case", *vars(case).values()]
-            heavy = [name for name in playing if EVERYONE[name][1] == FEW]
-            taken.about |= team.ask([name for name in playing if name not in heavy], question)
+            heavy = [name for name in names if EVERYONE[name][1] == FEW]
+            taken.about |= team.ask([name for name in names if name not in heavy], question)
             for name in heavy:  # their temporaries are as large as the table
                 taken.about |= team.ask([name], question)
             for number, samples in enumerate(taken.rounds):
-                if playing:
-                    samples |= team.in_turn(playing, number)
-            lost = {name: why for name, why in team.failed.items() if case.takes(name)}
-            taken.failed |= lost
+                samples |= team.in_turn(names, number)
+            taken.failed |= team.failed
         team.ask(names, ["table"])
     team.failed = {}  # New processes may try the next table.
     yield from found.values()
 
 
-@dataclass(frozen=True)
-class Twice:
-    """What some contenders are measured in two ways of, all in turn.
-
-    Attributes:
-      cases: what is measured.
-      ways: by name, what differs: of a case, and of a process' environment.
-      names: the contenders.
-    """
-
-    cases: Sequence[Case]
-    ways: dict[str, tuple[dict[str, Any], dict[str, str]]]
-    names: Sequence[str] = ("exact", "lazy", "torch sparse")
+# The sizes of two tables, and who takes steps on both in turn.
+GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
+GROWERS = ("exact", "lazy", "torch sparse")
 
 
-_SIZES = (GRID[0].rows, GRID[-1].rows)
-TWICE = {
-    "growth": Twice(MAIN, {short(rows): ({"rows": rows}, {}) for rows in _SIZES}),
-    # XLA takes the temporaries of a step from malloc at once, and glibc maps what is larger than
-    # 32 MB anew each time: at so many indices that is a good part of the step.
-    "pages": Twice(
-        _cases((1_000_000,), (64,), (65_536,)),
-        {
-            "small pages": ({}, {"GLIBC_TUNABLES": ""}),
-            "huge pages": ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
-        },
-    ),
-}
-
-
-def measure_twice(
-    twice: Twice, names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
+def measure_growth(
+    names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
 ) -> list[dict[str, Any]]:
-    """Samples of the contenders in both ways, in turn, and their ratio: the second by the first."""
-    kept = [name for name in twice.names if name in names]
-    players = {f"{name}, {way}": (name, way) for name in kept for way in twice.ways}
+    """Samples of steps on a small and a large table, in turn, and the second's time by the first's.
+
+    The indices are as many as in the first main cases.
+    """
+    kept = [name for name in GROWERS if name in names]
+    cases = [case for case in MAIN if case.reads == FULL]
+    players = {f"{name}, {size}": (name, size) for name in kept for size in GROWTH}
     contenders = {player: name for player, (name, _) in players.items()}
-    variables = {player: twice.ways[way][1] for player, (_, way) in players.items()}
-    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in twice.cases}
+    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
-        with Team("rows", contenders, device, bar, variables) as team:
-            first = twice.cases[0]
-            for kind, case in [("table", first), *(("case", case) for case in twice.cases)]:
-                for player, (_, way) in players.items():
-                    own = replace(case, **twice.ways[way][0])
+        with Team("rows", contenders, device, bar) as team:
+            for kind, case in [("table", cases[0]), *(("case", case) for case in cases)]:
+                for player, (_, size) in players.items():
+                    own = replace(case, rows=GROWTH[size])
                     team.ask([player], [kind, *vars(own).values()])
                 if kind == "case":
                     turns = (team.in_turn(list(players), number) for number in range(rounds))
                     taken[case.indices] += turns
     found = []
     for indices, name in itertools.product(taken, kept):
-        both = [[turn.get(f"{name}, {way}") for way in twice.ways] for turn in taken[indices]]
+        both = [[turn.get(f"{name}, {size}") for size in GROWTH] for turn in taken[indices]]
         if any(None in times for times in both):
             continue  # it ended
-        row = {"indices": indices, "reads": twice.cases[0].reads, "contender": name}
+        row = {"indices": indices, "reads": FULL, "contender": name}
         row["ms"] = {
-            way: rounded([1e3 * x for x in times])
-            for way, times in zip(twice.ways, zip(*both, strict=True), strict=True)
+            size: rounded([1e3 * x for x in times])
+            for size, times in zip(GROWTH, zip(*both, strict=True), strict=True)
         }
         found.append(row | {"ratio": rounded([after / before for before, after in both])})
     return found
@@ -309,20 +304,14 @@ def _in_grid(names: Sequence[str]) -> list[str]:
 
 
 def _samples(
-    main_cases: Sequence[Case],
-    grid: Sequence[Case],
-    names: Sequence[str],
-    twice: Sequence[str],
-    args: Any,
+    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], grows: bool, args: Any
 ) -> int:
     """How many samples there will be, if nobody ends before."""
-    rounds = args.sittings * args.rounds
-    count = rounds * sum(case.takes(name) for case in main_cases for name in names)
-    count += args.grid_rounds * sum(case.takes(name) for case in grid for name in _in_grid(names))
-    for each in (TWICE[what] for what in twice):
-        playing = sum(name in names for name in each.names)
-        count += rounds * len(each.cases) * len(each.ways) * playing
-    return count
+    count = len(names) * sum(main_rounds(case, args.rounds) for case in main_cases)
+    if grows:
+        kinds = len({case.indices for case in MAIN})
+        count += args.rounds * kinds * len(GROWTH) * sum(name in names for name in GROWERS)
+    return args.sittings * count + args.grid_rounds * len(grid) * len(_in_grid(names))
 
 
 def _add_limits(results: dict[str, Any]) -> None:
@@ -349,13 +338,17 @@ def run(
     sittings: list[list[Taken]] = []
     for _ in range(args.sittings if main_cases else 0):
         with Team("rows", names, device, bar) as team:
-            sittings.append(list(measure(team, main_cases, args.rounds)))
+            taken: list[Taken] = []
+            # Large batches need more memory, so that they may not be taken in turn.
+            for _, cases in itertools.groupby(main_cases, lambda case: case.reads):
+                taken += measure(team, {case: main_rounds(case, args.rounds) for case in cases})
+            sittings.append(taken)
     for takens in zip(*sittings, strict=True):
         table.append(sum(takens[1:], takens[0]).row())
         _shown(table[-1], began)
     with Team("rows", _in_grid(names), device, bar) as team:
         for _, cases in itertools.groupby(grid, lambda case: (case.rows, case.width)):
-            for taken in measure(team, list(cases), args.grid_rounds):
+            for taken in measure(team, dict.fromkeys(cases, args.grid_rounds)):
                 table.append(taken.row())
                 _shown(table[-1], began)
     return sorted(table, key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
@@ -367,31 +360,32 @@ def run(
 def bounds(
     table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What the main case is asked to keep, and what was measured (`None`: it was not)."""
+    """What the main cases are asked to keep, and what was measured (`None`: it was not).
+
+    Those with 8,192 indices, where nothing else is said.
+    """
     rows = {row["case"]: row for row in table}
-    main_rows = {case.indices: rows.get(case.name) for case in MAIN}
+    main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
     found: list[dict[str, Any]] = []
 
-    def ask(what: str, asked: str, bound: float, value: float | None) -> None:
-        holds = value and (value >= bound if asked == "at least" else value <= bound)
-        asked = f"{asked} {bound:g}"
-        found.append({"what": what, "asked": asked, "measured": value, "holds": holds})
+    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
+        found.append(bound(what, asked, limit, value))
 
-    def ratio(one: str, other: str, indices: str) -> float | None:
+    def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
         """The time of one by that of the other, of which one is ours."""
-        ratios = (main_rows[indices] or {"ratio": {}})["ratio"]
+        ratios = (main_rows[reads, indices] or {"ratio": {}})["ratio"]
         if other in ratios.get(one, {}):
             return ratios[one][other]["median"]
         return 1 / ratios[other][one]["median"] if one in ratios.get(other, {}) else None
 
-    def temporaries(*names: str) -> float | None:
-        held = [
-            row["temporary_bytes"].get(name) for row in main_rows.values() if row for name in names
-        ]
+    def temporaries(*names: str, reads: int = FULL) -> float | None:
+        here = [row for (count, _), row in main_rows.items() if row and count == reads]
+        held = [row["temporary_bytes"].get(name) for row in here for name in names]
         return max((x for x in held if x is not None), default=0) / 1e6 or None
 
-    for kind in main_rows:
+    kinds = list(dict.fromkeys(kind for _, kind in main_rows))
+    for kind in kinds:
         ask(f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind))
         ask(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
         whole = ratio("exact step", "lazy step", kind)
@@ -402,20 +396,17 @@ def bounds(
     sparse, name = "torch sparse", "torch SparseAdam"
     ask(f"{name}'s time by exact's, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
     ask(f"lazy's time by {name}'s, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
-    bounded = ratio("lazy, max_unique", sparse, "Zipf")
-    ask(f"lazy's time with max_unique by {name}'s, Zipf", "at most", 1, bounded)
     own = temporaries("exact", "lazy", "dense")
     ask("temporaries of an optimizer step, MB", "at most", 20, own)
     ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
+    many = 65_536
+    for kind in kinds:
+        what = f"exact's time by {name}'s, {many:,} indices, {kind}"
+        ask(what, "at most", 0.8, ratio("exact", sparse, kind, many))
+    for own_name in ("exact", "lazy"):
+        what = f"temporaries of {own_name}, {many:,} indices, MB"
+        ask(what, "at most", 26, temporaries(own_name, reads=many))
     return found
-
-
-def _tell(found: Sequence[dict[str, Any]]) -> None:
-    print(f"\nbounds on {MAIN[0].name} and uniform")
-    for row in found:
-        verdict = {None: "      ", True: "holds ", False: "FAILS "}[row["holds"]]
-        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
-        print(f"  {verdict} {row['what']}: {row['asked']}; {measured}")
 
 
 # --- the plot -------------------------------------------------------------------------------------
@@ -489,13 +480,11 @@ def plot(results: dict[str, Any], path: Path, small: bool = False) -> None:
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks rows", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="of the main case (default 8)")
-    parser.add_argument("--sittings", type=int, default=4, help="of the main case (default 4)")
+    parser.add_argument("--rounds", type=int, default=8, help="of the main cases (default 8)")
+    parser.add_argument("--sittings", type=int, default=4, help="of the main cases (default 4)")
     parser.add_argument("--grid-rounds", type=int, default=3, help="of the others (default 3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument(
-        "--only", default="", help=f"cases whose name holds this text, or {' or '.join(TWICE)}"
-    )
+    parser.add_argument("--only", default="", help="cases whose name holds this text, or 'growth'")
     parser.add_argument("--contenders", help=f"some of: {'; '.join(EVERYONE)}; split by ;")
     parser.add_argument("--out", type=Path, help="where to write the JSON, the plot beside it")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw these results and no more")
@@ -517,10 +506,8 @@ def main(argv: list[str]) -> int:
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID + large)
     main_cases = [case for case in main_cases if args.only in case.name]
     grid = [case for case in grid if args.only in case.name and case not in main_cases]
-    twice = [what for what in TWICE if args.only in ("", what) and not args.quick]
-    if here.platform != "cpu" or sys.platform != "linux":
-        twice = [what for what in twice if what != "pages"]
-    if not (main_cases or grid or twice):
+    grows = args.only in ("", "growth") and not args.quick
+    if not (main_cases or grid or grows):
         parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
 
     names = [name for name in chosen if installed(EVERYONE[name][0])]
@@ -533,26 +520,24 @@ def main(argv: list[str]) -> int:
 
     results: dict[str, Any] = {"suite": "rows", "quick": args.quick}
     results |= {"sittings": args.sittings, "rounds": args.rounds, "grid_rounds": args.grid_rounds}
-    with progress(_samples(main_cases, grid, names, twice, args)) as bar:
+    with progress(_samples(main_cases, grid, names, grows, args)) as bar:
         results["times"] = run(main_cases, grid, names, args, here, bar)
-        rounds = (args.sittings, args.rounds)
-        for what in TWICE:
-            both = (TWICE[what], names, *rounds, here, bar)
-            results[what] = measure_twice(*both) if what in twice else []
-    for row in (row for what in twice for row in results[what]):
-        times = ", ".join(f"{way} {ms['median']:.1f} ms" for way, ms in row["ms"].items())
+        results["growth"] = []
+        if grows:
+            results["growth"] = measure_growth(names, args.sittings, args.rounds, here, bar)
+    for row in results["growth"]:
+        times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
         by = row["ratio"]["median"]
         print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
     results["bounds"] = []
     if not args.quick:
         results["bounds"] = bounds(results["times"], results["growth"])
-        _tell(results["bounds"])
+        print(f"\nbounds on {MAIN[0].name} and uniform, where no other number of indices is told")
+        tell_bounds(results["bounds"])
     here.add_bandwidth(results, args.quick)
     _add_limits(results)
     packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
     results["environment"] = environment(*installed(*packages))
-    if tunables := os.environ.get("GLIBC_TUNABLES"):
-        results["environment"]["tunables"] = tunables
     out = args.out or RESULTS / results["environment"]["platform"] / "rows.json"
     if args.out or not (args.quick or args.only or args.contenders):
         save(results, out)

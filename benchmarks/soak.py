@@ -1,11 +1,12 @@
 """Does anything drift? A table trained for 100,000 steps, exactly and densely, against float64.
 
 Rows are read as in language, few of them always and most of them hardly ever, and gradients are
-noise, so nothing pulls a table that has drifted back. The table is trained by `exact_rows` with
-its default history, with the shortest one the optimizer allows, so that its ring goes round
-every few hundred steps, and by the dense optimizer in float32. All are compared, row by row, with
-the recurrence itself in float64, which is written here from the papers. The rate is set from
-outside, another in each step: a warm-up, then a cosine. One more run crosses the end of int32.
+noise, so nothing pulls a table that has drifted back. The table is trained by `exact_rows` with the
+longest history that it takes by itself, as for a table of millions of rows, with the shortest one
+the optimizer allows, so that its ring goes round every few hundred steps, and by the dense
+optimizer in float32. All are compared, row by row, with the recurrence itself in float64, which is
+written here from the papers. The rate is set from outside, another in each step: a warm-up, then a
+cosine. One more run crosses the end of int32.
 """
 
 import argparse

@@ -7,7 +7,9 @@ case is a jitted, donated step. Of the program that comes out we read
   program's entry the arrays in HBM that it reads and writes, padded as they are there. XLA's own
   "bytes accessed" is kept beside it. The two agree where arrays are larger than the fast memory
   on the chip; smaller ones are moved there first and read there once more, which XLA counts
-  again, up to twice over. What reads or writes rows of a table counts with these rows alone;
+  again, up to twice over. What reads or writes rows of a table counts with these rows alone, and
+  a loop over blocks of them with as many turns as there are if no index occurs twice. Where rows
+  of several tables are joined nobody says what an instruction takes of them: not counted;
 - the bytes of temporaries, in either memory, and the instructions that copy an array of a table's
   size;
 - the cycles that the compiler reckons with, where it says so: for arithmetic and copies, not for
@@ -29,7 +31,7 @@ from typing import Any
 from benchmarks.dense import transformer
 from benchmarks.hlo import cycles, makers, traffic
 from benchmarks.measure import RESULTS, environment, save, spread, timed
-from benchmarks.programs import ROWS, Case, program, size
+from benchmarks.programs import ROWS, Case, large_cases, many_tables, program, size, turns
 from benchmarks.workers import Worker, asked, serve
 
 __all__ = ["compiler", "main", "run_times"]
@@ -76,12 +78,11 @@ def said(case: Case, device: Any) -> dict[str, Any]:
             "temporary_bytes": memory.temp_size_in_bytes / parameters,
             "cycles": cycles(text),
         }
-    _, kind, width, num_rows = case
+    _, kind, width, num_rows, *_ = case
     elements = num_rows * width
     found = {
-        "bytes": traffic(text),
-        # A table that is moved in pieces is moved as well.
-        "makers": makers(text, elements // 8),
+        # A table that is moved in pieces is moved as well; small ones are as large as all rows.
+        "makers": makers(text, elements // (8 if case[0] == "rows" else 2)),
         "temporary": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "donated": memory.alias_size_in_bytes,
@@ -90,6 +91,8 @@ def said(case: Case, device: Any) -> dict[str, Any]:
         "table": 4 * elements,
         "cycles": cycles(text),
     }
+    if case[0] != "tables":
+        found["bytes"] = traffic(text, turns(case), 4 * elements)
     if kind == "init":
         rule = compiled.output_formats.inner[0]
         orders = [slot["table"].layout.major_to_minor for slot in (rule.m, rule.v)]
@@ -133,12 +136,17 @@ def dense_cases(workloads: dict[str, Any]) -> Iterator[Group]:
             yield {"workload": workload, "chain": chain}, cases
 
 
-def rows_cases(num_rows: int, widths: Sequence[int]) -> Iterator[Group]:
+def rows_cases(num_rows: int, widths: Sequence[int], quick: bool = False) -> Iterator[Group]:
     """What each table is called, and the case of each mode."""
     for width in widths:
         # Rows of 128 columns are a line as they are.
         kinds = [kind for kind in ROWS if "packed" not in kind or width % 128]
-        yield {"width": width}, {kind: ("rows", kind, width, num_rows) for kind in kinds}
+        cases: dict[str, Case] = {kind: ("rows", kind, width, num_rows) for kind in kinds}
+        if width == 64:
+            cases |= large_cases(num_rows, width, quick)
+        yield {"width": width}, cases
+    _, width, cases = many_tables(quick)
+    yield {"width": width}, cases
 
 
 def estimated(chip: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -163,7 +171,7 @@ class Runner:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         function, (params, state, *given) = program(case, here)
         self.step = function.lower(params, state, *given).compile()
-        num_rows = case[3] if case[0] == "rows" else 1
+        num_rows = 1 if case[0] == "dense" else case[3]
         # The states of these optimizers are zeros at first.
         zeros = jax.tree.map(functools.partial(_made, most=0), state)
         params, self.given = jax.tree.map(functools.partial(_made, most=num_rows), (params, given))
@@ -234,7 +242,8 @@ def main(argv: list[str]) -> int:
     import jax
 
     dense = list(dense_cases(QUICK if args.quick else WORKLOADS))
-    rows = list(rows_cases(20_000 if args.quick else NUM_ROWS, WIDTHS[: 1 if args.quick else None]))
+    sizes = (20_000, WIDTHS[:1]) if args.quick else (NUM_ROWS, WIDTHS)
+    rows = list(rows_cases(*sizes, args.quick))
     packages = ["adamjax", "jax", "jaxlib", "optax", *([] if args.time else ["libtpu"])]
     env = environment(*packages)
     results: dict[str, Any] = {

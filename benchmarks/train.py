@@ -403,10 +403,10 @@ def gradients(
     """
     if size is None:
         return *jax.value_and_grad(loss)(params, batch, vocabulary), {}
-    extra = {}
+    ticket = None
     indices, batch = model.reads(batch, vocabulary, size)
     if isinstance(tx, adamjax.exact_rows):
-        rows, extra["ticket"] = tx.prepare(params, state, indices)
+        rows, ticket = tx.prepare(params, state, indices)
         others = tx.without_tables(params)
     else:
         rows = {
@@ -419,11 +419,14 @@ def gradients(
         return loss(model.by_rows(others, rows, indices), batch, vocabulary)
 
     value, (grads, found) = jax.value_and_grad(of_rows, argnums=(0, 1))(others, rows)
+    if ticket is not None:
+        of_tables = {path: ticket.row_gradient(path, g) for path, g in found.items()}
+        return value, model.replaced(grads, of_tables), {"ticket": ticket}
     of_tables = {
         path: adamjax.row_gradient(indices[path], g, len(model.leaf(params, path)))
         for path, g in found.items()
     }
-    return value, model.replaced(grads, of_tables), extra
+    return value, model.replaced(grads, of_tables), {}
 
 
 @dataclass(frozen=True)

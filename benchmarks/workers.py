@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import Device
@@ -95,7 +95,6 @@ class Team:
       names: what they are called here: the contenders' own names, or a dict from others to these.
       device: what they run on.
       bar: a progress bar, moved on by each sample.
-      variables: by name, what its process finds in its environment, where it has one of its own.
     """
 
     def __init__(
@@ -104,10 +103,8 @@ class Team:
         names: Sequence[str] | dict[str, str],
         device: Device = Device(),  # noqa: B008
         bar: Any = None,
-        variables: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.suite, self.device, self.bar = suite, device, bar
-        self.variables = variables or {}
         self.contenders = names if isinstance(names, dict) else {name: name for name in names}
         self.names = list(self.contenders)
         self.workers: dict[str, Worker] = {}
@@ -125,8 +122,7 @@ class Team:
             if process not in self.workers:
                 serves = SHARED if process == SHARED else self.contenders[name]
                 arguments = (self.suite, "--worker", serves)
-                variables = {**self.device.variables, **self.variables.get(process, {})}
-                self.workers[process] = Worker(*arguments, **variables)
+                self.workers[process] = Worker(*arguments, **self.device.variables)
             to = [name, self.contenders[name]] if process == SHARED else []
             self.workers[process].send([*to, *question])
         answers = {}

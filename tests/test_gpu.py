@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, programs
 from benchmarks.workers import asked
 
 NUM_ROWS, WIDTH = 1_000_000, 64
@@ -30,7 +30,10 @@ CASES = {
     "small": ("dense", "adamjax", "clip + adam, grouped", SMALL),
     "large": ("rows", "exact_rows", 128, 10_000_000),
     "10 small": ("dense", "adamjax", "clip + adam", SMALL[:10]),
+    **programs.large_cases(NUM_ROWS, WIDTH),
+    **programs.many_tables()[2],
 }
+MANY = [name for name in CASES if "indices" in name]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +92,10 @@ def test_a_table_sized_temporary_would_be_seen(compiled):
 
 
 @pytest.mark.parametrize(
-    "kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large"]
+    "kind", ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large", "decayed", *MANY]
 )
 def test_a_train_step_never_waits_for_the_host(compiled, kind):
+    """Whether rows are followed or prepared by hand; and blocks of many do not take turns."""
     assert compiled[kind]["round_trips"] == 0
 
 
@@ -105,6 +109,12 @@ def test_a_train_step_is_a_few_dozen_kernels(compiled, kind):
     """Whatever the table's size; and flushing goes through it block by block."""
     assert compiled[kind]["kernels"] <= 36
     assert compiled["flush"]["kernels"] > NUM_ROWS / 8192
+
+
+def test_tables_that_are_alike_are_worked_on_together(compiled):
+    """Three scatters and the reads of each; and the search and the arithmetic once."""
+    (name,) = programs.many_tables()[2]
+    assert compiled[name]["kernels"] <= 26 * 9
 
 
 def test_a_step_moves_what_its_rows_are(compiled):

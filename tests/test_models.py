@@ -18,7 +18,7 @@ import pytest
 
 import adamjax
 from adamjax.paths import leaf_paths
-from benchmarks import models
+from benchmarks import models, readme
 
 ROOT = Path(__file__).parents[1]
 STEPS = 50
@@ -28,6 +28,7 @@ MODELS = {
     "DLRM": models.DLRM((3000, 2000, 1000, 1000, 500, 500, 500, 500), width=16, examples=128),
     "two towers": models.TwoTower(3000, 2000, width=32, examples=128),
     "transformer": models.Transformer(tokens=50_000, length=32, examples=2),
+    "clicks": models.Clicks(6, rows=200, examples=256),
 }
 # The norms of the two towers' gradients are 0.8 and more.
 CLIPPED = adamjax.chain(adamjax.clip_by_global_norm(0.1), adamjax.adamw(RATE))
@@ -35,6 +36,7 @@ OPTIMIZERS = {
     "DLRM": adamjax.adamw(RATE),
     "two towers": CLIPPED,
     "transformer": adamjax.adamw(RATE),
+    "clicks": adamjax.adamw(RATE),
 }
 
 # How far rounding alone takes a dense run in 50 steps. Against the same run in float64 the losses
@@ -315,3 +317,41 @@ def test_quick_run(tmp_path):
     assert row["ms"].keys() == {"exact", "frozen"}
     assert row["tables_ms"].keys() == {"exact"}
     assert {row["caches"] for row in results["traces"]} == {"warm", "empty"}
+
+
+def test_a_step_of_many_tables_is_told_as_a_program(tmp_path):
+    """The lines and times of each contender, beside those of one table."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    asked = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
+    told = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "models", *asked.split(), "click"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "a step as a program" in told
+    results = json.loads((tmp_path / "models.json").read_text())
+    lines = {(row["model"], row["contender"]): row["lines"] for row in results["programs"]}
+    assert lines.keys() == {(m, c) for m in (models.MANY, models.ONE) for c in ("exact", "lazy")}
+    for name in ("exact", "lazy"):
+        assert lines[models.ONE, name] < lines[models.MANY, name] < 3 * lines[models.ONE, name]
+    for row in results["programs"]:
+        assert row["rounds"] == 2
+        assert min(x["median"] for x in row["s"].values()) > 0
+    text = readme.models(results)
+    assert f"| {models.ONE} | {models.CONTENDERS['exact']} |" in text
+    (steps,) = results["steps"]
+    assert steps["parameters"] == 3 * 500 * 4 + 3 * 4 * 32 + 32 + 32 + 1
+
+
+def test_bounds_of_many_tables_are_told_as_they_are():
+    def made(model, lines, seconds):
+        s = {"compile": {"median": seconds, "q25": seconds, "q75": seconds}}
+        return {"model": model, "contender": "exact", "lines": lines, "s": s}
+
+    one = made(models.ONE, 1000, 1.0)
+    found = models.bounds([made(models.MANY, 3900, 3.1), one])
+    assert [(x["measured"], x["holds"]) for x in found] == [(3.9, True), (3.1, False)]
+    assert [x["holds"] for x in models.bounds([one])] == [None, None]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import hlo, tpu
+from benchmarks import hlo, programs, tpu
 from benchmarks.workers import asked
 
 NUM_ROWS = tpu.NUM_ROWS
@@ -143,6 +143,48 @@ def test_bytes_are_those_of_the_large_memory_with_padding():
     assert hlo.cycles(PROGRAM) == 70
 
 
+LOOP = """HloModule jit_step
+
+%fused_computation.1 (a: f32[1000,64], b: s32[8]) -> f32[8,64] {
+  %a = f32[1000,64]{1,0} parameter(0)
+  ROOT %gather.1 = f32[8,64]{1,0} gather(%a, %b), offset_dims={1}
+}
+
+%blocks.2 (carry: (s32[], f32[1000,64], s32[8])) -> (s32[], f32[1000,64], s32[8]) {
+  %carry = (s32[], f32[1000,64]{1,0}, s32[8]{0}) parameter(0)
+  %ids = s32[8]{0} get-tuple-element(%carry), index=2
+  %table = f32[1000,64]{1,0} get-tuple-element(%carry), index=1
+  ROOT %rows = f32[8,64]{1,0} fusion(%table, %ids), kind=kLoop, calls=%fused_computation.1
+}
+
+%search.3 (carry: (s32[], s32[8])) -> (s32[], s32[8]) {
+  %carry = (s32[], s32[8]{0}) parameter(0)
+  ROOT %copy.3 = s32[8]{0} copy(%carry)
+}
+
+ENTRY %main.4 (start: (s32[], f32[1000,64], s32[8])) -> f32[] {
+  %start = (s32[], f32[1000,64]{1,0}, s32[8]{0}) parameter(0)
+  %some = (s32[], s32[8]{0}) parameter(1)
+  %w = (s32[], f32[1000,64]{1,0}, s32[8]{0}) while(%start), condition=%c, body=%blocks.2
+  ROOT %s = (s32[], s32[8]{0}) while(%some), condition=%c, body=%search.3
+}
+"""
+
+
+def test_a_loop_over_rows_counts_with_its_turns():
+    """Of its three arrays, of which none counts with more than the rows that are read."""
+    rows, ids, table = 8 * 64 * 4, 8 * 4, 1000 * 64 * 4
+    assert hlo.traffic(LOOP, 5, table) == 5 * (rows + rows + ids)
+    assert hlo.traffic(LOOP, 5, table + 1) == hlo.traffic(LOOP) == 0
+
+
+def test_only_large_batches_are_a_loop():
+    cases = {**programs.large_cases(1000, 64), **programs.many_tables()[2]}
+    cases["usual"] = ("rows", "exact_rows", 64, 1000)
+    expected = {name: 32 if "65,536" in name else 0 for name in cases}
+    assert {name: programs.turns(case) for name, case in cases.items()} == expected
+
+
 def test_what_makes_large_arrays():
     assert hlo.makers(PROGRAM, 64_000) == {
         **{"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
@@ -154,6 +196,8 @@ def test_times_are_taken_where_there_is_a_device():
     groups = [
         ({}, {name: ("dense", name, "adam", [(8,)]) for name in ("adamjax", "optax")}),
         ({}, {"rows=lazy": ("rows", "rows=lazy", 64, 1000)}),
+        ({}, {"exact_rows": ("rows", "exact_rows", 64, 1000, 9000)}),
+        ({}, programs.many_tables(quick=True)[2]),
     ]
     for (_, cases), row in zip(groups, tpu.run_times(groups, 2, 1), strict=True):
         assert list(row["ms"]) == list(cases)

@@ -137,7 +137,7 @@ class exact_rows(Transform):
     >>> state = tx.init(params)
     >>> for ids in ([3], [5], [5]):
     ...     rows, ticket = tx.prepare(params, state, {"table": jnp.array(ids)})
-    ...     grads = {"table": adamjax.row_gradient(jnp.array(ids), rows["table"], 1000)}
+    ...     grads = {"table": ticket.row_gradient("table", rows["table"])}
     ...     updates, state = tx.update(grads, state, params, ticket=ticket)
     ...     params = adamjax.apply_updates(params, updates)
     >>> params["table"][3], tx.lookup(params, state, "table", 3)
@@ -491,8 +491,8 @@ class exact_rows(Transform):
 
         Returns:
           By the same names, the rows, of shape `indices.shape + trailing` and the table's dtype;
-          and a ticket which spares `update` doing the same again. The gradient must then be
-          `row_gradient` of these indices; for others the ticket is of no use, but does no harm.
+          and a ticket which spares `update` doing the same again, for the gradient that its
+          `row_gradient` makes; for others the ticket is of no use, but does no harm.
         """
         tables, state, params = self._expected(state, params)
         named = [self._table_named(tables, name) for name in indices]
