@@ -174,6 +174,8 @@ class partition(Transform):
         given, (leaves, treedef) = updates, flatten(updates)
         owners, states = self._owners(given), []
         if any(i not in owners for i in range(len(self.patterns))):
+            if params is not None:
+                matched("partition", "grads", given, params, "params")
             expect_present("partition", self.patterns, given, leaf_paths(given))
         for i, (tx, part) in enumerate(zip(self.parts, self.part_states(state), strict=True)):
             seen = None if params is None else self._share(params, i)

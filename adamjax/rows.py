@@ -208,6 +208,8 @@ class RowMoves(Data):
 
     def astype(self, dtype: Any) -> "RowMoves":
         """The same moves in another dtype."""
+        if dtype == self.dtype:
+            return self
         return RowMoves(tuple(x.astype(dtype) for x in self.parts))
 
     def checked(self, owner: str) -> "RowMoves":

@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.buckets import is_joined
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, dtype_of, is_arraylike, is_left_alone, lift
+from adamjax.leaves import described, dtype_of, is_arraylike, is_left_alone, lift, matched
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -331,7 +331,13 @@ class Scaling(Transform):
         return lift(type(self).__name__, scaled, factors, updates, like=params)[0]
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        factors, state = self.factors(updates, state)
+        try:
+            factors, state = self.factors(updates, state)
+        except ValueError:
+            # Of a tree of another structure, that is the error that helps.
+            if params is not None:
+                matched(type(self).__name__, "grads", updates, params, "params")
+            raise
         return self.scaled(factors, updates, params), state
 
 

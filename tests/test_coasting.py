@@ -279,7 +279,7 @@ def test_any_shape(betas):
     plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
 
     def stand(scale, last, rows):
-        ring = plan.init(plan.least_history, np.float32)
+        ring = plan.init(max(plan.least_history, 4), np.float32)
         for t in (1, 2, 3):
             ring = plan.advance(ring, t, t, -scale * t, -0.1 * scale)
         return plan.catch_up(ring, 3, 3, last, *rows)
@@ -417,3 +417,16 @@ def test_average_again_and_again():
     average = np.random.default_rng(0).uniform(1, 2, (400, 3)).astype(np.float32)
     ratio = np.asarray(fall(jnp.asarray(average)), np.float64) / (average * 0.999**steps) - 1
     assert abs(ratio.mean()) <= 2e-7
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
+def test_rows_beyond_the_ring_are_seen(betas):
+    """One that stands where the ring does not reach back to, or ahead of the clock, is NaN."""
+    plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
+    history, rows = plan.least_history, jnp.ones((4, 3, 2))
+    ring = plan.init(history, np.float32)
+    last = 1000 - jnp.array([history - 1, history, -1], jnp.int32)
+    moved, average = plan.catch_up(ring, 1000, 1000, last, *rows)
+    for found in (moved, average):
+        assert np.isfinite(found[0]).all()
+        assert np.isnan(found[1:]).all()

@@ -114,7 +114,11 @@ class _stopping(Rule):
 def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
     """The transform without what its rules and all behind them do to some leaves."""
 
-    def is_rule(x: Any) -> bool:
-        return isinstance(x, Rule)
+    def is_whole(x: Any) -> bool:
+        # No table goes through what joins leaves.
+        return isinstance(x, Rule | grouped)
 
-    return jax.tree.map(lambda x: _stopping(x, leaves) if is_rule(x) else x, tx, is_leaf=is_rule)
+    def stopped(x: Any) -> Any:
+        return _stopping(x, leaves) if isinstance(x, Rule) else x
+
+    return jax.tree.map(stopped, tx, is_leaf=is_whole)

@@ -639,6 +639,8 @@ class exact_rows(Transform):
         )
         moved = flatten(moves)[0]
         grads = {t.leaf: moved[t.leaf].gradient for t in tables}
+        # A chain widens narrow gradients; updates are as wide as what came, and as the table.
+        dtypes = {t.leaf: jnp.promote_types(dtype_of(leaves[t.leaf]), t.dtype) for t in tables}
         for leaf, g in grads.items():
             if isinstance(g, RowGradient):
                 # The very indices that came, by which a ticket is known.
@@ -653,7 +655,7 @@ class exact_rows(Transform):
         for batch in batches:
             stepped = self._stepped(batch, tx, grads, state, params, ticket, extra_args)
             for t, columns in zip(batch.tables, stepped.columns, strict=True):
-                new[t.leaf], moved[t.leaf] = columns, columns.weights
+                new[t.leaf], moved[t.leaf] = columns, columns.weights.astype(dtypes[t.leaf])
             seen[batch.family.name] |= stepped.seen
         for family in families_of(tables, self.history):
             rings[family.name] = self._advanced(family, state, params, seen[family.name])
@@ -721,7 +723,8 @@ class exact_rows(Transform):
 
         carry = [(c.slots, c.last) for c in columns], jnp.array(False)
         values = [grads[t.leaf] for t in tables]
-        dtype = jnp.promote_types(jnp.result_type(*(g.dtype for g in values)), first.dtype)
+        same = all(g.dtype == first.dtype for g in values)
+        dtype = first.dtype if same else first.real
         if not isinstance(values[0], RowGradient):
             (held, seen), way = step(carry, [None], values[0].astype(dtype))
             ways: list[Any] = [way]
