@@ -129,6 +129,22 @@ def test_narrow_tables_neither(cut, name):
     assert_close(params, expected[0], rtol=2**-7)
 
 
+def test_outside_of_jit_a_loop_is_compiled_once():
+    n = blocks._AT_ONCE + 1
+    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), {"t": jnp.ones((V, D))}
+    grads = {"t": adamjax.row_gradient(jnp.arange(n), jnp.ones((n, D)), V)}
+    compiled, expected = [], jax.jit(tx.update)(grads, tx.init(params), params)
+    found = tx.update(grads, tx.init(params), params)
+    assert_close(
+        (found[0]["t"] + params["t"], found[1]), (expected[0]["t"] + params["t"], expected[1])
+    )
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    tx.update(grads, found[1], params)
+    assert not compiled
+
+
 def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
     tx, params = adamjax.exact_rows(adamjax.adam(), "t"), {"t": jnp.zeros((V, D))}
 

@@ -68,7 +68,7 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, RowMoves, check_sound, checked_ids
+from adamjax.rows import RowGradient, RowMoves, check_sound, checked_ids, sealed
 from adamjax.search import distinct_of_each
 from adamjax.transform import (
     Rule,
@@ -632,6 +632,10 @@ class exact_rows(Transform):
         for t in tables:
             self._expect_gradient(t, leaves[t.leaf])
         treedef = flatten(params)[1]
+        if _would_loop(leaves) and not _is_traced((leaves, state, params, extra_args)):
+            given = treedef.unflatten(leaves), state, params, extra_args
+            updates, state = _compiled(self, *given)
+            return treedef.unflatten(map(sealed, flatten(updates)[0])), state
         tx = settled(self._inner, params)
         # What is in front of the rules, and all other leaves.
         moves, inner = with_stops(tx, tuple(t.leaf for t in tables)).update(
@@ -878,6 +882,23 @@ def gradient_of(
         return reads.value_and_grad(held, look, given, dense, known), ticket
 
     return function
+
+
+def _would_loop(leaves: Sequence[Any]) -> bool:
+    """Whether there are so many rows that blocks of them take turns."""
+    return any(isinstance(g, RowGradient) and not is_one_block(g.indices.size) for g in leaves)
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+# For those who call outside of jit: a loop would be compiled anew at each call.
+@jax.jit
+def _compiled(
+    tx: exact_rows, updates: Tree, state: Any, params: Tree, extra_args: dict[str, Any]
+) -> Step:
+    return tx.update(updates, state, params, **extra_args)
 
 
 class Stepped(NamedTuple):
