@@ -191,6 +191,16 @@ class RowMoves(Data):
 
     Attributes:
       parts: row gradients, no two of which have a row in common.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> params = {"table": jnp.ones((3, 1))}
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.5), "table")
+    >>> grads = {"table": adamjax.row_gradient(jnp.array([2]), jnp.ones((1, 1)), 3)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> params["table"] + updates["table"]
+    Array([[1. ],
+           [1. ],
+           [0.5]], dtype=float32)
     """
 
     parts: tuple[RowGradient, ...]

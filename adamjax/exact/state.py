@@ -134,7 +134,13 @@ class Ticket(Data):
 
         Args:
           table: the table, by its path or a pattern that finds it alone.
-          values: the gradients of the rows, of the shape in which `prepare` gave them.
+          values: floats, the gradients of the rows, of the shape in which `prepare` gave them.
+
+        Returns:
+          A `RowGradient` with room for as many rows as indices, of the dtype of the values.
+
+        Raises:
+          ValueError: no table or several have this name; the shape is not that of the rows.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params = {"table": jnp.zeros((9, 1))}

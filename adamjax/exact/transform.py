@@ -123,7 +123,10 @@ class exact_rows(Transform):
       history: how many steps a row may lag behind, rounded up to a power of two. The least
         depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
         state has an entry for each step of it. `None`: 1/64 of the largest table's rows, as far as
-        that lies between the least and 65,536.
+        that lies between the least and 65,536. Where b1 is not well below the decay of the
+        gradients' size (Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), Adamax with b1 = b2) no
+        closed form holds what a row moves by: it takes one step for each that it was left alone
+        for. `None` is 64 then, and a step costs about as much as a dense one.
 
     The state is an `ExactRowsState`.
 
@@ -577,6 +580,13 @@ class exact_rows(Transform):
 
         Raises:
           KeyError: there is no such slot.
+
+        >>> import adamjax, jax.numpy as jnp
+        >>> params = {"table": jnp.ones((9, 1))}
+        >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+        >>> tx.lookup(params, tx.init(params), "table", jnp.array([4, 9]), slot="m")
+        Array([[0.],
+               [0.]], dtype=float32)
         """
         tables, state, params = self._expected(state, params)
         found = self._table_named(tables, table)
