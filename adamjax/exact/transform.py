@@ -222,6 +222,7 @@ class exact_rows(Transform):
     def _tables(self, params: Tree) -> list[Table]:
         """The tables among the parameters."""
         tx, leaves, found = self._inner, flatten(params)[0], []
+        kinds: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
             if p is None or first_match(self.tables, path) is None:
@@ -237,10 +238,11 @@ class exact_rows(Transform):
             checked(route, (exact_rows,))
             rule, plan = self._plan(route, accumulator(dtype))
             behind = through[route.index(rule) :]
-            kind = tuple((place, part.kinds(params)[leaf]) for place, part, _ in behind)
-            decays = tuple(rule.decays.items())
-            same = kind, accumulator(dtype)
-            found.append(Table(leaf, path, shape, dtype, plan, decays, same))
+            for place, part, _ in behind:
+                if place not in kinds:
+                    kinds[place] = part.kinds(params)
+            kind = tuple((place, kinds[place][leaf]) for place, *_ in behind), accumulator(dtype)
+            found.append(Table(leaf, path, shape, dtype, plan, tuple(rule.decays.items()), kind))
         if not found and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
                 f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
@@ -664,23 +666,20 @@ class exact_rows(Transform):
         seen = dict.fromkeys(rings, jnp.array(False))
         new: dict[int, Columns] = {}
         sizes = {leaf: g.indices.size for leaf, g in grads.items() if isinstance(g, RowGradient)}
-        batches = batches_of(families_of(tables, self.history), params, sizes)
+        families = families_of(tables, self.history)
+        batches = batches_of(families, params, sizes)
         batches += [self._alone(tables, t) for t in tables if t.leaf not in sizes]
         for batch in batches:
             stepped = self._stepped(batch, tx, grads, state, params, ticket, extra_args)
             for t, columns in zip(batch.tables, stepped.columns, strict=True):
                 new[t.leaf], moved[t.leaf] = columns, columns.weights.astype(dtypes[t.leaf])
             seen[batch.family.name] |= stepped.seen
-        for family in families_of(tables, self.history):
+        known = {}
+        for family in families:
             rings[family.name] = self._advanced(family, state, params, seen[family.name])
-        history = {t.leaf: f.history for f in families_of(tables, self.history) for t in f.tables}
-        known = {
-            t.path: TableState(
-                last=new[t.leaf].last,
-                cursor=next_cursor(t, state.tables[t.path].cursor, history[t.leaf]),
-            )
-            for t in tables
-        }
+            for t in family.tables:
+                cursor = next_cursor(t, state.tables[t.path].cursor, family.history)
+                known[t.path] = TableState(new[t.leaf].last, cursor)
 
         def put_back(name: str, tree: Tree) -> Tree:
             found, treedef = flatten(tree)
@@ -851,24 +850,26 @@ def gradient_of(
 
     @functools.wraps(loss_fn)
     def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
-        owners: dict[int, tuple[exact_rows, Table]] = {}
-        states, seen = {}, {}
+        batches: dict[int, Batch] = {}
+        held: dict[int, tuple[Columns, Past]] = {}
+        ours = []
         for tx, state, own in parts:
             tables, state, own = tx._expected(state, own)
+            ours.append((tx, state, own, tables))
             for table in tables:
-                owners[table.leaf] = tx, table
-                states[table.leaf], seen[table.leaf] = state, own
+                batches[table.leaf] = batch = tx._alone(tables, table)
+                past = tx._past(batch.family, state, own)
+                held[table.leaf] = tx._columns(table, state, own), past
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
-        reads = Reads(call, sorted(owners), exact=True, strict=strict)
+        reads = Reads(call, sorted(batches), exact=True, strict=strict)
         given: dict[int, Any] = {}
         known: dict[int, Any] = {}
         ticket = Ticket({}, {})
         indices = reads.indices()
-        for tx, state, own in parts:
-            tables = [t for t in tx._tables(own) if t.leaf in indices]
+        for tx, state, own, tables in ours:
+            tables = [t for t in tables if t.leaf in indices]
             if tables:
                 ids = [indices[t.leaf] for t in tables]
-                state, own = states[tables[0].leaf], seen[tables[0].leaf]
                 read, searched, one = tx._prepared(state, own, tables, ids)
                 leaves = [t.leaf for t in tables]
                 given |= dict(zip(leaves, read, strict=True))
@@ -876,18 +877,11 @@ def gradient_of(
                 ticket = ticket.with_rows_of(one)
 
         def look(held: Any, leaf: int, ids: Any) -> chex.Array:
-            tx, table = owners[leaf]
-            batch = tx._alone(tx._tables(seen[leaf]), table)
-            columns, past = held[leaf]
+            batch, (columns, past) = batches[leaf], held[leaf]
             ids = None if ids is None else ids.reshape(-1)
             rows = caught_up(batch, past, [columns], [ids]).now
-            return rows if ids is None else or_zeros(rows, ids, table)
+            return rows if ids is None else or_zeros(rows, ids, batch.tables[0])
 
-        held = {}
-        for leaf, (tx, table) in owners.items():
-            family = tx._alone(tx._tables(seen[leaf]), table).family
-            past = tx._past(family, states[leaf], seen[leaf])
-            held[leaf] = tx._columns(table, states[leaf], seen[leaf]), past
         dense = {leaf: look(held, leaf, None) for leaf in reads.dense}
         return reads.value_and_grad(held, look, given, dense, known), ticket
 
