@@ -1,8 +1,15 @@
 """What the tests share: trees, comparisons, and what differs between JAX versions."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ROOT = Path(__file__).parents[1]
 
 try:
     enable_x64 = jax.enable_x64
@@ -73,3 +80,15 @@ def ulp(x, dtype):
 def float0(shape=()):
     """The gradient that JAX gives an integer."""
     return np.zeros(shape, jax.dtypes.float0)
+
+
+def benchmarks(*arguments, cwd):
+    """`python -m benchmarks` on the CPU, in a folder of its own, when it has ended."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )

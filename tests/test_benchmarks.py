@@ -4,14 +4,13 @@ import copy
 import importlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
+from support import benchmarks as run_benchmarks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -20,24 +19,12 @@ from benchmarks import __main__ as suites
 from benchmarks import all as everything
 from benchmarks import compare, contenders, dense, measure, memory, readme, report, workers
 
-ROOT = Path(__file__).parents[1]
 CPU = measure.RESULTS / "cpu"
 
 
 @pytest.fixture(scope="module")
 def committed():
     return report.read(CPU)
-
-
-def run(*arguments, cwd):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
 
 
 # --- the suites -----------------------------------------------------------------------------------
@@ -55,7 +42,9 @@ def test_every_suite_is_listed_and_has_a_main(capsys):
 
 def test_compile_runs_quickly(tmp_path):
     pytest.importorskip("optax")
-    done = run("compile", "--quick", "--rounds", "2", "--out", "compile.json", cwd=tmp_path)
+    done = run_benchmarks(
+        "compile", "--quick", "--rounds", "2", "--out", "compile.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr  # no progress bar where nobody looks
     results = json.loads((tmp_path / "compile.json").read_text())
@@ -69,7 +58,7 @@ def test_compile_runs_quickly(tmp_path):
 
 def test_memory_runs_quickly(tmp_path):
     pytest.importorskip("optax")
-    done = run("memory", "--quick", "--out", "memory.json", cwd=tmp_path)
+    done = run_benchmarks("memory", "--quick", "--out", "memory.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "memory.json").read_text())
     for row in results["dense"]:

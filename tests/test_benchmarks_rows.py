@@ -1,13 +1,10 @@
 """The rows suite: its contenders do the same work, and it tells what it found."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support import benchmarks as run_benchmarks
 
 pytest.importorskip("matplotlib")
 
@@ -15,7 +12,6 @@ import adamjax
 from benchmarks import contenders, readme, rows, workers
 from benchmarks.workers import Ended
 
-ROOT = Path(__file__).parents[1]
 CASE = contenders.Case(600, 4, 16, "uniform")
 
 
@@ -177,15 +173,9 @@ def test_large_batches_take_fewer_rounds_and_hold_fewer_values(monkeypatch):
 
 
 def test_quick_run(tmp_path):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     asked = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
-    told = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "rows", *asked.split(), "--contenders", "exact;optax"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
+    told = run_benchmarks(
+        "rows", *asked.split(), "--contenders", "exact;optax", cwd=tmp_path
     ).stdout
     assert "V=4k D=8 n=64 Zipf" in told
     results = json.loads((tmp_path / "rows.json").read_text())

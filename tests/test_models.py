@@ -4,23 +4,19 @@ import functools
 import gc
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import benchmarks as run_benchmarks
 
 import adamjax
 from adamjax.paths import leaf_paths
 from benchmarks import models, readme
 
-ROOT = Path(__file__).parents[1]
 STEPS = 50
 
 RATE = 0.01
@@ -301,16 +297,8 @@ def test_contenders_do_the_same():
 
 
 def test_quick_run(tmp_path):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     asked = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
-    told = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "models", *asked.split(), "two towers"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    told = run_benchmarks("models", *asked.split(), "two towers", cwd=tmp_path).stdout
     assert "exact_rows(adamw), row gradients" in told
     results = json.loads((tmp_path / "models.json").read_text())
     (row,) = results["steps"]
@@ -321,16 +309,8 @@ def test_quick_run(tmp_path):
 
 def test_a_step_of_many_tables_is_told_as_a_program(tmp_path):
     """The lines and times of each contender, beside those of one table."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     asked = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
-    told = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "models", *asked.split(), "click"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    told = run_benchmarks("models", *asked.split(), "click", cwd=tmp_path).stdout
     assert "a step as a program" in told
     results = json.loads((tmp_path / "models.json").read_text())
     lines = {(row["model"], row["contender"]): row["lines"] for row in results["programs"]}
