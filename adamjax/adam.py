@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adamjax.coasting import Coast
-from adamjax.data import BETA, POSITIVE, Number, Tree, exportable, static
+from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
@@ -181,17 +181,22 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
     )
 
 
-def _coast(rule: Any, shrink: float) -> Coast:
+def _coast(
+    rule: Any, shrink: float, size: str = "v", squared: bool = True, decaying: str = "v"
+) -> Coast:
     corrected = getattr(rule, "eps_hat", rule.eps) is None
     return Coast(
         b1=rule.b1,
         shrink=shrink,
         eps=rule.eps if corrected or not hasattr(rule, "eps_hat") else rule.eps_hat,
         b2=rule.b2 if corrected else None,
+        size=size,
+        squared=squared,
+        decays=(("m", rule.b1), (decaying, rule.b2)),
     )
 
 
-@exportable
+@transform_state("m", "v")
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
@@ -210,10 +215,6 @@ class ScaleByAdamState(NamedTuple):
     m: Tree
     v: Tree
     momentum_product: chex.Array | None
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "v")
 
 
 class scale_by_adam(Rule):
@@ -292,11 +293,7 @@ class scale_by_adam(Rule):
     def coast(self) -> Coast:
         return _coast(self, math.sqrt(self.b2))
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "v": self.b2}
-
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, self._product(state)).c_m
 
     def _product(self, state: Any) -> Any:
@@ -333,7 +330,7 @@ class scale_by_adam(Rule):
         return updates, ScaleByAdamState(next_count(state.count), m, v, product)
 
 
-@exportable
+@transform_state("m", "v", "v_max")
 class ScaleByAmsgradState(NamedTuple):
     """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far.
 
@@ -346,10 +343,6 @@ class ScaleByAmsgradState(NamedTuple):
     m: Tree
     v: Tree
     v_max: Tree
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "v", "v_max")
 
 
 class scale_by_amsgrad(Rule):
@@ -392,13 +385,9 @@ class scale_by_amsgrad(Rule):
         )
 
     def coast(self) -> Coast:
-        return _coast(self, 1.0)
+        return _coast(self, 1.0, size="v_max")
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "v": self.b2}
-
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, None).c_m
 
     def check_state(self, state: Any) -> None:
@@ -443,7 +432,7 @@ def _quotient_by_maximum(
 _adamax = Recurrence(_moment_and_maximum, _quotient_by_maximum)
 
 
-@exportable
+@transform_state("m", "u")
 class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
@@ -460,10 +449,6 @@ class ScaleByAdamaxState(NamedTuple):
     count: chex.Array
     m: Tree
     u: Tree
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "u")
 
 
 class scale_by_adamax(Rule):
@@ -511,13 +496,9 @@ class scale_by_adamax(Rule):
         )
 
     def coast(self) -> Coast:
-        return _coast(self, self.b2)
+        return _coast(self, self.b2, size="u", squared=False, decaying="u")
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "u": self.b2}
-
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return 1 / correction(self.b1, counted(state.count, real))
 
     def check_state(self, state: Any) -> None:
@@ -531,7 +512,7 @@ class scale_by_adamax(Rule):
             return _AdamaxScalars(
                 first=averaging(self.b1, real),
                 second=averaging(self.b2, real),
-                c_m=self.pace(state, real),
+                c_m=self.momentum_coefficient(state, real),
                 c_eps=divisor(self.eps, real),
             )
 

@@ -11,7 +11,7 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.paths import leaf_paths
 
-__all__ = ["Joined", "Plan", "apart", "is_joined"]
+__all__ = ["Joined", "Plan", "as_tree", "is_joined"]
 
 
 class Plan:
@@ -160,6 +160,6 @@ def is_joined(x: Any) -> bool:
     return isinstance(x, Joined)
 
 
-def apart(tree: Any) -> Any:
+def as_tree(tree: Any) -> Any:
     """A tree like the parameters, each leaf by itself, of one that may be joined."""
     return tree.tree() if isinstance(tree, Joined) else tree

@@ -27,6 +27,7 @@ __all__ = [
     "exportable",
     "is_array",
     "static",
+    "transform_state",
 ]
 
 
@@ -74,9 +75,33 @@ def exportable(kind: type[_T]) -> type[_T]:
     )
 
 
-def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
-    """A field that is part of the structure: hashed and compared by `jit`, never traced."""
-    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only)
+def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type[_T]]:
+    """Declares a named tuple as the state of a transform.
+
+    Args:
+      *slots: the names of its fields that are trees like the parameters, with an array of the
+        parameter's shape for each leaf.
+      rule: whether these slots belong to a rule, so that `get_slot` reads them, and the `count`
+        beside them, if there is one, counts steps.
+
+    Returns:
+      A decorator, which lets `jax.export` write the class too.
+    """
+
+    def declare(kind: type[_T]) -> type[_T]:
+        kind.slots = slots  # type: ignore[attr-defined]
+        kind.rule_slots = slots if rule else ()  # type: ignore[attr-defined]
+        return exportable(kind)
+
+    return declare
+
+
+def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False, init: bool = True) -> Any:
+    """A field that is part of the structure: hashed and compared by `jit`, never traced.
+
+    Without `init`, it is no argument: `__post_init__` sets it.
+    """
+    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only, init=init)
 
 
 def is_array(value: Any) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, Number, Tree, exportable, is_array, static
+from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import (
@@ -76,7 +76,7 @@ def _still(shape: Any) -> Any:
     return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
 
 
-@exportable
+@transform_state()
 class AccumulateGradientsState(NamedTuple):
     """State of `accumulate_gradients`.
 
@@ -150,8 +150,8 @@ class accumulate_gradients(Transform):
     max_rows: Any = static(default=None)
 
     @property
-    def joinable(self) -> bool:
-        return not isinstance(self.max_rows, tuple) and super().joinable
+    def groupable(self) -> bool:
+        return not isinstance(self.max_rows, tuple) and super().groupable
 
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))
@@ -258,16 +258,12 @@ class accumulate_gradients(Transform):
         updates, (total, inner) = _conditional(due, step, updates, (total, state.inner))
         return updates, AccumulateGradientsState(jnp.where(due, 0, count), total, inner)
 
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
-
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, AccumulateGradientsState)
         return (state.inner,)
 
 
-@exportable
+@transform_state()
 class SkipNotFiniteState(NamedTuple):
     """State of `skip_not_finite`.
 
@@ -326,10 +322,6 @@ class skip_not_finite(Transform):
         updates, inner = _conditional(finite, step, updates, state.inner)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))
         return updates, SkipNotFiniteState(skipped, inner)
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, SkipNotFiniteState)

@@ -13,9 +13,9 @@ from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
 __all__ = [
     "Average",
     "accumulator",
-    "apart",
     "as_count",
     "averaging",
+    "barrier",
     "complement",
     "correction",
     "counted",
@@ -213,15 +213,15 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
-def apart(x: chex.Array) -> chex.Array:
+def barrier(x: chex.Array) -> chex.Array:
     """`x`, of which XLA does not see that it is the same."""
     return jax.lax.optimization_barrier(x)
 
 
-@apart.defjvp
-def _apart_jvp(primals: Any, tangents: Any) -> Any:
+@barrier.defjvp
+def _barrier_jvp(primals: Any, tangents: Any) -> Any:
     # The barrier's own rule came to JAX later than the oldest version that is supported.
-    return apart(primals[0]), tangents[0]
+    return barrier(primals[0]), tangents[0]
 
 
 def stepped(p: chex.Array, u: chex.Array) -> chex.Array:

@@ -25,9 +25,9 @@ __all__ = [
     "first_match",
     "flatten",
     "is_leaf",
-    "is_mask_function",
     "leaf_paths",
     "optional",
+    "resolved_mask",
     "selected",
     "unique_paths",
 ]
@@ -367,9 +367,11 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
     return made
 
 
-def is_mask_function(mask: Any) -> bool:
-    """Whether a checked mask is a function."""
-    return mask is not None and not isinstance(mask, str | BoolTree)
+def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
+    """A checked mask; in place of a function the tree of bools that it returns for `params`."""
+    if mask is None or isinstance(mask, str | BoolTree):
+        return mask
+    return bool_tree(f"{owner}: what the mask function returns", mask(params))
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:

@@ -39,7 +39,7 @@ class sum_over(Stateless):
     axis_name: Any = static()
 
     keeps_zero = True
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
         name = self.axis_name

@@ -10,16 +10,15 @@ from adamjax.autodiff import Call, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of
 from adamjax.leaves import apply_updates, expect_arrays
-from adamjax.parts import walk
+from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform
 
 __all__ = ["train_step"]
 
 
-def _exact(tx: Transform, state: Any, params: Tree) -> list[tuple[exact_rows, Any, Tree]]:
+def _exact(tx: Transform, state: Any, params: Tree) -> list[Part]:
     """The parts of a transform that keep rows exact, with their states and what they see."""
-    parts = walk(tx, state, params)
-    there = [(p.tx, p.state, p.params) for p in parts if isinstance(p.tx, exact_rows)]
+    there = find(exact_rows, tx, state, params)
 
     def is_exact(x: Any) -> bool:
         return isinstance(x, ExactRowsState)
@@ -119,9 +118,14 @@ def train_step(
             if tables is not None:
                 raise ValueError(
                     "train_step: exact_rows has its own tables, "
-                    f"{[name for part, *_ in exact for name in part.tables]}; leave out `tables`"
+                    f"{[name for part in exact for name in part.tx.tables]}; leave out `tables`"
                 )
-            gradient = gradient_of(loss_fn, exact, has_aux=has_aux, strict=strict)
+            gradient = gradient_of(
+                loss_fn,
+                lambda: [part.tx.bind(part.state, part.params) for part in exact],
+                has_aux=has_aux,
+                strict=strict,
+            )
             (value, grads), extra["ticket"] = gradient(params, *args, **kwargs)
         elif tables is not None:
             gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, strict=strict)

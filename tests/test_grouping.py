@@ -311,7 +311,7 @@ def test_beside_exact_rows():
 class doubled(adamjax.Transform):
     """A user's, which treats all elements alike, and says so."""
 
-    joinable = True
+    groupable = True
 
     def init(self, params):
         return ()

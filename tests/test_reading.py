@@ -251,10 +251,10 @@ def test_learning_rates():
 
 def test_learning_rates_that_are_not_one():
     two = partition([("enc", adam(0.1))], default=adam(0.2))
-    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, found 2"):
+    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 2"):
         learning_rate(two, two.init(PARAMS))
     assert learning_rate(two.transforms[0], two.init(PARAMS)[0]) == 0.1
-    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, found 0"):
+    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 0"):
         learning_rate(scale_by_adam(), scale_by_adam().init(PARAMS))
     with pytest.raises(ValueError, match="found 0"):
         learning_rate(optax.chain(adam()), optax.chain(adam()).init(PARAMS))

@@ -18,11 +18,12 @@ from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
-from adamjax.parts import Part, walk
 from adamjax.paths import flatten, leaf_paths, unique_paths
+from adamjax.reading import slot_names
 from adamjax.rows import RowGradient
 from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
+from adamjax.structure import Part, walk
 from adamjax.transform import Rule, as_transform
 
 __all__ = [
@@ -292,7 +293,7 @@ class Ours:
 
     def _read(self, x: Any, source: Source) -> None:
         if isinstance(x, RULES):
-            trees = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
+            trees = {name: leaves_by_path(self.owner, getattr(x, name)) for name in slot_names(x)}
             product, part = getattr(x, "momentum_product", None), self.part(x)
             rule = None if part is None else part.tx
             count = steps_taken(self.owner, "a rule", x.count)
@@ -855,8 +856,8 @@ class _IntoOurs:
                 f"{self.owner}: {kind} inside of a transform from elsewhere cannot be filled: use "
                 "adamjax.chain, masked or partition in its place"
             )
-        fresh = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
-        slots: dict[str, dict[str, Any]] = {name: {} for name in x.slots}
+        fresh = {name: leaves_by_path(self.owner, getattr(x, name)) for name in slot_names(x)}
+        slots: dict[str, dict[str, Any]] = {name: {} for name in slot_names(x)}
         for path in paths:
             found = self.translation.to_ours(rule, kind, path, kept[path])
             for name, values in slots.items():

@@ -32,9 +32,9 @@ from adamjax.convert.common import (
 )
 from adamjax.data import Tree
 from adamjax.guard import accumulate_gradients
-from adamjax.parts import walk
 from adamjax.rows import RowGradient
 from adamjax.scaling import scale_by_learning_rate
+from adamjax.structure import walk
 
 __all__ = ["from_keras", "to_keras"]
 
@@ -366,7 +366,7 @@ def _read_keras(
                 f"{owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
                 "accumulate_gradients of as many steps"
             )
-        steps = int(gathering[0].tx.steps)  # type: ignore[attr-defined]
+        steps = int(gathering[0].tx.steps)
         theirs = getattr(optimizer, "gradient_accumulation_steps", None) or steps
         count, micro = divmod(count, steps)
         source.gathered = micro, {str(p): totals[i] for i, p in enumerate(paths) if p}
