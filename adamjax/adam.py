@@ -73,15 +73,15 @@ def _check(rule: Any, default: str) -> None:
             f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
-        rule._set(**{default: 1e-7})
+        rule.set_fields(**{default: 1e-7})
     if rule.rows not in ("dense", "lazy"):
         raise ValueError(
             f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
             "rows='exact' wrap the whole chain: exact_rows(tx, tables)"
         )
     for name in ("b1", "b2"):
-        rule._check(name, BETA)
-    rule._check("eps_hat" if rule.eps is None else "eps", POSITIVE)
+        rule.check_range(name, BETA)
+    rule.check_range("eps_hat" if rule.eps is None else "eps", POSITIVE)
 
 
 def _check_dtypes(rule: Any, *names: str) -> None:
@@ -98,7 +98,7 @@ def _check_dtypes(rule: Any, *names: str) -> None:
                 f"{type(rule).__name__}: {name} must be a real floating dtype such as "
                 f"jnp.float32 or 'bfloat16', or None; got {given!r}"
             )
-        rule._set(**{name: dtype.name})
+        rule.set_fields(**{name: dtype.name})
 
 
 def _zero_mean(params: Tree, dtype: str | None) -> Tree:
@@ -278,7 +278,7 @@ class scale_by_adam(Rule):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
-        self._check_flag("nesterov")
+        self.check_flag("nesterov")
         _check(self, default="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 

@@ -76,9 +76,9 @@ class weight_ema(Transform):
     groupable = True
 
     def __post_init__(self) -> None:
-        self._check("momentum", UNIT)
+        self.check_range("momentum", UNIT)
         if self.overwrite_frequency is not None:
-            self._check("overwrite_frequency", COUNT)
+            self.check_range("overwrite_frequency", COUNT)
 
     @property
     def must_be_last(self) -> bool:

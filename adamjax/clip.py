@@ -113,7 +113,7 @@ class clip_by_value(Stateless):
     groupable = True
 
     def __post_init__(self) -> None:
-        self._check("limit", POSITIVE)
+        self.check_range("limit", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
@@ -147,7 +147,7 @@ class clip_by_norm(Stateless):
     keeps_zero = True
 
     def __post_init__(self) -> None:
-        self._check("max_norm", POSITIVE)
+        self.check_range("max_norm", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
@@ -186,7 +186,7 @@ class clip_by_global_norm(Stateless, Scaling):
     groupable = True
 
     def __post_init__(self) -> None:
-        self._check("max_norm", POSITIVE)
+        self.check_range("max_norm", POSITIVE)
 
     @property
     def reads_updates(self) -> bool:

@@ -304,7 +304,7 @@ def _heard_data(config: Mapping[str, Any], place: str, classes: dict[str, type[D
 def _assembled(cls: type[Data], values: dict[str, Any]) -> Data:
     """An object of these fields, checked as when a person makes it."""
     made = object.__new__(cls)
-    made._set(**values)
+    made.set_fields(**values)
     made.__post_init__()
     return made
 

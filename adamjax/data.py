@@ -178,20 +178,20 @@ class Data:
     def __post_init__(self) -> None:
         """Checks and completes the fields."""
 
-    def _set(self, **values: Any) -> None:
+    def set_fields(self, **values: Any) -> None:
         """Sets fields while the object is being made."""
         self.__dict__.update(values)
 
-    def _check(self, name: str, allowed: Range) -> None:
+    def check_range(self, name: str, allowed: Range) -> None:
         """Refuses a hyperparameter outside its range; of what is being traced, only the dtype."""
-        self._set(**{name: self._checked(name, getattr(self, name), allowed)})
+        self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 
-    def _check_flag(self, name: str) -> None:
+    def check_flag(self, name: str) -> None:
         """Refuses what is neither True nor False: the string "false" would be true."""
         value = getattr(self, name)
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
-        self._set(**{name: bool(value)})
+        self.set_fields(**{name: bool(value)})
 
     def _checked(self, name: str, value: Any, allowed: Range) -> Any:
         """The value of a hyperparameter, if it is in its range, as a Python number or array."""
@@ -244,7 +244,7 @@ class Data:
             if name not in names:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}; it has {names}")
         made = object.__new__(type(self))
-        made._set(**{**self.__dict__, **changes})
+        made.set_fields(**{**self.__dict__, **changes})
         made.__post_init__()
         return made
 

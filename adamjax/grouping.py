@@ -134,7 +134,7 @@ class grouped(Transform):
     groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
         # Part of the structure: no array.
         whole = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
         if not whole or self.max_size < 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
-from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
+from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import (
     checked_rules,
@@ -154,8 +154,8 @@ class accumulate_gradients(Transform):
         return not isinstance(self.max_rows, tuple) and super().groupable
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
-        self._check("steps", COUNT)
+        self.set_fields(tx=as_transform(self.tx))
+        self.check_range("steps", COUNT)
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
@@ -175,7 +175,7 @@ class accumulate_gradients(Transform):
                 f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
                 f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
             )
-        self._set(max_rows=rules)
+        self.set_fields(max_rows=rules)
 
     def _room(self, path: str, p: Any) -> int | None:
         """The rows to make room for in a leaf, `None` for a dense array."""
@@ -231,7 +231,7 @@ class accumulate_gradients(Transform):
         expect_wide("accumulate_gradients", "total", state.total)
         self._expect_room(state.total)
         slots = (state.total,)
-        _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
+        _, total = lift("accumulate_gradients", _add, no_scalars, updates, slots, rows="whole")
         count = state.micro_count + 1
         steps = as_count("accumulate_gradients: steps", self.steps, count.dtype)
         due = count >= steps
@@ -305,7 +305,7 @@ class skip_not_finite(Transform):
     tx: Transform
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
 
     def init(self, params: Tree) -> SkipNotFiniteState:
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))

@@ -53,7 +53,7 @@ def _with(tx: Transform, values: dict[str, Any]) -> Transform:
         if not own:
             return part
         made = copy.copy(part)
-        made._set(**own)
+        made.set_fields(**own)
         return made
 
     return replace_parts(tx, changed)
@@ -93,7 +93,7 @@ class with_hyperparams(Transform):
     hyperparams: dict[str, Number]
 
     def __init__(self, tx: Any, **hyperparams: Any) -> None:
-        self._set(tx=tx, hyperparams=hyperparams)
+        self.set_fields(tx=tx, hyperparams=hyperparams)
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class with_hyperparams(Transform):
             if not is_array(found[name]):
                 # 0.99999999 is a beta, but in float32 it is 1.
                 made.replace(**{name: jnp.asarray(found[name])})
-        self._set(tx=tx, hyperparams=found)
+        self.set_fields(tx=tx, hyperparams=found)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, HyperparamsState)

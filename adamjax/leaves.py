@@ -34,7 +34,7 @@ __all__ = [
     "matched",
     "needed",
     "new_slots",
-    "nothing",
+    "no_scalars",
     "reduced",
 ]
 
@@ -378,7 +378,7 @@ def reduced(
 
     The rule takes a `RowGradient` as it is.
     """
-    (scalars,) = lift(owner, rule, nothing, tree, names=("the tree", ""), rows="whole")
+    (scalars,) = lift(owner, rule, no_scalars, tree, names=("the tree", ""), rows="whole")
     pairs = zip(flatten(tree)[0], flatten(scalars)[0], strict=True)
     found = [x for leaf, x in pairs if not is_left_alone(leaf)]
     while len(found) > 1:
@@ -395,7 +395,7 @@ def _moved(c: None, u: Any, p: chex.Array) -> tuple[Any, chex.Array]:
     return u, p + u if isinstance(u, RowGradient | RowMoves) else stepped(p, u)
 
 
-def nothing(real: Any) -> None:
+def no_scalars(real: Any) -> None:
     """The scalars of a rule that needs none."""
     return None
 
@@ -419,5 +419,5 @@ def apply_updates(params: Tree, updates: Tree) -> Any:
     """
     names = ("updates", "params")
     return lift(
-        "apply_updates", _moved, nothing, updates, slots=(params,), names=names, rows="whole"
+        "apply_updates", _moved, no_scalars, updates, slots=(params,), names=names, rows="whole"
     )[1]

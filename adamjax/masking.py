@@ -56,7 +56,7 @@ class masked(Transform):
     groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
+        self.set_fields(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
 
     def _flags(self, tree: Tree) -> list[bool]:
         return selected(self.pattern, tree, "masked")
@@ -123,7 +123,7 @@ class partition(Transform):
         self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any = None
     ) -> None:
         rules = checked_rules("partition", rules)
-        self._set(
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(tx for _, tx in rules),
             default=default,
@@ -134,7 +134,7 @@ class partition(Transform):
 
     def __post_init__(self) -> None:
         rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))
-        self._set(
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),
             default=None if self.default is None else as_transform(self.default),

@@ -80,7 +80,7 @@ class scale(Stateless, Scaling):
     groupable = True
 
     def __post_init__(self) -> None:
-        self._check("factor", FINITE)
+        self.check_range("factor", FINITE)
 
     def factors(self, tree: Tree, state: Any) -> Step:
         expect_empty(self, state)
@@ -116,7 +116,7 @@ class scale_by_learning_rate(Scaling):
     learning_rate: Rate
 
     def __post_init__(self) -> None:
-        self._set(learning_rate=as_rate(self, "learning_rate"))
+        self.set_fields(learning_rate=as_rate(self, "learning_rate"))
 
     @property
     def groupable(self) -> bool:
@@ -170,9 +170,9 @@ class add_decayed_weights(Transform):
     mask: Mask | None = static(default=None)
 
     def __post_init__(self) -> None:
-        self._set(weight_decay=as_rate(self, "weight_decay"))
+        self.set_fields(weight_decay=as_rate(self, "weight_decay"))
         if self.mask is not None:
-            self._set(mask=checked_mask("add_decayed_weights", self.mask))
+            self.set_fields(mask=checked_mask("add_decayed_weights", self.mask))
 
     @property
     def groupable(self) -> bool:

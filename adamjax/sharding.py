@@ -174,9 +174,9 @@ class shard_state(Transform):
     groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
         if not isinstance(self.axis, str):
-            self._set(axis=tuple(self.axis))
+            self.set_fields(axis=tuple(self.axis))
         if missing := [name for name in self._axes if name not in self.mesh.axis_names]:
             raise ValueError(
                 f"shard_state: axis {missing[0]!r} is none of the mesh, which has "

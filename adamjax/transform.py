@@ -144,7 +144,9 @@ class Transform(Data):
             return next(rest) if isinstance(value, Transform) else value
 
         made = copy.copy(self)
-        made._set(**{f.name: swapped(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        made.set_fields(
+            **{f.name: swapped(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
         return made
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
@@ -445,7 +447,7 @@ class chain(Transform):
     transforms: tuple[Transform, ...]
 
     def __init__(self, *transforms: Any) -> None:
-        self._set(transforms=transforms)
+        self.set_fields(transforms=transforms)
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -458,7 +460,7 @@ class chain(Transform):
                     f"chain: {tx!r} must be last, as it averages the weights that the whole "
                     f"step leaves behind; move it behind {parts[-1]!r}"
                 )
-        self._set(transforms=tuple(parts))
+        self.set_fields(transforms=tuple(parts))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(tx.init(params) for tx in self.transforms)

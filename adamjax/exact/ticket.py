@@ -84,12 +84,14 @@ class Ticket(Data):
             {**self.places, **other.places},
             (*self.num_rows, *other.num_rows),
         )
-        ticket._set(_origins={**vars(self).get("_origins", {}), **vars(other).get("_origins", {})})
+        ticket.set_fields(
+            _origins={**vars(self).get("_origins", {}), **vars(other).get("_origins", {})}
+        )
         return ticket
 
     def made_of(self, origins: dict[str, Any]) -> "Ticket":
         """The ticket, which then knows the arrays it was made of: no part of the pytree."""
-        self._set(_origins=origins)
+        self.set_fields(_origins=origins)
         return self
 
     def rows_of(self, path: str, origin: Any) -> Ready | None:

@@ -133,7 +133,7 @@ class exact_rows(Transform):
                 if is_array(value):
                     raise refused(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(given.items()))
-        self._set(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
+        self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
         if not find(partition, tx):
             (way,) = routes(tx, None, None)
             self._plan([station.tx for station in way])
