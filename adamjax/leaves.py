@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
@@ -38,6 +38,8 @@ __all__ = [
     "reduced",
 ]
 
+
+T = TypeVar("T")
 
 # What a rule does with the rows of a table that a row gradient does not hold; see `lift`.
 Rows = Literal["dense", "lazy", "whole"]
@@ -400,7 +402,7 @@ def no_scalars(real: Any) -> None:
     return None
 
 
-def apply_updates(params: Tree, updates: Tree) -> Any:
+def apply_updates(params: T, updates: Tree) -> T:
     """The parameters moved by their updates: `p + u`, in the dtypes of the parameters.
 
     Args:

@@ -1,6 +1,6 @@
 """Reading a state: slots, counts, rates, averages, through chains and wrappers, optax's too."""
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import chex
 import jax
@@ -25,6 +25,8 @@ __all__ = [
     "slot_names",
     "step_count",
 ]
+
+T = TypeVar("T")
 
 
 def _of_kind(kind: type, state: Any) -> list[Any]:
@@ -134,7 +136,15 @@ def skipped_steps(state: Any) -> chex.Array:
     return sum((s.skipped for s in states[1:]), states[0].skipped)
 
 
-def averaged_weights(state: Any, params: Tree = None) -> Tree:
+@overload
+def averaged_weights(state: Any, params: None = None) -> Any: ...
+
+
+@overload
+def averaged_weights(state: Any, params: T) -> T: ...
+
+
+def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of the weights that `weight_ema` keeps; before the first step the weights.
 
     Args:

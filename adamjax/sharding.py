@@ -13,12 +13,11 @@ from adamjax._compat import per_device
 from adamjax.autodiff import Call
 from adamjax.data import Tree, static, transform_state
 from adamjax.exact import ExactRowsState
-from adamjax.layout import over_like
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
-from adamjax.structure import find
+from adamjax.structure import find, map_like_params
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["ShardedState", "shard_state", "state_shardings"]
@@ -115,11 +114,11 @@ def _placed(
                 path: everywhere(known)._replace(last=along(specs[paths.index(path)][:1]))
                 for path, known in x.tables.items()
             }
-            inner = over_like(params, slots, other, x.inner)
+            inner = map_like_params(params, slots, other, x.inner)
             return ExactRowsState(inner, everywhere(x.clock), tables, everywhere(x.rings))
         return everywhere(x)
 
-    return over_like(
+    return map_like_params(
         params, slots, other, state, lambda x: isinstance(x, ShardedState | ExactRowsState)
     )
 

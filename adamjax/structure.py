@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adamjax.buckets import is_joined
+from adamjax.buckets import Joined, is_joined
 from adamjax.data import Tree
+from adamjax.paths import flatten
 
-__all__ = ["Part", "find", "map_slots", "replace_parts", "slot_states", "walk"]
+__all__ = ["Part", "find", "map_like_params", "map_slots", "replace_parts", "slot_states", "walk"]
 
 
 class Part(NamedTuple):
@@ -89,3 +90,38 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
         return x._replace(**fields)
 
     return jax.tree.map(mapped, state, *rest, is_leaf=_names_slots)
+
+
+def map_like_params(
+    params: Tree,
+    slots: Callable[[Tree], Tree],
+    other: Callable[[Any], Any],
+    state: Any,
+    stop: Callable[[Any], bool] = lambda _: False,
+) -> Any:
+    """The state with a function applied to each tree in it that has the parameters' structure.
+
+    Unlike `map_slots` it finds such trees in the states of other libraries too, which do not name
+    their slots.
+
+    Args:
+      slots: the function of those trees.
+      other: a function of everything else: of leaves, and of the nodes that `stop` is true of.
+    """
+    treedef = flatten(params)[1]
+
+    def is_slots(x: Any) -> bool:
+        return isinstance(x, Joined) or (not stop(x) and bool(flatten(x)[1] == treedef))
+
+    def mapped(x: Any) -> Any:
+        if not isinstance(x, Joined):
+            return slots(x) if is_slots(x) else other(x)
+        # Leaves that are joined are not there; and buckets are like no parameter.
+        leaves: list[Any] = [None] * len(x.plan.avals)
+        for i, leaf in zip(x.plan.alone, x.alone, strict=True):
+            leaves[i] = leaf
+        found = flatten(slots(treedef.unflatten(leaves)))[0]
+        alone = tuple(found[i] for i in x.plan.alone)
+        return Joined(tuple(map(other, x.joined)), alone, x.plan)
+
+    return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))

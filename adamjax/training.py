@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, Generic
 
 import jax
 
-from adamjax.autodiff import Call, value_and_grad
+from adamjax.autodiff import Args, Call, P, Value, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of
 from adamjax.leaves import apply_updates, expect_arrays
@@ -17,51 +17,53 @@ __all__ = ["train_step"]
 
 
 def _exact(tx: Transform, state: Any, params: Tree) -> list[Part]:
-    """The parts of a transform that keep rows exact, with their states and what they see."""
-    there = find(exact_rows, tx, state, params)
+    """Every `exact_rows` in a transform, with its state and the parameters that it sees."""
+    parts = find(exact_rows, tx, state, params)
 
     def is_exact(x: Any) -> bool:
         return isinstance(x, ExactRowsState)
 
     states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
-    if len(there) < len(list(states)):
+    if len(parts) < len(list(states)):
         raise ValueError(
             "train_step: exact_rows stands inside of a transform from elsewhere, where it cannot "
             "be followed, so the loss would read rows that lag behind: put it into "
             "adamjax.chain, masked or partition in place of optax's, which take optax's transforms"
         )
-    return there
+    return parts
 
 
-class _Step:
-    """A jitted step, as `jax.jit` returns it, that says which of its parameters are no arrays.
+class TrainStep(Generic[P, Args, Value]):
+    """A jitted train step, which has what functions of `jax.jit` have, such as `lower`.
 
-    JAX refuses these before the step is traced, so they are looked for when it has refused
-    something.
+    Where JAX refuses an argument before it traces the step, the error names the parameter that is
+    no array.
     """
 
     def __init__(self, jitted: Any) -> None:
         self._jitted = jitted
         functools.update_wrapper(self, jitted, updated=())
 
-    def _said(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         except TypeError:
             expect_arrays("train_step", args[0] if args else kwargs.get("params"))
             raise
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted, *args, **kwargs)
+    def __call__(
+        self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs
+    ) -> tuple[P, Any, Value]:
+        return self._call(self._jitted, params, state, *args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.trace, *args, **kwargs)
+        return self._call(self._jitted.trace, *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.lower, *args, **kwargs)
+        return self._call(self._jitted.lower, *args, **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.eval_shape, *args, **kwargs)
+        return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_jitted":
@@ -70,14 +72,14 @@ class _Step:
 
 
 def train_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[P, Args], Value],
     tx: Any,
     *,
     has_aux: bool = False,
     tables: str | Sequence[str] | None = None,
     strict: bool = False,
     **jit_options: Any,
-) -> Callable[..., Any]:
+) -> TrainStep[P, Args, Value]:
     """A jitted train step, which donates parameters and state.
 
     Args:
@@ -136,4 +138,4 @@ def train_step(
         updates, state = tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), state, value
 
-    return _Step(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
+    return TrainStep(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))

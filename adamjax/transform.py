@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import chex
 import jax.numpy as jnp
@@ -40,7 +40,14 @@ __all__ = [
 Step = tuple[Any, Any]
 
 
-class Transform(Data):
+if TYPE_CHECKING:
+    # optax and Flax name this class in their signatures. At run time they take any pair.
+    from optax import GradientTransformationExtraArgs as _Pair
+else:
+    _Pair = object
+
+
+class Transform(Data, _Pair):
     """A gradient transform: two pure functions, `init` and `update`, and their hyperparameters.
 
     A subclass is a frozen dataclass and a pytree whose leaves are its hyperparameters. It

@@ -279,8 +279,8 @@ class JaxTable:
         init, self.step = jax_contender(name, case)
         self.lies: Any = None
         if name in OURS:  # As the README has it for TPUs; elsewhere this changes nothing.
-            params = jax.tree.map(adamjax.row_major, params)
-            self.lies = adamjax.formats(optimizer(name), params)
+            params = jax.tree.map(adamjax.layout.row_major, params)
+            self.lies = adamjax.layout.formats(optimizer(name), params)
             self.lies = (*self.lies, None) if name in WHOLE else self.lies
         self.held = [params, init(params)]
         self.compiled: dict[int, Any] = {}

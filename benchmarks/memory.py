@@ -110,8 +110,8 @@ def tables(rows: int, width: int, reads: int) -> list[dict[str, Any]]:
         lies: dict[str, Any] = {}
         if jax.default_backend() == "tpu" and mode != "dense gradient":
             # As the README has it for TPUs.
-            params["table"] = adamjax.row_major(params["table"])
-            lies["out_shardings"] = (*adamjax.formats(tx, params), None)
+            params["table"] = adamjax.layout.row_major(params["table"])
+            lies["out_shardings"] = (*adamjax.layout.formats(tx, params), None)
             slots, treedef = jax.tree.flatten(state)
             places = treedef.flatten_up_to(lies["out_shardings"][1])
             beside = zip(slots, places, strict=True)

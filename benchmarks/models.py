@@ -435,7 +435,7 @@ def _row_major(params: Params, tables: str) -> Params:
     leaves, treedef = jax.tree.flatten(params)
     pairs = zip(leaf_paths(params), leaves, strict=True)
     return treedef.unflatten(
-        [adamjax.row_major(x) if re.search(tables, path) else x for path, x in pairs]
+        [adamjax.layout.row_major(x) if re.search(tables, path) else x for path, x in pairs]
     )
 
 
@@ -484,7 +484,7 @@ class Serving:
         lies: Any = None
         if self.name in ("lazy", "exact"):
             params = _row_major(params, model.tables)
-            lies = (*adamjax.formats(optimizer(self.name, model), params), None)
+            lies = (*adamjax.layout.formats(optimizer(self.name, model), params), None)
         self.held = [params, init(params)]
         self.batches = [jax.device_put(model.batch(i)) for i in range(BATCHES)]
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=lies)

@@ -243,7 +243,7 @@ def _state_like(tx: Any, params: Any, device: Any) -> tuple[Any, Any]:
 
     import adamjax
 
-    formats = adamjax.formats(tx, params)
+    formats = adamjax.layout.formats(tx, params)
     slots, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params), is_leaf=lambda x: x is None)
     state = treedef.unflatten(
         None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how or device)
@@ -271,7 +271,7 @@ def _tables_program(
     taken = adamjax.train_step(loss, tx)
     shape = jax.ShapeDtypeStruct
     table = shape((num_rows, width), jnp.float32, sharding=device)
-    params = {"tables": [adamjax.row_major(table)] * count}
+    params = {"tables": [adamjax.layout.row_major(table)] * count}
     formats, state = _state_like(tx, params, device)
     ids = shape((count, num_ids), jnp.int32, sharding=device)
     values = shape((count, num_ids, width), jnp.float32, sharding=device)
@@ -295,7 +295,7 @@ def _rows_program(
 
     shape, packing = (num_rows, width), None
     if "packed" in kind:
-        packing = adamjax.packing(width)
+        packing = adamjax.layout.packing(width)
         shape = (-(-num_rows // packing.per_line), packing.per_line * width)
     if kind in ROWS:
         tx, step = whole_step(kind, packing)
@@ -306,7 +306,7 @@ def _rows_program(
     else:
         tx, step = exact(packing, kind)
     table = lies(shape, jnp.float32)
-    params = {"table": table if kind == "not row-major" else adamjax.row_major(table)}
+    params = {"table": table if kind == "not row-major" else adamjax.layout.row_major(table)}
     formats, state = _state_like(tx, params, device)
     ids = lies((num_ids,), jnp.int32)
     if kind == "init":

@@ -373,7 +373,7 @@ def test_formats_of_the_leaves_that_are_not_joined():
     device = jax.devices()[0]
     params = jax.device_put({"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones((9, 9))}, device)
     tx = grouped(scale_by_adam(), max_size=16)
-    lie, state_lies = adamjax.formats(tx, params)
+    lie, state_lies = adamjax.layout.formats(tx, params)
     assert state_lies.m.alone == (lie["large"],)
     assert lie["large"] is not None
     state = jax.jit(tx.init, out_shardings=state_lies)(params)

@@ -109,7 +109,7 @@ def _tuples(x: Any) -> Any:
 # As an argument or a result of what `jax.export` writes.
 export.register_pytree_node_serialization(
     Ticket,
-    serialized_name="adamjax.Ticket",
+    serialized_name="adamjax.states.Ticket",
     serialize_auxdata=lambda statics: json.dumps(statics).encode(),
     deserialize_auxdata=lambda written: tuple(_tuples(json.loads(written))),
 )

@@ -10,13 +10,14 @@ that are touched as if they were the whole table.
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.autodiff import Args, P, Value
 from adamjax.average import weight_ema
 from adamjax.blocks import is_one_block
 from adamjax.coasting import Coasting, coasting
@@ -320,11 +321,11 @@ class exact_rows(Transform):
 
     def value_and_grad(
         self,
-        loss_fn: Callable[..., Any],
+        loss_fn: Callable[Concatenate[P, Args], Value],
         *,
         has_aux: bool = False,
         strict: bool = False,
-    ) -> Callable[..., Any]:
+    ) -> Callable[Concatenate[P, Any, Args], tuple[tuple[Value, P], Ticket]]:
         """`adamjax.value_and_grad` by the parameters, of a loss that reads rows up to date.
 
         The loss is written as for dense gradients. Rows of tables are brought up to date before
@@ -359,13 +360,13 @@ class exact_rows(Transform):
         """
 
         @functools.wraps(loss_fn)
-        def function(params: Tree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def function(params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Any:
             gradient = gradient_of(
                 loss_fn, lambda: [self.bind(state, params)], has_aux=has_aux, strict=strict
             )
             return gradient(params, *args, **kwargs)
 
-        return function
+        return function  # type: ignore[return-value]
 
     def lookup(
         self,
