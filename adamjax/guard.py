@@ -151,7 +151,8 @@ class accumulate_gradients(Transform):
 
     @property
     def joinable(self) -> bool:
-        return not isinstance(self.max_rows, tuple) and super().joinable
+        # Which leaves have room for rows is told by their shapes and paths.
+        return self.max_rows is None and super().joinable
 
     def __post_init__(self) -> None:
         self._set(tx=as_transform(self.tx))

@@ -258,15 +258,15 @@ class exact_rows(Transform):
         """
         expect_state(self, state, ExactRowsState)
         tables = self._tables(params)
-        slots: dict[str, Tree] = {}
+        slots: list[Tree] = []
 
         def see(name: str, tree: Tree) -> Tree:
-            slots.setdefault(name, tree)
+            slots.append(tree)
             return tree
 
         over_slots(see, state.inner)
         came = leaf_paths(params)
-        wanted = leaf_paths(next(iter(slots.values()))) if slots else came
+        wanted = leaf_paths(slots[0]) if slots else came
         # JAX sorts the keys of a dictionary that goes through jit.
         if came != wanted or {t.path for t in tables} != set(state.tables):
             others = [path for path in came if path not in set(wanted)]
@@ -278,31 +278,22 @@ class exact_rows(Transform):
                 "the structure that init was given"
             )
         expect_array("exact_rows: the clock", state.clock, (), "it is to wrap around", "int32")
+        mend = (
+            "make a new state with init; or flush with the old sizes, resize the table in params "
+            "and in state.inner, and go on with from_dense(state.inner, params)"
+        )
         for table in tables:
-            self._expect_table(table, state.tables[table.path], slots, params)
+            known, name = state.tables[table.path], f"exact_rows: tables[{table.path!r}]"
+            expect_array(f"{name}.last", known.last, table.shape[:1], mend, "int32")
+            expect_array(f"{name}.cursor", known.cursor, (), mend, "int32")
         self._expect_rings(families_of(tables, self.history), state.rings)
         for table in tables:
             for _, tx, own in stations(self._inner, state.inner, table.leaf, params):
                 tx.check_state(own)
+                for slot in getattr(own, "slots", ()):
+                    x = flatten(getattr(own, slot))[0][table.leaf]
+                    expect_array(f"exact_rows: {slot}[{table.path!r}]", x, table.shape, mend)
         return tables, as_arrays(state), as_arrays(params)
-
-    def _expect_table(
-        self, table: Table, known: TableState, slots: dict[str, Tree], params: Tree
-    ) -> None:
-        """Refuses what is known of another table, or of a table under another transform."""
-        other = (
-            "make a new state with init; or flush with the old sizes, resize the table in params "
-            "and in state.inner, and go on with from_dense(state.inner, params)"
-        )
-        shape = np.shape(flatten(params)[0][table.leaf])
-        expect_array(
-            f"exact_rows: tables[{table.path!r}].last", known.last, shape[:1], other, "int32"
-        )
-        expect_array(f"exact_rows: tables[{table.path!r}].cursor", known.cursor, (), other, "int32")
-        for name, tree in slots.items():
-            slot = flatten(tree)[0][table.leaf]
-            if slot is not None or name in dict(table.decays):
-                expect_array(f"exact_rows: {name}[{table.path!r}]", slot, shape, other)
 
     def _expect_rings(self, families: list[Family], rings: Any) -> None:
         """Refuses what the last steps of another transform did."""
