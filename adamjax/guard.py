@@ -151,7 +151,8 @@ class accumulate_gradients(Transform):
 
     @property
     def groupable(self) -> bool:
-        return not isinstance(self.max_rows, tuple) and super().groupable
+        # Which leaves have room for rows depends on their shapes and paths.
+        return self.max_rows is None and super().groupable
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))

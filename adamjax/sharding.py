@@ -16,7 +16,7 @@ from adamjax.exact import ExactRowsState
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient
+from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import find, map_like_params
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -213,7 +213,7 @@ class shard_state(Transform):
         """A tree with its dense leaves split by what `spec_of` says of the leaves of another."""
 
         def laid(x: Any, p: Any) -> Any:
-            if p is None or is_left_alone(x) or isinstance(x, RowGradient):
+            if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
             return on_devices(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
 

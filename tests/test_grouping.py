@@ -328,6 +328,7 @@ ODD = {
     "masked": masked(scale(0.5), "kernel"),
     "partition": partition([("bias", scale(0.5))], default=scale(0.1)),
     "rows by path": accumulate_gradients(adam(0.1), 2, max_rows=[("table", 3)]),
+    "rows of some shapes": accumulate_gradients(adam(0.1), 2, max_rows=3),
     "exact_rows": exact_rows(adam(0.1), "table"),
     "grouped": grouped(adam(0.1)),
     "optax": optax.trace(0.5),

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
-from adamjax.exact.state import ExactRowsState, TableState
+from adamjax.exact.route import Station
+from adamjax.exact.state import ExactRowsState
 from adamjax.exact.tables import Family, Table
 from adamjax.leaves import expect_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import map_slots
 
-__all__ = ["expect_fit"]
+__all__ = ["expect_fit", "expect_slots"]
 
 _OTHER_TABLE = (
     "make a new state with init; or flush with the old sizes, resize the table in params "
@@ -35,15 +35,15 @@ _OTHER_RULE = (
 def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) -> None:
     """Refuses a state of other parameters, tables or sizes, or of another rule or history."""
     tables = [table for family in families for table in family.tables]
-    slots: dict[str, Tree] = {}
+    slots: list[Tree] = []
 
     def collect(name: str, tree: Tree) -> Tree:
-        slots.setdefault(name, tree)
+        slots.append(tree)
         return tree
 
     map_slots(collect, state.inner)
     came = leaf_paths(params)
-    wanted = leaf_paths(next(iter(slots.values()))) if slots else came
+    wanted = leaf_paths(slots[0]) if slots else came
     # JAX sorts the keys of a dictionary that goes through jit.
     if came != wanted or {t.path for t in tables} != set(state.tables):
         others = [path for path in came if path not in set(wanted)]
@@ -56,19 +56,19 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
         )
     expect_array("exact_rows: the clock", state.clock, (), "it is to wrap around", "int32")
     for table in tables:
-        _expect_table(table, state.tables[table.path], slots, params)
+        rows, where = state.tables[table.path], f"exact_rows: tables[{table.path!r}]"
+        expect_array(f"{where}.last", rows.last, table.shape[:1], _OTHER_TABLE, "int32")
+        expect_array(f"{where}.cursor", rows.cursor, (), _OTHER_TABLE, "int32")
     _expect_rings(families, state.rings)
 
 
-def _expect_table(table: Table, rows: TableState, slots: dict[str, Tree], params: Tree) -> None:
-    shape = np.shape(flatten(params)[0][table.leaf])
-    where = f"exact_rows: tables[{table.path!r}]"
-    expect_array(f"{where}.last", rows.last, shape[:1], _OTHER_TABLE, "int32")
-    expect_array(f"{where}.cursor", rows.cursor, (), _OTHER_TABLE, "int32")
-    for name, tree in slots.items():
-        slot = flatten(tree)[0][table.leaf]
-        if slot is not None or name in dict(table.coast.decays):
-            expect_array(f"exact_rows: {name}[{table.path!r}]", slot, shape, _OTHER_TABLE)
+def expect_slots(table: Table, stations: Sequence[Station]) -> None:
+    """Refuses states of a table's rule, and of what is behind it, that do not fit the table."""
+    for _, tx, state, _ in stations:
+        tx.check_state(state)
+        for name in getattr(state, "slots", ()):
+            slot = flatten(getattr(state, name))[0][table.leaf]
+            expect_array(f"exact_rows: {name}[{table.path!r}]", slot, table.shape, _OTHER_TABLE)
 
 
 def _expect_rings(families: Sequence[Family], rings: Any) -> None:

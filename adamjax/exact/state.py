@@ -40,7 +40,8 @@ class ExactRowsState(NamedTuple):
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
       rings: what the last steps have done to a row that stands at each of them: a `Ring` for all
-        tables that go the same way. Its name says whose it is and of which rule, as in
+        tables that go the same way. Its name says whose it is (of several tables the first, how
+        many more, and a checksum of their paths) and of which rule, as in
         `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`: with another rule the rows that lag
         behind would move otherwise, and a checkpoint has no other place for it.
 

@@ -1,5 +1,6 @@
 """Tables, and which of them are worked on together; and the rows that each step refreshes."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,9 +97,20 @@ def families_of(tables: Sequence[Table], given: int | None) -> list[Family]:
             wanted = max(t.num_rows for t in alike) // _REFRESHED
             history = 1 << max(min(wanted, _LONGEST) - 1, 0).bit_length()
             history = max(history, plan.least_history)
-        name = f"{alike[0].path}: {plan.name},history={history}"
+        name = f"{_tables_as_text(alike)}: {plan.name},history={history}"
         families.append(Family(name, history, tuple(alike)))
     return families
+
+
+def _tables_as_text(tables: Sequence[Table]) -> str:
+    """Which tables these are, in a name that a file may have.
+
+    Where tables are put together otherwise, as with other patterns of rates, a ring under the same
+    name would be that of others.
+    """
+    first, *others = [table.path for table in tables]
+    checksum = zlib.crc32("\n".join(others).encode())
+    return f"{first} and {len(others)} more ({checksum:08x})" if others else first
 
 
 def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int]) -> list[Batch]:

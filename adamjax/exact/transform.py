@@ -24,7 +24,7 @@ from adamjax.coasting import Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
-from adamjax.exact.fit import expect_fit
+from adamjax.exact.fit import expect_fit, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import Station, check_route, refused, routes
 from adamjax.exact.stale import StaleTable
@@ -228,11 +228,11 @@ class exact_rows(Transform):
             state, params = as_arrays(state), as_arrays(params)
             inner = state.inner
         ways = routes(tx, inner, params)
-        behind = {t.leaf: _from_rule(ways[t.leaf]) for f in families for t in f.tables}
+        tables = [table for family in families for table in family.tables]
+        behind = {table.leaf: _from_rule(ways[table.leaf]) for table in tables}
         if state is not None:
-            for stations in behind.values():
-                for _, part, own, _ in stations:
-                    part.check_state(own)
+            for table in tables:
+                expect_slots(table, behind[table.leaf])
         return Bound(tx, families, behind, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
