@@ -4,6 +4,7 @@ from adamjax import convert, layout, states
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.autodiff import grad, value_and_grad
 from adamjax.average import weight_ema
+from adamjax.chain import chain, identity
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from adamjax.config import from_config, to_config
 from adamjax.exact import exact_rows
@@ -38,7 +39,7 @@ from adamjax.schedule import (
 )
 from adamjax.sharding import shard_state, state_shardings
 from adamjax.training import train_step
-from adamjax.transform import Transform, chain, identity
+from adamjax.transform import Transform
 
 __version__ = "0.1.0"
 

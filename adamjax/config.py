@@ -13,6 +13,7 @@ import numpy as np
 
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.average import weight_ema
+from adamjax.chain import chain
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.data import Data, is_array
 from adamjax.guard import accumulate_gradients
@@ -30,7 +31,7 @@ from adamjax.schedule import (
     wrapped,
 )
 from adamjax.sharding import shard_state
-from adamjax.transform import Transform, as_transform, chain, foreign
+from adamjax.transform import Transform, as_transform, foreign
 
 __all__ = ["from_config", "to_config"]
 

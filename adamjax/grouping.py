@@ -111,7 +111,8 @@ class grouped(Transform):
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
         `clip_by_global_norm`, `weight_ema`, chains and guards of these, and transforms of your
         own whose attribute `groupable` says so. What depends on a leaf's path or on a leaf as a
-        whole stays outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`, or
+        whole stays outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
+        `accumulate_gradients(grouped(adam(0.1)), 4, max_rows=64)`, or
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.
       max_size: elements of the largest leaf that is joined, a whole number of at least 1.
 

@@ -8,6 +8,7 @@ import chex
 import jax.numpy as jnp
 
 from adamjax.average import weight_ema
+from adamjax.chain import chain
 from adamjax.coasting import Ring
 from adamjax.data import Tree
 from adamjax.exact.route import Station
@@ -16,7 +17,7 @@ from adamjax.exact.tables import Batch, Family, Table
 from adamjax.moments import next_count
 from adamjax.paths import flatten
 from adamjax.structure import map_slots
-from adamjax.transform import Rule, Transform, chain
+from adamjax.transform import Rule, Transform
 
 __all__ = ["Bound"]
 
