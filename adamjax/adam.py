@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
@@ -37,6 +38,7 @@ from adamjax.moments import (
     square,
     widened,
 )
+from adamjax.rounding import is_narrow
 from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
@@ -93,12 +95,26 @@ def _check_dtypes(rule: Any, *names: str) -> None:
             dtype = jnp.dtype(given)
         except TypeError:
             dtype = None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if wide and dtype not in (jnp.bfloat16, np.float32, np.float64):
+            raise TypeError(
+                f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
+                "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
+                "6e-8 too"
+            )
+        if not wide:
             raise TypeError(
                 f"{type(rule).__name__}: {name} must be a real floating dtype such as "
                 f"jnp.float32 or 'bfloat16', or None; got {given!r}"
             )
         rule.set_fields(**{name: dtype.name})
+
+
+def _wide(rule: Any) -> Any:
+    """The rule with slots of float32 in place of narrow ones."""
+    dtypes = {name: getattr(rule, name, None) for name in ("m_dtype", "v_dtype", "u_dtype")}
+    narrow = [name for name, dtype in dtypes.items() if dtype is not None and is_narrow(dtype)]
+    return rule.replace(**dict.fromkeys(narrow)) if narrow else rule
 
 
 def _zero_mean(params: Tree, dtype: str | None) -> Tree:
@@ -293,6 +309,9 @@ class scale_by_adam(Rule):
     def coast(self) -> Coast:
         return _coast(self, math.sqrt(self.b2))
 
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
+
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, self._product(state)).c_m
 
@@ -326,6 +345,7 @@ class scale_by_adam(Rule):
             grads,
             slots=(state.m, state.v),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAdamState(next_count(state.count), m, v, product)
 
@@ -387,6 +407,9 @@ class scale_by_amsgrad(Rule):
     def coast(self) -> Coast:
         return _coast(self, 1.0, size="v_max")
 
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
+
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, None).c_m
 
@@ -403,6 +426,7 @@ class scale_by_amsgrad(Rule):
             grads,
             slots=(state.m, state.v, state.v_max),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAmsgradState(next_count(state.count), m, v, v_max)
 
@@ -498,6 +522,9 @@ class scale_by_adamax(Rule):
     def coast(self) -> Coast:
         return _coast(self, self.b2, size="u", squared=False, decaying="u")
 
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
+
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return 1 / correction(self.b1, counted(state.count, real))
 
@@ -523,5 +550,6 @@ class scale_by_adamax(Rule):
             grads,
             slots=(state.m, state.u),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAdamaxState(next_count(state.count), m, u)

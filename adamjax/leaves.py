@@ -15,6 +15,7 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
+from adamjax.rounding import is_narrow, rounding_keys, write_slots
 from adamjax.rows import RowGradient, RowMoves, applied, check_sound, sealed, unsealed
 
 __all__ = [
@@ -248,6 +249,7 @@ def lift(
     like: Tree = None,
     names: tuple[str, str] = ("grads", "the state"),
     rows: Rows = "dense",
+    count: chex.Array | None = None,
 ) -> tuple[Any, ...]:
     """Applies a rule on arrays to every leaf of trees; checks all leaves before the first.
 
@@ -266,6 +268,8 @@ def lift(
       names: what errors call `grads` and `slots`.
       rows: whether the rows that a `RowGradient` does not hold have a gradient of zero, or are
         left alone; or "whole" for a rule that is not elementwise and takes such a leaf as it is.
+      count: int32, the steps taken before: what the random bits are made of with which slots in
+        bfloat16 are rounded. Without it they are rounded to the nearest.
 
     Returns:
       The tree of updates, then the new slot trees.
@@ -319,9 +323,12 @@ def lift(
                 expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
-            results = _each(
-                rule, (rows, len(slots)), ready[given, real], [leaf for _, leaf in block]
-            )
+            narrow = any(is_narrow(dtype_of(x)) for x in block[0][1][1 : 1 + len(slots)])
+            keys = None
+            if narrow and count is not None:
+                keys = rounding_keys(count, [i for i, _ in block])
+            how, c = (rows, len(slots)), ready[given, real]
+            results = _each(rule, how, c, keys, [leaf for _, leaf in block])
             for (i, _), (u, *new) in zip(block, results, strict=True):
                 outputs[i] = (sealed(u), *new)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
@@ -335,18 +342,19 @@ _BLOCK = 8
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _each(
-    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, block: list[list[Any]]
+    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, keys: Any, block: list[list[Any]]
 ) -> list[Any]:
     rows, slots = how
 
-    def result(g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
+    def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
             return tuple(unsealed(x) for x in rule(c, g, *arrays))
-        if not isinstance(g, RowGradient):
-            return tuple(rule(c, g, *arrays))
-        return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:])
+        if isinstance(g, RowGradient):
+            return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key)
+        u, *new = rule(c, g, *arrays)
+        return u, *write_slots(new, arrays[:slots], key)
 
-    return [result(*leaf) for leaf in block]
+    return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
 
 
 def _ready(owner: str, leaf: Any) -> Any:

@@ -22,6 +22,7 @@ from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.rounding import write_slots
 from adamjax.search import distinct
 
 __all__ = [
@@ -550,8 +551,7 @@ class Recurrence:
 
     def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
         wide, new = self.moved(c, g, *slots)
-        u = self.direction(c, wide, *new)
-        return u.astype(g.dtype), *(n.astype(s.dtype) for n, s in zip(new, slots, strict=True))
+        return self.direction(c, wide, *new).astype(g.dtype), *new
 
     def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
         """The gradient and the new slots, not rounded yet."""
@@ -567,20 +567,26 @@ def applied(
     g: RowGradient,
     slots: Sequence[chex.Array],
     reads: Sequence[chex.Array],
+    key: Any = None,
 ) -> tuple[Any, ...]:
     """An elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` on the rows of a table.
 
     To the rows by a gather, the rule, a scatter. Lazily, that is all. Else all other rows are
     then taken on as well, with what they get, which is mostly zero and never an array.
+
+    Args:
+      key: for narrow slots, of `rounding_keys`.
     """
     if not slots and not reads:
         return (g.map(lambda x: rule(c, x)[0]),)
     if lazy and g.rest is not None:
-        return tuple(rule(c, g.to_dense(), *slots, *reads))
+        u, *new = rule(c, g.to_dense(), *slots, *reads)
+        return u, *write_slots(new, slots, key)
 
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
         here = [taken(x, indices, mode="fill", fill_value=0) for x in (*tables, *reads)]
         u, *new = rule(c, values, *here)
+        new = write_slots(new, tables, key, indices)
         return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
@@ -589,7 +595,7 @@ def applied(
         return moved.replace(lazy=True), *tables
     if reads:
         g = g.replace(indices=_after(u, g.indices, g.num_rows))
-    rest, *tables = _others(rule, c, g, tables, reads)
+    rest, *tables = _others(rule, c, g, tables, reads, key)
     return moved.replace(rest=rest), *tables
 
 
@@ -609,6 +615,7 @@ def _others(
     g: RowGradient,
     slots: Sequence[chex.Array],
     reads: Sequence[chex.Array],
+    key: Any,
 ) -> tuple[chex.Array, ...]:
     """A rule on the rows that a row gradient does not hold: the others' updates, all slots."""
     here = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
@@ -616,8 +623,8 @@ def _others(
     others = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
     def kept(new: Any) -> list[chex.Array]:
-        pairs = zip(slots, new, strict=True)
-        return [jnp.where(here, s, x.astype(s.dtype)) for s, x in pairs]
+        pairs = zip(slots, write_slots(new, slots, key), strict=True)
+        return [jnp.where(here, s, x) for s, x in pairs]
 
     if isinstance(rule, Recurrence):
         wide, new = rule.moved(c, others, *slots)

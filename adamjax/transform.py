@@ -372,6 +372,13 @@ class Rule(Transform):
         """
         return None
 
+    def with_wide_slots(self) -> "Rule":
+        """This rule for slots in float32 or wider, where its own are narrower.
+
+        `exact_rows` brings slots up to date in float32, takes the step, and rounds them once.
+        """
+        return self
+
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         """The factor of m / x in the step that is taken from this state; see `Coast`.
 

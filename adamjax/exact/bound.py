@@ -127,7 +127,9 @@ class Bound:
                 return tree
 
             states = [map_slots(lambda name, _: alone(slots.get(name)), s.state) for s in behind]
-            several = chain(*(station.tx for station in behind))
+            rule, *rest = (station.tx for station in behind)
+            assert isinstance(rule, Rule)
+            several = chain(rule.with_wide_slots(), *rest)
             u, after = several.update(alone(g), tuple(states), alone(weights), **extra_args)
             map_slots(collect, after)
             return flatten(u)[0][table.leaf], new

@@ -15,8 +15,9 @@ from adamjax.exact.state import Columns, Past, Ready
 from adamjax.exact.tables import Batch, Table, beside
 from adamjax.mesh import at_each, put, taken
 from adamjax.moments import barrier, root
+from adamjax.rounding import is_narrow, rounding_keys, write_slots
 
-__all__ = ["caught_up", "flushed", "or_zeros", "put_rows", "read_in_blocks"]
+__all__ = ["caught_up", "flushed", "or_zeros", "put_rows", "read_in_blocks", "slot_keys"]
 
 # Rows that are flushed at a time.
 _BLOCK = 8192
@@ -65,7 +66,11 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     return Ready(
         now=(before + moved).astype(first.dtype),
         moved=moved,
-        slots={name: x.astype(here[name].dtype) for name, x in slots.items()},
+        # Narrow slots stay wide until the step has been taken, so that they are rounded once.
+        slots={
+            name: x if is_narrow(here[name].dtype) else x.astype(here[name].dtype)
+            for name, x in slots.items()
+        },
         last=last,
         has_nan=functools.reduce(operator.or_, nans, jnp.array(False)),
     )
@@ -84,8 +89,8 @@ def read_in_blocks(batch: Batch, past: Past, columns: Columns, indices: chex.Arr
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def flushed(batch: Batch, columns: Columns, past: Past) -> Columns:
-    """A table, or a part of its rows, with all rows up to date."""
+def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Columns:
+    """A table, or a part of its rows from row `first` on, with all rows up to date."""
     num_rows = columns.weights.shape[0]
     size = min(_BLOCK, num_rows)
 
@@ -93,7 +98,9 @@ def flushed(batch: Batch, columns: Columns, past: Past) -> Columns:
         ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
         rows = caught_up(batch, past, [columns], [ids])
         clock = jnp.broadcast_to(past.clock, ids.shape)
-        (moved,) = put_rows([columns], [ids], rows.slots, clock)
+        # The next step has the same count, and needs other random bits.
+        keys = slot_keys(batch, [columns], ~past.count)
+        (moved,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
         return moved._replace(weights=put(columns.weights, ids, rows.now))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
@@ -105,20 +112,45 @@ def or_zeros(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
     return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
+def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
+    """For each table of a batch the key by which its narrow slots are rounded, if there are any."""
+    if any(is_narrow(slot.dtype) for slot in columns[0].slots.values()):
+        return rounding_keys(count, [table.leaf for table in batch.tables])
+    return None
+
+
 def put_rows(
-    columns: list[Columns], indices: list[Any], slots: dict[str, chex.Array], last: chex.Array
+    columns: list[Columns],
+    indices: list[Any],
+    slots: dict[str, chex.Array],
+    last: chex.Array,
+    keys: Any = None,
+    first: Any = 0,
 ) -> list[Columns]:
-    """Tables with other slots and another `last` at some rows; `None` for all rows."""
+    """Tables with other slots and another `last` at some rows.
+
+    Args:
+      indices: the rows of each table; `None` for all rows.
+      keys: of `slot_keys`.
+      first: the position of the first row in the whole table, where these are a part of it.
+    """
+
+    def written(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[chex.Array]:
+        key = None if keys is None else keys[n]
+        return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
+
     if indices[0] is None:
         (old,) = columns
-        slots = {name: slots[name].astype(x.dtype) for name, x in old.slots.items()}
-        return [old._replace(slots=slots, last=last)]
+        new = dict(zip(old.slots, written(old, slots, 0, None), strict=True))
+        return [old._replace(slots=new, last=last)]
     sizes = [i.size for i in indices]
     pieces = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     lasts = rows_of_each(last, sizes)
 
     def one(old: Columns, i: chex.Array, n: int) -> Columns:
-        new = {name: put(x, i, pieces[name][n].astype(x.dtype)) for name, x in old.slots.items()}
+        own = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
+        pairs = zip(old.slots.items(), own, strict=True)
+        new = {name: put(x, i, rows) for (name, x), rows in pairs}
         return old._replace(slots=new, last=put(old.last, i, lasts[n]))
 
     return [one(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]

@@ -409,7 +409,8 @@ class exact_rows(Transform):
             )
         batch, flat = bound.alone(one), ids.reshape(-1)
         ready = caught_up(batch, bound.past(batch.family), [columns], [flat])
-        rows = or_zeros(ready.now if slot is None else ready.slots[slot], flat, one)
+        rows = ready.now if slot is None else ready.slots[slot].astype(columns.slots[slot].dtype)
+        rows = or_zeros(rows, flat, one)
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
     def without_tables(self, params: Tree) -> Tree:
