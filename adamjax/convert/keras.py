@@ -14,18 +14,19 @@ from adamjax.convert.common import (
     RTOL,
     RULES,
     Filling,
+    Gathered,
     Kept,
     Ours,
     Said,
     Source,
     Translation,
     as_expected,
+    expect_place_to_gather,
     into_ours,
     kind_of,
     leaf_order,
     leaves_by_path,
     new_ours,
-    no_place_to_gather,
     number_of,
     numbers_of,
     steps_taken,
@@ -369,7 +370,8 @@ def _read_keras(
         steps = int(gathering[0].tx.steps)  # type: ignore[attr-defined]
         theirs = getattr(optimizer, "gradient_accumulation_steps", None) or steps
         count, micro = divmod(count, steps)
-        source.gathered = micro, {str(p): totals[i] for i, p in enumerate(paths) if p}
+        held = {str(p): totals[i] for i, p in enumerate(paths) if p}
+        source.gathered, source.gathers = [Gathered(micro, held)], True
         some = any(map(np.any, totals.values()))
         if theirs != steps or some != bool(micro):
             source.doubts.append(
@@ -526,8 +528,8 @@ def to_keras(
     wanted, layout, paths, values = _read_keras("to_keras", target, ours, order, check)
     wanted.refuse_doubts(check)
     source = ours.read()
-    if wanted.gathered is None:
-        no_place_to_gather("to_keras", source)
+    expect_place_to_gather("to_keras", source, wanted)
+    gathered = source.gathered_of(None)
     filling = Filling(source, check)
     translation = Translation(filling, KERAS, RTOL)
     found: dict[str, Kept] = {}
@@ -541,14 +543,14 @@ def to_keras(
         made |= {(name, i): (path, x) for name, x in slots.items()}
         if source.average is not None and path in source.average:
             made["average", i] = path, source.average[path]
-        if source.gathered is not None and path in source.gathered[1]:
-            total = source.gathered[1][path]
+        if gathered is not None and path in gathered.totals:
+            total = gathered.totals[path]
             dense = total.to_dense() if isinstance(total, RowGradient) else total
             made["gradient_accumulator", i] = path, dense
     filling.finish()
     count = filling.counted(found)
     steps = [p.tx.steps for p in ours.parts if isinstance(p.tx, accumulate_gradients)]
-    calls = count * int(steps[0]) + source.gathered[0] if source.gathered and steps else count
+    calls = count * int(steps[0]) + gathered.micro if gathered and steps else count
     products = [k.product for k in found.values() if k.product is not None]
     scalars = {("count", 0): calls, ("product", 0): products[0] if products else None}
     arrays = []
