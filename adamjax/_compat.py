@@ -57,9 +57,8 @@ def in_float64() -> Any:
     """A context in which JAX computes in float64."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # before JAX 0.8
-
-    return enable_x64()
+    older: Any = importlib.import_module("jax.experimental")  # before JAX 0.8
+    return older.enable_x64()
 
 
 # --- types of values ------------------------------------------------------------------------------

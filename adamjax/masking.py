@@ -17,6 +17,7 @@ from adamjax.paths import (
     flatten,
     is_mask_function,
     leaf_paths,
+    paired,
     selected,
 )
 from adamjax.scaling import add_decayed_weights
@@ -133,7 +134,7 @@ class partition(Transform):
     joinable = False
 
     def __post_init__(self) -> None:
-        rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))
+        rules = checked_rules("partition", paired("partition", self.patterns, self.transforms))
         self._set(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),

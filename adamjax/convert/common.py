@@ -50,7 +50,7 @@ __all__ = [
     "leaves_by_path",
     "mapped",
     "new_ours",
-        "number_of",
+    "number_of",
     "numbers_of",
     "numpy_array",
     "same_value",
@@ -125,7 +125,7 @@ KERAS = _System(
     unsaid=(
         "Keras' variables do not say beta_1, beta_2, epsilon, the weight decay or clips, so none "
         "of them is compared: Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
-        "weight_decay=0.004 in AdamW; the optimizer itself in their place says the first four"
+        "weight_decay=0.004 in AdamW; the optimizer itself in their place says them all"
     ),
 )
 
@@ -221,9 +221,7 @@ class Source:
         totals = {path: total for g in found for path, total in g.totals.items()}
         return Gathered(micros.pop(), totals) if found else None
 
-    def count_of(
-        self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None
-    ) -> int:
+    def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
         """What a schedule for these leaves has counted: steps, or calls.
 
         Args:
@@ -325,8 +323,9 @@ class Ours:
                     f"{owner}: {part.tx!r} keeps leaves joined. Convert the state of the transform "
                     "without grouped; grouped.join and grouped.split take such a state in and out"
                 )
+        # Where micro-batches are gathered: the calls that a step takes, and the leaves.
         self.gathering = [
-            (part, frozenset(leaves_by_path(owner, part.params)))
+            (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in self.parts
             if isinstance(part.tx, accumulate_gradients)
         ]
@@ -344,10 +343,10 @@ class Ours:
 
     def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
         """How many calls a step of these leaves takes, and how many came since the last."""
-        for part, own in self.gathering:
+        for steps, own in self.gathering:
             if _meet(own, leaves):
                 held = source.gathered_of(leaves)
-                return int(part.tx.steps), held.micro if held else 0  # type: ignore[attr-defined]
+                return steps, held.micro if held else 0
         return 1, 0
 
     def read(self) -> Source:
@@ -395,7 +394,6 @@ class Ours:
                     self._read(item, source)
         elif jax.tree.leaves(x):
             source.others.append(x)
-
 
     def _expect_leaves(self, m: Tree, part: Part | None) -> None:
         """Refuses parameters that a state is not of: what is compared is compared by path."""
@@ -825,9 +823,13 @@ class Said:
 
     def _check_rates(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> None:
         if facts.get("learning_rate") is not None:
-            now = self._rate(path, route[rule:])
-            if now is not None and not self._is_rate(path, route[rule:], facts["learning_rate"]):
-                theirs = f"a learning rate of {float(facts['learning_rate']):g}"
+            now, rate = self._rate(path, route[rule:]), facts["learning_rate"]
+            if callable(rate):  # a schedule, with the count of ours
+                found = [p for p in route[rule:] if isinstance(p.tx, scale_by_learning_rate)]
+                with in_float64():
+                    rate = rate_at(rate, (*found, route[rule])[0].state.count)
+            if now is not None and not self._is_rate(path, route[rule:], rate):
+                theirs = f"a learning rate of {float(rate):g}"
                 mend = "build tx with that rate (by_path, for one a leaf)"
                 self._refuse(path, theirs, f"{float(now):g} for the next step", mend)
         if "weight_decay" in facts and not self._decays(path, route, rule, facts):
@@ -920,7 +922,7 @@ class _IntoOurs:
         # Whether what is being filled counts steps, and not calls.
         self.gathers = False
         for held in source.gathered:
-            taking = {p: part.tx.steps for part, own in ours.gathering for p in own}
+            taking = {p: steps for steps, own in ours.gathering for p in own}
             for path in held.totals if held.micro else ():
                 if path not in taking:
                     raise ValueError(
@@ -928,11 +930,11 @@ class _IntoOurs:
                         f"{path!r} since its last step: wrap tx in accumulate_gradients, or "
                         "convert after a step"
                     )
-                if check and held.micro >= int(taking[path]):
+                if check and held.micro >= taking[path]:
                     raise ValueError(
                         f"{self.owner}: the source has gathered {held.micro} micro-batches of "
                         f"{path!r} since its last step, but tx takes one of every "
-                        f"{int(taking[path])}: wrap it in accumulate_gradients of as many steps, "
+                        f"{taking[path]}: wrap it in accumulate_gradients of as many steps, "
                         "or pass check=False"
                     )
 

@@ -289,7 +289,9 @@ def from_optax(
       tx: a transform of ours, with the hyperparameters of the optax transform. Those that
         `inject_hyperparams` holds are compared; else a state says nothing of b1, b2, `eps`
         (optax's epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
-        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask.
+        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Nor does that of
+        `MultiSteps` say whether it takes the mean of its micro-batches, as it does by default and
+        `accumulate_gradients` does, or their sum.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
         hold none.
