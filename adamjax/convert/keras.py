@@ -491,9 +491,10 @@ def from_keras(
     Args:
       variables: one of: the optimizer itself, whose betas, epsilon, weight decay, clips, average,
         loss scale and schedule (of Keras' own) are then compared as well; `optimizer.variables`;
-        pairs (name, array), for instance `[(v.path, v.numpy()) for v in optimizer.variables]` (in TensorFlow's Keras `v.name`); a
-        mapping of names to arrays; the mapping of `"0"`, `"1"`, ... to arrays that
-        `save_own_variables` fills, such as the group `optimizer/vars` of a `.weights.h5` file;
+        pairs (name, array), for instance `[(v.path, v.numpy()) for v in optimizer.variables]` (in
+        TensorFlow's Keras `v.name`); a mapping of names to arrays; the mapping of `"0"`, `"1"`, ...
+        to arrays that `save_own_variables` fills, such as the group `optimizer/vars` of a
+        `.weights.h5` file;
         `get_weights()`, a list of arrays. Without names, what an array is must follow from its
         place and shape.
       tx: a transform of ours.
