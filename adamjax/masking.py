@@ -14,6 +14,7 @@ from adamjax.paths import (
     first_match,
     flatten,
     leaf_paths,
+    paired,
     resolved_mask,
     selected,
 )
@@ -133,7 +134,7 @@ class partition(Transform):
     groupable = False
 
     def __post_init__(self) -> None:
-        rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))
+        rules = checked_rules("partition", paired("partition", self.patterns, self.transforms))
         self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),

@@ -27,6 +27,7 @@ __all__ = [
     "is_leaf",
     "leaf_paths",
     "optional",
+    "paired",
     "resolved_mask",
     "selected",
     "unique_paths",
@@ -157,6 +158,19 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
             raise ValueError(f"{wanted}, got {pair!r} in the place of a pair")
         pairs.append((checked_pattern(owner, pair[0]), pair[1]))
     return pairs
+
+
+def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
+    """Patterns and their values, which are fields of their own, as pairs; one each."""
+    for x in (patterns, values):
+        if not isinstance(x, list | tuple):
+            raise TypeError(f"{owner}: expected lists of patterns and of their values, got {x!r}")
+    if len(patterns) != len(values):
+        raise ValueError(
+            f"{owner}: expected one value for each pattern, got {len(values)} for "
+            f"{list(patterns)!r}"
+        )
+    return list(zip(patterns, values, strict=True))
 
 
 def first_match(patterns: Sequence[str], path: str) -> int | None:

@@ -170,21 +170,33 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     if params is None:
         return average
 
-    def like(path: Any, x: Any, p: Any) -> Any:
+    def like(name: str, x: Any, p: Any) -> Any:
         if _is_empty(x) or is_left_alone(p):
             return p
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         what = f"averaged_weights: the average of {name!r}"
         expect_array(what, x, jnp.shape(p), "pass the parameters that it is of")
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
-    if len(jax.tree.leaves(average, is_leaf=_is_empty)) != len(flatten(params)[0]):
+    # What has no average may be a whole part of the tree.
+    there, structure = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
+    treedef: Any = structure
+    try:
+        given = treedef.flatten_up_to(params)
+    except ValueError:
+        given = None
+    if given is None or any(
+        not _is_empty(x) and p is not None and not jax.tree_util.all_leaves([p])
+        for (_, x), p in zip(there, given, strict=True)
+    ):
         raise ValueError(
-            f"averaged_weights: params has the leaves {leaf_paths(params)}, the average those of "
-            f"{leaf_paths(average)}: pass the parameters that it is of"
+            f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
+            f"{flatten(params)[1]!s:.200}, the average those of {leaf_paths(average)} in one like "
+            f"{flatten(average)[1]!s:.200}: pass the parameters that it is of"
         )
-    return jax.tree_util.tree_map_with_path(like, average, params, is_leaf=_is_empty)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in there]
+    pairs = zip(names, there, given, strict=True)
+    return treedef.unflatten([like(name, x, p) for name, (_, x), p in pairs])
 
 
 def learning_rate(tx: Any, state: Any) -> Any:

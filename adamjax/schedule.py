@@ -43,6 +43,7 @@ from adamjax.paths import (
     first_match,
     flatten,
     leaf_paths,
+    paired,
 )
 
 __all__ = [
@@ -592,7 +593,7 @@ class by_path(Data):
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        rules = checked_rules("by_path", zip(self.patterns, self.values, strict=True))
+        rules = checked_rules("by_path", paired("by_path", self.patterns, self.values))
         self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             values=tuple(_as_rate("by_path: the rate of " + repr(p), r) for p, r in rules),
