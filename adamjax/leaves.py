@@ -348,7 +348,8 @@ def _each(
 
     def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
-            return tuple(unsealed(x) for x in rule(c, g, *arrays))
+            keyed = {} if key is None else {"key": key}
+            return tuple(unsealed(x) for x in rule(c, g, *arrays, **keyed))
         if isinstance(g, RowGradient):
             return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key)
         u, *new = rule(c, g, *arrays)
@@ -401,8 +402,10 @@ def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Ar
     return functools.reduce(join, block)
 
 
-def _moved(c: None, u: Any, p: chex.Array) -> tuple[Any, chex.Array]:
-    return u, p + u if isinstance(u, RowGradient | RowMoves) else stepped(p, u)
+def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
+    if not isinstance(u, RowGradient | RowMoves):
+        return u, stepped(p, u, key)
+    return u, p + u if key is None else u.added_to(p, key)
 
 
 def no_scalars(real: Any) -> None:
@@ -410,24 +413,73 @@ def no_scalars(real: Any) -> None:
     return None
 
 
-def apply_updates(params: T, updates: Tree) -> T:
+def apply_updates(
+    params: T,
+    updates: Tree,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    step: Any = None,
+) -> T:
     """The parameters moved by their updates: `p + u`, in the dtypes of the parameters.
+
+    A bfloat16 weight of 1 has neighbours at 0.996 and 1.008, so rounded to the nearest it does not
+    move by an update of 0.001. With `rounding="stochastic"` bfloat16 weights are rounded up or
+    down at random so that the expected value is right (`adamjax.rounding`); others as before.
 
     Args:
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
       updates: tree of the same structure and shapes; `None` where a parameter is to stay.
+      rounding: "nearest" or "stochastic".
+      step: for stochastic rounding an integer scalar that is another one in each step, such as
+        `adamjax.step_count(state)`. The random bits are made of it.
 
     Returns:
       The new parameters. Sums are taken in the wider dtype of the two and rounded once.
 
     Raises:
-      ValueError: the structure or a shape differs; the message names the leaf.
+      ValueError: the structure or a shape differs; the message names the leaf. `rounding` and
+        `step` do not go together, or a float16 weight is to be rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.apply_updates({"n": 3, "w": jnp.ones(2)}, {"n": None, "w": jnp.ones(2)})
     {'n': 3, 'w': Array([2., 2.], dtype=float32)}
     """
-    names = ("updates", "params")
     return lift(
-        "apply_updates", _moved, no_scalars, updates, slots=(params,), names=names, rows="whole"
+        "apply_updates",
+        _moved,
+        no_scalars,
+        updates,
+        slots=(params,),
+        names=("updates", "params"),
+        rows="whole",
+        count=_rounding_step(params, rounding, step),
     )[1]
+
+
+def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
+    """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"apply_updates: rounding must be 'nearest' or 'stochastic', got {rounding!r}"
+        )
+    if (step is None) != (rounding == "nearest"):
+        came = "no step" if step is None else "a step, which has no effect with it"
+        raise ValueError(
+            f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
+            "and step=adamjax.step_count(state), or neither"
+        )
+    if step is None:
+        return None
+    if np.shape(step) != () or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise ValueError(
+            f"apply_updates: step is {described(step)}, expected an integer scalar, such as "
+            "adamjax.step_count(state)"
+        )
+    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
+        if not is_left_alone(p) and dtype_of(p) == np.float16:
+            raise ValueError(
+                f"apply_updates: params[{path!r}] is float16, expected bfloat16 or wider for "
+                "stochastic rounding"
+            )
+    # Other bits than those of the moments, which are rounded in the same step.
+    return jnp.asarray(step).astype(jnp.int32) ^ np.int32(0x5BD1E995)

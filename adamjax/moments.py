@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
+from adamjax.rounding import write_slot
 
 __all__ = [
     "Average",
@@ -224,10 +225,14 @@ def _barrier_jvp(primals: Any, tangents: Any) -> Any:
     return barrier(primals[0]), tangents[0]
 
 
-def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
-    """The parameter after its update: added in float32 at least, rounded once to its own dtype."""
+def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
+    """The parameter after its update: added in float32 at least, rounded once to its own dtype.
+
+    Args:
+      key, rows: where a bfloat16 is to be rounded stochastically, as for `write_slot`.
+    """
     real = accumulator(p.dtype, u.dtype)
-    return (widen(p, real) + widen(u, real)).astype(p.dtype)
+    return write_slot(widen(p, real) + widen(u, real), p.dtype, key, 0, rows)
 
 
 def square(x: chex.Array) -> chex.Array:

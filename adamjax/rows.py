@@ -162,21 +162,25 @@ class RowGradient(Data):
                 f"row gradients of {self.dtype.name} cannot be added to an array of "
                 f"{table.dtype.name}, which would keep a part of them: cast the array"
             )
-        return check_sound("RowGradient", self)._added_to(table)
+        return check_sound("RowGradient", self).added_to(table)
 
     __radd__ = __add__
 
-    def _added_to(self, table: chex.Array) -> chex.Array:
-        """The table moved by its rows, in its own dtype, rounded once."""
+    def added_to(self, table: chex.Array, key: Any = None) -> chex.Array:
+        """The table moved by its rows, in its own dtype, rounded once.
+
+        Args:
+          key: where bfloat16 is to be rounded stochastically, of `rounding_keys`.
+        """
         if self.rest is not None:
-            table = stepped(table, self.rest)
+            table = stepped(table, self.rest, key)
 
         if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
             return put(table, self.indices, self.values, add=True)
 
         def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
             before = taken(table, indices, mode="fill", fill_value=0)
-            return put(table, indices, stepped(before, values)), rows
+            return put(table, indices, stepped(before, values, key, indices)), rows
 
         return in_blocks(step, table, self.indices, self.num_rows, (), self.values)[0]
 
@@ -235,6 +239,10 @@ class RowMoves(Data):
         if np.shape(table) != self.shape:
             return NotImplemented
         return functools.reduce(operator.add, self.parts, table)
+
+    def added_to(self, table: chex.Array, key: Any) -> chex.Array:
+        """The table moved by all parts, as by `RowGradient.added_to`."""
+        return functools.reduce(lambda table, rows: rows.added_to(table, key), self.parts, table)
 
     __radd__ = __add__
 

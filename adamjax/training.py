@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic
+from typing import Any, Concatenate, Generic, Literal
 
 import jax
 
@@ -10,6 +10,7 @@ from adamjax.autodiff import Args, Call, P, Value, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of
 from adamjax.leaves import apply_updates, expect_arrays
+from adamjax.reading import step_count
 from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform
 
@@ -78,6 +79,7 @@ def train_step(
     has_aux: bool = False,
     tables: str | Sequence[str] | None = None,
     strict: bool = False,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     **jit_options: Any,
 ) -> TrainStep[P, Args, Value]:
     """A jitted train step, which donates parameters and state.
@@ -91,6 +93,7 @@ def train_step(
       tables: patterns of leaves that get row gradients, as of `adamjax.value_and_grad`; not for
         `exact_rows`, which has them.
       strict: as of `adamjax.value_and_grad`.
+      rounding: how bfloat16 weights are rounded, as of `adamjax.apply_updates`.
       **jit_options: further arguments of `jax.jit`, such as `out_shardings` or
         `static_argnames`; `donate_argnums=()` keeps what came.
 
@@ -136,6 +139,7 @@ def train_step(
             call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
             value, grads = call.value_and_grad()
         updates, state = tx.update(grads, state, params, **extra)
-        return apply_updates(params, updates), state, value
+        count = step_count(state) if rounding == "stochastic" else None
+        return apply_updates(params, updates, rounding=rounding, step=count), state, value
 
     return TrainStep(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))

@@ -227,3 +227,77 @@ def test_float16_is_refused():
     for name in ("m_dtype", "v_dtype"):
         with pytest.raises(TypeError, match=f"{name} is float16, expected bfloat16"):
             adamjax.scale_by_adam(**{name: "float16"})
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def small_steps(update, steps=400, **options):
+    """A bfloat16 leaf of ones after steps that are each below half of its resolution."""
+
+    def step(i, p):
+        if options:
+            options["step"] = i
+        return adamjax.apply_updates({"w": p}, {"w": update}, **options)["w"]
+
+    return jax.jit(
+        lambda: jax.lax.fori_loop(0, steps, step, jnp.ones(update.shape, jnp.bfloat16))
+    )()
+
+
+def test_weights_move_by_small_updates():
+    update = jnp.full((1000, 2), 5e-4)
+    assert_same(small_steps(update), jnp.ones((1000, 2), jnp.bfloat16))  # the control
+    moved = wide(small_steps(update, rounding="stochastic"))
+    assert abs(moved.mean() - 1.2) < 4 * moved.std() / np.sqrt(moved.size)
+
+
+def test_rows_move_as_in_the_dense_leaf():
+    rows = adamjax.row_gradient(jnp.array([5, 2]), jnp.full((2, 3), 1e-3), 9)
+    stochastic = {"rounding": "stochastic", "step": 3}
+    p = jnp.ones((9, 3), jnp.bfloat16)
+    dense = adamjax.apply_updates(p, rows.to_dense(), **stochastic)
+    assert_same(adamjax.apply_updates(p, rows, **stochastic), dense)
+    tx = adamjax.exact_rows(adamjax.adam(1e-3), "")
+    moves, _ = tx.update(rows.astype(jnp.bfloat16), tx.init(p), p)
+    moved = adamjax.apply_updates(p, moves, **stochastic)
+    assert np.any(np.asarray(moved[jnp.array([2, 5])]) != 1)
+    assert_same(moved[0], p[0])
+
+
+def test_other_dtypes_are_rounded_as_before():
+    p = {"a": jnp.ones(3), "b": jnp.ones(2, jnp.complex64), "n": jnp.array(3)}
+    u = {"a": jnp.full(3, 1e-3), "b": jnp.full(2, 1e-3j), "n": None}
+    assert_same(
+        adamjax.apply_updates(p, u, rounding="stochastic", step=1), adamjax.apply_updates(p, u)
+    )
+
+
+def test_train_step_rounds_stochastically():
+    def loss(params, x):
+        return jnp.sum(params["w"].astype(jnp.float32) * x)
+
+    params = {"w": jnp.ones(2000, jnp.bfloat16)}
+    tx = adamjax.adam(1e-3)
+    for rounding, expected in (("nearest", 1.0), ("stochastic", 0.9)):
+        step = adamjax.train_step(loss, tx, rounding=rounding, donate_argnums=())
+        p, state = params, tx.init(params)
+        for _ in range(100):
+            p, state, _ = step(p, state, jnp.ones(2000))
+        assert abs(wide(p["w"]).mean() - expected) < 2e-3
+
+
+def test_what_does_not_go_together_is_refused():
+    p = jnp.ones(2, jnp.bfloat16)
+    for options, message in (
+        ({"rounding": "up"}, "must be 'nearest' or 'stochastic', got 'up'"),
+        ({"rounding": "stochastic"}, "with no step"),
+        ({"step": 3}, "with a step, which has no effect"),
+        ({"rounding": "stochastic", "step": 0.5}, "step is float32.., expected an integer scalar"),
+        ({"rounding": "stochastic", "step": jnp.arange(2)}, "expected an integer scalar"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamjax.apply_updates(p, p, **options)
+    with pytest.raises(ValueError, match="float16, expected bfloat16 or wider"):
+        half = {"w": p.astype(jnp.float16)}
+        adamjax.apply_updates(half, half, rounding="stochastic", step=1)
