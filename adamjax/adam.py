@@ -258,9 +258,10 @@ class scale_by_adam(Rule):
         `mu_t = b1 * (1 - 0.5 * 0.96**t)`:
         `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` stands for
         `m / (1 - b1**t)`. Its epsilon is `eps`, by default 1e-7.
-      m_dtype, v_dtype: real dtypes to keep the moments in; by default float32, or the
-        parameter's dtype if that is wider. For complex parameters m is complex, v real, and
-        `m_dtype` has no effect.
+      m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
+        float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
+        the memory and is rounded stochastically, so that the mean over steps is that of float32.
+        For complex parameters m is complex, v real, and `m_dtype` has no effect.
       rows: what a `RowGradient` means to the rows it does not hold. "dense": a gradient of zero,
         so their moments decay and they move on by momentum, as with the dense gradient (and at
         its cost; `exact_rows` has the same result for less). "lazy": they stand still in

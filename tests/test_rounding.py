@@ -298,6 +298,6 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             adamjax.apply_updates(p, p, **options)
+    half = {"w": p.astype(jnp.float16)}
     with pytest.raises(ValueError, match="float16, expected bfloat16 or wider"):
-        half = {"w": p.astype(jnp.float16)}
         adamjax.apply_updates(half, half, rounding="stochastic", step=1)
