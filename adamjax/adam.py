@@ -24,6 +24,7 @@ from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
+    Recurrence,
     accumulator,
     averaging,
     complement,
@@ -39,7 +40,6 @@ from adamjax.moments import (
     widened,
 )
 from adamjax.rounding import is_narrow
-from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
 __all__ = [

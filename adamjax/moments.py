@@ -1,6 +1,8 @@
 """Arithmetic on one array: averages, bias correction, a root that can be differentiated at 0."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +15,7 @@ from adamjax.rounding import write_slot
 
 __all__ = [
     "Average",
+    "Recurrence",
     "accumulator",
     "as_count",
     "averaging",
@@ -177,6 +180,29 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     # Not worth its two operations where a thousand steps of it do not make up one rounding.
     negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
     return Average(weight, None if negligible else rest, True if b < 0.5 else None)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A rule `(c, g, *slots) -> (u, *slots)` whose update comes from what its slots become.
+
+    Attributes:
+      moments: `(c, g, *slots) -> slots`.
+      direction: `(c, g, *new_slots) -> u`. Both see arrays of the accumulator dtype.
+    """
+
+    moments: Callable[..., tuple[chex.Array, ...]]
+    direction: Callable[..., chex.Array]
+
+    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
+        wide, new = self.moved(c, g, *slots)
+        return self.direction(c, wide, *new).astype(g.dtype), *new
+
+    def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
+        """The gradient and the new slots, not rounded yet."""
+        real = accumulator(g.dtype, slots[-1].dtype)
+        wide = widen(g, real)
+        return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
 
 
 def correction(b: Number, t: chex.Array) -> chex.Array:

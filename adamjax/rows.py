@@ -21,12 +21,11 @@ from adamjax._compat import experimental
 from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widen, widened
 from adamjax.rounding import write_slots
 from adamjax.search import distinct
 
 __all__ = [
-    "Recurrence",
     "RowGradient",
     "RowMoves",
     "applied",
@@ -543,29 +542,6 @@ def parts(x: Any) -> list[chex.Array]:
 def each_array(function: Callable[[chex.Array], chex.Array], x: Any) -> Any:
     """A function that maps 0 to 0, applied to all elements of a leaf."""
     return x.map(function) if isinstance(x, RowGradient) else function(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recurrence:
-    """A rule `(c, g, *slots) -> (u, *slots)` whose update comes from what its slots become.
-
-    Attributes:
-      moments: `(c, g, *slots) -> slots`.
-      direction: `(c, g, *new_slots) -> u`. Both see arrays of the accumulator dtype.
-    """
-
-    moments: Callable[..., tuple[chex.Array, ...]]
-    direction: Callable[..., chex.Array]
-
-    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
-        wide, new = self.moved(c, g, *slots)
-        return self.direction(c, wide, *new).astype(g.dtype), *new
-
-    def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
-        """The gradient and the new slots, not rounded yet."""
-        real = accumulator(g.dtype, slots[-1].dtype)
-        wide = widen(g, real)
-        return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
 
 
 def applied(
