@@ -1,6 +1,6 @@
 """Adam, AMSGrad and Adamax for JAX as pure functions, exact to the documents in every dtype."""
 
-from adamjax import convert, layout, states
+from adamjax import convert, extend, layout, states, testing
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.autodiff import grad, value_and_grad
 from adamjax.average import weight_ema
@@ -115,8 +115,10 @@ __all__ = [
     "skipped_steps",
     # modules
     "convert",
+    "extend",
     "layout",
     "states",
+    "testing",
 ]
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "type_of",
     "type_sharding",
     "varying_axes",
+    "x64",
 ]
 
 
@@ -59,6 +60,13 @@ def in_float64() -> Any:
         return jax.enable_x64(True)
     older: Any = importlib.import_module("jax.experimental")  # before JAX 0.8
     return older.enable_x64()
+
+
+def x64(enabled: bool) -> Any:
+    """A context in which arrays of 64 bits are enabled, or not."""
+    if hasattr(jax, "enable_x64"):  # since JAX 0.8
+        return jax.enable_x64(enabled)
+    return experimental("adamjax.testing", "x64_context").enable_x64(enabled)
 
 
 # --- types of values ------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def write_slot(
       number: which slot of the leaf this is. Slots of one leaf use different random bits.
       rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
     """
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"a rule gave complex values to a slot that is {np.dtype(dtype).name} in the state: "
+            "make the slot complex where the parameter is, or take abs or |x|**2"
+        )
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
     # One hash has bits for two slots.

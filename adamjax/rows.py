@@ -21,7 +21,7 @@ from adamjax._compat import experimental
 from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
 from adamjax.rounding import write_slots
 from adamjax.search import distinct
 

@@ -1,15 +1,12 @@
 """One table of every transform, and every law that must hold for each of them.
 
-`CASES` is the table. A law is a test over all of it. Where a law does not hold for a case, the
-case says so and why in `exempt`; the test then runs all the same and must fail (a strict xfail),
-so that no exception outlives its reason.
+`CASES` is the table. A law is a test over all of it: those of `adamjax.testing`, which users try
+their own transforms on, and those below, which need to know more of a case. Where a law does not
+hold for a case, the case says so and why in `exempt`; the test then runs all the same and must fail
+(a strict xfail), so that no exception outlives its reason.
 """
 
-import copy
 import functools
-import itertools
-import pickle
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, avals, enable_x64, float0, is_none, leaves, ulp
+from support import assert_close, assert_same, avals, enable_x64, leaves, ulp
 
 import adamjax
 from adamjax import (
@@ -50,6 +47,7 @@ from adamjax import (
     scale_by_learning_rate,
     shard_state,
     skip_not_finite,
+    testing,
     warmup,
     weight_ema,
     with_hyperparams,
@@ -84,6 +82,10 @@ class Case:
         return self.make_dense() if self.make_dense else self.tx
 
     @property
+    def short(self) -> str:
+        return self.name.replace(", ", "-")
+
+    @property
     def is_lazy(self) -> bool:
         return LAZY.items() <= self.exempt.items()
 
@@ -112,33 +114,40 @@ def lazy_pipeline():
 
 
 # What exact_rows asks of its tables.
+NO_NONE = "a table without a gradient is refused"
 A_TABLE = {
     "updates_have_the_gradients_dtype": "what rows lag behind is in the table's dtype",
     "complex_weights": "tables are real",
     "empty_trees": "the table must be there",
+    "row_gradients_mean_their_rows": "rows that are not there lag behind, as its document says",
+    "a_none_gradient_skips_its_leaf": NO_NONE,
 }
-NO_NONE = "a table without a gradient is refused"
 # What a row gradient means where rows are lazy.
 LAZY = {
     "rows_are_the_dense_gradient": "rows that are not there stand still, as its document says",
     "no_rows_are_zero_gradients": "rows that are not there stand still, as its document says",
 }
+OVERWRITES = {
+    "low_precision_updates_are_the_float32_twins_rounded_once": (
+        "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
+    )
+}
 # What optax's closures, or functions of ours, can not do.
 A_FUNCTION = {"prints": "a function has no repr to make it from"}
 CLOSURES = {
     "pickles": "optax's closures do not pickle",
-    "equals": "optax makes new closures for every transform",
+    "another_of_the_same_is_equal": "optax makes new closures for every transform",
     **A_FUNCTION,
 }
 OPTAX = {
     "rows_are_the_dense_gradient": "to optax, row indices are gradients like all others",
     "no_rows_are_zero_gradients": "to optax, row indices are gradients like all others",
-    "integers_and_bools_are_left_alone": "optax computes with float0",
     "low_precision_updates_are_the_float32_twins_rounded_once": "optax rounds between transforms",
 }
 NOT_OURS = {
     **CLOSURES,
     "is_data": "optax's chain is a pair of functions",
+    "equals": "optax's chain is a pair of functions",
     "jit_argument": "optax's chain is a pair of functions",
     "vmap_hyperparameters": "optax's chain is a pair of functions",
 }
@@ -158,7 +167,11 @@ CASES = [
     Case(
         "scale_by_adam, m_dtype",
         lambda: scale_by_adam(m_dtype=jnp.bfloat16),
-        exempt={"derivatives_equal_finite_differences": "a rounded moment is a staircase"},
+        exempt={
+            "derivatives_equal_finite_differences": "a rounded moment is a staircase",
+            "grouped_is_the_same_where_it_says_so": "random bits are another leaf's",
+            "exact_rows_is_dense_or_refuses": "rounded at other steps, with other random bits",
+        },
     ),
     Case("scale_by_amsgrad", lambda: scale_by_amsgrad()),
     Case("scale_by_amsgrad, eps", lambda: scale_by_amsgrad(0.8, 0.99, eps=1e-8)),
@@ -180,7 +193,7 @@ CASES = [
         lambda: scale_by_learning_rate(by_path([("bias", cosine_decay(0.1, 9))], default=0.2)),
     ),
     Case("weight_ema", lambda: weight_ema(0.9)),
-    Case("weight_ema, overwriting", lambda: weight_ema(0.9, 2)),
+    Case("weight_ema, overwriting", lambda: weight_ema(0.9, 2), exempt=OVERWRITES),
     # complete optimizers
     Case("adam", lambda: adam(0.1)),
     Case("adam, eps", lambda: adam(cosine_decay(0.1, 10), 0.8, 0.99, eps=1e-8)),
@@ -193,6 +206,7 @@ CASES = [
     Case(
         "chain, overwriting",
         lambda: chain(chain(clip_by_norm(0.5), adam(0.1)), weight_ema(0.5, 3)),
+        exempt=OVERWRITES,
     ),
     Case("masked", lambda: masked(scale_by_adam(), "kernel")),
     Case(
@@ -235,6 +249,7 @@ CASES = [
         "accumulate_gradients, rows",
         lambda: accumulate_gradients(pipeline(), 2, max_rows=4),
         decays=True,
+        exempt={"row_gradients_mean_their_rows": "takes no dense gradients of these tables"},
         make_dense=lambda: accumulate_gradients(pipeline(), 2),
     ),
     Case(
@@ -244,7 +259,6 @@ CASES = [
         ),
         decays=True,
         exempt={
-            "a_none_gradient_skips_its_leaf": NO_NONE,
             "integers_and_bools_are_left_alone": NO_NONE,
             "mixed_trees_keep_shapes_and_dtypes": NO_NONE,
             **A_TABLE,
@@ -281,7 +295,11 @@ CASES = [
             clip_by_global_norm(0.5), scale_by_adam(), optax.scale(-0.1), weight_ema(0.9)
         ),
         optax=True,
-        exempt={**NOT_OURS, **OPTAX},
+        exempt={
+            "row_gradients_mean_their_rows": "to optax, row indices are gradients like all others",
+            **NOT_OURS,
+            **OPTAX,
+        },
     ),
 ]
 # Whom an error may name where the transform does not print its parts.
@@ -290,166 +308,70 @@ BY_NAME = {case.name: case for case in CASES}
 LAWS = set()
 
 
+def marks(case, name):
+    """A law that does not hold for a case must fail."""
+    LAWS.add(name)
+    reason = case.exempt.get(name)
+    return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+
+
 def law(test):
     """Makes a test a law, over the whole table."""
     name = test.__name__.removeprefix("test_")
-    LAWS.add(name)
-    params = []
-    for case in CASES:
-        reason = case.exempt.get(name)
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-        params.append(pytest.param(case, id=case.name.replace(", ", "-"), marks=marks))
+    params = [pytest.param(case, id=case.short, marks=marks(case, name)) for case in CASES]
     return pytest.mark.parametrize("case", params)(test)
 
 
-# --- a run --------------------------------------------------------------------------------------
-
-STEPS = 6
+# --- the laws that users have, too --------------------------------------------------------------
 
 
-def make_params(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    return {
-        "layer": {
-            "kernel": jnp.asarray(rng.normal(size=(2, 3)), dtype),
-            "bias": jnp.asarray(rng.normal(size=3), dtype),
-        },
-        "gain": jnp.asarray(rng.normal(), dtype),
-    }
+@functools.cache
+def trial(name):
+    """What the laws try a case on; what it compiles is shared by them."""
+    return testing.Trial(BY_NAME[name].tx)
 
 
-def make_grads(t, dtype=jnp.float32):
-    rng = np.random.default_rng(100 + t)
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), make_params())
+# `test_refuses`, below, asks for more.
+PUBLIC_LAWS = [name for name in testing.LAWS if name != "refuses_gradients_that_do_not_fit"]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, id=f"{name}-{case.short}", marks=marks(case, name))
+        for case in CASES
+        for name in PUBLIC_LAWS
+    ],
+)
+def test_law(case, name):
+    testing.try_law(name, trial(case.name))
 
 
 def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def stepping(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), state, updates
-
-    return step
+def make_params(dtype=jnp.float32):
+    return trial("identity").params_in(dtype)
 
 
-@functools.cache
+def make_grads(t, dtype=jnp.float32):
+    return trial("identity").grads(t, dtype)
+
+
 def compiled(name):
-    """The jitted step of a case, shared by the laws: `(params, state, updates)`."""
-    return jax.jit(stepping(BY_NAME[name].tx))
+    return trial(name).compiled
 
 
-@functools.cache
 def trajectory(name, dtype):
-    """`(params before, state before, grads, updates)` of every step, from a run in the dtype."""
-    params = make_params(dtype)
-    state, history = BY_NAME[name].tx.init(params), []
-    for t in range(STEPS):
-        grads = make_grads(t, dtype)
-        moved, next_state, updates = compiled(name)(params, state, grads)
-        history.append((params, state, grads, updates))
-        params, state = moved, next_state
-    return [*history, (params, state, None, None)]
+    return trial(name).trajectory(dtype)
 
 
-# --- form ---------------------------------------------------------------------------------------
-
-
-INTEGERS = {"count": (jnp.int32, float0((2,))), "flag": (jnp.bool_, float0())}
-
-
-def mixed_params(case):
-    """Every kind of leaf a model may have; no integers for optax, which computes with float0."""
-    floats = {
-        "layer": {
-            "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]),
-            "bias": jnp.array([1.0, -0.5, 0.25], jnp.bfloat16),
-        },
-        "half": jnp.array([1.0, -0.5], jnp.float16),
-        "wave": jnp.array([1.0 + 2.0j, -1.0j]),
-        "gain": jnp.array(0.5),
-        "empty": jnp.zeros((0, 2)),
-    }
-    integers = {name: jnp.ones(g.shape, dtype) for name, (dtype, g) in INTEGERS.items()}
-    return floats if case.optax else {**floats, **integers}
-
-
-def mixed_grads(case, **others):
-    """Their gradients, float0 for the integers, or what is given."""
-    grads = jax.tree.map(lambda p: 0.3 * p + jnp.ones_like(p), mixed_params(case))
-    if not case.optax:
-        grads |= {name: g for name, (_, g) in INTEGERS.items()} | others
-    return grads
-
-
-@law
-def test_state_keeps_its_form(case):
-    """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
-    params, grads, step = mixed_params(case), mixed_grads(case), stepping(case.tx)
-
-    def body(carry, t):
-        def rest():
-            return carry
-
-        def move():
-            params, state, _ = step(*carry, grads)
-            return params, state
-
-        return jax.lax.cond(t == 1, rest, move), None
-
-    start = params, case.tx.init(params)
-    end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
-    assert avals(end) == avals(start)
-
-
-@law
-def test_one_trace_and_donation(case):
-    """A donated step is traced once and leaves nothing of its arguments behind."""
-    traces = []
-
-    def step(params, state, grads):
-        traces.append(1)
-        return stepping(case.tx)(params, state, grads)[:2]
-
-    donated = jax.jit(step, donate_argnums=(0, 1))
-    for init in (case.tx.init, jax.jit(case.tx.init)):
-        params = make_params()
-        state = init(params)
-        for t in range(2):
-            held = jax.tree.leaves((params, state))
-            params, state = donated(params, state, make_grads(t))
-            assert all(x.is_deleted() for x in held)
-        expected, expected_state, *_ = trajectory(case.name, jnp.float32)[2]
-        assert_close((params, state), (expected, expected_state))
-    assert len(traces) == 1
+def stepping(tx):
+    return testing.Trial(tx).step
 
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-@law
-def test_updates_have_the_gradients_dtype(case):
-    """Whatever the parameters' dtype, which alone makes the state's."""
-    for x64, p_dtype, g_dtype in itertools.product((False, True), DTYPES, DTYPES):
-        with enable_x64(x64):
-            params, grads = make_params(p_dtype), make_grads(0, g_dtype)
-            params["gain"], grads["gain"] = jnp.float32(1), jnp.float32(1)  # a mixed tree
-            state = jax.eval_shape(case.tx.init, params)
-            updates, next_state = jax.eval_shape(case.tx.update, grads, state, params)
-            assert avals(updates) == avals(grads)
-            if not case.optax:  # optax.trace takes on the gradients' dtype
-                assert avals(next_state) == avals(state)
-
-
-@law
-def test_strict_promotion(case):
-    """Users who have JAX refuse implicit promotions can use it."""
-    params = make_params(jnp.bfloat16)
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        state = jax.eval_shape(case.tx.init, params)
-        jax.eval_shape(stepping(case.tx), params, state, params)
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -480,25 +402,17 @@ def test_zero_gradients_move_nothing(case, dtype):
             params = moved
 
 
-# Cases that overwrite the weights: the update is a difference of weights, whose rounding in the
-# low dtype is in the weights' units. The twin is then held to an ulp of the weights.
-OVERWRITE = {"weight_ema, overwriting", "chain, overwriting"}
-
-
-@law
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
-def test_low_precision_updates_are_the_float32_twins_rounded_once(case, dtype):
-    """Step by step, from the same weights: a 1% of half an ulp is left to float32's rounding."""
-    name = case.name
-    twin_state = case.tx.init(cast(make_params(dtype), jnp.float32))
+@pytest.mark.parametrize("name", ["weight_ema, overwriting", "chain, overwriting"])
+def test_low_precision_updates_that_overwrite_weights(name, dtype):
+    """Held to an ulp of the weights: they are a difference of weights, rounded in the low dtype."""
+    twin_state = BY_NAME[name].tx.init(cast(make_params(dtype), jnp.float32))
     for params, _, grads, updates in trajectory(name, dtype)[:-1]:
         twin = compiled(name)(cast(params, jnp.float32), twin_state, cast(grads, jnp.float32))
         _, twin_state, twin_updates = twin
         for u, exact, p in zip(*map(leaves, (updates, twin_updates, params)), strict=True):
             u, exact = u.astype(np.float64), exact.astype(np.float64)
-            bound = 0.505 * ulp(exact, dtype)
-            if name in OVERWRITE:
-                bound = bound + ulp(np.abs(p.astype(np.float64)) + 0.5, dtype)
+            bound = 0.505 * ulp(exact, dtype) + ulp(np.abs(p.astype(np.float64)) + 0.5, dtype)
             assert np.all(np.abs(u - exact) <= bound), (u, exact)
 
 
@@ -520,28 +434,6 @@ def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
         bounds = [b + 0.5 * ulp(p, dtype) + 0.5 * ulp(u, dtype) for b, u, p in rounded]
     ways = zip(*map(leaves, (start, params)), bounds, strict=True)
     assert any(np.any(np.abs(p - p0) > 10 * bound) for p0, p, bound in ways)
-
-
-@law
-def test_vmap_over_weights_is_a_loop(case):
-    """Over parameters, gradients and state."""
-    histories = [trajectory(case.name, jnp.float32)]
-    tx = case.tx
-    shift = jax.tree.map(lambda p: p + 1, make_params())
-    many = jax.tree.map(lambda *xs: jnp.stack(xs), make_params(), shift)
-    state, other = jax.vmap(tx.init)(many), tx.init(shift)
-    step = jax.jit(jax.vmap(stepping(tx)))
-    for t in range(2):
-        grads, scaled = make_grads(t), jax.tree.map(lambda g: 3 * g, make_grads(t))
-        both = jax.tree.map(lambda *xs: jnp.stack(xs), grads, scaled)
-        many, state, updates = step(many, state, both)
-        shift, other, other_updates = compiled(case.name)(shift, other, scaled)
-        params, first, *_ = histories[0][t + 1]
-        first_updates = histories[0][t][3]
-        one = jax.tree.map(lambda x: x[0], (many, state, updates))
-        two = jax.tree.map(lambda x: x[1], (many, state, updates))
-        assert_close(one, (params, first, first_updates))
-        assert_close(two, (shift, other, other_updates))
 
 
 @law
@@ -743,71 +635,6 @@ def test_lazy_rows_stand_still(case):
 # --- hyperparameters ----------------------------------------------------------------------------
 
 
-def varied(tx, factor):
-    """The transform with every float hyperparameter multiplied, as arrays."""
-
-    def one(x):
-        return jnp.asarray(factor * x) if isinstance(x, float) else jnp.asarray(x)
-
-    return jax.tree.map(one, tx)
-
-
-@functools.cache
-def compiled_argument(name):
-    """The step as a function of the transform too, and the list of its traces."""
-    traces = []
-
-    def step(tx, params, state, grads):
-        traces.append(1)
-        return stepping(tx)(params, state, grads)
-
-    return jax.jit(step), traces
-
-
-def run_argument(case, tx):
-    params = make_params()
-    state, history = tx.init(params), []
-    for t in range(3):
-        params, state, updates = compiled_argument(case.name)[0](tx, params, state, make_grads(t))
-        history.append(updates)
-    return params, history
-
-
-@law
-def test_jit_argument(case):
-    """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
-    for tx in (case.tx, varied(case.tx, 0.9)):
-        params, history = run_argument(case, tx)
-        closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
-        expected, state, expected_history = make_params(), closed_over.init(make_params()), []
-        with jax.disable_jit():
-            for t in range(3):
-                expected, state, updates = stepping(closed_over)(expected, state, make_grads(t))
-                expected_history.append(updates)
-        # Where b2 is traced, 1 - b2 is what float32 makes of it: 1e-5 off for 0.999.
-        assert_close((params, history), (expected, expected_history), rtol=1e-4)
-    _, traces = compiled_argument(case.name)
-    assert len(traces) == 1
-
-
-@law
-def test_vmap_hyperparameters(case):
-    """A population: the transform itself is mapped over, and equals a loop."""
-    alone = [varied(case.tx, factor) for factor in (1.0, 0.9)]
-    many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
-    step = jax.jit(jax.vmap(lambda tx, p, s, g: stepping(tx)(p, s, g), in_axes=(0, 0, 0, None)))
-    params = jax.tree.map(lambda p: jnp.stack([p, p]), make_params())
-    state, history = jax.vmap(lambda tx, p: tx.init(p))(many, params), []
-    for t in range(3):
-        params, state, updates = step(many, params, state, make_grads(t))
-        history.append(updates)
-    for i, tx in enumerate(alone):
-        expected, expected_history = run_argument(case, tx)
-        one, one_history = jax.tree.map(lambda x, i=i: x[i], (params, history))
-        assert_close(one, expected)
-        assert_close(one_history, expected_history)
-
-
 def hyperparameters(tx):
     """The float hyperparameters, and the function that makes the transform of others."""
     found, treedef = jax.tree.flatten(tx)
@@ -940,142 +767,14 @@ def test_refuses(case):
             assert word in rest, f"{name}: {message}"
 
 
-# What may have become of an array of a state on its way through a checkpoint.
-SPOILT_STATES = {
-    "replicated": lambda x: jnp.stack([x, x]),
-    "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
-    "cast": lambda x: x.astype(jnp.float16),
-    "cast to the other kind": lambda x: x.astype(
-        jnp.int32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    ),
-    "missing": lambda x: None,
-}
-
-
-@law
-def test_refuses_a_state_that_does_not_fit(case):
-    """Each array of it by itself, with the name of who expected another one."""
-    params, grads = make_params(), make_grads(0)
-    found, treedef = jax.tree.flatten(case.tx.init(params))
-    for i, x in enumerate(found):
-        for name, spoil in SPOILT_STATES.items():
-            state = treedef.unflatten([*found[:i], spoil(x), *found[i + 1 :]])
-            with pytest.raises((TypeError, ValueError)) as caught:
-                case.tx.update(grads, state, params)
-            assert re.match(r"\w+(\.\w+)?: ", str(caught.value)), f"{i}, {name}: {caught.value}"
-
-
-@functools.cache
-def mixed_run(name):
-    """Three steps over every kind of leaf: float0, then integer zeros, then None for some."""
-    case = BY_NAME[name]
-    params, history = mixed_params(case), []
-    state = case.tx.init(params)
-    some = mixed_grads(case, count=None, flag=None)
-    some["layer"] = {"kernel": None, "bias": some["layer"]["bias"]}
-    zeros = {"count": jnp.zeros(2, jnp.int32), "flag": jnp.array(False)}
-    for grads in (mixed_grads(case), mixed_grads(case, **zeros), some):
-        updates, next_state = case.tx.update(grads, state, params)
-        moved = adamjax.apply_updates(params, updates)
-        history.append((params, state, grads, updates, moved, next_state))
-        params, state = moved, next_state
-    return history
-
-
-@law
-def test_a_none_gradient_skips_its_leaf(case):
-    """Its update is None, its weight stays, and its state stands still bit for bit."""
-    params, state, _, updates, moved, next_state = mixed_run(case.name)[2]
-    assert updates["layer"]["kernel"] is None
-    assert_same(moved["layer"]["kernel"], params["layer"]["kernel"])
-
-    assert_same(of_kernel(next_state), of_kernel(state))
-    assert_same(avals(next_state)[1], avals(state)[1])
-
-
-@law
-def test_integers_and_bools_are_left_alone(case):
-    for params, _, grads, updates, moved, _ in mixed_run(case.name):
-        for name in INTEGERS:
-            assert_same(moved[name], params[name])
-            g, u = grads[name], updates[name]
-            assert u is None if g is None else not np.any(np.asarray(u, bool))
-            assert g is None or u.dtype == g.dtype
-
-
-@law
-def test_mixed_trees_keep_shapes_and_dtypes(case):
-    """Scalars, empty arrays, and every dtype beside the others."""
-    for params, state, grads, updates, moved, next_state in mixed_run(case.name):
-        for g, u in zip(
-            *(jax.tree.leaves(x, is_leaf=is_none) for x in (grads, updates)), strict=True
-        ):
-            assert (g is None) == (u is None)
-            assert g is None or (u.shape, u.dtype) == (g.shape, g.dtype)
-        assert avals(moved) == avals(params)
-        assert avals(next_state) == avals(state)
-
-
-@law
-@pytest.mark.parametrize("empty", [{}, (), {"a": {}, "b": None}, {"a": jnp.zeros((0,))}], ids=repr)
-def test_empty_trees(case, empty):
-    state = case.tx.init(empty)
-    updates, next_state = case.tx.update(empty, state, empty)
-    assert jax.tree.structure(updates) == jax.tree.structure(empty)
-    assert avals(next_state) == avals(state)
-    assert_same(adamjax.apply_updates(empty, updates), empty)
-
-
 # --- data ---------------------------------------------------------------------------------------
 
 
 @law
-def test_is_data(case):
-    tx = case.tx
-    assert isinstance(tx, adamjax.Transform)
-    leaves_, treedef = jax.tree.flatten(tx)
-    assert treedef.unflatten(leaves_) == tx
-    with pytest.raises(AttributeError):
-        tx.b1 = 0.5
-    init, update = tx
-    params = make_params()
-    updates, _ = update(make_grads(0), init(params), params)
-    assert_close(updates, trajectory(case.name, jnp.float32)[0][3])
-
-
-@law
-def test_pickles(case):
-    for made in (pickle.loads(pickle.dumps(case.tx)), copy.deepcopy(case.tx)):
-        assert made == case.tx
-        assert hash(made) == hash(case.tx)
-        assert repr(made) == repr(case.tx)
-    arrays = varied(case.tx, 0.9)
-    assert pickle.loads(pickle.dumps(arrays)) == arrays
-
-
-@law
-def test_equals(case):
-    """By value, arrays too; a transform with arrays has no hash, and says so."""
-    tx, again = case.tx, case.make()
-    assert tx is not again
-    assert tx == again
-    assert hash(tx) == hash(again)
-    assert copy.copy(tx) == tx
-    assert tx != "a transform"
-    arrays = varied(tx, 0.9)
-    assert arrays == varied(again, 0.9)
-    if not jax.tree.leaves(tx):
-        return
-    assert arrays != tx
-    if hyperparameters(tx)[0]:
-        assert arrays != varied(tx, 0.8)
-    with pytest.raises(TypeError, match=r"array.*no hash"):
-        hash(arrays)
-
-
-@law
-def test_prints(case):
-    assert eval(repr(case.tx), dict(vars(adamjax))) == case.tx
+def test_another_of_the_same_is_equal(case):
+    assert case.tx is not case.make()
+    assert case.tx == case.make()
+    assert hash(case.tx) == hash(case.make())
 
 
 # Public transforms that cannot stand in the table.

@@ -54,7 +54,9 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     before = barrier(gathered(c.weights for c in columns)).astype(first.real)
     coast = first.coast
     size = root(slots[coast.size]) if coast.squared else slots[coast.size]
-    momentum, average = slots[coast.momentum], slots.get("average")
+    momentum = slots[coast.momentum]
+    # Of `weight_ema`; a rule's slot may have that name too.
+    average = slots["average"] if first.plan.momentum is not None else None
     moved, average = first.plan.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
     for name, b in coast.decays:

@@ -19,7 +19,7 @@ from adamjax.leaves import expect_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import map_slots
 
-__all__ = ["expect_fit", "expect_slots"]
+__all__ = ["expect_fit", "expect_slot_names", "expect_slots"]
 
 _OTHER_TABLE = (
     "make a new state with init; or flush with the old sizes, resize the table in params "
@@ -69,6 +69,33 @@ def expect_slots(table: Table, stations: Sequence[Station]) -> None:
         for name in getattr(state, "slots", ()):
             slot = flatten(getattr(state, name))[0][table.leaf]
             expect_array(f"exact_rows: {name}[{table.path!r}]", slot, table.shape, _OTHER_TABLE)
+
+
+def expect_slot_names(table: Table, stations: Sequence[Station], inner: Any) -> None:
+    """Refuses a rule whose state does not have what its `coast` names, and a name used twice."""
+    rule, names = stations[0], list[str]()
+
+    def collect(name: str, tree: Tree) -> Tree:
+        if flatten(tree)[0][table.leaf] is not None:
+            names.append(name)
+        return tree
+
+    map_slots(collect, inner)
+    coast = table.coast
+    wanted = {coast.momentum, coast.size, *(name for name, _ in coast.decays)}
+    if wanted - set(names) or not hasattr(rule.state, "count"):
+        raise ValueError(
+            f"exact_rows: {rule.tx!r} coasts by the slots {sorted(wanted)} and a count of steps, "
+            f"but its state has the slots {sorted(names)} and the fields "
+            f"{list(getattr(rule.state, '_fields', ()))}: name them in Coast as in the state, and "
+            "declare the state with transform_state"
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"exact_rows: {len(names)} slots are kept of {table.path!r}, and several are called "
+            f"{repeated[0]!r}: rename one of them, since rows are brought up to date by these names"
+        )
 
 
 def _expect_rings(families: Sequence[Family], rings: Any) -> None:

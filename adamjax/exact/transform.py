@@ -24,7 +24,7 @@ from adamjax.coasting import Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
-from adamjax.exact.fit import expect_fit, expect_slots
+from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import Station, check_route, refused, routes
 from adamjax.exact.stale import StaleTable
@@ -269,6 +269,8 @@ class exact_rows(Transform):
     def _from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
         bound = self._bound(inner, params)
         tables = bound.tables
+        for table in tables:
+            expect_slot_names(table, bound.behind[table.leaf], inner)
         clock = bound.count(tables[0]) if tables else 0
         states = {}
         for t in tables:

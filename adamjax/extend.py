@@ -1,0 +1,186 @@
+"""What a rule, or another transform, of your own is made of.
+
+A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
+rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, and sent
+through `lift`, which checks all trees before anything is computed, leaves alone what is to be left
+alone, applies the function to the rows of row gradients, and keeps every slot in its dtype.
+`adamjax.testing.check` tries the result. Momentum, as an example:
+
+>>> from typing import Any, NamedTuple
+>>> import adamjax, jax.numpy as jnp
+>>> from adamjax import extend
+>>> @extend.transform_state("m")
+... class MomentumState(NamedTuple):
+...     count: Any
+...     m: Any
+>>> def new_m(average, g, m):
+...     return (average(m, g),)
+>>> def direction(average, g, m):
+...     return m
+>>> momentum_rule = extend.Recurrence(new_m, direction)
+>>> class momentum(extend.Rule):
+...     b: extend.Number = 0.9
+...     rows: extend.Rows = extend.static(default="dense", kw_only=True)
+...
+...     def __post_init__(self):
+...         self.check_range("b", extend.BETA)
+...
+...     def init(self, params):
+...         def zeros(p):
+...             return jnp.zeros_like(p, extend.accumulator(p.dtype))
+...         return MomentumState(jnp.zeros((), jnp.int32), extend.new_slots(params, zeros))
+...
+...     def check_state(self, state):
+...         extend.expect_state(self, state, MomentumState)
+...         extend.expect_wide("momentum", "m", state.m)
+...
+...     def update(self, updates, state, params=None, **extra_args):
+...         self.check_state(state)
+...         def scalars(real):
+...             return extend.averaging(self.b, real)
+...         slots = (state.m,)
+...         u, m = extend.lift("momentum", momentum_rule, scalars, updates, slots, rows=self.rows)
+...         return u, MomentumState(extend.next_count(state.count), m)
+>>> tx = adamjax.chain(momentum(0.5), adamjax.scale_by_learning_rate(0.1))
+>>> state = tx.init({"w": jnp.zeros(2)})
+>>> updates, state = tx.update({"w": jnp.array([4.0, -2.0])}, state)
+>>> updates, adamjax.get_slot(state, "m")
+({'w': Array([-0.2,  0.1], dtype=float32)}, {'w': Array([ 2., -1.], dtype=float32)})
+
+Base classes:
+
+- `Transform`: any transform. `init` and `update`; `check_state` refuses a state; flags and methods
+  say what `exact_rows`, `grouped` and `chain` may do with it.
+- `Stateless`: a transform whose state is `()`.
+- `Scaling`: multiplies each leaf by a scalar; has `factors` in place of `update`.
+- `Rule`: turns gradients into a direction, element by element; may say by `coast` how it moves
+  what has no gradient, for `exact_rows`.
+- `Schedule`: called with the count of the steps taken, returns a scalar.
+
+Fields:
+
+- `static`: a field that belongs to the structure, as flags, names and dtypes do.
+- `Number`, `Rate`, `Rows`: the types of a hyperparameter, of a rate or schedule, and of `rows=`.
+- `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
+  `Range` makes another.
+- `as_rate`, `rate_at`: check a rate in `__post_init__`; give its value at a count.
+
+States:
+
+- `transform_state`: declares a named tuple and its slots, which `get_slot` and `exact_rows` see.
+- `new_slots`: a tree of one new array for each floating leaf.
+- `next_count`, `counted`: the count after this step; the number of this step, 1 for the first.
+- `expect_state`, `expect_empty`, `expect_wide`: refuse a state of another transform, any state, and
+  slots that were cast to fewer bits.
+
+Trees:
+
+- `lift`: a rule on arrays, applied to trees; `no_scalars` for one that needs no scalars.
+- `needed`: the parameters, or an error that says that they are needed.
+- `flatten`, `leaf_paths`: the leaves of a tree, `None` and row gradients among them; their paths.
+- `is_left_alone`: whether no transform touches a leaf.
+
+Arithmetic, on arrays and in float32 at least:
+
+- `Recurrence`: a rule on arrays whose update comes from what its slots become.
+- `accumulator`, `widen`: the real dtype to compute in; an array in it.
+- `scalar`, `divisor`: a hyperparameter in that dtype; an epsilon, which is never 0.
+- `averaging`, `correction`: an exponential average `(old, new)`; its bias correction.
+- `root`, `square`, `magnitude`: with the right derivatives at 0, and for complex numbers.
+- `Coast`: how a rule moves rows that have no gradient.
+- `times`: multiplies a rule's scalars by the factors that `Rule.step` is given.
+"""
+
+from adamjax.coasting import Coast
+from adamjax.data import (
+    BETA,
+    COUNT,
+    FINITE,
+    NON_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Number,
+    Range,
+    static,
+    transform_state,
+)
+from adamjax.leaves import (
+    Rows,
+    expect_wide,
+    is_left_alone,
+    lift,
+    needed,
+    new_slots,
+    no_scalars,
+)
+from adamjax.moments import (
+    Recurrence,
+    accumulator,
+    averaging,
+    correction,
+    counted,
+    divisor,
+    magnitude,
+    next_count,
+    root,
+    scalar,
+    square,
+    widen,
+)
+from adamjax.paths import flatten, leaf_paths
+from adamjax.schedule import Rate, Schedule, as_rate, rate_at
+from adamjax.transform import (
+    Rule,
+    Scaling,
+    Stateless,
+    Transform,
+    expect_empty,
+    expect_state,
+    times,
+)
+
+__all__ = [
+    "BETA",
+    "COUNT",
+    "FINITE",
+    "NON_NEGATIVE",
+    "POSITIVE",
+    "UNIT",
+    "Coast",
+    "Number",
+    "Range",
+    "Rate",
+    "Recurrence",
+    "Rows",
+    "Rule",
+    "Scaling",
+    "Schedule",
+    "Stateless",
+    "Transform",
+    "accumulator",
+    "as_rate",
+    "averaging",
+    "correction",
+    "counted",
+    "divisor",
+    "expect_empty",
+    "expect_state",
+    "expect_wide",
+    "flatten",
+    "is_left_alone",
+    "leaf_paths",
+    "lift",
+    "magnitude",
+    "needed",
+    "new_slots",
+    "next_count",
+    "no_scalars",
+    "rate_at",
+    "root",
+    "scalar",
+    "square",
+    "static",
+    "times",
+    "transform_state",
+    "widen",
+]

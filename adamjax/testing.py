@@ -1,0 +1,1100 @@
+"""Laws that every transform must keep, and `check`, which tries them on one of your own.
+
+A law is a function of a `Trial`, which is a transform and the trees that it is tried on. It returns
+if the law holds, or if it says nothing of such a transform; else it raises an AssertionError that
+names the law, the leaf and the numbers. `LAWS` has their names, each with its sentence.
+
+>>> import adamjax
+>>> adamjax.testing.check(adamjax.scale(-0.5), laws=["is_pure", "pickles", "prints"])
+>>> adamjax.testing.LAWS["is_pure"]
+'The same arguments give the same results, and nothing happens to them.'
+"""
+
+import copy
+import functools
+import inspect
+import itertools
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adamjax
+from adamjax._compat import x64
+from adamjax.adam import scale_by_adam
+from adamjax.chain import chain
+from adamjax.data import Data, Tree
+from adamjax.exact import exact_rows
+from adamjax.grouping import grouped
+from adamjax.leaves import apply_updates, described, dtype_of, is_left_alone
+from adamjax.paths import flatten, leaf_paths
+from adamjax.rows import RowGradient, row_gradient
+from adamjax.scaling import scale, scale_by_learning_rate
+from adamjax.structure import find, slot_states
+from adamjax.transform import Rule, Transform
+
+__all__ = ["LAWS", "Trial", "check", "try_law"]
+
+# How far float32 results of the same formula may be apart, of the largest value of a leaf: in one
+# program and another one, and over a number of steps.
+_CLOSE = 2e-6
+_STEPS_CLOSE = 2e-5
+
+
+# --- what a transform is tried on -----------------------------------------------------------------
+
+
+def _default_params() -> Tree:
+    rng = np.random.default_rng(0)
+    kernel, bias, gain = rng.normal(size=(2, 3)), rng.normal(size=3), rng.normal()
+    made = {"layer": {"kernel": kernel, "bias": bias}, "gain": gain}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
+
+
+class Trial:
+    """A transform, and the trees that the laws try it on.
+
+    Args:
+      tx: the transform.
+      params: a tree of float32 arrays; by default `{"layer": {"kernel": [2, 3], "bias": [3]},
+        "gain": []}`. Give one if the transform is made for certain paths or shapes.
+      reference: see `check`.
+    """
+
+    def __init__(
+        self, tx: Any, params: Tree = None, reference: Callable[..., Any] | None = None
+    ) -> None:
+        self.tx, self.reference = tx, reference
+        # optax' transforms compute with the gradients of integers too.
+        self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
+        self.is_default = params is None
+        self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
+        self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
+
+    def params_in(self, dtype: Any) -> Tree:
+        """The parameters in another dtype."""
+        return _cast(self.params, dtype)
+
+    def grads(self, t: int, dtype: Any = jnp.float32) -> Tree:
+        """The gradients of step t, 0 for the first."""
+        rng = np.random.default_rng(100 + t)
+        return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), self.params)
+
+    def step(self, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
+        """One step, as it is: the next parameters and state, and the updates."""
+        return _step(self.tx, params, state, grads)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., tuple[Tree, Any, Tree]]:
+        """`step`, jitted."""
+        return jax.jit(self.step)
+
+    def trajectory(self, dtype: Any = jnp.float32) -> list[tuple[Any, ...]]:
+        """`(params before, state before, grads, updates)` of each compiled step, and the end."""
+        if dtype in self._trajectories:
+            return self._trajectories[dtype]
+        params = self.params_in(dtype)
+        state, history = self.tx.init(params), []
+        for t in range(6):
+            grads = self.grads(t, dtype)
+            moved, next_state, updates = self.compiled(params, state, grads)
+            history.append((params, state, grads, updates))
+            params, state = moved, next_state
+        self._trajectories[dtype] = [*history, (params, state, None, None)]
+        return self._trajectories[dtype]
+
+    # --- hyperparameters
+
+    @functools.cached_property
+    def argument_step(self) -> tuple[Callable[..., Any], list[int]]:
+        """The step as a jitted function of the transform too, and the list of its traces."""
+        traces: list[int] = []
+
+        def step(tx: Any, params: Tree, state: Any, grads: Tree) -> Any:
+            traces.append(1)
+            return _step(tx, params, state, grads)
+
+        return jax.jit(step), traces
+
+    def run_as_argument(self, tx: Any) -> tuple[Tree, list[Tree]]:
+        """The parameters after three steps of `argument_step`, and the updates."""
+        return _run(functools.partial(self.argument_step[0], tx), tx, self)
+
+    # --- leaves of all kinds
+
+    @functools.cached_property
+    def mixed_params(self) -> Tree:
+        """Every kind of leaf that a model may have; of parameters that were given, every dtype."""
+        if not self.is_default:
+            leaves, treedef = flatten(self.params)
+            dtypes = [(jnp.float32, jnp.bfloat16, jnp.float16)[i % 3] for i in range(len(leaves))]
+            if len(leaves) > 1:
+                dtypes[-1] = jnp.int32
+            pairs = zip(leaves, dtypes, strict=True)
+            return treedef.unflatten([x.astype(dtype) for x, dtype in pairs])
+        floats = {
+            "layer": {
+                "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]),
+                "bias": jnp.array([1.0, -0.5, 0.25], jnp.bfloat16),
+            },
+            "half": jnp.array([1.0, -0.5], jnp.float16),
+            "wave": jnp.array([1.0 + 2.0j, -1.0j]),
+            "gain": jnp.array(0.5),
+            "empty": jnp.zeros((0, 2)),
+        }
+        integers = {"count": jnp.ones(2, jnp.int32), "flag": jnp.array(True)}
+        return floats if self.has_foreign else {**floats, **integers}
+
+    def mixed_grads(self, integers: str = "float0") -> Tree:
+        """Their gradients; those of integers are float0, "zero" or "None"."""
+
+        def grad(p: Any) -> Any:
+            if not is_left_alone(p):
+                return 0.3 * p + jnp.ones_like(p)
+            zero = {"zero": jnp.zeros_like(p), "None": None}
+            return zero.get(integers, np.zeros(p.shape, jax.dtypes.float0))
+
+        return jax.tree.map(grad, self.mixed_params)
+
+    def only_floats(self, params: Tree, *trees: Tree) -> list[Tree]:
+        """The trees without the leaves that are no floats among the parameters."""
+        leaves, _ = flatten(params)
+        kept = []
+        for tree in (params, *trees):
+            own, treedef = flatten(tree)
+            pairs = zip(leaves, own, strict=True)
+            kept.append(treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs]))
+        return kept
+
+    @functools.cached_property
+    def mixed_run(self) -> list[tuple[Any, ...]]:
+        """Three steps over leaves of all kinds: the last without a gradient for some.
+
+        Each is `(params, state, grads, updates, moved, next_state)`.
+        """
+        params, history = self.mixed_params, []
+        state = self.tx.init(params)
+        leaves, treedef = flatten(self.mixed_grads("None"))
+        path = "layer/kernel" if self.is_default else leaf_paths(params)[0]
+        place = leaf_paths(params).index(path)
+        some = treedef.unflatten([*leaves[:place], None, *leaves[place + 1 :]])
+        for grads in (self.mixed_grads(), self.mixed_grads("zero"), some):
+            updates, next_state = self.tx.update(grads, state, params)
+            moved = apply_updates(params, updates)
+            history.append((params, state, grads, updates, moved, next_state))
+            params, state = moved, next_state
+        return history
+
+    # --- tables
+
+    @functools.cached_property
+    def table_params(self) -> Tree:
+        """Parameters of which some are tables; the default ones are larger for that."""
+        if not self.is_default:
+            return self.params
+        rng = np.random.default_rng(1)
+        kernel, bias = rng.normal(size=(_ROWS, 3)), rng.normal(size=_ROWS)
+        layer = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
+        return {**self.params, "layer": _cast(layer, jnp.float32)}
+
+    def row_grads(self, t: int) -> Tree:
+        """Gradients of step t: row gradients of the tables, the leaves with two rows or more."""
+        rng = np.random.default_rng(200 + t)
+
+        def grad(p: Any) -> Any:
+            n = len(p) if p.ndim else 0
+            if n < 2:
+                return jnp.asarray(rng.normal(size=p.shape), p.dtype)
+            # One of them twice, and one that is outside of the table.
+            ids = np.array([t, 2 * t + 1, t]) % n
+            ids = np.append(ids, n)
+            values = rng.normal(size=(len(ids), *p.shape[1:]))
+            return row_gradient(jnp.asarray(ids, jnp.int32), jnp.asarray(values, p.dtype), n)
+
+        return jax.tree.map(grad, self.table_params)
+
+
+_ROWS = 7
+
+
+def _step(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
+    updates, state = tx.update(grads, state, params)
+    return apply_updates(params, updates), state, updates
+
+
+def _cast(tree: Tree, dtype: Any) -> Tree:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+# --- what a law says when it is broken ------------------------------------------------------------
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _named_leaves(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves, `None` among them, each with its name for errors; and the structure."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [(name + jax.tree_util.keystr(path), x) for path, x in found], treedef
+
+
+def _pairs(name: str, came: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves of two trees that must have the same structure."""
+    ours, treedef = _named_leaves(name, came)
+    theirs, expected_treedef = _named_leaves(name, expected)
+    if treedef != expected_treedef:
+        names, wanted = [path for path, _ in ours], [path for path, _ in theirs]
+        surplus = [f"a surplus {x}" for x in names if x not in set(wanted)]
+        missing = [f"no {x}" for x in wanted if x not in set(names)]
+        what = (missing + surplus or [f"the structure {treedef}"])[0]
+        raise AssertionError(f"there is {what}, expected {expected_treedef}")
+    for (path, x), (_, y) in zip(ours, theirs, strict=True):
+        if (x is None) != (y is None):
+            raise AssertionError(f"{path} is {_shown(x)}, expected {_shown(y)}")
+        if x is not None:
+            yield path, x, y
+
+
+def _shown(x: Any) -> str:
+    return "None" if x is None else described(x)
+
+
+def _expect_form(name: str, came: Tree, expected: Tree) -> None:
+    """The same structure, shapes and dtypes."""
+    for path, x, y in _pairs(name, came, expected):
+        if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
+            raise AssertionError(f"{path} is {described(x)}, expected {described(y)}")
+
+
+def _expect_same(name: str, came: Tree, expected: Tree) -> None:
+    """The same form, and the same bits."""
+    _expect_form(name, came, expected)
+    for path, x, y in _pairs(name, came, expected):
+        a, b = np.asarray(x), np.asarray(y)
+        if a.tobytes() != b.tobytes():
+            differ = np.asarray((a != b) & ~((a != a) & (b != b)))
+            raise AssertionError(_difference(path, a, b, differ))
+
+
+def _expect_close(name: str, came: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
+    """The same form and, within `rtol` of the largest value of a leaf, the same values."""
+    _expect_form(name, came, expected)
+    for path, x, y in _pairs(name, came, expected):
+        _expect_near(path, x, y, rtol * _size(y))
+
+
+def _size(x: Any) -> float:
+    """The largest value of an array."""
+    x = _wide(x)
+    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
+
+
+def _expect_near(path: str, x: Any, y: Any, atol: float) -> None:
+    a, b = _wide(x), _wide(y)
+    with np.errstate(invalid="ignore"):  # of infinities
+        far = np.asarray(~((np.abs(a - b) <= atol) | (a == b) | ((a != a) & (b != b))))
+    if np.any(far):
+        raise AssertionError(_difference(path, a, b, far))
+
+
+def _wide(x: Any) -> Any:
+    x = np.asarray(x)
+    complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return x.astype(np.complex128 if complex_ else np.float64)
+
+
+def _difference(path: str, a: Any, b: Any, differ: Any) -> str:
+    """Where two arrays differ first."""
+    at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
+    where = f"{path}{list(at)}" if at else path
+    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{path} differs"
+
+
+# --- the laws -------------------------------------------------------------------------------------
+
+_LAWS: dict[str, Callable[[Trial], None]] = {}
+
+
+def _law(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
+    _LAWS[function.__name__] = function
+    return function
+
+
+@_law
+def is_pure(trial: Trial) -> None:
+    """The same arguments give the same results, and nothing happens to them."""
+    tx, params = trial.tx, trial.params
+    states = [tx.init(params), tx.init(params)]
+    _expect_same("init(params)", states[1], states[0])
+    calls, results = [], []
+    for t in range(2):
+        calls.append((trial.grads(t), states[-1], params))
+        results.append(_untouched(tx.update, ("grads", "state", "params"), calls[-1]))
+        states.append(results[-1][1])
+    # Once more after others, in which something may have been kept.
+    for call, (updates, state) in zip(calls, results, strict=True):
+        again, next_state = tx.update(*call)
+        _expect_same("updates of the same arguments", again, updates)
+        _expect_same("the next state of the same arguments", next_state, state)
+
+
+def _untouched(function: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...]) -> Any:
+    """The result of a call, which must leave its arguments as they are."""
+    before: list[Any] = [jax.tree.flatten(arg, is_leaf=_is_none) for arg in args]
+    values = [[None if x is None else np.array(x) for x in leaves] for leaves, _ in before]
+    result = function(*args)
+    for name, arg, (leaves, treedef), old in zip(names, args, before, values, strict=True):
+        now, now_treedef = jax.tree.flatten(arg, is_leaf=_is_none)
+        if treedef != now_treedef or any(x is not y for x, y in zip(now, leaves, strict=True)):
+            raise AssertionError(f"update has changed the {name} that it was given")
+        _expect_same(f"{name} that was given", now, old)
+    return result
+
+
+@_law
+def state_keeps_its_form(trial: Trial) -> None:
+    """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
+    _expect_a_kept_form(trial, *trial.only_floats(trial.mixed_params, trial.mixed_grads()))
+
+
+def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
+    state = trial.tx.init(params)
+    moved, next_state, _ = jax.eval_shape(lambda p, s: trial.step(p, s, grads), params, state)
+    _expect_form("state", next_state, state)
+    _expect_form("params", moved, params)
+
+    def body(carry: Any, t: Any) -> Any:
+        def rest() -> Any:
+            return carry
+
+        def move() -> Any:
+            params, state = carry
+            return trial.step(params, state, grads)[:2]
+
+        return jax.lax.cond(t == 1, rest, move), None
+
+    start = params, state
+    end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
+    _expect_form("(params, state)", end, start)
+
+
+_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@_law
+def updates_have_the_gradients_dtype(trial: Trial) -> None:
+    """Updates have the gradients' form and states keep theirs, whatever the parameters' dtype."""
+    for wide, p_dtype, g_dtype in itertools.product((False, True), _NARROW, _NARROW):
+        with x64(wide):
+            params, grads = (_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
+            state = jax.eval_shape(trial.tx.init, params)
+            updates, next_state = jax.eval_shape(trial.tx.update, grads, state, params)
+            _expect_form("updates", updates, grads)
+            if not trial.has_foreign:  # optax.trace takes on the gradients' dtype
+                _expect_form("state", next_state, state)
+
+
+def _all_but_the_first(tree: Tree, dtype: Any) -> Tree:
+    """A tree of two dtypes."""
+    leaves, treedef = flatten(tree)
+    return treedef.unflatten(leaves[:1] + [x.astype(dtype) for x in leaves[1:]])
+
+
+@_law
+def strict_promotion(trial: Trial) -> None:
+    """It runs where JAX refuses implicit promotions of dtypes and ranks."""
+    params = trial.params_in(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(trial.tx.init, params)
+        jax.eval_shape(trial.step, params, state, params)
+
+
+@_law
+def jit_changes_nothing(trial: Trial) -> None:
+    """A compiled step gives what the step gives operation by operation."""
+    for params, state, grads, updates in trial.trajectory()[:2]:
+        moved, next_state, eager = trial.step(params, state, grads)
+        compiled = trial.compiled(params, state, grads)
+        _expect_close("updates under jit", updates, eager, _STEPS_CLOSE)
+        _expect_close("params under jit", compiled[0], moved, _STEPS_CLOSE)
+        _expect_close("state under jit", compiled[1], next_state, _STEPS_CLOSE)
+
+
+@_law
+def one_trace_and_donation(trial: Trial) -> None:
+    """A donated step is traced once, and leaves nothing of its arguments behind."""
+    traces = []
+
+    def step(params: Tree, state: Any, grads: Tree) -> Any:
+        traces.append(1)
+        return trial.step(params, state, grads)[:2]
+
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    for init in (trial.tx.init, jax.jit(trial.tx.init)):
+        params = jax.tree.map(jnp.array, trial.params)
+        state = init(params)
+        for t in range(2):
+            held = _named_leaves("(params, state)", (params, state))[0]
+            params, state = donated(params, state, trial.grads(t))
+            for path, x in held:
+                if x is not None and not x.is_deleted():
+                    raise AssertionError(f"{path} was donated, and is still there")
+        expected, expected_state, *_ = trial.trajectory()[2]
+        _expect_close("(params, state)", (params, state), (expected, expected_state))
+    if len(traces) != 1:
+        raise AssertionError(f"the step was traced {len(traces)} times, expected once")
+
+
+@_law
+def float64_is_kept(trial: Trial) -> None:
+    """Gradients of float64 parameters give float64 updates, near to those of float32."""
+    expected = trial.trajectory()[:3]
+    with x64(True):
+        params = trial.params_in(jnp.float64)
+        state = trial.tx.init(params)
+        for t, (*_, updates) in enumerate(expected):
+            # Of the numbers that float32 has, too.
+            grads = _cast(trial.grads(t), jnp.float64)
+            before = params, state
+            params, state, wide = trial.compiled(params, state, grads)
+            _expect_form("updates", wide, grads)
+            _expect_form("(params, state)", (params, state), before)
+            _expect_close("updates in float64", _cast(wide, jnp.float32), updates, 1e-4)
+
+
+@_law
+def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> None:
+    """In bfloat16 and float16, updates are those of float32, rounded once.
+
+    Step by step, from the same weights: a 1% of half an ulp is left to float32's rounding.
+    """
+    for dtype in (jnp.bfloat16, jnp.float16):
+        twin_state = trial.tx.init(_cast(trial.params_in(dtype), jnp.float32))
+        for params, _, grads, updates in trial.trajectory(dtype)[:-1]:
+            _, twin_state, twin = trial.compiled(
+                _cast(params, jnp.float32), twin_state, _cast(grads, jnp.float32)
+            )
+            _expect_form("updates", updates, grads)
+            for path, u, exact in _pairs("updates", updates, twin):
+                u, exact = _wide(u), _wide(exact)
+                far = ~(np.abs(u - exact) <= 0.505 * _ulp(exact, dtype))
+                if np.any(far):
+                    where = f"in {jnp.dtype(dtype).name}, {path}"
+                    raise AssertionError(_difference(where, u, exact, far))
+
+
+def _ulp(x: Any, dtype: Any) -> Any:
+    """The distance of neighbouring floats of the dtype at |x|."""
+    info = jnp.finfo(dtype)
+    exponent = np.frexp(np.abs(x))[1] - 1
+    return 2.0 ** (np.maximum(exponent, int(info.minexp)) - int(info.nmant))
+
+
+@_law
+def vmap_over_weights_is_a_loop(trial: Trial) -> None:
+    """Under `jax.vmap` over parameters, gradients and state, each gets what it gets alone."""
+    tx, history = trial.tx, trial.trajectory()
+    shift = jax.tree.map(lambda p: p + 1, trial.params)
+    many = jax.tree.map(lambda *xs: jnp.stack(xs), trial.params, shift)
+    state, other = jax.vmap(tx.init)(many), tx.init(shift)
+    step = jax.jit(jax.vmap(trial.step))
+    for t in range(2):
+        grads, scaled = trial.grads(t), jax.tree.map(lambda g: 3 * g, trial.grads(t))
+        both = jax.tree.map(lambda *xs: jnp.stack(xs), grads, scaled)
+        many, state, updates = step(many, state, both)
+        shift, other, other_updates = trial.compiled(shift, other, scaled)
+        params, first, *_ = history[t + 1]
+        expected = (params, first, history[t][3]), (shift, other, other_updates)
+        for i, alone in enumerate(expected):
+            one = jax.tree.map(lambda x, i=i: x[i], (many, state, updates))
+            _expect_close("(params, state, updates) under vmap", one, alone)
+
+
+# --- hyperparameters ------------------------------------------------------------------------------
+
+
+def varied(tx: Any, factor: float) -> Any:
+    """The transform with every float hyperparameter multiplied, as arrays."""
+
+    def one(x: Any) -> Any:
+        return jnp.asarray(factor * x) if isinstance(x, float) else jnp.asarray(x)
+
+    return jax.tree.map(one, tx)
+
+
+@_law
+def jit_argument(trial: Trial) -> None:
+    """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
+    for tx in (trial.tx, varied(trial.tx, 0.9)):
+        found = trial.run_as_argument(tx)
+        closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
+        with jax.disable_jit():
+            expected = _run(functools.partial(_step, closed_over), closed_over, trial)
+        # Where a decay is traced, 1 - b is what float32 makes of it: 1e-5 off for 0.999.
+        _expect_close("(params, updates) of an argument of jit", found, expected, 1e-4)
+    traces = trial.argument_step[1]
+    if len(traces) != 1:
+        raise AssertionError(f"the step was traced {len(traces)} times, expected once")
+
+
+def _run(step: Callable[..., Any], tx: Any, trial: Trial) -> tuple[Tree, list[Tree]]:
+    """The parameters after three steps, and the updates."""
+    params, history = trial.params, []
+    state = tx.init(params)
+    for t in range(3):
+        params, state, updates = step(params, state, trial.grads(t))
+        history.append(updates)
+    return params, history
+
+
+@_law
+def vmap_hyperparameters(trial: Trial) -> None:
+    """A population: the transform itself is mapped over by `jax.vmap`, and equals a loop."""
+    alone = [varied(trial.tx, factor) for factor in (1.0, 0.9)]
+    many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
+    if not jax.tree.leaves(many):
+        return
+    step = jax.jit(jax.vmap(_step, in_axes=(0, 0, 0, None)))
+    params = jax.tree.map(lambda p: jnp.stack([p, p]), trial.params)
+    state, history = jax.vmap(lambda tx, p: tx.init(p))(many, params), []
+    for t in range(3):
+        params, state, updates = step(many, params, state, trial.grads(t))
+        history.append(updates)
+    for i, tx in enumerate(alone):
+        one = jax.tree.map(lambda x, i=i: x[i], (params, history))
+        expected = trial.run_as_argument(tx)
+        _expect_close("(params, updates) under vmap of the transform", one, expected)
+
+
+# --- trees ----------------------------------------------------------------------------------------
+
+
+@_law
+def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
+    """Its update is None, its weight stays, and its state stands still bit for bit."""
+    params, state, grads, _ = trial.trajectory()[1]
+    leaves, treedef = flatten(grads)
+    for i, path in enumerate(leaf_paths(params)[:3]):
+        some = treedef.unflatten([None if j == i else g for j, g in enumerate(leaves)])
+        updates, next_state = trial.tx.update(some, state, params)
+        update, before, after = (
+            flatten(tree)[0][i] for tree in (updates, params, apply_updates(params, updates))
+        )
+        if update is not None:
+            raise AssertionError(f"updates[{path!r}] is {_shown(update)}, expected None")
+        _expect_same(f"params[{path!r}]", after, before)
+        _expect_form("state", next_state, state)
+        for name, x, y in _pairs("state", next_state, state):
+            if _belongs(name, path):
+                _expect_same(name, x, y)
+
+
+def _belongs(name: str, path: str) -> bool:
+    """Whether a leaf of a state is that of a parameter, by the names of both."""
+    return re.findall(r"\w+", name)[-len(re.findall(r"\w+", path)) :] == re.findall(r"\w+", path)
+
+
+@_law
+def integers_and_bools_are_left_alone(trial: Trial) -> None:
+    """Integers, booleans and what has a float0 gradient: updates of zero, and no move."""
+    for params, _, grads, updates, moved, _ in trial.mixed_run:
+        rows = zip(*(flatten(tree)[0] for tree in (params, grads, updates, moved)), strict=True)
+        for path, (p, g, u, p1) in zip(leaf_paths(params), rows, strict=True):
+            if not is_left_alone(p):
+                continue
+            _expect_same(f"params[{path!r}]", p1, p)
+            if (u is None) != (g is None) or (u is not None and dtype_of(u) != dtype_of(g)):
+                raise AssertionError(
+                    f"updates[{path!r}] is {_shown(u)}, expected {_shown(g)}, as the gradient"
+                )
+            if u is not None and np.any(np.asarray(u, bool)):
+                raise AssertionError(f"updates[{path!r}] is {np.asarray(u)}, expected zeros")
+
+
+@_law
+def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
+    """Scalars, empty arrays, and every dtype beside the others."""
+    for params, state, grads, updates, moved, next_state in trial.mixed_run:
+        _expect_form("updates", updates, grads)
+        _expect_form("params", moved, params)
+        _expect_form("state", next_state, state)
+    _expect_a_kept_form(trial, trial.mixed_params, trial.mixed_grads())
+
+
+@_law
+def empty_trees(trial: Trial) -> None:
+    """Trees without a leaf, and with an empty one, are parameters too."""
+    if not trial.is_default:
+        return  # made for paths that these do not have
+    empties: tuple[Any, ...] = ({}, (), {"a": {}, "b": None}, {"a": jnp.zeros((0,))})
+    for empty in empties:
+        state = trial.tx.init(empty)
+        updates, next_state = trial.tx.update(empty, state, empty)
+        _expect_same(f"updates for {empty}", updates, empty)
+        _expect_form(f"state for {empty}", next_state, state)
+        _expect_same("params", apply_updates(empty, updates), empty)
+
+
+def _wrong_gradients(leaf: Any) -> dict[str, Any]:
+    """What is no gradient of a leaf with axes."""
+    ones = jnp.ones(leaf.shape, jnp.float32)
+    wrong = {
+        "a scalar": jnp.float32(1),
+        "a Python number": 1.0,
+        "another shape that broadcasts": jnp.ones((1, *leaf.shape[1:])),
+        "complex numbers": ones.astype(jnp.complex64),
+        "integers": ones.astype(jnp.int32),
+        "a dictionary": {"x": ones},
+        "a string": "gradient",
+    }
+    if leaf.shape[0] == 1:
+        del wrong["another shape that broadcasts"]
+    if leaf.ndim > 1 and leaf.shape != leaf.T.shape:
+        wrong["its transpose"] = ones.T
+    return wrong
+
+
+@_law
+def refuses_gradients_that_do_not_fit(trial: Trial) -> None:
+    """Another shape, kind of dtype or structure, with a TypeError or ValueError in words."""
+    state, grads = trial.tx.init(trial.params), trial.grads(0)
+    leaves, treedef = flatten(grads)
+    for i, (path, g) in enumerate(zip(leaf_paths(grads), leaves, strict=True)):
+        if g.ndim == 0 or g.size == 0:
+            continue
+        for what, wrong in _wrong_gradients(g).items():
+            given = treedef.unflatten([*leaves[:i], wrong, *leaves[i + 1 :]])
+            _expect_refusal(
+                f"grads[{path!r}] that is {what}", path, trial.tx.update, given, state, trial.params
+            )
+
+
+def _expect_refusal(what: str, words: str, function: Callable[..., Any], *args: Any) -> None:
+    """An error whose text has these words in it."""
+    try:
+        function(*args)
+    except (TypeError, ValueError) as error:
+        if words not in str(error):
+            raise AssertionError(
+                f"{what} is refused without saying {words!r}: {type(error).__name__}: {error}"
+            ) from error
+        return
+    raise AssertionError(f"{what} is not refused")
+
+
+# What may have become of an array of a state on its way through a checkpoint.
+_SPOILT: Mapping[str, Callable[[Any], Any]] = {
+    "replicated": lambda x: jnp.stack([x, x]),
+    "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
+    "cast to float16": lambda x: x.astype(jnp.float16),
+    "cast to the other kind": lambda x: x.astype(
+        jnp.int32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    ),
+    "missing": lambda x: None,
+}
+
+
+@_law
+def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
+    """Each array of it by itself, and another's state, in the name of who expected another one."""
+    found, treedef = _named_leaves("state", trial.tx.init(trial.params))
+    for i, (path, x) in enumerate(found):
+        if x is None:
+            continue
+        for what, spoil in _SPOILT.items():
+            leaves = [x for _, x in found]
+            leaves[i] = spoil(x)
+            _expect_state_refused(trial, f"{path} that is {what}", treedef.unflatten(leaves))
+    if isinstance(trial.tx, Transform) and any(x is not None for _, x in found):
+        another = jnp.zeros(()), trial.params, trial.params
+        _expect_state_refused(trial, "the state () of another transform", ())
+        _expect_state_refused(trial, "the state (number, tree, tree) of another transform", another)
+
+
+def _expect_state_refused(trial: Trial, what: str, state: Any) -> None:
+    try:
+        trial.tx.update(trial.grads(0), state, trial.params)
+    except (TypeError, ValueError) as error:
+        if not re.match(r"\w+(\.\w+)?: ", str(error)):
+            raise AssertionError(
+                f"{what} is refused, but not in the name of a transform: {error}"
+            ) from error
+    except Exception as error:
+        raise AssertionError(
+            f"{what} is refused by a {type(error).__name__}, expected a TypeError or ValueError"
+        ) from error
+    else:
+        raise AssertionError(f"{what} is not refused")
+
+
+# --- what it says of itself -----------------------------------------------------------------------
+
+
+@_law
+def zeros_are_kept_where_it_says_so(trial: Trial) -> None:
+    """With `keeps_zero`, an element without a gradient has no update, whatever the others have."""
+    if not getattr(trial.tx, "keeps_zero", False):
+        return
+    params = trial.params
+    state = trial.tx.init(params)
+    for t in range(3):
+        grads = jax.tree.map(lambda g: g.at[..., :1].set(0) if g.ndim else g, trial.grads(t))
+        params, state, updates = trial.compiled(params, state, grads)
+        for path, u, g in _pairs("updates", updates, grads):
+            moved = np.asarray((g == 0) & (u != 0))
+            if np.any(moved):
+                raise AssertionError(_difference(path, np.asarray(u), np.asarray(g), moved))
+
+
+@_law
+def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
+    """With `groupable`, leaves that are joined end to end get the updates that they get apart."""
+    if not getattr(trial.tx, "groupable", False):
+        return
+    tx = grouped(trial.tx)
+    state = tx.init(trial.params)
+    for params, _, grads, updates in trial.trajectory()[:3]:
+        together, state = tx.update(grads, state, params)
+        _expect_close("updates of grouped", together, updates, _STEPS_CLOSE)
+
+
+@_law
+def row_gradients_mean_their_rows(trial: Trial) -> None:
+    """A row gradient does what its dense array does, or leaves the other rows alone, or is refused.
+
+    A refusal names the leaf and speaks of a row gradient.
+    """
+    with jax.disable_jit():
+        _try_rows(trial)
+
+
+def _try_rows(trial: Trial) -> None:
+    params = trial.table_params
+    state = trial.tx.init(params)
+    for t in range(3):
+        rows = trial.row_grads(t)
+        dense = _to_dense(rows)
+        try:
+            came, came_state = trial.tx.update(rows, state, params)
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            paths = leaf_paths(params)
+            if "row gradient" in text and any(repr(path) in text for path in paths):
+                return
+            raise
+        expected, expected_state = trial.tx.update(dense, state, params)
+        _expect_rows(rows, state, came, came_state, expected, expected_state)
+        params, state = apply_updates(params, expected), expected_state
+
+
+def _is_rows(x: Any) -> bool:
+    return isinstance(x, RowGradient)
+
+
+def _to_dense(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.to_dense() if _is_rows(x) else x, tree, is_leaf=_is_rows)
+
+
+def _expect_rows(
+    rows: Tree, state: Any, came: Tree, came_state: Any, expected: Tree, expected_state: Any
+) -> None:
+    """The updates and the next state of row gradients, beside those of dense arrays."""
+    own, old = _to_dense(came_state), _to_dense(state)
+    lazy = {}
+    leaves = zip(*(flatten(tree)[0] for tree in (rows, came, expected)), strict=True)
+    for path, (g, u, want) in zip(leaf_paths(rows), leaves, strict=True):
+        name = f"updates[{path!r}]"
+        if not _is_rows(g):
+            _expect_close(name, u, want)
+            continue
+        there = np.zeros(g.num_rows + 1, bool)
+        there[np.asarray(g.indices)] = True
+        lazy[path] = there[:-1] if _is_rows(u) and u.lazy else None
+        _expect_close_rows(name, _to_dense(u), want, jnp.zeros_like(want), lazy[path])
+    found = dict(_named_leaves("", old)[0])
+    for name, x, want in _pairs("", own, _to_dense(expected_state)):
+        here = next((there for path, there in lazy.items() if _belongs(name, path)), None)
+        _expect_close_rows(f"state{name}", x, want, found[name], here)
+
+
+def _expect_close_rows(name: str, came: Any, expected: Any, still: Any, there: Any) -> None:
+    """An array near to what is expected; in rows that are not there, as it was."""
+    if there is None or np.shape(came)[:1] != there.shape:
+        _expect_close(name, came, expected)
+        return
+    _expect_close(f"{name}, in rows that have a gradient,", came[there], expected[there])
+    _expect_same(f"{name}, in rows that have none,", came[~there], still[~there])
+
+
+@_law
+def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
+    """In `exact_rows` tables move as with dense gradients, or it is refused in one sentence."""
+    tx = trial.tx
+    if not isinstance(tx, Transform):
+        return
+    if tx.must_be_last or tx.has_foreign:
+        chains = [tx]
+    elif find(Rule, tx):
+        chains = [chain(tx, scale_by_learning_rate(0.1))]
+    else:
+        chains = [chain(tx, scale_by_adam(), scale(-0.1)), chain(scale_by_adam(), tx, scale(-0.1))]
+    for dense in chains:
+        try:
+            exact = exact_rows(dense, _patterns(trial.row_grads(0)))
+            params = trial.table_params
+            state = exact.init(params)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("exact_rows: "):
+                raise
+            continue
+        _expect_exact(trial, exact, dense, params, state)
+
+
+def _patterns(rows: Tree) -> list[str]:
+    pairs = zip(leaf_paths(rows), flatten(rows)[0], strict=True)
+    return [f"^{re.escape(path)}$" for path, g in pairs if _is_rows(g)]
+
+
+def _expect_exact(
+    trial: Trial, exact: exact_rows, dense: Transform, params: Tree, state: Any
+) -> None:
+    steps = [jax.jit(functools.partial(_step, tx)) for tx in (exact, dense)]
+    expected, expected_state = params, dense.init(params)
+    for t in range(6):
+        rows = trial.row_grads(t)
+        params, state, _ = steps[0](params, state, rows)
+        expected, expected_state, _ = steps[1](expected, expected_state, _to_dense(rows))
+    params, state = jax.jit(exact.flush)(params, state)
+    name = f"of exact_rows({dense!r}), after 6 steps"
+    _expect_close(f"params {name}, ", params, expected, _STEPS_CLOSE)
+    _expect_close(f"state {name}, ", state.inner, expected_state, _STEPS_CLOSE)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@_law
+def is_data(trial: Trial) -> None:
+    """A frozen `adamjax.Transform` that is a pytree and unpacks as a pair `init, update`."""
+    tx = trial.tx
+    if not isinstance(tx, Transform):
+        raise AssertionError(f"it is a {type(tx).__name__}, expected an adamjax.Transform")
+    leaves, treedef = jax.tree.flatten(tx)
+    if jax.tree.unflatten(treedef, leaves) != tx:
+        raise AssertionError("made again of its leaves, it is not equal")
+    for name in ("b1", *vars(tx)):
+        try:
+            setattr(tx, name, 0.5)
+        except AttributeError:
+            continue
+        raise AssertionError(f"its field {name} can be set: it is not frozen")
+    init, update = tx
+    updates, _ = update(trial.grads(0), init(trial.params), trial.params)
+    _expect_close("updates of the pair", updates, trial.trajectory()[0][3])
+
+
+@_law
+def pickles(trial: Trial) -> None:
+    """A pickled copy and a deep copy are equal, and print and hash alike."""
+    tx = trial.tx
+    for made in (pickle.loads(pickle.dumps(tx)), copy.deepcopy(tx)):
+        if made != tx or hash(made) != hash(tx) or repr(made) != repr(tx):
+            raise AssertionError(f"the copy is {made!r}, expected {tx!r}")
+    arrays = varied(tx, 0.9)
+    if pickle.loads(pickle.dumps(arrays)) != arrays:
+        raise AssertionError("with arrays as hyperparameters, the copy is not equal")
+
+
+@_law
+def equals(trial: Trial) -> None:
+    """By value, arrays too; with arrays it has no hash, and says so."""
+    tx = trial.tx
+    again = copy.deepcopy(tx)
+    if tx is again or tx != again or hash(tx) != hash(again) or copy.copy(tx) != tx:
+        raise AssertionError("it does not equal its copy")
+    if tx == "a transform":
+        raise AssertionError("it equals a string")
+    arrays = varied(tx, 0.9)
+    if arrays != varied(again, 0.9):
+        raise AssertionError("with arrays as hyperparameters, it does not equal its copy")
+    if not jax.tree.leaves(tx):
+        return
+    if arrays == tx:
+        raise AssertionError("with arrays as hyperparameters, it equals one with other numbers")
+    floats = [x for x in jax.tree.leaves(tx) if isinstance(x, float) and x != 0]
+    if floats and arrays == varied(tx, 0.8):
+        raise AssertionError("it equals one with other arrays as hyperparameters")
+    try:
+        hash(arrays)
+    except TypeError as error:
+        if "array" in str(error) and "no hash" in str(error):
+            return
+        raise
+    raise AssertionError("with arrays as hyperparameters, it has a hash")
+
+
+@_law
+def prints(trial: Trial) -> None:
+    """What it prints, read as Python, makes an equal one."""
+    tx = trial.tx
+    names = {type(x).__name__: type(x) for x in _objects(tx)}
+    made = eval(repr(tx), {**vars(adamjax), **names})
+    if made != tx:
+        raise AssertionError(f"what it prints makes {made!r}, expected {tx!r}")
+
+
+def _objects(x: Any) -> Iterator[Any]:
+    """The transforms and schedules in one, at any depth."""
+    if isinstance(x, Data):
+        yield x
+        for value in vars(x).values():
+            yield from _objects(value)
+    elif isinstance(x, tuple | list):
+        for value in x:
+            yield from _objects(value)
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+_REFERENCE_STEPS = 100
+
+
+@_law
+def follows_the_reference(trial: Trial) -> None:
+    """Updates and slots are those of the reference over 100 steps, in float32 and in float64."""
+    if trial.reference is None:
+        return
+    _follow(trial, jnp.float32, 1e-5)
+    with x64(True):
+        _follow(trial, jnp.float64, 1e-10)
+
+
+def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
+    reference = trial.reference
+    assert reference is not None
+    reads = "p" in inspect.signature(reference).parameters
+    params = trial.params_in(dtype)
+    state = trial.tx.init(params)
+    names, slots = _slots(state)
+    paths = leaf_paths(params)
+    expected = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
+    largest: dict[Any, float] = {}
+    for t in range(_REFERENCE_STEPS):
+        before = flatten(params)[0]
+        grads = trial.grads(t, dtype)
+        params, state, updates = trial.compiled(params, state, grads)
+        came = [*zip(*(flatten(tree)[0] for tree in (updates, *_slots(state)[1])), strict=True)]
+        for i, (path, g) in enumerate(zip(paths, flatten(grads)[0], strict=True)):
+            extra = {"p": np.asarray(before[i], np.float64)} if reads else {}
+            results = reference(
+                np.asarray(g, np.float64), *(column[i] for column in expected), step=t + 1, **extra
+            )
+            if not isinstance(results, tuple) or len(results) != 1 + len(names):
+                raise AssertionError(
+                    f"the reference returned {_returned(results)}, expected a tuple of the update"
+                    + "".join(f" and {name}" for name in names)
+                )
+            for column, x in zip(expected, results[1:], strict=True):
+                column[i] = x
+            for name, x, want in zip(("updates", *names), came[i], results, strict=True):
+                where = f"in {jnp.dtype(dtype).name}, at step {t + 1}, {name}[{path!r}]"
+                # A sum may come near to zero, and is not rounded there alone.
+                largest[name, path] = max(largest.get((name, path), 0.0), _size(want))
+                _expect_near(where, x, want, rtol * largest[name, path])
+
+
+def _returned(results: Any) -> str:
+    return f"{len(results)} arrays" if isinstance(results, tuple) else f"a {type(results).__name__}"
+
+
+def _slots(state: Any) -> tuple[list[str], list[Tree]]:
+    """The slots of a state, in its order, with their names."""
+    found = [(name, getattr(x, name)) for x in slot_states(state) for name in x.slots]
+    return [name for name, _ in found], [slot for _, slot in found]
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def _sentence(law: Callable[[Trial], None]) -> str:
+    return (law.__doc__ or "").split("\n")[0]
+
+
+#: The laws: by name, the sentence that each says.
+LAWS: Mapping[str, str] = MappingProxyType({name: _sentence(law) for name, law in _LAWS.items()})
+
+
+def try_law(name: str, trial: Trial) -> None:
+    """Tries one law; see `check`, which tries all.
+
+    Raises:
+      AssertionError: the law is broken; or it could not be tried, as an error was raised.
+      ValueError: there is no such law.
+    """
+    if name not in _LAWS:
+        raise ValueError(f"there is no law {name!r}; the laws are {list(LAWS)}")
+    try:
+        _LAWS[name](trial)
+    except Exception as error:
+        what = str(error)
+        if type(error) is not AssertionError:
+            # The first line; the whole error is the cause of the one that is raised.
+            what = f"{type(error).__name__}: {what.splitlines()[0] if what else ''}"
+        raise AssertionError(
+            f"{trial.tx!r} breaks the law {name} ({LAWS[name]}): {what}"
+        ) from error
+
+
+def check(
+    tx: Any,
+    reference: Callable[..., Any] | None = None,
+    laws: Iterable[str] | None = None,
+    *,
+    params: Tree = None,
+) -> None:
+    """Tries a transform on the laws, and raises if it breaks one.
+
+    Args:
+      tx: a transform, or any pair `(init, update)`. Its hyperparameters are Python numbers.
+      reference: the transform in float64 NumPy, on one array: `(g, *slots, step) -> (update,
+        *slots)`, where `step` is 1 for the first and slots are those that the state names by
+        `transform_state`, in their order. If it has an argument `p`, that is the parameter.
+      laws: names of `LAWS`; by default all of them. `set(LAWS) - {"prints"}` is all but one.
+      params: a tree of float32 arrays to try it on. Give one if the transform is made for certain
+        paths or shapes.
+
+    Raises:
+      AssertionError: a law is broken. The message names each that is, the leaf and the numbers.
+      ValueError: a name is not that of a law.
+
+    >>> import adamjax, numpy as np
+    >>> def reference(g, step):
+    ...     return (np.clip(g, -0.5, 0.5),)
+    >>> tx = adamjax.clip_by_value(0.5)
+    >>> adamjax.testing.check(tx, reference, ["follows_the_reference"])
+    >>> try:
+    ...     adamjax.testing.check(adamjax.scale(0.5), reference, ["follows_the_reference"])
+    ... except AssertionError as error:
+    ...     print(str(error)[:59])
+    scale(factor=0.5) breaks the law follows_the_reference (Upd
+    """
+    trial, broken = Trial(tx, params, reference), []
+    for name in LAWS if laws is None else laws:
+        try:
+            try_law(name, trial)
+        except AssertionError as error:
+            broken.append(error)
+    if len(broken) == 1:
+        raise broken[0]
+    if broken:
+        # The first that is broken has its traceback.
+        raise AssertionError("\n\n".join(map(str, broken))) from broken[0]

@@ -1,0 +1,500 @@
+"""Rules of a user's own, made of nothing but what is public: Lion, Adan, and one that coasts."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same
+
+import adamjax
+from adamjax import extend, testing
+
+
+def zeros(params):
+    """A new slot, in float32 at least."""
+
+    def make(p):
+        return extend.widen(jnp.zeros_like(p), extend.accumulator(p.dtype))
+
+    return extend.new_slots(params, make)
+
+
+def real_zeros(params):
+    """A new slot for the size of gradients."""
+    return extend.new_slots(params, lambda p: jnp.zeros_like(p, extend.accumulator(p.dtype)))
+
+
+def new_count():
+    return jnp.zeros((), jnp.int32)
+
+
+# --- Lion, arXiv:2302.06675 -----------------------------------------------------------------------
+
+
+@extend.transform_state("m")
+class LionState(NamedTuple):
+    count: Any
+    m: Any
+
+
+def lion_rule(c, g, m):
+    """Not a Recurrence: the update comes from the average before the step."""
+    ahead, behind = c
+    real = extend.accumulator(g.dtype, m.dtype)
+    m, wide = extend.widen(m, real), extend.widen(g, real)
+    return jnp.sign(ahead(m, wide)).astype(g.dtype), behind(m, wide)
+
+
+class lion(extend.Rule):
+    b1: extend.Number = 0.9
+    b2: extend.Number = 0.99
+    rows: extend.Rows = extend.static(default="dense", kw_only=True)
+
+    def __post_init__(self):
+        self.check_range("b1", extend.BETA)
+        self.check_range("b2", extend.BETA)
+
+    def init(self, params):
+        return LionState(new_count(), zeros(params))
+
+    def check_state(self, state):
+        extend.expect_state(self, state, LionState)
+        extend.expect_wide("lion", "m", state.m)
+
+    def update(self, updates, state, params=None, **extra_args):
+        self.check_state(state)
+
+        def scalars(real):
+            return extend.averaging(self.b1, real), extend.averaging(self.b2, real)
+
+        u, m = extend.lift("lion", lion_rule, scalars, updates, (state.m,), rows=self.rows)
+        return u, LionState(extend.next_count(state.count), m)
+
+
+def lion_reference(g, m, step, b1=0.9, b2=0.99):
+    return np.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
+
+
+# --- Adan, arXiv:2208.06677, algorithm 1, with the bias corrections of the authors' code ----------
+
+
+@extend.transform_state("m", "v", "n", "last")
+class AdanState(NamedTuple):
+    count: Any
+    m: Any  # averages of gradients
+    v: Any  # averages of their changes
+    n: Any  # averages of squared gradients, looked ahead
+    last: Any  # the gradients of the step before
+
+
+class AdanScalars(NamedTuple):
+    first: Any
+    second: Any
+    third: Any
+    ahead: Any
+    has_last: Any
+    c_m: Any
+    c_v: Any
+    c_n: Any
+    eps: Any
+
+    def times(self, factor):
+        return self._replace(c_m=factor * self.c_m, c_v=factor * self.c_v)
+
+
+def adan_moments(c, g, m, v, n, last):
+    change = c.has_last * (g - last)
+    return (
+        c.first(m, g),
+        c.second(v, change),
+        c.third(n, extend.square(g + c.ahead * change)),
+        g,
+    )
+
+
+def adan_direction(c, g, m, v, n, last):
+    return (c.c_m * m + c.c_v * v) / (extend.root(c.c_n * n) + c.eps)
+
+
+adan_rule = extend.Recurrence(adan_moments, adan_direction)
+
+
+class adan(extend.Rule):
+    """With `step`, so that a chain puts the learning rate into the rule's own scalars."""
+
+    b1: extend.Number = 0.98
+    b2: extend.Number = 0.92
+    b3: extend.Number = 0.99
+    eps: extend.Number = 1e-8
+    rows: extend.Rows = extend.static(default="dense", kw_only=True)
+
+    def __post_init__(self):
+        for name in ("b1", "b2", "b3"):
+            self.check_range(name, extend.BETA)
+        self.check_range("eps", extend.POSITIVE)
+
+    def init(self, params):
+        return AdanState(
+            new_count(), zeros(params), zeros(params), real_zeros(params), zeros(params)
+        )
+
+    def check_state(self, state):
+        extend.expect_state(self, state, AdanState)
+        for name in ("m", "v", "n", "last"):
+            extend.expect_wide("adan", name, getattr(state, name))
+
+    def step(self, grads, state, factors):
+        self.check_state(state)
+
+        def scalars(real):
+            t = extend.counted(state.count, real)
+            return AdanScalars(
+                first=extend.averaging(self.b1, real),
+                second=extend.averaging(self.b2, real),
+                third=extend.averaging(self.b3, real),
+                ahead=extend.scalar(self.b2, real),
+                has_last=(t > 1).astype(real),
+                c_m=1 / extend.correction(self.b1, t),
+                c_v=extend.scalar(self.b2, real) / extend.correction(self.b2, t),
+                c_n=1 / extend.correction(self.b3, t),
+                eps=extend.divisor(self.eps, real),
+            )
+
+        slots = (state.m, state.v, state.n, state.last)
+        u, *slots = extend.lift(
+            "adan", adan_rule, extend.times(scalars, factors), grads, slots, rows=self.rows
+        )
+        return u, AdanState(extend.next_count(state.count), *slots)
+
+
+def adan_reference(g, m, v, n, last, step, b1=0.98, b2=0.92, b3=0.99, eps=1e-8):
+    change = g - last if step > 1 else np.zeros_like(g)
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * change
+    n = b3 * n + (1 - b3) * (g + b2 * change) ** 2
+    top = m / (1 - b1**step) + b2 * v / (1 - b2**step)
+    return top / (np.sqrt(n / (1 - b3**step)) + eps), m, v, n, g
+
+
+# --- RMSprop with momentum, without bias corrections: a rule that exact_rows can follow -----------
+
+
+@extend.transform_state("mean", "energy")
+class RmsState(NamedTuple):
+    count: Any
+    mean: Any
+    energy: Any
+
+
+class RmsScalars(NamedTuple):
+    first: Any
+    second: Any
+    c_m: Any
+    eps: Any
+
+    def times(self, factor):
+        return self._replace(c_m=factor * self.c_m)
+
+
+def rms_moments(c, g, mean, energy):
+    return c.first(mean, g), c.second(energy, extend.square(g))
+
+
+def rms_direction(c, g, mean, energy):
+    return c.c_m * mean / (extend.root(energy) + c.eps)
+
+
+rms_rule = extend.Recurrence(rms_moments, rms_direction)
+
+
+class rms(extend.Rule):
+    b1: extend.Number = 0.8
+    b2: extend.Number = 0.99
+    eps: extend.Number = 1e-4
+    rows: extend.Rows = extend.static(default="dense", kw_only=True)
+
+    def __post_init__(self):
+        self.check_range("b1", extend.BETA)
+        self.check_range("b2", extend.BETA)
+        self.check_range("eps", extend.POSITIVE)
+
+    def init(self, params):
+        return RmsState(new_count(), zeros(params), real_zeros(params))
+
+    def check_state(self, state):
+        extend.expect_state(self, state, RmsState)
+        extend.expect_wide("rms", "mean", state.mean)
+        extend.expect_wide("rms", "energy", state.energy)
+
+    def step(self, grads, state, factors):
+        self.check_state(state)
+
+        def scalars(real):
+            return RmsScalars(
+                first=extend.averaging(self.b1, real),
+                second=extend.averaging(self.b2, real),
+                c_m=self.momentum_coefficient(state, real),
+                eps=extend.divisor(self.eps, real),
+            )
+
+        slots = (state.mean, state.energy)
+        u, *slots = extend.lift(
+            "rms", rms_rule, extend.times(scalars, factors), grads, slots, rows=self.rows
+        )
+        return u, RmsState(extend.next_count(state.count), *slots)
+
+    def coast(self):
+        return extend.Coast(
+            b1=self.b1,
+            shrink=math.sqrt(self.b2),
+            eps=self.eps,
+            momentum="mean",
+            size="energy",
+            decays=(("mean", self.b1), ("energy", self.b2)),
+        )
+
+    def momentum_coefficient(self, state, real):
+        return extend.scalar(1.0, real)
+
+
+def rms_reference(g, mean, energy, step, b1=0.8, b2=0.99, eps=1e-4):
+    mean = b1 * mean + (1 - b1) * g
+    energy = b2 * energy + (1 - b2) * g**2
+    return mean / (np.sqrt(energy) + eps), mean, energy
+
+
+# --- the laws -------------------------------------------------------------------------------------
+
+TRIALS = {
+    "lion": testing.Trial(lion(), reference=lion_reference),
+    "lion, lazy": testing.Trial(lion(0.8, rows="lazy")),
+    "adan": testing.Trial(adan(), reference=adan_reference),
+    "adan, lazy": testing.Trial(adan(rows="lazy")),
+    "rms": testing.Trial(rms(), reference=rms_reference),
+}
+
+
+@pytest.mark.parametrize("law", testing.LAWS)
+@pytest.mark.parametrize("name", TRIALS)
+def test_keeps_the_laws(name, law):
+    testing.try_law(law, TRIALS[name])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(lion(), optax.scale_by_lion()), (adan(b2=0.5), optax.scale_by_adan(b2=0.5))],
+    ids=["lion", "adan"],
+)
+def test_moves_as_with_optax(ours, theirs):
+    """Adan at b2 = 0.5: the paper looks ahead by the decay, optax by what that lacks to 1."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}
+    state, other = ours.init(params), theirs.init(params)
+    for _ in range(20):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        updates, state = ours.update(grads, state)
+        expected, other = theirs.update(grads, other)
+        assert_close(updates, expected, rtol=1e-5)
+
+
+# --- in a chain, and read -------------------------------------------------------------------------
+
+PARAMS = {"table": jnp.linspace(-1, 1, 24).reshape(8, 3), "gain": jnp.ones(2)}
+
+
+def row_grads(t):
+    rng, ids = np.random.default_rng(t), jnp.array([[t % 8, 5], [t % 8, (3 * t) % 8]])
+    values = jnp.asarray(rng.normal(size=(2, 2, 3)), jnp.float32)
+    gain = jnp.asarray(rng.normal(size=2), jnp.float32)
+    return {"table": adamjax.row_gradient(ids, values, 8), "gain": gain}
+
+
+@pytest.mark.parametrize("rule", [lion(), adan(), rms()], ids=["lion", "adan", "rms"])
+def test_a_chain_is_its_parts_in_turn(rule):
+    """Whether it puts the rate into the rule's factors or not."""
+    grads = {"table": PARAMS["table"] ** 2, "gain": jnp.array([0.5, -2.0])}
+    rate = adamjax.scale_by_learning_rate(adamjax.by_path([("gain", 0.5)], default=0.1))
+    tx = adamjax.chain(rule, rate)
+    state, states = tx.init(PARAMS), [rule.init(PARAMS), rate.init(PARAMS)]
+    for _ in range(3):
+        updates, state = tx.update(grads, state, PARAMS)
+        direction, states[0] = rule.update(grads, states[0], PARAMS)
+        expected, states[1] = rate.update(direction, states[1], PARAMS)
+        assert_close(updates, expected)
+        assert_close(state, tuple(states))
+
+
+def test_states_are_read_by_name():
+    for rule, names in ((lion(), ("m",)), (adan(), ("m", "v", "n", "last"))):
+        tx = adamjax.skip_not_finite(
+            adamjax.chain(adamjax.clip_by_norm(1.0), rule, adamjax.scale(-0.1))
+        )
+        state = tx.init(PARAMS)
+        assert adamjax.slot_names(state) == names
+        for _ in range(2):
+            _, state = tx.update(PARAMS, state, PARAMS)
+        assert adamjax.step_count(state) == 2
+        for name in names:
+            slot = adamjax.get_slot(state, name)
+            assert jax.tree.structure(slot) == jax.tree.structure(PARAMS)
+            assert np.all(slot["gain"] != 0) or name == "v"  # the gradients do not change
+    bucketed = adamjax.grouped(lion()).init(PARAMS)
+    assert_same(adamjax.get_slot(bucketed, "m"), jax.tree.map(jnp.zeros_like, PARAMS))
+
+
+# --- a rule that says nothing wrong ---------------------------------------------------------------
+
+
+class doubled_adam(adamjax.scale_by_adam):
+    """A rule of ours with another `update`, which is newer than the `step` that it has."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates, state = super().update(updates, state, params)
+        return jax.tree.map(lambda u: 2 * u, updates), state
+
+
+class clamped(adamjax.scale):
+    """A scaling of ours with another `update`."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates, state = super().update(updates, state, params)
+        return jax.tree.map(lambda u: jnp.clip(u, -1, 1), updates), state
+
+
+def test_an_update_of_a_subclass_counts_in_a_chain_too():
+    grads = jnp.array([4.0, -0.5])
+    for tx, expected in (
+        (adamjax.chain(doubled_adam(eps=1e-9), adamjax.scale(-1.0)), [-2.0, 2.0]),
+        (adamjax.chain(clamped(3.0), adamjax.scale(-1.0)), [-1.0, 1.0]),
+        (adamjax.chain(adamjax.scale_by_adam(eps=1e-9), clamped(0.5)), [0.5, -0.5]),
+        (adamjax.chain(adamjax.scale_by_adam(eps=1e-9), clamped(3.0)), [1.0, -1.0]),
+    ):
+        np.testing.assert_allclose(tx.update(grads, tx.init(grads), grads)[0], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"exact_rows: clamped.*not affine"):
+        adamjax.exact_rows(adamjax.chain(adamjax.scale_by_adam(), clamped(3.0)), "w")
+
+
+def test_a_rule_without_update_or_step_says_so():
+    class nothing(extend.Rule):
+        def init(self, params):
+            return ()
+
+    with pytest.raises(NotImplementedError, match="nothing has neither update nor step"):
+        nothing().update(jnp.ones(2), ())
+    tx = adamjax.chain(nothing(), adamjax.scale(1.0))
+    with pytest.raises(NotImplementedError, match="nothing has neither update nor step"):
+        tx.update(jnp.ones(2), tx.init(None))
+
+
+# --- exact_rows -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [lion(), adan()], ids=["lion", "adan"])
+def test_exact_rows_refuses_what_does_not_say_how_rows_move(rule):
+    text = rf"exact_rows: {type(rule).__name__}\(.*\) cannot be .*: it does not say how a row"
+    with pytest.raises(ValueError, match=text):
+        adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
+
+
+@pytest.mark.parametrize("history", [None, 128])
+def test_exact_rows_follows_a_rule_that_coasts(history):
+    """With decay, a changing rate and an average: as with the dense gradients."""
+    dense = adamjax.chain(
+        adamjax.clip_by_global_norm(5.0),
+        rms(),
+        adamjax.add_decayed_weights(0.1),
+        adamjax.scale_by_learning_rate(adamjax.exponential_decay(0.1, 10, 0.5)),
+        adamjax.weight_ema(0.9),
+    )
+    exact = adamjax.exact_rows(dense, "table", history=history)
+    params, expected = PARAMS, PARAMS
+    state, expected_state = exact.init(PARAMS), dense.init(PARAMS)
+    steps = [jax.jit(testing.Trial(tx).step) for tx in (exact, dense)]
+    for t in range(60):
+        grads = row_grads(t)
+        params, state, _ = steps[0](params, state, grads)
+        grads["table"] = grads["table"].to_dense()
+        expected, expected_state, _ = steps[1](expected, expected_state, grads)
+    rows = exact.lookup(params, state, "table", jnp.arange(8))
+    assert_close(rows, expected["table"], rtol=1e-5)
+    assert np.any(params["table"] != rows)  # some lag behind
+    params, state = exact.flush(params, state)
+    assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
+    assert adamjax.slot_names(state) == ("mean", "energy")
+
+
+@extend.transform_state("average", "energy")
+class AverageState(NamedTuple):
+    count: Any
+    average: Any
+    energy: Any
+
+
+class average_rms(rms):
+    """The same with a slot that has the name of `weight_ema`'s."""
+
+    def init(self, params):
+        return AverageState(*super().init(params))
+
+    def step(self, grads, state, factors):
+        updates, state = super().step(grads, RmsState(*state), factors)
+        return updates, AverageState(*state)
+
+    def coast(self):
+        decays = (("average", self.b1), ("energy", self.b2))
+        return super().coast()._replace(momentum="average", decays=decays)
+
+    def check_state(self, state):
+        extend.expect_state(self, state, AverageState | RmsState)
+
+
+def test_a_slot_of_a_rule_may_have_the_name_of_another_but_not_beside_it():
+    dense = adamjax.chain(average_rms(), adamjax.scale(-0.1))
+    exact = adamjax.exact_rows(dense, "table")
+    params, state = PARAMS, exact.init(PARAMS)
+    expected, expected_state = PARAMS, dense.init(PARAMS)
+    for t in range(6):
+        grads = row_grads(t)
+        params, state, _ = testing.Trial(exact).step(params, state, grads)
+        grads["table"] = grads["table"].to_dense()
+        expected, expected_state, _ = testing.Trial(dense).step(expected, expected_state, grads)
+    params, state = exact.flush(params, state)
+    assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
+
+    both = adamjax.exact_rows(adamjax.chain(dense, adamjax.weight_ema(0.9)), "table")
+    with pytest.raises(ValueError, match=r"exact_rows: .*'table'.*several are called 'average'"):
+        both.init(PARAMS)
+
+
+class rms_of_nothing(rms):
+    def coast(self):
+        return super().coast()._replace(momentum="m")
+
+
+class undeclared(rms):
+    def init(self, params):
+        return super().init(params)._asdict()
+
+
+def test_exact_rows_refuses_a_coast_of_slots_that_are_not_there():
+    for rule, text in (
+        (rms_of_nothing(), r"coasts by the slots \['energy', 'm', 'mean'\].*has.*'energy', 'mean'"),
+        (undeclared(), r"undeclared.*has the slots \[\].*transform_state"),
+    ):
+        exact = adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
+        with pytest.raises(ValueError, match=f"exact_rows: .*{text}"):
+            exact.init(PARAMS)
+
+
+# --- what is public -------------------------------------------------------------------------------
+
+
+def test_every_name_is_described():
+    """Each has its line in the module's docstring."""
+    assert adamjax.extend is extend
+    for name in extend.__all__:
+        assert f"`{name}`" in extend.__doc__, name

@@ -1,0 +1,425 @@
+"""Every law finds what breaks it, and names the leaf and the numbers."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import is_none
+
+import adamjax
+from adamjax import extend, testing
+
+
+class sound(extend.Stateless):
+    """Doubles gradients; what is broken below is a part of this."""
+
+    factor: extend.Number = 2.0
+    keeps_zero = True
+    groupable = True
+
+    def update(self, updates, state, params=None, **extra_args):
+        extend.expect_empty(self, state)
+
+        def scalars(real):
+            return extend.scalar(self.factor, real)
+
+        return extend.lift("sound", _doubled, scalars, updates, like=params)[0], state
+
+
+def _doubled(factor, g):
+    return ((factor * extend.widen(g, factor.dtype)).astype(g.dtype),)
+
+
+class by_leaf(sound):
+    """A function of each leaf as it is, `None` and row gradients left out."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        def one(g):
+            is_rows = isinstance(g, adamjax.RowGradient)
+            return g if is_rows or extend.is_left_alone(g) else self.of(g)
+
+        return jax.tree.map(one, updates, is_leaf=lambda x: hasattr(x, "num_rows")), state
+
+    def of(self, g):
+        raise NotImplementedError
+
+
+class with_state(sound):
+    """Keeps the sum of the gradients."""
+
+    def init(self, params):
+        return {"total": jax.tree.map(jnp.zeros_like, params)}
+
+    def update(self, updates, state, params=None, **extra_args):
+        return updates, {"total": jax.tree.map(jnp.add, state["total"], updates)}
+
+
+# --- what is broken -------------------------------------------------------------------------------
+
+
+class mutating(with_state):
+    def update(self, updates, state, params=None, **extra_args):
+        state["total"] = jax.tree.map(jnp.add, state["total"], updates)
+        return updates, state
+
+
+class counting(sound):
+    """Keeps in the class how often it was called."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        counting.calls = getattr(counting, "calls", 0) + 1
+        return jax.tree.map(lambda g: g / counting.calls, updates), state
+
+
+class drifting(with_state):
+    """Widened at the first step, where the dtype is narrow."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        def total(m, g):
+            return np.float32(0.9) * m + g
+
+        return updates, {"total": jax.tree.map(total, state["total"], updates)}
+
+
+class widening(by_leaf):
+    def of(self, g):
+        return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+
+class promoting(by_leaf):
+    def of(self, g):
+        return (g * np.float32(2.0)).astype(g.dtype)
+
+
+class branching(by_leaf):
+    """Asks for the value of an array."""
+
+    def of(self, g):
+        return g if g.size == 0 or jnp.all(jnp.isfinite(g)) else jnp.zeros_like(g)
+
+
+class holding_params(sound):
+    """Keeps the parameters' own arrays, which are then donated twice."""
+
+    def init(self, params):
+        return params
+
+    def update(self, updates, state, params=None, **extra_args):
+        return updates, state
+
+
+class in_float32(by_leaf):
+    """Rounds float64 to float32."""
+
+    def of(self, g):
+        return (g.astype(jnp.float32) * 2 if g.dtype == jnp.float64 else g * 2).astype(jnp.float32)
+
+
+class in_low_precision(by_leaf):
+    def of(self, g):
+        return 3 * jax.lax.optimization_barrier(g / 3)
+
+
+class calling_back(by_leaf):
+    def of(self, g):
+        return jax.pure_callback(
+            lambda x: np.asarray(2 * x), jax.ShapeDtypeStruct(g.shape, g.dtype), g
+        )
+
+
+class branching_on_a_hyperparameter(by_leaf):
+    def of(self, g):
+        return g if self.factor > 1 else -g
+
+
+class forgetting_none(with_state):
+    """Loses what it kept of a leaf without a gradient."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        def total(g, m):
+            return None if g is None else m + g
+
+        return updates, {"total": jax.tree.map(total, updates, state["total"], is_leaf=is_none)}
+
+
+class moving_integers(sound):
+    def update(self, updates, state, params=None, **extra_args):
+        def one(g):
+            return g + 1 if g.dtype == jnp.int32 else g
+
+        return jax.tree.map(one, updates), state
+
+
+class dividing_by_the_largest(by_leaf):
+    """An empty array has none."""
+
+    def of(self, g):
+        return g / jnp.max(jnp.abs(g))
+
+
+class first_leaf(sound):
+    def update(self, updates, state, params=None, **extra_args):
+        size = jnp.abs(jnp.ravel(jax.tree.leaves(updates)[0])[0])
+        return jax.tree.map(lambda g: g / size, updates), state
+
+
+class shape_blind(by_leaf):
+    def of(self, g):
+        return 2 * g
+
+
+class adding(by_leaf):
+    def of(self, g):
+        return g + 1
+
+
+class adding_to_rows(sound):
+    """Gives a gradient to what has none; `lift` trusts that it does not."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        rule = extend.lift("adding_to_rows", _shifted, extend.no_scalars, updates)
+        return rule[0], state
+
+
+def _shifted(_, g):
+    return (g + 1,)
+
+
+class by_norm(by_leaf):
+    def of(self, g):
+        return g / jnp.sqrt(jnp.sum(jnp.square(g)))
+
+
+class rows_blind(sound):
+    """`jax.tree.map`, which goes into row gradients."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g: 2 * g, updates), state
+
+
+class coasting_too_far(adamjax.scale_by_adam):
+    def coast(self):
+        return super().coast()._replace(b1=0.5)
+
+
+class not_affine(sound):
+    """Says that it does nothing, as `identity` does."""
+
+    def affine(self, state, params, leaf, real):
+        return 1, 0
+
+
+class holding_a_function(sound):
+    function: Any = extend.static(default=None)
+
+
+class unequal(sound):
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class without_repr(sound):
+    def __repr__(self):
+        return "<a transform>"
+
+
+class decaying(sound):
+    """Adds decay with the wrong sign."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g, p: g - 0.1 * p, updates, params), state
+
+
+def decay_reference(g, p, step):
+    return (g + 0.1 * p,)
+
+
+def doubled_reference(g, step):
+    return (2 * g,)
+
+
+class _Pair(NamedTuple):
+    init: Any
+    update: Any
+
+
+# For each law a transform that breaks it, and what the error says of the leaf and the numbers.
+BROKEN = {
+    "is_pure": (mutating(), r"update has changed the state that it was given"),
+    "state_keeps_its_form": (
+        drifting(),
+        r"state\['total'\]\['half'\] is float32\[2\], expected float16\[2\]",
+    ),
+    "updates_have_the_gradients_dtype": (
+        widening(),
+        r"updates\['layer'\]\['bias'\] is float32\[3\], expected bfloat16\[3\]",
+    ),
+    "strict_promotion": (promoting(), r"TypePromotionError: .*bfloat16"),
+    "jit_changes_nothing": (branching(), r"TracerBoolConversionError"),
+    "one_trace_and_donation": (holding_params(), r"donate the same buffer twice"),
+    "float64_is_kept": (
+        in_float32(),
+        r"updates\['gain'\] is float32\[\], expected float64\[\]",
+    ),
+    "low_precision_updates_are_the_float32_twins_rounded_once": (
+        in_low_precision(),
+        r"in bfloat16, updates\['.*'\]\[.*\] is -?0\.\d+, expected -?0\.\d+",
+    ),
+    "vmap_over_weights_is_a_loop": (calling_back(), r"NotImplementedError: .*vmap"),
+    "jit_argument": (branching_on_a_hyperparameter(), r"TracerBoolConversionError"),
+    "vmap_hyperparameters": (branching_on_a_hyperparameter(), r"TracerBoolConversionError"),
+    "a_none_gradient_skips_its_leaf": (
+        forgetting_none(),
+        r"state\['total'\]\['gain'\] is None, expected float32\[\]",
+    ),
+    "integers_and_bools_are_left_alone": (
+        moving_integers(),
+        r"updates\['count'\] is \[1 1\], expected zeros",
+    ),
+    "mixed_trees_keep_shapes_and_dtypes": (dividing_by_the_largest(), r"ValueError: zero-size"),
+    "empty_trees": (first_leaf(), r"IndexError"),
+    "refuses_gradients_that_do_not_fit": (
+        shape_blind(),
+        r"grads\['layer/bias'\] that is a scalar is not refused",
+    ),
+    "refuses_a_state_that_does_not_fit": (
+        with_state(),
+        r"state\['total'\]\['gain'\] that is replicated is not refused",
+    ),
+    "zeros_are_kept_where_it_says_so": (
+        adding(),
+        r"updates\['layer'\]\['bias'\]\[0\] is 1\.0, expected 0\.0",
+    ),
+    "grouped_is_the_same_where_it_says_so": (
+        by_norm(),
+        r"updates of grouped\['gain'\] is -?0\.\d+, expected -?1\.0",
+    ),
+    "row_gradients_mean_their_rows": (rows_blind(), r"computed with the leaves of a row gradient"),
+    "exact_rows_is_dense_or_refuses": (
+        coasting_too_far(),
+        r"params of exact_rows\(.*\), after 6 steps, .*\['layer'\]\['bias'\]\[\d\] is .*expected",
+    ),
+    "is_data": (_Pair(*sound()), r"it is a _Pair, expected an adamjax.Transform"),
+    "pickles": (holding_a_function(function=lambda x: x), r"[Pp]ickl"),
+    "equals": (unequal(), r"it does not equal its copy"),
+    "prints": (without_repr(), r"SyntaxError"),
+    "follows_the_reference": (
+        decaying(),
+        r"in float32, at step 1, updates\['gain'\] is -?\d\.\d+, expected -?\d\.\d+",
+    ),
+}
+
+
+def broken_laws(tx, reference=None, laws=None):
+    """The laws that `check` finds broken, with what it says of each."""
+    try:
+        testing.check(tx, reference, laws)
+    except AssertionError as error:
+        found = re.split(r"(?:^|\n\n).*? breaks the law (\w+) \(", str(error))[1:]
+        return dict(zip(found[::2], found[1::2], strict=True))
+    return {}
+
+
+def test_a_sound_transform_keeps_every_law():
+    assert broken_laws(sound(), doubled_reference) == {}
+
+
+@pytest.mark.parametrize("law", testing.LAWS)
+def test_every_law_can_be_broken(law):
+    tx, text = BROKEN[law]
+    reference = decay_reference if law == "follows_the_reference" else None
+    with pytest.raises(AssertionError) as caught:
+        testing.check(tx, reference, [law])
+    assert str(caught.value).startswith(f"{tx!r} breaks the law {law} ({testing.LAWS[law]}): ")
+    assert re.search(text, str(caught.value)), str(caught.value)
+
+
+def test_a_count_of_calls_is_no_pure_function():
+    said = broken_laws(counting(), laws=["is_pure"])["is_pure"]
+    assert re.search(r"updates of the same arguments\['gain'\] is .*, expected ", said)
+
+
+def test_what_a_transform_says_of_itself_is_tried_in_exact_rows():
+    """Behind a rule, where it is said to be affine; in front, that it keeps zeros."""
+    law = "exact_rows_is_dense_or_refuses"
+    for tx in (not_affine(), adding_to_rows()):
+        assert "after 6 steps" in broken_laws(tx, laws=[law])[law]
+
+
+# A fault, and all laws that it breaks: no others are named.
+FAULTS = {
+    adding_to_rows: {
+        "refuses_gradients_that_do_not_fit",
+        "zeros_are_kept_where_it_says_so",
+        "row_gradients_mean_their_rows",
+        "exact_rows_is_dense_or_refuses",
+    },
+    rows_blind: {
+        "row_gradients_mean_their_rows",
+        "integers_and_bools_are_left_alone",
+        "mixed_trees_keep_shapes_and_dtypes",
+        "refuses_gradients_that_do_not_fit",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_all_broken_laws_are_named(kind):
+    assert set(broken_laws(kind())) == FAULTS[kind]
+
+
+def test_params_and_laws_may_be_given():
+    """Of a transform that is made for certain paths."""
+    tx = adamjax.masked(adamjax.clip_by_norm(0.5), "^encoder/.*kernel$")
+    params = {"encoder": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, "head": jnp.ones(3)}
+    with pytest.raises(AssertionError, match=r"breaks the law is_pure .*matches no leaf"):
+        testing.check(tx, laws=["is_pure"])
+    laws = set(testing.LAWS) - {"exact_rows_is_dense_or_refuses"}
+    testing.check(tx, laws=laws, params=params)
+
+
+def test_a_pair_of_optax_may_be_tried():
+    testing.check(
+        optax.clip(0.5), lambda g, step: (np.clip(g, -0.5, 0.5),), ["follows_the_reference"]
+    )
+
+
+def test_a_law_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="there is no law 'is_fast'; the laws are"):
+        testing.check(sound(), laws=["is_fast"])
+
+
+def test_a_reference_that_does_not_fit_is_named():
+    for reference, text in (
+        (lambda g, step: g, "the reference returned a ndarray, expected a tuple of the update"),
+        (lambda g, step: (g, g), "returned 2 arrays, expected a tuple of the update"),
+    ):
+        said = broken_laws(sound(), reference, ["follows_the_reference"])
+        assert text in said["follows_the_reference"]
+
+
+def test_slots_are_compared_with_the_reference():
+    def reference(g, m, v, step):
+        return (g, 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2)
+
+    said = broken_laws(adamjax.scale_by_adam(b2=0.999), reference, ["follows_the_reference"])
+    assert "in float32, at step 1, updates['gain']" in said["follows_the_reference"]
+
+    def wrong_slots(g, m, v, step):
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        u = np.sqrt(1 - 0.999**step) / (1 - 0.9**step) * m / (np.sqrt(v / 10) + 1e-7)
+        return u, m, v
+
+    said = broken_laws(adamjax.scale_by_adam(), wrong_slots, ["follows_the_reference"])
+    assert re.search(r"at step 1, v\['gain'\] is ", said["follows_the_reference"])
+
+
+def test_laws_are_listed_with_a_sentence_each():
+    for name, sentence in testing.LAWS.items():
+        assert re.fullmatch(r"[A-Z].*\.", sentence), name
+    assert set(BROKEN) == set(testing.LAWS)
+    assert adamjax.testing is testing
