@@ -124,7 +124,9 @@ class chain(Transform):
             else:
                 updates = cast(updates, wide)
                 updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-        return cast(updates, dtypes), tuple(states)
+        if not self.has_wide_updates:
+            updates = cast(updates, dtypes)
+        return updates, tuple(states)
 
     only_routes = True
 

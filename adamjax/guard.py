@@ -32,11 +32,15 @@ __all__ = [
 ]
 
 
-def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any) -> Step:
+def _conditional(
+    due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any, wide: bool
+) -> Step:
     """`step(grads)` where `due`, else zero updates and the state as it is.
 
-    Branches of a `cond` must agree in everything, so the step's updates are taken to the
-    gradients' dtypes, and it sees `None` for float0, which no branch can return.
+    The step sees `None` for float0, which no branch of a `cond` can return.
+
+    Args:
+      wide: whether updates stay wider than the gradients; else they are cast to their dtypes.
     """
     leaves, treedef = flatten(grads)
     passed = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
@@ -51,7 +55,11 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
     def taken() -> Step:
         updates, new_state = step(alive)
         # Seals that come out of a `cond` would be traced, and have to be compared.
-        return _each_leaf(lambda g, u: unsealed(u.astype(g.dtype)), alive, updates), new_state
+
+        def result(g: Any, u: Any) -> Any:
+            return unsealed(u if wide else u.astype(g.dtype))
+
+        return _each_leaf(result, alive, updates), new_state
 
     def rested() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
@@ -256,7 +264,9 @@ class accumulate_gradients(Transform):
             rest = jax.tree.map(emptied, alive, total, is_leaf=is_leaf)
             return updates, (rest, inner)
 
-        updates, (total, inner) = _conditional(due, step, updates, (total, state.inner))
+        updates, (total, inner) = _conditional(
+            due, step, updates, (total, state.inner), self.has_wide_updates
+        )
         return updates, AccumulateGradientsState(jnp.where(due, 0, count), total, inner)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
@@ -320,7 +330,7 @@ class skip_not_finite(Transform):
         def step(alive: Tree) -> Step:
             return self.tx.update(alive, state.inner, params, **extra_args)
 
-        updates, inner = _conditional(finite, step, updates, state.inner)
+        updates, inner = _conditional(finite, step, updates, state.inner, self.has_wide_updates)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))
         return updates, SkipNotFiniteState(skipped, inner)
 

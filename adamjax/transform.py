@@ -181,6 +181,11 @@ class Transform(Data, _Pair):
         return any(part.must_be_last for part in self.parts)
 
     @property
+    def has_wide_updates(self) -> bool:
+        """Whether updates may be wider than the gradients, and must not be rounded to these."""
+        return any(part.has_wide_updates for part in self.parts)
+
+    @property
     def has_foreign(self) -> bool:
         """Whether a transform from elsewhere is a part of this, at any depth.
 

@@ -14,6 +14,8 @@ from adamjax.exact.state import Columns, Past
 from adamjax.exact.step import read_rows
 from adamjax.exact.tables import Batch
 from adamjax.exact.ticket import Ticket
+from adamjax.leaves import dtype_of
+from adamjax.paths import flatten
 
 __all__ = ["gradient_of"]
 
@@ -38,6 +40,8 @@ def gradient_of(
     def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
         batches: dict[int, Batch] = {}
         state_of: dict[int, tuple[Columns, Past]] = {}
+        # `master_weights` reads rows from float32 tables; the loss gets the parameters' dtype.
+        dtypes = [None if p is None else dtype_of(p) for p in flatten(params)[0]]
         bounds = bind()
         for bound in bounds:
             for table in bound.tables:
@@ -54,6 +58,7 @@ def gradient_of(
             if tables:
                 leaves = [t.leaf for t in tables]
                 read, places, one = read_rows(bound, tables, [indices[i] for i in leaves])
+                read = [x.astype(dtypes[i]) for i, x in zip(leaves, read, strict=True)]
                 rows |= dict(zip(leaves, read, strict=True))
                 searched |= dict(zip(leaves, places, strict=True))
                 ticket = ticket.with_rows_of(one)
@@ -61,7 +66,7 @@ def gradient_of(
         def look(state_of: Any, leaf: int, ids: Any) -> chex.Array:
             batch, (columns, past) = batches[leaf], state_of[leaf]
             ids = None if ids is None else ids.reshape(-1)
-            now = caught_up(batch, past, [columns], [ids]).now
+            now = caught_up(batch, past, [columns], [ids]).now.astype(dtypes[leaf])
             return now if ids is None else or_zeros(now, ids, batch.tables[0])
 
         dense = {leaf: look(state_of, leaf, None) for leaf in reads.dense}

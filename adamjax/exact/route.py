@@ -8,6 +8,7 @@ from adamjax.average import weight_ema
 from adamjax.data import Tree, static
 from adamjax.grouping import grouped
 from adamjax.guard import accumulate_gradients, skip_not_finite
+from adamjax.master import master_weights
 from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
@@ -65,7 +66,7 @@ def check_route(route: list[Transform], around: tuple[type[Transform], ...]) -> 
     rule: Transform | None = None
     average: Transform | None = None
     for tx in route:
-        if isinstance(tx, (skip_not_finite, accumulate_gradients, *around)):
+        if isinstance(tx, (skip_not_finite, accumulate_gradients, master_weights, *around)):
             name = type(tx).__name__
             raise refused(tx, f"put it around the whole: {name}(exact_rows(...))")
         if isinstance(tx, sum_over):
