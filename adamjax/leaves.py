@@ -15,8 +15,8 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rounding import is_narrow, rounding_keys, write_slots
-from adamjax.rows import RowGradient, RowMoves, applied, check_sound, sealed, unsealed
+from adamjax.rounding import is_narrow, rounding_keys
+from adamjax.rows import RowGradient, RowMoves, applied, check_sound, run_rule, sealed, unsealed
 
 __all__ = [
     "Rows",
@@ -352,8 +352,7 @@ def _each(
             return tuple(unsealed(x) for x in rule(c, g, *arrays, **keyed))
         if isinstance(g, RowGradient):
             return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key)
-        u, *new = rule(c, g, *arrays)
-        return u, *write_slots(new, arrays[:slots], key)
+        return run_rule(rule, c, g, arrays[:slots], arrays[slots:], key)
 
     return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
 

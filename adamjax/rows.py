@@ -22,7 +22,7 @@ from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
-from adamjax.rounding import write_slots
+from adamjax.rounding import is_narrow, write_slots
 from adamjax.search import distinct
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "integers",
     "parts",
     "row_gradient",
+    "run_rule",
     "sealed",
     "summed",
     "summed_of_each",
@@ -558,14 +559,51 @@ class Recurrence:
     direction: Callable[..., chex.Array]
 
     def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
+        return self.stored(c, g, slots)
+
+    def stored(
+        self,
+        c: Any,
+        g: chex.Array,
+        slots: Sequence[chex.Array],
+        key: Any = None,
+        rows: Any = None,
+    ) -> tuple[chex.Array, ...]:
+        """The update, and the new slots in the dtypes of the old ones.
+
+        Args:
+          key, rows: how narrow slots are rounded, as for `write_slot`.
+        """
         wide, new = self.moved(c, g, *slots)
-        return self.direction(c, wide, *new).astype(g.dtype), *new
+        stored = write_slots(new, slots, key, rows)
+        # The update comes from narrow slots as they are stored. From unrounded ones, XLA would
+        # compute it anew from the old slots, and copy these before it overwrites them.
+        seen = [
+            x.astype(n.dtype) if is_narrow(x.dtype) else n for x, n in zip(stored, new, strict=True)
+        ]
+        return self.direction(c, wide, *seen).astype(g.dtype), *stored
 
     def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
         """The gradient and the new slots, not rounded yet."""
         real = accumulator(g.dtype, slots[-1].dtype)
         wide = widen(g, real)
         return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
+
+
+def run_rule(
+    rule: Callable[..., Any],
+    c: Any,
+    g: chex.Array,
+    slots: Sequence[chex.Array],
+    reads: Sequence[chex.Array] = (),
+    key: Any = None,
+    rows: Any = None,
+) -> tuple[chex.Array, ...]:
+    """The update of an array by a rule, and its slots in the dtypes in which they are stored."""
+    if isinstance(rule, Recurrence):
+        return rule.stored(c, g, slots, key, rows)
+    u, *new = rule(c, g, *slots, *reads)
+    return u, *write_slots(new, slots, key, rows)
 
 
 def applied(
@@ -588,13 +626,14 @@ def applied(
     if not slots and not reads:
         return (g.map(lambda x: rule(c, x)[0]),)
     if lazy and g.rest is not None:
-        u, *new = rule(c, g.to_dense(), *slots, *reads)
-        return u, *write_slots(new, slots, key)
+        return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
-        here = [taken(x, indices, mode="fill", fill_value=0) for x in (*tables, *reads)]
-        u, *new = rule(c, values, *here)
-        new = write_slots(new, tables, key, indices)
+        here, seen = (
+            [taken(x, indices, mode="fill", fill_value=0) for x in arrays]
+            for arrays in (tables, reads)
+        )
+        u, *new = run_rule(rule, c, values, here, seen, key, indices)
         return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
@@ -637,10 +676,10 @@ def _others(
     if isinstance(rule, Recurrence):
         wide, new = rule.moved(c, others, *slots)
         held = kept(new)
-        if all(x.dtype == n.dtype for x, n in zip(held, new, strict=True)):
+        if all(x.dtype == n.dtype or is_narrow(x.dtype) for x, n in zip(held, new, strict=True)):
             # From what is kept, not from what it was before: else XLA, which does not know in
             # which order the two are wanted, would copy every slot (4 times the time).
-            new = held
+            new = [x.astype(n.dtype) for x, n in zip(held, new, strict=True)]
         u = rule.direction(c, wide, *new).astype(g.dtype)
     else:
         u, *new = rule(c, others, *slots, *reads)
