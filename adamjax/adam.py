@@ -24,6 +24,7 @@ from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
+    Recurrence,
     accumulator,
     averaging,
     complement,
@@ -39,7 +40,6 @@ from adamjax.moments import (
     widened,
 )
 from adamjax.rounding import is_narrow
-from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
 __all__ = [
@@ -154,11 +154,8 @@ def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.
     return top / (root(v) + c.c_eps)
 
 
-def _moments_and_max(
-    c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
-) -> tuple[chex.Array, chex.Array, chex.Array]:
-    m, v = _moments(c, g, m, v)
-    return m, v, jnp.maximum(v_max, v)
+def _maximum(c: _Scalars, v_max: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+    return jnp.maximum(v_max, v)
 
 
 def _quotient_by_max(
@@ -168,7 +165,7 @@ def _quotient_by_max(
 
 
 _adam = Recurrence(_moments, _quotient)
-_amsgrad = Recurrence(_moments_and_max, _quotient_by_max)
+_amsgrad = Recurrence(_moments, _quotient_by_max, last=_maximum)
 
 
 def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:

@@ -112,12 +112,18 @@ class chain(Transform):
                 # An average of weights is of those that the rounded updates will lead to.
                 updates = cast(updates, dtypes)
                 updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-            elif isinstance(tx, Scaling):
+            elif isinstance(tx, Scaling) and tx.has_factors:
                 # Factors are taken from the updates as they are: widened for both, narrow
                 # gradients would be kept in the wide dtype from the norm to the product.
                 factors, states[i] = tx.factors(updates, state[i])
                 updates = tx.scaled(factors, cast(updates, wide), params)
-            elif isinstance(tx, Rule) and isinstance(behind, Scaling) and not behind.reads_updates:
+            elif (
+                isinstance(tx, Rule)
+                and tx.has_step
+                and isinstance(behind, Scaling)
+                and behind.has_factors
+                and not behind.reads_updates
+            ):
                 factors, states[i + 1] = behind.factors(updates, state[i + 1])
                 updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
                 joined = True

@@ -1,6 +1,8 @@
 """Arithmetic on one array: averages, bias correction, a root that can be differentiated at 0."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -9,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
-from adamjax.rounding import write_slot
+from adamjax.rounding import is_narrow, write_slot
 
 __all__ = [
     "Average",
+    "Recurrence",
     "accumulator",
     "as_count",
     "averaging",
@@ -177,6 +180,62 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     # Not worth its two operations where a thousand steps of it do not make up one rounding.
     negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
     return Average(weight, None if negligible else rest, True if b < 0.5 else None)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
+
+    Its functions see arrays of the accumulator dtype.
+
+    Attributes:
+      moments: `(c, g, *slots) -> new_slots`; with `last` without the last slot in both.
+      direction: `(c, g, *new_slots) -> u`.
+      last: `(c, last_slot, *new_slots) -> new_last_slot`, where the last slot is computed from the
+        others as they are stored, as AMSGrad's v_max is.
+    """
+
+    moments: Callable[..., tuple[chex.Array, ...]]
+    direction: Callable[..., chex.Array]
+    last: Callable[..., chex.Array] | None = None
+
+    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
+        return self.stored(c, g, slots)
+
+    def stored(
+        self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any = None, rows: Any = None
+    ) -> tuple[chex.Array, ...]:
+        """The update in the gradient's dtype, and the new slots in the dtypes of the old ones.
+
+        Args:
+          key, rows: how narrow slots are rounded, as for `write_slot`.
+        """
+        wide, stored, seen = self.advanced(c, g, slots, key, rows)
+        return self.direction(c, wide, *seen).astype(g.dtype), *stored
+
+    def advanced(
+        self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any, rows: Any = None
+    ) -> tuple[chex.Array, list[chex.Array], list[chex.Array]]:
+        """The widened gradient, the new slots as they are stored, and as `direction` sees them.
+
+        It sees narrow slots as they are stored. From unrounded ones, XLA would compute the update
+        anew from the old slots, and copy these before it overwrites them.
+        """
+        real = accumulator(g.dtype, slots[-1].dtype)
+        wide, old = widen(g, real), [widen(x, real) for x in slots]
+        stored: list[chex.Array] = []
+        seen: list[chex.Array] = []
+
+        def add(new: chex.Array) -> None:
+            number = len(stored)
+            stored.append(write_slot(new, slots[number].dtype, key, number, rows))
+            seen.append(stored[-1].astype(new.dtype) if is_narrow(stored[-1].dtype) else new)
+
+        for new in self.moments(c, wide, *(old if self.last is None else old[:-1])):
+            add(new)
+        if self.last is not None:
+            add(self.last(c, old[-1], *seen))
+        return wide, stored, seen
 
 
 def correction(b: Number, t: chex.Array) -> chex.Array:

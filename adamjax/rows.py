@@ -21,12 +21,11 @@ from adamjax._compat import experimental
 from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
 from adamjax.rounding import is_narrow, write_slots
 from adamjax.search import distinct
 
 __all__ = [
-    "Recurrence",
     "RowGradient",
     "RowMoves",
     "applied",
@@ -546,50 +545,6 @@ def each_array(function: Callable[[chex.Array], chex.Array], x: Any) -> Any:
     return x.map(function) if isinstance(x, RowGradient) else function(x)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recurrence:
-    """A rule `(c, g, *slots) -> (u, *slots)` whose update comes from what its slots become.
-
-    Attributes:
-      moments: `(c, g, *slots) -> slots`.
-      direction: `(c, g, *new_slots) -> u`. Both see arrays of the accumulator dtype.
-    """
-
-    moments: Callable[..., tuple[chex.Array, ...]]
-    direction: Callable[..., chex.Array]
-
-    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
-        return self.stored(c, g, slots)
-
-    def stored(
-        self,
-        c: Any,
-        g: chex.Array,
-        slots: Sequence[chex.Array],
-        key: Any = None,
-        rows: Any = None,
-    ) -> tuple[chex.Array, ...]:
-        """The update, and the new slots in the dtypes of the old ones.
-
-        Args:
-          key, rows: how narrow slots are rounded, as for `write_slot`.
-        """
-        wide, new = self.moved(c, g, *slots)
-        stored = write_slots(new, slots, key, rows)
-        # The update comes from narrow slots as they are stored. From unrounded ones, XLA would
-        # compute it anew from the old slots, and copy these before it overwrites them.
-        seen = [
-            x.astype(n.dtype) if is_narrow(x.dtype) else n for x, n in zip(stored, new, strict=True)
-        ]
-        return self.direction(c, wide, *seen).astype(g.dtype), *stored
-
-    def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
-        """The gradient and the new slots, not rounded yet."""
-        real = accumulator(g.dtype, slots[-1].dtype)
-        wide = widen(g, real)
-        return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
-
-
 def run_rule(
     rule: Callable[..., Any],
     c: Any,
@@ -669,21 +624,22 @@ def _others(
     here = here.reshape(-1, *[1] * (g.ndim - 1))
     others = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
-    def kept(new: Any) -> list[chex.Array]:
-        pairs = zip(slots, write_slots(new, slots, key), strict=True)
-        return [jnp.where(here, s, x) for s, x in pairs]
+    def elsewhere(new: Sequence[chex.Array]) -> list[chex.Array]:
+        return [jnp.where(here, x, n) for x, n in zip(slots, new, strict=True)]
 
     if isinstance(rule, Recurrence):
-        wide, new = rule.moved(c, others, *slots)
-        held = kept(new)
-        if all(x.dtype == n.dtype or is_narrow(x.dtype) for x, n in zip(held, new, strict=True)):
-            # From what is kept, not from what it was before: else XLA, which does not know in
-            # which order the two are wanted, would copy every slot (4 times the time).
-            new = [x.astype(n.dtype) for x, n in zip(held, new, strict=True)]
-        u = rule.direction(c, wide, *new).astype(g.dtype)
+        wide, stored, seen = rule.advanced(c, others, slots, key)
+        new = elsewhere(stored)
+        # The direction reads the slots that are written. From the others XLA, which does not know
+        # in which order the two are wanted, would copy every slot (4 times the time).
+        seen = [
+            x.astype(n.dtype) if x.dtype == n.dtype or is_narrow(x.dtype) else n
+            for x, n in zip(new, seen, strict=True)
+        ]
+        u = rule.direction(c, wide, *seen).astype(g.dtype)
     else:
         u, *new = rule(c, others, *slots, *reads)
-        held = kept(new)
+        new = elsewhere(write_slots(new, slots, key))
     if u is not g.rest:
         u = jnp.where(here, jnp.zeros((), u.dtype), u)
-    return u, *held
+    return u, *new

@@ -315,6 +315,12 @@ def as_transform(tx: Any) -> Transform:
 # --- what a chain may join ------------------------------------------------------------------------
 
 
+def _is_newest(kind: type, name: str, base: type) -> bool:
+    """Whether a class has a method of its own, and no `update` that is newer than that."""
+    newest = next(cls for cls in kind.__mro__ if {name, "update"} & set(vars(cls)))
+    return newest is not base and name in vars(newest)
+
+
 def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
     """The rule `factor * g`."""
     return ((factor * widen(g, factor.dtype)).astype(g.dtype),)
@@ -326,6 +332,11 @@ class Scaling(Transform):
     keeps_zero = True
 
     @property
+    def has_factors(self) -> bool:
+        """Whether the updates are those times the factors; not so where `update` says otherwise."""
+        return _is_newest(type(self), "factors", Scaling)
+
+    @property
     def reads_updates(self) -> bool:
         """Whether the scalars depend on what they multiply."""
         return False
@@ -335,7 +346,7 @@ class Scaling(Transform):
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        if self.reads_updates:
+        if self.reads_updates or not self.has_factors:
             return None
         if state is None:
             return 1, 0
@@ -358,17 +369,23 @@ class Scaling(Transform):
 
 
 class Rule(Transform):
-    """Base class of the rules, whose updates end in a factor.
+    """Base class of the rules, which turn gradients into a direction, uphill, element by element.
 
-    A chain puts the factors of a scaling that follows into the rule's own: one multiplication
-    and one rounding less an element, and less to compile.
+    A subclass has `init`, and `update` or `step`. With `step`, a chain puts the factors of a
+    scaling that follows into the rule's own: one multiplication and one rounding less an element,
+    and less to compile.
     """
 
     groupable = True
 
+    @property
+    def has_step(self) -> bool:
+        """Whether the factors of a scaling that follows go into this rule's own."""
+        return _is_newest(type(self), "step", Rule)
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
-        raise NotImplementedError(f"{type(self).__name__} has no step")
+        raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
     def coast(self) -> Coast | None:
         """How it moves an element without a gradient; `None`: not in a way that `exact_rows` knows.

@@ -118,12 +118,22 @@ class _stopping(Rule):
     tx: Rule
     leaves: Any = static()
 
+    @property
+    def has_step(self) -> bool:
+        return self.tx.has_step
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        return self.tx.step(self._stopped(grads), state, factors)
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        return self.tx.update(self._stopped(updates), state, params, **extra_args)
+
+    def _stopped(self, grads: Tree) -> Tree:
         gradients, treedef = flatten(grads)
         for leaf in self.leaves:
             if gradients[leaf] is not None:
                 gradients[leaf] = _Waiting(gradients[leaf])
-        return self.tx.step(treedef.unflatten(gradients), state, factors)
+        return treedef.unflatten(gradients)
 
 
 def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
