@@ -1,4 +1,4 @@
-"""Gradients of a loss that reads rows of tables up to date."""
+"""Gradients of a loss that reads up-to-date rows of tables."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -53,18 +53,20 @@ def gradient_of(
             tables = [t for t in bound.tables if t.leaf in indices]
             if tables:
                 leaves = [t.leaf for t in tables]
-                read, places, one = read_rows(bound, tables, [indices[i] for i in leaves])
-                rows |= dict(zip(leaves, read, strict=True))
-                searched |= dict(zip(leaves, places, strict=True))
-                ticket = ticket.with_rows_of(one)
+                table_rows, distinct, table_ticket = read_rows(
+                    bound, tables, [indices[i] for i in leaves]
+                )
+                rows |= dict(zip(leaves, table_rows, strict=True))
+                searched |= dict(zip(leaves, distinct, strict=True))
+                ticket = ticket.with_rows_of(table_ticket)
 
-        def look(state_of: Any, leaf: int, ids: Any) -> chex.Array:
+        def read(state_of: Any, leaf: int, ids: Any) -> chex.Array:
             batch, (columns, past) = batches[leaf], state_of[leaf]
             ids = None if ids is None else ids.reshape(-1)
             now = caught_up(batch, past, [columns], [ids]).now
             return now if ids is None else or_zeros(now, ids, batch.tables[0])
 
-        dense = {leaf: look(state_of, leaf, None) for leaf in reads.dense}
-        return reads.value_and_grad(state_of, look, rows, dense, searched), ticket
+        dense = {leaf: read(state_of, leaf, None) for leaf in reads.dense}
+        return reads.value_and_grad(state_of, read, rows, dense, searched), ticket
 
     return function
