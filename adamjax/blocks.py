@@ -68,8 +68,8 @@ def in_blocks(
             is_new = position >= i * size
 
             def block_of(x: chex.Array) -> chex.Array:
-                # XLA would fuse a slice into each of its uses. Some of them come after the write, so
-                # XLA would copy the whole array. It computes a gather only once.
+                # XLA would fuse a slice into each of its uses. Some of these come after the write,
+                # so XLA would copy the whole array. It computes a gather only once.
                 return x.at[position].get(mode="promise_in_bounds", unique_indices=True)
 
             def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
