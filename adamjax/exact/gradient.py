@@ -28,10 +28,10 @@ def gradient_of(
     """`exact_rows.value_and_grad` of one or more `exact_rows`, each with tables of its own.
 
     Args:
-      bind: returns each of them, bound to its state and to the parameters that it sees.
+      bind: returns each of them, bound to its state and the parameters that it sees.
 
     Returns:
-      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`; the ticket is for all.
+      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`, with one ticket for all.
     """
 
     @functools.wraps(loss_fn)
@@ -41,7 +41,7 @@ def gradient_of(
         bounds = bind()
         for bound in bounds:
             for table in bound.tables:
-                batches[table.leaf] = batch = bound.alone(table)
+                batches[table.leaf] = batch = bound.batch_of(table)
                 state_of[table.leaf] = bound.columns(table), bound.past(batch.family)
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
         reads = Reads(call, sorted(batches), exact=True, strict=strict)
