@@ -451,7 +451,9 @@ def test_a_state_of_other_leaves_is_not_joined():
 
 def test_a_state_that_is_not_joined_is_refused():
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
-    with pytest.raises(ValueError, match=r"the state's m is not in buckets.*tx.join\(state, params\)"):
+    with pytest.raises(
+        ValueError, match=r"the state's m is not in buckets.*tx.join\(state, params\)"
+    ):
         tx.update(params, adam().init(params), params)
 
 

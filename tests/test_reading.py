@@ -150,7 +150,7 @@ def test_slots_of_optax_multi_transform_are_joined():
 
 def test_a_slot_that_is_kept_twice_is_not_chosen():
     _, state = run(chain(scale_by_adam(), scale_by_adam(0.5)))
-    with pytest.raises(ValueError, match="slot 'm' is kept more than once for the same leaf"):
+    with pytest.raises(ValueError, match="the state has slot 'm' more than once for the same leaf"):
         get_slot(state, "m")
     assert_close(get_slot(state[1], "m"), state[1].m)
     state = run(chain(masked(scale_by_adam(), "enc"), masked(scale_by_adam(), "kernel")))[1]
