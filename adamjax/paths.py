@@ -350,7 +350,7 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
             path = leaf_paths(tree)[i]
             mend = ""
             if isinstance(flag, str):
-                mend = ": join several patterns to one, as in 'a|b'"
+                mend = ": write several patterns as one, like 'a|b'"
             elif isinstance(flag, RowGradient):
                 mend = ": give update the params, on which the function is called then"
             raise TypeError(

@@ -256,7 +256,7 @@ def test_learning_rates_that_are_not_one():
     assert learning_rate(two.transforms[0], two.init(PARAMS)[0]) == 0.1
     with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 0"):
         learning_rate(scale_by_adam(), scale_by_adam().init(PARAMS))
-    with pytest.raises(ValueError, match="found 0"):
+    with pytest.raises(ValueError, match="there are 0"):
         learning_rate(optax.chain(adam()), optax.chain(adam()).init(PARAMS))
     with pytest.raises(TypeError, match="expected a transform"):
         learning_rate(3, ())
