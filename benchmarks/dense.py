@@ -187,8 +187,6 @@ def take_times(
             _, taken = team.play(kinds, (chain, shapes, dtype, least), rounds)
             samples += [dict(itertools.chain(*(x.items() for x in y.values()))) for y in taken]
             bar.update()
-            for kind, why in team.failed.items():
-                say(f"{kind}: {why}")
     names = measure.in_all(samples, [*IN_JAX, "torch"])
     return {
         "least_bytes": least_bytes(shapes, dtype, chain),
@@ -205,7 +203,8 @@ def main(argv: list[str]) -> int:
     if args.worker:
         return serve(players(Contenders))
     here = measure.device(args.quick)
-    chosen = suite.chosen(QUICK if args.quick else workloads(large=here.platform != "cpu"))
+    every = QUICK if args.quick else workloads(large=here.platform != "cpu")
+    chosen = {name: every[name] for name in suite.chosen(every)}
     for name, (shapes, *_) in list(chosen.items()):
         if here.memory is not None and here.memory < NEEDED * size(shapes):
             del chosen[name]

@@ -16,7 +16,7 @@ import importlib
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,7 @@ from benchmarks.contenders import (
     least_bytes,
     short,
 )
-from benchmarks.measure import bound
-from benchmarks.suite import Suite, progress, say
+from benchmarks.suite import Suite, progress, say, say_times
 from benchmarks.workers import Team, players, serve
 
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
@@ -58,9 +57,8 @@ QUICK = _cases((1000, 4000), (8,), (64,))
 QUICK_MAIN = _cases((4000,), (8,), (64,))
 # The most indices of a main case that gets all its rounds.
 FULL = 8192
-# The sizes of two tables, and who takes steps on both in turn.
+# The sizes of two tables on which exact takes steps in turn.
 GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
-GROWERS = ("exact", "lazy", "torch sparse")
 
 
 def main_rounds(case: Case, rounds: int) -> int:
@@ -147,15 +145,7 @@ def fits(team: Team, cases: Sequence[Case]) -> bool:
 
 
 def take_samples(team: Team, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
-    """Samples of cases with one table: of all contenders in turn, or of one after another.
-
-    Args:
-      team: the contenders.
-      rounds: how many of each case.
-
-    Returns:
-      For each case the rounds' samples, what each contender says of its memory, and who failed.
-    """
+    """The samples of so many rounds of cases with one table, and what contenders say of memory."""
     in_turn = fits(team, list(rounds))
     found: dict[Case, dict[str, Any]] = {
         case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
@@ -194,59 +184,45 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_cases(
-    cases: Sequence[Case],
-    names: Sequence[str],
-    sittings: int,
-    rounds: Callable[[Case], int],
-    device: measure.Device,
-    bar: Any,
+    rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device, bar: Any
 ) -> list[dict[str, Any]]:
     """The figures of cases, from as many sittings with processes of their own."""
-    found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
-    for _ in range(sittings if cases else 0):
+    found: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
+    tables: dict[Any, dict[Case, int]] = {}
+    for case, count in rounds.items():
+        # Large batches need more memory, so that they may not be taken in turn.
+        table = case.rows, case.width, case in MAIN and case.reads
+        tables.setdefault(table, {})[case] = count
+    for _ in range(sittings if rounds else 0):
         with Team("rows", names, device) as team:
-            # Large batches need more memory, so that they may not be taken in turn.
-            tables = itertools.groupby(
-                cases, lambda x: (x.rows, x.width, x.reads if x in MAIN else None)
-            )
-            for _, group in tables:
-                for case, taken in take_samples(
-                    team, {case: rounds(case) for case in group}
-                ).items():
+            for cases in tables.values():
+                for case, taken in take_samples(team, cases).items():
                     found[case].append(taken)
+                    say_times(case.name, summary(case, found[case])["ms"])
                     bar.update()
-                    for name, why in taken["failed"].items():
-                        say(f"{case.name}: {name}: {why}")
     return [summary(case, taken) for case, taken in found.items()]
 
 
-def measure_growth(
-    names: Sequence[str], sittings: int, rounds: int, device: measure.Device
-) -> list[dict[str, Any]]:
-    """Samples of steps on a small and a large table, in turn, and the second's time by the first's.
+def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
+    """The time of exact's steps on a small and a large table, in turn, and their ratio.
 
     The indices are as many as in the first main cases.
     """
-    growers = [name for name in GROWERS if name in names]
     cases = [case for case in MAIN if case.reads == FULL]
-    players = {f"{name}, {size}": (name, size) for name in growers for size in GROWTH}
-    contenders = {player: name for player, (name, _) in players.items()}
-    rounds_of: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
+    samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
-        with Team("rows", contenders, device) as team:
+        with Team("rows", dict.fromkeys(GROWTH, "exact"), device) as team:
             for case in cases:
-                for player, (_, size) in players.items():
-                    team.ask([player], "prepare", *vars(replace(case, rows=GROWTH[size])).values())
-                samples = rounds_of[case.indices]
-                samples += [team.in_turn(list(players), number) for number in range(rounds)]
-    found = []
-    for (indices, samples), name in itertools.product(rounds_of.items(), growers):
-        small, large = (f"{name}, {size}" for size in GROWTH)
-        if {small, large} <= set(measure.in_all(samples)):
-            ms = measure.times(samples, (small, large))
-            row = {"indices": indices, "reads": FULL, "contender": name}
-            row["ms"] = dict(zip(GROWTH, ms.values(), strict=True))
-            found.append(row | {"ratio": measure.rounded([x[large] / x[small] for x in samples])})
+                for size, rows in GROWTH.items():
+                    team.ask([size], "prepare", *vars(replace(case, rows=rows)).values())
+                turns = (team.in_turn(team.names, number) for number in range(rounds))
+                samples[case.indices] += turns
+    found, (small, large) = [], GROWTH
+    for indices, taken in samples.items():
+        if len(measure.in_all(taken)) == len(GROWTH):  # else one has ended
+            row = {"indices": indices, "reads": FULL, "contender": "exact"}
+            row["ms"] = measure.times(taken, (small, large))
+            found.append(row | {"ratio": measure.time_ratios(taken, large, (small,))[small]})
     return found
 
 
@@ -273,42 +249,33 @@ def bounds(
         found = [row["temporary_bytes"].get(name) for row in here for name in names]
         return max((x for x in found if x is not None), default=0) / 1e6 or None
 
+    found: list[dict[str, Any]] = []
+
+    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
+        found.append(measure.bound(what, asked, limit, value))
+
     kinds = list(dict.fromkeys(case.indices for case in MAIN))
-    sparse, torch, many = "torch sparse", "torch SparseAdam", 65_536
-    found = []
     for kind in kinds:
-        found += [
-            bound(
-                f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind)
-            ),
-            bound(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind)),
-            bound(
-                *(f"the whole exact step's time by the lazy one's, {kind}", "at most", 1.4),
-                ratio("exact step", "lazy step", kind),
-            ),
-            bound(
-                f"dense's time by optax's, {kind}", "at most", 0.9, ratio("dense", "optax", kind)
-            ),
-            bound(
-                *(f"exact's time at 4M rows by that at 100k, {kind}", "at most", 2),
-                grown.get(("exact", kind)),
-            ),
-        ]
-    by_exact, of_lazy = ratio(sparse, "exact", "uniform"), ratio("lazy", sparse, "uniform")
+        ask(f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind))
+        ask(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
+        whole = ratio("exact step", "lazy step", kind)
+        ask(f"the whole exact step's time by the lazy one's, {kind}", "at most", 1.4, whole)
+        ask(f"dense's time by optax's, {kind}", "at most", 0.9, ratio("dense", "optax", kind))
+        larger = grown.get(("exact", kind))
+        ask(f"exact's time at 4M rows by that at 100k, {kind}", "at most", 2, larger)
+    sparse, name = "torch sparse", "torch SparseAdam"
+    ask(f"{name}'s time by exact's, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
+    ask(f"lazy's time by {name}'s, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
     step = temporaries("exact", "lazy", "dense")
-    whole_step = temporaries("exact step")
-    found += [
-        bound(f"{torch}'s time by exact's, uniform", "at least", 1.3, by_exact),
-        bound(f"lazy's time by {torch}'s, uniform", "at most", 1, of_lazy),
-        bound("temporaries of an optimizer step, MB", "at most", 20, step),
-        bound("temporaries of the whole exact step, MB", "at most", 20, whole_step),
-    ]
+    ask("temporaries of an optimizer step, MB", "at most", 20, step)
+    ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
+    many = 65_536
     for kind in kinds:
-        what = f"exact's time by {torch}'s, {many:,} indices, {kind}"
-        found.append(bound(what, "at most", 0.8, ratio("exact", sparse, kind, many)))
-    for name in ("exact", "lazy"):
-        what = f"temporaries of {name}, {many:,} indices, MB"
-        found.append(bound(what, "at most", 26, temporaries(name, reads=many)))
+        what = f"exact's time by {name}'s, {many:,} indices, {kind}"
+        ask(what, "at most", 0.8, ratio("exact", sparse, kind, many))
+    for own in ("exact", "lazy"):
+        what = f"temporaries of {own}, {many:,} indices, MB"
+        ask(what, "at most", 26, temporaries(own, reads=many))
     return found
 
 
@@ -328,8 +295,8 @@ def main(argv: list[str]) -> int:
     here = measure.device(args.quick)
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
     grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])
-    growth = {} if args.quick else {"growth": None}
-    chosen = suite.chosen({case.name: case for case in main_cases + grid} | growth)
+    growth = [] if args.quick else ["growth"]
+    chosen = suite.chosen([*(case.name for case in main_cases + grid), *growth])
     main_cases = [case for case in main_cases if case.name in chosen]
     grid = [case for case in grid if case.name in chosen and case not in main_cases]
     names = suite.chosen_contenders()
@@ -338,13 +305,13 @@ def main(argv: list[str]) -> int:
         names.remove(name)
 
     with progress(args.sittings * len(main_cases) + len(grid), "case") as bar:
+        rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
+        table = measure_cases(rounds, names, args.sittings, here, bar)
         in_grid = [name for name in names if name not in WHOLE]
-        each = lambda case: main_rounds(case, args.rounds)  # noqa: E731
-        table = measure_cases(main_cases, names, args.sittings, each, here, bar)
-        table += measure_cases(grid, in_grid, 1, lambda case: args.grid_rounds, here, bar)
-        grown = []
-        if "growth" in chosen:
-            grown = measure_growth(names, args.sittings, args.rounds, here)
+        table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here, bar)
+    grown = []
+    if "growth" in chosen and "exact" in names:
+        grown = measure_growth(args.sittings, args.rounds, here)
     table.sort(key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
     suite.results |= {"times": table, "growth": grown}
     suite.results["bounds"] = [] if args.quick else bounds(table, grown)

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,11 @@ class Suite:
                 self.parser.error(f"--{name.replace('_', '-')} must be at least {LEAST[name]}")
         return args
 
-    def chosen(self, cases: Mapping[str, Any]) -> dict[str, Any]:
+    def chosen(self, names: Collection[str]) -> list[str]:
         """The cases whose name has the text of `--only`, of which there must be one."""
-        found = {name: case for name, case in cases.items() if self.args.only in name}
+        found = [name for name in names if self.args.only in name]
         if not found:
-            self.parser.error(f"no name has {self.args.only!r} in it; there are {list(cases)}")
+            self.parser.error(f"no name has {self.args.only!r} in it; there are {list(names)}")
         return found
 
     def chosen_contenders(self) -> list[str]:

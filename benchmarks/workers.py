@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import Device
+from benchmarks.suite import say
 
 
 class Ended(RuntimeError):
@@ -104,6 +105,7 @@ class Team:
             try:
                 answers[name] = self.workers[process].receive()
             except Ended as error:
+                say(f"{name}: {error}")
                 self.failed |= dict.fromkeys(self.names if shared else [name], str(error))
                 self.workers.pop(process).close()
         return answers
