@@ -17,7 +17,7 @@ from benchmarks.tables import Results, machine, origin
 
 # Quartiles of fewer rounds say little about the next round.
 ENOUGH = 5
-TOO_FEW = "apart, but too few rounds to say"
+TOO_FEW = "beyond the noise, but of too few rounds"
 
 # Parts of a figure's name that say what more of it means.
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
@@ -55,21 +55,21 @@ class Figure:
 def loaded(path: Path) -> Results:
     """A suite's results, or an error that says what is wrong with the file."""
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a suite's results: {error}") from None
-    if not isinstance(found, dict) or "suite" not in found:
+    if not isinstance(results, dict) or "suite" not in results:
         raise ValueError(f"{path}: not a suite's results: it does not say of which suite")
-    return found
+    return results
 
 
 def _identity(row: dict[str, Any]) -> str:
     """What distinguishes a row of a list from the others: its texts."""
-    found: list[str] = []
+    texts: list[str] = []
     for key, x in row.items():
-        if isinstance(x, str) and key != "theirs" and not any(x in y for y in found):
-            found.append(x)
-    return ", ".join(found)
+        if isinstance(x, str) and key != "theirs" and not any(x in y for y in texts):
+            texts.append(x)
+    return ", ".join(texts)
 
 
 def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:

@@ -92,8 +92,8 @@ def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
     read = figures(case, function.lower(*arguments).compile(), arguments)
     if case[0] == "dense":
         parameters = sum(x.size for x in arguments[0])
-        found = {name: read[name]() for name in compiler.dense}
-        return {name: x / parameters if "bytes" in name else x for name, x in found.items()}
+        whole = {name: read[name]() for name in compiler.dense}
+        return {name: x / parameters if "bytes" in name else x for name, x in whole.items()}
     names = {**dict(zip(compiler.rows, compiler.rows, strict=True)), **compiler.renamed}
     if case[0] == "tables":
         # Where rows of several tables are joined no instruction says how much it takes of each.
@@ -108,12 +108,12 @@ def reports(
 ) -> list[dict[str, Any]]:
     """A compiler's reports on cases, in their order, from several processes."""
     shares = [cases[i::processes] for i in range(processes)]
-    found: list[dict[str, Any]] = [{}] * len(cases)
+    in_order: list[dict[str, Any]] = [{}] * len(cases)
     with ThreadPoolExecutor(processes) as pool:
         answers = pool.map(functools.partial(ask_all, lambda: compiler.start(target)), shares)
         for i, answer in enumerate(answers):
-            found[i::processes] = answer
-    return found
+            in_order[i::processes] = answer
+    return in_order
 
 
 def main(compiler: Compiler, argv: list[str]) -> int:
@@ -149,9 +149,9 @@ def main(compiler: Compiler, argv: list[str]) -> int:
             {
                 **({"chip": target} if len(every) > 1 else {}),
                 **about,
-                "said": {case: found[str(x)] for case, x in group.items()},
+                "said": {case: reports_by_case[str(x)] for case, x in group.items()},
             }
-            for target, found in by_target.items()
+            for target, reports_by_case in by_target.items()
             for about, group in groups
         ]
     return suite.finish()

@@ -9,6 +9,7 @@ import numpy as np
 
 import adamjax
 from benchmarks import steps
+from benchmarks.networks import zipf
 from benchmarks.steps import RATE, Runner, Step
 
 # Of p(k) ~ k^-s: 8,192 indices hold about 1,400 distinct ones of 1M, 1,024 about 290.
@@ -102,10 +103,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=(INDICES, case.reads))
     else:
-        total = np.cumsum(np.arange(1, case.rows + 1) ** -EXPONENT)
-        ranks = np.searchsorted(total, rng.random((INDICES, case.reads)) * total[-1])
-        # Frequent rows are not neighbours; the prime makes this a permutation.
-        indices = ranks * 7_368_787 % case.rows
+        indices = zipf(rng, case.rows, (INDICES, case.reads), EXPONENT)
     shape = (num_values(case), case.reads, case.width)
     values = 0.01 * rng.standard_normal(shape, np.float32)
     return indices.astype(np.int32), values
@@ -165,7 +163,7 @@ class TorchTable:
     def __init__(self, name: str, case: Case) -> None:
         import torch
 
-        self.sparse, self.taken = name == "torch sparse", 0
+        self.sparse, self.steps_taken = name == "torch sparse", 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_cpu = self.device == "cpu"
         rows = torch.from_numpy(start_rows(case.width)).to(self.device)
@@ -189,7 +187,7 @@ class TorchTable:
         import torch
 
         for _ in range(count):
-            indices, values = self.batches[self.taken % len(self.batches)]
+            indices, values = self.batches[self.steps_taken % len(self.batches)]
             shape = self.table.shape
             if self.sparse:
                 grad = torch.sparse_coo_tensor(indices[None], values, shape, check_invariants=False)
@@ -199,6 +197,6 @@ class TorchTable:
             del grad
             self.optimizer.step()
             self.table.grad = None
-            self.taken += 1
+            self.steps_taken += 1
         if self.device == "cuda":
             torch.cuda.synchronize()

@@ -184,8 +184,11 @@ def take_times(
     samples: list[dict[str, float]] = []
     for _ in range(sittings):
         with Team("dense", kinds, device) as team:
-            _, taken = team.play(kinds, (chain, shapes, dtype, least), rounds)
-            samples += [dict(itertools.chain(*(x.items() for x in y.values()))) for y in taken]
+            _, rounds_of_kinds = team.play(kinds, (chain, shapes, dtype, least), rounds)
+            samples += [
+                dict(itertools.chain(*(own.items() for own in by_kind.values())))
+                for by_kind in rounds_of_kinds
+            ]
             bar.update()
     names = measure.in_all(samples, [*IN_JAX, "torch"])
     return {

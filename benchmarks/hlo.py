@@ -39,8 +39,8 @@ def computations(text: str) -> dict[str, str]:
 
 
 def _attribute(rest: str, name: str) -> str | None:
-    found = re.search(rf"\b(?:{name})=%?([\w.-]+)", rest)
-    return found[1] if found else None
+    match = re.search(rf"\b(?:{name})=%?([\w.-]+)", rest)
+    return match[1] if match else None
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def padded_arrays(kind: str) -> list[tuple[int, int]]:
 
     Memory 0 is the large one; 1 is the fast one on the chip, others are for scalars.
     """
-    found = []
+    arrays = []
     for letters, bits, dimensions, layout in _ARRAY.findall(kind):
         order, _, how = layout.partition(":")
         lengths = [int(n) for n in dimensions.split(",") if n]
@@ -94,8 +94,8 @@ def padded_arrays(kind: str) -> list[tuple[int, int]]:
             minor_first[i] = -(-minor_first[i] // n) * n
         memory = re.search(r"S\((\d+)\)", how)
         width = 1 if letters == "pred" else int(bits or 0) // 8
-        found.append((width * math.prod(minor_first), int(memory[1]) if memory else 0))
-    return found
+        arrays.append((width * math.prod(minor_first), int(memory[1]) if memory else 0))
+    return arrays
 
 
 def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
@@ -149,7 +149,7 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
 
 def large_results(text: str, least: int) -> dict[str, int]:
     """How many instructions of each kind have a result of so many elements, in a whole program."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for _, kind, opcode, rest in instructions(text):
         elements = [
             math.prod(map(int, dimensions.split(",")))
@@ -159,8 +159,8 @@ def large_results(text: str, least: int) -> dict[str, int]:
             continue
         if opcode == "fusion" and '"aliasing_operands":{"lists":[{' in rest:
             opcode = "fusion in place"
-        found[opcode] = found.get(opcode, 0) + 1
-    return found
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return counts
 
 
 def cycles(text: str) -> int:

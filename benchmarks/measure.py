@@ -105,8 +105,7 @@ def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
         array.block_until_ready()
 
     run(3)
-    passes = max(1, round(0.05 / timed(lambda: run(1))))
-    return [8 * elements * passes / timed(lambda: run(passes)) for _ in range(samples)]
+    return [8 * elements / seconds_per_step(run, 0.05, most=1000) for _ in range(samples)]
 
 
 def fraction(
@@ -171,8 +170,8 @@ def device(quick: bool = False) -> Device:
         text=True,
         check=True,
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Device(**{**found, "bandwidth": tuple(found["bandwidth"])})
+    about = json.loads(done.stdout.splitlines()[-1])
+    return Device(**{**about, "bandwidth": tuple(about["bandwidth"])})
 
 
 def _this_device(quick: bool) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def dense_bytes(workload: str, chain: str, shapes: Any, dtype: str) -> dict[str,
     init, step = chain_step("adamjax", chain)
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     state = jax.eval_shape(init, params)
-    found = compiled_bytes(jax.jit(step, donate_argnums=(0, 1)), params, state, params)
-    return {"workload": workload, "chain": chain, **found}
+    sizes = compiled_bytes(jax.jit(step, donate_argnums=(0, 1)), params, state, params)
+    return {"workload": workload, "chain": chain, **sizes}
 
 
 def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:

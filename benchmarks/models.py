@@ -151,8 +151,8 @@ def measure_steps(
     rounds: list[dict[str, float]] = []
     for _ in range(args.sittings):
         with Team("models", names, device) as team:
-            about, taken = team.play(names, (label, args.quick), args.rounds)
-            rounds += taken
+            about, samples = team.play(names, (label, args.quick), args.rounds)
+            rounds += samples
             failed |= team.failed
             bar.update()
     measured = measure.in_all(rounds, names)
@@ -183,14 +183,14 @@ def measure_programs(
 
     One contender after another: to compile takes all cores.
     """
-    made: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    programs_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.sittings):
         with Team("models", names, device) as team:
             for _, label, name in itertools.product(range(MADE), (MANY, ONE), names):
                 answers = team.ask([name], "program", label, args.quick)
-                made.setdefault((label, name), []).extend(answers.values())
+                programs_by_case.setdefault((label, name), []).extend(answers.values())
     table, rounds = [], MADE * args.sittings
-    for (label, name), programs in made.items():
+    for (label, name), programs in programs_by_case.items():
         if len(programs) == rounds:
             row = {"model": label, "contender": name, "rounds": rounds}
             row |= {"lines": programs[0]["lines"], "s": measure.times(programs, PARTS, scale=1)}

@@ -23,8 +23,8 @@ def rendered(text: str) -> str:
             place = block.search(text)
             if not place:
                 raise ValueError(f"README.md has no place for {path}: add <!-- {name} --> marks")
-            made = f"{place[1]}\n{tables(json.loads(path.read_text()))}\n\n{place[2]}"
-            text = text[: place.start()] + made + text[place.end() :]
+            filled = f"{place[1]}\n{tables(json.loads(path.read_text()))}\n\n{place[2]}"
+            text = text[: place.start()] + filled + text[place.end() :]
     return text
 
 

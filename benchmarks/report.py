@@ -60,13 +60,13 @@ Results = dict[str, tables.Results]
 def read(folder: Path) -> Results:
     """The results in a folder, by suite, of the suites that a report is about."""
     paths = {suite: folder / f"{suite}.json" for suite in SECTIONS}
-    found = {suite: compare.loaded(path) for suite, path in paths.items() if path.exists()}
-    if not found:
+    results = {suite: compare.loaded(path) for suite, path in paths.items() if path.exists()}
+    if not results:
         raise ValueError(
             f"{folder} holds no results: `python -m benchmarks all` measures everything, and "
             f"`python -m benchmarks SUITE` one of {', '.join(SECTIONS)}"
         )
-    return found
+    return results
 
 
 # --- in short: lines whose figures are those of the results, their shares or reciprocals ----------
@@ -153,22 +153,22 @@ def _limits(results: Results) -> Iterator[str]:
 
 def _slower(results: Results) -> Iterator[tuple[str, str, float, str]]:
     """Where adamjax is slower by more than the noise: what, than whom, how much, the case."""
-    found: list[tuple[str, str, str, dict[str, float]]] = []
+    cases: list[tuple[str, str, str, dict[str, float]]] = []
     for row in _rows_of(results, "dense"):
         case = f"{row['workload']}, {row['chain']}"
-        found += (("A dense step", name, case, ratio) for name, ratio in row["ratio"].items())
+        cases += (("A dense step", name, case, ratio) for name, ratio in row["ratio"].items())
     for row in _rows_of(results, "rows"):
         case = f"{row['rows']:,} rows of {row['width']}, {row['reads']:,} {row['indices']} indices"
         ratios = row["ratio"].get("exact", {}).items()
-        found += (("`exact_rows`", name, case, x) for name, x in ratios if name not in OURS)
+        cases += (("`exact_rows`", name, case, x) for name, x in ratios if name not in OURS)
     for row in _rows_of(results, "compile"):
         what = f"To {row['what']} a step"
-        found += ((what, name, row["chain"], ratio) for name, ratio in row["ratio"].items())
+        cases += ((what, name, row["chain"], ratio) for name, ratio in row["ratio"].items())
     for row in _rows_of(results, "models", "steps"):
         if ratio := row["ratio"].get("optax"):  # optax's time by ours
             ours = {"q25": 1 / ratio["q75"], "median": 1 / ratio["median"]}
-            found.append(("A train step with `exact_rows`", "optax", row["model"], ours))
-    for what, name, case, ratio in found:
+            cases.append(("A train step with `exact_rows`", "optax", row["model"], ours))
+    for what, name, case, ratio in cases:
         if ratio["q25"] > 1:
             yield what, name, ratio["median"], case
 
@@ -188,10 +188,10 @@ def _shortfalls(results: Results) -> Iterator[str]:
         cases.setdefault(what, {}).setdefault(name, []).append((ratio, case))
     for what, by_name in cases.items():
         lines = [f"{what} is slower than"]
-        for name, found in by_name.items():
-            ratio, case = max(found)
+        for name, slower in by_name.items():
+            ratio, case = max(slower)
             times = f"{ratio:.1f}" if ratio > 2 else f"{ratio:.2f}"
-            many = "one case" if len(found) == 1 else f"{len(found)} cases, at worst"
+            many = "one case" if len(slower) == 1 else f"{len(slower)} cases, at worst"
             lines.append(f"  - {NAMES.get(name, name)} in {many}: {times} times the time ({case})")
         yield "\n".join(lines)
     if not cases:

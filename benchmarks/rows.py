@@ -147,25 +147,25 @@ def fits(team: Team, cases: Sequence[Case]) -> bool:
 def take_samples(team: Team, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
     """The samples of so many rounds of cases with one table, and what contenders say of memory."""
     in_turn = fits(team, list(rounds))
-    found: dict[Case, dict[str, Any]] = {
+    by_case: dict[Case, dict[str, Any]] = {
         case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
         for case, n in rounds.items()
     }
     for names in [team.names] if in_turn else [[name] for name in team.names]:
-        for case, taken in found.items():
+        for case, record in by_case.items():
             about, samples = team.play(names, list(vars(case).values()), rounds[case])
-            taken["about"] |= about
-            taken["failed"] |= team.failed
-            for one, more in zip(taken["samples"], samples, strict=True):
+            record["about"] |= about
+            record["failed"] |= team.failed
+            for one, more in zip(record["samples"], samples, strict=True):
                 one |= more
         team.ask(names, "drop")
     team.failed = {}  # New processes may try the next table.
-    return found
+    return by_case
 
 
 def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a case, from what `take_samples` found in each sitting."""
-    samples = [x for taken in sittings for x in taken["samples"]]
+    samples = [x for record in sittings for x in record["samples"]]
     about = sittings[0]["about"]
     names = measure.in_all(samples, list(EVERYONE))
     own = [name for name in names if name in OURS and name != "lazy step"]
@@ -179,7 +179,7 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ratio": {name: measure.time_ratios(samples, name, names) for name in own},
         "temporary_bytes": {name: x["temporary_bytes"] for name, x in about.items()},
         "peak_bytes": {name: x["peak_bytes"] for name, x in about.items()},
-        "failed": {name: why for taken in sittings for name, why in taken["failed"].items()},
+        "failed": {name: why for record in sittings for name, why in record["failed"].items()},
     }
 
 
@@ -187,20 +187,20 @@ def measure_cases(
     rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device, bar: Any
 ) -> list[dict[str, Any]]:
     """The figures of cases, from as many sittings with processes of their own."""
-    found: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
+    records: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
     tables: dict[Any, dict[Case, int]] = {}
     for case, count in rounds.items():
-        # Large batches need more memory, so that they may not be taken in turn.
+        # Large batches need more memory, so that contenders may not fit side by side.
         table = case.rows, case.width, case in MAIN and case.reads
         tables.setdefault(table, {})[case] = count
     for _ in range(sittings if rounds else 0):
         with Team("rows", names, device) as team:
             for cases in tables.values():
-                for case, taken in take_samples(team, cases).items():
-                    found[case].append(taken)
-                    say_times(case.name, summary(case, found[case])["ms"])
+                for case, record in take_samples(team, cases).items():
+                    records[case].append(record)
+                    say_times(case.name, summary(case, records[case])["ms"])
                     bar.update()
-    return [summary(case, taken) for case, taken in found.items()]
+    return [summary(case, record) for case, record in records.items()]
 
 
 def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
@@ -217,13 +217,13 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
                     team.ask([size], "prepare", *vars(replace(case, rows=rows)).values())
                 turns = (team.in_turn(team.names, number) for number in range(rounds))
                 samples[case.indices] += turns
-    found, (small, large) = [], GROWTH
-    for indices, taken in samples.items():
-        if len(measure.in_all(taken)) == len(GROWTH):  # else one has ended
+    growth, (small, large) = [], GROWTH
+    for indices, rounds_of in samples.items():
+        if len(measure.in_all(rounds_of)) == len(GROWTH):  # else one has ended
             row = {"indices": indices, "reads": FULL, "contender": "exact"}
-            row["ms"] = measure.times(taken, (small, large))
-            found.append(row | {"ratio": measure.time_ratios(taken, large, (small,))[small]})
-    return found
+            row["ms"] = measure.times(rounds_of, (small, large))
+            growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})
+    return growth
 
 
 # --- bounds ---------------------------------------------------------------------------------------
@@ -246,13 +246,13 @@ def bounds(
 
     def temporaries(*names: str, reads: int = FULL) -> float | None:
         here = [row for (count, _), row in main_rows.items() if row and count == reads]
-        found = [row["temporary_bytes"].get(name) for row in here for name in names]
-        return max((x for x in found if x is not None), default=0) / 1e6 or None
+        sizes = [row["temporary_bytes"].get(name) for row in here for name in names]
+        return max((x for x in sizes if x is not None), default=0) / 1e6 or None
 
-    found: list[dict[str, Any]] = []
+    asked_bounds: list[dict[str, Any]] = []
 
     def ask(what: str, asked: str, limit: float, value: float | None) -> None:
-        found.append(measure.bound(what, asked, limit, value))
+        asked_bounds.append(measure.bound(what, asked, limit, value))
 
     kinds = list(dict.fromkeys(case.indices for case in MAIN))
     for kind in kinds:
@@ -276,7 +276,7 @@ def bounds(
     for own in ("exact", "lazy"):
         what = f"temporaries of {own}, {many:,} indices, MB"
         ask(what, "at most", 26, temporaries(own, reads=many))
-    return found
+    return asked_bounds
 
 
 # --- the suite ------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ class Runner:
     """Takes a jitted step in place, on batches in rotation."""
 
     def __init__(self, step: Any, params: Any, state: Any) -> None:
-        self.step, self.arrays, self.taken = step, (params, state), 0
+        self.step, self.arrays, self.steps_taken = step, (params, state), 0
         self.compiled: dict[Any, Any] = {}
 
     def load(self, batches: Sequence[tuple[Any, ...]]) -> int:
@@ -233,8 +233,8 @@ class Runner:
     def __call__(self, steps: int) -> None:
         """Takes some steps and waits for them."""
         for _ in range(steps):
-            batch = self.batches[self.taken % len(self.batches)]
+            batch = self.batches[self.steps_taken % len(self.batches)]
             params, state, *self.results = self.current(*self.arrays, *batch)
             self.arrays = params, state
-            self.taken += 1
+            self.steps_taken += 1
         jax.block_until_ready((self.arrays, self.results))

@@ -46,7 +46,7 @@ class Suite:
         self.counts, self.contenders = counts or {}, contenders or {}
         raw = argparse.RawDescriptionHelpFormatter
         self.parser = argparse.ArgumentParser(
-            f"python -m benchmarks {name}", None, about, formatter_class=raw
+            prog=f"python -m benchmarks {name}", description=about, formatter_class=raw
         )
         add = self.parser.add_argument
         add("--quick", action="store_true", help="tiny sizes: does it run?")
@@ -75,10 +75,10 @@ class Suite:
 
     def chosen(self, names: Collection[str]) -> list[str]:
         """The cases whose name has the text of `--only`, of which there must be one."""
-        found = [name for name in names if self.args.only in name]
-        if not found:
+        matching = [name for name in names if self.args.only in name]
+        if not matching:
             self.parser.error(f"no name has {self.args.only!r} in it; there are {list(names)}")
-        return found
+        return matching
 
     def chosen_contenders(self) -> list[str]:
         """The contenders of `--contenders`, or all, without those that are not installed."""

@@ -193,19 +193,19 @@ def _by_case(results: Results) -> Cases:
     return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
 
 
-def _main_case(found: Cases) -> tuple[int, int, int]:
+def _main_case(cases: Cases) -> tuple[int, int, int]:
     """Rows, width and indices of the first case that all contenders are in."""
-    if (1_000_000, 64, 8192, "Zipf") in found:
+    if (1_000_000, 64, 8192, "Zipf") in cases:
         return 1_000_000, 64, 8192
-    rows, width, reads, _ = max(found, key=lambda key: (len(found[key]["ms"]), key))
+    rows, width, reads, _ = max(cases, key=lambda key: (len(cases[key]["ms"]), key))
     return rows, width, reads
 
 
 def main_rows(results: Results) -> list[Row]:
     """The rows of the main case: one for each kind of indices."""
-    found = _by_case(results)
-    case = _main_case(found) if found else ()
-    return [found[*case, k] for k in ("Zipf", "uniform") if (*case, k) in found]
+    cases = _by_case(results)
+    case = _main_case(cases) if cases else ()
+    return [cases[*case, k] for k in ("Zipf", "uniform") if (*case, k) in cases]
 
 
 def known_row_bounds(results: Results) -> list[Row]:
@@ -244,14 +244,14 @@ def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
 
 def rows(results: Results) -> str:
     """The tables of the rows suite: its main cases, their bounds, `exact` in every case."""
-    found = _by_case(results)
+    cases = _by_case(results)
     bounds = bounds_table(known_row_bounds(results))
-    if not found:
+    if not cases:
         return "\n\n".join(bounds)
     limits = ["of the limit"] if "bandwidth" in results else []
-    first = _main_case(found)
-    whole = {key[:3] for key, row in found.items() if any(name in row["ms"] for name in WHOLE)}
-    kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in found]
+    first = _main_case(cases)
+    whole = {key[:3] for key, row in cases.items() if any(name in row["ms"] for name in WHOLE)}
+    kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
 
     text = f"{origin(results)} The grid's other cases: {results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
@@ -262,14 +262,14 @@ def rows(results: Results) -> str:
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
     parts = []
     for case in (first, *sorted(whole - {first})):
-        here = [found[*case, kind] for kind in kinds if (*case, kind) in found]
+        same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
         title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
         if case == first:
             title = f"{text} {title}; median (quartiles). The whole steps read the rows and "
             title += "differentiate a loss as well; their time is compared with each other's."
         else:
-            title += f", {here[0]['rounds']} rounds in all:"
-        parts += [title, _contenders_table(here, limits)]
+            title += f", {same_size[0]['rounds']} rounds in all:"
+        parts += [title, _contenders_table(same_size, limits)]
 
     def cell(row: Row | None) -> str:
         if row is None or "exact" not in row["ms"]:
@@ -277,10 +277,10 @@ def rows(results: Results) -> str:
         others = f"{_times_as_long(row, 'optax')}, {_times_as_long(row, 'torch sparse')}"
         return f"{row['ms']['exact']['median']:.1f} ({others})"
 
-    columns = [(kind, size) for kind in kinds for size in sorted({key[0] for key in found})]
+    columns = [(kind, size) for kind in kinds for size in sorted({key[0] for key in cases})]
     grid = [
-        [str(d), f"{n:,}", *(cell(found.get((size, d, n, kind))) for kind, size in columns)]
-        for d, n in sorted({key[1:3] for key in found})
+        [str(d), f"{n:,}", *(cell(cases.get((size, d, n, kind))) for kind, size in columns)]
+        for d, n in sorted({key[1:3] for key in cases})
     ]
     text = "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
     text += "dense gradients and torch's SparseAdam take):"

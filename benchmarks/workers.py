@@ -122,10 +122,10 @@ class Team:
         self, names: Sequence[str], case: Sequence[Any], rounds: int
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
         """What each player says as it prepares a case, and the samples of some rounds."""
-        said: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
-            said |= self.ask([name], "prepare", *case)
-        return said, [self.in_turn(names, number) for number in range(rounds)]
+            answers |= self.ask([name], "prepare", *case)
+        return answers, [self.in_turn(names, number) for number in range(rounds)]
 
     def __enter__(self) -> "Team":
         return self
@@ -145,16 +145,16 @@ def serve(answer: Callable[[Any], Any]) -> int:
 
 
 def players(make: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """Answers for the players of a team: each is made by its contender's name when first asked.
+    """Answers for the players of a team: each is made when it is first asked.
 
     A question is a player, its contender, the name of a method and its arguments.
     """
-    made: dict[str, Any] = {}
+    contenders: dict[str, Any] = {}
 
     def answer(question: Any) -> Any:
         player, contender, method, *arguments = question
-        if player not in made:
-            made[player] = make(contender)
-        return getattr(made[player], method)(*arguments)
+        if player not in contenders:
+            contenders[player] = make(contender)
+        return getattr(contenders[player], method)(*arguments)
 
     return answer

@@ -300,8 +300,8 @@ def test_contenders_do_the_same():
 
 def test_quick_run(tmp_path):
     asked = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
-    told = run_benchmarks("models", *asked.split(), "two towers", cwd=tmp_path).stdout
-    assert "exact_rows(adamw), row gradients" in told
+    printed = run_benchmarks("models", *asked.split(), "two towers", cwd=tmp_path).stdout
+    assert "exact_rows(adamw), row gradients" in printed
     results = json.loads((tmp_path / "models.json").read_text())
     (row,) = results["steps"]
     assert row["ms"].keys() == {"exact", "frozen"}
@@ -309,11 +309,11 @@ def test_quick_run(tmp_path):
     assert {row["caches"] for row in results["traces"]} == {"warm", "empty"}
 
 
-def test_a_step_of_many_tables_is_told_as_a_program(tmp_path):
+def test_a_step_of_many_tables_is_shown_as_a_program(tmp_path):
     """The lines and times of each contender, beside those of one table."""
     asked = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
-    told = run_benchmarks("models", *asked.split(), "click", cwd=tmp_path).stdout
-    assert "A step as a program" in told
+    printed = run_benchmarks("models", *asked.split(), "click", cwd=tmp_path).stdout
+    assert "A step as a program" in printed
     results = json.loads((tmp_path / "models.json").read_text())
     lines = {(row["model"], row["contender"]): row["lines"] for row in results["programs"]}
     assert lines.keys() == {(m, c) for m in (models.MANY, models.ONE) for c in ("exact", "lazy")}
@@ -328,7 +328,7 @@ def test_a_step_of_many_tables_is_told_as_a_program(tmp_path):
     assert steps["parameters"] == 3 * 500 * 4 + 3 * 4 * 32 + 32 + 32 + 1
 
 
-def test_bounds_of_many_tables_are_told_as_they_are():
+def test_bounds_of_many_tables_are_what_they_are():
     def made(model, lines, seconds):
         s = {"compile": {"median": seconds, "q25": seconds, "q75": seconds}}
         return {"model": model, "contender": "exact", "lines": lines, "s": s}
