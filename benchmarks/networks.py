@@ -19,20 +19,21 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Params = dict[str, Any]
 
+# Of p(k) ~ k^-s.
+EXPONENT = 1.1
+
 
 # --- data -----------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _cumulated(num_ids: int, exponent: float) -> np.ndarray:
-    return np.cumsum(np.arange(1, num_ids + 1) ** -exponent)
+def _cumulated(num_ids: int) -> np.ndarray:
+    return np.cumsum(np.arange(1, num_ids + 1) ** -EXPONENT)
 
 
-def zipf(
-    rng: np.random.Generator, num_ids: int, shape: tuple[int, ...], exponent: float = 1.1
-) -> np.ndarray:
-    """int32 ids in `[0, num_ids)` by p(k) ~ k^-exponent; the frequent ones are not neighbours."""
-    total = _cumulated(num_ids, exponent)
+def _zipf(rng: np.random.Generator, num_ids: int, shape: tuple[int, ...]) -> np.ndarray:
+    """int32 ids in `[0, num_ids)`, a few of them frequent, and these not neighbours."""
+    total = _cumulated(num_ids)
     ranks = np.searchsorted(total, rng.random(shape) * total[-1])
     # A prime, so this is a permutation.
     return (ranks * 7_368_787 % num_ids).astype(np.int32)
@@ -138,10 +139,10 @@ class DLRM:
         lengths = rng.integers(1, self.bag + 1, (2, self.examples, 1))
         there = np.arange(self.bag) < lengths
         batch = {
-            "seen": np.where(there[0], zipf(rng, seen, many), seen).astype(np.int32),
-            "query": np.where(there[1], zipf(rng, query, many), 0).astype(np.int32),
+            "seen": np.where(there[0], _zipf(rng, seen, many), seen).astype(np.int32),
+            "query": np.where(there[1], _zipf(rng, query, many), 0).astype(np.int32),
             "there": there[1].astype(np.float32),
-            "ids": np.stack([zipf(rng, n, (self.examples,)) for n in others], axis=1),
+            "ids": np.stack([_zipf(rng, n, (self.examples,)) for n in others], axis=1),
             "numbers": rng.standard_normal((self.examples, self.numbers), np.float32),
         }
         truth = batch["numbers"][:, 0] - batch["numbers"][:, 1]
@@ -189,9 +190,9 @@ class TwoTower:
     def batch(self, step: int) -> Batch:
         """A user likes one of 16 kinds of items."""
         rng = np.random.default_rng((2, step))
-        user = zipf(rng, self.users, (self.examples,))
+        user = _zipf(rng, self.users, (self.examples,))
         likes = (_hash(user, 0) % 16)[:, None, None]
-        offered = zipf(rng, self.items, (self.examples, self.history + 1, 48))
+        offered = _zipf(rng, self.items, (self.examples, self.history + 1, 48))
         liked = (_hash(offered, 1) % 16 == likes).argmax(-1)[..., None]
         items = np.take_along_axis(offered, liked, -1)[..., 0]
         item = items[:, 0]
@@ -263,7 +264,7 @@ class Transformer:
     def batch(self, step: int) -> Batch:
         """Three times in four a token is the one that its predecessor prefers."""
         rng, shape = np.random.default_rng((3, step)), (self.length + 1, self.examples)
-        drawn, follows = zipf(rng, self.tokens, shape), rng.random(shape) < 0.75
+        drawn, follows = _zipf(rng, self.tokens, shape), rng.random(shape) < 0.75
         prefers = _preferred(self.tokens)
         for t in range(1, len(drawn)):
             drawn[t] = np.where(follows[t], prefers[drawn[t - 1]], drawn[t])
@@ -273,7 +274,7 @@ class Transformer:
 @functools.cache
 def _preferred(tokens: int) -> np.ndarray:
     """For each token the one that follows: frequent ones follow often."""
-    return zipf(np.random.default_rng(0), tokens, (tokens,))
+    return _zipf(np.random.default_rng(0), tokens, (tokens,))
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,6 @@ class Clicks:
 
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng((4, step))
-        ids = np.stack([zipf(rng, self.rows, (self.examples,)) for _ in range(self.count)], axis=1)
+        ids = np.stack([_zipf(rng, self.rows, (self.examples,)) for _ in range(self.count)], axis=1)
         truth = sum(2 * _effect(column, i) for i, column in enumerate(ids.T))
         return {"ids": ids, "clicked": _clicked(rng, np.asarray(truth))}
