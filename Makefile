@@ -7,6 +7,9 @@ NEWEST := .venv-newest/bin
 NEWEST_PYTHON ?=
 # Tests are mostly compilation, which takes one core each; those of a file share what is compiled.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Compiled programs are stored, for tests that compile the same ones and for the next run.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 PIP := -m pip --disable-pip-version-check install --quiet
 VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
@@ -34,17 +37,17 @@ train: .venv/.bench
 
 test: .venv/.test
 	@$(BIN)/python $(VERSIONS)
-	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
+	$(CACHE) $(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 # As a user gets it: without constraints, and whatever is the newest today.
 test-newest: .venv-newest/.made
 	$(NEWEST)/python $(PIP) --upgrade --upgrade-strategy eager -e '.[test,bench,models]'
 	@$(NEWEST)/python $(VERSIONS)
-	$(NEWEST)/python -m pytest $(PARALLEL) $(ARGS)
+	$(CACHE) $(NEWEST)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-oldest: .venv-oldest/.test
 	@$(OLDEST)/python $(VERSIONS)
-	$(OLDEST)/python -m pytest $(PARALLEL) $(ARGS)
+	$(CACHE) $(OLDEST)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-tpu: .venv-tpu/.test
 	.venv-tpu/bin/python -m pytest tests/test_tpu.py $(ARGS)

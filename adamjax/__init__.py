@@ -1,31 +1,19 @@
 """Adam, AMSGrad and Adamax for JAX as pure functions, exact to the documents in every dtype."""
 
-from adamjax import convert
-from adamjax.adam import (
-    ScaleByAdamaxState,
-    ScaleByAdamState,
-    ScaleByAmsgradState,
-    scale_by_adam,
-    scale_by_adamax,
-    scale_by_amsgrad,
-)
+from adamjax import convert, layout, states
+from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.autodiff import grad, value_and_grad
-from adamjax.average import WeightEmaState, weight_ema
-from adamjax.buckets import Joined
+from adamjax.average import weight_ema
+from adamjax.chain import chain, identity
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from adamjax.config import from_config, to_config
-from adamjax.exact import ExactRowsState, StaleTable, Ticket, exact_rows
+from adamjax.exact import exact_rows
 from adamjax.grouping import grouped
-from adamjax.guard import (
-    AccumulateGradientsState,
-    SkipNotFiniteState,
-    accumulate_gradients,
-    skip_not_finite,
-)
-from adamjax.hyperparams import HyperparamsState, set_hyperparams, with_hyperparams
-from adamjax.layout import Packing, formats, packing, row_major
+from adamjax.guard import accumulate_gradients, skip_not_finite
+from adamjax.hyperparams import set_hyperparams, with_hyperparams
 from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
+from adamjax.master import master_weights
 from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
 from adamjax.paths import optional
 from adamjax.reading import (
@@ -38,7 +26,7 @@ from adamjax.reading import (
 )
 from adamjax.replicas import sum_over
 from adamjax.rows import RowGradient, row_gradient
-from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
+from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import (
     Schedule,
     by_path,
@@ -50,9 +38,11 @@ from adamjax.schedule import (
     polynomial_decay,
     warmup,
 )
-from adamjax.sharding import ShardedState, shard_state, state_shardings
+from adamjax.sharding import shard_state, state_shardings
 from adamjax.training import train_step
-from adamjax.transform import Transform, chain, identity
+from adamjax.transform import Transform
+
+__version__ = "0.1.0"
 
 # In the order of a pipeline.
 __all__ = [
@@ -76,16 +66,12 @@ __all__ = [
     "sum_over",
     # rules
     "scale_by_adam",
-    "ScaleByAdamState",
     "scale_by_amsgrad",
-    "ScaleByAmsgradState",
     "scale_by_adamax",
-    "ScaleByAdamaxState",
     # scalings
     "add_decayed_weights",
     "scale",
     "scale_by_learning_rate",
-    "ScheduleState",
     # rates
     "Schedule",
     "constant",
@@ -98,28 +84,17 @@ __all__ = [
     "by_path",
     # weights
     "weight_ema",
-    "WeightEmaState",
+    "master_weights",
     "averaged_weights",
     # when a step is taken
     "accumulate_gradients",
-    "AccumulateGradientsState",
     "skip_not_finite",
-    "SkipNotFiniteState",
     # tables
     "exact_rows",
-    "ExactRowsState",
-    "Ticket",
-    "StaleTable",
-    "row_major",
-    "formats",
-    "packing",
-    "Packing",
     # thousands of small leaves
     "grouped",
-    "Joined",
     # many devices
     "shard_state",
-    "ShardedState",
     "state_shardings",
     # complete optimizers
     "adam",
@@ -130,16 +105,25 @@ __all__ = [
     # a step, and setting hyperparameters between steps
     "train_step",
     "with_hyperparams",
-    "HyperparamsState",
     "set_hyperparams",
     # as JSON
     "to_config",
     "from_config",
-    "convert",
     # reading a state
     "get_slot",
     "slot_names",
     "step_count",
     "learning_rate",
     "skipped_steps",
+    # modules
+    "convert",
+    "layout",
+    "states",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module in (states, layout):
+        if name in module.__all__:
+            raise AttributeError(f"adamjax.{name} is {module.__name__}.{name}")
+    raise AttributeError(f"module 'adamjax' has no attribute {name!r}")

@@ -30,6 +30,7 @@ __all__ = [
     "current_mesh",
     "dimension_order",
     "experimental",
+    "in_float64",
     "in_memory_of",
     "jaxpr_as_fun",
     "layout_format",
@@ -50,6 +51,14 @@ def experimental(feature: str, name: str) -> Any:
             f"{feature} needs jax.experimental.{name}, which JAX {jax.__version__} does not have; "
             "install a newer adamjax, or an older JAX"
         ) from error
+
+
+def in_float64() -> Any:
+    """A context in which JAX computes in float64."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    older: Any = importlib.import_module("jax.experimental")  # before JAX 0.8
+    return older.enable_x64()
 
 
 # --- types of values ------------------------------------------------------------------------------

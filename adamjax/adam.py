@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.coasting import Coast
-from adamjax.data import BETA, POSITIVE, Number, Tree, exportable, static
+from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
@@ -37,6 +38,7 @@ from adamjax.moments import (
     square,
     widened,
 )
+from adamjax.rounding import is_narrow
 from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
@@ -73,15 +75,15 @@ def _check(rule: Any, default: str) -> None:
             f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
-        rule._set(**{default: 1e-7})
+        rule.set_fields(**{default: 1e-7})
     if rule.rows not in ("dense", "lazy"):
         raise ValueError(
             f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
             "rows='exact' wrap the whole chain: exact_rows(tx, tables)"
         )
     for name in ("b1", "b2"):
-        rule._check(name, BETA)
-    rule._check("eps_hat" if rule.eps is None else "eps", POSITIVE)
+        rule.check_range(name, BETA)
+    rule.check_range("eps_hat" if rule.eps is None else "eps", POSITIVE)
 
 
 def _check_dtypes(rule: Any, *names: str) -> None:
@@ -93,12 +95,26 @@ def _check_dtypes(rule: Any, *names: str) -> None:
             dtype = jnp.dtype(given)
         except TypeError:
             dtype = None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if wide and dtype not in (jnp.bfloat16, np.float32, np.float64):
+            raise TypeError(
+                f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
+                "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
+                "6e-8 too"
+            )
+        if not wide:
             raise TypeError(
                 f"{type(rule).__name__}: {name} must be a real floating dtype such as "
                 f"jnp.float32 or 'bfloat16', or None; got {given!r}"
             )
-        rule._set(**{name: dtype.name})
+        rule.set_fields(**{name: dtype.name})
+
+
+def _wide(rule: Any) -> Any:
+    """The rule with slots of float32 in place of narrow ones."""
+    dtypes = {name: getattr(rule, name, None) for name in ("m_dtype", "v_dtype", "u_dtype")}
+    narrow = [name for name, dtype in dtypes.items() if dtype is not None and is_narrow(dtype)]
+    return rule.replace(**dict.fromkeys(narrow)) if narrow else rule
 
 
 def _zero_mean(params: Tree, dtype: str | None) -> Tree:
@@ -181,17 +197,22 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
     )
 
 
-def _coast(rule: Any, shrink: float) -> Coast:
+def _coast(
+    rule: Any, shrink: float, size: str = "v", squared: bool = True, decaying: str = "v"
+) -> Coast:
     corrected = getattr(rule, "eps_hat", rule.eps) is None
     return Coast(
         b1=rule.b1,
         shrink=shrink,
         eps=rule.eps if corrected or not hasattr(rule, "eps_hat") else rule.eps_hat,
         b2=rule.b2 if corrected else None,
+        size=size,
+        squared=squared,
+        decays=(("m", rule.b1), (decaying, rule.b2)),
     )
 
 
-@exportable
+@transform_state("m", "v")
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
@@ -210,10 +231,6 @@ class ScaleByAdamState(NamedTuple):
     m: Tree
     v: Tree
     momentum_product: chex.Array | None
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "v")
 
 
 class scale_by_adam(Rule):
@@ -241,9 +258,10 @@ class scale_by_adam(Rule):
         `mu_t = b1 * (1 - 0.5 * 0.96**t)`:
         `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` stands for
         `m / (1 - b1**t)`. Its epsilon is `eps`, by default 1e-7.
-      m_dtype, v_dtype: real dtypes to keep the moments in; by default float32, or the
-        parameter's dtype if that is wider. For complex parameters m is complex, v real, and
-        `m_dtype` has no effect.
+      m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
+        float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
+        the memory and is rounded stochastically, so that the mean over steps is that of float32.
+        For complex parameters m is complex, v real, and `m_dtype` has no effect.
       rows: what a `RowGradient` means to the rows it does not hold. "dense": a gradient of zero,
         so their moments decay and they move on by momentum, as with the dense gradient (and at
         its cost; `exact_rows` has the same result for less). "lazy": they stand still in
@@ -277,7 +295,7 @@ class scale_by_adam(Rule):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
-        self._check_flag("nesterov")
+        self.check_flag("nesterov")
         _check(self, default="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
@@ -292,11 +310,10 @@ class scale_by_adam(Rule):
     def coast(self) -> Coast:
         return _coast(self, math.sqrt(self.b2))
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "v": self.b2}
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
 
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, self._product(state)).c_m
 
     def _product(self, state: Any) -> Any:
@@ -329,11 +346,12 @@ class scale_by_adam(Rule):
             grads,
             slots=(state.m, state.v),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAdamState(next_count(state.count), m, v, product)
 
 
-@exportable
+@transform_state("m", "v", "v_max")
 class ScaleByAmsgradState(NamedTuple):
     """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far.
 
@@ -346,10 +364,6 @@ class ScaleByAmsgradState(NamedTuple):
     m: Tree
     v: Tree
     v_max: Tree
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "v", "v_max")
 
 
 class scale_by_amsgrad(Rule):
@@ -392,13 +406,12 @@ class scale_by_amsgrad(Rule):
         )
 
     def coast(self) -> Coast:
-        return _coast(self, 1.0)
+        return _coast(self, 1.0, size="v_max")
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "v": self.b2}
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
 
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, None).c_m
 
     def check_state(self, state: Any) -> None:
@@ -414,6 +427,7 @@ class scale_by_amsgrad(Rule):
             grads,
             slots=(state.m, state.v, state.v_max),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAmsgradState(next_count(state.count), m, v, v_max)
 
@@ -443,7 +457,7 @@ def _quotient_by_maximum(
 _adamax = Recurrence(_moment_and_maximum, _quotient_by_maximum)
 
 
-@exportable
+@transform_state("m", "u")
 class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
@@ -460,10 +474,6 @@ class ScaleByAdamaxState(NamedTuple):
     count: chex.Array
     m: Tree
     u: Tree
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("m", "u")
 
 
 class scale_by_adamax(Rule):
@@ -511,13 +521,12 @@ class scale_by_adamax(Rule):
         )
 
     def coast(self) -> Coast:
-        return _coast(self, self.b2)
+        return _coast(self, self.b2, size="u", squared=False, decaying="u")
 
-    @property
-    def decays(self) -> dict[str, Any]:
-        return {"m": self.b1, "u": self.b2}
+    def with_wide_slots(self) -> Rule:
+        return _wide(self)
 
-    def pace(self, state: Any, real: Any) -> Any:
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return 1 / correction(self.b1, counted(state.count, real))
 
     def check_state(self, state: Any) -> None:
@@ -531,7 +540,7 @@ class scale_by_adamax(Rule):
             return _AdamaxScalars(
                 first=averaging(self.b1, real),
                 second=averaging(self.b2, real),
-                c_m=self.pace(state, real),
+                c_m=self.momentum_coefficient(state, real),
                 c_eps=divisor(self.eps, real),
             )
 
@@ -542,5 +551,6 @@ class scale_by_adamax(Rule):
             grads,
             slots=(state.m, state.u),
             rows=self.rows,
+            count=state.count,
         )
         return updates, ScaleByAdamaxState(next_count(state.count), m, u)

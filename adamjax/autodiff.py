@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import chex
 import jax
@@ -26,6 +26,11 @@ from adamjax.rows import RowGradient, in_table, summed_of_each
 from adamjax.search import distinct_of_each
 
 __all__ = ["Call", "Reads", "grad", "value_and_grad"]
+
+# The parameters of a loss, its other arguments, and what it returns.
+P = TypeVar("P")
+Args = ParamSpec("Args")
+Value = TypeVar("Value")
 
 
 # --- a call of a loss -----------------------------------------------------------------------------
@@ -318,6 +323,28 @@ def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
                 f"{call.owner}: {call.paths[i]!r} is a scalar, expected a table with rows"
             )
     return found
+
+
+@overload
+def value_and_grad(
+    loss_fn: Callable[Concatenate[P, Args], Value],
+    tables: str | Sequence[str],
+    *,
+    has_aux: bool = False,
+    argnums: Literal[0] = 0,
+    strict: bool = False,
+) -> Callable[Concatenate[P, Args], tuple[Value, P]]: ...
+
+
+@overload
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    tables: str | Sequence[str],
+    *,
+    has_aux: bool = False,
+    argnums: int | Sequence[int],
+    strict: bool = False,
+) -> Callable[..., Any]: ...
 
 
 def value_and_grad(

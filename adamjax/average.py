@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from adamjax.data import COUNT, UNIT, Number, Tree, exportable, is_array
+from adamjax.data import COUNT, UNIT, Number, Tree, is_array, transform_state
 from adamjax.leaves import expect_wide, lift, needed, new_slots
 from adamjax.moments import accumulator, as_count, averaging, next_count, stepped, widen, widened
 from adamjax.transform import Step, Transform, expect_state
@@ -13,7 +13,7 @@ from adamjax.transform import Step, Transform, expect_state
 __all__ = ["WeightEmaState", "weight_ema"]
 
 
-@exportable
+@transform_state("average", rule=False)
 class WeightEmaState(NamedTuple):
     """State of `weight_ema`.
 
@@ -28,10 +28,6 @@ class WeightEmaState(NamedTuple):
 
     count: chex.Array
     average: Tree
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("average",)
 
 
 class _Ema(NamedTuple):
@@ -77,12 +73,12 @@ class weight_ema(Transform):
     momentum: Number = 0.99
     overwrite_frequency: Number | None = None
 
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
-        self._check("momentum", UNIT)
+        self.check_range("momentum", UNIT)
         if self.overwrite_frequency is not None:
-            self._check("overwrite_frequency", COUNT)
+            self.check_range("overwrite_frequency", COUNT)
 
     @property
     def must_be_last(self) -> bool:

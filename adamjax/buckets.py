@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
-from adamjax.paths import leaf_paths
+from adamjax.paths import flatten, leaf_paths
 
-__all__ = ["Joined", "Plan", "apart", "is_joined"]
+__all__ = ["Joined", "Plan", "as_tree", "is_joined"]
 
 
 class Plan:
@@ -37,6 +37,11 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By a tree: pickled by itself, a structure has lost what its nodes' classes know of them.
+        tree = self.treedef.unflatten(range(len(self.avals)))
+        return _plan_like, (tree, self.avals, self.buckets)
+
     def __repr__(self) -> str:
         return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves joined"
 
@@ -58,6 +63,10 @@ class Plan:
             return self
         kept = tuple(b for i, b in enumerate(self.buckets) if i not in dropped)
         return Plan(self.treedef, self.avals, kept)
+
+
+def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]) -> Plan:
+    return Plan(flatten(tree)[1], avals, buckets)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -160,6 +169,6 @@ def is_joined(x: Any) -> bool:
     return isinstance(x, Joined)
 
 
-def apart(tree: Any) -> Any:
+def as_tree(tree: Any) -> Any:
     """A tree like the parameters, each leaf by itself, of one that may be joined."""
     return tree.tree() if isinstance(tree, Joined) else tree

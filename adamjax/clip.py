@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
-from adamjax.moments import accumulator, apart, root, scalar, square, widen, widened
+from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened
 from adamjax.rows import each_array, parts
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
 
@@ -21,7 +21,7 @@ def _sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
     real = accumulator(g.dtype)
     if widened(g.dtype, real) != g.dtype:
         # A widened copy that the norm and the product have in common would be kept in memory.
-        g = each_array(lambda x: widen(apart(x), real), g)
+        g = each_array(lambda x: widen(barrier(x), real), g)
     return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in parts(g))),)
 
 
@@ -110,10 +110,10 @@ class clip_by_value(Stateless):
     limit: Number
 
     keeps_zero = True
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
-        self._check("limit", POSITIVE)
+        self.check_range("limit", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
@@ -147,7 +147,7 @@ class clip_by_norm(Stateless):
     keeps_zero = True
 
     def __post_init__(self) -> None:
-        self._check("max_norm", POSITIVE)
+        self.check_range("max_norm", POSITIVE)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
@@ -183,10 +183,10 @@ class clip_by_global_norm(Stateless, Scaling):
 
     max_norm: Number
 
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
-        self._check("max_norm", POSITIVE)
+        self.check_range("max_norm", POSITIVE)
 
     @property
     def reads_updates(self) -> bool:

@@ -61,7 +61,7 @@ import numpy as np
 
 from adamjax.data import exportable
 from adamjax.mesh import at_each
-from adamjax.moments import apart
+from adamjax.moments import barrier
 
 __all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
 
@@ -76,7 +76,7 @@ _LARGEST = 2.0**64
 
 
 class Coast(NamedTuple):
-    """What a rule says of rows without a gradient: numbers that a plan can be made from.
+    """How a rule moves rows without a gradient: m / x times a number that is the same for all.
 
     Attributes:
       b1: decay of the average m, in [0, 1).
@@ -85,12 +85,24 @@ class Coast(NamedTuple):
       eps: what is added to x, above 0.
       b2: `None` if eps is added as it is; for the form of algorithm 1, where step t adds
         `max(eps * sqrt(1 - b2**t), tiny)`, the decay of v, in [0, 1).
+      momentum: the name of the slot that is m.
+      size: the name of the slot that measures the gradients' size.
+      squared: whether that slot is x**2 rather than x.
+      decays: pairs of the name of a slot and its decay a step, for all slots that decay.
     """
 
     b1: float
     shrink: float
     eps: float
     b2: float | None = None
+    momentum: str = "m"
+    size: str = "v"
+    squared: bool = True
+    decays: tuple[tuple[str, float], ...] = ()
+
+
+# The numbers of a rule by which rows move; a ring is named after them.
+_NUMBERS = ("b1", "shrink", "eps", "b2")
 
 
 @exportable
@@ -174,7 +186,8 @@ class Coasting:
     @property
     def name(self) -> str:
         """All that the entries of a ring depend on, so that a ring is not read by another plan."""
-        rule = [f"{k}={v!r}" for k, v in self.coast._asdict().items() if v is not None]
+        numbers = self.coast._asdict()
+        rule = [f"{k}={numbers[k]!r}" for k in _NUMBERS if numbers[k] is not None]
         momentum = [] if self.momentum is None else [f"momentum={self.momentum!r}"]
         return ",".join(rule + momentum + ["decay"] * self.decays)
 
@@ -337,7 +350,7 @@ class Coasting:
             return moved, average
 
         # Else XLA's CPU backend would compute it again for the average.
-        moved = apart(moved)
+        moved = barrier(moved)
         high, low = _powers(momentum, gap, p.dtype, history)
         change = moved + _column((high - 1) + low, p) * (average - p)
         if distance is not None:
@@ -358,7 +371,7 @@ class Coasting:
         """`m / (x + e)` times G and Q now, like m."""
         # Fused into the loop over the elements, they would be read again for each of them.
         coefficients = [
-            q if q is None else apart(q)
+            q if q is None else barrier(q)
             for q in settled(*self._halves(_at(series, rows.last) + poison[:, None]))
         ]
         e = _column(self._epsilon(rows.number(1), x.dtype), x)

@@ -13,9 +13,9 @@ import numpy as np
 
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from adamjax.average import weight_ema
+from adamjax.chain import chain
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.data import Data, is_array
-from adamjax.exact import exact_rows
 from adamjax.guard import accumulate_gradients
 from adamjax.paths import BoolTree, bool_tree, optional
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
@@ -31,7 +31,7 @@ from adamjax.schedule import (
     wrapped,
 )
 from adamjax.sharding import shard_state
-from adamjax.transform import Transform, as_transform, chain, foreign
+from adamjax.transform import Transform, as_transform, foreign
 
 __all__ = ["from_config", "to_config"]
 
@@ -39,8 +39,6 @@ __all__ = ["from_config", "to_config"]
 CLASS = "class"
 # The kinds of arrays that JSON can tell.
 _ARRAYS = (jnp.floating, jnp.integer, jnp.bool_)
-# What an object works out for itself when it is made.
-DERIVED = {(exact_rows, "fixed")}
 # What cannot be told, and why.
 UNTELLABLE: dict[type[Data], str] = {
     foreign: "it is a pair of functions from elsewhere: use adamjax's own transform, or write "
@@ -149,7 +147,7 @@ def _told_data(data: Data, place: str) -> dict[str, Any]:
         )
     told: dict[str, Any] = {CLASS: kind.__name__}
     for field in dataclasses.fields(data):
-        if (kind, field.name) not in DERIVED:
+        if field.init:
             told[field.name] = _told(getattr(data, field.name), f"{place}.{field.name}")
     return told
 
@@ -285,7 +283,7 @@ def _heard_data(config: Mapping[str, Any], place: str, classes: dict[str, type[D
             f"own must be given: from_config(config, custom=[{name}]). Known: {sorted(classes)}"
         )
     cls, values = classes[name], {}
-    fields = {f.name: f for f in dataclasses.fields(cls) if (cls, f.name) not in DERIVED}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in config:
         if key != CLASS and key not in fields:
             raise ValueError(
@@ -307,7 +305,7 @@ def _heard_data(config: Mapping[str, Any], place: str, classes: dict[str, type[D
 def _assembled(cls: type[Data], values: dict[str, Any]) -> Data:
     """An object of these fields, checked as when a person makes it."""
     made = object.__new__(cls)
-    made._set(**values)
+    made.set_fields(**values)
     made.__post_init__()
     return made
 

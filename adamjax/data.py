@@ -27,6 +27,7 @@ __all__ = [
     "exportable",
     "is_array",
     "static",
+    "transform_state",
 ]
 
 
@@ -74,9 +75,33 @@ def exportable(kind: type[_T]) -> type[_T]:
     )
 
 
-def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
-    """A field that is part of the structure: hashed and compared by `jit`, never traced."""
-    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only)
+def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type[_T]]:
+    """Declares a named tuple as the state of a transform.
+
+    Args:
+      *slots: the names of its fields that are trees like the parameters, with an array of the
+        parameter's shape for each leaf.
+      rule: whether these slots belong to a rule, so that `get_slot` reads them, and the `count`
+        beside them, if there is one, counts steps.
+
+    Returns:
+      A decorator, which lets `jax.export` write the class too.
+    """
+
+    def declare(kind: type[_T]) -> type[_T]:
+        kind.slots = slots  # type: ignore[attr-defined]
+        kind.rule_slots = slots if rule else ()  # type: ignore[attr-defined]
+        return exportable(kind)
+
+    return declare
+
+
+def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False, init: bool = True) -> Any:
+    """A field that is part of the structure: hashed and compared by `jit`, never traced.
+
+    Without `init`, it is no argument: `__post_init__` sets it.
+    """
+    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only, init=init)
 
 
 def is_array(value: Any) -> bool:
@@ -153,20 +178,20 @@ class Data:
     def __post_init__(self) -> None:
         """Checks and completes the fields."""
 
-    def _set(self, **values: Any) -> None:
+    def set_fields(self, **values: Any) -> None:
         """Sets fields while the object is being made."""
         self.__dict__.update(values)
 
-    def _check(self, name: str, allowed: Range) -> None:
+    def check_range(self, name: str, allowed: Range) -> None:
         """Refuses a hyperparameter outside its range; of what is being traced, only the dtype."""
-        self._set(**{name: self._checked(name, getattr(self, name), allowed)})
+        self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 
-    def _check_flag(self, name: str) -> None:
+    def check_flag(self, name: str) -> None:
         """Refuses what is neither True nor False: the string "false" would be true."""
         value = getattr(self, name)
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
-        self._set(**{name: bool(value)})
+        self.set_fields(**{name: bool(value)})
 
     def _checked(self, name: str, value: Any, allowed: Range) -> Any:
         """The value of a hyperparameter, if it is in its range, as a Python number or array."""
@@ -219,7 +244,7 @@ class Data:
             if name not in names:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}; it has {names}")
         made = object.__new__(type(self))
-        made._set(**{**self.__dict__, **changes})
+        made.set_fields(**{**self.__dict__, **changes})
         made.__post_init__()
         return made
 

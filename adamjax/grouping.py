@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax.buckets import Plan, apart, is_joined
+from adamjax.buckets import Plan, as_tree, is_joined
 from adamjax.data import Tree, static
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
-from adamjax.transform import Step, Transform, as_transform, over_slots
+from adamjax.structure import map_slots
+from adamjax.transform import Step, Transform, as_transform
 
 __all__ = ["grouped"]
 
@@ -85,11 +86,11 @@ def _is_ready(leaves: list[Any]) -> bool:
     return len({dtype_of(x) for x in leaves}) == 1
 
 
-def _odd(tx: Transform) -> Iterator[Transform]:
-    """The parts of a transform that do not treat all elements alike."""
-    if not tx.joinable:
-        found = [odd for part in tx.parts for odd in _odd(part)]
-        yield from found or [tx]
+def _ungroupable(tx: Transform) -> Iterator[Transform]:
+    """The innermost parts of a transform that cannot be grouped."""
+    if not tx.groupable:
+        inner = [part for child in tx.parts for part in _ungroupable(child)]
+        yield from inner or [tx]
 
 
 class grouped(Transform):
@@ -109,8 +110,9 @@ class grouped(Transform):
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
         `clip_by_global_norm`, `weight_ema`, chains and guards of these, and transforms of your
-        own whose attribute `joinable` says so. What depends on a leaf's path or on a leaf as a
-        whole stays outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`, or
+        own whose attribute `groupable` says so. What depends on a leaf's path or on a leaf as a
+        whole stays outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
+        `accumulate_gradients(grouped(adam(0.1)), 4, max_rows=64)`, or
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.
       max_size: elements of the largest leaf that is joined, a whole number of at least 1.
 
@@ -130,10 +132,10 @@ class grouped(Transform):
     tx: Transform
     max_size: int = static(default=4096, kw_only=True)
 
-    joinable = False
+    groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
         # Part of the structure: no array.
         whole = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
         if not whole or self.max_size < 1:
@@ -141,20 +143,13 @@ class grouped(Transform):
                 "grouped: max_size must be a whole number of at least 1, an int, got "
                 f"{self.max_size!r}"
             )
-        for odd in _odd(self.tx):
+        for part in _ungroupable(self.tx):
             raise ValueError(
-                f"grouped: {odd!r} cannot take leaves that are joined, as what it does to an "
+                f"grouped: {part!r} cannot take leaves that are joined, as what it does to an "
                 "element may depend on the leaf's path or on the leaf as a whole. Leave it outside "
                 "of grouped: in the chain around it, or with grouped inside of masked or partition"
-                " (a transform of your own says `joinable = True` if it treats all elements alike)"
+                " (a transform of your own says `groupable = True` if it treats all elements alike)"
             )
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
-
-    def part_states(self, state: Any) -> tuple[Any, ...]:
-        return (state,)
 
     def init(self, params: Tree) -> Any:
         plan = _planned(params, self.max_size)
@@ -182,7 +177,7 @@ class grouped(Transform):
         updates, new_state = self.tx.update(
             *(now.join(leaves), _by_plan(state, now), *map(now.join, columns[1:])), **extra_args
         )
-        return apart(updates), _by_plan(new_state, kept)
+        return as_tree(updates), _by_plan(new_state, kept)
 
     def _expect_joined(self, state: Any) -> None:
         """Refuses a state of the inner transform, where that has slots."""
@@ -193,7 +188,7 @@ class grouped(Transform):
                 "tx.join(state, params)"
             )
 
-        over_slots(refuse, state)
+        map_slots(refuse, state)
 
     def join(self, state: Any, params: Tree) -> Any:
         """The state that goes on from one of `tx` alone, such as one from a checkpoint.
@@ -228,4 +223,4 @@ class grouped(Transform):
         >>> tx.split(tx.init(params))[0].m
         [Array([0., 0.], dtype=float32), Array([0., 0., 0.], dtype=float32)]
         """
-        return jax.tree.map(apart, state, is_leaf=is_joined)
+        return jax.tree.map(as_tree, state, is_leaf=is_joined)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, Number, Tree, exportable, is_array, static
-from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, nothing, reduced
+from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
+from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
 from adamjax.moments import accumulator, as_count, next_count, widened
 from adamjax.paths import (
     checked_rules,
@@ -32,11 +32,15 @@ __all__ = [
 ]
 
 
-def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any) -> Step:
+def _conditional(
+    due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any, wide: bool
+) -> Step:
     """`step(grads)` where `due`, else zero updates and the state as it is.
 
-    Branches of a `cond` must agree in everything, so the step's updates are taken to the
-    gradients' dtypes, and it sees `None` for float0, which no branch can return.
+    The step sees `None` for float0, which no branch of a `cond` can return.
+
+    Args:
+      wide: whether updates stay wider than the gradients; else they are cast to their dtypes.
     """
     leaves, treedef = flatten(grads)
     passed = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
@@ -51,7 +55,11 @@ def _conditional(due: chex.Array, step: Callable[[Tree], Step], grads: Tree, sta
     def taken() -> Step:
         updates, new_state = step(alive)
         # Seals that come out of a `cond` would be traced, and have to be compared.
-        return _each_leaf(lambda g, u: unsealed(u.astype(g.dtype)), alive, updates), new_state
+
+        def result(g: Any, u: Any) -> Any:
+            return unsealed(u if wide else u.astype(g.dtype))
+
+        return _each_leaf(result, alive, updates), new_state
 
     def rested() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
@@ -76,7 +84,7 @@ def _still(shape: Any) -> Any:
     return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
 
 
-@exportable
+@transform_state()
 class AccumulateGradientsState(NamedTuple):
     """State of `accumulate_gradients`.
 
@@ -150,12 +158,13 @@ class accumulate_gradients(Transform):
     max_rows: Any = static(default=None)
 
     @property
-    def joinable(self) -> bool:
-        return not isinstance(self.max_rows, tuple) and super().joinable
+    def groupable(self) -> bool:
+        # Which leaves have room for rows depends on their shapes and paths.
+        return self.max_rows is None and super().groupable
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
-        self._check("steps", COUNT)
+        self.set_fields(tx=as_transform(self.tx))
+        self.check_range("steps", COUNT)
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
@@ -175,7 +184,7 @@ class accumulate_gradients(Transform):
                 f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
                 f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
             )
-        self._set(max_rows=rules)
+        self.set_fields(max_rows=rules)
 
     def _room(self, path: str, p: Any) -> int | None:
         """The rows to make room for in a leaf, `None` for a dense array."""
@@ -231,7 +240,7 @@ class accumulate_gradients(Transform):
         expect_wide("accumulate_gradients", "total", state.total)
         self._expect_room(state.total)
         slots = (state.total,)
-        _, total = lift("accumulate_gradients", _add, nothing, updates, slots, rows="whole")
+        _, total = lift("accumulate_gradients", _add, no_scalars, updates, slots, rows="whole")
         count = state.micro_count + 1
         steps = as_count("accumulate_gradients: steps", self.steps, count.dtype)
         due = count >= steps
@@ -255,19 +264,17 @@ class accumulate_gradients(Transform):
             rest = jax.tree.map(emptied, alive, total, is_leaf=is_leaf)
             return updates, (rest, inner)
 
-        updates, (total, inner) = _conditional(due, step, updates, (total, state.inner))
+        updates, (total, inner) = _conditional(
+            due, step, updates, (total, state.inner), self.has_wide_updates
+        )
         return updates, AccumulateGradientsState(jnp.where(due, 0, count), total, inner)
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, AccumulateGradientsState)
         return (state.inner,)
 
 
-@exportable
+@transform_state()
 class SkipNotFiniteState(NamedTuple):
     """State of `skip_not_finite`.
 
@@ -309,7 +316,7 @@ class skip_not_finite(Transform):
     tx: Transform
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
 
     def init(self, params: Tree) -> SkipNotFiniteState:
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))
@@ -323,13 +330,9 @@ class skip_not_finite(Transform):
         def step(alive: Tree) -> Step:
             return self.tx.update(alive, state.inner, params, **extra_args)
 
-        updates, inner = _conditional(finite, step, updates, state.inner)
+        updates, inner = _conditional(finite, step, updates, state.inner, self.has_wide_updates)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))
         return updates, SkipNotFiniteState(skipped, inner)
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, SkipNotFiniteState)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import COUNT, LARGEST, Number, Tree, exportable, is_array
-from adamjax.exact import exact_rows
+from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
+from adamjax.structure import Part, replace_parts, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["HyperparamsState", "set_hyperparams", "with_hyperparams"]
 
 
-@exportable
+@transform_state()
 class HyperparamsState(NamedTuple):
     """State of `with_hyperparams`.
 
@@ -41,26 +41,22 @@ def _fields(x: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(x) if not f.metadata.get("static")]
 
 
-def _all(x: Any) -> Iterator[Transform]:
-    """A transform and those in it."""
-    if isinstance(x, Transform):
-        yield x
-        for name in _fields(x):
-            yield from _all(getattr(x, name))
-    elif isinstance(x, tuple):
-        for part in x:
-            yield from _all(part)
+def _all(tx: Transform) -> Iterator[Transform]:
+    return (part.tx for part in walk(tx))
 
 
-def _with(x: Any, values: dict[str, Any]) -> Any:
-    """A transform with other values in the fields of these names, its parts' too."""
-    if isinstance(x, tuple):
-        return tuple(_with(part, values) for part in x)
-    if not isinstance(x, Transform):
-        return x
-    made = copy.copy(x)
-    made._set(**{n: values.get(n, _with(getattr(x, n), values)) for n in _fields(x)})
-    return made
+def _with(tx: Transform, values: dict[str, Any]) -> Transform:
+    """The transform with other values in the fields of these names, also in those of its parts."""
+
+    def changed(part: Transform) -> Transform:
+        own = {name: values[name] for name in _fields(part) if name in values}
+        if not own:
+            return part
+        made = copy.copy(part)
+        made.set_fields(**own)
+        return made
+
+    return replace_parts(tx, changed)
 
 
 class with_hyperparams(Transform):
@@ -97,7 +93,7 @@ class with_hyperparams(Transform):
     hyperparams: dict[str, Number]
 
     def __init__(self, tx: Any, **hyperparams: Any) -> None:
-        self._set(tx=tx, hyperparams=hyperparams)
+        self.set_fields(tx=tx, hyperparams=hyperparams)
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -116,9 +112,10 @@ class with_hyperparams(Transform):
                     f"{tx!r}, expected one; there are {names}. Wrap the part that is meant"
                 )
             for outer in _all(tx):
-                if isinstance(outer, exact_rows) and any(name in dict(x) for x in outer.fixed):
+                if name in outer.python_numbers:
+                    kind = type(outer).__name__
                     raise ValueError(
-                        f"with_hyperparams: {name!r} must be a Python float within exact_rows"
+                        f"with_hyperparams: {name!r} must be a Python float within {kind}"
                     )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
@@ -127,15 +124,16 @@ class with_hyperparams(Transform):
             if not is_array(found[name]):
                 # 0.99999999 is a beta, but in float32 it is 1.
                 made.replace(**{name: jnp.asarray(found[name])})
-        self._set(tx=tx, hyperparams=found)
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
+        self.set_fields(tx=tx, hyperparams=found)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, HyperparamsState)
         return (state.inner,)
+
+    def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
+        if state is None:
+            return super().children(state, params)
+        return (Part(self.resolved(state), state.inner, params),)
 
     def resolved(self, state: HyperparamsState) -> Transform:
         """The inner transform with the values that a state holds."""

@@ -6,7 +6,6 @@ A layout belongs to an array in memory: `jax.jit` takes that of an argument from
 that of a result from `out_shardings`, else it goes back to the default.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._compat import dimension_order, layout_format
-from adamjax.buckets import Joined
 from adamjax.data import Tree
 from adamjax.paths import flatten
 from adamjax.rows import as_int32, integers, whole
+from adamjax.structure import map_like_params
 
-__all__ = ["Packing", "formats", "laid_out_like", "over_like", "packing", "row_major"]
+__all__ = ["Packing", "formats", "packing", "row_major"]
 
 
 def _format(x: Any) -> Any:
@@ -67,7 +66,7 @@ def row_major(table: Any) -> Any:
         `jit` returns lies, its `out_shardings` say.
 
     >>> import adamjax, jax.numpy as jnp
-    >>> params = {"table": adamjax.row_major(jnp.zeros((1000, 64)))}
+    >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
     """
     order = tuple(range(jnp.ndim(table)))
     if isinstance(table, jax.core.Tracer):
@@ -110,8 +109,8 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.adam(1e-3, rows="lazy")
-    >>> params = {"table": adamjax.row_major(jnp.zeros((1000, 64)))}
-    >>> params_lie, state_lies = adamjax.formats(tx, params)
+    >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
+    >>> params_lie, state_lies = adamjax.layout.formats(tx, params)
     >>> def step(params, state, ids, values):
     ...     grads = {"table": adamjax.row_gradient(ids, values, 1000)}
     ...     updates, state = tx.update(grads, state, params)
@@ -128,38 +127,7 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
         return treedef.unflatten([f if _is_like(x, p) else None for x, p, f in beside])
 
     state = jax.eval_shape(tx.init, params)
-    return treedef.unflatten(found), over_like(params, lies, lambda _: None, state)
-
-
-def over_like(
-    params: Tree,
-    slots: Callable[[Tree], Tree],
-    other: Callable[[Any], Any],
-    state: Any,
-    stop: Callable[[Any], bool] = lambda _: False,
-) -> Any:
-    """A state with a function applied to each tree in it that is like the params, one to the rest.
-
-    Also to such trees in states from elsewhere, which do not say where they are. The rest are
-    leaves, and nodes at which to stop.
-    """
-    treedef = flatten(params)[1]
-
-    def is_slots(x: Any) -> bool:
-        return isinstance(x, Joined) or (not stop(x) and bool(flatten(x)[1] == treedef))
-
-    def mapped(x: Any) -> Any:
-        if not isinstance(x, Joined):
-            return slots(x) if is_slots(x) else other(x)
-        # Leaves that are joined are not there; and buckets are like no parameter.
-        leaves: list[Any] = [None] * len(x.plan.avals)
-        for i, leaf in zip(x.plan.alone, x.alone, strict=True):
-            leaves[i] = leaf
-        found = flatten(slots(treedef.unflatten(leaves)))[0]
-        alone = tuple(found[i] for i in x.plan.alone)
-        return Joined(tuple(map(other, x.joined)), alone, x.plan)
-
-    return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))
+    return treedef.unflatten(found), map_like_params(params, lies, lambda _: None, state)
 
 
 class Packing(NamedTuple):
@@ -176,7 +144,7 @@ class Packing(NamedTuple):
       per_line: rows of a line.
 
     >>> import adamjax, jax, jax.numpy as jnp
-    >>> p = adamjax.packing(64)
+    >>> p = adamjax.layout.packing(64)
     >>> params = {"table": p.pack(jnp.ones((1001, 64)))}
     >>> tx = adamjax.exact_rows(adamjax.adam(0.5), "table")
     >>> state, ids = tx.init(params), jnp.array([3, 2, 7])
@@ -256,7 +224,7 @@ def packing(width: int) -> Packing:
     That is 8 rows of 16 elements a line, 4 of 32, 2 of 64, 5 of 100, 1 of 128 or 256, 2 of 300.
 
     >>> import adamjax
-    >>> adamjax.packing(100)
+    >>> adamjax.layout.packing(100)
     Packing(width=100, per_line=5)
     """
     width = whole("packing: width", width)

@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
@@ -15,7 +15,8 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient, RowMoves, applied, check_sound, sealed, unsealed
+from adamjax.rounding import is_narrow, rounding_keys
+from adamjax.rows import RowGradient, RowMoves, applied, check_sound, run_rule, sealed, unsealed
 
 __all__ = [
     "Rows",
@@ -34,10 +35,12 @@ __all__ = [
     "matched",
     "needed",
     "new_slots",
-    "nothing",
+    "no_scalars",
     "reduced",
 ]
 
+
+T = TypeVar("T")
 
 # What a rule does with the rows of a table that a row gradient does not hold; see `lift`.
 Rows = Literal["dense", "lazy", "whole"]
@@ -246,6 +249,7 @@ def lift(
     like: Tree = None,
     names: tuple[str, str] = ("grads", "the state"),
     rows: Rows = "dense",
+    count: chex.Array | None = None,
 ) -> tuple[Any, ...]:
     """Applies a rule on arrays to every leaf of trees; checks all leaves before the first.
 
@@ -264,6 +268,8 @@ def lift(
       names: what errors call `grads` and `slots`.
       rows: whether the rows that a `RowGradient` does not hold have a gradient of zero, or are
         left alone; or "whole" for a rule that is not elementwise and takes such a leaf as it is.
+      count: int32, the steps taken before: what the random bits are made of with which slots in
+        bfloat16 are rounded. Without it they are rounded to the nearest.
 
     Returns:
       The tree of updates, then the new slot trees.
@@ -317,9 +323,12 @@ def lift(
                 expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
-            results = _each(
-                rule, (rows, len(slots)), ready[given, real], [leaf for _, leaf in block]
-            )
+            narrow = any(is_narrow(dtype_of(x)) for x in block[0][1][1 : 1 + len(slots)])
+            keys = None
+            if narrow and count is not None:
+                keys = rounding_keys(count, [i for i, _ in block])
+            how, c = (rows, len(slots)), ready[given, real]
+            results = _each(rule, how, c, keys, [leaf for _, leaf in block])
             for (i, _), (u, *new) in zip(block, results, strict=True):
                 outputs[i] = (sealed(u), *new)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
@@ -333,18 +342,19 @@ _BLOCK = 8
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _each(
-    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, block: list[list[Any]]
+    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, keys: Any, block: list[list[Any]]
 ) -> list[Any]:
     rows, slots = how
 
-    def result(g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
+    def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
-            return tuple(unsealed(x) for x in rule(c, g, *arrays))
-        if not isinstance(g, RowGradient):
-            return tuple(rule(c, g, *arrays))
-        return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:])
+            keyed = {} if key is None else {"key": key}
+            return tuple(unsealed(x) for x in rule(c, g, *arrays, **keyed))
+        if isinstance(g, RowGradient):
+            return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key)
+        return run_rule(rule, c, g, arrays[:slots], arrays[slots:], key)
 
-    return [result(*leaf) for leaf in block]
+    return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
 
 
 def _ready(owner: str, leaf: Any) -> Any:
@@ -378,7 +388,7 @@ def reduced(
 
     The rule takes a `RowGradient` as it is.
     """
-    (scalars,) = lift(owner, rule, nothing, tree, names=("the tree", ""), rows="whole")
+    (scalars,) = lift(owner, rule, no_scalars, tree, names=("the tree", ""), rows="whole")
     pairs = zip(flatten(tree)[0], flatten(scalars)[0], strict=True)
     found = [x for leaf, x in pairs if not is_left_alone(leaf)]
     while len(found) > 1:
@@ -391,33 +401,84 @@ def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Ar
     return functools.reduce(join, block)
 
 
-def _moved(c: None, u: Any, p: chex.Array) -> tuple[Any, chex.Array]:
-    return u, p + u if isinstance(u, RowGradient | RowMoves) else stepped(p, u)
+def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
+    if not isinstance(u, RowGradient | RowMoves):
+        return u, stepped(p, u, key)
+    return u, p + u if key is None else u.added_to(p, key)
 
 
-def nothing(real: Any) -> None:
+def no_scalars(real: Any) -> None:
     """The scalars of a rule that needs none."""
     return None
 
 
-def apply_updates(params: Tree, updates: Tree) -> Any:
+def apply_updates(
+    params: T,
+    updates: Tree,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    step: Any = None,
+) -> T:
     """The parameters moved by their updates: `p + u`, in the dtypes of the parameters.
+
+    A bfloat16 weight of 1 has neighbours at 0.996 and 1.008, so rounded to the nearest it does not
+    move by an update of 0.001. With `rounding="stochastic"` bfloat16 weights are rounded up or
+    down at random so that the expected value is right (`adamjax.rounding`); others as before.
 
     Args:
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
       updates: tree of the same structure and shapes; `None` where a parameter is to stay.
+      rounding: "nearest" or "stochastic".
+      step: for stochastic rounding an integer scalar that is another one in each step, such as
+        `adamjax.step_count(state)`. The random bits are made of it.
 
     Returns:
       The new parameters. Sums are taken in the wider dtype of the two and rounded once.
 
     Raises:
-      ValueError: the structure or a shape differs; the message names the leaf.
+      ValueError: the structure or a shape differs; the message names the leaf. `rounding` and
+        `step` do not go together, or a float16 weight is to be rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.apply_updates({"n": 3, "w": jnp.ones(2)}, {"n": None, "w": jnp.ones(2)})
     {'n': 3, 'w': Array([2., 2.], dtype=float32)}
     """
-    names = ("updates", "params")
     return lift(
-        "apply_updates", _moved, nothing, updates, slots=(params,), names=names, rows="whole"
+        "apply_updates",
+        _moved,
+        no_scalars,
+        updates,
+        slots=(params,),
+        names=("updates", "params"),
+        rows="whole",
+        count=_rounding_step(params, rounding, step),
     )[1]
+
+
+def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
+    """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"apply_updates: rounding must be 'nearest' or 'stochastic', got {rounding!r}"
+        )
+    if (step is None) != (rounding == "nearest"):
+        came = "no step" if step is None else "a step, which has no effect with it"
+        raise ValueError(
+            f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
+            "and step=adamjax.step_count(state), or neither"
+        )
+    if step is None:
+        return None
+    if np.shape(step) != () or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise ValueError(
+            f"apply_updates: step is {described(step)}, expected an integer scalar, such as "
+            "adamjax.step_count(state)"
+        )
+    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
+        if not is_left_alone(p) and dtype_of(p) == np.float16:
+            raise ValueError(
+                f"apply_updates: params[{path!r}] is float16, expected bfloat16 or wider for "
+                "stochastic rounding"
+            )
+    # Other bits than those of the moments, which are rounded in the same step.
+    return jnp.asarray(step).astype(jnp.int32) ^ np.int32(0x5BD1E995)

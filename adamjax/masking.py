@@ -1,28 +1,26 @@
 """Transforms for a part of the leaves: a leaf that is not theirs is `None` to them."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from adamjax.data import Tree, static
 from adamjax.leaves import matched
 from adamjax.paths import (
     Mask,
-    bool_tree,
     checked_mask,
     checked_rules,
     expect_matches,
     expect_present,
     first_match,
     flatten,
-    is_mask_function,
     leaf_paths,
+    paired,
+    resolved_mask,
     selected,
 )
-from adamjax.scaling import add_decayed_weights
 from adamjax.transform import Step, Transform, as_transform, several_states
 
-__all__ = ["masked", "partition", "settled"]
+__all__ = ["masked", "partition"]
 
 
 def _keep(tree: Tree, flags: list[bool]) -> Tree:
@@ -56,10 +54,10 @@ class masked(Transform):
     tx: Transform
     pattern: Mask = static()
 
-    joinable = False
+    groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
+        self.set_fields(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
 
     def _flags(self, tree: Tree) -> list[bool]:
         return selected(self.pattern, tree, "masked")
@@ -83,12 +81,15 @@ class masked(Transform):
         chosen = [u if f else g for u, g, f in zip(moved, leaves, flags, strict=True)]
         return treedef.unflatten(chosen), state
 
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
+    only_routes = True
 
-    def part_states(self, state: Any) -> tuple[Any, ...]:
-        return (state,)
+    def part_params(self, params: Tree) -> tuple[Tree, ...]:
+        return (_keep(params, self._flags(params)),)
+
+    def resolve_masks(self, params: Tree) -> Self:
+        pattern = resolved_mask("masked", self.pattern, params)
+        resolved = super().resolve_masks(params)
+        return resolved if pattern is self.pattern else resolved.replace(pattern=pattern)
 
 
 class partition(Transform):
@@ -123,29 +124,30 @@ class partition(Transform):
         self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any = None
     ) -> None:
         rules = checked_rules("partition", rules)
-        self._set(
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(tx for _, tx in rules),
             default=default,
         )
         self.__post_init__()
 
-    joinable = False
+    groupable = False
 
     def __post_init__(self) -> None:
-        rules = checked_rules("partition", zip(self.patterns, self.transforms, strict=True))
-        self._set(
+        rules = checked_rules("partition", paired("partition", self.patterns, self.transforms))
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),
             default=None if self.default is None else as_transform(self.default),
         )
 
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return self.transforms + (() if self.default is None else (self.default,))
+    only_routes = True
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         return several_states(self, state)
+
+    def part_params(self, params: Tree) -> tuple[Tree, ...]:
+        return self._shares(params)
 
     def _owners(self, tree: Tree) -> list[int]:
         """The index of each leaf's part; a leaf that is not here belongs to none."""
@@ -163,98 +165,32 @@ class partition(Transform):
             owners.append(len(self.transforms) if index is None else index)
         return owners
 
-    def _share(self, tree: Tree, index: int) -> Tree:
-        return _keep(tree, [owner == index for owner in self._owners(tree)])
+    def _shares(self, tree: Tree) -> tuple[Tree, ...]:
+        """For each part the tree with `None` in place of the leaves of the others."""
+        owners = self._owners(tree)
+        return tuple(_keep(tree, [o == i for o in owners]) for i in range(len(self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         expect_matches("partition", self.patterns, params, first_decides=True)
-        return tuple(tx.init(self._share(params, i)) for i, tx in enumerate(self.parts))
+        shares = zip(self.parts, self._shares(params), strict=True)
+        return tuple(tx.init(share) for tx, share in shares)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        given, (leaves, treedef) = updates, flatten(updates)
-        owners, states = self._owners(given), []
+        leaves, treedef = flatten(updates)
+        owners, states = self._owners(updates), []
         if any(i not in owners for i in range(len(self.patterns))):
             if params is not None:
-                matched("partition", "grads", given, params, "params")
-            expect_present("partition", self.patterns, given, leaf_paths(given))
-        for i, (tx, part) in enumerate(zip(self.parts, self.part_states(state), strict=True)):
-            seen = None if params is None else self._share(params, i)
-            moved, part = tx.update(self._share(given, i), part, seen, **extra_args)
-            states.append(part)
-            moves = zip(leaves, flatten(moved)[0], owners, strict=True)
-            leaves = [u if owner == i else kept for kept, u, owner in moves]
+                matched("partition", "grads", updates, params, "params")
+            expect_present("partition", self.patterns, updates, leaf_paths(updates))
+        part_states, shares = self.part_states(state), self._shares(updates)
+        seen = [None] * len(self.parts) if params is None else self._shares(params)
+        for i, tx in enumerate(self.parts):
+            moved, new = tx.update(shares[i], part_states[i], seen[i], **extra_args)
+            states.append(new)
+            pairs = zip(leaves, flatten(moved)[0], owners, strict=True)
+            leaves = [u if owner == i else before for before, u, owner in pairs]
         return treedef.unflatten(leaves), tuple(states)
 
     def __repr__(self) -> str:
         rules = list(zip(self.patterns, self.transforms, strict=True))
         return f"partition({rules!r}, default={self.default!r})"
-
-
-# --- masks that are settled ---------------------------------------------------------------------
-
-# Where a transform has a mask.
-_MASKS: tuple[tuple[type[Transform], str], ...] = (
-    (masked, "pattern"),
-    (add_decayed_weights, "mask"),
-)
-
-
-def settled(tx: Transform, params: Tree) -> Transform:
-    """The transform with trees of bools in the place of mask functions, at any depth.
-
-    A mask that is a function of shapes decides otherwise where a table's rows stand in the
-    table's place: so it is asked here, about the parameters as they are. Each function is asked
-    about the leaves that its part sees. Where there are none, it is the same object.
-    """
-    if not _has_mask_functions(tx):
-        return tx
-    changes: dict[str, Any] = {}
-    for name, mask in _mask_functions(tx):
-        owner = type(tx).__name__
-        changes[name] = bool_tree(f"{owner}: what the mask function returns", mask(params))
-    for field in dataclasses.fields(tx):
-        value = getattr(tx, field.name)
-        if _has_mask_functions(value):
-            changes[field.name] = _settled_within(tx, field.name, value, params)
-    made = object.__new__(type(tx))
-    made._set(**{**tx.__dict__, **changes})
-    return made
-
-
-def _mask_functions(tx: Transform) -> list[tuple[str, Any]]:
-    """The masks of this transform itself that are functions, by field."""
-    fields = [(name, getattr(tx, name)) for kind, name in _MASKS if isinstance(tx, kind)]
-    return [(name, mask) for name, mask in fields if is_mask_function(mask)]
-
-
-def _has_mask_functions(value: Any) -> bool:
-    """Whether there is a mask that is a function in what a field holds, at any depth."""
-    if isinstance(value, Transform):
-        return bool(_mask_functions(value)) or any(
-            _has_mask_functions(getattr(value, field.name)) for field in dataclasses.fields(value)
-        )
-    if isinstance(value, list | tuple):
-        return any(map(_has_mask_functions, value))
-    return isinstance(value, dict) and any(map(_has_mask_functions, value.values()))
-
-
-def _settled_within(tx: Transform, name: str, value: Any, params: Tree) -> Any:
-    """What a field of a transform holds, its transforms settled for the leaves that they see."""
-    if isinstance(tx, masked):
-        return settled(value, _keep(params, tx._flags(params)))
-    if isinstance(tx, partition):
-        if name == "default":
-            return settled(value, tx._share(params, len(tx.transforms)))
-        return tuple(settled(part, tx._share(params, i)) for i, part in enumerate(value))
-    return _each_settled(value, params)
-
-
-def _each_settled(value: Any, params: Tree) -> Any:
-    if isinstance(value, Transform):
-        return settled(value, params)
-    if isinstance(value, list | tuple) and _has_mask_functions(value):
-        items = [_each_settled(x, params) for x in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: _each_settled(x, params) for key, x in value.items()}
-    return value

@@ -169,17 +169,18 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
 
 
 def over_rows(
-    owner: str, function: Callable[[Any, Any], Any], table: Any, axis: Any
+    owner: str, function: Callable[[Any, Any, Any], Any], table: Any, axis: Any
 ) -> Callable[[Any, Any], Any]:
     """A function of arrays as long as a table, and of short ones, for each device's own rows.
 
     Args:
-      function: `(long, short) -> long`, that works row by row.
+      function: `(long, short, first) -> long`, that works row by row; `first` is the position in
+        the whole table of the first row that it gets.
       axis: the mesh axes that split the table, where its sharding does not say.
     """
     split = rows_split(table)
     if split is None and axis is None:
-        return function
+        return lambda long, short: function(long, short, 0)
     axes = axis if split is None else split.spec[0]
     mesh = _mesh(owner, axes) if split is None else split.mesh
     names = {axes} if isinstance(axes, str) else set(axes)
@@ -190,7 +191,12 @@ def over_rows(
             f"of axis {axes!r}; leave axis out, or fill the table up"
         )
     specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
-    return jax.jit(per_device(function, mesh, names, *specs))
+
+    def own_rows(long: Any, short: Any) -> Any:
+        first = jax.lax.axis_index(axes) * (len(table) // count)
+        return function(long, short, first)
+
+    return jax.jit(per_device(own_rows, mesh, names, *specs))
 
 
 def _mesh(owner: str, axes: Any) -> Any:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
+from adamjax.rounding import write_slot
 
 __all__ = [
     "Average",
     "accumulator",
-    "apart",
     "as_count",
     "averaging",
+    "barrier",
     "complement",
     "correction",
     "counted",
@@ -213,21 +214,25 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
-def apart(x: chex.Array) -> chex.Array:
+def barrier(x: chex.Array) -> chex.Array:
     """`x`, of which XLA does not see that it is the same."""
     return jax.lax.optimization_barrier(x)
 
 
-@apart.defjvp
-def _apart_jvp(primals: Any, tangents: Any) -> Any:
+@barrier.defjvp
+def _barrier_jvp(primals: Any, tangents: Any) -> Any:
     # The barrier's own rule came to JAX later than the oldest version that is supported.
-    return apart(primals[0]), tangents[0]
+    return barrier(primals[0]), tangents[0]
 
 
-def stepped(p: chex.Array, u: chex.Array) -> chex.Array:
-    """The parameter after its update: added in float32 at least, rounded once to its own dtype."""
+def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
+    """The parameter after its update: added in float32 at least, rounded once to its own dtype.
+
+    Args:
+      key, rows: where a bfloat16 is to be rounded stochastically, as for `write_slot`.
+    """
     real = accumulator(p.dtype, u.dtype)
-    return (widen(p, real) + widen(u, real)).astype(p.dtype)
+    return write_slot(widen(p, real) + widen(u, real), p.dtype, key, 0, rows)
 
 
 def square(x: chex.Array) -> chex.Array:

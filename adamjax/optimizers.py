@@ -3,12 +3,12 @@
 from typing import Any
 
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
+from adamjax.chain import chain
 from adamjax.data import Number
 from adamjax.leaves import Rows
 from adamjax.paths import Mask
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 from adamjax.schedule import Rate
-from adamjax.transform import chain
 
 __all__ = ["adam", "adamax", "adamw", "amsgrad", "nadam"]
 

@@ -25,9 +25,10 @@ __all__ = [
     "first_match",
     "flatten",
     "is_leaf",
-    "is_mask_function",
     "leaf_paths",
     "optional",
+    "paired",
+    "resolved_mask",
     "selected",
     "unique_paths",
 ]
@@ -157,6 +158,19 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
             raise ValueError(f"{wanted}, got {pair!r} in the place of a pair")
         pairs.append((checked_pattern(owner, pair[0]), pair[1]))
     return pairs
+
+
+def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
+    """Patterns and their values, which are fields of their own, as pairs; one each."""
+    for x in (patterns, values):
+        if not isinstance(x, list | tuple):
+            raise TypeError(f"{owner}: expected lists of patterns and of their values, got {x!r}")
+    if len(patterns) != len(values):
+        raise ValueError(
+            f"{owner}: expected one value for each pattern, got {len(values)} for "
+            f"{list(patterns)!r}"
+        )
+    return list(zip(patterns, values, strict=True))
 
 
 def first_match(patterns: Sequence[str], path: str) -> int | None:
@@ -367,9 +381,11 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
     return made
 
 
-def is_mask_function(mask: Any) -> bool:
-    """Whether a checked mask is a function."""
-    return mask is not None and not isinstance(mask, str | BoolTree)
+def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
+    """A checked mask; in place of a function the tree of bools that it returns for `params`."""
+    if mask is None or isinstance(mask, str | BoolTree):
+        return mask
+    return bool_tree(f"{owner}: what the mask function returns", mask(params))
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:

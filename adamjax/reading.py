@@ -1,23 +1,21 @@
 """Reading a state: slots, counts, rates, averages, through chains and wrappers, optax's too."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
 from adamjax.average import WeightEmaState
-from adamjax.buckets import apart
+from adamjax.buckets import as_tree
 from adamjax.data import Tree
 from adamjax.guard import SkipNotFiniteState
-from adamjax.hyperparams import with_hyperparams
 from adamjax.leaves import expect_array, is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.scaling import ScheduleState, scale_by_learning_rate
+from adamjax.scaling import scale_by_learning_rate
 from adamjax.schedule import rate_at
-from adamjax.transform import Transform, as_transform, expect_state
+from adamjax.structure import find, slot_states
+from adamjax.transform import as_transform
 
 __all__ = [
     "averaged_weights",
@@ -28,14 +26,14 @@ __all__ = [
     "step_count",
 ]
 
-_RULES = (ScaleByAdamState, ScaleByAmsgradState, ScaleByAdamaxState)
+T = TypeVar("T")
 
 
-def _found(state: Any, *kinds: type) -> list[Any]:
-    """The states of these kinds anywhere in a state, in order."""
+def _of_kind(kind: type, state: Any) -> list[Any]:
+    """The states of a class anywhere in a state, in order."""
 
     def wanted(x: Any) -> bool:
-        return isinstance(x, kinds)
+        return isinstance(x, kind)
 
     return [x for x in jax.tree.leaves(state, is_leaf=wanted) if wanted(x)]
 
@@ -44,8 +42,8 @@ def _is_empty(x: Any) -> bool:
     return not jax.tree.leaves(x)
 
 
-def _joined(what: str, trees: list[Tree]) -> Tree:
-    """Trees of which each has its own leaves, as one: the parts of a partition."""
+def _merged(what: str, trees: list[Tree]) -> Tree:
+    """One tree of several that have no leaf in common, as the parts of a partition have."""
     there = [tree for tree in trees if not _is_empty(tree)]
     if len(there) < 2:
         return there[0] if there else trees[0]
@@ -56,7 +54,12 @@ def _joined(what: str, trees: list[Tree]) -> Tree:
         )
     # One level down, where a part may have nothing at all.
     top = there[0]
-    return jax.tree.map(lambda *xs: _joined(what, list(xs)), *there, is_leaf=lambda x: x is not top)
+    return jax.tree.map(lambda *xs: _merged(what, list(xs)), *there, is_leaf=lambda x: x is not top)
+
+
+def _rule_slots(state: Any) -> tuple[str, ...]:
+    # A state that names its slots without saying whose they are is that of a rule.
+    return getattr(state, "rule_slots", state.slots)
 
 
 def slot_names(state: Any) -> tuple[str, ...]:
@@ -66,8 +69,7 @@ def slot_names(state: Any) -> tuple[str, ...]:
     >>> adamjax.slot_names(adamjax.amsgrad().init(jnp.zeros(3)))
     ('m', 'v', 'v_max')
     """
-    names = [name for s in _found(state, *_RULES) for name in s.slots]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(name for s in slot_states(state) for name in _rule_slots(s)))
 
 
 def get_slot(state: Any, name: str) -> Tree:
@@ -75,7 +77,7 @@ def get_slot(state: Any, name: str) -> Tree:
 
     Args:
       state: the state of any transform.
-      name: `"m"`, `"v"`, `"v_max"` (AMSGrad) or `"u"` (Adamax).
+      name: `"m"`, `"v"`, `"v_max"` (AMSGrad), `"u"` (Adamax), or a slot of a rule of your own.
 
     Returns:
       A tree like the parameters, `None` for leaves without this slot.
@@ -88,10 +90,10 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    trees = [apart(getattr(s, name)) for s in _found(state, *_RULES) if name in s.slots]
+    trees = [as_tree(getattr(s, name)) for s in slot_states(state) if name in _rule_slots(s)]
     if not trees:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
-    return _joined(f"slot {name!r}", trees)
+    return _merged(f"slot {name!r}", trees)
 
 
 def step_count(state: Any) -> chex.Array:
@@ -109,10 +111,10 @@ def step_count(state: Any) -> chex.Array:
     >>> adamjax.step_count(adamjax.adam().init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    found = _found(state, *_RULES) or _found(state, ScheduleState, WeightEmaState)
-    if not found:
-        raise ValueError("nothing in this state counts steps: it holds no rule, rate or average")
-    return found[0].count
+    counting = [s for s in slot_states(state) if "count" in s._fields]
+    if not counting:
+        raise ValueError("nothing in this state counts steps: it has no rule, rate or average")
+    return next((s for s in counting if _rule_slots(s)), counting[0]).count
 
 
 def skipped_steps(state: Any) -> chex.Array:
@@ -128,13 +130,21 @@ def skipped_steps(state: Any) -> chex.Array:
     >>> adamjax.skipped_steps(adamjax.skip_not_finite(adamjax.adam()).init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    found = _found(state, SkipNotFiniteState)
-    if not found:
-        raise ValueError("the state holds no skip_not_finite: wrap the optimizer in it to count")
-    return sum((s.skipped for s in found[1:]), found[0].skipped)
+    states = _of_kind(SkipNotFiniteState, state)
+    if not states:
+        raise ValueError("the state has no skip_not_finite: wrap the optimizer in it to count")
+    return sum((s.skipped for s in states[1:]), states[0].skipped)
 
 
-def averaged_weights(state: Any, params: Tree = None) -> Tree:
+@overload
+def averaged_weights(state: Any, params: None = None) -> Any: ...
+
+
+@overload
+def averaged_weights(state: Any, params: T) -> T: ...
+
+
+def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of the weights that `weight_ema` keeps; before the first step the weights.
 
     Args:
@@ -153,38 +163,40 @@ def averaged_weights(state: Any, params: Tree = None) -> Tree:
     >>> adamjax.averaged_weights(tx.init({"w": jnp.ones(2)}))
     {'w': Array([1., 1.], dtype=float32)}
     """
-    found = _found(state, WeightEmaState)
-    if not found:
-        raise ValueError("the state holds no weight_ema: put one last in the chain")
-    average = _joined("the average", [apart(s.average) for s in found])
+    states = _of_kind(WeightEmaState, state)
+    if not states:
+        raise ValueError("the state has no weight_ema: put one last in the chain")
+    average = _merged("the average", [as_tree(s.average) for s in states])
     if params is None:
         return average
 
-    def like(path: Any, x: Any, p: Any) -> Any:
+    def like(name: str, x: Any, p: Any) -> Any:
         if _is_empty(x) or is_left_alone(p):
             return p
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         what = f"averaged_weights: the average of {name!r}"
         expect_array(what, x, jnp.shape(p), "pass the parameters that it is of")
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
-    if len(jax.tree.leaves(average, is_leaf=_is_empty)) != len(flatten(params)[0]):
+    # What has no average may be a whole part of the tree.
+    there, structure = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
+    treedef: Any = structure
+    try:
+        given = treedef.flatten_up_to(params)
+    except ValueError:
+        given = None
+    if given is None or any(
+        not _is_empty(x) and p is not None and not jax.tree_util.all_leaves([p])
+        for (_, x), p in zip(there, given, strict=True)
+    ):
         raise ValueError(
-            f"averaged_weights: params has the leaves {leaf_paths(params)}, the average those of "
-            f"{leaf_paths(average)}: pass the parameters that it is of"
+            f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
+            f"{flatten(params)[1]!s:.200}, the average those of {leaf_paths(average)} in one like "
+            f"{flatten(average)[1]!s:.200}: pass the parameters that it is of"
         )
-    return jax.tree_util.tree_map_with_path(like, average, params, is_leaf=_is_empty)
-
-
-def _rates(tx: Transform, state: Any) -> Iterator[Any]:
-    if isinstance(tx, with_hyperparams):
-        tx, state = tx.resolved(state), state.inner
-    if isinstance(tx, scale_by_learning_rate):
-        expect_state(tx, state, ScheduleState)
-        yield rate_at(tx.learning_rate, state.count)
-    for part, part_state in zip(tx.parts, tx.part_states(state), strict=True):
-        yield from _rates(part, part_state)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in there]
+    pairs = zip(names, there, given, strict=True)
+    return treedef.unflatten([like(name, x, p) for name, (_, x), p in pairs])
 
 
 def learning_rate(tx: Any, state: Any) -> Any:
@@ -205,10 +217,12 @@ def learning_rate(tx: Any, state: Any) -> Any:
     >>> float(adamjax.learning_rate(tx, tx.init(jnp.zeros(3))))
     0.5
     """
-    rates = list(_rates(as_transform(tx), state))
-    if len(rates) != 1:
+    scalings = find(scale_by_learning_rate, as_transform(tx), state)
+    if len(scalings) != 1:
         raise ValueError(
-            f"expected one scale_by_learning_rate, found {len(rates)} in {tx!r}; call "
+            f"expected one scale_by_learning_rate, there are {len(scalings)} in {tx!r}; call "
             "learning_rate with the part that is meant and its state"
         )
-    return rates[0]
+    ((scaling, own, _),) = scalings
+    scaling.check_state(own)
+    return rate_at(scaling.learning_rate, own.count)

@@ -39,7 +39,7 @@ class sum_over(Stateless):
     axis_name: Any = static()
 
     keeps_zero = True
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
         name = self.axis_name
@@ -56,7 +56,7 @@ class sum_over(Stateless):
                 f"sum_over: axis_name must be one name or several, each once; got {name!r}"
             )
         if isinstance(name, list):
-            self._set(axis_name=names)
+            self.set_fields(axis_name=names)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)

@@ -22,6 +22,7 @@ from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
 from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.rounding import is_narrow, write_slots
 from adamjax.search import distinct
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "integers",
     "parts",
     "row_gradient",
+    "run_rule",
     "sealed",
     "summed",
     "summed_of_each",
@@ -161,21 +163,25 @@ class RowGradient(Data):
                 f"row gradients of {self.dtype.name} cannot be added to an array of "
                 f"{table.dtype.name}, which would keep a part of them: cast the array"
             )
-        return check_sound("RowGradient", self)._added_to(table)
+        return check_sound("RowGradient", self).added_to(table)
 
     __radd__ = __add__
 
-    def _added_to(self, table: chex.Array) -> chex.Array:
-        """The table moved by its rows, in its own dtype, rounded once."""
+    def added_to(self, table: chex.Array, key: Any = None) -> chex.Array:
+        """The table moved by its rows, in its own dtype, rounded once.
+
+        Args:
+          key: where bfloat16 is to be rounded stochastically, of `rounding_keys`.
+        """
         if self.rest is not None:
-            table = stepped(table, self.rest)
+            table = stepped(table, self.rest, key)
 
         if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
             return put(table, self.indices, self.values, add=True)
 
         def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
             before = taken(table, indices, mode="fill", fill_value=0)
-            return put(table, indices, stepped(before, values)), rows
+            return put(table, indices, stepped(before, values, key, indices)), rows
 
         return in_blocks(step, table, self.indices, self.num_rows, (), self.values)[0]
 
@@ -234,6 +240,10 @@ class RowMoves(Data):
         if np.shape(table) != self.shape:
             return NotImplemented
         return functools.reduce(operator.add, self.parts, table)
+
+    def added_to(self, table: chex.Array, key: Any) -> chex.Array:
+        """The table moved by all parts, as by `RowGradient.added_to`."""
+        return functools.reduce(lambda table, rows: rows.added_to(table, key), self.parts, table)
 
     __radd__ = __add__
 
@@ -549,15 +559,51 @@ class Recurrence:
     direction: Callable[..., chex.Array]
 
     def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
+        return self.stored(c, g, slots)
+
+    def stored(
+        self,
+        c: Any,
+        g: chex.Array,
+        slots: Sequence[chex.Array],
+        key: Any = None,
+        rows: Any = None,
+    ) -> tuple[chex.Array, ...]:
+        """The update, and the new slots in the dtypes of the old ones.
+
+        Args:
+          key, rows: how narrow slots are rounded, as for `write_slot`.
+        """
         wide, new = self.moved(c, g, *slots)
-        u = self.direction(c, wide, *new)
-        return u.astype(g.dtype), *(n.astype(s.dtype) for n, s in zip(new, slots, strict=True))
+        stored = write_slots(new, slots, key, rows)
+        # The update comes from narrow slots as they are stored. From unrounded ones, XLA would
+        # compute it anew from the old slots, and copy these before it overwrites them.
+        seen = [
+            x.astype(n.dtype) if is_narrow(x.dtype) else n for x, n in zip(stored, new, strict=True)
+        ]
+        return self.direction(c, wide, *seen).astype(g.dtype), *stored
 
     def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
         """The gradient and the new slots, not rounded yet."""
         real = accumulator(g.dtype, slots[-1].dtype)
         wide = widen(g, real)
         return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
+
+
+def run_rule(
+    rule: Callable[..., Any],
+    c: Any,
+    g: chex.Array,
+    slots: Sequence[chex.Array],
+    reads: Sequence[chex.Array] = (),
+    key: Any = None,
+    rows: Any = None,
+) -> tuple[chex.Array, ...]:
+    """The update of an array by a rule, and its slots in the dtypes in which they are stored."""
+    if isinstance(rule, Recurrence):
+        return rule.stored(c, g, slots, key, rows)
+    u, *new = rule(c, g, *slots, *reads)
+    return u, *write_slots(new, slots, key, rows)
 
 
 def applied(
@@ -567,20 +613,27 @@ def applied(
     g: RowGradient,
     slots: Sequence[chex.Array],
     reads: Sequence[chex.Array],
+    key: Any = None,
 ) -> tuple[Any, ...]:
     """An elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` on the rows of a table.
 
     To the rows by a gather, the rule, a scatter. Lazily, that is all. Else all other rows are
     then taken on as well, with what they get, which is mostly zero and never an array.
+
+    Args:
+      key: for narrow slots, of `rounding_keys`.
     """
     if not slots and not reads:
         return (g.map(lambda x: rule(c, x)[0]),)
     if lazy and g.rest is not None:
-        return tuple(rule(c, g.to_dense(), *slots, *reads))
+        return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
-        here = [taken(x, indices, mode="fill", fill_value=0) for x in (*tables, *reads)]
-        u, *new = rule(c, values, *here)
+        here, seen = (
+            [taken(x, indices, mode="fill", fill_value=0) for x in arrays]
+            for arrays in (tables, reads)
+        )
+        u, *new = run_rule(rule, c, values, here, seen, key, indices)
         return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
@@ -589,7 +642,7 @@ def applied(
         return moved.replace(lazy=True), *tables
     if reads:
         g = g.replace(indices=_after(u, g.indices, g.num_rows))
-    rest, *tables = _others(rule, c, g, tables, reads)
+    rest, *tables = _others(rule, c, g, tables, reads, key)
     return moved.replace(rest=rest), *tables
 
 
@@ -609,6 +662,7 @@ def _others(
     g: RowGradient,
     slots: Sequence[chex.Array],
     reads: Sequence[chex.Array],
+    key: Any,
 ) -> tuple[chex.Array, ...]:
     """A rule on the rows that a row gradient does not hold: the others' updates, all slots."""
     here = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
@@ -616,16 +670,16 @@ def _others(
     others = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
     def kept(new: Any) -> list[chex.Array]:
-        pairs = zip(slots, new, strict=True)
-        return [jnp.where(here, s, x.astype(s.dtype)) for s, x in pairs]
+        pairs = zip(slots, write_slots(new, slots, key), strict=True)
+        return [jnp.where(here, s, x) for s, x in pairs]
 
     if isinstance(rule, Recurrence):
         wide, new = rule.moved(c, others, *slots)
         held = kept(new)
-        if all(x.dtype == n.dtype for x, n in zip(held, new, strict=True)):
+        if all(x.dtype == n.dtype or is_narrow(x.dtype) for x, n in zip(held, new, strict=True)):
             # From what is kept, not from what it was before: else XLA, which does not know in
             # which order the two are wanted, would copy every slot (4 times the time).
-            new = held
+            new = [x.astype(n.dtype) for x, n in zip(held, new, strict=True)]
         u = rule.direction(c, wide, *new).astype(g.dtype)
     else:
         u, *new = rule(c, others, *slots, *reads)

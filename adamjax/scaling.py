@@ -1,15 +1,15 @@
 """Scaling by a factor or a learning rate, and decoupled weight decay."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import chex
 import jax.numpy as jnp
 
-from adamjax.data import FINITE, Number, Tree, exportable, is_array, static
+from adamjax.data import FINITE, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
-from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, selected
+from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, resolved_mask, selected
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
 from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
 
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-@exportable
+@transform_state()
 class ScheduleState(NamedTuple):
     """State of a transform with a rate: `count`, int32, the steps taken, for its schedule.
 
@@ -77,10 +77,10 @@ class scale(Stateless, Scaling):
 
     factor: Number
 
-    joinable = True
+    groupable = True
 
     def __post_init__(self) -> None:
-        self._check("factor", FINITE)
+        self.check_range("factor", FINITE)
 
     def factors(self, tree: Tree, state: Any) -> Step:
         expect_empty(self, state)
@@ -116,10 +116,10 @@ class scale_by_learning_rate(Scaling):
     learning_rate: Rate
 
     def __post_init__(self) -> None:
-        self._set(learning_rate=as_rate(self, "learning_rate"))
+        self.set_fields(learning_rate=as_rate(self, "learning_rate"))
 
     @property
-    def joinable(self) -> bool:
+    def groupable(self) -> bool:
         return not isinstance(self.learning_rate, by_path)
 
     def kinds(self, params: Tree) -> list[Any]:
@@ -170,13 +170,17 @@ class add_decayed_weights(Transform):
     mask: Mask | None = static(default=None)
 
     def __post_init__(self) -> None:
-        self._set(weight_decay=as_rate(self, "weight_decay"))
+        self.set_fields(weight_decay=as_rate(self, "weight_decay"))
         if self.mask is not None:
-            self._set(mask=checked_mask("add_decayed_weights", self.mask))
+            self.set_fields(mask=checked_mask("add_decayed_weights", self.mask))
 
     @property
-    def joinable(self) -> bool:
+    def groupable(self) -> bool:
         return self.mask is None and not isinstance(self.weight_decay, by_path)
+
+    def resolve_masks(self, params: Tree) -> Self:
+        mask = resolved_mask("add_decayed_weights", self.mask, params)
+        return self if mask is self.mask else self.replace(mask=mask)
 
     def kinds(self, params: Tree) -> list[Any]:
         rules = _rules(self.weight_decay, params)

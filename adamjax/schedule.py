@@ -43,6 +43,7 @@ from adamjax.paths import (
     first_match,
     flatten,
     leaf_paths,
+    paired,
 )
 
 __all__ = [
@@ -96,7 +97,7 @@ class _Compiled(Schedule):
 
     def __post_init__(self) -> None:
         for name, allowed in self._ranges.items():
-            self._check(name, allowed)
+            self.check_range(name, allowed)
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
         count = _as_count(count)
@@ -116,7 +117,7 @@ class _Compiled(Schedule):
         for name, allowed in self._ranges.items():
             # Lengths, which may be whole, are looked at where they divide.
             if allowed.whole == "never":
-                made._set(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
+                made.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
         return made.at(count)
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -329,9 +330,11 @@ class inverse_time_decay(_Compiled):
     _ranges: ClassVar[Mapping[str, Range]] = {"decay_steps": STEPS, "decay_rate": NON_NEGATIVE}
 
     def __post_init__(self) -> None:
-        self._set(initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False))
+        self.set_fields(
+            initial_learning_rate=as_rate(self, "initial_learning_rate", per_leaf=False)
+        )
         super().__post_init__()
-        self._check_flag("staircase")
+        self.check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -366,7 +369,7 @@ class exponential_decay(_Compiled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_flag("staircase")
+        self.check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -401,7 +404,7 @@ class piecewise_constant(_Compiled):
                 )
             items = enumerate(given)
             checked = tuple(self._checked(f"{name}[{i}]", x, allowed) for i, x in items)
-            self._set(**{name: checked})
+            self.set_fields(**{name: checked})
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(
                 f"piecewise_constant: values must be one more than boundaries, got "
@@ -460,7 +463,7 @@ class polynomial_decay(_Compiled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_flag("cycle")
+        self.check_flag("cycle")
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
@@ -536,7 +539,7 @@ class warmup(_Compiled):
     _ranges: ClassVar[Mapping[str, Range]] = {"steps": COUNT, "start": NON_NEGATIVE}
 
     def __post_init__(self) -> None:
-        self._set(schedule=as_rate(self, "schedule", per_leaf=False))
+        self.set_fields(schedule=as_rate(self, "schedule", per_leaf=False))
         super().__post_init__()
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -582,7 +585,7 @@ class by_path(Data):
         self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any
     ) -> None:
         rules = checked_rules("by_path", rules)
-        self._set(
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             values=tuple(rate for _, rate in rules),
             default=default,
@@ -590,8 +593,8 @@ class by_path(Data):
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        rules = checked_rules("by_path", zip(self.patterns, self.values, strict=True))
-        self._set(
+        rules = checked_rules("by_path", paired("by_path", self.patterns, self.values))
+        self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             values=tuple(_as_rate("by_path: the rate of " + repr(p), r) for p, r in rules),
             default=_as_rate("by_path: default", self.default),
@@ -609,7 +612,7 @@ class by_path(Data):
     def resolve(self, count: chex.Numeric) -> "by_path":
         """The same patterns with every schedule replaced by its value at the count."""
         now = object.__new__(by_path)
-        now._set(
+        now.set_fields(
             patterns=self.patterns,
             values=tuple(rate_at(value, count) for value in self.values),
             default=rate_at(self.default, count),

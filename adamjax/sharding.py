@@ -11,19 +11,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._compat import per_device
 from adamjax.autodiff import Call
-from adamjax.data import Tree, exportable, static
+from adamjax.data import Tree, static, transform_state
 from adamjax.exact import ExactRowsState
-from adamjax.layout import over_like
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient
-from adamjax.transform import Step, Transform, all_parts, as_transform, expect_state
+from adamjax.rows import RowGradient, RowMoves
+from adamjax.structure import find, map_like_params
+from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["ShardedState", "shard_state", "state_shardings"]
 
 
-@exportable
+@transform_state()
 class ShardedState(NamedTuple):
     """State of `shard_state`.
 
@@ -91,7 +91,7 @@ def _placed(
     """How the arrays of a state are to be split, by how those of its parameters' slots are."""
     leaves, treedef = flatten(params)
     paths = leaf_paths(params)
-    sharded = [part for part in all_parts(tx) if isinstance(part, shard_state)]
+    sharded = [part.tx for part in find(shard_state, tx)]
 
     def along(spec: Spec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
@@ -114,11 +114,11 @@ def _placed(
                 path: everywhere(known)._replace(last=along(specs[paths.index(path)][:1]))
                 for path, known in x.tables.items()
             }
-            inner = over_like(params, slots, other, x.inner)
+            inner = map_like_params(params, slots, other, x.inner)
             return ExactRowsState(inner, everywhere(x.clock), tables, everywhere(x.rings))
         return everywhere(x)
 
-    return over_like(
+    return map_like_params(
         params, slots, other, state, lambda x: isinstance(x, ShardedState | ExactRowsState)
     )
 
@@ -170,21 +170,17 @@ class shard_state(Transform):
     axis: Any = static()
     memory_kind: str | None = static(default=None, kw_only=True)
 
-    joinable = False
+    groupable = False
 
     def __post_init__(self) -> None:
-        self._set(tx=as_transform(self.tx))
+        self.set_fields(tx=as_transform(self.tx))
         if not isinstance(self.axis, str):
-            self._set(axis=tuple(self.axis))
+            self.set_fields(axis=tuple(self.axis))
         if missing := [name for name in self._axes if name not in self.mesh.axis_names]:
             raise ValueError(
                 f"shard_state: axis {missing[0]!r} is none of the mesh, which has "
                 f"{list(self.mesh.axis_names)}"
             )
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return (self.tx,)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, ShardedState)
@@ -217,7 +213,7 @@ class shard_state(Transform):
         """A tree with its dense leaves split by what `spec_of` says of the leaves of another."""
 
         def laid(x: Any, p: Any) -> Any:
-            if p is None or is_left_alone(x) or isinstance(x, RowGradient):
+            if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
             return on_devices(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
 

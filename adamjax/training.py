@@ -2,67 +2,69 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, Generic, Literal
 
 import jax
 
-from adamjax.autodiff import Call, value_and_grad
+from adamjax.autodiff import Args, Call, P, Value, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of
 from adamjax.leaves import apply_updates, expect_arrays
-from adamjax.parts import walk
+from adamjax.reading import step_count
+from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform
 
 __all__ = ["train_step"]
 
 
-def _exact(tx: Transform, state: Any, params: Tree) -> list[tuple[exact_rows, Any, Tree]]:
-    """The parts of a transform that keep rows exact, with their states and what they see."""
-    parts = walk(tx, state, params)
-    there = [(p.tx, p.state, p.params) for p in parts if isinstance(p.tx, exact_rows)]
+def _exact(tx: Transform, state: Any, params: Tree) -> list[Part]:
+    """Every `exact_rows` in a transform, with its state and the parameters that it sees."""
+    parts = find(exact_rows, tx, state, params)
 
     def is_exact(x: Any) -> bool:
         return isinstance(x, ExactRowsState)
 
     states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
-    if len(there) < len(list(states)):
+    if len(parts) < len(list(states)):
         raise ValueError(
             "train_step: exact_rows stands inside of a transform from elsewhere, where it cannot "
             "be followed, so the loss would read rows that lag behind: put it into "
             "adamjax.chain, masked or partition in place of optax's, which take optax's transforms"
         )
-    return there
+    return parts
 
 
-class _Step:
-    """A jitted step, as `jax.jit` returns it, that says which of its parameters are no arrays.
+class TrainStep(Generic[P, Args, Value]):
+    """A jitted train step, which has what functions of `jax.jit` have, such as `lower`.
 
-    JAX refuses these before the step is traced, so they are looked for when it has refused
-    something.
+    Where JAX refuses an argument before it traces the step, the error names the parameter that is
+    no array.
     """
 
     def __init__(self, jitted: Any) -> None:
         self._jitted = jitted
         functools.update_wrapper(self, jitted, updated=())
 
-    def _said(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         except TypeError:
             expect_arrays("train_step", args[0] if args else kwargs.get("params"))
             raise
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted, *args, **kwargs)
+    def __call__(
+        self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs
+    ) -> tuple[P, Any, Value]:
+        return self._call(self._jitted, params, state, *args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.trace, *args, **kwargs)
+        return self._call(self._jitted.trace, *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.lower, *args, **kwargs)
+        return self._call(self._jitted.lower, *args, **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        return self._said(self._jitted.eval_shape, *args, **kwargs)
+        return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_jitted":
@@ -71,14 +73,15 @@ class _Step:
 
 
 def train_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[P, Args], Value],
     tx: Any,
     *,
     has_aux: bool = False,
     tables: str | Sequence[str] | None = None,
     strict: bool = False,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     **jit_options: Any,
-) -> Callable[..., Any]:
+) -> TrainStep[P, Args, Value]:
     """A jitted train step, which donates parameters and state.
 
     Args:
@@ -90,6 +93,7 @@ def train_step(
       tables: patterns of leaves that get row gradients, as of `adamjax.value_and_grad`; not for
         `exact_rows`, which has them.
       strict: as of `adamjax.value_and_grad`.
+      rounding: how bfloat16 weights are rounded, as of `adamjax.apply_updates`.
       **jit_options: further arguments of `jax.jit`, such as `out_shardings` or
         `static_argnames`; `donate_argnums=()` keeps what came.
 
@@ -119,9 +123,14 @@ def train_step(
             if tables is not None:
                 raise ValueError(
                     "train_step: exact_rows has its own tables, "
-                    f"{[name for part, *_ in exact for name in part.tables]}; leave out `tables`"
+                    f"{[name for part in exact for name in part.tx.tables]}; leave out `tables`"
                 )
-            gradient = gradient_of(loss_fn, exact, has_aux=has_aux, strict=strict)
+            gradient = gradient_of(
+                loss_fn,
+                lambda: [part.tx.bind(part.state, part.params) for part in exact],
+                has_aux=has_aux,
+                strict=strict,
+            )
             (value, grads), extra["ticket"] = gradient(params, *args, **kwargs)
         elif tables is not None:
             gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, strict=strict)
@@ -130,6 +139,7 @@ def train_step(
             call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
             value, grads = call.value_and_grad()
         updates, state = tx.update(grads, state, params, **extra)
-        return apply_updates(params, updates), state, value
+        count = step_count(state) if rounding == "stochastic" else None
+        return apply_updates(params, updates, rounding=rounding, step=count), state, value
 
-    return _Step(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
+    return TrainStep(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))

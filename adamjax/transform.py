@@ -1,21 +1,22 @@
-"""The protocol of a transform, and the chain."""
+"""What a transform is: a pair of functions and their hyperparameters, made of parts."""
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.buckets import is_joined
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, dtype_of, is_arraylike, is_left_alone, lift, matched
-from adamjax.moments import accumulator, widen, widened
+from adamjax.leaves import described, lift, matched
+from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
+from adamjax.structure import Part
 
 __all__ = [
     "Rule",
@@ -23,14 +24,10 @@ __all__ = [
     "Stateless",
     "Step",
     "Transform",
-    "all_parts",
     "as_transform",
-    "chain",
     "expect_empty",
     "expect_number",
     "expect_state",
-    "identity",
-    "over_slots",
     "scaled",
     "several_states",
     "times",
@@ -41,7 +38,14 @@ __all__ = [
 Step = tuple[Any, Any]
 
 
-class Transform(Data):
+if TYPE_CHECKING:
+    # optax and Flax name this class in their signatures. At run time they take any pair.
+    from optax import GradientTransformationExtraArgs as _Pair
+else:
+    _Pair = object
+
+
+class Transform(Data, _Pair):
     """A gradient transform: two pure functions, `init` and `update`, and their hyperparameters.
 
     A subclass is a frozen dataclass and a pytree whose leaves are its hyperparameters. It
@@ -77,19 +81,19 @@ class Transform(Data):
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def check_state(self, state: Any) -> None:
-        """Refuses a state of its own from which it cannot go on; those of its parts they check."""
+        """Refuses a state from which this transform cannot go on; each part checks its own."""
 
     # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
     keeps_zero: ClassVar[bool] = False
 
     @property
-    def joinable(self) -> bool:
-        """Whether leaves that are joined end to end are treated as they are one by one.
+    def groupable(self) -> bool:
+        """Whether several leaves may be stored end to end in one array, as `grouped` does.
 
-        So it is where every element is treated alike, whatever its leaf's path, shape and other
-        elements; what is summed over all leaves may be read. `grouped` asks for it.
+        They may where an element's update does not depend on the path, the shape or the other
+        elements of its leaf. It may depend on sums over all leaves.
         """
-        return bool(self.parts) and all(part.joinable for part in self.parts)
+        return bool(self.parts) and all(part.groupable for part in self.parts)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
         """Scalars (s, w) with which this transform turns an update u of a leaf into s * u + w * p.
@@ -107,21 +111,79 @@ class Transform(Data):
     def kinds(self, params: Tree) -> list[Any]:
         """For each leaf a hashable value: elements of leaves with equal ones are treated alike."""
         count = len(flatten(params)[0])
-        return [None] * count if self.joinable else list(range(count))
+        return [None] * count if self.groupable else list(range(count))
+
+    def resolve_masks(self, params: Tree) -> Self:
+        """This transform with bools in place of its mask functions, at any depth.
+
+        A mask that is a function of shapes would decide otherwise where the rows that a step works
+        on stand in place of the table, so it is called once with the whole parameters.
+        """
+        parts = self.parts
+        new = [x.resolve_masks(seen) for x, _, seen in self.children(None, params)]
+        same = all(a is b for a, b in zip(parts, new, strict=True))
+        return self if same else self.with_parts(new)
+
+    @property
+    def python_numbers(self) -> frozenset[str]:
+        """Names of hyperparameters, its own or those of parts, that must be Python floats."""
+        return frozenset()
+
+    # Whether it only hands each leaf's gradient to its parts, one after another, as a chain does.
+    only_routes: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple["Transform", ...]:
-        """The transforms that this one is made of."""
-        return ()
+        """The transforms in the fields of this one, in the order of the fields."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        several = (value if isinstance(value, tuple) else (value,) for value in values)
+        return tuple(x for each in several for x in each if isinstance(x, Transform))
+
+    def with_parts(self, parts: Sequence["Transform"]) -> Self:
+        """This transform with others in place of its parts; nothing is checked."""
+        rest = iter(parts)
+
+        def swapped(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(swapped, value))
+            return next(rest) if isinstance(value, Transform) else value
+
+        made = copy.copy(self)
+        made.set_fields(
+            **{f.name: swapped(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
+        return made
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         """The states of the parts, in their order, or an error if the state is another's."""
-        return ()
+        return (state,) * len(self.parts)
+
+    def part_params(self, params: Tree) -> tuple[Tree, ...]:
+        """The parameters that each part sees: `None` in place of a leaf that it does not see."""
+        return (params,) * len(self.parts)
+
+    def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
+        """The parts, each with its state and the parameters that it sees.
+
+        Args:
+          state: the state of this transform; `None` leaves the states of the parts open.
+          params: the parameters that this transform sees; `None` leaves those of the parts open.
+        """
+        parts = self.parts
+        nothing = (None,) * len(parts)
+        states = nothing if state is None else self.part_states(state)
+        seen = nothing if params is None else self.part_params(params)
+        return tuple(map(Part, parts, states, seen))
 
     @property
     def must_be_last(self) -> bool:
         """Whether nothing may follow in a chain."""
         return any(part.must_be_last for part in self.parts)
+
+    @property
+    def has_wide_updates(self) -> bool:
+        """Whether updates may be wider than the gradients, and must not be rounded to these."""
+        return any(part.has_wide_updates for part in self.parts)
 
     @property
     def has_foreign(self) -> bool:
@@ -140,25 +202,6 @@ class Stateless(Transform):
 
     def init(self, params: Tree) -> tuple[()]:
         return ()
-
-
-class identity(Stateless):
-    """Passes updates through unchanged; its state is empty.
-
-    >>> import adamjax
-    >>> adamjax.identity().update({"w": 1.0}, ())
-    ({'w': 1.0}, ())
-    """
-
-    keeps_zero = True
-    joinable = True
-
-    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        expect_empty(self, state)
-        return updates, state
-
-    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        return 1, 0
 
 
 class foreign(Transform):
@@ -253,26 +296,6 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
 _COUNTS = {"count", "micro_count", "skipped", "clock"}
 
 
-def over_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
-    """A state with a function of (name, tree) applied to each tree in it that is like the params.
-
-    States say which of their fields these are: `slots`. Further states are zipped in. Trees that
-    are joined are none of these.
-    """
-
-    def has_slots(x: Any) -> bool:
-        return isinstance(x, tuple) and hasattr(x, "slots")
-
-    def mapped(x: Any, *others: Any) -> Any:
-        if not has_slots(x):
-            return x
-        names = [n for n in x.slots if not is_joined(getattr(x, n))]
-        fields = {n: function(n, *(getattr(o, n) for o in (x, *others))) for n in names}
-        return x._replace(**fields)
-
-    return jax.tree.map(mapped, state, *rest, is_leaf=has_slots)
-
-
 def as_transform(tx: Any) -> Transform:
     """A transform of ours as it is; any other `(init, update)` pair wrapped as one."""
     if isinstance(tx, Transform):
@@ -287,13 +310,6 @@ def as_transform(tx: Any) -> Transform:
             f"such as an optax transform; got {tx!r}"
         )
     return foreign(init, update)
-
-
-def all_parts(tx: Transform) -> Iterator[Transform]:
-    """A transform and all that it is made of, at any depth, in their order."""
-    yield tx
-    for part in tx.parts:
-        yield from all_parts(part)
 
 
 # --- what a chain may join ------------------------------------------------------------------------
@@ -348,24 +364,34 @@ class Rule(Transform):
     and one rounding less an element, and less to compile.
     """
 
-    joinable = True
+    groupable = True
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
 
-    def coast(self) -> Coast:
-        """What it does to an element without a gradient."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
+    def coast(self) -> Coast | None:
+        """How it moves an element without a gradient; `None`: not in a way that `exact_rows` knows.
 
-    @property
-    def decays(self) -> dict[str, float]:
-        """By which each slot decays a step where there is no gradient."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
+        A rule that has a `coast` has a `momentum_coefficient` as well.
+        """
+        return None
 
-    def pace(self, state: Any, real: Any) -> Any:
-        """The factor of the momentum in the step that is taken from this state."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how rows coast")
+    def with_wide_slots(self) -> "Rule":
+        """This rule for slots in float32 or wider, where its own are narrower.
+
+        `exact_rows` brings slots up to date in float32, takes the step, and rounds them once.
+        """
+        return self
+
+    def momentum_coefficient(self, state: Any, real: Any) -> Any:
+        """The factor of m / x in the step that is taken from this state; see `Coast`.
+
+        Args:
+          state: the state of the rule before the step.
+          real: the dtype of the factor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no momentum_coefficient")
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         return self.step(updates, state, None)
@@ -383,101 +409,3 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
         return product(factors)
     made = {id(factor): product(factor) for factor in factors}
     return [made[id(factor)] for factor in factors]
-
-
-# --- chain --------------------------------------------------------------------------------------
-
-
-def _cast(leaf: Any, dtype: Any) -> Any:
-    if dtype is None or is_left_alone(leaf):
-        return leaf
-    is_rows = isinstance(leaf, RowGradient | RowMoves)
-    return leaf.astype(dtype) if is_rows else jnp.asarray(leaf, dtype)
-
-
-class chain(Transform):
-    """Applies transforms in turn, each to the updates of the one before.
-
-    Between our transforms updates travel in float32 at least, whatever the gradients' dtype,
-    and are rounded to the gradients' dtype once, at the end; transforms from elsewhere, and
-    `weight_ema`, are given the gradients' own dtype. Chains within a chain are joined to it.
-    The state is the tuple of the parts' states. Extra arguments of `update` go to every part
-    that takes them.
-
-    Args:
-      *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
-
-    Raises:
-      ValueError: `weight_ema` stands anywhere but last, where the weights it would average are
-        not those that the step leaves behind.
-
-    >>> import adamjax
-    >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))
-    chain(clip_by_value(limit=1.0), scale(factor=-0.1))
-    """
-
-    transforms: tuple[Transform, ...]
-
-    def __init__(self, *transforms: Any) -> None:
-        self._set(transforms=transforms)
-        self.__post_init__()
-
-    def __post_init__(self) -> None:
-        parts: list[Transform] = []
-        for tx in map(as_transform, self.transforms):
-            parts.extend(tx.transforms if isinstance(tx, chain) else (tx,))
-        for tx in parts[:-1]:
-            if tx.must_be_last:
-                raise ValueError(
-                    f"chain: {tx!r} must be last, as it averages the weights that the whole "
-                    f"step leaves behind; move it behind {parts[-1]!r}"
-                )
-        self._set(transforms=tuple(parts))
-
-    def init(self, params: Tree) -> tuple[Any, ...]:
-        return tuple(tx.init(params) for tx in self.transforms)
-
-    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        state = self.part_states(state)
-        leaves = flatten(updates)[0]
-        dtypes = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
-        wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
-
-        def cast(updates: Any, to: list[Any]) -> Any:
-            if dtypes == wide:
-                return updates
-            leaves, treedef = flatten(updates)
-            return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
-
-        states, joined = list(state), False
-        for i, tx in enumerate(self.transforms):
-            behind = self.transforms[i + 1] if i + 1 < len(states) else None
-            if joined:
-                joined = False
-            elif tx.has_foreign or tx.must_be_last:
-                # An average of weights is of those that the rounded updates will lead to.
-                updates = cast(updates, dtypes)
-                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-            elif isinstance(tx, Scaling):
-                # Factors are taken from the updates as they are: widened for both, narrow
-                # gradients would be kept in the wide dtype from the norm to the product.
-                factors, states[i] = tx.factors(updates, state[i])
-                updates = tx.scaled(factors, cast(updates, wide), params)
-            elif isinstance(tx, Rule) and isinstance(behind, Scaling) and not behind.reads_updates:
-                factors, states[i + 1] = behind.factors(updates, state[i + 1])
-                updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
-                joined = True
-            else:
-                updates = cast(updates, wide)
-                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-        return cast(updates, dtypes), tuple(states)
-
-    @property
-    def parts(self) -> tuple[Transform, ...]:
-        return self.transforms
-
-    def part_states(self, state: Any) -> tuple[Any, ...]:
-        return several_states(self, state)
-
-    def __repr__(self) -> str:
-        return f"chain({', '.join(map(repr, self.transforms))})"

@@ -148,7 +148,7 @@ class JaxTable:
         rows = jnp.asarray(start_rows(case.width))
         params = {"table": jnp.resize(rows, (case.rows, case.width))}
         if name in OURS:
-            params = jax.tree.map(adamjax.row_major, params)
+            params = jax.tree.map(adamjax.layout.row_major, params)
             compiled = steps.jitted(step, optimizer(name), params, more=name in WHOLE)
         else:
             compiled = jax.jit(step, donate_argnums=(0, 1))

@@ -58,8 +58,8 @@ def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
     shape = jax.ShapeDtypeStruct
     params = {"table": shape((rows, width), jnp.float32), "head": shape((width,), jnp.float32)}
     if mode != "dense gradient":
-        params["table"] = adamjax.row_major(params["table"])
-    lies = (*adamjax.formats(tx, params), None)
+        params["table"] = adamjax.layout.row_major(params["table"])
+    lies = (*adamjax.layout.formats(tx, params), None)
     step = adamjax.train_step(loss, tx, tables=tables, strict=True, out_shardings=lies)
     batch = (shape((reads,), jnp.int32), shape((reads,), jnp.float32))
     about = {"mode": mode, "rows": rows, "width": width, "reads": reads}

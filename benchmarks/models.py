@@ -124,7 +124,7 @@ class Contender:
         params = jax.jit(model.init)(jax.random.key(0, impl="rbg"))
         if self.name in MODES:
             tables = {name: params[name] for name in model.tables}
-            params |= jax.tree.map(adamjax.row_major, tables)
+            params |= jax.tree.map(adamjax.layout.row_major, tables)
             compiled = steps.jitted(step, optimizer(self.name, model)[0], params, more=1)
         else:
             compiled = jax.jit(step, donate_argnums=(0, 1))

@@ -132,13 +132,13 @@ def _rows_program(
 ) -> Program:
     shape, packing = (num_rows, width), None
     if "packed" in kind:
-        packing = adamjax.packing(width)
+        packing = adamjax.layout.packing(width)
         shape = (-(-num_rows // packing.per_line), packing.per_line * width)
     tx, step = _rows_step(kind, packing)
     table = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device)
-    params = {"table": table if kind == "not row-major" else adamjax.row_major(table)}
+    params = {"table": table if kind == "not row-major" else adamjax.layout.row_major(table)}
     if kind == "init":
-        return jax.jit(tx.init, out_shardings=adamjax.formats(tx, params)[1]), (params,)
+        return jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1]), (params,)
     state = abstract_state(tx, params, device)
     if kind == "flush":
         return jitted(tx.flush, tx, params), (params, state)
@@ -159,7 +159,7 @@ def _tables_program(
     tx, tables = table_mode(ROWS[kind], tables="tables")
     step = adamjax.train_step(loss, tx, tables=tables)
     table = jax.ShapeDtypeStruct((num_rows, width), jnp.float32, sharding=device)
-    params = {"tables": [adamjax.row_major(table)] * count}
+    params = {"tables": [adamjax.layout.row_major(table)] * count}
     ids = jax.ShapeDtypeStruct((count, num_ids), jnp.int32, sharding=device)
     values = jax.ShapeDtypeStruct((count, num_ids, width), jnp.float32, sharding=device)
     state = abstract_state(tx, params, device)

@@ -190,19 +190,19 @@ def tf_step() -> Step:
 
 
 def jitted(step: Callable[..., Any], tx: Any, params: Any, more: int = 0) -> Any:
-    """A step with parameters and state donated, which stay as they lie: see `adamjax.formats`.
+    """A step that is given parameters and state to keep as they lie: see `adamjax.layout.formats`.
 
     Args:
       more: how many results it has besides parameters and state.
     """
-    results = (*adamjax.formats(tx, params), *[None] * more)
+    results = (*adamjax.layout.formats(tx, params), *[None] * more)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
 
 
 def abstract_state(tx: Any, params: Any, device: Any = None) -> Any:
-    """The shapes of a state, on a device, that lies as `adamjax.formats` has it."""
+    """The shapes of a state, on a device, that lies as `adamjax.layout.formats` has it."""
     slots, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params), is_leaf=lambda x: x is None)
-    places = treedef.flatten_up_to(adamjax.formats(tx, params)[1])
+    places = treedef.flatten_up_to(adamjax.layout.formats(tx, params)[1])
     return treedef.unflatten(
         None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or device)
         for x, place in zip(slots, places, strict=True)

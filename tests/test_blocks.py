@@ -1,5 +1,7 @@
 """Steps on rows in blocks: the same result, however the rows are cut into blocks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,15 +181,28 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("rates", RATES)
-@pytest.mark.parametrize("widths", [(3,), (3, 2)])
-def test_tables_together_go_as_each_alone(rates, widths):
-    """Some in a decay's mask, of one width or two, at one rate or two."""
-    dense = adamjax.chain(
+def of_rates(name):
+    """Some in a decay's mask, at one rate or two."""
+    return adamjax.chain(
         adamjax.clip_by_norm(1.0),
-        adamjax.adamw(RATES[rates], mask="t[013]"),
+        adamjax.adamw(RATES[name], mask="t[013]"),
         adamjax.weight_ema(0.9),
     )
+
+
+PARTS = {
+    **{name: functools.partial(of_rates, name) for name in RATES},
+    "parts": lambda: adamjax.partition(
+        {"t1": adamjax.adamw(0.1), "t2": adamjax.amsgrad(0.2)}, default=adamjax.adamw(0.2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("widths", [(3,), (3, 2)])
+def test_tables_together_go_as_each_alone(name, widths):
+    """Of one width or two."""
+    dense = PARTS[name]()
     tx, params = adamjax.exact_rows(dense, "t"), several(4, widths)
     step, plain_step = adamjax.train_step(of_several, tx), adamjax.train_step(of_several, dense)
     state, plain = tx.init(params), (jax.tree.map(jnp.copy, params), dense.init(params))
@@ -207,6 +222,31 @@ def test_tables_that_are_alike_share_a_ring():
     assert len(tx.init(params).rings) == 2
     apart = adamjax.partition({"t1": adamjax.adam(0.1)}, default=adamjax.adam(0.1))
     assert len(adamjax.exact_rows(apart, "t").init(params).rings) == 2
+
+
+def test_a_ring_is_not_read_by_other_tables():
+    """With other patterns of rates, t2 goes with t1: it lags behind by the ring of t0."""
+    params, ids = several(3), jnp.arange(4)
+    before, after = (
+        adamjax.by_path([(name, 0.1 if name == "t0" else 0.2)], default=rest)
+        for name, rest in (("t1", 0.1), ("t0", 0.2))
+    )
+    dense = [adamjax.adam(rates) for rates in (before, after)]
+    old, new = (adamjax.exact_rows(tx, "t") for tx in dense)
+    steps = [adamjax.train_step(of_several, tx, donate_argnums=()) for tx in (old, new, *dense)]
+    state, plain = old.init(params), (params, dense[0].init(params))
+    for step in range(5):
+        params, state, _ = steps[0](params, state, ids + step)
+        *plain, _ = steps[2](*plain, ids + step)
+    with pytest.raises(ValueError, match=r"'t0 and 1 more .*expected .*'t1 and 1 more .*flush"):
+        steps[1](params, state, ids)
+    # As the error says.
+    params, state = old.flush(params, state)
+    state = new.from_dense(state.inner, params)
+    for step in range(5):
+        params, state, _ = steps[1](params, state, ids + step)
+        *plain, _ = steps[3](*plain, ids + step)
+    assert_close(new.flush(params, state)[0], plain[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_of_many_tables_is_not_much_longer_than_of_one():

@@ -82,7 +82,7 @@ del jax.extend.source_info_util
 import adamjax
 
 tx = adamjax.exact_rows(adamjax.adam(0.5), "t")
-params = {"t": adamjax.row_major(jnp.ones((4, 2)))}
+params = {"t": adamjax.layout.row_major(jnp.ones((4, 2)))}
 loss_fn = lambda params, ids: params["t"][ids].sum()
 step = adamjax.train_step(loss_fn, tx)
 params, state, loss = step(params, jax.jit(tx.init)(params), jnp.array([2]))
@@ -95,7 +95,7 @@ def message(function, *args, **options):
         print(type(error).__name__, error)
 
 message(adamjax.row_gradient, jnp.array([1]), jnp.ones((1, 2)), 4, check=True)
-message(adamjax.row_major, jax.ShapeDtypeStruct((4, 2), jnp.float32))
+message(adamjax.layout.row_major, jax.ShapeDtypeStruct((4, 2), jnp.float32))
 message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), params["t"])
 """
 

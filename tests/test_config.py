@@ -444,6 +444,26 @@ def test_names_must_differ():
         ),
         ({"class": "scale", "factor": {1}}, TypeError, "factor is {1} of type set"),
         ({"class": "masked", "tx": 3, "pattern": "w"}, TypeError, "expected a transform"),
+        (
+            {"class": "by_path", "patterns": "ab", "values": [0.1, 0.2], "default": 0.3},
+            TypeError,
+            "by_path: expected lists of patterns and of their values, got 'ab'",
+        ),
+        (
+            {"class": "by_path", "patterns": ["a", "b"], "values": [0.1], "default": 0.3},
+            ValueError,
+            "by_path: expected one value for each pattern, got 1 for ['a', 'b']",
+        ),
+        (
+            {"class": "partition", "patterns": [], "transforms": [to_config(adam())]},
+            ValueError,
+            "lacks 'default'",
+        ),
+        (
+            {"class": "partition", "patterns": [], "transforms": [1], "default": None},
+            ValueError,
+            "partition: expected one value for each pattern, got 1 for []",
+        ),
     ],
 )
 def test_configs_that_are_wrong(config, error, said):

@@ -102,11 +102,11 @@ def is_embed(tree):
     return jax.tree.map(lambda flag: not flag, is_head(tree))
 
 
-def micro_batches(tx):
+def micro_batches(tx, steps=4):
     # By default newer versions gather in float32, older ones in the dtype of the parameters.
     known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
     kept = {"accumulator_dtype": np.float64} if known else {}
-    return optax.MultiSteps(tx, 4, **kept).gradient_transformation()
+    return optax.MultiSteps(tx, steps, **kept).gradient_transformation()
 
 
 def labels(tree):
@@ -162,6 +162,37 @@ OPTAX = {
     "MultiSteps": (
         lambda: micro_batches(optax.adam(falling)),
         lambda: adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
+    ),
+    "a schedule of calls behind MultiSteps": (
+        lambda: optax.chain(
+            micro_batches(optax.scale_by_adam()), optax.scale_by_learning_rate(falling)
+        ),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 4),
+            adamjax.scale_by_learning_rate(falling),
+        ),
+    ),
+    "MultiSteps of one part": (
+        lambda: optax.multi_transform(
+            {"rows": micro_batches(optax.adam(falling)), "rest": optax.adam(falling)}, labels
+        ),
+        lambda: adamjax.partition(
+            {"^embed": adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4)},
+            default=adamjax.adam(falling, eps=1e-8),
+        ),
+    ),
+    "MultiSteps of several parts": (  # of which one has just taken a step
+        lambda: optax.multi_transform(
+            {
+                "rows": micro_batches(optax.adam(falling), 5),
+                "rest": micro_batches(optax.adam(falling)),
+            },
+            labels,
+        ),
+        lambda: adamjax.partition(
+            {"^embed": adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 5)},
+            default=adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
+        ),
     ),
     "apply_if_finite": (
         lambda: optax.apply_if_finite(optax.adam(RATE), 5),
@@ -1289,12 +1320,35 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
         ({"epsilon": 1e-5}, adamjax.adam(0.1), r"eps_hat=1e-05, tx has eps_hat=1e-07"),
         ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 in"),
         ({"gradient_accumulation_steps": 4}, None, r"does not fit accumulate_gradients of 2"),
+        ({"clipnorm": 0.5}, adamjax.adam(0.1), r"max_norm=0.5, tx has no such max_norm"),
+        ({"clipvalue": 0.5}, adamjax.adam(0.1), r"limit=0.5, tx has no such limit"),
+        ({"loss_scale_factor": 8.0}, adamjax.adam(0.1), r"factor=0.125, tx has no such factor"),
+        (
+            {"use_ema": True, "ema_momentum": 0.5},
+            adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.75)),
+            r"momentum=0.5, tx has no such momentum",
+        ),
     ]:
         optimizer = built_keras(keras, "Adam", **options)
         tx = tx or adamjax.accumulate_gradients(adamjax.adam(0.1), 2)
         with pytest.raises(ValueError, match=problem):
             convert.from_keras(optimizer, tx, params)
         convert.from_keras(optimizer, tx, params, check=False)
+
+
+def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
+    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    for count in (0, 500, 998):
+        optimizer.iterations.assign(count)
+        tx = adamjax.adam(falls(0.1, 1000))
+        state = convert.from_keras(optimizer, tx, params)
+        assert int(adamjax.step_count(state)) == count
+        convert.to_keras(state, tx, params, optimizer)
+        for other in (falls(0.2, 1000), falls(0.1, 990) if count else 0.2):
+            with pytest.raises(ValueError, match="from_keras: 'w': Keras has a learning rate of"):
+                convert.from_keras(optimizer, adamjax.adam(other), params)
 
 
 def keras_layers(names, prefix="adam"):
@@ -1525,6 +1579,42 @@ def test_moments_that_no_gradients_leave_are_refused(change, message):
         convert.from_optax((change(state[0]), *state[1:]), tx, params)
 
 
+def test_moments_whose_squares_are_too_small_for_float16():
+    params, old = {"w": jnp.ones(3, jnp.float16)}, optax.adam(0.1, eps=1e-4)
+    state = old.init(params)
+    for _ in range(3):
+        _, state = old.update({"w": jnp.full(3, 1e-4, jnp.float16)}, state, params)
+    assert not np.any(state[0].nu["w"])
+    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params)
+    assert_same(adamjax.get_slot(made, "m")["w"], state[0].mu["w"].astype(jnp.float32))
+    large = state[0]._replace(mu={"w": jnp.ones(3, jnp.float16)})
+    with pytest.raises(ValueError, match="mu is larger than nu allows"):
+        convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params)
+
+
+def momenta(decay, b1=0.9):
+    return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
+
+
+@pytest.mark.parametrize(
+    "product", [momenta(0.004), momenta(1, 0.8), np.nan], ids=["legacy", "b1", "nan"]
+)
+def test_a_product_of_other_momenta_is_refused(product):
+    """The momentum of the legacy Nadam of Keras has another schedule, which nothing else shows."""
+    tx, params = adamjax.nadam(RATE), {"w": jnp.ones(2)}
+    names = ("iter", "momentum_cache", "w/m", "w/v")
+
+    def kept(product):
+        values = (np.array(7), np.float32(product), np.full(2, 0.5, "f"), np.ones(2, "f"))
+        return [(f"Nadam/{name}:0", x) for name, x in zip(names, values, strict=True)]
+
+    state = convert.from_keras(kept(momenta(1)), tx, params)
+    assert_same(state[0].momentum_product, jnp.float32(momenta(1)))
+    with pytest.raises(ValueError, match=r"from_keras: the product of momenta is .* after 7 steps"):
+        convert.from_keras(kept(product), tx, params)
+    convert.from_keras(kept(product), tx, params, check=False)
+
+
 def test_all_of_torch_optimizers_but_adams_are_refused(torch):
     """Those of future versions too: they have keys of their own."""
     taken, params = set(), [jnp.ones((3, 2))]
@@ -1671,6 +1761,102 @@ def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
     convert.from_torch(kept, adamjax.chain(*parts, adam), params)
     with pytest.raises(ValueError, match=r"negated behind their weight decay: begin tx with"):
         convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
+
+
+@pytest.mark.parametrize(
+    ("rate", "schedule"),
+    [
+        (lambda t: 0.05 * (1 + np.cos(np.pi * t / 1000)), adamjax.cosine_decay(0.1, 1000)),
+        (lambda t: 0.1 * 0.999**t, adamjax.exponential_decay(0.1, 1, 0.999)),
+        (
+            lambda t: 0.05 * (1 + np.cos(np.pi * t / 1000)),
+            optax.cosine_decay_schedule(0.1, 1000),
+        ),
+    ],
+    ids=["cosine", "powers", "a callable"],
+)
+def test_rates_that_float32_does_not_have_are_the_same(rate, schedule):
+    """torch computes in float64; near its end, what float32 leaves of a cosine is another rate."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    for count in (10, 900, 990, 998):
+        given = torch_state({"lr": rate(count)})
+        for held in given["state"].values():
+            held["step"] = count
+        convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
+        given["param_groups"][0]["lr"] = 1.001 * rate(count)
+        with pytest.raises(ValueError, match="a learning rate of"):
+            convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
+
+
+DECAYED = {
+    "behind the rule": (True, lambda rule, decay: [rule, decay], None),
+    "and before a scale": (True, lambda rule, decay: [rule, decay, adamjax.scale(1.0)], None),
+    "behind the rate": (
+        True,
+        lambda rule, decay: [rule, adamjax.scale_by_learning_rate(1.0), decay, adamjax.scale(-1.0)],
+        "0 in front of its rule and -0.5 behind it",
+    ),
+    "behind a scale": (
+        True,
+        lambda rule, decay: [rule, adamjax.scale(2.0), decay, adamjax.scale(0.5)],
+        "0 in front of its rule and 0.25 behind it",
+    ),
+    "in front of the rule": (False, lambda rule, decay: [decay, rule], None),
+    "behind a scale in front": (
+        False,
+        lambda rule, decay: [adamjax.scale(2.0), decay, rule],
+        None,
+    ),
+    "in front of a scale": (
+        False,
+        lambda rule, decay: [decay, adamjax.scale(2.0), rule],
+        "1 in front of its rule and 0 behind it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_a_decay_is_compared_as_it_comes_to_the_step(name):
+    decoupled, parts, problem = DECAYED[name]
+    given = torch_state({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    made = parts(adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.5))
+    tx = adamjax.chain(*made, adamjax.scale_by_learning_rate(RATE))
+    if problem is None:
+        convert.from_torch(given, tx, params)
+    else:
+        with pytest.raises(ValueError, match=f"a weight decay of 0.5, tx has {problem}"):
+            convert.from_torch(given, tx, params)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a": np.ones(2), "b": np.ones(4)}, r"leaf 'b' is of shape \[4\] in params and of shape"),
+        ({"a": np.ones(2), "c": np.ones(3)}, r"leaf 'b' is not there in params and of shape \[3\]"),
+        ({**PARAMS, "c": np.ones(3)}, r"leaf 'c' is of shape \[3\] in params and not there in"),
+    ],
+    ids=["shape", "name", "more"],
+)
+def test_parameters_of_another_state_are_refused(params, message):
+    """What a target says is compared by the paths of the parameters: of others nothing would be."""
+    own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
+    with pytest.raises(ValueError, match=message):
+        convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OLD.init(own))
+
+
+@pytest.mark.parametrize("rtol", [-1.0, float("nan"), "1"])
+def test_an_rtol_that_is_none_is_refused(rtol):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = old_state(tx=optax.amsgrad(RATE))
+    with pytest.raises(ValueError, match=f"rtol is {rtol!r}"):
+        convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, rtol=rtol)
+
+
+def test_a_state_that_is_traced_is_refused():
+    tx, params = adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS)
+    with pytest.raises(ValueError, match=r"the count of 'a' is being traced.* outside of jit"):
+        jax.jit(lambda s: convert.from_optax(s, tx, params))(old_state())
 
 
 def test_a_rate_that_is_scaled_is_another_rate():

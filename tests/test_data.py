@@ -192,15 +192,15 @@ def test_a_moment_dtype_must_be_a_real_float(bad):
 
 
 def test_moment_dtypes_are_kept():
-    tx = adamjax.scale_by_amsgrad(m_dtype="bfloat16", v_dtype=np.float16)
-    assert repr(tx).endswith("m_dtype='bfloat16', v_dtype='float16')")
+    tx = adamjax.scale_by_amsgrad(m_dtype=np.float32, v_dtype="bfloat16")
+    assert repr(tx).endswith("m_dtype='float32', v_dtype='bfloat16')")
     state = tx.init({"w": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)})
     assert [x.dtype.name for x in (state.m["w"], state.v["w"], state.v_max["w"])] == [
+        "float32",
         "bfloat16",
-        "float16",
-        "float16",
+        "bfloat16",
     ]
-    assert [x.dtype.name for x in (state.m["z"], state.v["z"])] == ["complex64", "float16"]
+    assert [x.dtype.name for x in (state.m["z"], state.v["z"])] == ["complex64", "bfloat16"]
     wide = adamjax.scale_by_adam().init({"w": jnp.ones(2, jnp.bfloat16)})
     assert wide.m["w"].dtype == wide.v["w"].dtype == jnp.float32
 

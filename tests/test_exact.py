@@ -1111,7 +1111,7 @@ def test_stale_tables_are_kept_as_they_are():
     pickled = pickle.loads(pickle.dumps(params))
     for table in (*copies, pickled["table"]):
         assert repr(table) == f"{table}" == "StaleTable('table')"
-        assert isinstance(table, adamjax.StaleTable)
+        assert isinstance(table, adamjax.states.StaleTable)
         assert {table: 1}[table] == 1
     doubled = jax.tree.map(lambda x: 2 * x, pickled)
     assert jax.tree.structure(doubled) == jax.tree.structure(params)

@@ -311,7 +311,7 @@ def test_beside_exact_rows():
 class doubled(adamjax.Transform):
     """A user's, which treats all elements alike, and says so."""
 
-    joinable = True
+    groupable = True
 
     def init(self, params):
         return ()
@@ -328,6 +328,7 @@ ODD = {
     "masked": masked(scale(0.5), "kernel"),
     "partition": partition([("bias", scale(0.5))], default=scale(0.1)),
     "rows by path": accumulate_gradients(adam(0.1), 2, max_rows=[("table", 3)]),
+    "rows of some shapes": accumulate_gradients(adam(0.1), 2, max_rows=3),
     "exact_rows": exact_rows(adam(0.1), "table"),
     "grouped": grouped(adam(0.1)),
     "optax": optax.trace(0.5),
@@ -373,7 +374,7 @@ def test_formats_of_the_leaves_that_are_not_joined():
     device = jax.devices()[0]
     params = jax.device_put({"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones((9, 9))}, device)
     tx = grouped(scale_by_adam(), max_size=16)
-    lie, state_lies = adamjax.formats(tx, params)
+    lie, state_lies = adamjax.layout.formats(tx, params)
     assert state_lies.m.alone == (lie["large"],)
     assert lie["large"] is not None
     state = jax.jit(tx.init, out_shardings=state_lies)(params)

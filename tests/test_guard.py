@@ -8,8 +8,6 @@ import pytest
 from support import assert_close, assert_same, float0
 
 from adamjax import (
-    AccumulateGradientsState,
-    SkipNotFiniteState,
     accumulate_gradients,
     adam,
     adamw,
@@ -31,6 +29,7 @@ from adamjax import (
     step_count,
     weight_ema,
 )
+from adamjax.states import AccumulateGradientsState, SkipNotFiniteState
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)

@@ -230,7 +230,7 @@ def test_a_state_keeps_what_the_transform_names():
         with pytest.raises(ValueError, match="the state keeps"):
             adamjax.learning_rate(tx, state)
         # The way out that is named.
-        state = adamjax.HyperparamsState(tx.init(PARAMS).hyperparams, state.inner)
+        state = adamjax.states.HyperparamsState(tx.init(PARAMS).hyperparams, state.inner)
         tx.update(PARAMS, state, PARAMS)
 
 

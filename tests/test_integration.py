@@ -599,6 +599,18 @@ def test_equinox():
     assert (model.activation, model.name, model.steps) == (jax.nn.tanh, "model", 7)
 
 
+def test_joined_leaves_of_a_pickled_equinox_state():
+    """What an Equinox module keeps beside its leaves is not itself after pickling."""
+    eqx = pytest.importorskip("equinox")
+    layer = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+    arrays, tx = eqx.filter(layer, eqx.is_inexact_array), adamjax.grouped(adamjax.adam(0.1))
+    state = tx.init(arrays)
+    step = jax.jit(tx.update)
+    restored = pickle.loads(pickle.dumps(state))
+    assert_same(step(arrays, restored, arrays), step(arrays, state, arrays))
+    assert step._cache_size() == 1
+
+
 def test_a_whole_equinox_model():
     """`init` of what has slots asks for its arrays; what has none takes the model as it is."""
     eqx = pytest.importorskip("equinox")

@@ -103,7 +103,7 @@ def pipeline():
     )
 
 
-def joinable_pipeline():
+def groupable_pipeline():
     return chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9))
 
 
@@ -228,7 +228,7 @@ CASES = [
         ),
         decays=True,
     ),
-    Case("grouped", lambda: grouped(joinable_pipeline()), decays=True),
+    Case("grouped", lambda: grouped(groupable_pipeline()), decays=True),
     # rows
     Case("lazy pipeline", lazy_pipeline, exempt=LAZY),
     Case(

@@ -36,23 +36,23 @@ def table(seed=0):
 
 def test_a_row_major_table_is_returned_as_it_is():
     x = table()
-    assert adamjax.row_major(x) is x
-    assert order(adamjax.row_major(np.asarray(x))) == ROWS
+    assert adamjax.layout.row_major(x) is x
+    assert order(adamjax.layout.row_major(np.asarray(x))) == ROWS
 
 
 def test_a_table_is_made_row_major():
     x = by_columns(table())
     assert order(x) == COLUMNS
-    assert order(adamjax.row_major(x)) == ROWS
-    assert_same(adamjax.row_major(x), table())
+    assert order(adamjax.layout.row_major(x)) == ROWS
+    assert_same(adamjax.layout.row_major(x), table())
 
 
 def test_row_major_inside_jit_changes_nothing():
-    assert_same(jax.jit(adamjax.row_major)(table()), table())
+    assert_same(jax.jit(adamjax.layout.row_major)(table()), table())
 
 
 def test_a_shape_says_how_it_is_to_lie():
-    x = adamjax.row_major(jax.ShapeDtypeStruct((NUM_ROWS, WIDTH), jnp.float32))
+    x = adamjax.layout.row_major(jax.ShapeDtypeStruct((NUM_ROWS, WIDTH), jnp.float32))
     assert (x.shape, x.dtype) == ((NUM_ROWS, WIDTH), jnp.float32)
     assert order(x) == ROWS
 
@@ -94,7 +94,7 @@ def test_init_makes_slots_that_lie_like_their_parameters(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_jitted_init_does_so_with_formats(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
-    state = jax.jit(tx.init, out_shardings=adamjax.formats(tx, params)[1])(params)
+    state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
     found = orders(state)
     assert COLUMNS in found
     assert found.count(ROWS) == (0 if name == "masked" else found.count(COLUMNS))
@@ -116,7 +116,7 @@ def step_of(tx):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_keeps_layouts_in_place(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
-    formats = adamjax.formats(tx, params)
+    formats = adamjax.layout.formats(tx, params)
     state = jax.jit(tx.init, out_shardings=formats[1])(params)
     kept, traces = counted(step_of(tx), donate_argnums=(0, 1), out_shardings=formats)
     plain, dense_state = jax.jit(step_of(tx)), tx.init(dense)
@@ -139,14 +139,14 @@ def test_a_step_keeps_layouts_in_place(name):
 
 def test_formats_leave_open_what_is_not_bound_to_devices():
     tx, params = adamjax.adam(0.1), {"w": jnp.ones((3, 2)), "n": 3}
-    for tree in adamjax.formats(tx, params):
+    for tree in adamjax.layout.formats(tx, params):
         assert jax.tree.leaves(tree) == []
 
 
 def test_formats_with_a_bounded_accumulator():
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 2, max_rows=8)
     _, params = trees()
-    state = jax.jit(tx.init, out_shardings=adamjax.formats(tx, params)[1])(params)
+    state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
     assert orders(state.inner).count(COLUMNS) == 2
     assert_same(state, tx.init(params))
 
@@ -156,7 +156,7 @@ def test_formats_with_a_bounded_accumulator():
 
 @pytest.mark.parametrize("width", [1, 3, 16, 32, 60, 64, 100, 117, 128, 129, 200, 256, 300, 1000])
 def test_a_line_is_padded_by_a_tenth_at_most(width):
-    packing = adamjax.packing(width)
+    packing = adamjax.layout.packing(width)
 
     def padded(per_line):
         return -(-per_line * width // 128) * 128
@@ -167,7 +167,7 @@ def test_a_line_is_padded_by_a_tenth_at_most(width):
 
 @pytest.mark.parametrize("width", [16, 64, 100, 128])
 def test_rows_of_packed_tables(width):
-    packing, rng = adamjax.packing(width), np.random.default_rng(0)
+    packing, rng = adamjax.layout.packing(width), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(101, width)), jnp.float32)
     lines = packing.pack(x)
     assert lines.shape == (-(-101 // packing.per_line), packing.per_line * width)
@@ -178,7 +178,7 @@ def test_rows_of_packed_tables(width):
 
 
 def test_lines_of_indices_of_any_width():
-    packing, x = adamjax.packing(64), jnp.arange(10.0).repeat(64).reshape(10, 64)
+    packing, x = adamjax.layout.packing(64), jnp.arange(10.0).repeat(64).reshape(10, 64)
     lines = packing.pack(x)
     ids = np.array([2**32 + 5, 5, 2**63 + 5], np.uint64)
     for wide in (ids, ids.tolist(), ids.astype(np.int64)[:2]):
@@ -201,8 +201,8 @@ def test_packing_refuses_what_it_does_not_fit():
         with pytest.raises(
             ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"
         ):
-            adamjax.packing(bad)
-    packing = adamjax.packing(np.int64(64))
+            adamjax.layout.packing(bad)
+    packing = adamjax.layout.packing(np.int64(64))
     assert packing == (64, 2)
     ids, lines = jnp.arange(3), jnp.ones((3, 128))
     for rows, bad in ((3, lines), (7, lines), (5, lines[:, :64]), (5, lines[None]), (1, lines[0])):
@@ -214,13 +214,13 @@ def test_packing_refuses_what_it_does_not_fit():
     with pytest.raises(ValueError, match=r"num_rows must be a Python int of at least 1, got 5.0"):
         packing.unpack(lines, 5.0)
     with pytest.raises(ValueError, match=r"shape \[rows, 64\], got \[3, 5\]"):
-        adamjax.packing(64).pack(jnp.ones((3, 5)))
+        adamjax.layout.packing(64).pack(jnp.ones((3, 5)))
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_packed_rows_move_as_rows(exact):
     width, num_rows, rng = 60, 51, np.random.default_rng(0)
-    packing = adamjax.packing(width)
+    packing = adamjax.layout.packing(width)
     assert packing.per_line == 2
     x = jnp.asarray(rng.normal(size=(num_rows, width)), jnp.float32)
     tx = adamjax.adamw(0.1, weight_decay=0.1)
@@ -250,6 +250,6 @@ def test_packed_rows_move_as_rows(exact):
 
 
 def test_lines_of_large_unsigned_indices_are_outside():
-    packing, ids = adamjax.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
+    packing, ids = adamjax.layout.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
     for place in (packing.line(ids), jax.jit(packing.line)(ids)):
         np.testing.assert_array_equal(place, [2, 2**30, 2**31 - 1])

@@ -30,7 +30,6 @@ from adamjax import (
     to_config,
     with_hyperparams,
 )
-from adamjax.masking import settled
 
 PARAMS = {
     "enc": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])},
@@ -391,7 +390,7 @@ def test_a_tree_of_bools_in_a_config():
         from_config({**config, "pattern": {"bools": {"dict": {"a": 1}}}})
 
 
-# --- masks that are settled ---------------------------------------------------------------------
+# --- mask functions resolved ---------------------------------------------------------------------
 
 BIG = {"table": jnp.ones((20, 2)), "w": jnp.ones((3, 2)), "none": None}
 
@@ -402,8 +401,8 @@ def many_rows(tree):
 
 TABLE, REST = {"none": None, "table": True, "w": None}, {"none": None, "table": None, "w": False}
 BOTH = {"none": None, "table": True, "w": False}
-# A transform with mask functions, and what it is settled.
-SETTLED = {
+# A transform with mask functions, and with what these return.
+RESOLVED = {
     "decay": lambda m, t, r: adamw(0.1, mask=m),
     "masked": lambda m, t, r: masked(adam(), m),
     "in masked": lambda m, t, r: masked(adamw(mask=t), m),
@@ -416,17 +415,17 @@ SETTLED = {
 }
 
 
-@pytest.mark.parametrize("name", SETTLED)
-def test_mask_functions_are_settled_by_the_parameters(name):
+@pytest.mark.parametrize("name", RESOLVED)
+def test_mask_functions_are_resolved_by_the_parameters(name):
     """At any depth, each for the leaves that it sees; the rest stays what it was."""
-    tx = SETTLED[name](many_rows, many_rows, many_rows)
-    expected = SETTLED[name](BOTH, TABLE, REST)
-    found = settled(tx, BIG)
+    tx = RESOLVED[name](many_rows, many_rows, many_rows)
+    expected = RESOLVED[name](BOTH, TABLE, REST)
+    found = tx.resolve_masks(BIG)
     assert found == expected
     assert hash(found) == hash(expected)
-    assert settled(found, BIG) is found
+    assert found.resolve_masks(BIG) is found
     assert_same(found.init(BIG), tx.init(BIG))
-    assert jax.eval_shape(lambda params: settled(tx, params).init(params), BIG)
+    assert jax.eval_shape(lambda params: tx.resolve_masks(params).init(params), BIG)
 
 
 def test_what_has_no_mask_function_is_left_as_it_is():
@@ -436,15 +435,15 @@ def test_what_has_no_mask_function_is_left_as_it_is():
         chain(masked(adam(), "w"), masked(scale(1.0), {"table": True, "w": False, "none": None})),
         partition([("w", optax.adam(0.1))], default=optax.masked(optax.scale(1.0), many_rows)),
     ):
-        assert settled(tx, BIG) is tx
+        assert tx.resolve_masks(BIG) is tx
     parts = chain(adam(jnp.array(0.1)), masked(scale(1.0), many_rows))
-    found = settled(parts, BIG)
+    found = parts.resolve_masks(BIG)
     assert found.transforms[0] is parts.transforms[0]
 
 
-def test_a_settled_mask_decides_as_for_the_whole():
+def test_a_resolved_mask_decides_as_for_the_whole():
     """Also where a few rows stand in the table's place."""
-    tx = settled(add_decayed_weights(0.5, many_rows), BIG)
+    tx = add_decayed_weights(0.5, many_rows).resolve_masks(BIG)
     rows = {**BIG, "table": BIG["table"][:3]}
     updates, _ = tx.update(by_zero(rows), tx.init(BIG), rows)
     assert_same(updates["table"], 0.5 * rows["table"])

@@ -215,6 +215,27 @@ def test_an_average_of_other_weights_is_refused():
         averaged_weights(state, other)
 
 
+def test_a_part_of_the_tree_without_an_average_is_the_weights():
+    tx = partition({"head": weight_ema(0.5)}, default=scale(1.0))
+    found = averaged_weights(tx.init(PARAMS), {**PARAMS, "head": jnp.zeros(1)})
+    assert_same(found, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"enc": PARAMS["enc"], "tail": PARAMS["head"]},
+        {"enc": list(PARAMS["enc"].values()), "head": PARAMS["head"]},
+        {"enc": PARAMS["enc"], "head": {"w": PARAMS["head"]}},
+        {"enc": PARAMS["enc"]["bias"], "head": PARAMS["head"]},
+    ],
+    ids=["name", "list", "deeper", "leaf"],
+)
+def test_an_average_of_another_tree_is_refused(params):
+    with pytest.raises(ValueError, match=r"averaged_weights: params has the leaves .*PyTreeDef"):
+        averaged_weights(weight_ema(0.5).init(PARAMS), params)
+
+
 def test_an_average_that_stands_in_for_the_weights_is_a_copy():
     """A step may donate both the weights and the state."""
     tx = chain(adam(0.1), weight_ema(0.9))
@@ -251,10 +272,10 @@ def test_learning_rates():
 
 def test_learning_rates_that_are_not_one():
     two = partition([("enc", adam(0.1))], default=adam(0.2))
-    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, found 2"):
+    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 2"):
         learning_rate(two, two.init(PARAMS))
     assert learning_rate(two.transforms[0], two.init(PARAMS)[0]) == 0.1
-    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, found 0"):
+    with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 0"):
         learning_rate(scale_by_adam(), scale_by_adam().init(PARAMS))
     with pytest.raises(ValueError, match="found 0"):
         learning_rate(optax.chain(adam()), optax.chain(adam()).init(PARAMS))

@@ -232,7 +232,7 @@ def test_what_is_read_is_what_the_step_uses(name):
     tx = adamjax.chain(adamjax.clip_by_global_norm(1e30), scale_by_learning_rate(schedule))
     step = jax.jit(lambda g, state: tx.update(g, state)[0])
     for t in EDGES:
-        state = ((), adamjax.ScheduleState(jnp.array(t, jnp.int32)))
+        state = ((), adamjax.states.ScheduleState(jnp.array(t, jnp.int32)))
         rate = adamjax.learning_rate(tx, state)
         used = -step(jnp.ones(3), state)
         assert np.asarray(used[0]).tobytes() == np.asarray(rate).tobytes(), (t, used, rate)
@@ -244,7 +244,7 @@ def test_what_is_read_of_arrays_is_what_a_step_uses_that_takes_them(name):
     tx = scale_by_learning_rate(jax.tree.map(jnp.asarray, READ[name]))
     step = jax.jit(lambda tx, g, state: tx.update(g, state)[0])
     for t in EDGES:
-        state = adamjax.ScheduleState(jnp.array(t, jnp.int32))
+        state = adamjax.states.ScheduleState(jnp.array(t, jnp.int32))
         used, rate = -step(tx, jnp.ones(3), state)[0], adamjax.learning_rate(tx, state)
         assert np.asarray(used).tobytes() == np.asarray(rate).tobytes(), t
 
@@ -422,7 +422,7 @@ def with_rate(rate):
 
 
 def started(_):
-    return adamjax.ScheduleState(jnp.array(3, jnp.int32))
+    return adamjax.states.ScheduleState(jnp.array(3, jnp.int32))
 
 
 def test_boundaries_that_are_traced_must_increase():
@@ -480,7 +480,7 @@ def test_long_decays_go_through_jit(name):
     make, formula = LONG[name]
     for n in (2**31, 10**10):
         tx = adamjax.chain(adamjax.scale(1.0), scale_by_learning_rate(make(n)))
-        state = ((), adamjax.ScheduleState(jnp.array(2**30, jnp.int32)))
+        state = ((), adamjax.states.ScheduleState(jnp.array(2**30, jnp.int32)))
         used = -jax.jit(lambda tx, s: tx.update(jnp.ones(1), s)[0])(tx, state)[0]
         np.testing.assert_allclose(used, formula(float(n), 2**30), rtol=2e-6, atol=1e-9)
 
@@ -565,7 +565,7 @@ def test_by_path_names_leaves_of_any_tree():
         "0": 1.0,
         "1": 0.5,
     }
-    state = adamjax.ScheduleState(jnp.ones(1))
+    state = adamjax.states.ScheduleState(jnp.ones(1))
     assert rates_of(by_path([("^count$", 0.5)], default=1.0), state) == {"count": 0.5}
 
 
@@ -650,7 +650,7 @@ def test_a_callable_must_return_a_number():
 
     def updated(rate, count=0):
         tx = scale_by_learning_rate(rate)
-        state = adamjax.ScheduleState(jnp.array(count, jnp.int32))
+        state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
         return jax.jit(lambda s: tx.update(g, s)[0])(state)
 
     def drawn(_):
@@ -690,7 +690,7 @@ def test_a_callable_must_return_a_number():
     assert np.isnan(updated(lambda count: -2e-6)).all()
     decay = adamjax.add_decayed_weights(falling)
     for count, expected in ((1, 0.25), (3, np.nan)):
-        state = adamjax.ScheduleState(jnp.array(count, jnp.int32))
+        state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
         np.testing.assert_allclose(decay.update(0 * g, state, g)[0], expected)
 
 

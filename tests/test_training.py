@@ -70,8 +70,9 @@ def test_is_the_step_by_hand(tx, tables):
         lambda tx: adamjax.skip_not_finite(tx),
         lambda tx: adamjax.chain(adamjax.clip_by_value(0.5), tx),
         lambda tx: adamjax.with_hyperparams(tx, learning_rate=0.1),
+        lambda tx: adamjax.shard_state(tx, jax.sharding.Mesh(jax.devices()[:1], "x"), "x"),
     ],
-    ids=["alone", "skip_not_finite", "chain", "with_hyperparams"],
+    ids=["alone", "skip_not_finite", "chain", "with_hyperparams", "shard_state"],
 )
 def test_exact_rows_are_found_wherever_they_are(around):
     dense = adamjax.adamw(0.1)

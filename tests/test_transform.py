@@ -73,8 +73,8 @@ def test_the_state_is_the_tuple_of_the_parts_states():
     tx = chain(clip_by_global_norm(1.0), adam(0.1))
     empty, rule, rate = tx.init(PARAMS)
     assert empty == ()
-    assert isinstance(rule, adamjax.ScaleByAdamState)
-    assert isinstance(rate, adamjax.ScheduleState)
+    assert isinstance(rule, adamjax.states.ScaleByAdamState)
+    assert isinstance(rate, adamjax.states.ScheduleState)
 
 
 def test_a_chain_is_its_parts_in_turn():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._compat import in_float64
 from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
 from adamjax.average import WeightEmaState
 from adamjax.data import Tree
@@ -18,11 +19,12 @@ from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
-from adamjax.parts import Part, walk
 from adamjax.paths import flatten, leaf_paths, unique_paths
+from adamjax.reading import slot_names
 from adamjax.rows import RowGradient
 from adamjax.scaling import ScheduleState, add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
+from adamjax.structure import Part, walk
 from adamjax.transform import Rule, as_transform
 
 __all__ = [
@@ -33,12 +35,14 @@ __all__ = [
     "TORCH",
     "Count",
     "Filling",
+    "Gathered",
     "Kept",
     "Ours",
     "Said",
     "Source",
     "Translation",
     "as_expected",
+    "expect_place_to_gather",
     "field_names",
     "into_ours",
     "is_container",
@@ -47,7 +51,6 @@ __all__ = [
     "leaves_by_path",
     "mapped",
     "new_ours",
-    "no_place_to_gather",
     "number_of",
     "numbers_of",
     "numpy_array",
@@ -123,7 +126,7 @@ KERAS = _System(
     unsaid=(
         "Keras' variables do not say beta_1, beta_2, epsilon, the weight decay or clips, so none "
         "of them is compared: Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
-        "weight_decay=0.004 in AdamW; the optimizer itself in their place says the first four"
+        "weight_decay=0.004 in AdamW; the optimizer itself in their place says them all"
     ),
 )
 
@@ -139,6 +142,7 @@ class Kept:
       product: Nadam's product of momenta, where it is kept.
       facts: what the system says of hyperparameters.
       rule: where it is ours, the rule.
+      gathers: whether micro-batches are gathered for its steps.
     """
 
     count: int
@@ -147,13 +151,28 @@ class Kept:
     product: Any = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     rule: Any = None
+    gathers: bool = False
 
 
 class Count(NamedTuple):
-    """A number of steps counted outside of a rule, and the leaves it is of; `None`: all."""
+    """What is counted outside of a rule.
+
+    Attributes:
+      steps: the count: of steps where `gathers`, else of calls.
+      leaves: the leaves it is of; `None`: all.
+      gathers: whether micro-batches are gathered for these steps.
+    """
 
     steps: int
     leaves: frozenset[str] | None
+    gathers: bool = False
+
+
+class Gathered(NamedTuple):
+    """The micro-batches since the last step, and by path the sums of their gradients."""
+
+    micro: int
+    totals: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -164,32 +183,65 @@ class Source:
       kept: by path, what each rule that the leaf goes through keeps of it, in their order.
       counts: of schedules.
       average: by path, the average of the weights.
-      gathered: micro-batches since the last step, and the sums of their gradients by path.
+      gathered: what each gathering of micro-batches holds.
       skipped: steps that were not taken.
       others: states of transforms that are neither ours nor known.
       doubts: why the run may not go on as before, each with its mend: refused where a check is
         wanted.
       loose: what the system says of hyperparameters outside of any rule.
+      gathers: whether micro-batches are gathered for the steps of what is being read.
     """
 
     owner: str
     kept: dict[str, list[Kept]] = dataclasses.field(default_factory=dict)
     counts: list[Count] = dataclasses.field(default_factory=list)
     average: dict[str, Any] | None = None
-    gathered: tuple[int, dict[str, Any]] | None = None
+    gathered: list[Gathered] = dataclasses.field(default_factory=list)
     skipped: int | None = None
     others: list[Any] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
     loose: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    gathers: bool = False
 
     def add(self, path: str, kept: Kept) -> None:
-        self.kept.setdefault(path, []).append(kept)
+        self.kept.setdefault(path, []).append(dataclasses.replace(kept, gathers=self.gathers))
 
-    def count_of(self, leaves: frozenset[str] | None) -> int:
-        """The steps that a schedule for these leaves has seen."""
-        found = {c.steps for c in self.counts if _meet(c.leaves, leaves)}
-        if not found:
-            found = {k.count for p, ks in self.kept.items() if _meet({p}, leaves) for k in ks}
+    def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
+        self.counts.append(Count(steps, leaves, self.gathers))
+
+    def gathered_of(self, leaves: frozenset[str] | None) -> Gathered | None:
+        """What is gathered of these leaves; `None` where they take a step in each call."""
+        found = [g for g in self.gathered if _meet(g.totals, leaves)]
+        micros = {g.micro for g in found}
+        if len(micros) > 1:
+            raise ValueError(
+                f"{self.owner}: parts have gathered different numbers of micro-batches, "
+                f"{sorted(micros)}, which one count cannot say: give them accumulate_gradients "
+                "of their own, or convert after a step of all"
+            )
+        totals = {path: total for g in found for path, total in g.totals.items()}
+        return Gathered(micros.pop(), totals) if found else None
+
+    def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
+        """What a schedule for these leaves has counted: steps, or calls.
+
+        Args:
+          calls: for calls, how many a step takes, and how many came since the last; `None`: steps.
+        """
+        counts = [(c.gathers, c.steps) for c in self.counts if _meet(c.leaves, leaves)]
+        rules = [
+            (k.gathers, k.count) for p, ks in self.kept.items() if _meet({p}, leaves) for k in ks
+        ]
+        if any(gathers for gathers, _ in (*counts, *rules)):
+            # Steps and calls are two things there: of its own kind, if there is one.
+            for several in (counts, rules):
+                found = {n for gathers, n in several if gathers == (calls is None)}
+                if found:
+                    return self._only(found, leaves)
+        steps = self._only({n for _, n in counts or rules}, leaves)
+        return steps if calls is None else steps * calls[0] + calls[1]
+
+    def _only(self, found: set[int], leaves: frozenset[str] | None) -> int:
         if len(found) > 1:
             some = f" of {sorted(leaves)[:3]}" if leaves else ""
             raise ValueError(
@@ -272,6 +324,12 @@ class Ours:
                     f"{owner}: {part.tx!r} keeps leaves joined. Convert the state of the transform "
                     "without grouped; grouped.join and grouped.split take such a state in and out"
                 )
+        # Where micro-batches are gathered: the calls that a step takes, and the leaves.
+        self.gathering = [
+            (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
+            for part in self.parts
+            if isinstance(part.tx, accumulate_gradients)
+        ]
         # The innermost of those that share a state, as `masked` does with its transform.
         self.known = {id(part.state): part for part in self.parts}
 
@@ -284,6 +342,14 @@ class Ours:
         part = self.part(state)
         return None if part is None else frozenset(leaves_by_path(self.owner, part.params))
 
+    def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
+        """How many calls a step of these leaves takes, and how many came since the last."""
+        for steps, own in self.gathering:
+            if _meet(own, leaves):
+                held = source.gathered_of(leaves)
+                return steps, held.micro if held else 0
+        return 1, 0
+
     def read(self) -> Source:
         """The state in the one form, with our names of slots."""
         source = Source(self.owner)
@@ -292,8 +358,9 @@ class Ours:
 
     def _read(self, x: Any, source: Source) -> None:
         if isinstance(x, RULES):
-            trees = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
+            trees = {name: leaves_by_path(self.owner, getattr(x, name)) for name in slot_names(x)}
             product, part = getattr(x, "momentum_product", None), self.part(x)
+            self._expect_leaves(x.m, part)
             rule = None if part is None else part.tx
             count = steps_taken(self.owner, "a rule", x.count)
             for path in trees["m"]:
@@ -301,13 +368,16 @@ class Ours:
                 source.add(path, Kept(count, slots, (kind_of(x),), product, rule=rule))
         elif isinstance(x, ScheduleState):
             steps = steps_taken(self.owner, "a schedule", x.count)
-            source.counts.append(Count(steps, self.leaves(x)))
+            source.add_count(steps, self.leaves(x))
         elif isinstance(x, WeightEmaState):
             average = leaves_by_path(self.owner, x.average)
             source.average = {**(source.average or {}), **average}
         elif isinstance(x, AccumulateGradientsState):
-            source.gathered = int(x.micro_count), leaves_by_path(self.owner, x.total)
+            micro = steps_taken(self.owner, "micro-batches", x.micro_count)
+            source.gathered.append(Gathered(micro, leaves_by_path(self.owner, x.total)))
+            outside, source.gathers = source.gathers, True
             self._read(x.inner, source)
+            source.gathers = outside
         elif isinstance(x, SkipNotFiniteState):
             source.skipped = (source.skipped or 0) + int(x.skipped)
             self._read(x.inner, source)
@@ -325,6 +395,22 @@ class Ours:
                     self._read(item, source)
         elif jax.tree.leaves(x):
             source.others.append(x)
+
+    def _expect_leaves(self, m: Tree, part: Part | None) -> None:
+        """Refuses parameters that a state is not of: what is compared is compared by path."""
+        if part is None:
+            return
+        kept, own = (leaves_by_path(self.owner, tree) for tree in (m, part.params))
+        for path in (*kept, *own):
+            came, wanted = (
+                f"of shape {list(np.shape(tree[path]))}" if path in tree else "not there"
+                for tree in (own, kept)
+            )
+            if came != wanted:
+                raise ValueError(
+                    f"{self.owner}: the leaf {path!r} is {came} in params and {wanted} in what the "
+                    "state keeps: pass the parameters that the state is of"
+                )
 
 
 def _class(x: Any) -> str:
@@ -429,7 +515,7 @@ class Filling:
         for i, path in enumerate(leaf_paths(like)):
             if leaves[i] is not None and not is_left_alone(leaves[i]):
                 if path not in values:
-                    raise ValueError(f"{self.owner}: the source has no {name} of {path!r}")
+                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}")
                 leaves[i] = self.array(path, name, values[path], leaves[i])
         return treedef.unflatten(leaves)
 
@@ -567,14 +653,17 @@ def _expect_moments(
         return
     most = _bound(kind, rule)
     # Squares below the smallest float are not there any more.
-    size = size + float(rule.eps or 0) if kind == "adamax" else xp.sqrt(size + _VANISHED)
+    lost = _lost(slots["u" if kind == "adamax" else "v"], float(rule.b2))
+    size = size + float(rule.eps or 0) if kind == "adamax" else xp.sqrt(size + lost)
     # Twice, as moments may be rounded to few bits.
     if math.isfinite(most) and bool(xp.any(m > 2 * most * size + 1e-18)):
         refuse(f"{names['m']} is larger than {names['u' if kind == 'adamax' else 'v']} allows")
 
 
-# What a second moment may have lost of squares too small for a float32.
-_VANISHED = 1e-34
+def _lost(v: Any, b2: float) -> float:
+    """What a second moment may have lost of squares too small for its dtype."""
+    least = float(jnp.finfo(v.dtype).smallest_subnormal)
+    return max(1e-34, least / (1 - b2))
 
 
 class Translation:
@@ -582,6 +671,8 @@ class Translation:
 
     def __init__(self, filling: Filling, system: _System, rtol: float) -> None:
         self.filling, self.system = filling, system
+        if not number_of(filling.owner, "rtol", rtol) >= 0:
+            raise ValueError(f"{filling.owner}: rtol is {rtol!r}, expected a number of at least 0")
         self.rtol = rtol if filling.check else math.inf
 
     def _refuse(self, rule: Any, kind: str, path: str, count: int, m: Any, u: Any) -> None:
@@ -637,9 +728,18 @@ def _product(b1: Any, count: int) -> float:
     return float(np.prod(float(b1) * (1 - 0.5 * 0.96**steps)))
 
 
+def _is_product(x: Any, expected: float, count: int) -> bool:
+    """Whether a product of so many factors, each perhaps rounded, is the expected one."""
+    rounded = count * float(jnp.finfo(np.asarray(x).dtype).eps)
+    return math.isclose(float(x), expected, rel_tol=max(1e-3, rounded), abs_tol=1e-30)
+
+
 def same_value(a: Any, b: Any) -> bool:
     """Whether two numbers are the same, one of them perhaps in float32."""
     return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-30)
+
+
+_SCALINGS = (scale, scale_by_learning_rate)
 
 
 class Said:
@@ -724,9 +824,13 @@ class Said:
 
     def _check_rates(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> None:
         if facts.get("learning_rate") is not None:
-            now = self._rate(path, route[rule:])
-            if now is not None and not same_value(facts["learning_rate"], now):
-                theirs = f"a learning rate of {float(facts['learning_rate']):g}"
+            now, rate = self._rate(path, route[rule:]), facts["learning_rate"]
+            if callable(rate):  # a schedule, with the count of ours
+                found = [p for p in route[rule:] if isinstance(p.tx, scale_by_learning_rate)]
+                with in_float64():
+                    rate = rate_at(rate, (*found, route[rule])[0].state.count)
+            if now is not None and not self._is_rate(path, route[rule:], rate):
+                theirs = f"a learning rate of {float(rate):g}"
                 mend = "build tx with that rate (by_path, for one a leaf)"
                 self._refuse(path, theirs, f"{float(now):g} for the next step", mend)
         if "weight_decay" in facts and not self._decays(path, route, rule, facts):
@@ -734,16 +838,16 @@ class Said:
             where = (
                 "in front of the rule (in its moments)"
                 if facts.get("decoupled") is False
-                else "behind the rule"
+                else "behind the rule (and in front of all that scales: the rate)"
             )
-            front, behind = self._decay(path, route[:rule]), self._decay(path, route[rule:])
+            front, behind = self._decay_before(path, route[:rule]), self._decay(path, route[rule:])
             ours = f"{front:g} in front of its rule and {behind:g} behind it"
             mend = f"put add_decayed_weights({wd:g}) {where}"
             self._refuse(path, f"a weight decay of {wd:g}", ours, mend)
 
     def _decays(self, path: str, route: list[Part], rule: int, facts: dict[str, Any]) -> bool:
         """Whether a leaf decays as there."""
-        front, behind = self._decay(path, route[:rule]), self._decay(path, route[rule:])
+        front, behind = self._decay_before(path, route[:rule]), self._decay(path, route[rule:])
         wd, decoupled = float(facts["weight_decay"]), facts.get("decoupled")
         fits = {None: [(0.0, wd), (wd, 0.0)], True: [(0.0, wd)], False: [(wd, 0.0)]}[decoupled]
         if facts.get("masks_decay"):
@@ -753,21 +857,57 @@ class Said:
                 fits.append((0.0, 0.0))
         return any(same_value(front, a) and same_value(behind, b) for a, b in fits)
 
+    def _is_rate(self, path: str, route: Sequence[Part], theirs: Any) -> bool:
+        """Whether the next step has their rate; in float64, which what theirs is made of may be.
+
+        In float32 a schedule may be off: what 1 + cos leaves near its end, or many powers.
+        """
+        if same_value(theirs, self._rate(path, route)):
+            return True
+        try:
+            with in_float64():
+                return same_value(theirs, self._rate(path, route))
+        except TypeError:  # a callable of someone else's, whose branches are of float32 alone
+            return False
+
     def _rate(self, path: str, route: Sequence[Part]) -> Any:
         """What the next step is multiplied by, downhill; `None` where nothing says."""
-        factors: list[float] = []
+        scalings = [part for part in route if isinstance(part.tx, _SCALINGS)]
+        return -self._factor(path, scalings) if scalings else None
+
+    def _factor(self, path: str, route: Sequence[Part]) -> float:
+        """What the next step is multiplied by on a route."""
+        made = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
                 rate = rate_at(part.tx.learning_rate, part.state.count)
-                factors.append(-float(rate.at(path) if isinstance(rate, by_path) else rate))
+                made *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
-                factors.append(float(part.tx.factor))
-        return -math.prod(factors) if factors else None
+                made *= float(part.tx.factor)
+        return made
 
     def _decay(self, path: str, route: Sequence[Part]) -> float:
-        found = [p for p in route if isinstance(p.tx, add_decayed_weights)]
-        pairs = [p.tx.affine(p.state, p.params, self.places[path], np.float32) for p in found]
-        return sum(float(pair[1]) for pair in pairs if pair is not None)
+        """The weight decay behind a rule, as much as it was if nothing scaled in front of it."""
+        return sum(
+            decay / (self._factor(path, route[:i]) or math.nan)
+            for i, decay in self._decays_of(path, route)
+        )
+
+    def _decay_before(self, path: str, route: Sequence[Part]) -> float:
+        """The weight decay in front of a rule, as it comes to the rule."""
+        return sum(
+            decay * self._factor(path, route[i:]) for i, decay in self._decays_of(path, route)
+        )
+
+    def _decays_of(self, path: str, route: Sequence[Part]) -> list[tuple[int, float]]:
+        """Each weight decay of a leaf that is not 0, with its place on the route."""
+        found = []
+        for i, part in enumerate(route):
+            if isinstance(part.tx, add_decayed_weights):
+                pair = part.tx.affine(part.state, part.params, self.places[path], np.float32)
+                if pair is not None and float(pair[1]):
+                    found.append((i, float(pair[1])))
+        return found
 
 
 # --- into a state of ours -------------------------------------------------------------------------
@@ -780,22 +920,24 @@ class _IntoOurs:
         self.source, self.ours, self.owner = source, ours, source.owner
         self.filling = Filling(source, check)
         self.translation = Translation(self.filling, system, rtol)
-        # How many calls a step takes, and how many came since the last: for what counts calls.
-        self.calls = (1, 0)
-        steps = [p.tx.steps for p in ours.parts if isinstance(p.tx, accumulate_gradients)]
-        if source.gathered is not None:
-            if not steps and source.gathered[0]:
-                raise ValueError(
-                    f"{self.owner}: the source has gathered {source.gathered[0]} micro-batches "
-                    "since its last step: wrap tx in accumulate_gradients, or convert after a step"
-                )
-            if steps and source.gathered[0] >= int(steps[0]) and check:
-                raise ValueError(
-                    f"{self.owner}: the source has gathered {source.gathered[0]} micro-batches "
-                    f"since its last step, but tx takes one of every {int(steps[0])}: wrap it in "
-                    "accumulate_gradients of as many steps, or pass check=False"
-                )
-            self.calls = (int(steps[0]), source.gathered[0]) if steps else self.calls
+        # Whether what is being filled counts steps, and not calls.
+        self.gathers = False
+        for held in source.gathered:
+            taking = {p: steps for steps, own in ours.gathering for p in own}
+            for path in held.totals if held.micro else ():
+                if path not in taking:
+                    raise ValueError(
+                        f"{self.owner}: the source has gathered {held.micro} micro-batches of "
+                        f"{path!r} since its last step: wrap tx in accumulate_gradients, or "
+                        "convert after a step"
+                    )
+                if check and held.micro >= taking[path]:
+                    raise ValueError(
+                        f"{self.owner}: the source has gathered {held.micro} micro-batches of "
+                        f"{path!r} since its last step, but tx takes one of every "
+                        f"{taking[path]}: wrap it in accumulate_gradients of as many steps, "
+                        "or pass check=False"
+                    )
 
     def state(self) -> Any:
         made = self.fill(self.ours.state)
@@ -841,8 +983,8 @@ class _IntoOurs:
         return self.filling.other(x) if jax.tree.leaves(x) else x
 
     def _count(self, leaves: frozenset[str] | None, like: Any) -> Any:
-        steps, beyond = self.calls
-        return jnp.asarray(self.source.count_of(leaves) * steps + beyond, like.dtype)
+        calls = None if self.gathers else self.ours.calls(self.source, leaves)
+        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def _rule(self, x: Any) -> Any:
         kind, part = kind_of(x), self.ours.part(x)
@@ -855,8 +997,8 @@ class _IntoOurs:
                 f"{self.owner}: {kind} inside of a transform from elsewhere cannot be filled: use "
                 "adamjax.chain, masked or partition in its place"
             )
-        fresh = {name: leaves_by_path(self.owner, getattr(x, name)) for name in x.slots}
-        slots: dict[str, dict[str, Any]] = {name: {} for name in x.slots}
+        fresh = {name: leaves_by_path(self.owner, getattr(x, name)) for name in slot_names(x)}
+        slots: dict[str, dict[str, Any]] = {name: {} for name in slot_names(x)}
         for path in paths:
             found = self.translation.to_ours(rule, kind, path, kept[path])
             for name, values in slots.items():
@@ -868,17 +1010,25 @@ class _IntoOurs:
         made = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
         if kind == "nadam":
             products = [k.product for k in kept.values() if k.product is not None]
-            product = products[0] if products else _product(rule.b1, count)  # type: ignore[union-attr]
+            expected = _product(rule.b1, count)  # type: ignore[union-attr]
+            product = products[0] if products else expected
+            if self.filling.check and not _is_product(product, expected, count):
+                raise ValueError(
+                    f"{self.owner}: the product of momenta is {float(product):g} after {count} "
+                    f"steps, with b1 and b1 * (1 - 0.5 * 0.96**t) of tx it is {expected:g}: build "
+                    "tx with their b1; another schedule of the momentum (schedule_decay of legacy "
+                    "Keras) is another optimizer, so start anew, tx.init(params), or pass "
+                    "check=False"
+                )
             like = x.momentum_product
             made = made._replace(momentum_product=jnp.asarray(np.asarray(product), like.dtype))
         return made
 
     def _gathering(self, x: AccumulateGradientsState) -> AccumulateGradientsState:
-        calls, self.calls = self.calls, (1, 0)
-        micro, totals = self.source.gathered or (0, {})
         total: Any = x.total
+        kept = leaves_by_path(self.owner, total)
+        micro, totals = self.source.gathered_of(frozenset(kept)) or (0, {})
         if micro:
-            kept = leaves_by_path(self.owner, total)
             rows = [p for p, t in kept.items() if isinstance(t, RowGradient)]
             if rows:
                 raise ValueError(
@@ -886,8 +1036,9 @@ class _IntoOurs:
                     f"{rows[0]!r} gathers rows here (max_rows): convert after a whole step"
                 )
             total = self.filling.tree("the gathered gradient", totals, total)
+        outside, self.gathers = self.gathers, True
         inner = self.fill(x.inner)
-        self.calls = calls
+        self.gathers = outside
         return AccumulateGradientsState(jnp.asarray(micro, x.micro_count.dtype), total, inner)
 
 
@@ -910,6 +1061,11 @@ def into_ours(
 
 def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
     """A number, an array or a tensor of torch in NumPy, or an error where it is none."""
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            f"{owner}: {what} is being traced, so it has no value yet; convert outside of jit, "
+            "vmap and grad"
+        )
     try:
         found = numpy_array(x)
     except (TypeError, ValueError):
@@ -1069,9 +1225,13 @@ def _order_of_names(
     )
 
 
-def no_place_to_gather(owner: str, source: Source) -> None:
-    if source.gathered is not None and source.gathered[0]:
-        raise ValueError(
-            f"{owner}: {source.gathered[0]} micro-batches were gathered since the last step, for "
-            "which the target has no place: convert after a step, or wrap it likewise"
-        )
+def expect_place_to_gather(owner: str, source: Source, wanted: Source) -> None:
+    """Refuses to lose what was gathered of a leaf."""
+    room = {path for held in wanted.gathered for path in held.totals}
+    for held in source.gathered:
+        lost = [path for path in held.totals if path not in room]
+        if held.micro and lost:
+            raise ValueError(
+                f"{owner}: {held.micro} micro-batches of {lost[0]!r} were gathered since the last "
+                "step, for which the target has no place: convert after a step, or wrap it likewise"
+            )

@@ -9,32 +9,34 @@ import jax
 import numpy as np
 
 from adamjax.average import weight_ema
+from adamjax.config import from_config
 from adamjax.convert.common import (
     KERAS,
     RTOL,
     RULES,
     Filling,
+    Gathered,
     Kept,
     Ours,
     Said,
     Source,
     Translation,
     as_expected,
+    expect_place_to_gather,
     into_ours,
     kind_of,
     leaf_order,
     leaves_by_path,
     new_ours,
-    no_place_to_gather,
     number_of,
     numbers_of,
     steps_taken,
 )
 from adamjax.data import Tree
 from adamjax.guard import accumulate_gradients
-from adamjax.parts import walk
 from adamjax.rows import RowGradient
 from adamjax.scaling import scale_by_learning_rate
+from adamjax.structure import walk
 
 __all__ = ["from_keras", "to_keras"]
 
@@ -319,6 +321,16 @@ def _identified(source: Source, layout: _Layout, optimizer: Any, product: bool) 
     return every
 
 
+# Options of an optimizer, and what transforms here call them.
+_MORE = {
+    "clipnorm": "max_norm",
+    "global_clipnorm": "max_norm",
+    "clipvalue": "limit",
+    "ema_momentum": "momentum",
+    "ema_overwrite_frequency": "overwrite_frequency",
+}
+
+
 def _config_facts(owner: str, optimizer: Any) -> dict[str, Any]:
     """What an optimizer says of its hyperparameters."""
     names = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
@@ -328,8 +340,30 @@ def _config_facts(owner: str, optimizer: Any) -> dict[str, Any]:
         for name, x in values.items()
         if x is not None
     }
+    said = {name: getattr(optimizer, name, None) for name in _MORE}
+    averages = bool(getattr(optimizer, "use_ema", False))
+    more = {
+        ours: number_of(owner, f"{name} of the optimizer", said[name])
+        for name, ours in _MORE.items()
+        if said[name] and (averages or not name.startswith("ema"))
+    }
+    factor = getattr(optimizer, "loss_scale_factor", None)
+    if factor is not None and factor != 1:
+        more["factor"] = 1 / number_of(owner, "loss_scale_factor of the optimizer", factor)
+    schedule = _schedule(getattr(optimizer, "_learning_rate", None))
+    facts |= {} if schedule is None else {"learning_rate": schedule}
     # Which variables are excluded from the decay it does not say.
-    return {**facts, "decoupled": True, "masks_decay": True}
+    return {**facts, "decoupled": True, "masks_decay": True, "more": more}
+
+
+def _schedule(schedule: Any) -> Any:
+    """One of Keras' own schedules as one of ours; `None` for anything else."""
+    if not hasattr(schedule, "get_config"):
+        return None
+    try:
+        return from_config({"class_name": type(schedule).__name__, "config": schedule.get_config()})
+    except (TypeError, ValueError):
+        return None  # one of its user's
 
 
 def _read_keras(
@@ -366,10 +400,11 @@ def _read_keras(
                 f"{owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
                 "accumulate_gradients of as many steps"
             )
-        steps = int(gathering[0].tx.steps)  # type: ignore[attr-defined]
+        steps = int(gathering[0].tx.steps)
         theirs = getattr(optimizer, "gradient_accumulation_steps", None) or steps
         count, micro = divmod(count, steps)
-        source.gathered = micro, {str(p): totals[i] for i, p in enumerate(paths) if p}
+        held = {str(p): totals[i] for i, p in enumerate(paths) if p}
+        source.gathered, source.gathers = [Gathered(micro, held)], True
         some = any(map(np.any, totals.values()))
         if theirs != steps or some != bool(micro):
             source.doubts.append(
@@ -442,7 +477,8 @@ def from_keras(
     (with `amsgrad`), `AdamW`, `Adamax` and `Nadam`, with `use_ema` (a `weight_ema` last in `tx`)
     and `gradient_accumulation_steps` (`accumulate_gradients`). A Keras model's weight decay, clips
     and betas are in its config, not in its variables: build `tx` with the same, and with Keras'
-    epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default.
+    epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
+    `from_config(keras.optimizers.serialize(optimizer))` build it.
 
     Other optimizers keep what is called the same and is something else (RMSprop, Lamb, Muon,
     ScheduleFreeAdamW). They are told by the class of the optimizer, and else by its name in the
@@ -453,11 +489,12 @@ def from_keras(
     Muon (of vectors) and Adamax cannot be told from Adam's.
 
     Args:
-      variables: one of: the optimizer itself, whose betas, epsilon and weight decay are then
-        compared as well; `optimizer.variables`; pairs (name, array), for instance
-        `[(v.path, v.numpy()) for v in optimizer.variables]` (in TensorFlow's Keras `v.name`); a
-        mapping of names to arrays; the mapping of `"0"`, `"1"`, ... to arrays that
-        `save_own_variables` fills, such as the group `optimizer/vars` of a `.weights.h5` file;
+      variables: one of: the optimizer itself, whose betas, epsilon, weight decay, clips, average,
+        loss scale and schedule (of Keras' own) are then compared as well; `optimizer.variables`;
+        pairs (name, array), for instance `[(v.path, v.numpy()) for v in optimizer.variables]` (in
+        TensorFlow's Keras `v.name`); a mapping of names to arrays; the mapping of `"0"`, `"1"`, ...
+        to arrays that `save_own_variables` fills, such as the group `optimizer/vars` of a
+        `.weights.h5` file;
         `get_weights()`, a list of arrays. Without names, what an array is must follow from its
         place and shape.
       tx: a transform of ours.
@@ -526,8 +563,8 @@ def to_keras(
     wanted, layout, paths, values = _read_keras("to_keras", target, ours, order, check)
     wanted.refuse_doubts(check)
     source = ours.read()
-    if wanted.gathered is None:
-        no_place_to_gather("to_keras", source)
+    expect_place_to_gather("to_keras", source, wanted)
+    gathered = source.gathered_of(None)
     filling = Filling(source, check)
     translation = Translation(filling, KERAS, RTOL)
     found: dict[str, Kept] = {}
@@ -541,14 +578,14 @@ def to_keras(
         made |= {(name, i): (path, x) for name, x in slots.items()}
         if source.average is not None and path in source.average:
             made["average", i] = path, source.average[path]
-        if source.gathered is not None and path in source.gathered[1]:
-            total = source.gathered[1][path]
+        if gathered is not None and path in gathered.totals:
+            total = gathered.totals[path]
             dense = total.to_dense() if isinstance(total, RowGradient) else total
             made["gradient_accumulator", i] = path, dense
     filling.finish()
     count = filling.counted(found)
     steps = [p.tx.steps for p in ours.parts if isinstance(p.tx, accumulate_gradients)]
-    calls = count * int(steps[0]) + source.gathered[0] if source.gathered and steps else count
+    calls = count * int(steps[0]) + gathered.micro if gathered and steps else count
     products = [k.product for k in found.values() if k.product is not None]
     scalars = {("count", 0): calls, ("product", 0): products[0] if products else None}
     arrays = []

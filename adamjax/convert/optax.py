@@ -10,21 +10,21 @@ import numpy as np
 from adamjax.convert.common import (
     OPTAX,
     RTOL,
-    Count,
     Filling,
+    Gathered,
     Kept,
     Ours,
     Said,
     Source,
     Translation,
     as_expected,
+    expect_place_to_gather,
     field_names,
     into_ours,
     is_container,
     leaves_by_path,
     mapped,
     new_ours,
-    no_place_to_gather,
     steps_taken,
 )
 from adamjax.data import Tree
@@ -106,7 +106,7 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
             slots = {name: tree[path] for name, tree in trees.items() if path in tree}
             source.add(path, Kept(count, slots, kinds, facts=facts))
     elif role == "count":
-        source.counts.append(Count(steps_taken(owner, type(x).__name__, x.count), None))
+        source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
         said = _injected(x, source, scheduled)
@@ -126,15 +126,17 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
                 "(skip_not_finite)"
             )
         micro = steps_taken(owner, "mini_step of MultiSteps", x.mini_step)
-        gathered = leaves_by_path(owner, x.acc_grads).items()
-        source.gathered = micro, {path: g * micro for path, g in gathered}
+        totals = {path: g * micro for path, g in leaves_by_path(owner, x.acc_grads).items()}
+        source.gathered.append(Gathered(micro, totals))
+        outside, source.gathers = source.gathers, True
         _read_optax(x.inner_opt_state, source, facts)
+        source.gathers = outside
     elif role == "skipped":
         source.skipped = (source.skipped or 0) + int(x.total_notfinite)
         _read_optax(x.inner_state, source, facts)
     elif role == "inner":
         # What counts in here is of the leaves in here.
-        inner = Source(owner)
+        inner = Source(owner, gathers=source.gathers)
         _read_optax(x[0], inner, facts)
         if inner.kept:
             _give_loose_facts(inner)
@@ -143,10 +145,10 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
         leaves = frozenset(inner.kept) or None
         for path, several in inner.kept.items():
             source.kept.setdefault(path, []).extend(several)
-        source.counts += [c if c.leaves else Count(c.steps, leaves) for c in inner.counts]
+        source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
         source.others += inner.others
         source.doubts += inner.doubts
-        source.gathered = inner.gathered or source.gathered
+        source.gathered += inner.gathered
         source.skipped = inner.skipped if source.skipped is None else source.skipped
     elif role == "items":
         for item in _items(x):
@@ -198,21 +200,26 @@ class _IntoOptax:
     """Fills a state of optax."""
 
     def __init__(self, ours: Ours, target: Source, check: bool, rtol: float) -> None:
-        self.source, self.owner = ours.read(), ours.owner
+        self.ours, self.source, self.owner = ours, ours.read(), ours.owner
+        # Whether what is being filled counts steps, and not calls.
+        self.gathers = False
         self.filling = Filling(self.source, check)
         self.translation = Translation(self.filling, OPTAX, rtol)
         self.counts = iter(target.counts)
+
+    def _count(self, leaves: frozenset[str] | None, like: Any) -> Any:
+        calls = None if self.gathers else self.ours.calls(self.source, leaves)
+        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def fill(self, x: Any) -> Any:
         role = _role(x)
         if role == "rule":
             return self._rule(x, x._fields)
         if role == "count":
-            steps = self.source.count_of(next(self.counts).leaves)
-            return x._replace(count=jnp.asarray(steps, x.count.dtype))
+            return x._replace(count=self._count(next(self.counts).leaves, x.count))
         if role == "hyperparams":
             kept = {k: self.fill(getattr(x, k)) for k in x._fields if k == "hyperparams_states"}
-            kept["count"] = jnp.asarray(self.source.count_of(None), x.count.dtype)
+            kept["count"] = self._count(None, x.count)
             return x._replace(inner_state=self.fill(x.inner_state), **kept)
         if role == "gathered":
             return self._gathering(x)
@@ -237,20 +244,24 @@ class _IntoOptax:
         return x._replace(count=jnp.asarray(self.filling.counted(found), x.count.dtype), **trees)
 
     def _gathering(self, x: Any) -> Any:
-        micro, totals = self.source.gathered or (0, {})
         mean: Any = x.acc_grads
+        leaves = frozenset(leaves_by_path(self.owner, mean))
+        micro, totals = self.source.gathered_of(leaves) or (0, {})
         if micro:
             dense = {
                 p: t.to_dense() if isinstance(t, RowGradient) else t for p, t in totals.items()
             }
             means = {p: t / micro for p, t in dense.items()}
             mean = self.filling.tree("the gathered gradient", means, mean)
-        return x._replace(
+        outside, self.gathers = self.gathers, True
+        made = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
-            gradient_step=jnp.asarray(self.source.count_of(None), x.gradient_step.dtype),
+            gradient_step=self._count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
+        self.gathers = outside
+        return made
 
 
 def from_optax(
@@ -278,7 +289,9 @@ def from_optax(
       tx: a transform of ours, with the hyperparameters of the optax transform. Those that
         `inject_hyperparams` holds are compared; else a state says nothing of b1, b2, `eps`
         (optax's epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
-        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask.
+        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Nor does that of
+        `MultiSteps` say whether it takes the mean of its micro-batches, as it does by default and
+        `accumulate_gradients` does, or their sum.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
         hold none.
@@ -339,8 +352,7 @@ def to_optax(
     ours, wanted = Ours("to_optax", tx, state, params), _read_state("to_optax", target)
     wanted.refuse_doubts(check)
     into = _IntoOptax(ours, wanted, check, rtol)
-    if wanted.gathered is None:
-        no_place_to_gather("to_optax", into.source)
+    expect_place_to_gather("to_optax", into.source, wanted)
     made = into.fill(target)
     into.filling.finish()
     if check:

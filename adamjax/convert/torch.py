@@ -16,11 +16,11 @@ from adamjax.convert.common import (
     Source,
     Translation,
     as_expected,
+    expect_place_to_gather,
     into_ours,
     leaf_order,
     leaves_by_path,
     new_ours,
-    no_place_to_gather,
     number_of,
     numbers_of,
     same_value,
@@ -393,7 +393,7 @@ def to_torch(
     wanted.refuse_doubts(check)
     ours = Ours("to_torch", tx, state, params)
     source = ours.read()
-    no_place_to_gather("to_torch", source)
+    expect_place_to_gather("to_torch", source, wanted)
     filling = Filling(source, check)
     translation = Translation(filling, TORCH, rtol)
     held = dict(target["state"])

@@ -1,6 +1,9 @@
 """`exact_rows`: tables whose steps cost what their touched rows cost, and are exact."""
 
-from adamjax.exact.state import ExactRowsState, StaleTable, TableState, Ticket
-from adamjax.exact.transform import exact_rows, gradient_of
+from adamjax.exact.gradient import gradient_of
+from adamjax.exact.stale import StaleTable
+from adamjax.exact.state import ExactRowsState, TableState
+from adamjax.exact.ticket import Ticket
+from adamjax.exact.transform import exact_rows
 
 __all__ = ["ExactRowsState", "StaleTable", "TableState", "Ticket", "exact_rows", "gradient_of"]

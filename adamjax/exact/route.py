@@ -1,6 +1,5 @@
-"""What a table's gradient goes through: to its rule, and behind it."""
+"""The transforms that a table's gradient goes through: to its rule, and behind it."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,55 +8,65 @@ from adamjax.average import weight_ema
 from adamjax.data import Tree, static
 from adamjax.grouping import grouped
 from adamjax.guard import accumulate_gradients, skip_not_finite
-from adamjax.masking import masked, partition
-from adamjax.paths import first_match, flatten, leaf_paths, selected
+from adamjax.master import master_weights
+from adamjax.paths import flatten
 from adamjax.replicas import sum_over
-from adamjax.transform import Rule, Step, Transform, chain
+from adamjax.transform import Rule, Step, Transform
 
-__all__ = ["Station", "checked", "refused", "stations", "with_stops"]
+__all__ = ["Station", "check_route", "refused", "routes", "with_stops"]
 
 
 class Station(NamedTuple):
-    """An elementary transform on the way of a leaf's gradient."""
+    """A transform on the way of a leaf's gradient that does more than hand it on.
 
-    place: tuple[int, ...]  # the numbers of the parts that lead to it
+    Attributes:
+      place: the positions of the parts that lead to it, outermost first.
+      tx: the transform.
+      state: its state, if states were given.
+      params: the parameters that it sees.
+    """
+
+    place: tuple[int, ...]
     tx: Transform
     state: Any
+    params: Tree
 
 
-def stations(
-    tx: Transform, state: Any, leaf: int, params: Tree, place: tuple[int, ...] = ()
-) -> Iterator[Station]:
-    """The elementary transforms that a leaf's gradient goes through, with their states.
+def routes(tx: Transform, state: Any, params: Tree) -> list[list[Station]]:
+    """For each leaf of the parameters the stations of its gradient, in their order.
 
-    Without parameters, at construction, those that every leaf may go through.
+    Without parameters, the stations of a leaf that goes through everything.
     """
-    parts: Sequence[int]
-    if isinstance(tx, partition):
-        found = None if params is None else first_match(tx.patterns, leaf_paths(params)[leaf])
-        parts = () if params is None else (len(tx.transforms) if found is None else found,)
-    elif isinstance(tx, masked):
-        parts = (0,) if params is None or selected(tx.pattern, params)[leaf] else ()
-    elif isinstance(tx, chain):
-        parts = range(len(tx.parts))
-    else:
-        yield Station(place, tx, state)
-        return
-    for i in parts:
-        part_state = None if state is None else tx.part_states(state)[i]
-        yield from stations(tx.parts[i], part_state, leaf, params, (*place, i))
+    ways: list[list[Station]] = [[] for _ in flatten(params)[0]]
+
+    def visit(tx: Transform, state: Any, params: Tree, place: tuple[int, ...]) -> None:
+        if tx.only_routes:
+            for i, part in enumerate(tx.children(state, params)):
+                visit(*part, (*place, i))
+            return
+        for way, p in zip(ways, flatten(params)[0], strict=True):
+            if params is None or p is not None:
+                way.append(Station(place, tx, state, params))
+
+    visit(tx, state, params, ())
+    return ways
 
 
 def refused(tx: Transform, why: str) -> ValueError:
     return ValueError(f"exact_rows: {tx!r} cannot be in the chain of a table: {why}")
 
 
-def checked(route: list[Transform], around: tuple[type[Transform], ...]) -> None:
-    """Refuses what rows cannot be kept exact through, and what can only be around the whole."""
+def check_route(route: list[Transform], around: tuple[type[Transform], ...]) -> None:
+    """Refuses a chain through which rows cannot be exact.
+
+    Args:
+      route: the transforms that a table's gradient goes through.
+      around: further transforms that can only stand around `exact_rows`.
+    """
     rule: Transform | None = None
     average: Transform | None = None
     for tx in route:
-        if isinstance(tx, (skip_not_finite, accumulate_gradients, *around)):
+        if isinstance(tx, (skip_not_finite, accumulate_gradients, master_weights, *around)):
             name = type(tx).__name__
             raise refused(tx, f"put it around the whole: {name}(exact_rows(...))")
         if isinstance(tx, sum_over):
@@ -67,7 +76,7 @@ def checked(route: list[Transform], around: tuple[type[Transform], ...]) -> None
                 f"chain({tx!r}, exact_rows(...))",
             )
         if isinstance(tx, grouped):
-            raise refused(tx, "keep tables apart from the leaves that are joined, by partition")
+            raise refused(tx, "separate the tables from the grouped leaves by partition")
         if average is not None:
             raise refused(average, "it must be last")
         if isinstance(tx, weight_ema):
@@ -77,6 +86,12 @@ def checked(route: list[Transform], around: tuple[type[Transform], ...]) -> None
         elif isinstance(tx, Rule):
             if rule is not None:
                 raise refused(tx, f"it is a second rule, behind {rule!r}")
+            if tx.coast() is None:
+                raise refused(
+                    tx,
+                    "it does not say how a row without a gradient moves (Rule.coast), so rows "
+                    "could not catch up. Use row gradients without exact_rows",
+                )
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
             raise refused(tx, "in front of the rule, it may give a gradient to rows without one")
@@ -89,7 +104,7 @@ def checked(route: list[Transform], around: tuple[type[Transform], ...]) -> None
 
 
 class _Waiting:
-    """A table's gradient in front of its rule: to everything behind, a leaf to be left alone."""
+    """A table's gradient in front of its rule. All transforms behind leave such a leaf alone."""
 
     dtype = jax.dtypes.float0
 
@@ -98,27 +113,22 @@ class _Waiting:
 
 
 class _stopping(Rule):
-    """A rule before which the gradients of some leaves wait."""
+    """A rule that the gradients of some leaves do not reach."""
 
     tx: Rule
     leaves: Any = static()
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
-        found, treedef = flatten(grads)
+        gradients, treedef = flatten(grads)
         for leaf in self.leaves:
-            if found[leaf] is not None:
-                found[leaf] = _Waiting(found[leaf])
-        return self.tx.step(treedef.unflatten(found), state, factors)
+            if gradients[leaf] is not None:
+                gradients[leaf] = _Waiting(gradients[leaf])
+        return self.tx.step(treedef.unflatten(gradients), state, factors)
 
 
 def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
-    """The transform without what its rules and all behind them do to some leaves."""
-
-    def is_whole(x: Any) -> bool:
-        # No table goes through what joins leaves.
-        return isinstance(x, Rule | grouped)
-
-    def stopped(x: Any) -> Any:
-        return _stopping(x, leaves) if isinstance(x, Rule) else x
-
-    return jax.tree.map(stopped, tx, is_leaf=is_whole)
+    """The transform without what its rules and everything behind them do to some leaves."""
+    if isinstance(tx, Rule):
+        return _stopping(tx, leaves)
+    # No table goes through the parts of any other transform.
+    return tx.with_parts([with_stops(x, leaves) for x in tx.parts]) if tx.only_routes else tx

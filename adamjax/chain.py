@@ -1,0 +1,137 @@
+"""`chain`: transforms one after another."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from adamjax.data import Tree
+from adamjax.leaves import dtype_of, is_arraylike, is_left_alone
+from adamjax.moments import accumulator, widened
+from adamjax.paths import flatten
+from adamjax.rows import RowGradient, RowMoves
+from adamjax.transform import (
+    Rule,
+    Scaling,
+    Stateless,
+    Step,
+    Transform,
+    as_transform,
+    expect_empty,
+    several_states,
+)
+
+__all__ = ["chain", "identity"]
+
+
+class identity(Stateless):
+    """Passes updates through unchanged; its state is empty.
+
+    >>> import adamjax
+    >>> adamjax.identity().update({"w": 1.0}, ())
+    ({'w': 1.0}, ())
+    """
+
+    keeps_zero = True
+    groupable = True
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
+        return updates, state
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        return 1, 0
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    if dtype is None or is_left_alone(leaf):
+        return leaf
+    is_rows = isinstance(leaf, RowGradient | RowMoves)
+    return leaf.astype(dtype) if is_rows else jnp.asarray(leaf, dtype)
+
+
+class chain(Transform):
+    """Applies transforms in turn, each to the updates of the one before.
+
+    Between our transforms updates travel in float32 at least, whatever the gradients' dtype,
+    and are rounded to the gradients' dtype once, at the end; transforms from elsewhere, and
+    `weight_ema`, are given the gradients' own dtype. Chains within a chain are joined to it.
+    The state is the tuple of the parts' states. Extra arguments of `update` go to every part
+    that takes them.
+
+    Args:
+      *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
+
+    Raises:
+      ValueError: `weight_ema` stands anywhere but last, where the weights it would average are
+        not those that the step leaves behind.
+
+    >>> import adamjax
+    >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))
+    chain(clip_by_value(limit=1.0), scale(factor=-0.1))
+    """
+
+    transforms: tuple[Transform, ...]
+
+    def __init__(self, *transforms: Any) -> None:
+        self.set_fields(transforms=transforms)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        parts: list[Transform] = []
+        for tx in map(as_transform, self.transforms):
+            parts.extend(tx.transforms if isinstance(tx, chain) else (tx,))
+        for tx in parts[:-1]:
+            if tx.must_be_last:
+                raise ValueError(
+                    f"chain: {tx!r} must be last, as it averages the weights that the whole "
+                    f"step leaves behind; move it behind {parts[-1]!r}"
+                )
+        self.set_fields(transforms=tuple(parts))
+
+    def init(self, params: Tree) -> tuple[Any, ...]:
+        return tuple(tx.init(params) for tx in self.transforms)
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        state = self.part_states(state)
+        leaves = flatten(updates)[0]
+        dtypes = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
+        wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
+
+        def cast(updates: Any, to: list[Any]) -> Any:
+            if dtypes == wide:
+                return updates
+            leaves, treedef = flatten(updates)
+            return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
+
+        states, joined = list(state), False
+        for i, tx in enumerate(self.transforms):
+            behind = self.transforms[i + 1] if i + 1 < len(states) else None
+            if joined:
+                joined = False
+            elif tx.has_foreign or tx.must_be_last:
+                # An average of weights is of those that the rounded updates will lead to.
+                updates = cast(updates, dtypes)
+                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
+            elif isinstance(tx, Scaling):
+                # Factors are taken from the updates as they are: widened for both, narrow
+                # gradients would be kept in the wide dtype from the norm to the product.
+                factors, states[i] = tx.factors(updates, state[i])
+                updates = tx.scaled(factors, cast(updates, wide), params)
+            elif isinstance(tx, Rule) and isinstance(behind, Scaling) and not behind.reads_updates:
+                factors, states[i + 1] = behind.factors(updates, state[i + 1])
+                updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
+                joined = True
+            else:
+                updates = cast(updates, wide)
+                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
+        if not self.has_wide_updates:
+            updates = cast(updates, dtypes)
+        return updates, tuple(states)
+
+    only_routes = True
+
+    def part_states(self, state: Any) -> tuple[Any, ...]:
+        return several_states(self, state)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.transforms))})"

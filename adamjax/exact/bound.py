@@ -1,0 +1,137 @@
+"""`exact_rows` together with parameters and a state: what every step and every read starts from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+
+from adamjax.average import weight_ema
+from adamjax.chain import chain
+from adamjax.coasting import Ring
+from adamjax.data import Tree
+from adamjax.exact.route import Station
+from adamjax.exact.state import Columns, ExactRowsState, Past, named
+from adamjax.exact.tables import Batch, Family, Table
+from adamjax.moments import next_count
+from adamjax.paths import flatten
+from adamjax.structure import map_slots
+from adamjax.transform import Rule, Transform
+
+__all__ = ["Bound"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An inner transform, the tables among its parameters, and a state of both.
+
+    Attributes:
+      tx: the inner transform, its mask functions resolved for these parameters.
+      families: the tables, those that move alike together.
+      behind: for each leaf that is a table the stations from its rule on, with their states.
+      params: the parameters.
+      inner: the state of the inner transform.
+      state: the state of `exact_rows`; `None` where it is about to be made.
+    """
+
+    tx: Transform
+    families: list[Family]
+    behind: dict[int, list[Station]]
+    params: Tree
+    inner: Any
+    state: ExactRowsState | None = None
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables, in the order of the leaves."""
+        return sorted((t for f in self.families for t in f.tables), key=lambda t: t.leaf)
+
+    def table(self, name: str) -> Table:
+        """The table that a path or pattern means."""
+        path = named(name, [t.path for t in self.tables])
+        return next(t for t in self.tables if t.path == path)
+
+    def alone(self, table: Table) -> Batch:
+        """A batch of one table."""
+        return Batch(next(f for f in self.families if table in f.tables), (table,))
+
+    def count(self, table: Table) -> chex.Array:
+        """The steps that the table's rule has taken."""
+        return self.behind[table.leaf][0].state.count
+
+    def scalars(self, table: Table) -> tuple[Any, Any]:
+        """The scalars a and b of the next step, p += a * m / (x + e) + b * p."""
+        rule, *behind = self.behind[table.leaf]
+        assert isinstance(rule.tx, Rule)
+        a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
+        for _, tx, state, params in behind:
+            if not isinstance(tx, weight_ema):
+                s, w = tx.affine(state, params, table.leaf, table.real) or (1, 0)
+                a, b = s * a, s * b + w
+        return a, b
+
+    def columns(self, table: Table) -> Columns:
+        """The table's weights, its slots, and when each row was written."""
+        assert self.state is not None
+        slots: dict[str, chex.Array] = {}
+
+        def collect(name: str, tree: Tree) -> Tree:
+            slot = flatten(tree)[0][table.leaf]
+            slots.update({} if slot is None else {name: slot})
+            return tree
+
+        map_slots(collect, self.inner)
+        weights = flatten(self.params)[0][table.leaf]
+        return Columns(weights, slots, self.state.tables[table.path].last)
+
+    def past(self, family: Family) -> Past:
+        """What brings rows of a family up to date."""
+        assert self.state is not None
+        count = self.count(family.tables[0])
+        return Past(self.state.rings[family.name], self.state.clock, count)
+
+    def next_ring(self, family: Family, has_nan: chex.Array) -> Ring:
+        """A family's ring after the next step.
+
+        Args:
+          has_nan: bool scalar, whether what the step read of the ring has a NaN.
+        """
+        assert self.state is not None
+        table = family.tables[0]
+        a, b = self.scalars(table)
+        # The ring would stay NaN without this too. It makes the write of the ring depend on the
+        # reads, so that XLA knows their order and need not copy the ring.
+        a = jnp.where(has_nan, jnp.nan, a)
+        count = next_count(self.count(table))
+        return table.plan.advance(self.state.rings[family.name], self.state.clock + 1, count, a, b)
+
+    def tail(
+        self, table: Table, extra_args: dict[str, Any]
+    ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+        """A table's rule and everything behind it: `(g, slots, weights) -> (u, slots)` of rows."""
+        behind = self.behind[table.leaf]
+        leaves, treedef = flatten(self.params)
+
+        def alone(x: Any) -> Tree:
+            return treedef.unflatten([x if i == table.leaf else None for i in range(len(leaves))])
+
+        def step(
+            g: chex.Array, slots: dict[str, chex.Array], weights: chex.Array
+        ) -> tuple[chex.Array, dict[str, chex.Array]]:
+            new: dict[str, chex.Array] = {}
+
+            def collect(name: str, tree: Tree) -> Tree:
+                slot = flatten(tree)[0][table.leaf]
+                new.update({} if slot is None else {name: slot})
+                return tree
+
+            states = [map_slots(lambda name, _: alone(slots.get(name)), s.state) for s in behind]
+            rule, *rest = (station.tx for station in behind)
+            assert isinstance(rule, Rule)
+            several = chain(rule.with_wide_slots(), *rest)
+            u, after = several.update(alone(g), tuple(states), alone(weights), **extra_args)
+            map_slots(collect, after)
+            return flatten(u)[0][table.leaf], new
+
+        return step

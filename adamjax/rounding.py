@@ -1,0 +1,107 @@
+"""Stochastic rounding: moments in bfloat16 whose mean is that of the float32 recurrence.
+
+A bfloat16 has 8 bits of precision, so neighbours are 0.4% to 0.8% apart. Rounded to the nearest, an
+average that changes by less than half of that stands still: with b2 = 0.999, v freezes. Rounded to
+the neighbour above or below with a probability that makes the expected value right, it moves on
+(Croci et al., Stochastic rounding: implementation, error analysis and applications, 2022, section
+1: equation 1.1).
+
+The random bits are a hash of the step, the leaf and the element's position in it. So no key is
+passed, no state is added, and the result does not depend on how arrays are split over devices or
+how many rows are worked on at a time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["is_narrow", "rounding_keys", "write_slot", "write_slots"]
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a slot of this dtype is rounded stochastically."""
+    return np.dtype(dtype) == jnp.bfloat16
+
+
+def _mixed(x: chex.Array) -> chex.Array:
+    """A hash of each uint32, in which every bit depends on every bit (C. Wellons' lowbias32)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def rounding_keys(count: chex.Array, leaves: Sequence[int]) -> chex.Array:
+    """For each leaf, by its position in the tree, the uint32 key of a step.
+
+    Args:
+      count: int32 scalar, the steps taken before.
+    """
+    positions = np.asarray(leaves, np.uint32) * np.uint32(0x9E3779B9)
+    return _mixed(_mixed(count.astype(jnp.uint32)) + positions)
+
+
+def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
+    """The position of each element in its leaf, as uint32.
+
+    Args:
+      shape: that of the leaf; of rows of a table, that of the rows.
+      rows: which rows of the table they are.
+    """
+    position = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        if axis == 0 and rows is not None:
+            along = rows.astype(jnp.uint32).reshape(-1, *[1] * (len(shape) - 1))
+        else:
+            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        position += along * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return position
+
+
+@jax.custom_jvp
+def _rounded(x: chex.Array, random: chex.Array) -> chex.Array:
+    """A float32 as one of its two neighbours that bfloat16 has; `random` is below 2**16."""
+    # The lower half is what bfloat16 drops: a random number of its size carries into the upper
+    # half with the right probability. In sign and magnitude this also holds below zero.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + random) & np.uint32(0xFFFF0000)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
+
+
+@_rounded.defjvp
+def _rounded_jvp(primals: Any, tangents: Any) -> Any:
+    # As a cast has it: the derivative of the expected value.
+    return _rounded(*primals), tangents[0]
+
+
+def write_slot(
+    x: chex.Array, dtype: Any, key: Any, number: int, rows: chex.Array | None = None
+) -> chex.Array:
+    """A slot's new values in the dtype that the state stores.
+
+    Args:
+      x: the values, in the accumulator dtype.
+      dtype: that of the state.
+      key: that of the step and the leaf, of `rounding_keys`; `None` rounds to the nearest.
+      number: which slot of the leaf this is. Slots of one leaf use different random bits.
+      rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
+    """
+    if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
+        return x.astype(dtype)
+    # One hash has bits for two slots.
+    key = key + np.uint32(number // 2 * 0x85EBCA6B)
+    random = _mixed(_elements(x.shape, rows) ^ key) >> np.uint32(16 * (number % 2))
+    return _rounded(x.astype(jnp.float32), random & np.uint32(0xFFFF)).astype(dtype)
+
+
+def write_slots(
+    new: Sequence[chex.Array], slots: Sequence[chex.Array], key: Any, rows: Any = None
+) -> list[chex.Array]:
+    """The new values of all slots of a leaf, in the dtypes of the slots; see `write_slot`."""
+    pairs = enumerate(zip(new, slots, strict=True))
+    return [write_slot(x, slot.dtype, key, number, rows) for number, (x, slot) in pairs]

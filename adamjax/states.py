@@ -1,0 +1,34 @@
+"""The states that `init` and `update` return, and the objects that they hand to each other.
+
+Each is a named tuple, so a checkpoint library stores it as it is, and its fields are read by name.
+Programs rarely need these classes: `get_slot`, `step_count`, `averaged_weights` and the other
+readers find what they hold anywhere in a state.
+"""
+
+from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
+from adamjax.average import WeightEmaState
+from adamjax.buckets import Joined
+from adamjax.exact import ExactRowsState, StaleTable, TableState, Ticket
+from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
+from adamjax.hyperparams import HyperparamsState
+from adamjax.master import MasterWeightsState
+from adamjax.scaling import ScheduleState
+from adamjax.sharding import ShardedState
+
+__all__ = [
+    "AccumulateGradientsState",
+    "ExactRowsState",
+    "HyperparamsState",
+    "Joined",
+    "MasterWeightsState",
+    "ScaleByAdamState",
+    "ScaleByAdamaxState",
+    "ScaleByAmsgradState",
+    "ScheduleState",
+    "ShardedState",
+    "SkipNotFiniteState",
+    "StaleTable",
+    "TableState",
+    "Ticket",
+    "WeightEmaState",
+]

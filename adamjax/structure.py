@@ -1,0 +1,127 @@
+"""What a transform is made of: its parts, their states, and the parameters that each part sees.
+
+Two trees are walked here. A transform may contain other transforms, as `chain` and `masked` do;
+`walk` and `find` go through them. A state may contain trees with one array for each parameter, as
+Adam's moments are; a state names these fields in `slots`, and `slot_states` and `map_slots` find
+them. Everything that reads, converts, shards or checks a state uses these functions alone, so a
+transform of a user's own is seen like those of this package.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from adamjax.buckets import Joined, is_joined
+from adamjax.data import Tree
+from adamjax.paths import flatten
+
+__all__ = ["Part", "find", "map_like_params", "map_slots", "replace_parts", "slot_states", "walk"]
+
+
+class Part(NamedTuple):
+    """A transform inside another one.
+
+    Attributes:
+      tx: the transform.
+      state: its state; `None` where no state was given.
+      params: the parameters that it sees, `None` in place of each leaf that it does not see.
+    """
+
+    tx: Any
+    state: Any
+    params: Tree
+
+
+def walk(tx: Any, state: Any = None, params: Tree = None) -> Iterator[Part]:
+    """A transform and all its parts at any depth, in the order in which a gradient meets them."""
+    yield Part(tx, state, params)
+    for part in tx.children(state, params):
+        yield from walk(*part)
+
+
+def find(kinds: Any, tx: Any, state: Any = None, params: Tree = None) -> list[Part]:
+    """The parts that are of one class, or of one of a tuple of classes."""
+    return [part for part in walk(tx, state, params) if isinstance(part.tx, kinds)]
+
+
+def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
+    """The transform with `function` applied to each of its parts, the innermost first, and to it.
+
+    Where nothing changes, the result is the same object. The new transform is not checked.
+    """
+    parts = tx.parts
+    new = [replace_parts(part, function) for part in parts]
+    if any(a is not b for a, b in zip(parts, new, strict=True)):
+        tx = tx.with_parts(new)
+    return function(tx)
+
+
+def _names_slots(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "slots")
+
+
+def slot_states(state: Any) -> Iterator[Any]:
+    """The states that name their slots, at any depth, inner ones before those around them."""
+    for x in jax.tree.leaves(state, is_leaf=_names_slots):
+        if _names_slots(x):
+            for name in x._fields:
+                if name not in x.slots:
+                    yield from slot_states(getattr(x, name))
+            yield x
+
+
+def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
+    """The state with `function(name, slot, *slots_of_rest)` in place of each of its slots.
+
+    A slot that `grouped` stores in buckets is not like the parameters, so it stays as it is.
+    """
+
+    def mapped(x: Any, *others: Any) -> Any:
+        if not _names_slots(x):
+            return x
+        fields = {}
+        for name in x._fields:
+            here = getattr(x, name), *(getattr(other, name) for other in others)
+            if name not in x.slots:
+                fields[name] = map_slots(function, *here)
+            elif not is_joined(here[0]):
+                fields[name] = function(name, *here)
+        return x._replace(**fields)
+
+    return jax.tree.map(mapped, state, *rest, is_leaf=_names_slots)
+
+
+def map_like_params(
+    params: Tree,
+    slots: Callable[[Tree], Tree],
+    other: Callable[[Any], Any],
+    state: Any,
+    stop: Callable[[Any], bool] = lambda _: False,
+) -> Any:
+    """The state with a function applied to each tree in it that has the parameters' structure.
+
+    Unlike `map_slots` it finds such trees in the states of other libraries too, which do not name
+    their slots.
+
+    Args:
+      slots: the function of those trees.
+      other: a function of everything else: of leaves, and of the nodes that `stop` is true of.
+    """
+    treedef = flatten(params)[1]
+
+    def is_slots(x: Any) -> bool:
+        return isinstance(x, Joined) or (not stop(x) and bool(flatten(x)[1] == treedef))
+
+    def mapped(x: Any) -> Any:
+        if not isinstance(x, Joined):
+            return slots(x) if is_slots(x) else other(x)
+        # Leaves that are joined are not there; and buckets are like no parameter.
+        leaves: list[Any] = [None] * len(x.plan.avals)
+        for i, leaf in zip(x.plan.alone, x.alone, strict=True):
+            leaves[i] = leaf
+        found = flatten(slots(treedef.unflatten(leaves)))[0]
+        alone = tuple(found[i] for i in x.plan.alone)
+        return Joined(tuple(map(other, x.joined)), alone, x.plan)
+
+    return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))

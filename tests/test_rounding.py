@@ -1,0 +1,318 @@
+"""Moments in bfloat16: rounded stochastically, so that their mean is that of float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close, assert_same
+
+import adamjax
+from adamjax.rounding import rounding_keys, write_slot
+
+NARROW = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
+RULES = {
+    "adam": lambda **dtypes: adamjax.scale_by_adam(**dtypes),
+    "nadam": lambda **dtypes: adamjax.scale_by_adam(nesterov=True, **dtypes),
+    "amsgrad": lambda **dtypes: adamjax.scale_by_amsgrad(**dtypes),
+    "adamax": lambda m_dtype, v_dtype: adamjax.scale_by_adamax(m_dtype=m_dtype, u_dtype=v_dtype),
+}
+N = 8192  # elements
+
+
+def written(x, dtype="bfloat16", count=0, leaf=0, **kwargs):
+    return write_slot(x, dtype, rounding_keys(jnp.int32(count), [leaf])[0], 0, **kwargs)
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+# --- one number ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1.001, -0.3, 3e-39, 1.7e-40, 2.9e38, -7.77e10])
+def test_the_mean_is_the_value(value):
+    """Two neighbours in bfloat16, whose mean is within 4 standard errors."""
+    x = jnp.full(40_000, value, jnp.float32)
+    y = wide(written(x))
+    below, above = np.unique(y)
+    assert below < np.float32(value) < above
+    assert abs(y.mean() - np.float64(np.float32(value))) < 4 * y.std() / np.sqrt(y.size)
+
+
+def test_what_bfloat16_has_is_unchanged():
+    x = jnp.array([0.0, -0.0, 1.0, -1.5, 9.18355e-41, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
+    for count in range(5):
+        assert_same(written(x.astype(jnp.float32), count=count), x)
+
+
+def test_bits_differ_from_step_to_step_leaf_to_leaf_and_slot_to_slot():
+    x = jnp.full(N, 1.001, jnp.float32)
+    draws = [written(x, count=count, leaf=leaf) for count in (0, 1, 7) for leaf in (0, 1, 300)]
+    keys = rounding_keys(jnp.int32(0), [0])
+    draws += [write_slot(x, "bfloat16", keys[0], number) for number in (1, 2, 3)]
+    correlation = np.corrcoef(np.stack(list(map(wide, draws)))) - np.eye(len(draws))
+    assert np.abs(correlation).max() < 5 / np.sqrt(N)
+
+
+def test_rows_have_the_bits_of_their_place():
+    x = jnp.full((100, 3), 1.001, jnp.float32)
+    ids = jnp.array([7, 99, 0])
+    assert_same(written(x[ids], rows=ids), written(x)[ids])
+
+
+# --- trajectories -------------------------------------------------------------------------------
+
+
+def gradients(kind, steps, n=N):
+    """float32[steps, n]."""
+    rng = np.random.default_rng(0)
+    g = np.exp(rng.normal(size=n)) * rng.choice([-1, 1], n) + np.zeros((steps, 1))
+    if kind == "decaying":
+        g = g * np.geomspace(1, 0.01, steps)[:, None]
+    elif kind == "sparse":
+        g = g * (rng.random((steps, n)) < 0.05)
+    elif kind == "heavy-tailed":
+        g = g * rng.standard_t(2.5, (steps, n))
+    return g.astype(np.float32)
+
+
+def reference(g, b1=0.9, b2=0.999):
+    """The moments in float64 after each step."""
+    m = v = np.zeros(g.shape[1])
+    for x in g.astype(np.float64):
+        m, v = b1 * m + (1 - b1) * x, b2 * v + (1 - b2) * x * x
+        yield m, v
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
+@pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
+def test_moments_have_no_bias(kind, scale):
+    """At every tenth step, by the mean of the relative errors over all elements.
+
+    An element's error is divided by the size of its own moment, so that large ones do not decide.
+    """
+    g = gradients(kind, 200) * np.float32(scale)
+    tx = adamjax.scale_by_adam(**NARROW)
+
+    def step(state, g):
+        return tx.update(g, state)[1], (state.m, state.v)
+
+    state, (ms, vs) = jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g))(jnp.asarray(g))
+    moments = list(zip([*ms[1:], state.m], [*vs[1:], state.v], strict=True))
+    biased = 0
+    for ours, right in list(zip(moments, reference(g), strict=True))[9::10]:
+        for x, y in zip(ours, right, strict=True):
+            size = np.sqrt(np.mean(y**2))
+            error = (wide(x) - y) / np.maximum(np.abs(y), 1e-3 * size)
+            # Half a percent of 40 figures may be beyond 3 standard errors; float32's own rounding
+            # is far below both.
+            biased += abs(error.mean()) > 3 * error.std() / np.sqrt(N) + 1e-6
+    assert biased <= 2
+
+
+def test_to_the_nearest_v_freezes():
+    """The fault that this mends, as a control."""
+    g = jnp.ones(4)
+    tx, v = adamjax.scale_by_adam(**NARROW), jnp.zeros(4, jnp.bfloat16)
+    state = tx.init(g)
+    for _ in range(1500):
+        v = (0.999 * v.astype(jnp.float32) + 0.001 * g * g).astype(jnp.bfloat16)
+    state = jax.lax.fori_loop(0, 1500, lambda _, state: tx.update(g, state)[1], state)
+    right = 1 - 0.999**1500
+    assert np.all(wide(v) < 0.4)
+    assert np.all(np.abs(wide(state.v) - right) < 0.1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_are_those_of_float32_up_to_the_resolution(rule):
+    g = gradients("heavy-tailed", 100, 512)
+    narrow, full = RULES[rule](**NARROW), RULES[rule](m_dtype=None, v_dtype=None)
+
+    def run(tx):
+        def step(state, g):
+            u, state = tx.update(g, state)
+            return state, u
+
+        return jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(jnp.asarray(g))
+
+    ours, right = wide(run(narrow)), wide(run(full))
+    error = (ours - right) / np.sqrt(np.mean(right**2))
+    assert abs(error.mean()) < 0.002
+    assert np.sqrt(np.mean(error**2)) < 0.05
+
+
+# --- however it is computed -----------------------------------------------------------------------
+
+
+def test_nothing_is_added_where_no_slot_is_narrow():
+    tx, g = adamjax.adam(), jnp.ones(3)
+    assert "shift_right" not in str(jax.make_jaxpr(tx.update)(g, tx.init(g)))
+
+
+def test_jit_and_partition_change_no_bit():
+    params = {"a": jnp.ones((5, 3)), "b": jnp.ones(4)}
+    grads = jax.tree.map(lambda p: p * 0.123, params)
+    tx = adamjax.adam(0.1, **NARROW)
+    both = adamjax.partition([("b", tx)], default=tx)
+    state, split = tx.init(params), both.init(params)
+    for _ in range(3):
+        _, split = both.update(grads, split)
+        _, jitted = jax.jit(tx.update)(grads, state)
+        _, state = tx.update(grads, state)
+        assert_same(jitted, state)
+    assert_same(adamjax.get_slot(split, "v"), adamjax.get_slot(state, "v"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("n", [40, 9000])
+def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
+    """Also where so many rows are worked on in blocks."""
+    shape = (3 * n, 2)
+    ids = jax.random.permutation(jax.random.key(0), shape[0])[:n]
+    values = jax.random.normal(jax.random.key(1), (n, 2))
+    rows = adamjax.row_gradient(ids, values, shape[0])
+    tx = RULES[rule](**NARROW).replace(rows="dense")
+    by_rows = by_array = tx.init(jnp.zeros(shape))
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        _, by_rows = update(rows, by_rows)
+        _, by_array = update(rows.to_dense(), by_array)
+    assert_close(adamjax.get_slot(by_rows, "m"), adamjax.get_slot(by_array, "m"), rtol=2**-8)
+    same = [
+        np.mean(np.asarray(a) == np.asarray(b))
+        for a, b in zip(jax.tree.leaves(by_rows), jax.tree.leaves(by_array), strict=True)
+    ]
+    # An ulp of float32 between the two decides now and then.
+    assert min(same) > 0.999
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_rows_is_as_near_as_the_dense_step(rule):
+    """By the mean error of the weights, of both against float32."""
+    shape, steps = (300, 4), 150
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.zipf(1.3, (steps, 32)) % shape[0])
+    values = jnp.asarray(rng.normal(size=(steps, 32, 4)), jnp.float32)
+
+    def chain(**dtypes):
+        return adamjax.chain(RULES[rule](**dtypes), adamjax.scale(-0.01))
+
+    full, narrow = chain(m_dtype=None, v_dtype=None), chain(**NARROW)
+    exact = adamjax.exact_rows(narrow, "t")
+
+    def run(tx, dense):
+        def step(carry, batch):
+            params, state = carry
+            grads = {"t": adamjax.row_gradient(*batch, shape[0])}
+            if dense:
+                grads = {"t": grads["t"].to_dense()}
+            updates, state = tx.update(grads, state, params)
+            return (adamjax.apply_updates(params, updates), state), None
+
+        params = {"t": jnp.zeros(shape)}
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), (ids, values))
+        return carry if dense else tx.flush(*carry)
+
+    right, ours, dense = (
+        jax.jit(lambda tx=tx, d=d: run(tx, d))()[0]["t"]
+        for tx, d in ((full, True), (exact, False), (narrow, True))
+    )
+    error, bound = (np.mean(np.abs(wide(x) - wide(right))) for x in (ours, dense))
+    assert error < 1.1 * bound
+    assert bound < 0.05 * np.mean(np.abs(wide(right)))
+
+
+def test_float16_is_refused():
+    for name in ("m_dtype", "v_dtype"):
+        with pytest.raises(TypeError, match=f"{name} is float16, expected bfloat16"):
+            adamjax.scale_by_adam(**{name: "float16"})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_donated_step_has_no_temporaries(rule):
+    """No widened copy of a leaf, and no copy of a slot."""
+    tx = adamjax.chain(RULES[rule](**NARROW), adamjax.scale(-0.1))
+    p = jnp.zeros((1000, 100))
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return adamjax.apply_updates(p, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    memory = jitted.lower(p, tx.init(p), p).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.01 * p.nbytes
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def small_steps(update, steps=400, **options):
+    """A bfloat16 leaf of ones after steps that are each below half of its resolution."""
+
+    def step(i, p):
+        if options:
+            options["step"] = i
+        return adamjax.apply_updates({"w": p}, {"w": update}, **options)["w"]
+
+    return jax.jit(
+        lambda: jax.lax.fori_loop(0, steps, step, jnp.ones(update.shape, jnp.bfloat16))
+    )()
+
+
+def test_weights_move_by_small_updates():
+    update = jnp.full((1000, 2), 5e-4)
+    assert_same(small_steps(update), jnp.ones((1000, 2), jnp.bfloat16))  # the control
+    moved = wide(small_steps(update, rounding="stochastic"))
+    assert abs(moved.mean() - 1.2) < 4 * moved.std() / np.sqrt(moved.size)
+
+
+def test_rows_move_as_in_the_dense_leaf():
+    rows = adamjax.row_gradient(jnp.array([5, 2]), jnp.full((2, 3), 1e-3), 9)
+    stochastic = {"rounding": "stochastic", "step": 3}
+    p = jnp.ones((9, 3), jnp.bfloat16)
+    dense = adamjax.apply_updates(p, rows.to_dense(), **stochastic)
+    assert_same(adamjax.apply_updates(p, rows, **stochastic), dense)
+    tx = adamjax.exact_rows(adamjax.adam(1e-3), "")
+    moves, _ = tx.update(rows.astype(jnp.bfloat16), tx.init(p), p)
+    moved = adamjax.apply_updates(p, moves, **stochastic)
+    assert np.any(np.asarray(moved[jnp.array([2, 5])]) != 1)
+    assert_same(moved[0], p[0])
+
+
+def test_other_dtypes_are_rounded_as_before():
+    p = {"a": jnp.ones(3), "b": jnp.ones(2, jnp.complex64), "n": jnp.array(3)}
+    u = {"a": jnp.full(3, 1e-3), "b": jnp.full(2, 1e-3j), "n": None}
+    assert_same(
+        adamjax.apply_updates(p, u, rounding="stochastic", step=1), adamjax.apply_updates(p, u)
+    )
+
+
+def test_train_step_rounds_stochastically():
+    def loss(params, x):
+        return jnp.sum(params["w"].astype(jnp.float32) * x)
+
+    params = {"w": jnp.ones(2000, jnp.bfloat16)}
+    tx = adamjax.adam(1e-3)
+    for rounding, expected in (("nearest", 1.0), ("stochastic", 0.9)):
+        step = adamjax.train_step(loss, tx, rounding=rounding, donate_argnums=())
+        p, state = params, tx.init(params)
+        for _ in range(100):
+            p, state, _ = step(p, state, jnp.ones(2000))
+        assert abs(wide(p["w"]).mean() - expected) < 2e-3
+
+
+def test_what_does_not_go_together_is_refused():
+    p = jnp.ones(2, jnp.bfloat16)
+    for options, message in (
+        ({"rounding": "up"}, "must be 'nearest' or 'stochastic', got 'up'"),
+        ({"rounding": "stochastic"}, "with no step"),
+        ({"step": 3}, "with a step, which has no effect"),
+        ({"rounding": "stochastic", "step": 0.5}, "step is float32.., expected an integer scalar"),
+        ({"rounding": "stochastic", "step": jnp.arange(2)}, "expected an integer scalar"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamjax.apply_updates(p, p, **options)
+    half = {"w": p.astype(jnp.float16)}
+    with pytest.raises(ValueError, match="float16, expected bfloat16 or wider"):
+        adamjax.apply_updates(half, half, rounding="stochastic", step=1)
