@@ -279,8 +279,9 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     if np.ndim(rows.indices) != 1 or np.shape(rows.values)[:1] != np.shape(rows.indices):
         raise ValueError(
             f"{owner}: a row gradient has indices of shape {np.shape(rows.indices)} and values of "
-            f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). Make one of several "
-            "(from vmap, scan or a stack): row_gradient(rows.indices, rows.values, num_rows)"
+            f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). If these are several "
+            "(from vmap, scan or a stack), make one: row_gradient(rows.indices, rows.values, "
+            "num_rows)"
         )
     seal = rows.seal
     if seal is None or seal is SEAL:
