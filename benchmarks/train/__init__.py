@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.train.interruption import Interruption
 from benchmarks.train.launcher import LOST, Lost, end_with_launcher, launch
@@ -74,7 +73,12 @@ def _folder(options: argparse.Namespace, interruption: Interruption) -> Iterator
         yield
         return
     names = [options.name] if options.name else (f"train-{n}" for n in itertools.count(1))
-    folder = next(folder for folder in map(RUNS.joinpath, names) if _is_made(folder))
+    for folder in map(RUNS.joinpath, names):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    else:
+        raise UserError(f"{folder} is there already")
 
     def remove() -> None:
         with contextlib.suppress(OSError):
@@ -87,10 +91,3 @@ def _folder(options: argparse.Namespace, interruption: Interruption) -> Iterator
         yield
     finally:
         remove()
-
-
-def _is_made(folder: Path) -> bool:
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-        return True
-    return False

@@ -48,10 +48,9 @@ class Run:
     def is_evaluated(self) -> bool:
         """Whether the run is finished, and what came of it was written down."""
         try:
-            written = json.loads((self.folder / "metrics.json").read_bytes())
-        except (OSError, ValueError):
+            return json.loads((self.folder / "metrics.json").read_bytes())["finished"]
+        except (OSError, ValueError, KeyError):
             return False
-        return self.is_finished and written["held_out_loss"]["last"] is not None
 
 
 def write(path: Path, content: Callable[[IO[bytes]], Any]) -> None:

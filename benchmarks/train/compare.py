@@ -117,7 +117,7 @@ def _show(results: dict[str, Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the comparison; returns the exit status."""
     text = data.read(options.text or [], options.config.vocab)
-    print(f"text: {text.description}\n      {text.sizes}", flush=True)
+    print(text, flush=True)
     results = _results(options.config, text)
     _show(results)
     out = options.out

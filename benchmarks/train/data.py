@@ -64,11 +64,8 @@ def installation() -> tuple[str, list[str]]:
     except ImportError:  # some distributions package it apart
         topics = {}
     texts[:0] = [topics[name] for name in sorted(topics)]
-    return (
-        f"the documentation and library sources of Python {platform.python_version()}, "
-        f"{len(topics)} topics and {len(paths)} files, {_size(texts)}",
-        texts,
-    )
+    what = f"the documentation and library sources of Python {platform.python_version()}"
+    return f"{what}, {len(topics)} topics and {len(paths)} files", texts
 
 
 def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
@@ -77,8 +74,6 @@ def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
     for path in paths:
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset "
@@ -89,12 +84,7 @@ def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
         texts.append(text)
     names = ", ".join(Path(path).name for path in paths[:3])
     more = f" and {len(paths) - 3} more" if paths[3:] else ""
-    return f"{names}{more}, {_size(texts)}", texts
-
-
-def _size(texts: list[str]) -> str:
-    size = sum(map(len, texts))
-    return f"{size / 1e6:.1f} million characters" if size >= 1e6 else f"{size:,} characters"
+    return f"{names}{more}", texts
 
 
 def split_words(text: str) -> list[str]:
@@ -130,13 +120,10 @@ class Text:
         """The number that stands for what is before a block."""
         return len(self.words)
 
-    @property
-    def sizes(self) -> str:
-        """How long it is, for people."""
-        return (
-            f"{self.training.size:,} tokens to train on, {self.held_out.size:,} held out, "
-            f"{len(self.words):,} words"
-        )
+    def __str__(self) -> str:
+        trained, held_out = self.training.size, self.held_out.size
+        sizes = f"{trained:,} tokens to train on, {held_out:,} held out, {len(self.words):,} words"
+        return f"text: {self.description}\n      {sizes}"
 
     def digest(self) -> str:
         """The same for two texts if and only if a model sees the same in both."""

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib
 import math
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 import adamjax
 from benchmarks.train import checkpoints, data, model, report
@@ -143,12 +143,11 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
         sys.stdout = None
 
     text = data.read(run.files, config.vocab)
-    say(f"text: {text.description}\n      {text.sizes}")
-    digest = text.digest()
-    if saved and run.digest != digest:
+    say(text)
+    if saved and run.digest != text.digest():
         raise UserError(f"{run.folder}: this run was trained on another text; start a new one")
-    run.digest = digest
-    processes.agree({"options": config, "a text": digest, "a checkpoint": run.losses})
+    run.digest = text.digest()
+    processes.agree("options, a text or a checkpoint", config, run.digest, run.losses)
     run.params, tx = initial(config, text), optimizer(config, len(text.words), devices)
     run.state = tx.init(run.params)
     held_out = data.Windows(text.held_out, config.context, text.boundary)
@@ -210,8 +209,27 @@ def _train(
         f"run:  {run.folder}, {config.steps - taken:,} of {config.steps:,} steps to take, "
         f"rows: {config.rows} ({ROWS[config.rows]}){devices}"
     )
-    with processes.together():
-        _loop(run, step, batch, options.save_every, processes, interruption)
+    saved = compiled
+    bar = tqdm(
+        total=config.steps * config.batch,
+        initial=taken * config.batch,
+        unit=" tokens",
+        unit_scale=True,
+        ncols=shutil.get_terminal_size().columns,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=not processes.is_first,
+    )
+    with processes.together(), bar:
+        for number in range(taken, config.steps):
+            run.params, run.state, loss = step(run.params, run.state, batch(number))
+            run.losses.append(round(float(loss), 6))
+            bar.set_postfix(loss=f"{run.losses[-1]:.2f}", step=number + 1, refresh=False)
+            bar.update(config.batch)
+            if not math.isfinite(run.losses[-1]) or processes.any(interruption.times > 0):
+                break
+            if processes.is_first and time.perf_counter() - saved >= options.save_every:
+                checkpoints.save(run)
+                saved = time.perf_counter()
     run.params, run.state = on_one((run.params, run.state))
     if not math.isfinite(run.losses[-1]):
         raise UserError(
@@ -220,34 +238,3 @@ def _train(
     if not interruption.times:
         interruption.answers = _ANSWERS[1:]
     return {"compile": compiled - began, "train": time.perf_counter() - compiled}
-
-
-def _loop(
-    run: Run,
-    step: Callable[..., Any],
-    batch: Callable[[int], model.Batch],
-    save_every: float,
-    processes: Processes,
-    interruption: Interruption,
-) -> None:
-    tqdm = importlib.import_module("tqdm").tqdm
-    saved = time.perf_counter()
-    with tqdm(
-        total=run.config.steps * run.config.batch,
-        initial=len(run.losses) * run.config.batch,
-        unit=" tokens",
-        unit_scale=True,
-        ncols=shutil.get_terminal_size().columns,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=not processes.is_first,
-    ) as bar:
-        for number in range(len(run.losses), run.config.steps):
-            run.params, run.state, loss = step(run.params, run.state, batch(number))
-            run.losses.append(round(float(loss), 6))
-            bar.set_postfix(loss=f"{run.losses[-1]:.2f}", step=number + 1, refresh=False)
-            bar.update(run.config.batch)
-            if not math.isfinite(run.losses[-1]) or processes.any(interruption.times > 0):
-                break
-            if processes.is_first and time.perf_counter() - saved >= save_every:
-                checkpoints.save(run)
-                saved = time.perf_counter()

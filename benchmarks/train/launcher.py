@@ -118,8 +118,6 @@ def _start(
 def _how_it_ended(status: int) -> str:
     if status == LOST:
         return "lost another one, which ended or can no longer be reached"
-    if status == -signal.SIGABRT:
-        return "was ended by JAX (SIGABRT), as it does when another one no longer answers"
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"

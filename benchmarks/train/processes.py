@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,13 @@ class Processes:
         """Whether something is so in any process."""
         return bool(self.gathered([here]).any())
 
-    def agree(self, facts: Mapping[str, object]) -> None:
+    def agree(self, what: str, *facts: object) -> None:
         """Raises a `UserError` unless all processes were given the same."""
-        digests = [hashlib.sha256(repr(fact).encode()).digest() for fact in facts.values()]
-        every = self.gathered(np.frombuffer(b"".join(digests), np.uint8))
-        for i, what in enumerate(facts):
-            mine = every.reshape(self.count, len(facts), -1)[:, i]
-            others = np.flatnonzero((mine != mine[0]).any(axis=1))
-            if others.size:
-                raise UserError(f"process {others[0]} has {what} other than process 0's")
+        digest = hashlib.sha256(repr(facts).encode()).digest()
+        every = self.gathered(np.frombuffer(digest, np.uint8))
+        others = np.flatnonzero((every != every[0]).any(axis=1))
+        if others.size:
+            raise UserError(f"process {others[0]} has {what} other than process 0's")
 
     def leave(self) -> None:
         """Parts from the others, all at the same place; what is here can be used further on."""
