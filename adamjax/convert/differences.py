@@ -1,0 +1,216 @@
+"""Where the rules of two systems differ, by how much, and what no rule can have kept."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.convert.filling import Filling
+from adamjax.convert.source import LeafMoments
+from adamjax.convert.systems import KINDS, System
+from adamjax.convert.values import number_of
+
+__all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
+
+
+def expect_slots(owner: str, system: System, kind: str, path: str, moments: LeafMoments) -> None:
+    """Refuses a leaf's slots if they are not those of this kind of rule."""
+    wanted = set(system.slot_names[kind].values())
+    slots, kinds = moments.slots, moments.kinds
+    if kind not in kinds or (slots is not None and set(slots) != wanted):
+        keeps = "nothing so far" if slots is None else sorted(slots)
+        of = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
+        raise ValueError(
+            f"{owner}: {system.name} keeps {keeps} of {path!r}{of}, but for {kind} "
+            f"expected {sorted(wanted)}: build both with the same rule"
+        )
+
+
+def _difference(
+    system: System, rule: Any, kind: str, count: int, slots: Mapping[str, Any]
+) -> tuple[float, str]:
+    """How much of itself a step may differ by where the system's rule has another form, and why.
+
+    Args:
+      slots: by adamjax's names; `u` of Adamax with epsilon inside.
+    """
+    if kind == "amsgrad" and system.corrected_maximum:
+        return 0.5 * float(rule.b2) ** count, (
+            "it keeps the maximum of bias-corrected moments, and that of the moments themselves "
+            "cannot be computed from it; the more steps were taken, the less it matters"
+        )
+    if kind == "nadam" and system.plain_nadam:
+        return float(rule.b1) ** count + 0.5 * 0.96 ** (count + 1), (
+            "its momentum has no schedule; the more steps were taken, the less it matters"
+        )
+    if kind == "adamax" and system.eps_inside:
+        moving = np.asarray(slots["m"]) != 0
+        least = float(np.min(np.asarray(slots["u"], np.float64), where=moving, initial=np.inf))
+        return (math.inf if least == 0 else float(rule.eps) / least), (
+            f"it has epsilon inside the maximum, where it decays; the maximum is {least:.1g} at "
+            "least, and the larger it is, the less it matters"
+        )
+    return 0.0, ""
+
+
+def _largest_ratio(kind: str, rule: Any) -> float:
+    """The largest m / sqrt(v), or m / u of Adamax, that any gradients can lead to.
+
+    By Cauchy and Schwarz, m**2 <= c * v, where c is the sum over k of
+    `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`. And m <= c * u, where c is the sum of
+    `(1 - b1) * b1**k / b2**k`.
+    """
+    b1, b2 = float(rule.b1), float(rule.b2)
+    falls = math.inf if b2 == 0 else b1 / b2 if kind == "adamax" else b1 * b1 / b2
+    if falls >= 1 or b2 >= 1:
+        return math.inf
+    if kind == "adamax":
+        return (1 - b1) / (1 - falls)
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - falls))
+
+
+def _expect_possible(
+    owner: str,
+    system: System,
+    rule: Any,
+    kind: str,
+    path: str,
+    count: int,
+    slots: Mapping[str, Any],
+) -> None:
+    """Refuses slots that no sequence of gradients can lead to.
+
+    Args:
+      rule: the rule, whose betas bound the moments; `None` if any betas are possible.
+      slots: by adamjax's names.
+    """
+    names = system.slot_names[kind]
+
+    def refuse(what: str) -> None:
+        raise ValueError(
+            f"{owner}: {what} of {path!r}, which {kind} cannot have: is this the state of another "
+            f"optimizer of {system.name} or of other betas, or are the leaves in another order? "
+            "check=False takes it"
+        )
+
+    # Arrays of JAX stay on their devices, which may be those of other processes.
+    on_device = all(isinstance(x, jax.Array) for x in slots.values())
+    xp: Any = jnp if on_device else np
+    for name, x in slots.items():
+        if not bool(xp.all(xp.isfinite(x))):
+            refuse(f"{names[name]} has values that are not finite")
+        if name != "m" and bool(xp.any(xp.real(x) < 0)):
+            refuse(f"{names[name]} has values below 0")
+        if count == 0 and bool(xp.any(x != 0)):
+            refuse(f"{names[name]} is not 0 after 0 steps")
+    if len({np.shape(x) for x in slots.values()}) > 1:
+        return  # `Filling.array` refuses these.
+
+    def wide(x: Any) -> Any:
+        return xp.abs(x).astype(_wide_dtype(xp.real(x)))
+
+    second = "u" if kind == "adamax" else "v"
+    m, size = wide(slots["m"]), wide(slots[second])
+    largest = kind == "amsgrad" and not system.corrected_maximum
+    if largest and bool(xp.any(wide(slots["v_max"]) < 0.99 * size)):
+        refuse(f"{names['v_max']} is below {names['v']}")
+    if rule is None:
+        return
+    most = _largest_ratio(kind, rule)
+    if kind == "adamax":
+        size = size + float(rule.eps or 0)
+    else:
+        # Squares below the dtype's smallest number are lost.
+        smallest = float(jnp.finfo(slots["v"].dtype).smallest_subnormal)
+        size = xp.sqrt(size + max(1e-34, smallest / (1 - float(rule.b2))))
+    # Twice the bound, as moments may be rounded to few bits.
+    if math.isfinite(most) and bool(xp.any(m > 2 * most * size + 1e-18)):
+        refuse(f"{names['m']} is larger than {names[second]} allows")
+
+
+def _wide_dtype(x: Any) -> Any:
+    """float32 for an array of at most 32 bits, else float64."""
+    return np.float32 if np.dtype(x.dtype).itemsize <= 4 else np.float64
+
+
+class Translation:
+    """Translates the slots of a leaf from another system to adamjax and back.
+
+    Args:
+      rtol: how much of itself a step may differ by.
+    """
+
+    def __init__(self, filling: Filling, system: System, rtol: float) -> None:
+        self.filling, self.system, self.owner = filling, system, filling.owner
+        if not number_of(filling.owner, "rtol", rtol) >= 0:
+            raise ValueError(f"{filling.owner}: rtol is {rtol!r}, expected a number of at least 0")
+        self.rtol = rtol if filling.check else math.inf
+
+    def _expect_close(
+        self, rule: Any, kind: str, path: str, count: int, slots: Mapping[str, Any]
+    ) -> None:
+        difference, why = _difference(self.system, rule, kind, count, slots)
+        if difference > self.rtol:
+            raise ValueError(
+                f"{self.owner}: {self.system.name}'s {kind} is not the one here: {why}. "
+                f"For the leaf {path!r}, after {count} steps, a step may differ by "
+                f"{difference:.1g} of itself. To convert it all the same pass "
+                f"rtol={1.05 * difference:.1e}"
+            )
+
+    def to_adamjax(
+        self, rule: Any, kind: str, path: str, moments: LeafMoments
+    ) -> dict[str, Any] | None:
+        """The slots of a leaf by adamjax's names; `None` if it has taken no step yet."""
+        expect_slots(self.owner, self.system, kind, path, moments)
+        if moments.slots is None:
+            return None
+        names, count = self.system.slot_names[kind], moments.count
+        slots = {name: moments.slots[other] for name, other in names.items()}
+        self._expect_close(rule, kind, path, count, slots)
+        if self.filling.check:
+            _expect_possible(self.owner, self.system, rule, kind, path, count, slots)
+        if kind == "adamax" and self.system.eps_inside:
+            u = np.asarray(slots["u"], np.float64) - float(rule.eps)
+            slots["u"] = np.maximum(u, 0).astype(_wide_dtype(slots["u"]))
+        return slots
+
+    def from_adamjax(self, path: str) -> tuple[str, LeafMoments, dict[str, Any]]:
+        """The kind of a leaf's next rule, its moments, and the slots by the system's names."""
+        moments = self.filling.take(path)
+        (kind,), rule, count = moments.kinds, moments.rule, moments.count
+        slots = dict(moments.slots or {})
+        if self.filling.check:
+            _expect_possible(self.owner, self.system, None, kind, path, count, slots)
+        if kind == "adamax" and self.system.eps_inside:
+            u = np.asarray(slots["u"], np.float64) + float(rule.eps)
+            # Before the first step there is no maximum.
+            u = u if count else np.zeros_like(u)
+            slots["u"] = u.astype(_wide_dtype(slots["u"]))
+        self._expect_close(rule, kind, path, count, slots)
+        names = self.system.slot_names[kind]
+        return kind, moments, {names[name]: x for name, x in slots.items()}
+
+
+def nadam_product(b1: Any, count: int) -> float:
+    """The product of Nadam's momenta after this number of steps."""
+    steps = np.arange(1, count + 1, dtype=np.float64)
+    return float(np.prod(float(b1) * (1 - 0.5 * 0.96**steps)))
+
+
+def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:
+    """Refuses a product of other momenta than Nadam's, each of which may have been rounded."""
+    expected = nadam_product(b1, count)
+    rounded = count * float(jnp.finfo(np.asarray(product).dtype).eps)
+    rtol = max(1e-3, rounded)
+    if not math.isclose(float(product), expected, rel_tol=rtol, abs_tol=1e-30):
+        raise ValueError(
+            f"{owner}: the product of momenta is {float(product):g} after {count} steps, but with "
+            f"the b1 of tx and the momentum b1 * (1 - 0.5 * 0.96**t) it is {expected:g}: build tx "
+            "with the b1 of the source. A Nadam with another schedule of the momentum "
+            "(schedule_decay of legacy Keras) is another optimizer: start anew, tx.init(params), "
+            "or pass check=False"
+        )
