@@ -99,10 +99,18 @@ class AdamjaxState:
                 return steps, gathered.micro if gathered else 0
         return 1, 0
 
-    def read(self) -> Source:
-        """The state in the one form, with adamjax's names of slots."""
+    def read_for(self, target: Source, check: bool) -> Source:
+        """The state in the one form, with adamjax's names of slots.
+
+        Args:
+          target: the state of the other system that is to be filled, in the one form.
+          check: whether to refuse doubts.
+        """
+        target.refuse_doubts(check)
         source = Source(self.owner)
         self._read(self.state, source)
+        source.refuse_doubts(check)
+        source.expect_place_to_gather(target)
         return source
 
     def _read(self, x: Any, source: Source) -> None:
@@ -139,10 +147,11 @@ class AdamjaxState:
                     )
             self._read(x.inner, source)
         elif contains_states(x):
-            if names := getattr(x, "slots", ()):
+            lost = [name for name in getattr(x, "slots", ()) if jax.tree.leaves(getattr(x, name))]
+            if lost:
                 source.doubts.append(
-                    f"a {type(x).__name__} keeps {' and '.join(names)}, and the target has no "
-                    "place for this: convert the transform inside of it, with its own state"
+                    f"the state keeps {' and '.join(lost)} in a {type(x).__name__}, and the target "
+                    "has no place for this: convert the transform and the state inside of it"
                 )
             for item in x.values() if isinstance(x, Mapping) else x:
                 if is_container(item):

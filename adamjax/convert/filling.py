@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.source import LeafMoments, Source
 from adamjax.convert.values import class_name
 from adamjax.data import Tree
@@ -22,15 +23,18 @@ class Filling:
 
     Attributes:
       source: the source.
+      ours: the state of adamjax that the source is read from, or that is filled.
       check: whether to refuse to round values.
       taken: by path, how many rules' moments were handed out.
       other_states: the states of other transforms that were not handed out yet.
+      gathers: whether the state that is being filled counts steps of several calls each.
     """
 
-    def __init__(self, source: Source, check: bool) -> None:
-        self.source, self.check, self.owner = source, check, source.owner
+    def __init__(self, source: Source, ours: AdamjaxState, check: bool) -> None:
+        self.source, self.ours, self.check, self.owner = source, ours, check, source.owner
         self.taken: dict[str, int] = {}
         self.other_states = list(source.other_states)
+        self.gathers = False
 
     def take(self, path: str) -> LeafMoments:
         """The moments of a leaf for the next rule on its way."""
@@ -64,6 +68,11 @@ class Filling:
                 "or leave out one that is not trained with masked"
             )
         return next(iter(first_of), 0)
+
+    def schedule_count(self, leaves: frozenset[str] | None, like: Any) -> Any:
+        """The count of a schedule of these leaves, in the dtype of another count."""
+        calls = None if self.gathers else self.ours.calls(self.source, leaves)
+        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def array(self, path: str, name: str, x: Any, like: Any) -> Any:
         """A copy of an array in the dtype, the place and the memory layout of another."""
@@ -121,7 +130,7 @@ class Filling:
                 return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
         raise ValueError(
             f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes, "
-            f"and tx or the target has one (a {class_name(like)}): leave that transform out, or "
+            f"and tx or the target has one ({class_name(like)}): leave that transform out, or "
             "start it anew and set its state by hand"
         )
 
@@ -137,7 +146,7 @@ class Filling:
         if self.other_states:
             raise ValueError(
                 f"{self.owner}: there is no place for a {type(self.other_states[0]).__name__} of "
-                f"the source (a {class_name(self.other_states[0])}): convert chains of the same "
+                f"the source ({class_name(self.other_states[0])}): convert chains of the same "
                 "transforms"
             )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from adamjax._compat import in_float64
 from adamjax.convert.adamjax_state import AdamjaxState
-from adamjax.convert.source import LeafMoments
+from adamjax.convert.source import Facts, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
@@ -70,7 +70,7 @@ class HyperparameterCheck:
 
     # --- the rule ---------------------------------------------------------------------------------
 
-    def _check_rule(self, path: str, part: Part, facts: Mapping[str, Any]) -> None:
+    def _check_rule(self, path: str, part: Part, facts: Facts) -> None:
         rule: Any = part.tx
         form = facts.get("form", self.system.epsilon[kind_of(self.owner, part.state)])
         eps = facts.get("eps")
@@ -92,14 +92,14 @@ class HyperparameterCheck:
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
         if facts.get("eps_root"):
             stated = f"eps_root={float(facts['eps_root']):g}"
-            self._refuse(path, stated, "none", "adamjax has no eps_root")
+            self._refuse(path, stated, "none", "convert a run with eps_root=0")
         exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
         if facts.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
             stated = "rows that stand still without a gradient"
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
-    def _check_direction(self, path: str, front: Sequence[Part], facts: Mapping[str, Any]) -> None:
+    def _check_direction(self, path: str, front: Sequence[Part], facts: Facts) -> None:
         """Compares whether gradients are negated in front of the rule, which maximizes in torch."""
         if "maximize" not in facts:
             return
@@ -112,7 +112,7 @@ class HyperparameterCheck:
             mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
             self._refuse(path, f"maximize={maximize}", in_tx, mend)
 
-    def _check_more(self, path: str, route: Sequence[Part], facts: Mapping[str, Any]) -> None:
+    def _check_more(self, path: str, route: Sequence[Part], facts: Facts) -> None:
         for name, value in facts.get("more", {}).items():
             fields = [getattr(part.tx, name, None) for part in route]
             numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
@@ -123,12 +123,8 @@ class HyperparameterCheck:
 
     # --- the rate ---------------------------------------------------------------------------------
 
-    def _check_rate(self, path: str, behind: Sequence[Part], facts: Mapping[str, Any]) -> None:
-        """Compares the rate of the next step.
-
-        Args:
-          behind: the leaf's way from its last rule on.
-        """
+    def _check_rate(self, path: str, behind: Sequence[Part], facts: Facts) -> None:
+        """Compares the rate of the next step; `behind` is the leaf's way from its last rule on."""
         stated = facts.get("learning_rate")
         if stated is None:
             return
@@ -178,13 +174,9 @@ class HyperparameterCheck:
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
-        self, path: str, front: Sequence[Part], behind: Sequence[Part], facts: Mapping[str, Any]
+        self, path: str, front: Sequence[Part], behind: Sequence[Part], facts: Facts
     ) -> None:
-        """Compares the weight decay and its place.
-
-        Args:
-          front, behind: the leaf's way to its last rule, and from there on.
-        """
+        """Compares the weight decay, in front of the last rule of a leaf and behind it."""
         if "weight_decay" not in facts:
             return
         stated, decoupled = float(facts["weight_decay"]), facts.get("decoupled")

@@ -9,7 +9,6 @@ import numpy as np
 from adamjax.average import WeightEmaState
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
-from adamjax.convert.filling import Filling
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.source import Source
 from adamjax.convert.systems import System, kind_of, rule_slots
@@ -42,7 +41,7 @@ def into_adamjax(
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
     _expect_places_to_gather(source, new, check)
-    state = _AdamjaxFilling(source, system, new, check, rtol).filled_state()
+    state = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
     if check:
         made = AdamjaxState(new.owner, new.tx, state, new.params)
         HyperparameterCheck(made, system).check(source.moments)
@@ -69,26 +68,15 @@ def _expect_places_to_gather(source: Source, new: AdamjaxState, check: bool) -> 
                 )
 
 
-class _AdamjaxFilling:
-    """Fills the states inside of a state, one by one.
+class _AdamjaxFilling(Translation):
+    """Fills the states inside of a state, one by one."""
 
-    Attributes:
-      gathers: whether the state that is being filled counts steps of several calls each.
-      has_average: whether a place for the average of the weights was found.
-    """
-
-    def __init__(
-        self, source: Source, system: System, new: AdamjaxState, check: bool, rtol: float
-    ) -> None:
-        self.source, self.new, self.owner = source, new, source.owner
-        self.filling = Filling(source, check)
-        self.translation = Translation(self.filling, system, rtol)
-        self.gathers = self.has_average = False
+    has_average = False
 
     def filled_state(self) -> Any:
-        state = self.fill(self.new.state)
-        self.filling.finish()
-        if self.source.average is not None and self.filling.check and not self.has_average:
+        state = self.fill(self.ours.state)
+        self.finish()
+        if self.source.average is not None and self.check and not self.has_average:
             raise ValueError(
                 f"{self.owner}: the source keeps an average of the weights, which has no place in "
                 "tx: end it in weight_ema, or pass check=False to drop the average"
@@ -99,7 +87,7 @@ class _AdamjaxFilling:
         if rule_slots(x):
             return self._fill_rule(x)
         if isinstance(x, ScheduleState):
-            return ScheduleState(self._count(self.new.leaves(x), x.count))
+            return ScheduleState(self.schedule_count(self.ours.leaves(x), x.count))
         if isinstance(x, WeightEmaState):
             if self.source.average is None:
                 raise ValueError(
@@ -107,45 +95,41 @@ class _AdamjaxFilling:
                     "average: pass average=, a tree like params (params itself to start from them)"
                 )
             self.has_average = True
-            average = self.filling.tree("the average", self.source.average, x.average)
-            return WeightEmaState(self._count(self.new.leaves(x), x.count), average)
+            average = self.tree("the average", self.source.average, x.average)
+            return WeightEmaState(self.schedule_count(self.ours.leaves(x), x.count), average)
         if isinstance(x, AccumulateGradientsState):
             return self._fill_gathered(x)
         if isinstance(x, SkipNotFiniteState):
             skipped = jnp.asarray(self.source.skipped or 0, x.skipped.dtype)
             return SkipNotFiniteState(skipped, self.fill(x.inner))
         if isinstance(x, ExactRowsState):
-            part = self.new.part(x)
+            part = self.ours.part(x)
             if part is None or not isinstance(part.tx, exact_rows):
                 raise ValueError(f"{self.owner}: exact_rows {_ELSEWHERE}")
             return part.tx.from_dense(self.fill(x.inner), part.params)
         if contains_states(x):
             return map_items(lambda item: self.fill(item) if is_container(item) else item, x)
-        return self.filling.other_state(x) if jax.tree.leaves(x) else x
-
-    def _count(self, leaves: frozenset[str] | None, like: Any) -> Any:
-        calls = None if self.gathers else self.new.calls(self.source, leaves)
-        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
+        return self.other_state(x) if jax.tree.leaves(x) else x
 
     def _fill_rule(self, x: Any) -> Any:
-        owner, part = self.owner, self.new.part(x)
+        owner, part = self.owner, self.ours.part(x)
         rule: Any = None if part is None else part.tx
         kind, names = kind_of(owner, x, rule), rule_slots(x)
         initial = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
-        moments = {path: self.filling.take(path) for path in initial[names[0]]}
-        count = self.filling.common_count(moments)
+        moments = {path: self.take(path) for path in initial[names[0]]}
+        count = self.common_count(moments)
         if rule is None and kind != "adam":
             raise ValueError(f"{owner}: {kind} {_ELSEWHERE}")
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
         for path, one in moments.items():
-            slots = self.translation.to_adamjax(rule, kind, path, one)
+            slots = self.to_adamjax(rule, kind, path, one)
             for name in names:
                 values[name][path] = initial[name][path] if slots is None else slots[name]
-        trees = {name: self.filling.tree(name, values[name], getattr(x, name)) for name in names}
+        trees = {name: self.tree(name, values[name], getattr(x, name)) for name in names}
         made = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
         if kind == "nadam":
             products = [one.product for one in moments.values() if one.product is not None]
-            if products and self.filling.check:
+            if products and self.check:
                 expect_product(owner, products[0], rule.b1, count)
             product = products[0] if products else nadam_product(rule.b1, count)
             product = jnp.asarray(np.asarray(product), x.momentum_product.dtype)
@@ -164,7 +148,7 @@ class _AdamjaxFilling:
                     f"gradients, but here the table {rows[0]!r} gathers rows (max_rows): convert "
                     "after a step"
                 )
-            total = self.filling.tree("the gathered gradient", totals, total)
+            total = self.tree("the gathered gradient", totals, total)
         outside, self.gathers = self.gathers, True
         inner = self.fill(x.inner)
         self.gathers = outside

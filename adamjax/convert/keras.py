@@ -8,7 +8,6 @@ import numpy as np
 from adamjax.average import weight_ema
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.filling import Filling
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_config import from_keras_config
@@ -22,7 +21,7 @@ from adamjax.convert.keras_variables import (
     variables_of,
 )
 from adamjax.convert.names import leaf_order
-from adamjax.convert.source import Gathered, LeafMoments, Source
+from adamjax.convert.source import Facts, Gathered, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
 from adamjax.data import Tree
@@ -85,7 +84,7 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, product: bool) -> 
     return KINDS
 
 
-def _stated_by(owner: str, optimizer: Any) -> dict[str, Any]:
+def _stated_by(owner: str, optimizer: Any) -> Facts:
     """The hyperparameters of an optimizer; see `HyperparameterCheck`."""
 
     def option(name: str) -> Any:
@@ -168,7 +167,7 @@ def _read(
                 "gradient_accumulation_steps"
             )
     rate = layout.of("learning_rate", values).get(0)
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     if rate is not None:
         facts["learning_rate"] = number_of(owner, "the learning rate", rate)
     facts |= {} if optimizer is None else _stated_by(owner, optimizer)
@@ -314,20 +313,16 @@ def to_keras(
     ours = AdamjaxState(owner, tx, state, params)
     _expect_counts(owner, ours, check)
     wanted, layout, paths, values = _read(owner, target, ours, order, check)
-    wanted.refuse_doubts(check)
-    source = ours.read()
-    source.refuse_doubts(check)
-    source.expect_place_to_gather(wanted)
+    source = ours.read_for(wanted, check)
     gathered = source.gathered_of(None)
-    filling = Filling(source, check)
-    translation = Translation(filling, KERAS, RTOL)
+    filling = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}
     # By role and place, the paths and values of new arrays.
     new: dict[tuple[str, int], tuple[str, Any]] = {}
     for i, path in enumerate(paths):
         if path is None:
             continue
-        kind, moments[path], slots = translation.from_adamjax(path)
+        kind, moments[path], slots = filling.from_adamjax(path)
         expect_slots(owner, KERAS, kind, path, wanted.moments[path][0])
         new |= {(role, i): (path, x) for role, x in slots.items()}
         if source.average is not None and path in source.average:

@@ -32,7 +32,12 @@ __all__ = ["from_keras_config", "make_at", "with_class_name"]
 # The generations of Keras.
 _LEGACY, _KERAS_2, _KERAS_3 = "the legacy optimizers of tf.keras", "Keras 2.9 to 2.15", "Keras 3"
 
-_CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
+# In the order in which legacy optimizers clip.
+_CLIPS: dict[str, type[Transform]] = {
+    "clipvalue": clip_by_value,
+    "clipnorm": clip_by_norm,
+    "global_clipnorm": clip_by_global_norm,
+}
 _ALL = {"name", "learning_rate", "beta_1", "beta_2", "epsilon", *_CLIPS}
 _NEW = {"weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency"}
 # The options of each generation of Keras.
@@ -162,11 +167,7 @@ def _unwrapped(value: Any, place: str) -> Any:
 def from_keras_config(config: Mapping[str, Any], place: str) -> Any:
     """The transform or schedule that a dictionary with a `class_name` describes.
 
-    Args:
-      place: where the dictionary is in the config, for errors.
-
-    Raises:
-      TypeError, ValueError: as for `adamjax.from_config`.
+    Errors are those of `adamjax.from_config`, and begin with the place.
     """
     _expect_keys(config, _WRAPPING, "a dictionary of Keras", place)
     name, values = config["class_name"], config.get("config")
@@ -312,12 +313,7 @@ def _learning_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
 
 
 def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transform]:
-    makes: dict[str, type[Transform]] = {
-        "clipvalue": clip_by_value,
-        "clipnorm": clip_by_norm,
-        "global_clipnorm": clip_by_global_norm,
-    }
-    given = {key: config[key] for key in makes if config.get(key) is not None}
+    given = {key: config[key] for key in _CLIPS if config.get(key) is not None}
     if "clipnorm" in given and "global_clipnorm" in given:
         raise _refused(
             place,
@@ -339,9 +335,11 @@ def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transfor
                 "to clip by norm only, as Keras 2.9 to 3.2. Keras from 3.3 on takes one clip only",
             )
         # A norm has precedence, and a limit of 0 or less has no effect.
-        given = {key: given[key] for key in _CLIPS if given.get(key, 0) > 0}
-        given = dict(list(given.items())[:1])
-    return [make_at(f"{place}.{key}", makes[key], limit) for key, limit in given.items()]
+        by_norm = sorted(
+            (key for key in given if given[key] > 0), key=lambda key: key == "clipvalue"
+        )
+        given = {key: given[key] for key in by_norm[:1]}
+    return [make_at(f"{place}.{key}", _CLIPS[key], limit) for key, limit in given.items()]
 
 
 def _rule(name: str, config: dict[str, Any], generation: str, place: str) -> Transform:

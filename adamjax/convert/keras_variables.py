@@ -114,16 +114,13 @@ def layout_by_place(
     slots: Sequence[str],
     may_be_legacy: bool,
 ) -> Layout:
-    """The layout of variables without names.
+    """The layout of variables without names; arrays that fit no order, or several, are refused.
 
     Args:
       shapes: the shapes of the parameters, in Keras' order.
       extra: the roles in front of the slots, which the options of the optimizer add.
       slots: the roles of the rule's slots.
       may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
-
-    Raises:
-      ValueError: the arrays fit no order of variables, or several.
     """
     places = range(len(shapes))
 
@@ -206,11 +203,7 @@ def plain_name(optimizer: str) -> str:
 
 
 def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n: int) -> Layout:
-    """The layout of variables with names, for an optimizer of `n` parameters.
-
-    Raises:
-      ValueError: the names are not those of one of Keras' Adams.
-    """
+    """The layout of variables with names, for an optimizer of `n` parameters."""
     bare = [re.sub(r":\d+$", "", name) for name in names]
     scalars = [_scalar_role(x, name) for name, x in zip(bare, values, strict=True)]
     problem = ""

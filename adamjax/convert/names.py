@@ -73,16 +73,9 @@ def leaf_order(
     """The paths of the leaves in the order of another system's parameters.
 
     Args:
-      owner: the name of the conversion, for errors.
       order: the order that the user gives, if any.
-      params: our parameters.
-      system: the other system's name, for errors.
-      names: the names of its parameters in its order, where it has names.
+      system, names: the name of the system and, if it has any, those of its parameters in order.
       check: whether to refuse an order that contradicts the names.
-
-    Raises:
-      TypeError: `order` is no list.
-      ValueError: `order` does not fit `params` or the names, or names are needed and do not fit.
     """
     leaves = leaves_by_path(owner, params)
     known = list(leaves)

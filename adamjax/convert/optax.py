@@ -1,6 +1,6 @@
 """States from and to optax."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,10 +9,9 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.filling import Filling
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.source import Gathered, LeafMoments, Source
+from adamjax.convert.source import Count, Facts, Gathered, LeafMoments, Source
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import (
     field_names,
@@ -71,9 +70,9 @@ def _role(x: Any) -> str | None:
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
-def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> dict[str, Any]:
+def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
-    facts: dict[str, Any] = {"more": {}, "masks_decay": True}
+    facts: Facts = {"more": {}, "masks_decay": True}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name not in ("learning_rate", "weight_decay"):
@@ -89,7 +88,7 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> dict[str,
     return facts
 
 
-def _read(x: Any, source: Source, facts: dict[str, Any]) -> None:
+def _read(x: Any, source: Source, facts: Facts) -> None:
     role, owner = _role(x), source.owner
     if role == "rule":
         trees = {
@@ -138,7 +137,7 @@ def _read(x: Any, source: Source, facts: dict[str, Any]) -> None:
         source.other_states.append(x)
 
 
-def _read_inner(x: Any, source: Source, facts: dict[str, Any]) -> None:
+def _read_inner(x: Any, source: Source, facts: Facts) -> None:
     """Reads a state inside of a mask or a partition: its counts are those of its leaves."""
     inner = Source(source.owner, gathers=source.gathers)
     _read(x, inner, facts)
@@ -156,7 +155,7 @@ def _read_inner(x: Any, source: Source, facts: dict[str, Any]) -> None:
     source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
-def _with_facts(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _with_facts(facts: Facts, more: Facts) -> Facts:
     """Both dictionaries of facts; the second one has precedence."""
     both = {**facts.get("more", {}), **more.get("more", {})}
     return {**facts, **more, "more": both}
@@ -195,41 +194,25 @@ def _items(x: Any) -> list[Any]:
     return [x[key] for key in sorted(x, key=str)] if isinstance(x, Mapping) else list(x)
 
 
-class _OptaxFilling:
-    """Fills the states inside of a state of optax, one by one.
+class _OptaxFilling(Translation):
+    """Fills the states inside of a state of optax, one by one."""
 
-    Attributes:
-      gathers: whether the state that is being filled counts steps of several calls each.
-    """
-
-    def __init__(
-        self, ours: AdamjaxState, source: Source, target: Source, check: bool, rtol: float
-    ) -> None:
-        self.ours, self.source, self.owner = ours, source, ours.owner
-        self.gathers = False
-        self.filling = Filling(source, check)
-        self.translation = Translation(self.filling, OPTAX, rtol)
-        self.counts = iter(target.counts)
-
-    def filled_state(self, target: Any) -> Any:
+    def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
+        self.counts = iter(counts)
         state = self.fill(target)
-        self.filling.finish()
+        self.finish()
         return state
-
-    def _count(self, leaves: frozenset[str] | None, like: Any) -> Any:
-        calls = None if self.gathers else self.ours.calls(self.source, leaves)
-        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def fill(self, x: Any) -> Any:
         role = _role(x)
         if role == "rule":
             return self._fill_rule(x)
         if role == "count":
-            return x._replace(count=self._count(next(self.counts).leaves, x.count))
+            return x._replace(count=self.schedule_count(next(self.counts).leaves, x.count))
         if role == "hyperparams":
             if "hyperparams_states" in x._fields:
                 x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
-            count = self._count(None, x.count)
+            count = self.schedule_count(None, x.count)
             return x._replace(inner_state=self.fill(x.inner_state), count=count)
         if role == "gathered":
             return self._fill_gathered(x)
@@ -240,18 +223,18 @@ class _OptaxFilling:
             return type(x)(self.fill(x[0]))
         if role == "items":
             return map_items(self.fill, x)
-        return self.filling.other_state(x) if jax.tree.leaves(x) else x
+        return self.other_state(x) if jax.tree.leaves(x) else x
 
     def _fill_rule(self, x: Any) -> Any:
         values: dict[str, dict[str, Any]] = {name: {} for name in x._fields if name != "count"}
         moments: dict[str, LeafMoments] = {}
         for path in leaves_by_path(self.owner, x.mu):
-            kind, moments[path], slots = self.translation.from_adamjax(path)
+            kind, moments[path], slots = self.from_adamjax(path)
             expect_slots(self.owner, OPTAX, kind, path, LeafMoments(0, dict.fromkeys(values)))
             for name, array in slots.items():
                 values[name][path] = array
-        trees = {k: self.filling.tree(k, v, getattr(x, k)) for k, v in values.items()}
-        count = self.filling.common_count(moments)
+        trees = {k: self.tree(k, v, getattr(x, k)) for k, v in values.items()}
+        count = self.common_count(moments)
         return x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
 
     def _fill_gathered(self, x: Any) -> Any:
@@ -263,11 +246,11 @@ class _OptaxFilling:
                 path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
                 for path, total in totals.items()
             }
-            mean = self.filling.tree("the gathered gradient", means, mean)
+            mean = self.tree("the gathered gradient", means, mean)
         outside, self.gathers = self.gathers, True
         made = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
-            gradient_step=self._count(leaves, x.gradient_step),
+            gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
@@ -362,11 +345,9 @@ def to_optax(
     Array([ 0.1, -0.2], dtype=float32)
     """
     ours, wanted = AdamjaxState("to_optax", tx, state, params), _read_state("to_optax", target)
-    wanted.refuse_doubts(check)
-    source = ours.read()
-    source.refuse_doubts(check)
-    source.expect_place_to_gather(wanted)
-    made = _OptaxFilling(ours, source, wanted, check, rtol).filled_state(target)
+    source = ours.read_for(wanted, check)
+    filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
+    made = filling.filled_state(target, wanted.counts)
     if check:
         HyperparameterCheck(ours, OPTAX).check(wanted.moments)
     return made

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 from adamjax.convert.systems import KINDS
 
-__all__ = ["Count", "Gathered", "LeafMoments", "Source", "meet"]
+__all__ = ["Count", "Facts", "Gathered", "LeafMoments", "Slots", "Source", "meet"]
+
+# Arrays of one leaf by the names of the slots; hyperparameters by their names.
+Slots = dict[str, Any]
+Facts = dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -25,10 +29,10 @@ class LeafMoments:
     """
 
     count: int
-    slots: dict[str, Any] | None
+    slots: Slots | None
     kinds: tuple[str, ...] = KINDS
     product: Any = None
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Facts = dataclasses.field(default_factory=dict)
     rule: Any = None
     gathers: bool = False
 
@@ -79,7 +83,7 @@ class Source:
     skipped: int | None = None
     other_states: list[Any] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
-    loose_facts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    loose_facts: list[Facts] = dataclasses.field(default_factory=list)
     gathers: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.filling import Filling
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.names import leaf_order
-from adamjax.convert.source import LeafMoments, Source
+from adamjax.convert.source import Facts, LeafMoments, Source
 from adamjax.convert.systems import RTOL, TORCH
 from adamjax.convert.values import (
     class_name,
@@ -74,9 +73,7 @@ def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
     )
 
 
-def _group_facts(
-    source: Source, group: Mapping[str, Any]
-) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _group_facts(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ...], Facts]:
     """The kinds of rules that a group may be of, and its hyperparameters as facts."""
     owner = source.owner
 
@@ -97,7 +94,7 @@ def _group_facts(
             "momentum is b1 * (1 - 0.5 * 0.96**t), as with momentum_decay=1"
         )
     optimizer = _optimizer(owner, group)
-    facts: dict[str, Any] = {"learning_rate": number("lr"), "eps": number("eps")}
+    facts: Facts = {"learning_rate": number("lr"), "eps": number("eps")}
     betas = group["betas"]
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(
@@ -150,33 +147,33 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
 def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
     """Refuses a dictionary without the form of a state dict, whichever optimizer it is of."""
 
-    def refuse(what: str, x: Any, wanted: str) -> None:
-        raise ValueError(
-            f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {wanted}, as in "
-            "optimizer.state_dict() of torch"
-        )
+    def expect(fits: bool, what: str, x: Any, wanted: str) -> None:
+        if not fits:
+            raise ValueError(
+                f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {wanted}, as "
+                "in optimizer.state_dict() of torch"
+            )
+
+    def expect_mapping(what: str, x: Any, by: str = "") -> None:
+        expect(isinstance(x, Mapping), what, x, f"a dictionary{by}")
 
     groups, state = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(groups, list | tuple):
-        refuse("'param_groups'", groups, "a list of dictionaries")
+    is_list = isinstance(groups, list | tuple)
+    expect(is_list, "'param_groups'", groups, "a list of dictionaries")
     seen: set[Any] = set()
     for group in groups:
-        if not isinstance(group, Mapping):
-            refuse("a group of 'param_groups'", group, "a dictionary")
-        keys = group.get("params")
-        if not isinstance(keys, list | tuple):
-            refuse("'params' of a group", keys, "a list of numbers or names")
+        expect_mapping("a group of 'param_groups'", group)
+        keys, what = group.get("params"), "a parameter in 'params' of a group"
+        is_list = isinstance(keys, list | tuple)
+        expect(is_list, "'params' of a group", keys, "a list of numbers or names")
         for key in keys:
-            if not isinstance(key, int | str | np.integer) or isinstance(key, bool):
-                refuse("a parameter in 'params' of a group", key, "its number or name")
-            if key in seen:
-                refuse("a parameter in 'params' of a group", key, "each parameter once")
+            is_key = isinstance(key, int | str | np.integer) and not isinstance(key, bool)
+            expect(is_key, what, key, "its number or name")
+            expect(key not in seen, what, key, "each parameter once")
             seen.add(key)
-    if not isinstance(state, Mapping):
-        refuse("'state'", state, "a dictionary by the parameters' numbers or names")
+    expect_mapping("'state'", state, " by the parameters' numbers or names")
     for key, own in state.items():
-        if not isinstance(own, Mapping):
-            refuse(f"the state of parameter {key!r}", own, "a dictionary")
+        expect_mapping(f"the state of parameter {key!r}", own)
 
 
 def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -334,11 +331,11 @@ def from_torch(
       ValueError: something does not fit or would not go on as before. The message names the leaf.
 
     >>> import adamjax, jax.numpy as jnp, numpy as np
-    >>> kept = {"step": 7, "exp_avg": np.full(2, 0.5), "exp_avg_sq": np.ones(2)}
+    >>> moments = {"step": 7, "exp_avg": np.full(2, 0.5), "exp_avg_sq": np.ones(2)}
     >>> group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8,
     ...          "weight_decay": 0, "amsgrad": False}
     >>> tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2)}
-    >>> state_dict = {"state": {0: kept}, "param_groups": [group]}  # optimizer.state_dict()
+    >>> state_dict = {"state": {0: moments}, "param_groups": [group]}  # optimizer.state_dict()
     >>> state = adamjax.convert.from_torch(state_dict, tx, params, order=["w"])
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
@@ -392,16 +389,11 @@ def to_torch(
     """
     owner, adapted = "to_torch", adapt is not None
     wanted, key_of = _read(owner, target, params, order, None, check, adapted)
-    wanted.refuse_doubts(check)
     ours = AdamjaxState(owner, tx, state, params)
-    source = ours.read()
-    source.refuse_doubts(check)
-    source.expect_place_to_gather(wanted)
-    filling = Filling(source, check)
-    translation = Translation(filling, TORCH, rtol)
+    filling = Translation(ours.read_for(wanted, check), ours, TORCH, check, rtol)
     states = dict(target["state"])
     for path, key in key_of.items():
-        kind, moments, slots = translation.from_adamjax(path)
+        kind, moments, slots = filling.from_adamjax(path)
         place = wanted.moments[path][0]
         expect_slots(owner, TORCH, kind, path, place)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(place, slots=slots))

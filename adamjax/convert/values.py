@@ -21,7 +21,6 @@ __all__ = [
     "map_items",
     "number_of",
     "numbers_of",
-    "numpy_array",
     "same_value",
     "steps_taken",
 ]
@@ -59,8 +58,7 @@ def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
     return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
 
 
-def numpy_array(x: Any) -> np.ndarray:
-    """An array, or a tensor of torch, as a NumPy array."""
+def _numpy_array(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
@@ -68,21 +66,14 @@ def numpy_array(x: Any) -> np.ndarray:
 
 
 def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
-    """A number, an array of numbers or a tensor of torch as a NumPy array.
-
-    Args:
-      owner, what: the names of the conversion and of the value, for errors.
-
-    Raises:
-      ValueError: the value is something else, or it is being traced.
-    """
+    """A number, an array of numbers or a tensor of torch in NumPy; anything else is refused."""
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
             f"{owner}: {what} is being traced, so it has no value yet; convert outside of jit, "
             "vmap and grad"
         )
     try:
-        array = numpy_array(x)
+        array = _numpy_array(x)
     except (TypeError, ValueError):
         array = np.asarray(None)
     if not jnp.issubdtype(array.dtype, np.number):
