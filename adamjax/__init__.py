@@ -13,6 +13,7 @@ from adamjax.guard import accumulate_gradients, skip_not_finite
 from adamjax.hyperparams import set_hyperparams, with_hyperparams
 from adamjax.leaves import apply_updates
 from adamjax.masking import masked, partition
+from adamjax.master import master_weights
 from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
 from adamjax.paths import optional
 from adamjax.reading import (
@@ -83,6 +84,7 @@ __all__ = [
     "by_path",
     # weights
     "weight_ema",
+    "master_weights",
     "averaged_weights",
     # when a step is taken
     "accumulate_gradients",

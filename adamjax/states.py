@@ -11,6 +11,7 @@ from adamjax.buckets import Joined
 from adamjax.exact import ExactRowsState, StaleTable, TableState, Ticket
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
 from adamjax.hyperparams import HyperparamsState
+from adamjax.master import MasterWeightsState
 from adamjax.scaling import ScheduleState
 from adamjax.sharding import ShardedState
 
@@ -19,6 +20,7 @@ __all__ = [
     "ExactRowsState",
     "HyperparamsState",
     "Joined",
+    "MasterWeightsState",
     "ScaleByAdamState",
     "ScaleByAdamaxState",
     "ScaleByAmsgradState",

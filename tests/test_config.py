@@ -1,4 +1,4 @@
-"""Configs: transforms told in JSON and made again, and Keras' dictionaries made transforms.
+"""Configs: transforms written as JSON and made again, and Keras' dictionaries made transforms.
 
 Keras 3 itself runs here; what tf.keras' optimizers do is in data/keras_f64.npz. The end of the
 file has a test for every line of README's table of Keras' names.
@@ -52,6 +52,7 @@ from adamjax import (
     inverse_time_decay,
     learning_rate,
     masked,
+    master_weights,
     nadam,
     partition,
     piecewise_constant,
@@ -73,7 +74,7 @@ from adamjax import (
     weight_ema,
     with_hyperparams,
 )
-from adamjax.config import _ours, from_config, to_config
+from adamjax.config import _own_classes, from_config, to_config
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -107,8 +108,8 @@ def assert_round_trip(tx, **options):
 
 # --- there and back -------------------------------------------------------------------------------
 
-# Where a case of the laws has what cannot be told.
-UNTOLD = {
+# Where a case of the laws has something that a config cannot hold.
+NOT_HELD = {
     "masked by a function": "masked.tx.transforms[1].mask is the function matrices",
     "optax in our chain": "chain.transforms[1] is foreign(",
     "ours in optax.chain": "foreign is foreign(",
@@ -128,16 +129,17 @@ MORE = [
     accumulate_gradients(adam(), 2, max_rows=[("table", 8), ("^head", 4)]),
     exact_rows(adamax(0.1), ["table", "^words"], history=4096),
     adam(m_dtype=jnp.bfloat16, v_dtype="float32", rows="lazy"),
+    master_weights(adam(0.1)),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name.replace(", ", "-") for case in CASES])
 def test_every_case_of_the_laws(case):
-    if case.name not in UNTOLD:
+    if case.name not in NOT_HELD:
         assert_round_trip(case.tx)
         assert from_config(to_config(case.tx)) == case.make()
         return
-    with pytest.raises(TypeError, match=re.escape(UNTOLD[case.name])):
+    with pytest.raises(TypeError, match=re.escape(NOT_HELD[case.name])):
         to_config(case.tx)
 
 
@@ -155,9 +157,9 @@ def classes_in(config):
             yield from classes_in(item)
 
 
-def test_every_class_is_told():
-    told = [case.tx for case in CASES if case.name not in UNTOLD] + MORE
-    seen = {name for tx in told for name in classes_in(to_config(tx))}
+def test_every_class_has_a_config():
+    txs = [case.tx for case in CASES if case.name not in NOT_HELD] + MORE
+    seen = {name for tx in txs for name in classes_in(to_config(tx))}
     public = {
         name
         for name in adamjax.__all__
@@ -165,7 +167,7 @@ def test_every_class_is_told():
         and issubclass(getattr(adamjax, name), adamjax.data.Data)
         and name[0].islower()
     }
-    assert seen == set(_ours()) == public - {"shard_state"}
+    assert seen == set(_own_classes()) == public - {"shard_state"}
 
 
 def test_the_form():
@@ -243,7 +245,7 @@ def test_whatever_is_composed(tx):
 
 
 class odd(Transform):
-    """A transform with a field of every kind that can be told."""
+    """A transform with a field of every kind that a config can hold."""
 
     number: float
     items: list
@@ -333,7 +335,7 @@ def test_a_hundred_rates():
     assert_round_trip(tx)
 
 
-# --- what cannot be told --------------------------------------------------------------------------
+# --- what a config cannot hold --------------------------------------------------------------------
 
 
 def mask(tree):
@@ -369,22 +371,22 @@ def test_refused(make, said):
 
 
 def test_what_is_traced_is_refused():
-    def told(rate):
+    def encoded(rate):
         to_config(adam(rate))
         return rate
 
     with pytest.raises(TypeError, match=r"transforms\[1\].learning_rate is being traced"):
-        jax.jit(told)(0.1)
+        jax.jit(encoded)(0.1)
 
 
 def test_names_must_differ():
     mine = type("scale", (Transform,), {"__annotations__": {"x": float}})
-    with pytest.raises(TypeError, match="scale is adamjax's own name"):
+    with pytest.raises(TypeError, match="scale is the name of one of adamjax's own"):
         to_config(mine(1.0))
-    with pytest.raises(ValueError, match="scale is adamjax's own name"):
+    with pytest.raises(ValueError, match="scale is the name of one of adamjax's own"):
         from_config({"class": "identity"}, custom=[mine])
     twin = type("odd", (Transform,), {})
-    with pytest.raises(ValueError, match="odd is two classes' name"):
+    with pytest.raises(ValueError, match="odd is the name of two classes"):
         from_config({"class": "identity"}, custom=[odd, twin])
     with pytest.raises(TypeError, match=r"subclasses of adamjax\.Transform"):
         from_config({"class": "identity"}, custom=[adam])
@@ -396,7 +398,11 @@ def test_names_must_differ():
         ("adam", TypeError, "expected a dictionary"),
         ({}, ValueError, "neither 'class' (adamjax's) nor 'class_name'"),
         ({"class": "scael", "factor": 1.0}, ValueError, "the config is of class 'scael'"),
-        ({"class": "Transform"}, ValueError, "is of class 'Transform', which is not adamjax's"),
+        (
+            {"class": "Transform"},
+            ValueError,
+            "class 'Transform', which adamjax does not have",
+        ),
         ({"class": "wrapped", "function": "f"}, ValueError, "is of class 'wrapped'"),
         ({"class": "foreign"}, ValueError, "is of class 'foreign'"),
         ({"class": "odd"}, ValueError, "from_config(config, custom=[odd])"),
@@ -798,7 +804,7 @@ def test_which_clip_wins(version, clips, expected):
         (KERAS_3, {"clipnorm": 1.0, "global_clipnorm": 1.0}, "only one of clipnorm and global_cl"),
         (KERAS_3, {"clipnorm": 1.0, "clipvalue": 0.5}, "only one of clipnorm, clipvalue and glob"),
         (KERAS_3, {"clipnorm": 0.0, "clipvalue": 0.5}, "only one of clipnorm, clipvalue and glob"),
-        ({}, {"clipnorm": 1.0, "clipvalue": 0.5}, "which clip wins depends on the version"),
+        ({}, {"clipnorm": 1.0, "clipvalue": 0.5}, "version decides which clip is used"),
         (LEGACY, {"clipnorm": -1.0}, "clipnorm: clip_by_norm: max_norm must be finite"),
     ],
 )
@@ -906,13 +912,17 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         ("Adam", {"decay": 0.1, "adaptive_epsilon": True}, "has no 'adaptive_epsilon'"),
         ("AdamW", {"decay": 0.0}, "legacy optimizers of tf.keras have no AdamW"),
         # other classes
-        ("SGD", {}, "Keras' 'SGD' is not here; expected one of ['Adam', 'AdamW'"),
-        ("LossScaleOptimizer", {"inner_optimizer": {}}, "'LossScaleOptimizer' is not here"),
-        ("CosineDecayRestarts", {}, "Keras' 'CosineDecayRestarts' is not here"),
+        ("SGD", {}, "does not have Keras' 'SGD'; expected one of ['Adam', 'AdamW'"),
+        (
+            "LossScaleOptimizer",
+            {"inner_optimizer": {}},
+            "not have Keras' 'LossScaleOptimizer'",
+        ),
+        ("CosineDecayRestarts", {}, "does not have Keras' 'CosineDecayRestarts'"),
         (
             "Adam",
             {"learning_rate": {"class_name": "LinearCosineDecay", "config": {}}},
-            "config.learning_rate: Keras' 'LinearCosineDecay' is not here",
+            "config.learning_rate: adamjax does not have Keras' 'LinearCosineDecay'",
         ),
         # functions
         ("Adam", {"learning_rate": FUNCTION}, "config.learning_rate: it is a function"),
@@ -921,9 +931,13 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         ("Adam", {"decay": 0.0, "gradient_aggregator": 1}, "adamjax.sum_over"),
         ("Adam", {"mesh": None, "gradients_clip_option": 1}, "DTensor Adam does not read it"),
         ("Adam", {"mesh": None, "ema_option": 1}, "DTensor Adam does not read it"),
-        ("Adam", {"mesh": "mesh"}, "a mesh cannot be told"),
+        ("Adam", {"mesh": "mesh"}, "a mesh cannot be converted"),
         # what cannot be honoured
-        ("Adam", {"loss_scale_factor": 1024.0}, "loss_scale_factor=1024.0: half of it is in the"),
+        (
+            "Adam",
+            {"loss_scale_factor": 1024.0},
+            "loss_scale_factor=1024.0: Keras multiplies",
+        ),
         ("Adam", {"gradient_accumulation_steps": 1}, "must be an integer of at least 2, not 1"),
         (
             "Adam",
@@ -958,7 +972,11 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         ("Adam", {"lr": 0.1, "learning_rate": 0.1}, "give lr or learning_rate"),
         ("AdamMultilr", {"pattern_lrs": [{"patterns": ["("], "lr": 1.0}]}, "not a regular expr"),
         ("AdamMultilr", {"pattern_lrs": [{"pattern": ["a"], "lr": 1.0}]}, "pattern_lrs[0]: expec"),
-        ("AdamMultilr", {"pattern_lrs": [{"patterns": "a", "lr": 1.0}]}, "must be a list of them"),
+        (
+            "AdamMultilr",
+            {"pattern_lrs": [{"patterns": "a", "lr": 1.0}]},
+            "a list of patterns, got",
+        ),
         (
             "AdamMultilr",
             {"pattern_lrs": [{"patterns": ["a"], "lr": FUNCTION}]},
@@ -976,15 +994,23 @@ def test_what_keras_can_do_and_we_cannot(name, config, said):
 @pytest.mark.parametrize(
     ("config", "error", "said"),
     [
-        ({"name": "mine", "learning_rate": 0.1}, ValueError, "the name 'mine' is none that Keras"),
-        ({"learning_rate": 0.1}, ValueError, 'say whose: {"class_name": "Adam", "config": config}'),
+        (
+            {"name": "mine", "learning_rate": 0.1},
+            ValueError,
+            "gives no optimizer the name 'mine'",
+        ),
+        (
+            {"learning_rate": 0.1},
+            ValueError,
+            'class: {"class_name": "Adam", "config": config}',
+        ),
         ({"class_name": "Adam", "confg": {}}, ValueError, "a dictionary of Keras has no 'confg'"),
         ({"class_name": "Adam", "config": [1]}, TypeError, "a dictionary as its config"),
         ({"class_name": 3, "config": {}}, TypeError, "expected a class_name"),
         (
             {"class_name": "Adam", "config": {}, "registered_name": "mine>Adam"},
             ValueError,
-            "Keras' 'mine>Adam' is not here",
+            "does not have Keras' 'mine>Adam'",
         ),
         (
             {"class_name": "Adam", "config": {"learning_rate": "1e-3"}},
@@ -1308,7 +1334,7 @@ def test_line_skip_gradients_aggregation_experimental_aggregate_gradients():
 def test_line_gradients_clip_option_ema_option_of_dtensor_s_adam():
     for option in ("gradients_clip_option", "ema_option"):
         assert of("Adam", mesh=None, **{option: None}) == adam(0.1)
-        with pytest.raises(ValueError, match=f"{option} cannot be told .* Keras' DTensor Adam"):
+        with pytest.raises(ValueError, match=f"{option} cannot be converted: Keras' DTensor Adam"):
             of("Adam", mesh=None, **{option: {"clipnorm": 1.0}})
     assert chain(clip_by_norm(1.0), adam(0.1), weight_ema(0.9)).must_be_last
 
@@ -1334,7 +1360,7 @@ def test_line_a_callable_without_arguments_as_a_hyperparameter():
         updates, state = step(GRADS, state, params)
         np.testing.assert_allclose(updates["b"], [-expected], rtol=1e-5)
     assert len(traces) == 1
-    with pytest.raises(ValueError, match="it is a function, which Keras calls anew"):
+    with pytest.raises(ValueError, match="it is a function, which Keras calls in every step"):
         keras_adam(learning_rate=f)
 
 
@@ -1579,8 +1605,8 @@ MALFORMED = {
     "a fraction": ({"array": [1.5], "dtype": "int32"}, r"\[1.5\], which int32 cannot hold"),
     "too large": ({"array": 300, "dtype": "int8"}, "300, which int8 cannot hold"),
     "infinite once rounded": ({"array": 1e300, "dtype": "float32"}, "which float32 cannot hold"),
-    "of objects": ({"array": 1, "dtype": "object"}, "dtype object, expected one of real floats"),
-    "complex": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected one of real"),
+    "of objects": ({"array": 1, "dtype": "object"}, "dtype object, expected real floats"),
+    "complex": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected real"),
     "no dtype": ({"array": 1, "dtype": "x"}, "'x'"),
     "ragged": ({"array": [1, [2]], "dtype": "float32"}, "the config.factor: "),
     "text": ("0.1", "must be a number finite, got '0.1'"),
@@ -1639,9 +1665,9 @@ def test_options_of_keras_of_another_kind_are_refused(option, value):
             {"class_name": "AdamMultilr", "config": {"pattern_lrs": [{"patterns": 3, "lr": 1}]}},
             "patterns must be a list",
         ),
-        (changed_keras(learning_rate={"class_name": ["a"]}), r"Keras' \['a'\] is not here"),
-        (changed_keras(learning_rate={"class_name": "__tuple__"}), "no __tuple__ as Keras"),
-        (changed_keras(epsilon={"class_name": "__numpy__", "config": 3}), "no __numpy__ as Keras"),
+        (changed_keras(learning_rate={"class_name": ["a"]}), r"does not have Keras' \['a'\]"),
+        (changed_keras(learning_rate={"class_name": "__tuple__"}), "no __tuple__ of Keras"),
+        (changed_keras(epsilon={"class_name": "__numpy__", "config": 3}), "no __numpy__ of Keras"),
         ({**changed_keras(), "registered_name": [1]}, r"registered_name is \[1\], expected"),
     ],
 )

@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from support import assert_close, assert_same, enable_x64
 
 import adamjax
 from adamjax import convert
+from adamjax.data import transform_state
+from adamjax.transform import Rule
 
 BEFORE, AFTER = 10, 20
 RATE = 0.0625  # a float32, as which Keras keeps it
@@ -1278,7 +1280,7 @@ def test_keras_optimizers_of_another_name(keras):
         bare = [(v.name, np.asarray(v)) for v in optimizer.variables]
         for variables, problem in [
             (optimizer.variables, "an optimizer that is named 'mine'"),
-            (bare, "names of the variables do not say which optimizer"),
+            (bare, "names of the variables do not contain that of their optimizer"),
         ]:
             with pytest.raises(ValueError, match=problem):
                 convert.from_keras(variables, tx, params)
@@ -1648,7 +1650,7 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
 TORCH_STRANGE = {
     "a key of another optimizer": (
         lambda s: s["param_groups"][0].update(bias_correction=True),
-        r"has the options \[.*'bias_correction'.*take keys of your own out",
+        r"has the options \[.*'bias_correction'.*Take keys of your own out",
     ),
     "a scheduler that moves betas": (
         lambda s: s["param_groups"][0].update(max_momentum=0.95, base_momentum=0.85),
@@ -1939,7 +1941,7 @@ def clipped(max_norm, learning_rate):
 OPTAX_STRANGE = {
     "a class from elsewhere": (
         lambda: MyState(*old_state()[0]),
-        r"no moments of the leaf 'a'.*its .*MyState is no state that is known",
+        r"no moments of the leaf 'a'.*do not know its .*MyState: convert a state of Adam",
     ),
     "a wrapper from elsewhere": (lambda: MyWrapper(old_state()), r"no moments.*MyWrapper"),
     "real and imaginary parts": (
@@ -1950,7 +1952,7 @@ OPTAX_STRANGE = {
         lambda: optax.lookahead(OLD, 5, 0.5).init(
             optax.LookaheadParams.init_synced(jax.tree.map(jnp.asarray, PARAMS))
         ),
-        r"no moments.*LookaheadState is no state that is known",
+        r"no moments.*do not know its .*LookaheadState: convert a state of Adam",
     ),
     "an average of gradients": (
         lambda: old_state(tx=optax.chain(optax.ema(0.9), OLD)),
@@ -1958,7 +1960,7 @@ OPTAX_STRANGE = {
     ),
     "a schedule of b1": (
         lambda: old_state(tx=injected(b1=lambda count: 0.9)),
-        r"calls a schedule for b1, which does not change between steps here",
+        r"calls a schedule for b1, and here b1 is the same in each step",
     ),
     "another weight decay": (
         lambda: old_state(tx=injected(weight_decay=0.5)),
@@ -2023,7 +2025,7 @@ def test_more_micro_batches_than_a_step_takes():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
     tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
-    with pytest.raises(ValueError, match=r"gathered 3 micro-batches.*tx takes one of every 2"):
+    with pytest.raises(ValueError, match=r"gathered 3 micro-batches.*a step of tx takes 2"):
         convert.from_optax(state, tx, params)
 
 
@@ -2204,6 +2206,111 @@ def test_a_target_of_integers_is_refused():
     target = {**VARIABLES, "adam/w_momentum": np.zeros(2, int)}
     with pytest.raises(ValueError, match="momentum of 'w' is int64 in the target, expected floats"):
         convert.to_keras(tx.init(params), tx, params, target)
+
+
+class HeavyBallState(NamedTuple):
+    m: Any
+
+
+class KeptState(NamedTuple):
+    m: Any
+    inner: Any
+
+
+transform_state("m")(HeavyBallState)
+transform_state("m")(KeptState)
+
+
+class heavy_ball(Rule):
+    """A rule of a user's own."""
+
+    def init(self, params):
+        return HeavyBallState(jax.tree.map(jnp.zeros_like, params))
+
+    def step(self, grads, state, factors):
+        return grads, state
+
+
+class heavy_ball_with_adam(heavy_ball):
+    """A rule whose state contains one of Adam."""
+
+    def init(self, params):
+        return KeptState(super().init(params).m, adamjax.scale_by_adam().init(params))
+
+
+class other_adam(heavy_ball):
+    """A rule that uses the class of Adam's state for something else."""
+
+    def init(self, params):
+        return adamjax.scale_by_adam().init(params)
+
+
+class sign(heavy_ball):
+    """A rule that keeps nothing."""
+
+    def init(self, params):
+        return ()
+
+
+def conversions(tx, params):
+    """Every conversion from and to a state of a transform."""
+    state = tx.init(params)
+    keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
+    torch = {**torch_state(), "state": {}}
+    return {
+        "from_optax": lambda: convert.from_optax(OLD.init(params), tx, params),
+        "from_keras": lambda: convert.from_keras(keras, tx, params),
+        "from_torch": lambda: convert.from_torch(torch, tx, params),
+        "to_optax": lambda: convert.to_optax(state, tx, params, OLD.init(params)),
+        "to_keras": lambda: convert.to_keras(state, tx, params, keras),
+        "to_torch": lambda: convert.to_torch(state, tx, params, torch),
+    }
+
+
+ADAM = adamjax.adam(RATE, eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (adamjax.chain(heavy_ball(), adamjax.scale_by_learning_rate(RATE)), "heavy_ball"),
+        *((adamjax.chain(rule(), ADAM), rule.__name__) for rule in heavy_ball.__subclasses__()),
+        (optax.chain(ADAM, heavy_ball()), "the rule of a HeavyBallState"),
+        (optax.chain(ADAM, heavy_ball_with_adam()), "the rule of a KeptState"),
+    ],
+)
+def test_a_rule_of_a_users_own_is_refused(tx, name):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    for conversion, call in conversions(tx, params).items():
+        expected = f"{conversion}: tx contains {name}, and conversions know the rules scale_by_adam"
+        with pytest.raises(ValueError, match=expected):
+            call()
+
+
+def test_master_weights_are_not_dropped():
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    tx = adamjax.master_weights(adamjax.adam(RATE, eps=1e-8))
+    state, new = tx.init(params), OLD.init(PARAMS)
+    with pytest.raises(ValueError, match="to_optax: the state keeps weights in a MasterWeightsSt"):
+        convert.to_optax(state, tx, params, new)
+    assert_same(convert.to_optax(state, tx, params, new, check=False), new)
+    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, new), new)
+    assert_same(convert.from_optax(new, tx, params), state)
+    wide = jax.tree.map(jnp.asarray, PARAMS)
+    assert_same(convert.to_optax(tx.init(wide), tx, wide, new), new)
+
+
+def test_an_average_of_a_single_array():
+    tx, params = adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.9)), jnp.ones(2)
+    names = ("w_momentum", "w_velocity", "w_average")
+    variables = [("adam/iteration", np.array(7)), ("adam/learning_rate", np.float32(RATE))]
+    variables += [(f"adam/{name}", np.full(2, 0.5, np.float32)) for name in names]
+    state = convert.from_keras(variables, tx, params)
+    assert_same(adamjax.averaged_weights(state), jnp.full(2, 0.5))
+    for made, (name, x) in zip(
+        convert.to_keras(state, tx, params, variables), variables, strict=True
+    ):
+        np.testing.assert_array_equal(made, x, name)
 
 
 def test_a_complex_rate_is_refused():

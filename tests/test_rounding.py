@@ -229,6 +229,21 @@ def test_float16_is_refused():
             adamjax.scale_by_adam(**{name: "float16"})
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_donated_step_has_no_temporaries(rule):
+    """No widened copy of a leaf, and no copy of a slot."""
+    tx = adamjax.chain(RULES[rule](**NARROW), adamjax.scale(-0.1))
+    p = jnp.zeros((1000, 100))
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return adamjax.apply_updates(p, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    memory = jitted.lower(p, tx.init(p), p).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.01 * p.nbytes
+
+
 # --- weights --------------------------------------------------------------------------------------
 
 

@@ -1,36 +1,38 @@
-"""States from and to optax, Keras and torch: a run that goes on here, or there, where it stood.
+"""States from and to optax, Keras and torch, so that a run can go on in another system.
 
-What a system keeps is read into one form, by the path of a leaf: its moments, and the steps that
-they have taken. From that form a state is filled, ours or theirs. Neither optax nor Keras nor
-torch is imported: what a state holds is told by the classes of optax' states, the class or name
-of a Keras optimizer, and the keys of torch's groups. What is not known by these is refused.
+A conversion reads a state into one form (`source`): by the path of each leaf, its moments and the
+number of steps. From this form it fills the state of the other system. It imports neither optax nor
+Keras nor torch: it recognizes a state by the classes of optax' states, by the class or name of a
+Keras optimizer, or by the keys of torch's groups. It refuses a state that it does not recognize.
 
-A conversion is refused, with the leaf's path and what to do, where the run would not go on as it
-would have:
+It also refuses a state with which the run would not go on as before. The error names the leaf and
+says what to do. The reasons are:
 
-- **Another optimizer**, as far as it shows: AdaBelief, RMSprop, Lamb, RAdam and others keep what
-  looks alike. optax' RAdam, LAMB, Yogi and ADOPT have states of Adam's class, and arrays of Keras
-  without names do not say whose they are; of these, moments that no gradients can leave with the
-  betas of `tx` are refused, and the rest cannot be told.
-- **Leaves in another order**, where names show it (torch's `param_names`, Keras' variables).
-- **A form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and torch's
-  SparseAdam to the root (`eps_hat`). The rule of `tx` must have theirs.
-- **Hyperparameters**, as far as the source says them: torch's groups, what optax's
-  `inject_hyperparams` holds, the learning rate in Keras' variables. An optax state says nothing of
-  its betas, its epsilon, its `eps_root` (which must be 0) or its rate: build `tx` with the same.
-- **A rule of another form**, where it shows: optax' AMSGrad, whose maximum is over bias-corrected
-  moments; optax' Nadam, which has no momentum schedule; Adamax of optax and torch, whose epsilon
-  is inside the maximum. Both forms become one, for AMSGrad and Nadam with the steps taken, for
-  Adamax where gradients are large against epsilon; `rtol` says how close is close enough.
-- **A value that would be rounded** by the dtype that is to hold it.
+- **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. Two cases
+  do not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of Adam's class, and
+  Keras' arrays may have no names. Then moments are refused that no gradients can lead to with the
+  betas of `tx`; the others are taken.
+- **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
+- **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
+- **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
+  torch's SparseAdam to the root (`eps_hat`). The rule of `tx` must have the same form.
+- **Other hyperparameters**, if the source contains them: torch's groups do, and a Keras optimizer,
+  a state of optax' `inject_hyperparams`, and the learning rate in Keras' variables. Other states of
+  optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: build `tx` with the
+  same values.
+- **Another form of the rule.** optax' AMSGrad keeps the maximum of bias-corrected moments, optax'
+  Nadam has no momentum schedule, and Adamax of optax and torch has epsilon inside the maximum. For
+  AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
+  large against epsilon. `rtol` sets how much of a step may differ.
+- **Rounding**, if the target's dtype cannot hold a value.
 
-`check=False` takes the arrays all the same, and the run goes on as `tx` says.
+`check=False` takes the arrays all the same, and the run goes on with the hyperparameters of `tx`.
 
 >>> import adamjax, jax.numpy as jnp, optax
 >>> params = {"w": jnp.ones(2)}
->>> theirs = optax.adam(0.1)
->>> updates, state = theirs.update(params, theirs.init(params), params)
->>> tx = adamjax.adam(0.1, eps=1e-8)  # as optax's, which is on the corrected root
+>>> old = optax.adam(0.1)
+>>> updates, state = old.update(params, old.init(params), params)
+>>> tx = adamjax.adam(0.1, eps=1e-8)  # optax' epsilon, on the corrected root
 >>> adamjax.step_count(adamjax.convert.from_optax(state, tx, params))
 Array(1, dtype=int32)
 """

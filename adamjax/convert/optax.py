@@ -1,30 +1,23 @@
 """States from and to optax."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.convert.common import (
-    OPTAX,
-    RTOL,
-    Filling,
-    Gathered,
-    Kept,
-    Ours,
-    Said,
-    Source,
-    Translation,
-    as_expected,
-    expect_place_to_gather,
+from adamjax.convert.adamjax_state import AdamjaxState, initial_state
+from adamjax.convert.differences import Translation, expect_slots
+from adamjax.convert.hyperparameters import HyperparameterCheck
+from adamjax.convert.into_adamjax import into_adamjax
+from adamjax.convert.source import Count, Facts, Gathered, LeafMoments, Source
+from adamjax.convert.systems import OPTAX, RTOL
+from adamjax.convert.values import (
     field_names,
-    into_ours,
     is_container,
     leaves_by_path,
-    mapped,
-    new_ours,
+    map_items,
     steps_taken,
 )
 from adamjax.data import Tree
@@ -33,8 +26,8 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-# What optax' states are, by class and fields: the fields that each may have, in any version. One
-# that has others, or is of another package, is not known.
+# The states of optax: by the name of the class, the role, and the fields that a version may have.
+# A class with other fields, or of another package, is unknown.
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
@@ -63,7 +56,7 @@ _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
 
 
 def _role(x: Any) -> str | None:
-    """What a node of an optax state is: one of the known, "items", or `None`, not known."""
+    """The role of a node of an optax state: one of `_STATES`, "items", or `None` if unknown."""
     fields = field_names(x)
     if fields is None:
         return "items" if is_container(x) else None
@@ -73,19 +66,19 @@ def _role(x: Any) -> str | None:
     return role if fields in known else None
 
 
-# Hyperparameters by the names that optax gives them.
+# The hyperparameters of rules, by optax' names. adamjax has the same names.
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
-def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> dict[str, Any]:
-    """What `inject_hyperparams` says of its transform's hyperparameters."""
-    facts: dict[str, Any] = {"more": {}, "masks_decay": True}
+def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
+    """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
+    facts: Facts = {"more": {}, "masks_decay": True}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name not in ("learning_rate", "weight_decay"):
                 source.doubts.append(
-                    f"inject_hyperparams calls a schedule for {name}, which does not change "
-                    "between steps here: convert where it has come to its last value, from a "
+                    f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
+                    "in each step: convert when the schedule has reached its last value, from a "
                     "state in which it is a constant"
                 )
         elif name in _INJECTED and np.ndim(value) == 0:
@@ -95,33 +88,34 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> dict[str,
     return facts
 
 
-def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
+def _read(x: Any, source: Source, facts: Facts) -> None:
     role, owner = _role(x), source.owner
     if role == "rule":
-        names = [name for name in x._fields if name != "count"]
-        trees = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
-        kinds = ("amsgrad",) if "nu_max" in names else ("adam", "nadam", "adamax")
+        trees = {
+            name: leaves_by_path(owner, getattr(x, name)) for name in x._fields if name != "count"
+        }
+        kinds = ("amsgrad",) if "nu_max" in trees else ("adam", "nadam", "adamax")
         count = steps_taken(owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
         for path in trees["mu"]:
             slots = {name: tree[path] for name, tree in trees.items() if path in tree}
-            source.add(path, Kept(count, slots, kinds, facts=facts))
+            source.add(path, LeafMoments(count, slots, kinds, facts=facts))
     elif role == "count":
         source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
-        said = _injected(x, source, scheduled)
-        said = _with_facts(facts, said)
-        _read_optax(scheduled, source, {})
-        rules = sum(map(len, source.kept.values()))
-        _read_optax(x.inner_state, source, said)
-        if rules == sum(map(len, source.kept.values())):
-            if rules and "step_size" in said["more"]:  # of optax.scale, behind the rule
-                said["learning_rate"] = -said["more"].pop("step_size")
-            source.loose.append(said)
+        facts = _with_facts(facts, _injected(x, source, scheduled))
+        _read(scheduled, source, {})
+        rules = sum(map(len, source.moments.values()))
+        _read(x.inner_state, source, facts)
+        if rules == sum(map(len, source.moments.values())):
+            # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
+            if rules and "step_size" in facts["more"]:
+                facts["learning_rate"] = -facts["more"].pop("step_size")
+            source.loose_facts.append(facts)
     elif role == "gathered":
         if jax.tree.leaves(getattr(x, "skip_state", ())):
             source.doubts.append(
-                "MultiSteps skips some micro-batches (should_skip_update_fn), which "
+                "MultiSteps skips some micro-batches (should_skip_update_fn), and "
                 "accumulate_gradients does not: leave it out there, or skip whole steps here "
                 "(skip_not_finite)"
             )
@@ -129,65 +123,69 @@ def _read_optax(x: Any, source: Source, facts: dict[str, Any]) -> None:
         totals = {path: g * micro for path, g in leaves_by_path(owner, x.acc_grads).items()}
         source.gathered.append(Gathered(micro, totals))
         outside, source.gathers = source.gathers, True
-        _read_optax(x.inner_opt_state, source, facts)
+        _read(x.inner_opt_state, source, facts)
         source.gathers = outside
     elif role == "skipped":
         source.skipped = (source.skipped or 0) + int(x.total_notfinite)
-        _read_optax(x.inner_state, source, facts)
+        _read(x.inner_state, source, facts)
     elif role == "inner":
-        # What counts in here is of the leaves in here.
-        inner = Source(owner, gathers=source.gathers)
-        _read_optax(x[0], inner, facts)
-        if inner.kept:
-            _give_loose_facts(inner)
-        else:
-            _pass_loose_facts(inner, source)
-        leaves = frozenset(inner.kept) or None
-        for path, several in inner.kept.items():
-            source.kept.setdefault(path, []).extend(several)
-        source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
-        source.others += inner.others
-        source.doubts += inner.doubts
-        source.gathered += inner.gathered
-        source.skipped = inner.skipped if source.skipped is None else source.skipped
+        _read_inner(x[0], source, facts)
     elif role == "items":
         for item in _items(x):
-            _read_optax(item, source, facts)
+            _read(item, source, facts)
     elif jax.tree.leaves(x):
-        source.others.append(x)
+        source.other_states.append(x)
 
 
-def _with_facts(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """What is said of hyperparameters, and what is said besides."""
+def _read_inner(x: Any, source: Source, facts: Facts) -> None:
+    """Reads a state inside of a mask or a partition: its counts are those of its leaves."""
+    inner = Source(source.owner, gathers=source.gathers)
+    _read(x, inner, facts)
+    if inner.moments:
+        _give_loose_facts(inner)
+    else:
+        _pass_loose_facts(inner, source)
+    leaves = frozenset(inner.moments) or None
+    for path, several in inner.moments.items():
+        source.moments.setdefault(path, []).extend(several)
+    source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
+    source.other_states += inner.other_states
+    source.doubts += inner.doubts
+    source.gathered += inner.gathered
+    source.skipped = inner.skipped if source.skipped is None else source.skipped
+
+
+def _with_facts(facts: Facts, more: Facts) -> Facts:
+    """Both dictionaries of facts; the second one has precedence."""
     both = {**facts.get("more", {}), **more.get("more", {})}
     return {**facts, **more, "more": both}
 
 
 def _give_loose_facts(source: Source) -> None:
-    """Gives what is said outside of any rule to the rules of the leaves that go through it."""
-    for facts in source.loose:
-        for several in source.kept.values():
+    """Adds the facts that belong to no rule to each leaf's last rule."""
+    for facts in source.loose_facts:
+        for several in source.moments.values():
             several[-1].facts = _with_facts(several[-1].facts, facts)
-    source.loose = []
+    source.loose_facts = []
 
 
 def _pass_loose_facts(inner: Source, source: Source) -> None:
-    """Passes on what is said within a mask of no rule, whose leaves the state does not say."""
-    for facts in inner.loose:
+    """Passes on the facts from a mask without a rule, where the state does not show the leaves."""
+    rates = ("learning_rate", "step_size")
+    for facts in inner.loose_facts:
         if "learning_rate" in facts or "step_size" in facts["more"]:
             source.doubts.append(
                 "inject_hyperparams holds a rate within a mask or a part that has no rule, and "
                 "the state does not say for which leaves: see that tx has this rate for them"
             )
-        rates = ("learning_rate", "step_size")
         more = {name: x for name, x in facts["more"].items() if name not in rates}
         rest = {name: x for name, x in facts.items() if name not in rates}
-        source.loose.append({**rest, "more": more})
+        source.loose_facts.append({**rest, "more": more})
 
 
 def _read_state(owner: str, state: Any) -> Source:
     source = Source(owner)
-    _read_optax(state, source, {})
+    _read(state, source, {})
     _give_loose_facts(source)
     return source
 
@@ -196,67 +194,63 @@ def _items(x: Any) -> list[Any]:
     return [x[key] for key in sorted(x, key=str)] if isinstance(x, Mapping) else list(x)
 
 
-class _IntoOptax:
-    """Fills a state of optax."""
+class _OptaxFilling(Translation):
+    """Fills the states inside of a state of optax, one by one."""
 
-    def __init__(self, ours: Ours, target: Source, check: bool, rtol: float) -> None:
-        self.ours, self.source, self.owner = ours, ours.read(), ours.owner
-        # Whether what is being filled counts steps, and not calls.
-        self.gathers = False
-        self.filling = Filling(self.source, check)
-        self.translation = Translation(self.filling, OPTAX, rtol)
-        self.counts = iter(target.counts)
-
-    def _count(self, leaves: frozenset[str] | None, like: Any) -> Any:
-        calls = None if self.gathers else self.ours.calls(self.source, leaves)
-        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
+    def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
+        self.counts = iter(counts)
+        state = self.fill(target)
+        self.finish()
+        return state
 
     def fill(self, x: Any) -> Any:
         role = _role(x)
         if role == "rule":
-            return self._rule(x, x._fields)
+            return self._fill_rule(x)
         if role == "count":
-            return x._replace(count=self._count(next(self.counts).leaves, x.count))
+            return x._replace(count=self.schedule_count(next(self.counts).leaves, x.count))
         if role == "hyperparams":
-            kept = {k: self.fill(getattr(x, k)) for k in x._fields if k == "hyperparams_states"}
-            kept["count"] = self._count(None, x.count)
-            return x._replace(inner_state=self.fill(x.inner_state), **kept)
+            if "hyperparams_states" in x._fields:
+                x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
+            count = self.schedule_count(None, x.count)
+            return x._replace(inner_state=self.fill(x.inner_state), count=count)
         if role == "gathered":
-            return self._gathering(x)
+            return self._fill_gathered(x)
         if role == "skipped":
             skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
         if role == "inner":
             return type(x)(self.fill(x[0]))
         if role == "items":
-            return mapped(self.fill, x)
-        return self.filling.other(x) if jax.tree.leaves(x) else x
+            return map_items(self.fill, x)
+        return self.other_state(x) if jax.tree.leaves(x) else x
 
-    def _rule(self, x: Any, fields: tuple[str, ...]) -> Any:
-        values: dict[str, dict[str, Any]] = {name: {} for name in fields if name != "count"}
-        found: dict[str, Kept] = {}
+    def _fill_rule(self, x: Any) -> Any:
+        values: dict[str, dict[str, Any]] = {name: {} for name in x._fields if name != "count"}
+        moments: dict[str, LeafMoments] = {}
         for path in leaves_by_path(self.owner, x.mu):
-            kind, found[path], slots = self.translation.to_theirs(path)
-            as_expected(self.owner, OPTAX, kind, path, Kept(0, dict.fromkeys(values)))
+            kind, moments[path], slots = self.from_adamjax(path)
+            expect_slots(self.owner, OPTAX, kind, path, LeafMoments(0, dict.fromkeys(values)))
             for name, array in slots.items():
                 values[name][path] = array
-        trees = {k: self.filling.tree(k, v, getattr(x, k)) for k, v in values.items()}
-        return x._replace(count=jnp.asarray(self.filling.counted(found), x.count.dtype), **trees)
+        trees = {k: self.tree(k, v, getattr(x, k)) for k, v in values.items()}
+        count = self.common_count(moments)
+        return x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
 
-    def _gathering(self, x: Any) -> Any:
+    def _fill_gathered(self, x: Any) -> Any:
         mean: Any = x.acc_grads
         leaves = frozenset(leaves_by_path(self.owner, mean))
         micro, totals = self.source.gathered_of(leaves) or (0, {})
         if micro:
-            dense = {
-                p: t.to_dense() if isinstance(t, RowGradient) else t for p, t in totals.items()
+            means = {
+                path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
+                for path, total in totals.items()
             }
-            means = {p: t / micro for p, t in dense.items()}
-            mean = self.filling.tree("the gathered gradient", means, mean)
+            mean = self.tree("the gathered gradient", means, mean)
         outside, self.gathers = self.gathers, True
         made = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
-            gradient_step=self._count(leaves, x.gradient_step),
+            gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
@@ -275,36 +269,37 @@ def from_optax(
 ) -> Any:
     """The state of `tx` that goes on from a state of an optax transform.
 
-    Moments are found at any depth of optax' `chain`, `masked`, `multi_transform` (`partition`),
-    `inject_hyperparams`, `MultiSteps` and `apply_if_finite`, by the path of their leaf, so `tx`
-    may be put together in another way: through `masked`, `partition`, `exact_rows` (where all rows
-    are then up to date), `accumulate_gradients` or `skip_not_finite`. If a leaf goes through
-    several rules, they correspond in their order.
+    The conversion finds moments by the paths of their leaves, at any depth of optax' `chain`,
+    `masked`, `multi_transform` (`partition`), `inject_hyperparams`, `MultiSteps` and
+    `apply_if_finite`. So `tx` may be composed in another way, with `masked`, `partition`,
+    `exact_rows` (whose rows are then all up to date), `accumulate_gradients` or `skip_not_finite`.
+    If a leaf goes through several rules, they correspond in their order.
 
     Args:
-      source_state: what the optax transform's `init` or `update` returned, of `adam`, `adamw`,
-        `nadam`, `amsgrad`, `adamax` and the transforms they are made of. A state is known by its
-        class. One class serves optax's `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
-        `contrib.adopt`: which of them a state is of, only `tx` says.
-      tx: a transform of ours, with the hyperparameters of the optax transform. Those that
-        `inject_hyperparams` holds are compared; else a state says nothing of b1, b2, `eps`
-        (optax's epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
-        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Nor does that of
-        `MultiSteps` say whether it takes the mean of its micro-batches, as it does by default and
+      source_state: the state that the optax transform's `init` or `update` returned, of `adam`,
+        `adamw`, `nadam`, `amsgrad`, `adamax` and the transforms they consist of. A state is
+        recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
+        `contrib.adopt` share one class, so only `tx` shows which of them made the state.
+      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those that
+        `inject_hyperparams` holds are compared. Other states do not contain b1, b2, `eps` (optax'
+        epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
+        (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
+        not show whether it takes the mean of its micro-batches, as it does by default and as
         `accumulate_gradients` does, or their sum.
       params: the parameters at that step.
-      average: for a `weight_ema` in `tx`, the average so far, a tree like `params`: optax' states
-        hold none.
-      check: whether to refuse what would not go on as before; see the module.
-      rtol: how much of a step may differ where the rule has another form there (AMSGrad, Nadam,
-        Adamax), at least 0.
+      average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
+        have none.
+      check: whether to refuse a state with which the run would not go on as before; see the module.
+      rtol: how much of itself a step may differ by, where optax' rule has another form (AMSGrad,
+        Nadam, Adamax). At least 0.
 
     Returns:
-      A state like that of `tx.init(params)`; its arrays are copies. Schedules go on from the
-      count of optax' schedules, or that of the rule where a rate was constant.
+      A state like that of `tx.init(params)`. Its arrays are copies. Schedules go on from the count
+      of optax' schedules or, where a rate was constant, from the count of the rule.
 
     Raises:
-      ValueError: something does not fit or would not go on as before. The message names the leaf.
+      ValueError: something does not fit, or the run would not go on as before. The message names
+        the leaf.
 
     >>> import adamjax, jax.numpy as jnp, optax
     >>> params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, -2.0])}
@@ -316,8 +311,8 @@ def from_optax(
     (Array(1, dtype=int32), Array([ 0.1, -0.2], dtype=float32))
     """
     source = _read_state("from_optax", source_state)
-    new = new_ours("from_optax", tx, params)
-    return into_ours(source, OPTAX, new, average, check, rtol)
+    new = initial_state("from_optax", tx, params)
+    return into_adamjax(source, OPTAX, new, average, check, rtol)
 
 
 def to_optax(
@@ -326,16 +321,16 @@ def to_optax(
     """The state of an optax transform that goes on from a state of `tx`.
 
     Args:
-      state: a state of `tx`. Rows of `exact_rows` must be up to date: `flush` both first.
-      tx: the transform of ours.
+      state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
+      tx: a transform of adamjax.
       params: the parameters at that step.
-      target: a state as the optax transform's `init(params)` gives it; its dtypes are kept, and
-        the hyperparameters that `inject_hyperparams` holds.
+      target: the state of the optax transform's `init(params)`. Its dtypes stay, and so do the
+        hyperparameters that `inject_hyperparams` holds.
       check, rtol: as for `from_optax`.
 
     Returns:
-      A state like `target`; its arrays are copies. An average of the weights has no place in it:
-      read it with `averaged_weights`.
+      A state like `target`. Its arrays are copies. It has no place for an average of the weights:
+      read that with `averaged_weights`.
 
     Raises:
       ValueError: as for `from_optax`.
@@ -349,12 +344,10 @@ def to_optax(
     >>> new_state[0].mu["w"]
     Array([ 0.1, -0.2], dtype=float32)
     """
-    ours, wanted = Ours("to_optax", tx, state, params), _read_state("to_optax", target)
-    wanted.refuse_doubts(check)
-    into = _IntoOptax(ours, wanted, check, rtol)
-    expect_place_to_gather("to_optax", into.source, wanted)
-    made = into.fill(target)
-    into.filling.finish()
+    ours, wanted = AdamjaxState("to_optax", tx, state, params), _read_state("to_optax", target)
+    source = ours.read_for(wanted, check)
+    filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
+    made = filling.filled_state(target, wanted.counts)
     if check:
-        Said(ours, OPTAX).check(wanted.kept)
+        HyperparameterCheck(ours, OPTAX).check(wanted.moments)
     return made

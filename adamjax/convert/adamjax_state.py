@@ -1,0 +1,190 @@
+"""A state of adamjax, read into the one form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.average import WeightEmaState
+from adamjax.convert.source import Gathered, LeafMoments, Source, meet
+from adamjax.convert.systems import kind_of, rule_slots
+from adamjax.convert.values import field_names, is_container, leaves_by_path, steps_taken
+from adamjax.data import Tree
+from adamjax.exact import ExactRowsState
+from adamjax.grouping import grouped
+from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
+from adamjax.master import master_weights
+from adamjax.paths import unique_paths
+from adamjax.scaling import ScheduleState
+from adamjax.structure import Part, slot_states, walk
+from adamjax.transform import Rule, as_transform
+
+__all__ = ["AdamjaxState", "contains_states", "initial_state"]
+
+
+def _is_of_adamjax(x: Any) -> bool:
+    return type(x).__module__.split(".")[0] == "adamjax"
+
+
+def contains_states(x: Any) -> bool:
+    """Whether a node of a state is a container in which states of adamjax may be."""
+    if not is_container(x):
+        return False
+    if field_names(x) is None or _is_of_adamjax(x):
+        return True
+    return any(map(_is_of_adamjax, jax.tree.leaves(x, is_leaf=_is_of_adamjax)))
+
+
+class AdamjaxState:
+    """A state with the transform that made it, and the parameters.
+
+    Attributes:
+      owner: the name of the conversion, for errors.
+      tx, state, params: the three.
+      parts: the transform and its parts, each with its state.
+      kinds: the kinds of the rules whose states are in the state, in their order.
+      gathering: for each `accumulate_gradients`, its number of steps and the paths of its leaves.
+
+    Raises:
+      ValueError: two leaves have one path, leaves are joined by `grouped`, or there is a rule that
+        conversions do not know.
+    """
+
+    def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
+        self.owner, self.state, self.params = owner, state, params
+        unique_paths(owner, params)
+        self.tx = as_transform(tx)
+        self.parts = list(walk(self.tx, state, params))
+        for part in self.parts:
+            if isinstance(part.tx, grouped):
+                raise ValueError(
+                    f"{owner}: {part.tx!r} keeps leaves joined. Convert the state of the transform "
+                    "without grouped; grouped.split and grouped.join take a state apart and put it "
+                    "together"
+                )
+            if isinstance(part.tx, master_weights):
+                raise ValueError(
+                    f"{owner}: {part.tx!r} has float32 weights in its state, which other systems "
+                    "keep elsewhere. Convert the inner state with the float32 weights as "
+                    "parameters, and put both together: MasterWeightsState(weights, inner)"
+                )
+        self.gathering = [
+            (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
+            for part in self.parts
+            if isinstance(part.tx, accumulate_gradients)
+        ]
+        # Where several parts share a state, as masked and its transform do: the innermost.
+        self._part_of = {id(part.state): part for part in self.parts}
+        for part in self.parts:
+            if isinstance(part.tx, Rule):
+                kind_of(owner, part.state, part.tx)
+        # With the rules inside of transforms from elsewhere, which are no parts.
+        states = [x for x in slot_states(state) if rule_slots(x)]
+        self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
+
+    def part(self, state: Any) -> Part | None:
+        """The part that a state belongs to; `None` inside of a transform from elsewhere."""
+        part = self._part_of.get(id(state))
+        return part if part is not None and part.state is state else None
+
+    def _tx_of(self, state: Any) -> Any:
+        part = self.part(state)
+        return None if part is None else part.tx
+
+    def leaves(self, state: Any) -> frozenset[str] | None:
+        """The paths of the leaves that the part of this state sees."""
+        part = self.part(state)
+        return None if part is None else frozenset(leaves_by_path(self.owner, part.params))
+
+    def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
+        """How many calls a step of these leaves takes, and how many there were since the last."""
+        for steps, own in self.gathering:
+            if meet(own, leaves):
+                gathered = source.gathered_of(leaves)
+                return steps, gathered.micro if gathered else 0
+        return 1, 0
+
+    def read_for(self, target: Source, check: bool) -> Source:
+        """The state in the one form, with adamjax's names of slots.
+
+        Args:
+          target: the state of the other system that is to be filled, in the one form.
+          check: whether to refuse doubts.
+        """
+        target.refuse_doubts(check)
+        source = Source(self.owner)
+        self._read(self.state, source)
+        source.refuse_doubts(check)
+        source.expect_place_to_gather(target)
+        return source
+
+    def _read(self, x: Any, source: Source) -> None:
+        owner = self.owner
+        if names := rule_slots(x):
+            rule, kind = self._tx_of(x), kind_of(owner, x, self._tx_of(x))
+            trees = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
+            self._expect_leaves(trees[names[0]], x)
+            count = steps_taken(owner, "a rule", x.count)
+            product = getattr(x, "momentum_product", None)
+            for path in trees[names[0]]:
+                slots = {name: tree[path] for name, tree in trees.items()}
+                source.add(path, LeafMoments(count, slots, (kind,), product, rule=rule))
+        elif isinstance(x, ScheduleState):
+            source.add_count(steps_taken(owner, "a schedule", x.count), self.leaves(x))
+        elif isinstance(x, WeightEmaState):
+            average = leaves_by_path(owner, x.average)
+            source.average = {**(source.average or {}), **average}
+        elif isinstance(x, AccumulateGradientsState):
+            micro = steps_taken(owner, "micro-batches", x.micro_count)
+            source.gathered.append(Gathered(micro, leaves_by_path(owner, x.total)))
+            outside, source.gathers = source.gathers, True
+            self._read(x.inner, source)
+            source.gathers = outside
+        elif isinstance(x, SkipNotFiniteState):
+            source.skipped = (source.skipped or 0) + int(x.skipped)
+            self._read(x.inner, source)
+        elif isinstance(x, ExactRowsState):
+            for path, table in x.tables.items():
+                if not bool(jnp.all(table.last == x.clock)):
+                    raise ValueError(
+                        f"{owner}: rows of the table {path!r} lag behind: first bring all up to "
+                        "date, params, state = tx.flush(params, state)"
+                    )
+            self._read(x.inner, source)
+        elif contains_states(x):
+            lost = [name for name in getattr(x, "slots", ()) if jax.tree.leaves(getattr(x, name))]
+            if lost:
+                source.doubts.append(
+                    f"the state keeps {' and '.join(lost)} in a {type(x).__name__}, and the target "
+                    "has no place for this: convert the transform and the state inside of it"
+                )
+            for item in x.values() if isinstance(x, Mapping) else x:
+                if is_container(item):
+                    self._read(item, source)
+        elif jax.tree.leaves(x):
+            source.other_states.append(x)
+
+    def _expect_leaves(self, slot: Mapping[str, Any], state: Any) -> None:
+        """Refuses parameters of another state: everything is compared by path."""
+        part = self.part(state)
+        if part is None:
+            return
+        params = leaves_by_path(self.owner, part.params)
+        for path in (*slot, *params):
+            in_params, in_state = (
+                f"of shape {list(np.shape(tree[path]))}" if path in tree else "not there"
+                for tree in (params, slot)
+            )
+            if in_params != in_state:
+                raise ValueError(
+                    f"{self.owner}: the leaf {path!r} is {in_params} in params and {in_state} in "
+                    "the state: pass the parameters that the state belongs to"
+                )
+
+
+def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
+    """The state of `tx.init(params)`, to be filled."""
+    tx = as_transform(tx)
+    return AdamjaxState(owner, tx, tx.init(params), params)

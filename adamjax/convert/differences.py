@@ -1,0 +1,199 @@
+"""Where the rules of two systems differ, by how much, and what no rule can have kept."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.filling import Filling
+from adamjax.convert.source import LeafMoments, Slots, Source
+from adamjax.convert.systems import KINDS, System
+from adamjax.convert.values import number_of
+
+__all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
+
+
+def expect_slots(owner: str, system: System, kind: str, path: str, moments: LeafMoments) -> None:
+    """Refuses a leaf's slots if they are not those of this kind of rule."""
+    wanted = set(system.slot_names[kind].values())
+    slots, kinds = moments.slots, moments.kinds
+    if kind not in kinds or (slots is not None and set(slots) != wanted):
+        keeps = "nothing so far" if slots is None else sorted(slots)
+        of = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
+        raise ValueError(
+            f"{owner}: {system.name} keeps {keeps} of {path!r}{of}, but for {kind} "
+            f"expected {sorted(wanted)}: build both with the same rule"
+        )
+
+
+def _largest_ratio(kind: str, rule: Any) -> float:
+    """The largest m / sqrt(v), or m / u of Adamax, that any gradients can lead to.
+
+    By Cauchy and Schwarz, m**2 <= c * v, where c is the sum over k of
+    `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`. And m <= c * u, where c is the sum of
+    `(1 - b1) * b1**k / b2**k`.
+    """
+    b1, b2 = float(rule.b1), float(rule.b2)
+    falls = math.inf if b2 == 0 else b1 / b2 if kind == "adamax" else b1 * b1 / b2
+    if falls >= 1 or b2 >= 1:
+        return math.inf
+    if kind == "adamax":
+        return (1 - b1) / (1 - falls)
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - falls))
+
+
+def _wide_dtype(x: Any) -> Any:
+    """float32 for an array of at most 32 bits, else float64."""
+    return np.float32 if np.dtype(x.dtype).itemsize <= 4 else np.float64
+
+
+class Translation(Filling):
+    """A filling that translates slots from another system to adamjax, or back.
+
+    Attributes:
+      system: the other system.
+      rtol: how much of itself a step may differ by.
+    """
+
+    def __init__(
+        self, source: Source, ours: AdamjaxState, system: System, check: bool, rtol: float
+    ) -> None:
+        super().__init__(source, ours, check)
+        if not number_of(self.owner, "rtol", rtol) >= 0:
+            raise ValueError(f"{self.owner}: rtol is {rtol!r}, expected a number of at least 0")
+        self.system, self.rtol = system, rtol if check else math.inf
+
+    def to_adamjax(self, rule: Any, kind: str, path: str, moments: LeafMoments) -> Slots | None:
+        """The slots of a leaf by adamjax's names; `None` if it has taken no step yet."""
+        expect_slots(self.owner, self.system, kind, path, moments)
+        if moments.slots is None:
+            return None
+        names, count = self.system.slot_names[kind], moments.count
+        slots = {name: moments.slots[other] for name, other in names.items()}
+        self._expect_close(rule, kind, path, count, slots)
+        self._expect_possible(rule, kind, path, count, slots)
+        if kind == "adamax" and self.system.eps_inside:
+            u = np.asarray(slots["u"], np.float64) - float(rule.eps)
+            slots["u"] = np.maximum(u, 0).astype(_wide_dtype(slots["u"]))
+        return slots
+
+    def from_adamjax(self, path: str) -> tuple[str, LeafMoments, Slots]:
+        """The kind of a leaf's next rule, its moments, and the slots by the system's names."""
+        moments = self.take(path)
+        (kind,), rule, count = moments.kinds, moments.rule, moments.count
+        slots = dict(moments.slots or {})
+        self._expect_possible(None, kind, path, count, slots)
+        if kind == "adamax" and self.system.eps_inside:
+            u = np.asarray(slots["u"], np.float64) + float(rule.eps)
+            # Before the first step there is no maximum.
+            u = u if count else np.zeros_like(u)
+            slots["u"] = u.astype(_wide_dtype(slots["u"]))
+        self._expect_close(rule, kind, path, count, slots)
+        names = self.system.slot_names[kind]
+        return kind, moments, {names[name]: x for name, x in slots.items()}
+
+    def _expect_close(self, rule: Any, kind: str, path: str, count: int, slots: Slots) -> None:
+        difference, why = self._difference(rule, kind, count, slots)
+        if difference > self.rtol:
+            raise ValueError(
+                f"{self.owner}: {self.system.name}'s {kind} is not the one here: {why}. "
+                f"For the leaf {path!r}, after {count} steps, a step may differ by "
+                f"{difference:.1g} of itself. To convert it all the same pass "
+                f"rtol={1.05 * difference:.1e}"
+            )
+
+    def _difference(self, rule: Any, kind: str, count: int, slots: Slots) -> tuple[float, str]:
+        """How much of itself a step may differ by where the rule has another form, and why.
+
+        Args:
+          slots: by adamjax's names; Adamax' `u` with epsilon inside.
+        """
+        if kind == "amsgrad" and self.system.corrected_maximum:
+            return 0.5 * float(rule.b2) ** count, (
+                "it keeps the maximum of bias-corrected moments, and that of the moments "
+                "themselves cannot be computed from it; the more steps were taken, the less it "
+                "matters"
+            )
+        if kind == "nadam" and self.system.plain_nadam:
+            return float(rule.b1) ** count + 0.5 * 0.96 ** (count + 1), (
+                "its momentum has no schedule; the more steps were taken, the less it matters"
+            )
+        if kind == "adamax" and self.system.eps_inside:
+            moving = np.asarray(slots["m"]) != 0
+            least = float(np.min(np.asarray(slots["u"], np.float64), where=moving, initial=np.inf))
+            return (math.inf if least == 0 else float(rule.eps) / least), (
+                f"it has epsilon inside the maximum, where it decays; the maximum is {least:.1g} "
+                "at least, and the larger it is, the less it matters"
+            )
+        return 0.0, ""
+
+    def _expect_possible(self, rule: Any, kind: str, path: str, count: int, slots: Slots) -> None:
+        """Refuses slots that no sequence of gradients can lead to.
+
+        Args:
+          rule: the rule, whose betas bound the moments; `None` if any betas are possible.
+          slots: by adamjax's names.
+        """
+        if not self.check:
+            return
+        names = self.system.slot_names[kind]
+
+        def refuse(what: str) -> None:
+            raise ValueError(
+                f"{self.owner}: {what} of {path!r}, which {kind} cannot have: is this the state of "
+                f"another optimizer of {self.system.name} or of other betas, or are the leaves in "
+                "another order? check=False takes it"
+            )
+
+        # Arrays of JAX stay on their devices, which may be those of other processes.
+        on_device = all(isinstance(x, jax.Array) for x in slots.values())
+        xp: Any = jnp if on_device else np
+        for name, x in slots.items():
+            if not bool(xp.all(xp.isfinite(x))):
+                refuse(f"{names[name]} has values that are not finite")
+            if name != "m" and bool(xp.any(xp.real(x) < 0)):
+                refuse(f"{names[name]} has values below 0")
+            if count == 0 and bool(xp.any(x != 0)):
+                refuse(f"{names[name]} is not 0 after 0 steps")
+        if len({np.shape(x) for x in slots.values()}) > 1:
+            return  # `array` refuses these.
+        wide = {name: xp.abs(x).astype(_wide_dtype(xp.real(x))) for name, x in slots.items()}
+        largest = kind == "amsgrad" and not self.system.corrected_maximum
+        if largest and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):
+            refuse(f"{names['v_max']} is below {names['v']}")
+        if rule is None:
+            return
+        second, most = "u" if kind == "adamax" else "v", _largest_ratio(kind, rule)
+        if kind == "adamax":
+            size = wide["u"] + float(rule.eps or 0)
+        else:
+            # Squares below the dtype's smallest number are lost.
+            smallest = float(jnp.finfo(slots["v"].dtype).smallest_subnormal)
+            size = xp.sqrt(wide["v"] + max(1e-34, smallest / (1 - float(rule.b2))))
+        # Twice the bound, as moments may be rounded to few bits.
+        if math.isfinite(most) and bool(xp.any(wide["m"] > 2 * most * size + 1e-18)):
+            refuse(f"{names['m']} is larger than {names[second]} allows")
+
+
+def nadam_product(b1: Any, count: int) -> float:
+    """The product of Nadam's momenta after this number of steps."""
+    steps = np.arange(1, count + 1, dtype=np.float64)
+    return float(np.prod(float(b1) * (1 - 0.5 * 0.96**steps)))
+
+
+def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:
+    """Refuses a product of other momenta than Nadam's, each of which may have been rounded."""
+    expected = nadam_product(b1, count)
+    rounded = count * float(jnp.finfo(np.asarray(product).dtype).eps)
+    rtol = max(1e-3, rounded)
+    if not math.isclose(float(product), expected, rel_tol=rtol, abs_tol=1e-30):
+        raise ValueError(
+            f"{owner}: the product of momenta is {float(product):g} after {count} steps, but with "
+            f"the b1 of tx and the momentum b1 * (1 - 0.5 * 0.96**t) it is {expected:g}: build tx "
+            "with the b1 of the source. A Nadam with another schedule of the momentum "
+            "(schedule_decay of legacy Keras) is another optimizer: start anew, tx.init(params), "
+            "or pass check=False"
+        )

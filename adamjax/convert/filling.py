@@ -1,0 +1,157 @@
+"""Filling a state from the one form: what is taken is checked, and nothing may be left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.source import LeafMoments, Source
+from adamjax.convert.values import class_name
+from adamjax.data import Tree
+from adamjax.layout import laid_out_like
+from adamjax.leaves import is_left_alone
+from adamjax.paths import flatten, leaf_paths
+
+__all__ = ["Filling"]
+
+
+class Filling:
+    """Hands out the pieces of a source one by one.
+
+    Attributes:
+      source: the source.
+      ours: the state of adamjax that the source is read from, or that is filled.
+      check: whether to refuse to round values.
+      taken: by path, how many rules' moments were handed out.
+      other_states: the states of other transforms that were not handed out yet.
+      gathers: whether the state that is being filled counts steps of several calls each.
+    """
+
+    def __init__(self, source: Source, ours: AdamjaxState, check: bool) -> None:
+        self.source, self.ours, self.check, self.owner = source, ours, check, source.owner
+        self.taken: dict[str, int] = {}
+        self.other_states = list(source.other_states)
+        self.gathers = False
+
+    def take(self, path: str) -> LeafMoments:
+        """The moments of a leaf for the next rule on its way."""
+        several, i = self.source.moments.get(path, []), self.taken.get(path, 0)
+        if i >= len(several):
+            has = "no moments" if not several else f"the moments of {len(several)} rule(s) only"
+            known = sorted(self.source.moments)
+            mend = "keep the rule from this leaf with masked or partition, or name leaves alike"
+            if self.other_states:
+                mend = (
+                    f"conversions do not know its {class_name(self.other_states[0])}: convert a "
+                    "state of Adam, AMSGrad, Nadam or Adamax"
+                )
+            raise ValueError(
+                f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "
+                f"{known[:5]}{' and others' if len(known) > 5 else ''}): {mend}"
+            )
+        self.taken[path] = i + 1
+        return several[i]
+
+    def common_count(self, moments: Mapping[str, LeafMoments]) -> int:
+        """The number of steps that leaves of one rule have taken."""
+        first_of: dict[int, str] = {}
+        for path, one in moments.items():
+            first_of.setdefault(one.count, path)
+        if len(first_of) > 1:
+            (a, first), (b, second) = list(first_of.items())[:2]
+            raise ValueError(
+                f"{self.owner}: {first!r} has taken {a} steps and {second!r} {b}, but one rule "
+                "counts the steps of all its leaves: give them rules of their own with partition, "
+                "or leave out one that is not trained with masked"
+            )
+        return next(iter(first_of), 0)
+
+    def schedule_count(self, leaves: frozenset[str] | None, like: Any) -> Any:
+        """The count of a schedule of these leaves, in the dtype of another count."""
+        calls = None if self.gathers else self.ours.calls(self.source, leaves)
+        return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
+
+    def array(self, path: str, name: str, x: Any, like: Any) -> Any:
+        """A copy of an array in the dtype, the place and the memory layout of another."""
+        what = f"{self.owner}: {name} of {path!r}"
+        if np.shape(x) != np.shape(like):
+            raise ValueError(
+                f"{what} has shape {list(np.shape(x))}, expected {list(np.shape(like))}, that of "
+                "the leaf: are the leaves in the right order, or is one of the two transposed?"
+            )
+        old, new = np.dtype(x.dtype), np.dtype(like.dtype)
+        if not jnp.issubdtype(new, jnp.inexact):
+            raise ValueError(
+                f"{what} is {new.name} in the target, expected floats like {old.name}: is it this "
+                "optimizer's array?"
+            )
+        if not jnp.issubdtype(old, jnp.inexact):
+            raise ValueError(
+                f"{what} is {old.name}, expected floats like {new.name}: is it this optimizer's "
+                "array?"
+            )
+        if jnp.issubdtype(old, jnp.complexfloating) != jnp.issubdtype(new, jnp.complexfloating):
+            raise ValueError(
+                f"{what} is {old.name}, expected {new.name}: here m of a complex leaf is complex "
+                "and v is real, the average of abs(g)**2"
+            )
+        if self.check and jnp.finfo(old).nmant > jnp.finfo(new).nmant:
+            wide = np.asarray(x)
+            if np.any(wide.astype(new).astype(old) != wide):
+                raise ValueError(
+                    f"{what} is {old.name} and would be rounded to {new.name}: keep it wider "
+                    "(m_dtype, v_dtype, or optax' mu_dtype), or pass check=False to round it"
+                )
+        if not isinstance(like, jax.Array):
+            return np.array(x, new)
+        made = jnp.array(x, new, copy=True)
+        if made.sharding != like.sharding:
+            made = jax.device_put(made, like.sharding)
+        return laid_out_like(made, like)
+
+    def tree(self, name: str, values: Mapping[str, Any], like: Tree) -> Any:
+        """A tree like another, with the values of each leaf's path."""
+        leaves, treedef = flatten(like)
+        for i, path in enumerate(leaf_paths(like)):
+            if leaves[i] is not None and not is_left_alone(leaves[i]):
+                if path not in values:
+                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}")
+                leaves[i] = self.array(path, name, values[path], leaves[i])
+        return treedef.unflatten(leaves)
+
+    def other_state(self, like: Any) -> Any:
+        """A copy of the source's state of a transform that conversions do not know."""
+        for i, x in enumerate(self.other_states):
+            if type(x) is type(like) and _avals(x) == _avals(like):
+                del self.other_states[i]
+                return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
+        raise ValueError(
+            f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes, "
+            f"and tx or the target has one ({class_name(like)}): leave that transform out, or "
+            "start it anew and set its state by hand"
+        )
+
+    def finish(self) -> None:
+        """Refuses to leave anything of the source."""
+        for path, several in self.source.moments.items():
+            if self.taken.get(path, 0) < len(several):
+                raise ValueError(
+                    f"{self.owner}: the moments of the leaf {path!r} have no place: no rule of the "
+                    "state to be filled sees this leaf. Change the patterns of masked and "
+                    "partition, or drop the moments from the source"
+                )
+        if self.other_states:
+            raise ValueError(
+                f"{self.owner}: there is no place for a {type(self.other_states[0]).__name__} of "
+                f"the source ({class_name(self.other_states[0])}): convert chains of the same "
+                "transforms"
+            )
+
+
+def _avals(tree: Any) -> tuple[Any, ...]:
+    """The structure of a tree and the shapes and dtypes of its leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(np.shape(x), jnp.result_type(x)) for x in leaves]

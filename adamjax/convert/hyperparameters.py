@@ -1,0 +1,226 @@
+"""Comparing the hyperparameters that another system states with those of a transform."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adamjax._compat import in_float64
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.source import Facts, LeafMoments
+from adamjax.convert.systems import System, kind_of
+from adamjax.convert.values import leaves_by_path, same_value
+from adamjax.exact import exact_rows
+from adamjax.paths import leaf_paths
+from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
+from adamjax.schedule import by_path, rate_at
+from adamjax.structure import Part
+from adamjax.transform import Rule
+
+__all__ = ["HyperparameterCheck"]
+
+
+class HyperparameterCheck:
+    """Refuses a transform whose hyperparameters are not those that a system states.
+
+    The facts of a leaf and a rule are a dictionary. Each key may be missing; then it is not
+    compared. The keys:
+
+    - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
+      system's usual one.
+    - `learning_rate`: the rate of the next step, or a schedule.
+    - `weight_decay`: a number. `decoupled`: whether it is behind the rule, `None` if that is not
+      stated. `masks_decay`: whether some leaves may be excluded.
+    - `maximize`: whether gradients are negated in front of the rule.
+    - `lazy`: whether rows without a gradient stand still.
+    - `more`: hyperparameters that some part on the leaf's way must have under the same name.
+    """
+
+    def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
+        self.owner, self.system = adamjax_state.owner, system
+        self.all_parts = adamjax_state.parts
+        innermost = [part for part in self.all_parts if not part.tx.parts]
+        self.leaves_of = [
+            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
+        ]
+        self.places = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
+
+    def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
+        """Compares the facts of each leaf; the first that differs is an error."""
+        for path, several in moments.items():
+            route = [part for part, leaves in self.leaves_of if path in leaves]
+            rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
+            # Rules inside of a transform from elsewhere are not seen.
+            if len(rules) == len(several):
+                for i, one in zip(rules, several, strict=True):
+                    self._check_rule(path, route[i], one.facts)
+                    self._check_direction(path, route[:i], one.facts)
+                    self._check_more(path, route, one.facts)
+                facts, last = several[-1].facts, rules[-1]
+                self._check_rate(path, route[last:], facts)
+                self._check_decay(path, route[:last], route[last:], facts)
+
+    def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
+        note = f". Note: {note}" if note else ""
+        raise ValueError(
+            f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {mend}, "
+            f"or pass check=False to go on with what tx has{note}"
+        )
+
+    # --- the rule ---------------------------------------------------------------------------------
+
+    def _check_rule(self, path: str, part: Part, facts: Facts) -> None:
+        rule: Any = part.tx
+        form = facts.get("form", self.system.epsilon[kind_of(self.owner, part.state)])
+        eps = facts.get("eps")
+        stated = form if eps is None else f"{form}={float(eps):g}"
+        if getattr(rule, form) is None:
+            where = "outside the bias correction" if form == "eps_hat" else "on the corrected root"
+            other = "eps" if form == "eps_hat" else "eps_hat"
+            self._refuse(
+                path,
+                f"epsilon {where} ({stated})",
+                f"{other}={getattr(rule, other)}",
+                f"build tx with {f'{form}=..., the same value' if eps is None else stated}",
+                self.system.not_stated if eps is None else "",
+            )
+        for name, in_tx in (("b1", rule.b1), ("b2", rule.b2), ("eps", getattr(rule, form))):
+            if name in facts and not same_value(facts[name], in_tx):
+                name_in_tx = form if name == "eps" else name
+                stated = f"{name_in_tx}={float(facts[name]):g}"
+                self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
+        if facts.get("eps_root"):
+            stated = f"eps_root={float(facts['eps_root']):g}"
+            self._refuse(path, stated, "none", "convert a run with eps_root=0")
+        exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
+        if facts.get("lazy") and (rule.rows != "lazy" or exact):
+            rows = "exact_rows" if exact else f"rows={rule.rows!r}"
+            stated = "rows that stand still without a gradient"
+            self._refuse(path, stated, rows, "build it with rows='lazy'")
+
+    def _check_direction(self, path: str, front: Sequence[Part], facts: Facts) -> None:
+        """Compares whether gradients are negated in front of the rule, which maximizes in torch."""
+        if "maximize" not in facts:
+            return
+        signs = [i for i, p in enumerate(front) if isinstance(p.tx, scale) and p.tx.factor < 0]
+        maximize = bool(facts["maximize"])
+        late = bool(signs) and bool(self._decay_behind(path, front[: signs[-1]]))
+        if maximize != (len(signs) % 2 == 1) or late:
+            in_tx = "gradients that are negated in front of the rule" if signs else "none"
+            in_tx = "gradients that are negated behind their weight decay" if late else in_tx
+            mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
+            self._refuse(path, f"maximize={maximize}", in_tx, mend)
+
+    def _check_more(self, path: str, route: Sequence[Part], facts: Facts) -> None:
+        for name, value in facts.get("more", {}).items():
+            fields = [getattr(part.tx, name, None) for part in route]
+            numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
+            if np.ndim(value) or not any(same_value(value, x) for x in numbers):
+                stated = f"{name}={np.asarray(value)}"
+                mend = f"build tx with a transform that has {stated}"
+                self._refuse(path, stated, f"no such {name}", mend)
+
+    # --- the rate ---------------------------------------------------------------------------------
+
+    def _check_rate(self, path: str, behind: Sequence[Part], facts: Facts) -> None:
+        """Compares the rate of the next step; `behind` is the leaf's way from its last rule on."""
+        stated = facts.get("learning_rate")
+        if stated is None:
+            return
+        if callable(stated):  # A schedule, which is called with the count of tx.
+            rates = [part for part in behind if isinstance(part.tx, scale_by_learning_rate)]
+            with in_float64():
+                stated = rate_at(stated, (*rates, behind[0])[0].state.count)
+        in_tx = self._rate(path, behind)
+        if in_tx is not None and not self._is_rate(path, behind, stated):
+            self._refuse(
+                path,
+                f"a learning rate of {float(stated):g}",
+                f"{float(in_tx):g} for the next step",
+                "build tx with that rate (by_path, if leaves have rates of their own)",
+            )
+
+    def _is_rate(self, path: str, behind: Sequence[Part], stated: Any) -> bool:
+        """Whether the next step has the stated rate, in float32 or in float64.
+
+        The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
+        near its end, or a power of many steps.
+        """
+        if same_value(stated, self._rate(path, behind)):
+            return True
+        try:
+            with in_float64():
+                return same_value(stated, self._rate(path, behind))
+        except TypeError:  # A function of another library may work in float32 only.
+            return False
+
+    def _rate(self, path: str, behind: Sequence[Part]) -> Any:
+        """What the next step is multiplied by, downhill; `None` if nothing scales it."""
+        scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in behind)
+        return -self._factor(path, behind) if scales else None
+
+    def _factor(self, path: str, route: Sequence[Part]) -> float:
+        """What these parts multiply the next step by."""
+        factor = 1.0
+        for part in route:
+            if isinstance(part.tx, scale_by_learning_rate):
+                rate = rate_at(part.tx.learning_rate, part.state.count)
+                factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
+            elif isinstance(part.tx, scale):
+                factor *= float(part.tx.factor)
+        return factor
+
+    # --- the weight decay -------------------------------------------------------------------------
+
+    def _check_decay(
+        self, path: str, front: Sequence[Part], behind: Sequence[Part], facts: Facts
+    ) -> None:
+        """Compares the weight decay, in front of the last rule of a leaf and behind it."""
+        if "weight_decay" not in facts:
+            return
+        stated, decoupled = float(facts["weight_decay"]), facts.get("decoupled")
+        in_front, behind_rule = self._decay_in_front(path, front), self._decay_behind(path, behind)
+        places = {
+            None: [(0.0, stated), (stated, 0.0)],
+            True: [(0.0, stated)],
+            False: [(stated, 0.0)],
+        }[decoupled]
+        if facts.get("masks_decay"):
+            # The system does not state which leaves decay. At least one does.
+            decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
+            if any(same_value(self._decay_behind(p, decays), stated) for p in self.places):
+                places.append((0.0, 0.0))
+        if not any(same_value(in_front, a) and same_value(behind_rule, b) for a, b in places):
+            where = (
+                "in front of the rule (in its moments)"
+                if decoupled is False
+                else "behind the rule (and in front of all that scales: the rate)"
+            )
+            self._refuse(
+                path,
+                f"a weight decay of {stated:g}",
+                f"{in_front:g} in front of its rule and {behind_rule:g} behind it",
+                f"put add_decayed_weights({stated:g}) {where}",
+            )
+
+    def _decay_behind(self, path: str, behind: Sequence[Part]) -> float:
+        """The weight decay that would have the same effect in front of everything that scales."""
+        return sum(
+            decay / (self._factor(path, behind[:i]) or math.nan)
+            for i, decay in self._decays(path, behind)
+        )
+
+    def _decay_in_front(self, path: str, front: Sequence[Part]) -> float:
+        """The weight decay as the rule receives it."""
+        return sum(decay * self._factor(path, front[i:]) for i, decay in self._decays(path, front))
+
+    def _decays(self, path: str, route: Sequence[Part]) -> list[tuple[int, float]]:
+        """The weight decays of a leaf that are not 0, with their places on its way."""
+        decays = []
+        for i, part in enumerate(route):
+            if isinstance(part.tx, add_decayed_weights):
+                pair = part.tx.affine(part.state, part.params, self.places[path], np.float32)
+                if pair is not None and float(pair[1]):
+                    decays.append((i, float(pair[1])))
+        return decays

@@ -1,0 +1,277 @@
+"""What each variable of a Keras optimizer is: by its name, or by its place and shape."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adamjax.convert.values import numbers_of
+
+__all__ = [
+    "SLOTS",
+    "Layout",
+    "keys_in_order",
+    "layout_by_name",
+    "layout_by_place",
+    "plain_name",
+    "variables_of",
+]
+
+# What a variable of the size of a parameter may be: a slot, and what else Keras keeps.
+SLOTS = ("velocity_hat", "velocity", "momentum", "norm")
+_ROLES = (*SLOTS, "average", "gradient_accumulator")
+# The same under the names of tf_keras.
+_TF_ROLES = {
+    "m": "momentum",
+    "v": "velocity",
+    "vhat": "velocity_hat",
+    "u": "norm",
+    "average": "average",
+    "gradient_accumulator": "gradient_accumulator",
+}
+# What a scalar variable is.
+_SCALARS = {
+    "iteration": "count",
+    "iter": "count",
+    "learning_rate": "learning_rate",
+    "current_learning_rate": "learning_rate",
+    "momentum_cache": "product",
+    # Nadam's product has no name of its own.
+    "variable": "product",
+}
+
+
+class Layout(NamedTuple):
+    """What each variable of an optimizer is.
+
+    Attributes:
+      roles: for each variable its role, and the place of its parameter (0 for a scalar).
+      names: the names of the parameters in their order, if the variables have names.
+      optimizer: the name of the optimizer, empty if no variable's name contains it.
+      doubtful: whether other optimizers give their variables the same names.
+    """
+
+    roles: tuple[tuple[str, int], ...]
+    names: list[str] | None = None
+    optimizer: str = ""
+    doubtful: bool = False
+
+    def of(self, role: str, values: Sequence[Any]) -> dict[int, Any]:
+        """The values of the variables with this role, by the places of their parameters."""
+        pairs = zip(self.roles, values, strict=True)
+        return {place: x for (own, place), x in pairs if own == role}
+
+
+def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndarray]]:
+    """The names and values of variables, in any of the forms that `from_keras` takes."""
+    if isinstance(variables, Mapping):
+        keys = keys_in_order(variables)
+        values = [_value(owner, f"variable {key!r}", variables[key]) for key in keys]
+        return [None if _are_numbers(keys) else str(key) for key in keys], values
+    if not isinstance(variables, Iterable) or getattr(variables, "shape", None) == ():
+        raise TypeError(
+            f"{owner}: expected optimizer.variables, pairs (name, array), or what "
+            f"save_own_variables writes, got {type(variables).__name__}"
+        )
+    names: list[str | None] = []
+    values = []
+    for i, x in enumerate(variables):
+        if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
+            name, x = x
+        else:
+            name = getattr(x, "path", None) or getattr(x, "name", None)
+        names.append(name)
+        values.append(_value(owner, f"variable {i if name is None else name!r}", x))
+    return names, values
+
+
+def _are_numbers(keys: Iterable[Any]) -> bool:
+    return all(str(key).isdigit() for key in keys)
+
+
+def keys_in_order(variables: Mapping[Any, Any]) -> list[Any]:
+    """The keys of a mapping of variables in the order of the variables."""
+    return sorted(variables, key=int) if _are_numbers(variables) else list(variables)
+
+
+def _value(owner: str, what: str, variable: Any) -> np.ndarray:
+    """The value of a variable of Keras 3 or TensorFlow, or of an array."""
+    value = getattr(variable, "value", None)
+    if value is None or callable(value):
+        value = variable.numpy() if hasattr(variable, "numpy") else variable
+    return numbers_of(owner, what, value)
+
+
+# --- by place -------------------------------------------------------------------------------------
+
+
+def layout_by_place(
+    owner: str,
+    values: Sequence[np.ndarray],
+    shapes: Sequence[tuple[int, ...]],
+    extra: Sequence[str],
+    slots: Sequence[str],
+    may_be_legacy: bool,
+) -> Layout:
+    """The layout of variables without names; arrays that fit no order, or several, are refused.
+
+    Args:
+      shapes: the shapes of the parameters, in Keras' order.
+      extra: the roles in front of the slots, which the options of the optimizer add.
+      slots: the roles of the rule's slots.
+      may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
+    """
+    places = range(len(shapes))
+
+    def each(role: str) -> list[tuple[str, int]]:
+        return [(role, i) for i in places]
+
+    front = [entry for role in extra for entry in each(role)]
+    hat = each("velocity_hat") if "velocity_hat" in slots else []
+    pair = [role for role in slots if role != "velocity_hat"]
+    rate = ("learning_rate", 0)
+    # Leaf by leaf. Optimizers before 2.11 keep no rate, and have all momenta first.
+    by_leaf = (*front, *((role, i) for i in places for role in pair), *hat)
+    orders = {((), by_leaf), ((rate,), by_leaf)}
+    if may_be_legacy:
+        orders.add(((), (*front, *(entry for role in pair for entry in each(role)), *hat)))
+    fits = set()
+    for rates, body in orders:
+        for product in ([], [("product", 0)]):
+            roles = (("count", 0), *rates, *body, *product)
+            expected = [shapes[i] if (role, i) in body else () for role, i in roles]
+            if [x.shape for x in values] == expected:
+                fits.add(roles)
+    if len(fits) != 1:
+        how = "may be ordered in several ways" if fits else "fit nothing that is expected"
+        raise ValueError(
+            f"{owner}: {len(values)} arrays without names {how}: shapes "
+            f"{[list(x.shape) for x in values]} for leaves of {shapes}, each with "
+            f"{[*extra, *slots]}. Give names, [(v.path, v.numpy()) for v in optimizer.variables], "
+            "or order=, or build tx like the optimizer"
+        )
+    return Layout(fits.pop())
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+class _Name(NamedTuple):
+    """What the name of a variable contains.
+
+    Attributes:
+      role: one of `_ROLES`.
+      optimizer: the name of its optimizer; empty if it is not there.
+      leaf: the name of the parameter.
+    """
+
+    role: str
+    optimizer: str
+    leaf: str
+
+
+def _keras3_name(name: str) -> _Name | None:
+    """A variable of Keras 3, `adam/dense_kernel_momentum`."""
+    optimizer, _, last = name.rpartition("/")
+    role = next((role for role in _ROLES if last.endswith(f"_{role}")), None)
+    return None if role is None else _Name(role, optimizer, last.removesuffix(f"_{role}"))
+
+
+def _tf_keras_name(name: str) -> _Name | None:
+    """A variable of tf_keras, `Adam/m/dense/kernel:0`, perhaps without its optimizer."""
+    parts = name.split("/")
+    for i, part in enumerate(parts[:2]):
+        if part in _TF_ROLES:
+            return _Name(_TF_ROLES[part], "/".join(parts[:i]), "/".join(parts[i + 1 :]))
+    return None
+
+
+def _legacy_name(name: str) -> _Name | None:
+    """A weight of the optimizers before 2.11, `Adam/dense/kernel/m:0`."""
+    if "/" not in name:
+        return None
+    optimizer, *leaf, last = name.removeprefix("training/").split("/")
+    # Adamax calls its maximum v.
+    role = "norm" if last == "v" and "Adamax" in optimizer else _TF_ROLES.get(last)
+    return None if role is None else _Name(role, optimizer, "/".join(leaf))
+
+
+def plain_name(optimizer: str) -> str:
+    """An optimizer's name or class without case, underscores and number: `adamw` for `AdamW_1`."""
+    return re.sub(r"_\d+$", "", optimizer.rsplit("/", 1)[-1]).replace("_", "").lower()
+
+
+def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n: int) -> Layout:
+    """The layout of variables with names, for an optimizer of `n` parameters."""
+    bare = [re.sub(r":\d+$", "", name) for name in names]
+    scalars = [_scalar_role(x, name) for name, x in zip(bare, values, strict=True)]
+    problem = ""
+    for parse in (_keras3_name, _tf_keras_name, _legacy_name):
+        parsed = [None if s else parse(name) for s, name in zip(scalars, bare, strict=True)]
+        triples = zip(names, scalars, parsed, strict=True)
+        unknown = [name for name, scalar, named in triples if not scalar and named is None]
+        if unknown:
+            problem = problem or f"cannot tell what {unknown[0]!r} is"
+            continue
+        found = [one for one in parsed if one is not None]
+        leaves: dict[str, list[str]] = {}
+        for one in found:
+            leaves.setdefault(one.role, []).append(one.leaf)
+        problem = _miscounted(leaves, scalars, n)
+        if problem:
+            break
+        _expect_order(owner, [one.role for one in found])
+        order = next(iter(leaves.values()), [])
+        roles, seen = [], dict.fromkeys(leaves, 0)
+        for scalar, named in zip(scalars, parsed, strict=True):
+            if named is None:
+                roles.append((str(scalar), 0))
+                continue
+            # By the name of its leaf, or by place, if leaves have the same name.
+            place = order.index(named.leaf) if len(set(order)) == n else seen[named.role]
+            seen[named.role] += 1
+            roles.append((named.role, place))
+        optimizers = {one.optimizer for one in found}
+        if len(optimizers) > 1:
+            problem = f"the variables are of several optimizers, {sorted(optimizers)}"
+            break
+        optimizer = optimizers.pop() if optimizers else ""
+        doubtful = bool(optimizer) or parse is not _tf_keras_name
+        return Layout(tuple(roles), order, optimizer, doubtful)
+    raise ValueError(
+        f"{owner}: {problem}, in {names[:8]}{'...' if len(names) > 8 else ''}: expected "
+        f"'iteration' and, for each of {n} leaves, the variables of Adam, AdamW, Adamax or Nadam "
+        "(of a LossScaleOptimizer convert the inner_optimizer); order= gives the leaves"
+    )
+
+
+def _scalar_role(x: np.ndarray, name: str) -> str | None:
+    """The role of a scalar variable; `None` for any other variable."""
+    if x.shape != ():
+        return None
+    return _SCALARS.get(re.sub(r"_\d+$", "", name.rsplit("/", 1)[-1]))
+
+
+def _expect_order(owner: str, roles: Sequence[str]) -> None:
+    """Refuses velocities in front of momenta, which only RMSprop has, whatever its name."""
+    both = "momentum" in roles and "velocity" in roles
+    if both and roles.index("velocity") < roles.index("momentum"):
+        raise ValueError(
+            f"{owner}: velocities come before momenta, as those of RMSprop; expected the variables "
+            "of Adam, AdamW, Adamax or Nadam in their order"
+        )
+
+
+def _miscounted(leaves: Mapping[str, Sequence[str]], scalars: Sequence[str | None], n: int) -> str:
+    """What is wrong with the numbers of variables, by role; empty if nothing is."""
+    if scalars.count("count") != 1:
+        return f"there are {scalars.count('count')} of iteration"
+    first = sorted(next(iter(leaves.values()), []))
+    for role, own in leaves.items():
+        if len(own) != n:
+            return f"there are {len(own)} of {role}"
+        if sorted(own) != first:
+            other = sorted(set(own) ^ set(first))[0]
+            return f"the leaves of {role} are others than those of {next(iter(leaves))}, {other!r}"
+    return ""

@@ -1,0 +1,136 @@
+"""Which leaf a parameter of another system is: by its name, or by the order that a user gives."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adamjax.convert.values import leaves_by_path
+from adamjax.data import Tree
+
+__all__ = ["leaf_order"]
+
+# Words that end a parameter's name in one system, and what they are in another.
+_SYNONYMS = {
+    **dict.fromkeys(("kernel", "embedding", "embeddings", "scale", "gamma"), "weight"),
+    "beta": "bias",
+}
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W_]+", name.lower()))
+
+
+def _with_synonym(words: tuple[str, ...]) -> tuple[str, ...]:
+    return (*words[:-1], _SYNONYMS.get(words[-1], words[-1])) if words else words
+
+
+def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether the longer name ends in the shorter, and this has a word that is no number."""
+    n = min(len(a), len(b))
+    end = a[len(a) - n :]
+    return end == b[len(b) - n :] and not all(word.isdigit() for word in end)
+
+
+def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | None:
+    """The path that each name corresponds to; `None` if they do not correspond one to one.
+
+    A name and a path correspond if they have the same words: `layers.0.weight` and
+    `layers/0/kernel`. One of the two may have more words in front, such as `model`.
+    """
+    for synonyms in (False, True):
+        words_of = {x: _words(x) for x in (*names, *paths)}
+        if synonyms:
+            words_of = {x: _with_synonym(words) for x, words in words_of.items()}
+        by_last_word: dict[tuple[str, ...], list[str]] = {}
+        for path in paths:
+            by_last_word.setdefault(words_of[path][-1:], []).append(path)
+        for whole_name in (True, False):
+            chosen = []
+            for name in names:
+                words = words_of[name]
+                fits = [
+                    path
+                    for path in by_last_word.get(words[-1:], [])
+                    if words == words_of[path]
+                    or (not whole_name and _ends_alike(words, words_of[path]))
+                ]
+                chosen += fits if len(fits) == 1 else []
+            if len(chosen) == len(names) == len(set(chosen)):
+                return chosen
+    return None
+
+
+def leaf_order(
+    owner: str,
+    order: Sequence[str | None] | None,
+    params: Tree,
+    system: str = "",
+    names: Sequence[str] | None = None,
+    check: bool = True,
+) -> list[str | None]:
+    """The paths of the leaves in the order of another system's parameters.
+
+    Args:
+      order: the order that the user gives, if any.
+      system, names: the name of the system and, if it has any, those of its parameters in order.
+      check: whether to refuse an order that contradicts the names.
+    """
+    leaves = leaves_by_path(owner, params)
+    known = list(leaves)
+    if order is not None and (
+        not isinstance(order, Collection) or isinstance(order, str | bytes | Mapping)
+    ):
+        raise TypeError(
+            f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected a list of "
+            "paths"
+        )
+    if order is None:
+        if names is None or len(names) != len(known):
+            return list(known)
+        return list(_order_of_names(owner, system, names, leaves, check))
+    for path in order:
+        if path is not None and path not in known:
+            raise ValueError(
+                f"{owner}: order names the leaf {path!r}, which params does not have (as floats): "
+                f"expected paths of {known}, or None for a parameter that is not to be converted"
+            )
+    given = [path for path in order if path is not None]
+    if len(set(given)) != len(given):
+        twice = next(path for path in given if given.count(path) > 1)
+        raise ValueError(f"{owner}: order names the leaf {twice!r} more than once")
+    if check and names is not None and len(names) == len(order):
+        wanted = [name for name, path in zip(names, order, strict=True) if path is not None]
+        expected = _paths_of_names(wanted, given) or given
+        for name, path, other in zip(wanted, given, expected, strict=True):
+            if path != other:
+                raise ValueError(
+                    f"{owner}: order has {path!r} in the place of {system}'s {name!r}, which is "
+                    f"the name of another leaf, {other!r}: put order in the order of "
+                    f"{list(names[:8])}, or pass check=False to use it as it is"
+                )
+    return list(order)
+
+
+def _order_of_names(
+    owner: str, system: str, names: Sequence[str], leaves: Mapping[str, Any], check: bool
+) -> list[str]:
+    known = list(leaves)
+    paths = _paths_of_names(names, known)
+    if paths is not None:
+        return paths
+    # By place, where leaves have no names, or where a shape would show a wrong place.
+    nameless = all(word.isdigit() for path in known for word in path.split("/"))
+    sizes = [tuple(sorted(np.shape(x))) for x in leaves.values()]
+    if nameless or len(set(sizes)) == len(sizes) or not check:
+        return known
+    raise ValueError(
+        f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
+        f"leaves {_some(known)} one to one, and some leaves have the same shape: give order=, the "
+        "path of the leaf for each of these names, in their order"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{list(names[:8])}{'...' if len(names) > 8 else ''}"

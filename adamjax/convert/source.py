@@ -1,0 +1,164 @@
+"""The one form that every state is read into, and that every state is filled from."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from adamjax.convert.systems import KINDS
+
+__all__ = ["Count", "Facts", "Gathered", "LeafMoments", "Slots", "Source", "meet"]
+
+# Arrays of one leaf by the names of the slots; hyperparameters by their names.
+Slots = dict[str, Any]
+Facts = dict[str, Any]
+
+
+@dataclasses.dataclass
+class LeafMoments:
+    """What one rule keeps of one leaf.
+
+    Attributes:
+      count: the number of steps taken.
+      slots: arrays by the system's names; `None` if the leaf has taken no step yet.
+      kinds: the kinds of rules that may have kept this.
+      product: Nadam's product of momenta, if the state has it.
+      facts: the hyperparameters that the system states, by adamjax's names; see
+        `hyperparameters.HyperparameterCheck`.
+      rule: the rule, if it is one of adamjax.
+      gathers: whether each step of the rule takes several calls, whose gradients are gathered.
+    """
+
+    count: int
+    slots: Slots | None
+    kinds: tuple[str, ...] = KINDS
+    product: Any = None
+    facts: Facts = dataclasses.field(default_factory=dict)
+    rule: Any = None
+    gathers: bool = False
+
+
+class Count(NamedTuple):
+    """A count outside of a rule, such as that of a schedule.
+
+    Attributes:
+      steps: the count: of steps if `gathers`, else of calls.
+      leaves: the paths of the leaves that it belongs to; `None` for all.
+      gathers: as in `LeafMoments`.
+    """
+
+    steps: int
+    leaves: frozenset[str] | None
+    gathers: bool = False
+
+
+class Gathered(NamedTuple):
+    """The micro-batches since the last step, and the sums of their gradients by path."""
+
+    micro: int
+    totals: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Source:
+    """A state in the one form.
+
+    Attributes:
+      owner: the name of the conversion, for errors.
+      moments: by path, what each rule on the leaf's way keeps of it, in their order.
+      counts: the counts of schedules.
+      average: by path, the average of the weights; `None` if the state has none.
+      gathered: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
+      skipped: the number of steps that were skipped; `None` if nothing counts them.
+      other_states: the states of all other transforms.
+      doubts: reasons why the run may not go on as before, each with its mend.
+      loose_facts: hyperparameters that the system states outside of any rule.
+      gathers: as in `LeafMoments`, for the part of the state that is being read.
+    """
+
+    owner: str
+    moments: dict[str, list[LeafMoments]] = dataclasses.field(default_factory=dict)
+    counts: list[Count] = dataclasses.field(default_factory=list)
+    average: dict[str, Any] | None = None
+    gathered: list[Gathered] = dataclasses.field(default_factory=list)
+    skipped: int | None = None
+    other_states: list[Any] = dataclasses.field(default_factory=list)
+    doubts: list[str] = dataclasses.field(default_factory=list)
+    loose_facts: list[Facts] = dataclasses.field(default_factory=list)
+    gathers: bool = False
+
+    def add(self, path: str, moments: LeafMoments) -> None:
+        moments = dataclasses.replace(moments, gathers=self.gathers)
+        self.moments.setdefault(path, []).append(moments)
+
+    def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
+        self.counts.append(Count(steps, leaves, self.gathers))
+
+    def gathered_of(self, leaves: frozenset[str] | None) -> Gathered | None:
+        """The micro-batches of these leaves; `None` if each call of theirs is a step."""
+        gathered = [g for g in self.gathered if meet(g.totals, leaves)]
+        micros = {g.micro for g in gathered}
+        if len(micros) > 1:
+            raise ValueError(
+                f"{self.owner}: parts have gathered different numbers of micro-batches, "
+                f"{sorted(micros)}, but there is one count for all: give the parts "
+                "accumulate_gradients of their own, or convert after a step of all"
+            )
+        totals = {path: total for g in gathered for path, total in g.totals.items()}
+        return Gathered(micros.pop(), totals) if gathered else None
+
+    def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
+        """The count of a schedule for these leaves.
+
+        Args:
+          calls: `None` for a schedule that counts steps. For one that counts calls: how many calls
+            a step takes, and how many there were since the last step.
+        """
+        counts = [(c.gathers, c.steps) for c in self.counts if meet(c.leaves, leaves)]
+        rules = [
+            (one.gathers, one.count)
+            for path, several in self.moments.items()
+            if meet({path}, leaves)
+            for one in several
+        ]
+        if any(gathers for gathers, _ in (*counts, *rules)):
+            # There are counts of steps and of calls: take one of the right kind, if there is one.
+            for several in (counts, rules):
+                same_kind = {n for gathers, n in several if gathers == (calls is None)}
+                if same_kind:
+                    return self._only(same_kind, leaves)
+        steps = self._only({n for _, n in counts or rules}, leaves)
+        return steps if calls is None else steps * calls[0] + calls[1]
+
+    def _only(self, counts: set[int], leaves: frozenset[str] | None) -> int:
+        if len(counts) > 1:
+            some = f" of {sorted(leaves)[:3]}" if leaves else ""
+            raise ValueError(
+                f"{self.owner}: the leaves{some} have taken different numbers of steps, "
+                f"{sorted(counts)}, but there is one count for all: give the leaves that go "
+                "together a chain of their own with partition"
+            )
+        return counts.pop() if counts else 0
+
+    def refuse_doubts(self, check: bool) -> None:
+        if check and self.doubts:
+            raise ValueError(
+                f"{self.owner}: {self.doubts[0]}, or pass check=False to take the arrays all the "
+                "same"
+            )
+
+    def expect_place_to_gather(self, target: "Source") -> None:
+        """Refuses a target that has no place for the micro-batches of a leaf."""
+        places = {path for gathered in target.gathered for path in gathered.totals}
+        for gathered in self.gathered:
+            lost = [path for path in gathered.totals if path not in places]
+            if gathered.micro and lost:
+                raise ValueError(
+                    f"{self.owner}: {gathered.micro} micro-batches of {lost[0]!r} were gathered "
+                    "since the last step, and the target has no place for them: convert after a "
+                    "step, or wrap the target likewise"
+                )
+
+
+def meet(a: Iterable[str] | None, b: Iterable[str] | None) -> bool:
+    """Whether two sets of leaves have one in common; `None` is the set of all leaves."""
+    return a is None or b is None or not frozenset(a).isdisjoint(b)

@@ -1,0 +1,119 @@
+"""The rules that conversions know, and how optax, torch and Keras name and define their slots."""
+
+from typing import Any, NamedTuple
+
+from adamjax.adam import (
+    ScaleByAdamaxState,
+    ScaleByAdamState,
+    ScaleByAmsgradState,
+    scale_by_adam,
+    scale_by_adamax,
+    scale_by_amsgrad,
+)
+
+__all__ = ["KERAS", "KINDS", "OPTAX", "RTOL", "TORCH", "System", "kind_of", "rule_slots"]
+
+# How much of a step a conversion may change where a rule differs between the systems: as much as
+# the arithmetic of a float32 step rounds off.
+RTOL = 1e-6
+
+# The kinds of rules.
+KINDS = ("adam", "amsgrad", "nadam", "adamax")
+_RULES = {
+    ScaleByAdamState: ("adam", scale_by_adam),
+    ScaleByAmsgradState: ("amsgrad", scale_by_amsgrad),
+    ScaleByAdamaxState: ("adamax", scale_by_adamax),
+}
+
+
+def rule_slots(x: Any) -> tuple[str, ...]:
+    """The names of the slots of a rule's state, whichever rule it is; none for anything else."""
+    return getattr(x, "rule_slots", getattr(x, "slots", ())) if isinstance(x, tuple) else ()
+
+
+def kind_of(owner: str, state: Any, tx: Any = None) -> str:
+    """The kind of the rule that made a state.
+
+    Args:
+      owner: the name of the conversion, for errors.
+      state: the state of a rule.
+      tx: the rule, if it is known.
+
+    Raises:
+      ValueError: another rule made the state, such as one of a user's own.
+    """
+    kind, rule = _RULES.get(type(state), ("", object))
+    if not kind or not isinstance(tx, rule | None):
+        name = f"the rule of a {type(state).__name__}" if tx is None else type(tx).__name__
+        raise ValueError(
+            f"{owner}: tx contains {name}, and conversions know the rules scale_by_adam, "
+            "scale_by_amsgrad and scale_by_adamax only: convert a tx without it, and start it "
+            "anew, with its init(params)"
+        )
+    return "nadam" if getattr(state, "momentum_product", None) is not None else kind
+
+
+class System(NamedTuple):
+    """How another system names and defines the slots of its rules.
+
+    Attributes:
+      name: the system's name, for errors.
+      slot_names: for each kind of rule, the system's name of each of adamjax's slots.
+      epsilon: for each kind of rule, adamjax's name of the system's epsilon, `eps` or `eps_hat`.
+      eps_inside: whether Adamax' epsilon is inside the maximum.
+      corrected_maximum: whether AMSGrad's maximum is that of bias-corrected moments.
+      plain_nadam: whether Nadam's momentum is the same in each step.
+      not_stated: a sentence on the hyperparameters that a state does not contain, and their
+        defaults.
+    """
+
+    name: str
+    slot_names: dict[str, dict[str, str]]
+    epsilon: dict[str, str]
+    eps_inside: bool = False
+    corrected_maximum: bool = False
+    plain_nadam: bool = False
+    not_stated: str = ""
+
+
+def _slot_names(m: str, v: str, v_max: str, u: str) -> dict[str, dict[str, str]]:
+    adam = {"m": m, "v": v}
+    return {
+        "adam": adam,
+        "nadam": adam,
+        "amsgrad": {**adam, "v_max": v_max},
+        "adamax": {"m": m, "u": u},
+    }
+
+
+_EPS = dict.fromkeys(KINDS, "eps")
+OPTAX = System(
+    "optax",
+    _slot_names("mu", "nu", "nu_max", "nu"),
+    _EPS,
+    eps_inside=True,
+    corrected_maximum=True,
+    plain_nadam=True,
+    not_stated=(
+        "an optax state, outside of inject_hyperparams, does not contain eps, eps_root, b1, b2, "
+        "the rate and the weight decay (or its mask), so they are not compared. optax' defaults "
+        "are eps=1e-8, eps_root=0, b1=0.9, b2=0.999, and weight_decay=1e-4 in optax.adamw; "
+        "adamjax.adamw has 0.004"
+    ),
+)
+TORCH = System(
+    "torch",
+    _slot_names("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
+    _EPS,
+    eps_inside=True,
+)
+KERAS = System(
+    "Keras",
+    _slot_names("momentum", "velocity", "velocity_hat", "norm"),
+    {**_EPS, "adam": "eps_hat", "amsgrad": "eps_hat"},
+    not_stated=(
+        "Keras' variables do not contain beta_1, beta_2, epsilon, the weight decay or clips, so "
+        "they are not compared. Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
+        "weight_decay=0.004 in AdamW. Pass the optimizer itself to compare them"
+    ),
+)

@@ -1,0 +1,112 @@
+"""The values of a state: its containers, the leaves by their paths, arrays and numbers."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import Tree
+from adamjax.leaves import is_left_alone
+from adamjax.paths import flatten, unique_paths
+
+__all__ = [
+    "class_name",
+    "field_names",
+    "is_container",
+    "leaves_by_path",
+    "map_items",
+    "number_of",
+    "numbers_of",
+    "same_value",
+    "steps_taken",
+]
+
+
+def class_name(x: Any) -> str:
+    """The name of a value's class with its module."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def field_names(x: Any) -> tuple[str, ...] | None:
+    """The names of a named tuple's fields; `None` for anything else."""
+    return getattr(type(x), "_fields", None) if isinstance(x, tuple) else None
+
+
+def is_container(x: Any) -> bool:
+    """Whether a value is a tuple, a list or a mapping."""
+    return isinstance(x, tuple | list | Mapping)
+
+
+def map_items(function: Callable[[Any], Any], x: Any) -> Any:
+    """A container of the same type, with the function applied to each item."""
+    if field_names(x) is not None:
+        return type(x)(*map(function, x))
+    if isinstance(x, Mapping):
+        # In JAX' order, whatever the order in which the entries were made.
+        made = {key: function(x[key]) for key in sorted(x, key=str)}
+        return type(x)({key: made[key] for key in x})  # type: ignore[call-arg]
+    return type(x)(map(function, x))
+
+
+def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
+    """The floating leaves of a tree by their paths; two leaves with one path are refused."""
+    pairs = zip(unique_paths(owner, tree), flatten(tree)[0], strict=True)
+    return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
+
+
+def _numpy_array(x: Any) -> np.ndarray:
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
+    return np.asarray(x)
+
+
+def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
+    """A number, an array of numbers or a tensor of torch in NumPy; anything else is refused."""
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            f"{owner}: {what} is being traced, so it has no value yet; convert outside of jit, "
+            "vmap and grad"
+        )
+    try:
+        array = _numpy_array(x)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if not jnp.issubdtype(array.dtype, np.number):
+        raise ValueError(
+            f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected a number or an "
+            "array of numbers"
+        )
+    return array
+
+
+def number_of(owner: str, what: str, x: Any) -> float:
+    """A real number as a float; anything else is refused."""
+    array = numbers_of(owner, what, x)
+    if array.size != 1 or jnp.issubdtype(array.dtype, np.complexfloating):
+        raise ValueError(f"{owner}: {what} is {x!r:.100}, expected one real number")
+    return float(array.reshape(()))
+
+
+def steps_taken(owner: str, what: str, x: Any) -> int:
+    """A count of steps as an int; anything else is refused."""
+    value = numbers_of(owner, f"the count of {what}", x)
+    number = value.dtype.kind in "iuf" and value.shape == ()
+    if not (number and np.isfinite(value) and value >= 0 and value == np.floor(value)):
+        mend = "" if value.shape == () else ": convert the states of several runs one by one"
+        raise ValueError(
+            f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least "
+            f"0{mend}"
+        )
+    if value > np.iinfo(np.int32).max:
+        raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
+    return int(value)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two numbers are the same, where one of them may have been rounded to float32."""
+    return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-30)

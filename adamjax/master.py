@@ -1,0 +1,184 @@
+"""Float32 weights in the state, for models whose weights are bfloat16 or float16."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import Tree, transform_state
+from adamjax.leaves import apply_updates, dtype_of, expect_like, is_left_alone, needed, new_slots
+from adamjax.mesh import taken
+from adamjax.moments import accumulator, widen, widened
+from adamjax.paths import flatten
+from adamjax.rows import RowGradient, RowMoves, sealed
+from adamjax.structure import Part
+from adamjax.transform import Step, Transform, as_transform, expect_state
+
+__all__ = ["MasterWeightsState", "master_weights"]
+
+
+@transform_state("weights", rule=False)
+class MasterWeightsState(NamedTuple):
+    """State of `master_weights`.
+
+    Attributes:
+      weights: tree like the parameters: float32 weights; `None` for a parameter that is not
+        narrower than that.
+      inner: the state of the inner transform.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.master_weights(adamjax.scale(-1.0))
+    >>> tx.init({"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}).weights
+    {'b': None, 'w': Array([1., 1.], dtype=float32)}
+    """
+
+    weights: Tree
+    inner: Any
+
+
+def _is_narrow(p: Any) -> bool:
+    """Whether a parameter has a master: a float that is narrower than what it is computed in."""
+    return not is_left_alone(p) and dtype_of(p) != widened(dtype_of(p), accumulator(dtype_of(p)))
+
+
+class master_weights(Transform):
+    """Moves float32 weights by `tx`; narrow parameters are these weights, rounded.
+
+    A bfloat16 weight of 1 does not move by an update of 0.001, as its neighbours are 0.996 and
+    1.008. Here the update moves a float32 weight in the state, and the parameter follows it as soon
+    as the sum of updates is large enough. Weight decay, averages of weights and everything else in
+    `tx` see the float32 weights, and float32 gradients. (Micikevicius et al., Mixed precision
+    training, arXiv:1710.03740, section 3.1.)
+
+    It goes around a whole optimizer: `master_weights(adamw(1e-3))`, `master_weights(exact_rows(
+    adam(1e-3), "table"))`, `skip_not_finite(master_weights(...))`, and `shard_state(master_weights(
+    ...), mesh, axis)`. With `exact_rows`, `train_step` reads rows from the float32 weights.
+
+    Args:
+      tx: a whole optimizer.
+
+    The state is a `MasterWeightsState`. Updates of narrow parameters are float32: the difference
+    between the rounded weight and the parameter, so `apply_updates`, optax' and `p + u` lead to the
+    rounded weight. (Where a weight shrinks to less than a 30,000th in one step, the rounding of
+    that sum may show; the next step corrects it.)
+
+    Raises:
+      ValueError: by `update`, the state is of other parameters.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.master_weights(adamjax.scale(-0.001))
+    >>> p, g = jnp.ones((), jnp.bfloat16), jnp.ones((), jnp.bfloat16)
+    >>> state = tx.init(p)
+    >>> for _ in range(10):
+    ...     updates, state = tx.update(g, state, p)
+    ...     p = adamjax.apply_updates(p, updates)
+    >>> p, state.weights
+    (Array(0.988281, dtype=bfloat16), Array(0.99, dtype=float32))
+    """
+
+    tx: Transform
+
+    groupable = False
+
+    def __post_init__(self) -> None:
+        self.set_fields(tx=as_transform(self.tx))
+
+    @property
+    def must_be_last(self) -> bool:
+        return True
+
+    @property
+    def has_wide_updates(self) -> bool:
+        return True
+
+    def part_states(self, state: Any) -> tuple[Any, ...]:
+        expect_state(self, state, MasterWeightsState)
+        return (state.inner,)
+
+    def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
+        if state is None or params is None:
+            return super().children(state, params)
+        return (Part(self.tx, state.inner, self._wide(state, params)),)
+
+    def init(self, params: Tree) -> MasterWeightsState:
+        def widened_copy(p: chex.Array) -> Any:
+            return jnp.array(p, widened(p.dtype, accumulator(p.dtype)), copy=True)
+
+        leaves, treedef = flatten(params)
+        narrow = treedef.unflatten([p if _is_narrow(p) else None for p in leaves])
+        weights = new_slots(narrow, widened_copy)
+        wide = [p if w is None else w for p, w in zip(leaves, flatten(weights)[0], strict=True)]
+        return MasterWeightsState(weights, self.tx.init(treedef.unflatten(wide)))
+
+    def _wide(self, state: MasterWeightsState, params: Tree) -> Tree:
+        """The parameters with float32 weights in place of narrow ones."""
+        leaves, treedef = flatten(params)
+
+        def expected(p: Any) -> Any:
+            if not _is_narrow(p):
+                return None
+            return jax.ShapeDtypeStruct(np.shape(p), widened(dtype_of(p), accumulator(dtype_of(p))))
+
+        like = treedef.unflatten(map(expected, leaves))
+        expect_like("master_weights", "the state's weights", state.weights, like, _MEND)
+        pairs = zip(leaves, flatten(state.weights)[0], strict=True)
+        return treedef.unflatten([p if w is None else w for p, w in pairs])
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_state(self, state, MasterWeightsState)
+        params = needed("master_weights", params)
+        wide = self._wide(state, params)
+        leaves, treedef = flatten(params)
+        weights = flatten(state.weights)[0]
+
+        def widened_gradient(g: Any, w: Any) -> Any:
+            if w is None or is_left_alone(g):
+                return g
+            return g.astype(w.dtype) if isinstance(g, RowGradient) else jnp.asarray(g, w.dtype)
+
+        grads, structure = flatten(updates)
+        if len(grads) == len(leaves):
+            grads = [widened_gradient(g, w) for g, w in zip(grads, weights, strict=True)]
+        moves, inner = self.tx.update(structure.unflatten(grads), state.inner, wide, **extra_args)
+        narrow = [i for i, w in enumerate(weights) if w is not None]
+        moved = flatten(moves)[0]
+        new = apply_updates([weights[i] for i in narrow], [moved[i] for i in narrow])
+        for i, w in zip(narrow, new, strict=True):
+            moved[i] = _difference(moved[i], leaves[i], w)
+            weights[i] = w
+        return treedef.unflatten(moved), MasterWeightsState(treedef.unflatten(weights), inner)
+
+    def flush(self, params: Tree, state: Any, *, axis: Any = None) -> tuple[Any, Any]:
+        """`exact_rows.flush` where `tx` is an `exact_rows`: all rows of all tables up to date.
+
+        Args:
+          params, state, axis: as there.
+
+        Returns:
+          The parameters and the state to go on with.
+        """
+        expect_state(self, state, MasterWeightsState)
+        if not hasattr(self.tx, "flush"):
+            raise TypeError(f"master_weights: {self.tx!r} has no flush: no rows lag behind")
+        wide, inner = self.tx.flush(self._wide(state, params), state.inner, axis=axis)
+        leaves, treedef = flatten(params)
+        weights, new = flatten(state.weights)[0], flatten(wide)[0]
+        for i, w in enumerate(weights):
+            if w is not None:
+                weights[i], leaves[i] = new[i], new[i].astype(dtype_of(leaves[i]))
+        return treedef.unflatten(leaves), MasterWeightsState(treedef.unflatten(weights), inner)
+
+
+_MEND = "pass the parameters that the state is of, or make a new state with init"
+
+
+def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
+    """What a narrow parameter moves by to become its weights, rounded; of a table its rows."""
+    if isinstance(u, RowMoves):
+        return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
+    if isinstance(u, RowGradient) and u.rest is None:
+        here = [taken(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
+        return sealed(u.replace(values=_difference(None, *here)))
+    return widen(weights.astype(p.dtype), weights.dtype) - widen(p, weights.dtype)

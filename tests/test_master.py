@@ -1,0 +1,181 @@
+"""Float32 weights in the state: narrow parameters are these, rounded."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_same
+
+import adamjax
+from adamjax import master_weights
+
+PARAMS = {
+    "w": jnp.linspace(-2, 2, 12, dtype=jnp.bfloat16).reshape(4, 3),
+    "h": jnp.ones(3, jnp.float16),
+    "f": jnp.ones(2),
+    "n": jnp.array(3),
+    "z": None,
+}
+
+
+def wide(tree):
+    """The tree with float32 in place of narrower floats."""
+
+    def cast(p):
+        return p.astype(jnp.float32) if jnp.issubdtype(p.dtype, jnp.floating) else p
+
+    return jax.tree.map(cast, tree)
+
+
+def gradients(i):
+    return {
+        "w": jnp.cos(PARAMS["w"] + i).astype(jnp.bfloat16),
+        "h": jnp.full(3, 0.3, jnp.float16) * (i + 1),
+        "f": jnp.array([0.1, -2.0]),
+        "n": None,
+        "z": None,
+    }
+
+
+OPTIMIZERS = {
+    "adamw": lambda: adamjax.adamw(1e-3, weight_decay=0.1),
+    "clip, adam, average": lambda: adamjax.chain(
+        adamjax.clip_by_global_norm(0.5), adamjax.adam(1e-3), adamjax.weight_ema(0.9)
+    ),
+    "amsgrad": lambda: adamjax.amsgrad(1e-3),
+    "optax": lambda: optax.adam(1e-3),
+    "narrow moments": lambda: adamjax.adam(1e-3, m_dtype="bfloat16", v_dtype="bfloat16"),
+}
+AROUND = {
+    "alone": lambda tx: tx,
+    "skip": adamjax.skip_not_finite,
+    "chain": lambda tx: adamjax.chain(adamjax.identity(), tx),
+    "partition": lambda tx: adamjax.partition([("[wh]", tx)], default=tx),
+    "hyperparams": adamjax.with_hyperparams,
+    "optax": lambda tx: optax.chain(tx),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_are_the_rounded_weights(name, around):
+    """The weights are those of the same optimizer on float32 parameters and gradients."""
+    if around == "partition" and "clip" in name:
+        pytest.skip("a global norm within each part is another one")
+    if name == "optax" and around == "partition":
+        pytest.skip("optax takes no None")
+    tx, full = AROUND[around](master_weights(OPTIMIZERS[name]())), OPTIMIZERS[name]()
+    # optax takes no integers.
+    names = ("w", "h", "f") if name == "optax" else tuple(PARAMS)
+    start = {key: PARAMS[key] for key in names}
+    params, expected = start, wide(start)
+    state, full_state = tx.init(params), full.init(expected)
+    update, full_update = jax.jit(tx.update), jax.jit(full.update)
+    for i in range(4):
+        grads = {key: gradients(i)[key] for key in names}
+        updates, state = update(grads, state, params)
+        apply = optax.apply_updates if i == 2 and around != "partition" else adamjax.apply_updates
+        still = {key: params[key] for key in names if key in ("n", "z")}
+        nothing = dict.fromkeys(still)
+        params = apply({**params, **nothing}, {**updates, **nothing}) | still
+        updates, full_state = full_update(wide(grads), full_state, expected)
+        expected = adamjax.apply_updates(expected, updates)
+        rounded = {key: expected[key].astype(PARAMS[key].dtype) for key in ("w", "h", "f")}
+        for key, right in rounded.items():
+            assert params[key].dtype == right.dtype
+            exact = np.mean(np.asarray(params[key] == right))
+            assert exact == 1 if name != "clip, adam, average" else exact > 0.8
+
+
+def test_small_updates_add_up():
+    p = jnp.ones(3, jnp.bfloat16)
+    tx = master_weights(adamjax.scale(-1e-4))
+    state = tx.init(p)
+    for _ in range(100):
+        updates, state = tx.update(jnp.ones(3, jnp.bfloat16), state, p)
+        p = adamjax.apply_updates(p, updates)
+    assert_close(state.weights, jnp.full(3, 0.99))
+    assert_same(p, jnp.full(3, 0.99).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rows", ["lazy", "dense", "exact"])
+def test_tables_move_as_float32_tables(rows):
+    shape = (50, 3)
+    start = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    ids = jax.random.randint(jax.random.key(1), (6, 8), 0, shape[0])
+
+    def inner():
+        decayed = adamjax.adamw(0.01, weight_decay=0.1, rows="dense" if rows == "exact" else rows)
+        return adamjax.exact_rows(decayed, "t") if rows == "exact" else decayed
+
+    def loss(params, ids, target):
+        return jnp.mean((params["t"][ids].astype(jnp.float32) - target) ** 2)
+
+    tx, full = master_weights(inner()), inner()
+    tables = None if rows == "exact" else "t"
+    step = adamjax.train_step(loss, tx, tables=tables, donate_argnums=())
+    params = {"t": start}
+    state = tx.init(params)
+
+    # The same gradients for float32 tables: those of the loss at the rounded rows.
+    def rounded_loss(params, ids, target):
+        rows = params["t"][ids]
+        return jnp.mean(
+            (
+                rows
+                + jax.lax.stop_gradient(rows.astype(jnp.bfloat16).astype(jnp.float32) - rows)
+                - target
+            )
+            ** 2
+        )
+
+    full_step = adamjax.train_step(rounded_loss, full, tables=tables, donate_argnums=())
+    expected = {"t": start.astype(jnp.float32)}
+    full_state = full.init(expected)
+    for i in ids:
+        params, state, value = step(params, state, i, 0.25)
+        expected, full_state, right = full_step(expected, full_state, i, 0.25)
+        assert value.dtype == right.dtype
+        np.testing.assert_allclose(value, right, rtol=1e-2)
+        assert_same(params["t"], state.weights["t"].astype(jnp.bfloat16))
+    if rows == "exact":
+        params, state = tx.flush(params, state)
+        expected, full_state = full.flush(expected, full_state)
+        assert_same(params["t"], state.weights["t"].astype(jnp.bfloat16))
+    # Gradients are rounded to bfloat16.
+    np.testing.assert_allclose(state.weights["t"], expected["t"], atol=2e-3)
+
+
+def test_a_state_is_an_ordinary_one():
+    tx = master_weights(adamjax.chain(adamjax.adam(1e-3), adamjax.weight_ema(0.9)))
+    state = tx.init(PARAMS)
+    assert_same(pickle.loads(pickle.dumps(state)), state)
+    assert adamjax.slot_names(state) == ("m", "v")
+    assert adamjax.step_count(state) == 0
+    assert adamjax.averaged_weights(state)["w"].dtype == jnp.float32
+    assert adamjax.averaged_weights(state, PARAMS)["w"].dtype == jnp.bfloat16
+    assert adamjax.learning_rate(tx, state) == 1e-3
+    assert adamjax.from_config(adamjax.to_config(tx)) == tx
+
+
+def test_what_does_not_fit_is_refused():
+    tx = master_weights(adamjax.adam(1e-3))
+    state = tx.init(PARAMS)
+    other = {**PARAMS, "w": PARAMS["w"][:2]}
+    with pytest.raises(ValueError, match=r"the state's weights.'w'. is float32.4, 3."):
+        tx.update(gradients(0), state, other)
+    with pytest.raises(ValueError, match="the state's weights"):
+        tx.update(gradients(0), state, wide(PARAMS))
+    with pytest.raises(TypeError, match="has no flush"):
+        tx.flush(PARAMS, state)
+    with pytest.raises(ValueError, match=r"put it around the whole: master_weights"):
+        adamjax.exact_rows(tx, "w")
+    with pytest.raises(ValueError, match="must be last"):
+        adamjax.chain(tx, adamjax.scale(1.0))
+    with pytest.raises(ValueError, match="grouped"):
+        adamjax.grouped(tx)
+    with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
+        adamjax.convert.to_optax(state, tx, PARAMS, state)
