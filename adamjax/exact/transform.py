@@ -272,7 +272,7 @@ class exact_rows(Transform):
         bound = self._bound(inner, params)
         tables = bound.tables
         for table in tables:
-            expect_slot_names(table, bound.behind[table.leaf], inner)
+            expect_slot_names(table, bound.stations[table.leaf], inner)
         clock = bound.count(tables[0]) if tables else 0
         states = {}
         for t in tables:
