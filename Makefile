@@ -115,3 +115,4 @@ docs: .venv/.test
 
 clean:
 	rm -rf .venv .venv-newest .venv-oldest .venv-tpu .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "kept: runs/, which has what was trained, and benchmarks/results/"

@@ -1,9 +1,9 @@
-"""What differs between the releases of JAX that are supported, 0.5.1 and newer.
+"""Hides the differences between the supported releases of JAX, 0.5.1 and newer.
 
-All of the library that a release of JAX may rename or take away is in this module, so that a new
-release is met here alone. `jax.extend.core` is where JAX keeps jaxprs for those who read them.
-Modules of `jax.experimental` are imported when a feature needs them: without one the feature
-fails, and says why; `import adamjax` does not.
+Only this module uses what a release of JAX may rename or remove, so that only this module changes
+for a new one. `jax.extend.core` is JAX's public module for reading jaxprs. Modules of
+`jax.experimental` are imported when a feature needs them: if one is missing, that feature raises
+an error that says why, and `import adamjax` works.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 
 try:
     from jax.extend import source_info_util
-except ImportError:  # without it, errors do not name lines of a loss
+except ImportError:  # then errors do not name lines of a loss
     source_info_util = None  # type: ignore[assignment]
 
 __all__ = [
@@ -71,14 +71,14 @@ def type_of(x: Any) -> Any:
 
 
 def type_sharding(x: Any) -> Any:
-    """How the type of an array says that it is split; `None` where it names no mesh."""
+    """The sharding in the type of an array; `None` if it has no mesh."""
     sharding = getattr(type_of(x), "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
 
 
 def axis_kinds(mesh: Any) -> set[str]:
-    """Of which kinds the axes of a mesh are: `"Auto"`, `"Explicit"`, `"Manual"`."""
-    # Before JAX 0.6 these are a dictionary by kind, and there are no explicit ones.
+    """The kinds of a mesh's axes: `"Auto"`, `"Explicit"`, `"Manual"`."""
+    # Before JAX 0.6 `axis_types` is a dictionary by kind, and no axis is explicit.
     return {kind.name for kind in getattr(mesh, "axis_types", None) or ()}
 
 
@@ -89,7 +89,7 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
 
 
 def in_memory_of(x: Any, like: Any) -> Any:
-    """A traced array in the kind of memory in which another one lies."""
+    """A traced array, in the same kind of memory as another one."""
     kind = getattr(type_of(like), "memory_space", None)  # older versions do not say
     return x if kind == getattr(type_of(x), "memory_space", None) else jax.device_put(x, kind)
 
@@ -98,7 +98,7 @@ def in_memory_of(x: Any, like: Any) -> Any:
 
 
 def current_mesh() -> Any:
-    """The mesh that is set; `None` without one."""
+    """The current mesh; `None` if none is set."""
     mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
     return None if mesh is None or mesh.empty else mesh
 
@@ -106,7 +106,7 @@ def current_mesh() -> Any:
 def per_device(
     function: Callable[..., Any], mesh: Any, names: set[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`shard_map` over some axes of a mesh, without a check of what differs between devices."""
+    """`shard_map` over some axes of a mesh, without JAX's check of varying values."""
     specs = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
     if hasattr(jax, "shard_map"):
         return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
@@ -120,15 +120,15 @@ def per_device(
 
 
 def dimension_order(x: Any) -> tuple[int, ...] | None:
-    """The dimensions of an array from the slowest to the fastest, where that is known."""
+    """The dimensions of an array from the slowest to the fastest; `None` if not known."""
     # Before JAX 0.7 a format is called a layout, and the layout in it a device_local_layout.
-    how = x.format if hasattr(x, "format") else getattr(x, "layout", None)
-    layout = getattr(how, "device_local_layout", None) or getattr(how, "layout", None)
+    outer = x.format if hasattr(x, "format") else getattr(x, "layout", None)
+    layout = getattr(outer, "device_local_layout", None) or getattr(outer, "layout", None)
     return getattr(layout, "major_to_minor", None)
 
 
 def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
-    """What asks for an order of dimensions in memory and for a sharding."""
+    """JAX's object for an order of dimensions in memory and a sharding."""
     layouts = experimental("row_major, formats: an order in memory", "layout")
     if hasattr(layouts, "Format"):
         return layouts.Format(layouts.Layout(order), sharding)
@@ -139,7 +139,7 @@ def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
 
 
 def at(eqn: JaxprEqn) -> Any:
-    """A context in which JAX takes an equation's line and scope for the present ones."""
+    """A context in which new operations get an equation's source line and name scope."""
     if source_info_util is None:
         return contextlib.nullcontext()
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -147,7 +147,7 @@ def at(eqn: JaxprEqn) -> Any:
 
 
 def line(eqn: JaxprEqn) -> str:
-    """The line of a user's code that an equation stems from."""
+    """The line of a user's code that made an equation."""
     if source_info_util is None:
-        return "a line that this version of JAX does not tell"
+        return "a line that this version of JAX does not report"
     return source_info_util.summarize(eqn.source_info)

@@ -1,12 +1,12 @@
 """The rules: Adam with Nadam, AMSGrad, Adamax. Uphill updates, no learning rate.
 
-Every rule divides an average of gradients by a measure of their size. What differs from paper
-to paper is a handful of scalars a step, so each rule is one function of arrays and the scalars
-are made ready for it: with `t` the step's number, 1 for the first,
+Every rule divides an average of gradients by a measure of their size. The papers differ in a few
+scalars for each step, so each rule is one function of arrays and of scalars that are computed
+before it. With `t` the step's number, 1 for the first,
 
     u = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
 
-is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` that is the
+is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` this is the
 form just before section 2.1 of the paper, with `c_eps = eps * sqrt(1 - b2**t)` its algorithm 1.
 """
 
@@ -24,6 +24,7 @@ from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
+    Recurrence,
     accumulator,
     averaging,
     complement,
@@ -39,7 +40,6 @@ from adamjax.moments import (
     widened,
 )
 from adamjax.rounding import is_narrow
-from adamjax.rows import Recurrence
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 
 
 class _Scalars(NamedTuple):
-    """What a step of Adam or AMSGrad needs besides arrays; see the module's equation."""
+    """The scalars of a step of Adam or AMSGrad; see the module's equation."""
 
     first: Average
     second: Average
@@ -67,7 +67,7 @@ class _Scalars(NamedTuple):
 
 
 def _check(rule: Any, default: str) -> None:
-    """Checks a rule's betas and epsilon, and fills in the epsilon where none was given."""
+    """Checks a rule's betas and epsilon, and sets the default epsilon if none was given."""
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
@@ -88,37 +88,37 @@ def _check(rule: Any, default: str) -> None:
 
 def _check_dtypes(rule: Any, *names: str) -> None:
     for name in names:
-        given = getattr(rule, name)
-        if given is None:
+        value = getattr(rule, name)
+        if value is None:
             continue
         try:
-            dtype = jnp.dtype(given)
+            dtype = jnp.dtype(value)
         except TypeError:
             dtype = None
-        wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        if wide and dtype not in (jnp.bfloat16, np.float32, np.float64):
+        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if is_float and dtype not in (jnp.bfloat16, np.float32, np.float64):
             raise TypeError(
                 f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
                 "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
                 "6e-8 too"
             )
-        if not wide:
+        if not is_float:
             raise TypeError(
                 f"{type(rule).__name__}: {name} must be a real floating dtype such as "
-                f"jnp.float32 or 'bfloat16', or None; got {given!r}"
+                f"jnp.float32 or 'bfloat16', or None; got {value!r}"
             )
         rule.set_fields(**{name: dtype.name})
 
 
-def _wide(rule: Any) -> Any:
-    """The rule with slots of float32 in place of narrow ones."""
+def _with_wide_slots(rule: Any) -> Any:
+    """The rule with float32 slots in place of narrow ones."""
     dtypes = {name: getattr(rule, name, None) for name in ("m_dtype", "v_dtype", "u_dtype")}
     narrow = [name for name, dtype in dtypes.items() if dtype is not None and is_narrow(dtype)]
     return rule.replace(**dict.fromkeys(narrow)) if narrow else rule
 
 
 def _zero_mean(params: Tree, dtype: str | None) -> Tree:
-    """Zero averages of gradients: complex where the parameter is, else in the given dtype."""
+    """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
     def make(p: chex.Array) -> chex.Array:
         own = widened(p.dtype, accumulator(p.dtype))
@@ -154,11 +154,8 @@ def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.
     return top / (root(v) + c.c_eps)
 
 
-def _moments_and_max(
-    c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
-) -> tuple[chex.Array, chex.Array, chex.Array]:
-    m, v = _moments(c, g, m, v)
-    return m, v, jnp.maximum(v_max, v)
+def _maximum(c: _Scalars, v_max: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+    return jnp.maximum(v_max, v)
 
 
 def _quotient_by_max(
@@ -168,11 +165,11 @@ def _quotient_by_max(
 
 
 _adam = Recurrence(_moments, _quotient)
-_amsgrad = Recurrence(_moments_and_max, _quotient_by_max)
+_amsgrad = Recurrence(_moments, _quotient_by_max, last=_maximum)
 
 
 def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Nadam's momentum of step t, and what it lacks to 1."""
+    """Nadam's momentum of step t, and 1 minus it."""
     b, shrinking = scalar(ranged(b1, BETA), t.dtype), 0.5 * 0.96**t
     return b * (1 - shrinking), complement(b1, t.dtype) + b * shrinking
 
@@ -190,7 +187,7 @@ def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None
         second=averaging(rule.b2, real),
         c_m=c_m,
         c_g=c_g,
-        # Never 0, to which what is below the smallest normal number is flushed.
+        # Never 0: numbers below the smallest normal one are flushed to 0.
         c_eps=divisor(rule.eps_hat, real)
         if rule.eps is None
         else jnp.maximum(divisor(rule.eps, real) * corrected_root, jnp.finfo(real).tiny),
@@ -217,7 +214,7 @@ class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
     Attributes:
-      count: int32, the steps taken; it stays at the largest int32.
+      count: int32, the number of steps taken; it stays at the largest int32.
       m: tree like the parameters, averages of gradients.
       v: tree like the parameters, averages of squared gradients, real.
       momentum_product: with `nesterov`, the product of the momenta so far; else `None`.
@@ -243,37 +240,37 @@ class scale_by_adam(Rule):
         u = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)         (before section 2.1)
         u = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)                 (algorithm 1)
 
-    Moments, scalars and the quotient are computed in float32 at least, in float64 for float64.
+    Moments, scalars and the quotient are computed in float32, or in float64 for float64.
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1). (Of betas and epsilons that are arrays, traced or
-        set, a value outside of its range makes NaN: 0.99999999 too, which is 1 as a float32. An
-        epsilon of 0 does what the smallest does.)
-      eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon.
-        Default, where `eps` is not given either: 1e-7.
-      eps: epsilon of the second form, above 0: what optax and torch call eps. At most one of
-        the two may be given.
-      nesterov: Nesterov momentum as in Keras' Nadam (Dozat, 2016), whose momentum of step t is
-        `mu_t = b1 * (1 - 0.5 * 0.96**t)`:
-        `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` stands for
+      b2: decay of the second moment, in [0, 1). (Betas and epsilons that are arrays, traced or set,
+        make NaN if they are out of their range; so does 0.99999999, which is 1 as a float32. An
+        epsilon of 0 does what the smallest one does.)
+      eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
+        default is 1e-7 if `eps` is not given.
+      eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
+        the two.
+      nesterov: Nesterov momentum as in Keras' Nadam (Dozat, 2016). Its momentum of step t is
+        `mu_t = b1 * (1 - 0.5 * 0.96**t)`, and
+        `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` replaces
         `m / (1 - b1**t)`. Its epsilon is `eps`, by default 1e-7.
       m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
         float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
         the memory and is rounded stochastically, so that the mean over steps is that of float32.
         For complex parameters m is complex, v real, and `m_dtype` has no effect.
-      rows: what a `RowGradient` means to the rows it does not hold. "dense": a gradient of zero,
-        so their moments decay and they move on by momentum, as with the dense gradient (and at
-        its cost; `exact_rows` has the same result for less). "lazy": they stand still in
-        everything, in what follows in the chain as well (LazyAdam of TensorFlow Addons, torch's
-        SparseAdam); the step count is that of all rows.
+      rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
+        of zero, so their moments decay and they move on by momentum, as with the dense gradient
+        (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
+        them, not even in the rest of the chain (LazyAdam of TensorFlow Addons, torch's SparseAdam);
+        all rows share one step count.
 
     The state is a `ScaleByAdamState`.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
-    update of that element NaN. `skip_not_finite` does not see it; `clip_by_value` in front prevents
-    it, while a clip by a norm makes NaN of such a leaf or tree. The share of a gradient below about
-    3e-18 in v is 0: with an epsilon smaller than that, its update is far too large.
+    update of that element NaN. `skip_not_finite` does not detect this. `clip_by_value` in front
+    prevents it; a clip by a norm makes such a leaf or tree NaN. The square of a gradient below
+    about 3e-18 adds 0 to v, so with an epsilon smaller than that the update is far too large.
 
     Raises:
       ValueError: a value is out of its range, or both epsilons are given.
@@ -311,13 +308,13 @@ class scale_by_adam(Rule):
         return _coast(self, math.sqrt(self.b2))
 
     def with_wide_slots(self) -> Rule:
-        return _wide(self)
+        return _with_wide_slots(self)
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, self._product(state)).c_m
 
     def _product(self, state: Any) -> Any:
-        """The product of the momenta after the step that is taken from this state."""
+        """The product of the momenta after the next step from this state."""
         product = state.momentum_product
         if not self.nesterov:
             return product
@@ -327,10 +324,10 @@ class scale_by_adam(Rule):
         expect_state(self, state, ScaleByAdamState)
         _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype)
         if (state.momentum_product is None) == self.nesterov:
-            came, here = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
+            came, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
             raise ValueError(
                 f"scale_by_adam: the state is {came}'s, but nesterov={self.nesterov} makes this "
-                f"{here}: build it with nesterov={not self.nesterov}, or start from init"
+                f"{expected}: build it with nesterov={not self.nesterov}, or start from init"
             )
         if self.nesterov:
             expect_number(self, "momentum_product", state.momentum_product, jnp.floating)
@@ -369,8 +366,8 @@ class ScaleByAmsgradState(NamedTuple):
 class scale_by_amsgrad(Rule):
     """AMSGrad's rule: Adam's, with the largest v so far in place of v.
 
-    Reddi et al., arXiv:1904.09237, algorithm 2, with Adam's bias corrections, as in Keras and
-    torch: `v_max = max(v_max, v)` is taken over the raw v and corrected afterwards.
+    Reddi et al., arXiv:1904.09237, algorithm 2, with Adam's bias corrections as in Keras and torch:
+    `v_max = max(v_max, v)` is computed from the raw v and corrected afterwards.
 
     Args:
       b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`; `v_max` has the dtype
@@ -409,7 +406,7 @@ class scale_by_amsgrad(Rule):
         return _coast(self, 1.0, size="v_max")
 
     def with_wide_slots(self) -> Rule:
-        return _wide(self)
+        return _with_wide_slots(self)
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return _scalars(self, state.count, real, None).c_m
@@ -462,7 +459,7 @@ class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
     Attributes:
-      count: int32, the steps taken; it stays at the largest int32.
+      count: int32, the number of steps taken; it stays at the largest int32.
       m: tree like the parameters, averages of gradients.
       u: tree like the parameters, decaying maxima of the gradients' absolute values, real.
 
@@ -487,7 +484,7 @@ class scale_by_adamax(Rule):
 
     Args:
       b1: decay of the moment, in [0, 1).
-      b2: decay of the maximum, in [0, 1). (Of arrays that are traced or set, as in
+      b2: decay of the maximum, in [0, 1). (Arrays that are traced or set are treated as in
         `scale_by_adam`.)
       eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
       m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
@@ -524,7 +521,7 @@ class scale_by_adamax(Rule):
         return _coast(self, self.b2, size="u", squared=False, decaying="u")
 
     def with_wide_slots(self) -> Rule:
-        return _wide(self)
+        return _with_wide_slots(self)
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
         return 1 / correction(self.b1, counted(state.count, real))

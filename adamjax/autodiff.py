@@ -1,9 +1,9 @@
-"""Row gradients of models as they are: a loss is differentiated by the rows that it reads.
+"""Row gradients of unchanged models: differentiates a loss by the rows that it reads.
 
-JAX differentiates `table[ids]` by an array of the table's size. Here the loss is traced once, the
-reads of its tables are found (`reads`), and what is read at each place is differentiated by an
-array of its own, as if that were added to the rows. So cotangents come row by row. A table that
-is used in any other way is differentiated as JAX does it.
+JAX differentiates `table[ids]` by an array of the table's size. Here the loss is traced once, and
+`reads` finds where it reads rows. The loss is then differentiated by a small array for each of
+these sites, as if that were added to the rows, so cotangents come row by row. A table that is used
+in any other way gets JAX's gradient.
 """
 
 import functools
@@ -21,7 +21,7 @@ import numpy as np
 from adamjax._compat import ClosedJaxpr, JaxprEqn, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
-from adamjax.reads import Planner, Slots, Source, View
+from adamjax.reads import PerSite, Planner, Source, View
 from adamjax.rows import RowGradient, in_table, summed_of_each
 from adamjax.search import distinct_of_each
 
@@ -37,13 +37,13 @@ Value = TypeVar("Value")
 
 
 def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
-    """The numbers of arguments, and whether one was given rather than several."""
+    """The numbers of the arguments, and whether `argnums` is a single one."""
     single = not isinstance(argnums, Sequence | np.ndarray) or np.shape(argnums) == ()
-    given = [argnums] if single else list(argnums)
+    numbers = [argnums] if single else list(argnums)
     try:
-        if any(isinstance(i, bool | np.bool_) for i in given):
+        if any(isinstance(i, bool | np.bool_) for i in numbers):
             raise TypeError
-        return [operator.index(i) for i in given], single
+        return [operator.index(i) for i in numbers], single
     except TypeError:
         raise TypeError(
             f"{owner}: argnums must be an int or a tuple of ints, got {argnums!r}"
@@ -51,10 +51,11 @@ def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
 
 
 class Call:
-    """A loss with its arguments, as a function of the leaves that it may be differentiated by.
+    """A loss and its arguments, as a function of the float leaves to differentiate by.
 
     Attributes:
-      leaves, paths: of the arguments to differentiate by, joined; floats are `floats` of them.
+      leaves, paths: the leaves of all arguments to differentiate by, one list, and their paths.
+      floats: the numbers of the leaves that are floats.
     """
 
     def __init__(
@@ -101,18 +102,22 @@ class Call:
         return self.loss_fn(*args, **self.kwargs)
 
     def value_and_grad(self) -> Any:
-        """As of `jax.value_and_grad`, but the gradient of a leaf that is no float is `None`."""
-
+        """As `jax.value_and_grad`, with `None` as the gradient of a leaf that is not a float."""
         floats = [self.leaves[i] for i in self.floats]
-        value, found = jax.value_and_grad(self._loss, has_aux=self.has_aux)(floats)
+        value, float_grads = jax.value_and_grad(self._loss, has_aux=self.has_aux)(floats)
         grads: list[Any] = [None] * len(self.leaves)
-        for i, g in zip(self.floats, found, strict=True):
+        for i, g in zip(self.floats, float_grads, strict=True):
             grads[i] = g
         trees = self.unflattened(grads)
         return value, trees[0] if self.single else tuple(trees)
 
     def traced(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
-        """The jaxpr from float leaves to the loss and the arrays of aux, and aux from those."""
+        """The loss as a jaxpr, and a function that restores aux.
+
+        The jaxpr takes the float leaves, and returns the loss and then the JAX arrays of aux. The
+        function takes these arrays.
+        """
+        # Aux' structure, and for each of its leaves `None` for a JAX array, or else `(leaf,)`.
         aux: list[Any] = []
 
         def function(*floats: Any) -> list[Any]:
@@ -123,13 +128,12 @@ class Call:
                         f"{self.owner}: with has_aux=True the loss function must return a pair "
                         f"(loss, aux), got {value!r}"
                     )
-                value, given = value
-                found, treedef = jax.tree.flatten(given)
-                # What is no array of JAX's need not become one.
-                aux[:] = treedef, [None if isinstance(x, jax.Array) else (x,) for x in found]
+                value, aux_tree = value
+                aux_leaves, treedef = jax.tree.flatten(aux_tree)
+                aux[:] = treedef, [None if isinstance(x, jax.Array) else (x,) for x in aux_leaves]
             if not is_arraylike(value):
                 raise TypeError(f"{self.owner}: the loss must be one real float, got {value!r}")
-            arrays = [x for x in found if isinstance(x, jax.Array)] if self.has_aux else []
+            arrays = [x for x in aux_leaves if isinstance(x, jax.Array)] if self.has_aux else []
             return [value, *arrays]
 
         closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
@@ -137,34 +141,38 @@ class Call:
         if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise TypeError(
                 f"{self.owner}: the loss must be one real float, got "
-                f"{loss.dtype.name}{list(loss.shape)}; with aux beside it say has_aux=True"
+                f"{loss.dtype.name}{list(loss.shape)}; if it returns aux too, pass has_aux=True"
             )
 
         def restored(arrays: list[Any]) -> Any:
-            rest, (treedef, found) = iter(arrays), aux
-            return treedef.unflatten([next(rest) if x is None else x[0] for x in found])
+            rest, (treedef, others) = iter(arrays), aux
+            return treedef.unflatten([next(rest) if x is None else x[0] for x in others])
 
         return closed, restored
 
 
 class Reads:
-    """Where a loss reads rows of its tables.
+    """The reads of tables in a loss, and its gradient by them.
 
     Attributes:
-      dense: the tables, as numbers of leaves, that are used in another way as well.
+      by_rows: the tables of which the loss only reads rows, as numbers of leaves.
+      dense: the tables that it also uses in another way, whose gradients are dense.
+      others: all float leaves but those in `by_rows`.
     """
 
     def __init__(self, call: Call, tables: Sequence[int], exact: bool, strict: bool) -> None:
         self.call = call
-        self.closed, self.aux = call.traced()
-        # Of a table without rows there is nothing to be read.
+        self.closed, self.restored_aux = call.traced()
+        # A table without rows has no rows to read.
         self.dense = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
         while True:
             planner = Planner(exact)
-            rows = [i for i in tables if i not in self.dense]
-            views = [View(i, np.shape(call.leaves[i])) if i in rows else None for i in call.floats]
-            outs = [True] + [False] * (len(self.closed.out_avals) - 1)
-            self.plan = planner.plan(self.closed, views, [True] * len(views), outs)
+            by_rows = [i for i in tables if i not in self.dense]
+            views = [
+                View(i, np.shape(call.leaves[i])) if i in by_rows else None for i in call.floats
+            ]
+            live_outs = [True] + [False] * (len(self.closed.out_avals) - 1)
+            self.plan = planner.plan(self.closed, views, [True] * len(views), live_outs)
             if exact:
                 planner.refuse((x for x in self.plan.outs if isinstance(x, View)), None)
             if not planner.refused:
@@ -172,8 +180,8 @@ class Reads:
             if strict:
                 raise ValueError(self._refused(*next(iter(planner.refused.items()))))
             self.dense += planner.refused
-        self.rows = rows
-        self.others = [i for i in call.floats if i not in rows]
+        self.by_rows = by_rows
+        self.others = [i for i in call.floats if i not in by_rows]
 
     def _refused(self, table: int, eqn: JaxprEqn | None) -> str:
         call = self.call
@@ -183,146 +191,151 @@ class Reads:
             use = f"used by {eqn.primitive.name} at {line(eqn)}"
         return (
             f"{call.owner}: the table {call.paths[table]!r} is {use}, which is not a read of whole "
-            "rows, so its gradient is dense. Read it by table[ids] or jnp.take alone, or take it "
-            "from the tables; strict=False takes its dense gradient"
+            "rows, so its gradient is dense. Read it only by table[ids] or jnp.take, or remove it "
+            "from the tables; strict=False allows its dense gradient"
         )
 
     def indices(self) -> dict[int, chex.Array]:
-        """For each table whose rows can be told beforehand, all that are read, one-dimensional."""
-        known: dict[int, list[Any]] = {i: [] for i in self.rows}
-        for place, ids in zip(self.plan.places, self.plan.indices({})[1], strict=True):
-            known[place.view.table].append(ids)
+        """By table, the flat indices of its reads, if they can be computed before the loss runs."""
+        by_table: dict[int, list[Any]] = {i: [] for i in self.by_rows}
+        for site, ids in zip(self.plan.sites, self.plan.indices({})[1], strict=True):
+            by_table[site.view.table].append(ids)
         return {
             i: jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in ids)])
-            for i, ids in known.items()
+            for i, ids in by_table.items()
             if all(x is not None for x in ids)
         }
 
     def value_and_grad(
         self,
-        held: Any,
-        look: Callable[[Any, int, chex.Array], chex.Array],
-        given: Mapping[int, chex.Array] | None = None,
+        data: Any,
+        read_rows: Callable[[Any, int, chex.Array], chex.Array],
+        rows: Mapping[int, chex.Array] | None = None,
         dense: Mapping[int, chex.Array] | None = None,
-        known: Mapping[int, tuple[chex.Array, chex.Array]] | None = None,
+        searched: Mapping[int, tuple[chex.Array, chex.Array]] | None = None,
     ) -> Any:
-        """The loss, with aux if there is, and the gradients.
+        """Returns the loss, or `(loss, aux)`, and the gradients.
 
         Args:
-          held: what `look` looks into.
-          look: `(held, table, int32[...]) -> rows`, for rows that are not given.
-          given: rows at the places that `indices` told.
-          dense: what stands for some leaves.
-          known: what `distinct` makes of what `indices` told.
+          data: the first argument of `read_rows`.
+          read_rows: `(data, table, int32[...]) -> rows`, for tables that are not in `rows`.
+          rows: by table, the rows at the indices that `indices` returned.
+          dense: arrays in place of some leaves, by their numbers.
+          searched: by table, `search.distinct` of the indices that `indices` returned.
         """
-        call, given = self.call, dict(given or {})
+        call, rows = self.call, dict(rows or {})
         leaves: list[Any] = [
             jnp.asarray(x) if i in call.floats else x for i, x in enumerate(call.leaves)
         ]
         others = [(dense or {}).get(i, leaves[i]) for i in self.others]
-        xs, done = [], dict.fromkeys(given, 0)
-        for place in self.plan.places:
-            table, size = place.view.table, math.prod(place.shape)
-            shape = (*place.shape, *place.trailing)
-            if table in given:
-                rows = given[table][done[table] :][:size]
-                done[table] += size
-                xs.append(rows.reshape(shape))
-            elif place.live:
+        row_inputs, starts = [], dict.fromkeys(rows, 0)
+        for site in self.plan.sites:
+            table, size = site.view.table, math.prod(site.shape)
+            shape = (*site.shape, *site.trailing)
+            if table in rows:
+                site_rows = rows[table][starts[table] :][:size]
+                starts[table] += size
+                row_inputs.append(site_rows.reshape(shape))
+            elif site.live:
                 x = jnp.zeros(shape, leaves[table].dtype)
-                xs.append(jax.lax.pcast(x, place.varying, to="varying") if place.varying else x)
+                x = jax.lax.pcast(x, site.varying, to="varying") if site.varying else x
+                row_inputs.append(x)
             else:
-                xs.append(None)
-        source = Source(held, look, lambda _, i: leaves[i], frozenset(given))
+                row_inputs.append(None)
+        source = Source(data, read_rows, lambda _, i: leaves[i], frozenset(rows))
 
-        def loss(others: list[Any], xs: Slots) -> Any:
-            found, ids = self.plan.run(source, others, xs)
-            rest = iter(found)
+        def loss(others: list[Any], row_inputs: PerSite) -> Any:
+            outs, ids = self.plan.run(source, others, row_inputs)
+            rest = iter(outs)
             value, *arrays = (
-                source.all(x) if isinstance(x, View) else next(rest) for x in self.plan.outs
+                source.whole(x) if isinstance(x, View) else next(rest) for x in self.plan.outs
             )
             return value, (arrays, ids)
 
-        taken = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(others, xs)
-        (value, (arrays, ids)), (of_others, of_places) = taken
+        function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, (arrays, ids)), (other_grads, site_grads) = function(others, row_inputs)
         grads: list[Any] = [None] * len(leaves)
-        for i, g in zip(self.others, of_others, strict=True):
+        for i, g in zip(self.others, other_grads, strict=True):
             grads[i] = g
-        for i, g in self._sums(leaves, ids, of_places, known or {}).items():
+        for i, g in self._row_gradients(leaves, ids, site_grads, searched or {}).items():
             grads[i] = g
         trees = call.unflattened(grads)
-        value = (value, self.aux(arrays)) if call.has_aux else value
+        value = (value, self.restored_aux(arrays)) if call.has_aux else value
         return value, trees[0] if call.single else tuple(trees)
 
-    def _sums(
+    def _row_gradients(
         self,
         leaves: list[Any],
-        ids: Slots,
-        grads: Slots,
-        known: Mapping[int, tuple[chex.Array, chex.Array]],
+        ids: PerSite,
+        grads: PerSite,
+        searched: Mapping[int, tuple[chex.Array, chex.Array]],
     ) -> dict[int, RowGradient]:
-        """The gradients of the tables."""
-        values, asked, distinct = {}, {}, dict(known)
-        for i in self.rows:
-            places = zip(self.plan.places, ids, grads, strict=True)
-            mine = [x for x in places if x[0].view.table == i]
-            # Within `shard_map` it is known of the rows of one device alone.
-            if any(place.view.axes for place, _, _ in mine):
+        """The gradients of the tables in `by_rows`."""
+        values, unsearched, distinct = {}, {}, dict(searched)
+        for i in self.by_rows:
+            reads = zip(self.plan.sites, ids, grads, strict=True)
+            table_reads = [read for read in reads if read[0].view.table == i]
+            # Within `shard_map`, the search was of the rows of one device alone.
+            if any(site.view.axes for site, _, _ in table_reads):
                 distinct.pop(i, None)
-            values[i], found = self._touched(leaves[i], mine, i in distinct)
+            values[i], indices = self._gathered(leaves[i], table_reads, i in distinct)
             if i not in distinct:
-                asked[i] = in_table(found, len(leaves[i]))
-        rows = [len(leaves[i]) for i in asked]
-        searched = distinct_of_each(list(asked.values()), rows)
-        distinct |= dict(zip(asked, searched, strict=True))
+                unsearched[i] = in_table(indices, len(leaves[i]))
+        num_rows = [len(leaves[i]) for i in unsearched]
+        pairs = distinct_of_each(list(unsearched.values()), num_rows)
+        distinct |= dict(zip(unsearched, pairs, strict=True))
         sums = summed_of_each(
             [distinct[i] for i in values], list(values.values()), [len(leaves[i]) for i in values]
         )
         return dict(zip(values, sums, strict=True))
 
-    def _touched(
-        self, leaf: chex.Array, mine: list[tuple[Any, Any, Any]], is_known: bool
+    def _gathered(
+        self, leaf: chex.Array, table_reads: list[tuple[Any, Any, Any]], is_searched: bool
     ) -> tuple[chex.Array, chex.Array]:
-        """What each read of a table got, and its indices; of known ones not those."""
+        """The gradients of the rows that a table's reads return, and the indices of these rows.
+
+        There are no indices if `is_searched`. Then every read has gradients, zeros if the loss is
+        not differentiated by it, so that they match the indices that were searched.
+        """
         trailing = leaf.shape[1:]
         indices = [jnp.zeros(0, jnp.int32)]
         values = [jnp.zeros((0, *trailing), leaf.dtype)]
-        for place, i, g in mine:
+        for site, ids, g in table_reads:
             if g is None:
-                if is_known:
-                    values.append(jnp.zeros((math.prod(place.shape), *trailing), leaf.dtype))
+                if is_searched:
+                    values.append(jnp.zeros((math.prod(site.shape), *trailing), leaf.dtype))
                 continue
-            g = g.reshape(-1, *trailing) if 0 not in trailing else g.reshape(i.size, *trailing)
-            if not is_known:
-                i = i.reshape(-1)
-                if place.view.axes:
+            g = g.reshape(-1, *trailing) if 0 not in trailing else g.reshape(ids.size, *trailing)
+            if not is_searched:
+                ids = ids.reshape(-1)
+                if site.view.axes:
                     gathered = functools.partial(
                         jax.lax.all_gather,
-                        axis_name=place.view.axes,
+                        axis_name=site.view.axes,
                         tiled=True,
                         to="invarying",
                     )
-                    i, g = gathered(i), gathered(g)
-                indices.append(i)
+                    ids, g = gathered(ids), gathered(g)
+                indices.append(ids)
             values.append(g)
         return jnp.concatenate(values), jnp.concatenate(indices)
 
 
-# --- what users call ------------------------------------------------------------------------------
+# --- the public functions -------------------------------------------------------------------------
 
 
 def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
-    """The leaves that are tables."""
+    """The numbers of the leaves that are tables."""
     expect_paths(
         call.owner, patterns, [call.paths[i] for i in call.floats], what="leaf of real floats"
     )
-    found = [i for i in call.floats if first_match(patterns, call.paths[i]) is not None]
-    for i in found:
+    tables = [i for i in call.floats if first_match(patterns, call.paths[i]) is not None]
+    for i in tables:
         if np.ndim(call.leaves[i]) < 1:
             raise ValueError(
                 f"{call.owner}: {call.paths[i]!r} is a scalar, expected a table with rows"
             )
-    return found
+    return tables
 
 
 @overload
@@ -355,40 +368,43 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad` of a loss as it is, with a `RowGradient` for each table.
+    """`jax.value_and_grad` of an unchanged loss, with a `RowGradient` for each table.
 
     A table is a leaf of which the loss reads whole rows: by `table[ids]`, `jnp.take`, Flax' and
     Equinox' embeddings, in any mode and shape, also after a cast or a reshape that keeps the
-    rows, within `jit`, `vmap`, `remat`, `scan`, `map`, `cond` and `shard_map`. Its gradient holds
-    the rows that were read, equal ones summed (in float32 at least), and no array of its size is
-    made, nor a cast one. Where a loss uses it in another way as well (as output weights, in a
-    norm, in a call with a derivative of its own), the gradient is JAX's, dense and exact.
+    rows, within `jit`, `vmap`, `remat`, `scan`, `map`, `cond` and `shard_map`. Its gradient has
+    the rows that were read, with equal ones summed (in float32 at least). No array of the table's
+    size is made, not even a cast of it. If the loss also uses the table in another way (as output
+    weights, in a norm, in a call with a derivative of its own), its gradient is JAX's, dense and
+    exact.
 
-    Else it is as JAX's, and composes with its transformations. It differs in this:
+    Otherwise it works as JAX's, and composes with its transformations. The differences:
 
-    - The loss is traced, once, so it cannot branch by values of what it is differentiated by.
-      As a train step is, it should be under `jit`: outside, a loss runs operation by operation.
-    - Leaves that are no floats (integers, keys, functions) get the gradient `None`, which
-      transforms leave alone, in the place of an error.
-    - Within `shard_map`, where JAX sums the gradient of what all devices share, their rows are
-      gathered, by a collective of the rows' size.
+    - The loss is traced once, so it cannot branch on values of the arguments that it is
+      differentiated by. Call it under `jit`, as in a train step: outside, it runs operation by
+      operation.
+    - Leaves that are not floats (integers, keys, functions) get the gradient `None`, which
+      transforms leave alone. JAX raises an error.
+    - Within `shard_map`, JAX sums the gradient of a value that all devices share. Here a
+      collective gathers their rows, at the cost of the rows' size.
 
     Args:
-      loss_fn: returns one real float, or a pair of it and any tree with `has_aux`.
+      loss_fn: returns one real float, or with `has_aux` a pair of it and any tree.
       tables: which leaves are tables: a pattern for `re.search` in the leaf's path within its
         argument, such as `"embedding"`, or a list of them, each of which must match one
         (`adamjax.optional(pattern)` need not).
-      has_aux: as JAX's.
-      argnums: as JAX's: which arguments to differentiate by.
-      strict: raise where a table's gradient would be dense.
+      has_aux: as in JAX.
+      argnums: as in JAX, the arguments to differentiate by.
+      strict: whether to raise if a table's gradient would be dense.
 
     Returns:
-      A function like `loss_fn`: `(value, grads)`, where value is `(loss, aux)` with `has_aux`.
-      Where no row is read that the loss is differentiated by, the row gradient is empty.
+      A function with the arguments of `loss_fn`. It returns `(value, grads)`; with `has_aux`,
+      value is `(loss, aux)`. If the loss is differentiated by no row of a table, the table's row
+      gradient is empty.
 
     Raises:
-      ValueError, TypeError: by the call: no leaf is a table, the loss is not one real float; with
-        `strict`, the message names the table, the operation and the line that uses it.
+      ValueError, TypeError: when called: no leaf is a table, or the loss is not one real float;
+        with `strict`, the message names the table, the operation and the line that uses it.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> def loss(params, ids, y):
@@ -407,8 +423,10 @@ def value_and_grad(
         call = Call(owner, loss_fn, args, kwargs, argnums, has_aux)
         reads = Reads(call, _tables(call, patterns), False, strict)
 
-        held = {i: jnp.asarray(call.leaves[i]) for i in reads.rows}
-        return reads.value_and_grad(held, lambda held, i, ids: held[i].at[ids].get(mode="clip"))
+        tables_by_leaf = {i: jnp.asarray(call.leaves[i]) for i in reads.by_rows}
+        return reads.value_and_grad(
+            tables_by_leaf, lambda tables, i, ids: tables[i].at[ids].get(mode="clip")
+        )
 
     return function
 
@@ -421,10 +439,11 @@ def grad(
     argnums: int | Sequence[int] = 0,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """`jax.grad` with row gradients for tables: as `value_and_grad`, without the value.
+    """`jax.grad` with row gradients for tables: `value_and_grad` without the value.
 
     Returns:
-      A function like `loss_fn`: gradients, or a pair of them and aux.
+      A function with the arguments of `loss_fn`. It returns the gradients, or with `has_aux`
+      `(grads, aux)`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> table = jnp.ones((1000, 2))

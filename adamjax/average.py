@@ -1,4 +1,4 @@
-"""The exponential average of the weights."""
+"""The transform that keeps an exponential average of the weights."""
 
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ class WeightEmaState(NamedTuple):
     """State of `weight_ema`.
 
     Attributes:
-      count: int32, the steps taken; it stays at the largest int32.
-      average: tree like the parameters, in float32 at least; before the first step the weights.
+      count: int32, the number of steps taken; it stays at the largest int32.
+      average: tree like the parameters, in float32 or wider; the weights before the first step.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.weight_ema(0.9).init(jnp.ones(1)).average
@@ -37,27 +37,27 @@ class _Ema(NamedTuple):
 
 def _ema(c: _Ema, u: chex.Array, average: chex.Array, p: chex.Array) -> tuple[chex.Array, ...]:
     real = accumulator(u.dtype, average.dtype)
-    held = c.mean(widen(average, real), widen(stepped(p, u), real))
+    new_average = c.mean(widen(average, real), widen(stepped(p, u), real))
     if c.due is not None:
-        u = jnp.where(c.due, (held - widen(p, real)).astype(u.dtype), u)
-    return u, held.astype(average.dtype)
+        u = jnp.where(c.due, (new_average - widen(p, real)).astype(u.dtype), u)
+    return u, new_average.astype(average.dtype)
 
 
 class weight_ema(Transform):
     """Averages the weights: `average = momentum * average + (1 - momentum) * weights`.
 
-    The average starts from the initial weights and takes in those after each step; read it with
-    `averaged_weights`. It must be last in a chain, and `update` needs `params`. This is the
-    option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky, 1992), and
-    reading the average is what `finalize_variable_values` was; Keras 3 starts from zero
-    instead and copies the weights at the first step.
+    The average starts as the initial weights and takes in the weights after each step; read it with
+    `averaged_weights`. The transform must be last in a chain, and `update` needs `params`. This is
+    the option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky, 1992), and
+    `averaged_weights` replaces `finalize_variable_values`. Keras 3 instead starts at zero and
+    copies the weights at the first step.
 
     Args:
-      momentum: weight of the past, in [0, 1]. (Of an array that is traced or set, a value outside
-        makes NaN of the average.)
-      overwrite_frequency: put the average into the weights at every step whose number is a
-        multiple of this, a whole number of at least 1. `None`: never. (Of an array that is traced
-        or set, a value below 1 makes NaN of the average, and of the weights.)
+      momentum: the weight of the old average, in [0, 1]. (An array that is traced or set makes the
+        average NaN if its value is outside.)
+      overwrite_frequency: each step whose number is a multiple of this sets the weights to the
+        average; a whole number of at least 1. `None`: never. (An array that is traced or set makes
+        the average and the weights NaN if its value is below 1.)
 
     The state is a `WeightEmaState`.
 

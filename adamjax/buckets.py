@@ -1,4 +1,4 @@
-"""Small leaves joined end to end in flat buckets: which leaves, and how a tree lies in them."""
+"""A tree whose small leaves are stored end to end in flat buckets, and the plan of the buckets."""
 
 import functools
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ __all__ = ["Joined", "Plan", "as_tree", "is_joined"]
 
 
 class Plan:
-    """Which leaves of a tree are joined with which: the static part of a `Joined`."""
+    """Which leaves of a tree share a bucket: the static part of a `Joined`."""
 
     def __init__(
         self, treedef: Any, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]
     ) -> None:
         self.treedef, self.avals, self.buckets = treedef, avals, buckets
-        within = {i for bucket in buckets for i in bucket}
-        self.alone = tuple(i for i in range(len(avals)) if i not in within)
+        in_buckets = {i for bucket in buckets for i in bucket}
+        self.alone = tuple(i for i in range(len(avals)) if i not in in_buckets)
 
     @property
     def _key(self) -> Any:
         return self.treedef, self.avals, self.buckets
 
-    # JAX compares plans at each call of a jitted function: mostly one with itself.
+    # JAX compares plans at each call of a jitted function, usually a plan with itself.
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
@@ -38,31 +38,31 @@ class Plan:
         return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By a tree: pickled by itself, a structure has lost what its nodes' classes know of them.
+        # As a tree, because a pickled treedef loses the static data of its nodes.
         tree = self.treedef.unflatten(range(len(self.avals)))
         return _plan_like, (tree, self.avals, self.buckets)
 
     def __repr__(self) -> str:
-        return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves joined"
+        return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves in buckets"
 
     @property
     def like(self) -> Tree:
-        """The tree, of shapes and dtypes."""
+        """The tree with shapes and dtypes for leaves."""
         return self.treedef.unflatten(
             [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
         )
 
     def join(self, leaves: list[Any]) -> "Joined":
-        """Leaves, in the order of `flatten`, with those of each bucket joined end to end."""
-        joined = tuple(_end_to_end([leaves[i] for i in bucket]) for bucket in self.buckets)
-        return Joined(joined, tuple(leaves[i] for i in self.alone), self)
+        """The tree of these leaves, which are in the order of `flatten`, in buckets."""
+        buckets = tuple(_end_to_end([leaves[i] for i in bucket]) for bucket in self.buckets)
+        return Joined(buckets, tuple(leaves[i] for i in self.alone), self)
 
     def without(self, dropped: list[int]) -> "Plan":
-        """The plan without the buckets of these numbers."""
+        """The plan without the buckets at these indices."""
         if not dropped:
             return self
-        kept = tuple(b for i, b in enumerate(self.buckets) if i not in dropped)
-        return Plan(self.treedef, self.avals, kept)
+        remaining = tuple(b for i, b in enumerate(self.buckets) if i not in dropped)
+        return Plan(self.treedef, self.avals, remaining)
 
 
 def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]) -> Plan:
@@ -72,15 +72,15 @@ def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """A tree whose small leaves are joined: flat buckets, then the leaves that are as they are.
+    """A tree whose small leaves are in buckets: first the buckets, then the other leaves.
 
-    In the state of `grouped` it stands where the inner transform keeps a tree like the
-    parameters; `get_slot` and `averaged_weights` give that tree.
+    The state of `grouped` has one in place of each tree like the parameters; `get_slot` and
+    `averaged_weights` return the tree itself.
 
     Attributes:
-      joined: tuple of arrays of one dimension, each some leaves of one dtype end to end.
-      alone: tuple of all other leaves.
-      plan: which leaves are where; no part of the arrays.
+      joined: tuple of buckets: arrays of one dimension with leaves of one dtype end to end.
+      alone: tuple of the leaves that are in no bucket.
+      plan: which leaves are where; static, not an array.
 
     >>> import adamjax, jax.numpy as jnp
     >>> state = adamjax.grouped(adamjax.scale_by_adam()).init({"a": jnp.ones(3), "b": jnp.ones(())})
@@ -97,7 +97,7 @@ class Joined:
         names = [f"bucket {i}" for i in range(len(self.joined))]
         names += [paths[i] for i in self.plan.alone]
         children = (*self.joined, *self.alone)
-        # A state that is not whole goes into jit, so that `expect_whole` can say what is missing.
+        # An incomplete state must pass through jit, so that `expect_whole` can refuse it.
         names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)
         return tuple(zip(keys, children, strict=False)), self.plan
@@ -111,38 +111,38 @@ class Joined:
         return cls(children[:count], children[count:], plan)
 
     def expect_whole(self, name: str) -> None:
-        """Refuses other buckets than those of the plan, such as from a file that was cut off."""
+        """Refuses buckets that do not fit the plan, such as those of a truncated file."""
         buckets, alone = self.plan.buckets, self.plan.alone
         mend = "restore the whole state, or start from init"
-        came, wanted = (len(self.joined), len(self.alone)), (len(buckets), len(alone))
-        if came != wanted:
+        counts, expected = (len(self.joined), len(self.alone)), (len(buckets), len(alone))
+        if counts != expected:
             raise ValueError(
-                f"grouped: the state's {name} has {came[0]} buckets and {came[1]} other arrays, "
-                f"expected {wanted[0]} and {wanted[1]}: {mend}"
+                f"grouped: the state's {name} has {counts[0]} buckets and {counts[1]} other "
+                f"arrays, expected {expected[0]} and {expected[1]}: {mend}"
             )
         for i, (bucket, x) in enumerate(zip(buckets, self.joined, strict=True)):
             size = sum(int(np.prod(self.plan.avals[j][0], dtype=int)) for j in bucket)
             if getattr(x, "shape", None) != (size,):
-                is_now = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
+                came = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
-                    f"grouped: bucket {i} of the state's {name} is {is_now}, expected the shape "
+                    f"grouped: bucket {i} of the state's {name} is {came}, expected the shape "
                     f"[{size}], that of its {len(bucket)} leaves end to end: {mend}"
                 )
 
     def leaves(self) -> list[Any]:
         """The leaves of the tree, in the order of `flatten`."""
-        self.expect_whole("joined tree")
-        found: list[Any] = [None] * len(self.plan.avals)
+        self.expect_whole("tree")
+        leaves: list[Any] = [None] * len(self.plan.avals)
         for i, x in zip(self.plan.alone, self.alone, strict=True):
-            found[i] = x
+            leaves[i] = x
         for bucket, x in zip(self.plan.buckets, self.joined, strict=True):
             shapes = tuple(self.plan.avals[i][0] for i in bucket)
             for i, piece in zip(bucket, _pieces(x, shapes), strict=True):
-                found[i] = piece
-        return found
+                leaves[i] = piece
+        return leaves
 
     def tree(self) -> Tree:
-        """The tree, each leaf by itself."""
+        """The tree without buckets."""
         return self.plan.treedef.unflatten(self.leaves())
 
 
@@ -153,7 +153,7 @@ def _end_to_end(leaves: list[Any]) -> Any:
     return _concatenated(leaves)
 
 
-# Jitted for those who call init or update outside of jit: one call in place of one a leaf.
+# Jitted, so that `init` or `update` outside of jit makes one call instead of one for each leaf.
 @jax.jit
 def _concatenated(leaves: list[Any]) -> Any:
     return jax.lax.concatenate([jnp.reshape(x, -1) for x in leaves], 0)
@@ -170,5 +170,5 @@ def is_joined(x: Any) -> bool:
 
 
 def as_tree(tree: Any) -> Any:
-    """A tree like the parameters, each leaf by itself, of one that may be joined."""
+    """The tree like the parameters, if this one is in buckets; else this one."""
     return tree.tree() if isinstance(tree, Joined) else tree

@@ -1,4 +1,4 @@
-"""`chain`: transforms one after another."""
+"""The transform that applies several transforms one after another."""
 
 from typing import Any
 
@@ -52,18 +52,16 @@ def _cast(leaf: Any, dtype: Any) -> Any:
 class chain(Transform):
     """Applies transforms in turn, each to the updates of the one before.
 
-    Between our transforms updates travel in float32 at least, whatever the gradients' dtype,
-    and are rounded to the gradients' dtype once, at the end; transforms from elsewhere, and
-    `weight_ema`, are given the gradients' own dtype. Chains within a chain are joined to it.
-    The state is the tuple of the parts' states. Extra arguments of `update` go to every part
-    that takes them.
+    Between adamjax's transforms updates are in float32 or wider, and they are rounded to the
+    gradients' dtype once, at the end. Other libraries' transforms and `weight_ema` get updates in
+    the gradients' dtype. A chain within a chain is replaced by its parts. The state is the tuple of
+    the parts' states. Extra arguments of `update` go to every part that takes them.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
 
     Raises:
-      ValueError: `weight_ema` stands anywhere but last, where the weights it would average are
-        not those that the step leaves behind.
+      ValueError: `weight_ema` is not last, so it would not average the weights after the step.
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))
@@ -83,8 +81,8 @@ class chain(Transform):
         for tx in parts[:-1]:
             if tx.must_be_last:
                 raise ValueError(
-                    f"chain: {tx!r} must be last, as it averages the weights that the whole "
-                    f"step leaves behind; move it behind {parts[-1]!r}"
+                    f"chain: {tx!r} must be last, because it averages the weights after the whole "
+                    f"step; move it behind {parts[-1]!r}"
                 )
         self.set_fields(transforms=tuple(parts))
 
@@ -103,24 +101,30 @@ class chain(Transform):
             leaves, treedef = flatten(updates)
             return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
 
-        states, joined = list(state), False
+        states, is_merged = list(state), False
         for i, tx in enumerate(self.transforms):
-            behind = self.transforms[i + 1] if i + 1 < len(states) else None
-            if joined:
-                joined = False
+            after = self.transforms[i + 1] if i + 1 < len(states) else None
+            if is_merged:
+                is_merged = False
             elif tx.has_foreign or tx.must_be_last:
-                # An average of weights is of those that the rounded updates will lead to.
+                # An average of weights must see the rounded updates.
                 updates = cast(updates, dtypes)
                 updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-            elif isinstance(tx, Scaling):
-                # Factors are taken from the updates as they are: widened for both, narrow
-                # gradients would be kept in the wide dtype from the norm to the product.
+            elif isinstance(tx, Scaling) and tx.has_factors:
+                # The factors see the updates before they are widened. Else XLA would keep wide
+                # copies of narrow gradients from the norm to the product.
                 factors, states[i] = tx.factors(updates, state[i])
                 updates = tx.scaled(factors, cast(updates, wide), params)
-            elif isinstance(tx, Rule) and isinstance(behind, Scaling) and not behind.reads_updates:
-                factors, states[i + 1] = behind.factors(updates, state[i + 1])
+            elif (
+                isinstance(tx, Rule)
+                and tx.has_step
+                and isinstance(after, Scaling)
+                and after.has_factors
+                and not after.reads_updates
+            ):
+                factors, states[i + 1] = after.factors(updates, state[i + 1])
                 updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
-                joined = True
+                is_merged = True
             else:
                 updates = cast(updates, wide)
                 updates, states[i] = tx.update(updates, state[i], params, **extra_args)

@@ -1,4 +1,4 @@
-"""Clipping: by value, by the norm of each leaf, by the norm of all leaves together."""
+"""Transforms that clip updates: by value, by the norm of each leaf, by the norm of all leaves."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"
 def _sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
     real = accumulator(g.dtype)
     if widened(g.dtype, real) != g.dtype:
-        # A widened copy that the norm and the product have in common would be kept in memory.
+        # Without the barrier, XLA would store one widened copy for both the norm and the product.
         g = each_array(lambda x: widen(barrier(x), real), g)
     return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in parts(g))),)
 
@@ -29,12 +29,12 @@ def global_norm(tree: Tree) -> chex.Array:
     """The Euclidean norm of all floating leaves of a tree as one vector.
 
     Args:
-      tree: arrays of any shapes and dtypes; `None` and integer leaves count nothing.
+      tree: arrays of any shapes and dtypes; `None` and integer leaves are ignored.
 
     Returns:
-      A scalar of dtype float32 (float64 if a leaf is); squares are summed in that dtype, so
-      float16 leaves cannot overflow. Infinite where the sum exceeds float32's range, at norms
-      above 1.8e19. Its derivative at 0 is 0.
+      A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so
+      float16 leaves cannot overflow. The norm is infinite if the sum exceeds float32's range, at
+      norms above 1.8e19. Its derivative at 0 is 0.
 
     >>> import adamjax, jax.numpy as jnp
     >>> float(adamjax.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
@@ -49,7 +49,7 @@ def _norm(owner: str, tree: Tree) -> chex.Array:
 
 
 class _MaxNorm(NamedTuple):
-    """The norm to shrink to, and the least norm to divide by; `None` where they are the same."""
+    """The norm to shrink to, and the least norm to divide by; `None` if they are the same."""
 
     limit: Any
     least: Any
@@ -57,20 +57,20 @@ class _MaxNorm(NamedTuple):
 
 def _max_norm(value: Number, real: Any) -> _MaxNorm:
     limit = _limit(value, real)
-    # To 0, a vector of norm 0 goes as any other.
+    # With a limit of 0, a vector of norm 0 must not become 0/0.
     return _MaxNorm(limit, jnp.maximum(limit, jnp.finfo(real).tiny) if is_array(value) else None)
 
 
 def _limit(value: Number, real: Any) -> Any:
-    """A limit in the accumulator dtype; NaN for an array, which may be traced, below 0."""
+    """A limit in the accumulator dtype; NaN for an array below 0, which may be traced."""
     limit = scalar(value, real)
     return jnp.where(limit >= 0, limit, jnp.nan) if is_array(value) else limit
 
 
-def _shrinking(norm: chex.Array, most: _MaxNorm) -> chex.Array:
-    """The factor that takes a vector of this norm to the largest; NaN if the norm is not finite."""
-    least = most.limit if most.least is None else most.least
-    return jnp.where(jnp.isfinite(norm), most.limit / jnp.maximum(norm, least), jnp.nan)
+def _clip_factor(norm: chex.Array, max_norm: _MaxNorm) -> chex.Array:
+    """The factor that clips a vector of this norm; NaN if the norm is not finite."""
+    least = max_norm.limit if max_norm.least is None else max_norm.least
+    return jnp.where(jnp.isfinite(norm), max_norm.limit / jnp.maximum(norm, least), jnp.nan)
 
 
 def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
@@ -82,25 +82,25 @@ def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
     return (clipped.astype(g.dtype),)
 
 
-def _clipped_by_norm(most: _MaxNorm, g: Any) -> tuple[Any]:
-    real = most.limit.dtype
+def _clipped_by_norm(max_norm: _MaxNorm, g: Any) -> tuple[Any]:
+    real = max_norm.limit.dtype
 
     def clipped(x: chex.Array) -> chex.Array:
         return (factor * widen(x, real)).astype(x.dtype)
 
     squares = (jnp.sum(square(widen(x, real))) for x in parts(g))
-    factor = _shrinking(root(functools.reduce(operator.add, squares)), most)
+    factor = _clip_factor(root(functools.reduce(operator.add, squares)), max_norm)
     return (each_array(clipped, g),)
 
 
 class clip_by_value(Stateless):
     """Limits every element to `[-limit, limit]` (`clipvalue` of Keras). NaN stays NaN.
 
-    The real and the imaginary part of a complex element are limited each by itself.
+    The real and the imaginary part of a complex element are limited separately.
 
     Args:
-      limit: largest absolute value of an element, above 0. (Of an array that is traced or set,
-        the value is not checked: 0 makes zeros; what is below 0 or NaN makes NaN.)
+      limit: the largest absolute value of an element, above 0. (An array that is traced or set is
+        not checked: 0 makes zeros; a negative or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_value(1.0).update(jnp.array([-3.0, 0.5]), ())[0]
@@ -128,14 +128,14 @@ class clip_by_value(Stateless):
 
 
 class clip_by_norm(Stateless):
-    """Scales each leaf, by itself, to a Euclidean norm of at most `max_norm` (`clipnorm` of Keras).
+    """Scales each leaf to a Euclidean norm of at most `max_norm` (`clipnorm` of Keras).
 
-    Norms are taken in float32 at least. A leaf whose norm is not finite becomes NaN throughout;
-    a `RowGradient`, in the rows that it holds.
+    Norms are computed in float32 or wider. If the norm of a leaf is not finite, all its elements
+    become NaN; those of a `RowGradient` in its rows only.
 
     Args:
-      max_norm: largest norm of a leaf, above 0. (Of an array that is traced or set, the value is
-        not checked: 0 makes zeros; what is below 0, infinite or NaN makes NaN.)
+      max_norm: the largest norm of a leaf, above 0. (An array that is traced or set is not checked:
+        0 makes zeros; a negative, infinite or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
@@ -166,14 +166,14 @@ class clip_by_global_norm(Stateless, Scaling):
     """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
 
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
-    of `global_norm`. Where it is not finite, every element becomes NaN, as in TensorFlow's
-    `clip_by_global_norm`: the fault is seen, and `skip_not_finite` in front of it can tell,
-    unless all are finite and their squares overflow, see `global_norm`. (Of a `RowGradient`, every
-    element of the rows that it holds.)
+    of `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
+    `clip_by_global_norm`; of a `RowGradient`, every element of its rows. So the fault shows, and
+    `skip_not_finite` in front detects it, unless all elements are finite and only their squares
+    overflow (see `global_norm`).
 
     Args:
-      max_norm: largest joint norm, above 0. (Of an array that is traced or set, the value is not
-        checked: 0 makes zeros; what is below 0, infinite or NaN makes NaN.)
+      max_norm: the largest joint norm, above 0. (An array that is traced or set is not checked: 0
+        makes zeros; a negative, infinite or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
@@ -195,4 +195,4 @@ class clip_by_global_norm(Stateless, Scaling):
     def factors(self, tree: Tree, state: Any) -> Step:
         expect_empty(self, state)
         norm = _norm("clip_by_global_norm", tree)
-        return _shrinking(norm, _max_norm(self.max_norm, norm.dtype)).astype, state
+        return _clip_factor(norm, _max_norm(self.max_norm, norm.dtype)).astype, state

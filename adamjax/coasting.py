@@ -1,14 +1,14 @@
-"""Coasting: where a row stands that got no gradient for a while, at the cost of one step.
+"""Where a row is after any number of steps without a gradient, at the cost of one step.
 
-A row is touched at step s and then not for k steps. Its gradients are zero, so its moments fall by
-known powers, and what drives it is the same few scalars for all rows. Step t = s + j moves it by
+A row is touched at step s and then not for k steps. Its gradients are zero, so its moments decay by
+known powers, and its steps depend on a few scalars that all rows share. Step t = s + j moves it to
 
     p_t = (1 + b_t) p_{t-1} + a_t m_t / (x_t + e_t)        m_t = b1**j m,  x_t = shrink**j x
 
 Here x measures the gradients' size (`Coast` says what it is for which rule), `a_t` is the step
-size with its sign, the learning rate and the bias correction in it, `b_t` is minus the rate of
-decoupled weight decay, and `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. None
-of `a_t`, `b_t` need be known before step t: schedules and rates set by hand are exact as well.
+size, which includes its sign, the learning rate and the bias correction, `b_t` is minus the rate of
+decoupled weight decay, and `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. `a_t`
+and `b_t` need not be known before step t, so schedules and rates set by hand are exact as well.
 
 **One function of one variable.** With `e = e_{s+1}`, the row is x = (1 - sigma) (x + e) for some
 sigma = e / (x + e) in (0, 1], so that, as long as there is no decay,
@@ -17,35 +17,36 @@ sigma = e / (x + e) in (0, 1], so that, as long as there is no decay,
     G_t(sigma) = sum over j of a_{s+j} * w_j(sigma)
     w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
 
-The row enters by sigma alone, and G depends on s and t alone. It is smooth in `u = log(1 + sigma *
-d) / log(1 + d)`, which spreads its poles evenly for a good d, and a few Chebyshev coefficients in
-u hold it to 1e-8, a few more to 1e-13 where rows are brought up to date in float64. A ring keeps
-them for each of the last start steps s. Step t adds `a_t` times the coefficients of `w_{t-s}` to
-the entries of the last K steps; by then (b1 / shrink)**j has become negligible. A row is brought up
-to date by reading its entry and evaluating it at its elements, however long it has been left alone.
+The row enters only through sigma, and as a function G depends only on s and t. It is smooth in
+`u = log(1 + sigma * d) / log(1 + d)`, which spreads its poles evenly for a good d. A few Chebyshev
+coefficients in u give it to 1e-8; a few more give it to 1e-13, for rows that catch up in float64. A
+ring has these coefficients for each of the last start steps s. Step t adds `a_t` times the
+coefficients of `w_{t-s}` to the entries of the last K steps; for older ones (b1 / shrink)**j is
+negligible. A row catches up by reading its entry and evaluating it at its elements, however long
+it has lagged behind.
 
 **Decay.** With C_t the product of `1 + b` over the steps s+1, ..., t,
 
     p_t = C_t p_s + m / (x + e) * G_t(sigma)               G_t = (1 + b_t) G_{t-1} + a_t w_{t-s}
 
-for K steps, after which G falls as the weights do. C is the exponential of a difference of two
-running sums of `log1p(b)`. Those are kept in two floats: a plain float32 sum is 4e-4 off after a
-gap of 65,536 steps at step 1e5.
+for K steps, after which G decays as the weights do. C is the exponential of a difference of two
+running sums of `log1p(b)`. Each sum is stored in two floats: a plain float32 sum is 4e-4 off after
+a gap of 65,536 steps at step 1e5.
 
-**Average.** `avg_t = momentum * avg_{t-1} + (1 - momentum) * p_t` is `p_t + h_t`, and its distance
-h_t = momentum * (h_{t-1} + p_{t-1} - p_t) is linear in the same three things:
+**Average.** `avg_t = momentum * avg_{t-1} + (1 - momentum) * p_t` is `p_t + h_t`. Its distance
+h_t = momentum * (h_{t-1} + p_{t-1} - p_t) is a sum of three terms:
 
     h_t = momentum**k h_s + kappa_t p_s + m / (x + e) * Q_t(sigma)
     Q_t = momentum * (Q_{t-1} + G_{t-1} - G_t)
     kappa_t = momentum * (kappa_{t-1} + C_{t-1} - C_t)
 
-from kappa_s = Q_s = 0. Only decay is left after K steps, so Q, too, is followed for K steps, and
-s + K stands for s from there on: what G has moved by then is part of the weights.
+from kappa_s = Q_s = 0. Only decay is left after K steps, so the ring follows Q for K steps too.
+From then on s + K takes the place of s: what G has moved by then is part of the weights.
 
-**Replay.** Where b1 is not well below shrink the terms do not fall off before x has fallen below
-eps, and no short series holds G. The ring keeps `(a_t, b_t)` there, and the recurrence is repeated
-step by step, for no more steps than can move a row. So a row costs as much as the steps that it
-was left alone for, and what bounds that is a short ring.
+**Replay.** If b1 is not well below shrink, the terms do not become negligible before x has fallen
+below eps, and no short series gives G. Then the ring has `(a_t, b_t)`, and the recurrence is
+repeated step by step, for at most as many steps as can move a row. So a row costs as much as the
+steps that it lags behind, and a short ring limits these.
 """
 
 import functools
@@ -65,30 +66,30 @@ from adamjax.moments import barrier
 
 __all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
 
-# What is negligible, as a part of a row's whole movement, by the dtype it is computed in.
+# The largest error, as a fraction of a row's whole movement, by the dtype of the computation.
 _TOLERANCE = {np.dtype(np.float32): 1e-8, np.dtype(np.float64): 1e-13}
 # The most coefficients that a series may have; b1 = b2 = 0.5 needs 35.
 _MOST_TERMS = 40
-# What the logarithm in u costs, in coefficients.
+# The logarithm in u takes as long as so many coefficients.
 _LOGARITHM = 4
-# The largest x a replay reckons with: the root of the largest float32.
+# The largest x that a replay allows for: the root of the largest float32.
 _LARGEST = 2.0**64
 
 
 class Coast(NamedTuple):
-    """How a rule moves rows without a gradient: m / x times a number that is the same for all.
+    """How a rule moves rows without a gradient: by m / x times a number that all rows share.
 
     Attributes:
       b1: decay of the average m, in [0, 1).
-      shrink: decay of the size x a step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
+      shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
       eps: what is added to x, above 0.
-      b2: `None` if eps is added as it is; for the form of algorithm 1, where step t adds
-        `max(eps * sqrt(1 - b2**t), tiny)`, the decay of v, in [0, 1).
-      momentum: the name of the slot that is m.
+      b2: the decay of v, in [0, 1), for algorithm 1, where step t adds
+        `max(eps * sqrt(1 - b2**t), tiny)` to x; `None` if it adds eps.
+      momentum: the name of the slot m.
       size: the name of the slot that measures the gradients' size.
       squared: whether that slot is x**2 rather than x.
-      decays: pairs of the name of a slot and its decay a step, for all slots that decay.
+      decays: pairs of the name of a slot and its decay per step, for all slots that decay.
     """
 
     b1: float
@@ -101,19 +102,19 @@ class Coast(NamedTuple):
     decays: tuple[tuple[str, float], ...] = ()
 
 
-# The numbers of a rule by which rows move; a ring is named after them.
+# The numbers of a rule that decide how rows move. They are in the name of a ring.
 _NUMBERS = ("b1", "shrink", "eps", "b2")
 
 
 @exportable
 class Ring(NamedTuple):
-    """The state: an entry for each of the last start steps, that of step s in slot `s % history`.
+    """The state: an entry for each of the last start steps; that of step s is at `s % history`.
 
-    What a plan does not need is `None`. The dtype is that of `Coasting.init`.
+    A field that the plan does not need is `None`. The dtype is that given to `Coasting.init`.
 
     Attributes:
       series: [history, terms], or [history, 2 * terms] with an average: the coefficients of G_t
-        and then of Q_t, as far as step s + K.
+        and then of Q_t, up to step s + K.
       rates: [history, 2], for replay: `a_s` and `b_s`.
       decay: [history, 2], with decay: the sum of `log1p(b)` up to step s, in two floats.
       kappa: [history], with decay and an average: `kappa_t`.
@@ -126,12 +127,12 @@ class Ring(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows to bring up to date: where they stand, how far it is to `now`, and when they stop.
+    """The steps for which rows lag behind.
 
     Attributes:
-      last: int32 [n], the clock.
-      gap: int32 [n], steps since.
-      end: int32 [n], the clock, after which only decay moves them.
+      last: int32 [n], the clock at which each row was last up to date.
+      gap: int32 [n], the number of steps since then.
+      end: int32 [n], the clock after which only decay moves them.
       now: int32 scalar, the number of the last step, which does not wrap around.
     """
 
@@ -141,22 +142,22 @@ class _Rows(NamedTuple):
     now: chex.Array
 
     def number(self, j: Any) -> chex.Array:
-        """The number of the j-th step after `last`, or of the last one."""
+        """The number of the j-th step after `last`, at most `now`."""
         return self.now - jnp.maximum(self.gap - j, 0)
 
 
 def coasting(
     coast: Coast, momentum: float | None, decays: bool, real: Any = np.float32
 ) -> "Coasting":
-    """The plan for a rule.
+    """Makes the plan for a rule.
 
     Args:
-      coast: what the rule says of itself.
-      momentum: of an average of the weights that is kept with them, in [0, 1]; `None` for none.
-      decays: whether b may be anything but 0.
-      real: the dtype that rows are brought up to date in, float32 or float64.
+      coast: the rule's description.
+      momentum: that of an average of the weights, in [0, 1]; `None` without an average.
+      decays: whether b may differ from 0.
+      real: the dtype in which rows catch up, float32 or float64.
     """
-    # With momentum 1 the average stands still, as it does where there is none to keep.
+    # With momentum 1 the average never changes, so it need not catch up.
     momentum = None if momentum is None or momentum == 1 else float(momentum)
     b2 = float(coast.b2) if coast.b2 else None
     coast = Coast(float(coast.b1), float(coast.shrink), float(coast.eps), b2)
@@ -165,15 +166,15 @@ def coasting(
 
 @dataclass(frozen=True)
 class Coasting:
-    """A plan: static, hashable, and equal to every other one for the same; see `coasting`.
+    """A plan for how rows catch up, static and hashable; see `coasting`.
 
     Attributes:
-      coast: the rule's numbers, with b2 only where it matters.
-      momentum: of the average; `None` if there is none, or one that stands still.
-      decays: whether b may be anything but 0.
+      coast: the rule's numbers, with b2 only if it matters.
+      momentum: that of the average; `None` without an average, or if it never changes.
+      decays: whether b may differ from 0.
       steps: K, the number of steps after which only decay moves a row.
       terms: the number of coefficients of a series; 0 for replay, or if no row moves.
-      stretch: the d of its variable u; 0 if u is sigma.
+      stretch: the d in the variable u of a series; 0 if u is sigma.
     """
 
     coast: Coast
@@ -185,7 +186,7 @@ class Coasting:
 
     @property
     def name(self) -> str:
-        """All that the entries of a ring depend on, so that a ring is not read by another plan."""
+        """Everything that a ring's entries depend on, so that no other plan can read the ring."""
         numbers = self.coast._asdict()
         rule = [f"{k}={numbers[k]!r}" for k in _NUMBERS if numbers[k] is not None]
         momentum = [] if self.momentum is None else [f"momentum={self.momentum!r}"]
@@ -194,12 +195,12 @@ class Coasting:
     @property
     def least_history(self) -> int:
         """The least length of the ring, a power of two."""
-        # A replay reads the steps since a row was left alone, and no others.
+        # A replay reads only the steps for which a row lags behind.
         return 2 if self.replays else max(2, 1 << self.steps.bit_length())
 
     @property
     def replays(self) -> bool:
-        """Whether rows are brought up to date step by step."""
+        """Whether rows catch up step by step."""
         return self.steps > 0 and self.terms == 0
 
     def init(self, history: int, real: Any) -> Ring:
@@ -210,7 +211,7 @@ class Coasting:
           real: its dtype, float32 or float64.
 
         Raises:
-          ValueError: another length.
+          ValueError: the length is not such a power of two.
         """
         if history < self.least_history or history & (history - 1):
             raise ValueError(
@@ -231,23 +232,23 @@ class Coasting:
         Args:
           ring: the ring before it.
           clock: int32 scalar, the step's number, 1 for the first; it may wrap around.
-          count: int32 scalar, the same, but it stays at the largest int32.
-          a: scalar: the step moves the weights by `a * m / (x + e)`
-          b: and by `b` times what they were; scalar above -1, 0 for a plan without decay.
+          count: int32 scalar, the same number, but it stays at the largest int32.
+          a: scalar; the step adds `a * m / (x + e) + b * p` to the weights p.
+          b: scalar above -1; 0 for a plan without decay.
         """
         clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
         series, rates, decay, kappa = ring
         if kappa is not None:
             product = jnp.exp(_difference(_at(decay, clock - 1)[None], decay))
-            own = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
+            is_now = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
             b = jnp.asarray(b, kappa.dtype)
-            kappa = jnp.where(own, 0, _times(self.momentum, kappa - b * product))
+            kappa = jnp.where(is_now, 0, _times(self.momentum, kappa - b * product))
         if decay is not None:
             b = jnp.asarray(b, decay.dtype)
             decay = _put(decay, clock, _two_sum(_at(decay, clock - 1), jnp.log1p(b)))
         if rates is not None:
-            both = [jnp.asarray(scalar, rates.dtype) for scalar in (a, b)]
-            rates = _put(rates, clock, jnp.stack(both))
+            scalars = [jnp.asarray(scalar, rates.dtype) for scalar in (a, b)]
+            rates = _put(rates, clock, jnp.stack(scalars))
         if series is not None:
             series = self._advance_series(series, clock, count, a, b)
         return Ring(series, rates, decay, kappa)
@@ -270,7 +271,7 @@ class Coasting:
         return entries[:, : self.terms], q
 
     def _vectors(self, count: chex.Array, real: Any) -> Any:
-        """[K + 1, terms]: the coefficients of `w_j` at step `count`, for the start `count - j`."""
+        """[K + 1, terms]: the coefficients of `w_j` at step `count`, for start step `count - j`."""
         j, (sigma, matrix) = np.arange(self.steps + 1)[:, None], _nodes(self.terms, self.stretch)
         top, bottom = self.coast.b1**j, (1 - sigma) * self.coast.shrink**j
         if self.coast.b2 is None:
@@ -299,32 +300,33 @@ class Coasting:
         x: chex.Array,
         average: chex.Array | None = None,
     ) -> tuple[chex.Array, chex.Array | None]:
-        """How far rows have moved since they were left alone, and their average now.
+        """Returns how far rows have moved since they were last up to date, and their new average.
 
         Args:
           ring: the ring after the last step.
           clock, count: int32 scalars, the number of that step, as in `advance`.
-          last: int32 [n], the clock at which the rows stand, less than `history` steps ago.
-          p: [n, ...], the weights there, in the ring's dtype, and of the same shape and dtype
-          m: the average gradient,
-          x: the gradients' size, at least 0,
-          average: and the average of the weights, which may be left out.
+          last: int32 [n], the clock at which each row was last up to date, less than `history`
+            steps ago.
+          p: [n, ...], the weights at `last`, in the ring's dtype.
+          m: the average gradient at `last`, like p.
+          x: the gradients' size at `last`, like p, at least 0.
+          average: the average of the weights at `last`, like p, if there is one.
 
         Returns:
-          The weights now less p, and the average now. A row that stands at the clock has moved
-          by 0 and keeps its average, bit for bit. One that the ring does not reach back to, or
-          that stands ahead of the clock, has moved by NaN.
+          The weights now minus p, and the average now. A row whose `last` is the clock has moved
+          by 0 and its average is the same, bit for bit. A row whose `last` is ahead of the clock,
+          or too old for the ring, has moved by NaN.
         """
         clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
         gap = clock - last
         rows = _Rows(last, gap, last + jnp.minimum(gap, self.steps), count)
         momentum = None if average is None else self.momentum
         history = next((len(entries) for entries in ring if entries is not None), 1 << 31)
-        # Put to a number of a row, so that its elements need not be looked at.
+        # Added to a row's coefficients rather than to its elements, which are more.
         poison = jnp.where((gap < 0) | (gap > history - 1), jnp.nan, 0).astype(p.dtype)
 
         def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
-            """G and Q now, [n, ...], of G and Q at the rows' end."""
+            """G and Q now, [n, ...], from G and Q at the rows' end."""
             if momentum is None or q is None:
                 q = None
             else:
@@ -344,12 +346,12 @@ class Coasting:
         if ring.decay is not None:
             since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last)) + poison
             moved += _column(jnp.expm1(since_last), p) * p
-        still = _column(gap == 0, p)
-        moved = jnp.where(still, 0, moved)
+        is_current = _column(gap == 0, p)
+        moved = jnp.where(is_current, 0, moved)
         if average is None or momentum is None:
             return moved, average
 
-        # Else XLA's CPU backend would compute it again for the average.
+        # Without the barrier, XLA's CPU backend would compute it again for the average.
         moved = barrier(moved)
         high, low = _powers(momentum, gap, p.dtype, history)
         change = moved + _column((high - 1) + low, p) * (average - p)
@@ -357,7 +359,7 @@ class Coasting:
             change += distance
         if ring.kappa is not None:
             change += _column(_at(ring.kappa, last), p) * p
-        return moved, jnp.where(still, average, average + change)
+        return moved, jnp.where(is_current, average, average + change)
 
     def _evaluate(
         self,
@@ -369,7 +371,7 @@ class Coasting:
         settled: Callable,
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q now, like m."""
-        # Fused into the loop over the elements, they would be read again for each of them.
+        # Without barriers, XLA would read the coefficients again for each element.
         coefficients = [
             q if q is None else barrier(q)
             for q in settled(*self._halves(_at(series, rows.last) + poison[:, None]))
@@ -378,7 +380,7 @@ class Coasting:
         inverse = 1 / (x + e)
         u = e * inverse
         if self.stretch > 0:
-            # Rounded to within one rounding of u's whole range, which is what counts.
+            # The absolute error counts here: it is one rounding of u's range.
             u = jnp.log(1 + self.stretch * u) / math.log1p(self.stretch)
         g, q = (q if q is None else m * inverse * _clenshaw(q, 2 * u - 1) for q in coefficients)
         return g, q
@@ -412,7 +414,7 @@ def _layout(coast: Coast, tolerance: float) -> tuple[int, int, float]:
     """The plan's `steps`, `terms` and `stretch`."""
     if coast.b1 == 0:
         return 0, 0, 0.0
-    # Replay: until x has fallen below eps at the latest, and then until m has fallen.
+    # Replay ends at the latest when x has fallen below eps and after that m has decayed.
     steps = _steps_until(tolerance, coast.b1)
     if coast.shrink < 1:
         least = max(coast.eps * float(_corrected(coast.b2, 1)), float(np.finfo(np.float32).tiny))
@@ -420,7 +422,7 @@ def _layout(coast: Coast, tolerance: float) -> tuple[int, int, float]:
     if coast.b1 >= coast.shrink:
         return steps, 0, 0.0
     until = _steps_until(tolerance, coast.b1 / coast.shrink)
-    # For tiny betas alone: d would be too large for a float32.
+    # With tiny betas, d would be too large for a float32.
     series = None if coast.shrink**until < 1e-30 else _series(coast, until, tolerance)
     return (min(steps, until), 0, 0.0) if series is None else (until, *series)
 
@@ -436,20 +438,20 @@ def _corrected(b2: float | None, t: Any) -> np.ndarray:
 
 
 def _series(coast: Coast, steps: int, tolerance: float) -> tuple[int, float] | None:
-    """The fewest coefficients that hold every G, and the stretch d for that; `None` if none do.
+    """The fewest coefficients that give every G, and their stretch d; `None` if too many.
 
-    The error is at most the tolerance as a part of what rates of one size and sign would move,
-    for every sigma, start step and choice of signs.
+    The error is at most the tolerance times the movement by rates of one size and sign, for every
+    sigma, start step and choice of signs.
     """
-    # A selection of the terms, each of which stands for those around it, and of the starts.
+    # A sample of the terms, each weighted by the terms that it stands for, and of the start steps.
     j = np.unique(np.round(np.geomspace(1, steps, 100)))
     number = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
     weight = (number * (coast.b1 / coast.shrink) ** j)[:, None]
     j = j[:, None]
     starts = np.zeros((1, 1, 1))
     if coast.b2 is not None:
-        many = math.ceil(math.log(40 / (1 - coast.b2), 4))
-        starts = np.append(0, 4.0 ** np.arange(many))[:, None, None]
+        num_starts = math.ceil(math.log(40 / (1 - coast.b2), 4))
+        starts = np.append(0, 4.0 ** np.arange(num_starts))[:, None, None]
     excess = (
         _corrected(coast.b2, starts + j) / _corrected(coast.b2, starts + 1) / coast.shrink**j - 1
     )
@@ -461,23 +463,23 @@ def _series(coast: Coast, steps: int, tolerance: float) -> tuple[int, float] | N
     def suffice(terms: int, stretch: float) -> bool:
         sigma, matrix = _nodes(terms, stretch)
         exact = values(_unstretched((1 + np.cos(angles)) / 2, stretch))
-        held = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
-        return bool((np.abs(held - exact).sum(1) <= tolerance * exact.sum(1)).all())
+        series = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
+        return bool((np.abs(series - exact).sum(1) <= tolerance * exact.sum(1)).all())
 
-    found = None
+    best = None
     for terms in range(1, _MOST_TERMS + 1):
         if suffice(terms, 0.0):
             return terms, 0.0
-        if found is None:
+        if best is None:
             stretches = (float(excess.max()) / 2**i for i in range(9))
-            found = next(((terms, d) for d in stretches if suffice(terms, d)), None)
-        elif terms == found[0] + _LOGARITHM:
+            best = next(((terms, d) for d in stretches if suffice(terms, d)), None)
+        elif terms == best[0] + _LOGARITHM:
             break
-    return found
+    return best
 
 
 def _nodes(terms: int, stretch: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sigma at the Chebyshev nodes of u, and the matrix from the values there to coefficients."""
+    """Sigma at the Chebyshev nodes of u, and the matrix from values at these to coefficients."""
     angles = np.pi * (np.arange(terms) + 0.5) / terms
     matrix = 2 / terms * np.cos(np.outer(angles, np.arange(terms)))
     matrix[:, 0] /= 2
@@ -499,11 +501,11 @@ def _clenshaw(coefficients: chex.Array, y: chex.Array) -> chex.Array:
 
 
 def power(b: float, k: chex.Array, real: Any, history: int) -> chex.Array:
-    """`b**k` to about a rounding, however large k is.
+    """`b**k` with an error of about one rounding, for any k.
 
     Args:
       b: in [0, 1]; `0**0` is 1.
-      k: int32 of any shape, in [0, history); beyond, the result is that of some k at the end.
+      k: int32 of any shape, in [0, history); beyond, the result is that of some k near the end.
       real: the result's dtype.
       history: a power of two.
     """
@@ -511,7 +513,7 @@ def power(b: float, k: chex.Array, real: Any, history: int) -> chex.Array:
 
 
 def decayed(value: chex.Array, b: float, k: chex.Array, history: int) -> chex.Array:
-    """`value * b**k`, rounded so that many small k in a row do not add up to an error.
+    """`value * b**k`, rounded so that errors do not add up over many calls with small k.
 
     Args:
       value: [n, ...].
@@ -522,10 +524,10 @@ def decayed(value: chex.Array, b: float, k: chex.Array, history: int) -> chex.Ar
 
 
 def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Array, chex.Array]:
-    """`b**k`, and what is rounded off it for small k.
+    """`b**k`, and its rounding error for small k.
 
-    From two tables, of the powers below 256 and of those of `b**256`: the logarithm's rounding,
-    multiplied by k, would be felt.
+    From tables of the powers of b below 256 and of the powers of `b**256`. In `exp(k * log(b))` the
+    rounding of the logarithm would be multiplied by k.
     """
     exact = np.power(b, np.arange(256.0))
     high = exact.astype(real)
@@ -535,7 +537,7 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
         return at_each(jnp.asarray(table), i)
 
     of_k = entry(high, k & 255), entry(low, k & 255)
-    # No further than until the power is less than any number.
+    # Beyond `last` the power underflows to zero.
     last = _steps_until(float(np.finfo(real).tiny) / 2, b) >> 8 if b < 1 else 0
     blocks = min(history >> 8, last + 2)
     if blocks > 1:
@@ -546,27 +548,27 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
 
 
 def _times(momentum: Any, value: chex.Array) -> chex.Array:
-    """`momentum * value`, with the rounding of 1 - momentum in place of that of momentum."""
+    """`momentum * value`, which rounds 1 - momentum rather than momentum."""
     return value - (1 - momentum) * value
 
 
 def _two_sum(total: chex.Array, term: chex.Array) -> chex.Array:
-    """A sum in two floats, [2], and a term: what is rounded off the first goes to the second."""
+    """Adds a term to a sum in two floats, [2]: the second has the rounding error of the first."""
     high, low = total
     new = high + term
-    taken = new - high
-    low = low + ((high - (new - taken)) + (term - taken))
+    added = new - high
+    low = low + ((high - (new - added)) + (term - added))
     high = new + low
     return jnp.stack([high, low - (high - new)])
 
 
 def _difference(now: chex.Array, then: chex.Array) -> chex.Array:
-    """Of sums in two floats, [..., 2]."""
+    """The difference of sums in two floats, [..., 2]."""
     return (now[..., 0] - then[..., 0]) + (now[..., 1] - then[..., 1])
 
 
 def _column(rows: chex.Array, like: chex.Array) -> chex.Array:
-    """[n] as [n, 1, ...], to go with [n, ...]."""
+    """[n] as [n, 1, ...], to broadcast with [n, ...]."""
     return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
 
 
@@ -576,6 +578,6 @@ def _at(entries: chex.Array, steps: chex.Array) -> chex.Array:
 
 
 def _put(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:
-    """The ring with new entries of steps, no two of which share a slot."""
-    slots = steps & (len(entries) - 1)
-    return entries.at[slots].set(new, mode="promise_in_bounds", unique_indices=True)
+    """The ring with new entries for steps, no two of which share an entry."""
+    positions = steps & (len(entries) - 1)
+    return entries.at[positions].set(new, mode="promise_in_bounds", unique_indices=True)

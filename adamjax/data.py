@@ -68,11 +68,22 @@ COUNT = Range(
 _T = TypeVar("_T")
 
 
+# The names by which `jax.export` writes classes.
+_EXPORTED: set[str] = set()
+
+
 def exportable(kind: type[_T]) -> type[_T]:
-    """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it."""
-    return export.register_namedtuple_serialization(
-        kind, serialized_name=f"adamjax.{kind.__name__}"
-    )
+    """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it.
+
+    JAX takes one class of a name, for good. Of a class that is defined again, as in a cell of a
+    notebook that is run twice, the first can be written, and JAX refuses to write the others.
+    """
+    ours = kind.__module__.startswith("adamjax.")
+    name = f"adamjax.{kind.__name__}" if ours else f"{kind.__module__}.{kind.__qualname__}"
+    if name in _EXPORTED:
+        return kind
+    _EXPORTED.add(name)
+    return export.register_namedtuple_serialization(kind, serialized_name=name)
 
 
 def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type[_T]]:
@@ -134,6 +145,25 @@ def _same_leaf(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+class _FieldNames:
+    """The names of a dataclass' fields: of those that are leaves, and of those that are static."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+        # The fields that the names are of.
+        self._known: tuple[Any, tuple[str, ...], tuple[str, ...]] = None, (), ()
+
+    def __call__(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        fields = self._cls.__dataclass_fields__
+        known, data, meta = self._known
+        if known is not fields:
+            all_of = dataclasses.fields(self._cls)
+            data = tuple(f.name for f in all_of if not f.metadata.get("static"))
+            meta = tuple(f.name for f in all_of if f.metadata.get("static"))
+            self._known = fields, data, meta
+        return data, meta
+
+
 @dataclass_transform(
     frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static)
 )
@@ -155,19 +185,21 @@ class Data:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        fields = dataclasses.fields(cls)
-        data = tuple(f.name for f in fields if not f.metadata.get("static"))
-        meta = tuple(f.name for f in fields if f.metadata.get("static"))
-        keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+        # Which fields there are is looked up when they are needed: cloudpickle makes an empty class
+        # first, in a process that it sends a class to, and sets its attributes afterwards.
+        names = _FieldNames(cls)
 
         def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            data, meta = names()
             return tuple(getattr(x, n) for n in data), tuple(getattr(x, n) for n in meta)
 
         def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             leaves, aux = flatten(x)
+            keys = map(jax.tree_util.GetAttrKey, names()[0])
             return tuple(zip(keys, leaves, strict=True)), aux
 
         def unflatten(aux: tuple[Any, ...], leaves: Any) -> Any:
+            data, meta = names()
             x = object.__new__(cls)
             x.__dict__.update(zip(data, leaves, strict=True))
             x.__dict__.update(zip(meta, aux, strict=True))

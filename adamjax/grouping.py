@@ -1,8 +1,8 @@
-"""Small leaves joined into flat buckets: an optimizer's step over thousands of them, for less.
+"""A transform that stores the state of small leaves in flat buckets, for faster steps.
 
-What a step over thousands of small leaves costs is not arithmetic. Each array that goes into or
+A step over thousands of small leaves spends little time on arithmetic. Each array that goes into or
 comes out of a jitted function costs microseconds, and so does each loop that writes one. So the
-state of small leaves is kept joined, and only parameters and gradients stay apart.
+state of small leaves is stored in buckets; parameters and gradients are trees as usual.
 """
 
 from collections.abc import Iterator
@@ -21,66 +21,66 @@ from adamjax.transform import Step, Transform, as_transform
 
 __all__ = ["grouped"]
 
-# Leaves of a bucket at most. XLA's time to compile a concatenation grows with the square of its
-# operands, and a few more buckets cost next to nothing.
-_LEAVES = 32
+# XLA's time to compile a concatenation grows with the square of its operands, and a few more
+# buckets cost almost nothing.
+_MAX_LEAVES = 32
 
 
-def _can_be_joined(leaf: Any, max_size: int) -> bool:
+def _fits_bucket(leaf: Any, max_size: int) -> bool:
     if not is_arraylike(leaf) or isinstance(leaf, RowGradient) or is_left_alone(leaf):
         return False
     if isinstance(leaf, jax.core.Tracer):
         return bool(leaf.size <= max_size)
-    # A bucket of leaves that lie in pieces on several devices would have to be gathered.
+    # A bucket of leaves that are split over devices would have to be gathered.
     sharding = getattr(leaf, "sharding", None)
     whole = sharding is None or sharding.is_fully_replicated
     return bool(np.size(leaf) <= max_size and whole)
 
 
-def _planned(tree: Tree, max_size: int) -> Plan:
+def _make_plan(tree: Tree, max_size: int) -> Plan:
     leaves, treedef = flatten(tree)
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        if _can_be_joined(leaf, max_size):
+        if _fits_bucket(leaf, max_size):
             groups.setdefault(dtype_of(leaf), []).append(i)
     buckets = []
-    for found in groups.values():
-        # Buckets of the same sizes share their code: compiled once.
-        found.sort(key=lambda i: (np.size(leaves[i]), np.shape(leaves[i])))
-        starts = range(0, len(found), _LEAVES)
-        buckets += [tuple(found[start : start + _LEAVES]) for start in starts]
+    for indices in groups.values():
+        # Sorted, because buckets of the same shapes are compiled once.
+        indices.sort(key=lambda i: (np.size(leaves[i]), np.shape(leaves[i])))
+        starts = range(0, len(indices), _MAX_LEAVES)
+        buckets += [tuple(indices[start : start + _MAX_LEAVES]) for start in starts]
     avals = tuple((np.shape(x), dtype_of(x)) if is_arraylike(x) else None for x in leaves)
     return Plan(treedef, avals, tuple(bucket for bucket in buckets if len(bucket) > 1))
 
 
 def _plan_of(state: Any) -> Plan | None:
-    """The plan by which a state is joined; one that keeps no tree has none."""
-    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_joined)[0]
-    joined = [(path, x) for path, x in found if is_joined(x)]
-    for path, x in joined:
+    """The plan of the buckets in a state; `None` if the state has no tree in buckets."""
+    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_joined)[0]
+    grouped_trees = [(path, x) for path, x in nodes if is_joined(x)]
+    for path, x in grouped_trees:
         x.expect_whole(jax.tree_util.keystr(path[-1:], simple=True))
-    return joined[0][1].plan if joined else None
+    return grouped_trees[0][1].plan if grouped_trees else None
 
 
-def _seen_in(plan: Plan, params: Tree) -> Plan:
-    """The plan for a tree of the same leaves: nnx.Optimizer unwraps its variables after `init`."""
+def _with_structure_of(plan: Plan, params: Tree) -> Plan:
+    """The plan with the structure of params, from which nnx.Optimizer unwraps Variables."""
     treedef = flatten(params)[1]
     if params is None or treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.like):
         return plan
     return Plan(treedef, plan.avals, plan.buckets)
 
 
-def _by_plan(state: Any, plan: Plan) -> Any:
-    """The state with its trees joined by another plan."""
+def _regrouped(state: Any, plan: Plan) -> Any:
+    """The state with its trees in the buckets of another plan."""
 
-    def one(x: Any) -> Any:
+    def regroup(x: Any) -> Any:
         return plan.join(x.leaves()) if is_joined(x) and x.plan is not plan else x
 
-    return jax.tree.map(one, state, is_leaf=is_joined)
+    return jax.tree.map(regroup, state, is_leaf=is_joined)
 
 
-def _is_ready(leaves: list[Any]) -> bool:
-    """Whether leaves can be joined as they came: all are there, arrays of one dtype."""
+def _are_arrays_of_one_dtype(leaves: list[Any]) -> bool:
+    """Whether leaves can be concatenated: none is absent or a row gradient, and dtypes agree."""
     if any(isinstance(x, RowGradient) or is_left_alone(x) for x in leaves):
         return False
     return len({dtype_of(x) for x in leaves}) == 1
@@ -94,32 +94,32 @@ def _ungroupable(tx: Transform) -> Iterator[Transform]:
 
 
 class grouped(Transform):
-    """Applies a transform with small leaves joined, a faster step where there are thousands.
+    """Stores small leaves in flat buckets: faster steps for models with thousands of leaves.
 
-    The result is that of `tx`, but for the order in which a global norm is summed. Leaves of one
-    dtype and at most `max_size` elements are joined end to end, up to 32 to a bucket; the state
-    keeps them joined, so a step has that many fewer arrays to take, write and return. Gradients
-    and updates are trees as always. With 2,000 leaves of at most 256 elements, a step on CPU
-    takes less than half the time; the larger the leaves, the less there is to gain.
+    The result is that of `tx`, but a global norm is summed in another order. Leaves of one dtype
+    with at most `max_size` elements are stored end to end, up to 32 in a bucket. The state keeps
+    the buckets, so a step takes, writes and returns fewer arrays. Gradients and updates are trees
+    as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes less than half the
+    time; larger leaves gain less.
 
-    A gradient that is `None`, a `RowGradient`, or of another dtype than those beside it takes the
-    bucket of its leaf apart in that step: right, but slower. A leaf that `init` sees to lie in
-    pieces on several devices is never joined; `init` within `jit` sees no shardings, so there
-    joined leaves must be replicated, or each step gathers them.
+    If a gradient in a bucket is `None`, a `RowGradient` or of another dtype than the others, that
+    step splits the bucket into its leaves: right, but slower. Leaves that `init` sees to be split
+    over devices never go into buckets. Within `jit`, `init` sees no shardings, so leaves in buckets
+    must be replicated there, or each step gathers them.
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
         `clip_by_global_norm`, `weight_ema`, chains and guards of these, and transforms of your
-        own whose attribute `groupable` says so. What depends on a leaf's path or on a leaf as a
-        whole stays outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
+        own with `groupable = True`. Transforms that depend on a leaf's path or on a leaf as a
+        whole stay outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
         `accumulate_gradients(grouped(adam(0.1)), 4, max_rows=64)`, or
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.
-      max_size: elements of the largest leaf that is joined, a whole number of at least 1.
+      max_size: the most elements of a leaf in a bucket, a whole number of at least 1.
 
     The state is that of `tx`, with a `Joined` for each tree like the parameters.
 
     Raises:
-      ValueError: something in `tx` does not treat all elements alike; the message names it.
+      ValueError: a part of `tx` does not treat all elements alike; the error names it.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.grouped(adamjax.adam(0.5))
@@ -136,7 +136,7 @@ class grouped(Transform):
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))
-        # Part of the structure: no array.
+        # It is part of the structure, so it cannot be an array.
         whole = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
         if not whole or self.max_size < 1:
             raise ValueError(
@@ -145,14 +145,14 @@ class grouped(Transform):
             )
         for part in _ungroupable(self.tx):
             raise ValueError(
-                f"grouped: {part!r} cannot take leaves that are joined, as what it does to an "
+                f"grouped: {part!r} cannot take leaves in buckets, because its update of an "
                 "element may depend on the leaf's path or on the leaf as a whole. Leave it outside "
                 "of grouped: in the chain around it, or with grouped inside of masked or partition"
-                " (a transform of your own says `groupable = True` if it treats all elements alike)"
+                " (set `groupable = True` in your own transform if it treats all elements alike)"
             )
 
     def init(self, params: Tree) -> Any:
-        plan = _planned(params, self.max_size)
+        plan = _make_plan(params, self.max_size)
         return self.tx.init(plan.join(flatten(params)[0]))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -160,45 +160,46 @@ class grouped(Transform):
         if plan is None:
             self._expect_joined(state)
             like, like_name = (updates, "grads") if params is None else (params, "params")
-            plan = _planned(like, self.max_size)
-        kept, plan = plan, _seen_in(plan, params)
+            plan = _make_plan(like, self.max_size)
+        state_plan, plan = plan, _with_structure_of(plan, params)
         leaves = matched("grouped", "grads", updates, plan.like, like_name)
         columns = [leaves]
         if params is not None:
-            beside = matched("grouped", "params", params, plan.like, like_name, grads=leaves)
-            columns.append(beside)
+            columns.append(matched("grouped", "params", params, plan.like, like_name, grads=leaves))
 
-        broken = [
+        to_split = [
             i
             for i, bucket in enumerate(plan.buckets)
-            if not all(_is_ready([column[j] for j in bucket]) for column in columns)
+            if not all(_are_arrays_of_one_dtype([column[j] for j in bucket]) for column in columns)
         ]
-        now = plan.without(broken)
+        step_plan = plan.without(to_split)
+        inputs = step_plan.join(leaves), _regrouped(state, step_plan)
         updates, new_state = self.tx.update(
-            *(now.join(leaves), _by_plan(state, now), *map(now.join, columns[1:])), **extra_args
+            *inputs, *map(step_plan.join, columns[1:]), **extra_args
         )
-        return as_tree(updates), _by_plan(new_state, kept)
+        return as_tree(updates), _regrouped(new_state, state_plan)
 
     def _expect_joined(self, state: Any) -> None:
-        """Refuses a state of the inner transform, where that has slots."""
+        """Refuses a state of the inner transform that has slots, none of them in buckets."""
 
         def refuse(name: str, tree: Tree) -> Tree:
             raise ValueError(
-                f"grouped: the state's {name} is not joined, it is one of {self.tx!r}: go on with "
-                "tx.join(state, params)"
+                f"grouped: the state's {name} is not in buckets, it is one of {self.tx!r}: convert "
+                "the state with tx.join(state, params)"
             )
 
         map_slots(refuse, state)
 
     def join(self, state: Any, params: Tree) -> Any:
-        """The state that goes on from one of `tx` alone, such as one from a checkpoint.
+        """Converts a state of the inner transform, from a checkpoint perhaps, to one with buckets.
 
         Args:
-          state: a state of `tx`, which is not joined.
-          params: the parameters that it is of.
+          state: a state of the inner transform, without buckets.
+          params: the parameters of that state.
 
         Raises:
-          ValueError: the state is none of `tx` for these parameters; the message names the leaf.
+          ValueError: the inner transform has no such state for these parameters; the error names
+            the leaf.
 
         >>> import adamjax, jax.numpy as jnp
         >>> tx, params = adamjax.grouped(adamjax.adam()), [jnp.ones(2), jnp.ones(3)]
@@ -208,15 +209,15 @@ class grouped(Transform):
         expected = jax.eval_shape(self.tx.init, params)
         mend = f"pass a state of {self.tx!r} for these parameters"
         expect_like("grouped.join", "state", state, expected, mend)
-        plan = _planned(params, self.max_size)
+        plan = _make_plan(params, self.max_size)
 
-        def one(like: Any, x: Any) -> Any:
+        def group(like: Any, x: Any) -> Any:
             return plan.join(flatten(x)[0]) if is_joined(like) else x
 
-        return jax.tree.map(one, jax.eval_shape(self.init, params), state, is_leaf=is_joined)
+        return jax.tree.map(group, jax.eval_shape(self.init, params), state, is_leaf=is_joined)
 
     def split(self, state: Any) -> Any:
-        """The state of `tx` alone that goes on from a state: each tree like the parameters.
+        """Converts a state with buckets to one of the inner transform, the inverse of `join`.
 
         >>> import adamjax, jax.numpy as jnp
         >>> tx, params = adamjax.grouped(adamjax.adam()), [jnp.ones(2), jnp.ones(3)]

@@ -1,4 +1,4 @@
-"""Steps that are taken only when it is time, or only when the gradients are sound."""
+"""Transforms that take a step only sometimes: every few calls, or if all gradients are finite."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ __all__ = [
 def _conditional(
     due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any, wide: bool
 ) -> Step:
-    """`step(grads)` where `due`, else zero updates and the state as it is.
+    """`step(grads)` if `due`, else zero updates and the same state.
 
     The step sees `None` for float0, which no branch of a `cond` can return.
 
@@ -43,44 +43,43 @@ def _conditional(
       wide: whether updates stay wider than the gradients; else they are cast to their dtypes.
     """
     leaves, treedef = flatten(grads)
-    passed = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
-    pairs = list(zip(leaves, passed, strict=True))
-    alive = treedef.unflatten(
+    skipped = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
+    pairs = list(zip(leaves, skipped, strict=True))
+    active = treedef.unflatten(
         [
-            None if rests else g if isinstance(g, RowGradient) else jnp.asarray(g)
-            for g, rests in pairs
+            None if is_skipped else g if isinstance(g, RowGradient) else jnp.asarray(g)
+            for g, is_skipped in pairs
         ]
     )
 
-    def taken() -> Step:
-        updates, new_state = step(alive)
-        # Seals that come out of a `cond` would be traced, and have to be compared.
+    def take_step() -> Step:
+        updates, new_state = step(active)
 
         def result(g: Any, u: Any) -> Any:
+            # A seal that comes out of a `cond` is traced, so it would have to be compared.
             return unsealed(u if wide else u.astype(g.dtype))
 
-        return _each_leaf(result, alive, updates), new_state
+        return _map_leaves(result, active, updates), new_state
 
-    def rested() -> Step:
+    def skip_step() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
-        return _each_leaf(_still, jax.eval_shape(taken)[0]), state
+        return _map_leaves(_zero_update, jax.eval_shape(take_step)[0]), state
 
-    updates, state = jax.lax.cond(due, taken, rested)
-    moves = zip(flatten(updates)[0], pairs, strict=True)
-    return treedef.unflatten([g if rests else sealed(u) for u, (g, rests) in moves]), state
+    updates, state = jax.lax.cond(due, take_step, skip_step)
+    triples = zip(flatten(updates)[0], pairs, strict=True)
+    return treedef.unflatten([g if skip else sealed(u) for u, (g, skip) in triples]), state
 
 
-def _each_leaf(function: Callable[..., Any], *trees: Tree) -> Any:
-    """A function of leaves mapped over trees, `None` left as it is."""
+def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
+    """A function mapped over the leaves of trees; `None` stays."""
 
-    def alive(*leaves: Any) -> Any:
+    def mapped(*leaves: Any) -> Any:
         return None if leaves[0] is None else function(*leaves)
 
-    return jax.tree.map(alive, *trees, is_leaf=is_leaf)
+    return jax.tree.map(mapped, *trees, is_leaf=is_leaf)
 
 
-def _still(shape: Any) -> Any:
-    """The update of this shape that moves nothing."""
+def _zero_update(shape: Any) -> Any:
     return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
 
 
@@ -89,8 +88,8 @@ class AccumulateGradientsState(NamedTuple):
     """State of `accumulate_gradients`.
 
     Attributes:
-      micro_count: int32, the micro-batches taken in since the last step.
-      total: tree like the parameters, the sum of their gradients, in float32 at least.
+      micro_count: int32, the number of micro-batches since the last step.
+      total: tree like the parameters, the sum of their gradients, in float32 or wider.
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -112,34 +111,32 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
             f"accumulate_gradients: max_rows makes room for row gradients of this table of shape "
             f"{total.shape}, but a dense one came; leave the table out of max_rows"
         )
-    room, found = total.indices.size, total + g.astype(total.dtype)
-    full = jnp.any(found.indices[room:] < found.num_rows)
-    # Rows that have no place cannot be left out unseen.
-    values = jnp.where(full, jnp.nan, found.values[:room])
-    return g, found.replace(indices=found.indices[:room], values=values)
+    max_rows, both = total.indices.size, total + g.astype(total.dtype)
+    overflows = jnp.any(both.indices[max_rows:] < both.num_rows)
+    # NaN, because dropping the rows that do not fit would be silently wrong.
+    values = jnp.where(overflows, jnp.nan, both.values[:max_rows])
+    return g, both.replace(indices=both.indices[:max_rows], values=values)
 
 
 class accumulate_gradients(Transform):
     """Takes a step of `tx` every `steps` calls, with the mean of the gradients of these calls.
 
-    In the calls between, updates are zero and nothing of `tx` moves: neither moments, counts and
-    schedules nor decay and average. The mean reaches `tx` in float32 at least. A leaf whose
-    gradient is `None` in a call is left alone in that call, also where that is the real step:
-    what it has gathered then waits for the next one, where each gradient still counts one part in
-    the calls of a step.
+    In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
+    decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
+    a call is left alone in that call. If that is the call that takes the step, the leaf's sum
+    waits for the next step, where each gradient still counts one part in the calls of a step.
 
-    Row gradients are gathered in a dense array, unless `max_rows` says how many distinct rows of
-    a table at most are touched in a step; the step then gets a row gradient. Should there be
-    more, the gradient of the rows becomes NaN: the fault is seen, and `skip_not_finite` inside
-    can tell.
+    Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
+    of a table that a step touches; then the step gets a row gradient. If more rows are touched,
+    the gradient of the rows becomes NaN, which `skip_not_finite` inside detects.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
-      steps: micro-batches a step, a whole number of at least 1. (Of an array that is traced or
-        set, a value below 1 makes NaN of the mean.)
+      steps: the number of micro-batches in a step, a whole number of at least 1. (An array with a
+        value below 1, traced or set, makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
-        gradients; each pattern must match a leaf, as in `by_path`. Or a number, for every leaf of
-        two or more dimensions that has more rows than that.
+        gradients; each pattern must match a leaf, as in `by_path`. Or one number for all leaves of
+        two or more dimensions that have more rows than that.
 
     The state is an `AccumulateGradientsState`.
 
@@ -159,7 +156,7 @@ class accumulate_gradients(Transform):
 
     @property
     def groupable(self) -> bool:
-        # Which leaves have room for rows depends on their shapes and paths.
+        # `max_rows` applies to leaves by their shapes and paths.
         return self.max_rows is None and super().groupable
 
     def __post_init__(self) -> None:
@@ -168,52 +165,52 @@ class accumulate_gradients(Transform):
         if self.max_rows is None:
             return
         rules: Any = self.max_rows
-        wrong = False
+        invalid = False
         if isinstance(rules, list | tuple | Mapping):
             rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
-            wrong = not rules
+            invalid = not rules
         try:
             if isinstance(rules, tuple):
                 rules = tuple((pattern, whole("", rows)) for pattern, rows in rules)
             else:
                 rules = whole("", rules)
         except ValueError:
-            wrong = True
-        if wrong:
+            invalid = True
+        if invalid:
             raise ValueError(
                 f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
                 f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
             )
         self.set_fields(max_rows=rules)
 
-    def _room(self, path: str, p: Any) -> int | None:
-        """The rows to make room for in a leaf, `None` for a dense array."""
+    def _max_rows_of(self, path: str, p: Any) -> int | None:
+        """The number of rows in the sum of a leaf's row gradients; `None` for a dense sum."""
         rows: int | None
         if self.max_rows is None or np.ndim(p) == 0:
             return None
         if isinstance(self.max_rows, int):
             rows = self.max_rows if np.ndim(p) > 1 else None
         else:
-            found = first_match([pattern for pattern, _ in self.max_rows], path)
-            rows = None if found is None else self.max_rows[found][1]
+            match = first_match([pattern for pattern, _ in self.max_rows], path)
+            rows = None if match is None else self.max_rows[match][1]
         return rows if rows is not None and rows < np.shape(p)[0] else None
 
-    def _expect_room(self, total: Tree) -> None:
-        """Refuses a state that makes room for other rows."""
+    def _expect_max_rows(self, total: Tree) -> None:
+        """Refuses a state that was made for another `max_rows`."""
         paths = leaf_paths(total)
         if isinstance(self.max_rows, tuple):
             patterns = [pattern for pattern, _ in self.max_rows]
             expect_present("accumulate_gradients: max_rows", patterns, total, paths)
         for path, x in zip(paths, flatten(total)[0], strict=True):
-            came = x.indices.size if isinstance(x, RowGradient) else None
-            room = None if x is None else self._room(path, x)
-            if came != room:
+            rows = x.indices.size if isinstance(x, RowGradient) else None
+            expected = None if x is None else self._max_rows_of(path, x)
+            if rows != expected:
                 raise ValueError(
                     f"accumulate_gradients: the state gathers {path!r} in "
-                    f"{'a dense array' if came is None else f'{came} rows'}, expected "
-                    f"{'a dense array' if room is None else f'{room} rows'} by max_rows="
-                    f"{self.max_rows!r}: build it as it was, or put the state's inner into a new "
-                    "one from init after a whole step"
+                    f"{'a dense array' if rows is None else f'{rows} rows'}, expected "
+                    f"{'a dense array' if expected is None else f'{expected} rows'} by max_rows="
+                    f"{self.max_rows!r}: use the max_rows that made the state, or after a whole "
+                    "step put the state's inner into a new state from init"
                 )
 
     def init(self, params: Tree) -> AccumulateGradientsState:
@@ -227,7 +224,7 @@ class accumulate_gradients(Transform):
         total, treedef = flatten(new_slots(params, empty))
         for i, path in enumerate(leaf_paths(params)):
             x = total[i]
-            rows = None if x is None else self._room(path, x)
+            rows = None if x is None else self._max_rows_of(path, x)
             if rows is not None:
                 ids = jnp.full(rows, x.shape[0], jnp.int32)
                 values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
@@ -238,31 +235,31 @@ class accumulate_gradients(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, AccumulateGradientsState)
         expect_wide("accumulate_gradients", "total", state.total)
-        self._expect_room(state.total)
+        self._expect_max_rows(state.total)
         slots = (state.total,)
         _, total = lift("accumulate_gradients", _add, no_scalars, updates, slots, rows="whole")
         count = state.micro_count + 1
         steps = as_count("accumulate_gradients: steps", self.steps, count.dtype)
         due = count >= steps
 
-        def step(alive: Tree) -> Step:
+        def step(active: Tree) -> Step:
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
-                # Not by `steps`, which may be another one since the first of these calls.
+                # The number of calls, because `steps` may have been set to another value since.
                 calls = count.astype(accumulator(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
                 x = sealed(x / calls)
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
-            def emptied(g: Any, x: Any) -> Any:
+            def cleared(g: Any, x: Any) -> Any:
                 return x if is_left_alone(g) else at_rest(x)
 
-            means = jax.tree.map(mean, alive, total, is_leaf=is_leaf)
+            means = jax.tree.map(mean, active, total, is_leaf=is_leaf)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
-            rest = jax.tree.map(emptied, alive, total, is_leaf=is_leaf)
-            return updates, (rest, inner)
+            new_total = jax.tree.map(cleared, active, total, is_leaf=is_leaf)
+            return updates, (new_total, inner)
 
         updates, (total, inner) = _conditional(
             due, step, updates, (total, state.inner), self.has_wide_updates
@@ -279,7 +276,7 @@ class SkipNotFiniteState(NamedTuple):
     """State of `skip_not_finite`.
 
     Attributes:
-      skipped: int32, the steps that were skipped; it stays at the largest int32.
+      skipped: int32, the number of skipped steps; it stays at the largest int32.
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -299,7 +296,7 @@ def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
 class skip_not_finite(Transform):
     """Takes the step of `tx` only if every gradient is finite.
 
-    Otherwise updates are zero and nothing changes but a counter, which `skipped_steps` reads.
+    Otherwise updates are zero and only a counter changes, which `skipped_steps` reads.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
@@ -327,8 +324,8 @@ class skip_not_finite(Transform):
             "skip_not_finite", _all_finite, jnp.logical_and, updates, empty=jnp.array(True)
         )
 
-        def step(alive: Tree) -> Step:
-            return self.tx.update(alive, state.inner, params, **extra_args)
+        def step(active: Tree) -> Step:
+            return self.tx.update(active, state.inner, params, **extra_args)
 
         updates, inner = _conditional(finite, step, updates, state.inner, self.has_wide_updates)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))

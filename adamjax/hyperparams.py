@@ -1,4 +1,4 @@
-"""Hyperparameters that are kept in the state: read, logged and set between steps."""
+"""Hyperparameters in the state, where a user reads, logs and sets them between steps."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ class HyperparamsState(NamedTuple):
     """State of `with_hyperparams`.
 
     Attributes:
-      hyperparams: by name, scalar arrays: the values that the next step uses.
+      hyperparams: scalar arrays by name: the values that the next step uses.
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -36,49 +36,50 @@ class HyperparamsState(NamedTuple):
     inner: Any
 
 
-def _fields(x: Any) -> list[str]:
-    """The fields of a transform or schedule that may be arrays."""
+def _field_names(x: Any) -> list[str]:
+    """The names of the fields of a transform or schedule that may be arrays."""
     return [f.name for f in dataclasses.fields(x) if not f.metadata.get("static")]
 
 
-def _all(tx: Transform) -> Iterator[Transform]:
+def _all_parts(tx: Transform) -> Iterator[Transform]:
     return (part.tx for part in walk(tx))
 
 
-def _with(tx: Transform, values: dict[str, Any]) -> Transform:
-    """The transform with other values in the fields of these names, also in those of its parts."""
+def _with_values(tx: Transform, values: dict[str, Any]) -> Transform:
+    """The transform with these values in the fields of these names, in its parts too."""
 
-    def changed(part: Transform) -> Transform:
-        own = {name: values[name] for name in _fields(part) if name in values}
-        if not own:
+    def with_own_values(part: Transform) -> Transform:
+        own_values = {name: values[name] for name in _field_names(part) if name in values}
+        if not own_values:
             return part
-        made = copy.copy(part)
-        made.set_fields(**own)
-        return made
+        new_part = copy.copy(part)
+        new_part.set_fields(**own_values)
+        return new_part
 
-    return replace_parts(tx, changed)
+    return replace_parts(tx, with_own_values)
 
 
 class with_hyperparams(Transform):
-    """A transform some of whose hyperparameters are kept in its state, as arrays.
+    """A transform that keeps some of its hyperparameters in its state, as arrays.
 
-    They are read and logged as `state.hyperparams["learning_rate"]`, and set between steps by
-    `set_hyperparams`, without the step being traced anew. What they were in the transform, a
-    schedule perhaps, has no effect. As arrays are, a float is rounded to float32: 0.999 is
-    0.99900001, and `1 - b2` is taken from that. Counts (`steps`, `overwrite_frequency`) are int32,
-    everything else is a float, also where a whole number is given.
+    Read and log them as `state.hyperparams["learning_rate"]`, and set them between steps with
+    `set_hyperparams`; the step is not traced again. They replace the transform's own values, even a
+    schedule. Like any array, a float is rounded to float32: 0.999 becomes 0.99900001, and `1 - b2`
+    is computed from that. Counts (`steps`, `overwrite_frequency`) are int32. All others are floats,
+    even if you give a whole number.
 
     Args:
       tx: any transform.
-      **hyperparams: scalars, by the names of fields, as `repr(tx)` shows them. Each must be a
-        field of one part of `tx` alone.
+      **hyperparams: scalars by field name, as `repr(tx)` shows them. Exactly one part of `tx` must
+        have a field of that name.
 
-    The state is a `HyperparamsState`. Inside of `exact_rows` there must be none; around it, betas,
-    epsilons and the average's momentum cannot be named, as they must be Python floats there.
+    The state is a `HyperparamsState`. `exact_rows` accepts no `with_hyperparams` inside it. Around
+    `exact_rows`, you cannot name betas, epsilons or the average's momentum, because they must be
+    Python floats there.
 
     Raises:
-      ValueError: a name is that of no field, or of several; a value is outside its range, or is so
-        once it is rounded to float32. By `update`: the state keeps other hyperparameters.
+      ValueError: no field or several fields have a name; a value is outside its range, or leaves it
+        when rounded to float32. By `update`: the state keeps other hyperparameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
@@ -102,29 +103,32 @@ class with_hyperparams(Transform):
                 "with_hyperparams: hyperparams must be a dictionary by their names, got "
                 f"{self.hyperparams!r}"
             )
-        tx, found = as_transform(self.tx), {}
+        tx, checked = as_transform(self.tx), {}
         for name, value in self.hyperparams.items():
-            owners = [part for part in _all(tx) if name in _fields(part)]
+            owners = [part for part in _all_parts(tx) if name in _field_names(part)]
             if len(owners) != 1 or isinstance(getattr(owners[0], name), Transform | tuple | dict):
-                names = sorted({n for part in _all(tx) for n in _fields(part)} - _PARTS)
+                field_names = sorted(
+                    {n for part in _all_parts(tx) for n in _field_names(part)} - _PARTS
+                )
                 raise ValueError(
                     f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in "
-                    f"{tx!r}, expected one; there are {names}. Wrap the part that is meant"
+                    f"{tx!r}, expected one; the fields are {field_names}. Wrap the part that is "
+                    "meant"
                 )
-            for outer in _all(tx):
+            for outer in _all_parts(tx):
                 if name in outer.python_numbers:
-                    kind = type(outer).__name__
                     raise ValueError(
-                        f"with_hyperparams: {name!r} must be a Python float within {kind}"
+                        f"with_hyperparams: {name!r} must be a Python float within "
+                        f"{type(outer).__name__}"
                     )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
-            made = owners[0].replace(**{name: value})  # it knows the range
-            found[name] = getattr(made, name)
-            if not is_array(found[name]):
+            new_owner = owners[0].replace(**{name: value})  # checks the range
+            checked[name] = getattr(new_owner, name)
+            if not is_array(checked[name]):
                 # 0.99999999 is a beta, but in float32 it is 1.
-                made.replace(**{name: jnp.asarray(found[name])})
-        self.set_fields(tx=tx, hyperparams=found)
+                new_owner.replace(**{name: jnp.asarray(checked[name])})
+        self.set_fields(tx=tx, hyperparams=checked)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, HyperparamsState)
@@ -136,25 +140,27 @@ class with_hyperparams(Transform):
         return (Part(self.resolved(state), state.inner, params),)
 
     def resolved(self, state: HyperparamsState) -> Transform:
-        """The inner transform with the values that a state holds."""
+        """The inner transform with the values of a state."""
         expect_state(self, state, HyperparamsState)
-        kept = state.hyperparams
-        if not isinstance(kept, dict) or set(kept) != set(self.hyperparams):
+        state_values = state.hyperparams
+        if not isinstance(state_values, dict) or set(state_values) != set(self.hyperparams):
             raise ValueError(
-                f"with_hyperparams: the state keeps {sorted(kept)}, the transform has "
+                f"with_hyperparams: the state keeps {sorted(state_values)}, the transform has "
                 f"{sorted(self.hyperparams)}. Name the same ones, or go on from here: "
                 "HyperparamsState(tx.init(params).hyperparams, state.inner)"
             )
         for name, value in self.hyperparams.items():
-            _check_kind(name, value, kept[name])
-        # A checkpoint may have made numbers of them.
-        return _with(self.tx, {name: jnp.asarray(x) for name, x in kept.items()})
+            _check_kind(name, value, state_values[name])
+        # A checkpoint may have turned the arrays into numbers.
+        return _with_values(self.tx, {name: jnp.asarray(x) for name, x in state_values.items()})
 
     def init(self, params: Tree) -> HyperparamsState:
-        # Strongly typed, and copies, which a step may donate.
-        given = self.hyperparams.items()
-        kept = {name: jnp.array(x, jnp.result_type(x), copy=True) for name, x in given}
-        return HyperparamsState(kept, _with(self.tx, kept).init(params))
+        # Strongly typed copies, so that a step may donate them.
+        arrays = {
+            name: jnp.array(x, jnp.result_type(x), copy=True)
+            for name, x in self.hyperparams.items()
+        }
+        return HyperparamsState(arrays, _with_values(self.tx, arrays).init(params))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         tx = self.resolved(state)
@@ -170,40 +176,43 @@ def _is_whole(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.integer))
 
 
-def _check_kind(name: str, value: Any, kept: Any) -> None:
-    """Refuses what a state keeps of a hyperparameter if it is no scalar of the right kind."""
+def _check_kind(name: str, value: Any, state_value: Any) -> None:
+    """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
     wanted = jnp.integer if _is_whole(value) else jnp.floating
-    dtype = jnp.result_type(jnp.bool_ if kept is None else kept)
-    fits = np.shape(kept) == () and bool(jnp.issubdtype(dtype, wanted))
+    dtype = jnp.result_type(jnp.bool_ if state_value is None else state_value)
+    fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, wanted))
     if fits and wanted is jnp.floating:
-        # A state that was cast would round the rate.
+        # If someone cast the state to a narrow dtype, the rate would be rounded.
         fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     if not fits:
-        came = "None" if kept is None else f"{dtype.name}{list(np.shape(kept))}"
+        shape = list(np.shape(state_value))
+        came = "None" if state_value is None else f"{dtype.name}{shape}"
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {came}, expected a scalar of "
-            f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Set it anew: "
-            "state._replace(hyperparams=tx.init(params).hyperparams); a state of many values at "
-            "once goes through jax.vmap"
+            f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Reset it with "
+            "state._replace(hyperparams=tx.init(params).hyperparams); for a state of many values "
+            "at once use jax.vmap"
         )
 
 
-# Fields that hold transforms.
+# Names of fields that are transforms, not numbers.
 _PARTS = {"tx", "transforms", "hyperparams"}
 
 
 def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
-    """A state of `with_hyperparams` with other values, in their dtypes: nothing is traced anew.
+    """A state of `with_hyperparams` with other values.
+
+    The dtypes stay, so no step is traced again.
 
     Args:
       state: a `HyperparamsState`.
-      **hyperparams: real scalars by name; whole numbers for counts. NaN and what is infinite in
-        the state's dtype are refused. The state knows names alone, so other ranges are not
-        checked: `with_hyperparams` says what each may be.
+      **hyperparams: real scalars by name; whole numbers for counts. NaN and numbers that are
+        infinite in the state's dtype are refused. Other ranges are not checked, because the state
+        knows only names; `with_hyperparams` checks them.
 
     Raises:
-      TypeError, ValueError: it is another state, or does not keep such a hyperparameter; a value
-        is no number that the state can keep.
+      TypeError, ValueError: the state is another one, or has no such hyperparameter; the state
+        cannot keep a value.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1, b1=0.9)
@@ -214,56 +223,56 @@ def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
     if not isinstance(state, HyperparamsState):
         raise TypeError(
             f"set_hyperparams: the state is a {type(state).__name__}, expected the "
-            "HyperparamsState of with_hyperparams; if it is in another state, set it there"
+            "HyperparamsState of with_hyperparams; if it is inside another state, set it there"
         )
-    kept = state.hyperparams
+    old = state.hyperparams
     for name in hyperparams:
-        if name not in kept:
-            raise ValueError(f"set_hyperparams: the state keeps {list(kept)}, not {name!r}")
-    new = {name: _taken(name, x, kept[name]) for name, x in hyperparams.items()}
-    return state._replace(hyperparams={**kept, **new})
+        if name not in old:
+            raise ValueError(f"set_hyperparams: the state keeps {list(old)}, not {name!r}")
+    new = {name: _converted(name, x, old[name]) for name, x in hyperparams.items()}
+    return state._replace(hyperparams={**old, **new})
 
 
-def _taken(name: str, value: Any, kept: Any) -> chex.Array:
-    """A value as the state keeps it."""
-    shape, dtype = np.shape(kept), jnp.result_type(kept)
-    given = _array(value)
-    if given is None:
+def _converted(name: str, value: Any, old: Any) -> chex.Array:
+    """A checked value in the dtype of the old one."""
+    shape, dtype = np.shape(old), jnp.result_type(old)
+    array = _real_array(value)
+    if array is None:
         raise TypeError(f"set_hyperparams: {name} must be a real number, got {value!r}")
-    if given.shape != shape:
+    if array.shape != shape:
         raise ValueError(f"set_hyperparams: {name} must be of shape {shape}, got {value!r}")
     if jnp.issubdtype(dtype, jnp.integer):
-        _expect_whole(name, given, value, dtype)
-    elif not isinstance(given, jax.core.Tracer):
-        given = np.asarray(given, np.float64)
-        if not np.all(np.abs(given) <= float(jnp.finfo(dtype).max)):
+        _expect_count(name, array, value, dtype)
+    elif not isinstance(array, jax.core.Tracer):
+        array = np.asarray(array, np.float64)
+        if not np.all(np.abs(array) <= float(jnp.finfo(dtype).max)):
             raise ValueError(
                 f"set_hyperparams: {name} must be finite in {dtype.name}, got {value!r}"
             )
-    return jnp.array(given, dtype, copy=True)
+    return jnp.array(array, dtype, copy=True)
 
 
-def _array(value: Any) -> Any:
-    """A real number or an array of them as an array, `None` for anything else."""
+def _real_array(value: Any) -> Any:
+    """An array of a real number or of several; `None` for anything else."""
     if isinstance(value, numbers.Real) and not isinstance(value, int | float | np.generic):
         value = float(value)  # a fraction, say
-    # NumPy's array, as JAX would cut a wide integer to 32 bits.
-    given = value if isinstance(value, jax.Array) else np.asarray(value)
-    if given.dtype == object and isinstance(value, int):
-        given = np.asarray(float(value) if abs(value) <= LARGEST else np.inf)
+    # Not by JAX, which would cut a wide integer to 32 bits.
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.dtype == object and isinstance(value, int):
+        array = np.asarray(float(value) if abs(value) <= LARGEST else np.inf)
     kinds = (jnp.integer, jnp.floating)
-    return given if any(jnp.issubdtype(given.dtype, kind) for kind in kinds) else None
+    return array if any(jnp.issubdtype(array.dtype, kind) for kind in kinds) else None
 
 
-def _expect_whole(name: str, given: Any, value: Any, dtype: Any) -> None:
-    """Refuses what is no count, for a hyperparameter that is kept as an integer."""
-    if isinstance(given, jax.core.Tracer):
-        whole = jnp.issubdtype(given.dtype, jnp.integer)
+def _expect_count(name: str, array: Any, value: Any, dtype: Any) -> None:
+    """Refuses anything but a count, for a hyperparameter that the state keeps as an integer."""
+    if isinstance(array, jax.core.Tracer):
+        is_count = jnp.issubdtype(array.dtype, jnp.integer)
     else:
-        whole = bool(np.all(COUNT.holds(np.asarray(given, np.float64))))
-    if not whole:
+        is_count = bool(np.all(COUNT.holds(np.asarray(array, np.float64))))
+    if not is_count:
         raise ValueError(
             f"set_hyperparams: the state keeps {name} as {dtype.name}, so it must be {COUNT.text}, "
-            f"got {value!r}. If it is no count, an older version made the state of an int: "
+            f"got {value!r}. If it is no count, an older version made the state from an int: "
             "take state._replace(hyperparams=tx.init(params).hyperparams)"
         )

@@ -1,4 +1,4 @@
-"""What is done leaf by leaf: matching trees, and the one lift of a rule on arrays to trees."""
+"""Work on the leaves of trees: match them, check them, and apply a rule on arrays to each."""
 
 import functools
 import numbers
@@ -42,7 +42,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# What a rule does with the rows of a table that a row gradient does not hold; see `lift`.
+# What a rule does to the rows of a table that are not in its row gradient; see `lift`.
 Rows = Literal["dense", "lazy", "whole"]
 
 
@@ -58,7 +58,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def at_rest(leaf: Any) -> Any:
-    """The update of a leaf that is left alone: zeros where they can be added, else what came."""
+    """The update of a leaf that is left alone: zeros, or the leaf where zeros cannot be added."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
     is_rows = isinstance(leaf, RowGradient | RowMoves)
@@ -70,7 +70,7 @@ def is_arraylike(leaf: Any) -> bool:
 
 
 def described(leaf: Any) -> str:
-    """What a leaf is, for errors: `float32[3, 2]`."""
+    """A short description of a leaf for errors: `float32[3, 2]`."""
     if leaf is None:
         return "None"
     if not is_arraylike(leaf):
@@ -80,21 +80,21 @@ def described(leaf: Any) -> str:
 
 
 def as_arrays(tree: Tree) -> Any:
-    """The tree with arrays of JAX in the place of NumPy's."""
+    """The tree with JAX arrays in place of NumPy's."""
 
-    def made(x: Any) -> Any:
+    def as_array(x: Any) -> Any:
         if isinstance(x, RowGradient):
-            # Its seal is known as NumPy's.
-            return jax.tree.map(made, x.replace(seal=None)).replace(seal=x.seal)
+            # The seal stays NumPy's, so its value is known while tracing.
+            return jax.tree.map(as_array, x.replace(seal=None)).replace(seal=x.seal)
         return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
 
-    return jax.tree.map(made, tree, is_leaf=lambda x: isinstance(x, RowGradient))
+    return jax.tree.map(as_array, tree, is_leaf=lambda x: isinstance(x, RowGradient))
 
 
 def expect_array(
     what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
 ) -> None:
-    """Refuses anything but an array of this shape, and dtype where that is given."""
+    """Refuses anything but an array of this shape, and of this dtype if one is given."""
     if is_arraylike(x) and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     wanted = f"{dtype or 'shape '}{list(shape)}"
@@ -102,14 +102,14 @@ def expect_array(
 
 
 def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
-    """Refuses a tree that has other leaves, shapes or dtypes than another one."""
-    came, wanted = leaf_paths(tree), leaf_paths(like)
-    if came != wanted:
-        missing = [path for path in wanted if path not in set(came)]
-        surplus = [path for path in came if path not in set(wanted)]
-        what = f"has no {missing[0]!r}" if missing else f"has {surplus or came}, not expected"
+    """Refuses a tree whose leaves, shapes or dtypes differ from those of `like`."""
+    paths, expected = leaf_paths(tree), leaf_paths(like)
+    if paths != expected:
+        missing = [path for path in expected if path not in set(paths)]
+        surplus = [path for path in paths if path not in set(expected)]
+        what = f"has no {missing[0]!r}" if missing else f"has {surplus or paths}, not expected"
         raise ValueError(f"{owner}: {name} {what}: {mend}")
-    for path, x, y in zip(came, flatten(tree)[0], flatten(like)[0], strict=True):
+    for path, x, y in zip(paths, flatten(tree)[0], flatten(like)[0], strict=True):
         if x is None or y is None or not is_arraylike(x):
             same = x is y
         else:
@@ -121,9 +121,9 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
 
 
 def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> None:
-    """Refuses slots that were cast: each is kept in float32 at least, or in this dtype.
+    """Refuses slots that were cast: each must be in `dtype`, or in float32 or wider without it.
 
-    Rounded to a narrow dtype after each step, an average of small changes stands still.
+    An average of small changes stands still if each step rounds it to a narrow dtype.
     """
     wanted = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
     for x in jax.tree.leaves(tree):
@@ -133,8 +133,8 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
         if not fits:
             raise ValueError(
                 f"{owner}: the state keeps {name} in {x.dtype.name}, expected "
-                f"{'float32 or wider' if wanted is None else wanted.name}: cast it back, or build "
-                f"the transform for that dtype ({name}_dtype) if the run is meant to go on so"
+                f"{'float32 or wider' if wanted is None else wanted.name}: cast it back, or, to "
+                f"go on in that dtype, build the transform for it ({name}_dtype)"
             )
 
 
@@ -152,18 +152,18 @@ def matched(
     kinds: bool = True,
     grads: list[Any] | None = None,
 ) -> list[Any]:
-    """The leaves of `tree` in the order of `like`, or an error that names the first that differs.
+    """The leaves of `tree` in the order of `like`; an error names the first that does not match.
 
-    A leaf that is left alone in either matches anything that is left alone. A real leaf does
-    not match a complex one where `kinds` count.
+    A leaf that is left alone matches any other that is left alone. With `kinds`, a real leaf does
+    not match a complex one. A leaf whose gradient in `grads` is `None` is not checked.
     """
     expected, treedef = flatten(like)
     try:
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
-        came, wanted = leaf_paths(tree), leaf_paths(like)
-        missing = [path for path in wanted if path not in set(came)]
-        surplus = [path for path in came if path not in set(wanted)]
+        paths, wanted = leaf_paths(tree), leaf_paths(like)
+        missing = [path for path in wanted if path not in set(paths)]
+        surplus = [path for path in paths if path not in set(wanted)]
         what = (
             f"{name} has no leaf {missing[0]!r}"
             if missing
@@ -177,12 +177,12 @@ def matched(
         ) from None
     for i, (leaf, want) in enumerate(zip(leaves, expected, strict=True)):
         if grads is not None and grads[i] is None:
-            continue  # nobody looks at it
+            continue
         reason = _mismatch(leaf, want, kinds)
         if reason:
             path = leaf_paths(like)[i]
-            beside = "" if like is tree else f", but {like_name}[{path!r}] is {described(want)}"
-            raise ValueError(f"{owner}: {name}[{path!r}] is {described(leaf)}{beside}: {reason}")
+            other = "" if like is tree else f", but {like_name}[{path!r}] is {described(want)}"
+            raise ValueError(f"{owner}: {name}[{path!r}] is {described(leaf)}{other}: {reason}")
     return leaves
 
 
@@ -192,8 +192,8 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
     if not is_arraylike(leaf):
         return "expected an array"
     if is_left_alone(leaf):
-        harmless = want is None or is_left_alone(want) or dtype_of(leaf) == jax.dtypes.float0
-        return None if harmless else "expected a floating dtype, or None to leave it alone"
+        ignored = want is None or is_left_alone(want) or dtype_of(leaf) == jax.dtypes.float0
+        return None if ignored else "expected a floating dtype, or None to leave it alone"
     if want is None or is_left_alone(want):
         return "expected None, as there is no floating array to update"
     if not is_signed(dtype_of(leaf)):
@@ -206,14 +206,14 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
 
 
 def expect_arrays(owner: str, params: Tree) -> None:
-    """Refuses parameters of which a leaf is no array, such as a whole model with functions."""
+    """Refuses parameters with a leaf that is no array, such as a whole model with functions."""
     for i, p in enumerate(flatten(params)[0]):
         if p is not None and not is_arraylike(p):
             name = f" ({p.__name__})" if hasattr(p, "__name__") else ""
             raise TypeError(
                 f"{owner}: params[{leaf_paths(params)[i]!r}] is {described(p)}{name}: expected an "
-                "array, or None. Give the arrays of a model alone: of an Equinox one "
-                "eqx.filter(model, eqx.is_inexact_array), of a Flax NNX one "
+                "array, or None. Give only the arrays of a model: for Equinox "
+                "eqx.filter(model, eqx.is_inexact_array), for Flax NNX "
                 "nnx.state(model, nnx.Param)"
             )
         if not is_left_alone(p) and not is_signed(dtype_of(p)):
@@ -224,11 +224,11 @@ def expect_arrays(owner: str, params: Tree) -> None:
 
 
 def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
-    """A tree of one new array for each floating leaf, laid out like it; `None` for every other."""
+    """A tree with a new array for each floating leaf, laid out like it; `None` for the others."""
     expect_arrays("init", params)
     leaves, treedef = flatten(params)
 
-    def made(p: Any) -> Any:
+    def new_slot(p: Any) -> Any:
         if is_left_alone(p):
             return None
         if isinstance(p, jax.ShapeDtypeStruct):
@@ -236,7 +236,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         p = jnp.asarray(p)
         return laid_out_like(make(p), p)
 
-    return treedef.unflatten(split_alike(list(map(made, leaves)), leaves))
+    return treedef.unflatten(split_alike(list(map(new_slot, leaves)), leaves))
 
 
 def lift(
@@ -251,25 +251,25 @@ def lift(
     rows: Rows = "dense",
     count: chex.Array | None = None,
 ) -> tuple[Any, ...]:
-    """Applies a rule on arrays to every leaf of trees; checks all leaves before the first.
+    """Applies a rule on arrays to every leaf of trees, after it has checked all leaves.
 
-    A rule is elementwise: to a `RowGradient` it is applied by `rows.applied`.
+    A rule is elementwise, so `rows.applied` can apply it to a `RowGradient`.
 
     Args:
       owner: the transform's name, for errors.
       rule: a function `(c, g, *slots, [p]) -> (u, *slots)` of arrays, at the top of a module.
-      scalars: gives `c`, the step's scalars, for an accumulator dtype. A list has one a leaf,
-        the same object where leaves are treated alike, and None for a leaf that is to pass.
+      scalars: a function of an accumulator dtype that returns `c`, the step's scalars. Or a list
+        with one for each leaf: the same object for leaves that are treated alike, None for a leaf
+        that passes unchanged.
       grads: the tree of gradients.
       slots: state trees with the parameters' structure.
-      params: given where the rule reads the parameter.
-      like: parameters that the rule does not read; where there are no slots and they are given,
-        the gradients must match them.
+      params: the parameters, for a rule that reads them.
+      like: parameters that the rule does not read; without slots, the gradients must match them.
       names: what errors call `grads` and `slots`.
-      rows: whether the rows that a `RowGradient` does not hold have a gradient of zero, or are
-        left alone; or "whole" for a rule that is not elementwise and takes such a leaf as it is.
-      count: int32, the steps taken before: what the random bits are made of with which slots in
-        bfloat16 are rounded. Without it they are rounded to the nearest.
+      rows: "dense": the rows that are not in a `RowGradient` have a gradient of zero; "lazy": they
+        are left alone; "whole": the rule is not elementwise and takes a `RowGradient` as it is.
+      count: int32, the number of steps taken before. It seeds the stochastic rounding of slots in
+        bfloat16. Without it they are rounded to the nearest.
 
     Returns:
       The tree of updates, then the new slot trees.
@@ -289,36 +289,37 @@ def lift(
         for slot in slots
     ]
     for i, g in enumerate(leaves):
-        held = [column[i] for column in columns]
-        if g is not None and any(x is None for x in held) and any(x is not None for x in held):
+        own = [column[i] for column in columns]
+        if g is not None and any(x is None for x in own) and any(x is not None for x in own):
             raise ValueError(
-                f"{owner}: {slot_name} has only a part of what is kept of "
+                f"{owner}: {slot_name} has only some of the slots of "
                 f"{leaf_paths(like)[i]!r}: expected an array in each of its trees"
             )
-    reads = (
+    param_columns = (
         [] if params is None else [matched(owner, "params", params, like, like_name, grads=leaves)]
     )
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
     alike: dict[Any, list[tuple[int, list[Any]]]] = {}
     for i, g in enumerate(leaves):
-        held = [column[i] for column in columns]
-        given = scalars[i] if isinstance(scalars, list) else scalars
-        if is_left_alone(g) or (held and is_left_alone(held[0])):
-            outputs[i] = (at_rest(g), *held)
-        elif given is None:
-            outputs[i] = (g, *held)
+        own = [column[i] for column in columns]
+        own_scalars = scalars[i] if isinstance(scalars, list) else scalars
+        if is_left_alone(g) or (own and is_left_alone(own[0])):
+            outputs[i] = (at_rest(g), *own)
+        elif own_scalars is None:
+            outputs[i] = (g, *own)
         else:
-            leaf = [_ready(owner, x) for x in (g, *held, *(column[i] for column in reads))]
+            inputs = (g, *own, *(column[i] for column in param_columns))
+            leaf = [_unsealed_input(owner, x) for x in inputs]
             arrays, structure = jax.tree.flatten(leaf)
-            key = (given, structure, *((x.shape, x.dtype) for x in arrays))
+            key = (own_scalars, structure, *((x.shape, x.dtype) for x in arrays))
             alike.setdefault(key, []).append((i, leaf))
 
-    ready: dict[Any, Any] = {}
-    for (given, *_), group in alike.items():
+    scalars_of_dtype: dict[Any, Any] = {}
+    for (own_scalars, *_), group in alike.items():
         real = accumulator(*(x.dtype for x in group[0][1][: 1 + len(slots)]))
-        if (given, real) not in ready:
-            ready[given, real] = c = given(real)
+        if (own_scalars, real) not in scalars_of_dtype:
+            scalars_of_dtype[own_scalars, real] = c = own_scalars(real)
             for x in jax.tree.leaves(c):
                 expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
@@ -327,25 +328,23 @@ def lift(
             keys = None
             if narrow and count is not None:
                 keys = rounding_keys(count, [i for i, _ in block])
-            how, c = (rows, len(slots)), ready[given, real]
-            results = _each(rule, how, c, keys, [leaf for _, leaf in block])
+            c = scalars_of_dtype[own_scalars, real]
+            results = _apply_each(rule, rows, len(slots), c, keys, [leaf for _, leaf in block])
             for (i, _), (u, *new) in zip(block, results, strict=True):
                 outputs[i] = (sealed(u), *new)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
 
 
-# A call costs about as much to trace and lower as ten operations inside of it, and a model has
-# many leaves of few shapes: so leaves of one shape go through a rule in blocks, and each size of
-# block is traced and lowered once. XLA inlines the calls.
+# A model has many leaves of few shapes. To trace and lower a call costs about as much as ten
+# operations inside it. So leaves of one shape go through a rule in blocks, and each size of block
+# is traced and lowered once. XLA inlines the calls.
 _BLOCK = 8
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _each(
-    rule: Callable[..., Any], how: tuple[Rows, int], c: Any, keys: Any, block: list[list[Any]]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply_each(
+    rule: Callable[..., Any], rows: Rows, slots: int, c: Any, keys: Any, block: list[list[Any]]
 ) -> list[Any]:
-    rows, slots = how
-
     def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
@@ -357,13 +356,13 @@ def _each(
     return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
 
 
-def _ready(owner: str, leaf: Any) -> Any:
+def _unsealed_input(owner: str, leaf: Any) -> Any:
     if isinstance(leaf, RowMoves):
         if owner == "apply_updates":
             return unsealed(leaf.checked(owner))
         raise TypeError(
-            f"{owner}: the updates of exact_rows are to be applied as they are, since they have in "
-            "them what rows lag behind by: put exact_rows last, around all that changes updates"
+            f"{owner}: apply the updates of exact_rows as they are, because they also bring rows "
+            "up to date: put exact_rows last, around all that changes updates"
         )
     if not isinstance(leaf, RowGradient):
         return jnp.asarray(leaf)
@@ -371,7 +370,7 @@ def _ready(owner: str, leaf: Any) -> Any:
 
 
 def needed(owner: str, params: Tree) -> Tree:
-    """The parameters, or an error that says that this transform reads them."""
+    """The parameters; an error says that this transform reads them if they are `None`."""
     if params is None:
         raise ValueError(f"{owner} reads the parameters: call update(grads, state, params)")
     return params
@@ -384,20 +383,22 @@ def reduced(
     tree: Tree,
     empty: chex.Array,
 ) -> chex.Array:
-    """What a rule `(None, g) -> (scalar,)` gives for the leaves of a tree, joined into one.
+    """The scalars of a rule `(None, g) -> (scalar,)` on the leaves of a tree, reduced by `join`.
 
     The rule takes a `RowGradient` as it is.
     """
-    (scalars,) = lift(owner, rule, no_scalars, tree, names=("the tree", ""), rows="whole")
-    pairs = zip(flatten(tree)[0], flatten(scalars)[0], strict=True)
-    found = [x for leaf, x in pairs if not is_left_alone(leaf)]
-    while len(found) > 1:
-        found = [_joined(join, found[i : i + _BLOCK]) for i in range(0, len(found), _BLOCK)]
-    return found[0] if found else empty
+    (results,) = lift(owner, rule, no_scalars, tree, names=("the tree", ""), rows="whole")
+    pairs = zip(flatten(tree)[0], flatten(results)[0], strict=True)
+    scalars = [x for leaf, x in pairs if not is_left_alone(leaf)]
+    while len(scalars) > 1:
+        scalars = [
+            _reduced_block(join, scalars[i : i + _BLOCK]) for i in range(0, len(scalars), _BLOCK)
+        ]
+    return scalars[0] if scalars else empty
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _joined(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Array:
+def _reduced_block(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Array:
     return functools.reduce(join, block)
 
 
@@ -408,7 +409,7 @@ def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.A
 
 
 def no_scalars(real: Any) -> None:
-    """The scalars of a rule that needs none."""
+    """The scalars of a rule that has none."""
     return None
 
 
@@ -427,16 +428,16 @@ def apply_updates(
 
     Args:
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
-      updates: tree of the same structure and shapes; `None` where a parameter is to stay.
+      updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
       step: for stochastic rounding an integer scalar that is another one in each step, such as
         `adamjax.step_count(state)`. The random bits are made of it.
 
     Returns:
-      The new parameters. Sums are taken in the wider dtype of the two and rounded once.
+      The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
 
     Raises:
-      ValueError: the structure or a shape differs; the message names the leaf. `rounding` and
+      ValueError: the structure or a shape differs; the error names the leaf. `rounding` and
         `step` do not go together, or a float16 weight is to be rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp

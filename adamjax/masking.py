@@ -1,4 +1,4 @@
-"""Transforms for a part of the leaves: a leaf that is not theirs is `None` to them."""
+"""Transforms that give their parts only some of the leaves, and `None` in place of the others."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -24,7 +24,7 @@ __all__ = ["masked", "partition"]
 
 
 def _keep(tree: Tree, flags: list[bool]) -> Tree:
-    """The tree with `None` for each leaf that is not flagged."""
+    """The tree with `None` in place of each leaf whose flag is false."""
     leaves, treedef = flatten(tree)
     return treedef.unflatten([x if f else None for x, f in zip(leaves, flags, strict=True)])
 
@@ -36,13 +36,13 @@ class masked(Transform):
 
     Args:
       tx: a transform.
-      pattern: for `re.search` in the leaf's path, like `"kernel$"`; or a tree of bools like the
-        parameters, or with one bool for a subtree; or a function from a tree to such a one.
+      pattern: a pattern for `re.search` in the leaf's path, like `"kernel$"`; or a tree of bools
+        like the parameters, or with one bool for a subtree; or a function that returns such a tree.
 
     Raises:
-      ValueError: by `init` and `update`, the pattern matches no leaf (`adamjax.optional(pattern)`
-        allows it), or the tree of bools does not fit; the message names the leaf.
-      TypeError: something in the tree is no bool.
+      ValueError: by `init` and `update`: the pattern matches no leaf (`adamjax.optional(pattern)`
+        allows it), or the tree of bools does not fit; the error names the leaf.
+      TypeError: a leaf of the tree is no bool.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.masked(adamjax.scale(0.0), "^frozen/")
@@ -75,11 +75,11 @@ class masked(Transform):
             treedef = flatten(params)[1]
             flags = self._flags(params)
             params = _keep(params, flags)
-        seen = treedef.unflatten([g if f else None for g, f in zip(leaves, flags, strict=True)])
-        inner, state = self.tx.update(seen, state, params, **extra_args)
-        moved = flatten(inner)[0]
-        chosen = [u if f else g for u, g, f in zip(moved, leaves, flags, strict=True)]
-        return treedef.unflatten(chosen), state
+        pairs = zip(leaves, flags, strict=True)
+        selected_grads = treedef.unflatten([g if flag else None for g, flag in pairs])
+        inner_updates, state = self.tx.update(selected_grads, state, params, **extra_args)
+        triples = zip(flatten(inner_updates)[0], leaves, flags, strict=True)
+        return treedef.unflatten([u if flag else g for u, g, flag in triples]), state
 
     only_routes = True
 
@@ -93,21 +93,21 @@ class masked(Transform):
 
 
 class partition(Transform):
-    """A transform for each leaf: that of the first pattern which is found in the leaf's path.
+    """A transform for each leaf: that of the first pattern that matches the leaf's path.
 
-    Each part sees its own leaves only: a clip by global norm within a part is over that part.
-    The state is the tuple of the parts' states, the default's last.
+    Each part sees only its own leaves, so a clip by global norm within a part takes the norm of
+    those. The state is the tuple of the parts' states, the default's last.
 
     Args:
       rules: pairs (pattern, transform) or a dictionary {pattern: transform}; patterns as in
         `by_path`.
-      default: the transform of leaves that no pattern matches. Without it such a leaf is
-        refused by `init`, as raw gradients would climb. (`scale(0.0)` keeps leaves still.)
+      default: the transform of leaves that no pattern matches. Without it `init` refuses such a
+        leaf, because its raw gradient would move it uphill. (`scale(0.0)` keeps leaves still.)
 
     Raises:
-      ValueError: by `init` and `update`, a pattern matches no leaf; by `init`, none that earlier
-        ones leave (`adamjax.optional(pattern)` allows both). For `init` a pattern within a part
-        must match one of the part's own leaves.
+      ValueError: by `init` and `update`: a pattern matches no leaf. By `init`: earlier patterns
+        match all leaves of a pattern. (`adamjax.optional(pattern)` allows both.) In `init` a
+        pattern within a part must match one of the part's own leaves.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.partition([("bias", adamjax.scale(-1.0))], default=adamjax.scale(-0.5))
@@ -150,7 +150,7 @@ class partition(Transform):
         return self._shares(params)
 
     def _owners(self, tree: Tree) -> list[int]:
-        """The index of each leaf's part; a leaf that is not here belongs to none."""
+        """The index of each leaf's part; -1 for a leaf that is `None`."""
         owners = []
         for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
             if leaf is None:
@@ -159,7 +159,7 @@ class partition(Transform):
             index = first_match(self.patterns, path)
             if index is None and self.default is None:
                 raise ValueError(
-                    f"partition: no pattern of {list(self.patterns)} is found in the path "
+                    f"partition: no pattern of {list(self.patterns)} matches the path "
                     f"{path!r}; add one, or give a default transform"
                 )
             owners.append(len(self.transforms) if index is None else index)
@@ -177,19 +177,21 @@ class partition(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         leaves, treedef = flatten(updates)
-        owners, states = self._owners(updates), []
+        owners, new_states = self._owners(updates), []
         if any(i not in owners for i in range(len(self.patterns))):
             if params is not None:
                 matched("partition", "grads", updates, params, "params")
             expect_present("partition", self.patterns, updates, leaf_paths(updates))
         part_states, shares = self.part_states(state), self._shares(updates)
-        seen = [None] * len(self.parts) if params is None else self._shares(params)
+        params_shares = [None] * len(self.parts) if params is None else self._shares(params)
         for i, tx in enumerate(self.parts):
-            moved, new = tx.update(shares[i], part_states[i], seen[i], **extra_args)
-            states.append(new)
-            pairs = zip(leaves, flatten(moved)[0], owners, strict=True)
-            leaves = [u if owner == i else before for before, u, owner in pairs]
-        return treedef.unflatten(leaves), tuple(states)
+            part_updates, new_state = tx.update(
+                shares[i], part_states[i], params_shares[i], **extra_args
+            )
+            new_states.append(new_state)
+            triples = zip(leaves, flatten(part_updates)[0], owners, strict=True)
+            leaves = [u if owner == i else leaf for leaf, u, owner in triples]
+        return treedef.unflatten(leaves), tuple(new_states)
 
     def __repr__(self) -> str:
         rules = list(zip(self.patterns, self.transforms, strict=True))

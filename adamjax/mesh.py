@@ -1,8 +1,8 @@
-"""Arrays that are split over a mesh of devices, while a function on all of them is traced.
+"""Reads, writes and shardings of arrays that are split over a mesh of devices.
 
-On a mesh with explicit axes the type of a value says how it is split, and reads and writes of
-rows must say how their results are to be. On one with automatic axes the compiler decides, and a
-constraint may tell it what is better.
+On a mesh with explicit axes the type of a value has its sharding, and a read or write of rows must
+name the sharding of its result. On a mesh with automatic axes the compiler chooses shardings, and
+a constraint can overrule it.
 """
 
 import math
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def explicit(x: Any) -> NamedSharding | None:
-    """How a value is split, where its type says so."""
+    """The sharding in a value's type; `None` unless that has explicit axes."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
     sharding = type_sharding(x)
@@ -45,7 +45,7 @@ def explicit(x: Any) -> NamedSharding | None:
 
 
 def everywhere(x: chex.Array) -> chex.Array:
-    """A value that is traced, in full on every device of the mesh that it or the context names."""
+    """A traced value, in full on every device of its mesh, or else of the current mesh."""
     typed = explicit(x)
     if typed is not None:
         split = any(axes is not None for axes in typed.spec)
@@ -60,7 +60,7 @@ def everywhere(x: chex.Array) -> chex.Array:
 
 
 def on_devices(x: Any, sharding: NamedSharding) -> Any:
-    """An array split in this way, in this kind of memory; traced or not."""
+    """An array, traced or not, with a sharding and in the kind of memory that this names."""
     if sharding.memory_kind is not None:
         return jax.device_put(x, sharding)
     if explicit(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
@@ -69,7 +69,7 @@ def on_devices(x: Any, sharding: NamedSharding) -> Any:
 
 
 def rows_split(x: Any) -> NamedSharding | None:
-    """How the rows of an array are split, those of one dimension; `None` if that is not known."""
+    """The sharding of an array's first dimension; `None` if it is not split or not known."""
     sharding = explicit(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
@@ -78,57 +78,58 @@ def rows_split(x: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
 
 
-def taken(table: chex.Array, indices: chex.Array, **how: Any) -> chex.Array:
-    """Rows `table.at[indices].get(**how)`, on all devices that hold a part of the table.
+def taken(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
+    """`table.at[indices].get(**options)`, on all devices that have a part of the table.
 
-    No index is below 0.
+    Indices must not be negative.
     """
     if table.shape[0] == 0:
-        # JAX refuses to gather from nothing.
+        # JAX refuses to gather from an empty array.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
         indices = jnp.ones_like(indices)
     typed = explicit(table)
     if typed is not None:
-        how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
-    return table.at[_unsigned(indices)].get(**how)
+        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
+    return table.at[_unsigned(indices)].get(**options)
 
 
 def _unsigned(indices: chex.Array) -> chex.Array:
-    """Indices of a dtype of which JAX does not ask whether they count from the end."""
+    """The indices as unsigned integers, so that JAX does not check for negative ones."""
     return indices.astype(np.uint32)
 
 
 def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
-    """Entries of a short array, whole on every device, at indices in it, split as those are."""
-    typed, how = explicit(indices), {}
+    """Entries of a short array, whole on every device, with the sharding of their indices."""
+    typed, options = explicit(indices), {}
     if typed is not None:
         spec = (*typed.spec, *[None] * (entries.ndim - 1))
-        how["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
-    return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **how)
+        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
+    return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **options)
 
 
 def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False) -> chex.Array:
-    """The table with rows set at distinct indices, or added there, split as before.
+    """The table after setting rows at distinct indices, or adding to them, with its sharding.
 
-    An index beyond the table has no effect, and none is below 0.
+    An index beyond the table has no effect. Indices must not be negative.
     """
     typed = explicit(table)
-    how = {} if typed is None else {"out_sharding": typed}
+    options = {} if typed is None else {"out_sharding": typed}
     at = table.at[_unsigned(indices)]
-    return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **how)
+    return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **options)
 
 
 def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
-    """New arrays that the compiler splits as others of their shapes, where these are traced.
+    """Makes the compiler split new arrays like traced ones of their shapes.
 
-    Compilers split what a select chooses from alike. These selects never choose a like, but that
-    must not be seen before arrays are split: the constraint on their condition is gone after that,
-    the selects become the new arrays, and nothing reads the likes. Where the type of a like names
-    no mesh, a barrier takes the constraint's place, and stays.
+    Compilers give both operands of a select the same sharding. The selects here never choose a
+    like. The compiler must not notice that before it has chosen shardings, so their condition has
+    a sharding constraint. The constraint then goes, and the selects become the new arrays, so that
+    nothing reads the likes. If the type of a like has no mesh, the condition has a barrier in place
+    of the constraint, and that stays.
 
     Args:
-      arrays: the new arrays; `None` stays so.
-      likes: one for each, of its shape and any dtype. Only those that are traced count.
+      arrays: the new arrays; `None` stays `None`.
+      likes: for each array one of its shape and any dtype. Likes that are not traced are ignored.
     """
     conditions: dict[Any, chex.Array] = {}
 
@@ -143,7 +144,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
         sharding = type_sharding(like)
         mesh = None if sharding is None else sharding.mesh
         kinds = set() if mesh is None else axis_kinds(mesh)
-        # Explicit axes are in the type of x as well; with manual ones alone x is one device's.
+        # With explicit axes the type of x has a sharding; with only manual ones x is on one device.
         if "Explicit" in kinds or kinds == {"Manual"}:
             return x
         mesh = mesh if kinds == {"Auto"} else None
@@ -158,7 +159,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
 
 
 def rows_alike(x: chex.Array, table: Any) -> chex.Array:
-    """A new array with a number for each row of a table, split as its rows are."""
+    """A new array with a number for each row of a table, with the sharding of the rows."""
     split = rows_split(table)
     if split is not None:
         typed = explicit(table) is not None
@@ -171,12 +172,15 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
 def over_rows(
     owner: str, function: Callable[[Any, Any, Any], Any], table: Any, axis: Any
 ) -> Callable[[Any, Any], Any]:
-    """A function of arrays as long as a table, and of short ones, for each device's own rows.
+    """Makes each device run a function on its own rows of a table.
 
     Args:
-      function: `(long, short, first) -> long`, that works row by row; `first` is the position in
-        the whole table of the first row that it gets.
-      axis: the mesh axes that split the table, where its sharding does not say.
+      function: `(long, short, first) -> long`, which works row by row. `long` has arrays as long
+        as the table, `short` other arrays; `first` is the number of the device's first row.
+      axis: the mesh axes that split the table, if its sharding is not known.
+
+    Returns:
+      The function `(long, short) -> long` of the whole table.
     """
     split = rows_split(table)
     if split is None and axis is None:
@@ -188,7 +192,7 @@ def over_rows(
     if len(table) % count:
         raise ValueError(
             f"{owner}: a table of {len(table)} rows is not split evenly over the {count} devices "
-            f"of axis {axes!r}; leave axis out, or fill the table up"
+            f"of axis {axes!r}; leave axis out, or pad the table"
         )
     specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
 
@@ -200,11 +204,11 @@ def over_rows(
 
 
 def _mesh(owner: str, axes: Any) -> Any:
-    """The mesh that is set."""
-    found = current_mesh()
-    if found is None:
+    """The current mesh; raises if there is none."""
+    mesh = current_mesh()
+    if mesh is None:
         raise ValueError(
             f"{owner}: axis={axes!r} names an axis of the mesh, but no mesh is set: call it under "
             "jax.set_mesh(mesh)"
         )
-    return found
+    return mesh

@@ -1,6 +1,8 @@
-"""Arithmetic on one array: averages, bias correction, a root that can be differentiated at 0."""
+"""Arithmetic on one array: averages, bias corrections, dtypes, a root with a derivative at 0."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -9,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
-from adamjax.rounding import write_slot
+from adamjax.rounding import is_narrow, write_slot
 
 __all__ = [
     "Average",
+    "Recurrence",
     "accumulator",
     "as_count",
     "averaging",
@@ -43,7 +46,7 @@ def accumulator(*dtypes: Any) -> Any:
 
 
 def widened(dtype: Any, real: Any) -> Any:
-    """The dtype in which a value is held in the course of a computation in `real`."""
+    """The dtype of a value in a computation in `real`: that, or its complex twin."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return np.result_type(real, np.complex64)
     return real
@@ -55,7 +58,7 @@ def widen(x: chex.Array, real: Any) -> chex.Array:
 
 
 def is_signed(dtype: Any) -> bool:
-    """Whether a dtype is a float in which zero and negative numbers are."""
+    """Whether a dtype is a float that has zero and negative numbers."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return False
     return np.dtype(dtype).itemsize > 1 or bool(float(jnp.finfo(dtype).min) < 0)
@@ -71,9 +74,8 @@ def scalar(value: Number, real: Any) -> Any:
 def ranged(value: Number, allowed: Range) -> Any:
     """A hyperparameter as it is, but NaN for an array whose value is outside its range.
 
-    The value of an array may be traced, or have been set since the range was checked; the array
-    becomes a float32 at least. A number that is put in the place of another, which `jax.tree.map`
-    does, is refused.
+    An array may be traced, or set since its range was checked; it becomes float32 or wider. A
+    Python number outside its range is refused: `jax.tree.map` may have put it there.
     """
     if not is_array(value):
         if not allowed.holds(value):
@@ -85,20 +87,19 @@ def ranged(value: Number, allowed: Range) -> Any:
 
 
 def divisor(value: Number, real: Any) -> Any:
-    """An epsilon in the accumulator dtype, never 0: what has no gradient is divided by it.
+    """An epsilon in the accumulator dtype, never 0, because moments of 0 are divided by it.
 
-    An array is not checked where it is traced or set: 0 does what every smaller epsilon does, and
-    what is below, infinite or NaN makes NaN.
+    An array that is traced or set is not checked: 0 becomes the smallest normal number, and a
+    negative, infinite or NaN value makes NaN.
     """
     eps = scalar(ranged(value, NON_NEGATIVE), real)
     return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
 
 
 def as_count(name: str, value: Number, dtype: Any) -> Any:
-    """A hyperparameter that counts steps, in the dtype of the count it is compared with.
+    """A hyperparameter that counts steps, in the dtype of the count that it is compared with.
 
-    Of an array that is traced or set, the value is not checked: what that dtype cannot hold
-    becomes its limit.
+    An array that is traced or set is not checked: a value outside that dtype becomes its limit.
     """
     if not is_array(value):
         return np.asarray(value, dtype)
@@ -112,16 +113,16 @@ def as_count(name: str, value: Number, dtype: Any) -> Any:
 
 
 def saturated(x: chex.Array, dtype: Any) -> chex.Array:
-    """Integers in another integer dtype; its limit where that cannot hold them."""
-    ours, its = jnp.iinfo(dtype), jnp.iinfo(x.dtype)
-    least, most = max(ours.min, its.min), min(ours.max, its.max)
-    if (least, most) != (its.min, its.max):
-        x = jnp.clip(x, np.asarray(least, its.dtype), np.asarray(most, its.dtype))
+    """Integers in another integer dtype; values outside it become its limits."""
+    new, old = jnp.iinfo(dtype), jnp.iinfo(x.dtype)
+    least, most = max(new.min, old.min), min(new.max, old.max)
+    if (least, most) != (old.min, old.max):
+        x = jnp.clip(x, np.asarray(least, old.dtype), np.asarray(most, old.dtype))
     return jnp.asarray(x, dtype)
 
 
 def expect_scalar(name: str, value: Any) -> None:
-    """Refuses a hyperparameter that has a shape, as one mapped over has outside of the map."""
+    """Refuses a hyperparameter that is no scalar, such as many values for `vmap` outside of it."""
     if np.ndim(value) != 0:
         raise ValueError(
             f"{name} is an array of shape {np.shape(value)}, expected a scalar; to use many values "
@@ -130,27 +131,27 @@ def expect_scalar(name: str, value: Any) -> None:
 
 
 def counted(count: chex.Array, real: Any) -> chex.Array:
-    """The number of the step that is being taken, 1 for the first, as a float."""
+    """The number of this step as a float, 1 for the first."""
     return count.astype(real) + 1
 
 
 def next_count(count: chex.Array) -> chex.Array:
-    """The count after this step; it stays at the largest integer rather than wrap."""
+    """The count after this step; it stays at the largest integer and does not wrap."""
     return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
 
 
 class Average(NamedTuple):
     """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
 
-    Written as a step from the end that weighs more towards the other, it keeps what is equal
-    equal and zero zero. The weight of the step is held in two parts, as a float and what that
-    rounded off: in float32, 0.999 * old + 0.001 * new with each factor rounded is off by 1.3e-8
-    of old a step, always in the same direction, and by 1.3e-5 after 1 / (1 - b) steps.
+    It is computed as a step from the number that weighs more towards the other. So the average of
+    equal numbers is that number, and that of zeros is zero. The weight of the step has two parts: a
+    float and its rounding error. In float32, 0.999 * old + 0.001 * new with rounded factors is off
+    by 1.3e-8 of old a step, always in the same direction, and by 1.3e-5 after 1 / (1 - b) steps.
     """
 
     weight: Any
     rest: Any
-    # None where the old end weighs more, which is the rule: so it costs nothing to say.
+    # Whether `new` weighs more; `None` if it is known not to, which saves two selects.
     from_new: Any
 
     def __call__(self, old: chex.Array, new: chex.Array) -> chex.Array:
@@ -164,9 +165,9 @@ class Average(NamedTuple):
 
 
 def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
-    """The average with decay `b`; an array `b` is taken to be exact in its dtype.
+    """The average with decay `b`; an array `b` counts as exact in its dtype.
 
-    Of an array that is outside the range that is allowed, averages are NaN.
+    An array outside the allowed range makes averages NaN.
     """
     if is_array(b):
         b = ranged(b, allowed)
@@ -174,20 +175,76 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     exact = min(ranged(b, allowed), 1 - b)
     weight = scalar(exact, real)
     rest = scalar(exact - float(weight), real)
-    # Not worth its two operations where a thousand steps of it do not make up one rounding.
+    # It costs two operations, and is left out if in a thousand steps it is less than one rounding.
     negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
     return Average(weight, None if negligible else rest, True if b < 0.5 else None)
 
 
-def correction(b: Number, t: chex.Array) -> chex.Array:
-    """The bias correction `1 - b**t`, through expm1: exact to rounding from the first step on.
+@dataclass(frozen=True)
+class Recurrence:
+    """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
 
-    An array `b` is taken to be exact in its dtype; outside of [0, 1) it makes NaN.
+    Its functions see arrays of the accumulator dtype.
+
+    Attributes:
+      moments: `(c, g, *slots) -> new_slots`; with `last` without the last slot in both.
+      direction: `(c, g, *new_slots) -> u`.
+      last: `(c, last_slot, *new_slots) -> new_last_slot`, where the last slot is computed from the
+        others as they are stored, as AMSGrad's v_max is.
+    """
+
+    moments: Callable[..., tuple[chex.Array, ...]]
+    direction: Callable[..., chex.Array]
+    last: Callable[..., chex.Array] | None = None
+
+    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
+        return self.stored(c, g, slots)
+
+    def stored(
+        self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any = None, rows: Any = None
+    ) -> tuple[chex.Array, ...]:
+        """The update in the gradient's dtype, and the new slots in the dtypes of the old ones.
+
+        Args:
+          key, rows: how narrow slots are rounded, as for `write_slot`.
+        """
+        wide, stored, seen = self.advanced(c, g, slots, key, rows)
+        return self.direction(c, wide, *seen).astype(g.dtype), *stored
+
+    def advanced(
+        self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any, rows: Any = None
+    ) -> tuple[chex.Array, list[chex.Array], list[chex.Array]]:
+        """The widened gradient, the new slots as they are stored, and as `direction` sees them.
+
+        It sees narrow slots as they are stored. From unrounded ones, XLA would compute the update
+        anew from the old slots, and copy these before it overwrites them.
+        """
+        real = accumulator(g.dtype, slots[-1].dtype)
+        wide, old = widen(g, real), [widen(x, real) for x in slots]
+        stored: list[chex.Array] = []
+        seen: list[chex.Array] = []
+
+        def add(new: chex.Array) -> None:
+            number = len(stored)
+            stored.append(write_slot(new, slots[number].dtype, key, number, rows))
+            seen.append(stored[-1].astype(new.dtype) if is_narrow(stored[-1].dtype) else new)
+
+        for new in self.moments(c, wide, *(old if self.last is None else old[:-1])):
+            add(new)
+        if self.last is not None:
+            add(self.last(c, old[-1], *seen))
+        return wide, stored, seen
+
+
+def correction(b: Number, t: chex.Array) -> chex.Array:
+    """The bias correction `1 - b**t`, by expm1: exact to rounding from the first step on.
+
+    An array `b` counts as exact in its dtype; outside of [0, 1) it makes NaN.
     """
     if is_array(b):
         b = ranged(b, BETA)
         log_b = jnp.log(jnp.where(b == 0, 1, b))
-        # The logarithm has no slope at 0, where the power has one in the first step.
+        # At b = 0 the logarithm has no derivative; the power has one in the first step.
         at_0 = jnp.where(t == 1, 1 - b, 1)
         return jnp.where(b == 0, at_0, -jnp.expm1(t * log_b)).astype(t.dtype)
     if ranged(b, BETA) == 0:
@@ -196,13 +253,13 @@ def correction(b: Number, t: chex.Array) -> chex.Array:
 
 
 def complement(b: Number, real: Any) -> Any:
-    """`1 - b` of a decay, taken in its own dtype and rounded once; NaN outside of [0, 1)."""
+    """`1 - b` of a decay, computed in its own dtype and rounded once; NaN outside of [0, 1)."""
     return scalar(1 - ranged(b, BETA), real)
 
 
 @jax.custom_jvp
 def root(x: chex.Array) -> chex.Array:
-    """The square root, with derivative 0 at 0: there the derivative of root(g**2) is 0/0."""
+    """The square root, with derivative 0 at 0, so that root(g**2) has no derivative of 0/0."""
     return jnp.sqrt(x)
 
 
@@ -215,18 +272,18 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def barrier(x: chex.Array) -> chex.Array:
-    """`x`, of which XLA does not see that it is the same."""
+    """`x` behind an optimization barrier: to XLA it is another array."""
     return jax.lax.optimization_barrier(x)
 
 
 @barrier.defjvp
 def _barrier_jvp(primals: Any, tangents: Any) -> Any:
-    # The barrier's own rule came to JAX later than the oldest version that is supported.
+    # The oldest supported JAX has no derivative of the barrier.
     return barrier(primals[0]), tangents[0]
 
 
 def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
-    """The parameter after its update: added in float32 at least, rounded once to its own dtype.
+    """The parameter after its update: the sum in float32 or wider, rounded once to its dtype.
 
     Args:
       key, rows: where a bfloat16 is to be rounded stochastically, as for `write_slot`.

@@ -1,4 +1,4 @@
-"""Complete optimizers: compositions of the rules and scalings, downhill and ready to be applied."""
+"""Complete optimizers: chains of rules and scalings whose updates can be applied to parameters."""
 
 from typing import Any
 

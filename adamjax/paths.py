@@ -1,4 +1,4 @@
-"""How a leaf is named, and how names are matched: one way, everywhere."""
+"""Paths of leaves, patterns that match paths, and masks that select leaves."""
 
 import functools
 import re
@@ -35,37 +35,37 @@ __all__ = [
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether a node is one leaf to us: `None`, which stands for 'not here', or rows of a table."""
+    """Whether a node is one leaf here: `None`, which means 'not here', or rows of a table."""
     return x is None or isinstance(x, RowGradient | RowMoves)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
-    """Leaves and structure of a tree; what is a leaf, `is_leaf` says."""
+    """Leaves and structure of a tree, with the leaves of `is_leaf`."""
     return jax.tree.flatten(tree, is_leaf=is_leaf)
 
 
 def leaf_paths(tree: Tree) -> list[str]:
     """The path of every leaf (`None` is one), keys joined by slashes: `"layers/0/kernel"`."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_named)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf_or_variable)
     paths: list[str] = []
-    for path, x in found:
+    for path, x in nodes:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # A Variable of flax.nnx is named as its value is where there is no Variable around it:
-        # its Optimizer shows `init` the one and `update` the other.
-        below = [name] if is_leaf(x) or not _is_variable(x) else len(flatten(x)[0]) * [name]
-        paths.extend(below)
+        # A Variable of flax.nnx and its bare value have the same path, because nnx.Optimizer
+        # passes Variables to `init` and bare values to `update`.
+        is_variable = _is_variable(x) and not is_leaf(x)
+        paths.extend(len(flatten(x)[0]) * [name] if is_variable else [name])
     return paths
 
 
 def unique_paths(owner: str, tree: Tree) -> list[str]:
-    """`leaf_paths` where paths are keys: an error if two leaves have the same one."""
+    """`leaf_paths`, or an error if two leaves have the same path."""
     paths = leaf_paths(tree)
     seen: set[str] = set()
     for path in paths:
         if path in seen:
             raise ValueError(
-                f"{owner}: two leaves have the path {path!r}, by which leaves are told apart here: "
-                "rename a key, as in {'a/b': x, 'a': {'b': y}}, so that all paths differ"
+                f"{owner}: two leaves have the path {path!r}, as in {{'a/b': x, 'a': {{'b': y}}}}, "
+                "but a path must name one leaf: rename a key so that all paths differ"
             )
         seen.add(path)
     return paths
@@ -75,15 +75,15 @@ def _is_variable(x: Any) -> bool:
     return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
 
 
-def _is_named(x: Any) -> bool:
+def _is_leaf_or_variable(x: Any) -> bool:
     return is_leaf(x) or _is_variable(x)
 
 
 class optional(str):
-    """A path pattern that may match no leaf; any other one that matches none is refused.
+    """A path pattern that may match no leaf; a plain pattern that matches none is refused.
 
-    It can stand wherever a pattern can: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
-    `max_rows`. It is not equal to the plain string, as it does something else.
+    Use it wherever a pattern is accepted: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
+    `max_rows`. It does not equal the plain string, because it means something else.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rates = adamjax.by_path([(adamjax.optional("bias$"), 0.1)], default=0.01)
@@ -112,11 +112,11 @@ class optional(str):
 
 
 def checked_pattern(owner: str, pattern: Any) -> str:
-    """The pattern, if it is a regular expression; an error that names the owner otherwise."""
+    """The pattern, or an error that names the owner if it is no regular expression."""
     if not isinstance(pattern, str):
         mend = ""
         if isinstance(pattern, re.Pattern):
-            mend = f": write its text, {pattern.pattern!r}, flags as in '(?i)bias'"
+            mend = f": write its text, {pattern.pattern!r}, with flags as in '(?i)bias'"
         elif isinstance(pattern, bytes):
             mend = f": write {pattern.decode(errors='replace')!r}"
         raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{mend}")
@@ -127,24 +127,24 @@ def checked_pattern(owner: str, pattern: Any) -> str:
             f"{owner}: {pattern!r} is not a regular expression ({error}); a path is written "
             "like 'layers/0/kernel' and matched with re.search"
         ) from None
-    # NumPy's strings and enumerations would print, compare and be written as something else.
+    # Strings of NumPy and of enumerations print, compare and serialize differently.
     return pattern if type(pattern) in (str, optional) else str.__str__(pattern)
 
 
 def checked_patterns(owner: str, patterns: Any) -> tuple[str, ...]:
-    """One pattern or several, checked."""
+    """The checked patterns, from one pattern or several."""
     if isinstance(patterns, str | bytes | re.Pattern):
         patterns = (patterns,)
     if isinstance(patterns, Mapping) or not isinstance(patterns, Iterable):
         raise TypeError(f"{owner}: expected a path pattern or a list of them, got {patterns!r}")
-    several = tuple(checked_pattern(owner, pattern) for pattern in patterns)
-    if not several:
+    checked = tuple(checked_pattern(owner, pattern) for pattern in patterns)
+    if not checked:
         raise ValueError(f"{owner}: expected a path pattern or a list of them, got an empty list")
-    return several
+    return checked
 
 
 def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
-    """The rules, pairs (pattern, value) or a dictionary {pattern: value}, as checked pairs."""
+    """Checked pairs (pattern, value), from such pairs or from a dictionary {pattern: value}."""
     wanted = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
     if isinstance(rules, str | bytes):
         raise TypeError(f"{wanted}, got the string {rules!r}")
@@ -174,7 +174,7 @@ def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
 
 
 def first_match(patterns: Sequence[str], path: str) -> int | None:
-    """The index of the first pattern that is found in the path."""
+    """The index of the first pattern that matches the path."""
     return next((i for i, pattern in enumerate(patterns) if re.search(pattern, path)), None)
 
 
@@ -183,16 +183,16 @@ def expect_matches(
 ) -> None:
     """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
 
-    A leaf that is `None` is not there, as another part's leaves in `masked` and `partition`; any
-    other leaf is, integers too. A tree without any element is not checked.
+    Leaves that are `None` do not count, such as the leaves of other parts in `masked` and
+    `partition`. All others count, integers too. A tree without any element is not checked.
 
     Args:
       owner: for errors.
       patterns: the patterns.
       tree: the tree.
-      first_decides: whether only the first pattern that matches a leaf counts for it. Then one
-        that matches no leaf but those of earlier ones is refused too, unless it matches them
-        all, as a last rule for what is left does, and is no repetition.
+      first_decides: whether only the first pattern that matches a leaf counts for it. Then a
+        pattern is refused too if earlier ones match all of its leaves. One that matches every leaf
+        may still stand, as a last rule for the rest, unless it repeats an earlier one.
     """
     if all(isinstance(pattern, optional) for pattern in patterns):
         return
@@ -218,19 +218,19 @@ def expect_matches(
             raise ValueError(
                 f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
                 f"earlier one, such as {earlier!r}, and the first that matches decides. Put it in "
-                f"front, or write adamjax.optional({str(pattern)!r}) if that is meant"
+                f"front, or, if it may have no effect, write adamjax.optional({str(pattern)!r})"
             )
 
 
 def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Sequence[str]) -> None:
-    """Refuses patterns that match no path of a tree that comes to `update`.
+    """Refuses patterns that match no path of a tree that `update` is called with.
 
-    So a state for other parameters, from a checkpoint, is no way around `init`. Here a leaf that is
-    `None` counts, as that may be its gradient in this step alone.
+    `init` does not check parameters whose state comes from another run's checkpoint. Here a leaf
+    that is `None` counts, because its gradient may be `None` in this step only.
     """
-    unmet = [p for p in patterns if not any(re.search(p, path) for path in paths)]
-    if unmet and any(0 not in np.shape(x) for x in flatten(tree)[0] if x is not None):
-        expect_paths(owner, unmet, paths)
+    unmatched = [p for p in patterns if not any(re.search(p, path) for path in paths)]
+    if unmatched and any(0 not in np.shape(x) for x in flatten(tree)[0] if x is not None):
+        expect_paths(owner, unmatched, paths)
 
 
 def expect_paths(
@@ -241,19 +241,19 @@ def expect_paths(
     what: str = "leaf",
     absent: Sequence[str] = (),
 ) -> None:
-    """Refuses patterns that are found in none of the paths, unless they are `optional`.
+    """Refuses patterns that match none of the paths, unless they are `optional`.
 
     `absent` are the paths of leaves that are `None`.
     """
     for pattern in patterns:
         if isinstance(pattern, optional) or any(re.search(pattern, path) for path in paths):
             continue
-        here = ""
+        note = ""
         if any(re.search(pattern, path) for path in absent):
-            here = " that is here (leaves of other parts are None here)"
+            note = " that is here (leaves of other parts are None here)"
         raise ValueError(
-            f"{owner}: the pattern {pattern!r} matches no {what}{here}; the paths are "
-            f"{_listed(paths)}. If that is meant, write adamjax.optional({str(pattern)!r})"
+            f"{owner}: the pattern {pattern!r} matches no {what}{note}; the paths are "
+            f"{_listed(paths)}. If it may match none, write adamjax.optional({str(pattern)!r})"
         )
 
 
@@ -266,10 +266,10 @@ def _listed(paths: Sequence[str]) -> str:
 
 
 class BoolTree:
-    """A tree of bools, or a prefix of one, which hashes and compares: a mask of a transform.
+    """A mask of a transform: a tree of bools, or a prefix of one, that can be hashed and compared.
 
     Attributes:
-      flags: the bools, in the order of `flatten`; `None` where there is no leaf.
+      flags: the bools in the order of `flatten`, `None` where the tree has `None`.
       treedef: the structure, without the Variables of flax.nnx.
     """
 
@@ -285,32 +285,33 @@ class BoolTree:
         return self.treedef.unflatten(self.flags)
 
     def over(self, owner: str, tree: Tree) -> list[bool]:
-        """The flag of every leaf of the tree, one that stands above several for each of them."""
+        """The flag of every leaf of the tree; one flag of a prefix counts for all leaves below."""
         try:
-            below = [flatten(x)[0] for x in self.treedef.flatten_up_to(tree)]
+            leaves_below = [flatten(x)[0] for x in self.treedef.flatten_up_to(tree)]
         except ValueError:
             raise ValueError(f"{owner}: the mask does not fit: {self._misfit(tree)}") from None
-        for i, leaves in enumerate(below):
+        for i, leaves in enumerate(leaves_below):
             if self.flags[i] is None and any(x is not None for x in leaves):
                 path = leaf_paths(self.tree)[i]
                 raise ValueError(
                     f"{owner}: the mask does not fit: it is None at {path!r}, where there is a "
                     "leaf, expected a bool"
                 )
-        return [bool(flag) for flag, x in zip(self.flags, below, strict=True) for _ in x]
+        pairs = zip(self.flags, leaves_below, strict=True)
+        return [bool(flag) for flag, leaves in pairs for _ in leaves]
 
     def _misfit(self, tree: Tree) -> str:
-        """What differs between this and a tree of which it is no prefix."""
-        came, wanted = leaf_paths(self.tree), leaf_paths(tree)
+        """Why this mask is no prefix of the tree, for an error."""
+        mask_paths, paths = leaf_paths(self.tree), leaf_paths(tree)
 
-        def within(path: str, heads: set[str]) -> bool:
+        def is_below(path: str, heads: set[str]) -> bool:
             parts = path.split("/")
             return any("/".join(parts[:i]) in heads for i in range(len(parts) + 1))
 
-        heads = set(came)
-        missing = [path for path in wanted if not within(path, heads)]
-        surplus = [path for path in came if not any(within(x, {path}) for x in wanted)]
-        what = (
+        heads = set(mask_paths)
+        missing = [path for path in paths if not is_below(path, heads)]
+        surplus = [path for path in mask_paths if not any(is_below(x, {path}) for x in paths)]
+        difference = (
             f"it has no bool for the leaf {missing[0]!r}"
             if missing
             else f"it has a bool at {surplus[0]!r}, where there is no leaf"
@@ -318,10 +319,10 @@ class BoolTree:
             else f"its structure is {self.treedef!s:.300}, that of the leaves "
             f"{flatten(tree)[1]!s:.300}"
         )
-        said = f"{what}. Expected a tree of bools like the parameters, or one bool for a subtree"
+        expected = "Expected a tree of bools like the parameters, or one bool for a subtree"
         if callable(self.tree):
-            said += " (to have this object called, write lambda tree: mask(tree))"
-        return said
+            expected += " (to have this object called, write lambda tree: mask(tree))"
+        return f"{difference}. {expected}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BoolTree):
@@ -343,13 +344,13 @@ Mask = str | BoolTree | Callable[[Any], Any]
 
 
 def _without_variables(tree: Tree) -> Any:
-    """The tree with the value of each Variable of flax.nnx in its place, see `leaf_paths`."""
+    """The tree with the bare value in place of each Variable of flax.nnx; see `leaf_paths`."""
 
     def bare(x: Any) -> Any:
         leaves = flatten(x)[0] if not is_leaf(x) and _is_variable(x) else []
         return leaves[0] if len(leaves) == 1 else x
 
-    return jax.tree.map(bare, tree, is_leaf=_is_named)
+    return jax.tree.map(bare, tree, is_leaf=_is_leaf_or_variable)
 
 
 def _is_bool(x: Any) -> bool:
@@ -357,41 +358,41 @@ def _is_bool(x: Any) -> bool:
 
 
 def bool_tree(owner: str, tree: Tree) -> BoolTree:
-    """A tree of bools as a `BoolTree`; an error that names the first leaf that is no bool."""
+    """A tree of bools as a `BoolTree`, or an error that names the first leaf that is no bool."""
     for i, flag in enumerate(flatten(tree)[0]):
         if flag is not None and not _is_bool(flag):
             path = leaf_paths(tree)[i]
             mend = ""
             if isinstance(flag, str):
-                mend = ": several patterns are one, as in 'a|b'"
+                mend = ": write several patterns as one, like 'a|b'"
             elif isinstance(flag, RowGradient):
-                mend = ": give update the params, about which the function is asked then"
+                mend = ": give update the params, on which the function is called then"
             raise TypeError(
                 f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
                 f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"
             )
-    made = BoolTree(tree)
+    mask = BoolTree(tree)
     try:
-        hash(made)
+        hash(mask)
     except TypeError as error:
         raise TypeError(
-            f"{owner}: this tree of bools cannot be hashed ({error}), as a mask must be; give a "
+            f"{owner}: a mask must be hashable, and this tree of bools is not ({error}); give a "
             "function that returns it"
         ) from None
-    return made
+    return mask
 
 
 def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
-    """A checked mask; in place of a function the tree of bools that it returns for `params`."""
+    """A checked mask, where a function is replaced by the tree of bools that it returns."""
     if mask is None or isinstance(mask, str | BoolTree):
         return mask
     return bool_tree(f"{owner}: what the mask function returns", mask(params))
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:
-    """A mask that can be used: a pattern, a tree of bools, or a function from a tree to one.
+    """A mask that can be used: a pattern, a tree of bools, or a function that returns such a tree.
 
-    A tree of bools may be callable, as an Equinox model is: its leaves tell.
+    A tree of bools may be callable, as an Equinox model is: then its leaves decide.
     """
     if isinstance(mask, str | bytes | re.Pattern):
         return checked_pattern(owner, mask)
@@ -404,7 +405,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
         if not all(map(_is_bool, leaves)):
             raise TypeError(
                 f"{owner}: the mask is a {type(mask).__name__} that can be called, and some of "
-                "its leaves are bools, others not: as a tree it needs bools alone, as a function "
+                "its leaves are bools, others not: a tree must have bools only; for a function "
                 "write lambda tree: mask(tree)"
             )
     elif mask is None or (len(leaves) == 1 and leaves[0] is mask and not _is_bool(mask)):
@@ -420,17 +421,17 @@ def selected(
 ) -> list[bool]:
     """Whether each leaf of the tree is selected, in the order of `flatten`.
 
-    An error names the owner and the leaf where a tree of bools does not fit, or a pattern which
-    matches no leaf (see `expect_matches`, which `must_match` asks for, and `expect_present`).
+    An error names the owner and the leaf if a tree of bools does not fit. A pattern that matches no
+    leaf is refused by `expect_matches` with `must_match`, else by `expect_present`.
     """
     if isinstance(mask, str):
         if must_match:
             expect_matches(owner, (mask,), tree)
         paths = leaf_paths(tree)
-        found = [re.search(mask, path) is not None for path in paths]
-        if not any(found):
+        flags = [re.search(mask, path) is not None for path in paths]
+        if not any(flags):
             expect_present(owner, (mask,), tree, paths)
-        return found
+        return flags
     if not isinstance(mask, BoolTree):
         mask = bool_tree(f"{owner}: what the mask function returns", mask(tree))
     return mask.over(owner, tree)

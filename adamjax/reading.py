@@ -1,4 +1,4 @@
-"""Reading a state: slots, counts, rates, averages, through chains and wrappers, optax's too."""
+"""Functions that read slots, counts, rates and averages from a state, optax's wrappers included."""
 
 from typing import Any, TypeVar, overload
 
@@ -29,13 +29,13 @@ __all__ = [
 T = TypeVar("T")
 
 
-def _of_kind(kind: type, state: Any) -> list[Any]:
+def _states_of_class(kind: type, state: Any) -> list[Any]:
     """The states of a class anywhere in a state, in order."""
 
-    def wanted(x: Any) -> bool:
+    def is_of_class(x: Any) -> bool:
         return isinstance(x, kind)
 
-    return [x for x in jax.tree.leaves(state, is_leaf=wanted) if wanted(x)]
+    return [x for x in jax.tree.leaves(state, is_leaf=is_of_class) if is_of_class(x)]
 
 
 def _is_empty(x: Any) -> bool:
@@ -43,22 +43,24 @@ def _is_empty(x: Any) -> bool:
 
 
 def _merged(what: str, trees: list[Tree]) -> Tree:
-    """One tree of several that have no leaf in common, as the parts of a partition have."""
-    there = [tree for tree in trees if not _is_empty(tree)]
-    if len(there) < 2:
-        return there[0] if there else trees[0]
-    if jax.tree_util.all_leaves(there):
+    """One tree from several without a common leaf, such as those of the parts of a partition."""
+    non_empty = [tree for tree in trees if not _is_empty(tree)]
+    if len(non_empty) < 2:
+        return non_empty[0] if non_empty else trees[0]
+    if jax.tree_util.all_leaves(non_empty):
         raise ValueError(
-            f"{what} is kept more than once for the same leaf: read it from the part of the "
-            "state that is meant"
+            f"the state has {what} more than once for the same leaf: read it from the part of the "
+            "state that you mean"
         )
-    # One level down, where a part may have nothing at all.
-    top = there[0]
-    return jax.tree.map(lambda *xs: _merged(what, list(xs)), *there, is_leaf=lambda x: x is not top)
+    # Merge one level down, where some of the subtrees may be empty.
+    top = non_empty[0]
+    return jax.tree.map(
+        lambda *xs: _merged(what, list(xs)), *non_empty, is_leaf=lambda x: x is not top
+    )
 
 
 def _rule_slots(state: Any) -> tuple[str, ...]:
-    # A state that names its slots without saying whose they are is that of a rule.
+    # A user's own state may have `slots` without `rule_slots`: then it is a rule's.
     return getattr(state, "rule_slots", state.slots)
 
 
@@ -83,8 +85,8 @@ def get_slot(state: Any, name: str) -> Tree:
       A tree like the parameters, `None` for leaves without this slot.
 
     Raises:
-      KeyError: the state has no such slot; the message lists those it has.
-      ValueError: two rules of a chain keep this slot for the same leaf.
+      KeyError: the state has no such slot; the error lists those that it has.
+      ValueError: two rules of a chain have this slot for the same leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
@@ -97,9 +99,9 @@ def get_slot(state: Any, name: str) -> Tree:
 
 
 def step_count(state: Any) -> chex.Array:
-    """The number of steps taken: of the first rule in a state or, without one, of what counts.
+    """The number of steps taken, from the first rule in a state, or else from a rate or average.
 
-    Micro-batches that are being gathered and skipped steps are not counted.
+    Skipped steps and micro-batches of an unfinished step are not counted.
 
     Returns:
       An int32 scalar, 0 before the first step.
@@ -124,13 +126,13 @@ def skipped_steps(state: Any) -> chex.Array:
       An int32 scalar; the sum, if there are several.
 
     Raises:
-      ValueError: the state holds no `skip_not_finite`.
+      ValueError: the state has no `skip_not_finite`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.skipped_steps(adamjax.skip_not_finite(adamjax.adam()).init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    states = _of_kind(SkipNotFiniteState, state)
+    states = _states_of_class(SkipNotFiniteState, state)
     if not states:
         raise ValueError("the state has no skip_not_finite: wrap the optimizer in it to count")
     return sum((s.skipped for s in states[1:]), states[0].skipped)
@@ -145,25 +147,25 @@ def averaged_weights(state: Any, params: T) -> T: ...
 
 
 def averaged_weights(state: Any, params: Any = None) -> Any:
-    """The average of the weights that `weight_ema` keeps; before the first step the weights.
+    """The average of `weight_ema`; before the first step, the weights.
 
     Args:
       state: a state with a `weight_ema` anywhere in it.
-      params: if given, the result has their dtypes, and their values where there is no average
-        (integer leaves, leaves of another part): ready to be used in their place.
+      params: if given, the result can be used in their place: it has their dtypes, and their
+        values for leaves without an average (integer leaves, leaves of another part).
 
     Returns:
-      A tree like the parameters, in float32 at least where `params` is not given.
+      A tree like the parameters, in float32 or wider if `params` is not given.
 
     Raises:
-      ValueError: the state holds no `weight_ema`, or one of other parameters.
+      ValueError: the state has no `weight_ema`, or one for other parameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.chain(adamjax.adam(), adamjax.weight_ema(0.99))
     >>> adamjax.averaged_weights(tx.init({"w": jnp.ones(2)}))
     {'w': Array([1., 1.], dtype=float32)}
     """
-    states = _of_kind(WeightEmaState, state)
+    states = _states_of_class(WeightEmaState, state)
     if not states:
         raise ValueError("the state has no weight_ema: put one last in the chain")
     average = _merged("the average", [as_tree(s.average) for s in states])
@@ -174,7 +176,7 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
         if _is_empty(x) or is_left_alone(p):
             return p
         what = f"averaged_weights: the average of {name!r}"
-        expect_array(what, x, jnp.shape(p), "pass the parameters that it is of")
+        expect_array(what, x, jnp.shape(p), "pass the parameters that were averaged")
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
@@ -192,7 +194,7 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
         raise ValueError(
             f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
             f"{flatten(params)[1]!s:.200}, the average those of {leaf_paths(average)} in one like "
-            f"{flatten(average)[1]!s:.200}: pass the parameters that it is of"
+            f"{flatten(average)[1]!s:.200}: pass the parameters that were averaged"
         )
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in there]
     pairs = zip(names, there, given, strict=True)
@@ -207,7 +209,7 @@ def learning_rate(tx: Any, state: Any) -> Any:
       state: its state.
 
     Returns:
-      A number or scalar array; a `by_path` with the numbers, if there is one rate a leaf.
+      A number or scalar array, or a `by_path` with them if leaves have different rates.
 
     Raises:
       ValueError: there is no `scale_by_learning_rate`, or more than one.
@@ -221,8 +223,8 @@ def learning_rate(tx: Any, state: Any) -> Any:
     if len(scalings) != 1:
         raise ValueError(
             f"expected one scale_by_learning_rate, there are {len(scalings)} in {tx!r}; call "
-            "learning_rate with the part that is meant and its state"
+            "learning_rate with the part that you mean and its state"
         )
-    ((scaling, own, _),) = scalings
-    scaling.check_state(own)
-    return rate_at(scaling.learning_rate, own.count)
+    ((scaling, own_state, _),) = scalings
+    scaling.check_state(own_state)
+    return rate_at(scaling.learning_rate, own_state.count)

@@ -1,9 +1,9 @@
-"""Reads of tables: where a traced loss reads rows of its tables, and those reads done otherwise.
+"""Finds where a traced loss reads rows of its tables, and runs it with rows from elsewhere.
 
-A jaxpr becomes a `Plan`, and nothing is computed: each table is followed through casts, reshapes,
-`jit`, `remat`, loops and branches to the places where rows of it are read. Between these steps
-lie pieces that have nothing to do with a table, which JAX evaluates as they are. A plan is then
-run with rows from anywhere; or asked for the indices of the rows alone, before any is read.
+A `Planner` turns a jaxpr into a `Plan` without computing anything. It follows each table through
+casts, reshapes, `jit`, `remat`, loops and branches to the sites where its rows are read. JAX
+evaluates all other equations unchanged. A plan can be run with rows from any source, or asked for
+the row indices alone, before any row is read.
 """
 
 import functools
@@ -29,80 +29,80 @@ from adamjax._compat import (
 )
 from adamjax.rows import in_table
 
-__all__ = ["Place", "Plan", "Planner", "Slots", "Source", "View"]
+__all__ = ["PerSite", "Plan", "Planner", "ReadSite", "Source", "View"]
 
 
 class View(NamedTuple):
-    """A table, or what a loss made of it: the same rows, each cast and reshaped."""
+    """A table, or the same rows after the loss has cast or reshaped them."""
 
     table: int
     shape: tuple[int, ...]
     casts: tuple[tuple[Callable[..., chex.Array], tuple[Any, ...]], ...] = ()
-    # Whether anything is differentiated by it.
+    # Whether the loss is differentiated through it.
     live: bool = True
-    # Axes of `shard_map` over which its gradient is a sum.
+    # Axes of `shard_map` over which its gradient must be summed.
     axes: tuple[str, ...] = ()
 
     def cast(self, x: chex.Array) -> chex.Array:
-        """What became of rows, or of all of them."""
+        """Applies the casts to some rows, or to the whole table."""
         return functools.reduce(lambda x, cast: cast[0](x, *cast[1]), self.casts, x)
 
 
-class Place(NamedTuple):
-    """Where rows are read.
+class ReadSite(NamedTuple):
+    """A site in a loss where rows of a table are read.
 
     Attributes:
-      view: what is read.
-      shape: of the indices.
-      trailing: the shape of a row as it is read.
-      live: whether the loss is differentiated by what is read.
-      free: whether the indices depend on nothing that the loss is differentiated by.
-      varying: axes of `shard_map` over which what is read differs.
+      view: the table.
+      shape: the shape of the indices.
+      trailing: the shape of a row in the result.
+      live: whether the loss is differentiated by these rows.
+      independent: whether the indices are independent of what the loss is differentiated by.
+      varying: axes of `shard_map` over which the rows differ.
     """
 
     view: View
     shape: tuple[int, ...]
     trailing: tuple[int, ...]
     live: bool
-    free: bool
+    independent: bool
     varying: tuple[str, ...]
 
 
-# For each place, in order, an array or None.
-Slots = list[Any]
+# An array or None for each site, in order.
+PerSite = list[Any]
 _Get = Callable[[Any], Any]
 
 
 class Source(NamedTuple):
-    """Where rows come from.
+    """Where a plan takes rows and tables from.
 
     Attributes:
-      held: a pytree of arrays, that which the functions look into.
-      look: `(held, table, int32[...]) -> rows`.
-      whole: `(held, table) -> array`, for uses that are not differentiated.
-      given: the tables whose rows are given as what the loss is differentiated by.
+      data: a pytree of arrays, passed to both functions.
+      read_rows: `(data, table, int32[...]) -> rows`.
+      read_table: `(data, table) -> array`, for uses that are not differentiated.
+      input_tables: the tables whose rows are passed in as inputs of the loss.
     """
 
-    held: Any
-    look: Callable[[Any, int, chex.Array], chex.Array]
-    whole: Callable[[Any, int], chex.Array]
-    given: frozenset[int]
+    data: Any
+    read_rows: Callable[[Any, int, chex.Array], chex.Array]
+    read_table: Callable[[Any, int], chex.Array]
+    input_tables: frozenset[int]
 
-    def rows(self, place: Place, ids: chex.Array, x: Any) -> chex.Array:
-        """The rows of a place, in the table's dtype; anything where an index is no row's."""
-        if place.view.table in self.given:
-            return x
-        rows = self.look(self.held, place.view.table, ids)
-        rows = rows.reshape(*place.shape, *place.trailing)
-        return rows if x is None else _perturbed(rows, x)
+    def rows(self, site: ReadSite, ids: chex.Array, row_input: Any) -> chex.Array:
+        """The rows at a site, in the table's dtype; arbitrary for indices outside the table."""
+        if site.view.table in self.input_tables:
+            return row_input
+        rows = self.read_rows(self.data, site.view.table, ids)
+        rows = rows.reshape(*site.shape, *site.trailing)
+        return rows if row_input is None else _perturbed(rows, row_input)
 
-    def all(self, view: View) -> chex.Array:
-        return view.cast(self.whole(self.held, view.table).reshape(view.shape))
+    def whole(self, view: View) -> chex.Array:
+        return view.cast(self.read_table(self.data, view.table).reshape(view.shape))
 
 
 @jax.custom_jvp
-def _perturbed(rows: chex.Array, x: chex.Array) -> chex.Array:
-    """`rows + x` for its derivative; but x is zero, and the rows keep their bits."""
+def _perturbed(rows: chex.Array, zeros: chex.Array) -> chex.Array:
+    """`rows + zeros`, differentiable by both; the rows keep their bits, `-0.0` too."""
     return rows
 
 
@@ -122,8 +122,9 @@ def _closed(jaxpr: Any) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
-# JAX keeps the derivative of a jitted function, as most of jax.numpy's are. In a jaxpr these are
-# bare primitives, each of which it would derive anew: twice the time to trace a model.
+# JAX caches the derivatives of jitted functions, such as those of jax.numpy. A jaxpr has bare
+# primitives in their place. JAX would differentiate each of them anew, and tracing a model would
+# take twice as long.
 @functools.lru_cache(maxsize=4096)
 def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     def function(*args: Any) -> Any:
@@ -134,27 +135,27 @@ def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[...
 
 
 def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
-    """Sets the variables that one of a jaxpr's equations sets."""
+    """Evaluates one equation of a jaxpr, and adds its results to `env`."""
     primitive, params = eqn.primitive, tuple(eqn.params.items())
-    # What has code of its own keeps that from being forgotten; and JAX keeps its derivative.
-    bare = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
-    if bare and _is_hashable(params):
+    # A jaxpr or function in this cache would stay alive; and JAX caches their derivatives itself.
+    can_cache = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
+    if can_cache and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
         with at(eqn), eqn.ctx.manager:
-            found = _jitted(primitive, params)(*args)
-        found = found if primitive.multiple_results else [found]
+            results = _jitted(primitive, params)(*args)
+        results = results if primitive.multiple_results else [results]
     else:
         ins = list(dict.fromkeys(_variables(eqn.invars)))
-        about = jaxpr.debug_info._replace(
+        debug_info = jaxpr.debug_info._replace(
             arg_names=("",) * len(ins), result_paths=("",) * len(eqn.outvars)
         )
-        body = ClosedJaxpr(Jaxpr([], ins, eqn.outvars, [eqn], jaxpr.effects, about), ())
-        found = jaxpr_as_fun(body)(*(env[v] for v in ins))
-    env.update(zip(eqn.outvars, found, strict=True))
+        body = ClosedJaxpr(Jaxpr([], ins, eqn.outvars, [eqn], jaxpr.effects, debug_info), ())
+        results = jaxpr_as_fun(body)(*(env[v] for v in ins))
+    env.update(zip(eqn.outvars, results, strict=True))
 
 
 def _has_code(x: Any) -> bool:
-    """Whether a parameter is a jaxpr or a function, or has some."""
+    """Whether a parameter is or contains a jaxpr or a function."""
     if isinstance(x, tuple | list):
         return any(map(_has_code, x))
     return isinstance(x, Jaxpr | ClosedJaxpr) or (callable(x) and not isinstance(x, type))
@@ -169,37 +170,38 @@ def _is_hashable(x: Any) -> bool:
 
 
 class _Step:
-    """An equation that has to do with a table.
+    """An equation that takes a table.
 
     Attributes:
-      ins, outs: the atoms that it reads and the variables that it sets, views not among them.
+      ins, outs: the atoms that it takes and the variables that it sets, without views.
+      sites: where it reads rows, in order.
     """
 
     def __init__(self, eqn: JaxprEqn, ins: Sequence[Any], outs: Sequence[Var]) -> None:
         self.eqn, self.ins, self.outs = eqn, ins, outs
-        self.places: Sequence[Place] = ()
+        self.sites: Sequence[ReadSite] = ()
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        """The values of `outs`, and the indices of each place."""
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
+        """Returns the values of `outs`, and the indices at each site."""
         raise NotImplementedError
 
     def needs(self) -> list[Any]:
-        """The atoms that `indices` reads."""
+        """The atoms that `indices` needs."""
         raise NotImplementedError
 
-    def indices(self, get: _Get) -> Slots:
-        """The indices of each place that is free."""
+    def indices(self, get: _Get) -> PerSite:
+        """The indices at each independent site; `None` at the others."""
         raise NotImplementedError
 
 
 class Plan:
-    """A jaxpr whose tables are known.
+    """A jaxpr with its reads of tables.
 
     Attributes:
-      ins: the variables that it takes; no table is among them.
-      items: in order, equations that have nothing to do with a table, and steps.
-      outs: the atoms that it returns, and views.
-      places: where rows are read, in order.
+      ins: the variables that it takes, without tables.
+      items: in order, equations without a table, and steps.
+      outs: the atoms and views that it returns.
+      sites: where it reads rows, in order.
     """
 
     def __init__(
@@ -211,35 +213,37 @@ class Plan:
     ) -> None:
         self.closed, self.ins, self.items, self.outs = closed, ins, items, outs
         self.steps = [item for item in items if isinstance(item, _Step)]
-        self.places = [place for step in self.steps for place in step.places]
+        self.sites = [site for step in self.steps for site in step.sites]
 
-    def _env(self, known: Mapping[Var, Any]) -> tuple[dict[Var, Any], _Get]:
+    def _env(self, values: Mapping[Var, Any]) -> tuple[dict[Var, Any], _Get]:
         consts = zip(self.closed.jaxpr.constvars, self.closed.consts, strict=True)
-        env = {**dict(consts), **known}
+        env = {**dict(consts), **values}
         return env, lambda x: x.val if isinstance(x, Literal) else env[x]
 
-    def run(self, source: Source, args: Sequence[Any], xs: Slots) -> tuple[list[Any], Slots]:
-        """The values of those `outs` that are no views, and the indices of each place.
+    def run(
+        self, source: Source, args: Sequence[Any], row_inputs: PerSite
+    ) -> tuple[list[Any], PerSite]:
+        """Returns the values of `outs` that are not views, and the indices at each site.
 
         Args:
           args: the values of `ins`.
-          xs: for each place what to differentiate by.
+          row_inputs: for each site the array to differentiate by, of the shape of its rows.
         """
         env, get = self._env(dict(zip(self.ins, args, strict=True)))
-        indices: Slots = []
+        indices: PerSite = []
         for item in self.items:
             if not isinstance(item, _Step):
                 _evaluate(self.closed.jaxpr, item, env)
                 continue
-            mine = xs[len(indices) : len(indices) + len(item.places)]
+            step_inputs = row_inputs[len(indices) : len(indices) + len(item.sites)]
             with at(item.eqn):
-                outs, found = item.run(source, get, mine)
+                outs, step_indices = item.run(source, get, step_inputs)
             env.update(zip(item.outs, outs, strict=True))
-            indices += found
+            indices += step_indices
         return [get(x) for x in self.outs if not isinstance(x, View)], indices
 
     def _needed(self, outs: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
-        """For the free indices and some atoms: what must be known, and what must be computed."""
+        """The variables and equations that the independent indices and some atoms depend on."""
         needed = {v for step in self.steps for v in _variables(step.needs())}
         needed.update(_variables(outs))
         eqns = []
@@ -250,37 +254,40 @@ class Plan:
         return needed, eqns[::-1]
 
     def needs(self, outs: Sequence[Any] = ()) -> list[int]:
-        """Which of `ins` must be known for `indices`."""
+        """The numbers of the `ins` that `indices` needs."""
         needed, _ = self._needed(outs)
         return [i for i, v in enumerate(self.ins) if v in needed]
 
-    def indices(self, args: Mapping[int, Any], outs: Sequence[Any] = ()) -> tuple[list[Any], Slots]:
-        """The values of some atoms, and the indices of each place that is free.
+    def indices(
+        self, args: Mapping[int, Any], outs: Sequence[Any] = ()
+    ) -> tuple[list[Any], PerSite]:
+        """Returns the values of some atoms, and the indices at each independent site.
 
         Args:
-          args: the values of those of `ins` that `needs` says.
+          args: the values of the `ins` in `needs`, by number.
         """
         env, get = self._env({self.ins[i]: x for i, x in args.items()})
         for eqn in self._needed(outs)[1]:
             _evaluate(self.closed.jaxpr, eqn, env)
-        found = [ids for step in self.steps for ids in step.indices(get)]
-        return [get(x) for x in outs], found
+        indices = [ids for step in self.steps for ids in step.indices(get)]
+        return [get(x) for x in outs], indices
 
 
 # --- steps: reads ---------------------------------------------------------------------------------
 
 
 class _Window(NamedTuple):
-    """How an equation reads whole rows: where runs of rows start, and how they come to lie.
+    """How an equation reads whole rows: in runs, each from a start row on.
 
     Attributes:
-      starts: an atom or array of integers; `column` of its last axis, where that is not `None`.
-      run: how many rows a run has; `None` for one without an axis.
-      stride: the rows' distance in a run.
-      dropped: axes of a row (of size 1) that are left out.
-      offsets: where the axes of a run come to lie in the result; `None` for last.
-      fill: what stands for a run that is not in the table; else it is moved into the table.
-      moved: whether the loss is differentiated by runs that were moved.
+      starts: the first rows of the runs, an atom or array of integers; if `column` is not `None`,
+        those at that index of its last axis.
+      run: the number of rows in a run; `None` for one row without an axis.
+      stride: the distance between the rows of a run.
+      dropped: the axes of a row, of size 1, that are left out.
+      offsets: the axes of the result that the axes of a run become; `None` for the last ones.
+      fill: the value of a run outside the table; `None` if such a run is moved into the table.
+      moved_are_live: whether the loss is differentiated by runs that were moved.
     """
 
     starts: Any
@@ -290,15 +297,15 @@ class _Window(NamedTuple):
     dropped: tuple[int, ...] = ()
     offsets: tuple[int, ...] | None = None
     fill: Any = None
-    moved: bool = True
+    moved_are_live: bool = True
 
 
-# The largest part of a table's rows that a slice may have to count as a read.
+# A slice of a larger part of a table does not count as a read of rows.
 _SLICED = 0.5
 
 
 def _window(eqn: JaxprEqn, view: View) -> _Window | None:
-    """How an equation reads whole rows of its first operand, if that is what it does."""
+    """How an equation reads whole rows of its first operand; `None` if it does not."""
     params, (num_rows, *trailing) = eqn.params, view.shape
     kind = eqn.primitive.name
     if kind == "gather":
@@ -325,8 +332,8 @@ def _window(eqn: JaxprEqn, view: View) -> _Window | None:
             dropped=tuple(d for d in collapsed if d > 0),
             offsets=numbers.offset_dims,
             fill=fill,
-            # JAX promises nothing there; this is what it does.
-            moved=mode != modes.PROMISE_IN_BOUNDS,
+            # JAX does not document this; it gives such rows no gradient.
+            moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
         )
     if kind == "dynamic_slice":
         run, *sizes = params["slice_sizes"]
@@ -344,9 +351,11 @@ def _window(eqn: JaxprEqn, view: View) -> _Window | None:
 
 
 class _Read(_Step):
-    """Rows are read."""
+    """An equation that reads rows."""
 
-    def __init__(self, eqn: JaxprEqn, view: View, window: _Window, live: bool, free: bool) -> None:
+    def __init__(
+        self, eqn: JaxprEqn, view: View, window: _Window, live: bool, independent: bool
+    ) -> None:
         super().__init__(eqn, [window.starts], eqn.outvars)
         self.view, self.window = view, window
         starts = window.starts
@@ -356,10 +365,10 @@ class _Read(_Step):
             shape = (*shape, window.run)
         trailing = tuple(n for d, n in enumerate(view.shape) if d > 0 and d not in window.dropped)
         varying = varying_axes(eqn.outvars[0].aval)
-        self.places = [Place(view, shape, trailing, live and view.live, free, varying)]
+        self.sites = [ReadSite(view, shape, trailing, live and view.live, independent, varying)]
 
     def _ids(self, get: _Get) -> tuple[chex.Array, chex.Array]:
-        """The rows' indices, the number of rows for none; and whether runs are in the table."""
+        """The index of each row, `num_rows` for none, and whether each run is in the table."""
         window, num_rows = self.window, self.view.shape[0]
         starts = window.starts
         starts = jnp.asarray(starts if isinstance(starts, np.generic) else get(starts))
@@ -376,14 +385,14 @@ class _Read(_Step):
         run = window.stride * jnp.arange(window.run, dtype=jnp.int32)
         return jnp.minimum(first[..., None] + run, num_rows), inside
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        window, place = self.window, self.places[0]
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
+        window, site = self.window, self.sites[0]
         ids, inside = self._ids(get)
-        rows = self.view.cast(source.rows(place, ids, xs[0]))
+        rows = self.view.cast(source.rows(site, ids, row_inputs[0]))
         inside = inside.reshape(inside.shape + (1,) * (rows.ndim - inside.ndim))
         if window.fill is not None:
             rows = jnp.where(inside, rows, jnp.asarray(window.fill, rows.dtype))
-        elif not window.moved:
+        elif not window.moved_are_live:
             rows = jnp.where(inside, rows, jax.lax.stop_gradient(rows))
         if window.offsets is not None:
             last = range(rows.ndim - len(window.offsets), rows.ndim)
@@ -391,32 +400,32 @@ class _Read(_Step):
         return [rows], [ids]
 
     def needs(self) -> list[Any]:
-        return list(self.ins) if self.places[0].free else []
+        return list(self.ins) if self.sites[0].independent else []
 
-    def indices(self, get: _Get) -> Slots:
-        return [self._ids(get)[0] if self.places[0].free else None]
+    def indices(self, get: _Get) -> PerSite:
+        return [self._ids(get)[0] if self.sites[0].independent else None]
 
 
-# --- steps: what has a jaxpr of its own -----------------------------------------------------------
+# --- steps: equations with a jaxpr of their own ---------------------------------------------------
 
 
 class _Inlined(_Step):
-    """A call whose equations are taken for the caller's own, as of `jit`."""
+    """A call such as `jit`, whose equations are run as part of the caller."""
 
     def __init__(self, eqn: JaxprEqn, plan: Plan, ins: Sequence[Any], outs: Sequence[Var]) -> None:
         super().__init__(eqn, ins, outs)
-        self.plan, self.places = plan, plan.places
+        self.plan, self.sites = plan, plan.sites
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        values = [self._laid("in_shardings", self.eqn.invars, x, get(x)) for x in self.ins]
-        outs, ids = self.plan.run(source, values, xs)
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
+        values = [self._with_sharding("in_shardings", self.eqn.invars, x, get(x)) for x in self.ins]
+        outs, ids = self.plan.run(source, values, row_inputs)
         pairs = zip(self.outs, outs, strict=True)
-        return [self._laid("out_shardings", self.eqn.outvars, v, x) for v, x in pairs], ids
+        return [self._with_sharding("out_shardings", self.eqn.outvars, v, x) for v, x in pairs], ids
 
-    def _laid(self, name: str, variables: Sequence[Any], variable: Any, value: Any) -> Any:
-        """A value with the sharding that the call asks for."""
-        asked = self.eqn.params.get(name)
-        sharding = asked[list(variables).index(variable)] if asked else None
+    def _with_sharding(self, name: str, variables: Sequence[Any], variable: Any, value: Any) -> Any:
+        """The value with the sharding that the call asks for."""
+        shardings = self.eqn.params.get(name)
+        sharding = shardings[list(variables).index(variable)] if shardings else None
         if not isinstance(sharding, jax.sharding.Sharding):
             return value
         return jax.lax.with_sharding_constraint(value, sharding)
@@ -424,22 +433,22 @@ class _Inlined(_Step):
     def needs(self) -> list[Any]:
         return [self.ins[i] for i in self.plan.needs()]
 
-    def indices(self, get: _Get) -> Slots:
+    def indices(self, get: _Get) -> PerSite:
         return self.plan.indices({i: get(self.ins[i]) for i in self.plan.needs()})[1]
 
 
 class _Remat(_Inlined):
     """`jax.checkpoint`."""
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         params = self.eqn.params
         run = functools.partial(self.plan.run, source)
         body = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
-        return body([get(x) for x in self.ins], xs)
+        return body([get(x) for x in self.ins], row_inputs)
 
 
 class _Scan(_Step):
-    """`lax.scan`, and loops that are made of it: reads of all rounds are one place."""
+    """`lax.scan`, and loops made of it. A site has the reads of all iterations."""
 
     def __init__(
         self,
@@ -450,18 +459,18 @@ class _Scan(_Step):
         consts: int,
         carried: int,
     ) -> None:
-        """Consts, carried: how many of `ins` are consts and carry."""
+        """Consts and carried are the numbers of constants and of carried values in `ins`."""
         super().__init__(eqn, ins, outs)
         self.plan, self.consts, self.carried = plan, consts, carried
         length = eqn.params["length"]
-        self.places = [p._replace(shape=(length, *p.shape)) for p in plan.places]
+        self.sites = [site._replace(shape=(length, *site.shape)) for site in plan.sites]
 
     def _loop(self, body: Any, init: Any, xs: Any) -> Any:
         params = self.eqn.params
-        kinds = {k: params[k] for k in ("length", "reverse", "unroll")}
-        return jax.lax.scan(body, init, xs, **kinds)
+        options = {k: params[k] for k in ("length", "reverse", "unroll")}
+        return jax.lax.scan(body, init, xs, **options)
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         values = [get(x) for x in self.ins]
         consts, init = values[: self.consts], values[self.consts :][: self.carried]
 
@@ -470,11 +479,11 @@ class _Scan(_Step):
             return outs[: self.carried], (outs[self.carried :], ids)
 
         each = values[self.consts + self.carried :]
-        carry, (ys, ids) = self._loop(body, init, (each, xs))
+        carry, (ys, ids) = self._loop(body, init, (each, row_inputs))
         return [*carry, *ys], ids
 
     def _needs(self) -> tuple[list[int], list[int]]:
-        """Which of the plan's `ins` must be known for `indices`, and which of the carry."""
+        """The numbers of the plan's `ins`, and of the carried values, that `indices` needs."""
         carried: list[int] = []
         while True:
             needed = self.plan.needs([self.plan.outs[i] for i in carried])
@@ -487,23 +496,23 @@ class _Scan(_Step):
     def needs(self) -> list[Any]:
         return [self.ins[i] for i in self._needs()[0]]
 
-    def indices(self, get: _Get) -> Slots:
+    def indices(self, get: _Get) -> PerSite:
         needed, carried = self._needs()
-        known = {i: get(self.ins[i]) for i in needed}
+        values = {i: get(self.ins[i]) for i in needed}
         first = self.consts + self.carried
-        consts = {i: x for i, x in known.items() if i < self.consts}
-        each = {i: x for i, x in known.items() if i >= first}
+        consts = {i: x for i, x in values.items() if i < self.consts}
+        each = {i: x for i, x in values.items() if i >= first}
         keys = [self.consts + i for i in carried]
 
         def body(carry: Any, each: Any) -> Any:
-            now = {**consts, **dict(zip(keys, carry, strict=True)), **each}
-            return self.plan.indices(now, [self.plan.outs[i] for i in carried])
+            args = {**consts, **dict(zip(keys, carry, strict=True)), **each}
+            return self.plan.indices(args, [self.plan.outs[i] for i in carried])
 
-        return self._loop(body, [known[i] for i in keys], each)[1]
+        return self._loop(body, [values[i] for i in keys], each)[1]
 
 
 class _Cond(_Step):
-    """`lax.cond` and `lax.switch`: reads of one kind in several branches share a place."""
+    """`lax.cond` and `lax.switch`: equal reads in several branches share a site."""
 
     def __init__(
         self,
@@ -511,136 +520,137 @@ class _Cond(_Step):
         plans: Sequence[Plan],
         ins: Sequence[Any],
         outs: Sequence[Var],
-        free: bool,
+        independent: bool,
     ) -> None:
-        """Free: whether the branch that is taken depends on nothing that is differentiated."""
+        """Independent: whether the choice is independent of what the loss is differentiated by."""
         super().__init__(eqn, ins, outs)
         self.plans = plans
-        self.places, self.shared = [], []
+        # For each branch, the numbers of its sites among all sites.
+        self.sites, self.site_numbers = [], []
         for plan in plans:
-            unused, mine = list(enumerate(self.places)), []
-            for place in plan.places:
-                place = place._replace(free=place.free and free)
-                found = next((i for i, (_, p) in enumerate(unused) if p == place), None)
-                mine.append(len(self.places) if found is None else unused.pop(found)[0])
-                if found is None:
-                    self.places.append(place)
-            self.shared.append(mine)
+            unused, numbers = list(enumerate(self.sites)), []
+            for site in plan.sites:
+                site = site._replace(independent=site.independent and independent)
+                equal = next((i for i, (_, other) in enumerate(unused) if other == site), None)
+                numbers.append(len(self.sites) if equal is None else unused.pop(equal)[0])
+                if equal is None:
+                    self.sites.append(site)
+            self.site_numbers.append(numbers)
 
-    def _indices(self, plan: int, found: Slots) -> Slots:
-        """What a branch read, with no row at the places of others."""
-        ids: Slots = [
-            jnp.full(place.shape, place.view.shape[0], jnp.int32) for place in self.places
-        ]
-        for i, x in zip(self.shared[plan], found, strict=True):
+    def _at_all_sites(self, number: int, branch_indices: PerSite) -> PerSite:
+        """The indices that a branch read, with no row at the sites of other branches."""
+        ids: PerSite = [jnp.full(site.shape, site.view.shape[0], jnp.int32) for site in self.sites]
+        for i, x in zip(self.site_numbers[number], branch_indices, strict=True):
             ids[i] = ids[i] if x is None else x
         return ids
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        def branch(number: int, values: list[Any], xs: Slots) -> Any:
-            mine = [xs[i] for i in self.shared[number]]
-            outs, found = self.plans[number].run(source, values, mine)
-            return outs, self._indices(number, found)
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
+        def branch(number: int, values: list[Any], row_inputs: PerSite) -> Any:
+            branch_inputs = [row_inputs[i] for i in self.site_numbers[number]]
+            outs, indices = self.plans[number].run(source, values, branch_inputs)
+            return outs, self._at_all_sites(number, indices)
 
         which, *values = (get(x) for x in self.ins)
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
-        return jax.lax.switch(which, branches, values, xs)
+        return jax.lax.switch(which, branches, values, row_inputs)
 
     def needs(self) -> list[Any]:
-        if not any(place.free for place in self.places):
+        if not any(site.independent for site in self.sites):
             return []
         needed = sorted({i for plan in self.plans for i in plan.needs()})
         return [self.ins[0], *(self.ins[i + 1] for i in needed)]
 
-    def indices(self, get: _Get) -> Slots:
-        if not any(place.free for place in self.places):
-            return [None] * len(self.places)
+    def indices(self, get: _Get) -> PerSite:
+        if not any(site.independent for site in self.sites):
+            return [None] * len(self.sites)
 
-        def branch(number: int, known: dict[int, Any]) -> Any:
+        def branch(number: int, values: dict[int, Any]) -> Any:
             plan = self.plans[number]
-            return self._indices(number, plan.indices({i: known[i] for i in plan.needs()})[1])
+            indices = plan.indices({i: values[i] for i in plan.needs()})[1]
+            return self._at_all_sites(number, indices)
 
-        known = {i: get(self.ins[i + 1]) for plan in self.plans for i in plan.needs()}
+        values = {i: get(self.ins[i + 1]) for plan in self.plans for i in plan.needs()}
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
-        found = jax.lax.switch(get(self.ins[0]), branches, known)
-        pairs = zip(self.places, found, strict=True)
-        return [ids if place.free else None for place, ids in pairs]
+        indices = jax.lax.switch(get(self.ins[0]), branches, values)
+        pairs = zip(self.sites, indices, strict=True)
+        return [ids if site.independent else None for site, ids in pairs]
 
 
 class _ShardMap(_Step):
-    """`jax.shard_map`: what its devices read are rows of one place."""
+    """`jax.shard_map`. A site has the reads of all devices."""
 
     def __init__(
-        self, eqn: JaxprEqn, plan: Plan, held: Sequence[View | None], outs: Sequence[Var]
+        self, eqn: JaxprEqn, plan: Plan, views: Sequence[View | None], outs: Sequence[Var]
     ) -> None:
-        pairs = [*zip(eqn.invars, eqn.params["in_specs"], held, strict=True)]
+        pairs = [*zip(eqn.invars, eqn.params["in_specs"], views, strict=True)]
         super().__init__(eqn, [x for x, _, view in pairs if view is None], outs)
         self.plan, self.specs = plan, [spec for _, spec, view in pairs if view is None]
         self.mesh, manual = eqn.params["mesh"], eqn.params["newly_manual_axes"]
         self.manual = tuple(axis for axis in self.mesh.axis_names if axis in manual)
-        axes = [self._axes(place) for place in plan.places]
-        self.places = [self._place(*pair) for pair in zip(plan.places, axes, strict=True)]
-        self.rows = [jax.sharding.PartitionSpec(some) for some in axes]
+        axes = [self._axes(site) for site in plan.sites]
+        self.sites = [self._outer_site(*pair) for pair in zip(plan.sites, axes, strict=True)]
+        self.site_specs = [jax.sharding.PartitionSpec(some) for some in axes]
 
-    def _axes(self, place: Place) -> tuple[str, ...]:
-        """Over which axes the devices read rows of their own, as far as can be told."""
-        told = self.eqn.params["check_vma"]
-        return tuple(x for x in self.manual if not told or x in place.varying)
+    def _axes(self, site: ReadSite) -> tuple[str, ...]:
+        """The axes over which devices may read different rows."""
+        is_checked = self.eqn.params["check_vma"]
+        return tuple(x for x in self.manual if not is_checked or x in site.varying)
 
-    def _place(self, place: Place, axes: tuple[str, ...]) -> Place:
+    def _outer_site(self, site: ReadSite, axes: tuple[str, ...]) -> ReadSite:
         devices = math.prod(self.mesh.shape[axis] for axis in axes)
-        view = place.view._replace(axes=tuple(x for x in place.view.axes if x not in axes))
-        varying = tuple(x for x in place.varying if x not in self.manual)
-        return place._replace(view=view, shape=(devices, *place.shape), varying=varying)
+        view = site.view._replace(axes=tuple(x for x in site.view.axes if x not in axes))
+        varying = tuple(x for x in site.varying if x not in self.manual)
+        return site._replace(view=view, shape=(devices, *site.shape), varying=varying)
 
     def _mapped(self, body: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
         options = {"axis_names": set(self.manual), "check_vma": self.eqn.params["check_vma"]}
         specs = {"in_specs": in_specs, "out_specs": out_specs}
         return jax.shard_map(body, mesh=self.mesh, **specs, **options)(*args)
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
-        def body(held: Any, values: list[Any], xs: Slots) -> Any:
-            mine = [None if x is None else x[0] for x in xs]
-            outs, ids = self.plan.run(source._replace(held=held), values, mine)
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
+        def body(data: Any, values: list[Any], row_inputs: PerSite) -> Any:
+            device_inputs = [None if x is None else x[0] for x in row_inputs]
+            outs, ids = self.plan.run(source._replace(data=data), values, device_inputs)
             return outs, [x[None] for x in ids]
 
-        of_xs = [None if x is None else spec for x, spec in zip(xs, self.rows, strict=True)]
-        out_specs = list(self.eqn.params["out_specs"]), self.rows
-        args = source.held, [get(x) for x in self.ins], xs
-        everywhere = jax.sharding.PartitionSpec()
-        return self._mapped(body, args, (everywhere, self.specs, of_xs), out_specs)
+        pairs = zip(row_inputs, self.site_specs, strict=True)
+        row_specs = [None if x is None else spec for x, spec in pairs]
+        out_specs = list(self.eqn.params["out_specs"]), self.site_specs
+        args = source.data, [get(x) for x in self.ins], row_inputs
+        replicated = jax.sharding.PartitionSpec()
+        return self._mapped(body, args, (replicated, self.specs, row_specs), out_specs)
 
     def needs(self) -> list[Any]:
         return [self.ins[i] for i in self.plan.needs()]
 
-    def indices(self, get: _Get) -> Slots:
+    def indices(self, get: _Get) -> PerSite:
         needed = self.plan.needs()
-        free = [i for i, place in enumerate(self.places) if place.free]
+        independent = [i for i, site in enumerate(self.sites) if site.independent]
 
-        def body(known: list[Any]) -> Slots:
-            found = self.plan.indices(dict(zip(needed, known, strict=True)))[1]
-            return [found[i][None] for i in free]
+        def body(values: list[Any]) -> PerSite:
+            indices = self.plan.indices(dict(zip(needed, values, strict=True)))[1]
+            return [indices[i][None] for i in independent]
 
         args, specs = [get(self.ins[i]) for i in needed], [self.specs[i] for i in needed]
-        found = self._mapped(body, (args,), (specs,), [self.rows[i] for i in free])
-        ids: Slots = [None] * len(self.places)
-        for i, x in zip(free, found, strict=True):
-            ids[i] = x
-        return ids
+        computed = self._mapped(body, (args,), (specs,), [self.site_specs[i] for i in independent])
+        indices: PerSite = [None] * len(self.sites)
+        for i, x in zip(independent, computed, strict=True):
+            indices[i] = x
+        return indices
 
 
-class _Whole(_Step):
-    """A table is used in any other way, but nothing is differentiated there."""
+class _WholeTable(_Step):
+    """Any other use of a table, through which the loss is not differentiated."""
 
-    def __init__(self, eqn: JaxprEqn, jaxpr: Jaxpr, held: Sequence[View | None]) -> None:
-        ins = [x for x, view in zip(eqn.invars, held, strict=True) if view is None]
+    def __init__(self, eqn: JaxprEqn, jaxpr: Jaxpr, views: Sequence[View | None]) -> None:
+        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
         super().__init__(eqn, ins, eqn.outvars)
-        self.jaxpr, self.held = jaxpr, held
+        self.jaxpr, self.views = jaxpr, views
 
-    def run(self, source: Source, get: _Get, xs: Slots) -> tuple[list[Any], Slots]:
+    def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         env = {
-            x: get(x) if view is None else source.all(view)
-            for x, view in zip(self.eqn.invars, self.held, strict=True)
+            x: get(x) if view is None else source.whole(view)
+            for x, view in zip(self.eqn.invars, self.views, strict=True)
             if isinstance(x, Var)
         }
         _evaluate(self.jaxpr, self.eqn, env)
@@ -649,7 +659,7 @@ class _Whole(_Step):
     def needs(self) -> list[Any]:
         return []
 
-    def indices(self, get: _Get) -> Slots:
+    def indices(self, get: _Get) -> PerSite:
         return []
 
 
@@ -657,32 +667,32 @@ class _Whole(_Step):
 
 
 def _live(jaxpr: Jaxpr, outs: Sequence[bool]) -> set[Any]:
-    """The variables through which some results are differentiated."""
+    """The variables through which the live results are differentiated."""
     pairs = zip(jaxpr.outvars, outs, strict=True)
     live = {v for v, is_live in pairs if is_live and isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
         name = eqn.primitive.name
-        # What has an effect other than to be shown may come back in another way.
-        seen = not live.isdisjoint(eqn.outvars) or (eqn.effects and not name.startswith("debug"))
-        if seen and name != "stop_gradient":
+        # An effect other than a debug print may carry its inputs to a result by another way.
+        is_used = not live.isdisjoint(eqn.outvars) or (eqn.effects and not name.startswith("debug"))
+        if is_used and name != "stop_gradient":
             live.update(v for v in _variables(eqn.invars) if _is_float(v))
     return live
 
 
 def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many of a scan's inputs are constants, and how many are carried.
+    """The number of a scan's constants, and the number of its carried values.
 
-    JAX's releases write these numbers in different ways, but the types tell them: an array that is
-    stacked has one dimension more than its part in a round.
+    Releases of JAX store these numbers in different ways, so they are derived from the types: a
+    stacked array has one dimension more than its slice in an iteration.
     """
     body = eqn.params["jaxpr"]
 
-    def stacked(variables: Sequence[Any], rounds: Sequence[Any]) -> int:
-        pairs = zip(variables, rounds, strict=True)
-        return sum(np.ndim(v.aval) > np.ndim(each) for v, each in pairs)
+    def count_stacked(variables: Sequence[Any], slices: Sequence[Any]) -> int:
+        pairs = zip(variables, slices, strict=True)
+        return sum(np.ndim(v.aval) > np.ndim(one) for v, one in pairs)
 
-    carried = len(eqn.outvars) - stacked(eqn.outvars, body.out_avals)
-    return len(eqn.invars) - stacked(eqn.invars, body.in_avals) - carried, carried
+    carried = len(eqn.outvars) - count_stacked(eqn.outvars, body.out_avals)
+    return len(eqn.invars) - count_stacked(eqn.invars, body.in_avals) - carried, carried
 
 
 def _is_float(v: Any) -> bool:
@@ -690,7 +700,7 @@ def _is_float(v: Any) -> bool:
 
 
 def _tainted(jaxpr: Jaxpr, ins: Sequence[bool]) -> set[Any]:
-    """The variables that depend on some of those that come in, or on the world outside."""
+    """The variables that depend on the tainted inputs, or on an effect."""
     tainted = {v for v, is_tainted in zip(jaxpr.invars, ins, strict=True) if is_tainted}
     for eqn in jaxpr.eqns:
         if eqn.effects or not tainted.isdisjoint(_variables(eqn.invars)):
@@ -699,11 +709,12 @@ def _tainted(jaxpr: Jaxpr, ins: Sequence[bool]) -> set[Any]:
 
 
 class Planner:
-    """Makes plans, and notes the tables that cannot be followed.
+    """Makes plans, and records the tables that it cannot follow.
 
     Attributes:
-      exact: whether nothing may read a table as it is, differentiated or not.
-      refused: by table, the equation that uses it in another way, `None` for the return.
+      exact: whether every use of a table but a read of rows is refused, even one through which the
+        loss is not differentiated.
+      refused: by table, the equation that uses it in another way; `None` if the loss returns it.
     """
 
     def __init__(self, exact: bool) -> None:
@@ -714,7 +725,7 @@ class Planner:
         self, views: Iterable[Any], eqn: JaxprEqn | None, jaxpr: Jaxpr | None = None
     ) -> None:
         if eqn is not None and jaxpr is not None and eqn.primitive.name == "transpose":
-            # What it is transposed for says more.
+            # The error should name what the transposed table is used for.
             users = (e for e in jaxpr.eqns if eqn.outvars[0] in _variables(e.invars))
             eqn = next(users, eqn)
         for view in views:
@@ -729,27 +740,27 @@ class Planner:
         live_outs: Sequence[bool],
     ) -> Plan:
         jaxpr = closed.jaxpr
-        known = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
+        view_of = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
         live, tainted = _live(jaxpr, live_outs), _tainted(jaxpr, tainted_ins)
         items: list[Any] = []
         for eqn in jaxpr.eqns:
-            held = [known.get(x) if isinstance(x, Var) else None for x in eqn.invars]
-            if not any(view is not None for view in held):
+            in_views = [view_of.get(x) if isinstance(x, Var) else None for x in eqn.invars]
+            if not any(view is not None for view in in_views):
                 items.append(eqn)
                 continue
-            view = self._followed(eqn, held)
-            if view is not None:
-                known[eqn.outvars[0]] = view
+            out_view = self._followed(eqn, in_views)
+            if out_view is not None:
+                view_of[eqn.outvars[0]] = out_view
                 continue
-            step, new = self._step(jaxpr, eqn, held, tainted, live)
-            known.update(new)
+            step, out_views = self._step(jaxpr, eqn, in_views, tainted, live)
+            view_of.update(out_views)
             items.append(step)
-        outs = [known.get(x, x) if isinstance(x, Var) else x for x in jaxpr.outvars]
-        return Plan(closed, [v for v in jaxpr.invars if v not in known], items, outs)
+        outs = [view_of.get(x, x) if isinstance(x, Var) else x for x in jaxpr.outvars]
+        return Plan(closed, [v for v in jaxpr.invars if v not in view_of], items, outs)
 
-    def _followed(self, eqn: JaxprEqn, held: Sequence[View | None]) -> View | None:
-        """What an equation makes of a table, if it has the same rows."""
-        view, kind, params = held[0], eqn.primitive.name, eqn.params
+    def _followed(self, eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
+        """The view that an equation makes of a table; `None` if it does not keep the rows."""
+        view, kind, params = views[0], eqn.primitive.name, eqn.params
         if view is None or len(eqn.outvars) != 1:
             return None
         out: Any = eqn.outvars[0].aval
@@ -770,69 +781,69 @@ class Planner:
         elif kind in ("pvary", "pbroadcast"):
             return view._replace(axes=(*view.axes, *params["axes"]))
         elif kind in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims"):
-            same = shape[:1] == view.shape[:1] and math.prod(shape) == math.prod(view.shape)
-            return view._replace(shape=shape) if same else None
+            keeps_rows = shape[:1] == view.shape[:1] and math.prod(shape) == math.prod(view.shape)
+            return view._replace(shape=shape) if keeps_rows else None
         return None
 
     def _step(
         self,
         jaxpr: Jaxpr,
         eqn: JaxprEqn,
-        held: Sequence[View | None],
+        views: Sequence[View | None],
         tainted: set[Any],
         live: set[Any],
     ) -> tuple[Any, dict[Var, View]]:
-        """The step of an equation that has to do with tables, and views among its results."""
+        """The step for an equation that takes tables, and the views among its results."""
         kind, params = eqn.primitive.name, eqn.params
         is_tainted = [isinstance(x, Var) and x in tainted for x in eqn.invars]
         is_live = [v in live for v in eqn.outvars]
-        ins = [x for x, view in zip(eqn.invars, held, strict=True) if view is None]
-        if held[0] is not None and not any(held[1:]):
-            window = _window(eqn, held[0])
+        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
+        if views[0] is not None and not any(views[1:]):
+            window = _window(eqn, views[0])
             if window is not None:
-                return _Read(eqn, held[0], window, any(is_live), not any(is_tainted[1:])), {}
+                return _Read(eqn, views[0], window, any(is_live), not any(is_tainted[1:])), {}
         if kind in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"):
             closed = _closed(params["jaxpr" if "jaxpr" in params else "call_jaxpr"])
-            plan = self.plan(closed, held, is_tainted, is_live)
+            plan = self.plan(closed, views, is_tainted, is_live)
             outs, new = _split(eqn.outvars, plan.outs)
             make = _Remat if kind in ("remat2", "checkpoint") else _Inlined
             return make(eqn, plan, ins, outs), new
-        # Older shard_maps write specs in another way; a table that is split has rows elsewhere.
+        # Older releases write specs in another way. The rows of a split table are on many devices.
         if kind == "shard_map" and "newly_manual_axes" in params:
-            split = zip(held, params["in_specs"], strict=True)
-            if not any(view is not None and any(spec) for view, spec in split):
-                plan = self.plan(_closed(params["jaxpr"]), held, is_tainted, is_live)
+            pairs = zip(views, params["in_specs"], strict=True)
+            if not any(view is not None and any(spec) for view, spec in pairs):
+                plan = self.plan(_closed(params["jaxpr"]), views, is_tainted, is_live)
                 self.refuse((x for x in plan.outs if isinstance(x, View)), eqn)
-                return _ShardMap(eqn, plan, held, eqn.outvars), {}
+                return _ShardMap(eqn, plan, views, eqn.outvars), {}
         if kind == "scan":
-            return self._scan(eqn, held, is_tainted, is_live)
-        if kind == "cond" and held[0] is None:
+            return self._scan(eqn, views, is_tainted, is_live)
+        if kind == "cond" and views[0] is None:
             plans = [
-                self.plan(_closed(branch), held[1:], is_tainted[1:], is_live)
+                self.plan(_closed(branch), views[1:], is_tainted[1:], is_live)
                 for branch in params["branches"]
             ]
-            # A table that only some branches return is none that can be followed.
+            # A table that only some branches return cannot be followed.
             for results in zip(*(plan.outs for plan in plans), strict=True):
-                found = [x for x in results if isinstance(x, View)]
-                if found and results != (found[0],) * len(plans):
-                    self.refuse(found, eqn)
+                returned = [x for x in results if isinstance(x, View)]
+                if returned and results != (returned[0],) * len(plans):
+                    self.refuse(returned, eqn)
             outs, new = _split(eqn.outvars, plans[0].outs)
             return _Cond(eqn, plans, ins, outs, not is_tainted[0]), new
         has_effect = bool(eqn.effects) and not kind.startswith("debug")
         if self.exact or has_effect or any(is_live):
-            used = (view for view in held if view is not None and (self.exact or view.live))
+            used = (view for view in views if view is not None and (self.exact or view.live))
             self.refuse(used, eqn, jaxpr)
-        return _Whole(eqn, jaxpr, held), {}
+        return _WholeTable(eqn, jaxpr, views), {}
 
     def _scan(
         self,
         eqn: JaxprEqn,
-        held: Sequence[View | None],
+        views: Sequence[View | None],
         is_tainted: list[bool],
         is_live: list[bool],
     ) -> tuple[Any, dict[Var, View]]:
         closed, (consts, carry) = eqn.params["jaxpr"], _scan_sizes(eqn)
-        self.refuse(held[consts + carry :], eqn)
+        self.refuse(views[consts + carry :], eqn)
         is_live[:carry] = [any(is_live)] * carry
         while True:
             tainted = _tainted(closed.jaxpr, is_tainted)
@@ -845,18 +856,19 @@ class Planner:
             if after == is_tainted[consts : consts + carry]:
                 break
             is_tainted[consts : consts + carry] = after
-        plan = self.plan(closed, held, is_tainted, is_live)
-        # What is carried must stay the same table; what is stacked cannot be one.
-        for before, x in itertools.zip_longest(held[consts : consts + carry], plan.outs):
+        plan = self.plan(closed, views, is_tainted, is_live)
+        # A carried table must stay the same in each iteration. A stacked result cannot be a table.
+        for before, x in itertools.zip_longest(views[consts : consts + carry], plan.outs):
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
         outs, new = _split(eqn.outvars, plan.outs)
-        ins = [x for x, view in zip(eqn.invars, held, strict=True) if view is None]
-        free = [view is None for view in held]
-        return _Scan(eqn, plan, ins, outs, sum(free[:consts]), sum(free[consts:][:carry])), new
+        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
+        is_value = [view is None for view in views]
+        num_consts, num_carried = sum(is_value[:consts]), sum(is_value[consts:][:carry])
+        return _Scan(eqn, plan, ins, outs, num_consts, num_carried), new
 
 
 def _split(variables: Sequence[Var], values: Sequence[Any]) -> tuple[list[Var], dict[Var, View]]:
-    """Variables that take the values of atoms, and those that take views."""
+    """The variables whose values are atoms, and the views of the others."""
     views = {v: x for v, x in zip(variables, values, strict=True) if isinstance(x, View)}
     return [v for v in variables if v not in views], views

@@ -1,4 +1,4 @@
-"""Gradients of replicas: what each device found, summed on all of them."""
+"""The transform that sums gradients over replicas."""
 
 import numbers
 from typing import Any
@@ -15,17 +15,18 @@ __all__ = ["sum_over"]
 
 
 class sum_over(Stateless):
-    """Sums gradients over the replicas of a mapped axis: first in a chain, as norms are of sums.
+    """Sums gradients over the replicas of a mapped axis.
 
-    For `update` inside `shard_map`, `pmap` or `vmap`. A `RowGradient` is not made dense: the rows
-    of all replicas are gathered, and equal indices summed, so the result has room for as many
-    rows as all replicas together. (Keras' document of Adamax has this as its replica context.)
+    Put it first in a chain, so that norms are those of the sums. Call `update` inside `shard_map`,
+    `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and equal
+    indices summed, so the result has as many places as all replicas together. (Keras'
+    documentation of Adamax does this in its replica context.)
 
     Args:
       axis_name: the name of the mapped axis, or a tuple of names.
 
     Raises:
-      TypeError, ValueError: it is no name, or no names.
+      TypeError, ValueError: it is no name and no tuple of names.
       NameError: by `update`: no axis of this name is mapped there.
 
     >>> import adamjax, jax, jax.numpy as jnp
@@ -45,7 +46,7 @@ class sum_over(Stateless):
         name = self.axis_name
         names = tuple(name) if isinstance(name, tuple | list) else (name,)
         for x in names:
-            # A number would be a dimension of the array itself.
+            # JAX takes a number as a dimension of the array itself.
             if x is None or isinstance(x, numbers.Number | tuple | list):
                 raise TypeError(
                     "sum_over: axis_name must be the name of a mapped axis, such as 'batch', or "
@@ -53,7 +54,7 @@ class sum_over(Stateless):
                 )
         if not names or len(set(names)) != len(names):
             raise ValueError(
-                f"sum_over: axis_name must be one name or several, each once; got {name!r}"
+                f"sum_over: axis_name must be one name or several different ones; got {name!r}"
             )
         if isinstance(name, list):
             self.set_fields(axis_name=names)
@@ -79,7 +80,7 @@ class sum_over(Stateless):
                 return jax.lax.psum(g, self.axis_name)
             g = check_sound("sum_over", g)
             if g.rest is not None:
-                # A row that is here may be one of the others elsewhere.
+                # A row of this replica may be in the rest of another.
                 return jax.lax.psum(g.to_dense(), self.axis_name)
             rows = row_gradient(gathered(g.indices), gathered(g.values), g.num_rows)
             return rows.replace(lazy=g.lazy)

@@ -1,7 +1,7 @@
-"""Row gradients: what a table's rows got, and a rule on arrays applied to them.
+"""Row gradients, which have only the rows of a table that were read, and rules applied to them.
 
 A model reads a few rows of a large table; the gradients of the others are zero. A `RowGradient`
-holds the rows that were read, each once, and stands where the table's gradient would stand.
+has each row that was read once, and takes the place of the table's gradient.
 """
 
 import dataclasses
@@ -21,12 +21,11 @@ from adamjax._compat import experimental
 from adamjax.blocks import in_blocks, rows_of_each, together
 from adamjax.data import Data, static
 from adamjax.mesh import everywhere, put, taken
-from adamjax.moments import accumulator, is_signed, saturated, stepped, widen, widened
+from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
 from adamjax.rounding import is_narrow, write_slots
 from adamjax.search import distinct
 
 __all__ = [
-    "Recurrence",
     "RowGradient",
     "RowMoves",
     "applied",
@@ -47,37 +46,35 @@ __all__ = [
 ]
 
 
-# Arithmetic on the leaves of a row gradient would change its indices. It changes this as well:
-# odd, so that no sum of n of it is it again, large and negative, so that no halved sum, absolute
-# value, clipped or squared one is. A NumPy array, so that in the trace it was made in it is known,
-# and costs nothing; its sums do not warn.
+# Arithmetic on the leaves of a row gradient changes its indices, but also this number, so it is
+# noticed. The number is odd, so that no sum of n copies equals it; it is large and negative, so
+# that no halved sum, absolute value, clipped value or square equals it. It is a NumPy array, so
+# that its value is known while tracing and costs nothing; its sums do not warn.
 SEAL = np.array(-0x5EA1_0FD1, np.int32)
 SEAL.setflags(write=False)
 
 
 class RowGradient(Data):
-    """Rows of a table and what is added to them; a pytree, made by `row_gradient`.
+    """The gradients, or the updates, of some rows of a table; a pytree, made by `row_gradient`.
 
-    As a gradient it says that all other rows have the gradient zero. Multiplied by a scalar,
-    cast with `astype` and added to an array (`table + rows` is a scatter, so
-    `optax.apply_updates` takes it) it behaves as the dense array of its `shape` would, but that the
-    sum has the dtype of the array, which must be a float, and complex if the rows are. The sum of
-    two is the gradient of both, lazy if both are. Arithmetic on its leaves is not
-    (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it moves indices too. What comes of
-    that is refused where it is used, or, if only the compiled step can tell, has NaN for its
-    values. (Integer combinations whose weights add up to one, as `a - b + c`, and maxima and minima
-    are not noticed.)
+    As a gradient it means that all other rows have the gradient zero. You can multiply it by a
+    scalar, cast it with `astype` and add it to an array, like the dense array of its `shape`
+    (`table + rows` is a scatter, so `optax.apply_updates` takes it). But the sum has the dtype of
+    the array, which must be a float, and complex if the rows are. The sum of two row gradients is
+    one, lazy if both are. Do not use arithmetic on its leaves (`jax.tree.map(jnp.add, a, b)`,
+    `jax.lax.psum(rows, axis)`): it changes indices too. The result is refused where it is used, or
+    gets NaN values if only the compiled step can notice. (Integer combinations whose weights add up
+    to one, such as `a - b + c`, and maxima and minima are not noticed.)
 
     Attributes:
-      indices: int32[n], distinct, in no particular order; `num_rows` marks a place that holds
-        no row.
-      values: float[n, *trailing], zero where there is no row.
-      rest: float[num_rows, *trailing], what all other rows get, zero at the rows that are here;
-        `None` for zero. An optimizer with `rows="dense"` gives updates that have it.
+      indices: int32[n], distinct, in no particular order; `num_rows` marks an empty place.
+      values: float[n, *trailing], zero in empty places.
+      rest: float[num_rows, *trailing], the values of all other rows, zero at the rows in indices;
+        `None` for zeros. Updates of an optimizer with `rows="dense"` have a rest.
       num_rows: the table's number of rows, static.
-      lazy: whether the other rows stand still, momentum, decay and average included, static;
-        set by an optimizer with `rows="lazy"`.
-      seal: int32, a fixed number, by which arithmetic on the leaves is noticed; `None` in states.
+      lazy: whether the other rows are left alone, also by momentum, decay and averages, static; set
+        by an optimizer with `rows="lazy"`.
+      seal: int32, a fixed number that shows arithmetic on the leaves; `None` in states.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rows = adamjax.row_gradient(jnp.array([2, 0]), jnp.array([[1.0], [5.0]]), 3)
@@ -94,7 +91,7 @@ class RowGradient(Data):
     lazy: bool = static(default=False, kw_only=True)
     seal: Any = dataclasses.field(default_factory=lambda: SEAL, kw_only=True, repr=False)
 
-    # NumPy must leave `array + rows` to us.
+    # So that NumPy leaves `array + rows` to `__radd__`.
     __array_ufunc__ = None
 
     @property
@@ -126,15 +123,15 @@ class RowGradient(Data):
         return self.map(lambda x: x.astype(dtype))
 
     def emptied(self) -> "RowGradient":
-        """As large, and without any row: what moves nothing."""
+        """A row gradient of the same shapes without any row: it moves nothing."""
         indices = jnp.full_like(self.indices, self.num_rows)
         return self.map(jnp.zeros_like).replace(indices=indices)
 
     def to_dense(self) -> chex.Array:
         """The dense array of `shape`."""
         rows = check_sound("RowGradient", self)
-        others = jnp.zeros(rows.shape, rows.dtype) if rows.rest is None else rows.rest
-        return others + rows.replace(rest=None)
+        rest = jnp.zeros(rows.shape, rows.dtype) if rows.rest is None else rows.rest
+        return rest + rows.replace(rest=None)
 
     def __mul__(self, factor: Any) -> Any:
         if isinstance(factor, RowGradient) or np.ndim(factor) != 0:
@@ -161,14 +158,14 @@ class RowGradient(Data):
         if not jnp.issubdtype(table.dtype, jnp.inexact if real else jnp.complexfloating):
             raise TypeError(
                 f"row gradients of {self.dtype.name} cannot be added to an array of "
-                f"{table.dtype.name}, which would keep a part of them: cast the array"
+                f"{table.dtype.name}, which would lose a part of them: cast the array"
             )
         return check_sound("RowGradient", self).added_to(table)
 
     __radd__ = __add__
 
     def added_to(self, table: chex.Array, key: Any = None) -> chex.Array:
-        """The table moved by its rows, in its own dtype, rounded once.
+        """The table plus these rows, in its own dtype, rounded once.
 
         Args:
           key: where bfloat16 is to be rounded stochastically, of `rounding_keys`.
@@ -186,17 +183,17 @@ class RowGradient(Data):
         return in_blocks(step, table, self.indices, self.num_rows, (), self.values)[0]
 
 
-# Of one in a state that was pickled before there were seals.
+# For states that were pickled before there were seals.
 RowGradient.seal = None
 
 
 class RowMoves(Data):
-    """What `exact_rows` moves a table by: to be added to it as it is, by `apply_updates` or `+`.
+    """The update of a table by `exact_rows`. Add it unchanged, by `apply_updates` or `+`.
 
-    Scaled, clipped or averaged it would be wrong, as it has in it what the rows lag behind by.
+    Scaled, clipped or averaged it would be wrong, because it also brings rows up to date.
 
     Attributes:
-      parts: row gradients, no two of which have a row in common.
+      parts: row gradients without common rows.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((3, 1))}
@@ -229,11 +226,11 @@ class RowMoves(Data):
         return RowMoves(tuple(x.astype(dtype) for x in self.parts))
 
     def checked(self, owner: str) -> "RowMoves":
-        """The same moves, if nothing has computed with their leaves."""
+        """The same moves, or an error if something has computed with their leaves."""
         return RowMoves(tuple(check_sound(owner, x) for x in self.parts))
 
     def emptied(self) -> "RowMoves":
-        """As large, and without any row: what moves nothing."""
+        """Moves of the same shapes without any row: they move nothing."""
         return RowMoves(tuple(x.emptied() for x in self.parts))
 
     def __add__(self, table: Any) -> Any:
@@ -248,51 +245,52 @@ class RowMoves(Data):
     __radd__ = __add__
 
 
-def _written(statics: Any) -> bytes:
+def _serialize(statics: Any) -> bytes:
     return json.dumps(statics).encode()
 
 
-def _read(written: bytes) -> tuple[Any, ...]:
-    return tuple(json.loads(written))
+def _deserialize(data: bytes) -> tuple[Any, ...]:
+    return tuple(json.loads(data))
 
 
-# As an argument or a result of what `jax.export` writes.
+# So that `jax.export` can write functions that take or return them.
 for kind in (RowGradient, RowMoves):
     export.register_pytree_node_serialization(
         kind,
         serialized_name=f"adamjax.{kind.__name__}",
-        serialize_auxdata=_written,
-        deserialize_auxdata=_read,
+        serialize_auxdata=_serialize,
+        deserialize_auxdata=_deserialize,
     )
 
 
 def check_sound(owner: str, rows: RowGradient) -> RowGradient:
-    """The row gradient, to be used; one whose indices something took for gradients is refused.
+    """The row gradient, or an error if something has computed with its indices.
 
-    Every use goes through this once. Where the seal is being traced, so that only the compiled step
-    can tell whether it is intact, it makes NaN of the first rows of the table if it is not:
-    wherever the indices were moved to, that is seen.
+    Every use calls this once. If the seal is traced, only the compiled step can compare it. Then a
+    broken seal gives NaN to the first rows of the table, so that the fault shows whatever the
+    indices have become.
     """
     if rows.indices.dtype != np.int32:
         raise TypeError(
             f"{owner}: the indices of a row gradient are {rows.indices.dtype.name}, expected "
-            "int32: a transform that does not know row gradients has changed them. Put adamjax's "
-            "own in its place, or give it dense gradients (to_dense)"
+            "int32: a transform that does not know row gradients has changed them. Use adamjax's "
+            "own instead, or give it dense gradients (to_dense)"
         )
     if np.ndim(rows.indices) != 1 or np.shape(rows.values)[:1] != np.shape(rows.indices):
         raise ValueError(
             f"{owner}: a row gradient has indices of shape {np.shape(rows.indices)} and values of "
-            f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). Of several at once (of "
-            "vmap, scan or a stack) make one: row_gradient(rows.indices, rows.values, num_rows)"
+            f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). If these are several "
+            "(from vmap, scan or a stack), make one: row_gradient(rows.indices, rows.values, "
+            "num_rows)"
         )
     seal = rows.seal
     if seal is None or seal is SEAL:
         return rows
     if np.shape(seal) != () or getattr(seal, "dtype", None) != np.int32:
-        raise _broken(owner)
+        raise _broken_seal(owner)
     if _is_known(seal):
         if np.asarray(seal) != SEAL:
-            raise _broken(owner)
+            raise _broken_seal(owner)
         return rows.replace(seal=SEAL)
     intact = seal == SEAL
     first = jnp.minimum(jax.lax.iota(jnp.int32, len(rows.indices)), rows.num_rows)
@@ -301,29 +299,29 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     return rows.replace(indices=indices, seal=SEAL)
 
 
-def _broken(owner: str) -> ValueError:
+def _broken_seal(owner: str) -> ValueError:
     return ValueError(
-        f"{owner}: something has computed with the leaves of a row gradient, which moved its "
-        "indices as well (jax.tree.map of an arithmetic function does, as do jax.lax.psum and "
-        "zeros_like). Add row gradients with a + b, scale them with 2 * a, sum them over devices "
+        f"{owner}: something has computed with the leaves of a row gradient, which changed its "
+        "indices too (as jax.tree.map of an arithmetic function, jax.lax.psum and zeros_like do). "
+        "Add row gradients with a + b, scale them with 2 * a, sum them over devices "
         "with adamjax.sum_over, start a sum from row_gradient without indices; or take to_dense()"
     )
 
 
 def _is_known(x: Any) -> bool:
-    """Whether the value of a scalar can be read here and now."""
+    """Whether the value of a scalar can be read while tracing."""
     if isinstance(x, jax.core.Tracer):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
 def unsealed(x: Any) -> Any:
-    """A leaf without a seal: one that is checked, and goes on to where a seal would be traced."""
+    """A checked leaf without its seal, for functions in which the seal would be traced."""
     return _with_seal(x, None)
 
 
 def sealed(x: Any) -> Any:
-    """A leaf as it leaves a transform."""
+    """A leaf with its seal, as transforms return it."""
     return _with_seal(x, SEAL)
 
 
@@ -337,7 +335,7 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
     if a.shape != b.shape or a.rest is not None or b.rest is not None:
         raise ValueError(
             f"row gradients of {a.shape} and {b.shape} cannot be added: expected two of one shape, "
-            "and no updates of rows='dense'; to_dense() makes arrays of them"
+            "and no updates of rows='dense'; convert them with to_dense()"
         )
     a, b = (check_sound("RowGradient", x) for x in (a, b))
     indices = jnp.concatenate([a.indices, b.indices])
@@ -358,18 +356,18 @@ def row_gradient(
     """The gradient of a table of which only some rows were read; equal indices are summed.
 
     Args:
-      indices: integers of any dtype and shape, arrays, NumPy's, or Python's; one outside
-        `[0, num_rows)` contributes nothing (-1 does not mean the last row). NumPy's and Python's
-        may have any width. (As an argument of `jit`, a 64-bit array is cut to 32 bits by JAX,
-        unless x64 is enabled, before anything here sees it.)
+      indices: integers of any dtype and shape, of JAX, NumPy or Python. Indices outside
+        `[0, num_rows)` are ignored (-1 does not mean the last row). NumPy's and Python's may have
+        any width. (JAX cuts a 64-bit array that is an argument of `jit` to 32 bits before this
+        function sees it, unless x64 is enabled.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
-        Sums are taken in float32 at least.
-      num_rows: rows of the table, a Python int of at least 1 and below 2**31 - 1.
-      check: report an index outside the table through `jax.experimental.checkify`, which must
-        then transform the calling function.
+        They are summed in float32 or wider.
+      num_rows: the number of rows of the table, a Python int of at least 1 and below 2**31 - 1.
+      check: whether to report an index outside the table through `jax.experimental.checkify`,
+        which must then transform the calling function.
 
     Returns:
-      A `RowGradient` with room for `indices.size` rows.
+      A `RowGradient` with `indices.size` places.
 
     Raises:
       TypeError, ValueError: dtypes or shapes do not fit.
@@ -390,12 +388,12 @@ def row_gradient(
         raise TypeError(f"row_gradient: values must be floats{signed}, got {values.dtype.name}")
     if values.shape[: indices.ndim] != indices.shape:
         raise ValueError(
-            f"row_gradient: values must have the shape of indices and the row's behind it, "
+            f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
     num_rows = whole("row_gradient: num_rows", num_rows, np.iinfo(np.int32).max - 1)
     trailing = values.shape[indices.ndim :]
-    # Gathered here, the sums are those of one device; left to itself, a compiler that splits them
+    # With indices on all devices, the sums are those of one device. A compiler that splits the sums
     # sends twice as much, or an array as long as the table.
     indices = everywhere(indices)
     ids = in_table(indices.reshape(-1), num_rows)
@@ -405,10 +403,10 @@ def row_gradient(
 
 
 def summed(
-    found: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
+    distinct_ids: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
 ) -> RowGradient:
-    """The row gradient of `values[n, *trailing]` at ids of which `distinct` is known."""
-    return summed_of_each([(found, position)], [values], [num_rows])[0]
+    """The row gradient of `values[n, *trailing]`, given the results of `distinct` for their ids."""
+    return summed_of_each([(distinct_ids, position)], [values], [num_rows])[0]
 
 
 def summed_of_each(
@@ -416,30 +414,30 @@ def summed_of_each(
     values: Sequence[chex.Array],
     num_rows: Sequence[int],
 ) -> list[RowGradient]:
-    """`summed` for several tables, those of one width and dtype in one sum."""
-    sums: list[Any] = [None] * len(values)
+    """`summed` for several tables; those of one width and dtype are summed at once."""
+    row_gradients: list[Any] = [None] * len(values)
     alike: dict[Any, list[int]] = {}
     for i, x in enumerate(values):
         alike.setdefault((x.shape[1:], x.dtype), []).append(i)
-    for several in (own for same in alike.values() for own in together(same, values)):
-        sizes = [len(searched[i][0]) for i in several]
+    for batch in (batch for same in alike.values() for batch in together(same, values)):
+        sizes = [len(searched[i][0]) for i in batch]
         starts = np.cumsum([0, *sizes[:-1]])
-        # An index outside has the position of no row.
+        # An index outside the table has a position of `size`, which is no place of its table.
         places = [
             jnp.where(searched[i][1] < size, searched[i][1] + start, sum(sizes))
-            for i, size, start in zip(several, sizes, starts, strict=True)
+            for i, size, start in zip(batch, sizes, starts, strict=True)
         ]
-        x = jnp.concatenate([everywhere(values[i]) for i in several])
+        x = jnp.concatenate([everywhere(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
         place = jnp.concatenate(places).astype(np.uint32)
         total = empty.at[place].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
-        for i, own in zip(several, rows_of_each(total, sizes), strict=True):
-            sums[i] = RowGradient(searched[i][0], own, num_rows=num_rows[i])
-    return sums
+        for i, sums in zip(batch, rows_of_each(total, sizes), strict=True):
+            row_gradients[i] = RowGradient(searched[i][0], sums, num_rows=num_rows[i])
+    return row_gradients
 
 
 def whole(what: str, value: Any, most: int | None = None) -> int:
-    """A size, a whole number of at least 1, as a Python int; NumPy's integers are taken too."""
+    """A size, a whole number of at least 1, as a Python int; it may be one of NumPy."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
@@ -451,10 +449,10 @@ def whole(what: str, value: Any, most: int | None = None) -> int:
 
 
 def checked_ids(owner: str, indices: Any, num_rows: int) -> chex.Array:
-    """Indices as int32, `num_rows` for each that is outside `[0, num_rows)`, of whatever width.
+    """Indices of any width as int32, with `num_rows` for those outside `[0, num_rows)`.
 
     Args:
-      owner: who asks, for the error.
+      owner: the caller's name, for errors.
       indices: integers: an array of JAX or NumPy of any dtype, an int, or lists of these.
 
     Raises:
@@ -464,29 +462,29 @@ def checked_ids(owner: str, indices: Any, num_rows: int) -> chex.Array:
 
 
 def integers(owner: str, indices: Any) -> Any:
-    """Indices as an array: JAX' own as it is, else a NumPy array, which keeps wide values."""
+    """Indices as an array: that of JAX as it is, else one of NumPy, which keeps wide values."""
     if hasattr(indices, "__jax_array__"):
         indices = jnp.asarray(indices)
     if isinstance(indices, list | tuple):
-        return _of_list(owner, indices)
+        return _integers_of_list(owner, indices)
     if not isinstance(indices, jax.Array):
-        # Integers beyond 64 bits are objects.
+        # NumPy makes integers beyond 64 bits objects.
         indices = np.asarray(indices)
     if indices.dtype == object:
-        wrong = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
+        wrong_types = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
     else:
         is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
-        wrong = [] if is_integer else [indices.dtype.name]
-    if wrong:
+        wrong_types = [] if is_integer else [indices.dtype.name]
+    if wrong_types:
         raise TypeError(
-            f"{owner}: indices must be integers, got {wrong[0]}: cast them, if they are whole "
-            "numbers (ids.astype(int)), or take the places of a mask (jnp.nonzero)"
+            f"{owner}: indices must be integers, got {wrong_types[0]}: cast them, if they are "
+            "whole numbers (ids.astype(int)), or use the indices of a mask (jnp.nonzero)"
         )
     return indices
 
 
-def _of_list(owner: str, indices: Any) -> Any:
-    """Of lists, in which NumPy would make floats of a wide and a negative integer."""
+def _integers_of_list(owner: str, indices: Any) -> Any:
+    """`integers` of a list, as objects: NumPy would turn a wide and a negative one into floats."""
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(indices)):
         return jnp.stack([as_int32(integers(owner, x)) for x in indices])
     return integers(owner, np.array(indices, object))
@@ -497,7 +495,7 @@ def _is_int(x: Any) -> bool:
 
 
 def as_int32(indices: Any) -> chex.Array:
-    """Integers as an array of JAX; those beyond int32 become its limits, outside any table."""
+    """Integers as a JAX array; those beyond int32 become its limits, which are in no table."""
     if isinstance(indices, jax.Array):
         return saturated(indices, np.int32)
     limits = np.iinfo(np.int32)
@@ -507,16 +505,16 @@ def as_int32(indices: Any) -> chex.Array:
 
 
 def _report(indices: Any, ids: chex.Array, num_rows: int) -> None:
-    """Reports the first index outside the table, if there is one, through checkify."""
-    bad, checkify = ids == num_rows, experimental("row_gradient: check=True", "checkify")
+    """Reports the first index outside the table, if any, through checkify."""
+    outside, checkify = ids == num_rows, experimental("row_gradient: check=True", "checkify")
     text, limits = "row_gradient: index {index} is outside ", f"[0, {num_rows})"
     if isinstance(indices, jax.Array):
         flat = indices.reshape(-1)
-        index = flat[jnp.argmax(bad)] if ids.size else jnp.array(0)
-        checkify.check(~jnp.any(bad), text + limits, index=index)
+        index = flat[jnp.argmax(outside)] if ids.size else jnp.array(0)
+        checkify.check(~jnp.any(outside), text + limits, index=index)
     else:
         first = next((i for i in indices.reshape(-1) if not 0 <= i < num_rows), 0)
-        checkify.check(~jnp.any(bad), text.format(index=first) + limits)
+        checkify.check(~jnp.any(outside), text.format(index=first) + limits)
 
 
 def in_table(indices: Any, num_rows: int) -> chex.Array:
@@ -524,18 +522,18 @@ def in_table(indices: Any, num_rows: int) -> chex.Array:
     if indices.dtype.itemsize < 4:
         indices = indices.astype(np.int32)
     if not isinstance(indices, jax.Array):
-        # Before JAX would cut what is wider than 32 bits.
+        # By NumPy, because JAX would cut wide integers to 32 bits.
         outside = np.asarray((indices < 0) | (indices >= num_rows), bool)
         return jnp.asarray(np.where(outside, num_rows, np.where(outside, 0, indices)), jnp.int32)
     inside = (indices >= 0) & (indices < np.asarray(num_rows, indices.dtype))
     return jnp.where(inside, indices, np.asarray(num_rows, indices.dtype)).astype(jnp.int32)
 
 
-# --- a rule on arrays, on rows --------------------------------------------------------------------
+# --- rules applied to rows ------------------------------------------------------------------------
 
 
 def parts(x: Any) -> list[chex.Array]:
-    """The arrays whose elements are the elements of a leaf that are not zero for sure."""
+    """The arrays with all elements of a leaf that may be nonzero."""
     if not isinstance(x, RowGradient):
         return [x]
     return [x.values] if x.rest is None else [x.values, x.rest]
@@ -544,50 +542,6 @@ def parts(x: Any) -> list[chex.Array]:
 def each_array(function: Callable[[chex.Array], chex.Array], x: Any) -> Any:
     """A function that maps 0 to 0, applied to all elements of a leaf."""
     return x.map(function) if isinstance(x, RowGradient) else function(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recurrence:
-    """A rule `(c, g, *slots) -> (u, *slots)` whose update comes from what its slots become.
-
-    Attributes:
-      moments: `(c, g, *slots) -> slots`.
-      direction: `(c, g, *new_slots) -> u`. Both see arrays of the accumulator dtype.
-    """
-
-    moments: Callable[..., tuple[chex.Array, ...]]
-    direction: Callable[..., chex.Array]
-
-    def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
-        return self.stored(c, g, slots)
-
-    def stored(
-        self,
-        c: Any,
-        g: chex.Array,
-        slots: Sequence[chex.Array],
-        key: Any = None,
-        rows: Any = None,
-    ) -> tuple[chex.Array, ...]:
-        """The update, and the new slots in the dtypes of the old ones.
-
-        Args:
-          key, rows: how narrow slots are rounded, as for `write_slot`.
-        """
-        wide, new = self.moved(c, g, *slots)
-        stored = write_slots(new, slots, key, rows)
-        # The update comes from narrow slots as they are stored. From unrounded ones, XLA would
-        # compute it anew from the old slots, and copy these before it overwrites them.
-        seen = [
-            x.astype(n.dtype) if is_narrow(x.dtype) else n for x, n in zip(stored, new, strict=True)
-        ]
-        return self.direction(c, wide, *seen).astype(g.dtype), *stored
-
-    def moved(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, Any]:
-        """The gradient and the new slots, not rounded yet."""
-        real = accumulator(g.dtype, slots[-1].dtype)
-        wide = widen(g, real)
-        return wide, self.moments(c, wide, *(widen(s, real) for s in slots))
 
 
 def run_rule(
@@ -615,13 +569,13 @@ def applied(
     reads: Sequence[chex.Array],
     key: Any = None,
 ) -> tuple[Any, ...]:
-    """An elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` on the rows of a table.
+    """Applies an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` to rows of a table.
 
-    To the rows by a gather, the rule, a scatter. Lazily, that is all. Else all other rows are
-    then taken on as well, with what they get, which is mostly zero and never an array.
+    The rows are gathered, go through the rule, and are scattered. Unless `lazy`, the rule is then
+    applied to all other rows, whose gradient is the rest or zero.
 
     Args:
-      key: for narrow slots, of `rounding_keys`.
+      key: random bits of `rounding_keys`, for narrow slots.
     """
     if not slots and not reads:
         return (g.map(lambda x: rule(c, x)[0]),)
@@ -629,34 +583,34 @@ def applied(
         return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
-        here, seen = (
+        gathered, seen = (
             [taken(x, indices, mode="fill", fill_value=0) for x in arrays]
             for arrays in (tables, reads)
         )
-        u, *new = run_rule(rule, c, values, here, seen, key, indices)
+        u, *new = run_rule(rule, c, values, gathered, seen, key, indices)
         return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
-    moved = g.replace(values=u)
+    updates = g.replace(values=u)
     if lazy or g.lazy:
-        return moved.replace(lazy=True), *tables
+        return updates.replace(lazy=True), *tables
     if reads:
-        g = g.replace(indices=_after(u, g.indices, g.num_rows))
-    rest, *tables = _others(rule, c, g, tables, reads, key)
-    return moved.replace(rest=rest), *tables
+        g = g.replace(indices=_depending_on(u, g.indices, g.num_rows))
+    rest, *tables = _applied_to_others(rule, c, g, tables, reads, key)
+    return updates.replace(rest=rest), *tables
 
 
-def _after(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
-    """The indices, which XLA cannot know before it has computed `first`.
+def _depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
+    """The indices, by a no-op that makes them depend on `first`.
 
-    What is written at them is then written after the rows that `first` came from were read. XLA
-    would not know which of the two comes first, and copy the table.
+    So a write at these indices comes after the reads that `first` needs, and XLA need not copy the
+    table.
     """
     none_is_larger = jnp.where(jnp.any(jnp.isnan(first)), num_rows, np.iinfo(np.int32).max)
     return jnp.minimum(indices, none_is_larger)
 
 
-def _others(
+def _applied_to_others(
     rule: Callable[..., Any],
     c: Any,
     g: RowGradient,
@@ -664,26 +618,28 @@ def _others(
     reads: Sequence[chex.Array],
     key: Any,
 ) -> tuple[chex.Array, ...]:
-    """A rule on the rows that a row gradient does not hold: the others' updates, all slots."""
-    here = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
-    here = here.reshape(-1, *[1] * (g.ndim - 1))
-    others = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
+    """Applies a rule to the rows that are not in a row gradient: their updates, then all slots."""
+    is_row = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
+    is_row = is_row.reshape(-1, *[1] * (g.ndim - 1))
+    rest = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
-    def kept(new: Any) -> list[chex.Array]:
-        pairs = zip(slots, write_slots(new, slots, key), strict=True)
-        return [jnp.where(here, s, x) for s, x in pairs]
+    def elsewhere(new: Sequence[chex.Array]) -> list[chex.Array]:
+        return [jnp.where(is_row, x, n) for x, n in zip(slots, new, strict=True)]
 
     if isinstance(rule, Recurrence):
-        wide, new = rule.moved(c, others, *slots)
-        held = kept(new)
-        if all(x.dtype == n.dtype or is_narrow(x.dtype) for x, n in zip(held, new, strict=True)):
-            # From what is kept, not from what it was before: else XLA, which does not know in
-            # which order the two are wanted, would copy every slot (4 times the time).
-            new = [x.astype(n.dtype) for x, n in zip(held, new, strict=True)]
-        u = rule.direction(c, wide, *new).astype(g.dtype)
+        wide, stored, seen = rule.advanced(c, rest, slots, key)
+        new = elsewhere(stored)
+        # The direction reads the slots that are written. If it read the others, it would need the
+        # old slots, and XLA, which would not know which comes first, would copy every slot (4 times
+        # the time).
+        seen = [
+            x.astype(n.dtype) if x.dtype == n.dtype or is_narrow(x.dtype) else n
+            for x, n in zip(new, seen, strict=True)
+        ]
+        u = rule.direction(c, wide, *seen).astype(g.dtype)
     else:
-        u, *new = rule(c, others, *slots, *reads)
-        held = kept(new)
+        u, *new = rule(c, rest, *slots, *reads)
+        new = elsewhere(write_slots(new, slots, key))
     if u is not g.rest:
-        u = jnp.where(here, jnp.zeros((), u.dtype), u)
-    return u, *held
+        u = jnp.where(is_row, jnp.zeros((), u.dtype), u)
+    return u, *new

@@ -1,4 +1,4 @@
-"""Scaling by a factor or a learning rate, and decoupled weight decay."""
+"""Transforms that scale by a factor or a learning rate, and decoupled weight decay."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -23,10 +23,10 @@ __all__ = [
 
 @transform_state()
 class ScheduleState(NamedTuple):
-    """State of a transform with a rate: `count`, int32, the steps taken, for its schedule.
+    """State of a transform with a rate: `count`, int32, the number of steps taken.
 
-    It is there for a constant rate too, so that a run can go on from its checkpoint with a
-    schedule.
+    A transform with a constant rate has one too, so that a run can continue from its checkpoint
+    with a schedule.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.scale_by_learning_rate(0.1).init(jnp.zeros(1))
@@ -41,13 +41,13 @@ def _new_count() -> ScheduleState:
 
 
 def _expect_rate(owner: str, rate: Any, params: Tree) -> None:
-    """Refuses a rate by patterns that match no leaf."""
+    """Refuses a `by_path` with a pattern that matches no leaf."""
     if isinstance(rate, by_path):
         rate.expect_matches(owner, params)
 
 
-def _rules(rate: Any, params: Tree) -> list[Any]:
-    """For each leaf the number of the rule of `by_path` that gives its rate."""
+def _pattern_indices(rate: Any, params: Tree) -> list[Any]:
+    """For each leaf the index of the pattern of `by_path` that decides its rate, or `None`."""
     paths = leaf_paths(params)
     if not isinstance(rate, by_path):
         return [None] * len(paths)
@@ -55,9 +55,9 @@ def _rules(rate: Any, params: Tree) -> list[Any]:
 
 
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
-    """The scalars of a lift for one rate a leaf: one object for equal rates, see `lift`."""
-    made = {id(rate): make(rate) for rate in rates}
-    return [made[id(rate)] for rate in rates]
+    """The scalars of each leaf from its rate, the same object for the same rate; see `lift`."""
+    by_id = {id(rate): make(rate) for rate in rates}
+    return [by_id[id(rate)] for rate in rates]
 
 
 def _decayed(rate: Any, g: chex.Array, p: chex.Array) -> tuple[chex.Array]:
@@ -88,19 +88,19 @@ class scale(Stateless, Scaling):
 
 
 class scale_by_learning_rate(Scaling):
-    """Multiplies every update by minus the learning rate: here, once, uphill becomes downhill.
+    """Multiplies every update by minus the learning rate, which turns uphill into downhill.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
-        before this step, 0 at the first), or `by_path` for a rate per leaf. (Of an array that is
-        traced or set, and of what a callable returns, a value below 0 makes NaN; but what rounding
-        leaves of a callable, down to -1e-6, is 0.)
+        before this step, 0 at the first), or `by_path` for a rate per leaf. (A value below 0 that
+        only the step sees, in an array that is traced or set or from a callable, makes NaN; but a
+        callable's result of -1e-6 to 0 counts as 0, because of rounding.)
 
     The state is a `ScheduleState`.
 
     Raises:
-      ValueError: by `init` and `update`, a pattern of `by_path` matches no leaf.
-      TypeError, ValueError: by `update`, a callable returned what is no real scalar.
+      ValueError: by `init` and `update`: a pattern of `by_path` matches no leaf.
+      TypeError, ValueError: by `update`: a callable returned something else than a real scalar.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
@@ -123,7 +123,7 @@ class scale_by_learning_rate(Scaling):
         return not isinstance(self.learning_rate, by_path)
 
     def kinds(self, params: Tree) -> list[Any]:
-        return _rules(self.learning_rate, params)
+        return _pattern_indices(self.learning_rate, params)
 
     def init(self, params: Tree) -> ScheduleState:
         _expect_rate("scale_by_learning_rate", self.learning_rate, params)
@@ -143,21 +143,21 @@ class add_decayed_weights(Transform):
     """Adds `weight_decay * p` to the uphill update of each parameter p.
 
     Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
-    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, from the p
+    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, with the p
     before the step. `update` needs `params`.
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`; as for a
-        learning rate, a value below 0 that is only seen in the step makes NaN.
-      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools
-        like the parameters, or with one bool for a subtree; or a function from a tree to such a
-        one. `None`: all.
+        learning rate, a value below 0 that only the step sees makes NaN.
+      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools like
+        the parameters, or with one bool for a subtree; or a function that returns such a tree.
+        `None`: all.
 
     The state is a `ScheduleState`.
 
     Raises:
-      ValueError: by `init` and `update`, a pattern matches no leaf (`adamjax.optional` allows it),
-        or the mask does not fit the parameters; the message names the leaf.
+      ValueError: by `init` and `update`: a pattern matches no leaf (`adamjax.optional` allows it),
+        or the mask does not fit the parameters; the error names the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"bias": jnp.ones(1), "kernel": jnp.ones(1)}
@@ -183,10 +183,10 @@ class add_decayed_weights(Transform):
         return self if mask is self.mask else self.replace(mask=mask)
 
     def kinds(self, params: Tree) -> list[Any]:
-        rules = _rules(self.weight_decay, params)
+        indices = _pattern_indices(self.weight_decay, params)
         if self.mask is None:
-            return rules
-        return list(zip(rules, selected(self.mask, params, "add_decayed_weights"), strict=True))
+            return indices
+        return list(zip(indices, selected(self.mask, params, "add_decayed_weights"), strict=True))
 
     def init(self, params: Tree) -> ScheduleState:
         _expect_rate("add_decayed_weights", self.weight_decay, params)
@@ -195,7 +195,7 @@ class add_decayed_weights(Transform):
         return _new_count()
 
     def _rates(self, state: Any, params: Tree) -> list[Any]:
-        """The decay of every leaf; the number 0 for those that have none."""
+        """The decay of every leaf; the number 0 for leaves outside the mask."""
         rates = rates_at("add_decayed_weights", self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
@@ -215,9 +215,9 @@ class add_decayed_weights(Transform):
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 
-        def decaying(rate: Number) -> Callable[[Any], Any] | None:
+        def decay_scalars(rate: Number) -> Callable[[Any], Any] | None:
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
 
-        scalars = _scalars(rates, decaying)
+        scalars = _scalars(rates, decay_scalars)
         (updates,) = lift("add_decayed_weights", _decayed, scalars, updates, params=params)
         return updates, ScheduleState(next_count(state.count))

@@ -1,11 +1,12 @@
-"""Learning rates as data: schedules, and a rate per leaf by the pattern its path matches.
+"""Learning rates as data: schedules, and a rate for each leaf by a pattern that its path matches.
 
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
-`keras.optimizers.schedules`. Wherever a rate is expected, any other callable of the count does
-as well, optax's schedules among them. What only a step can see, an array that is traced or set,
-or what a callable returns, makes NaN where it is below 0, and where boundaries do not increase.
-(What a callable returns between -1e-6 and 0 is 0: rounding leaves that of a rate that ends at 0.)
+`keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
+schedules. Some faults only a step can see: in arrays that are traced or set, and in the results of
+callables. There a value below 0 makes NaN, and so do boundaries that do not increase. (But a result
+of a callable between -1e-6 and 0 counts as 0, because rounding may leave that of a rate that ends
+at 0.)
 """
 
 import copy
@@ -64,7 +65,7 @@ __all__ = [
 
 
 class Schedule(Data):
-    """Base class: a frozen dataclass that is called with the count and returns a scalar.
+    """Base class of schedules: frozen dataclasses that map the count to a scalar.
 
     >>> import adamjax, jax.numpy as jnp
     >>> class halved(adamjax.Schedule):
@@ -78,21 +79,21 @@ class Schedule(Data):
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
         """The value after `count` steps (int, 0 before the first), a float scalar."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its value is")
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
 
 class _Compiled(Schedule):
-    """Base class of the schedules here: read outside `jit`, the value is what a step computes.
+    """Base class of the schedules here: a call outside `jit` gives the value that a step computes.
 
-    Compiled, a division by a constant is a product with its reciprocal, and sums and products are
-    rounded together. Operation by operation the last bit would often be another. Python's numbers
-    are constants here as in a step, arrays are arguments.
+    The call is compiled, because compiled code multiplies by the reciprocal of a constant divisor,
+    and rounds sums and products together. Without it the last bit would often differ. As in a step,
+    Python numbers are constants and arrays are arguments.
 
-    Of an array that is traced or set, the value is not checked: what is below 0, infinite or NaN
-    makes NaN, and 0 does what is near to it.
+    The value of an array that is traced or set is not checked: a negative, infinite or NaN value
+    makes NaN, and 0 does what the smallest number does.
     """
 
-    # What the fields may be that are numbers.
+    # The ranges of the fields that are numbers.
     _ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __post_init__(self) -> None:
@@ -103,55 +104,57 @@ class _Compiled(Schedule):
         count = _as_count(count)
         leaves, treedef = jax.tree.flatten(self)
         traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
-        if traced or not _is_ours(self):
+        if traced or not _is_compilable(self):
             return self._checked_at(count)
         constants = tuple(None if is_array(x) else x for x in leaves)
-        return _read(treedef, constants, [x if is_array(x) else None for x in leaves], count)
+        return _compiled_call(
+            treedef, constants, [x if is_array(x) else None for x in leaves], count
+        )
 
     def _checked_at(self, count: chex.Array) -> chex.Array:
         for path, x in jax.tree_util.tree_leaves_with_path(self):
             if np.ndim(x) != 0:
                 field = jax.tree_util.keystr(path).lstrip(".")
                 expect_scalar(f"{type(self).__name__}: {field}", x)
-        made = copy.copy(self)
+        checked = copy.copy(self)
         for name, allowed in self._ranges.items():
-            # Lengths, which may be whole, are looked at where they divide.
+            # `_units` and `as_count` check the lengths, which may be whole numbers.
             if allowed.whole == "never":
-                made.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
-        return made.at(count)
+                checked.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
+        return checked.at(count)
 
     def at(self, count: chex.Array) -> chex.Array:
-        """The value after `count` steps, an integer of 32 bits at least or a float.
+        """The value after `count` steps; the count is a float or an integer of 32 bits or more.
 
-        Fields are scalars, and NaN where they are out of their range.
+        Fields are scalars, and NaN if they are out of their range.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its value is")
+        raise NotImplementedError(f"{type(self).__name__} has no method at")
 
 
-def _is_ours(schedule: Any) -> bool:
-    """Whether nothing in a schedule is a function from elsewhere, which might not be traceable."""
-    inner = (getattr(schedule, f.name) for f in dataclasses.fields(schedule))
+def _is_compilable(schedule: Any) -> bool:
+    """Whether a schedule has no function of a user in it, which might not be traceable."""
+    fields = (getattr(schedule, f.name) for f in dataclasses.fields(schedule))
     return isinstance(schedule, _Compiled) and all(
-        _is_ours(x) for x in inner if isinstance(x, Schedule)
+        _is_compilable(x) for x in fields if isinstance(x, Schedule)
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(treedef: Any, constants: Any, arrays: Any, count: chex.Array) -> chex.Array:
+def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array) -> chex.Array:
     pairs = zip(constants, arrays, strict=True)
     schedule = treedef.unflatten([c if x is None else x for c, x in pairs])
     return schedule._checked_at(count)
 
 
 def _as_count(count: chex.Numeric) -> chex.Array:
-    """A count as an array of at least 32 bits, signed; one that JAX would cut to 32 is refused.
+    """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
 
-    Of an unsigned array, which may be traced, what is beyond all counts is the largest.
+    In an unsigned array, which may be traced, numbers beyond all counts become the largest count.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
-        wide = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
-        if x.dtype == object or (not wide and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)):
+        has_int64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+        if x.dtype == object or (not has_int64 and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)):
             raise ValueError(
                 f"a schedule is called with a count of steps, a number up to {LAST_COUNT}; "
                 f"got {count!r}"
@@ -164,27 +167,27 @@ def _as_count(count: chex.Numeric) -> chex.Array:
 
 
 class wrapped(Schedule):
-    """Any callable of the count as a schedule; the function is part of the structure."""
+    """A callable of the count as a schedule; the function is part of the structure."""
 
     function: Callable[[Any], Any] = static()
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
-        return _returned(self, self.function(count))
+        return _as_real_array(self, self.function(count))
 
     def __repr__(self) -> str:
         return repr(self.function)
 
 
-def _returned(rate: Any, value: Any) -> chex.Array:
-    """What a callable returned as a rate, as an array; what is no real number is refused."""
+def _as_real_array(rate: Any, value: Any) -> chex.Array:
+    """The result of a rate as an array, or an error if it is no real number."""
     try:
         x = None if value is None else jnp.asarray(value)
     except (TypeError, ValueError):
         x = None
     kinds = (jnp.integer, jnp.floating)
     if x is None or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
-        what = f"{value!r} of type {type(value).__name__}" if x is None else f"a {x.dtype.name}"
-        raise TypeError(f"a rate must be a real number, got {what} from {rate!r}")
+        came = f"{value!r} of type {type(value).__name__}" if x is None else f"a {x.dtype.name}"
+        raise TypeError(f"a rate must be a real number, got {came} from {rate!r}")
     return x
 
 
@@ -193,7 +196,7 @@ def _float(x: Any) -> chex.Array:
 
 
 def _product(factor: Number, x: chex.Array) -> chex.Array:
-    """`factor * x`, which for a factor of 0 is 0 also where `x` is too large for a float."""
+    """`factor * x`, and 0 for a factor of 0 even if `x` is infinite."""
     if not is_array(factor) and factor != 0:
         return factor * x
     return factor * jnp.where((factor == 0) & jnp.isinf(x), 0, x)
@@ -203,9 +206,9 @@ class _Units(NamedTuple):
     """A count, measured in units of so many steps.
 
     Attributes:
-      whole: the units that have passed, a float without a fraction.
-      part: how much of the next one has, in [0, 1), exactly 0 at a multiple.
-      left: how much of it is to come, in (0, 1].
+      whole: the number of units that have passed, a float without a fraction.
+      part: the fraction of the next unit that has passed, in [0, 1), exactly 0 at a multiple.
+      left: the fraction of it that is left, in (0, 1].
     """
 
     whole: chex.Array
@@ -218,22 +221,22 @@ class _Units(NamedTuple):
 
 
 def _units(count: chex.Array, steps: Number) -> _Units:
-    """A count in units of `steps`; exact for whole steps, of which a float may be too coarse.
+    """A count in units of `steps`, exact for whole steps, where floats may be too coarse.
 
-    A compiled quotient of floats is a product with a rounded reciprocal, so it may be a bit below
-    a whole number where the count is a multiple. An array of steps, which may be traced, is not
-    checked: 0 does what the least steps of its dtype do, and what is below makes NaN.
+    Compiled code divides floats by multiplying with a rounded reciprocal, so the quotient may be a
+    bit below a whole number although the count is a multiple. An array of steps, which may be
+    traced, is not checked: 0 does what the smallest steps of its dtype do, and less makes NaN.
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
             return _whole_units(count, int(steps))
         return _float_units(_float(count), _float(steps))
     if jnp.issubdtype(steps.dtype, jnp.integer) and jnp.issubdtype(count.dtype, jnp.integer):
-        both = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps.dtype, count.dtype))
+        common = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps.dtype, count.dtype))
     else:
-        both = None
-    if both is not None and jnp.iinfo(both).max >= jnp.iinfo(steps.dtype).max:
-        units = _whole_units(count.astype(both), jnp.maximum(steps, 1).astype(both))
+        common = None
+    if common is not None and jnp.iinfo(common).max >= jnp.iinfo(steps.dtype).max:
+        units = _whole_units(count.astype(common), jnp.maximum(steps, 1).astype(common))
     else:
         units = _float_units(_float(count), _float(steps))
     return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
@@ -241,7 +244,7 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 
 def _whole_units(count: chex.Array, steps: Any) -> _Units:
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
-        # No count gets there.
+        # No count is that large.
         part = _float(count) / float(steps)
         return _Units(jnp.zeros_like(part), part, 1 - part)
     whole = count // steps
@@ -251,30 +254,31 @@ def _whole_units(count: chex.Array, steps: Any) -> _Units:
 
 
 def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
-    """The same in floats: exact where products of `steps` with whole numbers are."""
+    """`_whole_units` in floats: exact if products of `steps` with whole numbers are exact."""
     steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
-    near = jnp.floor(count / steps)
-    near = jnp.where((near + 1) * steps <= count, near + 1, near)
-    whole = jnp.where(near * steps > count, near - 1, near)
-    # Of so many that they are infinite, no part counts.
+    # The quotient may be off by one.
+    quotient = jnp.floor(count / steps)
+    quotient = jnp.where((quotient + 1) * steps <= count, quotient + 1, quotient)
+    whole = jnp.where(quotient * steps > count, quotient - 1, quotient)
+    # With infinitely many units, the remainder would be NaN.
     part = jnp.where(jnp.isinf(whole), 0, (count - whole * steps) / steps)
     return _Units(whole, part, 1 - part)
 
 
 def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
-    """Whether `boundary < count`, compared as whole numbers where the count is one."""
+    """Whether `boundary < count`, compared as whole numbers if the count is an integer."""
     if not jnp.issubdtype(count.dtype, jnp.integer):
         return _float(boundary) < count
     limits = jnp.iinfo(count.dtype)
     if not is_array(boundary):
-        # No count is between a number and the whole number below.
+        # Rounding down is safe: no count lies between a number and the whole number below it.
         below = math.floor(boundary)
         if not limits.min <= below < limits.max:
             return jnp.full(count.shape, below < limits.min)
         return np.asarray(below, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
         return saturated(boundary, count.dtype) < count
-    # Floats from the end on are above all counts.
+    # Floats of `end` and above exceed all counts.
     boundary = boundary.astype(jnp.promote_types(boundary.dtype, jnp.float32))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
     most = np.nextafter(end, np.zeros_like(end))
@@ -282,15 +286,15 @@ def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
     return (below < count) & (boundary < end)
 
 
-def _point(boundary: Number) -> chex.Array:
-    """A boundary as an array: an integer where it can be one."""
+def _boundary_array(boundary: Number) -> chex.Array:
+    """A boundary as an array, an integer if possible."""
     if not is_array(boundary) and boundary == math.floor(boundary) and abs(boundary) <= LAST_COUNT:
         return jnp.asarray(int(boundary), jnp.int32)
     return jnp.asarray(boundary)
 
 
 class constant(_Compiled):
-    """The same value at every count; at least 0.
+    """The same value at every count, at least 0.
 
     >>> import adamjax
     >>> float(adamjax.constant(0.5)(7))
@@ -308,14 +312,14 @@ class constant(_Compiled):
 class inverse_time_decay(_Compiled):
     """`initial / (1 + decay_rate * count / decay_steps)`; `staircase` rounds the quotient down.
 
-    With `decay_steps=1` this is what the legacy option `decay` of Keras does, so the initial
-    rate may itself be a schedule, which is then multiplied.
+    With `decay_steps=1` this is the legacy option `decay` of Keras. There the initial rate may be a
+    schedule, so here too: the schedule is divided by the denominator.
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0; or a schedule.
-      decay_steps: steps per unit of decay, above 0.
+      decay_steps: the steps of a unit of decay, above 0.
       decay_rate: at least 0.
-      staircase: decay at whole multiples of `decay_steps` only.
+      staircase: whether to decay only at whole multiples of `decay_steps`.
 
     >>> import adamjax
     >>> float(adamjax.inverse_time_decay(1.0, decay_steps=1, decay_rate=0.25)(4))
@@ -347,9 +351,9 @@ class exponential_decay(_Compiled):
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0.
-      decay_steps: steps until the rate has been multiplied by `decay_rate` once, above 0.
+      decay_steps: the steps in which the rate is multiplied by `decay_rate` once, above 0.
       decay_rate: above 0.
-      staircase: decay at whole multiples of `decay_steps` only.
+      staircase: whether to decay only at whole multiples of `decay_steps`.
 
     >>> import adamjax
     >>> float(adamjax.exponential_decay(1.0, decay_steps=10, decay_rate=0.25)(5))
@@ -394,15 +398,15 @@ class piecewise_constant(_Compiled):
     values: Any
 
     def __post_init__(self) -> None:
-        times = FINITE._replace(whole="kept")
-        for name, allowed in (("boundaries", times), ("values", NON_NEGATIVE)):
-            given: Any = getattr(self, name)
-            if (is_array(given) and given.ndim == 0) or not isinstance(given, Iterable):
+        boundary_range = FINITE._replace(whole="kept")
+        for name, allowed in (("boundaries", boundary_range), ("values", NON_NEGATIVE)):
+            numbers: Any = getattr(self, name)
+            if (is_array(numbers) and numbers.ndim == 0) or not isinstance(numbers, Iterable):
                 raise TypeError(
-                    f"piecewise_constant: {name} must be a list of numbers, got {given!r}; a rate "
-                    "that never changes is constant(value)"
+                    f"piecewise_constant: {name} must be a list of numbers, got {numbers!r}; a "
+                    "rate that never changes is constant(value)"
                 )
-            items = enumerate(given)
+            items = enumerate(numbers)
             checked = tuple(self._checked(f"{name}[{i}]", x, allowed) for i, x in items)
             self.set_fields(**{name: checked})
         if len(self.values) != len(self.boundaries) + 1:
@@ -410,12 +414,12 @@ class piecewise_constant(_Compiled):
                 f"piecewise_constant: values must be one more than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
-        # Those mapped over have a shape, and their order is seen as they are called.
-        known = [
+        # Boundaries mapped over by `vmap` have a shape here; `at` checks the order of those.
+        floats = [
             None if isinstance(b, jax.core.Tracer) or np.ndim(b) else np.asarray(b, np.float64)
             for b in self.boundaries
         ]
-        for before, b in itertools.pairwise(known):
+        for before, b in itertools.pairwise(floats):
             if before is not None and b is not None and before >= b:
                 raise ValueError(
                     f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
@@ -427,7 +431,7 @@ class piecewise_constant(_Compiled):
         value = jnp.stack(values)[passed]
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
-                value = jnp.where(_is_before(_point(b), before), value, jnp.nan)
+                value = jnp.where(_is_before(_boundary_array(b), before), value, jnp.nan)
         return value
 
 
@@ -436,11 +440,11 @@ class polynomial_decay(_Compiled):
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0.
-      decay_steps: steps until the end is reached, above 0.
+      decay_steps: the steps until the end, above 0.
       end_learning_rate: the rate from then on, at least 0.
-      power: of the decay, above 0; 1 is a straight line.
-      cycle: rather than stay at the end, start again from the initial rate, with `decay_steps`
-        stretched to the next of its multiples.
+      power: above 0; 1 is a straight line.
+      cycle: whether to start again from the initial rate after the end, with `decay_steps`
+        stretched to its next multiple.
 
     >>> import adamjax
     >>> rate = adamjax.polynomial_decay(1.0, decay_steps=100, end_learning_rate=0.5)
@@ -467,19 +471,20 @@ class polynomial_decay(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
-        # What is left of the line: of the unit that the count is in, the first begins at 0.
+        # `left` is the fraction of the decay that is left. A count at the end of a cycle, which is
+        # part 0 of the next unit, has none left.
         if self.cycle:
             at_end = (units.part == 0) & (units.whole > 0)
             length = units.whole + (units.part > 0)
             left = jnp.where(at_end, 0, units.left) / jnp.maximum(length, 1)
         else:
             left = jnp.where(units.whole >= 1, 0, units.left)
-        falls = left**self.power
+        share = left**self.power
         if is_array(self.power):
-            # A traced power of 0 ends where the smallest does.
-            falls = jnp.where(left > 0, falls, 0 * falls)
+            # With a traced power of 0, the rate still reaches its end.
+            share = jnp.where(left > 0, share, 0 * share)
         span = self.initial_learning_rate - self.end_learning_rate
-        return self.end_learning_rate + span * falls
+        return self.end_learning_rate + span * share
 
 
 class cosine_decay(_Compiled):
@@ -489,7 +494,7 @@ class cosine_decay(_Compiled):
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0.
-      decay_steps: steps until the end is reached, above 0.
+      decay_steps: the steps until the end, above 0.
       alpha: the final rate as a fraction of the initial one, at least 0.
 
     >>> import adamjax
@@ -516,13 +521,13 @@ class cosine_decay(_Compiled):
 
 
 class warmup(_Compiled):
-    """A straight line from `start` to the schedule's first value, then the schedule from its 0.
+    """A straight line from `start` to the schedule's first value, then the schedule.
 
     This is the warm-up of `keras.optimizers.schedules.CosineDecay`, for any schedule.
 
     Args:
-      schedule: what follows: a float, an array or a schedule.
-      steps: length of the line, a whole number of at least 1; at count `steps` the schedule
+      schedule: the rate after the line: a float, an array or a schedule.
+      steps: the length of the line, a whole number of at least 1; at count `steps` the schedule
         is at its count 0.
       start: the rate at count 0, at least 0.
 
@@ -545,7 +550,7 @@ class warmup(_Compiled):
     def at(self, count: chex.Array) -> chex.Array:
         first = rate_at(self.schedule, jnp.zeros_like(count))
         steps = as_count("warmup: steps", self.steps, count.dtype)
-        # Of no steps the line is not read.
+        # With steps of 0 the line is never used; avoid 0/0 in it.
         length = _float(jnp.maximum(self.steps, 1))
         line = self.start + (first - self.start) * (_float(count) / length)
         later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
@@ -554,22 +559,22 @@ class warmup(_Compiled):
 
 
 class by_path(Data):
-    """A rate for each leaf: that of the first pattern which is found in the leaf's path.
+    """A rate for each leaf: that of the first pattern that matches the leaf's path.
 
     Rates are absolute, not factors (capreolus' `AdamMultilr` calls this `pattern_lrs`). Use it
     wherever a learning rate or a weight decay is expected.
 
     Args:
-      rules: pairs (pattern, rate), or a dictionary {pattern: rate}, in its order. A pattern is a
+      rules: pairs (pattern, rate), or a dictionary {pattern: rate} in that order. A pattern is a
         regular expression for `re.search`; the path of a leaf is its keys joined by slashes,
         like `"encoder/layers/0/kernel"`. A rate is a float or array of at least 0, or a schedule.
       default: the rate of a leaf that no pattern matches.
 
     Raises:
-      ValueError: by `init` of the transform whose rate this is, a pattern matches no leaf, or
-        none that earlier ones leave (one that matches all leaves may stand last). Leaves that are
-        `None` do not count; integer ones do. By `update` too, a pattern matches no leaf, where
-        those without a gradient do count. `adamjax.optional(pattern)` allows it.
+      ValueError: by `init` of the transform with this rate: a pattern matches no leaf, or earlier
+        ones match all of its leaves (but one that matches all leaves may stand last). Leaves that
+        are `None` do not count; integer ones do. By `update`: a pattern matches no leaf; here
+        leaves without a gradient count. `adamjax.optional(pattern)` allows both.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
@@ -611,20 +616,20 @@ class by_path(Data):
 
     def resolve(self, count: chex.Numeric) -> "by_path":
         """The same patterns with every schedule replaced by its value at the count."""
-        now = object.__new__(by_path)
-        now.set_fields(
+        resolved = object.__new__(by_path)
+        resolved.set_fields(
             patterns=self.patterns,
             values=tuple(rate_at(value, count) for value in self.values),
             default=rate_at(self.default, count),
         )
-        return now
+        return resolved
 
     def __repr__(self) -> str:
         rules = list(zip(self.patterns, self.values, strict=True))
         return f"by_path({rules!r}, default={self.default!r})"
 
 
-# Anything that gives a rate of at least 0: a number, an array, a callable of the count, by_path.
+# A rate of at least 0: a number, an array, a callable of the count, or by_path.
 Rate = float | chex.Array | Callable[[Any], Any] | by_path
 
 
@@ -639,7 +644,7 @@ def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
     if isinstance(value, type):
         raise TypeError(
             f"{name} must be a number or a callable of the count, got the class {value.__name__}: "
-            f"make one of it, {value.__name__}(...)"
+            f"make an instance, {value.__name__}(...)"
         )
     if callable(value):
         return wrapped(value)
@@ -652,47 +657,47 @@ def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
 
 
 def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
-    """The owner's field as a rate: checked, and any plain callable made a schedule."""
+    """The owner's field as a checked rate; a plain callable becomes a schedule."""
     return _as_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 
-# What the rounding of a function that ends at 0 leaves below it, for rates of up to 8: compiled,
-# `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
-_ROUNDED = 1e-6
+# A function that ends at 0 may end below it by rounding, by less than this for rates of up to 8:
+# compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
+_ROUNDING = 1e-6
 _RATE = Range("at least 0", lambda x: x >= 0)
 
 
 def rate_at(rate: Any, count: chex.Numeric) -> Any:
-    """The rate after `count` steps: a number or a scalar array; for `by_path`, one of numbers.
+    """The rate after `count` steps: a number or a scalar array, or `by_path` with such rates.
 
-    An array below 0 becomes NaN, but 0 where a callable returned what rounding leaves just below.
-    (Schedules that grow may become infinite.)
+    An array below 0 becomes NaN; but a result of a callable that rounding left just below 0 becomes
+    0. (Schedules that grow may become infinite.)
 
     Raises:
-      TypeError, ValueError: a callable returned what is no real number, or no scalar.
+      TypeError, ValueError: a callable returned something else than a real scalar.
     """
     if isinstance(rate, by_path):
         return rate.resolve(count)
     value = rate
     if callable(rate):
-        value = _returned(rate, rate(count))
+        value = _as_real_array(rate, rate(count))
         if not isinstance(rate, _Compiled):
-            value = jnp.where((value < 0) & (value >= -_ROUNDED), 0, value)
+            value = jnp.where((value < 0) & (value >= -_ROUNDING), 0, value)
     if np.ndim(value) != 0:
-        who = f" from {rate!r}" if callable(rate) else ""
+        source = f" from {rate!r}" if callable(rate) else ""
         raise ValueError(
-            f"a rate must be a scalar, got one of shape {np.shape(value)}{who}; "
+            f"a rate must be a scalar, got one of shape {np.shape(value)}{source}; "
             "to train with many rates at once, map over the transform with jax.vmap"
         )
-    # Those of this module are at least 0, as what they are made of is.
+    # The schedules of this module are at least 0, because their numbers are.
     return value if isinstance(rate, _Compiled) else ranged(value, _RATE)
 
 
 def rates_at(owner: str, rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:
-    """The rate of every leaf after `count` steps; one object for all leaves of one rule."""
-    now = rate_at(rate, count)
-    if isinstance(now, by_path):
+    """The rate of every leaf after `count` steps; the same object for all leaves of one pattern."""
+    value = rate_at(rate, count)
+    if isinstance(value, by_path):
         paths = leaf_paths(tree)
-        expect_present(f"{owner}: by_path", now.patterns, tree, paths)
-        return [now.at(path) for path in paths]
-    return [now] * len(flatten(tree)[0])
+        expect_present(f"{owner}: by_path", value.patterns, tree, paths)
+        return [value.at(path) for path in paths]
+    return [value] * len(flatten(tree)[0])

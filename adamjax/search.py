@@ -1,4 +1,4 @@
-"""Which indices of a batch are distinct, and where each stands among them."""
+"""Finds the distinct indices of a batch, and the position of each index among them."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ __all__ = ["distinct", "distinct_of_each"]
 
 
 def distinct(ids: chex.Array, num_rows: int) -> tuple[chex.Array, chex.Array]:
-    """The distinct ids, filled up with `num_rows`, and the place of each id among them.
+    """Returns the distinct ids, padded with `num_rows`, and the position of each id among them.
 
     Args:
-      ids: int32[n] in `[0, num_rows]`.
+      ids: int32[n] in `[0, num_rows]`; `num_rows` stands for no row.
 
     Returns:
-      int32[n] and int32[n]; the place of `num_rows` is n.
+      int32[n] and int32[n]; the position of `num_rows` is n.
     """
     return distinct_of_each([ids], [num_rows])[0]
 
@@ -32,17 +32,17 @@ def distinct_of_each(
 ) -> list[tuple[chex.Array, chex.Array]]:
     """`distinct` for several tables in one search."""
     ids = [everywhere(x) for x in ids]
-    found = [(x, jnp.full_like(x, x.size)) for x in ids]
-    there = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
-    for several in _together(there, num_rows):
-        rows, own = tuple(num_rows[i] for i in several), tuple(ids[i] for i in several)
-        for i, pair in zip(several, _distinct(rows, own), strict=True):
-            found[i] = pair
-    return found
+    results = [(x, jnp.full_like(x, x.size)) for x in ids]
+    not_empty = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
+    for group in _groups(not_empty, num_rows):
+        group_rows, group_ids = tuple(num_rows[i] for i in group), tuple(ids[i] for i in group)
+        for i, pair in zip(group, _distinct(group_rows, group_ids), strict=True):
+            results[i] = pair
+    return results
 
 
-def _together(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
-    """Tables by how many can be searched at once: as many as have int32 numbers for their rows."""
+def _groups(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
+    """Groups of tables to search at once. An int32 must be able to number the rows of a group."""
     groups: list[list[int]] = []
     for i in tables:
         if not groups or sum(num_rows[j] + 1 for j in (*groups[-1], i)) > np.iinfo(np.int32).max:
@@ -51,113 +51,117 @@ def _together(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]
     return groups
 
 
-# Jitted, JAX traces it once for all tables and steps of these sizes; inline, it leaves no trace.
+# With jit, JAX traces it once for all tables and steps of these sizes; inline hides the call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _distinct(
     num_rows: tuple[int, ...], ids: tuple[chex.Array, ...]
 ) -> list[tuple[chex.Array, chex.Array]]:
-    """As `distinct_of_each`. The rows of a table are numbered after those of the one before.
+    """`distinct_of_each` for one group, whose rows are numbered consecutively.
 
-    One number between two tables stands for no row, so each table keeps its places in the order
-    of the numbers too.
+    After the rows of each table there is a number that stands for no row of it. So if all numbers
+    are sorted, the ids of each table still lie together.
     """
-    own = _Segments(tuple(x.size for x in ids), num_rows)
-    first_rows = own.at_places(np.array(own.first_rows, np.int32))
+    segments = _Segments(tuple(x.size for x in ids), num_rows)
+    first_rows = segments.for_each_id(np.array(segments.first_rows, np.int32))
     numbers = jnp.concatenate(ids) + first_rows
-    by_scratch = functools.partial(_by_scratch, own)
-    by_sort = functools.partial(_by_sort, own)
-    rows, places = sum(num_rows), numbers.size
-    if rows <= _SCRATCH_ROWS * places:
-        found, position = jax.lax.platform_dependent(numbers, tpu=by_sort, default=by_scratch)
-    elif rows > _SCRATCH_ROWS_ON_GPU * places:
-        found, position = by_sort(numbers)
+    by_scratch = functools.partial(_by_scratch, segments)
+    by_sort = functools.partial(_by_sort, segments)
+    total_rows, total_ids = sum(num_rows), numbers.size
+    if total_rows <= _SCRATCH_ROWS * total_ids:
+        distinct_ids, position = jax.lax.platform_dependent(
+            numbers, tpu=by_sort, default=by_scratch
+        )
+    elif total_rows > _SCRATCH_ROWS_ON_GPU * total_ids:
+        distinct_ids, position = by_sort(numbers)
     else:
-        found, position = jax.lax.platform_dependent(
+        distinct_ids, position = jax.lax.platform_dependent(
             numbers, cuda=by_scratch, rocm=by_scratch, default=by_sort
         )
-    ends = np.cumsum(own.sizes)[:-1]
-    return list(zip(jnp.split(found - first_rows, ends), jnp.split(position, ends), strict=True))
+    arrays = distinct_ids - first_rows, position
+    ends = np.cumsum(segments.sizes)[:-1]
+    return list(zip(*(jnp.split(x, ends) for x in arrays), strict=True))
 
 
-# Rows of a table for each id, up to which it is cheaper to clear an int32 a row than to sort:
-# at 1M rows and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms.
-# A TPU sorts fast and scatters single numbers slowly. A GPU clears 134 MB, for 8,192 ids the most
-# here, in 0.05 ms at 3 TB/s; searching the sorted ids is a loop of dozens of kernels.
+# Up to so many rows for each id, it is cheaper to clear an int32 per row than to sort: at 1M rows
+# and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms. A TPU sorts
+# fast and scatters single numbers slowly. A GPU clears 134 MB, the most here for 8,192 ids, in
+# 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of dozens of kernels.
 _SCRATCH_ROWS = 512
 _SCRATCH_ROWS_ON_GPU = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segments:
-    """Where tables lie in arrays of their places and of their rows' numbers, one after another.
+    """The segments of a group's tables, in the array of all ids and in the numbers of all rows.
 
     Attributes:
-      sizes: the places of each table.
-      num_rows: its rows.
+      sizes: the number of ids of each table.
+      num_rows: the number of rows of each table.
     """
 
     sizes: tuple[int, ...]
     num_rows: tuple[int, ...]
 
     @property
-    def first_places(self) -> list[int]:
+    def first_ids(self) -> list[int]:
         return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
 
     @property
     def first_rows(self) -> list[int]:
         return [sum(self.num_rows[:i]) + i for i in range(len(self.num_rows))]
 
-    def at_places(self, of_tables: Any) -> Any:
-        """For each place the number of its table; that of the only one as it is."""
+    def for_each_id(self, of_tables: Any) -> Any:
+        """A number per table as one per id; of a single table the scalar."""
         if len(self.sizes) == 1:
             return of_tables[0]
         return of_tables[np.repeat(np.arange(len(self.sizes)), self.sizes)]
 
     @property
     def no_row(self) -> Any:
-        """At each place, the number that stands for no row of its table."""
+        """For each id, the number that stands for no row of its table."""
         last = np.add(self.first_rows, self.num_rows)
-        return self.at_places(last.astype(np.int32))
+        return self.for_each_id(last.astype(np.int32))
 
     def positions(self, flags: chex.Array) -> chex.Array:
-        """The flagged places of each table, numbered from 0."""
+        """Numbers the flagged ids of each table from 0."""
         total = jnp.cumsum(flags.astype(jnp.int32))
         if len(self.sizes) == 1:
             return total - 1
         before = jnp.concatenate([jnp.zeros(1, jnp.int32), total[np.cumsum(self.sizes[:-1]) - 1]])
-        return total - 1 - self.at_places(before)
+        return total - 1 - self.for_each_id(before)
 
     def packed(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
-        """The flagged ids of each table at their positions, and behind them that of no row."""
-        start = self.at_places(np.array(self.first_places, np.int32))
+        """The flagged ids of each table at their positions, followed by its number for no row."""
+        start = self.for_each_id(np.array(self.first_ids, np.int32))
         target = jnp.where(flags, start + position, ids.size)
         empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), ids.shape)
         return empty.at[target].set(ids, mode="drop", unique_indices=True)
 
     def or_none(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
-        """Positions, and the places of a table where there is no row."""
-        return jnp.where(is_row, position, self.at_places(np.array(self.sizes, np.int32)))
+        """The positions; for an id without a row the size of its table's segment."""
+        return jnp.where(is_row, position, self.for_each_id(np.array(self.sizes, np.int32)))
 
 
-def _by_scratch(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Every id notes in its row's slot where it stands; the first to do so stands for the row."""
-    n, rows = ids.size, own.first_rows[-1] + own.num_rows[-1]
-    place = jax.lax.iota(jnp.int32, n)
-    if len(own.sizes) > 1:
-        ids = jnp.where(ids == own.no_row, rows, ids)
-    slots = jnp.full(rows, n, jnp.int32).at[ids].min(place, mode="drop")
-    first = slots.at[ids].get(mode="fill", fill_value=n)
-    position = own.positions(first == place)
-    found = own.packed(ids, first == place, position)
+def _by_scratch(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Finds the first of equal ids by an array with an entry for each row."""
+    n, rows = ids.size, segments.first_rows[-1] + segments.num_rows[-1]
+    number = jax.lax.iota(jnp.int32, n)
+    if len(segments.sizes) > 1:
+        ids = jnp.where(ids == segments.no_row, rows, ids)
+    scratch = jnp.full(rows, n, jnp.int32).at[ids].min(number, mode="drop")
+    first = scratch.at[ids].get(mode="fill", fill_value=n)
+    is_first = first == number
+    position = segments.positions(is_first)
+    distinct_ids = segments.packed(ids, is_first, position)
     position = position.at[first].get(mode="fill", fill_value=0)
-    return found, own.or_none(position, first < n)
+    return distinct_ids, segments.or_none(position, first < n)
 
 
-def _by_sort(own: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
+def _by_sort(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
     ordered = jax.lax.sort(ids)
-    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    new = new & (ordered != own.no_row)
-    found = own.packed(ordered, new, own.positions(new))
-    start = own.at_places(np.array(own.first_places, np.int32))
-    position = jnp.searchsorted(found, ids).astype(jnp.int32) - start
-    return found, own.or_none(position, ids != own.no_row)
+    is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    is_new = is_new & (ordered != segments.no_row)
+    distinct_ids = segments.packed(ordered, is_new, segments.positions(is_new))
+    start = segments.for_each_id(np.array(segments.first_ids, np.int32))
+    position = jnp.searchsorted(distinct_ids, ids).astype(jnp.int32) - start
+    return distinct_ids, segments.or_none(position, ids != segments.no_row)

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies on a mesh of devices: as its parameters do, or split besides."""
+"""Shardings of an optimizer's state on a mesh: like its parameters, or split over an axis."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ class ShardedState(NamedTuple):
     """State of `shard_state`.
 
     Attributes:
-      inner: the state of the inner transform, its slots split over the axis.
+      inner: the state of the inner transform, with its slots split over the axis.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> mesh = jax.sharding.Mesh(jax.devices(), "data")
@@ -40,7 +40,7 @@ class ShardedState(NamedTuple):
     inner: Any
 
 
-# The axes that split each dimension of an array, as far as that is known.
+# The mesh axes that split each dimension of an array; `None` if none does or it is unknown.
 Spec = tuple[Any, ...]
 
 
@@ -53,16 +53,16 @@ def _spec(x: Any) -> Spec:
 
 
 def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None = None) -> Any:
-    """How an optimizer's state is to be split on a mesh: each slot as its parameter.
+    """The shardings of an optimizer's state on a mesh: each slot is split like its parameter.
 
-    For `jax.jit(tx.init, out_shardings=...)`, for the `out_shardings` of a step, and to restore a
-    checkpoint onto. Numbers are on all devices. What `exact_rows` knows of each row is split as
-    the rows of its table; under `shard_state`, slots are split over its axis besides.
+    Use them in `jax.jit(tx.init, out_shardings=...)`, in the `out_shardings` of a step, and to
+    restore a checkpoint. Numbers are on all devices. The record that `exact_rows` has of each row
+    is split like the rows of its table. Under `shard_state`, slots are also split over its axis.
 
     Args:
-      tx: an optimizer; parts from elsewhere, such as optax's, are followed too.
-      params: the parameters; arrays, or `jax.ShapeDtypeStruct`, whose `NamedSharding` counts.
-        One without is on all devices.
+      tx: an optimizer; states of other libraries' transforms, such as optax's, are split too.
+      params: the parameters; arrays, or `jax.ShapeDtypeStruct`. A parameter without a
+        `NamedSharding` is on all devices.
       mesh: a `jax.sharding.Mesh`.
       memory_kind: the memory for slots, like `"pinned_host"`; `None`: the devices' own. A step
         has to fetch them from there, as `shard_state` does.
@@ -88,10 +88,10 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
 def _placed(
     tx: Transform, params: Tree, state: Any, specs: Sequence[Spec], mesh: Any, kind: str | None
 ) -> Any:
-    """How the arrays of a state are to be split, by how those of its parameters' slots are."""
+    """The shardings of a state, given the split of the slots of each parameter."""
     leaves, treedef = flatten(params)
     paths = leaf_paths(params)
-    sharded = [part.tx for part in find(shard_state, tx)]
+    shard_states = [part.tx for part in find(shard_state, tx)]
 
     def along(spec: Spec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
@@ -101,18 +101,18 @@ def _placed(
 
     def slots(tree: Tree) -> Tree:
         def slot(x: Any, p: Any, spec: Spec) -> Any:
-            alike = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
-            return along(spec) if alike else everywhere(x)
+            is_like = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
+            return along(spec) if is_like else everywhere(x)
 
         return treedef.unflatten(map(slot, flatten(tree)[0], leaves, specs))
 
     def other(x: Any) -> Any:
         if isinstance(x, ShardedState):
-            return ShardedState(sharded.pop(0).placed(x.inner, params, kind))
+            return ShardedState(shard_states.pop(0).placed(x.inner, params, kind))
         if isinstance(x, ExactRowsState):
             tables = {
-                path: everywhere(known)._replace(last=along(specs[paths.index(path)][:1]))
-                for path, known in x.tables.items()
+                path: everywhere(table)._replace(last=along(specs[paths.index(path)][:1]))
+                for path, table in x.tables.items()
             }
             inner = map_like_params(params, slots, other, x.inner)
             return ExactRowsState(inner, everywhere(x.clock), tables, everywhere(x.rings))
@@ -124,30 +124,29 @@ def _placed(
 
 
 class shard_state(Transform):
-    """Splits an optimizer's state over replicas, which hold the parameters in full (ZeRO-1).
+    """Splits an optimizer's state over replicas that each have all parameters (ZeRO-1).
 
-    Every moment and average is split along its longest dimension that the number of devices on
-    the axis divides; one without such a dimension stays whole on all devices. Gradients are
-    split as the state is, each device moves its part, and the updates are gathered; whatever is
-    computed of all gradients, such as a norm, is that of all. The result is that of the inner
-    transform up to the order of sums, and a device holds 1/N of the state.
+    Every moment and average is split along the longest of its dimensions that the number of devices
+    on the axis divides. Slots that cannot be split evenly stay whole on all devices. Gradients are
+    split like the state, each device updates its share, and the updates are gathered. A norm is
+    computed over all gradients. The result is that of the inner transform up to the order of sums,
+    and a device holds 1/N of the state.
 
-    For arrays of the whole mesh, in `jit`; not within `shard_map`. Where the gradients are sums
-    over a batch that is split over the axis, a compiler may make one reduce-scatter of the sum and
-    the split, as that for TPUs does; `value_and_grad` asks for it on every platform. Rows of tables
-    pass as they are.
+    Use it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums
+    over a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum
+    and the split; `value_and_grad` asks for it on every platform. Row gradients are not split.
     (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
 
     Args:
       tx: the optimizer.
       mesh: a `jax.sharding.Mesh` with the axis.
       axis: its name, or a tuple of several.
-      memory_kind: where the state lies between steps: `"pinned_host"` keeps it in the host's
-        memory, from where each step fetches it. `None`: in the devices' own.
+      memory_kind: the memory for the state between steps. `"pinned_host"` keeps it in the host's
+        memory, and each step fetches it from there. `None`: the devices' own.
 
-    The state is a `ShardedState`. `jax.jit(tx.init)(params)` makes no array that is not split. A
-    parameter that is itself split over other axes stays so on a mesh with explicit axes; with
-    automatic axes it is taken to be whole on all devices.
+    The state is a `ShardedState`. `jax.jit(tx.init)(params)` creates each array already split. On a
+    mesh with explicit axes, a parameter that is split over other axes stays split; on a mesh with
+    automatic axes every parameter counts as whole on all devices.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> mesh = jax.sharding.Mesh(jax.devices(), "data")
@@ -178,7 +177,7 @@ class shard_state(Transform):
             self.set_fields(axis=tuple(self.axis))
         if missing := [name for name in self._axes if name not in self.mesh.axis_names]:
             raise ValueError(
-                f"shard_state: axis {missing[0]!r} is none of the mesh, which has "
+                f"shard_state: the mesh has no axis {missing[0]!r}, it has "
                 f"{list(self.mesh.axis_names)}"
             )
 
@@ -191,37 +190,40 @@ class shard_state(Transform):
         return (self.axis,) if isinstance(self.axis, str) else self.axis
 
     @property
-    def _count(self) -> int:
+    def _num_devices(self) -> int:
         return math.prod(self.mesh.shape[name] for name in self._axes)
 
-    def _whole(self, x: Any) -> Spec:
-        """How a parameter is split by itself: by the type of its value, or else not at all."""
+    def _own_split(self, x: Any) -> Spec:
+        """The split of a parameter without this transform: that of its type, or else none."""
         return (None,) * np.ndim(x) if explicit(x) is None else _spec(x)
 
     def split(self, x: Any) -> Spec:
-        """How a slot is split: as its parameter, and its longest dimension over the axis."""
-        spec, shape = self._whole(x), np.shape(x)
+        """The split of a slot: that of its parameter, with its longest dimension over the axis."""
+        spec, shape = self._own_split(x), np.shape(x)
         if set(self._axes) & {name for axes in spec for name in _names(axes)}:
             return spec
-        free = [i for i, n in enumerate(shape) if spec[i] is None and n and n % self._count == 0]
+        free = [
+            i for i, n in enumerate(shape) if spec[i] is None and n and n % self._num_devices == 0
+        ]
         if not free:
             return spec
         longest = max(free, key=lambda i: shape[i])
         return (*spec[:longest], self.axis, *spec[longest + 1 :])
 
-    def _laid(self, tree: Tree, like: Tree, spec_of: Callable[[Any], Spec]) -> Tree:
-        """A tree with its dense leaves split by what `spec_of` says of the leaves of another."""
+    def _split_like(self, tree: Tree, like: Tree, spec_of: Callable[[Any], Spec]) -> Tree:
+        """A tree with its dense leaves split by `spec_of` of the leaves of `like`."""
 
-        def laid(x: Any, p: Any) -> Any:
+        def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
             return on_devices(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
 
         leaves, treedef = flatten(tree)
-        return treedef.unflatten(laid(x, p) for x, p in zip(leaves, flatten(like)[0], strict=True))
+        pairs = zip(leaves, flatten(like)[0], strict=True)
+        return treedef.unflatten(split(x, p) for x, p in pairs)
 
     def placed(self, inner: Any, params: Tree, kind: str | None = None) -> Any:
-        """How the arrays of the inner transform's state are to be split."""
+        """The shardings of the inner transform's state."""
         splits = [self.split(p) for p in flatten(params)[0]]
         return _placed(self.tx, params, inner, splits, self.mesh, kind or self.memory_kind)
 
@@ -232,10 +234,10 @@ class shard_state(Transform):
             inner = self.tx.init(params)
             return ShardedState(jax.tree.map(on_devices, inner, self.placed(inner, params)))
 
-        absent = jax.core.Tracer | jax.ShapeDtypeStruct | None
-        if all(isinstance(p, absent) for p in flatten(params)[0]):
+        without_values = jax.core.Tracer | jax.ShapeDtypeStruct | None
+        if all(isinstance(p, without_values) for p in flatten(params)[0]):
             return make(params)
-        # Jitted, so that no slot is ever whole on a device.
+        # Under `jit` no slot is ever whole on a device.
         return jax.jit(make, out_shardings=state_shardings(self, params, self.mesh))(params)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -245,35 +247,36 @@ class shard_state(Transform):
             kind = self.mesh.devices.flat[0].default_memory().kind
             inner = jax.tree.map(on_devices, inner, self.placed(inner, whole, kind))
         leaves = matched("shard_state", "grads", updates, whole, "params")
-        updates = self._laid(flatten(whole)[1].unflatten(leaves), whole, self.split)
+        updates = self._split_like(flatten(whole)[1].unflatten(leaves), whole, self.split)
         if params is not None:
-            params = self._laid(params, whole, self.split)
+            params = self._split_like(params, whole, self.split)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
         inner = jax.tree.map(on_devices, inner, self.placed(inner, whole))
-        return self._laid(updates, whole, self._whole), ShardedState(inner)
+        return self._split_like(updates, whole, self._own_split), ShardedState(inner)
 
     def value_and_grad(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False
     ) -> Callable[..., Any]:
-        """`jax.value_and_grad` with the batch over the axis and gradients split as the state is.
+        """`jax.value_and_grad` with the batch split over the axis and gradients split like slots.
 
-        Each device differentiates the loss of its part of the batch; the gradients are averaged
-        by a reduce-scatter, so that no device ever holds their sum.
+        Each device differentiates the loss of its share of the batch. A reduce-scatter averages the
+        gradients, so no device ever holds their whole sum.
 
         Args:
-          loss_fn: `loss_fn(params, *args)`: a mean over the batch, which is the first dimension
-            of every array in args, divided by the number of devices.
-          has_aux: whether it returns `(loss, aux)`. Floats of aux are averaged over the devices, as
-            the loss is. An array that is longer for a larger batch, in its first dimension, has
-            something of each example: it comes back for the whole batch, in any dtype.
+          loss_fn: `loss_fn(params, *args)`: a mean over the batch. The batch is the first dimension
+            of every array in args, and the number of devices divides it.
+          has_aux: whether it returns `(loss, aux)`. Floats of aux are averaged over the devices,
+            like the loss. An array whose first dimension grows with the batch has an entry for each
+            example: it is returned for the whole batch, in any dtype.
 
         Returns:
           A function `(params, *args) -> (value, grads)`; value is `(loss, aux)` with `has_aux`.
           The gradient of a leaf that is no float is `None`.
 
         Raises:
-          ValueError: by the call: a batch does not divide over the devices; something in aux is
-            neither of an example nor a float, such as a count, of which each device has another.
+          ValueError: by the call: the batch does not divide over the devices; a leaf of aux is
+            neither a float nor an array of examples, such as a count, which differs from device to
+            device.
           TypeError: a leaf of params is no array.
         """
 
@@ -281,11 +284,11 @@ class shard_state(Transform):
         def function(params: Tree, *args: Any) -> Any:
             expect_arrays("shard_state", params)
             for x in jax.tree.leaves(args):
-                if np.ndim(x) == 0 or np.shape(x)[0] % self._count:
+                if np.ndim(x) == 0 or np.shape(x)[0] % self._num_devices:
                     raise ValueError(
                         f"shard_state: an argument of the loss has the shape {np.shape(x)}; "
-                        f"expected a batch that divides over the {self._count} devices of axis "
-                        f"{self.axis!r}; close over what is no batch"
+                        f"expected a batch that divides over the {self._num_devices} devices of "
+                        f"axis {self.axis!r}; let the loss close over all other arrays"
                     )
             leaves, treedef = flatten(params)
             splits = [self.split(p) for p in leaves]
@@ -299,20 +302,21 @@ class shard_state(Transform):
                 g = jax.lax.psum_scatter(
                     g, self.axis, scatter_dimension=split.index(self.axis), tiled=True
                 )
-                return g / self._count
+                return g / self._num_devices
 
             def mean(x: Any) -> Any:
                 return jax.lax.pmean(x, self.axis)
 
-            def own(params: Tree, *args: Any) -> Any:
+            def on_one_device(params: Tree, *args: Any) -> Any:
                 call = Call("shard_state", loss_fn, (params, *args), {}, 0, has_aux)
                 value, grads = call.value_and_grad()
                 loss, extra = value if has_aux else (value, ())
-                flags = _of_examples(call, extra)
-                found, structure = jax.tree.flatten(extra)
+                flags = _are_per_example(call, extra)
+                extra_leaves, structure = jax.tree.flatten(extra)
                 aux[:] = structure, flags
-                examples = [x for x, flag in zip(found, flags, strict=True) if flag]
-                means = [mean(x) for x, flag in zip(found, flags, strict=True) if not flag]
+                pairs = list(zip(extra_leaves, flags, strict=True))
+                examples = [x for x, per_example in pairs if per_example]
+                means = [mean(x) for x, per_example in pairs if not per_example]
                 grads = treedef.unflatten(map(reduced, flatten(grads)[0], splits))
                 return mean(loss), examples, means, grads
 
@@ -322,46 +326,46 @@ class shard_state(Transform):
             whole, batch = PartitionSpec(), PartitionSpec(self.axis)
             out = whole, batch, whole, treedef.unflatten(map(over_axis, splits))
             into = whole, *[batch] * len(args)
-            mapped = per_device(own, self.mesh, set(self._axes), into, out)
+            mapped = per_device(on_one_device, self.mesh, set(self._axes), into, out)
             loss, examples, means, grads = mapped(params, *args)
             structure, flags = aux
-            rest = {True: iter(examples), False: iter(means)}
-            extra = structure.unflatten([next(rest[flag]) for flag in flags])
+            outputs = {True: iter(examples), False: iter(means)}
+            extra = structure.unflatten([next(outputs[flag]) for flag in flags])
             return (loss, extra) if has_aux else loss, grads
 
         return function
 
 
-def _of_examples(call: Call, aux: Tree) -> list[bool]:
-    """Which leaves of a loss' aux hold something of each example; of the others, floats alone.
+def _are_per_example(call: Call, aux: Tree) -> list[bool]:
+    """Whether each leaf of a loss' aux has an entry for each example; others must be floats.
 
-    Shapes tell: those of examples grow with the batch. So where there are others than scalars,
-    the loss is traced once more, with twice the batch.
+    The shapes of such leaves grow with the batch. So if aux has arrays that are no scalars, the
+    loss is traced once more with twice the batch.
     """
     pairs = jax.tree_util.tree_flatten_with_path(aux)[0]
     shapes = [_shape(x) for _, x in pairs]
     longer = _shapes_of_twice(call) if any(shapes) else shapes
-    found = []
+    flags = []
     for (path, x), one, two in zip(pairs, shapes, longer, strict=True):
         name = f"aux[{jax.tree_util.keystr(path, simple=True, separator='/')!r}]"
         if one != two and two != tuple(2 * n if i == 0 else n for i, n in enumerate(one)):
             raise ValueError(
                 f"shard_state: {name} is {described(x)}, and of shape {list(two)} with twice the "
-                "batch: expected what it has of each example in its first dimension"
+                "batch: expected an entry for each example in its first dimension"
             )
         if one == two and (not is_arraylike(x) or is_left_alone(x)):
             raise ValueError(
-                f"shard_state: {name} is {described(x)}, of which each device has its own: "
-                "expected a float, of which the mean over devices is taken, or an array that has "
-                "something of each example in its first dimension. For a count give the mean of "
+                f"shard_state: {name} is {described(x)}, which differs from device to device: "
+                "expected a float, which is averaged over the devices, or an array with an entry "
+                "for each example in its first dimension. Instead of a count return a mean of "
                 "floats, as in jnp.mean(right.astype(float))"
             )
-        found.append(one != two)
-    return found
+        flags.append(one != two)
+    return flags
 
 
 def _shapes_of_twice(call: Call) -> list[tuple[int, ...]]:
-    """The shapes in a loss' aux with twice the batch."""
+    """The shapes of the leaves of a loss' aux with twice the batch."""
 
     def twice(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((2 * np.shape(x)[0], *np.shape(x)[1:]), dtype_of(x))
@@ -371,9 +375,9 @@ def _shapes_of_twice(call: Call) -> list[tuple[int, ...]]:
         _, aux = jax.eval_shape(call.loss_fn, params, *jax.tree.map(twice, args))
     except Exception as error:
         raise ValueError(
-            "shard_state: aux has arrays, and which of them have something of each example shows "
-            "with twice the batch, which the loss does not take: let it take batches of any size, "
-            "or give scalars"
+            "shard_state: aux has arrays, and to see which of them have an entry for each example "
+            "the loss is traced with twice the batch, which failed: let it take batches of any "
+            "size, or return scalars in aux"
         ) from error
     return list(map(_shape, jax.tree.leaves(aux)))
 

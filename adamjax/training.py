@@ -1,4 +1,4 @@
-"""A train step in one line."""
+"""A function that makes a jitted train step of a loss and an optimizer."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from adamjax.transform import Transform, as_transform
 __all__ = ["train_step"]
 
 
-def _exact(tx: Transform, state: Any, params: Tree) -> list[Part]:
+def _exact_parts(tx: Transform, state: Any, params: Tree) -> list[Part]:
     """Every `exact_rows` in a transform, with its state and the parameters that it sees."""
     parts = find(exact_rows, tx, state, params)
 
@@ -27,18 +27,18 @@ def _exact(tx: Transform, state: Any, params: Tree) -> list[Part]:
     states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
     if len(parts) < len(list(states)):
         raise ValueError(
-            "train_step: exact_rows stands inside of a transform from elsewhere, where it cannot "
-            "be followed, so the loss would read rows that lag behind: put it into "
-            "adamjax.chain, masked or partition in place of optax's, which take optax's transforms"
+            "train_step: exact_rows is inside another library's transform, where train_step cannot "
+            "find it, so the loss would read rows that lag behind: use adamjax.chain, masked or "
+            "partition in place of optax's; they take optax's transforms"
         )
     return parts
 
 
 class TrainStep(Generic[P, Args, Value]):
-    """A jitted train step, which has what functions of `jax.jit` have, such as `lower`.
+    """A jitted train step, with the attributes of functions of `jax.jit`, such as `lower`.
 
-    Where JAX refuses an argument before it traces the step, the error names the parameter that is
-    no array.
+    If JAX refuses an argument before it traces the step, the error names the parameter that is no
+    array.
     """
 
     def __init__(self, jitted: Any) -> None:
@@ -82,24 +82,25 @@ def train_step(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     **jit_options: Any,
 ) -> TrainStep[P, Args, Value]:
-    """A jitted train step, which donates parameters and state.
+    """A jitted train step that donates parameters and state.
 
     Args:
-      loss_fn: `loss_fn(params, *args, **kwargs)`, one real float; a pair of it and any tree of
-        arrays with `has_aux`. Leaves of params that are no floats (integers, keys) stay as they
+      loss_fn: `loss_fn(params, *args, **kwargs)` returns one real float; with `has_aux` a pair of
+        it and any tree of arrays. Leaves of params that are no floats (integers, keys) stay as they
         are.
-      tx: an optimizer, ours or optax's. Where `exact_rows` is in it, alone or anywhere in a
-        chain, wrapper, mask or partition of ours, rows are read up to date.
-      tables: patterns of leaves that get row gradients, as of `adamjax.value_and_grad`; not for
-        `exact_rows`, which has them.
-      strict: as of `adamjax.value_and_grad`.
-      rounding: how bfloat16 weights are rounded, as of `adamjax.apply_updates`.
+      tx: an optimizer of adamjax or optax. If `exact_rows` is in it, alone or anywhere in adamjax's
+        chains, wrappers, masks or partitions, the loss reads rows that are up to date.
+      tables: patterns of leaves that get row gradients, as in `adamjax.value_and_grad`; leave them
+        out with `exact_rows`, which names its tables itself.
+      strict: as in `adamjax.value_and_grad`.
+      rounding: how bfloat16 weights are rounded, as in `adamjax.apply_updates`.
       **jit_options: further arguments of `jax.jit`, such as `out_shardings` or
-        `static_argnames`; `donate_argnums=()` keeps what came.
+        `static_argnames`; `donate_argnums=()` donates nothing.
 
     Returns:
       A function `(params, state, *args, **kwargs) -> (params, state, value)`, where value is the
-      loss, or `(loss, aux)` with `has_aux`. It has what functions of `jax.jit` have, `lower` too.
+      loss, or `(loss, aux)` with `has_aux`. It has the attributes of functions of `jax.jit`, such
+      as `lower`.
 
     Raises:
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model.
@@ -118,7 +119,7 @@ def train_step(
     tx = as_transform(tx)
 
     def step(params: Tree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        exact, extra = _exact(tx, state, params), {}
+        exact, extra = _exact_parts(tx, state, params), {}
         if exact:
             if tables is not None:
                 raise ValueError(

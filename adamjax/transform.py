@@ -1,4 +1,4 @@
-"""What a transform is: a pair of functions and their hyperparameters, made of parts."""
+"""The base classes of transforms, checks of their states, and the wrapper of foreign ones."""
 
 import copy
 import dataclasses
@@ -48,12 +48,11 @@ else:
 class Transform(Data, _Pair):
     """A gradient transform: two pure functions, `init` and `update`, and their hyperparameters.
 
-    A subclass is a frozen dataclass and a pytree whose leaves are its hyperparameters. It
-    unpacks as the pair `init, update = tx`, works where optax's transforms work, and takes any
-    of those in a `chain`.
+    A subclass is a frozen dataclass and a pytree whose leaves are its hyperparameters. It unpacks
+    as the pair `init, update = tx` and works where optax's transforms work; a `chain` takes both.
 
-    Everywhere, a leaf whose gradient is `None`, of dtype float0, integer or boolean is left
-    alone: nothing of its state moves, and `apply_updates` does not move its parameter.
+    Every transform leaves a leaf alone whose gradient is `None`, of dtype float0, integer or
+    boolean: its state does not change, and `apply_updates` does not move its parameter.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> class sign(adamjax.Transform):
@@ -76,48 +75,48 @@ class Transform(Data, _Pair):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         """The updates, in the gradients' structure, shapes and dtypes, and the next state.
 
-        The arguments have optax' names: `updates` are the gradients that come in.
+        The arguments are named as in optax: `updates` are the gradients.
         """
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def check_state(self, state: Any) -> None:
-        """Refuses a state from which this transform cannot go on; each part checks its own."""
+        """Refuses a state that this transform cannot continue from; each part checks its own."""
 
-    # Whether an element whose gradient is zero keeps that gradient, whatever the others are.
+    # Whether the update of an element with a gradient of zero is always zero.
     keeps_zero: ClassVar[bool] = False
 
     @property
     def groupable(self) -> bool:
         """Whether several leaves may be stored end to end in one array, as `grouped` does.
 
-        They may where an element's update does not depend on the path, the shape or the other
-        elements of its leaf. It may depend on sums over all leaves.
+        They may if an element's update does not depend on the path, the shape or the other elements
+        of its leaf. It may depend on sums over all leaves.
         """
         return bool(self.parts) and all(part.groupable for part in self.parts)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        """Scalars (s, w) with which this transform turns an update u of a leaf into s * u + w * p.
+        """Scalars (s, w) such that this transform turns an update u of a leaf into s * u + w * p.
 
         Args:
-          state: its state before the step; `None` asks whether there are such scalars at all.
-          leaf: the leaf's place in `params`.
+          state: its state before the step; `None` only asks whether there are such scalars.
+          leaf: the leaf's index in `params`.
           real: the dtype of the scalars.
 
         Returns:
-          The pair, w the number 0 where it is always 0; `None` if it does something else.
+          The pair, with the number 0 for a w that is always 0; `None` if there is no such pair.
         """
         return None
 
     def kinds(self, params: Tree) -> list[Any]:
-        """For each leaf a hashable value: elements of leaves with equal ones are treated alike."""
+        """A hashable value for each leaf; leaves with equal values are treated alike."""
         count = len(flatten(params)[0])
         return [None] * count if self.groupable else list(range(count))
 
     def resolve_masks(self, params: Tree) -> Self:
         """This transform with bools in place of its mask functions, at any depth.
 
-        A mask that is a function of shapes would decide otherwise where the rows that a step works
-        on stand in place of the table, so it is called once with the whole parameters.
+        `exact_rows` passes rows in place of a table, and for these a mask function of shapes could
+        return something else. So mask functions are called once, with the whole parameters.
         """
         parts = self.parts
         new = [x.resolve_masks(seen) for x, _, seen in self.children(None, params)]
@@ -129,33 +128,33 @@ class Transform(Data, _Pair):
         """Names of hyperparameters, its own or those of parts, that must be Python floats."""
         return frozenset()
 
-    # Whether it only hands each leaf's gradient to its parts, one after another, as a chain does.
+    # Whether it only passes each leaf's gradient through its parts, as a chain does.
     only_routes: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple["Transform", ...]:
         """The transforms in the fields of this one, in the order of the fields."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        several = (value if isinstance(value, tuple) else (value,) for value in values)
-        return tuple(x for each in several for x in each if isinstance(x, Transform))
+        tuples = (value if isinstance(value, tuple) else (value,) for value in values)
+        return tuple(x for values in tuples for x in values if isinstance(x, Transform))
 
     def with_parts(self, parts: Sequence["Transform"]) -> Self:
-        """This transform with others in place of its parts; nothing is checked."""
-        rest = iter(parts)
+        """This transform with other parts; nothing is checked."""
+        new_parts = iter(parts)
 
-        def swapped(value: Any) -> Any:
+        def replaced(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(map(swapped, value))
-            return next(rest) if isinstance(value, Transform) else value
+                return tuple(map(replaced, value))
+            return next(new_parts) if isinstance(value, Transform) else value
 
-        made = copy.copy(self)
-        made.set_fields(
-            **{f.name: swapped(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        new = copy.copy(self)
+        new.set_fields(
+            **{f.name: replaced(getattr(self, f.name)) for f in dataclasses.fields(self)}
         )
-        return made
+        return new
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        """The states of the parts, in their order, or an error if the state is another's."""
+        """The states of the parts, in order, or an error if the state is another transform's."""
         return (state,) * len(self.parts)
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
@@ -170,14 +169,14 @@ class Transform(Data, _Pair):
           params: the parameters that this transform sees; `None` leaves those of the parts open.
         """
         parts = self.parts
-        nothing = (None,) * len(parts)
-        states = nothing if state is None else self.part_states(state)
-        seen = nothing if params is None else self.part_params(params)
-        return tuple(map(Part, parts, states, seen))
+        unknown = (None,) * len(parts)
+        states = unknown if state is None else self.part_states(state)
+        params_seen = unknown if params is None else self.part_params(params)
+        return tuple(map(Part, parts, states, params_seen))
 
     @property
     def must_be_last(self) -> bool:
-        """Whether nothing may follow in a chain."""
+        """Whether it must be the last transform of a chain."""
         return any(part.must_be_last for part in self.parts)
 
     @property
@@ -187,9 +186,9 @@ class Transform(Data, _Pair):
 
     @property
     def has_foreign(self) -> bool:
-        """Whether a transform from elsewhere is a part of this, at any depth.
+        """Whether it has a part, at any depth, that is another library's transform.
 
-        Its state may take on the dtype of what it is given, so that must not be widened.
+        The state of such a part may take on the dtype of its updates, so they must not be widened.
         """
         return any(part.has_foreign for part in self.parts)
 
@@ -205,7 +204,7 @@ class Stateless(Transform):
 
 
 class foreign(Transform):
-    """A pair of functions from elsewhere, such as an optax transform, as a part of a chain."""
+    """Another library's pair of functions as a transform, such as one of optax."""
 
     init_fn: Callable[..., Any] = static()
     update_fn: Callable[..., Any] = static()
@@ -218,29 +217,28 @@ class foreign(Transform):
         return self.init_fn(params)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        taken = inspect.signature(self.update_fn).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            extra_args = {name: arg for name, arg in extra_args.items() if name in taken}
-        rows = [
-            i for i, g in enumerate(flatten(updates)[0]) if isinstance(g, RowGradient | RowMoves)
-        ]
+        parameters = inspect.signature(self.update_fn).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            extra_args = {name: arg for name, arg in extra_args.items() if name in parameters}
+        before = flatten(updates)[0]
+        rows = [i for i, g in enumerate(before) if isinstance(g, RowGradient | RowMoves)]
         if not rows:
             return self.update_fn(updates, state, params, **extra_args)
-        before, path = flatten(updates)[0], leaf_paths(updates)[rows[0]]
+        path = leaf_paths(updates)[rows[0]]
         try:
             updates, state = self.update_fn(updates, state, params, **extra_args)
             after = flatten(updates)[0]
-            passed = len(after) == len(before) and all(after[i] is before[i] for i in rows)
+            unchanged = len(after) == len(before) and all(after[i] is before[i] for i in rows)
         except Exception as error:
             raise self._cannot_take(path) from error
-        if not passed:
+        if not unchanged:
             raise self._cannot_take(path)
         return updates, state
 
     def _cannot_take(self, path: str) -> TypeError:
         return TypeError(
-            f"{self!r} cannot take row gradients, and grads[{path!r}] is one: to it, row indices "
-            "are gradients like all others. Use adamjax's own transform, keep it from this leaf "
+            f"{self!r} cannot take row gradients, and grads[{path!r}] is one: it would change the "
+            "row indices like gradients. Use adamjax's own transform, keep it from this leaf "
             "with optax.masked, or give it the dense gradient (to_dense)"
         )
 
@@ -249,7 +247,7 @@ class foreign(Transform):
 
 
 def expect_state(owner: Transform, state: Any, kind: type) -> None:
-    """Refuses a state that another transform made, or whose counts are no counts any more."""
+    """Refuses a state of another transform, or one whose counts are no integer scalars."""
     if not isinstance(state, kind):
         raise TypeError(
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
@@ -260,29 +258,29 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
-    """Refuses what is no scalar of this kind in a state, or an integer of fewer bits than 32."""
+    """Refuses a number in a state that is no scalar of this kind, or a narrow integer."""
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         wanted = "int32" if kind is jnp.integer else "float32"
         came = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         raise ValueError(
             f"{type(owner).__name__}: the state's {name} is {came}, expected {wanted}[]: only "
-            f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and map over a "
-            "state with a leading axis by jax.vmap"
+            f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and for a state with "
+            "a leading axis use jax.vmap"
         )
 
 
 def expect_empty(owner: Transform, state: Any) -> None:
-    """Refuses a state where there is none."""
+    """Refuses any state but an empty one."""
     if not isinstance(state, tuple | None) or state:
         raise TypeError(
-            f"{type(owner).__name__}: the state is a {type(state).__name__}, expected (): it keeps "
-            "nothing, so this is the state of another transform"
+            f"{type(owner).__name__}: the state is a {type(state).__name__}, expected (): it has "
+            "no state, so this is the state of another transform"
         )
 
 
 def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
-    """A state that is the tuple of the states of all parts, or an error."""
+    """A state as the tuple of the states of all parts, or an error if it is no such tuple."""
     expect_state(owner, state, tuple)
     if len(state) != len(owner.parts):
         raise ValueError(
@@ -297,7 +295,7 @@ _COUNTS = {"count", "micro_count", "skipped", "clock"}
 
 
 def as_transform(tx: Any) -> Transform:
-    """A transform of ours as it is; any other `(init, update)` pair wrapped as one."""
+    """An adamjax transform as it is; any other `(init, update)` pair wrapped as one."""
     if isinstance(tx, Transform):
         return tx
     try:
@@ -312,7 +310,13 @@ def as_transform(tx: Any) -> Transform:
     return foreign(init, update)
 
 
-# --- what a chain may join ------------------------------------------------------------------------
+# --- what a chain may merge -----------------------------------------------------------------------
+
+
+def _is_newest(kind: type, name: str, base: type) -> bool:
+    """Whether a class has a method of its own, and no `update` that is newer than that."""
+    newest = next(cls for cls in kind.__mro__ if {name, "update"} & set(vars(cls)))
+    return newest is not base and name in vars(newest)
 
 
 def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
@@ -326,6 +330,11 @@ class Scaling(Transform):
     keeps_zero = True
 
     @property
+    def has_factors(self) -> bool:
+        """Whether the updates are those times the factors; not so where `update` says otherwise."""
+        return _is_newest(type(self), "factors", Scaling)
+
+    @property
     def reads_updates(self) -> bool:
         """Whether the scalars depend on what they multiply."""
         return False
@@ -335,7 +344,7 @@ class Scaling(Transform):
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        if self.reads_updates:
+        if self.reads_updates or not self.has_factors:
             return None
         if state is None:
             return 1, 0
@@ -350,7 +359,7 @@ class Scaling(Transform):
         try:
             factors, state = self.factors(updates, state)
         except ValueError:
-            # Of a tree of another structure, that is the error that helps.
+            # If the updates have another structure than the parameters, say that instead.
             if params is not None:
                 matched(type(self).__name__, "grads", updates, params, "params")
             raise
@@ -358,34 +367,40 @@ class Scaling(Transform):
 
 
 class Rule(Transform):
-    """Base class of the rules, whose updates end in a factor.
+    """Base class of rules, which turn gradients into a direction, uphill, element by element.
 
-    A chain puts the factors of a scaling that follows into the rule's own: one multiplication
-    and one rounding less an element, and less to compile.
+    A subclass has `init`, and `update` or `step`. With `step`, a chain multiplies the rule's own
+    factor by those of a scaling that follows: this saves a multiplication and a rounding for each
+    element, and compiles faster.
     """
 
     groupable = True
 
+    @property
+    def has_step(self) -> bool:
+        """Whether the factors of a scaling that follows go into this rule's own."""
+        return _is_newest(type(self), "step", Rule)
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
-        raise NotImplementedError(f"{type(self).__name__} has no step")
+        raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
     def coast(self) -> Coast | None:
-        """How it moves an element without a gradient; `None`: not in a way that `exact_rows` knows.
+        """How it moves an element without a gradient; `None` if `exact_rows` cannot do the same.
 
-        A rule that has a `coast` has a `momentum_coefficient` as well.
+        A rule with a `coast` has a `momentum_coefficient` too.
         """
         return None
 
     def with_wide_slots(self) -> "Rule":
-        """This rule for slots in float32 or wider, where its own are narrower.
+        """This rule with slots in float32 in place of narrower ones.
 
         `exact_rows` brings slots up to date in float32, takes the step, and rounds them once.
         """
         return self
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
-        """The factor of m / x in the step that is taken from this state; see `Coast`.
+        """The factor of m / x in the next step from this state; see `Coast`.
 
         Args:
           state: the state of the rule before the step.
@@ -407,5 +422,5 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
 
     if not isinstance(factors, list):
         return product(factors)
-    made = {id(factor): product(factor) for factor in factors}
-    return [made[id(factor)] for factor in factors]
+    by_id = {id(factor): product(factor) for factor in factors}
+    return [by_id[id(factor)] for factor in factors]

@@ -1,29 +1,19 @@
 """Everything, with one command: dense, rows, compile, memory and models, then the report.
 
-Each suite runs in a process of its own, one after another, on what JAX finds: TPU, GPU or CPU. One
-that fails is told at the end, and the others run. Keep the machine quiet meanwhile; on a small one
-this takes an hour or two.
+Each suite runs in a process of its own, one after another, on what JAX finds: TPU, GPU or CPU.
+Where one fails the others run, and the last line names it. Keep the machine quiet meanwhile; on a
+small one this takes an hour or two.
 """
 
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.measure import RESULTS, ROOT, device
 
-__all__ = ["SUITES", "main"]
-
-# name: what makes a quick run quick.
-SUITES = {
-    "dense": ["--sittings", "1", "--rounds", "2"],
-    "rows": ["--sittings", "1", "--rounds", "2", "--grid-rounds", "2"],
-    "compile": ["--rounds", "2"],
-    "memory": [],
-    "models": ["--sittings", "1", "--rounds", "2"],
-}
+SUITES = ("dense", "rows", "compile", "memory", "models")
 
 
 def main(argv: list[str]) -> int:
@@ -38,20 +28,14 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     default = ROOT / "build" / "quick" if args.quick else RESULTS / device(quick=True).platform
-    folder = args.out or default
-    began, failed = time.perf_counter(), []
-    for suite, few in SUITES.items():
-        minutes = (time.perf_counter() - began) / 60
-        print(f"\n--- {suite}, after {minutes:.0f} minutes ---", flush=True)
-        options = ["--quick", *few] if args.quick else []
-        command = [sys.executable, "-m", "benchmarks", suite, *options]
+    folder, failed = args.out or default, []
+    for suite in SUITES:
+        print(f"\n--- {suite} ---", flush=True)
+        command = [sys.executable, "-m", "benchmarks", suite, *["--quick"] * args.quick]
         if subprocess.run([*command, "--out", str(folder / f"{suite}.json")]).returncode:
             failed.append(suite)
-    print()
     report.main([str(folder)])
     if failed:
-        told = ", ".join(failed)
-        print(
-            f"failed: {told}; what the report says of them, if anything, is older", file=sys.stderr
-        )
+        line = f"failed: {', '.join(failed)}; the report has their older results, if any"
+        print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -2,7 +2,7 @@
 
 A figure that was measured in rounds has a median and quartiles. Where the quartile ranges of two
 results overlap, the difference is within the noise; where they do not, and each is of five rounds
-or more, it is told as a change. What has no spread (bytes, bounds) changed or did not.
+or more, it is a change. What has no spread (bytes, bounds) changed or did not.
 """
 
 import json
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "compared", "figures", "loaded", "verdict"]
+from benchmarks.tables import Results, machine, origin
 
 # Quartiles of fewer rounds say little about the next round.
 ENOUGH = 5
-TOO_FEW = "apart, but too few rounds to tell"
+TOO_FEW = "beyond the noise, but of too few rounds"
 
-# Parts of a figure's name that tell what more of it means.
+# Parts of a figure's name that say what more of it means.
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
 # What is no figure, but how it was measured.
@@ -37,7 +37,7 @@ class Figure:
       name: where it stands, from the outside in.
       value: the median if it has a spread; a bound's `holds` is a number too.
       quartiles: the range; `None` if it has none.
-      rounds: how often it was measured; 0 if nobody says.
+      rounds: how often it was measured; 0 if that is not known.
     """
 
     name: tuple[str, ...]
@@ -45,25 +45,31 @@ class Figure:
     quartiles: tuple[float, float] | None = None
     rounds: int = 0
 
+    def __str__(self) -> str:
+        if isinstance(self.value, bool | str):
+            return str(self.value)
+        text = f"{self.value:.4g}" if isinstance(self.value, float) else f"{self.value:,}"
+        return text + (" ({:.4g} to {:.4g})".format(*self.quartiles) if self.quartiles else "")
 
-def loaded(path: Path) -> dict[str, Any]:
+
+def loaded(path: Path) -> Results:
     """A suite's results, or an error that says what is wrong with the file."""
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a suite's results: {error}") from None
-    if not isinstance(found, dict) or "suite" not in found:
+    if not isinstance(results, dict) or "suite" not in results:
         raise ValueError(f"{path}: not a suite's results: it does not say of which suite")
-    return found
+    return results
 
 
 def _identity(row: dict[str, Any]) -> str:
-    """What tells a row of a list from the others: its texts."""
-    found: list[str] = []
+    """What distinguishes a row of a list from the others: its texts."""
+    texts: list[str] = []
     for key, x in row.items():
-        if isinstance(x, str) and key != "theirs" and not any(x in y for y in found):
-            found.append(x)
-    return ", ".join(found)
+        if isinstance(x, str) and key != "theirs" and not any(x in y for y in texts):
+            texts.append(x)
+    return ", ".join(texts)
 
 
 def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
@@ -85,7 +91,7 @@ def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
         yield Figure(name, node, None, rounds)
 
 
-def figures(results: dict[str, Any]) -> dict[tuple[str, ...], Figure]:
+def figures(results: Results) -> dict[tuple[str, ...], Figure]:
     """All figures of a suite's results, whatever its shape, by name."""
     rounds = results.get("rounds", 0) * results.get("sittings", 1)
     return {figure.name: figure for figure in _walk(results, (), rounds)}
@@ -107,38 +113,14 @@ def verdict(a: Figure, b: Figure) -> str:
     return "more" if more else "less"
 
 
-def _where(results: dict[str, Any]) -> str:
-    env = results.get("environment", {})
-    commit = f"commit {env['commit']}" if env.get("commit") else "commit not known"
-    versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items())
-    device = env.get("device", "device not known")
-    cores = f", {env['cores']} cores" if env.get("platform") == "cpu" else ""
-    return f"{device}{cores}; {versions}; {commit}, {env.get('date', 'date not known')}"
-
-
-def _shown(figure: Figure) -> str:
-    if isinstance(figure.value, bool | str):
-        return str(figure.value)
-    text = f"{figure.value:.4g}" if isinstance(figure.value, float) else f"{figure.value:,}"
-    if figure.quartiles:
-        text += " ({:.4g} to {:.4g})".format(*figure.quartiles)
-    return text
-
-
-def _change(a: Any, b: Any) -> float:
+def _factor(a: Any, b: Any) -> float:
     """b by a; 1 where that means nothing."""
     if isinstance(a, bool | str) or isinstance(b, bool | str) or not (a and b and b / a > 0):
         return 1.0
     return b / a
 
 
-def _device(results: dict[str, Any]) -> tuple[Any, ...]:
-    env = results.get("environment", {})
-    cores = env.get("cores") if env.get("platform") == "cpu" else None
-    return env.get("platform"), env.get("device"), cores
-
-
-def compared(old: dict[str, Any], new: dict[str, Any], everything: bool = False) -> str:
+def compared(old: Results, new: Results, everything: bool = False) -> str:
     """What changed from the old results to the new ones, as text.
 
     Args:
@@ -158,26 +140,23 @@ def compared(old: dict[str, Any], new: dict[str, Any], everything: bool = False)
             "one of these is a quick run, which works on tiny sizes: its times say nothing about "
             "the other's"
         )
-    lines = [f"{old['suite']}, from A to B", f"A: {_where(old)}", f"B: {_where(new)}"]
-    if _device(old) != _device(new):
+    lines = [f"{old['suite']}, from A to B", f"A: {origin(old)}", f"B: {origin(new)}"]
+    if machine(old) != machine(new):
         lines.append("THE DEVICES DIFFER: what follows is about the machines as much as the code.")
     if old.get("quick"):
         lines.append("Quick runs: tiny sizes, whose times mean little.")
     before, after = figures(old), figures(new)
     common = [name for name in before if name in after]
     verdicts = {name: verdict(before[name], after[name]) for name in common}
-    shown = [
-        name
-        for name, what in verdicts.items()
-        if everything or what not in ("same", "within the noise")
-    ]
-    by = {name: _change(before[name].value, after[name].value) for name in shown}
+    factors = {name: _factor(before[name].value, after[name].value) for name in common}
+    unchanged = () if everything else ("same", "within the noise")
+    changed = [name for name in common if verdicts[name] not in unchanged]
     # What was measured in enough rounds first, and of that the largest change.
-    shown.sort(key=lambda name: (verdicts[name] == TOO_FEW, -abs(math.log(by[name]))))
-    for name in shown:
-        a, b = before[name], after[name]
-        times = "" if by[name] == 1 else f", {by[name]:.3g} times"
-        lines.append(f"  {verdicts[name]:10} {' / '.join(name)}: {_shown(a)} -> {_shown(b)}{times}")
+    changed.sort(key=lambda name: (verdicts[name] == TOO_FEW, -abs(math.log(factors[name]))))
+    for name in changed:
+        times = "" if factors[name] == 1 else f", {factors[name]:.3g} times"
+        values = f"{before[name]} -> {after[name]}{times}"
+        lines.append(f"  {verdicts[name]:10} {' / '.join(name)}: {values}")
     for label, ours, others in (("A", before, after), ("B", after, before)):
         if missing := [name for name in ours if name not in others]:
             first = "; ".join(" / ".join(name) for name in missing[:3])
@@ -185,7 +164,7 @@ def compared(old: dict[str, Any], new: dict[str, Any], everything: bool = False)
             lines.append(f"  only in {label}: {first}{more}")
     counts = ", ".join(f"{n} {what}" for what, n in Counter(verdicts.values()).most_common())
     lines.append(f"{len(common)} figures: {counts or 'none in common'}.")
-    if any(SLOWER & set(name) for name in shown):
+    if any(SLOWER & set(name) for name in changed):
         lines.append(
             "A ratio is taken within a round: it stands where the machine as a whole was faster or "
             "slower."

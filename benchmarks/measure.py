@@ -1,4 +1,8 @@
-"""What every suite measures with: medians and their spread, bandwidth, where it ran, JSON."""
+"""What every suite measures with: medians and ratios, the memory's bandwidth, where it ran.
+
+Importing this module does not import JAX: a process that starts workers must not take a device
+that only one process at a time can use.
+"""
 
 import contextlib
 import importlib.metadata
@@ -11,34 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "RESULTS",
-    "ROOT",
-    "Device",
-    "bandwidth",
-    "bound",
-    "commit",
-    "copied",
-    "device",
-    "environment",
-    "fraction",
-    "installed",
-    "progress",
-    "rounded",
-    "save",
-    "say",
-    "spread",
-    "tell_bounds",
-    "timed",
-]
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+Rounds = Sequence[dict[str, float]]
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -49,6 +34,15 @@ def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def seconds_per_step(
+    run: Callable[[int], Any], seconds: float, most: int = 50, least: int = 1
+) -> float:
+    """A sample: the mean over as many steps as last some seconds, after one that is not timed."""
+    first = timed(lambda: run(1))
+    steps = max(least, min(most, round(seconds / first)))
+    return timed(lambda: run(steps)) / steps
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
@@ -62,79 +56,56 @@ def rounded(samples: Sequence[float]) -> dict[str, float]:
     return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
 
 
+def in_all(rounds: Rounds, names: Sequence[str] | None = None) -> list[str]:
+    """The names that every round has a sample of, in the order of `names` or of the first round."""
+    return [n for n in names or rounds[0] if all(n in samples for samples in rounds)]
+
+
+def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
+    """The spread of each contender's seconds, in milliseconds unless the scale says otherwise."""
+    return {n: rounded([scale * samples[n] for samples in rounds]) for n in names}
+
+
+def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any]:
+    """The spread of one contender's time by that of each other, taken within a round."""
+    return {n: rounded([x[own] / x[n] for x in rounds]) for n in names if n != own}
+
+
 def bound(what: str, asked: str, limit: float, value: float | None) -> dict[str, Any]:
-    """What is asked, "at least" or "at most", and whether what was measured (`None`: not) holds."""
+    """Whether a figure is "at least" or "at most" a limit; the value is `None` if not measured."""
     holds = None
     if value is not None:
         holds = value >= limit if asked == "at least" else value <= limit
     return {"what": what, "asked": f"{asked} {limit:g}", "measured": value, "holds": holds}
 
 
-def tell_bounds(found: Sequence[dict[str, Any]]) -> None:
-    """Prints bounds."""
-    for row in found:
-        verdict = {None: "      ", True: "holds ", False: "FAILS "}[row["holds"]]
-        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
-        print(f"  {verdict} {row['what']}: {row['asked']}; {measured}")
-
-
-@contextlib.contextmanager
-def progress(total: int, unit: str = "sample") -> Iterator[Any]:
-    """A progress bar on stderr, where that is a terminal; `update(n)` moves it on."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, unit=unit, disable=None, leave=False) as bar:
-        yield bar
-
-
-def say(text: str) -> None:
-    """Prints a line at once, above a progress bar if there is one."""
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode():
-        print(text, flush=True)
-
-
 # --- the device, and the limit that its memory sets -----------------------------------------------
 
-# Float32 numbers, 512 MB: no cache holds a tenth of them. And the seconds a sample should last.
-LARGE, SAMPLE = 2**27, 0.05
 
-
-def copied(elements: int = LARGE, samples: int = 15) -> list[float]:
-    """Samples of the bytes a second that JAX's first device moves: see `bandwidth`."""
-    import jax
-    import jax.numpy as jnp
-
-    scale = jax.jit(lambda x, factor: x * factor, donate_argnums=0)
-    # A factor that the compiler knows would leave nothing to do.
-    held, one = jnp.zeros(elements, jnp.float32), jnp.float32(1)
-
-    def run(times: int) -> None:
-        nonlocal held
-        for _ in range(times):
-            held = scale(held, one)
-        held.block_until_ready()
-
-    run(3)
-    times = max(1, round(SAMPLE / timed(lambda: run(1))))
-    return [8 * elements * times / timed(lambda: run(times)) for _ in range(samples)]
-
-
-def bandwidth(elements: int = LARGE, samples: int = 15) -> dict[str, float]:
-    """Bytes a second between memory and JAX's first device: median and quartiles.
+def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
+    """Samples of the bytes a second that JAX's first device reads and writes.
 
     A jitted `x * factor` over a float32 array far larger than any cache; counted are the bytes
     read and the bytes written, 8 an element. The array is donated, so that the result is written
     where the argument was, as a donated step writes its parameters and moments. (Into a new array
     would be slower, and no limit to such a step: a CPU reads what it is about to overwrite, and
-    maps fresh memory.) On a CPU, XLA uses all its threads.
-
-    Args:
-      elements: of the array.
-      samples: how many, each the mean over several passes that last 0.05 s or more.
+    maps fresh memory.) A sample is the mean over passes that last 0.05 s or more.
     """
-    return spread(copied(elements, samples))
+    import jax
+    import jax.numpy as jnp
+
+    scale = jax.jit(lambda x, factor: x * factor, donate_argnums=0)
+    # An argument, as XLA would remove a multiplication by a constant 1.
+    array, one = jnp.zeros(elements, jnp.float32), jnp.float32(1)
+
+    def run(passes: int) -> None:
+        nonlocal array
+        for _ in range(passes):
+            array = scale(array, one)
+        array.block_until_ready()
+
+    run(3)
+    return [8 * elements / seconds_per_step(run, 0.05, most=1000) for _ in range(samples)]
 
 
 def fraction(
@@ -147,28 +118,28 @@ def fraction(
     Args:
       least_bytes: that any such step must move, however it is written.
       ms: the step's times, median and quartiles.
-      bandwidth: the device's, as of `bandwidth`; its median sets the limit.
+      bandwidth: the device's, in bytes a second; its median sets the limit.
     """
     limit = 1e3 * least_bytes / bandwidth["median"]
-    times = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}
-    return {name: float(f"{limit / x:.4g}") for name, x in times.items()}
+    slow_first = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}
+    return {name: float(f"{limit / x:.4g}") for name, x in slow_first.items()}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What JAX finds, as a process told that has ended since.
+    """What JAX finds here.
 
     Attributes:
       platform: "cpu", "gpu", "tpu" or another.
-      memory: bytes of the device's own memory; `None` on a CPU, or where nobody tells.
-      torch: whether torch is here and runs on it; on another device it is no contender.
-      copied: samples of the bandwidth in bytes a second.
+      memory: bytes of the device's own memory; `None` on a CPU, or where JAX does not know.
+      torch: whether torch is installed and runs on the device; else it is no contender.
+      bandwidth: samples in bytes a second.
     """
 
     platform: str = "cpu"
     memory: int | None = None
     torch: bool = True
-    copied: tuple[float, ...] = ()
+    bandwidth: tuple[float, ...] = ()
 
     @property
     def exclusive(self) -> bool:
@@ -181,12 +152,10 @@ class Device:
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.platform == "cpu" else {}
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **hidden}
 
-    def add_bandwidth(self, results: dict[str, Any], quick: bool = False) -> None:
-        """Puts the bandwidth into the results: the samples from before and as many from now.
-
-        A quick run makes do with those from before.
-        """
-        results["bandwidth"] = rounded(self.copied + (() if quick else device().copied))
+    def add_bandwidth(self, results: dict[str, Any]) -> None:
+        """Puts the bandwidth into results: samples from before, and unless quick as many anew."""
+        after = () if results["quick"] else device().bandwidth
+        results["bandwidth"] = rounded(self.bandwidth + after)
 
 
 def device(quick: bool = False) -> Device:
@@ -202,37 +171,33 @@ def device(quick: bool = False) -> Device:
         check=True,
     )
     about = json.loads(done.stdout.splitlines()[-1])
-    return Device(**{**about, "copied": tuple(about["copied"])})
+    return Device(**{**about, "bandwidth": tuple(about["bandwidth"])})
 
 
-def _about(quick: bool) -> dict[str, Any]:
+def _this_device(quick: bool) -> dict[str, Any]:
     import jax
 
     first = jax.devices()[0]
-    stats = None if first.platform == "cpu" else first.memory_stats()
-    torch = importlib.util.find_spec("torch") is not None and first.platform in ("cpu", "gpu")
+    memory = None if first.platform == "cpu" else (first.memory_stats() or {}).get("bytes_limit")
+    torch = bool(installed("torch")) and first.platform in ("cpu", "gpu")
     if torch and first.platform == "gpu":
         import torch as library
 
         torch = library.cuda.is_available()
-    return {
-        "platform": first.platform,
-        "memory": (stats or {}).get("bytes_limit"),
-        "torch": torch,
-        "copied": copied(2**22, 3) if quick else copied(),
-    }
+    samples = bandwidth_samples(2**22, 3) if quick else bandwidth_samples()
+    return {"platform": first.platform, "memory": memory, "torch": torch, "bandwidth": samples}
 
 
 # --- where it ran ---------------------------------------------------------------------------------
 
 
-def _processor() -> str:
-    try:
+def processor() -> str:
+    """The name of the CPU."""
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        for line in (line for line in lines if line.startswith("model name")):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def commit(root: Path = ROOT) -> str | None:
@@ -254,22 +219,25 @@ def commit(root: Path = ROOT) -> str | None:
         return None
 
 
-def installed(*packages: str) -> list[str]:
-    """Those that are."""
-    return [name for name in packages if importlib.util.find_spec(name)]
+def installed(*modules: str) -> list[str]:
+    """Those modules that can be imported."""
+    return [name for name in modules if importlib.util.find_spec(name)]
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Where and with what a suite ran."""
+    """Where and with what a suite ran; packages that are not installed are left out."""
     import jax
 
-    first = jax.devices()[0]
+    first, versions = jax.devices()[0], {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "platform": first.platform,
-        "device": _processor() if first.platform == "cpu" else first.device_kind,
+        "device": processor() if first.platform == "cpu" else first.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -284,4 +252,4 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_about("--quick" in sys.argv)))
+    print(json.dumps(_this_device("--quick" in sys.argv)))

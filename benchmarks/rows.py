@@ -1,41 +1,32 @@
-"""One table's step by the rows it read: exact, lazy and dense, against those who do the like.
+"""One table's step by the rows it read: exact, lazy and dense, against other packages' steps.
 
-Each contender takes its steps in a process of its own, in turn with the others. A sample is the
-mean of a few steps after one that is not timed; a ratio is taken within a round, from samples
-that lie next to each other in time, and who goes first changes from round to round. Where all
-tables do not fit in memory at once, the contenders come one after another instead, and a round is
-what has the same number with each. The main cases (1M rows of 64, 8,192 indices and more) get more
-rounds, those with the most indices a quarter of them, and their processes are started anew several
-times: where arrays come to lie in memory moves a step's time by a tenth.
-
-Each time is also given as a fraction of the limit that the device's bandwidth sets, measured before
-and after: the least bytes that the step must move (`contenders.least_bytes`), over the bytes a
-second. Where only one process at a time can use the device, as a TPU, all contenders share one.
-
-Every step gets other indices, 32 batches in rotation, so that its rows are not in the cache and
-lag behind by various numbers of steps. The dense gradient, the row gradient and torch's sorting of
-its sparse gradient are part of the step; the gradient's rows are given.
+Each contender takes its steps in a process of its own, in turn with the others; where all tables do
+not fit in memory at once, the contenders come one after another, and a round is what has the same
+number with each. Every step gets other indices, 32 batches in rotation, so that its rows are not in
+the cache and lag behind by various numbers of steps. The dense gradient, the row gradient and
+torch's sorting of its sparse gradient are part of the step; the gradient's rows are given. The main
+cases (1M rows of 64) get more rounds, those with the most indices a quarter of them, and their
+processes are started anew several times, as where arrays come to lie moves times by a tenth. Each
+time is also given as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib
 import itertools
-import json
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from benchmarks import measure
 from benchmarks.contenders import (
     EVERYONE,
-    FEW,
     OURS,
     WHOLE,
     Case,
@@ -46,27 +37,12 @@ from benchmarks.contenders import (
     least_bytes,
     short,
 )
-from benchmarks.measure import (
-    RESULTS,
-    Device,
-    bound,
-    device,
-    environment,
-    fraction,
-    installed,
-    progress,
-    rounded,
-    save,
-    say,
-    tell_bounds,
-    timed,
-)
-from benchmarks.workers import SHARED, Team, serve, shared
+from benchmarks.suite import Suite, progress, say, say_times
+from benchmarks.workers import Team, players, serve
 
-__all__ = ["main", "plot"]
-
-# The seconds that a timed sample should last, and the most steps in it.
-SAMPLE, MOST = 0.1, 50
+PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
+# The seconds that a timed sample should last.
+SAMPLE = 0.1
 
 
 def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> list[Case]:
@@ -81,6 +57,8 @@ QUICK = _cases((1000, 4000), (8,), (64,))
 QUICK_MAIN = _cases((4000,), (8,), (64,))
 # The most indices of a main case that gets all its rounds.
 FULL = 8192
+# The sizes of two tables on which exact takes steps in turn.
+GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
 
 
 def main_rounds(case: Case, rounds: int) -> int:
@@ -91,267 +69,161 @@ def main_rounds(case: Case, rounds: int) -> int:
 # --- a contender in its process -------------------------------------------------------------------
 
 
-def _resident(what: str) -> int:
-    """Bytes that are resident (`VmRSS`), or were at most (`VmHWM`); 0 where nobody counts."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(what)), 0)
-
-
-def _forget_peak() -> None:
+def _memory(path: str, what: str) -> int | None:
+    """Bytes that Linux counts: `VmRSS` of a process, `MemAvailable` of the machine."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(what):
+                return 1024 * int(line.split()[1])
+    return None
 
 
-class Serving:
-    """Answers questions: makes a table, takes up a case, takes samples."""
+def _resident(what: str) -> int:
+    """Bytes of this process that are resident (`VmRSS`), or were at most (`VmHWM`)."""
+    return _memory("/proc/self/status", what) or 0
+
+
+class Contender:
+    """In a process: a contender's table, and the case that it works on."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.shape = name, (0, 0)
+        # Libraries are loaded before the resident bytes are counted.
+        importlib.import_module(EVERYONE[name][0])
+        self.kind: Any = TorchTable
+        if not name.startswith("torch"):
+            jax.numpy.zeros(1000).block_until_ready()
+            self.kind = JaxTable
+
+    def drop(self) -> None:
+        """Frees the table."""
         self.table: Any = None
-        self.base = 0
-
-    def __call__(self, question: list[Any]) -> Any:
-        kind, *about = question
-        if kind == "table":
-            return self.make(*about)
-        return self.take_up(*about) if kind == "case" else self.sample()
-
-    def make(self, *about: Any) -> None:
-        """A new table in place of the one before, or none."""
-        self.table = None
+        self.shape = (0, 0)
         gc.collect()
-        if about:
-            # Libraries are loaded before what is resident counts.
-            importlib.import_module(EVERYONE[self.name][0])
-            kind: Any = TorchTable
-            if not self.name.startswith("torch"):
-                import jax
 
-                jax.numpy.zeros(1000).block_until_ready()
-                kind = JaxTable
-            self.base = _resident("VmRSS")
-            self.table = kind(self.name, Case(*about))
-
-    def take_up(self, *about: Any) -> dict[str, Any]:
-        """Loads, compiles and warms up; answers with what the memory was."""
+    def prepare(self, *about: Any) -> dict[str, Any]:
+        """Loads a case's batches, compiles, warms up; returns the bytes that this took."""
         case = Case(*about)
+        if self.shape != (case.rows, case.width):
+            self.drop()
+            self.base = _resident("VmRSS")
+            self.table, self.shape = self.kind(self.name, case), (case.rows, case.width)
         indices, values = batches(case)
         before = _resident("VmRSS")
-        temporary = self.table.load(case, indices, values)
+        temporary = self.table.load(indices, values)
         self.base += _resident("VmRSS") - before
-        _forget_peak()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         self.table.run(EVERYONE[self.name][1])
-        peak = _resident("VmHWM") - self.base
         return {
             "temporary_bytes": temporary,
             # Elsewhere the table is not in this memory.
-            "peak_bytes": peak if self.table.on_cpu else None,
+            "peak_bytes": _resident("VmHWM") - self.base if self.table.on_cpu else None,
             "distinct": statistics.mean(len(np.unique(x)) for x in indices[:4]),
         }
 
     def sample(self) -> float:
         """Seconds a step."""
-        once = timed(lambda: self.table.run(1))
-        steps = max(1, min(MOST, round(SAMPLE / once)))
-        return timed(lambda: self.table.run(steps)) / steps
+        return measure.seconds_per_step(self.table.run, SAMPLE)
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Taken:
-    """What was taken in a case: seconds a step of each contender, round by round, and the rest."""
+def fits(team: Team, cases: Sequence[Case]) -> bool:
+    """Whether all contenders' arrays fit in memory at once, and one's temporaries.
 
-    case: Case
-    together: bool
-    rounds: list[dict[str, float]]
-    about: dict[str, dict[str, Any]]
-    failed: dict[str, str]
-
-    def __add__(self, later: "Taken") -> "Taken":
-        """The same case with the rounds of another sitting."""
-        rounds, failed = self.rounds + later.rounds, self.failed | later.failed
-        return replace(self, rounds=rounds, failed=failed)
-
-    def row(self) -> dict[str, Any]:
-        """As it goes into the results."""
-        names = [n for n in EVERYONE if all(n in taken for taken in self.rounds)]
-        ours = [n for n in names if n in OURS and n != "lazy step"]
-        return {
-            "case": self.case.name,
-            **vars(self.case),
-            "distinct": round(max((x["distinct"] for x in self.about.values()), default=0)),
-            "in_turn": self.together,
-            "rounds": len(self.rounds),
-            "ms": {n: rounded([1e3 * t[n] for t in self.rounds]) for n in names},
-            "ratio": {
-                own: {n: rounded([t[own] / t[n] for t in self.rounds]) for n in names if n != own}
-                for own in ours
-            },
-            "temporary_bytes": {n: x["temporary_bytes"] for n, x in self.about.items()},
-            "peak_bytes": {n: x["peak_bytes"] for n, x in self.about.items()},
-            "failed": self.failed,
-        }
-
-
-def _free_bytes(device: Device) -> float:
-    """Bytes of memory that are free for tables, or infinity where nobody counts."""
-    if device.memory is not None:
-        return device.memory
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-
-
-def _fit(team: Team, cases: Sequence[Case]) -> bool:
-    """Whether what all contenders hold fits in memory, and one's temporaries.
-
-    That is a table with its moments, the same for all cases, and the batches of the largest.
+    These are a table with its moments, the same for all cases, and the batches of the largest.
     """
+    free = team.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
     case = max(cases, key=batch_bytes)
     tables = 3 * len(team.names) + 3
     # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
     width = max(case.width, 128) if team.device.platform == "tpu" else case.width
-    taken = 6e8 * len(team.names) if team.device.platform == "gpu" else 0
-    taken += batch_bytes(case) * len(team.names)
-    return tables * case.rows * width * 4 + taken < 0.8 * _free_bytes(team.device)
+    each = batch_bytes(case) + (6e8 if team.device.platform == "gpu" else 0)
+    return tables * case.rows * width * 4 + each * len(team.names) < 0.8 * free
 
 
-def measure(team: Team, rounds: dict[Case, int]) -> Iterator[Taken]:
-    """Samples of cases with one table: of all contenders in turn, or of one after another.
-
-    Args:
-      team: the contenders.
-      rounds: how many of each case.
-    """
-    together = _fit(team, list(rounds))
-    found = {
-        case: Taken(case, together, [{} for _ in range(count)], {}, {})
-        for case, count in rounds.items()
+def take_samples(team: Team, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
+    """The samples of so many rounds of cases with one table, and what contenders say of memory."""
+    in_turn = fits(team, list(rounds))
+    by_case: dict[Case, dict[str, Any]] = {
+        case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
+        for case, n in rounds.items()
     }
-    for names in [team.names] if together else [[name] for name in team.names]:
-        team.ask(names, ["table", *vars(next(iter(found))).values()])
-        for case, taken in found.items():
-            question = ["case", *vars(case).values()]
-            heavy = [name for name in names if EVERYONE[name][1] == FEW]
-            taken.about |= team.ask([name for name in names if name not in heavy], question)
-            for name in heavy:  # their temporaries are as large as the table
-                taken.about |= team.ask([name], question)
-            for number, samples in enumerate(taken.rounds):
-                samples |= team.in_turn(names, number)
-            taken.failed |= team.failed
-        team.ask(names, ["table"])
+    for names in [team.names] if in_turn else [[name] for name in team.names]:
+        for case, record in by_case.items():
+            about, samples = team.play(names, list(vars(case).values()), rounds[case])
+            record["about"] |= about
+            record["failed"] |= team.failed
+            for one, more in zip(record["samples"], samples, strict=True):
+                one |= more
+        team.ask(names, "drop")
     team.failed = {}  # New processes may try the next table.
-    yield from found.values()
+    return by_case
 
 
-# The sizes of two tables, and who takes steps on both in turn.
-GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
-GROWERS = ("exact", "lazy", "torch sparse")
+def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a case, from what `take_samples` found in each sitting."""
+    samples = [x for record in sittings for x in record["samples"]]
+    about = sittings[0]["about"]
+    names = measure.in_all(samples, list(EVERYONE))
+    own = [name for name in names if name in OURS and name != "lazy step"]
+    return {
+        "case": case.name,
+        **vars(case),
+        "distinct": round(max((x["distinct"] for x in about.values()), default=0)),
+        "in_turn": sittings[0]["in_turn"],
+        "rounds": len(samples),
+        "ms": measure.times(samples, names),
+        "ratio": {name: measure.time_ratios(samples, name, names) for name in own},
+        "temporary_bytes": {name: x["temporary_bytes"] for name, x in about.items()},
+        "peak_bytes": {name: x["peak_bytes"] for name, x in about.items()},
+        "failed": {name: why for record in sittings for name, why in record["failed"].items()},
+    }
 
 
-def measure_growth(
-    names: Sequence[str], sittings: int, rounds: int, device: Device, bar: Any
+def measure_cases(
+    rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device, bar: Any
 ) -> list[dict[str, Any]]:
-    """Samples of steps on a small and a large table, in turn, and the second's time by the first's.
+    """The figures of cases, from as many sittings with processes of their own."""
+    records: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
+    tables: dict[Any, dict[Case, int]] = {}
+    for case, count in rounds.items():
+        # Large batches need more memory, so that contenders may not fit side by side.
+        table = case.rows, case.width, case in MAIN and case.reads
+        tables.setdefault(table, {})[case] = count
+    for _ in range(sittings if rounds else 0):
+        with Team("rows", names, device) as team:
+            for cases in tables.values():
+                for case, record in take_samples(team, cases).items():
+                    records[case].append(record)
+                    say_times(case.name, summary(case, records[case])["ms"])
+                    bar.update()
+    return [summary(case, record) for case, record in records.items()]
+
+
+def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
+    """The time of exact's steps on a small and a large table, in turn, and their ratio.
 
     The indices are as many as in the first main cases.
     """
-    kept = [name for name in GROWERS if name in names]
     cases = [case for case in MAIN if case.reads == FULL]
-    players = {f"{name}, {size}": (name, size) for name in kept for size in GROWTH}
-    contenders = {player: name for player, (name, _) in players.items()}
-    taken: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
+    samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
-        with Team("rows", contenders, device, bar) as team:
-            for kind, case in [("table", cases[0]), *(("case", case) for case in cases)]:
-                for player, (_, size) in players.items():
-                    own = replace(case, rows=GROWTH[size])
-                    team.ask([player], [kind, *vars(own).values()])
-                if kind == "case":
-                    turns = (team.in_turn(list(players), number) for number in range(rounds))
-                    taken[case.indices] += turns
-    found = []
-    for indices, name in itertools.product(taken, kept):
-        both = [[turn.get(f"{name}, {size}") for size in GROWTH] for turn in taken[indices]]
-        if any(None in times for times in both):
-            continue  # it ended
-        row = {"indices": indices, "reads": FULL, "contender": name}
-        row["ms"] = {
-            size: rounded([1e3 * x for x in times])
-            for size, times in zip(GROWTH, zip(*both, strict=True), strict=True)
-        }
-        found.append(row | {"ratio": rounded([after / before for before, after in both])})
-    return found
-
-
-def _shown(row: dict[str, Any], began: float) -> None:
-    times = ", ".join(f"{n} {ms['median']:.1f}" for n, ms in row["ms"].items())
-    minutes, seconds = divmod(int(time.perf_counter() - began), 60)
-    say(f"{minutes:3}:{seconds:02}  {row['case']:25} ms: {times}")
-    for name, why in row["failed"].items():
-        say(f"        {name}: {why}")
-
-
-def _in_grid(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in WHOLE]
-
-
-def _samples(
-    main_cases: Sequence[Case], grid: Sequence[Case], names: Sequence[str], grows: bool, args: Any
-) -> int:
-    """How many samples there will be, if nobody ends before."""
-    count = len(names) * sum(main_rounds(case, args.rounds) for case in main_cases)
-    if grows:
-        kinds = len({case.indices for case in MAIN})
-        count += args.rounds * kinds * len(GROWTH) * sum(name in names for name in GROWERS)
-    return args.sittings * count + args.grid_rounds * len(grid) * len(_in_grid(names))
-
-
-def _add_limits(results: dict[str, Any]) -> None:
-    """Puts the fraction of the bandwidth's limit to the times."""
-    for row in results["times"]:
-        case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
-        row["least_bytes"] = {n: round(least_bytes(n, case, row["distinct"])) for n in row["ms"]}
-        row["fraction"] = {
-            name: fraction(row["least_bytes"][name], ms, results["bandwidth"])
-            for name, ms in row["ms"].items()
-        }
-
-
-def run(
-    main_cases: Sequence[Case],
-    grid: Sequence[Case],
-    names: Sequence[str],
-    args: Any,
-    device: Device,
-    bar: Any,
-) -> list[dict[str, Any]]:
-    """The results of all cases; the main ones take their rounds in several sittings."""
-    began, table = time.perf_counter(), []
-    sittings: list[list[Taken]] = []
-    for _ in range(args.sittings if main_cases else 0):
-        with Team("rows", names, device, bar) as team:
-            taken: list[Taken] = []
-            # Large batches need more memory, so that they may not be taken in turn.
-            for _, cases in itertools.groupby(main_cases, lambda case: case.reads):
-                taken += measure(team, {case: main_rounds(case, args.rounds) for case in cases})
-            sittings.append(taken)
-    for takens in zip(*sittings, strict=True):
-        table.append(sum(takens[1:], takens[0]).row())
-        _shown(table[-1], began)
-    with Team("rows", _in_grid(names), device, bar) as team:
-        for _, cases in itertools.groupby(grid, lambda case: (case.rows, case.width)):
-            for taken in measure(team, dict.fromkeys(cases, args.grid_rounds)):
-                table.append(taken.row())
-                _shown(table[-1], began)
-    return sorted(table, key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
+        with Team("rows", dict.fromkeys(GROWTH, "exact"), device) as team:
+            for case in cases:
+                for size, rows in GROWTH.items():
+                    team.ask([size], "prepare", *vars(replace(case, rows=rows)).values())
+                turns = (team.in_turn(team.names, number) for number in range(rounds))
+                samples[case.indices] += turns
+    growth, (small, large) = [], GROWTH
+    for indices, rounds_of in samples.items():
+        if len(measure.in_all(rounds_of)) == len(GROWTH):  # else one has ended
+            row = {"indices": indices, "reads": FULL, "contender": "exact"}
+            row["ms"] = measure.times(rounds_of, (small, large))
+            growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})
+    return growth
 
 
 # --- bounds ---------------------------------------------------------------------------------------
@@ -360,17 +232,10 @@ def run(
 def bounds(
     table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What the main cases are asked to keep, and what was measured (`None`: it was not).
-
-    Those with 8,192 indices, where nothing else is said.
-    """
+    """The bounds on the main cases: on those with 8,192 indices, where no other number is said."""
     rows = {row["case"]: row for row in table}
     main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
-    found: list[dict[str, Any]] = []
-
-    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
-        found.append(bound(what, asked, limit, value))
 
     def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
         """The time of one by that of the other, of which one is ours."""
@@ -381,10 +246,15 @@ def bounds(
 
     def temporaries(*names: str, reads: int = FULL) -> float | None:
         here = [row for (count, _), row in main_rows.items() if row and count == reads]
-        held = [row["temporary_bytes"].get(name) for row in here for name in names]
-        return max((x for x in held if x is not None), default=0) / 1e6 or None
+        sizes = [row["temporary_bytes"].get(name) for row in here for name in names]
+        return max((x for x in sizes if x is not None), default=0) / 1e6 or None
 
-    kinds = list(dict.fromkeys(kind for _, kind in main_rows))
+    asked_bounds: list[dict[str, Any]] = []
+
+    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
+        asked_bounds.append(measure.bound(what, asked, limit, value))
+
+    kinds = list(dict.fromkeys(case.indices for case in MAIN))
     for kind in kinds:
         ask(f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind))
         ask(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
@@ -396,82 +266,17 @@ def bounds(
     sparse, name = "torch sparse", "torch SparseAdam"
     ask(f"{name}'s time by exact's, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
     ask(f"lazy's time by {name}'s, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
-    own = temporaries("exact", "lazy", "dense")
-    ask("temporaries of an optimizer step, MB", "at most", 20, own)
+    step = temporaries("exact", "lazy", "dense")
+    ask("temporaries of an optimizer step, MB", "at most", 20, step)
     ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
     many = 65_536
     for kind in kinds:
         what = f"exact's time by {name}'s, {many:,} indices, {kind}"
         ask(what, "at most", 0.8, ratio("exact", sparse, kind, many))
-    for own_name in ("exact", "lazy"):
-        what = f"temporaries of {own_name}, {many:,} indices, MB"
-        ask(what, "at most", 26, temporaries(own_name, reads=many))
-    return found
-
-
-# --- the plot -------------------------------------------------------------------------------------
-
-# name: (label, colour, marker, line width)
-_LINES: dict[str, tuple[str, str, str, float]] = {
-    "torch dense": ("torch, fused Adam, dense gradient", "0.72", "v", 1.2),
-    "optax": ("optax, dense gradient", "0.35", "s", 1.2),
-    "keras": ("Keras, dense gradient", "0.55", "D", 1.2),
-    "tf form": ("TF's sparse step, in JAX", "0.35", "x", 1.2),
-    "dense": ('adamjax, rows="dense"', "C1", "o", 2.2),
-    "torch sparse": ("torch SparseAdam (lazy)", "C3", "^", 1.6),
-    "exact": ("adamjax, exact_rows", "C0", "o", 3.0),
-    "lazy": ('adamjax, rows="lazy"', "C2", "o", 1.6),
-}
-
-
-def plot(results: dict[str, Any], path: Path, small: bool = False) -> None:
-    """Time against the table's size, for one width: a panel for each batch and distribution.
-
-    A small plot shows one batch, the one of the main case.
-    """
-    from matplotlib.figure import Figure
-
-    widths = sorted({row["width"] for row in results["times"]})
-    width = 64 if 64 in widths else widths[0]
-    table = [row for row in results["times"] if row["width"] == width]
-    reads = sorted({row["reads"] for row in table})
-    if small:
-        reads = [8192 if 8192 in reads else reads[0]]
-        table = [row for row in table if row["reads"] in reads]
-    kinds = sorted({row["indices"] for row in table}, reverse=True)
-    across = (len(reads), len(kinds)) if not small else (len(kinds), 1)
-    size = (3.1 * across[0] + 3.2, 2.9 * across[1] + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(*across[::-1], sharex=True, sharey=True, squeeze=False)
-    if small:
-        panels = panels.T
-    handles: dict[str, Any] = {}
-    for kind, line in zip(kinds, panels, strict=True):
-        for n, axes in zip(reads, line, strict=True):
-            here = [row for row in table if (row["indices"], row["reads"]) == (kind, n)]
-            here.sort(key=lambda row: row["rows"])
-            for name, (label, colour, marker, thick) in _LINES.items():
-                points = [(r["rows"], r["ms"][name]["median"]) for r in here if name in r["ms"]]
-                if points:
-                    style = {"color": colour, "marker": marker, "linewidth": thick}
-                    (handles[label],) = axes.plot(*zip(*points, strict=True), **style)
-            axes.set(xscale="log", yscale="log", title=f"{n:,} indices, {kind}")
-            sizes = [row["rows"] for row in here]
-            axes.set_xticks(sizes, [short(x) for x in sizes])
-            axes.minorticks_off()
-            axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-            axes.grid(alpha=0.3)
-    # In the order of their times at the right end, as the eye meets them there.
-    last = max(table, key=lambda row: (row["rows"], row["reads"] == 8192))
-    order = sorted((n for n in _LINES if n in last["ms"]), key=lambda n: -last["ms"][n]["median"])
-    labels = [_LINES[name][0] for name in order]
-    figure.supxlabel(f"rows of the table (float32, {width} columns)")
-    figure.supylabel("ms a step")
-    if not small:
-        figure.suptitle("One Adam step on a table, by the table's size")
-    shown = [handles[label] for label in labels]
-    figure.legend(shown, labels, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=90 if small else 120)
+    for own in ("exact", "lazy"):
+        what = f"temporaries of {own}, {many:,} indices, MB"
+        ask(what, "at most", 26, temporaries(own, reads=many))
+    return asked_bounds
 
 
 # --- the suite ------------------------------------------------------------------------------------
@@ -479,69 +284,43 @@ def plot(results: dict[str, Any], path: Path, small: bool = False) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks rows", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="of the main cases (default 8)")
-    parser.add_argument("--sittings", type=int, default=4, help="of the main cases (default 4)")
-    parser.add_argument("--grid-rounds", type=int, default=3, help="of the others (default 3)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--only", default="", help="cases whose name holds this text, or 'growth'")
-    parser.add_argument("--contenders", help=f"some of: {'; '.join(EVERYONE)}; split by ;")
-    parser.add_argument("--out", type=Path, help="where to write the JSON, the plot beside it")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw these results and no more")
-    parser.add_argument("--worker", choices=(*EVERYONE, SHARED), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    suite = Suite(
+        *("rows", __doc__, PACKAGES, {"rounds": 8, "sittings": 4, "grid_rounds": 3}),
+        contenders={name: package for name, (package, _) in EVERYONE.items()},
+        only="cases, and 'growth',",
+    )
+    args = suite.parse(argv)
     if args.worker:
-        serve(shared(Serving) if args.worker == SHARED else Serving(args.worker))
-        return 0
-    if args.plot:
-        plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
-        return 0
-    if min(args.rounds, args.grid_rounds) < 2 or args.sittings < 1:
-        parser.error("--rounds and --grid-rounds must be at least 2, --sittings at least 1")
-    chosen = args.contenders.split(";") if args.contenders else list(EVERYONE)
-    if unknown := [name for name in chosen if name not in EVERYONE]:
-        parser.error(f"no contenders {unknown}; there are {list(EVERYONE)}")
-    here = device(args.quick)
-    large = [] if here.platform == "cpu" else LARGE
-    main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID + large)
-    main_cases = [case for case in main_cases if args.only in case.name]
-    grid = [case for case in grid if args.only in case.name and case not in main_cases]
-    grows = args.only in ("", "growth") and not args.quick
-    if not (main_cases or grid or grows):
-        parser.error(f"no case's name holds {args.only!r}; one is {MAIN[0].name!r}")
+        return serve(players(Contender))
+    here = measure.device(args.quick)
+    main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
+    grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])
+    growth = [] if args.quick else ["growth"]
+    chosen = suite.chosen([*(case.name for case in main_cases + grid), *growth])
+    main_cases = [case for case in main_cases if case.name in chosen]
+    grid = [case for case in grid if case.name in chosen and case not in main_cases]
+    names = suite.chosen_contenders()
+    for name in [name for name in names if name.startswith("torch") and not here.torch]:
+        say(f"{name}: left out, torch does not run on this {here.platform}")
+        names.remove(name)
 
-    names = [name for name in chosen if installed(EVERYONE[name][0])]
-    for name in chosen:
-        if name not in names:
-            print(f"{name}: left out, {EVERYONE[name][0]} is not installed")
-        elif EVERYONE[name][0] == "torch" and not here.torch:
-            print(f"{name}: left out, torch does not run on this {here.platform}")
-            names.remove(name)
-
-    results: dict[str, Any] = {"suite": "rows", "quick": args.quick}
-    results |= {"sittings": args.sittings, "rounds": args.rounds, "grid_rounds": args.grid_rounds}
-    with progress(_samples(main_cases, grid, names, grows, args)) as bar:
-        results["times"] = run(main_cases, grid, names, args, here, bar)
-        results["growth"] = []
-        if grows:
-            results["growth"] = measure_growth(names, args.sittings, args.rounds, here, bar)
-    for row in results["growth"]:
-        times = ", ".join(f"{size} {ms['median']:.1f} ms" for size, ms in row["ms"].items())
-        by = row["ratio"]["median"]
-        print(f"{row['contender']:13} {row['indices']:8} {times}, {by:.2f} times as long")
-    results["bounds"] = []
-    if not args.quick:
-        results["bounds"] = bounds(results["times"], results["growth"])
-        print(f"\nbounds on {MAIN[0].name} and uniform, where no other number of indices is told")
-        tell_bounds(results["bounds"])
-    here.add_bandwidth(results, args.quick)
-    _add_limits(results)
-    packages = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
-    results["environment"] = environment(*installed(*packages))
-    out = args.out or RESULTS / results["environment"]["platform"] / "rows.json"
-    if args.out or not (args.quick or args.only or args.contenders):
-        save(results, out)
-        if results["times"]:
-            plot(results, out.with_suffix(".png"))
-        print(f"written to {out} and {out.with_suffix('.png').name}")
-    return 0
+    with progress(args.sittings * len(main_cases) + len(grid), "case") as bar:
+        rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
+        table = measure_cases(rounds, names, args.sittings, here, bar)
+        in_grid = [name for name in names if name not in WHOLE]
+        table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here, bar)
+    grown = []
+    if "growth" in chosen and "exact" in names:
+        grown = measure_growth(args.sittings, args.rounds, here)
+    table.sort(key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
+    suite.results |= {"times": table, "growth": grown}
+    suite.results["bounds"] = [] if args.quick else bounds(table, grown)
+    here.add_bandwidth(suite.results)
+    for row in table:
+        case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
+        row["least_bytes"] = {n: round(least_bytes(n, case, row["distinct"])) for n in row["ms"]}
+        row["fraction"] = {
+            name: measure.fraction(row["least_bytes"][name], ms, suite.results["bandwidth"])
+            for name, ms in row["ms"].items()
+        }
+    return suite.finish()

@@ -9,11 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import Device
-
-__all__ = ["SHARED", "Ended", "Team", "Worker", "asked", "serve", "shared"]
-
-# The worker that serves all contenders, instead of the one whose name it is given.
-SHARED = "all of them"
+from benchmarks.suite import say
 
 
 class Ended(RuntimeError):
@@ -21,30 +17,24 @@ class Ended(RuntimeError):
 
 
 class Worker:
-    """A process `python -m benchmarks ARGUMENTS` that answers questions, both JSON on one line."""
+    """A process `python -m benchmarks SUITE --worker NAME`; it answers a JSON line with another."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, suite: str, name: str, **environment: str) -> None:
+        own = {"KERAS_BACKEND": "jax", "OMP_WAIT_POLICY": "PASSIVE", **environment}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", *arguments],
+            [sys.executable, "-m", "benchmarks", suite, "--worker", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": "jax",
-                "OMP_WAIT_POLICY": "PASSIVE",
-                **environment,
-            },
+            env={**os.environ, **own},
         )
 
     def send(self, question: Any) -> None:
         """Asks, and does not wait for the answer."""
         assert self.process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # `receive` raises
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `receive` says so.
 
     def receive(self) -> Any:
         """The answer to the question that was sent."""
@@ -53,11 +43,6 @@ class Worker:
         if not line:
             raise Ended(f"a worker ended with status {self.process.wait()}")
         return json.loads(line)
-
-    def ask(self, question: Any) -> Any:
-        """The answer to a question."""
-        self.send(question)
-        return self.receive()
 
     def close(self) -> None:
         """Ends the process."""
@@ -69,32 +54,28 @@ class Worker:
         self.process.wait()
 
 
-def asked(start: Callable[[], Worker], questions: Sequence[Any]) -> list[dict[str, Any]]:
+def ask_all(start: Callable[[], Worker], questions: Sequence[Any]) -> list[dict[str, Any]]:
     """A worker's answers; `{"failed": why}` where it ended, and a new one goes on."""
-    worker, found = start(), []
+    worker, answers = start(), []
     for question in questions:
+        worker.send(question)
         try:
-            found.append(worker.ask(question))
+            answers.append(worker.receive())
         except Ended as error:
-            found.append({"failed": str(error)})
+            answers.append({"failed": str(error)})
             worker.close()
             worker = start()
-        print(f"{question}"[:120], found[-1], flush=True)
+        print(f"{question}"[:120], answers[-1], flush=True)
     worker.close()
-    return found
+    return answers
 
 
 class Team:
     """The contenders' processes, started when they are needed.
 
     Each has a process of its own; where only one process at a time can use the device (a TPU), they
-    share one. One that ends is no longer asked; `failed` says how it ended.
-
-    Args:
-      suite: whose workers they are.
-      names: what they are called here: the contenders' own names, or a dict from others to these.
-      device: what they run on.
-      bar: a progress bar, moved on by each sample.
+    share one. One that ends is no longer asked; `failed` says how it ended. The players have the
+    names of contenders, or `names` is a dict from other names to contenders.
     """
 
     def __init__(
@@ -102,85 +83,78 @@ class Team:
         suite: str,
         names: Sequence[str] | dict[str, str],
         device: Device = Device(),  # noqa: B008
-        bar: Any = None,
     ) -> None:
-        self.suite, self.device, self.bar = suite, device, bar
+        self.suite, self.device = suite, device
         self.contenders = names if isinstance(names, dict) else {name: name for name in names}
         self.names = list(self.contenders)
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
-    def _process(self, name: str) -> str:
-        """What the process is called that serves a name."""
-        return SHARED if self.device.exclusive else name
-
-    def ask(self, names: Sequence[str], question: list[Any]) -> dict[str, Any]:
-        """The answers of those who are still there; they work at it side by side."""
+    def ask(self, names: Sequence[str], *question: Any) -> dict[str, Any]:
+        """The answers of the players that have not ended; they work at it side by side."""
         asked = [name for name in names if name not in self.failed]
+        shared, answers = "everyone" if self.device.exclusive else None, {}
         for name in asked:
-            process = self._process(name)
+            process = shared or name
             if process not in self.workers:
-                serves = SHARED if process == SHARED else self.contenders[name]
-                arguments = (self.suite, "--worker", serves)
-                self.workers[process] = Worker(*arguments, **self.device.variables)
-            to = [name, self.contenders[name]] if process == SHARED else []
-            self.workers[process].send([*to, *question])
-        answers = {}
+                self.workers[process] = Worker(self.suite, process, **self.device.variables)
+            self.workers[process].send([name, self.contenders[name], *question])
         for name in asked:
-            process = self._process(name)
-            if process not in self.workers:
-                continue  # It ended with an answer before.
+            if (process := shared or name) not in self.workers:
+                continue  # it ended when another player's answer was due
             try:
                 answers[name] = self.workers[process].receive()
             except Ended as error:
-                served = self.names if process == SHARED else [name]
-                self.failed |= {name: str(error) for name in served}
+                say(f"{name}: {error}")
+                self.failed |= dict.fromkeys(self.names if shared else [name], str(error))
                 self.workers.pop(process).close()
         return answers
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
         """A sample of each, one after another, beginning with the one of a number."""
         first %= len(names)
-        order = [*names[first:], *names[:first]]
-        taken = {}
-        for name in order:
-            taken |= self.ask([name], ["sample"])
-            if self.bar is not None:
-                self.bar.update()
-        return taken
+        samples = {}
+        for name in (*names[first:], *names[:first]):
+            samples |= self.ask([name], "sample")
+        return samples
 
-    def close(self) -> None:
-        """Ends the processes."""
-        for worker in self.workers.values():
-            worker.close()
-        self.workers = {}
+    def play(
+        self, names: Sequence[str], case: Sequence[Any], rounds: int
+    ) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """What each player says as it prepares a case, and the samples of some rounds."""
+        answers: dict[str, Any] = {}
+        for name in names:  # one by one: their temporaries may be as large as their arrays
+            answers |= self.ask([name], "prepare", *case)
+        return answers, [self.in_turn(names, number) for number in range(rounds)]
 
     def __enter__(self) -> "Team":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        for worker in self.workers.values():
+            worker.close()
 
 
-def serve(answer: Callable[[Any], Any]) -> None:
-    """What a worker does: answers questions until there are no more."""
-    # What a library prints is no answer.
+def serve(answer: Callable[[Any], Any]) -> int:
+    """What a worker does: answers questions until there are no more; returns the exit code."""
+    # What libraries print must not come between the answers.
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             print(json.dumps(answer(json.loads(line))), file=sys.__stdout__, flush=True)
+    return 0
 
 
-def shared(make: Callable[[str], Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """Answers for several players, each of a contender, that `make` makes when they are asked.
+def players(make: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """Answers for the players of a team: each is made when it is first asked.
 
-    A question begins with the player's name and its contender's.
+    A question is a player, its contender, the name of a method and its arguments.
     """
-    served: dict[str, Callable[[Any], Any]] = {}
+    contenders: dict[str, Any] = {}
 
-    def answer(asked: Any) -> Any:
-        player, contender, *question = asked
-        if player not in served:
-            served[player] = make(contender)
-        return served[player](question)
+    def answer(question: Any) -> Any:
+        player, contender, method, *arguments = question
+        if player not in contenders:
+            contenders[player] = make(contender)
+        return getattr(contenders[player], method)(*arguments)
 
     return answer

@@ -1,4 +1,4 @@
-"""The rows suite: its contenders do the same work, and it tells what it found."""
+"""The rows suite: its contenders do the same work, and its figures are those it measured."""
 
 import json
 
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from support import benchmarks as run_benchmarks
 
-pytest.importorskip("matplotlib")
-
 import adamjax
-from benchmarks import contenders, readme, rows, workers
+from benchmarks import contenders, rows, steps, tables, workers
 from benchmarks.workers import Ended
 
 CASE = contenders.Case(600, 4, 16, "uniform")
@@ -30,17 +28,17 @@ def walked(name, batches, steps=20):
     """A contender's table after some steps, and what it moved by."""
     kind = contenders.TorchTable if name.startswith("torch") else contenders.JaxTable
     table = kind(name, CASE)
-    table.load(CASE, *batches)
+    table.load(*batches)
     table.run(steps)
     if name.startswith("torch"):
         end = table.table.detach().numpy()
     else:
-        params, state = table.held
+        params, state = table.run.arrays
         if name.startswith("exact"):
             tx = contenders.optimizer(name)
             params, state = tx.flush(params, state)
         end = np.asarray(params["table"])
-    return end - np.resize(contenders.some_rows(CASE.width), end.shape)
+    return end - np.resize(contenders.start_rows(CASE.width), end.shape)
 
 
 @pytest.mark.parametrize("name", ["exact", "dense", "keras", "tf form", "torch dense"])
@@ -62,9 +60,9 @@ def test_whole_steps_read_what_they_should():
     """The exact step's rows are those of the dense optimizer, the lazy one's are not."""
     same = batches()
     exact = walked("exact step", same)
-    table = np.resize(contenders.some_rows(CASE.width), exact.shape)
+    table = np.resize(contenders.start_rows(CASE.width), exact.shape)
     start = {"table": np.array(table)}
-    tx = adamjax.adam(contenders.RATE)
+    tx = adamjax.adam(steps.RATE)
     params, state = start, tx.init(start)
     for i in range(20):
         indices, values = same[0][i % contenders.INDICES], same[1][i % contenders.VALUES]
@@ -77,7 +75,7 @@ def test_whole_steps_read_what_they_should():
     assert np.abs(walked("lazy step", same) - dense).max() > 1e-4
 
 
-def test_indices_are_as_skewed_as_told():
+def test_indices_are_as_skewed_as_the_names_say():
     zipf, uniform = (contenders.batches(case) for case in rows.MAIN[:2])
     assert 1350 < np.mean([len(np.unique(x)) for x in zipf[0]]) < 1450
     assert np.mean([len(np.unique(x)) for x in uniform[0]]) > 8100
@@ -92,30 +90,32 @@ class Pretend:
     """A worker that answers at once; torch's ends when it should take a sample."""
 
     def __init__(self, *arguments, **environment):
-        self.name = arguments[-1]
+        pass
 
     def send(self, question):
         self.question = question
 
     def receive(self):
-        kind = self.question[0]
-        if kind == "sample":
-            if self.name.startswith("torch"):
+        _, contender, method, *_ = self.question
+        if method == "sample":
+            if contender.startswith("torch"):
                 raise Ended("a worker ended with status -9")
-            return {"exact": 1e-3, "optax": 0.04, "lazy": 0.5e-3}.get(self.name, 0.02)
-        return {"distinct": 5, "temporary_bytes": 1, "peak_bytes": 2} if kind == "case" else None
+            return {"exact": 1e-3, "optax": 0.04, "lazy": 0.5e-3}.get(contender, 0.02)
+        figures = {"distinct": 5, "temporary_bytes": 1, "peak_bytes": 2}
+        return figures if method == "prepare" else None
 
     def close(self):
         pass
 
 
 @pytest.mark.parametrize("in_turn", [True, False])
-def test_a_contender_that_ends_is_told_and_the_others_go_on(monkeypatch, in_turn):
+def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
     monkeypatch.setattr(workers, "Worker", Pretend)
-    monkeypatch.setattr(rows, "_fit", lambda team, cases: in_turn)
+    monkeypatch.setattr(rows, "fits", lambda team, cases: in_turn)
     with workers.Team("rows", list(contenders.EVERYONE)) as team:
         counts = dict(zip(rows.MAIN[:2], (3, 2), strict=True))
-        zipf, uniform = (taken.row() for taken in rows.measure(team, counts))
+        taken = rows.take_samples(team, counts)
+        zipf, uniform = (rows.summary(case, [samples]) for case, samples in taken.items())
     assert (zipf["rounds"], uniform["rounds"]) == (3, 2)
     for row in (zipf, uniform):
         assert set(row["failed"]) == {"torch sparse", "torch dense"}
@@ -136,26 +136,22 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
             asked.append(question)
             super().send(question)
 
-            if question[0] == "table":
-                self.rows = question[1]
+            if question[2] == "prepare":
+                self.rows = question[3]
 
         def receive(self):
             answer = super().receive()
-            return 2 * answer if self.question[0] == "sample" and self.rows > 1e6 else answer
+            return 2 * answer if self.question[2] == "sample" and self.rows > 1e6 else answer
 
     monkeypatch.setattr(workers, "Worker", Asked)
-    names = ["exact", "lazy", "optax"]
-    found = rows.measure_growth(names, 2, 3, workers.Device(), None)
+    found = rows.measure_growth(2, 3, workers.Device())
     assert [(row["contender"], row["indices"], row["reads"]) for row in found] == [
-        (name, indices, 8192) for indices in ("Zipf", "uniform") for name in ("exact", "lazy")
+        ("exact", indices, 8192) for indices in ("Zipf", "uniform")
     ]
     assert {size: ms["median"] for size, ms in found[0]["ms"].items()} == {"100k": 1, "4M": 2}
     assert found[0]["ratio"]["median"] == 2
-    assert [q[1] for q in asked if q[0] == "table"] == [100_000, 4_000_000] * 4
-    assert sum(q == ["sample"] for q in asked) == 2 * 2 * 2 * 2 * 3
-    names = ["exact", "torch sparse"]  # which ends
-    found = rows.measure_growth(names, 1, 2, workers.Device(), None)
-    assert [row["contender"] for row in found] == ["exact", "exact"]
+    assert [q[3] for q in asked if q[2] == "prepare"] == [100_000, 4_000_000] * 4
+    assert sum(q[2] == "sample" for q in asked) == 2 * 2 * 2 * 3
 
 
 def test_large_batches_take_fewer_rounds_and_hold_fewer_values(monkeypatch):
@@ -166,18 +162,16 @@ def test_large_batches_take_fewer_rounds_and_hold_fewer_values(monkeypatch):
     held = contenders.batch_bytes(large)
     assert held == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
     team = workers.Team("rows", ["exact"])
-    tables = 6 * 4 * 1_000_000 * 64
+    table_bytes = 6 * 4 * 1_000_000 * 64
     for spare, fits in ((held + 1, True), (held - 1, False)):
-        monkeypatch.setattr(rows, "_free_bytes", lambda device, n=spare: (tables + n) / 0.8)
-        assert rows._fit(team, rows.MAIN) == fits
+        monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)
+        assert rows.fits(team, rows.MAIN) == fits
 
 
 def test_quick_run(tmp_path):
     asked = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
-    told = run_benchmarks(
-        "rows", *asked.split(), "--contenders", "exact;optax", cwd=tmp_path
-    ).stdout
-    assert "V=4k D=8 n=64 Zipf" in told
+    done = run_benchmarks("rows", *asked.split(), "--contenders", "exact;optax", cwd=tmp_path)
+    assert "4k rows of 8, 64 indices" in done.stdout, done.stderr
     results = json.loads((tmp_path / "rows.json").read_text())
     assert [row["indices"] for row in results["times"]] == ["Zipf", "uniform"]
     for row in results["times"]:
@@ -186,7 +180,6 @@ def test_quick_run(tmp_path):
         assert not row["failed"]
         assert row["peak_bytes"]["optax"] >= 4 * 4000 * 8 * 4
         assert 0 < row["temporary_bytes"]["exact"] < 1e6
-    assert (tmp_path / "rows.png").stat().st_size > 1000
 
 
 def test_tables_hold_all_cases_and_bounds():
@@ -209,7 +202,7 @@ def test_tables_hold_all_cases_and_bounds():
     where = {"device": "d", "platform": "gpu", "versions": {}, "date": "today"}
     counts = {"sittings": 1, "rounds": 2, "grid_rounds": 3}
     results = {"environment": where, "times": table, "bounds": rows.bounds(table, growth), **counts}
-    text = readme.rows(results)
+    text = tables.rows(results)
     for reads in ("65,536", "262,144"):
         assert text.count(f"\n1M rows of 64, {reads} indices, 3 rounds in all:\n") == 1
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -243,7 +236,7 @@ def test_what_is_no_longer_measured_is_not_shown():
         "bounds": [{"what": "gone's time", "asked": "at most 1", "measured": 0.5, "holds": True}],
         **{"sittings": 1, "rounds": 2, "grid_rounds": 3},
     }
-    text = readme.rows(results)
+    text = tables.rows(results)
     assert "| exact |" in text
     assert "gone" not in text
-    assert readme.asked_of_rows(results) == []
+    assert tables.known_row_bounds(results) == []

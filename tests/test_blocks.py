@@ -267,7 +267,7 @@ def test_moves_are_applied_as_they_are():
     moved = adamjax.apply_updates(params, updates)
     assert_same(moved, {"t0": params["t0"] + updates["t0"]})
     for other in (adamjax.scale(0.5), adamjax.clip_by_value(1.0), adamjax.adam(0.1)):
-        with pytest.raises(TypeError, match="updates of exact_rows are to be applied as they are"):
+        with pytest.raises(TypeError, match="apply the updates of exact_rows as they are"):
             other.update(updates, other.init(params), params)
     with pytest.raises(TypeError):
         0.5 * updates["t0"]

@@ -363,11 +363,11 @@ def test_cost(form, betas, terms, history):
 
 def test_plans_are_values():
     plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
-    wide = coasting(Coast(*(np.float64(z) for z in plan.coast)), np.float64(0.99), True)
+    wide = coasting(Coast(*(np.float64(z) for z in plan.coast[:4])), np.float64(0.99), True)
     assert plan == wide == pickle.loads(pickle.dumps(plan))
     assert hash(plan) == hash(wide)
     assert plan != plan_of("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)
-    assert all(type(z) is float for z in (*wide.coast, wide.momentum, wide.stretch))
+    assert all(type(z) is float for z in (*wide.coast[:4], wide.momentum, wide.stretch))
 
 
 @pytest.mark.parametrize("b", [0.0, 0.3, 0.9, 0.999, 0.99999, 1.0])

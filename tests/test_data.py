@@ -6,16 +6,19 @@ import functools
 import inspect
 import math
 import pickle
+import subprocess
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import enable_x64
+from support import ROOT, enable_x64
 
 import adamjax
 from adamjax import by_path, piecewise_constant, scale, weight_ema
-from adamjax.data import Data
+from adamjax.data import Data, transform_state
 
 # Every hyperparameter: how to make its owner with it, its owner's name, its own, and its kind.
 BETA, UNIT, RATE, EPSILON, LIMIT, ANY, COUNT = range(7)
@@ -424,3 +427,112 @@ def test_numbers_that_were_put_in_the_place_of_others_are_refused():
         wrong = jax.tree.map(lambda x, factor=factor: factor * x, tx)
         with pytest.raises(ValueError, match=f"a hyperparameter must be {text}"):
             wrong.update(g, tx.init(g))
+
+
+# --- in another process ---------------------------------------------------------------------------
+
+A_SCRIPT = """
+import sys
+from typing import Any, NamedTuple
+
+import cloudpickle, jax, jax.numpy as jnp
+
+import adamjax
+from adamjax.data import static, transform_state
+
+@transform_state("m")
+class State(NamedTuple):
+    count: Any
+    m: Any
+
+class momentum(adamjax.Transform):
+    b: float
+    size: float = 1.0
+    rows: str = static(default="dense")
+
+    def __post_init__(self):
+        self.check_range("b", adamjax.data.BETA)
+
+    def init(self, params):
+        return State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(self, updates, state, params=None, **extra_args):
+        m = jax.tree.map(lambda m, g: self.b * m + self.size * g, state.m, updates)
+        return m, State(state.count + 1, m)
+
+class slower(momentum):
+    slowness: float = 2.0
+
+class lower_adam(adamjax.scale_by_adam):
+    least: float = 0.5
+
+class halved(adamjax.Schedule):
+    initial: float
+
+    def __call__(self, count):
+        return self.initial * 0.5**count
+
+tx = adamjax.chain(momentum(0.5, rows="lazy"), adamjax.scale_by_learning_rate(halved(0.1)))
+state = tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}))[1]
+sent = momentum, slower, lower_adam, halved, State, tx, state
+for times in range(2):
+    with open(sys.argv[1] + str(times), "wb") as file:
+        cloudpickle.dump(sent, file)
+"""
+
+ITS_READER = """
+import pickle, sys
+
+momentum, slower, lower_adam, halved, State, tx, state = pickle.load(open(sys.argv[1] + "0", "rb"))
+assert pickle.load(open(sys.argv[1] + "1", "rb"))[0] is momentum
+
+import jax, jax.numpy as jnp
+import adamjax
+
+assert jax.tree.leaves(tx) == [0.5, 1.0, 0.1]
+assert repr(tx) == (
+    "chain(momentum(b=0.5, size=1.0, rows='lazy'), "
+    "scale_by_learning_rate(learning_rate=halved(initial=0.1)))"
+)
+again = adamjax.chain(momentum(0.5, rows="lazy"), adamjax.scale_by_learning_rate(halved(0.1)))
+assert tx == again and hash(tx) == hash(again)
+assert jax.tree.map(lambda x: x, tx) == tx
+assert momentum(0.5) != momentum(0.25) and momentum(0.5, rows="lazy") != momentum(0.5)
+assert jax.tree.leaves(slower(0.5)) == [0.5, 1.0, 2.0]
+assert jax.tree.leaves(lower_adam()) == [0.9, 0.999, 1e-7, 0.5]
+try:
+    momentum(2.0)
+    raise AssertionError("the range was not checked")
+except ValueError as error:
+    assert "b must be in [0, 1), got 2.0" in str(error)
+assert adamjax.slot_names(state) == ("m",) and adamjax.step_count(state) == 1
+step = jax.jit(lambda tx, state: tx.update({"w": jnp.ones(2)}, state))
+updates, state = step(tx, state)
+assert adamjax.get_slot(state, "m")["w"].tolist() == [1.5, 1.5]
+assert updates["w"].tolist() == (-0.05 * jnp.full(2, 1.5)).tolist()
+print("as it was")
+"""
+
+
+def test_classes_of_a_script_are_the_same_in_another_process(tmp_path):
+    """By cloudpickle, which sends them by value."""
+    pytest.importorskip("cloudpickle")
+    for program in (A_SCRIPT, ITS_READER):
+        command = [sys.executable, "-c", program, str(tmp_path / "sent")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "as it was\n"
+
+
+def test_states_of_one_name():
+    """In two places, or in a cell of a notebook that is run again."""
+
+    def made():
+        @transform_state("m")
+        class State(NamedTuple):
+            m: Any
+
+        return State
+
+    for kind in (made(), made()):
+        assert adamjax.slot_names(kind({"w": 1.0})) == ("m",)

@@ -5,14 +5,11 @@ it waits for the host, and that nothing in it makes an array of a table's size b
 the tables that were donated.
 """
 
-import functools
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import gpu, programs
-from benchmarks.workers import asked
+from benchmarks import compilers, gpu, hlo, programs
 
 NUM_ROWS, WIDTH = 1_000_000, 64
 SMALL = [(64,)] * 2000
@@ -41,14 +38,8 @@ def compiled():
     """What the compiler says about each case."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("XLA's compiler for CUDA is not installed: make test-gpu")
-    names = list(CASES)
-    with ThreadPoolExecutor(2) as pool:
-        halves = [names[::2], names[1::2]]
-        questions = [[CASES[name] for name in half] for half in halves]
-        found = {}
-        answers = pool.map(functools.partial(asked, gpu.compiler), questions)
-        for half, part in zip(halves, answers, strict=True):
-            found |= dict(zip(half, part, strict=True))
+    reports = compilers.reports(gpu.COMPILER, "H100", list(CASES.values()), processes=2)
+    found = dict(zip(CASES, reports, strict=True))
     assert not any("failed" in answer for answer in found.values()), found
     return found
 
@@ -175,4 +166,4 @@ backend_config={"known_trip_count":{"n":"7"}}
 
 def test_launches_and_round_trips():
     """A fusion, seven rounds of two, a copy, one that is called; and a loop nobody can count."""
-    assert gpu.launches(PROGRAM) == (1 + 7 * 2 + 1 + 1, 1)
+    assert hlo.launches(PROGRAM) == (1 + 7 * 2 + 1 + 1, 1)

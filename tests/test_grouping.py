@@ -337,7 +337,7 @@ ODD = {
 
 @pytest.mark.parametrize("tx", ODD.values(), ids=ODD)
 def test_refuses_what_does_not_treat_all_elements_alike(tx):
-    with pytest.raises(ValueError, match=r"grouped: .* cannot take leaves that are joined"):
+    with pytest.raises(ValueError, match=r"grouped: .* cannot take leaves in buckets"):
         grouped(tx)
 
 
@@ -451,7 +451,9 @@ def test_a_state_of_other_leaves_is_not_joined():
 
 def test_a_state_that_is_not_joined_is_refused():
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
-    with pytest.raises(ValueError, match=r"the state's m is not joined.*tx.join\(state, params\)"):
+    with pytest.raises(
+        ValueError, match=r"the state's m is not in buckets.*tx.join\(state, params\)"
+    ):
         tx.update(params, adam().init(params), params)
 
 

@@ -262,7 +262,7 @@ def test_a_state_of_another_kind_is_refused():
         (
             lambda: with_hyperparams(adamjax.adam(0.1), momentum=0.9),
             ValueError,
-            r"'momentum' is a field of 0 transforms in .*there are .*'learning_rate'",
+            r"'momentum' is a field of 0 transforms in .*the fields are .*'learning_rate'",
         ),
         (
             lambda: with_hyperparams(

@@ -356,7 +356,7 @@ def test_what_is_no_bool_is_refused(leaf, said):
             make(lambda tree: mask).init(PARAMS)
     with pytest.raises(TypeError, match="a path pattern must be a str, got None"):
         masked(scale(0.0), None)
-    with pytest.raises(TypeError, match=r"at '0' the mask has 'kernel'.*several .* are one"):
+    with pytest.raises(TypeError, match=r"at '0' the mask has 'kernel'.*several .* as one"):
         masked(scale(0.0), ["kernel", "bias"])
     for returned in ("kernel", 1):
         with pytest.raises(TypeError, match="masked: what the mask function returns: the mask has"):

@@ -177,3 +177,5 @@ def test_what_does_not_fit_is_refused():
         adamjax.chain(tx, adamjax.scale(1.0))
     with pytest.raises(ValueError, match="grouped"):
         adamjax.grouped(tx)
+    with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
+        adamjax.convert.to_optax(state, tx, PARAMS, state)

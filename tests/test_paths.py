@@ -77,7 +77,7 @@ def test_init_refuses_a_pattern_that_matches_no_leaf(name):
     tx = make("kernal")
     wanted = (
         rf"^{owner}: the pattern 'kernal' matches no leaf; the paths are \['enc/bias', "
-        r"'enc/kernel'(, 'head/kernel', 'steps')?\]. If that is meant, write "
+        r"'enc/kernel'(, 'head/kernel', 'steps')?\]. If it may match none, write "
         r"adamjax.optional\('kernal'\)"
     )
     shapes = jax.eval_shape(lambda: PARAMS)

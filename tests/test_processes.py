@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import model, train
-from benchmarks.processes import Processes
-from benchmarks.text import make_text, read_files
+from benchmarks import train
+from benchmarks.train import data, job, model
+from benchmarks.train.options import Config
+from benchmarks.train.processes import Processes, on_all
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
@@ -87,7 +88,7 @@ def members_at_work(launcher):
     listed = subprocess.run(
         ["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True
     )
-    found = re.findall(r"^\s*(\d+)\s+(\d+) .*--process (\d+) --member$", listed.stdout, re.M)
+    found = re.findall(r"^\s*(\d+)\s+(\d+) .*--number (\d+)$", listed.stdout, re.M)
     return {int(i): int(pid) for pid, parent, i in found if int(parent) == launcher.pid}
 
 
@@ -117,9 +118,11 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(star
     _, err = process.communicate(timeout=120)
     assert time.monotonic() - began < 20
     assert process.returncode == 128 + signal.SIGKILL
-    said = [line for line in err.splitlines() if line.startswith("train: ")]
-    assert "train: process 1 of 2 was ended by SIGKILL; the others were ended as well" in said
-    assert said[-1].endswith("python -m benchmarks train --resume runs/killed --processes 2")
+    *_, verdict, advice, command = err.splitlines()
+    assert verdict == "train: process 1 of 2 was ended by SIGKILL; the others were ended as well"
+    assert advice == "train: to go on from the last checkpoint:"
+    again = "-m benchmarks train --resume runs/killed --save-every 0.0 --processes 2"
+    assert command == f"  {sys.executable} {again}"
     assert "Traceback" not in err
     assert not any(map(is_running, pids.values()))
     taken = len(kept("killed")[0]["losses"])
@@ -136,28 +139,26 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(star
     assert apart("whole", "on-2") == (0, 0)
 
 
-def collectives(rows):
+def collectives():
     """What a process of its own with two devices runs: the shapes that its step exchanges."""
     model.FREQUENT, model.DRAWN = 40, 16
-    config = train.Config(steps=20, batch=32, context=3, dim=8, hidden=8, rows=rows)
-    text = make_text(*read_files(["prose.txt"]), config.vocab)
-    tx, params = train.optimizer(config, len(text.words)), train._initial(config, text)
-    mesh = Processes().mesh()
+    config = Config(steps=20, batch=32, context=3, dim=8, hidden=8)
+    text, mesh = data.read(["prose.txt"], config.vocab), Processes().mesh()
     assert mesh.size == 2
-    trees = train.on_all(mesh, (params, tx.init(params)))
-    course = train.make_course(config, text)
-    assert all(size < len(text.words) for size in course.size.values())
-    step = train.Step(tx, config, course, mesh, *trees)
+    tx, params = job.optimizer(config, len(text.words), 2), job.initial(config, text)
+    trees = on_all(mesh, (params, tx.init(params)))
+    step = job.train_step(config, tx, len(text.words), mesh)
+    compiled = step.lower(*trees, job.all_batches(config, text)(0)).compile()
     shapes = []
-    for line in step.compiled.as_text().splitlines():
+    for line in compiled.as_text().splitlines():
         if found := re.search(r" = (.*) (all-|reduce-scatter|collective-)[\w-]*\(", line):
             shapes += re.findall(r"\w+\[[\d,]*\]", found[1])
-    print(json.dumps([shapes, course.size, len(text.words)]))
+    print(json.dumps([shapes, len(text.words)]))
 
 
 def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
     done = subprocess.run(
-        [sys.executable, "-c", "import test_processes; test_processes.collectives('exact')"],
+        [sys.executable, "-c", "import test_processes; test_processes.collectives()"],
         env=environment(
             XLA_FLAGS="--xla_force_host_platform_device_count=2",
             PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -167,12 +168,14 @@ def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    shapes, size, _ = json.loads(done.stdout)
-    tables = [f"f32[{rows},8]" for rows in size.values()]
-    # Once each, and besides them the hidden layer, its bias, the projection, the output's bias
-    # and scalars: the loss, and whether to stop.
-    of_rest = ["f32[24,8]", "f32[8]", "f32[8,8]", f"f32[{size['output/kernel']}]"]
-    assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(tables + of_rest)
+    shapes, words = json.loads(done.stdout)
+    # Each device reads 16 windows of 3 words, and of the output 40 frequent words, 16 drawn ones
+    # and 16 to predict.
+    reads = 2 * 16 * 3, 2 * (40 + 16 + 16)
+    of_tables = [x for rows in reads for x in (f"f32[{rows},8]", f"s32[{rows}]")]
+    # The hidden layer, its bias, the projection and the output's bias. Scalars are the loss's.
+    of_rest = ["f32[24,8]", "f32[8]", "f32[8,8]", f"f32[{words}]"]
+    assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(of_tables + of_rest)
 
 
 def test_processes_that_are_started_one_by_one_stop_at_one_step(start):
@@ -185,7 +188,8 @@ def test_processes_that_are_started_one_by_one_stop_at_one_step(start):
     other.send_signal(signal.SIGTERM)
     out, err = one.communicate(timeout=120)
     assert one.returncode == 128 + signal.SIGINT, err
-    assert "to go on: python -m benchmarks train --resume runs/run" in out
+    everywhere = f"--processes 2 --coordinator {coordinator} --process 0"
+    assert f"-m benchmarks train --resume runs/run {everywhere}" in out.splitlines()[-1]
     assert 1 <= len(kept("run")[0]["losses"]) < 100_000
     out, err = other.communicate(timeout=120)
     assert other.returncode == 128 + signal.SIGTERM, err

@@ -112,7 +112,7 @@ def test_what_is_no_axis_is_refused():
         with pytest.raises(TypeError, match="axis_name must be the name of a mapped axis"):
             adamjax.sum_over(bad)
     for bad in ((), [], ("batch", "batch")):
-        with pytest.raises(ValueError, match="one name or several, each once; got"):
+        with pytest.raises(ValueError, match="one name or several different ones; got"):
             adamjax.sum_over(bad)
     g = jnp.ones((2, 3))
     for axis in ("batch", ("rows", "batch")):

@@ -4,14 +4,11 @@ What is asserted is what the compiler says about its program: nothing in it make
 table's size but the scatters into the table that was donated, and the bytes it will take.
 """
 
-import functools
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import hlo, programs, tpu
-from benchmarks.workers import asked
+from benchmarks import compilers, hlo, programs, tpu
 
 NUM_ROWS = tpu.NUM_ROWS
 # What a TPU pads a row to 128 elements by.
@@ -43,14 +40,11 @@ def compiled():
         pytest.skip("libtpu, which has the TPU's compiler, is not installed: make test-tpu")
     cases = [("rows", *case) for case in CASES]
     cases += [("dense", *case, [[PARAMETERS]]) for case in DENSE]
-    with ThreadPoolExecutor(2) as pool:
-        start = functools.partial(tpu.compiler, "v5e")
-        halves = pool.map(lambda part: asked(start, part), (cases[::2], cases[1::2]))
-        found = {}
-        for part, answers in zip((cases[::2], cases[1::2]), halves, strict=True):
-            for (_, *case), answer in zip(part, answers, strict=True):
-                assert "failed" not in answer, (case, answer)
-                found[tuple(case[:2] if case[0] in ("adamjax", "optax") else case)] = answer
+    reports = compilers.reports(tpu.COMPILER, "v5e", cases, processes=2)
+    found = {}
+    for (_, *case), report in zip(cases, reports, strict=True):
+        assert "failed" not in report, (case, report)
+        found[tuple(case[:2] if case[0] in ("adamjax", "optax") else case)] = report
     return found
 
 
@@ -182,23 +176,10 @@ def test_only_large_batches_are_a_loop():
     cases = {**programs.large_cases(1000, 64), **programs.many_tables()[2]}
     cases["usual"] = ("rows", "exact_rows", 64, 1000)
     expected = {name: 32 if "65,536" in name else 0 for name in cases}
-    assert {name: programs.turns(case) for name, case in cases.items()} == expected
+    assert {name: programs.block_turns(case) for name, case in cases.items()} == expected
 
 
 def test_what_makes_large_arrays():
-    assert hlo.makers(PROGRAM, 64_000) == {
+    assert hlo.large_results(PROGRAM, 64_000) == {
         **{"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
     }
-
-
-def test_times_are_taken_where_there_is_a_device():
-    """The path for a TPU, tried on what there is."""
-    groups = [
-        ({}, {name: ("dense", name, "adam", [(8,)]) for name in ("adamjax", "optax")}),
-        ({}, {"rows=lazy": ("rows", "rows=lazy", 64, 1000)}),
-        ({}, {"exact_rows": ("rows", "exact_rows", 64, 1000, 9000)}),
-        ({}, programs.many_tables(quick=True)[2]),
-    ]
-    for (_, cases), row in zip(groups, tpu.run_times(groups, 2, 1), strict=True):
-        assert list(row["ms"]) == list(cases)
-        assert all(ms["median"] > 0 for ms in row["ms"].values())

@@ -15,6 +15,7 @@ from adamjax.data import Tree
 from adamjax.exact import ExactRowsState
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
+from adamjax.master import master_weights
 from adamjax.paths import unique_paths
 from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, slot_states, walk
@@ -62,6 +63,12 @@ class AdamjaxState:
                     f"{owner}: {part.tx!r} keeps leaves joined. Convert the state of the transform "
                     "without grouped; grouped.split and grouped.join take a state apart and put it "
                     "together"
+                )
+            if isinstance(part.tx, master_weights):
+                raise ValueError(
+                    f"{owner}: {part.tx!r} has float32 weights in its state, which other systems "
+                    "keep elsewhere. Convert the inner state with the float32 weights as "
+                    "parameters, and put both together: MasterWeightsState(weights, inner)"
                 )
         self.gathering = [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))

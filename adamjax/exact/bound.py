@@ -1,4 +1,4 @@
-"""`exact_rows` together with parameters and a state: what every step and every read starts from."""
+"""`exact_rows` bound to parameters and a state, where every step and every read starts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +28,16 @@ class Bound:
 
     Attributes:
       tx: the inner transform, its mask functions resolved for these parameters.
-      families: the tables, those that move alike together.
-      behind: for each leaf that is a table the stations from its rule on, with their states.
+      families: the tables by family.
+      stations: for each leaf that is a table, the stations from its rule on, with their states.
       params: the parameters.
       inner: the state of the inner transform.
-      state: the state of `exact_rows`; `None` where it is about to be made.
+      state: the state of `exact_rows`; `None` while it is being made.
     """
 
     tx: Transform
     families: list[Family]
-    behind: dict[int, list[Station]]
+    stations: dict[int, list[Station]]
     params: Tree
     inner: Any
     state: ExactRowsState | None = None
@@ -48,31 +48,31 @@ class Bound:
         return sorted((t for f in self.families for t in f.tables), key=lambda t: t.leaf)
 
     def table(self, name: str) -> Table:
-        """The table that a path or pattern means."""
+        """The table that a path or pattern names."""
         path = named(name, [t.path for t in self.tables])
         return next(t for t in self.tables if t.path == path)
 
-    def alone(self, table: Table) -> Batch:
+    def batch_of(self, table: Table) -> Batch:
         """A batch of one table."""
         return Batch(next(f for f in self.families if table in f.tables), (table,))
 
     def count(self, table: Table) -> chex.Array:
         """The steps that the table's rule has taken."""
-        return self.behind[table.leaf][0].state.count
+        return self.stations[table.leaf][0].state.count
 
     def scalars(self, table: Table) -> tuple[Any, Any]:
-        """The scalars a and b of the next step, p += a * m / (x + e) + b * p."""
-        rule, *behind = self.behind[table.leaf]
+        """The scalars a and b of the next step, `p += a * m / (x + e) + b * p`."""
+        rule, *later = self.stations[table.leaf]
         assert isinstance(rule.tx, Rule)
         a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
-        for _, tx, state, params in behind:
+        for _, tx, state, params in later:
             if not isinstance(tx, weight_ema):
                 s, w = tx.affine(state, params, table.leaf, table.real) or (1, 0)
                 a, b = s * a, s * b + w
         return a, b
 
     def columns(self, table: Table) -> Columns:
-        """The table's weights, its slots, and when each row was written."""
+        """The table's weights, its slots, and the clock of each row."""
         assert self.state is not None
         slots: dict[str, chex.Array] = {}
 
@@ -86,7 +86,7 @@ class Bound:
         return Columns(weights, slots, self.state.tables[table.path].last)
 
     def past(self, family: Family) -> Past:
-        """What brings rows of a family up to date."""
+        """What rows of a family catch up from."""
         assert self.state is not None
         count = self.count(family.tables[0])
         return Past(self.state.rings[family.name], self.state.clock, count)
@@ -95,7 +95,7 @@ class Bound:
         """A family's ring after the next step.
 
         Args:
-          has_nan: bool scalar, whether what the step read of the ring has a NaN.
+          has_nan: bool scalar, whether the entries of the ring that the step read have a NaN.
         """
         assert self.state is not None
         table = family.tables[0]
@@ -106,14 +106,14 @@ class Bound:
         count = next_count(self.count(table))
         return table.plan.advance(self.state.rings[family.name], self.state.clock + 1, count, a, b)
 
-    def tail(
+    def row_step(
         self, table: Table, extra_args: dict[str, Any]
     ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
-        """A table's rule and everything behind it: `(g, slots, weights) -> (u, slots)` of rows."""
-        behind = self.behind[table.leaf]
+        """A table's rule and all later transforms: `(g, slots, weights) -> (u, slots)` of rows."""
+        stations = self.stations[table.leaf]
         leaves, treedef = flatten(self.params)
 
-        def alone(x: Any) -> Tree:
+        def as_tree(x: Any) -> Tree:
             return treedef.unflatten([x if i == table.leaf else None for i in range(len(leaves))])
 
         def step(
@@ -126,12 +126,14 @@ class Bound:
                 new.update({} if slot is None else {name: slot})
                 return tree
 
-            states = [map_slots(lambda name, _: alone(slots.get(name)), s.state) for s in behind]
-            rule, *rest = (station.tx for station in behind)
+            states = [
+                map_slots(lambda name, _: as_tree(slots.get(name)), s.state) for s in stations
+            ]
+            rule, *later = (station.tx for station in stations)
             assert isinstance(rule, Rule)
-            several = chain(rule.with_wide_slots(), *rest)
-            u, after = several.update(alone(g), tuple(states), alone(weights), **extra_args)
-            map_slots(collect, after)
+            tx = chain(rule.with_wide_slots(), *later)
+            u, next_states = tx.update(as_tree(g), tuple(states), as_tree(weights), **extra_args)
+            map_slots(collect, next_states)
             return flatten(u)[0][table.leaf], new
 
         return step

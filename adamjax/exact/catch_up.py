@@ -1,4 +1,4 @@
-"""Rows of tables brought up to date, and written back."""
+"""Brings rows of tables up to date, and writes them back."""
 
 import functools
 import operator
@@ -12,45 +12,45 @@ import numpy as np
 from adamjax.blocks import in_blocks, rows_of_each
 from adamjax.coasting import decayed
 from adamjax.exact.state import Columns, Past, Ready
-from adamjax.exact.tables import Batch, Table, beside
+from adamjax.exact.tables import Batch, Table, per_row
 from adamjax.mesh import at_each, put, taken
 from adamjax.moments import barrier, root
 from adamjax.rounding import is_narrow, rounding_keys, write_slots
 
 __all__ = ["caught_up", "flushed", "or_zeros", "put_rows", "read_in_blocks", "slot_keys"]
 
-# Rows that are flushed at a time.
+# How many rows are flushed at a time.
 _BLOCK = 8192
 
 
-# Jitted for those who call outside of jit; inline, it leaves no trace.
+# jit is for calls outside of jit; inline hides it inside of one.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[Any]) -> Ready:
-    """Rows up to date.
+    """Rows of a batch's tables, up to date.
 
     Args:
-      columns: of each table.
-      indices: of each table, int32[n], with `num_rows` where there is none; `None` for all.
+      columns: for each table its columns.
+      indices: for each table int32[n], where `num_rows` stands for no row; `None` for all rows.
     """
     first = batch.tables[0]
-    safe, is_row = indices, None
+    clamped, is_row = indices, None
     if indices[0] is not None:
         sizes = [x.size for x in indices]
-        num_rows = beside(np.array([t.num_rows for t in batch.tables], np.int32), sizes)
-        everyone = jnp.concatenate(indices)
-        is_row = everyone < num_rows
-        safe = rows_of_each(jnp.minimum(everyone, num_rows - 1).astype(np.uint32), sizes)
+        num_rows = per_row(np.array([t.num_rows for t in batch.tables], np.int32), sizes)
+        all_indices = jnp.concatenate(indices)
+        is_row = all_indices < num_rows
+        clamped = rows_of_each(jnp.minimum(all_indices, num_rows - 1).astype(np.uint32), sizes)
 
     def gathered(arrays: Any) -> chex.Array:
-        pairs = zip(arrays, safe, strict=True)
+        pairs = zip(arrays, clamped, strict=True)
         rows = [x if i is None else taken(x, i, mode="promise_in_bounds") for x, i in pairs]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
     last = gathered(c.last for c in columns)
     last = last if is_row is None else jnp.where(is_row, last, past.clock)
-    here = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
-    slots = {name: x.astype(first.real) for name, x in here.items()}
-    # A gather that is fused into the arithmetic keeps it from being vectorised.
+    stored = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
+    slots = {name: x.astype(first.real) for name, x in stored.items()}
+    # If XLA fused the gather into the arithmetic, it would not vectorise the arithmetic.
     before = barrier(gathered(c.weights for c in columns)).astype(first.real)
     coast = first.coast
     size = root(slots[coast.size]) if coast.squared else slots[coast.size]
@@ -61,14 +61,14 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         slots[name] = decayed(slots[name], b, gap, batch.family.history)
     if average is not None:
         slots["average"] = average
-    read = [at_each(x, last & (len(x) - 1)) for x in past.ring if x is not None]
-    nans = [jnp.any(jnp.isnan(x)) for x in read]
+    entries = [at_each(x, last & (len(x) - 1)) for x in past.ring if x is not None]
+    nans = [jnp.any(jnp.isnan(x)) for x in entries]
     return Ready(
         now=(before + moved).astype(first.dtype),
         moved=moved,
         # Narrow slots stay wide until the step has been taken, so that they are rounded once.
         slots={
-            name: x if is_narrow(here[name].dtype) else x.astype(here[name].dtype)
+            name: x if is_narrow(stored[name].dtype) else x.astype(stored[name].dtype)
             for name, x in slots.items()
         },
         last=last,
@@ -90,7 +90,7 @@ def read_in_blocks(batch: Batch, past: Past, columns: Columns, indices: chex.Arr
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Columns:
-    """A table, or a part of its rows from row `first` on, with all rows up to date."""
+    """Brings all rows of a table up to date, or of a part of it that begins at row `first`."""
     num_rows = columns.weights.shape[0]
     size = min(_BLOCK, num_rows)
 
@@ -100,20 +100,20 @@ def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Co
         clock = jnp.broadcast_to(past.clock, ids.shape)
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
-        (moved,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
-        return moved._replace(weights=put(columns.weights, ids, rows.now))
+        (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
+        return written._replace(weights=put(columns.weights, ids, rows.now))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
 
 
 def or_zeros(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
-    """Rows, and zeros where there is none."""
+    """The rows, with zeros where an index is of no row."""
     is_row = indices < table.num_rows
     return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
 def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
-    """For each table of a batch the key by which its narrow slots are rounded, if there are any."""
+    """For each table of a batch a key to round its narrow slots; `None` if no slot is narrow."""
     if any(is_narrow(slot.dtype) for slot in columns[0].slots.values()):
         return rounding_keys(count, [table.leaf for table in batch.tables])
     return None
@@ -127,12 +127,12 @@ def put_rows(
     keys: Any = None,
     first: Any = 0,
 ) -> list[Columns]:
-    """Tables with other slots and another `last` at some rows.
+    """The columns of tables, with new slots and a new `last` at some rows.
 
     Args:
       indices: the rows of each table; `None` for all rows.
-      keys: of `slot_keys`.
-      first: the position of the first row in the whole table, where these are a part of it.
+      keys: the result of `slot_keys`.
+      first: if the columns are a part of a table, the number of their first row.
     """
 
     def written(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[chex.Array]:
@@ -147,10 +147,10 @@ def put_rows(
     pieces = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     lasts = rows_of_each(last, sizes)
 
-    def one(old: Columns, i: chex.Array, n: int) -> Columns:
-        own = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
-        pairs = zip(old.slots.items(), own, strict=True)
+    def put_in(old: Columns, i: chex.Array, n: int) -> Columns:
+        rounded = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
+        pairs = zip(old.slots.items(), rounded, strict=True)
         new = {name: put(x, i, rows) for (name, x), rows in pairs}
         return old._replace(slots=new, last=put(old.last, i, lasts[n]))
 
-    return [one(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]
+    return [put_in(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]

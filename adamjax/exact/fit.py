@@ -1,7 +1,7 @@
-"""Refuses states that do not fit the parameters or the transform. Costs nothing in a jitted step.
+"""Refuses states that do not fit the parameters or the transform.
 
-Everything is checked by structure, shape and dtype, and by the name of each ring, which says which
-rule it was made for.
+It checks structures, shapes, dtypes, and the names of rings, which say which rule a ring was made
+for. So the checks cost nothing in a jitted step.
 """
 
 import functools
@@ -23,17 +23,17 @@ __all__ = ["expect_fit", "expect_slots"]
 
 _OTHER_TABLE = (
     "make a new state with init; or flush with the old sizes, resize the table in params "
-    "and in state.inner, and go on with from_dense(state.inner, params)"
+    "and in state.inner, and continue with from_dense(state.inner, params)"
 )
 _OTHER_RULE = (
-    "rows that lag behind must go on as they began. Build it as it was; or flush with the "
-    "old one and start from its dense state: params, state = old.flush(params, state), "
-    "then state = new.from_dense(state.inner, params)"
+    "rows that lag behind must catch up by the old rule. Build the transform as it was; or flush "
+    "with the old one and start the new one from its dense state: "
+    "params, state = old.flush(params, state), then state = new.from_dense(state.inner, params)"
 )
 
 
 def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) -> None:
-    """Refuses a state of other parameters, tables or sizes, or of another rule or history."""
+    """Refuses a state for other parameters, tables or sizes, or for another rule or history."""
     tables = [table for family in families for table in family.tables]
     slots: list[Tree] = []
 
@@ -42,19 +42,21 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
         return tree
 
     map_slots(collect, state.inner)
-    came = leaf_paths(params)
-    wanted = leaf_paths(slots[0]) if slots else came
-    # JAX sorts the keys of a dictionary that goes through jit.
-    if came != wanted or {t.path for t in tables} != set(state.tables):
-        others = [path for path in came if path not in set(wanted)]
-        others += [path for path in wanted if path not in set(came)]
+    paths = leaf_paths(params)
+    state_paths = leaf_paths(slots[0]) if slots else paths
+    # Sets, because JAX sorts the keys of a dictionary that goes through jit.
+    if paths != state_paths or {t.path for t in tables} != set(state.tables):
+        unmatched = [path for path in paths if path not in set(state_paths)]
+        unmatched += [path for path in state_paths if path not in set(paths)]
         raise ValueError(
-            f"exact_rows: the state is of other parameters, with the tables "
+            f"exact_rows: the state is for other parameters, with the tables "
             f"{list(state.tables)}, expected {[t.path for t in tables]}; leaves that only one "
-            f"of both has: {others}. Rows are found by the leaf's place, so params must have "
-            "the structure that init was given"
+            f"of the two has: {unmatched}. The state refers to leaves by position, so params must "
+            "have the structure that init was given"
         )
-    expect_array("exact_rows: the clock", state.clock, (), "it is to wrap around", "int32")
+    expect_array(
+        "exact_rows: the clock", state.clock, (), "do not cast it, it wraps around", "int32"
+    )
     for table in tables:
         rows, where = state.tables[table.path], f"exact_rows: tables[{table.path!r}]"
         expect_array(f"{where}.last", rows.last, table.shape[:1], _OTHER_TABLE, "int32")
@@ -63,7 +65,7 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
 
 
 def expect_slots(table: Table, stations: Sequence[Station]) -> None:
-    """Refuses states of a table's rule, and of what is behind it, that do not fit the table."""
+    """Refuses states of a table's rule and later transforms that do not fit the table."""
     for _, tx, state, _ in stations:
         tx.check_state(state)
         for name in getattr(state, "slots", ()):
@@ -73,10 +75,10 @@ def expect_slots(table: Table, stations: Sequence[Station]) -> None:
 
 def _expect_rings(families: Sequence[Family], rings: Any) -> None:
     names = [family.name for family in families]
-    came = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
+    described = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
     if not isinstance(rings, Mapping) or set(rings) != set(names):
         raise ValueError(
-            f"exact_rows: the state is of another transform: {came}, expected {names}: "
+            f"exact_rows: the state is for another transform: {described}, expected {names}: "
             f"{_OTHER_RULE}"
         )
     for family in families:
@@ -95,5 +97,5 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
 
 @functools.lru_cache
 def _ring_like(plan: Coasting, history: int, real: Any) -> Ring:
-    """Shapes and dtypes of a ring."""
+    """The shapes and dtypes of a ring."""
     return jax.eval_shape(lambda: plan.init(history, real))

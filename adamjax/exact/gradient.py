@@ -1,4 +1,4 @@
-"""Gradients of a loss that reads rows of tables up to date."""
+"""Gradients of a loss that reads up-to-date rows of tables."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ def gradient_of(
     """`exact_rows.value_and_grad` of one or more `exact_rows`, each with tables of its own.
 
     Args:
-      bind: returns each of them, bound to its state and to the parameters that it sees.
+      bind: returns each of them, bound to its state and the parameters that it sees.
 
     Returns:
-      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`; the ticket is for all.
+      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`, with one ticket for all.
     """
 
     @functools.wraps(loss_fn)
@@ -45,7 +45,7 @@ def gradient_of(
         bounds = bind()
         for bound in bounds:
             for table in bound.tables:
-                batches[table.leaf] = batch = bound.alone(table)
+                batches[table.leaf] = batch = bound.batch_of(table)
                 state_of[table.leaf] = bound.columns(table), bound.past(batch.family)
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
         reads = Reads(call, sorted(batches), exact=True, strict=strict)
@@ -57,19 +57,21 @@ def gradient_of(
             tables = [t for t in bound.tables if t.leaf in indices]
             if tables:
                 leaves = [t.leaf for t in tables]
-                read, places, one = read_rows(bound, tables, [indices[i] for i in leaves])
-                read = [x.astype(dtypes[i]) for i, x in zip(leaves, read, strict=True)]
-                rows |= dict(zip(leaves, read, strict=True))
-                searched |= dict(zip(leaves, places, strict=True))
-                ticket = ticket.with_rows_of(one)
+                table_rows, distinct, table_ticket = read_rows(
+                    bound, tables, [indices[i] for i in leaves]
+                )
+                table_rows = [x.astype(dtypes[i]) for i, x in zip(leaves, table_rows, strict=True)]
+                rows |= dict(zip(leaves, table_rows, strict=True))
+                searched |= dict(zip(leaves, distinct, strict=True))
+                ticket = ticket.with_rows_of(table_ticket)
 
-        def look(state_of: Any, leaf: int, ids: Any) -> chex.Array:
+        def read(state_of: Any, leaf: int, ids: Any) -> chex.Array:
             batch, (columns, past) = batches[leaf], state_of[leaf]
             ids = None if ids is None else ids.reshape(-1)
             now = caught_up(batch, past, [columns], [ids]).now.astype(dtypes[leaf])
             return now if ids is None else or_zeros(now, ids, batch.tables[0])
 
-        dense = {leaf: look(state_of, leaf, None) for leaf in reads.dense}
-        return reads.value_and_grad(state_of, look, rows, dense, searched), ticket
+        dense = {leaf: read(state_of, leaf, None) for leaf in reads.dense}
+        return reads.value_and_grad(state_of, read, rows, dense, searched), ticket
 
     return function

@@ -1,4 +1,4 @@
-"""The transforms that a table's gradient goes through: to its rule, and behind it."""
+"""The transforms that a table's gradient goes through, up to its rule and after it."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ __all__ = ["Station", "check_route", "refused", "routes", "with_stops"]
 
 
 class Station(NamedTuple):
-    """A transform on the way of a leaf's gradient that does more than hand it on.
+    """A transform on a leaf's route that does more than pass the gradient on.
 
     Attributes:
       place: the positions of the parts that lead to it, outermost first.
@@ -33,23 +33,23 @@ class Station(NamedTuple):
 
 
 def routes(tx: Transform, state: Any, params: Tree) -> list[list[Station]]:
-    """For each leaf of the parameters the stations of its gradient, in their order.
+    """For each leaf of the parameters the stations of its gradient, in order.
 
-    Without parameters, the stations of a leaf that goes through everything.
+    If params is `None`, it is one leaf, which goes through everything.
     """
-    ways: list[list[Station]] = [[] for _ in flatten(params)[0]]
+    leaf_routes: list[list[Station]] = [[] for _ in flatten(params)[0]]
 
     def visit(tx: Transform, state: Any, params: Tree, place: tuple[int, ...]) -> None:
         if tx.only_routes:
             for i, part in enumerate(tx.children(state, params)):
                 visit(*part, (*place, i))
             return
-        for way, p in zip(ways, flatten(params)[0], strict=True):
+        for route, p in zip(leaf_routes, flatten(params)[0], strict=True):
             if params is None or p is not None:
-                way.append(Station(place, tx, state, params))
+                route.append(Station(place, tx, state, params))
 
     visit(tx, state, params, ())
-    return ways
+    return leaf_routes
 
 
 def refused(tx: Transform, why: str) -> ValueError:
@@ -57,11 +57,11 @@ def refused(tx: Transform, why: str) -> ValueError:
 
 
 def check_route(route: list[Transform], around: tuple[type[Transform], ...]) -> None:
-    """Refuses a chain through which rows cannot be exact.
+    """Refuses a route on which rows cannot be exact.
 
     Args:
       route: the transforms that a table's gradient goes through.
-      around: further transforms that can only stand around `exact_rows`.
+      around: more transforms that must be around `exact_rows`, not inside.
     """
     rule: Transform | None = None
     average: Transform | None = None
@@ -104,7 +104,7 @@ def check_route(route: list[Transform], around: tuple[type[Transform], ...]) -> 
 
 
 class _Waiting:
-    """A table's gradient in front of its rule. All transforms behind leave such a leaf alone."""
+    """A table's gradient, stopped at its rule. Later transforms leave such a leaf alone."""
 
     dtype = jax.dtypes.float0
 
@@ -113,22 +113,32 @@ class _Waiting:
 
 
 class _stopping(Rule):
-    """A rule that the gradients of some leaves do not reach."""
+    """A rule that stops the gradients of some leaves."""
 
     tx: Rule
     leaves: Any = static()
 
+    @property
+    def has_step(self) -> bool:
+        return self.tx.has_step
+
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
+        return self.tx.step(self._stopped(grads), state, factors)
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        return self.tx.update(self._stopped(updates), state, params, **extra_args)
+
+    def _stopped(self, grads: Tree) -> Tree:
         gradients, treedef = flatten(grads)
         for leaf in self.leaves:
             if gradients[leaf] is not None:
                 gradients[leaf] = _Waiting(gradients[leaf])
-        return self.tx.step(treedef.unflatten(gradients), state, factors)
+        return treedef.unflatten(gradients)
 
 
 def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
-    """The transform without what its rules and everything behind them do to some leaves."""
+    """The transform, with the gradients of some leaves stopped at their rules."""
     if isinstance(tx, Rule):
         return _stopping(tx, leaves)
-    # No table goes through the parts of any other transform.
+    # No table goes through the parts of other transforms.
     return tx.with_parts([with_stops(x, leaves) for x in tx.parts]) if tx.only_routes else tx

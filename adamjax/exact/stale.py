@@ -1,4 +1,4 @@
-"""What stands in the place of a table that must not be read as it is."""
+"""A placeholder for a table that must not be read directly."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["StaleTable"]
 
 @jax.tree_util.register_pytree_node_class
 class StaleTable:
-    """Stands where a table was: reading it raises, as its rows may lag behind.
+    """A placeholder for a table. Reading it raises, because rows of the table may lag behind.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -29,12 +29,12 @@ class StaleTable:
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"rows of the table {self.path!r} may lag behind, so it cannot be read as it is: read "
+            f"rows of the table {self.path!r} may lag behind, so it cannot be read directly: read "
             "rows with prepare (in a train step) or lookup, or bring all up to date with flush"
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Names of protocols, which copies, pickles and notebooks ask for, are not there.
+        # Copies, pickles and notebooks ask for names of protocols, which must be missing.
         if name.startswith("_") or name == "path":
             raise AttributeError(f"StaleTable has no {name!r}")
         return self._refuse()

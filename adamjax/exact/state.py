@@ -20,10 +20,10 @@ __all__ = [
 
 @exportable
 class TableState(NamedTuple):
-    """What is known of a table's rows.
+    """The state of a table's rows.
 
     Attributes:
-      last: int32[num_rows], the clock at which each row stands as it is in `params`.
+      last: int32[num_rows], the clock at which each row in `params` was last up to date.
       cursor: int32, the row that is refreshed next.
     """
 
@@ -39,11 +39,11 @@ class ExactRowsState(NamedTuple):
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
-      rings: what the last steps have done to a row that stands at each of them: a `Ring` for all
-        tables that go the same way. Its name says whose it is (of several tables the first, how
-        many more, and a checksum of their paths) and of which rule, as in
-        `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`: with another rule the rows that lag
-        behind would move otherwise, and a checkpoint has no other place for it.
+      rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
+        Its name has the tables (the first, the number of others, and a checksum of their paths)
+        and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. By another rule
+        the rows that lag behind would catch up wrongly, and a checkpoint has no other place to
+        record the rule.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -58,7 +58,7 @@ class ExactRowsState(NamedTuple):
 
     @property
     def last(self) -> dict[str, chex.Array]:
-        """By path, the clock at which each row of a table stands: int32[num_rows]."""
+        """By path, the clock at which each row was last up to date: int32[num_rows]."""
         return {path: table.last for path, table in self.tables.items()}
 
 
@@ -71,7 +71,7 @@ class Columns(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What brings rows up to date: the ring after the last step, and that step's number."""
+    """What rows catch up from: the ring after the last step, and that step's number."""
 
     ring: Ring
     clock: chex.Array
@@ -80,21 +80,23 @@ class Past(NamedTuple):
 
 @exportable
 class Ready(NamedTuple):
-    """Rows of tables, those of one after those of another, up to date.
+    """Up-to-date rows of several tables, concatenated.
 
-    Where there is no row, they are what happens to be read.
+    For an index of no row, the values are arbitrary.
     """
 
     now: chex.Array
-    moved: chex.Array  # by how much they lag behind in `params`, widened
+    moved: chex.Array  # now minus the weights in `params`, widened
     slots: dict[str, chex.Array]
     last: chex.Array
-    has_nan: chex.Array  # bool scalar, whether what was read of the ring has a NaN
+    has_nan: chex.Array  # bool scalar, whether the entries read from the ring have a NaN
 
 
 def named(name: str, paths: list[str]) -> str:
-    """The path of the table that a name means."""
-    found = [p for p in paths if p == name] or [p for p in paths if re.search(name, p)]
-    if len(found) != 1:
-        raise ValueError(f"exact_rows: {name!r} names {len(found)} tables, expected one of {paths}")
-    return found[0]
+    """The path of the table that a path or pattern names."""
+    matching = [p for p in paths if p == name] or [p for p in paths if re.search(name, p)]
+    if len(matching) != 1:
+        raise ValueError(
+            f"exact_rows: {name!r} names {len(matching)} tables, expected one of {paths}"
+        )
+    return matching[0]

@@ -1,4 +1,4 @@
-"""A step of tables: rows are brought up to date, take their step, and are written back."""
+"""A step of tables: brings rows up to date, takes their step, and writes them back."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,37 +29,38 @@ __all__ = ["read_rows", "take_step"]
 def take_step(
     bound: Bound, grads: list[Any], ticket: Ticket | None, extra_args: dict[str, Any]
 ) -> Step:
-    """The updates and the next state.
+    """Returns the updates and the next state.
 
     Args:
       grads: the gradient of each leaf, checked against the parameters.
-      ticket: that of `read_rows` in the same step, if there is one.
+      ticket: the ticket of `read_rows` in the same step, if there is one.
     """
     state, params, tables = bound.state, bound.params, bound.tables
     assert state is not None
     treedef = flatten(params)[1]
-    # The transforms in front of the rules, and all leaves that are no tables.
+    # For tables, the transforms in front of the rules; for other leaves, the whole step.
     updates, inner = with_stops(bound.tx, tuple(t.leaf for t in tables)).update(
         treedef.unflatten(grads), bound.inner, params, **extra_args
     )
-    moved = flatten(updates)[0]
-    at_rule: dict[int, Any] = {t.leaf: moved[t.leaf].gradient for t in tables}
+    leaf_updates = flatten(updates)[0]
+    rule_grads: dict[int, Any] = {t.leaf: leaf_updates[t.leaf].gradient for t in tables}
     # A chain widens narrow gradients; updates are as wide as the gradient and the table.
     dtypes = {t.leaf: jnp.promote_types(dtype_of(grads[t.leaf]), t.dtype) for t in tables}
-    for leaf, g in at_rule.items():
+    for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
-            # A ticket is recognised by the index array itself.
-            at_rule[leaf] = g.replace(indices=grads[leaf].indices)
+            # A ticket is valid only for the same index array.
+            rule_grads[leaf] = g.replace(indices=grads[leaf].indices)
 
-    sizes = {leaf: g.indices.size for leaf, g in at_rule.items() if isinstance(g, RowGradient)}
+    sizes = {leaf: g.indices.size for leaf, g in rule_grads.items() if isinstance(g, RowGradient)}
     batches = batches_of(bound.families, params, sizes)
-    batches += [bound.alone(t) for t in tables if t.leaf not in sizes]
+    batches += [bound.batch_of(t) for t in tables if t.leaf not in sizes]
     has_nan = {family.name: jnp.array(False) for family in bound.families}
     new: dict[int, Columns] = {}
     for batch in batches:
-        stepped = _batch_step(bound, batch, at_rule, ticket, extra_args)
+        stepped = _batch_step(bound, batch, rule_grads, ticket, extra_args)
         for t, columns in zip(batch.tables, stepped.columns, strict=True):
-            new[t.leaf], moved[t.leaf] = columns, columns.weights.astype(dtypes[t.leaf])
+            new[t.leaf] = columns
+            leaf_updates[t.leaf] = columns.weights.astype(dtypes[t.leaf])
         has_nan[batch.family.name] |= stepped.has_nan
 
     rings, states = dict(state.rings), {}
@@ -77,14 +78,14 @@ def take_step(
         return treedef.unflatten(slots)
 
     inner = map_slots(put_back, inner)
-    return treedef.unflatten(moved), ExactRowsState(inner, state.clock + 1, states, rings)
+    return treedef.unflatten(leaf_updates), ExactRowsState(inner, state.clock + 1, states, rings)
 
 
 class _Stepped(NamedTuple):
-    """Tables after a step, their updates in place of their weights."""
+    """Tables after a step, with their updates in place of their weights."""
 
     columns: list[Columns]
-    has_nan: chex.Array  # whether what was read of the ring has a NaN
+    has_nan: chex.Array  # whether the entries read from the ring have a NaN
 
 
 def _batch_step(
@@ -97,21 +98,21 @@ def _batch_step(
     first, tables = batch.tables[0], batch.tables
     columns = [bound.columns(t) for t in tables]
     past = bound.past(batch.family)
-    tail = bound.tail(first, extra_args)
+    row_step = bound.row_step(first, extra_args)
     clock = past.clock + 1
 
     def step(carry: Any, indices: list[Any], g: chex.Array, ready: Any = None) -> Any:
-        """One step of some rows. The carry has each table's slots and `last`, and `has_nan`."""
+        """A step of some rows. The carry has each table's slots and `last`, and `has_nan`."""
         arrays, has_nan = carry
         now = [Columns(c.weights, *x) for c, x in zip(columns, arrays, strict=True)]
         if ready is None:
             ready = caught_up(batch, past, now, indices)
-        u, slots = tail(g, ready.slots, ready.now)
-        # The distance by which rows lag behind and the step are added to the table in one go, so
-        # that it is rounded once.
+        u, slots = row_step(g, ready.slots, ready.now)
+        # One addition to the table makes a row catch up and takes its step, so that the row is
+        # rounded once.
         update = (ready.moved + u.astype(first.real)).astype(g.dtype)
-        # `ready.last` is never later than the clock. The comparison makes the write of `last`
-        # depend on its read, so that XLA need not copy it.
+        # `ready.last` is always before this clock. The comparison makes the write of `last` depend
+        # on its read, so that XLA need not copy it.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
         now = put_rows(now, indices, slots, last, slot_keys(batch, now, past.count))
         return ([(c.slots, c.last) for c in now], has_nan | ready.has_nan), update
@@ -124,14 +125,17 @@ def _batch_step(
         (arrays, has_nan), update = step(carry, [None], values[0].astype(dtype))
         updates: list[Any] = [update]
     else:
-        read = [g.indices for g in values]
-        ready = None if ticket is None else ticket.rows_of(batch.path, (past, columns, read))
-        pieces: list[list[RowGradient]] = [[] for _ in tables]
-        for number, indices in enumerate(_rows_to_step(bound, batch, read)):
-            given = [g.values if number == 0 else g.values[:0] for g in values]
+        read_indices = [g.indices for g in values]
+        ready = (
+            None if ticket is None else ticket.rows_of(batch.path, (past, columns, read_indices))
+        )
+        moves: list[list[RowGradient]] = [[] for _ in tables]
+        for number, indices in enumerate(_rows_to_step(bound, batch, read_indices)):
+            # The second list has rows without a gradient.
+            grad_rows = [g.values if number == 0 else g.values[:0] for g in values]
             sizes = [x.size for x in indices]
-            g = _padded(given, sizes, dtype)
-            if is_one_block(read[0].size):
+            g = _padded(grad_rows, sizes, dtype)
+            if is_one_block(read_indices[0].size):
                 carry, update = step(carry, indices, g, ready)
             else:
                 carry, update = in_blocks(
@@ -141,29 +145,31 @@ def _batch_step(
                     first.num_rows,
                     g,
                 )
-            each = zip(tables, pieces, indices, rows_of_each(update, sizes), strict=True)
-            for t, own, ids, piece in each:
-                own.append(RowGradient(ids, piece, num_rows=t.num_rows))
-        (arrays, has_nan), updates = carry, [RowMoves(tuple(own)) for own in pieces]
+            table_updates = rows_of_each(update, sizes)
+            for t, ids, u, table_moves in zip(tables, indices, table_updates, moves, strict=True):
+                table_moves.append(RowGradient(ids, u, num_rows=t.num_rows))
+        (arrays, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
     after = [Columns(u, *x) for u, x in zip(updates, arrays, strict=True)]
     return _Stepped(after, has_nan)
 
 
-def _rows_to_step(bound: Bound, batch: Batch, read: list[chex.Array]) -> list[list[chex.Array]]:
-    """The rows of each table of a batch that a step works on: those read, and those to refresh.
+def _rows_to_step(
+    bound: Bound, batch: Batch, read_indices: list[chex.Array]
+) -> list[list[chex.Array]]:
+    """Lists with the rows that a step takes of each table: rows that were read, rows to refresh.
 
-    Both in one list; in two where there are so many that they are worked on in blocks, so that
-    the gradients need not be copied to make room.
+    They are in one list; in two if there are so many that they are taken in blocks, so that the
+    gradients need not be copied to make room.
     """
     assert bound.state is not None
-    due = due_rows(batch, bound.state, read)
-    if is_one_block(read[0].size):
-        return [[jnp.concatenate(both) for both in zip(read, due, strict=True)]]
-    return [read, due]
+    due = due_rows(batch, bound.state, read_indices)
+    if is_one_block(read_indices[0].size):
+        return [[jnp.concatenate(both) for both in zip(read_indices, due, strict=True)]]
+    return [read_indices, due]
 
 
 def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> chex.Array:
-    """The rows of several tables, each filled up with zeros to a number of rows."""
+    """The rows of several tables, those of each padded with zeros to a number of rows."""
     pieces = []
     for x, size in zip(values, sizes, strict=True):
         pieces.append(x.astype(dtype))
@@ -175,21 +181,21 @@ def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> c
 def read_rows(
     bound: Bound, tables: list[Table], ids: list[chex.Array]
 ) -> tuple[list[chex.Array], list[tuple[chex.Array, chex.Array]], Ticket]:
-    """Reads rows of tables, up to date.
+    """Reads up-to-date rows of tables.
 
     Returns:
-      The rows of each table; the distinct indices of each and the position of each index among
-      them; and a ticket for the step.
+      The rows of each table; for each table its distinct indices, and the position of each index
+      among these; and a ticket for the step.
     """
     searched = distinct_of_each([x.reshape(-1) for x in ids], [t.num_rows for t in tables])
-    positions = {t.leaf: i for i, t in enumerate(tables)}
+    numbers = {t.leaf: i for i, t in enumerate(tables)}
     sizes = {t.leaf: rows.size for t, (rows, _) in zip(tables, searched, strict=True)}
     read: list[Any] = [None] * len(tables)
     ready_rows: dict[str, Any] = {}
     origins: dict[str, Any] = {}
     for batch in batches_of(bound.families, bound.params, sizes):
-        own = [positions[t.leaf] for t in batch.tables]
-        rows = [searched[i][0] for i in own]
+        batch_numbers = [numbers[t.leaf] for t in batch.tables]
+        rows = [searched[i][0] for i in batch_numbers]
         columns = [bound.columns(t) for t in batch.tables]
         past = bound.past(batch.family)
         indices = _rows_to_step(bound, batch, rows)[0]
@@ -200,17 +206,18 @@ def read_rows(
         else:
             now = read_in_blocks(batch, past, columns[0], indices[0])
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
-        # An index outside the table has the position of no row.
+        # An index outside the table gets a position after all rows.
         position = jnp.concatenate(
             [
                 jnp.where(searched[i][1] < x.size, searched[i][1] + start, len(now))
-                for i, x, start in zip(own, rows, starts, strict=True)
+                for i, x, start in zip(batch_numbers, rows, starts, strict=True)
             ]
         )
         now = taken(now, position, mode="fill", fill_value=0)
-        for i, x in zip(own, rows_of_each(now, [x.size for x in rows]), strict=True):
+        table_rows = rows_of_each(now, [x.size for x in rows])
+        for i, x in zip(batch_numbers, table_rows, strict=True):
             read[i] = x.reshape(*ids[i].shape, *x.shape[1:])
     by_path = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
     shapes = {t.path: (t.num_rows, x.shape) for t, x in zip(tables, ids, strict=True)}
     ticket = Ticket(ready_rows, by_path, tuple(shapes.items()))
-    return read, searched, ticket.made_of(origins)
+    return read, searched, ticket.with_origins(origins)

@@ -1,4 +1,4 @@
-"""Tables, and which of them are worked on together; and the rows that each step refreshes."""
+"""Tables, their families and batches, and the rows that each step refreshes."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,20 @@ __all__ = [
     "Family",
     "Table",
     "batches_of",
-    "beside",
     "due_rows",
     "families_of",
     "next_cursor",
+    "per_row",
 ]
 
 
 class Table(NamedTuple):
-    """A table: where it is among the parameters, and how its rows move.
+    """A table among the parameters, and how its rows move.
 
     Attributes:
       leaf: its position among the leaves.
-      coast: what its rule says of rows without a gradient.
-      plan: how such rows are brought up to date.
+      coast: how its rule moves rows without a gradient.
+      plan: how such rows catch up.
       kind: a hashable value, equal for tables that every step treats alike.
     """
 
@@ -65,7 +65,7 @@ class Family(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Tables of a family whose rows are worked on together: of one width and dtype."""
+    """Tables of a family whose rows fit in one computation: they have one width and dtype."""
 
     family: Family
     tables: tuple[Table, ...]
@@ -75,38 +75,39 @@ class Batch(NamedTuple):
         return self.tables[0].path
 
 
-# The part of a table that each step refreshes, and the longest history, where none is given.
+# By default a step refreshes about so many rows of a family's largest table, and a history is at
+# most so long.
 _REFRESHED = 64
 _LONGEST = 65536
-# The history where rows are brought up to date step by step. Then a step costs about as many row
-# steps as the table has rows, however long the history, and those of the rows that are read.
+# The default history if rows catch up step by step. Then a step costs about as many row steps as
+# the table has rows, whatever the history, and those of the rows that it reads.
 _REPLAYED = 64
 
 
-def families_of(tables: Sequence[Table], given: int | None) -> list[Family]:
-    """The tables, those whose rows move alike together; and how long the ring of each family is."""
+def families_of(tables: Sequence[Table], given_history: int | None) -> list[Family]:
+    """The tables by family. Each gets a default history if none is given."""
     by_kind: dict[Any, list[Table]] = {}
     for table in tables:
         by_kind.setdefault((table.kind, table.plan), []).append(table)
     families = []
-    for alike in by_kind.values():
-        plan, history = alike[0].plan, given
+    for same_kind in by_kind.values():
+        plan, history = same_kind[0].plan, given_history
         if history is None and plan.replays:
             history = _REPLAYED
         elif history is None:
-            wanted = max(t.num_rows for t in alike) // _REFRESHED
+            wanted = max(t.num_rows for t in same_kind) // _REFRESHED
             history = 1 << max(min(wanted, _LONGEST) - 1, 0).bit_length()
             history = max(history, plan.least_history)
-        name = f"{_tables_as_text(alike)}: {plan.name},history={history}"
-        families.append(Family(name, history, tuple(alike)))
+        name = f"{_tables_as_text(same_kind)}: {plan.name},history={history}"
+        families.append(Family(name, history, tuple(same_kind)))
     return families
 
 
 def _tables_as_text(tables: Sequence[Table]) -> str:
-    """Which tables these are, in a name that a file may have.
+    """A name for the tables of a ring, short enough for a file name.
 
-    Where tables are put together otherwise, as with other patterns of rates, a ring under the same
-    name would be that of others.
+    It depends on all of them: with other patterns of rates the first table may be in a family with
+    others, which must not take this ring for theirs.
     """
     first, *others = [table.path for table in tables]
     checksum = zlib.crc32("\n".join(others).encode())
@@ -114,60 +115,63 @@ def _tables_as_text(tables: Sequence[Table]) -> str:
 
 
 def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int]) -> list[Batch]:
-    """Tables, of which so many rows are worked on, by what can be worked on together."""
+    """Groups tables into batches. `sizes` has the number of rows that a step takes of each leaf."""
     batches, leaves = [], flatten(params)[0]
     for family in families:
-        alike: dict[Any, list[Table]] = {}
+        by_type: dict[Any, list[Table]] = {}
         for table in family.tables:
             if table.leaf in sizes:
-                # Rows of tables that are split in different ways are of different types.
+                # Rows of tables with different shardings have different types.
                 split = explicit(leaves[table.leaf])
                 spec = None if split is None else (split.mesh, split.spec[1:])
-                alike.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
-        for same in alike.values():
-            own = [jax.ShapeDtypeStruct((sizes[t.leaf], *t.shape[1:]), t.dtype) for t in same]
-            groups = together(range(len(same)), own)
-            batches += [Batch(family, tuple(same[i] for i in several)) for several in groups]
+                by_type.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
+        for tables in by_type.values():
+            rows = [jax.ShapeDtypeStruct((sizes[t.leaf], *t.shape[1:]), t.dtype) for t in tables]
+            groups = together(range(len(tables)), rows)
+            batches += [Batch(family, tuple(tables[i] for i in group)) for group in groups]
     return batches
 
 
-def due_rows(batch: Batch, state: ExactRowsState, found: list[chex.Array]) -> list[chex.Array]:
-    """The rows of each table whose turn it is to be refreshed, as far as they were not found.
+def due_rows(
+    batch: Batch, state: ExactRowsState, read_indices: list[chex.Array]
+) -> list[chex.Array]:
+    """The rows of each table that this step must refresh, without those that it reads anyway.
 
-    Computed for all tables of a batch in one go.
+    All tables of a batch are computed together.
     """
     num_rows = [t.num_rows for t in batch.tables]
-    sizes = [refreshed(t, batch.family.history) for t in batch.tables]
+    sizes = [num_refreshed(t, batch.family.history) for t in batch.tables]
     if not sum(sizes):
-        return [x[:0] for x in found]
+        return [x[:0] for x in read_indices]
     cursors = [state.tables[t.path].cursor for t in batch.tables]
 
-    places, starts = [x.size for x in found], np.cumsum([0, *sizes[:-1]])
+    counts, starts = [x.size for x in read_indices], np.cumsum([0, *sizes[:-1]])
     rows = np.array(num_rows, np.int32)
-    behind = jnp.concatenate(found) - beside(cursors, places)
-    behind = jnp.where(behind < 0, behind + beside(rows, places), behind)
-    is_due = (jnp.concatenate(found) < beside(rows, places)) & (
-        behind < beside(np.array(sizes, np.int32), places)
+    past_cursor = jnp.concatenate(read_indices) - per_row(cursors, counts)
+    past_cursor = jnp.where(past_cursor < 0, past_cursor + per_row(rows, counts), past_cursor)
+    is_due = (jnp.concatenate(read_indices) < per_row(rows, counts)) & (
+        past_cursor < per_row(np.array(sizes, np.int32), counts)
     )
-    place = jnp.where(is_due, behind + beside(starts.astype(np.int32), places), sum(sizes))
-    there = jnp.zeros(sum(sizes), bool).at[place.astype(np.uint32)].set(True, mode="drop")
-    due = beside(cursors, sizes) + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-    due = due - jnp.where(due < beside(rows, sizes), 0, beside(rows, sizes))
-    return rows_of_each(jnp.where(there, beside(rows, sizes), due), sizes)
+    table_starts = per_row(starts.astype(np.int32), counts)
+    position = jnp.where(is_due, past_cursor + table_starts, sum(sizes))
+    is_read = jnp.zeros(sum(sizes), bool).at[position.astype(np.uint32)].set(True, mode="drop")
+    due = per_row(cursors, sizes) + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    due = due - jnp.where(due < per_row(rows, sizes), 0, per_row(rows, sizes))
+    return rows_of_each(jnp.where(is_read, per_row(rows, sizes), due), sizes)
 
 
-def refreshed(table: Table, history: int) -> int:
-    """How many rows each step refreshes, so that none is older than the ring."""
+def num_refreshed(table: Table, history: int) -> int:
+    """How many rows each step refreshes, so that no row lags behind for longer than the ring."""
     return -(-table.num_rows // max(history - 2, 1))
 
 
 def next_cursor(table: Table, cursor: chex.Array, history: int) -> chex.Array:
-    after = cursor + refreshed(table, history)
-    return jnp.where(after < table.num_rows, after, after - table.num_rows)
+    moved = cursor + num_refreshed(table, history)
+    return jnp.where(moved < table.num_rows, moved, moved - table.num_rows)
 
 
-def beside(values: Any, counts: Sequence[int]) -> Any:
-    """For each of several rows of each table what belongs to the table."""
+def per_row(values: Any, counts: Sequence[int]) -> Any:
+    """Repeats the value of each table for each of its rows, `counts[i]` times."""
     if len(counts) == 1:
         return values[0]
     values = values if isinstance(values, np.ndarray) else jnp.stack(values)

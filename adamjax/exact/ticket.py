@@ -18,18 +18,18 @@ __all__ = ["Ticket"]
 
 
 class Ticket(Data):
-    """What `prepare` found out, for the `update` of the same step.
+    """The rows that `prepare` brought up to date, for the `update` of the same step.
 
-    It counts for the very arrays of params, state and indices that it was made of: where one of
-    them is another by now (after a `flush`, at a perturbed point, for other rows), and where it
-    went through a function that is jitted by itself, `update` brings the rows up to date itself.
-    So a ticket spares work in one jitted step, and does no harm anywhere.
+    It is valid only for the very arrays of params, state and indices that it was made from. If one
+    of them is another array (after a `flush`, at a perturbed point, for other rows), or if the
+    ticket went through a function with a jit of its own, `update` brings the rows up to date
+    itself. So a ticket saves work within one jitted step, and is harmless anywhere else.
 
     Attributes:
-      rows: by path, what each table's rows are, up to date; of tables whose rows are worked on
-        together, by that of the first. Where there are so many rows that blocks of them take
-        turns, `update` brings each block up to date by itself.
-      places: by path, which of the rows that were read are distinct.
+      rows: by path, the up-to-date rows of each table; those of a batch are under the path of its
+        first table. If there are so many rows that they are taken in blocks, the ticket has none,
+        and `update` brings each block up to date.
+      places: by path, the distinct indices, and the position of each index among them.
       num_rows: for each path the table's number of rows and the shape of its indices, static.
 
     >>> import adamjax, jax.numpy as jnp
@@ -45,19 +45,19 @@ class Ticket(Data):
     num_rows: Any = static(default=())
 
     def row_gradient(self, table: str, values: chex.Array) -> RowGradient:
-        """The gradient of the rows that `prepare` read: `adamjax.row_gradient` for less.
+        """The gradient of the rows that `prepare` read: a cheaper `adamjax.row_gradient`.
 
-        Equal indices need not be looked for again.
+        It need not search for equal indices again.
 
         Args:
-          table: the table, by its path or a pattern that finds it alone.
-          values: floats, the gradients of the rows, of the shape in which `prepare` gave them.
+          table: the table's path, or a pattern that matches only this table.
+          values: floats, the gradients of the rows, in the shape that `prepare` returned.
 
         Returns:
-          A `RowGradient` with room for as many rows as indices, of the dtype of the values.
+          A `RowGradient` with room for as many rows as indices, in the dtype of the values.
 
         Raises:
-          ValueError: no table or several have this name; the shape is not that of the rows.
+          ValueError: the name matches no table or several; the shape is not that of the rows.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params = {"table": jnp.zeros((9, 1))}
@@ -68,17 +68,17 @@ class Ticket(Data):
                [0.]], dtype=float32)
         """
         path = named(table, list(self.places))
-        (found, position), (num_rows, shape) = self.places[path], dict(self.num_rows)[path]
+        (distinct, position), (num_rows, shape) = self.places[path], dict(self.num_rows)[path]
         if np.shape(values)[: len(shape)] != tuple(shape):
             raise ValueError(
                 f"ticket.row_gradient: the gradients of {path!r} have the shape "
                 f"{np.shape(values)}, expected that of the rows, {(*shape, '...')}"
             )
         values = jnp.asarray(values).reshape(position.size, *np.shape(values)[len(shape) :])
-        return summed(found, position, values, num_rows)
+        return summed(distinct, position, values, num_rows)
 
     def with_rows_of(self, other: "Ticket") -> "Ticket":
-        """A ticket for what both are for."""
+        """A ticket with the rows of both."""
         ticket = Ticket(
             {**self.rows, **other.rows},
             {**self.places, **other.places},
@@ -89,16 +89,16 @@ class Ticket(Data):
         )
         return ticket
 
-    def made_of(self, origins: dict[str, Any]) -> "Ticket":
-        """The ticket, which then knows the arrays it was made of: no part of the pytree."""
+    def with_origins(self, origins: dict[str, Any]) -> "Ticket":
+        """Notes the arrays that the ticket was made from; they are not part of the pytree."""
         self.set_fields(_origins=origins)
         return self
 
     def rows_of(self, path: str, origin: Any) -> Ready | None:
-        """The rows of tables, if the ticket was made of these arrays."""
-        made_of = jax.tree.leaves(vars(self).get("_origins", {}).get(path))
-        now = jax.tree.leaves(origin)
-        same = len(made_of) == len(now) and all(map(operator.is_, made_of, now))
+        """The rows of a batch, if the ticket was made from these very arrays."""
+        expected = jax.tree.leaves(vars(self).get("_origins", {}).get(path))
+        arrays = jax.tree.leaves(origin)
+        same = len(expected) == len(arrays) and all(map(operator.is_, expected, arrays))
         return self.rows.get(path) if same else None
 
 
@@ -106,7 +106,7 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-# As an argument or a result of what `jax.export` writes.
+# For tickets that are an argument or a result of an exported function.
 export.register_pytree_node_serialization(
     Ticket,
     serialized_name="adamjax.states.Ticket",

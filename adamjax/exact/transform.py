@@ -1,10 +1,10 @@
-"""Tables kept exact at the cost of the rows that are touched: the others catch up when read.
+"""Exact steps of tables at the cost of the touched rows: the others catch up when they are read.
 
-A row without a gradient moves on by its momentum, and by how much is known (`coasting`). So a
-step leaves it where it stands and notes, once for all rows, what the step would have done to
-it; the row is brought up to date when somebody reads it, and then takes its step with all that
-is in the chain, as the dense row would. No transform in a chain knows of this: it sees the rows
-that are touched as if they were the whole table.
+A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
+So a step leaves such rows as they are, and records once what it would have done to all of them. A
+row catches up when it is read. Then it takes its step through the whole chain, as it would in a
+dense step. The transforms in the chain need not know: they see the touched rows as if these were
+the whole table.
 """
 
 import functools
@@ -63,42 +63,42 @@ __all__ = ["exact_rows"]
 class exact_rows(Transform):
     """Any optimizer, with tables whose steps cost what their touched rows cost, and are exact.
 
-    A table's `RowGradient` has the effect of the dense gradient: rows without one decay and move
-    on by their momentum as well. But they do so late, when they are read: **between steps rows of
-    `params` may lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`;
-    `flush` brings all up to date, before a checkpoint is handed on or the weights are read by
-    something else. `without_tables(params)` is `params` with placeholders that refuse to be read.
+    A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
+    move on by their momentum too. But they do so late, when they are read: **between steps rows of
+    `params` may lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`.
+    `flush` brings all rows up to date: call it before you pass on a checkpoint, or before other
+    code reads the weights. `without_tables(params)` has placeholders that refuse to be read.
 
-    Tables may get dense gradients in some steps; such a step costs as much as a dense one. A
-    gradient of `None` is refused for a table: pass a row gradient without rows. A norm that is not
-    finite in front of the rule makes NaN of the rows that the gradient has, and of no others.
+    A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
+    `None` is refused for a table: pass a row gradient without rows. If a norm in front of the rule
+    is not finite, the rows in the gradient become NaN, and no others.
 
-    A state goes on only with the tables, the history and the rule that it is of: with other betas,
-    epsilons or momenta the rows that lag behind would move otherwise, so that is refused. To change
-    them, `flush` with the old transform and begin with `from_dense` of the new one.
+    A state fits only the tables, the history and the rule that it was made for. With other betas,
+    epsilons or momenta the rows that lag behind would catch up wrongly, so that is refused. To
+    change them, `flush` with the old transform and start with `from_dense` of the new one.
 
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
-        effect on it here), scalings and decoupled weight decay, a `weight_ema` last. Betas,
-        epsilons and the average's momentum must be Python floats; rates and decays may be arrays
-        and change from step to step, as long as `learning_rate * weight_decay < 1`: at a step
-        where it is not, the rows become NaN. They do so too at a step whose rate is NaN or
-        infinite, but rows that are not read for long after it may stay finite.
-      tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them;
-        each must match a leaf, unless it is `optional`.
+        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. Betas,
+        epsilons and the average's momentum must be Python floats. Rates and decays may be arrays
+        and change from step to step, as long as `learning_rate * weight_decay < 1`: after a step
+        for which that is false, the rows become NaN. They also become NaN after a step whose rate
+        is NaN or infinite, but rows that are not read for long after it may stay finite.
+      tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
+        Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
         depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
-        state has an entry for each step of it. `None`: 1/64 of the largest table's rows, as far as
-        that lies between the least and 65,536. Where b1 is not well below the decay of the
-        gradients' size (Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), Adamax with b1 = b2) no
-        closed form holds what a row moves by: it takes one step for each that it was left alone
-        for. `None` is 64 then, and a step costs about as much as a dense one.
+        state has `history` entries. `None`: 1/64 of the largest table's rows, but at least the
+        least history and at most 65,536. If b1 is not well below the decay of the gradients' size
+        (Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), Adamax with b1 = b2), no closed form
+        gives the movement of a row: it catches up step by step. Then `None` is 64, and a step costs
+        about as much as a dense one.
 
     The state is an `ExactRowsState`.
 
     Raises:
-      ValueError: something in the chain cannot be kept exact (the message names it), or
-        `history` is too small; by `init`, if `learning_rate * weight_decay` is not below 1.
+      ValueError: a transform in the chain does not allow exact rows (the message names it), or
+        `history` is too small. From `init`: `learning_rate * weight_decay` is not below 1.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
@@ -116,7 +116,7 @@ class exact_rows(Transform):
     tx: Transform
     tables: Any = static()
     history: int | None = static(default=None, kw_only=True)
-    # The numbers of rules and averages. Those in `tx` are traced when it is an argument of `jit`.
+    # The Python floats of rules and averages. As an argument of `jit`, `tx` has tracers instead.
     numbers: Any = static(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -129,15 +129,15 @@ class exact_rows(Transform):
                 raise TypeError(f"exact_rows: history must be an int, got {history!r}") from None
         numbers = []
         for part, *_ in find(_STATIC, tx):
-            given = {name: value for name, value in vars(part).items() if value is not None}
-            for name, value in given.items():
+            fields = {name: value for name, value in vars(part).items() if value is not None}
+            for name, value in fields.items():
                 if is_array(value):
                     raise refused(part, f"{name} must be a Python float here, got {value!r}")
-            numbers.append(tuple(given.items()))
+            numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
         if not find(partition, tx):
-            (way,) = routes(tx, None, None)
-            self._plan([station.tx for station in way])
+            (route,) = routes(tx, None, None)
+            self._plan([station.tx for station in route])
 
     groupable = False
 
@@ -151,7 +151,7 @@ class exact_rows(Transform):
 
     @property
     def python_numbers(self) -> frozenset[str]:
-        return frozenset(name for given in self.numbers for name in dict(given))
+        return frozenset(name for fields in self.numbers for name, _ in fields)
 
     def __repr__(self) -> str:
         tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
@@ -170,27 +170,27 @@ class exact_rows(Transform):
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
     def _plan(self, route: list[Transform], real: Any = np.float32) -> tuple[Rule, Coasting]:
-        """The rule of a table's route, and how rows without a gradient are brought up to date."""
+        """The rule on a table's route, and the plan by which rows catch up."""
         check_route(route, (exact_rows,))
         rule = next(tx for tx in route if isinstance(tx, Rule))
         momenta = [tx.momentum for tx in route if isinstance(tx, weight_ema)]
-        behind = route[route.index(rule) + 1 :]
-        decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in behind)
+        later = route[route.index(rule) + 1 :]
+        decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in later)
         coast = rule.coast()
         assert coast is not None
         plan = coasting(coast, float(momenta[0]) if momenta else None, decays, real)
         if self.history is not None and self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} is too small, expected at least "
-                f"{plan.least_history}: so many steps long a gradient is felt with {rule!r} in "
-                f"{np.dtype(real).name}"
+                f"{plan.least_history}: a gradient has an effect for so many steps with "
+                f"{rule!r} in {np.dtype(real).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
         return rule, plan
 
     def _tables(self, tx: Transform, params: Tree) -> list[Table]:
         """The tables among the parameters."""
-        leaves, tables, ways = flatten(params)[0], [], routes(tx, None, params)
+        leaves, tables, leaf_routes = flatten(params)[0], [], routes(tx, None, params)
         kinds: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
@@ -202,12 +202,14 @@ class exact_rows(Transform):
                     f"exact_rows: params[{path!r}] is {dtype.name}{list(shape)}, expected a table "
                     "of real floats with rows; the pattern is too wide"
                 )
-            rule, plan = self._plan([station.tx for station in ways[leaf]], accumulator(dtype))
-            behind = _from_rule(ways[leaf])
-            for place, part, _, seen in behind:
+            rule, plan = self._plan(
+                [station.tx for station in leaf_routes[leaf]], accumulator(dtype)
+            )
+            stations = _from_rule(leaf_routes[leaf])
+            for place, part, _, part_params in stations:
                 if place not in kinds:
-                    kinds[place] = part.kinds(seen)
-            kind = tuple((place, kinds[place][leaf]) for place, *_ in behind), accumulator(dtype)
+                    kinds[place] = part.kinds(part_params)
+            kind = tuple((place, kinds[place][leaf]) for place, *_ in stations), accumulator(dtype)
             coast = rule.coast()
             assert coast is not None
             tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
@@ -220,23 +222,23 @@ class exact_rows(Transform):
         return tables
 
     def _bound(self, inner: Any, params: Tree, state: ExactRowsState | None = None) -> Bound:
-        """This transform with parameters and a state, which must fit."""
+        """Binds this transform to parameters and a state, which must fit."""
         tx = self._static_tx(params)
         families = families_of(self._tables(tx, params), self.history)
         if state is not None:
             expect_fit(families, state, params)
             state, params = as_arrays(state), as_arrays(params)
             inner = state.inner
-        ways = routes(tx, inner, params)
+        leaf_routes = routes(tx, inner, params)
         tables = [table for family in families for table in family.tables]
-        behind = {table.leaf: _from_rule(ways[table.leaf]) for table in tables}
+        stations = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
         if state is not None:
             for table in tables:
-                expect_slots(table, behind[table.leaf])
-        return Bound(tx, families, behind, params, inner, state)
+                expect_slots(table, stations[table.leaf])
+        return Bound(tx, families, stations, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
-        """This transform with a state and parameters; refuses those that do not fit."""
+        """Binds this transform to a state and parameters; refuses those that do not fit."""
         expect_state(self, state, ExactRowsState)
         return self._bound(state.inner, params, state)
 
@@ -246,16 +248,16 @@ class exact_rows(Transform):
         return self._from_dense(self.tx.init(params), params)
 
     def from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
-        """The state that goes on from a state of the inner transform, all rows up to date.
+        """The state that continues from a state of the inner transform, with all rows up to date.
 
-        The way back is `params, state = tx.flush(params, state)`, then `state.inner`.
+        For the reverse, call `params, state = tx.flush(params, state)` and take `state.inner`.
 
         Args:
-          inner: a state like that of `tx.init(params)`, tx the inner transform.
+          inner: a state like that of `tx.init(params)`, where tx is the inner transform.
           params: the parameters at that step.
 
         Raises:
-          ValueError: the state is not like that, or `learning_rate * weight_decay` is not below 1.
+          ValueError: the state is unlike that, or `learning_rate * weight_decay` is not below 1.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params, dense = {"table": jnp.zeros((9, 1))}, adamjax.adam(0.1)
@@ -297,13 +299,14 @@ class exact_rows(Transform):
 
         Args:
           params, state: as for `update`.
-          indices: for each table that the step reads, by its path or a pattern that finds it
-            alone, the rows: integers of any dtype and shape. One outside the table reads zeros.
+          indices: the indices that the step reads of each table: integers of any dtype and shape.
+            The key is the table's path, or a pattern that matches only this table. An index
+            outside the table reads zeros.
 
         Returns:
-          By the same names, the rows, of shape `indices.shape + trailing` and the table's dtype;
-          and a ticket which spares `update` doing the same again, for the gradient that its
-          `row_gradient` makes; for others the ticket is of no use, but does no harm.
+          The rows by the same keys, of shape `indices.shape + trailing` and the table's dtype; and
+          a ticket. With it, `update` need not bring the rows up to date again, if the gradient is
+          from the ticket's `row_gradient`. For other gradients it has no effect.
         """
         bound = self.bind(state, params)
         tables = [bound.table(name) for name in indices]
@@ -313,7 +316,7 @@ class exact_rows(Transform):
         ]
         if len({table.leaf for table in tables}) < len(tables):
             raise ValueError(
-                f"exact_rows.prepare: two names of {list(indices)} mean the same table: give all "
+                f"exact_rows.prepare: two names of {list(indices)} mean the same table: pass all "
                 "of its indices at once"
             )
         read, _, ticket = read_rows(bound, tables, ids)
@@ -326,21 +329,21 @@ class exact_rows(Transform):
         has_aux: bool = False,
         strict: bool = False,
     ) -> Callable[Concatenate[P, Any, Args], tuple[tuple[Value, P], Ticket]]:
-        """`adamjax.value_and_grad` by the parameters, of a loss that reads rows up to date.
+        """`adamjax.value_and_grad` by the parameters, of a loss that reads up-to-date rows.
 
-        The loss is written as for dense gradients. Rows of tables are brought up to date before
-        it reads them, once, where their indices can be told from the arguments alone; else where
-        it reads them, and once more in `update`. A table that is used in another way, even if
-        nothing is differentiated there, is brought up to date as a whole, and its gradient is
-        dense: right, but no cheaper than a dense step.
+        Write the loss as for dense gradients. If the indices of a table depend only on the other
+        arguments, its rows are brought up to date once, before the loss reads them. Otherwise they
+        are brought up to date where the loss reads them, and again in `update`. If the loss uses a
+        table in another way, even without a gradient, the whole table is brought up to date, and
+        its gradient is dense: right, but no cheaper than a dense step.
 
         Args:
           loss_fn: `loss_fn(params, *args, **kwargs)`, as for `adamjax.value_and_grad`.
-          has_aux, strict: as there.
+          has_aux, strict: as for `adamjax.value_and_grad`.
 
         Returns:
-          A function `(params, state, *args, **kwargs) -> ((value, grads), ticket)`, where value
-          is `(loss, aux)` with `has_aux`. The ticket is for the `update` of the same step.
+          A function `(params, state, *args, **kwargs) -> ((value, grads), ticket)`. With `has_aux`,
+          value is `(loss, aux)`. The ticket is for the `update` of the same step.
 
         >>> import adamjax, jax, jax.numpy as jnp
         >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -377,13 +380,13 @@ class exact_rows(Transform):
         *,
         slot: str | None = None,
     ) -> chex.Array:
-        """Rows of a table, up to date, and nothing else: for evaluation.
+        """Up-to-date rows of a table, for evaluation.
 
         Args:
-          table: the table's path, or a pattern that finds it alone.
-          indices: integers of any dtype and shape. One outside the table reads zeros.
-          slot: a slot to read in place of the weights: `"average"`, that of `weight_ema`, or one
-            of the rule, such as `"m"`.
+          table: the table's path, or a pattern that matches only this table.
+          indices: integers of any dtype and shape. An index outside the table reads zeros.
+          slot: a slot to read in place of the weights: `"average"` of `weight_ema`, or one of the
+            rule, such as `"m"`.
 
         Returns:
           The rows, of shape `indices.shape + trailing` and the table's or the slot's dtype.
@@ -399,24 +402,24 @@ class exact_rows(Transform):
                [0.]], dtype=float32)
         """
         bound = self.bind(state, params)
-        one = bound.table(table)
-        ids = checked_ids("exact_rows.lookup", indices, one.num_rows)
-        columns = bound.columns(one)
+        read_table = bound.table(table)
+        ids = checked_ids("exact_rows.lookup", indices, read_table.num_rows)
+        columns = bound.columns(read_table)
         if slot is not None and slot not in columns.slots:
             raise KeyError(
-                f"exact_rows.lookup: {one.path!r} has no slot {slot!r}; it has "
+                f"exact_rows.lookup: {read_table.path!r} has no slot {slot!r}; it has "
                 f"{sorted(columns.slots)}"
             )
-        batch, flat = bound.alone(one), ids.reshape(-1)
-        ready = caught_up(batch, bound.past(batch.family), [columns], [flat])
+        batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
+        ready = caught_up(batch, bound.past(batch.family), [columns], [flat_ids])
         rows = ready.now if slot is None else ready.slots[slot].astype(columns.slots[slot].dtype)
-        rows = or_zeros(rows, flat, one)
+        rows = or_zeros(rows, flat_ids, read_table)
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
     def without_tables(self, params: Tree) -> Tree:
         """The parameters with each table replaced by a `StaleTable`, which refuses to be read.
 
-        A placeholder holds no array: gradients by such a tree have placeholders as well.
+        A placeholder has no array: gradients by such a tree have placeholders too.
         """
         leaves, treedef = flatten(params)
         for t in self._tables(self._static_tx(params), params):
@@ -450,8 +453,8 @@ class exact_rows(Transform):
             _expect_gradient(t, leaves[t.leaf])
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
-            given = treedef.unflatten(leaves), bound.state, bound.params, extra_args
-            updates, state = _compiled(self, *given)
+            grads = treedef.unflatten(leaves)
+            updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
             return treedef.unflatten(map(sealed, flatten(updates)[0])), state
         return take_step(bound, leaves, ticket, extra_args)
 
@@ -462,15 +465,15 @@ class exact_rows(Transform):
 
         Args:
           params, state: as for `update`.
-          axis: the mesh axis, or a tuple of axes, over which all tables are split by rows: each
-            device then works on its own rows. Needed only inside `jit` on a mesh with automatic
-            axes, which must be set (`jax.set_mesh`); else it is known. Without it the result is
-            the same, but every device works on all rows, which the others send.
+          axis: the mesh axis, or a tuple of axes, over which the rows of all tables are split. Then
+            each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
+            axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
+            the result is the same, but every device gets and works on all rows.
 
         Returns:
-          `params` and the state. Go on with both, and with none that came: the state that is
-          returned says that all rows are up to date, which they are in these params alone. Jit it,
-          and donate both, to spare copies of the tables.
+          `params` and the state. Continue with both of them: the new state says that all rows are
+          up to date, which is true only of the new params. To save copies of the tables, call it
+          under `jit` and donate both.
         """
         bound = self.bind(state, params)
         assert bound.state is not None
@@ -478,11 +481,11 @@ class exact_rows(Transform):
         for t in bound.tables:
             if t.num_rows == 0:
                 continue
-            batch, columns = bound.alone(t), bound.columns(t)
-            done = over_rows(
+            batch, columns = bound.batch_of(t), bound.columns(t)
+            flush_rows = over_rows(
                 "exact_rows.flush", functools.partial(flushed, batch), columns.weights, axis
             )
-            weights, slots, last = done(columns, bound.past(batch.family))
+            weights, slots, last = flush_rows(columns, bound.past(batch.family))
 
             def put_back(name: str, tree: Tree, leaf: int = t.leaf, slots: Any = slots) -> Tree:
                 return _replaced(tree, leaf, slots.get(name))
@@ -493,13 +496,13 @@ class exact_rows(Transform):
         return params, state
 
 
-# The transforms whose numbers a plan is made of, so that they must be Python floats.
+# A plan is made from the numbers of these transforms, so they must be Python floats.
 _STATIC = (Rule, weight_ema)
 
 
-def _from_rule(way: list[Station]) -> list[Station]:
+def _from_rule(route: list[Station]) -> list[Station]:
     """The stations from the rule on."""
-    return way[next(i for i, station in enumerate(way) if isinstance(station.tx, Rule)) :]
+    return route[next(i for i, station in enumerate(route) if isinstance(station.tx, Rule)) :]
 
 
 def _expect_gradient(table: Table, g: Any) -> None:
@@ -510,13 +513,13 @@ def _expect_gradient(table: Table, g: Any) -> None:
         )
     if isinstance(g, RowGradient) and g.rest is not None:
         raise ValueError(
-            f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): something "
-            "in front touches rows without a gradient; put it into the chain or leave it out"
+            f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): a transform "
+            "in front gives gradients to rows without one; put it into the chain or leave it out"
         )
 
 
 def _would_loop(leaves: Sequence[Any]) -> bool:
-    """Whether a leaf has so many rows that they are worked on in blocks."""
+    """Whether a gradient has so many rows that a step takes them in blocks."""
     return any(isinstance(g, RowGradient) and not is_one_block(g.indices.size) for g in leaves)
 
 
@@ -524,7 +527,7 @@ def _is_traced(tree: Any) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-# For calls outside of jit: a loop would be compiled anew at each call.
+# Outside of jit, JAX would compile a loop again in each call.
 @jax.jit
 def _compiled(
     tx: exact_rows, updates: Tree, state: Any, params: Tree, extra_args: dict[str, Any]
@@ -533,7 +536,7 @@ def _compiled(
 
 
 def _replaced(tree: Tree, leaf: int, x: Any) -> Tree:
-    """The tree with another array in the place of a leaf, if that is there."""
+    """The tree with a leaf replaced by another array, unless the leaf is `None`."""
     leaves, treedef = flatten(tree)
     leaves[leaf] = None if leaves[leaf] is None else x
     return treedef.unflatten(leaves)

@@ -1,9 +1,10 @@
-"""Real text as numbers, split honestly, and the two models that count words.
+"""Real text as numbers, split honestly, in batches; and the two models that count words.
 
 A text is cut into blocks of consecutive tokens, of which every so many is held out. What is
 learned, the vocabulary and the counts included, comes from the other blocks alone.
 """
 
+import functools
 import hashlib
 import importlib
 import platform
@@ -16,16 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.train.options import UserError
+
 __all__ = [
     "UNKNOWN",
+    "Batches",
     "Bigram",
-    "Complaint",
     "Text",
+    "Windows",
+    "counted_losses",
     "installation",
     "make_text",
+    "read",
     "read_files",
     "split_words",
-    "tuned_bigram",
     "unigram",
 ]
 
@@ -40,20 +45,7 @@ _HELD_OUT = 65_536
 
 # Other people's packages, tests (many installations lack them), tables of numbers, and the
 # documentation's topics, which are read as text rather than as source.
-_LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "__pycache__",
-}
-
-
-class Complaint(Exception):
-    """What is wrong with what the user gave, in one line."""
+_LEFT_OUT = re.compile(r"(site|dist)-packages|(idle_)?tests?|encodings|pydoc_data")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -62,23 +54,18 @@ class Complaint(Exception):
 def installation() -> tuple[str, list[str]]:
     """What the text is, and the documentation and library sources of the running Python."""
     library = Path(sysconfig.get_path("stdlib"))
-    paths = [p for p in library.rglob("*.py") if _LEFT_OUT.isdisjoint(p.relative_to(library).parts)]
-    texts = [
-        p.read_text(encoding="utf-8", errors="replace")
-        for p in sorted(paths, key=lambda p: p.relative_to(library).as_posix())
-    ]
+    names = sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py"))
+    paths = [library / name for name in names if not any(map(_LEFT_OUT.fullmatch, name.split("/")))]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     if not texts:
-        raise Complaint("this Python comes without its library's sources: give files with --text")
+        raise UserError("this Python comes without its library's sources: give files with --text")
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions package it apart
         topics = {}
     texts[:0] = [topics[name] for name in sorted(topics)]
-    return (
-        f"the documentation and library sources of Python {platform.python_version()}, "
-        f"{len(topics)} topics and {len(paths)} files, {_size(texts)}",
-        texts,
-    )
+    what = f"the documentation and library sources of Python {platform.python_version()}"
+    return f"{what}, {len(topics)} topics and {len(paths)} files", texts
 
 
 def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
@@ -87,24 +74,17 @@ def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
     for path in paths:
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise Complaint(f"{path}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
-            raise Complaint(
+            raise UserError(
                 f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset "
                 f"{error.start:,})"
             ) from None
         if not text.strip():
-            raise Complaint(f"{path}: no text in this file")
+            raise UserError(f"{path}: no text in this file")
         texts.append(text)
     names = ", ".join(Path(path).name for path in paths[:3])
     more = f" and {len(paths) - 3} more" if paths[3:] else ""
-    return f"{names}{more}, {_size(texts)}", texts
-
-
-def _size(texts: list[str]) -> str:
-    size = sum(map(len, texts))
-    return f"{size / 1e6:.1f} million characters" if size >= 1e6 else f"{size:,} characters"
+    return f"{names}{more}", texts
 
 
 def split_words(text: str) -> list[str]:
@@ -140,12 +120,22 @@ class Text:
         """The number that stands for what is before a block."""
         return len(self.words)
 
+    def __str__(self) -> str:
+        trained, held_out = self.training.size, self.held_out.size
+        sizes = f"{trained:,} tokens to train on, {held_out:,} held out, {len(self.words):,} words"
+        return f"text: {self.description}\n      {sizes}"
+
     def digest(self) -> str:
         """The same for two texts if and only if a model sees the same in both."""
         digest = hashlib.sha256("\n".join(self.words).encode())
         for part in (self.training, self.held_out):
             digest.update(repr(part.shape).encode() + part.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+def read(files: Sequence[str], most_words: int) -> Text:
+    """The text of some files, or of this Python's installation."""
+    return make_text(*(read_files(files) if files else installation()), most_words)
 
 
 def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
@@ -155,7 +145,7 @@ def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
     """
     tokens = [word for text in texts for word in split_words(text)]
     if len(tokens) < _FEWEST:
-        raise Complaint(
+        raise UserError(
             f"the text is too small: {len(tokens):,} tokens, at least {_FEWEST:,} are needed"
         )
     size = min(_BLOCK, len(tokens) // 32)
@@ -175,13 +165,58 @@ def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
     return Text(description, words, numbered(blocks), numbered(held_out))
 
 
+# --- batches --------------------------------------------------------------------------------------
+
+
+class Windows:
+    """The windows of blocks, one for each token: it, and as many before it as the width says.
+
+    None reaches into another block; the boundary's number stands for what is before a block.
+    """
+
+    def __init__(self, blocks: np.ndarray, width: int, boundary: int):
+        padded = np.pad(blocks, ((0, 0), (width, 0)), constant_values=boundary)
+        first = np.arange(len(blocks), dtype=np.int32) * padded.shape[1]
+        self.starts = (first[:, None] + np.arange(blocks.shape[1], dtype=np.int32)).ravel()
+        self.tokens, self.places = padded.astype(np.int32).ravel(), np.arange(width + 1)
+
+    def at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of windows that start there, the words before, int32[n, width], and those to predict."""
+        tokens = self.tokens[starts[:, None] + self.places]
+        return tokens[:, :-1], tokens[:, -1]
+
+
+class Batches:
+    """Batches of windows in an order that depends on nothing but the seed and the step.
+
+    Every window comes once an epoch; a batch may lie across two.
+    """
+
+    def __init__(self, windows: Windows, size: int, seed: int):
+        self.windows, self.size = windows, size
+
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, epoch)).permutation(windows.starts)
+
+        self.order = order
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """A step's batch, as of `Windows.at`."""
+        windows = len(self.windows.starts)
+        epoch, place = np.divmod(np.arange(self.size) + step * self.size, windows)
+        starts = np.empty(self.size, np.int32)
+        for e in np.unique(epoch).tolist():
+            starts[epoch == e] = self.order(e)[place[epoch == e]]
+        return self.windows.at(starts)
+
+
 # --- models that count ----------------------------------------------------------------------------
 
 
-def unigram(text: Text, blocks: np.ndarray | None = None) -> np.ndarray:
+def unigram(text: Text) -> np.ndarray:
     """The probability of each word by its frequency, half a count added to each."""
-    seen = text.training if blocks is None else blocks
-    counts = np.bincount(seen.ravel(), minlength=len(text.words)) + 0.5
+    counts = np.bincount(text.training.ravel(), minlength=len(text.words)) + 0.5
     return counts / counts.sum()
 
 
@@ -198,16 +233,17 @@ class Bigram:
     proportion of the different words that they were seen after.
     """
 
-    def __init__(self, text: Text, blocks: np.ndarray, discount: float = 0.75):
-        self.discount = discount
-        self.words = words = len(text.words)
-        before, word = _pairs(blocks, text.boundary)
+    def __init__(self, blocks: np.ndarray, words: int):
+        self.words = words
+        before, word = _pairs(blocks, words)
         self.keys, self.counts = np.unique(before * words + word, return_counts=True)
         first, second = np.divmod(self.keys, words)
         self.total = np.bincount(first, self.counts, minlength=words + 1)
         self.followers = np.bincount(first, minlength=words + 1)
         preceders = np.bincount(second, minlength=words) + 0.5
         self.any_context = preceders / preceders.sum()
+        once, twice = np.sum(self.counts == 1), np.sum(self.counts == 2)
+        self.discount = once / max(once + 2 * twice, 1)
 
     def probability(self, before: np.ndarray, word: np.ndarray) -> np.ndarray:
         """Of each word after the one before it."""
@@ -219,18 +255,13 @@ class Bigram:
         total = self.total[before]
         return np.where(total > 0, (spared + freed) / np.maximum(total, 1), self.any_context[word])
 
-    def loss(self, blocks: np.ndarray) -> float:
-        """Mean of -log probability over the tokens of blocks, in nats."""
-        return float(-np.log(self.probability(*_pairs(blocks, self.words))).mean())
 
-
-def tuned_bigram(text: Text) -> Bigram:
-    """The bigram of the training blocks, its discount tuned on some that it did not count."""
-    aside = np.arange(len(text.training)) % 16 == 5
-    trial = Bigram(text, text.training[~aside])
-
-    def loss(discount: float) -> float:
-        trial.discount = discount
-        return trial.loss(text.training[aside])
-
-    return Bigram(text, text.training, min(np.arange(0.1, 1.0, 0.05).tolist(), key=loss))
+def counted_losses(text: Text) -> dict[str, float]:
+    """The held-out losses of both models: mean of -log probability, in nats a token."""
+    bigram = Bigram(text.training, len(text.words))
+    of_pairs = bigram.probability(*_pairs(text.held_out, text.boundary))
+    of_words = unigram(text)[text.held_out]
+    return {
+        "unigram": float(-np.log(of_words).mean()),
+        "bigram": float(-np.log(of_pairs).mean()),
+    }

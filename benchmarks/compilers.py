@@ -1,0 +1,157 @@
+"""What the compilers of devices that are not there say about steps: the frame of `tpu` and `gpu`.
+
+A compiler may end the process that it is in, so it gets processes of its own.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from benchmarks.hlo import cycles, large_results, launches, traffic
+from benchmarks.measure import installed
+from benchmarks.programs import Case, block_turns, program
+from benchmarks.steps import count_bytes
+from benchmarks.suite import Suite
+from benchmarks.workers import Worker, ask_all, serve
+
+# What some cases are called that belong together, and each of them by its own name.
+Group = tuple[dict[str, Any], dict[str, Case]]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler, and what is asked of it.
+
+    Attributes:
+      topology: the devices of a target, as JAX describes them.
+      environment: of a process with the compiler for a target, besides what all have.
+      targets: the chips that it compiles for.
+      dense, rows: the figures of a dense step, and of one on tables: see `figures`.
+      renamed: more figures of the latter, by their names in the results.
+      groups: the cases, dense ones and those on tables; given whether the run is a quick one.
+      results: what else the results say.
+    """
+
+    suite: str
+    about: str | None
+    module: str
+    packages: tuple[str, ...]
+    topology: Callable[[str], Any]
+    environment: Callable[[str], dict[str, str]]
+    targets: tuple[str, ...]
+    dense: tuple[str, ...]
+    rows: tuple[str, ...]
+    groups: Callable[[bool], tuple[list[Group], list[Group]]]
+    results: Mapping[str, str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, target: str) -> Worker:
+        """A process with the compiler, in which there is no such device."""
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **self.environment(target)}
+        return Worker(self.suite, target, **variables)
+
+
+def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[], Any]]:
+    """What can be read of a compiled case, when it is asked for."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    elements = 0 if case[0] == "dense" else case[2] * case[3]
+    # A table that is moved in pieces is moved as well; small ones are as large as all rows.
+    large = elements // (8 if case[0] == "rows" else 2)
+
+    def orders() -> list[list[int]]:
+        rule = compiled.output_formats.inner[0]
+        return [list(slot["table"].layout.major_to_minor) for slot in (rule.m, rule.v)]
+
+    return {
+        "kernels": lambda: launches(text)[0],
+        "round_trips": lambda: launches(text)[1],
+        "cycles": lambda: cycles(text),
+        "bytes": lambda: traffic(text, block_turns(case), 4 * elements),
+        "bytes_accessed": lambda: compiled.cost_analysis()["bytes accessed"],
+        "temporary_bytes": lambda: memory.temp_size_in_bytes,
+        "argument_bytes": lambda: memory.argument_size_in_bytes,
+        "donated_bytes": lambda: memory.alias_size_in_bytes,
+        "unpadded_bytes": lambda: count_bytes(arguments),
+        "table_bytes": lambda: 4 * elements,
+        "tables_bytes": lambda: count_bytes(
+            [x for x in jax.tree.leaves(arguments) if x.size >= elements]
+        ),
+        "makers": lambda: large_results(text, large),
+        "orders": orders,
+    }
+
+
+def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
+    """A compiler's report on a case; bytes of a dense step are those of a parameter."""
+    function, arguments = program(case, device)
+    read = figures(case, function.lower(*arguments).compile(), arguments)
+    if case[0] == "dense":
+        parameters = sum(x.size for x in arguments[0])
+        whole = {name: read[name]() for name in compiler.dense}
+        return {name: x / parameters if "bytes" in name else x for name, x in whole.items()}
+    names = {**dict(zip(compiler.rows, compiler.rows, strict=True)), **compiler.renamed}
+    if case[0] == "tables":
+        # Where rows of several tables are joined no instruction says how much it takes of each.
+        del names["bytes"]
+    if case[1] == "init":
+        names["orders"] = "orders"
+    return {name: read[figure]() for name, figure in names.items()}
+
+
+def reports(
+    compiler: Compiler, target: str, cases: Sequence[Case], processes: int
+) -> list[dict[str, Any]]:
+    """A compiler's reports on cases, in their order, from several processes."""
+    shares = [cases[i::processes] for i in range(processes)]
+    in_order: list[dict[str, Any]] = [{}] * len(cases)
+    with ThreadPoolExecutor(processes) as pool:
+        answers = pool.map(functools.partial(ask_all, lambda: compiler.start(target)), shares)
+        for i, answer in enumerate(answers):
+            in_order[i::processes] = answer
+    return in_order
+
+
+def main(compiler: Compiler, argv: list[str]) -> int:
+    """Runs the suite of a compiler; see `--help`."""
+    name = compiler.suite
+    suite = Suite(name, compiler.about, compiler.packages, folder=f"{name}-compiler")
+    every = list(compiler.targets)
+    if len(every) > 1:
+        suite.parser.add_argument("--chips", nargs="+", default=every, choices=every)
+    args = suite.parse(argv)
+    if args.worker:
+        topology = compiler.topology(args.worker)
+        device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        return serve(lambda case: report(compiler, case, device))
+    if not installed(compiler.module):
+        suite.parser.error(f"{compiler.module}, the compiler, is not installed: make bench-{name}")
+    # Nothing here runs on a device.
+    jax.config.update("jax_platforms", "cpu")
+    targets = getattr(args, "chips", every)
+    suite.partial |= targets != every
+    suite.results |= compiler.results
+    both = dict(zip(("dense", "rows"), compiler.groups(args.quick), strict=True))
+    cases = {str(c): c for groups in both.values() for _, x in groups for c in x.values()}
+    processes = max(1, min(4, os.cpu_count() or 1) // len(targets))
+    with ThreadPoolExecutor(len(targets)) as pool:
+        answers = pool.map(lambda x: reports(compiler, x, list(cases.values()), processes), targets)
+        by_target = {
+            target: dict(zip(cases, answer, strict=True))
+            for target, answer in zip(targets, answers, strict=True)
+        }
+    for part, groups in both.items():
+        suite.results[part] = [
+            {
+                **({"chip": target} if len(every) > 1 else {}),
+                **about,
+                "said": {case: reports_by_case[str(x)] for case, x in group.items()},
+            }
+            for target, reports_by_case in by_target.items()
+            for about, group in groups
+        ]
+    return suite.finish()

@@ -1,0 +1,104 @@
+"""The plots of a report, drawn from the results of suites."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import short
+from benchmarks.tables import main_rows
+
+# What a plot shows, by the end of its file's name.
+CAPTIONS = {
+    "limit": "What steps reach of the limit that the memory's bandwidth sets: 1 is all of it. "
+    "Above 1, arrays stay in a cache from one step to the next.",
+    "rows": "One Adam step by the table's size: lines that stay low do not pay for the rows that "
+    "nobody read.",
+}
+# name: (label, colour, marker, line width)
+LINES: dict[str, tuple[str, str, str, float]] = {
+    "torch dense": ("torch, fused Adam, dense gradient", "0.72", "v", 1.2),
+    "optax": ("optax, dense gradient", "0.35", "s", 1.2),
+    "keras": ("Keras, dense gradient", "0.55", "D", 1.2),
+    "tf form": ("TF's sparse step, in JAX", "0.35", "x", 1.2),
+    "dense": ('adamjax, rows="dense"', "C1", "o", 2.2),
+    "torch sparse": ("torch SparseAdam (lazy)", "C3", "^", 1.6),
+    "exact": ("adamjax, exact_rows", "C0", "o", 3.0),
+    "lazy": ('adamjax, rows="lazy"', "C2", "o", 1.6),
+}
+
+
+def limit(results: Mapping[str, Any]) -> Any:
+    """What steps reach of the bandwidth's limit."""
+    from matplotlib.figure import Figure
+
+    bars: list[tuple[str, dict[str, float], str]] = []
+    if "bandwidth" in results.get("dense", {}):
+        bars += [
+            (f"dense: {row['workload']}, {row['chain']}", row["fraction"]["adamjax"], "C0")
+            for row in results["dense"]["times"]
+        ]
+    if "bandwidth" in results.get("rows", {}):
+        bars += [
+            (f"rows: {name}, {row['indices']} indices", row["fraction"][name], "C2")
+            for row in main_rows(results["rows"])
+            for name in ("exact", "lazy", "dense")
+            if name in row["fraction"]
+        ]
+    if not bars:
+        return None
+    figure = Figure(figsize=(8, 0.32 * len(bars) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (_, share, colour) in enumerate(bars[::-1]):
+        around = [[share["median"] - share["q25"]], [share["q75"] - share["median"]]]
+        axes.barh(i, share["median"], color=colour, alpha=0.75, xerr=around, capsize=2)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars[::-1]])
+    axes.set_xlabel("of the limit that the bandwidth sets")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def rows(results: Mapping[str, Any]) -> Any:
+    """Time against the table's size, for the main case's width and batch."""
+    from matplotlib.figure import Figure
+
+    table = results.get("rows", {}).get("times")
+    if not table:
+        return None
+    main = main_rows(results["rows"])[0]
+    table = [r for r in table if (r["width"], r["reads"]) == (main["width"], main["reads"])]
+    kinds = sorted({row["indices"] for row in table}, reverse=True)
+    figure = Figure(figsize=(3.1 * len(kinds) + 3.2, 3.5), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for kind, axes in zip(kinds, panels, strict=True):
+        here = sorted((r for r in table if r["indices"] == kind), key=lambda row: row["rows"])
+        for name, (_, colour, marker, thick) in LINES.items():
+            points = [(r["rows"], r["ms"][name]["median"]) for r in here if name in r["ms"]]
+            if points:
+                style = {"color": colour, "marker": marker, "linewidth": thick}
+                (handles[name],) = axes.plot(*zip(*points, strict=True), **style)
+        axes.set(xscale="log", yscale="log", title=f"{main['reads']:,} indices, {kind}")
+        sizes = [row["rows"] for row in here]
+        axes.set_xticks(sizes, [short(x) for x in sizes])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.grid(alpha=0.3)
+    # In the order of their times at the right end, as the eye meets them there.
+    last = max(table, key=lambda row: row["rows"])["ms"]
+    order = sorted((n for n in handles if n in last), key=lambda n: -last[n]["median"])
+    figure.supxlabel(f"rows of the table (float32, {main['width']} columns)")
+    figure.supylabel("ms a step")
+    labels = [LINES[name][0] for name in order]
+    figure.legend([handles[n] for n in order], labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """Writes the plots of which there are results; the names of their files."""
+    drawn = []
+    for name, plot in (("limit", limit), ("rows", rows)):
+        if (figure := plot(results)) is not None:
+            drawn.append(f"report-{name}.png")
+            figure.savefig(folder / drawn[-1], dpi=90)
+    return drawn

@@ -1,0 +1,240 @@
+"""The steps that the suites time and compile, each written once.
+
+A step is a function `(params, state, ...) -> (params, state, ...)`, to be jitted with both donated.
+Whole train steps, which read rows and differentiate a loss, are those of `adamjax.train_step`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import adamjax
+
+RATE, MAX_NORM, MOMENTUM = 1e-3, 1.0, 0.99
+# Of the TF form; the other contenders have their own defaults.
+B1, B2, EPS = 0.9, 0.999, 1e-7
+
+
+class Step(NamedTuple):
+    """A step, and the state of given parameters that it starts with."""
+
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+
+
+# --- optimizer steps, given all gradients ---------------------------------------------------------
+
+
+def update_step(tx: Any) -> Step:
+    """The step of a transform of adamjax, given the gradients of all parameters."""
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    return Step(tx.init, step)
+
+
+def keras_step(max_norm: float | None = None) -> Step:
+    """Keras' Adam on JAX."""
+    import keras
+
+    optimizer = keras.optimizers.Adam(RATE, global_clipnorm=max_norm)
+
+    def init(params: Any) -> Any:
+        leaves = jax.tree.leaves(params)
+        optimizer.build([keras.Variable(p, dtype=str(p.dtype)) for p in leaves])
+        return [v.value for v in optimizer.variables]
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        leaves, state = optimizer.stateless_apply(state, jax.tree.leaves(grads), leaves)
+        return treedef.unflatten(leaves), state
+
+    return Step(init, step)
+
+
+def chain_step(package: str, chain: str) -> Step:
+    """The step of a chain such as "clip + adamw + average", in one of three packages.
+
+    "adam, grouped" joins small leaves in adamjax; the others cannot. optax has no average of the
+    weights in a chain: it is taken behind `apply_updates`, as its documents do.
+    """
+    chain, _, option = chain.partition(", ")
+    rule = chain.removeprefix("clip + ").removesuffix(" + average")
+    clips, averages = chain.startswith("clip"), chain.endswith("average")
+    if package == "keras":
+        return keras_step(MAX_NORM if clips else None)
+    if package == "adamjax":
+        clip = [adamjax.clip_by_global_norm(MAX_NORM)] if clips else []
+        average = [adamjax.weight_ema(MOMENTUM)] if averages else []
+        tx = adamjax.chain(*clip, getattr(adamjax, rule)(RATE), *average)
+        return update_step(adamjax.grouped(tx) if option == "grouped" else tx)
+    import optax
+
+    clip = [optax.clip_by_global_norm(MAX_NORM)] if clips else []
+    tx = optax.chain(*clip, getattr(optax, rule)(RATE))
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        inner, mean = state if averages else (state, None)
+        updates, inner = tx.update(grads, inner, params)
+        params = optax.apply_updates(params, updates)
+        if not averages:
+            return params, inner
+        return params, (inner, optax.incremental_update(params, mean, 1 - MOMENTUM))
+
+    return Step((lambda params: (tx.init(params), params)) if averages else tx.init, step)
+
+
+# --- steps on a table -----------------------------------------------------------------------------
+
+
+def table_mode(
+    mode: str, tables: Any = "table", rule: Callable[..., Any] = adamjax.adam, **options: Any
+) -> tuple[Any, Any]:
+    """The optimizer of a mode, and the patterns of tables that `train_step` is to be given.
+
+    Args:
+      mode: "exact", "lazy", "dense" (`rows="dense"`), or another for dense gradients.
+      tables: the patterns of the tables.
+      rule: of adamjax.
+      **options: of the rule.
+    """
+    options = {"learning_rate": RATE, **options}
+    if mode == "exact":
+        return adamjax.exact_rows(rule(**options), tables), None
+    if mode in ("lazy", "dense"):
+        return rule(**options, rows=mode), tables
+    return rule(**options), None
+
+
+def given_rows_step(step: Step, dense_gradient: bool = False) -> Step:
+    """An optimizer step on `params["table"]`, given the gradient of the rows that were read."""
+
+    def by_rows(params: Any, state: Any, ids: Any, values: Any) -> Any:
+        table = params["table"]
+        if dense_gradient:
+            grads: Any = jnp.zeros_like(table).at[ids].add(values)
+        else:
+            grads = adamjax.row_gradient(ids, values, len(table))
+        return step.step(params, state, {"table": grads})
+
+    return Step(step.init, by_rows)
+
+
+def optax_train_step(loss: Callable[..., Any], tx: Any) -> Callable[..., Any]:
+    """A train step of optax's, as its users write it: `train_step` is that of adamjax."""
+    import optax
+
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def hand_written_step(tx: Any, loss: Callable[..., Any], packing: Any = None) -> Step:
+    """A train step on `params["table"]` of a loss that takes rows instead of the table.
+
+    Args:
+      tx: `exact_rows`, whose `prepare` reads the rows, or a lazy optimizer.
+      loss: `loss(rows, values)`.
+      packing: of a table with several rows a line.
+    """
+
+    def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
+        def loss_of_lines(lines: Any) -> Any:
+            return loss(lines if packing is None else packing.rows(lines, ids), values)
+
+        lines = ids if packing is None else packing.line(ids)
+        if isinstance(tx, adamjax.exact_rows):
+            read, ticket = tx.prepare(params, state, {"table": lines})
+            value, grad = jax.value_and_grad(loss_of_lines)(read["table"])
+            grads = {"table": ticket.row_gradient("table", grad)}
+            updates, state = tx.update(grads, state, params, ticket=ticket)
+        else:
+            value, grad = jax.value_and_grad(loss_of_lines)(params["table"][lines])
+            grads = {"table": adamjax.row_gradient(lines, grad, len(params["table"]))}
+            updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, value
+
+    return Step(tx.init, step)
+
+
+def tf_step() -> Step:
+    """The sparse step of Keras 3 on TensorFlow: no dense gradient, all else over the whole table.
+
+    As there, the square is of each gradient by itself where an index occurs twice.
+    """
+
+    def init(params: Any) -> Any:
+        table = params["table"]
+        return jnp.zeros((), jnp.int32), jnp.zeros_like(table), jnp.zeros_like(table)
+
+    def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
+        count, m, v = state
+        count = count + 1
+        t = count.astype(jnp.float32)
+        rate = RATE * jnp.sqrt(1 - B2**t) / (1 - B1**t)
+        m = (B1 * m).at[ids].add((1 - B1) * values)
+        v = (B2 * v).at[ids].add((1 - B2) * values**2)
+        return {"table": params["table"] - rate * m / (jnp.sqrt(v) + EPS)}, (count, m, v)
+
+    return Step(init, step)
+
+
+# --- how a step is compiled and run ---------------------------------------------------------------
+
+
+def jitted(step: Callable[..., Any], tx: Any, params: Any, more: int = 0) -> Any:
+    """A step that is given parameters and state to keep as they lie: see `adamjax.layout.formats`.
+
+    Args:
+      more: how many results it has besides parameters and state.
+    """
+    results = (*adamjax.layout.formats(tx, params), *[None] * more)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
+
+
+def abstract_state(tx: Any, params: Any, device: Any = None) -> Any:
+    """The shapes of a state, on a device, that lies as `adamjax.layout.formats` has it."""
+    slots, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params), is_leaf=lambda x: x is None)
+    places = treedef.flatten_up_to(adamjax.layout.formats(tx, params)[1])
+    return treedef.unflatten(
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or device)
+        for x, place in zip(slots, places, strict=True)
+    )
+
+
+def count_bytes(tree: Any) -> int:
+    """The bytes of a tree's arrays, without padding."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+class Runner:
+    """Takes a jitted step in place, on batches in rotation."""
+
+    def __init__(self, step: Any, params: Any, state: Any) -> None:
+        self.step, self.arrays, self.steps_taken = step, (params, state), 0
+        self.compiled: dict[Any, Any] = {}
+
+    def load(self, batches: Sequence[tuple[Any, ...]]) -> int:
+        """Takes the batches and compiles for them; returns the bytes of a step's temporaries."""
+        self.batches = batches
+        shapes = tuple(x.shape for x in jax.tree.leaves(batches[0]))
+        if shapes not in self.compiled:
+            self.compiled[shapes] = self.step.lower(*self.arrays, *batches[0]).compile()
+        self.current = self.compiled[shapes]
+        return self.current.memory_analysis().temp_size_in_bytes
+
+    def __call__(self, steps: int) -> None:
+        """Takes some steps and waits for them."""
+        for _ in range(steps):
+            batch = self.batches[self.steps_taken % len(self.batches)]
+            params, state, *self.results = self.current(*self.arrays, *batch)
+            self.arrays = params, state
+            self.steps_taken += 1
+        jax.block_until_ready((self.arrays, self.results))

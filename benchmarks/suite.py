@@ -1,0 +1,131 @@
+"""The command of a suite: its options, its progress and the file of its results."""
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+# The smallest counts that give a spread; a quick run takes these.
+LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
+
+
+class Suite:
+    """What a suite is run with, and its results.
+
+    Args:
+      name: of the suite and of its JSON file.
+      about: shown by `--help`.
+      packages: whose versions the results name.
+      counts: defaults of the options `--rounds`, `--sittings` and the like.
+      contenders: that `--contenders` chooses from, and the module that each needs.
+      only: what `--only` chooses from, in a few words.
+      folder: in `results`, for results that do not depend on the device; else the platform's.
+
+    Attributes:
+      parser: takes further options of the suite.
+      args: the options, after `parse`.
+      results: what becomes the JSON file.
+      partial: whether some cases are left out, so that only `--out` makes a file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        about: str | None,
+        packages: Sequence[str],
+        counts: Mapping[str, int] | None = None,
+        contenders: Mapping[str, str] | None = None,
+        only: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.name, self.packages, self.folder = name, packages, folder
+        self.counts, self.contenders = counts or {}, contenders or {}
+        raw = argparse.RawDescriptionHelpFormatter
+        self.parser = argparse.ArgumentParser(
+            prog=f"python -m benchmarks {name}", description=about, formatter_class=raw
+        )
+        add = self.parser.add_argument
+        add("--quick", action="store_true", help="tiny sizes: does it run?")
+        add("--out", type=Path, help="where to write the JSON")
+        for count, default in self.counts.items():
+            add(f"--{count.replace('_', '-')}", type=int, help=f"default {default}")
+        if only:
+            add("--only", default="", help=f"{only} whose name has this text")
+        if contenders:
+            add("--contenders", help=f"some of: {'; '.join(contenders)}; split by ;")
+        add("--worker", help=argparse.SUPPRESS)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options; a wrong one ends the process with a line that says so."""
+        self.args = args = self.parser.parse_args(argv)
+        some = [getattr(args, name, None) for name in ("quick", "only", "contenders")]
+        self.partial = any(some)
+        self.results: dict[str, Any] = {"suite": self.name, "quick": args.quick}
+        for name, default in self.counts.items():
+            if getattr(args, name) is None:
+                setattr(args, name, LEAST[name] if args.quick else default)
+            self.results[name] = getattr(args, name)
+            if self.results[name] < LEAST[name]:
+                self.parser.error(f"--{name.replace('_', '-')} must be at least {LEAST[name]}")
+        return args
+
+    def chosen(self, names: Collection[str]) -> list[str]:
+        """The cases whose name has the text of `--only`, of which there must be one."""
+        matching = [name for name in names if self.args.only in name]
+        if not matching:
+            self.parser.error(f"no name has {self.args.only!r} in it; there are {list(names)}")
+        return matching
+
+    def chosen_contenders(self) -> list[str]:
+        """The contenders of `--contenders`, or all, without those that are not installed."""
+        named = self.args.contenders.split(";") if self.args.contenders else list(self.contenders)
+        if unknown := [name for name in named if name not in self.contenders]:
+            self.parser.error(f"no contenders {unknown}; there are {list(self.contenders)}")
+        there = [name for name in named if measure.installed(self.contenders[name])]
+        for name in set(named) - set(there):
+            say(f"{name}: left out, {self.contenders[name]} is not installed")
+        return there
+
+    def finish(self) -> int:
+        """Prints the tables of the results, writes the JSON and returns the exit code."""
+        about = measure.environment(*self.packages)
+        folder = measure.RESULTS / (self.folder or about["platform"])
+        if self.folder:
+            about = {name: about[name] for name in ("versions", "date")}
+        self.results["environment"] = about
+        # The tables take names of contenders from the suites.
+        tables = importlib.import_module("benchmarks.tables")
+        if render := tables.SUITES.get(self.name):
+            print(f"\n{render(self.results)}\n")
+        if self.args.out or not self.partial:
+            out = self.args.out or folder / f"{self.name}.json"
+            measure.save(self.results, out)
+            print(f"written to {out}")
+        return 0
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str = "sample") -> Iterator[Any]:
+    """A progress bar on stderr, where that is a terminal; `update(n)` moves it on."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, unit=unit, unit_scale=True, disable=None, leave=False) as bar:
+        yield bar
+
+
+def say(text: str) -> None:
+    """Prints a line at once, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
+def say_times(case: str, ms: Mapping[str, dict[str, float]]) -> None:
+    """Prints the median times of a case."""
+    times = ", ".join(f"{name} {x['median']:.1f}" for name, x in ms.items())
+    say(f"{case:40} ms: {times}")

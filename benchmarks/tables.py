@@ -1,0 +1,391 @@
+"""The results of suites as Markdown tables: what a suite prints, and README.md and reports show.
+
+Each suite has a function that takes its results, as its JSON file has them, and returns the text.
+Results of earlier versions, which lack figures or have others besides, are shown too.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.contenders import EVERYONE, WHOLE, short
+from benchmarks.models import CONTENDERS
+from benchmarks.rows import bounds as row_bounds
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+# --- cells and sentences --------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def ranged(spread: dict[str, float] | None, digits: int) -> str:
+    """A median and its quartiles, or nothing."""
+    if spread is None:
+        return ""
+    low, middle, high = (f"{spread[k]:.{digits}f}" for k in ("q25", "median", "q75"))
+    return f"{middle} ({low} to {high})"
+
+
+def mega(number: float | None, digits: int = 1) -> str:
+    """Millions, or nothing."""
+    return "" if number is None else f"{number / 1e6:,.{digits}f}"
+
+
+def versions(results: Results) -> str:
+    """The packages' versions."""
+    return ", ".join(f"{k} {v}" for k, v in results["environment"].get("versions", {}).items())
+
+
+def machine(results: Results) -> str:
+    """The device, and on a CPU how many cores there were."""
+    env = results["environment"]
+    cores = f", {env['cores']} cores" if env.get("platform") == "cpu" else ""
+    return env.get("device", "") + cores
+
+
+def origin(results: Results, bandwidth: bool = True) -> str:
+    """Where, with what, how often and when results were measured, and the bandwidth there."""
+    env = results["environment"]
+    rounds = f"{results['rounds']} rounds" if "rounds" in results else ""
+    if "sittings" in results:
+        sittings = results["sittings"]
+        rounds = f"{sittings} sitting{'s' * (sittings != 1)} of {rounds}"
+    when = [rounds, f"commit {env['commit']}" if env.get("commit") else "", env["date"]]
+    parts = [machine(results), versions(results), ", ".join(filter(None, when))]
+    text = "; ".join(filter(None, parts)) + "."
+    if bandwidth and "bandwidth" in results:
+        measured = {name: x / 1e9 for name, x in results["bandwidth"].items()}
+        text += f" The memory's bandwidth is {ranged(measured, 1)} GB/s."
+    return text
+
+
+def bounds_table(bounds: Sequence[Row]) -> list[str]:
+    """The table of bounds, if there are any, and a line above it."""
+    holds = {None: "not measured", True: "yes", False: "**no**"}
+    table = [
+        [row["what"], row["asked"], "" if value is None else f"{value:.3g}", holds[row["holds"]]]
+        for row in bounds
+        for value in [row["measured"]]
+    ]
+    head = ["what", "bound", "measured", "holds"]
+    return ["The bounds it is held to:", markdown(head, table)] if table else []
+
+
+# --- suites that measure --------------------------------------------------------------------------
+
+
+def dense(results: Results) -> str:
+    """The table of the dense suite."""
+    rivals = list(results["times"][0]["ratio"])
+    limits = ["of the limit"] if "bandwidth" in results else []
+    table = [
+        [
+            *(row["workload"], row["chain"], ranged(row["ms"]["adamjax"], 1)),
+            *(ranged(row["fraction"]["adamjax"], 2) for _ in limits),
+            *(ranged(row["ratio"].get(name), 2) for name in rivals),
+        ]
+        for row in results["times"]
+    ]
+    text = f"{origin(results)} Median (quartiles); a ratio below 1 means that adamjax is faster."
+    if limits:
+        text += " Of the limit: the least bytes that the step must move at this bandwidth, by the "
+        text += "step's time."
+    head = ["workload", "chain", "step, ms", *limits, *(f"of {name}'s time" for name in rivals)]
+    return f"{text}\n\n{markdown(head, table)}"
+
+
+def compiling(results: Results) -> str:
+    """The table of the compile suite."""
+    rivals = list(results["times"][0]["ratio"])
+    table = []
+    for row in results["times"]:
+        ratios = (ranged(row["ratio"][name], 2) for name in rivals)
+        table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
+    what = results["workload"].split(",")[0]
+    text = f"{origin(results)} {what}, once per program; median (quartiles)."
+    head = ["what", "chain", "s", *(f"of {name}'s time" for name in rivals)]
+    return f"{text}\n\n{markdown(head, table)}"
+
+
+def memory(results: Results) -> str:
+    """The tables of the memory suite."""
+
+    def state(row: Row) -> str:
+        return f"{row['state_bytes'] / row['parameters']:.4f}"
+
+    chains = []
+    for row in results["dense"]:
+        share = f"{row['temporary_bytes'] / row['parameter_bytes']:.4%}"
+        chains.append([row["workload"], row["chain"], state(row), share])
+    head = ["workload", "chain", "state, bytes a parameter", "temporaries, of the parameters"]
+    parts = [
+        f"{origin(results)} Of a donated step, as the compiler reports it.",
+        markdown(head, chains),
+    ]
+    if tables := results.get("tables"):
+        table = f"{short(tables[0]['rows'])} rows of {tables[0]['width']}"
+        modes = [[row["mode"], state(row), mega(row["temporary_bytes"], 2)] for row in tables]
+        parts += [
+            f"A whole train step with Adam on a table of {table}, {tables[0]['reads']:,} indices:",
+            markdown(["the table's mode", head[2], "temporaries, MB"], modes),
+        ]
+    return "\n\n".join(parts)
+
+
+def models(results: Results) -> str:
+    """The tables of the models suite."""
+    steps = [
+        [
+            *(f"{row['model']}, {mega(row['parameters'])}M", contender, ranged(ms, 1)),
+            f"{row['ratio'][name]['median']:.2g}" if name != "exact" and row["ratio"] else "",
+            *(ranged(row["tables_ms"].get(name), 1), mega(row["temporary_bytes"][name])),
+        ]
+        for row in results["steps"]
+        for name, contender in CONTENDERS.items()
+        if (ms := row["ms"].get(name))
+    ]
+    head = ["model, parameters", "contender", "step, ms", "by exact's"]
+    traces = [
+        [row["model"], row["caches"], ranged(row["ms"]["rows"], 0), ranged(row["ratio"], 2)]
+        for row in results["traces"]
+    ]
+    parts = [
+        f"{origin(results, bandwidth=False)} Median (quartiles). What the tables add is the step's "
+        "time less that of one with frozen tables.",
+        markdown([*head, "of it tables, ms", "temporaries, MB"], steps),
+        "The time to trace a loss with row gradients, by that of `jax.value_and_grad`, with JAX's "
+        "own functions traced before (caches warm) and not:",
+        markdown(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
+    ]
+    programs = []
+    for row in results.get("programs", ()):
+        seconds = (ranged(x, 2) for x in row["s"].values())
+        programs.append([row["model"], CONTENDERS[row["contender"]], *seconds, f"{row['lines']:,}"])
+    if programs:
+        head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
+        parts += ["A step as a program, made with nothing in a cache:", markdown(head, programs)]
+    return "\n\n".join(parts + bounds_table(results.get("bounds", [])))
+
+
+def differences(results: Results) -> str:
+    """The table of what other packages do otherwise."""
+    systems = list(results["rows"][0]["numbers"])
+    table = [
+        [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
+        for row in results["rows"]
+    ]
+    return f"{markdown(['what is done', *systems, 'to get theirs'], table)}\n\n{versions(results)}."
+
+
+# --- the rows suite -------------------------------------------------------------------------------
+
+Cases = dict[tuple[int, int, int, str], Row]
+
+
+def _by_case(results: Results) -> Cases:
+    return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
+
+
+def _main_case(cases: Cases) -> tuple[int, int, int]:
+    """Rows, width and indices of the first case that all contenders are in."""
+    if (1_000_000, 64, 8192, "Zipf") in cases:
+        return 1_000_000, 64, 8192
+    rows, width, reads, _ = max(cases, key=lambda key: (len(cases[key]["ms"]), key))
+    return rows, width, reads
+
+
+def main_rows(results: Results) -> list[Row]:
+    """The rows of the main case: one for each kind of indices."""
+    cases = _by_case(results)
+    case = _main_case(cases) if cases else ()
+    return [cases[*case, k] for k in ("Zipf", "uniform") if (*case, k) in cases]
+
+
+def known_row_bounds(results: Results) -> list[Row]:
+    """The bounds that the rows suite has today; older results have others as well."""
+    known = {row["what"] for row in row_bounds([], [])}
+    return [row for row in results.get("bounds", ()) if row["what"] in known]
+
+
+def _times_as_long(row: Row, name: str, own: str = "exact") -> str:
+    """How many times as long as ours a contender takes."""
+    if name not in row["ratio"].get(own, {}):
+        return "?"
+    longer = 1 / row["ratio"][own][name]["median"]
+    return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
+
+
+def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
+    """All contenders of a case, with each kind of indices."""
+
+    def cells(row: Row, name: str) -> list[str]:
+        own = "exact step" if "step" in name else "exact"
+        if name not in row["ms"]:
+            return ["", "", *("" for _ in limits)]
+        times = "" if name == own else _times_as_long(row, name, own)
+        shares = (f"{row['fraction'][name]['median']:.2g}" for _ in limits)
+        return [ranged(row["ms"][name], 1), times, *shares]
+
+    first, table = cases[0], []
+    for name in (name for name in first["ms"] if name in EVERYONE):
+        bytes_used = first["temporary_bytes"].get(name), first["peak_bytes"].get(name)
+        times = (cell for row in cases for cell in cells(row, name))
+        table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
+    heads = (x for row in cases for x in (f"{row['indices']}, ms", "of exact's time", *limits))
+    return markdown(["contender", *heads, "temporaries, MB", "most memory, MB"], table)
+
+
+def rows(results: Results) -> str:
+    """The tables of the rows suite: its main cases, their bounds, `exact` in every case."""
+    cases = _by_case(results)
+    bounds = bounds_table(known_row_bounds(results))
+    if not cases:
+        return "\n\n".join(bounds)
+    limits = ["of the limit"] if "bandwidth" in results else []
+    first = _main_case(cases)
+    whole = {key[:3] for key, row in cases.items() if any(name in row["ms"] for name in WHOLE)}
+    kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
+
+    text = f"{origin(results)} The grid's other cases: {results['grid_rounds']} rounds."
+    if alone := sum(not row["in_turn"] for row in results["times"]):
+        text += f" In {alone} cases, whose tables did not fit in memory at once, the contenders "
+        text += "came one after another."
+    for row in results["times"]:
+        failed = {name: why for name, why in row["failed"].items() if name in EVERYONE}
+        text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
+    parts = []
+    for case in (first, *sorted(whole - {first})):
+        same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
+        title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
+        if case == first:
+            title = f"{text} {title}; median (quartiles). The whole steps read the rows and "
+            title += "differentiate a loss as well; their time is compared with each other's."
+        else:
+            title += f", {same_size[0]['rounds']} rounds in all:"
+        parts += [title, _contenders_table(same_size, limits)]
+
+    def cell(row: Row | None) -> str:
+        if row is None or "exact" not in row["ms"]:
+            return ""
+        others = f"{_times_as_long(row, 'optax')}, {_times_as_long(row, 'torch sparse')}"
+        return f"{row['ms']['exact']['median']:.1f} ({others})"
+
+    columns = [(kind, size) for kind in kinds for size in sorted({key[0] for key in cases})]
+    grid = [
+        [str(d), f"{n:,}", *(cell(cases.get((size, d, n, kind))) for kind, size in columns)]
+        for d, n in sorted({key[1:3] for key in cases})
+    ]
+    text = "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
+    text += "dense gradients and torch's SparseAdam take):"
+    head = ["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)]
+    return "\n\n".join([*parts, *bounds, text, markdown(head, grid)])
+
+
+# --- compilers ------------------------------------------------------------------------------------
+
+
+def figure(report: Row, name: str, digits: int = 0, scale: float = 1.0) -> str:
+    """A figure of a compiler's report, if it compiled the case and the figure was read."""
+    if "failed" in report:
+        return "failed"
+    return f"{report[name] / scale:,.{digits}f}" if name in report else "not counted"
+
+
+def figures(row: Row, name: str, digits: int) -> str:
+    """A figure of a dense step, and in brackets optax's."""
+    own, other = (figure(row["said"][package], name, digits) for package in ("adamjax", "optax"))
+    return f"{own} ({other})"
+
+
+def tpu(results: Results) -> str:
+    """The tables of what the TPU's compiler says."""
+
+    def most(reports: Iterable[Row], name: str) -> float:
+        return max(report.get(name, math.nan) for report in reports)
+
+    def copies(report: Row) -> int:
+        kinds = ("copy", "copy-start", "transpose")
+        return sum(report.get("makers", {}).get(kind, 0) for kind in kinds)
+
+    chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
+    dense_rows: dict[Any, list[Row]] = {}
+    for row in results["dense"]:
+        dense_rows.setdefault((row["workload"], row["chain"]), []).append(row)
+    reports: dict[Any, list[Row]] = {}
+    for row in results["rows"]:
+        for kind, report in row["said"].items():
+            reports.setdefault((str(row["width"]), kind), []).append(report)
+    dense_table, row_table = [], []
+    for key, by_chip in dense_rows.items():
+        cells = []
+        for row in by_chip:
+            cycles = [row["said"][name].get("cycles", math.nan) for name in ("adamjax", "optax")]
+            cells.append(f"{figures(row, 'bytes', 2)}, {cycles[0] / cycles[1]:.3f}")
+        pairs = [(row["said"]["adamjax"], row["said"]["optax"]) for row in by_chip]
+        own, other = (most(x, "temporary_bytes") for x in zip(*pairs, strict=True))
+        dense_table.append([*key, *cells, f"{own:.2f} ({other:.2f})"])
+    for key, by_chip in reports.items():
+        moved = (figure(report, "bytes", 0, 1e6) for report in by_chip)
+        sizes = mega(most(by_chip, "arguments"), 0), mega(most(by_chip, "temporary"))
+        row_table.append([*key, *moved, *sizes, str(max(map(copies, by_chip)))])
+    heads = [f"{chip}: moved" for chip in chips]
+    heads = ["D", "mode", *heads, "arguments", "temporaries", "copies of whole arrays"]
+    return "\n\n".join(
+        [
+            f"**The compiler's estimates, never times**; {versions(results)}, "
+            f"{results['environment']['date']}. Bytes a parameter between the chip and its memory, "
+            "in brackets optax's; then the estimated cycles, by optax's. Temporaries, the most of "
+            "all chips, are in either memory of the chip.",
+            markdown(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense_table),
+            "A train step that reads 8,192 rows of a row-major table [1M, D] where nothing else is "
+            "said, in MB; what is read or written row by row counts as the rows are padded. "
+            "Arguments and temporaries are the most of all chips.",
+            markdown(heads, row_table),
+        ]
+    )
+
+
+def gpu(results: Results) -> str:
+    """The tables of what the GPU's compiler says."""
+    digits = {"kernels": 0, "bytes": 2, "temporary_bytes": 2}
+    dense_table = [
+        [row["workload"], row["chain"], *(figures(row, name, n) for name, n in digits.items())]
+        for row in results["dense"]
+    ]
+    row_table = []
+    for row in results["rows"]:
+        for kind, report in row["said"].items():
+            counts = (figure(report, name) for name in ("kernels", "round_trips"))
+            sizes = figure(report, "bytes", 0, 1e6), figure(report, "temporary_bytes", 1, 1e6)
+            row_table.append([f"{short(row['rows'])} x {row['width']}", kind, *counts, *sizes])
+    heads = ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"]
+    return "\n\n".join(
+        [
+            f"**What the compiler says for an {results['device']}, never times**; "
+            f"{versions(results)}, {results['environment']['date']}. In brackets optax's; bytes "
+            "are those of a parameter, between the GPU and its memory.",
+            markdown(["workload", "chain", "kernels", "bytes", "temporaries, bytes"], dense_table),
+            "A train step that reads 8,192 rows of a table where nothing else is said, in MB:",
+            markdown(heads, row_table),
+        ]
+    )
+
+
+# In the order in which README.md is filled.
+SUITES = {
+    "dense": dense,
+    "rows": rows,
+    "compile": compiling,
+    "memory": memory,
+    "models": models,
+    "differences": differences,
+    "tpu": tpu,
+    "gpu": gpu,
+}

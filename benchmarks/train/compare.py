@@ -1,0 +1,129 @@
+"""Trains with each of `--rows`, a few steps at a time in turn: losses and times side by side."""
+
+import argparse
+import dataclasses
+import math
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import adamjax
+from benchmarks.measure import RESULTS, environment, save, spread
+from benchmarks.train import data, job, model
+from benchmarks.train.options import COMPARED_STEPS, ROWS, Config, UserError
+from benchmarks.train.processes import ALONE
+
+__all__ = ["run"]
+
+_IN_A_ROW = 10  # steps
+
+
+class _Contender:
+    """One way of treating rows, and how far it has come."""
+
+    def __init__(self, config: Config, text: data.Text):
+        vocabulary = len(text.words)
+        self.tx, self.batch = job.optimizer(config, vocabulary), job.all_batches(config, text)
+        self.params = job.initial(config, text)
+        self.state = self.tx.init(self.params)
+        began = time.perf_counter()
+        step = job.train_step(config, self.tx, vocabulary, ALONE.mesh())
+        self.step = step.lower(self.params, self.state, self.batch(0)).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.losses: list[float] = []
+
+    def take(self, steps: int) -> float:
+        """Takes steps; returns the median of their seconds, less the first's, whose caches hold
+        another's arrays."""
+        seconds = []
+        for _ in range(steps):
+            batch = self.batch(len(self.losses))
+            began = time.perf_counter()
+            self.params, self.state, loss = self.step(self.params, self.state, batch)
+            self.losses.append(float(loss))
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds[1:])
+
+    def held_out_loss(self, windows: data.Windows) -> float | None:
+        """The loss with the averaged weights."""
+        self.params, self.state = job.up_to_date(self.tx, self.params, self.state)
+        weights = adamjax.averaged_weights(self.state)
+        return model.held_out_loss(weights, windows, lambda: False)
+
+
+def _results(config: Config, text: data.Text) -> dict[str, Any]:
+    """Who goes first changes from round to round, and a ratio is taken within a round."""
+    contenders = {rows: _Contender(dataclasses.replace(config, rows=rows), text) for rows in ROWS}
+    seconds: list[dict[str, float]] = []
+    in_a_row = min(_IN_A_ROW, config.steps // 4)
+    for number in range(config.steps // in_a_row):
+        first = number % len(ROWS)
+        names = [*list(ROWS)[first:], *list(ROWS)[:first]]
+        seconds.append({name: contenders[name].take(in_a_row) for name in names})
+        latest = {name: one.losses[-1] for name, one in contenders.items()}
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in latest.items())
+        print(f"step {(number + 1) * in_a_row:,}: {losses}", flush=True)
+        if not all(map(math.isfinite, latest.values())):
+            raise UserError("the loss is not finite: lower --learning-rate")
+    del seconds[0]  # not all was in the caches
+
+    held_out = data.Windows(text.held_out, config.context, text.boundary)
+    plain = np.array(contenders["none"].losses)
+    table = {}
+    for name, one in contenders.items():
+        losses = np.array(one.losses)
+        table[name] = {
+            "ms": spread([1e3 * s[name] for s in seconds]),
+            "ratio_to_none": spread([s[name] / s["none"] for s in seconds]),
+            "compile_seconds": one.compile_seconds,
+            "held_out_loss": one.held_out_loss(held_out),
+            "training_loss": losses[in_a_row - 1 :: in_a_row].tolist(),
+            "largest_difference_to_none": float(np.abs(losses - plain).max()),
+        }
+    params = contenders["none"].params
+    return {
+        "suite": "train",
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "rows"},
+        "text": text.description,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "rounds": len(seconds),
+        "steps_in_a_row": in_a_row,
+        "rows": table,
+        "environment": environment("adamjax", "jax", "jaxlib", "numpy"),
+    }
+
+
+def _show(results: dict[str, Any]) -> None:
+    def quartiles(spread: dict[str, float], digits: int) -> str:
+        low, middle, high = (f"{spread[k]:.{digits}f}" for k in ("q25", "median", "q75"))
+        return f"{middle} ({low} to {high})"
+
+    print(
+        f"\n{'rows':6} {'step, ms (quartiles)':>24} {'of the time of none':>21} {'compile, s':>10}"
+        f" {'training':>9} {'held-out':>9} {'largest difference':>19}"
+    )
+    for name, row in results["rows"].items():
+        print(
+            f"{name:6} {quartiles(row['ms'], 1):>24} {quartiles(row['ratio_to_none'], 2):>21}"
+            f" {row['compile_seconds']:10.1f} {row['training_loss'][-1]:9.4f}"
+            f" {row['held_out_loss']:9.4f} {row['largest_difference_to_none']:19.1e}"
+        )
+    print("The last is of any step's training loss to that of none; losses are in nats.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the comparison; returns the exit status."""
+    text = data.read(options.text or [], options.config.vocab)
+    print(text, flush=True)
+    results = _results(options.config, text)
+    _show(results)
+    out = options.out
+    if not out and not options.text and options.config == Config(steps=COMPARED_STEPS):
+        out = RESULTS / results["environment"]["platform"] / "train.json"
+    if out:
+        save(results, out)
+        print(f"written to {out}")
+    return 0

@@ -1,0 +1,187 @@
+"""A next-word model: the words before in order, one hidden layer, a softmax over all words.
+
+Training takes the softmax's sum exactly over the most frequent words and estimates the rest from
+a few drawn at random; whatever is reported of held-out text is the full softmax.
+
+So a training step reads rows of two tables, the embedding and the output's kernel. The model says
+which these are, and nothing else of it depends on how their gradients are taken.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.train.data import Windows
+from benchmarks.train.processes import ALONE, Processes
+
+__all__ = ["Batch", "draw", "held_out_loss", "init", "loss", "neighbours", "tables"]
+
+# The words in every training sum, and how many are drawn from the others.
+FREQUENT = 2048
+DRAWN = 1024
+
+# Windows that are evaluated in one call, and at a time within it: their logits stay in the cache.
+_EVALUATED = 2048
+_TOGETHER = 128
+
+
+def init(seed: int, frequencies: np.ndarray, width: int, dim: int, hidden: int) -> dict[str, Any]:
+    """The parameters of a model that predicts just these frequencies, whatever came before."""
+    rng = np.random.default_rng(seed)
+
+    def normal(scale: float, *shape: int) -> jax.Array:
+        return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+
+    words = len(frequencies)
+    inputs = width * dim
+    return {
+        "embedding": normal(0.1, words + 1, dim),  # the last row is the boundary's
+        "hidden": {"kernel": normal(inputs**-0.5, inputs, hidden), "bias": jnp.zeros(hidden)},
+        "projection": {"kernel": normal(hidden**-0.5, hidden, dim)},
+        "output": {
+            "kernel": jnp.zeros((words, dim)),
+            "bias": jnp.asarray(np.log(frequencies), jnp.float32),
+        },
+    }
+
+
+def _is_small(vocabulary: int) -> bool:
+    """Whether training takes the full softmax: there is nothing to gain from drawing words."""
+    return vocabulary <= FREQUENT + DRAWN
+
+
+def tables(vocabulary: int) -> list[str]:
+    """Patterns of the tables' paths: leaves of which a step reads some rows only.
+
+    A full softmax reads all of the output's kernel, so there it is none.
+    """
+    return ["^embedding$"] if _is_small(vocabulary) else ["^embedding$", "^output/kernel$"]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What a step trains on.
+
+    Attributes:
+      contexts: int32[batch, width], the words before: rows of the embedding.
+      words: int32[batch], those to predict: rows of the output.
+      drawn: int32[DRAWN], rare words, which stand for all; `None` where the softmax is full.
+    """
+
+    contexts: Any
+    words: Any
+    drawn: Any
+
+
+def draw(vocabulary: int, seed: int, step: int) -> np.ndarray | None:
+    """The rare words of a step's batch."""
+    if _is_small(vocabulary):
+        return None
+    rng = np.random.default_rng((seed, step, 1))  # another stream than that of the epochs
+    return rng.integers(FREQUENT, vocabulary, DRAWN, dtype=np.int32)
+
+
+def loss(params: Any, batch: Batch) -> jax.Array:
+    """The training loss of a batch: mean of -log probability, in nats a token."""
+    features = _features(params, batch.contexts)
+    if batch.drawn is None:
+        return _full(params, features, batch.words).mean()
+    return _estimated(params, features, batch.words, batch.drawn).mean()
+
+
+def _features(params: Any, contexts: jax.Array) -> jax.Array:
+    inputs = params["embedding"][contexts].reshape(len(contexts), -1)
+    hidden = jax.nn.gelu(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return hidden @ params["projection"]["kernel"]
+
+
+def _full(params: Any, features: jax.Array, words: jax.Array) -> jax.Array:
+    logits = features @ params["output"]["kernel"].T + params["output"]["bias"]
+    chosen = jnp.take_along_axis(logits, words[:, None], 1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def _estimated(params: Any, features: jax.Array, words: jax.Array, drawn: jax.Array) -> jax.Array:
+    kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+
+    chosen = jnp.sum(features * kernel[words], axis=1) + bias[words]
+    frequent = features @ kernel[:FREQUENT].T + bias[:FREQUENT]
+    # Each drawn word stands for many; the word to predict, when rare, stands for itself alone.
+    others = features @ kernel[drawn].T + bias[drawn] + np.log((len(bias) - FREQUENT) / DRAWN)
+    others = jnp.where(drawn == words[:, None], -jnp.inf, others)
+    itself = jnp.where(words >= FREQUENT, chosen, -jnp.inf)
+    logits = jnp.concatenate([frequent, others, itself[:, None]], axis=1)
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+# --- the loss of held-out text --------------------------------------------------------------------
+
+
+@jax.jit
+def _summed(params: Any, contexts: jax.Array, words: jax.Array, counts: jax.Array) -> jax.Array:
+    def some(windows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        contexts, words = windows
+        return _full(params, _features(params, contexts), words)
+
+    parts = contexts.reshape(-1, _TOGETHER, contexts.shape[1]), words.reshape(-1, _TOGETHER)
+    return jnp.sum(counts * jax.lax.map(some, parts).ravel())
+
+
+def held_out_loss(
+    params: Any,
+    held_out: Windows,
+    is_given_up: Callable[[], bool],
+    processes: Processes = ALONE,
+) -> float | None:
+    """Mean of -log probability in nats a token, by the full softmax; None when given up.
+
+    Processes take parts in turn; what they find, and whether one gave up, is known to all.
+    """
+    starts = held_out.starts
+    sums, left = np.zeros(-(-len(starts) // _EVALUATED)), False
+    for i in range(processes.number, len(sums), processes.count):
+        left = is_given_up()
+        if left:
+            break
+        # All parts are of one size: what fills up the last one does not count.
+        part = starts[i * _EVALUATED :][:_EVALUATED]
+        fill = (0, _EVALUATED - len(part))
+        counts = np.pad(np.ones(len(part), np.float32), fill)
+        sums[i] = float(_summed(params, *held_out.at(np.pad(part, fill)), counts))
+    if processes.any(left):
+        return None
+    # Each sum is of one process, and the total is exact: the same for any count.
+    return math.fsum(processes.gathered(sums).ravel()) / len(starts)
+
+
+# --- what it learned ------------------------------------------------------------------------------
+
+_TELLING = ("read", "True", "three", "is", "int", "width", "path", "first")
+_FAMILIAR = 3000  # neighbours are among the most frequent words
+
+
+def neighbours(params: Any, words: Sequence[str], most: int = 5) -> dict[str, list[str]]:
+    """For a few words, those whose embeddings lie in the most similar direction."""
+    names = words[:_FAMILIAR]
+    table = np.asarray(params["embedding"], np.float32)[: len(names)]
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True).clip(1e-12)
+    is_word = np.array([name.isalpha() and len(name) > 1 for name in names])
+
+    chosen = [word for word in _TELLING if word in names]
+    frequent = [word for word in names[20:] if word.isalpha() and len(word) > 3]
+    chosen += [word for word in frequent if word not in chosen][: len(_TELLING) - len(chosen)]
+
+    near = {}
+    for word in chosen:
+        at = names.index(word)
+        cosine = np.where(is_word, unit @ unit[at], -np.inf)
+        cosine[at] = -np.inf
+        order = np.argsort(-cosine, kind="stable")[:most]
+        near[word] = [names[i] for i in order if np.isfinite(cosine[i])]
+    return near
