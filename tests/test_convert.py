@@ -23,7 +23,7 @@ from support import assert_close, assert_same, enable_x64
 import adamjax
 from adamjax import convert
 from adamjax.data import transform_state
-from adamjax.transform import Rule
+from adamjax.transform import Rule, Transform
 
 BEFORE, AFTER = 10, 20
 RATE = 0.0625  # a float32, as which Keras keeps it
@@ -2287,17 +2287,48 @@ def test_a_rule_of_a_users_own_is_refused(tx, name):
             call()
 
 
-def test_master_weights_are_not_dropped():
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
-    tx = adamjax.master_weights(adamjax.adam(RATE, eps=1e-8))
-    state, new = tx.init(params), OLD.init(PARAMS)
-    with pytest.raises(ValueError, match="to_optax: the state keeps weights in a MasterWeightsSt"):
+class LookAheadState(NamedTuple):
+    slow: Any
+    inner: Any
+
+
+transform_state("slow", rule=False)(LookAheadState)
+
+
+class look_ahead(Transform):
+    """A wrapper of a user's own, with slots."""
+
+    tx: Transform
+
+    def init(self, params):
+        return LookAheadState(params, self.tx.init(params))
+
+    def part_states(self, state):
+        return (state.inner,)
+
+
+def test_the_slots_of_a_users_own_wrapper_are_not_dropped():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), look_ahead(ADAM)
+    state, new = tx.init(params), OLD.init(params)
+    with pytest.raises(ValueError, match="to_optax: the state keeps slow in a LookAheadState, and"):
         convert.to_optax(state, tx, params, new)
     assert_same(convert.to_optax(state, tx, params, new, check=False), new)
-    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, new), new)
+    assert_same(convert.to_optax(state.inner, tx.tx, params, new), new)
     assert_same(convert.from_optax(new, tx, params), state)
-    wide = jax.tree.map(jnp.asarray, PARAMS)
-    assert_same(convert.to_optax(tx.init(wide), tx, wide, new), new)
+
+
+def test_master_weights_are_converted_as_parameters():
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    tx, new = adamjax.master_weights(ADAM), OLD.init(jax.tree.map(jnp.asarray, PARAMS))
+    state = tx.init(params)
+    for call in (
+        lambda: convert.from_optax(new, tx, params),
+        lambda: convert.to_optax(state, tx, params, new),
+    ):
+        with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
+            call()
+    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, new), new)
+    assert_same(convert.from_optax(new, tx.tx, state.weights), state.inner)
 
 
 def test_an_average_of_a_single_array():
