@@ -55,7 +55,6 @@ Base classes:
 - `Scaling`: multiplies each leaf by a scalar; has `factors` in place of `update`.
 - `Rule`: turns gradients into a direction, element by element; may say by `coast` how it moves
   what has no gradient, for `exact_rows`.
-- `Schedule`: called with the count of the steps taken, returns a scalar.
 
 Fields:
 
@@ -86,7 +85,7 @@ Arithmetic, on arrays and in float32 at least:
 - `accumulator`, `widen`: the real dtype to compute in; an array in it.
 - `scalar`, `divisor`: a hyperparameter in that dtype; an epsilon, which is never 0.
 - `averaging`, `correction`: an exponential average `(old, new)`; its bias correction.
-- `root`, `square`, `magnitude`: with the right derivatives at 0, and for complex numbers.
+- `root`, `square`: with the right derivatives at 0, and for complex numbers.
 - `Coast`: how a rule moves rows that have no gradient.
 - `times`: multiplies a rule's scalars by the factors that `Rule.step` is given.
 """
@@ -120,7 +119,6 @@ from adamjax.moments import (
     correction,
     counted,
     divisor,
-    magnitude,
     next_count,
     root,
     scalar,
@@ -128,7 +126,7 @@ from adamjax.moments import (
     widen,
 )
 from adamjax.paths import flatten, leaf_paths
-from adamjax.schedule import Rate, Schedule, as_rate, rate_at
+from adamjax.schedule import Rate, as_rate, rate_at
 from adamjax.transform import (
     Rule,
     Scaling,
@@ -154,7 +152,6 @@ __all__ = [
     "Rows",
     "Rule",
     "Scaling",
-    "Schedule",
     "Stateless",
     "Transform",
     "accumulator",
@@ -170,7 +167,6 @@ __all__ = [
     "is_left_alone",
     "leaf_paths",
     "lift",
-    "magnitude",
     "needed",
     "new_slots",
     "next_count",
