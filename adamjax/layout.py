@@ -4,6 +4,10 @@ By default the TPU's compiler lays many tables out column by column, to avoid pa
 copies the whole table before it gathers rows and after it scatters them. A layout belongs to an
 array in memory: `jax.jit` takes the layout of an argument from the array, and that of a result from
 `out_shardings`, or else uses the default.
+
+>>> import adamjax, jax.numpy as jnp
+>>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
+>>> params_formats, state_formats = adamjax.layout.formats(adamjax.adam(), params)
 """
 
 from typing import Any, NamedTuple

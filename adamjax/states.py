@@ -3,6 +3,11 @@
 Each is a named tuple, so a checkpoint library stores it as it is, and its fields are read by name.
 Programs rarely need these classes: `get_slot`, `step_count`, `averaged_weights` and the other
 readers find what they hold anywhere in a state.
+
+>>> import adamjax, jax.numpy as jnp
+>>> state = adamjax.scale_by_adam().init(jnp.zeros(3))
+>>> isinstance(state, adamjax.states.ScaleByAdamState), state.slots
+(True, ('m', 'v'))
 """
 
 from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState

@@ -384,7 +384,9 @@ def test_a_tree_of_bools_in_a_config():
     config = to_config(masked(scale(0.5), {"a": True, "b": [False, (True, None)]}))
     told = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
     assert config["pattern"] == {"bools": told}
-    with pytest.raises(TypeError, match=r"masked.pattern is a tree of bools in more than diction"):
+    with pytest.raises(
+        TypeError, match="masked.pattern is a tree of bools with nodes other than diction"
+    ):
         to_config(masked(scale(0.5), Model(True, False)))
     with pytest.raises(TypeError, match=r"config.pattern: bools: at 'a' the mask has 1"):
         from_config({**config, "pattern": {"bools": {"dict": {"a": 1}}}})
