@@ -22,7 +22,7 @@ from adamjax._compat import ClosedJaxpr, JaxprEqn, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import PerSite, Planner, Source, View
-from adamjax.rows import RowGradient, in_table, summed_of_each
+from adamjax.rows import RowGradient, expect_int32, in_table, summed_of_each
 from adamjax.search import distinct_of_each
 
 __all__ = ["Call", "Reads", "grad", "value_and_grad"]
@@ -335,6 +335,7 @@ def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
             raise ValueError(
                 f"{call.owner}: {call.paths[i]!r} is a scalar, expected a table with rows"
             )
+        expect_int32(f"{call.owner}: {call.paths[i]!r}", np.shape(call.leaves[i])[0])
     return tables
 
 

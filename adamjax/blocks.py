@@ -4,6 +4,7 @@ An array of distinct indices is as long as the batch, but may have far fewer row
 first, so a loop whose length is set at run time works on them alone, in place.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import type_of, varying_axes
+from adamjax._compat import jaxpr_as_fun, type_of, varying_axes
 
 __all__ = ["in_blocks", "is_one_block", "rows_of_each", "together"]
 
@@ -85,10 +86,40 @@ def in_blocks(
         first = _as_varying(block, (jnp.zeros((), jnp.int32), tables, rows), (indices, reads))
         return jax.lax.while_loop(lambda carry: carry[0] * size <= last, block, first)[1:]
 
-    # On a GPU each iteration would wait for the host.
-    return jax.lax.platform_dependent(
-        tables, indices, rows, reads, cuda=at_once, rocm=at_once, default=looped
-    )
+    args = tables, indices, rows, reads
+    # Jitted, it is one equation, which JAX does not trace again at each use.
+    once, once_consts = _closure_converted(jax.jit(at_once), *args)
+    loop, loop_consts = _closure_converted(looped, *args)
+
+    @jax.custom_jvp
+    def run(once_consts: Any, loop_consts: Any, args: Any) -> Any:
+        # On a GPU each iteration would wait for the host.
+        on_gpu = functools.partial(once, once_consts)
+        return jax.lax.platform_dependent(
+            *args, cuda=on_gpu, rocm=on_gpu, default=functools.partial(loop, loop_consts)
+        )
+
+    # JAX has no reverse-mode derivative of such a loop.
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(lambda consts, _, args: once(consts, *args), primals, tangents)
+
+    return run(once_consts, loop_consts, args)
+
+
+def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
+    """Returns `(consts, *args) -> function(*args)` without a closure, and the consts.
+
+    As `jax.closure_convert`, but for all values that the function closes over, not for floats that
+    are differentiated alone.
+    """
+    closed, like = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def converted(consts: list[Any], *args: Any) -> Any:
+        out = jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(like), out)
+
+    return converted, closed.consts
 
 
 def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:

@@ -782,6 +782,8 @@ class Planner:
             return view._replace(axes=(*view.axes, *params["axes"]))
         elif kind in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims"):
             keeps_rows = shape[:1] == view.shape[:1] and math.prod(shape) == math.prod(view.shape)
+            # `lax.reshape` with `dimensions` transposes first.
+            keeps_rows = keeps_rows and (kind != "reshape" or params["dimensions"] is None)
             return view._replace(shape=shape) if keeps_rows else None
         return None
 

@@ -32,7 +32,9 @@ __all__ = [
     "as_int32",
     "check_sound",
     "checked_ids",
+    "depending_on",
     "each_array",
+    "expect_int32",
     "in_table",
     "integers",
     "parts",
@@ -176,11 +178,21 @@ class RowGradient(Data):
         if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
             return put(table, self.indices, self.values, add=True)
 
-        def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
-            before = taken(table, indices, mode="fill", fill_value=0)
-            return put(table, indices, stepped(before, values, key, indices)), rows
+        return _stepped_rows(self.num_rows, table, self.indices, self.values, key)
 
-        return in_blocks(step, table, self.indices, self.num_rows, (), self.values)[0]
+
+# Jitted for callers outside of `jit`, where a loop would be compiled anew at each call.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _stepped_rows(
+    num_rows: int, table: chex.Array, indices: chex.Array, values: chex.Array, key: Any
+) -> chex.Array:
+    """A table with `stepped` applied to some of its rows."""
+
+    def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
+        before = taken(table, indices, mode="fill", fill_value=0)
+        return put(table, indices, stepped(before, values, key, indices)), rows
+
+    return in_blocks(step, table, indices, num_rows, (), values)[0]
 
 
 # For states that were pickled before there were seals.
@@ -391,7 +403,7 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = whole("row_gradient: num_rows", num_rows, np.iinfo(np.int32).max - 1)
+    num_rows = whole("row_gradient: num_rows", num_rows, _MOST_ROWS)
     trailing = values.shape[indices.ndim :]
     # With indices on all devices, the sums are those of one device. A compiler that splits the sums
     # sends twice as much, or an array as long as the table.
@@ -434,6 +446,19 @@ def summed_of_each(
         for i, sums in zip(batch, rows_of_each(total, sizes), strict=True):
             row_gradients[i] = RowGradient(searched[i][0], sums, num_rows=num_rows[i])
     return row_gradients
+
+
+# Rows are numbered by int32, and the number after the last row means none.
+_MOST_ROWS = np.iinfo(np.int32).max - 1
+
+
+def expect_int32(what: str, num_rows: int) -> None:
+    """Raises an error for a table with more rows than int32 can number."""
+    if num_rows > _MOST_ROWS:
+        raise ValueError(
+            f"{what} has {num_rows} rows, expected at most {_MOST_ROWS}, because rows are numbered "
+            "by int32: split the table into several"
+        )
 
 
 def whole(what: str, value: Any, most: int | None = None) -> int:
@@ -595,12 +620,12 @@ def applied(
     if lazy or g.lazy:
         return updates.replace(lazy=True), *tables
     if reads:
-        g = g.replace(indices=_depending_on(u, g.indices, g.num_rows))
+        g = g.replace(indices=depending_on(u, g.indices, g.num_rows))
     rest, *tables = _applied_to_others(rule, c, g, tables, reads, key)
     return updates.replace(rest=rest), *tables
 
 
-def _depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
+def depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
     """The indices, by a no-op that makes them depend on `first`.
 
     So a write at these indices comes after the reads that `first` needs, and XLA need not copy the

@@ -1163,6 +1163,17 @@ def transposed(p, ids):
     return quad(p, p["table"].T[:, ids])
 
 
+@case({"table": halves(V, V), "w": np.float32(0.5)}, MANY, table=ANY)
+def transposed_by_a_reshape(p, ids):
+    return quad(p, lax.reshape(p["table"], (V, V), (1, 0))[ids])
+
+
+@case({"table": halves(V, V), "w": np.float32(0.5)}, MANY, table=Rows(MANY))
+def transposed_by_a_reshape_where_nothing_is_differentiated(p, ids):
+    turned = lax.reshape(lax.stop_gradient(p["table"]), (V, V), (1, 0))
+    return quad(p, p["table"][ids] * turned[ids])
+
+
 @case(params(), MANY, table=ANY)
 def copied(p, ids):
     return quad(p, jnp.array(p["table"], copy=True)[ids])
@@ -1687,6 +1698,16 @@ def test_a_pattern_that_matches_nothing():
         adamjax.value_and_grad(simple, "(table")(params(), MANY)
     with pytest.raises(ValueError, match=r"\[\]"):
         adamjax.grad(simple, "table")({}, MANY)
+
+
+def test_more_rows_than_int32_numbers_are_refused():
+    def reads(num_rows):
+        table = jax.ShapeDtypeStruct((num_rows, 2), jnp.float32)
+        return jax.eval_shape(adamjax.grad(lambda t: jnp.sum(t[:3]), ""), table)
+
+    assert reads(2**31 - 2).shape == (2**31 - 2, 2)
+    with pytest.raises(ValueError, match="has 2147483647 rows, expected at most 2147483646"):
+        reads(2**31 - 1)
 
 
 def test_leaves_that_are_no_floats_have_no_gradient():

@@ -131,6 +131,39 @@ def test_narrow_tables_neither(cut, name):
     assert_close(params, expected[0], rtol=2**-7)
 
 
+DIFFERENTIATED = {
+    "lazy": lambda x: adamjax.adam(0.1, x, rows="lazy"),
+    "dense": lambda x: adamjax.adamw(0.1, x),
+    "exact": lambda x: adamjax.exact_rows(adamjax.adamw(x, weight_decay=0.1), "t"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_derivatives_do_not_depend_on_the_blocks(cut, name):
+    """By a hyperparameter, the table and its gradient: backwards and forwards."""
+
+    @jax.jit
+    def outcome(hyperparameter, table, values):
+        tx, params = DIFFERENTIATED[name](hyperparameter), {"t": table}
+        state = tx.init(params)
+        for t in range(2):
+            grads = {"t": adamjax.row_gradient(jnp.asarray(batch(t)), values, V)}
+            updates, state = tx.update(grads, state, params)
+            params = adamjax.apply_updates(params, updates)
+        if name == "exact":
+            params, _ = tx.flush(params, state)
+        return jnp.sum(params["t"] * jnp.cos(jnp.arange(V * D)).reshape(V, D))
+
+    args = jnp.float32(0.3), jnp.linspace(-1, 1, V * D).reshape(V, D), jnp.ones((20, D)) / 4
+    backwards = jax.grad(outcome, argnums=(0, 1, 2))
+    expected = backwards(*args)
+    cut(0, 7)
+    assert_close(backwards(*args), expected, rtol=1e-5)
+    forwards = jax.jvp(outcome, args, jax.tree.map(jnp.ones_like, args))[1]
+    total = sum(np.asarray(x, np.float64).sum() for x in expected)
+    np.testing.assert_allclose(forwards, total, rtol=1e-4)
+
+
 def test_outside_of_jit_a_loop_is_compiled_once():
     n = blocks._AT_ONCE + 1
     tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), {"t": jnp.ones((V, D))}
@@ -144,6 +177,11 @@ def test_outside_of_jit_a_loop_is_compiled_once():
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
     tx.update(grads, found[1], params)
+    assert not compiled
+    narrow = jnp.ones((V, D), jnp.bfloat16)
+    expected = narrow + grads["t"]
+    compiled.clear()
+    assert_same(narrow + grads["t"], expected)
     assert not compiled
 
 

@@ -46,6 +46,7 @@ from adamjax import (
     skip_not_finite,
     weight_ema,
 )
+from adamjax.exact import tables
 
 STEPS = 2000
 LEARNING_RATE = 0.01
@@ -608,6 +609,24 @@ def test_history_is_rounded_up():
     assert exact_rows(adamjax.adam(), "table").history is None
     with pytest.raises(TypeError, match=r"history.*'long'"):
         exact_rows(adamjax.adam(), "table", history="long")
+
+
+def test_the_rows_of_the_largest_table_are_refreshed_in_turn():
+    tx, num_rows = exact_rows(adamjax.adam(), "table"), 2**31 - 2
+    params = {"table": jax.ShapeDtypeStruct((num_rows, 1), jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+    bound = tx.bind(state, params)
+    (table,) = bound.tables
+    batch = bound.batch_of(table)
+    cursor = jnp.array(num_rows - 2, jnp.int32)
+    state = state._replace(tables={"table": state.tables["table"]._replace(cursor=cursor)})
+    found = jnp.array([0, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
+    (due,) = tables.due_rows(batch, state, [found])
+    assert due[:5].tolist() == [num_rows - 2, num_rows, num_rows, 1, 2]
+    after = tables.next_cursor(table, cursor, batch.family.history)
+    assert int(after) == due.size - 2 == int(due[-1]) + 1
+    with pytest.raises(ValueError, match="has 2147483647 rows, expected at most 2147483646"):
+        jax.eval_shape(tx.init, {"table": jax.ShapeDtypeStruct((num_rows + 1, 1), jnp.float32)})
 
 
 # --- single steps -------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ def test_a_tree_of_bools_in_a_config():
     told = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
     assert config["pattern"] == {"bools": told}
     with pytest.raises(
-        TypeError, match="masked.pattern is a tree of bools with nodes other than diction"
+        TypeError, match=r"masked.pattern is a tree of bools with nodes other than diction"
     ):
         to_config(masked(scale(0.5), Model(True, False)))
     with pytest.raises(TypeError, match=r"config.pattern: bools: at 'a' the mask has 1"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import adamjax.testing
 from benchmarks import readme
 
 TEXT = readme.README.read_text()
@@ -31,3 +32,6 @@ def test_every_test_that_a_decision_names_exists():
     for file, function in named:
         source = (tests / file).read_text()
         assert f"def {function}" in source, f"{file} has no {function}"
+    laws = re.findall(r"the law `(\w+)`", TEXT)
+    assert laws
+    assert set(laws) <= set(adamjax.testing.LAWS)

@@ -18,7 +18,7 @@ from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
 from adamjax.mesh import taken
 from adamjax.paths import flatten
-from adamjax.rows import RowGradient, RowMoves
+from adamjax.rows import RowGradient, RowMoves, depending_on
 from adamjax.search import distinct_of_each
 from adamjax.structure import map_slots
 from adamjax.transform import Step
@@ -148,6 +148,11 @@ def _batch_step(
             table_updates = rows_of_each(update, sizes)
             for t, ids, u, table_moves in zip(tables, indices, table_updates, moves, strict=True):
                 table_moves.append(RowGradient(ids, u, num_rows=t.num_rows))
+        for table_moves in moves:
+            # All rows of a table are read before one of them is written.
+            for i, later in enumerate(table_moves[1:]):
+                ids = depending_on(later.values, table_moves[i].indices, later.num_rows)
+                table_moves[i] = table_moves[i].replace(indices=ids)
         (arrays, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
     after = [Columns(u, *x) for u, x in zip(updates, arrays, strict=True)]
     return _Stepped(after, has_nan)

@@ -155,8 +155,10 @@ def due_rows(
     table_starts = per_row(starts.astype(np.int32), counts)
     position = jnp.where(is_due, past_cursor + table_starts, sum(sizes))
     is_read = jnp.zeros(sum(sizes), bool).at[position.astype(np.uint32)].set(True, mode="drop")
-    due = per_row(cursors, sizes) + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-    due = due - jnp.where(due < per_row(rows, sizes), 0, per_row(rows, sizes))
+    # Counted from the table's end, because the sum may exceed int32.
+    due = per_row(cursors, sizes) - per_row(rows, sizes)
+    due = due + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    due = jnp.where(due < 0, due + per_row(rows, sizes), due)
     return rows_of_each(jnp.where(is_read, per_row(rows, sizes), due), sizes)
 
 
@@ -166,8 +168,8 @@ def num_refreshed(table: Table, history: int) -> int:
 
 
 def next_cursor(table: Table, cursor: chex.Array, history: int) -> chex.Array:
-    moved = cursor + num_refreshed(table, history)
-    return jnp.where(moved < table.num_rows, moved, moved - table.num_rows)
+    moved = cursor - table.num_rows + num_refreshed(table, history)
+    return jnp.where(moved < 0, moved + table.num_rows, moved)
 
 
 def per_row(values: Any, counts: Sequence[int]) -> Any:

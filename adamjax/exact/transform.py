@@ -53,7 +53,7 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, check_sound, checked_ids, sealed
+from adamjax.rows import RowGradient, check_sound, checked_ids, expect_int32, sealed
 from adamjax.structure import find, map_slots, replace_parts
 from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
@@ -202,6 +202,7 @@ class exact_rows(Transform):
                     f"exact_rows: params[{path!r}] is {dtype.name}{list(shape)}, expected a table "
                     "of real floats with rows; the pattern is too wide"
                 )
+            expect_int32(f"exact_rows: params[{path!r}]", shape[0])
             rule, plan = self._plan(
                 [station.tx for station in leaf_routes[leaf]], accumulator(dtype)
             )
