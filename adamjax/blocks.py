@@ -15,7 +15,7 @@ import numpy as np
 
 from adamjax._compat import jaxpr_as_fun, type_of, varying_axes
 
-__all__ = ["in_blocks", "is_one_block", "rows_of_each", "together"]
+__all__ = ["group_tables", "in_blocks", "is_one_block", "rows_of_each"]
 
 # The rows of a block, and the most rows that a step takes without a loop.
 _BLOCK = 2048
@@ -134,7 +134,7 @@ def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
     return jax.tree.map(cast, carry, jax.eval_shape(block, carry))
 
 
-def together(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
+def group_tables(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
     """Groups of tables whose rows a step takes together. `rows` has an array for each table."""
     groups: list[list[int]] = []
     room = -1

@@ -11,11 +11,11 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.paths import flatten, leaf_paths
 
-__all__ = ["Joined", "Plan", "as_tree", "is_joined"]
+__all__ = ["Bucketed", "Plan", "as_tree", "is_bucketed"]
 
 
 class Plan:
-    """Which leaves of a tree share a bucket: the static part of a `Joined`."""
+    """Which leaves of a tree share a bucket: the static part of a `Bucketed`."""
 
     def __init__(
         self, treedef: Any, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]
@@ -52,10 +52,10 @@ class Plan:
             [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
         )
 
-    def join(self, leaves: list[Any]) -> "Joined":
+    def join(self, leaves: list[Any]) -> "Bucketed":
         """The tree of these leaves, which are in the order of `flatten`, in buckets."""
         buckets = tuple(_end_to_end([leaves[i] for i in bucket]) for bucket in self.buckets)
-        return Joined(buckets, tuple(leaves[i] for i in self.alone), self)
+        return Bucketed(buckets, tuple(leaves[i] for i in self.alone), self)
 
     def without(self, dropped: list[int]) -> "Plan":
         """The plan without the buckets at these indices."""
@@ -71,42 +71,42 @@ def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, eq=False)
-class Joined:
+class Bucketed:
     """A tree whose small leaves are in buckets: first the buckets, then the other leaves.
 
     The state of `grouped` has one in place of each tree like the parameters; `get_slot` and
     `averaged_weights` return the tree itself.
 
     Attributes:
-      joined: tuple of buckets: arrays of one dimension with leaves of one dtype end to end.
+      buckets: tuple of buckets: arrays of one dimension with leaves of one dtype end to end.
       alone: tuple of the leaves that are in no bucket.
       plan: which leaves are where; static, not an array.
 
     >>> import adamjax, jax.numpy as jnp
     >>> state = adamjax.grouped(adamjax.scale_by_adam()).init({"a": jnp.ones(3), "b": jnp.ones(())})
-    >>> state.m.joined
+    >>> state.m.buckets
     (Array([0., 0., 0., 0.], dtype=float32),)
     """
 
-    joined: tuple[Any, ...]
+    buckets: tuple[Any, ...]
     alone: tuple[Any, ...]
     plan: Plan
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         paths = leaf_paths(self.plan.like)
-        names = [f"bucket {i}" for i in range(len(self.joined))]
+        names = [f"bucket {i}" for i in range(len(self.buckets))]
         names += [paths[i] for i in self.plan.alone]
-        children = (*self.joined, *self.alone)
+        children = (*self.buckets, *self.alone)
         # An incomplete state must pass through jit, so that `expect_whole` can refuse it.
         names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)
         return tuple(zip(keys, children, strict=False)), self.plan
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (*self.joined, *self.alone), self.plan
+        return (*self.buckets, *self.alone), self.plan
 
     @classmethod
-    def tree_unflatten(cls, plan: Any, children: Any) -> "Joined":
+    def tree_unflatten(cls, plan: Any, children: Any) -> "Bucketed":
         children, count = tuple(children), len(plan.buckets)
         return cls(children[:count], children[count:], plan)
 
@@ -114,13 +114,13 @@ class Joined:
         """Refuses buckets that do not fit the plan, such as those of a truncated file."""
         buckets, alone = self.plan.buckets, self.plan.alone
         mend = "restore the whole state, or start from init"
-        counts, expected = (len(self.joined), len(self.alone)), (len(buckets), len(alone))
+        counts, expected = (len(self.buckets), len(self.alone)), (len(buckets), len(alone))
         if counts != expected:
             raise ValueError(
                 f"grouped: the state's {name} has {counts[0]} buckets and {counts[1]} other "
                 f"arrays, expected {expected[0]} and {expected[1]}: {mend}"
             )
-        for i, (bucket, x) in enumerate(zip(buckets, self.joined, strict=True)):
+        for i, (bucket, x) in enumerate(zip(buckets, self.buckets, strict=True)):
             size = sum(int(np.prod(self.plan.avals[j][0], dtype=int)) for j in bucket)
             if getattr(x, "shape", None) != (size,):
                 came = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
@@ -135,7 +135,7 @@ class Joined:
         leaves: list[Any] = [None] * len(self.plan.avals)
         for i, x in zip(self.plan.alone, self.alone, strict=True):
             leaves[i] = x
-        for bucket, x in zip(self.plan.buckets, self.joined, strict=True):
+        for bucket, x in zip(self.plan.buckets, self.buckets, strict=True):
             shapes = tuple(self.plan.avals[i][0] for i in bucket)
             for i, piece in zip(bucket, _pieces(x, shapes), strict=True):
                 leaves[i] = piece
@@ -165,10 +165,10 @@ def _pieces(bucket: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
     return [jnp.reshape(x, s) for x, s in zip(pieces, shapes, strict=True)]
 
 
-def is_joined(x: Any) -> bool:
-    return isinstance(x, Joined)
+def is_bucketed(x: Any) -> bool:
+    return isinstance(x, Bucketed)
 
 
 def as_tree(tree: Any) -> Any:
     """The tree like the parameters, if this one is in buckets; else this one."""
-    return tree.tree() if isinstance(tree, Joined) else tree
+    return tree.tree() if isinstance(tree, Bucketed) else tree

@@ -61,7 +61,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import exportable
-from adamjax.mesh import at_each
+from adamjax.mesh import gather_entries
 from adamjax.moments import barrier
 
 __all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
@@ -534,7 +534,7 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
     low = (exact - high).astype(real)
 
     def entry(table: np.ndarray, i: chex.Array) -> chex.Array:
-        return at_each(jnp.asarray(table), i)
+        return gather_entries(jnp.asarray(table), i)
 
     of_k = entry(high, k & 255), entry(low, k & 255)
     # Beyond `last` the power underflows to zero.
@@ -574,7 +574,7 @@ def _column(rows: chex.Array, like: chex.Array) -> chex.Array:
 
 def _at(entries: chex.Array, steps: chex.Array) -> chex.Array:
     """The ring's entries of steps of any shape."""
-    return at_each(entries, steps & (len(entries) - 1))
+    return gather_entries(entries, steps & (len(entries) - 1))
 
 
 def _put(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:

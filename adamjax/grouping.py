@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax.buckets import Plan, as_tree, is_joined
+from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
@@ -55,8 +55,8 @@ def _make_plan(tree: Tree, max_size: int) -> Plan:
 
 def _plan_of(state: Any) -> Plan | None:
     """The plan of the buckets in a state; `None` if the state has no tree in buckets."""
-    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_joined)[0]
-    grouped_trees = [(path, x) for path, x in nodes if is_joined(x)]
+    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_bucketed)[0]
+    grouped_trees = [(path, x) for path, x in nodes if is_bucketed(x)]
     for path, x in grouped_trees:
         x.expect_whole(jax.tree_util.keystr(path[-1:], simple=True))
     return grouped_trees[0][1].plan if grouped_trees else None
@@ -74,9 +74,9 @@ def _regrouped(state: Any, plan: Plan) -> Any:
     """The state with its trees in the buckets of another plan."""
 
     def regroup(x: Any) -> Any:
-        return plan.join(x.leaves()) if is_joined(x) and x.plan is not plan else x
+        return plan.join(x.leaves()) if is_bucketed(x) and x.plan is not plan else x
 
-    return jax.tree.map(regroup, state, is_leaf=is_joined)
+    return jax.tree.map(regroup, state, is_leaf=is_bucketed)
 
 
 def _are_arrays_of_one_dtype(leaves: list[Any]) -> bool:
@@ -116,7 +116,7 @@ class grouped(Transform):
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.
       max_size: the most elements of a leaf in a bucket, a whole number of at least 1.
 
-    The state is that of `tx`, with a `Joined` for each tree like the parameters.
+    The state is that of `tx`, with a `Bucketed` for each tree like the parameters.
 
     Raises:
       ValueError: a part of `tx` does not treat all elements alike; the error names it.
@@ -158,7 +158,7 @@ class grouped(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         plan, like_name = _plan_of(state), "the state"
         if plan is None:
-            self._expect_joined(state)
+            self._expect_buckets(state)
             like, like_name = (updates, "grads") if params is None else (params, "params")
             plan = _make_plan(like, self.max_size)
         state_plan, plan = plan, _with_structure_of(plan, params)
@@ -179,7 +179,7 @@ class grouped(Transform):
         )
         return as_tree(updates), _regrouped(new_state, state_plan)
 
-    def _expect_joined(self, state: Any) -> None:
+    def _expect_buckets(self, state: Any) -> None:
         """Refuses a state of the inner transform that has slots, none of them in buckets."""
 
         def refuse(name: str, tree: Tree) -> Tree:
@@ -203,7 +203,7 @@ class grouped(Transform):
 
         >>> import adamjax, jax.numpy as jnp
         >>> tx, params = adamjax.grouped(adamjax.adam()), [jnp.ones(2), jnp.ones(3)]
-        >>> tx.join(tx.tx.init(params), params)[0].m.joined
+        >>> tx.join(tx.tx.init(params), params)[0].m.buckets
         (Array([0., 0., 0., 0., 0.], dtype=float32),)
         """
         expected = jax.eval_shape(self.tx.init, params)
@@ -212,9 +212,9 @@ class grouped(Transform):
         plan = _make_plan(params, self.max_size)
 
         def group(like: Any, x: Any) -> Any:
-            return plan.join(flatten(x)[0]) if is_joined(like) else x
+            return plan.join(flatten(x)[0]) if is_bucketed(like) else x
 
-        return jax.tree.map(group, jax.eval_shape(self.init, params), state, is_leaf=is_joined)
+        return jax.tree.map(group, jax.eval_shape(self.init, params), state, is_leaf=is_bucketed)
 
     def split(self, state: Any) -> Any:
         """Converts a state with buckets to one of the inner transform, the inverse of `join`.
@@ -224,4 +224,4 @@ class grouped(Transform):
         >>> tx.split(tx.init(params))[0].m
         [Array([0., 0.], dtype=float32), Array([0., 0., 0.], dtype=float32)]
         """
-        return jax.tree.map(as_tree, state, is_leaf=is_joined)
+        return jax.tree.map(as_tree, state, is_leaf=is_bucketed)

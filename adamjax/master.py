@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax.data import Tree, transform_state
 from adamjax.leaves import apply_updates, dtype_of, expect_like, is_left_alone, needed, new_slots
-from adamjax.mesh import taken
+from adamjax.mesh import gather_rows
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, sealed
@@ -179,6 +179,6 @@ def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
     if isinstance(u, RowMoves):
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
     if isinstance(u, RowGradient) and u.rest is None:
-        here = [taken(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
+        here = [gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
         return sealed(u.replace(values=_difference(None, *here)))
     return widen(weights.astype(p.dtype), weights.dtype) - widen(p, weights.dtype)

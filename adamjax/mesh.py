@@ -24,15 +24,15 @@ from adamjax._compat import (
 )
 
 __all__ = [
-    "at_each",
-    "everywhere",
     "explicit",
+    "gather_entries",
+    "gather_rows",
     "on_devices",
     "over_rows",
-    "put",
+    "replicated",
     "rows_alike",
+    "scatter_rows",
     "split_alike",
-    "taken",
 ]
 
 
@@ -44,7 +44,7 @@ def explicit(x: Any) -> NamedSharding | None:
     return sharding if sharding is not None and "Explicit" in axis_kinds(sharding.mesh) else None
 
 
-def everywhere(x: chex.Array) -> chex.Array:
+def replicated(x: chex.Array) -> chex.Array:
     """A traced value, in full on every device of its mesh, or else of the current mesh."""
     typed = explicit(x)
     if typed is not None:
@@ -78,7 +78,7 @@ def rows_split(x: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
 
 
-def taken(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
+def gather_rows(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
     """`table.at[indices].get(**options)`, on all devices that have a part of the table.
 
     Indices must not be negative.
@@ -98,7 +98,7 @@ def _unsigned(indices: chex.Array) -> chex.Array:
     return indices.astype(np.uint32)
 
 
-def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
+def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
     """Entries of a short array, whole on every device, with the sharding of their indices."""
     typed, options = explicit(indices), {}
     if typed is not None:
@@ -107,7 +107,9 @@ def at_each(entries: chex.Array, indices: chex.Array) -> chex.Array:
     return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **options)
 
 
-def put(table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False) -> chex.Array:
+def scatter_rows(
+    table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False
+) -> chex.Array:
     """The table after setting rows at distinct indices, or adding to them, with its sharding.
 
     An index beyond the table has no effect. Indices must not be negative.

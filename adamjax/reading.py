@@ -14,7 +14,7 @@ from adamjax.leaves import expect_array, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.scaling import scale_by_learning_rate
 from adamjax.schedule import rate_at
-from adamjax.structure import find, slot_states
+from adamjax.structure import find, rule_slots, slot_states
 from adamjax.transform import as_transform
 
 __all__ = [
@@ -59,11 +59,6 @@ def _merged(what: str, trees: list[Tree]) -> Tree:
     )
 
 
-def _rule_slots(state: Any) -> tuple[str, ...]:
-    # A user's own state may have `slots` without `rule_slots`: then it is a rule's.
-    return getattr(state, "rule_slots", state.slots)
-
-
 def slot_names(state: Any) -> tuple[str, ...]:
     """The names that `get_slot` knows for a state, such as `("m", "v")`.
 
@@ -71,7 +66,7 @@ def slot_names(state: Any) -> tuple[str, ...]:
     >>> adamjax.slot_names(adamjax.amsgrad().init(jnp.zeros(3)))
     ('m', 'v', 'v_max')
     """
-    return tuple(dict.fromkeys(name for s in slot_states(state) for name in _rule_slots(s)))
+    return tuple(dict.fromkeys(name for s in slot_states(state) for name in rule_slots(s)))
 
 
 def get_slot(state: Any, name: str) -> Tree:
@@ -92,7 +87,7 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    trees = [as_tree(getattr(s, name)) for s in slot_states(state) if name in _rule_slots(s)]
+    trees = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
     if not trees:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
     return _merged(f"slot {name!r}", trees)
@@ -116,7 +111,7 @@ def step_count(state: Any) -> chex.Array:
     counting = [s for s in slot_states(state) if "count" in s._fields]
     if not counting:
         raise ValueError("nothing in this state counts steps: it has no rule, rate or average")
-    return next((s for s in counting if _rule_slots(s)), counting[0]).count
+    return next((s for s in counting if rule_slots(s)), counting[0]).count
 
 
 def skipped_steps(state: Any) -> chex.Array:

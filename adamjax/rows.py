@@ -18,9 +18,9 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
-from adamjax.blocks import in_blocks, rows_of_each, together
+from adamjax.blocks import group_tables, in_blocks, rows_of_each
 from adamjax.data import Data, static
-from adamjax.mesh import everywhere, put, taken
+from adamjax.mesh import gather_rows, replicated, scatter_rows
 from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
 from adamjax.rounding import is_narrow, write_slots
 from adamjax.search import distinct
@@ -176,7 +176,7 @@ class RowGradient(Data):
             table = stepped(table, self.rest, key)
 
         if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
-            return put(table, self.indices, self.values, add=True)
+            return scatter_rows(table, self.indices, self.values, add=True)
 
         return _stepped_rows(self.num_rows, table, self.indices, self.values, key)
 
@@ -189,8 +189,8 @@ def _stepped_rows(
     """A table with `stepped` applied to some of its rows."""
 
     def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
-        before = taken(table, indices, mode="fill", fill_value=0)
-        return put(table, indices, stepped(before, values, key, indices)), rows
+        before = gather_rows(table, indices, mode="fill", fill_value=0)
+        return scatter_rows(table, indices, stepped(before, values, key, indices)), rows
 
     return in_blocks(step, table, indices, num_rows, (), values)[0]
 
@@ -407,7 +407,7 @@ def row_gradient(
     trailing = values.shape[indices.ndim :]
     # With indices on all devices, the sums are those of one device. A compiler that splits the sums
     # sends twice as much, or an array as long as the table.
-    indices = everywhere(indices)
+    indices = replicated(indices)
     ids = in_table(indices.reshape(-1), num_rows)
     if check:
         _report(indices, ids, num_rows)
@@ -431,7 +431,7 @@ def summed_of_each(
     alike: dict[Any, list[int]] = {}
     for i, x in enumerate(values):
         alike.setdefault((x.shape[1:], x.dtype), []).append(i)
-    for batch in (batch for same in alike.values() for batch in together(same, values)):
+    for batch in (batch for same in alike.values() for batch in group_tables(same, values)):
         sizes = [len(searched[i][0]) for i in batch]
         starts = np.cumsum([0, *sizes[:-1]])
         # An index outside the table has a position of `size`, which is no place of its table.
@@ -439,7 +439,7 @@ def summed_of_each(
             jnp.where(searched[i][1] < size, searched[i][1] + start, sum(sizes))
             for i, size, start in zip(batch, sizes, starts, strict=True)
         ]
-        x = jnp.concatenate([everywhere(values[i]) for i in batch])
+        x = jnp.concatenate([replicated(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
         place = jnp.concatenate(places).astype(np.uint32)
         total = empty.at[place].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
@@ -609,11 +609,11 @@ def applied(
 
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
         gathered, seen = (
-            [taken(x, indices, mode="fill", fill_value=0) for x in arrays]
+            [gather_rows(x, indices, mode="fill", fill_value=0) for x in arrays]
             for arrays in (tables, reads)
         )
         u, *new = run_rule(rule, c, values, gathered, seen, key, indices)
-        return [put(x, indices, n) for x, n in zip(tables, new, strict=True)], u
+        return [scatter_rows(x, indices, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)

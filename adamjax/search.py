@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.mesh import everywhere
+from adamjax.mesh import replicated
 
 __all__ = ["distinct", "distinct_of_each"]
 
@@ -31,7 +31,7 @@ def distinct_of_each(
     ids: Sequence[chex.Array], num_rows: Sequence[int]
 ) -> list[tuple[chex.Array, chex.Array]]:
     """`distinct` for several tables in one search."""
-    ids = [everywhere(x) for x in ids]
+    ids = [replicated(x) for x in ids]
     results = [(x, jnp.full_like(x, x.size)) for x in ids]
     not_empty = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
     for group in _groups(not_empty, num_rows):

@@ -12,7 +12,7 @@ readers find what they hold anywhere in a state.
 
 from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
 from adamjax.average import WeightEmaState
-from adamjax.buckets import Joined
+from adamjax.buckets import Bucketed
 from adamjax.exact import ExactRowsState, StaleTable, TableState, Ticket
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
 from adamjax.hyperparams import HyperparamsState
@@ -22,9 +22,9 @@ from adamjax.sharding import ShardedState
 
 __all__ = [
     "AccumulateGradientsState",
+    "Bucketed",
     "ExactRowsState",
     "HyperparamsState",
-    "Joined",
     "MasterWeightsState",
     "ScaleByAdamState",
     "ScaleByAdamaxState",

@@ -12,11 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adamjax.buckets import Joined, is_joined
+from adamjax.buckets import Bucketed, is_bucketed
 from adamjax.data import Tree
 from adamjax.paths import flatten
 
-__all__ = ["Part", "find", "map_like_params", "map_slots", "replace_parts", "slot_states", "walk"]
+__all__ = [
+    "Part",
+    "find",
+    "map_like_params",
+    "map_slots",
+    "replace_parts",
+    "rule_slots",
+    "slot_states",
+    "walk",
+]
 
 
 class Part(NamedTuple):
@@ -71,6 +80,12 @@ def slot_states(state: Any) -> Iterator[Any]:
             yield x
 
 
+def rule_slots(x: Any) -> tuple[str, ...]:
+    """The names of the slots of a rule's state; none for anything else."""
+    # A user's own state may have `slots` without `rule_slots`: then it is a rule's.
+    return getattr(x, "rule_slots", getattr(x, "slots", ())) if isinstance(x, tuple) else ()
+
+
 def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
     """The state with `function(name, slot, *slots_of_rest)` in place of each of its slots.
 
@@ -85,7 +100,7 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
             here = getattr(x, name), *(getattr(other, name) for other in others)
             if name not in x.slots:
                 fields[name] = map_slots(function, *here)
-            elif not is_joined(here[0]):
+            elif not is_bucketed(here[0]):
                 fields[name] = function(name, *here)
         return x._replace(**fields)
 
@@ -111,17 +126,17 @@ def map_like_params(
     treedef = flatten(params)[1]
 
     def is_slots(x: Any) -> bool:
-        return isinstance(x, Joined) or (not stop(x) and bool(flatten(x)[1] == treedef))
+        return isinstance(x, Bucketed) or (not stop(x) and bool(flatten(x)[1] == treedef))
 
     def mapped(x: Any) -> Any:
-        if not isinstance(x, Joined):
+        if not isinstance(x, Bucketed):
             return slots(x) if is_slots(x) else other(x)
-        # Leaves that are joined are not there; and buckets are like no parameter.
+        # Leaves in buckets have no path, and a bucket is like no parameter.
         leaves: list[Any] = [None] * len(x.plan.avals)
         for i, leaf in zip(x.plan.alone, x.alone, strict=True):
             leaves[i] = leaf
         found = flatten(slots(treedef.unflatten(leaves)))[0]
         alone = tuple(found[i] for i in x.plan.alone)
-        return Joined(tuple(map(other, x.joined)), alone, x.plan)
+        return Bucketed(tuple(map(other, x.buckets)), alone, x.plan)
 
     return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))

@@ -763,8 +763,8 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
     tx = grouped(trial.tx)
     state = tx.init(trial.params)
     for params, _, grads, updates in trial.trajectory()[:3]:
-        together, state = tx.update(grads, state, params)
-        _expect_close("updates of grouped", together, updates, _STEPS_CLOSE)
+        group_tables, state = tx.update(grads, state, params)
+        _expect_close("updates of grouped", group_tables, updates, _STEPS_CLOSE)
 
 
 @_law

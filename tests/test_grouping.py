@@ -1,4 +1,4 @@
-"""Small leaves joined in buckets: the same steps, whatever the leaves and their gradients."""
+"""Small leaves in buckets: the same steps, whatever the leaves and their gradients."""
 
 import json
 import os
@@ -96,9 +96,9 @@ def stepping(tx):
 
 def assert_alike(tx, gradients, assert_equal=assert_same):
     """Weights, updates and state of a run are those of the transform that is not grouped."""
-    joined, params, other = grouped(tx, max_size=16), PARAMS, PARAMS
-    state, alone = joined.init(params), tx.init(other)
-    step, alone_step = stepping(joined), stepping(tx)
+    grouped_tx, params, other = grouped(tx, max_size=16), PARAMS, PARAMS
+    state, alone = grouped_tx.init(params), tx.init(other)
+    step, alone_step = stepping(grouped_tx), stepping(tx)
     form = avals(state)
     for grads in gradients:
         params, state, updates = step(params, state, grads)
@@ -106,8 +106,8 @@ def assert_alike(tx, gradients, assert_equal=assert_same):
         assert avals(state) == form
         assert_equal(updates, expected)
         assert_equal(params, other)
-        assert_equal(joined.split(state), alone)
-    return joined, params, state, alone
+        assert_equal(grouped_tx.split(state), alone)
+    return grouped_tx, params, state, alone
 
 
 ELEMENTWISE = {
@@ -135,14 +135,14 @@ def test_compiled_steps_are_the_same_up_to_rounding():
     """With a norm of all leaves, which buckets sum in another order."""
     tx = chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9))
     params = {name: PARAMS[name] for name in ("block", "gain", "large", "table")}
-    joined, other = grouped(tx, max_size=16), params
-    state, alone = joined.init(params), tx.init(params)
-    step, alone_step = jax.jit(stepping(joined)), jax.jit(stepping(tx))
+    grouped_tx, other = grouped(tx, max_size=16), params
+    state, alone = grouped_tx.init(params), tx.init(params)
+    step, alone_step = jax.jit(stepping(grouped_tx)), jax.jit(stepping(tx))
     for t in range(3):
         grads = {name: make_grads(t)[name] for name in params}
         params, state, updates = step(params, state, grads)
         other, alone, expected = alone_step(other, alone, grads)
-        assert_close((params, updates, joined.split(state)), (other, expected, alone))
+        assert_close((params, updates, grouped_tx.split(state)), (other, expected, alone))
 
 
 def test_leaves_without_a_gradient_stand_still_whichever_they_are():
@@ -159,8 +159,8 @@ def test_leaves_without_a_gradient_stand_still_whichever_they_are():
     gradients = [without(t, *names) for t, names in enumerate(absent)]
     with jax.disable_jit():
         for tx in (ELEMENTWISE["adamw"], amsgrad(0.1)):
-            joined, params, state, _ = assert_alike(tx, gradients)
-        _, after, moved = stepping(joined)(params, state, without(7, "2/kernel"))[::-1]
+            grouped_tx, params, state, _ = assert_alike(tx, gradients)
+        _, after, moved = stepping(grouped_tx)(params, state, without(7, "2/kernel"))[::-1]
     assert_same(moved["block"][2]["kernel"], params["block"][2]["kernel"])
     for slot in ("m", "v"):
         before, now = (get_slot(s, slot)["block"][2] for s in (state, after))
@@ -238,32 +238,34 @@ def test_shapes_are_enough():
     assert avals(jax.eval_shape(tx.init, shapes)) == expected
 
 
-def test_what_is_read_of_a_state_is_as_if_it_were_not_joined():
+def test_what_is_read_of_a_state_is_as_without_buckets():
     tx = chain(adam(cosine_decay(0.1, 10)), weight_ema(0.9))
     with jax.disable_jit():
-        joined, params, state, alone = assert_alike(tx, [make_grads(t) for t in range(2)])
+        grouped_tx, params, state, alone = assert_alike(tx, [make_grads(t) for t in range(2)])
     assert slot_names(state) == slot_names(alone) == ("m", "v")
     for name in ("m", "v"):
         assert_same(get_slot(state, name), get_slot(alone, name))
     assert_same(averaged_weights(state), averaged_weights(alone))
     assert_same(averaged_weights(state, params), averaged_weights(alone, params))
     assert step_count(state) == 2
-    assert learning_rate(joined, state) == learning_rate(tx, alone)
-    parts = partition([("block", joined)], default=adam(0.1))
+    assert learning_rate(grouped_tx, state) == learning_rate(tx, alone)
+    parts = partition([("block", grouped_tx)], default=adam(0.1))
     whole = parts.init(PARAMS)
     assert_same(get_slot(whole, "m"), get_slot(adam(0.1).init(PARAMS), "m"))
 
 
-def test_a_run_goes_on_from_a_state_that_is_not_joined():
+def test_a_run_goes_on_from_a_state_without_buckets():
     tx, grads = skip_not_finite(chain(adamw(0.1), weight_ema(0.9))), make_grads(0)
-    joined = grouped(tx, max_size=16)
+    grouped_tx = grouped(tx, max_size=16)
     with jax.disable_jit():
         params, alone, _ = stepping(tx)(PARAMS, tx.init(PARAMS), grads)
-        state = joined.join(alone, params)
-        assert avals(state) == avals(joined.init(PARAMS))
-        assert_same(joined.split(state), alone)
-        assert_same(*(stepping(t)(params, s, grads)[0] for t, s in ((tx, alone), (joined, state))))
-        # The state says how it is joined, whatever the largest size now is.
+        state = grouped_tx.join(alone, params)
+        assert avals(state) == avals(grouped_tx.init(PARAMS))
+        assert_same(grouped_tx.split(state), alone)
+        assert_same(
+            *(stepping(t)(params, s, grads)[0] for t, s in ((tx, alone), (grouped_tx, state)))
+        )
+        # The state says how it is grouped, whatever the largest size now is.
         other = grouped(tx, max_size=4).update(grads, state, params)
         assert_same(other[0], tx.update(grads, alone, params)[0])
 
@@ -294,11 +296,11 @@ def test_around_and_within_other_transforms():
 def test_beside_exact_rows():
     params = {"block": PARAMS["block"], "table": jnp.ones((50, 2))}
     tables = [("table", adam(0.1))]
-    joined = exact_rows(partition(tables, default=grouped(adam(0.1))), "table")
+    grouped_tx = exact_rows(partition(tables, default=grouped(adam(0.1))), "table")
     plain = exact_rows(partition(tables, default=adam(0.1)), "table")
     grads = {**params, "table": row_gradient(jnp.array([3, 7]), jnp.ones((2, 2)), 50)}
     ends = []
-    for tx in (joined, plain):
+    for tx in (grouped_tx, plain):
         p, s = params, tx.init(params)
         for _ in range(2):
             p, s, _ = stepping(tx)(p, s, grads)
@@ -370,7 +372,7 @@ def test_is_told_in_a_config():
     assert_same(updates, [jnp.full(2, 2.0), jnp.full((), 2.0)])
 
 
-def test_formats_of_the_leaves_that_are_not_joined():
+def test_formats_of_the_leaves_outside_of_buckets():
     device = jax.devices()[0]
     params = jax.device_put({"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones((9, 9))}, device)
     tx = grouped(scale_by_adam(), max_size=16)
@@ -436,7 +438,7 @@ def test_variables_may_be_unwrapped_after_init():
     assert avals(next_state) == avals(state)
 
 
-def test_a_state_of_other_leaves_is_not_joined():
+def test_a_state_of_other_leaves_is_not_put_into_buckets():
     """Leaves of the same total as well, whose moments would be dealt out otherwise."""
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
     for state, message in (
@@ -449,7 +451,7 @@ def test_a_state_of_other_leaves_is_not_joined():
             tx.join(state, params)
 
 
-def test_a_state_that_is_not_joined_is_refused():
+def test_a_state_without_buckets_is_refused():
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
     with pytest.raises(
         ValueError, match=r"the state's m is not in buckets.*tx.join\(state, params\)"
@@ -475,7 +477,7 @@ def test_a_state_that_is_not_whole_is_refused(what, jit):
     tx, params = grouped(adam(), max_size=8), make_params()
     state = tx.init(params)
     whole, (cut, message) = state[0].m, CUT[what]
-    m = type(whole).tree_unflatten(whole.plan, cut([*whole.joined, *whole.alone]))
+    m = type(whole).tree_unflatten(whole.plan, cut([*whole.buckets, *whole.alone]))
     broken = (state[0]._replace(m=m), *state[1:])
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.raises(ValueError, match=message) as caught:

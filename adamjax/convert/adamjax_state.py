@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax.average import WeightEmaState
 from adamjax.convert.source import Gathered, LeafMoments, Source, meet
-from adamjax.convert.systems import kind_of, rule_slots
+from adamjax.convert.systems import kind_of
 from adamjax.convert.values import field_names, is_container, leaves_by_path, steps_taken
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState
@@ -18,7 +18,7 @@ from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumula
 from adamjax.master import master_weights
 from adamjax.paths import unique_paths
 from adamjax.scaling import ScheduleState
-from adamjax.structure import Part, slot_states, walk
+from adamjax.structure import Part, rule_slots, slot_states, walk
 from adamjax.transform import Rule, as_transform
 
 __all__ = ["AdamjaxState", "contains_states", "initial_state"]
@@ -48,8 +48,8 @@ class AdamjaxState:
       gathering: for each `accumulate_gradients`, its number of steps and the paths of its leaves.
 
     Raises:
-      ValueError: two leaves have one path, leaves are joined by `grouped`, or there is a rule that
-        conversions do not know.
+      ValueError: two leaves have one path, leaves are in buckets of `grouped`, or there is a rule
+        that conversions do not know.
     """
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:

@@ -11,13 +11,14 @@ from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.source import Source
-from adamjax.convert.systems import System, kind_of, rule_slots
+from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import is_container, leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
 from adamjax.rows import RowGradient
 from adamjax.scaling import ScheduleState
+from adamjax.structure import rule_slots
 
 __all__ = ["into_adamjax"]
 

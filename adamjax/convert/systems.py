@@ -11,7 +11,7 @@ from adamjax.adam import (
     scale_by_amsgrad,
 )
 
-__all__ = ["KERAS", "KINDS", "OPTAX", "RTOL", "TORCH", "System", "kind_of", "rule_slots"]
+__all__ = ["KERAS", "KINDS", "OPTAX", "RTOL", "TORCH", "System", "kind_of"]
 
 # How much of a step a conversion may change where a rule differs between the systems: as much as
 # the arithmetic of a float32 step rounds off.
@@ -24,11 +24,6 @@ _RULES = {
     ScaleByAmsgradState: ("amsgrad", scale_by_amsgrad),
     ScaleByAdamaxState: ("adamax", scale_by_adamax),
 }
-
-
-def rule_slots(x: Any) -> tuple[str, ...]:
-    """The names of the slots of a rule's state, whichever rule it is; none for anything else."""
-    return getattr(x, "rule_slots", getattr(x, "slots", ())) if isinstance(x, tuple) else ()
 
 
 def kind_of(owner: str, state: Any, tx: Any = None) -> str:

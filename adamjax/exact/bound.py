@@ -11,7 +11,7 @@ from adamjax.average import weight_ema
 from adamjax.chain import chain
 from adamjax.coasting import Ring
 from adamjax.data import Tree
-from adamjax.exact.route import Station
+from adamjax.exact.route import RoutePart
 from adamjax.exact.state import Columns, ExactRowsState, Past, named
 from adamjax.exact.tables import Batch, Family, Table
 from adamjax.moments import next_count
@@ -29,7 +29,7 @@ class Bound:
     Attributes:
       tx: the inner transform, its mask functions resolved for these parameters.
       families: the tables by family.
-      stations: for each leaf that is a table, the stations from its rule on, with their states.
+      parts: for each leaf that is a table, the parts from its rule on, with their states.
       params: the parameters.
       inner: the state of the inner transform.
       state: the state of `exact_rows`; `None` while it is being made.
@@ -37,7 +37,7 @@ class Bound:
 
     tx: Transform
     families: list[Family]
-    stations: dict[int, list[Station]]
+    parts: dict[int, list[RoutePart]]
     params: Tree
     inner: Any
     state: ExactRowsState | None = None
@@ -58,11 +58,11 @@ class Bound:
 
     def count(self, table: Table) -> chex.Array:
         """The steps that the table's rule has taken."""
-        return self.stations[table.leaf][0].state.count
+        return self.parts[table.leaf][0].state.count
 
     def scalars(self, table: Table) -> tuple[Any, Any]:
         """The scalars a and b of the next step, `p += a * m / (x + e) + b * p`."""
-        rule, *later = self.stations[table.leaf]
+        rule, *later = self.parts[table.leaf]
         assert isinstance(rule.tx, Rule)
         a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
         for _, tx, state, params in later:
@@ -110,7 +110,7 @@ class Bound:
         self, table: Table, extra_args: dict[str, Any]
     ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
         """A table's rule and all later transforms: `(g, slots, weights) -> (u, slots)` of rows."""
-        stations = self.stations[table.leaf]
+        parts = self.parts[table.leaf]
         leaves, treedef = flatten(self.params)
 
         def as_tree(x: Any) -> Tree:
@@ -126,10 +126,8 @@ class Bound:
                 new.update({} if slot is None else {name: slot})
                 return tree
 
-            states = [
-                map_slots(lambda name, _: as_tree(slots.get(name)), s.state) for s in stations
-            ]
-            rule, *later = (station.tx for station in stations)
+            states = [map_slots(lambda name, _: as_tree(slots.get(name)), s.state) for s in parts]
+            rule, *later = (part.tx for part in parts)
             assert isinstance(rule, Rule)
             tx = chain(rule.with_wide_slots(), *later)
             u, next_states = tx.update(as_tree(g), tuple(states), as_tree(weights), **extra_args)

@@ -13,7 +13,7 @@ from adamjax.blocks import in_blocks, rows_of_each
 from adamjax.coasting import decayed
 from adamjax.exact.state import Columns, Past, Ready
 from adamjax.exact.tables import Batch, Table, per_row
-from adamjax.mesh import at_each, put, taken
+from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root
 from adamjax.rounding import is_narrow, rounding_keys, write_slots
 
@@ -43,7 +43,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
 
     def gathered(arrays: Any) -> chex.Array:
         pairs = zip(arrays, clamped, strict=True)
-        rows = [x if i is None else taken(x, i, mode="promise_in_bounds") for x, i in pairs]
+        rows = [x if i is None else gather_rows(x, i, mode="promise_in_bounds") for x, i in pairs]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
     last = gathered(c.last for c in columns)
@@ -63,7 +63,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         slots[name] = decayed(slots[name], b, gap, batch.family.history)
     if average is not None:
         slots["average"] = average
-    entries = [at_each(x, last & (len(x) - 1)) for x in past.ring if x is not None]
+    entries = [gather_entries(x, last & (len(x) - 1)) for x in past.ring if x is not None]
     nans = [jnp.any(jnp.isnan(x)) for x in entries]
     return Ready(
         now=(before + moved).astype(first.dtype),
@@ -103,7 +103,7 @@ def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Co
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
         (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
-        return written._replace(weights=put(columns.weights, ids, rows.now))
+        return written._replace(weights=scatter_rows(columns.weights, ids, rows.now))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
 
@@ -152,7 +152,7 @@ def put_rows(
     def put_in(old: Columns, i: chex.Array, n: int) -> Columns:
         rounded = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
         pairs = zip(old.slots.items(), rounded, strict=True)
-        new = {name: put(x, i, rows) for (name, x), rows in pairs}
-        return old._replace(slots=new, last=put(old.last, i, lasts[n]))
+        new = {name: scatter_rows(x, i, rows) for (name, x), rows in pairs}
+        return old._replace(slots=new, last=scatter_rows(old.last, i, lasts[n]))
 
     return [put_in(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]

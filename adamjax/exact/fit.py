@@ -12,7 +12,7 @@ import jax
 
 from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
-from adamjax.exact.route import Station
+from adamjax.exact.route import RoutePart
 from adamjax.exact.state import ExactRowsState
 from adamjax.exact.tables import Family, Table
 from adamjax.leaves import expect_array
@@ -64,18 +64,18 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
     _expect_rings(families, state.rings)
 
 
-def expect_slots(table: Table, stations: Sequence[Station]) -> None:
+def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
     """Refuses states of a table's rule and later transforms that do not fit the table."""
-    for _, tx, state, _ in stations:
+    for _, tx, state, _ in parts:
         tx.check_state(state)
         for name in getattr(state, "slots", ()):
             slot = flatten(getattr(state, name))[0][table.leaf]
             expect_array(f"exact_rows: {name}[{table.path!r}]", slot, table.shape, _OTHER_TABLE)
 
 
-def expect_slot_names(table: Table, stations: Sequence[Station], inner: Any) -> None:
+def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> None:
     """Refuses a rule whose state does not have what its `coast` names, and a name used twice."""
-    rule, names = stations[0], list[str]()
+    rule, names = parts[0], list[str]()
 
     def collect(name: str, tree: Tree) -> Tree:
         if flatten(tree)[0][table.leaf] is not None:

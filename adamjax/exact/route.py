@@ -13,40 +13,40 @@ from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
 
-__all__ = ["Station", "check_route", "refused", "routes", "with_stops"]
+__all__ = ["RoutePart", "check_route", "refused", "routes", "with_stops"]
 
 
-class Station(NamedTuple):
+class RoutePart(NamedTuple):
     """A transform on a leaf's route that does more than pass the gradient on.
 
     Attributes:
-      place: the positions of the parts that lead to it, outermost first.
+      position: the positions of the parts that lead to it, outermost first.
       tx: the transform.
       state: its state, if states were given.
       params: the parameters that it sees.
     """
 
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     tx: Transform
     state: Any
     params: Tree
 
 
-def routes(tx: Transform, state: Any, params: Tree) -> list[list[Station]]:
-    """For each leaf of the parameters the stations of its gradient, in order.
+def routes(tx: Transform, state: Any, params: Tree) -> list[list[RoutePart]]:
+    """For each leaf of the parameters the parts of its gradient, in order.
 
     If params is `None`, it is one leaf, which goes through everything.
     """
-    leaf_routes: list[list[Station]] = [[] for _ in flatten(params)[0]]
+    leaf_routes: list[list[RoutePart]] = [[] for _ in flatten(params)[0]]
 
-    def visit(tx: Transform, state: Any, params: Tree, place: tuple[int, ...]) -> None:
+    def visit(tx: Transform, state: Any, params: Tree, position: tuple[int, ...]) -> None:
         if tx.only_routes:
             for i, part in enumerate(tx.children(state, params)):
-                visit(*part, (*place, i))
+                visit(*part, (*position, i))
             return
         for route, p in zip(leaf_routes, flatten(params)[0], strict=True):
             if params is None or p is not None:
-                route.append(Station(place, tx, state, params))
+                route.append(RoutePart(position, tx, state, params))
 
     visit(tx, state, params, ())
     return leaf_routes

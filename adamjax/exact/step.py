@@ -16,7 +16,7 @@ from adamjax.exact.state import Columns, ExactRowsState, TableState
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
-from adamjax.mesh import taken
+from adamjax.mesh import gather_rows
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, depending_on
 from adamjax.search import distinct_of_each
@@ -218,7 +218,7 @@ def read_rows(
                 for i, x, start in zip(batch_numbers, rows, starts, strict=True)
             ]
         )
-        now = taken(now, position, mode="fill", fill_value=0)
+        now = gather_rows(now, position, mode="fill", fill_value=0)
         table_rows = rows_of_each(now, [x.size for x in rows])
         for i, x in zip(batch_numbers, table_rows, strict=True):
             read[i] = x.reshape(*ids[i].shape, *x.shape[1:])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import rows_of_each, together
+from adamjax.blocks import group_tables, rows_of_each
 from adamjax.coasting import Coast, Coasting
 from adamjax.data import Tree
 from adamjax.exact.state import ExactRowsState
@@ -127,7 +127,7 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
                 by_type.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
         for tables in by_type.values():
             rows = [jax.ShapeDtypeStruct((sizes[t.leaf], *t.shape[1:]), t.dtype) for t in tables]
-            groups = together(range(len(tables)), rows)
+            groups = group_tables(range(len(tables)), rows)
             batches += [Batch(family, tuple(tables[i] for i in group)) for group in groups]
     return batches
 

@@ -26,7 +26,7 @@ from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
 from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
-from adamjax.exact.route import Station, check_route, refused, routes
+from adamjax.exact.route import RoutePart, check_route, refused, routes
 from adamjax.exact.stale import StaleTable
 from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.step import read_rows, take_step
@@ -137,7 +137,7 @@ class exact_rows(Transform):
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
         if not find(partition, tx):
             (route,) = routes(tx, None, None)
-            self._plan([station.tx for station in route])
+            self._plan([part.tx for part in route])
 
     groupable = False
 
@@ -203,14 +203,15 @@ class exact_rows(Transform):
                     "of real floats with rows; the pattern is too wide"
                 )
             expect_int32(f"exact_rows: params[{path!r}]", shape[0])
-            rule, plan = self._plan(
-                [station.tx for station in leaf_routes[leaf]], accumulator(dtype)
+            rule, plan = self._plan([part.tx for part in leaf_routes[leaf]], accumulator(dtype))
+            parts = _from_rule(leaf_routes[leaf])
+            for position, part, _, part_params in parts:
+                if position not in kinds:
+                    kinds[position] = part.kinds(part_params)
+            kind = (
+                tuple((position, kinds[position][leaf]) for position, *_ in parts),
+                accumulator(dtype),
             )
-            stations = _from_rule(leaf_routes[leaf])
-            for place, part, _, part_params in stations:
-                if place not in kinds:
-                    kinds[place] = part.kinds(part_params)
-            kind = tuple((place, kinds[place][leaf]) for place, *_ in stations), accumulator(dtype)
             coast = rule.coast()
             assert coast is not None
             tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
@@ -232,11 +233,11 @@ class exact_rows(Transform):
             inner = state.inner
         leaf_routes = routes(tx, inner, params)
         tables = [table for family in families for table in family.tables]
-        stations = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
+        parts = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
         if state is not None:
             for table in tables:
-                expect_slots(table, stations[table.leaf])
-        return Bound(tx, families, stations, params, inner, state)
+                expect_slots(table, parts[table.leaf])
+        return Bound(tx, families, parts, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
         """Binds this transform to a state and parameters; refuses those that do not fit."""
@@ -273,7 +274,7 @@ class exact_rows(Transform):
         bound = self._bound(inner, params)
         tables = bound.tables
         for table in tables:
-            expect_slot_names(table, bound.stations[table.leaf], inner)
+            expect_slot_names(table, bound.parts[table.leaf], inner)
         clock = bound.count(tables[0]) if tables else 0
         states = {}
         for t in tables:
@@ -503,9 +504,9 @@ class exact_rows(Transform):
 _STATIC = (Rule, weight_ema)
 
 
-def _from_rule(route: list[Station]) -> list[Station]:
-    """The stations from the rule on."""
-    return route[next(i for i, station in enumerate(route) if isinstance(station.tx, Rule)) :]
+def _from_rule(route: list[RoutePart]) -> list[RoutePart]:
+    """The parts from the rule on."""
+    return route[next(i for i, part in enumerate(route) if isinstance(part.tx, Rule)) :]
 
 
 def _expect_gradient(table: Table, g: Any) -> None:
