@@ -69,6 +69,12 @@ def temporaries(mode: str) -> str:
     return f"{modes[mode] / 1e6:.0f}"
 
 
+def trained(mode: str, name: str) -> float:
+    """A figure of the training job with `--rows mode`, at the end or a median."""
+    figure = results("train")["rows"][mode][name]
+    return float(figure["median"] if isinstance(figure, dict) else figure)
+
+
 FIGURES = {
     "table optax": lambda: span(of_times("optax")),
     "table torch": lambda: span(of_times("torch sparse")),
@@ -84,6 +90,12 @@ FIGURES = {
     "soak dense": lambda: soaked("dense"),
     "dlrm optax": lambda: span([model_ratio("DLRM", "optax")]),
     "towers optax": lambda: span([model_ratio("two towers", "optax")]),
+    "train steps": lambda: f"{results('train')['config']['steps']}",
+    "train none loss": lambda: f"{trained('none', 'held_out_loss'):.3f}",
+    "train exact loss": lambda: f"{trained('exact', 'held_out_loss'):.3f}",
+    "train lazy loss": lambda: f"{trained('lazy', 'held_out_loss'):.3f}",
+    "train exact time": lambda: f"{trained('exact', 'ratio_to_none'):.2f}",
+    "train lazy time": lambda: f"{trained('lazy', 'ratio_to_none'):.2f}",
     "table temporaries dense gradient": lambda: temporaries("dense gradient"),
     "table temporaries exact": lambda: temporaries("exact_rows"),
 }

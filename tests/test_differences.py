@@ -1,4 +1,4 @@
-"""The README's numbers on other packages are what they do."""
+"""The numbers on other packages in docs/coming-from.md are what they do."""
 
 import importlib.util
 import json
