@@ -101,8 +101,10 @@ def test_every_figure_has_a_place():
     assert used == set(figures.FIGURES)
 
 
-def test_marks_of_figures_are_pairs():
+def test_marks_of_figures_are_pairs_within_lines():
+    """A line of Markdown that begins with a comment is no part of its paragraph."""
     for page, text in TEXTS.items():
+        assert not re.search(r"^\s*<!-- figure ", text, re.M), NAMES[page]
         assert text.count("<!-- figure ") == text.count("<!-- end -->"), NAMES[page]
 
 
