@@ -1,6 +1,6 @@
 """Figures in sentences: what README.md and the pages in docs/ quote from the committed results.
 
-A page has `<!-- figure NAME -->...<!-- end -->` where a figure stands; `benchmarks.readme` fills it.
+A figure stands between `<!-- figure NAME -->` and `<!-- end -->`; `benchmarks.readme` writes it.
 """
 
 import functools

@@ -117,7 +117,6 @@ class Names(SphinxDirective):
 
     has_content = True
     required_arguments = 1  # the module
-    documented = set()
 
     def run(self):
         module = importlib.import_module(self.arguments[0])
@@ -127,7 +126,6 @@ class Names(SphinxDirective):
         for name, _, methods in lines:
             name = name.strip()
             value = getattr(module, name)
-            self.documented.add(f"{module.__name__}.{name}")
             if inspect.isclass(value):
                 text += [f".. autoclass:: {name}"]
                 text += [f"   :members: {', '.join(methods.split())}"] if methods.strip() else []
@@ -143,10 +141,7 @@ class Names(SphinxDirective):
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
-    """Docstrings are written to be read in a terminal: indented code and examples get their marks.
-
-    `what` has no influence, but Sphinx gives it.
-    """
+    """Docstrings are written for a terminal: indented code and examples get their marks."""
     new = []
     in_section = False
     for line in lines:
@@ -182,27 +177,28 @@ def example(lines):
     return False
 
 
+def toctree(caption, pages):
+    """A table of contents that shows in the sidebar only."""
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```", ""])
+
+
 def pages_of_index(text):
-    """Tables of contents for the sidebar, from the headings of index.md and the links below each."""
+    """Tables of contents for the sidebar, from the headings of index.md and their links."""
     for title, links in re.findall(r"^## (.*)\n((?:(?!^## ).*\n?)*)", text, re.M):
-        pages = re.findall(r"\]\(([\w-]+)\.md\)", links)
-        if pages:
-            yield "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", *pages, "```", ""])
+        yield toctree(title, re.findall(r"\]\(([\w-]+)\.md\)", links))
 
 
 def with_local_links(app, docname, source):
     """Links to pages on GitHub are links to these pages, and the front page begins as README.md."""
     text = source[0]
     if docname == "index":
-        readme = (DOCS.parent / "README.md").read_text().partition("## What there is")[0]
-        pages = "\n".join(pages_of_index(text))
-        pages += "\n```{toctree}\n:hidden:\n:caption: API reference\nreference/index\n```\n"
-        text = text.partition("## Start")[2]
-        text = text.replace("- API reference:", "- [API reference](reference/index.rst):")
-        text = (
-            f"{readme}\n## All pages\n\n### Start{text.replace(chr(10) + '## ', chr(10) + '### ')}"
-        )
-        text += f"\n{pages}"
+        readme = DOCS.parent / "README.md"
+        app.env.note_dependency(str(readme))
+        front = readme.read_text().partition("## What there is")[0]
+        sidebar = [*pages_of_index(text), toctree("API reference", ["reference/index"])]
+        listed = text[text.index("## Start") :].replace("## ", "### ")
+        listed = listed.replace("- API reference:", "- [API reference](reference/index.rst):")
+        text = "\n".join([front, "## All pages", "", listed, *sidebar])
     here = "" if "/" not in docname else "../"
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md#", rf"]({here}index.md#", text)
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md", rf"]({here}index.md", text)
@@ -212,7 +208,7 @@ def with_local_links(app, docname, source):
 def everything_is_documented(app, env):
     """Refuses a public name that is on no page of the reference."""
     modules = {f"adamjax.{x}" for x in adamjax.__all__ if inspect.ismodule(getattr(adamjax, x))}
-    missing = set(NAMES.values()) - Names.documented - modules
+    missing = set(NAMES.values()) - set(env.domains["py"].objects) - modules
     missing = {name for name in missing if name.rpartition(".")[2] not in adamjax.__all__}
     if missing:
         raise ValueError(f"docs/reference has no place for {sorted(missing)}")
