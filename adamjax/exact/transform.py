@@ -64,10 +64,10 @@ class exact_rows(Transform):
     """Any optimizer, with tables whose steps cost what their touched rows cost, and are exact.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
-    move on by their momentum too. But they do so late, when they are read: **between steps rows of
-    `params` may lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`.
-    `flush` brings all rows up to date: call it before you pass on a checkpoint, or before other
-    code reads the weights. `without_tables(params)` has placeholders that refuse to be read.
+    move on by their momentum too. But they do so late, when they are read: **between steps rows may
+    lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`. `flush` brings
+    all rows up to date: call it before you pass on a checkpoint, or before other code reads the
+    weights. `without_tables(params)` has placeholders that refuse to be read.
 
     A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
     `None` is refused for a table: pass a row gradient without rows. If a norm in front of the rule
