@@ -22,6 +22,27 @@ except AttributeError:  # before JAX 0.6
     from jax.experimental.shard_map import shard_map  # noqa: F401
 
 
+def environment(**more):
+    """The environment of a process that imports this package and the tests, and runs on the CPU."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
+    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **more}
+
+
+def run_on_devices(count, code):
+    """Runs Python code in a process of its own that has several CPU devices; returns its output."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment(XLA_FLAGS=flags),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def is_none(x):
     return x is None
 
@@ -84,11 +105,10 @@ def float0(shape=()):
 
 def benchmarks(*arguments, cwd):
     """`python -m benchmarks` on the CPU, in a folder of its own, when it has ended."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        env=environment(),
         capture_output=True,
         text=True,
     )

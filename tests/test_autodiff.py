@@ -12,12 +12,8 @@ roundings, where XLA may fuse the two programs differently.
 import dataclasses
 import functools
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from support import enable_x64, is_none, shard_map
+from support import enable_x64, is_none, run_on_devices, shard_map
 
 import adamjax
 from adamjax import RowGradient
@@ -2240,12 +2236,4 @@ def expected_sum(name):
 
 
 def test_over_devices():
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import test_autodiff; test_autodiff.over_devices()"],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(DEVICES, "import test_autodiff; test_autodiff.over_devices()")

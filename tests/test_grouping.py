@@ -1,10 +1,7 @@
 """Small leaves in buckets: the same steps, whatever the leaves and their gradients."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, avals, float0
+from support import assert_close, assert_same, avals, float0, run_on_devices
 
 import adamjax
 from adamjax import (
@@ -404,15 +401,7 @@ def test_leaves_in_pieces_are_left_alone():
         compiled = step.lower(params, state).compile().as_text()
         assert "all-gather" not in compiled and "all-reduce" not in compiled
     """
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(2, textwrap.dedent(script))
 
 
 @jax.tree_util.register_dataclass

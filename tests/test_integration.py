@@ -7,12 +7,8 @@ import copy
 import functools
 import importlib
 import operator
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +18,7 @@ import optax
 import pytest
 from jax import export
 from jax.experimental import checkify
-from support import assert_close, assert_same, shard_map
+from support import assert_close, assert_same, run_on_devices, shard_map
 
 import adamjax
 
@@ -1166,16 +1162,7 @@ OPTIMIZERS = {
 def of_devices(*functions):
     """Runs functions of this module in a process of its own with several devices."""
     calls = "; ".join(f"test_integration.{function.__name__}()" for function in functions)
-    code = f"import test_integration; {calls}"
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(DEVICES, f"import test_integration; {calls}")
 
 
 def replicas():

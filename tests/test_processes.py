@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import environment, run_on_devices
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -27,11 +28,6 @@ TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", 
 STEPS = 60
 # A few float32 roundings, of sums in another order, over that many steps.
 ROUNDING = 2e-5
-
-
-def environment(**more):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **more}
 
 
 @pytest.fixture
@@ -157,18 +153,8 @@ def collectives():
 
 
 def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_processes; test_processes.collectives()"],
-        env=environment(
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
-            PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        ),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shapes, words = json.loads(done.stdout)
+    output = run_on_devices(2, "import test_processes; test_processes.collectives()")
+    shapes, words = json.loads(output)
     # Each device reads 16 windows of 3 words, and of the output 40 frequent words, 16 drawn ones
     # and 16 to predict.
     reads = 2 * 16 * 3, 2 * (40 + 16 + 16)

@@ -1,15 +1,10 @@
 """Gradients of replicas are summed: dense ones as they are, rows without being made dense."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, shard_map
+from support import assert_close, run_on_devices, shard_map
 
 import adamjax
 
@@ -96,15 +91,7 @@ def under_devices():
 
 def test_over_devices():
     """Under `pmap` and `shard_map`."""
-    flags = f"--xla_force_host_platform_device_count={REPLICAS}"
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_replicas; test_replicas.under_devices()"],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(REPLICAS, "import test_replicas; test_replicas.under_devices()")
 
 
 def test_what_is_no_axis_is_refused():

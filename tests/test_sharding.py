@@ -2,11 +2,7 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import run_on_devices
 
 import adamjax
 
@@ -41,17 +38,8 @@ PINNED = "pinned_host" in [m.kind for m in jax.devices()[0].addressable_memories
 @pytest.fixture(scope="module")
 def found():
     """What a process of its own with several devices found out about each case."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    output = run_on_devices(DEVICES, "import test_sharding; test_sharding.main()")
+    return json.loads(output.splitlines()[-1])
 
 
 # --- what is asserted -----------------------------------------------------------------------------
