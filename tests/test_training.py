@@ -358,6 +358,9 @@ AROUND = {
     "with_hyperparams": lambda dense: adamjax.with_hyperparams(together(dense)),
     "skip_not_finite": lambda dense: adamjax.skip_not_finite(parts(dense)),
     "master_weights": lambda dense: adamjax.master_weights(together(dense)),
+    "accumulate_gradients": lambda dense: adamjax.accumulate_gradients(
+        together(dense), 2, max_rows={"table": 12, "other": 12}
+    ),
     "chain": lambda dense: adamjax.chain(adamjax.clip_by_value(9.0), together(dense)),
 }
 
@@ -370,6 +373,8 @@ def test_forward_finds_exact_rows_wherever_they_are(name, averaged):
     tx = AROUND[name](dense)
     if name == "master_weights":
         dense = adamjax.master_weights(dense)
+    if name == "accumulate_gradients":
+        dense = adamjax.accumulate_gradients(dense, 2)
     p, state = train(tx, two_tables(dtype))
     wanted, dense_state = train(dense, two_tables(dtype))
     if averaged:
