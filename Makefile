@@ -27,8 +27,8 @@ help:
 	@echo "make bench        measure everything against optax, Keras and torch, and write a report of it"
 	@echo "make bench-tpu    what the TPU's compiler says of steps, without a TPU"
 	@echo "make bench-gpu    what the GPU's compiler says of them, without a GPU"
-	@echo "make docs         build the API reference in build/api"
-	@echo "make readme       write the measured tables into README.md"
+	@echo "make docs         build the pages and the API reference in build/docs"
+	@echo "make readme       write measured tables and figures into README.md and docs/"
 	@echo "make clean        remove what these made"
 
 # Huge pages, where glibc can give them: XLA's buffers are mapped anew at every step.
@@ -74,8 +74,8 @@ bench-gpu: .venv-gpu/.test
 readme: .venv/.test
 	$(BIN)/python -m benchmarks readme
 
-docs: .venv/.test
-	$(BIN)/python -W error -m pdoc --docformat google adamjax -o build/api
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs build/docs
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -88,6 +88,10 @@ docs: .venv/.test
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,test-models,bench,bench-contenders,notebooks,docs]'
+	@touch $@
+
+.venv/.docs: .venv/.made pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt

@@ -74,7 +74,9 @@ class Trial:
         self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
         self.is_default = params is None
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
-        self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
+        # Arrays even where a trial is made while a function is traced.
+        with jax.ensure_compile_time_eval():
+            self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
 
     def params_in(self, dtype: Any) -> Tree:
         """The parameters in another dtype."""

@@ -17,7 +17,7 @@ SUITES = {
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "what other packages do otherwise, in numbers",
     "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",
-    "readme": "write the measured tables into README.md",
+    "readme": "write measured tables and figures into README.md and docs/",
 }
 
 

@@ -1,7 +1,7 @@
 """What other packages do otherwise, in numbers: the same few steps, taken by each of them.
 
 A case says what is done to one or two weights. Each package that is installed does it with its
-own defaults, and the number that comes out goes into the table "Coming from" of README.md.
+own defaults, and the number that comes out goes into the first table of docs/coming-from.md.
 """
 
 import functools

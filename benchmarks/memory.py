@@ -15,7 +15,7 @@ from benchmarks.dense import QUICK, chains, workloads
 from benchmarks.steps import abstract_state, chain_step, count_bytes, table_mode
 from benchmarks.suite import Suite
 
-# What adamjax does with a table's rows, as the README calls it and as `table_mode` does.
+# What adamjax does with a table's rows, as docs/tables.md calls it and as `table_mode` does.
 MODES = {
     "dense gradient": "dense gradient",
     'rows="dense"': "dense",

@@ -1,4 +1,4 @@
-"""The results of suites as Markdown tables: what a suite prints, and README.md and reports show.
+"""The results of suites as Markdown tables: what a suite prints, and docs and reports show.
 
 Each suite has a function that takes its results, as its JSON file has them, and returns the text.
 Results of earlier versions, which lack figures or have others besides, are shown too.
@@ -378,7 +378,6 @@ def gpu(results: Results) -> str:
     )
 
 
-# In the order in which README.md is filled.
 SUITES = {
     "dense": dense,
     "rows": rows,

@@ -1,7 +1,7 @@
 """Configs: transforms written as JSON and made again, and Keras' dictionaries made transforms.
 
 Keras 3 itself runs here; what tf.keras' optimizers do is in data/keras_f64.npz. The end of the
-file has a test for every line of README's table of Keras' names.
+file has a test for every line of the table of Keras' names in docs/coming-from.md.
 """
 
 import copy
@@ -1050,15 +1050,15 @@ def test_overwriting_at_every_micro_batch():
     assert tx == expected
 
 
-# --- README's table: a test for every line --------------------------------------------------------
+# --- the table of Keras' names: a test for every line ---------------------------------------------
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "coming-from.md"
 START, END = "<!-- keras -->", "<!-- end keras -->"
 
 
 def table_lines():
     """The lines of the table as pairs: what Keras' documents call it, and what it is here."""
-    table = README.read_text().partition(START)[2].partition(END)[0]
+    table = PAGE.read_text().partition(START)[2].partition(END)[0]
     rows = [line.strip().strip("|").split(" | ") for line in table.splitlines() if "|" in line]
     return [(theirs.strip(), ours.strip()) for theirs, ours in rows[2:]]
 

@@ -1,11 +1,17 @@
-"""The README's numbers on other packages are what they do."""
+"""The numbers on other packages in docs/coming-from.md are what they do."""
 
 import importlib.util
 import json
 import math
+import re
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from support import ROOT, assert_close
 
+import adamjax
 from benchmarks import differences
 from benchmarks.measure import RESULTS
 
@@ -25,3 +31,56 @@ def test_the_committed_number_is_what_the_package_does(key, system):
         assert found == committed
     else:
         assert math.isclose(found, committed, rel_tol=2e-3, abs_tol=1e-6)
+
+
+PAGE = (ROOT / "docs" / "coming-from.md").read_text()
+PARAMS = {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.25])}
+GRADS = [jax.tree.map(lambda x, i=i: jnp.cos(7.0 * x + i) * 2.0, PARAMS) for i in range(9)]
+PARTS = {
+    "tx": adamjax.scale(-0.5),
+    "tx_1": adamjax.scale(-0.5),
+    "tx_2": adamjax.adam(0.1),
+    "loss_fn": lambda params: params["embedding"][0].sum(),
+    "state": adamjax.adam().init(PARAMS),
+}
+THEIRS = {
+    "mask": {"kernel": True, "bias": False},
+    "transforms": {"first": PARTS["tx_1"], "second": PARTS["tx_2"]},
+    "labels": {"kernel": "second", "bias": "first"},
+    "n": 3,
+    "state": optax.adam(0.1).init(PARAMS),
+}
+
+
+def lines_of(library):
+    """The lines of the table of a library as pairs of expressions."""
+    table = re.search(rf"\| {library} \| here \|\n.*?\n((?:\|.*\n)+)", PAGE)[1]
+    columns = [line.strip("|").split(" | ") for line in table.splitlines()]
+    return [
+        (*re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", ours)[0])
+        for theirs, ours in columns
+        if "`" in theirs and "`" in ours
+    ]
+
+
+def trained(tx):
+    params, state = PARAMS, tx.init(PARAMS)
+    for grads in GRADS:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(("theirs", "ours"), lines_of("optax"))
+def test_both_columns_do_the_same(theirs, ours):
+    theirs = eval(theirs, vars(optax) | {"tx": PARTS["tx"]} | THEIRS)
+    ours = eval(ours, vars(adamjax) | PARTS)
+    if hasattr(theirs, "update") and hasattr(theirs, "init"):
+        theirs, ours = trained(theirs), trained(ours)
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), lines_of("torch"))
+def test_what_stands_for_torch_can_be_made(theirs, ours):
+    tx = eval(ours, vars(adamjax) | PARTS)
+    assert trained(tx).keys() == PARAMS.keys()

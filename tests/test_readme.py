@@ -1,37 +1,188 @@
-"""What the README says is so: its code runs, its tables are the committed results."""
+"""What README.md and the pages in docs/ say is so: code prints what is shown, figures are measured.
 
+A block of Python may be followed by a block of text: that is what it prints. Numbers are compared
+to the digits that are written.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import os
 import re
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from support import ROOT
 
+import adamjax
 import adamjax.testing
-from benchmarks import readme
+from benchmarks import figures, readme
 
-TEXT = readme.README.read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=[b.strip().splitlines()[0] for b in BLOCKS])
-def test_code_runs_as_printed(block):
-    exec(compile(block, "README.md", "exec"), {})
+TEXTS = {page: page.read_text() for page in readme.PAGES}
+NAMES = {page: page.relative_to(ROOT).as_posix() for page in readme.PAGES}
+BASE = "https://github.com/adamjax/adamjax/blob/main/"
+# What README.md and docs/ may import that not every environment of the tests has.
+OPTIONAL = ("equinox", "flax", "haiku", "keras", "torch")
 
 
-def test_train_step_has_twelve_lines():
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) == 12
+class Block(NamedTuple):
+    """A block of Python, and the text that it prints, if the page shows it."""
+
+    page: str
+    line: int
+    code: str
+    printed: str | None
 
 
-def test_tables_are_the_committed_results():
-    assert readme.rendered(TEXT) == TEXT, "run `make readme`"
+def blocks():
+    fence = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
+    for page, text in TEXTS.items():
+        for found in fence.finditer(text):
+            yield Block(NAMES[page], text.count("\n", 0, found.start()) + 1, *found.groups())
 
 
-def test_every_test_that_a_decision_names_exists():
-    tests = Path(__file__).parent
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TEXT)
-    assert named
-    for file, function in named:
-        source = (tests / file).read_text()
-        assert f"def {function}" in source, f"{file} has no {function}"
-    laws = re.findall(r"the law `(\w+)`", TEXT)
-    assert laws
-    assert set(laws) <= set(adamjax.testing.LAWS)
+BLOCKS = list(blocks())
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
+
+
+def agrees(found, shown):
+    """Whether two texts are the same, but for digits of numbers that are not shown."""
+    found, shown = " ".join(found.split()), " ".join(shown.split())
+    if NUMBER.sub("#", found) != NUMBER.sub("#", shown):
+        return False
+    for x, y in zip(NUMBER.findall(found), NUMBER.findall(shown), strict=True):
+        mantissa, _, exponent = y.partition("e")
+        decimals = len(mantissa.partition(".")[2])
+        if abs(float(x) - float(y)) > 10.0 ** (int(exponent or 0) - decimals):
+            return False
+    return True
+
+
+def test_what_agrees():
+    assert agrees("loss 0.2512\n(3,)", "loss 0.25 (3,)")
+    assert agrees("1.2e-07", "1.1e-07")
+    assert not agrees("loss 0.27", "loss 0.25")
+    assert not agrees("3", "5")
+    assert not agrees("w = [1.]", "b = [1.]")
+
+
+def imported(code):
+    """The packages that a block imports."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+# Keras reads its variables so.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"{b.page}:{b.line}" for b in BLOCKS])
+def test_code_prints_what_is_shown(block, monkeypatch):
+    for package in OPTIONAL:
+        if package in imported(block.code) and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.setitem(os.environ, "KERAS_BACKEND", "jax")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(block.code, block.page, "exec"), {"__name__": "page"})
+    if block.printed is None:
+        assert not printed.getvalue(), f"the page does not show {printed.getvalue()!r}"
+    else:
+        assert agrees(printed.getvalue(), block.printed), printed.getvalue()
+
+
+def test_tables_and_figures_are_the_committed_results():
+    for page, text in readme.rendered(TEXTS).items():
+        assert text == TEXTS[page], f"{NAMES[page]}: run `make readme`"
+
+
+def test_every_figure_has_a_place():
+    used = {found[2] for text in TEXTS.values() for found in readme.FIGURE.finditer(text)}
+    assert used == set(figures.FIGURES)
+
+
+def test_marks_of_figures_are_pairs_within_lines():
+    """A line of Markdown that begins with a comment is no part of its paragraph."""
+    for page, text in TEXTS.items():
+        assert not re.search(r"^\s*<!-- figure ", text, re.M), NAMES[page]
+        assert text.count("<!-- figure ") == text.count("<!-- end -->"), NAMES[page]
+
+
+def test_results_need_one_place():
+    page = next(page for page, text in TEXTS.items() if "<!-- end dense cpu -->" in text)
+    without = TEXTS | {page: TEXTS[page].replace("<!-- end dense cpu -->", "")}
+    with pytest.raises(ValueError, match=r"cpu/dense\.json needs one place .* found 0"):
+        readme.with_tables(without)
+    twice = TEXTS | {readme.README: "<!-- dense cpu -->\n<!-- end dense cpu -->\n"}
+    with pytest.raises(ValueError, match="found 2"):
+        readme.with_tables(twice)
+
+
+def test_the_front_page_is_short():
+    assert len(TEXTS[readme.README].splitlines()) < 200
+
+
+def written(text):
+    """The lines of a page that somebody wrote: without generated tables."""
+    return re.sub(r"(<!-- (\w+ [\w-]+) -->\n).*?<!-- end \2 -->", r"\1", text, flags=re.DOTALL)
+
+
+def test_pages_are_short():
+    for page, text in TEXTS.items():
+        assert len(written(text).splitlines()) < 250, NAMES[page]
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    for heading in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_lead_somewhere():
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            address, _, anchor = target.partition("#")
+            if target.startswith(BASE):
+                path = ROOT / address.removeprefix(BASE)
+            elif target.startswith("http"):
+                continue
+            else:
+                assert page != readme.README, f"README.md is shown elsewhere: {target}"
+                path = page.parent / address if address else page
+                assert (ROOT / "docs") in path.resolve().parents, f"{NAMES[page]}: {target}"
+            assert path.exists(), f"{NAMES[page]}: {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text()), f"{NAMES[page]}: {target}"
+
+
+def test_the_front_page_names_everything():
+    names = set(re.findall(r"`(\w+)`", TEXTS[readme.README]))
+    assert not set(adamjax.__all__) - names
+
+
+def test_every_test_that_a_page_names_exists():
+    tests = ROOT / "tests"
+    decisions = TEXTS[ROOT / "docs" / "decisions.md"]
+    assert re.search(r"`test_\w+\.py::\w+`", decisions)
+    assert re.search(r"the law `\w+`", decisions)
+    for page, text in TEXTS.items():
+        for file, function in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text):
+            assert f"def {function}" in (tests / file).read_text(), f"{NAMES[page]}: {function}"
+        assert set(re.findall(r"the law `(\w+)`", text)) <= set(adamjax.testing.LAWS)
+
+
+def test_commands_that_pages_name_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    suites = {path.stem for path in (ROOT / "benchmarks").iterdir()}
+    for page, text in TEXTS.items():
+        # `make targets of prose`, or a line of a block.
+        for line in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
+            assert line in targets, f"{NAMES[page]}: make {line}"
+        for suite in re.findall(r"python -m benchmarks ([a-z]\w*)", text):
+            assert suite in suites, f"{NAMES[page]}: {suite}"
+
+
+def test_the_front_page_says_how_to_test():
+    assert "`make test`" in TEXTS[readme.README]

@@ -2,10 +2,12 @@
 
 import doctest
 import inspect
+import re
 import subprocess
 import sys
 
 import pytest
+from support import ROOT
 
 import adamjax
 
@@ -17,15 +19,53 @@ def test_every_public_name_has_a_docstring_with_an_example(name):
     assert doctest.DocTestParser().get_examples(doc), f"{name} shows no example"
 
 
-def test_the_reference_is_built_without_warnings(tmp_path):
-    pytest.importorskip("pdoc")
-    command = [sys.executable, "-W", "error", "-m", "pdoc", "--docformat", "google"]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The pages and the reference, built as `make docs` builds them."""
+    for package in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
+        pytest.importorskip(package)
+    place = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q"]
     done = subprocess.run(
-        [*command, "adamjax", "-o", str(tmp_path)], capture_output=True, text=True, timeout=300
+        [*command, "-b", "html", str(ROOT / "docs"), str(place)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr
-    page = (tmp_path / "adamjax.html").read_text()
-    missing = [name for name in adamjax.__all__ if f'id="{name}"' not in page]
-    missing = [name for name in missing if not (tmp_path / "adamjax" / f"{name}.html").exists()]
-    assert not missing
+    return place
+
+
+def test_every_public_name_is_in_the_reference_once(built):
+    text = "".join(page.read_text() for page in sorted((built / "reference").glob("*.html")))
+    ids = re.findall(r'id="(?:module-)?(adamjax\.[\w.]+)"', text)
+    assert len(ids) == len(set(ids))
+    modules = [adamjax, adamjax.convert, adamjax.extend, adamjax.layout, adamjax.states]
+    names = {f"adamjax.{name}" for name in adamjax.__all__}
+    for module in (*modules[1:], adamjax.testing):
+        others = set(module.__all__) - set(adamjax.__all__)
+        names |= {f"{module.__name__}.{name}" for name in others}
+    assert not names - set(ids)
+
+
+def test_defaults_are_shown_and_internals_are_not(built):
+    def signature(page, name):
+        html = (built / "reference" / page).read_text()
+        found = re.search(rf'<dt class="sig[^>]*id="adamjax\.{name}">(.*?)</dt>', html, re.DOTALL)
+        return re.sub(r"<[^>]+>|\s", "", found[1])
+
+    assert "learning_rate=0.001,b1=0.9,b2=0.999" in signature("optimizers.html", "adam")
+    assert "set_fields" not in "".join(x.read_text() for x in built.rglob("*.html"))
+
+
+def test_pages_link_to_the_reference_and_can_be_searched(built):
+    page = (built / "getting-started.html").read_text()
+    assert 'href="reference/steps.html#adamjax.apply_updates"' in page
+    theirs = (built / "coming-from.html").read_text()
+    assert 'href="reference/configs.html#adamjax.from_config"' not in theirs  # it is Keras'
+    index = (built / "searchindex.js").read_text()
+    assert "skip_not_finite" in index
+    front = (built / "index.html").read_text()
+    assert 'href="tables.html"' in front
+    assert "reference/index.html" in front

@@ -206,6 +206,8 @@ def _train(
     compiled = time.perf_counter()
 
     interruption.answers = _ANSWERS  # from here on there is something to lose
+    # Wait until all processes are here. One that a signal ended now would take the others with it.
+    processes.any(False)
     devices = f", on {mesh.size} devices of {processes.count} processes" if mesh.size > 1 else ""
     say(
         f"run:  {run.folder}, {config.steps - taken:,} of {config.steps:,} steps to take, "
