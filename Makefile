@@ -41,7 +41,7 @@ test: .venv/.test
 
 # As a user gets it: without constraints, and whatever is the newest today.
 test-newest: .venv-newest/.made
-	$(NEWEST)/python $(PIP) --upgrade --upgrade-strategy eager -e '.[test,bench,models]'
+	$(NEWEST)/python $(PIP) --upgrade --upgrade-strategy eager -e '.[test,test-models,bench]'
 	@$(NEWEST)/python $(VERSIONS)
 	$(CACHE) $(NEWEST)/python -m pytest $(PARALLEL) $(ARGS)
 
@@ -87,7 +87,7 @@ docs: .venv/.docs
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,bench,contenders,notebooks,models,docs]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,test-models,bench,bench-contenders,notebooks,docs]'
 	@touch $@
 
 .venv/.docs: .venv/.made pyproject.toml constraints.txt
@@ -95,7 +95,7 @@ docs: .venv/.docs
 	@touch $@
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,contenders]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,bench-contenders]'
 	@touch $@
 
 .venv-newest/.made:
@@ -109,12 +109,12 @@ docs: .venv/.docs
 
 .venv-tpu/.test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python $(PIP) -c constraints.txt -e '.[test,tpu]'
+	.venv-tpu/bin/python $(PIP) -c constraints.txt -e '.[test,test-tpu]'
 	@touch $@
 
 .venv-gpu/.test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python $(PIP) -c constraints.txt -e '.[test,gpu]'
+	.venv-gpu/bin/python $(PIP) -c constraints.txt -e '.[test,test-gpu]'
 	@touch $@
 
 clean:

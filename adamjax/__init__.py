@@ -39,7 +39,7 @@ from adamjax.schedule import (
     warmup,
 )
 from adamjax.sharding import shard_state, state_shardings
-from adamjax.training import train_step
+from adamjax.training import eval_step, forward, train_step
 from adamjax.transform import Transform
 
 __version__ = "0.1.0"
@@ -102,8 +102,10 @@ __all__ = [
     "adamw",
     "adamax",
     "nadam",
-    # a step, and setting hyperparameters between steps
+    # a step, evaluation, and setting hyperparameters between steps
     "train_step",
+    "eval_step",
+    "forward",
     "with_hyperparams",
     "set_hyperparams",
     # as JSON

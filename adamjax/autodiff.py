@@ -7,6 +7,7 @@ in any other way gets JAX's gradient.
 """
 
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -25,12 +26,36 @@ from adamjax.reads import PerSite, Planner, Source, View
 from adamjax.rows import RowGradient, expect_int32, in_table, summed_of_each
 from adamjax.search import distinct_of_each
 
-__all__ = ["Call", "Reads", "grad", "value_and_grad"]
+__all__ = ["Call", "Reads", "grad", "takes_state", "value_and_grad"]
 
 # The parameters of a loss, its other arguments, and what it returns.
 P = TypeVar("P")
 Args = ParamSpec("Args")
 Value = TypeVar("Value")
+
+
+def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates `(params, state, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
+
+    It is as `functools.wraps`, but the signature has the state, so that `jax.jit` finds static
+    arguments in their places.
+    """
+
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped: Any = functools.wraps(fn)(function)
+        del wrapped.__wrapped__
+        try:
+            signature = inspect.signature(fn)
+            first, *others = signature.parameters.values()
+            own = inspect.signature(wrapped).parameters
+            names = own["params"].replace(kind=first.kind), own["state"].replace(kind=first.kind)
+            if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+                wrapped.__signature__ = signature.replace(parameters=[*names, *others])
+        except ValueError:  # there is none, or it has no place for these two
+            pass
+        return function
+
+    return decorated
 
 
 # --- a call of a loss -----------------------------------------------------------------------------
@@ -117,23 +142,21 @@ class Call:
         The jaxpr takes the float leaves, and returns the loss and then the JAX arrays of aux. The
         function takes these arrays.
         """
-        # Aux' structure, and for each of its leaves `None` for a JAX array, or else `(leaf,)`.
-        aux: list[Any] = []
+        restored: list[Callable[[list[Any]], Any]] = []
 
         def function(*floats: Any) -> list[Any]:
             value = self._loss(floats)
+            arrays: list[Any] = []
             if self.has_aux:
                 if not isinstance(value, tuple | list) or len(value) != 2:
                     raise TypeError(
                         f"{self.owner}: with has_aux=True the loss function must return a pair "
                         f"(loss, aux), got {value!r}"
                     )
-                value, aux_tree = value
-                aux_leaves, treedef = jax.tree.flatten(aux_tree)
-                aux[:] = treedef, [None if isinstance(x, jax.Array) else (x,) for x in aux_leaves]
+                value, aux = value
+                arrays, restored[:] = _split_arrays(aux)
             if not is_arraylike(value):
                 raise TypeError(f"{self.owner}: the loss must be one real float, got {value!r}")
-            arrays = [x for x in aux_leaves if isinstance(x, jax.Array)] if self.has_aux else []
             return [value, *arrays]
 
         closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
@@ -143,16 +166,41 @@ class Call:
                 f"{self.owner}: the loss must be one real float, got "
                 f"{loss.dtype.name}{list(loss.shape)}; if it returns aux too, pass has_aux=True"
             )
+        return closed, restored[0] if restored else lambda arrays: None
 
-        def restored(arrays: list[Any]) -> Any:
-            rest, (treedef, others) = iter(arrays), aux
-            return treedef.unflatten([next(rest) if x is None else x[0] for x in others])
+    def traced_results(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
+        """A function that is no loss as a jaxpr, and a function that restores what it returns.
 
-        return closed, restored
+        The jaxpr takes the float leaves, and returns the JAX arrays among the results, which may be
+        any tree. The function takes these arrays.
+        """
+        restored: list[Callable[[list[Any]], Any]] = []
+
+        def function(*floats: Any) -> list[Any]:
+            arrays, restored[:] = _split_arrays(self._loss(floats))
+            return arrays
+
+        closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
+        return closed, restored[0]
+
+
+def _split_arrays(tree: Any) -> tuple[list[Any], list[Callable[[list[Any]], Any]]]:
+    """The JAX arrays in a tree, and in a list a function that puts such arrays in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    treedef: Any = structure
+    others = [None if isinstance(x, jax.Array) else (x,) for x in leaves]
+
+    def restored(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        return treedef.unflatten([next(rest) if x is None else x[0] for x in others])
+
+    return [x for x in leaves if isinstance(x, jax.Array)], [restored]
 
 
 class Reads:
     """The reads of tables in a loss, and its gradient by them.
+
+    With `is_loss=False` it is a function that returns any tree, of which there is no gradient.
 
     Attributes:
       by_rows: the tables of which the loss only reads rows, as numbers of leaves.
@@ -160,9 +208,11 @@ class Reads:
       others: all float leaves but those in `by_rows`.
     """
 
-    def __init__(self, call: Call, tables: Sequence[int], exact: bool, strict: bool) -> None:
-        self.call = call
-        self.closed, self.restored_aux = call.traced()
+    def __init__(
+        self, call: Call, tables: Sequence[int], exact: bool, strict: bool, is_loss: bool = True
+    ) -> None:
+        self.call, self.is_loss = call, is_loss
+        self.closed, self.restored = call.traced() if is_loss else call.traced_results()
         # A table without rows has no rows to read.
         self.dense = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
         while True:
@@ -171,7 +221,7 @@ class Reads:
             views = [
                 View(i, np.shape(call.leaves[i])) if i in by_rows else None for i in call.floats
             ]
-            live_outs = [True] + [False] * (len(self.closed.out_avals) - 1)
+            live_outs = [is_loss and i == 0 for i in range(len(self.closed.out_avals))]
             self.plan = planner.plan(self.closed, views, [True] * len(views), live_outs)
             if exact:
                 planner.refuse((x for x in self.plan.outs if isinstance(x, View)), None)
@@ -186,13 +236,17 @@ class Reads:
     def _refused(self, table: int, eqn: JaxprEqn | None) -> str:
         call = self.call
         if eqn is None:
-            use = "returned by the loss function"
+            use = f"returned by the {'loss ' if self.is_loss else ''}function"
         else:
             use = f"used by {eqn.primitive.name} at {line(eqn)}"
+        if self.is_loss:
+            so, allowed = "its gradient is dense", "its dense gradient"
+        else:
+            so, allowed = "all of its rows have to be brought up to date", "that"
         return (
             f"{call.owner}: the table {call.paths[table]!r} is {use}, which is not a read of whole "
-            "rows, so its gradient is dense. Read it only by table[ids] or jnp.take, or remove it "
-            "from the tables; strict=False allows its dense gradient"
+            f"rows, so {so}. Read it only by table[ids] or jnp.take, or remove it from the tables; "
+            f"strict=False allows {allowed}"
         )
 
     def indices(self) -> dict[int, chex.Array]:
@@ -223,12 +277,59 @@ class Reads:
           dense: arrays in place of some leaves, by their numbers.
           searched: by table, `search.distinct` of the indices that `indices` returned.
         """
+        call = self.call
+        leaves, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
+
+        def loss(others: list[Any], row_inputs: PerSite) -> Any:
+            (value, *arrays), ids = self._run(source, others, row_inputs)
+            return value, (arrays, ids)
+
+        function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, (arrays, ids)), (other_grads, site_grads) = function(others, row_inputs)
+        grads: list[Any] = [None] * len(leaves)
+        for i, g in zip(self.others, other_grads, strict=True):
+            grads[i] = g
+        for i, g in self._row_gradients(leaves, ids, site_grads, searched or {}).items():
+            grads[i] = g
+        trees = call.unflattened(grads)
+        value = (value, self.restored(arrays)) if call.has_aux else value
+        return value, trees[0] if call.single else tuple(trees)
+
+    def results(
+        self,
+        data: Any,
+        read_rows: Callable[[Any, int, chex.Array], chex.Array],
+        rows: Mapping[int, chex.Array] | None = None,
+        dense: Mapping[int, chex.Array] | None = None,
+    ) -> Any:
+        """Returns what the function returns; the arguments are those of `value_and_grad`."""
+        _, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
+        return self.restored(self._run(source, others, row_inputs)[0])
+
+    def _run(
+        self, source: Source, others: list[Any], row_inputs: PerSite
+    ) -> tuple[list[Any], PerSite]:
+        """The arrays that the traced function returns, and the indices at each site."""
+        outs, ids = self.plan.run(source, others, row_inputs)
+        rest = iter(outs)
+        outs = [source.whole(x) if isinstance(x, View) else next(rest) for x in self.plan.outs]
+        return outs, ids
+
+    def _inputs(
+        self,
+        data: Any,
+        read_rows: Callable[[Any, int, chex.Array], chex.Array],
+        rows: Mapping[int, chex.Array] | None,
+        dense: Mapping[int, chex.Array] | None,
+    ) -> tuple[list[Any], list[Any], PerSite, Source]:
+        """The leaves as arrays, those in `others`, the rows at each site, and a source of rows."""
         call, rows = self.call, dict(rows or {})
         leaves: list[Any] = [
             jnp.asarray(x) if i in call.floats else x for i, x in enumerate(call.leaves)
         ]
         others = [(dense or {}).get(i, leaves[i]) for i in self.others]
-        row_inputs, starts = [], dict.fromkeys(rows, 0)
+        row_inputs: PerSite = []
+        starts = dict.fromkeys(rows, 0)
         for site in self.plan.sites:
             table, size = site.view.table, math.prod(site.shape)
             shape = (*site.shape, *site.trailing)
@@ -242,26 +343,12 @@ class Reads:
                 row_inputs.append(x)
             else:
                 row_inputs.append(None)
-        source = Source(data, read_rows, lambda _, i: leaves[i], frozenset(rows))
-
-        def loss(others: list[Any], row_inputs: PerSite) -> Any:
-            outs, ids = self.plan.run(source, others, row_inputs)
-            rest = iter(outs)
-            value, *arrays = (
-                source.whole(x) if isinstance(x, View) else next(rest) for x in self.plan.outs
-            )
-            return value, (arrays, ids)
-
-        function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, (arrays, ids)), (other_grads, site_grads) = function(others, row_inputs)
-        grads: list[Any] = [None] * len(leaves)
-        for i, g in zip(self.others, other_grads, strict=True):
-            grads[i] = g
-        for i, g in self._row_gradients(leaves, ids, site_grads, searched or {}).items():
-            grads[i] = g
-        trees = call.unflattened(grads)
-        value = (value, self.restored_aux(arrays)) if call.has_aux else value
-        return value, trees[0] if call.single else tuple(trees)
+        return (
+            leaves,
+            others,
+            row_inputs,
+            Source(data, read_rows, lambda _, i: leaves[i], frozenset(rows)),
+        )
 
     def _row_gradients(
         self,

@@ -1,23 +1,26 @@
-"""A function that makes a jitted train step of a loss and an optimizer."""
+"""Functions that make a train step and an evaluation step of a function and an optimizer."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, Literal
+from typing import Any, Concatenate, Generic, Literal, TypeVar
 
 import jax
 
-from adamjax.autodiff import Args, Call, P, Value, value_and_grad
+from adamjax.autodiff import Args, Call, P, Value, takes_state, value_and_grad
 from adamjax.data import Tree
-from adamjax.exact import ExactRowsState, exact_rows, gradient_of
+from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
 from adamjax.leaves import apply_updates, expect_arrays
-from adamjax.reading import step_count
+from adamjax.paths import flatten
+from adamjax.reading import averaged_weights, step_count
 from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform
 
-__all__ = ["train_step"]
+__all__ = ["eval_step", "forward", "train_step"]
+
+Result = TypeVar("Result")
 
 
-def _exact_parts(tx: Transform, state: Any, params: Tree) -> list[Part]:
+def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Part]:
     """Every `exact_rows` in a transform, with its state and the parameters that it sees."""
     parts = find(exact_rows, tx, state, params)
 
@@ -27,35 +30,32 @@ def _exact_parts(tx: Transform, state: Any, params: Tree) -> list[Part]:
     states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
     if len(parts) < len(list(states)):
         raise ValueError(
-            "train_step: exact_rows is inside another library's transform, where train_step cannot "
-            "find it, so the loss would read rows that lag behind: use adamjax.chain, masked or "
-            "partition in place of optax's; they take optax's transforms"
+            f"{owner}: the state has an exact_rows that is not in {tx!r}, so rows that lag behind "
+            "would be read: pass the optimizer that the state is of. If exact_rows is inside "
+            "another library's transform, use adamjax.chain, masked or partition in place of "
+            "optax's; they take optax's transforms"
         )
     return parts
 
 
-class TrainStep(Generic[P, Args, Value]):
-    """A jitted train step, with the attributes of functions of `jax.jit`, such as `lower`.
+class _JittedStep:
+    """A jitted step, with the attributes of functions of `jax.jit`, such as `lower`.
 
     If JAX refuses an argument before it traces the step, the error names the parameter that is no
     array.
     """
 
-    def __init__(self, jitted: Any) -> None:
-        self._jitted = jitted
-        functools.update_wrapper(self, jitted, updated=())
+    def __init__(self, owner: str, jitted: Any) -> None:
+        self._owner, self._jitted = owner, jitted
+        this: Any = self
+        functools.update_wrapper(this, jitted, updated=())
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         except TypeError:
-            expect_arrays("train_step", args[0] if args else kwargs.get("params"))
+            expect_arrays(self._owner, args[0] if args else kwargs.get("params"))
             raise
-
-    def __call__(
-        self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs
-    ) -> tuple[P, Any, Value]:
-        return self._call(self._jitted, params, state, *args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.trace, *args, **kwargs)
@@ -67,9 +67,25 @@ class TrainStep(Generic[P, Args, Value]):
         return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_jitted":
+        if name.startswith("__") or name in ("_owner", "_jitted"):
             raise AttributeError(name)
         return getattr(self._jitted, name)
+
+
+class TrainStep(_JittedStep, Generic[P, Args, Value]):
+    """What `train_step` returns."""
+
+    def __call__(
+        self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs
+    ) -> tuple[P, Any, Value]:
+        return self._call(self._jitted, params, state, *args, **kwargs)
+
+
+class EvalStep(_JittedStep, Generic[P, Args, Result]):
+    """What `eval_step` returns."""
+
+    def __call__(self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        return self._call(self._jitted, params, state, *args, **kwargs)
 
 
 def train_step(
@@ -82,7 +98,7 @@ def train_step(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     **jit_options: Any,
 ) -> TrainStep[P, Args, Value]:
-    """A jitted train step that donates parameters and state.
+    """A jitted train step that donates parameters and state; `eval_step` is its counterpart.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns one real float; with `has_aux` a pair of
@@ -119,7 +135,7 @@ def train_step(
     tx = as_transform(tx)
 
     def step(params: Tree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        exact, extra = _exact_parts(tx, state, params), {}
+        exact, extra = _exact_parts("train_step", tx, state, params), {}
         if exact:
             if tables is not None:
                 raise ValueError(
@@ -143,4 +159,128 @@ def train_step(
         count = step_count(state) if rounding == "stochastic" else None
         return apply_updates(params, updates, rounding=rounding, step=count), state, value
 
-    return TrainStep(jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
+    return TrainStep("train_step", jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
+
+
+def forward(
+    fn: Callable[Concatenate[P, Args], Result],
+    tx: Any,
+    *,
+    averaged: bool = False,
+    strict: bool = False,
+) -> Callable[Concatenate[P, Any, Args], Result]:
+    """A function of the parameters, called with up-to-date weights, whatever the optimizer.
+
+    Under `exact_rows` rows of `params` lag behind between steps. Here `fn` reads them up to date:
+    it gets the values that it would get after `flush`, but only the rows that it reads are brought
+    up to date. No table is copied, and `params` and the state stay as they are. For any other
+    optimizer it is a plain call.
+
+    So evaluation needs no `flush`, and neither does a checkpoint to resume from: save `params` and
+    the state as they are. Call `flush` only before something else reads the weights: an export,
+    another library, a program without this state.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`, which reads tables as a loss does for
+        `exact_rows.value_and_grad`. It may return any tree. Under `exact_rows` it is traced, so it
+        cannot branch on values of params.
+      tx: the optimizer that the state is of. If `exact_rows` is in it, it may stand alone or
+        anywhere in adamjax's chains, wrappers, masks or partitions.
+      averaged: whether to call `fn` with the average of `weight_ema`. Leaves without an average
+        keep their weights, as in `averaged_weights`.
+      strict: whether to raise if `fn` uses a table in another way than to read rows, such as for
+        output weights. Otherwise the whole table is brought up to date for it: right, but it costs
+        as much as the table is large, and memory for another table.
+
+    Returns:
+      A function `(params, state, *args, **kwargs)` that returns what `fn` returns. Call it under
+      `jit`: outside, it runs operation by operation. `eval_step` is jitted.
+
+    Raises:
+      ValueError: when called: with `averaged`, the state has no `weight_ema`; with `strict`, the
+        message names the table, the operation and the line that uses it; `exact_rows` is inside
+        another library's transform.
+      TypeError: when called: the state is not of this optimizer's `exact_rows`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> def predict(params, ids):
+    ...     return params["table"][ids].sum(axis=-1)
+    >>> def loss(params, ids):
+    ...     return jnp.mean(predict(params, ids) ** 2)
+    >>> params = {"table": jnp.ones((1000, 2))}
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> state, step = tx.init(params), adamjax.train_step(loss, tx)
+    >>> for ids in ([3], [5]):
+    ...     params, state, value = step(params, state, jnp.array(ids))
+    >>> adamjax.forward(predict, tx)(params, state, jnp.array([3]))
+    Array([1.666], dtype=float32)
+    >>> predict(params, jnp.array([3]))  # without the optimizer's state: it lags behind
+    Array([1.800], dtype=float32)
+    """
+    return _forward("forward", fn, tx, averaged, strict)
+
+
+def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict: bool) -> Any:
+    tx = as_transform(tx)
+
+    @takes_state(fn)
+    def function(params: Tree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = _exact_parts(owner, tx, state, params)
+        bounds = [part.tx.bind(part.state, part.params) for part in parts]
+        if averaged:
+            leaves, treedef = flatten(params)
+            tables = {table.leaf for bound in bounds for table in bound.tables}
+            # Rows of tables are averaged as they are read.
+            others = [None if i in tables else x for i, x in enumerate(leaves)]
+            averages = flatten(averaged_weights(state, treedef.unflatten(others)))[0]
+            pairs = enumerate(zip(leaves, averages, strict=True))
+            params = treedef.unflatten([x if i in tables else y for i, (x, y) in pairs])
+        if not bounds:
+            return fn(params, *args, **kwargs)
+        read = results_of(owner, fn, bounds, strict=strict, averaged=averaged)
+        return read(params, *args, **kwargs)
+
+    return function
+
+
+def eval_step(
+    fn: Callable[Concatenate[P, Args], Result],
+    tx: Any,
+    *,
+    averaged: bool = False,
+    strict: bool = False,
+    **jit_options: Any,
+) -> EvalStep[P, Args, Result]:
+    """`forward` under `jit`: evaluates a function with weights that are up to date.
+
+    It takes what the steps of `train_step` take, returns what `fn` returns, and donates nothing.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)` returns any tree of arrays: a loss, predictions, metrics.
+      tx: the optimizer that the state is of, of adamjax or optax.
+      averaged, strict: as in `forward`.
+      **jit_options: further arguments of `jax.jit`, such as `static_argnames`.
+
+    Returns:
+      A function `(params, state, *args, **kwargs)` that returns what `fn` returns. It has the
+      attributes of functions of `jax.jit`, such as `lower`.
+
+    Raises:
+      ValueError, TypeError: by the step, as by `forward`.
+      TypeError: by the step: a leaf of params is no array, such as a function in a whole model.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> def loss(params, ids):
+    ...     return jnp.mean(params["table"][ids] ** 2)
+    >>> params = {"table": jnp.ones((1000, 2))}
+    >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    >>> state, step = tx.init(params), adamjax.train_step(loss, tx)
+    >>> evaluate = adamjax.eval_step(loss, tx)
+    >>> for ids in ([3], [5]):
+    ...     params, state, value = step(params, state, jnp.array(ids))
+    >>> print(f"{evaluate(params, state, jnp.array([3])):.4f}")  # row 3 moved in both steps
+    0.6939
+    """
+    return EvalStep(
+        "eval_step", jax.jit(_forward("eval_step", fn, tx, averaged, strict), **jit_options)
+    )

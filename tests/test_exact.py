@@ -656,6 +656,22 @@ def to_dense(grads):
     return {name: g.to_dense() if name == "table" else g for name, g in grads.items()}
 
 
+def test_static_arguments_of_a_loss_keep_their_places():
+    """The state is an argument before them, which `jax.jit` reads from the signature."""
+    params = {"table": jnp.linspace(-1.0, 1.0, 20).reshape(10, 2)}
+    tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
+
+    def loss(params, ids, power):
+        assert isinstance(power, int)
+        return jnp.sum(params["table"][ids] ** power)
+
+    args = params, tx.init(params), jnp.array([1, 2])
+    gradient = jax.jit(tx.value_and_grad(loss), static_argnames="power")
+    (value, _), _ = gradient(*args, 3)
+    assert_close(value, loss(params, jnp.array([1, 2]), 3))
+    assert_close(gradient(*args, power=3)[0][0], value)
+
+
 @functools.partial(jax.jit, static_argnames="ticketed")
 def stepped(tx, params, state, grads, ids=None, ticketed=False):
     """One step of any transform, which is an argument."""

@@ -31,6 +31,7 @@ PARAMS = {
 }
 V = 12  # rows of the tables
 IDS = jnp.array([[1, 4, 4, 7], [2, 2, 9, 0], [11, 3, 3, 3]])  # never 5, 6, 8 and 10
+ALL_IDS = jnp.arange(V)
 TABLES = {"table": jnp.asarray(RNG.normal(size=(V, 2)), jnp.float32), "w": jnp.ones(2)}
 # Two programs of the same arithmetic: XLA fuses, and so rounds, each in its own way.
 ROUNDING = 2e-6
@@ -414,8 +415,15 @@ def test_nnx_exact_rows():
 
     for ids in IDS:
         step(model, outer, ids)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    params, _ = tx.flush(params, nnx.as_pure(outer.opt_state))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, state = nnx.as_pure(params), nnx.as_pure(outer.opt_state)
+
+    def predict(params, ids):
+        return nnx.merge(graph, params, rest)(ids)
+
+    predicted = adamjax.eval_step(predict, tx)(params, state, ALL_IDS)
+    params, _ = tx.flush(params, state)
+    assert_close(predicted, predict(params, ALL_IDS), ROUNDING)
     assert_close(nnx.to_pure_dict(params), nnx_plain(adamjax.adam(0.1))[0], LOOSER)
 
 
@@ -506,7 +514,13 @@ def test_train_state_with_rows(rows):
 
     for ids in IDS:
         of, plain = step(of, ids), linen_step(plain, ids)
+
+    def predict(params, ids):
+        return of.apply_fn({"params": params}, ids)
+
+    predicted = adamjax.eval_step(predict, tx)(of.params, of.opt_state, ALL_IDS)
     params = tx.flush(of.params, of.opt_state)[0] if rows == "exact" else of.params
+    assert_close(predicted, predict(params, ALL_IDS), ROUNDING)
     assert_close(params, plain.params, LOOSER)
 
 
@@ -711,7 +725,13 @@ def test_equinox_row_gradients():
 
     for ids in IDS:
         params, state = step(params, state, ids)
+
+    def predict(params, ids):
+        return jax.vmap(eqx.combine(params, rest))(ids)
+
+    predicted = adamjax.eval_step(predict, tx)(params, state, ALL_IDS)
     params, _ = tx.flush(params, state)
+    assert_close(predicted, predict(params, ALL_IDS), ROUNDING)
     assert_close(params, eqx_plain(adamjax.adam(0.1)), LOOSER)
 
 

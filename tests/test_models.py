@@ -240,6 +240,42 @@ def test_a_dense_step_holds_more():
     assert compiled.memory_analysis().temp_size_in_bytes > 4 * TABLE
 
 
+EVALUATED = {
+    "float32": lambda p, ids: p["embedding"][ids] @ p["head"],
+    "bfloat16": lambda p, ids: (
+        p["embedding"].astype(jnp.bfloat16)[ids] @ p["head"].astype(jnp.bfloat16)
+    ),
+}
+
+
+def compiled_evaluation(fn, **options):
+    """An evaluation step of 8,192 indices; nothing is allocated."""
+    inner = adamjax.chain(adamjax.adamw(1e-3), adamjax.weight_ema(0.99))
+    tx, shape = adamjax.exact_rows(inner, "embedding"), jax.ShapeDtypeStruct
+    params = {
+        "embedding": shape((NUM_ROWS, WIDTH), jnp.float32),
+        "head": shape((WIDTH,), jnp.float32),
+    }
+    evaluate = adamjax.eval_step(fn, tx, **options)
+    state = jax.eval_shape(tx.init, params)
+    return evaluate.lower(params, state, shape((READS,), jnp.int32)).compile()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies more")
+@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "average"])
+@pytest.mark.parametrize("fn", EVALUATED)
+def test_evaluation_holds_nothing_as_large_as_the_table(fn, averaged):
+    compiled = compiled_evaluation(EVALUATED[fn], averaged=averaged, strict=True)
+    assert set(large(compiled.as_text())) <= {"bitcast", "get-tuple-element", "parameter"}
+    assert compiled.memory_analysis().temp_size_in_bytes < 20e6
+
+
+def test_evaluation_of_the_whole_table_holds_more():
+    """What the test above tells apart."""
+    compiled = compiled_evaluation(lambda p, ids: p["embedding"].sum() + p["embedding"][ids].sum())
+    assert "fusion" in large(compiled.as_text())
+
+
 # --- tracing --------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,24 @@
-"""What users install: the wheel, with nothing beside it but what it says it needs."""
+"""What users install: the wheel, with nothing beside it but what it says it needs; the sdist."""
 
+import datetime
 import os
+import re
 import subprocess
+import tarfile
+import tomllib
 import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+
+import adamjax
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What a user sees first; and every module, as one may import a package that only tests have.
 PROGRAM = r"""
 import importlib, importlib.util, pathlib, pkgutil, re, sys
@@ -46,23 +56,39 @@ def run(*command, **options):
     return done.stdout
 
 
+def new_environment(place):
+    """The Python of a new environment, and the command of its pip."""
+    venv.create(place, with_pip=True, symlinks=os.name != "nt")
+    python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
+    return python, [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def built(tmp_path_factory):
+    """The wheel and the sdist, as `python -m build` makes them: the wheel out of the sdist."""
+    place = tmp_path_factory.mktemp("built")
+    python, pip = new_environment(place / "venv")
+    run(*pip, "install", *PROJECT["build-system"]["requires"])
+    run(python, "-m", "hatchling", "build", "-t", "sdist", "-d", str(place), cwd=ROOT)
+    (sdist,) = place.glob("adamjax-*.tar.gz")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(sdist))
+    (wheel,) = place.glob("adamjax-*.whl")
+    return wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
     """The Python of a new environment, with the wheel and what that needs alone.
 
     Those packages have the versions that they have here: the wheel is tried with this JAX.
     """
     place = tmp_path_factory.mktemp("bare")
-    bare, versions = place / "venv", place / "versions.txt"
+    versions = place / "versions.txt"
     here = {x.metadata["Name"]: x.version for x in metadata.distributions()}
     here.pop("adamjax", None)
     versions.write_text("".join(f"{name}=={version}\n" for name, version in here.items()))
-    venv.create(bare, with_pip=True, symlinks=os.name != "nt")
-    python = str(bare / ("Scripts" if os.name == "nt" else "bin") / "python")
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(place), str(ROOT))
-    (wheel,) = place.glob("adamjax-*.whl")
-    run(*pip, "install", "--quiet", "--no-compile", "-c", str(versions), str(wheel))
+    python, pip = new_environment(place / "venv")
+    run(*pip, "install", "--no-compile", "-c", str(versions), str(built[0]))
     return python
 
 
@@ -71,3 +97,81 @@ def test_the_wheel_works_where_there_is_nothing_else(installed, tmp_path):
     assert version == metadata.version("jax")
     assert ours == metadata.version("adamjax")
     assert found == ["chex jax jaxlib", "3.0", "[1.0, 1.0, 0.75, 1.0]", "0.75"]
+
+
+def test_the_wheel_has_the_package_alone(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = set(wheel.namelist())
+    modules = {x.relative_to(ROOT).as_posix() for x in (ROOT / "adamjax").rglob("*.py")}
+    others = {name for name in names - modules if ".dist-info/" not in name}
+    assert modules <= names
+    assert others == {"adamjax/py.typed"}
+
+
+def test_the_sdist_has_the_tests_and_no_results(built):
+    with tarfile.open(built[1]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames()}
+    wanted = {"tests/test_packaging.py", "docs/recipes/flax_nnx.py", "notebooks/quickstart.ipynb"}
+    wanted |= {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "Makefile",
+    }
+    assert wanted <= names
+    assert not [x for x in names if x.startswith((".ci", ".git/", "runs/", "benchmarks/results"))]
+    assert built[1].stat().st_size < 2e6
+
+
+def test_metadata_is_valid_and_says_where_things_are(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        (name,) = (x for x in wheel.namelist() if x.endswith(".dist-info/METADATA"))
+        found = Metadata.from_email(wheel.read(name), validate=True)
+    assert found.author == "The adamjax authors"
+    assert found.license_expression == "Apache-2.0"
+    assert found.description_content_type == "text/markdown"
+    assert found.description.startswith("# adamjax")
+    assert set(found.project_urls) == {"Homepage", "Documentation", "Changelog", "Issues"}
+    for url in found.project_urls.values():
+        assert url.startswith("https://github.com/adamjax/adamjax")
+        _, _, path = url.partition("/main/")
+        assert not path or (ROOT / path).exists()
+
+
+def test_extras_are_named_for_what_they_are_for():
+    """Nobody gets a compiler for tests who asks for `adamjax[gpu]`; the Makefile has them all."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    for name, needs in extras.items():
+        assert name.split("-")[0] in ("test", "bench", "docs", "notebooks"), name
+        assert all(map(Requirement, needs))
+    used = re.findall(r"-e '\.\[(.*?)\]'", (ROOT / "Makefile").read_text())
+    assert {name for names in used for name in names.split(",")} == set(extras)
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == adamjax.__version__
+    version, when = re.search(
+        r"^## (\S+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    ).groups()
+    assert version == adamjax.__version__
+    assert when == "unreleased" or datetime.date.fromisoformat(when)
+    ruff = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_workflow_runs_what_every_commit_must_pass():
+    targets = re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = re.findall(r"\{target: (.*), python: \"(.*)\"\}", workflow)
+    assert {x for target, _ in jobs for x in target.split()} == set(targets)
+    classifiers = PROJECT["project"]["classifiers"]
+    supported = {x.split()[-1] for x in classifiers if re.search(r"Python :: 3\.\d+$", x)}
+    assert {python for target, python in jobs if target == "test"} == supported
+    assert dict(jobs)["test-newest"] == max(supported)
+    assert dict(jobs)["test-oldest"] == min(supported)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -88,6 +88,15 @@ def test_an_array_of_a_table_would_be_seen(found):
 
 
 @NEW
+def test_evaluation_exchanges_rows_and_never_tables(found):
+    assert found["evaluation"]["distance"] < 1e-6
+    assert found["evaluation"]["lags behind"] > 1e-3
+    assert found["evaluation"]["program"]
+    assert max(size for _, size in found["evaluation"]["program"]) <= 2 * BATCH * D
+    assert not found["evaluation"]["holds a table"]
+
+
+@NEW
 def test_devices_flush_their_own_rows(found):
     assert found["flush"]["program"] == []
     assert found["flush"]["distance"] < 1e-6
@@ -486,6 +495,21 @@ def all_tables(mesh):
             {
                 "distance": distance(flushed, brought_up(tx, mode, params, state)),
                 "program": exchanged(flush.as_text()),
+            },
+        )
+        ids = jax.device_put(next(table_batches())[0], NamedSharding(mesh, P("data")))
+        with setting(mesh):
+            evaluate = adamjax.eval_step(lambda params, ids: params["table"][ids], tx, strict=True)
+            evaluate = evaluate.lower(params, state, ids).compile()
+            rows, text = evaluate(params, state, ids), evaluate.as_text()
+        wanted = np.asarray(brought_up(tx, mode, params, state)["table"])[np.asarray(ids)]
+        yield (
+            "evaluation",
+            {
+                "distance": distance(rows, wanted),
+                "lags behind": distance(np.asarray(params["table"])[np.asarray(ids)], wanted),
+                "program": exchanged(text),
+                "holds a table": f"[{V},{D}]" in text,
             },
         )
 

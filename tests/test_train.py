@@ -124,7 +124,8 @@ def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
     out = capsys.readouterr().out
     assert "prose.txt" in out
     assert "nearest embeddings" in out
-    assert "compiling the step" in out
+    told = ["compiling the evaluation", "held-out: ", "compiling the step", "run:", "\nevaluating"]
+    assert sorted(told, key=out.index) == told
     size = Path("runs/one/checkpoint.npz").stat().st_size
     assert f"checkpoint.npz ({size / 1e6:,.1f} MB)" in out
 
@@ -432,8 +433,8 @@ def test_ctrl_c_amid_steps_and_the_command_that_goes_on(prose, start):
 
 
 def test_the_command_that_goes_on_has_all_that_it_needs():
-    given = ["--processes", "2", "--coordinator", "host:1", "--process", "0", "--save-every", "5"]
-    options = parse([*given, "--name", "one"])
+    given = ["--processes", "3", "--coordinator", "host:1", "--process", "0", "--save-every", "5"]
+    options = parse([*given, "--name", "one", "--batch", "33"])
     options.folder = Path("runs/two words")
     command = shlex.split(resume_command(options))
     assert command[:4] == [sys.executable, "-m", "benchmarks", "train"]

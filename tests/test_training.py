@@ -130,7 +130,7 @@ def test_exact_rows_that_cannot_be_followed_are_refused():
     """Inside of optax's wrappers the loss would read rows that lag behind."""
     exact = adamjax.exact_rows(adamjax.adam(0.1), "table")
     tx = optax.chain(optax.clip(1.0), optax.GradientTransformationExtraArgs(*exact))
-    with pytest.raises(ValueError, match="exact_rows is inside another library"):
+    with pytest.raises(ValueError, match="If exact_rows is inside another library"):
         adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
 
 
@@ -234,3 +234,249 @@ def test_it_is_a_function_of_jit():
     assert "stablehlo" in step.lower(p, tx.init(p), IDS[0]).as_text()
     step(p, tx.init(p), IDS[0])
     assert step._cache_size() == 1
+
+
+# --- forward and eval_step ------------------------------------------------------------------------
+
+W = 300
+
+
+def two_tables(dtype=jnp.float32):
+    return {
+        "table": jnp.linspace(-1, 1, 2 * W).reshape(W, 2).astype(dtype),
+        "other": jnp.linspace(2, -1, 3 * W).reshape(W, 3).astype(dtype),
+        "w": jnp.array([0.5, -1.0], dtype),
+    }
+
+
+def plain(params, ids):
+    return params["table"][ids] @ params["w"]
+
+
+def bags(params, ids):
+    """Sums of rows, as a bag of words; `take` returns NaN for an index outside the table."""
+    rows = jnp.take(params["table"], ids, axis=0, mode="fill", fill_value=0)
+    return jax.ops.segment_sum(rows, jnp.arange(len(ids)) // 2, num_segments=3)
+
+
+def both(params, ids):
+    return params["table"][ids].sum(axis=1) + params["other"][ids + 1][:, 1]
+
+
+def chained(params, ids):
+    """The second index depends on the parameters, and the rows are read in a loop."""
+
+    def body(total, i):
+        row = params["table"][i]
+        following = jnp.clip((row[0] * 10).astype(jnp.int32) + 20, 0, W - 1)
+        return total + row.sum() + params["other"][following].sum(), row
+
+    return jax.lax.scan(body, jnp.zeros((), params["w"].dtype), ids)
+
+
+def a_tree(params, ids):
+    rows = jax.vmap(lambda i: params["table"][i])(ids)
+    return {"rows": rows, "ids": ids, "none": None, "name": "text", "half": 0.5}
+
+
+def tied(params, ids):
+    return params["table"][ids] @ params["table"].T
+
+
+FUNCTIONS = (plain, bags, both, chained, a_tree, tied)
+READ = jnp.array([1, 2, 250, 2, 299, W])
+
+
+def train(tx, params, loss=lambda p, ids: jnp.mean(both(p, ids) ** 2) + jnp.sum(p["w"] ** 2)):
+    """The parameters and the state after six steps; most rows have not been read lately."""
+    state, step = tx.init(params), adamjax.train_step(loss, tx)
+    for ids in ([1, 2, 2], [3, 250, 0], [9, 9, 298], [7, 1, 7], [7, 8, 7], [4, 5, 6]):
+        params, state, _ = step(params, state, jnp.array(ids))
+    return params, state
+
+
+def expect_near(actual, expected, dtype=jnp.float32):
+    tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype == jnp.float32 else {"rtol": 0.01}
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if isinstance(b, str):
+            assert a == b
+            continue
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_forward_returns_what_a_call_after_flush_returns(fn, dtype):
+    tx = adamjax.exact_rows(adamjax.adamw(0.1), ["table", "other"])
+    p, state = train(tx, two_tables(dtype))
+    before = jax.tree.map(np.asarray, (p, state))
+    up_to_date = tx.flush(p, state)[0]
+    expect_near(adamjax.forward(fn, tx)(p, state, READ), fn(up_to_date, READ), dtype)
+    for a, b in zip(jax.tree.leaves((p, state)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Without the state, rows that lag behind would be read.
+    late, now = (np.asarray(x["table"].astype(jnp.float32)) for x in (p, up_to_date))
+    assert np.abs(late - now)[READ[:-1]].max() > 0.05
+
+
+def test_forward_of_more_rows_than_a_block_has():
+    tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
+    params = {"table": jnp.linspace(-1, 1, 60_000).reshape(20_000, 3)}
+    p, state = train(tx, params, lambda p, ids: jnp.mean(p["table"][ids] ** 2))
+    ids = jax.random.randint(jax.random.key(0), (9000,), 0, 20_000)
+    ids = ids.at[:4].set(jnp.array([1, 7, 298, 20_000]))
+
+    def fn(params, ids):
+        return params["table"].at[ids].get(mode="fill", fill_value=0)
+
+    now, flushed = tx.flush(p, state)
+    expect_near(adamjax.eval_step(fn, tx)(p, state, ids), fn(now, ids))
+    average = adamjax.eval_step(fn, tx, averaged=True)(p, state, ids)
+    expect_near(average, fn(adamjax.averaged_weights(flushed, now), ids))
+
+
+def parts(dense):
+    """Tables in parts of their own."""
+    return adamjax.partition(
+        [("table", adamjax.exact_rows(dense, "table")), ("other", adamjax.exact_rows(dense, ""))],
+        default=dense,
+    )
+
+
+def together(dense):
+    return adamjax.exact_rows(dense, ["table", "other"])
+
+
+AROUND = {
+    "alone": together,
+    "partition": parts,
+    "masked": lambda dense: adamjax.chain(
+        adamjax.masked(adamjax.adam(0.1), "^w$"), adamjax.masked(together(dense), "table|other")
+    ),
+    "with_hyperparams": lambda dense: adamjax.with_hyperparams(together(dense)),
+    "skip_not_finite": lambda dense: adamjax.skip_not_finite(parts(dense)),
+    "master_weights": lambda dense: adamjax.master_weights(together(dense)),
+    "accumulate_gradients": lambda dense: adamjax.accumulate_gradients(
+        together(dense), 2, max_rows={"table": 12, "other": 12}
+    ),
+    "chain": lambda dense: adamjax.chain(adamjax.clip_by_value(9.0), together(dense)),
+}
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "average"])
+@pytest.mark.parametrize("name", AROUND)
+def test_forward_finds_exact_rows_wherever_they_are(name, averaged):
+    dtype = jnp.bfloat16 if name == "master_weights" else jnp.float32
+    dense = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.8))
+    tx = AROUND[name](dense)
+    if name == "master_weights":
+        dense = adamjax.master_weights(dense)
+    if name == "accumulate_gradients":
+        dense = adamjax.accumulate_gradients(dense, 2)
+    p, state = train(tx, two_tables(dtype))
+    wanted, dense_state = train(dense, two_tables(dtype))
+    if averaged:
+        wanted = adamjax.averaged_weights(dense_state, wanted)
+    fn = adamjax.eval_step(both, tx, averaged=averaged, strict=True)
+    expect_near(fn(p, state, READ), both(wanted, READ), dtype)
+    assert not np.allclose(both(p, READ), both(wanted, READ), atol=0.02)
+
+
+@pytest.mark.parametrize("fn", [plain, bags, tied, chained])
+def test_forward_with_the_average_reads_it_up_to_date(fn):
+    tx = together(adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8)))
+    p, state = train(tx, two_tables())
+    average = adamjax.averaged_weights(*reversed(tx.flush(p, state)))
+    expect_near(adamjax.forward(fn, tx, averaged=True)(p, state, READ), fn(average, READ))
+
+
+def test_forward_takes_the_weights_of_leaves_without_an_average():
+    averages = adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8))
+    tx = adamjax.partition(
+        [
+            ("table", adamjax.exact_rows(adamjax.adam(0.1), "")),
+            ("other", adamjax.exact_rows(averages, "")),
+        ],
+        default=adamjax.adam(0.1),
+    )
+    p, state = train(tx, two_tables())
+    dense = adamjax.partition([("other", averages)], default=adamjax.adam(0.1))
+    wanted, dense_state = train(dense, two_tables())
+    wanted = adamjax.averaged_weights(dense_state, wanted)
+    expect_near(adamjax.forward(both, tx, averaged=True)(p, state, READ), both(wanted, READ))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [adamjax.adamw(0.1), adamjax.adam(0.1, rows="lazy"), optax.adam(0.1)],
+    ids=["dense", "lazy", "optax's"],
+)
+def test_forward_is_a_plain_call_for_other_optimizers(tx):
+    p, state = train(tx, two_tables())
+    calls = []
+
+    def fn(params, ids, *, scale=1.0):
+        calls.append(params)
+        return plain(params, ids) * scale
+
+    wanted = fn(p, READ, scale=2.0)
+    expect_near(adamjax.forward(fn, tx)(p, state, READ, scale=2.0), wanted)
+    assert calls[-1] is p
+    expect_near(adamjax.eval_step(fn, tx)(p, state, READ, scale=2.0), wanted)
+    ours = isinstance(tx, adamjax.Transform)
+    with pytest.raises(ValueError, match=r"no weight_ema: put one last in the chain"):
+        adamjax.eval_step(fn, tx, averaged=True)(p, state, READ)
+    if ours:
+        averaging = adamjax.chain(tx, adamjax.weight_ema(0.5))
+        p, state = train(averaging, two_tables())
+        wanted = plain(adamjax.averaged_weights(state, p), READ)
+        expect_near(adamjax.eval_step(plain, averaging, averaged=True)(p, state, READ), wanted)
+
+
+def test_eval_step_is_a_function_of_jit_that_donates_nothing():
+    tx = together(adamjax.adam(0.1))
+    p, state = train(tx, two_tables())
+    evaluate = adamjax.eval_step(a_static, tx, static_argnames="times")
+    first = evaluate(p, state, READ, times=2)
+    expect_near(evaluate(params=p, state=state, ids=READ, times=2), first)
+    expect_near(first, 2 * plain(tx.flush(p, state)[0], READ))
+    # By place too, which is one behind that of the function's own argument.
+    expect_near(evaluate(p, state, READ, 2), first)
+    by_number = adamjax.eval_step(a_static, tx, static_argnums=3)
+    expect_near(by_number(p, state, READ, 2), first)
+    evaluate(p, state, READ, times=2)
+    assert evaluate._cache_size() == 3
+    assert evaluate.__name__ == "a_static"
+    assert isinstance(evaluate, jax.stages.Wrapped)
+    assert "stablehlo" in evaluate.lower(p, state, READ, times=3).as_text()
+
+
+def a_static(params, ids, times):
+    assert isinstance(times, int)
+    return plain(params, ids) * times
+
+
+def test_forward_refuses():
+    tx = together(adamjax.adam(0.1))
+    p, state = train(tx, two_tables())
+    with pytest.raises(ValueError, match=r"forward: the table 'table' is used by dot_general.*dat"):
+        adamjax.forward(tied, tx, strict=True)(p, state, READ)
+    with pytest.raises(ValueError, match=r"eval_step: the table 'other' is returned by the func"):
+        adamjax.eval_step(lambda p: p["other"], tx, strict=True)(p, state)
+    with pytest.raises(ValueError, match=r"no weight_ema"):
+        adamjax.forward(plain, tx, averaged=True)(p, state, READ)
+    # With another optimizer rows would not be known to lag behind.
+    for other in (optax.sgd(0.1), adamjax.identity()):
+        with pytest.raises(ValueError, match=r"forward: the state has an exact_rows that is not i"):
+            adamjax.forward(plain, other)(p, state, READ)
+    with pytest.raises(TypeError, match=r"expected the ExactRowsState"):
+        adamjax.forward(plain, tx)(p, adamjax.adam(0.1).init(p), READ)
+    inside = optax.chain(optax.clip(1.0), optax.GradientTransformationExtraArgs(*tx))
+    with pytest.raises(ValueError, match=r"eval_step: .* If exact_rows is inside another library"):
+        adamjax.eval_step(plain, inside)(p, inside.init(p), READ)
+    with pytest.raises(TypeError, match=r"eval_step: params\['act'\] is a .*eqx.filter\(model"):
+        adamjax.eval_step(plain, tx)({**p, "act": jnp.tanh}, state, READ)
+    with pytest.raises(ValueError, match=r"not|shape|expected"):
+        adamjax.forward(plain, tx)({**p, "table": p["table"][:9]}, state, READ)

@@ -17,7 +17,15 @@ from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root
 from adamjax.rounding import is_narrow, rounding_keys, write_slots
 
-__all__ = ["caught_up", "flushed", "or_zeros", "put_rows", "read_in_blocks", "slot_keys"]
+__all__ = [
+    "caught_up",
+    "flushed",
+    "or_zeros",
+    "put_rows",
+    "read_in_blocks",
+    "slot_keys",
+    "weights_of",
+]
 
 # How many rows are flushed at a time.
 _BLOCK = 8192
@@ -78,13 +86,23 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def read_in_blocks(batch: Batch, past: Past, columns: Columns, indices: chex.Array) -> chex.Array:
+def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
+    """The weights of rows, or with `averaged` their average where `weight_ema` keeps one."""
+    first = batch.tables[0]
+    if averaged and first.plan.momentum is not None:
+        return ready.slots["average"].astype(first.dtype)
+    return ready.now
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
+def read_in_blocks(
+    batch: Batch, past: Past, columns: Columns, indices: chex.Array, averaged: bool = False
+) -> chex.Array:
     """The weights of a table's rows, up to date, block by block."""
     table = batch.tables[0]
 
     def step(_: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        return (), caught_up(batch, past, [columns], [indices]).now
+        return (), weights_of(batch, caught_up(batch, past, [columns], [indices]), averaged)
 
     empty = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
     return in_blocks(step, (), indices, table.num_rows, empty)[1]

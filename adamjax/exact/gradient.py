@@ -1,23 +1,81 @@
-"""Gradients of a loss that reads up-to-date rows of tables."""
+"""Calls and gradients of functions that read up-to-date rows of tables."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 
 from adamjax.autodiff import Call, Reads
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, or_zeros
+from adamjax.exact.catch_up import caught_up, or_zeros, weights_of
 from adamjax.exact.state import Columns, Past
 from adamjax.exact.step import read_rows
 from adamjax.exact.tables import Batch
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
-from adamjax.paths import flatten
 
-__all__ = ["gradient_of"]
+__all__ = ["gradient_of", "results_of"]
+
+
+class _Inputs(NamedTuple):
+    """The first arguments of `Reads.value_and_grad` and `Reads.results`."""
+
+    data: Any
+    read_rows: Callable[[Any, int, Any], chex.Array]
+    rows: dict[int, chex.Array]
+    dense: dict[int, chex.Array]
+
+
+def _prepared(
+    call: Call, bounds: Sequence[Bound], *, strict: bool, is_loss: bool, averaged: bool = False
+) -> tuple[Reads, _Inputs, dict[int, Any], Ticket]:
+    """Finds the reads of a function, and brings their rows up to date before it is called.
+
+    Args:
+      is_loss: whether its gradient is taken, and a step follows.
+      averaged: whether tables that have an average by `weight_ema` are read from it.
+
+    Returns:
+      The reads; where they take their rows from; by table, `search.distinct` of its indices; and
+      a ticket for the step.
+    """
+    batches: dict[int, Batch] = {}
+    state_of: dict[int, tuple[Columns, Past]] = {}
+    # `master_weights` reads rows from float32 tables; the function gets the parameters' dtype.
+    dtypes = [None if p is None else dtype_of(p) for p in call.leaves]
+    for bound in bounds:
+        for table in bound.tables:
+            batches[table.leaf] = batch = bound.batch_of(table)
+            state_of[table.leaf] = bound.columns(table), bound.past(batch.family)
+    reads = Reads(call, sorted(batches), exact=True, strict=strict, is_loss=is_loss)
+    rows: dict[int, Any] = {}
+    searched: dict[int, Any] = {}
+    ticket = Ticket({}, {})
+    indices = reads.indices()
+    for bound in bounds:
+        tables = [t for t in bound.tables if t.leaf in indices]
+        if tables:
+            leaves = [t.leaf for t in tables]
+            ids = [indices[i] for i in leaves]
+            table_rows, distinct, table_ticket = read_rows(
+                bound, tables, ids, for_step=is_loss, averaged=averaged
+            )
+            table_rows = [x.astype(dtypes[i]) for i, x in zip(leaves, table_rows, strict=True)]
+            rows |= dict(zip(leaves, table_rows, strict=True))
+            searched |= dict(zip(leaves, distinct, strict=True))
+            ticket = ticket.with_rows_of(table_ticket)
+
+    def read(state_of: Any, leaf: int, ids: Any) -> chex.Array:
+        batch, (columns, past) = batches[leaf], state_of[leaf]
+        ids = None if ids is None else ids.reshape(-1)
+        ready = caught_up(batch, past, [columns], [ids])
+        weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
+        return weights if ids is None else or_zeros(weights, ids, batch.tables[0])
+
+    dense = {leaf: read(state_of, leaf, None) for leaf in reads.dense}
+    return reads, _Inputs(state_of, read, rows, dense), searched, ticket
 
 
 def gradient_of(
@@ -38,40 +96,38 @@ def gradient_of(
 
     @functools.wraps(loss_fn)
     def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
-        batches: dict[int, Batch] = {}
-        state_of: dict[int, tuple[Columns, Past]] = {}
-        # `master_weights` reads rows from float32 tables; the loss gets the parameters' dtype.
-        dtypes = [None if p is None else dtype_of(p) for p in flatten(params)[0]]
         bounds = bind()
-        for bound in bounds:
-            for table in bound.tables:
-                batches[table.leaf] = batch = bound.batch_of(table)
-                state_of[table.leaf] = bound.columns(table), bound.past(batch.family)
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
-        reads = Reads(call, sorted(batches), exact=True, strict=strict)
-        rows: dict[int, Any] = {}
-        searched: dict[int, Any] = {}
-        ticket = Ticket({}, {})
-        indices = reads.indices()
-        for bound in bounds:
-            tables = [t for t in bound.tables if t.leaf in indices]
-            if tables:
-                leaves = [t.leaf for t in tables]
-                table_rows, distinct, table_ticket = read_rows(
-                    bound, tables, [indices[i] for i in leaves]
-                )
-                table_rows = [x.astype(dtypes[i]) for i, x in zip(leaves, table_rows, strict=True)]
-                rows |= dict(zip(leaves, table_rows, strict=True))
-                searched |= dict(zip(leaves, distinct, strict=True))
-                ticket = ticket.with_rows_of(table_ticket)
+        reads, inputs, searched, ticket = _prepared(call, bounds, strict=strict, is_loss=True)
+        return reads.value_and_grad(*inputs, searched), ticket
 
-        def read(state_of: Any, leaf: int, ids: Any) -> chex.Array:
-            batch, (columns, past) = batches[leaf], state_of[leaf]
-            ids = None if ids is None else ids.reshape(-1)
-            now = caught_up(batch, past, [columns], [ids]).now.astype(dtypes[leaf])
-            return now if ids is None else or_zeros(now, ids, batch.tables[0])
+    return function
 
-        dense = {leaf: read(state_of, leaf, None) for leaf in reads.dense}
-        return reads.value_and_grad(state_of, read, rows, dense, searched), ticket
+
+def results_of(
+    owner: str,
+    fn: Callable[..., Any],
+    bounds: Sequence[Bound],
+    *,
+    strict: bool = False,
+    averaged: bool = False,
+) -> Callable[..., Any]:
+    """A function of the parameters, called with up-to-date rows of the tables of `exact_rows`.
+
+    Args:
+      bounds: each `exact_rows`, bound to its state and the parameters that it sees.
+      averaged: whether tables that have an average by `weight_ema` are read from it.
+
+    Returns:
+      A function with the arguments and results of `fn`.
+    """
+
+    @functools.wraps(fn)
+    def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
+        call = Call(owner, fn, (params, *args), kwargs)
+        reads, inputs, _, _ = _prepared(
+            call, bounds, strict=strict, is_loss=False, averaged=averaged
+        )
+        return reads.results(*inputs)
 
     return function

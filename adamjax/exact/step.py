@@ -10,7 +10,7 @@ import numpy as np
 from adamjax.blocks import in_blocks, is_one_block, rows_of_each
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, put_rows, read_in_blocks, slot_keys
+from adamjax.exact.catch_up import caught_up, put_rows, read_in_blocks, slot_keys, weights_of
 from adamjax.exact.route import with_stops
 from adamjax.exact.state import Columns, ExactRowsState, TableState
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
@@ -184,9 +184,18 @@ def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> c
 
 
 def read_rows(
-    bound: Bound, tables: list[Table], ids: list[chex.Array]
+    bound: Bound,
+    tables: list[Table],
+    ids: list[chex.Array],
+    *,
+    for_step: bool = True,
+    averaged: bool = False,
 ) -> tuple[list[chex.Array], list[tuple[chex.Array, chex.Array]], Ticket]:
     """Reads up-to-date rows of tables.
+
+    Args:
+      for_step: whether a step follows, which also needs the rows that it refreshes.
+      averaged: whether to return the rows of `weight_ema`'s average, where there is one.
 
     Returns:
       The rows of each table; for each table its distinct indices, and the position of each index
@@ -203,13 +212,13 @@ def read_rows(
         rows = [searched[i][0] for i in batch_numbers]
         columns = [bound.columns(t) for t in batch.tables]
         past = bound.past(batch.family)
-        indices = _rows_to_step(bound, batch, rows)[0]
+        indices = _rows_to_step(bound, batch, rows)[0] if for_step else rows
         if is_one_block(rows[0].size):
             ready = caught_up(batch, past, columns, indices)
-            now, ready_rows[batch.path] = ready.now, ready
+            now, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
             origins[batch.path] = past, columns, rows
         else:
-            now = read_in_blocks(batch, past, columns[0], indices[0])
+            now = read_in_blocks(batch, past, columns[0], indices[0], averaged)
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
         # An index outside the table gets a position after all rows.
         position = jnp.concatenate(

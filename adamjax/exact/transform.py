@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.autodiff import Args, P, Value
+from adamjax.autodiff import Args, P, Value, takes_state
 from adamjax.average import weight_ema
 from adamjax.blocks import is_one_block
 from adamjax.coasting import Coasting, coasting
@@ -64,10 +64,14 @@ class exact_rows(Transform):
     """Any optimizer, with tables whose steps cost what their touched rows cost, and are exact.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
-    move on by their momentum too. But they do so late, when they are read: **between steps rows may
-    lag behind.** In a train step read them with `prepare`, elsewhere with `lookup`. `flush` brings
-    all rows up to date: call it before you pass on a checkpoint, or before other code reads the
-    weights. `without_tables(params)` has placeholders that refuse to be read.
+    move on by their momentum too. But they do so late, when they are read: **between steps rows of
+    `params` may lag behind.** `train_step` and `eval_step` read them up to date; by hand, a train
+    step does so with `value_and_grad` or `prepare`, and an evaluation with `forward` or `lookup`.
+    `without_tables(params)` has placeholders that refuse to be read.
+
+    `flush` brings all rows up to date. Call it before something else reads the weights: an export,
+    another library, a program without the state. A checkpoint to resume from needs none: save
+    `params` and the state as they are.
 
     A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
     `None` is refused for a table: pass a row gradient without rows. If a norm in front of the rule
@@ -366,14 +370,14 @@ class exact_rows(Transform):
         1.388
         """
 
-        @functools.wraps(loss_fn)
+        @takes_state(loss_fn)
         def function(params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Any:
             gradient = gradient_of(
                 loss_fn, lambda: [self.bind(state, params)], has_aux=has_aux, strict=strict
             )
             return gradient(params, *args, **kwargs)
 
-        return function  # type: ignore[return-value]
+        return function
 
     def lookup(
         self,
@@ -384,7 +388,7 @@ class exact_rows(Transform):
         *,
         slot: str | None = None,
     ) -> chex.Array:
-        """Up-to-date rows of a table, for evaluation.
+        """Up-to-date rows of a table; `forward` calls a whole model with such rows.
 
         Args:
           table: the table's path, or a pattern that matches only this table.
@@ -466,6 +470,9 @@ class exact_rows(Transform):
         self, params: Tree, state: ExactRowsState, *, axis: Any = None
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.
+
+        For other readers of the weights: an export, another library. Neither `eval_step` nor a
+        checkpoint to resume from needs it.
 
         Args:
           params, state: as for `update`.

@@ -161,6 +161,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     if saved:
         checkpoints.restore(run, saved)
     else:
+        say("counting words, compiling the evaluation, and evaluating what the run starts with ...")
         run.held_out = {**data.counted_losses(text), "before": evaluate(run.params)}
     say("held-out: " + ", ".join(f"{name} {x:.3f}" for name, x in run.held_out.items() if x))
 
@@ -172,6 +173,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
         run.params, run.state = up_to_date(tx, run.params, run.state)
         if processes.is_first and run.is_finished:
             checkpoints.save(run)
+    say("evaluating ...")
     average = adamjax.averaged_weights(run.state)
     run.held_out |= {"after": evaluate(average), "last": evaluate(run.params)}
     processes.leave()

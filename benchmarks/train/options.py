@@ -145,7 +145,8 @@ def _faults(options: argparse.Namespace) -> Iterator[str]:
     share = config.learning_rate * config.weight_decay
     if share >= 1:
         yield f"--learning-rate times --weight-decay must be below 1, got {share:g}"
-    if config.batch % options.processes:
+    # A run that is resumed has its own batch, which is not known yet.
+    if not options.resume and config.batch % options.processes:
         yield f"--batch {config.batch} is not a multiple of --processes {options.processes}"
     if (options.coordinator is None) != (number is None):
         yield "--coordinator and --process go together, with --processes"
