@@ -11,7 +11,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.source import Count, Facts, Gathered, LeafMoments, Source
+from adamjax.convert.source import Accumulated, Count, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import (
     field_names,
@@ -39,7 +39,7 @@ _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
         (("count", "hyperparams", "hyperparams_states", "inner_state"),),
     ),
     "MultiStepsState": (
-        "gathered",
+        "accumulated",
         (
             ("mini_step", "gradient_step", "inner_opt_state", "acc_grads"),
             ("mini_step", "gradient_step", "inner_opt_state", "acc_grads", "skip_state"),
@@ -70,9 +70,9 @@ def _role(x: Any) -> str | None:
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
-def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
+def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
-    facts: Facts = {"more": {}, "masks_decay": True}
+    hyperparams: Hyperparams = {"more": {}, "masks_decay": True}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name not in ("learning_rate", "weight_decay"):
@@ -82,13 +82,13 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
                     "state in which it is a constant"
                 )
         elif name in _INJECTED and np.ndim(value) == 0:
-            facts[name] = value
+            hyperparams[name] = value
         else:
-            facts["more"][name] = value
-    return facts
+            hyperparams["more"][name] = value
+    return hyperparams
 
 
-def _read(x: Any, source: Source, facts: Facts) -> None:
+def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     role, owner = _role(x), source.owner
     if role == "rule":
         trees = {
@@ -98,21 +98,21 @@ def _read(x: Any, source: Source, facts: Facts) -> None:
         count = steps_taken(owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
         for path in trees["mu"]:
             slots = {name: tree[path] for name, tree in trees.items() if path in tree}
-            source.add(path, LeafMoments(count, slots, kinds, facts=facts))
+            source.add(path, LeafMoments(count, slots, kinds, hyperparams=hyperparams))
     elif role == "count":
         source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
-        facts = _with_facts(facts, _injected(x, source, scheduled))
+        hyperparams = _with_hyperparams(hyperparams, _injected(x, source, scheduled))
         _read(scheduled, source, {})
         rules = sum(map(len, source.moments.values()))
-        _read(x.inner_state, source, facts)
+        _read(x.inner_state, source, hyperparams)
         if rules == sum(map(len, source.moments.values())):
             # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
-            if rules and "step_size" in facts["more"]:
-                facts["learning_rate"] = -facts["more"].pop("step_size")
-            source.loose_facts.append(facts)
-    elif role == "gathered":
+            if rules and "step_size" in hyperparams["more"]:
+                hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
+            source.loose_hyperparams.append(hyperparams)
+    elif role == "accumulated":
         if jax.tree.leaves(getattr(x, "skip_state", ())):
             source.doubts.append(
                 "MultiSteps skips some micro-batches (should_skip_update_fn), and "
@@ -121,72 +121,72 @@ def _read(x: Any, source: Source, facts: Facts) -> None:
             )
         micro = steps_taken(owner, "mini_step of MultiSteps", x.mini_step)
         totals = {path: g * micro for path, g in leaves_by_path(owner, x.acc_grads).items()}
-        source.gathered.append(Gathered(micro, totals))
-        outside, source.gathers = source.gathers, True
-        _read(x.inner_opt_state, source, facts)
-        source.gathers = outside
+        source.accumulated.append(Accumulated(micro, totals))
+        outer, source.accumulates = source.accumulates, True
+        _read(x.inner_opt_state, source, hyperparams)
+        source.accumulates = outer
     elif role == "skipped":
         source.skipped = (source.skipped or 0) + int(x.total_notfinite)
-        _read(x.inner_state, source, facts)
+        _read(x.inner_state, source, hyperparams)
     elif role == "inner":
-        _read_inner(x[0], source, facts)
+        _read_inner(x[0], source, hyperparams)
     elif role == "items":
         for item in _items(x):
-            _read(item, source, facts)
+            _read(item, source, hyperparams)
     elif jax.tree.leaves(x):
         source.other_states.append(x)
 
 
-def _read_inner(x: Any, source: Source, facts: Facts) -> None:
-    """Reads a state inside of a mask or a partition: its counts are those of its leaves."""
-    inner = Source(source.owner, gathers=source.gathers)
-    _read(x, inner, facts)
+def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
+    """Reads a state inside a mask or a partition: its counts are those of its leaves."""
+    inner = Source(source.owner, accumulates=source.accumulates)
+    _read(x, inner, hyperparams)
     if inner.moments:
-        _give_loose_facts(inner)
+        _give_loose_hyperparams(inner)
     else:
-        _pass_loose_facts(inner, source)
+        _pass_loose_hyperparams(inner, source)
     leaves = frozenset(inner.moments) or None
     for path, several in inner.moments.items():
         source.moments.setdefault(path, []).extend(several)
     source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
     source.other_states += inner.other_states
     source.doubts += inner.doubts
-    source.gathered += inner.gathered
+    source.accumulated += inner.accumulated
     source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
-def _with_facts(facts: Facts, more: Facts) -> Facts:
-    """Both dictionaries of facts; the second one has precedence."""
-    both = {**facts.get("more", {}), **more.get("more", {})}
-    return {**facts, **more, "more": both}
+def _with_hyperparams(hyperparams: Hyperparams, more: Hyperparams) -> Hyperparams:
+    """Both dictionaries of hyperparams; the second one has precedence."""
+    both = {**hyperparams.get("more", {}), **more.get("more", {})}
+    return {**hyperparams, **more, "more": both}
 
 
-def _give_loose_facts(source: Source) -> None:
-    """Adds the facts that belong to no rule to each leaf's last rule."""
-    for facts in source.loose_facts:
+def _give_loose_hyperparams(source: Source) -> None:
+    """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
+    for hyperparams in source.loose_hyperparams:
         for several in source.moments.values():
-            several[-1].facts = _with_facts(several[-1].facts, facts)
-    source.loose_facts = []
+            several[-1].hyperparams = _with_hyperparams(several[-1].hyperparams, hyperparams)
+    source.loose_hyperparams = []
 
 
-def _pass_loose_facts(inner: Source, source: Source) -> None:
-    """Passes on the facts from a mask without a rule, where the state does not show the leaves."""
+def _pass_loose_hyperparams(inner: Source, source: Source) -> None:
+    """Passes on the hyperparameters of a mask without a rule, which does not show its leaves."""
     rates = ("learning_rate", "step_size")
-    for facts in inner.loose_facts:
-        if "learning_rate" in facts or "step_size" in facts["more"]:
+    for hyperparams in inner.loose_hyperparams:
+        if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
                 "inject_hyperparams holds a rate within a mask or a part that has no rule, and "
                 "the state does not say for which leaves: see that tx has this rate for them"
             )
-        more = {name: x for name, x in facts["more"].items() if name not in rates}
-        rest = {name: x for name, x in facts.items() if name not in rates}
-        source.loose_facts.append({**rest, "more": more})
+        more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
+        rest = {name: x for name, x in hyperparams.items() if name not in rates}
+        source.loose_hyperparams.append({**rest, "more": more})
 
 
 def _read_state(owner: str, state: Any) -> Source:
     source = Source(owner)
     _read(state, source, {})
-    _give_loose_facts(source)
+    _give_loose_hyperparams(source)
     return source
 
 
@@ -195,7 +195,7 @@ def _items(x: Any) -> list[Any]:
 
 
 class _OptaxFilling(Translation):
-    """Fills the states inside of a state of optax, one by one."""
+    """Fills a state of optax, and the states inside it."""
 
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
         self.counts = iter(counts)
@@ -214,8 +214,8 @@ class _OptaxFilling(Translation):
                 x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
             count = self.schedule_count(None, x.count)
             return x._replace(inner_state=self.fill(x.inner_state), count=count)
-        if role == "gathered":
-            return self._fill_gathered(x)
+        if role == "accumulated":
+            return self._fill_accumulated(x)
         if role == "skipped":
             skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
@@ -237,24 +237,24 @@ class _OptaxFilling(Translation):
         count = self.common_count(moments)
         return x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
 
-    def _fill_gathered(self, x: Any) -> Any:
+    def _fill_accumulated(self, x: Any) -> Any:
         mean: Any = x.acc_grads
         leaves = frozenset(leaves_by_path(self.owner, mean))
-        micro, totals = self.source.gathered_of(leaves) or (0, {})
+        micro, totals = self.source.accumulated_of(leaves) or (0, {})
         if micro:
             means = {
                 path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
                 for path, total in totals.items()
             }
-            mean = self.tree("the gathered gradient", means, mean)
-        outside, self.gathers = self.gathers, True
+            mean = self.tree("the accumulated gradient", means, mean)
+        outer, self.accumulates = self.accumulates, True
         made = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
             gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
-        self.gathers = outside
+        self.accumulates = outer
         return made
 
 
