@@ -2106,7 +2106,7 @@ def test_an_injected_rate_whose_leaves_are_not_said_is_refused():
     parts = optax.multi_transform(rates, {"a": "one", "b": "other"})
     state = old_state(tx=optax.chain(optax.scale_by_adam(), parts))
     tx = ours_of(adamjax.by_path({"a": 0.25}, default=0.5))
-    with pytest.raises(ValueError, match=r"does not say for which leaves: see that tx has"):
+    with pytest.raises(ValueError, match=r"does not say for which leaves: make sure that tx has"):
         convert.from_optax(state, tx, params)
     convert.from_optax(state, tx, params, check=False)
 

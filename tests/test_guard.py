@@ -341,7 +341,7 @@ def test_rows_and_room_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
 def test_bad_rows_are_skipped(rows):
-    """Whichever of the rows it is; the others are as good as ever."""
+    """Whichever row is bad. The next good gradients are applied as if it had not been there."""
     inner = chain(adamw(0.1, rows=rows), weight_ema(0.9))
     tx, params, expected = skip_not_finite(inner), TABLE, TABLE
     state, inner_state = tx.init(params), inner.init(params)

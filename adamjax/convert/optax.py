@@ -26,8 +26,8 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-# The states of optax: by the name of the class, the role, and the fields that a version may have.
-# A class with other fields, or of another package, is unknown.
+# By the name of a state's class in optax: its role, and its fields in each version of optax. A
+# class with other fields, or of another package, is unknown.
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
@@ -62,8 +62,8 @@ def _role(x: Any) -> str | None:
         return "items" if is_container(x) else None
     if type(x).__module__.split(".")[0] != "optax":
         return None
-    role, known = _STATES.get(type(x).__name__, (None, ()))
-    return role if fields in known else None
+    role, fields_of_versions = _STATES.get(type(x).__name__, (None, ()))
+    return role if fields in fields_of_versions else None
 
 
 # The hyperparameters of rules, by optax' names. adamjax has the same names.
@@ -111,7 +111,7 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
             # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
             if rules and "step_size" in hyperparams["more"]:
                 hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
-            source.loose_hyperparams.append(hyperparams)
+            source.unowned_hyperparams.append(hyperparams)
     elif role == "accumulated":
         if jax.tree.leaves(getattr(x, "skip_state", ())):
             source.doubts.append(
@@ -142,9 +142,9 @@ def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     inner = Source(source.owner, accumulates=source.accumulates)
     _read(x, inner, hyperparams)
     if inner.moments:
-        _give_loose_hyperparams(inner)
+        _give_to_last_rules(inner)
     else:
-        _pass_loose_hyperparams(inner, source)
+        _pass_to_outer(inner, source)
     leaves = frozenset(inner.moments) or None
     for path, several in inner.moments.items():
         source.moments.setdefault(path, []).extend(several)
@@ -161,32 +161,32 @@ def _with_hyperparams(hyperparams: Hyperparams, more: Hyperparams) -> Hyperparam
     return {**hyperparams, **more, "more": both}
 
 
-def _give_loose_hyperparams(source: Source) -> None:
+def _give_to_last_rules(source: Source) -> None:
     """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
-    for hyperparams in source.loose_hyperparams:
+    for hyperparams in source.unowned_hyperparams:
         for several in source.moments.values():
             several[-1].hyperparams = _with_hyperparams(several[-1].hyperparams, hyperparams)
-    source.loose_hyperparams = []
+    source.unowned_hyperparams = []
 
 
-def _pass_loose_hyperparams(inner: Source, source: Source) -> None:
+def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask without a rule, which does not show its leaves."""
     rates = ("learning_rate", "step_size")
-    for hyperparams in inner.loose_hyperparams:
+    for hyperparams in inner.unowned_hyperparams:
         if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
-                "inject_hyperparams holds a rate within a mask or a part that has no rule, and "
-                "the state does not say for which leaves: see that tx has this rate for them"
+                "inject_hyperparams has a rate within a mask or a part that has no rule, and the "
+                "state does not say for which leaves: make sure that tx has this rate for them"
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
         rest = {name: x for name, x in hyperparams.items() if name not in rates}
-        source.loose_hyperparams.append({**rest, "more": more})
+        source.unowned_hyperparams.append({**rest, "more": more})
 
 
 def _read_state(owner: str, state: Any) -> Source:
     source = Source(owner)
     _read(state, source, {})
-    _give_loose_hyperparams(source)
+    _give_to_last_rules(source)
     return source
 
 
@@ -248,14 +248,14 @@ class _OptaxFilling(Translation):
             }
             mean = self.tree("the accumulated gradient", means, mean)
         outer, self.accumulates = self.accumulates, True
-        made = x._replace(
+        filled = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
             gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
         self.accumulates = outer
-        return made
+        return filled
 
 
 def from_optax(
@@ -280,8 +280,8 @@ def from_optax(
         `adamw`, `nadam`, `amsgrad`, `adamax` and the transforms they consist of. A state is
         recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
         `contrib.adopt` share one class, so only `tx` shows which of them made the state.
-      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those that
-        `inject_hyperparams` holds are compared. Other states do not contain b1, b2, `eps` (optax'
+      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
+        of `inject_hyperparams` are compared. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
         not show whether it takes the mean of its micro-batches, as it does by default and as
@@ -290,8 +290,8 @@ def from_optax(
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
       check: whether to refuse a state with which the run would not go on as before; see the module.
-      rtol: how much of itself a step may differ by, where optax' rule has another form (AMSGrad,
-        Nadam, Adamax). At least 0.
+      rtol: the relative difference that a step may have where optax' rule has another form
+        (AMSGrad, Nadam, Adamax). At least 0.
 
     Returns:
       A state like that of `tx.init(params)`. Its arrays are copies. Schedules go on from the count
@@ -324,8 +324,8 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      target: the state of the optax transform's `init(params)`. Its dtypes stay, and so do the
-        hyperparameters that `inject_hyperparams` holds.
+      target: the state of the optax transform's `init(params)`. Its dtypes are kept, and so are the
+        hyperparameters in a state of `inject_hyperparams`.
       check, rtol: as for `from_optax`.
 
     Returns:
@@ -347,7 +347,7 @@ def to_optax(
     ours, wanted = AdamjaxState("to_optax", tx, state, params), _read_state("to_optax", target)
     source = ours.read_for(wanted, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
-    made = filling.filled_state(target, wanted.counts)
+    new_state = filling.filled_state(target, wanted.counts)
     if check:
         HyperparameterCheck(ours, OPTAX).check(wanted.moments)
-    return made
+    return new_state

@@ -72,7 +72,7 @@ class Source:
       skipped: the number of steps that were skipped; `None` if nothing counts them.
       other_states: the states of all other transforms.
       doubts: reasons why the run may not go on as before, each with its mend.
-      loose_hyperparams: hyperparameters that the system states outside of any rule.
+      unowned_hyperparams: hyperparameters that the system states outside of any rule.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
     """
 
@@ -84,7 +84,7 @@ class Source:
     skipped: int | None = None
     other_states: list[Any] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
-    loose_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
+    unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
     accumulates: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:
