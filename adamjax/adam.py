@@ -1,8 +1,8 @@
 """The rules: Adam with Nadam, AMSGrad, Adamax. Uphill updates, no learning rate.
 
 Every rule divides an average of gradients by a measure of their size. The papers differ in a few
-scalars for each step, so each rule is one function of arrays and of scalars that are computed
-before it. With `t` the step's number, 1 for the first,
+scalars for each step. So each step first computes these scalars, and then each rule is one function
+of them and of a leaf's arrays. With `t` the step's number, 1 for the first,
 
     u = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
 
@@ -53,7 +53,12 @@ __all__ = [
 
 
 class _Scalars(NamedTuple):
-    """The scalars of a step of Adam or AMSGrad; see the module's equation."""
+    """The scalars of a step of Adam or AMSGrad.
+
+    Attributes:
+      first, second: the averages that m and v are.
+      c_m, c_g, c_eps: as in the module's equation; `c_g` is `None` if it is 0.
+    """
 
     first: Average
     second: Average
@@ -66,8 +71,8 @@ class _Scalars(NamedTuple):
         return self._replace(c_m=factor * self.c_m, c_g=c_g)
 
 
-def _check(rule: Any, default: str) -> None:
-    """Checks a rule's betas and epsilon, and sets the default epsilon if none was given."""
+def _check_fields(rule: Any, epsilon: str) -> None:
+    """Checks a rule's fields. If no epsilon was given, sets the field `epsilon` to the default."""
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
@@ -75,7 +80,7 @@ def _check(rule: Any, default: str) -> None:
             f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
-        rule.set_fields(**{default: 1e-7})
+        rule.set_fields(**{epsilon: 1e-7})
     if rule.rows not in ("dense", "lazy"):
         raise ValueError(
             f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
@@ -117,17 +122,17 @@ def _with_wide_slots(rule: Any) -> Any:
     return rule.replace(**dict.fromkeys(narrow)) if narrow else rule
 
 
-def _zero_mean(params: Tree, dtype: str | None) -> Tree:
+def _zero_averages(params: Tree, dtype: str | None) -> Tree:
     """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
     def make(p: chex.Array) -> chex.Array:
-        own = widened(p.dtype, accumulator(p.dtype))
-        return jnp.zeros_like(p, own if jnp.iscomplexobj(p) else dtype or own)
+        default = widened(p.dtype, accumulator(p.dtype))
+        return jnp.zeros_like(p, default if jnp.iscomplexobj(p) else dtype or default)
 
     return new_slots(params, make)
 
 
-def _zero_size(params: Tree, dtype: str | None) -> Tree:
+def _zero_sizes(params: Tree, dtype: str | None) -> Tree:
     """Zero measures of the gradients' size: real, in the given dtype."""
     return new_slots(params, lambda p: jnp.zeros_like(p, dtype or accumulator(p.dtype)))
 
@@ -143,29 +148,29 @@ def _expect_slots(rule: Any, state: Any, **dtypes: str | None) -> None:
             )
 
 
-def _moments(
+def _adam_moments(
     c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
     return c.first(m, g), c.second(v, square(g))
 
 
-def _quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
-    top = c.c_m * m if c.c_g is None else c.c_m * m + c.c_g * g
-    return top / (root(v) + c.c_eps)
+def _adam_quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+    numerator = c.c_m * m if c.c_g is None else c.c_m * m + c.c_g * g
+    return numerator / (root(v) + c.c_eps)
 
 
-def _maximum(c: _Scalars, v_max: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+def _largest_v(c: _Scalars, v_max: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
     return jnp.maximum(v_max, v)
 
 
-def _quotient_by_max(
+def _amsgrad_quotient(
     c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array, v_max: chex.Array
 ) -> chex.Array:
-    return _quotient(c, g, m, v_max)
+    return _adam_quotient(c, g, m, v_max)
 
 
-_adam = Recurrence(_moments, _quotient)
-_amsgrad = Recurrence(_moments, _quotient_by_max, last=_maximum)
+_adam = Recurrence(_adam_moments, _adam_quotient)
+_amsgrad = Recurrence(_adam_moments, _amsgrad_quotient, last=_largest_v)
 
 
 def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
@@ -176,33 +181,36 @@ def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
 
 def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None) -> _Scalars:
     t = counted(count, real)
-    corrected_root = jnp.sqrt(correction(rule.b2, t))
-    c_m, c_g = corrected_root / correction(rule.b1, t), None
+    root_correction = jnp.sqrt(correction(rule.b2, t))
+    c_m, c_g = root_correction / correction(rule.b1, t), None
     if product is not None:
-        product, (ahead, _) = product.astype(real), _momentum(rule.b1, t + 1)
-        c_m = corrected_root * ahead / (1 - product * ahead)
-        c_g = corrected_root * _momentum(rule.b1, t)[1] / (1 - product)
+        product, (next_momentum, _) = product.astype(real), _momentum(rule.b1, t + 1)
+        c_m = root_correction * next_momentum / (1 - product * next_momentum)
+        c_g = root_correction * _momentum(rule.b1, t)[1] / (1 - product)
     return _Scalars(
         first=averaging(rule.b1, real),
         second=averaging(rule.b2, real),
         c_m=c_m,
         c_g=c_g,
-        # Never 0: numbers below the smallest normal one are flushed to 0.
+        # At least the smallest normal number: XLA flushes smaller ones to 0.
         c_eps=divisor(rule.eps_hat, real)
         if rule.eps is None
-        else jnp.maximum(divisor(rule.eps, real) * corrected_root, jnp.finfo(real).tiny),
+        else jnp.maximum(divisor(rule.eps, real) * root_correction, jnp.finfo(real).tiny),
     )
 
 
 def _coast(
     rule: Any, shrink: float, size: str = "v", squared: bool = True, decaying: str = "v"
 ) -> Coast:
-    corrected = getattr(rule, "eps_hat", rule.eps) is None
+    """The `Coast` of a rule with the slot m; `decaying` is the slot that decays by b2."""
+    has_eps_hat = getattr(rule, "eps_hat", None) is not None
+    # Adamax has one epsilon, which is not corrected.
+    is_corrected = hasattr(rule, "eps_hat") and not has_eps_hat
     return Coast(
         b1=rule.b1,
         shrink=shrink,
-        eps=rule.eps if corrected or not hasattr(rule, "eps_hat") else rule.eps_hat,
-        b2=rule.b2 if corrected else None,
+        eps=rule.eps_hat if has_eps_hat else rule.eps,
+        b2=rule.b2 if is_corrected else None,
         size=size,
         squared=squared,
         decays=(("m", rule.b1), (decaying, rule.b2)),
@@ -244,9 +252,9 @@ class scale_by_adam(Rule):
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1). (Betas and epsilons that are arrays, traced or set,
-        make NaN if they are out of their range; so does 0.99999999, which is 1 as a float32. An
-        epsilon of 0 does what the smallest one does.)
+      b2: decay of the second moment, in [0, 1). (A beta or epsilon may be an array that is traced
+        or set later. If its value is out of range, updates are NaN. So they are for 0.99999999,
+        which is 1 in float32. An epsilon of 0 counts as the smallest normal number.)
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
         default is 1e-7 if `eps` is not given.
       eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
@@ -268,9 +276,9 @@ class scale_by_adam(Rule):
     The state is a `ScaleByAdamState`.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
-    update of that element NaN. `skip_not_finite` does not detect this. `clip_by_value` in front
-    prevents it; a clip by a norm makes such a leaf or tree NaN. The square of a gradient below
-    about 3e-18 adds 0 to v, so with an epsilon smaller than that the update is far too large.
+    update of that element is NaN. `skip_not_finite` does not detect this. `clip_by_value` before
+    the rule prevents it; a clip by a norm makes such a leaf or tree NaN. The square of a gradient
+    below about 3e-18 adds 0 to v, so with an epsilon smaller than that the update is far too large.
 
     Raises:
       ValueError: a value is out of its range, or both epsilons are given.
@@ -293,14 +301,14 @@ class scale_by_adam(Rule):
 
     def __post_init__(self) -> None:
         self.check_flag("nesterov")
-        _check(self, default="eps" if self.nesterov else "eps_hat")
+        _check_fields(self, epsilon="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
     def init(self, params: Tree) -> ScaleByAdamState:
         return ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
-            m=_zero_mean(params, self.m_dtype),
-            v=_zero_size(params, self.v_dtype),
+            m=_zero_averages(params, self.m_dtype),
+            v=_zero_sizes(params, self.v_dtype),
             momentum_product=jnp.ones((), float) if self.nesterov else None,
         )
 
@@ -327,7 +335,7 @@ class scale_by_adam(Rule):
             came, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
             raise ValueError(
                 f"scale_by_adam: the state is {came}'s, but nesterov={self.nesterov} makes this "
-                f"{expected}: build it with nesterov={not self.nesterov}, or start from init"
+                f"{expected}: build the rule with nesterov={not self.nesterov}, or start from init"
             )
         if self.nesterov:
             expect_number(self, "momentum_product", state.momentum_product, jnp.floating)
@@ -391,15 +399,15 @@ class scale_by_amsgrad(Rule):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check(self, default="eps_hat")
+        _check_fields(self, epsilon="eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
     def init(self, params: Tree) -> ScaleByAmsgradState:
         return ScaleByAmsgradState(
             count=jnp.zeros((), jnp.int32),
-            m=_zero_mean(params, self.m_dtype),
-            v=_zero_size(params, self.v_dtype),
-            v_max=_zero_size(params, self.v_dtype),
+            m=_zero_averages(params, self.m_dtype),
+            v=_zero_sizes(params, self.v_dtype),
+            v_max=_zero_sizes(params, self.v_dtype),
         )
 
     def coast(self) -> Coast:
@@ -430,6 +438,8 @@ class scale_by_amsgrad(Rule):
 
 
 class _AdamaxScalars(NamedTuple):
+    """The scalars of a step of Adamax, as in `_Scalars`: its update is c_m * m / (u + c_eps)."""
+
     first: Average
     second: Average
     c_m: Any
@@ -439,19 +449,17 @@ class _AdamaxScalars(NamedTuple):
         return self._replace(c_m=factor * self.c_m)
 
 
-def _moment_and_maximum(
+def _adamax_moments(
     c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
     return c.first(m, g), jnp.maximum(c.second(u, jnp.zeros_like(u)), magnitude(g))
 
 
-def _quotient_by_maximum(
-    c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
-) -> chex.Array:
+def _adamax_quotient(c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array) -> chex.Array:
     return c.c_m * m / (u + c.c_eps)
 
 
-_adamax = Recurrence(_moment_and_maximum, _quotient_by_maximum)
+_adamax = Recurrence(_adamax_moments, _adamax_quotient)
 
 
 @transform_state("m", "u")
@@ -484,11 +492,10 @@ class scale_by_adamax(Rule):
 
     Args:
       b1: decay of the moment, in [0, 1).
-      b2: decay of the maximum, in [0, 1). (Arrays that are traced or set are treated as in
-        `scale_by_adam`.)
+      b2: decay of the maximum, in [0, 1). (For arrays see `scale_by_adam`.)
       eps: added to the maximum, above 0. (optax and torch add it inside the maximum.)
       m_dtype, u_dtype: as `m_dtype` and `v_dtype` in `scale_by_adam`.
-      rows: as in `scale_by_adam`, but "lazy" by default, as Keras' document of Adamax says.
+      rows: as in `scale_by_adam`, but "lazy" by default, as in Keras' documentation of Adamax.
 
     The state is a `ScaleByAdamaxState`.
 
@@ -507,14 +514,14 @@ class scale_by_adamax(Rule):
     rows: Rows = static(default="lazy", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check(self, default="eps")
+        _check_fields(self, epsilon="eps")
         _check_dtypes(self, "m_dtype", "u_dtype")
 
     def init(self, params: Tree) -> ScaleByAdamaxState:
         return ScaleByAdamaxState(
             count=jnp.zeros((), jnp.int32),
-            m=_zero_mean(params, self.m_dtype),
-            u=_zero_size(params, self.u_dtype),
+            m=_zero_averages(params, self.m_dtype),
+            u=_zero_sizes(params, self.u_dtype),
         )
 
     def coast(self) -> Coast:

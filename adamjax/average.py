@@ -53,11 +53,11 @@ class weight_ema(Transform):
     copies the weights at the first step.
 
     Args:
-      momentum: the weight of the old average, in [0, 1]. (An array that is traced or set makes the
-        average NaN if its value is outside.)
+      momentum: the weight of the old average, in [0, 1]. (In an array that is traced or set later,
+        a value outside makes the average NaN.)
       overwrite_frequency: each step whose number is a multiple of this sets the weights to the
-        average; a whole number of at least 1. `None`: never. (An array that is traced or set makes
-        the average and the weights NaN if its value is below 1.)
+        average; a whole number of at least 1. `None`: never. (In an array that is traced or set
+        later, a value below 1 makes the average and the weights NaN.)
 
     The state is a `WeightEmaState`.
 

@@ -15,7 +15,14 @@ __all__ = ["Bucketed", "Plan", "as_tree", "is_bucketed"]
 
 
 class Plan:
-    """Which leaves of a tree share a bucket: the static part of a `Bucketed`."""
+    """Which leaves of a tree share a bucket: the static part of a `Bucketed`.
+
+    Attributes:
+      treedef: the structure of the tree, as `flatten` returns it.
+      avals: the shape and dtype of each leaf; `None` for a leaf that is `None`.
+      buckets: for each bucket the indices of its leaves.
+      alone: the indices of the leaves that are in no bucket.
+    """
 
     def __init__(
         self, treedef: Any, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...], ...]
@@ -38,7 +45,7 @@ class Plan:
         return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As a tree, because a pickled treedef loses the static data of its nodes.
+        # Pickles a tree instead of the treedef, which would lose the static data of its nodes.
         tree = self.treedef.unflatten(range(len(self.avals)))
         return _plan_like, (tree, self.avals, self.buckets)
 
@@ -47,13 +54,13 @@ class Plan:
 
     @property
     def like(self) -> Tree:
-        """The tree with shapes and dtypes for leaves."""
+        """The tree with a `ShapeDtypeStruct` in place of each leaf."""
         return self.treedef.unflatten(
             [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
         )
 
     def join(self, leaves: list[Any]) -> "Bucketed":
-        """The tree of these leaves, which are in the order of `flatten`, in buckets."""
+        """Puts the leaves of a tree, in the order of `flatten`, into buckets."""
         buckets = tuple(_end_to_end([leaves[i] for i in bucket]) for bucket in self.buckets)
         return Bucketed(buckets, tuple(leaves[i] for i in self.alone), self)
 
@@ -74,8 +81,8 @@ def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...
 class Bucketed:
     """A tree whose small leaves are in buckets: first the buckets, then the other leaves.
 
-    The state of `grouped` has one in place of each tree like the parameters; `get_slot` and
-    `averaged_weights` return the tree itself.
+    The state of `grouped` has a `Bucketed` in place of each tree like the parameters; `get_slot`
+    and `averaged_weights` return the tree itself.
 
     Attributes:
       buckets: tuple of buckets: arrays of one dimension with leaves of one dtype end to end.
@@ -97,7 +104,8 @@ class Bucketed:
         names = [f"bucket {i}" for i in range(len(self.buckets))]
         names += [paths[i] for i in self.plan.alone]
         children = (*self.buckets, *self.alone)
-        # An incomplete state must pass through jit, so that `expect_whole` can refuse it.
+        # A state with other arrays than the plan must pass through jit, so that `expect_whole` can
+        # refuse it.
         names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)
         return tuple(zip(keys, children, strict=False)), self.plan
@@ -170,5 +178,5 @@ def is_bucketed(x: Any) -> bool:
 
 
 def as_tree(tree: Any) -> Any:
-    """The tree like the parameters, if this one is in buckets; else this one."""
+    """The tree without buckets, if this is a `Bucketed`; else the tree as it is."""
     return tree.tree() if isinstance(tree, Bucketed) else tree

@@ -99,8 +99,8 @@ class clip_by_value(Stateless):
     The real and the imaginary part of a complex element are limited separately.
 
     Args:
-      limit: the largest absolute value of an element, above 0. (An array that is traced or set is
-        not checked: 0 makes zeros; a negative or NaN value makes NaN.)
+      limit: the largest absolute value of an element, above 0. (An array that is traced or set
+        later is not checked: 0 makes zeros; a negative or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_value(1.0).update(jnp.array([-3.0, 0.5]), ())[0]
@@ -134,8 +134,8 @@ class clip_by_norm(Stateless):
     become NaN; those of a `RowGradient` in its rows only.
 
     Args:
-      max_norm: the largest norm of a leaf, above 0. (An array that is traced or set is not checked:
-        0 makes zeros; a negative, infinite or NaN value makes NaN.)
+      max_norm: the largest norm of a leaf, above 0. (An array that is traced or set later is not
+        checked: 0 makes zeros; a negative, infinite or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
@@ -172,8 +172,8 @@ class clip_by_global_norm(Stateless, Scaling):
     overflow (see `global_norm`).
 
     Args:
-      max_norm: the largest joint norm, above 0. (An array that is traced or set is not checked: 0
-        makes zeros; a negative, infinite or NaN value makes NaN.)
+      max_norm: the largest joint norm, above 0. (An array that is traced or set later is not
+        checked: 0 makes zeros; a negative, infinite or NaN value makes NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}

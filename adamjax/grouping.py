@@ -147,7 +147,7 @@ class grouped(Transform):
             raise ValueError(
                 f"grouped: {part!r} cannot take leaves in buckets, because its update of an "
                 "element may depend on the leaf's path or on the leaf as a whole. Leave it outside "
-                "of grouped: in the chain around it, or with grouped inside of masked or partition"
+                "of grouped: in the chain around it, or with grouped inside masked or partition"
                 " (set `groupable = True` in your own transform if it treats all elements alike)"
             )
 

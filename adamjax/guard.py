@@ -40,15 +40,15 @@ def _conditional(
     The step sees `None` for float0, which no branch of a `cond` can return.
 
     Args:
-      wide: whether updates stay wider than the gradients; else they are cast to their dtypes.
+      wide: whether updates may be wider than gradients; else they get the gradients' dtypes.
     """
     leaves, treedef = flatten(grads)
-    skipped = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
-    pairs = list(zip(leaves, skipped, strict=True))
+    inactive = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
+    pairs = list(zip(leaves, inactive, strict=True))
     active = treedef.unflatten(
         [
-            None if is_skipped else g if isinstance(g, RowGradient) else jnp.asarray(g)
-            for g, is_skipped in pairs
+            None if is_inactive else g if isinstance(g, RowGradient) else jnp.asarray(g)
+            for g, is_inactive in pairs
         ]
     )
 
@@ -56,7 +56,8 @@ def _conditional(
         updates, new_state = step(active)
 
         def result(g: Any, u: Any) -> Any:
-            # A seal that comes out of a `cond` is traced, so it would have to be compared.
+            # A branch of the `cond` would return a traced seal, which each later step would compare
+            # with the right one.
             return unsealed(u if wide else u.astype(g.dtype))
 
         return _map_leaves(result, active, updates), new_state
@@ -67,7 +68,8 @@ def _conditional(
 
     updates, state = jax.lax.cond(due, take_step, skip_step)
     triples = zip(flatten(updates)[0], pairs, strict=True)
-    return treedef.unflatten([g if skip else sealed(u) for u, (g, skip) in triples]), state
+    new = [g if is_inactive else sealed(u) for u, (g, is_inactive) in triples]
+    return treedef.unflatten(new), state
 
 
 def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
@@ -123,8 +125,8 @@ class accumulate_gradients(Transform):
 
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
     decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
-    a call is left alone in that call. If that is the call that takes the step, the leaf's sum
-    waits for the next step, where each gradient still counts one part in the calls of a step.
+    a call is left alone in that call. If that is the call that takes the step, the leaf's sum is
+    kept for the next step, which adds its own gradients and divides by the number of its own calls.
 
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
     of a table that a step touches; then the step gets a row gradient. If more rows are touched,
@@ -132,8 +134,8 @@ class accumulate_gradients(Transform):
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
-      steps: the number of micro-batches in a step, a whole number of at least 1. (An array with a
-        value below 1, traced or set, makes the mean NaN.)
+      steps: the number of micro-batches in a step, a whole number of at least 1. (If it is an array
+        that is traced or set later, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
         gradients; each pattern must match a leaf, as in `by_path`. Or one number for all leaves of
         two or more dimensions that have more rows than that.
@@ -206,7 +208,7 @@ class accumulate_gradients(Transform):
             expected = None if x is None else self._max_rows_of(path, x)
             if rows != expected:
                 raise ValueError(
-                    f"accumulate_gradients: the state gathers {path!r} in "
+                    f"accumulate_gradients: the state accumulates {path!r} in "
                     f"{'a dense array' if rows is None else f'{rows} rows'}, expected "
                     f"{'a dense array' if expected is None else f'{expected} rows'} by max_rows="
                     f"{self.max_rows!r}: use the max_rows that made the state, or after a whole "

@@ -123,11 +123,12 @@ def scatter_rows(
 def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
     """Makes the compiler split new arrays like traced ones of their shapes.
 
-    Compilers give both operands of a select the same sharding. The selects here never choose a
-    like. The compiler must not notice that before it has chosen shardings, so their condition has
-    a sharding constraint. The constraint then goes, and the selects become the new arrays, so that
-    nothing reads the likes. If the type of a like has no mesh, the condition has a barrier in place
-    of the constraint, and that stays.
+    The compiler gives both operands of a select the same sharding. So each new array becomes a
+    select between its like and itself, with a condition that is always False. While the compiler
+    chooses shardings it must not know that, so the condition has a sharding constraint. When the
+    compiler has removed the constraint it also removes the select, and nothing reads the like. If
+    the type of a like has no mesh, the condition has a barrier in place of the constraint. A
+    barrier is not removed, and neither is the select.
 
     Args:
       arrays: the new arrays; `None` stays `None`.
@@ -135,7 +136,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
     """
     conditions: dict[Any, chex.Array] = {}
 
-    def never(mesh: Any) -> chex.Array:
+    def hidden_false(mesh: Any) -> chex.Array:
         if mesh is None:
             return jax.lax.optimization_barrier(np.False_)
         return jax.lax.with_sharding_constraint(np.False_, NamedSharding(mesh, PartitionSpec()))
@@ -151,7 +152,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
             return x
         mesh = mesh if kinds == {"Auto"} else None
         if mesh not in conditions:
-            conditions[mesh] = never(mesh)
+            conditions[mesh] = hidden_false(mesh)
         if like.dtype != x.dtype:
             like = like if jnp.iscomplexobj(x) else like.real
             like = like.astype(x.dtype)
@@ -162,10 +163,10 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
 
 def rows_alike(x: chex.Array, table: Any) -> chex.Array:
     """A new array with a number for each row of a table, with the sharding of the rows."""
-    split = rows_split(table)
-    if split is not None:
+    sharding = rows_split(table)
+    if sharding is not None:
         typed = explicit(table) is not None
-        return jax.sharding.reshard(x, split) if typed else jax.device_put(x, split)
+        return jax.sharding.reshard(x, sharding) if typed else jax.device_put(x, sharding)
     if not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
@@ -177,18 +178,19 @@ def over_rows(
     """Makes each device run a function on its own rows of a table.
 
     Args:
-      function: `(long, short, first) -> long`, which works row by row. `long` has arrays as long
-        as the table, `short` other arrays; `first` is the number of the device's first row.
+      function: `(columns, others, first) -> columns`, which works row by row. `columns` is a tree
+        of arrays with an entry for each row of the table, `others` a tree of other arrays; `first`
+        is the number of the device's first row.
       axis: the mesh axes that split the table, if its sharding is not known.
 
     Returns:
-      The function `(long, short) -> long` of the whole table.
+      The function `(columns, others) -> columns` of the whole table.
     """
-    split = rows_split(table)
-    if split is None and axis is None:
-        return lambda long, short: function(long, short, 0)
-    axes = axis if split is None else split.spec[0]
-    mesh = _mesh(owner, axes) if split is None else split.mesh
+    sharding = rows_split(table)
+    if sharding is None and axis is None:
+        return lambda columns, others: function(columns, others, 0)
+    axes = axis if sharding is None else sharding.spec[0]
+    mesh = _mesh(owner, axes) if sharding is None else sharding.mesh
     names = {axes} if isinstance(axes, str) else set(axes)
     count = math.prod(mesh.shape[name] for name in names)
     if len(table) % count:
@@ -196,13 +198,13 @@ def over_rows(
             f"{owner}: a table of {len(table)} rows is not split evenly over the {count} devices "
             f"of axis {axes!r}; leave axis out, or pad the table"
         )
-    specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
+    in_specs, out_specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
 
-    def own_rows(long: Any, short: Any) -> Any:
+    def on_own_rows(columns: Any, others: Any) -> Any:
         first = jax.lax.axis_index(axes) * (len(table) // count)
-        return function(long, short, first)
+        return function(columns, others, first)
 
-    return jax.jit(per_device(own_rows, mesh, names, *specs))
+    return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
 
 
 def _mesh(owner: str, axes: Any) -> Any:

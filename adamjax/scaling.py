@@ -93,8 +93,8 @@ class scale_by_learning_rate(Scaling):
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
         before this step, 0 at the first), or `by_path` for a rate per leaf. (A value below 0 that
-        only the step sees, in an array that is traced or set or from a callable, makes NaN; but a
-        callable's result of -1e-6 to 0 counts as 0, because of rounding.)
+        only the step sees makes NaN: in an array that is traced or set later, or from a callable.
+        But a callable's result of -1e-6 to 0 counts as 0, because of rounding.)
 
     The state is a `ScheduleState`.
 

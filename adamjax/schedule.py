@@ -3,8 +3,8 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
-schedules. Some faults only a step can see: in arrays that are traced or set, and in the results of
-callables. There a value below 0 makes NaN, and so do boundaries that do not increase. (But a result
+schedules. Some faults only a step can see: in arrays that are traced or set later, and in results
+of callables. There a value below 0 makes NaN, and so do boundaries that do not increase. (A result
 of a callable between -1e-6 and 0 counts as 0, because rounding may leave that of a rate that ends
 at 0.)
 """
@@ -89,8 +89,8 @@ class _Compiled(Schedule):
     and rounds sums and products together. Without it the last bit would often differ. As in a step,
     Python numbers are constants and arrays are arguments.
 
-    The value of an array that is traced or set is not checked: a negative, infinite or NaN value
-    makes NaN, and 0 does what the smallest number does.
+    An array that is traced or set later is not checked: a negative, infinite or NaN value makes
+    NaN, and 0 counts as the smallest number.
     """
 
     # The ranges of the fields that are numbers.

@@ -40,7 +40,8 @@ class ShardedState(NamedTuple):
     inner: Any
 
 
-# The mesh axes that split each dimension of an array; `None` if none does or it is unknown.
+# For each dimension of an array the mesh axes that split it, or `None` if none does or the split is
+# unknown.
 Spec = tuple[Any, ...]
 
 
@@ -56,16 +57,16 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
     """The shardings of an optimizer's state on a mesh: each slot is split like its parameter.
 
     Use them in `jax.jit(tx.init, out_shardings=...)`, in the `out_shardings` of a step, and to
-    restore a checkpoint. Numbers are on all devices. The record that `exact_rows` has of each row
-    is split like the rows of its table. Under `shard_state`, slots are also split over its axis.
+    restore a checkpoint. Scalars are on all devices. What `exact_rows` records for each row is
+    split like the rows of its table. Under `shard_state`, slots are also split over its axis.
 
     Args:
       tx: an optimizer; states of other libraries' transforms, such as optax's, are split too.
       params: the parameters; arrays, or `jax.ShapeDtypeStruct`. A parameter without a
         `NamedSharding` is on all devices.
       mesh: a `jax.sharding.Mesh`.
-      memory_kind: the memory for slots, like `"pinned_host"`; `None`: the devices' own. A step
-        has to fetch them from there, as `shard_state` does.
+      memory_kind: the memory for slots, like `"pinned_host"`; `None`: the devices' own memory. A
+        step has to fetch slots from another memory itself, as `shard_state` does.
 
     Returns:
       A tree like `tx.init(params)` with a `NamedSharding` for each array.
@@ -82,10 +83,10 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
     tx, (leaves, treedef) = as_transform(tx), flatten(params)
     shapes = [p if p is None else jax.ShapeDtypeStruct(np.shape(p), dtype_of(p)) for p in leaves]
     state = jax.eval_shape(tx.init, treedef.unflatten(shapes))
-    return _placed(tx, params, state, [_spec(p) for p in leaves], mesh, memory_kind)
+    return _shardings_of(tx, params, state, [_spec(p) for p in leaves], mesh, memory_kind)
 
 
-def _placed(
+def _shardings_of(
     tx: Transform, params: Tree, state: Any, specs: Sequence[Spec], mesh: Any, kind: str | None
 ) -> Any:
     """The shardings of a state, given the split of the slots of each parameter."""
@@ -93,33 +94,33 @@ def _placed(
     paths = leaf_paths(params)
     shard_states = [part.tx for part in find(shard_state, tx)]
 
-    def along(spec: Spec) -> NamedSharding:
+    def split(spec: Spec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
-    def everywhere(x: Any) -> Any:
+    def replicated(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
 
-    def slots(tree: Tree) -> Tree:
-        def slot(x: Any, p: Any, spec: Spec) -> Any:
-            is_like = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
-            return along(spec) if is_like else everywhere(x)
+    def of_slots(tree: Tree) -> Tree:
+        def of_slot(x: Any, p: Any, spec: Spec) -> Any:
+            has_shape = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
+            return split(spec) if has_shape else replicated(x)
 
-        return treedef.unflatten(map(slot, flatten(tree)[0], leaves, specs))
+        return treedef.unflatten(map(of_slot, flatten(tree)[0], leaves, specs))
 
-    def other(x: Any) -> Any:
+    def of_others(x: Any) -> Any:
         if isinstance(x, ShardedState):
             return ShardedState(shard_states.pop(0).placed(x.inner, params, kind))
         if isinstance(x, ExactRowsState):
             tables = {
-                path: everywhere(table)._replace(last=along(specs[paths.index(path)][:1]))
+                path: replicated(table)._replace(last=split(specs[paths.index(path)][:1]))
                 for path, table in x.tables.items()
             }
-            inner = map_like_params(params, slots, other, x.inner)
-            return ExactRowsState(inner, everywhere(x.clock), tables, everywhere(x.rings))
-        return everywhere(x)
+            inner = map_like_params(params, of_slots, of_others, x.inner)
+            return ExactRowsState(inner, replicated(x.clock), tables, replicated(x.rings))
+        return replicated(x)
 
     return map_like_params(
-        params, slots, other, state, lambda x: isinstance(x, ShardedState | ExactRowsState)
+        params, of_slots, of_others, state, lambda x: isinstance(x, ShardedState | ExactRowsState)
     )
 
 
@@ -142,7 +143,7 @@ class shard_state(Transform):
       mesh: a `jax.sharding.Mesh` with the axis.
       axis: its name, or a tuple of several.
       memory_kind: the memory for the state between steps. `"pinned_host"` keeps it in the host's
-        memory, and each step fetches it from there. `None`: the devices' own.
+        memory, and each step fetches it from there. `None`: the devices' own memory.
 
     The state is a `ShardedState`. `jax.jit(tx.init)(params)` creates each array already split. On a
     mesh with explicit axes, a parameter that is split over other axes stays split; on a mesh with
@@ -200,6 +201,7 @@ class shard_state(Transform):
     def split(self, x: Any) -> Spec:
         """The split of a slot: that of its parameter, with its longest dimension over the axis."""
         spec, shape = self._own_split(x), np.shape(x)
+        # An axis can split only one dimension, and it may split the parameter already.
         if set(self._axes) & {name for axes in spec for name in _names(axes)}:
             return spec
         free = [
@@ -211,7 +213,7 @@ class shard_state(Transform):
         return (*spec[:longest], self.axis, *spec[longest + 1 :])
 
     def _split_like(self, tree: Tree, like: Tree, spec_of: Callable[[Any], Spec]) -> Tree:
-        """A tree with its dense leaves split by `spec_of` of the leaves of `like`."""
+        """A tree with its dense leaves split: each by `spec_of(p)`, p being that leaf of `like`."""
 
         def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
@@ -225,9 +227,9 @@ class shard_state(Transform):
     def placed(self, inner: Any, params: Tree, kind: str | None = None) -> Any:
         """The shardings of the inner transform's state."""
         splits = [self.split(p) for p in flatten(params)[0]]
-        return _placed(self.tx, params, inner, splits, self.mesh, kind or self.memory_kind)
+        return _shardings_of(self.tx, params, inner, splits, self.mesh, kind or self.memory_kind)
 
-    # --- the pair
+    # --- init and update
 
     def init(self, params: Tree) -> ShardedState:
         def make(params: Tree) -> ShardedState:
@@ -242,17 +244,17 @@ class shard_state(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, ShardedState)
-        whole, inner = updates if params is None else params, state.inner
+        like, inner = updates if params is None else params, state.inner
         if self.memory_kind is not None:
             kind = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(on_devices, inner, self.placed(inner, whole, kind))
-        leaves = matched("shard_state", "grads", updates, whole, "params")
-        updates = self._split_like(flatten(whole)[1].unflatten(leaves), whole, self.split)
+            inner = jax.tree.map(on_devices, inner, self.placed(inner, like, kind))
+        leaves = matched("shard_state", "grads", updates, like, "params")
+        updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self.split)
         if params is not None:
-            params = self._split_like(params, whole, self.split)
+            params = self._split_like(params, like, self.split)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
-        inner = jax.tree.map(on_devices, inner, self.placed(inner, whole))
-        return self._split_like(updates, whole, self._own_split), ShardedState(inner)
+        inner = jax.tree.map(on_devices, inner, self.placed(inner, like))
+        return self._split_like(updates, like, self._own_split), ShardedState(inner)
 
     def value_and_grad(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False
@@ -274,9 +276,9 @@ class shard_state(Transform):
           The gradient of a leaf that is no float is `None`.
 
         Raises:
-          ValueError: by the call: the batch does not divide over the devices; a leaf of aux is
-            neither a float nor an array of examples, such as a count, which differs from device to
-            device.
+          ValueError: when the function is called: the batch does not divide over the devices, or a
+            leaf of aux is neither a float nor an array with an entry for each example. (A count is
+            neither: it differs from device to device.)
           TypeError: a leaf of params is no array.
         """
 
@@ -292,6 +294,7 @@ class shard_state(Transform):
                     )
             leaves, treedef = flatten(params)
             splits = [self.split(p) for p in leaves]
+            # `on_one_device` puts the structure of aux here when it is traced.
             aux: list[Any] = []
 
             def reduced(g: Any, split: Spec) -> Any:
@@ -324,9 +327,9 @@ class shard_state(Transform):
                 return PartitionSpec(*(self.axis if a == self.axis else None for a in split))
 
             whole, batch = PartitionSpec(), PartitionSpec(self.axis)
-            out = whole, batch, whole, treedef.unflatten(map(over_axis, splits))
-            into = whole, *[batch] * len(args)
-            mapped = per_device(on_one_device, self.mesh, set(self._axes), into, out)
+            out_specs = whole, batch, whole, treedef.unflatten(map(over_axis, splits))
+            in_specs = whole, *[batch] * len(args)
+            mapped = per_device(on_one_device, self.mesh, set(self._axes), in_specs, out_specs)
             loss, examples, means, grads = mapped(params, *args)
             structure, flags = aux
             outputs = {True: iter(examples), False: iter(means)}
@@ -344,27 +347,27 @@ def _are_per_example(call: Call, aux: Tree) -> list[bool]:
     """
     pairs = jax.tree_util.tree_flatten_with_path(aux)[0]
     shapes = [_shape(x) for _, x in pairs]
-    longer = _shapes_of_twice(call) if any(shapes) else shapes
+    with_twice = _shapes_with_twice_the_batch(call) if any(shapes) else shapes
     flags = []
-    for (path, x), one, two in zip(pairs, shapes, longer, strict=True):
+    for (path, x), shape, twice in zip(pairs, shapes, with_twice, strict=True):
         name = f"aux[{jax.tree_util.keystr(path, simple=True, separator='/')!r}]"
-        if one != two and two != tuple(2 * n if i == 0 else n for i, n in enumerate(one)):
+        if shape != twice and twice != tuple(2 * n if i == 0 else n for i, n in enumerate(shape)):
             raise ValueError(
-                f"shard_state: {name} is {described(x)}, and of shape {list(two)} with twice the "
+                f"shard_state: {name} is {described(x)}, and of shape {list(twice)} with twice the "
                 "batch: expected an entry for each example in its first dimension"
             )
-        if one == two and (not is_arraylike(x) or is_left_alone(x)):
+        if shape == twice and (not is_arraylike(x) or is_left_alone(x)):
             raise ValueError(
                 f"shard_state: {name} is {described(x)}, which differs from device to device: "
                 "expected a float, which is averaged over the devices, or an array with an entry "
                 "for each example in its first dimension. Instead of a count return a mean of "
                 "floats, as in jnp.mean(right.astype(float))"
             )
-        flags.append(one != two)
+        flags.append(shape != twice)
     return flags
 
 
-def _shapes_of_twice(call: Call) -> list[tuple[int, ...]]:
+def _shapes_with_twice_the_batch(call: Call) -> list[tuple[int, ...]]:
     """The shapes of the leaves of a loss' aux with twice the batch."""
 
     def twice(x: Any) -> jax.ShapeDtypeStruct:

@@ -11,32 +11,34 @@ import adamjax
 from benchmarks import steps
 from benchmarks.steps import RATE, Runner, Step
 
-# Of p(k) ~ k^-s: 8,192 indices hold about 1,400 distinct ones of 1M, 1,024 about 290.
+# The exponent s of Zipf's law, p(k) ~ k^-s. Of 1M rows, 8,192 indices are of about 1,400 distinct
+# ones, and 1,024 indices of about 290.
 EXPONENT = 1.28
 
-# Batches in rotation; the most bytes of their values, of which there are two at least.
+# Steps repeat this many arrays of indices and this many of values. If the values would take more
+# bytes than this, there are fewer arrays of them, but at least two.
 INDICES, VALUES = 32, 8
 MOST_BYTES = 2**28
 
-# Steps before any is timed: for a dense step, so that its memory is there; for the others, so that
-# rows lag behind.
-FEW, MANY = 3, 24
+# Steps before the timed ones: few for a dense step, until its memory is allocated; many for the
+# others, until rows lag behind.
+FEW_STEPS, MANY_STEPS = 3, 24
 
-# name: (the package it needs, steps before any is timed)
+# name: (the package it needs, steps before the timed ones)
 CONTENDERS: dict[str, tuple[str, int]] = {
-    "exact": ("adamjax", MANY),
-    "lazy": ("adamjax", MANY),
-    "dense": ("adamjax", FEW),
-    "optax": ("optax", FEW),
-    "keras": ("keras", FEW),
-    "tf form": ("jax", FEW),
-    "torch sparse": ("torch", MANY),
-    "torch dense": ("torch", FEW),
+    "exact": ("adamjax", MANY_STEPS),
+    "lazy": ("adamjax", MANY_STEPS),
+    "dense": ("adamjax", FEW_STEPS),
+    "optax": ("optax", FEW_STEPS),
+    "keras": ("keras", FEW_STEPS),
+    "tf form": ("jax", FEW_STEPS),
+    "torch sparse": ("torch", MANY_STEPS),
+    "torch dense": ("torch", FEW_STEPS),
 }
-# With reading the rows, a loss and its gradient; in the main cases alone.
-WHOLE = {"exact step": ("adamjax", MANY), "lazy step": ("adamjax", MANY)}
-EVERYONE = {**CONTENDERS, **WHOLE}
-OURS = tuple(name for name, (package, _) in EVERYONE.items() if package == "adamjax")
+# Steps that also read the rows and differentiate a loss. Only the main cases time them.
+WHOLE_STEPS = {"exact step": ("adamjax", MANY_STEPS), "lazy step": ("adamjax", MANY_STEPS)}
+ALL_CONTENDERS = {**CONTENDERS, **WHOLE_STEPS}
+OURS = tuple(name for name, (package, _) in ALL_CONTENDERS.items() if package == "adamjax")
 # Those that work on the rows that were read; the others pass over the whole table.
 BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
 
@@ -45,7 +47,7 @@ BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
 
 
 def short(number: int) -> str:
-    """A number as the cases' names have it: 4M, 100k; 64k for 65,536."""
+    """A number as in the names of cases: 4M, 100k; 64k for 65,536."""
     if number % 1024 == 0:
         return f"{number // 1024}k"
     for unit, letter in ((10**6, "M"), (10**3, "k")):
@@ -69,13 +71,13 @@ class Case:
 
 
 def least_bytes(name: str, case: Case, distinct: float) -> float:
-    """Bytes that a contender's step must read and write, however it is written.
+    """The least bytes that a contender's step can read and write.
 
-    Counted once each, in float32: parameter and both moments of a row are read and written, 24
-    bytes an element, for the distinct rows of the batch, or for the whole table where the
-    contender passes over all of it; the gradient's values and the int32 indices are read. Not
-    counted: a dense gradient, which the result does not need; what `exact_rows` notes about each
-    row, 8 bytes; what a TPU pads rows with.
+    All in float32 and each once. The parameter and both moments of a row are read and written: 24
+    bytes for each element of the batch's distinct rows, or of the whole table if the contender
+    passes over all of it. The gradient's values and the int32 indices are read. Not counted are a
+    dense gradient, which the result does not need; what `exact_rows` records for each row, 8 bytes;
+    and the padding of rows on a TPU.
 
     Args:
       name: the contender.
@@ -102,7 +104,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=(INDICES, case.reads))
     else:
-        # The sums are freed at once: what stays resident would count as a step's memory.
+        # A local array, which is freed on return: resident memory counts as that of a step.
         total = np.cumsum(np.arange(1, case.rows + 1) ** -EXPONENT)
         ranks = np.searchsorted(total, rng.random((INDICES, case.reads)) * total[-1])
         # Frequent rows are not neighbours; the prime makes this a permutation.
@@ -113,7 +115,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_rows(width: int) -> np.ndarray:
-    """The rows that every table repeats at the start."""
+    """The rows that every table consists of before the first step, repeated."""
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 
@@ -127,8 +129,8 @@ def optimizer(name: str) -> Any:
 
 def contender_step(name: str) -> Step:
     """The step `(params, state, indices, values)` of a contender in JAX."""
-    if name in WHOLE:
-        # Half the sum of squares, weighed: its gradient depends on what was read, at little cost.
+    if name in WHOLE_STEPS:
+        # Half a weighted sum of squares: a cheap loss whose gradient depends on the rows.
         return steps.hand_written_step(
             optimizer(name), lambda rows, values: (values * rows * rows).sum() / 2
         )
@@ -149,7 +151,7 @@ class JaxTable:
         params = {"table": jnp.resize(rows, (case.rows, case.width))}
         if name in OURS:
             params = jax.tree.map(adamjax.layout.row_major, params)
-            compiled = steps.jitted(step, optimizer(name), params, more=name in WHOLE)
+            compiled = steps.jitted(step, optimizer(name), params, more=name in WHOLE_STEPS)
         else:
             compiled = jax.jit(step, donate_argnums=(0, 1))
         self.run = Runner(compiled, params, init(params))

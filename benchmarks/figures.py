@@ -17,48 +17,48 @@ Results = dict[str, Any]
 @functools.cache
 def results(suite: str) -> Results:
     """The committed results of a suite on a CPU."""
-    found: Results = json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
-    return found
+    committed: Results = json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
+    return committed
 
 
 def span(numbers: Iterable[float], digits: int | None = None) -> str:
-    """The smallest and the largest number: with these decimals, or with two figures."""
+    """The smallest and the largest number, with this many decimals or as `two_figures`."""
     ends = sorted(numbers)
     written = [two_figures(x) if digits is None else f"{x:.{digits}f}" for x in ends]
     return " to ".join(dict.fromkeys((written[0], written[-1])))
 
 
 def two_figures(number: float) -> str:
-    """A number with two figures, or all of those in front of its point."""
+    """A number with two significant digits, or with no decimals from 10 on."""
     return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def of_times(contender: str, own: str = "exact") -> list[float]:
-    """How many times as long as `own` a contender takes, in each main case of the rows suite."""
+def times_as_long(contender: str) -> list[float]:
+    """A contender's time divided by that of `exact`, in each main case of the rows suite."""
     rows = main_rows(results("rows"))
-    return [1 / row["ratio"][own][contender]["median"] for row in rows]
+    return [1 / row["ratio"]["exact"][contender]["median"] for row in rows]
 
 
 def dense_ratios(chain: str, rival: str) -> list[float]:
-    """adamjax's time by a rival's, in every workload of the dense suite with this chain."""
+    """adamjax's time divided by a rival's, in each workload of the dense suite with this chain."""
     rows = results("dense")["times"]
     return [row["ratio"][rival]["median"] for row in rows if row["chain"] == chain]
 
 
-def losses_of_exact() -> list[float]:
-    """By how much `exact` is slower than dense gradients in optax, where it is slower."""
+def slowdowns_of_exact() -> list[float]:
+    """The time of `exact` divided by that of dense gradients in optax, where it is longer."""
     rows = results("rows")["times"]
     ratios = [r["ratio"]["exact"]["optax"]["median"] for r in rows if "exact" in r["ratio"]]
     return [ratio for ratio in ratios if ratio > 1]
 
 
-def soaked(contender: str) -> str:
-    """The mean difference of a weight from float64, after the last step of the soak."""
+def soak_error(contender: str) -> str:
+    """The mean difference of a weight from its value in float64, after the soak's last step."""
     return f"{results('soak')['cases']['Adam']['weights'][contender]['mean'][-1]:.1e}"
 
 
 def model_ratio(model: str, contender: str) -> float:
-    """How many times as long as that with `exact_rows` a model's train step takes."""
+    """The time of a model's train step divided by that of its step with `exact_rows`."""
     rows = {row["model"]: row["ratio"] for row in results("models")["steps"]}
     return float(rows[model][contender]["median"])
 
@@ -69,33 +69,33 @@ def temporaries(mode: str) -> str:
     return f"{modes[mode] / 1e6:.0f}"
 
 
-def trained(mode: str, name: str) -> float:
-    """A figure of the training job with `--rows mode`, at the end or a median."""
+def training_figure(mode: str, name: str) -> float:
+    """A figure of the training job with `--rows mode`; the median, if it was measured often."""
     figure = results("train")["rows"][mode][name]
     return float(figure["median"] if isinstance(figure, dict) else figure)
 
 
 FIGURES = {
-    "table optax": lambda: span(of_times("optax")),
-    "table torch": lambda: span(of_times("torch sparse")),
+    "table optax": lambda: span(times_as_long("optax")),
+    "table torch": lambda: span(times_as_long("torch sparse")),
     "table exact ms": lambda: span(
         (row["ms"]["exact"]["median"] for row in main_rows(results("rows"))), 1
     ),
-    "table worst": lambda: span([max(losses_of_exact(), default=1.0)]),
+    "table worst": lambda: span([max(slowdowns_of_exact(), default=1.0)]),
     "clip adam optax": lambda: span(1 / x for x in dense_ratios("clip + adam", "optax")),
     "adam optax": lambda: span(dense_ratios("adam", "optax"), 2),
     "adam torch": lambda: span([max(dense_ratios("adam", "torch"))], 2),
     "soak steps": lambda: f"{results('soak')['cases']['Adam']['steps'][-1]:,}",
-    "soak exact": lambda: soaked("exact"),
-    "soak dense": lambda: soaked("dense"),
+    "soak exact": lambda: soak_error("exact"),
+    "soak dense": lambda: soak_error("dense"),
     "dlrm optax": lambda: span([model_ratio("DLRM", "optax")]),
     "towers optax": lambda: span([model_ratio("two towers", "optax")]),
     "train steps": lambda: f"{results('train')['config']['steps']}",
-    "train none loss": lambda: f"{trained('none', 'held_out_loss'):.3f}",
-    "train exact loss": lambda: f"{trained('exact', 'held_out_loss'):.3f}",
-    "train lazy loss": lambda: f"{trained('lazy', 'held_out_loss'):.3f}",
-    "train exact time": lambda: f"{trained('exact', 'ratio_to_none'):.2f}",
-    "train lazy time": lambda: f"{trained('lazy', 'ratio_to_none'):.2f}",
+    "train none loss": lambda: f"{training_figure('none', 'held_out_loss'):.3f}",
+    "train exact loss": lambda: f"{training_figure('exact', 'held_out_loss'):.3f}",
+    "train lazy loss": lambda: f"{training_figure('lazy', 'held_out_loss'):.3f}",
+    "train exact time": lambda: f"{training_figure('exact', 'ratio_to_none'):.2f}",
+    "train lazy time": lambda: f"{training_figure('lazy', 'ratio_to_none'):.2f}",
     "table temporaries dense gradient": lambda: temporaries("dense gradient"),
     "table temporaries exact": lambda: temporaries("exact_rows"),
 }

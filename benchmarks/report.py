@@ -1,8 +1,8 @@
-"""A page to read: what a folder of results says, first in short, then suite by suite, with plots.
+"""A page about the results in a folder: a summary, then suite by suite, with plots.
 
 `python -m benchmarks report [FOLDER]` writes `report.md` and its plots beside the results, from
-these and nothing else. `--compare A.json B.json` prints instead what changed between two results of
-one suite, and whether by more than the noise.
+the results alone. `--compare A.json B.json` prints instead what changed between two results of one
+suite, and whether by more than the noise.
 """
 
 import argparse
@@ -36,8 +36,8 @@ SECTIONS = {
     ),
     "memory": (
         "Memory",
-        "What a step holds besides parameters and gradients: the optimizer's state, which stays, "
-        "and temporaries, which come and go.",
+        "What a step needs besides parameters and gradients: the optimizer's state, which stays in "
+        "memory between steps, and temporaries, which a step allocates and frees.",
     ),
     "models": (
         "Whole models",
@@ -63,13 +63,13 @@ def read(folder: Path) -> Results:
     results = {suite: compare.loaded(path) for suite, path in paths.items() if path.exists()}
     if not results:
         raise ValueError(
-            f"{folder} holds no results: `python -m benchmarks all` measures everything, and "
+            f"{folder} has no results: `python -m benchmarks all` measures everything, and "
             f"`python -m benchmarks SUITE` one of {', '.join(SECTIONS)}"
         )
     return results
 
 
-# --- in short: lines whose figures are those of the results, their shares or reciprocals ----------
+# --- the summary: its figures are those of the results, their shares or reciprocals ---------------
 
 
 def _span(numbers: Sequence[float]) -> str:
@@ -88,12 +88,12 @@ def _main_rows(results: Results) -> list[dict[str, Any]]:
 
 def _speed(results: Results) -> Iterator[str]:
     """How fast steps are."""
-    dense, spans = _rows_of(results, "dense"), []
+    dense, shares = _rows_of(results, "dense"), []
     for name in dense[0]["ratio"] if dense else ():
         ratios = [row["ratio"][name]["median"] for row in dense if name in row["ratio"]]
-        spans.append(f"{_span(ratios)} ({NAMES.get(name, name)})")
-    if spans:
-        yield f"Of others' time a dense step takes {', '.join(spans)} (less is faster)."
+        shares.append(f"{_span(ratios)} of the time with {NAMES.get(name, name)}")
+    if shares:
+        yield f"A dense step takes {', '.join(shares)}."
     for row in _main_rows(results):
         ratios, others = row["ratio"].get("exact", {}), ""
         for name in ("optax", "torch sparse"):
@@ -107,15 +107,15 @@ def _speed(results: Results) -> Iterator[str]:
         )
     models = [row for row in _rows_of(results, "models", "steps") if "optax" in row["ratio"]]
     if models:
-        times = (f"{row['model']} {row['ratio']['optax']['median']:.1f} times" for row in models)
-        yield f"A train step with optax takes, by `exact_rows`' time: {', '.join(times)}."
-    spans = []
+        times = (f"{row['model']} {row['ratio']['optax']['median']:.1f}" for row in models)
+        yield (
+            "The time of a train step with optax, divided by that with `exact_rows`: "
+            f"{', '.join(times)}."
+        )
     for what in ("trace and lower", "compile"):
         rows = [row for row in _rows_of(results, "compile") if row["what"] == what]
         if medians := [row["ratio"]["optax"]["median"] for row in rows if row["ratio"]]:
-            spans.append(f"{_span(medians)} to {what} a step")
-    if spans:
-        yield f"Of optax's time it takes {', '.join(spans)}."
+            yield f"To {what} a step takes {_span(medians)} of the time with optax."
 
 
 def _limits(results: Results) -> Iterator[str]:
@@ -128,7 +128,7 @@ def _limits(results: Results) -> Iterator[str]:
         )
     for suite in [suite for suite in suites if suite not in missing]:
         speed = f"{results[suite]['bandwidth']['median'] / 1e9:.1f}"
-        limit = f"of what the memory's bandwidth, {speed} GB/s, allows"
+        limit = f"of the speed that the memory's bandwidth, {speed} GB/s, allows"
         if suite == "dense":
             shares = [row["fraction"]["adamjax"]["median"] for row in results[suite]["times"]]
             yield f"A dense step reaches {_span(shares)} {limit}."
@@ -152,7 +152,7 @@ def _limits(results: Results) -> Iterator[str]:
 
 
 def _slower(results: Results) -> Iterator[tuple[str, str, float, str]]:
-    """Where adamjax is slower by more than the noise: what, than whom, how much, the case."""
+    """Where adamjax is slower by more than the noise: what, the rival, the ratio, the case."""
     cases: list[tuple[str, str, str, dict[str, float]]] = []
     for row in _rows_of(results, "dense"):
         case = f"{row['workload']}, {row['chain']}"
@@ -165,7 +165,7 @@ def _slower(results: Results) -> Iterator[tuple[str, str, float, str]]:
         what = f"To {row['what']} a step"
         cases += ((what, name, row["chain"], ratio) for name, ratio in row["ratio"].items())
     for row in _rows_of(results, "models", "steps"):
-        if ratio := row["ratio"].get("optax"):  # optax's time by ours
+        if ratio := row["ratio"].get("optax"):  # optax's time divided by ours
             ours = {"q25": 1 / ratio["q75"], "median": 1 / ratio["median"]}
             cases.append(("A train step with `exact_rows`", "optax", row["model"], ours))
     for what, name, case, ratio in cases:
@@ -173,14 +173,14 @@ def _slower(results: Results) -> Iterator[tuple[str, str, float, str]]:
             yield what, name, ratio["median"], case
 
 
-def _shortfalls(results: Results) -> Iterator[str]:
+def _what_is_slow(results: Results) -> Iterator[str]:
     """The bounds that do not hold, and what is slower than with another package."""
     bounds = tables.known_row_bounds(results.get("rows", {}))
     bounds += _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
     for row in (row for row in measured if not row["holds"]):
-        missed = f"{row['asked']}, but {row['measured']:.3g}"
-        yield f"A bound that does not hold: {row['what']}: {missed}."
+        figures = f"{row['asked']}, but {row['measured']:.3g}"
+        yield f"A bound that does not hold: {row['what']}: {figures}."
     if measured and all(row["holds"] for row in measured):
         yield f"All {len(measured)} bounds that were measured hold."
     cases: dict[str, dict[str, list[tuple[float, str]]]] = {}
@@ -199,7 +199,7 @@ def _shortfalls(results: Results) -> Iterator[str]:
 
 
 def summary(results: Results) -> str:
-    """What the results say in short."""
+    """The summary of the results."""
     parts = []
     if quick := [suite for suite, x in results.items() if x.get("quick")]:
         parts.append(
@@ -207,7 +207,7 @@ def summary(results: Results) -> str:
             "their times mean nothing."
         )
     real = {suite: x for suite, x in results.items() if suite not in quick}
-    titles = {"What is fast": _speed, "What is at the limit": _limits, "What is not": _shortfalls}
+    titles = {"What is fast": _speed, "What is at the limit": _limits, "What is not": _what_is_slow}
     for title, lines in titles.items() if real else ():
         parts += [f"**{title}**", "\n".join(f"- {line}" for line in lines(real))]
     return "\n\n".join(parts)
@@ -228,7 +228,7 @@ def text(results: Results) -> str:
         "Adam of adamjax, a library for JAX, beside that of other packages. Written by `python -m "
         "benchmarks report` from the results in this folder. A time is the median of several "
         "rounds, in which contenders take turns (quartiles in brackets); a ratio is taken within a "
-        "round. More than the noise means: beyond the quartiles.",
+        "round. A difference is more than the noise if it is beyond the quartiles.",
         "## In short",
         summary(results),
     ]

@@ -26,9 +26,9 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.contenders import (
-    EVERYONE,
+    ALL_CONTENDERS,
     OURS,
-    WHOLE,
+    WHOLE_STEPS,
     Case,
     JaxTable,
     TorchTable,
@@ -89,7 +89,7 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name, self.shape = name, (0, 0)
         # Libraries are loaded before the resident bytes are counted.
-        importlib.import_module(EVERYONE[name][0])
+        importlib.import_module(ALL_CONTENDERS[name][0])
         self.kind: Any = TorchTable
         if not name.startswith("torch"):
             jax.numpy.zeros(1000).block_until_ready()
@@ -114,7 +114,7 @@ class Contender:
         self.base += _resident("VmRSS") - before
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.table.run(EVERYONE[self.name][1])
+        self.table.run(ALL_CONTENDERS[self.name][1])
         return {
             "temporary_bytes": temporary,
             # Elsewhere the table is not in this memory.
@@ -167,7 +167,7 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a case, from what `take_samples` found in each sitting."""
     samples = [x for record in sittings for x in record["samples"]]
     about = sittings[0]["about"]
-    names = measure.in_all(samples, list(EVERYONE))
+    names = measure.in_all(samples, list(ALL_CONTENDERS))
     own = [name for name in names if name in OURS and name != "lazy step"]
     return {
         "case": case.name,
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
     suite = Suite(
         *("rows", __doc__, PACKAGES, {"rounds": 8, "sittings": 4, "grid_rounds": 3}),
-        contenders={name: package for name, (package, _) in EVERYONE.items()},
+        contenders={name: package for name, (package, _) in ALL_CONTENDERS.items()},
         only="cases, and 'growth',",
     )
     args = suite.parse(argv)
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     with progress(args.sittings * len(main_cases) + len(grid), "case") as bar:
         rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
         table = measure_cases(rounds, names, args.sittings, here, bar)
-        in_grid = [name for name in names if name not in WHOLE]
+        in_grid = [name for name in names if name not in WHOLE_STEPS]
         table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here, bar)
     grown = []
     if "growth" in chosen and "exact" in names:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.contenders import EVERYONE, WHOLE, short
+from benchmarks.contenders import ALL_CONTENDERS, WHOLE_STEPS, short
 from benchmarks.models import CONTENDERS
 from benchmarks.rows import bounds as row_bounds
 
@@ -234,7 +234,7 @@ def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
         return [ranged(row["ms"][name], 1), times, *shares]
 
     first, table = cases[0], []
-    for name in (name for name in first["ms"] if name in EVERYONE):
+    for name in (name for name in first["ms"] if name in ALL_CONTENDERS):
         bytes_used = first["temporary_bytes"].get(name), first["peak_bytes"].get(name)
         times = (cell for row in cases for cell in cells(row, name))
         table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
@@ -250,7 +250,9 @@ def rows(results: Results) -> str:
         return "\n\n".join(bounds)
     limits = ["of the limit"] if "bandwidth" in results else []
     first = _main_case(cases)
-    whole = {key[:3] for key, row in cases.items() if any(name in row["ms"] for name in WHOLE)}
+    whole = {
+        key[:3] for key, row in cases.items() if any(name in row["ms"] for name in WHOLE_STEPS)
+    }
     kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
 
     text = f"{origin(results)} The grid's other cases: {results['grid_rounds']} rounds."
@@ -258,7 +260,7 @@ def rows(results: Results) -> str:
         text += f" In {alone} cases, whose tables did not fit in memory at once, the contenders "
         text += "came one after another."
     for row in results["times"]:
-        failed = {name: why for name, why in row["failed"].items() if name in EVERYONE}
+        failed = {name: why for name, why in row["failed"].items() if name in ALL_CONTENDERS}
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
     parts = []
     for case in (first, *sorted(whole - {first})):

@@ -292,7 +292,7 @@ def test_the_summary_has_what_is_slow_and_what_does_not_hold(committed):
     for row in doctored["rows"]["times"]:
         row["ratio"]["exact"]["torch sparse"] = {"median": 0.5, "q25": 0.4, "q75": 0.6}
     written = report.summary(doctored)
-    assert "0.90 to 4.44 (Keras)" in written
+    assert "0.90 to 4.44 of the time with Keras" in written
     assert "Keras in one case: 4.4 times the time (transformer, 150 leaves, 13.8M, adam)" in written
     assert f"A bound that does not hold: {bound['what']}: {bound['asked']}, but 12.5." in written
     assert "is not measured (dense and rows" in written

@@ -1,4 +1,4 @@
-"""The rows suite: its contenders do the same work, and its figures are those it measured."""
+"""The rows suite: its contenders do the same work, and it shows the figures that it measured."""
 
 import json
 
@@ -14,7 +14,7 @@ CASE = contenders.Case(600, 4, 16, "uniform")
 
 
 def batches(distinct=True):
-    """Gradients far above every epsilon, so that it matters little where it stands."""
+    """Gradients far above every epsilon, so that the form of the epsilon matters little."""
     rng = np.random.default_rng(0)
     pick = [
         rng.choice(CASE.rows, CASE.reads, replace=not distinct) for _ in range(contenders.INDICES)
@@ -24,8 +24,8 @@ def batches(distinct=True):
     return np.array(pick, np.int32), values.astype(np.float32)
 
 
-def walked(name, batches, steps=20):
-    """A contender's table after some steps, and what it moved by."""
+def moves_of(name, batches, steps=20):
+    """How far some steps of a contender move each element of its table."""
     kind = contenders.TorchTable if name.startswith("torch") else contenders.JaxTable
     table = kind(name, CASE)
     table.load(*batches)
@@ -44,35 +44,35 @@ def walked(name, batches, steps=20):
 @pytest.mark.parametrize("name", ["exact", "dense", "keras", "tf form", "torch dense"])
 def test_dense_contenders_do_what_optax_does(name, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    pytest.importorskip(contenders.EVERYONE[name][0])
-    same = batches()
-    # The epsilons stand at other places: 1e-5 of a step of 1e-3 at most.
-    np.testing.assert_allclose(walked(name, same), walked("optax", same), atol=2e-7)
+    pytest.importorskip(contenders.ALL_CONTENDERS[name][0])
+    data = batches()
+    # A step is 1e-3. Other forms of epsilon change it by 1e-5 of that at most.
+    np.testing.assert_allclose(moves_of(name, data), moves_of("optax", data), atol=2e-7)
 
 
 def test_lazy_contenders_do_the_same():
     pytest.importorskip("torch")
-    same = batches(distinct=False)
-    np.testing.assert_allclose(walked("torch sparse", same), walked("lazy", same), atol=2e-7)
+    data = batches(distinct=False)
+    np.testing.assert_allclose(moves_of("torch sparse", data), moves_of("lazy", data), atol=2e-7)
 
 
-def test_whole_steps_read_what_they_should():
-    """The exact step's rows are those of the dense optimizer, the lazy one's are not."""
-    same = batches()
-    exact = walked("exact step", same)
+def test_the_exact_step_reads_the_rows_of_the_dense_optimizer():
+    """The lazy step reads other rows."""
+    data = batches()
+    exact = moves_of("exact step", data)
     table = np.resize(contenders.start_rows(CASE.width), exact.shape)
     start = {"table": np.array(table)}
     tx = adamjax.adam(steps.RATE)
     params, state = start, tx.init(start)
     for i in range(20):
-        indices, values = same[0][i % contenders.INDICES], same[1][i % contenders.VALUES]
+        indices, values = data[0][i % contenders.INDICES], data[1][i % contenders.VALUES]
         grad = np.zeros_like(table)
         grad[indices] = values * np.asarray(params["table"])[indices]
         updates, state = tx.update({"table": grad}, state, params)
         params = adamjax.apply_updates(params, updates)
     dense = np.asarray(params["table"]) - table
     np.testing.assert_allclose(exact, dense, atol=1e-6)
-    assert np.abs(walked("lazy step", same) - dense).max() > 1e-4
+    assert np.abs(moves_of("lazy step", data) - dense).max() > 1e-4
 
 
 def test_indices_are_as_skewed_as_the_names_say():
@@ -86,7 +86,7 @@ def test_indices_are_as_skewed_as_the_names_say():
     np.testing.assert_array_equal(again, zipf[0])
 
 
-class Pretend:
+class FakeWorker:
     """A worker that answers at once; torch's ends when it should take a sample."""
 
     def __init__(self, *arguments, **environment):
@@ -110,30 +110,30 @@ class Pretend:
 
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
-    monkeypatch.setattr(workers, "Worker", Pretend)
+    monkeypatch.setattr(workers, "Worker", FakeWorker)
     monkeypatch.setattr(rows, "fits", lambda team, cases: in_turn)
-    with workers.Team("rows", list(contenders.EVERYONE)) as team:
+    with workers.Team("rows", list(contenders.ALL_CONTENDERS)) as team:
         counts = dict(zip(rows.MAIN[:2], (3, 2), strict=True))
         taken = rows.take_samples(team, counts)
         zipf, uniform = (rows.summary(case, [samples]) for case, samples in taken.items())
     assert (zipf["rounds"], uniform["rounds"]) == (3, 2)
     for row in (zipf, uniform):
         assert set(row["failed"]) == {"torch sparse", "torch dense"}
-        assert set(row["ms"]) == {n for n in contenders.EVERYONE if n not in row["failed"]}
+        assert set(row["ms"]) == {n for n in contenders.ALL_CONTENDERS if n not in row["failed"]}
         assert row["ratio"]["exact"]["optax"]["median"] == 0.025
         assert row["in_turn"] == in_turn
-    found = {row["what"]: row for row in rows.bounds([zipf, uniform], [])}
-    assert found["optax's time by exact's, Zipf"]["holds"] is True
-    assert found["exact's time by lazy's, Zipf"]["holds"] is False
-    assert found["torch SparseAdam's time by exact's, uniform"]["measured"] is None
+    bounds = {row["what"]: row for row in rows.bounds([zipf, uniform], [])}
+    assert bounds["optax's time by exact's, Zipf"]["holds"] is True
+    assert bounds["exact's time by lazy's, Zipf"]["holds"] is False
+    assert bounds["torch SparseAdam's time by exact's, uniform"]["measured"] is None
 
 
 def test_a_small_and_a_large_table_take_turns(monkeypatch):
-    asked = []
+    questions = []
 
-    class Asked(Pretend):
+    class RecordedWorker(FakeWorker):
         def send(self, question):
-            asked.append(question)
+            questions.append(question)
             super().send(question)
 
             if question[2] == "prepare":
@@ -143,34 +143,34 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
             answer = super().receive()
             return 2 * answer if self.question[2] == "sample" and self.rows > 1e6 else answer
 
-    monkeypatch.setattr(workers, "Worker", Asked)
-    found = rows.measure_growth(2, 3, workers.Device())
-    assert [(row["contender"], row["indices"], row["reads"]) for row in found] == [
+    monkeypatch.setattr(workers, "Worker", RecordedWorker)
+    growth = rows.measure_growth(2, 3, workers.Device())
+    assert [(row["contender"], row["indices"], row["reads"]) for row in growth] == [
         ("exact", indices, 8192) for indices in ("Zipf", "uniform")
     ]
-    assert {size: ms["median"] for size, ms in found[0]["ms"].items()} == {"100k": 1, "4M": 2}
-    assert found[0]["ratio"]["median"] == 2
-    assert [q[3] for q in asked if q[2] == "prepare"] == [100_000, 4_000_000] * 4
-    assert sum(q[2] == "sample" for q in asked) == 2 * 2 * 2 * 3
+    assert {size: ms["median"] for size, ms in growth[0]["ms"].items()} == {"100k": 1, "4M": 2}
+    assert growth[0]["ratio"]["median"] == 2
+    assert [q[3] for q in questions if q[2] == "prepare"] == [100_000, 4_000_000] * 4
+    assert sum(q[2] == "sample" for q in questions) == 2 * 2 * 2 * 3
 
 
-def test_large_batches_take_fewer_rounds_and_hold_fewer_values(monkeypatch):
+def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     small, large = rows.MAIN[0], rows.MAIN[-1]
     assert (small.reads, large.reads) == (8192, 262_144)
     assert [rows.main_rounds(case, 8) for case in (small, large)] == [8, 2]
     assert [contenders.num_values(case) for case in (small, large)] == [8, 4]
-    held = contenders.batch_bytes(large)
-    assert held == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
+    batch_bytes = contenders.batch_bytes(large)
+    assert batch_bytes == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
     team = workers.Team("rows", ["exact"])
     table_bytes = 6 * 4 * 1_000_000 * 64
-    for spare, fits in ((held + 1, True), (held - 1, False)):
+    for spare, fits in ((batch_bytes + 1, True), (batch_bytes - 1, False)):
         monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)
         assert rows.fits(team, rows.MAIN) == fits
 
 
 def test_quick_run(tmp_path):
-    asked = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
-    done = run_benchmarks("rows", *asked.split(), "--contenders", "exact;optax", cwd=tmp_path)
+    options = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
+    done = run_benchmarks("rows", *options.split(), "--contenders", "exact;optax", cwd=tmp_path)
     assert "4k rows of 8, 64 indices" in done.stdout, done.stderr
     results = json.loads((tmp_path / "rows.json").read_text())
     assert [row["indices"] for row in results["times"]] == ["Zipf", "uniform"]
@@ -182,7 +182,7 @@ def test_quick_run(tmp_path):
         assert 0 < row["temporary_bytes"]["exact"] < 1e6
 
 
-def test_tables_hold_all_cases_and_bounds():
+def test_tables_show_all_cases_and_bounds():
     names = list(contenders.CONTENDERS)
     spread = {"median": 2.0, "q25": 1.0, "q75": 3.0}
     wide = [case for case in rows.MAIN if case not in rows.GRID]
@@ -190,7 +190,9 @@ def test_tables_hold_all_cases_and_bounds():
         {
             **{"case": case.name, "rows": case.rows, "width": case.width, "reads": case.reads},
             **{"indices": case.indices, "in_turn": case.rows < 4_000_000, "rounds": 3},
-            "ms": dict.fromkeys([*names, *(contenders.WHOLE if case in rows.MAIN else ())], spread),
+            "ms": dict.fromkeys(
+                [*names, *(contenders.WHOLE_STEPS if case in rows.MAIN else ())], spread
+            ),
             "ratio": {"exact": {n: {"median": 0.4} for n in names if n != "exact"}},
             "temporary_bytes": dict.fromkeys(names, 1e6 if case.reads < 65_536 else 26.5e6),
             "peak_bytes": dict.fromkeys(names, 2e6),

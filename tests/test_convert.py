@@ -105,7 +105,7 @@ def is_embed(tree):
 
 
 def micro_batches(tx, steps=4):
-    # By default newer versions gather in float32, older ones in the dtype of the parameters.
+    # By default newer versions accumulate in float32, older ones in the dtype of the parameters.
     known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
     kept = {"accumulator_dtype": np.float64} if known else {}
     return optax.MultiSteps(tx, steps, **kept).gradient_transformation()
@@ -1057,12 +1057,12 @@ REFUSED = {
         lambda: (old_state(), adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))),
         r"the source has no TraceState",
     ),
-    "gathered gradients": (
+    "accumulated gradients": (
         lambda: (
             old_state(tx=optax.MultiSteps(OLD, 4).gradient_transformation()),
             adamjax.adam(RATE, eps=1e-8),
         ),
-        r"has gathered 1 micro-batches.*wrap tx in accumulate_gradients",
+        r"has accumulated 1 micro-batches.*wrap tx in accumulate_gradients",
     ),
     "counts that differ": (
         lambda: (
@@ -1170,7 +1170,7 @@ def test_what_keras_keeps_is_compared():
         (
             keras_pairs([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
             adam,
-            r"keeps an average of the weights, which has no place",
+            r"has an average of the weights, but tx has no weight_ema",
         ),
         (
             keras_pairs([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
@@ -1431,18 +1431,18 @@ def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
 
 
 def test_micro_batches_of_keras_in_another_number():
-    """The iteration counts them, and only gathered gradients show of how many a step is."""
+    """The iteration counts them, and only the accumulated gradients show how many a step takes."""
     params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
 
-    def pairs(iteration, gathered):
+    def pairs(iteration, total):
         found = [("adam/iteration", np.array(iteration)), *keras_layers(["a"])[1:]]
-        return [*found, ("adam/a_gradient_accumulator", np.full(2, gathered, np.float32))]
+        return [*found, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
 
     assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
     convert.from_keras(pairs(9, 0.5), tx, params)
-    for iteration, gathered in [(8, 0.5), (6, 0.0)]:
+    for iteration, total in [(8, 0.5), (6, 0.0)]:
         with pytest.raises(ValueError, match=r"does not fit accumulate_gradients of 4 steps"):
-            convert.from_keras(pairs(iteration, gathered), tx, params)
+            convert.from_keras(pairs(iteration, total), tx, params)
 
 
 def built_torch(name, named=False, **options):
@@ -1650,7 +1650,7 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
 TORCH_STRANGE = {
     "a key of another optimizer": (
         lambda s: s["param_groups"][0].update(bias_correction=True),
-        r"has the options \[.*'bias_correction'.*Take keys of your own out",
+        r"has the options \[.*'bias_correction'.*Remove keys of your own from the groups",
     ),
     "a scheduler that moves betas": (
         lambda s: s["param_groups"][0].update(max_momentum=0.95, base_momentum=0.85),
@@ -1658,9 +1658,9 @@ TORCH_STRANGE = {
     ),
     "a moment of another optimizer": (
         lambda s: s["state"][0].update(exp_avg_var=np.ones(2)),
-        r"torch keeps \['exp_avg', 'exp_avg_sq', 'exp_avg_var', 'step'\] of 'a'",
+        r"state of 'a' has \['exp_avg', 'exp_avg_sq', 'exp_avg_var', 'step'\], expected 'step'",
     ),
-    "no step": (lambda s: s["state"][0].pop("step"), r"torch keeps .* of 'a': expected 'step'"),
+    "no step": (lambda s: s["state"][0].pop("step"), r"state of 'a' has .*, expected 'step'"),
     "half a step": (lambda s: s["state"][0].update(step=1.5), r"count of 'a' is 1.5, expected"),
     "not a number": (
         lambda s: s["state"][0].update(exp_avg=np.array([np.nan, 0.0])),
@@ -1670,7 +1670,7 @@ TORCH_STRANGE = {
         lambda s: s["state"][0].update(exp_avg=np.ones(2, int)),
         r"m of 'a' is int64, expected floats",
     ),
-    "keys that JSON made strings": (
+    "numbers that JSON turned into strings": (
         lambda s: s.update(state={str(k): x for k, x in s["state"].items()}),
         r"state has the keys \['0', '1'\], but its groups",
     ),
@@ -1939,11 +1939,11 @@ def clipped(max_norm, learning_rate):
 
 
 OPTAX_STRANGE = {
-    "a class from elsewhere": (
+    "a class of another library": (
         lambda: MyState(*old_state()[0]),
         r"no moments of the leaf 'a'.*do not know its .*MyState: convert a state of Adam",
     ),
-    "a wrapper from elsewhere": (lambda: MyWrapper(old_state()), r"no moments.*MyWrapper"),
+    "a wrapper of another library": (lambda: MyWrapper(old_state()), r"no moments.*MyWrapper"),
     "real and imaginary parts": (
         lambda: old_state(tx=optax.contrib.split_real_and_imaginary(OLD)),
         r"no moments.*SplitRealAndImaginaryState",
@@ -2025,11 +2025,11 @@ def test_more_micro_batches_than_a_step_takes():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
     tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
-    with pytest.raises(ValueError, match=r"gathered 3 micro-batches.*a step of tx takes 2"):
+    with pytest.raises(ValueError, match=r"accumulated 3 micro-batches.*a step of tx takes 2"):
         convert.from_optax(state, tx, params)
 
 
-def test_a_state_from_elsewhere_of_other_shapes_is_not_copied():
+def test_a_state_of_another_transform_with_other_shapes_is_not_copied():
     params = jax.tree.map(jnp.asarray, PARAMS)
     turned = {name: x[:, None] for name, x in params.items()}
     state = optax.trace(0.9).init(turned), *old_state()
@@ -2106,7 +2106,7 @@ def test_an_injected_rate_whose_leaves_are_not_said_is_refused():
     parts = optax.multi_transform(rates, {"a": "one", "b": "other"})
     state = old_state(tx=optax.chain(optax.scale_by_adam(), parts))
     tx = ours_of(adamjax.by_path({"a": 0.25}, default=0.5))
-    with pytest.raises(ValueError, match=r"does not say for which leaves: see that tx has"):
+    with pytest.raises(ValueError, match=r"does not say for which leaves: make sure that tx has"):
         convert.from_optax(state, tx, params)
     convert.from_optax(state, tx, params, check=False)
 

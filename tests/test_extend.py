@@ -1,4 +1,4 @@
-"""Rules of a user's own, made of nothing but what is public: Lion, Adan, and one that coasts."""
+"""Rules of a user, made only of public names: Lion, Adan, and an RMSprop for `exact_rows`."""
 
 import math
 from typing import Any, NamedTuple
@@ -43,10 +43,10 @@ class LionState(NamedTuple):
 
 def lion_rule(c, g, m):
     """Not a Recurrence: the update comes from the average before the step."""
-    ahead, behind = c
+    average_for_update, average_for_slot = c
     real = extend.accumulator(g.dtype, m.dtype)
     m, wide = extend.widen(m, real), extend.widen(g, real)
-    return jnp.sign(ahead(m, wide)).astype(g.dtype), behind(m, wide)
+    return jnp.sign(average_for_update(m, wide)).astype(g.dtype), average_for_slot(m, wide)
 
 
 class lion(extend.Rule):
@@ -87,15 +87,15 @@ class AdanState(NamedTuple):
     count: Any
     m: Any  # averages of gradients
     v: Any  # averages of their changes
-    n: Any  # averages of squared gradients, looked ahead
-    last: Any  # the gradients of the step before
+    n: Any  # averages of squared gradients, to each of which b2 times its change is added
+    last: Any  # the gradients of the previous step
 
 
 class AdanScalars(NamedTuple):
     first: Any
     second: Any
     third: Any
-    ahead: Any
+    b2: Any
     has_last: Any
     c_m: Any
     c_v: Any
@@ -111,7 +111,7 @@ def adan_moments(c, g, m, v, n, last):
     return (
         c.first(m, g),
         c.second(v, change),
-        c.third(n, extend.square(g + c.ahead * change)),
+        c.third(n, extend.square(g + c.b2 * change)),
         g,
     )
 
@@ -124,7 +124,7 @@ adan_rule = extend.Recurrence(adan_moments, adan_direction)
 
 
 class adan(extend.Rule):
-    """With `step`, so that a chain puts the learning rate into the rule's own scalars."""
+    """It has `step` instead of `update`, so a chain multiplies its scalars by the learning rate."""
 
     b1: extend.Number = 0.98
     b2: extend.Number = 0.92
@@ -156,7 +156,7 @@ class adan(extend.Rule):
                 first=extend.averaging(self.b1, real),
                 second=extend.averaging(self.b2, real),
                 third=extend.averaging(self.b3, real),
-                ahead=extend.scalar(self.b2, real),
+                b2=extend.scalar(self.b2, real),
                 has_last=(t > 1).astype(real),
                 c_m=1 / extend.correction(self.b1, t),
                 c_v=extend.scalar(self.b2, real) / extend.correction(self.b2, t),
@@ -176,11 +176,11 @@ def adan_reference(g, m, v, n, last, step, b1=0.98, b2=0.92, b3=0.99, eps=1e-8):
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * change
     n = b3 * n + (1 - b3) * (g + b2 * change) ** 2
-    top = m / (1 - b1**step) + b2 * v / (1 - b2**step)
-    return top / (np.sqrt(n / (1 - b3**step)) + eps), m, v, n, g
+    numerator = m / (1 - b1**step) + b2 * v / (1 - b2**step)
+    return numerator / (np.sqrt(n / (1 - b3**step)) + eps), m, v, n, g
 
 
-# --- RMSprop with momentum, without bias corrections: a rule that exact_rows can follow -----------
+# --- RMSprop with momentum, without bias corrections: a rule that exact_rows accepts --------------
 
 
 @extend.transform_state("mean", "energy")
@@ -290,7 +290,7 @@ def test_keeps_the_laws(name, law):
     ids=["lion", "adan"],
 )
 def test_moves_as_with_optax(ours, theirs):
-    """Adan at b2 = 0.5: the paper looks ahead by the decay, optax by what that lacks to 1."""
+    """Adan only at b2 = 0.5: the paper multiplies a gradient's change by b2, optax by 1 - b2."""
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}
     state, other = ours.init(params), theirs.init(params)
@@ -301,7 +301,7 @@ def test_moves_as_with_optax(ours, theirs):
         assert_close(updates, expected, rtol=1e-5)
 
 
-# --- in a chain, and read -------------------------------------------------------------------------
+# --- in a chain, and functions that read states ---------------------------------------------------
 
 PARAMS = {"table": jnp.linspace(-1, 1, 24).reshape(8, 3), "gain": jnp.ones(2)}
 
@@ -314,8 +314,8 @@ def row_grads(t):
 
 
 @pytest.mark.parametrize("rule", [lion(), adan(), rms()], ids=["lion", "adan", "rms"])
-def test_a_chain_is_its_parts_in_turn(rule):
-    """Whether it puts the rate into the rule's factors or not."""
+def test_a_chain_does_what_its_parts_do_one_after_another(rule):
+    """Whether or not it multiplies the rule's scalars by the rate."""
     grads = {"table": PARAMS["table"] ** 2, "gain": jnp.array([0.5, -2.0])}
     rate = adamjax.scale_by_learning_rate(adamjax.by_path([("gain", 0.5)], default=0.1))
     tx = adamjax.chain(rule, rate)
@@ -346,11 +346,11 @@ def test_states_are_read_by_name():
     assert_same(adamjax.get_slot(bucketed, "m"), jax.tree.map(jnp.zeros_like, PARAMS))
 
 
-# --- a rule that says nothing wrong ---------------------------------------------------------------
+# --- subclasses with another update, and a rule without one ---------------------------------------
 
 
 class doubled_adam(adamjax.scale_by_adam):
-    """A rule of ours with another `update`, which is newer than the `step` that it has."""
+    """Overrides `update`, and inherits a `step` that does not do the same."""
 
     def update(self, updates, state, params=None, **extra_args):
         updates, state = super().update(updates, state, params)
@@ -358,14 +358,14 @@ class doubled_adam(adamjax.scale_by_adam):
 
 
 class clamped(adamjax.scale):
-    """A scaling of ours with another `update`."""
+    """A scaling with another `update`."""
 
     def update(self, updates, state, params=None, **extra_args):
         updates, state = super().update(updates, state, params)
         return jax.tree.map(lambda u: jnp.clip(u, -1, 1), updates), state
 
 
-def test_an_update_of_a_subclass_counts_in_a_chain_too():
+def test_a_chain_calls_the_update_that_a_subclass_overrides():
     grads = jnp.array([4.0, -0.5])
     for tx, expected in (
         (adamjax.chain(doubled_adam(eps=1e-9), adamjax.scale(-1.0)), [-2.0, 2.0]),
@@ -378,7 +378,7 @@ def test_an_update_of_a_subclass_counts_in_a_chain_too():
         adamjax.exact_rows(adamjax.chain(adamjax.scale_by_adam(), clamped(3.0)), "w")
 
 
-def test_a_rule_without_update_or_step_says_so():
+def test_a_rule_without_update_or_step_is_refused():
     class nothing(extend.Rule):
         def init(self, params):
             return ()
@@ -394,15 +394,15 @@ def test_a_rule_without_update_or_step_says_so():
 
 
 @pytest.mark.parametrize("rule", [lion(), adan()], ids=["lion", "adan"])
-def test_exact_rows_refuses_what_does_not_say_how_rows_move(rule):
+def test_exact_rows_refuses_a_rule_without_coast(rule):
     text = rf"exact_rows: {type(rule).__name__}\(.*\) cannot be .*: it does not say how a row"
     with pytest.raises(ValueError, match=text):
         adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
 
 
 @pytest.mark.parametrize("history", [None, 128])
-def test_exact_rows_follows_a_rule_that_coasts(history):
-    """With decay, a changing rate and an average: as with the dense gradients."""
+def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(history):
+    """Also with decay, a changing rate and an average."""
     dense = adamjax.chain(
         adamjax.clip_by_global_norm(5.0),
         rms(),
@@ -421,7 +421,7 @@ def test_exact_rows_follows_a_rule_that_coasts(history):
         expected, expected_state, _ = steps[1](expected, expected_state, grads)
     rows = exact.lookup(params, state, "table", jnp.arange(8))
     assert_close(rows, expected["table"], rtol=1e-5)
-    assert np.any(params["table"] != rows)  # some lag behind
+    assert np.any(params["table"] != rows)  # some rows lag behind
     params, state = exact.flush(params, state)
     assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
     assert adamjax.slot_names(state) == ("mean", "energy")
@@ -435,7 +435,7 @@ class AverageState(NamedTuple):
 
 
 class average_rms(rms):
-    """The same with a slot that has the name of `weight_ema`'s."""
+    """`rms` with a slot called `average`, like the slot of `weight_ema`."""
 
     def init(self, params):
         return AverageState(*super().init(params))
@@ -452,7 +452,7 @@ class average_rms(rms):
         extend.expect_state(self, state, AverageState | RmsState)
 
 
-def test_a_slot_of_a_rule_may_have_the_name_of_another_but_not_beside_it():
+def test_a_rule_may_have_a_slot_called_average_but_not_in_a_chain_with_weight_ema():
     dense = adamjax.chain(average_rms(), adamjax.scale(-0.1))
     exact = adamjax.exact_rows(dense, "table")
     params, state = PARAMS, exact.init(PARAMS)
@@ -470,19 +470,24 @@ def test_a_slot_of_a_rule_may_have_the_name_of_another_but_not_beside_it():
         both.init(PARAMS)
 
 
-class rms_of_nothing(rms):
+class rms_with_missing_slot(rms):
     def coast(self):
         return super().coast()._replace(momentum="m")
 
 
 class undeclared(rms):
+    """Its state is no class with `transform_state`, so its slots are not declared."""
+
     def init(self, params):
         return super().init(params)._asdict()
 
 
 def test_exact_rows_refuses_a_coast_of_slots_that_are_not_there():
     for rule, text in (
-        (rms_of_nothing(), r"coasts by the slots \['energy', 'm', 'mean'\].*has.*'energy', 'mean'"),
+        (
+            rms_with_missing_slot(),
+            r"coasts by the slots \['energy', 'm', 'mean'\].*has.*'energy', 'mean'",
+        ),
         (undeclared(), r"undeclared.*has the slots \[\].*transform_state"),
     ):
         exact = adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")

@@ -108,7 +108,7 @@ def test_low_precision_gradients_are_summed_in_float32():
 
 
 def test_a_leaf_without_a_gradient_waits():
-    """Left alone in a call, also in that of the real step: what it gathered stays."""
+    """Left alone in a call, also in the call that takes the step: its sum stays."""
     tx = accumulate_gradients(scale(1.0), 2)
     state = tx.init(PARAMS)
     _, state = tx.update({"w": jnp.array([2.0, 4.0]), "b": jnp.array(6.0)}, state)
@@ -251,7 +251,7 @@ def dense(grads):
 
 
 @pytest.mark.parametrize("max_rows", [None, 6, [("b|t", 6)]], ids=str)
-def test_gathered_rows_are_the_mean(max_rows):
+def test_accumulated_rows_are_the_mean(max_rows):
     """The inner step with the mean of dense gradients; then there is room again."""
     tx, inner = accumulate_gradients(pipeline(), 2, max_rows), pipeline()
     params = expected = TABLE
@@ -275,7 +275,7 @@ def test_gathered_rows_are_the_mean(max_rows):
         assert_same(jax.tree.leaves(state.total), jax.tree.leaves(tx.init(TABLE).total))
 
 
-def test_gathered_rows_are_summed_in_float32():
+def test_accumulated_rows_are_summed_in_float32():
     """1 + 2**-9 is 1 in bfloat16."""
     tx, table = accumulate_gradients(scale(1.0), 257, max_rows=1), jnp.zeros((3, 1), jnp.bfloat16)
     state = tx.init(table)
@@ -289,7 +289,7 @@ def test_gathered_rows_are_summed_in_float32():
 
 
 def test_more_rows_than_there_is_room_for_become_nan():
-    """All that were gathered, in this step alone; where it is skipped, nothing is lost but it."""
+    """All accumulated rows, but only in this step. If it is skipped, only its rows are lost."""
     for inner in (identity(), skip_not_finite(identity())):
         tx = accumulate_gradients(inner, 2, max_rows=2)
         state, update = tx.init(TABLE), jax.jit(tx.update)
@@ -335,13 +335,13 @@ def test_rows_and_room_that_do_not_fit_are_refused():
     pair = accumulate_gradients(scale(1.0), 2, max_rows={"t": np.int32(4)})
     assert pair == accumulate_gradients(scale(1.0), 2, max_rows=[("t", 4)])
     hash((tx, pair))
-    # A leaf that has no more rows than that is gathered in a dense array.
+    # A leaf that has no more rows than max_rows is accumulated in a dense array.
     assert not hasattr(accumulate_gradients(scale(1.0), 2, ROWS).init(TABLE).total["t"], "indices")
 
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
 def test_bad_rows_are_skipped(rows):
-    """Whichever of the rows it is; the others are as good as ever."""
+    """Whichever row is bad. The next good gradients are applied as if it had not been there."""
     inner = chain(adamw(0.1, rows=rows), weight_ema(0.9))
     tx, params, expected = skip_not_finite(inner), TABLE, TABLE
     state, inner_state = tx.init(params), inner.init(params)
@@ -425,12 +425,12 @@ def test_around_exact_rows(wrapper, ticketed):
 )
 def test_a_state_with_room_for_other_rows_is_refused(before, after):
     old, new = (accumulate_gradients(adam(), 2, max_rows=rows) for rows in (before, after))
-    with pytest.raises(ValueError, match=r"the state gathers 't' in .*, expected .*max_rows="):
+    with pytest.raises(ValueError, match=r"the state accumulates 't' in .*, expected .*max_rows="):
         new.update(draw_rows(0), old.init(TABLE), TABLE)
 
 
 def test_the_mean_is_of_the_calls_that_there_were():
-    """Also where `steps` changes while gradients are being gathered."""
+    """Also if `steps` changes while gradients are accumulated."""
     many, few = (accumulate_gradients(scale(1.0), steps) for steps in (4, 2))
     state = many.init(jnp.array(0.0))
     for g in (1.0, 2.0, 3.0):

@@ -885,7 +885,7 @@ def test_exact_rows_saved_and_restored(way, tmp_path):
 
 
 @functools.cache
-def gathered_state():
+def accumulated_state():
     """A state between micro-batches, with room for rows rather than for a dense gradient."""
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 3, max_rows=[("table", 8)])
 
@@ -907,8 +907,8 @@ UNKNOWN = pytest.mark.xfail(strict=True, reason="Flax does not know RowGradient"
     [pytest.param(way, marks=UNKNOWN) if way is flax_bytes else way for way in WAYS],
     ids=lambda way: way.__name__,
 )
-def test_gathered_rows_saved_and_restored(way, tmp_path):
-    tx, step, state = gathered_state()
+def test_accumulated_rows_saved_and_restored(way, tmp_path):
+    tx, step, state = accumulated_state()
     restored = way(state, tx.init(TABLES), tmp_path)
     assert_same(restored, state)
     assert_same(step(restored, IDS[2]), step(state, IDS[2]))

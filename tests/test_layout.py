@@ -1,4 +1,4 @@
-"""Layouts of tables and states: column-major stands for what is not the default, as on a CPU."""
+"""Layouts of tables and states. Column-major arrays stand for any layout but a CPU's default."""
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,24 @@ from support import assert_same, counted
 import adamjax
 
 NUM_ROWS, WIDTH = 96, 10
-COLUMNS, ROWS = (1, 0), (0, 1)
+COLUMN_MAJOR, ROW_MAJOR = (1, 0), (0, 1)
 
 
 def order(x):
-    how = x.format if hasattr(x, "format") else x.layout
-    return (getattr(how, "device_local_layout", None) or how.layout).major_to_minor
+    """The order of an array's dimensions in memory."""
+    layout = x.format if hasattr(x, "format") else x.layout
+    return (getattr(layout, "device_local_layout", None) or layout.layout).major_to_minor
 
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def by_columns(x):
+def column_major(x):
     try:
-        how = layouts.Format(layouts.Layout(COLUMNS), DEVICE)
+        layout = layouts.Format(layouts.Layout(COLUMN_MAJOR), DEVICE)
     except AttributeError:  # an older JAX
-        how = layouts.Layout(layouts.DeviceLocalLayout(COLUMNS), DEVICE)
-    return jax.device_put(x, how)
+        layout = layouts.Layout(layouts.DeviceLocalLayout(COLUMN_MAJOR), DEVICE)
+    return jax.device_put(x, layout)
 
 
 def table(seed=0):
@@ -37,13 +38,13 @@ def table(seed=0):
 def test_a_row_major_table_is_returned_as_it_is():
     x = table()
     assert adamjax.layout.row_major(x) is x
-    assert order(adamjax.layout.row_major(np.asarray(x))) == ROWS
+    assert order(adamjax.layout.row_major(np.asarray(x))) == ROW_MAJOR
 
 
 def test_a_table_is_made_row_major():
-    x = by_columns(table())
-    assert order(x) == COLUMNS
-    assert order(adamjax.layout.row_major(x)) == ROWS
+    x = column_major(table())
+    assert order(x) == COLUMN_MAJOR
+    assert order(adamjax.layout.row_major(x)) == ROW_MAJOR
     assert_same(adamjax.layout.row_major(x), table())
 
 
@@ -51,10 +52,10 @@ def test_row_major_inside_jit_changes_nothing():
     assert_same(jax.jit(adamjax.layout.row_major)(table()), table())
 
 
-def test_a_shape_says_how_it_is_to_lie():
+def test_a_shape_gets_a_row_major_format():
     x = adamjax.layout.row_major(jax.ShapeDtypeStruct((NUM_ROWS, WIDTH), jnp.float32))
     assert (x.shape, x.dtype) == ((NUM_ROWS, WIDTH), jnp.float32)
-    assert order(x) == ROWS
+    assert order(x) == ROW_MAJOR
 
 
 OPTIMIZERS = {
@@ -70,9 +71,9 @@ OPTIMIZERS = {
 
 
 def trees():
-    """Parameters in the default layout, and bound to a device with the table by columns."""
+    """Parameters in the default layout, and the same on a device with a column-major table."""
     dense = {"table": table(), "bias": jnp.ones(3), "none": None, "kernel": table(1)}
-    return dense, {**jax.device_put(dense, DEVICE), "table": by_columns(dense["table"])}
+    return dense, {**jax.device_put(dense, DEVICE), "table": column_major(dense["table"])}
 
 
 def orders(state):
@@ -81,23 +82,25 @@ def orders(state):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "foreign"])
-def test_init_makes_slots_that_lie_like_their_parameters(name):
+def test_init_makes_slots_with_the_layouts_of_their_parameters(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     state = tx.init(params)
-    found = orders(state)
-    assert COLUMNS in found
+    slot_orders = orders(state)
+    assert COLUMN_MAJOR in slot_orders
     # A masked kernel has no slots.
-    assert found.count(ROWS) == (0 if name == "masked" else found.count(COLUMNS))
+    num_row_major = 0 if name == "masked" else slot_orders.count(COLUMN_MAJOR)
+    assert slot_orders.count(ROW_MAJOR) == num_row_major
     assert_same(state, tx.init(dense))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_jitted_init_does_so_with_formats(name):
+def test_a_jitted_init_makes_slots_with_the_formats_that_it_is_given(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
-    found = orders(state)
-    assert COLUMNS in found
-    assert found.count(ROWS) == (0 if name == "masked" else found.count(COLUMNS))
+    slot_orders = orders(state)
+    assert COLUMN_MAJOR in slot_orders
+    num_row_major = 0 if name == "masked" else slot_orders.count(COLUMN_MAJOR)
+    assert slot_orders.count(ROW_MAJOR) == num_row_major
     assert_same(state, tx.init(dense))
 
 
@@ -118,26 +121,26 @@ def test_a_step_keeps_layouts_in_place(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     formats = adamjax.layout.formats(tx, params)
     state = jax.jit(tx.init, out_shardings=formats[1])(params)
-    kept, traces = counted(step_of(tx), donate_argnums=(0, 1), out_shardings=formats)
-    plain, dense_state = jax.jit(step_of(tx)), tx.init(dense)
+    step, traces = counted(step_of(tx), donate_argnums=(0, 1), out_shardings=formats)
+    plain_step, dense_state = jax.jit(step_of(tx)), tx.init(dense)
     dense = jax.tree.map(jnp.copy, dense)
-    where = params["table"].unsafe_buffer_pointer()
+    address = params["table"].unsafe_buffer_pointer()
     for seed in range(3):
         rng = np.random.default_rng(seed)
         ids = jnp.asarray(rng.integers(0, NUM_ROWS, 7))
         values = jnp.asarray(rng.normal(size=(7, WIDTH)), jnp.float32)
-        wanted = orders((params, state))
-        params, state = kept(params, state, ids, values)
-        assert orders((params, state)) == wanted
-        dense, dense_state = plain(dense, dense_state, ids, values)
-    assert params["table"].unsafe_buffer_pointer() == where
+        orders_before = orders((params, state))
+        params, state = step(params, state, ids, values)
+        assert orders((params, state)) == orders_before
+        dense, dense_state = plain_step(dense, dense_state, ids, values)
+    assert params["table"].unsafe_buffer_pointer() == address
     assert len(traces) == 1
     pairs = zip(*map(jax.tree.leaves, ((params, state), (dense, dense_state))), strict=True)
     for x, y in pairs:
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
-def test_formats_leave_open_what_is_not_bound_to_devices():
+def test_arrays_that_are_not_committed_to_a_device_get_no_format():
     tx, params = adamjax.adam(0.1), {"w": jnp.ones((3, 2)), "n": 3}
     for tree in adamjax.layout.formats(tx, params):
         assert jax.tree.leaves(tree) == []
@@ -147,7 +150,7 @@ def test_formats_with_a_bounded_accumulator():
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 2, max_rows=8)
     _, params = trees()
     state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
-    assert orders(state.inner).count(COLUMNS) == 2
+    assert orders(state.inner).count(COLUMN_MAJOR) == 2
     assert_same(state, tx.init(params))
 
 
@@ -181,13 +184,13 @@ def test_lines_of_indices_of_any_width():
     packing, x = adamjax.layout.packing(64), jnp.arange(10.0).repeat(64).reshape(10, 64)
     lines = packing.pack(x)
     ids = np.array([2**32 + 5, 5, 2**63 + 5], np.uint64)
-    for wide in (ids, ids.tolist(), ids.astype(np.int64)[:2]):
-        place = packing.line(wide)
-        assert place.dtype == jnp.int32
-        assert (place[1], packing.rows(lines[place], wide)[1, 0]) == (2, 5.0)
-        outside = np.delete(np.asarray(place), 1)
+    for indices in (ids, ids.tolist(), ids.astype(np.int64)[:2]):
+        line = packing.line(indices)
+        assert line.dtype == jnp.int32
+        assert (line[1], packing.rows(lines[line], indices)[1, 0]) == (2, 5.0)
+        outside = np.delete(np.asarray(line), 1)
         assert np.all((outside < 0) | (outside >= len(lines)))
-        rows = adamjax.row_gradient(place, jnp.ones((len(place), 128)), len(lines))
+        rows = adamjax.row_gradient(line, jnp.ones((len(line), 128)), len(lines))
         assert float(rows.to_dense().sum()) == 128
     assert np.all(packing.line([-1, -(2**40)]) < 0)
     for bad in ([1.0], np.array([True]), None):
@@ -196,7 +199,7 @@ def test_lines_of_indices_of_any_width():
                 call(bad)
 
 
-def test_packing_refuses_what_it_does_not_fit():
+def test_packing_refuses_widths_lines_and_tables_of_another_kind_or_shape():
     for bad in (0, 64.0, True, "64", None):
         with pytest.raises(
             ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"
@@ -218,7 +221,7 @@ def test_packing_refuses_what_it_does_not_fit():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_packed_rows_move_as_rows(exact):
+def test_a_packed_table_is_trained_like_the_table(exact):
     width, num_rows, rng = 60, 51, np.random.default_rng(0)
     packing = adamjax.layout.packing(width)
     assert packing.per_line == 2
@@ -237,19 +240,19 @@ def test_packed_rows_move_as_rows(exact):
     for _ in range(20):
         ids = jnp.asarray(rng.integers(0, num_rows, 7))
         values = jnp.asarray(rng.normal(size=(7, width)), jnp.float32)
-        spread = jax.linear_transpose(
+        to_lines = jax.linear_transpose(
             lambda read, ids=ids: packing.rows(read, ids), jnp.zeros((7, 2 * width))
         )
         rows, row_state = step(rows, row_state, ids, values, ids)
-        lines, line_state = step(lines, line_state, ids, spread(values)[0], packing.line(ids))
+        lines, line_state = step(lines, line_state, ids, to_lines(values)[0], packing.line(ids))
     if exact:
         rows, _ = tx.flush(rows, row_state)
         lines, _ = tx.flush(lines, line_state)
-    found = packing.unpack(lines["table"], num_rows)
-    np.testing.assert_allclose(found, rows["table"], rtol=2e-6, atol=2e-6)
+    unpacked = packing.unpack(lines["table"], num_rows)
+    np.testing.assert_allclose(unpacked, rows["table"], rtol=2e-6, atol=2e-6)
 
 
 def test_lines_of_large_unsigned_indices_are_outside():
     packing, ids = adamjax.layout.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
-    for place in (packing.line(ids), jax.jit(packing.line)(ids)):
-        np.testing.assert_array_equal(place, [2, 2**30, 2**31 - 1])
+    for line in (packing.line(ids), jax.jit(packing.line)(ids)):
+        np.testing.assert_array_equal(line, [2, 2**30, 2**31 - 1])

@@ -87,8 +87,8 @@ def test_a_mask_may_stop_above_the_leaves():
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
 
 
-def test_a_mask_sees_the_parameters_where_there_are_some():
-    """Its answer can not depend on a gradient that is None or wrong."""
+def test_a_mask_function_gets_the_parameters_if_they_are_given():
+    """What it selects does not depend on a gradient that is None or wrong."""
     tx = masked(scale_by_adam(), matrices)
     state = tx.init(PARAMS)
     some = {"enc": {"kernel": None, "bias": GRADS["enc"]["bias"]}, "head": GRADS["head"]}
@@ -102,7 +102,7 @@ def test_a_mask_sees_the_parameters_where_there_are_some():
 
 
 def test_masks_in_masks():
-    """What is None to the inner is not offered to its mask, be it a pattern or a function."""
+    """The inner mask, a pattern or a function, sees only leaves that the outer one selects."""
     for inner in ("bias", lambda tree: jax.tree.map(lambda x: jnp.ndim(x) == 1, tree)):
         tx = masked(masked(scale(0.0), inner), "^head")
         updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
@@ -142,7 +142,7 @@ def test_masked_optax():
     assert_same_steps(chain(masked(adam(0.1, eps=1e-8), "kernel"), scale(2.0)), theirs)
 
 
-def test_masked_refuses():
+def test_masked_refuses_what_is_no_mask():
     with pytest.raises(TypeError, match="masked: a path pattern must be a str, got 3"):
         masked(scale(1.0), 3)
     with pytest.raises(ValueError, match="masked: '\\[' is not a regular expression"):
@@ -152,14 +152,14 @@ def test_masked_refuses():
 # --- trees of bools -----------------------------------------------------------------------------
 
 
-def readable(x):
+def id_of(x):
     """Without the addresses of objects, which differ between the processes of a run."""
     return type(x).__name__ if " at 0x" in str(x) else str(x)
 
 
 @jax.tree_util.register_pytree_node_class
 class Model:
-    """A model as Equinox has them: a tree that can be called."""
+    """A model like those of Equinox: a tree that can be called."""
 
     def __init__(self, enc, head):
         self.enc, self.head = enc, head
@@ -177,7 +177,7 @@ class Model:
 
 MODEL, MODEL_GRADS = Model(PARAMS["enc"], PARAMS["head"]), Model(GRADS["enc"], GRADS["head"])
 FLAGS = {"enc": {"kernel": True, "bias": False}, "head": {"kernel": False, "bias": True}}
-WEIGHTED = add_decayed_weights(0.5)
+DECAY = add_decayed_weights(0.5)
 # A mask, and what it selects of PARAMS.
 TREES = {
     "every leaf": (FLAGS, FLAGS),
@@ -195,7 +195,7 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_of_bools_is_a_mask(name):
-    """As it is for optax, and as a function that returns it."""
+    """It selects what it selects in optax, and so does a function that returns it."""
     mask, wanted = TREES[name]
     inner, theirs = scale(0.0), optax.masked(optax.scale(0.0), jax.tree.map(bool, mask))
     expected, _ = theirs.update(GRADS, theirs.init(PARAMS))
@@ -206,11 +206,9 @@ def test_a_tree_of_bools_is_a_mask(name):
         updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
         assert_same(updates, expected)
         assert_same(tx.update(GRADS, ())[0], expected)
-        assert (
-            masked(scale_by_adam(), given).init(PARAMS).m["enc"]["kernel"] is None
-            or (wanted["enc"]["kernel"])
-        )
-        for tx in (add_decayed_weights(0.5, given), masked(WEIGHTED, given)):
+        kernel_slot = masked(scale_by_adam(), given).init(PARAMS).m["enc"]["kernel"]
+        assert kernel_slot is None or wanted["enc"]["kernel"]
+        for tx in (add_decayed_weights(0.5, given), masked(DECAY, given)):
             assert_same(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0], decayed)
         tx = adamw(0.1, weight_decay=0.5, mask=given)
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, GRADS), tx.init(PARAMS), PARAMS)
@@ -252,13 +250,13 @@ def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, MODEL), decay.init(MODEL), MODEL)
     assert np.all(np.asarray(updates.enc["kernel"]) != 0)
     assert not np.any(updates.enc["bias"])
-    # Above the leaves, or of None where there is no leaf.
+    # A bool may stand for a subtree, and None where there is no leaf.
     masked(scale(0.0), Model(True, None)).init(Model(PARAMS["enc"], None))
-    # A tree without a bool is a function, as ever.
-    assert_same(masked(scale(0.0), Model(None, None)).update(GRADS, ())[0], by_zero(GRADS))
+    # A model without a bool is called as a mask function.
+    assert_same(masked(scale(0.0), Model(None, None)).update(GRADS, ())[0], zeroed(GRADS))
 
 
-def by_zero(tree):
+def zeroed(tree):
     return jax.tree.map(lambda x: 0 * x, tree)
 
 
@@ -271,9 +269,8 @@ def test_a_model_of_bools_and_others_is_refused():
 
 
 def test_leaves_that_are_none_and_masks():
-    """A flag for what is not here has no effect; one that is None is for nothing else."""
+    """For a leaf that is None a mask may have a bool or None; for any other it must have a bool."""
     some = {"enc": {"kernel": PARAMS["enc"]["kernel"], "bias": None}, "head": None}
-    tx = masked(scale(0.0), matrices)
     for mask in (
         {"enc": {"kernel": True, "bias": True}, "head": True},
         {"enc": {"kernel": True, "bias": None}, "head": None},
@@ -300,7 +297,7 @@ def test_leaves_that_are_none_and_masks():
         ({"enc": None, "head": True}, "it is None at 'enc', where there is a leaf"),
         (Model(True, False), "it has no bool for the leaf 'enc/bias'"),
     ],
-    ids=readable,
+    ids=id_of,
 )
 def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
     """By `init` and by `update`, of a tree as of a function that returns it."""
@@ -341,7 +338,7 @@ def test_containers_that_differ_are_refused():
         (jnp.array(True), "of type ArrayImpl"),
         (len, "of type builtin_function_or_method"),
     ],
-    ids=readable,
+    ids=id_of,
 )
 def test_what_is_no_bool_is_refused(leaf, said):
     mask = {"enc": {"kernel": True, "bias": leaf}, "head": False}
@@ -447,7 +444,7 @@ def test_a_resolved_mask_decides_as_for_the_whole():
     """Also where a few rows stand in the table's place."""
     tx = add_decayed_weights(0.5, many_rows).resolve_masks(BIG)
     rows = {**BIG, "table": BIG["table"][:3]}
-    updates, _ = tx.update(by_zero(rows), tx.init(BIG), rows)
+    updates, _ = tx.update(zeroed(rows), tx.init(BIG), rows)
     assert_same(updates["table"], 0.5 * rows["table"])
     assert not np.any(updates["w"])
 

@@ -1,4 +1,4 @@
-"""Whole models with large tables: row gradients train them as dense ones do, and at what cost."""
+"""Whole models with large tables: row gradients train them as dense ones do, and what they cost."""
 
 import functools
 import gc
@@ -35,14 +35,23 @@ OPTIMIZERS = {
     "clicks": adamjax.adamw(RATE),
 }
 
-# How far rounding alone takes a dense run in 50 steps. Against the same run in float64 the losses
-# are off by 2e-7 to 6e-7 of their values, and the root mean square over a leaf's elements is 4e-6
-# at most; with the examples of each batch in another order it is 1e-7 to 6e-7, and 2e-6. An element
-# alone can be off by a tenth of a step (1e-3), where its gradient is hardly more than rounding,
-# which Adam scales up. The losses of rows="lazy" are off by 9e-3 and more, its parameters by 9e-3.
-LOSS, ROOT_MEAN_SQUARE, ELEMENT = 2e-6, 2e-5, 5e-3
+# Tolerances: the relative error of a loss, the root mean square error of a leaf, and the error of
+# an element. Rounding alone changes a dense run of 50 steps by less:
+# - From the same run in float64 the losses differ by 2e-7 to 6e-7 of their values, and a leaf by a
+#   root mean square of at most 4e-6.
+# - With the examples of each batch in another order the losses differ by 1e-7 to 6e-7, and a leaf
+#   by at most 2e-6.
+# - One element can differ by a tenth of a step (1e-3), if its gradient is hardly more than
+#   rounding: Adam scales it up.
+# With rows="lazy" losses and parameters differ by 9e-3 and more.
+LOSS_RTOL, LEAF_ATOL, ELEMENT_ATOL = 2e-6, 2e-5, 5e-3
 
-QUICKLY = {"xla_backend_optimization_level": 0}
+# Compiles fast, and the program runs slowly.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+# Each of these ways to train returns `init`, `step`, and a function that gives the parameters after
+# the last step.
 
 
 def dense(model, tx):
@@ -57,7 +66,7 @@ def dense(model, tx):
 
 
 def by_rows(model, tx):
-    """The step of any transform that takes row gradients, all tables' being such."""
+    """With row gradients for all tables, which any transform takes."""
     gradient = adamjax.value_and_grad(model.loss, model.tables, strict=True)
 
     def step(params, state, batch):
@@ -85,21 +94,22 @@ def exact(model, tx):
 
 
 @functools.cache
-def start(name):
-    """The parameters of a model, as NumPy arrays. (The other generator takes long to compile.)"""
+def initial_params(name):
+    """The parameters of a model, as NumPy arrays."""
+    # JAX's default generator takes long to compile.
     params = jax.jit(MODELS[name].init)(jax.random.key(0, impl="rbg"))
     return jax.tree.map(np.asarray, params)
 
 
 def trained(name, run, tx):
-    """The losses of all steps, and the parameters behind them."""
+    """The losses of all steps, and the parameters after the last one."""
     model = MODELS[name]
     init, step, done = run(model, tx)
-    params = jax.tree.map(jnp.array, start(name))
+    params = jax.tree.map(jnp.array, initial_params(name))
     state, losses = init(params), []
-    # The small models are compiled fast, the large one to run fast.
-    quickly = None if name == "transformer" else QUICKLY
-    step = jax.jit(step, donate_argnums=(0, 1), compiler_options=quickly)
+    # The steps of the large model take longer than their compilation.
+    options = None if name == "transformer" else FAST_COMPILE
+    step = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
     for i in range(STEPS):
         params, state, value = step(params, state, model.batch(i))
         losses.append(value)
@@ -107,7 +117,7 @@ def trained(name, run, tx):
 
 
 @functools.cache
-def expected(name):
+def trained_dense(name):
     return trained(name, dense, OPTIMIZERS[name])
 
 
@@ -115,23 +125,23 @@ def expected(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_row_gradients_train_as_dense_ones_do(name, run):
     losses, params = trained(name, run, OPTIMIZERS[name])
-    curve, dense_params = expected(name)
-    assert curve[-5:].mean() < 0.8 * curve[:5].mean()
-    np.testing.assert_allclose(losses, curve, rtol=LOSS)
-    ends = zip(leaf_paths(params), *map(jax.tree.leaves, (params, dense_params)), strict=True)
-    for path, x, y in ends:
-        off = x.astype(np.float64) - y
-        assert math.sqrt(np.mean(off**2)) < ROOT_MEAN_SQUARE, path
-        assert np.abs(off).max() < ELEMENT, path
+    dense_losses, dense_params = trained_dense(name)
+    assert dense_losses[-5:].mean() < 0.8 * dense_losses[:5].mean()
+    np.testing.assert_allclose(losses, dense_losses, rtol=LOSS_RTOL)
+    leaves = zip(leaf_paths(params), *map(jax.tree.leaves, (params, dense_params)), strict=True)
+    for path, x, y in leaves:
+        error = x.astype(np.float64) - y
+        assert math.sqrt(np.mean(error**2)) < LEAF_ATOL, path
+        assert np.abs(error).max() < ELEMENT_ATOL, path
 
 
 def test_lazy_rows_are_another_optimizer():
-    """What the bounds on the losses above tell apart."""
-    curve, _ = expected("two towers")
+    """The tolerance for losses is tight enough to see the difference."""
+    dense_losses, _ = trained_dense("two towers")
     clip, *_ = CLIPPED.parts
     lazy = adamjax.chain(clip, adamjax.adamw(RATE, rows="lazy"))
     losses, _ = trained("two towers", by_rows, lazy)
-    assert np.abs(losses / curve - 1).max() > 100 * LOSS
+    assert np.abs(losses / dense_losses - 1).max() > 100 * LOSS_RTOL
 
 
 # --- in place -------------------------------------------------------------------------------------
@@ -139,7 +149,8 @@ def test_lazy_rows_are_another_optimizer():
 NUM_ROWS, WIDTH, READS = 1_000_000, 64, 8192
 TABLE = NUM_ROWS * WIDTH
 
-# What an array of the table's size may be: one that comes in, or goes on to where it is written.
+# The operations whose results may be as large as the table: arguments of the program and of its
+# computations, what XLA passes on without a copy, and writes in place.
 IN_PLACE = {
     "bitcast",
     "call",
@@ -169,9 +180,9 @@ def narrow_head(params, batch):
 LOSSES = {"float32": head, "bfloat16": narrow_head}
 
 
-# Bytes of temporaries. 8,192 rows are 2 MB; with decay the rows' own values are among them. Where
-# reads and gradients are written by hand, with `prepare`, the exact steps need 1.3 MB less of the
-# first and 0.03 MB less of the second.
+# Each rule with the most bytes that temporaries may take. 8,192 rows are 2 MB. With decay the rows'
+# own values are among them. The exact steps need less if reads and gradients are written by hand,
+# with `prepare`: adam 1.3 MB less, adamw 0.03 MB less.
 RULES = {"adam": (adamjax.adam, 20e6), "adamw": (adamjax.adamw, 24e6)}
 
 
@@ -204,37 +215,39 @@ def compiled_step(mode, loss, rule):
     state = jax.eval_shape(tx.init, params)
     batch = {"ids": shape((READS,), jnp.int32), "y": shape((READS,), jnp.float32)}
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
-    return compiled, held
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    return compiled, num_bytes
 
 
 def large(text):
     """The operations of an optimized HLO, in all its computations, whose result is large.
 
-    Large is an eighth of the table, in any shape and dtype: a row's int32 is a 64th.
+    Large is an eighth of the table's elements or more, in any shape and dtype. (An array with one
+    element for each row has a 64th.)
     """
-    found = re.findall(r"^\s+(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", text, re.MULTILINE)
-    assert found
-    return [op for shape, op in found if math.prod(map(int, shape.split(","))) >= TABLE / 8]
+    pattern = r"^\s+(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\("
+    operations = re.findall(pattern, text, re.MULTILINE)
+    assert operations
+    return [op for shape, op in operations if math.prod(map(int, shape.split(","))) >= TABLE / 8]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies more")
 @pytest.mark.parametrize("mode", ["exact", "lazy"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_whole_step_holds_nothing_as_large_as_the_table(rule, loss, mode):
-    """But the table and its two moments, each written once, in place."""
+def test_a_whole_step_allocates_nothing_as_large_as_the_table(rule, loss, mode):
+    """It writes the table and its two moments once each, in place."""
     function, most = RULES[rule]
-    compiled, held = compiled_step(mode, LOSSES[loss], function)
+    compiled, num_bytes = compiled_step(mode, LOSSES[loss], function)
     memory, operations = compiled.memory_analysis(), large(compiled.as_text())
     assert set(operations) <= IN_PLACE
     assert sum(op in WRITES for op in operations) == 3
-    assert memory.alias_size_in_bytes == held
+    assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < most
 
 
-def test_a_dense_step_holds_more():
-    """What the test above tells apart."""
+def test_a_dense_step_allocates_arrays_as_large_as_the_table():
+    """The test above would fail for it."""
     compiled, _ = compiled_step("dense", head, adamjax.adam)
     assert set(large(compiled.as_text())) - IN_PLACE
     assert compiled.memory_analysis().temp_size_in_bytes > 4 * TABLE
@@ -280,63 +293,64 @@ def test_evaluation_of_the_whole_table_holds_more():
 
 
 def at_depth(depth, function, *args):
-    """A call from under as many others."""
+    """Calls a function with this many more frames on the stack."""
     return at_depth(depth - 1, function, *args) if depth else function(*args)
 
 
 def test_tracing_takes_at_most_twice_as_long(monkeypatch):
-    """The least of several in turn, in seconds of the processor, which may have other work.
+    """Compares the least of several CPU times, because the processor may have other work.
 
-    CPython maps the stack of its frames in pieces of 16 KB, anew whenever a call crosses the end
-    of one. Where calls in a loop do, which depends on how deep a test runs, tracing takes twice
-    the time. So each of the several starts at another depth, over more than a piece in all.
+    CPython allocates the stack of its frames in chunks of 16 KB. If the calls of a loop cross the
+    end of a chunk, each of them allocates a chunk, and tracing takes twice as long. Whether they
+    do depends on the depth at which a test runs. So each measurement runs at another depth, and
+    together the depths span more than one chunk.
     """
 
-    def taken_by(function):
+    def cpu_seconds(function):
         start = time.process_time()
         function()
         return time.process_time() - start
 
-    monkeypatch.setattr(models.measure, "timed", taken_by)
+    monkeypatch.setattr(models.measure, "timed", cpu_seconds)
     model = MODELS["transformer"]
-    taken = {name: [] for name in ("jax", "rows")}
-    gc.freeze()  # What other tests left need not be looked at before each.
+    seconds = {name: [] for name in ("jax", "rows")}
+    gc.freeze()  # The collector need not scan what other tests left.
     try:
         for depth in range(0, 160, 5):
-            for name, times in taken.items():
+            for name, times in seconds.items():
                 times.append(at_depth(depth, models.tracing_seconds, model, name))
     finally:
         gc.unfreeze()
-    assert min(taken["rows"][1:]) < 2 * min(taken["jax"][1:]), taken
+    assert min(seconds["rows"][1:]) < 2 * min(seconds["jax"][1:]), seconds
 
 
 # --- the suite ------------------------------------------------------------------------------------
 
 
 def test_contenders_do_the_same():
-    """As far as they should: a few steps of the suite's, each of which reads all rows."""
+    """In a few steps that read all rows. Only the frozen tables differ."""
     pytest.importorskip("optax")
     model = networks.TwoTower(8, 8, width=8, examples=64)
-    start, ends = jax.jit(model.init)(jax.random.key(0, impl="rbg")), {}
+    start, params_of = jax.jit(model.init)(jax.random.key(0, impl="rbg")), {}
     for name in models.CONTENDERS:
         init, step = models.trainer(name, model)
-        params, state, step = start, init(start), jax.jit(step, compiler_options=QUICKLY)
+        params, state, step = start, init(start), jax.jit(step, compiler_options=FAST_COMPILE)
         for i in range(3):
             params, state, _ = step(params, state, model.batch(i))
-        ends[name] = params
-    frozen, dense = ends.pop("frozen"), ends.pop("dense")
+        params_of[name] = params
+    frozen, dense = params_of.pop("frozen"), params_of.pop("dense")
     for path in ("users", "items"):
         np.testing.assert_array_equal(frozen[path], start[path])
-    for name, params in ends.items():
+    for name, params in params_of.items():
         for x, y in zip(*map(jax.tree.leaves, (params, dense)), strict=True):
-            # Of steps of 1e-3; optax has its epsilon at another place, which few elements notice.
-            off = np.abs(np.asarray(x - y, np.float64))
-            assert off.mean() < 1e-6 if name == "optax" else off.max() < 1e-6, name
+            # A step is 1e-3. optax adds another epsilon, which matters for few elements.
+            error = np.abs(np.asarray(x - y, np.float64))
+            assert error.mean() < 1e-6 if name == "optax" else error.max() < 1e-6, name
 
 
 def test_quick_run(tmp_path):
-    asked = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
-    printed = run_benchmarks("models", *asked.split(), "two towers", cwd=tmp_path).stdout
+    options = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
+    printed = run_benchmarks("models", *options.split(), "two towers", cwd=tmp_path).stdout
     assert "exact_rows(adamw), row gradients" in printed
     results = json.loads((tmp_path / "models.json").read_text())
     (row,) = results["steps"]
@@ -347,8 +361,8 @@ def test_quick_run(tmp_path):
 
 def test_a_step_of_many_tables_is_shown_as_a_program(tmp_path):
     """The lines and times of each contender, beside those of one table."""
-    asked = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
-    printed = run_benchmarks("models", *asked.split(), "click", cwd=tmp_path).stdout
+    options = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
+    printed = run_benchmarks("models", *options.split(), "click", cwd=tmp_path).stdout
     assert "A step as a program" in printed
     results = json.loads((tmp_path / "models.json").read_text())
     lines = {(row["model"], row["contender"]): row["lines"] for row in results["programs"]}
@@ -364,12 +378,12 @@ def test_a_step_of_many_tables_is_shown_as_a_program(tmp_path):
     assert steps["parameters"] == 3 * 500 * 4 + 3 * 4 * 32 + 32 + 32 + 1
 
 
-def test_bounds_of_many_tables_are_what_they_are():
-    def made(model, lines, seconds):
+def test_bounds_on_many_tables_compare_them_with_one_table():
+    def program(model, lines, seconds):
         s = {"compile": {"median": seconds, "q25": seconds, "q75": seconds}}
         return {"model": model, "contender": "exact", "lines": lines, "s": s}
 
-    one = made(models.ONE, 1000, 1.0)
-    found = models.bounds([made(models.MANY, 3900, 3.1), one])
-    assert [(x["measured"], x["holds"]) for x in found] == [(3.9, True), (3.1, False)]
+    one = program(models.ONE, 1000, 1.0)
+    bounds = models.bounds([program(models.MANY, 3900, 3.1), one])
+    assert [(x["measured"], x["holds"]) for x in bounds] == [(3.9, True), (3.1, False)]
     assert [x["holds"] for x in models.bounds([one])] == [None, None]

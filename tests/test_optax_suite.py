@@ -618,16 +618,16 @@ def test_multi_steps(name):
     """optax's accumulation around ours: nothing moves in between, then the step of the mean."""
     tx, dtype = OPTIMIZERS[name](), jnp.float32
     p, _, objective = parabola(dtype)
-    gathered = optax.MultiSteps(tx, every_k_schedule=4)
-    state, update = jax.jit(gathered.init)(p), jax.jit(gathered.update)
+    accumulated = optax.MultiSteps(tx, every_k_schedule=4)
+    state, update = jax.jit(accumulated.init)(p), jax.jit(accumulated.update)
     grads = [jax.grad(objective)(p) * k for k in (1.0, 2.0, 3.0, 6.0)]
     for g in grads[:-1]:
         updates, state = update(g, state, p)
         assert jnp.all(updates == 0)
-        assert not gathered.has_updated(state)
+        assert not accumulated.has_updated(state)
     updates, state = update(grads[-1], state, p)
     expected, _ = tx.update(3.0 * jax.grad(objective)(p), tx.init(p), p)
-    assert gathered.has_updated(state)
+    assert accumulated.has_updated(state)
     assert_close(updates, expected, 1e-6)
     assert adamjax.step_count(state) == 1
 
@@ -663,12 +663,12 @@ def test_multi_steps_in_mixed_precision():
     p = [jnp.ones(3, of_params) for of_params, _ in pairs]
     g = [jnp.full(3, 0.5, of_grads) for _, of_grads in pairs]
     tx = adamjax.adam(0.1, m_dtype="float32")
-    gathered = optax.MultiSteps(tx, 2)
-    state, held = tx.init(p), gathered.init(p)
-    plain, gathering = jax.jit(tx.update), jax.jit(gathered.update)
+    accumulated = optax.MultiSteps(tx, 2)
+    state, accumulated_state = tx.init(p), accumulated.init(p)
+    plain, accumulate = jax.jit(tx.update), jax.jit(accumulated.update)
     for _ in range(3):
         updates, state = plain(g, state, p)
-        others, held = gathering(g, held, p)
+        others, accumulated_state = accumulate(g, accumulated_state, p)
         assert avals(others) == avals(updates)
         moved = optax.apply_updates(p, others)
         assert avals(moved) == avals(p)

@@ -1,4 +1,4 @@
-"""Gradients of replicas are summed: dense ones as they are, rows without being made dense."""
+"""Sums of gradients over replicas. The sum of row gradients is a row gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,11 @@ def expected():
     return one_step(optimizer(), grads(ids, values, dense.sum(0)))
 
 
-def check(mapped):
-    """Every replica takes the step of one device."""
+def expect_the_same_step(params_of_all):
+    """Every replica took the step of one device."""
     for i in range(REPLICAS):
-        assert_close(jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), mapped), expected(), 1e-6)
+        params = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), params_of_all)
+        assert_close(params, expected(), 1e-6)
 
 
 def test_under_vmap():
@@ -52,11 +53,11 @@ def test_under_vmap():
         tx = optimizer(adamjax.sum_over("batch"))
         return one_step(tx, grads(ids, values, dense))
 
-    check(jax.vmap(step, axis_name="batch")(*grads_of_all()))
+    expect_the_same_step(jax.vmap(step, axis_name="batch")(*grads_of_all()))
 
 
 def test_updates_of_all_rows_are_summed_as_well():
-    """A row that one replica holds is one of the others to another."""
+    """Adam also moves rows that a replica did not read, which another replica may have read."""
 
     def step(ids, values, dense):
         tx = adamjax.chain(adamjax.adam(0.1), adamjax.sum_over("batch"))
@@ -70,31 +71,31 @@ def test_updates_of_all_rows_are_summed_as_well():
     assert_close(mapped[0], PARAMS["table"] + total, 1e-6)
 
 
-def under_devices():
-    """What a process of its own with several devices runs."""
+def check_over_devices():
+    """Needs several devices, so it runs in its own process."""
     assert jax.device_count() == REPLICAS
 
     def step(ids, values, dense):
         return one_step(optimizer(adamjax.sum_over("batch")), grads(ids, values, dense))
 
-    check(jax.pmap(step, axis_name="batch")(*grads_of_all()))
+    expect_the_same_step(jax.pmap(step, axis_name="batch")(*grads_of_all()))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
 
-    def shard(*of_one):
-        moved = step(*(x[0] for x in of_one))
-        return jax.tree.map(lambda x: x[None], moved)
+    def step_on_one_device(*shards):
+        params = step(*(x[0] for x in shards))
+        return jax.tree.map(lambda x: x[None], params)
 
-    mapped = shard_map(shard, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
-    check(jax.jit(mapped)(*grads_of_all()))
+    mapped = shard_map(step_on_one_device, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    expect_the_same_step(jax.jit(mapped)(*grads_of_all()))
 
 
 def test_over_devices():
     """Under `pmap` and `shard_map`."""
-    run_on_devices(REPLICAS, "import test_replicas; test_replicas.under_devices()")
+    run_on_devices(REPLICAS, "import test_replicas; test_replicas.check_over_devices()")
 
 
-def test_what_is_no_axis_is_refused():
+def test_a_name_that_is_no_mapped_axis_is_refused():
     for bad in (0, 1.0, None, True, ("batch", 0), (("batch",),)):
         with pytest.raises(TypeError, match="axis_name must be the name of a mapped axis"):
             adamjax.sum_over(bad)
@@ -109,6 +110,6 @@ def test_what_is_no_axis_is_refused():
                 NameError, match=r"sum_over: no axis .*batch.* is mapped here.*vmap"
             ):
                 step(g, ())
-    both = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
-    both = jax.vmap(both, (0, None), axis_name="rows")
-    assert_close(both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))
+    over_batch = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
+    over_both = jax.vmap(over_batch, (0, None), axis_name="rows")
+    assert_close(over_both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))

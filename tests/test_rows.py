@@ -346,7 +346,7 @@ USES = {
     "clipped": lambda rows: updated(adamjax.clip_by_norm(1.0), rows),
     "exact": lambda rows: updated(adamjax.exact_rows(adamjax.adam(0.1), ""), rows),
     "scaled": lambda rows: updated(adamjax.scale(2.0), rows),
-    "gathered": lambda rows: updated(
+    "accumulated": lambda rows: updated(
         adamjax.accumulate_gradients(adamjax.scale(2.0), 1, max_rows=20), rows
     ),
 }
@@ -448,7 +448,7 @@ def test_stacked_row_gradients_are_no_row_gradient():
 
 @pytest.mark.parametrize("name", ["lazy adam", "dense adamw", "exact pipeline"])
 def test_a_seal_costs_nothing_in_one_program(name):
-    """Nor does a guard, nor gathering, whose branches would make a seal one that is traced."""
+    """Nor inside a guard or an accumulation, whose branches would make the seal a traced one."""
     for around in (
         lambda tx: tx,
         adamjax.skip_not_finite,
@@ -553,7 +553,7 @@ def test_no_rows_are_a_gradient_of_zero():
 
 
 @pytest.mark.parametrize("max_rows", [None, 20, [("t", 20)]])
-def test_gradients_of_micro_batches_are_gathered(max_rows):
+def test_gradients_of_micro_batches_are_accumulated(max_rows):
     def make(**options):
         return adamjax.accumulate_gradients(adamjax.adam(0.1), 3, **options)
 

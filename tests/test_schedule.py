@@ -25,8 +25,8 @@ from adamjax import (
 COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 19, 20, 21, 22, 100, 12345]
 
 
-# Keras' formulas, as keras/src/optimizers/schedules/learning_rate_schedule.py has them, where
-# nothing is a schedule in a schedule: `step` is a Python int.
+# The formulas of keras/src/optimizers/schedules/learning_rate_schedule.py, for a Python int `step`
+# and without a schedule inside another one.
 
 
 def keras_exponential(step, initial, decay_steps, decay_rate, staircase=False):
@@ -126,8 +126,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("schedule", "formula"), CASES.values(), ids=CASES)
-def test_a_schedule_is_keras_formula(schedule, formula):
-    """Eagerly and jitted, for Python ints and arrays; in float64 to its rounding."""
+def test_a_schedule_agrees_with_the_formula_of_keras(schedule, formula):
+    """Eagerly and jitted, for Python ints and arrays; in float64 up to the rounding of float64."""
     expected = np.array([formula(t) for t in COUNTS])
     for count in (int, jnp.int32):
         actual = [schedule(count(t)) for t in COUNTS]
@@ -155,7 +155,7 @@ def test_boundaries_belong_to_the_value_before():
 
 
 def test_a_staircase_steps_at_whole_multiples():
-    """For every multiple up to millions of steps: a quotient rounded down once too often shows."""
+    """At each multiple up to millions of steps: rounding a quotient just below it would show."""
     counts = np.arange(0, 4_000_000, 1000)
     rate = inverse_time_decay(1.0, 1000, 1.0, staircase=True)
     for near in (-1, 0, 1):
@@ -163,7 +163,7 @@ def test_a_staircase_steps_at_whole_multiples():
         np.testing.assert_allclose(jax.vmap(rate)(t), 1 / (1 + t // 1000), rtol=1e-6)
 
 
-TURNING = {
+WITH_TURNS = {
     "exponential": (
         lambda n: exponential_decay(1.0, n, 0.5, staircase=True),
         lambda n, t: keras_exponential(t, 1.0, n, 0.5, True),
@@ -183,13 +183,13 @@ TURNING = {
 }
 
 
-@pytest.mark.parametrize("name", TURNING)
+@pytest.mark.parametrize("name", WITH_TURNS)
 def test_schedules_turn_at_whole_multiples_of_any_length(name):
-    """Of each length of 2 to 129, all in one program, in which they are constants."""
-    make, formula = TURNING[name]
+    """Each length from 2 to 129 is a constant in one compiled program."""
+    make, formula = WITH_TURNS[name]
     lengths = np.arange(2, 130)
-    made = [make(int(n)) for n in lengths]
-    read = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(made, counts, strict=True)]))
+    schedules = [make(int(n)) for n in lengths]
+    read = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(schedules, counts, strict=True)]))
     for k in (1, 2, 3, 7):
         for near in (-1, 0, 1):
             counts = k * lengths + near
@@ -201,18 +201,18 @@ def test_schedules_turn_at_whole_multiples_of_any_length(name):
 
 @pytest.mark.parametrize("steps", [41.0, 2.5, 0.5, 390.625, jnp.float32(41), jnp.array(41)])
 @pytest.mark.parametrize("as_argument", [False, True])
-def test_lengths_of_any_kind_have_their_multiples(steps, as_argument):
+def test_a_staircase_of_any_kind_of_length_steps_at_its_multiples(steps, as_argument):
     n = float(steps)
-    made = exponential_decay(1.0, steps, 0.5, staircase=True)
-    read = jax.jit(lambda schedule, t: schedule(t)) if as_argument else jax.jit(lambda t: made(t))
+    rate = exponential_decay(1.0, steps, 0.5, staircase=True)
+    read = jax.jit(lambda schedule, t: schedule(t)) if as_argument else jax.jit(lambda t: rate(t))
     for t in (0, 1, 2, 3, 5, 40, 41, 42, 81, 82, 390, 391, 3125):
-        found = read(made, t) if as_argument else read(t)
-        assert float(found) == np.float32(0.5 ** math.floor(t / n)), t
+        value = read(rate, t) if as_argument else read(t)
+        assert float(value) == np.float32(0.5 ** math.floor(t / n)), t
 
 
 EDGES = [0, 1, 2, 3, 6, 7, 8, 20, 40, 41, 42, 82, 123, 1000, 2**24 - 1, 2**24, 2**24 + 1]
 EDGES += [2**30, 2**31 - 2, 2**31 - 1]
-READ = {
+SCHEDULES = {
     **{name: schedule for name, (schedule, _) in CASES.items()},
     "staircase of 41": exponential_decay(1.0, 41, 0.5, staircase=True),
     "cycle of 41": polynomial_decay(0.1, 41, 0.01, 0.7, cycle=True),
@@ -225,10 +225,10 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
-def test_what_is_read_is_what_the_step_uses(name):
-    """Bit for bit: a rate that is logged is the rate that was used."""
-    schedule = READ[name]
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_returns_the_rate_that_the_step_uses(name):
+    """Bit for bit, so that a logged rate is the rate that was used."""
+    schedule = SCHEDULES[name]
     tx = adamjax.chain(adamjax.clip_by_global_norm(1e30), scale_by_learning_rate(schedule))
     step = jax.jit(lambda g, state: tx.update(g, state)[0])
     for t in EDGES:
@@ -240,8 +240,8 @@ def test_what_is_read_is_what_the_step_uses(name):
 
 
 @pytest.mark.parametrize("name", ["staircase of 41", "cosine of 41", "polynomial", "piecewise"])
-def test_what_is_read_of_arrays_is_what_a_step_uses_that_takes_them(name):
-    tx = scale_by_learning_rate(jax.tree.map(jnp.asarray, READ[name]))
+def test_learning_rate_returns_the_rate_of_a_step_that_takes_schedules_of_arrays(name):
+    tx = scale_by_learning_rate(jax.tree.map(jnp.asarray, SCHEDULES[name]))
     step = jax.jit(lambda tx, g, state: tx.update(g, state)[0])
     for t in EDGES:
         state = adamjax.states.ScheduleState(jnp.array(t, jnp.int32))
@@ -264,18 +264,18 @@ def test_counts_are_compared_as_whole_numbers():
         rate = read(exponential_decay(1.0, 3, 0.999, staircase=True))
         same = read(exponential_decay(1.0, 1, 0.999))
         assert float(rate(3 * 5000)) == float(same(5000))
-        # Of the last steps of a long line none is lost.
+        # Near the end of a long line, counts that differ by 2 have different rates.
         rate = read(polynomial_decay(1.0, 2**30, 0.0))
         np.testing.assert_allclose([rate(2**30 - t) for t in (1, 3)], [2.0**-30, 3 * 2.0**-30])
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, jnp.array, jnp.bfloat16])
 def test_boundaries_of_any_kind(kind):
-    make = piecewise_constant([kind(2), kind(5)], [1.0, 0.5, 0.25])
-    for read in (make, jax.jit(lambda t: make(t))):
+    rate = piecewise_constant([kind(2), kind(5)], [1.0, 0.5, 0.25])
+    for read in (rate, jax.jit(lambda t: rate(t))):
         assert [float(read(t)) for t in (0, 2, 3, 5, 6)] == [1.0, 1.0, 0.5, 0.5, 0.25]
-    argued = jax.jit(lambda schedule, t: schedule(t))
-    assert [float(argued(make, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
+    as_argument = jax.jit(lambda schedule, t: schedule(t))
+    assert [float(as_argument(rate, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
 
 
 def test_boundaries_that_no_count_reaches():
@@ -283,9 +283,9 @@ def test_boundaries_that_no_count_reaches():
     values = [float(i) for i in range(8)]
     for rate in (piecewise_constant(far, values), jax.jit(piecewise_constant(far, values))):
         assert [float(rate(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
-    argued = jax.jit(lambda schedule, t: schedule(t))
+    as_argument = jax.jit(lambda schedule, t: schedule(t))
     arrays = piecewise_constant([*map(jnp.float32, [-3e9, 2.5, 2**24, 3e9])], values[:5])
-    assert [float(argued(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)] == [
+    assert [float(as_argument(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)] == [
         *(1.0, 2.0, 2.0, 3.0, 3.0)
     ]
 
@@ -321,11 +321,11 @@ def test_decays_may_be_longer_than_any_run(name):
     for n in (2**31 - 1, 2**31, 3_000_000_000, 3e9, 2**40, 10**30, 1e38, np.int64(3_000_000_000)):
         rate, read = make(n), jax.jit(make(n))
         for t in (0, 1, 2**24 + 1, 2**31 - 1):
-            for found in (rate(t), read(t)):
-                np.testing.assert_allclose(found, formula(float(n), t), rtol=2e-6, atol=1e-9)
+            for value in (rate(t), read(t)):
+                np.testing.assert_allclose(value, formula(float(n), t), rtol=2e-6, atol=1e-9)
 
 
-def test_counts_beyond_all_counts_are_refused():
+def test_counts_that_no_int32_holds_are_refused():
     for bad in (2**31, 2**40, np.int64(2**32 + 5), 10**30):
         for schedule in (cosine_decay(0.1, 10), warmup(0.1, 3), constant(0.5)):
             with pytest.raises(ValueError, match=r"count of steps.*up to 2147483647; got"):
@@ -344,8 +344,8 @@ def test_counts_beyond_all_counts_are_refused():
         assert float(jax.jit(piecewise_constant([300], [1.0, 0.5]))(jnp.array(100, dtype))) == 1.0
 
 
-def test_lengths_that_are_traced_do_at_0_what_they_do_beside_it():
-    """At the start if none was taken, else at the end; what is below makes NaN."""
+def test_a_traced_length_of_0_gives_what_a_tiny_length_gives():
+    """The first rate at count 0, and after that the last one. A negative length gives NaN."""
     for make, end in (
         (lambda n: cosine_decay(0.5, n, 0.5), 0.25),
         (lambda n: polynomial_decay(0.5, n, 0.25), 0.25),
@@ -366,14 +366,14 @@ def test_lengths_that_are_traced_do_at_0_what_they_do_beside_it():
         assert [float(read(power, t)) for t in (0, 9, 10, 11)] == [0.5, 0.5, 0.25, 0.25]
 
 
-def test_a_schedule_of_someone_elses_is_called_as_it_is():
-    """A function may look at the count, outside `jit`; then nothing around it is compiled."""
+def test_a_schedule_around_a_python_function_calls_it_with_a_known_count():
+    """Outside `jit` the function may need the count's value, so nothing around it is jitted."""
     table = [0.5, 0.25, 0.125]
     rate = warmup(lambda count: table[int(count)], 2)
     assert [float(rate(t)) for t in range(4)] == [0.0, 0.25, 0.5, 0.25]
 
 
-def test_schedules_go_on_at_the_largest_count():
+def test_schedules_are_finite_at_the_largest_count():
     for name, (schedule, _) in CASES.items():
         last = schedule(jnp.array(jnp.iinfo(jnp.int32).max))
         assert np.isfinite(last) or name == "exponential, growing"
@@ -386,7 +386,7 @@ def test_array_hyperparameters_are_differentiable_where_rates_end():
     assert float(slope.end_learning_rate) == 1.0
 
 
-# What takes a number that may be traced, at a count of 3, and that count's value at 0 and at 0.5.
+# Schedules of a number that may be traced, with their rates at count 3 if it is 0 and if it is 0.5.
 TRACED = {
     "constant": (constant, 0.0, 0.5),
     "cosine": (lambda x: cosine_decay(x, 6), 0.0, 0.25),
@@ -407,22 +407,15 @@ TRACED = {
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_numbers_that_are_traced_make_nan_outside_of_their_range(name):
+def test_traced_numbers_out_of_their_range_give_nan(name):
     make, at_0, at_half = TRACED[name]
+    state = adamjax.states.ScheduleState(jnp.array(3, jnp.int32))
     rate = jax.jit(lambda x: make(x)(3))
-    tx = jax.jit(lambda x: adamjax.learning_rate(*[f(make(x)) for f in (with_rate, started)]))
-    for read in (rate, tx):
+    rate_of_tx = jax.jit(lambda x: adamjax.learning_rate(scale_by_learning_rate(make(x)), state))
+    for read in (rate, rate_of_tx):
         np.testing.assert_allclose([read(0.0), read(0.5)], [at_0, at_half], rtol=1e-6)
         for bad in (-0.5, -2.0, jnp.nan) if name != "boundary" else (-1.0, -2.0, jnp.nan):
             assert np.isnan(read(bad)), bad
-
-
-def with_rate(rate):
-    return scale_by_learning_rate(rate)
-
-
-def started(_):
-    return adamjax.states.ScheduleState(jnp.array(3, jnp.int32))
 
 
 def test_boundaries_that_are_traced_must_increase():
@@ -443,8 +436,8 @@ def test_boundaries_that_are_traced_must_increase():
             piecewise_constant([5], bad)
 
 
-def test_many_values_at_once_are_refused_where_they_are_read():
-    """And taken apart by `vmap`."""
+def test_a_call_refuses_a_schedule_with_arrays_of_several_values():
+    """Under `vmap` each call sees one value."""
     two = jnp.array([0.25, 0.5])
     for schedule, field in (
         (constant(two), "value"),
@@ -467,7 +460,7 @@ def test_many_values_at_once_are_refused_where_they_are_read():
     np.testing.assert_allclose(counts, [0.0, 0.25], atol=1e-8)
 
 
-def test_what_is_0_stays_0_however_far_it_would_grow():
+def test_a_rate_of_0_stays_0_though_its_factor_overflows():
     for read in (lambda s, t: s(t), jax.jit(lambda s, t: s(t))):
         assert float(read(exponential_decay(0.0, 1, 10.0), 60)) == 0.0
         assert float(read(inverse_time_decay(0.5, 2e-38, 0.0), 60)) == 0.5
@@ -476,7 +469,7 @@ def test_what_is_0_stays_0_however_far_it_would_grow():
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_decays_go_through_jit(name):
-    """Within a transform, where an integer beyond int32 would not."""
+    """Within a transform. An integer beyond int32 could not be an argument of `jit`."""
     make, formula = LONG[name]
     for n in (2**31, 10**10):
         tx = adamjax.chain(adamjax.scale(1.0), scale_by_learning_rate(make(n)))
@@ -569,7 +562,7 @@ def test_by_path_names_leaves_of_any_tree():
     assert rates_of(by_path([("^count$", 0.5)], default=1.0), state) == {"count": 0.5}
 
 
-def test_by_path_refuses():
+def test_by_path_refuses_bad_patterns_and_rates():
     with pytest.raises(ValueError, match=r"by_path: '\(' is not a regular expression"):
         by_path([("(", 0.1)], default=0.1)
     with pytest.raises(TypeError, match="by_path: a path pattern must be a str, got 3"):
@@ -591,7 +584,7 @@ def test_by_path_refuses():
 # --- callables ----------------------------------------------------------------------------------
 
 
-def drawn(count):
+def plain_schedule(count):
     """A schedule that is a plain function."""
     return 0.5 / (1 + count)
 
@@ -599,11 +592,11 @@ def drawn(count):
 @pytest.mark.parametrize(
     "schedule",
     [
-        drawn,
+        plain_schedule,
         optax.cosine_decay_schedule(0.5, 10),
         optax.warmup_cosine_decay_schedule(0.0, 0.5, 3, 10),
         optax.piecewise_constant_schedule(0.5, {2: 0.5}),
-        optax.join_schedules([optax.constant_schedule(0.5), drawn], [2]),
+        optax.join_schedules([optax.constant_schedule(0.5), plain_schedule], [2]),
     ],
 )
 def test_any_callable_of_the_count_is_a_schedule(schedule):
@@ -645,7 +638,7 @@ def test_a_rate_must_be_a_scalar():
 
 
 def test_a_callable_must_return_a_number():
-    """It is named where it does not; what is below 0 makes NaN."""
+    """The error names the callable. A negative number makes NaN."""
     g = jnp.ones(2)
 
     def updated(rate, count=0):
@@ -653,7 +646,7 @@ def test_a_callable_must_return_a_number():
         state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
         return jax.jit(lambda s: tx.update(g, s)[0])(state)
 
-    def drawn(_):
+    def last_returned(_):
         return returns[-1]
 
     returns = []
@@ -669,19 +662,19 @@ def test_a_callable_must_return_a_number():
     ):
         returns.append(bad)
         for make in (lambda f: f, lambda f: warmup(f, 3), lambda f: by_path({}, default=f)):
-            with pytest.raises(error, match=rf"{text}.* from .*drawn"):
-                updated(make(drawn))
+            with pytest.raises(error, match=rf"{text}.* from .*last_returned"):
+                updated(make(last_returned))
     for good in (1, np.float64(0.5), jnp.bfloat16(0.5), np.int8(3)):
         returns.append(good)
-        np.testing.assert_allclose(updated(drawn), -float(good))
+        np.testing.assert_allclose(updated(last_returned), -float(good))
     for bad in (-0.5, jnp.float32(-0.5), -1, jnp.nan):
         returns.append(bad)
-        assert np.isnan(updated(drawn)).all()
+        assert np.isnan(updated(last_returned)).all()
     falling = optax.linear_schedule(0.5, -0.5, 4)
     np.testing.assert_allclose(updated(falling, 1), -0.25)
     for rate in (falling, lambda count: 0.5 - 0.25 * count, by_path({}, default=falling)):
         assert np.isnan(updated(rate, 3)).all()
-    # What rounding leaves below 0 is 0.
+    # A number that is negative only by rounding counts as 0.
     ending = optax.linear_schedule(0.1, 0.0, 1000)
     used = jax.vmap(lambda t: updated(ending, t)[0])(jnp.arange(1001))
     assert np.all((used <= 0) & (used >= -0.1))
@@ -695,7 +688,7 @@ def test_a_callable_must_return_a_number():
 
 
 @pytest.mark.parametrize("make", [adamjax.adam, scale_by_learning_rate, adamjax.adamw])
-def test_rates_that_are_traced_make_nan_below_0(make):
+def test_a_traced_rate_below_0_gives_nan(make):
     g = jnp.ones(2)
     step = jax.jit(lambda rate: make(rate).update(g, make(rate).init(g), g)[0])
     assert np.isfinite(step(0.5)).all()

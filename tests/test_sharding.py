@@ -37,7 +37,7 @@ PINNED = "pinned_host" in [m.kind for m in jax.devices()[0].addressable_memories
 
 @pytest.fixture(scope="module")
 def found():
-    """What a process of its own with several devices found out about each case."""
+    """The results of each case, from a process of its own with several devices."""
     output = run_on_devices(DEVICES, "import test_sharding; test_sharding.main()")
     return json.loads(output.splitlines()[-1])
 
@@ -52,7 +52,7 @@ def test_replicas_do_what_one_device_does(found, case):
 
 @pytest.mark.parametrize("case", [case for case in REPLICAS if case.startswith("split")])
 def test_a_device_holds_its_share_of_a_split_state(found, case):
-    """But for the leaves that do not divide, and numbers, which all hold."""
+    """Each device has all scalars, and all leaves that do not divide."""
     whole = found[case.replace("split", "whole")]["bytes"]
     assert found[case]["bytes"] - found[case]["odd"] == (whole - found[case]["odd"]) / DEVICES
 

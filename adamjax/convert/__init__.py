@@ -1,9 +1,9 @@
 """States from and to optax, Keras and torch, so that a run can go on in another system.
 
-A conversion reads a state into one form (`source`): by the path of each leaf, its moments and the
-number of steps. From this form it fills the state of the other system. It imports neither optax nor
-Keras nor torch: it recognizes a state by the classes of optax' states, by the class or name of a
-Keras optimizer, or by the keys of torch's groups. It refuses a state that it does not recognize.
+A conversion reads a state into a common form (`source`): by the path of each leaf, its moments and
+the number of steps. From this form it fills the state of the other system. It imports neither optax
+nor Keras nor torch: it recognizes a state by the classes of optax' states, by the class or name of
+a Keras optimizer, or by the keys of torch's groups. It refuses a state that it does not recognize.
 
 It also refuses a state with which the run would not go on as before. The error names the leaf and
 says what to do. The reasons are:

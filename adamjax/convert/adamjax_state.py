@@ -1,4 +1,4 @@
-"""A state of adamjax, read into the one form."""
+"""A state of adamjax, read into the common form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.average import WeightEmaState
-from adamjax.convert.source import Gathered, LeafMoments, Source, meet
+from adamjax.convert.source import Accumulated, LeafMoments, Source, meet
 from adamjax.convert.systems import kind_of
 from adamjax.convert.values import field_names, is_container, leaves_by_path, steps_taken
 from adamjax.data import Tree
@@ -45,7 +45,8 @@ class AdamjaxState:
       tx, state, params: the three.
       parts: the transform and its parts, each with its state.
       kinds: the kinds of the rules whose states are in the state, in their order.
-      gathering: for each `accumulate_gradients`, its number of steps and the paths of its leaves.
+      accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
+        leaves.
 
     Raises:
       ValueError: two leaves have one path, leaves are in buckets of `grouped`, or there is a rule
@@ -70,7 +71,7 @@ class AdamjaxState:
                     "keep elsewhere. Convert the inner state with the float32 weights as "
                     "parameters, and put both together: MasterWeightsState(weights, inner)"
                 )
-        self.gathering = [
+        self.accumulations = [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in self.parts
             if isinstance(part.tx, accumulate_gradients)
@@ -80,12 +81,12 @@ class AdamjaxState:
         for part in self.parts:
             if isinstance(part.tx, Rule):
                 kind_of(owner, part.state, part.tx)
-        # With the rules inside of transforms from elsewhere, which are no parts.
+        # With the rules inside transforms of other libraries, which are no parts.
         states = [x for x in slot_states(state) if rule_slots(x)]
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
     def part(self, state: Any) -> Part | None:
-        """The part that a state belongs to; `None` inside of a transform from elsewhere."""
+        """The part that a state belongs to; `None` inside a transform of another library."""
         part = self._part_of.get(id(state))
         return part if part is not None and part.state is state else None
 
@@ -100,24 +101,24 @@ class AdamjaxState:
 
     def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
         """How many calls a step of these leaves takes, and how many there were since the last."""
-        for steps, own in self.gathering:
+        for steps, own in self.accumulations:
             if meet(own, leaves):
-                gathered = source.gathered_of(leaves)
-                return steps, gathered.micro if gathered else 0
+                accumulated = source.accumulated_of(leaves)
+                return steps, accumulated.micro if accumulated else 0
         return 1, 0
 
     def read_for(self, target: Source, check: bool) -> Source:
-        """The state in the one form, with adamjax's names of slots.
+        """The state in the common form, with adamjax's names of slots.
 
         Args:
-          target: the state of the other system that is to be filled, in the one form.
+          target: the state of the other system that is to be filled, in the common form.
           check: whether to refuse doubts.
         """
         target.refuse_doubts(check)
         source = Source(self.owner)
         self._read(self.state, source)
         source.refuse_doubts(check)
-        source.expect_place_to_gather(target)
+        source.expect_place_to_accumulate(target)
         return source
 
     def _read(self, x: Any, source: Source) -> None:
@@ -138,10 +139,10 @@ class AdamjaxState:
             source.average = {**(source.average or {}), **average}
         elif isinstance(x, AccumulateGradientsState):
             micro = steps_taken(owner, "micro-batches", x.micro_count)
-            source.gathered.append(Gathered(micro, leaves_by_path(owner, x.total)))
-            outside, source.gathers = source.gathers, True
+            source.accumulated.append(Accumulated(micro, leaves_by_path(owner, x.total)))
+            outer, source.accumulates = source.accumulates, True
             self._read(x.inner, source)
-            source.gathers = outside
+            source.accumulates = outer
         elif isinstance(x, SkipNotFiniteState):
             source.skipped = (source.skipped or 0) + int(x.skipped)
             self._read(x.inner, source)
@@ -158,7 +159,7 @@ class AdamjaxState:
             if lost:
                 source.doubts.append(
                     f"the state keeps {' and '.join(lost)} in a {type(x).__name__}, and the target "
-                    "has no place for this: convert the transform and the state inside of it"
+                    "has no place for this: convert the transform and the state inside it"
                 )
             for item in x.values() if isinstance(x, Mapping) else x:
                 if is_container(item):

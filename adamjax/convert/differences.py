@@ -55,7 +55,7 @@ class Translation(Filling):
 
     Attributes:
       system: the other system.
-      rtol: how much of itself a step may differ by.
+      rtol: the relative difference that a step may have.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Translation(Filling):
             )
 
     def _difference(self, rule: Any, kind: str, count: int, slots: Slots) -> tuple[float, str]:
-        """How much of itself a step may differ by where the rule has another form, and why.
+        """The relative difference that a step may have where the rule has another form, and why.
 
         Args:
           slots: by adamjax's names; Adamax' `u` with epsilon inside.

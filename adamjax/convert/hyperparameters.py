@@ -8,7 +8,7 @@ import numpy as np
 
 from adamjax._compat import in_float64
 from adamjax.convert.adamjax_state import AdamjaxState
-from adamjax.convert.source import Facts, LeafMoments
+from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
@@ -24,8 +24,8 @@ __all__ = ["HyperparameterCheck"]
 class HyperparameterCheck:
     """Refuses a transform whose hyperparameters are not those that a system states.
 
-    The facts of a leaf and a rule are a dictionary. Each key may be missing; then it is not
-    compared. The keys:
+    The hyperparameters of a leaf and a rule are a dictionary. A missing key is not compared. The
+    keys:
 
     - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
       system's usual one.
@@ -47,19 +47,19 @@ class HyperparameterCheck:
         self.places = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
-        """Compares the facts of each leaf; the first that differs is an error."""
+        """Compares the hyperparameters of each leaf; the first that differs is an error."""
         for path, several in moments.items():
             route = [part for part, leaves in self.leaves_of if path in leaves]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
-            # Rules inside of a transform from elsewhere are not seen.
+            # Rules inside a transform of another library are not seen.
             if len(rules) == len(several):
                 for i, one in zip(rules, several, strict=True):
-                    self._check_rule(path, route[i], one.facts)
-                    self._check_direction(path, route[:i], one.facts)
-                    self._check_more(path, route, one.facts)
-                facts, last = several[-1].facts, rules[-1]
-                self._check_rate(path, route[last:], facts)
-                self._check_decay(path, route[:last], route[last:], facts)
+                    self._check_rule(path, route[i], one.hyperparams)
+                    self._check_direction(path, route[:i], one.hyperparams)
+                    self._check_more(path, route, one.hyperparams)
+                hyperparams, last = several[-1].hyperparams, rules[-1]
+                self._check_rate(path, route[last:], hyperparams)
+                self._check_decay(path, route[:last], route[last:], hyperparams)
 
     def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
         note = f". Note: {note}" if note else ""
@@ -70,10 +70,10 @@ class HyperparameterCheck:
 
     # --- the rule ---------------------------------------------------------------------------------
 
-    def _check_rule(self, path: str, part: Part, facts: Facts) -> None:
+    def _check_rule(self, path: str, part: Part, hyperparams: Hyperparams) -> None:
         rule: Any = part.tx
-        form = facts.get("form", self.system.epsilon[kind_of(self.owner, part.state)])
-        eps = facts.get("eps")
+        form = hyperparams.get("form", self.system.epsilon[kind_of(self.owner, part.state)])
+        eps = hyperparams.get("eps")
         stated = form if eps is None else f"{form}={float(eps):g}"
         if getattr(rule, form) is None:
             where = "outside the bias correction" if form == "eps_hat" else "on the corrected root"
@@ -86,25 +86,25 @@ class HyperparameterCheck:
                 self.system.not_stated if eps is None else "",
             )
         for name, in_tx in (("b1", rule.b1), ("b2", rule.b2), ("eps", getattr(rule, form))):
-            if name in facts and not same_value(facts[name], in_tx):
+            if name in hyperparams and not same_value(hyperparams[name], in_tx):
                 name_in_tx = form if name == "eps" else name
-                stated = f"{name_in_tx}={float(facts[name]):g}"
+                stated = f"{name_in_tx}={float(hyperparams[name]):g}"
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
-        if facts.get("eps_root"):
-            stated = f"eps_root={float(facts['eps_root']):g}"
+        if hyperparams.get("eps_root"):
+            stated = f"eps_root={float(hyperparams['eps_root']):g}"
             self._refuse(path, stated, "none", "convert a run with eps_root=0")
         exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
-        if facts.get("lazy") and (rule.rows != "lazy" or exact):
+        if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
             stated = "rows that stand still without a gradient"
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
-    def _check_direction(self, path: str, front: Sequence[Part], facts: Facts) -> None:
+    def _check_direction(self, path: str, front: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares whether gradients are negated in front of the rule, which maximizes in torch."""
-        if "maximize" not in facts:
+        if "maximize" not in hyperparams:
             return
         signs = [i for i, p in enumerate(front) if isinstance(p.tx, scale) and p.tx.factor < 0]
-        maximize = bool(facts["maximize"])
+        maximize = bool(hyperparams["maximize"])
         late = bool(signs) and bool(self._decay_behind(path, front[: signs[-1]]))
         if maximize != (len(signs) % 2 == 1) or late:
             in_tx = "gradients that are negated in front of the rule" if signs else "none"
@@ -112,8 +112,8 @@ class HyperparameterCheck:
             mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
             self._refuse(path, f"maximize={maximize}", in_tx, mend)
 
-    def _check_more(self, path: str, route: Sequence[Part], facts: Facts) -> None:
-        for name, value in facts.get("more", {}).items():
+    def _check_more(self, path: str, route: Sequence[Part], hyperparams: Hyperparams) -> None:
+        for name, value in hyperparams.get("more", {}).items():
             fields = [getattr(part.tx, name, None) for part in route]
             numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
             if np.ndim(value) or not any(same_value(value, x) for x in numbers):
@@ -123,9 +123,9 @@ class HyperparameterCheck:
 
     # --- the rate ---------------------------------------------------------------------------------
 
-    def _check_rate(self, path: str, behind: Sequence[Part], facts: Facts) -> None:
+    def _check_rate(self, path: str, behind: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares the rate of the next step; `behind` is the leaf's way from its last rule on."""
-        stated = facts.get("learning_rate")
+        stated = hyperparams.get("learning_rate")
         if stated is None:
             return
         if callable(stated):  # A schedule, which is called with the count of tx.
@@ -174,19 +174,19 @@ class HyperparameterCheck:
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
-        self, path: str, front: Sequence[Part], behind: Sequence[Part], facts: Facts
+        self, path: str, front: Sequence[Part], behind: Sequence[Part], hyperparams: Hyperparams
     ) -> None:
         """Compares the weight decay, in front of the last rule of a leaf and behind it."""
-        if "weight_decay" not in facts:
+        if "weight_decay" not in hyperparams:
             return
-        stated, decoupled = float(facts["weight_decay"]), facts.get("decoupled")
+        stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
         in_front, behind_rule = self._decay_in_front(path, front), self._decay_behind(path, behind)
         places = {
             None: [(0.0, stated), (stated, 0.0)],
             True: [(0.0, stated)],
             False: [(stated, 0.0)],
         }[decoupled]
-        if facts.get("masks_decay"):
+        if hyperparams.get("masks_decay"):
             # The system does not state which leaves decay. At least one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
             if any(same_value(self._decay_behind(p, decays), stated) for p in self.places):

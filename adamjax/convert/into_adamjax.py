@@ -1,4 +1,4 @@
-"""Filling a state of adamjax from the one form."""
+"""Filling a state of adamjax from the common form."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ from adamjax.structure import rule_slots
 
 __all__ = ["into_adamjax"]
 
-_ELSEWHERE = (
-    "inside of a transform from elsewhere cannot be filled: use adamjax.chain, masked or partition "
-    "in its place"
+_IN_FOREIGN_TRANSFORM = (
+    "inside a transform of another library cannot be filled: use adamjax.chain, masked or "
+    "partition in its place"
 )
 
 
@@ -41,46 +41,46 @@ def into_adamjax(
     source.refuse_doubts(check)
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
-    _expect_places_to_gather(source, new, check)
+    _expect_places_to_accumulate(source, new, check)
     state = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
     if check:
-        made = AdamjaxState(new.owner, new.tx, state, new.params)
-        HyperparameterCheck(made, system).check(source.moments)
+        filled = AdamjaxState(new.owner, new.tx, state, new.params)
+        HyperparameterCheck(filled, system).check(source.moments)
     return state
 
 
-def _expect_places_to_gather(source: Source, new: AdamjaxState, check: bool) -> None:
+def _expect_places_to_accumulate(source: Source, new: AdamjaxState, check: bool) -> None:
     """Refuses micro-batches for which `tx` has no `accumulate_gradients` of enough steps."""
-    steps_of = {path: steps for steps, leaves in new.gathering for path in leaves}
-    for gathered in source.gathered:
-        for path in gathered.totals if gathered.micro else ():
-            came = (
-                f"{source.owner}: the source has gathered {gathered.micro} micro-batches of "
+    steps_of = {path: steps for steps, leaves in new.accumulations for path in leaves}
+    for accumulated in source.accumulated:
+        for path in accumulated.totals if accumulated.micro else ():
+            problem = (
+                f"{source.owner}: the source has accumulated {accumulated.micro} micro-batches of "
                 f"{path!r} since its last step"
             )
             if path not in steps_of:
                 raise ValueError(
-                    f"{came}: wrap tx in accumulate_gradients, or convert after a step"
+                    f"{problem}: wrap tx in accumulate_gradients, or convert after a step"
                 )
-            if check and gathered.micro >= steps_of[path]:
+            if check and accumulated.micro >= steps_of[path]:
                 raise ValueError(
-                    f"{came}, but a step of tx takes {steps_of[path]}: wrap it in "
+                    f"{problem}, but a step of tx takes {steps_of[path]}: wrap tx in "
                     "accumulate_gradients of as many steps as the source, or pass check=False"
                 )
 
 
 class _AdamjaxFilling(Translation):
-    """Fills the states inside of a state, one by one."""
+    """Fills a state of adamjax, and the states inside it."""
 
-    has_average = False
+    has_weight_ema = False
 
     def filled_state(self) -> Any:
         state = self.fill(self.ours.state)
         self.finish()
-        if self.source.average is not None and self.check and not self.has_average:
+        if self.source.average is not None and self.check and not self.has_weight_ema:
             raise ValueError(
-                f"{self.owner}: the source keeps an average of the weights, which has no place in "
-                "tx: end it in weight_ema, or pass check=False to drop the average"
+                f"{self.owner}: the source has an average of the weights, but tx has no weight_ema "
+                "for it: put weight_ema at the end of tx, or pass check=False to drop the average"
             )
         return state
 
@@ -95,18 +95,18 @@ class _AdamjaxFilling(Translation):
                     f"{self.owner}: tx averages the weights (weight_ema), but the source has no "
                     "average: pass average=, a tree like params (params itself to start from them)"
                 )
-            self.has_average = True
+            self.has_weight_ema = True
             average = self.tree("the average", self.source.average, x.average)
             return WeightEmaState(self.schedule_count(self.ours.leaves(x), x.count), average)
         if isinstance(x, AccumulateGradientsState):
-            return self._fill_gathered(x)
+            return self._fill_accumulated(x)
         if isinstance(x, SkipNotFiniteState):
             skipped = jnp.asarray(self.source.skipped or 0, x.skipped.dtype)
             return SkipNotFiniteState(skipped, self.fill(x.inner))
         if isinstance(x, ExactRowsState):
             part = self.ours.part(x)
             if part is None or not isinstance(part.tx, exact_rows):
-                raise ValueError(f"{self.owner}: exact_rows {_ELSEWHERE}")
+                raise ValueError(f"{self.owner}: exact_rows {_IN_FOREIGN_TRANSFORM}")
             return part.tx.from_dense(self.fill(x.inner), part.params)
         if contains_states(x):
             return map_items(lambda item: self.fill(item) if is_container(item) else item, x)
@@ -117,40 +117,40 @@ class _AdamjaxFilling(Translation):
         rule: Any = None if part is None else part.tx
         kind, names = kind_of(owner, x, rule), rule_slots(x)
         initial = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
-        moments = {path: self.take(path) for path in initial[names[0]]}
-        count = self.common_count(moments)
+        moments_of = {path: self.take(path) for path in initial[names[0]]}
+        count = self.common_count(moments_of)
         if rule is None and kind != "adam":
-            raise ValueError(f"{owner}: {kind} {_ELSEWHERE}")
+            raise ValueError(f"{owner}: {kind} {_IN_FOREIGN_TRANSFORM}")
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for path, one in moments.items():
-            slots = self.to_adamjax(rule, kind, path, one)
+        for path, moments in moments_of.items():
+            slots = self.to_adamjax(rule, kind, path, moments)
             for name in names:
                 values[name][path] = initial[name][path] if slots is None else slots[name]
         trees = {name: self.tree(name, values[name], getattr(x, name)) for name in names}
-        made = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
+        filled = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
         if kind == "nadam":
-            products = [one.product for one in moments.values() if one.product is not None]
+            products = [m.product for m in moments_of.values() if m.product is not None]
             if products and self.check:
                 expect_product(owner, products[0], rule.b1, count)
             product = products[0] if products else nadam_product(rule.b1, count)
             product = jnp.asarray(np.asarray(product), x.momentum_product.dtype)
-            made = made._replace(momentum_product=product)
-        return made
+            filled = filled._replace(momentum_product=product)
+        return filled
 
-    def _fill_gathered(self, x: AccumulateGradientsState) -> AccumulateGradientsState:
+    def _fill_accumulated(self, x: AccumulateGradientsState) -> AccumulateGradientsState:
         total: Any = x.total
         leaves = leaves_by_path(self.owner, total)
-        micro, totals = self.source.gathered_of(frozenset(leaves)) or (0, {})
+        micro, totals = self.source.accumulated_of(frozenset(leaves)) or (0, {})
         if micro:
             rows = [path for path, t in leaves.items() if isinstance(t, RowGradient)]
             if rows:
                 raise ValueError(
-                    f"{self.owner}: the source has gathered {micro} micro-batches of dense "
-                    f"gradients, but here the table {rows[0]!r} gathers rows (max_rows): convert "
-                    "after a step"
+                    f"{self.owner}: the source has accumulated {micro} micro-batches of dense "
+                    f"gradients, but tx accumulates only rows of the table {rows[0]!r} (max_rows): "
+                    "convert after a step"
                 )
-            total = self.tree("the gathered gradient", totals, total)
-        outside, self.gathers = self.gathers, True
+            total = self.tree("the accumulated gradient", totals, total)
+        outer, self.accumulates = self.accumulates, True
         inner = self.fill(x.inner)
-        self.gathers = outside
+        self.accumulates = outer
         return AccumulateGradientsState(jnp.asarray(micro, x.micro_count.dtype), total, inner)

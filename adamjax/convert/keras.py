@@ -21,7 +21,7 @@ from adamjax.convert.keras_variables import (
     variables_of,
 )
 from adamjax.convert.names import leaf_order
-from adamjax.convert.source import Facts, Gathered, LeafMoments, Source
+from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
 from adamjax.data import Tree
@@ -84,7 +84,7 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, product: bool) -> 
     return KINDS
 
 
-def _stated_by(owner: str, optimizer: Any) -> Facts:
+def _stated_by(owner: str, optimizer: Any) -> Hyperparams:
     """The hyperparameters of an optimizer; see `HyperparameterCheck`."""
 
     def option(name: str) -> Any:
@@ -92,8 +92,8 @@ def _stated_by(owner: str, optimizer: Any) -> Facts:
         return None if value is None else number_of(owner, f"{name} of the optimizer", value)
 
     averages = bool(getattr(optimizer, "use_ema", False))
-    facts = {name: option(key) for key, name in _RULE_OPTIONS.items()}
-    facts = {name: x for name, x in facts.items() if x is not None}
+    hyperparams = {name: option(key) for key, name in _RULE_OPTIONS.items()}
+    hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
     more = {}
     for key, name in _OTHER_OPTIONS.items():
         if getattr(optimizer, key, None) and (averages or not key.startswith("ema")):
@@ -102,9 +102,9 @@ def _stated_by(owner: str, optimizer: Any) -> Facts:
     if factor is not None and factor != 1:
         more["factor"] = 1 / option("loss_scale_factor")
     schedule = _schedule(getattr(optimizer, "_learning_rate", None))
-    facts |= {} if schedule is None else {"learning_rate": schedule}
+    hyperparams |= {} if schedule is None else {"learning_rate": schedule}
     # The optimizer does not state which variables are excluded from the decay.
-    return {**facts, "decoupled": True, "masks_decay": True, "more": more}
+    return {**hyperparams, "decoupled": True, "masks_decay": True, "more": more}
 
 
 def _schedule(schedule: Any) -> Any:
@@ -121,7 +121,7 @@ def _schedule(schedule: Any) -> Any:
 def _read(
     owner: str, variables: Any, ours: AdamjaxState, order: Sequence[str | None] | None, check: bool
 ) -> tuple[Source, Layout, list[str | None], list[np.ndarray]]:
-    """The state in the one form, the layout, the paths of the parameters, and the values."""
+    """The state in the common form, the layout, the paths of the parameters, and the values."""
     optimizer = variables if hasattr(variables, "get_config") else None
     if optimizer is not None:
         variables = optimizer.variables
@@ -136,7 +136,7 @@ def _read(
         paths = leaf_order(owner, order, ours.params)
         slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
         averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
-        extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.gathering)
+        extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
         shapes = [() if p is None else np.shape(leaves[p]) for p in paths]
         may_be_legacy = not isinstance(variables, Mapping)
         layout = layout_by_place(owner, values, shapes, extra, slots, may_be_legacy)
@@ -149,28 +149,29 @@ def _read(
     count, micro = steps_taken(owner, "the optimizer", layout.of("count", values)[0]), 0
     totals = layout.of("gradient_accumulator", values)
     if totals:
-        if not ours.gathering:
+        if not ours.accumulations:
             raise ValueError(
                 f"{owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
                 "accumulate_gradients of as many steps"
             )
-        steps, _ = ours.gathering[0]
+        steps, _ = ours.accumulations[0]
         own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
         count, micro = divmod(count, steps)
-        source.gathered, source.gathers = [Gathered(micro, by_path("gradient_accumulator"))], True
+        source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
+        source.accumulates = True
         some = any(map(np.any, totals.values()))
         if own_steps != steps or some != bool(micro):
             source.doubts.append(
                 f"after {count * steps + micro} micro-batches the optimizer has "
-                f"{'some' if some else 'no'} gradients gathered, which does not fit "
+                f"{'accumulated some' if some else 'accumulated no'} gradients, which does not fit "
                 f"accumulate_gradients of {steps} steps in tx: take as many steps as "
                 "gradient_accumulation_steps"
             )
     rate = layout.of("learning_rate", values).get(0)
-    facts: Facts = {}
+    hyperparams: Hyperparams = {}
     if rate is not None:
-        facts["learning_rate"] = number_of(owner, "the learning rate", rate)
-    facts |= {} if optimizer is None else _stated_by(owner, optimizer)
+        hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)
+    hyperparams |= {} if optimizer is None else _stated_by(owner, optimizer)
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
     kinds = kinds if product is None else tuple(kind for kind in kinds if kind == "nadam")
@@ -179,7 +180,7 @@ def _read(
     for path in paths:
         if path is not None:
             own = {role: arrays[path] for role, arrays in slots_of.items()}
-            source.add(path, LeafMoments(count, own, kinds, product, facts))
+            source.add(path, LeafMoments(count, own, kinds, product, hyperparams))
     if layout.of("average", values):
         # Keras 3 starts the average from zero, and copies the weights in the first step.
         started = count or micro
@@ -190,10 +191,10 @@ def _read(
 
 def _expect_counts(owner: str, ours: AdamjaxState, check: bool) -> None:
     """Refuses a `tx` that counts steps where Keras counts micro-batches."""
-    if not check or not ours.gathering:
+    if not check or not ours.accumulations:
         return
-    gathering = [part for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
-    inside = {id(inner.tx) for part in gathering for inner in walk(part.tx.tx)}
+    accumulating = [part for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
+    inside = {id(inner.tx) for part in accumulating for inner in walk(part.tx.tx)}
     for part in ours.parts:
         tx = part.tx
         if isinstance(tx, weight_ema) and (id(tx) in inside or tx.overwrite_frequency is not None):
@@ -314,7 +315,7 @@ def to_keras(
     _expect_counts(owner, ours, check)
     wanted, layout, paths, values = _read(owner, target, ours, order, check)
     source = ours.read_for(wanted, check)
-    gathered = source.gathered_of(None)
+    accumulated = source.accumulated_of(None)
     filling = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}
     # By role and place, the paths and values of new arrays.
@@ -327,13 +328,15 @@ def to_keras(
         new |= {(role, i): (path, x) for role, x in slots.items()}
         if source.average is not None and path in source.average:
             new["average", i] = path, source.average[path]
-        if gathered is not None and path in gathered.totals:
-            total = gathered.totals[path]
+        if accumulated is not None and path in accumulated.totals:
+            total = accumulated.totals[path]
             dense = total.to_dense() if isinstance(total, RowGradient) else total
             new["gradient_accumulator", i] = path, dense
     filling.finish()
     count = filling.common_count(moments)
-    calls = count * ours.gathering[0][0] + gathered.micro if gathered and ours.gathering else count
+    calls = count
+    if accumulated and ours.accumulations:
+        calls = count * ours.accumulations[0][0] + accumulated.micro
     products = [one.product for one in moments.values() if one.product is not None]
     scalars = {("count", 0): calls, ("product", 0): products[0] if products else None}
     arrays = []

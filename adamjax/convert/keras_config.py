@@ -260,13 +260,13 @@ def _optimizer(name: str, config: dict[str, Any], module: str, place: str) -> Tr
             "weight_ema(...)), steps)",
         )
     # In Keras schedules and the average count micro-batches.
-    gathered = make_at(
+    accumulated = make_at(
         f"{place}.gradient_accumulation_steps",
         accumulate_gradients,
         chain(*clips, rule, *decay),
         every,
     )
-    return chain(gathered, rate, *average)
+    return chain(accumulated, rate, *average)
 
 
 def _learning_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:

@@ -11,7 +11,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.source import Count, Facts, Gathered, LeafMoments, Source
+from adamjax.convert.source import Accumulated, Count, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import (
     field_names,
@@ -26,8 +26,8 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-# The states of optax: by the name of the class, the role, and the fields that a version may have.
-# A class with other fields, or of another package, is unknown.
+# By the name of a state's class in optax: its role, and its fields in each version of optax. A
+# class with other fields, or of another package, is unknown.
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
@@ -39,7 +39,7 @@ _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
         (("count", "hyperparams", "hyperparams_states", "inner_state"),),
     ),
     "MultiStepsState": (
-        "gathered",
+        "accumulated",
         (
             ("mini_step", "gradient_step", "inner_opt_state", "acc_grads"),
             ("mini_step", "gradient_step", "inner_opt_state", "acc_grads", "skip_state"),
@@ -62,17 +62,17 @@ def _role(x: Any) -> str | None:
         return "items" if is_container(x) else None
     if type(x).__module__.split(".")[0] != "optax":
         return None
-    role, known = _STATES.get(type(x).__name__, (None, ()))
-    return role if fields in known else None
+    role, fields_of_versions = _STATES.get(type(x).__name__, (None, ()))
+    return role if fields in fields_of_versions else None
 
 
 # The hyperparameters of rules, by optax' names. adamjax has the same names.
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
-def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
+def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
-    facts: Facts = {"more": {}, "masks_decay": True}
+    hyperparams: Hyperparams = {"more": {}, "masks_decay": True}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name not in ("learning_rate", "weight_decay"):
@@ -82,13 +82,13 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Facts:
                     "state in which it is a constant"
                 )
         elif name in _INJECTED and np.ndim(value) == 0:
-            facts[name] = value
+            hyperparams[name] = value
         else:
-            facts["more"][name] = value
-    return facts
+            hyperparams["more"][name] = value
+    return hyperparams
 
 
-def _read(x: Any, source: Source, facts: Facts) -> None:
+def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     role, owner = _role(x), source.owner
     if role == "rule":
         trees = {
@@ -98,21 +98,21 @@ def _read(x: Any, source: Source, facts: Facts) -> None:
         count = steps_taken(owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
         for path in trees["mu"]:
             slots = {name: tree[path] for name, tree in trees.items() if path in tree}
-            source.add(path, LeafMoments(count, slots, kinds, facts=facts))
+            source.add(path, LeafMoments(count, slots, kinds, hyperparams=hyperparams))
     elif role == "count":
         source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
-        facts = _with_facts(facts, _injected(x, source, scheduled))
+        hyperparams = _with_hyperparams(hyperparams, _injected(x, source, scheduled))
         _read(scheduled, source, {})
         rules = sum(map(len, source.moments.values()))
-        _read(x.inner_state, source, facts)
+        _read(x.inner_state, source, hyperparams)
         if rules == sum(map(len, source.moments.values())):
             # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
-            if rules and "step_size" in facts["more"]:
-                facts["learning_rate"] = -facts["more"].pop("step_size")
-            source.loose_facts.append(facts)
-    elif role == "gathered":
+            if rules and "step_size" in hyperparams["more"]:
+                hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
+            source.unowned_hyperparams.append(hyperparams)
+    elif role == "accumulated":
         if jax.tree.leaves(getattr(x, "skip_state", ())):
             source.doubts.append(
                 "MultiSteps skips some micro-batches (should_skip_update_fn), and "
@@ -121,72 +121,72 @@ def _read(x: Any, source: Source, facts: Facts) -> None:
             )
         micro = steps_taken(owner, "mini_step of MultiSteps", x.mini_step)
         totals = {path: g * micro for path, g in leaves_by_path(owner, x.acc_grads).items()}
-        source.gathered.append(Gathered(micro, totals))
-        outside, source.gathers = source.gathers, True
-        _read(x.inner_opt_state, source, facts)
-        source.gathers = outside
+        source.accumulated.append(Accumulated(micro, totals))
+        outer, source.accumulates = source.accumulates, True
+        _read(x.inner_opt_state, source, hyperparams)
+        source.accumulates = outer
     elif role == "skipped":
         source.skipped = (source.skipped or 0) + int(x.total_notfinite)
-        _read(x.inner_state, source, facts)
+        _read(x.inner_state, source, hyperparams)
     elif role == "inner":
-        _read_inner(x[0], source, facts)
+        _read_inner(x[0], source, hyperparams)
     elif role == "items":
         for item in _items(x):
-            _read(item, source, facts)
+            _read(item, source, hyperparams)
     elif jax.tree.leaves(x):
         source.other_states.append(x)
 
 
-def _read_inner(x: Any, source: Source, facts: Facts) -> None:
-    """Reads a state inside of a mask or a partition: its counts are those of its leaves."""
-    inner = Source(source.owner, gathers=source.gathers)
-    _read(x, inner, facts)
+def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
+    """Reads a state inside a mask or a partition: its counts are those of its leaves."""
+    inner = Source(source.owner, accumulates=source.accumulates)
+    _read(x, inner, hyperparams)
     if inner.moments:
-        _give_loose_facts(inner)
+        _give_to_last_rules(inner)
     else:
-        _pass_loose_facts(inner, source)
+        _pass_to_outer(inner, source)
     leaves = frozenset(inner.moments) or None
     for path, several in inner.moments.items():
         source.moments.setdefault(path, []).extend(several)
     source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
     source.other_states += inner.other_states
     source.doubts += inner.doubts
-    source.gathered += inner.gathered
+    source.accumulated += inner.accumulated
     source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
-def _with_facts(facts: Facts, more: Facts) -> Facts:
-    """Both dictionaries of facts; the second one has precedence."""
-    both = {**facts.get("more", {}), **more.get("more", {})}
-    return {**facts, **more, "more": both}
+def _with_hyperparams(hyperparams: Hyperparams, more: Hyperparams) -> Hyperparams:
+    """Both dictionaries of hyperparams; the second one has precedence."""
+    both = {**hyperparams.get("more", {}), **more.get("more", {})}
+    return {**hyperparams, **more, "more": both}
 
 
-def _give_loose_facts(source: Source) -> None:
-    """Adds the facts that belong to no rule to each leaf's last rule."""
-    for facts in source.loose_facts:
+def _give_to_last_rules(source: Source) -> None:
+    """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
+    for hyperparams in source.unowned_hyperparams:
         for several in source.moments.values():
-            several[-1].facts = _with_facts(several[-1].facts, facts)
-    source.loose_facts = []
+            several[-1].hyperparams = _with_hyperparams(several[-1].hyperparams, hyperparams)
+    source.unowned_hyperparams = []
 
 
-def _pass_loose_facts(inner: Source, source: Source) -> None:
-    """Passes on the facts from a mask without a rule, where the state does not show the leaves."""
+def _pass_to_outer(inner: Source, source: Source) -> None:
+    """Passes on the hyperparameters of a mask without a rule, which does not show its leaves."""
     rates = ("learning_rate", "step_size")
-    for facts in inner.loose_facts:
-        if "learning_rate" in facts or "step_size" in facts["more"]:
+    for hyperparams in inner.unowned_hyperparams:
+        if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
-                "inject_hyperparams holds a rate within a mask or a part that has no rule, and "
-                "the state does not say for which leaves: see that tx has this rate for them"
+                "inject_hyperparams has a rate within a mask or a part that has no rule, and the "
+                "state does not say for which leaves: make sure that tx has this rate for them"
             )
-        more = {name: x for name, x in facts["more"].items() if name not in rates}
-        rest = {name: x for name, x in facts.items() if name not in rates}
-        source.loose_facts.append({**rest, "more": more})
+        more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
+        rest = {name: x for name, x in hyperparams.items() if name not in rates}
+        source.unowned_hyperparams.append({**rest, "more": more})
 
 
 def _read_state(owner: str, state: Any) -> Source:
     source = Source(owner)
     _read(state, source, {})
-    _give_loose_facts(source)
+    _give_to_last_rules(source)
     return source
 
 
@@ -195,7 +195,7 @@ def _items(x: Any) -> list[Any]:
 
 
 class _OptaxFilling(Translation):
-    """Fills the states inside of a state of optax, one by one."""
+    """Fills a state of optax, and the states inside it."""
 
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
         self.counts = iter(counts)
@@ -214,8 +214,8 @@ class _OptaxFilling(Translation):
                 x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
             count = self.schedule_count(None, x.count)
             return x._replace(inner_state=self.fill(x.inner_state), count=count)
-        if role == "gathered":
-            return self._fill_gathered(x)
+        if role == "accumulated":
+            return self._fill_accumulated(x)
         if role == "skipped":
             skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
@@ -237,25 +237,25 @@ class _OptaxFilling(Translation):
         count = self.common_count(moments)
         return x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
 
-    def _fill_gathered(self, x: Any) -> Any:
+    def _fill_accumulated(self, x: Any) -> Any:
         mean: Any = x.acc_grads
         leaves = frozenset(leaves_by_path(self.owner, mean))
-        micro, totals = self.source.gathered_of(leaves) or (0, {})
+        micro, totals = self.source.accumulated_of(leaves) or (0, {})
         if micro:
             means = {
                 path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
                 for path, total in totals.items()
             }
-            mean = self.tree("the gathered gradient", means, mean)
-        outside, self.gathers = self.gathers, True
-        made = x._replace(
+            mean = self.tree("the accumulated gradient", means, mean)
+        outer, self.accumulates = self.accumulates, True
+        filled = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
             gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
-        self.gathers = outside
-        return made
+        self.accumulates = outer
+        return filled
 
 
 def from_optax(
@@ -280,8 +280,8 @@ def from_optax(
         `adamw`, `nadam`, `amsgrad`, `adamax` and the transforms they consist of. A state is
         recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
         `contrib.adopt` share one class, so only `tx` shows which of them made the state.
-      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those that
-        `inject_hyperparams` holds are compared. Other states do not contain b1, b2, `eps` (optax'
+      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
+        of `inject_hyperparams` are compared. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
         not show whether it takes the mean of its micro-batches, as it does by default and as
@@ -290,8 +290,8 @@ def from_optax(
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
       check: whether to refuse a state with which the run would not go on as before; see the module.
-      rtol: how much of itself a step may differ by, where optax' rule has another form (AMSGrad,
-        Nadam, Adamax). At least 0.
+      rtol: the relative difference that a step may have where optax' rule has another form
+        (AMSGrad, Nadam, Adamax). At least 0.
 
     Returns:
       A state like that of `tx.init(params)`. Its arrays are copies. Schedules go on from the count
@@ -324,8 +324,8 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      target: the state of the optax transform's `init(params)`. Its dtypes stay, and so do the
-        hyperparameters that `inject_hyperparams` holds.
+      target: the state of the optax transform's `init(params)`. Its dtypes are kept, and so are the
+        hyperparameters in a state of `inject_hyperparams`.
       check, rtol: as for `from_optax`.
 
     Returns:
@@ -347,7 +347,7 @@ def to_optax(
     ours, wanted = AdamjaxState("to_optax", tx, state, params), _read_state("to_optax", target)
     source = ours.read_for(wanted, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
-    made = filling.filled_state(target, wanted.counts)
+    new_state = filling.filled_state(target, wanted.counts)
     if check:
         HyperparameterCheck(ours, OPTAX).check(wanted.moments)
-    return made
+    return new_state

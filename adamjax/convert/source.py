@@ -1,4 +1,4 @@
-"""The one form that every state is read into, and that every state is filled from."""
+"""The common form that every state is read into, and that every state is filled from."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from adamjax.convert.systems import KINDS
 
-__all__ = ["Count", "Facts", "Gathered", "LeafMoments", "Slots", "Source", "meet"]
+__all__ = ["Accumulated", "Count", "Hyperparams", "LeafMoments", "Slots", "Source", "meet"]
 
 # Arrays of one leaf by the names of the slots; hyperparameters by their names.
 Slots = dict[str, Any]
-Facts = dict[str, Any]
+Hyperparams = dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -22,36 +22,37 @@ class LeafMoments:
       slots: arrays by the system's names; `None` if the leaf has taken no step yet.
       kinds: the kinds of rules that may have kept this.
       product: Nadam's product of momenta, if the state has it.
-      facts: the hyperparameters that the system states, by adamjax's names; see
+      hyperparams: the hyperparameters that the system states, by adamjax's names; see
         `hyperparameters.HyperparameterCheck`.
       rule: the rule, if it is one of adamjax.
-      gathers: whether each step of the rule takes several calls, whose gradients are gathered.
+      accumulates: whether the rule takes one step in several calls, with their gradients
+        accumulated.
     """
 
     count: int
     slots: Slots | None
     kinds: tuple[str, ...] = KINDS
     product: Any = None
-    facts: Facts = dataclasses.field(default_factory=dict)
+    hyperparams: Hyperparams = dataclasses.field(default_factory=dict)
     rule: Any = None
-    gathers: bool = False
+    accumulates: bool = False
 
 
 class Count(NamedTuple):
     """A count outside of a rule, such as that of a schedule.
 
     Attributes:
-      steps: the count: of steps if `gathers`, else of calls.
+      steps: the count: of steps if `accumulates`, else of calls.
       leaves: the paths of the leaves that it belongs to; `None` for all.
-      gathers: as in `LeafMoments`.
+      accumulates: as in `LeafMoments`.
     """
 
     steps: int
     leaves: frozenset[str] | None
-    gathers: bool = False
+    accumulates: bool = False
 
 
-class Gathered(NamedTuple):
+class Accumulated(NamedTuple):
     """The micro-batches since the last step, and the sums of their gradients by path."""
 
     micro: int
@@ -60,51 +61,51 @@ class Gathered(NamedTuple):
 
 @dataclasses.dataclass
 class Source:
-    """A state in the one form.
+    """A state in the common form.
 
     Attributes:
       owner: the name of the conversion, for errors.
       moments: by path, what each rule on the leaf's way keeps of it, in their order.
       counts: the counts of schedules.
       average: by path, the average of the weights; `None` if the state has none.
-      gathered: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
+      accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
       skipped: the number of steps that were skipped; `None` if nothing counts them.
       other_states: the states of all other transforms.
       doubts: reasons why the run may not go on as before, each with its mend.
-      loose_facts: hyperparameters that the system states outside of any rule.
-      gathers: as in `LeafMoments`, for the part of the state that is being read.
+      unowned_hyperparams: hyperparameters that the system states outside of any rule.
+      accumulates: as in `LeafMoments`, for the part of the state that is being read.
     """
 
     owner: str
     moments: dict[str, list[LeafMoments]] = dataclasses.field(default_factory=dict)
     counts: list[Count] = dataclasses.field(default_factory=list)
     average: dict[str, Any] | None = None
-    gathered: list[Gathered] = dataclasses.field(default_factory=list)
+    accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
     skipped: int | None = None
     other_states: list[Any] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
-    loose_facts: list[Facts] = dataclasses.field(default_factory=list)
-    gathers: bool = False
+    unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
+    accumulates: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:
-        moments = dataclasses.replace(moments, gathers=self.gathers)
+        moments = dataclasses.replace(moments, accumulates=self.accumulates)
         self.moments.setdefault(path, []).append(moments)
 
     def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
-        self.counts.append(Count(steps, leaves, self.gathers))
+        self.counts.append(Count(steps, leaves, self.accumulates))
 
-    def gathered_of(self, leaves: frozenset[str] | None) -> Gathered | None:
+    def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if each call of theirs is a step."""
-        gathered = [g for g in self.gathered if meet(g.totals, leaves)]
-        micros = {g.micro for g in gathered}
+        accumulated = [g for g in self.accumulated if meet(g.totals, leaves)]
+        micros = {g.micro for g in accumulated}
         if len(micros) > 1:
             raise ValueError(
-                f"{self.owner}: parts have gathered different numbers of micro-batches, "
+                f"{self.owner}: parts have accumulated different numbers of micro-batches, "
                 f"{sorted(micros)}, but there is one count for all: give the parts "
                 "accumulate_gradients of their own, or convert after a step of all"
             )
-        totals = {path: total for g in gathered for path, total in g.totals.items()}
-        return Gathered(micros.pop(), totals) if gathered else None
+        totals = {path: total for g in accumulated for path, total in g.totals.items()}
+        return Accumulated(micros.pop(), totals) if accumulated else None
 
     def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
         """The count of a schedule for these leaves.
@@ -113,17 +114,17 @@ class Source:
           calls: `None` for a schedule that counts steps. For one that counts calls: how many calls
             a step takes, and how many there were since the last step.
         """
-        counts = [(c.gathers, c.steps) for c in self.counts if meet(c.leaves, leaves)]
+        counts = [(c.accumulates, c.steps) for c in self.counts if meet(c.leaves, leaves)]
         rules = [
-            (one.gathers, one.count)
-            for path, several in self.moments.items()
+            (moments.accumulates, moments.count)
+            for path, moments_of_rules in self.moments.items()
             if meet({path}, leaves)
-            for one in several
+            for moments in moments_of_rules
         ]
-        if any(gathers for gathers, _ in (*counts, *rules)):
+        if any(accumulates for accumulates, _ in (*counts, *rules)):
             # There are counts of steps and of calls: take one of the right kind, if there is one.
-            for several in (counts, rules):
-                same_kind = {n for gathers, n in several if gathers == (calls is None)}
+            for pairs in (counts, rules):
+                same_kind = {n for accumulates, n in pairs if accumulates == (calls is None)}
                 if same_kind:
                     return self._only(same_kind, leaves)
         steps = self._only({n for _, n in counts or rules}, leaves)
@@ -146,16 +147,16 @@ class Source:
                 "same"
             )
 
-    def expect_place_to_gather(self, target: "Source") -> None:
+    def expect_place_to_accumulate(self, target: "Source") -> None:
         """Refuses a target that has no place for the micro-batches of a leaf."""
-        places = {path for gathered in target.gathered for path in gathered.totals}
-        for gathered in self.gathered:
-            lost = [path for path in gathered.totals if path not in places]
-            if gathered.micro and lost:
+        places = {path for accumulated in target.accumulated for path in accumulated.totals}
+        for accumulated in self.accumulated:
+            lost = [path for path in accumulated.totals if path not in places]
+            if accumulated.micro and lost:
                 raise ValueError(
-                    f"{self.owner}: {gathered.micro} micro-batches of {lost[0]!r} were gathered "
-                    "since the last step, and the target has no place for them: convert after a "
-                    "step, or wrap the target likewise"
+                    f"{self.owner}: {accumulated.micro} micro-batches of {lost[0]!r} were "
+                    "accumulated since the last step, and the target has no place for them: "
+                    "convert after a step, or wrap the target likewise"
                 )
 
 

@@ -11,7 +11,7 @@ from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.names import leaf_order
-from adamjax.convert.source import Facts, LeafMoments, Source
+from adamjax.convert.source import Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import RTOL, TORCH
 from adamjax.convert.values import (
     class_name,
@@ -28,23 +28,23 @@ __all__ = ["from_torch", "to_torch"]
 
 # The keys by which torch's optimizers are recognized: those that a group must have, and those that
 # only newer versions write.
-_ADAM = {"lr", "betas", "eps"}
-_GROUPS: dict[str, tuple[set[str], set[str]]] = {
-    "Adam": ({*_ADAM, "weight_decay", "amsgrad"}, {"decoupled_weight_decay"}),
-    "NAdam": ({*_ADAM, "weight_decay", "momentum_decay"}, {"decoupled_weight_decay"}),
-    "Adamax": ({*_ADAM, "weight_decay"}, set()),
-    "SparseAdam": (_ADAM, set()),
+_ADAM_KEYS = {"lr", "betas", "eps"}
+_OPTIMIZER_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "Adam": ({*_ADAM_KEYS, "weight_decay", "amsgrad"}, {"decoupled_weight_decay"}),
+    "NAdam": ({*_ADAM_KEYS, "weight_decay", "momentum_decay"}, {"decoupled_weight_decay"}),
+    "Adamax": ({*_ADAM_KEYS, "weight_decay"}, set()),
+    "SparseAdam": (_ADAM_KEYS, set()),
 }
-# Keys without an effect on a step: names, how it is computed, notes of schedulers.
-_HARMLESS = {
+# Keys without an effect on a step: names, ways to compute it, and what schedulers store.
+_IGNORED_KEYS = {
     *("params", "param_names", "name"),
     *("foreach", "fused", "capturable", "differentiable"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr"),
 }
-# Notes of OneCycleLR and CyclicLR, when they change betas in each step.
-_CYCLES = {"base_momentum", "max_momentum"}
+# What OneCycleLR and CyclicLR store if they change betas in each step.
+_BETA_SCHEDULE_KEYS = {"base_momentum", "max_momentum"}
 # Keys that only one of torch's other optimizers has.
-_OTHERS = {
+_KEYS_OF_OTHERS = {
     "dampening": "SGD",
     "alpha": "RMSprop or ASGD",
     "lr_decay": "Adagrad",
@@ -58,23 +58,25 @@ _OTHERS = {
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
     """The optimizer of a group, recognized by the group's keys. Any other one is refused."""
-    keys = set(group) - _HARMLESS - _CYCLES - {"maximize"}
-    for name, (needed, newer) in _GROUPS.items():
+    keys = set(group) - _IGNORED_KEYS - _BETA_SCHEDULE_KEYS - {"maximize"}
+    for name, (needed, newer) in _OPTIMIZER_KEYS.items():
         if needed <= keys <= needed | newer:
             return name
-    other = [name for key, name in _OTHERS.items() if key in group]
-    if keys == {*_ADAM, "weight_decay", "decoupled_weight_decay"}:
+    other = [name for key, name in _KEYS_OF_OTHERS.items() if key in group]
+    if keys == {*_ADAM_KEYS, "weight_decay", "decoupled_weight_decay"}:
         other = ["RAdam"]
     raise ValueError(
         f"{owner}: a group of torch has the options {sorted(map(str, keys))}"
         f"{f', those of {other[0]}' if other else ''}: expected those of Adam, AdamW, Adamax, "
-        "NAdam or SparseAdam, as only their moments can go on here. Start another optimizer anew, "
-        "tx.init(params). Take keys of your own out of the groups"
+        "NAdam or SparseAdam, as only their moments can be converted. For another optimizer start "
+        "from tx.init(params). Remove keys of your own from the groups"
     )
 
 
-def _group_facts(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ...], Facts]:
-    """The kinds of rules that a group may be of, and its hyperparameters as facts."""
+def _group_hyperparams(
+    source: Source, group: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Hyperparams]:
+    """The kinds of rules that may have made a group's state, and the group's hyperparameters."""
     owner = source.owner
 
     def number(key: str, default: Any = None) -> float:
@@ -94,16 +96,16 @@ def _group_facts(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, .
             "momentum is b1 * (1 - 0.5 * 0.96**t), as with momentum_decay=1"
         )
     optimizer = _optimizer(owner, group)
-    facts: Facts = {"learning_rate": number("lr"), "eps": number("eps")}
+    hyperparams: Hyperparams = {"learning_rate": number("lr"), "eps": number("eps")}
     betas = group["betas"]
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(
             f"{owner}: betas of a group of torch are {betas!r:.100}, expected a pair of numbers"
         )
     what = "a beta of a group of torch"
-    facts["b1"], facts["b2"] = (number_of(owner, what, b) for b in betas)
-    facts["maximize"] = bool(flag("maximize"))
-    if any(group.get(key) is not None for key in _CYCLES):
+    hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
+    hyperparams["maximize"] = bool(flag("maximize"))
+    if any(group.get(key) is not None for key in _BETA_SCHEDULE_KEYS):
         source.doubts.append(
             "a scheduler of torch (OneCycleLR, CyclicLR) changes betas in each step, and here they "
             "are the same in each step: convert when they have reached their last value, and take "
@@ -111,12 +113,12 @@ def _group_facts(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, .
         )
     if optimizer == "SparseAdam":
         # Its epsilon is outside the bias correction.
-        return ("adam",), {**facts, "lazy": True, "form": "eps_hat"}
+        return ("adam",), {**hyperparams, "lazy": True, "form": "eps_hat"}
     # Older versions do not state whether the decay is Adam's or AdamW's.
     decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)
-    facts |= {"weight_decay": number("weight_decay"), "decoupled": decoupled}
+    hyperparams |= {"weight_decay": number("weight_decay"), "decoupled": decoupled}
     adam = "amsgrad" if flag("amsgrad") else "adam"
-    return ({"Adam": adam, "NAdam": "nadam", "Adamax": "adamax"}[optimizer],), facts
+    return ({"Adam": adam, "NAdam": "nadam", "Adamax": "adamax"}[optimizer],), hyperparams
 
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
@@ -127,9 +129,9 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
     unknown = [key for key in state if key not in (*_SLOTS, "step", "mu_product")]
     if unknown or "step" not in state:
         raise ValueError(
-            f"{owner}: torch keeps {sorted(map(str, state))} of {path!r}: expected 'step', and "
-            f"those of {list(_SLOTS)} that Adam, AdamW, Adamax, NAdam or SparseAdam keep. Start "
-            "another optimizer anew, tx.init(params)"
+            f"{owner}: torch's state of {path!r} has {sorted(map(str, state))}, expected 'step' "
+            f"and those of {list(_SLOTS)} that Adam, AdamW, Adamax, NAdam or SparseAdam has. For "
+            "another optimizer start from tx.init(params)"
         )
     for name, x in state.items():
         if hasattr(x, "detach") and type(x).__name__ not in ("Tensor", "Parameter"):
@@ -145,7 +147,7 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
-    """Refuses a dictionary without the form of a state dict, whichever optimizer it is of."""
+    """Refuses a dictionary that is not built like a state dict, of whatever optimizer."""
 
     def expect(fits: bool, what: str, x: Any, wanted: str) -> None:
         if not fits:
@@ -198,7 +200,7 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def _doubt_kernels(
     source: Source, names: Sequence[str] | None, paths: Sequence[str | None], params: Tree
 ) -> None:
-    """Doubts a square kernel, as its shape does not show whether it is transposed in torch."""
+    """Adds a doubt if all kernels are square: then no shape shows that torch transposes them."""
     leaves = leaves_by_path(source.owner, params)
     pairs = [(name, path) for name, path in zip(names or (), paths, strict=False) if path]
     kernels = [path for name, path in pairs if name.endswith("weight") and path.endswith("kernel")]
@@ -220,11 +222,11 @@ def _read(
     check: bool,
     adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
-    """The state in the one form, and by the path of a leaf torch's key of it.
+    """The state in the common form, and a dictionary from paths of leaves to torch's keys.
 
     Args:
       adapt: a function for the arrays that are read.
-      adapted: whether the user adapts arrays: those that are read, or those that are written.
+      adapted: whether the user gave a function for the arrays that are read or written.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
@@ -233,10 +235,10 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    group_facts = [_group_facts(source, group) for group in groups]
+    group_hyperparams = [_group_hyperparams(source, group) for group in groups]
     keys = [
-        (key, facts)
-        for group, facts in zip(groups, group_facts, strict=True)
+        (key, hyperparams)
+        for group, hyperparams in zip(groups, group_hyperparams, strict=True)
         for key in group["params"]
     ]
     names = _names(owner, groups)
@@ -254,16 +256,16 @@ def _read(
     if strays:
         raise ValueError(
             f"{owner}: torch's state has the keys {strays[:5]}, but its groups have only "
-            f"{known[:5]}...: expected optimizer.state_dict() as torch writes it (make numbers "
-            "that JSON turned into strings numbers again)"
+            f"{known[:5]}...: expected optimizer.state_dict() as torch writes it (if JSON turned "
+            "numbers into strings, turn them back)"
         )
-    for (key, (kinds, facts)), path in zip(keys, paths, strict=True):
+    for (key, (kinds, hyperparams)), path in zip(keys, paths, strict=True):
         if path is None:
             continue
         key_of[path] = key
         state = state_dict["state"].get(key)
         if not state:
-            source.add(path, LeafMoments(0, None, kinds, facts=facts))
+            source.add(path, LeafMoments(0, None, kinds, hyperparams=hyperparams))
             continue
         slots = _slots_of(owner, path, state)
         if adapt is not None:
@@ -272,7 +274,7 @@ def _read(
         if product is not None:
             product = number_of(owner, f"mu_product of {path!r}", product)
         steps = steps_taken(owner, repr(path), state["step"])
-        source.add(path, LeafMoments(steps, slots, kinds, product, facts))
+        source.add(path, LeafMoments(steps, slots, kinds, product, hyperparams))
     return source, key_of
 
 
@@ -294,18 +296,18 @@ def from_torch(
     groups are compared with `tx`:
 
     - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
-      `exact_rows` pass `check=False`, since rows then move that stood still.
-    - `weight_decay` of Adam and Adamax is `add_decayed_weights` in front of the rule, that of
-      AdamW is behind it.
+      `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
+    - `weight_decay` of Adam and Adamax is `add_decayed_weights` before the rule, `weight_decay` of
+      AdamW is `add_decayed_weights` after it.
     - With `maximize` torch negates gradients, and its moments are those of the negated gradients.
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A scheduler that
       changes betas as well (`OneCycleLR`, by default) is refused.
-    - An unknown key in a group is that of another optimizer, which is refused. (Before 2.2 an
-      `RAdam` without a state has the keys of Adamax.)
+    - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
+      of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
-      `torch.distributed.checkpoint`) are found by name, if the names correspond to the paths of the
-      leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. If they do not, and
+      `torch.distributed.checkpoint`) are matched by name, if the names correspond to the paths of
+      the leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. If they do not, and
       leaves have the same shape, `order` is needed. Without names, torch's shapes are all that can
       be checked: nothing shows whether leaves of one shape are in the right order.
 
@@ -317,7 +319,7 @@ def from_torch(
         that is not to be converted. By default the parameters' names give the order. Without names
         it is the order of the floating leaves of `params` (for a dictionary, that of its sorted
         keys; for a torch module, that of its definition).
-      adapt: a function that gives an array the form of the leaf, if it is transposed in torch:
+      adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.T if path.endswith("kernel") else x`. It is required for square kernels
         that torch's names show to be weights, as their shape does not show the transposition.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
@@ -357,13 +359,13 @@ def to_torch(
     check: bool = True,
     rtol: float = RTOL,
 ) -> dict[str, Any]:
-    """The state dict with which an optimizer of torch goes on from a state of `tx`.
+    """The state dict with which an optimizer of torch continues from a state of `tx`.
 
     Args:
       state, tx, params: as for `to_optax`.
-      target: `optimizer.state_dict()` of the new optimizer. Its groups stay.
+      target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
       order: as for `from_torch`.
-      adapt: a function that gives an array the form of torch's parameter.
+      adapt: a function that makes the leaf's array fit torch's parameter.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's
         parameters.)
 
@@ -394,16 +396,16 @@ def to_torch(
     states = dict(target["state"])
     for path, key in key_of.items():
         kind, moments, slots = filling.from_adamjax(path)
-        place = wanted.moments[path][0]
-        expect_slots(owner, TORCH, kind, path, place)
-        expect_slots(owner, TORCH, kind, path, dataclasses.replace(place, slots=slots))
+        target_moments = wanted.moments[path][0]
+        expect_slots(owner, TORCH, kind, path, target_moments)
+        expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
         # torch takes no bfloat16 from NumPy.
         wide = {name: np.float32 if x.dtype.itemsize < 4 else x.dtype for name, x in slots.items()}
         arrays = {name: np.array(x, wide[name]) for name, x in slots.items()}
         if adapt is not None:
             arrays = {name: np.array(adapt(path, x)) for name, x in arrays.items()}
         # The count is a tensor in torch, except in SparseAdam.
-        lazy = place.facts.get("lazy")
+        lazy = target_moments.hyperparams.get("lazy")
         step = moments.count if lazy else np.array(moments.count, np.float32)
         states[key] = {"step": step, **arrays}
         if kind == "nadam":

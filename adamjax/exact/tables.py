@@ -33,7 +33,7 @@ class Table(NamedTuple):
     """A table among the parameters, and how its rows move.
 
     Attributes:
-      leaf: its position among the leaves.
+      leaf: the table's position among the leaves.
       coast: how its rule moves rows without a gradient.
       plan: how such rows catch up.
       kind: a hashable value, equal for tables that every step treats alike.
@@ -53,6 +53,7 @@ class Table(NamedTuple):
 
     @property
     def real(self) -> Any:
+        """The real dtype in which the table's steps are computed."""
         return accumulator(self.dtype)
 
 
@@ -75,13 +76,14 @@ class Batch(NamedTuple):
         return self.tables[0].path
 
 
-# By default a step refreshes about so many rows of a family's largest table, and a history is at
-# most so long.
-_REFRESHED = 64
-_LONGEST = 65536
-# The default history if rows catch up step by step. Then a step costs about as many row steps as
-# the table has rows, whatever the history, and those of the rows that it reads.
-_REPLAYED = 64
+# The default history is as long as it takes to refresh a family's largest table with this many rows
+# in each step, but no longer than this.
+_REFRESHED_ROWS = 64
+_LONGEST_HISTORY = 65536
+# The default history if rows catch up step by step. Refreshing then costs a step about one row step
+# for each row of the table, whatever the history is. A row that the step reads costs a row step for
+# each step by which it lags behind, and a short history limits these.
+_REPLAYED_HISTORY = 64
 
 
 def families_of(tables: Sequence[Table], given_history: int | None) -> list[Family]:
@@ -93,10 +95,10 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
     for same_kind in by_kind.values():
         plan, history = same_kind[0].plan, given_history
         if history is None and plan.replays:
-            history = _REPLAYED
+            history = _REPLAYED_HISTORY
         elif history is None:
-            wanted = max(t.num_rows for t in same_kind) // _REFRESHED
-            history = 1 << max(min(wanted, _LONGEST) - 1, 0).bit_length()
+            wanted = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
+            history = 1 << max(min(wanted, _LONGEST_HISTORY) - 1, 0).bit_length()
             history = max(history, plan.least_history)
         name = f"{_tables_as_text(same_kind)}: {plan.name},history={history}"
         families.append(Family(name, history, tuple(same_kind)))
@@ -106,8 +108,8 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
 def _tables_as_text(tables: Sequence[Table]) -> str:
     """A name for the tables of a ring, short enough for a file name.
 
-    It depends on all of them: with other patterns of rates the first table may be in a family with
-    others, which must not take this ring for theirs.
+    It depends on all of them. If the patterns of rates change, the first table may form a family
+    with other tables, and that family must not use this ring.
     """
     first, *others = [table.path for table in tables]
     checksum = zlib.crc32("\n".join(others).encode())
@@ -115,7 +117,11 @@ def _tables_as_text(tables: Sequence[Table]) -> str:
 
 
 def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int]) -> list[Batch]:
-    """Groups tables into batches. `sizes` has the number of rows that a step takes of each leaf."""
+    """Groups the tables that a step reads into batches.
+
+    Args:
+      sizes: the number of rows that the step reads, by the position of the table among the leaves.
+    """
     batches, leaves = [], flatten(params)[0]
     for family in families:
         by_type: dict[Any, list[Table]] = {}
@@ -137,29 +143,29 @@ def due_rows(
 ) -> list[chex.Array]:
     """The rows of each table that this step must refresh, without those that it reads anyway.
 
-    All tables of a batch are computed together.
+    All tables of a batch are computed together. In place of a row that is read anyway there is an
+    index outside the table.
     """
-    num_rows = [t.num_rows for t in batch.tables]
+    num_rows = np.array([t.num_rows for t in batch.tables], np.int32)
     sizes = [num_refreshed(t, batch.family.history) for t in batch.tables]
     if not sum(sizes):
         return [x[:0] for x in read_indices]
     cursors = [state.tables[t.path].cursor for t in batch.tables]
 
     counts, starts = [x.size for x in read_indices], np.cumsum([0, *sizes[:-1]])
-    rows = np.array(num_rows, np.int32)
     past_cursor = jnp.concatenate(read_indices) - per_row(cursors, counts)
-    past_cursor = jnp.where(past_cursor < 0, past_cursor + per_row(rows, counts), past_cursor)
-    is_due = (jnp.concatenate(read_indices) < per_row(rows, counts)) & (
+    past_cursor = jnp.where(past_cursor < 0, past_cursor + per_row(num_rows, counts), past_cursor)
+    is_due = (jnp.concatenate(read_indices) < per_row(num_rows, counts)) & (
         past_cursor < per_row(np.array(sizes, np.int32), counts)
     )
     table_starts = per_row(starts.astype(np.int32), counts)
     position = jnp.where(is_due, past_cursor + table_starts, sum(sizes))
     is_read = jnp.zeros(sum(sizes), bool).at[position.astype(np.uint32)].set(True, mode="drop")
     # Counted from the table's end, because the sum may exceed int32.
-    due = per_row(cursors, sizes) - per_row(rows, sizes)
+    due = per_row(cursors, sizes) - per_row(num_rows, sizes)
     due = due + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-    due = jnp.where(due < 0, due + per_row(rows, sizes), due)
-    return rows_of_each(jnp.where(is_read, per_row(rows, sizes), due), sizes)
+    due = jnp.where(due < 0, due + per_row(num_rows, sizes), due)
+    return rows_of_each(jnp.where(is_read, per_row(num_rows, sizes), due), sizes)
 
 
 def num_refreshed(table: Table, history: int) -> int:
@@ -168,12 +174,13 @@ def num_refreshed(table: Table, history: int) -> int:
 
 
 def next_cursor(table: Table, cursor: chex.Array, history: int) -> chex.Array:
-    moved = cursor - table.num_rows + num_refreshed(table, history)
-    return jnp.where(moved < 0, moved + table.num_rows, moved)
+    """The first row that the next step refreshes. After the last row of a table comes row 0."""
+    from_end = cursor - table.num_rows + num_refreshed(table, history)
+    return jnp.where(from_end < 0, from_end + table.num_rows, from_end)
 
 
 def per_row(values: Any, counts: Sequence[int]) -> Any:
-    """Repeats the value of each table for each of its rows, `counts[i]` times."""
+    """Repeats the value of each table `counts[i]` times; for one table it is a scalar."""
     if len(counts) == 1:
         return values[0]
     values = values if isinstance(values, np.ndarray) else jnp.stack(values)

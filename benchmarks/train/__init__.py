@@ -24,7 +24,8 @@ __all__ = ["main"]
 def main(argv: list[str]) -> int:
     """Runs the job; returns the exit status.
 
-    It is 0, 2 for what the user must mend, `LOST` when another process is gone, 128 + signal.
+    It is 0; 2 if the user must change something; `LOST` if another process cannot be reached any
+    more; or 128 + signal.
     """
     is_member = "--meet" in argv  # one of the processes that a launcher started
     with Interruption() as interruption:

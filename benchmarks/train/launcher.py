@@ -1,7 +1,7 @@
-"""Starts the processes of a job on this machine, and stays with them.
+"""Starts the processes of a job on this machine, and watches them.
 
-What JAX says of a process that died is long and may come late: the launcher says it in a line, and
-ends the others.
+If a process dies, JAX's errors in the others are long and may come late. The launcher names the
+process in one line and ends the others.
 """
 
 import argparse
@@ -21,52 +21,53 @@ from benchmarks.train.options import resume_command
 
 __all__ = ["LOST", "Lost", "end_with_launcher", "launch"]
 
-# The exit status of a process that lost another one.
+# The exit status of a process that can no longer reach another one.
 LOST = 3
 
-# Seconds that the others have to end by themselves, and between looks at the processes.
+# In seconds: how long the others may take to end by themselves, and how often processes are polled.
 _GRACE, _INTERVAL = 5, 0.05
 
 
 class Lost(Exception):
-    """Another process is gone; what JAX says of it, in one line."""
+    """Another process cannot be reached any more. The message is the first line of JAX's error."""
 
 
 def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Interruption) -> int:
     """Runs this machine's processes until all have ended; returns the exit status.
 
-    When one fails the others are ended as well, and a line says which it was. Signals are handed
-    on to all. Of what they print, that of process 0 is shown, or of the only one.
+    If one fails, the others are ended as well, and a line says which one it was. All get the
+    signals that the launcher gets. Only the output of this machine's first process is shown.
     """
-    interruption.answers = ("", "")  # process 0 says what it does
+    interruption.answers = ("", "")  # process 0 prints the answers to signals
     numbers = [options.process] if options.coordinator else list(range(options.processes))
     common = ["--meet", options.coordinator or f"127.0.0.1:{_free_port()}"]
     common += ["--folder", str(options.folder)] if options.folder else []
     errors = {number: tempfile.TemporaryFile() for number in numbers[1:]}  # noqa: SIM115
-    # Signals wait until a process knows what to do with them.
+    # A process unblocks signals when its handlers are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     processes = {n: _start([*argv, *common], n, numbers, errors.get(n)) for n in numbers}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def failed() -> list[int]:
-        """Those that did not end as they should, the ones that only lost another one last."""
-        ends = {number: process.poll() for number, process in processes.items()}
+        """The processes that failed; last those that failed because they lost another one."""
+        statuses = {number: process.poll() for number, process in processes.items()}
         expected = (None, 0, *(128 + number for number in SIGNALS))
-        unexpected = [number for number, end in ends.items() if end not in expected]
-        return sorted(unexpected, key=lambda number: ends[number] in (LOST, -signal.SIGABRT))
+        unexpected = [number for number, status in statuses.items() if status not in expected]
+        # JAX may abort a process that can no longer reach another one.
+        return sorted(unexpected, key=lambda number: statuses[number] in (LOST, -signal.SIGABRT))
 
-    handed_on = 0
+    signals_sent = 0
     try:
         while not failed() and any(process.poll() is None for process in processes.values()):
-            if interruption.times > handed_on:
-                handed_on += 1
+            if interruption.times > signals_sent:
+                signals_sent += 1
                 for process in processes.values():
                     process.send_signal(interruption.status - 128)
             time.sleep(_INTERVAL)
-        until = time.monotonic() + _GRACE
-        while time.monotonic() < until and any(p.poll() is None for p in processes.values()):
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and any(p.poll() is None for p in processes.values()):
             time.sleep(_INTERVAL)
-        first, *_ = [*failed(), None]
+        first = next(iter(failed()), None)
     finally:
         for process in processes.values():
             process.kill()
@@ -78,7 +79,7 @@ def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Inter
         errors[first].seek(0)
         sys.stderr.write(errors[first].read().decode(errors="replace"))
     if status == 2:
-        return 2  # what the user must mend is printed
+        return 2  # the process has printed what the user must change
     others = "; the others were ended as well" if len(numbers) > 1 else ""
     print(
         f"train: process {first} of {options.processes} {_how_it_ended(status)}{others}\n"
@@ -89,7 +90,7 @@ def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Inter
 
 
 def _free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -100,7 +101,7 @@ def _start(
 ) -> subprocess.Popen:
     environment = dict(os.environ)
     if len(numbers) > 1:
-        # Of a machine's accelerators each process takes one.
+        # Each process takes one of the machine's accelerators.
         environment.setdefault("JAX_LOCAL_DEVICE_IDS", str(number))
         if any("_proxy" in name.lower() for name in os.environ):
             environment["no_grpc_proxy"] = "127.0.0.1"
@@ -110,14 +111,14 @@ def _start(
         stdout=subprocess.DEVNULL if errors else None,
         stderr=errors,
         env=environment,
-        # A terminal's Ctrl-C comes to the launcher alone, which hands it on.
+        # Only the launcher gets a terminal's Ctrl-C, and it sends the signal to the processes.
         start_new_session=True,
     )
 
 
 def _how_it_ended(status: int) -> str:
     if status == LOST:
-        return "lost another one, which ended or can no longer be reached"
+        return "can no longer reach another one, which may have ended"
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"
@@ -127,7 +128,7 @@ def _advice(options: argparse.Namespace) -> str:
     """How to go on after a process was ended."""
     folder = options.resume or options.folder
     if folder is None:
-        return "to go on, do what process 0 says on its machine, but for --process"
+        return "to go on, run the command that process 0 prints, with this machine's --process"
     if not (folder / "checkpoint.npz").exists():
         return "there is no checkpoint to go on from yet: start again"
     everywhere = ", on each machine with its --process" if options.coordinator else ""
@@ -135,7 +136,7 @@ def _advice(options: argparse.Namespace) -> str:
 
 
 def end_with_launcher() -> None:
-    """Has this process end when its launcher is gone, which holds the other end of its stdin."""
+    """Makes this process end when its launcher ends, which closes the other end of its stdin."""
 
     def wait() -> None:
         while os.read(0, 1):

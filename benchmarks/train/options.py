@@ -180,7 +180,7 @@ def _faults(options: argparse.Namespace) -> Iterator[str]:
 
 
 def resume_command(options: argparse.Namespace) -> str:
-    """What goes on with the run, to be typed where the job was started."""
+    """The command that resumes the run, for the folder in which the job was started."""
     folder = str(options.resume or options.folder)
     command = [sys.executable, "-m", "benchmarks", "train", "--resume", folder]
     defaults = _parser().parse_args([])

@@ -27,8 +27,8 @@ AXIS = "data"
 # Seconds without a sign of life after which a process counts as dead (JAX's default is 100).
 _HEARTBEAT = 20
 
-# What is in the message of an error when another process is gone.
-_OF_CONNECTION = ("gloo", "nccl", "connection", "peer", "unavailable", "deadline", "timed out")
+# Words of JAX's errors when another process cannot be reached.
+_CONNECTION_WORDS = ("gloo", "nccl", "connection", "peer", "unavailable", "deadline", "timed out")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Processes:
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # On a CPU a broken connection is JAX's error or a ValueError of that name.
             text = str(error).lower()
-            if self.count == 1 or not any(word in text for word in _OF_CONNECTION):
+            if self.count == 1 or not any(word in text for word in _CONNECTION_WORDS):
                 raise
             raise Lost(str(error).splitlines()[0]) from error
 
@@ -80,16 +80,16 @@ class Processes:
         """Whether something is so in any process."""
         return bool(self.gathered([here]).any())
 
-    def agree(self, what: str, *facts: object) -> None:
-        """Raises a `UserError` unless all processes were given the same."""
-        digest = hashlib.sha256(repr(facts).encode()).digest()
+    def agree(self, what: str, *values: object) -> None:
+        """Raises a `UserError` unless all processes were given the same values."""
+        digest = hashlib.sha256(repr(values).encode()).digest()
         every = self.gathered(np.frombuffer(digest, np.uint8))
         others = np.flatnonzero((every != every[0]).any(axis=1))
         if others.size:
             raise UserError(f"process {others[0]} has {what} other than process 0's")
 
     def leave(self) -> None:
-        """Parts from the others, all at the same place; what is here can be used further on."""
+        """Leaves the job. All processes must call this at the same place; arrays stay usable."""
         if self.count > 1:
             with self.together():
                 jax.distributed.shutdown()
