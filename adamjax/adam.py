@@ -21,6 +21,7 @@ import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
+from adamjax.encoding import SCALED8, SLOT_DTYPES, Scaled8, zeros_scaled8
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
@@ -39,7 +40,7 @@ from adamjax.moments import (
     square,
     widened,
 )
-from adamjax.rounding import is_narrow
+from adamjax.paths import flatten
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
 
 __all__ = [
@@ -89,7 +90,7 @@ def _check(rule: Any, default: str) -> None:
 def _check_dtypes(rule: Any, *names: str) -> None:
     for name in names:
         value = getattr(rule, name)
-        if value is None:
+        if value is None or (isinstance(value, str) and value == SCALED8):
             continue
         try:
             dtype = jnp.dtype(value)
@@ -105,23 +106,25 @@ def _check_dtypes(rule: Any, *names: str) -> None:
         if not is_float:
             raise TypeError(
                 f"{type(rule).__name__}: {name} must be a real floating dtype such as "
-                f"jnp.float32 or 'bfloat16', or None; got {value!r}"
+                f"jnp.float32 or 'bfloat16', {SCALED8!r} for 8 bits, or None; got {value!r}"
             )
         rule.set_fields(**{name: dtype.name})
 
 
 def _with_wide_slots(rule: Any) -> Any:
     """The rule with float32 slots in place of narrow ones."""
-    dtypes = {name: getattr(rule, name, None) for name in ("m_dtype", "v_dtype", "u_dtype")}
-    narrow = [name for name, dtype in dtypes.items() if dtype is not None and is_narrow(dtype)]
+    dtypes = {name: getattr(rule, name, None) for name in SLOT_DTYPES}
+    narrow = [name for name, dtype in dtypes.items() if dtype in ("bfloat16", SCALED8)]
     return rule.replace(**dict.fromkeys(narrow)) if narrow else rule
 
 
 def _zero_mean(params: Tree, dtype: str | None) -> Tree:
     """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
-    def make(p: chex.Array) -> chex.Array:
+    def make(p: chex.Array) -> Any:
         own = widened(p.dtype, accumulator(p.dtype))
+        if dtype == SCALED8 and not jnp.iscomplexobj(p):
+            return zeros_scaled8(p, signed=True)
         return jnp.zeros_like(p, own if jnp.iscomplexobj(p) else dtype or own)
 
     return new_slots(params, make)
@@ -129,7 +132,13 @@ def _zero_mean(params: Tree, dtype: str | None) -> Tree:
 
 def _zero_size(params: Tree, dtype: str | None) -> Tree:
     """Zero measures of the gradients' size: real, in the given dtype."""
-    return new_slots(params, lambda p: jnp.zeros_like(p, dtype or accumulator(p.dtype)))
+
+    def make(p: chex.Array) -> Any:
+        if dtype == SCALED8:
+            return zeros_scaled8(p, signed=False)
+        return jnp.zeros_like(p, dtype or accumulator(p.dtype))
+
+    return new_slots(params, make)
 
 
 def _expect_slots(rule: Any, state: Any, **dtypes: str | None) -> None:
@@ -140,6 +149,14 @@ def _expect_slots(rule: Any, state: Any, **dtypes: str | None) -> None:
             raise ValueError(
                 f"{type(rule).__name__}: the state's {name} is complex, expected a real one: it "
                 "measures the size of gradients"
+            )
+        if any(
+            isinstance(x, Scaled8) and (x.codes.dtype == np.int8) != (name == "m")
+            for x in flatten(slot)[0]
+        ):
+            raise ValueError(
+                f"{type(rule).__name__}: the codes of the state's {name} are those of another "
+                "slot, expected int8 in m and uint8 in the others: start from init"
             )
 
 

@@ -1,0 +1,280 @@
+"""Moments in 8 bits: `"scaled8"`, a small floating-point code with an exponent for each block.
+
+An array becomes codes of one byte each, and one byte for each block of up to 256 elements along its
+last axis: the exponent of the block's largest number. So a block never reaches over two rows of a
+table, and shares out like the rows.
+
+=================  =====================  =========================
+..                 signed (m)             unsigned (v, v_max, u)
+=================  =====================  =========================
+codes              int8                   uint8
+bits               sign, 4 exp., 3 frac.  5 exponent, 3 fraction
+neighbours differ  by 6% to 12.5%         by 6% to 12.5%
+down to            2**-14 of the largest  2**-30 of the largest
+below, steps of    2**-17 of it           2**-33 of it
+=================  =====================  =========================
+
+("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
+the root of v: there neighbours differ by 3% to 6%, over a range of 2**-16. Block exponents and
+fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats Specification
+1.0, 2023, section 5). Blocks of 256 to 2,048 with a code for small numbers are what Dettmers and
+others found to be enough (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section
+2). Exponents, unlike scales of any value, make no rounding of their own: a number that is stored
+stays what it is when the largest of its block grows.
+
+Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
+stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import exportable
+
+__all__ = [
+    "BLOCK",
+    "SCALED8",
+    "SLOT_DTYPES",
+    "Scaled8",
+    "block_exponents",
+    "decoded",
+    "each_part",
+    "encoded",
+    "expect_encoded",
+    "expect_rows",
+    "like_parts",
+    "zeros_scaled8",
+]
+
+# What `m_dtype` and the others are called for this format.
+SCALED8 = "scaled8"
+SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
+# Elements of a block, along the last axis.
+BLOCK = 256
+
+_NOT_FINITE = 255
+_FRACTION = 20  # bits of a float32's fraction that codes do not have
+
+
+@exportable
+class Scaled8(NamedTuple):
+    """An array of a state in 8 bits, in the place of an array of floats.
+
+    `adamjax.get_slot` returns the floats. See `adamjax.scale_by_adam` for what is lost.
+
+    Attributes:
+      codes: int8 for m, uint8 for v, v_max and u; of the parameter's shape.
+      exponents: uint8, one for each block: of shape `[*shape[:-1], ceil(shape[-1] / 256)]`.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> state = adamjax.scale_by_adam(v_dtype="scaled8").init(jnp.zeros((3, 600)))
+    >>> state.v.codes.shape, state.v.exponents.shape
+    ((3, 600), (3, 3))
+    """
+
+    codes: Any
+    exponents: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.codes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the floats."""
+        return np.dtype(np.float32)
+
+
+def _of_blocks(x: Any) -> Any:
+    """An array with one element for each block of `x`, the first."""
+    return x[..., ::BLOCK] if np.ndim(x) else x
+
+
+def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
+    """Zeros of the shape of `p`, split over devices as it is if it is no `ShapeDtypeStruct`."""
+    first = jax.eval_shape(_of_blocks, p) if isinstance(p, jax.ShapeDtypeStruct) else _of_blocks(p)
+    codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
+    return Scaled8(codes, jnp.zeros_like(first, np.uint8))
+
+
+def each_part(function: Callable[..., Any], *slots: Any) -> Any:
+    """A function of arrays, applied to slots: to the codes and to the exponents of encoded ones."""
+    if isinstance(slots[0], Scaled8):
+        return Scaled8(*(function(*parts) for parts in zip(*slots, strict=True)))
+    return function(*slots)
+
+
+def like_parts(p: Any) -> Scaled8:
+    """For the codes and the exponents of a slot, an array of their shape that is split like `p`.
+
+    If `p` is not traced, it is known how it is split, and so are the codes and exponents.
+    """
+    return Scaled8(p, _of_blocks(p) if isinstance(p, jax.core.Tracer) else p)
+
+
+def expect_encoded(what: str, slot: Scaled8) -> None:
+    """Refuses codes and exponents that were cast, cut or put together wrongly."""
+    codes, exponents = slot
+    dtypes = tuple(getattr(x, "dtype", None) for x in slot)
+    if dtypes[0] not in (np.int8, np.uint8) or dtypes[1] != np.uint8:
+        raise ValueError(
+            f"{what} has codes and exponents of the dtypes {[str(x) for x in dtypes]}, expected "
+            f"int8 or uint8, and uint8: these are {SCALED8!r}, which is not to be cast"
+        )
+    expected = np.shape(codes)
+    if expected:
+        expected = (*expected[:-1], -(-expected[-1] // BLOCK))
+    if np.shape(exponents) != expected:
+        raise ValueError(
+            f"{what} has exponents of shape {list(np.shape(exponents))} with codes of shape "
+            f"{list(np.shape(codes))}, expected {list(expected)}: restore both, or start from init"
+        )
+
+
+def expect_rows(slot: Any, what: str = "a row gradient needs rows") -> None:
+    """Refuses a slot whose rows cannot be written one by one, because they share exponents."""
+    if isinstance(slot, Scaled8) and slot.ndim < 2:
+        raise ValueError(
+            f"{what} with exponents of their own, but a parameter of shape {list(slot.shape)} with "
+            f"moments in {SCALED8!r} has an exponent for each {BLOCK} elements: give the table the "
+            f"shape {[*slot.shape, 1]}, or keep its moments in bfloat16 (m_dtype, v_dtype)"
+        )
+
+
+def _top(codes: Any) -> int:
+    """How far the exponents of a block's codes go down."""
+    return 14 if codes == np.int8 else 30
+
+
+def _blocks(bits: chex.Array) -> chex.Array:
+    """The elements by block, in a last axis of their own; zeros fill up the last block."""
+    if bits.ndim == 0:
+        return bits[None]
+    columns = bits.shape[-1]
+    if columns <= BLOCK:
+        return bits.reshape(*bits.shape[:-1], min(columns, 1), columns)
+    missing = -columns % BLOCK
+    if missing:
+        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, missing)])
+    return bits.reshape(*bits.shape[:-1], -1, BLOCK)
+
+
+def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
+    """For each encoded slot the exponents with which an array is stored in it; `None` for others.
+
+    Each block's largest number has a code with them, also after it has been rounded up.
+    """
+
+    def bits_of(x: chex.Array, codes: Any) -> chex.Array:
+        size = jnp.abs(x).astype(jnp.float32)
+        if codes.dtype != np.int8:
+            size = jnp.where(x < 0, jnp.nan, size)
+        return _blocks(jax.lax.bitcast_convert_type(size, jnp.int32))
+
+    encoded_slots = [x for x in slots if isinstance(x, Scaled8)]
+    bits = [
+        bits_of(x, slot.codes)
+        for x, slot in zip(arrays, slots, strict=True)
+        if isinstance(slot, Scaled8)
+    ]
+    if not bits:
+        return [None] * len(slots)
+    # All at once, so that gradients are read once. On a CPU, XLA would make arrays of the operands
+    # of a reduction of one array, but not of those of several.
+    operands = bits if len(bits) > 1 else bits * 2
+    largest = jax.lax.reduce(
+        operands,
+        [np.int32(0)] * len(operands),
+        lambda a, b: [jnp.maximum(x, y) for x, y in zip(a, b, strict=True)],
+        (bits[0].ndim - 1,),
+    )
+
+    def exponent(x: chex.Array, slot: Scaled8) -> chex.Array:
+        x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _FRACTION) - 1)) >> 23
+        # Above the least exponent: then the smallest code is a normal float32.
+        above = jnp.maximum(x - np.int32(_top(slot.codes.dtype) + 4), 0)
+        return jnp.where(x < 255, above, _NOT_FINITE).astype(jnp.uint8)
+
+    found = iter(map(exponent, largest, encoded_slots))
+    return [next(found) if isinstance(x, Scaled8) else None for x in slots]
+
+
+def _spread(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """The number of each block, for each of its elements."""
+    if not shape or shape[-1] <= BLOCK:
+        return jnp.broadcast_to(x, shape)
+    repeated = jnp.broadcast_to(x[..., None], (*x.shape, BLOCK))
+    return repeated.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+def _power(field: chex.Array) -> chex.Array:
+    """The float32 power of two with this biased exponent, 1 to 254."""
+    return jax.lax.bitcast_convert_type(field << 23, jnp.float32)
+
+
+def encoded(x: chex.Array, codes: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
+    """A float array in 8 bits, each number rounded up or down so that its mean is right.
+
+    Args:
+      x: real floats.
+      codes: int8, or uint8 for numbers that are not negative.
+      exponents: those of its blocks, of `block_exponents`.
+      random: uint32 below 2**16, of the shape of x: how much of the way to the next number is
+        rounded up; 2**15 rounds to the nearest.
+    """
+    return Scaled8(_encoded(np.dtype(codes), x, exponents, random), exponents)
+
+
+def _encode(
+    codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array
+) -> chex.Array:
+    top, signed = _top(codes), codes == np.int8
+    exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
+    # The smallest number with a full fraction becomes 1.
+    factor = _power(250 - jnp.minimum(exponent, 250 - top))
+    scaled = jnp.abs(x).astype(jnp.float32) * _spread(factor, x.shape)
+    scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
+    full = ((scaled_bits + (random << 4) + 8) >> _FRACTION) - np.int32(126 << 3)
+    small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
+    magnitude = jnp.where(scaled < 1, small.astype(jnp.int32), full)
+    code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(codes)
+    # The last operation is a select of codes: of others XLA would make the codes twice, once for
+    # the state and once for their decoding, and copy the old ones for that.
+    return jnp.where(x < 0, -code, code) if signed else jnp.where((code == 0) & (x != 0), 1, code)
+
+
+_encoded = jax.custom_jvp(_encode, nondiff_argnums=(0,))
+
+
+@_encoded.defjvp
+def _encoded_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        f"a step with moments in {SCALED8!r} has no derivative, since whole numbers are stored: to "
+        "differentiate through steps, keep moments in float32 or bfloat16 (m_dtype, v_dtype)"
+    )
+
+
+def decoded(slot: Scaled8) -> chex.Array:
+    """The float32 array that is stored in 8 bits."""
+    codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
+    top = _top(codes.dtype)
+    scale = jnp.where(exponents <= 250 - top, _power(jnp.minimum(exponents, 250) + 4), jnp.nan)
+    number = codes.astype(jnp.int32)
+    magnitude = jnp.abs(number)
+    full = jax.lax.bitcast_convert_type((magnitude << _FRACTION) + (126 << 23), jnp.float32)
+    size = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
+    size = size * _spread(scale, codes.shape)
+    return jnp.where(number < 0, -size, size) if codes.dtype == np.int8 else size
