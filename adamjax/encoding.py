@@ -1,8 +1,8 @@
 """Moments in 8 bits: `"scaled8"`, a small floating-point code with an exponent for each block.
 
-An array becomes codes of one byte each, and one byte for each block of up to 256 elements along its
-last axis: the exponent of the block's largest number. So a block never reaches over two rows of a
-table, and shares out like the rows.
+An array becomes codes of one byte each, and one byte for each block: the exponent of the block's
+largest number. A block is a row along the last axis; in a vector it is 1,024 elements. So no block
+reaches over two rows of a table, and m and v take `2 + 2 / columns` bytes a parameter.
 
 =================  =====================  =========================
 ..                 signed (m)             unsigned (v, v_max, u)
@@ -17,10 +17,8 @@ below, steps of    2**-17 of it           2**-33 of it
 ("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
 the root of v: there neighbours differ by 3% to 6%, over a range of 2**-16. Block exponents and
 fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats Specification
-1.0, 2023, section 5). Blocks of 256 to 2,048 with a code for small numbers are what Dettmers and
-others found to be enough (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section
-2). Exponents, unlike scales of any value, make no rounding of their own: a number that is stored
-stays what it is when the largest of its block grows.
+1.0, 2023, section 5). Exponents, unlike scales of any value, make no rounding of their own: a
+number that is stored stays what it is when the largest of its block grows.
 
 Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
 stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
@@ -54,8 +52,8 @@ __all__ = [
 # What `m_dtype` and the others are called for this format.
 SCALED8 = "scaled8"
 SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
-# Elements of a block, along the last axis.
-BLOCK = 256
+# Elements of a block of a vector.
+BLOCK = 1024
 
 _NOT_FINITE = 255
 _FRACTION = 20  # bits of a float32's fraction that codes do not have
@@ -69,12 +67,13 @@ class Scaled8(NamedTuple):
 
     Attributes:
       codes: int8 for m, uint8 for v, v_max and u; of the parameter's shape.
-      exponents: uint8, one for each block: of shape `[*shape[:-1], ceil(shape[-1] / 256)]`.
+      exponents: uint8, one for each block: of shape `[*shape[:-1], 1]`, or `[ceil(n / 1024)]` for
+        a vector of n elements.
 
     >>> import adamjax, jax.numpy as jnp
     >>> state = adamjax.scale_by_adam(v_dtype="scaled8").init(jnp.zeros((3, 600)))
     >>> state.v.codes.shape, state.v.exponents.shape
-    ((3, 600), (3, 3))
+    ((3, 600), (3, 1))
     """
 
     codes: Any
@@ -98,16 +97,25 @@ class Scaled8(NamedTuple):
         return np.dtype(np.float32)
 
 
-def _of_blocks(x: Any) -> Any:
-    """An array with one element for each block of `x`, the first."""
-    return x[..., ::BLOCK] if np.ndim(x) else x
+def _of_blocks(p: Any) -> Any:
+    """An array with one element for each block of `p`, the first."""
+    if np.ndim(p) < 2:
+        return p[::BLOCK] if np.ndim(p) else p
+    return p[..., :1]
+
+
+def _exponents_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return (-(-shape[0] // BLOCK),) if shape else ()
+    return (*shape[:-1], min(shape[-1], 1))
 
 
 def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
     """Zeros of the shape of `p`, split over devices as it is if it is no `ShapeDtypeStruct`."""
-    first = jax.eval_shape(_of_blocks, p) if isinstance(p, jax.ShapeDtypeStruct) else _of_blocks(p)
     codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
-    return Scaled8(codes, jnp.zeros_like(first, np.uint8))
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
+    return Scaled8(codes, jnp.zeros_like(_of_blocks(p), np.uint8))
 
 
 def each_part(function: Callable[..., Any], *slots: Any) -> Any:
@@ -134,9 +142,7 @@ def expect_encoded(what: str, slot: Scaled8) -> None:
             f"{what} has codes and exponents of the dtypes {[str(x) for x in dtypes]}, expected "
             f"int8 or uint8, and uint8: these are {SCALED8!r}, which is not to be cast"
         )
-    expected = np.shape(codes)
-    if expected:
-        expected = (*expected[:-1], -(-expected[-1] // BLOCK))
+    expected = _exponents_shape(np.shape(codes))
     if np.shape(exponents) != expected:
         raise ValueError(
             f"{what} has exponents of shape {list(np.shape(exponents))} with codes of shape "
@@ -160,16 +166,18 @@ def _top(codes: Any) -> int:
 
 
 def _blocks(bits: chex.Array) -> chex.Array:
-    """The elements by block, in a last axis of their own; zeros fill up the last block."""
+    """The elements by block, whose elements are those of the last axis.
+
+    A vector becomes blocks of 8 times 128, which is how a TPU lays it out.
+    """
     if bits.ndim == 0:
         return bits[None]
     columns = bits.shape[-1]
-    if columns <= BLOCK:
+    if bits.ndim > 1 or columns <= BLOCK:
         return bits.reshape(*bits.shape[:-1], min(columns, 1), columns)
-    missing = -columns % BLOCK
-    if missing:
-        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, missing)])
-    return bits.reshape(*bits.shape[:-1], -1, BLOCK)
+    if columns % BLOCK:
+        bits = jnp.pad(bits, (0, -columns % BLOCK))
+    return bits.reshape(-1, 8, BLOCK // 8)
 
 
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
@@ -193,14 +201,18 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
     if not bits:
         return [None] * len(slots)
     # All at once, so that gradients are read once. On a CPU, XLA would make arrays of the operands
-    # of a reduction of one array, but not of those of several.
-    operands = bits if len(bits) > 1 else bits * 2
+    # of a reduction of one array, but not of those of several; so one gets another beside it.
+    slots_ndim = encoded_slots[0].ndim
+    operands = bits if len(bits) > 1 else [bits[0], bits[0] >> 1]
     largest = jax.lax.reduce(
         operands,
         [np.int32(0)] * len(operands),
         lambda a, b: [jnp.maximum(x, y) for x, y in zip(a, b, strict=True)],
-        (bits[0].ndim - 1,),
+        (1, 2) if slots_ndim == 1 and bits[0].ndim == 3 else (bits[0].ndim - 1,),
     )
+
+    if len(bits) == 1:
+        largest = [jnp.maximum(*largest)]
 
     def exponent(x: chex.Array, slot: Scaled8) -> chex.Array:
         x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _FRACTION) - 1)) >> 23
@@ -214,10 +226,9 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
 
 def _spread(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     """The number of each block, for each of its elements."""
-    if not shape or shape[-1] <= BLOCK:
+    if len(shape) != 1 or shape[0] <= BLOCK:
         return jnp.broadcast_to(x, shape)
-    repeated = jnp.broadcast_to(x[..., None], (*x.shape, BLOCK))
-    return repeated.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    return jnp.broadcast_to(x[:, None, None], (len(x), 8, BLOCK // 8)).reshape(-1)[: shape[0]]
 
 
 def _power(field: chex.Array) -> chex.Array:
@@ -238,9 +249,7 @@ def encoded(x: chex.Array, codes: Any, exponents: chex.Array, random: chex.Array
     return Scaled8(_encoded(np.dtype(codes), x, exponents, random), exponents)
 
 
-def _encode(
-    codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array
-) -> chex.Array:
+def _encode(codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
     top, signed = _top(codes), codes == np.int8
     exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
     # The smallest number with a full fraction becomes 1.

@@ -1,10 +1,10 @@
-"""Stochastic rounding: moments in bfloat16 whose mean is that of the float32 recurrence.
+"""Stochastic rounding: narrow moments whose mean is that of the float32 recurrence.
 
 A bfloat16 has 8 bits of precision, so neighbours are 0.4% to 0.8% apart. Rounded to the nearest, an
 average that changes by less than half of that stands still: with b2 = 0.999, v freezes. Rounded to
 the neighbour above or below with a probability that makes the expected value right, it moves on
 (Croci et al., Stochastic rounding: implementation, error analysis and applications, 2022, section
-1: equation 1.1).
+1: equation 1.1). Moments in 8 bits, which are in `encoding.py`, are rounded by the same bits.
 
 The random bits are a hash of the step, the leaf and the element's position in it. So no key is
 passed, no state is added, and the result does not depend on how arrays are split over devices or
@@ -26,7 +26,7 @@ __all__ = ["is_narrow", "read_slot", "rounding_keys", "write_slot", "write_slots
 
 def is_narrow(slot: Any) -> bool:
     """Whether this slot is rounded stochastically: an array of a state, or its dtype."""
-    return isinstance(slot, Scaled8) or getattr(slot, "dtype", slot) == jnp.bfloat16
+    return isinstance(slot, Scaled8) or np.dtype(getattr(slot, "dtype", slot)) == jnp.bfloat16
 
 
 def read_slot(slot: Any, dtype: Any) -> chex.Array:

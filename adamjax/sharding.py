@@ -98,12 +98,10 @@ def _placed(
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
     def exponents_spec(x: Scaled8, spec: Spec) -> Spec:
-        """Split as the codes, along the last axis only if every device has whole blocks."""
-        if not x.ndim or spec[-1] is None:
-            return spec
-        devices = math.prod(mesh.shape[name] for name in _names(spec[-1]))
-        whole = x.shape[-1] % (BLOCK * devices) == 0
-        return spec if whole else (*spec[:-1], None)
+        """Split as the codes, along the last axis only where every device has whole blocks."""
+        devices = math.prod(mesh.shape[name] for name in _names(spec[-1])) if spec else 1
+        whole = x.ndim == 1 and x.size % (BLOCK * devices) == 0
+        return spec if whole else (*spec[:-1], None) if spec else ()
 
     def everywhere(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
