@@ -31,8 +31,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
+from adamjax.mesh import explicit, replicated
 
 __all__ = [
     "BLOCK",
@@ -45,6 +47,7 @@ __all__ = [
     "encoded",
     "expect_encoded",
     "expect_rows",
+    "exponents_spec",
     "like_parts",
     "zeros_scaled8",
 ]
@@ -115,7 +118,18 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
     codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
     if isinstance(p, jax.ShapeDtypeStruct):
         return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
-    return Scaled8(codes, jnp.zeros_like(_of_blocks(p), np.uint8))
+    typed = explicit(p)
+    if typed is None:
+        return Scaled8(codes, jnp.zeros_like(_of_blocks(p), np.uint8))
+    split = NamedSharding(typed.mesh, PartitionSpec(*exponents_spec(tuple(typed.spec), p.ndim)))
+    return Scaled8(
+        codes, jax.sharding.reshard(jnp.zeros(_exponents_shape(p.shape), np.uint8), split)
+    )
+
+
+def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
+    """How exponents are split over a mesh: as the codes, but not along the last axis."""
+    return (*spec, *[None] * (ndim - len(spec)))[: ndim - 1] if ndim else ()
 
 
 def each_part(function: Callable[..., Any], *slots: Any) -> Any:
@@ -128,9 +142,10 @@ def each_part(function: Callable[..., Any], *slots: Any) -> Any:
 def like_parts(p: Any) -> Scaled8:
     """For the codes and the exponents of a slot, an array of their shape that is split like `p`.
 
-    If `p` is not traced, it is known how it is split, and so are the codes and exponents.
+    If it is known how `p` is split, the codes and exponents are already split so.
     """
-    return Scaled8(p, _of_blocks(p) if isinstance(p, jax.core.Tracer) else p)
+    is_known = explicit(p) is not None or not isinstance(p, jax.core.Tracer)
+    return Scaled8(p, p if is_known else _of_blocks(p))
 
 
 def expect_encoded(what: str, slot: Scaled8) -> None:
@@ -174,7 +189,8 @@ def _blocks(bits: chex.Array) -> chex.Array:
         return bits[None]
     columns = bits.shape[-1]
     if bits.ndim > 1 or columns <= BLOCK:
-        return bits.reshape(*bits.shape[:-1], min(columns, 1), columns)
+        return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
+    bits = replicated(bits) if explicit(bits) is not None else bits
     if columns % BLOCK:
         bits = jnp.pad(bits, (0, -columns % BLOCK))
     return bits.reshape(-1, 8, BLOCK // 8)

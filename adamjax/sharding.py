@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adamjax._compat import per_device
 from adamjax.autodiff import Call
 from adamjax.data import Tree, static, transform_state
-from adamjax.encoding import BLOCK, Scaled8
+from adamjax.encoding import Scaled8, exponents_spec
 from adamjax.exact import ExactRowsState
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
@@ -97,19 +97,13 @@ def _placed(
     def along(spec: Spec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
-    def exponents_spec(x: Scaled8, spec: Spec) -> Spec:
-        """Split as the codes, along the last axis only where every device has whole blocks."""
-        devices = math.prod(mesh.shape[name] for name in _names(spec[-1])) if spec else 1
-        whole = x.ndim == 1 and x.size % (BLOCK * devices) == 0
-        return spec if whole else (*spec[:-1], None) if spec else ()
-
     def everywhere(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
 
     def slots(tree: Tree) -> Tree:
         def slot(x: Any, p: Any, spec: Spec) -> Any:
             if isinstance(x, Scaled8):
-                return Scaled8(along(spec), along(exponents_spec(x, spec)))
+                return Scaled8(along(spec), along(exponents_spec(spec, x.ndim)))
             is_like = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
             return along(spec) if is_like else everywhere(x)
 
