@@ -403,7 +403,8 @@ class scale_by_amsgrad(_Moments):
 
     Args:
       b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`; `v_max` has the dtype
-        of v.
+        of v. It is the largest v as stored: in "scaled8" about 20% above that of float32 after
+        thousands of steps, so updates are about 10% smaller.
 
     The state is a `ScaleByAmsgradState`.
 
