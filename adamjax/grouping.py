@@ -13,10 +13,11 @@ import numpy as np
 
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
+from adamjax.encoding import SCALED8, SLOT_DTYPES
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
-from adamjax.structure import map_slots
+from adamjax.structure import map_slots, walk
 from adamjax.transform import Step, Transform, as_transform
 
 __all__ = ["grouped"]
@@ -143,6 +144,14 @@ class grouped(Transform):
                 "grouped: max_size must be a whole number of at least 1, an int, got "
                 f"{self.max_size!r}"
             )
+        for part in walk(self.tx):
+            names = [name for name in SLOT_DTYPES if getattr(part.tx, name, None) == SCALED8]
+            if names:
+                raise ValueError(
+                    f"grouped: {part.tx!r} keeps moments in {SCALED8!r} ({', '.join(names)}), with "
+                    "an exponent for each block, so leaves of one bucket would share exponents: "
+                    "keep them in bfloat16, or leave this part outside of grouped"
+                )
         for part in _ungroupable(self.tx):
             raise ValueError(
                 f"grouped: {part!r} cannot take leaves in buckets, because its update of an "

@@ -19,6 +19,7 @@ import numpy as np
 
 from adamjax._compat import dimension_order, layout_format
 from adamjax.data import Tree
+from adamjax.encoding import Scaled8
 from adamjax.paths import flatten
 from adamjax.rows import as_int32, integers, whole
 from adamjax.structure import map_like_params
@@ -52,6 +53,13 @@ def _in_order(x: Any, order: tuple[int, ...]) -> Any:
 
 def _is_like(slot: Any, p: Any) -> bool:
     return isinstance(slot, jax.ShapeDtypeStruct) and slot.shape == jnp.shape(p)
+
+
+def _slot_format(slot: Any, p: Any, own: Any) -> Any:
+    """The format of a slot, given that of its parameter."""
+    if isinstance(slot, Scaled8):
+        return Scaled8(_slot_format(slot.codes, p, own), None)
+    return own if _is_like(slot, p) else None
 
 
 def row_major(table: Any) -> Any:
@@ -129,7 +137,7 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     def slot_formats(slots: Tree) -> Tree:
         triples = zip(flatten(slots)[0], leaves, leaf_formats, strict=True)
-        return treedef.unflatten([f if _is_like(x, p) else None for x, p, f in triples])
+        return treedef.unflatten([_slot_format(x, p, f) for x, p, f in triples])
 
     state = jax.eval_shape(tx.init, params)
     state_formats = map_like_params(params, slot_formats, lambda _: None, state)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
+from adamjax.encoding import SCALED8, Scaled8, expect_encoded, like_parts
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
@@ -75,6 +76,8 @@ def described(leaf: Any) -> str:
         return "None"
     if not is_arraylike(leaf):
         return f"a {type(leaf).__name__}"
+    if isinstance(leaf, Scaled8):
+        return f"{SCALED8}{list(leaf.shape)}"
     rows = "rows of " if isinstance(leaf, RowGradient | RowMoves) else ""
     return f"{rows}{dtype_of(leaf).name}{list(np.shape(leaf))}"
 
@@ -125,9 +128,22 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
 
     An average of small changes stands still if each step rounds it to a narrow dtype.
     """
-    wanted = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-    for x in jax.tree.leaves(tree):
-        if is_left_alone(x) or (wanted is not None and jnp.iscomplexobj(x)):
+    wanted = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
+    for x in flatten(tree)[0]:
+        is_encoded = isinstance(x, Scaled8)
+        if is_encoded:
+            expect_encoded(f"{owner}: the state's {name}", x)
+        if is_left_alone(x) or (
+            dtype is not None and jnp.issubdtype(dtype_of(x), np.complexfloating)
+        ):
+            continue
+        if is_encoded != (dtype == SCALED8):
+            came, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
+            raise ValueError(
+                f"{owner}: the state keeps {name} in {came}, expected {expected}: build the "
+                f"transform as it was ({name}_dtype), or start from init"
+            )
+        if is_encoded:
             continue
         fits = jnp.finfo(x.dtype).bits >= 32 if wanted is None else x.dtype == wanted
         if not fits:
@@ -234,9 +250,26 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         if isinstance(p, jax.ShapeDtypeStruct):
             return make(p)
         p = jnp.asarray(p)
-        return laid_out_like(make(p), p)
+        slot = make(p)
+        if isinstance(slot, Scaled8):
+            # The exponents are no array of the shape of the parameter.
+            return slot._replace(codes=laid_out_like(slot.codes, p))
+        return laid_out_like(slot, p)
 
-    return treedef.unflatten(split_alike(list(map(new_slot, leaves)), leaves))
+    slots = list(map(new_slot, leaves))
+    # An encoded slot is two arrays.
+    likes = [
+        like_parts(p) if isinstance(slot, Scaled8) else (p,)
+        for slot, p in zip(slots, leaves, strict=True)
+    ]
+    arrays = [x for slot in slots for x in (slot if isinstance(slot, Scaled8) else (slot,))]
+    split = iter(split_alike(arrays, [like for pair in likes for like in pair]))
+    return treedef.unflatten(
+        [
+            Scaled8(next(split), next(split)) if isinstance(x, Scaled8) else next(split)
+            for x in slots
+        ]
+    )
 
 
 def lift(
@@ -324,7 +357,7 @@ def lift(
                 expect_scalar(f"{owner}: a hyperparameter", x)
         for start in range(0, len(group), _BLOCK):
             block = group[start : start + _BLOCK]
-            narrow = any(is_narrow(dtype_of(x)) for x in block[0][1][1 : 1 + len(slots)])
+            narrow = any(map(is_narrow, block[0][1][1 : 1 + len(slots)]))
             keys = None
             if narrow and count is not None:
                 keys = rounding_keys(count, [i for i, _ in block])
@@ -364,6 +397,8 @@ def _unsealed_input(owner: str, leaf: Any) -> Any:
             f"{owner}: apply the updates of exact_rows as they are, because they also bring rows "
             "up to date: put exact_rows last, around all that changes updates"
         )
+    if isinstance(leaf, Scaled8):
+        return leaf
     if not isinstance(leaf, RowGradient):
         return jnp.asarray(leaf)
     return unsealed(check_sound(owner, leaf))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
-from adamjax.rounding import is_narrow, write_slot
+from adamjax.encoding import Scaled8, block_exponents, each_part
+from adamjax.rounding import is_narrow, read_slot, write_slot
 
 __all__ = [
     "Average",
@@ -212,27 +213,47 @@ class Recurrence:
         return self.direction(c, wide, *seen).astype(g.dtype), *stored
 
     def advanced(
-        self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any, rows: Any = None
-    ) -> tuple[chex.Array, list[chex.Array], list[chex.Array]]:
+        self, c: Any, g: chex.Array, slots: Sequence[Any], key: Any, rows: Any = None
+    ) -> tuple[chex.Array, list[Any], list[chex.Array]]:
         """The widened gradient, the new slots as they are stored, and as `direction` sees them.
 
         It sees narrow slots as they are stored. From unrounded ones, XLA would compute the update
         anew from the old slots, and copy these before it overwrites them.
+
+        The largest number of a block must be known before its elements are encoded. So XLA would
+        keep floats of a leaf's size in memory in the meantime, if they were not computed twice.
         """
         real = accumulator(g.dtype, slots[-1].dtype)
-        wide, old = widen(g, real), [widen(x, real) for x in slots]
-        stored: list[chex.Array] = []
+        stored: list[Any] = []
         seen: list[chex.Array] = []
 
-        def add(new: chex.Array) -> None:
-            number = len(stored)
-            stored.append(write_slot(new, slots[number].dtype, key, number, rows))
-            seen.append(stored[-1].astype(new.dtype) if is_narrow(stored[-1].dtype) else new)
+        def add(function: Callable[..., Sequence[chex.Array]], *arrays: Any) -> None:
+            new = function(*arrays)
+            targets = slots[len(stored) : len(stored) + len(new)]
+            exponents: Sequence[Any] = [None] * len(new)
+            if any(isinstance(x, Scaled8) for x in targets):
+                again = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
+                exponents = block_exponents(function(*again), targets)
+            for x, slot, e in zip(new, targets, exponents, strict=True):
+                written = write_slot(x, slot, key, len(stored), rows, e)
+                if isinstance(slot, Scaled8):
+                    written = each_part(barrier, written)
+                stored.append(written)
+                seen.append(read_slot(written, x.dtype) if is_narrow(written) else x)
 
-        for new in self.moments(c, wide, *(old if self.last is None else old[:-1])):
-            add(new)
-        if self.last is not None:
-            add(self.last(c, old[-1], *seen))
+        def floats(x: Any) -> chex.Array:
+            return read_slot(x, widened(x.dtype, real))
+
+        def moments(g: chex.Array, *old: Any) -> Sequence[chex.Array]:
+            return self.moments(c, widen(g, real), *map(floats, old))
+
+        if self.last is None:
+            add(moments, g, *slots)
+        else:
+            last = self.last
+            add(moments, g, *slots[:-1])
+            add(lambda old, *others: [last(c, floats(old), *others)], slots[-1], *seen)
+        wide = widen(g, real)
         return wide, stored, seen
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from adamjax.data import Tree
+from adamjax.encoding import Scaled8
 from adamjax.rows import RowGradient, RowMoves
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether a node is one leaf here: `None`, which means 'not here', or rows of a table."""
-    return x is None or isinstance(x, RowGradient | RowMoves)
+    """Whether a node is one leaf here: `None`, which means 'not here', rows, or an encoded slot."""
+    return x is None or isinstance(x, RowGradient | RowMoves | Scaled8)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from adamjax.average import WeightEmaState
 from adamjax.buckets import as_tree
 from adamjax.data import Tree
+from adamjax.encoding import Scaled8, decoded
 from adamjax.guard import SkipNotFiniteState
 from adamjax.leaves import expect_array, is_left_alone
-from adamjax.paths import flatten, leaf_paths
+from adamjax.paths import flatten, is_leaf, leaf_paths
 from adamjax.scaling import scale_by_learning_rate
 from adamjax.schedule import rate_at
 from adamjax.structure import find, rule_slots, slot_states
@@ -77,7 +78,8 @@ def get_slot(state: Any, name: str) -> Tree:
       name: `"m"`, `"v"`, `"v_max"` (AMSGrad), `"u"` (Adamax), or a slot of a rule of your own.
 
     Returns:
-      A tree like the parameters, `None` for leaves without this slot.
+      A tree like the parameters, `None` for leaves without this slot. What is stored in 8 bits is
+      returned as float32.
 
     Raises:
       KeyError: the state has no such slot; the error lists those that it has.
@@ -87,10 +89,14 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    trees = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
-    if not trees:
+    found = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
+    if not found:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
-    return _merged(f"slot {name!r}", trees)
+    return _merged(f"slot {name!r}", [jax.tree.map(_floats, x, is_leaf=is_leaf) for x in found])
+
+
+def _floats(x: Any) -> Any:
+    return decoded(x) if isinstance(x, Scaled8) else x
 
 
 def step_count(state: Any) -> chex.Array:

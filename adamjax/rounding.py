@@ -1,10 +1,10 @@
-"""Stochastic rounding: moments in bfloat16 whose mean is that of the float32 recurrence.
+"""Stochastic rounding: narrow moments whose mean is that of the float32 recurrence.
 
 A bfloat16 has 8 bits of precision, so neighbours are 0.4% to 0.8% apart. Rounded to the nearest, an
 average that changes by less than half of that stands still: with b2 = 0.999, v freezes. Rounded to
 the neighbour above or below with a probability that makes the expected value right, it moves on
 (Croci et al., Stochastic rounding: implementation, error analysis and applications, 2022, section
-1: equation 1.1).
+1: equation 1.1). Moments in 8 bits, which are in `encoding.py`, are rounded by the same bits.
 
 The random bits are a hash of the step, the leaf and the element's position in it. So no key is
 passed, no state is added, and the result does not depend on how arrays are split over devices or
@@ -19,12 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["is_narrow", "rounding_keys", "write_slot", "write_slots"]
+from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
+
+__all__ = ["is_narrow", "read_slot", "rounding_keys", "write_slot", "write_slots"]
 
 
-def is_narrow(dtype: Any) -> bool:
-    """Whether a slot of this dtype is rounded stochastically."""
-    return np.dtype(dtype) == jnp.bfloat16
+def is_narrow(slot: Any) -> bool:
+    """Whether this slot is rounded stochastically: an array of a state, or its dtype."""
+    return isinstance(slot, Scaled8) or np.dtype(getattr(slot, "dtype", slot)) == jnp.bfloat16
+
+
+def read_slot(slot: Any, dtype: Any) -> chex.Array:
+    """The values of a slot, in this dtype."""
+    return (decoded(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
 
 
 def _mixed(x: chex.Array) -> chex.Array:
@@ -80,33 +87,46 @@ def _rounded_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def write_slot(
-    x: chex.Array, dtype: Any, key: Any, number: int, rows: chex.Array | None = None
-) -> chex.Array:
-    """A slot's new values in the dtype that the state stores.
+    x: chex.Array, like: Any, key: Any, number: int, rows: Any = None, exponents: Any = None
+) -> Any:
+    """A slot's new values in the format that the state stores.
 
     Args:
       x: the values, in the accumulator dtype.
-      dtype: that of the state.
+      like: the slot in the state, or its dtype.
       key: that of the step and the leaf, of `rounding_keys`; `None` rounds to the nearest.
       number: which slot of the leaf this is. Slots of one leaf use different random bits.
       rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
+      exponents: for an encoded slot its `block_exponents`, if they have been computed.
     """
+    dtype = getattr(like, "dtype", like)
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"a rule gave complex values to a slot that is {np.dtype(dtype).name} in the state: "
             "make the slot complex where the parameter is, or take abs or |x|**2"
         )
+    if isinstance(like, Scaled8):
+        if exponents is None:
+            (exponents,) = block_exponents([x], [like])
+        half = jnp.full(x.shape, 1 << 15, jnp.uint32)
+        random = half if key is None else _bits(x, key, number, rows)
+        return encoded(x, like.codes.dtype, exponents, random)
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
+    return _rounded(x.astype(jnp.float32), _bits(x, key, number, rows)).astype(dtype)
+
+
+def _bits(x: chex.Array, key: chex.Array, number: int, rows: chex.Array | None) -> chex.Array:
+    """A random uint32 below 2**16 for each element; see `write_slot`."""
     # One hash has bits for two slots.
     key = key + np.uint32(number // 2 * 0x85EBCA6B)
     random = _mixed(_elements(x.shape, rows) ^ key) >> np.uint32(16 * (number % 2))
-    return _rounded(x.astype(jnp.float32), random & np.uint32(0xFFFF)).astype(dtype)
+    return random & np.uint32(0xFFFF)
 
 
 def write_slots(
-    new: Sequence[chex.Array], slots: Sequence[chex.Array], key: Any, rows: Any = None
-) -> list[chex.Array]:
-    """The new values of all slots of a leaf, in the dtypes of the slots; see `write_slot`."""
+    new: Sequence[chex.Array], slots: Sequence[Any], key: Any, rows: Any = None
+) -> list[Any]:
+    """The new values of all slots of a leaf, in the formats of the slots; see `write_slot`."""
     pairs = enumerate(zip(new, slots, strict=True))
-    return [write_slot(x, slot.dtype, key, number, rows) for number, (x, slot) in pairs]
+    return [write_slot(x, slot, key, number, rows) for number, (x, slot) in pairs]

@@ -20,9 +20,10 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.blocks import group_tables, in_blocks, rows_of_each
 from adamjax.data import Data, static
+from adamjax.encoding import Scaled8, each_part, expect_rows
 from adamjax.mesh import gather_rows, replicated, scatter_rows
 from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
-from adamjax.rounding import is_narrow, write_slots
+from adamjax.rounding import is_narrow, read_slot, write_slots
 from adamjax.search import distinct
 
 __all__ = [
@@ -581,8 +582,13 @@ def run_rule(
     """The update of an array by a rule, and its slots in the dtypes in which they are stored."""
     if isinstance(rule, Recurrence):
         return rule.stored(c, g, slots, key, rows)
-    u, *new = rule(c, g, *slots, *reads)
+    u, *new = rule(c, g, *_floats(slots), *reads)
     return u, *write_slots(new, slots, key, rows)
+
+
+def _floats(slots: Sequence[Any]) -> list[chex.Array]:
+    """Slots as a rule takes them: encoded ones as float32 arrays."""
+    return [read_slot(x, x.dtype) if isinstance(x, Scaled8) else x for x in slots]
 
 
 def applied(
@@ -607,13 +613,19 @@ def applied(
     if lazy and g.rest is not None:
         return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
+    for slot in slots:
+        expect_rows(slot)
+
     def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
-        gathered, seen = (
-            [gather_rows(x, indices, mode="fill", fill_value=0) for x in arrays]
-            for arrays in (tables, reads)
-        )
+        def gather(x: chex.Array) -> chex.Array:
+            return gather_rows(x, indices, mode="fill", fill_value=0)
+
+        def scatter(x: chex.Array, rows: chex.Array) -> chex.Array:
+            return scatter_rows(x, indices, rows)
+
+        gathered, seen = ([each_part(gather, x) for x in arrays] for arrays in (tables, reads))
         u, *new = run_rule(rule, c, values, gathered, seen, key, indices)
-        return [scatter_rows(x, indices, n) for x, n in zip(tables, new, strict=True)], u
+        return [each_part(scatter, x, n) for x, n in zip(tables, new, strict=True)], u
 
     tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
@@ -648,8 +660,11 @@ def _applied_to_others(
     is_row = is_row.reshape(-1, *[1] * (g.ndim - 1))
     rest = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
-    def elsewhere(new: Sequence[chex.Array]) -> list[chex.Array]:
-        return [jnp.where(is_row, x, n) for x, n in zip(slots, new, strict=True)]
+    def elsewhere(new: Sequence[Any]) -> list[Any]:
+        def select(x: chex.Array, n: chex.Array) -> chex.Array:
+            return jnp.where(is_row, x, n)
+
+        return [each_part(select, x, n) for x, n in zip(slots, new, strict=True)]
 
     if isinstance(rule, Recurrence):
         wide, stored, seen = rule.advanced(c, rest, slots, key)
@@ -658,12 +673,12 @@ def _applied_to_others(
         # old slots, and XLA, which would not know which comes first, would copy every slot (4 times
         # the time).
         seen = [
-            x.astype(n.dtype) if x.dtype == n.dtype or is_narrow(x.dtype) else n
+            read_slot(x, n.dtype) if x.dtype == n.dtype or is_narrow(x) else n
             for x, n in zip(new, seen, strict=True)
         ]
         u = rule.direction(c, wide, *seen).astype(g.dtype)
     else:
-        u, *new = rule(c, rest, *slots, *reads)
+        u, *new = rule(c, rest, *_floats(slots), *reads)
         new = elsewhere(write_slots(new, slots, key))
     if u is not g.rest:
         u = jnp.where(is_row, jnp.zeros((), u.dtype), u)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adamjax._compat import per_device
 from adamjax.autodiff import Call
 from adamjax.data import Tree, static, transform_state
+from adamjax.encoding import Scaled8, exponents_spec
 from adamjax.exact import ExactRowsState
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
 from adamjax.mesh import explicit, on_devices
@@ -102,6 +103,8 @@ def _shardings_of(
 
     def of_slots(tree: Tree) -> Tree:
         def of_slot(x: Any, p: Any, spec: Spec) -> Any:
+            if isinstance(x, Scaled8):
+                return Scaled8(split(spec), split(exponents_spec(spec, x.ndim)))
             has_shape = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
             return split(spec) if has_shape else replicated(x)
 

@@ -13,6 +13,7 @@ readers find what they hold anywhere in a state.
 from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
 from adamjax.average import WeightEmaState
 from adamjax.buckets import Bucketed
+from adamjax.encoding import Scaled8
 from adamjax.exact import ExactRowsState, StaleTable, TableState, Ticket
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
 from adamjax.hyperparams import HyperparamsState
@@ -29,6 +30,7 @@ __all__ = [
     "ScaleByAdamState",
     "ScaleByAdamaxState",
     "ScaleByAmsgradState",
+    "Scaled8",
     "ScheduleState",
     "ShardedState",
     "SkipNotFiniteState",

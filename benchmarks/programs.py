@@ -77,7 +77,7 @@ def program(case: Case, device: Any) -> Program:
 
 
 def _dense_program(device: Any, package: str, chain: str, shapes: Any) -> Program:
-    dtype = "bfloat16" if "bfloat16" in chain else "float32"
+    dtype = "bfloat16" if chain.endswith(", bfloat16") else "float32"
     params = [jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device) for shape in shapes]
     init, step = chain_step(package, chain)
     # optax's moments would else be in bfloat16, and change their dtype in a step.

@@ -59,7 +59,8 @@ def keras_step(max_norm: float | None = None) -> Step:
 def chain_step(package: str, chain: str) -> Step:
     """The step of a chain such as "clip + adamw + average", in one of three packages.
 
-    "adam, grouped" joins small leaves in adamjax; the others cannot. optax has no average of the
+    "adam, grouped" joins small leaves in adamjax, and "adam, moments in bfloat16" (or scaled8)
+    sets the format of the moments; the others cannot. optax has no average of the
     weights in a chain: it is taken behind `apply_updates`, as its documents do.
     """
     chain, _, option = chain.partition(", ")
@@ -70,7 +71,9 @@ def chain_step(package: str, chain: str) -> Step:
     if package == "adamjax":
         clip = [adamjax.clip_by_global_norm(MAX_NORM)] if clips else []
         average = [adamjax.weight_ema(MOMENTUM)] if averages else []
-        tx = adamjax.chain(*clip, getattr(adamjax, rule)(RATE), *average)
+        _, _, moments = option.partition("moments in ")
+        formats = {"m_dtype": moments, "v_dtype": moments} if moments else {}
+        tx = adamjax.chain(*clip, getattr(adamjax, rule)(RATE, **formats), *average)
         return update_step(adamjax.grouped(tx) if option == "grouped" else tx)
     import optax
 

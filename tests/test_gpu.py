@@ -24,6 +24,16 @@ CASES = {
     "one leaf": ("dense", "adamjax", "adam", [(2**26,)]),
     "average": ("dense", "adamjax", "clip + adamw + average", [(2**26,)]),
     "optax, clip + adamw": ("dense", "optax", "clip + adamw", [(2**26,)]),
+    "moments in bfloat16": ("dense", "adamjax", "adam, moments in bfloat16", [(2**26,)]),
+    **{
+        f"moments in scaled8, {len(shape)}": (
+            "dense",
+            "adamjax",
+            "adam, moments in scaled8",
+            [shape],
+        )
+        for shape in ((2**26,), (2**13, 2**13))
+    },
     "small": ("dense", "adamjax", "clip + adam, grouped", SMALL),
     "large": ("rows", "exact_rows", 128, 10_000_000),
     "10 small": ("dense", "adamjax", "clip + adam", SMALL[:10]),
@@ -120,6 +130,17 @@ def test_a_step_moves_what_its_rows_are(compiled):
 def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
     assert 28 <= compiled["one leaf"]["bytes"] <= 1.01 * 28
     assert compiled["one leaf"]["temporary_bytes"] < 0.01
+
+
+def test_narrow_moments_save_their_bytes(compiled):
+    found = compiled["moments in bfloat16"]
+    assert 20 <= found["bytes"] <= 1.01 * 20
+    assert found["temporary_bytes"] < 0.01
+    for axes in (1, 2):
+        # Weights 8 bytes, gradients twice 4, codes of two moments 3 times read and once written.
+        found = compiled[f"moments in scaled8, {axes}"]
+        assert 24 <= found["bytes"] <= 1.02 * 24
+        assert found["temporary_bytes"] < 0.06
 
 
 def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):

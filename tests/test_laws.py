@@ -132,6 +132,15 @@ OVERWRITES = {
         "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
     )
 }
+# What moments in 8 bits can not do.
+VECTOR = "the table is a vector, whose rows share exponents"
+EIGHT_BITS = {
+    "derivatives_are_finite_at_zero_gradients": "derivatives are refused",
+    "derivatives_equal_finite_differences": "derivatives are refused",
+    "row_gradients_mean_their_rows": VECTOR,
+    "rows_are_the_dense_gradient": VECTOR,
+    "no_rows_are_zero_gradients": VECTOR,
+}
 # What optax's closures, or functions of ours, can not do.
 A_FUNCTION = {"prints": "a function has no repr to make it from"}
 CLOSURES = {
@@ -172,6 +181,16 @@ CASES = [
             "grouped_is_the_same_where_it_says_so": "random bits are another leaf's",
             "exact_rows_is_dense_or_refuses": "rounded at other steps, with other random bits",
         },
+    ),
+    Case(
+        "scale_by_adam, 8 bits",
+        lambda: scale_by_adam(m_dtype="scaled8", v_dtype="scaled8"),
+        exempt=EIGHT_BITS,
+    ),
+    Case(
+        "adamax, 8 bits",
+        lambda: adamax(0.1, m_dtype="scaled8", u_dtype="scaled8", rows="dense"),
+        exempt=EIGHT_BITS,
     ),
     Case("scale_by_amsgrad", lambda: scale_by_amsgrad()),
     Case("scale_by_amsgrad, eps", lambda: scale_by_amsgrad(0.8, 0.99, eps=1e-8)),

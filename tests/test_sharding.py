@@ -27,6 +27,7 @@ RULES = {
     "nadam": functools.partial(adamjax.nadam, 1e-2),
 }
 MODES = ("dense", "lazy", "exact")
+NARROW = ("bfloat16", "scaled8")
 REPLICAS = [f"{how} {name}" for how in ("whole", "split") for name in RULES]
 TABLES = [f"{mode} {name}" for mode in MODES for name in RULES] + ["array adam"]
 # Older versions have no mesh in context but the one that `with mesh:` sets.
@@ -127,6 +128,20 @@ def test_a_jitted_init_reads_no_parameter(found, case):
     if case == "host" and not PINNED:
         pytest.skip("this platform has no pinned_host memory")
     assert all(found["unread"][case].values()), found["unread"][case]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("split", "columns", "shard_state", "shard_state of master_weights", "lazy", "exact"),
+        pytest.param("explicit split", marks=NEW),
+        pytest.param("explicit columns", marks=NEW),
+    ],
+)
+def test_narrow_moments_are_the_same_bits_on_a_mesh(found, case, dtype):
+    """As their random bits are a hash of the step, the leaf and the element."""
+    assert all(found["narrow"][f"{case}, {dtype}"].values()), found["narrow"]
 
 
 @pytest.mark.skipif(not PINNED, reason="this platform has no pinned_host memory")
@@ -643,6 +658,84 @@ def of_unread(mesh):
     return found
 
 
+# Narrow moments.
+
+
+def narrow_steps(tx, params, place, lies=None):
+    """Parameters and state after some steps with the same gradients on any devices."""
+    step = jax.jit(lambda g, state, params: tx.update(g, state, params), out_shardings=lies)
+    state = jax.jit(tx.init, out_shardings=lies and lies[1])(params)
+    for t in range(5):
+        grads = {
+            k: place(jnp.sin(t + 3.0 * jnp.arange(p.size)).reshape(p.shape).astype(p.dtype))
+            for k, p in params.items()
+        }
+        if "t" in grads:
+            ids = (7 * t + 11 * jnp.arange(32)) % V
+            values = jnp.cos(jnp.arange(32.0 * D)).reshape(32, D)
+            grads = {"t": adamjax.row_gradient(ids, values, V)}
+        updates, state = step(grads, state, params)
+        params = adamjax.apply_updates(params, updates)
+    return params, state
+
+
+def same_bits(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def narrow_cases(mesh, dtype, only=None):
+    tx = adamjax.adam(1e-2, m_dtype=dtype, v_dtype=dtype, rows="lazy")
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "data"))
+    whole = NamedSharding(mesh, P())
+    params = {"w": jnp.ones((24, 16)), "b": jnp.ones(8 * 2048), "odd": jnp.ones(16)}
+    narrow = {k: p.astype(jnp.bfloat16) for k, p in params.items()}
+    table = {"t": jnp.ones((V, D))}
+
+    def compared(tx, params, split, around=None):
+        around = tx if around is None else around
+        one_params, one = narrow_steps(tx, params, lambda x: x)
+        placed = jax.tree.map(lambda p: jax.device_put(p, split), params)
+        lies = jax.tree.map(lambda _: split, params), adamjax.state_shardings(around, placed, mesh)
+        if "t" in params:
+            lies = None
+        many_params, many = narrow_steps(around, placed, lambda x: jax.device_put(x, split), lies)
+        spread = [x for x in jax.tree.leaves(many) if x.size >= DEVICES and x.ndim]
+        held = [len({str(s.index) for s in x.addressable_shards}) for x in spread]
+        return {
+            "state": same_bits(many, one),
+            "params": same_bits(many_params, one_params),
+            "split": max(held) == DEVICES,
+        }
+
+    matrices = {k: jnp.ones((24, 16)) for k in "uw"}
+    sharded = adamjax.shard_state(tx, mesh, "data")
+    master = adamjax.master_weights(tx)
+    sharded_master = adamjax.shard_state(master, mesh, "data")
+    cases = {
+        "split": (tx, params, rows),
+        "columns": (tx, matrices, columns),
+        "shard_state": (tx, params, whole, sharded),
+        "shard_state of master_weights": (master, narrow, whole, sharded_master),
+        "lazy": (tx, table, rows),
+        "exact": (adamjax.exact_rows(tx, "t"), table, rows),
+    }
+    return {name: compared(*case) for name, case in cases.items() if only in (None, name)}
+
+
+def of_narrow(mesh):
+    found = {}
+    for dtype in NARROW:
+        found |= {f"{case}, {dtype}": x for case, x in narrow_cases(mesh, dtype).items()}
+        if hasattr(jax, "set_mesh"):
+            kinds = (jax.sharding.AxisType.Explicit,)
+            explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=kinds)
+            with jax.set_mesh(explicit):
+                for case in ("split", "columns"):
+                    found[f"explicit {case}, {dtype}"] = narrow_cases(explicit, dtype, case)[case]
+    return found
+
+
 def setting(mesh):
     return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
 
@@ -652,6 +745,7 @@ def main():
     cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": of_init(mesh)}
     cases["aux"] = of_aux(mesh)
     cases["unread"] = of_unread(mesh)
+    cases["narrow"] = of_narrow(mesh)
     if hasattr(jax, "set_mesh"):
         explicit = jax.make_mesh(
             (DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)

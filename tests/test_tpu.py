@@ -29,7 +29,11 @@ DENSE = [
     ("adamjax", "adam"),
     ("adamjax", "clip + adamw + average"),
     ("optax", "clip + adamw"),
+    ("adamjax", "adam, moments in bfloat16"),
+    ("adamjax", "adam, moments in scaled8"),
 ]
+# A matrix, in the two directions in which it may be long.
+MATRICES = [[2**18, 2**8], [2**13, 2**13]]
 PARAMETERS = 2**26
 
 
@@ -40,11 +44,14 @@ def compiled():
         pytest.skip("libtpu, which has the TPU's compiler, is not installed: make test-tpu")
     cases = [("rows", *case) for case in CASES]
     cases += [("dense", *case, [[PARAMETERS]]) for case in DENSE]
+    cases += [("dense", *DENSE[-1], [shape]) for shape in MATRICES]
     reports = compilers.reports(tpu.COMPILER, "v5e", cases, processes=2)
     found = {}
     for (_, *case), report in zip(cases, reports, strict=True):
         assert "failed" not in report, (case, report)
-        found[tuple(case[:2] if case[0] in ("adamjax", "optax") else case)] = report
+        is_dense = case[0] in ("adamjax", "optax")
+        key = tuple(case[:2] if is_dense else case)
+        found[(*key, *case[2][0]) if key == DENSE[-1] else key] = report
     return found
 
 
@@ -98,6 +105,23 @@ def test_copies_would_be_seen(compiled):
 def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
     """It reads the parameter, its gradient and two moments, and writes all but the gradient."""
     assert 28 <= compiled["adamjax", "adam"]["bytes"] <= 1.01 * 28
+
+
+def test_bfloat16_moments_save_their_bytes(compiled):
+    found = compiled["adamjax", "adam, moments in bfloat16"]
+    assert 20 <= found["bytes"] <= 1.01 * 20
+    assert found["temporary_bytes"] < 0.01
+
+
+@pytest.mark.parametrize("shape", [[PARAMETERS], *MATRICES], ids=str)
+def test_moments_in_8_bits_are_read_twice(compiled, shape):
+    """And the gradient, to see the largest of each block; nothing of a leaf's size is made.
+
+    Weights 8 bytes, gradients 2 or 3 times 4, codes 3 times read and once written: 24 or 27.
+    """
+    found = compiled[(*DENSE[-1], *shape)]
+    assert 24 <= found["bytes"] <= 27.2
+    assert found["temporary_bytes"] < 0.01
 
 
 def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
+from adamjax.encoding import SCALED8, Scaled8
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, unique_paths
 
@@ -54,7 +55,14 @@ def map_items(function: Callable[[Any], Any], x: Any) -> Any:
 
 def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
     """The floating leaves of a tree by their paths; two leaves with one path are refused."""
-    pairs = zip(unique_paths(owner, tree), flatten(tree)[0], strict=True)
+    pairs = list(zip(unique_paths(owner, tree), flatten(tree)[0], strict=True))
+    for path, x in pairs:
+        if isinstance(x, Scaled8):
+            raise ValueError(
+                f"{owner}: moments of {path!r} are in {SCALED8!r}, and conversions do not round: "
+                "convert from or to a transform without it (m_dtype, v_dtype, u_dtype); the floats "
+                "of a state are adamjax.get_slot(state, name)"
+            )
     return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
 
 

@@ -74,7 +74,7 @@ class Bound:
     def columns(self, table: Table) -> Columns:
         """The table's weights, its slots, and the clock of each row."""
         assert self.state is not None
-        slots: dict[str, chex.Array] = {}
+        slots: dict[str, Any] = {}
 
         def collect(name: str, tree: Tree) -> Tree:
             slot = flatten(tree)[0][table.leaf]

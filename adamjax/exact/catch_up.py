@@ -11,11 +11,12 @@ import numpy as np
 
 from adamjax.blocks import in_blocks, rows_of_each
 from adamjax.coasting import decayed
+from adamjax.encoding import each_part
 from adamjax.exact.state import Columns, Past, Ready
 from adamjax.exact.tables import Batch, Table, per_row
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root
-from adamjax.rounding import is_narrow, rounding_keys, write_slots
+from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots
 
 __all__ = [
     "caught_up",
@@ -50,8 +51,12 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         clamped = rows_of_each(jnp.minimum(all_indices, num_rows - 1).astype(np.uint32), sizes)
 
     def gathered(arrays: Any) -> chex.Array:
-        pairs = zip(arrays, clamped, strict=True)
-        rows = [x if i is None else gather_rows(x, i, mode="promise_in_bounds") for x, i in pairs]
+        def gather(x: Any, i: Any) -> chex.Array:
+            if i is not None:
+                x = each_part(lambda y: gather_rows(y, i, mode="promise_in_bounds"), x)
+            return read_slot(x, x.dtype)
+
+        rows = [gather(x, i) for x, i in zip(arrays, clamped, strict=True)]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
     last = gathered(c.last for c in columns)
@@ -78,7 +83,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         moved=moved,
         # Narrow slots stay wide until the step has been taken, so that they are rounded once.
         slots={
-            name: x if is_narrow(stored[name].dtype) else x.astype(stored[name].dtype)
+            name: x if is_narrow(columns[0].slots[name]) else x.astype(stored[name].dtype)
             for name, x in slots.items()
         },
         last=last,
@@ -134,7 +139,7 @@ def or_zeros(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
 
 def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
     """For each table of a batch a key to round its narrow slots; `None` if no slot is narrow."""
-    if any(is_narrow(slot.dtype) for slot in columns[0].slots.values()):
+    if any(map(is_narrow, columns[0].slots.values())):
         return rounding_keys(count, [table.leaf for table in batch.tables])
     return None
 
@@ -142,7 +147,7 @@ def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
 def put_rows(
     columns: list[Columns],
     indices: list[Any],
-    slots: dict[str, chex.Array],
+    slots: dict[str, Any],
     last: chex.Array,
     keys: Any = None,
     first: Any = 0,
@@ -155,7 +160,7 @@ def put_rows(
       first: if the columns are a part of a table, the number of their first row.
     """
 
-    def written(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[chex.Array]:
+    def written(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[Any]:
         key = None if keys is None else keys[n]
         return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
 
@@ -170,7 +175,10 @@ def put_rows(
     def put_in(old: Columns, i: chex.Array, n: int) -> Columns:
         rounded = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
         pairs = zip(old.slots.items(), rounded, strict=True)
-        new = {name: scatter_rows(x, i, rows) for (name, x), rows in pairs}
+        new = {
+            name: each_part(lambda x, rows: scatter_rows(x, i, rows), x, rows)
+            for (name, x), rows in pairs
+        }
         return old._replace(slots=new, last=scatter_rows(old.last, i, lasts[n]))
 
     return [put_in(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]

@@ -12,6 +12,7 @@ import jax
 
 from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
+from adamjax.encoding import expect_rows
 from adamjax.exact.route import RoutePart
 from adamjax.exact.state import ExactRowsState
 from adamjax.exact.tables import Family, Table
@@ -78,7 +79,9 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
     rule, names = parts[0], list[str]()
 
     def collect(name: str, tree: Tree) -> Tree:
-        if flatten(tree)[0][table.leaf] is not None:
+        slot = flatten(tree)[0][table.leaf]
+        if slot is not None:
+            expect_rows(slot, f"exact_rows: the table {table.path!r} needs rows")
             names.append(name)
         return tree
 

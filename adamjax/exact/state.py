@@ -66,7 +66,7 @@ class Columns(NamedTuple):
     """The arrays that are as long as a table."""
 
     weights: chex.Array
-    slots: dict[str, chex.Array]
+    slots: dict[str, Any]
     last: chex.Array
 
 

@@ -1,0 +1,305 @@
+"""Moments in 8 bits: `"scaled8"`, a small floating-point code with an exponent for each block.
+
+An array becomes codes of one byte each, and one byte for each block: the exponent of the block's
+largest number. A block is a row along the last axis; in a vector it is 1,024 elements. So no block
+reaches over two rows of a table, and m and v take `2 + 2 / columns` bytes a parameter.
+
+=================  =====================  =========================
+..                 signed (m)             unsigned (v, v_max, u)
+=================  =====================  =========================
+codes              int8                   uint8
+bits               sign, 4 exp., 3 frac.  5 exponent, 3 fraction
+neighbours differ  by 6% to 12.5%         by 6% to 12.5%
+down to            2**-14 of the largest  2**-30 of the largest
+below, steps of    2**-17 of it           2**-33 of it
+=================  =====================  =========================
+
+("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
+the root of v: there neighbours differ by 3% to 6%, over a range of 2**-16. Block exponents and
+fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats Specification
+1.0, 2023, section 5). Exponents, unlike scales of any value, make no rounding of their own: a
+number that is stored stays what it is when the largest of its block grows.
+
+Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
+stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adamjax.data import exportable
+from adamjax.mesh import explicit, replicated
+
+__all__ = [
+    "BLOCK",
+    "SCALED8",
+    "SLOT_DTYPES",
+    "Scaled8",
+    "block_exponents",
+    "decoded",
+    "each_part",
+    "encoded",
+    "expect_encoded",
+    "expect_rows",
+    "exponents_spec",
+    "like_parts",
+    "zeros_scaled8",
+]
+
+# What `m_dtype` and the others are called for this format.
+SCALED8 = "scaled8"
+SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
+# Elements of a block of a vector.
+BLOCK = 1024
+
+_NOT_FINITE = 255
+_FRACTION = 20  # bits of a float32's fraction that codes do not have
+
+
+@exportable
+class Scaled8(NamedTuple):
+    """An array of a state in 8 bits, in the place of an array of floats.
+
+    `adamjax.get_slot` returns the floats. See `adamjax.scale_by_adam` for what is lost.
+
+    Attributes:
+      codes: int8 for m, uint8 for v, v_max and u; of the parameter's shape.
+      exponents: uint8, one for each block: of shape `[*shape[:-1], 1]`, or `[ceil(n / 1024)]` for
+        a vector of n elements.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> state = adamjax.scale_by_adam(v_dtype="scaled8").init(jnp.zeros((3, 600)))
+    >>> state.v.codes.shape, state.v.exponents.shape
+    ((3, 600), (3, 1))
+    """
+
+    codes: Any
+    exponents: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.codes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the floats."""
+        return np.dtype(np.float32)
+
+
+def _of_blocks(p: Any) -> Any:
+    """An array with one element for each block of `p`, the first."""
+    if np.ndim(p) < 2:
+        return p[::BLOCK] if np.ndim(p) else p
+    return p[..., :1]
+
+
+def _exponents_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return (-(-shape[0] // BLOCK),) if shape else ()
+    return (*shape[:-1], min(shape[-1], 1))
+
+
+def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
+    """Zeros of the shape of `p`, split over devices as it is if it is no `ShapeDtypeStruct`."""
+    codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
+    typed = explicit(p)
+    if typed is None:
+        return Scaled8(codes, jnp.zeros_like(_of_blocks(p), np.uint8))
+    split = NamedSharding(typed.mesh, PartitionSpec(*exponents_spec(tuple(typed.spec), p.ndim)))
+    return Scaled8(
+        codes, jax.sharding.reshard(jnp.zeros(_exponents_shape(p.shape), np.uint8), split)
+    )
+
+
+def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
+    """How exponents are split over a mesh: as the codes, but not along the last axis."""
+    return (*spec, *[None] * (ndim - len(spec)))[: ndim - 1] if ndim else ()
+
+
+def each_part(function: Callable[..., Any], *slots: Any) -> Any:
+    """A function of arrays, applied to slots: to the codes and to the exponents of encoded ones."""
+    if isinstance(slots[0], Scaled8):
+        return Scaled8(*(function(*parts) for parts in zip(*slots, strict=True)))
+    return function(*slots)
+
+
+def like_parts(p: Any) -> Scaled8:
+    """For the codes and the exponents of a slot, an array of their shape that is split like `p`.
+
+    If it is known how `p` is split, the codes and exponents are already split so.
+    """
+    is_known = explicit(p) is not None or not isinstance(p, jax.core.Tracer)
+    return Scaled8(p, p if is_known else _of_blocks(p))
+
+
+def expect_encoded(what: str, slot: Scaled8) -> None:
+    """Refuses codes and exponents that were cast, cut or put together wrongly."""
+    codes, exponents = slot
+    dtypes = tuple(getattr(x, "dtype", None) for x in slot)
+    if dtypes[0] not in (np.int8, np.uint8) or dtypes[1] != np.uint8:
+        raise ValueError(
+            f"{what} has codes and exponents of the dtypes {[str(x) for x in dtypes]}, expected "
+            f"int8 or uint8, and uint8: these are {SCALED8!r}, which is not to be cast"
+        )
+    expected = _exponents_shape(np.shape(codes))
+    if np.shape(exponents) != expected:
+        raise ValueError(
+            f"{what} has exponents of shape {list(np.shape(exponents))} with codes of shape "
+            f"{list(np.shape(codes))}, expected {list(expected)}: restore both, or start from init"
+        )
+
+
+def expect_rows(slot: Any, what: str = "a row gradient needs rows") -> None:
+    """Refuses a slot whose rows cannot be written one by one, because they share exponents."""
+    if isinstance(slot, Scaled8) and slot.ndim < 2:
+        raise ValueError(
+            f"{what} with exponents of their own, but a parameter of shape {list(slot.shape)} with "
+            f"moments in {SCALED8!r} has an exponent for each {BLOCK} elements: give the table the "
+            f"shape {[*slot.shape, 1]}, or keep its moments in bfloat16 (m_dtype, v_dtype)"
+        )
+
+
+def _top(codes: Any) -> int:
+    """How far the exponents of a block's codes go down."""
+    return 14 if codes == np.int8 else 30
+
+
+def _blocks(bits: chex.Array) -> chex.Array:
+    """The elements by block, whose elements are those of the last axis.
+
+    A vector becomes blocks of 8 times 128, which is how a TPU lays it out.
+    """
+    if bits.ndim == 0:
+        return bits[None]
+    columns = bits.shape[-1]
+    if bits.ndim > 1 or columns <= BLOCK:
+        return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
+    bits = replicated(bits) if explicit(bits) is not None else bits
+    if columns % BLOCK:
+        bits = jnp.pad(bits, (0, -columns % BLOCK))
+    return bits.reshape(-1, 8, BLOCK // 8)
+
+
+def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
+    """For each encoded slot the exponents with which an array is stored in it; `None` for others.
+
+    Each block's largest number has a code with them, also after it has been rounded up.
+    """
+
+    def bits_of(x: chex.Array, codes: Any) -> chex.Array:
+        size = jnp.abs(x).astype(jnp.float32)
+        if codes.dtype != np.int8:
+            size = jnp.where(x < 0, jnp.nan, size)
+        return _blocks(jax.lax.bitcast_convert_type(size, jnp.int32))
+
+    encoded_slots = [x for x in slots if isinstance(x, Scaled8)]
+    bits = [
+        bits_of(x, slot.codes)
+        for x, slot in zip(arrays, slots, strict=True)
+        if isinstance(slot, Scaled8)
+    ]
+    if not bits:
+        return [None] * len(slots)
+    # All at once, so that gradients are read once. On a CPU, XLA would make arrays of the operands
+    # of a reduction of one array, but not of those of several; so one gets another beside it.
+    slots_ndim = encoded_slots[0].ndim
+    operands = bits if len(bits) > 1 else [bits[0], bits[0] >> 1]
+    largest = jax.lax.reduce(
+        operands,
+        [np.int32(0)] * len(operands),
+        lambda a, b: [jnp.maximum(x, y) for x, y in zip(a, b, strict=True)],
+        (1, 2) if slots_ndim == 1 and bits[0].ndim == 3 else (bits[0].ndim - 1,),
+    )
+
+    if len(bits) == 1:
+        largest = [jnp.maximum(*largest)]
+
+    def exponent(x: chex.Array, slot: Scaled8) -> chex.Array:
+        x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _FRACTION) - 1)) >> 23
+        # Above the least exponent: then the smallest code is a normal float32.
+        above = jnp.maximum(x - np.int32(_top(slot.codes.dtype) + 4), 0)
+        return jnp.where(x < 255, above, _NOT_FINITE).astype(jnp.uint8)
+
+    found = iter(map(exponent, largest, encoded_slots))
+    return [next(found) if isinstance(x, Scaled8) else None for x in slots]
+
+
+def _spread(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """The number of each block, for each of its elements."""
+    if len(shape) != 1 or shape[0] <= BLOCK:
+        return jnp.broadcast_to(x, shape)
+    return jnp.broadcast_to(x[:, None, None], (len(x), 8, BLOCK // 8)).reshape(-1)[: shape[0]]
+
+
+def _power(field: chex.Array) -> chex.Array:
+    """The float32 power of two with this biased exponent, 1 to 254."""
+    return jax.lax.bitcast_convert_type(field << 23, jnp.float32)
+
+
+def encoded(x: chex.Array, codes: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
+    """A float array in 8 bits, each number rounded up or down so that its mean is right.
+
+    Args:
+      x: real floats.
+      codes: int8, or uint8 for numbers that are not negative.
+      exponents: those of its blocks, of `block_exponents`.
+      random: uint32 below 2**16, of the shape of x: how much of the way to the next number is
+        rounded up; 2**15 rounds to the nearest.
+    """
+    return Scaled8(_encoded(np.dtype(codes), x, exponents, random), exponents)
+
+
+def _encode(codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
+    top, signed = _top(codes), codes == np.int8
+    exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
+    # The smallest number with a full fraction becomes 1.
+    factor = _power(250 - jnp.minimum(exponent, 250 - top))
+    scaled = jnp.abs(x).astype(jnp.float32) * _spread(factor, x.shape)
+    scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
+    full = ((scaled_bits + (random << 4) + 8) >> _FRACTION) - np.int32(126 << 3)
+    small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
+    magnitude = jnp.where(scaled < 1, small.astype(jnp.int32), full)
+    code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(codes)
+    # The last operation is a select of codes: of others XLA would make the codes twice, once for
+    # the state and once for their decoding, and copy the old ones for that.
+    return jnp.where(x < 0, -code, code) if signed else jnp.where((code == 0) & (x != 0), 1, code)
+
+
+_encoded = jax.custom_jvp(_encode, nondiff_argnums=(0,))
+
+
+@_encoded.defjvp
+def _encoded_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        f"a step with moments in {SCALED8!r} has no derivative, since whole numbers are stored: to "
+        "differentiate through steps, keep moments in float32 or bfloat16 (m_dtype, v_dtype)"
+    )
+
+
+def decoded(slot: Scaled8) -> chex.Array:
+    """The float32 array that is stored in 8 bits."""
+    codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
+    top = _top(codes.dtype)
+    scale = jnp.where(exponents <= 250 - top, _power(jnp.minimum(exponents, 250) + 4), jnp.nan)
+    number = codes.astype(jnp.int32)
+    magnitude = jnp.abs(number)
+    full = jax.lax.bitcast_convert_type((magnitude << _FRACTION) + (126 << 23), jnp.float32)
+    size = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
+    size = size * _spread(scale, codes.shape)
+    return jnp.where(number < 0, -size, size) if codes.dtype == np.int8 else size

@@ -1,0 +1,399 @@
+"""Moments in 8 bits: what the code can hold, and that steps with it are near those of float32."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+from support import assert_close, assert_same
+from test_rounding import gradients, reference, wide
+
+import adamjax
+from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
+
+S8 = {"m_dtype": "scaled8", "v_dtype": "scaled8"}
+RULES = {
+    "adam": lambda **dtypes: adamjax.scale_by_adam(**dtypes),
+    "nadam": lambda **dtypes: adamjax.scale_by_adam(nesterov=True, **dtypes),
+    "amsgrad": lambda **dtypes: adamjax.scale_by_amsgrad(**dtypes),
+    "adamax": lambda m_dtype, v_dtype: adamjax.scale_by_adamax(m_dtype=m_dtype, u_dtype=v_dtype),
+}
+# What the number of a code may be off by: half of an eighth.
+HALF = 1 / 16
+TOP = {np.int8: 14, np.uint8: 30}
+
+
+def stored(x, codes=np.int8, random=1 << 15):
+    x = jnp.asarray(x, jnp.float32)
+    (exponents,) = block_exponents([x], [Scaled8(jnp.zeros(x.shape, codes), None)])
+    return encoded(x, codes, exponents, jnp.broadcast_to(jnp.uint32(random), x.shape))
+
+
+# --- the code -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+def test_every_code_is_itself_again(codes):
+    """In all exponents, whatever the random bits."""
+    every = np.arange(-127 if codes == np.int8 else 0, 128 if codes == np.int8 else 256)
+    exponents = jnp.arange(256, dtype=jnp.uint8)[:, None]
+    one = Scaled8(jnp.broadcast_to(jnp.asarray(every, codes), (256, every.size)), exponents)
+    numbers = decoded(one)
+    known = 250 - TOP[codes] + 1
+    assert np.all(np.isnan(numbers[known:]))
+    assert np.all(np.isfinite(numbers[:known]))
+    assert np.all(np.diff(wide(numbers[:known]), axis=1) > 0)
+    for random in (0, 1, 1 << 15, (1 << 16) - 1):
+        again = stored(numbers[:known], codes, random)
+        assert_same(again, Scaled8(one.codes[:known], one.exponents[:known]))
+
+
+@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+@pytest.mark.parametrize("shape", [(), (1,), (1024,), (3000,), (7, 5), (3, 2, 300), (0,), (3, 0)])
+def test_the_resolution(shape, codes):
+    """Half of an eighth of a number, or of the smallest step; and zero is zero."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape) * np.exp(4 * rng.normal(size=shape))
+    x = np.where(rng.random(shape) < 0.1, 0, x).astype(np.float32)
+    x = x if codes == np.int8 else abs(x)
+    one = stored(x, codes)
+    y = wide(decoded(one))
+    assert one.codes.shape == shape
+    assert one.exponents.shape == {0: (), 1: (-(-x.size // 1024),)}.get(
+        x.ndim, (*shape[:-1], min(1, x.shape[-1] if shape else 1))
+    )
+    assert_same(y == 0, (x == 0) if codes == np.uint8 else (y == 0))
+    assert np.all(y[x == 0] == 0)
+    # Blocks have smaller maxima than the whole has.
+    smallest = 2.0 ** -(TOP[codes] + 3) * abs(x).max(initial=0)
+    error = abs(y - x)
+    assert np.all(error <= np.maximum(HALF * abs(x), (0.5 if codes == np.int8 else 1) * smallest))
+    assert np.all(np.sign(y) * np.sign(x) >= 0)
+
+
+@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+@pytest.mark.parametrize("value", [1.0, 1.01, 0.3337, 3e-5, 4e-9])
+def test_the_mean_is_the_value(codes, value):
+    """In a row with a one: two neighbours, whose mean is within 4 standard errors."""
+    if codes == np.int8 and value < 1e-5:
+        pytest.skip("below a step of m, where the mean has too few numbers that are not zero")
+    n = 40_000
+    x = np.full((n, 2), value, np.float32)
+    x[:, 1] = 1
+    random = np.random.default_rng(0).integers(0, 1 << 16, (n, 2))
+    y = wide(decoded(stored(x, codes, jnp.asarray(random, jnp.uint32))))[:, 0]
+    assert len(np.unique(y)) <= 2
+    assert abs(y.mean() - np.float64(np.float32(value))) <= 4 * y.std() / np.sqrt(n)
+
+
+def test_a_size_is_never_rounded_to_zero():
+    x = jnp.array([[1e4, 1e-30, 0.0], [1.2e-38, 2e-38, 1e-9]])
+    y = decoded(stored(x, np.uint8, 0))
+    assert np.all((np.asarray(y) > 0) == (np.asarray(x) > 0))
+
+
+def test_a_block_that_is_not_finite_is_nan_and_no_other():
+    for bad in (jnp.inf, -jnp.inf, jnp.nan, 3.4e38):
+        y = decoded(stored(jnp.array([[1.0, bad], [1.0, 0.0]])))
+        assert_same(np.isnan(y), np.array([[True, True], [False, False]]))
+    y = decoded(stored(jnp.array([1.0, -1.0]), np.uint8))
+    assert np.all(np.isnan(y))
+    assert np.all(np.isfinite(decoded(stored(jnp.array([3.1e38, 1.0])))))
+
+
+def test_the_state_takes_two_bytes_a_parameter():
+    def size(*shape):
+        state = jax.eval_shape(adamjax.scale_by_adam(**S8).init, jnp.zeros(shape))
+        parts = jax.tree.leaves((state.m, state.v))
+        return sum(x.size * x.dtype.itemsize for x in parts) / np.prod(shape)
+
+    assert size(1000, 256) < 2.01
+    assert size(1000, 10) == 2.2
+    assert size(1 << 20) < 2.002
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def run(tx, g):
+    def step(state, g):
+        u, state = tx.update(g, state)
+        slots = {name: adamjax.get_slot(state, name) for name in adamjax.slot_names(state)}
+        return state, (u, slots)
+
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(jnp.asarray(g))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
+@pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
+def test_moments_are_those_of_float64(kind, scale):
+    """In 200 steps: no bias, no infinity, no sign that is wrong, and errors as derived.
+
+    A step rounds m by at most an eighth, and the average forgets the errors before by b1: in all
+    at most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. The variance of a
+    rounding by d * x with probability p is at most p * d**2; v moves by (1 - b2) * g**2, so p * d
+    is that, and the errors of 200 steps have at most the variance 1/8 * sum((1 - b2) * g**2 * v).
+    """
+    n = 4096
+    g = gradients(kind, 200, n) * np.float32(scale)
+    u, slots = run(adamjax.scale_by_adam(**S8), g)
+    assert np.all(np.isfinite(u))
+    ms, vs = (np.stack(x) for x in zip(*reference(g), strict=True))
+    m, v = wide(slots["m"]), wide(slots["v"])
+    largest = abs(ms).max(axis=1, keepdims=True)
+    # 1,024 elements of a vector share an exponent.
+    step = 2.0**-17 * 2 * largest
+    seen = np.maximum.accumulate(abs(ms), axis=0) + step
+    assert np.all(abs(m - ms) <= 1.25 * seen + 1e-6 * largest)
+    # A sign is right where m is above what its error can be.
+    above = abs(ms) > 1.25 * seen
+    assert np.all(np.sign(m[above]) == np.sign(ms[above]))
+    assert np.all((v > 0) == (vs > 0))
+    variance = np.cumsum(1e-3 * g.astype(np.float64) ** 2 * np.maximum.accumulate(vs), axis=0) / 8
+    relative = (v - vs)[9::10] / np.sqrt(variance + (1e-9 * vs.max()) ** 2)[9::10]
+    assert np.sqrt(np.mean(relative**2)) < 1.5
+    biased = 0
+    for x, y in ((m, ms), (v, vs)):
+        size = np.maximum(abs(y), 1e-2 * abs(y).max(axis=1, keepdims=True))
+        for error in ((x - y) / size)[9::10]:
+            biased += abs(error.mean()) > 3.5 * error.std() / np.sqrt(n) + 1e-6
+    assert biased <= 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_updates_are_those_of_float32_up_to_the_resolution(rule):
+    """Their mean by 2%, and each by about 10% of a usual one: see `adamjax.scale_by_adam`."""
+    g = gradients("heavy-tailed", 200, 4096)
+    ours, right = (wide(run(RULES[rule](**d), g)[0]) for d in (S8, dict.fromkeys(S8)))
+    size = np.sqrt(np.mean(right**2))
+    mean = np.mean(ours * right) / np.mean(right**2)
+    assert abs(mean - 1) < 0.02
+    assert np.sqrt(np.mean((ours - right) ** 2)) < 0.14 * size
+
+
+@pytest.mark.parametrize("rule", ["adam", "amsgrad"])
+def test_the_noise_that_remains_is_as_derived(rule):
+    """After 5,000 steps, which are five times the memory of v: see `adamjax.scale_by_adam`."""
+    ours, full = (RULES[rule](**d) for d in (S8, dict.fromkeys(S8)))
+    scale = jnp.exp(jax.random.normal(jax.random.key(1), (4096,)))
+
+    def step(states, t):
+        g = scale * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scale.shape)
+        (u, narrow), (w, wide) = ours.update(g, states[0]), full.update(g, states[1])
+        sums = jnp.stack([jnp.sum((u - w) ** 2), jnp.sum(u * w), jnp.sum(w * w)])
+        return (narrow, wide), sums
+
+    start = ours.init(scale), full.init(scale)
+    states, sums = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(5000)))()
+    error, product, square = np.asarray(sums)[-100:].sum(axis=0)
+    v, right = (wide(adamjax.get_slot(state, "v")) for state in states)
+    assert abs(np.mean(v / right) - 1) < 0.02
+    assert np.std(v / right) < 0.25
+    assert np.sqrt(error / square) < 0.16
+    smaller, larger = (0.88, 1.0) if rule == "amsgrad" else (1.0, 1.02)
+    assert smaller < product / square < larger
+
+
+def test_a_small_gradient_beside_a_large_one_makes_no_large_update():
+    """In one block, from 1e-9 to 1e4: updates are at most about those of the first step of Adam.
+
+    The error that m may have is 2**-17 of the largest m of the block, and the root of v is at least
+    2**-16.5 of the largest: so what rounding adds to an update is at most about sqrt(2) times the
+    largest |m| / sqrt(v) of the block.
+    """
+    rng = np.random.default_rng(0)
+    g = np.geomspace(1e-9, 1e4, 1024) * rng.choice([-1, 1], (400, 1024))
+    u, _ = run(adamjax.scale_by_adam(**S8), g.astype(np.float32))
+    full, _ = run(adamjax.scale_by_adam(), g.astype(np.float32))
+    assert np.all(np.isfinite(u))
+    assert np.abs(u).max() < 3 * np.abs(full).max()
+
+
+def test_a_row_stands_still_without_gradients_and_decays_to_zero():
+    tx = adamjax.scale_by_adam(0.5, 0.6, **S8)
+    state = tx.init(jnp.zeros((2, 3)))
+    _, state = tx.update(jnp.array([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]]), state)
+    update = jax.jit(tx.update)
+    for _ in range(400):
+        u, state = update(jnp.zeros((2, 3)), state)
+        assert np.all(np.isfinite(u))
+    assert np.all(state.m.codes[1] == 0)
+    assert np.abs(adamjax.get_slot(state, "m")).max() < 1e-30
+
+
+# --- wherever slots are read and written ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("n", [40, 9000])
+def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
+    """Also where so many rows are worked on in blocks; and lazily the same rows are."""
+    shape = (3 * n, 2)
+    ids = jax.random.permutation(jax.random.key(0), shape[0])[:n]
+    rows = adamjax.row_gradient(ids, jax.random.normal(jax.random.key(1), (n, 2)), shape[0])
+    tx = RULES[rule](**S8).replace(rows="dense")
+    lazy = tx.replace(rows="lazy")
+    states = [tx.init(jnp.zeros(shape))] * 3
+    for _ in range(3):
+        states = [
+            jax.jit(tx.update)(rows, states[0])[1],
+            jax.jit(tx.update)(rows.to_dense(), states[1])[1],
+            jax.jit(lazy.update)(rows, states[2])[1],
+        ]
+    for name in adamjax.slot_names(states[0]):
+        by_rows, by_array, lazily = (np.asarray(adamjax.get_slot(s, name)) for s in states)
+        # An ulp of float32 between the two decides now and then.
+        assert np.mean(by_rows == by_array) > 0.999
+        assert np.mean(by_rows[ids] == lazily[ids]) > 0.999
+        assert np.all(np.delete(lazily, ids, axis=0) == 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_rows_is_as_near_as_the_dense_step(rule):
+    """By the mean error of the weights, of both against float32."""
+    shape, steps = (300, 4), 150
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.zipf(1.3, (steps, 32)) % shape[0])
+    values = jnp.asarray(rng.normal(size=(steps, 32, 4)), jnp.float32)
+
+    def chain(**dtypes):
+        return adamjax.chain(RULES[rule](**dtypes), adamjax.scale(-0.01))
+
+    full, narrow = chain(m_dtype=None, v_dtype=None), chain(**S8)
+    exact = adamjax.exact_rows(narrow, "t")
+
+    def train(tx, dense):
+        def step(carry, batch):
+            params, state = carry
+            grads = {"t": adamjax.row_gradient(*batch, shape[0])}
+            if dense:
+                grads = {"t": grads["t"].to_dense()}
+            updates, state = tx.update(grads, state, params)
+            return (adamjax.apply_updates(params, updates), state), None
+
+        params = {"t": jnp.zeros(shape)}
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), (ids, values))
+        return carry if dense else tx.flush(*carry)
+
+    right, ours, dense = (
+        jax.jit(lambda tx=tx, d=d: train(tx, d))()[0]["t"]
+        for tx, d in ((full, True), (exact, False), (narrow, True))
+    )
+    error, bound = (np.mean(np.abs(wide(x) - wide(right))) for x in (ours, dense))
+    assert error < 1.1 * bound
+    assert bound < 0.2 * np.mean(np.abs(wide(right)))
+
+
+def trained(tx, steps, params, state, update=None):
+    update = update or jax.jit(tx.update)
+    for t in steps:
+        grads = jax.tree.map(
+            lambda p, t=t: jnp.cos(t + jnp.arange(p.size)).reshape(p.shape), params
+        )
+        updates, state = update(grads, state, params)
+        params = adamjax.apply_updates(params, updates)
+    return params, state
+
+
+PARAMS = {"a": jnp.ones((5, 30)), "b": jnp.ones(1500), "c": jnp.ones(())}
+
+
+def test_a_checkpoint_goes_on_bit_for_bit():
+    tx = adamjax.adamw(0.1, **S8)
+    whole = trained(tx, range(6), PARAMS, tx.init(PARAMS))
+    half = trained(tx, range(3), PARAMS, tx.init(PARAMS))
+    saved = pickle.loads(pickle.dumps(jax.device_get(half)))
+    assert_same(trained(tx, range(3, 6), *saved), whole)
+
+
+def test_an_exported_step_does_the_same():
+    tx = adamjax.adam(0.1, **S8)
+    state = tx.init(PARAMS)
+    exported = export.export(jax.jit(tx.update))(PARAMS, state, PARAMS)
+    again = export.deserialize(exported.serialize())
+    ours, theirs = (trained(tx, range(3), PARAMS, state, update) for update in (None, again.call))
+    assert_same(theirs, ours)
+
+
+def test_in_other_transforms_it_does_the_same():
+    tx = adamjax.adam(0.1, **S8)
+    alone = trained(tx, range(3), PARAMS, tx.init(PARAMS))
+    for around in (
+        adamjax.skip_not_finite(tx),
+        adamjax.partition([("b", tx)], default=tx),
+        adamjax.with_hyperparams(tx, learning_rate=0.1),
+        adamjax.from_config(adamjax.to_config(tx)),
+    ):
+        params, state = trained(around, range(3), PARAMS, around.init(PARAMS))
+        assert_close(params, alone[0], rtol=1e-6)
+        assert_same(adamjax.get_slot(state, "v"), adamjax.get_slot(alone[1], "v"))
+
+
+def test_complex_parameters_keep_a_complex_m():
+    p = {"z": jnp.ones((3, 4), jnp.complex64)}
+    state = adamjax.scale_by_adam(**S8).init(p)
+    assert state.m["z"].dtype == jnp.complex64
+    assert isinstance(state.v["z"], Scaled8)
+    u, _ = adamjax.scale_by_adam(**S8).update(p, state)
+    assert_close(u["z"], p["z"], rtol=0.1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(1000, 512), (1 << 18,)])
+def test_a_donated_step_has_no_temporaries(rule, shape):
+    """No floats of a leaf's size, and no copy of its codes; but an int32 a block and slot."""
+    tx = adamjax.chain(RULES[rule](**S8), adamjax.scale(-0.1))
+    p = jnp.zeros(shape)
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return adamjax.apply_updates(p, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    memory = jitted.lower(p, tx.init(p), p).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.01 * p.nbytes
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_what_8_bits_cannot_do_is_refused():
+    tx, p = adamjax.adam(0.1, **S8), {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    state = tx.init(p)
+    rows = {**p, "b": adamjax.row_gradient(jnp.array([1]), jnp.ones(1), 4)}
+    with pytest.raises(ValueError, match=r"give the table the shape \[4, 1\]"):
+        tx.update(rows, state)
+    with pytest.raises(ValueError, match=r"the table 'b' needs rows with exponents of their own"):
+        adamjax.exact_rows(tx, "b").init(p)
+    with pytest.raises(ValueError, match="leaves of one bucket would share exponents"):
+        adamjax.grouped(tx)
+    with pytest.raises(TypeError, match="has no derivative"):
+        jax.grad(lambda x: tx.update({"a": x}, tx.init({"a": x}))[0]["a"].sum())(p["a"])
+    with pytest.raises(TypeError, match="'scaled8' for 8 bits, or None; got 'int8'"):
+        adamjax.adam(m_dtype="int8")
+    target = optax.adam(0.1).init(p)
+    with pytest.raises(ValueError, match="from_optax: moments of 'a' are in 'scaled8'"):
+        adamjax.convert.from_optax(target, tx, p)
+    with pytest.raises(ValueError, match="conversions do not round"):
+        adamjax.convert.to_optax(state, tx, p, target)
+
+
+def test_states_that_do_not_fit_are_refused():
+    tx, p = adamjax.scale_by_adam(**S8), jnp.ones((3, 4))
+    full = adamjax.scale_by_adam()
+    state = tx.init(p)
+    with pytest.raises(ValueError, match="keeps m in floats, expected scaled8"):
+        tx.update(p, full.init(p))
+    with pytest.raises(ValueError, match="keeps m in scaled8, expected floats"):
+        full.update(p, state)
+    with pytest.raises(ValueError, match="which is not to be cast"):
+        tx.update(p, jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, state))
+    with pytest.raises(ValueError, match=r"exponents of shape \[3\] with codes of shape \[3, 4\]"):
+        tx.update(p, state._replace(m=state.m._replace(exponents=jnp.zeros(3, jnp.uint8))))
+    with pytest.raises(ValueError, match="expected int8 in m and uint8 in the others"):
+        tx.update(p, state._replace(m=state.v))
+    with pytest.raises(ValueError, match=r"scaled8\[3, 5\]|expected shape"):
+        tx.update(p, tx.init(jnp.ones((3, 5))))
