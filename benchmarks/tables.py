@@ -181,7 +181,8 @@ def differences(results: Results) -> str:
         [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
         for row in results["rows"]
     ]
-    return f"{markdown(['what is done', *systems, 'to get theirs'], table)}\n\n{versions(results)}."
+    header = ["case", *systems, "to get the others with adamjax"]
+    return f"{markdown(header, table)}\n\n{versions(results)}."
 
 
 # --- the rows suite -------------------------------------------------------------------------------
