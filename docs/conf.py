@@ -203,7 +203,7 @@ def with_local_links(app, docname, source):
     here = "" if "/" not in docname else "../"
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md#", rf"]({here}index.md#", text)
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md", rf"]({here}index.md", text)
-    source[0] = text.replace(f"]({BASE}docs/", f"]({here}")
+    source[0] = re.sub(rf"\]\({re.escape(BASE)}docs/([\w-]+\.md)", rf"]({here}\1", text)
 
 
 def everything_is_documented(app, env):
