@@ -176,7 +176,7 @@ def models(results: Results) -> str:
     if programs:
         head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
         parts += [
-            "The time to make the program of a step, with empty caches:",
+            "A step as a program, made with empty caches:",
             markdown(head, programs),
         ]
     return "\n\n".join(parts + bounds_table(results.get("bounds", [])))
