@@ -7,7 +7,7 @@ names the law, the leaf and the numbers. `LAWS` has their names, each with its s
 >>> import adamjax
 >>> adamjax.testing.check(adamjax.scale(-0.5), laws=["is_pure", "pickles", "prints"])
 >>> adamjax.testing.LAWS["is_pure"]
-'The same arguments give the same results, and nothing happens to them.'
+'The same arguments give the same results, and are not changed.'
 """
 
 import copy
@@ -330,7 +330,7 @@ def _law(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
 
 @_law
 def is_pure(trial: Trial) -> None:
-    """The same arguments give the same results, and nothing happens to them."""
+    """The same arguments give the same results, and are not changed."""
     tx, params = trial.tx, trial.params
     states = [tx.init(params), tx.init(params)]
     _expect_same("init(params)", states[1], states[0])

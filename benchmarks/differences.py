@@ -1,6 +1,6 @@
 """What other packages do otherwise, in numbers: the same few steps, taken by each of them.
 
-A case says what is done to one or two weights. Each package that is installed does it with its
+A case is a few steps of one or two weights. Each package that is installed takes them with its
 own defaults, and the number that comes out goes into the first table of docs/coming-from.md.
 """
 
@@ -179,36 +179,36 @@ def torch_sparse_row() -> float:
 ADAM = ("adam", "adam", "Adam", "Adam")
 FADING, ONCE, ALWAYS = [1.0, *[0.1] * 9], [1.0, *[0.0] * 9], [1.0] * 100
 
-# key: what is done and which number is shown, how to get with adamjax what others do, the runs
+# key: the steps and which number is shown, how to get the numbers of others with adamjax, the runs
 CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "eps": (
-        "Adam, rate 1: the first move for a gradient of 1e-8",
+        "Adam, rate 1, a gradient of 1e-8: size of the first step",
         "`adam(1.0, eps=1e-8)`",
         walks([1e-8], *ADAM),
     ),
     "amsgrad": (
-        "AMSGrad, rate 1, a gradient of 1 and nine of 0.1: the tenth move",
-        "not optax's, whose maximum is over corrected v",
+        "AMSGrad, rate 1, a gradient of 1, then nine of 0.1: size of the tenth step",
+        "not possible: optax takes the maximum of the corrected v",
         walks(FADING, "amsgrad", "amsgrad", "Adam", "Adam", amsgrad=True),
     ),
     "adamax": (
-        "Adamax, rate 1: the first move for a gradient of 1e-8",
-        "`adamax(1.0, eps=1e-8)`, nearly: optax and torch add it inside the maximum",
+        "Adamax, rate 1, a gradient of 1e-8: size of the first step",
+        "`adamax(1.0, eps=1e-8)` is close: optax and torch add eps inside the maximum",
         walks([1e-8], "adamax", "adamax", "Adamax", "Adamax"),
     ),
     "nadam": (
-        "Nadam, rate 1: the first move for a gradient of 1",
-        "not optax's, which has no momentum schedule",
+        "Nadam, rate 1, a gradient of 1: size of the first step",
+        "not possible: optax has no momentum schedule",
         walks([1.0], "nadam", "nadam", "Nadam", "NAdam"),
     ),
     "weight decay": (
-        "AdamW, rate 1, no gradient: the move of a weight of 1 by the default decay",
-        "`weight_decay=`",
+        "AdamW, its default decay, rate 1, a weight of 1, a gradient of 0: size of the first step",
+        "set `weight_decay=`",
         walks([0.0], "adamw", "adamw", "AdamW", "AdamW", start=1.0),
     ),
     "EMA start": (
-        "weights 1, 0.9, 0.8: their average of momentum 0.99 after the two steps",
-        "start it after the first step",
+        "a weight that goes 1, 0.9, 0.8: its average with momentum 0.99 at the end",
+        "start the average after the first step",
         {
             "adamjax": adamjax_average,
             "optax": lambda: "by hand",
@@ -217,8 +217,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         },
     ),
     "clip order": (
-        "the gradient (3, 4) clipped by value 3.5, then by global norm 1: its second number",
-        "the chain's order is the order of the clips",
+        "the gradient (3, 4), clipped by value 3.5, then by global norm 1: its second element",
+        "clips apply in the order of the chain",
         {
             "adamjax": lambda: clipped("adamjax", "clip_by_value"),
             "optax": lambda: clipped("optax", "clip"),
@@ -227,15 +227,15 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         },
     ),
     "rows": (
-        "Adam, rate 0.1, a row with a gradient in the first of ten steps: its move in the others "
-        "(torch: SparseAdam)",
+        "Adam, rate 0.1, a row with a gradient only in the first of ten steps: its movement in the "
+        "other nine (torch: SparseAdam)",
         '`rows="lazy"`',
         walks(ONCE, *ADAM, rate=0.1, read=lambda path: abs(path[-1] - path[1]))
         | {"torch": torch_sparse_row},
     ),
     "bfloat16": (
-        "Adam, rate 0.001, 100 gradients of 1, all in bfloat16, from 0: the weight",
-        "moments and arithmetic in float32 are the default",
+        "Adam, rate 0.001, all in bfloat16, a weight of 0: the weight after 100 gradients of 1",
+        "no need: moments and arithmetic are float32 by default",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }

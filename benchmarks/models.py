@@ -44,7 +44,7 @@ CONTENDERS = {
     "dense": "adamw, dense gradients",
     "lazy": 'adamw(rows="lazy"), row gradients',
     "exact": "exact_rows(adamw), row gradients",
-    "frozen": "adamw, the tables left as they are",
+    "frozen": "adamw, frozen tables",
 }
 MODES = {"lazy": "lazy", "exact": "exact"}  # the others have dense gradients
 DECAY = 1e-4

@@ -56,7 +56,7 @@ def origin(results: Results, bandwidth: bool = True) -> str:
     rounds = f"{results['rounds']} rounds" if "rounds" in results else ""
     if "sittings" in results:
         sittings = results["sittings"]
-        rounds = f"{sittings} sitting{'s' * (sittings != 1)} of {rounds}"
+        rounds = f"{sittings} run{'s' * (sittings != 1)} of {rounds}"
     when = [rounds, f"commit {env['commit']}" if env.get("commit") else "", env["date"]]
     parts = [machine(results), versions(results), ", ".join(filter(None, when))]
     text = "; ".join(filter(None, parts)) + "."
@@ -75,7 +75,7 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
         for value in [row["measured"]]
     ]
     head = ["what", "bound", "measured", "holds"]
-    return ["The bounds it is held to:", markdown(head, table)] if table else []
+    return ["The bounds that these figures must keep:", markdown(head, table)] if table else []
 
 
 # --- suites that measure --------------------------------------------------------------------------
@@ -93,10 +93,10 @@ def dense(results: Results) -> str:
         ]
         for row in results["times"]
     ]
-    text = f"{origin(results)} Median (quartiles); a ratio below 1 means that adamjax is faster."
+    text = f"{origin(results)} Median (quartiles). A ratio below 1 means that adamjax is faster."
     if limits:
-        text += " Of the limit: the least bytes that the step must move at this bandwidth, by the "
-        text += "step's time."
+        text += " Of the limit: the time that the least bytes of the step take at this bandwidth, "
+        text += "divided by the step's time."
     head = ["workload", "chain", "step, ms", *limits, *(f"of {name}'s time" for name in rivals)]
     return f"{text}\n\n{markdown(head, table)}"
 
@@ -109,7 +109,7 @@ def compiling(results: Results) -> str:
         ratios = (ranged(row["ratio"][name], 2) for name in rivals)
         table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
     what = results["workload"].split(",")[0]
-    text = f"{origin(results)} {what}, once per program; median (quartiles)."
+    text = f"{origin(results)} {what}; a program pays this once. Median (quartiles)."
     head = ["what", "chain", "s", *(f"of {name}'s time" for name in rivals)]
     return f"{text}\n\n{markdown(head, table)}"
 
@@ -124,9 +124,14 @@ def memory(results: Results) -> str:
     for row in results["dense"]:
         share = f"{row['temporary_bytes'] / row['parameter_bytes']:.4%}"
         chains.append([row["workload"], row["chain"], state(row), share])
-    head = ["workload", "chain", "state, bytes a parameter", "temporaries, of the parameters"]
+    head = [
+        "workload",
+        "chain",
+        "state, bytes a parameter",
+        "temporaries, of the parameters' bytes",
+    ]
     parts = [
-        f"{origin(results)} Of a donated step, as the compiler reports it.",
+        f"{origin(results)} What the compiler reports for a step that donates its arguments.",
         markdown(head, chains),
     ]
     if tables := results.get("tables"):
@@ -134,7 +139,7 @@ def memory(results: Results) -> str:
         modes = [[row["mode"], state(row), mega(row["temporary_bytes"], 2)] for row in tables]
         parts += [
             f"A whole train step with Adam on a table of {table}, {tables[0]['reads']:,} indices:",
-            markdown(["the table's mode", head[2], "temporaries, MB"], modes),
+            markdown(["mode", head[2], "temporaries, MB"], modes),
         ]
     return "\n\n".join(parts)
 
@@ -151,17 +156,17 @@ def models(results: Results) -> str:
         for name, contender in CONTENDERS.items()
         if (ms := row["ms"].get(name))
     ]
-    head = ["model, parameters", "contender", "step, ms", "by exact's"]
+    head = ["model, parameters", "contender", "step, ms", "of exact's time"]
     traces = [
         [row["model"], row["caches"], ranged(row["ms"]["rows"], 0), ranged(row["ratio"], 2)]
         for row in results["traces"]
     ]
     parts = [
-        f"{origin(results, bandwidth=False)} Median (quartiles). What the tables add is the step's "
-        "time less that of one with frozen tables.",
-        markdown([*head, "of it tables, ms", "temporaries, MB"], steps),
-        "The time to trace a loss with row gradients, by that of `jax.value_and_grad`, with JAX's "
-        "own functions traced before (caches warm) and not:",
+        f"{origin(results, bandwidth=False)} Median (quartiles). The tables' share is the step's "
+        "time minus that of a step with frozen tables.",
+        markdown([*head, "tables' share, ms", "temporaries, MB"], steps),
+        "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. With "
+        "warm caches, JAX's own functions were traced before:",
         markdown(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
     ]
     programs = []
@@ -170,7 +175,10 @@ def models(results: Results) -> str:
         programs.append([row["model"], CONTENDERS[row["contender"]], *seconds, f"{row['lines']:,}"])
     if programs:
         head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
-        parts += ["A step as a program, made with nothing in a cache:", markdown(head, programs)]
+        parts += [
+            "A step as a program, made with empty caches:",
+            markdown(head, programs),
+        ]
     return "\n\n".join(parts + bounds_table(results.get("bounds", [])))
 
 
@@ -181,7 +189,8 @@ def differences(results: Results) -> str:
         [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
         for row in results["rows"]
     ]
-    return f"{markdown(['what is done', *systems, 'to get theirs'], table)}\n\n{versions(results)}."
+    header = ["case", *systems, "to get the others with adamjax"]
+    return f"{markdown(header, table)}\n\n{versions(results)}."
 
 
 # --- the rows suite -------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
         times = (cell for row in cases for cell in cells(row, name))
         table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
     heads = (x for row in cases for x in (f"{row['indices']}, ms", "of exact's time", *limits))
-    return markdown(["contender", *heads, "temporaries, MB", "most memory, MB"], table)
+    return markdown(["contender", *heads, "temporaries, MB", "peak memory, MB"], table)
 
 
 def rows(results: Results) -> str:
@@ -257,8 +266,8 @@ def rows(results: Results) -> str:
 
     text = f"{origin(results)} The grid's other cases: {results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
-        text += f" In {alone} cases, whose tables did not fit in memory at once, the contenders "
-        text += "came one after another."
+        text += f" In {alone} cases the tables of all contenders did not fit in memory together, "
+        text += "so these ran one after another."
     for row in results["times"]:
         failed = {name: why for name, why in row["failed"].items() if name in ALL_CONTENDERS}
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
@@ -267,8 +276,11 @@ def rows(results: Results) -> str:
         same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
         title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
         if case == first:
-            title = f"{text} {title}; median (quartiles). The whole steps read the rows and "
-            title += "differentiate a loss as well; their time is compared with each other's."
+            title = (
+                f"{text} {title}; median (quartiles). `exact step` and `lazy step` are whole train "
+            )
+            title += "steps, which also read the rows and differentiate a loss; they are compared "
+            title += "with each other."
         else:
             title += f", {same_size[0]['rounds']} rounds in all:"
         parts += [title, _contenders_table(same_size, limits)]
@@ -284,8 +296,9 @@ def rows(results: Results) -> str:
         [str(d), f"{n:,}", *(cell(cases.get((size, d, n, kind))) for kind, size in columns)]
         for d, n in sorted({key[1:3] for key in cases})
     ]
-    text = "`exact` in ms, by the table's rows (in brackets how many times as long optax with "
-    text += "dense gradients and torch's SparseAdam take):"
+    text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
+    text += "sizes. In brackets: how many times as long optax with dense gradients and torch's "
+    text += "SparseAdam take."
     head = ["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)]
     return "\n\n".join([*parts, *bounds, text, markdown(head, grid)])
 
@@ -341,14 +354,14 @@ def tpu(results: Results) -> str:
     heads = ["D", "mode", *heads, "arguments", "temporaries", "copies of whole arrays"]
     return "\n\n".join(
         [
-            f"**The compiler's estimates, never times**; {versions(results)}, "
-            f"{results['environment']['date']}. Bytes a parameter between the chip and its memory, "
-            "in brackets optax's; then the estimated cycles, by optax's. Temporaries, the most of "
-            "all chips, are in either memory of the chip.",
+            f"**The compiler's estimates, not times**; {versions(results)}, "
+            f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
+            "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
+            "ratio to optax's. Temporaries are the largest of all chips, in either memory.",
             markdown(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense_table),
-            "A train step that reads 8,192 rows of a row-major table [1M, D] where nothing else is "
-            "said, in MB; what is read or written row by row counts as the rows are padded. "
-            "Arguments and temporaries are the most of all chips.",
+            "A train step that reads 8,192 rows of a table [1M, D], in MB. The table is row-major, "
+            "unless the mode says otherwise. Rows count with their padding. Arguments and "
+            "temporaries are the largest of all chips.",
             markdown(heads, row_table),
         ]
     )
@@ -370,11 +383,14 @@ def gpu(results: Results) -> str:
     heads = ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"]
     return "\n\n".join(
         [
-            f"**What the compiler says for an {results['device']}, never times**; "
-            f"{versions(results)}, {results['environment']['date']}. In brackets optax's; bytes "
-            "are those of a parameter, between the GPU and its memory.",
-            markdown(["workload", "chain", "kernels", "bytes", "temporaries, bytes"], dense_table),
-            "A train step that reads 8,192 rows of a table where nothing else is said, in MB:",
+            f"**What the compiler reports for an {results['device']}, not times**; "
+            f"{versions(results)}, {results['environment']['date']}. optax's figures are in "
+            "brackets. Bytes, per parameter, are those that move between the GPU and its memory.",
+            markdown(
+                ["workload", "chain", "kernels", "bytes", "temporaries, bytes per parameter"],
+                dense_table,
+            ),
+            "A train step that reads 8,192 rows of a table, unless the mode says otherwise, in MB:",
             markdown(heads, row_table),
         ]
     )

@@ -195,7 +195,7 @@ def with_local_links(app, docname, source):
     if docname == "index":
         readme = DOCS.parent / "README.md"
         app.env.note_dependency(str(readme))
-        front = readme.read_text().partition("## What there is")[0]
+        front = readme.read_text().partition("## All names by task")[0]
         sidebar = [*pages_of_index(text), toctree("API reference", ["reference/index"])]
         listed = text[text.index("## Start") :].replace("## ", "### ")
         listed = listed.replace("- API reference:", "- [API reference](reference/index.rst):")
@@ -203,7 +203,7 @@ def with_local_links(app, docname, source):
     here = "" if "/" not in docname else "../"
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md#", rf"]({here}index.md#", text)
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md", rf"]({here}index.md", text)
-    source[0] = text.replace(f"]({BASE}docs/", f"]({here}")
+    source[0] = re.sub(rf"\]\({re.escape(BASE)}docs/([\w-]+\.md)", rf"]({here}\1", text)
 
 
 def everything_is_documented(app, env):

@@ -54,7 +54,7 @@ THEIRS = {
 
 def lines_of(library):
     """The lines of the table of a library as pairs of expressions."""
-    table = re.search(rf"\| {library} \| here \|\n.*?\n((?:\|.*\n)+)", PAGE)[1]
+    table = re.search(rf"\| {library} \| adamjax \|\n.*?\n((?:\|.*\n)+)", PAGE)[1]
     columns = [line.strip("|").split(" | ") for line in table.splitlines()]
     return [
         (*re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", ours)[0])
