@@ -13,12 +13,13 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled \
 PIP := -m pip --disable-pip-version-check install --quiet
 VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
-.PHONY: help train test test-newest test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu \
+.PHONY: help train test test-quick test-newest test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu \
 	readme docs clean
 
 help:
 	@echo "make train        train the model on real text (ARGS='--help' for its options)"
 	@echo "make test         run the tests, with the versions in constraints.txt"
+	@echo "make test-quick   run a sample of them, before a commit"
 	@echo "make test-newest  run them with the newest JAX, on the newest Python (NEWEST_PYTHON=)"
 	@echo "make test-oldest  run them with the oldest supported JAX"
 	@echo "make test-tpu     compile for a TPU, with its own compiler and without one"
@@ -38,6 +39,9 @@ train: .venv/.bench
 test: .venv/.test
 	@$(BIN)/python $(VERSIONS)
 	$(CACHE) $(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
+
+test-quick: .venv/.test
+	$(CACHE) $(BIN)/python -m pytest $(PARALLEL) --quick $(ARGS)
 
 # As a user gets it: without constraints, and whatever is the newest today.
 test-newest: .venv-newest/.made

@@ -1391,6 +1391,7 @@ DOZENS = [list(CASES)[i : i + 12] for i in range(0, len(CASES), 12)]
 
 
 @pytest.mark.parametrize("names", DOZENS, ids=lambda names: f"{names[0]} to {names[-1]}")
+@pytest.mark.slow
 def test_as_jax(names):
     try:
         check_cases(names, under_jit)
@@ -1503,6 +1504,7 @@ def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
 
 @settings(max_examples=6, deadline=None)
 @given(st.lists(READS, min_size=2, max_size=5))
+@pytest.mark.slow
 def test_any_read(reads):
     cases = [any_read(**read) for read in reads]
 
@@ -1734,6 +1736,7 @@ def test_leaves_that_are_no_floats_have_no_gradient():
     assert set(grads) == set(p)
 
 
+@pytest.mark.slow
 def test_other_arguments_stay_what_they_are():
     def loss(p, ids, times, name, function, flags):
         assert isinstance(ids, np.ndarray)
@@ -1951,6 +1954,7 @@ def test_flax_linen(dtype):
     check_package(tied, (table, MANY), Dense("dot_general"), "params/embedding")
 
 
+@pytest.mark.slow
 def test_a_model_of_flax_linen():
     linen = pytest.importorskip("flax.linen")
 
@@ -2235,5 +2239,6 @@ def expected_sum(name):
     return sum(jax.grad(of_shards)(params(), shard)[name] for shard in SHARDS)
 
 
+@pytest.mark.slow
 def test_over_devices():
     run_on_devices(DEVICES, "import test_autodiff; test_autodiff.over_devices()")

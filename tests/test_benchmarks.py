@@ -20,6 +20,8 @@ from benchmarks import __main__ as suites
 from benchmarks import all as everything
 from benchmarks import compare, contenders, dense, measure, memory, report, steps, tables, workers
 
+pytestmark = pytest.mark.slow
+
 CPU = measure.RESULTS / "cpu"
 
 

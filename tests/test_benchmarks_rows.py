@@ -10,6 +10,8 @@ import adamjax
 from benchmarks import contenders, rows, steps, tables, workers
 from benchmarks.workers import Ended
 
+pytestmark = pytest.mark.slow
+
 CASE = contenders.Case(600, 4, 16, "uniform")
 
 

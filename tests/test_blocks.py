@@ -43,6 +43,7 @@ def counted(tables, indices, rows, reads):
 
 @pytest.mark.parametrize("n", [1, 7, 8, 20])
 @pytest.mark.parametrize("live", [0, 1, 7, 20])
+@pytest.mark.slow
 def test_blocks_do_what_one_does(cut, n, live):
     rng = np.random.default_rng(n)
     ids = np.full(n, V, np.int32)
@@ -238,6 +239,7 @@ PARTS = {
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("widths", [(3,), (3, 2)])
+@pytest.mark.slow
 def test_tables_together_go_as_each_alone(name, widths):
     """Of one width or two."""
     dense = PARTS[name]()
@@ -262,6 +264,7 @@ def test_tables_that_are_alike_share_a_ring():
     assert len(adamjax.exact_rows(apart, "t").init(params).rings) == 2
 
 
+@pytest.mark.slow
 def test_a_ring_is_not_read_by_other_tables():
     """With other patterns of rates, t2 goes with t1: it lags behind by the ring of t0."""
     params, ids = several(3), jnp.arange(4)
@@ -297,6 +300,7 @@ def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
     assert lines(8) < 3 * lines(1)
 
 
+@pytest.mark.slow
 def test_moves_are_applied_as_they_are():
     """Scaled or averaged they would be wrong: they have in them what rows lag behind by."""
     tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(1)

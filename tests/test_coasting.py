@@ -274,6 +274,7 @@ def test_sum_in_two_floats():
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
+@pytest.mark.slow
 def test_any_shape(betas):
     """Rows without columns, with two axes of them, no rows; and a population of optimizers."""
     plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)

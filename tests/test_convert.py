@@ -774,6 +774,7 @@ TORCH_RTOL = {"nadam": 1e-10}
 
 
 @pytest.mark.parametrize("name", TORCH)
+@pytest.mark.slow
 def test_a_run_that_comes_from_torch(name, torch, x64):
     make, make_ours = TORCH[name]
     ours, noises = make_ours(), noise()
@@ -885,6 +886,7 @@ def lazy_taken(tx, params, state, noises):
     return visited, state
 
 
+@pytest.mark.slow
 def test_sparse_adam_of_torch(torch, x64):
     noises = noise()
     theirs = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), new_params())

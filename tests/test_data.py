@@ -514,6 +514,7 @@ print("as it was")
 """
 
 
+@pytest.mark.slow
 def test_classes_of_a_script_are_the_same_in_another_process(tmp_path):
     """By cloudpickle, which sends them by value."""
     pytest.importorskip("cloudpickle")

@@ -39,6 +39,7 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
 def test_files_import_only_those_above_them():
     """The map goes from the ground up: there is no circle, and nothing imports upward."""
     order = {Path(path): i for i, path in enumerate(listed("adamjax"))}

@@ -540,6 +540,7 @@ def any_data(draw, config):
 
 
 @pytest.mark.parametrize("name", ANY)
+@pytest.mark.slow
 def test_any_pattern(name):
     config = dataclasses.replace(ANY[name], size=(ROWS, COLUMNS))
 
@@ -731,6 +732,7 @@ def trained_shortly(tx, steps=20, ticketed=False):
     return params, state
 
 
+@pytest.mark.slow
 def test_every_reading_agrees():
     """`prepare`, `lookup` in any shape of indices and `flush` give the same rows."""
     tx = exact_rows(pipeline(), "table")
@@ -770,6 +772,7 @@ def test_a_ticket_changes_nothing_but_the_time():
     assert_close(trained_shortly(tx, ticketed=True), without, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wrong_ticket_does_no_harm():
     tx = exact_rows(pipeline(), "table")
     prepare = jax.jit(lambda *args: tx.prepare(*args)[1])
@@ -845,6 +848,7 @@ class dense_steps(adamjax.Transform):
 # --- states -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_the_dense_optimizer_and_back():
     dense = pipeline()
     tx = exact_rows(dense, "table", history=256)
@@ -865,6 +869,7 @@ def test_from_the_dense_optimizer_and_back():
 
 
 @pytest.mark.parametrize("name", ["adam", "nadam"])
+@pytest.mark.slow
 def test_the_count_does_not_wrap_near_the_end_of_int32(name):
     """The dense optimizer's count stays at the largest int32, and its schedule with it."""
     config = Config(rule=name, form="eps", tail="decay, average")
@@ -905,6 +910,7 @@ def as_float64(tree):
     )
 
 
+@pytest.mark.slow
 def test_it_is_jitted_scanned_and_mapped():
     """A population of three learning rates is one program, and each member goes its own way."""
     rates = jnp.array([0.01, 0.02, 0.05])
@@ -1087,6 +1093,7 @@ def test_slots_and_averages_of_some_rows_are_read():
         tx.lookup(params, state, "table", ids, slot="u")
 
 
+@pytest.mark.slow
 def test_calls_outside_of_jit_compile_nothing_anew():
     """The second time, and whatever the values are."""
     tx, compiled = exact_rows(pipeline(), "table"), []
@@ -1332,6 +1339,7 @@ def test_a_ticket_of_these_arrays_counts():
     assert np.all(np.asarray(step(ticket=forged)[0]["table"].parts[0].values) > 5)
 
 
+@pytest.mark.slow
 def test_tables_may_come_back_in_another_order():
     """JAX sorts the paths of tables in a state that went through `jit`: '10' before '2'."""
     params = [jnp.ones((9, 2)) for _ in range(11)]
@@ -1387,6 +1395,7 @@ def test_every_pattern_must_match():
 
 @pytest.mark.parametrize("shape", [(5, 2), (5, 0), (0, 3), (0, 0), (4,)], ids=str)
 @pytest.mark.parametrize("batch", [3, 0])
+@pytest.mark.slow
 def test_a_table_that_is_not_read(shape, batch):
     """It gets an empty row gradient, and moves as with a gradient of zero."""
     tx = exact_rows(adamjax.adamw(0.1), ["here", "there"])
@@ -1411,6 +1420,7 @@ def test_a_table_that_is_not_read(shape, batch):
 
 
 @pytest.mark.parametrize("clip", [clip_by_global_norm(1.0), adamjax.clip_by_norm(1.0)], ids=repr)
+@pytest.mark.slow
 def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
     """Whichever rows are being refreshed meanwhile: with a ring as short as can be, many are."""
     tx = exact_rows(chain(clip, adamjax.adam(0.05, 0.5, 0.9)), "table", history=64)
@@ -1475,6 +1485,7 @@ def test_beside_other_optimizers():
     assert_close(flushed(tx, params, state)[0], expected, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_skipped_leaves_no_trace():
     tx = skip_not_finite(exact_rows(pipeline(), "table"))
     inner = tx.tx
@@ -1523,6 +1534,7 @@ def test_narrow_tables_are_nearer_than_dense_ones(dtype):
     assert error(read) < error(stand["dense"][0]["table"])
 
 
+@pytest.mark.slow
 def test_float64():
     with enable_x64():
         params = as_float64(small_params())

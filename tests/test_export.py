@@ -35,6 +35,8 @@ from adamjax import (
     weight_ema,
 )
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("tpu", "cuda", "rocm", "cpu")
 
 

@@ -122,6 +122,7 @@ ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("tx", ELEMENTWISE.values(), ids=ELEMENTWISE)
+@pytest.mark.slow
 def test_elementwise_steps_are_the_same_bit_for_bit(tx):
     """Operation by operation; what a compiler fuses it may round otherwise."""
     with jax.disable_jit():
@@ -142,6 +143,7 @@ def test_compiled_steps_are_the_same_up_to_rounding():
         assert_close((params, updates, grouped_tx.split(state)), (other, expected, alone))
 
 
+@pytest.mark.slow
 def test_leaves_without_a_gradient_stand_still_whichever_they_are():
     """Their weights and state too, in a bucket whose other leaves move."""
 
@@ -290,6 +292,7 @@ def test_around_and_within_other_transforms():
             assert_same(p, q)
 
 
+@pytest.mark.slow
 def test_beside_exact_rows():
     params = {"block": PARAMS["block"], "table": jnp.ones((50, 2))}
     tables = [("table", adam(0.1))]
@@ -380,6 +383,7 @@ def test_formats_of_the_leaves_outside_of_buckets():
     assert avals(state) == avals(tx.init(params))
 
 
+@pytest.mark.slow
 def test_leaves_in_pieces_are_left_alone():
     """Of three leaves on two devices, one has half of its elements on each."""
     script = """

@@ -438,6 +438,7 @@ def test_the_mean_is_of_the_calls_that_there_were():
     assert float(few.update(jnp.array(6.0), state)[0]) == 3.0
 
 
+@pytest.mark.slow
 def test_a_ticket_reaches_the_inside():
     """One that says something else is believed."""
     exact, grads = exact_rows(adam(0.1), "t", history=256), draw_rows(0)

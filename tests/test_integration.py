@@ -22,6 +22,8 @@ from support import assert_close, assert_same, run_on_devices, shard_map
 
 import adamjax
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32)
 Y = jnp.asarray(RNG.normal(size=16), jnp.float32)

@@ -398,6 +398,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 @law
 @pytest.mark.parametrize("dtype", [*DTYPES, jnp.float64], ids=lambda d: d.__name__)
+@pytest.mark.slow
 def test_zero_gradients_move_nothing(case, dtype):
     """From a zero state; decay goes on, and shrinks. Weight averages rest on the weights."""
     wide = dtype == jnp.float64
@@ -617,6 +618,7 @@ def run_of_arrays(name, steps_with_rows):
 
 
 @law
+@pytest.mark.slow
 def test_rows_are_the_dense_gradient(case):
     """A row gradient does to weights and state what the dense one of its rows does."""
     grads = [row_grads(t) for t in range(len(TOUCHED))]
@@ -689,6 +691,7 @@ def slopes(case, grads):
 
 
 @law
+@pytest.mark.slow
 def test_derivatives_are_finite_at_zero_gradients(case):
     with jax.disable_jit():
         found = slopes(case, jax.tree.map(jnp.zeros_like, make_params()))
@@ -696,6 +699,7 @@ def test_derivatives_are_finite_at_zero_gradients(case):
 
 
 @law
+@pytest.mark.slow
 def test_derivatives_equal_finite_differences(case):
     """With respect to every hyperparameter, and to the gradients in a direction."""
     with enable_x64(True), jax.disable_jit():

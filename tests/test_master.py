@@ -102,6 +102,7 @@ def test_small_updates_add_up():
 
 
 @pytest.mark.parametrize("rows", ["lazy", "dense", "exact"])
+@pytest.mark.slow
 def test_tables_move_as_float32_tables(rows):
     shape = (50, 3)
     start = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)

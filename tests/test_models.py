@@ -17,6 +17,8 @@ import adamjax
 from adamjax.paths import leaf_paths
 from benchmarks import models, networks, tables
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 
 RATE = 0.01

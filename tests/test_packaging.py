@@ -25,6 +25,8 @@ import importlib, importlib.util, pathlib, pkgutil, re, sys
 from importlib import metadata
 import adamjax, jax, jax.numpy as jnp
 
+pytestmark = pytest.mark.slow
+
 there = pathlib.Path(adamjax.__file__)
 assert there.is_relative_to(sys.prefix), there
 assert there.with_name("py.typed").exists()

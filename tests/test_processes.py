@@ -23,6 +23,8 @@ from benchmarks.train import data, job, model
 from benchmarks.train.options import Config
 from benchmarks.train.processes import Processes, on_all
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 STEPS = 60

@@ -37,6 +37,7 @@ def built(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference_once(built):
     text = "".join(page.read_text() for page in sorted((built / "reference").glob("*.html")))
     ids = re.findall(r'id="(?:module-)?(adamjax\.[\w.]+)"', text)

@@ -48,6 +48,7 @@ def expect_the_same_step(params_of_all):
         assert_close(params, expected(), 1e-6)
 
 
+@pytest.mark.slow
 def test_under_vmap():
     def step(ids, values, dense):
         tx = optimizer(adamjax.sum_over("batch"))
@@ -90,6 +91,7 @@ def check_over_devices():
     expect_the_same_step(jax.jit(mapped)(*grads_of_all()))
 
 
+@pytest.mark.slow
 def test_over_devices():
     """Under `pmap` and `shard_map`."""
     run_on_devices(REPLICAS, "import test_replicas; test_replicas.check_over_devices()")

@@ -57,6 +57,7 @@ def test_bits_differ_from_step_to_step_leaf_to_leaf_and_slot_to_slot():
     assert np.abs(correlation).max() < 5 / np.sqrt(N)
 
 
+@pytest.mark.slow
 def test_rows_have_the_bits_of_their_place():
     x = jnp.full((100, 3), 1.001, jnp.float32)
     ids = jnp.array([7, 99, 0])
@@ -89,6 +90,7 @@ def reference(g, b1=0.9, b2=0.999):
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
 @pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
+@pytest.mark.slow
 def test_moments_have_no_bias(kind, scale):
     """At every tenth step, by the mean of the relative errors over all elements.
 
@@ -249,6 +251,9 @@ def test_float16_is_refused():
             adamjax.scale_by_adam(**{name: "float16"})
 
 
+@pytest.mark.xfail(
+    not hasattr(jax, "set_mesh"), reason="older CPU compilers copy each narrow slot", strict=True
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_donated_step_has_no_temporaries(rule):
     """No widened copy of a leaf, and no copy of a slot."""

@@ -147,6 +147,7 @@ def assert_case(case, weights, averaged, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", list(cases()))
+@pytest.mark.slow
 def test_system(case, precision):
     tx, grads = prepared(case)
     weights, averaged, _ = run(tx, ORACLE.start, grads, precision)
@@ -195,6 +196,7 @@ def padded(g):
 
 
 @pytest.mark.parametrize("case", list(cases(is_exact)))
+@pytest.mark.slow
 def test_exact_rows(case):
     precision = "float64"
     tx, grads = prepared(case)

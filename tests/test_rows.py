@@ -369,6 +369,7 @@ def test_arithmetic_on_leaves_is_refused_where_it_is_used(name):
             use(wrong)
 
 
+@pytest.mark.slow
 def test_arithmetic_on_leaves_of_another_program_makes_nan():
     """Where only the compiled step can tell: the first rows, wherever the indices went."""
     for use in USES.values():

@@ -14,6 +14,8 @@ from support import run_on_devices
 
 import adamjax
 
+pytestmark = pytest.mark.slow
+
 DEVICES, STEPS, BATCH = 8, 200, 32
 V, D = 4096, 8
 # Sums in another order are felt as rounding errors of the gradient are.

@@ -13,6 +13,8 @@ from support import is_none
 import adamjax
 from adamjax import extend, testing
 
+pytestmark = pytest.mark.slow
+
 
 class sound(extend.Stateless):
     """Doubles gradients; what is broken below is a part of this."""

@@ -36,6 +36,8 @@ from benchmarks.train.data import (
 from benchmarks.train.options import ROWS, Config, parse, resume_command
 from benchmarks.train.processes import ALONE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # Where rows do not matter: it compiles in a third of the time.
 PLAIN = ["--rows", "none"]

@@ -104,6 +104,7 @@ def half(dense):
     ],
     ids=["partition", "masked", "skip_not_finite", "with_hyperparams"],
 )
+@pytest.mark.slow
 def test_exact_rows_of_some_leaves_read_rows_up_to_date(around):
     """In a part that sees its own leaves alone, several of them too, at the cost of the rows."""
 
@@ -308,6 +309,7 @@ def expect_near(actual, expected, dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
+@pytest.mark.slow
 def test_forward_returns_what_a_call_after_flush_returns(fn, dtype):
     tx = adamjax.exact_rows(adamjax.adamw(0.1), ["table", "other"])
     p, state = train(tx, two_tables(dtype))
@@ -321,6 +323,7 @@ def test_forward_returns_what_a_call_after_flush_returns(fn, dtype):
     assert np.abs(late - now)[READ[:-1]].max() > 0.05
 
 
+@pytest.mark.slow
 def test_forward_of_more_rows_than_a_block_has():
     tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
     params = {"table": jnp.linspace(-1, 1, 60_000).reshape(20_000, 3)}
@@ -367,6 +370,7 @@ AROUND = {
 
 @pytest.mark.parametrize("averaged", [False, True], ids=["weights", "average"])
 @pytest.mark.parametrize("name", AROUND)
+@pytest.mark.slow
 def test_forward_finds_exact_rows_wherever_they_are(name, averaged):
     dtype = jnp.bfloat16 if name == "master_weights" else jnp.float32
     dense = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.8))
@@ -392,6 +396,7 @@ def test_forward_with_the_average_reads_it_up_to_date(fn):
     expect_near(adamjax.forward(fn, tx, averaged=True)(p, state, READ), fn(average, READ))
 
 
+@pytest.mark.slow
 def test_forward_takes_the_weights_of_leaves_without_an_average():
     averages = adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8))
     tx = adamjax.partition(
@@ -435,6 +440,7 @@ def test_forward_is_a_plain_call_for_other_optimizers(tx):
         expect_near(adamjax.eval_step(plain, averaging, averaged=True)(p, state, READ), wanted)
 
 
+@pytest.mark.slow
 def test_eval_step_is_a_function_of_jit_that_donates_nothing():
     tx = together(adamjax.adam(0.1))
     p, state = train(tx, two_tables())

@@ -211,6 +211,7 @@ def test_optax_and_ours_mix_both_ways(mixed, pure):
     assert_close(run(mixed, 4)[0], run(expected, 4)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_optax_wrappers_take_ours():
     expected = run(OURS)[0]
     assert_close(run(optax.apply_if_finite(OURS, 3))[0], expected)

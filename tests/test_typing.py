@@ -14,6 +14,8 @@ import jax, jax.numpy as jnp
 import adamjax
 from typing import assert_type
 
+pytestmark = pytest.mark.slow
+
 Params = dict[str, jax.Array]
 params: Params = {"w": jnp.ones(3)}
 tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(1e-3))
