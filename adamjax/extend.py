@@ -27,7 +27,7 @@ alone, applies the function to the rows of row gradients, and keeps every slot i
 ...
 ...     def init(self, params):
 ...         def zeros(p):
-...             return jnp.zeros_like(p, extend.accumulator(p.dtype))
+...             return extend.widen(jnp.zeros_like(p), extend.accumulator(p.dtype))
 ...         return MomentumState(jnp.zeros((), jnp.int32), extend.new_slots(params, zeros))
 ...
 ...     def check_state(self, state):

@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import chex
 import jax
@@ -307,6 +307,8 @@ def lift(
     Returns:
       The tree of updates, then the new slot trees.
     """
+    if rows not in get_args(Rows):
+        raise ValueError(f"{owner}: rows is {rows!r}, expected 'dense' or 'lazy'")
     name, slot_name = names
     if slots:
         like, like_name = slots[0], slot_name

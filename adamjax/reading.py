@@ -73,6 +73,8 @@ def slot_names(state: Any) -> tuple[str, ...]:
 def get_slot(state: Any, name: str) -> Tree:
     """A slot of the rule in a state, through chains, wrappers and partitions.
 
+    Under `exact_rows` rows may lag behind: call `flush` first.
+
     Args:
       state: the state of any transform.
       name: `"m"`, `"v"`, `"v_max"` (AMSGrad), `"u"` (Adamax), or a slot of a rule of your own.
@@ -149,6 +151,8 @@ def averaged_weights(state: Any, params: T) -> T: ...
 
 def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of `weight_ema`; before the first step, the weights.
+
+    Under `exact_rows` rows may lag behind: call `flush` first, or use `eval_step(averaged=True)`.
 
     Args:
       state: a state with a `weight_ema` anywhere in it.

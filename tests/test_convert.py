@@ -584,6 +584,29 @@ def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
         assert_close(theirs.average, adamjax.averaged_weights(after), rtol=1e-12)
 
 
+def test_variables_that_keras_excludes_from_decay(keras, x64):
+    """With the optimizer itself, the mask of the decay must say the same."""
+
+    def make(k):
+        optimizer = k.AdamW(RATE, weight_decay=0.125)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+    masked = adamjax.adamw(RATE, weight_decay=0.125, mask="^(?!.*bias)")
+    of_all = adamjax.adamw(RATE, weight_decay=0.125)
+    noises, theirs = noise(), Keras(keras, make, new_params())
+    theirs.take(noises[:BEFORE])
+    middle = theirs.params
+    with pytest.raises(ValueError, match=r"variables that its weight decay excludes.*pass a mask="):
+        convert.from_keras(theirs.optimizer, of_all, middle)
+    state = convert.from_keras(theirs.optimizer, masked, middle)
+    actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
+    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)
+    whole = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    with pytest.raises(ValueError, match=r"a weight decay of 0\.125"):
+        convert.from_keras(whole.optimizer, masked, middle)
+
+
 def test_keras_into_exact_rows(keras, x64):
     noises = noise()
     ours = adamjax.exact_rows(

@@ -1,6 +1,9 @@
 """Rules of a user, made only of public names: Lion, Adan, and an RMSprop for `exact_rows`."""
 
+import doctest
 import math
+import sys
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -496,6 +499,18 @@ def test_exact_rows_refuses_a_coast_of_slots_that_are_not_there():
 
 
 # --- what is public -------------------------------------------------------------------------------
+
+
+def test_the_example_keeps_all_laws(monkeypatch):
+    example = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", example)  # where pickle looks for its classes
+    for block in doctest.DocTestParser().get_examples(extend.__doc__):
+        exec(block.source, example.__dict__)
+    testing.check(example.momentum(0.5))
+    tx = example.momentum(0.5, rows="lasy")
+    state = tx.init(jnp.ones(3))
+    with pytest.raises(ValueError, match="momentum: rows is 'lasy', expected 'dense' or 'lazy'"):
+        tx.update(jnp.ones(3), state)
 
 
 def test_every_name_is_described():

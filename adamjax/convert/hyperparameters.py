@@ -31,7 +31,7 @@ class HyperparameterCheck:
       system's usual one.
     - `learning_rate`: the rate of the next step, or a schedule.
     - `weight_decay`: a number. `decoupled`: whether it is behind the rule, `None` if that is not
-      stated. `masks_decay`: whether some leaves may be excluded.
+      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown".
     - `maximize`: whether gradients are negated in front of the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `more`: hyperparameters that some part on the leaf's way must have under the same name.
@@ -186,11 +186,20 @@ class HyperparameterCheck:
             True: [(0.0, stated)],
             False: [(stated, 0.0)],
         }[decoupled]
-        if hyperparams.get("masks_decay"):
+        masks = hyperparams.get("masks_decay", "none")
+        if masks != "none":
             # The system does not state which leaves decay. At least one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
-            if any(same_value(self._decay_behind(p, decays), stated) for p in self.places):
+            does_decay = [same_value(self._decay_behind(p, decays), stated) for p in self.places]
+            if any(does_decay):
                 places.append((0.0, 0.0))
+            if masks == "some" and stated and all(does_decay):
+                self._refuse(
+                    path,
+                    "variables that its weight decay excludes",
+                    "a weight decay of all leaves",
+                    "pass a mask= of the leaves that decay",
+                )
         if not any(same_value(in_front, a) and same_value(behind_rule, b) for a, b in places):
             where = (
                 "in front of the rule (in its moments)"

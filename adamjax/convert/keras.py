@@ -103,8 +103,13 @@ def _stated_by(owner: str, optimizer: Any) -> Hyperparams:
         more["factor"] = 1 / option("loss_scale_factor")
     schedule = _schedule(getattr(optimizer, "_learning_rate", None))
     hyperparams |= {} if schedule is None else {"learning_rate": schedule}
-    # The optimizer does not state which variables are excluded from the decay.
-    return {**hyperparams, "decoupled": True, "masks_decay": True, "more": more}
+    # Keras' `exclude_from_weight_decay` sets one of these.
+    excludes = any(
+        getattr(optimizer, name, None)
+        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
+    )
+    masks = "some" if excludes else "none" if hasattr(optimizer, "_use_weight_decay") else "unknown"
+    return {**hyperparams, "decoupled": True, "masks_decay": masks, "more": more}
 
 
 def _schedule(schedule: Any) -> Any:

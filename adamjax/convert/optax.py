@@ -72,7 +72,7 @@ _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
-    hyperparams: Hyperparams = {"more": {}, "masks_decay": True}
+    hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name not in ("learning_rate", "weight_decay"):
