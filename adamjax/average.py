@@ -59,6 +59,10 @@ class weight_ema(Transform):
         average; a whole number of at least 1. `None`: never. (In an array that is traced or set
         later, a value below 1 makes the average and the weights NaN.)
 
+    With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average takes
+    in each step's weights rounded to the nearest. It lags a step behind where a step is smaller
+    than their resolution.
+
     The state is a `WeightEmaState`.
 
     >>> import adamjax, jax.numpy as jnp

@@ -519,4 +519,6 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
                 "stochastic rounding"
             )
     # Other bits than those of the moments, which are rounded in the same step.
+    if isinstance(step, int):
+        step = np.uint32(step % 2**32)
     return jnp.asarray(step).astype(jnp.int32) ^ np.int32(0x5BD1E995)

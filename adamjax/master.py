@@ -13,7 +13,7 @@ from adamjax.mesh import gather_rows
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, sealed
-from adamjax.structure import Part
+from adamjax.structure import Part, find
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = ["MasterWeightsState", "master_weights"]
@@ -161,6 +161,12 @@ class master_weights(Transform):
         """
         expect_state(self, state, MasterWeightsState)
         if not hasattr(self.tx, "flush"):
+            if any(hasattr(part.tx, "flush") for part in find(Transform, self.tx)):
+                raise TypeError(
+                    "master_weights: flush needs exact_rows directly inside, got "
+                    f"{type(self.tx).__name__} around it: write master_weights(exact_rows(...)), "
+                    "with the other transforms inside exact_rows"
+                )
             raise TypeError(f"master_weights: {self.tx!r} has no flush: no rows lag behind")
         wide, inner = self.tx.flush(self._wide(state, params), state.inner, axis=axis)
         leaves, treedef = flatten(params)
@@ -168,6 +174,8 @@ class master_weights(Transform):
         for i, w in enumerate(weights):
             if w is not None:
                 weights[i], leaves[i] = new[i], new[i].astype(dtype_of(leaves[i]))
+            else:
+                leaves[i] = new[i]
         return treedef.unflatten(leaves), MasterWeightsState(treedef.unflatten(weights), inner)
 
 

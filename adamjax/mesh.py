@@ -167,7 +167,8 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
     if sharding is not None:
         typed = explicit(table) is not None
         return jax.sharding.reshard(x, sharding) if typed else jax.device_put(x, sharding)
-    if not isinstance(table, jax.core.Tracer) or table.size == 0:
+    # With explicit axes, the type of the table shows that its rows are not split.
+    if not isinstance(table, jax.core.Tracer) or table.size == 0 or explicit(table) is not None:
         return x
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 

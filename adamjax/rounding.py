@@ -48,7 +48,7 @@ def rounding_keys(count: chex.Array, leaves: Sequence[int]) -> chex.Array:
       count: int32 scalar, the steps taken before.
     """
     positions = np.asarray(leaves, np.uint32) * np.uint32(0x9E3779B9)
-    return _mixed(_mixed(count.astype(jnp.uint32)) + positions)
+    return _mixed(_mixed(jnp.asarray(count).astype(jnp.uint32)) + positions)
 
 
 def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:

@@ -150,6 +150,36 @@ def test_tables_move_as_float32_tables(rows):
     np.testing.assert_allclose(state.weights["t"], expected["t"], atol=2e-3)
 
 
+def test_flush_brings_tables_of_every_dtype_up_to_date():
+    tx = master_weights(adamjax.exact_rows(adamjax.adam(0.1), "table"))
+    params = {
+        "table": jnp.ones((1000, 2)),
+        "narrow_table": jnp.ones((1000, 2), jnp.bfloat16),
+        "w": jnp.ones(2, jnp.bfloat16),
+    }
+
+    def loss(p, i):
+        return jnp.sum((p["table"][i] + p["narrow_table"][i]) * p["w"])
+
+    step, state = adamjax.train_step(loss, tx), tx.init(params)
+    for i in ([3], [5], [5]):
+        params, state, _ = step(params, state, jnp.array(i))
+    read = adamjax.eval_step(lambda p: (p["table"][3], p["narrow_table"][3]), tx)
+    expected = read(params, state)
+    assert expected[0][0] < 0.85  # Adam's first step, of 0.1, and what momentum adds
+    params, state = tx.flush(params, state)
+    assert_close((params["table"][3], params["narrow_table"][3]), expected)
+    assert_close(read(params, state), expected)
+
+
+def test_flush_needs_exact_rows_directly_inside():
+    inner = adamjax.exact_rows(adamjax.adam(0.1), "table")
+    tx = master_weights(adamjax.chain(adamjax.clip_by_global_norm(1.0), inner))
+    params = {"table": jnp.ones((30, 4), jnp.bfloat16)}
+    with pytest.raises(TypeError, match=r"flush needs exact_rows directly inside, got chain"):
+        tx.flush(params, tx.init(params))
+
+
 def test_a_state_is_an_ordinary_one():
     tx = master_weights(adamjax.chain(adamjax.adam(1e-3), adamjax.weight_ema(0.9)))
     state = tx.init(PARAMS)

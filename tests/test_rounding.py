@@ -245,6 +245,12 @@ def test_exact_rows_is_as_near_as_the_dense_step(rule):
     assert bound < 0.05 * np.mean(np.abs(wide(right)))
 
 
+def test_a_state_on_the_host_goes_on_as_one_on_the_device():
+    tx, p = adamjax.adam(0.1, m_dtype="bfloat16"), jnp.ones(3)
+    _, state = tx.update(p, tx.init(p), p)
+    assert_same(tx.update(p, jax.device_get(state), p), tx.update(p, state, p))
+
+
 def test_float16_is_refused():
     for name in ("m_dtype", "v_dtype"):
         with pytest.raises(TypeError, match=f"{name} is float16, expected bfloat16"):
@@ -311,6 +317,12 @@ def test_other_dtypes_are_rounded_as_before():
     assert_same(
         adamjax.apply_updates(p, u, rounding="stochastic", step=1), adamjax.apply_updates(p, u)
     )
+
+
+def test_any_python_integer_is_a_step():
+    p, u = jnp.ones(64, jnp.bfloat16), jnp.full(64, 2e-3)
+    low, high = (adamjax.apply_updates(p, u, rounding="stochastic", step=s) for s in (3, 2**32 + 3))
+    assert_same(low, high)
 
 
 def test_train_step_rounds_stochastically():

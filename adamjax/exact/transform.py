@@ -472,7 +472,8 @@ class exact_rows(Transform):
         """Brings all rows up to date, block by block in place; nothing else changes.
 
         For other readers of the weights: an export, another library. Neither `eval_step` nor a
-        checkpoint to resume from needs it.
+        checkpoint to resume from needs it. Weights are rounded to the nearest, also in bfloat16:
+        there a flush after every step would drop updates below their resolution.
 
         Args:
           params, state: as for `update`.
