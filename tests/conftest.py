@@ -1,7 +1,7 @@
 """`--quick` runs a sample of the tests, for a check before each commit."""
 
 # Of a test with many cases a quick run takes the first, and then one in so many.
-SAMPLED = 40
+SAMPLED = 80
 
 
 def pytest_addoption(parser):

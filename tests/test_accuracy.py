@@ -106,6 +106,7 @@ def updates(rule, betas):
 @pytest.mark.parametrize("kind", [kind.__name__ for kind in GRADIENTS])
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_update(rule, betas, kind):
     _, options, expect = RULES[rule]
     for seed in SEEDS:

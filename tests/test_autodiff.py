@@ -1423,6 +1423,7 @@ def test_as_jax(names):
         "tied_and_not",
     ],
 )
+@pytest.mark.slow
 def test_as_jax_without_jit(name):
     check_cases([name], op_by_op)
 
@@ -1623,6 +1624,7 @@ def test_argnums(argnums):
     assert len(found) == len(np.atleast_1d(argnums))
 
 
+@pytest.mark.slow
 def test_argnums_of_numpy_and_what_is_none():
     def found(argnums):
         tables = [adamjax.optional("table"), adamjax.optional("embedding")]
@@ -1641,6 +1643,7 @@ def test_argnums_of_numpy_and_what_is_none():
             found(bad)
 
 
+@pytest.mark.slow
 def test_large_unsigned_indices_read_what_jax_reads():
     table, ids = jnp.arange(10.0).reshape(5, 2), jnp.array([1, 2**31 + 1, 2**32 - 1], jnp.uint32)
     for loss in (
@@ -1708,6 +1711,7 @@ def test_more_rows_than_int32_numbers_are_refused():
         reads(2**31 - 1)
 
 
+@pytest.mark.slow
 def test_leaves_that_are_no_floats_have_no_gradient():
     p = params(
         ids=jnp.asarray(MANY),
@@ -1821,6 +1825,7 @@ def test_one_array_as_two_tables():
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.slow
 def test_indices_of_64_bits(mode):
     """One beyond 32 bits is no row's, and not that of its last bits."""
     starts = np.array([3, 2**32 + 4, -1, 2**40, -(2**32) + 2, 5], np.int64)[:, None]

@@ -116,6 +116,7 @@ def trained(tx, dtype=jnp.float32, steps=6):
 
 
 @pytest.mark.parametrize("name", MODES)
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_blocks(cut, name):
     expected = trained(MODES[name]())
     for most, size in SIZES.values():
@@ -140,6 +141,7 @@ DIFFERENTIATED = {
 
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.slow
 def test_derivatives_do_not_depend_on_the_blocks(cut, name):
     """By a hyperparameter, the table and its gradient: backwards and forwards."""
 
@@ -165,6 +167,7 @@ def test_derivatives_do_not_depend_on_the_blocks(cut, name):
     np.testing.assert_allclose(forwards, total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_outside_of_jit_a_loop_is_compiled_once():
     n = blocks._AT_ONCE + 1
     tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), {"t": jnp.ones((V, D))}
@@ -290,6 +293,7 @@ def test_a_ring_is_not_read_by_other_tables():
     assert_close(new.flush(params, state)[0], plain[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
     def lines(count):
         tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(count)
@@ -320,6 +324,7 @@ def test_moves_are_applied_as_they_are():
 
 @pytest.mark.parametrize("name", ["lazy", "exact"])
 @pytest.mark.skipif(jax.__version_info__ < (0, 6), reason="no loop within the older shard_map")
+@pytest.mark.slow
 def test_blocks_within_shard_map(cut, name):
     """Where the gradient differs over the mesh and the table does not, the result does."""
     tx, params = MODES[name](), {"t": jnp.ones((V, D))}

@@ -240,6 +240,7 @@ def test_average_that_stands():
     assert (average == 3).all()
 
 
+@pytest.mark.slow
 def test_long_decay():
     """A gap of 65,535 steps at step 1e5: that the sum of logarithms is compensated, in a scan."""
     plan = plan_of("adam-eps_hat", (0.9, 0.999), decays=True)
@@ -421,6 +422,7 @@ def test_average_again_and_again():
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
+@pytest.mark.slow
 def test_rows_beyond_the_ring_are_seen(betas):
     """One that stands where the ring does not reach back to, or ahead of the clock, is NaN."""
     plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)

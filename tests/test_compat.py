@@ -55,6 +55,7 @@ def test_the_search_for_imports_finds_them():
     )
 
 
+@pytest.mark.slow
 def test_the_import_warns_of_nothing():
     """Warnings of deprecation are errors here, so that a name is replaced before it is gone."""
     done = run("import adamjax")
@@ -100,6 +101,7 @@ message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), pa
 """
 
 
+@pytest.mark.slow
 def test_without_modules_that_jax_may_drop_only_their_features_fail():
     done = run(WITHOUT)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -557,6 +557,7 @@ def keras_run(keras, optimizer, precision):
 @needs_keras
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize("run_of", RUNS.values(), ids=[name.replace(", ", "-") for name in RUNS])
+@pytest.mark.slow
 def test_the_trajectory_of_keras_3(keras, run_of, precision):
     with enable_x64(precision == "float64"):
         optimizer = keras_optimizer(keras, *run_of)

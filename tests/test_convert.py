@@ -218,6 +218,7 @@ OPTAX = {
 
 
 @pytest.mark.parametrize("name", OPTAX)
+@pytest.mark.slow
 def test_a_run_that_comes_from_optax(name, x64):
     theirs, ours = pair(name)
     params, noises = new_params(), noise()
@@ -438,6 +439,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.slow
 def test_straight_into_exact_rows_and_back(name, x64):
     theirs, dense = EXACT[name]
     ours = adamjax.exact_rows(dense, "^embed", history=2048)
@@ -607,6 +609,7 @@ def test_variables_that_keras_excludes_from_decay(keras, x64):
         convert.from_keras(whole.optimizer, masked, middle)
 
 
+@pytest.mark.slow
 def test_keras_into_exact_rows(keras, x64):
     noises = noise()
     ours = adamjax.exact_rows(
@@ -938,6 +941,7 @@ def test_sparse_adam_of_torch(torch, x64):
     assert_close(actual, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_torch_into_exact_rows_with_row_gradients(torch, x64):
     noises = noise()
     theirs = Torch(
@@ -1227,6 +1231,7 @@ def test_arrays_that_may_be_ordered_in_several_ways():
     convert.from_keras({str(i): x for i, x in enumerate(arrays)}, adamjax.adam(RATE), params)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported():
     import subprocess
     import sys

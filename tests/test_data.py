@@ -386,6 +386,7 @@ def test_betas_that_are_traced_make_nan_outside_of_their_range(rule, name):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_betas_of_float64_are_taken_as_they_are(rule):
     """By rules in float32 as well: 1 - 1e-9 is 1 there."""
     rng = np.random.default_rng(0)

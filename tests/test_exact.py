@@ -464,6 +464,7 @@ def test_every_pair_of_settings_occurs():
 
 
 @pytest.mark.parametrize("config", covering(), ids=described)
+@pytest.mark.slow
 def test_exact(config):
     # In a small table a mean is a matter of luck.
     seeds = 1 + 100 // math.prod(config.size)
@@ -592,6 +593,7 @@ def test_less_history_than_needed_is_refused_with_the_figure(rule, betas, tail):
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.5, 0.9)], ids=str)
+@pytest.mark.slow
 def test_the_least_history_is_enough(betas):
     """Also where it is shorter than 256, and the ring wraps every few steps."""
     config = Config(betas=betas, tail="decay, average", size=(40, 3))
@@ -794,6 +796,7 @@ def stopped(params, ids):
     return jnp.sum((params["table"][ids] - 0.5 * still - 1.0) ** 2)
 
 
+@pytest.mark.slow
 def test_a_train_step_finds_its_rows_once():
     """They are known to `update` as it is traced: no second search, no second catching up."""
     tx, params = exact_rows(adamjax.adam(0.1), "table"), {"table": jnp.ones((ROWS_SMALL, 2))}
@@ -818,6 +821,7 @@ def test_a_train_step_finds_its_rows_once():
     assert_close(tx.flush(params, state)[0], held, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_without_rows_is_a_step():
     tx, dense = exact_rows(pipeline(), "table"), pipeline()
     params, state = trained_shortly(tx)
@@ -1055,6 +1059,7 @@ def test_a_decay_that_leaves_nothing_is_refused():
     exact_rows(adamjax.adamw(0.5, weight_decay=2.0, mask="kernel"), "table").init(small_params())
 
 
+@pytest.mark.slow
 def test_a_gradient_of_none_is_refused():
     tx = exact_rows(adamjax.adam(), "table")
     params = small_params()
@@ -1078,6 +1083,7 @@ def test_tables_must_be_there():
         tx.lookup(params, tx.init(params), "e", jnp.arange(2))
 
 
+@pytest.mark.slow
 def test_slots_and_averages_of_some_rows_are_read():
     """Up to date, as `flush` would leave them; nothing is told of an index outside."""
     tx = exact_rows(pipeline(), "table")
@@ -1257,6 +1263,7 @@ def test_the_momentum_of_an_average_is_part_of_the_state():
         made[1].flush(params, made[0].init(params))
 
 
+@pytest.mark.slow
 def test_a_change_of_betas_behind_a_flush():
     """As the error says: from the dense state, and then as the dense optimizer with other betas."""
     old, new = adamjax.adam(0.05, 0.9, 0.95), adamjax.adam(0.05, 0.8, 0.99)
@@ -1305,6 +1312,7 @@ def read_and_step(tx, params, state, between):
 
 
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.slow
 def test_a_ticket_of_other_arrays_is_ignored(jit):
     """A flush in between; a gradient at a perturbed point, as in SAM; a state made anew."""
     tx = exact_rows(pipeline(), "table")
@@ -1351,6 +1359,7 @@ def test_tables_may_come_back_in_another_order():
     assert int(adamjax.step_count(state)) == 2
 
 
+@pytest.mark.slow
 def test_numpy_arrays_do_as_well():
     """As they come from a checkpoint: in the parameters, in the state and in the gradients."""
     tx = exact_rows(pipeline(), "table")
@@ -1499,6 +1508,7 @@ def test_a_step_that_is_skipped_leaves_no_trace():
     assert_close(stepped(tx, params, state, grads)[0], expected[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_around_it():
     tx = accumulate_gradients(exact_rows(adamjax.adam(0.02), "table"), 2)
     dense = accumulate_gradients(adamjax.adam(0.02), 2)

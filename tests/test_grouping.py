@@ -168,6 +168,7 @@ def test_leaves_without_a_gradient_stand_still_whichever_they_are():
 
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
+@pytest.mark.slow
 def test_row_gradients_of_small_tables(rows):
     values = jnp.ones((2, 2))
     gradients = [make_grads(t) for t in range(3)]
@@ -269,6 +270,7 @@ def test_a_run_goes_on_from_a_state_without_buckets():
         assert_same(other[0], tx.update(grads, alone, params)[0])
 
 
+@pytest.mark.slow
 def test_around_and_within_other_transforms():
     """In front of what sees each leaf; as a part; beside a table whose rows are kept exact."""
     outer = chain(

@@ -54,6 +54,7 @@ def pipeline():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, jnp.array(3), 3.0])
+@pytest.mark.slow
 def test_a_step_is_the_inner_step_with_the_mean(steps):
     """Clip, decay, average and count move on the real step only, by the mean over the calls."""
     tx, inner, n = accumulate_gradients(pipeline(), steps), pipeline(), int(steps)
@@ -121,6 +122,7 @@ def test_a_leaf_without_a_gradient_waits():
     assert float(updates["b"]) == 4.0
 
 
+@pytest.mark.slow
 def test_steps_that_are_traced_make_nan_below_1():
     g = jnp.ones(2)
 
@@ -174,6 +176,7 @@ def test_a_bad_step_changes_nothing_but_the_counter(dtype):
     assert np.all(np.asarray(updates["w"]) != 0)
 
 
+@pytest.mark.slow
 def test_a_good_step_is_the_inner_step():
     """Beside bad ones: the trajectory is that of the good gradients alone."""
     tx, inner = skip_not_finite(pipeline()), pipeline()
@@ -288,6 +291,7 @@ def test_accumulated_rows_are_summed_in_float32():
     assert_same(updates.to_dense()[1, 0], jnp.bfloat16(1.5 / 257))
 
 
+@pytest.mark.slow
 def test_more_rows_than_there_is_room_for_become_nan():
     """All accumulated rows, but only in this step. If it is skipped, only its rows are lost."""
     for inner in (identity(), skip_not_finite(identity())):
@@ -340,6 +344,7 @@ def test_rows_and_room_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
+@pytest.mark.slow
 def test_bad_rows_are_skipped(rows):
     """Whichever row is bad. The next good gradients are applied as if it had not been there."""
     inner = chain(adamw(0.1, rows=rows), weight_ema(0.9))
@@ -383,6 +388,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("ticketed", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.slow
 def test_around_exact_rows(wrapper, ticketed):
     """As around the dense optimizer with dense gradients, with the inner one's tickets too."""
     wrap, dense_inner = WRAPPERS[wrapper], adamw(0.1, weight_decay=0.1)
@@ -493,6 +499,7 @@ def test_accumulation_in_accumulation():
     assert seen == [0.0, 0.0, 0.0, 4.0]
 
 
+@pytest.mark.slow
 def test_optax_in_ours():
     for ours, theirs in (
         (accumulate_gradients(optax.adamw(0.1), 2), optax.MultiSteps(optax.adamw(0.1), 2)),

@@ -89,6 +89,7 @@ def test_a_hundred_rates_in_one_program():
     np.testing.assert_allclose(found, jax.jit(jax.vmap(alone))(rates), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_around_exact_rows():
     tx = with_hyperparams(adamjax.exact_rows(adamjax.adamw(0.1), "table"), learning_rate=0.02)
     dense = adamjax.adamw(jnp.float32(0.02))

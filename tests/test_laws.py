@@ -438,6 +438,7 @@ def test_low_precision_updates_that_overwrite_weights(name, dtype):
 
 @law
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.slow
 def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
     """Over a whole run, by no more than the roundings of the weights and updates of its steps."""
     params = cast(make_params(dtype), jnp.float32)
@@ -491,6 +492,7 @@ def test_counts_stay_at_the_largest_int32(case):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", ["adam, eps", "amsgrad", "adamax", "nadam", "pipeline"])
+@pytest.mark.slow
 def test_low_precision_twins_over_hundreds_of_steps(name, dtype):
     """The twins' updates differ by no more than a rounding, and the weights move.
 
@@ -626,6 +628,7 @@ def test_rows_are_the_dense_gradient(case):
 
 
 @law
+@pytest.mark.slow
 def test_no_rows_are_zero_gradients(case):
     """Without any place, or with nothing in it: the rows decay and move on by their momentum."""
     touched = [*TOUCHED[:2], [], [-1, ROWS, -ROWS, 99], [], []]

@@ -61,6 +61,7 @@ AROUND = {
 
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow
 def test_parameters_are_the_rounded_weights(name, around):
     """The weights are those of the same optimizer on float32 parameters and gradients."""
     if around == "partition" and "clip" in name:

@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 
 import adamjax
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What a user sees first; and every module, as one may import a package that only tests have.
@@ -24,8 +26,6 @@ PROGRAM = r"""
 import importlib, importlib.util, pathlib, pkgutil, re, sys
 from importlib import metadata
 import adamjax, jax, jax.numpy as jnp
-
-pytestmark = pytest.mark.slow
 
 there = pathlib.Path(adamjax.__file__)
 assert there.is_relative_to(sys.prefix), there

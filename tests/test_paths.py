@@ -180,6 +180,7 @@ def read(params):
     return params["user"][jnp.array([1])].sum() + params["item"][jnp.array([2])].sum()
 
 
+@pytest.mark.slow
 def test_each_of_several_tables_must_match():
     wanted = (
         r"value_and_grad: the pattern 'itme' matches no leaf.*\['item', 'user', 'w'\].*optional"

@@ -96,6 +96,7 @@ def test_the_learning_rate_is_read_through_our_wrappers(name):
         _, state = tx.update(GRADS, state, PARAMS)
 
 
+@pytest.mark.slow
 def test_slots_of_every_rule():
     for tx, names in (
         (adam(), ("m", "v")),
@@ -175,6 +176,7 @@ def test_slots_of_odd_trees():
     assert_same(one, jnp.zeros(2))
 
 
+@pytest.mark.slow
 def test_step_count_is_of_what_steps():
     assert int(step_count(run(scale_by_learning_rate(0.1), 3)[1])) == 3
     assert int(step_count(run(weight_ema(), 3)[1])) == 3

@@ -57,6 +57,7 @@ def test_under_vmap():
     expect_the_same_step(jax.vmap(step, axis_name="batch")(*grads_of_all()))
 
 
+@pytest.mark.slow
 def test_updates_of_all_rows_are_summed_as_well():
     """Adam also moves rows that a replica did not read, which another replica may have read."""
 

@@ -33,6 +33,7 @@ def wide(x):
 
 
 @pytest.mark.parametrize("value", [1.001, -0.3, 3e-39, 1.7e-40, 2.9e38, -7.77e10])
+@pytest.mark.slow
 def test_the_mean_is_the_value(value):
     """Two neighbours in bfloat16, whose mean is within 4 standard errors."""
     x = jnp.full(40_000, value, jnp.float32)
@@ -172,6 +173,7 @@ def test_nothing_is_added_where_no_slot_is_narrow():
     assert "shift_right" not in str(jax.make_jaxpr(tx.update)(g, tx.init(g)))
 
 
+@pytest.mark.slow
 def test_jit_and_partition_change_no_bit():
     params = {"a": jnp.ones((5, 3)), "b": jnp.ones(4)}
     grads = jax.tree.map(lambda p: p * 0.123, params)
@@ -188,6 +190,7 @@ def test_jit_and_partition_change_no_bit():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n", [40, 9000])
+@pytest.mark.slow
 def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
     """Also where so many rows are worked on in blocks."""
     shape = (3 * n, 2)
@@ -210,6 +213,7 @@ def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_exact_rows_is_as_near_as_the_dense_step(rule):
     """By the mean error of the weights, of both against float32."""
     shape, steps = (300, 4), 150
@@ -298,6 +302,7 @@ def test_weights_move_by_small_updates():
     assert abs(moved.mean() - 1.2) < 4 * moved.std() / np.sqrt(moved.size)
 
 
+@pytest.mark.slow
 def test_rows_move_as_in_the_dense_leaf():
     rows = adamjax.row_gradient(jnp.array([5, 2]), jnp.full((2, 3), 1e-3), 9)
     stochastic = {"rounding": "stochastic", "step": 3}

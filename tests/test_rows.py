@@ -187,6 +187,7 @@ def test_what_does_not_fit_is_refused(indices, values, num_rows, options, error,
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_narrow_values_are_summed_in_float32(dtype):
     """A thousand times 1 + 1/256 is that, not where bfloat16 stops counting."""
     values = jnp.full((1000, 1), 1.00390625, dtype)
@@ -203,6 +204,7 @@ def rows():
     return row_gradient(*batch(seed=2), V)
 
 
+@pytest.mark.slow
 def test_arithmetic_is_that_of_the_dense_array(rows):
     array = rows.to_dense()
     for two in (2, 2.0, np.float32(2), jnp.float32(2), jnp.array(2)):
@@ -260,6 +262,7 @@ def test_the_kind_of_a_factor_is_that_of_the_dense_array(rows):
             assert_close((r * factor).to_dense(), r.to_dense() * factor)
 
 
+@pytest.mark.slow
 def test_the_sum_of_lazy_row_gradients_is_lazy():
     a, b = (
         row_gradient(*batch((4,), seed=seed, low=0, high=V), V).replace(lazy=lazy)
@@ -394,6 +397,7 @@ def test_means_of_leaves_are_no_rows():
         halved.to_dense()
 
 
+@pytest.mark.slow
 def test_sums_over_replicas_by_leaves_are_seen():
     indices, values = batch((4, 6), low=0, high=V)
 
@@ -562,6 +566,7 @@ def test_gradients_of_micro_batches_are_accumulated(max_rows):
     assert_close(rows, run(make(), 6, as_rows=False)[0], 2e-6)
 
 
+@pytest.mark.slow
 def test_more_rows_than_there_is_room_for_are_seen():
     tx = adamjax.accumulate_gradients(adamjax.skip_not_finite(adamjax.adam(0.1)), 3, max_rows=6)
     params, state = run(tx, 3, as_rows=True)

@@ -637,6 +637,7 @@ def test_a_rate_must_be_a_scalar():
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
+@pytest.mark.slow
 def test_a_callable_must_return_a_number():
     """The error names the callable. A negative number makes NaN."""
     g = jnp.ones(2)

@@ -56,6 +56,7 @@ def assert_near(ours, theirs):
 
 @pytest.mark.parametrize("tables", [None, "table"])
 @pytest.mark.parametrize("tx", [adamjax.adamw(0.1), optax.adam(0.1)], ids=["ours", "optax's"])
+@pytest.mark.slow
 def test_is_the_step_by_hand(tx, tables):
     if tables and not isinstance(tx, adamjax.Transform):
         pytest.skip("optax takes no row gradients")
@@ -74,6 +75,7 @@ def test_is_the_step_by_hand(tx, tables):
     ],
     ids=["alone", "skip_not_finite", "chain", "with_hyperparams", "shard_state"],
 )
+@pytest.mark.slow
 def test_exact_rows_are_found_wherever_they_are(around):
     dense = adamjax.adamw(0.1)
     tx = around(adamjax.exact_rows(dense, "table"))
@@ -389,6 +391,7 @@ def test_forward_finds_exact_rows_wherever_they_are(name, averaged):
 
 
 @pytest.mark.parametrize("fn", [plain, bags, tied, chained])
+@pytest.mark.slow
 def test_forward_with_the_average_reads_it_up_to_date(fn):
     tx = together(adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8)))
     p, state = train(tx, two_tables())

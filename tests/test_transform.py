@@ -159,6 +159,7 @@ class scale_by_loss(Transform):
         return jax.tree.map(lambda g: loss * g, grads), state
 
 
+@pytest.mark.slow
 def test_extra_arguments_reach_those_that_take_them():
     parts = (clip_by_global_norm(10.0), scale_by_loss(), optax.scale(1.0), weight_ema(0.5))
     for wrap in WRAPPERS.values():
@@ -203,6 +204,7 @@ OURS = adam(0.1, eps=1e-8)
         (accumulate_gradients(optax.adam(0.1), 2), None),
     ],
 )
+@pytest.mark.slow
 def test_optax_and_ours_mix_both_ways(mixed, pure):
     if pure is None:
         expected = optax.MultiSteps(optax.adam(0.1), 2)
@@ -230,6 +232,7 @@ def test_optax_applies_our_updates():
     assert_same(optax.apply_updates(PARAMS, updates), apply_updates(PARAMS, updates))
 
 
+@pytest.mark.slow
 def test_flax_takes_ours():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))

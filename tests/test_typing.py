@@ -8,13 +8,13 @@ import pytest
 
 pytest.importorskip("basedpyright")
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = {
     "parameters keep their type": """
 import jax, jax.numpy as jnp
 import adamjax
 from typing import assert_type
-
-pytestmark = pytest.mark.slow
 
 Params = dict[str, jax.Array]
 params: Params = {"w": jnp.ones(3)}
