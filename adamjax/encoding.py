@@ -236,8 +236,8 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
         above = jnp.maximum(x - np.int32(_top(slot.codes.dtype) + 4), 0)
         return jnp.where(x < 255, above, _NOT_FINITE).astype(jnp.uint8)
 
-    found = iter(map(exponent, largest, encoded_slots))
-    return [next(found) if isinstance(x, Scaled8) else None for x in slots]
+    exponents = iter(map(exponent, largest, encoded_slots))
+    return [next(exponents) if isinstance(x, Scaled8) else None for x in slots]
 
 
 def _spread(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
