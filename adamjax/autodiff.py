@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import ClosedJaxpr, JaxprEqn, line
+from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import PerSite, Planner, Source, View
@@ -339,7 +339,7 @@ class Reads:
                 row_inputs.append(site_rows.reshape(shape))
             elif site.live:
                 x = jnp.zeros(shape, leaves[table].dtype)
-                x = jax.lax.pcast(x, site.varying, to="varying") if site.varying else x
+                x = as_varying(x, site.varying) if site.varying else x
                 row_inputs.append(x)
             else:
                 row_inputs.append(None)
