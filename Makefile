@@ -13,7 +13,7 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled \
 # Less work for XLA's compiler, which most of a test's time is. `make test-newest` does without: it
 # compiles as a user's program does.
 COMPILE_FAST := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1 \
-	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+	--xla_cpu_parallel_codegen_split_count=1"
 PIP := -m pip --disable-pip-version-check install --quiet
 VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
