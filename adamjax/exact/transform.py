@@ -350,7 +350,7 @@ class exact_rows(Transform):
           has_aux, strict: as for `adamjax.value_and_grad`.
 
         Returns:
-          A function `(params, state, *args, **kwargs) -> ((value, grads), ticket)`. With `has_aux`,
+          A function `(params, state, /, *args, **kwargs) -> ((value, grads), ticket)`. With `has_aux`,
           value is `(loss, aux)`. The ticket is for the `update` of the same step.
 
         >>> import adamjax, jax, jax.numpy as jnp
@@ -371,7 +371,7 @@ class exact_rows(Transform):
         """
 
         @takes_state(loss_fn)
-        def function(params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Any:
+        def function(params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs) -> Any:
             gradient = gradient_of(
                 loss_fn, lambda: [self.bind(state, params)], has_aux=has_aux, strict=strict
             )
