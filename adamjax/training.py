@@ -9,7 +9,7 @@ import jax
 from adamjax.autodiff import Args, Call, P, Value, takes_state, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
-from adamjax.leaves import apply_updates, expect_arrays
+from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes
 from adamjax.paths import flatten
 from adamjax.reading import averaged_weights, step_count
 from adamjax.structure import Part, find
@@ -57,6 +57,8 @@ class _JittedStep:
         except TypeError:
             if args:
                 expect_arrays(self._owner, args[0])
+            if len(args) > 1:
+                expect_dtypes(self._owner, "the state", args[1])
             raise
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -86,9 +88,7 @@ class TrainStep(_JittedStep, Generic[P, Args, Value]):
 class EvalStep(_JittedStep, Generic[P, Args, Result]):
     """What `eval_step` returns."""
 
-    def __call__(
-        self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs
-    ) -> Result:
+    def __call__(self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         return self._call(self._jitted, params, state, *args, **kwargs)
 
 

@@ -91,7 +91,7 @@ def gradient_of(
       bind: returns each of them, bound to its state and the parameters that it sees.
 
     Returns:
-      A function `(params, /, *args, **kwargs) -> ((value, grads), ticket)`, with one ticket for all.
+      A function `(params, /, *args, **kwargs) -> ((value, grads), ticket)`, one ticket for all.
     """
 
     @functools.wraps(loss_fn)

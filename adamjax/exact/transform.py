@@ -350,8 +350,8 @@ class exact_rows(Transform):
           has_aux, strict: as for `adamjax.value_and_grad`.
 
         Returns:
-          A function `(params, state, /, *args, **kwargs) -> ((value, grads), ticket)`. With `has_aux`,
-          value is `(loss, aux)`. The ticket is for the `update` of the same step.
+          A function `(params, state, /, *args, **kwargs) -> ((value, grads), ticket)`. With
+          `has_aux`, value is `(loss, aux)`. The ticket is for the `update` of the same step.
 
         >>> import adamjax, jax, jax.numpy as jnp
         >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
