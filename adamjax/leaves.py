@@ -39,6 +39,7 @@ __all__ = [
     "new_slots",
     "no_scalars",
     "reduced",
+    "rounds_stochastically",
 ]
 
 
@@ -526,13 +527,25 @@ def apply_updates(
     )[1]
 
 
+def rounds_stochastically(owner: str, rounding: str, params: Tree) -> bool:
+    """Whether weights are rounded stochastically; refuses another rounding, and float16."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{owner}: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    if rounding == "nearest":
+        return False
+    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
+        if not is_left_alone(p) and dtype_of(p) == np.float16:
+            raise ValueError(
+                f"{owner}: params[{path!r}] is float16, expected bfloat16 or wider for stochastic "
+                "rounding"
+            )
+    return True
+
+
 def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
     """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f"apply_updates: rounding must be 'nearest' or 'stochastic', got {rounding!r}"
-        )
-    if (step is None) != (rounding == "nearest"):
+    stochastic = rounds_stochastically("apply_updates", rounding, params)
+    if (step is not None) != stochastic:
         came = "no step" if step is None else "a step, which has no effect with it"
         raise ValueError(
             f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
@@ -545,12 +558,6 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
             f"apply_updates: step is {described(step)}, expected an integer scalar, such as "
             "adamjax.step_count(state)"
         )
-    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
-        if not is_left_alone(p) and dtype_of(p) == np.float16:
-            raise ValueError(
-                f"apply_updates: params[{path!r}] is float16, expected bfloat16 or wider for "
-                "stochastic rounding"
-            )
     # Other bits than those of the moments, which are rounded in the same step.
     if isinstance(step, int):
         step = np.uint32(step % 2**32)

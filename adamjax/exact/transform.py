@@ -10,7 +10,7 @@ the whole table.
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate
+from typing import Any, Concatenate, Literal
 
 import chex
 import jax
@@ -40,6 +40,7 @@ from adamjax.leaves import (
     is_left_alone,
     matched,
     needed,
+    rounds_stochastically,
 )
 from adamjax.masking import partition
 from adamjax.mesh import over_rows, rows_alike
@@ -467,13 +468,17 @@ class exact_rows(Transform):
         return take_step(bound, leaves, ticket, extra_args)
 
     def flush(
-        self, params: Tree, state: ExactRowsState, *, axis: Any = None
+        self,
+        params: Tree,
+        state: ExactRowsState,
+        *,
+        axis: Any = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.
 
         For other readers of the weights: an export, another library. Neither `eval_step` nor a
-        checkpoint to resume from needs it. Weights are rounded to the nearest, also in bfloat16:
-        there a flush after every step would drop updates below their resolution.
+        checkpoint to resume from needs it.
 
         Args:
           params, state: as for `update`.
@@ -481,6 +486,12 @@ class exact_rows(Transform):
             each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
             axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
             the result is the same, but every device gets and works on all rows.
+          rounding: how bfloat16 weights are rounded, as in `apply_updates`: give the one of the
+            steps. Rounded to the nearest in every step, weights drop all that is below their
+            resolution.
+
+        Raises:
+          ValueError: `rounding` is neither, or a float16 table is to be rounded stochastically.
 
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
@@ -490,12 +501,14 @@ class exact_rows(Transform):
         bound = self.bind(state, params)
         assert bound.state is not None
         state, params = bound.state, bound.params
+        owner = "exact_rows.flush"
+        stochastic = rounds_stochastically(owner, rounding, bound.params)
         for t in bound.tables:
             if t.num_rows == 0:
                 continue
             batch, columns = bound.batch_of(t), bound.columns(t)
             flush_rows = over_rows(
-                "exact_rows.flush", functools.partial(flushed, batch), columns.weights, axis
+                owner, functools.partial(flushed, batch, stochastic), columns.weights, axis
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))
 
