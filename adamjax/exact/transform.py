@@ -490,13 +490,13 @@ class exact_rows(Transform):
             steps. Rounded to the nearest in every step, weights drop all that is below their
             resolution.
 
-        Raises:
-          ValueError: `rounding` is neither, or a float16 table is to be rounded stochastically.
-
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
           up to date, which is true only of the new params. To save copies of the tables, call it
           under `jit` and donate both.
+
+        Raises:
+          ValueError: `rounding` is neither, or a float16 table is to be rounded stochastically.
         """
         bound = self.bind(state, params)
         assert bound.state is not None
