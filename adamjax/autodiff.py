@@ -35,7 +35,7 @@ Value = TypeVar("Value")
 
 
 def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates `(params, state, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
+    """Decorates `(params, state, /, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
 
     It is as `functools.wraps`, but the signature has the state, so that `jax.jit` finds static
     arguments in their places.
@@ -44,15 +44,20 @@ def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapped: Any = functools.wraps(fn)(function)
         del wrapped.__wrapped__
+        own = [
+            # A keyword of fn may be called params or state, and jit takes no name twice.
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+            for name in ("_params", "_state")
+        ]
         try:
             signature = inspect.signature(fn)
             first, *others = signature.parameters.values()
-            own = inspect.signature(wrapped).parameters
-            names = own["params"].replace(kind=first.kind), own["state"].replace(kind=first.kind)
-            if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-                wrapped.__signature__ = signature.replace(parameters=[*names, *others])
-        except ValueError:  # there is none, or it has no place for these two
-            pass
+            if first.kind is first.VAR_POSITIONAL:
+                others = [first, *others]
+        except ValueError:  # there is none, or it has no place for the parameters
+            signature = inspect.signature(lambda *args, **kwargs: None)
+            others = list(signature.parameters.values())
+        wrapped.__signature__ = signature.replace(parameters=[*own, *others])
         return function
 
     return decorated
