@@ -1,4 +1,4 @@
-"""`--sample N` runs a part of the cases of each test, and `--quick` fewer for before each commit."""
+"""`--sample N` runs some cases of each test, and `--quick` fewer, for before each commit."""
 
 import pytest
 
