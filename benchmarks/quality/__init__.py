@@ -25,6 +25,7 @@ __all__ = ["main"]
 
 # In a quick run; two seeds are the fewest that have a spread.
 QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
+QUICK_CONTENDERS = ("dense", "exact", "lazy")
 
 
 def main(argv: list[str]) -> int:
@@ -61,10 +62,13 @@ def _run(suite: Suite, args: Any) -> int:
     models, seeds = {model.name: model for model in MODELS}, list(protocol.SEEDS)
     rates, search_seeds = list(protocol.RATES), list(protocol.SEARCH_SEEDS)
     b2s, steps = list(divergence.B2S), divergence.STEPS
+    contenders = {name: list(protocol.CONTENDERS) for name in models}
     if args.quick:
         models = {name: smaller(model) for name, model in models.items()}
         seeds, search_seeds = seeds[:QUICK_SEEDS], search_seeds[:1]
         rates, b2s, steps = rates[1 : 1 + QUICK_RATES], b2s[2:3], 200
+        # To compile takes most of the time; the first model alone has all contenders.
+        contenders |= {name: list(QUICK_CONTENDERS) for name in list(models)[1:]}
     fixed = {
         "data": about,
         "rates": rates,
@@ -82,7 +86,7 @@ def _run(suite: Suite, args: Any) -> int:
     journal = Journal(args.journal or default, fixed | where)
 
     chosen = [models[name] for name in suite.chosen(models)]
-    plan = Plan(chosen, list(protocol.CONTENDERS), rates, search_seeds, seeds)
+    plan = Plan(chosen, contenders, rates, search_seeds, seeds)
     if journal.cells:
         say(f"{len(journal.cells):,} cells are done already, in {journal.path}")
     with progress(plan.cells + len(b2s), "cell") as bar:

@@ -74,6 +74,11 @@ class Model:
         raise NotImplementedError
 
     @functools.cached_property
+    def start(self) -> Callable[[jax.Array], Params]:
+        """`init`, compiled."""
+        return jax.jit(self.init)
+
+    @functools.cached_property
     def _evaluated(self) -> Callable[..., dict[str, jax.Array]]:
         return jax.jit(self.evaluate)
 

@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ class Program:
             step = make(rate).step
             return jax.lax.scan(lambda carry, batch: (step(carry, batch), None), carry, batches)[0]
 
-        self.first = jax.jit(lambda key, rate: make(rate).init(model.init(key)))
+        self.make = make
         self.epoch = jax.jit(epoch, donate_argnums=0)
         self.read = jax.jit(lambda carry, rate: make(rate).read(carry))
         self.compiled: Callable[..., Any] | None = None
@@ -41,7 +41,7 @@ class Program:
           "validation" and "groups", the test's metrics by group of reads (`None` without examples).
         """
         model = self.model
-        carry = self.first(jax.random.key(seed), rate)
+        carry = self.make(rate).init(model.start(jax.random.key(seed)))
         seconds, curve = [], []
         for number in range(model.epochs):
             batch = jax.block_until_ready(tuple(jax.numpy.asarray(x[number]) for x in batches))
@@ -94,31 +94,33 @@ class Plan:
 
     Args:
       models: to train.
-      contenders: their names; with `nudged` or `exact` there must be `dense`, whose rate they take.
+      contenders: their names, by the model's; `dense` is always among them.
       rates, search_seeds, seeds: as in the protocol.
     """
 
     def __init__(
         self,
         models: Iterable[Model],
-        contenders: Sequence[str],
+        contenders: Mapping[str, Sequence[str]],
         rates: Sequence[float],
         search_seeds: Sequence[int],
         seeds: Sequence[int],
     ) -> None:
-        self.models, self.contenders = tuple(models), tuple(contenders)
+        self.models, self.contenders = tuple(models), contenders
         self.rates, self.search_seeds, self.seeds = rates, search_seeds, seeds
 
-    @property
-    def searched(self) -> list[str]:
+    def searched(self, model: Model) -> list[str]:
         """The contenders with a search of their own."""
-        return [name for name in self.contenders if name not in RATE_OF]
+        return [name for name in self.contenders[model.name] if name not in RATE_OF]
 
     @property
     def cells(self) -> int:
         """How many cells there are."""
-        search = len(self.searched) * len(self.rates) * len(self.search_seeds)
-        return len(self.models) * (search + len(self.contenders) * len(self.seeds))
+        each = len(self.rates) * len(self.search_seeds)
+        return sum(
+            each * len(self.searched(m)) + len(self.contenders[m.name]) * len(self.seeds)
+            for m in self.models
+        )
 
     def rate(self, journal: Journal, model: Model, contender: str) -> float:
         """The rate that the finished search gives a contender."""
@@ -135,7 +137,8 @@ class Plan:
     def run(self, journal: Journal, done: Callable[[Model, str, bool], None]) -> None:
         """Runs every cell that the journal does not have; calls `done` after each cell."""
         for model in self.models:
-            programs = {name: Program(model, name) for name in self.contenders}
+            names = self.contenders[model.name]
+            programs = {name: Program(model, name) for name in names}
 
             @functools.lru_cache(maxsize=1)
             def batches(seed: int, model: Model = model) -> Sequence[np.ndarray]:
@@ -157,10 +160,10 @@ class Plan:
                 done(model, name, is_new)
 
             for seed in self.search_seeds:
-                for name in self.searched:
+                for name in self.searched(model):
                     for rate in self.rates:
                         take("search", name, rate, seed)
-            rates = {name: self.rate(journal, model, name) for name in self.contenders}
+            rates = {name: self.rate(journal, model, name) for name in names}
             for seed in self.seeds:
-                for name in self.contenders:
+                for name in names:
                     take("test", name, rates[name], seed)

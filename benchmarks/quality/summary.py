@@ -21,7 +21,8 @@ class Cells:
     """The finished test cells of a model by contender, in the order of the seeds."""
 
     def __init__(self, plan: Plan, journal: Journal, model: Model) -> None:
-        self.rates = {name: plan.rate(journal, model, name) for name in plan.contenders}
+        names = plan.contenders[model.name]
+        self.rates = {name: plan.rate(journal, model, name) for name in names}
         self.by_name = {
             name: [journal[("test", model.name, name, rate, seed)] for seed in plan.seeds]
             for name, rate in self.rates.items()
@@ -41,7 +42,7 @@ def summarised(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
         ).p
         for model in plan.models
         for metric in model.metrics
-        for name in plan.contenders
+        for name in plan.contenders[model.name]
         if name not in ("dense", "nudged")
     }
     corrected = holm(p_values)
@@ -61,7 +62,7 @@ def model_row(
         "metrics": list(model.metrics),
         "contenders": {},
     }
-    for name in plan.contenders:
+    for name in plan.contenders[model.name]:
         about = row["contenders"][name] = {
             "rate": cells.rates[name],
             "seconds": rounded(
