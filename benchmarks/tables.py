@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.contenders import ALL_CONTENDERS, WHOLE_STEPS, short
 from benchmarks.models import CONTENDERS
+from benchmarks.quality import answer
 from benchmarks.rows import bounds as row_bounds
 
 Results = dict[str, Any]
@@ -396,12 +397,21 @@ def gpu(results: Results) -> str:
     )
 
 
+def quality(results: Results) -> str:
+    """What the quality suite says, and the table of its outcomes."""
+    lines = "\n".join(f"- {line}" for line in answer.sentences(results))
+    seeds = f"{len(results['seeds'])} seeds."
+    table = markdown(*answer.outcome_rows(results))
+    return f"{origin(results)} {seeds}\n\n{lines}\n\n{table}"
+
+
 SUITES = {
     "dense": dense,
     "rows": rows,
     "compile": compiling,
     "memory": memory,
     "models": models,
+    "quality": quality,
     "differences": differences,
     "tpu": tpu,
     "gpu": gpu,

@@ -104,13 +104,19 @@ def _run(suite: Suite, args: Any) -> int:
                 journal.add(("divergence", b2), divergence.measured(b2, steps))
             bar.update()
     suite.results |= fixed
-    suite.results["outcomes by"] = {"alpha": protocol.ALPHA, "confidence": protocol.CONFIDENCE}
+    suite.results["groups"] = protocol.group_names()
     suite.results["models"] = summary.summarised(plan, journal)
     suite.results["divergence"] = {
         "gaps": list(divergence.GAPS),
         "by b2": {str(b2): journal[("divergence", b2)] for b2 in b2s},
     }
-    return suite.finish()
+    suite.finish()
+    if out := suite.written:
+        from benchmarks.quality import report
+
+        for path in report.write(suite.results, out.parent):
+            print(f"written to {path}")
+    return 0
 
 
 def sizes(model: Any) -> dict[str, Any]:

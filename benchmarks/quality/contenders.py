@@ -211,6 +211,7 @@ MAKERS: dict[str, Maker] = {
     "nudged": nudged,
     "exact": exact,
     "lazy": lazy,
+    "lazy, same rate": lazy,
     "decayed": by_rows(decayed_rule),
     "local": by_rows(local_rule),
     "exact + decay": functools.partial(exact, decay=DECAY),

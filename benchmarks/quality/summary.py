@@ -1,4 +1,4 @@
-"""The results of all cells in numbers: comparisons with dense, times, curves, groups of reads."""
+"""The results of all cells in numbers: comparisons, times, curves, groups of reads."""
 
 import statistics
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.quality.journal import Journal
 from benchmarks.quality.models import Model
-from benchmarks.quality.protocol import METRICS
+from benchmarks.quality.protocol import METRICS, references
 from benchmarks.quality.run import Plan
 from benchmarks.quality.statistics import holm, outcome, paired
 
@@ -34,16 +34,15 @@ class Cells:
 
 
 def summarised(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
-    """A row for each model; every comparison with `dense` is in the correction together."""
+    """A row for each model; the p-values of all comparisons are corrected together."""
     cells = {model.name: Cells(plan, journal, model) for model in plan.models}
     p_values = {
         f"{model.name}/{metric}/{name}": paired(
-            cells[model.name].final(name, metric), cells[model.name].final("dense", metric)
+            cells[model.name].final(name, metric), cells[model.name].final(reference, metric)
         ).p
         for model in plan.models
         for metric in model.metrics
-        for name in plan.contenders[model.name]
-        if name not in ("dense", "nudged")
+        for name, reference in references(plan.contenders[model.name]).items()
     }
     corrected = holm(p_values)
     return [model_row(plan, model, cells[model.name], corrected) for model in plan.models]
@@ -62,6 +61,7 @@ def model_row(
         "metrics": list(model.metrics),
         "contenders": {},
     }
+    reference = references(plan.contenders[model.name])
     for name in plan.contenders[model.name]:
         about = row["contenders"][name] = {
             "rate": cells.rates[name],
@@ -82,9 +82,10 @@ def model_row(
                 "largest |difference|": rounded(float(np.abs(differences).max()), 3),
             }
             about["curve"][metric] = [
-                rounded(float(np.mean([cell["test"][epoch][metric] for cell in by_seed])), 5)
-                for by_seed in [cells.by_name[name]]
-                for epoch in range(model.epochs)
+                rounded(
+                    statistics.fmean(cell["test"][i][metric] for cell in cells.by_name[name]), 5
+                )
+                for i in range(model.epochs)
             ]
             if metric in cells.by_name[name][0]["groups"]:
                 by_seed = np.array(
@@ -93,17 +94,19 @@ def model_row(
                 about["groups"][metric] = [rounded(x, 5) for x in by_seed.mean(0).tolist()]
             key = f"{model.name}/{metric}/{name}"
             if key in corrected:
-                about["test"][metric] |= comparison(own, dense, metric, corrected[key])
+                other = cells.final(reference[name], metric)
+                compared = comparison(own, other, metric, corrected[key])
+                about["test"][metric] |= {"reference": reference[name], **compared}
     return row
 
 
 def comparison(
-    own: list[float], dense: list[float], metric: str, corrected_p: float
+    own: list[float], other: list[float], metric: str, corrected_p: float
 ) -> dict[str, Any]:
-    """The test of a contender against dense."""
-    found, kind = paired(own, dense), METRICS[metric]
-    margin = kind.absolute_margin(float(np.mean(dense)))
-    differences = np.subtract(own, dense).tolist()
+    """The test of a contender against its reference."""
+    found, kind = paired(own, other), METRICS[metric]
+    margin = kind.absolute_margin(float(np.mean(other)))
+    differences = np.subtract(own, other).tolist()
     return {
         "difference": rounded(found.mean, 4),
         "interval": [rounded(found.low, 4), rounded(found.high, 4)],
