@@ -41,6 +41,8 @@ CONFIDENCE = 0.95
 
 # How often a row is read in an epoch of training: examples are grouped by these bounds.
 READS = (4, 16, 64, 256)
+# A group of fewer examples is not shown.
+FEWEST = 50
 
 
 @dataclass(frozen=True)

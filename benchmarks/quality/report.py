@@ -22,7 +22,8 @@ CAPTIONS = {
     "time": "The test's first metric after each epoch, by the seconds of training until then: the "
     "mean of all seeds.",
     "reads": "The difference from dense in each group of the test's examples, by how often the "
-    "example's row is read by right answers in the training data. Above 0 is better.",
+    "example's row is read by right answers in the training data. Above 0 is better; groups of "
+    f"fewer than {protocol.FEWEST} examples are left out.",
     "divergence": "Where a row is at the end, away from where dense Adam brings it, by the steps "
     "between two reads of it: mean distance divided by dense's way.",
 }

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.quality.journal import Journal
 from benchmarks.quality.models import Model
-from benchmarks.quality.protocol import METRICS, references
+from benchmarks.quality.protocol import FEWEST, METRICS, READS, group, references
 from benchmarks.quality.run import Plan
 from benchmarks.quality.statistics import holm, outcome, paired
 
@@ -59,6 +59,9 @@ def model_row(
         "steps": model.epochs * model.steps,
         "batch": model.batch,
         "metrics": list(model.metrics),
+        "examples": np.bincount(
+            [group(n) for n in model.reads("test")], minlength=len(READS) + 1
+        ).tolist(),
         "contenders": {},
     }
     reference = references(plan.contenders[model.name])
@@ -91,7 +94,10 @@ def model_row(
                 by_seed = np.array(
                     [cell["groups"][metric] for cell in cells.by_name[name]], np.float64
                 )
-                about["groups"][metric] = [rounded(x, 5) for x in by_seed.mean(0).tolist()]
+                about["groups"][metric] = [
+                    rounded(x, 5) if n >= FEWEST else None
+                    for x, n in zip(by_seed.mean(0).tolist(), row["examples"], strict=True)
+                ]
             key = f"{model.name}/{metric}/{name}"
             if key in corrected:
                 other = cells.final(reference[name], metric)
