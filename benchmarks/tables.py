@@ -398,11 +398,14 @@ def gpu(results: Results) -> str:
 
 
 def quality(results: Results) -> str:
-    """What the quality suite says, and the table of its outcomes."""
+    """What the quality suite says, a line for each question."""
     lines = "\n".join(f"- {line}" for line in answer.sentences(results))
-    seeds = f"{len(results['seeds'])} seeds."
-    table = markdown(*answer.outcome_rows(results))
-    return f"{origin(results)} {seeds}\n\n{lines}\n\n{table}"
+    page = f"benchmarks/results/{results['environment'].get('platform', 'cpu')}/quality.md"
+    return (
+        f"{len(results['models'])} models, {len(results['seeds'])} seeds each. {origin(results)} "
+        f"[The report](https://github.com/adamjax/adamjax/blob/main/{page}) has every outcome.\n\n"
+        f"{lines}"
+    )
 
 
 SUITES = {
