@@ -101,7 +101,7 @@ def sentences(results: Results) -> list[str]:
     about = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with a rate of its own**, against dense",
-        "decayed": "**Lazy whose moments decay by the gap**, against dense",
+        "counted": "**A step count for each row (SmartDecay's idea)**, against dense",
         "local": "**HugeCTR's lazy global update**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
@@ -128,7 +128,7 @@ def sentences(results: Results) -> list[str]:
 
 def outcome_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the table of outcomes."""
-    names = ["exact", "lazy, same rate", "lazy", "decayed", "local", "lazy + decay"]
+    names = ["exact", "lazy, same rate", "lazy", "counted", "local", "lazy + decay"]
     names = [n for n in names if any(n in row["contenders"] for row in results["models"])]
     rows = []
     for row in results["models"]:

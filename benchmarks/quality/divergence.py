@@ -14,7 +14,7 @@ from benchmarks.quality.contenders import MAKERS
 
 GAPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 B2S = (0.9, 0.99, 0.999, 0.9999)
-NAMES = ("exact", "lazy", "decayed", "local")
+NAMES = ("exact", "lazy", "counted", "local")
 STEPS, WIDTH, RATE = 4000, 256, 1e-3
 
 

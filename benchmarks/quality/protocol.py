@@ -78,8 +78,9 @@ CONTENDERS = {
     "exact": "exact_rows",
     "lazy": 'rows="lazy": rows that are not read stay, and so do their moments',
     "lazy, same rate": "lazy with the learning rate of dense",
-    "decayed": "lazy, but a row knows when it was read last, and its moments decay by the gap",
-    "local": "HugeCTR's lazy global update: a row catches up after it was read, with v as it was",
+    "counted": "SmartDecay's idea: a row knows its last read and catches up after the next, with "
+    "the new v",
+    "local": "HugeCTR's lazy global update: a row catches up after it is read, with the old v",
     "exact + decay": "exact_rows of AdamW",
     "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
 }

@@ -13,7 +13,7 @@ LINES = {
     "exact": ("C0", 1.8),
     "lazy, same rate": ("C3", 1.8),
     "lazy": ("C2", 1.8),
-    "decayed": ("C4", 1.2),
+    "counted": ("C4", 1.2),
     "local": ("C1", 1.2),
     "exact + decay": ("C9", 1.2),
     "lazy + decay": ("C8", 1.2),
