@@ -1,4 +1,4 @@
-"""Hides the differences between the supported releases of JAX, 0.5.1 and newer.
+"""Hides the differences between the supported releases of JAX, 0.7.2 and newer.
 
 Only this module uses what a release of JAX may rename or remove, so that only this module changes
 for a new one. `jax.extend.core` is JAX's public module for reading jaxprs. Modules of
@@ -25,6 +25,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Var",
+    "as_varying",
     "at",
     "axis_kinds",
     "current_mesh",
@@ -74,8 +75,7 @@ def x64(enabled: bool) -> Any:
 
 def type_of(x: Any) -> Any:
     """The type of an array, traced or not."""
-    older: Any = jax.core  # before JAX 0.6
-    return jax.typeof(x) if hasattr(jax, "typeof") else older.get_aval(x)
+    return jax.typeof(x)
 
 
 def type_sharding(x: Any) -> Any:
@@ -86,14 +86,21 @@ def type_sharding(x: Any) -> Any:
 
 def axis_kinds(mesh: Any) -> set[str]:
     """The kinds of a mesh's axes: `"Auto"`, `"Explicit"`, `"Manual"`."""
-    # Before JAX 0.6 `axis_types` is a dictionary by kind, and no axis is explicit.
-    return {kind.name for kind in getattr(mesh, "axis_types", None) or ()}
+    return {kind.name for kind in mesh.axis_types or ()}
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
     """The manual axes over which a value differs."""
     kind = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
     return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
+    """A value of a `shard_map`, cast to differ over some of its axes."""
+    if hasattr(jax.lax, "pcast"):  # since JAX 0.8
+        return jax.lax.pcast(x, axes, to="varying")
+    older: Any = jax.lax
+    return older.pvary(x, axes)
 
 
 def in_memory_of(x: Any, like: Any) -> Any:
@@ -107,8 +114,8 @@ def in_memory_of(x: Any, like: Any) -> Any:
 
 def current_mesh() -> Any:
     """The current mesh; `None` if none is set."""
-    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    return None if mesh is None or mesh.empty else mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
 
 
 def per_device(
@@ -116,12 +123,7 @@ def per_device(
 ) -> Callable[..., Any]:
     """`shard_map` over some axes of a mesh, without JAX's check of varying values."""
     specs = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
-    older = experimental("adamjax: jax.shard_map", "shard_map")
-    others = frozenset(mesh.axis_names) - names
-    mapped: Callable[..., Any] = older.shard_map(function, auto=others, check_rep=False, **specs)
-    return mapped
+    return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -129,18 +131,14 @@ def per_device(
 
 def dimension_order(x: Any) -> tuple[int, ...] | None:
     """The dimensions of an array from the slowest to the fastest; `None` if not known."""
-    # Before JAX 0.7 a format is called a layout, and the layout in it a device_local_layout.
-    outer = x.format if hasattr(x, "format") else getattr(x, "layout", None)
-    layout = getattr(outer, "device_local_layout", None) or getattr(outer, "layout", None)
+    layout = getattr(getattr(x, "format", None), "layout", None)
     return getattr(layout, "major_to_minor", None)
 
 
 def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
     """JAX's object for an order of dimensions in memory and a sharding."""
     layouts = experimental("row_major, formats: an order in memory", "layout")
-    if hasattr(layouts, "Format"):
-        return layouts.Format(layouts.Layout(order), sharding)
-    return layouts.Layout(layouts.DeviceLocalLayout(order), sharding)
+    return layouts.Format(layouts.Layout(order), sharding)
 
 
 # --- jaxprs ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import ClosedJaxpr, JaxprEqn, line
+from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import PerSite, Planner, Source, View
@@ -35,7 +35,7 @@ Value = TypeVar("Value")
 
 
 def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates `(params, state, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
+    """Decorates `(params, state, /, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
 
     It is as `functools.wraps`, but the signature has the state, so that `jax.jit` finds static
     arguments in their places.
@@ -44,15 +44,20 @@ def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapped: Any = functools.wraps(fn)(function)
         del wrapped.__wrapped__
+        own = [
+            # A keyword of fn may be called params or state, and jit takes no name twice.
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+            for name in ("_params", "_state")
+        ]
         try:
             signature = inspect.signature(fn)
             first, *others = signature.parameters.values()
-            own = inspect.signature(wrapped).parameters
-            names = own["params"].replace(kind=first.kind), own["state"].replace(kind=first.kind)
-            if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-                wrapped.__signature__ = signature.replace(parameters=[*names, *others])
-        except ValueError:  # there is none, or it has no place for these two
-            pass
+            if first.kind is first.VAR_POSITIONAL:
+                others = [first, *others]
+        except ValueError:  # there is none, or it has no place for the parameters
+            signature = inspect.signature(lambda *args, **kwargs: None)
+            others = list(signature.parameters.values())
+        wrapped.__signature__ = signature.replace(parameters=[*own, *others])
         return function
 
     return decorated
@@ -339,7 +344,7 @@ class Reads:
                 row_inputs.append(site_rows.reshape(shape))
             elif site.live:
                 x = jnp.zeros(shape, leaves[table].dtype)
-                x = jax.lax.pcast(x, site.varying, to="varying") if site.varying else x
+                x = as_varying(x, site.varying) if site.varying else x
                 row_inputs.append(x)
             else:
                 row_inputs.append(None)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import jaxpr_as_fun, type_of, varying_axes
+from adamjax._compat import as_varying, jaxpr_as_fun, type_of, varying_axes
 
 __all__ = ["group_tables", "in_blocks", "is_one_block", "rows_of_each"]
 
@@ -129,7 +129,7 @@ def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
 
     def cast(x: chex.Array, after: Any) -> chex.Array:
         more = set(varying_axes(after)) - set(varying_axes(type_of(x)))
-        return jax.lax.pcast(x, tuple(more), to="varying") if more else x
+        return as_varying(x, tuple(more)) if more else x
 
     return jax.tree.map(cast, carry, jax.eval_shape(block, carry))
 

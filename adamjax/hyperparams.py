@@ -199,7 +199,7 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
 _PARTS = {"tx", "transforms", "hyperparams"}
 
 
-def set_hyperparams(state: Any, **hyperparams: Any) -> Any:
+def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
     """A state of `with_hyperparams` with other values.
 
     The dtypes stay, so no step is traced again.

@@ -28,6 +28,7 @@ __all__ = [
     "dtype_of",
     "expect_array",
     "expect_arrays",
+    "expect_dtypes",
     "expect_like",
     "expect_wide",
     "is_arraylike",
@@ -38,6 +39,7 @@ __all__ = [
     "new_slots",
     "no_scalars",
     "reduced",
+    "rounds_stochastically",
 ]
 
 
@@ -52,7 +54,33 @@ def is_left_alone(leaf: Any) -> bool:
     return leaf is None or not jnp.issubdtype(dtype_of(leaf), jnp.inexact)
 
 
+def _is_raw(leaf: Any) -> bool:
+    """Whether an array has bytes without a dtype, as NumPy reads bfloat16 from its own files."""
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return False
+    # The types of ml_dtypes and float0 are void too.
+    return leaf.dtype.type is np.void and leaf.dtype.names is None
+
+
+_RAW = (
+    "these are bytes without a dtype, as NumPy reads bfloat16 from .npz and .npy files: give them "
+    "the dtype that was saved, such as x.view(ml_dtypes.bfloat16)"
+)
+
+
+def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
+    """Refuses a tree with an array whose dtype was lost in a file of NumPy."""
+    for i, x in enumerate(flatten(tree)[0]):
+        if _is_raw(x):
+            path = leaf_paths(tree)[i]
+            raise TypeError(
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected a float: {_RAW}"
+            )
+
+
 def dtype_of(leaf: Any) -> Any:
+    if _is_raw(leaf):
+        raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {_RAW}")
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jax.dtypes.float0:
         return jnp.result_type(leaf)  # float64 only under x64
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
@@ -76,6 +104,8 @@ def described(leaf: Any) -> str:
         return "None"
     if not is_arraylike(leaf):
         return f"a {type(leaf).__name__}"
+    if _is_raw(leaf):
+        return f"{leaf.dtype.str}{list(leaf.shape)}"
     if isinstance(leaf, Scaled8):
         return f"{SCALED8}{list(leaf.shape)}"
     rows = "rows of " if isinstance(leaf, RowGradient | RowMoves) else ""
@@ -128,6 +158,7 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
 
     An average of small changes stands still if each step rounds it to a narrow dtype.
     """
+    expect_dtypes(owner, f"the state's {name}", tree)
     wanted = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
     for x in flatten(tree)[0]:
         is_encoded = isinstance(x, Scaled8)
@@ -207,6 +238,8 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         return None
     if not is_arraylike(leaf):
         return "expected an array"
+    if _is_raw(leaf) or _is_raw(want):
+        return _RAW
     if is_left_alone(leaf):
         ignored = want is None or is_left_alone(want) or dtype_of(leaf) == jax.dtypes.float0
         return None if ignored else "expected a floating dtype, or None to leave it alone"
@@ -223,6 +256,7 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
 
 def expect_arrays(owner: str, params: Tree) -> None:
     """Refuses parameters with a leaf that is no array, such as a whole model with functions."""
+    expect_dtypes(owner, "params", params)
     for i, p in enumerate(flatten(params)[0]):
         if p is not None and not is_arraylike(p):
             name = f" ({p.__name__})" if hasattr(p, "__name__") else ""
@@ -493,13 +527,25 @@ def apply_updates(
     )[1]
 
 
+def rounds_stochastically(owner: str, rounding: str, params: Tree) -> bool:
+    """Whether weights are rounded stochastically; refuses another rounding, and float16."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{owner}: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    if rounding == "nearest":
+        return False
+    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
+        if not is_left_alone(p) and dtype_of(p) == np.float16:
+            raise ValueError(
+                f"{owner}: params[{path!r}] is float16, expected bfloat16 or wider for stochastic "
+                "rounding"
+            )
+    return True
+
+
 def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
     """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f"apply_updates: rounding must be 'nearest' or 'stochastic', got {rounding!r}"
-        )
-    if (step is None) != (rounding == "nearest"):
+    stochastic = rounds_stochastically("apply_updates", rounding, params)
+    if (step is not None) != stochastic:
         came = "no step" if step is None else "a step, which has no effect with it"
         raise ValueError(
             f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
@@ -512,12 +558,6 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
             f"apply_updates: step is {described(step)}, expected an integer scalar, such as "
             "adamjax.step_count(state)"
         )
-    for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
-        if not is_left_alone(p) and dtype_of(p) == np.float16:
-            raise ValueError(
-                f"apply_updates: params[{path!r}] is float16, expected bfloat16 or wider for "
-                "stochastic rounding"
-            )
     # Other bits than those of the moments, which are rounded in the same step.
     if isinstance(step, int):
         step = np.uint32(step % 2**32)

@@ -56,6 +56,11 @@ class master_weights(Transform):
     adam(1e-3), "table"))`, `skip_not_finite(master_weights(...))`, and `shard_state(master_weights(
     ...), mesh, axis)`. With `exact_rows`, `train_step` reads rows from the float32 weights.
 
+    float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around,
+    such a step changes nothing; without it weights become NaN and stay so. A float16 parameter
+    whose weight is beyond 65504 is infinite. If the weight comes back, the parameter is NaN, as no
+    update leads from infinity to a number: copy it from the state, `weights.astype(p.dtype)`.
+
     Args:
       tx: a whole optimizer.
 

@@ -115,6 +115,8 @@ class scale_by_learning_rate(Scaling):
 
     learning_rate: Rate
 
+    descends = True
+
     def __post_init__(self) -> None:
         self.set_fields(learning_rate=as_rate(self, "learning_rate"))
 
@@ -144,7 +146,8 @@ class add_decayed_weights(Transform):
 
     Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
     Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, with the p
-    before the step. `update` needs `params`.
+    before the step. `update` needs `params`. Behind the learning rate weights would grow in each
+    step, `p += weight_decay * p`, so `chain` refuses that order.
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`; as for a
@@ -168,6 +171,8 @@ class add_decayed_weights(Transform):
 
     weight_decay: Rate
     mask: Mask | None = static(default=None)
+
+    adds_weights = True
 
     def __post_init__(self) -> None:
         self.set_fields(weight_decay=as_rate(self, "weight_decay"))

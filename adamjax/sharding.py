@@ -1,5 +1,7 @@
 """Shardings of an optimizer's state on a mesh: like its parameters, or split over an axis."""
 
+import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -184,6 +186,10 @@ class shard_state(Transform):
                 f"shard_state: the mesh has no axis {missing[0]!r}, it has "
                 f"{list(self.mesh.axis_names)}"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "shard_state":
+        # The mesh is shared: it is made of devices, which JAX 0.7 does not copy.
+        return dataclasses.replace(self, tx=copy.deepcopy(self.tx, memo))
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, ShardedState)

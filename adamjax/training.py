@@ -9,7 +9,7 @@ import jax
 from adamjax.autodiff import Args, Call, P, Value, takes_state, value_and_grad
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
-from adamjax.leaves import apply_updates, expect_arrays
+from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes
 from adamjax.paths import flatten
 from adamjax.reading import averaged_weights, step_count
 from adamjax.structure import Part, find
@@ -50,20 +50,24 @@ class _JittedStep:
         this: Any = self
         functools.update_wrapper(this, jitted, updated=())
 
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A keyword of the user's function may have any name, so all names here are positional.
+    def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         except TypeError:
-            expect_arrays(self._owner, args[0] if args else kwargs.get("params"))
+            if args:
+                expect_arrays(self._owner, args[0])
+            if len(args) > 1:
+                expect_dtypes(self._owner, "the state", args[1])
             raise
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.trace, *args, **kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.lower, *args, **kwargs)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +80,7 @@ class TrainStep(_JittedStep, Generic[P, Args, Value]):
     """What `train_step` returns."""
 
     def __call__(
-        self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs
+        self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs
     ) -> tuple[P, Any, Value]:
         return self._call(self._jitted, params, state, *args, **kwargs)
 
@@ -84,7 +88,7 @@ class TrainStep(_JittedStep, Generic[P, Args, Value]):
 class EvalStep(_JittedStep, Generic[P, Args, Result]):
     """What `eval_step` returns."""
 
-    def __call__(self, params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+    def __call__(self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         return self._call(self._jitted, params, state, *args, **kwargs)
 
 
@@ -114,7 +118,7 @@ def train_step(
         `static_argnames`; `donate_argnums=()` donates nothing.
 
     Returns:
-      A function `(params, state, *args, **kwargs) -> (params, state, value)`, where value is the
+      A function `(params, state, /, *args, **kwargs) -> (params, state, value)`, where value is the
       loss, or `(loss, aux)` with `has_aux`. It has the attributes of functions of `jax.jit`, such
       as `lower`.
 
@@ -134,7 +138,9 @@ def train_step(
     """
     tx = as_transform(tx)
 
-    def step(params: Tree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    # jit takes no name twice, and a keyword of the loss may be called params or state.
+    def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        params, state = _params, _state
         exact, extra = _exact_parts("train_step", tx, state, params), {}
         if exact:
             if tables is not None:
@@ -193,7 +199,7 @@ def forward(
         as much as the table is large, and memory for another table.
 
     Returns:
-      A function `(params, state, *args, **kwargs)` that returns what `fn` returns. Call it under
+      A function `(params, state, /, *args, **kwargs)` that returns what `fn` returns. Call it under
       `jit`: outside, it runs operation by operation. `eval_step` is jitted.
 
     Raises:
@@ -224,7 +230,7 @@ def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict
     tx = as_transform(tx)
 
     @takes_state(fn)
-    def function(params: Tree, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def function(params: Tree, state: Any, /, *args: Any, **kwargs: Any) -> Any:
         parts = _exact_parts(owner, tx, state, params)
         bounds = [part.tx.bind(part.state, part.params) for part in parts]
         if averaged:
@@ -262,7 +268,7 @@ def eval_step(
       **jit_options: further arguments of `jax.jit`, such as `static_argnames`.
 
     Returns:
-      A function `(params, state, *args, **kwargs)` that returns what `fn` returns. It has the
+      A function `(params, state, /, *args, **kwargs)` that returns what `fn` returns. It has the
       attributes of functions of `jax.jit`, such as `lower`.
 
     Raises:

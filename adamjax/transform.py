@@ -175,6 +175,16 @@ class Transform(Data, _Pair):
         return tuple(map(Part, parts, states, params_seen))
 
     @property
+    def descends(self) -> bool:
+        """Whether it multiplies by minus a learning rate."""
+        return any(part.descends for part in self.parts)
+
+    @property
+    def adds_weights(self) -> bool:
+        """Whether all it does is to add a multiple of at least 0 of the weights."""
+        return bool(self.parts) and all(part.adds_weights for part in self.parts)
+
+    @property
     def must_be_last(self) -> bool:
         """Whether it must be the last transform of a chain."""
         return any(part.must_be_last for part in self.parts)
@@ -249,9 +259,10 @@ class foreign(Transform):
 def expect_state(owner: Transform, state: Any, kind: type) -> None:
     """Refuses a state of another transform, or one whose counts are no integer scalars."""
     if not isinstance(state, kind):
+        restored = isinstance(state, dict | list)
         raise TypeError(
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
-            f"{kind.__name__} that its init or its last update returned"
+            f"{kind.__name__} that its init or its last update returned{_CLASSLESS * restored}"
         )
     for name in _COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
@@ -290,6 +301,11 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
     return tuple(state)
 
 
+_CLASSLESS = (
+    ". A checkpoint that was restored without its classes has dictionaries and lists: restore it "
+    "into tx.init(params), as the target of your library, or from its leaves in their order, "
+    "jax.tree.structure(tx.init(params)).unflatten(leaves)"
+)
 # The fields of states that count something.
 _COUNTS = {"count", "micro_count", "skipped", "clock"}
 

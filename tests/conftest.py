@@ -1,14 +1,28 @@
-"""`--quick` runs a sample of the tests, for a check before each commit."""
+"""`--sample N` runs a part of the cases of each test, and `--quick` fewer for before each commit."""
 
-# Of a test with many cases a quick run takes the first, and then one in so many.
-SAMPLED = 80
+import pytest
+
+# `--quick`: of the cases of a test, the first and then one in so many.
+QUICK = 80
+
+
+def at_least_one(text):
+    """A positive integer, from the command line."""
+    number = int(text)
+    if number < 1:
+        raise pytest.UsageError(f"--sample {text}: expected 1 or more")
+    return number
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--quick",
-        action="store_true",
-        help=f"skip slow tests, and of each other one take the first and every {SAMPLED}th case",
+        "--sample",
+        type=at_least_one,
+        metavar="N",
+        help="of a test with many cases, run the first and then every Nth",
+    )
+    parser.addoption(
+        "--quick", action="store_true", help=f"skip slow tests, and of the others --sample {QUICK}"
     )
 
 
@@ -17,14 +31,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--quick"):
-        return
+    is_quick = config.getoption("--quick")
+    step = config.getoption("--sample") or (QUICK if is_quick else 1)
     cases = {}
     sample, others = [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
         number = cases[function] = cases.get(function, -1) + 1
-        is_slow = item.get_closest_marker("slow") is not None
-        (others if is_slow or number % SAMPLED else sample).append(item)
+        is_left_out = is_quick and item.get_closest_marker("slow") is not None
+        (others if is_left_out or number % step else sample).append(item)
     items[:] = sample
     config.hook.pytest_deselected(items=others)

@@ -16,11 +16,6 @@ try:
 except AttributeError:  # before JAX 0.8
     from jax.experimental import enable_x64  # noqa: F401
 
-try:
-    shard_map = jax.shard_map
-except AttributeError:  # before JAX 0.6
-    from jax.experimental.shard_map import shard_map  # noqa: F401
-
 
 def environment(**more):
     """The environment of a process that imports this package and the tests, and runs on the CPU."""

@@ -23,10 +23,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from support import enable_x64, is_none, run_on_devices, shard_map
+from support import enable_x64, is_none, run_on_devices
 
 import adamjax
 from adamjax import RowGradient
+from adamjax._compat import as_varying
 from adamjax.paths import leaf_paths
 
 V, D = 11, 3
@@ -2156,7 +2157,7 @@ def of_shards(p, ids):
 
 
 def mapped(function, mesh, in_specs, out_specs):
-    return shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def over_devices():
@@ -2194,13 +2195,7 @@ def over_devices():
     # Inside of a shard_map every device has the gradient of its own examples; the table is cast
     # to one that varies, so that nothing is summed behind its back.
     def vary(x):
-        try:
-            return lax.pcast(x, "batch", to="varying")
-        except AttributeError:
-            try:
-                return lax.pvary(x, "batch")
-            except AttributeError:
-                return x
+        return as_varying(x, ("batch",))
 
     def own(p, ids):
         p = jax.tree.map(vary, p)

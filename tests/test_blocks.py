@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, assert_same, shard_map
+from support import assert_close, assert_same
 
 import adamjax
 from adamjax import blocks
@@ -323,7 +323,6 @@ def test_moves_are_applied_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["lazy", "exact"])
-@pytest.mark.skipif(jax.__version_info__ < (0, 6), reason="no loop within the older shard_map")
 @pytest.mark.slow
 def test_blocks_within_shard_map(cut, name):
     """Where the gradient differs over the mesh and the table does not, the result does."""
@@ -339,4 +338,6 @@ def test_blocks_within_shard_map(cut, name):
     expected = moved(ids)
     cut(0, 7)
     rows = jax.sharding.PartitionSpec("x")
-    assert_close(jax.jit(shard_map(moved, mesh=mesh, in_specs=rows, out_specs=rows))(ids), expected)
+    assert_close(
+        jax.jit(jax.shard_map(moved, mesh=mesh, in_specs=rows, out_specs=rows))(ids), expected
+    )

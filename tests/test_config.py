@@ -397,6 +397,12 @@ def test_names_must_differ():
     [
         ("adam", TypeError, "expected a dictionary"),
         ({}, ValueError, "neither 'class' (adamjax's) nor 'class_name'"),
+        (
+            {"class_name": "Sequential", "config": {}, "compile_config": {"optimizer": {}}},
+            ValueError,
+            "of a model, as in config.json of a .keras file, expected that of an optimizer: pass "
+            'config["compile_config"]["optimizer"]',
+        ),
         ({"class": "scael", "factor": 1.0}, ValueError, "the config is of class 'scael'"),
         (
             {"class": "Transform"},

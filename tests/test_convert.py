@@ -1290,7 +1290,7 @@ def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
     optimizer = built_keras(keras, name, **KERAS_OPTIMIZERS[name])
     variables = [(v.path, np.asarray(v)) for v in optimizer.variables]
     variables = variables if named else [x for _, x in variables]
-    makes = {"Adamax": adamjax.adamax, "Nadam": adamjax.nadam}
+    makes = {"Adamax": adamjax.adamax, "AdamW": adamjax.adamw, "Nadam": adamjax.nadam}
     tx, params = makes.get(name, adamjax.adam)(0.1), {"w": jnp.ones(3)}
     if name in ("Adam", "AdamW", "Adamax", "Nadam"):
         assert int(adamjax.step_count(convert.from_keras(variables, tx, params))) == 2
@@ -1332,7 +1332,7 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
             continue
         optimizer = kind(keras.optimizers.Adam() if name == "LossScaleOptimizer" else 0.1)
         optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-        txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
+        txs = (adamjax.adam, adamjax.adamw, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
         for given in (optimizer, optimizer.variables):
             for tx in txs:
                 try:
@@ -1341,7 +1341,9 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
                     assert "from_keras: " in str(error)  # noqa: PT017
                 else:
                     taken.add((name, tx.__name__))
-    expected = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("Nadam", "nadam")}
+    # Keras' Adam may have a weight decay too.
+    expected = {("Adam", "adam"), ("Adam", "adamw"), ("AdamW", "adamw")}
+    expected |= {("Adamax", "adamax"), ("Nadam", "nadam")}
     assert taken == expected
 
 
@@ -1381,6 +1383,59 @@ def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
         for other in (falls(0.2, 1000), falls(0.1, 990) if count else 0.2):
             with pytest.raises(ValueError, match="from_keras: 'w': Keras has a learning rate of"):
                 convert.from_keras(optimizer, adamjax.adam(other), params)
+
+
+def test_names_of_keras_say_that_there_is_a_schedule(keras):
+    """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
+    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    current = [(v.path, np.asarray(v)) for v in optimizer.variables]
+    of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
+    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
+    constant = adamjax.adam(0.1)
+    for variables in (optimizer.variables, dict(current), of_tf_keras):
+        for tx in (constant, adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))):
+            with pytest.raises(
+                ValueError, match=r"follows a schedule .* tx has a constant one: bu"
+            ):
+                convert.from_keras(variables, tx, params)
+        for tx in (
+            adamjax.adam(falls),
+            adamjax.adam(adamjax.constant(0.1)),
+            adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
+            adamjax.with_hyperparams(constant, learning_rate=0.1),
+            adamjax.scale_by_adam(),
+            adamjax.chain(adamjax.scale_by_adam(), optax.scale_by_learning_rate(0.1)),
+        ):
+            convert.from_keras(variables, tx, params)
+        convert.from_keras(variables, constant, params, check=False)
+        with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
+            convert.to_keras(constant.init(params), constant, params, variables)
+
+
+def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    optimizer = keras.optimizers.Adam(0.1)
+    stored = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
+    for variables in (optimizer, optimizer.variables, stored):
+        with pytest.raises(ValueError, match=r"no moments, so it is not built yet: .*build\("):
+            convert.from_keras(variables, tx, params)
+    with pytest.raises(TypeError, match=r"a config, which has no variables: .*from_config"):
+        convert.from_keras({"class_name": "Adam", "config": {}}, tx, params)
+
+
+def test_states_that_were_restored_without_their_classes():
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    bare = [dict(optax.adam(0.1).init(params)[0]._asdict()), {}]
+    for restored in (bare, {}):
+        with pytest.raises(ValueError, match=r"moments of no leaf, .*restored without its classes"):
+            convert.from_optax(restored, tx, params)
+    for restored in (bare, (bare[0], {}), {"0": bare[0]}):
+        with pytest.raises(TypeError, match=r"the state is a \w+, expected .*without its classes"):
+            tx.update(params, restored, params)
+    mended = jax.tree.structure(tx.init(params)).unflatten(jax.tree.leaves(tx.init(params)))
+    assert_same(mended, tx.init(params))
 
 
 def keras_layers(names, prefix="adam"):
@@ -1442,8 +1497,11 @@ def test_names_of_other_optimizers_are_refused(prefix):
 
 
 def test_numbered_names_of_keras_optimizers():
-    for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adam), ("AdamW", None)]:
-        convert.from_keras(keras_layers(["a"], prefix), (tx or adamjax.adam)(RATE), jnp.zeros(2))
+    for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adamw)]:
+        convert.from_keras(keras_layers(["a"], prefix), tx(RATE), jnp.zeros(2))
+    for prefix in ("adam_w_12", "AdamW"):
+        with pytest.raises(ValueError, match=r"Keras has AdamW's weight decay, tx has none: build"):
+            convert.from_keras(keras_layers(["a"], prefix), adamjax.adam(RATE), jnp.zeros(2))
     with pytest.raises(ValueError, match=r"those of nadam, but for adam expected"):
         convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
 

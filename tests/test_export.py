@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from support import assert_close, avals, shard_map
+from support import assert_close, avals
 from test_laws import CASES, make_grads, make_params
 
 import adamjax
@@ -188,7 +188,7 @@ def over_replicas(tx):
     def mapped(params, state, ids, y):
         held = jax.tree.map(lambda x: x[None], (params, state))
         specs = (spec, spec, spec, spec)
-        found = shard_map(shard, mesh=mesh, in_specs=specs, out_specs=spec)(*held, ids, y)
+        found = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=spec)(*held, ids, y)
         return jax.tree.map(lambda x: x[0], found)
 
     return tx, mapped

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax import export
 from jax.experimental import checkify
-from support import assert_close, assert_same, run_on_devices, shard_map
+from support import assert_close, assert_same, run_on_devices
 
 import adamjax
 
@@ -1206,7 +1206,7 @@ def replicas():
         assert_close(jax.tree.map(operator.itemgetter(i), params), expected()[0], ROUNDING)
 
     specs = {"in_specs": (whole, whole, split, split), "out_specs": (whole, whole)}
-    sharded = jax.jit(shard_map(functools.partial(one_step, theirs), mesh=mesh, **specs))
+    sharded = jax.jit(jax.shard_map(functools.partial(one_step, theirs), mesh=mesh, **specs))
     params, state = PARAMS, theirs.init(PARAMS)
     for _ in range(5):
         params, state = sharded(params, state, X, Y)

@@ -16,19 +16,14 @@ COLUMN_MAJOR, ROW_MAJOR = (1, 0), (0, 1)
 
 def order(x):
     """The order of an array's dimensions in memory."""
-    layout = x.format if hasattr(x, "format") else x.layout
-    return (getattr(layout, "device_local_layout", None) or layout.layout).major_to_minor
+    return x.format.layout.major_to_minor
 
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def column_major(x):
-    try:
-        layout = layouts.Format(layouts.Layout(COLUMN_MAJOR), DEVICE)
-    except AttributeError:  # an older JAX
-        layout = layouts.Layout(layouts.DeviceLocalLayout(COLUMN_MAJOR), DEVICE)
-    return jax.device_put(x, layout)
+    return jax.device_put(x, layouts.Format(layouts.Layout(COLUMN_MAJOR), DEVICE))
 
 
 def table(seed=0):

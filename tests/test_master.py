@@ -91,6 +91,43 @@ def test_parameters_are_the_rounded_weights(name, around):
             assert exact == 1 if name != "clip, adam, average" else exact > 0.8
 
 
+@pytest.mark.parametrize("skips_inside", [True, False])
+def test_a_step_whose_float16_gradients_overflow_changes_nothing(skips_inside):
+    """Those of a scaled loss: float16 ends at 65504."""
+    adam, skip = adamjax.chain(adamjax.scale(1 / 1024), adamjax.adam(0.1)), adamjax.skip_not_finite
+    tx = master_weights(skip(adam)) if skips_inside else skip(master_weights(adam))
+    grads = [jnp.array([g, 0.5], jnp.float16) * 1024 for g in (1.0, 100.0, -2.0)]
+    assert np.isinf(grads[1][0])
+    update = jax.jit(tx.update)
+
+    def run(several):
+        p = jnp.ones(2, jnp.float16)
+        state = tx.init(p)
+        for g in several:
+            updates, state = update(g, state, p)
+            p = adamjax.apply_updates(p, updates)
+        return p, jax.tree.leaves(state), adamjax.skipped_steps(state)
+
+    (p, with_overflow, skipped), (expected, without, _) = run(grads), run(grads[::2])
+    assert int(skipped) == 1
+    assert np.all(np.isfinite(p))
+    assert_same(p, expected)
+    # All but the count of skipped steps.
+    assert sum(not np.array_equal(x, y) for x, y in zip(with_overflow, without, strict=True)) == 1
+
+
+def test_a_float16_parameter_that_was_infinite_is_copied_from_its_weight():
+    tx, p = master_weights(adamjax.scale(1.0)), jnp.zeros(1, jnp.float16)
+    state = tx.init(p)
+    for g, expected in ((6e4, 6e4), (1e4, np.inf), (-3e4, np.nan)):
+        updates, state = tx.update(jnp.full(1, g, jnp.float16), state, p)
+        p = adamjax.apply_updates(p, updates)
+        np.testing.assert_array_equal(p, jnp.full(1, expected, jnp.float16))
+    p = state.weights.astype(p.dtype)
+    updates, state = tx.update(jnp.full(1, -1e4, jnp.float16), state, p)
+    np.testing.assert_array_equal(adamjax.apply_updates(p, updates), jnp.full(1, 3e4, jnp.float16))
+
+
 def test_small_updates_add_up():
     p = jnp.ones(3, jnp.bfloat16)
     tx = master_weights(adamjax.scale(-1e-4))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, run_on_devices, shard_map
+from support import assert_close, run_on_devices
 
 import adamjax
 
@@ -88,7 +88,7 @@ def check_over_devices():
         params = step(*(x[0] for x in shards))
         return jax.tree.map(lambda x: x[None], params)
 
-    mapped = shard_map(step_on_one_device, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    mapped = jax.shard_map(step_on_one_device, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     expect_the_same_step(jax.jit(mapped)(*grads_of_all()))
 
 

@@ -317,6 +317,50 @@ def test_rows_move_as_in_the_dense_leaf():
     assert_same(moved[0], p[0])
 
 
+def test_a_flush_after_every_step_rounds_as_the_steps_do():
+    """A row's momentum moves it by less than bfloat16's resolution in each step."""
+    tx = adamjax.exact_rows(adamjax.adam(1e-3), "")
+    first = adamjax.row_gradient(jnp.arange(1000), jnp.ones((1000, 2)), 1000)
+    none = adamjax.row_gradient(jnp.array([0]), jnp.zeros((1, 2)), 1000)
+
+    def run(dtype, rounding):
+        def step(i, carry, grads=none):
+            p, state = carry
+            updates, state = tx.update(grads.astype(dtype), state, p)
+            options = {"step": i} if rounding == "stochastic" else {}
+            p = adamjax.apply_updates(p, updates, rounding=rounding, **options)
+            return tx.flush(p, state, rounding=rounding)
+
+        p = jnp.ones((1000, 2), dtype)
+        carry = step(0, (p, tx.init(p)), first)
+        return jax.lax.fori_loop(1, 20, step, carry)[0]
+
+    run = jax.jit(run, static_argnums=(0, 1))
+    expected = float(run(jnp.float32, "nearest").mean())
+    frozen, moved = (wide(run(jnp.bfloat16, rounding)) for rounding in ("nearest", "stochastic"))
+    assert np.all(frozen == 1)  # the control
+    assert 1 - expected > 4e-3
+    assert abs(moved.mean() - expected) < 4 * moved.std() / np.sqrt(moved.size)
+
+
+def test_a_flush_refuses_other_roundings():
+    for dtype, rounding, problem in [
+        (
+            jnp.bfloat16,
+            "up",
+            "exact_rows.flush: rounding must be 'nearest' or 'stochastic', got 'up",
+        ),
+        (
+            jnp.float16,
+            "stochastic",
+            "exact_rows.flush: params.*is float16, expected bfloat16 or wid",
+        ),
+    ]:
+        tx, p = adamjax.exact_rows(adamjax.adam(1e-3), ""), jnp.ones((9, 2), dtype)
+        with pytest.raises(ValueError, match=problem):
+            tx.flush(p, tx.init(p), rounding=rounding)
+
+
 def test_other_dtypes_are_rounded_as_before():
     p = {"a": jnp.ones(3), "b": jnp.ones(2, jnp.complex64), "n": jnp.array(3)}
     u = {"a": jnp.full(3, 1e-3), "b": jnp.full(2, 1e-3j), "n": None}

@@ -279,7 +279,6 @@ def test_the_sum_of_lazy_row_gradients_is_lazy():
     assert not np.any(np.asarray(moved)[~touched])
 
 
-@pytest.mark.skipif(not hasattr(jnp, "float8_e8m0fnu"), reason="an older JAX")
 def test_dtypes_without_zero_or_negative_numbers_are_refused():
     x = jnp.ones((1, D), jnp.float8_e8m0fnu)
     with pytest.raises(TypeError, match="zero and negative, got float8_e8m0fnu"):

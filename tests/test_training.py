@@ -201,7 +201,7 @@ def test_refuses():
         step(params(), tx.init(params()), IDS[0])
 
 
-@pytest.mark.parametrize("how", ["called", "by name", "lowered", "traced", "shapes"])
+@pytest.mark.parametrize("how", ["called", "keyword", "lowered", "traced", "shapes"])
 @pytest.mark.parametrize("odd", [jnp.tanh, "gelu", object()])
 def test_a_model_with_leaves_that_are_no_arrays_is_refused(how, odd):
     """JAX refuses it before the step is traced, and does not say what to do."""
@@ -210,7 +210,7 @@ def test_a_model_with_leaves_that_are_no_arrays_is_refused(how, odd):
     model = {**params(), "act": odd}
     calls = {
         "called": lambda: step(model, state, ids),
-        "by name": lambda: step(params=model, state=state, ids=ids),
+        "keyword": lambda: step(model, state, ids=ids),
         "lowered": lambda: step.lower(model, state, ids),
         "traced": lambda: step.trace(model, state, ids),
         "shapes": lambda: step.eval_shape(model, state, ids),
@@ -449,7 +449,7 @@ def test_eval_step_is_a_function_of_jit_that_donates_nothing():
     p, state = train(tx, two_tables())
     evaluate = adamjax.eval_step(a_static, tx, static_argnames="times")
     first = evaluate(p, state, READ, times=2)
-    expect_near(evaluate(params=p, state=state, ids=READ, times=2), first)
+    expect_near(evaluate(p, state, ids=READ, times=2), first)
     expect_near(first, 2 * plain(tx.flush(p, state)[0], READ))
     # By place too, which is one behind that of the function's own argument.
     expect_near(evaluate(p, state, READ, 2), first)
@@ -465,6 +465,37 @@ def test_eval_step_is_a_function_of_jit_that_donates_nothing():
 def a_static(params, ids, times):
     assert isinstance(times, int)
     return plain(params, ids) * times
+
+
+CLASHING = {"params": 1.0, "state": 2.0, "self": 3.0, "method": 4.0}
+
+
+def takes_names(weights, ids, *, params, state, self, method):
+    return plain(weights, ids).sum() * (params + 10 * state + 100 * self + 1000 * method)
+
+
+def test_keywords_of_a_function_may_have_the_names_of_our_arguments():
+    tx, p = adamjax.exact_rows(adamjax.adam(0.1), "table"), params()
+    state = tx.init(p)
+    expected = plain(p, READ).sum() * 4321
+    step = adamjax.train_step(takes_names, tx, donate_argnums=())
+    assert step(p, state, READ, **CLASHING)[2] == expected
+    assert step.eval_shape(p, state, READ, **CLASHING)[2].shape == ()
+    evaluate = adamjax.eval_step(takes_names, tx)
+    assert evaluate(p, state, READ, **CLASHING) == expected
+    assert adamjax.forward(takes_names, tx)(p, state, READ, **CLASHING) == expected
+    (value, _), _ = tx.value_and_grad(takes_names)(p, state, READ, **CLASHING)
+    assert value == expected
+
+
+def test_static_arguments_may_have_the_names_of_our_arguments():
+    def by_place(weights, state, params):
+        assert isinstance(params, int)  # not an array
+        return plain(weights, state) * params
+
+    tx, p = adamjax.adam(0.1), params()
+    evaluate = adamjax.eval_step(by_place, tx, static_argnames="params")
+    expect_near(evaluate(p, tx.init(p), READ, 2), 2 * plain(p, READ))
 
 
 def test_forward_refuses():

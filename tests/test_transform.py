@@ -277,6 +277,61 @@ def test_functions_of_any_kind_make_a_transform():
     assert chain(tuple(OURS)).update(GRADS, (OURS.init(PARAMS),))[0].keys() == GRADS.keys()
 
 
+def test_weight_decay_behind_the_rate_is_refused():
+    """Weights would grow: `p + (-rate * u + decay * p)`."""
+    decay, average = adamjax.add_decayed_weights(0.1), weight_ema(0.9)
+    bias_free = adamjax.add_decayed_weights(0.1, mask="w")
+    for parts in (
+        [adam(0.1), decay],
+        [scale_by_adam(), scale_by_learning_rate(0.1), bias_free],
+        [adam(0.1), masked(decay, "w")],
+        [masked(adam(0.1), "w"), decay],
+        [adam(0.1), decay, average],
+    ):
+        with pytest.raises(ValueError, match=r"chain: .*add_decayed_weights.* is behind .* grow"):
+            chain(*parts)
+    # What is behind, here or in another library's chain, may turn it downhill.
+    chain(scale_by_adam(), decay)
+    chain(decay, adam(0.1), average)
+    tx = chain(scale_by_adam(), scale_by_learning_rate(0.5), scale(-1.0), decay, scale(-0.5))
+    updates, _ = tx.update(jnp.zeros(1), tx.init(jnp.ones(1)), jnp.ones(1))
+    assert_close(updates, jnp.array([-0.05]))
+
+
+def read_from_npz(tree, path):
+    """A tree as NumPy writes and reads it, which knows no bfloat16."""
+    leaves, treedef = jax.tree.flatten(tree)
+    np.savez(path, *map(np.asarray, leaves))
+    with np.load(path) as file:
+        return treedef.unflatten([file[name] for name in file.files])
+
+
+def test_bfloat16_that_lost_its_dtype_in_a_file_is_refused(tmp_path):
+    p, path = {"w": jnp.ones(3)}, tmp_path / "state.npz"
+    tx = adam(0.1, m_dtype="bfloat16")
+    _, state = tx.update(p, tx.init(p), p)
+    restored = read_from_npz(state, path)
+    narrow = read_from_npz({"w": jnp.ones(3, jnp.bfloat16)}, path)
+    step = adamjax.train_step(lambda params: jnp.sum(params["w"]), tx)
+    theirs = optax.adam(0.1).init(p)[0]._replace(mu=narrow)
+    for call, what in [
+        (lambda: tx.update(p, restored, p), r"scale_by_adam: the state's m\['w'\]"),
+        (lambda: step(p, restored), r"train_step: the state\['0/.*m/w'\]"),
+        (lambda: step(narrow, state), r"train_step: params\['w'\]"),
+        (lambda: tx.init(narrow), r"init: params\['w'\]"),
+        (lambda: apply_updates(narrow, p), r"apply_updates: .*params\['w'\]"),
+        (lambda: tx.update(narrow, state, p), r"an array"),
+        (lambda: adamjax.master_weights(tx).init(narrow), r"an array"),
+        (lambda: adamjax.convert.from_optax(theirs, tx, p), r"an array"),
+    ]:
+        with pytest.raises(
+            (TypeError, ValueError), match=rf"{what}.* \|V2\[3\].*ml_dtypes.bfloat16"
+        ):
+            call()
+    mended = jax.tree.map(lambda x: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x, restored)
+    assert_same(tx.update(p, mended, p), tx.update(p, state, p))
+
+
 # --- apply_updates ------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.source import LeafMoments, Source
 from adamjax.convert.values import class_name
-from adamjax.data import Tree
+from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
@@ -47,6 +47,14 @@ class Filling:
                 mend = (
                     f"conversions do not know its {class_name(self.other_states[0])}: convert a "
                     "state of Adam, AMSGrad, Nadam or Adamax"
+                )
+            if not known and all(map(is_array, self.other_states)):
+                raise ValueError(
+                    f"{self.owner}: the source has the moments of no leaf, expected the state of "
+                    "Adam, AMSGrad, Nadam or Adamax. A checkpoint that was restored without its "
+                    "classes has dictionaries and lists, which do not say what is in them: restore "
+                    "it into init(params) of the transform that made it, or from its leaves in "
+                    "their order, jax.tree.structure(tx.init(params)).unflatten(leaves)"
                 )
             raise ValueError(
                 f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "

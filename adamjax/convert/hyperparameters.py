@@ -12,6 +12,7 @@ from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
+from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
@@ -29,9 +30,11 @@ class HyperparameterCheck:
 
     - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
       system's usual one.
-    - `learning_rate`: the rate of the next step, or a schedule.
+    - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: whether there is a
+      schedule, whichever.
     - `weight_decay`: a number. `decoupled`: whether it is behind the rule, `None` if that is not
-      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown".
+      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
+      whether some leaf decays, by whatever number.
     - `maximize`: whether gradients are negated in front of the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `more`: hyperparameters that some part on the leaf's way must have under the same name.
@@ -58,6 +61,7 @@ class HyperparameterCheck:
                     self._check_direction(path, route[:i], one.hyperparams)
                     self._check_more(path, route, one.hyperparams)
                 hyperparams, last = several[-1].hyperparams, rules[-1]
+                self._check_schedule(path, route[last:], hyperparams)
                 self._check_rate(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
 
@@ -141,6 +145,30 @@ class HyperparameterCheck:
                 "build tx with that rate (by_path, if leaves have rates of their own)",
             )
 
+    def _check_schedule(self, path: str, behind: Sequence[Part], hyperparams: Hyperparams) -> None:
+        """Refuses a constant rate for a run with a schedule, unless the user sets the rate."""
+        if not hyperparams.get("has_schedule") or self._is_set("learning_rate"):
+            return
+        txs = [part.tx for part in behind]
+        if any(tx.has_foreign for tx in txs):
+            return
+        scales = [tx for tx in txs if isinstance(tx, scale | scale_by_learning_rate)]
+        rates = [getattr(tx, "learning_rate", None) for tx in scales]
+        rates = [rate.at(path) if isinstance(rate, by_path) else rate for rate in rates]
+        if scales and not any(map(callable, rates)):
+            self._refuse(
+                path,
+                "a learning rate that follows a schedule (there is no variable learning_rate)",
+                "a constant one",
+                "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
+                "the variables do not contain it; pass the optimizer itself to compare it",
+            )
+
+    def _is_set(self, name: str) -> bool:
+        """Whether `with_hyperparams` sets this hyperparameter between steps."""
+        txs = [part.tx for part in self.all_parts]
+        return any(isinstance(tx, with_hyperparams) and name in tx.hyperparams for tx in txs)
+
     def _is_rate(self, path: str, behind: Sequence[Part], stated: Any) -> bool:
         """Whether the next step has the stated rate, in float32 or in float64.
 
@@ -177,6 +205,17 @@ class HyperparameterCheck:
         self, path: str, front: Sequence[Part], behind: Sequence[Part], hyperparams: Hyperparams
     ) -> None:
         """Compares the weight decay, in front of the last rule of a leaf and behind it."""
+        if hyperparams.get("has_decay") and not any(
+            isinstance(part.tx, add_decayed_weights) or part.tx.has_foreign
+            for part in self.all_parts
+        ):
+            self._refuse(
+                path,
+                "AdamW's weight decay",
+                "none",
+                "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
+                "the variables do not contain it; pass the optimizer itself to compare it",
+            )
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")

@@ -176,7 +176,11 @@ def _read(
     hyperparams: Hyperparams = {}
     if rate is not None:
         hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)
-    hyperparams |= {} if optimizer is None else _stated_by(owner, optimizer)
+    if optimizer is not None:
+        hyperparams |= _stated_by(owner, optimizer)
+    else:
+        hyperparams["has_schedule"] = layout.has_schedule
+        hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
     kinds = kinds if product is None else tuple(kind for kind in kinds if kind == "nadam")
@@ -232,7 +236,9 @@ def from_keras(
     `tx`) and `gradient_accumulation_steps` (`accumulate_gradients`). Their weight decay, clips and
     betas are in their config, not in their variables: build `tx` with the same values, and with
     Keras' epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
-    `from_config(keras.optimizers.serialize(optimizer))` build it.
+    `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
+    Keras 3 optimizer has a schedule (then it has no `learning_rate`), and whether it is an `AdamW`:
+    a `tx` with a constant rate or without a weight decay is refused then.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     They are recognized by the class of the optimizer, or by its name in the names of the variables,

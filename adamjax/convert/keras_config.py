@@ -128,6 +128,13 @@ def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     The class is that of the optimizer's name: `"adam_w_1"` is the name of a second AdamW.
     """
+    if "compile_config" in config or "optimizer" in config:
+        where = '["compile_config"]["optimizer"]' if "compile_config" in config else '["optimizer"]'
+        raise _refused(
+            "the config",
+            "it is that of a model, as in config.json of a .keras file, expected that of an "
+            f"optimizer: pass config{where}",
+        )
     if "class_name" in config:
         return config
     name = config.get("name")

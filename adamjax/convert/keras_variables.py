@@ -50,12 +50,14 @@ class Layout(NamedTuple):
       names: the names of the parameters in their order, if the variables have names.
       optimizer: the name of the optimizer, empty if no variable's name contains it.
       doubtful: whether other optimizers give their variables the same names.
+      has_schedule: whether the names say that the optimizer has a schedule.
     """
 
     roles: tuple[tuple[str, int], ...]
     names: list[str] | None = None
     optimizer: str = ""
     doubtful: bool = False
+    has_schedule: bool = False
 
     def of(self, role: str, values: Sequence[Any]) -> dict[int, Any]:
         """The values of the variables with this role, by the places of their parameters."""
@@ -65,6 +67,12 @@ class Layout(NamedTuple):
 
 def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndarray]]:
     """The names and values of variables, in any of the forms that `from_keras` takes."""
+    if isinstance(variables, Mapping) and {"class_name", "compile_config"} & set(variables):
+        raise TypeError(
+            f"{owner}: got a dictionary with {list(variables)[:4]}, a config, which has no "
+            "variables: expected optimizer.variables, or the group optimizer/vars of the "
+            ".weights.h5 file. adamjax.from_config makes the transform of the optimizer's config"
+        )
     if isinstance(variables, Mapping):
         keys = keys_in_order(variables)
         values = [_value(owner, f"variable {key!r}", variables[key]) for key in keys]
@@ -101,6 +109,12 @@ def _value(owner: str, what: str, variable: Any) -> np.ndarray:
     if value is None or callable(value):
         value = variable.numpy() if hasattr(variable, "numpy") else variable
     return numbers_of(owner, what, value)
+
+
+_NOT_BUILT = (
+    "the optimizer has no moments, so it is not built yet: expected one that has trained, or call "
+    "optimizer.build(model.trainable_variables) and load its variables"
+)
 
 
 # --- by place -------------------------------------------------------------------------------------
@@ -145,11 +159,16 @@ def layout_by_place(
                 fits.add(roles)
     if len(fits) != 1:
         how = "may be ordered in several ways" if fits else "fit nothing that is expected"
+        if all(x.shape == () for x in values) and any(shape != () for shape in shapes):
+            raise ValueError(f"{owner}: {len(values)} arrays without names: {_NOT_BUILT}")
         raise ValueError(
             f"{owner}: {len(values)} arrays without names {how}: shapes "
             f"{[list(x.shape) for x in values]} for leaves of {shapes}, each with "
-            f"{[*extra, *slots]}. Give names, [(v.path, v.numpy()) for v in optimizer.variables], "
-            "or order=, or build tx like the optimizer"
+            f"{[*extra, *slots]}. Expected the arrays of optimizer.variables (not of the model) in "
+            "their order: the iteration, a constant rate, and leaf by leaf its slots; or of "
+            "get_weights() before TensorFlow 2.11: all momenta before all velocities. Give names, "
+            "[(v.path, v.numpy()) for v in optimizer.variables], or order=, or build tx like the "
+            "optimizer"
         )
     return Layout(fits.pop())
 
@@ -232,13 +251,20 @@ def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n
             place = order.index(named.leaf) if len(set(order)) == n else seen[named.role]
             seen[named.role] += 1
             roles.append((named.role, place))
+        if n and not found:
+            raise ValueError(f"{owner}: {_NOT_BUILT}, got {names}")
         optimizers = {one.optimizer for one in found}
         if len(optimizers) > 1:
             problem = f"the variables are of several optimizers, {sorted(optimizers)}"
             break
         optimizer = optimizers.pop() if optimizers else ""
         doubtful = bool(optimizer) or parse is not _tf_keras_name
-        return Layout(tuple(roles), order, optimizer, doubtful)
+        pairs = zip(bare, scalars, strict=True)
+        rates = [name.rsplit("/", 1)[-1] for name, role in pairs if role == "learning_rate"]
+        # Keras 3 has a variable for a rate that is constant. tf_keras has none, but one for the
+        # value of a schedule.
+        has_schedule = parse is _keras3_name if not rates else "current_learning_rate" in rates
+        return Layout(tuple(roles), order, optimizer, doubtful, has_schedule)
     raise ValueError(
         f"{owner}: {problem}, in {names[:8]}{'...' if len(names) > 8 else ''}: expected "
         f"'iteration' and, for each of {n} leaves, the variables of Adam, AdamW, Adamax or Nadam "

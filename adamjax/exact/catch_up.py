@@ -15,7 +15,7 @@ from adamjax.encoding import each_part
 from adamjax.exact.state import Columns, Past, Ready
 from adamjax.exact.tables import Batch, Table, per_row
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
-from adamjax.moments import barrier, root
+from adamjax.moments import barrier, root, stepped
 from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots
 
 __all__ = [
@@ -113,9 +113,20 @@ def read_in_blocks(
     return in_blocks(step, (), indices, table.num_rows, empty)[1]
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Columns:
-    """Brings all rows of a table up to date, or of a part of it that begins at row `first`."""
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def flushed(
+    batch: Batch, stochastic: bool, columns: Columns, past: Past, first: chex.Array
+) -> Columns:
+    """Brings all rows of a table up to date, or of a part of it that begins at row `first`.
+
+    Args:
+      stochastic: whether to round bfloat16 weights stochastically.
+    """
+    weights_key = None
+    if stochastic and is_narrow(columns.weights):
+        # Other bits than those of the slots, and of `apply_updates` in the steps before and after.
+        leaf = batch.tables[0].leaf
+        (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = columns.weights.shape[0]
     size = min(_BLOCK, num_rows)
 
@@ -126,7 +137,11 @@ def flushed(batch: Batch, columns: Columns, past: Past, first: chex.Array) -> Co
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
         (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
-        return written._replace(weights=scatter_rows(columns.weights, ids, rows.now))
+        now = rows.now
+        if weights_key is not None:
+            before = gather_rows(columns.weights, ids, mode="fill", fill_value=0)
+            now = stepped(before, rows.moved, weights_key, ids + first)
+        return written._replace(weights=scatter_rows(columns.weights, ids, now))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
 

@@ -91,11 +91,11 @@ def gradient_of(
       bind: returns each of them, bound to its state and the parameters that it sees.
 
     Returns:
-      A function `(params, *args, **kwargs) -> ((value, grads), ticket)`, with one ticket for all.
+      A function `(params, /, *args, **kwargs) -> ((value, grads), ticket)`, one ticket for all.
     """
 
     @functools.wraps(loss_fn)
-    def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
+    def function(params: Tree, /, *args: Any, **kwargs: Any) -> Any:
         bounds = bind()
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
         reads, inputs, searched, ticket = _prepared(call, bounds, strict=strict, is_loss=True)
@@ -123,7 +123,7 @@ def results_of(
     """
 
     @functools.wraps(fn)
-    def function(params: Tree, *args: Any, **kwargs: Any) -> Any:
+    def function(params: Tree, /, *args: Any, **kwargs: Any) -> Any:
         call = Call(owner, fn, (params, *args), kwargs)
         reads, inputs, _, _ = _prepared(
             call, bounds, strict=strict, is_loss=False, averaged=averaged

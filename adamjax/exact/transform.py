@@ -10,7 +10,7 @@ the whole table.
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate
+from typing import Any, Concatenate, Literal
 
 import chex
 import jax
@@ -40,6 +40,7 @@ from adamjax.leaves import (
     is_left_alone,
     matched,
     needed,
+    rounds_stochastically,
 )
 from adamjax.masking import partition
 from adamjax.mesh import over_rows, rows_alike
@@ -350,8 +351,8 @@ class exact_rows(Transform):
           has_aux, strict: as for `adamjax.value_and_grad`.
 
         Returns:
-          A function `(params, state, *args, **kwargs) -> ((value, grads), ticket)`. With `has_aux`,
-          value is `(loss, aux)`. The ticket is for the `update` of the same step.
+          A function `(params, state, /, *args, **kwargs) -> ((value, grads), ticket)`. With
+          `has_aux`, value is `(loss, aux)`. The ticket is for the `update` of the same step.
 
         >>> import adamjax, jax, jax.numpy as jnp
         >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -371,7 +372,7 @@ class exact_rows(Transform):
         """
 
         @takes_state(loss_fn)
-        def function(params: P, state: Any, *args: Args.args, **kwargs: Args.kwargs) -> Any:
+        def function(params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs) -> Any:
             gradient = gradient_of(
                 loss_fn, lambda: [self.bind(state, params)], has_aux=has_aux, strict=strict
             )
@@ -467,13 +468,17 @@ class exact_rows(Transform):
         return take_step(bound, leaves, ticket, extra_args)
 
     def flush(
-        self, params: Tree, state: ExactRowsState, *, axis: Any = None
+        self,
+        params: Tree,
+        state: ExactRowsState,
+        *,
+        axis: Any = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block in place; nothing else changes.
 
         For other readers of the weights: an export, another library. Neither `eval_step` nor a
-        checkpoint to resume from needs it. Weights are rounded to the nearest, also in bfloat16:
-        there a flush after every step would drop updates below their resolution.
+        checkpoint to resume from needs it.
 
         Args:
           params, state: as for `update`.
@@ -481,21 +486,29 @@ class exact_rows(Transform):
             each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
             axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
             the result is the same, but every device gets and works on all rows.
+          rounding: how bfloat16 weights are rounded, as in `apply_updates`: give the one of the
+            steps. Rounded to the nearest in every step, weights drop all that is below their
+            resolution.
 
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
           up to date, which is true only of the new params. To save copies of the tables, call it
           under `jit` and donate both.
+
+        Raises:
+          ValueError: `rounding` is neither, or a float16 table is to be rounded stochastically.
         """
         bound = self.bind(state, params)
         assert bound.state is not None
         state, params = bound.state, bound.params
+        owner = "exact_rows.flush"
+        stochastic = rounds_stochastically(owner, rounding, bound.params)
         for t in bound.tables:
             if t.num_rows == 0:
                 continue
             batch, columns = bound.batch_of(t), bound.columns(t)
             flush_rows = over_rows(
-                "exact_rows.flush", functools.partial(flushed, batch), columns.weights, axis
+                owner, functools.partial(flushed, batch, stochastic), columns.weights, axis
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))
 

@@ -22,16 +22,6 @@ from benchmarks.train.interruption import Interruption
 from benchmarks.train.options import ROWS, Config, UserError, resume_command
 from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all, on_one
 
-try:
-    from jax import shard_map
-
-    # Checked, it sums the gradients of the shares by itself, which `sum_over` does here.
-    _UNCHECKED = {"check_vma": False}
-except ImportError:  # an older JAX
-    from jax.experimental.shard_map import shard_map
-
-    _UNCHECKED = {"check_rep": False}
-
 __all__ = ["all_batches", "initial", "optimizer", "run", "train_step", "up_to_date"]
 
 say = functools.partial(print, flush=True)
@@ -91,7 +81,8 @@ def train_step(
         return params, state, jax.lax.psum(loss, AXIS)
 
     specs = P(), P(), model.Batch(P(AXIS), P(AXIS), P())
-    whole = shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P(), **_UNCHECKED)
+    # Checked, it sums the gradients of the shares by itself, which `sum_over` does here.
+    whole = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(whole, donate_argnums=(0, 1))
 
 

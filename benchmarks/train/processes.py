@@ -6,7 +6,6 @@ together is to differentiate the batch of a step, each its share, and to agree w
 
 import contextlib
 import hashlib
-import inspect
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,12 +105,10 @@ def join(coordinator: str, count: int, number: int) -> Processes:
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host = coordinator.rpartition(":")[0]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT}
     if host in ("127.0.0.1", "localhost"):
         options["coordinator_bind_address"] = coordinator
         jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between
-    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
-        options["heartbeat_timeout_seconds"] = _HEARTBEAT  # not known to an older JAX
     try:
         jax.distributed.initialize(coordinator, count, number, **options)
     except (RuntimeError, ValueError) as error:
