@@ -78,7 +78,7 @@ def sentences(results: Results) -> list[str]:
     there = {name for row in results["models"] for name in row["contenders"]}
     most = {
         name: max(every(results, name), key=lambda x: x[2]["mean |difference|"] / abs(x[2]["mean"]))
-        for name in ("exact", "nudged")
+        for name in ("exact", "adamjax dense")
         if name in there
     }
     shares = {
@@ -92,10 +92,11 @@ def sentences(results: Results) -> list[str]:
             f"differ by {100 * shares['exact']:.2g}% of a metric on average where they differ most "
             f"({most['exact'][0]}, {most['exact'][1]})"
         )
-        if "nudged" in shares:
+        if "adamjax dense" in shares:
+            where = most["adamjax dense"]
             line += (
-                f"; two dense runs whose first weights are one rounding apart differ by up to "
-                f"{100 * shares['nudged']:.2g}% ({most['nudged'][0]}, {most['nudged'][1]})"
+                "; those of optax's and adamjax's Adam, both with dense gradients, by "
+                f"{100 * shares['adamjax dense']:.2g}% ({where[0]}, {where[1]})"
             )
         lines.append(f"{line}.")
     about = {

@@ -35,7 +35,16 @@ class Contender(NamedTuple):
 
 def dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
     """optax's Adam with JAX's gradients."""
-    tx = optax.adam(rate, B1, b2, EPS)
+    return dense_gradients(loss, optax.adam(rate, B1, b2, EPS))
+
+
+def adamjax_dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
+    """adamjax's Adam with JAX's gradients: the same formulas, rounded elsewhere."""
+    return dense_gradients(loss, adamjax.adam(rate, B1, b2, eps=EPS))
+
+
+def dense_gradients(loss: Loss, tx: Any) -> Contender:
+    """An optimizer that takes the gradients of all rows."""
 
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
@@ -43,16 +52,6 @@ def dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Conte
         return optax.apply_updates(params, updates), state
 
     return Contender(lambda params: (params, tx.init(params)), step, lambda carry: carry[0])
-
-
-def nudged(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
-    """`dense`, with each first weight one float32 further from zero: what rounding alone does."""
-    plain = dense(loss, tables, rate, b2)
-
-    def init(params: Params) -> Any:
-        return plain.init(jax.tree.map(lambda p: jnp.nextafter(p, jnp.inf * jnp.sign(p)), params))
-
-    return plain._replace(init=init)
 
 
 def exact(
@@ -212,7 +211,7 @@ def _step_rows(rule: Rule, table: Row, grad: Any, t: jax.Array, rate: Any, b2: f
 
 MAKERS: dict[str, Maker] = {
     "dense": dense,
-    "nudged": nudged,
+    "adamjax dense": adamjax_dense,
     "exact": exact,
     "lazy": lazy,
     "lazy, same rate": lazy,

@@ -4,8 +4,8 @@ For each model and each contender:
 
 1. The learning rate is the one of `RATES` with the best mean of the model's first metric on the
    validation split, over `SEARCH_SEEDS`. Some take the rate of `dense` (`RATE_OF`): `exact` and
-   `nudged` are the same optimizer and are compared with it seed by seed, and `lazy, same rate` is
-   what a user gets who changes only the mode.
+   `adamjax dense` are the same optimizer and are compared with it seed by seed, and
+   `lazy, same rate` is what a user gets who changes only the mode.
 2. With that rate the model is trained from each of `SEEDS`. A seed decides the first weights and
    all batches, and these are the same for every contender.
 3. The result is a metric on the test split after the last epoch. Nothing is chosen by it.
@@ -74,7 +74,7 @@ METRICS = {
 # name: what it is
 CONTENDERS = {
     "dense": "optax's Adam, dense gradients",
-    "nudged": "the same, from first weights that are one rounding larger",
+    "adamjax dense": "adamjax's Adam, dense gradients: what rounding elsewhere does",
     "exact": "exact_rows",
     "lazy": 'rows="lazy": rows that are not read stay, and so do their moments',
     "lazy, same rate": "lazy with the learning rate of dense",
@@ -85,7 +85,8 @@ CONTENDERS = {
     "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
 }
 # Those that take the rate of another.
-RATE_OF = {"nudged": "dense", "exact": "dense", "lazy, same rate": "dense"}
+RATE_OF = {"adamjax dense": "dense", "exact": "dense", "lazy, same rate": "dense"}
+DENSE = ("dense", "adamjax dense")
 # With whom a contender is compared, where it is not `dense`.
 REFERENCE = {"lazy + decay": "exact + decay"}
 
@@ -93,12 +94,12 @@ REFERENCE = {"lazy + decay": "exact + decay"}
 def references(contenders: Sequence[str]) -> dict[str, str]:
     """The reference of each contender that is compared, if both take part.
 
-    `nudged` is a yardstick of rounding, not a contender.
+    `adamjax dense` is a yardstick of rounding and not compared.
 
-    >>> references(["dense", "nudged", "lazy", "exact + decay", "lazy + decay"])
+    >>> references(["dense", "adamjax dense", "lazy", "exact + decay", "lazy + decay"])
     {'lazy': 'dense', 'exact + decay': 'dense', 'lazy + decay': 'exact + decay'}
     """
-    of = {n: REFERENCE.get(n, "dense") for n in contenders if n not in ("dense", "nudged")}
+    of = {n: REFERENCE.get(n, "dense") for n in contenders if n not in DENSE}
     return {name: other for name, other in of.items() if other in contenders}
 
 
