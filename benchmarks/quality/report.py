@@ -46,7 +46,9 @@ def panels(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
 
 
 def finished(figure: Any, handles: dict[str, Any]) -> Any:
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+    """The figure with its legend below."""
+    columns = max(1, int(figure.get_figwidth() / 2.2))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     return figure
 
 
