@@ -17,7 +17,7 @@ COMPILE_FAST := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1 \
 PIP := -m pip --disable-pip-version-check install --quiet
 VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
-.PHONY: help train test test-quick test-newest test-oldest test-tpu test-gpu lint types bench bench-tpu bench-gpu \
+.PHONY: help train test test-quick test-newest test-oldest test-tpu test-gpu lint types bench bench-quality bench-tpu bench-gpu \
 	readme docs clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test-gpu     compile for a GPU, without one"
 	@echo "make lint types   check style and types"
 	@echo "make bench        measure everything against optax, Keras and torch, and write a report of it"
+	@echo "make bench-quality  train models exactly and lazily: does it matter? (an hour; it goes on after Ctrl-C)"
 	@echo "make bench-tpu    what the TPU's compiler says of steps, without a TPU"
 	@echo "make bench-gpu    what the GPU's compiler says of them, without a GPU"
 	@echo "make docs         build the pages and the API reference in build/docs"
@@ -73,6 +74,9 @@ types: .venv/.test
 bench: .venv/.contenders
 	$(BIN)/python -m benchmarks all $(ARGS)
 
+bench-quality: .venv/.quality
+	$(BIN)/python -m benchmarks quality $(ARGS)
+
 bench-tpu: .venv-tpu/.test
 	.venv-tpu/bin/python -m benchmarks tpu $(ARGS)
 
@@ -104,6 +108,12 @@ docs: .venv/.docs
 
 .venv/.contenders: .venv/.made pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,bench-contenders]'
+	@touch $@
+
+# Only the data files of recbole are read, so its requirements are left out.
+.venv/.quality: .venv/.made pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,bench-quality]'
+	$(BIN)/python $(PIP) --no-deps recbole==1.2.1
 	@touch $@
 
 .venv-newest/.made:

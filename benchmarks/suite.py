@@ -30,6 +30,7 @@ class Suite:
       args: the options, after `parse`.
       results: what becomes the JSON file.
       partial: whether some cases are left out, so that only `--out` makes a file.
+      written: the file of the results, after `finish`, if there is one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Suite:
         folder: str | None = None,
     ) -> None:
         self.name, self.packages, self.folder = name, packages, folder
+        self.written: Path | None = None
         self.counts, self.contenders = counts or {}, contenders or {}
         raw = argparse.RawDescriptionHelpFormatter
         self.parser = argparse.ArgumentParser(
@@ -104,6 +106,7 @@ class Suite:
         if self.args.out or not self.partial:
             out = self.args.out or folder / f"{self.name}.json"
             measure.save(self.results, out)
+            self.written = out
             print(f"written to {out}")
         return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.contenders import ALL_CONTENDERS, WHOLE_STEPS, short
 from benchmarks.models import CONTENDERS
+from benchmarks.quality import answer
 from benchmarks.rows import bounds as row_bounds
 
 Results = dict[str, Any]
@@ -396,12 +397,24 @@ def gpu(results: Results) -> str:
     )
 
 
+def quality(results: Results) -> str:
+    """What the quality suite says, a line for each question."""
+    lines = "\n".join(f"- {line}" for line in answer.sentences(results))
+    page = f"benchmarks/results/{results['environment'].get('platform', 'cpu')}/quality.md"
+    return (
+        f"{len(results['models'])} models, {len(results['seeds'])} seeds each. {origin(results)} "
+        f"[The report](https://github.com/adamjax/adamjax/blob/main/{page}) has every outcome.\n\n"
+        f"{lines}"
+    )
+
+
 SUITES = {
     "dense": dense,
     "rows": rows,
     "compile": compiling,
     "memory": memory,
     "models": models,
+    "quality": quality,
     "differences": differences,
     "tpu": tpu,
     "gpu": gpu,

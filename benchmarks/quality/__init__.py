@@ -1,0 +1,137 @@
+"""When does exact matter? Models trained on real data by exact, lazy and other ways of Adam.
+
+`protocol` has the question, fixed before the runs, and is what to read first. `data` reads and
+splits the data, `models` and `contenders` are what is trained and how, `run` trains every cell and
+`journal` keeps what is finished: the same command goes on after an interruption. `statistics` and
+`summary` make the results, `divergence` shows on a single row why there are differences, and
+`report` draws it all.
+
+The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of the
+training job. They need: pip install --no-deps recbole==1.2.1
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, installed
+from benchmarks.suite import Suite, progress, say
+from benchmarks.train.options import UserError
+
+__all__ = ["main"]
+
+# In a quick run; two seeds are the fewest that have a spread.
+QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
+QUICK_CONTENDERS = ("dense", "exact")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite; see `--help`."""
+    suite = Suite(
+        *("quality", __doc__, ("adamjax", "jax", "jaxlib", "optax", "recbole")), only="models"
+    )
+    suite.parser.add_argument("--journal", type=Path, help="where finished cells are kept")
+    args = suite.parse(argv)
+    try:
+        return _run(suite, args)
+    except UserError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("quality: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(suite: Suite, args: Any) -> int:
+    if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
+        raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
+    # JAX takes seconds to import, so what needs it is imported after the options are read.
+    import jax
+
+    from benchmarks.quality import data, divergence, protocol, summary
+    from benchmarks.quality.journal import Journal
+    from benchmarks.quality.models import MODELS
+    from benchmarks.quality.run import Plan
+
+    if jax.default_backend() != "cpu":
+        say("note: the protocol's sizes are chosen for a CPU")
+    about = data.about()
+    models, seeds = {model.name: model for model in MODELS}, list(protocol.SEEDS)
+    rates, search_seeds = list(protocol.RATES), list(protocol.SEARCH_SEEDS)
+    b2s, steps = list(divergence.B2S), divergence.STEPS
+    contenders = {name: list(protocol.CONTENDERS) for name in models}
+    if args.quick:
+        models = {name: smaller(model) for name, model in models.items()}
+        seeds, search_seeds = seeds[:QUICK_SEEDS], search_seeds[:1]
+        rates, b2s, steps = rates[1 : 1 + QUICK_RATES], b2s[2:3], 200
+        # To compile takes most of the time; the first model alone has all contenders.
+        contenders |= {name: list(QUICK_CONTENDERS) for name in list(models)[1:]}
+    fixed = {
+        "data": about,
+        "rates": rates,
+        "search seeds": search_seeds,
+        "seeds": seeds,
+        "betas": [protocol.B1, protocol.B2],
+        "eps": protocol.EPS,
+        "decay": protocol.DECAY,
+        "models": {name: sizes(model) for name, model in models.items()},
+        "divergence steps": steps,
+    }
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+    where = {"code": code_digest(), "versions": versions}
+    default = ROOT / "runs" / f"quality{'-quick' if args.quick else ''}.jsonl"
+    journal = Journal(args.journal or default, fixed | where)
+
+    chosen = [models[name] for name in suite.chosen(models)]
+    plan = Plan(chosen, contenders, rates, search_seeds, seeds)
+    if journal.cells:
+        say(f"{len(journal.cells):,} cells are done already, in {journal.path}")
+    with progress(plan.cells + len(b2s), "cell") as bar:
+        told: set[str] = set()
+
+        def done(model: Any, contender: str, is_new: bool) -> None:
+            bar.update()
+            if is_new and model.name not in told:
+                told.add(model.name)
+                say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch}")
+
+        plan.run(journal, done)
+        for b2 in b2s:
+            if ("divergence", b2) not in journal:
+                journal.add(("divergence", b2), divergence.measured(b2, steps))
+            bar.update()
+    suite.results |= fixed
+    suite.results["groups"] = protocol.group_names()
+    suite.results["models"] = summary.summarised(plan, journal)
+    suite.results["divergence"] = {
+        "gaps": list(divergence.GAPS),
+        "by b2": {str(b2): journal[("divergence", b2)] for b2 in b2s},
+    }
+    suite.finish()
+    if out := suite.written:
+        from benchmarks.quality import report
+
+        for path in report.write(suite.results, out.parent):
+            print(f"written to {path}")
+    return 0
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    """The fields of a model, which the results and the journal name."""
+    return dataclasses.asdict(model)
+
+
+def smaller(model: Any) -> Any:
+    """A model for a quick run."""
+    return dataclasses.replace(model, epochs=QUICK_EPOCHS, steps=QUICK_STEPS)
+
+
+def code_digest() -> str:
+    """The same for two versions of this package if they train and evaluate alike."""
+    digest = hashlib.sha256()
+    for name in ("contenders", "data", "divergence", "models", "protocol", "run"):
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]

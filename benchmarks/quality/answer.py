@@ -1,0 +1,148 @@
+"""The results in sentences and in a table of outcomes, for docs/ and the report."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.quality.protocol import METRICS
+
+Results = dict[str, Any]
+
+
+def every(results: Results, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of a contender: each model, each of its metrics, and what was found."""
+    for row in results["models"]:
+        for metric in row["metrics"]:
+            if name in row["contenders"]:
+                yield row["model"], metric, row["contenders"][name]["test"][metric]
+
+
+def counted(results: Results, name: str) -> str:
+    """How often each outcome came, as in "worse in 3 of 13, same in 10"."""
+    outcomes = Counter(found["outcome"] for _, _, found in every(results, name))
+    parts = [
+        f"{what} in {outcomes[what]}" for what in ("better", "worse", "same") if outcomes[what]
+    ]
+    if outcomes["undecided"]:
+        parts.append(f"undecided in {outcomes['undecided']}")
+    return f"{', '.join(parts)} of {sum(outcomes.values())} comparisons"
+
+
+def worst(results: Results, name: str) -> str:
+    """The comparison with the largest effect against the contender, in words."""
+
+    def loss(about: tuple[str, str, dict[str, Any]]) -> float:
+        _, metric, found = about
+        if found["difference"] is None:  # runs that failed
+            return -math.inf
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        return sign * found["difference"] / found["margin"]
+
+    model, metric, found = min(every(results, name), key=loss)
+    return f"{model}, {metric}: {difference(found)} beside {found['mean']:.4g}"
+
+
+def difference(found: dict[str, Any]) -> str:
+    """A mean difference and its confidence interval."""
+    if found["difference"] is None:
+        return "runs failed"
+    low, high = found["interval"]
+    return f"{found['difference']:+.2g} ({low:+.2g} to {high:+.2g})"
+
+
+def ratios(results: Results, name: str, field: str) -> str:
+    """The range of a contender's rate or time, divided by that of dense."""
+    found = [
+        row["contenders"][name][field] / row["contenders"]["dense"][field]
+        for row in results["models"]
+        if name in row["contenders"]
+    ]
+    low, high = f"{min(found):.2g}", f"{max(found):.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def rare_and_frequent(results: Results, name: str) -> Iterator[str]:
+    """By model, the difference from dense where rows are read least, and where most."""
+    for row in results["models"]:
+        metric = row["metrics"][0]
+        if name not in row["contenders"]:
+            continue
+        own, dense = (row["contenders"][n]["groups"][metric] for n in (name, "dense"))
+        pairs = [x - y for x, y in zip(own, dense, strict=True) if x is not None and y is not None]
+        yield f"{row['model']} {metric} {pairs[0]:+.2g} and {pairs[-1]:+.2g}"
+
+
+def sentences(results: Results) -> list[str]:
+    """What the runs say, a line for each question."""
+    there = {name for row in results["models"] for name in row["contenders"]}
+    most = {
+        name: max(every(results, name), key=lambda x: x[2]["mean |difference|"] / abs(x[2]["mean"]))
+        for name in ("exact", "adamjax dense")
+        if name in there
+    }
+    shares = {
+        name: found["mean |difference|"] / abs(found["mean"])
+        for name, (_, _, found) in most.items()
+    }
+    lines = []
+    if "exact" in shares:
+        line = (
+            f"**Exact has dense's result**: {counted(results, 'exact')}. Runs of the same seed "
+            f"differ by {100 * shares['exact']:.2g}% of a metric on average where they differ most "
+            f"({most['exact'][0]}, {most['exact'][1]})"
+        )
+        if "adamjax dense" in shares:
+            where = most["adamjax dense"]
+            line += (
+                "; those of optax's and adamjax's Adam, both with dense gradients, by "
+                f"{100 * shares['adamjax dense']:.2g}% ({where[0]}, {where[1]})"
+            )
+        lines.append(f"{line}.")
+    about = {
+        "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
+        "lazy": "**Lazy with a rate of its own**, against dense",
+        "counted": "**A step count for each row (SmartDecay's idea)**, against dense",
+        "local": "**HugeCTR's lazy global update**, against dense",
+        "lazy + decay": "**Lazy AdamW**, against exact AdamW",
+    }
+    for name, what in about.items():
+        if name in there:
+            rate = "" if "same rate" in name else f" Its rate is {ratios(results, name, 'rate')} "
+            rate += "times that of dense." if rate else ""
+            lines.append(
+                f"{what}: {counted(results, name)}; at worst {worst(results, name)}.{rate}"
+            )
+    if "lazy, same rate" in there:
+        lines.append(
+            "**Rows that are read least, and most** (lazy with dense's rate, less dense): "
+            f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
+        )
+    if {"exact", "lazy"} <= there:
+        lines.append(
+            "**Time** of training, divided by that of dense gradients: exact "
+            f"{ratios(results, 'exact', 'seconds')}, lazy {ratios(results, 'lazy', 'seconds')}. "
+            "The tables are small; [performance](performance.md) has large ones."
+        )
+    return lines
+
+
+def outcome_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of outcomes."""
+    names = ["exact", "lazy, same rate", "lazy", "counted", "local", "lazy + decay"]
+    names = [n for n in names if any(n in row["contenders"] for row in results["models"])]
+    rows = []
+    for row in results["models"]:
+        for metric in row["metrics"]:
+            tests = {n: row["contenders"][n]["test"][metric] for n in row["contenders"]}
+            cells = [
+                f"{difference(tests[n])}, {shown(tests[n]['outcome'])}" if n in tests else ""
+                for n in names
+            ]
+            rows.append([row["model"], metric, f"{tests['dense']['mean']:.4g}", *cells])
+    return ["model", "metric", "dense", *names], rows
+
+
+def shown(outcome: str) -> str:
+    """An outcome as it stands in a table."""
+    return f"**{outcome}**" if outcome in ("better", "worse") else outcome

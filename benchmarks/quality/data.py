@@ -1,0 +1,280 @@
+"""The data: MovieLens-100k and its knowledge graph from RecBole's wheel, and the job's text.
+
+Nothing is downloaded and nothing of it is committed. The files of MovieLens are read from where pip
+put them; `recbole` itself is never imported.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.train import data as training
+from benchmarks.train.options import UserError
+
+FOLDER = "recbole/dataset_example/ml-100k"
+MISSING = (
+    "MovieLens-100k is not installed: pip install --no-deps recbole==1.2.1 (2 MB; only its data "
+    "files are read)"
+)
+# The SHA-256 of each file in recbole 1.2.1.
+HASHES = {
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.kg": "200a0636fa07c218119a42e5bac7aa3e26e3665a6f919c1b22909bd412b14779",
+}
+
+# The words of the text that the models know, and of how many blocks one is used.
+WORDS = 8_000
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def is_installed() -> bool:
+    """Whether the files of MovieLens are there."""
+    with contextlib.suppress(UserError):
+        return all(path(name).exists() for name in HASHES)
+    return False
+
+
+def path(name: str) -> Path:
+    """Where a file of MovieLens is.
+
+    Raises:
+      UserError: it is not there; the message says how to get it.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("recbole") or ():
+            if file.as_posix() == f"{FOLDER}/{name}":
+                return Path(str(file.locate()))
+    raise UserError(MISSING)
+
+
+def lines(name: str) -> list[list[str]]:
+    """The fields of each line but the first, which has their names.
+
+    Raises:
+      UserError: the file is not there, or is another one than that of recbole 1.2.1.
+    """
+    found = path(name).read_bytes()
+    if (digest := hashlib.sha256(found).hexdigest()) != HASHES[name]:
+        raise UserError(
+            f"{name}: not the file of recbole 1.2.1 (SHA-256 {digest}, expected {HASHES[name]}): "
+            "pip install --no-deps recbole==1.2.1"
+        )
+    return [line.split("\t") for line in found.decode().splitlines()[1:]]
+
+
+def numbered(names: list[str]) -> tuple[np.ndarray, int]:
+    """int32 numbers in place of names, in the order of the sorted names; and how many there are."""
+    distinct, numbers = np.unique(np.array(names), return_inverse=True)
+    return numbers.astype(np.int32).ravel(), len(distinct)
+
+
+# --- ratings --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Who rated what, in the order of time, split for each user by leaving one out.
+
+    Of each user the last rating is the test, the one before it is for validation, and all others
+    are for training. Ratings of one user at the same second are in the order of the item's number.
+
+    Attributes:
+      users, items: how many there are.
+      training: int32[n, 2], user and item, by user and then by time.
+      times: int64[n], of the ratings in training, in seconds.
+      validation, test: int32[users, 2], row u of user u.
+      held_out_times: int64[users, 2], of validation and test.
+      negatives: int32[users, 99], items that the user never rated.
+      history: int32[users, items of the longest history + 1], what a user rated in training, in
+        the order of time, padded in front with `items`.
+    """
+
+    users: int
+    items: int
+    training: np.ndarray
+    times: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    held_out_times: np.ndarray
+    negatives: np.ndarray
+
+    @functools.cached_property
+    def rated(self) -> np.ndarray:
+        """bool[users, items], in training."""
+        rated = np.zeros((self.users, self.items), bool)
+        rated[self.training[:, 0], self.training[:, 1]] = True
+        return rated
+
+    @functools.cached_property
+    def item_counts(self) -> np.ndarray:
+        """int[items], how often each item was rated in training."""
+        return np.bincount(self.training[:, 1], minlength=self.items)
+
+    def unrated(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
+        """int32[*users.shape, count], items that these users did not rate in training, at random.
+
+        What a user rates later is among them, as nobody knows it at that time.
+        """
+        users = np.broadcast_to(users[..., None], (*users.shape, count))
+        items = rng.integers(self.items, size=users.shape, dtype=np.int32)
+        while (wrong := self.rated[users, items]).any():
+            items[wrong] = rng.integers(self.items, size=int(wrong.sum()), dtype=np.int32)
+        return items
+
+    def before(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The items that were rated before, oldest first, padded in front with `items`.
+
+        Returns:
+          int32[n, width] before each rating in training, and int32[users, width] before the
+          validation's and before the test's.
+        """
+        windows, validation, test = [], [], []
+        for user in range(self.users):
+            own = self.training[self.training[:, 0] == user, 1]
+            ids = np.concatenate([own, self.validation[user, 1:]])
+            padded = np.concatenate([np.full(width, self.items, np.int32), ids])
+            all_windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+            windows.append(all_windows[: len(own)])
+            validation.append(all_windows[len(own)])
+            test.append(all_windows[len(own) + 1])
+        return np.concatenate(windows), np.array(validation), np.array(test)
+
+
+@functools.cache
+def ratings() -> Ratings:
+    """MovieLens-100k: 943 users, 1,682 items, 100,000 ratings."""
+    fields = lines("ml-100k.inter")
+    users, items = (numbered([line[i] for line in fields])[0] for i in (0, 1))
+    return split_ratings(users, items, np.array([int(line[3]) for line in fields]))
+
+
+def split_ratings(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> Ratings:
+    """Splits ratings; each user needs three, and no user rates an item twice."""
+    num_users, num_items = int(users.max()) + 1, int(items.max()) + 1
+    order = np.lexsort((items, times, users))
+    pairs = np.stack([users[order], items[order]], 1).astype(np.int32)
+    times = times[order].astype(np.int64)
+    last = np.searchsorted(pairs[:, 0], np.arange(num_users), side="right") - 1
+    is_trained = np.ones(len(pairs), bool)
+    is_trained[last] = is_trained[last - 1] = False
+    ever = np.zeros((num_users, num_items), bool)
+    ever[pairs[:, 0], pairs[:, 1]] = True
+    rng = np.random.default_rng(0)
+    negatives = np.array([rng.permutation(np.flatnonzero(~seen))[:99] for seen in ever], np.int32)
+    return Ratings(
+        *(num_users, num_items, pairs[is_trained], times[is_trained]),
+        *(pairs[last - 1], pairs[last], np.stack([times[last - 1], times[last]], 1), negatives),
+    )
+
+
+# --- a knowledge graph ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Facts about the films of MovieLens: (head, relation, tail).
+
+    The graph has many facts twice, as "film, directed by, person" and "person, directed, film". So
+    all facts about a pair of entities are on one side of the split.
+
+    Attributes:
+      entities, relations: how many there are.
+      training, validation, test: int32[n, 3]. All entities of the last two are in training.
+    """
+
+    entities: int
+    relations: int
+    training: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    @functools.cached_property
+    def entity_counts(self) -> np.ndarray:
+        """int[entities], in how many facts of training each is."""
+        return np.bincount(self.training[:, [0, 2]].ravel(), minlength=self.entities)
+
+
+@functools.cache
+def graph() -> Graph:
+    """The graph of RecBole: 91,631 facts about 34,628 entities of Freebase."""
+    fields = lines("ml-100k.kg")
+    ends, entities = numbered([line[i] for i in (0, 2) for line in fields])
+    relation, relations = numbered([line[1] for line in fields])
+    head, tail = ends.reshape(2, -1)
+    return split_facts(np.stack([head, relation, tail], 1), entities, relations)
+
+
+def split_facts(facts: np.ndarray, entities: int, relations: int) -> Graph:
+    """Splits facts by pairs of entities at random: a 20th of them each for validation and test."""
+    pairs = np.sort(facts[:, [0, 2]].astype(np.int64), axis=1) @ np.array([entities, 1])
+    _, pair = np.unique(pairs, return_inverse=True)
+    side = np.random.default_rng(0).integers(20, size=int(pair.max()) + 1)[pair.ravel()]
+    training = facts[side >= 2]
+    known = np.zeros(entities, bool)
+    known[training[:, [0, 2]]] = True
+    is_known = known[facts[:, 0]] & known[facts[:, 2]]
+    return Graph(
+        *(entities, relations, training),
+        *(facts[(side == which) & is_known] for which in (0, 1)),
+    )
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def text() -> training.Text:
+    """The training job's text: the documentation and library sources of the running Python."""
+    return training.read([], WORDS)
+
+
+@functools.cache
+def held_out() -> tuple[np.ndarray, np.ndarray]:
+    """The text's held-out blocks for validation, and those for the test."""
+    blocks = text().held_out
+    return blocks[0::2], blocks[1::2]
+
+
+# --- about ----------------------------------------------------------------------------------------
+
+
+def about() -> dict[str, dict[str, str | int]]:
+    """Versions, hashes and counts of all data, for the results."""
+    r, g, words = ratings(), graph(), text()
+    return {
+        "ratings": {
+            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.inter",
+            "sha256": HASHES["ml-100k.inter"],
+            "users": r.users,
+            "items": r.items,
+            "ratings": len(r.training) + len(r.validation) + len(r.test),
+            "training": len(r.training),
+            "validation": len(r.validation),
+            "test": len(r.test),
+        },
+        "knowledge graph": {
+            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.kg",
+            "sha256": HASHES["ml-100k.kg"],
+            "entities": g.entities,
+            "relations": g.relations,
+            "training": len(g.training),
+            "validation": len(g.validation),
+            "test": len(g.test),
+        },
+        "text": {
+            "from": words.description,
+            "sha256": words.digest(),
+            "words": len(words.words),
+            "training": words.training.size,
+            "validation": held_out()[0].size,
+            "test": held_out()[1].size,
+        },
+    }

@@ -1,0 +1,61 @@
+"""How far rows end from where dense Adam brings them, by how often they are read, and by b2.
+
+No data and no model: a table has a row for each gap, which is read every so many steps with a
+gradient of its own, the same for every contender.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.quality.contenders import MAKERS
+
+GAPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+B2S = (0.9, 0.99, 0.999, 0.9999)
+NAMES = ("exact", "lazy", "counted", "local")
+STEPS, WIDTH, RATE = 4000, 256, 1e-3
+
+
+def batches(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int32[steps, rows], and their gradients [steps, rows, WIDTH].
+
+    A row that is not read at a step is replaced by one more row, whose gradient is zero. Gradients
+    have the mean 0.5 and the standard deviation 1.
+    """
+    rng = np.random.default_rng(0)
+    is_read = np.arange(steps)[:, None] % np.array(GAPS) == 0
+    ids = np.where(is_read, np.arange(len(GAPS)), len(GAPS)).astype(np.int32)
+    gradients = rng.normal(0.5, 1, (steps, len(GAPS), WIDTH)).astype(np.float32)
+    return ids, gradients * is_read[..., None]
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    """One whose gradient is what the batch says."""
+    ids, gradients = batch
+    return jnp.sum(params["table"][ids] * gradients)
+
+
+def weights(name: str, b2: float, steps: int) -> np.ndarray:
+    """float32[gaps, WIDTH] after the steps, from zero."""
+    contender = MAKERS[name](loss, ("table",), RATE, b2)
+
+    @jax.jit
+    def run(batches: Any) -> Any:
+        carry = contender.init({"table": jnp.zeros((len(GAPS) + 1, WIDTH))})
+        carry, _ = jax.lax.scan(lambda c, batch: (contender.step(c, batch), None), carry, batches)
+        return contender.read(carry)["table"]
+
+    return np.asarray(run(batches(steps)))[:-1]
+
+
+def measured(b2: float, steps: int) -> dict[str, list[float]]:
+    """By contender, for each gap: the mean distance from dense, by how far dense moved."""
+    dense = weights("dense", b2, steps)
+    way = np.abs(dense).mean(1)
+    found = {}
+    for name in NAMES:
+        distance = np.abs(weights(name, b2, steps) - dense).mean(1)
+        found[name] = [float(f"{x:.3g}") for x in distance / way]
+    return found

@@ -1,0 +1,63 @@
+"""What a run has finished, a line of JSON for each cell: the next run goes on from there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train.options import UserError
+
+Key = tuple[Any, ...]
+
+
+class Journal:
+    """The finished cells in a file.
+
+    The first line says what the cells are of: data, sizes and versions. A file of other ones is
+    refused.
+
+    Args:
+      path: the file; it is made if it is not there.
+      about: what the cells are of, as JSON has it.
+
+    Raises:
+      UserError: the file is of something else.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path, self.cells = path, dict[Key, dict[str, Any]]()
+        about = json.loads(json.dumps(about))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        # The last line has no end if the run was interrupted while it wrote it.
+        whole, _, part = text.rpartition("\n")
+        if part:
+            path.write_text(whole + "\n" if whole else "")
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            self._write({"about": about})
+            return
+        if lines[0] != {"about": about}:
+            found = lines[0].get("about", {})
+            names = ", ".join(n for n in {**about, **found} if about.get(n) != found.get(n))
+            raise UserError(
+                f"{path} is of another run (it differs in: {names or 'its first line'}): delete "
+                "it, or name another file with --journal"
+            )
+        for line in lines[1:]:
+            self.cells[tuple(line["cell"])] = line["result"]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.cells
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        return self.cells[key]
+
+    def add(self, key: Key, result: dict[str, Any]) -> None:
+        """Writes a finished cell, at once."""
+        self.cells[key] = result
+        self._write({"cell": key, "result": result})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")

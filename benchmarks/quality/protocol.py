@@ -1,0 +1,123 @@
+"""The question, fixed before the runs: metrics, seeds, rates, the test, which differences count.
+
+For each model and each contender:
+
+1. The learning rate is the one of `RATES` with the best mean of the model's first metric on the
+   validation split, over `SEARCH_SEEDS`. Some take the rate of `dense` (`RATE_OF`): `exact` and
+   `adamjax dense` are the same optimizer and are compared with it seed by seed, and
+   `lazy, same rate` is what a user gets who changes only the mode.
+2. With that rate the model is trained from each of `SEEDS`. A seed decides the first weights and
+   all batches, and these are the same for every contender.
+3. The result is a metric on the test split after the last epoch. Nothing is chosen by it.
+4. A contender is compared with its reference (`REFERENCE`, mostly `dense`) by the differences
+   between runs of the same seed: their mean with its confidence interval, and a paired t-test. The
+   p-values of all comparisons of a run of the suite are corrected together, by Holm's method.
+
+A metric's margin says which differences matter. The outcome is
+
+- "same": two one-sided tests at `ALPHA` show that the difference is within the margin, which is so
+  where the interval at 1 - 2 `ALPHA` is;
+- "better" or "worse": it is not "same", and the corrected p-value is below `ALPHA`;
+- "undecided": neither.
+
+The margins are 0.01 for what lies between 0 and 1, and 1% for a loss.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEEDS = range(20)
+# Other seeds than those of the comparison, so that no run counts twice.
+SEARCH_SEEDS = range(1000, 1003)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
+
+B1, B2, EPS = 0.9, 0.999, 1e-8
+# Of the contenders with decay. With a rate of 0.004, 3,000 steps take 45% of a weight.
+DECAY = 0.05
+
+ALPHA = 0.05
+CONFIDENCE = 0.95
+
+# How often a row is read in an epoch of training: examples are grouped by these bounds.
+READS = (4, 16, 64, 256)
+# A group of fewer examples is not shown.
+FEWEST = 50
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured of a trained model.
+
+    Attributes:
+      higher_is_better: whether it is a quality rather than a loss.
+      margin: the largest difference that does not matter; for a loss, relative to the mean of the
+        reference.
+    """
+
+    higher_is_better: bool = True
+    margin: float = 0.01
+
+    def absolute_margin(self, mean: float) -> float:
+        """The margin in the metric's own unit."""
+        return self.margin if self.higher_is_better else self.margin * abs(mean)
+
+
+METRICS = {
+    "HR@10": Metric(),
+    "NDCG@10": Metric(),
+    "MRR": Metric(),
+    "loss": Metric(higher_is_better=False),
+    "neighbours": Metric(),
+}
+
+# name: what it is
+CONTENDERS = {
+    "dense": "optax's Adam, dense gradients",
+    "adamjax dense": "adamjax's Adam, dense gradients: what rounding elsewhere does",
+    "exact": "exact_rows",
+    "lazy": 'rows="lazy": rows that are not read stay, and so do their moments',
+    "lazy, same rate": "lazy with the learning rate of dense",
+    "counted": "SmartDecay's idea: a row knows its last read and catches up after the next, with "
+    "the new v",
+    "local": "HugeCTR's lazy global update: a row catches up after it is read, with the old v",
+    "exact + decay": "exact_rows of AdamW",
+    "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
+}
+# Those that take the rate of another.
+RATE_OF = {"adamjax dense": "dense", "exact": "dense", "lazy, same rate": "dense"}
+DENSE = ("dense", "adamjax dense")
+# With whom a contender is compared, where it is not `dense`.
+REFERENCE = {"lazy + decay": "exact + decay"}
+
+
+def references(contenders: Sequence[str]) -> dict[str, str]:
+    """The reference of each contender that is compared, if both take part.
+
+    `adamjax dense` is a yardstick of rounding and not compared.
+
+    >>> references(["dense", "adamjax dense", "lazy", "exact + decay", "lazy + decay"])
+    {'lazy': 'dense', 'exact + decay': 'dense', 'lazy + decay': 'exact + decay'}
+    """
+    of = {n: REFERENCE.get(n, "dense") for n in contenders if n not in DENSE}
+    return {name: other for name, other in of.items() if other in contenders}
+
+
+def group(reads: int) -> int:
+    """The number of the group of `READS` that so many reads are in.
+
+    >>> [group(n) for n in (0, 3, 4, 255, 256)]
+    [0, 0, 1, 3, 4]
+    """
+    return sum(reads >= bound for bound in READS)
+
+
+def group_names() -> list[str]:
+    """The groups of `READS` in words.
+
+    >>> group_names()
+    ['0 to 3', '4 to 15', '16 to 63', '64 to 255', '256 or more']
+    """
+    ends = [0, *READS]
+    between = [f"{low} to {high - 1}" for low, high in itertools.pairwise(ends)]
+    return [*between, f"{ends[-1]} or more"]

@@ -1,0 +1,169 @@
+"""The runs: a cell is one model, trained by one contender at one rate from one seed."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.quality.contenders import MAKERS, Contender
+from benchmarks.quality.journal import Journal
+from benchmarks.quality.models import Model
+from benchmarks.quality.protocol import METRICS, RATE_OF, READS, group
+
+
+class Program:
+    """A contender's steps on a model, compiled once for all rates and seeds."""
+
+    def __init__(self, model: Model, contender: str) -> None:
+        self.model = model
+
+        def make(rate: Any) -> Contender:
+            return MAKERS[contender](model.loss, model.tables, rate)
+
+        def epoch(carry: Any, batches: Any, rate: Any) -> Any:
+            step = make(rate).step
+            return jax.lax.scan(lambda carry, batch: (step(carry, batch), None), carry, batches)[0]
+
+        self.make = make
+        self.epoch = jax.jit(epoch, donate_argnums=0)
+        self.read = jax.jit(lambda carry, rate: make(rate).read(carry))
+        self.compiled: Callable[..., Any] | None = None
+
+    def run(self, rate: float, seed: int, batches: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Trains and evaluates.
+
+        Returns:
+          "seconds" of each epoch's steps, "test", the metrics after each epoch, and of the last
+          "validation" and "groups", the test's metrics by group of reads (`None` without examples).
+        """
+        model = self.model
+        carry = self.make(rate).init(model.start(jax.random.key(seed)))
+        seconds, curve = [], []
+        for number in range(model.epochs):
+            batch = jax.block_until_ready(tuple(jax.numpy.asarray(x[number]) for x in batches))
+            if self.compiled is None:
+                self.compiled = self.epoch.lower(carry, batch, rate).compile()
+            start = time.perf_counter()
+            carry = jax.block_until_ready(self.compiled(carry, batch, rate))
+            seconds.append(round(time.perf_counter() - start, 4))
+            params = self.read(carry, rate)
+            scores = model.scores(params, "test")
+            curve.append(means(scores))
+        validation = means(model.scores(params, "validation"))
+        groups = by_group(scores, model.reads("test"))
+        return {"seconds": seconds, "test": curve, "validation": validation, "groups": groups}
+
+
+def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each metric."""
+    return {name: float(x.mean(dtype=np.float64)) for name, x in scores.items()}
+
+
+def by_group(scores: dict[str, np.ndarray], reads: np.ndarray) -> dict[str, list[float | None]]:
+    """The mean of each metric in each group of `READS`, if the metric is one of examples."""
+    groups = np.array([group(n) for n in reads])
+    every = range(len(READS) + 1)
+    return {
+        name: [float(x[groups == i].mean()) if (groups == i).any() else None for i in every]
+        for name, x in scores.items()
+        if len(x) == len(groups)
+    }
+
+
+def chosen_rate(validation: dict[float, list[float]], metric: str) -> float:
+    """The rate with the best mean; values that are not finite are worse than all others.
+
+    >>> chosen_rate({0.1: [1.0, 3.0], 0.2: [1.0, 2.0], 0.4: [float("nan"), 0.0]}, "loss")
+    0.2
+    """
+    sign = 1 if METRICS[metric].higher_is_better else -1
+
+    def worth(rate: float) -> float:
+        mean = sign * statistics.fmean(validation[rate])
+        return mean if np.isfinite(mean) else -np.inf
+
+    return max(validation, key=worth)
+
+
+class Plan:
+    """All cells of a run of the suite.
+
+    Args:
+      models: to train.
+      contenders: their names, by the model's; `dense` is always among them.
+      rates, search_seeds, seeds: as in the protocol.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[Model],
+        contenders: Mapping[str, Sequence[str]],
+        rates: Sequence[float],
+        search_seeds: Sequence[int],
+        seeds: Sequence[int],
+    ) -> None:
+        self.models, self.contenders = tuple(models), contenders
+        self.rates, self.search_seeds, self.seeds = rates, search_seeds, seeds
+
+    def searched(self, model: Model) -> list[str]:
+        """The contenders with a search of their own."""
+        return [name for name in self.contenders[model.name] if name not in RATE_OF]
+
+    @property
+    def cells(self) -> int:
+        """How many cells there are."""
+        each = len(self.rates) * len(self.search_seeds)
+        return sum(
+            each * len(self.searched(m)) + len(self.contenders[m.name]) * len(self.seeds)
+            for m in self.models
+        )
+
+    def rate(self, journal: Journal, model: Model, contender: str) -> float:
+        """The rate that the finished search gives a contender."""
+        name, metric = RATE_OF.get(contender, contender), model.metrics[0]
+        found = {
+            rate: [
+                journal[("search", model.name, name, rate, seed)]["validation"][metric]
+                for seed in self.search_seeds
+            ]
+            for rate in self.rates
+        }
+        return chosen_rate(found, metric)
+
+    def run(self, journal: Journal, done: Callable[[Model, str, bool], None]) -> None:
+        """Runs every cell that the journal does not have; calls `done` after each cell."""
+        for model in self.models:
+            names = self.contenders[model.name]
+            programs = {name: Program(model, name) for name in names}
+
+            @functools.lru_cache(maxsize=1)
+            def batches(seed: int, model: Model = model) -> Sequence[np.ndarray]:
+                return model.batches(seed)
+
+            def take(
+                part: str,
+                name: str,
+                rate: float,
+                seed: int,
+                model: Model = model,
+                programs: dict[str, Program] = programs,
+                batches: Callable[[int], Sequence[np.ndarray]] = batches,
+            ) -> None:
+                key = (part, model.name, name, rate, seed)
+                is_new = key not in journal
+                if is_new:
+                    journal.add(key, programs[name].run(rate, seed, batches(seed)))
+                done(model, name, is_new)
+
+            for seed in self.search_seeds:
+                for name in self.searched(model):
+                    for rate in self.rates:
+                        take("search", name, rate, seed)
+            rates = {name: self.rate(journal, model, name) for name in names}
+            for seed in self.seeds:
+                for name in names:
+                    take("test", name, rates[name], seed)

@@ -1,0 +1,469 @@
+"""The quality suite: its data are split without leakage, its statistics are right, runs resume."""
+
+import dataclasses
+import doctest
+import importlib
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_close
+from support import benchmarks as run_benchmarks
+
+pytest.importorskip("optax")
+pytest.importorskip("tqdm")
+pytest.importorskip("scipy")
+
+from scipy import stats
+
+from benchmarks.quality import (
+    answer,
+    contenders,
+    data,
+    divergence,
+    journal,
+    models,
+    protocol,
+    run,
+    statistics,
+    summary,
+)
+from benchmarks.train.options import UserError
+
+needs_data = pytest.mark.skipif(not data.is_installed(), reason=data.MISSING)
+
+
+@pytest.mark.parametrize("name", ["models", "protocol", "run", "statistics"])
+def test_examples_of_the_docstrings(name):
+    found = doctest.testmod(importlib.import_module(f"benchmarks.quality.{name}"))
+    assert found.attempted
+    assert not found.failed
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def made_ratings(users=30, items=150, seed=0):
+    """Some ratings of each user, in random order, with many at the same second."""
+    rng = np.random.default_rng(seed)
+    pairs = [(u, i) for u in range(users) for i in rng.permutation(items)[: rng.integers(3, 40)]]
+    pairs = np.array(pairs)[rng.permutation(len(pairs))]
+    pairs[:, 1] = np.unique(pairs[:, 1], return_inverse=True)[1].ravel()
+    return pairs[:, 0], pairs[:, 1], rng.integers(0, 50, len(pairs))
+
+
+def check_split(ratings, total):
+    """Nothing of a user's last two ratings is in training, and no time goes backwards."""
+    users = ratings.training[:, 0]
+    assert len(users) + 2 * ratings.users == total
+    in_training = set(map(tuple, ratings.training.tolist()))
+    assert len(in_training) == len(users)
+    for user in range(ratings.users):
+        times = ratings.times[users == user]
+        validated, tested = ratings.held_out_times[user]
+        assert (np.diff(times) >= 0).all()
+        assert len(times)
+        assert times.max() <= validated <= tested
+        held_out = {tuple(ratings.validation[user].tolist()), tuple(ratings.test[user].tolist())}
+        assert {u for u, _ in held_out} == {user}
+        assert len(held_out) == 2
+        assert not held_out & in_training
+        wrong = {(user, i) for i in ratings.negatives[user].tolist()}
+        assert len(wrong) == 99
+        assert wrong.isdisjoint(in_training)
+        assert wrong.isdisjoint(held_out)
+
+
+def test_each_user_leaves_the_last_two_ratings_out():
+    users, items, times = made_ratings()
+    ratings = data.split_ratings(users, items, times)
+    check_split(ratings, len(users))
+    # What a user saw before the validation is in training, and the test's window ends with it.
+    windows, validation, test = ratings.before(5)
+    assert windows.shape == (len(ratings.training), 5)
+    first = np.searchsorted(ratings.training[:, 0], np.arange(ratings.users))
+    assert (windows[first] == ratings.items).all()
+    assert (test[:, -1] == ratings.validation[:, 1]).all()
+    assert (test[:, :-1] == validation[:, 1:]).all()
+    last = np.searchsorted(ratings.training[:, 0], np.arange(ratings.users), side="right") - 1
+    assert (validation[:, -1] == ratings.training[last, 1]).all()
+    assert (validation != ratings.test[:, 1:]).all()
+
+
+def test_drawn_items_were_not_rated_in_training():
+    ratings = data.split_ratings(*made_ratings())
+    users = np.repeat(np.arange(ratings.users, dtype=np.int32), 20).reshape(-1, 10)
+    items = ratings.unrated(np.random.default_rng(0), users, 7)
+    assert items.shape == (*users.shape, 7)
+    assert not ratings.rated[users[..., None], items].any()
+
+
+def test_both_directions_of_a_fact_are_on_one_side():
+    rng = np.random.default_rng(0)
+    one = np.stack([rng.integers(0, 60, 500), np.zeros(500, int), rng.integers(0, 60, 500)], 1)
+    graph = data.split_facts(np.concatenate([one, one[:, [2, 1, 0]] + [0, 1, 0]]), 60, 2)
+    sides = [
+        {frozenset((h, t)) for h, _, t in getattr(graph, part).tolist()}
+        for part in ("training", "validation", "test")
+    ]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
+    trained = set(graph.training[:, [0, 2]].ravel().tolist())
+    for part in (graph.validation, graph.test):
+        assert set(part[:, [0, 2]].ravel().tolist()) <= trained
+
+
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch):
+    def files(name):
+        raise data.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(data.importlib.metadata, "files", files)
+    assert not data.is_installed()
+    with pytest.raises(UserError, match=r"^MovieLens-100k is not .* pip install --no-deps recbole"):
+        data.path("ml-100k.inter")
+
+
+def test_another_file_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "ml-100k.inter").write_text("user\titem\n1\t2\n")
+    monkeypatch.setattr(data, "path", lambda name: tmp_path / name)
+    with pytest.raises(UserError, match=r"not the file of recbole 1\.2\.1 \(SHA-256 [0-9a-f]{64}"):
+        data.lines("ml-100k.inter")
+
+
+@needs_data
+def test_the_ratings_are_movielens():
+    ratings = data.ratings()
+    assert (ratings.users, ratings.items) == (943, 1682)
+    check_split(ratings, 100_000)
+
+
+@needs_data
+def test_the_graph_is_recboles():
+    graph = data.graph()
+    assert (graph.entities, graph.relations) == (34_628, 24)
+    sizes = [len(getattr(graph, part)) for part in ("training", "validation", "test")]
+    assert sizes == [82_366, 3_053, 3_045]
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("model", models.MODELS, ids=lambda model: model.name)
+def test_batches_follow_from_the_seed_alone_and_models_learn_from_them(model):
+    model = dataclasses.replace(model, epochs=1, steps=5, batch=8)
+    batches, again, others = model.batches(3), model.batches(3), model.batches(4)
+    for x, same, other in zip(batches, again, others, strict=True):
+        assert x.shape[:2] == (1, 5)
+        assert x.dtype == np.int32
+        np.testing.assert_array_equal(x, same)
+        assert (x != other).any()
+    params = model.init(jax.random.key(0))
+    assert set(model.tables) <= params.keys()
+    loss, grads = jax.value_and_grad(model.loss)(params, tuple(x[0, 0] for x in batches))
+    assert jnp.isfinite(loss)
+    assert any(jnp.abs(grads[table]).max() > 0 for table in model.tables)
+    for part in models.PARTS:
+        scores = model.scores(params, part)
+        assert set(scores) == set(model.metrics)
+        assert len(scores[model.metrics[0]]) == len(model.reads(part))
+
+
+# --- the contenders -------------------------------------------------------------------------------
+
+ROWS, STEPS, RATE = 12, 40, 0.02
+
+
+def walked(name, b2=protocol.B2, steps=STEPS):
+    """The weights of a table and of a vector after some steps, on the same batches for all."""
+    rng = np.random.default_rng(0)
+    # Row 0 is read in each step, the last ones hardly ever.
+    ids = np.minimum(rng.geometric(0.3, (steps, 4)) - 1, ROWS - 1)
+    ids[:, 0] = 0
+    batches = ids.astype(np.int32), rng.standard_normal((steps, 4), np.float32)
+
+    def loss(params, batch):
+        ids, y = batch
+        return jnp.mean((params["table"][ids] @ params["out"] - y) ** 2)
+
+    contender = contenders.MAKERS[name](loss, ("table",), RATE, b2)
+    start = np.linspace(-1, 1, 3 * ROWS, dtype=np.float32).reshape(ROWS, 3)
+    carry = contender.init({"table": jnp.asarray(start), "out": jnp.ones(3)})
+    step = jax.jit(contender.step)
+    for i in range(steps):
+        carry = step(carry, tuple(x[i] for x in batches))
+    return jax.tree.map(np.asarray, contender.read(carry))
+
+
+@pytest.mark.slow
+def test_exact_is_dense_and_the_others_are_not():
+    dense = walked("dense")
+    assert_close(walked("exact"), dense, rtol=2e-5)
+    assert_close(walked("exact"), walked("adamjax dense"), rtol=2e-6)
+    for name in ("lazy", "counted", "local", "exact + decay", "lazy + decay"):
+        assert np.abs(walked(name)["table"] - dense["table"]).max() > 1e-3, name
+
+
+def test_contenders_of_one_rule_are_one():
+    assert contenders.MAKERS["lazy, same rate"] is contenders.MAKERS["lazy"]
+    assert contenders.MAKERS.keys() == protocol.CONTENDERS.keys()
+    assert set(divergence.NAMES) | {"dense"} <= contenders.MAKERS.keys()
+
+
+@pytest.mark.parametrize("name", ["counted", "local"])
+def test_the_rules_of_this_benchmark_by_hand(name):
+    """One row, read at steps 1, 2, 5 and 9 of ten, against the formulas in float64."""
+    reads, b1, b2, eps = {1: 1.0, 2: -0.5, 5: 0.25, 9: 2.0}, protocol.B1, 0.99, protocol.EPS
+
+    def loss(params, batch):
+        ids, g = batch
+        return jnp.sum(params["table"][ids] * g[:, None])
+
+    contender = contenders.MAKERS[name](loss, ("table",), RATE, b2)
+    carry = contender.init({"table": jnp.ones((2, 1))})
+    w, m, v, last = 1.0, 0.0, 0.0, 1
+
+    def correction(t):
+        return math.sqrt(1 - b2**t) / (1 - b1**t)
+
+    for t in range(1, 11):
+        g = reads.get(t, 0.0)
+        batch = jnp.array([0 if t in reads else 1], jnp.int32), jnp.array([g], jnp.float32)
+        carry = contender.step(carry, batch)
+        if t not in reads:
+            continue
+        before = m, v
+        m, v = b1 ** (t - last) * m + (1 - b1) * g, b2 ** (t - last) * v + (1 - b2) * g * g
+        if name == "counted":  # the momentum of the steps between, and the step itself
+            momentum = m + sum(b1**i * before[0] for i in range(1, t - last))
+            w -= RATE * (momentum / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+        else:  # all moves from the last read until now, with what the last read left
+            for i in range(t - last):
+                move = b1**i * before[0] / (math.sqrt(before[1]) + eps)
+                w -= RATE * correction(last) * move
+        last = t
+    assert float(contender.read(carry)["table"][0, 0]) == pytest.approx(w, rel=2e-6)
+
+
+@pytest.mark.slow
+def test_divergence_grows_with_the_gap():
+    measured = divergence.measured(0.999, 200)
+    assert max(measured["exact"]) < 1e-4
+    # Rows that are read every 100 steps or less often have moved twice at most.
+    assert measured["lazy"][0] < 1e-4 < 0.05 < measured["lazy"][1]
+    assert measured["lazy"][:6] == sorted(measured["lazy"][:6])
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, -2.0])
+def test_the_paired_test_is_scipys(shift):
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=20) + shift, rng.normal(size=20)
+    found, expected = statistics.paired(first, second), stats.ttest_rel(first, second)
+    interval = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.mean == pytest.approx(np.mean(first - second))
+    assert found.effect == pytest.approx(np.mean(first - second) / np.std(first - second, ddof=1))
+
+
+def test_the_equivalence_test_is_two_one_sided_ones():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        differences = rng.normal(rng.uniform(-0.02, 0.02), 0.01, 12)
+        above = stats.ttest_1samp(differences, -0.01, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, 0.01, alternative="less").pvalue
+        assert statistics.is_within(differences, 0.01) == (max(above, below) < protocol.ALPHA)
+
+
+def test_equal_and_failed_runs():
+    same = statistics.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (same.mean, same.p, same.effect) == (0, 1, 0)
+    shifted = statistics.paired([2.0, 3.0], [1.0, 2.0])
+    assert (shifted.low, shifted.high, shifted.p, shifted.effect) == (1, 1, 0, math.inf)
+    failed = statistics.paired([math.nan, 1.0], [0.0, 0.0])
+    assert failed.p == 1
+    assert math.isnan(failed.mean)
+    assert not statistics.is_within([math.nan, 0.0], 1)
+    with pytest.raises(ValueError, match="got 1 pairs, expected at least 2"):
+        statistics.paired([1.0], [2.0])
+
+
+def test_outcomes():
+    near, far = [0.001, -0.001, 0.002, 0.0], [0.05, 0.06, 0.055, 0.052]
+    wide = [0.3, -0.2, 0.1, 0.02]
+    assert statistics.outcome(near, 1.0, 0.01, True) == "same"
+    assert statistics.outcome(far, 0.001, 0.01, True) == "better"
+    assert statistics.outcome(far, 0.001, 0.01, False) == "worse"
+    assert statistics.outcome(far, 0.2, 0.01, True) == "undecided"
+    assert statistics.outcome(wide, 0.9, 0.01, True) == "undecided"
+    # A difference that is certain but smaller than the margin.
+    assert statistics.outcome([0.005, 0.0051, 0.0049], 0.001, 0.01, True) == "same"
+
+
+def test_scores_that_are_not_finite_lose():
+    scores = jnp.array([[jnp.nan, 0.0, 1.0], [1.0, jnp.nan, 0.0], [0.0, 0.0, -1.0]])
+    assert models.ranking(scores)["MRR"].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 2])
+    nan = {0.1: [math.nan, 9.0], 0.2: [1.0, 1.0]}
+    assert run.chosen_rate(nan, "HR@10") == run.chosen_rate(nan, "loss") == 0.2
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy(models.Model):
+    """A regression on rows, in place of the models that need data."""
+
+    name = "toy"
+    data = "made"
+    tables = ("table",)
+    metrics = ("loss",)
+
+    def init(self, key):
+        return {"table": jax.random.normal(key, (9, 2)), "out": jnp.ones(2)}
+
+    def batches(self, seed):
+        rng = np.random.default_rng(seed)
+        return rng.integers(9, size=self.size, dtype=np.int32), rng.normal(size=self.size)
+
+    def examples(self, part):
+        rng = np.random.default_rng(models.PARTS.index(part))
+        return rng.integers(9, size=200, dtype=np.int32), rng.normal(size=200)
+
+    def reads(self, part):
+        return self.held_out[part][0] * 10
+
+    def loss(self, params, batch):
+        return jnp.mean(self.evaluate(params, *batch)["loss"])
+
+    def evaluate(self, params, ids, y):
+        return {"loss": (params["table"][ids] @ params["out"] - y) ** 2}
+
+
+def toy_plan(*names):
+    return run.Plan([Toy(2, 3, 4)], {"toy": names}, [0.01, 0.1], [1000], [0, 1, 2])
+
+
+FULL = toy_plan("dense", "adamjax dense", "exact", "lazy")
+
+
+def without_times(book):
+    return {key: {k: x for k, x in c.items() if k != "seconds"} for key, c in book.cells.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    book = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
+    calls = []
+    FULL.run(book, lambda model, name, is_new: calls.append(is_new))
+    assert calls == [True] * FULL.cells == [True] * len(book.cells)
+    return book
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_repeats_nothing(tmp_path, finished):
+    path, done, plan = tmp_path / "journal.jsonl", [], toy_plan("dense", "lazy")
+
+    def interrupt(model, name, is_new):
+        done.append(name)
+        if len(done) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(journal.Journal(path, {"of": "toys"}), interrupt)
+    with path.open("a") as file:  # as if it was interrupted while it wrote a line
+        file.write('{"cell": ["test", "toy", "la')
+    book, new = journal.Journal(path, {"of": "toys"}), []
+    assert len(book.cells) == 7
+    plan.run(book, lambda model, name, is_new: new.append(is_new))
+    assert new == [False] * 7 + [True] * (plan.cells - 7)
+    again, expected = journal.Journal(path, {"of": "toys"}), without_times(finished)
+    assert without_times(again) == without_times(book)
+    assert without_times(book) == {key: expected[key] for key in book.cells}
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal.Journal(path, {"seeds": [0, 1], "rates": (0.1,)})
+    journal.Journal(path, {"seeds": [0, 1], "rates": (0.1,)})
+    with pytest.raises(UserError, match=r"differs in: seeds\): delete it, or name another file"):
+        journal.Journal(path, {"seeds": [0], "rates": (0.1,)})
+
+
+@pytest.mark.slow
+def test_results_of_runs(finished):
+    (row,) = summary.summarised(FULL, finished)
+    assert row["contenders"]["exact"]["rate"] == row["contenders"]["dense"]["rate"]
+    exact = row["contenders"]["exact"]["test"]["loss"]
+    assert exact["outcome"] == "same"
+    assert exact["largest |difference|"] < 1e-4
+    lazy = row["contenders"]["lazy"]["test"]["loss"]
+    own, dense = (
+        [
+            finished[("test", "toy", name, row["contenders"][name]["rate"], seed)]["test"][-1]
+            for seed in range(3)
+        ]
+        for name in ("lazy", "dense")
+    )
+    differences = [x["loss"] - y["loss"] for x, y in zip(own, dense, strict=True)]
+    assert lazy["difference"] == pytest.approx(np.mean(differences), rel=1e-3)
+    assert lazy["reference"] == "dense"
+    assert "outcome" not in row["contenders"]["adamjax dense"]["test"]["loss"]
+    assert sum(row["examples"]) == 200
+    groups = row["contenders"]["dense"]["groups"]["loss"]
+    assert [x is not None for x in groups] == [n >= protocol.FEWEST for n in row["examples"]]
+
+
+@pytest.mark.slow
+def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import tables
+    from benchmarks.quality import report
+
+    results = {
+        **{"suite": "quality", "quick": False, "rates": [0.01, 0.1], "seeds": [0, 1, 2]},
+        **{"betas": [0.9, 0.999], "eps": 1e-8, "decay": 0.05, "data": {"made": {"ratings": 3}}},
+        "groups": protocol.group_names(),
+        "models": summary.summarised(FULL, finished),
+        "divergence": {"gaps": [1, 2], "by b2": {"0.9": {"exact": [1e-7, 1e-7]}}},
+        "environment": {"versions": {"jax": "1"}, "date": "today", "device": "a CPU"},
+    }
+    results = json.loads(json.dumps(results))
+    text = tables.SUITES["quality"](results)
+    assert "**Exact has dense's result**: same in 1 of 1 comparisons" in text
+    found = results["models"][0]["contenders"]["lazy"]["test"]["loss"]
+    assert answer.difference(found) in text
+    written = report.write(results, tmp_path)
+    assert [path.name for path in written] == [
+        *("quality-time.png", "quality-reads.png", "quality-divergence.png", "quality.md")
+    ]
+    page = (tmp_path / "quality.md").read_text()
+    lazy = results["models"][0]["contenders"]["lazy"]
+    assert f"| lazy | {lazy['rate']:g} |" in page
+    assert all(f"](quality-{name}.png)" in page for name in report.CAPTIONS)
+    found["difference"] = None  # a run that failed
+    assert "runs failed" in tables.SUITES["quality"](results)
+
+
+@needs_data
+@pytest.mark.slow
+def test_a_quick_run_and_the_same_command_again(tmp_path):
+    command = ["quality", "--quick", "--journal", "j.jsonl", "--out", "out/quality.json"]
+    done = run_benchmarks(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert [row["model"] for row in results["models"]] == [m.name for m in models.MODELS]
+    assert results["models"][0]["contenders"].keys() == protocol.CONTENDERS.keys()
+    for row in results["models"]:
+        for found in row["contenders"]["exact"]["test"].values():
+            assert found["outcome"] == "same"
+    journal_before = (tmp_path / "j.jsonl").read_text()
+    again = run_benchmarks(*command, cwd=tmp_path)
+    assert "cells are done already" in again.stdout
+    assert (tmp_path / "j.jsonl").read_text() == journal_before
