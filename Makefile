@@ -15,6 +15,8 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled \
 COMPILE_FAST := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1 \
 	--xla_cpu_parallel_codegen_split_count=1"
 PIP := -m pip --disable-pip-version-check install --quiet
+# Only its data files are read, so its many requirements are left out.
+RECBOLE := recbole==1.2.1
 VERSIONS := -c 'import jax, platform; print(f"JAX {jax.__version__}, Python {platform.python_version()}")'
 
 .PHONY: help train test test-quick test-newest test-oldest test-tpu test-gpu lint types bench bench-quality bench-tpu bench-gpu \
@@ -99,7 +101,8 @@ docs: .venv/.docs
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,test-models,bench,bench-contenders,notebooks,docs]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[test,test-models,bench,bench-contenders,bench-quality,notebooks,docs]'
+	$(BIN)/python $(PIP) --no-deps $(RECBOLE)
 	@touch $@
 
 .venv/.docs: .venv/.made pyproject.toml constraints.txt
@@ -110,10 +113,9 @@ docs: .venv/.docs
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,bench-contenders]'
 	@touch $@
 
-# Only the data files of recbole are read, so its requirements are left out.
 .venv/.quality: .venv/.made pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[bench,bench-quality]'
-	$(BIN)/python $(PIP) --no-deps recbole==1.2.1
+	$(BIN)/python $(PIP) --no-deps $(RECBOLE)
 	@touch $@
 
 .venv-newest/.made:

@@ -223,13 +223,20 @@ rates = (
         numbers,
     )
 )
+
+
+def in_order(parts):
+    """A chain whose learning rates are behind its weight decay, as it demands."""
+    return chain(*sorted(parts, key=lambda tx: tx.descends))
+
+
 transforms = st.recursive(
     st.builds(scale_by_adam, betas, betas | arrays(st.floats(0, 0.75)), eps=sizes)
     | st.builds(clip_by_norm, sizes)
     | st.builds(add_decayed_weights, rates, st.none() | patterns)
     | st.builds(scale_by_learning_rate, rates),
     lambda inner: (
-        st.lists(inner, max_size=3).map(lambda parts: chain(*parts))
+        st.lists(inner, max_size=3).map(in_order)
         | st.builds(masked, inner, patterns)
         | st.builds(accumulate_gradients, inner, st.integers(1, 100))
         | st.builds(partition, st.lists(st.tuples(patterns, inner), max_size=2), default=inner)
