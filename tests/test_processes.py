@@ -133,7 +133,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(star
     for count in (1, 2, 4):
         out = finished(start("--resume", f"runs/on-{count}", "--processes", str(count)))
         assert f"{STEPS - taken} of {STEPS} steps to take" in out
-        assert apart("whole", f"on-{count}")[0] < ROUNDING
+        # Not with the run in two processes: both are rounded, and their differences add up.
+        assert apart("one", f"on-{count}")[0] < ROUNDING
     assert apart("whole", "on-2") == (0, 0)
 
 
