@@ -76,7 +76,10 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
         for value in [row["measured"]]
     ]
     head = ["what", "bound", "measured", "holds"]
-    return ["The bounds that these figures must keep. \"A's time by B's\" is A's time divided by B's:", markdown(head, table)] if table else []
+    text = (
+        "The bounds that these figures must keep. \"A's time by B's\" is A's time divided by B's:"
+    )
+    return [text, markdown(head, table)] if table else []
 
 
 # --- suites that measure --------------------------------------------------------------------------
