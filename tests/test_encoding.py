@@ -126,8 +126,8 @@ def run(tx, g):
 def test_moments_are_those_of_float64(kind, scale):
     """In 200 steps: no bias, no infinity, no sign that is wrong, and errors as derived.
 
-    A step rounds m by at most an eighth, and the average forgets the errors before by b1: in all
-    at most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. The variance of a
+    A step rounds m by at most an eighth, and each step multiplies earlier errors by b1: in all at
+    most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. The variance of a
     rounding by d * x with probability p is at most p * d**2; v moves by (1 - b2) * g**2, so p * d
     is that, and the errors of 200 steps have at most the variance 1/8 * sum((1 - b2) * g**2 * v).
     """
@@ -142,7 +142,7 @@ def test_moments_are_those_of_float64(kind, scale):
     step = 2.0**-17 * 2 * largest
     seen = np.maximum.accumulate(abs(ms), axis=0) + step
     assert np.all(abs(m - ms) <= 1.25 * seen + 1e-6 * largest)
-    # A sign is right where m is above what its error can be.
+    # The sign is right where m is larger than its largest possible error.
     above = abs(ms) > 1.25 * seen
     assert np.all(np.sign(m[above]) == np.sign(ms[above]))
     assert np.all((v > 0) == (vs > 0))
