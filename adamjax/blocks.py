@@ -17,15 +17,15 @@ from adamjax._compat import as_varying, jaxpr_as_fun, type_of, varying_axes
 
 __all__ = ["group_tables", "in_blocks", "is_one_block", "rows_of_each"]
 
-# The rows of a block, and the most rows that a step takes without a loop.
+# The rows of a block, and the most rows that are processed without a loop.
 _BLOCK = 2048
 _AT_ONCE = 8192
-# The most elements in the rows of several tables that a step takes together.
+# The most elements in the rows of several tables that one step processes together.
 _GROUP_ELEMENTS = 1 << 20
 
 
 def is_one_block(n: int) -> bool:
-    """Whether `in_blocks` takes n rows without a loop, on every platform."""
+    """Whether `in_blocks` processes n rows without a loop, on every platform."""
     return n <= _AT_ONCE
 
 
@@ -37,7 +37,7 @@ def in_blocks(
     rows: Any,
     reads: Any = (),
 ) -> tuple[Any, Any]:
-    """Runs a step on some rows of tables, in place, for the blocks that have a row.
+    """Runs a step on some rows of tables, in place. Blocks without a row are skipped.
 
     Args:
       step: `(tables, indices, rows, reads) -> (tables, rows)`, called with some of the indices.
@@ -110,8 +110,7 @@ def in_blocks(
 def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
     """Returns `(consts, *args) -> function(*args)` without a closure, and the consts.
 
-    As `jax.closure_convert`, but for all values that the function closes over, not for floats that
-    are differentiated alone.
+    `jax.closure_convert` does the same, but only for floats that are differentiated.
     """
     closed, like = jax.make_jaxpr(function, return_shape=True)(*args)
 
@@ -135,7 +134,7 @@ def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
 
 
 def group_tables(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
-    """Groups of tables whose rows a step takes together. `rows` has an array for each table."""
+    """Groups tables whose rows one step can process together; `rows` has an array for each."""
     groups: list[list[int]] = []
     room = -1
     for i in tables:

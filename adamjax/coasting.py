@@ -1,4 +1,4 @@
-"""Where a row is after any number of steps without a gradient, at the cost of one step.
+"""Computes where a row is after many steps without a gradient, at the cost of one step.
 
 A row is touched at step s and then not for k steps. Its gradients are zero, so its moments decay by
 known powers, and its steps depend on a few scalars that all rows share. Step t = s + j moves it to

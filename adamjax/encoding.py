@@ -17,8 +17,8 @@ below, steps of    2**-17 of it           2**-33 of it
 ("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
 the root of v: there neighbours differ by 3% to 6%, over a range of 2**-16. Block exponents and
 fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats Specification
-1.0, 2023, section 5). Exponents, unlike scales of any value, make no rounding of their own: a
-number that is stored stays what it is when the largest of its block grows.
+1.0, 2023, section 5). To scale a block by a power of two adds no rounding error, so a stored number
+does not change when the largest of its block grows.
 
 Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
 stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
@@ -52,14 +52,14 @@ __all__ = [
     "zeros_scaled8",
 ]
 
-# What `m_dtype` and the others are called for this format.
+# The value of `m_dtype` and the other options that selects this format.
 SCALED8 = "scaled8"
 SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
 # Elements of a block of a vector.
 BLOCK = 1024
 
 _NOT_FINITE = 255
-_FRACTION = 20  # bits of a float32's fraction that codes do not have
+_DROPPED_BITS = 20  # of the 23 bits of a float32's fraction
 
 
 @exportable
@@ -100,8 +100,8 @@ class Scaled8(NamedTuple):
         return np.dtype(np.float32)
 
 
-def _of_blocks(p: Any) -> Any:
-    """An array with one element for each block of `p`, the first."""
+def _first_of_blocks(p: Any) -> Any:
+    """The first element of each block of `p`."""
     if np.ndim(p) < 2:
         return p[::BLOCK] if np.ndim(p) else p
     return p[..., :1]
@@ -114,17 +114,16 @@ def _exponents_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
-    """Zeros of the shape of `p`, split over devices as it is if it is no `ShapeDtypeStruct`."""
+    """Zeros of the shape of `p`, sharded like `p` unless that is a `ShapeDtypeStruct`."""
     codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
     if isinstance(p, jax.ShapeDtypeStruct):
         return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
-    typed = explicit(p)
-    if typed is None:
-        return Scaled8(codes, jnp.zeros_like(_of_blocks(p), np.uint8))
-    split = NamedSharding(typed.mesh, PartitionSpec(*exponents_spec(tuple(typed.spec), p.ndim)))
-    return Scaled8(
-        codes, jax.sharding.reshard(jnp.zeros(_exponents_shape(p.shape), np.uint8), split)
-    )
+    sharding = explicit(p)
+    if sharding is None:
+        return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
+    spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
+    exponents = jnp.zeros(_exponents_shape(p.shape), np.uint8)
+    return Scaled8(codes, jax.sharding.reshard(exponents, NamedSharding(sharding.mesh, spec)))
 
 
 def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
@@ -140,12 +139,12 @@ def each_part(function: Callable[..., Any], *slots: Any) -> Any:
 
 
 def like_parts(p: Any) -> Scaled8:
-    """For the codes and the exponents of a slot, an array of their shape that is split like `p`.
+    """Arrays to take the shardings of a slot's codes and exponents from.
 
-    If it is known how `p` is split, the codes and exponents are already split so.
+    If the sharding of `p` is not known, the second one has the shape of the exponents.
     """
     is_known = explicit(p) is not None or not isinstance(p, jax.core.Tracer)
-    return Scaled8(p, p if is_known else _of_blocks(p))
+    return Scaled8(p, p if is_known else _first_of_blocks(p))
 
 
 def expect_encoded(what: str, slot: Scaled8) -> None:
@@ -175,8 +174,8 @@ def expect_rows(slot: Any, what: str = "a row gradient needs rows") -> None:
         )
 
 
-def _top(codes: Any) -> int:
-    """How far the exponents of a block's codes go down."""
+def _exponent_range(codes: Any) -> int:
+    """How many powers of two below a block's largest number its codes reach in full precision."""
     return 14 if codes == np.int8 else 30
 
 
@@ -197,9 +196,9 @@ def _blocks(bits: chex.Array) -> chex.Array:
 
 
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
-    """For each encoded slot the exponents with which an array is stored in it; `None` for others.
+    """For each encoded slot the exponents to store an array in it with; `None` for other slots.
 
-    Each block's largest number has a code with them, also after it has been rounded up.
+    The largest number of a block has a code even if it is rounded up.
     """
 
     def bits_of(x: chex.Array, codes: Any) -> chex.Array:
@@ -216,8 +215,9 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
     ]
     if not bits:
         return [None] * len(slots)
-    # All at once, so that gradients are read once. On a CPU, XLA would make arrays of the operands
-    # of a reduction of one array, but not of those of several; so one gets another beside it.
+    # One reduction of all arrays reads the gradients once. On a CPU, XLA stores the operand of a
+    # reduction of one array, but not the operands of a reduction of several. So a single array gets
+    # a second one.
     slots_ndim = encoded_slots[0].ndim
     operands = bits if len(bits) > 1 else [bits[0], bits[0] >> 1]
     largest = jax.lax.reduce(
@@ -231,17 +231,17 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
         largest = [jnp.maximum(*largest)]
 
     def exponent(x: chex.Array, slot: Scaled8) -> chex.Array:
-        x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _FRACTION) - 1)) >> 23
-        # Above the least exponent: then the smallest code is a normal float32.
-        above = jnp.maximum(x - np.int32(_top(slot.codes.dtype) + 4), 0)
+        x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _DROPPED_BITS) - 1)) >> 23
+        # A stored 0 is an exponent at which the smallest code is still a normal float32.
+        above = jnp.maximum(x - np.int32(_exponent_range(slot.codes.dtype) + 4), 0)
         return jnp.where(x < 255, above, _NOT_FINITE).astype(jnp.uint8)
 
     exponents = iter(map(exponent, largest, encoded_slots))
     return [next(exponents) if isinstance(x, Scaled8) else None for x in slots]
 
 
-def _spread(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-    """The number of each block, for each of its elements."""
+def _for_each_element(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """Repeats the number of each block for all elements of the block."""
     if len(shape) != 1 or shape[0] <= BLOCK:
         return jnp.broadcast_to(x, shape)
     return jnp.broadcast_to(x[:, None, None], (len(x), 8, BLOCK // 8)).reshape(-1)[: shape[0]]
@@ -258,36 +258,36 @@ def encoded(x: chex.Array, codes: Any, exponents: chex.Array, random: chex.Array
     Args:
       x: real floats.
       codes: int8, or uint8 for numbers that are not negative.
-      exponents: those of its blocks, of `block_exponents`.
-      random: uint32 below 2**16, of the shape of x: how much of the way to the next number is
-        rounded up; 2**15 rounds to the nearest.
+      exponents: the result of `block_exponents` for this slot.
+      random: uint32 below 2**16, of the shape of x. A number is rounded up if `random / 2**16` plus
+        its fraction of the way to the next code reaches 1, so 2**15 rounds to the nearest.
     """
-    return Scaled8(_encoded(np.dtype(codes), x, exponents, random), exponents)
+    return Scaled8(_codes_without_derivative(np.dtype(codes), x, exponents, random), exponents)
 
 
-def _encode(codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
-    top, signed = _top(codes), codes == np.int8
+def _codes(codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
+    top, signed = _exponent_range(codes), codes == np.int8
     exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
     # The smallest number with a full fraction becomes 1.
     factor = _power(250 - jnp.minimum(exponent, 250 - top))
-    scaled = jnp.abs(x).astype(jnp.float32) * _spread(factor, x.shape)
+    scaled = jnp.abs(x).astype(jnp.float32) * _for_each_element(factor, x.shape)
     scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
-    full = ((scaled_bits + (random << 4) + 8) >> _FRACTION) - np.int32(126 << 3)
+    full = ((scaled_bits + (random << 4) + 8) >> _DROPPED_BITS) - np.int32(126 << 3)
     small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
     magnitude = jnp.where(scaled < 1, small.astype(jnp.int32), full)
     code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(codes)
-    # The last operation is a select of codes: of others XLA would make the codes twice, once for
-    # the state and once for their decoding, and copy the old ones for that.
+    # The last operation is a select of codes. After any other, XLA would compute the codes twice,
+    # once for the state and once to decode them, and copy the old ones for that.
     return jnp.where(x < 0, -code, code) if signed else jnp.where((code == 0) & (x != 0), 1, code)
 
 
-_encoded = jax.custom_jvp(_encode, nondiff_argnums=(0,))
+_codes_without_derivative = jax.custom_jvp(_codes, nondiff_argnums=(0,))
 
 
-@_encoded.defjvp
-def _encoded_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
+@_codes_without_derivative.defjvp
+def _codes_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
     raise TypeError(
-        f"a step with moments in {SCALED8!r} has no derivative, since whole numbers are stored: to "
+        f"a step with moments in {SCALED8!r} has no derivative, since it stores integers: to "
         "differentiate through steps, keep moments in float32 or bfloat16 (m_dtype, v_dtype)"
     )
 
@@ -295,11 +295,11 @@ def _encoded_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
 def decoded(slot: Scaled8) -> chex.Array:
     """The float32 array that is stored in 8 bits."""
     codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
-    top = _top(codes.dtype)
+    top = _exponent_range(codes.dtype)
     scale = jnp.where(exponents <= 250 - top, _power(jnp.minimum(exponents, 250) + 4), jnp.nan)
     number = codes.astype(jnp.int32)
     magnitude = jnp.abs(number)
-    full = jax.lax.bitcast_convert_type((magnitude << _FRACTION) + (126 << 23), jnp.float32)
+    full = jax.lax.bitcast_convert_type((magnitude << _DROPPED_BITS) + (126 << 23), jnp.float32)
     size = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
-    size = size * _spread(scale, codes.shape)
+    size = size * _for_each_element(scale, codes.shape)
     return jnp.where(number < 0, -size, size) if codes.dtype == np.int8 else size

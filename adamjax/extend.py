@@ -1,4 +1,4 @@
-"""What a rule, or another transform, of your own is made of.
+"""What you need to write a rule or another transform of your own.
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
 rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, and sent

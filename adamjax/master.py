@@ -44,7 +44,7 @@ def _is_narrow(p: Any) -> bool:
 
 
 class master_weights(Transform):
-    """Moves float32 weights by `tx`; narrow parameters are these weights, rounded.
+    """Updates float32 weights with `tx`; narrow parameters are these weights, rounded.
 
     A bfloat16 weight of 1 does not move by an update of 0.001, as its neighbours are 0.996 and
     1.008. Here the update moves a float32 weight in the state, and the parameter follows it as soon
@@ -156,10 +156,10 @@ class master_weights(Transform):
         return treedef.unflatten(moved), MasterWeightsState(treedef.unflatten(weights), inner)
 
     def flush(self, params: Tree, state: Any, *, axis: Any = None) -> tuple[Any, Any]:
-        """`exact_rows.flush` where `tx` is an `exact_rows`: all rows of all tables up to date.
+        """Brings all rows of all tables up to date, if `tx` is an `exact_rows`.
 
         Args:
-          params, state, axis: as there.
+          params, state, axis: as for `exact_rows.flush`.
 
         Returns:
           The parameters and the state to go on with.
@@ -184,11 +184,11 @@ class master_weights(Transform):
         return treedef.unflatten(leaves), MasterWeightsState(treedef.unflatten(weights), inner)
 
 
-_MEND = "pass the parameters that the state is of, or make a new state with init"
+_MEND = "pass the parameters that belong to the state, or make a new state with init"
 
 
 def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
-    """What a narrow parameter moves by to become its weights, rounded; of a table its rows."""
+    """The update that makes a parameter its rounded weights; for rows, in these rows only."""
     if isinstance(u, RowMoves):
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
     if isinstance(u, RowGradient) and u.rest is None:

@@ -1,4 +1,4 @@
-"""What the compilers of devices that are not there say about steps: the frame of `tpu` and `gpu`.
+"""Compiles steps for TPUs and GPUs without the device: what the suites `tpu` and `gpu` share.
 
 A compiler may end the process that it is in, so it gets processes of its own.
 """

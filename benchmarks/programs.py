@@ -1,4 +1,4 @@
-"""Steps as programs to compile, for a device that may not be there.
+"""Steps as programs to compile, also for a device that the machine lacks.
 
 A case says what the step is, in values that JSON has:
 - `("dense", package, chain, shapes)`: see `steps.chain_step`; ", bfloat16" sets the dtype;

@@ -76,7 +76,10 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
         for value in [row["measured"]]
     ]
     head = ["what", "bound", "measured", "holds"]
-    return ["The bounds that these figures must keep:", markdown(head, table)] if table else []
+    text = (
+        "The bounds that these figures must keep. \"A's time by B's\" is A's time divided by B's:"
+    )
+    return [text, markdown(head, table)] if table else []
 
 
 # --- suites that measure --------------------------------------------------------------------------
@@ -190,7 +193,7 @@ def differences(results: Results) -> str:
         [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
         for row in results["rows"]
     ]
-    header = ["case", *systems, "to get the others with adamjax"]
+    header = ["case", *systems, "how to get the others' result in adamjax"]
     return f"{markdown(header, table)}\n\n{versions(results)}."
 
 

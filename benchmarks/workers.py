@@ -1,4 +1,4 @@
-"""Processes of their own that take samples when they are asked to, in turn."""
+"""Worker processes that take samples on request, one after another."""
 
 import contextlib
 import json

@@ -13,13 +13,13 @@ from adamjax import blocks
 
 V, D = 60, 3
 
-# The most rows that are worked on without a loop, and the rows of a block.
+# The most rows that are processed without a loop, and the rows of a block.
 SIZES = {"several blocks": (0, 7), "one row": (0, 1), "a block larger than the batch": (0, 64)}
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Sets the sizes, and forgets what was traced for others."""
+def set_block_sizes(monkeypatch):
+    """A function that sets both sizes, and forgets what was traced for other sizes."""
 
     def set_sizes(most, size):
         monkeypatch.setattr(blocks, "_AT_ONCE", most)
@@ -34,7 +34,7 @@ def cut(monkeypatch):
 # --- the loop by itself ---------------------------------------------------------------------------
 
 
-def counted(tables, indices, rows, reads):
+def added(tables, indices, rows, reads):
     """Adds reads to rows, and the sum to the table's rows; counts the blocks."""
     table, count = tables
     rows = rows + reads
@@ -42,29 +42,29 @@ def counted(tables, indices, rows, reads):
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 20])
-@pytest.mark.parametrize("live", [0, 1, 7, 20])
+@pytest.mark.parametrize("num_inside", [0, 1, 7, 20])
 @pytest.mark.slow
-def test_blocks_do_what_one_does(cut, n, live):
+def test_blocks_do_what_one_does(set_block_sizes, n, num_inside):
     rng = np.random.default_rng(n)
     ids = np.full(n, V, np.int32)
-    ids[:live] = rng.permutation(V)[:n][:live]
+    ids[:num_inside] = rng.permutation(V)[:n][:num_inside]
     rows, reads = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for _ in range(2))
-    (table, _), expected = counted((jnp.ones((V, D)), 0), jnp.asarray(ids), rows, reads)
-    cut(0, 7)
-    run = jax.jit(lambda *args: blocks.in_blocks(counted, *args[:2], V, *args[2:]))
+    (table, _), expected = added((jnp.ones((V, D)), 0), jnp.asarray(ids), rows, reads)
+    set_block_sizes(0, 7)
+    run = jax.jit(lambda *args: blocks.in_blocks(added, *args[:2], V, *args[2:]))
     given = (jnp.ones((V, D)), jnp.zeros((), jnp.int32)), jnp.asarray(ids), rows, reads
     (found, count), after = run(*given)
     assert_close(found, table)
-    assert_close(after[:live], expected[:live])
+    assert_close(after[:num_inside], expected[:num_inside])
     size = -(-n // -(-n // 7))
-    assert int(count) == -(-min(live, n) // size)
+    assert int(count) == -(-min(num_inside, n) // size)
 
 
-def test_a_hole_among_the_rows_ends_nothing(cut):
-    cut(0, 4)
+def test_rows_after_a_block_without_rows_are_processed_too(set_block_sizes):
+    set_block_sizes(0, 4)
     ids = jnp.array([V, V, V, V, V, V, V, 3, V, V])
     args = (jnp.zeros((V, D)), jnp.zeros((), jnp.int32)), ids
-    (table, count), _ = blocks.in_blocks(counted, *args, V, jnp.ones((10, D)), jnp.ones((10, D)))
+    (table, count), _ = blocks.in_blocks(added, *args, V, jnp.ones((10, D)), jnp.ones((10, D)))
     assert_close(table[3], jnp.full(D, 2.0))
     assert int(count) == 2
 
@@ -117,17 +117,17 @@ def trained(tx, dtype=jnp.float32, steps=6):
 
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_blocks(cut, name):
+def test_results_do_not_depend_on_the_blocks(set_block_sizes, name):
     expected = trained(MODES[name]())
     for most, size in SIZES.values():
-        cut(most, size)
+        set_block_sizes(most, size)
         assert_close(trained(MODES[name]()), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["lazy", "exact"])
-def test_narrow_tables_neither(cut, name):
+def test_results_of_narrow_tables_do_not_depend_on_the_blocks(set_block_sizes, name):
     expected = trained(MODES[name](), jnp.bfloat16)
-    cut(0, 7)
+    set_block_sizes(0, 7)
     params, *_ = trained(MODES[name](), jnp.bfloat16)
     assert params["t"].dtype == jnp.bfloat16
     assert_close(params, expected[0], rtol=2**-7)
@@ -142,8 +142,8 @@ DIFFERENTIATED = {
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 @pytest.mark.slow
-def test_derivatives_do_not_depend_on_the_blocks(cut, name):
-    """By a hyperparameter, the table and its gradient: backwards and forwards."""
+def test_derivatives_do_not_depend_on_the_blocks(set_block_sizes, name):
+    """Derivatives by a hyperparameter, the table and its gradient: reverse and forward mode."""
 
     @jax.jit
     def outcome(hyperparameter, table, values):
@@ -160,7 +160,7 @@ def test_derivatives_do_not_depend_on_the_blocks(cut, name):
     args = jnp.float32(0.3), jnp.linspace(-1, 1, V * D).reshape(V, D), jnp.ones((20, D)) / 4
     backwards = jax.grad(outcome, argnums=(0, 1, 2))
     expected = backwards(*args)
-    cut(0, 7)
+    set_block_sizes(0, 7)
     assert_close(backwards(*args), expected, rtol=1e-5)
     forwards = jax.jvp(outcome, args, jax.tree.map(jnp.ones_like, args))[1]
     total = sum(np.asarray(x, np.float64).sum() for x in expected)
@@ -224,7 +224,7 @@ RATES = {
 
 
 def of_rates(name):
-    """Some in a decay's mask, at one rate or two."""
+    """Tables of which only some decay, at one rate or at two."""
     return adamjax.chain(
         adamjax.clip_by_norm(1.0),
         adamjax.adamw(RATES[name], mask="t[013]"),
@@ -243,8 +243,8 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("widths", [(3,), (3, 2)])
 @pytest.mark.slow
-def test_tables_together_go_as_each_alone(name, widths):
-    """Of one width or two."""
+def test_tables_updated_together_move_as_each_alone(name, widths):
+    """Tables of one width or of two."""
     dense = PARTS[name]()
     tx, params = adamjax.exact_rows(dense, "t"), several(4, widths)
     step, plain_step = adamjax.train_step(of_several, tx), adamjax.train_step(of_several, dense)
@@ -263,13 +263,13 @@ def test_tables_that_are_alike_share_a_ring():
     assert len(tx.init(params).rings) == 1
     tx = adamjax.exact_rows(adamjax.adam(RATES["two rates"]), "t")
     assert len(tx.init(params).rings) == 2
-    apart = adamjax.partition({"t1": adamjax.adam(0.1)}, default=adamjax.adam(0.1))
-    assert len(adamjax.exact_rows(apart, "t").init(params).rings) == 2
+    partitioned = adamjax.partition({"t1": adamjax.adam(0.1)}, default=adamjax.adam(0.1))
+    assert len(adamjax.exact_rows(partitioned, "t").init(params).rings) == 2
 
 
 @pytest.mark.slow
 def test_a_ring_is_not_read_by_other_tables():
-    """With other patterns of rates, t2 goes with t1: it lags behind by the ring of t0."""
+    """Another rate moves t2 to the family of t1, while its rows lag behind in the ring of t0."""
     params, ids = several(3), jnp.arange(4)
     before, after = (
         adamjax.by_path([(name, 0.1 if name == "t0" else 0.2)], default=rest)
@@ -284,7 +284,7 @@ def test_a_ring_is_not_read_by_other_tables():
         *plain, _ = steps[2](*plain, ids + step)
     with pytest.raises(ValueError, match=r"'t0 and 1 more .*expected .*'t1 and 1 more .*flush"):
         steps[1](params, state, ids)
-    # As the error says.
+    # The way out that the error names.
     params, state = old.flush(params, state)
     state = new.from_dense(state.inner, params)
     for step in range(5):
@@ -306,7 +306,7 @@ def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
 
 @pytest.mark.slow
 def test_moves_are_applied_as_they_are():
-    """Scaled or averaged they would be wrong: they have in them what rows lag behind by."""
+    """They include the moves that rows have missed, so scaling or averaging them would be wrong."""
     tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(1)
     grads = {"t0": adamjax.row_gradient(jnp.array([3]), jnp.ones((1, D)), V)}
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -324,8 +324,8 @@ def test_moves_are_applied_as_they_are():
 
 @pytest.mark.parametrize("name", ["lazy", "exact"])
 @pytest.mark.slow
-def test_blocks_within_shard_map(cut, name):
-    """Where the gradient differs over the mesh and the table does not, the result does."""
+def test_blocks_within_shard_map(set_block_sizes, name):
+    """The gradient varies over the mesh and the table does not: the result must vary."""
     tx, params = MODES[name](), {"t": jnp.ones((V, D))}
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     state, ids = tx.init(params), jnp.asarray(batch(0))
@@ -336,7 +336,7 @@ def test_blocks_within_shard_map(cut, name):
         return adamjax.apply_updates(params, updates)["t"]
 
     expected = moved(ids)
-    cut(0, 7)
+    set_block_sizes(0, 7)
     rows = jax.sharding.PartitionSpec("x")
     assert_close(
         jax.jit(jax.shard_map(moved, mesh=mesh, in_specs=rows, out_specs=rows))(ids), expected

@@ -1,4 +1,4 @@
-"""Moments in 8 bits: what the code can hold, and that steps with it are near those of float32."""
+"""Moments in 8 bits: the precision of the code, and steps that are near those of float32."""
 
 import pickle
 
@@ -15,7 +15,7 @@ import adamjax
 from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
 
 S8 = {"m_dtype": "scaled8", "v_dtype": "scaled8"}
-# What the number of a code may be off by: half of an eighth.
+# The largest relative error of a number that is rounded to the nearest code: half of an eighth.
 HALF = 1 / 16
 TOP = {np.int8: 14, np.uint8: 30}
 
@@ -30,8 +30,8 @@ def stored(x, codes=np.int8, random=1 << 15):
 
 
 @pytest.mark.parametrize("codes", [np.int8, np.uint8])
-def test_every_code_is_itself_again(codes):
-    """In all exponents, whatever the random bits."""
+def test_every_code_survives_decoding_and_encoding(codes):
+    """For all exponents, whatever the random bits."""
     every = np.arange(-127 if codes == np.int8 else 0, 128 if codes == np.int8 else 256)
     exponents = jnp.arange(256, dtype=jnp.uint8)[:, None]
     one = Scaled8(jnp.broadcast_to(jnp.asarray(every, codes), (256, every.size)), exponents)
@@ -48,7 +48,7 @@ def test_every_code_is_itself_again(codes):
 @pytest.mark.parametrize("codes", [np.int8, np.uint8])
 @pytest.mark.parametrize("shape", [(), (1,), (1024,), (3000,), (7, 5), (3, 2, 300), (0,), (3, 0)])
 def test_the_resolution(shape, codes):
-    """Half of an eighth of a number, or of the smallest step; and zero is zero."""
+    """The error is at most 1/16 of the number, or half of the smallest step (unsigned: a step)."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) * np.exp(4 * rng.normal(size=shape))
     x = np.where(rng.random(shape) < 0.1, 0, x).astype(np.float32)
@@ -61,7 +61,7 @@ def test_the_resolution(shape, codes):
     )
     assert_same(y == 0, (x == 0) if codes == np.uint8 else (y == 0))
     assert np.all(y[x == 0] == 0)
-    # Blocks have smaller maxima than the whole has.
+    # An upper limit: the maximum of a block may be smaller than that of the whole array.
     smallest = 2.0 ** -(TOP[codes] + 3) * abs(x).max(initial=0)
     error = abs(y - x)
     assert np.all(error <= np.maximum(HALF * abs(x), (0.5 if codes == np.int8 else 1) * smallest))
@@ -83,7 +83,7 @@ def test_the_mean_is_the_value(codes, value):
     assert abs(y.mean() - np.float64(np.float32(value))) <= 4 * y.std() / np.sqrt(n)
 
 
-def test_a_size_is_never_rounded_to_zero():
+def test_an_unsigned_number_is_never_rounded_to_zero():
     x = jnp.array([[1e4, 1e-30, 0.0], [1.2e-38, 2e-38, 1e-9]])
     y = decoded(stored(x, np.uint8, 0))
     assert np.all((np.asarray(y) > 0) == (np.asarray(x) > 0))
@@ -126,8 +126,8 @@ def run(tx, g):
 def test_moments_are_those_of_float64(kind, scale):
     """In 200 steps: no bias, no infinity, no sign that is wrong, and errors as derived.
 
-    A step rounds m by at most an eighth, and the average forgets the errors before by b1: in all
-    at most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. The variance of a
+    A step rounds m by at most an eighth, and each step multiplies earlier errors by b1: in all at
+    most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. The variance of a
     rounding by d * x with probability p is at most p * d**2; v moves by (1 - b2) * g**2, so p * d
     is that, and the errors of 200 steps have at most the variance 1/8 * sum((1 - b2) * g**2 * v).
     """
@@ -142,7 +142,7 @@ def test_moments_are_those_of_float64(kind, scale):
     step = 2.0**-17 * 2 * largest
     seen = np.maximum.accumulate(abs(ms), axis=0) + step
     assert np.all(abs(m - ms) <= 1.25 * seen + 1e-6 * largest)
-    # A sign is right where m is above what its error can be.
+    # The sign is right where m is larger than its largest possible error.
     above = abs(ms) > 1.25 * seen
     assert np.all(np.sign(m[above]) == np.sign(ms[above]))
     assert np.all((v > 0) == (vs > 0))
@@ -176,9 +176,9 @@ def test_the_noise_that_remains_is_as_derived(rule):
 
     def step(states, t):
         g = scale * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scale.shape)
-        (u, narrow), (w, wide) = ours.update(g, states[0]), full.update(g, states[1])
+        (u, encoded), (w, floats) = ours.update(g, states[0]), full.update(g, states[1])
         sums = jnp.stack([jnp.sum((u - w) ** 2), jnp.sum(u * w), jnp.sum(w * w)])
-        return (narrow, wide), sums
+        return (encoded, floats), sums
 
     start = ours.init(scale), full.init(scale)
     states, sums = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(5000)))()
@@ -224,7 +224,7 @@ def test_a_row_stands_still_without_gradients_and_decays_to_zero():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n", [40, 9000])
 def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
-    """Also where so many rows are worked on in blocks; and lazily the same rows are."""
+    """Also if there are enough rows for blocks. Lazy steps write the same bits into these rows."""
     shape = (3 * n, 2)
     ids = jax.random.permutation(jax.random.key(0), shape[0])[:n]
     rows = adamjax.row_gradient(ids, jax.random.normal(jax.random.key(1), (n, 2)), shape[0])
@@ -239,7 +239,7 @@ def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
         ]
     for name in adamjax.slot_names(states[0]):
         by_rows, by_array, lazily = (np.asarray(adamjax.get_slot(s, name)) for s in states)
-        # An ulp of float32 between the two decides now and then.
+        # Both may differ by an ulp of float32, which sometimes decides how a number is rounded.
         assert np.mean(by_rows == by_array) > 0.999
         assert np.mean(by_rows[ids] == lazily[ids]) > 0.999
         assert np.all(np.delete(lazily, ids, axis=0) == 0)
@@ -302,7 +302,7 @@ def test_complex_parameters_keep_a_complex_m():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(1000, 512), (1 << 18,)])
 def test_a_donated_step_has_no_temporaries(rule, shape, request):
-    """No floats of a leaf's size, and no copy of its codes; but an int32 a block and slot."""
+    """No floats of a leaf's size, no copy of its codes; only an int32 for each block and slot."""
     if rule == "amsgrad" and jax.__version_info__ >= (0, 12):
         reason = "this CPU compiler stores a float for each element"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))

@@ -65,7 +65,7 @@ AROUND = {
 def test_parameters_are_the_rounded_weights(name, around):
     """The weights are those of the same optimizer on float32 parameters and gradients."""
     if around == "partition" and "clip" in name:
-        pytest.skip("a global norm within each part is another one")
+        pytest.skip("a global norm within each part differs from that of all leaves")
     if name == "optax" and around == "partition":
         pytest.skip("optax takes no None")
     tx, full = AROUND[around](master_weights(OPTIMIZERS[name]())), OPTIMIZERS[name]()
@@ -79,9 +79,9 @@ def test_parameters_are_the_rounded_weights(name, around):
         grads = {key: gradients(i)[key] for key in names}
         updates, state = update(grads, state, params)
         apply = optax.apply_updates if i == 2 and around != "partition" else adamjax.apply_updates
-        still = {key: params[key] for key in names if key in ("n", "z")}
-        nothing = dict.fromkeys(still)
-        params = apply({**params, **nothing}, {**updates, **nothing}) | still
+        unchanged = {key: params[key] for key in names if key in ("n", "z")}
+        no_updates = dict.fromkeys(unchanged)
+        params = apply({**params, **no_updates}, {**updates, **no_updates}) | unchanged
         updates, full_state = full_update(wide(grads), full_state, expected)
         expected = adamjax.apply_updates(expected, updates)
         rounded = {key: expected[key].astype(PARAMS[key].dtype) for key in ("w", "h", "f")}
@@ -93,17 +93,17 @@ def test_parameters_are_the_rounded_weights(name, around):
 
 @pytest.mark.parametrize("skips_inside", [True, False])
 def test_a_step_whose_float16_gradients_overflow_changes_nothing(skips_inside):
-    """Those of a scaled loss: float16 ends at 65504."""
+    """The gradients of a scaled loss: float16 overflows above 65504."""
     adam, skip = adamjax.chain(adamjax.scale(1 / 1024), adamjax.adam(0.1)), adamjax.skip_not_finite
     tx = master_weights(skip(adam)) if skips_inside else skip(master_weights(adam))
     grads = [jnp.array([g, 0.5], jnp.float16) * 1024 for g in (1.0, 100.0, -2.0)]
     assert np.isinf(grads[1][0])
     update = jax.jit(tx.update)
 
-    def run(several):
+    def run(steps):
         p = jnp.ones(2, jnp.float16)
         state = tx.init(p)
-        for g in several:
+        for g in steps:
             updates, state = update(g, state, p)
             p = adamjax.apply_updates(p, updates)
         return p, jax.tree.leaves(state), adamjax.skipped_steps(state)

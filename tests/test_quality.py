@@ -46,7 +46,7 @@ def test_examples_of_the_docstrings(name):
 # --- the data -------------------------------------------------------------------------------------
 
 
-def made_ratings(users=30, items=150, seed=0):
+def random_ratings(users=30, items=150, seed=0):
     """Some ratings of each user, in random order, with many at the same second."""
     rng = np.random.default_rng(seed)
     pairs = [(u, i) for u in range(users) for i in rng.permutation(items)[: rng.integers(3, 40)]]
@@ -56,7 +56,7 @@ def made_ratings(users=30, items=150, seed=0):
 
 
 def check_split(ratings, total):
-    """Nothing of a user's last two ratings is in training, and no time goes backwards."""
+    """Nothing of a user's last two ratings is in training, and their times are in order."""
     users = ratings.training[:, 0]
     assert len(users) + 2 * ratings.users == total
     in_training = set(map(tuple, ratings.training.tolist()))
@@ -71,14 +71,14 @@ def check_split(ratings, total):
         assert {u for u, _ in held_out} == {user}
         assert len(held_out) == 2
         assert not held_out & in_training
-        wrong = {(user, i) for i in ratings.negatives[user].tolist()}
-        assert len(wrong) == 99
-        assert wrong.isdisjoint(in_training)
-        assert wrong.isdisjoint(held_out)
+        negatives = {(user, i) for i in ratings.negatives[user].tolist()}
+        assert len(negatives) == 99
+        assert negatives.isdisjoint(in_training)
+        assert negatives.isdisjoint(held_out)
 
 
 def test_each_user_leaves_the_last_two_ratings_out():
-    users, items, times = made_ratings()
+    users, items, times = random_ratings()
     ratings = data.split_ratings(users, items, times)
     check_split(ratings, len(users))
     # What a user saw before the validation is in training, and the test's window ends with it.
@@ -94,7 +94,7 @@ def test_each_user_leaves_the_last_two_ratings_out():
 
 
 def test_drawn_items_were_not_rated_in_training():
-    ratings = data.split_ratings(*made_ratings())
+    ratings = data.split_ratings(*random_ratings())
     users = np.repeat(np.arange(ratings.users, dtype=np.int32), 20).reshape(-1, 10)
     items = ratings.unrated(np.random.default_rng(0), users, 7)
     assert items.shape == (*users.shape, 7)
@@ -177,7 +177,7 @@ def test_batches_follow_from_the_seed_alone_and_models_learn_from_them(model):
 ROWS, STEPS, RATE = 12, 40, 0.02
 
 
-def walked(name, b2=protocol.B2, steps=STEPS):
+def trained(name, b2=protocol.B2, steps=STEPS):
     """The weights of a table and of a vector after some steps, on the same batches for all."""
     rng = np.random.default_rng(0)
     # Row 0 is read in each step, the last ones hardly ever.
@@ -200,14 +200,14 @@ def walked(name, b2=protocol.B2, steps=STEPS):
 
 @pytest.mark.slow
 def test_exact_is_dense_and_the_others_are_not():
-    dense = walked("dense")
-    assert_close(walked("exact"), dense, rtol=2e-5)
-    assert_close(walked("exact"), walked("adamjax dense"), rtol=2e-6)
+    dense = trained("dense")
+    assert_close(trained("exact"), dense, rtol=2e-5)
+    assert_close(trained("exact"), trained("adamjax dense"), rtol=2e-6)
     for name in ("lazy", "counted", "local", "exact + decay", "lazy + decay"):
-        assert np.abs(walked(name)["table"] - dense["table"]).max() > 1e-3, name
+        assert np.abs(trained(name)["table"] - dense["table"]).max() > 1e-3, name
 
 
-def test_contenders_of_one_rule_are_one():
+def test_every_contender_has_a_maker():
     assert contenders.MAKERS["lazy, same rate"] is contenders.MAKERS["lazy"]
     assert contenders.MAKERS.keys() == protocol.CONTENDERS.keys()
     assert set(divergence.NAMES) | {"dense"} <= contenders.MAKERS.keys()
@@ -261,7 +261,7 @@ def test_divergence_grows_with_the_gap():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -2.0])
-def test_the_paired_test_is_scipys(shift):
+def test_the_paired_test_agrees_with_scipys(shift):
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=20) + shift, rng.normal(size=20)
     found, expected = statistics.paired(first, second), stats.ttest_rel(first, second)
@@ -350,20 +350,20 @@ def toy_plan(*names):
     return run.Plan([Toy(2, 3, 4)], {"toy": names}, [0.01, 0.1], [1000], [0, 1, 2])
 
 
-FULL = toy_plan("dense", "adamjax dense", "exact", "lazy")
+FULL_PLAN = toy_plan("dense", "adamjax dense", "exact", "lazy")
 
 
-def without_times(book):
-    return {key: {k: x for k, x in c.items() if k != "seconds"} for key, c in book.cells.items()}
+def without_times(records):
+    return {key: {k: x for k, x in c.items() if k != "seconds"} for key, c in records.cells.items()}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    book = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
+    records = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
     calls = []
-    FULL.run(book, lambda model, name, is_new: calls.append(is_new))
-    assert calls == [True] * FULL.cells == [True] * len(book.cells)
-    return book
+    FULL_PLAN.run(records, lambda model, name, is_new: calls.append(is_new))
+    assert calls == [True] * FULL_PLAN.cells == [True] * len(records.cells)
+    return records
 
 
 @pytest.mark.slow
@@ -379,13 +379,13 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(tmp_path, finished):
         plan.run(journal.Journal(path, {"of": "toys"}), interrupt)
     with path.open("a") as file:  # as if it was interrupted while it wrote a line
         file.write('{"cell": ["test", "toy", "la')
-    book, new = journal.Journal(path, {"of": "toys"}), []
-    assert len(book.cells) == 7
-    plan.run(book, lambda model, name, is_new: new.append(is_new))
+    records, new = journal.Journal(path, {"of": "toys"}), []
+    assert len(records.cells) == 7
+    plan.run(records, lambda model, name, is_new: new.append(is_new))
     assert new == [False] * 7 + [True] * (plan.cells - 7)
     again, expected = journal.Journal(path, {"of": "toys"}), without_times(finished)
-    assert without_times(again) == without_times(book)
-    assert without_times(book) == {key: expected[key] for key in book.cells}
+    assert without_times(again) == without_times(records)
+    assert without_times(records) == {key: expected[key] for key in records.cells}
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):
@@ -398,7 +398,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_results_of_runs(finished):
-    (row,) = summary.summarised(FULL, finished)
+    (row,) = summary.summarised(FULL_PLAN, finished)
     assert row["contenders"]["exact"]["rate"] == row["contenders"]["dense"]["rate"]
     exact = row["contenders"]["exact"]["test"]["loss"]
     assert exact["outcome"] == "same"
@@ -430,7 +430,7 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
         **{"suite": "quality", "quick": False, "rates": [0.01, 0.1], "seeds": [0, 1, 2]},
         **{"betas": [0.9, 0.999], "eps": 1e-8, "decay": 0.05, "data": {"made": {"ratings": 3}}},
         "groups": protocol.group_names(),
-        "models": summary.summarised(FULL, finished),
+        "models": summary.summarised(FULL_PLAN, finished),
         "divergence": {"gaps": [1, 2], "by b2": {"0.9": {"exact": [1e-7, 1e-7]}}},
         "environment": {"versions": {"jax": "1"}, "date": "today", "device": "a CPU"},
     }

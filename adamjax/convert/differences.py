@@ -1,4 +1,4 @@
-"""Where the rules of two systems differ, by how much, and what no rule can have kept."""
+"""How the rules of two systems differ, by how much, and which moments no rule can have."""
 
 import math
 from typing import Any

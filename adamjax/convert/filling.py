@@ -1,4 +1,4 @@
-"""Filling a state from the common form: what is taken is checked, and nothing may be left."""
+"""Filling a state from the common form: every value is checked, and each must be used."""
 
 from collections.abc import Mapping
 from typing import Any

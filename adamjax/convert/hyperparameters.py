@@ -31,36 +31,36 @@ class HyperparameterCheck:
     - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
       system's usual one.
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: whether there is a
-      schedule, whichever.
+      schedule, of any kind.
     - `weight_decay`: a number. `decoupled`: whether it is behind the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
-      whether some leaf decays, by whatever number.
+      whether some leaf decays, by any amount.
     - `maximize`: whether gradients are negated in front of the rule.
     - `lazy`: whether rows without a gradient stand still.
-    - `more`: hyperparameters that some part on the leaf's way must have under the same name.
+    - `more`: hyperparameters that a part on the leaf's route must have under the same name.
     """
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
         self.owner, self.system = adamjax_state.owner, system
         self.all_parts = adamjax_state.parts
         innermost = [part for part in self.all_parts if not part.tx.parts]
-        self.leaves_of = [
+        self.parts_with_leaves = [
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
         ]
-        self.places = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
+        self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
-        for path, several in moments.items():
-            route = [part for part, leaves in self.leaves_of if path in leaves]
+        for path, leaf_moments in moments.items():
+            route = [part for part, leaves in self.parts_with_leaves if path in leaves]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
-            # Rules inside a transform of another library are not seen.
-            if len(rules) == len(several):
-                for i, one in zip(rules, several, strict=True):
-                    self._check_rule(path, route[i], one.hyperparams)
-                    self._check_direction(path, route[:i], one.hyperparams)
-                    self._check_more(path, route, one.hyperparams)
-                hyperparams, last = several[-1].hyperparams, rules[-1]
+            # Rules inside a transform of another library cannot be seen.
+            if len(rules) == len(leaf_moments):
+                for i, moment in zip(rules, leaf_moments, strict=True):
+                    self._check_rule(path, route[i], moment.hyperparams)
+                    self._check_direction(path, route[:i], moment.hyperparams)
+                    self._check_more(path, route, moment.hyperparams)
+                hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
                 self._check_schedule(path, route[last:], hyperparams)
                 self._check_rate(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
@@ -104,15 +104,17 @@ class HyperparameterCheck:
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
     def _check_direction(self, path: str, front: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares whether gradients are negated in front of the rule, which maximizes in torch."""
+        """Compares whether gradients are negated in front of the rule: torch's `maximize`."""
         if "maximize" not in hyperparams:
             return
         signs = [i for i, p in enumerate(front) if isinstance(p.tx, scale) and p.tx.factor < 0]
         maximize = bool(hyperparams["maximize"])
-        late = bool(signs) and bool(self._decay_behind(path, front[: signs[-1]]))
-        if maximize != (len(signs) % 2 == 1) or late:
+        negated_late = bool(signs) and bool(self._decay_behind(path, front[: signs[-1]]))
+        if maximize != (len(signs) % 2 == 1) or negated_late:
             in_tx = "gradients that are negated in front of the rule" if signs else "none"
-            in_tx = "gradients that are negated behind their weight decay" if late else in_tx
+            in_tx = (
+                "gradients that are negated behind their weight decay" if negated_late else in_tx
+            )
             mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
             self._refuse(path, f"maximize={maximize}", in_tx, mend)
 
@@ -128,7 +130,7 @@ class HyperparameterCheck:
     # --- the rate ---------------------------------------------------------------------------------
 
     def _check_rate(self, path: str, behind: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares the rate of the next step; `behind` is the leaf's way from its last rule on."""
+        """Compares the rate of the next step; `behind` has the parts from its last rule on."""
         stated = hyperparams.get("learning_rate")
         if stated is None:
             return
@@ -184,12 +186,12 @@ class HyperparameterCheck:
             return False
 
     def _rate(self, path: str, behind: Sequence[Part]) -> Any:
-        """What the next step is multiplied by, downhill; `None` if nothing scales it."""
+        """The factor of the next step, downhill; `None` if nothing scales it."""
         scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in behind)
         return -self._factor(path, behind) if scales else None
 
     def _factor(self, path: str, route: Sequence[Part]) -> float:
-        """What these parts multiply the next step by."""
+        """The factor by which these parts multiply the next step."""
         factor = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
@@ -220,7 +222,8 @@ class HyperparameterCheck:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
         in_front, behind_rule = self._decay_in_front(path, front), self._decay_behind(path, behind)
-        places = {
+        # Pairs of the decay in front of the rule and the decay behind it.
+        allowed = {
             None: [(0.0, stated), (stated, 0.0)],
             True: [(0.0, stated)],
             False: [(stated, 0.0)],
@@ -229,9 +232,11 @@ class HyperparameterCheck:
         if masks != "none":
             # The system does not state which leaves decay. At least one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
-            does_decay = [same_value(self._decay_behind(p, decays), stated) for p in self.places]
+            does_decay = [
+                same_value(self._decay_behind(p, decays), stated) for p in self.position_of_leaf
+            ]
             if any(does_decay):
-                places.append((0.0, 0.0))
+                allowed.append((0.0, 0.0))
             if masks == "some" and stated and all(does_decay):
                 self._refuse(
                     path,
@@ -239,7 +244,7 @@ class HyperparameterCheck:
                     "a weight decay of all leaves",
                     "pass a mask= of the leaves that decay",
                 )
-        if not any(same_value(in_front, a) and same_value(behind_rule, b) for a, b in places):
+        if not any(same_value(in_front, a) and same_value(behind_rule, b) for a, b in allowed):
             where = (
                 "in front of the rule (in its moments)"
                 if decoupled is False
@@ -264,11 +269,13 @@ class HyperparameterCheck:
         return sum(decay * self._factor(path, front[i:]) for i, decay in self._decays(path, front))
 
     def _decays(self, path: str, route: Sequence[Part]) -> list[tuple[int, float]]:
-        """The weight decays of a leaf that are not 0, with their places on its way."""
+        """The weight decays of a leaf that are not 0, with their positions on its route."""
         decays = []
         for i, part in enumerate(route):
             if isinstance(part.tx, add_decayed_weights):
-                pair = part.tx.affine(part.state, part.params, self.places[path], np.float32)
+                pair = part.tx.affine(
+                    part.state, part.params, self.position_of_leaf[path], np.float32
+                )
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays

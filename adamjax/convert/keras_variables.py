@@ -1,4 +1,4 @@
-"""What each variable of a Keras optimizer is: by its name, or by its place and shape."""
+"""Finds what each variable of a Keras optimizer is, by its name or by its place and shape."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

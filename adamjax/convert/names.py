@@ -1,4 +1,4 @@
-"""Which leaf a parameter of another system is: by its name, or by the order that a user gives."""
+"""Finds the leaf for a parameter of another system, by its name or by the user's order."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence

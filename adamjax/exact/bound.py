@@ -1,4 +1,4 @@
-"""`exact_rows` bound to parameters and a state, where every step and every read starts."""
+"""`exact_rows` bound to parameters and a state: every step and every read starts here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

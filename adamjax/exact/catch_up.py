@@ -32,7 +32,7 @@ __all__ = [
 _BLOCK = 8192
 
 
-# jit is for calls outside of jit; inline hides it inside of one.
+# jit makes a call outside of jit one program; inside another jit, inline=True leaves no call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[Any]) -> Ready:
     """Rows of a batch's tables, up to date.
@@ -68,7 +68,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     coast = first.coast
     size = root(slots[coast.size]) if coast.squared else slots[coast.size]
     momentum = slots[coast.momentum]
-    # Of `weight_ema`; a rule's slot may have that name too.
+    # Only if `weight_ema` has it: a rule's slot may have that name too.
     average = slots["average"] if first.plan.momentum is not None else None
     moved, average = first.plan.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
@@ -147,7 +147,7 @@ def flushed(
 
 
 def or_zeros(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
-    """The rows, with zeros where an index is of no row."""
+    """The rows, with zeros where an index is outside the table."""
     is_row = indices < table.num_rows
     return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
@@ -175,20 +175,20 @@ def put_rows(
       first: if the columns are a part of a table, the number of their first row.
     """
 
-    def written(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[Any]:
+    def rounded_slots(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[Any]:
         key = None if keys is None else keys[n]
         return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
 
     if indices[0] is None:
         (old,) = columns
-        new = dict(zip(old.slots, written(old, slots, 0, None), strict=True))
+        new = dict(zip(old.slots, rounded_slots(old, slots, 0, None), strict=True))
         return [old._replace(slots=new, last=last)]
     sizes = [i.size for i in indices]
     pieces = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     lasts = rows_of_each(last, sizes)
 
     def put_in(old: Columns, i: chex.Array, n: int) -> Columns:
-        rounded = written(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
+        rounded = rounded_slots(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
         pairs = zip(old.slots.items(), rounded, strict=True)
         new = {
             name: each_part(lambda x, rows: scatter_rows(x, i, rows), x, rows)

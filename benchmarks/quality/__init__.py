@@ -1,10 +1,10 @@
 """When does exact matter? Models trained on real data by exact, lazy and other ways of Adam.
 
-`protocol` has the question, fixed before the runs, and is what to read first. `data` reads and
-splits the data, `models` and `contenders` are what is trained and how, `run` trains every cell and
-`journal` keeps what is finished: the same command goes on after an interruption. `statistics` and
-`summary` make the results, `divergence` shows on a single row why there are differences, and
-`report` draws it all.
+Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
+the data, `models` and `contenders` are what is trained and how, and `run` trains every cell.
+`journal` saves each finished cell, so the same command continues after an interruption.
+`statistics` and `summary` make the results, `divergence` shows on single rows why there are
+differences, and `report` writes a page with plots.
 
 The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of the
 training job. They need: pip install --no-deps recbole==1.2.1
@@ -30,10 +30,9 @@ QUICK_CONTENDERS = ("dense", "exact")
 
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
-    suite = Suite(
-        *("quality", __doc__, ("adamjax", "jax", "jaxlib", "optax", "recbole")), only="models"
-    )
-    suite.parser.add_argument("--journal", type=Path, help="where finished cells are kept")
+    packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
+    suite = Suite("quality", __doc__, packages, only="models")
+    suite.parser.add_argument("--journal", type=Path, help="the file of finished cells")
     args = suite.parse(argv)
     try:
         return _run(suite, args)
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("quality: interrupted; the same command goes on from here", file=sys.stderr)
+        print("quality: interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 
@@ -67,9 +66,9 @@ def _run(suite: Suite, args: Any) -> int:
         models = {name: smaller(model) for name, model in models.items()}
         seeds, search_seeds = seeds[:QUICK_SEEDS], search_seeds[:1]
         rates, b2s, steps = rates[1 : 1 + QUICK_RATES], b2s[2:3], 200
-        # To compile takes most of the time; the first model alone has all contenders.
+        # Compiling takes most of the time, so only the first model has all contenders.
         contenders |= {name: list(QUICK_CONTENDERS) for name in list(models)[1:]}
-    fixed = {
+    settings = {
         "data": about,
         "rates": rates,
         "search seeds": search_seeds,
@@ -81,21 +80,21 @@ def _run(suite: Suite, args: Any) -> int:
         "divergence steps": steps,
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    where = {"code": code_digest(), "versions": versions}
+    software = {"code": code_digest(), "versions": versions}
     default = ROOT / "runs" / f"quality{'-quick' if args.quick else ''}.jsonl"
-    journal = Journal(args.journal or default, fixed | where)
+    journal = Journal(args.journal or default, settings | software)
 
     chosen = [models[name] for name in suite.chosen(models)]
     plan = Plan(chosen, contenders, rates, search_seeds, seeds)
     if journal.cells:
         say(f"{len(journal.cells):,} cells are done already, in {journal.path}")
     with progress(plan.cells + len(b2s), "cell") as bar:
-        told: set[str] = set()
+        announced: set[str] = set()
 
         def done(model: Any, contender: str, is_new: bool) -> None:
             bar.update()
-            if is_new and model.name not in told:
-                told.add(model.name)
+            if is_new and model.name not in announced:
+                announced.add(model.name)
                 say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch}")
 
         plan.run(journal, done)
@@ -103,7 +102,7 @@ def _run(suite: Suite, args: Any) -> int:
             if ("divergence", b2) not in journal:
                 journal.add(("divergence", b2), divergence.measured(b2, steps))
             bar.update()
-    suite.results |= fixed
+    suite.results |= settings
     suite.results["groups"] = protocol.group_names()
     suite.results["models"] = summary.summarised(plan, journal)
     suite.results["divergence"] = {
@@ -120,7 +119,7 @@ def _run(suite: Suite, args: Any) -> int:
 
 
 def sizes(model: Any) -> dict[str, Any]:
-    """The fields of a model, which the results and the journal name."""
+    """The fields of a model, for the results and the journal."""
     return dataclasses.asdict(model)
 
 
@@ -130,7 +129,7 @@ def smaller(model: Any) -> Any:
 
 
 def code_digest() -> str:
-    """The same for two versions of this package if they train and evaluate alike."""
+    """A hash of the files that decide what a run computes; others may change between runs."""
     digest = hashlib.sha256()
     for name in ("contenders", "data", "divergence", "models", "protocol", "run"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())

@@ -10,17 +10,17 @@ from benchmarks.quality.protocol import METRICS
 Results = dict[str, Any]
 
 
-def every(results: Results, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Of a contender: each model, each of its metrics, and what was found."""
+def comparisons(results: Results, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The model, the metric and the result of each comparison of a contender."""
     for row in results["models"]:
         for metric in row["metrics"]:
             if name in row["contenders"]:
                 yield row["model"], metric, row["contenders"][name]["test"][metric]
 
 
-def counted(results: Results, name: str) -> str:
-    """How often each outcome came, as in "worse in 3 of 13, same in 10"."""
-    outcomes = Counter(found["outcome"] for _, _, found in every(results, name))
+def outcome_counts(results: Results, name: str) -> str:
+    """How often each outcome came, as in "worse in 3, same in 10 of 13 comparisons"."""
+    outcomes = Counter(result["outcome"] for _, _, result in comparisons(results, name))
     parts = [
         f"{what} in {outcomes[what]}" for what in ("better", "worse", "same") if outcomes[what]
     ]
@@ -32,33 +32,33 @@ def counted(results: Results, name: str) -> str:
 def worst(results: Results, name: str) -> str:
     """The comparison with the largest effect against the contender, in words."""
 
-    def loss(about: tuple[str, str, dict[str, Any]]) -> float:
-        _, metric, found = about
-        if found["difference"] is None:  # runs that failed
+    def advantage(comparison: tuple[str, str, dict[str, Any]]) -> float:
+        _, metric, result = comparison
+        if result["difference"] is None:  # runs that failed
             return -math.inf
         sign = 1 if METRICS[metric].higher_is_better else -1
-        return sign * found["difference"] / found["margin"]
+        return sign * result["difference"] / result["margin"]
 
-    model, metric, found = min(every(results, name), key=loss)
-    return f"{model}, {metric}: {difference(found)} beside {found['mean']:.4g}"
+    model, metric, result = min(comparisons(results, name), key=advantage)
+    return f"{model}, {metric}: {difference(result)} beside {result['mean']:.4g}"
 
 
-def difference(found: dict[str, Any]) -> str:
+def difference(result: dict[str, Any]) -> str:
     """A mean difference and its confidence interval."""
-    if found["difference"] is None:
+    if result["difference"] is None:
         return "runs failed"
-    low, high = found["interval"]
-    return f"{found['difference']:+.2g} ({low:+.2g} to {high:+.2g})"
+    low, high = result["interval"]
+    return f"{result['difference']:+.2g} ({low:+.2g} to {high:+.2g})"
 
 
 def ratios(results: Results, name: str, field: str) -> str:
     """The range of a contender's rate or time, divided by that of dense."""
-    found = [
+    quotients = [
         row["contenders"][name][field] / row["contenders"]["dense"][field]
         for row in results["models"]
         if name in row["contenders"]
     ]
-    low, high = f"{min(found):.2g}", f"{max(found):.2g}"
+    low, high = f"{min(quotients):.2g}", f"{max(quotients):.2g}"
     return low if low == high else f"{low} to {high}"
 
 
@@ -74,51 +74,53 @@ def rare_and_frequent(results: Results, name: str) -> Iterator[str]:
 
 
 def sentences(results: Results) -> list[str]:
-    """What the runs say, a line for each question."""
-    there = {name for row in results["models"] for name in row["contenders"]}
-    most = {
-        name: max(every(results, name), key=lambda x: x[2]["mean |difference|"] / abs(x[2]["mean"]))
+    """The answers of the runs, a line for each question."""
+    present = {name for row in results["models"] for name in row["contenders"]}
+    largest = {
+        name: max(
+            comparisons(results, name), key=lambda x: x[2]["mean |difference|"] / abs(x[2]["mean"])
+        )
         for name in ("exact", "adamjax dense")
-        if name in there
+        if name in present
     }
     shares = {
-        name: found["mean |difference|"] / abs(found["mean"])
-        for name, (_, _, found) in most.items()
+        name: result["mean |difference|"] / abs(result["mean"])
+        for name, (_, _, result) in largest.items()
     }
     lines = []
     if "exact" in shares:
         line = (
-            f"**Exact has dense's result**: {counted(results, 'exact')}. Runs of the same seed "
-            f"differ by {100 * shares['exact']:.2g}% of a metric on average where they differ most "
-            f"({most['exact'][0]}, {most['exact'][1]})"
+            f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of the same "
+            f"seed differ by {100 * shares['exact']:.2g}% of a metric on average where they differ "
+            f"most ({largest['exact'][0]}, {largest['exact'][1]})"
         )
         if "adamjax dense" in shares:
-            where = most["adamjax dense"]
+            where = largest["adamjax dense"]
             line += (
                 "; those of optax's and adamjax's Adam, both with dense gradients, by "
                 f"{100 * shares['adamjax dense']:.2g}% ({where[0]}, {where[1]})"
             )
         lines.append(f"{line}.")
-    about = {
+    labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with a rate of its own**, against dense",
         "counted": "**A step count for each row (SmartDecay's idea)**, against dense",
         "local": "**HugeCTR's lazy global update**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
-    for name, what in about.items():
-        if name in there:
+    for name, label in labels.items():
+        if name in present:
             rate = "" if "same rate" in name else f" Its rate is {ratios(results, name, 'rate')} "
             rate += "times that of dense." if rate else ""
             lines.append(
-                f"{what}: {counted(results, name)}; at worst {worst(results, name)}.{rate}"
+                f"{label}: {outcome_counts(results, name)}; at worst {worst(results, name)}.{rate}"
             )
-    if "lazy, same rate" in there:
+    if "lazy, same rate" in present:
         lines.append(
             "**Rows that are read least, and most** (lazy with dense's rate, less dense): "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
-    if {"exact", "lazy"} <= there:
+    if {"exact", "lazy"} <= present:
         lines.append(
             "**Time** of training, divided by that of dense gradients: exact "
             f"{ratios(results, 'exact', 'seconds')}, lazy {ratios(results, 'lazy', 'seconds')}. "
@@ -144,5 +146,5 @@ def outcome_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def shown(outcome: str) -> str:
-    """An outcome as it stands in a table."""
+    """An outcome in a table: bold if it is a difference."""
     return f"**{outcome}**" if outcome in ("better", "worse") else outcome

@@ -1,4 +1,4 @@
-"""What a run has finished, a line of JSON for each cell: the next run goes on from there."""
+"""The finished cells of a run, each a line of JSON: the next run continues from there."""
 
 import json
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ Key = tuple[Any, ...]
 class Journal:
     """The finished cells in a file.
 
-    The first line says what the cells are of: data, sizes and versions. A file of other ones is
-    refused.
+    The first line has the settings of the run: data, sizes and versions. A file with other settings
+    is refused.
 
     Args:
       path: the file; it is made if it is not there.
-      about: what the cells are of, as JSON has it.
+      about: the settings of the run, in types that JSON has.
 
     Raises:
-      UserError: the file is of something else.
+      UserError: the file has other settings.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -29,11 +29,11 @@ class Journal:
         about = json.loads(json.dumps(about))
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
-        # The last line has no end if the run was interrupted while it wrote it.
-        whole, _, part = text.rpartition("\n")
-        if part:
-            path.write_text(whole + "\n" if whole else "")
-        lines = [json.loads(line) for line in whole.splitlines()]
+        # The last line is incomplete if the run was interrupted while it wrote that line.
+        complete, _, incomplete = text.rpartition("\n")
+        if incomplete:
+            path.write_text(complete + "\n" if complete else "")
+        lines = [json.loads(line) for line in complete.splitlines()]
         if not lines:
             self._write({"about": about})
             return

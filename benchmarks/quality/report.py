@@ -24,8 +24,8 @@ CAPTIONS = {
     "reads": "The difference from dense in each group of the test's examples, by how often the "
     "example's row is read by right answers in the training data. Above 0 is better; groups of "
     f"fewer than {protocol.FEWEST} examples are left out.",
-    "divergence": "Where a row is at the end, away from where dense Adam brings it, by the steps "
-    "between two reads of it: mean distance divided by dense's way.",
+    "divergence": "How far a row ends from where dense Adam moves it, by the steps between two "
+    "reads: the mean distance, divided by how far dense Adam moves the row.",
 }
 
 
@@ -45,7 +45,7 @@ def panels(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
     return figure, list(axes[:count])
 
 
-def finished(figure: Any, handles: dict[str, Any]) -> Any:
+def with_legend(figure: Any, handles: dict[str, Any]) -> Any:
     """The figure with its legend below."""
     columns = max(1, int(figure.get_figwidth() / 2.2))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
@@ -62,14 +62,14 @@ def time(results: Results) -> Any:
             if name in row["contenders"]:
                 about = row["contenders"][name]
                 values = about["curve"][metric]
-                marks = [about["seconds"] * (i + 1) / len(values) for i in range(len(values))]
+                seconds = [about["seconds"] * (i + 1) / len(values) for i in range(len(values))]
                 values = [float("nan") if x is None else x for x in values]
                 (handles[name],) = ax.plot(
-                    marks, values, color=colour, linewidth=width, marker=".", label=name
+                    seconds, values, color=colour, linewidth=width, marker=".", label=name
                 )
         ax.set(title=row["model"], xlabel="seconds", ylabel=metric)
         ax.grid(alpha=0.3)
-    return finished(figure, handles)
+    return with_legend(figure, handles)
 
 
 def reads(results: Results) -> Any:
@@ -97,24 +97,24 @@ def reads(results: Results) -> Any:
         ax.set_xticks(range(len(labels)), labels, fontsize=8)
         ax.set(title=f"{row['model']}, {metric}", xlabel="reads")
         ax.grid(alpha=0.3)
-    return finished(figure, handles)
+    return with_legend(figure, handles)
 
 
 def divergence(results: Results) -> Any:
     """The distance from dense by the gap, for each b2."""
-    found = results["divergence"]
-    figure, axes = panels(len(found["by b2"]))
+    result = results["divergence"]
+    figure, axes = panels(len(result["by b2"]))
     handles: dict[str, Any] = {}
-    for (b2, by_name), ax in zip(found["by b2"].items(), axes, strict=True):
+    for (b2, by_name), ax in zip(result["by b2"].items(), axes, strict=True):
         for name, distances in by_name.items():
             colour, width = LINES[name]
             (handles[name],) = ax.plot(
-                found["gaps"], distances, color=colour, linewidth=width, marker=".", label=name
+                result["gaps"], distances, color=colour, linewidth=width, marker=".", label=name
             )
         ax.set(xscale="log", yscale="log", title=f"b2 = {b2}", xlabel="steps between reads")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("distance from dense")
-    return finished(figure, handles)
+    return with_legend(figure, handles)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -125,26 +125,26 @@ def model_table(row: dict[str, Any]) -> str:
     table = []
     for name, about in row["contenders"].items():
         for metric in row["metrics"]:
-            found = about["test"][metric]
+            result = about["test"][metric]
             cells = [name, f"{about['rate']:g}", f"{about['seconds']:.3g}", metric]
-            cells.append(f"{found['mean']:.4g} ± {found['sd']:.2g}" if found["mean"] else "")
-            if "outcome" in found:
-                effect, p, corrected = (found[k] for k in ("effect", "p", "corrected p"))
-                cells += [found["reference"], difference(found)]
+            cells.append(f"{result['mean']:.4g} ± {result['sd']:.2g}" if result["mean"] else "")
+            if "outcome" in result:
+                effect, p, corrected = (result[k] for k in ("effect", "p", "corrected p"))
+                cells += [result["reference"], difference(result)]
                 cells += ["" if x is None else f"{x:.2g}" for x in (effect, p, corrected)]
-                cells.append(shown(found["outcome"]))
+                cells.append(shown(result["outcome"]))
             else:
                 cells += [""] * 6
-            cells.append(f"{found['mean |difference|']:.2g}, {found['largest |difference|']:.2g}")
+            cells.append(f"{result['mean |difference|']:.2g}, {result['largest |difference|']:.2g}")
             table.append(cells)
     head = ["contender", "rate", "seconds", "metric", "mean ± sd", "against"]
     head += ["difference (95% interval)", "effect size", "p", "corrected p", "outcome"]
-    head.append("away from dense, by seed: mean, largest")
+    head.append("distance from dense by seed: mean, largest")
     return markdown(head, table)
 
 
 def at_an_end(results: Results) -> list[str]:
-    """Whose chosen rate is the smallest or the largest that was tried."""
+    """The contenders whose chosen rate is the smallest or the largest that was tried."""
     ends = {min(results["rates"]), max(results["rates"])}
     return [
         f"{row['model']}: {name} ({about['rate']:g})"
@@ -178,12 +178,12 @@ def page(results: Results) -> str:
         "A cell is the mean difference from the reference with its 95% confidence interval, and "
         "the outcome. The reference is dense; that of lazy + decay is exact + decay.",
         *map(picture, CAPTIONS),
-        "## What was asked, before the runs",
+        "## The question, fixed before the runs",
         (protocol.__doc__ or "").strip(),
         f"Seeds: {len(results['seeds'])}. Rates: {', '.join(f'{x:g}' for x in results['rates'])}. "
         f"Betas {results['betas'][0]} and {results['betas'][1]}, eps {results['eps']:g} as in "
         f"optax, decay {results['decay']}.",
-        "A chosen rate is at an end of those that were tried for: "
+        "The chosen rate is the smallest or the largest that was tried for: "
         f"{'; '.join(ends) if ends else 'none'}.",
         markdown(["contender", "what it is"], [[n, protocol.CONTENDERS[n]] for n in names]),
         "## The data",

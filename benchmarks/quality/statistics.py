@@ -12,7 +12,7 @@ from benchmarks.quality.protocol import ALPHA, CONFIDENCE
 
 @dataclass(frozen=True)
 class Paired:
-    """What the differences between runs of the same seeds say.
+    """The differences between two contenders' runs of the same seeds.
 
     Attributes:
       n: pairs.
@@ -30,7 +30,7 @@ class Paired:
     p: float
 
 
-def deviation(differences: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(differences: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error."""
     x = np.asarray(differences, np.float64)
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
@@ -38,9 +38,9 @@ def deviation(differences: Sequence[float]) -> tuple[float, float]:
 
 def interval(differences: Sequence[float], confidence: float) -> tuple[float, float]:
     """The confidence interval of the mean, by Student's t."""
-    mean, error = deviation(differences)
-    reach = error * special.stdtrit(len(differences) - 1, (1 + confidence) / 2)
-    return mean - reach, mean + reach
+    mean, error = mean_and_error(differences)
+    half_width = error * special.stdtrit(len(differences) - 1, (1 + confidence) / 2)
+    return mean - half_width, mean + half_width
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
@@ -59,7 +59,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
         raise ValueError(f"paired: got {n} pairs, expected at least 2")
     if not np.isfinite(differences).all():
         return Paired(n, math.nan, math.nan, math.nan, math.nan, 1.0)
-    mean, error = deviation(differences)
+    mean, error = mean_and_error(differences)
     if error == 0:
         effect = 0.0 if mean == 0 else math.copysign(math.inf, mean)
         return Paired(n, mean, mean, mean, effect, 1.0 if mean == 0 else 0.0)
@@ -69,7 +69,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for how many there are.
+    """p-values corrected for their number, by Holm's method.
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'b': 0.06, 'c': 0.06}
@@ -92,7 +92,7 @@ def is_within(differences: Sequence[float], margin: float) -> bool:
 def outcome(
     differences: Sequence[float], corrected_p: float, margin: float, higher_is_better: bool
 ) -> str:
-    """What the protocol says of the differences from `dense`."""
+    """The outcome of a comparison with a reference, as the protocol defines it."""
     if is_within(differences, margin):
         return "same"
     if corrected_p < ALPHA:

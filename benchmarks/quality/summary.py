@@ -13,7 +13,7 @@ from benchmarks.quality.statistics import holm, outcome, paired
 
 
 def rounded(number: float | None, digits: int = 6) -> float | None:
-    """A number with so many significant digits; JSON has no NaN, so that is `None`."""
+    """A number with this many significant digits. NaN becomes `None`, as JSON has no NaN."""
     return None if number is None or not np.isfinite(number) else float(f"{number:.{digits}g}")
 
 
@@ -51,7 +51,7 @@ def summarised(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
 def model_row(
     plan: Plan, model: Model, cells: Cells, corrected: dict[str, float]
 ) -> dict[str, Any]:
-    """What is told of a model."""
+    """The results of a model."""
     row: dict[str, Any] = {
         "model": model.name,
         "data": model.data,
@@ -66,7 +66,7 @@ def model_row(
     }
     reference = references(plan.contenders[model.name])
     for name in plan.contenders[model.name]:
-        about = row["contenders"][name] = {
+        entry = row["contenders"][name] = {
             "rate": cells.rates[name],
             "seconds": rounded(
                 statistics.median(sum(cell["seconds"]) for cell in cells.by_name[name]), 3
@@ -78,13 +78,13 @@ def model_row(
         for metric in model.metrics:
             own, dense = cells.final(name, metric), cells.final("dense", metric)
             differences = np.subtract(own, dense)
-            about["test"][metric] = {
+            entry["test"][metric] = {
                 "mean": rounded(float(np.mean(own))),
                 "sd": rounded(float(np.std(own, ddof=1)), 3),
                 "mean |difference|": rounded(float(np.abs(differences).mean()), 3),
                 "largest |difference|": rounded(float(np.abs(differences).max()), 3),
             }
-            about["curve"][metric] = [
+            entry["curve"][metric] = [
                 rounded(
                     statistics.fmean(cell["test"][i][metric] for cell in cells.by_name[name]), 5
                 )
@@ -94,7 +94,7 @@ def model_row(
                 by_seed = np.array(
                     [cell["groups"][metric] for cell in cells.by_name[name]], np.float64
                 )
-                about["groups"][metric] = [
+                entry["groups"][metric] = [
                     rounded(x, 5) if n >= FEWEST else None
                     for x, n in zip(by_seed.mean(0).tolist(), row["examples"], strict=True)
                 ]
@@ -102,7 +102,7 @@ def model_row(
             if key in corrected:
                 other = cells.final(reference[name], metric)
                 compared = comparison(own, other, metric, corrected[key])
-                about["test"][metric] |= {"reference": reference[name], **compared}
+                entry["test"][metric] |= {"reference": reference[name], **compared}
     return row
 
 
@@ -110,15 +110,15 @@ def comparison(
     own: list[float], other: list[float], metric: str, corrected_p: float
 ) -> dict[str, Any]:
     """The test of a contender against its reference."""
-    found, kind = paired(own, other), METRICS[metric]
-    margin = kind.absolute_margin(float(np.mean(other)))
+    result, definition = paired(own, other), METRICS[metric]
+    margin = definition.absolute_margin(float(np.mean(other)))
     differences = np.subtract(own, other).tolist()
     return {
-        "difference": rounded(found.mean, 4),
-        "interval": [rounded(found.low, 4), rounded(found.high, 4)],
-        "effect": rounded(found.effect, 3),
-        "p": rounded(found.p, 3),
+        "difference": rounded(result.mean, 4),
+        "interval": [rounded(result.low, 4), rounded(result.high, 4)],
+        "effect": rounded(result.effect, 3),
+        "p": rounded(result.p, 3),
         "corrected p": rounded(corrected_p, 3),
         "margin": rounded(margin, 3),
-        "outcome": outcome(differences, corrected_p, margin, kind.higher_is_better),
+        "outcome": outcome(differences, corrected_p, margin, definition.higher_is_better),
     }

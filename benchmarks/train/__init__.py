@@ -1,8 +1,8 @@
-"""The training job: a next-word model on real text, with all that a chain of adamjax can hold.
+"""The training job: a next-word model on real text, with every kind of part in its chain.
 
 `job` is what to read first: the optimizer, the step and the loop. `model` has the parameters and
-the loss, `data` makes batches of numbers of a text, `checkpoints` keeps what a run goes on from,
-`report` shows what came of it, and `compare` trains with each of `--rows` in turn. `options` says
+the loss, `data` makes batches of numbers of a text, `checkpoints` saves and restores a run,
+`report` shows what came of it, and `compare` trains with each of `--rows`. `options` says
 what there is to choose; `launcher` and `processes` make one job of several processes.
 """
 

@@ -1,4 +1,4 @@
-"""What a run goes on from, in a file that is there whole or not at all."""
+"""Checkpoints of a run: each is written completely or not at all."""
 
 import dataclasses
 import json

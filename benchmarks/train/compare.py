@@ -1,4 +1,4 @@
-"""Trains with each of `--rows`, a few steps at a time in turn: losses and times side by side."""
+"""Trains with each of `--rows`, a few steps at a time by turns, and compares losses and times."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a job at once where nothing would be lost, and else after a step."""
+"""Ctrl-C and SIGTERM: they end a job at once if nothing would be lost, otherwise after the step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One process among several: what they share, and how it leaves them.
+"""One of several processes: how it works with the others, and how it stops.
 
 Each runs the same program on the same arguments and comes to the same numbers. What they do
 together is to differentiate the batch of a step, each its share, and to agree when to stop.
