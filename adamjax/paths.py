@@ -218,8 +218,8 @@ def expect_matches(
             earlier = patterns[min(j for j in deciding if j is not None)]
             raise ValueError(
                 f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
-                f"earlier one, such as {earlier!r}, and the first that matches decides. Put it in "
-                f"front, or, if it may have no effect, write adamjax.optional({str(pattern)!r})"
+                f"earlier pattern, such as {earlier!r}, and the first match decides. Put it first. "
+                f"If it may have no effect, write adamjax.optional({str(pattern)!r})"
             )
 
 
