@@ -162,7 +162,7 @@ def test_init_refuses_a_rule_that_earlier_ones_leave_nothing(make):
         (("", ""), ".*"),
     ):
         wanted = (
-            rf": the pattern '{re.escape(rules[-1])}' has no effect: {matches} match an earlier one"
+            rf": the pattern '{re.escape(rules[-1])}' has no effect: {matches} match an earlier pattern"
         )
         with pytest.raises(ValueError, match=wanted):
             make(*rules).init(PARAMS)
