@@ -45,6 +45,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_OF_NUMPY = (np.ndarray, np.generic)
+
 # What a rule does to the rows of a table that are not in its row gradient; see `lift`.
 Rows = Literal["dense", "lazy", "whole"]
 
@@ -56,10 +58,10 @@ def is_left_alone(leaf: Any) -> bool:
 
 def _is_raw(leaf: Any) -> bool:
     """Whether an array has bytes without a dtype, as NumPy reads bfloat16 from its own files."""
-    if not isinstance(leaf, np.ndarray | np.generic):
-        return False
     # The types of ml_dtypes and float0 are void too.
-    return leaf.dtype.type is np.void and leaf.dtype.names is None
+    return (
+        isinstance(leaf, _OF_NUMPY) and leaf.dtype.type is np.void and leaf.dtype.names is None
+    )
 
 
 _RAW = (
@@ -79,11 +81,13 @@ def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
 
 
 def dtype_of(leaf: Any) -> Any:
+    if not isinstance(leaf, _OF_NUMPY):  # a step asks for thousands of dtypes, mostly of these
+        return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if _is_raw(leaf):
         raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {_RAW}")
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jax.dtypes.float0:
-        return jnp.result_type(leaf)  # float64 only under x64
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if leaf.dtype == jax.dtypes.float0:
+        return leaf.dtype
+    return jnp.result_type(leaf)  # float64 only under x64
 
 
 def at_rest(leaf: Any) -> Any:
