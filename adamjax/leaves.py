@@ -53,7 +53,11 @@ Rows = Literal["dense", "lazy", "whole"]
 
 def is_left_alone(leaf: Any) -> bool:
     """Whether no transform touches this leaf: `None`, or neither a real nor a complex float."""
-    return leaf is None or not jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+    return leaf is None or not _is_a(dtype_of(leaf), jnp.inexact)
+
+
+# A step of many leaves asks for the kinds of few dtypes.
+_is_a = functools.cache(jnp.issubdtype)
 
 
 def _is_raw(leaf: Any) -> bool:
@@ -190,7 +194,7 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
 
 
 def _kind(leaf: Any) -> str:
-    return "complex" if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating) else "real"
+    return "complex" if _is_a(dtype_of(leaf), jnp.complexfloating) else "real"
 
 
 def matched(

@@ -1,5 +1,6 @@
 """Arithmetic on one array: averages, bias corrections, dtypes, a root with a derivative at 0."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def widen(x: chex.Array, real: Any) -> chex.Array:
     return x.astype(widened(x.dtype, real))
 
 
+@functools.cache
 def is_signed(dtype: Any) -> bool:
     """Whether a dtype is a float that has zero and negative numbers."""
     if not jnp.issubdtype(dtype, jnp.inexact):
