@@ -63,9 +63,7 @@ _is_a = functools.cache(jnp.issubdtype)
 def _is_raw(leaf: Any) -> bool:
     """Whether an array has bytes without a dtype, as NumPy reads bfloat16 from its own files."""
     # The types of ml_dtypes and float0 are void too.
-    return (
-        isinstance(leaf, _OF_NUMPY) and leaf.dtype.type is np.void and leaf.dtype.names is None
-    )
+    return isinstance(leaf, _OF_NUMPY) and leaf.dtype.type is np.void and leaf.dtype.names is None
 
 
 _RAW = (

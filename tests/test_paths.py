@@ -161,9 +161,8 @@ def test_init_refuses_a_rule_that_earlier_ones_leave_nothing(make):
         (("kernel", "kernel"), r"\['enc/kernel', 'head/kernel'\]"),
         (("", ""), ".*"),
     ):
-        wanted = (
-            rf": the pattern '{re.escape(rules[-1])}' has no effect: {matches} match an earlier pattern"
-        )
+        what = rf": the pattern '{re.escape(rules[-1])}' has no effect: "
+        wanted = rf"{what}{matches} match an earlier pattern"
         with pytest.raises(ValueError, match=wanted):
             make(*rules).init(PARAMS)
         make(*rules[:-1], optional(rules[-1])).init(PARAMS)

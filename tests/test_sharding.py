@@ -35,7 +35,10 @@ TABLES = [f"{mode} {name}" for mode in MODES for name in RULES] + ["array adam"]
 # Older versions have no mesh in context but the one that `with mesh:` sets.
 NEW = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no jax.set_mesh")
 
-PINNED = "pinned_host" in [m.kind for m in jax.devices()[0].addressable_memories()]
+# An older XLA fails to compile steps that move a state between memories on a mesh of CPUs.
+PINNED = jax.__version_info__ >= (0, 10) and "pinned_host" in [
+    memory.kind for memory in jax.devices()[0].addressable_memories()
+]
 
 
 @pytest.fixture(scope="module")
