@@ -31,13 +31,11 @@ __all__ = [
     "current_mesh",
     "dimension_order",
     "experimental",
-    "in_float64",
     "in_memory_of",
     "jaxpr_as_fun",
     "layout_format",
     "line",
     "per_device",
-    "type_of",
     "type_sharding",
     "varying_axes",
     "x64",
@@ -55,32 +53,19 @@ def experimental(feature: str, name: str) -> Any:
         ) from error
 
 
-def in_float64() -> Any:
-    """A context in which JAX computes in float64."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    older: Any = importlib.import_module("jax.experimental")  # before JAX 0.8
-    return older.enable_x64()
-
-
 def x64(enabled: bool) -> Any:
     """A context in which arrays of 64 bits are enabled, or not."""
     if hasattr(jax, "enable_x64"):  # since JAX 0.8
         return jax.enable_x64(enabled)
-    return experimental("adamjax.testing", "x64_context").enable_x64(enabled)
+    return experimental("float64", "x64_context").enable_x64(enabled)
 
 
 # --- types of values ------------------------------------------------------------------------------
 
 
-def type_of(x: Any) -> Any:
-    """The type of an array, traced or not."""
-    return jax.typeof(x)
-
-
 def type_sharding(x: Any) -> Any:
     """The sharding in the type of an array; `None` if it has no mesh."""
-    sharding = getattr(type_of(x), "sharding", None)
+    sharding = getattr(jax.typeof(x), "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
 
 
@@ -97,7 +82,7 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
 
 def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
     """A value of a `shard_map`, cast to differ over some of its axes."""
-    if hasattr(jax.lax, "pcast"):  # since JAX 0.8
+    if hasattr(jax.lax, "pcast"):  # which replaces pvary
         return jax.lax.pcast(x, axes, to="varying")
     older: Any = jax.lax
     return older.pvary(x, axes)
@@ -105,8 +90,8 @@ def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
 
 def in_memory_of(x: Any, like: Any) -> Any:
     """A traced array, in the same kind of memory as another one."""
-    kind = getattr(type_of(like), "memory_space", None)  # older versions do not say
-    return x if kind == getattr(type_of(x), "memory_space", None) else jax.device_put(x, kind)
+    kind = jax.typeof(like).memory_space
+    return x if kind == jax.typeof(x).memory_space else jax.device_put(x, kind)
 
 
 # --- meshes ---------------------------------------------------------------------------------------

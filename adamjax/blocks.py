@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import as_varying, jaxpr_as_fun, type_of, varying_axes
+from adamjax._compat import as_varying, jaxpr_as_fun, varying_axes
 
 __all__ = ["group_tables", "in_blocks", "is_one_block", "rows_of_each"]
 
@@ -123,11 +123,11 @@ def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, l
 
 def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
     """Casts a carry in `shard_map` to vary over the axes over which it varies after a block."""
-    if not any(varying_axes(type_of(x)) for x in jax.tree.leaves((carry, reads))):
+    if not any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, reads))):
         return carry
 
     def cast(x: chex.Array, after: Any) -> chex.Array:
-        more = set(varying_axes(after)) - set(varying_axes(type_of(x)))
+        more = set(varying_axes(after)) - set(varying_axes(jax.typeof(x)))
         return as_varying(x, tuple(more)) if more else x
 
     return jax.tree.map(cast, carry, jax.eval_shape(block, carry))

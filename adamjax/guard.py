@@ -156,6 +156,8 @@ class accumulate_gradients(Transform):
     steps: Number
     max_rows: Any = static(default=None)
 
+    goes_around_exact_rows = True
+
     @property
     def groupable(self) -> bool:
         # `max_rows` applies to leaves by their shapes and paths.
@@ -313,6 +315,8 @@ class skip_not_finite(Transform):
     """
 
     tx: Transform
+
+    goes_around_exact_rows = True
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))

@@ -93,6 +93,8 @@ class with_hyperparams(Transform):
     tx: Transform
     hyperparams: dict[str, Number]
 
+    goes_around_exact_rows = True
+
     def __init__(self, tx: Any, **hyperparams: Any) -> None:
         self.set_fields(tx=tx, hyperparams=hyperparams)
         self.__post_init__()
@@ -119,7 +121,8 @@ class with_hyperparams(Transform):
                 if name in outer.python_numbers:
                     raise ValueError(
                         f"with_hyperparams: {name!r} must be a Python float within "
-                        f"{type(outer).__name__}"
+                        f"{type(outer).__name__}, which computes with it in advance. To change it: "
+                        "flush, make a new transform, and go on from its from_dense"
                     )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")

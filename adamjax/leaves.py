@@ -543,7 +543,7 @@ def rounds_stochastically(owner: str, rounding: str, params: Tree) -> bool:
         if not is_left_alone(p) and dtype_of(p) == np.float16:
             raise ValueError(
                 f"{owner}: params[{path!r}] is float16, expected bfloat16 or wider for stochastic "
-                "rounding"
+                "rounding: cast it, or use rounding='nearest'"
             )
     return True
 

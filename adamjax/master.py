@@ -86,6 +86,7 @@ class master_weights(Transform):
     tx: Transform
 
     groupable = False
+    goes_around_exact_rows = True
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))

@@ -176,6 +176,7 @@ class shard_state(Transform):
     memory_kind: str | None = static(default=None, kw_only=True)
 
     groupable = False
+    goes_around_exact_rows = True
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))

@@ -19,6 +19,7 @@ from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import Part
 
 __all__ = [
+    "CLASSLESS",
     "Rule",
     "Scaling",
     "Stateless",
@@ -130,6 +131,8 @@ class Transform(Data, _Pair):
 
     # Whether it only passes each leaf's gradient through its parts, as a chain does.
     only_routes: ClassVar[bool] = False
+    # Whether `exact_rows` goes inside of it, and not the other way round.
+    goes_around_exact_rows: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple["Transform", ...]:
@@ -262,7 +265,9 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
         restored = isinstance(state, dict | list)
         raise TypeError(
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
-            f"{kind.__name__} that its init or its last update returned{_CLASSLESS * restored}"
+            f"{kind.__name__} that its init or its last update returned"
+            + f". {CLASSLESS}"
+            * restored
         )
     for name in _COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
@@ -301,10 +306,11 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
     return tuple(state)
 
 
-_CLASSLESS = (
-    ". A checkpoint that was restored without its classes has dictionaries and lists: restore it "
-    "into tx.init(params), as the target of your library, or from its leaves in their order, "
-    "jax.tree.structure(tx.init(params)).unflatten(leaves)"
+# For errors about states that may have been read from a checkpoint.
+CLASSLESS = (
+    "A checkpoint that was restored without its classes has dictionaries and lists: restore it "
+    "into tx.init(params) of the transform that made it, as the target of your library, or from "
+    "its leaves in their order, jax.tree.structure(tx.init(params)).unflatten(leaves)"
 )
 # The fields of states that count something.
 _COUNTS = {"count", "micro_count", "skipped", "clock"}

@@ -306,8 +306,7 @@ if jax.__version_info__ >= (0, 10):  # an older JAX loses these gradients
 read_case("at_promised", at_get(mode="promise_in_bounds"), VALID)
 read_case("at_promised_sorted", at_get(indices_are_sorted=True), np.sort(VALID))
 read_case("at_promised_unique", at_get(unique_indices=True), np.unique(VALID))
-if "wrap_negative_indices" in inspect.signature(jnp.zeros(1).at[0].get).parameters:
-    read_case("at_unwrapped", at_get(mode="fill", wrap_negative_indices=False), OUTSIDE)
+read_case("at_unwrapped", at_get(mode="fill", wrap_negative_indices=False), OUTSIDE)
 read_case("take_flat", lambda t, ids: jnp.take(t, ids, 0).reshape(-1), MANY)
 read_case("index_ellipsis", lambda t, ids: t[ids, ...], MANY)
 read_case("index_colon", lambda t, ids: t[ids, :] if t.ndim > 1 else t[ids], MANY)

@@ -1032,6 +1032,10 @@ REFUSED = {
         skip_not_finite(adamjax.adam()),
         r"skip_not_finite\(exact_rows\(",
     ),
+    "hyperparameters set within": (
+        adamjax.with_hyperparams(adamjax.adam(), learning_rate=0.1),
+        r"put it around the whole: with_hyperparams\(exact_rows\(",
+    ),
     "an array for a beta": (adamjax.adam(b1=jnp.array(0.9)), r"scale_by_adam.*b1 must be a Python"),
     "an array for eps": (adamjax.adam(eps=jnp.array(1e-8)), r"scale_by_adam.*eps must be a Python"),
     "an array for the momentum": (

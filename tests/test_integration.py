@@ -1241,8 +1241,6 @@ def shardings():
         alone = jax.jit(tx.update)(whole, tx.init(whole), whole)
         assert_close(jax.device_get((updates, after)), jax.device_get(alone), ROUNDING)
 
-    if not hasattr(jax, "set_mesh"):
-        return
     explicit = jax.make_mesh((DEVICES,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(explicit):
         p = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=P(None, "x"))

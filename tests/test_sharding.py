@@ -32,8 +32,6 @@ MODES = ("dense", "lazy", "exact")
 NARROW = ("bfloat16", "scaled8")
 REPLICAS = [f"{how} {name}" for how in ("whole", "split") for name in RULES]
 TABLES = [f"{mode} {name}" for mode in MODES for name in RULES] + ["array adam"]
-# Older versions have no mesh in context but the one that `with mesh:` sets.
-NEW = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no jax.set_mesh")
 
 # An older XLA fails to compile steps that move a state between memories on a mesh of CPUs.
 PINNED = jax.__version_info__ >= (0, 10) and "pinned_host" in [
@@ -80,7 +78,6 @@ def test_row_sharded_tables_move_as_on_one_device(found, case):
     assert found[case]["bytes"] * DEVICES == found[case]["bytes of one"]
 
 
-@NEW  # The compiler of older versions sends an index for each row of a table.
 @pytest.mark.parametrize("case", TABLES)
 def test_devices_exchange_rows_and_never_tables(found, case):
     """At most the rows that are touched, of weights and slots, in one piece."""
@@ -93,7 +90,6 @@ def test_an_array_of_a_table_would_be_seen(found):
     assert found["exact adam"]["one holds a table"]
 
 
-@NEW
 def test_evaluation_exchanges_rows_and_never_tables(found):
     assert found["evaluation"]["distance"] < 1e-6
     assert found["evaluation"]["lags behind"] > 1e-3
@@ -102,27 +98,24 @@ def test_evaluation_exchanges_rows_and_never_tables(found):
     assert not found["evaluation"]["holds a table"]
 
 
-@NEW
 def test_devices_flush_their_own_rows(found):
     assert found["flush"]["program"] == []
     assert found["flush"]["distance"] < 1e-6
 
 
-@NEW
 @pytest.mark.parametrize("case", ["explicit exact", "explicit lazy"])
 def test_meshes_with_explicit_axes(found, case):
     assert found[case]["distance"] < CLOSE
     assert found[case]["specs"] == 3 * [["data"]]
 
 
-@NEW
 @pytest.mark.parametrize("loss", ["whole", "split", "all rows"])
 def test_any_loss_on_a_mesh_with_explicit_axes(found, loss):
     """The table's gradient is an array there: all rows are brought up to date."""
     assert found[f"explicit, {loss}"]["distance"] < CLOSE
 
 
-@pytest.mark.parametrize("case", ["init", pytest.param("explicit init", marks=NEW)])
+@pytest.mark.parametrize("case", ["init", "explicit init"])
 def test_init_follows_the_parameters(found, case):
     assert all(found[case].values()), found[case]
 
@@ -140,8 +133,8 @@ def test_a_jitted_init_reads_no_parameter(found, case):
     "case",
     [
         *("split", "columns", "shard_state", "shard_state of master_weights", "lazy", "exact"),
-        pytest.param("explicit split", marks=NEW),
-        pytest.param("explicit columns", marks=NEW),
+        "explicit split",
+        "explicit columns",
     ],
 )
 def test_narrow_moments_are_the_same_bits_on_a_mesh(found, case, dtype):
@@ -161,6 +154,10 @@ def test_a_state_in_the_hosts_memory(found):
 def mesh_of(axes=("data",), **kinds):
     shape = (jax.device_count(), *(1 for _ in axes[1:]))
     return Mesh(np.array(jax.devices()).reshape(shape), axes, **kinds)
+
+
+def explicit_mesh():
+    return mesh_of(axis_types=(jax.sharding.AxisType.Explicit,))
 
 
 def test_shardings_have_the_states_structure():
@@ -188,7 +185,6 @@ def test_a_wrong_axis_is_refused():
         adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "model")
 
 
-@NEW
 def aux_loss(params, x):
     """A mean of the batch with what one may want besides."""
     y = x @ params["w"] + params["n"]
@@ -489,7 +485,7 @@ def all_tables(mesh):
         tx = optimizer(mode, name)
         step = table_step(mode, tx)
         one, of_one, of_text, _ = tables(step, tx)
-        with setting(mesh):
+        with jax.set_mesh(mesh):
             params, state, text, shardings = tables(step, tx, mesh)
         yield (
             case,
@@ -504,9 +500,9 @@ def all_tables(mesh):
                 "bytes of one": bytes_held(of_tables((one, of_one))),
             },
         )
-        if case != "exact adam" or not hasattr(jax, "set_mesh"):
+        if case != "exact adam":
             continue
-        with setting(mesh):
+        with jax.set_mesh(mesh):
             flush = functools.partial(tx.flush, axis="data")
             flush = jax.jit(flush, out_shardings=shardings).lower(params, state).compile()
             flushed, _ = flush(params, state)
@@ -518,7 +514,7 @@ def all_tables(mesh):
             },
         )
         ids = jax.device_put(next(table_batches())[0], NamedSharding(mesh, P("data")))
-        with setting(mesh):
+        with jax.set_mesh(mesh):
             evaluate = adamjax.eval_step(lambda params, ids: params["table"][ids], tx, strict=True)
             evaluate = evaluate.lower(params, state, ids).compile()
             rows, text = evaluate(params, state, ids), evaluate.as_text()
@@ -535,7 +531,7 @@ def all_tables(mesh):
 
 
 def explicit_cases():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = explicit_mesh()
     for case in ("explicit exact", "explicit lazy"):
         mode = case.split()[1]
         tx = optimizer(mode, "adam")
@@ -572,7 +568,7 @@ def split_losses():
 
 def explicit_losses():
     """`train_step` on a mesh with explicit axes, where the table's gradient is an array."""
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = explicit_mesh()
     table = NamedSharding(mesh, P("data"))
     tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
     ids, y = np.arange(16) % 5, np.ones(16, np.float32)
@@ -729,20 +725,13 @@ def narrow_cases(mesh, dtype, only=None):
 
 
 def of_narrow(mesh):
-    found = {}
+    found, explicit = {}, explicit_mesh()
     for dtype in NARROW:
         found |= {f"{case}, {dtype}": x for case, x in narrow_cases(mesh, dtype).items()}
-        if hasattr(jax, "set_mesh"):
-            kinds = (jax.sharding.AxisType.Explicit,)
-            explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=kinds)
-            with jax.set_mesh(explicit):
-                for case in ("split", "columns"):
-                    found[f"explicit {case}, {dtype}"] = narrow_cases(explicit, dtype, case)[case]
+        with jax.set_mesh(explicit):
+            for case in ("split", "columns"):
+                found[f"explicit {case}, {dtype}"] = narrow_cases(explicit, dtype, case)[case]
     return found
-
-
-def setting(mesh):
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
 
 
 def main():
@@ -751,13 +740,10 @@ def main():
     cases["aux"] = of_aux(mesh)
     cases["unread"] = of_unread(mesh)
     cases["narrow"] = of_narrow(mesh)
-    if hasattr(jax, "set_mesh"):
-        explicit = jax.make_mesh(
-            (DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
-        )
-        cases |= dict(explicit_cases()) | dict(explicit_losses())
-        with jax.set_mesh(explicit):
-            cases["explicit init"] = of_init(explicit)
+    explicit = explicit_mesh()
+    cases |= dict(explicit_cases()) | dict(explicit_losses())
+    with jax.set_mesh(explicit):
+        cases["explicit init"] = of_init(explicit)
     print(json.dumps(cases))
 
 

@@ -14,6 +14,7 @@ from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
+from adamjax.transform import CLASSLESS
 
 __all__ = ["Filling"]
 
@@ -51,10 +52,7 @@ class Filling:
             if not known and all(map(is_array, self.other_states)):
                 raise ValueError(
                     f"{self.owner}: the source has the moments of no leaf, expected the state of "
-                    "Adam, AMSGrad, Nadam or Adamax. A checkpoint that was restored without its "
-                    "classes has dictionaries and lists, which do not say what is in them: restore "
-                    "it into init(params) of the transform that made it, or from its leaves in "
-                    "their order, jax.tree.structure(tx.init(params)).unflatten(leaves)"
+                    f"Adam, AMSGrad, Nadam or Adamax. {CLASSLESS}"
                 )
             raise ValueError(
                 f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "

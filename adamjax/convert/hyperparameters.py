@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from adamjax._compat import in_float64
+from adamjax._compat import x64
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
@@ -136,7 +136,7 @@ class HyperparameterCheck:
             return
         if callable(stated):  # A schedule, which is called with the count of tx.
             rates = [part for part in behind if isinstance(part.tx, scale_by_learning_rate)]
-            with in_float64():
+            with x64(True):
                 stated = rate_at(stated, (*rates, behind[0])[0].state.count)
         in_tx = self._rate(path, behind)
         if in_tx is not None and not self._is_rate(path, behind, stated):
@@ -180,7 +180,7 @@ class HyperparameterCheck:
         if same_value(stated, self._rate(path, behind)):
             return True
         try:
-            with in_float64():
+            with x64(True):
                 return same_value(stated, self._rate(path, behind))
         except TypeError:  # A function of another library may work in float32 only.
             return False

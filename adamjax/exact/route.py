@@ -7,8 +7,6 @@ import jax
 from adamjax.average import weight_ema
 from adamjax.data import Tree, static
 from adamjax.grouping import grouped
-from adamjax.guard import accumulate_gradients, skip_not_finite
-from adamjax.master import master_weights
 from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
@@ -56,17 +54,12 @@ def refused(tx: Transform, why: str) -> ValueError:
     return ValueError(f"exact_rows: {tx!r} cannot be in the chain of a table: {why}")
 
 
-def check_route(route: list[Transform], around: tuple[type[Transform], ...]) -> None:
-    """Refuses a route on which rows cannot be exact.
-
-    Args:
-      route: the transforms that a table's gradient goes through.
-      around: more transforms that must be around `exact_rows`, not inside.
-    """
+def check_route(route: list[Transform]) -> None:
+    """Refuses a route on which rows cannot be exact: the transforms of a table's gradient."""
     rule: Transform | None = None
     average: Transform | None = None
     for tx in route:
-        if isinstance(tx, (skip_not_finite, accumulate_gradients, master_weights, *around)):
+        if tx.goes_around_exact_rows:
             name = type(tx).__name__
             raise refused(tx, f"put it around the whole: {name}(exact_rows(...))")
         if isinstance(tx, sum_over):

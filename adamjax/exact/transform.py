@@ -145,6 +145,7 @@ class exact_rows(Transform):
             self._plan([part.tx for part in route])
 
     groupable = False
+    goes_around_exact_rows = True
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, ExactRowsState)
@@ -176,7 +177,7 @@ class exact_rows(Transform):
 
     def _plan(self, route: list[Transform], real: Any = np.float32) -> tuple[Rule, Coasting]:
         """The rule on a table's route, and the plan by which rows catch up."""
-        check_route(route, (exact_rows,))
+        check_route(route)
         rule = next(tx for tx in route if isinstance(tx, Rule))
         momenta = [tx.momentum for tx in route if isinstance(tx, weight_ema)]
         later = route[route.index(rule) + 1 :]
