@@ -31,12 +31,13 @@ from benchmarks.quality import (
     statistics,
     summary,
 )
+from benchmarks.quality.model import PARTS, Model, ranking
 from benchmarks.train.options import UserError
 
 needs_data = pytest.mark.skipif(not data.is_installed(), reason=data.MISSING)
 
 
-@pytest.mark.parametrize("name", ["models", "protocol", "run", "statistics"])
+@pytest.mark.parametrize("name", ["model", "protocol", "run", "statistics"])
 def test_examples_of_the_docstrings(name):
     found = doctest.testmod(importlib.import_module(f"benchmarks.quality.{name}"))
     assert found.attempted
@@ -166,7 +167,7 @@ def test_batches_follow_from_the_seed_alone_and_models_learn_from_them(model):
     loss, grads = jax.value_and_grad(model.loss)(params, tuple(x[0, 0] for x in batches))
     assert jnp.isfinite(loss)
     assert any(jnp.abs(grads[table]).max() > 0 for table in model.tables)
-    for part in models.PARTS:
+    for part in PARTS:
         scores = model.scores(params, part)
         assert set(scores) == set(model.metrics)
         assert len(scores[model.metrics[0]]) == len(model.reads(part))
@@ -308,7 +309,7 @@ def test_outcomes():
 
 def test_scores_that_are_not_finite_lose():
     scores = jnp.array([[jnp.nan, 0.0, 1.0], [1.0, jnp.nan, 0.0], [0.0, 0.0, -1.0]])
-    assert models.ranking(scores)["MRR"].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 2])
+    assert ranking(scores)["MRR"].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 2])
     nan = {0.1: [math.nan, 9.0], 0.2: [1.0, 1.0]}
     assert run.chosen_rate(nan, "HR@10") == run.chosen_rate(nan, "loss") == 0.2
 
@@ -317,7 +318,7 @@ def test_scores_that_are_not_finite_lose():
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy(models.Model):
+class Toy(Model):
     """A regression on rows, in place of the models that need data."""
 
     name = "toy"
@@ -333,7 +334,7 @@ class Toy(models.Model):
         return rng.integers(9, size=self.size, dtype=np.int32), rng.normal(size=self.size)
 
     def examples(self, part):
-        rng = np.random.default_rng(models.PARTS.index(part))
+        rng = np.random.default_rng(PARTS.index(part))
         return rng.integers(9, size=200, dtype=np.int32), rng.normal(size=200)
 
     def reads(self, part):

@@ -2,6 +2,7 @@
 
 Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
 the data, `models` and `contenders` are what is trained and how, and `run` trains every cell.
+The models are in `recommenders`, `knowledge` and `words`; `model` has what they share.
 `journal` saves each finished cell, so the same command continues after an interruption.
 `statistics` and `summary` make the results, `divergence` shows on single rows why there are
 differences, and `report` writes a page with plots.
@@ -26,6 +27,8 @@ __all__ = ["main"]
 # In a quick run; two seeds are the fewest that have a spread.
 QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
 QUICK_CONTENDERS = ("dense", "exact")
+# The files that make results and pages of the finished cells.
+WRITERS = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
 def main(argv: list[str]) -> int:
@@ -129,8 +132,12 @@ def smaller(model: Any) -> Any:
 
 
 def code_digest() -> str:
-    """A hash of the files that decide what a run computes; others may change between runs."""
+    """A hash of the code that decides what a run computes: adamjax, and this suite.
+
+    What only writes the results may change between runs.
+    """
+    own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in WRITERS]
     digest = hashlib.sha256()
-    for name in ("contenders", "data", "divergence", "models", "protocol", "run"):
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for path in sorted([*own, *(ROOT / "adamjax").rglob("*.py")]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The contenders: ways to take Adam's step on a model of whose tables a batch reads some rows.
+"""The contenders: ways to take Adam's step on a model with tables.
 
 Each is a function from a loss, the names of its tables, a learning rate and b2 to the three
 functions of a `Contender`. The rate may be traced, so one compiled program serves for all rates.
@@ -23,7 +23,7 @@ class Contender(NamedTuple):
     """How a model is trained.
 
     Attributes:
-      init: makes the carry of first parameters.
+      init: from the first parameters to the carry.
       step: `(carry, batch)` to the carry after it.
       read: the parameters of a carry, as they are to be evaluated.
     """
@@ -101,7 +101,7 @@ def patterns(tables: Sequence[str]) -> list[str]:
     return [f"^{table}$" for table in tables]
 
 
-# --- two rules of this benchmark's own ------------------------------------------------------------
+# --- rules that only this benchmark has -----------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -123,11 +123,11 @@ Maker = Callable[..., Contender]
 
 
 def correction(t: Any, b2: float) -> Any:
-    """What the bias corrections of both moments make of Adam's step after t steps."""
+    """The factor of Adam's step from the bias corrections of both moments, after t steps."""
     return jnp.sqrt(1 - b2**t) / (1 - B1**t)
 
 
-def moved(row: Row, g: jax.Array, t: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
+def next_moments(row: Row, g: jax.Array, t: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
     """The moments of rows at step t: they decay by the steps since their last read."""
     gap = t - row.last
     return B1**gap * row.m + (1 - B1) * g, b2**gap * row.v + (1 - b2) * g * g
@@ -136,11 +136,11 @@ def moved(row: Row, g: jax.Array, t: jax.Array, b2: float) -> tuple[jax.Array, j
 def counting_rule(row: Row, g: jax.Array, t: jax.Array, rate: Any, b2: float) -> Row:
     """A step count for each row, the idea of caffe2's SmartDecaySparseAdam.
 
-    The gradient `g` is that of the row as it was. Its step is Adam's, of moments that have decayed
-    by the steps since the last read. The row makes up for its momentum in those steps as well, with
-    v and the bias correction of now.
+    The gradient `g` was computed with the row's old weights. The moments decay by the steps since
+    the last read, and the row takes Adam's step. It also catches up with its momentum in the steps
+    between, with v and the bias correction after this step.
     """
-    m, v = moved(row, g, t, b2)
+    m, v = next_moments(row, g, t, b2)
     missed = B1 * (1 - B1 ** (t - row.last - 1)) / (1 - B1) * row.m
     size = jnp.sqrt(v) + EPS * jnp.sqrt(1 - b2**t)
     move = correction(t, b2) * (m + missed) / size
@@ -150,19 +150,19 @@ def counting_rule(row: Row, g: jax.Array, t: jax.Array, rate: Any, b2: float) ->
 def local_rule(row: Row, g: jax.Array, t: jax.Array, rate: Any, b2: float) -> Row:
     """The "local approximation" of HugeCTR's Adam with `update_type=LazyGlobal`.
 
-    The gradient `g` is that of the row as it was. Only then the row makes up for the steps since
-    its last read, that one included, as if v and the bias correction had stood still. So the move
-    by `g` itself comes with the next read.
+    The gradient `g` was computed with the row's old weights. Then the row takes the steps since its
+    last read, and that read's own step, with the v and the bias correction of that read. So it
+    moves by `g` itself at the next read.
     """
     gap = t - row.last
     summed = correction(row.last, b2) * (1 - B1**gap) / (1 - B1)
     missed = summed * row.m / (jnp.sqrt(row.v) + EPS)
-    m, v = moved(row, g, t, b2)
+    m, v = next_moments(row, g, t, b2)
     return Row(row.weights - rate * missed, m, v, jnp.full_like(row.last, t))
 
 
 def by_rows(rule: Rule) -> Maker:
-    """The contender that takes a rule's step on the rows of tables, and optax's on all else."""
+    """The contender with a rule's step on rows of tables, and optax's on all other parameters."""
 
     def contender(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
         tx = optax.adam(rate, B1, b2, EPS)
@@ -187,9 +187,10 @@ def by_rows(rule: Rule) -> Maker:
             _, grads = gradient(read(carry), batch)
             updates, state = tx.update(rest(grads), state, others)
             count = count + 1
-            about = count.astype(jnp.float32), rate, b2
+            t = count.astype(jnp.float32)
             rows = {
-                name: _step_rows(rule, table, grads[name], *about) for name, table in rows.items()
+                name: _step_rows(rule, table, grads[name], t, rate, b2)
+                for name, table in rows.items()
             }
             return rows, optax.apply_updates(others, updates), state, count
 
@@ -202,7 +203,7 @@ def by_rows(rule: Rule) -> Maker:
 
 
 def _step_rows(rule: Rule, table: Row, grad: Any, t: jax.Array, rate: Any, b2: float) -> Row:
-    # An index beyond the table marks an empty place of the row gradient.
+    # An index beyond the table is padding.
     ids = grad.indices
     read = Row(*(x.at[ids].get(mode="fill", fill_value=1) for x in table))
     new = rule(read, grad.values, t, rate, b2)

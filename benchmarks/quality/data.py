@@ -1,7 +1,7 @@
 """The data: MovieLens-100k and its knowledge graph from RecBole's wheel, and the job's text.
 
-Nothing is downloaded and nothing of it is committed. The files of MovieLens are read from where pip
-put them; `recbole` itself is never imported.
+Nothing is downloaded, and the repository has none of these data. The files of MovieLens are read
+from where pip put them; `recbole` itself is never imported.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HASHES = {
     "ml-100k.kg": "200a0636fa07c218119a42e5bac7aa3e26e3665a6f919c1b22909bd412b14779",
 }
 
-# The words of the text that the models know, and of how many blocks one is used.
+# How many words of the text the models know.
 WORDS = 8_000
 
 
@@ -81,20 +81,19 @@ def numbered(names: list[str]) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who rated what, in the order of time, split for each user by leaving one out.
+    """Who rated what, in the order of time, split for each user by time.
 
-    Of each user the last rating is the test, the one before it is for validation, and all others
-    are for training. Ratings of one user at the same second are in the order of the item's number.
+    The last rating of each user is for the test, the one before it for validation, and all others
+    are for training. Other users' training ratings may be later than a user's test rating. Ratings
+    of one user at the same second are in the order of the item's number.
 
     Attributes:
       users, items: how many there are.
       training: int32[n, 2], user and item, by user and then by time.
       times: int64[n], of the ratings in training, in seconds.
-      validation, test: int32[users, 2], row u of user u.
+      validation, test: int32[users, 2], user and item, one line for each user.
       held_out_times: int64[users, 2], of validation and test.
       negatives: int32[users, 99], items that the user never rated.
-      history: int32[users, items of the longest history + 1], what a user rated in training, in
-        the order of time, padded in front with `items`.
     """
 
     users: int
@@ -121,7 +120,7 @@ class Ratings:
     def unrated(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
         """int32[*users.shape, count], items that these users did not rate in training, at random.
 
-        What a user rates later is among them, as nobody knows it at that time.
+        They may be items that a user rates later: that is not known at the time of training.
         """
         users = np.broadcast_to(users[..., None], (*users.shape, count))
         items = rng.integers(self.items, size=users.shape, dtype=np.int32)
@@ -165,10 +164,11 @@ def split_ratings(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> Ra
     last = np.searchsorted(pairs[:, 0], np.arange(num_users), side="right") - 1
     is_trained = np.ones(len(pairs), bool)
     is_trained[last] = is_trained[last - 1] = False
-    ever = np.zeros((num_users, num_items), bool)
-    ever[pairs[:, 0], pairs[:, 1]] = True
+    is_rated = np.zeros((num_users, num_items), bool)
+    is_rated[pairs[:, 0], pairs[:, 1]] = True
     rng = np.random.default_rng(0)
-    negatives = np.array([rng.permutation(np.flatnonzero(~seen))[:99] for seen in ever], np.int32)
+    unrated = [rng.permutation(np.flatnonzero(~of_user))[:99] for of_user in is_rated]
+    negatives = np.array(unrated, np.int32)
     return Ratings(
         *(num_users, num_items, pairs[is_trained], times[is_trained]),
         *(pairs[last - 1], pairs[last], np.stack([times[last - 1], times[last]], 1), negatives),
@@ -213,7 +213,7 @@ def graph() -> Graph:
 
 
 def split_facts(facts: np.ndarray, entities: int, relations: int) -> Graph:
-    """Splits facts by pairs of entities at random: a 20th of them each for validation and test."""
+    """Splits facts by pairs of entities at random: 5% for validation and 5% for the test."""
     pairs = np.sort(facts[:, [0, 2]].astype(np.int64), axis=1) @ np.array([entities, 1])
     _, pair = np.unique(pairs, return_inverse=True)
     side = np.random.default_rng(0).integers(20, size=int(pair.max()) + 1)[pair.ravel()]

@@ -1,4 +1,4 @@
-"""How far rows end from where dense Adam brings them, by how often they are read, and by b2.
+"""The distance of rows from dense Adam's weights, by how often they are read, and by b2.
 
 No data and no model: a table has a row for each gap, which is read every so many steps with a
 gradient of its own, the same for every contender.
@@ -32,7 +32,7 @@ def batches(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
-    """One whose gradient is what the batch says."""
+    """A loss whose gradients are those in the batch."""
     ids, gradients = batch
     return jnp.sum(params["table"][ids] * gradients)
 
@@ -51,11 +51,11 @@ def weights(name: str, b2: float, steps: int) -> np.ndarray:
 
 
 def measured(b2: float, steps: int) -> dict[str, list[float]]:
-    """By contender, for each gap: the mean distance from dense, by how far dense moved."""
+    """For each contender and gap, the mean distance from dense divided by dense's own movement."""
     dense = weights("dense", b2, steps)
-    way = np.abs(dense).mean(1)
-    found = {}
+    movement = np.abs(dense).mean(1)
+    relative = {}
     for name in NAMES:
         distance = np.abs(weights(name, b2, steps) - dense).mean(1)
-        found[name] = [float(f"{x:.3g}") for x in distance / way]
-    return found
+        relative[name] = [float(f"{x:.3g}") for x in distance / movement]
+    return relative

@@ -3,8 +3,8 @@
 For each model and each contender:
 
 1. The learning rate is the one of `RATES` with the best mean of the model's first metric on the
-   validation split, over `SEARCH_SEEDS`. Some take the rate of `dense` (`RATE_OF`): `exact` and
-   `adamjax dense` are the same optimizer and are compared with it seed by seed, and
+   validation split, over `SEARCH_SEEDS`. Some contenders take the rate of `dense` (`RATE_OF`):
+   `exact` and `adamjax dense` are the same optimizer and are compared with it seed by seed, and
    `lazy, same rate` is what a user gets who changes only the mode.
 2. With that rate the model is trained from each of `SEEDS`. A seed decides the first weights and
    all batches, and these are the same for every contender.
@@ -15,12 +15,12 @@ For each model and each contender:
 
 A metric's margin says which differences matter. The outcome is
 
-- "same": two one-sided tests at `ALPHA` show that the difference is within the margin, which is so
-  where the interval at 1 - 2 `ALPHA` is;
+- "same": two one-sided tests at `ALPHA` show that the difference is within the margin. They do if
+  the confidence interval at 1 - 2 `ALPHA` is within it;
 - "better" or "worse": it is not "same", and the corrected p-value is below `ALPHA`;
 - "undecided": neither.
 
-The margins are 0.01 for what lies between 0 and 1, and 1% for a loss.
+The margins are 0.01 for metrics between 0 and 1, and 1% for a loss.
 """
 
 import itertools
@@ -33,7 +33,7 @@ SEARCH_SEEDS = range(1000, 1003)
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
-# Of the contenders with decay. With a rate of 0.004, 3,000 steps take 45% of a weight.
+# Of the contenders with decay. With a rate of 0.004, a weight shrinks by 45% in 3,000 steps.
 DECAY = 0.05
 
 ALPHA = 0.05
@@ -78,8 +78,8 @@ CONTENDERS = {
     "exact": "exact_rows",
     "lazy": 'rows="lazy": rows that are not read stay, and so do their moments',
     "lazy, same rate": "lazy with the learning rate of dense",
-    "counted": "SmartDecay's idea: a row knows its last read and catches up after the next, with "
-    "the new v",
+    "counted": "SmartDecay's idea: a row that was read catches up with the steps since its last "
+    "read, with the new v",
     "local": "HugeCTR's lazy global update: a row catches up after it is read, with the old v",
     "exact + decay": "exact_rows of AdamW",
     "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
@@ -87,7 +87,7 @@ CONTENDERS = {
 # Those that take the rate of another.
 RATE_OF = {"adamjax dense": "dense", "exact": "dense", "lazy, same rate": "dense"}
 DENSE = ("dense", "adamjax dense")
-# With whom a contender is compared, where it is not `dense`.
+# The contender to compare with, if it is not `dense`.
 REFERENCE = {"lazy + decay": "exact + decay"}
 
 
@@ -104,7 +104,7 @@ def references(contenders: Sequence[str]) -> dict[str, str]:
 
 
 def group(reads: int) -> int:
-    """The number of the group of `READS` that so many reads are in.
+    """The number of the group of `READS` for a number of reads.
 
     >>> [group(n) for n in (0, 3, 4, 255, 256)]
     [0, 0, 1, 3, 4]

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.quality.contenders import MAKERS, Contender
 from benchmarks.quality.journal import Journal
-from benchmarks.quality.models import Model
+from benchmarks.quality.model import Model
 from benchmarks.quality.protocol import METRICS, RATE_OF, READS, group
 
 
@@ -37,8 +37,9 @@ class Program:
         """Trains and evaluates.
 
         Returns:
-          "seconds" of each epoch's steps, "test", the metrics after each epoch, and of the last
-          "validation" and "groups", the test's metrics by group of reads (`None` without examples).
+          "seconds" of each epoch's steps, "test", the metrics after each epoch, and after the last
+          epoch "validation" and "groups", the test's metrics by group of reads (`None` for a group
+          without examples).
         """
         model = self.model
         carry = self.make(rate).init(model.start(jax.random.key(seed)))
@@ -66,9 +67,9 @@ def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
 def by_group(scores: dict[str, np.ndarray], reads: np.ndarray) -> dict[str, list[float | None]]:
     """The mean of each metric in each group of `READS`, if the metric is one of examples."""
     groups = np.array([group(n) for n in reads])
-    every = range(len(READS) + 1)
+    numbers = range(len(READS) + 1)
     return {
-        name: [float(x[groups == i].mean()) if (groups == i).any() else None for i in every]
+        name: [float(x[groups == i].mean()) if (groups == i).any() else None for i in numbers]
         for name, x in scores.items()
         if len(x) == len(groups)
     }
@@ -82,11 +83,11 @@ def chosen_rate(validation: dict[float, list[float]], metric: str) -> float:
     """
     sign = 1 if METRICS[metric].higher_is_better else -1
 
-    def worth(rate: float) -> float:
+    def quality(rate: float) -> float:
         mean = sign * statistics.fmean(validation[rate])
         return mean if np.isfinite(mean) else -np.inf
 
-    return max(validation, key=worth)
+    return max(validation, key=quality)
 
 
 class Plan:
@@ -123,16 +124,16 @@ class Plan:
         )
 
     def rate(self, journal: Journal, model: Model, contender: str) -> float:
-        """The rate that the finished search gives a contender."""
+        """The rate that the finished search chose for a contender."""
         name, metric = RATE_OF.get(contender, contender), model.metrics[0]
-        found = {
+        validation = {
             rate: [
                 journal[("search", model.name, name, rate, seed)]["validation"][metric]
                 for seed in self.search_seeds
             ]
             for rate in self.rates
         }
-        return chosen_rate(found, metric)
+        return chosen_rate(validation, metric)
 
     def run(self, journal: Journal, done: Callable[[Model, str, bool], None]) -> None:
         """Runs every cell that the journal does not have; calls `done` after each cell."""
@@ -144,7 +145,7 @@ class Plan:
             def batches(seed: int, model: Model = model) -> Sequence[np.ndarray]:
                 return model.batches(seed)
 
-            def take(
+            def run_cell(
                 part: str,
                 name: str,
                 rate: float,
@@ -162,8 +163,8 @@ class Plan:
             for seed in self.search_seeds:
                 for name in self.searched(model):
                     for rate in self.rates:
-                        take("search", name, rate, seed)
+                        run_cell("search", name, rate, seed)
             rates = {name: self.rate(journal, model, name) for name in names}
             for seed in self.seeds:
                 for name in names:
-                    take("test", name, rates[name], seed)
+                    run_cell("test", name, rates[name], seed)

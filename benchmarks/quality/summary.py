@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.journal import Journal
-from benchmarks.quality.models import Model
+from benchmarks.quality.model import Model
 from benchmarks.quality.protocol import FEWEST, METRICS, READS, group, references
 from benchmarks.quality.run import Plan
 from benchmarks.quality.statistics import holm, outcome, paired

@@ -1,0 +1,154 @@
+"""What a model of the suite has: parameters, a loss, batches, and scores on held-out examples.
+
+A model has `init(key)`, `loss(params, batch)`, `batches(seed)`, which are the same for every
+contender, `tables`, the names of the parameters that are tables, and `scores(params, part)`, which
+has a number for each example of the validation or the test split.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = dict[str, Any]
+Batches = tuple[np.ndarray, ...]
+PARTS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all models have.
+
+    Attributes:
+      epochs: how many there are; after each the model is evaluated.
+      steps: of an epoch.
+      batch: examples of a step.
+      width: of the tables.
+      drawn: how many wrong answers are drawn for each right one in training, if any are.
+    """
+
+    epochs: int
+    steps: int
+    batch: int
+    width: int = 16
+    drawn: int = 4
+
+    name = ""
+    data = ""
+    tables: ClassVar[tuple[str, ...]] = ()
+    # The first one decides on the rate.
+    metrics: ClassVar[tuple[str, ...]] = ("HR@10", "NDCG@10")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The shape of the batches: epochs, steps, examples."""
+        return self.epochs, self.steps, self.batch
+
+    def init(self, key: jax.Array) -> Params:
+        raise NotImplementedError
+
+    def loss(self, params: Params, batch: Any) -> jax.Array:
+        raise NotImplementedError
+
+    def batches(self, seed: int) -> Batches:
+        """Arrays [epochs, steps, batch, ...]."""
+        raise NotImplementedError
+
+    def examples(self, part: str) -> tuple[np.ndarray, ...]:
+        """The examples of a split, as `evaluate` takes them."""
+        raise NotImplementedError
+
+    def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
+        """Each metric, for each example; may be traced."""
+        raise NotImplementedError
+
+    def reads(self, part: str) -> np.ndarray:
+        """How often the training data have the row of each example's right answer."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def start(self) -> Callable[[jax.Array], Params]:
+        """`init`, compiled."""
+        return jax.jit(self.init)
+
+    @functools.cached_property
+    def _evaluated(self) -> Callable[..., dict[str, jax.Array]]:
+        return jax.jit(self.evaluate)
+
+    @functools.cached_property
+    def held_out(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """The examples of both splits."""
+        return {part: self.examples(part) for part in PARTS}
+
+    def scores(self, params: Params, part: str) -> dict[str, np.ndarray]:
+        """Each metric, for each example of a split."""
+        scores = self._evaluated(params, *self.held_out[part])
+        return {name: np.asarray(x) for name, x in scores.items()}
+
+
+class Ranker(Model):
+    """A model that ranks candidates, of which the first is the right one."""
+
+    def score(self, params: Params, *examples: Any) -> jax.Array:
+        """[n, k], a score for each candidate of each example; `examples` as in `examples`."""
+        raise NotImplementedError
+
+    def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
+        every_metric = ranking(self.score(params, *examples))
+        return {name: every_metric[name] for name in self.metrics}
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def drawn_rows(rng: np.random.Generator, count: int, size: tuple[int, ...]) -> np.ndarray:
+    """int32[*size], numbers of examples: each pass over them has all in a new random order."""
+    passes = -(-math.prod(size) // count)
+    order = np.concatenate([rng.permutation(count) for _ in range(passes)])
+    return order[: math.prod(size)].reshape(size).astype(np.int32)
+
+
+def ranking(scores: jax.Array) -> dict[str, jax.Array]:
+    """The metrics of the first score's rank among all scores. A tie counts as lost, as does NaN.
+
+    >>> {name: float(x[0]) for name, x in ranking(jnp.array([[2.0, 3.0, 1.0, 0.0]])).items()}
+    {'HR@10': 1.0, 'NDCG@10': 0.6309297680854797, 'MRR': 0.5}
+    """
+    rank = jnp.sum(~(scores[:, 1:] < scores[:, :1]), axis=1)
+    is_hit = rank < 10
+    return {
+        "HR@10": is_hit.astype(jnp.float32),
+        "NDCG@10": jnp.where(is_hit, 1 / jnp.log2(rank + 2.0), 0.0),
+        "MRR": 1 / (rank + 1.0),
+    }
+
+
+def click_loss(scores: jax.Array) -> jax.Array:
+    """The log loss of scores of which the first in each line belongs to the right answer."""
+    right, wrong = scores[..., 0], scores[..., 1:]
+    return jax.nn.softplus(-right).mean() + jax.nn.softplus(wrong).sum(-1).mean()
+
+
+def choice_loss(scores: jax.Array) -> jax.Array:
+    """The softmax loss of scores of which the first in each line belongs to the right answer."""
+    return (jax.nn.logsumexp(scores, axis=-1) - scores[..., 0]).mean()
+
+
+def normal(key: jax.Array, scale: float, *shape: int) -> jax.Array:
+    return scale * jax.random.normal(key, shape)
+
+
+def layer(key: jax.Array, inputs: int, outputs: int) -> Params:
+    return {
+        "kernel": normal(key, math.sqrt(2 / (inputs + outputs)), inputs, outputs),
+        "bias": jnp.zeros(outputs),
+    }
+
+
+def apply(layer: Params, x: jax.Array) -> jax.Array:
+    return x @ layer["kernel"] + layer["bias"]
