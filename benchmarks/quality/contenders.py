@@ -79,7 +79,11 @@ def exact(
 def lazy(
     loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2, decay: float | None = None
 ) -> Contender:
-    """Adam with `rows="lazy"`, or AdamW if there is a decay."""
+    """Adam with `rows="lazy"`, or AdamW if there is a decay.
+
+    torch's SparseAdam takes the same steps up to the place of epsilon (tests/test_convert.py
+    continues its runs), so it is no contender of its own.
+    """
     tx = (
         adamjax.adam(rate, B1, b2, eps=EPS, rows="lazy")
         if decay is None
