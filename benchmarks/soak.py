@@ -43,6 +43,7 @@ class Case:
       corrected: whether eps is added to the corrected root, as in algorithm 1, or to the other.
       decays, averages: whether there is decoupled weight decay, and an average of the weights.
       first: the number of steps before the first.
+      moments: their format, as a rule takes it.
     """
 
     rule: str
@@ -50,12 +51,14 @@ class Case:
     decays: bool = False
     averages: bool = False
     first: int = 0
+    moments: str | None = None
 
     def dense(self, rate: Any) -> adamjax.Transform:
         """The dense optimizer."""
         form = "eps" if self.corrected or self.rule == "adamax" else "eps_hat"
+        formats = {"m_dtype": self.moments, "v_dtype": self.moments} if self.moments else {}
         return adamjax.chain(
-            getattr(adamjax, f"scale_by_{self.rule}")(B1, B2, **{form: EPS}),
+            getattr(adamjax, f"scale_by_{self.rule}")(B1, B2, **{form: EPS}, **formats),
             *[adamjax.add_decayed_weights(DECAY)] * self.decays,
             adamjax.scale_by_learning_rate(rate),
             *[adamjax.weight_ema(MOMENTUM)] * self.averages,
@@ -68,6 +71,8 @@ CASES = {
     "AMSGrad": Case("amsgrad"),
     "AdamW + average": FULL,
     "Adamax": Case("adamax"),
+    "Adam, bfloat16 moments": Case("adam", moments="bfloat16"),
+    "Adam, 8-bit moments": Case("adam", moments="scaled8"),
 }
 
 

@@ -5,6 +5,7 @@ Results of earlier versions, which lack figures or have others besides, are show
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -411,6 +412,50 @@ def quality(results: Results) -> str:
     )
 
 
+def narrow(results: Results) -> str:
+    """What moments and weights in few bits do to the updates and to the loss of training."""
+    tasks = results["tasks"]
+    learned = "; ".join(
+        f"{name}: from {task['before']:.3f} by {task['learned']:.3f}, standard deviation of the "
+        f"seeds {task['spread']:.4f}"
+        for name, task in tasks.items()
+    )
+    return "\n\n".join(
+        [
+            origin(results),
+            f"**Moments**, compared with float64 at every tenth of {results['steps']:,} steps, for "
+            "gradients of several kinds from 1e-9 to 1e4: the share of these steps at which the "
+            "mean error is beyond three standard errors, and the mean error of an update.",
+            markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
+            f"**Training**, {results['trained']} steps: the held-out loss less that of float32, "
+            f"the mean over {results['seeds']} seeds, and in brackets the same as a share of what "
+            f"float32 learns ({learned}). A difference is bold if it is above both "
+            f"{results['margin']:.0%} of that and the standard deviation.",
+            markdown(["format", *tasks], _loss_differences(tasks)),
+        ]
+    )
+
+
+def _moment_errors(cases: Sequence[Row]) -> Iterable[list[str]]:
+    for form in dict.fromkeys(case["format"] for case in cases):
+        own = [case for case in cases if case["format"] == form]
+        biased = [statistics.fmean(case["biased"][name] for case in own) for name in ("m", "v")]
+        updates = [case["update"] for case in own]
+        yield [form, *map("{:.2%}".format, biased), f"{min(updates):.1%} to {max(updates):.1%}"]
+
+
+def _loss_differences(tasks: dict[str, Row]) -> Iterable[list[str]]:
+    _, *formats = next(iter(tasks.values()))["formats"]
+    for name in formats:
+        cells = []
+        for task in tasks.values():
+            one = task["formats"][name]
+            share = one["difference"] / task["learned"]
+            cell = f"{one['difference']:+.4f} ({share:+.1%})"
+            cells.append(cell if one["same"] else f"**{cell}**")
+        yield [name, *cells]
+
+
 SUITES = {
     "dense": dense,
     "rows": rows,
@@ -418,6 +463,7 @@ SUITES = {
     "memory": memory,
     "models": models,
     "quality": quality,
+    "narrow": narrow,
     "differences": differences,
     "tpu": tpu,
     "gpu": gpu,

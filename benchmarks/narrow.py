@@ -1,0 +1,299 @@
+"""Moments and weights in few bits: do they stay right, and does training end where float32 does?
+
+First the moments. Steps with gradients of several kinds and sizes are compared with the recurrence
+in float64: at every tenth step, the mean error of m and v over all elements is compared with its
+standard error, and the size of the updates' error is measured.
+
+Then training. Two models, the training job's and the transformer of `models`, are trained in each
+format from the same seeds. What counts was fixed before the runs: a format is as good as float32 if
+the mean difference of the held-out loss, paired by seed, is at most `MARGIN` of what float32
+learns, or at most the spread of float32's own seeds if that is larger. The control, optax's Adam on
+bfloat16 weights, rounds weights and moments to the nearest. All matrix products are in float32, so
+only the optimizer differs.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adamjax
+from benchmarks.networks import Transformer
+from benchmarks.suite import Suite, progress, say
+from benchmarks.train import data, job, model
+from benchmarks.train.options import Config
+
+B1, B2 = 0.9, 0.999
+
+# --- the moments ----------------------------------------------------------------------------------
+
+KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
+SCALES = (1e-9, 1.0, 1e4)
+# The moments are compared at each of these steps.
+EVERY = 10
+# The error of float32 itself, relative to a moment, in 20,000 steps.
+FLOAT32 = 1e-5
+
+
+def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
+    """float32[steps, elements], each element with gradients of its own size."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(size=elements)) * rng.choice([-1, 1], elements)
+    factors = {
+        "constant": lambda: np.ones((steps, 1)),
+        "decaying": lambda: np.geomspace(1, 0.01, steps)[:, None],
+        "sparse": lambda: rng.random((steps, elements)) < 0.05,
+        "heavy-tailed": lambda: rng.standard_t(2.5, (steps, elements)),
+    }
+    return (sizes * factors[kind]()).astype(np.float32)
+
+
+@functools.cache
+def moments(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
+    """A function of gradients: m, v and the updates of Adam, in a format, at every tenth step."""
+    tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
+
+    def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
+        update, state = tx.update(g, carry[1])
+        return (update, state), None
+
+    def ten_steps(carry: Any, g: jax.Array) -> tuple[Any, Any]:
+        update, state = carry = jax.lax.scan(step, carry, g)[0]
+        return carry, (adamjax.get_slot(state, "m"), adamjax.get_slot(state, "v"), update)
+
+    def run(g: jax.Array) -> Any:
+        every = g.reshape(-1, EVERY, g.shape[-1])
+        return jax.lax.scan(ten_steps, (g[0], tx.init(g[0])), every)[1]
+
+    return jax.jit(run)
+
+
+def reference(g: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same in float64, from algorithm 1 of arXiv:1412.6980."""
+    m = v = np.zeros(g.shape[1])
+    every: list[tuple[np.ndarray, ...]] = []
+    for t, x in enumerate(g.astype(np.float64), start=1):
+        m, v = B1 * m + (1 - B1) * x, B2 * v + (1 - B2) * x * x
+        if t % EVERY == 0:
+            root = np.sqrt(v / (1 - B2**t))
+            update = np.divide(m / (1 - B1**t), root, out=np.zeros_like(m), where=root > 0)
+            every.append((m, v, update))
+    return tuple(map(np.stack, zip(*every, strict=True)))
+
+
+def errors(ours: Sequence[Any], right: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What is wrong with moments and updates, over all elements and every tenth step.
+
+    Returns:
+      "biased": of m and of v, the share of the steps at which the mean relative error is beyond
+      three standard errors; "bias", the mean relative error over all of them. Relative to the
+      moment itself, or to a thousandth of a usual one if that is larger. "update": the mean error
+      of an update, relative to its mean size. "finite": whether all are.
+    """
+    result: dict[str, Any] = {"biased": {}, "bias": {}}
+    m, v, update = (np.asarray(x, np.float64) for x in ours)
+    for name, x, y in (("m", m, right[0]), ("v", v, right[1])):
+        size = np.sqrt(np.mean(y**2, axis=1, keepdims=True))
+        error = (x - y) / np.maximum(np.abs(y), 1e-3 * size)
+        standard = error.std(axis=1) / np.sqrt(error.shape[1])
+        beyond = np.abs(error.mean(axis=1)) > 3 * standard + FLOAT32
+        result["biased"][name] = float(beyond.mean())
+        result["bias"][name] = float(error.mean())
+    result["update"] = float(np.abs(update - right[2]).mean() / np.abs(right[2]).mean())
+    result["finite"] = bool(all(np.isfinite(x).all() for x in (m, v, update)))
+    return result
+
+
+# --- training -------------------------------------------------------------------------------------
+
+MARGIN = 0.01
+CONTROL = "bfloat16 weights, to the nearest"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights and moments are stored.
+
+    Attributes:
+      weights: the parameters' dtype.
+      moments: their format, as a rule takes it.
+      master: whether the state has the weights in float32.
+      rounding: how weights are rounded, as `train_step` takes it.
+    """
+
+    weights: str = "float32"
+    moments: str | None = None
+    master: bool = False
+    rounding: Any = "nearest"
+
+    def optimizer(self, rate: Any, decay: float) -> adamjax.Transform:
+        """AdamW behind a clip."""
+        rule = adamjax.adamw(
+            rate, B1, B2, weight_decay=decay, m_dtype=self.moments, v_dtype=self.moments
+        )
+        tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), rule)
+        return adamjax.master_weights(tx) if self.master else tx
+
+
+FORMATS = {
+    "float32": Format(),
+    "bfloat16 moments": Format(moments="bfloat16"),
+    "8-bit moments": Format(moments="scaled8"),
+    "bfloat16 weights, master": Format("bfloat16", master=True),
+    "bfloat16 weights, stochastic": Format("bfloat16", rounding="stochastic"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train.
+
+    Attributes:
+      init: the parameters of a seed.
+      loss: of parameters and a batch.
+      batch: of a seed and a step.
+      held_out_loss: of parameters.
+      rate: the largest learning rate, after a tenth of the steps.
+      decay: of the weights.
+    """
+
+    init: Callable[[int], Any]
+    loss: Callable[[Any, Any], jax.Array]
+    batch: Callable[[int, int], Any]
+    held_out_loss: Callable[[Any], float]
+    rate: float
+    decay: float
+
+
+def next_words(quick: bool) -> Task:
+    """The model of the training job on its own text; every fourth held-out word is evaluated."""
+    config = Config(batch=64, dim=8, hidden=16, vocab=4_000) if quick else Config()
+    text = data.read([], config.vocab)
+    held_out = data.Windows(text.held_out, config.context, text.boundary)
+    held_out.starts = held_out.starts[:: 64 if quick else 4]
+
+    @functools.cache
+    def batches(seed: int) -> Callable[[int], model.Batch]:
+        return job.all_batches(dataclasses.replace(config, seed=seed), text)
+
+    return Task(
+        lambda seed: job.initial(dataclasses.replace(config, seed=seed), text),
+        model.loss,
+        lambda seed, step: batches(seed)(step),
+        lambda params: float(model.held_out_loss(params, held_out, lambda: False) or 0),
+        config.learning_rate,
+        config.weight_decay,
+    )
+
+
+def transformer(quick: bool) -> Task:
+    """The transformer of `models`, on its own data."""
+    network = Transformer(1000, width=16, length=16, examples=4) if quick else Transformer()
+    evaluated = jax.jit(network.loss)
+    # Seeds have other steps' batches, and these are nobody's.
+    held_out = [network.batch(10_000_000 + i) for i in range(2 if quick else 64)]
+    return Task(
+        lambda seed: jax.jit(network.init)(jax.random.key(seed, impl="rbg")),
+        network.loss,
+        lambda seed, step: network.batch(100_000 * seed + step),
+        lambda params: statistics.fmean(float(evaluated(params, x)) for x in held_out),
+        rate=3e-3,
+        decay=1e-2,
+    )
+
+
+TASKS = {"training job": next_words, "transformer": transformer}
+
+
+def as_float32(params: Any) -> Any:
+    """The parameters as the model computes with them."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+def trainer(task: Task, name: str, steps: int) -> Callable[[int], float]:
+    """A function of a seed that trains in a format and returns the held-out loss."""
+    warm = max(1, steps // 10)
+    rate = adamjax.warmup(adamjax.cosine_decay(task.rate, decay_steps=steps - warm), warm)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return task.loss(as_float32(params), batch)
+
+    if name == CONTROL:
+        import optax
+
+        form = Format("bfloat16")
+        rule = optax.adamw(rate, B1, B2, weight_decay=task.decay)
+        tx: Any = optax.chain(optax.clip_by_global_norm(1.0), rule)
+    else:
+        form = FORMATS[name]
+        tx = form.optimizer(rate, task.decay)
+    step = adamjax.train_step(loss, tx, rounding=form.rounding)
+
+    def train(seed: int) -> float:
+        params = jax.tree.map(lambda x: x.astype(form.weights), task.init(seed))
+        state = tx.init(params)
+        for number in range(steps):
+            params, state, _ = step(params, state, task.batch(seed, number))
+        return task.held_out_loss(as_float32(params))
+
+    return train
+
+
+def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
+    """Each format's held-out losses, and their mean difference to float32's.
+
+    Returns:
+      "before": the loss before training; "learned": how much float32 takes off it; "spread": the
+      standard deviation of its seeds. For each format "losses", "difference", and except for
+      float32 "same": whether the difference is within the margin.
+    """
+    full = losses["float32"]
+    learned, spread = before - statistics.fmean(full), statistics.stdev(full)
+    table: dict[str, Any] = {}
+    for name, own in losses.items():
+        difference = statistics.fmean(x - y for x, y in zip(own, full, strict=True))
+        table[name] = {"losses": own, "difference": difference}
+        if name != "float32":
+            table[name]["same"] = bool(abs(difference) <= max(MARGIN * learned, spread))
+    return {"before": before, "learned": learned, "spread": spread, "formats": table}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite; see `--help`."""
+    suite = Suite("narrow", __doc__, ("adamjax", "jax", "jaxlib", "optax"))
+    args = suite.parse(argv)
+    steps, elements = (200, 256) if args.quick else (20_000, 2048)
+    trained, seeds = (10, 2) if args.quick else (300, 5)
+    cases = [(kind, scale) for kind in KINDS for scale in SCALES]
+    names = [*FORMATS, CONTROL]
+    if args.quick:
+        cases, names = cases[::5], [*names[:2], CONTROL]
+    suite.results |= {"steps": steps, "elements": elements, "moments": []}
+    suite.results |= {"trained": trained, "seeds": seeds, "margin": MARGIN, "tasks": {}}
+    with progress(len(cases) + len(TASKS) * len(names) * seeds, "run") as bar:
+        for kind, scale in cases:
+            g = gradients(kind, steps, elements) * np.float32(scale)
+            right = reference(g)
+            for form in ("bfloat16", "scaled8"):
+                case = {"kind": kind, "scale": scale, "format": form}
+                suite.results["moments"].append(case | errors(moments(form)(g), right))
+            bar.update()
+        for task_name, make in TASKS.items():
+            task = make(args.quick)
+            before = task.held_out_loss(task.init(0))
+            losses: dict[str, list[float]] = {}
+            for name in names:
+                train = trainer(task, name, trained)
+                losses[name] = []
+                for seed in range(seeds):
+                    losses[name].append(train(seed))
+                    bar.update()
+                say(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}")
+            suite.results["tasks"][task_name] = compared(losses, before)
+    return suite.finish()
