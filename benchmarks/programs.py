@@ -112,8 +112,8 @@ def _rows_step(kind: str, packing: Any) -> tuple[Any, Callable[..., Any]]:
         tx, tables = table_mode(ROWS[kind])
         return tx, adamjax.train_step(loss, tx, tables=tables)
     rate = adamjax.cosine_decay(1e-3, 1000)
-    if kind in ("lazy", "not row-major"):
-        tx, _ = table_mode("lazy", learning_rate=rate)
+    if kind in ("lazy", "not row-major", "exact, given rows"):
+        tx, _ = table_mode("exact" if "exact" in kind else "lazy", learning_rate=rate)
         return tx, given_rows_step(update_step(tx)).step
     if kind.startswith("followed"):  # a loss that casts the table before it reads rows
         tx, tables = table_mode(kind.removeprefix("followed "), learning_rate=rate)

@@ -21,6 +21,7 @@ CASES = [
     *(("packed", width, num_rows) for width, num_rows in PACKED.items()),
     *((kind, 64, NUM_ROWS) for kind in ("decayed", "init", "lookup", "flush", "not row-major")),
     *((kind, 64, NUM_ROWS) for kind in ("followed lazy", "followed exact")),
+    *((kind, 64, NUM_ROWS, 65_536) for kind in ("lazy", "exact, given rows")),
 ]
 
 
@@ -85,6 +86,12 @@ def test_packed_rows_are_hardly_padded(compiled, width):
     found = compiled["packed", width, PACKED[width]]
     assert_no_copy(found)
     assert found["arguments"] <= 1.1 * found["unpadded"], found
+
+
+@pytest.mark.parametrize("kind", ["lazy", "exact, given rows"])
+def test_temporaries_of_a_large_batch_are_those_of_a_block(compiled, kind):
+    """Given the gradient of each row: the summed gradient alone would be 17 MB."""
+    assert compiled[kind, 64, NUM_ROWS, 65_536]["temporary"] < 2e6
 
 
 @pytest.mark.parametrize("kind", ["lookup", "flush"])
