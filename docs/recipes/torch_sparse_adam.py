@@ -34,8 +34,8 @@ def loss_fn(params, ids):
     return jnp.mean((params["embedding"][ids].sum(axis=1) - 1.0) ** 2)
 
 
-# torch adds its epsilon to the corrected root, which is `eps=` here.
-tx = adamjax.adam(0.01, eps=1e-8, rows="lazy")
+# SparseAdam adds its epsilon to the uncorrected root, which is `eps_hat=` here.
+tx = adamjax.adam(0.01, eps_hat=1e-8, rows="lazy")
 params = {"embedding": jnp.asarray(start)}
 state, step = tx.init(params), adamjax.train_step(loss_fn, tx, tables="embedding")
 for ids in batches:
