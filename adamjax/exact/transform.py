@@ -1,4 +1,4 @@
-"""`exact_rows`, the transform: it updates the rows that are read, and others catch up later.
+"""Exact steps of tables at the cost of the touched rows: the others catch up when they are read.
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A

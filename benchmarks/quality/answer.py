@@ -103,7 +103,7 @@ def sentences(results: Results) -> list[str]:
         lines.append(f"{line}.")
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
-        "lazy": "**Lazy with a rate of its own**, against dense",
+        "lazy": "**Lazy with its own rate**, against dense",
         "counted": "**A step count for each row (SmartDecay's idea)**, against dense",
         "local": "**HugeCTR's lazy global update**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
@@ -117,7 +117,7 @@ def sentences(results: Results) -> list[str]:
             )
     if "lazy, same rate" in present:
         lines.append(
-            "**Rows that are read least, and most** (lazy with dense's rate, less dense): "
+            "**Rows that are read least, and most** (lazy with dense's rate, minus dense):  "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:
