@@ -1,4 +1,4 @@
-"""What other packages do otherwise, in numbers: the same few steps, taken by each of them.
+"""How the results of libraries differ: each takes the same few steps.
 
 A case is a few steps of one or two weights. Each package that is installed takes them with its
 own defaults, and the number that comes out goes into the first table of docs/coming-from.md.

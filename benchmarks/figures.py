@@ -90,6 +90,9 @@ FIGURES = {
     "soak dense": lambda: soak_error("dense"),
     "dlrm optax": lambda: span([model_ratio("DLRM", "optax")]),
     "towers optax": lambda: span([model_ratio("two towers", "optax")]),
+    "models lazy": lambda: span(
+        (row["ratio"]["lazy"]["median"] for row in results("models")["steps"]), 2
+    ),
     "train steps": lambda: f"{results('train')['config']['steps']}",
     "train none loss": lambda: f"{training_figure('none', 'held_out_loss'):.3f}",
     "train exact loss": lambda: f"{training_figure('exact', 'held_out_loss'):.3f}",

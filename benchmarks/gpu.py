@@ -1,4 +1,4 @@
-"""What the GPU's compiler says of steps, without a GPU: counts and bytes, never times.
+"""What the GPU's compiler reports for steps, without a GPU: counts and bytes, never times.
 
 Of a compiled step we read the kernels that it launches, each of which costs microseconds, however
 little it does; the round trips, at which the GPU waits until the host has seen a number; the bytes

@@ -1,4 +1,4 @@
-"""Four models that read tables, written without any thought of row gradients.
+"""Four models that read tables and were not written for row gradients.
 
 Each has `init(key)`, `loss(params, batch)`, `batch(step)`, which makes the same data in every run,
 and `tables`, the names of the parameters that are tables. Ids follow Zipf's law, and a hidden truth

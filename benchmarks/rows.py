@@ -1,4 +1,4 @@
-"""One table's step by the rows it read: exact, lazy and dense, against other packages' steps.
+"""The step of one table: exact, lazy and dense, compared with other packages.
 
 Each contender takes its steps in a process of its own, in turn with the others; where all tables do
 not fit in memory at once, the contenders come one after another, and a round is what has the same

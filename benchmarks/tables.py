@@ -161,7 +161,7 @@ def models(results: Results) -> str:
         for name, contender in CONTENDERS.items()
         if (ms := row["ms"].get(name))
     ]
-    head = ["model, parameters", "contender", "step, ms", "of exact's time"]
+    head = ["model, parameters", "contender", "step, ms", "time / exact's"]
     traces = [
         [row["model"], row["caches"], ranged(row["ms"]["rows"], 0), ranged(row["ratio"], 2)]
         for row in results["traces"]
@@ -252,7 +252,7 @@ def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
         bytes_used = first["temporary_bytes"].get(name), first["peak_bytes"].get(name)
         times = (cell for row in cases for cell in cells(row, name))
         table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
-    heads = (x for row in cases for x in (f"{row['indices']}, ms", "of exact's time", *limits))
+    heads = (x for row in cases for x in (f"{row['indices']}, ms", "time / exact's", *limits))
     return markdown(["contender", *heads, "temporaries, MB", "peak memory, MB"], table)
 
 
@@ -269,7 +269,8 @@ def rows(results: Results) -> str:
     }
     kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
 
-    text = f"{origin(results)} The grid's other cases: {results['grid_rounds']} rounds."
+    text = f"{origin(results)} The other cases of the grid were measured in "
+    text += f"{results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
         text += f" In {alone} cases the tables of all contenders did not fit in memory together, "
         text += "so these ran one after another."
@@ -362,10 +363,11 @@ def tpu(results: Results) -> str:
             f"**The compiler's estimates, not times**; {versions(results)}, "
             f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
             "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
-            "ratio to optax's. Temporaries are the largest of all chips, in either memory.",
+            "ratio to optax's. Temporaries, in both memories of the chip, are the largest of all "
+            "chips.",
             markdown(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense_table),
             "A train step that reads 8,192 rows of a table [1M, D], in MB. The table is row-major, "
-            "unless the mode says otherwise. Rows count with their padding. Arguments and "
+            "unless the mode says otherwise. Bytes include the padding of rows. Arguments and "
             "temporaries are the largest of all chips.",
             markdown(heads, row_table),
         ]

@@ -1,4 +1,4 @@
-"""What the TPU's compiler says of steps, without a TPU: its estimates, never times.
+"""What the TPU's compiler reports for steps, without a TPU: estimates, never times.
 
 Of a compiled step we read the bytes between the chip and its large memory, padded as arrays are
 there; the temporaries in either memory; the instructions that copy an array of a table's size; and

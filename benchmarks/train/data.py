@@ -1,4 +1,4 @@
-"""Real text as numbers, split honestly, in batches; and the two models that count words.
+"""Real text as batches of word numbers, the held-out split, and two models that count words.
 
 A text is cut into blocks of consecutive tokens, of which every so many is held out. What is
 learned, the vocabulary and the counts included, comes from the other blocks alone.

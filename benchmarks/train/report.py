@@ -1,4 +1,4 @@
-"""What came of a run: on the terminal, in a file of numbers and in a plot."""
+"""Reports a run: on the terminal, in a file of numbers and in a plot."""
 
 import dataclasses
 import json
