@@ -1,4 +1,4 @@
-"""Adam, AMSGrad and Adamax for JAX as pure functions, exact to the documents in every dtype."""
+"""Adam, AMSGrad and Adamax for JAX as pure functions, with the arithmetic of their documents."""
 
 from adamjax import convert, extend, layout, states, testing
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad

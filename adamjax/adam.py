@@ -1,4 +1,4 @@
-"""The rules: Adam with Nadam, AMSGrad, Adamax. Uphill updates, no learning rate.
+"""The rules: Adam with Nadam, AMSGrad, Adamax. Their updates go uphill and have no learning rate.
 
 Every rule divides an average of gradients by a measure of their size. The papers differ in a few
 scalars for each step. So each step first computes these scalars, and then each rule is one function

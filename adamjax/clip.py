@@ -168,8 +168,8 @@ class clip_by_global_norm(Stateless, Scaling):
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
     of `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
     `clip_by_global_norm`; of a `RowGradient`, every element of its rows. So the fault shows, and
-    `skip_not_finite` in front detects it, unless all elements are finite and only their squares
-    overflow (see `global_norm`).
+    `skip_not_finite` around the chain detects it, unless all elements are finite and only their
+    squares overflow (see `global_norm`).
 
     Args:
       max_norm: the largest joint norm, above 0. (An array that is traced or set later is not

@@ -1,4 +1,4 @@
-"""`exact_rows`: tables whose steps cost what their touched rows cost, and are exact."""
+"""`exact_rows`: the dense optimizer's result on tables, at the cost of the rows that are read."""
 
 from adamjax.exact.gradient import gradient_of, results_of
 from adamjax.exact.stale import StaleTable

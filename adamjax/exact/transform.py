@@ -1,10 +1,10 @@
-"""Exact steps of tables at the cost of the touched rows: the others catch up when they are read.
+"""Steps on tables at the cost of the rows they read. The other rows catch up when they are read.
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A
 row catches up when it is read. Then it takes its step through the whole chain, as it would in a
-dense step. The transforms in the chain need not know: they see the touched rows as if these were
-the whole table.
+dense step. The transforms in the chain need not know: they see the rows that were read as if these
+were the whole table.
 """
 
 import functools
@@ -62,7 +62,7 @@ __all__ = ["exact_rows"]
 
 
 class exact_rows(Transform):
-    """Any optimizer, with tables whose steps cost what their touched rows cost, and are exact.
+    """Any optimizer, with the dense result on tables at the cost of the rows that a step reads.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
     move on by their momentum too. But they do so late, when they are read: **between steps rows of
