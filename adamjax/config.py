@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.convert.keras_config import from_keras_config, make_at, with_class_name
 from adamjax.data import Data, is_array
 from adamjax.paths import BoolTree, bool_tree, optional
-from adamjax.schedule import wrapped
+from adamjax.schedule import function_schedule
 from adamjax.sharding import shard_state
 from adamjax.transform import as_transform, foreign
 
@@ -26,8 +26,8 @@ _ARRAYS = (jnp.floating, jnp.integer, jnp.bool_)
 NOT_SERIALIZABLE: dict[type[Data], str] = {
     foreign: "it is a pair of functions from another library: use adamjax's own transform, or "
     "write a subclass of adamjax.Transform",
-    wrapped: "it holds a function: write a subclass of adamjax.Schedule, whose fields are its "
-    "numbers",
+    function_schedule: "it holds a function: write a subclass of adamjax.Schedule, whose fields "
+    "are its numbers",
     shard_state: "its mesh is made of this process' devices: write the config of its tx, and call "
     "shard_state again after reading it",
 }

@@ -108,7 +108,7 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         rules = sum(map(len, source.moments.values()))
         _read(x.inner_state, source, hyperparams)
         if rules == sum(map(len, source.moments.values())):
-            # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
+            # There is no rule inside. After a rule, the step_size of optax.scale is a rate.
             if rules and "step_size" in hyperparams["more"]:
                 hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
             source.unowned_hyperparams.append(hyperparams)

@@ -65,7 +65,7 @@ def check_route(route: list[Transform]) -> None:
         if isinstance(tx, sum_over):
             raise refused(
                 tx,
-                "each replica would add it to rows of its own; put it in front of the whole: "
+                "each replica would add it to rows of its own; put it before the whole: "
                 f"chain({tx!r}, exact_rows(...))",
             )
         if isinstance(tx, grouped):
@@ -78,7 +78,7 @@ def check_route(route: list[Transform]) -> None:
                 raise refused(tx, "overwriting would move every row; call flush and set them")
         elif isinstance(tx, Rule):
             if rule is not None:
-                raise refused(tx, f"it is a second rule, behind {rule!r}")
+                raise refused(tx, f"it is a second rule, after {rule!r}")
             if tx.coast() is None:
                 raise refused(
                     tx,
@@ -87,9 +87,9 @@ def check_route(route: list[Transform]) -> None:
                 )
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
-            raise refused(tx, "in front of the rule, it may give a gradient to rows without one")
+            raise refused(tx, "before the rule, it may give a gradient to rows without one")
         elif rule is not None and tx.affine(None, None, 0, None) is None:
-            raise refused(tx, "behind the rule, its result is not affine in update and weights")
+            raise refused(tx, "after the rule, its result is not affine in update and weights")
     if rule is None or (average is not None and route[-1] is not average):
         raise ValueError(
             f"exact_rows: expected one rule such as scale_by_adam in a table's chain, got {route!r}"
