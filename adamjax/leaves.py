@@ -183,9 +183,9 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
         ):
             continue
         if is_encoded != (dtype == SCALED8):
-            came, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
+            actual, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
             raise ValueError(
-                f"{owner}: the state keeps {name} in {came}, expected {expected}: build the "
+                f"{owner}: the state keeps {name} in {actual}, expected {expected}: build the "
                 f"transform as it was ({name}_dtype), or start from init"
             )
         if is_encoded:
@@ -562,9 +562,9 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
     """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
     stochastic = rounds_stochastically("apply_updates", rounding, params)
     if (step is not None) != stochastic:
-        came = "no step" if step is None else "a step, which has no effect with it"
+        actual = "no step" if step is None else "a step, which has no effect with it"
         raise ValueError(
-            f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
+            f"apply_updates: rounding={rounding!r} with {actual}: give both rounding='stochastic' "
             "and step=adamjax.step_count(state), or neither"
         )
     if step is None:

@@ -1352,7 +1352,7 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
     for options, tx, problem in [
         ({"beta_1": 0.8}, adamjax.adam(0.1), r"b1=0.8, tx has b1=0.9"),
         ({"epsilon": 1e-5}, adamjax.adam(0.1), r"eps_hat=1e-05, tx has eps_hat=1e-07"),
-        ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 in"),
+        ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 before"),
         ({"gradient_accumulation_steps": 4}, None, r"does not fit accumulate_gradients of 2"),
         ({"clipnorm": 0.5}, adamjax.adam(0.1), r"max_norm=0.5, tx has no such max_norm"),
         ({"clipvalue": 0.5}, adamjax.adam(0.1), r"limit=0.5, tx has no such limit"),

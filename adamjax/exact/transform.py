@@ -26,7 +26,7 @@ from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
 from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
-from adamjax.exact.route import RoutePart, check_route, refused, routes
+from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
 from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.step import read_rows, take_step
@@ -137,7 +137,7 @@ class exact_rows(Transform):
             fields = {name: value for name, value in vars(part).items() if value is not None}
             for name, value in fields.items():
                 if is_array(value):
-                    raise refused(part, f"{name} must be a Python float here, got {value!r}")
+                    raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
         if not find(partition, tx):
