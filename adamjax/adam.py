@@ -93,6 +93,7 @@ def _check_fields(rule: Any, epsilon: str) -> None:
 
 
 def _check_dtypes(rule: Any, *names: str) -> None:
+    """Checks the fields for the slots' dtypes, and sets each to the dtype's name."""
     for name in names:
         value = getattr(rule, name)
         if value is None or (isinstance(value, str) and value == SCALED8):
@@ -121,7 +122,7 @@ class _Moments(Rule):
 
     @property
     def groupable(self) -> bool:  # type: ignore[override]
-        """Not where the elements of a block share an exponent."""
+        """Whether leaves can be joined: not if the elements of a row share an exponent."""
         return SCALED8 not in (getattr(self, name, None) for name in SLOT_DTYPES)
 
     def kinds(self, params: Tree) -> list[Any]:
@@ -144,8 +145,8 @@ def _zero_averages(params: Tree, dtype: str | None) -> Tree:
     return new_slots(params, make)
 
 
-def _zero_sizes(params: Tree, dtype: str | None) -> Tree:
-    """Zero measures of the gradients' size: real, in the given dtype."""
+def _zero_denominators(params: Tree, dtype: str | None) -> Tree:
+    """Zero slots for the denominator, which measures the gradients' size: real, in this dtype."""
 
     def make(p: chex.Array) -> Any:
         if dtype == SCALED8:
@@ -155,7 +156,8 @@ def _zero_sizes(params: Tree, dtype: str | None) -> Tree:
     return new_slots(params, make)
 
 
-def _expect_slots(rule: Any, state: Any, **dtypes: str | None) -> None:
+def _expect_slot_dtypes(rule: Any, state: Any, **dtypes: str | None) -> None:
+    """Refuses slots that were cast, or that belong to another field of the state."""
     for name, dtype in dtypes.items():
         slot = getattr(state, name)
         expect_wide(type(rule).__name__, name, slot, dtype)
@@ -279,8 +281,8 @@ class scale_by_adam(_Moments):
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1). (A beta or epsilon may be an array that is traced
-        or set later. If its value is out of range, updates are NaN. So they are for 0.99999999,
-        which is 1 in float32. An epsilon of 0 counts as the smallest normal number.)
+        or set later. If its value is out of range, updates are NaN. 0.99999999 is out of
+        range too, as it is 1 in float32. An epsilon of 0 counts as the smallest normal number.)
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
         default is 1e-7 if `eps` is not given.
       eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
@@ -294,14 +296,15 @@ class scale_by_adam(_Moments):
         the memory and is rounded stochastically, so that the mean over steps is that of float32.
         For complex parameters m is complex, v real, and `m_dtype` has no effect.
         "scaled8" takes a quarter of the memory, in 8-bit codes with an exponent for each row of the
-        last axis (`adamjax.states.Scaled8`), and is rounded stochastically too. The numbers that it
-        has are 1/16 to 1/8 of themselves apart. So by the rounding of its last steps m is off by
+        last axis (`adamjax.states.Scaled8`), and is rounded stochastically too. Neighbouring
+        codes differ by 1/16 to 1/8 of their value. So the rounding of the last steps puts m off by
         about 8% of itself (1/8 / sqrt(6) / sqrt(1 - b1**2), at most 1/8 / (1 - b1)), v by about
-        20% (sqrt(1/8 / 2)), its root by 10%, and the update by about 13%, in either direction. A m
-        below 2**-14 of the largest of its row is off by up to 2**-17 of that, and a root of v below
-        2**-16 of the largest counts as that at least, so even there rounding adds at most about as
-        much to an update as the largest of the row. An infinite or NaN gradient makes its row NaN.
-        `grouped`, `adamjax.convert`, row gradients of vectors and derivatives are refused.
+        20% (sqrt(1/8 / 2)), its root by 10%, and the update by about 13%, in either direction. An m
+        below 2**-14 of the largest of its row is off by up to 2**-17 of that largest. A root of v
+        below 2**-16 of the largest of its row counts as 2**-16 of it at least. So even there
+        rounding adds at most about as much to an update as the largest of the row. An infinite or
+        NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, row gradients of vectors and
+        derivatives are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
@@ -343,7 +346,7 @@ class scale_by_adam(_Moments):
         return ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
             m=_zero_averages(params, self.m_dtype),
-            v=_zero_sizes(params, self.v_dtype),
+            v=_zero_denominators(params, self.v_dtype),
             momentum_product=jnp.ones((), float) if self.nesterov else None,
         )
 
@@ -362,11 +365,11 @@ class scale_by_adam(_Moments):
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamState)
-        _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype)
+        _expect_slot_dtypes(self, state, m=self.m_dtype, v=self.v_dtype)
         if (state.momentum_product is None) == self.nesterov:
-            came, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
+            maker, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
             raise ValueError(
-                f"scale_by_adam: the state is {came}'s, but nesterov={self.nesterov} makes this "
+                f"scale_by_adam: the state is {maker}'s, but nesterov={self.nesterov} makes this "
                 f"{expected}: build the rule with nesterov={not self.nesterov}, or start from init"
             )
         if self.nesterov:
@@ -439,8 +442,8 @@ class scale_by_amsgrad(_Moments):
         return ScaleByAmsgradState(
             count=jnp.zeros((), jnp.int32),
             m=_zero_averages(params, self.m_dtype),
-            v=_zero_sizes(params, self.v_dtype),
-            v_max=_zero_sizes(params, self.v_dtype),
+            v=_zero_denominators(params, self.v_dtype),
+            v_max=_zero_denominators(params, self.v_dtype),
         )
 
     def coast(self) -> Coast:
@@ -451,7 +454,7 @@ class scale_by_amsgrad(_Moments):
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAmsgradState)
-        _expect_slots(self, state, m=self.m_dtype, v=self.v_dtype, v_max=self.v_dtype)
+        _expect_slot_dtypes(self, state, m=self.m_dtype, v=self.v_dtype, v_max=self.v_dtype)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         self.check_state(state)
@@ -551,7 +554,7 @@ class scale_by_adamax(_Moments):
         return ScaleByAdamaxState(
             count=jnp.zeros((), jnp.int32),
             m=_zero_averages(params, self.m_dtype),
-            u=_zero_sizes(params, self.u_dtype),
+            u=_zero_denominators(params, self.u_dtype),
         )
 
     def coast(self) -> Coast:
@@ -562,7 +565,7 @@ class scale_by_adamax(_Moments):
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamaxState)
-        _expect_slots(self, state, m=self.m_dtype, u=self.u_dtype)
+        _expect_slot_dtypes(self, state, m=self.m_dtype, u=self.u_dtype)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         self.check_state(state)

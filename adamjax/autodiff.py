@@ -23,7 +23,7 @@ from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.reads import PerSite, Planner, Source, View
-from adamjax.rows import RowGradient, expect_int32, in_table, summed_of_each
+from adamjax.rows import RowGradient, as_row_ids, expect_int32, sum_rows_of_each
 from adamjax.search import distinct_of_each
 
 __all__ = ["Call", "Reads", "grad", "takes_state", "value_and_grad"]
@@ -372,11 +372,11 @@ class Reads:
                 distinct.pop(i, None)
             values[i], indices = self._gathered(leaves[i], table_reads, i in distinct)
             if i not in distinct:
-                unsearched[i] = in_table(indices, len(leaves[i]))
+                unsearched[i] = as_row_ids(indices, len(leaves[i]))
         num_rows = [len(leaves[i]) for i in unsearched]
         pairs = distinct_of_each(list(unsearched.values()), num_rows)
         distinct |= dict(zip(unsearched, pairs, strict=True))
-        sums = summed_of_each(
+        sums = sum_rows_of_each(
             [distinct[i] for i in values], list(values.values()), [len(leaves[i]) for i in values]
         )
         return dict(zip(values, sums, strict=True))

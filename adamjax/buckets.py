@@ -53,7 +53,7 @@ class Plan:
         return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves in buckets"
 
     @property
-    def like(self) -> Tree:
+    def shapes(self) -> Tree:
         """The tree with a `ShapeDtypeStruct` in place of each leaf."""
         return self.treedef.unflatten(
             [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
@@ -100,7 +100,7 @@ class Bucketed:
     plan: Plan
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        paths = leaf_paths(self.plan.like)
+        paths = leaf_paths(self.plan.shapes)
         names = [f"bucket {i}" for i in range(len(self.buckets))]
         names += [paths[i] for i in self.plan.alone]
         children = (*self.buckets, *self.alone)
@@ -131,9 +131,9 @@ class Bucketed:
         for i, (bucket, x) in enumerate(zip(buckets, self.buckets, strict=True)):
             size = sum(int(np.prod(self.plan.avals[j][0], dtype=int)) for j in bucket)
             if getattr(x, "shape", None) != (size,):
-                came = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
+                actual = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
-                    f"grouped: bucket {i} of the state's {name} is {came}, expected the shape "
+                    f"grouped: bucket {i} of the state's {name} is {actual}, expected the shape "
                     f"[{size}], that of its {len(bucket)} leaves end to end: {mend}"
                 )
 

@@ -62,7 +62,7 @@ class chain(Transform):
 
     Raises:
       ValueError: `weight_ema` is not last, so it would not average the weights after the step;
-        `add_decayed_weights` is behind the learning rate, so weights would grow.
+        `add_decayed_weights` is after the learning rate, so weights would grow.
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))
@@ -83,18 +83,18 @@ class chain(Transform):
             if tx.must_be_last:
                 raise ValueError(
                     f"chain: {tx!r} must be last, because it averages the weights after the whole "
-                    f"step; move it behind {parts[-1]!r}"
+                    f"step; move it after {parts[-1]!r}"
                 )
         self._expect_decay_to_shrink(parts)
         self.set_fields(transforms=tuple(parts))
 
     def _expect_decay_to_shrink(self, parts: list[Transform]) -> None:
-        """Refuses weight decay behind the learning rate, with nothing behind that may turn it."""
+        """Refuses weight decay after the learning rate, unless a later part may change its sign."""
         for i, tx in enumerate(parts):
             rates = [part for part in parts[:i] if part.descends]
             if tx.adds_weights and rates and all(part.must_be_last for part in parts[i + 1 :]):
                 raise ValueError(
-                    f"chain: {tx!r} is behind {rates[-1]!r}, so weights would grow in each step, "
+                    f"chain: {tx!r} is after {rates[-1]!r}, so weights would grow in each step, "
                     "whatever the rate: put the weight decay between the rule and the learning "
                     "rate, as in adamw"
                 )

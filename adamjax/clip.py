@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
 from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened
-from adamjax.rows import each_array, parts
+from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
@@ -22,7 +22,7 @@ def _sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
     if widened(g.dtype, real) != g.dtype:
         # Without the barrier, XLA would store one widened copy for both the norm and the product.
         g = each_array(lambda x: widen(barrier(x), real), g)
-    return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in parts(g))),)
+    return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in nonzero_arrays(g))),)
 
 
 def global_norm(tree: Tree) -> chex.Array:
@@ -88,7 +88,7 @@ def _clipped_by_norm(max_norm: _MaxNorm, g: Any) -> tuple[Any]:
     def clipped(x: chex.Array) -> chex.Array:
         return (factor * widen(x, real)).astype(x.dtype)
 
-    squares = (jnp.sum(square(widen(x, real))) for x in parts(g))
+    squares = (jnp.sum(square(widen(x, real))) for x in nonzero_arrays(g))
     factor = _clip_factor(root(functools.reduce(operator.add, squares)), max_norm)
     return (each_array(clipped, g),)
 

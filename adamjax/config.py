@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.convert.keras_config import from_keras_config, make_at, with_class_name
 from adamjax.data import Data, is_array
 from adamjax.paths import BoolTree, bool_tree, optional
-from adamjax.schedule import wrapped
+from adamjax.schedule import function_schedule
 from adamjax.sharding import shard_state
 from adamjax.transform import as_transform, foreign
 
@@ -26,8 +26,8 @@ _ARRAYS = (jnp.floating, jnp.integer, jnp.bool_)
 NOT_SERIALIZABLE: dict[type[Data], str] = {
     foreign: "it is a pair of functions from another library: use adamjax's own transform, or "
     "write a subclass of adamjax.Transform",
-    wrapped: "it holds a function: write a subclass of adamjax.Schedule, whose fields are its "
-    "numbers",
+    function_schedule: "it holds a function: write a subclass of adamjax.Schedule, whose fields "
+    "are its numbers",
     shard_state: "its mesh is made of this process' devices: write the config of its tx, and call "
     "shard_state again after reading it",
 }
@@ -59,8 +59,8 @@ def to_config(tx: Any) -> dict[str, Any]:
           scale_by_learning_rate(learning_rate=cosine_decay(initial_learning_rate=0.1,
                                                             decay_steps=1000, alpha=0.0)))
     """
-    made = tx if isinstance(tx, Data) else as_transform(tx)
-    return _encode_data(made, type(made).__name__)
+    data = tx if isinstance(tx, Data) else as_transform(tx)
+    return _encode_data(data, type(data).__name__)
 
 
 def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ()) -> Any:
@@ -84,7 +84,7 @@ def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ())
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So its average after step t is less by
-    `ema_momentum**t * (p_0 - p_1)`. The weights see this only with `ema_overwrite_frequency`.
+    `ema_momentum**t * (p_0 - p_1)`. It changes the weights only with `ema_overwrite_frequency`.
 
     `name` and `jit_compile` have no effect. An option that adamjax cannot honour is refused.
 
@@ -120,20 +120,20 @@ def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ())
 
 
 def _encode_data(data: Data, place: str) -> dict[str, Any]:
-    kind = type(data)
-    if kind in NOT_SERIALIZABLE:
+    cls = type(data)
+    if cls in NOT_SERIALIZABLE:
         raise TypeError(
             f"to_config: {place} is {data!r}, which a config cannot describe: "
-            f"{NOT_SERIALIZABLE[kind]}"
+            f"{NOT_SERIALIZABLE[cls]}"
         )
-    if kind is not _own_classes().get(kind.__name__, kind):
+    if cls is not _own_classes().get(cls.__name__, cls):
         raise TypeError(
-            f"to_config: {place} is a {kind.__module__}.{kind.__qualname__}, but {kind.__name__} "
+            f"to_config: {place} is a {cls.__module__}.{cls.__qualname__}, but {cls.__name__} "
             "is the name of one of adamjax's own classes; rename the class"
         )
     fields = [field.name for field in dataclasses.fields(data) if field.init]
     values = {name: _encode(getattr(data, name), f"{place}.{name}") for name in fields}
-    return {CLASS: kind.__name__, **values}
+    return {CLASS: cls.__name__, **values}
 
 
 def _encode(value: Any, place: str) -> Any:
@@ -241,9 +241,9 @@ def _classes(custom: Iterable[type[Data]]) -> dict[str, type[Data]]:
                 f"adamjax.Schedule, got {cls!r}"
             )
         if classes.get(cls.__name__, cls) is not cls:
-            whose = "one of adamjax's own classes" if cls.__name__ in own else "two classes"
+            owners = "one of adamjax's own classes" if cls.__name__ in own else "two classes"
             raise ValueError(
-                f"from_config: custom: {cls.__name__} is the name of {whose}; rename yours"
+                f"from_config: custom: {cls.__name__} is the name of {owners}; rename yours"
             )
         classes[cls.__name__] = cls
     return classes
@@ -295,10 +295,10 @@ def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[
 
 def _with_fields(cls: type[Data], values: dict[str, Any]) -> Data:
     """An object with these fields, checked as when a person makes it."""
-    made = object.__new__(cls)
-    made.set_fields(**values)
-    made.__post_init__()
-    return made
+    data = object.__new__(cls)
+    data.set_fields(**values)
+    data.__post_init__()
+    return data
 
 
 def _decode_literal(value: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Any:
@@ -316,12 +316,12 @@ def _decode_literal(value: Mapping[str, Any], place: str, classes: dict[str, typ
         return {key: _decode(x, f"{place}[{key!r}]", classes) for key, x in items}
     if keys == {"array", "dtype"}:
         return _decode_array(value, place, classes)
-    what = f"the keys {sorted(map(str, keys))}"
+    content = f"the keys {sorted(map(str, keys))}"
     if keys in ({"list"}, {"dict"}):
         (name,) = keys
-        what = f"{name!r}: {value[name]!r}, which is no {name}"
+        content = f"{name!r}: {value[name]!r}, which is no {name}"
     raise ValueError(
-        f"from_config: {place} is a dictionary with {what}; expected {CLASS!r} (of adamjax), "
+        f"from_config: {place} is a dictionary with {content}; expected {CLASS!r} (of adamjax), "
         "'class_name' (of Keras), or 'array' and 'dtype'"
     )
 
@@ -338,20 +338,22 @@ def _decode_array(value: Mapping[str, Any], place: str, classes: dict[str, type[
             f"from_config: {place} is an array of dtype {dtype.name}, which JAX has only with "
             "jax_enable_x64"
         )
-    # Tuples of Python numbers. A value of any float dtype is exact as a float64.
+    # From tuples of Python numbers; a float64 holds a value of any float dtype exactly.
     items = make_at(place, np.asarray, _decode(value["array"], place, classes))
     if not _is_serializable(items.dtype):
         raise ValueError(
             f"from_config: {place} is an array of {value['array']!r:.100}, expected numbers"
         )
     with np.errstate(all="ignore"):
-        made = items.astype(dtype)
-    # A float that a person wrote may be rounded.
-    floats = jnp.issubdtype(dtype, jnp.floating)
-    same = np.isfinite(items) == np.isfinite(made.astype(np.float64)) if floats else items == made
-    if not np.all(same):
+        array = items.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        # A float that a person wrote may be rounded, but not to infinity.
+        fits = np.isfinite(items) == np.isfinite(array.astype(np.float64))
+    else:
+        fits = items == array
+    if not np.all(fits):
         raise ValueError(
             f"from_config: {place} is an array of {value['array']!r:.100}, which {dtype.name} "
             "cannot hold"
         )
-    return jnp.asarray(made)
+    return jnp.asarray(array)

@@ -66,7 +66,7 @@ def _plan_of(state: Any) -> Plan | None:
 def _with_structure_of(plan: Plan, params: Tree) -> Plan:
     """The plan with the structure of params, from which nnx.Optimizer unwraps Variables."""
     treedef = flatten(params)[1]
-    if params is None or treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.like):
+    if params is None or treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.shapes):
         return plan
     return Plan(treedef, plan.avals, plan.buckets)
 
@@ -171,10 +171,12 @@ class grouped(Transform):
             like, like_name = (updates, "grads") if params is None else (params, "params")
             plan = _make_plan(like, self.max_size)
         state_plan, plan = plan, _with_structure_of(plan, params)
-        leaves = matched("grouped", "grads", updates, plan.like, like_name)
+        leaves = matched("grouped", "grads", updates, plan.shapes, like_name)
         columns = [leaves]
         if params is not None:
-            columns.append(matched("grouped", "params", params, plan.like, like_name, grads=leaves))
+            columns.append(
+                matched("grouped", "params", params, plan.shapes, like_name, grads=leaves)
+            )
 
         to_split = [
             i

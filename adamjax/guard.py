@@ -21,7 +21,7 @@ from adamjax.paths import (
     is_leaf,
     leaf_paths,
 )
-from adamjax.rows import RowGradient, parts, sealed, unsealed, whole
+from adamjax.rows import RowGradient, as_size, nonzero_arrays, with_seal, without_seal
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
@@ -58,7 +58,7 @@ def _conditional(
         def result(g: Any, u: Any) -> Any:
             # A branch of the `cond` would return a traced seal, which each later step would compare
             # with the right one.
-            return unsealed(u if wide else u.astype(g.dtype))
+            return without_seal(u if wide else u.astype(g.dtype))
 
         return _map_leaves(result, active, updates), new_state
 
@@ -68,7 +68,7 @@ def _conditional(
 
     updates, state = jax.lax.cond(due, take_step, skip_step)
     triples = zip(flatten(updates)[0], pairs, strict=True)
-    new = [g if is_inactive else sealed(u) for u, (g, is_inactive) in triples]
+    new = [g if is_inactive else with_seal(u) for u, (g, is_inactive) in triples]
     return treedef.unflatten(new), state
 
 
@@ -175,9 +175,9 @@ class accumulate_gradients(Transform):
             invalid = not rules
         try:
             if isinstance(rules, tuple):
-                rules = tuple((pattern, whole("", rows)) for pattern, rows in rules)
+                rules = tuple((pattern, as_size("", rows)) for pattern, rows in rules)
             else:
-                rules = whole("", rules)
+                rules = as_size("", rules)
         except ValueError:
             invalid = True
         if invalid:
@@ -254,7 +254,7 @@ class accumulate_gradients(Transform):
                 calls = count.astype(accumulator(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
-                x = sealed(x / calls)
+                x = with_seal(x / calls)
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def cleared(g: Any, x: Any) -> Any:
@@ -294,7 +294,9 @@ class SkipNotFiniteState(NamedTuple):
 
 
 def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
-    return (functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in parts(g))),)
+    return (
+        functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in nonzero_arrays(g))),
+    )
 
 
 class skip_not_finite(Transform):

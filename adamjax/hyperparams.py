@@ -189,9 +189,9 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
         fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     if not fits:
         shape = list(np.shape(state_value))
-        came = "None" if state_value is None else f"{dtype.name}{shape}"
+        actual = "None" if state_value is None else f"{dtype.name}{shape}"
         raise ValueError(
-            f"with_hyperparams: the state keeps {name} as {came}, expected a scalar of "
+            f"with_hyperparams: the state keeps {name} as {actual}, expected a scalar of "
             f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Reset it with "
             "state._replace(hyperparams=tx.init(params).hyperparams); for a state of many values "
             "at once use jax.vmap"

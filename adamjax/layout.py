@@ -21,7 +21,7 @@ from adamjax._compat import dimension_order, layout_format
 from adamjax.data import Tree
 from adamjax.encoding import Scaled8
 from adamjax.paths import flatten
-from adamjax.rows import as_int32, integers, whole
+from adamjax.rows import as_int32, as_integers, as_size
 from adamjax.structure import map_like_params
 
 __all__ = ["Packing", "formats", "packing", "row_major"]
@@ -191,7 +191,7 @@ class Packing(NamedTuple):
         Raises:
           ValueError: they are not the lines of a table of this size.
         """
-        num_rows = whole("packing: num_rows", num_rows)
+        num_rows = as_size("packing: num_rows", num_rows)
         self._expect_lines(lines, (-(-num_rows // self.per_line),))
         return lines.reshape(-1, self.width)[:num_rows]
 
@@ -224,7 +224,7 @@ class Packing(NamedTuple):
             )
 
     def _split(self, indices: chex.Array) -> tuple[chex.Array, chex.Array]:
-        ids = integers("packing", indices)
+        ids = as_integers("packing", indices)
         if ids.dtype.itemsize < 4:
             ids = ids.astype(np.int32)
         if isinstance(ids, jax.Array):
@@ -241,7 +241,7 @@ def packing(width: int) -> Packing:
     >>> adamjax.layout.packing(100)
     Packing(width=100, per_line=5)
     """
-    width = whole("packing: width", width)
+    width = as_size("packing: width", width)
     per_line = 1
     while 10 * (-(-per_line * width // _LANES) * _LANES) > 11 * per_line * width:
         per_line += 1

@@ -17,7 +17,15 @@ from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rounding import is_narrow, rounding_keys
-from adamjax.rows import RowGradient, RowMoves, applied, check_sound, run_rule, sealed, unsealed
+from adamjax.rows import (
+    RowGradient,
+    RowMoves,
+    apply_rule_to_rows,
+    check_sound,
+    run_rule,
+    with_seal,
+    without_seal,
+)
 
 __all__ = [
     "Rows",
@@ -175,9 +183,9 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
         ):
             continue
         if is_encoded != (dtype == SCALED8):
-            came, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
+            actual, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
             raise ValueError(
-                f"{owner}: the state keeps {name} in {came}, expected {expected}: build the "
+                f"{owner}: the state keeps {name} in {actual}, expected {expected}: build the "
                 f"transform as it was ({name}_dtype), or start from init"
             )
         if is_encoded:
@@ -326,7 +334,7 @@ def lift(
 ) -> tuple[Any, ...]:
     """Applies a rule on arrays to every leaf of trees, after it has checked all leaves.
 
-    A rule is elementwise, so `rows.applied` can apply it to a `RowGradient`.
+    A rule is elementwise, so `rows.apply_rule_to_rows` can apply it to a `RowGradient`.
 
     Args:
       owner: the transform's name, for errors.
@@ -385,7 +393,7 @@ def lift(
             outputs[i] = (g, *own)
         else:
             inputs = (g, *own, *(column[i] for column in param_columns))
-            leaf = [_unsealed_input(owner, x) for x in inputs]
+            leaf = [_input_without_seal(owner, x) for x in inputs]
             arrays, structure = jax.tree.flatten(leaf)
             key = (own_scalars, structure, *((x.shape, x.dtype) for x in arrays))
             alike.setdefault(key, []).append((i, leaf))
@@ -406,7 +414,7 @@ def lift(
             c = scalars_of_dtype[own_scalars, real]
             results = _apply_each(rule, rows, len(slots), c, keys, [leaf for _, leaf in block])
             for (i, _), (u, *new) in zip(block, results, strict=True):
-                outputs[i] = (sealed(u), *new)
+                outputs[i] = (with_seal(u), *new)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
 
 
@@ -423,18 +431,20 @@ def _apply_each(
     def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
-            return tuple(unsealed(x) for x in rule(c, g, *arrays, **keyed))
+            return tuple(without_seal(x) for x in rule(c, g, *arrays, **keyed))
         if isinstance(g, RowGradient):
-            return applied(rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key)
+            return apply_rule_to_rows(
+                rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key
+            )
         return run_rule(rule, c, g, arrays[:slots], arrays[slots:], key)
 
     return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
 
 
-def _unsealed_input(owner: str, leaf: Any) -> Any:
+def _input_without_seal(owner: str, leaf: Any) -> Any:
     if isinstance(leaf, RowMoves):
         if owner == "apply_updates":
-            return unsealed(leaf.checked(owner))
+            return without_seal(leaf.checked(owner))
         raise TypeError(
             f"{owner}: apply the updates of exact_rows as they are, because they also bring rows "
             "up to date: put exact_rows last, around all that changes updates"
@@ -443,7 +453,7 @@ def _unsealed_input(owner: str, leaf: Any) -> Any:
         return leaf
     if not isinstance(leaf, RowGradient):
         return jnp.asarray(leaf)
-    return unsealed(check_sound(owner, leaf))
+    return without_seal(check_sound(owner, leaf))
 
 
 def needed(owner: str, params: Tree) -> Tree:
@@ -552,9 +562,9 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
     """The checked `step` of `apply_updates`; `None` rounds to the nearest."""
     stochastic = rounds_stochastically("apply_updates", rounding, params)
     if (step is not None) != stochastic:
-        came = "no step" if step is None else "a step, which has no effect with it"
+        actual = "no step" if step is None else "a step, which has no effect with it"
         raise ValueError(
-            f"apply_updates: rounding={rounding!r} with {came}: give both rounding='stochastic' "
+            f"apply_updates: rounding={rounding!r} with {actual}: give both rounding='stochastic' "
             "and step=adamjax.step_count(state), or neither"
         )
     if step is None:

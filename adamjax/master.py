@@ -12,7 +12,7 @@ from adamjax.leaves import apply_updates, dtype_of, expect_like, is_left_alone, 
 from adamjax.mesh import gather_rows
 from adamjax.moments import accumulator, widen, widened
 from adamjax.paths import flatten
-from adamjax.rows import RowGradient, RowMoves, sealed
+from adamjax.rows import RowGradient, RowMoves, with_seal
 from adamjax.structure import Part, find
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -194,5 +194,5 @@ def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
     if isinstance(u, RowGradient) and u.rest is None:
         here = [gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
-        return sealed(u.replace(values=_difference(None, *here)))
+        return with_seal(u.replace(values=_difference(None, *here)))
     return widen(weights.astype(p.dtype), weights.dtype) - widen(p, weights.dtype)

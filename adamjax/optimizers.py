@@ -58,7 +58,7 @@ def amsgrad(
     v_dtype: Any = None,
     rows: Rows = "dense",
 ) -> chain:
-    """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, `scale_by_learning_rate`.
+    """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, then the rate.
 
     Arguments and result are those of `adam`.
 
@@ -125,7 +125,7 @@ def adamax(
 ) -> chain:
     """Adamax (Kingma & Ba, arXiv:1412.6980, algorithm 2).
 
-    `scale_by_adamax`, then `scale_by_learning_rate`; arguments and result are theirs.
+    `scale_by_adamax`, then `scale_by_learning_rate`. The arguments are theirs.
 
     >>> import adamjax
     >>> adamjax.adamax(0.1)  # doctest: +NORMALIZE_WHITESPACE
@@ -148,7 +148,7 @@ def nadam(
 ) -> chain:
     """Nadam (Dozat, 2016) as Keras defines it, with its momentum schedule.
 
-    `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`; arguments are theirs.
+    `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`. The arguments are theirs.
 
     >>> import adamjax
     >>> adamjax.nadam(0.1)  # doctest: +NORMALIZE_WHITESPACE

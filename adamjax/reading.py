@@ -43,20 +43,20 @@ def _is_empty(x: Any) -> bool:
     return not jax.tree.leaves(x)
 
 
-def _merged(what: str, trees: list[Tree]) -> Tree:
-    """One tree from several without a common leaf, such as those of the parts of a partition."""
+def _merge(name: str, trees: list[Tree]) -> Tree:
+    """Merges trees without a common leaf, such as those of the parts of a partition."""
     non_empty = [tree for tree in trees if not _is_empty(tree)]
     if len(non_empty) < 2:
         return non_empty[0] if non_empty else trees[0]
     if jax.tree_util.all_leaves(non_empty):
         raise ValueError(
-            f"the state has {what} more than once for the same leaf: read it from the part of the "
+            f"the state has {name} more than once for the same leaf: read it from the part of the "
             "state that you mean"
         )
     # Merge one level down, where some of the subtrees may be empty.
     top = non_empty[0]
     return jax.tree.map(
-        lambda *xs: _merged(what, list(xs)), *non_empty, is_leaf=lambda x: x is not top
+        lambda *xs: _merge(name, list(xs)), *non_empty, is_leaf=lambda x: x is not top
     )
 
 
@@ -80,8 +80,8 @@ def get_slot(state: Any, name: str) -> Tree:
       name: `"m"`, `"v"`, `"v_max"` (AMSGrad), `"u"` (Adamax), or a slot of a rule of your own.
 
     Returns:
-      A tree like the parameters, `None` for leaves without this slot. What is stored in 8 bits is
-      returned as float32.
+      A tree like the parameters, `None` for leaves without this slot. Slots that are stored in 8
+      bits are returned as float32.
 
     Raises:
       KeyError: the state has no such slot; the error lists those that it has.
@@ -91,13 +91,13 @@ def get_slot(state: Any, name: str) -> Tree:
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
-    found = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
-    if not found:
+    slots = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
+    if not slots:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
-    return _merged(f"slot {name!r}", [jax.tree.map(_floats, x, is_leaf=is_leaf) for x in found])
+    return _merge(f"slot {name!r}", [jax.tree.map(_as_float, x, is_leaf=is_leaf) for x in slots])
 
 
-def _floats(x: Any) -> Any:
+def _as_float(x: Any) -> Any:
     return decoded(x) if isinstance(x, Scaled8) else x
 
 
@@ -116,10 +116,10 @@ def step_count(state: Any) -> chex.Array:
     >>> adamjax.step_count(adamjax.adam().init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    counting = [s for s in slot_states(state) if "count" in s._fields]
-    if not counting:
+    with_count = [s for s in slot_states(state) if "count" in s._fields]
+    if not with_count:
         raise ValueError("nothing in this state counts steps: it has no rule, rate or average")
-    return next((s for s in counting if rule_slots(s)), counting[0]).count
+    return next((s for s in with_count if rule_slots(s)), with_count[0]).count
 
 
 def skipped_steps(state: Any) -> chex.Array:
@@ -173,11 +173,11 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     states = _states_of_class(WeightEmaState, state)
     if not states:
         raise ValueError("the state has no weight_ema: put one last in the chain")
-    average = _merged("the average", [as_tree(s.average) for s in states])
+    average = _merge("the average", [as_tree(s.average) for s in states])
     if params is None:
         return average
 
-    def like(name: str, x: Any, p: Any) -> Any:
+    def averaged_or_own(name: str, x: Any, p: Any) -> Any:
         if _is_empty(x) or is_left_alone(p):
             return p
         what = f"averaged_weights: the average of {name!r}"
@@ -185,25 +185,25 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
-    # What has no average may be a whole part of the tree.
-    there, structure = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
+    # A whole subtree may have no average; it counts as one empty leaf.
+    averages, structure = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
     treedef: Any = structure
     try:
-        given = treedef.flatten_up_to(params)
+        subtrees = treedef.flatten_up_to(params)
     except ValueError:
-        given = None
-    if given is None or any(
+        subtrees = None
+    if subtrees is None or any(
         not _is_empty(x) and p is not None and not jax.tree_util.all_leaves([p])
-        for (_, x), p in zip(there, given, strict=True)
+        for (_, x), p in zip(averages, subtrees, strict=True)
     ):
         raise ValueError(
             f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
             f"{flatten(params)[1]!s:.200}, the average those of {leaf_paths(average)} in one like "
             f"{flatten(average)[1]!s:.200}: pass the parameters that were averaged"
         )
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in there]
-    pairs = zip(names, there, given, strict=True)
-    return treedef.unflatten([like(name, x, p) for name, (_, x), p in pairs])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in averages]
+    pairs = zip(names, averages, subtrees, strict=True)
+    return treedef.unflatten([averaged_or_own(name, x, p) for name, (_, x), p in pairs])
 
 
 def learning_rate(tx: Any, state: Any) -> Any:

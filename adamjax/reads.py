@@ -27,7 +27,7 @@ from adamjax._compat import (
     jaxpr_as_fun,
     varying_axes,
 )
-from adamjax.rows import in_table
+from adamjax.rows import as_row_ids
 
 __all__ = ["PerSite", "Plan", "Planner", "ReadSite", "Source", "View"]
 
@@ -376,7 +376,7 @@ class _Read(_Step):
             starts = starts[..., window.column]
         length = 1 if window.run is None else (window.run - 1) * window.stride + 1
         last = num_rows - length
-        first = in_table(starts, last + 1)
+        first = as_row_ids(starts, last + 1)
         inside = first <= last
         outside = num_rows if window.fill is not None else jnp.where(starts < 0, 0, last)
         first = jnp.where(inside, first, outside)

@@ -18,8 +18,8 @@ class sum_over(Stateless):
     """Sums gradients over the replicas of a mapped axis.
 
     Put it first in a chain, so that norms are those of the sums. Call `update` inside `shard_map`,
-    `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and equal
-    indices summed, so the result has as many places as all replicas together. (Keras'
+    `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and those
+    of equal indices summed, so the result has as many places as all replicas together. (Keras'
     documentation of Adamax does this in its replica context.)
 
     Args:
@@ -61,6 +61,7 @@ class sum_over(Stateless):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
+        # Checked first, so that updates without a leaf to sum are refused too.
         try:
             jax.lax.psum(1, self.axis_name)
         except NameError:
@@ -70,10 +71,10 @@ class sum_over(Stateless):
                 f"{self.axis_name!r}; without replicas leave sum_over out"
             ) from None
 
-        def gathered(x: Any) -> Any:
+        def gather(x: Any) -> Any:
             return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 
-        def summed(g: Any) -> Any:
+        def sum_leaf(g: Any) -> Any:
             if is_left_alone(g):
                 return g
             if not isinstance(g, RowGradient):
@@ -82,9 +83,9 @@ class sum_over(Stateless):
             if g.rest is not None:
                 # A row of this replica may be in the rest of another.
                 return jax.lax.psum(g.to_dense(), self.axis_name)
-            rows = row_gradient(gathered(g.indices), gathered(g.values), g.num_rows)
+            rows = row_gradient(gather(g.indices), gather(g.values), g.num_rows)
             return rows.replace(lazy=g.lazy)
 
         like, like_name = (updates, "grads") if params is None else (params, "params")
         leaves = matched("sum_over", "grads", updates, like, like_name)
-        return flatten(like)[1].unflatten(map(summed, leaves)), state
+        return flatten(like)[1].unflatten(map(sum_leaf, leaves)), state

@@ -1,7 +1,7 @@
-"""Row gradients, which have only the rows of a table that were read, and rules applied to them.
+"""Row gradients, and how rules are applied to them.
 
 A model reads a few rows of a large table; the gradients of the others are zero. A `RowGradient`
-has each row that was read once, and takes the place of the table's gradient.
+has only the rows that were read, each of them once. It takes the place of the table's gradient.
 """
 
 import dataclasses
@@ -29,30 +29,31 @@ from adamjax.search import distinct
 __all__ = [
     "RowGradient",
     "RowMoves",
-    "applied",
+    "apply_rule_to_rows",
     "as_int32",
+    "as_integers",
+    "as_row_ids",
+    "as_size",
     "check_sound",
     "checked_ids",
     "depending_on",
     "each_array",
     "expect_int32",
-    "in_table",
-    "integers",
-    "parts",
+    "nonzero_arrays",
     "row_gradient",
     "run_rule",
-    "sealed",
-    "summed",
-    "summed_of_each",
-    "unsealed",
-    "whole",
+    "sum_rows",
+    "sum_rows_of_each",
+    "with_seal",
+    "without_seal",
 ]
 
 
 # Arithmetic on the leaves of a row gradient changes its indices, but also this number, so it is
 # noticed. The number is odd, so that no sum of n copies equals it; it is large and negative, so
-# that no halved sum, absolute value, clipped value or square equals it. It is a NumPy array, so
-# that its value is known while tracing and costs nothing; its sums do not warn.
+# that no halved sum, absolute value, clipped value or square equals it. It is a NumPy array: its
+# value is known while tracing and costs nothing, and its sums overflow without a warning, which a
+# NumPy scalar would give.
 SEAL = np.array(-0x5EA1_0FD1, np.int32)
 SEAL.setflags(write=False)
 
@@ -171,7 +172,7 @@ class RowGradient(Data):
         """The table plus these rows, in its own dtype, rounded once.
 
         Args:
-          key: where bfloat16 is to be rounded stochastically, of `rounding_keys`.
+          key: from `rounding_keys`, if a bfloat16 table is to be rounded stochastically.
         """
         if self.rest is not None:
             table = stepped(table, self.rest, key)
@@ -267,10 +268,10 @@ def _deserialize(data: bytes) -> tuple[Any, ...]:
 
 
 # So that `jax.export` can write functions that take or return them.
-for kind in (RowGradient, RowMoves):
+for cls in (RowGradient, RowMoves):
     export.register_pytree_node_serialization(
-        kind,
-        serialized_name=f"adamjax.{kind.__name__}",
+        cls,
+        serialized_name=f"adamjax.{cls.__name__}",
         serialize_auxdata=_serialize,
         deserialize_auxdata=_deserialize,
     )
@@ -328,12 +329,12 @@ def _is_known(x: Any) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
-def unsealed(x: Any) -> Any:
+def without_seal(x: Any) -> Any:
     """A checked leaf without its seal, for functions in which the seal would be traced."""
     return _with_seal(x, None)
 
 
-def sealed(x: Any) -> Any:
+def with_seal(x: Any) -> Any:
     """A leaf with its seal, as transforms return it."""
     return _with_seal(x, SEAL)
 
@@ -356,7 +357,7 @@ def _sum(a: RowGradient, b: RowGradient) -> RowGradient:
     return rows.replace(lazy=a.lazy and b.lazy)
 
 
-# --- making one -----------------------------------------------------------------------------------
+# --- making row gradients -------------------------------------------------------------------------
 
 
 def row_gradient(
@@ -395,7 +396,7 @@ def row_gradient(
     """
     if values is None:
         raise TypeError("row_gradient: values must be floats, got None")
-    indices, values = integers("row_gradient", indices), jnp.asarray(values)
+    indices, values = as_integers("row_gradient", indices), jnp.asarray(values)
     if not is_signed(values.dtype):
         signed = " that can be zero and negative" * jnp.issubdtype(values.dtype, jnp.inexact)
         raise TypeError(f"row_gradient: values must be floats{signed}, got {values.dtype.name}")
@@ -404,48 +405,50 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = whole("row_gradient: num_rows", num_rows, _MOST_ROWS)
+    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
     trailing = values.shape[indices.ndim :]
     # With indices on all devices, the sums are those of one device. A compiler that splits the sums
     # sends twice as much, or an array as long as the table.
     indices = replicated(indices)
-    ids = in_table(indices.reshape(-1), num_rows)
+    ids = as_row_ids(indices.reshape(-1), num_rows)
     if check:
         _report(indices, ids, num_rows)
-    return summed(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
+    return sum_rows(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
 
 
-def summed(
+def sum_rows(
     distinct_ids: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
 ) -> RowGradient:
     """The row gradient of `values[n, *trailing]`, given the results of `distinct` for their ids."""
-    return summed_of_each([(distinct_ids, position)], [values], [num_rows])[0]
+    return sum_rows_of_each([(distinct_ids, position)], [values], [num_rows])[0]
 
 
-def summed_of_each(
-    searched: Sequence[tuple[chex.Array, chex.Array]],
+def sum_rows_of_each(
+    ids_and_positions: Sequence[tuple[chex.Array, chex.Array]],
     values: Sequence[chex.Array],
     num_rows: Sequence[int],
 ) -> list[RowGradient]:
-    """`summed` for several tables; those of one width and dtype are summed at once."""
+    """`sum_rows` for several tables; those of one width and dtype are summed at once."""
     row_gradients: list[Any] = [None] * len(values)
-    alike: dict[Any, list[int]] = {}
+    of_width: dict[Any, list[int]] = {}
     for i, x in enumerate(values):
-        alike.setdefault((x.shape[1:], x.dtype), []).append(i)
-    for batch in (batch for same in alike.values() for batch in group_tables(same, values)):
-        sizes = [len(searched[i][0]) for i in batch]
+        of_width.setdefault((x.shape[1:], x.dtype), []).append(i)
+    batches = [batch for tables in of_width.values() for batch in group_tables(tables, values)]
+    for batch in batches:
+        ids, positions = zip(*(ids_and_positions[i] for i in batch), strict=True)
+        sizes = list(map(len, ids))
         starts = np.cumsum([0, *sizes[:-1]])
         # An index outside the table has a position of `size`, which is no place of its table.
         places = [
-            jnp.where(searched[i][1] < size, searched[i][1] + start, sum(sizes))
-            for i, size, start in zip(batch, sizes, starts, strict=True)
+            jnp.where(position < size, position + start, sum(sizes))
+            for position, size, start in zip(positions, sizes, starts, strict=True)
         ]
         x = jnp.concatenate([replicated(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
         place = jnp.concatenate(places).astype(np.uint32)
         total = empty.at[place].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
-        for i, sums in zip(batch, rows_of_each(total, sizes), strict=True):
-            row_gradients[i] = RowGradient(searched[i][0], sums, num_rows=num_rows[i])
+        for i, own_ids, sums in zip(batch, ids, rows_of_each(total, sizes), strict=True):
+            row_gradients[i] = RowGradient(own_ids, sums, num_rows=num_rows[i])
     return row_gradients
 
 
@@ -462,8 +465,8 @@ def expect_int32(what: str, num_rows: int) -> None:
         )
 
 
-def whole(what: str, value: Any, most: int | None = None) -> int:
-    """A size, a whole number of at least 1, as a Python int; it may be one of NumPy."""
+def as_size(what: str, value: Any, most: int | None = None) -> int:
+    """A whole number of at least 1, of Python or NumPy, as a Python int."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
@@ -484,11 +487,11 @@ def checked_ids(owner: str, indices: Any, num_rows: int) -> chex.Array:
     Raises:
       TypeError: they are floats, booleans or no numbers.
     """
-    return in_table(integers(owner, indices), num_rows)
+    return as_row_ids(as_integers(owner, indices), num_rows)
 
 
-def integers(owner: str, indices: Any) -> Any:
-    """Indices as an array: that of JAX as it is, else one of NumPy, which keeps wide values."""
+def as_integers(owner: str, indices: Any) -> Any:
+    """Indices as an array: a JAX array as it is, all else as a NumPy array of any width."""
     if hasattr(indices, "__jax_array__"):
         indices = jnp.asarray(indices)
     if isinstance(indices, list | tuple):
@@ -510,10 +513,13 @@ def integers(owner: str, indices: Any) -> Any:
 
 
 def _integers_of_list(owner: str, indices: Any) -> Any:
-    """`integers` of a list, as objects: NumPy would turn a wide and a negative one into floats."""
+    """`as_integers` of a list, by way of objects, as NumPy may turn a list of integers into floats.
+
+    It does so if one of them is negative and another one is beyond int64.
+    """
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(indices)):
-        return jnp.stack([as_int32(integers(owner, x)) for x in indices])
-    return integers(owner, np.array(indices, object))
+        return jnp.stack([as_int32(as_integers(owner, x)) for x in indices])
+    return as_integers(owner, np.array(indices, object))
 
 
 def _is_int(x: Any) -> bool:
@@ -532,18 +538,19 @@ def as_int32(indices: Any) -> chex.Array:
 
 def _report(indices: Any, ids: chex.Array, num_rows: int) -> None:
     """Reports the first index outside the table, if any, through checkify."""
-    outside, checkify = ids == num_rows, experimental("row_gradient: check=True", "checkify")
+    checkify = experimental("row_gradient: check=True", "checkify")
+    is_outside = jnp.any(ids == num_rows)
     text, limits = "row_gradient: index {index} is outside ", f"[0, {num_rows})"
     if isinstance(indices, jax.Array):
         flat = indices.reshape(-1)
-        index = flat[jnp.argmax(outside)] if ids.size else jnp.array(0)
-        checkify.check(~jnp.any(outside), text + limits, index=index)
+        index = flat[jnp.argmax(ids == num_rows)] if ids.size else jnp.array(0)
+        checkify.check(~is_outside, text + limits, index=index)
     else:
         first = next((i for i in indices.reshape(-1) if not 0 <= i < num_rows), 0)
-        checkify.check(~jnp.any(outside), text.format(index=first) + limits)
+        checkify.check(~is_outside, text.format(index=first) + limits)
 
 
-def in_table(indices: Any, num_rows: int) -> chex.Array:
+def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
     """Integers as int32, `num_rows` for those outside the table."""
     if indices.dtype.itemsize < 4:
         indices = indices.astype(np.int32)
@@ -558,7 +565,7 @@ def in_table(indices: Any, num_rows: int) -> chex.Array:
 # --- rules applied to rows ------------------------------------------------------------------------
 
 
-def parts(x: Any) -> list[chex.Array]:
+def nonzero_arrays(x: Any) -> list[chex.Array]:
     """The arrays with all elements of a leaf that may be nonzero."""
     if not isinstance(x, RowGradient):
         return [x]
@@ -591,7 +598,7 @@ def _floats(slots: Sequence[Any]) -> list[chex.Array]:
     return [read_slot(x, x.dtype) if isinstance(x, Scaled8) else x for x in slots]
 
 
-def applied(
+def apply_rule_to_rows(
     rule: Callable[..., Any],
     c: Any,
     lazy: bool,
@@ -602,8 +609,8 @@ def applied(
 ) -> tuple[Any, ...]:
     """Applies an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` to rows of a table.
 
-    The rows are gathered, go through the rule, and are scattered. Unless `lazy`, the rule is then
-    applied to all other rows, whose gradient is the rest or zero.
+    The rows of the slots are gathered, go through the rule, and are scattered. Unless `lazy`, the
+    rule is then applied to all other rows, whose gradient is the rest or zero.
 
     Args:
       key: random bits of `rounding_keys`, for narrow slots.
@@ -611,30 +618,31 @@ def applied(
     if not slots and not reads:
         return (g.map(lambda x: rule(c, x)[0]),)
     if lazy and g.rest is not None:
+        # With a rest, every row has a gradient, so none is left alone.
         return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
     for slot in slots:
         expect_rows(slot)
 
-    def step(tables: Any, indices: chex.Array, values: Any, _: Any) -> Any:
+    def step(slots: Any, indices: chex.Array, values: Any, _: Any) -> Any:
         def gather(x: chex.Array) -> chex.Array:
             return gather_rows(x, indices, mode="fill", fill_value=0)
 
         def scatter(x: chex.Array, rows: chex.Array) -> chex.Array:
             return scatter_rows(x, indices, rows)
 
-        gathered, seen = ([each_part(gather, x) for x in arrays] for arrays in (tables, reads))
-        u, *new = run_rule(rule, c, values, gathered, seen, key, indices)
-        return [each_part(scatter, x, n) for x, n in zip(tables, new, strict=True)], u
+        slot_rows, read_rows = ([each_part(gather, x) for x in arrays] for arrays in (slots, reads))
+        u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
+        return [each_part(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
-    tables, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
+    new_slots, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
     if lazy or g.lazy:
-        return updates.replace(lazy=True), *tables
+        return updates.replace(lazy=True), *new_slots
     if reads:
         g = g.replace(indices=depending_on(u, g.indices, g.num_rows))
-    rest, *tables = _applied_to_others(rule, c, g, tables, reads, key)
-    return updates.replace(rest=rest), *tables
+    rest, *new_slots = _apply_rule_to_others(rule, c, g, new_slots, reads, key)
+    return updates.replace(rest=rest), *new_slots
 
 
 def depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
@@ -643,11 +651,12 @@ def depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.
     So a write at these indices comes after the reads that `first` needs, and XLA need not copy the
     table.
     """
-    none_is_larger = jnp.where(jnp.any(jnp.isnan(first)), num_rows, np.iinfo(np.int32).max)
-    return jnp.minimum(indices, none_is_larger)
+    # Either bound is at least `num_rows`, which no index exceeds, so the minimum changes nothing.
+    bound = jnp.where(jnp.any(jnp.isnan(first)), num_rows, np.iinfo(np.int32).max)
+    return jnp.minimum(indices, bound)
 
 
-def _applied_to_others(
+def _apply_rule_to_others(
     rule: Callable[..., Any],
     c: Any,
     g: RowGradient,
@@ -655,23 +664,27 @@ def _applied_to_others(
     reads: Sequence[chex.Array],
     key: Any,
 ) -> tuple[chex.Array, ...]:
-    """Applies a rule to the rows that are not in a row gradient: their updates, then all slots."""
+    """Applies a rule to the rows that are not in a row gradient.
+
+    Returns:
+      The updates of these rows, zero elsewhere, and then the slots of all rows.
+    """
     is_row = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
     is_row = is_row.reshape(-1, *[1] * (g.ndim - 1))
     rest = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
-    def elsewhere(new: Sequence[Any]) -> list[Any]:
-        def select(x: chex.Array, n: chex.Array) -> chex.Array:
-            return jnp.where(is_row, x, n)
+    def new_for_others(new: Sequence[Any]) -> list[Any]:
+        def select(old: chex.Array, new: chex.Array) -> chex.Array:
+            return jnp.where(is_row, old, new)
 
         return [each_part(select, x, n) for x, n in zip(slots, new, strict=True)]
 
     if isinstance(rule, Recurrence):
         wide, stored, seen = rule.advanced(c, rest, slots, key)
-        new = elsewhere(stored)
-        # The direction reads the slots that are written. If it read the others, it would need the
-        # old slots, and XLA, which would not know which comes first, would copy every slot (4 times
-        # the time).
+        new = new_for_others(stored)
+        # The direction reads `new`, the slots that the step returns. If it read `seen` instead, XLA
+        # would compute that from the old slots, and copy every slot before it overwrites it (4
+        # times the time).
         seen = [
             read_slot(x, n.dtype) if x.dtype == n.dtype or is_narrow(x) else n
             for x, n in zip(new, seen, strict=True)
@@ -679,7 +692,8 @@ def _applied_to_others(
         u = rule.direction(c, wide, *seen).astype(g.dtype)
     else:
         u, *new = rule(c, rest, *_floats(slots), *reads)
-        new = elsewhere(write_slots(new, slots, key))
+        new = new_for_others(write_slots(new, slots, key))
+    # A rule without effect returns the rest itself, which is zero at these rows already.
     if u is not g.rest:
         u = jnp.where(is_row, jnp.zeros((), u.dtype), u)
     return u, *new

@@ -40,7 +40,7 @@ def _new_count() -> ScheduleState:
     return ScheduleState(jnp.zeros((), jnp.int32))
 
 
-def _expect_rate(owner: str, rate: Any, params: Tree) -> None:
+def _expect_matches(owner: str, rate: Any, params: Tree) -> None:
     """Refuses a `by_path` with a pattern that matches no leaf."""
     if isinstance(rate, by_path):
         rate.expect_matches(owner, params)
@@ -92,15 +92,16 @@ class scale_by_learning_rate(Scaling):
 
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
-        before this step, 0 at the first), or `by_path` for a rate per leaf. (A value below 0 that
-        only the step sees makes NaN: in an array that is traced or set later, or from a callable.
-        But a callable's result of -1e-6 to 0 counts as 0, because of rounding.)
+        before this step, 0 at the first), or `by_path` for a rate per leaf. (A step can see
+        values that nothing has checked before: those of a callable, and of arrays that are traced
+        or set later. A value below 0 makes NaN there. But a callable's value between -1e-6 and 0
+        counts as 0, because of rounding.)
 
     The state is a `ScheduleState`.
 
     Raises:
       ValueError: by `init` and `update`: a pattern of `by_path` matches no leaf.
-      TypeError, ValueError: by `update`: a callable returned something else than a real scalar.
+      TypeError, ValueError: by `update`: a callable did not return a real scalar.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(1.0, 1, 1.0))
@@ -128,7 +129,7 @@ class scale_by_learning_rate(Scaling):
         return _pattern_indices(self.learning_rate, params)
 
     def init(self, params: Tree) -> ScheduleState:
-        _expect_rate("scale_by_learning_rate", self.learning_rate, params)
+        _expect_matches("scale_by_learning_rate", self.learning_rate, params)
         return _new_count()
 
     def check_state(self, state: Any) -> None:
@@ -146,12 +147,12 @@ class add_decayed_weights(Transform):
 
     Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
     Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, with the p
-    before the step. `update` needs `params`. Behind the learning rate weights would grow in each
-    step, `p += weight_decay * p`, so `chain` refuses that order.
+    before the step. `update` needs `params`. After the learning rate it would make the weights
+    grow in each step, `p += weight_decay * p`, so `chain` refuses that order.
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`; as for a
-        learning rate, a value below 0 that only the step sees makes NaN.
+        learning rate, a value below 0 makes NaN if only the step can see it.
       mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools like
         the parameters, or with one bool for a subtree; or a function that returns such a tree.
         `None`: all.
@@ -194,7 +195,7 @@ class add_decayed_weights(Transform):
         return list(zip(indices, selected(self.mask, params, "add_decayed_weights"), strict=True))
 
     def init(self, params: Tree) -> ScheduleState:
-        _expect_rate("add_decayed_weights", self.weight_decay, params)
+        _expect_matches("add_decayed_weights", self.weight_decay, params)
         if self.mask is not None:
             selected(self.mask, params, "add_decayed_weights", must_match=True)
         return _new_count()
@@ -204,8 +205,8 @@ class add_decayed_weights(Transform):
         rates = rates_at("add_decayed_weights", self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
-        decays = selected(self.mask, params, "add_decayed_weights")
-        return [rate if d else 0.0 for rate, d in zip(rates, decays, strict=True)]
+        is_decayed = selected(self.mask, params, "add_decayed_weights")
+        return [rate if decays else 0.0 for rate, decays in zip(rates, is_decayed, strict=True)]
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScheduleState)
@@ -220,9 +221,9 @@ class add_decayed_weights(Transform):
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 
-        def decay_scalars(rate: Number) -> Callable[[Any], Any] | None:
+        def scalar_of(rate: Number) -> Callable[[Any], Any] | None:
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
 
-        scalars = _scalars(rates, decay_scalars)
+        scalars = _scalars(rates, scalar_of)
         (updates,) = lift("add_decayed_weights", _decayed, scalars, updates, params=params)
         return updates, ScheduleState(next_count(state.count))

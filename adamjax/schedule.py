@@ -3,10 +3,10 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
-schedules. Some faults only a step can see: in arrays that are traced or set later, and in results
-of callables. There a value below 0 makes NaN, and so do boundaries that do not increase. (A result
-of a callable between -1e-6 and 0 counts as 0, because rounding may leave that of a rate that ends
-at 0.)
+schedules. A step can see values that nothing has checked before: those of callables, and of arrays
+that are traced or set later. A value below 0 makes NaN there, and so do boundaries that do not
+increase. (A callable's value between -1e-6 and 0 counts as 0: rounding may leave the last value of
+a rate that ends at 0 there.)
 """
 
 import copy
@@ -166,8 +166,8 @@ def _as_count(count: chex.Numeric) -> chex.Array:
     return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
 
 
-class wrapped(Schedule):
-    """A callable of the count as a schedule; the function is part of the structure."""
+class function_schedule(Schedule):
+    """A callable of the count as a schedule; the callable is part of the pytree's structure."""
 
     function: Callable[[Any], Any] = static()
 
@@ -186,8 +186,8 @@ def _as_real_array(rate: Any, value: Any) -> chex.Array:
         x = None
     kinds = (jnp.integer, jnp.floating)
     if x is None or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
-        came = f"{value!r} of type {type(value).__name__}" if x is None else f"a {x.dtype.name}"
-        raise TypeError(f"a rate must be a real number, got {came} from {rate!r}")
+        result = f"{value!r} of type {type(value).__name__}" if x is None else f"a {x.dtype.name}"
+        raise TypeError(f"a rate must be a real number, got {result} from {rate!r}")
     return x
 
 
@@ -203,21 +203,21 @@ def _product(factor: Number, x: chex.Array) -> chex.Array:
 
 
 class _Units(NamedTuple):
-    """A count, measured in units of so many steps.
+    """A count of steps, measured in units of several steps.
 
     Attributes:
-      whole: the number of units that have passed, a float without a fraction.
-      part: the fraction of the next unit that has passed, in [0, 1), exactly 0 at a multiple.
-      left: the fraction of it that is left, in (0, 1].
+      whole: the number of whole units that have passed, a float.
+      fraction: the fraction of the next unit that has passed, in [0, 1), exactly 0 at a multiple.
+      left: the fraction of the next unit that is left, in (0, 1].
     """
 
     whole: chex.Array
-    part: chex.Array
+    fraction: chex.Array
     left: chex.Array
 
     @property
     def passed(self) -> chex.Array:
-        return self.whole + self.part
+        return self.whole + self.fraction
 
 
 def _units(count: chex.Array, steps: Number) -> _Units:
@@ -245,12 +245,12 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 def _whole_units(count: chex.Array, steps: Any) -> _Units:
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
         # No count is that large.
-        part = _float(count) / float(steps)
-        return _Units(jnp.zeros_like(part), part, 1 - part)
+        fraction = _float(count) / float(steps)
+        return _Units(jnp.zeros_like(fraction), fraction, 1 - fraction)
     whole = count // steps
-    rest = count - whole * steps
-    left = jnp.where(rest == 0, 1, _float(steps - rest) / _float(steps))
-    return _Units(_float(whole), _float(rest) / _float(steps), left)
+    remainder = count - whole * steps
+    left = jnp.where(remainder == 0, 1, _float(steps - remainder) / _float(steps))
+    return _Units(_float(whole), _float(remainder) / _float(steps), left)
 
 
 def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
@@ -261,12 +261,12 @@ def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
     quotient = jnp.where((quotient + 1) * steps <= count, quotient + 1, quotient)
     whole = jnp.where(quotient * steps > count, quotient - 1, quotient)
     # With infinitely many units, the remainder would be NaN.
-    part = jnp.where(jnp.isinf(whole), 0, (count - whole * steps) / steps)
-    return _Units(whole, part, 1 - part)
+    fraction = jnp.where(jnp.isinf(whole), 0, (count - whole * steps) / steps)
+    return _Units(whole, fraction, 1 - fraction)
 
 
-def _is_before(count: chex.Array, boundary: Number) -> chex.Array:
-    """Whether `boundary < count`, compared as whole numbers if the count is an integer."""
+def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
+    """Whether `count > boundary`, compared as whole numbers if the count is an integer."""
     if not jnp.issubdtype(count.dtype, jnp.integer):
         return _float(boundary) < count
     limits = jnp.iinfo(count.dtype)
@@ -426,12 +426,12 @@ class piecewise_constant(_Compiled):
                 )
 
     def at(self, count: chex.Array) -> chex.Array:
-        passed = sum(_is_before(count, b).astype(jnp.int32) for b in self.boundaries)
+        passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
         values = [_float(ranged(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
-                value = jnp.where(_is_before(_boundary_array(b), before), value, jnp.nan)
+                value = jnp.where(_has_passed(_boundary_array(b), before), value, jnp.nan)
         return value
 
 
@@ -471,11 +471,11 @@ class polynomial_decay(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
-        # `left` is the fraction of the decay that is left. A count at the end of a cycle, which is
-        # part 0 of the next unit, has none left.
+        # `left` is the fraction of the decay that is left. A count at the end of a cycle has none
+        # left, although its unit is the next one, of which all is left.
         if self.cycle:
-            at_end = (units.part == 0) & (units.whole > 0)
-            length = units.whole + (units.part > 0)
+            at_end = (units.fraction == 0) & (units.whole > 0)
+            length = units.whole + (units.fraction > 0)
             left = jnp.where(at_end, 0, units.left) / jnp.maximum(length, 1)
         else:
             left = jnp.where(units.whole >= 1, 0, units.left)
@@ -515,7 +515,7 @@ class cosine_decay(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
-        done = jnp.where(units.whole >= 1, 1, units.part)
+        done = jnp.where(units.whole >= 1, 1, units.fraction)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
         return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
 
@@ -601,8 +601,8 @@ class by_path(Data):
         rules = checked_rules("by_path", paired("by_path", self.patterns, self.values))
         self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
-            values=tuple(_as_rate("by_path: the rate of " + repr(p), r) for p, r in rules),
-            default=_as_rate("by_path: default", self.default),
+            values=tuple(_checked_rate("by_path: the rate of " + repr(p), r) for p, r in rules),
+            default=_checked_rate("by_path: default", self.default),
         )
 
     def at(self, path: str) -> Any:
@@ -633,7 +633,8 @@ class by_path(Data):
 Rate = float | chex.Array | Callable[[Any], Any] | by_path
 
 
-def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
+def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
+    """A rate after its check; a plain callable becomes a schedule."""
     if isinstance(value, by_path) and not per_leaf:
         raise TypeError(
             f"{name} must be the same for all leaves, got by_path; turn it around: "
@@ -647,7 +648,7 @@ def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
             f"make an instance, {value.__name__}(...)"
         )
     if callable(value):
-        return wrapped(value)
+        return function_schedule(value)
     try:
         return constant(value).value
     except (TypeError, ValueError) as error:
@@ -658,23 +659,24 @@ def _as_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
 
 def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
     """The owner's field as a checked rate; a plain callable becomes a schedule."""
-    return _as_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
+    return _checked_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 
 # A function that ends at 0 may end below it by rounding, by less than this for rates of up to 8:
 # compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
 _ROUNDING = 1e-6
+# Unlike NON_NEGATIVE it takes infinity, which a schedule that grows may reach.
 _RATE = Range("at least 0", lambda x: x >= 0)
 
 
 def rate_at(rate: Any, count: chex.Numeric) -> Any:
     """The rate after `count` steps: a number or a scalar array, or `by_path` with such rates.
 
-    An array below 0 becomes NaN; but a result of a callable that rounding left just below 0 becomes
-    0. (Schedules that grow may become infinite.)
+    A value below 0 becomes NaN. But a callable's value that rounding left just below 0 becomes 0.
+    (Schedules that grow may become infinite.)
 
     Raises:
-      TypeError, ValueError: a callable returned something else than a real scalar.
+      TypeError, ValueError: a callable did not return a real scalar.
     """
     if isinstance(rate, by_path):
         return rate.resolve(count)

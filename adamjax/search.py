@@ -111,7 +111,7 @@ class _Segments:
         return [sum(self.num_rows[:i]) + i for i in range(len(self.num_rows))]
 
     def for_each_id(self, of_tables: Any) -> Any:
-        """A number per table as one per id; of a single table the scalar."""
+        """For each id the number of its table in `of_tables`; a scalar if there is one table."""
         if len(self.sizes) == 1:
             return of_tables[0]
         return of_tables[np.repeat(np.arange(len(self.sizes)), self.sizes)]
@@ -130,14 +130,14 @@ class _Segments:
         before = jnp.concatenate([jnp.zeros(1, jnp.int32), total[np.cumsum(self.sizes[:-1]) - 1]])
         return total - 1 - self.for_each_id(before)
 
-    def packed(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
+    def pack(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
         """The flagged ids of each table at their positions, followed by its number for no row."""
         start = self.for_each_id(np.array(self.first_ids, np.int32))
         target = jnp.where(flags, start + position, ids.size)
         empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), ids.shape)
         return empty.at[target].set(ids, mode="drop", unique_indices=True)
 
-    def or_none(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
+    def position_or_size(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
         """The positions; for an id without a row the size of its table's segment."""
         return jnp.where(is_row, position, self.for_each_id(np.array(self.sizes, np.int32)))
 
@@ -152,16 +152,17 @@ def _by_scratch(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.
     first = scratch.at[ids].get(mode="fill", fill_value=n)
     is_first = first == number
     position = segments.positions(is_first)
-    distinct_ids = segments.packed(ids, is_first, position)
+    distinct_ids = segments.pack(ids, is_first, position)
     position = position.at[first].get(mode="fill", fill_value=0)
-    return distinct_ids, segments.or_none(position, first < n)
+    return distinct_ids, segments.position_or_size(position, first < n)
 
 
 def _by_sort(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Finds the first of equal ids by sorting, then each id by a search among the distinct ones."""
     ordered = jax.lax.sort(ids)
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     is_new = is_new & (ordered != segments.no_row)
-    distinct_ids = segments.packed(ordered, is_new, segments.positions(is_new))
+    distinct_ids = segments.pack(ordered, is_new, segments.positions(is_new))
     start = segments.for_each_id(np.array(segments.first_ids, np.int32))
     position = jnp.searchsorted(distinct_ids, ids).astype(jnp.int32) - start
-    return distinct_ids, segments.or_none(position, ids != segments.no_row)
+    return distinct_ids, segments.position_or_size(position, ids != segments.no_row)

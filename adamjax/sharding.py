@@ -49,6 +49,7 @@ Spec = tuple[Any, ...]
 
 
 def _spec(x: Any) -> Spec:
+    """The split of an array; that of a tracer is known only on a mesh with explicit axes."""
     sharding = explicit(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
@@ -90,42 +91,47 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
 
 
 def _shardings_of(
-    tx: Transform, params: Tree, state: Any, specs: Sequence[Spec], mesh: Any, kind: str | None
+    tx: Transform, params: Tree, state: Any, specs: Sequence[Spec], mesh: Any, memory: str | None
 ) -> Any:
     """The shardings of a state, given the split of the slots of each parameter."""
     leaves, treedef = flatten(params)
     paths = leaf_paths(params)
+    # `map_like_params` meets their states in this order.
     shard_states = [part.tx for part in find(shard_state, tx)]
 
     def split(spec: Spec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
+        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
 
     def replicated(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
 
-    def of_slots(tree: Tree) -> Tree:
-        def of_slot(x: Any, p: Any, spec: Spec) -> Any:
+    def slot_shardings(tree: Tree) -> Tree:
+        def slot_sharding(x: Any, p: Any, spec: Spec) -> Any:
             if isinstance(x, Scaled8):
                 return Scaled8(split(spec), split(exponents_spec(spec, x.ndim)))
-            has_shape = x is not None and not isinstance(x, RowGradient) and x.shape == np.shape(p)
-            return split(spec) if has_shape else replicated(x)
+            is_dense = x is not None and not isinstance(x, RowGradient)
+            return split(spec) if is_dense and x.shape == np.shape(p) else replicated(x)
 
-        return treedef.unflatten(map(of_slot, flatten(tree)[0], leaves, specs))
+        return treedef.unflatten(map(slot_sharding, flatten(tree)[0], leaves, specs))
 
-    def of_others(x: Any) -> Any:
+    def other_shardings(x: Any) -> Any:
         if isinstance(x, ShardedState):
-            return ShardedState(shard_states.pop(0).placed(x.inner, params, kind))
+            return ShardedState(shard_states.pop(0).shardings(x.inner, params, memory))
         if isinstance(x, ExactRowsState):
             tables = {
                 path: replicated(table)._replace(last=split(specs[paths.index(path)][:1]))
                 for path, table in x.tables.items()
             }
-            inner = map_like_params(params, of_slots, of_others, x.inner)
+            inner = map_like_params(params, slot_shardings, other_shardings, x.inner)
             return ExactRowsState(inner, replicated(x.clock), tables, replicated(x.rings))
         return replicated(x)
 
     return map_like_params(
-        params, of_slots, of_others, state, lambda x: isinstance(x, ShardedState | ExactRowsState)
+        params,
+        slot_shardings,
+        other_shardings,
+        state,
+        lambda x: isinstance(x, ShardedState | ExactRowsState),
     )
 
 
@@ -204,13 +210,13 @@ class shard_state(Transform):
     def _num_devices(self) -> int:
         return math.prod(self.mesh.shape[name] for name in self._axes)
 
-    def _own_split(self, x: Any) -> Spec:
-        """The split of a parameter without this transform: that of its type, or else none."""
+    def _parameter_spec(self, x: Any) -> Spec:
+        """The split of a parameter: by its type on a mesh with explicit axes, or else none."""
         return (None,) * np.ndim(x) if explicit(x) is None else _spec(x)
 
-    def split(self, x: Any) -> Spec:
-        """The split of a slot: that of its parameter, with its longest dimension over the axis."""
-        spec, shape = self._own_split(x), np.shape(x)
+    def _slot_spec(self, x: Any) -> Spec:
+        """The split of a slot: its parameter's, and its longest free dimension over the axis."""
+        spec, shape = self._parameter_spec(x), np.shape(x)
         # An axis can split only one dimension, and it may split the parameter already.
         if set(self._axes) & {name for axes in spec for name in _names(axes)}:
             return spec
@@ -234,17 +240,18 @@ class shard_state(Transform):
         pairs = zip(leaves, flatten(like)[0], strict=True)
         return treedef.unflatten(split(x, p) for x, p in pairs)
 
-    def placed(self, inner: Any, params: Tree, kind: str | None = None) -> Any:
-        """The shardings of the inner transform's state."""
-        splits = [self.split(p) for p in flatten(params)[0]]
-        return _shardings_of(self.tx, params, inner, splits, self.mesh, kind or self.memory_kind)
+    def shardings(self, inner: Any, params: Tree, memory: str | None = None) -> Any:
+        """The shardings of the inner transform's state, in `memory_kind` or another memory."""
+        specs = [self._slot_spec(p) for p in flatten(params)[0]]
+        memory = memory or self.memory_kind
+        return _shardings_of(self.tx, params, inner, specs, self.mesh, memory)
 
     # --- init and update
 
     def init(self, params: Tree) -> ShardedState:
         def make(params: Tree) -> ShardedState:
             inner = self.tx.init(params)
-            return ShardedState(jax.tree.map(on_devices, inner, self.placed(inner, params)))
+            return ShardedState(jax.tree.map(on_devices, inner, self.shardings(inner, params)))
 
         without_values = jax.core.Tracer | jax.ShapeDtypeStruct | None
         if all(isinstance(p, without_values) for p in flatten(params)[0]):
@@ -256,15 +263,15 @@ class shard_state(Transform):
         expect_state(self, state, ShardedState)
         like, inner = updates if params is None else params, state.inner
         if self.memory_kind is not None:
-            kind = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(on_devices, inner, self.placed(inner, like, kind))
+            memory = self.mesh.devices.flat[0].default_memory().kind
+            inner = jax.tree.map(on_devices, inner, self.shardings(inner, like, memory))
         leaves = matched("shard_state", "grads", updates, like, "params")
-        updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self.split)
+        updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self._slot_spec)
         if params is not None:
-            params = self._split_like(params, like, self.split)
+            params = self._split_like(params, like, self._slot_spec)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
-        inner = jax.tree.map(on_devices, inner, self.placed(inner, like))
-        return self._split_like(updates, like, self._own_split), ShardedState(inner)
+        inner = jax.tree.map(on_devices, inner, self.shardings(inner, like))
+        return self._split_like(updates, like, self._parameter_spec), ShardedState(inner)
 
     def value_and_grad(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False
@@ -303,17 +310,17 @@ class shard_state(Transform):
                         f"axis {self.axis!r}; let the loss close over all other arrays"
                     )
             leaves, treedef = flatten(params)
-            splits = [self.split(p) for p in leaves]
-            # `on_one_device` puts the structure of aux here when it is traced.
-            aux: list[Any] = []
+            specs = [self._slot_spec(p) for p in leaves]
+            # Tracing `on_one_device` puts the structure of aux and the flags of its leaves here.
+            traced_aux: list[Any] = []
 
-            def reduced(g: Any, split: Spec) -> Any:
+            def reduce_gradient(g: Any, spec: Spec) -> Any:
                 if g is None:
                     return None
-                if self.axis not in split:
+                if self.axis not in spec:
                     return jax.lax.pmean(g, self.axis)
                 g = jax.lax.psum_scatter(
-                    g, self.axis, scatter_dimension=split.index(self.axis), tiled=True
+                    g, self.axis, scatter_dimension=spec.index(self.axis), tiled=True
                 )
                 return g / self._num_devices
 
@@ -326,22 +333,22 @@ class shard_state(Transform):
                 loss, extra = value if has_aux else (value, ())
                 flags = _are_per_example(call, extra)
                 extra_leaves, structure = jax.tree.flatten(extra)
-                aux[:] = structure, flags
+                traced_aux[:] = structure, flags
                 pairs = list(zip(extra_leaves, flags, strict=True))
                 examples = [x for x, per_example in pairs if per_example]
                 means = [mean(x) for x, per_example in pairs if not per_example]
-                grads = treedef.unflatten(map(reduced, flatten(grads)[0], splits))
+                grads = treedef.unflatten(map(reduce_gradient, flatten(grads)[0], specs))
                 return mean(loss), examples, means, grads
 
-            def over_axis(split: Spec) -> PartitionSpec:
-                return PartitionSpec(*(self.axis if a == self.axis else None for a in split))
+            def over_axis(spec: Spec) -> PartitionSpec:
+                return PartitionSpec(*(self.axis if a == self.axis else None for a in spec))
 
             whole, batch = PartitionSpec(), PartitionSpec(self.axis)
-            out_specs = whole, batch, whole, treedef.unflatten(map(over_axis, splits))
+            out_specs = whole, batch, whole, treedef.unflatten(map(over_axis, specs))
             in_specs = whole, *[batch] * len(args)
             mapped = per_device(on_one_device, self.mesh, set(self._axes), in_specs, out_specs)
             loss, examples, means, grads = mapped(params, *args)
-            structure, flags = aux
+            structure, flags = traced_aux
             outputs = {True: iter(examples), False: iter(means)}
             extra = structure.unflatten([next(outputs[flag]) for flag in flags])
             return (loss, extra) if has_aux else loss, grads
@@ -357,9 +364,9 @@ def _are_per_example(call: Call, aux: Tree) -> list[bool]:
     """
     pairs = jax.tree_util.tree_flatten_with_path(aux)[0]
     shapes = [_shape(x) for _, x in pairs]
-    with_twice = _shapes_with_twice_the_batch(call) if any(shapes) else shapes
+    doubled = _shapes_with_twice_the_batch(call) if any(shapes) else shapes
     flags = []
-    for (path, x), shape, twice in zip(pairs, shapes, with_twice, strict=True):
+    for (path, x), shape, twice in zip(pairs, shapes, doubled, strict=True):
         name = f"aux[{jax.tree_util.keystr(path, simple=True, separator='/')!r}]"
         if shape != twice and twice != tuple(2 * n if i == 0 else n for i, n in enumerate(shape)):
             raise ValueError(

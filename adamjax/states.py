@@ -1,8 +1,8 @@
-"""The states that `init` and `update` return, and the objects that they hand to each other.
+"""The classes of the states that `init` and `update` return, and of the objects in these states.
 
-Each is a named tuple, so a checkpoint library stores it as it is, and its fields are read by name.
-Programs rarely need these classes: `get_slot`, `step_count`, `averaged_weights` and the other
-readers find what they hold anywhere in a state.
+A state is a named tuple, so a checkpoint library stores it as it is, and its fields are read by
+name. Programs rarely need these classes: `get_slot`, `step_count`, `averaged_weights` and the other
+readers find slots, counts and averages anywhere in a state.
 
 >>> import adamjax, jax.numpy as jnp
 >>> state = adamjax.scale_by_adam().init(jnp.zeros(3))

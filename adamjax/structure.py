@@ -49,9 +49,9 @@ def walk(tx: Any, state: Any = None, params: Tree = None) -> Iterator[Part]:
         yield from walk(*part)
 
 
-def find(kinds: Any, tx: Any, state: Any = None, params: Tree = None) -> list[Part]:
-    """The parts that are of one class, or of one of a tuple of classes."""
-    return [part for part in walk(tx, state, params) if isinstance(part.tx, kinds)]
+def find(classes: Any, tx: Any, state: Any = None, params: Tree = None) -> list[Part]:
+    """What `walk` yields, without the transforms of other classes than these."""
+    return [part for part in walk(tx, state, params) if isinstance(part.tx, classes)]
 
 
 def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
@@ -97,11 +97,11 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
             return x
         fields = {}
         for name in x._fields:
-            here = getattr(x, name), *(getattr(other, name) for other in others)
+            fields_of_all = getattr(x, name), *(getattr(other, name) for other in others)
             if name not in x.slots:
-                fields[name] = map_slots(function, *here)
-            elif not is_bucketed(here[0]):
-                fields[name] = function(name, *here)
+                fields[name] = map_slots(function, *fields_of_all)
+            elif not is_bucketed(fields_of_all[0]):
+                fields[name] = function(name, *fields_of_all)
         return x._replace(**fields)
 
     return jax.tree.map(mapped, state, *rest, is_leaf=_names_slots)
@@ -109,8 +109,8 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
 
 def map_like_params(
     params: Tree,
-    slots: Callable[[Tree], Tree],
-    other: Callable[[Any], Any],
+    on_slots: Callable[[Tree], Tree],
+    on_others: Callable[[Any], Any],
     state: Any,
     stop: Callable[[Any], bool] = lambda _: False,
 ) -> Any:
@@ -120,8 +120,10 @@ def map_like_params(
     their slots.
 
     Args:
-      slots: the function of those trees.
-      other: a function of everything else: of leaves, and of the nodes that `stop` is true of.
+      on_slots: what to do with such a tree.
+      on_others: what to do with everything else: with leaves, and with the nodes that `stop` is
+        true of.
+      stop: whether not to look for such trees inside a node.
     """
     treedef = flatten(params)[1]
 
@@ -130,13 +132,13 @@ def map_like_params(
 
     def mapped(x: Any) -> Any:
         if not isinstance(x, Bucketed):
-            return slots(x) if is_slots(x) else other(x)
+            return on_slots(x) if is_slots(x) else on_others(x)
         # Leaves in buckets have no path, and a bucket is like no parameter.
         leaves: list[Any] = [None] * len(x.plan.avals)
         for i, leaf in zip(x.plan.alone, x.alone, strict=True):
             leaves[i] = leaf
-        found = flatten(slots(treedef.unflatten(leaves)))[0]
-        alone = tuple(found[i] for i in x.plan.alone)
-        return Bucketed(tuple(map(other, x.buckets)), alone, x.plan)
+        new_leaves = flatten(on_slots(treedef.unflatten(leaves)))[0]
+        alone = tuple(new_leaves[i] for i in x.plan.alone)
+        return Bucketed(tuple(map(on_others, x.buckets)), alone, x.plan)
 
     return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))

@@ -52,8 +52,8 @@ _STEPS_CLOSE = 2e-5
 def _default_params() -> Tree:
     rng = np.random.default_rng(0)
     kernel, bias, gain = rng.normal(size=(2, 3)), rng.normal(size=3), rng.normal()
-    made = {"layer": {"kernel": kernel, "bias": bias}, "gain": gain}
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
+    arrays = {"layer": {"kernel": kernel, "bias": bias}, "gain": gain}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
 
 
 class Trial:
@@ -74,7 +74,7 @@ class Trial:
         self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
         self.is_default = params is None
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
-        # Arrays even where a trial is made while a function is traced.
+        # Inside a function that is being traced, these would be tracers.
         with jax.ensure_compile_time_eval():
             self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
 
@@ -131,7 +131,7 @@ class Trial:
 
     @functools.cached_property
     def mixed_params(self) -> Tree:
-        """Every kind of leaf that a model may have; of parameters that were given, every dtype."""
+        """Every kind of leaf that a model may have, or the user's parameters in several dtypes."""
         if not self.is_default:
             leaves, treedef = flatten(self.params)
             dtypes = [(jnp.float32, jnp.bfloat16, jnp.float16)[i % 3] for i in range(len(leaves))]
@@ -166,12 +166,12 @@ class Trial:
     def only_floats(self, params: Tree, *trees: Tree) -> list[Tree]:
         """The trees without the leaves that are no floats among the parameters."""
         leaves, _ = flatten(params)
-        kept = []
+        filtered = []
         for tree in (params, *trees):
             own, treedef = flatten(tree)
             pairs = zip(leaves, own, strict=True)
-            kept.append(treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs]))
-        return kept
+            filtered.append(treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs]))
+        return filtered
 
     @functools.cached_property
     def mixed_run(self) -> list[tuple[Any, ...]]:
@@ -212,7 +212,7 @@ class Trial:
             n = len(p) if p.ndim else 0
             if n < 2:
                 return jnp.asarray(rng.normal(size=p.shape), p.dtype)
-            # One of them twice, and one that is outside of the table.
+            # One row twice, and one that is outside of the table.
             ids = np.array([t, 2 * t + 1, t]) % n
             ids = np.append(ids, n)
             values = rng.normal(size=(len(ids), *p.shape[1:]))
@@ -242,20 +242,20 @@ def _is_none(x: Any) -> bool:
 
 def _named_leaves(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves, `None` among them, each with its name for errors; and the structure."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [(name + jax.tree_util.keystr(path), x) for path, x in found], treedef
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [(name + jax.tree_util.keystr(path), x) for path, x in pairs], treedef
 
 
-def _pairs(name: str, came: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
+def _pairs(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
     """The leaves of two trees that must have the same structure."""
-    ours, treedef = _named_leaves(name, came)
+    ours, treedef = _named_leaves(name, actual)
     theirs, expected_treedef = _named_leaves(name, expected)
     if treedef != expected_treedef:
-        names, wanted = [path for path, _ in ours], [path for path, _ in theirs]
-        surplus = [f"a surplus {x}" for x in names if x not in set(wanted)]
-        missing = [f"no {x}" for x in wanted if x not in set(names)]
-        what = (missing + surplus or [f"the structure {treedef}"])[0]
-        raise AssertionError(f"there is {what}, expected {expected_treedef}")
+        names, expected_names = [path for path, _ in ours], [path for path, _ in theirs]
+        surplus = [f"a surplus {x}" for x in names if x not in set(expected_names)]
+        missing = [f"no {x}" for x in expected_names if x not in set(names)]
+        fault = (missing + surplus or [f"the structure {treedef}"])[0]
+        raise AssertionError(f"there is {fault}, expected {expected_treedef}")
     for (path, x), (_, y) in zip(ours, theirs, strict=True):
         if (x is None) != (y is None):
             raise AssertionError(f"{path} is {_shown(x)}, expected {_shown(y)}")
@@ -267,31 +267,31 @@ def _shown(x: Any) -> str:
     return "None" if x is None else described(x)
 
 
-def _expect_form(name: str, came: Tree, expected: Tree) -> None:
+def _expect_form(name: str, actual: Tree, expected: Tree) -> None:
     """The same structure, shapes and dtypes."""
-    for path, x, y in _pairs(name, came, expected):
+    for path, x, y in _pairs(name, actual, expected):
         if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
             raise AssertionError(f"{path} is {described(x)}, expected {described(y)}")
 
 
-def _expect_same(name: str, came: Tree, expected: Tree) -> None:
+def _expect_same(name: str, actual: Tree, expected: Tree) -> None:
     """The same form, and the same bits."""
-    _expect_form(name, came, expected)
-    for path, x, y in _pairs(name, came, expected):
+    _expect_form(name, actual, expected)
+    for path, x, y in _pairs(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
         if a.tobytes() != b.tobytes():
             differ = np.asarray((a != b) & ~((a != a) & (b != b)))
             raise AssertionError(_difference(path, a, b, differ))
 
 
-def _expect_close(name: str, came: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
+def _expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
     """The same form and, within `rtol` of the largest value of a leaf, the same values."""
-    _expect_form(name, came, expected)
-    for path, x, y in _pairs(name, came, expected):
-        _expect_near(path, x, y, rtol * _size(y))
+    _expect_form(name, actual, expected)
+    for path, x, y in _pairs(name, actual, expected):
+        _expect_near(path, x, y, rtol * _largest(y))
 
 
-def _size(x: Any) -> float:
+def _largest(x: Any) -> float:
     """The largest value of an array."""
     x = _wide(x)
     return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
@@ -339,7 +339,7 @@ def is_pure(trial: Trial) -> None:
         calls.append((trial.grads(t), states[-1], params))
         results.append(_untouched(tx.update, ("grads", "state", "params"), calls[-1]))
         states.append(results[-1][1])
-    # Once more after others, in which something may have been kept.
+    # Repeated after other calls, in case one of them left something in the transform.
     for call, (updates, state) in zip(calls, results, strict=True):
         again, next_state = tx.update(*call)
         _expect_same("updates of the same arguments", again, updates)
@@ -384,9 +384,6 @@ def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
     start = params, state
     end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
     _expect_form("(params, state)", end, start)
-
-
-_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -440,14 +437,14 @@ def one_trace_and_donation(trial: Trial) -> None:
         traces.append(1)
         return trial.step(params, state, grads)[:2]
 
-    donated = jax.jit(step, donate_argnums=(0, 1))
+    donating_step = jax.jit(step, donate_argnums=(0, 1))
     for init in (trial.tx.init, jax.jit(trial.tx.init)):
         params = jax.tree.map(jnp.array, trial.params)
         state = init(params)
         for t in range(2):
-            held = _named_leaves("(params, state)", (params, state))[0]
-            params, state = donated(params, state, trial.grads(t))
-            for path, x in held:
+            donated_leaves = _named_leaves("(params, state)", (params, state))[0]
+            params, state = donating_step(params, state, trial.grads(t))
+            for path, x in donated_leaves:
                 if x is not None and not x.is_deleted():
                     raise AssertionError(f"{path} was donated, and is still there")
         expected, expected_state, *_ = trial.trajectory()[2]
@@ -464,7 +461,7 @@ def float64_is_kept(trial: Trial) -> None:
         params = trial.params_in(jnp.float64)
         state = trial.tx.init(params)
         for t, (*_, updates) in enumerate(expected):
-            # Of the numbers that float32 has, too.
+            # The same numbers, so that only the computation differs.
             grads = _cast(trial.grads(t), jnp.float64)
             before = params, state
             params, state, wide = trial.compiled(params, state, grads)
@@ -477,7 +474,8 @@ def float64_is_kept(trial: Trial) -> None:
 def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> None:
     """In bfloat16 and float16, updates are those of float32, rounded once.
 
-    Step by step, from the same weights: a 1% of half an ulp is left to float32's rounding.
+    Each step starts from the same weights. The tolerance is half an ulp, and 1% of that for the
+    rounding of float32.
     """
     for dtype in (jnp.bfloat16, jnp.float16):
         twin_state = trial.tx.init(_cast(trial.params_in(dtype), jnp.float32))
@@ -524,7 +522,7 @@ def vmap_over_weights_is_a_loop(trial: Trial) -> None:
 # --- hyperparameters ------------------------------------------------------------------------------
 
 
-def varied(tx: Any, factor: float) -> Any:
+def _varied(tx: Any, factor: float) -> Any:
     """The transform with every float hyperparameter multiplied, as arrays."""
 
     def one(x: Any) -> Any:
@@ -536,13 +534,13 @@ def varied(tx: Any, factor: float) -> Any:
 @_law
 def jit_argument(trial: Trial) -> None:
     """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
-    for tx in (trial.tx, varied(trial.tx, 0.9)):
-        found = trial.run_as_argument(tx)
+    for tx in (trial.tx, _varied(trial.tx, 0.9)):
+        actual = trial.run_as_argument(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
         with jax.disable_jit():
             expected = _run(functools.partial(_step, closed_over), closed_over, trial)
         # Where a decay is traced, 1 - b is what float32 makes of it: 1e-5 off for 0.999.
-        _expect_close("(params, updates) of an argument of jit", found, expected, 1e-4)
+        _expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
     traces = trial.argument_step[1]
     if len(traces) != 1:
         raise AssertionError(f"the step was traced {len(traces)} times, expected once")
@@ -561,7 +559,7 @@ def _run(step: Callable[..., Any], tx: Any, trial: Trial) -> tuple[Tree, list[Tr
 @_law
 def vmap_hyperparameters(trial: Trial) -> None:
     """A population: the transform itself is mapped over by `jax.vmap`, and equals a loop."""
-    alone = [varied(trial.tx, factor) for factor in (1.0, 0.9)]
+    alone = [_varied(trial.tx, factor) for factor in (1.0, 0.9)]
     many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
     if not jax.tree.leaves(many):
         return
@@ -624,7 +622,7 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
 
 @_law
 def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
-    """Scalars, empty arrays, and every dtype beside the others."""
+    """Scalars, empty arrays and leaves of every dtype, next to each other, keep their form."""
     for params, state, grads, updates, moved, next_state in trial.mixed_run:
         _expect_form("updates", updates, grads)
         _expect_form("params", moved, params)
@@ -647,7 +645,7 @@ def empty_trees(trial: Trial) -> None:
 
 
 def _wrong_gradients(leaf: Any) -> dict[str, Any]:
-    """What is no gradient of a leaf with axes."""
+    """Values, by their descriptions, that are no gradients of a leaf with axes."""
     ones = jnp.ones(leaf.shape, jnp.float32)
     wrong = {
         "a scalar": jnp.float32(1),
@@ -673,10 +671,15 @@ def refuses_gradients_that_do_not_fit(trial: Trial) -> None:
     for i, (path, g) in enumerate(zip(leaf_paths(grads), leaves, strict=True)):
         if g.ndim == 0 or g.size == 0:
             continue
-        for what, wrong in _wrong_gradients(g).items():
-            given = treedef.unflatten([*leaves[:i], wrong, *leaves[i + 1 :]])
+        for fault, wrong in _wrong_gradients(g).items():
+            wrong_grads = treedef.unflatten([*leaves[:i], wrong, *leaves[i + 1 :]])
             _expect_refusal(
-                f"grads[{path!r}] that is {what}", path, trial.tx.update, given, state, trial.params
+                f"grads[{path!r}] that is {fault}",
+                path,
+                trial.tx.update,
+                wrong_grads,
+                state,
+                trial.params,
             )
 
 
@@ -693,7 +696,7 @@ def _expect_refusal(what: str, words: str, function: Callable[..., Any], *args: 
     raise AssertionError(f"{what} is not refused")
 
 
-# What may have become of an array of a state on its way through a checkpoint.
+# How an array of a state may change on its way through a checkpoint.
 _SPOILT: Mapping[str, Callable[[Any], Any]] = {
     "replicated": lambda x: jnp.stack([x, x]),
     "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
@@ -707,16 +710,16 @@ _SPOILT: Mapping[str, Callable[[Any], Any]] = {
 
 @_law
 def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
-    """Each array of it by itself, and another's state, in the name of who expected another one."""
-    found, treedef = _named_leaves("state", trial.tx.init(trial.params))
-    for i, (path, x) in enumerate(found):
+    """One wrong array is enough, and so is another state; the error names a transform."""
+    named_leaves, treedef = _named_leaves("state", trial.tx.init(trial.params))
+    for i, (path, x) in enumerate(named_leaves):
         if x is None:
             continue
-        for what, spoil in _SPOILT.items():
-            leaves = [x for _, x in found]
+        for damage, spoil in _SPOILT.items():
+            leaves = [x for _, x in named_leaves]
             leaves[i] = spoil(x)
-            _expect_state_refused(trial, f"{path} that is {what}", treedef.unflatten(leaves))
-    if isinstance(trial.tx, Transform) and any(x is not None for _, x in found):
+            _expect_state_refused(trial, f"{path} that is {damage}", treedef.unflatten(leaves))
+    if isinstance(trial.tx, Transform) and any(x is not None for _, x in named_leaves):
         another = jnp.zeros(()), trial.params, trial.params
         _expect_state_refused(trial, "the state () of another transform", ())
         _expect_state_refused(trial, "the state (number, tree, tree) of another transform", another)
@@ -765,8 +768,8 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
     tx = grouped(trial.tx)
     state = tx.init(trial.params)
     for params, _, grads, updates in trial.trajectory()[:3]:
-        group_tables, state = tx.update(grads, state, params)
-        _expect_close("updates of grouped", group_tables, updates, _STEPS_CLOSE)
+        grouped_updates, state = tx.update(grads, state, params)
+        _expect_close("updates of grouped", grouped_updates, updates, _STEPS_CLOSE)
 
 
 @_law
@@ -786,7 +789,7 @@ def _try_rows(trial: Trial) -> None:
         rows = trial.row_grads(t)
         dense = _to_dense(rows)
         try:
-            came, came_state = trial.tx.update(rows, state, params)
+            actual, actual_state = trial.tx.update(rows, state, params)
         except (TypeError, ValueError) as error:
             text = str(error)
             paths = leaf_paths(params)
@@ -794,7 +797,7 @@ def _try_rows(trial: Trial) -> None:
                 return
             raise
         expected, expected_state = trial.tx.update(dense, state, params)
-        _expect_rows(rows, state, came, came_state, expected, expected_state)
+        _expect_rows(rows, state, actual, actual_state, expected, expected_state)
         params, state = apply_updates(params, expected), expected_state
 
 
@@ -807,34 +810,39 @@ def _to_dense(tree: Tree) -> Tree:
 
 
 def _expect_rows(
-    rows: Tree, state: Any, came: Tree, came_state: Any, expected: Tree, expected_state: Any
+    rows: Tree, state: Any, actual: Tree, actual_state: Any, expected: Tree, expected_state: Any
 ) -> None:
-    """The updates and the next state of row gradients, beside those of dense arrays."""
-    own, old = _to_dense(came_state), _to_dense(state)
+    """The updates and the next state that are expected of row gradients.
+
+    Args:
+      expected, expected_state: those of the dense arrays.
+    """
+    own, old = _to_dense(actual_state), _to_dense(state)
     lazy = {}
-    leaves = zip(*(flatten(tree)[0] for tree in (rows, came, expected)), strict=True)
-    for path, (g, u, want) in zip(leaf_paths(rows), leaves, strict=True):
+    leaves = zip(*(flatten(tree)[0] for tree in (rows, actual, expected)), strict=True)
+    for path, (g, u, expected_u) in zip(leaf_paths(rows), leaves, strict=True):
         name = f"updates[{path!r}]"
         if not _is_rows(g):
-            _expect_close(name, u, want)
+            _expect_close(name, u, expected_u)
             continue
-        there = np.zeros(g.num_rows + 1, bool)
-        there[np.asarray(g.indices)] = True
-        lazy[path] = there[:-1] if _is_rows(u) and u.lazy else None
-        _expect_close_rows(name, _to_dense(u), want, jnp.zeros_like(want), lazy[path])
-    found = dict(_named_leaves("", old)[0])
-    for name, x, want in _pairs("", own, _to_dense(expected_state)):
-        here = next((there for path, there in lazy.items() if _belongs(name, path)), None)
-        _expect_close_rows(f"state{name}", x, want, found[name], here)
+        is_read = np.zeros(g.num_rows + 1, bool)
+        is_read[np.asarray(g.indices)] = True
+        lazy[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
+        still = jnp.zeros_like(expected_u)
+        _expect_close_rows(name, _to_dense(u), expected_u, still, lazy[path])
+    before = dict(_named_leaves("", old)[0])
+    for name, x, y in _pairs("", own, _to_dense(expected_state)):
+        read_rows = next((flags for path, flags in lazy.items() if _belongs(name, path)), None)
+        _expect_close_rows(f"state{name}", x, y, before[name], read_rows)
 
 
-def _expect_close_rows(name: str, came: Any, expected: Any, still: Any, there: Any) -> None:
-    """An array near to what is expected; in rows that are not there, as it was."""
-    if there is None or np.shape(came)[:1] != there.shape:
-        _expect_close(name, came, expected)
+def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_read: Any) -> None:
+    """An array near to what is expected, and equal to `still` in rows that were not read."""
+    if is_read is None or np.shape(actual)[:1] != is_read.shape:
+        _expect_close(name, actual, expected)
         return
-    _expect_close(f"{name}, in rows that have a gradient,", came[there], expected[there])
-    _expect_same(f"{name}, in rows that have none,", came[~there], still[~there])
+    _expect_close(f"{name}, in rows that have a gradient,", actual[is_read], expected[is_read])
+    _expect_same(f"{name}, in rows that have none,", actual[~is_read], still[~is_read])
 
 
 @_law
@@ -908,32 +916,32 @@ def is_data(trial: Trial) -> None:
 def pickles(trial: Trial) -> None:
     """A pickled copy and a deep copy are equal, and print and hash alike."""
     tx = trial.tx
-    for made in (pickle.loads(pickle.dumps(tx)), copy.deepcopy(tx)):
-        if made != tx or hash(made) != hash(tx) or repr(made) != repr(tx):
-            raise AssertionError(f"the copy is {made!r}, expected {tx!r}")
-    arrays = varied(tx, 0.9)
+    for other in (pickle.loads(pickle.dumps(tx)), copy.deepcopy(tx)):
+        if other != tx or hash(other) != hash(tx) or repr(other) != repr(tx):
+            raise AssertionError(f"the copy is {other!r}, expected {tx!r}")
+    arrays = _varied(tx, 0.9)
     if pickle.loads(pickle.dumps(arrays)) != arrays:
         raise AssertionError("with arrays as hyperparameters, the copy is not equal")
 
 
 @_law
 def equals(trial: Trial) -> None:
-    """By value, arrays too; with arrays it has no hash, and says so."""
+    """Transforms compare by value, also with arrays in them; then they have no hash, and say so."""
     tx = trial.tx
     again = copy.deepcopy(tx)
     if tx is again or tx != again or hash(tx) != hash(again) or copy.copy(tx) != tx:
         raise AssertionError("it does not equal its copy")
     if tx == "a transform":
         raise AssertionError("it equals a string")
-    arrays = varied(tx, 0.9)
-    if arrays != varied(again, 0.9):
+    arrays = _varied(tx, 0.9)
+    if arrays != _varied(again, 0.9):
         raise AssertionError("with arrays as hyperparameters, it does not equal its copy")
     if not jax.tree.leaves(tx):
         return
     if arrays == tx:
         raise AssertionError("with arrays as hyperparameters, it equals one with other numbers")
     floats = [x for x in jax.tree.leaves(tx) if isinstance(x, float) and x != 0]
-    if floats and arrays == varied(tx, 0.8):
+    if floats and arrays == _varied(tx, 0.8):
         raise AssertionError("it equals one with other arrays as hyperparameters")
     try:
         hash(arrays)
@@ -949,9 +957,9 @@ def prints(trial: Trial) -> None:
     """What it prints, read as Python, makes an equal one."""
     tx = trial.tx
     names = {type(x).__name__: type(x) for x in _objects(tx)}
-    made = eval(repr(tx), {**vars(adamjax), **names})
-    if made != tx:
-        raise AssertionError(f"what it prints makes {made!r}, expected {tx!r}")
+    evaluated = eval(repr(tx), {**vars(adamjax), **names})
+    if evaluated != tx:
+        raise AssertionError(f"what it prints makes {evaluated!r}, expected {tx!r}")
 
 
 def _objects(x: Any) -> Iterator[Any]:
@@ -983,7 +991,7 @@ def follows_the_reference(trial: Trial) -> None:
 def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
     reference = trial.reference
     assert reference is not None
-    reads = "p" in inspect.signature(reference).parameters
+    takes_params = "p" in inspect.signature(reference).parameters
     params = trial.params_in(dtype)
     state = trial.tx.init(params)
     names, slots = _slots(state)
@@ -994,9 +1002,9 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
         before = flatten(params)[0]
         grads = trial.grads(t, dtype)
         params, state, updates = trial.compiled(params, state, grads)
-        came = [*zip(*(flatten(tree)[0] for tree in (updates, *_slots(state)[1])), strict=True)]
+        actual = [*zip(*(flatten(tree)[0] for tree in (updates, *_slots(state)[1])), strict=True)]
         for i, (path, g) in enumerate(zip(paths, flatten(grads)[0], strict=True)):
-            extra = {"p": np.asarray(before[i], np.float64)} if reads else {}
+            extra = {"p": np.asarray(before[i], np.float64)} if takes_params else {}
             results = reference(
                 np.asarray(g, np.float64), *(column[i] for column in expected), step=t + 1, **extra
             )
@@ -1007,11 +1015,11 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
                 )
             for column, x in zip(expected, results[1:], strict=True):
                 column[i] = x
-            for name, x, want in zip(("updates", *names), came[i], results, strict=True):
+            for name, x, y in zip(("updates", *names), actual[i], results, strict=True):
                 where = f"in {jnp.dtype(dtype).name}, at step {t + 1}, {name}[{path!r}]"
                 # A sum may come near to zero, and is not rounded there alone.
-                largest[name, path] = max(largest.get((name, path), 0.0), _size(want))
-                _expect_near(where, x, want, rtol * largest[name, path])
+                largest[name, path] = max(largest.get((name, path), 0.0), _largest(y))
+                _expect_near(where, x, y, rtol * largest[name, path])
 
 
 def _returned(results: Any) -> str:
@@ -1020,8 +1028,8 @@ def _returned(results: Any) -> str:
 
 def _slots(state: Any) -> tuple[list[str], list[Tree]]:
     """The slots of a state, in its order, with their names."""
-    found = [(name, getattr(x, name)) for x in slot_states(state) for name in x.slots]
-    return [name for name, _ in found], [slot for _, slot in found]
+    pairs = [(name, getattr(x, name)) for x in slot_states(state) for name in x.slots]
+    return [name for name, _ in pairs], [slot for _, slot in pairs]
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -1047,12 +1055,12 @@ def try_law(name: str, trial: Trial) -> None:
     try:
         _LAWS[name](trial)
     except Exception as error:
-        what = str(error)
+        text = str(error)
         if type(error) is not AssertionError:
             # The first line; the whole error is the cause of the one that is raised.
-            what = f"{type(error).__name__}: {what.splitlines()[0] if what else ''}"
+            text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
         raise AssertionError(
-            f"{trial.tx!r} breaks the law {name} ({LAWS[name]}): {what}"
+            f"{trial.tx!r} breaks the law {name} ({LAWS[name]}): {text}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Functions that make a train step and an evaluation step of a function and an optimizer."""
+"""Functions that make a train step and an evaluation step from a function and an optimizer."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -138,19 +138,20 @@ def train_step(
     """
     tx = as_transform(tx)
 
-    # jit takes no name twice, and a keyword of the loss may be called params or state.
+    # The underscores keep `params` and `state` free: a loss may take keywords of these names, and
+    # `jit` does not allow a name twice.
     def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         params, state = _params, _state
-        exact, extra = _exact_parts("train_step", tx, state, params), {}
-        if exact:
+        exact_parts, extra = _exact_parts("train_step", tx, state, params), {}
+        if exact_parts:
             if tables is not None:
+                own_tables = [name for part in exact_parts for name in part.tx.tables]
                 raise ValueError(
-                    "train_step: exact_rows has its own tables, "
-                    f"{[name for part in exact for name in part.tx.tables]}; leave out `tables`"
+                    f"train_step: exact_rows has its own tables, {own_tables}; leave out `tables`"
                 )
             gradient = gradient_of(
                 loss_fn,
-                lambda: [part.tx.bind(part.state, part.params) for part in exact],
+                lambda: [part.tx.bind(part.state, part.params) for part in exact_parts],
                 has_aux=has_aux,
                 strict=strict,
             )
@@ -194,9 +195,9 @@ def forward(
         anywhere in adamjax's chains, wrappers, masks or partitions.
       averaged: whether to call `fn` with the average of `weight_ema`. Leaves without an average
         keep their weights, as in `averaged_weights`.
-      strict: whether to raise if `fn` uses a table in another way than to read rows, such as for
-        output weights. Otherwise the whole table is brought up to date for it: right, but it costs
-        as much as the table is large, and memory for another table.
+      strict: whether to raise if `fn` does anything with a table but read rows, such as use it for
+        output weights. Otherwise the whole table is brought up to date: the result is right, but
+        takes time for every row, and memory for another table.
 
     Returns:
       A function `(params, state, /, *args, **kwargs)` that returns what `fn` returns. Call it under
@@ -243,8 +244,8 @@ def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict
             params = treedef.unflatten([x if i in tables else y for i, (x, y) in pairs])
         if not bounds:
             return fn(params, *args, **kwargs)
-        read = results_of(owner, fn, bounds, strict=strict, averaged=averaged)
-        return read(params, *args, **kwargs)
+        up_to_date_fn = results_of(owner, fn, bounds, strict=strict, averaged=averaged)
+        return up_to_date_fn(params, *args, **kwargs)
 
     return function
 

@@ -278,9 +278,9 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         wanted = "int32" if kind is jnp.integer else "float32"
-        came = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
+        actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {came}, expected {wanted}[]: only "
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {wanted}[]: only "
             f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and for a state with "
             "a leading axis use jax.vmap"
         )

@@ -3,14 +3,14 @@
 import importlib
 import sys
 
-# name: what it does. The suite is the function `main(arguments)` of the module of that name.
+# The suites, each with what it does. A suite is `main(arguments)` in the module of its name.
 SUITES = {
     "train": "train a next-word model on real text with the whole chain",
     "all": "dense, rows, compile, memory and models, one after another, and the report",
     "dense": "dense steps against optax, Keras and torch",
     "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
-    "compile": "what a program of 500 leaves costs to trace and to compile, against optax",
+    "compile": "the time to trace and to compile a program of 500 leaves, against optax",
     "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
     "tpu": "what the TPU's compiler says of steps, without a TPU",
     "gpu": "what the GPU's compiler says of steps, without a GPU",
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, SUITES))
         print("usage: python -m benchmarks SUITE [options]; SUITE --help says which\n")
-        print("\n".join(f"  {name:{width}}  {what}" for name, what in SUITES.items()))
+        print("\n".join(f"  {name:{width}}  {description}" for name, description in SUITES.items()))
         return 0
     if argv[0] == "--compare":
         argv = ["report", *argv]
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         return importlib.import_module(f"benchmarks.{name}").main(rest)
-    except KeyboardInterrupt:  # before the suite was there to handle it
+    except KeyboardInterrupt:  # while the suite was being imported
         return 130
 
 

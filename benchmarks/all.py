@@ -1,8 +1,8 @@
-"""Everything, with one command: dense, rows, compile, memory and models, then the report.
+"""Runs the suites dense, rows, compile, memory and models, and writes the report.
 
 Each suite runs in a process of its own, one after another, on what JAX finds: TPU, GPU or CPU.
-Where one fails the others run, and the last line names it. Keep the machine quiet meanwhile; on a
-small one this takes an hour or two.
+If one fails, the others still run, and the last line names it. Run nothing else meanwhile. On a
+small machine this takes an hour or two.
 """
 
 import argparse

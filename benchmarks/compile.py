@@ -1,4 +1,4 @@
-"""What a program costs once: tracing, lowering and compiling a step of 500 leaves, beside optax.
+"""The time to trace, lower and compile a step of 500 leaves, compared with optax.
 
 Contenders take turns in one process, and JAX's caches are cleared before each.
 """
@@ -17,7 +17,7 @@ PARTS = ("trace and lower", "compile")
 
 
 def compile_seconds(jitted: Any, *arguments: Any) -> tuple[dict[str, float], Any]:
-    """Seconds of each part with nothing in JAX's caches, and the lowered program."""
+    """The seconds of each of `PARTS` with nothing in JAX's caches, and the lowered program."""
     jax.clear_caches()
     gc.collect()
     lowered: list[Any] = []

@@ -19,22 +19,27 @@ from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
 from benchmarks.workers import Worker, ask_all, serve
 
-# What some cases are called that belong together, and each of them by its own name.
+# Cases that belong together: the entries that they share in the results, and each case by its name.
 Group = tuple[dict[str, Any], dict[str, Case]]
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler, and what is asked of it.
+    """A compiler, and the figures that its suite reads from it.
 
     Attributes:
+      suite: the name of its suite.
+      about: the text of `--help`.
+      module: the module that the compiler is in.
+      packages: the packages whose versions the results state.
       topology: the devices of a target, as JAX describes them.
-      environment: of a process with the compiler for a target, besides what all have.
+      environment: the variables that a process for a target needs besides the common ones.
       targets: the chips that it compiles for.
-      dense, rows: the figures of a dense step, and of one on tables: see `figures`.
-      renamed: more figures of the latter, by their names in the results.
-      groups: the cases, dense ones and those on tables; given whether the run is a quick one.
-      results: what else the results say.
+      dense, rows: the figures of a dense step, and of a step on tables; see `figures`.
+      renamed: more figures of a step on tables, by their names in the results.
+      groups: returns the dense cases and the cases on tables; its argument says whether the run is
+        a quick one.
+      results: more entries of the results.
     """
 
     suite: str
@@ -51,16 +56,17 @@ class Compiler:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, target: str) -> Worker:
-        """A process with the compiler, in which there is no such device."""
+        """Starts a process with the compiler, but without its device."""
         variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **self.environment(target)}
         return Worker(self.suite, target, **variables)
 
 
 def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[], Any]]:
-    """What can be read of a compiled case, when it is asked for."""
+    """The figures of a compiled case, each as a function that computes it."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     elements = 0 if case[0] == "dense" else case[2] * case[3]
-    # A table that is moved in pieces is moved as well; small ones are as large as all rows.
+    # A copy of a table in pieces counts too. In the other cases the tables are small: the rows of a
+    # step are almost as large as a table, so only half a table or more counts.
     large = elements // (8 if case[0] == "rows" else 2)
 
     def orders() -> list[list[int]]:
@@ -87,20 +93,20 @@ def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[],
 
 
 def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
-    """A compiler's report on a case; bytes of a dense step are those of a parameter."""
+    """A compiler's report on a case; for a dense step, bytes are per parameter."""
     function, arguments = program(case, device)
-    read = figures(case, function.lower(*arguments).compile(), arguments)
+    functions = figures(case, function.lower(*arguments).compile(), arguments)
     if case[0] == "dense":
-        parameters = sum(x.size for x in arguments[0])
-        whole = {name: read[name]() for name in compiler.dense}
-        return {name: x / parameters if "bytes" in name else x for name, x in whole.items()}
+        num_parameters = sum(x.size for x in arguments[0])
+        totals = {name: functions[name]() for name in compiler.dense}
+        return {name: x / num_parameters if "bytes" in name else x for name, x in totals.items()}
     names = {**dict(zip(compiler.rows, compiler.rows, strict=True)), **compiler.renamed}
     if case[0] == "tables":
-        # Where rows of several tables are joined no instruction says how much it takes of each.
+        # An instruction that joins rows of several tables does not say how much it takes from each.
         del names["bytes"]
     if case[1] == "init":
         names["orders"] = "orders"
-    return {name: read[figure]() for name, figure in names.items()}
+    return {name: functions[figure]() for name, figure in names.items()}
 
 
 def reports(
@@ -120,9 +126,9 @@ def main(compiler: Compiler, argv: list[str]) -> int:
     """Runs the suite of a compiler; see `--help`."""
     name = compiler.suite
     suite = Suite(name, compiler.about, compiler.packages, folder=f"{name}-compiler")
-    every = list(compiler.targets)
-    if len(every) > 1:
-        suite.parser.add_argument("--chips", nargs="+", default=every, choices=every)
+    all_targets = list(compiler.targets)
+    if len(all_targets) > 1:
+        suite.parser.add_argument("--chips", nargs="+", default=all_targets, choices=all_targets)
     args = suite.parse(argv)
     if args.worker:
         topology = compiler.topology(args.worker)
@@ -132,11 +138,11 @@ def main(compiler: Compiler, argv: list[str]) -> int:
         suite.parser.error(f"{compiler.module}, the compiler, is not installed: make bench-{name}")
     # Nothing here runs on a device.
     jax.config.update("jax_platforms", "cpu")
-    targets = getattr(args, "chips", every)
-    suite.partial |= targets != every
+    targets = getattr(args, "chips", all_targets)
+    suite.partial |= targets != all_targets
     suite.results |= compiler.results
-    both = dict(zip(("dense", "rows"), compiler.groups(args.quick), strict=True))
-    cases = {str(c): c for groups in both.values() for _, x in groups for c in x.values()}
+    groups_of_part = dict(zip(("dense", "rows"), compiler.groups(args.quick), strict=True))
+    cases = {str(c): c for groups in groups_of_part.values() for _, x in groups for c in x.values()}
     processes = max(1, min(4, os.cpu_count() or 1) // len(targets))
     with ThreadPoolExecutor(len(targets)) as pool:
         answers = pool.map(lambda x: reports(compiler, x, list(cases.values()), processes), targets)
@@ -144,10 +150,10 @@ def main(compiler: Compiler, argv: list[str]) -> int:
             target: dict(zip(cases, answer, strict=True))
             for target, answer in zip(targets, answers, strict=True)
         }
-    for part, groups in both.items():
+    for part, groups in groups_of_part.items():
         suite.results[part] = [
             {
-                **({"chip": target} if len(every) > 1 else {}),
+                **({"chip": target} if len(all_targets) > 1 else {}),
                 **about,
                 "said": {case: reports_by_case[str(x)] for case, x in group.items()},
             }

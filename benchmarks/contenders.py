@@ -11,12 +11,12 @@ import adamjax
 from benchmarks import steps
 from benchmarks.steps import RATE, Runner, Step
 
-# The exponent s of Zipf's law, p(k) ~ k^-s. Of 1M rows, 8,192 indices are of about 1,400 distinct
-# ones, and 1,024 indices of about 290.
+# The exponent s of Zipf's law, p(k) ~ k^-s. In a table of 1M rows, 8,192 indices have about
+# 1,400 distinct rows, and 1,024 indices about 290.
 EXPONENT = 1.28
 
-# Steps repeat this many arrays of indices and this many of values. If the values would take more
-# bytes than this, there are fewer arrays of them, but at least two.
+# Steps repeat this many arrays of indices and of values. There are fewer arrays of values, but at
+# least two, if they would take more than `MOST_BYTES`.
 INDICES, VALUES = 32, 8
 MOST_BYTES = 2**28
 
@@ -24,7 +24,7 @@ MOST_BYTES = 2**28
 # others, until rows lag behind.
 FEW_STEPS, MANY_STEPS = 3, 24
 
-# name: (the package it needs, steps before the timed ones)
+# For each contender: the package that it needs, and the number of steps before the timed ones.
 CONTENDERS: dict[str, tuple[str, int]] = {
     "exact": ("adamjax", MANY_STEPS),
     "lazy": ("adamjax", MANY_STEPS),
@@ -39,7 +39,7 @@ CONTENDERS: dict[str, tuple[str, int]] = {
 WHOLE_STEPS = {"exact step": ("adamjax", MANY_STEPS), "lazy step": ("adamjax", MANY_STEPS)}
 ALL_CONTENDERS = {**CONTENDERS, **WHOLE_STEPS}
 OURS = tuple(name for name, (package, _) in ALL_CONTENDERS.items() if package == "adamjax")
-# Those that work on the rows that were read; the others pass over the whole table.
+# The contenders that work on the rows that were read; the others pass over the whole table.
 BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
 
 
@@ -104,7 +104,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=(INDICES, case.reads))
     else:
-        # A local array, which is freed on return: resident memory counts as that of a step.
+        # Freed on return, because the resident memory is measured as that of a step.
         total = np.cumsum(np.arange(1, case.rows + 1) ** -EXPONENT)
         ranks = np.searchsorted(total, rng.random((INDICES, case.reads)) * total[-1])
         # Frequent rows are not neighbours; the prime makes this a permutation.
@@ -123,7 +123,7 @@ def start_rows(width: int) -> np.ndarray:
 
 
 def optimizer(name: str) -> Any:
-    """The optimizer of one of our contenders."""
+    """The optimizer of a contender of adamjax."""
     return steps.table_mode(name.removesuffix(" step"))[0]
 
 

@@ -24,8 +24,8 @@ def results(suite: str) -> Results:
 def span(numbers: Iterable[float], digits: int | None = None) -> str:
     """The smallest and the largest number, with this many decimals or as `two_figures`."""
     ends = sorted(numbers)
-    written = [two_figures(x) if digits is None else f"{x:.{digits}f}" for x in ends]
-    return " to ".join(dict.fromkeys((written[0], written[-1])))
+    texts = [two_figures(x) if digits is None else f"{x:.{digits}f}" for x in ends]
+    return " to ".join(dict.fromkeys((texts[0], texts[-1])))
 
 
 def two_figures(number: float) -> str:
@@ -70,7 +70,7 @@ def temporaries(mode: str) -> str:
 
 
 def training_figure(mode: str, name: str) -> float:
-    """A figure of the training job with `--rows mode`; the median, if it was measured often."""
+    """A figure of the training job with `--rows mode`; the median of several, if there are some."""
     figure = results("train")["rows"][mode][name]
     return float(figure["median"] if isinstance(figure, dict) else figure)
 

@@ -1,10 +1,11 @@
 """What the GPU's compiler reports for steps, without a GPU: counts and bytes, never times.
 
-Of a compiled step we read the kernels that it launches, each of which costs microseconds, however
+We read from a compiled step the kernels that it launches, each of which costs microseconds, however
 little it does; the round trips, at which the GPU waits until the host has seen a number; the bytes
 between the GPU and its memory; the temporaries; and the instructions that copy an array of a
-table's size. What reads or writes rows of a table counts with these rows alone, and where rows of
-several tables are joined the bytes are not counted, as no instruction says how much it takes.
+table's size. An instruction on rows of a table counts with the bytes of these rows. If it joins
+rows of several tables, its bytes are not counted, because it does not say how much it takes from
+each.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major:
 device_description_str: "{DEVICE}"
 """
 
-# The chains of workloads whose name begins so.
+# The chains for the workloads whose names begin with these words.
 CHAINS = {
     "one leaf": ("adam", "clip + adam", "clip + adamw + average", "adam, bfloat16"),
     "transformer,": ("adam", "clip + adam", "clip + adamw + average"),
@@ -47,9 +48,11 @@ DENSE = ("kernels", "round_trips", "temporary_bytes", "bytes")
 
 def groups(quick: bool) -> tuple[list[Group], list[Group]]:
     """Dense steps of both packages; steps on tables in every mode."""
-    chosen = {name: shapes for name, (shapes, *_) in workloads(large=True).items()}
+    shapes_of = {name: shapes for name, (shapes, *_) in workloads(large=True).items()}
+    if quick:
+        shapes_of = {"one leaf, 65k": [(2**16,)]}
     dense: list[Group] = []
-    for workload, shapes in ({"one leaf, 65k": [(2**16,)]} if quick else chosen).items():
+    for workload, shapes in shapes_of.items():
         chains = [x for start, x in CHAINS.items() if workload.startswith(start)]
         for chain in chains[0] if chains and "bfloat16" not in workload else ():
             # optax has nothing that joins leaves.
@@ -66,7 +69,7 @@ def groups(quick: bool) -> tuple[list[Group], list[Group]]:
 
 
 def topology(chip: str) -> Any:
-    """A GPU that is not there."""
+    """The description of a GPU; the GPU itself is not needed."""
     return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
 
 

@@ -1,8 +1,8 @@
-"""What a step needs besides parameters and gradients: the state's bytes, and temporaries.
+"""The memory of a step besides parameters and gradients: the state's bytes, and temporaries.
 
-As the compiler reports them for a donated step; nothing is allocated and nothing runs. The dense
-chains on the dense suite's workloads, and whole train steps on a table in every mode: a loss reads
-some rows, is differentiated, and the optimizer takes its step.
+The compiler reports them for a donated step; nothing is allocated and nothing runs. The steps are
+the dense chains on the dense suite's workloads, and train steps on a table in every mode: a loss
+reads some rows, is differentiated, and the optimizer takes its step.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from benchmarks.dense import QUICK, chains, workloads
 from benchmarks.steps import abstract_state, chain_step, count_bytes, table_mode
 from benchmarks.suite import Suite
 
-# What adamjax does with a table's rows, as docs/tables.md calls it and as `table_mode` does.
+# The modes of a table: their names in docs/tables.md, and their names in `table_mode`.
 MODES = {
     "dense gradient": "dense gradient",
     'rows="dense"': "dense",
@@ -59,21 +59,21 @@ def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
     params = {"table": shape((rows, width), jnp.float32), "head": shape((width,), jnp.float32)}
     if mode != "dense gradient":
         params["table"] = adamjax.layout.row_major(params["table"])
-    lies = (*adamjax.layout.formats(tx, params), None)
-    step = adamjax.train_step(loss, tx, tables=tables, strict=True, out_shardings=lies)
+    formats = (*adamjax.layout.formats(tx, params), None)
+    step = adamjax.train_step(loss, tx, tables=tables, strict=True, out_shardings=formats)
     batch = (shape((reads,), jnp.int32), shape((reads,), jnp.float32))
-    about = {"mode": mode, "rows": rows, "width": width, "reads": reads}
-    return about | compiled_bytes(step, params, abstract_state(tx, params), *batch)
+    labels = {"mode": mode, "rows": rows, "width": width, "reads": reads}
+    return labels | compiled_bytes(step, params, abstract_state(tx, params), *batch)
 
 
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
     suite = Suite("memory", __doc__, ("adamjax", "jax", "jaxlib"))
     args = suite.parse(argv)
-    chosen = QUICK if args.quick else workloads(large=jax.default_backend() != "cpu")
+    cases = QUICK if args.quick else workloads(large=jax.default_backend() != "cpu")
     suite.results["dense"] = [
         dense_bytes(workload, chain, shapes, dtype)
-        for workload, (shapes, dtype, _) in chosen.items()
+        for workload, (shapes, dtype, _) in cases.items()
         for chain in chains(workload)
     ]
     table = QUICK_TABLE if args.quick else TABLE

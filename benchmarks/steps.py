@@ -61,7 +61,7 @@ def chain_step(package: str, chain: str) -> Step:
 
     "adam, grouped" joins small leaves in adamjax, and "adam, moments in bfloat16" (or scaled8)
     sets the format of the moments; the others cannot. optax has no average of the
-    weights in a chain: it is taken behind `apply_updates`, as its documents do.
+    weights in a chain: it is taken after `apply_updates`, as its documents do.
     """
     chain, _, option = chain.partition(", ")
     rule = chain.removeprefix("clip + ").removesuffix(" + average")

@@ -1,11 +1,12 @@
 """What the TPU's compiler reports for steps, without a TPU: estimates, never times.
 
-Of a compiled step we read the bytes between the chip and its large memory, padded as arrays are
+We read from a compiled step the bytes between the chip and its large memory, padded as arrays are
 there; the temporaries in either memory; the instructions that copy an array of a table's size; and
 the cycles that the compiler estimates, which are those of arithmetic and copies alone. XLA's own
 "bytes accessed" are in the results as well: it counts arrays twice that are moved to the fast
-memory first. What reads or writes rows of a table counts with these rows alone, and where rows of
-several tables are joined the bytes are not counted, as no instruction says how much it takes.
+memory first. An instruction on rows of a table counts with the bytes of these rows. If it joins
+rows of several tables, its bytes are not counted, because it does not say how much it takes from
+each.
 """
 
 from typing import Any

@@ -120,7 +120,7 @@ def test_a_process_of_its_own_describes_the_device(monkeypatch):
 
 @pytest.mark.parametrize("package", ["adamjax", "optax", "keras"])
 def test_a_chain_clips_in_every_package_whether_leaves_are_joined_or_not(package, monkeypatch):
-    """Behind a clip, gradients far above the norm make the same step whatever their size."""
+    """After a clip, gradients far above the norm make the same step whatever their size."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     pytest.importorskip(package)
 

@@ -226,7 +226,7 @@ rates = (
 
 
 def in_order(parts):
-    """A chain whose learning rates are behind its weight decay, as it demands."""
+    """A chain whose learning rates are after its weight decay, as it demands."""
     return chain(*sorted(parts, key=lambda tx: tx.descends))
 
 
@@ -416,7 +416,11 @@ def test_names_must_differ():
             ValueError,
             "class 'Transform', which adamjax does not have",
         ),
-        ({"class": "wrapped", "function": "f"}, ValueError, "is of class 'wrapped'"),
+        (
+            {"class": "function_schedule", "function": "f"},
+            ValueError,
+            "is of class 'function_schedule'",
+        ),
         ({"class": "foreign"}, ValueError, "is of class 'foreign'"),
         ({"class": "odd"}, ValueError, "from_config(config, custom=[odd])"),
         ({"class": "scale"}, ValueError, "of class scale lacks 'factor'"),
@@ -1326,7 +1330,7 @@ def test_line_gradient_transformers():
     tx = chain(clip_by_value(1.0), halve(), adam(0.1))
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     np.testing.assert_allclose(get_slot(state, "m")["w"], [0.05, -0.05], rtol=1e-6)
-    with pytest.raises(ValueError, match="put transforms in front of the rule in a chain"):
+    with pytest.raises(ValueError, match="put transforms before the rule in a chain"):
         of("Adam", decay=0.0, gradient_transformers=[lambda pairs: pairs])
 
 

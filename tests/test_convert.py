@@ -165,7 +165,7 @@ OPTAX = {
         lambda: micro_batches(optax.adam(falling)),
         lambda: adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
     ),
-    "a schedule of calls behind MultiSteps": (
+    "a schedule of calls after MultiSteps": (
         lambda: optax.chain(
             micro_batches(optax.scale_by_adam()), optax.scale_by_learning_rate(falling)
         ),
@@ -276,10 +276,10 @@ def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
     expected, _ = ours_taken(ours, actual[-1], after, noises[:AFTER])
     actual, _ = taken(theirs, actual[-1], back, noises[:AFTER])
     assert_close(actual, expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"is not the one here.*'embed/table', after 10 steps"):
+    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 10 steps"):
         convert.from_optax(young, ours, middle)
     _, young = ours_taken(ours, params, ours.init(params), noises[:2])
-    with pytest.raises(ValueError, match=r"is not the one here.*'embed/table', after 2 steps"):
+    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 2 steps"):
         convert.to_optax(young, ours, middle, theirs.init(params))
 
 
@@ -314,7 +314,7 @@ def test_adamax_with_epsilon_inside_the_maximum():
         name: jax.tree.map(lambda x: x * 1e-5, getattr(state[0], name)) for name in ("mu", "nu")
     }
     small = (state[0]._replace(**tiny), *state[1:])
-    with pytest.raises(ValueError, match=r"adamax is not the one here: it has epsilon inside"):
+    with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it has epsilon inside"):
         convert.from_optax(small, ours, middle)
 
 
@@ -1138,12 +1138,12 @@ TORCH_REFUSED = {
     "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
     "decay": (
         {"weight_decay": 0.5},
-        r"a weight decay of 0.5, tx has 0 in front of its rule and 0 behind it: put "
-        r"add_decayed_weights\(0.5\) in front of the rule",
+        r"a weight decay of 0.5, tx has 0 before its rule and 0 after it: put "
+        r"add_decayed_weights\(0.5\) before the rule",
     ),
     "decoupled decay": (
         {"weight_decay": 0.5, "decoupled_weight_decay": True},
-        r"put add_decayed_weights\(0.5\) behind the rule",
+        r"put add_decayed_weights\(0.5\) after the rule",
     ),
     "amsgrad": ({"amsgrad": True}, r"those of amsgrad, but for adam expected"),
     "momentum_decay": ({"momentum_decay": 0.004}, r"NAdam has momentum_decay=0.004"),
@@ -1214,7 +1214,7 @@ def test_what_keras_keeps_is_compared():
         (
             keras_pairs(),
             adamjax.accumulate_gradients(adamjax.chain(adam, adamjax.weight_ema(0.9)), 2),
-            r"put weight_ema behind accumulate_gradients",
+            r"put weight_ema after accumulate_gradients",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -1352,7 +1352,7 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
     for options, tx, problem in [
         ({"beta_1": 0.8}, adamjax.adam(0.1), r"b1=0.8, tx has b1=0.9"),
         ({"epsilon": 1e-5}, adamjax.adam(0.1), r"eps_hat=1e-05, tx has eps_hat=1e-07"),
-        ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 in"),
+        ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 before"),
         ({"gradient_accumulation_steps": 4}, None, r"does not fit accumulate_gradients of 2"),
         ({"clipnorm": 0.5}, adamjax.adam(0.1), r"max_norm=0.5, tx has no such max_norm"),
         ({"clipvalue": 0.5}, adamjax.adam(0.1), r"limit=0.5, tx has no such limit"),
@@ -1455,7 +1455,7 @@ def layered(names):
 
 
 def test_variables_of_keras_are_taken_by_their_names():
-    """A dictionary has dense_10 in front of dense_2."""
+    """A dictionary has dense_10 before dense_2."""
     params, tx = layered(LAYERS), adamjax.adam(RATE)
     pairs = keras_layers([f"sequential_{name}_kernel" for name in LAYERS])
     expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
@@ -1804,7 +1804,7 @@ def test_tensors_that_are_not_plain_are_refused():
 
 
 def test_names_of_torch_modules_are_those_of_flax(torch):
-    """`weight` is `kernel`; names in front of all, as of a wrapper, do not matter."""
+    """`weight` is `kernel`; names before all others, as of a wrapper, do not matter."""
     layers = [torch.nn.Linear(2, 2, bias=False) for _ in range(12)]
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
     optimizer = torch.optim.Adam(model.named_parameters(prefix="module"), lr=0.1)
@@ -1849,7 +1849,7 @@ def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
     parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
     adam = adamjax.adam(RATE, eps=1e-8)
     convert.from_torch(kept, adamjax.chain(*parts, adam), params)
-    with pytest.raises(ValueError, match=r"negated behind their weight decay: begin tx with"):
+    with pytest.raises(ValueError, match=r"negated after their weight decay: begin tx with"):
         convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
 
 
@@ -1879,28 +1879,28 @@ def test_rates_that_float32_does_not_have_are_the_same(rate, schedule):
 
 
 DECAYED = {
-    "behind the rule": (True, lambda rule, decay: [rule, decay], None),
+    "after the rule": (True, lambda rule, decay: [rule, decay], None),
     "and before a scale": (True, lambda rule, decay: [rule, decay, adamjax.scale(1.0)], None),
-    "behind the rate": (
+    "after the rate": (
         True,
         lambda rule, decay: [rule, adamjax.scale_by_learning_rate(1.0), decay, adamjax.scale(-1.0)],
-        "0 in front of its rule and -0.5 behind it",
+        "0 before its rule and -0.5 after it",
     ),
-    "behind a scale": (
+    "after a scale": (
         True,
         lambda rule, decay: [rule, adamjax.scale(2.0), decay, adamjax.scale(0.5)],
-        "0 in front of its rule and 0.25 behind it",
+        "0 before its rule and 0.25 after it",
     ),
-    "in front of the rule": (False, lambda rule, decay: [decay, rule], None),
-    "behind a scale in front": (
+    "before the rule": (False, lambda rule, decay: [decay, rule], None),
+    "after a scale before the rule": (
         False,
         lambda rule, decay: [adamjax.scale(2.0), decay, rule],
         None,
     ),
-    "in front of a scale": (
+    "before a scale": (
         False,
         lambda rule, decay: [decay, adamjax.scale(2.0), rule],
-        "1 in front of its rule and 0 behind it",
+        "1 before its rule and 0 after it",
     ),
 }
 
@@ -2052,7 +2052,7 @@ OPTAX_STRANGE = {
     ),
     "another weight decay": (
         lambda: old_state(tx=injected(weight_decay=0.5)),
-        r"a weight decay of 0.5, tx has 0 in front",
+        r"a weight decay of 0.5, tx has 0 before",
     ),
     "a hyperparameter of something else": (
         lambda: old_state(tx=optax.inject_hyperparams(clipped)(2.0, RATE)),

@@ -991,29 +991,29 @@ class to_the_sign(adamjax.Transform):
 
 
 REFUSED = {
-    "a clip behind the rule": (
+    "a clip after the rule": (
         chain(scale_by_adam(), clip_by_value(1.0), scale_by_learning_rate(0.1)),
         r"clip_by_value\(limit=1.0\).*not affine",
     ),
-    "a norm behind the rule": (
+    "a norm after the rule": (
         chain(scale_by_adam(), clip_by_global_norm(1.0), scale_by_learning_rate(0.1)),
         r"clip_by_global_norm\(max_norm=1.0\).*not affine",
     ),
-    "something unknown behind the rule": (
+    "something unknown after the rule": (
         chain(scale_by_adam(), to_the_sign()),
         r"to_the_sign\(\).*not affine",
     ),
-    "something unknown in front of it": (
+    "something unknown before it": (
         chain(to_the_sign(), scale_by_adam()),
         r"to_the_sign\(\).*rows without",
     ),
-    "decay in front of the rule": (
+    "decay before the rule": (
         chain(add_decayed_weights(0.1), scale_by_adam()),
         r"add_decayed_weights\(weight_decay=0.1\).*rows without",
     ),
     "a sum over replicas": (
         chain(adamjax.sum_over("x"), adamjax.adamw()),
-        r"sum_over\(axis_name='x'\).*in front of the whole: chain\(sum_over",
+        r"sum_over\(axis_name='x'\).*before the whole: chain\(sum_over",
     ),
     "two rules": (
         chain(scale_by_adam(), scale_by_adamax()),

@@ -484,7 +484,7 @@ OPTIMIZERS = {
     ),
     "by_path": lambda rows: adamjax.adam(adamjax.by_path([("t", 0.1)], default=0.2), rows=rows),
     "skip_not_finite": lambda rows: adamjax.skip_not_finite(adamjax.adam(0.1, rows=rows)),
-    "decay in front": lambda rows: adamjax.chain(
+    "decay before": lambda rows: adamjax.chain(
         adamjax.add_decayed_weights(0.1), adamjax.adam(0.1, rows=rows)
     ),
     "no rule": lambda rows: adamjax.chain(
@@ -519,7 +519,7 @@ def test_densely_rows_are_the_dense_gradient(name):
     assert_close(rows, run(tx, 8, as_rows=False), 2e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("decay in front", "no rule")])
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("decay before", "no rule")])
 def test_lazily_other_rows_stand_still(name):
     """In weights, moments, decay and average; the touched ones go as in a table of their own."""
     tx = OPTIMIZERS[name]("lazy")

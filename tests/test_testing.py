@@ -346,7 +346,7 @@ def test_a_count_of_calls_is_no_pure_function():
 
 
 def test_what_a_transform_says_of_itself_is_tried_in_exact_rows():
-    """Behind a rule, where it is said to be affine; in front, that it keeps zeros."""
+    """After a rule it says that it is affine; before a rule, that it keeps zeros."""
     law = "exact_rows_is_dense_or_refuses"
     for tx in (not_affine(), adding_to_rows()):
         assert "after 6 steps" in broken_laws(tx, laws=[law])[law]

@@ -277,7 +277,7 @@ def test_functions_of_any_kind_make_a_transform():
     assert chain(tuple(OURS)).update(GRADS, (OURS.init(PARAMS),))[0].keys() == GRADS.keys()
 
 
-def test_weight_decay_behind_the_rate_is_refused():
+def test_weight_decay_after_the_rate_is_refused():
     """Weights would grow: `p + (-rate * u + decay * p)`."""
     decay, average = adamjax.add_decayed_weights(0.1), weight_ema(0.9)
     bias_free = adamjax.add_decayed_weights(0.1, mask="w")
@@ -288,9 +288,9 @@ def test_weight_decay_behind_the_rate_is_refused():
         [masked(adam(0.1), "w"), decay],
         [adam(0.1), decay, average],
     ):
-        with pytest.raises(ValueError, match=r"chain: .*add_decayed_weights.* is behind .* grow"):
+        with pytest.raises(ValueError, match=r"chain: .*add_decayed_weights.* is after .* grow"):
             chain(*parts)
-    # What is behind, here or in another library's chain, may turn it downhill.
+    # A later part, here or in another library's chain, may turn it downhill.
     chain(scale_by_adam(), decay)
     chain(decay, adam(0.1), average)
     tx = chain(scale_by_adam(), scale_by_learning_rate(0.5), scale(-1.0), decay, scale(-0.5))

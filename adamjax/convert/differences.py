@@ -21,10 +21,10 @@ def expect_slots(owner: str, system: System, kind: str, path: str, moments: Leaf
     wanted = set(system.slot_names[kind].values())
     slots, kinds = moments.slots, moments.kinds
     if kind not in kinds or (slots is not None and set(slots) != wanted):
-        keeps = "nothing so far" if slots is None else sorted(slots)
-        of = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
+        stored = "nothing so far" if slots is None else sorted(slots)
+        rules = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
         raise ValueError(
-            f"{owner}: {system.name} keeps {keeps} of {path!r}{of}, but for {kind} "
+            f"{owner}: {system.name} keeps {stored} of {path!r}{rules}, but for {kind} "
             f"expected {sorted(wanted)}: build both with the same rule"
         )
 
@@ -32,17 +32,19 @@ def expect_slots(owner: str, system: System, kind: str, path: str, moments: Leaf
 def _largest_ratio(kind: str, rule: Any) -> float:
     """The largest m / sqrt(v), or m / u of Adamax, that any gradients can lead to.
 
-    By Cauchy and Schwarz, m**2 <= c * v, where c is the sum over k of
+    By the inequality of Cauchy and Schwarz, m**2 <= c * v, where c is the sum over k of
     `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`. And m <= c * u, where c is the sum of
-    `(1 - b1) * b1**k / b2**k`.
+    `(1 - b1) * b1**k / b2**k`. Both are geometric series.
     """
     b1, b2 = float(rule.b1), float(rule.b2)
-    falls = math.inf if b2 == 0 else b1 / b2 if kind == "adamax" else b1 * b1 / b2
-    if falls >= 1 or b2 >= 1:
+    if b2 == 0 or b2 >= 1:
+        return math.inf
+    term_ratio = (b1 if kind == "adamax" else b1 * b1) / b2
+    if term_ratio >= 1:
         return math.inf
     if kind == "adamax":
-        return (1 - b1) / (1 - falls)
-    return (1 - b1) / math.sqrt((1 - b2) * (1 - falls))
+        return (1 - b1) / (1 - term_ratio)
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - term_ratio))
 
 
 def _wide_dtype(x: Any) -> Any:
@@ -99,7 +101,7 @@ class Translation(Filling):
         difference, why = self._difference(rule, kind, count, slots)
         if difference > self.rtol:
             raise ValueError(
-                f"{self.owner}: {self.system.name}'s {kind} is not the one here: {why}. "
+                f"{self.owner}: {self.system.name}'s {kind} is not that of adamjax: {why}. "
                 f"For the leaf {path!r}, after {count} steps, a step may differ by "
                 f"{difference:.1g} of itself. To convert it all the same pass "
                 f"rtol={1.05 * difference:.1e}"
@@ -122,11 +124,13 @@ class Translation(Filling):
                 "its momentum has no schedule; the more steps were taken, the less it matters"
             )
         if kind == "adamax" and self.system.eps_inside:
-            moving = np.asarray(slots["m"]) != 0
-            least = float(np.min(np.asarray(slots["u"], np.float64), where=moving, initial=np.inf))
-            return (math.inf if least == 0 else float(rule.eps) / least), (
-                f"it has epsilon inside the maximum, where it decays; the maximum is {least:.1g} "
-                "at least, and the larger it is, the less it matters"
+            moves = np.asarray(slots["m"]) != 0
+            smallest = float(
+                np.min(np.asarray(slots["u"], np.float64), where=moves, initial=np.inf)
+            )
+            return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
+                f"it has epsilon inside the maximum, where it decays; the maximum is "
+                f"{smallest:.1g} at least, and the larger it is, the less it matters"
             )
         return 0.0, ""
 
@@ -141,11 +145,11 @@ class Translation(Filling):
             return
         names = self.system.slot_names[kind]
 
-        def refuse(what: str) -> None:
+        def refuse(fault: str) -> None:
             raise ValueError(
-                f"{self.owner}: {what} of {path!r}, which {kind} cannot have: is this the state of "
-                f"another optimizer of {self.system.name} or of other betas, or are the leaves in "
-                "another order? check=False takes it"
+                f"{self.owner}: {fault} of {path!r}, which {kind} cannot have: is this the state "
+                f"of another optimizer of {self.system.name} or of other betas, or are the leaves "
+                "in another order? check=False takes it"
             )
 
         # Arrays of JAX stay on their devices, which may be those of other processes.
@@ -159,23 +163,26 @@ class Translation(Filling):
             if count == 0 and bool(xp.any(x != 0)):
                 refuse(f"{names[name]} is not 0 after 0 steps")
         if len({np.shape(x) for x in slots.values()}) > 1:
-            return  # `array` refuses these.
+            return  # `Filling.array` refuses slots of different shapes.
         wide = {name: xp.abs(x).astype(_wide_dtype(xp.real(x))) for name, x in slots.items()}
-        largest = kind == "amsgrad" and not self.system.corrected_maximum
-        if largest and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):
+        has_same_maximum = kind == "amsgrad" and not self.system.corrected_maximum
+        if has_same_maximum and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):
             refuse(f"{names['v_max']} is below {names['v']}")
         if rule is None:
             return
-        second, most = "u" if kind == "adamax" else "v", _largest_ratio(kind, rule)
+        largest_ratio = _largest_ratio(kind, rule)
+        divisor_name = "u" if kind == "adamax" else "v"
         if kind == "adamax":
-            size = wide["u"] + float(rule.eps or 0)
+            divisor = wide["u"] + float(rule.eps or 0)
         else:
             # Squares below the dtype's smallest number are lost.
             smallest = float(jnp.finfo(slots["v"].dtype).smallest_subnormal)
-            size = xp.sqrt(wide["v"] + max(1e-34, smallest / (1 - float(rule.b2))))
+            divisor = xp.sqrt(wide["v"] + max(1e-34, smallest / (1 - float(rule.b2))))
         # Twice the bound, as moments may be rounded to few bits.
-        if math.isfinite(most) and bool(xp.any(wide["m"] > 2 * most * size + 1e-18)):
-            refuse(f"{names['m']} is larger than {names[second]} allows")
+        if math.isfinite(largest_ratio) and bool(
+            xp.any(wide["m"] > 2 * largest_ratio * divisor + 1e-18)
+        ):
+            refuse(f"{names['m']} is larger than {names[divisor_name]} allows")
 
 
 def nadam_product(b1: Any, count: int) -> float:
@@ -185,7 +192,7 @@ def nadam_product(b1: Any, count: int) -> float:
 
 
 def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:
-    """Refuses a product of other momenta than Nadam's, each of which may have been rounded."""
+    """Refuses a product that is not that of Nadam's momenta, up to a rounding in each step."""
     expected = nadam_product(b1, count)
     rounded = count * float(jnp.finfo(np.asarray(product).dtype).eps)
     rtol = max(1e-3, rounded)

@@ -32,10 +32,10 @@ class HyperparameterCheck:
       system's usual one.
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: whether there is a
       schedule, of any kind.
-    - `weight_decay`: a number. `decoupled`: whether it is behind the rule, `None` if that is not
+    - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
-    - `maximize`: whether gradients are negated in front of the rule.
+    - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `more`: hyperparameters that a part on the leaf's route must have under the same name.
     """
@@ -103,18 +103,16 @@ class HyperparameterCheck:
             stated = "rows that stand still without a gradient"
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
-    def _check_direction(self, path: str, front: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares whether gradients are negated in front of the rule: torch's `maximize`."""
+    def _check_direction(self, path: str, before: Sequence[Part], hyperparams: Hyperparams) -> None:
+        """Compares whether gradients are negated before the rule: torch's `maximize`."""
         if "maximize" not in hyperparams:
             return
-        signs = [i for i, p in enumerate(front) if isinstance(p.tx, scale) and p.tx.factor < 0]
+        signs = [i for i, p in enumerate(before) if isinstance(p.tx, scale) and p.tx.factor < 0]
         maximize = bool(hyperparams["maximize"])
-        negated_late = bool(signs) and bool(self._decay_behind(path, front[: signs[-1]]))
+        negated_late = bool(signs) and bool(self._decay_after(path, before[: signs[-1]]))
         if maximize != (len(signs) % 2 == 1) or negated_late:
-            in_tx = "gradients that are negated in front of the rule" if signs else "none"
-            in_tx = (
-                "gradients that are negated behind their weight decay" if negated_late else in_tx
-            )
+            in_tx = "gradients that are negated before the rule" if signs else "none"
+            in_tx = "gradients that are negated after their weight decay" if negated_late else in_tx
             mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
             self._refuse(path, f"maximize={maximize}", in_tx, mend)
 
@@ -129,17 +127,17 @@ class HyperparameterCheck:
 
     # --- the rate ---------------------------------------------------------------------------------
 
-    def _check_rate(self, path: str, behind: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares the rate of the next step; `behind` has the parts from its last rule on."""
+    def _check_rate(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
+        """Compares the rate of the next step; `after` has the parts from the last rule on."""
         stated = hyperparams.get("learning_rate")
         if stated is None:
             return
         if callable(stated):  # A schedule, which is called with the count of tx.
-            rates = [part for part in behind if isinstance(part.tx, scale_by_learning_rate)]
+            rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
             with x64(True):
-                stated = rate_at(stated, (*rates, behind[0])[0].state.count)
-        in_tx = self._rate(path, behind)
-        if in_tx is not None and not self._is_rate(path, behind, stated):
+                stated = rate_at(stated, (*rates, after[0])[0].state.count)
+        in_tx = self._rate(path, after)
+        if in_tx is not None and not self._is_rate(path, after, stated):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
@@ -147,11 +145,11 @@ class HyperparameterCheck:
                 "build tx with that rate (by_path, if leaves have rates of their own)",
             )
 
-    def _check_schedule(self, path: str, behind: Sequence[Part], hyperparams: Hyperparams) -> None:
+    def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Refuses a constant rate for a run with a schedule, unless the user sets the rate."""
         if not hyperparams.get("has_schedule") or self._is_set("learning_rate"):
             return
-        txs = [part.tx for part in behind]
+        txs = [part.tx for part in after]
         if any(tx.has_foreign for tx in txs):
             return
         scales = [tx for tx in txs if isinstance(tx, scale | scale_by_learning_rate)]
@@ -171,24 +169,24 @@ class HyperparameterCheck:
         txs = [part.tx for part in self.all_parts]
         return any(isinstance(tx, with_hyperparams) and name in tx.hyperparams for tx in txs)
 
-    def _is_rate(self, path: str, behind: Sequence[Part], stated: Any) -> bool:
+    def _is_rate(self, path: str, after: Sequence[Part], stated: Any) -> bool:
         """Whether the next step has the stated rate, in float32 or in float64.
 
         The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
         near its end, or a power of many steps.
         """
-        if same_value(stated, self._rate(path, behind)):
+        if same_value(stated, self._rate(path, after)):
             return True
         try:
             with x64(True):
-                return same_value(stated, self._rate(path, behind))
+                return same_value(stated, self._rate(path, after))
         except TypeError:  # A function of another library may work in float32 only.
             return False
 
-    def _rate(self, path: str, behind: Sequence[Part]) -> Any:
+    def _rate(self, path: str, after: Sequence[Part]) -> Any:
         """The factor of the next step, downhill; `None` if nothing scales it."""
-        scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in behind)
-        return -self._factor(path, behind) if scales else None
+        scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in after)
+        return -self._factor(path, after) if scales else None
 
     def _factor(self, path: str, route: Sequence[Part]) -> float:
         """The factor by which these parts multiply the next step."""
@@ -204,9 +202,9 @@ class HyperparameterCheck:
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
-        self, path: str, front: Sequence[Part], behind: Sequence[Part], hyperparams: Hyperparams
+        self, path: str, before: Sequence[Part], after: Sequence[Part], hyperparams: Hyperparams
     ) -> None:
-        """Compares the weight decay, in front of the last rule of a leaf and behind it."""
+        """Compares the weight decay, before the last rule of a leaf and after it."""
         if hyperparams.get("has_decay") and not any(
             isinstance(part.tx, add_decayed_weights) or part.tx.has_foreign
             for part in self.all_parts
@@ -221,8 +219,8 @@ class HyperparameterCheck:
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
-        in_front, behind_rule = self._decay_in_front(path, front), self._decay_behind(path, behind)
-        # Pairs of the decay in front of the rule and the decay behind it.
+        before_rule, after_rule = self._decay_before(path, before), self._decay_after(path, after)
+        # Pairs of the decay before the rule and the decay after it.
         allowed = {
             None: [(0.0, stated), (stated, 0.0)],
             True: [(0.0, stated)],
@@ -233,7 +231,7 @@ class HyperparameterCheck:
             # The system does not state which leaves decay. At least one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
             does_decay = [
-                same_value(self._decay_behind(p, decays), stated) for p in self.position_of_leaf
+                same_value(self._decay_after(p, decays), stated) for p in self.position_of_leaf
             ]
             if any(does_decay):
                 allowed.append((0.0, 0.0))
@@ -244,29 +242,31 @@ class HyperparameterCheck:
                     "a weight decay of all leaves",
                     "pass a mask= of the leaves that decay",
                 )
-        if not any(same_value(in_front, a) and same_value(behind_rule, b) for a, b in allowed):
+        if not any(same_value(before_rule, a) and same_value(after_rule, b) for a, b in allowed):
             where = (
-                "in front of the rule (in its moments)"
+                "before the rule (in its moments)"
                 if decoupled is False
-                else "behind the rule (and in front of all that scales: the rate)"
+                else "after the rule (and before all that scales: the rate)"
             )
             self._refuse(
                 path,
                 f"a weight decay of {stated:g}",
-                f"{in_front:g} in front of its rule and {behind_rule:g} behind it",
+                f"{before_rule:g} before its rule and {after_rule:g} after it",
                 f"put add_decayed_weights({stated:g}) {where}",
             )
 
-    def _decay_behind(self, path: str, behind: Sequence[Part]) -> float:
-        """The weight decay that would have the same effect in front of everything that scales."""
+    def _decay_after(self, path: str, after: Sequence[Part]) -> float:
+        """The weight decay that would have the same effect before everything that scales."""
         return sum(
-            decay / (self._factor(path, behind[:i]) or math.nan)
-            for i, decay in self._decays(path, behind)
+            decay / (self._factor(path, after[:i]) or math.nan)
+            for i, decay in self._decays(path, after)
         )
 
-    def _decay_in_front(self, path: str, front: Sequence[Part]) -> float:
+    def _decay_before(self, path: str, before: Sequence[Part]) -> float:
         """The weight decay as the rule receives it."""
-        return sum(decay * self._factor(path, front[i:]) for i, decay in self._decays(path, front))
+        return sum(
+            decay * self._factor(path, before[i:]) for i, decay in self._decays(path, before)
+        )
 
     def _decays(self, path: str, route: Sequence[Part]) -> list[tuple[int, float]]:
         """The weight decays of a leaf that are not 0, with their positions on its route."""

@@ -32,7 +32,8 @@ from adamjax.structure import walk
 
 __all__ = ["from_keras", "to_keras"]
 
-# Keras' optimizers that can go on here, by their plain names, and the kinds of their rules.
+# Keras' optimizers that can be converted, by their plain names, and the kinds of their rules.
+# `AdamMultilr` is that of capreolus.
 _OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adam": ("adam", "amsgrad"),
     "adamw": ("adam", "amsgrad"),
@@ -51,7 +52,7 @@ _OTHER_OPTIONS = {
 }
 
 
-def _kinds_of(source: Source, layout: Layout, optimizer: Any, product: bool) -> tuple[str, ...]:
+def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool) -> tuple[str, ...]:
     """The kinds of rules that the variables may be of, by the optimizer's class or its name."""
     if optimizer is not None:
         package, _, _ = type(optimizer).__module__.partition(".")
@@ -66,25 +67,25 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, product: bool) -> 
         return KINDS
     if layout.names is None:
         # Keras 3's Nadam keeps its product. That of tf_keras is recognized by its name only.
-        return ("nadam",) if product else ("adam", "amsgrad", "adamax")
+        return ("nadam",) if has_product else ("adam", "amsgrad", "adamax")
     if not layout.doubtful:
         return KINDS
     if plain_name(layout.optimizer) in _OPTIMIZERS:
         return _OPTIMIZERS[plain_name(layout.optimizer)]
-    whose = (
+    fault = (
         f"the variables are those of an optimizer that is named {layout.optimizer!r}"
         if layout.optimizer
         else "the names of the variables do not contain that of their optimizer"
     )
     source.doubts.append(
-        f"{whose}: expected names of Adam, AdamW, Adamax or Nadam, 'adam/dense_kernel_momentum' "
+        f"{fault}: expected names of Adam, AdamW, Adamax or Nadam, 'adam/dense_kernel_momentum' "
         "(other optimizers, such as RMSprop and Lamb, use the same names): pass the optimizer "
         "itself in place of its variables, or pairs (v.path, array)"
     )
     return KINDS
 
 
-def _stated_by(owner: str, optimizer: Any) -> Hyperparams:
+def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
     """The hyperparameters of an optimizer; see `HyperparameterCheck`."""
 
     def option(name: str) -> Any:
@@ -102,7 +103,8 @@ def _stated_by(owner: str, optimizer: Any) -> Hyperparams:
     if factor is not None and factor != 1:
         more["factor"] = 1 / option("loss_scale_factor")
     schedule = _schedule(getattr(optimizer, "_learning_rate", None))
-    hyperparams |= {} if schedule is None else {"learning_rate": schedule}
+    if schedule is not None:
+        hyperparams["learning_rate"] = schedule
     # Keras' `exclude_from_weight_decay` sets one of these.
     excludes = any(
         getattr(optimizer, name, None)
@@ -123,7 +125,7 @@ def _schedule(schedule: Any) -> Any:
         return None
 
 
-def _read(
+def _read_variables(
     owner: str, variables: Any, ours: AdamjaxState, order: Sequence[str | None] | None, check: bool
 ) -> tuple[Source, Layout, list[str | None], list[np.ndarray]]:
     """The state in the common form, the layout, the paths of the parameters, and the values."""
@@ -154,36 +156,23 @@ def _read(
     count, micro = steps_taken(owner, "the optimizer", layout.of("count", values)[0]), 0
     totals = layout.of("gradient_accumulator", values)
     if totals:
-        if not ours.accumulations:
-            raise ValueError(
-                f"{owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
-                "accumulate_gradients of as many steps"
-            )
-        steps, _ = ours.accumulations[0]
-        own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
-        count, micro = divmod(count, steps)
+        any_nonzero = any(map(np.any, totals.values()))
+        count, micro = _steps_and_micro_batches(source, ours, optimizer, any_nonzero, count)
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
         source.accumulates = True
-        some = any(map(np.any, totals.values()))
-        if own_steps != steps or some != bool(micro):
-            source.doubts.append(
-                f"after {count * steps + micro} micro-batches the optimizer has "
-                f"{'accumulated some' if some else 'accumulated no'} gradients, which does not fit "
-                f"accumulate_gradients of {steps} steps in tx: take as many steps as "
-                "gradient_accumulation_steps"
-            )
     rate = layout.of("learning_rate", values).get(0)
     hyperparams: Hyperparams = {}
     if rate is not None:
         hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)
     if optimizer is not None:
-        hyperparams |= _stated_by(owner, optimizer)
+        hyperparams |= _hyperparams_of(owner, optimizer)
     else:
         hyperparams["has_schedule"] = layout.has_schedule
         hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
-    kinds = kinds if product is None else tuple(kind for kind in kinds if kind == "nadam")
+    if product is not None:
+        kinds = tuple(kind for kind in kinds if kind == "nadam")
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
     for path in paths:
@@ -192,13 +181,39 @@ def _read(
             source.add(path, LeafMoments(count, own, kinds, product, hyperparams))
     if layout.of("average", values):
         # Keras 3 starts the average from zero, and copies the weights in the first step.
-        started = count or micro
         average = by_path("average")
-        source.average = average if started else {path: leaves[path] for path in average}
+        has_started = count or micro
+        source.average = average if has_started else {path: leaves[path] for path in average}
     return source, layout, paths, values
 
 
-def _expect_counts(owner: str, ours: AdamjaxState, check: bool) -> None:
+def _steps_and_micro_batches(
+    source: Source, ours: AdamjaxState, optimizer: Any, any_nonzero: bool, calls: int
+) -> tuple[int, int]:
+    """The steps in Keras' count of calls, and the micro-batches of the unfinished step.
+
+    Args:
+      any_nonzero: whether Keras has accumulated gradients that are not zero.
+    """
+    if not ours.accumulations:
+        raise ValueError(
+            f"{source.owner}: the optimizer has gradient_accumulation_steps: wrap tx in "
+            "accumulate_gradients of as many steps"
+        )
+    steps, _ = ours.accumulations[0]
+    own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
+    count, micro = divmod(calls, steps)
+    if own_steps != steps or any_nonzero != bool(micro):
+        source.doubts.append(
+            f"after {calls} micro-batches the optimizer has accumulated "
+            f"{'some' if any_nonzero else 'no'} gradients, which does not fit "
+            f"accumulate_gradients of {steps} steps in tx: take as many steps as "
+            "gradient_accumulation_steps"
+        )
+    return count, micro
+
+
+def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
     """Refuses a `tx` that counts steps where Keras counts micro-batches."""
     if not check or not ours.accumulations:
         return
@@ -209,7 +224,7 @@ def _expect_counts(owner: str, ours: AdamjaxState, check: bool) -> None:
         if isinstance(tx, weight_ema) and (id(tx) in inside or tx.overwrite_frequency is not None):
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras averages the weights after every "
-                "micro-batch: put weight_ema behind accumulate_gradients, without "
+                "micro-batch: put weight_ema after accumulate_gradients, without "
                 "overwrite_frequency, or pass check=False to average steps from here"
             )
         if isinstance(tx, scale_by_learning_rate) and callable(tx.learning_rate):
@@ -284,8 +299,8 @@ def from_keras(
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
     new = initial_state("from_keras", tx, params)
-    _expect_counts("from_keras", new, check)
-    source, *_ = _read("from_keras", variables, new, order, check)
+    _expect_counts_fit("from_keras", new, check)
+    source, *_ = _read_variables("from_keras", variables, new, order, check)
     return into_adamjax(source, KERAS, new, average, check, RTOL)
 
 
@@ -323,9 +338,9 @@ def to_keras(
     """
     owner = "to_keras"
     ours = AdamjaxState(owner, tx, state, params)
-    _expect_counts(owner, ours, check)
-    wanted, layout, paths, values = _read(owner, target, ours, order, check)
-    source = ours.read_for(wanted, check)
+    _expect_counts_fit(owner, ours, check)
+    target_source, layout, paths, values = _read_variables(owner, target, ours, order, check)
+    source = ours.read_for(target_source, check)
     accumulated = source.accumulated_of(None)
     filling = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}
@@ -335,7 +350,7 @@ def to_keras(
         if path is None:
             continue
         kind, moments[path], slots = filling.from_adamjax(path)
-        expect_slots(owner, KERAS, kind, path, wanted.moments[path][0])
+        expect_slots(owner, KERAS, kind, path, target_source.moments[path][0])
         new |= {(role, i): (path, x) for role, x in slots.items()}
         if source.average is not None and path in source.average:
             new["average", i] = path, source.average[path]
@@ -348,7 +363,7 @@ def to_keras(
     calls = count
     if accumulated and ours.accumulations:
         calls = count * ours.accumulations[0][0] + accumulated.micro
-    products = [one.product for one in moments.values() if one.product is not None]
+    products = [x.product for x in moments.values() if x.product is not None]
     scalars = {("count", 0): calls, ("product", 0): products[0] if products else None}
     arrays = []
     for (role, i), value in zip(layout.roles, values, strict=True):
@@ -365,7 +380,7 @@ def to_keras(
         else:
             arrays.append(value)
     if check:
-        HyperparameterCheck(ours, KERAS).check(wanted.moments)
+        HyperparameterCheck(ours, KERAS).check(target_source.moments)
     if not isinstance(target, Mapping):
         return arrays
     return dict(zip(keys_in_order(target), arrays, strict=True))

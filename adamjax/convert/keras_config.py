@@ -60,7 +60,7 @@ _KERAS_2_ALONE = {"jit_compile", "is_legacy_optimizer", "mesh", "adaptive_epsilo
 
 # Other options of Keras' optimizers, and why they cannot be converted.
 _REFUSED = {
-    "gradient_transformers": "they are functions; put transforms in front of the rule in a chain",
+    "gradient_transformers": "they are functions; put transforms before the rule in a chain",
     "gradient_aggregator": "it is a function; put adamjax.sum_over first in a chain",
     "gradients_clip_option": "Keras' DTensor Adam does not read it; put a clip into a chain",
     "ema_option": "Keras' DTensor Adam does not read it; put weight_ema last in a chain",

@@ -132,7 +132,7 @@ def layout_by_place(
 
     Args:
       shapes: the shapes of the parameters, in Keras' order.
-      extra: the roles in front of the slots, which the options of the optimizer add.
+      extra: the roles before the slots, which the options of the optimizer add.
       slots: the roles of the rule's slots.
       may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
     """
@@ -280,7 +280,7 @@ def _scalar_role(x: np.ndarray, name: str) -> str | None:
 
 
 def _expect_order(owner: str, roles: Sequence[str]) -> None:
-    """Refuses velocities in front of momenta, which only RMSprop has, whatever its name."""
+    """Refuses velocities before momenta, which only RMSprop has, whatever its name."""
     both = "momentum" in roles and "velocity" in roles
     if both and roles.index("velocity") < roles.index("momentum"):
         raise ValueError(

@@ -26,8 +26,8 @@ from adamjax.rows import RowGradient
 __all__ = ["from_optax", "to_optax"]
 
 
-# By the name of a state's class in optax: its role, and its fields in each version of optax. A
-# class with other fields, or of another package, is unknown.
+# The role of each class of states in optax, by its name, and its fields in each version of optax.
+# A class with other fields, or of another package, is unknown.
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
@@ -66,11 +66,11 @@ def _role(x: Any) -> str | None:
     return role if fields in fields_of_versions else None
 
 
-# The hyperparameters of rules, by optax' names. adamjax has the same names.
-_INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
+# The hyperparameters of rules and rates that optax and adamjax call by the same names.
+_SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
 
-def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
+def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
@@ -81,7 +81,7 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperpara
                     "in each step: convert when the schedule has reached its last value, from a "
                     "state in which it is a constant"
                 )
-        elif name in _INJECTED and np.ndim(value) == 0:
+        elif name in _SHARED_NAMES and np.ndim(value) == 0:
             hyperparams[name] = value
         else:
             hyperparams["more"][name] = value
@@ -89,42 +89,16 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperpara
 
 
 def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
-    role, owner = _role(x), source.owner
+    """Reads a node of an optax state; `hyperparams` are those of `inject_hyperparams` around it."""
+    role = _role(x)
     if role == "rule":
-        trees = {
-            name: leaves_by_path(owner, getattr(x, name)) for name in x._fields if name != "count"
-        }
-        kinds = ("amsgrad",) if "nu_max" in trees else ("adam", "nadam", "adamax")
-        count = steps_taken(owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
-        for path in trees["mu"]:
-            slots = {name: tree[path] for name, tree in trees.items() if path in tree}
-            source.add(path, LeafMoments(count, slots, kinds, hyperparams=hyperparams))
+        _read_rule(x, source, hyperparams)
     elif role == "count":
-        source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
+        source.add_count(steps_taken(source.owner, type(x).__name__, x.count), None)
     elif role == "hyperparams":
-        scheduled = getattr(x, "hyperparams_states", {})
-        hyperparams = _with_hyperparams(hyperparams, _injected(x, source, scheduled))
-        _read(scheduled, source, {})
-        rules = sum(map(len, source.moments.values()))
-        _read(x.inner_state, source, hyperparams)
-        if rules == sum(map(len, source.moments.values())):
-            # There is no rule inside. Behind a rule, the step_size of optax.scale is a rate.
-            if rules and "step_size" in hyperparams["more"]:
-                hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
-            source.unowned_hyperparams.append(hyperparams)
+        _read_hyperparams(x, source, hyperparams)
     elif role == "accumulated":
-        if jax.tree.leaves(getattr(x, "skip_state", ())):
-            source.doubts.append(
-                "MultiSteps skips some micro-batches (should_skip_update_fn), and "
-                "accumulate_gradients does not: leave it out there, or skip whole steps here "
-                "(skip_not_finite)"
-            )
-        micro = steps_taken(owner, "mini_step of MultiSteps", x.mini_step)
-        totals = {path: g * micro for path, g in leaves_by_path(owner, x.acc_grads).items()}
-        source.accumulated.append(Accumulated(micro, totals))
-        outer, source.accumulates = source.accumulates, True
-        _read(x.inner_opt_state, source, hyperparams)
-        source.accumulates = outer
+        _read_accumulated(x, source, hyperparams)
     elif role == "skipped":
         source.skipped = (source.skipped or 0) + int(x.total_notfinite)
         _read(x.inner_state, source, hyperparams)
@@ -135,6 +109,48 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
             _read(item, source, hyperparams)
     elif jax.tree.leaves(x):
         source.other_states.append(x)
+
+
+def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
+    names = [name for name in x._fields if name != "count"]
+    trees = {name: leaves_by_path(source.owner, getattr(x, name)) for name in names}
+    kinds = ("amsgrad",) if "nu_max" in trees else ("adam", "nadam", "adamax")
+    count = steps_taken(source.owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
+    for path in trees["mu"]:
+        slots = {name: tree[path] for name, tree in trees.items() if path in tree}
+        source.add(path, LeafMoments(count, slots, kinds, hyperparams=hyperparams))
+
+
+def _read_hyperparams(x: Any, source: Source, hyperparams: Hyperparams) -> None:
+    """Reads a state of `inject_hyperparams` and the state inside it."""
+    scheduled = getattr(x, "hyperparams_states", {})
+    own_hyperparams = _injected_hyperparams(x, source, scheduled)
+    hyperparams = _with_hyperparams(hyperparams, own_hyperparams)
+    _read(scheduled, source, {})
+    num_rules = sum(map(len, source.moments.values()))
+    _read(x.inner_state, source, hyperparams)
+    has_rule_inside = sum(map(len, source.moments.values())) > num_rules
+    if not has_rule_inside:
+        # After a rule, the step_size of optax.scale is a rate.
+        if num_rules and "step_size" in hyperparams["more"]:
+            hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
+        source.unowned_hyperparams.append(hyperparams)
+
+
+def _read_accumulated(x: Any, source: Source, hyperparams: Hyperparams) -> None:
+    """Reads a state of `MultiSteps` and the state inside it."""
+    if jax.tree.leaves(getattr(x, "skip_state", ())):
+        source.doubts.append(
+            "MultiSteps skips some micro-batches (should_skip_update_fn), and "
+            "accumulate_gradients does not: leave it out there, or skip whole steps here "
+            "(skip_not_finite)"
+        )
+    micro = steps_taken(source.owner, "mini_step of MultiSteps", x.mini_step)
+    totals = {path: g * micro for path, g in leaves_by_path(source.owner, x.acc_grads).items()}
+    source.accumulated.append(Accumulated(micro, totals))
+    outer, source.accumulates = source.accumulates, True
+    _read(x.inner_opt_state, source, hyperparams)
+    source.accumulates = outer
 
 
 def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -170,7 +186,7 @@ def _give_to_last_rules(source: Source) -> None:
 
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
-    """Passes on the hyperparameters of a mask without a rule, which does not show its leaves."""
+    """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
     rates = ("learning_rate", "step_size")
     for hyperparams in inner.unowned_hyperparams:
         if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
@@ -179,8 +195,8 @@ def _pass_to_outer(inner: Source, source: Source) -> None:
                 "state does not say for which leaves: make sure that tx has this rate for them"
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
-        rest = {name: x for name, x in hyperparams.items() if name not in rates}
-        source.unowned_hyperparams.append({**rest, "more": more})
+        others = {name: x for name, x in hyperparams.items() if name not in rates}
+        source.unowned_hyperparams.append({**others, "more": more})
 
 
 def _read_state(owner: str, state: Any) -> Source:
@@ -289,7 +305,8 @@ def from_optax(
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
-      check: whether to refuse a state with which the run would not go on as before; see the module.
+      check: whether to refuse a state with which the run would not go on as before; see
+        `adamjax.convert`.
       rtol: the relative difference that a step may have where optax' rule has another form
         (AMSGrad, Nadam, Adamax). At least 0.
 
@@ -344,10 +361,11 @@ def to_optax(
     >>> new_state[0].mu["w"]
     Array([ 0.1, -0.2], dtype=float32)
     """
-    ours, wanted = AdamjaxState("to_optax", tx, state, params), _read_state("to_optax", target)
-    source = ours.read_for(wanted, check)
+    ours = AdamjaxState("to_optax", tx, state, params)
+    target_source = _read_state("to_optax", target)
+    source = ours.read_for(target_source, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
-    new_state = filling.filled_state(target, wanted.counts)
+    new_state = filling.filled_state(target, target_source.counts)
     if check:
-        HyperparameterCheck(ours, OPTAX).check(wanted.moments)
+        HyperparameterCheck(ours, OPTAX).check(target_source.moments)
     return new_state

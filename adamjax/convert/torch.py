@@ -390,13 +390,13 @@ def to_torch(
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
     owner, adapted = "to_torch", adapt is not None
-    wanted, key_of = _read(owner, target, params, order, None, check, adapted)
+    target_source, key_of = _read(owner, target, params, order, None, check, adapted)
     ours = AdamjaxState(owner, tx, state, params)
-    filling = Translation(ours.read_for(wanted, check), ours, TORCH, check, rtol)
+    filling = Translation(ours.read_for(target_source, check), ours, TORCH, check, rtol)
     states = dict(target["state"])
     for path, key in key_of.items():
         kind, moments, slots = filling.from_adamjax(path)
-        target_moments = wanted.moments[path][0]
+        target_moments = target_source.moments[path][0]
         expect_slots(owner, TORCH, kind, path, target_moments)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
         # torch takes no bfloat16 from NumPy.
@@ -412,5 +412,5 @@ def to_torch(
             states[key]["mu_product"] = np.array(moments.product, np.float32)
     filling.finish()
     if check:
-        HyperparameterCheck(ours, TORCH).check(wanted.moments)
+        HyperparameterCheck(ours, TORCH).check(target_source.moments)
     return {**target, "state": states}

@@ -47,9 +47,9 @@ def map_items(function: Callable[[Any], Any], x: Any) -> Any:
     if field_names(x) is not None:
         return type(x)(*map(function, x))
     if isinstance(x, Mapping):
-        # In JAX' order, whatever the order in which the entries were made.
-        made = {key: function(x[key]) for key in sorted(x, key=str)}
-        return type(x)({key: made[key] for key in x})  # type: ignore[call-arg]
+        # The function is called in the order in which JAX flattens a mapping.
+        results = {key: function(x[key]) for key in sorted(x, key=str)}
+        return type(x)({key: results[key] for key in x})  # type: ignore[call-arg]
     return type(x)(map(function, x))
 
 
@@ -69,6 +69,7 @@ def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
 def _numpy_array(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
+        # torch cannot make NumPy arrays of these dtypes.
         x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
     return np.asarray(x)
 
@@ -103,8 +104,8 @@ def number_of(owner: str, what: str, x: Any) -> float:
 def steps_taken(owner: str, what: str, x: Any) -> int:
     """A count of steps as an int; anything else is refused."""
     value = numbers_of(owner, f"the count of {what}", x)
-    number = value.dtype.kind in "iuf" and value.shape == ()
-    if not (number and np.isfinite(value) and value >= 0 and value == np.floor(value)):
+    is_real_scalar = value.dtype.kind in "iuf" and value.shape == ()
+    if not (is_real_scalar and np.isfinite(value) and value >= 0 and value == np.floor(value)):
         mend = "" if value.shape == () else ": convert the states of several runs one by one"
         raise ValueError(
             f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least "

@@ -61,7 +61,7 @@ class Bound:
         return self.parts[table.leaf][0].state.count
 
     def scalars(self, table: Table) -> tuple[Any, Any]:
-        """The scalars a and b of the next step, `p += a * m / (x + e) + b * p`."""
+        """The scalars a and b of the next step, `p += a * m / (x + e) + b * p` (`coasting.py`)."""
         rule, *later = self.parts[table.leaf]
         assert isinstance(rule.tx, Rule)
         a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
@@ -74,15 +74,8 @@ class Bound:
     def columns(self, table: Table) -> Columns:
         """The table's weights, its slots, and the clock of each row."""
         assert self.state is not None
-        slots: dict[str, Any] = {}
-
-        def collect(name: str, tree: Tree) -> Tree:
-            slot = flatten(tree)[0][table.leaf]
-            slots.update({} if slot is None else {name: slot})
-            return tree
-
-        map_slots(collect, self.inner)
         weights = flatten(self.params)[0][table.leaf]
+        slots = _slots_of_leaf(self.inner, table.leaf)
         return Columns(weights, slots, self.state.tables[table.path].last)
 
     def past(self, family: Family) -> Past:
@@ -119,19 +112,25 @@ class Bound:
         def step(
             g: chex.Array, slots: dict[str, chex.Array], weights: chex.Array
         ) -> tuple[chex.Array, dict[str, chex.Array]]:
-            new: dict[str, chex.Array] = {}
-
-            def collect(name: str, tree: Tree) -> Tree:
-                slot = flatten(tree)[0][table.leaf]
-                new.update({} if slot is None else {name: slot})
-                return tree
-
             states = [map_slots(lambda name, _: as_tree(slots.get(name)), s.state) for s in parts]
             rule, *later = (part.tx for part in parts)
             assert isinstance(rule, Rule)
             tx = chain(rule.with_wide_slots(), *later)
             u, next_states = tx.update(as_tree(g), tuple(states), as_tree(weights), **extra_args)
-            map_slots(collect, next_states)
-            return flatten(u)[0][table.leaf], new
+            return flatten(u)[0][table.leaf], _slots_of_leaf(next_states, table.leaf)
 
         return step
+
+
+def _slots_of_leaf(state: Any, leaf: int) -> dict[str, Any]:
+    """The slots of one leaf by their names, from all states inside a state."""
+    slots: dict[str, Any] = {}
+
+    def collect(name: str, tree: Tree) -> Tree:
+        slot = flatten(tree)[0][leaf]
+        if slot is not None:
+            slots[name] = slot
+        return tree
+
+    map_slots(collect, state)
+    return slots

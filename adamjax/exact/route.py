@@ -11,7 +11,7 @@ from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
 
-__all__ = ["RoutePart", "check_route", "refused", "routes", "with_stops"]
+__all__ = ["RoutePart", "check_route", "refusal", "routes", "with_stops"]
 
 
 class RoutePart(NamedTuple):
@@ -50,47 +50,48 @@ def routes(tx: Transform, state: Any, params: Tree) -> list[list[RoutePart]]:
     return leaf_routes
 
 
-def refused(tx: Transform, why: str) -> ValueError:
+def refusal(tx: Transform, why: str) -> ValueError:
+    """The error for a transform that cannot be in the chain of a table."""
     return ValueError(f"exact_rows: {tx!r} cannot be in the chain of a table: {why}")
 
 
 def check_route(route: list[Transform]) -> None:
-    """Refuses a route on which rows cannot be exact: the transforms of a table's gradient."""
+    """Refuses the transforms of a table's gradient if its rows could not be exact."""
     rule: Transform | None = None
     average: Transform | None = None
     for tx in route:
         if tx.goes_around_exact_rows:
             name = type(tx).__name__
-            raise refused(tx, f"put it around the whole: {name}(exact_rows(...))")
+            raise refusal(tx, f"put it around the whole: {name}(exact_rows(...))")
         if isinstance(tx, sum_over):
-            raise refused(
+            raise refusal(
                 tx,
-                "each replica would add it to rows of its own; put it in front of the whole: "
+                "each replica would add it to rows of its own; put it before the whole: "
                 f"chain({tx!r}, exact_rows(...))",
             )
         if isinstance(tx, grouped):
-            raise refused(tx, "separate the tables from the grouped leaves by partition")
+            raise refusal(tx, "separate the tables from the grouped leaves by partition")
         if average is not None:
-            raise refused(average, "it must be last")
+            raise refusal(average, "it must be last")
         if isinstance(tx, weight_ema):
             average = tx
             if tx.overwrite_frequency is not None:
-                raise refused(tx, "overwriting would move every row; call flush and set them")
+                raise refusal(tx, "overwriting would move every row; call flush and set them")
         elif isinstance(tx, Rule):
             if rule is not None:
-                raise refused(tx, f"it is a second rule, behind {rule!r}")
+                raise refusal(tx, f"it is a second rule, after {rule!r}")
             if tx.coast() is None:
-                raise refused(
+                raise refusal(
                     tx,
                     "it does not say how a row without a gradient moves (Rule.coast), so rows "
                     "could not catch up. Use row gradients without exact_rows",
                 )
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
-            raise refused(tx, "in front of the rule, it may give a gradient to rows without one")
+            raise refusal(tx, "before the rule, it may give a gradient to rows without one")
         elif rule is not None and tx.affine(None, None, 0, None) is None:
-            raise refused(tx, "behind the rule, its result is not affine in update and weights")
-    if rule is None or (average is not None and route[-1] is not average):
+            raise refusal(tx, "after the rule, its result is not affine in update and weights")
+    if rule is None:
         raise ValueError(
             f"exact_rows: expected one rule such as scale_by_adam in a table's chain, got {route!r}"
         )

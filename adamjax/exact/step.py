@@ -38,7 +38,7 @@ def take_step(
     state, params, tables = bound.state, bound.params, bound.tables
     assert state is not None
     treedef = flatten(params)[1]
-    # For tables, the transforms in front of the rules; for other leaves, the whole step.
+    # For tables, the transforms before the rules; for other leaves, the whole step.
     updates, inner = with_stops(bound.tx, tuple(t.leaf for t in tables)).update(
         treedef.unflatten(grads), bound.inner, params, **extra_args
     )

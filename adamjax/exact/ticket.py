@@ -12,7 +12,7 @@ from jax import export
 
 from adamjax.data import Data, static
 from adamjax.exact.state import Ready, named
-from adamjax.rows import RowGradient, summed
+from adamjax.rows import RowGradient, sum_rows
 
 __all__ = ["Ticket"]
 
@@ -75,7 +75,7 @@ class Ticket(Data):
                 f"{np.shape(values)}, expected that of the rows, {(*shape, '...')}"
             )
         values = jnp.asarray(values).reshape(position.size, *np.shape(values)[len(shape) :])
-        return summed(distinct, position, values, num_rows)
+        return sum_rows(distinct, position, values, num_rows)
 
     def with_rows_of(self, other: "Ticket") -> "Ticket":
         """A ticket with the rows of both."""

@@ -26,7 +26,7 @@ from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
 from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
-from adamjax.exact.route import RoutePart, check_route, refused, routes
+from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
 from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.step import read_rows, take_step
@@ -54,7 +54,7 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, check_sound, checked_ids, expect_int32, sealed
+from adamjax.rows import RowGradient, check_sound, checked_ids, expect_int32, with_seal
 from adamjax.structure import find, map_slots, replace_parts
 from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
@@ -75,7 +75,7 @@ class exact_rows(Transform):
     `params` and the state as they are.
 
     A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
-    `None` is refused for a table: pass a row gradient without rows. If a norm in front of the rule
+    `None` is refused for a table: pass a row gradient without rows. If a norm before the rule
     is not finite, the rows in the gradient become NaN, and no others.
 
     A state fits only the tables, the history and the rule that it was made for. With other betas,
@@ -137,7 +137,7 @@ class exact_rows(Transform):
             fields = {name: value for name, value in vars(part).items() if value is not None}
             for name, value in fields.items():
                 if is_array(value):
-                    raise refused(part, f"{name} must be a Python float here, got {value!r}")
+                    raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
         if not find(partition, tx):
@@ -465,7 +465,7 @@ class exact_rows(Transform):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
             updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
-            return treedef.unflatten(map(sealed, flatten(updates)[0])), state
+            return treedef.unflatten(map(with_seal, flatten(updates)[0])), state
         return take_step(bound, leaves, ticket, extra_args)
 
     def flush(
@@ -540,7 +540,7 @@ def _expect_gradient(table: Table, g: Any) -> None:
     if isinstance(g, RowGradient) and g.rest is not None:
         raise ValueError(
             f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): a transform "
-            "in front gives gradients to rows without one; put it into the chain or leave it out"
+            "before it gives gradients to rows without one; put it into the chain or leave it out"
         )
 
 
