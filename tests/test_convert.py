@@ -1414,6 +1414,40 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
             convert.to_keras(constant.init(params), constant, params, variables)
 
 
+OF_RATES = {
+    "adam": optax.adam,
+    "injected": lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate),
+    "injected behind": lambda rate: optax.chain(
+        optax.scale_by_adam(),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate),
+    ),
+    "masked": lambda rate: optax.masked(optax.adam(rate), {"w": True}),
+    "MultiSteps": lambda rate: optax.MultiSteps(optax.adam(rate), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_RATES)
+def test_a_state_of_optax_says_that_there_is_a_schedule(name):
+    params, falls = {"w": jnp.ones(3)}, optax.linear_schedule(0.1, 0.0, 10)
+    state = OF_RATES[name](falls).init(params)
+    constant = adamjax.adam(0.1, eps=1e-8)
+    for tx in (constant, adamjax.chain(adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-0.1))):
+        with pytest.raises(ValueError, match=r"'w': optax has .*schedule .* tx has a constant one"):
+            convert.from_optax(state, tx, params)
+        with pytest.raises(ValueError, match=r"to_optax: .*follows a schedule"):
+            convert.to_optax(tx.init(params), tx, params, state)
+    for tx in (
+        adamjax.adam(falls, eps=1e-8),
+        adamjax.adam(adamjax.constant(0.1), eps=1e-8),
+        adamjax.with_hyperparams(constant, learning_rate=0.1),
+        adamjax.chain(adamjax.scale_by_adam(eps=1e-8), optax.scale_by_learning_rate(0.1)),
+    ):
+        convert.from_optax(state, tx, params)
+    convert.from_optax(state, constant, params, check=False)
+    # A run with a constant rate may go on with a schedule.
+    convert.from_optax(OF_RATES[name](0.1).init(params), adamjax.adam(falls, eps=1e-8), params)
+
+
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     optimizer = keras.optimizers.Adam(0.1)

@@ -179,7 +179,11 @@ def _read(
     if optimizer is not None:
         hyperparams |= _stated_by(owner, optimizer)
     else:
-        hyperparams["has_schedule"] = layout.has_schedule
+        if layout.has_schedule:
+            hyperparams["has_schedule"] = (
+                "there is no variable learning_rate",
+                "the variables do not contain it; pass the optimizer itself to compare it",
+            )
         hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)

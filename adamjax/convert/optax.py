@@ -66,6 +66,12 @@ def _role(x: Any) -> str | None:
     return role if fields in fields_of_versions else None
 
 
+# For a rate that follows a schedule: what shows it, and a note.
+_HAS_SCHEDULE = (
+    "the state counts its steps",
+    "the state does not contain the schedule, so its values are not compared",
+)
+
 # The hyperparameters of rules, by optax' names. adamjax has the same names.
 _INJECTED = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 
@@ -75,7 +81,9 @@ def _injected(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperpara
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
         if name in scheduled:
-            if name not in ("learning_rate", "weight_decay"):
+            if name == "learning_rate":
+                hyperparams["has_schedule"] = _HAS_SCHEDULE
+            elif name != "weight_decay":
                 source.doubts.append(
                     f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
                     "in each step: convert when the schedule has reached its last value, from a "
@@ -101,6 +109,9 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
             source.add(path, LeafMoments(count, slots, kinds, hyperparams=hyperparams))
     elif role == "count":
         source.add_count(steps_taken(owner, type(x).__name__, x.count), None)
+        # Behind a rule, a schedule is that of the rate.
+        if type(x).__name__ == "ScaleByScheduleState" and source.moments:
+            source.unowned_hyperparams.append({"has_schedule": _HAS_SCHEDULE, "more": {}})
     elif role == "hyperparams":
         scheduled = getattr(x, "hyperparams_states", {})
         hyperparams = _with_hyperparams(hyperparams, _injected(x, source, scheduled))
@@ -171,7 +182,7 @@ def _give_to_last_rules(source: Source) -> None:
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask without a rule, which does not show its leaves."""
-    rates = ("learning_rate", "step_size")
+    rates = ("learning_rate", "step_size", "has_schedule")
     for hyperparams in inner.unowned_hyperparams:
         if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
@@ -281,7 +292,8 @@ def from_optax(
         recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
         `contrib.adopt` share one class, so only `tx` shows which of them made the state.
       tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
-        of `inject_hyperparams` are compared. Other states do not contain b1, b2, `eps` (optax'
+        of `inject_hyperparams` are compared. A state that counts the steps of a schedule of the
+        rate needs a schedule in `tx`. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
         not show whether it takes the mean of its micro-batches, as it does by default and as
