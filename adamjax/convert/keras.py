@@ -216,11 +216,15 @@ def _expect_counts(owner: str, ours: AdamjaxState, check: bool) -> None:
                 "micro-batch: put weight_ema behind accumulate_gradients, without "
                 "overwrite_frequency, or pass check=False to average steps from here"
             )
+        # Behind accumulate_gradients, where from_config puts it, the rate counts calls.
         if isinstance(tx, scale_by_learning_rate) and callable(tx.learning_rate):
+            if id(tx) not in inside:
+                continue
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras calls a schedule with the number "
-                "of micro-batches, adamjax with that of steps: change the schedule accordingly "
-                "and pass check=False"
+                "of micro-batches, and inside accumulate_gradients it is that of steps: put "
+                "scale_by_learning_rate behind accumulate_gradients, as from_config does, or "
+                "change the schedule and pass check=False"
             )
 
 
