@@ -18,11 +18,14 @@ from adamjax.autodiff import (
 )
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
-from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes
+from adamjax.grouping import grouped
+from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
+from adamjax.masking import masked
 from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import averaged_weights, step_count
-from adamjax.structure import Part, find
-from adamjax.transform import Transform, as_transform
+from adamjax.scaling import scale, scale_by_learning_rate
+from adamjax.structure import Part, find, walk
+from adamjax.transform import Transform, as_transform, foreign
 
 __all__ = ["eval_step", "forward", "train_step"]
 
@@ -45,6 +48,26 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
             "optax's; they take optax's transforms"
         )
     return parts
+
+
+def _expect_masks_to_descend(tx: Transform, state: Any, params: Tree) -> None:
+    """Refuses a masked optimizer that passes on the raw gradient of another leaf, uphill."""
+    if not find(masked, tx) or find(grouped, tx):
+        return
+    leaves, paths = flatten(params)[0], leaf_paths(params)
+    turned: set[int] = set()
+    for part in walk(tx, state, params):
+        is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
+        # What is not ours may do anything.
+        if not is_ours or isinstance(part.tx, foreign | scale | scale_by_learning_rate):
+            turned.update(i for i, p in enumerate(flatten(part.params)[0]) if p is not None)
+    for i, path in enumerate(paths):
+        if turned and i not in turned and not is_left_alone(leaves[i]):
+            raise ValueError(
+                f"train_step: {path!r} would move by its raw gradient, uphill: masked keeps it "
+                "from all that has a learning rate. To keep such leaves still, write "
+                "partition([(pattern, tx)], default=scale(0.0)) in place of masked(tx, pattern)"
+            )
 
 
 def _rounding_count(tx: Transform, state: Any) -> Any:
@@ -177,8 +200,9 @@ def train_step(
     Raises:
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
-      ValueError: by the step: an array was donated to an earlier step, or stands in two places;
-        the message names it.
+      ValueError: by the step: an array was donated to an earlier step, or stands in two places; or
+        `masked` keeps a leaf from all that has a learning rate, so that it would move by its raw
+        gradient. The message names it.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -197,6 +221,7 @@ def train_step(
     def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         params, state = _params, _state
         exact, extra = _exact_parts("train_step", tx, state, params), {}
+        _expect_masks_to_descend(tx, state, params)
         if exact:
             if tables is not None:
                 raise ValueError(

@@ -235,6 +235,36 @@ def test_an_array_that_was_donated_is_named():
         step(apart, tx.init(apart), x=one)
 
 
+def test_a_leaf_that_a_mask_keeps_from_the_rate_is_refused():
+    """It would move by its raw gradient, uphill, as in optax."""
+    adam, still = adamjax.adam(0.1), adamjax.scale(0.0)
+    clip = adamjax.clip_by_global_norm(1.0)
+    for tx in (
+        adamjax.masked(adam, "^w"),
+        adamjax.chain(clip, adamjax.masked(adam, {"w": True, "table": False})),
+        adamjax.skip_not_finite(adamjax.masked(adam, "^w")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"train_step: 'table' would move by .*uphill.*default="
+        ):
+            adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+    start = params()["table"]
+    for tx in (
+        adamjax.chain(adamjax.masked(adam, "^w"), adamjax.masked(still, "table")),
+        adamjax.chain(adamjax.masked(adam, "^w"), optax.masked(still, {"w": False, "table": True})),
+        adamjax.partition([("^w", adam)], default=still),
+    ):
+        p, _, _ = adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+        np.testing.assert_array_equal(p["table"], start)
+    decayed = adamjax.chain(
+        adamjax.scale_by_adam(),
+        adamjax.masked(adamjax.add_decayed_weights(0.1), "^w"),
+        adamjax.scale_by_learning_rate(0.1),
+    )
+    for tx in (decayed, adamjax.masked(adam, "w|table")):
+        adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+
+
 def test_refuses():
     tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
     with pytest.raises(ValueError, match=r"exact_rows has its own tables, \['table'\]"):
