@@ -20,11 +20,10 @@ from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
 from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
-from adamjax.masking import masked
 from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import averaged_weights, step_count
 from adamjax.scaling import scale, scale_by_learning_rate
-from adamjax.structure import Part, find, walk
+from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform, foreign
 
 __all__ = ["eval_step", "forward", "train_step"]
@@ -50,23 +49,27 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     return parts
 
 
-def _expect_masks_to_descend(tx: Transform, state: Any, params: Tree) -> None:
-    """Refuses a masked optimizer that passes on the raw gradient of another leaf, uphill."""
-    if not find(masked, tx) or find(grouped, tx):
-        return
-    leaves, paths = flatten(params)[0], leaf_paths(params)
-    turned: set[int] = set()
-    for part in walk(tx, state, params):
-        is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
-        # What is not ours may do anything.
-        if not is_ours or isinstance(part.tx, foreign | scale | scale_by_learning_rate):
-            turned.update(i for i, p in enumerate(flatten(part.params)[0]) if p is not None)
-    for i, path in enumerate(paths):
-        if turned and i not in turned and not is_left_alone(leaves[i]):
+def _turned(part: Part) -> set[int]:
+    """The leaves that a transform may turn downhill, by their positions."""
+    is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
+    turning = (foreign, scale, scale_by_learning_rate)
+    # What is not ours may do anything. In grouped there are buckets in place of leaves.
+    turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
+    if not is_ours or isinstance(part.tx, turning) or turns_all:
+        return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
+    return set().union(*map(_turned, part.tx.children(part.state, part.params)))
+
+
+def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
+    """Refuses an optimizer that adds the gradient of a leaf to it, or its rule's direction."""
+    turned = _turned(Part(tx, state, params))
+    for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
+        if i not in turned and not is_left_alone(p):
             raise ValueError(
-                f"train_step: {path!r} would move by its raw gradient, uphill: masked keeps it "
-                "from all that has a learning rate. To keep such leaves still, write "
-                "partition([(pattern, tx)], default=scale(0.0)) in place of masked(tx, pattern)"
+                f"train_step: {path!r} would move uphill, as nothing in {tx!r} that sees it has a "
+                "learning rate: put scale_by_learning_rate behind the rule. To keep those leaves "
+                "still that masked(tx, pattern) leaves out, write partition([(pattern, tx)], "
+                "default=scale(0.0))"
             )
 
 
@@ -201,8 +204,8 @@ def train_step(
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
       ValueError: by the step: an array was donated to an earlier step, or stands in two places; or
-        `masked` keeps a leaf from all that has a learning rate, so that it would move by its raw
-        gradient. The message names it.
+        nothing with a learning rate sees a leaf, such as one that `masked` leaves out, so that it
+        would move uphill. The message names it.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -221,7 +224,7 @@ def train_step(
     def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         params, state = _params, _state
         exact, extra = _exact_parts("train_step", tx, state, params), {}
-        _expect_masks_to_descend(tx, state, params)
+        _expect_downhill(tx, state, params)
         if exact:
             if tables is not None:
                 raise ValueError(
