@@ -26,7 +26,7 @@ from adamjax.reads import PerSite, Planner, Source, View
 from adamjax.rows import RowGradient, as_row_ids, expect_int32, sum_rows_of_each
 from adamjax.search import distinct_of_each
 
-__all__ = ["Call", "Reads", "grad", "takes_state", "value_and_grad"]
+__all__ = ["Call", "Reads", "grad", "signature_with_state", "takes_state", "value_and_grad"]
 
 # The parameters of a loss, its other arguments, and what it returns.
 P = TypeVar("P")
@@ -34,30 +34,37 @@ Args = ParamSpec("Args")
 Value = TypeVar("Value")
 
 
+def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `(params, state, /, *args, **kwargs)`, which calls `fn` without the state.
+
+    `jax.jit` finds static arguments by it: by their names, and in their places.
+    """
+    own = [
+        # A keyword of fn may be called params or state, and jit takes no name twice.
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+        for name in ("_params", "_state")
+    ]
+    try:
+        signature = inspect.signature(fn)
+        first, *others = signature.parameters.values()
+        if first.kind is first.VAR_POSITIONAL:
+            others = [first, *others]
+    except ValueError:  # there is none, or it has no place for the parameters
+        signature = inspect.signature(lambda *args, **kwargs: None)
+        others = list(signature.parameters.values())
+    return signature.replace(parameters=[*own, *others])
+
+
 def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates `(params, state, /, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
 
-    It is as `functools.wraps`, but the signature has the state, so that `jax.jit` finds static
-    arguments in their places.
+    It is as `functools.wraps`, but the signature has the state.
     """
 
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapped: Any = functools.wraps(fn)(function)
         del wrapped.__wrapped__
-        own = [
-            # A keyword of fn may be called params or state, and jit takes no name twice.
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
-            for name in ("_params", "_state")
-        ]
-        try:
-            signature = inspect.signature(fn)
-            first, *others = signature.parameters.values()
-            if first.kind is first.VAR_POSITIONAL:
-                others = [first, *others]
-        except ValueError:  # there is none, or it has no place for the parameters
-            signature = inspect.signature(lambda *args, **kwargs: None)
-            others = list(signature.parameters.values())
-        wrapped.__signature__ = signature.replace(parameters=[*own, *others])
+        wrapped.__signature__ = signature_with_state(fn)
         return function
 
     return decorated
@@ -131,10 +138,38 @@ class Call:
             args[i] = tree
         return self.loss_fn(*args, **self.kwargs)
 
+    def _split_aux(self, value: Any) -> tuple[Any, Any]:
+        """What the loss function returned as the loss and aux, which is `None` without has_aux."""
+        if not self.has_aux:
+            return value, None
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(
+                f"{self.owner}: with has_aux=True the loss function must return a pair "
+                f"(loss, aux), got {value!r}"
+            )
+        loss, aux = value
+        return loss, aux
+
+    def _expect_loss(self, loss: Any) -> None:
+        """Refuses a loss that is not one real float."""
+        wanted = f"{self.owner}: the loss must be one real float, got"
+        mend = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
+        if not is_arraylike(loss):
+            raise TypeError(f"{wanted} {loss!r}{mend}")
+        dtype = jnp.result_type(loss)
+        if np.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{wanted} {dtype.name}{list(np.shape(loss))}{mend}")
+
     def value_and_grad(self) -> Any:
         """As `jax.value_and_grad`, with `None` as the gradient of a leaf that is not a float."""
         floats = [self.leaves[i] for i in self.floats]
-        value, float_grads = jax.value_and_grad(self._loss, has_aux=self.has_aux)(floats)
+
+        def loss(floats: Sequence[Any]) -> Any:
+            value = self._loss(floats)
+            self._expect_loss(self._split_aux(value)[0])
+            return value
+
+        value, float_grads = jax.value_and_grad(loss, has_aux=self.has_aux)(floats)
         grads: list[Any] = [None] * len(self.leaves)
         for i, g in zip(self.floats, float_grads, strict=True):
             grads[i] = g
@@ -150,27 +185,14 @@ class Call:
         restored: list[Callable[[list[Any]], Any]] = []
 
         def function(*floats: Any) -> list[Any]:
-            value = self._loss(floats)
+            value, aux = self._split_aux(self._loss(floats))
+            self._expect_loss(value)
             arrays: list[Any] = []
             if self.has_aux:
-                if not isinstance(value, tuple | list) or len(value) != 2:
-                    raise TypeError(
-                        f"{self.owner}: with has_aux=True the loss function must return a pair "
-                        f"(loss, aux), got {value!r}"
-                    )
-                value, aux = value
                 arrays, restored[:] = _split_arrays(aux)
-            if not is_arraylike(value):
-                raise TypeError(f"{self.owner}: the loss must be one real float, got {value!r}")
             return [value, *arrays]
 
         closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
-        loss = closed.out_avals[0]
-        if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise TypeError(
-                f"{self.owner}: the loss must be one real float, got "
-                f"{loss.dtype.name}{list(loss.shape)}; if it returns aux too, pass has_aux=True"
-            )
         return closed, restored[0] if restored else lambda arrays: None
 
     def traced_results(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:

@@ -518,14 +518,14 @@ def apply_updates(
       updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
       step: for stochastic rounding an integer scalar that is another one in each step, such as
-        `adamjax.step_count(state)`. The random bits are made of it.
+        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32.
 
     Returns:
       The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
 
     Raises:
       ValueError: the structure or a shape differs; the error names the leaf. `rounding` and
-        `step` do not go together, or a float16 weight is to be rounded stochastically.
+        `step` do not go together, or a float16 or float8 weight is to be rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.apply_updates({"n": 3, "w": jnp.ones(2)}, {"n": None, "w": jnp.ones(2)})
@@ -544,16 +544,20 @@ def apply_updates(
 
 
 def rounds_stochastically(owner: str, rounding: str, params: Tree) -> bool:
-    """Whether weights are rounded stochastically; refuses another rounding, and float16."""
+    """Whether weights are rounded stochastically; refuses another rounding, and other narrow ones.
+
+    Only bfloat16 is rounded at random. Any other narrow weight would be rounded to the nearest.
+    """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"{owner}: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     if rounding == "nearest":
         return False
     for path, p in zip(leaf_paths(params), flatten(params)[0], strict=True):
-        if not is_left_alone(p) and dtype_of(p) == np.float16:
+        dtype = None if is_left_alone(p) else np.dtype(dtype_of(p))
+        if dtype is not None and dtype.itemsize <= 2 and dtype != jnp.bfloat16:
             raise ValueError(
-                f"{owner}: params[{path!r}] is float16, expected bfloat16 or wider for stochastic "
-                "rounding: cast it, or use rounding='nearest'"
+                f"{owner}: params[{path!r}] is {dtype.name}, expected bfloat16 or wider for "
+                "stochastic rounding: cast it, or use rounding='nearest'"
             )
     return True
 

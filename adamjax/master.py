@@ -61,6 +61,9 @@ class master_weights(Transform):
     whose weight is beyond 65504 is infinite. If the weight comes back, the parameter is NaN, as no
     update leads from infinity to a number: copy it from the state, `weights.astype(p.dtype)`.
 
+    A narrow parameter that you change yourself, such as by a projection, comes back with the next
+    step: change its weight in the state as well, `state._replace(weights=...)`.
+
     Args:
       tx: a whole optimizer.
 

@@ -149,7 +149,8 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
     wanted = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
     if isinstance(rules, str | bytes):
         raise TypeError(f"{wanted}, got the string {rules!r}")
-    if not isinstance(rules, Iterable):
+    # The first match decides, and a set is in no order.
+    if isinstance(rules, set | frozenset) or not isinstance(rules, Iterable):
         raise TypeError(f"{wanted}, got {rules!r}")
     pairs: list[tuple[str, Any]] = []
     for pair in rules.items() if isinstance(rules, Mapping) else rules:

@@ -6,7 +6,8 @@ in float32 (float64 under x64). The formulas and the argument names are those of
 schedules. A step can see values that nothing has checked before: those of callables, and of arrays
 that are traced or set later. A value below 0 makes NaN there, and so do boundaries that do not
 increase. (A callable's value between -1e-6 and 0 counts as 0: rounding may leave the last value of
-a rate that ends at 0 there.)
+a rate that ends at 0 there.) A count below 0 makes NaN too, as in
+`lambda count: schedule(count - 10)`: clip it at 0.
 """
 
 import copy
@@ -95,6 +96,8 @@ class _Compiled(Schedule):
 
     # The ranges of the fields that are numbers.
     _ranges: ClassVar[Mapping[str, Range]] = {}
+    # Whether the value depends on the count.
+    _follows_count: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, allowed in self._ranges.items():
@@ -121,7 +124,9 @@ class _Compiled(Schedule):
             # `_units` and `as_count` check the lengths, which may be whole numbers.
             if allowed.whole == "never":
                 checked.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
-        return checked.at(count)
+        value = checked.at(count)
+        # The formulas mean nothing before count 0: that of a cosine falls towards it.
+        return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
 
     def at(self, count: chex.Array) -> chex.Array:
         """The value after `count` steps; the count is a float or an integer of 32 bits or more.
@@ -304,6 +309,7 @@ class constant(_Compiled):
     value: Number
 
     _ranges: ClassVar[Mapping[str, Range]] = {"value": NON_NEGATIVE}
+    _follows_count: ClassVar[bool] = False
 
     def at(self, count: chex.Array) -> chex.Array:
         return _float(self.value)
@@ -401,7 +407,10 @@ class piecewise_constant(_Compiled):
         boundary_range = FINITE._replace(whole="kept")
         for name, allowed in (("boundaries", boundary_range), ("values", NON_NEGATIVE)):
             numbers: Any = getattr(self, name)
-            if (is_array(numbers) and numbers.ndim == 0) or not isinstance(numbers, Iterable):
+            # The items of a set are in no order, and a dictionary is optax's, with factors.
+            unordered = isinstance(numbers, Mapping | set | frozenset)
+            is_scalar = is_array(numbers) and numbers.ndim == 0
+            if unordered or is_scalar or not isinstance(numbers, Iterable):
                 raise TypeError(
                     f"piecewise_constant: {name} must be a list of numbers, got {numbers!r}; a "
                     "rate that never changes is constant(value)"

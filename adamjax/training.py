@@ -1,19 +1,30 @@
 """Functions that make a train step and an evaluation step from a function and an optimizer."""
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, Literal, TypeVar
 
 import jax
 
-from adamjax.autodiff import Args, Call, P, Value, takes_state, value_and_grad
+from adamjax.autodiff import (
+    Args,
+    Call,
+    P,
+    Value,
+    signature_with_state,
+    takes_state,
+    value_and_grad,
+)
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
-from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes
-from adamjax.paths import flatten
+from adamjax.grouping import grouped
+from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
+from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import averaged_weights, step_count
+from adamjax.scaling import scale, scale_by_learning_rate
 from adamjax.structure import Part, find
-from adamjax.transform import Transform, as_transform
+from adamjax.transform import Transform, as_transform, foreign
 
 __all__ = ["eval_step", "forward", "train_step"]
 
@@ -38,11 +49,47 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     return parts
 
 
+def _turned(part: Part) -> set[int]:
+    """The leaves that a transform may turn downhill, by their positions."""
+    is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
+    turning = (foreign, scale, scale_by_learning_rate)
+    # What is not ours may do anything. In grouped there are buckets in place of leaves.
+    turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
+    if not is_ours or isinstance(part.tx, turning) or turns_all:
+        return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
+    return set().union(*map(_turned, part.tx.children(part.state, part.params)))
+
+
+def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
+    """Refuses an optimizer that adds the gradient of a leaf to it, or its rule's direction."""
+    turned = _turned(Part(tx, state, params))
+    for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
+        if i not in turned and not is_left_alone(p):
+            raise ValueError(
+                f"train_step: {path!r} would move uphill, as nothing in {tx!r} that sees it has a "
+                "learning rate: put scale_by_learning_rate after the rule. If masked(tx, pattern) "
+                "leaves this leaf out and it should stay as it is, write "
+                "partition([(pattern, tx)], default=scale(0.0))"
+            )
+
+
+def _rounding_count(tx: Transform, state: Any) -> Any:
+    """The count of steps for stochastic rounding; an error if the state has none."""
+    try:
+        return step_count(state)
+    except ValueError as error:
+        raise ValueError(
+            f"train_step: rounding='stochastic' needs a count of steps, and the state of {tx!r} "
+            "has none that adamjax knows: use a rule or scale_by_learning_rate of adamjax, or "
+            "write the step yourself, with apply_updates(..., rounding='stochastic', step=...)"
+        ) from error
+
+
 class _JittedStep:
     """A jitted step, with the attributes of functions of `jax.jit`, such as `lower`.
 
     If JAX refuses an argument before it traces the step, the error names the parameter that is no
-    array.
+    array. If it refuses an array that was donated, the error names that.
     """
 
     def __init__(self, owner: str, jitted: Any) -> None:
@@ -60,6 +107,37 @@ class _JittedStep:
             if len(args) > 1:
                 expect_dtypes(self._owner, "the state", args[1])
             raise
+        except (RuntimeError, ValueError) as error:
+            if re.search("deleted|donate", str(error)):
+                self._explain_donation(error, args, kwargs)
+            raise
+
+    def _explain_donation(
+        self, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Raises an error that names an array that was donated before, or is donated twice."""
+        trees = {"params": args[:1], "the state": args[1:2], "the arguments": (args[2:], kwargs)}
+        seen: dict[int, str] = {}
+        for name, tree in trees.items():
+            for path, x in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
+                if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+                    continue
+                # Without the place of the tree in its tuple.
+                here = f"{name}[{path.partition('/')[2]!r}]"
+                if x.is_deleted():
+                    raise ValueError(
+                        f"{self._owner}: {here} is deleted, as a step that donates its parameters "
+                        "and its state was called with it: go on with those that the step "
+                        "returned, or make the step with donate_argnums=()"
+                    ) from error
+                if id(x) in seen:
+                    raise ValueError(
+                        f"{self._owner}: {here} is the same array as {seen[id(x)]}, and a step "
+                        "that donates its parameters and its state needs arrays of their own: "
+                        "give it a copy of one, jnp.copy(x), or make the step with "
+                        "donate_argnums=()"
+                    ) from error
+                seen[id(x)] = here
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.trace, *args, **kwargs)
@@ -123,7 +201,11 @@ def train_step(
       as `lower`.
 
     Raises:
-      TypeError: by the step: a leaf of params is no array, such as a function in a whole model.
+      TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
+        loss is not one real float.
+      ValueError: by the step: an array was donated to an earlier step, or stands in two places; or
+        nothing with a learning rate sees a leaf, such as one that `masked` leaves out, so that it
+        would move uphill. The message names it.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -143,6 +225,7 @@ def train_step(
     def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         params, state = _params, _state
         exact_parts, extra = _exact_parts("train_step", tx, state, params), {}
+        _expect_downhill(tx, state, params)
         if exact_parts:
             if tables is not None:
                 own_tables = [name for part in exact_parts for name in part.tx.tables]
@@ -163,9 +246,10 @@ def train_step(
             call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
             value, grads = call.value_and_grad()
         updates, state = tx.update(grads, state, params, **extra)
-        count = step_count(state) if rounding == "stochastic" else None
+        count = _rounding_count(tx, state) if rounding == "stochastic" else None
         return apply_updates(params, updates, rounding=rounding, step=count), state, value
 
+    step.__signature__ = signature_with_state(loss_fn)  # type: ignore[attr-defined]
     return TrainStep("train_step", jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
 
 

@@ -263,8 +263,9 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
     """Refuses a state of another transform, or one whose counts are no integer scalars."""
     if not isinstance(state, kind):
         restored = isinstance(state, dict | list)
+        actual = described(state) if hasattr(state, "dtype") else f"a {type(state).__name__}"
         raise TypeError(
-            f"{type(owner).__name__}: the state is a {type(state).__name__}, expected the "
+            f"{type(owner).__name__}: the state is {actual}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}"
             * restored

@@ -517,6 +517,15 @@ KERAS = {
             adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75)
         ),
     ),
+    "accumulation, a schedule of calls": (
+        lambda k: k.Adam(
+            k.schedules.InverseTimeDecay(RATE, 1, 0.125), gradient_accumulation_steps=4
+        ),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.scale_by_adam(), 4),
+            adamjax.scale_by_learning_rate(adamjax.inverse_time_decay(RATE, 1, 0.125)),
+        ),
+    ),
 }
 
 
@@ -1414,6 +1423,40 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
             convert.to_keras(constant.init(params), constant, params, variables)
 
 
+OF_RATES = {
+    "adam": optax.adam,
+    "injected": lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate),
+    "injected behind": lambda rate: optax.chain(
+        optax.scale_by_adam(),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate),
+    ),
+    "masked": lambda rate: optax.masked(optax.adam(rate), {"w": True}),
+    "MultiSteps": lambda rate: optax.MultiSteps(optax.adam(rate), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_RATES)
+def test_a_state_of_optax_says_that_there_is_a_schedule(name):
+    params, falls = {"w": jnp.ones(3)}, optax.linear_schedule(0.1, 0.0, 10)
+    state = OF_RATES[name](falls).init(params)
+    constant = adamjax.adam(0.1, eps=1e-8)
+    for tx in (constant, adamjax.chain(adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-0.1))):
+        with pytest.raises(ValueError, match=r"'w': optax has .*schedule .* tx has a constant one"):
+            convert.from_optax(state, tx, params)
+        with pytest.raises(ValueError, match=r"to_optax: .*follows a schedule"):
+            convert.to_optax(tx.init(params), tx, params, state)
+    for tx in (
+        adamjax.adam(falls, eps=1e-8),
+        adamjax.adam(adamjax.constant(0.1), eps=1e-8),
+        adamjax.with_hyperparams(constant, learning_rate=0.1),
+        adamjax.chain(adamjax.scale_by_adam(eps=1e-8), optax.scale_by_learning_rate(0.1)),
+    ):
+        convert.from_optax(state, tx, params)
+    convert.from_optax(state, constant, params, check=False)
+    # A run with a constant rate may go on with a schedule.
+    convert.from_optax(OF_RATES[name](0.1).init(params), adamjax.adam(falls, eps=1e-8), params)
+
+
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     optimizer = keras.optimizers.Adam(0.1)
@@ -1841,6 +1884,29 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
     ):
         with pytest.raises(ValueError, match=r"weights are the transposes of kernels.*adapt="):
             refused()
+
+
+@pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])
+@pytest.mark.parametrize("leaf", ["kernel", "w"])
+def test_square_kernels_of_torch_may_be_transposed(leaf, names):
+    """A leaf named `w` may be anything, if torch has no name for it that says more."""
+    square, slots = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), ("exp_avg", "exp_avg_sq")
+    group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+    group |= {"amsgrad": False} | ({} if names is None else {"param_names": names})
+    kept = {
+        "state": {i: {"step": 3, **dict.fromkeys(slots, square)} for i in range(2)},
+        "param_groups": [group],
+    }
+    tx, params = adamjax.adam(RATE, eps=1e-8), [{leaf: jnp.zeros((2, 2))} for _ in range(2)]
+    order = [f"{i}/{leaf}" for i in range(2)]
+    if leaf == "w" and names is None:
+        convert.from_torch(kept, tx, params, order=order)
+    else:
+        wanted = rf"torch's weights are the transposes of kernels.*endswith\('{leaf}'\)"
+        with pytest.raises(ValueError, match=wanted):
+            convert.from_torch(kept, tx, params, order=order)
+    state = convert.from_torch(kept, tx, params, order=order, adapt=lambda path, x: x.T)
+    assert_same(adamjax.get_slot(state, "m")[0][leaf], square.T)
 
 
 def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():

@@ -245,6 +245,10 @@ def test_a_state_of_another_kind_is_refused():
                 ValueError, match=r"keeps learning_rate as .*expected a scalar of a f"
             ):
                 use(PARAMS, old, PARAMS)
+    for bad in ("0.5", None):
+        old = state._replace(hyperparams={"learning_rate": bad})
+        with pytest.raises(ValueError, match=rf"keeps learning_rate as {bad!r}, expected a sca"):
+            tx.update(PARAMS, old, PARAMS)
     with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is no count.*tx.init"):
         set_hyperparams(
             state._replace(hyperparams={"learning_rate": jnp.array(1)}), learning_rate=0.5

@@ -268,6 +268,8 @@ def test_rules_are_pairs_or_a_dictionary(make):
         (b"ab", "the string b'ab'$"),
         (3, "3$"),
         (None, "None$"),
+        # The first match decides, and a set has no order.
+        ({("a", 0.1), ("b", 0.2)}, r"\{\('[ab]', 0.\d\), "),
     ):
         with pytest.raises(TypeError, match=wanted + got):
             make(rules)

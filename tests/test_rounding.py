@@ -400,6 +400,7 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             adamjax.apply_updates(p, p, **options)
-    half = {"w": p.astype(jnp.float16)}
-    with pytest.raises(ValueError, match="float16, expected bfloat16 or wider"):
-        adamjax.apply_updates(half, half, rounding="stochastic", step=1)
+    for dtype in (jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2):
+        w, wanted = {"w": p.astype(dtype)}, f"{jnp.dtype(dtype).name}, expected bfloat16 or wider"
+        with pytest.raises(ValueError, match=wanted):
+            adamjax.apply_updates(w, w, rounding="stochastic", step=1)

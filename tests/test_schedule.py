@@ -148,6 +148,29 @@ def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
     np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        cosine_decay(1.0, 10),
+        polynomial_decay(1.0, 10, 0.0),
+        exponential_decay(1.0, 10, 0.5, staircase=True),
+        inverse_time_decay(1.0, 10, 0.5),
+        piecewise_constant([5], [1.0, 0.5]),
+        warmup(1.0, 10),
+    ],
+    ids=lambda schedule: type(schedule).__name__,
+)
+def test_a_count_below_0_makes_nan(schedule):
+    """A linear decay at count -5 would be 0.5, in the direction of the end."""
+    for at in (schedule, jax.jit(schedule)):
+        for count in (-1, jnp.int32(-5), -0.5):
+            assert np.isnan(at(count))
+        assert np.isfinite(at(0))
+    # Where the count is checked, as optax does it, the other value counts.
+    joined = optax.join_schedules([constant(0.25), schedule], [3])
+    assert (float(joined(2)), float(joined(3))) == (0.25, float(schedule(0)))
+
+
 def test_boundaries_belong_to_the_value_before():
     rate = piecewise_constant([2, 5], [1.0, 0.5, 0.25])
     assert [float(rate(t)) for t in range(8)] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
@@ -429,7 +452,8 @@ def test_boundaries_that_are_traced_must_increase():
     for bad in ([jnp.int32(5), 3], [jnp.int32(3), 3.0], np.array([5.0, 5.0]), [9, jnp.int32(3)]):
         with pytest.raises(ValueError, match="piecewise_constant: boundaries must increase, got"):
             piecewise_constant(bad, [1.0, 0.5, 0.25])
-    for bad in (5, jnp.array(5), None, 2.0):
+    # A set has no order, and optax' dictionaries hold factors.
+    for bad in (5, jnp.array(5), None, 2.0, {5}, {5: 0.5}):
         with pytest.raises(TypeError, match="boundaries must be a list of numbers, got"):
             piecewise_constant(bad, [1.0, 0.5])
         with pytest.raises(TypeError, match="values must be a list of numbers, got"):

@@ -185,6 +185,87 @@ def test_donates_unless_told_otherwise():
         assert state[0].m["table"].is_deleted() == deleted
 
 
+@pytest.mark.parametrize("tables", [None, "table"])
+def test_a_loss_that_is_not_one_real_float_is_refused(tables):
+    tx = adamjax.adam(0.1)
+    for has_aux, returned, message in (
+        (False, lambda loss: (loss, 1), r"the loss must be one real float, got \(.*pass has_aux=T"),
+        (False, lambda loss: loss[None], r"one real float, got float32\[1\]; if it returns aux"),
+        (False, lambda loss: loss > 0, r"one real float, got bool\[\]"),
+        (True, lambda loss: loss, r"with has_aux=True the loss function must return a pair"),
+        (True, lambda loss: (loss[None], 1), r"one real float, got float32\[1\](?!;)"),
+    ):
+        step = adamjax.train_step(
+            lambda p, ids, returned=returned: returned(loss_fn(p, ids)),
+            tx,
+            has_aux=has_aux,
+            tables=tables,
+        )
+        with pytest.raises(TypeError, match=message):
+            step(params(), tx.init(params()), IDS[0])
+
+
+def test_stochastic_rounding_needs_a_count():
+    for tx in (optax.sgd(0.1), adamjax.scale(-0.1)):
+        step = adamjax.train_step(loss_fn, tx, rounding="stochastic")
+        with pytest.raises(ValueError, match=r"rounding='stochastic' needs a count .* step=\.\.\."):
+            step(params(), tx.init(params()), IDS[0])
+
+
+def test_an_array_that_was_donated_is_named():
+    tx = adamjax.adam(0.1)
+    step, p = adamjax.train_step(loss_fn, tx), params()
+    state = tx.init(p)
+    new, new_state, _ = step(p, state, IDS[0])
+    for args, name in (
+        ((p, new_state), "params"),
+        ((new, state), "the state"),
+    ):
+        with pytest.raises(ValueError, match=rf"train_step: {name}\[.* is deleted, .* go on with"):
+            step(*args, IDS[0])
+    one = jnp.ones(3)
+    twice = {"a": one, "b": one}
+    step = adamjax.train_step(lambda p, x=0: jnp.sum(p["a"] * p["b"]) + jnp.sum(x), tx)
+    wanted = r"train_step: params\['b'\] is the same array as params\['a'\], .*jnp.copy"
+    with pytest.raises(ValueError, match=wanted):
+        step(twice, tx.init(twice))
+    apart = {"a": one, "b": jnp.ones(3)}
+    wanted = r"train_step: the arguments\['(0/)?x'\] is the same array as params\['a'\], .*jnp.copy"
+    with pytest.raises(ValueError, match=wanted):
+        step(apart, tx.init(apart), x=one)
+
+
+def test_a_leaf_that_would_move_uphill_is_refused():
+    """In optax, a leaf that a mask leaves out moves by its raw gradient."""
+    adam, rule, still = adamjax.adam(0.1), adamjax.scale_by_adam(), adamjax.scale(0.0)
+    clip = adamjax.clip_by_global_norm(1.0)
+    for tx in (
+        adamjax.masked(adam, "^w"),
+        adamjax.chain(clip, adamjax.masked(adam, {"w": True, "table": False})),
+        adamjax.skip_not_finite(adamjax.masked(adam, "^w")),
+        adamjax.partition([("table", rule)], default=adam),
+        adamjax.chain(clip, adamjax.exact_rows(rule, "table")),
+        adamjax.grouped(adamjax.chain(clip, rule)),
+    ):
+        with pytest.raises(ValueError, match=r"train_step: 'table' would move uphill.*default="):
+            adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+    start = params()["table"]
+    for tx in (
+        adamjax.chain(adamjax.masked(adam, "^w"), adamjax.masked(still, "table")),
+        adamjax.chain(adamjax.masked(adam, "^w"), optax.masked(still, {"w": False, "table": True})),
+        adamjax.partition([("^w", adam)], default=still),
+    ):
+        p, _, _ = adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+        np.testing.assert_array_equal(p["table"], start)
+    decayed = adamjax.chain(
+        rule,
+        adamjax.masked(adamjax.add_decayed_weights(0.1), "^w"),
+        adamjax.scale_by_learning_rate(0.1),
+    )
+    for tx in (decayed, adamjax.masked(adam, "w|table"), adamjax.grouped(adam)):
+        adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
+
+
 def test_refuses():
     tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
     with pytest.raises(ValueError, match=r"exact_rows has its own tables, \['table'\]"):
@@ -496,6 +577,22 @@ def test_static_arguments_may_have_the_names_of_our_arguments():
     tx, p = adamjax.adam(0.1), params()
     evaluate = adamjax.eval_step(by_place, tx, static_argnames="params")
     expect_near(evaluate(p, tx.init(p), READ, 2), 2 * plain(p, READ))
+
+
+@pytest.mark.parametrize("options", [{"static_argnames": "times"}, {"static_argnums": 3}])
+def test_static_arguments_of_a_train_step(options):
+    """By their names and in their places, which are one behind those of the loss."""
+
+    def loss(params, ids, times=1):
+        assert isinstance(times, int)
+        return loss_fn(params, ids) * times
+
+    tx, p = adamjax.adam(0.1), params()
+    step = adamjax.train_step(loss, tx, donate_argnums=(), **options)
+    for value in (step(p, tx.init(p), IDS[0], 2)[2], step(p, tx.init(p), ids=IDS[0], times=2)[2]):
+        assert_near(value, 2 * loss_fn(p, IDS[0]))
+    with pytest.raises(ValueError, match="tims"):
+        adamjax.train_step(loss, tx, static_argnames="tims")
 
 
 def test_forward_refuses():

@@ -508,3 +508,9 @@ def test_what_keeps_no_state_takes_none(tx):
 def test_a_state_of_another_kind_is_refused(name, state):
     with pytest.raises(TypeError, match=rf"{name}: the state is a \w+, expected the"):
         STATEFUL[name].update(jnp.ones(2), state, jnp.ones(2))
+
+
+def test_an_array_in_the_place_of_a_state_is_refused():
+    """As where a call of a step forgets the state: the batch is in its place, and is traced."""
+    with pytest.raises(TypeError, match=r"chain: the state is float32\[2, 3\], expected the tuple"):
+        jax.jit(adamjax.adam().update)(jnp.ones(2), jnp.ones((2, 3)))

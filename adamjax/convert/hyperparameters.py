@@ -30,8 +30,8 @@ class HyperparameterCheck:
 
     - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
       system's usual one.
-    - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: whether there is a
-      schedule, of any kind.
+    - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
+      is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
@@ -156,12 +156,13 @@ class HyperparameterCheck:
         rates = [getattr(tx, "learning_rate", None) for tx in scales]
         rates = [rate.at(path) if isinstance(rate, by_path) else rate for rate in rates]
         if scales and not any(map(callable, rates)):
+            shown_by, note = hyperparams["has_schedule"]
             self._refuse(
                 path,
-                "a learning rate that follows a schedule (there is no variable learning_rate)",
+                f"a learning rate that follows a schedule ({shown_by})",
                 "a constant one",
                 "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
-                "the variables do not contain it; pass the optimizer itself to compare it",
+                note,
             )
 
     def _is_set(self, name: str) -> bool:

@@ -167,7 +167,11 @@ def _read_variables(
     if optimizer is not None:
         hyperparams |= _hyperparams_of(owner, optimizer)
     else:
-        hyperparams["has_schedule"] = layout.has_schedule
+        if layout.has_schedule:
+            hyperparams["has_schedule"] = (
+                "there is no variable learning_rate",
+                "the variables do not contain it; pass the optimizer itself to compare it",
+            )
         hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
@@ -227,11 +231,15 @@ def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
                 "micro-batch: put weight_ema after accumulate_gradients, without "
                 "overwrite_frequency, or pass check=False to average steps from here"
             )
+        # After accumulate_gradients, where from_config puts it, the rate counts calls.
         if isinstance(tx, scale_by_learning_rate) and callable(tx.learning_rate):
+            if id(tx) not in inside:
+                continue
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras calls a schedule with the number "
-                "of micro-batches, adamjax with that of steps: change the schedule accordingly "
-                "and pass check=False"
+                "of micro-batches, and inside accumulate_gradients it is that of steps: put "
+                "scale_by_learning_rate after accumulate_gradients, as from_config does, or "
+                "change the schedule and pass check=False"
             )
 
 

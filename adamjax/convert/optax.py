@@ -68,6 +68,11 @@ def _role(x: Any) -> str | None:
 
 # The hyperparameters of rules and rates that optax and adamjax call by the same names.
 _SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
+# For a rate that follows a schedule: how that shows, and a note.
+_HAS_SCHEDULE = (
+    "the state counts its steps",
+    "the state does not contain the schedule, so its values are not compared",
+)
 
 
 def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
@@ -75,7 +80,9 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
         if name in scheduled:
-            if name not in ("learning_rate", "weight_decay"):
+            if name == "learning_rate":
+                hyperparams["has_schedule"] = _HAS_SCHEDULE
+            elif name != "weight_decay":
                 source.doubts.append(
                     f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
                     "in each step: convert when the schedule has reached its last value, from a "
@@ -95,6 +102,9 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         _read_rule(x, source, hyperparams)
     elif role == "count":
         source.add_count(steps_taken(source.owner, type(x).__name__, x.count), None)
+        # After a rule, a schedule is that of the rate.
+        if type(x).__name__ == "ScaleByScheduleState" and source.moments:
+            source.unowned_hyperparams.append({"has_schedule": _HAS_SCHEDULE, "more": {}})
     elif role == "hyperparams":
         _read_hyperparams(x, source, hyperparams)
     elif role == "accumulated":
@@ -187,7 +197,7 @@ def _give_to_last_rules(source: Source) -> None:
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
-    rates = ("learning_rate", "step_size")
+    rates = ("learning_rate", "step_size", "has_schedule")
     for hyperparams in inner.unowned_hyperparams:
         if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
@@ -297,7 +307,8 @@ def from_optax(
         recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
         `contrib.adopt` share one class, so only `tx` shows which of them made the state.
       tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
-        of `inject_hyperparams` are compared. Other states do not contain b1, b2, `eps` (optax'
+        of `inject_hyperparams` are compared. A state that counts the steps of a schedule of the
+        rate needs a schedule in `tx`. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
         not show whether it takes the mean of its micro-batches, as it does by default and as

@@ -202,13 +202,20 @@ def _doubt_kernels(
 ) -> None:
     """Adds a doubt if all kernels are square: then no shape shows that torch transposes them."""
     leaves = leaves_by_path(source.owner, params)
-    pairs = [(name, path) for name, path in zip(names or (), paths, strict=False) if path]
-    kernels = [path for name, path in pairs if name.endswith("weight") and path.endswith("kernel")]
+    # Without names, a leaf that is called a kernel is one. A `w` may be anything.
+    ends = {"kernel"} if names is None else {"kernel", "w"}
+    pairs = zip(names or ["weight"] * len(paths), paths, strict=False)
+    kernels = [
+        path
+        for name, path in pairs
+        if path and name.endswith("weight") and path.rpartition("/")[2] in ends
+    ]
     shapes = [np.shape(leaves[path]) for path in kernels]
     if kernels and all(len(set(shape)) == 1 < len(shape) for shape in shapes):
+        end = kernels[0].rpartition("/")[2]
         source.doubts.append(
             f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and a square "
-            "shape does not show it: pass adapt=lambda path, x: x.T if path.endswith('kernel') "
+            f"shape does not show it: pass adapt=lambda path, x: x.T if path.endswith({end!r}) "
             "else x, or adapt=lambda path, x: x if they are not transposed"
         )
 
@@ -320,8 +327,9 @@ def from_torch(
         it is the order of the floating leaves of `params` (for a dictionary, that of its sorted
         keys; for a torch module, that of its definition).
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
-        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required for square kernels
-        that torch's names show to be weights, as their shape does not show the transposition.
+        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where all kernels
+        are square, as their shape does not show the transposition: leaves that are named `kernel`,
+        and leaves named `w` that torch's names show to be weights.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
