@@ -241,7 +241,7 @@ class Data:
             if isinstance(value, jax.core.Tracer):
                 kind = f"of dtype {value.dtype.name}, which is being traced"
             raise TypeError(
-                f"{owner}: {name} must be a number {allowed.text}, got {value!r} {kind}"
+                f"{owner}: {name} must be a number that is {allowed.text}, got {value!r} {kind}"
             )
         if isinstance(value, jax.core.Tracer):
             return value.astype(float) if _is_whole(value) and whole == "never" else value

@@ -384,11 +384,28 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
     return mask
 
 
+def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) -> BoolTree:
+    """The mask that a function returns for a tree.
+
+    One bool for a whole tree of leaves is refused: it is nearly always that of a function of a
+    path, such as `lambda path: "bias" not in path`, which then looks for a key of the dictionary.
+    """
+    mask = function(tree)
+    if _is_bool(mask) and len(flatten(tree)[0]) > 1:
+        raise TypeError(
+            f"{owner}: the mask function returned {mask} for the whole tree of parameters, "
+            "expected a tree of bools: it is called with the tree, not with the path of each leaf. "
+            "To choose leaves by their paths, write a pattern, such as mask='kernel$'; for all "
+            "leaves, mask=True"
+        )
+    return bool_tree(f"{owner}: what the mask function returns", mask)
+
+
 def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
     """A checked mask, where a function is replaced by the tree of bools that it returns."""
     if mask is None or isinstance(mask, str | BoolTree):
         return mask
-    return bool_tree(f"{owner}: what the mask function returns", mask(params))
+    return _mask_of_function(owner, mask, params)
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:
@@ -435,5 +452,5 @@ def selected(
             expect_present(owner, (mask,), tree, paths)
         return flags
     if not isinstance(mask, BoolTree):
-        mask = bool_tree(f"{owner}: what the mask function returns", mask(tree))
+        mask = _mask_of_function(owner, mask, tree)
     return mask.over(owner, tree)

@@ -662,7 +662,7 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
         return constant(value).value
     except (TypeError, ValueError) as error:
         kinds = "a callable of the count or by_path" if per_leaf else "or a callable of the count"
-        wanted = f"{name} must be a number {NON_NEGATIVE.text}, {kinds}"
+        wanted = f"{name} must be a number that is {NON_NEGATIVE.text}, {kinds}"
         raise type(error)(f"{wanted}; got {value!r}") from None
 
 

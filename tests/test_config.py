@@ -442,7 +442,7 @@ def test_names_must_differ():
         (
             {"class": "scale", "factor": "1"},
             TypeError,
-            "the config: scale: factor must be a number finite, got '1'",
+            "the config: scale: factor must be a number that is finite, got '1'",
         ),
         (
             {"class": "scale", "factor": {"x": 1}},
@@ -1033,8 +1033,8 @@ def test_what_keras_can_do_and_we_cannot(name, config, said):
         (
             {"class_name": "Adam", "config": {"learning_rate": "1e-3"}},
             TypeError,
-            "learning_rate must be a number finite and at least 0, a callable of the count or "
-            "by_path; got '1e-3'",
+            "learning_rate must be a number that is finite and at least 0, a callable of the count "
+            "or by_path; got '1e-3'",
         ),
     ],
 )
@@ -1627,7 +1627,7 @@ MALFORMED = {
     "complex": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected real"),
     "no dtype": ({"array": 1, "dtype": "x"}, "'x'"),
     "ragged": ({"array": [1, [2]], "dtype": "float32"}, "the config.factor: "),
-    "text": ("0.1", "must be a number finite, got '0.1'"),
+    "text": ("0.1", "must be a number that is finite, got '0.1'"),
     "not a number": (math.nan, "factor must be finite, got nan"),
 }
 

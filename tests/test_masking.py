@@ -83,8 +83,16 @@ def test_a_mask_may_stop_above_the_leaves():
         updates, _ = masked(scale(0.0), mask).update(GRADS, (), PARAMS)
         assert_same(updates["enc"], GRADS["enc"])
         assert not np.any(updates["head"]["kernel"])
-    updates, _ = masked(scale(0.0), lambda tree: True).update(GRADS, ())
-    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    updates, _ = masked(scale(0.0), lambda tree: True).update(jnp.ones(3), ())
+    assert not np.any(updates)
+
+
+def test_a_mask_function_of_a_path_is_refused():
+    """It would be called with the whole tree, whose keys are no paths."""
+    for make in (adamw, lambda rate, mask: masked(adam(rate), mask)):
+        for answer in (lambda path: "bias" not in path, lambda path: np.bool_(False)):
+            with pytest.raises(TypeError, match="with the tree, not with the path of each leaf"):
+                make(0.1, mask=answer).init(PARAMS)
 
 
 def test_a_mask_function_gets_the_parameters_if_they_are_given():
@@ -201,7 +209,8 @@ def test_a_tree_of_bools_is_a_mask(name):
     expected, _ = theirs.update(GRADS, theirs.init(PARAMS))
     assert_same(expected, jax.tree.map(lambda flag, g: 0 * g if flag else g, wanted, GRADS))
     decayed = jax.tree.map(lambda flag, g, p: g + 0.5 * p if flag else g, wanted, GRADS, PARAMS)
-    for given in (mask, lambda tree: mask):
+    is_tree = not isinstance(mask, bool | np.bool_)
+    for given in (mask, lambda tree: mask) if is_tree else (mask,):
         tx = masked(inner, given)
         updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
         assert_same(updates, expected)
@@ -253,7 +262,8 @@ def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
     # A bool may stand for a subtree, and None where there is no leaf.
     masked(scale(0.0), Model(True, None)).init(Model(PARAMS["enc"], None))
     # A model without a bool is called as a mask function.
-    assert_same(masked(scale(0.0), Model(None, None)).update(GRADS, ())[0], zeroed(GRADS))
+    kernel = GRADS["enc"]["kernel"]
+    assert_same(masked(scale(0.0), Model(None, None)).update(kernel, ())[0], zeroed(kernel))
 
 
 def zeroed(tree):
