@@ -832,8 +832,8 @@ def _expect_rows(
         _expect_close_rows(name, _to_dense(u), expected_u, still, lazy[path])
     before = dict(_named_leaves("", old)[0])
     for name, x, y in _pairs("", own, _to_dense(expected_state)):
-        read_rows = next((flags for path, flags in lazy.items() if _belongs(name, path)), None)
-        _expect_close_rows(f"state{name}", x, y, before[name], read_rows)
+        flags = next((lazy[path] for path in lazy if _belongs(name, path)), None)
+        _expect_close_rows(f"state{name}", x, y, before[name], flags)
 
 
 def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_read: Any) -> None:
