@@ -152,13 +152,13 @@ class Call:
 
     def _expect_loss(self, loss: Any) -> None:
         """Refuses a loss that is not one real float."""
-        wanted = f"{self.owner}: the loss must be one real float, got"
+        message = f"{self.owner}: the loss must be one real float, got"
         mend = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
         if not is_arraylike(loss):
-            raise TypeError(f"{wanted} {loss!r}{mend}")
+            raise TypeError(f"{message} {loss!r}{mend}")
         dtype = jnp.result_type(loss)
         if np.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{wanted} {dtype.name}{list(np.shape(loss))}{mend}")
+            raise TypeError(f"{message} {dtype.name}{list(np.shape(loss))}{mend}")
 
     def value_and_grad(self) -> Any:
         """As `jax.value_and_grad`, with `None` as the gradient of a leaf that is not a float."""

@@ -71,7 +71,7 @@ def _with_structure_of(plan: Plan, params: Tree) -> Plan:
     return Plan(treedef, plan.avals, plan.buckets)
 
 
-def _regrouped(state: Any, plan: Plan) -> Any:
+def _regroup(state: Any, plan: Plan) -> Any:
     """The state with its trees in the buckets of another plan."""
 
     def regroup(x: Any) -> Any:
@@ -184,11 +184,11 @@ class grouped(Transform):
             if not all(_are_arrays_of_one_dtype([column[j] for j in bucket]) for column in columns)
         ]
         step_plan = plan.without(to_split)
-        inputs = step_plan.join(leaves), _regrouped(state, step_plan)
+        inputs = step_plan.join(leaves), _regroup(state, step_plan)
         updates, new_state = self.tx.update(
             *inputs, *map(step_plan.join, columns[1:]), **extra_args
         )
-        return as_tree(updates), _regrouped(new_state, state_plan)
+        return as_tree(updates), _regroup(new_state, state_plan)
 
     def _expect_buckets(self, state: Any) -> None:
         """Refuses a state of the inner transform that has slots, none of them in buckets."""

@@ -181,12 +181,12 @@ def _is_whole(x: Any) -> bool:
 
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
-    wanted = jnp.integer if _is_whole(value) else jnp.floating
+    expected = jnp.integer if _is_whole(value) else jnp.floating
     # A text would be taken for the name of a dtype.
     is_text = isinstance(state_value, str | bytes)
     dtype = jnp.result_type(jnp.bool_ if state_value is None or is_text else state_value)
-    fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, wanted))
-    if fits and wanted is jnp.floating:
+    fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, expected))
+    if fits and expected is jnp.floating:
         # If someone cast the state to a narrow dtype, the rate would be rounded.
         fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     if not fits:
@@ -195,7 +195,7 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
         actual = f"{dtype.name}{shape}" if is_number else repr(state_value)
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {actual}, expected a scalar of "
-            f"{'an integer' if wanted is jnp.integer else 'a float'} dtype. Reset it with "
+            f"{'an integer' if expected is jnp.integer else 'a float'} dtype. Reset it with "
             "state._replace(hyperparams=tx.init(params).hyperparams); for a state of many values "
             "at once use jax.vmap"
         )

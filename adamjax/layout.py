@@ -217,10 +217,10 @@ class Packing(NamedTuple):
         return rows
 
     def _expect_lines(self, lines: chex.Array, shape: tuple[int, ...]) -> None:
-        wanted = [*shape, self.per_line * self.width]
-        if list(jnp.shape(lines)) != wanted:
+        expected = [*shape, self.per_line * self.width]
+        if list(jnp.shape(lines)) != expected:
             raise ValueError(
-                f"packing: expected lines of shape {wanted}, got {list(jnp.shape(lines))}"
+                f"packing: expected lines of shape {expected}, got {list(jnp.shape(lines))}"
             )
 
     def _split(self, indices: chex.Array) -> tuple[chex.Array, chex.Array]:

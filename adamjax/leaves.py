@@ -144,8 +144,8 @@ def expect_array(
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
     if is_arraylike(x) and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
-    wanted = f"{dtype or 'shape '}{list(shape)}"
-    raise ValueError(f"{what} is {described(x)}, expected {wanted}: {mend}")
+    expected = f"{dtype or 'shape '}{list(shape)}"
+    raise ValueError(f"{what} is {described(x)}, expected {expected}: {mend}")
 
 
 def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
@@ -173,7 +173,7 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
     An average of small changes stands still if each step rounds it to a narrow dtype.
     """
     expect_dtypes(owner, f"the state's {name}", tree)
-    wanted = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
+    canonical = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
     for x in flatten(tree)[0]:
         is_encoded = isinstance(x, Scaled8)
         if is_encoded:
@@ -190,12 +190,12 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
             )
         if is_encoded:
             continue
-        fits = jnp.finfo(x.dtype).bits >= 32 if wanted is None else x.dtype == wanted
+        fits = jnp.finfo(x.dtype).bits >= 32 if canonical is None else x.dtype == canonical
         if not fits:
             raise ValueError(
                 f"{owner}: the state keeps {name} in {x.dtype.name}, expected "
-                f"{'float32 or wider' if wanted is None else wanted.name}: cast it back, or, to "
-                f"go on in that dtype, build the transform for it ({name}_dtype)"
+                f"{'float32 or wider' if canonical is None else canonical.name}: cast it back, or, "
+                f"to go on in that dtype, build the transform for it ({name}_dtype)"
             )
 
 
@@ -222,9 +222,9 @@ def matched(
     try:
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
-        paths, wanted = leaf_paths(tree), leaf_paths(like)
-        missing = [path for path in wanted if path not in set(paths)]
-        surplus = [path for path in paths if path not in set(wanted)]
+        paths, like_paths = leaf_paths(tree), leaf_paths(like)
+        missing = [path for path in like_paths if path not in set(paths)]
+        surplus = [path for path in paths if path not in set(like_paths)]
         what = (
             f"{name} has no leaf {missing[0]!r}"
             if missing

@@ -146,18 +146,18 @@ def checked_patterns(owner: str, patterns: Any) -> tuple[str, ...]:
 
 def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
     """Checked pairs (pattern, value), from such pairs or from a dictionary {pattern: value}."""
-    wanted = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
+    expected = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
     if isinstance(rules, str | bytes):
-        raise TypeError(f"{wanted}, got the string {rules!r}")
+        raise TypeError(f"{expected}, got the string {rules!r}")
     # The first match decides, and a set is in no order.
     if isinstance(rules, set | frozenset) or not isinstance(rules, Iterable):
-        raise TypeError(f"{wanted}, got {rules!r}")
+        raise TypeError(f"{expected}, got {rules!r}")
     pairs: list[tuple[str, Any]] = []
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if isinstance(pair, str | bytes):
-            raise ValueError(f"{wanted}, got the string {pair!r} in the place of a pair")
+            raise ValueError(f"{expected}, got the string {pair!r} in the place of a pair")
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError(f"{wanted}, got {pair!r} in the place of a pair")
+            raise ValueError(f"{expected}, got {pair!r} in the place of a pair")
         pairs.append((checked_pattern(owner, pair[0]), pair[1]))
     return pairs
 

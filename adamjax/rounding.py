@@ -34,7 +34,7 @@ def read_slot(slot: Any, dtype: Any) -> chex.Array:
     return (decoded(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
 
 
-def _mixed(x: chex.Array) -> chex.Array:
+def _mix(x: chex.Array) -> chex.Array:
     """A hash of each uint32, in which every bit depends on every bit (C. Wellons' lowbias32)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
@@ -48,7 +48,7 @@ def rounding_keys(count: chex.Array, leaves: Sequence[int]) -> chex.Array:
       count: int32 scalar, the steps taken before.
     """
     positions = np.asarray(leaves, np.uint32) * np.uint32(0x9E3779B9)
-    return _mixed(_mixed(jnp.asarray(count).astype(jnp.uint32)) + positions)
+    return _mix(_mix(jnp.asarray(count).astype(jnp.uint32)) + positions)
 
 
 def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
@@ -71,7 +71,7 @@ def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
 
 
 @jax.custom_jvp
-def _rounded(x: chex.Array, random: chex.Array) -> chex.Array:
+def _round(x: chex.Array, random: chex.Array) -> chex.Array:
     """A float32 as one of its two neighbours that bfloat16 has; `random` is below 2**16."""
     # The lower half is what bfloat16 drops: a random number of its size carries into the upper
     # half with the right probability. In sign and magnitude this also holds below zero.
@@ -80,10 +80,10 @@ def _rounded(x: chex.Array, random: chex.Array) -> chex.Array:
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
 
 
-@_rounded.defjvp
-def _rounded_jvp(primals: Any, tangents: Any) -> Any:
+@_round.defjvp
+def _round_jvp(primals: Any, tangents: Any) -> Any:
     # As a cast has it: the derivative of the expected value.
-    return _rounded(*primals), tangents[0]
+    return _round(*primals), tangents[0]
 
 
 def write_slot(
@@ -113,14 +113,14 @@ def write_slot(
         return encoded(x, like.codes.dtype, exponents, random)
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
-    return _rounded(x.astype(jnp.float32), _bits(x, key, number, rows)).astype(dtype)
+    return _round(x.astype(jnp.float32), _bits(x, key, number, rows)).astype(dtype)
 
 
 def _bits(x: chex.Array, key: chex.Array, number: int, rows: chex.Array | None) -> chex.Array:
     """A random uint32 below 2**16 for each element; see `write_slot`."""
     # One hash has bits for two slots.
     key = key + np.uint32(number // 2 * 0x85EBCA6B)
-    random = _mixed(_elements(x.shape, rows) ^ key) >> np.uint32(16 * (number % 2))
+    random = _mix(_elements(x.shape, rows) ^ key) >> np.uint32(16 * (number % 2))
     return random & np.uint32(0xFFFF)
 
 

@@ -662,8 +662,8 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
         return constant(value).value
     except (TypeError, ValueError) as error:
         kinds = "a callable of the count or by_path" if per_leaf else "or a callable of the count"
-        wanted = f"{name} must be a number that is {NON_NEGATIVE.text}, {kinds}"
-        raise type(error)(f"{wanted}; got {value!r}") from None
+        message = f"{name} must be a number that is {NON_NEGATIVE.text}, {kinds}"
+        raise type(error)(f"{message}; got {value!r}") from None
 
 
 def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:

@@ -278,12 +278,12 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     """Refuses a number in a state that is no scalar of this kind, or a narrow integer."""
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
-        wanted = "int32" if kind is jnp.integer else "float32"
+        expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {actual}, expected {wanted}[]: only "
-            f"moments may be cast; make it jnp.asarray({name}, jnp.{wanted}), and for a state with "
-            "a leading axis use jax.vmap"
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: only "
+            f"moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a state "
+            "with a leading axis use jax.vmap"
         )
 
 

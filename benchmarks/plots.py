@@ -72,14 +72,14 @@ def rows(results: Mapping[str, Any]) -> Any:
     panels = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for kind, axes in zip(kinds, panels, strict=True):
-        here = sorted((r for r in table if r["indices"] == kind), key=lambda row: row["rows"])
+        kind_rows = sorted((r for r in table if r["indices"] == kind), key=lambda row: row["rows"])
         for name, (_, colour, marker, thick) in LINES.items():
-            points = [(r["rows"], r["ms"][name]["median"]) for r in here if name in r["ms"]]
+            points = [(r["rows"], r["ms"][name]["median"]) for r in kind_rows if name in r["ms"]]
             if points:
                 style = {"color": colour, "marker": marker, "linewidth": thick}
                 (handles[name],) = axes.plot(*zip(*points, strict=True), **style)
         axes.set(xscale="log", yscale="log", title=f"{main['reads']:,} indices, {kind}")
-        sizes = [row["rows"] for row in here]
+        sizes = [row["rows"] for row in kind_rows]
         axes.set_xticks(sizes, [short(x) for x in sizes])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")

@@ -48,7 +48,7 @@ def with_figures(text: str) -> str:
     return FIGURE.sub(lambda m: m[1] + FIGURES[m[2]]() + m[3], text)
 
 
-def rendered(texts: Mapping[Path, str]) -> dict[Path, str]:
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
     """Texts of pages with their tables and figures as the committed results say."""
     return {page: with_figures(text) for page, text in with_tables(texts).items()}
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         argv
     )
     texts = {page: page.read_text() for page in PAGES}
-    for page, text in rendered(texts).items():
+    for page, text in render(texts).items():
         if text != texts[page]:
             page.write_text(text)
             print(page.relative_to(ROOT))

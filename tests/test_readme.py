@@ -94,7 +94,7 @@ def test_code_prints_what_is_shown(block, monkeypatch):
 
 
 def test_tables_and_figures_are_the_committed_results():
-    for page, text in readme.rendered(TEXTS).items():
+    for page, text in readme.render(TEXTS).items():
         assert text == TEXTS[page], f"{NAMES[page]}: run `make readme`"
 
 

@@ -18,14 +18,14 @@ __all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
 
 def expect_slots(owner: str, system: System, kind: str, path: str, moments: LeafMoments) -> None:
     """Refuses a leaf's slots if they are not those of this kind of rule."""
-    wanted = set(system.slot_names[kind].values())
+    expected = set(system.slot_names[kind].values())
     slots, kinds = moments.slots, moments.kinds
-    if kind not in kinds or (slots is not None and set(slots) != wanted):
+    if kind not in kinds or (slots is not None and set(slots) != expected):
         stored = "nothing so far" if slots is None else sorted(slots)
         rules = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
         raise ValueError(
             f"{owner}: {system.name} keeps {stored} of {path!r}{rules}, but for {kind} "
-            f"expected {sorted(wanted)}: build both with the same rule"
+            f"expected {sorted(expected)}: build both with the same rule"
         )
 
 

@@ -101,9 +101,9 @@ def leaf_order(
         twice = next(path for path in given if given.count(path) > 1)
         raise ValueError(f"{owner}: order names the leaf {twice!r} more than once")
     if check and names is not None and len(names) == len(order):
-        wanted = [name for name, path in zip(names, order, strict=True) if path is not None]
-        expected = _paths_of_names(wanted, given) or given
-        for name, path, other in zip(wanted, given, expected, strict=True):
+        used_names = [name for name, path in zip(names, order, strict=True) if path is not None]
+        expected = _paths_of_names(used_names, given) or given
+        for name, path, other in zip(used_names, given, expected, strict=True):
             if path != other:
                 raise ValueError(
                     f"{owner}: order has {path!r} in the place of {system}'s {name!r}, which is "

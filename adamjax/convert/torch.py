@@ -149,11 +149,11 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
 def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
     """Refuses a dictionary that is not built like a state dict, of whatever optimizer."""
 
-    def expect(fits: bool, what: str, x: Any, wanted: str) -> None:
+    def expect(fits: bool, what: str, x: Any, expected: str) -> None:
         if not fits:
             raise ValueError(
-                f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {wanted}, as "
-                "in optimizer.state_dict() of torch"
+                f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {expected}, "
+                "as in optimizer.state_dict() of torch"
             )
 
     def expect_mapping(what: str, x: Any, by: str = "") -> None:

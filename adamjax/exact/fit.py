@@ -87,11 +87,11 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
 
     map_slots(collect, inner)
     coast = table.coast
-    wanted = {coast.momentum, coast.size, *(name for name, _ in coast.decays)}
-    if wanted - set(names) or not hasattr(rule.state, "count"):
+    needed_slots = {coast.momentum, coast.size, *(name for name, _ in coast.decays)}
+    if needed_slots - set(names) or not hasattr(rule.state, "count"):
         raise ValueError(
-            f"exact_rows: {rule.tx!r} coasts by the slots {sorted(wanted)} and a count of steps, "
-            f"but its state has the slots {sorted(names)} and the fields "
+            f"exact_rows: {rule.tx!r} coasts by the slots {sorted(needed_slots)} and a count of "
+            f"steps, but its state has the slots {sorted(names)} and the fields "
             f"{list(getattr(rule.state, '_fields', ()))}: name them in Coast as in the state, and "
             "declare the state with transform_state"
         )

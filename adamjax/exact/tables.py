@@ -97,8 +97,8 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
         if history is None and plan.replays:
             history = _REPLAYED_HISTORY
         elif history is None:
-            wanted = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
-            history = 1 << max(min(wanted, _LONGEST_HISTORY) - 1, 0).bit_length()
+            entries = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
+            history = 1 << max(min(entries, _LONGEST_HISTORY) - 1, 0).bit_length()
             history = max(history, plan.least_history)
         name = f"{_tables_as_text(same_kind)}: {plan.name},history={history}"
         families.append(Family(name, history, tuple(same_kind)))
