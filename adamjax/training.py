@@ -123,21 +123,21 @@ class _JittedStep:
                 if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                     continue
                 # Without the place of the tree in its tuple.
-                here = f"{name}[{path.partition('/')[2]!r}]"
+                place = f"{name}[{path.partition('/')[2]!r}]"
                 if x.is_deleted():
                     raise ValueError(
-                        f"{self._owner}: {here} is deleted, as a step that donates its parameters "
+                        f"{self._owner}: {place} is deleted, as a step that donates its parameters "
                         "and its state was called with it: go on with those that the step "
                         "returned, or make the step with donate_argnums=()"
                     ) from error
                 if id(x) in seen:
                     raise ValueError(
-                        f"{self._owner}: {here} is the same array as {seen[id(x)]}, and a step "
+                        f"{self._owner}: {place} is the same array as {seen[id(x)]}, and a step "
                         "that donates its parameters and its state needs arrays of their own: "
                         "give it a copy of one, jnp.copy(x), or make the step with "
                         "donate_argnums=()"
                     ) from error
-                seen[id(x)] = here
+                seen[id(x)] = place
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._jitted.trace, *args, **kwargs)
