@@ -43,21 +43,21 @@ def _conditional(
       wide: whether updates may be wider than gradients; else they get the gradients' dtypes.
     """
     leaves, treedef = flatten(grads)
-    inactive = [g is None or getattr(g, "dtype", None) == jax.dtypes.float0 for g in leaves]
-    pairs = list(zip(leaves, inactive, strict=True))
+    is_active = [g is not None and getattr(g, "dtype", None) != jax.dtypes.float0 for g in leaves]
+
+    def as_active(g: Any) -> Any:
+        return g if isinstance(g, RowGradient) else jnp.asarray(g)
+
     active = treedef.unflatten(
-        [
-            None if is_inactive else g if isinstance(g, RowGradient) else jnp.asarray(g)
-            for g, is_inactive in pairs
-        ]
+        [as_active(g) if ok else None for g, ok in zip(leaves, is_active, strict=True)]
     )
 
     def take_step() -> Step:
         updates, new_state = step(active)
 
         def result(g: Any, u: Any) -> Any:
-            # A branch of the `cond` would return a traced seal, which each later step would compare
-            # with the right one.
+            # Without the seal: a branch of the `cond` would return it as a traced array, and each
+            # later step would have to compare that with the right one.
             return without_seal(u if wide else u.astype(g.dtype))
 
         return _map_leaves(result, active, updates), new_state
@@ -67,9 +67,8 @@ def _conditional(
         return _map_leaves(_zero_update, jax.eval_shape(take_step)[0]), state
 
     updates, state = jax.lax.cond(due, take_step, skip_step)
-    triples = zip(flatten(updates)[0], pairs, strict=True)
-    new = [g if is_inactive else with_seal(u) for u, (g, is_inactive) in triples]
-    return treedef.unflatten(new), state
+    triples = zip(leaves, flatten(updates)[0], is_active, strict=True)
+    return treedef.unflatten([with_seal(u) if ok else g for g, u, ok in triples]), state
 
 
 def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
@@ -120,6 +119,25 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
     return g, both.replace(indices=both.indices[:max_rows], values=values)
 
 
+def _checked_max_rows(max_rows: Any) -> int | tuple[tuple[str, int], ...]:
+    """One number, or a tuple of pairs (pattern, number)."""
+    error = ValueError(
+        f"accumulate_gradients: max_rows must be a whole number of at least 1, or pairs (pattern, "
+        f"number) or a dictionary of them; got {max_rows!r}"
+    )
+    rules: Any = None
+    if isinstance(max_rows, list | tuple | Mapping):
+        rules = checked_rules("accumulate_gradients: max_rows", max_rows)
+        if not rules:
+            raise error
+    try:
+        if rules is None:
+            return as_size("", max_rows)
+        return tuple((pattern, as_size("", rows)) for pattern, rows in rules)
+    except ValueError:
+        raise error from None
+
+
 class accumulate_gradients(Transform):
     """Takes a step of `tx` every `steps` calls, with the mean of the gradients of these calls.
 
@@ -166,26 +184,13 @@ class accumulate_gradients(Transform):
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))
         self.check_range("steps", COUNT)
-        if self.max_rows is None:
-            return
-        rules: Any = self.max_rows
-        invalid = False
-        if isinstance(rules, list | tuple | Mapping):
-            rules = tuple(checked_rules("accumulate_gradients: max_rows", rules))
-            invalid = not rules
-        try:
-            if isinstance(rules, tuple):
-                rules = tuple((pattern, as_size("", rows)) for pattern, rows in rules)
-            else:
-                rules = as_size("", rules)
-        except ValueError:
-            invalid = True
-        if invalid:
-            raise ValueError(
-                f"accumulate_gradients: max_rows must be a whole number of at least 1, or "
-                f"pairs (pattern, number) or a dictionary of them; got {self.max_rows!r}"
-            )
-        self.set_fields(max_rows=rules)
+        if self.max_rows is not None:
+            self.set_fields(max_rows=_checked_max_rows(self.max_rows))
+
+    @property
+    def _patterns(self) -> list[str]:
+        """The patterns of `max_rows`."""
+        return [p for p, _ in self.max_rows] if isinstance(self.max_rows, tuple) else []
 
     def _max_rows_of(self, path: str, p: Any) -> int | None:
         """The number of rows in the sum of a leaf's row gradients; `None` for a dense sum."""
@@ -195,7 +200,7 @@ class accumulate_gradients(Transform):
         if isinstance(self.max_rows, int):
             rows = self.max_rows if np.ndim(p) > 1 else None
         else:
-            match = first_match([pattern for pattern, _ in self.max_rows], path)
+            match = first_match(self._patterns, path)
             rows = None if match is None else self.max_rows[match][1]
         return rows if rows is not None and rows < np.shape(p)[0] else None
 
@@ -203,24 +208,26 @@ class accumulate_gradients(Transform):
         """Refuses a state that was made for another `max_rows`."""
         paths = leaf_paths(total)
         if isinstance(self.max_rows, tuple):
-            patterns = [pattern for pattern, _ in self.max_rows]
-            expect_present("accumulate_gradients: max_rows", patterns, total, paths)
+            expect_present("accumulate_gradients: max_rows", self._patterns, total, paths)
+
+        def form(rows: int | None) -> str:
+            return "a dense array" if rows is None else f"{rows} rows"
+
         for path, x in zip(paths, flatten(total)[0], strict=True):
             rows = x.indices.size if isinstance(x, RowGradient) else None
             expected = None if x is None else self._max_rows_of(path, x)
             if rows != expected:
                 raise ValueError(
-                    f"accumulate_gradients: the state accumulates {path!r} in "
-                    f"{'a dense array' if rows is None else f'{rows} rows'}, expected "
-                    f"{'a dense array' if expected is None else f'{expected} rows'} by max_rows="
-                    f"{self.max_rows!r}: use the max_rows that made the state, or after a whole "
-                    "step put the state's inner into a new state from init"
+                    f"accumulate_gradients: the state accumulates {path!r} in {form(rows)}, "
+                    f"expected {form(expected)} by max_rows={self.max_rows!r}: use the max_rows "
+                    "that made the state, or after a whole step put the state's inner into a new "
+                    "state from init"
                 )
 
     def init(self, params: Tree) -> AccumulateGradientsState:
         if isinstance(self.max_rows, tuple):
-            patterns = [pattern for pattern, _ in self.max_rows]
-            expect_matches("accumulate_gradients: max_rows", patterns, params, first_decides=True)
+            owner = "accumulate_gradients: max_rows"
+            expect_matches(owner, self._patterns, params, first_decides=True)
 
         def empty(p: chex.Array) -> chex.Array:
             return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
@@ -250,7 +257,7 @@ class accumulate_gradients(Transform):
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
-                # The number of calls, because `steps` may have been set to another value since.
+                # Divide by the number of calls: `steps` may have been set to another value since.
                 calls = count.astype(accumulator(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)

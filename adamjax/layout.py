@@ -26,40 +26,49 @@ from adamjax.structure import map_like_params
 
 __all__ = ["Packing", "formats", "packing", "row_major"]
 
+# A TPU pads the last dimension to a multiple of this.
+_LANES = 128
+
+
+def _has_layout(x: Any) -> bool:
+    """Whether it is an array in memory, or a `jax.ShapeDtypeStruct` that describes one."""
+    is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return is_array or isinstance(x, jax.ShapeDtypeStruct)
+
 
 def _format(x: Any) -> Any:
-    """The layout and sharding of an array, or the intended ones, as a `Format`; `None` if open."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+    """The `Format` of an array: its layout and its sharding.
+
+    If the layout is not known, the sharding alone; `None` if both are open.
+    """
+    if not _has_layout(x):
         return None
-    # An array that is not bound to its devices follows the others of a computation.
-    bound = isinstance(x, jax.ShapeDtypeStruct) or x.committed
+    # An array that is not bound to its devices goes where the others of a computation are.
+    if isinstance(x, jax.Array) and not x.committed:
+        return None
     order, sharding = _order(x), x.sharding
-    if not bound or sharding is None or order is None:
-        return sharding if bound else None
-    # The tiles in the array's own layout depend on the dtype, so that layout is not reused.
+    if sharding is None or order is None:
+        return sharding
+    # Only the order is taken from the array's layout: its tiles depend on the dtype, and slots may
+    # have another dtype.
     return layout_format(order, sharding)
 
 
 def _order(x: Any) -> tuple[int, ...] | None:
     """The dimensions of an array in memory from the slowest to the fastest; `None` if unknown."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
-        return None
-    return dimension_order(x)
+    return dimension_order(x) if _has_layout(x) else None
 
 
 def _in_order(x: Any, order: tuple[int, ...]) -> Any:
     return x if _order(x) == order else jax.device_put(x, layout_format(order, x.sharding))
 
 
-def _is_like(slot: Any, p: Any) -> bool:
-    return isinstance(slot, jax.ShapeDtypeStruct) and slot.shape == jnp.shape(p)
-
-
-def _slot_format(slot: Any, p: Any, own: Any) -> Any:
-    """The format of a slot, given that of its parameter."""
+def _slot_format(slot: Any, p: Any, p_format: Any) -> Any:
+    """The format of a slot: that of its parameter if both have one shape, else open."""
     if isinstance(slot, Scaled8):
-        return Scaled8(_slot_format(slot.codes, p, own), None)
-    return own if _is_like(slot, p) else None
+        return Scaled8(_slot_format(slot.codes, p, p_format), None)
+    has_shape_of_p = isinstance(slot, jax.ShapeDtypeStruct) and slot.shape == jnp.shape(p)
+    return p_format if has_shape_of_p else None
 
 
 def row_major(table: Any) -> Any:
@@ -73,9 +82,10 @@ def row_major(table: Any) -> Any:
     or a state, ask for the layout with `out_shardings`: see `formats`.
 
     Args:
-      table: an array of any shape and dtype. A `jax.ShapeDtypeStruct`, to compile for (the first
-        device if it names none), stays one. Inside `jit` a value is returned as it is, since
-        `out_shardings` decides the layout of what `jit` returns.
+      table: an array of any shape and dtype. Or a `jax.ShapeDtypeStruct`, to compile ahead of
+        time: then the result is one too, on the first device if it has no sharding. Inside `jit`
+        a value is returned as it is, since `out_shardings` decides the layout of what `jit`
+        returns.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
@@ -224,16 +234,18 @@ class Packing(NamedTuple):
             )
 
     def _split(self, indices: chex.Array) -> tuple[chex.Array, chex.Array]:
+        """The line of each row, and the row's place in it, from 0."""
         ids = as_integers("packing", indices)
         if ids.dtype.itemsize < 4:
             ids = ids.astype(np.int32)
         if isinstance(ids, jax.Array):
             return jnp.divmod(ids, jnp.asarray(self.per_line, ids.dtype))
+        # NumPy indices may be too large for int32; their lines may fit.
         return as_int32(ids // self.per_line), as_int32(ids % self.per_line)
 
 
 def packing(width: int) -> Packing:
-    """The packing with the fewest rows a line that a TPU pads to at most 1.1 times their bytes.
+    """The packing with the fewest rows in a line for which padding adds at most a tenth.
 
     A line has 8 rows of 16 elements, 4 of 32, 2 of 64, 5 of 100, 1 of 128 or 256, 2 of 300.
 
@@ -242,11 +254,11 @@ def packing(width: int) -> Packing:
     Packing(width=100, per_line=5)
     """
     width = as_size("packing: width", width)
+
+    def padded(size: int) -> int:
+        return -(-size // _LANES) * _LANES
+
     per_line = 1
-    while 10 * (-(-per_line * width // _LANES) * _LANES) > 11 * per_line * width:
+    while 10 * padded(per_line * width) > 11 * per_line * width:
         per_line += 1
     return Packing(width, per_line)
-
-
-# A TPU pads the last dimension to a multiple of this.
-_LANES = 128

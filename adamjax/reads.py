@@ -89,7 +89,11 @@ class Source(NamedTuple):
     input_tables: frozenset[int]
 
     def rows(self, site: ReadSite, ids: chex.Array, row_input: Any) -> chex.Array:
-        """The rows at a site, in the table's dtype; arbitrary for indices outside the table."""
+        """The rows at a site, in the table's dtype; arbitrary for indices outside the table.
+
+        Args:
+          row_input: that of the site, as for `Plan.run`.
+        """
         if site.view.table in self.input_tables:
             return row_input
         rows = self.read_rows(self.data, site.view.table, ids)
@@ -124,7 +128,7 @@ def _closed(jaxpr: Any) -> ClosedJaxpr:
 
 # JAX caches the derivatives of jitted functions, such as those of jax.numpy. A jaxpr has bare
 # primitives in their place. JAX would differentiate each of them anew, and tracing a model would
-# take twice as long.
+# take twice as long. So each primitive is jitted here, once for the same parameters.
 @functools.lru_cache(maxsize=4096)
 def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     def function(*args: Any) -> Any:
@@ -137,7 +141,8 @@ def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[...
 def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     """Evaluates one equation of a jaxpr, and adds its results to `env`."""
     primitive, params = eqn.primitive, tuple(eqn.params.items())
-    # A jaxpr or function in this cache would stay alive; and JAX caches their derivatives itself.
+    # Not with a jaxpr or a function among the parameters: the cache would keep it alive, and JAX
+    # caches its derivatives anyway.
     can_cache = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
     if can_cache and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
@@ -145,6 +150,7 @@ def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
             results = _jitted(primitive, params)(*args)
         results = results if primitive.multiple_results else [results]
     else:
+        # A jaxpr of this equation alone: JAX knows how to run it.
         ins = list(dict.fromkeys(_variables(eqn.invars)))
         debug_info = jaxpr.debug_info._replace(
             arg_names=("",) * len(ins), result_paths=("",) * len(eqn.outvars)
@@ -227,7 +233,9 @@ class Plan:
 
         Args:
           args: the values of `ins`.
-          row_inputs: for each site the array to differentiate by, of the shape of its rows.
+          row_inputs: for each site the array to differentiate by, of the shape of its rows: the
+            rows themselves if the table is one of `source.input_tables`, else zeros, as if they
+            were added to the rows. `None` if the loss is not differentiated by the rows.
         """
         env, get = self._env(dict(zip(self.ins, args, strict=True)))
         indices: PerSite = []
@@ -242,10 +250,10 @@ class Plan:
             indices += step_indices
         return [get(x) for x in self.outs if not isinstance(x, View)], indices
 
-    def _needed(self, outs: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
+    def _needed(self, atoms: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
         """The variables and equations that the independent indices and some atoms depend on."""
         needed = {v for step in self.steps for v in _variables(step.needs())}
-        needed.update(_variables(outs))
+        needed.update(_variables(atoms))
         eqns = []
         for item in reversed(self.items):
             if not isinstance(item, _Step) and not needed.isdisjoint(item.outvars):
@@ -253,24 +261,25 @@ class Plan:
                 eqns.append(item)
         return needed, eqns[::-1]
 
-    def needs(self, outs: Sequence[Any] = ()) -> list[int]:
+    def needs(self, atoms: Sequence[Any] = ()) -> list[int]:
         """The numbers of the `ins` that `indices` needs."""
-        needed, _ = self._needed(outs)
+        needed, _ = self._needed(atoms)
         return [i for i, v in enumerate(self.ins) if v in needed]
 
     def indices(
-        self, args: Mapping[int, Any], outs: Sequence[Any] = ()
+        self, args: Mapping[int, Any], atoms: Sequence[Any] = ()
     ) -> tuple[list[Any], PerSite]:
         """Returns the values of some atoms, and the indices at each independent site.
 
         Args:
           args: the values of the `ins` in `needs`, by number.
+          atoms: the atoms, such as those that a loop carries to its next iteration.
         """
         env, get = self._env({self.ins[i]: x for i, x in args.items()})
-        for eqn in self._needed(outs)[1]:
+        for eqn in self._needed(atoms)[1]:
             _evaluate(self.closed.jaxpr, eqn, env)
         indices = [ids for step in self.steps for ids in step.indices(get)]
-        return [get(x) for x in outs], indices
+        return [get(x) for x in atoms], indices
 
 
 # --- steps: reads ---------------------------------------------------------------------------------
@@ -280,9 +289,10 @@ class _Window(NamedTuple):
     """How an equation reads whole rows: in runs, each from a start row on.
 
     Attributes:
-      starts: the first rows of the runs, an atom or array of integers; if `column` is not `None`,
-        those at that index of its last axis.
-      run: the number of rows in a run; `None` for one row without an axis.
+      starts: an atom or array of integers, which has the first row of each run.
+      column: if the last axis of `starts` is a position in several dimensions, the index in it that
+        is the row; else `None`.
+      run: the number of rows in a run; `None` if it is one row, for which the result has no axis.
       stride: the distance between the rows of a run.
       dropped: the axes of a row, of size 1, that are left out.
       offsets: the axes of the result that the axes of a run become; `None` for the last ones.
@@ -301,7 +311,11 @@ class _Window(NamedTuple):
 
 
 # A slice of a larger part of a table does not count as a read of rows.
-_SLICED = 0.5
+_LARGEST_SLICE = 0.5
+
+
+def _is_small_slice(run: int, num_rows: int) -> bool:
+    return run <= max(1, _LARGEST_SLICE * num_rows)
 
 
 def _window(eqn: JaxprEqn, view: View) -> _Window | None:
@@ -310,15 +324,15 @@ def _window(eqn: JaxprEqn, view: View) -> _Window | None:
     kind = eqn.primitive.name
     if kind == "gather":
         numbers, (run, *sizes) = params["dimension_numbers"], params["slice_sizes"]
-        mode, starts = params["mode"], numbers.start_index_map
+        mode, start_dims = params["mode"], numbers.start_index_map
         modes = jax.lax.GatherScatterMode
         fills = mode == modes.FILL_OR_DROP
         if (
-            0 not in starts
+            0 not in start_dims
             or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
             or sizes != trailing
             or numbers.operand_batching_dims
-            or (fills and len(starts) > 1)
+            or (fills and len(start_dims) > 1)
         ):
             return None
         collapsed = numbers.collapsed_slice_dims
@@ -327,25 +341,25 @@ def _window(eqn: JaxprEqn, view: View) -> _Window | None:
             fill = np.nan if params["fill_value"] is None else params["fill_value"]
         return _Window(
             eqn.invars[1],
-            column=starts.index(0),
+            column=start_dims.index(0),
             run=None if 0 in collapsed else run,
             dropped=tuple(d for d in collapsed if d > 0),
             offsets=numbers.offset_dims,
             fill=fill,
-            # JAX does not document this; it gives such rows no gradient.
+            # With this mode, JAX gives rows that it moved no gradient, though that is undocumented.
             moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
         )
     if kind == "dynamic_slice":
         run, *sizes = params["slice_sizes"]
-        whole = sizes == trailing and run <= max(1, _SLICED * num_rows)
-        return _Window(eqn.invars[1], run=run) if whole else None
+        if sizes == trailing and _is_small_slice(run, num_rows):
+            return _Window(eqn.invars[1], run=run)
     if kind == "slice":
         start, *others = params["start_indices"]
         stop, *ends = params["limit_indices"]
         stride, *steps = params["strides"] or [1] * len(view.shape)
         run = -(-(stop - start) // stride)
-        whole = not any(others) and ends == trailing and set(steps) <= {1}
-        if whole and run <= max(1, _SLICED * num_rows):
+        whole_rows = not any(others) and ends == trailing and set(steps) <= {1}
+        if whole_rows and _is_small_slice(run, num_rows):
             return _Window(np.int32(start), run=run, stride=stride)
     return None
 
@@ -368,13 +382,17 @@ class _Read(_Step):
         self.sites = [ReadSite(view, shape, trailing, live and view.live, independent, varying)]
 
     def _ids(self, get: _Get) -> tuple[chex.Array, chex.Array]:
-        """The index of each row, `num_rows` for none, and whether each run is in the table."""
+        """The index of each row, and whether each run is in the table.
+
+        A run outside the table is moved into it, or has indices `num_rows` if it is filled.
+        """
         window, num_rows = self.window, self.view.shape[0]
         starts = window.starts
         starts = jnp.asarray(starts if isinstance(starts, np.generic) else get(starts))
         if window.column is not None:
             starts = starts[..., window.column]
         length = 1 if window.run is None else (window.run - 1) * window.stride + 1
+        # From a later start than `last`, a run would leave the table.
         last = num_rows - length
         first = as_row_ids(starts, last + 1)
         inside = first <= last
@@ -456,12 +474,17 @@ class _Scan(_Step):
         plan: Plan,
         ins: Sequence[Any],
         outs: Sequence[Var],
-        consts: int,
-        carried: int,
+        num_consts: int,
+        num_carried: int,
     ) -> None:
-        """Consts and carried are the numbers of constants and of carried values in `ins`."""
+        """The `ins` are constants, carried values, and arrays of which each iteration has a slice.
+
+        Args:
+          num_consts: the number of constants.
+          num_carried: the number of carried values.
+        """
         super().__init__(eqn, ins, outs)
-        self.plan, self.consts, self.carried = plan, consts, carried
+        self.plan, self.num_consts, self.num_carried = plan, num_consts, num_carried
         length = eqn.params["length"]
         self.sites = [site._replace(shape=(length, *site.shape)) for site in plan.sites]
 
@@ -472,43 +495,45 @@ class _Scan(_Step):
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         values = [get(x) for x in self.ins]
-        consts, init = values[: self.consts], values[self.consts :][: self.carried]
+        first_sliced = self.num_consts + self.num_carried
+        consts, init = values[: self.num_consts], values[self.num_consts : first_sliced]
 
-        def body(carry: Any, each: Any) -> Any:
-            outs, ids = self.plan.run(source, [*consts, *carry, *each[0]], each[1])
-            return outs[: self.carried], (outs[self.carried :], ids)
+        def body(carry: Any, slices_and_inputs: Any) -> Any:
+            slices, inputs = slices_and_inputs
+            outs, ids = self.plan.run(source, [*consts, *carry, *slices], inputs)
+            return outs[: self.num_carried], (outs[self.num_carried :], ids)
 
-        each = values[self.consts + self.carried :]
-        carry, (ys, ids) = self._loop(body, init, (each, row_inputs))
-        return [*carry, *ys], ids
+        carry, (stacked, ids) = self._loop(body, init, (values[first_sliced:], row_inputs))
+        return [*carry, *stacked], ids
 
-    def _needs(self) -> tuple[list[int], list[int]]:
+    def _needed_numbers(self) -> tuple[list[int], list[int]]:
         """The numbers of the plan's `ins`, and of the carried values, that `indices` needs."""
         carried: list[int] = []
         while True:
+            # A carried value needs all that its value after an iteration is computed from.
             needed = self.plan.needs([self.plan.outs[i] for i in carried])
-            end = self.consts + self.carried
-            new = [i - self.consts for i in needed if self.consts <= i < end]
+            first_sliced = self.num_consts + self.num_carried
+            new = [i - self.num_consts for i in needed if self.num_consts <= i < first_sliced]
             if set(new) <= set(carried):
                 return needed, carried
             carried = sorted({*new, *carried})
 
     def needs(self) -> list[Any]:
-        return [self.ins[i] for i in self._needs()[0]]
+        return [self.ins[i] for i in self._needed_numbers()[0]]
 
     def indices(self, get: _Get) -> PerSite:
-        needed, carried = self._needs()
+        needed, carried = self._needed_numbers()
         values = {i: get(self.ins[i]) for i in needed}
-        first = self.consts + self.carried
-        consts = {i: x for i, x in values.items() if i < self.consts}
-        each = {i: x for i, x in values.items() if i >= first}
-        keys = [self.consts + i for i in carried]
+        first_sliced = self.num_consts + self.num_carried
+        consts = {i: x for i, x in values.items() if i < self.num_consts}
+        sliced = {i: x for i, x in values.items() if i >= first_sliced}
+        keys = [self.num_consts + i for i in carried]
 
-        def body(carry: Any, each: Any) -> Any:
-            args = {**consts, **dict(zip(keys, carry, strict=True)), **each}
+        def body(carry: Any, slices: Any) -> Any:
+            args = {**consts, **dict(zip(keys, carry, strict=True)), **slices}
             return self.plan.indices(args, [self.plan.outs[i] for i in carried])
 
-        return self._loop(body, [values[i] for i in keys], each)[1]
+        return self._loop(body, [values[i] for i in keys], sliced)[1]
 
 
 class _Cond(_Step):
@@ -522,19 +547,28 @@ class _Cond(_Step):
         outs: Sequence[Var],
         independent: bool,
     ) -> None:
-        """Independent: whether the choice is independent of what the loss is differentiated by."""
+        """The first of `ins` is the number of the branch to take; the others are its inputs.
+
+        Args:
+          independent: whether that number is independent of what the loss is differentiated by.
+        """
         super().__init__(eqn, ins, outs)
         self.plans = plans
         # For each branch, the numbers of its sites among all sites.
         self.sites, self.site_numbers = [], []
         for plan in plans:
-            unused, numbers = list(enumerate(self.sites)), []
+            # Each site shares that of an equal read in another branch, if no other site of this
+            # branch does.
+            unshared, numbers = list(range(len(self.sites))), []
             for site in plan.sites:
                 site = site._replace(independent=site.independent and independent)
-                equal = next((i for i, (_, other) in enumerate(unused) if other == site), None)
-                numbers.append(len(self.sites) if equal is None else unused.pop(equal)[0])
-                if equal is None:
+                number = next((i for i in unshared if self.sites[i] == site), None)
+                if number is None:
+                    number = len(self.sites)
                     self.sites.append(site)
+                else:
+                    unshared.remove(number)
+                numbers.append(number)
             self.site_numbers.append(numbers)
 
     def _at_all_sites(self, number: int, branch_indices: PerSite) -> PerSite:
@@ -558,7 +592,8 @@ class _Cond(_Step):
         if not any(site.independent for site in self.sites):
             return []
         needed = sorted({i for plan in self.plans for i in plan.needs()})
-        return [self.ins[0], *(self.ins[i + 1] for i in needed)]
+        branch_ins = self.ins[1:]
+        return [self.ins[0], *(branch_ins[i] for i in needed)]
 
     def indices(self, get: _Get) -> PerSite:
         if not any(site.independent for site in self.sites):
@@ -569,9 +604,10 @@ class _Cond(_Step):
             indices = plan.indices({i: values[i] for i in plan.needs()})[1]
             return self._at_all_sites(number, indices)
 
-        values = {i: get(self.ins[i + 1]) for plan in self.plans for i in plan.needs()}
+        which, *branch_ins = self.ins
+        values = {i: get(branch_ins[i]) for plan in self.plans for i in plan.needs()}
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
-        indices = jax.lax.switch(get(self.ins[0]), branches, values)
+        indices = jax.lax.switch(get(which), branches, values)
         pairs = zip(self.sites, indices, strict=True)
         return [ids if site.independent else None for site, ids in pairs]
 
@@ -582,24 +618,26 @@ class _ShardMap(_Step):
     def __init__(
         self, eqn: JaxprEqn, plan: Plan, views: Sequence[View | None], outs: Sequence[Var]
     ) -> None:
-        pairs = [*zip(eqn.invars, eqn.params["in_specs"], views, strict=True)]
-        super().__init__(eqn, [x for x, _, view in pairs if view is None], outs)
-        self.plan, self.specs = plan, [spec for _, spec, view in pairs if view is None]
+        triples = [*zip(eqn.invars, eqn.params["in_specs"], views, strict=True)]
+        super().__init__(eqn, [x for x, _, view in triples if view is None], outs)
+        self.plan, self.specs = plan, [spec for _, spec, view in triples if view is None]
         self.mesh, manual = eqn.params["mesh"], eqn.params["newly_manual_axes"]
         self.manual = tuple(axis for axis in self.mesh.axis_names if axis in manual)
-        axes = [self._axes(site) for site in plan.sites]
-        self.sites = [self._outer_site(*pair) for pair in zip(plan.sites, axes, strict=True)]
-        self.site_specs = [jax.sharding.PartitionSpec(some) for some in axes]
+        axes_of_sites = [self._axes(site) for site in plan.sites]
+        pairs = zip(plan.sites, axes_of_sites, strict=True)
+        self.sites = [self._outer_site(site, axes) for site, axes in pairs]
+        self.site_specs = [jax.sharding.PartitionSpec(axes) for axes in axes_of_sites]
 
     def _axes(self, site: ReadSite) -> tuple[str, ...]:
         """The axes over which devices may read different rows."""
         is_checked = self.eqn.params["check_vma"]
-        return tuple(x for x in self.manual if not is_checked or x in site.varying)
+        return tuple(axis for axis in self.manual if not is_checked or axis in site.varying)
 
     def _outer_site(self, site: ReadSite, axes: tuple[str, ...]) -> ReadSite:
+        """A site of one device as the site of all devices along these axes."""
         devices = math.prod(self.mesh.shape[axis] for axis in axes)
-        view = site.view._replace(axes=tuple(x for x in site.view.axes if x not in axes))
-        varying = tuple(x for x in site.varying if x not in self.manual)
+        view = site.view._replace(axes=tuple(a for a in site.view.axes if a not in axes))
+        varying = tuple(axis for axis in site.varying if axis not in self.manual)
         return site._replace(view=view, shape=(devices, *site.shape), varying=varying)
 
     def _mapped(self, body: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -666,15 +704,19 @@ class _WholeTable(_Step):
 # --- from a jaxpr to its plan ---------------------------------------------------------------------
 
 
-def _live(jaxpr: Jaxpr, outs: Sequence[bool]) -> set[Any]:
+def _has_effect(eqn: JaxprEqn) -> bool:
+    """Whether an equation has an effect other than a debug print."""
+    return bool(eqn.effects) and not eqn.primitive.name.startswith("debug")
+
+
+def _live(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
     """The variables through which the live results are differentiated."""
-    pairs = zip(jaxpr.outvars, outs, strict=True)
+    pairs = zip(jaxpr.outvars, live_outs, strict=True)
     live = {v for v, is_live in pairs if is_live and isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        name = eqn.primitive.name
-        # An effect other than a debug print may carry its inputs to a result by another way.
-        is_used = not live.isdisjoint(eqn.outvars) or (eqn.effects and not name.startswith("debug"))
-        if is_used and name != "stop_gradient":
+        # An effect may carry its inputs to a result by another way.
+        is_used = not live.isdisjoint(eqn.outvars) or _has_effect(eqn)
+        if is_used and eqn.primitive.name != "stop_gradient":
             live.update(v for v in _variables(eqn.invars) if _is_float(v))
     return live
 
@@ -699,9 +741,12 @@ def _is_float(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
 
 
-def _tainted(jaxpr: Jaxpr, ins: Sequence[bool]) -> set[Any]:
-    """The variables that depend on the tainted inputs, or on an effect."""
-    tainted = {v for v, is_tainted in zip(jaxpr.invars, ins, strict=True) if is_tainted}
+def _tainted(jaxpr: Jaxpr, tainted_ins: Sequence[bool]) -> set[Any]:
+    """The variables that depend on the tainted inputs, or on an effect.
+
+    These can only be computed when the loss runs. All others are independent.
+    """
+    tainted = {v for v, is_tainted in zip(jaxpr.invars, tainted_ins, strict=True) if is_tainted}
     for eqn in jaxpr.eqns:
         if eqn.effects or not tainted.isdisjoint(_variables(eqn.invars)):
             tainted.update(eqn.outvars)
@@ -739,6 +784,13 @@ class Planner:
         tainted_ins: Sequence[bool],
         live_outs: Sequence[bool],
     ) -> Plan:
+        """The plan of a jaxpr.
+
+        Args:
+          views: for each input the table that it is; `None` for all others.
+          tainted_ins: whether each input depends on what the loss is differentiated by.
+          live_outs: whether the loss is differentiated through each result.
+        """
         jaxpr = closed.jaxpr
         view_of = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
         live, tainted = _live(jaxpr, live_outs), _tainted(jaxpr, tainted_ins)
@@ -810,7 +862,8 @@ class Planner:
             outs, new = _split(eqn.outvars, plan.outs)
             make = _Remat if kind in ("remat2", "checkpoint") else _Inlined
             return make(eqn, plan, ins, outs), new
-        # Older releases write specs in another way. The rows of a split table are on many devices.
+        # A table that is split over devices cannot be followed. Nor can any table in older releases
+        # of JAX, whose `shard_map` has other parameters.
         if kind == "shard_map" and "newly_manual_axes" in params:
             pairs = zip(views, params["in_specs"], strict=True)
             if not any(view is not None and any(spec) for view, spec in pairs):
@@ -831,8 +884,7 @@ class Planner:
                     self.refuse(returned, eqn)
             outs, new = _split(eqn.outvars, plans[0].outs)
             return _Cond(eqn, plans, ins, outs, not is_tainted[0]), new
-        has_effect = bool(eqn.effects) and not kind.startswith("debug")
-        if self.exact or has_effect or any(is_live):
+        if self.exact or _has_effect(eqn) or any(is_live):
             used = (view for view in views if view is not None and (self.exact or view.live))
             self.refuse(used, eqn, jaxpr)
         return _WholeTable(eqn, jaxpr, views), {}
@@ -844,29 +896,34 @@ class Planner:
         is_tainted: list[bool],
         is_live: list[bool],
     ) -> tuple[Any, dict[Var, View]]:
-        closed, (consts, carry) = eqn.params["jaxpr"], _scan_sizes(eqn)
-        self.refuse(views[consts + carry :], eqn)
-        is_live[:carry] = [any(is_live)] * carry
+        """The step for a `scan` that takes tables, and the views among its results."""
+        closed, (num_consts, num_carried) = eqn.params["jaxpr"], _scan_sizes(eqn)
+        carried = slice(num_consts, num_consts + num_carried)
+        # Each iteration would take its own slice of a table.
+        self.refuse(views[carried.stop :], eqn)
+        # A carried value may reach every result, by a later iteration.
+        is_live[:num_carried] = [any(is_live)] * num_carried
+        # It is tainted if it is after any iteration.
+        carried_outs = closed.jaxpr.outvars[:num_carried]
         while True:
             tainted = _tainted(closed.jaxpr, is_tainted)
             after = [
                 old or (isinstance(new, Var) and new in tainted)
-                for old, new in zip(
-                    is_tainted[consts : consts + carry], closed.jaxpr.outvars[:carry], strict=True
-                )
+                for old, new in zip(is_tainted[carried], carried_outs, strict=True)
             ]
-            if after == is_tainted[consts : consts + carry]:
+            if after == is_tainted[carried]:
                 break
-            is_tainted[consts : consts + carry] = after
+            is_tainted[carried] = after
         plan = self.plan(closed, views, is_tainted, is_live)
         # A carried table must stay the same in each iteration. A stacked result cannot be a table.
-        for before, x in itertools.zip_longest(views[consts : consts + carry], plan.outs):
+        for before, x in itertools.zip_longest(views[carried], plan.outs):
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
         outs, new = _split(eqn.outvars, plan.outs)
         ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
+        # Tables are not among the `ins`.
         is_value = [view is None for view in views]
-        num_consts, num_carried = sum(is_value[:consts]), sum(is_value[consts:][:carry])
+        num_consts, num_carried = sum(is_value[:num_consts]), sum(is_value[carried])
         return _Scan(eqn, plan, ins, outs, num_consts, num_carried), new
 
 

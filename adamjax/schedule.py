@@ -5,8 +5,8 @@ in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
 schedules. A step can see values that nothing has checked before: those of callables, and of arrays
 that are traced or set later. A value below 0 makes NaN there, and so do boundaries that do not
-increase. (A callable's value between -1e-6 and 0 counts as 0: rounding may leave the last value of
-a rate that ends at 0 there.) A count below 0 makes NaN too, as in
+increase. (Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's
+value between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
 `lambda count: schedule(count - 10)`: clip it at 0.
 """
 
@@ -91,7 +91,7 @@ class _Compiled(Schedule):
     Python numbers are constants and arrays are arguments.
 
     An array that is traced or set later is not checked: a negative, infinite or NaN value makes
-    NaN, and 0 counts as the smallest number.
+    NaN, and 0 where a field must be above 0 acts like the smallest number above it.
     """
 
     # The ranges of the fields that are numbers.
@@ -121,7 +121,7 @@ class _Compiled(Schedule):
                 expect_scalar(f"{type(self).__name__}: {field}", x)
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
-            # `_units` and `as_count` check the lengths, which may be whole numbers.
+            # Numbers of steps may be integers, and stay so: `_units` and `as_count` check them.
             if allowed.whole == "never":
                 checked.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
         value = checked.at(count)
@@ -236,15 +236,23 @@ def _units(count: chex.Array, steps: Number) -> _Units:
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
             return _whole_units(count, int(steps))
         return _float_units(_float(count), _float(steps))
-    if jnp.issubdtype(steps.dtype, jnp.integer) and jnp.issubdtype(count.dtype, jnp.integer):
-        common = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps.dtype, count.dtype))
-    else:
-        common = None
-    if common is not None and jnp.iinfo(common).max >= jnp.iinfo(steps.dtype).max:
+    common = _common_integer(count.dtype, steps.dtype)
+    if common is not None:
         units = _whole_units(count.astype(common), jnp.maximum(steps, 1).astype(common))
     else:
         units = _float_units(_float(count), _float(steps))
     return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
+
+
+def _common_integer(count: Any, steps: Any) -> Any:
+    """The integer dtype for counts and steps of these dtypes; `None` if no dtype holds all steps.
+
+    Without x64 that is so for uint32 steps, and of course for floats.
+    """
+    if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
+        return None
+    common = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps, count))
+    return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
 
 
 def _whole_units(count: chex.Array, steps: Any) -> _Units:
@@ -407,7 +415,7 @@ class piecewise_constant(_Compiled):
         boundary_range = FINITE._replace(whole="kept")
         for name, allowed in (("boundaries", boundary_range), ("values", NON_NEGATIVE)):
             numbers: Any = getattr(self, name)
-            # The items of a set are in no order, and a dictionary is optax's, with factors.
+            # A set has no order. A dictionary is optax's form, which has factors and no rates.
             unordered = isinstance(numbers, Mapping | set | frozenset)
             is_scalar = is_array(numbers) and numbers.ndim == 0
             if unordered or is_scalar or not isinstance(numbers, Iterable):
@@ -480,8 +488,8 @@ class polynomial_decay(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         units = _units(count, self.decay_steps)
-        # `left` is the fraction of the decay that is left. A count at the end of a cycle has none
-        # left, although its unit is the next one, of which all is left.
+        # `left` is the fraction of the decay that is left: 0 at the end of a cycle. There
+        # `units.left` is 1, because the next unit begins at that count.
         if self.cycle:
             at_end = (units.fraction == 0) & (units.whole > 0)
             length = units.whole + (units.fraction > 0)
@@ -580,10 +588,11 @@ class by_path(Data):
       default: the rate of a leaf that no pattern matches.
 
     Raises:
-      ValueError: by `init` of the transform with this rate: a pattern matches no leaf, or earlier
-        ones match all of its leaves (but one that matches all leaves may stand last). Leaves that
-        are `None` do not count; integer ones do. By `update`: a pattern matches no leaf; here
-        leaves without a gradient count. `adamjax.optional(pattern)` allows both.
+      ValueError: a pattern matches no leaf: by `init` and `update` of the transform with this rate.
+        For `init`, leaves that are `None` do not count, and integer ones do; for `update`, leaves
+        without a gradient count too. `init` also refuses a pattern if earlier ones match all of its
+        leaves; but one that matches every leaf may stand last. `adamjax.optional(pattern)` allows
+        all of this.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
@@ -607,6 +616,7 @@ class by_path(Data):
         self.__post_init__()
 
     def __post_init__(self) -> None:
+        # `replace` and `from_config` set the fields without `__init__`, so all is checked here too.
         rules = checked_rules("by_path", paired("by_path", self.patterns, self.values))
         self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),

@@ -24,7 +24,7 @@ __all__ = ["into_adamjax"]
 
 _IN_FOREIGN_TRANSFORM = (
     "inside a transform of another library cannot be filled: use adamjax.chain, masked or "
-    "partition in its place"
+    "partition instead of that transform"
 )
 
 
@@ -41,7 +41,7 @@ def into_adamjax(
     source.refuse_doubts(check)
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
-    _expect_places_to_accumulate(source, new, check)
+    _expect_room_for_micro_batches(source, new, check)
     state = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
     if check:
         filled = AdamjaxState(new.owner, new.tx, state, new.params)
@@ -49,11 +49,13 @@ def into_adamjax(
     return state
 
 
-def _expect_places_to_accumulate(source: Source, new: AdamjaxState, check: bool) -> None:
-    """Refuses micro-batches for which `tx` has no `accumulate_gradients` of enough steps."""
+def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: bool) -> None:
+    """Refuses micro-batches of leaves that `tx` does not accumulate, or takes a step of sooner."""
     steps_of = {path: steps for steps, leaves in new.accumulations for path in leaves}
     for accumulated in source.accumulated:
-        for path in accumulated.totals if accumulated.micro else ():
+        if not accumulated.micro:
+            continue
+        for path in accumulated.totals:
             problem = (
                 f"{source.owner}: the source has accumulated {accumulated.micro} micro-batches of "
                 f"{path!r} since its last step"
@@ -72,6 +74,7 @@ def _expect_places_to_accumulate(source: Source, new: AdamjaxState, check: bool)
 class _AdamjaxFilling(Translation):
     """Fills a state of adamjax, and the states inside it."""
 
+    # `fill` sets it when it comes to one.
     has_weight_ema = False
 
     def filled_state(self) -> Any:
@@ -129,6 +132,7 @@ class _AdamjaxFilling(Translation):
         trees = {name: self.tree(name, values[name], getattr(x, name)) for name in names}
         filled = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
         if kind == "nadam":
+            # All leaves of a rule have taken the same steps, so they have the same product.
             products = [m.product for m in moments_of.values() if m.product is not None]
             if products and self.check:
                 expect_product(owner, products[0], rule.b1, count)

@@ -25,8 +25,8 @@ class LeafMoments:
       hyperparams: the hyperparameters that the system states, by adamjax's names; see
         `hyperparameters.HyperparameterCheck`.
       rule: the rule, if it is one of adamjax.
-      accumulates: whether the rule takes one step in several calls, with their gradients
-        accumulated.
+      accumulates: whether the rule is inside a transform that accumulates gradients, and so takes
+        a step only every few calls.
     """
 
     count: int
@@ -65,7 +65,7 @@ class Source:
 
     Attributes:
       owner: the name of the conversion, for errors.
-      moments: by path, what each rule on the leaf's way keeps of it, in their order.
+      moments: by path, what each rule that the leaf goes through keeps of it, first rule first.
       counts: the counts of schedules.
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
@@ -96,43 +96,44 @@ class Source:
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if each call of theirs is a step."""
-        accumulated = [g for g in self.accumulated if meet(g.totals, leaves)]
-        micros = {g.micro for g in accumulated}
+        accumulated = [one for one in self.accumulated if meet(one.totals, leaves)]
+        micros = {one.micro for one in accumulated}
         if len(micros) > 1:
             raise ValueError(
                 f"{self.owner}: parts have accumulated different numbers of micro-batches, "
                 f"{sorted(micros)}, but there is one count for all: give the parts "
                 "accumulate_gradients of their own, or convert after a step of all"
             )
-        totals = {path: total for g in accumulated for path, total in g.totals.items()}
+        totals = {path: total for one in accumulated for path, total in one.totals.items()}
         return Accumulated(micros.pop(), totals) if accumulated else None
 
     def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
-        """The count of a schedule for these leaves.
+        """The count of a schedule for these leaves: that of schedules, or else that of rules.
 
         Args:
           calls: `None` for a schedule that counts steps. For one that counts calls: how many calls
             a step takes, and how many there were since the last step.
         """
-        counts = [(c.accumulates, c.steps) for c in self.counts if meet(c.leaves, leaves)]
-        rules = [
+        schedule_counts = [(c.accumulates, c.steps) for c in self.counts if meet(c.leaves, leaves)]
+        rule_counts = [
             (moments.accumulates, moments.count)
             for path, moments_of_rules in self.moments.items()
             if meet({path}, leaves)
             for moments in moments_of_rules
         ]
-        if any(accumulates for accumulates, _ in (*counts, *rules)):
+        if any(accumulates for accumulates, _ in (*schedule_counts, *rule_counts)):
             # There are counts of steps and of calls: take one of the right kind, if there is one.
-            for pairs in (counts, rules):
+            for pairs in (schedule_counts, rule_counts):
                 same_kind = {n for accumulates, n in pairs if accumulates == (calls is None)}
                 if same_kind:
-                    return self._only(same_kind, leaves)
-        steps = self._only({n for _, n in counts or rules}, leaves)
+                    return self._common_count(same_kind, leaves)
+        steps = self._common_count({n for _, n in schedule_counts or rule_counts}, leaves)
         return steps if calls is None else steps * calls[0] + calls[1]
 
-    def _only(self, counts: set[int], leaves: frozenset[str] | None) -> int:
+    def _common_count(self, counts: set[int], leaves: frozenset[str] | None) -> int:
+        """The only count, and 0 if there is none. Several counts are refused."""
         if len(counts) > 1:
-            some = f" of {sorted(leaves)[:3]}" if leaves else ""
+            some = f" {sorted(leaves)[:3]}" if leaves else ""
             raise ValueError(
                 f"{self.owner}: the leaves{some} have taken different numbers of steps, "
                 f"{sorted(counts)}, but there is one count for all: give the leaves that go "
@@ -143,8 +144,7 @@ class Source:
     def refuse_doubts(self, check: bool) -> None:
         if check and self.doubts:
             raise ValueError(
-                f"{self.owner}: {self.doubts[0]}, or pass check=False to take the arrays all the "
-                "same"
+                f"{self.owner}: {self.doubts[0]}, or pass check=False to take the arrays anyway"
             )
 
     def expect_place_to_accumulate(self, target: "Source") -> None:

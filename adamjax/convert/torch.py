@@ -43,6 +43,8 @@ _IGNORED_KEYS = {
 }
 # What OneCycleLR and CyclicLR store if they change betas in each step.
 _BETA_SCHEDULE_KEYS = {"base_momentum", "max_momentum"}
+# Keys that are read, but do not show which optimizer it is: old versions do not write `maximize`.
+_OPTIONAL_KEYS = {*_BETA_SCHEDULE_KEYS, "maximize"}
 # Keys that only one of torch's other optimizers has.
 _KEYS_OF_OTHERS = {
     "dampening": "SGD",
@@ -54,11 +56,13 @@ _KEYS_OF_OTHERS = {
     "max_iter": "LBFGS",
     "ns_steps": "Muon",
 }
+# torch's names of slots, in the state of a parameter.
+_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
     """The optimizer of a group, recognized by the group's keys. Any other one is refused."""
-    keys = set(group) - _IGNORED_KEYS - _BETA_SCHEDULE_KEYS - {"maximize"}
+    keys = set(group) - _IGNORED_KEYS - _OPTIONAL_KEYS
     for name, (needed, newer) in _OPTIMIZER_KEYS.items():
         if needed <= keys <= needed | newer:
             return name
@@ -73,10 +77,11 @@ def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
     )
 
 
-def _group_hyperparams(
-    source: Source, group: Mapping[str, Any]
-) -> tuple[tuple[str, ...], Hyperparams]:
-    """The kinds of rules that may have made a group's state, and the group's hyperparameters."""
+def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ...], Hyperparams]:
+    """The kinds of rules that may have made a group's state, and the group's hyperparameters.
+
+    A doubt about the group is added to the source.
+    """
     owner = source.owner
 
     def number(key: str, default: Any = None) -> float:
@@ -117,11 +122,11 @@ def _group_hyperparams(
     # Older versions do not state whether the decay is Adam's or AdamW's.
     decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)
     hyperparams |= {"weight_decay": number("weight_decay"), "decoupled": decoupled}
-    adam = "amsgrad" if flag("amsgrad") else "adam"
-    return ({"Adam": adam, "NAdam": "nadam", "Adamax": "adamax"}[optimizer],), hyperparams
-
-
-_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
+    if optimizer == "Adam":
+        kind = "amsgrad" if flag("amsgrad") else "adam"
+    else:
+        kind = {"NAdam": "nadam", "Adamax": "adamax"}[optimizer]
+    return (kind,), hyperparams
 
 
 def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -130,8 +135,8 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
     if unknown or "step" not in state:
         raise ValueError(
             f"{owner}: torch's state of {path!r} has {sorted(map(str, state))}, expected 'step' "
-            f"and those of {list(_SLOTS)} that Adam, AdamW, Adamax, NAdam or SparseAdam has. For "
-            "another optimizer start from tx.init(params)"
+            "and the slots of Adam, AdamW, Adamax, NAdam or SparseAdam, which are among "
+            f"{list(_SLOTS)}. For another optimizer start from tx.init(params)"
         )
     for name, x in state.items():
         if hasattr(x, "detach") and type(x).__name__ not in ("Tensor", "Parameter"):
@@ -184,16 +189,21 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
     for group in groups:
         keys = list(group["params"])
         # The keys of torch.distributed's state dicts are names.
-        own = keys if all(isinstance(key, str) for key in keys) else group.get("param_names")
-        if own is None:
+        has_names = all(isinstance(key, str) for key in keys)
+        group_names = keys if has_names else group.get("param_names")
+        if group_names is None:
             return None
-        named = isinstance(own, list | tuple) and all(isinstance(name, str) for name in own)
-        if not named or len(own) != len(keys):
+        is_list = isinstance(group_names, list | tuple)
+        if (
+            not is_list
+            or not all(isinstance(name, str) for name in group_names)
+            or len(group_names) != len(keys)
+        ):
             raise ValueError(
-                f"{owner}: a group of torch has the param_names {own!r:.100}, expected a list of "
-                f"strings for its {len(keys)} params"
+                f"{owner}: a group of torch has the param_names {group_names!r:.100}, expected a "
+                f"list of strings for its {len(keys)} params"
             )
-        names.extend(own)
+        names.extend(group_names)
     return names
 
 
@@ -202,16 +212,20 @@ def _doubt_kernels(
 ) -> None:
     """Adds a doubt if all kernels are square: then no shape shows that torch transposes them."""
     leaves = leaves_by_path(source.owner, params)
-    # Without names, a leaf that is called a kernel is one. A `w` may be anything.
+    # If torch has no names, only leaves called `kernel` are taken for kernels: `w` may be anything.
     ends = {"kernel"} if names is None else {"kernel", "w"}
+    # The caller compares the number of torch's parameters with that of the paths later.
     pairs = zip(names or ["weight"] * len(paths), paths, strict=False)
     kernels = [
         path
         for name, path in pairs
         if path and name.endswith("weight") and path.rpartition("/")[2] in ends
     ]
-    shapes = [np.shape(leaves[path]) for path in kernels]
-    if kernels and all(len(set(shape)) == 1 < len(shape) for shape in shapes):
+
+    def is_square(shape: tuple[int, ...]) -> bool:
+        return len(shape) > 1 and len(set(shape)) == 1
+
+    if kernels and all(is_square(np.shape(leaves[path])) for path in kernels):
         end = kernels[0].rpartition("/")[2]
         source.doubts.append(
             f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and a square "
@@ -242,12 +256,9 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    group_hyperparams = [_group_hyperparams(source, group) for group in groups]
-    keys = [
-        (key, hyperparams)
-        for group, hyperparams in zip(groups, group_hyperparams, strict=True)
-        for key in group["params"]
-    ]
+    read_groups = [_read_group(source, group) for group in groups]
+    keys = [key for group in groups for key in group["params"]]
+    rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
     names = _names(owner, groups)
     paths = leaf_order(owner, order, params, "torch", names, check)
     if not adapted:
@@ -258,15 +269,14 @@ def _read(
             f"{'params' if order is None else 'order'} has {len(paths)} leaves, {paths[:5]}...: "
             "give order=, a path (or None) for each parameter in the order of torch's groups"
         )
-    known = [key for key, _ in keys]
-    strays = [key for key in state_dict["state"] if key not in set(known)]
+    strays = [key for key in state_dict["state"] if key not in set(keys)]
     if strays:
         raise ValueError(
             f"{owner}: torch's state has the keys {strays[:5]}, but its groups have only "
-            f"{known[:5]}...: expected optimizer.state_dict() as torch writes it (if JSON turned "
+            f"{keys[:5]}...: expected optimizer.state_dict() as torch writes it (if JSON turned "
             "numbers into strings, turn them back)"
         )
-    for (key, (kinds, hyperparams)), path in zip(keys, paths, strict=True):
+    for key, (kinds, hyperparams), path in zip(keys, rules, paths, strict=True):
         if path is None:
             continue
         key_of[path] = key
@@ -405,11 +415,12 @@ def to_torch(
     for path, key in key_of.items():
         kind, moments, slots = filling.from_adamjax(path)
         target_moments = target_source.moments[path][0]
+        # The slots that torch's optimizer has so far, and then those that take their place.
         expect_slots(owner, TORCH, kind, path, target_moments)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
-        # torch takes no bfloat16 from NumPy.
-        wide = {name: np.float32 if x.dtype.itemsize < 4 else x.dtype for name, x in slots.items()}
-        arrays = {name: np.array(x, wide[name]) for name, x in slots.items()}
+        # torch takes no bfloat16 from NumPy, so narrow slots become float32.
+        dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
+        arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
         if adapt is not None:
             arrays = {name: np.array(adapt(path, x)) for name, x in arrays.items()}
         # The count is a tensor in torch, except in SparseAdam.

@@ -12,7 +12,7 @@ from adamjax.chain import chain
 from adamjax.coasting import Ring
 from adamjax.data import Tree
 from adamjax.exact.route import RoutePart
-from adamjax.exact.state import Columns, ExactRowsState, Past, named
+from adamjax.exact.state import Columns, ExactRowsState, Past, path_of_table
 from adamjax.exact.tables import Batch, Family, Table
 from adamjax.moments import next_count
 from adamjax.paths import flatten
@@ -49,7 +49,7 @@ class Bound:
 
     def table(self, name: str) -> Table:
         """The table that a path or pattern names."""
-        path = named(name, [t.path for t in self.tables])
+        path = path_of_table(name, [t.path for t in self.tables])
         return next(t for t in self.tables if t.path == path)
 
     def batch_of(self, table: Table) -> Batch:

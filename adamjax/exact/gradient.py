@@ -59,23 +59,24 @@ def _prepared(
         if tables:
             leaves = [t.leaf for t in tables]
             ids = [indices[i] for i in leaves]
-            table_rows, distinct, table_ticket = read_rows(
+            bound_rows, distinct, bound_ticket = read_rows(
                 bound, tables, ids, for_step=is_loss, averaged=averaged
             )
-            table_rows = [x.astype(dtypes[i]) for i, x in zip(leaves, table_rows, strict=True)]
-            rows |= dict(zip(leaves, table_rows, strict=True))
+            bound_rows = [x.astype(dtypes[i]) for i, x in zip(leaves, bound_rows, strict=True)]
+            rows |= dict(zip(leaves, bound_rows, strict=True))
             searched |= dict(zip(leaves, distinct, strict=True))
-            ticket = ticket.with_rows_of(table_ticket)
+            ticket = ticket.with_rows_of(bound_ticket)
 
-    def read(state_of: Any, leaf: int, ids: Any) -> chex.Array:
-        batch, (columns, past) = batches[leaf], state_of[leaf]
+    def read_in_call(data: Any, leaf: int, ids: Any) -> chex.Array:
+        """The `read_rows` of `Reads`, with `state_of` as its data. Without ids, all rows."""
+        batch, (columns, past) = batches[leaf], data[leaf]
         ids = None if ids is None else ids.reshape(-1)
         ready = caught_up(batch, past, [columns], [ids])
         weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
         return weights if ids is None else or_zeros(weights, ids, batch.tables[0])
 
-    dense = {leaf: read(state_of, leaf, None) for leaf in reads.dense}
-    return reads, _Inputs(state_of, read, rows, dense), searched, ticket
+    dense = {leaf: read_in_call(state_of, leaf, None) for leaf in reads.dense}
+    return reads, _Inputs(state_of, read_in_call, rows, dense), searched, ticket
 
 
 def gradient_of(

@@ -31,7 +31,7 @@ class RoutePart(NamedTuple):
 
 
 def routes(tx: Transform, state: Any, params: Tree) -> list[list[RoutePart]]:
-    """For each leaf of the parameters the parts of its gradient, in order.
+    """For each leaf of the parameters, the parts that its gradient goes through, in order.
 
     If params is `None`, it is one leaf, which goes through everything.
     """
@@ -66,8 +66,8 @@ def check_route(route: list[Transform]) -> None:
         if isinstance(tx, sum_over):
             raise refusal(
                 tx,
-                "each replica would add it to rows of its own; put it before the whole: "
-                f"chain({tx!r}, exact_rows(...))",
+                "each replica would add the summed gradient to rows of its own; put it before the "
+                f"whole: chain({tx!r}, exact_rows(...))",
             )
         if isinstance(tx, grouped):
             raise refusal(tx, "separate the tables from the grouped leaves by partition")
@@ -76,7 +76,9 @@ def check_route(route: list[Transform]) -> None:
         if isinstance(tx, weight_ema):
             average = tx
             if tx.overwrite_frequency is not None:
-                raise refusal(tx, "overwriting would move every row; call flush and set them")
+                raise refusal(
+                    tx, "overwriting would move every row; call flush, then overwrite the weights"
+                )
         elif isinstance(tx, Rule):
             if rule is not None:
                 raise refusal(tx, f"it is a second rule, after {rule!r}")
@@ -88,6 +90,7 @@ def check_route(route: list[Transform]) -> None:
                 )
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
+            # (Without any rule, the error below is the one to raise.)
             raise refusal(tx, "before the rule, it may give a gradient to rows without one")
         elif rule is not None and tx.affine(None, None, 0, None) is None:
             raise refusal(tx, "after the rule, its result is not affine in update and weights")
@@ -97,17 +100,18 @@ def check_route(route: list[Transform]) -> None:
         )
 
 
-class _Waiting:
-    """A table's gradient, stopped at its rule. Later transforms leave such a leaf alone."""
+class _StoppedGradient:
+    """A table's gradient, as it came to its rule."""
 
+    # Later transforms leave a leaf of this dtype alone.
     dtype = jax.dtypes.float0
 
     def __init__(self, gradient: Any) -> None:
         self.gradient, self.shape = gradient, gradient.shape
 
 
-class _stopping(Rule):
-    """A rule that stops the gradients of some leaves."""
+class _stopping_rule(Rule):
+    """A rule that passes the gradients of some leaves on as `_StoppedGradient`."""
 
     tx: Rule
     leaves: Any = static()
@@ -126,13 +130,13 @@ class _stopping(Rule):
         gradients, treedef = flatten(grads)
         for leaf in self.leaves:
             if gradients[leaf] is not None:
-                gradients[leaf] = _Waiting(gradients[leaf])
+                gradients[leaf] = _StoppedGradient(gradients[leaf])
         return treedef.unflatten(gradients)
 
 
 def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
     """The transform, with the gradients of some leaves stopped at their rules."""
     if isinstance(tx, Rule):
-        return _stopping(tx, leaves)
+        return _stopping_rule(tx, leaves)
     # No table goes through the parts of other transforms.
     return tx.with_parts([with_stops(x, leaves) for x in tx.parts]) if tx.only_routes else tx

@@ -14,7 +14,7 @@ __all__ = [
     "Past",
     "Ready",
     "TableState",
-    "named",
+    "path_of_table",
 ]
 
 
@@ -40,10 +40,10 @@ class ExactRowsState(NamedTuple):
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
       rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
-        Its name has the tables (the first, the number of others, and a checksum of their paths)
-        and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. By another rule
-        the rows that lag behind would catch up wrongly, and a checkpoint has no other place to
-        record the rule.
+        Its key names the tables (the first, the number of others, and a checksum of their paths)
+        and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule is in
+        the key so that checkpoints record it: with another rule, rows that lag behind would catch
+        up wrongly.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -71,7 +71,13 @@ class Columns(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What rows catch up from: the ring after the last step, and that step's number."""
+    """What rows catch up from, after the last step.
+
+    Attributes:
+      ring: the ring of the tables' family.
+      clock: the clock of `ExactRowsState`, to compare with `last`.
+      count: the count of the tables' rule.
+    """
 
     ring: Ring
     clock: chex.Array
@@ -83,16 +89,23 @@ class Ready(NamedTuple):
     """Up-to-date rows of several tables, concatenated.
 
     For an index of no row, the values are arbitrary.
+
+    Attributes:
+      now: the weights.
+      moved: `now` minus the weights in `params`, widened.
+      slots: the slots.
+      last: the clock at which each row in `params` was last up to date.
+      has_nan: bool scalar, whether the entries read from the ring have a NaN.
     """
 
     now: chex.Array
-    moved: chex.Array  # now minus the weights in `params`, widened
+    moved: chex.Array
     slots: dict[str, chex.Array]
     last: chex.Array
-    has_nan: chex.Array  # bool scalar, whether the entries read from the ring have a NaN
+    has_nan: chex.Array
 
 
-def named(name: str, paths: list[str]) -> str:
+def path_of_table(name: str, paths: list[str]) -> str:
     """The path of the table that a path or pattern names."""
     matching = [p for p in paths if p == name] or [p for p in paths if re.search(name, p)]
     if len(matching) != 1:

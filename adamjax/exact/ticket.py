@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from adamjax.data import Data, static
-from adamjax.exact.state import Ready, named
+from adamjax.exact.state import Ready, path_of_table
 from adamjax.rows import RowGradient, sum_rows
 
 __all__ = ["Ticket"]
@@ -67,7 +67,7 @@ class Ticket(Data):
         Array([[2.],
                [0.]], dtype=float32)
         """
-        path = named(table, list(self.places))
+        path = path_of_table(table, list(self.places))
         (distinct, position), (num_rows, shape) = self.places[path], dict(self.num_rows)[path]
         if np.shape(values)[: len(shape)] != tuple(shape):
             raise ValueError(
