@@ -2,9 +2,9 @@
 
 adamjax, optax and Keras share one process. torch has its own, as the thread pools of JAX and torch
 disturb each other. In a round, all contenders take one sample each, one after another. The first is
-slower than the others, so the order changes from round to round. A ratio is one of two samples of a
-round. A step's time changes by a tenth with the places of its arrays in memory, so all processes
-are started anew several times: each time is a sitting, with its own rounds. Each time is also given
+slower than the others, so the order changes from round to round. A ratio compares two samples of
+one round. A step's time changes by a tenth with the places of its arrays in memory, so there are
+several sittings: each starts all processes anew and has its own rounds. A step's time is also given
 as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
 """
 
