@@ -5,10 +5,10 @@ import sys
 
 # The suites, each with what it does. A suite is `main(arguments)` in the module of its name.
 SUITES = {
-    "train": "train a next-word model on real text with the whole chain",
+    "train": "train a next-word model on real text, with every kind of part in its chain",
     "all": "dense, rows, compile, memory and models, one after another, and the report",
     "dense": "dense steps against optax, Keras and torch",
-    "rows": "one table by the rows it read: exact, lazy and dense against optax, Keras, TF, torch",
+    "rows": "the step of one table: exact, lazy and dense against optax, Keras, TF and torch",
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
     "compile": "the time to trace and to compile a program of 500 leaves, against optax",
     "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
@@ -17,7 +17,7 @@ SUITES = {
     "quality": "does exact matter? models on real data, trained exactly, lazily and in between",
     "narrow": "moments and weights in few bits: errors against float64, and the loss of training",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
-    "differences": "what other packages do otherwise, in numbers",
+    "differences": "how the results of other packages differ, in numbers",
     "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",
     "readme": "write measured tables and figures into README.md and docs/",
 }
@@ -27,10 +27,10 @@ def main(argv: list[str]) -> int:
     """Runs the suite that the first argument names; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, SUITES))
-        print("usage: python -m benchmarks SUITE [options]; SUITE --help says which\n")
+        print("usage: python -m benchmarks SUITE [options]; SUITE --help lists them\n")
         print("\n".join(f"  {name:{width}}  {description}" for name, description in SUITES.items()))
         return 0
-    if argv[0] == "--compare":
+    if argv[0] == "--compare":  # short for `report --compare`
         argv = ["report", *argv]
     name, *rest = argv
     if name not in SUITES:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         return importlib.import_module(f"benchmarks.{name}").main(rest)
-    except KeyboardInterrupt:  # while the suite was being imported
+    except KeyboardInterrupt:  # while the suite runs, or is still being imported
         return 130
 
 

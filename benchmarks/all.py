@@ -24,15 +24,22 @@ def main(argv: list[str]) -> int:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where results go (default benchmarks/results/PLATFORM; build/quick for quick ones)",
+        help="where results go (default benchmarks/results/PLATFORM; with --quick: build/quick)",
     )
     args = parser.parse_args(argv)
-    default = ROOT / "build" / "quick" if args.quick else RESULTS / device(quick=True).platform
-    folder, failed = args.out or default, []
+    if args.out:
+        folder = args.out
+    elif args.quick:
+        folder = ROOT / "build" / "quick"
+    else:
+        folder = RESULTS / device(quick=True).platform
+    options = ["--quick"] if args.quick else []
+    failed = []
     for suite in SUITES:
         print(f"\n--- {suite} ---", flush=True)
-        command = [sys.executable, "-m", "benchmarks", suite, *["--quick"] * args.quick]
-        if subprocess.run([*command, "--out", str(folder / f"{suite}.json")]).returncode:
+        out = ["--out", str(folder / f"{suite}.json")]
+        command = [sys.executable, "-m", "benchmarks", suite, *options, *out]
+        if subprocess.run(command).returncode:
             failed.append(suite)
     report.main([str(folder)])
     if failed:

@@ -1,17 +1,17 @@
-"""Dense steps: time against optax, Keras on JAX and torch's fused Adam, and against the memory.
+"""Dense steps: time against optax, Keras on JAX, torch's fused Adam and the memory's bandwidth.
 
-adamjax, optax and Keras take their steps in one process, in turn; torch in a process of its own, in
-turn with that one, as thread pools disturb each other. A ratio is taken within a round, and who
-goes first changes from round to round, as the first is slower. Where arrays come to lie in memory
-moves a step's time by a tenth, so the processes are started anew several times. Each time is also
-given as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
+adamjax, optax and Keras share one process. torch has its own, as the thread pools of JAX and torch
+disturb each other. In a round, all contenders take one sample each, one after another. The first is
+slower than the others, so the order changes from round to round. A ratio compares two samples of
+one round. A step's time changes by a tenth with the places of its arrays in memory, so there are
+several sittings: each starts all processes anew and has its own rounds. A step's time is also given
+as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
 """
 
-import itertools
 import math
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,35 +23,47 @@ from benchmarks.suite import Suite, progress, say, say_times
 from benchmarks.workers import Team, players, serve
 
 CHAINS = ("adam", "clip + adam")
-# For many small leaves, which adamjax can join.
-GROUPED = ("adam", "adam, grouped", "clip + adam, grouped")
+# For workloads of many small leaves: adamjax can join these, the other packages cannot.
+SMALL_LEAF_CHAINS = ("adam", "adam, grouped", "clip + adam, grouped")
 MANY_LEAVES = "500 leaves, 8.2M"
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
 IN_JAX = ("adamjax", "optax", "keras")
 
-# The seconds that a sample should last, and the most steps in it.
-SAMPLE, MOST = 0.05, 100
-# Bytes of a device's memory for each parameter: six arrays of each of four contenders.
-NEEDED = 6 * 4 * 4
+# A sample has as many steps as last this long, but no more than so many.
+SAMPLE_SECONDS, MOST_STEPS = 0.05, 100
+# Of a device's memory: four contenders have six arrays each, whose numbers have four bytes.
+BYTES_PER_PARAMETER = 4 * 6 * 4
 
 Shapes = list[tuple[int, ...]]
-# Its shapes, its dtype, the least steps of a sample.
-Workload = tuple[Shapes, str, int]
+
+
+class Workload(NamedTuple):
+    """Arrays to take steps on.
+
+    Attributes:
+      shapes: of the parameters' leaves.
+      dtype: of parameters and gradients.
+      least_steps: of a sample.
+    """
+
+    shapes: Shapes
+    dtype: str
+    least_steps: int
 
 
 # --- workloads ------------------------------------------------------------------------------------
 
 
 def transformer(width: int = 256, layers: int = 12) -> Shapes:
-    """The shapes of a transformer's leaves, 12 a layer and six beside."""
+    """The shapes of a transformer's leaves: 12 in each layer, and six others."""
     w, words = width, 32 * width
-    block = [(w,), (w,), (w, 3 * w), (3 * w,), (w, w), (w,)]
-    block += [(w,), (w,), (w, 4 * w), (4 * w,), (4 * w, w), (w,)]
-    return [(words, w), (512, w), *(block * layers), (w,), (w,), (w, words), (words,)]
+    layer = [(w,), (w,), (w, 3 * w), (3 * w,), (w, w), (w,)]
+    layer += [(w,), (w,), (w, 4 * w), (4 * w,), (4 * w, w), (w,)]
+    return [(words, w), (512, w), *(layer * layers), (w,), (w,), (w, words), (words,)]
 
 
 def small_leaves(count: int = 2000) -> Shapes:
-    """The shapes of biases, gains, scalars and small matrices, in no order."""
+    """The shapes of biases, gains, scalars and small matrices, in one fixed random order."""
     kinds = [(64,), (128,), (256,), (1024,), (), (16, 16), (32, 32), (3, 3, 16), (64, 16)]
     rng = random.Random(0)
     return [rng.choice(kinds) for _ in range(count)]
@@ -66,41 +78,44 @@ def workloads(large: bool) -> dict[str, Workload]:
     """What is measured, by name.
 
     Args:
-      large: as for an accelerator: a leaf of 1 GiB, and a transformer of twice the width and depth.
+      large: whether the sizes are for an accelerator. Then the one leaf has 1 GiB, and the
+        transformer has twice the width and depth.
     """
     leaf = [(2**28 if large else 2**25,)]
     model = transformer(512, 25) if large else transformer()
+    model_name = f"transformer, {len(model)} leaves, {size(model) / 1e6:.1f}M"
     return {
-        f"one leaf, {size(leaf) / 1e6:.1f}M": (leaf, "float32", 2),
-        f"transformer, {len(model)} leaves, {size(model) / 1e6:.1f}M": (model, "float32", 3),
-        MANY_LEAVES: ([(64, 256)] * 500, "float32", 4),
-        "transformer, bfloat16": (model, "bfloat16", 3),
-        "2,000 leaves of 64": ([(64,)] * 2000, "float32", 4),
-        "2,000 small leaves, 0.9M": (small_leaves(), "float32", 4),
+        f"one leaf, {size(leaf) / 1e6:.1f}M": Workload(leaf, "float32", 2),
+        model_name: Workload(model, "float32", 3),
+        MANY_LEAVES: Workload([(64, 256)] * 500, "float32", 4),
+        "transformer, bfloat16": Workload(model, "bfloat16", 3),
+        "2,000 leaves of 64": Workload([(64,)] * 2000, "float32", 4),
+        "2,000 small leaves, 0.9M": Workload(small_leaves(), "float32", 4),
     }
 
 
-QUICK: dict[str, Workload] = {
-    "one leaf, 65k": ([(65_536,)], "float32", 2),
-    "20 leaves, 1.3k": ([(8, 8)] * 20, "float32", 2),
-    "40 small leaves": (small_leaves(40), "float32", 2),
+QUICK = {
+    "one leaf, 65k": Workload([(65_536,)], "float32", 2),
+    "20 leaves, 1.3k": Workload([(8, 8)] * 20, "float32", 2),
+    "40 small leaves": Workload(small_leaves(40), "float32", 2),
 }
 
 
 def chains(workload: str) -> tuple[str, ...]:
-    """The chains that are measured on a workload."""
-    return GROUPED if "small leaves" in workload or "leaves of" in workload else CHAINS
+    """The chains that are measured on a workload; the name tells whether its leaves are small."""
+    return SMALL_LEAF_CHAINS if "small leaves" in workload or "leaves of" in workload else CHAINS
 
 
 def least_bytes(shapes: Shapes, dtype: str, chain: str) -> int:
-    """Bytes that a step of Adam must read and write, however it is written.
+    """Bytes that any step of Adam must read and write, whatever its code.
 
-    Counted for every element: the gradient is read, parameter and both moments are read and
-    written, each once. That is 28 bytes in float32; 22 in bfloat16 with moments in float32. A clip
-    by the global norm reads the gradient once more, as the norm of all comes before the first
-    element can be clipped: 32 and 24. Scalars are not counted.
+    For every element, the gradient is read once, and the parameter and both moments are read and
+    written once. That is 28 bytes in float32; 22 in bfloat16 with moments in float32. A clip by the
+    global norm reads the gradient once more, as the norm must be known before the first element is
+    clipped: 32 and 24. The step count is left out.
     """
     itemsize = jnp.dtype(dtype).itemsize
+    # Two moments, read and written, in float32 or wider.
     moments = 2 * 2 * max(itemsize, 4)
     reads_of_gradient = 2 if "clip" in chain else 1
     return (2 * itemsize + moments + reads_of_gradient * itemsize) * size(shapes)
@@ -147,48 +162,51 @@ def torch_runner(chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None
 
 
 class Contenders:
-    """In a process: all packages of a kind, "jax" or "torch", which take samples in turn."""
+    """All packages of a kind, "jax" or "torch", in one process; they take samples in turn."""
 
     def __init__(self, kind: str) -> None:
         self.names = ["torch"] if kind == "torch" else measure.installed(*IN_JAX)
 
-    def prepare(self, chain: str, shapes: Any, dtype: str, least: int) -> None:
-        """Makes everyone's step and takes a sample."""
-        shapes, self.least = [tuple(shape) for shape in shapes], least
-        self.runners = {
-            name: torch_runner(chain, shapes, dtype)
-            if name == "torch"
-            else jax_runner(name, chain, shapes, dtype)
-            for name in self.names
-        }
+    def prepare(self, chain: str, shapes: Any, dtype: str, least_steps: int) -> None:
+        """Makes the step of each package, and takes a first sample, which does not count."""
+        shapes = [tuple(shape) for shape in shapes]  # which came as lists, in JSON
+        self.least_steps = least_steps
+        self.runners: dict[str, Callable[[int], None]] = {}
+        for name in self.names:
+            if name == "torch":
+                self.runners[name] = torch_runner(chain, shapes, dtype)
+            else:
+                self.runners[name] = jax_runner(name, chain, shapes, dtype)
         self.sample()
 
     def sample(self) -> dict[str, float]:
-        """Seconds a step of each."""
+        """Seconds per step of each package. The next sample begins with the next package."""
         order = list(self.names)
         self.names.append(self.names.pop(0))
-        return {
-            n: measure.seconds_per_step(self.runners[n], SAMPLE, MOST, self.least) for n in order
-        }
+        limits = SAMPLE_SECONDS, MOST_STEPS, self.least_steps
+        return {name: measure.seconds_per_step(self.runners[name], *limits) for name in order}
 
 
 # --- the suite ------------------------------------------------------------------------------------
+
+
+def in_one(by_kind: Mapping[str, Any]) -> dict[str, float]:
+    """A round's samples of both kinds of packages in one dict, by package."""
+    return {package: seconds for own in by_kind.values() for package, seconds in own.items()}
 
 
 def take_times(
     workload: Workload, chain: str, sittings: int, rounds: int, device: measure.Device, bar: Any
 ) -> dict[str, Any]:
     """The times of every contender, its processes started anew for each sitting."""
-    shapes, dtype, least = workload
+    shapes, dtype, least_steps = workload
     kinds = ["jax", *(["torch"] if device.torch else [])]
     samples: list[dict[str, float]] = []
     for _ in range(sittings):
         with Team("dense", kinds, device) as team:
-            _, rounds_of_kinds = team.play(kinds, (chain, shapes, dtype, least), rounds)
-            samples += [
-                dict(itertools.chain(*(own.items() for own in by_kind.values())))
-                for by_kind in rounds_of_kinds
-            ]
+            case = (chain, shapes, dtype, least_steps)
+            _, rounds_by_kind = team.play(kinds, case, rounds)
+            samples += [in_one(by_kind) for by_kind in rounds_by_kind]
             bar.update()
     names = measure.in_all(samples, [*IN_JAX, "torch"])
     return {
@@ -209,9 +227,10 @@ def main(argv: list[str]) -> int:
     every = QUICK if args.quick else workloads(large=here.platform != "cpu")
     chosen = {name: every[name] for name in suite.chosen(every)}
     for name, (shapes, *_) in list(chosen.items()):
-        if here.memory is not None and here.memory < NEEDED * size(shapes):
+        needed = BYTES_PER_PARAMETER * size(shapes)
+        if here.memory is not None and here.memory < needed:
             del chosen[name]
-            say(f"{name}: left out, all contenders together need {NEEDED * size(shapes):,} bytes")
+            say(f"{name}: left out, all contenders together need {needed:,} bytes")
     cases = [(workload, chain) for workload in chosen for chain in chains(workload)]
     suite.results["times"] = rows = []
     with progress(len(cases) * args.sittings, "sitting") as bar:
@@ -224,7 +243,7 @@ def main(argv: list[str]) -> int:
         row["fraction"] = {
             name: measure.fraction(row["least_bytes"], ms, suite.results["bandwidth"])
             for name, ms in row["ms"].items()
-            # In bfloat16 the others have moments of two bytes.
+            # In bfloat16 the others' moments have two bytes: `least_bytes` is too many for them.
             if name == "adamjax" or "bfloat16" not in row["workload"]
         }
     return suite.finish()

@@ -21,35 +21,42 @@ def results(suite: str) -> Results:
     return committed
 
 
-def span(numbers: Iterable[float], digits: int | None = None) -> str:
-    """The smallest and the largest number, with this many decimals or as `two_figures`."""
-    ends = sorted(numbers)
-    texts = [two_figures(x) if digits is None else f"{x:.{digits}f}" for x in ends]
-    return " to ".join(dict.fromkeys((texts[0], texts[-1])))
+def span(numbers: Iterable[float], decimals: int | None = None) -> str:
+    """The smallest and the largest number, or only one where both are written alike.
+
+    Args:
+      numbers: at least one.
+      decimals: of each number; `None` writes each as `two_digits` does.
+    """
+    ordered = sorted(numbers)
+    ends = ordered[0], ordered[-1]
+    low, high = (two_digits(x) if decimals is None else f"{x:.{decimals}f}" for x in ends)
+    return low if low == high else f"{low} to {high}"
 
 
-def two_figures(number: float) -> str:
+def two_digits(number: float) -> str:
     """A number with two significant digits, or with no decimals from 10 on."""
     return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def times_as_long(contender: str) -> list[float]:
+def times_over_exact(contender: str) -> list[float]:
     """A contender's time divided by that of `exact`, in each main case of the rows suite."""
     rows = main_rows(results("rows"))
+    # The results have the time of `exact` divided by that of the contender.
     return [1 / row["ratio"]["exact"][contender]["median"] for row in rows]
 
 
-def dense_ratios(chain: str, rival: str) -> list[float]:
+def dense_times_over(rival: str, chain: str) -> list[float]:
     """adamjax's time divided by a rival's, in each workload of the dense suite with this chain."""
     rows = results("dense")["times"]
     return [row["ratio"][rival]["median"] for row in rows if row["chain"] == chain]
 
 
-def slowdowns_of_exact() -> list[float]:
-    """The time of `exact` divided by that of dense gradients in optax, where it is longer."""
+def worst_slowdown_of_exact() -> float:
+    """The largest ratio of `exact`'s time to that of dense gradients in optax, 1 at least."""
     rows = results("rows")["times"]
     ratios = [r["ratio"]["exact"]["optax"]["median"] for r in rows if "exact" in r["ratio"]]
-    return [ratio for ratio in ratios if ratio > 1]
+    return max([1.0, *ratios])
 
 
 def soak_error(contender: str) -> str:
@@ -58,38 +65,38 @@ def soak_error(contender: str) -> str:
 
 
 def model_ratio(model: str, contender: str) -> float:
-    """The time of a model's train step divided by that of its step with `exact_rows`."""
+    """A contender's time for a model's train step, divided by the time with `exact_rows`."""
     rows = {row["model"]: row["ratio"] for row in results("models")["steps"]}
     return float(rows[model][contender]["median"])
 
 
 def temporaries(mode: str) -> str:
     """The temporaries of a train step on a table, in MB."""
-    modes = {row["mode"]: row["temporary_bytes"] for row in results("memory")["tables"]}
-    return f"{modes[mode] / 1e6:.0f}"
+    by_mode = {row["mode"]: row["temporary_bytes"] for row in results("memory")["tables"]}
+    return f"{by_mode[mode] / 1e6:.0f}"
 
 
 def training_figure(mode: str, name: str) -> float:
-    """A figure of the training job with `--rows mode`; the median of several, if there are some."""
+    """A figure of the training job with `--rows MODE`; if it is a spread, its median."""
     figure = results("train")["rows"][mode][name]
     return float(figure["median"] if isinstance(figure, dict) else figure)
 
 
 FIGURES = {
-    "table optax": lambda: span(times_as_long("optax")),
-    "table torch": lambda: span(times_as_long("torch sparse")),
+    "table optax": lambda: span(times_over_exact("optax")),
+    "table torch": lambda: span(times_over_exact("torch sparse")),
     "table exact ms": lambda: span(
         (row["ms"]["exact"]["median"] for row in main_rows(results("rows"))), 1
     ),
-    "table worst": lambda: span([max(slowdowns_of_exact(), default=1.0)]),
-    "clip adam optax": lambda: span(1 / x for x in dense_ratios("clip + adam", "optax")),
-    "adam optax": lambda: span(dense_ratios("adam", "optax"), 2),
-    "adam torch": lambda: span([max(dense_ratios("adam", "torch"))], 2),
+    "table worst": lambda: two_digits(worst_slowdown_of_exact()),
+    "clip adam optax": lambda: span(1 / x for x in dense_times_over("optax", "clip + adam")),
+    "adam optax": lambda: span(dense_times_over("optax", "adam"), 2),
+    "adam torch": lambda: f"{max(dense_times_over('torch', 'adam')):.2f}",
     "soak steps": lambda: f"{results('soak')['cases']['Adam']['steps'][-1]:,}",
     "soak exact": lambda: soak_error("exact"),
     "soak dense": lambda: soak_error("dense"),
-    "dlrm optax": lambda: span([model_ratio("DLRM", "optax")]),
-    "towers optax": lambda: span([model_ratio("two towers", "optax")]),
+    "dlrm optax": lambda: two_digits(model_ratio("DLRM", "optax")),
+    "towers optax": lambda: two_digits(model_ratio("two towers", "optax")),
     "models lazy": lambda: span(
         (row["ratio"]["lazy"]["median"] for row in results("models")["steps"]), 2
     ),

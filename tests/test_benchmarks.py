@@ -1,4 +1,4 @@
-"""The benchmarks as a product: suites run, and reports say what was measured, no more."""
+"""The benchmarks: suites run, and reports say what was measured, no more."""
 
 import copy
 import importlib
@@ -16,8 +16,8 @@ from support import benchmarks as run_benchmarks
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import __main__ as suites
-from benchmarks import all as everything
+from benchmarks import __main__ as cli
+from benchmarks import all as all_suites
 from benchmarks import compare, contenders, dense, measure, memory, report, steps, tables, workers
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,7 @@ CPU = measure.RESULTS / "cpu"
 
 @pytest.fixture(scope="module")
 def committed():
+    """The committed results on a CPU, by suite."""
     return report.read(CPU)
 
 
@@ -34,16 +35,21 @@ def committed():
 
 
 def test_every_suite_is_listed_and_has_a_main(capsys):
-    assert suites.main([]) == 0
+    assert cli.main([]) == 0
     listed = capsys.readouterr().out
-    for name, what in suites.SUITES.items():
+    for name, what in cli.SUITES.items():
         assert re.search(f"^  {name} +{re.escape(what)}$", listed, re.MULTILINE)
         assert callable(importlib.import_module(f"benchmarks.{name}").main)
-    assert {*everything.SUITES, "all", "report"} <= suites.SUITES.keys()
-    assert {*everything.SUITES} == report.SECTIONS.keys() <= tables.SUITES.keys()
+    assert {*all_suites.SUITES, "all", "report"} <= cli.SUITES.keys()
+    assert {*all_suites.SUITES} == report.SECTIONS.keys() <= tables.SUITES.keys()
 
 
-def test_compile_runs_quickly(tmp_path):
+def test_an_unknown_suite_gets_one_line(capsys):
+    assert cli.main(["nonsense"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_compile_runs_with_quick(tmp_path):
     pytest.importorskip("optax")
     done = run_benchmarks(
         "compile", "--quick", "--rounds", "2", "--out", "compile.json", cwd=tmp_path
@@ -59,21 +65,23 @@ def test_compile_runs_quickly(tmp_path):
     assert "20 leaves; a program pays this once" in tables.SUITES["compile"](results)
 
 
-def test_memory_runs_quickly(tmp_path):
+def test_memory_runs_with_quick(tmp_path):
     pytest.importorskip("optax")
     done = run_benchmarks("memory", "--quick", "--out", "memory.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "memory.json").read_text())
     for row in results["dense"]:
+        # Two float32 moments, and a count.
         assert 8 <= row["state_bytes"] / row["parameters"] < 8.01
     rows, width, _ = memory.QUICK_TABLE
     by_mode = {row["mode"]: row for row in results["tables"]}
     assert by_mode.keys() == set(memory.MODES)
+    parameters = (rows + 1) * width  # the table, and a head as wide as a row
     for row in results["tables"]:
-        assert row["parameters"] == (rows + 1) * width
-        assert row["state_bytes"] >= 8 * row["parameters"]
-    # Besides the moments, `exact_rows` has an int32 for each row, and its history.
-    assert by_mode["exact_rows"]["state_bytes"] >= 8 * (rows + 1) * width + 4 * rows
+        assert row["parameters"] == parameters
+        assert row["state_bytes"] >= 8 * parameters
+    # Besides the moments, `exact_rows` has an int32 for each row, and its ring.
+    assert by_mode["exact_rows"]["state_bytes"] >= 8 * parameters + 4 * rows
     # A dense gradient is as large as the table.
     assert by_mode["dense gradient"]["temporary_bytes"] >= 4 * rows * width
     assert by_mode['rows="lazy"']["temporary_bytes"] < 4 * rows * width
@@ -81,21 +89,21 @@ def test_memory_runs_quickly(tmp_path):
 
 
 def test_all_runs_every_suite_and_names_what_failed(monkeypatch, tmp_path, capsys):
-    ran = []
+    commands, reports = [], []
 
-    def pretend(command, **options):
-        ran.append(command)
-        return subprocess.CompletedProcess(command, int("rows" in command))
+    def pretend_to_run(command, **options):
+        commands.append(command)
+        status = 1 if "rows" in command else 0
+        return subprocess.CompletedProcess(command, status)
 
-    monkeypatch.setattr(everything.subprocess, "run", pretend)
-    monkeypatch.setattr(everything.report, "main", lambda arguments: ran.append(arguments))
-    assert everything.main(["--quick", "--out", str(tmp_path)]) == 1
-    *commands, reported = ran
-    assert [command[3] for command in commands] == list(everything.SUITES)
-    for command in commands:
+    monkeypatch.setattr(all_suites.subprocess, "run", pretend_to_run)
+    monkeypatch.setattr(all_suites.report, "main", reports.append)
+    assert all_suites.main(["--quick", "--out", str(tmp_path)]) == 1
+    for suite, command in zip(all_suites.SUITES, commands, strict=True):
+        assert command[1:4] == ["-m", "benchmarks", suite]
         assert "--quick" in command
-        assert command[-2:] == ["--out", str(tmp_path / f"{command[3]}.json")]
-    assert reported == [str(tmp_path)]
+        assert command[-2:] == ["--out", str(tmp_path / f"{suite}.json")]
+    assert reports == [[str(tmp_path)]]
     assert "failed: rows" in capsys.readouterr().err
 
 
@@ -112,6 +120,9 @@ def test_a_process_of_its_own_describes_the_device(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = measure.device(quick=True)
     assert (found.platform, found.memory, found.exclusive) == ("cpu", None, False)
+
+
+def test_the_bandwidth_of_results_is_measured_before_and_after_them(monkeypatch):
     results = {"quick": False}
     monkeypatch.setattr(measure, "device", lambda: measure.Device(bandwidth=(4e9, 5e9)))
     measure.Device(bandwidth=(1e9, 2e9, 3e9)).add_bandwidth(results)
@@ -124,32 +135,45 @@ def test_a_chain_clips_in_every_package_whether_leaves_are_joined_or_not(package
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     pytest.importorskip(package)
 
-    def after(chain, size):
+    def weights_after_two_steps(chain, first):
         init, step = steps.chain_step(package, chain)
         params = [jnp.zeros(3), jnp.zeros(3)]
         state = init(params)
-        for gradient in (size, 0.1):  # the second is small beside the first unless that is clipped
+        # Unless the first gradient is clipped, the second one hardly counts beside it.
+        for gradient in (first, 0.1):
             params, state = step(params, state, [jnp.full(3, gradient)] * 2)
         return np.array(params[0])
 
+    unclipped = weights_after_two_steps("adam", 1e4)[0]
     for chain in ("clip + adam", "clip + adam, grouped"):
-        np.testing.assert_allclose(after(chain, 1e4), after(chain, 1e2), rtol=1e-5)
-        assert after(chain, 1e4)[0] != pytest.approx(after("adam", 1e4)[0], rel=1e-2)
+        large, huge = (weights_after_two_steps(chain, first) for first in (1e2, 1e4))
+        np.testing.assert_allclose(huge, large, rtol=1e-5)
+        assert huge[0] != pytest.approx(unclipped, rel=1e-2)
 
 
-def test_bytes_and_what_they_allow():
+def test_the_least_bytes_of_a_dense_step():
     shapes = [(10, 7), (30,)]
-    each = {
-        (dtype, chain): dense.least_bytes(shapes, dtype, chain) / 100
+    per_parameter = [
+        dense.least_bytes(shapes, dtype, chain) / 100
         for dtype in ("float32", "bfloat16")
-        for chain in dense.CHAINS
-    }
+        for chain in ("adam", "clip + adam")
+    ]
     # read p, g, m, v, write p, m, v; a clip reads g twice; moments of bfloat16 are in float32
-    assert list(each.values()) == [28, 32, 22, 24]
-    case = contenders.Case(1000, 8, 16, "uniform")
-    batch = 4 * 16 * 8 + 4 * 16
-    assert contenders.least_bytes("exact", case, 15.5) == 6 * 4 * 15.5 * 8 + batch
-    assert contenders.least_bytes("optax", case, 15.5) == 6 * 4 * 1000 * 8 + batch
+    assert per_parameter == [28, 32, 22, 24]
+
+
+def test_the_least_bytes_of_a_step_on_rows():
+    rows, width, reads = 1000, 8, 16
+    case = contenders.Case(rows, width, reads, "uniform")
+    distinct = 15.5  # on average
+    # p, m and v are read and written, of the distinct rows or of the whole table.
+    touched, whole = (6 * 4 * n * width for n in (distinct, rows))
+    batch = 4 * reads * width + 4 * reads  # values and indices
+    assert contenders.least_bytes("exact", case, distinct) == touched + batch
+    assert contenders.least_bytes("optax", case, distinct) == whole + batch
+
+
+def test_a_fraction_is_the_time_that_the_bytes_need_divided_by_the_time_of_the_step():
     ms = {"median": 4.0, "q25": 2.0, "q75": 8.0}
     share = measure.fraction(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
     assert share == {"median": 0.25, "q25": 0.125, "q75": 0.5}
@@ -179,7 +203,7 @@ def test_the_commit_has_a_mark_if_files_are_not_as_committed(tmp_path):
     assert measure.commit(results) is None
 
 
-def test_contenders_share_a_process_where_the_device_takes_but_one(monkeypatch):
+def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatch):
     started = []
 
     class Echo:
@@ -189,24 +213,25 @@ def test_contenders_share_a_process_where_the_device_takes_but_one(monkeypatch):
         def prepare(self, *case):
             return [self.name, *case]
 
-    class Pretend:
+    class WorkerInThisProcess:
         def __init__(self, *arguments, **environment):
             started.append(arguments)
             self.answer, self.asked = workers.players(Echo), []
 
         def send(self, question):
-            self.asked.append(json.loads(json.dumps(question)))
+            self.asked.append(json.loads(json.dumps(question)))  # as it would arrive
 
         def receive(self):
             question = self.asked.pop(0)
-            if question[2] == "end":
+            _, _, method, *_ = question
+            if method == "end":
                 raise workers.Ended("a worker ended with status -9")
             return self.answer(question)
 
         def close(self):
             pass
 
-    monkeypatch.setattr(workers, "Worker", Pretend)
+    monkeypatch.setattr(workers, "Worker", WorkerInThisProcess)
     players = {"exact 1k": "exact", "exact 4M": "exact", "optax": "optax"}
     with workers.Team("rows", players, measure.Device("tpu")) as team:
         answers = team.ask(list(players), "prepare", 3)
@@ -219,20 +244,22 @@ def test_contenders_share_a_process_where_the_device_takes_but_one(monkeypatch):
 # --- the report -----------------------------------------------------------------------------------
 
 
-def numbers(node):
+def leaves_of(node):
+    """The values of JSON, however deep in dicts and lists."""
     if isinstance(node, dict):
-        node = node.values()
-    elif not isinstance(node, list):
-        return [node] if isinstance(node, int | float) and not isinstance(node, bool) else []
-    return [x for part in node for x in numbers(part)]
-
-
-def texts(node):
-    if isinstance(node, dict):
-        return [x for part in node.values() for x in texts(part)]
+        node = list(node.values())
     if isinstance(node, list):
-        return [x for part in node for x in texts(part)]
-    return [node] if isinstance(node, str) else []
+        return [leaf for part in node for leaf in leaves_of(part)]
+    return [node]
+
+
+def numbers(results):
+    leaves = leaves_of(results)
+    return [x for x in leaves if isinstance(x, int | float) and not isinstance(x, bool)]
+
+
+def texts(results):
+    return [x for x in leaves_of(results) if isinstance(x, str)]
 
 
 def with_bandwidth(results):
@@ -247,16 +274,18 @@ def with_bandwidth(results):
 
 
 def assert_quotes_only(summary, results):
-    """Every numeral is a figure of the results as it is written, or a name, or a count."""
+    """Every number in the summary is one of the results, part of a name, or a count of cases."""
     found = [x for x in numbers(results) if x]
     shares = [
         100 * row["temporary_bytes"] / row["parameter_bytes"] for row in results["memory"]["dense"]
     ]
+    # A summary also has reciprocals of ratios, megabytes, percentages and gigabytes a second.
     known = [*found, *(1 / x for x in found), *(x / 1e6 for x in found), *shares]
     known += [results[s]["bandwidth"]["median"] / 1e9 for s in results if "bandwidth" in results[s]]
     forms = (".0f", ",.1f", ".2f", ".2g", ".3g")
     shown = {format(x, form) for x in known for form in forms}
     shown |= {f"{x:,}" for x in found if isinstance(x, int)}
+    # Longer names first, as they may contain shorter ones.
     for name in sorted(set(texts(results)), key=len, reverse=True):
         summary = summary.replace(name, "")
     summary = re.sub(r"(\d+) (cases|bounds)", "", summary)
@@ -288,16 +317,19 @@ def test_the_summary_has_what_is_slow_and_what_does_not_hold(committed):
         doctored[suite].pop("bandwidth", None)
     for row in doctored["dense"]["times"]:
         row["ratio"]["keras"] = {"median": 0.9, "q25": 0.8, "q75": 1.0}
-    doctored["dense"]["times"][2]["ratio"]["keras"] = {"median": 4.44, "q25": 4.0, "q75": 5.0}
+    slow = doctored["dense"]["times"][2]
+    slow["ratio"]["keras"] = {"median": 4.44, "q25": 4.0, "q75": 5.0}
     bound = doctored["rows"]["bounds"][0]
     bound |= {"measured": 12.5, "holds": False}
     for row in doctored["rows"]["times"]:
         row["ratio"]["exact"]["torch sparse"] = {"median": 0.5, "q25": 0.4, "q75": 0.6}
     written = report.summary(doctored)
     assert "0.90 to 4.44 of the time with Keras" in written
-    assert "Keras in one case: 4.4 times the time (transformer, 150 leaves, 13.8M, adam)" in written
+    case = f"{slow['workload']}, {slow['chain']}"
+    assert f"Keras in one case: 4.4 times the time ({case})" in written
     assert f"A bound that does not hold: {bound['what']}: {bound['asked']}, but 12.5." in written
     assert "is not measured (dense and rows" in written
+    # In the committed results torch may be faster in some cases, in the doctored ones in none.
     slower = sum(r["ratio"]["exact"]["torch sparse"]["q25"] > 1 for r in committed["rows"]["times"])
     if slower > 1:
         assert f"torch's SparseAdam in {slower} cases" in before
@@ -350,6 +382,7 @@ def test_nothing_changed_from_results_to_themselves(committed):
         results = compare.loaded(path)
         assert set(verdicts(results, results).values()) <= {"same", "within the noise"}
         assert len(compare.figures(results)) > 10
+        # The suite, A, B and the counts: no line for a figure.
         assert len(compare.compared(results, results).splitlines()) == 4
 
 
@@ -373,23 +406,27 @@ def test_changes_beyond_the_noise_are_listed(committed):
     assert cases[2] in compare.compared(old, new, everything=True)
 
 
-def test_few_rounds_are_no_proof_and_more_of_a_fraction_is_faster(committed):
+def test_too_few_rounds_prove_nothing_and_a_larger_fraction_is_faster(committed):
     old = with_bandwidth(committed)["rows"]
     old["times"][0]["rounds"], old["times"][1]["rounds"] = 2, compare.ENOUGH
     new = copy.deepcopy(old)
-    grid, main, *_ = new["times"]
-    for row in (grid, main):
+    too_few, enough, *_ = new["times"]
+    for row in (too_few, enough):
         row["ms"]["exact"] = scaled(row["ms"]["exact"], 0.1)
         row["fraction"]["exact"] = scaled(row["fraction"]["exact"], 10)
     found = verdicts(old, new)
-    assert found["times", main["case"], "ms", "exact"] == "faster"
-    assert found["times", main["case"], "fraction", "exact"] == "faster"
-    assert found["times", grid["case"], "ms", "exact"] == compare.TOO_FEW
+    assert found["times", enough["case"], "ms", "exact"] == "faster"
+    assert found["times", enough["case"], "fraction", "exact"] == "faster"
+    assert found["times", too_few["case"], "ms", "exact"] == compare.TOO_FEW
+
+
+def test_a_bound_that_no_longer_holds_is_listed(committed):
+    old, new = copy.deepcopy(committed["rows"]), copy.deepcopy(committed["rows"])
     old["bounds"][0]["holds"], new["bounds"][0]["holds"] = True, False
     assert "holds: True -> False" in compare.compared(old, new)
 
 
-def test_bytes_change_or_do_not(committed):
+def test_changed_bytes_are_listed(committed):
     old = committed["memory"]
     new = copy.deepcopy(old)
     new["dense"][0]["temporary_bytes"] *= 3
@@ -400,7 +437,7 @@ def test_bytes_change_or_do_not(committed):
 
 def test_what_cannot_be_compared_is_refused(committed, tmp_path, capsys):
     paths = {suite: str(CPU / f"{suite}.json") for suite in ("dense", "rows")}
-    assert suites.main(["--compare", paths["dense"], paths["rows"]]) == 2
+    assert cli.main(["--compare", paths["dense"], paths["rows"]]) == 2
     assert "different suites, 'dense' and 'rows'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="quick run"):
         compare.compared(committed["dense"], {**committed["dense"], "quick": True})
@@ -410,5 +447,5 @@ def test_what_cannot_be_compared_is_refused(committed, tmp_path, capsys):
     elsewhere = copy.deepcopy(committed["dense"])
     elsewhere["environment"] |= {"platform": "gpu", "device": "NVIDIA H100"}
     assert "THE DEVICES DIFFER" in compare.compared(committed["dense"], elsewhere)
-    assert suites.main(["--compare", paths["dense"], paths["dense"]]) == 0
+    assert cli.main(["--compare", paths["dense"], paths["dense"]]) == 0
     assert "DIFFER" not in capsys.readouterr().out

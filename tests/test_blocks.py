@@ -1,6 +1,7 @@
 """Steps on rows in blocks: the same result, however the rows are cut into blocks."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,16 @@ from support import assert_close, assert_same
 import adamjax
 from adamjax import blocks
 
+# The rows of a table, and the length of a row.
 V, D = 60, 3
 
-# The most rows that are processed without a loop, and the rows of a block.
+# Values of `_AT_ONCE` and `_BLOCK`: the most rows without a loop, and the rows of a block.
 SIZES = {"several blocks": (0, 7), "one row": (0, 1), "a block larger than the batch": (0, 64)}
 
 
 @pytest.fixture
 def set_block_sizes(monkeypatch):
-    """A function that sets both sizes, and forgets what was traced for other sizes."""
+    """A function that sets both sizes, and drops what was traced with other sizes."""
 
     def set_sizes(most, size):
         monkeypatch.setattr(blocks, "_AT_ONCE", most)
@@ -34,37 +36,45 @@ def set_block_sizes(monkeypatch):
 # --- the loop by itself ---------------------------------------------------------------------------
 
 
-def added(tables, indices, rows, reads):
+def add_step(tables, indices, rows, reads):
     """Adds reads to rows, and the sum to the table's rows; counts the blocks."""
     table, count = tables
     rows = rows + reads
     return (table.at[indices].add(rows, mode="drop"), count + 1), rows
 
 
+def run_in_blocks(table, indices, rows, reads):
+    """The table, the number of blocks, and the rows after `add_step` in blocks."""
+    tables = (table, jnp.zeros((), jnp.int32))
+    (table, count), rows = blocks.in_blocks(add_step, tables, indices, V, rows, reads)
+    return table, count, rows
+
+
 @pytest.mark.parametrize("n", [1, 7, 8, 20])
 @pytest.mark.parametrize("num_inside", [0, 1, 7, 20])
 @pytest.mark.slow
 def test_blocks_do_what_one_does(set_block_sizes, n, num_inside):
+    """Of n indices, `num_inside` at most are rows of the table; the others stand for no row."""
     rng = np.random.default_rng(n)
     ids = np.full(n, V, np.int32)
     ids[:num_inside] = rng.permutation(V)[:n][:num_inside]
     rows, reads = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for _ in range(2))
-    (table, _), expected = added((jnp.ones((V, D)), 0), jnp.asarray(ids), rows, reads)
+    table, ids = jnp.ones((V, D)), jnp.asarray(ids)
+    (expected_table, _), expected_rows = add_step((table, 0), ids, rows, reads)
     set_block_sizes(0, 7)
-    run = jax.jit(lambda *args: blocks.in_blocks(added, *args[:2], V, *args[2:]))
-    given = (jnp.ones((V, D)), jnp.zeros((), jnp.int32)), jnp.asarray(ids), rows, reads
-    (found, count), after = run(*given)
-    assert_close(found, table)
-    assert_close(after[:num_inside], expected[:num_inside])
-    size = -(-n // -(-n // 7))
-    assert int(count) == -(-min(num_inside, n) // size)
+    table, count, rows = jax.jit(run_in_blocks)(table, ids, rows, reads)
+    assert_close(table, expected_table)
+    assert_close(rows[:num_inside], expected_rows[:num_inside])
+    # As few blocks as can be of at most 7 rows, all of one size; those without a row are skipped.
+    size = math.ceil(n / math.ceil(n / 7))
+    assert int(count) == math.ceil(min(num_inside, n) / size)
 
 
 def test_rows_after_a_block_without_rows_are_processed_too(set_block_sizes):
     set_block_sizes(0, 4)
     ids = jnp.array([V, V, V, V, V, V, V, 3, V, V])
-    args = (jnp.zeros((V, D)), jnp.zeros((), jnp.int32)), ids
-    (table, count), _ = blocks.in_blocks(added, *args, V, jnp.ones((10, D)), jnp.ones((10, D)))
+    ones = jnp.ones((10, D))
+    table, count, _ = run_in_blocks(jnp.zeros((V, D)), ids, ones, ones)
     assert_close(table[3], jnp.full(D, 2.0))
     assert int(count) == 2
 
@@ -72,7 +82,7 @@ def test_rows_after_a_block_without_rows_are_processed_too(set_block_sizes):
 # --- optimizers -----------------------------------------------------------------------------------
 
 
-def chained(rule, rows):
+def whole_chain(rule, rows):
     decay = adamjax.add_decayed_weights(0.01)
     rate = adamjax.scale_by_learning_rate(0.1)
     clip = adamjax.clip_by_global_norm(2.0)
@@ -81,24 +91,28 @@ def chained(rule, rows):
 
 MODES = {
     "lazy": lambda: adamjax.adam(0.1, rows="lazy"),
-    "dense": lambda: chained(adamjax.scale_by_adam, "dense"),
+    "dense": lambda: whole_chain(adamjax.scale_by_adam, "dense"),
     "exact": lambda: adamjax.exact_rows(adamjax.adam(0.1), "t"),
-    "exact, all of it": lambda: adamjax.exact_rows(
-        chained(adamjax.scale_by_amsgrad, "dense"), "t", history=512
+    "exact, whole chain": lambda: adamjax.exact_rows(
+        whole_chain(adamjax.scale_by_amsgrad, "dense"), "t", history=512
     ),
+    # With these b1 and b2, rows catch up by a replay of the steps that they missed.
     "exact, replay": lambda: adamjax.exact_rows(adamjax.adam(0.1, 0.9, 0.5), "t"),
 }
 
 
 def batch(t):
-    """Indices, some of them outside the table; in one step none is inside."""
+    """Indices, some equal and some outside the table; in one step all are outside."""
+    if t == 2:
+        return np.full(20, V)
     rng = np.random.default_rng(t)
     ids = rng.integers(-3, V + 3, size=20)
-    return np.full(20, V) if t == 2 else np.minimum(ids, ids[rng.integers(20, size=20)])
+    # The smaller of an index and another one: so some are equal.
+    return np.minimum(ids, ids[rng.integers(20, size=20)])
 
 
 def trained(tx, dtype=jnp.float32, steps=6):
-    """Weights after some steps, all rows up to date, and the state without what lags behind."""
+    """Weights after some steps, all rows up to date, the dense optimizer's state, the last loss."""
     params = {"t": jnp.linspace(-1, 1, V * D, dtype=dtype).reshape(V, D), "w": jnp.ones(D)}
     state = tx.init(params)
     exact = isinstance(tx, adamjax.exact_rows)
@@ -108,11 +122,11 @@ def trained(tx, dtype=jnp.float32, steps=6):
 
     step = adamjax.train_step(loss, tx, tables=None if exact else "t")
     for t in range(steps):
-        params, state, value = step(params, state, jnp.asarray(batch(t)))
+        params, state, last_loss = step(params, state, jnp.asarray(batch(t)))
     if exact:
         params, state = jax.jit(tx.flush)(params, state)
         state = state.inner
-    return params, state, value
+    return params, state, last_loss
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -133,10 +147,11 @@ def test_results_of_narrow_tables_do_not_depend_on_the_blocks(set_block_sizes, n
     assert_close(params, expected[0], rtol=2**-7)
 
 
+# Optimizers by the hyperparameter that a loss is differentiated by: b1, or the learning rate.
 DIFFERENTIATED = {
-    "lazy": lambda x: adamjax.adam(0.1, x, rows="lazy"),
-    "dense": lambda x: adamjax.adamw(0.1, x),
-    "exact": lambda x: adamjax.exact_rows(adamjax.adamw(x, weight_decay=0.1), "t"),
+    "lazy": lambda b1: adamjax.adam(0.1, b1, rows="lazy"),
+    "dense": lambda b1: adamjax.adamw(0.1, b1),
+    "exact": lambda rate: adamjax.exact_rows(adamjax.adamw(rate, weight_decay=0.1), "t"),
 }
 
 
@@ -162,31 +177,49 @@ def test_derivatives_do_not_depend_on_the_blocks(set_block_sizes, name):
     expected = backwards(*args)
     set_block_sizes(0, 7)
     assert_close(backwards(*args), expected, rtol=1e-5)
+    # Along a direction of ones, the derivative is the sum of all partial derivatives.
     forwards = jax.jvp(outcome, args, jax.tree.map(jnp.ones_like, args))[1]
     total = sum(np.asarray(x, np.float64).sum() for x in expected)
     np.testing.assert_allclose(forwards, total, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_outside_of_jit_a_loop_is_compiled_once():
-    n = blocks._AT_ONCE + 1
-    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), {"t": jnp.ones((V, D))}
-    grads = {"t": adamjax.row_gradient(jnp.arange(n), jnp.ones((n, D)), V)}
-    compiled, expected = [], jax.jit(tx.update)(grads, tx.init(params), params)
-    found = tx.update(grads, tx.init(params), params)
-    assert_close(
-        (found[0]["t"] + params["t"], found[1]), (expected[0]["t"] + params["t"], expected[1])
-    )
+@pytest.fixture
+def compilations():
+    """A list that gets an entry for each compilation."""
+    events = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+        lambda event, seconds, **_: events.append(event) if "backend_compile" in event else None
     )
-    tx.update(grads, found[1], params)
-    assert not compiled
-    narrow = jnp.ones((V, D), jnp.bfloat16)
-    expected = narrow + grads["t"]
-    compiled.clear()
-    assert_same(narrow + grads["t"], expected)
-    assert not compiled
+    return events
+
+
+def large_row_gradient():
+    """The gradient of so many rows that they are processed in a loop."""
+    n = blocks._AT_ONCE + 1
+    return adamjax.row_gradient(jnp.arange(n), jnp.ones((n, D)), V)
+
+
+@pytest.mark.slow
+def test_outside_of_jit_the_loop_of_an_update_is_compiled_once(compilations):
+    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), {"t": jnp.ones((V, D))}
+    grads = {"t": large_row_gradient()}
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected_updates, expected_state = jax.jit(tx.update)(grads, tx.init(params), params)
+    # The updates of a table are no array, so they are compared as applied.
+    assert_close(params["t"] + updates["t"], params["t"] + expected_updates["t"])
+    assert_close(state, expected_state)
+    compilations.clear()
+    tx.update(grads, state, params)
+    assert not compilations
+
+
+@pytest.mark.slow
+def test_outside_of_jit_the_loop_of_an_addition_is_compiled_once(compilations):
+    narrow, gradient = jnp.ones((V, D), jnp.bfloat16), large_row_gradient()
+    expected = narrow + gradient
+    compilations.clear()
+    assert_same(narrow + gradient, expected)
+    assert not compilations
 
 
 def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
@@ -208,23 +241,25 @@ def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
 # --- several tables -------------------------------------------------------------------------------
 
 
-def several(count, widths=(3,)):
+def many_tables(count, widths=(3,)):
+    """Tables t0, t1 and so on, of different numbers of rows; the widths come by turns."""
     shapes = {f"t{i}": (V + 5 * i, widths[i % len(widths)]) for i in range(count)}
     return {name: jnp.linspace(-1, 1, v * d).reshape(v, d) for name, (v, d) in shapes.items()}
 
 
-def of_several(params, ids):
+def loss_of_tables(params, ids):
+    """A loss that reads rows of each table."""
     return sum(jnp.sum((x[ids % len(x)] - 1) ** 2) for x in params.values())
 
 
 RATES = {
-    "alike": 0.1,
+    "one rate": 0.1,
     "two rates": adamjax.by_path([("t[12]", 0.1)], default=0.2),
 }
 
 
-def of_rates(name):
-    """Tables of which only some decay, at one rate or at two."""
+def partly_decayed(name):
+    """An optimizer with one of `RATES`, which decays only some tables."""
     return adamjax.chain(
         adamjax.clip_by_norm(1.0),
         adamjax.adamw(RATES[name], mask="t[013]"),
@@ -232,33 +267,37 @@ def of_rates(name):
     )
 
 
-PARTS = {
-    **{name: functools.partial(of_rates, name) for name in RATES},
-    "parts": lambda: adamjax.partition(
+OPTIMIZERS = {
+    **{name: functools.partial(partly_decayed, name) for name in RATES},
+    "partition": lambda: adamjax.partition(
         {"t1": adamjax.adamw(0.1), "t2": adamjax.amsgrad(0.2)}, default=adamjax.adamw(0.2)
     ),
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("widths", [(3,), (3, 2)])
 @pytest.mark.slow
 def test_tables_updated_together_move_as_each_alone(name, widths):
-    """Tables of one width or of two."""
-    dense = PARTS[name]()
-    tx, params = adamjax.exact_rows(dense, "t"), several(4, widths)
-    step, plain_step = adamjax.train_step(of_several, tx), adamjax.train_step(of_several, dense)
-    state, plain = tx.init(params), (jax.tree.map(jnp.copy, params), dense.init(params))
+    """Tables of one width or of two, by row gradients and by dense gradients."""
+    dense = OPTIMIZERS[name]()
+    exact = adamjax.exact_rows(dense, "t")
+    params = many_tables(4, widths)
+    state = exact.init(params)
+    dense_params, dense_state = jax.tree.map(jnp.copy, params), dense.init(params)
+    step = adamjax.train_step(loss_of_tables, exact)
+    dense_step = adamjax.train_step(loss_of_tables, dense)
     for t in range(5):
         ids = jnp.asarray(np.random.default_rng(t).integers(V, size=8))
         params, state, _ = step(params, state, ids)
-        *plain, _ = plain_step(*plain, ids)
-    params, state = tx.flush(params, state)
-    assert_close((params, state.inner), tuple(plain), rtol=1e-5, atol=1e-6)
+        dense_params, dense_state, _ = dense_step(dense_params, dense_state, ids)
+    params, state = exact.flush(params, state)
+    expected = dense_params, dense_state
+    assert_close((params, state.inner), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_tables_that_are_alike_share_a_ring():
-    params = several(4)
+    params = many_tables(4)
     tx = adamjax.exact_rows(adamjax.adam(0.1), "t")
     assert len(tx.init(params).rings) == 1
     tx = adamjax.exact_rows(adamjax.adam(RATES["two rates"]), "t")
@@ -270,34 +309,37 @@ def test_tables_that_are_alike_share_a_ring():
 @pytest.mark.slow
 def test_a_ring_is_not_read_by_other_tables():
     """Another rate moves t2 to the family of t1, while its rows lag behind in the ring of t0."""
-    params, ids = several(3), jnp.arange(4)
-    before, after = (
-        adamjax.by_path([(name, 0.1 if name == "t0" else 0.2)], default=rest)
-        for name, rest in (("t1", 0.1), ("t0", 0.2))
-    )
-    dense = [adamjax.adam(rates) for rates in (before, after)]
-    old, new = (adamjax.exact_rows(tx, "t") for tx in dense)
-    steps = [adamjax.train_step(of_several, tx, donate_argnums=()) for tx in (old, new, *dense)]
-    state, plain = old.init(params), (params, dense[0].init(params))
-    for step in range(5):
-        params, state, _ = steps[0](params, state, ids + step)
-        *plain, _ = steps[2](*plain, ids + step)
+    params, ids = many_tables(3), jnp.arange(4)
+    old_dense = adamjax.adam(adamjax.by_path([("t1", 0.2)], default=0.1))
+    new_dense = adamjax.adam(adamjax.by_path([("t0", 0.1)], default=0.2))
+    old, new = adamjax.exact_rows(old_dense, "t"), adamjax.exact_rows(new_dense, "t")
+
+    def train_step(tx):
+        return adamjax.train_step(loss_of_tables, tx, donate_argnums=())
+
+    state = old.init(params)
+    dense_params, dense_state = params, old_dense.init(params)
+    step, dense_step = train_step(old), train_step(old_dense)
+    for t in range(5):
+        params, state, _ = step(params, state, ids + t)
+        dense_params, dense_state, _ = dense_step(dense_params, dense_state, ids + t)
+    step, dense_step = train_step(new), train_step(new_dense)
     with pytest.raises(ValueError, match=r"'t0 and 1 more .*expected .*'t1 and 1 more .*flush"):
-        steps[1](params, state, ids)
-    # The way out that the error names.
+        step(params, state, ids)
+    # What the error advises.
     params, state = old.flush(params, state)
     state = new.from_dense(state.inner, params)
-    for step in range(5):
-        params, state, _ = steps[1](params, state, ids + step)
-        *plain, _ = steps[3](*plain, ids + step)
-    assert_close(new.flush(params, state)[0], plain[0], rtol=1e-5, atol=1e-6)
+    for t in range(5):
+        params, state, _ = step(params, state, ids + t)
+        dense_params, dense_state, _ = dense_step(dense_params, dense_state, ids + t)
+    assert_close(new.flush(params, state)[0], dense_params, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
+def test_the_program_of_many_tables_is_not_much_longer_than_that_of_one():
     def lines(count):
-        tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(count)
-        step = adamjax.train_step(of_several, tx)
+        tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), many_tables(count)
+        step = adamjax.train_step(loss_of_tables, tx)
         lowered = step.lower(params, tx.init(params), jax.ShapeDtypeStruct((8,), jnp.int32))
         return lowered.as_text().count("\n")
 
@@ -306,8 +348,8 @@ def test_a_step_of_many_tables_is_not_much_longer_than_of_one():
 
 @pytest.mark.slow
 def test_moves_are_applied_as_they_are():
-    """They include the moves that rows have missed, so scaling or averaging them would be wrong."""
-    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), several(1)
+    """Moves include those that rows have missed, so scaling or averaging them would be wrong."""
+    tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), many_tables(1)
     grads = {"t0": adamjax.row_gradient(jnp.array([3]), jnp.ones((1, D)), V)}
     updates, _ = tx.update(grads, tx.init(params), params)
     moved = adamjax.apply_updates(params, updates)

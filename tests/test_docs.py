@@ -1,4 +1,4 @@
-"""The pages in docs/ against what is there."""
+"""The map of the code, docs/house.md, against the files and their imports."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ HOUSE = ROOT / "docs" / "house.md"
 
 
 def files(package):
-    """The modules of a package, by their paths in the repository."""
+    """The syntax trees of a package's modules, by their paths in the repository."""
     return {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
         for path in sorted((ROOT / package).rglob("*.py"))
@@ -19,7 +19,7 @@ def files(package):
 
 
 def listed(package):
-    """The files of a package in the map of the house, in its order, with the line beside each."""
+    """The files of a package in the map, in its order, with the line beside each."""
     rows = re.findall(rf"^\| `({package}/[^`]+)` \| (.*) \|$", HOUSE.read_text(), re.M)
     assert rows
     return dict(rows)
@@ -32,7 +32,7 @@ def test_the_map_has_every_file_with_its_first_line(package):
 
 
 def imported(tree):
-    """The modules of adamjax that a module imports."""
+    """What a module imports from adamjax: modules, and names that may be modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adamjax"):
             yield node.module
@@ -43,9 +43,11 @@ def imported(tree):
 def test_files_import_only_those_above_them():
     """The map goes from the ground up: there is no circle, and nothing imports upward."""
     order = {Path(path): i for i, path in enumerate(listed("adamjax"))}
+    # `from adamjax import x` names the package as well, but needs only x.
+    package = Path("adamjax/__init__.py")
     for path, tree in files("adamjax").items():
-        for module in imported(tree):
-            place = Path(module.replace(".", "/"))
-            for other in (place.with_suffix(".py"), place / "__init__.py"):
-                if other in order and other != Path("adamjax/__init__.py"):
-                    assert order[other] < order[Path(path)], f"{path} imports {other}"
+        for name in imported(tree):
+            base = Path(name.replace(".", "/"))
+            for file in (base.with_suffix(".py"), base / "__init__.py"):
+                if file in order and file != package:
+                    assert order[file] < order[Path(path)], f"{path} imports {file}"

@@ -1,9 +1,7 @@
-"""The main job: what it writes, what it refuses, and that an interruption costs nothing."""
+"""The training job: what it writes, what it refuses, and that an interruption costs nothing."""
 
 import argparse
-import importlib.util
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT, environment
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 import adamjax
-from benchmarks import __main__ as suites
 from benchmarks import train
 from benchmarks.train import job, model
 from benchmarks.train.data import (
@@ -38,8 +36,7 @@ from benchmarks.train.processes import ALONE
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
-# Where rows do not matter: it compiles in a third of the time.
+# For tests in which rows do not matter: this compiles in a third of the time.
 PLAIN = ["--rows", "none"]
 TINY = ["--steps", "20", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 
@@ -54,60 +51,65 @@ def prose(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start():
-    """The job as a user starts it."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    """A function that starts the job as a user does, and returns its process."""
     started = []
 
-    def start(*arguments):
+    def start_job(*arguments):
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks", "train", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            env=environment(),
         )
         started.append(process)
         return process
 
-    yield start
+    yield start_job
     for process in started:
         process.kill()
         process.communicate()
 
 
-def kept(name):
-    """All that is in a run's checkpoint."""
+def read_checkpoint(name):
+    """What a run's checkpoint says about the run, and its arrays."""
     with np.load(Path("runs", name, "checkpoint.npz")) as file:
         arrays = dict(file)
     return json.loads(str(arrays.pop("about"))), arrays
 
 
+def read_metrics(name):
+    return json.loads(Path("runs", name, "metrics.json").read_text())
+
+
 def assert_same_bits(one, other):
-    (about, arrays), (other_about, other_arrays) = kept(one), kept(other)
+    about, arrays = read_checkpoint(one)
+    other_about, other_arrays = read_checkpoint(other)
     assert about == other_about
     assert arrays.keys() == other_arrays.keys()
     assert all(arrays[name].tobytes() == other_arrays[name].tobytes() for name in arrays)
 
 
-def signal_at(monkeypatch, step, *numbers):
-    """Has signals arrive while a step is under way, by the number of steps that came before."""
+def signal_after(monkeypatch, steps, *signals):
+    """Has signals arrive in the step that comes after so many steps of the next run of the job."""
     all_batches = job.all_batches
 
-    def disturbed(*arguments):
+    def all_batches_with_signals(*arguments):
         batch = all_batches(*arguments)
-        number = -2  # the first call is to compile
+        calls = 0
 
-        def interrupted(step_number):
-            nonlocal number
-            number += 1
-            if number == step:
-                for one in numbers:
-                    signal.raise_signal(one)
-            return batch(step_number)
+        def batch_with_signals(step):
+            nonlocal calls
+            calls += 1
+            # The first call is to compile, and this call is part of the step that it is for.
+            if calls - 2 == steps:
+                for number in signals:
+                    signal.raise_signal(number)
+            return batch(step)
 
-        return interrupted
+        return batch_with_signals
 
-    monkeypatch.setattr(job, "all_batches", disturbed)
+    monkeypatch.setattr(job, "all_batches", all_batches_with_signals)
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
     size = Path("runs/one/checkpoint.npz").stat().st_size
     assert f"checkpoint.npz ({size / 1e6:,.1f} MB)" in out
 
-    metrics = json.loads(Path("runs/one/metrics.json").read_text())
+    metrics = read_metrics("one")
     assert metrics["finished"]
     assert metrics["steps_taken"] == len(metrics["training_loss"]) == 300
     losses = metrics["held_out_loss"]
@@ -149,9 +151,9 @@ def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
 def test_the_average_of_a_short_run_forgets_the_initial_weights(prose):
     for steps in (60, 500, 10_000):
         assert Config(steps=steps).momentum ** steps < 0.01
-    job = ["--text", prose, *TINY, "--steps", "60", "--learning-rate", "0.03", "--name", "short"]
-    assert train.main(job) == 0
-    losses = json.loads(Path("runs/short/metrics.json").read_text())["held_out_loss"]
+    options = [*TINY, "--steps", "60", "--learning-rate", "0.03"]
+    assert train.main(["--text", prose, "--name", "short", *options]) == 0
+    losses = read_metrics("short")["held_out_loss"]
     assert abs(losses["after"] - losses["last"]) < 0.1 * (losses["before"] - losses["last"])
 
 
@@ -159,15 +161,6 @@ def test_runs_without_a_name_are_numbered(prose):
     for _ in range(2):
         assert train.main(["--text", prose, *TINY, *PLAIN, "--steps", "1"]) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["train-1", "train-2"]
-
-
-def test_the_suites_are_listed_and_found(capsys):
-    assert suites.main([]) == 0
-    listed = capsys.readouterr().out
-    assert all(f"  {name}" in listed for name in suites.SUITES)
-    assert all(importlib.util.find_spec(f"benchmarks.{name}") for name in suites.SUITES)
-    assert suites.main(["nonsense"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -210,9 +203,11 @@ def test_a_file_that_cannot_be_trained_on_gets_one_line(
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    # The file's name, where one file is to blame and not the whole text.
     monkeypatch.chdir(tmp_path)
-    assert_refused(capsys, ["--text", str(path), *TINY], why, "" if "small" in why else str(path))
+    words = [why]
+    if why != "too small":  # this is said of the whole text, which may come from several files
+        words.append(str(path))
+    assert_refused(capsys, ["--text", str(path), *TINY], *words)
     assert not Path("runs").exists()
 
 
@@ -267,8 +262,7 @@ def test_options_are_refused_without_jax(tmp_path):
         "import sys; from benchmarks.train import main; "
         "assert main(['--learning-rate', '0']) == 2; assert 'jax' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", program], env=environment(), cwd=tmp_path, check=True)
 
 
 def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, start):
@@ -282,7 +276,7 @@ def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, star
 def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose, capsys):
     assert train.main(["--text", prose, "--name", "one", *TINY, *PLAIN]) == 0
     Path("runs/one/metrics.json").unlink()  # as if interrupted in the last evaluation
-    before = kept("one")[0]
+    before, _ = read_checkpoint("one")
     capsys.readouterr()
     resume = ["--resume", "runs/one"]
     assert_refused(capsys, ["--text", prose, "--name", "one"], "there already", "--resume")
@@ -293,7 +287,8 @@ def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose
     assert_refused(capsys, [*resume, "--text", "other.txt"], "another text")
     Path(prose).unlink()
     assert_refused(capsys, resume, "prose.txt", "No such file")
-    assert kept("one")[0] == before
+    after, _ = read_checkpoint("one")
+    assert after == before
     Path("runs/one/checkpoint.npz").write_bytes(b"nonsense")
     assert_refused(capsys, resume, "not a checkpoint")
 
@@ -308,47 +303,45 @@ def test_a_loss_that_is_not_finite_gets_one_line(prose, capsys):
 # --- interruption ---------------------------------------------------------------------------------
 
 
-def lag(name):
-    """Of a run's checkpoint, how many steps the embedding's rows lag behind."""
-    about, arrays = kept(name)
+def lags(name):
+    """How many steps each row of the embedding lags behind, in a run's checkpoint."""
+    about, arrays = read_checkpoint(name)
     return len(about["losses"]) - arrays["state/1/tables/embedding/last"]
 
 
 def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, monkeypatch, capsys):
-    job = ["--text", prose, *TINY]
-    assert train.main([*job, "--name", "whole"]) == 0
+    arguments = ["--text", prose, *TINY]
+    assert train.main([*arguments, "--name", "whole"]) == 0
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        signal_at(patch, 0, signal.SIGINT)
-        assert train.main([*job, "--name", "parts"]) == 130
-    metrics = json.loads(Path("runs/parts/metrics.json").read_text())
+        signal_after(patch, 0, signal.SIGINT)
+        assert train.main([*arguments, "--name", "parts"]) == 130
+    metrics = read_metrics("parts")
     assert (metrics["steps_taken"], metrics["finished"]) == (1, False)
     assert metrics["held_out_loss"]["after"] is not None
     assert Path("runs/parts/loss.png").exists()
 
     with monkeypatch.context() as patch:
-        # In the midst of a later step, twice: the evaluation is left out as well.
-        signal_at(patch, 6, signal.SIGTERM, signal.SIGTERM)
+        # Two signals in one step: the second one skips the evaluation.
+        signal_after(patch, 6, signal.SIGTERM, signal.SIGTERM)
         assert train.main(["--resume", "runs/parts"]) == 143
-    metrics = json.loads(Path("runs/parts/metrics.json").read_text())
+    metrics = read_metrics("parts")
     assert (metrics["steps_taken"], metrics["held_out_loss"]["after"]) == (8, None)
-    assert lag("parts").max() == 8
-    assert lag("parts").min() == 0
+    assert lags("parts").max() == 8
+    assert lags("parts").min() == 0
 
     with monkeypatch.context() as patch:
-        # In the last step: the weights are there, up to date, and are evaluated another time.
-        signal_at(patch, 11, signal.SIGINT, signal.SIGINT)
+        # In the last step: all rows are brought up to date, and only the evaluation is left to do.
+        signal_after(patch, 11, signal.SIGINT, signal.SIGINT)
         assert train.main(["--resume", "runs/parts"]) == 0
-    metrics = json.loads(Path("runs/parts/metrics.json").read_text())
+    metrics = read_metrics("parts")
     assert (metrics["steps_taken"], metrics["finished"]) == (20, False)
-    assert not lag("parts").any()
+    assert not lags("parts").any()
 
     assert train.main(["--resume", "runs/parts", "--steps", "20"]) == 0
     assert_same_bits("whole", "parts")
-    whole, parts = (
-        json.loads(Path("runs", name, "metrics.json").read_text()) for name in ("whole", "parts")
-    )
+    whole, parts = read_metrics("whole"), read_metrics("parts")
     for same in ("held_out_loss", "training_loss", "neighbours", "text", "config"):
         assert whole[same] == parts[same]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -359,17 +352,17 @@ def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, m
 
 
 def test_a_lazy_run_is_resumed_as_well(prose, monkeypatch):
-    job = ["--text", prose, *TINY, "--rows", "lazy"]
-    assert train.main([*job, "--name", "whole"]) == 0
+    arguments = ["--text", prose, *TINY, "--rows", "lazy"]
+    assert train.main([*arguments, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
-        signal_at(patch, 7, signal.SIGINT, signal.SIGINT)
-        assert train.main([*job, "--name", "parts"]) == 130
+        signal_after(patch, 7, signal.SIGINT, signal.SIGINT)
+        assert train.main([*arguments, "--name", "parts"]) == 130
     assert train.main(["--resume", "runs/parts"]) == 0
     assert_same_bits("whole", "parts")
 
 
 def test_ctrl_c_does_not_wait_for_compiled_code(tmp_path):
-    # As the compiler does, this holds up Python's handlers for minutes.
+    # Like the compiler, pbkdf2_hmac keeps Python's signal handlers from running for minutes.
     program = (
         "import hashlib, os, signal, threading\n"
         "from benchmarks.train.interruption import Interruption\n"
@@ -377,9 +370,8 @@ def test_ctrl_c_does_not_wait_for_compiled_code(tmp_path):
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=60
+        [sys.executable, "-c", program], env=environment(), capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (130, b"train: interrupted\n")
 
@@ -396,9 +388,8 @@ def test_ctrl_c_while_jax_is_imported_leaves_nothing(prose, number):
         "from benchmarks.__main__ import main\n"
         f"sys.exit(main(['train', '--text', {prose!r}]))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=60
+        [sys.executable, "-c", program], env=environment(), capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (128 + number, b"train: interrupted\n")
     assert not Path("runs").exists()
@@ -413,23 +404,24 @@ def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start):
     assert not Path("runs").exists()
 
 
-def test_ctrl_c_amid_steps_and_the_command_that_goes_on(prose, start):
-    job = ["--text", prose, *TINY, *PLAIN, "--steps", "3000"]
-    process = start(*job, "--name", "parts", "--save-every", "1000")
+def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, start):
+    arguments = ["--text", prose, *TINY, *PLAIN, "--steps", "3000"]
+    process = start(*arguments, "--name", "parts", "--save-every", "1000")
     assert any(line.startswith("run:") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "train: finishing this step, then evaluating; Ctrl-C again skips" in err
     assert "Traceback" not in err
-    assert 1 <= len(kept("parts")[0]["losses"]) < 3000
+    about, _ = read_checkpoint("parts")
+    assert 1 <= len(about["losses"]) < 3000
 
-    *_, before, command = out.splitlines()
-    assert before == "interrupted; to go on:"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    *_, announcement, command = out.splitlines()
+    assert announcement == "interrupted; to go on:"
+    done = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    _, err = (process := start(*job, "--name", "whole")).communicate(timeout=120)
+    process = start(*arguments, "--name", "whole")
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert_same_bits("whole", "parts")
 
@@ -449,9 +441,9 @@ def test_the_command_that_goes_on_has_all_that_it_needs():
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def test_rows_learn_the_same_as_dense_gradients_all_but_the_lazy(prose, capsys, few_frequent):
-    job = ["--text", prose, *TINY, "--steps", "40", "--learning-rate", "0.03"]
-    assert train.main([*job, "--compare", "--out", "out.json"]) == 0
+def test_every_mode_but_lazy_learns_what_dense_gradients_learn(prose, capsys, few_frequent):
+    arguments = ["--text", prose, *TINY, "--steps", "40", "--learning-rate", "0.03"]
+    assert train.main([*arguments, "--compare", "--out", "out.json"]) == 0
     assert not Path("runs").exists()
     results = json.loads(Path("out.json").read_text())
     rows = results["rows"]
@@ -459,7 +451,7 @@ def test_rows_learn_the_same_as_dense_gradients_all_but_the_lazy(prose, capsys, 
     for row in rows.values():
         assert row["ms"]["median"] > 0
         assert len(row["training_loss"]) == 4
-    # Losses of 4 nats are 5e-7 apart in float32.
+    # A loss is about 4 nats, where neighbouring float32 numbers are 5e-7 apart.
     off = {name: row["largest_difference_to_none"] for name, row in rows.items()}
     assert off["exact"] < 5e-6
     assert off["dense"] < 5e-6
@@ -484,7 +476,8 @@ def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
         params, state, _ = step(params, state, batch(number))
     exact = tx.transforms[-1]
     behind = 10 - np.asarray(state[-1].tables["embedding"].last)
-    row = int(np.flatnonzero((behind > 0) & (behind < 9))[0])  # read once, but not lately
+    # A row that was read in one of the steps 2 to 9: its momentum moves it in the steps since.
+    row = int(np.flatnonzero((behind > 0) & (behind < 9))[0])
     now = exact.lookup(params, state[-1], "embedding", row)
     average = exact.lookup(params, state[-1], "embedding", row, slot="average")
     assert not np.array_equal(now, params["embedding"][row])
@@ -528,10 +521,10 @@ def test_probabilities_sum_to_one(text):
     assert unigram(text).sum() == pytest.approx(1)
     bigram = Bigram(text.training, len(text.words))
     every = np.arange(len(text.words))
-    few = Bigram(text.training[:2], len(text.words))  # to it most contexts are new
-    for model_ in (bigram, few):
+    few = Bigram(text.training[:2], len(text.words))  # most contexts are new to it
+    for counted in (bigram, few):
         for before in (0, 1, 17, 499, text.boundary):
-            probability = model_.probability(np.full(len(every), before), every)
+            probability = counted.probability(np.full(len(every), before), every)
             assert probability.min() > 0
             assert probability.sum() == pytest.approx(1)
 
@@ -542,7 +535,7 @@ def test_the_bigram_is_a_strong_one(text):
     assert losses["bigram"] < losses["unigram"] - 0.5
     bigram = Bigram(text.training, len(text.words))
 
-    # Linear interpolation, even with its best weight for the very text it is judged by.
+    # The bigram beats linear interpolation, even with the best weight for this very text.
     before, word = text.held_out[:, :-1].ravel(), text.held_out[:, 1:].ravel()
     seen = np.zeros((len(text.words),) * 2)
     np.add.at(seen, (text.training[:, :-1].ravel(), text.training[:, 1:].ravel()), 1)
@@ -599,6 +592,7 @@ def test_held_out_loss_counts_every_window_once(monkeypatch):
     monkeypatch.setattr(model, "_TOGETHER", 2)
     params = model.init(0, np.array([0.5, 0.25, 0.25]), 2, 4, 4)
     held_out = Windows(np.array([[0, 0, 1], [0, 2, 1]]), 2, 3)
+    # At first the model predicts each word with its frequency.
     expected = -np.log([0.5, 0.5, 0.25, 0.5, 0.25, 0.25]).mean()
     assert model.held_out_loss(params, held_out, lambda: False) == pytest.approx(expected, 1e-6)
     assert model.held_out_loss(params, held_out, lambda: True) is None

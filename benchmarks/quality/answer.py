@@ -2,19 +2,28 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.quality.protocol import METRICS
 
 Results = dict[str, Any]
 
 
-def comparisons(results: Results, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The model, the metric and the result of each comparison of a contender."""
+class Comparison(NamedTuple):
+    """A contender's result with a model, by one metric, and its difference from the reference."""
+
+    model: str
+    metric: str
+    result: dict[str, Any]
+
+
+def comparisons(results: Results, name: str) -> Iterator[Comparison]:
+    """A contender's comparisons, for each model that it trained and each metric."""
     for row in results["models"]:
-        for metric in row["metrics"]:
-            if name in row["contenders"]:
-                yield row["model"], metric, row["contenders"][name]["test"][metric]
+        if name in row["contenders"]:
+            by_metric = row["contenders"][name]["test"]
+            for metric in row["metrics"]:
+                yield Comparison(row["model"], metric, by_metric[metric])
 
 
 def outcome_counts(results: Results, name: str) -> str:
@@ -31,9 +40,10 @@ def outcome_counts(results: Results, name: str) -> str:
 
 
 def worst(results: Results, name: str) -> str:
-    """The comparison with the largest effect against the contender, in words."""
+    """The comparison that is worst for the contender, in words."""
 
-    def advantage(comparison: tuple[str, str, dict[str, Any]]) -> float:
+    def advantage(comparison: Comparison) -> float:
+        """How much better the contender is than its reference, in margins."""
         _, metric, result = comparison
         if result["difference"] is None:  # runs that failed
             return -math.inf
@@ -52,54 +62,53 @@ def difference(result: dict[str, Any]) -> str:
     return f"{result['difference']:+.2g} ({low:+.2g} to {high:+.2g})"
 
 
-def ratios(results: Results, name: str, field: str) -> str:
-    """The range of a contender's rate or time, divided by that of dense."""
-    quotients = [
+def relative_difference(comparison: Comparison) -> float:
+    """By how much runs of the same seed differ from dense ones, as a share of the metric's mean."""
+    return comparison.result["mean |difference|"] / abs(comparison.result["mean"])
+
+
+def ratio_range(results: Results, name: str, field: str) -> str:
+    """The range over models of a contender's "rate" or "seconds", divided by that of dense."""
+    ratios = [
         row["contenders"][name][field] / row["contenders"]["dense"][field]
         for row in results["models"]
         if name in row["contenders"]
     ]
-    low, high = f"{min(quotients):.2g}", f"{max(quotients):.2g}"
+    low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
     return low if low == high else f"{low} to {high}"
 
 
 def rare_and_frequent(results: Results, name: str) -> Iterator[str]:
-    """By model, the difference from dense where rows are read least, and where most."""
+    """For each model, the difference from dense where rows are read least, and where most."""
     for row in results["models"]:
-        metric = row["metrics"][0]
         if name not in row["contenders"]:
             continue
+        metric = row["metrics"][0]
         own, dense = (row["contenders"][n]["groups"][metric] for n in (name, "dense"))
-        pairs = [x - y for x, y in zip(own, dense, strict=True) if x is not None and y is not None]
-        yield f"{row['model']} {metric} {pairs[0]:+.2g} and {pairs[-1]:+.2g}"
+        # Groups go from few reads to many; one with too few examples is `None`.
+        differences = [
+            x - y for x, y in zip(own, dense, strict=True) if x is not None and y is not None
+        ]
+        yield f"{row['model']} {metric} {differences[0]:+.2g} and {differences[-1]:+.2g}"
 
 
 def sentences(results: Results) -> list[str]:
     """The answers of the runs, a line for each question."""
     present = {name for row in results["models"] for name in row["contenders"]}
-    largest = {
-        name: max(
-            comparisons(results, name), key=lambda x: x[2]["mean |difference|"] / abs(x[2]["mean"])
-        )
-        for name in ("exact", "adamjax dense")
-        if name in present
-    }
-    shares = {
-        name: result["mean |difference|"] / abs(result["mean"])
-        for name, (_, _, result) in largest.items()
-    }
     lines = []
-    if "exact" in shares:
+    if "exact" in present:
+        farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
             f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of the same "
-            f"seed differ by {100 * shares['exact']:.2g}% of a metric on average where they differ "
-            f"most ({largest['exact'][0]}, {largest['exact'][1]})"
+            f"seed differ by {100 * relative_difference(farthest):.2g}% of a metric on average "
+            f"where they differ most ({farthest.model}, {farthest.metric})"
         )
-        if "adamjax dense" in shares:
-            where = largest["adamjax dense"]
+        if "adamjax dense" in present:
+            farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
                 "; those of optax's and adamjax's Adam, both with dense gradients, by "
-                f"{100 * shares['adamjax dense']:.2g}% ({where[0]}, {where[1]})"
+                f"{100 * relative_difference(farthest):.2g}% "
+                f"({farthest.model}, {farthest.metric})"
             )
         lines.append(f"{line}.")
     labels = {
@@ -111,11 +120,10 @@ def sentences(results: Results) -> list[str]:
     }
     for name, label in labels.items():
         if name in present:
-            rate = "" if "same rate" in name else f" Its rate is {ratios(results, name, 'rate')} "
-            rate += "times that of dense." if rate else ""
-            lines.append(
-                f"{label}: {outcome_counts(results, name)}; at worst {worst(results, name)}.{rate}"
-            )
+            line = f"{label}: {outcome_counts(results, name)}; at worst {worst(results, name)}."
+            if name != "lazy, same rate":
+                line += f" Its rate is {ratio_range(results, name, 'rate')} times that of dense."
+            lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
             "**Rows that are read least, and most** (lazy with dense's rate, minus dense): "
@@ -124,7 +132,8 @@ def sentences(results: Results) -> list[str]:
     if {"exact", "lazy"} <= present:
         lines.append(
             "**Time** of training, divided by that of dense gradients: exact "
-            f"{ratios(results, 'exact', 'seconds')}, lazy {ratios(results, 'lazy', 'seconds')}. "
+            f"{ratio_range(results, 'exact', 'seconds')}, "
+            f"lazy {ratio_range(results, 'lazy', 'seconds')}. "
             "The tables are small; [performance](performance.md) has large ones."
         )
     return lines
@@ -137,12 +146,12 @@ def outcome_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in results["models"]:
         for metric in row["metrics"]:
-            tests = {n: row["contenders"][n]["test"][metric] for n in row["contenders"]}
+            by_name = {n: entry["test"][metric] for n, entry in row["contenders"].items()}
             cells = [
-                f"{difference(tests[n])}, {shown(tests[n]['outcome'])}" if n in tests else ""
+                f"{difference(by_name[n])}, {shown(by_name[n]['outcome'])}" if n in by_name else ""
                 for n in names
             ]
-            rows.append([row["model"], metric, f"{tests['dense']['mean']:.4g}", *cells])
+            rows.append([row["model"], metric, f"{by_name['dense']['mean']:.4g}", *cells])
     return ["model", "metric", "dense", *names], rows
 
 
