@@ -15,6 +15,7 @@ SUITES = {
     "tpu": "what the TPU's compiler says of steps, without a TPU",
     "gpu": "what the GPU's compiler says of steps, without a GPU",
     "quality": "does exact matter? models on real data, trained exactly, lazily and in between",
+    "float64": "the models of quality in float64: do exact and dense differ by rounding alone?",
     "narrow": "moments and weights in few bits: errors against float64, and the loss of training",
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "how the results of other packages differ, in numbers",

@@ -414,6 +414,29 @@ def quality(results: Results) -> str:
     )
 
 
+def float64(results: Results) -> str:
+    """Whether exact and dense have the same metrics in float64."""
+    names = list(results["metrics"][0]["contenders"])
+    table = [
+        [row["model"], row["metric"], *(_equal_epochs(row["contenders"][n]) for n in names)]
+        for row in results["metrics"]
+    ]
+    return "\n\n".join(
+        [
+            f"{origin(results)} The share of epochs, of {len(results['seeds'])} seeds, in which a "
+            "contender has the same metric as optax's dense Adam, and the largest relative "
+            "difference. A rank metric must be equal; a loss may differ by "
+            f"{results['rounding']:g}.",
+            markdown(["model", "metric", *names], table),
+        ]
+    )
+
+
+def _equal_epochs(compared: Row) -> str:
+    share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
+    return f"{share}, {compared['largest']:.1g}"
+
+
 def narrow(results: Results) -> str:
     """What moments and weights in few bits do to the updates and to the loss of training."""
     tasks = results["tasks"]
@@ -465,6 +488,7 @@ SUITES = {
     "memory": memory,
     "models": models,
     "quality": quality,
+    "float64": float64,
     "narrow": narrow,
     "differences": differences,
     "tpu": tpu,

@@ -9,10 +9,11 @@ import optax
 import pytest
 from jax import export
 from support import assert_close, assert_same
-from test_rounding import RULES, gradients, reference, wide
+from test_rounding import RULES, wide
 
 import adamjax
 from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
+from benchmarks import moments
 
 S8 = {"m_dtype": "scaled8", "v_dtype": "scaled8"}
 # The largest relative error of a number that is rounded to the nearest code: half of an eighth.
@@ -132,10 +133,10 @@ def test_moments_are_those_of_float64(kind, scale):
     is that, and the errors of 200 steps have at most the variance 1/8 * sum((1 - b2) * g**2 * v).
     """
     n = 4096
-    g = gradients(kind, 200, n) * np.float32(scale)
+    g = moments.gradients(kind, 200, n) * np.float32(scale)
     u, slots = run(adamjax.scale_by_adam(**S8), g)
     assert np.all(np.isfinite(u))
-    ms, vs = (np.stack(x) for x in zip(*reference(g), strict=True))
+    ms, vs, _ = moments.reference(g, every=1)
     m, v = wide(slots["m"]), wide(slots["v"])
     largest = abs(ms).max(axis=1, keepdims=True)
     # 1,024 elements of a vector share an exponent.
@@ -160,7 +161,7 @@ def test_moments_are_those_of_float64(kind, scale):
 @pytest.mark.parametrize("rule", RULES)
 def test_updates_are_those_of_float32_up_to_the_resolution(rule):
     """Their mean by 2%, and each by about 10% of a usual one: see `adamjax.scale_by_adam`."""
-    g = gradients("heavy-tailed", 200, 4096)
+    g = moments.gradients("heavy-tailed", 200, 4096)
     ours, right = (wide(run(RULES[rule](**d), g)[0]) for d in (S8, dict.fromkeys(S8)))
     size = np.sqrt(np.mean(right**2))
     mean = np.mean(ours * right) / np.mean(right**2)

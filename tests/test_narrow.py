@@ -10,18 +10,18 @@ from support import benchmarks as run_benchmarks
 pytest.importorskip("optax")
 pytest.importorskip("tqdm")
 
-from benchmarks import narrow, tables
+from benchmarks import moments, narrow, tables
 
 
 @pytest.fixture(scope="module")
 def case():
-    g = narrow.gradients("heavy-tailed", 100, 512)
-    return g, narrow.reference(g)
+    g = moments.gradients("heavy-tailed", 100, 512)
+    return g, moments.reference(g)
 
 
 def test_float32_moments_have_no_bias(case):
     g, right = case
-    found = narrow.errors(narrow.moments("float32")(g), right)
+    found = moments.errors(moments.trajectory("float32")(g), right)
     assert found["biased"] == {"m": 0, "v": 0}
     assert found["update"] < 1e-5
     assert found["finite"]
@@ -29,12 +29,12 @@ def test_float32_moments_have_no_bias(case):
 
 def test_a_bias_is_seen(case):
     _, (m, v, update) = case
-    found = narrow.errors((m, 1.01 * v, 1.1 * update), (m, v, update))
+    found = moments.errors((m, 1.01 * v, 1.1 * update), (m, v, update))
     assert found["biased"] == {"m": 0, "v": 1}
     # A v of less than a thousandth of a usual one counts for less.
     assert 0.009 < found["bias"]["v"] < 0.0101
     assert_close(found["update"], 0.1, rtol=1e-6)
-    assert not narrow.errors((m, v, np.inf * update), (m, v, update))["finite"]
+    assert not moments.errors((m, v, np.inf * update), (m, v, update))["finite"]
 
 
 def test_a_loss_is_the_same_within_the_margin_or_within_the_seeds():

@@ -19,6 +19,7 @@ pytest.importorskip("scipy")
 
 from scipy import stats
 
+from benchmarks import float64
 from benchmarks.quality import (
     answer,
     contenders,
@@ -468,3 +469,33 @@ def test_a_quick_run_and_the_same_command_again(tmp_path):
     again = run_benchmarks(*command, cwd=tmp_path)
     assert "cells are done already" in again.stdout
     assert (tmp_path / "j.jsonl").read_text() == journal_before
+
+
+# --- in float64 -----------------------------------------------------------------------------------
+
+
+def test_a_metric_is_the_same_up_to_what_is_allowed():
+    dense = [0.5, 0.25, 4.0]
+    assert float64.compared(dense, dense, 0.0) == {"largest": 0.0, "same": 1.0}
+    own = [0.5, 0.25 * (1 + 1e-6), 4.0]
+    found = float64.compared(own, dense, 0.0)
+    assert found["same"] == 2 / 3
+    assert_close(found["largest"], 1e-6, rtol=1e-6)
+    assert float64.compared(own, dense, 1e-5)["same"] == 1
+
+
+def test_the_rates_are_those_of_the_suite(tmp_path):
+    assert float64.rates(float64.RATES_FROM).keys() == {m.name for m in models.MODELS}
+    with pytest.raises(UserError, match="no results of the suite quality"):
+        float64.rates(tmp_path / "quality.json")
+
+
+@needs_data
+@pytest.mark.slow
+def test_in_float64_exact_has_the_metrics_of_dense(tmp_path):
+    command = ["float64", "--quick", "--only", "NeuMF", "--out", "float64.json"]
+    done = run_benchmarks(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "float64.json").read_text())["metrics"]
+    assert {row["metric"] for row in rows} == {"HR@10", "NDCG@10"}
+    assert {row["contenders"]["exact"]["same"] for row in rows} == {1}

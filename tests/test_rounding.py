@@ -10,6 +10,7 @@ from support import assert_close, assert_same
 
 import adamjax
 from adamjax.rounding import rounding_keys, write_slot
+from benchmarks import moments
 
 NARROW = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
 RULES = {
@@ -68,27 +69,6 @@ def test_rows_have_the_bits_of_their_place():
 # --- trajectories -------------------------------------------------------------------------------
 
 
-def gradients(kind, steps, n=N):
-    """float32[steps, n]."""
-    rng = np.random.default_rng(0)
-    g = np.exp(rng.normal(size=n)) * rng.choice([-1, 1], n) + np.zeros((steps, 1))
-    if kind == "decaying":
-        g = g * np.geomspace(1, 0.01, steps)[:, None]
-    elif kind == "sparse":
-        g = g * (rng.random((steps, n)) < 0.05)
-    elif kind == "heavy-tailed":
-        g = g * rng.standard_t(2.5, (steps, n))
-    return g.astype(np.float32)
-
-
-def reference(g, b1=0.9, b2=0.999):
-    """The moments in float64 after each step."""
-    m = v = np.zeros(g.shape[1])
-    for x in g.astype(np.float64):
-        m, v = b1 * m + (1 - b1) * x, b2 * v + (1 - b2) * x * x
-        yield m, v
-
-
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
 @pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
 @pytest.mark.slow
@@ -97,23 +77,11 @@ def test_moments_have_no_bias(kind, scale):
 
     An element's error is divided by the size of its own moment, so that large ones do not decide.
     """
-    g = gradients(kind, 200) * np.float32(scale)
-    tx = adamjax.scale_by_adam(**NARROW)
-
-    def step(state, g):
-        return tx.update(g, state)[1], (state.m, state.v)
-
-    state, (ms, vs) = jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g))(jnp.asarray(g))
-    moments = list(zip([*ms[1:], state.m], [*vs[1:], state.v], strict=True))
-    biased = 0
-    for ours, right in list(zip(moments, reference(g), strict=True))[9::10]:
-        for x, y in zip(ours, right, strict=True):
-            size = np.sqrt(np.mean(y**2))
-            error = (wide(x) - y) / np.maximum(np.abs(y), 1e-3 * size)
-            # Half a percent of 40 figures may be beyond 3 standard errors; float32's own rounding
-            # is far below both.
-            biased += abs(error.mean()) > 3 * error.std() / np.sqrt(N) + 1e-6
-    assert biased <= 2
+    g = moments.gradients(kind, 200, N) * np.float32(scale)
+    ours, right = moments.trajectory("bfloat16")(g), moments.reference(g)
+    found = moments.errors(ours, right, float32=1e-6)
+    # Half a percent of 40 figures may be beyond 3 standard errors.
+    assert 20 * sum(found["biased"].values()) <= 2
 
 
 def test_a_checkpoint_goes_on_bit_for_bit():
@@ -149,7 +117,7 @@ def test_to_the_nearest_v_freezes():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_are_those_of_float32_up_to_the_resolution(rule):
-    g = gradients("heavy-tailed", 100, 512)
+    g = moments.gradients("heavy-tailed", 100, 512)
     narrow, full = RULES[rule](**NARROW), RULES[rule](m_dtype=None, v_dtype=None)
 
     def run(tx):

@@ -1,0 +1,100 @@
+"""The quality models in float64, exact and dense: is rounding all that makes them differ?
+
+In float32, runs of the same seed differ from each other: two dense Adams that round in other places
+do so as much as `exact_rows` and dense Adam (the suite `quality` shows both). Training multiplies
+the first difference, and ranks are all or nothing. In float64 the first difference is a billion
+times smaller. If rounding is the only cause, exact and dense have the same metrics there, seed by
+seed.
+
+Each model is trained with the rate that the suite `quality` chose for dense. A rank metric is
+compared exactly; a loss up to `ROUNDING`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, installed
+from benchmarks.suite import Suite, progress, say
+from benchmarks.train.options import UserError
+
+# The relative difference of a loss that rounding may make, after training has multiplied it.
+ROUNDING = 1e-9
+CONTENDERS = ("adamjax dense", "exact")
+REFERENCE = "dense"
+RATES_FROM = RESULTS / "cpu" / "quality.json"
+
+
+def rates(path: Path) -> dict[str, float]:
+    """The rate of dense by model, from results of the suite `quality`.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not path.exists():
+        raise UserError(f"no results of the suite quality in {path}: run it first")
+    rows = json.loads(path.read_text())["models"]
+    return {row["model"]: row["contenders"][REFERENCE]["rate"] for row in rows}
+
+
+def compared(own: list[float], dense: list[float], allowed: float) -> dict[str, float]:
+    """How a metric of a contender differs from dense's, over all epochs of all seeds.
+
+    Args:
+      allowed: the relative difference that counts as none.
+
+    Returns:
+      "largest", the largest relative difference, and "same", the share of epochs without one.
+    """
+    relative = [abs(x - y) / max(abs(y), 1e-300) for x, y in zip(own, dense, strict=True)]
+    same = sum(x <= allowed for x in relative) / len(relative)
+    return {"largest": max(relative), "same": same}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite; see `--help`."""
+    packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
+    suite = Suite("float64", __doc__, packages, only="models")
+    args = suite.parse(argv)
+    try:
+        return _run(suite, args.quick)
+    except UserError as error:
+        print(f"float64: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(suite: Suite, quick: bool) -> int:
+    if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
+        raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+    from benchmarks.quality import QUICK_SEEDS, data, protocol, smaller
+    from benchmarks.quality.models import MODELS
+    from benchmarks.quality.run import Program
+
+    suite.results["data"] = data.about()
+    rate_of = rates(RATES_FROM)
+    models = {model.name: smaller(model) if quick else model for model in MODELS}
+    chosen = [models[name] for name in suite.chosen(models)]
+    seeds = protocol.SEEDS[: QUICK_SEEDS if quick else None]
+    names = (REFERENCE, *CONTENDERS)
+    suite.results |= {"seeds": list(seeds), "rounding": ROUNDING, "metrics": []}
+    with progress(len(chosen) * len(seeds) * len(names), "run") as bar:
+        for model in chosen:
+            programs = {name: Program(model, name) for name in names}
+            epochs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            for seed in seeds:
+                batches = model.batches(seed)
+                for name in names:
+                    epochs[name] += programs[name].run(rate_of[model.name], seed, batches)["test"]
+                    bar.update()
+            for metric in model.metrics:
+                values = {name: [epoch[metric] for epoch in epochs[name]] for name in names}
+                allowed = ROUNDING if metric == "loss" else 0.0
+                row = {n: compared(values[n], values[REFERENCE], allowed) for n in CONTENDERS}
+                about = {"model": model.name, "metric": metric}
+                suite.results["metrics"].append(about | {"contenders": row})
+                say(f"{model.name}, {metric}: {row}")
+    return suite.finish()

@@ -1,0 +1,98 @@
+"""Adam's moments in few bits against the recurrence in float64: what errors they have.
+
+Gradients of several kinds and sizes, the moments and updates that Adam makes of them in a format,
+the same in float64, and the errors between the two.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import adamjax
+
+B1, B2 = 0.9, 0.999
+
+KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
+SCALES = (1e-9, 1.0, 1e4)
+# The moments are compared at each of these steps.
+EVERY = 10
+# The error of float32 itself, relative to a moment, in 20,000 steps.
+FLOAT32 = 1e-5
+
+
+def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
+    """float32[steps, elements], each element with gradients of its own size."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(size=elements)) * rng.choice([-1, 1], elements)
+    factors = {
+        "constant": lambda: np.ones((steps, 1)),
+        "decaying": lambda: np.geomspace(1, 0.01, steps)[:, None],
+        "sparse": lambda: rng.random((steps, elements)) < 0.05,
+        "heavy-tailed": lambda: rng.standard_t(2.5, (steps, elements)),
+    }
+    return (sizes * factors[kind]()).astype(np.float32)
+
+
+@functools.cache
+def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
+    """A function of gradients: m, v and the updates of Adam, in a format, at every tenth step."""
+    tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
+
+    def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
+        update, state = tx.update(g, carry[1])
+        return (update, state), None
+
+    def ten_steps(carry: Any, g: jax.Array) -> tuple[Any, Any]:
+        update, state = carry = jax.lax.scan(step, carry, g)[0]
+        return carry, (adamjax.get_slot(state, "m"), adamjax.get_slot(state, "v"), update)
+
+    def run(g: jax.Array) -> Any:
+        every = g.reshape(-1, EVERY, g.shape[-1])
+        return jax.lax.scan(ten_steps, (g[0], tx.init(g[0])), every)[1]
+
+    return jax.jit(run)
+
+
+def reference(g: np.ndarray, every: int = EVERY) -> tuple[np.ndarray, ...]:
+    """The same in float64, from algorithm 1 of arXiv:1412.6980."""
+    m = v = np.zeros(g.shape[1])
+    results: list[tuple[np.ndarray, ...]] = []
+    for t, x in enumerate(g.astype(np.float64), start=1):
+        m, v = B1 * m + (1 - B1) * x, B2 * v + (1 - B2) * x * x
+        if t % every == 0:
+            root = np.sqrt(v / (1 - B2**t))
+            update = np.divide(m / (1 - B1**t), root, out=np.zeros_like(m), where=root > 0)
+            results.append((m, v, update))
+    return tuple(map(np.stack, zip(*results, strict=True)))
+
+
+def errors(
+    ours: Sequence[Any], right: Sequence[np.ndarray], float32: float = FLOAT32
+) -> dict[str, Any]:
+    """What is wrong with moments and updates, over all elements and every tenth step.
+
+    Args:
+      ours, right: m, v and the updates, by step and element.
+      float32: the mean relative error of a moment that float32 itself may have.
+
+    Returns:
+      "biased": of m and of v, the share of the steps at which the mean relative error is beyond
+      three standard errors; "bias", the mean relative error over all of them. Relative to the
+      moment itself, or to a thousandth of a usual one if that is larger. "update": the mean error
+      of an update, relative to its mean size. "finite": whether all are.
+    """
+    result: dict[str, Any] = {"biased": {}, "bias": {}}
+    m, v, update = (np.asarray(x, np.float64) for x in ours)
+    for name, x, y in (("m", m, right[0]), ("v", v, right[1])):
+        size = np.sqrt(np.mean(y**2, axis=1, keepdims=True))
+        error = (x - y) / np.maximum(np.abs(y), 1e-3 * size)
+        standard = error.std(axis=1) / np.sqrt(error.shape[1])
+        beyond = np.abs(error.mean(axis=1)) > 3 * standard + float32
+        result["biased"][name] = float(beyond.mean())
+        result["bias"][name] = float(error.mean())
+    result["update"] = float(np.abs(update - right[2]).mean() / np.abs(right[2]).mean())
+    result["finite"] = bool(all(np.isfinite(x).all() for x in (m, v, update)))
+    return result
