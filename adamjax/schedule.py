@@ -247,11 +247,13 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 def _common_integer(count: Any, steps: Any) -> Any:
     """The integer dtype for counts and steps of these dtypes; `None` if no dtype holds all steps.
 
-    Without x64 that is so for uint32 steps, and of course for floats.
+    Without x64 that is so for uint32 steps, with x64 for uint64 ones, and always for floats.
     """
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
     common = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps, count))
+    if not jnp.issubdtype(common, jnp.integer):  # of uint64 and signed integers
+        return None
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
 
 

@@ -140,6 +140,16 @@ def test_a_schedule_agrees_with_the_formula_of_keras(schedule, formula):
         np.testing.assert_allclose(exact, expected, rtol=1e-14, atol=1e-17)
 
 
+@pytest.mark.parametrize("steps_dtype", ["int8", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_steps_and_counts_may_have_any_two_integer_dtypes(steps_dtype):
+    """Also uint64 with a signed one, which NumPy's rules promote to a float."""
+    with enable_x64(True):
+        schedule = exponential_decay(1.0, jnp.asarray(10, steps_dtype), 0.5, staircase=True)
+        for count_dtype in ("int8", "uint8", "int32", "int64", "uint64"):
+            assert schedule(jnp.asarray(20, count_dtype)) == 0.25
+            assert schedule(jnp.asarray(19, count_dtype)) == 0.5
+
+
 @pytest.mark.parametrize(("schedule", "formula"), CASES.values(), ids=CASES)
 def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
     step = jax.jit(lambda schedule, count: schedule(count))
