@@ -11,7 +11,7 @@ import numpy as np
 
 from adamjax.convert.keras_config import from_keras_config, make_at, with_class_name
 from adamjax.data import Data, is_array
-from adamjax.paths import BoolTree, bool_tree, optional
+from adamjax.paths import BoolTree, Mask, bool_tree, optional
 from adamjax.schedule import function_schedule
 from adamjax.sharding import shard_state
 from adamjax.transform import as_transform, foreign
@@ -63,7 +63,9 @@ def to_config(tx: Any) -> dict[str, Any]:
     return _encode_data(data, type(data).__name__)
 
 
-def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ()) -> Any:
+def from_config(
+    config: Mapping[str, Any], *, mask: Mask | None = None, custom: Iterable[type[Data]] = ()
+) -> Any:
     """The transform or schedule that a dictionary describes: one of `to_config`, or one of Keras'.
 
     Keras' dictionaries are those of `keras.optimizers.serialize(optimizer)` and of
@@ -86,10 +88,15 @@ def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ())
     copies the weights after step 1, p_1. So its average after step t is less by
     `ema_momentum**t * (p_0 - p_1)`. It changes the weights only with `ema_overwrite_frequency`.
 
+    Keras does not write into a dictionary which variables `exclude_from_weight_decay` excludes:
+    give `mask`, which says which leaves decay.
+
     `name` and `jit_compile` have no effect. An option that adamjax cannot honour is refused.
 
     Args:
       config: the dictionary, as it is or from JSON. It is not changed.
+      mask: for a dictionary of Keras with a weight decay, the mask of `add_decayed_weights`: only
+        leaves that it matches decay. `"^(?!.*bias)"` matches paths without "bias".
       custom: your own subclasses of `Transform` or `Schedule` that the dictionary names.
 
     Returns:
@@ -111,9 +118,16 @@ def from_config(config: Mapping[str, Any], *, custom: Iterable[type[Data]] = ())
             "from_config: expected a dictionary, as to_config or Keras write it, got "
             f"{config!r} of type {type(config).__name__}"
         )
-    return _decode(
-        config if CLASS in config else with_class_name(config), "the config", _classes(custom)
-    )
+    if CLASS not in config:
+        config = with_class_name(config)
+        if "class_name" in config:
+            return from_keras_config(config, "the config", mask)
+    if mask is not None:
+        raise ValueError(
+            "from_config: mask is for dictionaries of Keras; those of to_config have the masks of "
+            "their transforms: leave it out"
+        )
+    return _decode(config, "the config", _classes(custom))
 
 
 # --- to JSON --------------------------------------------------------------------------------------

@@ -343,7 +343,8 @@ def lift(
         with one for each leaf: the same object for leaves that are treated alike, None for a leaf
         that passes unchanged.
       grads: the tree of gradients.
-      slots: state trees with the parameters' structure.
+      slots: state trees with the parameters' structure. Of a complex leaf, the first slot is
+        complex; others may be real.
       params: the parameters, for a rule that reads them.
       like: parameters that the rule does not read; without slots, the gradients must match them.
       names: what errors call `grads` and `slots`.

@@ -83,7 +83,8 @@ class Transform(Data, _Pair):
     def check_state(self, state: Any) -> None:
         """Refuses a state that this transform cannot continue from; each part checks its own."""
 
-    # Whether the update of an element with a gradient of zero is always zero.
+    #: Whether the update of an element with a gradient of zero is always zero, whatever its earlier
+    #: gradients were. `exact_rows` takes only such transforms before a table's rule.
     keeps_zero: ClassVar[bool] = False
 
     @property

@@ -70,6 +70,13 @@ def model_ratio(model: str, contender: str) -> float:
     return float(rows[model][contender]["median"])
 
 
+def seconds_to_compile(model: str) -> str:
+    """The time to compile a model's train step with `exact_rows`."""
+    rows = results("models")["programs"]
+    seconds = {(row["model"], row["contender"]): row["s"]["compile"]["median"] for row in rows}
+    return two_digits(seconds[model, "exact"])
+
+
 def temporaries(mode: str) -> str:
     """The temporaries of a train step on a table, in MB."""
     by_mode = {row["mode"]: row["temporary_bytes"] for row in results("memory")["tables"]}
@@ -100,6 +107,8 @@ FIGURES = {
     "models lazy": lambda: span(
         (row["ratio"]["lazy"]["median"] for row in results("models")["steps"]), 2
     ),
+    "compile one table": lambda: seconds_to_compile("click, one table"),
+    "compile 26 tables": lambda: seconds_to_compile("click, 26 tables"),
     "train steps": lambda: f"{results('train')['config']['steps']}",
     "train none loss": lambda: f"{training_figure('none', 'held_out_loss'):.3f}",
     "train exact loss": lambda: f"{training_figure('exact', 'held_out_loss'):.3f}",

@@ -1595,6 +1595,22 @@ def test_line_exclude_from_weight_decay():
     np.testing.assert_array_equal(updates["dense"]["bias"], [0.0])
 
 
+def test_a_mask_is_given_beside_a_dictionary_of_keras():
+    config = {"class_name": "AdamW", "config": {"learning_rate": 0.1, "weight_decay": 0.25}}
+    expected = adamw(0.1, weight_decay=0.25, mask="^(?!.*bias)")
+    assert from_config(config, mask="^(?!.*bias)") == expected
+    accumulating = {**config["config"], "gradient_accumulation_steps": 2}
+    tx = from_config({**config, "config": accumulating}, mask="^(?!.*bias)")
+    assert tx.transforms[0].tx.transforms[-1] == expected.transforms[1]
+    for wrong, problem in (
+        ({"class_name": "Adam", "config": {}}, "Adam has no weight decay to mask"),
+        ({"class_name": "CosineDecay", "config": {}}, "is a schedule, which has no weight decay"),
+        (to_config(adamw(0.1)), "mask is for dictionaries of Keras"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            from_config(wrong, mask="bias")
+
+
 def test_line_get_config_keras_optimizers_serialize():
     tx = chain(clip_by_norm(1.0), adam(cosine_decay(0.1, 10)))
     assert json.loads(json.dumps(to_config(tx))) == to_config(tx)

@@ -608,14 +608,47 @@ def test_variables_that_keras_excludes_from_decay(keras, x64):
     noises, theirs = noise(), Keras(keras, make, new_params())
     theirs.take(noises[:BEFORE])
     middle = theirs.params
-    with pytest.raises(ValueError, match=r"variables that its weight decay excludes.*pass a mask="):
+    with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
         convert.from_keras(theirs.optimizer, of_all, middle)
     state = convert.from_keras(theirs.optimizer, masked, middle)
     actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
     assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)
     whole = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
-    with pytest.raises(ValueError, match=r"a weight decay of 0\.125"):
+    with pytest.raises(ValueError, match=r"a weight decay of 0\.125.*with a mask= that this leaf"):
         convert.from_keras(whole.optimizer, masked, middle)
+    # Keras says what is excluded, and adamjax what decays: turned around, it is refused.
+    for mask in ("bias", "embed", "^(?!.*embed)"):
+        wrong = adamjax.adamw(RATE, weight_decay=0.125, mask=mask)
+        with pytest.raises(ValueError, match=r"weight decay of 0\.125, tx has 0 before .* mask="):
+            convert.from_keras(theirs.optimizer, wrong, middle)
+    # An optimizer without a weight decay.
+    plain = Keras(keras, lambda k: k.Adam(RATE), new_params())
+    with pytest.raises(ValueError, match=r"has a weight decay of 0, .*leave the decay out"):
+        convert.from_keras(plain.optimizer, of_all, middle)
+
+
+def test_the_shapes_show_the_order_where_the_names_do_not(keras, x64):
+    """As after a second model in one process, whose layers Keras gives other numbers."""
+    params = {"first/kernel": jnp.ones((2, 3)), "first/bias": jnp.ones(3), "a/kernel": jnp.ones(5)}
+    order = ["first/kernel", "first/bias", "a/kernel"]
+    variables = [
+        keras.Variable(np.ones(params[path].shape), name=f"other_{i}")
+        for i, path in enumerate(order)
+    ]
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(variables)
+    optimizer.apply([keras.ops.full(v.shape, 1.0 + i) for i, v in enumerate(variables)])
+    tx = adamjax.adam(0.1)
+    state = convert.from_keras(optimizer.variables, tx, params)
+    m = adamjax.get_slot(state, "m")
+    assert_close([float(m[path].max()) for path in order], [0.1, 0.2, 0.3], rtol=1e-6)
+    values = convert.to_keras(state, tx, params, optimizer.variables)
+    for variable, value in zip(optimizer.variables, values, strict=True):
+        assert_close(value, np.asarray(variable.value), rtol=1e-12)
+    # Two leaves of one shape: only order= can tell them apart.
+    alike = {**params, "a/kernel": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"other_0.*do not correspond to the leaves.*give order="):
+        convert.from_keras(optimizer.variables, tx, alike)
 
 
 @pytest.mark.slow

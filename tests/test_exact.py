@@ -15,6 +15,7 @@ import math
 import operator
 import pickle
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from adamjax import (
     clip_by_value,
     cosine_decay,
     exact_rows,
+    extend,
     row_gradient,
     scale_by_adam,
     scale_by_adamax,
@@ -1563,3 +1565,30 @@ def test_float64():
             plain = stepped(dense, *plain, to_dense(grads))
         assert looked_up(tx, *exact).dtype == jnp.float64
         assert_close(looked_up(tx, *exact), plain[0]["table"], rtol=1e-13)
+
+
+@extend.transform_state("top", rule=False)
+class RunningMaxState(NamedTuple):
+    top: Any
+
+
+class running_max(adamjax.Transform):
+    """Divides by the largest gradient so far; a gradient of zero stays zero."""
+
+    keeps_zero = True
+
+    def init(self, params):
+        return RunningMaxState(extend.new_slots(params, jnp.zeros_like))
+
+    def update(self, updates, state, params=None, **extra_args):
+        return updates, state
+
+
+def test_a_slot_before_the_rule_is_refused():
+    chain = adamjax.chain(running_max(), adamjax.adam(0.1))
+    params = {"table": jnp.ones((9, 2)), "w": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"before the rule of 'table' has the slots \['top'\]"):
+        adamjax.exact_rows(chain, "table").init(params)
+    # Elsewhere it does no harm.
+    masked = adamjax.chain(adamjax.masked(running_max(), "w"), adamjax.adam(0.1))
+    adamjax.exact_rows(masked, "table").init(params)

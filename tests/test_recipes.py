@@ -22,6 +22,7 @@ PRINTS = {
     "equinox_average": r"of the last weights: 0\.00\d+\n.*average: 0\.00\d+\n0.5 \* 0.5 = 0\.2\d",
     "flax_nnx": r"learning rate 0\.\d+\nheld-out loss: 0\.0\d+\n.* has the same weights: True",
     "from_optax": rf"200\nthe .* 100 more steps: ({SMALL})\nwith .*: from_optax refuses it",
+    "keras_and_back": rf"the largest difference of a weight: ({SMALL})",
     "optax_chain": r"w = \[ ?1\. +-2\. +3\. ?\], b = 0\.50 .*\nadamjax around .* 200 steps",
     "torch_sparse_adam": rf"the largest difference of a weight after 50 steps: ({SMALL})",
 }
@@ -55,6 +56,6 @@ def test_is_short_and_says_how_to_run_it(recipe):
     assert 30 <= len(text.splitlines()) <= 70
     docstring = ast.get_docstring(ast.parse(text))
     assert f"python docs/recipes/{recipe.name}" in docstring
-    others = {"equinox", "flax", "optax", "orbax", "torch"}
+    others = {"equinox", "flax", "keras", "optax", "orbax", "torch"}
     imported = {x for x in others if re.search(rf"^(import|from) {x}\b", text, re.MULTILINE)}
     assert imported == {x for x in others if re.search(rf"Needs .*\b{x}\b", docstring)}

@@ -249,12 +249,22 @@ class HyperparameterCheck:
                 if decoupled is False
                 else "after the rule (and before all that scales: the rate)"
             )
+            mend = f"put add_decayed_weights({stated:g}) {where}"
+            if not stated:
+                mend = "leave the decay out, or pass a mask= of the leaves that decay"
+            elif not before_rule and not after_rule and self._is_masked():
+                mend += ", with a mask= that this leaf matches"
             self._refuse(
                 path,
                 f"a weight decay of {stated:g}",
                 f"{before_rule:g} before its rule and {after_rule:g} after it",
-                f"put add_decayed_weights({stated:g}) {where}",
+                mend,
             )
+
+    def _is_masked(self) -> bool:
+        """Whether some weight decay of the transform has a mask."""
+        decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
+        return any(tx.mask is not None for tx in decays)
 
     def _decay_after(self, path: str, after: Sequence[Part]) -> float:
         """The weight decay that would have the same effect before everything that scales."""

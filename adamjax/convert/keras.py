@@ -95,6 +95,8 @@ def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
     averages = bool(getattr(optimizer, "use_ema", False))
     hyperparams = {name: option(key) for key, name in _RULE_OPTIONS.items()}
     hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
+    if hasattr(optimizer, "weight_decay"):
+        hyperparams.setdefault("weight_decay", 0.0)
     more = {}
     for key, name in _OTHER_OPTIONS.items():
         if getattr(optimizer, key, None) and (averages or not key.startswith("ema")):
@@ -112,6 +114,18 @@ def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
     )
     masks = "some" if excludes else "none" if hasattr(optimizer, "_use_weight_decay") else "unknown"
     return {**hyperparams, "decoupled": True, "masks_decay": masks, "more": more}
+
+
+def _decaying(optimizer: Any) -> list[bool] | None:
+    """Whether each variable that the optimizer was built on decays; `None` if that is not stated.
+
+    Keras 3 knows its variables; tf_keras does not.
+    """
+    variables = getattr(optimizer, "_trainable_variables", None)
+    uses_decay = getattr(optimizer, "_use_weight_decay", None)
+    if variables is None or uses_decay is None:
+        return None
+    return [bool(uses_decay(variable)) for variable in variables]
 
 
 def _schedule(schedule: Any) -> Any:
@@ -138,7 +152,8 @@ def _read_variables(
     if all(name is not None for name in names):
         n = len(leaves if order is None else order)
         layout = layout_by_name(owner, [str(name) for name in names], values, n)
-        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check)
+        shapes_of = layout.shapes(values)
+        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes_of)
     else:
         paths = leaf_order(owner, order, ours.params)
         slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
@@ -179,10 +194,17 @@ def _read_variables(
         kinds = tuple(kind for kind in kinds if kind == "nadam")
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
-    for path in paths:
+    decaying = _decaying(optimizer)
+    if "weight_decay" not in hyperparams or decaying is None or len(decaying) != len(paths):
+        decaying = None
+    for i, path in enumerate(paths):
         if path is not None:
             own = {role: arrays[path] for role, arrays in slots_of.items()}
-            source.add(path, LeafMoments(count, own, kinds, product, hyperparams))
+            own_hyperparams = hyperparams
+            if decaying is not None:
+                decay = hyperparams["weight_decay"] if decaying[i] else 0.0
+                own_hyperparams = {**hyperparams, "weight_decay": decay, "masks_decay": "none"}
+            source.add(path, LeafMoments(count, own, kinds, product, own_hyperparams))
     if layout.of("average", values):
         # Keras 3 starts the average from zero, and copies the weights in the first step.
         average = by_path("average")
@@ -275,7 +297,8 @@ def from_keras(
       variables: one of:
 
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
-          and schedule (one of Keras' own) are compared as well;
+          and schedule (one of Keras' own) are compared as well, and in Keras 3 also which leaves
+          decay;
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in
           TensorFlow's Keras `v.name`), or a mapping of names to arrays;
@@ -287,8 +310,8 @@ def from_keras(
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
-        Otherwise it is the order of the floating leaves of `params`, if each has a shape of its own
-        or none has a name (the items of a list).
+        Otherwise the shapes give it, if each leaf has a shape of its own. Leaves without names (the
+        items of a list) are taken in their order.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 

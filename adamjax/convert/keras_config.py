@@ -14,6 +14,7 @@ from adamjax.average import weight_ema
 from adamjax.chain import chain
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.guard import accumulate_gradients
+from adamjax.paths import Mask
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 from adamjax.schedule import (
     Schedule,
@@ -171,8 +172,11 @@ def _unwrapped(value: Any, place: str) -> Any:
     return value
 
 
-def from_keras_config(config: Mapping[str, Any], place: str) -> Any:
+def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None = None) -> Any:
     """The transform or schedule that a dictionary with a `class_name` describes.
+
+    Args:
+      mask: that of the optimizer's weight decay, which it must have if this is given.
 
     Errors are those of `adamjax.from_config`, and begin with the place.
     """
@@ -186,6 +190,8 @@ def from_keras_config(config: Mapping[str, Any], place: str) -> Any:
     values = {key: _unwrapped(x, f"{place}.{key}") for key, x in (values or {}).items()}
     _expect_types(values, place)
     if name in _SCHEDULES:
+        if mask is not None:
+            raise _refused(place, f"{name} is a schedule, which has no weight decay to mask")
         return _schedule(name, values, place)
     # Keras ignores case. In 2.9 and 2.10 a name could have this prefix.
     optimizer = _OPTIMIZERS.get(name.lower().removeprefix("experimental"))
@@ -201,7 +207,7 @@ def from_keras_config(config: Mapping[str, Any], place: str) -> Any:
             f"{[*_OPTIMIZERS.values(), *_SCHEDULES]}. Write others as subclasses of "
             "adamjax.Transform and adamjax.Schedule",
         )
-    return _optimizer(optimizer, values, str(config.get("module")), place)
+    return _optimizer(optimizer, values, str(config.get("module")), place, mask)
 
 
 def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
@@ -230,7 +236,9 @@ def _generation(config: dict[str, Any], module: str) -> str:
     return _KERAS_2 if _KERAS_2_ALONE & config.keys() else _KERAS_3
 
 
-def _optimizer(name: str, config: dict[str, Any], module: str, place: str) -> Transform:
+def _optimizer(
+    name: str, config: dict[str, Any], module: str, place: str, mask: Mask | None
+) -> Transform:
     generation = _LEGACY if name == "AdamMultilr" else _generation(config, module)
     options = _OPTIONS[generation] | _OWN_OPTIONS[name]
     if generation != _KERAS_2:
@@ -251,7 +259,7 @@ def _optimizer(name: str, config: dict[str, Any], module: str, place: str) -> Tr
     rate = _learning_rate(config, 0 if name == "Nadam" else get("decay") or 0, place)
     clips = _clips(config, generation, place)
     rule = _rule(name, config, generation, place)
-    decay = _weight_decay(name, config, generation, place)
+    decay = _weight_decay(name, config, generation, place, mask)
     average = _weight_average(config, place)
     every = get("gradient_accumulation_steps")
     if not every:
@@ -375,11 +383,13 @@ def _rule(name: str, config: dict[str, Any], generation: str, place: str) -> Tra
 
 
 def _weight_decay(
-    name: str, config: dict[str, Any], generation: str, place: str
+    name: str, config: dict[str, Any], generation: str, place: str, mask: Mask | None
 ) -> list[Transform]:
     decay = config.get("weight_decay", 0.004 if name == "AdamW" else None)
     if name != "AdamW":
         if not decay:
+            if mask is not None:
+                raise _refused(place, f"this {name} has no weight decay to mask: leave mask out")
             return []
     elif decay is None:
         raise _refused(place, "weight_decay must be a float for AdamW, got None")
@@ -391,7 +401,7 @@ def _weight_decay(
             "learning_rate * weight_decay of each weight. For the decay of later versions add "
             "'is_legacy_optimizer': false",
         )
-    return [make_at(f"{place}.weight_decay", add_decayed_weights, decay)]
+    return [make_at(f"{place}.weight_decay", add_decayed_weights, decay, mask)]
 
 
 def _weight_average(config: dict[str, Any], place: str) -> list[weight_ema]:

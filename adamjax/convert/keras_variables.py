@@ -64,6 +64,13 @@ class Layout(NamedTuple):
         pairs = zip(self.roles, values, strict=True)
         return {place: x for (own, place), x in pairs if own == role}
 
+    def shapes(self, values: Sequence[Any]) -> list[tuple[int, ...]] | None:
+        """The shapes of the parameters in their order; `None` if no slot shows them."""
+        for role in dict.fromkeys(role for role, _ in self.roles if role in SLOTS):
+            arrays = self.of(role, values)
+            return [np.shape(arrays[i]) for i in sorted(arrays)]
+        return None
+
 
 def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndarray]]:
     """The names and values of variables, in any of the forms that `from_keras` takes."""
@@ -166,9 +173,10 @@ def layout_by_place(
             f"{[list(x.shape) for x in values]} for leaves of {shapes}, each with "
             f"{[*extra, *slots]}. Expected the arrays of optimizer.variables (not of the model) in "
             "their order: the iteration, a constant rate, and leaf by leaf its slots; or of "
-            "get_weights() before TensorFlow 2.11: all momenta before all velocities. Give names, "
-            "[(v.path, v.numpy()) for v in optimizer.variables], or order=, or build tx like the "
-            "optimizer"
+            "get_weights() before TensorFlow 2.11: all momenta before all velocities. A "
+            "dictionary's leaves are in the order of their sorted keys: if Keras' order is "
+            "another, give order=, or names, [(v.path, v.numpy()) for v in optimizer.variables]. "
+            "Or build tx like the optimizer"
         )
     return Layout(fits.pop())
 

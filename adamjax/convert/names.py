@@ -69,6 +69,7 @@ def leaf_order(
     system: str = "",
     names: Sequence[str] | None = None,
     check: bool = True,
+    shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> list[str | None]:
     """The paths of the leaves in the order of another system's parameters.
 
@@ -76,6 +77,7 @@ def leaf_order(
       order: the order that the user gives, if any.
       system, names: the name of the system and, if it has any, those of its parameters in order.
       check: whether to refuse an order that contradicts the names.
+      shapes: those of the system's parameters in order, if they are known and none is transposed.
     """
     leaves = leaves_by_path(owner, params)
     known = list(leaves)
@@ -89,7 +91,7 @@ def leaf_order(
     if order is None:
         if names is None or len(names) != len(known):
             return list(known)
-        return list(_order_of_names(owner, system, names, leaves, check))
+        return list(_order_of_names(owner, system, names, leaves, check, shapes))
     for path in order:
         if path is not None and path not in known:
             raise ValueError(
@@ -114,21 +116,33 @@ def leaf_order(
 
 
 def _order_of_names(
-    owner: str, system: str, names: Sequence[str], leaves: Mapping[str, Any], check: bool
+    owner: str,
+    system: str,
+    names: Sequence[str],
+    leaves: Mapping[str, Any],
+    check: bool,
+    shapes: Sequence[tuple[int, ...]] | None,
 ) -> list[str]:
     known = list(leaves)
     paths = _paths_of_names(names, known)
     if paths is not None:
         return paths
-    # By place, where leaves have no names, or where a shape would show a wrong place.
     nameless = all(word.isdigit() for path in known for word in path.split("/"))
-    sizes = [tuple(sorted(np.shape(x))) for x in leaves.values()]
-    if nameless or len(set(sizes)) == len(sizes) or not check:
+    if nameless or not check:
         return known
+    if shapes is not None:
+        leaf_of = {np.shape(x): path for path, x in leaves.items()}
+        if len(leaf_of) == len(known) and set(leaf_of) == set(shapes):
+            return [leaf_of[shape] for shape in shapes]
+    else:
+        # By place: some shape would show a wrong one, unless it is that of another leaf.
+        sizes = {tuple(sorted(np.shape(x))) for x in leaves.values()}
+        if len(sizes) == len(known):
+            return known
     raise ValueError(
         f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
-        f"leaves {_some(known)} one to one, and some leaves have the same shape: give order=, the "
-        "path of the leaf for each of these names, in their order"
+        f"leaves {_some(known)} one to one, and their shapes do not show which is which: give "
+        "order=, the path of the leaf for each of these names, in their order"
     )
 
 

@@ -75,7 +75,10 @@ def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
 
 
 def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> None:
-    """Refuses a rule whose state does not have what its `coast` names, and a name used twice."""
+    """Refuses a rule whose state does not have what its `coast` names, and other slots of rows.
+
+    Those are slots of a transform before the rule, and slots whose name is used twice.
+    """
     rule, names = parts[0], list[str]()
 
     def collect(name: str, tree: Tree) -> Tree:
@@ -94,6 +97,14 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
             f"steps, but its state has the slots {sorted(names)} and the fields "
             f"{list(getattr(rule.state, '_fields', ()))}: name them in Coast as in the state, and "
             "declare the state with transform_state"
+        )
+    caught_up = {name for part in parts for name in getattr(part.state, "slots", ())}
+    others = sorted(set(names) - caught_up)
+    if others:
+        raise ValueError(
+            f"exact_rows: a transform before the rule of {table.path!r} has the slots {others}, "
+            "and exact_rows brings only slots of the rule and of weight_ema up to date: mask that "
+            "transform from the table, or use row gradients without exact_rows"
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

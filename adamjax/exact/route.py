@@ -91,7 +91,12 @@ def check_route(route: list[Transform]) -> None:
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
             # (Without any rule, the error below is the one to raise.)
-            raise refusal(tx, "before the rule, it may give a gradient to rows without one")
+            raise refusal(
+                tx,
+                "before the rule, it may give a gradient to rows without one, unless its class "
+                "says `keeps_zero = True`. If it leaves the table alone, put it before the whole: "
+                "chain(..., exact_rows(...))",
+            )
         elif rule is not None and tx.affine(None, None, 0, None) is None:
             raise refusal(tx, "after the rule, its result is not affine in update and weights")
     if rule is None:
