@@ -1593,6 +1593,8 @@ def test_line_exclude_from_weight_decay():
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.1 * 0.004 * np.ones(2), rtol=1e-6)
     np.testing.assert_array_equal(updates["dense"]["bias"], [0.0])
+    config = {"class_name": "AdamW", "config": {"learning_rate": 0.1}}
+    assert from_config(config, mask="^(?!.*bias)") == tx
 
 
 def test_a_mask_is_given_beside_a_dictionary_of_keras():

@@ -154,7 +154,7 @@ class NextWord(Model):
     def init(self, key: jax.Array) -> Params:
         word, first, second = jax.random.split(key, 3)
         counts = word_counts() + 0.5
-        kernel = np.zeros((len(counts), self.width + 1), np.float32)
+        kernel = np.zeros((len(counts), self.width + 1))
         kernel[:, -1] = np.log(counts / counts.sum())
         return {
             # The last row stands for what is before a block.
@@ -187,7 +187,7 @@ class NextWord(Model):
         before, word, drawn = batch
         x = self.features(params, before)
         counts = word_counts()
-        expected = jnp.asarray(np.log(self.drawn * counts.clip(1) / counts.sum()), jnp.float32)
+        expected = jnp.asarray(np.log(self.drawn * counts.clip(1) / counts.sum()), x.dtype)
         right = jnp.sum(x * params["output"][word], 1) - expected[word]
         others = x @ params["output"][drawn].T - expected[drawn]
         others = jnp.where(drawn == word[:, None], -jnp.inf, others)
