@@ -105,13 +105,15 @@ def from_config(
     Raises:
       TypeError: the dictionary or something in it is of the wrong type.
       ValueError: a class or key is unknown or missing, a value is out of its range, or adamjax
-        cannot do what Keras does. The message names it.
+        cannot do what Keras does, or there is no weight decay for `mask`. The message names it.
 
     >>> import adamjax
     >>> config = {"class_name": "AdamW", "config": {"learning_rate": 0.1, "clipnorm": 1.0}}
     >>> adamjax.from_config(config)  # doctest: +NORMALIZE_WHITESPACE
     chain(clip_by_norm(max_norm=1.0), scale_by_adam(b1=0.9, b2=0.999, eps_hat=1e-07),
           add_decayed_weights(weight_decay=0.004), scale_by_learning_rate(learning_rate=0.1))
+    >>> adamjax.from_config(config, mask="kernel").transforms[2]
+    add_decayed_weights(weight_decay=0.004, mask='kernel')
     """
     if not isinstance(config, Mapping):
         raise TypeError(

@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.measure import RESULTS, installed
+from benchmarks import quality
+from benchmarks.measure import RESULTS
 from benchmarks.suite import Suite, progress, say
 from benchmarks.train.options import UserError
 
@@ -64,21 +65,20 @@ def main(argv: list[str]) -> int:
 
 
 def _run(suite: Suite, quick: bool) -> int:
-    if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
-        raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
+    quality.expect_packages()
     import jax
 
     jax.config.update("jax_enable_x64", True)
 
-    from benchmarks.quality import QUICK_SEEDS, data, protocol, smaller
+    from benchmarks.quality import data, protocol
     from benchmarks.quality.models import MODELS
     from benchmarks.quality.run import Program
 
     suite.results["data"] = data.about()
     rate_of = rates(RATES_FROM)
-    models = {model.name: smaller(model) if quick else model for model in MODELS}
+    models = {model.name: quality.smaller(model) if quick else model for model in MODELS}
     chosen = [models[name] for name in suite.chosen(models)]
-    seeds = protocol.SEEDS[: QUICK_SEEDS if quick else None]
+    seeds = protocol.SEEDS[: quality.QUICK_SEEDS if quick else None]
     names = (REFERENCE, *CONTENDERS)
     suite.results |= {"seeds": list(seeds), "rounding": ROUNDING, "metrics": []}
     with progress(len(chosen) * len(seeds) * len(names), "run") as bar:

@@ -95,7 +95,7 @@ def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
     averages = bool(getattr(optimizer, "use_ema", False))
     hyperparams = {name: option(key) for key, name in _RULE_OPTIONS.items()}
     hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
-    if hasattr(optimizer, "weight_decay"):
+    if hasattr(optimizer, "weight_decay"):  # None is no decay, which tx must not have either
         hyperparams.setdefault("weight_decay", 0.0)
     more = {}
     for key, name in _OTHER_OPTIONS.items():
@@ -152,8 +152,8 @@ def _read_variables(
     if all(name is not None for name in names):
         n = len(leaves if order is None else order)
         layout = layout_by_name(owner, [str(name) for name in names], values, n)
-        shapes_of = layout.shapes(values)
-        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes_of)
+        shapes = layout.shapes(values)
+        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes)
     else:
         paths = leaf_order(owner, order, ours.params)
         slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())

@@ -47,9 +47,14 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _run(suite: Suite, args: Any) -> int:
+def expect_packages() -> None:
+    """Refuses to run without the packages that the suite needs."""
     if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
         raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
+
+
+def _run(suite: Suite, args: Any) -> int:
+    expect_packages()
     # JAX takes seconds to import, so what needs it is imported after the options are read.
     import jax
 
