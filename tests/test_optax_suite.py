@@ -387,27 +387,6 @@ def test_injected_schedules():
     assert_same(updates, jnp.zeros(3))
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        (
-            optax.cosine_decay_schedule(0.1, 900, alpha=0.5),
-            adamjax.cosine_decay(0.1, 900, alpha=0.5),
-        ),
-        (optax.linear_schedule(0.1, 0.01, 900), adamjax.polynomial_decay(0.1, 900, 0.01)),
-        (
-            optax.warmup_cosine_decay_schedule(0.0, 0.1, 100, 1000, 0.05),
-            adamjax.warmup(adamjax.cosine_decay(0.1, 900, alpha=0.5), steps=100),
-        ),
-    ],
-    ids=["cosine", "linear", "warm-up and cosine"],
-)
-def test_schedules_of_both_libraries(theirs, ours):
-    """As the table in docs/coming-from.md has them."""
-    counts = jnp.array([0, 1, 50, 99, 100, 101, 500, 899, 900, 950, 1000, 2000])
-    np.testing.assert_allclose(jax.vmap(ours)(counts), jax.vmap(theirs)(counts), rtol=2e-6)
-
-
 def test_injected_schedules_of_ours():
     """Our schedules are callables, to optax as well; a rate injected by it is the one that acts."""
     rate = adamjax.cosine_decay(0.1, 8)
