@@ -185,10 +185,21 @@ def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
     return {"before": before, "learned": learned, "spread": spread, "formats": table}
 
 
+def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[dict[str, Any]]:
+    """For each format, how its moments differ from float64 for gradients of a kind and size."""
+    g = moments.gradients(kind, steps, elements) * np.float32(scale)
+    right = moments.reference(g)
+    return [
+        {"kind": kind, "scale": scale, "format": form}
+        | moments.errors(moments.trajectory(form)(g), right)
+        for form in ("bfloat16", "scaled8")
+    ]
+
+
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
+    """Runs the suite; see `--help`. With `--only`, the other parts are those of the last run."""
     packages = ("adamjax", "jax", "jaxlib", "optax")
-    suite = Suite("narrow", __doc__, packages, only="models to train")
+    suite = Suite("narrow", __doc__, packages, only=f"parts (moments, {', '.join(TASKS)})")
     args = suite.parse(argv)
     steps, elements = (200, 256) if args.quick else (20_000, 2048)
     trained, seeds = (10, 2) if args.quick else (300, 5)
@@ -196,17 +207,17 @@ def main(argv: list[str]) -> int:
     names = [*FORMATS, CONTROL]
     if args.quick:
         cases, names = cases[::5], [*names[:2], CONTROL]
-    suite.results |= {"steps": steps, "elements": elements, "moments": []}
-    suite.results |= {"trained": trained, "seeds": seeds, "margin": MARGIN, "tasks": {}}
-    tasks = suite.chosen(TASKS)
+    suite.results |= {"steps": steps, "elements": elements}
+    suite.results |= {"trained": trained, "seeds": seeds, "margin": MARGIN}
+    parts = suite.chosen(["moments", *TASKS])
+    tasks = [part for part in parts if part != "moments"]
+    cases = cases if "moments" in parts else []
+    last = suite.last_results()
+    suite.results["moments"] = [] if cases else last.get("moments", [])
+    tables = dict(last.get("tasks", {}))
     with progress(len(cases) + len(tasks) * len(names) * seeds, "run") as bar:
-        for kind, scale in cases:
-            g = moments.gradients(kind, steps, elements) * np.float32(scale)
-            right = moments.reference(g)
-            for form in ("bfloat16", "scaled8"):
-                case = {"kind": kind, "scale": scale, "format": form}
-                case |= moments.errors(moments.trajectory(form)(g), right)
-                suite.results["moments"].append(case)
+        for case in cases:
+            suite.results["moments"] += moment_errors(*case, steps, elements)
             bar.update()
         for task_name in tasks:
             task = TASKS[task_name](args.quick)
@@ -219,5 +230,7 @@ def main(argv: list[str]) -> int:
                     losses[name].append(train(seed))
                     bar.update()
                 say(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}")
-            suite.results["tasks"][task_name] = compared(losses, before)
+            tables[task_name] = compared(losses, before)
+    suite.results["tasks"] = {name: tables[name] for name in TASKS if name in tables}
+    suite.partial = args.quick or not suite.results["moments"] or tables.keys() != set(TASKS)
     return suite.finish()

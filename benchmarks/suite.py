@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,24 @@ class Suite:
             say(f"{name}: left out, {self.contenders[name]} is not installed")
         return there
 
+    def last_results(self) -> dict[str, Any]:
+        """The suite's results in its file if they have these counts and versions; else empty.
+
+        Call it when the counts are in `results`.
+        """
+        path = self._file()
+        last = json.loads(path.read_text()) if path.exists() else {}
+        same = all(last.get(name) == value for name, value in self.results.items())
+        versions = measure.environment(*self.packages)["versions"]
+        return last if same and last["environment"]["versions"] == versions else {}
+
+    def _file(self) -> Path:
+        folder = self.folder or measure.environment()["platform"]
+        return measure.RESULTS / folder / f"{self.name}.json"
+
     def finish(self) -> int:
         """Prints the tables of the results, writes the JSON and returns the exit code."""
         about = measure.environment(*self.packages)
-        folder = measure.RESULTS / (self.folder or about["platform"])
         if self.folder:
             about = {name: about[name] for name in ("versions", "date")}
         self.results["environment"] = about
@@ -104,7 +119,7 @@ class Suite:
         if render := tables.SUITES.get(self.name):
             print(f"\n{render(self.results)}\n")
         if self.args.out or not self.partial:
-            out = self.args.out or folder / f"{self.name}.json"
+            out = self.args.out or self._file()
             measure.save(self.results, out)
             self.written = out
             print(f"written to {out}")

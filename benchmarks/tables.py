@@ -470,8 +470,8 @@ def _moment_errors(cases: Sequence[Row]) -> Iterable[list[str]]:
 
 
 def _loss_differences(tasks: dict[str, Row]) -> Iterable[list[str]]:
-    _, *formats = next(iter(tasks.values()))["formats"]
-    for name in formats:
+    formats = dict.fromkeys(name for task in tasks.values() for name in task["formats"])
+    for name in list(formats)[1:]:
         cells = []
         for task in tasks.values():
             one = task["formats"][name]
