@@ -1266,11 +1266,62 @@ def test_what_keras_keeps_is_compared():
 
 
 def test_arrays_that_may_be_ordered_in_several_ways():
-    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    params = [jnp.ones(2), jnp.ones(2)]
     arrays = [np.array(1), *[np.ones(2)] * 4]
     with pytest.raises(ValueError, match=r"may be ordered in several ways"):
         convert.from_keras(arrays, adamjax.adam(RATE), params)
     convert.from_keras({str(i): x for i, x in enumerate(arrays)}, adamjax.adam(RATE), params)
+
+
+def numbered_keras(shapes):
+    """The variables of an Adam without names, of parameters with m and v of 1, 2, ..."""
+    slots = [np.full(shape, i + 1.0) for i, shape in enumerate(shapes) for _ in "mv"]
+    return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
+
+
+def numbered_torch(shapes):
+    """The same of torch."""
+    state = {
+        i: {"step": 1, "exp_avg": np.full(shape, i + 1.0), "exp_avg_sq": np.full(shape, i + 1.0)}
+        for i, shape in enumerate(shapes)
+    }
+    group = {"lr": RATE, "betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0, "amsgrad": False}
+    return {"state": state, "param_groups": [{**group, "params": list(state)}]}
+
+
+@pytest.mark.parametrize("system", ["keras", "torch"])
+def test_parameters_without_names_and_leaves_of_one_shape(system):
+    """In Keras and torch gamma comes before beta; in a dictionary the keys are sorted."""
+    read, numbered, tx = {
+        "keras": (convert.from_keras, numbered_keras, adamjax.adam(RATE, eps_hat=1e-7)),
+        "torch": (convert.from_torch, numbered_torch, adamjax.adam(RATE, eps=1e-7)),
+    }[system]
+    params = {"norm": {"gamma": jnp.ones(2), "beta": jnp.ones(2)}}
+    variables = numbered([(2,), (2,)])
+    with pytest.raises(
+        ValueError, match=r"'norm/beta', 'norm/gamma'\] have one shape.*give order="
+    ):
+        read(variables, tx, params)
+    state = read(variables, tx, params, order=["norm/gamma", "norm/beta"])
+    assert adamjax.get_slot(state, "m")["norm"]["gamma"][0] == 1
+    # A list has Keras' order; check=False takes the order of params.
+    state = read(variables, tx, [jnp.ones(2), jnp.ones(2)])
+    assert adamjax.get_slot(state, "m")[1][0] == 2
+    state = read(variables, tx, params, check=False)
+    assert adamjax.get_slot(state, "m")["norm"]["beta"][0] == 1
+    # Leaves of different shapes need no names: a wrong order does not fit.
+    different = {"beta": jnp.ones(2), "gamma": jnp.ones(3)}
+    assert adamjax.get_slot(read(numbered([(2,), (3,)]), tx, different), "m")["gamma"][0] == 2
+    with pytest.raises(ValueError, match="order"):
+        read(numbered([(3,), (2,)]), tx, different)
+
+
+def test_torch_may_have_the_transpose_of_a_leaf_and_keras_has_not():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    shapes = [x.shape for x in params.values()]
+    convert.from_keras(numbered_keras(shapes), adamjax.adam(RATE, eps_hat=1e-7), params)
+    with pytest.raises(ValueError, match="give order="):
+        convert.from_torch(numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7), params)
 
 
 @pytest.mark.slow

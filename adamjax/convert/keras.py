@@ -155,7 +155,7 @@ def _read_variables(
         shapes = layout.shapes(values)
         paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes)
     else:
-        paths = leaf_order(owner, order, ours.params)
+        paths = leaf_order(owner, order, ours.params, "Keras", check=check)
         slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
         averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
         extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
@@ -310,8 +310,8 @@ def from_keras(
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
-        Otherwise the shapes give it, if each leaf has a shape of its own. Leaves without names (the
-        items of a list) are taken in their order.
+        Otherwise the shapes must show it: if two leaves have one shape, `order` is required. Leaves
+        without names (the items of a list) are taken in their order.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 

@@ -172,11 +172,12 @@ def layout_by_place(
             f"{owner}: {len(values)} arrays without names {how}: shapes "
             f"{[list(x.shape) for x in values]} for leaves of {shapes}, each with "
             f"{[*extra, *slots]}. Expected the arrays of optimizer.variables (not of the model) in "
-            "their order: the iteration, a constant rate, and leaf by leaf its slots; or of "
-            "get_weights() before TensorFlow 2.11: all momenta before all velocities. A "
-            "dictionary's leaves are in the order of their sorted keys: if Keras' order is "
-            "another, give order=, or names, [(v.path, v.numpy()) for v in optimizer.variables]. "
-            "Or build tx like the optimizer"
+            "their order. If Keras' order of the leaves is another (a dictionary's is that of its "
+            "sorted keys), give order=, the paths in Keras' order, or pass names, "
+            "[(v.path, v.numpy()) for v in optimizer.variables]. If tx has another rule or average "
+            "than the optimizer, build it like the optimizer. Expected: the iteration, a "
+            "constant rate, all averages, and leaf by leaf its slots; or get_weights() before "
+            "TensorFlow 2.11: all momenta before all velocities"
         )
     return Layout(fits.pop())
 

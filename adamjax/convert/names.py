@@ -70,6 +70,7 @@ def leaf_order(
     names: Sequence[str] | None = None,
     check: bool = True,
     shapes: Sequence[tuple[int, ...]] | None = None,
+    may_transpose: bool = False,
 ) -> list[str | None]:
     """The paths of the leaves in the order of another system's parameters.
 
@@ -77,7 +78,12 @@ def leaf_order(
       order: the order that the user gives, if any.
       system, names: the name of the system and, if it has any, those of its parameters in order.
       check: whether to refuse an order that contradicts the names.
-      shapes: those of the system's parameters in order, if they are known and none is transposed.
+      shapes: those of the system's parameters in order, if they are known.
+      may_transpose: whether the system may have the transpose of a leaf.
+
+    Raises:
+      TypeError: `order` is no list.
+      ValueError: nothing gives the order, or `order` contradicts the names.
     """
     leaves = leaves_by_path(owner, params)
     known = list(leaves)
@@ -89,6 +95,8 @@ def leaf_order(
             "paths"
         )
     if order is None:
+        if names is None and check:
+            _expect_one_order(owner, system, leaves, may_transpose)
         if names is None or len(names) != len(known):
             return list(known)
         return list(_order_of_names(owner, system, names, leaves, check, shapes))
@@ -127,23 +135,47 @@ def _order_of_names(
     paths = _paths_of_names(names, known)
     if paths is not None:
         return paths
-    nameless = all(word.isdigit() for path in known for word in path.split("/"))
-    if nameless or not check:
+    if _are_numbers(known) or not check:
         return known
     if shapes is not None:
         leaf_of = {np.shape(x): path for path, x in leaves.items()}
         if len(leaf_of) == len(known) and set(leaf_of) == set(shapes):
             return [leaf_of[shape] for shape in shapes]
-    else:
-        # By place: some shape would show a wrong one, unless it is that of another leaf.
-        sizes = {tuple(sorted(np.shape(x))) for x in leaves.values()}
-        if len(sizes) == len(known):
-            return known
+    elif not _of_one_shape(leaves, may_transpose=True):
+        return known  # by place: its shape would show a wrong one
     raise ValueError(
         f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
         f"leaves {_some(known)} one to one, and their shapes do not show which is which: give "
         "order=, the path of the leaf for each of these names, in their order"
     )
+
+
+def _are_numbers(paths: Sequence[str]) -> bool:
+    """Whether the leaves have no names, only places, as the items of a list."""
+    return all(word.isdigit() for path in paths for word in path.split("/"))
+
+
+def _of_one_shape(leaves: Mapping[str, Any], may_transpose: bool) -> list[str]:
+    """The paths of some leaves of one shape (or of a shape and its transpose), if there are any."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for path, x in leaves.items():
+        shape = np.shape(x)
+        by_shape.setdefault(tuple(sorted(shape)) if may_transpose else shape, []).append(path)
+    return next((paths for paths in by_shape.values() if len(paths) > 1), [])
+
+
+def _expect_one_order(
+    owner: str, system: str, leaves: Mapping[str, Any], may_transpose: bool
+) -> None:
+    """Refuses leaves with names for parameters without, if shapes do not show which is which."""
+    alike = _of_one_shape(leaves, may_transpose)
+    if alike and not _are_numbers(list(leaves)):
+        raise ValueError(
+            f"{owner}: the parameters of {system} have no names here, and the leaves "
+            f"{_some(alike)} have one shape, so nothing shows which is which: give "
+            f"order=, the path of the leaf for each parameter of {system}, in their order. (The "
+            f"leaves of params are in the order {_some(list(leaves))}.)"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -260,7 +260,7 @@ def _read(
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
     names = _names(owner, groups)
-    paths = leaf_order(owner, order, params, "torch", names, check)
+    paths = leaf_order(owner, order, params, "torch", names, check, may_transpose=True)
     if not adapted:
         _doubt_kernels(source, names, paths, params)
     if len(keys) != len(paths):
@@ -324,9 +324,8 @@ def from_torch(
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
       `torch.distributed.checkpoint`) are matched by name, if the names correspond to the paths of
-      the leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. If they do not, and
-      leaves have the same shape, `order` is needed. Without names, torch's shapes are all that can
-      be checked: nothing shows whether leaves of one shape are in the right order.
+      the leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. If they do not, or
+      if there are no names, and leaves have the same shape, `order` is needed.
 
     Args:
       state_dict: `optimizer.state_dict()`, with tensors on any device, or arrays.
@@ -334,8 +333,9 @@ def from_torch(
       params: the parameters at that step.
       order: the path of each of torch's parameters, in the order of its groups; `None` for one
         that is not to be converted. By default the parameters' names give the order. Without names
-        it is the order of the floating leaves of `params` (for a dictionary, that of its sorted
-        keys; for a torch module, that of its definition).
+        it is the order of the floating leaves of `params`, which for a dictionary is that of its
+        sorted keys, while torch has the order of the module's definition. If it may be another
+        (two leaves of `params` have names and one shape), `order` is required.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where all kernels
         are square, as their shape does not show the transposition: leaves that are named `kernel`,
