@@ -83,6 +83,8 @@ def _is_leaf_or_variable(x: Any) -> bool:
 class optional(str):
     """A path pattern that may match no leaf; a plain pattern that matches none is refused.
 
+    So is a plain pattern with an exclusion, like `"^(?!.*bias)"`, if there is nothing to exclude.
+
     Use it wherever a pattern is accepted: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
     `max_rows`. It does not equal the plain string, because it means something else.
 
@@ -235,6 +237,20 @@ def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Seque
         expect_paths(owner, unmatched, paths)
 
 
+# A negative assertion of a pattern, and the same of which it is the opposite.
+_OPPOSITES = {"(?!": "(?=", "(?<!": "(?<="}
+
+
+def _excluding_nothing(pattern: str, paths: Sequence[str]) -> str:
+    """The first negative assertion of a pattern that excludes none of the paths, to its end."""
+    for negative in re.finditer(r"(?<!\\)\(\?<?!", pattern):
+        start, end = negative.span()
+        opposite = pattern[:start] + _OPPOSITES[negative[0]] + pattern[end:]
+        if not any(re.search(opposite, path) for path in paths):
+            return pattern[start:]
+    return ""
+
+
 def expect_paths(
     owner: str,
     patterns: Iterable[str],
@@ -245,10 +261,21 @@ def expect_paths(
 ) -> None:
     """Refuses patterns that match none of the paths, unless they are `optional`.
 
+    So it does with a pattern that excludes something, `"^(?!.*bias)"`, if no path has that.
+
     `absent` are the paths of leaves that are `None`.
     """
     for pattern in patterns:
-        if isinstance(pattern, optional) or any(re.search(pattern, path) for path in paths):
+        if isinstance(pattern, optional):
+            continue
+        if any(re.search(pattern, path) for path in paths):
+            excluding = _excluding_nothing(pattern, [*paths, *absent])
+            if excluding:
+                raise ValueError(
+                    f"{owner}: {excluding!r} in the pattern {pattern!r} excludes no {what}; the "
+                    f"paths are {_listed(paths)}. If it may exclude none, write "
+                    f"adamjax.optional({str(pattern)!r})"
+                )
             continue
         note = ""
         if any(re.search(pattern, path) for path in absent):

@@ -1382,6 +1382,16 @@ def test_line_a_callable_without_arguments_as_a_hyperparameter():
         keras_adam(learning_rate=f)
 
 
+def test_a_config_that_keras_has_read():
+    """Keras' `from_config` puts the schedule itself into the config that it is given."""
+    k = pytest.importorskip("keras").optimizers
+    config = k.Adam(k.schedules.CosineDecay(0.1, 10)).get_config()
+    expected = from_config(config)
+    k.Adam.from_config(config)
+    assert not isinstance(config["learning_rate"], dict)
+    assert from_config(config) == expected
+
+
 def test_line_exponentialdecay_inversetimedecay_piecewiseconstantdecay_polynomialdecay():
     made = {
         "ExponentialDecay": exponential_decay(0.1, 10, 0.5, staircase=True),

@@ -610,6 +610,10 @@ def test_variables_that_keras_excludes_from_decay(keras, x64):
     middle = theirs.params
     with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
         convert.from_keras(theirs.optimizer, of_all, middle)
+    # What `load_model` does: the exclusions are in no config.
+    forgetful = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    with pytest.raises(ValueError, match=r"'head/bias'.*load_model.*exclude_from_weight_decay"):
+        convert.from_keras(forgetful.optimizer, masked, middle)
     state = convert.from_keras(theirs.optimizer, masked, middle)
     actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
     assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)

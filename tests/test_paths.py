@@ -311,6 +311,33 @@ def test_two_leaves_of_one_path():
         unique_paths("x", {"a/b": 1, "a": {"b": 2}})
 
 
+EXCLUDING = ["^(?!.*baus)", r"/(?!(baus|bais)$)[^/]*$", "(?<!dce/)kernel", "(?!.*enc)(?!.*baus)"]
+
+
+@pytest.mark.parametrize("pattern", EXCLUDING)
+def test_an_exclusion_that_excludes_nothing_is_refused(pattern):
+    """As a misspelt name that is to match: here a misspelt name would match every leaf."""
+    params = {"enc": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "w": {"kernel": jnp.ones(2)}}
+    rates = adamjax.by_path([(pattern, 0.1)], default=1.0)
+    for tx in (adamjax.adamw(mask=pattern), adamjax.adam(rates)):
+        with pytest.raises(
+            ValueError, match=r"in the pattern .* excludes no leaf.*enc/bias.*optional"
+        ):
+            tx.init(params)
+    right = pattern.replace("baus", "bias").replace("dce", "enc")
+    adamjax.adamw(mask=right).init(params)
+    adamjax.adamw(mask=optional(pattern)).init(params)
+    # The leaves of a list have no names.
+    with pytest.raises(ValueError, match=r"excludes no leaf|matches no leaf"):
+        adamjax.adamw(mask=right).init([jnp.ones(2), jnp.ones(2)])
+
+
+def test_what_an_exclusion_excludes_may_belong_to_another_part():
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
+    inner = adamjax.adamw(mask="^(?!.*bias)")
+    adamjax.partition({"^a": inner}, default=adamjax.adam()).init(params)
+
+
 # --- optional -------------------------------------------------------------------------------------
 
 

@@ -253,7 +253,7 @@ class HyperparameterCheck:
             if not stated:
                 mend = "leave the decay out, or pass a mask= of the leaves that decay"
             elif not before_rule and not after_rule and self._is_masked():
-                mend += ", with a mask= that this leaf matches"
+                mend += f", with a mask= that this leaf matches{self.system.lost_mask}"
             self._refuse(
                 path,
                 f"a weight decay of {stated:g}",

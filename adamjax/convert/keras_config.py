@@ -152,7 +152,13 @@ def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unwrapped(value: Any, place: str) -> Any:
-    """A value without the dictionary in which Keras writes a tuple, an array or a function."""
+    """A value without the dictionary in which Keras writes a tuple, an array or a function.
+
+    A schedule itself, which Keras' `from_config` puts into the config it is given, becomes the
+    dictionary that describes it.
+    """
+    if type(value).__name__ in _SCHEDULES and hasattr(value, "get_config"):
+        value = {"class_name": type(value).__name__, "config": value.get_config()}
     wrapping = value.get("class_name") if isinstance(value, Mapping) else None
     wrapping = wrapping if isinstance(wrapping, str) else None
     if callable(value) or wrapping in _FUNCTIONS:

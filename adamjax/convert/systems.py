@@ -60,6 +60,7 @@ class System(NamedTuple):
       plain_nadam: whether Nadam's momentum is the same in each step.
       not_stated: a sentence on the hyperparameters that a state does not contain, and their
         defaults.
+      lost_mask: how the system may have lost which leaves its weight decay leaves out.
     """
 
     name: str
@@ -69,6 +70,7 @@ class System(NamedTuple):
     corrected_maximum: bool = False
     plain_nadam: bool = False
     not_stated: str = ""
+    lost_mask: str = ""
 
 
 def _slot_names(m: str, v: str, v_max: str, u: str) -> dict[str, dict[str, str]]:
@@ -110,5 +112,9 @@ KERAS = System(
         "Keras' variables do not contain beta_1, beta_2, epsilon, the weight decay or clips, so "
         "they are not compared. Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
         "weight_decay=0.004 in AdamW. Pass the optimizer itself to compare them"
+    ),
+    lost_mask=(
+        "; or, if keras.models.load_model made the optimizer, which forgets what is excluded, call "
+        "its exclude_from_weight_decay again"
     ),
 )
