@@ -10,6 +10,7 @@ from adamjax.average import WeightEmaState
 from adamjax.buckets import as_tree
 from adamjax.data import Tree
 from adamjax.encoding import Scaled8, decoded
+from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.guard import SkipNotFiniteState
 from adamjax.leaves import expect_array, is_left_alone
 from adamjax.paths import flatten, is_leaf, leaf_paths
@@ -152,7 +153,8 @@ def averaged_weights(state: Any, params: T) -> T: ...
 def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of `weight_ema`; before the first step, the weights.
 
-    Under `exact_rows` rows may lag behind: call `flush` first, or use `eval_step(averaged=True)`.
+    Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first, or use
+    `eval_step(averaged=True)`. Within `jit` it cannot be seen, so call `flush` there too.
 
     Args:
       state: a state with a `weight_ema` anywhere in it.
@@ -163,13 +165,20 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
       A tree like the parameters, in float32 or wider if `params` is not given.
 
     Raises:
-      ValueError: the state has no `weight_ema`, or one for other parameters.
+      ValueError: the state has no `weight_ema`, or one for other parameters; or rows lag behind.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.chain(adamjax.adam(), adamjax.weight_ema(0.99))
     >>> adamjax.averaged_weights(tx.init({"w": jnp.ones(2)}))
     {'w': Array([1., 1.], dtype=float32)}
     """
+    for exact in _states_of_class(ExactRowsState, state):
+        expect_flushed("averaged_weights", exact)
+    return weights_as_averaged(state, params)
+
+
+def weights_as_averaged(state: Any, params: Any = None) -> Any:
+    """`averaged_weights`, for a caller that brings rows which lag behind up to date itself."""
     states = _states_of_class(WeightEmaState, state)
     if not states:
         raise ValueError("the state has no weight_ema: put one last in the chain")

@@ -21,7 +21,7 @@ from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
 from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.reading import averaged_weights, step_count
+from adamjax.reading import step_count, weights_as_averaged
 from adamjax.scaling import scale, scale_by_learning_rate
 from adamjax.structure import Part, find
 from adamjax.transform import Transform, as_transform, foreign
@@ -323,7 +323,7 @@ def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict
             tables = {table.leaf for bound in bounds for table in bound.tables}
             # Rows of tables are averaged as they are read.
             others = [None if i in tables else x for i, x in enumerate(leaves)]
-            averages = flatten(averaged_weights(state, treedef.unflatten(others)))[0]
+            averages = flatten(weights_as_averaged(state, treedef.unflatten(others)))[0]
             pairs = enumerate(zip(leaves, averages, strict=True))
             params = treedef.unflatten([x if i in tables else y for i, (x, y) in pairs])
         if not bounds:

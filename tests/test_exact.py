@@ -1089,6 +1089,25 @@ def test_tables_must_be_there():
         tx.lookup(params, tx.init(params), "e", jnp.arange(2))
 
 
+def test_an_average_of_rows_that_lag_behind_is_refused():
+    """Where the values are known; within jit the document says to flush."""
+    tx = exact_rows(pipeline(), "table")
+    params, state = trained_shortly(tx, steps=2)
+    with pytest.raises(
+        ValueError, match=r"^averaged_weights: rows of the table 'table' lag behind"
+    ):
+        adamjax.averaged_weights(state)
+    with pytest.raises(ValueError, match=r"lag behind.*flush"):
+        adamjax.averaged_weights({"optimizer": state}, params)
+    jax.jit(adamjax.averaged_weights)(state)
+    lanes = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match="lag behind"):
+        adamjax.averaged_weights(lanes)
+    for flushed in (tx.flush(params, state)[1], tx.init(params)):
+        adamjax.averaged_weights(flushed)
+        adamjax.averaged_weights(jax.tree.map(lambda x: jnp.stack([x, x]), flushed))
+
+
 @pytest.mark.slow
 def test_slots_and_averages_of_some_rows_are_read():
     """Up to date, as `flush` would leave them; nothing is told of an index outside."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adamjax.average import WeightEmaState
@@ -12,7 +11,7 @@ from adamjax.convert.source import Accumulated, LeafMoments, Source, meet
 from adamjax.convert.systems import kind_of
 from adamjax.convert.values import field_names, is_container, leaves_by_path, steps_taken
 from adamjax.data import Tree
-from adamjax.exact import ExactRowsState
+from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.master import master_weights
@@ -147,12 +146,7 @@ class AdamjaxState:
             source.skipped = (source.skipped or 0) + int(x.skipped)
             self._read(x.inner, source)
         elif isinstance(x, ExactRowsState):
-            for path, table in x.tables.items():
-                if not bool(jnp.all(table.last == x.clock)):
-                    raise ValueError(
-                        f"{owner}: rows of the table {path!r} lag behind: first bring all up to "
-                        "date, params, state = tx.flush(params, state)"
-                    )
+            expect_flushed(owner, x)
             self._read(x.inner, source)
         elif contains_states(x):
             lost = [name for name in getattr(x, "slots", ()) if jax.tree.leaves(getattr(x, name))]

@@ -4,6 +4,8 @@ import re
 from typing import Any, NamedTuple
 
 import chex
+import jax
+import jax.numpy as jnp
 
 from adamjax.coasting import Ring
 from adamjax.data import exportable, transform_state
@@ -14,6 +16,7 @@ __all__ = [
     "Past",
     "Ready",
     "TableState",
+    "expect_flushed",
     "path_of_table",
 ]
 
@@ -60,6 +63,19 @@ class ExactRowsState(NamedTuple):
     def last(self) -> dict[str, chex.Array]:
         """By path, the clock at which each row was last up to date: int32[num_rows]."""
         return {path: table.last for path, table in self.tables.items()}
+
+
+def expect_flushed(owner: str, state: ExactRowsState) -> None:
+    """Refuses a state in which rows lag behind. Within `jit`, that is not known yet."""
+    for path, table in state.tables.items():
+        if isinstance(table.last, jax.core.Tracer) or isinstance(state.clock, jax.core.Tracer):
+            continue
+        # A state of several lanes, from `vmap`, has a clock for each.
+        if not bool(jnp.all(table.last == jnp.asarray(state.clock)[..., None])):
+            raise ValueError(
+                f"{owner}: rows of the table {path!r} lag behind: first bring all up to date, "
+                "params, state = tx.flush(params, state)"
+            )
 
 
 class Columns(NamedTuple):
