@@ -78,7 +78,7 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
     ]
     head = ["what", "bound", "measured", "holds"]
     text = (
-        "The bounds that these figures must keep. \"A's time by B's\" is A's time divided by B's:"
+        "The bounds that these figures should keep. \"A's time by B's\" is A's time divided by B's:"
     )
     return [text, markdown(head, table)] if table else []
 
@@ -269,7 +269,7 @@ def rows(results: Results) -> str:
     }
     kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
 
-    text = f"{origin(results)} The other cases of the grid were measured in "
+    text = f"{origin(results)} The other cases of the last table were measured in "
     text += f"{results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
         text += f" In {alone} cases the tables of all contenders did not fit in memory together, "
@@ -423,10 +423,9 @@ def float64(results: Results) -> str:
     ]
     return "\n\n".join(
         [
-            f"{origin(results)} The share of epochs, of {len(results['seeds'])} seeds, in which a "
-            "contender has the same metric as optax's dense Adam, and the largest relative "
-            "difference. A rank metric must be equal; a loss may differ by "
-            f"{results['rounding']:g}.",
+            f"{origin(results)} Each cell: the share of epochs, of {len(results['seeds'])} seeds, "
+            "with the same metric as optax's dense Adam, and the largest relative difference. A "
+            f"rank metric must be equal; a loss may differ by {results['rounding']:g}.",
             markdown(["model", "metric", *names], table),
         ]
     )
@@ -450,9 +449,10 @@ def narrow(results: Results) -> str:
             origin(results),
             f"**Moments**, compared with float64 at every tenth of {results['steps']:,} steps, for "
             "gradients of several kinds from 1e-9 to 1e4: the share of these steps at which the "
-            "mean error is beyond three standard errors, and the mean error of an update.",
+            "mean error of m and v is beyond three standard errors (by chance, about 0.3%), and "
+            "the mean absolute error of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
-            f"**Training**, {results['trained']} steps: the held-out loss less that of float32, "
+            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
             f"the mean over {results['seeds']} seeds, and in brackets the same as a share of what "
             f"float32 learns ({learned}). A difference is bold if it is above both "
             f"{results['margin']:.0%} of that and the standard deviation.",

@@ -51,7 +51,7 @@ def worst(results: Results, name: str) -> str:
         return sign * result["difference"] / result["margin"]
 
     model, metric, result = min(comparisons(results, name), key=advantage)
-    return f"{model}, {metric}: {difference(result)} beside {result['mean']:.4g}"
+    return f"{model}, {metric}: {difference(result)}, with a mean of {result['mean']:.4g}"
 
 
 def difference(result: dict[str, Any]) -> str:
@@ -100,22 +100,24 @@ def sentences(results: Results) -> list[str]:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
             f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of the same "
-            f"seed differ by {100 * relative_difference(farthest):.2g}% of a metric on average "
-            f"where they differ most ({farthest.model}, {farthest.metric})"
+            f"seed differ most in {farthest.model}, {farthest.metric}: by "
+            f"{100 * relative_difference(farthest):.2g}% of the metric on average"
         )
         if "adamjax dense" in present:
             farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
-                "; those of optax's and adamjax's Adam, both with dense gradients, by "
-                f"{100 * relative_difference(farthest):.2g}% "
-                f"({farthest.model}, {farthest.metric})"
+                ". optax's and adamjax's Adam, both with dense gradients, also differ, most in "
+                f"{farthest.model}, {farthest.metric}: by "
+                f"{100 * relative_difference(farthest):.2g}%"
             )
         lines.append(f"{line}.")
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**A step count for each row (SmartDecay's idea)**, against dense",
-        "local": "**HugeCTR's lazy global update**, against dense",
+        "counted": "**A row catches up when it is read, with the new v (SmartDecay's idea)**, "
+        "against dense",
+        "local": "**A row catches up after it is read, with the old v (HugeCTR's lazy global "
+        "update)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
@@ -126,7 +128,8 @@ def sentences(results: Results) -> list[str]:
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
-            "**Rows that are read least, and most** (lazy with dense's rate, minus dense): "
+            "**Rows that are read least, and most**, the metric of lazy with dense's rate minus "
+            "that of dense: "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:

@@ -1,8 +1,9 @@
 """Move a run from optax: it goes on with the same moments, on the same trajectory.
 
-The optimizer is written again with adamjax, and `convert.from_optax` fills its state from optax'.
-What cannot go on as before, such as another epsilon, is refused. Here half of a run is taken with
-optax and the other half with adamjax, beside a run that stays with optax.
+The optimizer is written again with adamjax, and `convert.from_optax` fills its state from
+optax's. What would not go on as before is refused, as far as the state shows it: this state
+contains no hyperparameters, so copy these with care. Here half of a run is taken with optax and
+the other half with adamjax, beside a run that stays with optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.
 """
@@ -49,4 +50,4 @@ print(f"the largest difference of a weight after 100 more steps: {apart:.0e}")
 try:
     adamjax.convert.from_optax(state, adamjax.adamw(1e-2, weight_decay=1e-3), params)
 except ValueError as error:
-    print("with another epsilon:", str(error).split(":")[0], "refuses it")
+    print("with the other form of epsilon:", str(error).split(":")[0], "refuses it")

@@ -1,6 +1,6 @@
 """Move a Keras run to adamjax, train in a plain JAX loop, and move it back.
 
-Keras' config leaves out which variables do not decay, so `from_config` takes a mask of the others.
+Keras' config does not say which variables decay, so `from_config` takes a mask of them.
 
 Needs keras. Run it with `python docs/recipes/keras_and_back.py`.
 """

@@ -1,7 +1,8 @@
 """optax: a rule of adamjax inside a chain, with a schedule and a wrapper of optax.
 
-A transform of adamjax is a pair of `init` and `update`, as optax' are, so either library's chain
-takes the other's. `train_step` takes the result, and so does any loop that was written for optax.
+A transform of adamjax is a pair of `init` and `update`, like one of optax, so a chain of either
+library takes transforms of both. `train_step` takes the result, and so does any loop that was
+written for optax.
 
 Needs optax. Run it with `python docs/recipes/optax_chain.py`.
 """
@@ -14,7 +15,7 @@ import adamjax
 
 STEPS = 200
 
-# optax' chain, clip, schedule and guard around adamjax' AMSGrad.
+# optax's chain, clip, schedule and guard around adamjax's AMSGrad.
 guarded = optax.apply_if_finite(
     optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -23,7 +24,7 @@ guarded = optax.apply_if_finite(
     ),
     max_consecutive_errors=3,
 )
-# The other way round: optax' noise inside adamjax' chain.
+# The other way round: optax's noise inside adamjax's chain.
 noisy = adamjax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), adamjax.adam(0.05))
 
 
@@ -42,5 +43,5 @@ def train(tx):
 
 for name, tx in {"optax around adamjax": guarded, "adamjax around optax": noisy}.items():
     params, state = train(tx)
-    steps = adamjax.step_count(state)  # reads states of optax' wrappers too
+    steps = adamjax.step_count(state)  # reads states of optax's wrappers too
     print(f"{name}: w = {params['w'].round(2)}, b = {params['b']:.2f} after {steps} steps")
