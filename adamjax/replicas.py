@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
+from adamjax._compat import varying_axes
 from adamjax.data import Tree, static
 from adamjax.leaves import is_left_alone, matched
-from adamjax.paths import flatten
+from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, check_sound, row_gradient
 from adamjax.transform import Stateless, Step, expect_empty
 
@@ -22,12 +23,17 @@ class sum_over(Stateless):
     of equal indices summed, so the result has as many places as all replicas together. (Keras'
     documentation of Adamax does this in its replica context.)
 
+    In `shard_map`, pass `check_vma=False`. By default JAX itself sums the gradients of parameters
+    that are the same on all devices, and to sum them again is refused. The loss of a device must be
+    its share of the whole loss: divide a mean by the number of devices.
+
     Args:
       axis_name: the name of the mapped axis, or a tuple of names.
 
     Raises:
       TypeError, ValueError: it is no name and no tuple of names.
       NameError: by `update`: no axis of this name is mapped there.
+      ValueError: by `update`: a gradient is the same on all devices of the axis.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(-1.0))
@@ -71,12 +77,28 @@ class sum_over(Stateless):
                 f"{self.axis_name!r}; without replicas leave sum_over out"
             ) from None
 
+        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        # Where types say over which axes a value varies: in shard_map with check_vma=True.
+        tracked = [x for x in names if x in varying_axes(jax.typeof(jax.lax.axis_index(x)))]
+
+        def expect_varying(path: str, g: Any) -> None:
+            varying = {axis for x in jax.tree.leaves(g) for axis in varying_axes(jax.typeof(x))}
+            for axis in tracked:
+                if axis not in varying:
+                    raise ValueError(
+                        f"sum_over: the gradient of {path!r} is the same on all devices of axis "
+                        f"{axis!r}: JAX has summed it already, as it does for parameters that do "
+                        "not vary over the axis. Pass check_vma=False to shard_map, or leave "
+                        "sum_over out"
+                    )
+
         def gather(x: Any) -> Any:
             return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 
-        def sum_leaf(g: Any) -> Any:
+        def sum_leaf(path: str, g: Any) -> Any:
             if is_left_alone(g):
                 return g
+            expect_varying(path, g)
             if not isinstance(g, RowGradient):
                 return jax.lax.psum(g, self.axis_name)
             g = check_sound("sum_over", g)
@@ -88,4 +110,4 @@ class sum_over(Stateless):
 
         like, like_name = (updates, "grads") if params is None else (params, "params")
         leaves = matched("sum_over", "grads", updates, like, like_name)
-        return flatten(like)[1].unflatten(map(sum_leaf, leaves)), state
+        return flatten(like)[1].unflatten(map(sum_leaf, leaf_paths(like), leaves)), state

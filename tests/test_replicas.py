@@ -92,10 +92,42 @@ def check_over_devices():
     expect_the_same_step(jax.jit(mapped)(*grads_of_all()))
 
 
+def check_parameters_that_all_devices_have():
+    """By default `shard_map` sums the gradients of such parameters itself."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
+
+    def loss(params, x):
+        return jnp.sum(params["w"] * x.mean(0)) / REPLICAS + jnp.sum(params["table"][1])
+
+    def summed(grad, **options):
+        def on_each(params, x):
+            grads = grad(params, x)
+            grads = adamjax.sum_over("batch").update(grads, (), params)[0]
+            rows = grads["table"]
+            is_dense = not isinstance(rows, adamjax.RowGradient)
+            return {**grads, "table": rows if is_dense else rows.to_dense()}
+
+        mapped = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=specs[0], **options)
+        return jax.jit(mapped)
+
+    x = jnp.arange(24.0).reshape(8, 3)
+    ours = adamjax.value_and_grad(loss, "table")
+    for grad in (jax.grad(loss), lambda *args: ours(*args)[1]):
+        with pytest.raises(
+            ValueError, match=r"gradient of '(w|table)' is the same.*'batch'.*check_vma=False"
+        ):
+            summed(grad)(PARAMS, x)
+        found = summed(grad, check_vma=False)(PARAMS, x)
+        assert_close(found["w"], x.mean(0), 1e-6)
+        assert_close(found["table"], jnp.zeros((V, D)).at[1].set(float(REPLICAS)), 1e-6)
+
+
 @pytest.mark.slow
-def test_over_devices():
+@pytest.mark.parametrize("check", [check_over_devices, check_parameters_that_all_devices_have])
+def test_over_devices(check):
     """Under `pmap` and `shard_map`."""
-    run_on_devices(REPLICAS, "import test_replicas; test_replicas.check_over_devices()")
+    run_on_devices(REPLICAS, f"import test_replicas; test_replicas.{check.__name__}()")
 
 
 def test_a_name_that_is_no_mapped_axis_is_refused():
