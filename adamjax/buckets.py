@@ -1,6 +1,7 @@
 """A tree whose small leaves are stored end to end in flat buckets, and the plan of the buckets."""
 
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,20 @@ class Plan:
     def __repr__(self) -> str:
         return f"{sum(map(len, self.buckets))} of {len(self.avals)} leaves in buckets"
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The keys of the arrays: for a bucket with a checksum of its leaves' paths and shapes.
+
+        So a checkpoint that was saved by these keys does not fit a model whose leaves were renamed.
+        """
+        paths = leaf_paths(self.shapes)
+        buckets = []
+        for i, bucket in enumerate(self.buckets):
+            leaves = "\n".join(f"{paths[j]} {list(self.avals[j][0])}" for j in bucket)
+            checksum = zlib.crc32(leaves.encode())
+            buckets.append(f"bucket {i} of {len(bucket)} leaves ({checksum:08x})")
+        return (*buckets, *(paths[i] for i in self.alone))
+
     @property
     def shapes(self) -> Tree:
         """The tree with a `ShapeDtypeStruct` in place of each leaf."""
@@ -100,9 +115,7 @@ class Bucketed:
     plan: Plan
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        paths = leaf_paths(self.plan.shapes)
-        names = [f"bucket {i}" for i in range(len(self.buckets))]
-        names += [paths[i] for i in self.plan.alone]
+        names = list(self.plan.names)
         children = (*self.buckets, *self.alone)
         # A state with other arrays than the plan must pass through jit, so that `expect_whole` can
         # refuse it.

@@ -1230,6 +1230,14 @@ def test_a_state_of_another_transform_is_refused(what, read):
     assert "from_dense(state.inner, params)" in str(caught.value)
 
 
+def test_another_b2_of_amsgrad_is_refused():
+    """Its rows move without b2, but their v decays by it while they lag behind."""
+    tx, other = (exact_rows(adamjax.amsgrad(0.1, b2=b2), "table") for b2 in (0.5, 0.999))
+    params = small_params()
+    with pytest.raises(ValueError, match=r"v=0.5,.*expected .*v=0.999,.*from_dense"):
+        other.flush(params, tx.init(params))
+
+
 CASTS = {
     "m": lambda adam: adam._replace(m=narrowed(adam.m)),
     "v": lambda adam: adam._replace(v=narrowed(adam.v)),

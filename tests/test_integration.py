@@ -942,6 +942,23 @@ def test_orbax_says_what_does_not_fit(tmp_path):
                 checkpointer.restore(tmp_path / "state", other)
 
 
+@pytest.mark.parametrize(
+    "other", [{"b": (4,), "c": (4,)}, {"a": (5,), "b": (3,)}, {"a": (2, 2), "b": (4,)}]
+)
+def test_orbax_refuses_buckets_of_other_leaves(other, tmp_path):
+    """Of the same size: leaves that were renamed, that have swapped sizes or another shape."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tx = adamjax.grouped(adamjax.adam(0.1))
+    shapes = {"a": (3,), "b": (5,)} if other == {"a": (5,), "b": (3,)} else {"a": (4,), "b": (4,)}
+    params, others = ({k: jnp.ones(v) for k, v in x.items()} for x in (shapes, other))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", tx.init(params))
+        checkpointer.wait_until_finished()
+        checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+        with pytest.raises(ValueError, match=r"bucket 0 of 2 leaves.*not found"):
+            checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, others))
+
+
 def test_a_state_that_does_not_fit_is_refused():
     """Also where a checkpoint was restored without asking: by the next step, naming the leaf."""
     tx = adamjax.adam(0.1)

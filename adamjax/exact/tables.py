@@ -1,5 +1,6 @@
 """Tables, their families and batches, and the rows that each step refreshes."""
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -100,9 +101,23 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
             entries = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
             history = 1 << max(min(entries, _LONGEST_HISTORY) - 1, 0).bit_length()
             history = max(history, plan.least_history)
-        name = f"{_tables_as_text(same_kind)}: {plan.name},history={history}"
+        rule = ",".join([plan.name, *_other_decays(same_kind[0].coast)])
+        name = f"{_tables_as_text(same_kind)}: {rule},history={history}"
         families.append(Family(name, history, tuple(same_kind)))
     return families
+
+
+def _other_decays(coast: Coast) -> list[str]:
+    """Decays of slots that do not follow from the numbers of the plan, such as that of AMSGrad's v.
+
+    Rows that lag behind catch up by them, so they are in the name of the ring too.
+    """
+    known = [coast.b1, coast.shrink, coast.shrink**2]
+    return [
+        f"{slot}={decay!r}"
+        for slot, decay in coast.decays
+        if not any(math.isclose(decay, x, rel_tol=1e-12) for x in known)
+    ]
 
 
 def _tables_as_text(tables: Sequence[Table]) -> str:
