@@ -279,7 +279,7 @@ class Reads:
     def indices(self) -> dict[int, chex.Array]:
         """By table, the flat indices of its reads, if they can be computed before the loss runs."""
         by_table: dict[int, list[Any]] = {i: [] for i in self.by_rows}
-        for site, ids in zip(self.plan.sites, self.plan.indices({})[1], strict=True):
+        for site, ids in zip(self.plan.sites, self.plan.indices({}), strict=True):
             by_table[site.view.table].append(ids)
         return {
             i: jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in ids)])

@@ -70,6 +70,7 @@ class ReadSite(NamedTuple):
 
 # An array or None for each site, in order.
 PerSite = list[Any]
+# The value of an atom, which is what JAX calls an input of an equation: a variable or a literal.
 _Get = Callable[[Any], Any]
 
 
@@ -122,6 +123,11 @@ def _variables(atoms: Iterable[Any]) -> Iterator[Var]:
     return (x for x in atoms if isinstance(x, Var))
 
 
+def _not_tables(eqn: JaxprEqn, views: Sequence[View | None]) -> list[Any]:
+    """The inputs of an equation that are no tables."""
+    return [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
+
+
 def _closed(jaxpr: Any) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
@@ -141,8 +147,8 @@ def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[...
 def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     """Evaluates one equation of a jaxpr, and adds its results to `env`."""
     primitive, params = eqn.primitive, tuple(eqn.params.items())
-    # Not with a jaxpr or a function among the parameters: the cache would keep it alive, and JAX
-    # caches its derivatives anyway.
+    # An equation with a jaxpr or a function among its parameters is not cached: the cache would
+    # keep that alive, and JAX caches its derivatives anyway.
     can_cache = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
     if can_cache and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
@@ -191,8 +197,8 @@ class _Step:
         """Returns the values of `outs`, and the indices at each site."""
         raise NotImplementedError
 
-    def needs(self) -> list[Any]:
-        """The atoms that `indices` needs."""
+    def needed_atoms(self) -> list[Any]:
+        """The atoms whose values `indices` needs."""
         raise NotImplementedError
 
     def indices(self, get: _Get) -> PerSite:
@@ -252,7 +258,7 @@ class Plan:
 
     def _needed(self, atoms: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
         """The variables and equations that the independent indices and some atoms depend on."""
-        needed = {v for step in self.steps for v in _variables(step.needs())}
+        needed = {v for step in self.steps for v in _variables(step.needed_atoms())}
         needed.update(_variables(atoms))
         eqns = []
         for item in reversed(self.items):
@@ -261,18 +267,26 @@ class Plan:
                 eqns.append(item)
         return needed, eqns[::-1]
 
-    def needs(self, atoms: Sequence[Any] = ()) -> list[int]:
-        """The numbers of the `ins` that `indices` needs."""
+    def needed_ins(self, atoms: Sequence[Any] = ()) -> list[int]:
+        """The numbers of the `ins` whose values `values_and_indices` of these atoms needs."""
         needed, _ = self._needed(atoms)
         return [i for i, v in enumerate(self.ins) if v in needed]
 
-    def indices(
-        self, args: Mapping[int, Any], atoms: Sequence[Any] = ()
-    ) -> tuple[list[Any], PerSite]:
-        """Returns the values of some atoms, and the indices at each independent site.
+    def indices(self, args: Mapping[int, Any]) -> PerSite:
+        """The indices at each independent site; `None` at the others.
 
         Args:
-          args: the values of the `ins` in `needs`, by number.
+          args: the values of the `ins` in `needed_ins()`, by number.
+        """
+        return self.values_and_indices(args, ())[1]
+
+    def values_and_indices(
+        self, args: Mapping[int, Any], atoms: Sequence[Any]
+    ) -> tuple[list[Any], PerSite]:
+        """Returns the values of some atoms, and `indices`.
+
+        Args:
+          args: the values of the `ins` in `needed_ins(atoms)`, by number.
           atoms: the atoms, such as those that a loop carries to its next iteration.
         """
         env, get = self._env({self.ins[i]: x for i, x in args.items()})
@@ -286,23 +300,25 @@ class Plan:
 
 
 class _Window(NamedTuple):
-    """How an equation reads whole rows: in runs, each from a start row on.
+    """How an equation reads whole rows: in runs of rows at equal distances.
 
     Attributes:
       starts: an atom or array of integers, which has the first row of each run.
       column: if the last axis of `starts` is a position in several dimensions, the index in it that
         is the row; else `None`.
-      run: the number of rows in a run; `None` if it is one row, for which the result has no axis.
+      run_length: the number of rows in a run; `None` if it is one row, for which the result has no
+        axis.
       stride: the distance between the rows of a run.
       dropped: the axes of a row, of size 1, that are left out.
-      offsets: the axes of the result that the axes of a run become; `None` for the last ones.
+      offsets: the axes of the result that have the rows of a run and their elements; `None` if they
+        are the last ones.
       fill: the value of a run outside the table; `None` if such a run is moved into the table.
       moved_are_live: whether the loss is differentiated by runs that were moved.
     """
 
     starts: Any
     column: int | None = None
-    run: int | None = None
+    run_length: int | None = None
     stride: int = 1
     dropped: tuple[int, ...] = ()
     offsets: tuple[int, ...] | None = None
@@ -314,54 +330,69 @@ class _Window(NamedTuple):
 _LARGEST_SLICE = 0.5
 
 
-def _is_small_slice(run: int, num_rows: int) -> bool:
-    return run <= max(1, _LARGEST_SLICE * num_rows)
+def _is_small_slice(run_length: int, num_rows: int) -> bool:
+    return run_length <= max(1, _LARGEST_SLICE * num_rows)
 
 
 def _window(eqn: JaxprEqn, view: View) -> _Window | None:
     """How an equation reads whole rows of its first operand; `None` if it does not."""
+    windows = {
+        "gather": _gather_window,
+        "dynamic_slice": _dynamic_slice_window,
+        "slice": _slice_window,
+    }
+    window = windows.get(eqn.primitive.name)
+    return None if window is None else window(eqn, view)
+
+
+def _gather_window(eqn: JaxprEqn, view: View) -> _Window | None:
+    params, (_, *trailing) = eqn.params, view.shape
+    numbers, (run_length, *sizes) = params["dimension_numbers"], params["slice_sizes"]
+    mode, start_dims = params["mode"], numbers.start_index_map
+    modes = jax.lax.GatherScatterMode
+    fills = mode == modes.FILL_OR_DROP
+    if (
+        0 not in start_dims
+        or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
+        or sizes != trailing
+        or numbers.operand_batching_dims
+        or (fills and len(start_dims) > 1)
+    ):
+        return None
+    collapsed = numbers.collapsed_slice_dims
+    fill = None
+    if fills:
+        fill = np.nan if params["fill_value"] is None else params["fill_value"]
+    return _Window(
+        eqn.invars[1],
+        column=start_dims.index(0),
+        run_length=None if 0 in collapsed else run_length,
+        dropped=tuple(d for d in collapsed if d > 0),
+        offsets=numbers.offset_dims,
+        fill=fill,
+        # With this mode, JAX gives rows that it moved no gradient, though that is undocumented.
+        moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
+    )
+
+
+def _dynamic_slice_window(eqn: JaxprEqn, view: View) -> _Window | None:
+    num_rows, *trailing = view.shape
+    run_length, *sizes = eqn.params["slice_sizes"]
+    if sizes != trailing or not _is_small_slice(run_length, num_rows):
+        return None
+    return _Window(eqn.invars[1], run_length=run_length)
+
+
+def _slice_window(eqn: JaxprEqn, view: View) -> _Window | None:
     params, (num_rows, *trailing) = eqn.params, view.shape
-    kind = eqn.primitive.name
-    if kind == "gather":
-        numbers, (run, *sizes) = params["dimension_numbers"], params["slice_sizes"]
-        mode, start_dims = params["mode"], numbers.start_index_map
-        modes = jax.lax.GatherScatterMode
-        fills = mode == modes.FILL_OR_DROP
-        if (
-            0 not in start_dims
-            or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
-            or sizes != trailing
-            or numbers.operand_batching_dims
-            or (fills and len(start_dims) > 1)
-        ):
-            return None
-        collapsed = numbers.collapsed_slice_dims
-        fill = None
-        if fills:
-            fill = np.nan if params["fill_value"] is None else params["fill_value"]
-        return _Window(
-            eqn.invars[1],
-            column=start_dims.index(0),
-            run=None if 0 in collapsed else run,
-            dropped=tuple(d for d in collapsed if d > 0),
-            offsets=numbers.offset_dims,
-            fill=fill,
-            # With this mode, JAX gives rows that it moved no gradient, though that is undocumented.
-            moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
-        )
-    if kind == "dynamic_slice":
-        run, *sizes = params["slice_sizes"]
-        if sizes == trailing and _is_small_slice(run, num_rows):
-            return _Window(eqn.invars[1], run=run)
-    if kind == "slice":
-        start, *others = params["start_indices"]
-        stop, *ends = params["limit_indices"]
-        stride, *steps = params["strides"] or [1] * len(view.shape)
-        run = -(-(stop - start) // stride)
-        whole_rows = not any(others) and ends == trailing and set(steps) <= {1}
-        if whole_rows and _is_small_slice(run, num_rows):
-            return _Window(np.int32(start), run=run, stride=stride)
-    return None
+    start, *others = params["start_indices"]
+    stop, *ends = params["limit_indices"]
+    stride, *steps = params["strides"] or [1] * len(view.shape)
+    run_length = -(-(stop - start) // stride)
+    has_whole_rows = not any(others) and ends == trailing and set(steps) <= {1}
+    if not has_whole_rows or not _is_small_slice(run_length, num_rows):
+        return None
+    return _Window(np.int32(start), run_length=run_length, stride=stride)
 
 
 class _Read(_Step):
@@ -375,8 +406,8 @@ class _Read(_Step):
         starts = window.starts
         shape = starts.shape if isinstance(starts, np.generic) else starts.aval.shape
         shape = shape if window.column is None else shape[:-1]
-        if window.run is not None:
-            shape = (*shape, window.run)
+        if window.run_length is not None:
+            shape = (*shape, window.run_length)
         trailing = tuple(n for d, n in enumerate(view.shape) if d > 0 and d not in window.dropped)
         varying = varying_axes(eqn.outvars[0].aval)
         self.sites = [ReadSite(view, shape, trailing, live and view.live, independent, varying)]
@@ -391,16 +422,16 @@ class _Read(_Step):
         starts = jnp.asarray(starts if isinstance(starts, np.generic) else get(starts))
         if window.column is not None:
             starts = starts[..., window.column]
-        length = 1 if window.run is None else (window.run - 1) * window.stride + 1
+        span = 1 if window.run_length is None else (window.run_length - 1) * window.stride + 1
         # From a later start than `last`, a run would leave the table.
-        last = num_rows - length
+        last = num_rows - span
         first = as_row_ids(starts, last + 1)
         inside = first <= last
         outside = num_rows if window.fill is not None else jnp.where(starts < 0, 0, last)
         first = jnp.where(inside, first, outside)
-        if window.run is None:
+        if window.run_length is None:
             return first, inside
-        run = window.stride * jnp.arange(window.run, dtype=jnp.int32)
+        run = window.stride * jnp.arange(window.run_length, dtype=jnp.int32)
         return jnp.minimum(first[..., None] + run, num_rows), inside
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
@@ -417,7 +448,7 @@ class _Read(_Step):
             rows = jnp.moveaxis(rows, last, window.offsets)
         return [rows], [ids]
 
-    def needs(self) -> list[Any]:
+    def needed_atoms(self) -> list[Any]:
         return list(self.ins) if self.sites[0].independent else []
 
     def indices(self, get: _Get) -> PerSite:
@@ -448,11 +479,11 @@ class _Inlined(_Step):
             return value
         return jax.lax.with_sharding_constraint(value, sharding)
 
-    def needs(self) -> list[Any]:
-        return [self.ins[i] for i in self.plan.needs()]
+    def needed_atoms(self) -> list[Any]:
+        return [self.ins[i] for i in self.plan.needed_ins()]
 
     def indices(self, get: _Get) -> PerSite:
-        return self.plan.indices({i: get(self.ins[i]) for i in self.plan.needs()})[1]
+        return self.plan.indices({i: get(self.ins[i]) for i in self.plan.needed_ins()})
 
 
 class _Remat(_Inlined):
@@ -485,6 +516,7 @@ class _Scan(_Step):
         """
         super().__init__(eqn, ins, outs)
         self.plan, self.num_consts, self.num_carried = plan, num_consts, num_carried
+        self.first_sliced = num_consts + num_carried
         length = eqn.params["length"]
         self.sites = [site._replace(shape=(length, *site.shape)) for site in plan.sites]
 
@@ -495,15 +527,14 @@ class _Scan(_Step):
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         values = [get(x) for x in self.ins]
-        first_sliced = self.num_consts + self.num_carried
-        consts, init = values[: self.num_consts], values[self.num_consts : first_sliced]
+        consts, init = values[: self.num_consts], values[self.num_consts : self.first_sliced]
 
         def body(carry: Any, slices_and_inputs: Any) -> Any:
             slices, inputs = slices_and_inputs
             outs, ids = self.plan.run(source, [*consts, *carry, *slices], inputs)
             return outs[: self.num_carried], (outs[self.num_carried :], ids)
 
-        carry, (stacked, ids) = self._loop(body, init, (values[first_sliced:], row_inputs))
+        carry, (stacked, ids) = self._loop(body, init, (values[self.first_sliced :], row_inputs))
         return [*carry, *stacked], ids
 
     def _needed_numbers(self) -> tuple[list[int], list[int]]:
@@ -511,29 +542,27 @@ class _Scan(_Step):
         carried: list[int] = []
         while True:
             # A carried value needs all that its value after an iteration is computed from.
-            needed = self.plan.needs([self.plan.outs[i] for i in carried])
-            first_sliced = self.num_consts + self.num_carried
-            new = [i - self.num_consts for i in needed if self.num_consts <= i < first_sliced]
+            needed = self.plan.needed_ins([self.plan.outs[i] for i in carried])
+            new = [i - self.num_consts for i in needed if self.num_consts <= i < self.first_sliced]
             if set(new) <= set(carried):
                 return needed, carried
             carried = sorted({*new, *carried})
 
-    def needs(self) -> list[Any]:
+    def needed_atoms(self) -> list[Any]:
         return [self.ins[i] for i in self._needed_numbers()[0]]
 
     def indices(self, get: _Get) -> PerSite:
         needed, carried = self._needed_numbers()
         values = {i: get(self.ins[i]) for i in needed}
-        first_sliced = self.num_consts + self.num_carried
         consts = {i: x for i, x in values.items() if i < self.num_consts}
-        sliced = {i: x for i, x in values.items() if i >= first_sliced}
-        keys = [self.num_consts + i for i in carried]
+        sliced = {i: x for i, x in values.items() if i >= self.first_sliced}
+        carried_ins = [self.num_consts + i for i in carried]
 
         def body(carry: Any, slices: Any) -> Any:
-            args = {**consts, **dict(zip(keys, carry, strict=True)), **slices}
-            return self.plan.indices(args, [self.plan.outs[i] for i in carried])
+            args = {**consts, **dict(zip(carried_ins, carry, strict=True)), **slices}
+            return self.plan.values_and_indices(args, [self.plan.outs[i] for i in carried])
 
-        return self._loop(body, [values[i] for i in keys], sliced)[1]
+        return self._loop(body, [values[i] for i in carried_ins], sliced)[1]
 
 
 class _Cond(_Step):
@@ -588,10 +617,10 @@ class _Cond(_Step):
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
         return jax.lax.switch(which, branches, values, row_inputs)
 
-    def needs(self) -> list[Any]:
+    def needed_atoms(self) -> list[Any]:
         if not any(site.independent for site in self.sites):
             return []
-        needed = sorted({i for plan in self.plans for i in plan.needs()})
+        needed = sorted({i for plan in self.plans for i in plan.needed_ins()})
         branch_ins = self.ins[1:]
         return [self.ins[0], *(branch_ins[i] for i in needed)]
 
@@ -601,11 +630,11 @@ class _Cond(_Step):
 
         def branch(number: int, values: dict[int, Any]) -> Any:
             plan = self.plans[number]
-            indices = plan.indices({i: values[i] for i in plan.needs()})[1]
+            indices = plan.indices({i: values[i] for i in plan.needed_ins()})
             return self._at_all_sites(number, indices)
 
         which, *branch_ins = self.ins
-        values = {i: get(branch_ins[i]) for plan in self.plans for i in plan.needs()}
+        values = {i: get(branch_ins[i]) for plan in self.plans for i in plan.needed_ins()}
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
         indices = jax.lax.switch(get(which), branches, values)
         pairs = zip(self.sites, indices, strict=True)
@@ -613,16 +642,22 @@ class _Cond(_Step):
 
 
 class _ShardMap(_Step):
-    """`jax.shard_map`. A site has the reads of all devices."""
+    """`jax.shard_map`. A site has the reads of all devices.
+
+    Attributes:
+      manual_axes: the axes of the mesh that it maps over.
+      in_specs: the partition specs of the `ins`.
+      site_specs: those of the indices and rows at each site, whose first axis is that of devices.
+    """
 
     def __init__(
         self, eqn: JaxprEqn, plan: Plan, views: Sequence[View | None], outs: Sequence[Var]
     ) -> None:
         triples = [*zip(eqn.invars, eqn.params["in_specs"], views, strict=True)]
         super().__init__(eqn, [x for x, _, view in triples if view is None], outs)
-        self.plan, self.specs = plan, [spec for _, spec, view in triples if view is None]
+        self.plan, self.in_specs = plan, [spec for _, spec, view in triples if view is None]
         self.mesh, manual = eqn.params["mesh"], eqn.params["newly_manual_axes"]
-        self.manual = tuple(axis for axis in self.mesh.axis_names if axis in manual)
+        self.manual_axes = tuple(axis for axis in self.mesh.axis_names if axis in manual)
         axes_of_sites = [self._axes(site) for site in plan.sites]
         pairs = zip(plan.sites, axes_of_sites, strict=True)
         self.sites = [self._outer_site(site, axes) for site, axes in pairs]
@@ -631,17 +666,17 @@ class _ShardMap(_Step):
     def _axes(self, site: ReadSite) -> tuple[str, ...]:
         """The axes over which devices may read different rows."""
         is_checked = self.eqn.params["check_vma"]
-        return tuple(axis for axis in self.manual if not is_checked or axis in site.varying)
+        return tuple(axis for axis in self.manual_axes if not is_checked or axis in site.varying)
 
     def _outer_site(self, site: ReadSite, axes: tuple[str, ...]) -> ReadSite:
         """A site of one device as the site of all devices along these axes."""
         devices = math.prod(self.mesh.shape[axis] for axis in axes)
         view = site.view._replace(axes=tuple(a for a in site.view.axes if a not in axes))
-        varying = tuple(axis for axis in site.varying if axis not in self.manual)
+        varying = tuple(axis for axis in site.varying if axis not in self.manual_axes)
         return site._replace(view=view, shape=(devices, *site.shape), varying=varying)
 
     def _mapped(self, body: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
-        options = {"axis_names": set(self.manual), "check_vma": self.eqn.params["check_vma"]}
+        options = {"axis_names": set(self.manual_axes), "check_vma": self.eqn.params["check_vma"]}
         specs = {"in_specs": in_specs, "out_specs": out_specs}
         return jax.shard_map(body, mesh=self.mesh, **specs, **options)(*args)
 
@@ -656,20 +691,20 @@ class _ShardMap(_Step):
         out_specs = list(self.eqn.params["out_specs"]), self.site_specs
         args = source.data, [get(x) for x in self.ins], row_inputs
         replicated = jax.sharding.PartitionSpec()
-        return self._mapped(body, args, (replicated, self.specs, row_specs), out_specs)
+        return self._mapped(body, args, (replicated, self.in_specs, row_specs), out_specs)
 
-    def needs(self) -> list[Any]:
-        return [self.ins[i] for i in self.plan.needs()]
+    def needed_atoms(self) -> list[Any]:
+        return [self.ins[i] for i in self.plan.needed_ins()]
 
     def indices(self, get: _Get) -> PerSite:
-        needed = self.plan.needs()
+        needed = self.plan.needed_ins()
         independent = [i for i, site in enumerate(self.sites) if site.independent]
 
         def body(values: list[Any]) -> PerSite:
-            indices = self.plan.indices(dict(zip(needed, values, strict=True)))[1]
+            indices = self.plan.indices(dict(zip(needed, values, strict=True)))
             return [indices[i][None] for i in independent]
 
-        args, specs = [get(self.ins[i]) for i in needed], [self.specs[i] for i in needed]
+        args, specs = [get(self.ins[i]) for i in needed], [self.in_specs[i] for i in needed]
         computed = self._mapped(body, (args,), (specs,), [self.site_specs[i] for i in independent])
         indices: PerSite = [None] * len(self.sites)
         for i, x in zip(independent, computed, strict=True):
@@ -678,11 +713,13 @@ class _ShardMap(_Step):
 
 
 class _WholeTable(_Step):
-    """Any other use of a table, through which the loss is not differentiated."""
+    """Any other use of a table, through which the loss is not differentiated.
+
+    (The planner makes one for a use that it refuses too; such a plan is not run.)
+    """
 
     def __init__(self, eqn: JaxprEqn, jaxpr: Jaxpr, views: Sequence[View | None]) -> None:
-        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
-        super().__init__(eqn, ins, eqn.outvars)
+        super().__init__(eqn, _not_tables(eqn, views), eqn.outvars)
         self.jaxpr, self.views = jaxpr, views
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
@@ -694,7 +731,7 @@ class _WholeTable(_Step):
         _evaluate(self.jaxpr, self.eqn, env)
         return [env[v] for v in self.outs], []
 
-    def needs(self) -> list[Any]:
+    def needed_atoms(self) -> list[Any]:
         return []
 
     def indices(self, get: _Get) -> PerSite:
@@ -709,6 +746,10 @@ def _has_effect(eqn: JaxprEqn) -> bool:
     return bool(eqn.effects) and not eqn.primitive.name.startswith("debug")
 
 
+def _is_float(v: Any) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
+
+
 def _live(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
     """The variables through which the live results are differentiated."""
     pairs = zip(jaxpr.outvars, live_outs, strict=True)
@@ -719,6 +760,18 @@ def _live(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
         if is_used and eqn.primitive.name != "stop_gradient":
             live.update(v for v in _variables(eqn.invars) if _is_float(v))
     return live
+
+
+def _tainted(jaxpr: Jaxpr, tainted_ins: Sequence[bool]) -> set[Any]:
+    """The variables that depend on the tainted inputs, or on an effect.
+
+    These can only be computed when the loss runs. All others are independent.
+    """
+    tainted = {v for v, is_tainted in zip(jaxpr.invars, tainted_ins, strict=True) if is_tainted}
+    for eqn in jaxpr.eqns:
+        if eqn.effects or not tainted.isdisjoint(_variables(eqn.invars)):
+            tainted.update(eqn.outvars)
+    return tainted
 
 
 def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
@@ -735,22 +788,6 @@ def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
 
     carried = len(eqn.outvars) - count_stacked(eqn.outvars, body.out_avals)
     return len(eqn.invars) - count_stacked(eqn.invars, body.in_avals) - carried, carried
-
-
-def _is_float(v: Any) -> bool:
-    return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
-
-
-def _tainted(jaxpr: Jaxpr, tainted_ins: Sequence[bool]) -> set[Any]:
-    """The variables that depend on the tainted inputs, or on an effect.
-
-    These can only be computed when the loss runs. All others are independent.
-    """
-    tainted = {v for v, is_tainted in zip(jaxpr.invars, tainted_ins, strict=True) if is_tainted}
-    for eqn in jaxpr.eqns:
-        if eqn.effects or not tainted.isdisjoint(_variables(eqn.invars)):
-            tainted.update(eqn.outvars)
-    return tainted
 
 
 class Planner:
@@ -851,7 +888,7 @@ class Planner:
         kind, params = eqn.primitive.name, eqn.params
         is_tainted = [isinstance(x, Var) and x in tainted for x in eqn.invars]
         is_live = [v in live for v in eqn.outvars]
-        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
+        ins = _not_tables(eqn, views)
         if views[0] is not None and not any(views[1:]):
             window = _window(eqn, views[0])
             if window is not None:
@@ -901,9 +938,9 @@ class Planner:
         carried = slice(num_consts, num_consts + num_carried)
         # Each iteration would take its own slice of a table.
         self.refuse(views[carried.stop :], eqn)
-        # A carried value may reach every result, by a later iteration.
+        # A carried value may reach any result through a later iteration.
         is_live[:num_carried] = [any(is_live)] * num_carried
-        # It is tainted if it is after any iteration.
+        # A carried value that is tainted after some iteration is tainted in the next one.
         carried_outs = closed.jaxpr.outvars[:num_carried]
         while True:
             tainted = _tainted(closed.jaxpr, is_tainted)
@@ -920,11 +957,10 @@ class Planner:
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
         outs, new = _split(eqn.outvars, plan.outs)
-        ins = [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
-        # Tables are not among the `ins`.
-        is_value = [view is None for view in views]
-        num_consts, num_carried = sum(is_value[:num_consts]), sum(is_value[carried])
-        return _Scan(eqn, plan, ins, outs, num_consts, num_carried), new
+        # The `ins` of the step are what is left of the scan's inputs without the tables.
+        is_left = [view is None for view in views]
+        left_consts, left_carried = sum(is_left[:num_consts]), sum(is_left[carried])
+        return _Scan(eqn, plan, _not_tables(eqn, views), outs, left_consts, left_carried), new
 
 
 def _split(variables: Sequence[Var], values: Sequence[Any]) -> tuple[list[Var], dict[Var, View]]:
