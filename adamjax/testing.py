@@ -16,7 +16,7 @@ import inspect
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -40,10 +40,13 @@ from adamjax.transform import Rule, Transform
 
 __all__ = ["LAWS", "Trial", "check", "try_law"]
 
-# How far float32 results of the same formula may be apart, of the largest value of a leaf: in one
-# program and another one, and over a number of steps.
+# How far float32 results of one formula may be apart in two programs, relative to the largest value
+# of the leaf.
 _CLOSE = 2e-6
+# The same after several steps.
 _STEPS_CLOSE = 2e-5
+# The number of rows of the default tables.
+_ROWS = 7
 
 
 # --- what a transform is tried on -----------------------------------------------------------------
@@ -70,7 +73,7 @@ class Trial:
         self, tx: Any, params: Tree = None, reference: Callable[..., Any] | None = None
     ) -> None:
         self.tx, self.reference = tx, reference
-        # optax' transforms compute with the gradients of integers too.
+        # optax's transforms compute with the gradients of integers too.
         self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
         self.is_default = params is None
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
@@ -88,7 +91,7 @@ class Trial:
         return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), self.params)
 
     def step(self, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
-        """One step, as it is: the next parameters and state, and the updates."""
+        """One step, not jitted: the next parameters and state, and the updates."""
         return _step(self.tx, params, state, grads)
 
     @functools.cached_property
@@ -97,7 +100,10 @@ class Trial:
         return jax.jit(self.step)
 
     def trajectory(self, dtype: Any = jnp.float32) -> list[tuple[Any, ...]]:
-        """`(params before, state before, grads, updates)` of each compiled step, and the end."""
+        """`(params before, state before, grads, updates)` of each of six compiled steps.
+
+        The last one of the list is `(params, state, None, None)` after these steps.
+        """
         if dtype in self._trajectories:
             return self._trajectories[dtype]
         params = self.params_in(dtype)
@@ -153,29 +159,19 @@ class Trial:
         return floats if self.has_foreign else {**floats, **integers}
 
     def mixed_grads(self, integers: str = "float0") -> Tree:
-        """Their gradients; those of integers are float0, "zero" or "None"."""
+        """Gradients of `mixed_params`; those of integers are "float0", "zero" or "None"."""
 
         def grad(p: Any) -> Any:
             if not is_left_alone(p):
                 return 0.3 * p + jnp.ones_like(p)
-            zero = {"zero": jnp.zeros_like(p), "None": None}
-            return zero.get(integers, np.zeros(p.shape, jax.dtypes.float0))
+            float0 = np.zeros(p.shape, jax.dtypes.float0)
+            return {"float0": float0, "zero": jnp.zeros_like(p), "None": None}[integers]
 
         return jax.tree.map(grad, self.mixed_params)
 
-    def only_floats(self, params: Tree, *trees: Tree) -> list[Tree]:
-        """The trees without the leaves that are no floats among the parameters."""
-        leaves, _ = flatten(params)
-        filtered = []
-        for tree in (params, *trees):
-            own, treedef = flatten(tree)
-            pairs = zip(leaves, own, strict=True)
-            filtered.append(treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs]))
-        return filtered
-
     @functools.cached_property
     def mixed_run(self) -> list[tuple[Any, ...]]:
-        """Three steps over leaves of all kinds: the last without a gradient for some.
+        """Three steps over leaves of all kinds: the last without a gradient for one of them.
 
         Each is `(params, state, grads, updates, moved, next_state)`.
         """
@@ -184,8 +180,8 @@ class Trial:
         leaves, treedef = flatten(self.mixed_grads("None"))
         path = "layer/kernel" if self.is_default else leaf_paths(params)[0]
         place = leaf_paths(params).index(path)
-        some = treedef.unflatten([*leaves[:place], None, *leaves[place + 1 :]])
-        for grads in (self.mixed_grads(), self.mixed_grads("zero"), some):
+        without_one = treedef.unflatten([*leaves[:place], None, *leaves[place + 1 :]])
+        for grads in (self.mixed_grads(), self.mixed_grads("zero"), without_one):
             updates, next_state = self.tx.update(grads, state, params)
             moved = apply_updates(params, updates)
             history.append((params, state, grads, updates, moved, next_state))
@@ -219,9 +215,6 @@ class Trial:
             return row_gradient(jnp.asarray(ids, jnp.int32), jnp.asarray(values, p.dtype), n)
 
         return jax.tree.map(grad, self.table_params)
-
-
-_ROWS = 7
 
 
 def _step(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
@@ -292,7 +285,7 @@ def _expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE)
 
 
 def _largest(x: Any) -> float:
-    """The largest value of an array."""
+    """The largest absolute value of the finite elements of an array."""
     x = _wide(x)
     return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
 
@@ -312,7 +305,7 @@ def _wide(x: Any) -> Any:
 
 
 def _difference(path: str, a: Any, b: Any, differ: Any) -> str:
-    """Where two arrays differ first."""
+    """A sentence with the first element in which two arrays differ."""
     at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
     where = f"{path}{list(at)}" if at else path
     return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{path} differs"
@@ -337,7 +330,7 @@ def is_pure(trial: Trial) -> None:
     calls, results = [], []
     for t in range(2):
         calls.append((trial.grads(t), states[-1], params))
-        results.append(_untouched(tx.update, ("grads", "state", "params"), calls[-1]))
+        results.append(_update_without_changes(tx, calls[-1]))
         states.append(results[-1][1])
     # Repeated after other calls, in case one of them left something in the transform.
     for call, (updates, state) in zip(calls, results, strict=True):
@@ -346,11 +339,12 @@ def is_pure(trial: Trial) -> None:
         _expect_same("the next state of the same arguments", next_state, state)
 
 
-def _untouched(function: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...]) -> Any:
-    """The result of a call, which must leave its arguments as they are."""
+def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
+    """What `update` returns; it must leave its arguments as they are."""
     before: list[Any] = [jax.tree.flatten(arg, is_leaf=_is_none) for arg in args]
     values = [[None if x is None else np.array(x) for x in leaves] for leaves, _ in before]
-    result = function(*args)
+    result = tx.update(*args)
+    names = ("grads", "state", "params")
     for name, arg, (leaves, treedef), old in zip(names, args, before, values, strict=True):
         now, now_treedef = jax.tree.flatten(arg, is_leaf=_is_none)
         if treedef != now_treedef or any(x is not y for x, y in zip(now, leaves, strict=True)):
@@ -362,7 +356,15 @@ def _untouched(function: Callable[..., Any], names: Iterable[str], args: tuple[A
 @_law
 def state_keeps_its_form(trial: Trial) -> None:
     """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
-    _expect_a_kept_form(trial, *trial.only_floats(trial.mixed_params, trial.mixed_grads()))
+    params, grads = trial.mixed_params, trial.mixed_grads()
+    _expect_a_kept_form(trial, _only_floats(params, params), _only_floats(params, grads))
+
+
+def _only_floats(params: Tree, tree: Tree) -> Tree:
+    """A tree with `None` in place of each leaf whose parameter is no float."""
+    leaves, treedef = flatten(tree)
+    pairs = zip(flatten(params)[0], leaves, strict=True)
+    return treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs])
 
 
 def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
@@ -386,15 +388,15 @@ def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
     _expect_form("(params, state)", end, start)
 
 
-_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @_law
 def updates_have_the_gradients_dtype(trial: Trial) -> None:
     """Updates have the gradients' form and states keep theirs, whatever the parameters' dtype."""
-    for wide, p_dtype, g_dtype in itertools.product((False, True), _NARROW, _NARROW):
+    for wide, p_dtype, g_dtype in itertools.product((False, True), _DTYPES, _DTYPES):
         with x64(wide):
-            params, grads = (_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
+            params, grads = (_cast_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
             state = jax.eval_shape(trial.tx.init, params)
             updates, next_state = jax.eval_shape(trial.tx.update, grads, state, params)
             _expect_form("updates", updates, grads)
@@ -402,8 +404,8 @@ def updates_have_the_gradients_dtype(trial: Trial) -> None:
                 _expect_form("state", next_state, state)
 
 
-def _all_but_the_first(tree: Tree, dtype: Any) -> Tree:
-    """A tree of two dtypes."""
+def _cast_all_but_the_first(tree: Tree, dtype: Any) -> Tree:
+    """A tree of two dtypes: that of its first leaf, and this one."""
     leaves, treedef = flatten(tree)
     return treedef.unflatten(leaves[:1] + [x.astype(dtype) for x in leaves[1:]])
 
@@ -502,21 +504,26 @@ def _ulp(x: Any, dtype: Any) -> Any:
 @_law
 def vmap_over_weights_is_a_loop(trial: Trial) -> None:
     """Under `jax.vmap` over parameters, gradients and state, each gets what it gets alone."""
-    tx, history = trial.tx, trial.trajectory()
-    shift = jax.tree.map(lambda p: p + 1, trial.params)
-    many = jax.tree.map(lambda *xs: jnp.stack(xs), trial.params, shift)
-    state, other = jax.vmap(tx.init)(many), tx.init(shift)
+
+    def stacked(*trees: Tree) -> Tree:
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+    # The first has the weights and gradients of the trial, the second has others.
+    history = trial.trajectory()
+    params2 = jax.tree.map(lambda p: p + 1, trial.params)
+    state2 = trial.tx.init(params2)
+    params = stacked(trial.params, params2)
+    state = jax.vmap(trial.tx.init)(params)
     step = jax.jit(jax.vmap(trial.step))
     for t in range(2):
-        grads, scaled = trial.grads(t), jax.tree.map(lambda g: 3 * g, trial.grads(t))
-        both = jax.tree.map(lambda *xs: jnp.stack(xs), grads, scaled)
-        many, state, updates = step(many, state, both)
-        shift, other, other_updates = trial.compiled(shift, other, scaled)
-        params, first, *_ = history[t + 1]
-        expected = (params, first, history[t][3]), (shift, other, other_updates)
+        grads2 = jax.tree.map(lambda g: 3 * g, trial.grads(t))
+        params, state, updates = step(params, state, stacked(trial.grads(t), grads2))
+        params2, state2, updates2 = trial.compiled(params2, state2, grads2)
+        (params1, state1, *_), (*_, updates1) = history[t + 1], history[t]
+        expected = (params1, state1, updates1), (params2, state2, updates2)
         for i, alone in enumerate(expected):
-            one = jax.tree.map(lambda x, i=i: x[i], (many, state, updates))
-            _expect_close("(params, state, updates) under vmap", one, alone)
+            mapped = jax.tree.map(lambda x, i=i: x[i], (params, state, updates))
+            _expect_close("(params, state, updates) under vmap", mapped, alone)
 
 
 # --- hyperparameters ------------------------------------------------------------------------------
@@ -584,8 +591,8 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
     params, state, grads, _ = trial.trajectory()[1]
     leaves, treedef = flatten(grads)
     for i, path in enumerate(leaf_paths(params)[:3]):
-        some = treedef.unflatten([None if j == i else g for j, g in enumerate(leaves)])
-        updates, next_state = trial.tx.update(some, state, params)
+        without_one = treedef.unflatten([None if j == i else g for j, g in enumerate(leaves)])
+        updates, next_state = trial.tx.update(without_one, state, params)
         update, before, after = (
             flatten(tree)[0][i] for tree in (updates, params, apply_updates(params, updates))
         )
@@ -599,8 +606,9 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
 
 
 def _belongs(name: str, path: str) -> bool:
-    """Whether a leaf of a state is that of a parameter, by the names of both."""
-    return re.findall(r"\w+", name)[-len(re.findall(r"\w+", path)) :] == re.findall(r"\w+", path)
+    """Whether a leaf of a state is that of a parameter: its name ends in the parameter's path."""
+    keys, end = re.findall(r"\w+", name), re.findall(r"\w+", path)
+    return keys[-len(end) :] == end
 
 
 @_law
@@ -741,7 +749,7 @@ def _expect_state_refused(trial: Trial, what: str, state: Any) -> None:
         raise AssertionError(f"{what} is not refused")
 
 
-# --- what it says of itself -----------------------------------------------------------------------
+# --- what a transform says of itself --------------------------------------------------------------
 
 
 @_law
@@ -770,6 +778,9 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
     for params, _, grads, updates in trial.trajectory()[:3]:
         grouped_updates, state = tx.update(grads, state, params)
         _expect_close("updates of grouped", grouped_updates, updates, _STEPS_CLOSE)
+
+
+# --- row gradients --------------------------------------------------------------------------------
 
 
 @_law
@@ -817,8 +828,8 @@ def _expect_rows(
     Args:
       expected, expected_state: those of the dense arrays.
     """
-    own, old = _to_dense(actual_state), _to_dense(state)
-    lazy = {}
+    # For each table, which rows were read if the others are left alone; `None` if they are not.
+    is_read_of: dict[str, Any] = {}
     leaves = zip(*(flatten(tree)[0] for tree in (rows, actual, expected)), strict=True)
     for path, (g, u, expected_u) in zip(leaf_paths(rows), leaves, strict=True):
         name = f"updates[{path!r}]"
@@ -827,17 +838,20 @@ def _expect_rows(
             continue
         is_read = np.zeros(g.num_rows + 1, bool)
         is_read[np.asarray(g.indices)] = True
-        lazy[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
-        still = jnp.zeros_like(expected_u)
-        _expect_close_rows(name, _to_dense(u), expected_u, still, lazy[path])
-    before = dict(_named_leaves("", old)[0])
-    for name, x, y in _pairs("", own, _to_dense(expected_state)):
-        flags = next((lazy[path] for path in lazy if _belongs(name, path)), None)
+        is_read_of[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
+        zeros = jnp.zeros_like(expected_u)
+        _expect_close_rows(name, _to_dense(u), expected_u, zeros, is_read_of[path])
+    before = dict(_named_leaves("", _to_dense(state))[0])
+    for name, x, y in _pairs("", _to_dense(actual_state), _to_dense(expected_state)):
+        flags = next((is_read_of[path] for path in is_read_of if _belongs(name, path)), None)
         _expect_close_rows(f"state{name}", x, y, before[name], flags)
 
 
 def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_read: Any) -> None:
-    """An array near to what is expected, and equal to `still` in rows that were not read."""
+    """An array near to what is expected in the rows that were read, and to `still` in the others.
+
+    If `is_read` is `None` or is not about rows of this array, all of it is what is expected.
+    """
     if is_read is None or np.shape(actual)[:1] != is_read.shape:
         _expect_close(name, actual, expected)
         return
@@ -851,6 +865,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
     tx = trial.tx
     if not isinstance(tx, Transform):
         return
+    # `exact_rows` needs a rule: a transform that has none is tried before Adam and after it.
     if tx.must_be_last or tx.has_foreign:
         chains = [tx]
     elif find(Rule, tx):
@@ -870,6 +885,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
 
 
 def _patterns(rows: Tree) -> list[str]:
+    """A pattern for each leaf that is a row gradient."""
     pairs = zip(leaf_paths(rows), flatten(rows)[0], strict=True)
     return [f"^{re.escape(path)}$" for path, g in pairs if _is_rows(g)]
 
@@ -963,7 +979,7 @@ def prints(trial: Trial) -> None:
 
 
 def _objects(x: Any) -> Iterator[Any]:
-    """The transforms and schedules in one, at any depth."""
+    """A transform or schedule, and those in it at any depth."""
     if isinstance(x, Data):
         yield x
         for value in vars(x).values():
@@ -995,35 +1011,38 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
     params = trial.params_in(dtype)
     state = trial.tx.init(params)
     names, slots = _slots(state)
-    paths = leaf_paths(params)
-    expected = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
-    largest: dict[Any, float] = {}
+    # By slot and leaf.
+    expected_slots = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
+    # By name and leaf, the largest value so far. A sum that comes near zero has the rounding errors
+    # of its larger terms, so errors are compared with this.
+    largest: dict[tuple[str, str], float] = {}
     for t in range(_REFERENCE_STEPS):
         before = flatten(params)[0]
         grads = trial.grads(t, dtype)
         params, state, updates = trial.compiled(params, state, grads)
         actual = [*zip(*(flatten(tree)[0] for tree in (updates, *_slots(state)[1])), strict=True)]
-        for i, (path, g) in enumerate(zip(paths, flatten(grads)[0], strict=True)):
+        for i, (path, g) in enumerate(zip(leaf_paths(params), flatten(grads)[0], strict=True)):
             extra = {"p": np.asarray(before[i], np.float64)} if takes_params else {}
-            results = reference(
-                np.asarray(g, np.float64), *(column[i] for column in expected), step=t + 1, **extra
-            )
-            if not isinstance(results, tuple) or len(results) != 1 + len(names):
-                raise AssertionError(
-                    f"the reference returned {_returned(results)}, expected a tuple of the update"
-                    + "".join(f" and {name}" for name in names)
-                )
-            for column, x in zip(expected, results[1:], strict=True):
-                column[i] = x
-            for name, x, y in zip(("updates", *names), actual[i], results, strict=True):
+            old_slots = (slot[i] for slot in expected_slots)
+            expected = reference(np.asarray(g, np.float64), *old_slots, step=t + 1, **extra)
+            _expect_results(names, expected)
+            for slot, x in zip(expected_slots, expected[1:], strict=True):
+                slot[i] = x
+            for name, x, y in zip(("updates", *names), actual[i], expected, strict=True):
                 where = f"in {jnp.dtype(dtype).name}, at step {t + 1}, {name}[{path!r}]"
-                # A sum may come near to zero, and is not rounded there alone.
                 largest[name, path] = max(largest.get((name, path), 0.0), _largest(y))
                 _expect_near(where, x, y, rtol * largest[name, path])
 
 
-def _returned(results: Any) -> str:
-    return f"{len(results)} arrays" if isinstance(results, tuple) else f"a {type(results).__name__}"
+def _expect_results(slot_names: Sequence[str], results: Any) -> None:
+    """A reference must return the update and the new slots."""
+    is_tuple = isinstance(results, tuple)
+    if not is_tuple or len(results) != 1 + len(slot_names):
+        found = f"{len(results)} arrays" if is_tuple else f"a {type(results).__name__}"
+        raise AssertionError(
+            f"the reference returned {found}, expected a tuple of the update"
+            + "".join(f" and {name}" for name in slot_names)
+        )
 
 
 def _slots(state: Any) -> tuple[list[str], list[Tree]]:
@@ -1047,7 +1066,7 @@ def try_law(name: str, trial: Trial) -> None:
     """Tries one law; see `check`, which tries all.
 
     Raises:
-      AssertionError: the law is broken; or it could not be tried, as an error was raised.
+      AssertionError: the law is broken, or trying it raised another error.
       ValueError: there is no such law.
     """
     if name not in _LAWS:
@@ -1106,5 +1125,5 @@ def check(
     if len(broken) == 1:
         raise broken[0]
     if broken:
-        # The first that is broken has its traceback.
+        # Python shows the traceback of one cause only: that of the first broken law.
         raise AssertionError("\n\n".join(map(str, broken))) from broken[0]
