@@ -286,8 +286,8 @@ def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras calls a schedule with the number "
                 "of micro-batches, but inside accumulate_gradients it is called with the number of "
-                "steps: put scale_by_learning_rate after accumulate_gradients, as from_config does, "
-                "or change the schedule and pass check=False"
+                "steps: put scale_by_learning_rate after accumulate_gradients, as from_config "
+                "does, or change the schedule and pass check=False"
             )
 
 
