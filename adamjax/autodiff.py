@@ -22,7 +22,8 @@ import numpy as np
 from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
-from adamjax.reads import PerSite, Planner, Source, View
+from adamjax.plans import PerSite, Source, View
+from adamjax.reads import Planner
 from adamjax.rows import RowGradient, as_row_ids, expect_int32, sum_rows_of_each
 from adamjax.search import distinct_of_each
 
