@@ -22,7 +22,8 @@ import numpy as np
 from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
-from adamjax.reads import PerSite, Planner, Source, View
+from adamjax.plans import PerSite, Source, View
+from adamjax.reads import Planner
 from adamjax.rows import RowGradient, as_row_ids, expect_int32, sum_rows_of_each
 from adamjax.search import distinct_of_each
 
@@ -279,7 +280,7 @@ class Reads:
     def indices(self) -> dict[int, chex.Array]:
         """By table, the flat indices of its reads, if they can be computed before the loss runs."""
         by_table: dict[int, list[Any]] = {i: [] for i in self.by_rows}
-        for site, ids in zip(self.plan.sites, self.plan.indices({})[1], strict=True):
+        for site, ids in zip(self.plan.sites, self.plan.indices({}), strict=True):
             by_table[site.view.table].append(ids)
         return {
             i: jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in ids)])

@@ -149,10 +149,12 @@ class Average(NamedTuple):
     It is computed as a step from the number that weighs more towards the other. So the average of
     equal numbers is that number, and that of zeros is zero. The weight of the step has two parts: a
     float and its rounding error. In float32, 0.999 * old + 0.001 * new with rounded factors is off
-    by 1.3e-8 of old a step, always in the same direction, and by 1.3e-5 after 1 / (1 - b) steps.
+    by 1.3e-8 of `old` in each step, always in the same direction; so by 1.3e-5 after 1 / (1 - b)
+    steps.
     """
 
     weight: Any
+    # The rounding error of the weight; `None` if it is negligible.
     rest: Any
     # Whether `new` weighs more; `None` if it is known not to, which saves two selects.
     from_new: Any
@@ -178,7 +180,8 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     exact = min(ranged(b, allowed), 1 - b)
     weight = scalar(exact, real)
     rest = scalar(exact - float(weight), real)
-    # It costs two operations, and is left out if in a thousand steps it is less than one rounding.
+    # The rest costs two operations. It is left out if in a thousand steps it adds up to less than
+    # one rounding.
     negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
     return Average(weight, None if negligible else rest, True if b < 0.5 else None)
 
@@ -190,9 +193,9 @@ class Recurrence:
     Its functions see arrays of the accumulator dtype.
 
     Attributes:
-      moments: `(c, g, *slots) -> new_slots`; with `last` without the last slot in both.
+      moments: `(c, g, *slots) -> new_slots`; if there is `last`, of all slots but the last one.
       direction: `(c, g, *new_slots) -> u`.
-      last: `(c, last_slot, *new_slots) -> new_last_slot`, where the last slot is computed from the
+      last: `(c, last_slot, *new_slots) -> new_last_slot`, if the last slot is computed from the
         others as they are stored, as AMSGrad's v_max is.
     """
 

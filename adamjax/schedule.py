@@ -104,7 +104,7 @@ class _Compiled(Schedule):
             self.check_range(name, allowed)
 
     def __call__(self, count: chex.Numeric) -> chex.Array:
-        count = _as_count(count)
+        count = _count_array(count)
         leaves, treedef = jax.tree.flatten(self)
         traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
         if traced or not _is_compilable(self):
@@ -121,11 +121,12 @@ class _Compiled(Schedule):
                 expect_scalar(f"{type(self).__name__}: {field}", x)
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
-            # Numbers of steps may be integers, and stay so: `_units` and `as_count` check them.
+            # An array is NaN here only if it is below 0. Numbers of steps may be integers and must
+            # stay so: `_units` and `as_count` check them.
             if allowed.whole == "never":
                 checked.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
         value = checked.at(count)
-        # The formulas mean nothing before count 0: that of a cosine falls towards it.
+        # No formula holds below count 0: a cosine would fall until then, and start again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -151,7 +152,7 @@ def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array)
     return schedule._checked_at(count)
 
 
-def _as_count(count: chex.Numeric) -> chex.Array:
+def _count_array(count: chex.Numeric) -> chex.Array:
     """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
 
     In an unsigned array, which may be traced, numbers beyond all counts become the largest count.
@@ -234,13 +235,13 @@ def _units(count: chex.Array, steps: Number) -> _Units:
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
-            return _whole_units(count, int(steps))
-        return _float_units(_float(count), _float(steps))
+            return _units_of_integers(count, int(steps))
+        return _units_of_floats(_float(count), _float(steps))
     common = _common_integer(count.dtype, steps.dtype)
     if common is not None:
-        units = _whole_units(count.astype(common), jnp.maximum(steps, 1).astype(common))
+        units = _units_of_integers(count.astype(common), jnp.maximum(steps, 1).astype(common))
     else:
-        units = _float_units(_float(count), _float(steps))
+        units = _units_of_floats(_float(count), _float(steps))
     return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
 
 
@@ -257,7 +258,8 @@ def _common_integer(count: Any, steps: Any) -> Any:
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
 
 
-def _whole_units(count: chex.Array, steps: Any) -> _Units:
+def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
+    """`_units` where count and steps are integers: both numbers of steps are exact."""
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
         # No count is that large.
         fraction = _float(count) / float(steps)
@@ -268,8 +270,8 @@ def _whole_units(count: chex.Array, steps: Any) -> _Units:
     return _Units(_float(whole), _float(remainder) / _float(steps), left)
 
 
-def _float_units(count: chex.Array, steps: chex.Array) -> _Units:
-    """`_whole_units` in floats: exact if products of `steps` with whole numbers are exact."""
+def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
+    """`_units` in floats: exact if products of `steps` with whole numbers are exact."""
     steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
     # The quotient may be off by one.
     quotient = jnp.floor(count / steps)
@@ -417,7 +419,7 @@ class piecewise_constant(_Compiled):
         boundary_range = FINITE._replace(whole="kept")
         for name, allowed in (("boundaries", boundary_range), ("values", NON_NEGATIVE)):
             numbers: Any = getattr(self, name)
-            # A set has no order. A dictionary is optax's form, which has factors and no rates.
+            # A set has no order. A dictionary is optax's form, which has factors in place of rates.
             unordered = isinstance(numbers, Mapping | set | frozenset)
             is_scalar = is_array(numbers) and numbers.ndim == 0
             if unordered or is_scalar or not isinstance(numbers, Iterable):
@@ -448,6 +450,7 @@ class piecewise_constant(_Compiled):
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
         values = [_float(ranged(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
+        # Boundaries must increase. They are compared like a count and a boundary.
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
                 value = jnp.where(_has_passed(_boundary_array(b), before), value, jnp.nan)
@@ -500,7 +503,7 @@ class polynomial_decay(_Compiled):
             left = jnp.where(units.whole >= 1, 0, units.left)
         share = left**self.power
         if is_array(self.power):
-            # With a traced power of 0, the rate still reaches its end.
+            # With a traced power of 0, the rate still reaches its end. `0 * share` keeps NaN.
             share = jnp.where(left > 0, share, 0 * share)
         span = self.initial_learning_rate - self.end_learning_rate
         return self.end_learning_rate + span * share
@@ -590,11 +593,11 @@ class by_path(Data):
       default: the rate of a leaf that no pattern matches.
 
     Raises:
-      ValueError: a pattern matches no leaf: by `init` and `update` of the transform with this rate.
-        For `init`, leaves that are `None` do not count, and integer ones do; for `update`, leaves
-        without a gradient count too. `init` also refuses a pattern if earlier ones match all of its
-        leaves; but one that matches every leaf may stand last. `adamjax.optional(pattern)` allows
-        all of this.
+      ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
+        leaf. For `init`, leaves that are `None` do not count, and integer ones do; for `update`,
+        leaves without a gradient count too. `init` also refuses a pattern if earlier ones match all
+        of its leaves; but one that matches every leaf may stand last. `adamjax.optional(pattern)`
+        allows all of this.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
@@ -671,7 +674,7 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
     if callable(value):
         return function_schedule(value)
     try:
-        return constant(value).value
+        return constant(value).value  # which has checked it
     except (TypeError, ValueError) as error:
         kinds = "a callable of the count or by_path" if per_leaf else "or a callable of the count"
         message = f"{name} must be a number that is {NON_NEGATIVE.text}, {kinds}"

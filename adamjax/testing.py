@@ -16,7 +16,7 @@ import inspect
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,292 +30,30 @@ from adamjax.adam import scale_by_adam
 from adamjax.chain import chain
 from adamjax.data import Data, Tree
 from adamjax.exact import exact_rows
+from adamjax.expectations import (
+    STEPS_CLOSE,
+    expect_close,
+    expect_form,
+    expect_near,
+    expect_same,
+    first_difference,
+    in_float64,
+    is_none,
+    largest_magnitude,
+    leaves_with_names,
+    pairs_of_leaves,
+    shown,
+)
 from adamjax.grouping import grouped
-from adamjax.leaves import apply_updates, described, dtype_of, is_left_alone
+from adamjax.leaves import apply_updates, dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient, row_gradient
+from adamjax.rows import RowGradient
 from adamjax.scaling import scale, scale_by_learning_rate
 from adamjax.structure import find, slot_states
 from adamjax.transform import Rule, Transform
+from adamjax.trial import Trial, cast, take_step, take_three_steps
 
 __all__ = ["LAWS", "Trial", "check", "try_law"]
-
-# How far float32 results of the same formula may be apart, of the largest value of a leaf: in one
-# program and another one, and over a number of steps.
-_CLOSE = 2e-6
-_STEPS_CLOSE = 2e-5
-
-
-# --- what a transform is tried on -----------------------------------------------------------------
-
-
-def _default_params() -> Tree:
-    rng = np.random.default_rng(0)
-    kernel, bias, gain = rng.normal(size=(2, 3)), rng.normal(size=3), rng.normal()
-    arrays = {"layer": {"kernel": kernel, "bias": bias}, "gain": gain}
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
-
-
-class Trial:
-    """A transform, and the trees that the laws try it on.
-
-    Args:
-      tx: the transform.
-      params: a tree of float32 arrays; by default `{"layer": {"kernel": [2, 3], "bias": [3]},
-        "gain": []}`. Give one if the transform is made for certain paths or shapes.
-      reference: see `check`.
-    """
-
-    def __init__(
-        self, tx: Any, params: Tree = None, reference: Callable[..., Any] | None = None
-    ) -> None:
-        self.tx, self.reference = tx, reference
-        # optax' transforms compute with the gradients of integers too.
-        self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
-        self.is_default = params is None
-        self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
-        # Inside a function that is being traced, these would be tracers.
-        with jax.ensure_compile_time_eval():
-            self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
-
-    def params_in(self, dtype: Any) -> Tree:
-        """The parameters in another dtype."""
-        return _cast(self.params, dtype)
-
-    def grads(self, t: int, dtype: Any = jnp.float32) -> Tree:
-        """The gradients of step t, 0 for the first."""
-        rng = np.random.default_rng(100 + t)
-        return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), self.params)
-
-    def step(self, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
-        """One step, as it is: the next parameters and state, and the updates."""
-        return _step(self.tx, params, state, grads)
-
-    @functools.cached_property
-    def compiled(self) -> Callable[..., tuple[Tree, Any, Tree]]:
-        """`step`, jitted."""
-        return jax.jit(self.step)
-
-    def trajectory(self, dtype: Any = jnp.float32) -> list[tuple[Any, ...]]:
-        """`(params before, state before, grads, updates)` of each compiled step, and the end."""
-        if dtype in self._trajectories:
-            return self._trajectories[dtype]
-        params = self.params_in(dtype)
-        state, history = self.tx.init(params), []
-        for t in range(6):
-            grads = self.grads(t, dtype)
-            moved, next_state, updates = self.compiled(params, state, grads)
-            history.append((params, state, grads, updates))
-            params, state = moved, next_state
-        self._trajectories[dtype] = [*history, (params, state, None, None)]
-        return self._trajectories[dtype]
-
-    # --- hyperparameters
-
-    @functools.cached_property
-    def argument_step(self) -> tuple[Callable[..., Any], list[int]]:
-        """The step as a jitted function of the transform too, and the list of its traces."""
-        traces: list[int] = []
-
-        def step(tx: Any, params: Tree, state: Any, grads: Tree) -> Any:
-            traces.append(1)
-            return _step(tx, params, state, grads)
-
-        return jax.jit(step), traces
-
-    def run_as_argument(self, tx: Any) -> tuple[Tree, list[Tree]]:
-        """The parameters after three steps of `argument_step`, and the updates."""
-        return _run(functools.partial(self.argument_step[0], tx), tx, self)
-
-    # --- leaves of all kinds
-
-    @functools.cached_property
-    def mixed_params(self) -> Tree:
-        """Every kind of leaf that a model may have, or the user's parameters in several dtypes."""
-        if not self.is_default:
-            leaves, treedef = flatten(self.params)
-            dtypes = [(jnp.float32, jnp.bfloat16, jnp.float16)[i % 3] for i in range(len(leaves))]
-            if len(leaves) > 1:
-                dtypes[-1] = jnp.int32
-            pairs = zip(leaves, dtypes, strict=True)
-            return treedef.unflatten([x.astype(dtype) for x, dtype in pairs])
-        floats = {
-            "layer": {
-                "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]),
-                "bias": jnp.array([1.0, -0.5, 0.25], jnp.bfloat16),
-            },
-            "half": jnp.array([1.0, -0.5], jnp.float16),
-            "wave": jnp.array([1.0 + 2.0j, -1.0j]),
-            "gain": jnp.array(0.5),
-            "empty": jnp.zeros((0, 2)),
-        }
-        integers = {"count": jnp.ones(2, jnp.int32), "flag": jnp.array(True)}
-        return floats if self.has_foreign else {**floats, **integers}
-
-    def mixed_grads(self, integers: str = "float0") -> Tree:
-        """Their gradients; those of integers are float0, "zero" or "None"."""
-
-        def grad(p: Any) -> Any:
-            if not is_left_alone(p):
-                return 0.3 * p + jnp.ones_like(p)
-            zero = {"zero": jnp.zeros_like(p), "None": None}
-            return zero.get(integers, np.zeros(p.shape, jax.dtypes.float0))
-
-        return jax.tree.map(grad, self.mixed_params)
-
-    def only_floats(self, params: Tree, *trees: Tree) -> list[Tree]:
-        """The trees without the leaves that are no floats among the parameters."""
-        leaves, _ = flatten(params)
-        filtered = []
-        for tree in (params, *trees):
-            own, treedef = flatten(tree)
-            pairs = zip(leaves, own, strict=True)
-            filtered.append(treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs]))
-        return filtered
-
-    @functools.cached_property
-    def mixed_run(self) -> list[tuple[Any, ...]]:
-        """Three steps over leaves of all kinds: the last without a gradient for some.
-
-        Each is `(params, state, grads, updates, moved, next_state)`.
-        """
-        params, history = self.mixed_params, []
-        state = self.tx.init(params)
-        leaves, treedef = flatten(self.mixed_grads("None"))
-        path = "layer/kernel" if self.is_default else leaf_paths(params)[0]
-        place = leaf_paths(params).index(path)
-        some = treedef.unflatten([*leaves[:place], None, *leaves[place + 1 :]])
-        for grads in (self.mixed_grads(), self.mixed_grads("zero"), some):
-            updates, next_state = self.tx.update(grads, state, params)
-            moved = apply_updates(params, updates)
-            history.append((params, state, grads, updates, moved, next_state))
-            params, state = moved, next_state
-        return history
-
-    # --- tables
-
-    @functools.cached_property
-    def table_params(self) -> Tree:
-        """Parameters of which some are tables; the default ones are larger for that."""
-        if not self.is_default:
-            return self.params
-        rng = np.random.default_rng(1)
-        kernel, bias = rng.normal(size=(_ROWS, 3)), rng.normal(size=_ROWS)
-        layer = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
-        return {**self.params, "layer": _cast(layer, jnp.float32)}
-
-    def row_grads(self, t: int) -> Tree:
-        """Gradients of step t: row gradients of the tables, the leaves with two rows or more."""
-        rng = np.random.default_rng(200 + t)
-
-        def grad(p: Any) -> Any:
-            n = len(p) if p.ndim else 0
-            if n < 2:
-                return jnp.asarray(rng.normal(size=p.shape), p.dtype)
-            # One row twice, and one that is outside of the table.
-            ids = np.array([t, 2 * t + 1, t]) % n
-            ids = np.append(ids, n)
-            values = rng.normal(size=(len(ids), *p.shape[1:]))
-            return row_gradient(jnp.asarray(ids, jnp.int32), jnp.asarray(values, p.dtype), n)
-
-        return jax.tree.map(grad, self.table_params)
-
-
-_ROWS = 7
-
-
-def _step(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
-    updates, state = tx.update(grads, state, params)
-    return apply_updates(params, updates), state, updates
-
-
-def _cast(tree: Tree, dtype: Any) -> Tree:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-# --- what a law says when it is broken ------------------------------------------------------------
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _named_leaves(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves, `None` among them, each with its name for errors; and the structure."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [(name + jax.tree_util.keystr(path), x) for path, x in pairs], treedef
-
-
-def _pairs(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of two trees that must have the same structure."""
-    ours, treedef = _named_leaves(name, actual)
-    theirs, expected_treedef = _named_leaves(name, expected)
-    if treedef != expected_treedef:
-        names, expected_names = [path for path, _ in ours], [path for path, _ in theirs]
-        surplus = [f"a surplus {x}" for x in names if x not in set(expected_names)]
-        missing = [f"no {x}" for x in expected_names if x not in set(names)]
-        fault = (missing + surplus or [f"the structure {treedef}"])[0]
-        raise AssertionError(f"there is {fault}, expected {expected_treedef}")
-    for (path, x), (_, y) in zip(ours, theirs, strict=True):
-        if (x is None) != (y is None):
-            raise AssertionError(f"{path} is {_shown(x)}, expected {_shown(y)}")
-        if x is not None:
-            yield path, x, y
-
-
-def _shown(x: Any) -> str:
-    return "None" if x is None else described(x)
-
-
-def _expect_form(name: str, actual: Tree, expected: Tree) -> None:
-    """The same structure, shapes and dtypes."""
-    for path, x, y in _pairs(name, actual, expected):
-        if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
-            raise AssertionError(f"{path} is {described(x)}, expected {described(y)}")
-
-
-def _expect_same(name: str, actual: Tree, expected: Tree) -> None:
-    """The same form, and the same bits."""
-    _expect_form(name, actual, expected)
-    for path, x, y in _pairs(name, actual, expected):
-        a, b = np.asarray(x), np.asarray(y)
-        if a.tobytes() != b.tobytes():
-            differ = np.asarray((a != b) & ~((a != a) & (b != b)))
-            raise AssertionError(_difference(path, a, b, differ))
-
-
-def _expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
-    """The same form and, within `rtol` of the largest value of a leaf, the same values."""
-    _expect_form(name, actual, expected)
-    for path, x, y in _pairs(name, actual, expected):
-        _expect_near(path, x, y, rtol * _largest(y))
-
-
-def _largest(x: Any) -> float:
-    """The largest value of an array."""
-    x = _wide(x)
-    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
-
-
-def _expect_near(path: str, x: Any, y: Any, atol: float) -> None:
-    a, b = _wide(x), _wide(y)
-    with np.errstate(invalid="ignore"):  # of infinities
-        far = np.asarray(~((np.abs(a - b) <= atol) | (a == b) | ((a != a) & (b != b))))
-    if np.any(far):
-        raise AssertionError(_difference(path, a, b, far))
-
-
-def _wide(x: Any) -> Any:
-    x = np.asarray(x)
-    complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
-    return x.astype(np.complex128 if complex_ else np.float64)
-
-
-def _difference(path: str, a: Any, b: Any, differ: Any) -> str:
-    """Where two arrays differ first."""
-    at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
-    where = f"{path}{list(at)}" if at else path
-    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{path} differs"
 
 
 # --- the laws -------------------------------------------------------------------------------------
@@ -333,43 +71,52 @@ def is_pure(trial: Trial) -> None:
     """The same arguments give the same results, and are not changed."""
     tx, params = trial.tx, trial.params
     states = [tx.init(params), tx.init(params)]
-    _expect_same("init(params)", states[1], states[0])
+    expect_same("init(params)", states[1], states[0])
     calls, results = [], []
     for t in range(2):
         calls.append((trial.grads(t), states[-1], params))
-        results.append(_untouched(tx.update, ("grads", "state", "params"), calls[-1]))
+        results.append(_update_without_changes(tx, calls[-1]))
         states.append(results[-1][1])
     # Repeated after other calls, in case one of them left something in the transform.
     for call, (updates, state) in zip(calls, results, strict=True):
         again, next_state = tx.update(*call)
-        _expect_same("updates of the same arguments", again, updates)
-        _expect_same("the next state of the same arguments", next_state, state)
+        expect_same("updates of the same arguments", again, updates)
+        expect_same("the next state of the same arguments", next_state, state)
 
 
-def _untouched(function: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...]) -> Any:
-    """The result of a call, which must leave its arguments as they are."""
-    before: list[Any] = [jax.tree.flatten(arg, is_leaf=_is_none) for arg in args]
+def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
+    """What `update` returns; it must leave its arguments as they are."""
+    before: list[Any] = [jax.tree.flatten(arg, is_leaf=is_none) for arg in args]
     values = [[None if x is None else np.array(x) for x in leaves] for leaves, _ in before]
-    result = function(*args)
+    result = tx.update(*args)
+    names = ("grads", "state", "params")
     for name, arg, (leaves, treedef), old in zip(names, args, before, values, strict=True):
-        now, now_treedef = jax.tree.flatten(arg, is_leaf=_is_none)
+        now, now_treedef = jax.tree.flatten(arg, is_leaf=is_none)
         if treedef != now_treedef or any(x is not y for x, y in zip(now, leaves, strict=True)):
             raise AssertionError(f"update has changed the {name} that it was given")
-        _expect_same(f"{name} that was given", now, old)
+        expect_same(f"{name} that was given", now, old)
     return result
 
 
 @_law
 def state_keeps_its_form(trial: Trial) -> None:
     """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
-    _expect_a_kept_form(trial, *trial.only_floats(trial.mixed_params, trial.mixed_grads()))
+    params, grads = trial.mixed_params, trial.mixed_grads()
+    _expect_a_kept_form(trial, _only_floats(params, params), _only_floats(params, grads))
+
+
+def _only_floats(params: Tree, tree: Tree) -> Tree:
+    """A tree with `None` in place of each leaf whose parameter is no float."""
+    leaves, treedef = flatten(tree)
+    pairs = zip(flatten(params)[0], leaves, strict=True)
+    return treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs])
 
 
 def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
     state = trial.tx.init(params)
     moved, next_state, _ = jax.eval_shape(lambda p, s: trial.step(p, s, grads), params, state)
-    _expect_form("state", next_state, state)
-    _expect_form("params", moved, params)
+    expect_form("state", next_state, state)
+    expect_form("params", moved, params)
 
     def body(carry: Any, t: Any) -> Any:
         def rest() -> Any:
@@ -383,27 +130,27 @@ def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
 
     start = params, state
     end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
-    _expect_form("(params, state)", end, start)
+    expect_form("(params, state)", end, start)
 
 
-_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @_law
 def updates_have_the_gradients_dtype(trial: Trial) -> None:
     """Updates have the gradients' form and states keep theirs, whatever the parameters' dtype."""
-    for wide, p_dtype, g_dtype in itertools.product((False, True), _NARROW, _NARROW):
+    for wide, p_dtype, g_dtype in itertools.product((False, True), _DTYPES, _DTYPES):
         with x64(wide):
-            params, grads = (_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
+            params, grads = (_cast_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
             state = jax.eval_shape(trial.tx.init, params)
             updates, next_state = jax.eval_shape(trial.tx.update, grads, state, params)
-            _expect_form("updates", updates, grads)
+            expect_form("updates", updates, grads)
             if not trial.has_foreign:  # optax.trace takes on the gradients' dtype
-                _expect_form("state", next_state, state)
+                expect_form("state", next_state, state)
 
 
-def _all_but_the_first(tree: Tree, dtype: Any) -> Tree:
-    """A tree of two dtypes."""
+def _cast_all_but_the_first(tree: Tree, dtype: Any) -> Tree:
+    """A tree of two dtypes: that of its first leaf, and this one."""
     leaves, treedef = flatten(tree)
     return treedef.unflatten(leaves[:1] + [x.astype(dtype) for x in leaves[1:]])
 
@@ -423,9 +170,9 @@ def jit_changes_nothing(trial: Trial) -> None:
     for params, state, grads, updates in trial.trajectory()[:2]:
         moved, next_state, eager = trial.step(params, state, grads)
         compiled = trial.compiled(params, state, grads)
-        _expect_close("updates under jit", updates, eager, _STEPS_CLOSE)
-        _expect_close("params under jit", compiled[0], moved, _STEPS_CLOSE)
-        _expect_close("state under jit", compiled[1], next_state, _STEPS_CLOSE)
+        expect_close("updates under jit", updates, eager, STEPS_CLOSE)
+        expect_close("params under jit", compiled[0], moved, STEPS_CLOSE)
+        expect_close("state under jit", compiled[1], next_state, STEPS_CLOSE)
 
 
 @_law
@@ -442,13 +189,13 @@ def one_trace_and_donation(trial: Trial) -> None:
         params = jax.tree.map(jnp.array, trial.params)
         state = init(params)
         for t in range(2):
-            donated_leaves = _named_leaves("(params, state)", (params, state))[0]
+            donated_leaves = leaves_with_names("(params, state)", (params, state))[0]
             params, state = donating_step(params, state, trial.grads(t))
             for path, x in donated_leaves:
                 if x is not None and not x.is_deleted():
                     raise AssertionError(f"{path} was donated, and is still there")
         expected, expected_state, *_ = trial.trajectory()[2]
-        _expect_close("(params, state)", (params, state), (expected, expected_state))
+        expect_close("(params, state)", (params, state), (expected, expected_state))
     if len(traces) != 1:
         raise AssertionError(f"the step was traced {len(traces)} times, expected once")
 
@@ -462,12 +209,12 @@ def float64_is_kept(trial: Trial) -> None:
         state = trial.tx.init(params)
         for t, (*_, updates) in enumerate(expected):
             # The same numbers, so that only the computation differs.
-            grads = _cast(trial.grads(t), jnp.float64)
+            grads = cast(trial.grads(t), jnp.float64)
             before = params, state
             params, state, wide = trial.compiled(params, state, grads)
-            _expect_form("updates", wide, grads)
-            _expect_form("(params, state)", (params, state), before)
-            _expect_close("updates in float64", _cast(wide, jnp.float32), updates, 1e-4)
+            expect_form("updates", wide, grads)
+            expect_form("(params, state)", (params, state), before)
+            expect_close("updates in float64", cast(wide, jnp.float32), updates, 1e-4)
 
 
 @_law
@@ -478,18 +225,18 @@ def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> No
     rounding of float32.
     """
     for dtype in (jnp.bfloat16, jnp.float16):
-        twin_state = trial.tx.init(_cast(trial.params_in(dtype), jnp.float32))
+        twin_state = trial.tx.init(cast(trial.params_in(dtype), jnp.float32))
         for params, _, grads, updates in trial.trajectory(dtype)[:-1]:
             _, twin_state, twin = trial.compiled(
-                _cast(params, jnp.float32), twin_state, _cast(grads, jnp.float32)
+                cast(params, jnp.float32), twin_state, cast(grads, jnp.float32)
             )
-            _expect_form("updates", updates, grads)
-            for path, u, exact in _pairs("updates", updates, twin):
-                u, exact = _wide(u), _wide(exact)
+            expect_form("updates", updates, grads)
+            for path, u, exact in pairs_of_leaves("updates", updates, twin):
+                u, exact = in_float64(u), in_float64(exact)
                 far = ~(np.abs(u - exact) <= 0.505 * _ulp(exact, dtype))
                 if np.any(far):
                     where = f"in {jnp.dtype(dtype).name}, {path}"
-                    raise AssertionError(_difference(where, u, exact, far))
+                    raise AssertionError(first_difference(where, u, exact, far))
 
 
 def _ulp(x: Any, dtype: Any) -> Any:
@@ -502,21 +249,26 @@ def _ulp(x: Any, dtype: Any) -> Any:
 @_law
 def vmap_over_weights_is_a_loop(trial: Trial) -> None:
     """Under `jax.vmap` over parameters, gradients and state, each gets what it gets alone."""
-    tx, history = trial.tx, trial.trajectory()
-    shift = jax.tree.map(lambda p: p + 1, trial.params)
-    many = jax.tree.map(lambda *xs: jnp.stack(xs), trial.params, shift)
-    state, other = jax.vmap(tx.init)(many), tx.init(shift)
+
+    def stacked(*trees: Tree) -> Tree:
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+    # The first has the weights and gradients of the trial, the second has others.
+    history = trial.trajectory()
+    params2 = jax.tree.map(lambda p: p + 1, trial.params)
+    state2 = trial.tx.init(params2)
+    params = stacked(trial.params, params2)
+    state = jax.vmap(trial.tx.init)(params)
     step = jax.jit(jax.vmap(trial.step))
     for t in range(2):
-        grads, scaled = trial.grads(t), jax.tree.map(lambda g: 3 * g, trial.grads(t))
-        both = jax.tree.map(lambda *xs: jnp.stack(xs), grads, scaled)
-        many, state, updates = step(many, state, both)
-        shift, other, other_updates = trial.compiled(shift, other, scaled)
-        params, first, *_ = history[t + 1]
-        expected = (params, first, history[t][3]), (shift, other, other_updates)
+        grads2 = jax.tree.map(lambda g: 3 * g, trial.grads(t))
+        params, state, updates = step(params, state, stacked(trial.grads(t), grads2))
+        params2, state2, updates2 = trial.compiled(params2, state2, grads2)
+        (params1, state1, *_), (*_, updates1) = history[t + 1], history[t]
+        expected = (params1, state1, updates1), (params2, state2, updates2)
         for i, alone in enumerate(expected):
-            one = jax.tree.map(lambda x, i=i: x[i], (many, state, updates))
-            _expect_close("(params, state, updates) under vmap", one, alone)
+            mapped = jax.tree.map(lambda x, i=i: x[i], (params, state, updates))
+            expect_close("(params, state, updates) under vmap", mapped, alone)
 
 
 # --- hyperparameters ------------------------------------------------------------------------------
@@ -538,22 +290,14 @@ def jit_argument(trial: Trial) -> None:
         actual = trial.run_as_argument(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
         with jax.disable_jit():
-            expected = _run(functools.partial(_step, closed_over), closed_over, trial)
+            expected = take_three_steps(
+                functools.partial(take_step, closed_over), closed_over, trial
+            )
         # Where a decay is traced, 1 - b is what float32 makes of it: 1e-5 off for 0.999.
-        _expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
+        expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
     traces = trial.argument_step[1]
     if len(traces) != 1:
         raise AssertionError(f"the step was traced {len(traces)} times, expected once")
-
-
-def _run(step: Callable[..., Any], tx: Any, trial: Trial) -> tuple[Tree, list[Tree]]:
-    """The parameters after three steps, and the updates."""
-    params, history = trial.params, []
-    state = tx.init(params)
-    for t in range(3):
-        params, state, updates = step(params, state, trial.grads(t))
-        history.append(updates)
-    return params, history
 
 
 @_law
@@ -563,7 +307,7 @@ def vmap_hyperparameters(trial: Trial) -> None:
     many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
     if not jax.tree.leaves(many):
         return
-    step = jax.jit(jax.vmap(_step, in_axes=(0, 0, 0, None)))
+    step = jax.jit(jax.vmap(take_step, in_axes=(0, 0, 0, None)))
     params = jax.tree.map(lambda p: jnp.stack([p, p]), trial.params)
     state, history = jax.vmap(lambda tx, p: tx.init(p))(many, params), []
     for t in range(3):
@@ -572,7 +316,7 @@ def vmap_hyperparameters(trial: Trial) -> None:
     for i, tx in enumerate(alone):
         one = jax.tree.map(lambda x, i=i: x[i], (params, history))
         expected = trial.run_as_argument(tx)
-        _expect_close("(params, updates) under vmap of the transform", one, expected)
+        expect_close("(params, updates) under vmap of the transform", one, expected)
 
 
 # --- trees ----------------------------------------------------------------------------------------
@@ -584,23 +328,24 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
     params, state, grads, _ = trial.trajectory()[1]
     leaves, treedef = flatten(grads)
     for i, path in enumerate(leaf_paths(params)[:3]):
-        some = treedef.unflatten([None if j == i else g for j, g in enumerate(leaves)])
-        updates, next_state = trial.tx.update(some, state, params)
+        without_one = treedef.unflatten([None if j == i else g for j, g in enumerate(leaves)])
+        updates, next_state = trial.tx.update(without_one, state, params)
         update, before, after = (
             flatten(tree)[0][i] for tree in (updates, params, apply_updates(params, updates))
         )
         if update is not None:
-            raise AssertionError(f"updates[{path!r}] is {_shown(update)}, expected None")
-        _expect_same(f"params[{path!r}]", after, before)
-        _expect_form("state", next_state, state)
-        for name, x, y in _pairs("state", next_state, state):
+            raise AssertionError(f"updates[{path!r}] is {shown(update)}, expected None")
+        expect_same(f"params[{path!r}]", after, before)
+        expect_form("state", next_state, state)
+        for name, x, y in pairs_of_leaves("state", next_state, state):
             if _belongs(name, path):
-                _expect_same(name, x, y)
+                expect_same(name, x, y)
 
 
 def _belongs(name: str, path: str) -> bool:
-    """Whether a leaf of a state is that of a parameter, by the names of both."""
-    return re.findall(r"\w+", name)[-len(re.findall(r"\w+", path)) :] == re.findall(r"\w+", path)
+    """Whether a leaf of a state is that of a parameter: its name ends in the parameter's path."""
+    keys, end = re.findall(r"\w+", name), re.findall(r"\w+", path)
+    return keys[-len(end) :] == end
 
 
 @_law
@@ -611,10 +356,10 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
         for path, (p, g, u, p1) in zip(leaf_paths(params), rows, strict=True):
             if not is_left_alone(p):
                 continue
-            _expect_same(f"params[{path!r}]", p1, p)
+            expect_same(f"params[{path!r}]", p1, p)
             if (u is None) != (g is None) or (u is not None and dtype_of(u) != dtype_of(g)):
                 raise AssertionError(
-                    f"updates[{path!r}] is {_shown(u)}, expected {_shown(g)}, as the gradient"
+                    f"updates[{path!r}] is {shown(u)}, expected {shown(g)}, as the gradient"
                 )
             if u is not None and np.any(np.asarray(u, bool)):
                 raise AssertionError(f"updates[{path!r}] is {np.asarray(u)}, expected zeros")
@@ -624,9 +369,9 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
 def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
     """Scalars, empty arrays and leaves of every dtype, next to each other, keep their form."""
     for params, state, grads, updates, moved, next_state in trial.mixed_run:
-        _expect_form("updates", updates, grads)
-        _expect_form("params", moved, params)
-        _expect_form("state", next_state, state)
+        expect_form("updates", updates, grads)
+        expect_form("params", moved, params)
+        expect_form("state", next_state, state)
     _expect_a_kept_form(trial, trial.mixed_params, trial.mixed_grads())
 
 
@@ -639,9 +384,9 @@ def empty_trees(trial: Trial) -> None:
     for empty in empties:
         state = trial.tx.init(empty)
         updates, next_state = trial.tx.update(empty, state, empty)
-        _expect_same(f"updates for {empty}", updates, empty)
-        _expect_form(f"state for {empty}", next_state, state)
-        _expect_same("params", apply_updates(empty, updates), empty)
+        expect_same(f"updates for {empty}", updates, empty)
+        expect_form(f"state for {empty}", next_state, state)
+        expect_same("params", apply_updates(empty, updates), empty)
 
 
 def _wrong_gradients(leaf: Any) -> dict[str, Any]:
@@ -711,7 +456,7 @@ _SPOILT: Mapping[str, Callable[[Any], Any]] = {
 @_law
 def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
     """One wrong array is enough, and so is another state; the error names a transform."""
-    named_leaves, treedef = _named_leaves("state", trial.tx.init(trial.params))
+    named_leaves, treedef = leaves_with_names("state", trial.tx.init(trial.params))
     for i, (path, x) in enumerate(named_leaves):
         if x is None:
             continue
@@ -741,7 +486,7 @@ def _expect_state_refused(trial: Trial, what: str, state: Any) -> None:
         raise AssertionError(f"{what} is not refused")
 
 
-# --- what it says of itself -----------------------------------------------------------------------
+# --- what a transform says of itself --------------------------------------------------------------
 
 
 @_law
@@ -754,10 +499,10 @@ def zeros_are_kept_where_it_says_so(trial: Trial) -> None:
     for t in range(3):
         grads = jax.tree.map(lambda g: g.at[..., :1].set(0) if g.ndim else g, trial.grads(t))
         params, state, updates = trial.compiled(params, state, grads)
-        for path, u, g in _pairs("updates", updates, grads):
+        for path, u, g in pairs_of_leaves("updates", updates, grads):
             moved = np.asarray((g == 0) & (u != 0))
             if np.any(moved):
-                raise AssertionError(_difference(path, np.asarray(u), np.asarray(g), moved))
+                raise AssertionError(first_difference(path, np.asarray(u), np.asarray(g), moved))
 
 
 @_law
@@ -769,7 +514,10 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
     state = tx.init(trial.params)
     for params, _, grads, updates in trial.trajectory()[:3]:
         grouped_updates, state = tx.update(grads, state, params)
-        _expect_close("updates of grouped", grouped_updates, updates, _STEPS_CLOSE)
+        expect_close("updates of grouped", grouped_updates, updates, STEPS_CLOSE)
+
+
+# --- row gradients --------------------------------------------------------------------------------
 
 
 @_law
@@ -817,32 +565,35 @@ def _expect_rows(
     Args:
       expected, expected_state: those of the dense arrays.
     """
-    own, old = _to_dense(actual_state), _to_dense(state)
-    lazy = {}
+    # For each table, which rows were read if the others are left alone; `None` if they are not.
+    is_read_of: dict[str, Any] = {}
     leaves = zip(*(flatten(tree)[0] for tree in (rows, actual, expected)), strict=True)
     for path, (g, u, expected_u) in zip(leaf_paths(rows), leaves, strict=True):
         name = f"updates[{path!r}]"
         if not _is_rows(g):
-            _expect_close(name, u, expected_u)
+            expect_close(name, u, expected_u)
             continue
         is_read = np.zeros(g.num_rows + 1, bool)
         is_read[np.asarray(g.indices)] = True
-        lazy[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
-        still = jnp.zeros_like(expected_u)
-        _expect_close_rows(name, _to_dense(u), expected_u, still, lazy[path])
-    before = dict(_named_leaves("", old)[0])
-    for name, x, y in _pairs("", own, _to_dense(expected_state)):
-        flags = next((lazy[path] for path in lazy if _belongs(name, path)), None)
+        is_read_of[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
+        zeros = jnp.zeros_like(expected_u)
+        _expect_close_rows(name, _to_dense(u), expected_u, zeros, is_read_of[path])
+    before = dict(leaves_with_names("", _to_dense(state))[0])
+    for name, x, y in pairs_of_leaves("", _to_dense(actual_state), _to_dense(expected_state)):
+        flags = next((is_read_of[path] for path in is_read_of if _belongs(name, path)), None)
         _expect_close_rows(f"state{name}", x, y, before[name], flags)
 
 
 def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_read: Any) -> None:
-    """An array near to what is expected, and equal to `still` in rows that were not read."""
+    """An array near to what is expected in the rows that were read, and to `still` in the others.
+
+    If `is_read` is `None` or is not about rows of this array, all of it is what is expected.
+    """
     if is_read is None or np.shape(actual)[:1] != is_read.shape:
-        _expect_close(name, actual, expected)
+        expect_close(name, actual, expected)
         return
-    _expect_close(f"{name}, in rows that have a gradient,", actual[is_read], expected[is_read])
-    _expect_same(f"{name}, in rows that have none,", actual[~is_read], still[~is_read])
+    expect_close(f"{name}, in rows that have a gradient,", actual[is_read], expected[is_read])
+    expect_same(f"{name}, in rows that have none,", actual[~is_read], still[~is_read])
 
 
 @_law
@@ -851,6 +602,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
     tx = trial.tx
     if not isinstance(tx, Transform):
         return
+    # `exact_rows` needs a rule: a transform that has none is tried before Adam and after it.
     if tx.must_be_last or tx.has_foreign:
         chains = [tx]
     elif find(Rule, tx):
@@ -870,6 +622,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
 
 
 def _patterns(rows: Tree) -> list[str]:
+    """A pattern for each leaf that is a row gradient."""
     pairs = zip(leaf_paths(rows), flatten(rows)[0], strict=True)
     return [f"^{re.escape(path)}$" for path, g in pairs if _is_rows(g)]
 
@@ -877,7 +630,7 @@ def _patterns(rows: Tree) -> list[str]:
 def _expect_exact(
     trial: Trial, exact: exact_rows, dense: Transform, params: Tree, state: Any
 ) -> None:
-    steps = [jax.jit(functools.partial(_step, tx)) for tx in (exact, dense)]
+    steps = [jax.jit(functools.partial(take_step, tx)) for tx in (exact, dense)]
     expected, expected_state = params, dense.init(params)
     for t in range(6):
         rows = trial.row_grads(t)
@@ -885,8 +638,8 @@ def _expect_exact(
         expected, expected_state, _ = steps[1](expected, expected_state, _to_dense(rows))
     params, state = jax.jit(exact.flush)(params, state)
     name = f"of exact_rows({dense!r}), after 6 steps"
-    _expect_close(f"params {name}, ", params, expected, _STEPS_CLOSE)
-    _expect_close(f"state {name}, ", state.inner, expected_state, _STEPS_CLOSE)
+    expect_close(f"params {name}, ", params, expected, STEPS_CLOSE)
+    expect_close(f"state {name}, ", state.inner, expected_state, STEPS_CLOSE)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -909,7 +662,7 @@ def is_data(trial: Trial) -> None:
         raise AssertionError(f"its field {name} can be set: it is not frozen")
     init, update = tx
     updates, _ = update(trial.grads(0), init(trial.params), trial.params)
-    _expect_close("updates of the pair", updates, trial.trajectory()[0][3])
+    expect_close("updates of the pair", updates, trial.trajectory()[0][3])
 
 
 @_law
@@ -963,7 +716,7 @@ def prints(trial: Trial) -> None:
 
 
 def _objects(x: Any) -> Iterator[Any]:
-    """The transforms and schedules in one, at any depth."""
+    """A transform or schedule, and those in it at any depth."""
     if isinstance(x, Data):
         yield x
         for value in vars(x).values():
@@ -995,35 +748,38 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
     params = trial.params_in(dtype)
     state = trial.tx.init(params)
     names, slots = _slots(state)
-    paths = leaf_paths(params)
-    expected = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
-    largest: dict[Any, float] = {}
+    # By slot and leaf.
+    expected_slots = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
+    # By name and leaf, the largest value so far. A sum that comes near zero has the rounding errors
+    # of its larger terms, so errors are compared with this.
+    largest: dict[tuple[str, str], float] = {}
     for t in range(_REFERENCE_STEPS):
         before = flatten(params)[0]
         grads = trial.grads(t, dtype)
         params, state, updates = trial.compiled(params, state, grads)
         actual = [*zip(*(flatten(tree)[0] for tree in (updates, *_slots(state)[1])), strict=True)]
-        for i, (path, g) in enumerate(zip(paths, flatten(grads)[0], strict=True)):
+        for i, (path, g) in enumerate(zip(leaf_paths(params), flatten(grads)[0], strict=True)):
             extra = {"p": np.asarray(before[i], np.float64)} if takes_params else {}
-            results = reference(
-                np.asarray(g, np.float64), *(column[i] for column in expected), step=t + 1, **extra
-            )
-            if not isinstance(results, tuple) or len(results) != 1 + len(names):
-                raise AssertionError(
-                    f"the reference returned {_returned(results)}, expected a tuple of the update"
-                    + "".join(f" and {name}" for name in names)
-                )
-            for column, x in zip(expected, results[1:], strict=True):
-                column[i] = x
-            for name, x, y in zip(("updates", *names), actual[i], results, strict=True):
+            old_slots = (slot[i] for slot in expected_slots)
+            expected = reference(np.asarray(g, np.float64), *old_slots, step=t + 1, **extra)
+            _expect_results(names, expected)
+            for slot, x in zip(expected_slots, expected[1:], strict=True):
+                slot[i] = x
+            for name, x, y in zip(("updates", *names), actual[i], expected, strict=True):
                 where = f"in {jnp.dtype(dtype).name}, at step {t + 1}, {name}[{path!r}]"
-                # A sum may come near to zero, and is not rounded there alone.
-                largest[name, path] = max(largest.get((name, path), 0.0), _largest(y))
-                _expect_near(where, x, y, rtol * largest[name, path])
+                largest[name, path] = max(largest.get((name, path), 0.0), largest_magnitude(y))
+                expect_near(where, x, y, rtol * largest[name, path])
 
 
-def _returned(results: Any) -> str:
-    return f"{len(results)} arrays" if isinstance(results, tuple) else f"a {type(results).__name__}"
+def _expect_results(slot_names: Sequence[str], results: Any) -> None:
+    """A reference must return the update and the new slots."""
+    is_tuple = isinstance(results, tuple)
+    if not is_tuple or len(results) != 1 + len(slot_names):
+        found = f"{len(results)} arrays" if is_tuple else f"a {type(results).__name__}"
+        raise AssertionError(
+            f"the reference returned {found}, expected a tuple of the update"
+            + "".join(f" and {name}" for name in slot_names)
+        )
 
 
 def _slots(state: Any) -> tuple[list[str], list[Tree]]:
@@ -1047,7 +803,7 @@ def try_law(name: str, trial: Trial) -> None:
     """Tries one law; see `check`, which tries all.
 
     Raises:
-      AssertionError: the law is broken; or it could not be tried, as an error was raised.
+      AssertionError: the law is broken, or trying it raised another error.
       ValueError: there is no such law.
     """
     if name not in _LAWS:
@@ -1106,5 +862,5 @@ def check(
     if len(broken) == 1:
         raise broken[0]
     if broken:
-        # The first that is broken has its traceback.
+        # Python shows the traceback of one cause only: that of the first broken law.
         raise AssertionError("\n\n".join(map(str, broken))) from broken[0]

@@ -69,18 +69,18 @@ def origin(results: Results, bandwidth: bool = True) -> str:
 
 
 def bounds_table(bounds: Sequence[Row]) -> list[str]:
-    """The table of bounds, if there are any, and a line above it."""
+    """A sentence and the table of bounds; nothing if there are none."""
+    if not bounds:
+        return []
     holds = {None: "not measured", True: "yes", False: "**no**"}
-    table = [
-        [row["what"], row["asked"], "" if value is None else f"{value:.3g}", holds[row["holds"]]]
-        for row in bounds
-        for value in [row["measured"]]
-    ]
-    head = ["what", "bound", "measured", "holds"]
+    table = []
+    for row in bounds:
+        measured = "" if row["measured"] is None else f"{row['measured']:.3g}"
+        table.append([row["what"], row["asked"], measured, holds[row["holds"]]])
     text = (
         "The bounds that these figures should keep. \"A's time by B's\" is A's time divided by B's:"
     )
-    return [text, markdown(head, table)] if table else []
+    return [text, markdown(["what", "bound", "measured", "holds"], table)]
 
 
 # --- suites that measure --------------------------------------------------------------------------
@@ -89,20 +89,19 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
 def dense(results: Results) -> str:
     """The table of the dense suite."""
     rivals = list(results["times"][0]["ratio"])
-    limits = ["of the limit"] if "bandwidth" in results else []
-    table = [
-        [
-            *(row["workload"], row["chain"], ranged(row["ms"]["adamjax"], 1)),
-            *(ranged(row["fraction"]["adamjax"], 2) for _ in limits),
-            *(ranged(row["ratio"].get(name), 2) for name in rivals),
-        ]
-        for row in results["times"]
-    ]
+    head = ["workload", "chain", "step, ms"]
     text = f"{origin(results)} Median (quartiles). A ratio below 1 means that adamjax is faster."
-    if limits:
+    if has_limit := "bandwidth" in results:
+        head += ["of the limit"]
         text += " Of the limit: the time that the least bytes of the step take at this bandwidth, "
         text += "divided by the step's time."
-    head = ["workload", "chain", "step, ms", *limits, *(f"of {name}'s time" for name in rivals)]
+    head += [f"of {name}'s time" for name in rivals]
+    table = []
+    for row in results["times"]:
+        cells = [row["workload"], row["chain"], ranged(row["ms"]["adamjax"], 1)]
+        if has_limit:
+            cells += [ranged(row["fraction"]["adamjax"], 2)]
+        table.append(cells + [ranged(row["ratio"].get(name), 2) for name in rivals])
     return f"{text}\n\n{markdown(head, table)}"
 
 
@@ -161,7 +160,8 @@ def models(results: Results) -> str:
         for name, contender in CONTENDERS.items()
         if (ms := row["ms"].get(name))
     ]
-    head = ["model, parameters", "contender", "step, ms", "time / exact's"]
+    head = ["model, parameters", "contender", "step, ms", "time / exact's", "tables' share, ms"]
+    head += ["temporaries, MB"]
     traces = [
         [row["model"], row["caches"], ranged(row["ms"]["rows"], 0), ranged(row["ratio"], 2)]
         for row in results["traces"]
@@ -169,7 +169,7 @@ def models(results: Results) -> str:
     parts = [
         f"{origin(results, bandwidth=False)} Median (quartiles). The tables' share is the step's "
         "time minus that of a step with frozen tables.",
-        markdown([*head, "tables' share, ms", "temporaries, MB"], steps),
+        markdown(head, steps),
         "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. With "
         "warm caches, JAX's own functions were traced before:",
         markdown(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
@@ -200,6 +200,7 @@ def differences(results: Results) -> str:
 
 # --- the rows suite -------------------------------------------------------------------------------
 
+# By case: rows and width of the table, how many indices a step reads, and how they are drawn.
 Cases = dict[tuple[int, int, int, str], Row]
 
 
@@ -208,7 +209,10 @@ def _by_case(results: Results) -> Cases:
 
 
 def _main_case(cases: Cases) -> tuple[int, int, int]:
-    """Rows, width and indices of the first case that all contenders are in."""
+    """The rows, width and number of indices of the case that is shown first.
+
+    It is the case that the docs quote, or else the largest of those with the most contenders.
+    """
     if (1_000_000, 64, 8192, "Zipf") in cases:
         return 1_000_000, 64, 8192
     rows, width, reads, _ = max(cases, key=lambda key: (len(cases[key]["ms"]), key))
@@ -236,24 +240,25 @@ def _times_as_long(row: Row, name: str, own: str = "exact") -> str:
     return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
 
 
-def _contenders_table(cases: Sequence[Row], limits: Sequence[str]) -> str:
+def _contenders_table(cases: Sequence[Row], has_limit: bool) -> str:
     """All contenders of a case, with each kind of indices."""
+    heads = ["time / exact's", *(["of the limit"] if has_limit else [])]
 
     def cells(row: Row, name: str) -> list[str]:
         own = "exact step" if "step" in name else "exact"
         if name not in row["ms"]:
-            return ["", "", *("" for _ in limits)]
+            return [""] * (1 + len(heads))
         times = "" if name == own else _times_as_long(row, name, own)
-        shares = (f"{row['fraction'][name]['median']:.2g}" for _ in limits)
-        return [ranged(row["ms"][name], 1), times, *shares]
+        share = [f"{row['fraction'][name]['median']:.2g}"] if has_limit else []
+        return [ranged(row["ms"][name], 1), times, *share]
 
     first, table = cases[0], []
     for name in (name for name in first["ms"] if name in ALL_CONTENDERS):
         bytes_used = first["temporary_bytes"].get(name), first["peak_bytes"].get(name)
         times = (cell for row in cases for cell in cells(row, name))
         table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
-    heads = (x for row in cases for x in (f"{row['indices']}, ms", "time / exact's", *limits))
-    return markdown(["contender", *heads, "temporaries, MB", "peak memory, MB"], table)
+    of_times = (x for row in cases for x in (f"{row['indices']}, ms", *heads))
+    return markdown(["contender", *of_times, "temporaries, MB", "peak memory, MB"], table)
 
 
 def rows(results: Results) -> str:
@@ -262,13 +267,30 @@ def rows(results: Results) -> str:
     bounds = bounds_table(known_row_bounds(results))
     if not cases:
         return "\n\n".join(bounds)
-    limits = ["of the limit"] if "bandwidth" in results else []
     first = _main_case(cases)
-    whole = {
+    # The other cases in which whole train steps were measured too.
+    others = {
         key[:3] for key, row in cases.items() if any(name in row["ms"] for name in WHOLE_STEPS)
-    }
+    } - {first}
     kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
+    parts = []
+    for case in (first, *sorted(others)):
+        same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
+        title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
+        if case == first:
+            text = f"{_how_rows_were_measured(results)} {title}; median (quartiles). `exact step` "
+            text += "and `lazy step` are whole train steps, which also read the rows and "
+            text += "differentiate a loss; they are compared with each other."
+        else:
+            text = f"{title}, {same_size[0]['rounds']} rounds in all:"
+        parts += [text, _contenders_table(same_size, "bandwidth" in results)]
+    text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
+    text += "sizes. In brackets: how many times as long optax with dense gradients and torch's "
+    text += "SparseAdam take."
+    return "\n\n".join([*parts, *bounds, text, _grid_table(cases, kinds)])
 
+
+def _how_rows_were_measured(results: Results) -> str:
     text = f"{origin(results)} The other cases of the last table were measured in "
     text += f"{results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
@@ -277,19 +299,11 @@ def rows(results: Results) -> str:
     for row in results["times"]:
         failed = {name: why for name, why in row["failed"].items() if name in ALL_CONTENDERS}
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
-    parts = []
-    for case in (first, *sorted(whole - {first})):
-        same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
-        title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
-        if case == first:
-            title = (
-                f"{text} {title}; median (quartiles). `exact step` and `lazy step` are whole train "
-            )
-            title += "steps, which also read the rows and differentiate a loss; they are compared "
-            title += "with each other."
-        else:
-            title += f", {same_size[0]['rounds']} rounds in all:"
-        parts += [title, _contenders_table(same_size, limits)]
+    return text
+
+
+def _grid_table(cases: Cases, kinds: Sequence[str]) -> str:
+    """`exact` in every case."""
 
     def cell(row: Row | None) -> str:
         if row is None or "exact" not in row["ms"]:
@@ -302,11 +316,7 @@ def rows(results: Results) -> str:
         [str(d), f"{n:,}", *(cell(cases.get((size, d, n, kind))) for kind, size in columns)]
         for d, n in sorted({key[1:3] for key in cases})
     ]
-    text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
-    text += "sizes. In brackets: how many times as long optax with dense gradients and torch's "
-    text += "SparseAdam take."
-    head = ["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)]
-    return "\n\n".join([*parts, *bounds, text, markdown(head, grid)])
+    return markdown(["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)], grid)
 
 
 # --- compilers ------------------------------------------------------------------------------------
@@ -319,7 +329,7 @@ def figure(report: Row, name: str, digits: int = 0, scale: float = 1.0) -> str:
     return f"{report[name] / scale:,.{digits}f}" if name in report else "not counted"
 
 
-def figures(row: Row, name: str, digits: int) -> str:
+def figure_beside_optax(row: Row, name: str, digits: int) -> str:
     """A figure of a dense step, and in brackets optax's."""
     own, other = (figure(row["said"][package], name, digits) for package in ("adamjax", "optax"))
     return f"{own} ({other})"
@@ -348,7 +358,7 @@ def tpu(results: Results) -> str:
         cells = []
         for row in by_chip:
             cycles = [row["said"][name].get("cycles", math.nan) for name in ("adamjax", "optax")]
-            cells.append(f"{figures(row, 'bytes', 2)}, {cycles[0] / cycles[1]:.3f}")
+            cells.append(f"{figure_beside_optax(row, 'bytes', 2)}, {cycles[0] / cycles[1]:.3f}")
         pairs = [(row["said"]["adamjax"], row["said"]["optax"]) for row in by_chip]
         own, other = (most(x, "temporary_bytes") for x in zip(*pairs, strict=True))
         dense_table.append([*key, *cells, f"{own:.2f} ({other:.2f})"])
@@ -356,8 +366,8 @@ def tpu(results: Results) -> str:
         moved = (figure(report, "bytes", 0, 1e6) for report in by_chip)
         sizes = mega(most(by_chip, "arguments"), 0), mega(most(by_chip, "temporary"))
         row_table.append([*key, *moved, *sizes, str(max(map(copies, by_chip)))])
-    heads = [f"{chip}: moved" for chip in chips]
-    heads = ["D", "mode", *heads, "arguments", "temporaries", "copies of whole arrays"]
+    moved_heads = (f"{chip}: moved" for chip in chips)
+    heads = ["D", "mode", *moved_heads, "arguments", "temporaries", "copies of whole arrays"]
     return "\n\n".join(
         [
             f"**The compiler's estimates, not times**; {versions(results)}, "
@@ -377,10 +387,10 @@ def tpu(results: Results) -> str:
 def gpu(results: Results) -> str:
     """The tables of what the GPU's compiler says."""
     digits = {"kernels": 0, "bytes": 2, "temporary_bytes": 2}
-    dense_table = [
-        [row["workload"], row["chain"], *(figures(row, name, n) for name, n in digits.items())]
-        for row in results["dense"]
-    ]
+    dense_table = []
+    for row in results["dense"]:
+        cells = (figure_beside_optax(row, name, n) for name, n in digits.items())
+        dense_table.append([row["workload"], row["chain"], *cells])
     row_table = []
     for row in results["rows"]:
         for kind, report in row["said"].items():
@@ -418,7 +428,7 @@ def float64(results: Results) -> str:
     """Whether exact and dense have the same metrics in float64."""
     names = list(results["metrics"][0]["contenders"])
     table = [
-        [row["model"], row["metric"], *(_equal_epochs(row["contenders"][n]) for n in names)]
+        [row["model"], row["metric"], *(_share_and_largest(row["contenders"][n]) for n in names)]
         for row in results["metrics"]
     ]
     return "\n\n".join(
@@ -431,7 +441,7 @@ def float64(results: Results) -> str:
     )
 
 
-def _equal_epochs(compared: Row) -> str:
+def _share_and_largest(compared: Row) -> str:
     share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
     return f"{share}, {compared['largest']:.1g}"
 
@@ -471,7 +481,8 @@ def _moment_errors(cases: Sequence[Row]) -> Iterable[list[str]]:
 
 def _loss_differences(tasks: dict[str, Row]) -> Iterable[list[str]]:
     formats = dict.fromkeys(name for task in tasks.values() for name in task["formats"])
-    for name in list(formats)[1:]:
+    _, *others = formats  # the first is float32, with which the others are compared
+    for name in others:
         cells = []
         for task in tasks.values():
             one = task["formats"][name]

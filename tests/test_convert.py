@@ -906,7 +906,7 @@ def test_groups_of_torch_with_a_scheduler(torch, x64):
     for order, problem in [
         (PATHS, r"m of 'embed/table' has shape \[3, 4\], expected \[6, 3\]"),
         (GROUPED[:2], r"3 parameters, but order has 2"),
-        ([*GROUPED[:2], "head/gain"], r"the leaf 'head/gain', which params does not have"),
+        ([*GROUPED[:2], "head/gain"], r"the leaf 'head/gain', but params has no float leaf there"),
     ]:
         with pytest.raises(ValueError, match=problem):
             convert.from_torch(kept, ours, middle, order=order)

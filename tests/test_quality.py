@@ -79,11 +79,11 @@ def check_split(ratings, total):
         assert negatives.isdisjoint(held_out)
 
 
-def test_each_user_leaves_the_last_two_ratings_out():
+def test_the_last_two_ratings_of_each_user_are_held_out():
     users, items, times = random_ratings()
     ratings = data.split_ratings(users, items, times)
     check_split(ratings, len(users))
-    # What a user saw before the validation is in training, and the test's window ends with it.
+    # The items before the validation are in training; those before the test end in the validation.
     windows, validation, test = ratings.before(5)
     assert windows.shape == (len(ratings.training), 5)
     first = np.searchsorted(ratings.training[:, 0], np.arange(ratings.users))
@@ -105,8 +105,10 @@ def test_drawn_items_were_not_rated_in_training():
 
 def test_both_directions_of_a_fact_are_on_one_side():
     rng = np.random.default_rng(0)
-    one = np.stack([rng.integers(0, 60, 500), np.zeros(500, int), rng.integers(0, 60, 500)], 1)
-    graph = data.split_facts(np.concatenate([one, one[:, [2, 1, 0]] + [0, 1, 0]]), 60, 2)
+    # Facts of relation 0, and the same in the other direction with relation 1.
+    facts = np.stack([rng.integers(0, 60, 500), np.zeros(500, int), rng.integers(0, 60, 500)], 1)
+    inverses = facts[:, [2, 1, 0]] + [0, 1, 0]
+    graph = data.split_facts(np.concatenate([facts, inverses]), 60, 2)
     sides = [
         {frozenset((h, t)) for h, _, t in getattr(graph, part).tolist()}
         for part in ("training", "validation", "test")
@@ -297,15 +299,18 @@ def test_equal_and_failed_runs():
 
 
 def test_outcomes():
+    def outcome(differences, p, higher_is_better=True):
+        return statistics.outcome(differences, p, 0.01, higher_is_better)
+
     near, far = [0.001, -0.001, 0.002, 0.0], [0.05, 0.06, 0.055, 0.052]
     wide = [0.3, -0.2, 0.1, 0.02]
-    assert statistics.outcome(near, 1.0, 0.01, True) == "same"
-    assert statistics.outcome(far, 0.001, 0.01, True) == "better"
-    assert statistics.outcome(far, 0.001, 0.01, False) == "worse"
-    assert statistics.outcome(far, 0.2, 0.01, True) == "undecided"
-    assert statistics.outcome(wide, 0.9, 0.01, True) == "undecided"
+    assert outcome(near, p=1.0) == "same"
+    assert outcome(far, p=0.001) == "better"
+    assert outcome(far, p=0.001, higher_is_better=False) == "worse"
+    assert outcome(far, p=0.2) == "undecided"
+    assert outcome(wide, p=0.9) == "undecided"
     # A difference that is certain but smaller than the margin.
-    assert statistics.outcome([0.005, 0.0051, 0.0049], 0.001, 0.01, True) == "same"
+    assert outcome([0.005, 0.0051, 0.0049], p=0.001) == "same"
 
 
 def test_scores_that_are_not_finite_lose():
@@ -429,8 +434,14 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
     from benchmarks.quality import report
 
     results = {
-        **{"suite": "quality", "quick": False, "rates": [0.01, 0.1], "seeds": [0, 1, 2]},
-        **{"betas": [0.9, 0.999], "eps": 1e-8, "decay": 0.05, "data": {"made": {"ratings": 3}}},
+        "suite": "quality",
+        "quick": False,
+        "rates": [0.01, 0.1],
+        "seeds": [0, 1, 2],
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "decay": 0.05,
+        "data": {"made": {"ratings": 3}},
         "groups": protocol.group_names(),
         "models": summary.summarised(FULL_PLAN, finished),
         "divergence": {"gaps": [1, 2], "by b2": {"0.9": {"exact": [1e-7, 1e-7]}}},
@@ -442,9 +453,8 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
     found = results["models"][0]["contenders"]["lazy"]["test"]["loss"]
     assert answer.difference(found) in text
     written = report.write(results, tmp_path)
-    assert [path.name for path in written] == [
-        *("quality-time.png", "quality-reads.png", "quality-divergence.png", "quality.md")
-    ]
+    plots = ["quality-time.png", "quality-reads.png", "quality-divergence.png"]
+    assert [path.name for path in written] == [*plots, "quality.md"]
     page = (tmp_path / "quality.md").read_text()
     lazy = results["models"][0]["contenders"]["lazy"]
     assert f"| lazy | {lazy['rate']:g} |" in page

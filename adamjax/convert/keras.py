@@ -41,9 +41,10 @@ _OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamax": ("adamax",),
     "nadam": ("nadam",),
 }
-# Options of a Keras optimizer, and the hyperparameters of transforms that they correspond to.
-_RULE_OPTIONS = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
-_OTHER_OPTIONS = {
+# Options of a Keras optimizer, and the hyperparameters of transforms that they correspond to. The
+# first are keys of `HyperparameterCheck`, the others are in its key `more`.
+_OPTIONS = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
+_MORE_OPTIONS = {
     "clipnorm": "max_norm",
     "global_clipnorm": "max_norm",
     "clipvalue": "limit",
@@ -61,8 +62,8 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool)
             return _OPTIMIZERS[plain_name(name)]
         source.doubts.append(
             f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, "
-            "AdamW, Adamax or Nadam (of a LossScaleOptimizer convert the inner_optimizer). Start "
-            "another one anew, tx.init(params)"
+            "AdamW, Adamax or Nadam (of a LossScaleOptimizer convert the inner_optimizer). Other "
+            "states cannot be converted: start anew with tx.init(params)"
         )
         return KINDS
     if layout.names is None:
@@ -85,20 +86,46 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool)
     return KINDS
 
 
-def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
-    """The hyperparameters of an optimizer; see `HyperparameterCheck`."""
+def _hyperparams_of_each(
+    owner: str, optimizer: Any, layout: Layout, values: Sequence[np.ndarray], num_params: int
+) -> list[Hyperparams]:
+    """The hyperparameters of each parameter, by the optimizer itself or else its variables.
+
+    `HyperparameterCheck` has the keys.
+    """
+    hyperparams: Hyperparams = {}
+    rate = layout.of("learning_rate", values).get(0)
+    if rate is not None:
+        hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)
+    if optimizer is not None:
+        hyperparams |= _options_of(owner, optimizer)
+        weight_decay = hyperparams.get("weight_decay")
+        decays = _decay_of_each(optimizer, weight_decay, num_params)
+        return [{**hyperparams, **decay} for decay in decays]
+    if layout.has_schedule:
+        hyperparams["has_schedule"] = (
+            "there is no variable learning_rate",
+            "the variables do not contain it; pass the optimizer itself to compare it",
+        )
+    hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
+    return [hyperparams] * num_params
+
+
+def _options_of(owner: str, optimizer: Any) -> Hyperparams:
+    """The hyperparameters that an optimizer has for all of its parameters."""
 
     def option(name: str) -> Any:
         value = getattr(optimizer, name, None)
         return None if value is None else number_of(owner, f"{name} of the optimizer", value)
 
-    averages = bool(getattr(optimizer, "use_ema", False))
-    hyperparams = {name: option(key) for key, name in _RULE_OPTIONS.items()}
+    hyperparams = {name: option(key) for key, name in _OPTIONS.items()}
     hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
     if hasattr(optimizer, "weight_decay"):  # None is no decay, which tx must not have either
         hyperparams.setdefault("weight_decay", 0.0)
+    # Without use_ema, the options of the average have values too, but no effect.
+    averages = bool(getattr(optimizer, "use_ema", False))
     more = {}
-    for key, name in _OTHER_OPTIONS.items():
+    for key, name in _MORE_OPTIONS.items():
         if getattr(optimizer, key, None) and (averages or not key.startswith("ema")):
             more[name] = option(key)
     factor = getattr(optimizer, "loss_scale_factor", None)
@@ -107,25 +134,30 @@ def _hyperparams_of(owner: str, optimizer: Any) -> Hyperparams:
     schedule = _schedule(getattr(optimizer, "_learning_rate", None))
     if schedule is not None:
         hyperparams["learning_rate"] = schedule
-    # Keras' `exclude_from_weight_decay` sets one of these.
-    excludes = any(
-        getattr(optimizer, name, None)
-        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
-    )
-    masks = "some" if excludes else "none" if hasattr(optimizer, "_use_weight_decay") else "unknown"
-    return {**hyperparams, "decoupled": True, "masks_decay": masks, "more": more}
+    return {**hyperparams, "decoupled": True, "more": more}
 
 
-def _decaying(optimizer: Any) -> list[bool] | None:
-    """Whether each variable that the optimizer was built on decays; `None` if that is not stated.
+def _decay_of_each(
+    optimizer: Any, weight_decay: float | None, num_params: int
+) -> list[Hyperparams]:
+    """The hyperparameters of the weight decay of each parameter that the optimizer was built on.
 
-    Keras 3 knows its variables; tf_keras does not.
+    Keras 3 knows its parameters, and which of them decay. tf_keras does not know them, only whether
+    some are excluded; older optimizers do not know even that.
     """
-    variables = getattr(optimizer, "_trainable_variables", None)
-    uses_decay = getattr(optimizer, "_use_weight_decay", None)
-    if variables is None or uses_decay is None:
-        return None
-    return [bool(uses_decay(variable)) for variable in variables]
+    params: Any = getattr(optimizer, "_trainable_variables", None)
+    decays: Any = getattr(optimizer, "_use_weight_decay", None)
+    are_known = params is not None and decays is not None and len(params) == num_params
+    if weight_decay is not None and are_known:
+        return [
+            {"weight_decay": weight_decay if decays(param) else 0.0, "masks_decay": "none"}
+            for param in params
+        ]
+    # `exclude_from_weight_decay` sets one of these.
+    names = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
+    excludes = any(getattr(optimizer, name, None) for name in names)
+    masks = "some" if excludes else "unknown" if decays is None else "none"
+    return [{"masks_decay": masks}] * num_params
 
 
 def _schedule(schedule: Any) -> Any:
@@ -148,20 +180,8 @@ def _read_variables(
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    leaves = leaves_by_path(owner, ours.params)
-    if all(name is not None for name in names):
-        n = len(leaves if order is None else order)
-        layout = layout_by_name(owner, [str(name) for name in names], values, n)
-        shapes = layout.shapes(values)
-        paths = leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes)
-    else:
-        paths = leaf_order(owner, order, ours.params, "Keras", check=check)
-        slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
-        averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
-        extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
-        shapes = [() if p is None else np.shape(leaves[p]) for p in paths]
-        may_be_legacy = not isinstance(variables, Mapping)
-        layout = layout_by_place(owner, values, shapes, extra, slots, may_be_legacy)
+    may_be_legacy = not isinstance(variables, Mapping)
+    layout, paths = _layout_and_paths(owner, names, values, may_be_legacy, ours, order, check)
 
     def by_path(role: str) -> dict[str, Any]:
         arrays = layout.of(role, values)
@@ -175,42 +195,48 @@ def _read_variables(
         count, micro = _steps_and_micro_batches(source, ours, optimizer, any_nonzero, count)
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
         source.accumulates = True
-    rate = layout.of("learning_rate", values).get(0)
-    hyperparams: Hyperparams = {}
-    if rate is not None:
-        hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)
-    if optimizer is not None:
-        hyperparams |= _hyperparams_of(owner, optimizer)
-    else:
-        if layout.has_schedule:
-            hyperparams["has_schedule"] = (
-                "there is no variable learning_rate",
-                "the variables do not contain it; pass the optimizer itself to compare it",
-            )
-        hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
+    hyperparams = _hyperparams_of_each(owner, optimizer, layout, values, len(paths))
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
     if product is not None:
         kinds = tuple(kind for kind in kinds if kind == "nadam")
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
-    decaying = _decaying(optimizer)
-    if "weight_decay" not in hyperparams or decaying is None or len(decaying) != len(paths):
-        decaying = None
-    for i, path in enumerate(paths):
+    for path, leaf_hyperparams in zip(paths, hyperparams, strict=True):
         if path is not None:
             own = {role: arrays[path] for role, arrays in slots_of.items()}
-            own_hyperparams = hyperparams
-            if decaying is not None:
-                decay = hyperparams["weight_decay"] if decaying[i] else 0.0
-                own_hyperparams = {**hyperparams, "weight_decay": decay, "masks_decay": "none"}
-            source.add(path, LeafMoments(count, own, kinds, product, own_hyperparams))
+            source.add(path, LeafMoments(count, own, kinds, product, leaf_hyperparams))
     if layout.of("average", values):
-        # Keras 3 starts the average from zero, and copies the weights in the first step.
-        average = by_path("average")
-        has_started = count or micro
-        source.average = average if has_started else {path: leaves[path] for path in average}
+        source.average = by_path("average")
+        if not count and not micro:
+            # In Keras 3 the average is zero until the first step, which copies the weights into it.
+            weights = leaves_by_path(owner, ours.params)
+            source.average = {path: weights[path] for path in source.average}
     return source, layout, paths, values
+
+
+def _layout_and_paths(
+    owner: str,
+    names: Sequence[str | None],
+    values: Sequence[np.ndarray],
+    may_be_legacy: bool,
+    ours: AdamjaxState,
+    order: Sequence[str | None] | None,
+    check: bool,
+) -> tuple[Layout, list[str | None]]:
+    """What each variable is, by the names or else by their places; and the parameters' paths."""
+    leaves = leaves_by_path(owner, ours.params)
+    if all(name is not None for name in names):
+        num_params = len(leaves if order is None else order)
+        layout = layout_by_name(owner, [str(name) for name in names], values, num_params)
+        shapes = layout.shapes(values)
+        return layout, leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes)
+    paths = leaf_order(owner, order, ours.params, "Keras", check=check)
+    slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
+    averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
+    extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
+    shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
+    return layout_by_place(owner, values, shapes, extra, slots, may_be_legacy), paths
 
 
 def _steps_and_micro_batches(
@@ -259,9 +285,9 @@ def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
                 continue
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras calls a schedule with the number "
-                "of micro-batches, and inside accumulate_gradients it is that of steps: put "
-                "scale_by_learning_rate after accumulate_gradients, as from_config does, or "
-                "change the schedule and pass check=False"
+                "of micro-batches, but inside accumulate_gradients it is called with the number of "
+                "steps: put scale_by_learning_rate after accumulate_gradients, as from_config "
+                "does, or change the schedule and pass check=False"
             )
 
 
@@ -329,10 +355,11 @@ def from_keras(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
-    new = initial_state("from_keras", tx, params)
-    _expect_counts_fit("from_keras", new, check)
-    source, *_ = _read_variables("from_keras", variables, new, order, check)
-    return into_adamjax(source, KERAS, new, average, check, RTOL)
+    owner = "from_keras"
+    ours = initial_state(owner, tx, params)
+    _expect_counts_fit(owner, ours, check)
+    source, *_ = _read_variables(owner, variables, ours, order, check)
+    return into_adamjax(source, KERAS, ours, average, check, RTOL)
 
 
 def to_keras(
@@ -406,7 +433,8 @@ def to_keras(
         elif role == "average" and paths[i] is not None:
             raise ValueError(
                 f"{owner}: the optimizer averages the weights (use_ema), but the state has no "
-                f"average of {paths[i]!r}: end tx in weight_ema, or build it without use_ema"
+                f"average of {paths[i]!r}: end tx in weight_ema, or build the optimizer without "
+                "use_ema"
             )
         else:
             arrays.append(value)

@@ -1,5 +1,6 @@
 """Finds the leaf for a parameter of another system, by its name or by the user's order."""
 
+import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -27,35 +28,30 @@ def _with_synonym(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether the longer name ends in the shorter, and this has a word that is no number."""
+    """Whether two names are equal, or one ends in the other, which is not of numbers alone."""
     n = min(len(a), len(b))
     end = a[len(a) - n :]
-    return end == b[len(b) - n :] and not all(word.isdigit() for word in end)
+    return a == b or (end == b[len(b) - n :] and not all(word.isdigit() for word in end))
 
 
 def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | None:
     """The path that each name corresponds to; `None` if they do not correspond one to one.
 
     A name and a path correspond if they have the same words: `layers.0.weight` and
-    `layers/0/kernel`. One of the two may have more words in front, such as `model`.
+    `layers/0/weight`. If that does not give all paths, one of the two may have more words in front,
+    such as `model`. If that does not either, both are tried with synonyms, so that `kernel` is a
+    `weight`.
     """
-    for synonyms in (False, True):
-        words_of = {x: _words(x) for x in (*names, *paths)}
-        if synonyms:
-            words_of = {x: _with_synonym(words) for x, words in words_of.items()}
+    words_of = {x: _words(x) for x in (*names, *paths)}
+    for words in (words_of, {x: _with_synonym(own) for x, own in words_of.items()}):
         by_last_word: dict[tuple[str, ...], list[str]] = {}
         for path in paths:
-            by_last_word.setdefault(words_of[path][-1:], []).append(path)
-        for whole_name in (True, False):
+            by_last_word.setdefault(words[path][-1:], []).append(path)
+        for correspond in (operator.eq, _ends_alike):
             chosen = []
             for name in names:
-                words = words_of[name]
-                fits = [
-                    path
-                    for path in by_last_word.get(words[-1:], [])
-                    if words == words_of[path]
-                    or (not whole_name and _ends_alike(words, words_of[path]))
-                ]
+                candidates = by_last_word.get(words[name][-1:], [])
+                fits = [path for path in candidates if correspond(words[name], words[path])]
                 chosen += fits if len(fits) == 1 else []
             if len(chosen) == len(names) == len(set(chosen)):
                 return chosen
@@ -86,7 +82,7 @@ def leaf_order(
       ValueError: nothing gives the order, or `order` contradicts the names.
     """
     leaves = leaves_by_path(owner, params)
-    known = list(leaves)
+    all_paths = list(leaves)
     if order is not None and (
         not isinstance(order, Collection) or isinstance(order, str | bytes | Mapping)
     ):
@@ -97,14 +93,14 @@ def leaf_order(
     if order is None:
         if names is None and check:
             _expect_one_order(owner, system, leaves, may_transpose)
-        if names is None or len(names) != len(known):
-            return list(known)
+        if names is None or len(names) != len(all_paths):
+            return list(all_paths)
         return list(_order_of_names(owner, system, names, leaves, check, shapes))
     for path in order:
-        if path is not None and path not in known:
+        if path is not None and path not in all_paths:
             raise ValueError(
-                f"{owner}: order names the leaf {path!r}, which params does not have (as floats): "
-                f"expected paths of {known}, or None for a parameter that is not to be converted"
+                f"{owner}: order names the leaf {path!r}, but params has no float leaf there: "
+                f"expected some of {all_paths}, or None for a parameter that is not to be converted"
             )
     given = [path for path in order if path is not None]
     if len(set(given)) != len(given):
@@ -131,21 +127,23 @@ def _order_of_names(
     check: bool,
     shapes: Sequence[tuple[int, ...]] | None,
 ) -> list[str]:
-    known = list(leaves)
-    paths = _paths_of_names(names, known)
+    """The paths of the leaves in the order of the names: by name, by place, or by shape."""
+    all_paths = list(leaves)
+    paths = _paths_of_names(names, all_paths)
     if paths is not None:
         return paths
-    if _are_numbers(known) or not check:
-        return known
+    if _are_numbers(all_paths) or not check:
+        return all_paths
     if shapes is not None:
-        leaf_of = {np.shape(x): path for path, x in leaves.items()}
-        if len(leaf_of) == len(known) and set(leaf_of) == set(shapes):
-            return [leaf_of[shape] for shape in shapes]
+        path_of_shape = {np.shape(x): path for path, x in leaves.items()}
+        if len(path_of_shape) == len(all_paths) and set(path_of_shape) == set(shapes):
+            return [path_of_shape[shape] for shape in shapes]
     elif not _of_one_shape(leaves, may_transpose=True):
-        return known  # by place: its shape would show a wrong one
+        # In a wrong order a shape would not fit, and filling the state would refuse it.
+        return all_paths
     raise ValueError(
         f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
-        f"leaves {_some(known)} one to one, and their shapes do not show which is which: give "
+        f"leaves {_some(all_paths)} one to one, and their shapes do not show which is which: give "
         "order=, the path of the leaf for each of these names, in their order"
     )
 

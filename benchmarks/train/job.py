@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -26,7 +27,7 @@ __all__ = ["all_batches", "initial", "optimizer", "run", "train_step", "up_to_da
 
 say = functools.partial(print, flush=True)
 
-# What Ctrl-C does while there are steps, and when it comes again.
+# What the first Ctrl-C does while the job trains, and what the second does.
 _ANSWERS = (
     "finishing this step, then evaluating; Ctrl-C again skips the evaluation",
     "skipping the evaluation",
@@ -54,7 +55,7 @@ def optimizer(config: Config, vocabulary: int, devices: int = 1) -> adamjax.Tran
     )
     if config.rows == "exact":
         chain = adamjax.exact_rows(chain, model.tables(vocabulary))
-    # Both have no state, so a run may go on in any number of processes.
+    # Neither `sum_over` nor `identity` has a state, so a run may go on in any number of processes.
     return adamjax.chain(adamjax.sum_over(AXIS) if devices > 1 else adamjax.identity(), chain)
 
 
@@ -63,9 +64,10 @@ def train_step(
 ) -> Callable[..., Any]:
     """A jitted function of parameters and state, which it donates, and a batch.
 
-    It returns the new ones, and the loss. `--rows none` asks for dense gradients; else the tables'
-    are the rows that a batch reads, which `exact_rows` finds out by itself.
+    It returns the new parameters and state, and the loss. With `--rows none` the gradients of the
+    tables are dense. Otherwise they are row gradients.
     """
+    # `exact_rows` knows its tables itself.
     tables = model.tables(vocabulary) if config.rows in ("lazy", "dense") else None
     if mesh.size == 1:
         return adamjax.train_step(model.loss, tx, tables=tables)
@@ -73,7 +75,7 @@ def train_step(
     def share_of_loss(params: Any, batch: model.Batch) -> jax.Array:
         return model.loss(params, batch) / mesh.size
 
-    # Each device differentiates its share of the batch. What they exchange are gradients of rows.
+    # Each device differentiates its share of the loss. What they exchange are gradients of rows.
     step = adamjax.train_step(share_of_loss, tx, tables=tables)
 
     def on_each(params: Any, state: Any, batch: model.Batch) -> Any:
@@ -81,7 +83,7 @@ def train_step(
         return params, state, jax.lax.psum(loss, AXIS)
 
     specs = P(), P(), model.Batch(P(AXIS), P(AXIS), P())
-    # Checked, it sums the gradients of the shares by itself, which `sum_over` does here.
+    # With `check_vma`, shard_map would sum the gradients of the shares; `sum_over` does that here.
     whole = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(whole, donate_argnums=(0, 1))
 
@@ -117,14 +119,10 @@ def all_batches(config: Config, text: data.Text) -> Callable[[int], model.Batch]
 def run(options: argparse.Namespace, interruption: Interruption) -> int:
     """Trains, or goes on with a run; returns the exit status."""
     began = time.perf_counter()
-    files = [str(Path(path).resolve()) for path in options.text or []]
-    run, saved = Run(options.config, files, options.folder), None
-    if options.resume:
-        run, saved = checkpoints.load(options.resume, options.chosen)
-        run.files = files or run.files
-        if run.is_evaluated:
-            say(f"{run.folder}: all {len(run.losses)} steps are taken, nothing is left to resume")
-            return 0
+    run, saved = _new_or_saved(options)
+    if saved and run.is_evaluated:
+        say(f"{run.folder}: all {len(run.losses)} steps are taken, nothing is left to resume")
+        return 0
     processes = join(options.meet, options.processes, options.number) if options.meet else ALONE
     config, devices, taken = run.config, jax.device_count(), len(run.losses)
     if config.batch % devices:
@@ -145,6 +143,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
 
     def evaluate(weights: Any) -> float | None:
         def is_given_up() -> bool:
+            # Ctrl-C came as often as there are answers; the last one is to skip the evaluation.
             return 0 < interruption.times >= len(interruption.answers)
 
         return model.held_out_loss(weights, held_out, is_given_up, processes)
@@ -159,6 +158,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     seconds = {"compile": 0.0, "train": 0.0}
     if not run.is_finished:
         seconds = _train(run, tx, text, options, processes, interruption)
+        # What is interrupted is saved as it is, what is finished is saved up to date: see `save`.
         if processes.is_first and not run.is_finished:
             checkpoints.save(run)
         run.params, run.state = up_to_date(tx, run.params, run.state)
@@ -171,11 +171,21 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     if processes.is_first:
         seconds["all"] = time.perf_counter() - began
         tokens = (len(run.losses) - taken) * config.batch
-        near = model.neighbours(average, text.words)
-        report.report(run, text, near, tokens, seconds, processes.count)
+        neighbours = model.neighbours(average, text.words)
+        report.report(run, text, neighbours, tokens, seconds, processes.count)
         if not run.is_evaluated:
             say(f"interrupted; to go on:\n  {resume_command(options)}")
     return 0 if run.is_finished else interruption.status
+
+
+def _new_or_saved(options: argparse.Namespace) -> tuple[Run, dict[str, np.ndarray] | None]:
+    """A run that begins, or the one to go on with and the arrays of its checkpoint."""
+    files = [str(Path(path).resolve()) for path in options.text or []]
+    if not options.resume:
+        return Run(options.config, files, options.folder), None
+    run, saved = checkpoints.load(options.resume, options.chosen)
+    run.files = files or run.files
+    return run, saved
 
 
 def _train(
@@ -186,7 +196,10 @@ def _train(
     processes: Processes,
     interruption: Interruption,
 ) -> dict[str, float]:
-    """Compiles the step, and takes those that are left, or fewer when interrupted."""
+    """Compiles the step and takes the steps that are left, or fewer when it is interrupted.
+
+    Returns the seconds that each of the two took.
+    """
     config, mesh, batch = run.config, processes.mesh(), all_batches(run.config, text)
     taken = len(run.losses)
     say("compiling the step ...")
@@ -196,15 +209,16 @@ def _train(
     step = step.lower(run.params, run.state, batch(taken)).compile()
     compiled = time.perf_counter()
 
-    interruption.answers = _ANSWERS  # from here on there is something to lose
-    # Wait until all processes are here. One that a signal ended now would take the others with it.
+    # From here on there is something to lose: Ctrl-C ends the job after the step.
+    interruption.answers = _ANSWERS
+    # Wait until this is so in all processes: a signal that ended one of them would end all.
     processes.any(False)
     devices = f", on {mesh.size} devices of {processes.count} processes" if mesh.size > 1 else ""
     say(
         f"run:  {run.folder}, {config.steps - taken:,} of {config.steps:,} steps to take, "
         f"rows: {config.rows} ({ROWS[config.rows]}){devices}"
     )
-    saved = compiled
+    last_saved = compiled
     bar = tqdm(
         total=config.steps * config.batch,
         initial=taken * config.batch,
@@ -222,14 +236,14 @@ def _train(
             bar.update(config.batch)
             if not math.isfinite(run.losses[-1]) or processes.any(interruption.times > 0):
                 break
-            if processes.is_first and time.perf_counter() - saved >= options.save_every:
+            if processes.is_first and time.perf_counter() - last_saved >= options.save_every:
                 checkpoints.save(run)
-                saved = time.perf_counter()
+                last_saved = time.perf_counter()
     run.params, run.state = on_one((run.params, run.state))
     if not math.isfinite(run.losses[-1]):
         raise UserError(
             f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"
         )
     if not interruption.times:
-        interruption.answers = _ANSWERS[1:]
+        interruption.answers = _ANSWERS[1:]  # the first Ctrl-C now skips the evaluation
     return {"compile": compiled - began, "train": time.perf_counter() - compiled}

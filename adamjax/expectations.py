@@ -1,0 +1,114 @@
+"""What the laws expect of results: form, bits or values; errors name the leaf and the numbers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.data import Tree
+from adamjax.leaves import described, dtype_of
+
+__all__ = [
+    "STEPS_CLOSE",
+    "expect_close",
+    "expect_form",
+    "expect_near",
+    "expect_same",
+    "first_difference",
+    "in_float64",
+    "is_none",
+    "largest_magnitude",
+    "leaves_with_names",
+    "pairs_of_leaves",
+    "shown",
+]
+
+# How far float32 results of one formula may be apart in two programs, relative to the largest value
+# of the leaf.
+_CLOSE = 2e-6
+# The same after several steps.
+STEPS_CLOSE = 2e-5
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def leaves_with_names(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves, `None` among them, each with its name for errors; and the structure."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
+    return [(name + jax.tree_util.keystr(path), x) for path, x in pairs], treedef
+
+
+def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves of two trees that must have the same structure."""
+    ours, treedef = leaves_with_names(name, actual)
+    theirs, expected_treedef = leaves_with_names(name, expected)
+    if treedef != expected_treedef:
+        names, expected_names = [path for path, _ in ours], [path for path, _ in theirs]
+        surplus = [f"a surplus {x}" for x in names if x not in set(expected_names)]
+        missing = [f"no {x}" for x in expected_names if x not in set(names)]
+        fault = (missing + surplus or [f"the structure {treedef}"])[0]
+        raise AssertionError(f"there is {fault}, expected {expected_treedef}")
+    for (path, x), (_, y) in zip(ours, theirs, strict=True):
+        if (x is None) != (y is None):
+            raise AssertionError(f"{path} is {shown(x)}, expected {shown(y)}")
+        if x is not None:
+            yield path, x, y
+
+
+def shown(x: Any) -> str:
+    return "None" if x is None else described(x)
+
+
+def expect_form(name: str, actual: Tree, expected: Tree) -> None:
+    """The same structure, shapes and dtypes."""
+    for path, x, y in pairs_of_leaves(name, actual, expected):
+        if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
+            raise AssertionError(f"{path} is {described(x)}, expected {described(y)}")
+
+
+def expect_same(name: str, actual: Tree, expected: Tree) -> None:
+    """The same form, and the same bits."""
+    expect_form(name, actual, expected)
+    for path, x, y in pairs_of_leaves(name, actual, expected):
+        a, b = np.asarray(x), np.asarray(y)
+        if a.tobytes() != b.tobytes():
+            differ = np.asarray((a != b) & ~((a != a) & (b != b)))
+            raise AssertionError(first_difference(path, a, b, differ))
+
+
+def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
+    """The same form and, within `rtol` of the largest value of a leaf, the same values."""
+    expect_form(name, actual, expected)
+    for path, x, y in pairs_of_leaves(name, actual, expected):
+        expect_near(path, x, y, rtol * largest_magnitude(y))
+
+
+def largest_magnitude(x: Any) -> float:
+    """The largest absolute value of the finite elements of an array."""
+    x = in_float64(x)
+    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
+
+
+def expect_near(path: str, x: Any, y: Any, atol: float) -> None:
+    a, b = in_float64(x), in_float64(y)
+    with np.errstate(invalid="ignore"):  # of infinities
+        far = np.asarray(~((np.abs(a - b) <= atol) | (a == b) | ((a != a) & (b != b))))
+    if np.any(far):
+        raise AssertionError(first_difference(path, a, b, far))
+
+
+def in_float64(x: Any) -> Any:
+    x = np.asarray(x)
+    complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return x.astype(np.complex128 if complex_ else np.float64)
+
+
+def first_difference(path: str, a: Any, b: Any, differ: Any) -> str:
+    """A sentence with the first element in which two arrays differ."""
+    at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
+    where = f"{path}{list(at)}" if at else path
+    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{path} differs"
