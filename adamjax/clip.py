@@ -29,7 +29,8 @@ def global_norm(tree: Tree) -> chex.Array:
     """The Euclidean norm of all floating leaves of a tree as one vector.
 
     Args:
-      tree: arrays of any shapes and dtypes; `None` and integer leaves are ignored.
+      tree: arrays of any shapes and dtypes, and row gradients, whose norm is that of their dense
+        array; `None` and integer leaves are ignored.
 
     Returns:
       A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so

@@ -1535,6 +1535,22 @@ def test_line_iterations_set():
     corrected = 0.1 / (1 - 0.9**8) / np.sqrt(0.001 / (1 - 0.999**8))
     np.testing.assert_allclose(updates["b"], [-0.1 / 8 * corrected], rtol=1e-5)
     assert step_count(state) == 8
+    # Rows that lag behind would catch up by the new count.
+    params, rows = {"t": jnp.ones((70, 1))}, row_gradient(jnp.array([3]), jnp.array([[0.01]]), 70)
+    ends = []
+    for tx in (adam(0.1, eps=1e-2), exact_rows(adam(0.1, eps=1e-2), "t")):
+        p, state = params, tx.init(params)
+        for g in (rows, row_gradient(jnp.array([5]), jnp.ones((1, 1)), 70)):
+            updates, state = tx.update({"t": g}, state, p)
+            p = apply_updates(p, updates)
+        flush = getattr(tx, "flush", lambda params, state: (params, state))
+        p, state = flush(p, state)
+        state = jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.full_like(x, 7) if str(path[-1]) == ".count" else x, state
+        )
+        updates, state = tx.update({"t": rows}, state, p)
+        ends.append(flush(apply_updates(p, updates), state)[0]["t"])
+    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-6)
 
 
 def test_line_learning_rate_lr_read_from_an_optimizer():

@@ -42,6 +42,7 @@ OUR_NAMES = {
     "tx_1": adamjax.scale(-0.5),
     "tx_2": adamjax.adam(0.1),
     "loss_fn": lambda params: params["embedding"][0].sum(),
+    "grads": GRADS[0],
     "state": adamjax.adam().init(PARAMS),
 }
 # What those in optax's column name besides: the same in its terms.
@@ -51,6 +52,7 @@ OPTAX_NAMES = {
     "transforms": {"first": OUR_NAMES["tx_1"], "second": OUR_NAMES["tx_2"]},
     "labels": {"kernel": "second", "bias": "first"},
     "n": 3,
+    "grads": GRADS[0],
     "state": optax.adam(0.1).init(PARAMS),
 }
 

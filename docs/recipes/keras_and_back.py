@@ -42,7 +42,7 @@ for x, y in batches[:10]:
     model.train_on_batch(x, y)
 
 params = weights(model)
-decays = ["bias" not in v.path for v in model.trainable_variables]
+decays = ["bias" not in v.name for v in model.trainable_variables]
 tx = adamjax.from_config(keras.optimizers.serialize(optimizer), mask=decays)
 state = adamjax.convert.from_keras(optimizer, tx, params)
 
