@@ -20,6 +20,7 @@ __all__ = [
     "Recurrence",
     "accumulator",
     "as_count",
+    "at_least_float32",
     "averaging",
     "barrier",
     "complement",
@@ -30,6 +31,7 @@ __all__ = [
     "is_signed",
     "magnitude",
     "next_count",
+    "promoted",
     "ranged",
     "root",
     "saturated",
@@ -45,6 +47,17 @@ def accumulator(*dtypes: Any) -> Any:
     """The real dtype to compute in: float64 if one of the dtypes is that wide, else float32."""
     wide = any(jnp.finfo(d).dtype == np.float64 for d in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The float dtype for the value of a hyperparameter of any real dtype."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def promoted(*dtypes: Any) -> Any:
+    """The dtype of a sum of such arrays, whatever `jax.numpy_dtype_promotion` is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def widened(dtype: Any, real: Any) -> Any:
@@ -85,7 +98,7 @@ def ranged(value: Number, allowed: Range) -> Any:
             raise ValueError(f"a hyperparameter must be {allowed.text}, got {value!r}")
         return value
     x = jnp.asarray(value)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     return jnp.where(allowed.holds(x), x, jnp.nan)
 
 
@@ -269,6 +282,7 @@ def correction(b: Number, t: chex.Array) -> chex.Array:
     """
     if is_array(b):
         b = ranged(b, BETA)
+        b = b.astype(promoted(b.dtype, t.dtype))
         log_b = jnp.log(jnp.where(b == 0, 1, b))
         # At b = 0 the logarithm has no derivative; the power has one in the first step.
         at_0 = jnp.where(t == 1, 1 - b, 1)

@@ -37,7 +37,14 @@ from adamjax.data import (
     is_array,
     static,
 )
-from adamjax.moments import as_count, expect_scalar, ranged, saturated
+from adamjax.moments import (
+    as_count,
+    at_least_float32,
+    expect_scalar,
+    promoted,
+    ranged,
+    saturated,
+)
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -252,7 +259,7 @@ def _common_integer(count: Any, steps: Any) -> Any:
     """
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
-    common = jax.dtypes.canonicalize_dtype(jnp.promote_types(steps, count))
+    common = jax.dtypes.canonicalize_dtype(promoted(steps, count))
     if not jnp.issubdtype(common, jnp.integer):  # of uint64 and signed integers
         return None
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
@@ -296,7 +303,7 @@ def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
     if jnp.issubdtype(boundary.dtype, jnp.integer):
         return saturated(boundary, count.dtype) < count
     # Floats of `end` and above exceed all counts.
-    boundary = boundary.astype(jnp.promote_types(boundary.dtype, jnp.float32))
+    boundary = boundary.astype(at_least_float32(boundary.dtype))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
     most = np.nextafter(end, np.zeros_like(end))
     below = jnp.clip(jnp.floor(boundary), float(limits.min), most).astype(count.dtype)
@@ -497,7 +504,7 @@ class polynomial_decay(_Compiled):
         # `units.left` is 1, because the next unit begins at that count.
         if self.cycle:
             at_end = (units.fraction == 0) & (units.whole > 0)
-            length = units.whole + (units.fraction > 0)
+            length = units.whole + jnp.sign(units.fraction)
             left = jnp.where(at_end, 0, units.left) / jnp.maximum(length, 1)
         else:
             left = jnp.where(units.whole >= 1, 0, units.left)
@@ -539,7 +546,8 @@ class cosine_decay(_Compiled):
         units = _units(count, self.decay_steps)
         done = jnp.where(units.whole >= 1, 1, units.fraction)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
+        alpha = _float(self.alpha)
+        return _float(self.initial_learning_rate) * ((1 - alpha) * cosine + alpha)
 
 
 class warmup(_Compiled):

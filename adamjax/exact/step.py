@@ -17,6 +17,7 @@ from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
 from adamjax.mesh import gather_rows
+from adamjax.moments import promoted
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, depending_on
 from adamjax.search import distinct_of_each
@@ -45,7 +46,7 @@ def take_step(
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf: leaf_updates[t.leaf].gradient for t in tables}
     # A chain widens narrow gradients; updates are as wide as the gradient and the table.
-    dtypes = {t.leaf: jnp.promote_types(dtype_of(grads[t.leaf]), t.dtype) for t in tables}
+    dtypes = {t.leaf: promoted(dtype_of(grads[t.leaf]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
             # A ticket is valid only for the same index array.

@@ -187,9 +187,9 @@ class exact_rows(Transform):
         plan = coasting(coast, float(momenta[0]) if momenta else None, decays, real)
         if self.history is not None and self.history < plan.least_history:
             raise ValueError(
-                f"exact_rows: history={self.history} is too small, expected at least "
-                f"{plan.least_history}: a gradient has an effect for so many steps with "
-                f"{rule!r} in {np.dtype(real).name}"
+                f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
+                f"expected at least {plan.least_history}: a gradient has an effect for so many "
+                f"steps with {rule!r} in {np.dtype(real).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
         return rule, plan

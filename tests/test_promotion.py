@@ -1,0 +1,63 @@
+"""What works under JAX's usual promotion of dtypes works under the strict one too."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import assert_same
+
+import adamjax
+
+PARAMS = jnp.array([1.0, -2.0, 3.0])
+HYPERPARAMETERS = {
+    "rate": lambda x: adamjax.adam(x(0.1)),
+    "b1": lambda x: adamjax.adam(b1=x(0.9)),
+    "eps": lambda x: adamjax.adam(eps=x(0.1)),
+    "decay": lambda x: adamjax.adamw(weight_decay=x(0.1)),
+    "momentum": lambda x: adamjax.chain(adamjax.adam(), adamjax.weight_ema(x(0.9))),
+    "initial rate": lambda x: adamjax.adam(adamjax.cosine_decay(x(0.1), 10)),
+    "boundary": lambda x: adamjax.adam(adamjax.piecewise_constant([x(2.0)], [0.1, 0.2])),
+    "norm": lambda x: adamjax.clip_by_global_norm(x(0.5)),
+    "function": lambda x: adamjax.adam(lambda count: x(0.1)),
+}
+STEPS = {
+    "inverse time": lambda n: adamjax.inverse_time_decay(0.1, n, 0.5),
+    "staircase": lambda n: adamjax.exponential_decay(0.1, n, 0.5, staircase=True),
+    "polynomial": lambda n: adamjax.polynomial_decay(0.1, n, 0.5),
+    "cycle": lambda n: adamjax.polynomial_decay(0.1, n, 0.5, cycle=True),
+    "cosine": lambda n: adamjax.cosine_decay(0.1, n),
+}
+
+
+def expect_no_difference(function, *args):
+    with jax.numpy_dtype_promotion("strict"):
+        strict = function(*args)
+    assert_same(strict, function(*args))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_arrays_as_hyperparameters(name, dtype):
+    def update():
+        tx = HYPERPARAMETERS[name](lambda value: jnp.array(value, dtype))
+        return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+    expect_no_difference(update)
+
+
+@pytest.mark.parametrize("steps", [3, jnp.uint8(3), jnp.uint32(3), jnp.int32(3)])
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_schedules(name, steps):
+    expect_no_difference(STEPS[name](steps), jnp.int32(4))
+
+
+@pytest.mark.parametrize("gradient", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("table", ["float32", "float16"])
+def test_row_gradients_of_another_dtype(gradient, table):
+    params = {"t": jnp.ones((4, 2), table)}
+    grads = {"t": adamjax.row_gradient(jnp.array([1]), jnp.ones((1, 2), gradient), 4)}
+    tx = adamjax.exact_rows(adamjax.adamw(0.1), "t")
+
+    def moved():
+        return adamjax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+    expect_no_difference(moved)
