@@ -264,12 +264,12 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
     """Refuses a state of another transform, or one whose counts are no integer scalars."""
     if not isinstance(state, kind):
         restored = isinstance(state, dict | list)
-        actual = described(state) if hasattr(state, "dtype") else f"a {type(state).__name__}"
+        actual = described(state) if hasattr(state, "dtype") else _with_article(state)
         raise TypeError(
             f"{type(owner).__name__}: the state is {actual}, expected the "
             f"{kind.__name__} that its init or its last update returned"
-            + f". {CLASSLESS}"
-            * restored
+            + f". {CLASSLESS}" * restored
+            + _UNWRAP * hasattr(state, "inner")
         )
     for name in _COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
@@ -300,6 +300,11 @@ def expect_empty(owner: Transform, state: Any) -> None:
 def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
     """A state as the tuple of the states of all parts, or an error if it is no such tuple."""
     expect_state(owner, state, tuple)
+    if hasattr(state, "_fields"):
+        raise TypeError(
+            f"{type(owner).__name__}: the state is {_with_article(state)}, expected a tuple of the "
+            f"states of its {len(owner.parts)} transforms" + _UNWRAP * hasattr(state, "inner")
+        )
     if len(state) != len(owner.parts):
         raise ValueError(
             f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "
@@ -308,6 +313,13 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
     return tuple(state)
 
 
+def _with_article(state: Any) -> str:
+    name = type(state).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+# For errors about the state of a wrapper without the wrapper.
+_UNWRAP = ". Without that wrapper continue with state.inner (of exact_rows: after flush)"
 # For errors about states that may have been read from a checkpoint.
 CLASSLESS = (
     "A checkpoint that was restored without its classes has dictionaries and lists: restore it "

@@ -514,3 +514,11 @@ def test_an_array_in_the_place_of_a_state_is_refused():
     """As where a call of a step forgets the state: the batch is in its place, and is traced."""
     with pytest.raises(TypeError, match=r"chain: the state is float32\[2, 3\], expected the tuple"):
         jax.jit(adamjax.adam().update)(jnp.ones(2), jnp.ones((2, 3)))
+
+
+def test_the_state_of_a_wrapper_that_was_taken_away():
+    params = {"t": jnp.ones((70, 1))}
+    state = adamjax.exact_rows(adamjax.adam(0.1), "t").init(params)
+    for tx in (adamjax.adam(0.1), adamjax.scale_by_adam()):
+        with pytest.raises(TypeError, match=r"is an ExactRowsState, expected .*state.inner.*flush"):
+            tx.update(params, state, params)
