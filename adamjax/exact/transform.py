@@ -42,7 +42,7 @@ from adamjax.leaves import (
     needed,
     rounds_stochastically,
 )
-from adamjax.masking import partition
+from adamjax.masking import masked, partition
 from adamjax.mesh import over_rows, rows_alike
 from adamjax.moments import accumulator
 from adamjax.paths import (
@@ -140,7 +140,8 @@ class exact_rows(Transform):
                     raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
-        if not find(partition, tx):
+        # Which parts a table goes through under these is known where there are parameters.
+        if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
             self._plan([part.tx for part in route])
 
