@@ -822,7 +822,7 @@ def _sentence(law: Callable[[Trial], None]) -> str:
     return (law.__doc__ or "").split("\n")[0]
 
 
-#: The laws: by name, the sentence that each says.
+#: The laws by their names, each with the sentence that it says.
 LAWS: Mapping[str, str] = MappingProxyType({name: _sentence(law) for name, law in _LAWS.items()})
 
 
@@ -855,6 +855,9 @@ def check(
     params: Tree = None,
 ) -> None:
     """Tries a transform on the laws, and raises if it breaks one.
+
+    All laws take from ten seconds to a minute, and minutes on a slow machine, because they compile
+    many programs; `laws` picks a few.
 
     Args:
       tx: a transform, or any pair `(init, update)`. Its hyperparameters are Python numbers.

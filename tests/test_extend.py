@@ -530,9 +530,7 @@ def test_exact_rows_takes_any_transform_that_is_masked_from_the_table():
     grads = {"table": row_grads(0)["table"], "kernel": jnp.arange(6.0).reshape(3, 2)}
     updates, _ = inside.update(grads, inside.init(params), params)
     expected, _ = around.update(grads, around.init(params), params)
-    assert_same(
-        adamjax.apply_updates(params, updates), adamjax.apply_updates(params, expected)
-    )
+    assert_same(adamjax.apply_updates(params, updates), adamjax.apply_updates(params, expected))
     assert abs(float(jnp.sum(updates["kernel"]))) < 1e-6
 
     # What is to be done is said in order: mask it; the flag only if it is true.
