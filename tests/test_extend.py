@@ -1,4 +1,4 @@
-"""Rules of a user, made only of public names: Lion, Adan, and RMSprop and ADOPT for `exact_rows`."""
+"""Rules of a user, of public names only: Lion, Adan, and RMSprop and ADOPT for `exact_rows`."""
 
 import doctest
 import math
@@ -270,7 +270,7 @@ def rms_reference(g, mean, energy, step, b1=0.8, b2=0.99, eps=1e-4):
     return mean / (np.sqrt(energy) + eps), mean, energy
 
 
-# --- ADOPT, arXiv:2411.02853: its divisor is that of the step before, so it coasts without one -----
+# --- ADOPT, arXiv:2411.02853: its divisor is that of the step before, so it coasts without one ----
 
 
 @extend.transform_state("m", "v")
@@ -342,7 +342,7 @@ def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
     assert np.any(updates.to_dense() != 0)
 
 
-# --- not elementwise: gradient centralization, arXiv:2004.01461 ------------------------------------
+# --- not elementwise: gradient centralization, arXiv:2004.01461 -----------------------------------
 
 
 def centred(_, g):

@@ -65,7 +65,7 @@ def test_defaults_are_shown_and_internals_are_not(built):
 def words(page):
     """The text of a page of the reference."""
     shown = re.sub(r"<[^>]+>", "", page.read_text())
-    return " ".join(html.unescape(shown).replace("’", "'").split())
+    return " ".join(html.unescape(shown).replace("\u2019", "'").split())
 
 
 def test_what_a_rule_needs_is_shown(built):
