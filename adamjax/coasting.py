@@ -77,27 +77,42 @@ _LARGEST = 2.0**64
 
 
 class Coast(NamedTuple):
-    """How a rule moves rows without a gradient: by m / x times a number that all rows share.
+    """How a rule moves rows without a gradient, as the result of `Rule.coast`.
+
+    In a step without a gradient the slots decay, m to `b1 * m` and x to `shrink * x`. Then the
+    rule's update of each element must be
+
+        momentum_coefficient * m / (x + eps)
+
+    with the slots after the step. `Rule.momentum_coefficient` gives the factor: one number for all
+    rows, such as Adam's bias correction. It does not have the learning rate, which a later
+    transform multiplies by. With `size=None` there is no divisor, and the update must be
+    `momentum_coefficient * m`.
 
     Attributes:
       b1: decay of the average m, in [0, 1).
       shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
-      eps: what is added to x, above 0.
+      eps: what is added to x; 0 stands for the smallest normal number, as in `divisor`.
       b2: the decay of v, in [0, 1), for algorithm 1, where step t adds
         `max(eps * sqrt(1 - b2**t), tiny)` to x; `None` if it adds eps.
       momentum: the name of the slot m.
-      size: the name of the slot that measures the gradients' size.
+      size: the name of the slot that measures the gradients' size; `None` if the rule does not
+        divide by it. Then `shrink`, `eps` and `b2` have no effect.
       squared: whether that slot is x**2 rather than x.
       decays: pairs of the name of a slot and its decay per step, for all slots that decay.
+
+    >>> from adamjax.extend import Coast
+    >>> adam = Coast(0.9, 0.999**0.5, 1e-7, decays=(("m", 0.9), ("v", 0.999)))
+    >>> momentum = Coast(0.9, size=None, decays=(("m", 0.9),))
     """
 
     b1: float
-    shrink: float
-    eps: float
+    shrink: float = 1.0
+    eps: float = 0.0
     b2: float | None = None
     momentum: str = "m"
-    size: str = "v"
+    size: str | None = "v"
     squared: bool = True
     decays: tuple[tuple[str, float], ...] = ()
 
@@ -160,6 +175,9 @@ def coasting(
     # With momentum 1 the average never changes, so it need not catch up.
     momentum = None if momentum is None or momentum == 1 else float(momentum)
     b2 = float(coast.b2) if coast.b2 else None
+    if coast.size is None:
+        # So that m / (x + e) is m, where x is 0.
+        coast, b2 = coast._replace(shrink=1.0, eps=1.0), None
     coast = Coast(float(coast.b1), float(coast.shrink), float(coast.eps), b2)
     return Coasting(coast, momentum, decays, *_layout(coast, _TOLERANCE[np.dtype(real)]))
 

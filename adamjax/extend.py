@@ -41,6 +41,12 @@ alone, applies the function to the rows of row gradients, and keeps every slot i
 ...         slots = (state.m,)
 ...         u, m = extend.lift("momentum", momentum_rule, scalars, updates, slots, rows=self.rows)
 ...         return u, MomentumState(extend.next_count(state.count), m)
+...
+...     def coast(self):
+...         return extend.Coast(self.b, size=None, decays=(("m", self.b),))
+...
+...     def momentum_coefficient(self, state, real):
+...         return extend.scalar(1.0, real)
 >>> tx = adamjax.chain(momentum(0.5), adamjax.scale_by_learning_rate(0.1))
 >>> state = tx.init({"w": jnp.zeros(2)})
 >>> updates, state = tx.update({"w": jnp.array([4.0, -2.0])}, state)

@@ -279,6 +279,10 @@ for cls in (RowGradient, RowMoves):
     )
 
 
+class SpoiltRows(TypeError, ValueError):
+    """Something has computed with the leaves of a row gradient as if it were an array."""
+
+
 def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     """The row gradient, or an error if something has computed with its indices.
 
@@ -287,13 +291,13 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     indices have become.
     """
     if rows.indices.dtype != np.int32:
-        raise TypeError(
+        raise SpoiltRows(
             f"{owner}: the indices of a row gradient are {rows.indices.dtype.name}, expected "
             "int32: a transform that does not know row gradients has changed them. Use adamjax's "
             "own instead, or give it dense gradients (to_dense)"
         )
     if np.ndim(rows.indices) != 1 or np.shape(rows.values)[:1] != np.shape(rows.indices):
-        raise ValueError(
+        raise SpoiltRows(
             f"{owner}: a row gradient has indices of shape {np.shape(rows.indices)} and values of "
             f"shape {np.shape(rows.values)}, expected (n,) and (n, ...). If these are several "
             "(from vmap, scan or a stack), make one: row_gradient(rows.indices, rows.values, "
@@ -315,8 +319,8 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     return rows.replace(indices=indices, seal=SEAL)
 
 
-def _broken_seal(owner: str) -> ValueError:
-    return ValueError(
+def _broken_seal(owner: str) -> SpoiltRows:
+    return SpoiltRows(
         f"{owner}: something has computed with the leaves of a row gradient, which changed its "
         "indices too (as jax.tree.map of an arithmetic function, jax.lax.psum and zeros_like do). "
         "Add row gradients with a + b, scale them with 2 * a, sum them over devices "

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ from adamjax.expectations import (
 from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.rows import RowGradient
+from adamjax.rows import RowGradient, SpoiltRows
 from adamjax.scaling import scale, scale_by_learning_rate
 from adamjax.structure import find, slot_states
 from adamjax.transform import Rule, Transform
@@ -496,13 +497,26 @@ def zeros_are_kept_where_it_says_so(trial: Trial) -> None:
         return
     params = trial.params
     state = trial.tx.init(params)
-    for t in range(3):
-        grads = jax.tree.map(lambda g: g.at[..., :1].set(0) if g.ndim else g, trial.grads(t))
+    # Elements of the row and of the column had gradients in the steps before.
+    for t, without in enumerate((_without_element, _without_row, _without_column)):
+        grads = jax.tree.map(without, trial.grads(t))
         params, state, updates = trial.compiled(params, state, grads)
         for path, u, g in pairs_of_leaves("updates", updates, grads):
             moved = np.asarray((g == 0) & (u != 0))
             if np.any(moved):
                 raise AssertionError(first_difference(path, np.asarray(u), np.asarray(g), moved))
+
+
+def _without_element(g: chex.Array) -> chex.Array:
+    return g.at[(slice(1),) * g.ndim].set(0)
+
+
+def _without_row(g: chex.Array) -> chex.Array:
+    return g.at[:1].set(0) if g.ndim else g
+
+
+def _without_column(g: chex.Array) -> chex.Array:
+    return g.at[..., :1].set(0) if g.ndim else g
 
 
 @_law
@@ -524,7 +538,8 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
 def row_gradients_mean_their_rows(trial: Trial) -> None:
     """A row gradient does what its dense array does, or leaves the other rows alone, or is refused.
 
-    A refusal names the leaf and speaks of a row gradient.
+    A refusal is a TypeError, ValueError or NotImplementedError that says "row gradient", or
+    "RowGradient" and the name of the transform.
     """
     with jax.disable_jit():
         _try_rows(trial)
@@ -538,15 +553,27 @@ def _try_rows(trial: Trial) -> None:
         dense = _to_dense(rows)
         try:
             actual, actual_state = trial.tx.update(rows, state, params)
-        except (TypeError, ValueError) as error:
-            text = str(error)
-            paths = leaf_paths(params)
-            if "row gradient" in text and any(repr(path) in text for path in paths):
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if _refuses_rows(trial.tx, error):
                 return
             raise
         expected, expected_state = trial.tx.update(dense, state, params)
         _expect_rows(rows, state, actual, actual_state, expected, expected_state)
         params, state = apply_updates(params, expected), expected_state
+
+
+def _refuses_rows(tx: Any, error: Exception) -> bool:
+    """Whether an error says that row gradients are refused.
+
+    One of Python's own may speak of a RowGradient too. A row gradient that has been spoilt is found
+    by a later transform, and in a compiled step it is not refused.
+    """
+    if isinstance(error, SpoiltRows):
+        return False
+    text = str(error)
+    names = {type(x).__name__ for x in (tx, *_objects(tx))}
+    named = any(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
+    return "row gradient" in text.lower() or (named and "RowGradient" in text)
 
 
 def _is_rows(x: Any) -> bool:
@@ -795,7 +822,7 @@ def _sentence(law: Callable[[Trial], None]) -> str:
     return (law.__doc__ or "").split("\n")[0]
 
 
-#: The laws: by name, the sentence that each says.
+#: The laws by their names, each with the sentence that it says.
 LAWS: Mapping[str, str] = MappingProxyType({name: _sentence(law) for name, law in _LAWS.items()})
 
 
@@ -828,6 +855,9 @@ def check(
     params: Tree = None,
 ) -> None:
     """Tries a transform on the laws, and raises if it breaks one.
+
+    All laws take from ten seconds to a minute, and minutes on a slow machine, because they compile
+    many programs; `laws` picks a few.
 
     Args:
       tx: a transform, or any pair `(init, update)`. Its hyperparameters are Python numbers.

@@ -418,13 +418,16 @@ class Rule(Transform):
         return _is_newest(type(self), "step", Rule)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
-        """The update multiplied by the factors of a `Scaling`; `None` stands for 1."""
+        """The update multiplied by the factors of a `Scaling`; `None` stands for 1.
+
+        `times` multiplies the scalars that `lift` takes by such factors.
+        """
         raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
     def coast(self) -> Coast | None:
         """How it moves an element without a gradient; `None` if `exact_rows` cannot do the same.
 
-        A rule with a `coast` has a `momentum_coefficient` too.
+        `Coast` has the formula. A rule with a `coast` has a `momentum_coefficient` too.
         """
         return None
 
@@ -436,7 +439,9 @@ class Rule(Transform):
         return self
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
-        """The factor of m / x in the next step from this state; see `Coast`.
+        """The factor of `m / (x + eps)` in the next step from this state; see `Coast`.
+
+        It is part of the rule's own update, which goes uphill and has no learning rate.
 
         Args:
           state: the state of the rule before the step.

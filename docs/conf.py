@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from docutils import nodes, utils
@@ -12,6 +13,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 import adamjax
+from adamjax.extend import Range
 
 DOCS = Path(__file__).parent
 BASE = "https://github.com/adamjax/adamjax/blob/main/"
@@ -141,6 +143,14 @@ class Names(SphinxDirective):
         return node.children
 
 
+def what_values_say(app, what, name, obj, options, lines):
+    """A range has its numbers in place of its class' docstring; a mapping, a list of its items."""
+    if isinstance(obj, Range):
+        lines[:] = [f"{obj.text[0].upper()}{obj.text[1:]}."]
+    elif isinstance(obj, Mapping):
+        lines += ["", *(f"- `{key}`: {text}" for key, text in obj.items())]
+
+
 def as_restructured_text(app, what, name, obj, options, lines):
     """Docstrings are written for a terminal: indented code and examples get their marks."""
     new = []
@@ -219,6 +229,7 @@ def setup(app):
     app.add_role("name", name_role)
     app.add_directive("names", Names)
     app.add_transform(NamesInPages)
+    app.connect("autodoc-process-docstring", what_values_say, priority=300)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
     app.connect("source-read", with_local_links)
     app.connect("env-check-consistency", everything_is_documented)

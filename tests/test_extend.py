@@ -1,4 +1,4 @@
-"""Rules of a user, made only of public names: Lion, Adan, and an RMSprop for `exact_rows`."""
+"""Rules of a user, of public names only: Lion, Adan, and RMSprop and ADOPT for `exact_rows`."""
 
 import doctest
 import math
@@ -270,6 +270,94 @@ def rms_reference(g, mean, energy, step, b1=0.8, b2=0.99, eps=1e-4):
     return mean / (np.sqrt(energy) + eps), mean, energy
 
 
+# --- ADOPT, arXiv:2411.02853: its divisor is that of the step before, so it coasts without one ----
+
+
+@extend.transform_state("m", "v")
+class AdoptState(NamedTuple):
+    count: Any
+    m: Any
+    v: Any
+
+
+class AdoptScalars(NamedTuple):
+    first: Any
+    second: Any
+    eps: Any
+
+
+def adopt_moments(c, g, m, v):
+    """The first gradient of an element only sets v, whatever the number of the step is."""
+    is_first = v == 0
+    divisor = jnp.where(is_first, 1, jnp.maximum(extend.root(v), c.eps))
+    new_m = jnp.where(is_first, m, c.first(m, g / divisor))
+    return new_m, jnp.where(is_first, extend.square(g), c.second(v, extend.square(g)))
+
+
+def adopt_direction(c, g, m, v):
+    return m
+
+
+adopt_rule = extend.Recurrence(adopt_moments, adopt_direction)
+
+
+class adopt(extend.Rule):
+    b1: extend.Number = 0.9
+    b2: extend.Number = 0.99
+    eps: extend.Number = 1e-6
+    rows: extend.Rows = extend.static(default="dense", kw_only=True)
+
+    def init(self, params):
+        return AdoptState(new_count(), zeros(params), real_zeros(params))
+
+    def update(self, updates, state, params=None, **extra_args):
+        def scalars(real):
+            averages = extend.averaging(self.b1, real), extend.averaging(self.b2, real)
+            return AdoptScalars(*averages, extend.divisor(self.eps, real))
+
+        slots = (state.m, state.v)
+        u, *slots = extend.lift("adopt", adopt_rule, scalars, updates, slots, rows=self.rows)
+        return u, AdoptState(extend.next_count(state.count), *slots)
+
+    def coast(self):
+        return extend.Coast(self.b1, size=None, decays=(("m", self.b1), ("v", self.b2)))
+
+    def momentum_coefficient(self, state, real):
+        return extend.scalar(1.0, real)
+
+
+def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
+    """With rows="lazy" the count of steps says nothing of it; its slots do."""
+    tx = adopt(rows="lazy")
+    state, late = tx.init(PARAMS["table"]), tx.init(PARAMS["table"])
+    g = jnp.arange(1.0, 7.0).reshape(2, 3)
+    other = adamjax.row_gradient(jnp.array([0, 1]), g, 8)
+    for _ in range(3):
+        _, late = tx.update(other, late)
+    rows = adamjax.row_gradient(jnp.array([2, 5]), g, 8)
+    for _ in range(3):
+        updates, state = tx.update(rows, state)
+        late_updates, late = tx.update(rows, late)
+        assert_same(late_updates.to_dense(), updates.to_dense())
+    assert np.any(updates.to_dense() != 0)
+
+
+# --- not elementwise: gradient centralization, arXiv:2004.01461 -----------------------------------
+
+
+def centred(_, g):
+    if isinstance(g, adamjax.RowGradient):
+        raise TypeError("centralize: the mean of a row gradient is not the table's; use masked")
+    return (g - g.mean(axis=tuple(range(g.ndim - 1)), keepdims=True) if g.ndim > 1 else g,)
+
+
+class centralize(extend.Stateless):
+    def update(self, updates, state, params=None, **extra_args):
+        return extend.lift(
+            "centralize", centred, extend.no_scalars, updates, like=params, rows="whole"
+        )[0], state
+
+
 # --- the laws -------------------------------------------------------------------------------------
 
 TRIALS = {
@@ -403,12 +491,16 @@ def test_exact_rows_refuses_a_rule_without_coast(rule):
         adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
 
 
-@pytest.mark.parametrize("history", [None, 128])
-def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(history):
+@pytest.mark.parametrize(
+    ("rule", "history"),
+    [(rms(), None), (rms(), 128), (adopt(), 256)],
+    ids=["rms", "rms, 128", "adopt"],
+)
+def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(rule, history):
     """Also with decay, a changing rate and an average."""
     dense = adamjax.chain(
         adamjax.clip_by_global_norm(5.0),
-        rms(),
+        rule,
         adamjax.add_decayed_weights(0.1),
         adamjax.scale_by_learning_rate(adamjax.exponential_decay(0.1, 10, 0.5)),
         adamjax.weight_ema(0.9),
@@ -427,7 +519,25 @@ def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(history):
     assert np.any(params["table"] != rows)  # some rows lag behind
     params, state = exact.flush(params, state)
     assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
-    assert adamjax.slot_names(state) == ("mean", "energy")
+    assert adamjax.slot_names(state) == adamjax.slot_names(rule.init(PARAMS))
+
+
+def test_exact_rows_takes_any_transform_that_is_masked_from_the_table():
+    params = {"table": PARAMS["table"], "kernel": jnp.ones((3, 2))}
+    kept = adamjax.masked(centralize(), "kernel")
+    inside = adamjax.exact_rows(adamjax.chain(kept, adamjax.adam(0.1)), "table")
+    around = adamjax.chain(kept, adamjax.exact_rows(adamjax.adam(0.1), "table"))
+    grads = {"table": row_grads(0)["table"], "kernel": jnp.arange(6.0).reshape(3, 2)}
+    updates, _ = inside.update(grads, inside.init(params), params)
+    expected, _ = around.update(grads, around.init(params), params)
+    assert_same(adamjax.apply_updates(params, updates), adamjax.apply_updates(params, expected))
+    assert abs(float(jnp.sum(updates["kernel"]))) < 1e-6
+
+    # What is to be done is said in order: mask it; the flag only if it is true.
+    text = r"exact_rows: centralize\(\) cannot .*masked\(.*Only if it always .*keeps_zero = True"
+    for tx in (centralize(), adamjax.masked(centralize(), "table")):
+        with pytest.raises(ValueError, match=text):
+            adamjax.exact_rows(adamjax.chain(tx, adamjax.adam(0.1)), "table").init(params)
 
 
 @extend.transform_state("average", "energy")

@@ -1,6 +1,7 @@
 """The API reference is made from docstrings: every public name has one, with an example."""
 
 import doctest
+import html
 import inspect
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from support import ROOT
 
 import adamjax
+import adamjax.testing
 
 
 @pytest.mark.parametrize("name", adamjax.__all__)
@@ -52,12 +54,35 @@ def test_every_public_name_is_in_the_reference_once(built):
 
 def test_defaults_are_shown_and_internals_are_not(built):
     def signature(page, name):
-        html = (built / "reference" / page).read_text()
-        found = re.search(rf'<dt class="sig[^>]*id="adamjax\.{name}">(.*?)</dt>', html, re.DOTALL)
+        text = (built / "reference" / page).read_text()
+        found = re.search(rf'<dt class="sig[^>]*id="adamjax\.{name}">(.*?)</dt>', text, re.DOTALL)
         return re.sub(r"<[^>]+>|\s", "", found[1])
 
     assert "learning_rate=0.001,b1=0.9,b2=0.999" in signature("optimizers.html", "adam")
     assert "set_fields" not in "".join(x.read_text() for x in built.rglob("*.html"))
+
+
+def words(page):
+    """The text of a page of the reference."""
+    shown = re.sub(r"<[^>]+>", "", page.read_text())
+    return " ".join(html.unescape(shown).replace("\u2019", "'").split())
+
+
+def test_what_a_rule_needs_is_shown(built):
+    page = built / "reference" / "extend.html"
+    for name in ("step", "coast", "momentum_coefficient", "with_wide_slots"):
+        assert f'id="adamjax.extend.Rule.{name}"' in page.read_text()
+    text = words(page)
+    for name in ("BETA", "UNIT", "NON_NEGATIVE"):
+        interval = getattr(adamjax.extend, name).text
+        assert f"{name}¶ {interval[0].upper()}{interval[1:]}." in text
+    assert "momentum_coefficient * m / (x + eps)" in text
+
+
+def test_the_laws_are_shown_with_their_sentences(built):
+    text = words(built / "reference" / "testing.html")
+    for name, sentence in adamjax.testing.LAWS.items():
+        assert f"{name}: {sentence.replace('`', '')}" in text
 
 
 def test_pages_link_to_the_reference_and_can_be_searched(built):

@@ -294,7 +294,7 @@ BROKEN = {
     ),
     "zeros_are_kept_where_it_says_so": (
         adding(),
-        r"updates\['layer'\]\['bias'\]\[0\] is 1\.0, expected 0\.0",
+        r"updates\['gain'\] is 1\.0, expected 0\.0",
     ),
     "grouped_is_the_same_where_it_says_so": (
         by_norm(),
@@ -350,6 +350,60 @@ def test_what_a_transform_says_of_itself_is_tried_in_exact_rows():
     law = "exact_rows_is_dense_or_refuses"
     for tx in (not_affine(), adding_to_rows()):
         assert "after 6 steps" in broken_laws(tx, laws=[law])[law]
+
+
+class centred(by_leaf):
+    """Keeps the zeros of a column that is zero, and no others."""
+
+    def of(self, g):
+        return g - g.mean(axis=0, keepdims=True) if g.ndim > 1 else g
+
+
+class remembering(with_state):
+    """The sum of the gradients so far: it forgets no element that had one."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        _, state = super().update(updates, state)
+        return state["total"], state
+
+
+def test_zeros_are_looked_for_in_elements_rows_and_columns():
+    law = "zeros_are_kept_where_it_says_so"
+    for tx, place in ((centred(), "[0, 0]"), (remembering(), "[0, 1]")):
+        assert f"updates['layer']['kernel']{place} is" in broken_laws(tx, laws=[law])[law]
+
+
+class refusing(sound):
+    """Refuses row gradients with an error."""
+
+    error: Any = extend.static(default=None)
+
+    def update(self, updates, state, params=None, **extra_args):
+        if any(isinstance(g, adamjax.RowGradient) for g in extend.flatten(updates)[0]):
+            raise self.error
+        return updates, state
+
+
+def test_what_counts_as_a_refusal_of_row_gradients():
+    law = "row_gradients_mean_their_rows"
+    for error in (
+        TypeError("refusing: got a row gradient, whose mean is not the table's; use masked"),
+        ValueError("row gradients are not supported"),
+        NotImplementedError("Row gradients: no."),
+        TypeError("refusing() takes no RowGradient"),
+    ):
+        tx = refusing(error=error)
+        testing.check(tx, laws=[law])
+        testing.check(adamjax.chain(tx, adamjax.scale(2.0)), laws=[law])
+    for error in (
+        ValueError("refusing: not supported"),
+        TypeError("unsupported operand type(s) for +: 'RowGradient' and 'int'"),
+        AttributeError("refusing: a row gradient has no mean"),
+    ):
+        assert type(error).__name__ in broken_laws(refusing(error=error), laws=[law])[law]
+    # This is noticed by the next transform, and is no refusal.
+    spoilt = adamjax.chain(rows_blind(), adamjax.scale_by_adam())
+    assert "has computed with the leaves" in broken_laws(spoilt, laws=[law])[law]
 
 
 # A fault, and all laws that it breaks: no others are named.

@@ -66,8 +66,11 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     # If XLA fused the gather into the arithmetic, it would not vectorise the arithmetic.
     before = barrier(gathered(c.weights for c in columns)).astype(first.real)
     coast = first.coast
-    size = root(slots[coast.size]) if coast.squared else slots[coast.size]
     momentum = slots[coast.momentum]
+    if coast.size is None:
+        size = jnp.zeros_like(momentum)
+    else:
+        size = root(slots[coast.size]) if coast.squared else slots[coast.size]
     # Only if `weight_ema` has it: a rule's slot may have that name too.
     average = slots["average"] if first.plan.momentum is not None else None
     moved, average = first.plan.catch_up(*past, last, before, momentum, size, average)

@@ -90,7 +90,8 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
 
     map_slots(collect, inner)
     coast = table.coast
-    needed_slots = {coast.momentum, coast.size, *(name for name, _ in coast.decays)}
+    needed_slots = {coast.momentum, *(name for name, _ in coast.decays)}
+    needed_slots |= set() if coast.size is None else {coast.size}
     if needed_slots - set(names) or not hasattr(rule.state, "count"):
         raise ValueError(
             f"exact_rows: {rule.tx!r} coasts by the slots {sorted(needed_slots)} and a count of "

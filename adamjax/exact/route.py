@@ -93,9 +93,10 @@ def check_route(route: list[Transform]) -> None:
             # (Without any rule, the error below is the one to raise.)
             raise refusal(
                 tx,
-                "before the rule, it may give a gradient to rows without one, unless its class "
-                "says `keeps_zero = True`. If it leaves the table alone, put it before the whole: "
-                "chain(..., exact_rows(...))",
+                "before the rule, it may give a gradient to rows without one. Keep it from the "
+                "table: masked(...) by the paths of the other leaves, or chain(masked(...), "
+                "exact_rows(...)). Only if it always turns a gradient of zero into zero, say "
+                "`keeps_zero = True` in its class",
             )
         elif rule is not None and tx.affine(None, None, 0, None) is None:
             raise refusal(tx, "after the rule, its result is not affine in update and weights")

@@ -42,7 +42,7 @@ from adamjax.leaves import (
     needed,
     rounds_stochastically,
 )
-from adamjax.masking import partition
+from adamjax.masking import masked, partition
 from adamjax.mesh import over_rows, rows_alike
 from adamjax.moments import accumulator
 from adamjax.paths import (
@@ -84,7 +84,8 @@ class exact_rows(Transform):
 
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
-        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. Betas,
+        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. What is
+        masked from the tables may be anything. Betas,
         epsilons and the average's momentum must be Python floats. Rates and decays may be arrays
         and change from step to step, as long as `learning_rate * weight_decay < 1`: after a step
         for which that is false, the rows become NaN. They also become NaN after a step whose rate
@@ -103,7 +104,8 @@ class exact_rows(Transform):
 
     Raises:
       ValueError: a transform in the chain does not allow exact rows (the message names it), or
-        `history` is too small. From `init`: `learning_rate * weight_decay` is not below 1.
+        `history` is too small; from `init` if the chain has `masked` or `partition`. `init` also
+        raises it if `learning_rate * weight_decay` is not below 1.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
@@ -140,7 +142,8 @@ class exact_rows(Transform):
                     raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
-        if not find(partition, tx):
+        # Which parts a table goes through under these is known where there are parameters.
+        if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
             self._plan([part.tx for part in route])
 
