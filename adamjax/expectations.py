@@ -76,8 +76,13 @@ def expect_same(name: str, actual: Tree, expected: Tree) -> None:
     for path, x, y in pairs_of_leaves(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
         if a.tobytes() != b.tobytes():
-            differ = np.asarray((a != b) & ~((a != a) & (b != b)))
-            raise AssertionError(first_difference(path, a, b, differ))
+            differ = np.any(_bytes_of_elements(a) != _bytes_of_elements(b), axis=-1)
+            raise AssertionError(first_difference(path, a, b, np.asarray(differ)))
+
+
+def _bytes_of_elements(x: Any) -> Any:
+    """uint8[*shape, bytes of an element]: zeros of two signs differ, and equal NaNs do not."""
+    return np.frombuffer(x.tobytes(), np.uint8).reshape(*x.shape, x.itemsize)
 
 
 def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:

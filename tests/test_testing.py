@@ -12,6 +12,7 @@ from support import is_none
 
 import adamjax
 from adamjax import extend, testing
+from adamjax.expectations import expect_same
 
 pytestmark = pytest.mark.slow
 
@@ -479,3 +480,11 @@ def test_laws_are_listed_with_a_sentence_each():
         assert re.fullmatch(r"[A-Z].*\.", sentence), name
     assert set(BROKEN) == set(testing.LAWS)
     assert adamjax.testing is testing
+
+
+def test_a_zero_of_the_other_sign_is_another_bit():
+    expect_same("u", {"w": np.array([0.0, np.nan])}, {"w": np.array([0.0, np.nan])})
+    with pytest.raises(AssertionError, match=r"u\['w'\]\[1\] is -0.0, expected 0.0"):
+        expect_same("u", {"w": np.array([1.0, -0.0])}, {"w": np.array([1.0, 0.0])})
+    with pytest.raises(AssertionError, match=r"u is -0.0, expected 0.0"):
+        expect_same("u", np.float32(-0.0), np.float32(0.0))
