@@ -98,7 +98,7 @@ class Coast(NamedTuple):
         `max(eps * sqrt(1 - b2**t), tiny)` to x; `None` if it adds eps.
       momentum: the name of the slot m.
       size: the name of the slot that measures the gradients' size; `None` if the rule does not
-        divide by it. Then `shrink`, `eps` and `b2` have no effect.
+        divide by it. Then `shrink`, `eps` and `b2` have no effect; else the first two are required.
       squared: whether that slot is x**2 rather than x.
       decays: pairs of the name of a slot and its decay per step, for all slots that decay.
 
@@ -108,8 +108,8 @@ class Coast(NamedTuple):
     """
 
     b1: float
-    shrink: float = 1.0
-    eps: float = 0.0
+    shrink: float | None = None
+    eps: float | None = None
     b2: float | None = None
     momentum: str = "m"
     size: str | None = "v"
@@ -117,8 +117,13 @@ class Coast(NamedTuple):
     decays: tuple[tuple[str, float], ...] = ()
 
 
-# The numbers of a rule that decide how rows move. They are in the name of a ring.
-_NUMBERS = ("b1", "shrink", "eps", "b2")
+class Numbers(NamedTuple):
+    """The numbers of a `Coast` that decide how rows move; they are in the name of a ring."""
+
+    b1: float
+    shrink: float
+    eps: float
+    b2: float | None
 
 
 @exportable
@@ -175,11 +180,17 @@ def coasting(
     # With momentum 1 the average never changes, so it need not catch up.
     momentum = None if momentum is None or momentum == 1 else float(momentum)
     b2 = float(coast.b2) if coast.b2 else None
+    shrink, eps = coast.shrink, coast.eps
     if coast.size is None:
         # So that m / (x + e) is m, where x is 0.
-        coast, b2 = coast._replace(shrink=1.0, eps=1.0), None
-    coast = Coast(float(coast.b1), float(coast.shrink), float(coast.eps), b2)
-    return Coasting(coast, momentum, decays, *_layout(coast, _TOLERANCE[np.dtype(real)]))
+        shrink, eps, b2 = 1.0, 1.0, None
+    if shrink is None or eps is None:
+        raise TypeError(
+            f"exact_rows: the rule divides by its slot {coast.size!r}, so its Coast must give "
+            f"shrink and eps, got {coast}; size=None is for a rule that does not divide"
+        )
+    numbers = Numbers(float(coast.b1), float(shrink), float(eps), b2)
+    return Coasting(numbers, momentum, decays, *_layout(numbers, _TOLERANCE[np.dtype(real)]))
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class Coasting:
     """A plan for how rows catch up, static and hashable; see `coasting`.
 
     Attributes:
-      coast: the rule's numbers, with b2 only if it matters.
+      numbers: those of the rule, with b2 only if it matters.
       momentum: that of the average; `None` without an average, or if it never changes.
       decays: whether b may differ from 0.
       steps: K, the number of steps after which only decay moves a row.
@@ -195,7 +206,7 @@ class Coasting:
       stretch: the d in the variable u of a series; 0 if u is sigma.
     """
 
-    coast: Coast
+    numbers: Numbers
     momentum: float | None
     decays: bool
     steps: int
@@ -205,8 +216,7 @@ class Coasting:
     @property
     def name(self) -> str:
         """Everything that a ring's entries depend on, so that no other plan can read the ring."""
-        numbers = self.coast._asdict()
-        rule = [f"{k}={numbers[k]!r}" for k in _NUMBERS if numbers[k] is not None]
+        rule = [f"{k}={x!r}" for k, x in self.numbers._asdict().items() if x is not None]
         momentum = [] if self.momentum is None else [f"momentum={self.momentum!r}"]
         return ",".join(rule + momentum + ["decay"] * self.decays)
 
@@ -291,8 +301,8 @@ class Coasting:
     def _vectors(self, count: chex.Array, real: Any) -> Any:
         """[K + 1, terms]: the coefficients of `w_j` at step `count`, for start step `count - j`."""
         j, (sigma, matrix) = np.arange(self.steps + 1)[:, None], _nodes(self.terms, self.stretch)
-        top, bottom = self.coast.b1**j, (1 - sigma) * self.coast.shrink**j
-        if self.coast.b2 is None:
+        top, bottom = self.numbers.b1**j, (1 - sigma) * self.numbers.shrink**j
+        if self.numbers.b2 is None:
             return (top / (bottom + sigma) @ matrix).astype(real)
         first = jnp.maximum(count - j.astype(np.int32) + 1, 1)
         ratio = self._epsilon(count, real) / self._epsilon(first, real)
@@ -302,10 +312,10 @@ class Coasting:
     def _epsilon(self, t: chex.Array, real: Any) -> chex.Array:
         """`e_t` of the steps t, int32 of any shape."""
         tiny = float(jnp.finfo(real).tiny)
-        if self.coast.b2 is None:
-            return jnp.full(t.shape, max(self.coast.eps, tiny), real)
-        log_b2 = np.asarray(math.log(self.coast.b2), real)
-        return jnp.maximum(self.coast.eps * jnp.sqrt(-jnp.expm1(t.astype(real) * log_b2)), tiny)
+        if self.numbers.b2 is None:
+            return jnp.full(t.shape, max(self.numbers.eps, tiny), real)
+        log_b2 = np.asarray(math.log(self.numbers.b2), real)
+        return jnp.maximum(self.numbers.eps * jnp.sqrt(-jnp.expm1(t.astype(real) * log_b2)), tiny)
 
     def catch_up(
         self,
@@ -408,7 +418,7 @@ class Coasting:
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q at the rows' end, like m."""
         real, j = x.dtype, np.arange(self.steps + 1)
-        fall_m, fall_x = (jnp.asarray(b**j, real) for b in (self.coast.b1, self.coast.shrink))
+        fall_m, fall_x = (jnp.asarray(b**j, real) for b in (self.numbers.b1, self.numbers.shrink))
         longest = jnp.minimum(jnp.max(rows.gap, initial=0), self.steps)
 
         def step(carry: tuple) -> tuple:
@@ -428,20 +438,22 @@ class Coasting:
 
 
 @functools.lru_cache
-def _layout(coast: Coast, tolerance: float) -> tuple[int, int, float]:
+def _layout(numbers: Numbers, tolerance: float) -> tuple[int, int, float]:
     """The plan's `steps`, `terms` and `stretch`."""
-    if coast.b1 == 0:
+    if numbers.b1 == 0:
         return 0, 0, 0.0
     # Replay ends at the latest when x has fallen below eps and after that m has decayed.
-    steps = _steps_until(tolerance, coast.b1)
-    if coast.shrink < 1:
-        least = max(coast.eps * float(_corrected(coast.b2, 1)), float(np.finfo(np.float32).tiny))
-        steps += _steps_until(min(1.0, least / _LARGEST), coast.shrink)
-    if coast.b1 >= coast.shrink:
+    steps = _steps_until(tolerance, numbers.b1)
+    if numbers.shrink < 1:
+        least = max(
+            numbers.eps * float(_corrected(numbers.b2, 1)), float(np.finfo(np.float32).tiny)
+        )
+        steps += _steps_until(min(1.0, least / _LARGEST), numbers.shrink)
+    if numbers.b1 >= numbers.shrink:
         return steps, 0, 0.0
-    until = _steps_until(tolerance, coast.b1 / coast.shrink)
+    until = _steps_until(tolerance, numbers.b1 / numbers.shrink)
     # With tiny betas, d would be too large for a float32.
-    series = None if coast.shrink**until < 1e-30 else _series(coast, until, tolerance)
+    series = None if numbers.shrink**until < 1e-30 else _series(numbers, until, tolerance)
     return (min(steps, until), 0, 0.0) if series is None else (until, *series)
 
 
@@ -455,7 +467,7 @@ def _corrected(b2: float | None, t: Any) -> np.ndarray:
     return np.ones(np.shape(t)) if b2 is None else np.sqrt(-np.expm1(t * math.log(b2)))
 
 
-def _series(coast: Coast, steps: int, tolerance: float) -> tuple[int, float] | None:
+def _series(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float] | None:
     """The fewest coefficients that give every G, and their stretch d; `None` if too many.
 
     The error is at most the tolerance times the movement by rates of one size and sign, for every
@@ -464,14 +476,15 @@ def _series(coast: Coast, steps: int, tolerance: float) -> tuple[int, float] | N
     # A sample of the terms, each weighted by the terms that it stands for, and of the start steps.
     j = np.unique(np.round(np.geomspace(1, steps, 100)))
     number = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
-    weight = (number * (coast.b1 / coast.shrink) ** j)[:, None]
+    weight = (number * (numbers.b1 / numbers.shrink) ** j)[:, None]
     j = j[:, None]
     starts = np.zeros((1, 1, 1))
-    if coast.b2 is not None:
-        num_starts = math.ceil(math.log(40 / (1 - coast.b2), 4))
+    if numbers.b2 is not None:
+        num_starts = math.ceil(math.log(40 / (1 - numbers.b2), 4))
         starts = np.append(0, 4.0 ** np.arange(num_starts))[:, None, None]
     excess = (
-        _corrected(coast.b2, starts + j) / _corrected(coast.b2, starts + 1) / coast.shrink**j - 1
+        _corrected(numbers.b2, starts + j) / _corrected(numbers.b2, starts + 1) / numbers.shrink**j
+        - 1
     )
     angles = np.linspace(0, np.pi, 3 * _MOST_TERMS)
 

@@ -90,14 +90,14 @@ def recurrence(plan, a, b, first, last, p, m, x, average, real):
     """The recurrence in float64, rows starting when their `last` has come."""
     a, b, p, m, x, average = (np.asarray(z, np.float64) for z in (a, b, p, m, x, average))
     moved, way, fastest = np.zeros_like(p), np.zeros_like(p), np.abs(a).max()
-    e = np.full(len(a), plan.coast.eps)
-    if plan.coast.b2 is not None:
-        e *= np.sqrt(-np.expm1((first + 1 + np.arange(len(a))) * math.log(plan.coast.b2)))
+    e = np.full(len(a), plan.numbers.eps)
+    if plan.numbers.b2 is not None:
+        e *= np.sqrt(-np.expm1((first + 1 + np.arange(len(a))) * math.log(plan.numbers.b2)))
     e = np.maximum(e, np.finfo(real).tiny)
     for i in range(len(a)):
         live = (last <= first + i)[:, None]
-        m = np.where(live, plan.coast.b1 * m, m)
-        x = np.where(live, plan.coast.shrink * x, x)
+        m = np.where(live, plan.numbers.b1 * m, m)
+        x = np.where(live, plan.numbers.shrink * x, x)
         change = np.where(live, a[i] * m / (x + e[i]) + b[i] * p, 0)
         way += np.where(live, fastest * np.abs(m) / (x + e[i]) + np.abs(b[i] * p), 0)
         p, moved = p + change, moved + change
@@ -365,11 +365,11 @@ def test_cost(form, betas, terms, history):
 
 def test_plans_are_values():
     plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
-    wide = coasting(Coast(*(np.float64(z) for z in plan.coast[:4])), np.float64(0.99), True)
+    wide = coasting(Coast(*(np.float64(z) for z in plan.numbers)), np.float64(0.99), True)
     assert plan == wide == pickle.loads(pickle.dumps(plan))
     assert hash(plan) == hash(wide)
     assert plan != plan_of("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)
-    assert all(type(z) is float for z in (*wide.coast[:4], wide.momentum, wide.stretch))
+    assert all(type(z) is float for z in (*wide.numbers, wide.momentum, wide.stretch))
 
 
 @pytest.mark.parametrize("b", [0.0, 0.3, 0.9, 0.999, 0.99999, 1.0])

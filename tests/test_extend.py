@@ -326,6 +326,15 @@ class adopt(extend.Rule):
         return extend.scalar(1.0, real)
 
 
+def test_a_rule_that_divides_must_say_how_its_divisor_decays():
+    class forgetful(adopt):
+        def coast(self):
+            return extend.Coast(self.b1, decays=(("m", self.b1), ("v", self.b2)))
+
+    with pytest.raises(TypeError, match=r"divides by its slot 'v'.*shrink and eps.*size=None"):
+        adamjax.exact_rows(forgetful(), "table")
+
+
 def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
     """With rows="lazy" the count of steps says nothing of it; its slots do."""
     tx = adopt(rows="lazy")

@@ -112,7 +112,7 @@ def _other_decays(coast: Coast) -> list[str]:
 
     Rows that lag behind catch up by them, so they are in the name of the ring too.
     """
-    known = [coast.b1, coast.shrink, coast.shrink**2]
+    known = [coast.b1] if coast.shrink is None else [coast.b1, coast.shrink, coast.shrink**2]
     return [
         f"{slot}={decay!r}"
         for slot, decay in coast.decays
