@@ -86,7 +86,9 @@ def from_config(
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So its average after step t is less by
-    `ema_momentum**t * (p_0 - p_1)`. It changes the weights only with `ema_overwrite_frequency`.
+    `ema_momentum**t * (p_0 - p_1)`. (A state of `convert.from_keras` goes on from Keras'
+    average, so there is no difference then.) It changes the weights only with
+    `ema_overwrite_frequency`.
 
     Keras does not write into a dictionary which variables `exclude_from_weight_decay` excludes:
     give `mask`, which says which leaves decay.
@@ -96,7 +98,8 @@ def from_config(
     Args:
       config: the dictionary, as it is or from JSON. It is not changed.
       mask: for a dictionary of Keras with a weight decay, the mask of `add_decayed_weights`: only
-        leaves that it matches decay. `"^(?!.*bias)"` matches paths without "bias".
+        leaves that it matches decay. `"^(?!.*bias[^/]*$)"` matches leaves whose own name, the last
+        part of the path, is without "bias". (Keras searches in the variable's name.)
       custom: your own subclasses of `Transform` or `Schedule` that the dictionary names.
 
     Returns:

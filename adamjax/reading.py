@@ -40,6 +40,11 @@ def _states_of_class(kind: type, state: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(state, is_leaf=is_of_class) if is_of_class(x)]
 
 
+def _expect_all_flushed(owner: str, state: Any) -> None:
+    for exact in _states_of_class(ExactRowsState, state):
+        expect_flushed(owner, exact)
+
+
 def _is_empty(x: Any) -> bool:
     return not jax.tree.leaves(x)
 
@@ -74,7 +79,8 @@ def slot_names(state: Any) -> tuple[str, ...]:
 def get_slot(state: Any, name: str) -> Tree:
     """A slot of the rule in a state, through chains, wrappers and partitions.
 
-    Under `exact_rows` rows may lag behind: call `flush` first.
+    Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first, or read
+    `state.inner`, whose slots of tables lag behind. Within `jit` it cannot be seen.
 
     Args:
       state: the state of any transform.
@@ -86,12 +92,13 @@ def get_slot(state: Any, name: str) -> Tree:
 
     Raises:
       KeyError: the state has no such slot; the error lists those that it has.
-      ValueError: two rules of a chain have this slot for the same leaf.
+      ValueError: two rules of a chain have this slot for the same leaf, or rows lag behind.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.get_slot(adamjax.adam().init({"w": jnp.zeros(2)}), "m")
     {'w': Array([0., 0.], dtype=float32)}
     """
+    _expect_all_flushed("get_slot", state)
     slots = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
     if not slots:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
@@ -172,8 +179,7 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     >>> adamjax.averaged_weights(tx.init({"w": jnp.ones(2)}))
     {'w': Array([1., 1.], dtype=float32)}
     """
-    for exact in _states_of_class(ExactRowsState, state):
-        expect_flushed("averaged_weights", exact)
+    _expect_all_flushed("averaged_weights", state)
     return weights_as_averaged(state, params)
 
 

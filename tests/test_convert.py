@@ -1482,6 +1482,48 @@ def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
                 convert.from_keras(optimizer, adamjax.adam(other), params)
 
 
+def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
+    """In the first steps all of these rates are the same."""
+    params, k = {"w": jnp.ones(3), "b": jnp.ones(2)}, keras.optimizers
+    cosine = k.schedules.CosineDecay(0.0, 60, 0.1, warmup_target=0.1, warmup_steps=12)
+    pieces = k.schedules.PiecewiseConstantDecay([1000, 3001], [0.1, 0.2, 0.3])
+    for schedule, right, others in (
+        (
+            cosine,
+            adamjax.warmup(adamjax.cosine_decay(0.1, 60, 0.1), 12),
+            [
+                adamjax.warmup(adamjax.cosine_decay(0.1, 61, 0.1), 12),
+                adamjax.warmup(adamjax.cosine_decay(0.1, 60, 0.2), 12),
+                adamjax.warmup(adamjax.constant(0.1), 12),
+            ],
+        ),
+        (
+            pieces,
+            adamjax.piecewise_constant([1000, 3001], [0.1, 0.2, 0.3]),
+            [
+                adamjax.piecewise_constant([1000, 3002], [0.1, 0.2, 0.3]),
+                adamjax.piecewise_constant([1000], [0.1, 0.2]),
+                0.1,
+            ],
+        ),
+    ):
+        optimizer = k.Adam(schedule)
+        variables = [(np.ones(2), "b"), (np.ones(3), "w")]
+        optimizer.build([keras.Variable(x.astype(np.float32), name=n) for x, n in variables])
+        optimizer.iterations.assign(5)
+        convert.from_keras(optimizer, adamjax.adam(right), params)
+        rates = adamjax.by_path({"w": right}, default=right)
+        convert.from_keras(optimizer, adamjax.adam(rates), params)
+        for other in others:
+            with pytest.raises(ValueError, match=r"'[bw]': Keras has a learning rate"):
+                convert.from_keras(optimizer, adamjax.adam(other), params)
+        rates = adamjax.by_path({"w": others[0]}, default=right)
+        with pytest.raises(
+            ValueError, match=r"'w': Keras has a learning rate of .* after \d+ steps"
+        ):
+            convert.from_keras(optimizer, adamjax.adam(rates), params)
+
+
 def test_names_of_keras_say_that_there_is_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)

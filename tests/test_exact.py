@@ -970,11 +970,11 @@ def test_donated_tables_are_updated_in_place():
     params = small_params()
     state = jax.tree.map(jnp.copy, tx.init(params))
     for t in range(3):
-        before = params["table"], adamjax.get_slot(state, "m")["table"]
+        before = params["table"], adamjax.get_slot(state.inner, "m")["table"]
         places = [x.unsafe_buffer_pointer() for x in before]
         params, state = step(params, state, small_grads(t))
         assert all(x.is_deleted() for x in before)
-        after = params["table"], adamjax.get_slot(state, "m")["table"]
+        after = params["table"], adamjax.get_slot(state.inner, "m")["table"]
         assert [x.unsafe_buffer_pointer() for x in after] == places
     assert_close(looked_up(tx, params, state), looked_up(tx, *trained_shortly(tx, 3)), rtol=1e-6)
 
@@ -1099,6 +1099,9 @@ def test_an_average_of_rows_that_lag_behind_is_refused():
         adamjax.averaged_weights(state)
     with pytest.raises(ValueError, match=r"lag behind.*flush"):
         adamjax.averaged_weights({"optimizer": state}, params)
+    with pytest.raises(ValueError, match=r"^get_slot: rows of the table 'table' lag behind"):
+        adamjax.get_slot(state, "m")
+    adamjax.get_slot(state.inner, "m")
     jax.jit(adamjax.averaged_weights)(state)
     lanes = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     with pytest.raises(ValueError, match="lag behind"):

@@ -140,7 +140,7 @@ def test_exact_rows_that_cannot_be_followed_are_refused():
 def test_a_state_of_another_transform_is_refused():
     tx = adamjax.skip_not_finite(adamjax.exact_rows(adamjax.adam(0.1), "table"))
     other = adamjax.exact_rows(adamjax.adam(0.1), "table")
-    with pytest.raises(TypeError, match="state is a ExactRowsState, expected the SkipNotFinite"):
+    with pytest.raises(TypeError, match="state is an ExactRowsState, expected the SkipNotFinite"):
         adamjax.train_step(loss_fn, tx)(params(), other.init(params()), IDS[0])
 
 

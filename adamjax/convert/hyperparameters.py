@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from adamjax._compat import x64
@@ -20,6 +21,9 @@ from adamjax.structure import Part
 from adamjax.transform import Rule
 
 __all__ = ["HyperparameterCheck"]
+
+# The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
+_LAST, _MOST_LENGTHS = 2**30, 8
 
 
 class HyperparameterCheck:
@@ -48,6 +52,8 @@ class HyperparameterCheck:
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
         ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
+        # Pairs of schedules that agree in all steps that are compared.
+        self.agreeing: list[tuple[Any, list[Any]]] = []
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
@@ -132,10 +138,12 @@ class HyperparameterCheck:
         stated = hyperparams.get("learning_rate")
         if stated is None:
             return
-        if callable(stated):  # A schedule, which is called with the count of tx.
+        schedule = stated if callable(stated) else None
+        if schedule is not None:  # It is called with the count of tx.
             rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
+            count = (*rates, after[0])[0].state.count
             with x64(True):
-                stated = rate_at(stated, (*rates, after[0])[0].state.count)
+                stated = rate_at(schedule, count)
         in_tx = self._rate(path, after)
         if in_tx is not None and not self._is_rate(path, after, stated):
             self._refuse(
@@ -144,6 +152,30 @@ class HyperparameterCheck:
                 f"{float(in_tx):g} for the next step",
                 "build tx with that rate (by_path, if leaves have rates of their own)",
             )
+        if in_tx is not None and schedule is not None:
+            self._check_later_rates(path, after, schedule, int(count))
+
+    def _check_later_rates(
+        self, path: str, after: Sequence[Part], schedule: Any, count: int
+    ) -> None:
+        """Compares a schedule with that of a leaf in later steps: near each edge, and far apart."""
+        in_tx = [
+            rate.at(path) if isinstance(rate, by_path) else rate
+            for rate in (getattr(part.tx, "learning_rate", None) for part in after)
+        ]
+        if any(schedule is one and in_tx == others for one, others in self.agreeing):
+            return
+        for later in _later_counts(count, (schedule, in_tx)):
+            with x64(True):
+                stated = rate_at(schedule, later)
+            if not self._is_rate(path, after, stated, later - count):
+                self._refuse(
+                    path,
+                    f"a learning rate of {float(stated):g} after {later} steps",
+                    f"{float(self._rate(path, after, later - count)):g}",
+                    "build tx with the same schedule",
+                )
+        self.agreeing.append((schedule, in_tx))
 
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Refuses a constant rate for a run with a schedule, unless the user sets the rate."""
@@ -170,31 +202,31 @@ class HyperparameterCheck:
         txs = [part.tx for part in self.all_parts]
         return any(isinstance(tx, with_hyperparams) and name in tx.hyperparams for tx in txs)
 
-    def _is_rate(self, path: str, after: Sequence[Part], stated: Any) -> bool:
-        """Whether the next step has the stated rate, in float32 or in float64.
+    def _is_rate(self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0) -> bool:
+        """Whether the next step, or a later one, has the stated rate, in float32 or in float64.
 
         The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
         near its end, or a power of many steps.
         """
-        if same_value(stated, self._rate(path, after)):
+        if same_value(stated, self._rate(path, after, steps_later)):
             return True
         try:
             with x64(True):
-                return same_value(stated, self._rate(path, after))
+                return same_value(stated, self._rate(path, after, steps_later))
         except TypeError:  # A function of another library may work in float32 only.
             return False
 
-    def _rate(self, path: str, after: Sequence[Part]) -> Any:
-        """The factor of the next step, downhill; `None` if nothing scales it."""
+    def _rate(self, path: str, after: Sequence[Part], steps_later: int = 0) -> Any:
+        """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
         scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in after)
-        return -self._factor(path, after) if scales else None
+        return -self._factor(path, after, steps_later) if scales else None
 
-    def _factor(self, path: str, route: Sequence[Part]) -> float:
-        """The factor by which these parts multiply the next step."""
+    def _factor(self, path: str, route: Sequence[Part], steps_later: int = 0) -> float:
+        """The factor by which these parts multiply the next step, or a later one."""
         factor = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
-                rate = rate_at(part.tx.learning_rate, part.state.count)
+                rate = rate_at(part.tx.learning_rate, part.state.count + steps_later)
                 factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
                 factor *= float(part.tx.factor)
@@ -290,3 +322,18 @@ class HyperparameterCheck:
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays
+
+
+def _later_counts(count: int, schedules: Any) -> list[int]:
+    """Counts of steps at which two schedules are compared.
+
+    Where a part of a schedule ends is a whole number among its values, or the sum of two of them.
+    """
+    numbers = [x for x in jax.tree.leaves(schedules) if np.ndim(x) == 0 and not isinstance(x, str)]
+    lengths = {int(x) for x in numbers if 1 <= x <= _LAST and x == int(x)}
+    edges = set(lengths)
+    if len(lengths) <= _MOST_LENGTHS:
+        edges |= {a + b for a in lengths for b in lengths}
+    counts = {edge + i for edge in edges for i in (-1, 0, 1)}
+    counts |= {count + (1 << i) for i in range(_LAST.bit_length())}
+    return sorted(x for x in counts if count < x <= _LAST)

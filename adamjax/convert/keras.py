@@ -324,7 +324,8 @@ def from_keras(
 
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
           and schedule (one of Keras' own) are compared as well, and in Keras 3 also which leaves
-          decay;
+          decay. (An optimizer of `keras.models.load_model` has forgotten which were excluded: call
+          its `exclude_from_weight_decay` again first.);
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in
           TensorFlow's Keras `v.name`), or a mapping of names to arrays;
@@ -342,7 +343,7 @@ def from_keras(
       check: as for `from_optax`.
 
     Returns:
-      A state like that of `tx.init(params)`.
+      A state like that of `tx.init(params)`, of arrays of its own.
 
     Raises:
       TypeError: `variables` has none of these forms.

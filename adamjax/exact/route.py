@@ -91,9 +91,11 @@ def check_route(route: list[Transform]) -> None:
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
             # (Without any rule, the error below is the one to raise.)
+            own = "If adamjax has the same, such as clip_by_global_norm, use that. Else keep"
+            keep = own if tx.has_foreign else "Keep"
             raise refusal(
                 tx,
-                "before the rule, it may give a gradient to rows without one. Keep it from the "
+                f"before the rule, it may give a gradient to rows without one. {keep} it from the "
                 "table: masked(...) by the paths of the other leaves, or chain(masked(...), "
                 "exact_rows(...)). Only if it always turns a gradient of zero into zero, say "
                 "`keeps_zero = True` in its class",
