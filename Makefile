@@ -10,10 +10,10 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 # Compiled programs are stored, for tests that compile the same ones and for the next run.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# Less work for XLA's compiler, which most of a test's time is. `make test-newest` does without: it
-# compiles as a user's program does.
+# Less work for XLA's compiler, which most of a test's time is: fewer passes, and the older emitters,
+# which take a third of the time. `make test-newest` does without: it compiles as a user's program does.
 COMPILE_FAST := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=1 \
-	--xla_cpu_parallel_codegen_split_count=1"
+	--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
 PIP := -m pip --disable-pip-version-check install --quiet
 # Only its data files are read, so its many requirements are left out.
 RECBOLE := recbole==1.2.1

@@ -677,14 +677,12 @@ def after_a_clip(rows):
     return adamjax.chain(adamjax.clip_by_global_norm(1.0), rule, adamjax.weight_ema(0.99))
 
 
+# Adam's steps are a part of AdamW's.
 IN_PLACE = {
-    "lazy adam": adamjax.adam(0.1, rows="lazy"),
     "lazy adamw": adamjax.adamw(0.1, rows="lazy"),
     "lazy amsgrad": adamjax.amsgrad(0.1, rows="lazy"),
     "lazy pipeline": after_a_clip("lazy"),
-    "dense adam": adamjax.adam(0.1),
     "dense adamw": adamjax.adamw(0.1),
-    "exact adam": adamjax.exact_rows(adamjax.adam(0.1), "t"),
     "exact adamw": adamjax.exact_rows(adamjax.adamw(0.1), "t"),
     "exact amsgrad": adamjax.exact_rows(adamjax.amsgrad(0.1), "t"),
     "exact pipeline": adamjax.exact_rows(after_a_clip("dense"), "t"),

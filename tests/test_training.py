@@ -1,6 +1,7 @@
 """A train step in one line is the step that one would write."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -390,12 +391,22 @@ def expect_near(actual, expected, dtype=jnp.float32):
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), **tolerance)
 
 
+@functools.cache
+def after_training(make, dtype=jnp.float32):
+    """The transform that `make` makes; the parameters and the state after `train`."""
+    tx = make()
+    return tx, *train(tx, two_tables(dtype))
+
+
+def both_exact():
+    return adamjax.exact_rows(adamjax.adamw(0.1), ["table", "other"])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
 @pytest.mark.slow
 def test_forward_returns_what_a_call_after_flush_returns(fn, dtype):
-    tx = adamjax.exact_rows(adamjax.adamw(0.1), ["table", "other"])
-    p, state = train(tx, two_tables(dtype))
+    tx, p, state = after_training(both_exact, dtype)
     before = jax.tree.map(np.asarray, (p, state))
     up_to_date = tx.flush(p, state)[0]
     expect_near(adamjax.forward(fn, tx)(p, state, READ), fn(up_to_date, READ), dtype)
@@ -451,24 +462,27 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "average"])
+def averaging():
+    return adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.8))
+
+
+DENSE = {
+    "master_weights": lambda: adamjax.master_weights(averaging()),
+    "accumulate_gradients": lambda: adamjax.accumulate_gradients(averaging(), 2),
+}
+
+
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.slow
-def test_forward_finds_exact_rows_wherever_they_are(name, averaged):
+def test_forward_finds_exact_rows_wherever_they_are(name):
     dtype = jnp.bfloat16 if name == "master_weights" else jnp.float32
-    dense = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.8))
-    tx = AROUND[name](dense)
-    if name == "master_weights":
-        dense = adamjax.master_weights(dense)
-    if name == "accumulate_gradients":
-        dense = adamjax.accumulate_gradients(dense, 2)
-    p, state = train(tx, two_tables(dtype))
-    wanted, dense_state = train(dense, two_tables(dtype))
-    if averaged:
-        wanted = adamjax.averaged_weights(dense_state, wanted)
-    fn = adamjax.eval_step(both, tx, averaged=averaged, strict=True)
-    expect_near(fn(p, state, READ), both(wanted, READ), dtype)
-    assert not np.allclose(both(p, READ), both(wanted, READ), atol=0.02)
+    tx, p, state = after_training(lambda: AROUND[name](averaging()), dtype)
+    _, weights, dense_state = after_training(DENSE.get(name, averaging), dtype)
+    for averaged in (False, True):
+        wanted = adamjax.averaged_weights(dense_state, weights) if averaged else weights
+        fn = adamjax.eval_step(both, tx, averaged=averaged, strict=True)
+        expect_near(fn(p, state, READ), both(wanted, READ), dtype)
+        assert not np.allclose(both(p, READ), both(wanted, READ), atol=0.02)
 
 
 @pytest.mark.parametrize("fn", [plain, bags, tied, chained])
