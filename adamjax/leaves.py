@@ -340,8 +340,8 @@ def lift(
       owner: the transform's name, for errors.
       rule: a function `(c, g, *slots, [p]) -> (u, *slots)` of arrays, at the top of a module.
       scalars: a function of an accumulator dtype that returns `c`, the step's scalars. Or a list
-        with one for each leaf: the same object for leaves that are treated alike, None for a leaf
-        that passes unchanged.
+        with one such function for each leaf: the same object for leaves that are treated alike,
+        None for a leaf that passes unchanged.
       grads: the tree of gradients.
       slots: state trees with the parameters' structure. Of a complex leaf, the first slot is
         complex; others may be real.
@@ -358,6 +358,12 @@ def lift(
     """
     if rows not in get_args(Rows):
         raise ValueError(f"{owner}: rows is {rows!r}, expected 'dense' or 'lazy'")
+    for one in scalars if isinstance(scalars, list) else [scalars]:
+        if one is not None and not callable(one):
+            raise TypeError(
+                f"{owner}: scalars has {one!r:.100}, expected a function of a dtype that returns "
+                "the scalars, or a list with such a function for each leaf"
+            )
     name, slot_name = names
     if slots:
         like, like_name = slots[0], slot_name

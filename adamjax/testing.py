@@ -548,8 +548,10 @@ def row_gradients_mean_their_rows(trial: Trial) -> None:
 def _try_rows(trial: Trial) -> None:
     params = trial.table_params
     state = trial.tx.init(params)
-    for t in range(3):
+    for t in range(4):
         rows = trial.row_grads(t)
+        if t == 3:
+            rows = _with_rest(rows)
         dense = _to_dense(rows)
         try:
             actual, actual_state = trial.tx.update(rows, state, params)
@@ -560,6 +562,19 @@ def _try_rows(trial: Trial) -> None:
         expected, expected_state = trial.tx.update(dense, state, params)
         _expect_rows(rows, state, actual, actual_state, expected, expected_state)
         params, state = apply_updates(params, expected), expected_state
+
+
+def _with_rest(tree: Tree) -> Tree:
+    """The tree with row gradients in which every row has a value, as after a rule."""
+
+    def with_rest(x: Any) -> Any:
+        if not _is_rows(x):
+            return x
+        rest = np.random.default_rng(300).normal(size=x.shape)
+        rest[np.asarray(x.indices)[np.asarray(x.indices) < x.num_rows]] = 0
+        return x.replace(rest=jnp.asarray(rest, x.dtype))
+
+    return jax.tree.map(with_rest, tree, is_leaf=_is_rows)
 
 
 def _refuses_rows(tx: Any, error: Exception) -> bool:

@@ -361,7 +361,12 @@ def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
 
 
 class Scaling(Transform):
-    """Base class of transforms that multiply each leaf by a scalar."""
+    """Base class of transforms that multiply each leaf by a scalar.
+
+    A subclass has `init` and `factors`. A chain may multiply a rule's own scalars by the factors,
+    so `factors` must not look at the values of its tree. If it does, as a clip does, the subclass
+    also has a property `reads_updates` that is true.
+    """
 
     keeps_zero = True
 
@@ -376,7 +381,11 @@ class Scaling(Transform):
         return False
 
     def factors(self, tree: Tree, state: Any) -> Step:
-        """The factor of every leaf of the tree, as `lift` takes scalars, and the next state."""
+        """The factor of every leaf of the tree, as `lift` takes scalars, and the next state.
+
+        The factor is a function of a dtype, `lambda real: extend.scalar(2.0, real)`, or a list with
+        such a function for each leaf.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:

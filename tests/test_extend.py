@@ -637,3 +637,12 @@ def test_every_name_is_described():
     assert adamjax.extend is extend
     for name in extend.__all__:
         assert f"`{name}`" in extend.__doc__, name
+
+
+def test_scalars_that_are_no_functions_are_refused():
+    def twice(c, g):
+        return (c * g,)
+
+    for scalars in (2.0, [jnp.float32(2.0)]):
+        with pytest.raises(TypeError, match=r"^mine: scalars has .*expected a function of a dtype"):
+            extend.lift("mine", twice, scalars, {"w": jnp.ones(2)})

@@ -482,6 +482,25 @@ def test_laws_are_listed_with_a_sentence_each():
     assert adamjax.testing is testing
 
 
+class norm_of_rows(extend.Stateless):
+    """Right for the rows that were read, if no other row has a value, as before a rule."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        (u,) = extend.lift("norm_of_rows", to_norm_1, extend.no_scalars, updates, like=params)
+        return u, state
+
+
+def to_norm_1(_, g):
+    wide = extend.widen(g, extend.accumulator(g.dtype))
+    return ((wide / adamjax.global_norm(wide)).astype(g.dtype),)
+
+
+def test_rows_with_a_value_in_every_row_are_tried():
+    tx = norm_of_rows()
+    with pytest.raises(AssertionError, match="row_gradients_mean_their_rows"):
+        testing.check(tx, laws=["row_gradients_mean_their_rows"])
+
+
 def test_a_zero_of_the_other_sign_is_another_bit():
     expect_same("u", {"w": np.array([0.0, np.nan])}, {"w": np.array([0.0, np.nan])})
     with pytest.raises(AssertionError, match=r"u\['w'\]\[1\] is -0.0, expected 0.0"):
