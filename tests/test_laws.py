@@ -137,7 +137,6 @@ VECTOR = "the table is a vector, whose rows share exponents"
 EIGHT_BITS = {
     "derivatives_are_finite_at_zero_gradients": "derivatives are refused",
     "derivatives_equal_finite_differences": "derivatives are refused",
-    "row_gradients_mean_their_rows": VECTOR,
     "rows_are_the_dense_gradient": VECTOR,
     "no_rows_are_zero_gradients": VECTOR,
 }
