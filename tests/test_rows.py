@@ -450,7 +450,7 @@ def test_stacked_row_gradients_are_no_row_gradient():
     assert_close(one.to_dense(), (a + b).to_dense())
 
 
-@pytest.mark.parametrize("name", ["lazy adam", "dense adamw", "exact pipeline"])
+@pytest.mark.parametrize("name", ["lazy adamw", "dense adamw", "exact pipeline"])
 def test_a_seal_costs_nothing_in_one_program(name):
     """Nor inside a guard or an accumulation, whose branches would make the seal a traced one."""
     for around in (

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.coasting import Ring
 from adamjax.data import exportable, transform_state
@@ -66,9 +67,12 @@ class ExactRowsState(NamedTuple):
 
 
 def expect_flushed(owner: str, state: ExactRowsState) -> None:
-    """Refuses a state in which rows lag behind. Within `jit`, that is not known yet."""
+    """Refuses a state in which rows lag behind.
+
+    That is not known within `jit`, nor of a state with shapes or shardings in place of arrays.
+    """
     for path, table in state.tables.items():
-        if isinstance(table.last, jax.core.Tracer) or isinstance(state.clock, jax.core.Tracer):
+        if not (_is_known(table.last) and _is_known(state.clock)):
             continue
         # A state of several lanes, from `vmap`, has a clock for each.
         if not bool(jnp.all(table.last == jnp.asarray(state.clock)[..., None])):
@@ -76,6 +80,10 @@ def expect_flushed(owner: str, state: ExactRowsState) -> None:
                 f"{owner}: rows of the table {path!r} lag behind: first bring all up to date, "
                 "params, state = tx.flush(params, state)"
             )
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
 class Columns(NamedTuple):
