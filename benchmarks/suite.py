@@ -46,6 +46,7 @@ class Suite:
     ) -> None:
         self.name, self.packages, self.folder = name, packages, folder
         self.written: Path | None = None
+        self.commit: str | None = None
         self.counts, self.contenders = counts or {}, contenders or {}
         raw = argparse.RawDescriptionHelpFormatter
         self.parser = argparse.ArgumentParser(
@@ -65,6 +66,8 @@ class Suite:
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options; a wrong one ends the process with a line that says so."""
         self.args = args = self.parser.parse_args(argv)
+        # The code that runs is that of the start, whatever is committed meanwhile.
+        self.commit = measure.commit()
         some = [getattr(args, name, None) for name in ("quick", "only", "contenders")]
         self.partial = any(some)
         self.results: dict[str, Any] = {"suite": self.name, "quick": args.quick}
@@ -110,7 +113,7 @@ class Suite:
 
     def finish(self) -> int:
         """Prints the tables of the results, writes the JSON and returns the exit code."""
-        about = measure.environment(*self.packages)
+        about = measure.environment(*self.packages) | {"commit": self.commit}
         if self.folder:
             about = {name: about[name] for name in ("versions", "date")}
         self.results["environment"] = about
