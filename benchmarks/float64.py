@@ -8,11 +8,19 @@ seed.
 
 Each model is trained with the rate that the suite `quality` chose for dense. A rank metric is
 compared exactly; a loss up to `ROUNDING`.
+
+Two controls show what rounding does without any row that lags behind: adamjax's dense Adam, and
+optax's from a start of which half the weights are one ulp larger. Their weights and those of exact
+are compared with dense's at the end.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from benchmarks import quality
 from benchmarks.measure import RESULTS
@@ -21,8 +29,9 @@ from benchmarks.train.options import UserError
 
 # The relative difference of a loss that rounding may make, after training has multiplied it.
 ROUNDING = 1e-9
-CONTENDERS = ("adamjax dense", "exact")
 REFERENCE = "dense"
+ONE_ULP_OFF = "dense, one ulp off"
+CONTENDERS = ("adamjax dense", ONE_ULP_OFF, "exact")
 RATES_FROM = RESULTS / "cpu" / "quality.json"
 
 
@@ -52,6 +61,22 @@ def compared(own: list[float], dense: list[float], allowed: float) -> dict[str, 
     return {"largest": max(relative), "same": same}
 
 
+def one_ulp_off(start: Any, seed: int) -> Any:
+    """Parameters of which about half are the next larger float."""
+    rng = np.random.default_rng(seed)
+
+    def next_larger(x: Any) -> Any:
+        is_moved = rng.random(x.shape) < 0.5
+        return jax.numpy.asarray(np.where(is_moved, np.nextafter(x, np.inf), x))
+
+    return jax.tree.map(next_larger, start)
+
+
+def distance(own: list[Any], dense: list[Any]) -> float:
+    """The largest difference of a weight."""
+    return max(float(np.abs(x - y).max()) for x, y in zip(own, dense, strict=True))
+
+
 def main(argv: list[str]) -> int:
     """Runs the suite; see `--help`."""
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
@@ -66,13 +91,11 @@ def main(argv: list[str]) -> int:
 
 def _run(suite: Suite, quick: bool) -> int:
     quality.expect_packages()
-    import jax
-
     jax.config.update("jax_enable_x64", True)
 
     from benchmarks.quality import data, protocol
     from benchmarks.quality.models import MODELS
-    from benchmarks.quality.run import Program
+    from benchmarks.quality.run import Program, means
 
     suite.results["data"] = data.about()
     rate_of = rates(RATES_FROM)
@@ -80,16 +103,25 @@ def _run(suite: Suite, quick: bool) -> int:
     chosen = [models[name] for name in suite.chosen(models)]
     seeds = protocol.SEEDS[: quality.QUICK_SEEDS if quick else None]
     names = (REFERENCE, *CONTENDERS)
-    suite.results |= {"seeds": list(seeds), "rounding": ROUNDING, "metrics": []}
+    suite.results |= {"seeds": list(seeds), "rounding": ROUNDING, "metrics": [], "weights": []}
     with progress(len(chosen) * len(seeds) * len(names), "run") as bar:
         for model in chosen:
-            programs = {name: Program(model, name) for name in names}
+            programs = {name: Program(model, name) for name in names if name != ONE_ULP_OFF}
+            programs[ONE_ULP_OFF] = programs[REFERENCE]
             epochs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            distances: dict[str, list[float]] = {name: [] for name in CONTENDERS}
             for seed in seeds:
-                batches = model.batches(seed)
+                batches, last = model.batches(seed), {}
                 for name in names:
-                    epochs[name] += programs[name].run(rate_of[model.name], seed, batches)["test"]
+                    start = model.start(jax.random.key(seed))
+                    if name == ONE_ULP_OFF:
+                        start = one_ulp_off(start, seed)
+                    for _, params in programs[name].train(rate_of[model.name], start, batches):
+                        epochs[name].append(means(model.scores(params, "test")))
+                    last[name] = [np.array(x) for x in jax.tree.leaves(params)]
                     bar.update()
+                for name in CONTENDERS:
+                    distances[name].append(distance(last[name], last[REFERENCE]))
             for metric in model.metrics:
                 values = {name: [epoch[metric] for epoch in epochs[name]] for name in names}
                 allowed = ROUNDING if metric == "loss" else 0.0
@@ -97,4 +129,5 @@ def _run(suite: Suite, quick: bool) -> int:
                 about = {"model": model.name, "metric": metric}
                 suite.results["metrics"].append(about | {"contenders": row})
                 say(f"{model.name}, {metric}: {row}")
+            suite.results["weights"].append({"model": model.name, "contenders": distances})
     return suite.finish()

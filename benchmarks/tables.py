@@ -431,12 +431,19 @@ def float64(results: Results) -> str:
         [row["model"], row["metric"], *(_share_and_largest(row["contenders"][n]) for n in names)]
         for row in results["metrics"]
     ]
+    weights = [
+        [row["model"], *(_median_and_largest(row["contenders"][n]) for n in names)]
+        for row in results["weights"]
+    ]
     return "\n\n".join(
         [
             f"{origin(results)} Each cell: the share of epochs, of {len(results['seeds'])} seeds, "
             "with the same metric as optax's dense Adam, and the largest relative difference. A "
             f"rank metric must be equal; a loss may differ by {results['rounding']:g}.",
             markdown(["model", "metric", *names], table),
+            "The largest difference of a weight from that of dense, after the last epoch: the "
+            "median of the seeds, and the largest.",
+            markdown(["model", *names], weights),
         ]
     )
 
@@ -444,6 +451,10 @@ def float64(results: Results) -> str:
 def _share_and_largest(compared: Row) -> str:
     share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
     return f"{share}, {compared['largest']:.1g}"
+
+
+def _median_and_largest(values: list[float]) -> str:
+    return f"{statistics.median(values):.1g}, {max(values):.1g}"
 
 
 def narrow(results: Results) -> str:

@@ -494,6 +494,17 @@ def test_a_metric_is_the_same_up_to_what_is_allowed():
     assert float64.compared(own, dense, 1e-5)["same"] == 1
 
 
+def test_half_the_weights_are_one_ulp_off():
+    start = {"table": jnp.linspace(-1.0, 1.0, 1000)}
+    moved = float64.one_ulp_off(start, seed=0)["table"]
+    is_moved = np.asarray(moved != start["table"])
+    assert 0.4 < is_moved.mean() < 0.6
+    assert_close(
+        moved[is_moved], np.nextafter(start["table"][is_moved], np.float32(np.inf)), rtol=0
+    )
+    assert float64.distance([moved], [start["table"]]) <= 2.0**-23
+
+
 def test_the_rates_are_those_of_the_suite(tmp_path):
     assert float64.rates(float64.RATES_FROM).keys() == {m.name for m in models.MODELS}
     with pytest.raises(UserError, match="no results of the suite quality"):
@@ -506,6 +517,9 @@ def test_in_float64_exact_has_the_metrics_of_dense(tmp_path):
     command = ["float64", "--quick", "--only", "NeuMF", "--out", "float64.json"]
     done = run_benchmarks(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "float64.json").read_text())["metrics"]
+    results = json.loads((tmp_path / "float64.json").read_text())
+    rows = results["metrics"]
     assert {row["metric"] for row in rows} == {"HR@10", "NDCG@10"}
     assert {row["contenders"]["exact"]["same"] for row in rows} == {1}
+    [weights] = results["weights"]
+    assert all(0 < x < 1e-9 for values in weights["contenders"].values() for x in values)

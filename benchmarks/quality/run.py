@@ -3,13 +3,13 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.quality.contenders import MAKERS, Contender
+from benchmarks.quality.contenders import MAKERS, Contender, Params
 from benchmarks.quality.journal import Journal
 from benchmarks.quality.model import Model
 from benchmarks.quality.protocol import METRICS, RATE_OF, READS, group
@@ -33,6 +33,22 @@ class Program:
         self.read = jax.jit(lambda carry, rate: make(rate).read(carry))
         self.compiled: Callable[..., Any] | None = None
 
+    def train(
+        self, rate: float, start: Params, batches: Sequence[np.ndarray]
+    ) -> Iterator[tuple[float, Params]]:
+        """Trains from a start; the seconds of each epoch's steps, and the parameters after it.
+
+        The parameters are valid until the next epoch.
+        """
+        carry = self.make(rate).init(start)
+        for number in range(self.model.epochs):
+            batch = jax.block_until_ready(tuple(jax.numpy.asarray(x[number]) for x in batches))
+            if self.compiled is None:
+                self.compiled = self.epoch.lower(carry, batch, rate).compile()
+            begin = time.perf_counter()
+            carry = jax.block_until_ready(self.compiled(carry, batch, rate))
+            yield time.perf_counter() - begin, self.read(carry, rate)
+
     def run(self, rate: float, seed: int, batches: Sequence[np.ndarray]) -> dict[str, Any]:
         """Trains and evaluates.
 
@@ -42,16 +58,9 @@ class Program:
           without examples).
         """
         model = self.model
-        carry = self.make(rate).init(model.start(jax.random.key(seed)))
         seconds, curve = [], []
-        for number in range(model.epochs):
-            batch = jax.block_until_ready(tuple(jax.numpy.asarray(x[number]) for x in batches))
-            if self.compiled is None:
-                self.compiled = self.epoch.lower(carry, batch, rate).compile()
-            start = time.perf_counter()
-            carry = jax.block_until_ready(self.compiled(carry, batch, rate))
-            seconds.append(round(time.perf_counter() - start, 4))
-            params = self.read(carry, rate)
+        for time_of_epoch, params in self.train(rate, model.start(jax.random.key(seed)), batches):
+            seconds.append(round(time_of_epoch, 4))
             scores = model.scores(params, "test")
             curve.append(means(scores))
         validation = means(model.scores(params, "validation"))
