@@ -1,7 +1,7 @@
 """Equinox: clip, AdamW with a cosine rate, and an average of the weights for evaluation.
 
 An Equinox model holds functions beside its arrays. So the arrays are the parameters, and the loss
-puts the model together again. Weight decay is for the weights alone: `mask` matches their paths.
+puts the model together again. `mask` matches the leaves that decay, those called `weight`.
 
 Needs equinox. Run it with `python docs/recipes/equinox_average.py`.
 """

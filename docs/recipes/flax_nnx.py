@@ -1,4 +1,4 @@
-"""Flax NNX: train a model with a large table, evaluate it, save it and resume, and log the rate.
+"""Flax NNX: train a model with a table, evaluate it, save it and resume, and log the rate.
 
 `exact_rows` gives Adam's dense result at the cost of the rows that a batch reads. Evaluation and
 checkpoints take the parameters and the state as they are; a resumed run has the same weights.

@@ -1,8 +1,8 @@
 """Move a run from optax: it goes on with the same moments, on the same trajectory.
 
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from
-optax's. What would not go on as before is refused, as far as the state shows it: this state
-contains no hyperparameters, so copy these with care. Here half of a run is taken with optax and
+optax's. optax's state contains no hyperparameters, so copy these with care. What cannot go on as
+before, such as the other form of epsilon, is refused. Here half of a run is taken with optax and
 the other half with adamjax, beside a run that stays with optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.

@@ -63,7 +63,7 @@ values = [*params, *adamjax.convert.to_keras(state, tx, params, new)]
 for variable, value in zip(variables, values, strict=True):
     variable.assign(np.array(value))
 
-for trained, remaining in (model, batches[10:]), (other, batches[20:]):  # `model` never left
+for trained, remaining in (model, batches[10:]), (other, batches[20:]):  # `model`: all in Keras
     for x, y in remaining:
         trained.train_on_batch(x, y)
 pairs = zip(weights(model), weights(other), strict=True)
