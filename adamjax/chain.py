@@ -82,8 +82,8 @@ class chain(Transform):
         for tx in parts[:-1]:
             if tx.must_be_last:
                 raise ValueError(
-                    f"chain: {tx!r} must be last, because it averages the weights after the whole "
-                    f"step; move it after {parts[-1]!r}"
+                    f"chain: {tx!r} must be last, because the weights must move by the updates "
+                    f"that it returns; move it after {parts[-1]!r}"
                 )
         self._expect_decay_to_shrink(parts)
         self.set_fields(transforms=tuple(parts))

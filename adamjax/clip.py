@@ -35,7 +35,8 @@ def global_norm(tree: Tree) -> chex.Array:
     Returns:
       A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so
       float16 leaves cannot overflow. The norm is infinite if the sum exceeds float32's range, at
-      norms above 1.8e19. Its derivative at 0 is 0.
+      norms above 1.8e19. Elements below 1e-22 count as 0, because their squares underflow. The
+      derivative at 0 is 0.
 
     >>> import adamjax, jax.numpy as jnp
     >>> float(adamjax.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))

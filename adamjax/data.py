@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 
-class Range(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Range:
     """The values a hyperparameter may take: in words for the error, and as a test.
 
     Attributes:
@@ -45,6 +46,9 @@ class Range(NamedTuple):
     holds: Callable[[Any], Any]
     whole: Literal["never", "kept", "only"] = "never"
 
+    def __repr__(self) -> str:
+        return f"Range({self.text!r})"
+
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # Counts are int32, and stay at the largest.
@@ -57,7 +61,7 @@ NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x <= LARGEST
 POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & (x <= LARGEST))
 FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
 # A length of time or a point in it, in steps.
-STEPS = POSITIVE._replace(whole="kept")
+STEPS = dataclasses.replace(POSITIVE, whole="kept")
 COUNT = Range(
     f"a whole number of at least 1 and at most {LAST_COUNT}",
     lambda x: (x >= 1) & (x <= LAST_COUNT) & (x == np.floor(x)),

@@ -423,7 +423,7 @@ class piecewise_constant(_Compiled):
     values: Any
 
     def __post_init__(self) -> None:
-        boundary_range = FINITE._replace(whole="kept")
+        boundary_range = dataclasses.replace(FINITE, whole="kept")
         for name, allowed in (("boundaries", boundary_range), ("values", NON_NEGATIVE)):
             numbers: Any = getattr(self, name)
             # A set has no order. A dictionary is optax's form, which has factors in place of rates.

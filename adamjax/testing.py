@@ -50,7 +50,7 @@ from adamjax.leaves import apply_updates, dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, SpoiltRows
 from adamjax.scaling import scale, scale_by_learning_rate
-from adamjax.structure import find, slot_states
+from adamjax.structure import find, rule_slots, slot_states
 from adamjax.transform import Rule, Transform
 from adamjax.trial import Trial, cast, take_step, take_three_steps
 
@@ -132,6 +132,21 @@ def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
     start = params, state
     end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
     expect_form("(params, state)", end, start)
+
+
+@_law
+def counts_its_steps(trial: Trial) -> None:
+    """A count beside a rule's slots rises by one in each step that the rule takes."""
+    states = [state for _, state, *_ in trial.trajectory()]
+    counts = [
+        [int(x.count) for x in slot_states(state) if rule_slots(x) and hasattr(x, "count")]
+        for state in states
+    ]
+    for of_rule in zip(*counts, strict=True):
+        if of_rule[-1] == 0 or any(b - a not in (0, 1) for a, b in itertools.pairwise(of_rule)):
+            raise AssertionError(
+                f"the state's count is {list(of_rule)}, expected one more each step"
+            )
 
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

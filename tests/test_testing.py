@@ -88,6 +88,22 @@ class drifting(with_state):
         return updates, {"total": jax.tree.map(total, state["total"], updates)}
 
 
+@extend.transform_state("m")
+class StandingState(NamedTuple):
+    count: Any
+    m: Any
+
+
+class standing_count(sound):
+    """Forgets to count."""
+
+    def init(self, params):
+        return StandingState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(self, updates, state, params=None, **extra_args):
+        return updates, StandingState(state.count, jax.tree.map(jnp.add, state.m, updates))
+
+
 class widening(by_leaf):
     def of(self, g):
         return g.astype(jnp.promote_types(g.dtype, jnp.float32))
@@ -256,6 +272,10 @@ BROKEN = {
     "state_keeps_its_form": (
         drifting(),
         r"state\['total'\]\['half'\] is float32\[2\], expected float16\[2\]",
+    ),
+    "counts_its_steps": (
+        standing_count(),
+        r"the state's count is \[0, 0, 0, 0, 0, 0, 0\], expected one more each step",
     ),
     "updates_have_the_gradients_dtype": (
         widening(),
