@@ -491,7 +491,7 @@ def value_and_grad(
     rows, within `jit`, `vmap`, `remat`, `scan`, `map`, `cond` and `shard_map`. Its gradient has
     the rows that were read, with equal ones summed (in float32 at least). No array of the table's
     size is made, not even a cast of it. If the loss also uses the table in another way (as output
-    weights, in a norm, in a call with a derivative of its own), its gradient is JAX's, dense and
+    weights, in a norm, in a `custom_jvp` or `custom_vjp`), its gradient is JAX's, dense and
     exact.
 
     Otherwise it works as JAX's, and composes with its transformations. The differences:
@@ -515,8 +515,8 @@ def value_and_grad(
 
     Returns:
       A function with the arguments of `loss_fn`. It returns `(value, grads)`; with `has_aux`,
-      value is `(loss, aux)`. If the loss is differentiated by no row of a table, the table's row
-      gradient is empty.
+      value is `(loss, aux)`. If the derivative reaches no row of a table, the table's row gradient
+      is empty.
 
     Raises:
       ValueError, TypeError: when called: no leaf is a table, or the loss is not one real float;
@@ -527,7 +527,7 @@ def value_and_grad(
     ...     return jnp.mean((params["embedding"][ids] @ params["out"] - y) ** 2)
     >>> params = {"embedding": jnp.ones((1000, 2)), "out": jnp.ones(2)}
     >>> value, grads = adamjax.value_and_grad(loss, "embedding")(params, jnp.array([7, 7]), 0.0)
-    >>> grads["embedding"].indices, grads["embedding"].values
+    >>> grads["embedding"].indices, grads["embedding"].values  # 1000, the number of rows: empty
     (Array([   7, 1000], dtype=int32), Array([[4., 4.],
            [0., 0.]], dtype=float32))
     """

@@ -518,7 +518,7 @@ def apply_updates(
 
     A bfloat16 weight of 1 has neighbours at 0.996 and 1.008, so rounded to the nearest it does not
     move by an update of 0.001. With `rounding="stochastic"` bfloat16 weights are rounded up or
-    down at random so that the expected value is right (`adamjax.rounding`); others as before.
+    down at random so that the expected value is right; float32 weights are not affected.
 
     Args:
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
@@ -531,8 +531,9 @@ def apply_updates(
       The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
 
     Raises:
-      ValueError: the structure or a shape differs; the error names the leaf. `rounding` and
-        `step` do not go together, or a float16 or float8 weight is to be rounded stochastically.
+      ValueError: the structure or a shape differs; the error names the leaf. Stochastic rounding
+        has no `step`, or rounding to the nearest has one. A float16 or float8 weight is to be
+        rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.apply_updates({"n": 3, "w": jnp.ones(2)}, {"n": None, "w": jnp.ones(2)})

@@ -80,7 +80,7 @@ def get_slot(state: Any, name: str) -> Tree:
     """A slot of the rule in a state, through chains, wrappers and partitions.
 
     Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first, or read
-    `state.inner`, whose slots of tables lag behind. Within `jit` it cannot be seen.
+    `state.inner`, whose slots of tables lag behind. Within `jit` adamjax cannot detect this.
 
     Args:
       state: the state of any transform.
@@ -161,7 +161,8 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of `weight_ema`; before the first step, the weights.
 
     Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first, or use
-    `eval_step(averaged=True)`. Within `jit` it cannot be seen, so call `flush` there too.
+    `eval_step(averaged=True)`. Within `jit` adamjax cannot detect this, so call
+    `flush` there too.
 
     Args:
       state: a state with a `weight_ema` anywhere in it.

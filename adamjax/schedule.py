@@ -602,9 +602,9 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
-        leaf. For `init`, leaves that are `None` do not count, and integer ones do; for `update`,
-        leaves without a gradient count too. `init` also refuses a pattern if earlier ones match all
-        of its leaves; but one that matches every leaf may stand last. `adamjax.optional(pattern)`
+        leaf. In `init` integer leaves count and leaves that are `None` do not; in `update` leaves
+        without a gradient count too. `init` also refuses a pattern all of whose leaves earlier
+        patterns match, except a last one that matches every leaf. `adamjax.optional(pattern)`
         allows all of this.
 
     >>> import adamjax

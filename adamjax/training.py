@@ -203,7 +203,7 @@ def train_step(
     Raises:
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
-      ValueError: by the step: an array was donated to an earlier step, or stands in two places; or
+      ValueError: by the step: an array was donated to an earlier step, or is passed twice; or
         nothing with a learning rate sees a leaf, such as one that `masked` leaves out, so that it
         would move uphill. The message names it.
 

@@ -62,13 +62,13 @@ __all__ = ["exact_rows"]
 
 
 class exact_rows(Transform):
-    """Any optimizer, with the dense result on tables at the cost of the rows that a step reads.
+    """An optimizer with the dense result on tables at the cost of the rows that a step reads.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
     move on by their momentum too. But they do so late, when they are read: **between steps rows of
-    `params` may lag behind.** `train_step` and `eval_step` read them up to date; by hand, a train
-    step does so with `value_and_grad` or `prepare`, and an evaluation with `forward` or `lookup`.
-    `without_tables(params)` has placeholders that refuse to be read.
+    `params` may lag behind.** `train_step` and `eval_step` bring the rows that they read up to
+    date. In a step of your own, `value_and_grad` or `prepare` does so, and in an evaluation
+    `forward` or `lookup`. `without_tables(params)` has placeholders that refuse to be read.
 
     `flush` brings all rows up to date. Call it before something else reads the weights: an export,
     another library, a program without the state. A checkpoint to resume from needs none: save
@@ -84,28 +84,28 @@ class exact_rows(Transform):
 
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
-        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. What is
-        masked from the tables may be anything. Betas,
-        epsilons and the average's momentum must be Python floats. Rates and decays may be arrays
-        and change from step to step, as long as `learning_rate * weight_decay < 1`: after a step
-        for which that is false, the rows become NaN. They also become NaN after a step whose rate
-        is NaN or infinite, but rows that are not read for long after it may stay finite.
+        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. A
+        transform that a mask keeps from the tables may be anything. Betas, epsilons and the
+        average's momentum must be Python floats. Rates and decays may be arrays and change from
+        step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
+        false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,
+        but a row that is next read long after that step may stay finite.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
-      history: how many steps a row may lag behind, rounded up to a power of two. The least
+      history: how many steps a row may lag behind, rounded up to a power of two. The minimum
         depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
-        state has `history` entries. `None`: 1/64 of the largest table's rows, but at least the
-        least history and at most 65,536. If b1 is not well below the decay of the gradients' size
-        (Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), Adamax with b1 = b2), no closed form
-        gives the movement of a row: it catches up step by step. Then `None` is 64, and a step costs
-        about as much as a dense one.
+        state has `history` entries. `None`: 1/64 of the largest table's rows, but at least that
+        minimum and at most 65,536. If b1 is not well below the decay of the divisor, which is
+        sqrt(b2) for Adam and b2 for Adamax, no closed form gives the movement of a row: it catches
+        up step by step. (Examples are Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), and Adamax
+        with b1 = b2.) Then `None` is 64, and a step costs about as much as a dense one.
 
     The state is an `ExactRowsState`.
 
     Raises:
       ValueError: a transform in the chain does not allow exact rows (the message names it), or
-        `history` is too small; from `init` if the chain has `masked` or `partition`. `init` also
-        raises it if `learning_rate * weight_decay` is not below 1.
+        `history` is too small. If the chain has `masked` or `partition`, only `init` can see that
+        and raises it. `init` also raises it if `learning_rate * weight_decay` is not below 1.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
@@ -490,9 +490,9 @@ class exact_rows(Transform):
             each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
             axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
             the result is the same, but every device gets and works on all rows.
-          rounding: how bfloat16 weights are rounded, as in `apply_updates`: give the one of the
-            steps. Rounded to the nearest in every step, weights drop all that is below their
-            resolution.
+          rounding: how bfloat16 weights are rounded, as in `apply_updates`; pass what you pass for
+            the steps. If you often flush and round to the nearest, weights lose every movement that
+            is below their resolution.
 
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
