@@ -51,7 +51,7 @@ def worst(results: Results, name: str) -> str:
         return sign * result["difference"] / result["margin"]
 
     model, metric, result = min(comparisons(results, name), key=advantage)
-    return f"{model}, {metric}: {difference(result)}, with a mean of {result['mean']:.4g}"
+    return f"{model}, {metric}: {difference(result)}, where its mean is {result['mean']:.4g}"
 
 
 def difference(result: dict[str, Any]) -> str:
