@@ -1028,7 +1028,33 @@ def test_what_keras_can_do_and_we_cannot(name, config, said):
         (
             {"class_name": "Adam", "config": {}, "registered_name": "mine>Adam"},
             ValueError,
-            "does not have Keras' 'mine>Adam'",
+            "'mine>Adam' is a class of your own, not Keras'",
+        ),
+        (
+            # What Keras writes for a subclass of its AdamW that is called AdamW too.
+            {"module": None, "class_name": "AdamW", "config": {}, "registered_name": "AdamW"},
+            ValueError,
+            "'AdamW' is a class of your own, not Keras'",
+        ),
+        (
+            {"module": "my.optimizers", "class_name": "Adam", "config": {}},
+            ValueError,
+            "'Adam' is a class of your own, not Keras'",
+        ),
+        (
+            {
+                "class_name": "Adam",
+                "config": {
+                    "learning_rate": {
+                        "module": None,
+                        "class_name": "CosineDecay",
+                        "config": {"initial_learning_rate": 0.1, "decay_steps": 10},
+                        "registered_name": "mine>CosineDecay",
+                    }
+                },
+            },
+            ValueError,
+            "the config.learning_rate: 'mine>CosineDecay' is a class of your own, not Keras'",
         ),
         (
             {"class_name": "Adam", "config": {"learning_rate": "1e-3"}},

@@ -8,20 +8,26 @@ import jax
 import numpy as np
 
 from adamjax._compat import x64
+from adamjax.average import weight_ema
+from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
+from adamjax.guard import accumulate_gradients
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
-from adamjax.structure import Part
+from adamjax.structure import Part, walk
 from adamjax.transform import Rule
 
 __all__ = ["HyperparameterCheck"]
 
+_CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
+# The transforms that a name of `more` belongs to, where others have that name too.
+_KINDS_WITH: dict[str, Any] = {"max_norm": clip_by_global_norm}
 # The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
 _LAST, _MOST_LENGTHS = 2**30, 8
 
@@ -41,6 +47,9 @@ class HyperparameterCheck:
       whether some leaf decays, by any amount.
     - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
+    - `clips`: the transforms that clip before the rule, in order: all there are.
+    - `gradient_factor`: what gradients are multiplied by before they are clipped.
+    - `average`: the momentum and the overwrite_frequency of the average of the weights.
     - `more`: hyperparameters that a part on the leaf's route must have under the same name.
     """
 
@@ -52,6 +61,9 @@ class HyperparameterCheck:
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
         ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
+        accumulating = [p.tx for p in self.all_parts if isinstance(p.tx, accumulate_gradients)]
+        # The objects, because equal transforms may be inside and outside.
+        self.in_accumulated = {id(p.tx) for tx in accumulating for p in walk(tx.tx)}
         # Pairs of schedules that agree in all steps that are compared.
         self.agreeing: list[tuple[Any, list[Any]]] = []
 
@@ -67,6 +79,12 @@ class HyperparameterCheck:
                     self._check_direction(path, route[:i], moment.hyperparams)
                     self._check_more(path, route, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
+                if "clips" in hyperparams:
+                    self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
+                if "gradient_factor" in hyperparams:
+                    self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
+                if "average" in hyperparams:
+                    self._check_average(path, route, *hyperparams["average"])
                 self._check_schedule(path, route[last:], hyperparams)
                 self._check_rate(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
@@ -122,9 +140,65 @@ class HyperparameterCheck:
             mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
             self._refuse(path, f"maximize={maximize}", in_tx, mend)
 
+    def _check_clips(
+        self, path: str, route: Sequence[Part], rule: int, stated: Sequence[Any], leaves: Any
+    ) -> None:
+        """Compares what clips the gradients of a leaf, and where. `rule` is the rule's place."""
+        before = [part for part in route[:rule] if isinstance(part.tx, _CLIPS)]
+        after = [part.tx for part in route[rule:] if isinstance(part.tx, _CLIPS)]
+        if not stated and any(part.tx.has_foreign for part in route[:rule]):
+            return  # It may clip or not.
+        clips = [part.tx for part in before]
+        in_tx = ", ".join(map(repr, clips)) or "no clip before the rule"
+        mend = (
+            f"put {', '.join(map(repr, stated))} before the rule" if stated else "leave clips out"
+        )
+        if after:
+            in_tx, mend = f"{after[0]!r} after the rule", f"{mend}, and none after it"
+        elif len(clips) == len(stated) and all(map(_is_same_clip, clips, stated)):
+            partial = [
+                part.tx
+                for part in before
+                if isinstance(part.tx, clip_by_global_norm)
+                and not leaves.keys() <= leaves_by_path(self.owner, part.params).keys()
+            ]
+            outside = [tx for tx in clips if id(tx) not in self.in_accumulated]
+            if partial:
+                in_tx, mend = f"{partial[0]!r} of some leaves", "clip all leaves by one norm"
+            elif self.in_accumulated and outside:
+                in_tx = f"{outside[0]!r} outside of accumulate_gradients"
+                mend = "put it inside, before the rule"
+            else:
+                return
+        self._refuse(path, ", ".join(map(repr, stated)) or "no clip", in_tx, mend)
+
+    def _check_factor(self, path: str, before: Sequence[Part], stated: float) -> None:
+        """Compares what gradients are multiplied by before they are clipped."""
+        clips = [i for i, part in enumerate(before) if isinstance(part.tx, _CLIPS)]
+        first, rest = (before[: clips[0]], before[clips[0] :]) if clips else (before, ())
+        if not same_value(stated, self._factor(path, first)) or self._factor(path, rest) != 1:
+            self._refuse(
+                path,
+                f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor",
+                f"gradients multiplied by {self._factor(path, before):g} before the rule",
+                f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out",
+            )
+
+    def _check_average(
+        self, path: str, route: Sequence[Part], momentum: float, frequency: int | None
+    ) -> None:
+        """Compares the average of the weights, if `tx` has one."""
+        stated = f"momentum={momentum:g}, overwrite_frequency={frequency}"
+        for tx in (part.tx for part in route if isinstance(part.tx, weight_ema)):
+            if not same_value(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
+                in_tx = f"momentum={tx.momentum}, overwrite_frequency={tx.overwrite_frequency}"
+                mend = f"build tx with weight_ema({momentum:g}, {frequency})"
+                self._refuse(path, f"an average with {stated}", in_tx, mend)
+
     def _check_more(self, path: str, route: Sequence[Part], hyperparams: Hyperparams) -> None:
         for name, value in hyperparams.get("more", {}).items():
-            fields = [getattr(part.tx, name, None) for part in route]
+            kinds = _KINDS_WITH.get(name, object)
+            fields = [getattr(part.tx, name, None) for part in route if isinstance(part.tx, kinds)]
             numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
             if np.ndim(value) or not any(same_value(value, x) for x in numbers):
                 stated = f"{name}={np.asarray(value)}"
@@ -322,6 +396,13 @@ class HyperparameterCheck:
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays
+
+
+def _is_same_clip(clip: Any, stated: Any) -> bool:
+    """Whether two transforms that clip are of one class and have the same limit."""
+    name = "limit" if isinstance(stated, clip_by_value) else "max_norm"
+    is_same_class = type(clip) is type(stated)
+    return is_same_class and same_value(getattr(stated, name), getattr(clip, name))
 
 
 def _later_counts(count: int, schedules: Any) -> list[int]:

@@ -10,7 +10,12 @@ from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.keras_config import from_keras_config
+from adamjax.convert.keras_config import (
+    CLIPS,
+    effective_clips,
+    from_keras_config,
+    is_of_keras,
+)
 from adamjax.convert.keras_variables import (
     SLOTS,
     Layout,
@@ -41,24 +46,21 @@ _OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamax": ("adamax",),
     "nadam": ("nadam",),
 }
-# Options of a Keras optimizer, and the hyperparameters of transforms that they correspond to. The
-# first are keys of `HyperparameterCheck`, the others are in its key `more`.
+# Options of a Keras optimizer, and the hyperparameters of a rule that they correspond to.
 _OPTIONS = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
-_MORE_OPTIONS = {
-    "clipnorm": "max_norm",
-    "global_clipnorm": "max_norm",
-    "clipvalue": "limit",
-    "ema_momentum": "momentum",
-    "ema_overwrite_frequency": "overwrite_frequency",
-}
+
+
+_FIRST_STEP = (
+    "Keras 3 copies the weights into its average (use_ema) in its first step, but weight_ema takes "
+    "the average of the weights before and after it"
+)
 
 
 def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool) -> tuple[str, ...]:
     """The kinds of rules that the variables may be of, by the optimizer's class or its name."""
     if optimizer is not None:
-        package, _, _ = type(optimizer).__module__.partition(".")
         name = type(optimizer).__name__
-        if package in ("keras", "tf_keras", "tensorflow") and plain_name(name) in _OPTIMIZERS:
+        if is_of_keras(optimizer) and plain_name(name) in _OPTIMIZERS:
             return _OPTIMIZERS[plain_name(name)]
         source.doubts.append(
             f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, "
@@ -122,19 +124,32 @@ def _options_of(owner: str, optimizer: Any) -> Hyperparams:
     hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
     if hasattr(optimizer, "weight_decay"):  # None is no decay, which tx must not have either
         hyperparams.setdefault("weight_decay", 0.0)
+    hyperparams["clips"] = _clips_of(owner, optimizer)
+    hyperparams["gradient_factor"] = 1 / (option("loss_scale_factor") or 1.0)
     # Without use_ema, the options of the average have values too, but no effect.
-    averages = bool(getattr(optimizer, "use_ema", False))
-    more = {}
-    for key, name in _MORE_OPTIONS.items():
-        if getattr(optimizer, key, None) and (averages or not key.startswith("ema")):
-            more[name] = option(key)
-    factor = getattr(optimizer, "loss_scale_factor", None)
-    if factor is not None and factor != 1:
-        more["factor"] = 1 / option("loss_scale_factor")
-    schedule = _schedule(getattr(optimizer, "_learning_rate", None))
+    if getattr(optimizer, "use_ema", False):
+        frequency = option("ema_overwrite_frequency")
+        hyperparams["average"] = option("ema_momentum"), int(frequency) if frequency else None
+    rate = getattr(optimizer, "_learning_rate", None)
+    schedule = _schedule(rate)
     if schedule is not None:
         hyperparams["learning_rate"] = schedule
-    return {**hyperparams, "decoupled": True, "more": more}
+    elif callable(rate) and not hasattr(rate, "assign"):  # some variables can be called
+        hyperparams["has_schedule"] = (
+            f"a {class_name(rate)}",
+            "adamjax cannot compare it with a schedule of its own",
+        )
+    return {**hyperparams, "decoupled": True}
+
+
+def _clips_of(owner: str, optimizer: Any) -> list[Any]:
+    """The clips of an optimizer, in order, as transforms."""
+    given = {key: getattr(optimizer, key, None) for key in CLIPS}
+    given = {key: x for key, x in given.items() if x is not None}
+    given = {key: number_of(owner, f"{key} of the optimizer", x) for key, x in given.items()}
+    if "legacy" not in type(optimizer).__module__:
+        given = effective_clips(given)
+    return [CLIPS[key](limit) for key, limit in given.items()]
 
 
 def _decay_of_each(
@@ -162,7 +177,7 @@ def _decay_of_each(
 
 def _schedule(schedule: Any) -> Any:
     """A schedule of Keras as one of adamjax; `None` for anything else, such as a user's own."""
-    if not hasattr(schedule, "get_config"):
+    if not is_of_keras(schedule) or not hasattr(schedule, "get_config"):
         return None
     config = {"class_name": type(schedule).__name__, "config": schedule.get_config()}
     try:
@@ -195,6 +210,11 @@ def _read_variables(
         count, micro = _steps_and_micro_batches(source, ours, optimizer, any_nonzero, count)
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
         source.accumulates = True
+    elif ours.accumulations:
+        source.doubts.append(
+            "the optimizer takes a step in every call, without gradient_accumulation_steps, but tx "
+            "has accumulate_gradients: leave it out"
+        )
     hyperparams = _hyperparams_of_each(owner, optimizer, layout, values, len(paths))
     product = layout.of("product", values).get(0)
     kinds = _kinds_of(source, layout, optimizer, product is not None)
@@ -208,10 +228,6 @@ def _read_variables(
             source.add(path, LeafMoments(count, own, kinds, product, leaf_hyperparams))
     if layout.of("average", values):
         source.average = by_path("average")
-        if not count and not micro:
-            # In Keras 3 the average is zero until the first step, which copies the weights into it.
-            weights = leaves_by_path(owner, ours.params)
-            source.average = {path: weights[path] for path in source.average}
     return source, layout, paths, values
 
 
@@ -253,6 +269,14 @@ def _steps_and_micro_batches(
             "accumulate_gradients of as many steps"
         )
     steps, _ = ours.accumulations[0]
+    counted = [path for n, leaves in ours.accumulations for path in leaves if n == steps]
+    others = sorted(leaves_by_path(source.owner, ours.params).keys() - set(counted))
+    if others or len(set(counted)) < len(counted):
+        raise ValueError(
+            f"{source.owner}: the optimizer accumulates the gradients of all leaves over as many "
+            f"micro-batches, but tx does not accumulate {(others or counted)[0]!r} over {steps} as "
+            "it does others: wrap all of tx in one accumulate_gradients"
+        )
     own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
     count, micro = divmod(calls, steps)
     if own_steps != steps or any_nonzero != bool(micro):
@@ -263,6 +287,18 @@ def _steps_and_micro_batches(
             "gradient_accumulation_steps"
         )
     return count, micro
+
+
+def _copies_its_average(source: Source) -> bool:
+    """Whether Keras copies the weights into its average in the next call.
+
+    Keras 3 does so in its whole first step, of which each micro-batch is a call. Before the first
+    call its average is zero. That of Keras 2 begins with the weights, as `weight_ema` does.
+    """
+    counts = {moments.count for of_leaf in source.moments.values() for moments in of_leaf}
+    if source.average is None or counts - {0}:
+        return False
+    return source.accumulates or not any(map(np.any, source.average.values()))
 
 
 def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
@@ -360,6 +396,12 @@ def from_keras(
     ours = initial_state(owner, tx, params)
     _expect_counts_fit(owner, ours, check)
     source, *_ = _read_variables(owner, variables, ours, order, check)
+    if _copies_its_average(source):
+        source.doubts.append(
+            f"{_FIRST_STEP}: convert after that step, or start anew with tx.init(params)"
+        )
+        weights = leaves_by_path(owner, params)
+        source.average = {path: weights[path] for path in source.average or {}}
     return into_adamjax(source, KERAS, ours, average, check, RTOL)
 
 
@@ -400,6 +442,11 @@ def to_keras(
     _expect_counts_fit(owner, ours, check)
     target_source, layout, paths, values = _read_variables(owner, target, ours, order, check)
     source = ours.read_for(target_source, check)
+    if _copies_its_average(target_source) and not any(
+        moments.count for of_leaf in source.moments.values() for moments in of_leaf
+    ):
+        source.doubts.append(f"{_FIRST_STEP}: convert after that step")
+        source.refuse_doubts(check)
     accumulated = source.accumulated_of(None)
     filling = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}

@@ -28,18 +28,25 @@ from adamjax.schedule import (
 )
 from adamjax.transform import Transform
 
-__all__ = ["from_keras_config", "make_at", "with_class_name"]
+__all__ = [
+    "CLIPS",
+    "effective_clips",
+    "from_keras_config",
+    "is_of_keras",
+    "make_at",
+    "with_class_name",
+]
 
 # The generations of Keras.
 _LEGACY, _KERAS_2, _KERAS_3 = "the legacy optimizers of tf.keras", "Keras 2.9 to 2.15", "Keras 3"
 
 # In the order in which legacy optimizers clip.
-_CLIPS: dict[str, type[Transform]] = {
+CLIPS: dict[str, type[Transform]] = {
     "clipvalue": clip_by_value,
     "clipnorm": clip_by_norm,
     "global_clipnorm": clip_by_global_norm,
 }
-_ALL = {"name", "learning_rate", "beta_1", "beta_2", "epsilon", *_CLIPS}
+_ALL = {"name", "learning_rate", "beta_1", "beta_2", "epsilon", *CLIPS}
 _NEW = {"weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency"}
 # The options of each generation of Keras.
 _OPTIONS = {
@@ -76,9 +83,11 @@ _SCHEDULES: dict[str, type[Schedule]] = {
 # The class names under which Keras writes a function, and the keys around a config.
 _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
 _WRAPPING = {"module", "class_name", "config", "registered_name", "shared_object_id"}
+# The packages of Keras.
+_PACKAGES = ("keras", "tf_keras", "tensorflow")
 # The options that are True or False, and those that are numbers. Either may be None.
 _FLAGS = {"amsgrad", "adaptive_epsilon", "is_legacy_optimizer", "use_ema"}
-_NUMBERS = {*_CLIPS, "beta_1", "beta_2", "epsilon", "decay", "schedule_decay", "weight_decay"}
+_NUMBERS = {*CLIPS, "beta_1", "beta_2", "epsilon", "decay", "schedule_decay", "weight_decay"}
 _NUMBERS |= {"ema_momentum", "ema_overwrite_frequency", "loss_scale_factor"}
 _NUMBERS |= {"gradient_accumulation_steps", "warmup_steps", "warmup_target"}
 
@@ -151,13 +160,30 @@ def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"class_name": kind, "config": config}
 
 
+def is_of_keras(x: Any) -> bool:
+    """Whether an object is of one of Keras' own classes."""
+    return type(x).__module__.partition(".")[0] in _PACKAGES
+
+
+def _is_custom(config: Mapping[str, Any]) -> bool:
+    """Whether a dictionary of Keras describes a class of a user's own.
+
+    Keras writes its own classes with its module. It writes a user's class without a module or with
+    another, and with the name that it is registered under, which may be that of a class of Keras.
+    """
+    module, registered = config.get("module"), config.get("registered_name")
+    if module is not None:
+        return str(module).partition(".")[0] not in _PACKAGES
+    return registered is not None and ("module" in config or registered != config["class_name"])
+
+
 def _unwrapped(value: Any, place: str) -> Any:
     """A value without the dictionary in which Keras writes a tuple, an array or a function.
 
     A schedule itself, which Keras' `from_config` puts into the config it is given, becomes the
     dictionary that describes it.
     """
-    if type(value).__name__ in _SCHEDULES and hasattr(value, "get_config"):
+    if type(value).__name__ in _SCHEDULES and is_of_keras(value):
         value = {"class_name": type(value).__name__, "config": value.get_config()}
     wrapping = value.get("class_name") if isinstance(value, Mapping) else None
     wrapping = wrapping if isinstance(wrapping, str) else None
@@ -193,6 +219,15 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
             f"from_config: {place}: expected a class_name and a dictionary as its config, got "
             f"{name!r} and {values!r}"
         )
+    registered = config.get("registered_name")
+    if not isinstance(registered, str | None):
+        raise _refused(place, f"registered_name is {registered!r:.100}, expected a string")
+    if _is_custom(config) and name != "AdamMultilr":
+        raise _refused(
+            place,
+            f"{registered or name!r} is a class of your own, not Keras': write it as a subclass of "
+            "adamjax.Transform or adamjax.Schedule",
+        )
     values = {key: _unwrapped(x, f"{place}.{key}") for key, x in (values or {}).items()}
     _expect_types(values, place)
     if name in _SCHEDULES:
@@ -201,15 +236,10 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
         return _schedule(name, values, place)
     # Keras ignores case. In 2.9 and 2.10 a name could have this prefix.
     optimizer = _OPTIMIZERS.get(name.lower().removeprefix("experimental"))
-    registered = config.get("registered_name")
-    if not isinstance(registered, str | None):
-        raise _refused(place, f"registered_name is {registered!r:.100}, expected a string")
-    # A class of a user's own is registered under a name of its own.
-    custom = registered is not None and registered != name and optimizer != "AdamMultilr"
-    if optimizer is None or custom:
+    if optimizer is None:
         raise _refused(
             place,
-            f"adamjax does not have Keras' {registered if custom else name!r}; expected one of "
+            f"adamjax does not have Keras' {name!r}; expected one of "
             f"{[*_OPTIMIZERS.values(), *_SCHEDULES]}. Write others as subclasses of "
             "adamjax.Transform and adamjax.Schedule",
         )
@@ -333,8 +363,17 @@ def _learning_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
     return make_at(f"{place}.pattern_lrs", scale_by_learning_rate, rates)
 
 
+def effective_clips(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the clips in a config, the one that has an effect, except in legacy optimizers.
+
+    A norm has precedence, and a limit of 0 or less has no effect.
+    """
+    by_norm = sorted((key for key in given if given[key] > 0), key=lambda key: key == "clipvalue")
+    return {key: given[key] for key in by_norm[:1]}
+
+
 def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transform]:
-    given = {key: config[key] for key in _CLIPS if config.get(key) is not None}
+    given = {key: config[key] for key in CLIPS if config.get(key) is not None}
     if "clipnorm" in given and "global_clipnorm" in given:
         raise _refused(
             place,
@@ -355,12 +394,8 @@ def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transfor
                 "version. Add 'is_legacy_optimizer': true to clip by value, then by norm, or false "
                 "to clip by norm only, as Keras 2.9 to 3.2. Keras from 3.3 on takes one clip only",
             )
-        # A norm has precedence, and a limit of 0 or less has no effect.
-        by_norm = sorted(
-            (key for key in given if given[key] > 0), key=lambda key: key == "clipvalue"
-        )
-        given = {key: given[key] for key in by_norm[:1]}
-    return [make_at(f"{place}.{key}", _CLIPS[key], limit) for key, limit in given.items()]
+        given = effective_clips(given)
+    return [make_at(f"{place}.{key}", CLIPS[key], limit) for key, limit in given.items()]
 
 
 def _rule(name: str, config: dict[str, Any], generation: str, place: str) -> Transform:
@@ -414,5 +449,6 @@ def _weight_average(config: dict[str, Any], place: str) -> list[weight_ema]:
     if not config.get("use_ema"):
         return []
     frequency = config.get("ema_overwrite_frequency") or None
-    momentum = config.get("ema_momentum", 0.99)
-    return [make_at(f"{place}.ema_momentum", weight_ema, momentum, frequency)]
+    average = make_at(f"{place}.ema_momentum", weight_ema, config.get("ema_momentum", 0.99))
+    key = f"{place}.ema_overwrite_frequency"
+    return [make_at(key, average.replace, overwrite_frequency=frequency)]
