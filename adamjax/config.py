@@ -87,7 +87,7 @@ def from_config(
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So its average after step t is less by
     `ema_momentum**t * (p_0 - p_1)`. (A state of `convert.from_keras` goes on from Keras'
-    average, and is refused before the first step.) It changes the weights only with
+    average, and is refused before the first step.) The difference reaches the weights only with
     `ema_overwrite_frequency`.
 
     Keras does not write into a dictionary which variables `exclude_from_weight_decay` excludes:

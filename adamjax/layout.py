@@ -160,8 +160,8 @@ class Packing(NamedTuple):
     Optimizers treat lines like rows. With `exact_rows` and `rows="dense"` the result is that of the
     unpacked table, because a row moves the same with a gradient of zero as with none. With
     `rows="lazy"` the rows of a line move together: if one has a gradient, its neighbours move on by
-    their momentum. A step works on whole lines: up to 64 columns they have 128 elements, as many as
-    padded rows have; at 100 columns they have 512.
+    their momentum. A step works on whole lines: at 16, 32 and 64 columns they have 128 elements, as
+    many as padded rows have; at 100 columns they have 512.
 
     Attributes:
       width: the number of elements in a row.

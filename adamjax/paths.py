@@ -83,7 +83,7 @@ def _is_leaf_or_variable(x: Any) -> bool:
 class optional(str):
     """A path pattern that may match no leaf; a plain pattern that matches none is refused.
 
-    So is a plain pattern with an exclusion, like `"^(?!.*bias)"`, if there is nothing to exclude.
+    A plain pattern with an exclusion, like `"^(?!.*bias)"`, is also refused if it excludes no leaf.
 
     Use it wherever a pattern is accepted: in `by_path`, `partition`, `masked`, `mask=`, `tables`,
     `max_rows`. It does not equal the plain string, because it means something else.

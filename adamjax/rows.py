@@ -68,9 +68,9 @@ class RowGradient(Data):
     one, lazy if both are. Do not use arithmetic on its leaves (`jax.tree.map(jnp.add, a, b)`,
     `jax.lax.psum(rows, axis)`): it changes indices too. The result is refused where it is used, or
     gets NaN values if only the compiled step can notice. (Integer combinations whose weights add up
-    to one, such as `a - b + c`, and maxima and minima are not noticed.) Nor give it to a function
-    that sums over leaves: `optax.tree.norm` would count the indices, `adamjax.global_norm` does
-    not.
+    to one, such as `a - b + c`, and maxima and minima are not noticed.) Do not give a row
+    gradient to a function that sums over leaves either: `optax.tree.norm` would count the indices,
+    `adamjax.global_norm` does not.
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks an empty place.

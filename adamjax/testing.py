@@ -1,7 +1,7 @@
 """Laws that every transform must keep, and `check`, which tries them on one of your own.
 
 A law is a function of a `Trial`, which is a transform and the trees that it is tried on. It returns
-if the law holds, or if it says nothing of such a transform; else it raises an AssertionError that
+`None` if the law holds or does not apply to the transform; else it raises an AssertionError that
 names the law, the leaf and the numbers. `LAWS` has their names, each with its sentence.
 
 >>> import adamjax

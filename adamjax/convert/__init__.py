@@ -10,8 +10,8 @@ says what to do. The reasons are:
 
 - **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. Two cases
   do not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of Adam's class, and
-  Keras' arrays may have no names. Then moments are refused that no gradients can lead to with the
-  betas of `tx`; the others are taken.
+  Keras' arrays may have no names. There adamjax refuses moments that no gradients can lead to with
+  the betas of `tx`, and takes all others.
 - **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
