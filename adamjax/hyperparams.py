@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
+from adamjax.leaves import is_arraylike
 from adamjax.structure import Part, replace_parts, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -146,7 +147,12 @@ class with_hyperparams(Transform):
         """The inner transform with the values of a state."""
         expect_state(self, state, HyperparamsState)
         state_values = state.hyperparams
-        if not isinstance(state_values, dict) or set(state_values) != set(self.hyperparams):
+        if not isinstance(state_values, dict):
+            raise TypeError(
+                f"with_hyperparams: the state's hyperparams are a {type(state_values).__name__}, "
+                "expected a dict: state._replace(hyperparams=dict(state.hyperparams))"
+            )
+        if set(state_values) != set(self.hyperparams):
             raise ValueError(
                 f"with_hyperparams: the state keeps {sorted(state_values)}, the transform has "
                 f"{sorted(self.hyperparams)}. Name the same ones, or go on from here: "
@@ -182,16 +188,16 @@ def _is_whole(x: Any) -> bool:
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
     expected = jnp.integer if _is_whole(value) else jnp.floating
-    # A text would be taken for the name of a dtype.
-    is_text = isinstance(state_value, str | bytes)
-    dtype = jnp.result_type(jnp.bool_ if state_value is None or is_text else state_value)
+    # A text would be taken for the name of a dtype. NumPy reads None as an array of objects.
+    kind = getattr(getattr(state_value, "dtype", None), "kind", "f")
+    is_number = is_arraylike(state_value) and kind not in "OSU"
+    dtype = jnp.result_type(state_value if is_number else jnp.bool_)
     fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, expected))
     if fits and expected is jnp.floating:
         # If someone cast the state to a narrow dtype, the rate would be rounded.
         fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     if not fits:
         shape = list(np.shape(state_value))
-        is_number = state_value is not None and not is_text
         actual = f"{dtype.name}{shape}" if is_number else repr(state_value)
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {actual}, expected a scalar of "

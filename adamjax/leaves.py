@@ -68,33 +68,44 @@ def is_left_alone(leaf: Any) -> bool:
 _is_a = functools.cache(jnp.issubdtype)
 
 
-def _is_raw(leaf: Any) -> bool:
-    """Whether an array has bytes without a dtype, as NumPy reads bfloat16 from its own files."""
-    # The types of ml_dtypes and float0 are void too.
-    return isinstance(leaf, _OF_NUMPY) and leaf.dtype.type is np.void and leaf.dtype.names is None
-
-
 _RAW = (
     "these are bytes without a dtype, as NumPy reads bfloat16 from .npz and .npy files: give them "
     "the dtype that was saved, such as x.view(ml_dtypes.bfloat16)"
 )
+_NO_NUMBERS = (
+    "JAX has no such dtype; NumPy reads what was None from .npz and .npy files as an array of "
+    "objects: put None back"
+)
+
+
+def _fault_of_dtype(leaf: Any) -> str | None:
+    """Why JAX cannot take an array of NumPy, if it cannot because of its dtype."""
+    if not isinstance(leaf, _OF_NUMPY):
+        return None
+    if leaf.dtype.kind in "OSU":
+        return _NO_NUMBERS
+    # The types of ml_dtypes and float0 are void too.
+    is_raw = leaf.dtype.type is np.void and leaf.dtype.names is None
+    return _RAW if is_raw else None
 
 
 def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
-    """Refuses a tree with an array whose dtype was lost in a file of NumPy."""
+    """Refuses a tree with an array of NumPy that JAX cannot take."""
     for i, x in enumerate(flatten(tree)[0]):
-        if _is_raw(x):
+        fault = _fault_of_dtype(x)
+        if fault:
             path = leaf_paths(tree)[i]
             raise TypeError(
-                f"{owner}: {name}[{path!r}] is {described(x)}, expected a float: {_RAW}"
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected a number: {fault}"
             )
 
 
 def dtype_of(leaf: Any) -> Any:
     if not isinstance(leaf, _OF_NUMPY):  # a step asks for thousands of dtypes, mostly of these
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if _is_raw(leaf):
-        raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {_RAW}")
+    fault = _fault_of_dtype(leaf)
+    if fault:
+        raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {fault}")
     if leaf.dtype == jax.dtypes.float0:
         return leaf.dtype
     return jnp.result_type(leaf)  # float64 only under x64
@@ -117,8 +128,9 @@ def described(leaf: Any) -> str:
     if leaf is None:
         return "None"
     if not is_arraylike(leaf):
-        return f"a {type(leaf).__name__}"
-    if _is_raw(leaf):
+        name = type(leaf).__name__
+        return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    if _fault_of_dtype(leaf):
         return f"{leaf.dtype.str}{list(leaf.shape)}"
     if isinstance(leaf, Scaled8):
         return f"{SCALED8}{list(leaf.shape)}"
@@ -142,7 +154,8 @@ def expect_array(
     what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
 ) -> None:
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
-    if is_arraylike(x) and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
+    is_array = is_arraylike(x) and _fault_of_dtype(x) is None
+    if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     expected = f"{dtype or 'shape '}{list(shape)}"
     raise ValueError(f"{what} is {described(x)}, expected {expected}: {mend}")
@@ -174,7 +187,12 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
     """
     expect_dtypes(owner, f"the state's {name}", tree)
     canonical = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
-    for x in flatten(tree)[0]:
+    for i, x in enumerate(flatten(tree)[0]):
+        if x is not None and not is_arraylike(x):
+            raise TypeError(
+                f"{owner}: the state's {name}[{leaf_paths(tree)[i]!r}] is {described(x)}, expected "
+                "an array: restore it from the checkpoint, or make a new state with init"
+            )
         is_encoded = isinstance(x, Scaled8)
         if is_encoded:
             expect_encoded(f"{owner}: the state's {name}", x)
@@ -252,8 +270,11 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         return None
     if not is_arraylike(leaf):
         return "expected an array"
-    if _is_raw(leaf) or _is_raw(want):
-        return _RAW
+    fault = _fault_of_dtype(leaf) or _fault_of_dtype(want)
+    if fault:
+        return fault
+    if want is not None and not is_arraylike(want):
+        return "expected arrays in both"
     if is_left_alone(leaf):
         ignored = want is None or is_left_alone(want) or dtype_of(leaf) == jax.dtypes.float0
         return None if ignored else "expected a floating dtype, or None to leave it alone"

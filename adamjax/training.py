@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from adamjax.autodiff import (
     Args,
@@ -24,7 +26,7 @@ from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import step_count, weights_as_averaged
 from adamjax.scaling import scale, scale_by_learning_rate
 from adamjax.structure import Part, find
-from adamjax.transform import Transform, as_transform, foreign
+from adamjax.transform import COUNTS, Transform, as_transform, foreign
 
 __all__ = ["eval_step", "forward", "train_step"]
 
@@ -73,16 +75,26 @@ def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
             )
 
 
-def _rounding_count(tx: Transform, state: Any) -> Any:
-    """The count of steps for stochastic rounding; an error if the state has none."""
+def _rounding_step(tx: Transform, state: Any) -> Any:
+    """A number that is another one in each step, for stochastic rounding.
+
+    It depends on every counter in the state: under `accumulate_gradients` or `skip_not_finite` that
+    of one part stands still in steps in which another part moves its weights.
+    """
     try:
-        return step_count(state)
+        step_count(state)
     except ValueError as error:
         raise ValueError(
             f"train_step: rounding='stochastic' needs a count of steps, and the state of {tx!r} "
             "has none that adamjax knows: use a rule or scale_by_learning_rate of adamjax, or "
             "write the step yourself, with apply_updates(..., rounding='stochastic', step=...)"
         ) from error
+    mixed = np.uint32(0)
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if getattr(path[-1], "name", None) in COUNTS:
+            # The factor is odd, so the result is another one if any one counter is.
+            mixed = mixed * np.uint32(0x9E3779B1) + x.astype(jnp.uint32)
+    return mixed
 
 
 class _JittedStep:
@@ -246,8 +258,8 @@ def train_step(
             call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
             value, grads = call.value_and_grad()
         updates, state = tx.update(grads, state, params, **extra)
-        count = _rounding_count(tx, state) if rounding == "stochastic" else None
-        return apply_updates(params, updates, rounding=rounding, step=count), state, value
+        number = _rounding_step(tx, state) if rounding == "stochastic" else None
+        return apply_updates(params, updates, rounding=rounding, step=number), state, value
 
     step.__signature__ = signature_with_state(loss_fn)  # type: ignore[attr-defined]
     return TrainStep("train_step", jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))

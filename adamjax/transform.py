@@ -20,6 +20,7 @@ from adamjax.structure import Part
 
 __all__ = [
     "CLASSLESS",
+    "COUNTS",
     "Rule",
     "Scaling",
     "Stateless",
@@ -269,9 +270,9 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{type(owner).__name__}: the state is {actual}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}" * restored
-            + _UNWRAP * hasattr(state, "inner")
+            + (_WRAP if hasattr(kind, "inner") else _UNWRAP) * hasattr(state, "inner")
         )
-    for name in _COUNTS.intersection(getattr(state, "_fields", ())):
+    for name in COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
 
 
@@ -320,6 +321,10 @@ def _with_article(state: Any) -> str:
 
 # For errors about the state of a wrapper without the wrapper.
 _UNWRAP = ". Without that wrapper continue with state.inner (of exact_rows: after flush)"
+_WRAP = (
+    ". If this is the state of the transform inside, continue with "
+    "tx.init(params)._replace(inner=state)"
+)
 # For errors about states that may have been read from a checkpoint.
 CLASSLESS = (
     "A checkpoint that was restored without its classes has dictionaries and lists: restore it "
@@ -327,7 +332,7 @@ CLASSLESS = (
     "its leaves in their order, jax.tree.structure(tx.init(params)).unflatten(leaves)"
 )
 # The fields of states that count something.
-_COUNTS = {"count", "micro_count", "skipped", "clock"}
+COUNTS = {"count", "micro_count", "skipped", "clock"}
 
 
 def as_transform(tx: Any) -> Transform:

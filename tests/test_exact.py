@@ -1233,6 +1233,60 @@ def test_a_state_of_another_transform_is_refused(what, read):
     assert "from_dense(state.inner, params)" in str(caught.value)
 
 
+CLASSLESS = {
+    "tables in a list": lambda s: s._replace(tables=list(s.tables.values())),
+    "a table as a dictionary": lambda s: s._replace(
+        tables={path: table._asdict() for path, table in s.tables.items()}
+    ),
+    "a table as a tuple": lambda s: s._replace(
+        tables=jax.tree.map(tuple, s.tables, is_leaf=is_pair)
+    ),
+    "a ring as a dictionary": lambda s: s._replace(
+        rings={name: ring._asdict() for name, ring in s.rings.items()}
+    ),
+    "a ring as a tuple": lambda s: s._replace(
+        rings={name: tuple(ring) for name, ring in s.rings.items()}
+    ),
+}
+
+
+def is_pair(x):
+    return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize("read", ["update", "flush"])
+@pytest.mark.parametrize("what", CLASSLESS)
+def test_a_state_without_some_of_its_classes_is_refused(what, read):
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    state = CLASSLESS[what](tx.init(params))
+    with pytest.raises(
+        TypeError, match=r"exact_rows: .* expected a .*restored without its classes"
+    ):
+        READERS[read](tx, params, state)
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
+def test_a_refusal_without_x64_does_not_outlast_it():
+    tx = exact_rows(adamjax.adam(0.1), "table")
+    with enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
+        state = tx.init(params)
+    with pytest.raises(ValueError, match="exact_rows: "):
+        tx.update(params, state, params)
+    with enable_x64(True):
+        updates, _ = tx.update(params, state, params)
+        assert updates["table"].dtype == jnp.float64
+
+
+def test_a_table_of_another_width_is_named():
+    tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
+    state = tx.init(params)
+    with enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        with pytest.raises(ValueError, match="for tables in float32, now they are in float64"):
+            tx.flush(wide, state)
+
+
 def test_another_b2_of_amsgrad_is_refused():
     """Its rows move without b2, but their v decays by it while they lag behind."""
     tx, other = (exact_rows(adamjax.amsgrad(0.1, b2=b2), "table") for b2 in (0.5, 0.999))

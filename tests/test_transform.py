@@ -343,6 +343,41 @@ def test_apply_updates_keeps_the_parameters_dtype():
     assert_same(apply_updates(jnp.array([1j]), jnp.array([1 + 0j])), jnp.array([1 + 1j]))
 
 
+OF_A_STATE = {
+    "amsgrad": (adamjax.amsgrad(0.1), "w"),
+    "average": (adamjax.weight_ema(0.9), "w"),
+    "accumulated": (adamjax.accumulate_gradients(adamjax.scale(-0.1), 2), "w"),
+    "exact_rows": (adamjax.exact_rows(adamjax.adam(0.1), "w"), "w"),
+    "hyperparameter": (
+        adamjax.with_hyperparams(adamjax.scale(0.1), factor=0.1),
+        "factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_STATE)
+@pytest.mark.parametrize(
+    "value", [..., np.array(None), np.array("a")], ids=["ellipsis", "objects", "text"]
+)
+def test_what_is_no_array_in_a_state_is_named(name, value):
+    """As partial checkpoints have `...`, and NumPy's files an array of objects for None."""
+    tx, key = OF_A_STATE[name]
+    params = {"w": jnp.ones((8, 2))}
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
+    places = [i for i, (path, _) in enumerate(leaves) if f"[{key!r}]" in jax.tree_util.keystr(path)]
+    assert places
+    for place in places:
+        arrays = [value if i == place else x for i, (_, x) in enumerate(leaves)]
+        with pytest.raises((TypeError, ValueError), match=rf"{tx_name(tx)}: .*{key}.* expected"):
+            tx.update(params, treedef.unflatten(arrays), params)
+
+
+def tx_name(tx):
+    """Those whom an error may name."""
+    parts = {type(part.tx).__name__ for part in adamjax.structure.walk(tx)}
+    return f"({'|'.join(sorted(parts))})"
+
+
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("u_dtype", [None, np.float32])

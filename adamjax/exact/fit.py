@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
 from adamjax.encoding import expect_rows
 from adamjax.exact.route import RoutePart
-from adamjax.exact.state import ExactRowsState
+from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.tables import Family, Table
 from adamjax.leaves import expect_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import map_slots
+from adamjax.transform import CLASSLESS
 
 __all__ = ["expect_fit", "expect_slot_names", "expect_slots"]
 
@@ -36,6 +38,11 @@ _OTHER_RULE = (
 def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) -> None:
     """Refuses a state for other parameters, tables or sizes, or for another rule or history."""
     tables = [table for family in families for table in family.tables]
+    if not isinstance(state.tables, Mapping):
+        raise TypeError(
+            f"exact_rows: the state's tables are a {type(state.tables).__name__}, expected a "
+            f"dictionary. {CLASSLESS}"
+        )
     slots: list[Tree] = []
 
     def collect(name: str, tree: Tree) -> Tree:
@@ -55,6 +62,12 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
             f"of the two has: {unmatched}. The state refers to leaves by position, so params must "
             "have the structure that init was given"
         )
+    for path, rows in state.tables.items():
+        if not isinstance(rows, TableState):
+            raise TypeError(
+                f"exact_rows: the state's tables[{path!r}] is a {type(rows).__name__}, expected a "
+                f"TableState. {CLASSLESS}"
+            )
     expect_array(
         "exact_rows: the clock", state.clock, (), "do not cast it, it wraps around", "int32"
     )
@@ -119,14 +132,27 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
     names = [family.name for family in families]
     described = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
     if not isinstance(rings, Mapping) or set(rings) != set(names):
+        real = families[0].tables[0].real
+        series = [getattr(x, "series", None) for x in getattr(rings, "values", tuple)()]
+        of_state = {x.dtype for x in series if hasattr(x, "dtype")}
+        note = ""
+        if of_state and of_state != {np.dtype(real)}:
+            widths = " and ".join(sorted(x.name for x in of_state))
+            note = f"the state is for tables in {widths}, now they are in {np.dtype(real).name}; "
         raise ValueError(
             f"exact_rows: the state is for another transform: {described}, expected {names}: "
-            f"{_OTHER_RULE}"
+            f"{note}{_OTHER_RULE}"
         )
     for family in families:
         table = family.tables[0]
-        expected = _ring_like(table.plan, family.history, table.real)
-        for name, x, like in zip(Ring._fields, rings[family.name], expected, strict=True):
+        expected = _ring_like(table.plan, family.history, table.real, _is_x64())
+        ring = rings[family.name]
+        if not isinstance(ring, Ring):
+            raise TypeError(
+                f"exact_rows: rings[{family.name!r}] is a {type(ring).__name__}, expected a Ring. "
+                f"{CLASSLESS}"
+            )
+        for name, x, like in zip(Ring._fields, ring, expected, strict=True):
             if (x is None) != (like is None):
                 has = "has no" if x is None else "has"
                 raise ValueError(
@@ -137,7 +163,11 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
                 expect_array(where, x, like.shape, _OTHER_RULE, like.dtype.name)
 
 
+def _is_x64() -> bool:
+    return bool(jax.dtypes.canonicalize_dtype("float64") == "float64")
+
+
 @functools.lru_cache
-def _ring_like(plan: Coasting, history: int, real: Any) -> Ring:
-    """The shapes and dtypes of a ring."""
+def _ring_like(plan: Coasting, history: int, real: Any, is_x64: bool) -> Ring:
+    """The shapes and dtypes of a ring, which depend on the mode of x64 too."""
     return jax.eval_shape(lambda: plan.init(history, real))

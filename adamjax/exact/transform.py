@@ -36,6 +36,7 @@ from adamjax.leaves import (
     as_arrays,
     described,
     dtype_of,
+    expect_dtypes,
     expect_like,
     is_left_alone,
     matched,
@@ -237,6 +238,7 @@ class exact_rows(Transform):
         tx = self._static_tx(params)
         families = families_of(self._tables(tx, params), self.history)
         if state is not None:
+            expect_dtypes("exact_rows", "state", state)
             expect_fit(families, state, params)
             state, params = as_arrays(state), as_arrays(params)
             inner = state.inner
