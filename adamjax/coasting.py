@@ -10,18 +10,18 @@ size, which includes its sign, the learning rate and the bias correction, `b_t` 
 decoupled weight decay, and `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. `a_t`
 and `b_t` need not be known before step t, so schedules and rates set by hand are exact as well.
 
-**One function of one variable.** With `e = e_{s+1}` and sigma = e / (x + e) in (0, 1], x is
-(1 - sigma) (x + e), so that, as long as there is no decay,
+**One function of one variable.** With `e = e_{s+1}` and sigma = e / (x + e), in (0, 1], x is
+(1 - sigma) (x + e). So as long as there is no decay,
 
     p_t = p_s + m / (x + e) * G_t(sigma)
     G_t(sigma) = sum over j of a_{s+j} * w_j(sigma)
     w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
 
 The row enters only through sigma, and as a function G depends only on s and t. It is smooth in
-`u = log(1 + sigma * d) / log(1 + d)`: for a good d, the poles of G are evenly spread in u. A few Chebyshev
-coefficients in u give it to 1e-8; a few more give it to 1e-13, for rows that catch up in float64. A
-ring has these coefficients for each of the last start steps s. Step t adds `a_t` times the
-coefficients of `w_{t-s}` to the entries of the last K steps; for older ones (b1 / shrink)**j is
+`u = log(1 + sigma * d) / log(1 + d)`: for a good d, the poles of G are evenly spread in u. A few
+Chebyshev coefficients in u give it to 1e-8; a few more give it to 1e-13, for rows that catch up in
+float64. A ring has these coefficients for each of the last start steps s. Step t adds `a_t` times
+the coefficients of `w_{t-s}` to the entries of the last K steps; for older ones (b1 / shrink)**j is
 negligible. A row catches up by reading its entry and evaluating it at its elements, however long
 it has lagged behind.
 
@@ -147,7 +147,7 @@ class Ring(NamedTuple):
 
 
 class _Lag(NamedTuple):
-    """For how many steps, and for which, each of n rows lags behind.
+    """The steps by which n rows lag behind.
 
     Attributes:
       last: int32 [n], the clock at which each row was last up to date.
@@ -191,9 +191,8 @@ def coasting(
             f"shrink and eps, got {coast}; size=None is for a rule that does not divide"
         )
     numbers = Numbers(float(coast.b1), float(shrink), float(eps), b2)
-    return Coasting(
-        numbers, momentum, decays, *_steps_and_series(numbers, _TOLERANCE[np.dtype(real)])
-    )
+    steps, terms, stretch = _steps_and_series(numbers, _TOLERANCE[np.dtype(real)])
+    return Coasting(numbers, momentum, decays, steps, terms, stretch)
 
 
 @dataclass(frozen=True)
@@ -363,7 +362,7 @@ class Coasting:
         def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
             """G and Q now, [n, ...], from G and Q at the rows' end.
 
-            It is linear, so that it works on coefficients too.
+            It is linear, so it can also be given their coefficients, which are fewer.
             """
             if momentum is None:
                 q = None
@@ -418,7 +417,7 @@ class Coasting:
         inverse = 1 / (x + e)
         u = e * inverse
         if self.stretch > 0:
-            # Not `log1p`: only the absolute error of u counts, and `log` makes it one rounding of 1.
+            # Not `log1p`: only the absolute error of u counts, about one rounding of its range.
             u = jnp.log(1 + self.stretch * u) / math.log1p(self.stretch)
         g, q = (c if c is None else m * inverse * _clenshaw(c, 2 * u - 1) for c in coefficients)
         return g, q
@@ -463,8 +462,8 @@ def _steps_and_series(numbers: Numbers, tolerance: float) -> tuple[int, int, flo
         return replay_steps, 0, 0.0
     series_steps = _steps_until(tolerance, numbers.b1 / numbers.shrink)
     # With tiny betas, d would be too large for a float32.
-    too_wide = numbers.shrink**series_steps < 1e-30
-    series = None if too_wide else _fewest_terms(numbers, series_steps, tolerance)
+    is_too_stretched = numbers.shrink**series_steps < 1e-30
+    series = None if is_too_stretched else _fewest_terms(numbers, series_steps, tolerance)
     if series is None:
         return min(replay_steps, series_steps), 0, 0.0
     return series_steps, *series
