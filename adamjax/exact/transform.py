@@ -482,8 +482,8 @@ class exact_rows(Transform):
         ]
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf])
-        # Outside of `jit`, JAX would compile the loop over the blocks again in each call. The ticket
-        # is not passed, because it would not count in a function with a jit of its own.
+        # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
+        # not passed, because it would not count in a function with a jit of its own.
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
