@@ -820,7 +820,7 @@ def half_stopped_loss(params, ids):
 
 @pytest.mark.slow
 def test_a_train_step_finds_its_rows_once():
-    """`update` knows them while it is traced: it neither searches for them nor updates them again."""
+    """`update` knows them while it is traced: no second search, no second catch-up."""
     tx, params = exact_rows(adamjax.adam(0.1), "table"), {"table": jnp.ones((NUM_ROWS, 2))}
 
     def step(params, state, ids):
@@ -1225,8 +1225,8 @@ def test_stale_tables_are_kept_as_they_are():
 
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
-# By what differs: a transform that cannot take the state of exact_rows(adam(0.1), "table"), and what
-# the error says. The state with less history is the other one, as more history is no error.
+# By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what the
+# error says.
 OTHER_TRANSFORMS = {
     "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=512), "history=512"),
     "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected .*b1=0.8,"),
@@ -1252,11 +1252,12 @@ READERS = {
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("what", OTHER_TRANSFORMS)
 def test_a_state_of_another_transform_is_refused(what, read):
-    """Rows that lag behind would go on otherwise; the error says how to change over."""
+    """Rows that lag behind would catch up wrongly; the error says how to change over."""
     make, message = OTHER_TRANSFORMS[what]
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     state, other = tx.init(params), make()
     if what == "less history":
+        # Here the state is that of the other transform.
         tx, other = other, tx
         state = tx.init(params)
     with pytest.raises((ValueError, TypeError), match=message) as caught:
