@@ -1225,8 +1225,8 @@ def test_stale_tables_are_kept_as_they_are():
 
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
-# By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what the
-# error says.
+# By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what
+# the error says.
 OTHER_TRANSFORMS = {
     "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=512), "history=512"),
     "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected .*b1=0.8,"),
