@@ -3,8 +3,8 @@
 A table is trained for 2,000 steps by `exact_rows`, by the same chain with dense gradients in
 float32, and by the float64 reference. An error is the mean distance of a table's elements to the
 reference. It is measured at the end, and on the way, in the rows that `lookup` reads after each
-step. The error of `exact_rows` may be at most 1.2 times that of the dense chain, or twice that if
-steps are replayed because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
+step. The error of `exact_rows` may be 1.2 times that of the dense chain, or 2 times if steps are
+replayed because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
 """
 
 import copy
