@@ -159,7 +159,7 @@ def _by_scratch(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, c
 
 
 def _by_sort(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal numbers by sorting, then each number by a search among these."""
+    """Finds the first of equal numbers by sorting, then each one by a search among the distinct."""
     ordered = jax.lax.sort(numbers)
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     is_new = is_new & (ordered != segments.no_row)

@@ -246,14 +246,14 @@ class shard_state(Transform):
         pairs = zip(leaves, flatten(like)[0], strict=True)
         return treedef.unflatten(split(x, p) for x, p in pairs)
 
-    def shardings(self, inner: Any, params: Tree, memory_kind: str | None = None) -> Any:
+    def shardings(self, inner: Any, params: Tree, memory: str | None = None) -> Any:
         """The shardings of the inner transform's state.
 
         Args:
-          memory_kind: another memory than that for the state between steps.
+          memory: another kind of memory than `memory_kind`.
         """
         specs = [self._slot_spec(p) for p in flatten(params)[0]]
-        memory_kind = memory_kind or self.memory_kind
+        memory_kind = memory or self.memory_kind
         return _shardings_of(self.tx, params, inner, specs, self.mesh, memory_kind)
 
     # --- init and update
@@ -353,7 +353,7 @@ class shard_state(Transform):
                 return mean(loss), examples, means, grads
 
             def over_axis(spec: Spec) -> PartitionSpec:
-                """The split over the axis alone: the compiler cares for the other axes."""
+                """The split over the axis alone: the compiler takes care of the other axes."""
                 return PartitionSpec(*(self.axis if a == self.axis else None for a in spec))
 
             whole, by_example = PartitionSpec(), PartitionSpec(self.axis)
