@@ -366,7 +366,7 @@ class Coasting:
             """
             if momentum is None:
                 q = None
-            if q is not None:
+            elif q is not None:
                 q = _column(power(momentum, clock - lag.end, p.dtype, history), q) * q
                 if ring.kappa is not None:
                     q += _column(_at(ring.kappa, lag.end), g) * g
