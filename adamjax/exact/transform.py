@@ -89,11 +89,11 @@ class exact_rows(Transform):
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
         effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. What is
-        masked from the tables may be anything. Betas, epsilons and the average's momentum must be
-        Python floats. Rates and decays may be arrays and change from step to step, as long as
-        `learning_rate * weight_decay < 1`: after a step for which that is false, the rows become
-        NaN. They also become NaN after a step whose rate is NaN or infinite, but rows that are not
-        read for long after it may stay finite.
+        masked from the tables may be anything. Betas,
+        epsilons and the average's momentum must be Python floats. Rates and decays may be arrays
+        and change from step to step, as long as `learning_rate * weight_decay < 1`: after a step
+        for which that is false, the rows become NaN. They also become NaN after a step whose rate
+        is NaN or infinite, but rows that are not read for long after it may stay finite.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The least
@@ -508,13 +508,12 @@ class exact_rows(Transform):
         Args:
           params, state: as for `update`.
           axis: the mesh axis, or a tuple of axes, over which the rows of all tables are split. Then
-            each device works on its own rows. It is needed only inside `jit` on a mesh with
-            automatic axes, which must be the current mesh (`jax.set_mesh`); elsewhere the arrays
-            say how they are split. Without it the result is the same, but every device gets and
-            works on all rows.
-          rounding: how bfloat16 weights are rounded, as in `apply_updates`: the same as in the
-            steps. If they are rounded to the nearest in every step, changes below the weights'
-            resolution are lost.
+            each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
+            axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
+            the result is the same, but every device gets and works on all rows.
+          rounding: how bfloat16 weights are rounded, as in `apply_updates`: give the one of the
+            steps. Rounded to the nearest in every step, weights drop all that is below their
+            resolution.
 
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
