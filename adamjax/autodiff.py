@@ -24,7 +24,7 @@ from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.plans import PerSite, Source, View
 from adamjax.reads import Planner
-from adamjax.rows import RowGradient, as_row_ids, expect_int32, sum_rows_of_each
+from adamjax.rows import RowGradient, as_row_ids, expect_row_count, sum_rows_of_each
 from adamjax.search import distinct_of_each
 
 __all__ = ["Call", "Reads", "grad", "signature_with_state", "takes_state", "value_and_grad"]
@@ -450,7 +450,7 @@ def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
             raise ValueError(
                 f"{call.owner}: {call.paths[i]!r} is a scalar, expected a table with rows"
             )
-        expect_int32(f"{call.owner}: {call.paths[i]!r}", np.shape(call.leaves[i])[0])
+        expect_row_count(f"{call.owner}: {call.paths[i]!r}", np.shape(call.leaves[i])[0])
     return tables
 
 

@@ -10,18 +10,18 @@ size, which includes its sign, the learning rate and the bias correction, `b_t` 
 decoupled weight decay, and `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. `a_t`
 and `b_t` need not be known before step t, so schedules and rates set by hand are exact as well.
 
-**One function of one variable.** With `e = e_{s+1}`, the row is x = (1 - sigma) (x + e) for some
-sigma = e / (x + e) in (0, 1], so that, as long as there is no decay,
+**One function of one variable.** With `e = e_{s+1}` and sigma = e / (x + e), in (0, 1], x is
+(1 - sigma) (x + e). So as long as there is no decay,
 
     p_t = p_s + m / (x + e) * G_t(sigma)
     G_t(sigma) = sum over j of a_{s+j} * w_j(sigma)
     w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
 
 The row enters only through sigma, and as a function G depends only on s and t. It is smooth in
-`u = log(1 + sigma * d) / log(1 + d)`, which spreads its poles evenly for a good d. A few Chebyshev
-coefficients in u give it to 1e-8; a few more give it to 1e-13, for rows that catch up in float64. A
-ring has these coefficients for each of the last start steps s. Step t adds `a_t` times the
-coefficients of `w_{t-s}` to the entries of the last K steps; for older ones (b1 / shrink)**j is
+`u = log(1 + sigma * d) / log(1 + d)`: for a good d, the poles of G are evenly spread in u. A few
+Chebyshev coefficients in u give it to 1e-8; a few more give it to 1e-13, for rows that catch up in
+float64. A ring has these coefficients for each of the last start steps s. Step t adds `a_t` times
+the coefficients of `w_{t-s}` to the entries of the last K steps; for older ones (b1 / shrink)**j is
 negligible. A row catches up by reading its entry and evaluating it at its elements, however long
 it has lagged behind.
 
@@ -41,7 +41,7 @@ h_t = momentum * (h_{t-1} + p_{t-1} - p_t) is a sum of three terms:
     kappa_t = momentum * (kappa_{t-1} + C_{t-1} - C_t)
 
 from kappa_s = Q_s = 0. Only decay is left after K steps, so the ring follows Q for K steps too.
-From then on s + K takes the place of s: what G has moved by then is part of the weights.
+From then on the row is one that was touched at step s + K, at the weights to which G has moved it.
 
 **Replay.** If b1 is not well below shrink, the terms do not become negligible before x has fallen
 below eps, and no short series gives G. Then the ring has `(a_t, b_t)`, and the recurrence is
@@ -71,9 +71,9 @@ _TOLERANCE = {np.dtype(np.float32): 1e-8, np.dtype(np.float64): 1e-13}
 # The most coefficients that a series may have; b1 = b2 = 0.5 needs 35.
 _MOST_TERMS = 40
 # The logarithm in u takes as long as so many coefficients.
-_LOGARITHM = 4
+_LOGARITHM_COST = 4
 # The largest x that a replay allows for: the root of the largest float32.
-_LARGEST = 2.0**64
+_LARGEST_SIZE = 2.0**64
 
 
 class Coast(NamedTuple):
@@ -146,8 +146,8 @@ class Ring(NamedTuple):
     kappa: chex.Array | None = None
 
 
-class _Rows(NamedTuple):
-    """The steps for which rows lag behind.
+class _Lag(NamedTuple):
+    """The steps by which n rows lag behind.
 
     Attributes:
       last: int32 [n], the clock at which each row was last up to date.
@@ -161,7 +161,7 @@ class _Rows(NamedTuple):
     end: chex.Array
     now: chex.Array
 
-    def number(self, j: Any) -> chex.Array:
+    def step_number(self, j: Any) -> chex.Array:
         """The number of the j-th step after `last`, at most `now`."""
         return self.now - jnp.maximum(self.gap - j, 0)
 
@@ -179,6 +179,7 @@ def coasting(
     """
     # With momentum 1 the average never changes, so it need not catch up.
     momentum = None if momentum is None or momentum == 1 else float(momentum)
+    # With b2 = 0, as without one, every step adds eps to x.
     b2 = float(coast.b2) if coast.b2 else None
     shrink, eps = coast.shrink, coast.eps
     if coast.size is None:
@@ -190,7 +191,8 @@ def coasting(
             f"shrink and eps, got {coast}; size=None is for a rule that does not divide"
         )
     numbers = Numbers(float(coast.b1), float(shrink), float(eps), b2)
-    return Coasting(numbers, momentum, decays, *_layout(numbers, _TOLERANCE[np.dtype(real)]))
+    steps, terms, stretch = _steps_and_series(numbers, _TOLERANCE[np.dtype(real)])
+    return Coasting(numbers, momentum, decays, steps, terms, stretch)
 
 
 @dataclass(frozen=True)
@@ -267,10 +269,11 @@ class Coasting:
         clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
         series, rates, decay, kappa = ring
         if kappa is not None:
-            product = jnp.exp(_difference(_at(decay, clock - 1)[None], decay))
-            is_now = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
+            # C_{t-1} for each start step. This step changes it by b times itself.
+            decay_so_far = jnp.exp(_difference(_at(decay, clock - 1)[None], decay))
+            is_new = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
             b = jnp.asarray(b, kappa.dtype)
-            kappa = jnp.where(is_now, 0, _times(self.momentum, kappa - b * product))
+            kappa = jnp.where(is_new, 0, _times(self.momentum, kappa - b * decay_so_far))
         if decay is not None:
             b = jnp.asarray(b, decay.dtype)
             decay = _put(decay, clock, _two_sum(_at(decay, clock - 1), jnp.log1p(b)))
@@ -284,10 +287,11 @@ class Coasting:
     def _advance_series(
         self, series: chex.Array, clock: chex.Array, count: chex.Array, a: Any, b: Any
     ) -> chex.Array:
+        """Adds a step to G and Q of the last K start steps, and starts those of this step at 0."""
         real, j = series.dtype, np.arange(self.steps + 1, dtype=np.int32)
         a, b = jnp.asarray(a, real), jnp.asarray(b, real)
         g, q = self._halves(_at(series, clock - j))
-        change = b * g + a * self._vectors(count, real)
+        change = b * g + a * self._coefficients_of_terms(count, real)
         new = g + change
         if q is not None:
             new = jnp.concatenate([new, _times(self.momentum, q - change)], axis=1)
@@ -298,12 +302,13 @@ class Coasting:
         q = None if self.momentum is None else entries[:, self.terms :]
         return entries[:, : self.terms], q
 
-    def _vectors(self, count: chex.Array, real: Any) -> Any:
+    def _coefficients_of_terms(self, count: chex.Array, real: Any) -> Any:
         """[K + 1, terms]: the coefficients of `w_j` at step `count`, for start step `count - j`."""
         j, (sigma, matrix) = np.arange(self.steps + 1)[:, None], _nodes(self.terms, self.stretch)
         top, bottom = self.numbers.b1**j, (1 - sigma) * self.numbers.shrink**j
         if self.numbers.b2 is None:
             return (top / (bottom + sigma) @ matrix).astype(real)
+        # The step after the start step; its epsilon is the e of sigma.
         first = jnp.maximum(count - j.astype(np.int32) + 1, 1)
         ratio = self._epsilon(count, real) / self._epsilon(first, real)
         w = top.astype(real) / (bottom.astype(real) + sigma.astype(real)[None] * ratio)
@@ -347,30 +352,34 @@ class Coasting:
         """
         clock, count = jnp.asarray(clock, jnp.int32), jnp.asarray(count, jnp.int32)
         gap = clock - last
-        rows = _Rows(last, gap, last + jnp.minimum(gap, self.steps), count)
+        lag = _Lag(last, gap, last + jnp.minimum(gap, self.steps), count)
         momentum = None if average is None else self.momentum
         history = next((len(entries) for entries in ring if entries is not None), 1 << 31)
-        # Added to a row's coefficients rather than to its elements, which are more.
+        # NaN for the rows that cannot catch up. It is added to a row's coefficients rather than to
+        # its elements, which are more.
         poison = jnp.where((gap < 0) | (gap > history - 1), jnp.nan, 0).astype(p.dtype)
 
         def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
-            """G and Q now, [n, ...], from G and Q at the rows' end."""
-            if momentum is None or q is None:
+            """G and Q now, [n, ...], from G and Q at the rows' end.
+
+            It is linear, so it can also be given their coefficients, which are fewer.
+            """
+            if momentum is None:
                 q = None
-            else:
-                q = _column(power(momentum, clock - rows.end, p.dtype, history), q) * q
+            elif q is not None:
+                q = _column(power(momentum, clock - lag.end, p.dtype, history), q) * q
                 if ring.kappa is not None:
-                    q += _column(_at(ring.kappa, rows.end), g) * g
+                    q += _column(_at(ring.kappa, lag.end), g) * g
             if ring.decay is not None:
-                since_end = _difference(_at(ring.decay, clock)[None], _at(ring.decay, rows.end))
+                since_end = _difference(_at(ring.decay, clock)[None], _at(ring.decay, lag.end))
                 g = _column(jnp.exp(since_end), g) * g
             return g, q
 
         moved, distance = jnp.zeros_like(p), None
         if ring.series is not None:
-            moved, distance = self._evaluate(ring.series, rows, m, x, poison, settled)
+            moved, distance = self._evaluate(ring.series, lag, m, x, poison, settled)
         elif ring.rates is not None:
-            moved, distance = settled(*self._replay(ring.rates, rows, m, x, poison))
+            moved, distance = settled(*self._replay(ring.rates, lag, m, x, poison))
         if ring.decay is not None:
             since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last)) + poison
             moved += _column(jnp.expm1(since_last), p) * p
@@ -392,7 +401,7 @@ class Coasting:
     def _evaluate(
         self,
         series: chex.Array,
-        rows: _Rows,
+        lag: _Lag,
         m: chex.Array,
         x: chex.Array,
         poison: chex.Array,
@@ -401,31 +410,31 @@ class Coasting:
         """`m / (x + e)` times G and Q now, like m."""
         # Without barriers, XLA would read the coefficients again for each element.
         coefficients = [
-            q if q is None else barrier(q)
-            for q in settled(*self._halves(_at(series, rows.last) + poison[:, None]))
+            c if c is None else barrier(c)
+            for c in settled(*self._halves(_at(series, lag.last) + poison[:, None]))
         ]
-        e = _column(self._epsilon(rows.number(1), x.dtype), x)
+        e = _column(self._epsilon(lag.step_number(1), x.dtype), x)
         inverse = 1 / (x + e)
         u = e * inverse
         if self.stretch > 0:
-            # The absolute error counts here: it is one rounding of u's range.
+            # Not `log1p`: only the absolute error of u counts, about one rounding of its range.
             u = jnp.log(1 + self.stretch * u) / math.log1p(self.stretch)
-        g, q = (q if q is None else m * inverse * _clenshaw(q, 2 * u - 1) for q in coefficients)
+        g, q = (c if c is None else m * inverse * _clenshaw(c, 2 * u - 1) for c in coefficients)
         return g, q
 
     def _replay(
-        self, rates: chex.Array, rows: _Rows, m: chex.Array, x: chex.Array, poison: chex.Array
+        self, rates: chex.Array, lag: _Lag, m: chex.Array, x: chex.Array, poison: chex.Array
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q at the rows' end, like m."""
         real, j = x.dtype, np.arange(self.steps + 1)
         fall_m, fall_x = (jnp.asarray(b**j, real) for b in (self.numbers.b1, self.numbers.shrink))
-        longest = jnp.minimum(jnp.max(rows.gap, initial=0), self.steps)
+        longest = jnp.minimum(jnp.max(lag.gap, initial=0), self.steps)
 
         def step(carry: tuple) -> tuple:
             j, g, q = carry
-            live = j <= rows.gap
-            a, b = (_column(jnp.where(live, r, 0), x) for r in _at(rates, rows.last + j).T)
-            e = _column(self._epsilon(rows.number(j), real), x)
+            live = j <= lag.gap
+            a, b = (_column(jnp.where(live, r, 0), x) for r in _at(rates, lag.last + j).T)
+            e = _column(self._epsilon(lag.step_number(j), real), x)
             change = b * g + a * (fall_m[j] * m / (fall_x[j] * x + e))
             if q is not None:
                 q = jnp.where(_column(live, x), _times(self.momentum, q - change), q)
@@ -438,23 +447,26 @@ class Coasting:
 
 
 @functools.lru_cache
-def _layout(numbers: Numbers, tolerance: float) -> tuple[int, int, float]:
+def _steps_and_series(numbers: Numbers, tolerance: float) -> tuple[int, int, float]:
     """The plan's `steps`, `terms` and `stretch`."""
     if numbers.b1 == 0:
         return 0, 0, 0.0
     # Replay ends at the latest when x has fallen below eps and after that m has decayed.
-    steps = _steps_until(tolerance, numbers.b1)
+    replay_steps = _steps_until(tolerance, numbers.b1)
     if numbers.shrink < 1:
         least = max(
             numbers.eps * float(_corrected(numbers.b2, 1)), float(np.finfo(np.float32).tiny)
         )
-        steps += _steps_until(min(1.0, least / _LARGEST), numbers.shrink)
+        replay_steps += _steps_until(min(1.0, least / _LARGEST_SIZE), numbers.shrink)
     if numbers.b1 >= numbers.shrink:
-        return steps, 0, 0.0
-    until = _steps_until(tolerance, numbers.b1 / numbers.shrink)
+        return replay_steps, 0, 0.0
+    series_steps = _steps_until(tolerance, numbers.b1 / numbers.shrink)
     # With tiny betas, d would be too large for a float32.
-    series = None if numbers.shrink**until < 1e-30 else _series(numbers, until, tolerance)
-    return (min(steps, until), 0, 0.0) if series is None else (until, *series)
+    is_too_stretched = numbers.shrink**series_steps < 1e-30
+    series = None if is_too_stretched else _fewest_terms(numbers, series_steps, tolerance)
+    if series is None:
+        return min(replay_steps, series_steps), 0, 0.0
+    return series_steps, *series
 
 
 def _steps_until(part: float, b: float) -> int:
@@ -467,21 +479,23 @@ def _corrected(b2: float | None, t: Any) -> np.ndarray:
     return np.ones(np.shape(t)) if b2 is None else np.sqrt(-np.expm1(t * math.log(b2)))
 
 
-def _series(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float] | None:
+def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float] | None:
     """The fewest coefficients that give every G, and their stretch d; `None` if too many.
 
-    The error is at most the tolerance times the movement by rates of one size and sign, for every
-    sigma, start step and choice of signs.
+    That is: with rates of one size and any signs, for every sigma and start step, the error of G is
+    at most the tolerance times the G of rates of that size and one sign.
     """
-    # A sample of the terms, each weighted by the terms that it stands for, and of the start steps.
+    # A sample of the terms of G, each weighted by how many it stands for.
     j = np.unique(np.round(np.geomspace(1, steps, 100)))
-    number = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
-    weight = (number * (numbers.b1 / numbers.shrink) ** j)[:, None]
+    num_terms = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
+    weight = (num_terms * (numbers.b1 / numbers.shrink) ** j)[:, None]
     j = j[:, None]
+    # A sample of the start steps, until `e_t` is eps.
     starts = np.zeros((1, 1, 1))
     if numbers.b2 is not None:
         num_starts = math.ceil(math.log(40 / (1 - numbers.b2), 4))
         starts = np.append(0, 4.0 ** np.arange(num_starts))[:, None, None]
+    # Divided by shrink**j, the denominator of w_j is 1 + sigma * excess.
     excess = (
         _corrected(numbers.b2, starts + j) / _corrected(numbers.b2, starts + 1) / numbers.shrink**j
         - 1
@@ -497,6 +511,7 @@ def _series(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float]
         series = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
         return bool((np.abs(series - exact).sum(1) <= tolerance * exact.sum(1)).all())
 
+    # Without a stretch there is no logarithm to compute, so a few terms more are still cheaper.
     best = None
     for terms in range(1, _MOST_TERMS + 1):
         if suffice(terms, 0.0):
@@ -504,7 +519,7 @@ def _series(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float]
         if best is None:
             stretches = (float(excess.max()) / 2**i for i in range(9))
             best = next(((terms, d) for d in stretches if suffice(terms, d)), None)
-        elif terms == best[0] + _LOGARITHM:
+        elif terms == best[0] + _LOGARITHM_COST:
             break
     return best
 
@@ -557,8 +572,8 @@ def decayed(value: chex.Array, b: float, k: chex.Array, history: int) -> chex.Ar
 def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Array, chex.Array]:
     """`b**k`, and its rounding error for small k.
 
-    From tables of the powers of b below 256 and of the powers of `b**256`. In `exp(k * log(b))` the
-    rounding of the logarithm would be multiplied by k.
+    They are products of entries of two tables: the powers of b below 256, and those of `b**256`. In
+    `exp(k * log(b))` the rounding of the logarithm would be multiplied by k.
     """
     exact = np.power(b, np.arange(256.0))
     high = exact.astype(real)
@@ -568,9 +583,9 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
         return gather_entries(jnp.asarray(table), i)
 
     of_k = entry(high, k & 255), entry(low, k & 255)
-    # Beyond `last` the power underflows to zero.
-    last = _steps_until(float(np.finfo(real).tiny) / 2, b) >> 8 if b < 1 else 0
-    blocks = min(history >> 8, last + 2)
+    # Beyond `last_block` the power underflows to zero.
+    last_block = _steps_until(float(np.finfo(real).tiny) / 2, b) >> 8 if b < 1 else 0
+    blocks = min(history >> 8, last_block + 2)
     if blocks > 1:
         block = np.power(b, 256.0 * np.arange(blocks)).astype(real)
         of_block = entry(block, jnp.minimum(k >> 8, blocks - 1))
@@ -579,7 +594,7 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
 
 
 def _times(momentum: Any, value: chex.Array) -> chex.Array:
-    """`momentum * value`, which rounds 1 - momentum rather than momentum."""
+    """`momentum * value`, computed with a rounded 1 - momentum rather than a rounded momentum."""
     return value - (1 - momentum) * value
 
 

@@ -105,6 +105,7 @@ class AccumulateGradientsState(NamedTuple):
 
 
 def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
+    """A rule for `lift` that adds the gradient to the total; its update is not used."""
     if not isinstance(total, RowGradient):
         return g, total + g.astype(total.dtype)
     if not isinstance(g, RowGradient):
@@ -130,6 +131,7 @@ def _checked_max_rows(max_rows: Any) -> int | tuple[tuple[str, int], ...]:
         rules = checked_rules("accumulate_gradients: max_rows", max_rows)
         if not rules:
             raise error
+    # The errors of `as_size` would not say that there may be pairs.
     try:
         if rules is None:
             return as_size("", max_rows)
@@ -232,15 +234,15 @@ class accumulate_gradients(Transform):
         def empty(p: chex.Array) -> chex.Array:
             return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
 
-        total, treedef = flatten(new_slots(params, empty))
+        totals, treedef = flatten(new_slots(params, empty))
         for i, path in enumerate(leaf_paths(params)):
-            x = total[i]
+            x = totals[i]
             rows = None if x is None else self._max_rows_of(path, x)
             if rows is not None:
                 ids = jnp.full(rows, x.shape[0], jnp.int32)
                 values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
-                total[i] = RowGradient(ids, values, num_rows=x.shape[0], seal=None)
-        total = treedef.unflatten(total)
+                totals[i] = RowGradient(ids, values, num_rows=x.shape[0], seal=None)
+        total = treedef.unflatten(totals)
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -262,6 +264,7 @@ class accumulate_gradients(Transform):
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
                 x = with_seal(x / calls)
+                # Other libraries' transforms make updates and states in the gradients' dtype.
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def cleared(g: Any, x: Any) -> Any:
@@ -301,6 +304,7 @@ class SkipNotFiniteState(NamedTuple):
 
 
 def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
+    """For `reduced`: whether all elements of a leaf are finite."""
     return (
         functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in nonzero_arrays(g))),
     )

@@ -36,9 +36,9 @@ __all__ = [
     "as_size",
     "check_sound",
     "checked_ids",
-    "depending_on",
     "each_array",
-    "expect_int32",
+    "expect_row_count",
+    "indices_after",
     "nonzero_arrays",
     "row_gradient",
     "run_rule",
@@ -78,7 +78,7 @@ class RowGradient(Data):
       rest: float[num_rows, *trailing], the values of all other rows, zero at the rows in indices;
         `None` for zeros. Updates of an optimizer with `rows="dense"` have a rest.
       num_rows: the table's number of rows, static.
-      lazy: whether the other rows are left alone, also by momentum, decay and averages, static; set
+      lazy: static, whether the other rows are left alone, also by momentum, decay and averages; set
         by an optimizer with `rows="lazy"`.
       seal: int32, a fixed number that shows arithmetic on the leaves; `None` in states.
 
@@ -179,6 +179,7 @@ class RowGradient(Data):
         if self.rest is not None:
             table = stepped(table, self.rest, key)
 
+        # If nothing must be widened for the sum, adding in place rounds once as well.
         if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
             return scatter_rows(table, self.indices, self.values, add=True)
 
@@ -254,11 +255,11 @@ class RowMoves(Data):
             return NotImplemented
         return functools.reduce(operator.add, self.parts, table)
 
+    __radd__ = __add__
+
     def added_to(self, table: chex.Array, key: Any) -> chex.Array:
         """The table moved by all parts, as by `RowGradient.added_to`."""
         return functools.reduce(lambda table, rows: rows.added_to(table, key), self.parts, table)
-
-    __radd__ = __add__
 
 
 def _serialize(statics: Any) -> bytes:
@@ -337,17 +338,17 @@ def _is_known(x: Any) -> bool:
 
 def without_seal(x: Any) -> Any:
     """A checked leaf without its seal, for functions in which the seal would be traced."""
-    return _with_seal(x, None)
+    return _set_seal(x, None)
 
 
 def with_seal(x: Any) -> Any:
     """A leaf with its seal, as transforms return it."""
-    return _with_seal(x, SEAL)
+    return _set_seal(x, SEAL)
 
 
-def _with_seal(x: Any, seal: Any) -> Any:
+def _set_seal(x: Any, seal: Any) -> Any:
     if isinstance(x, RowMoves):
-        return RowMoves(tuple(_with_seal(part, seal) for part in x.parts))
+        return RowMoves(tuple(_set_seal(part, seal) for part in x.parts))
     return x.replace(seal=seal) if isinstance(x, RowGradient) else x
 
 
@@ -404,8 +405,11 @@ def row_gradient(
         raise TypeError("row_gradient: values must be floats, got None")
     indices, values = as_integers("row_gradient", indices), jnp.asarray(values)
     if not is_signed(values.dtype):
-        signed = " that can be zero and negative" * jnp.issubdtype(values.dtype, jnp.inexact)
-        raise TypeError(f"row_gradient: values must be floats{signed}, got {values.dtype.name}")
+        expected = "floats"
+        if jnp.issubdtype(values.dtype, jnp.inexact):
+            # Such as float8_e8m0fnu, which has neither a sign nor a zero.
+            expected = "floats that can be zero and negative"
+        raise TypeError(f"row_gradient: values must be {expected}, got {values.dtype.name}")
     if values.shape[: indices.ndim] != indices.shape:
         raise ValueError(
             f"row_gradient: values must have the shape of indices, then that of a row, "
@@ -413,12 +417,12 @@ def row_gradient(
         )
     num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
     trailing = values.shape[indices.ndim :]
-    # With indices on all devices, the sums are those of one device. A compiler that splits the sums
-    # sends twice as much, or an array as long as the table.
+    # A compiler that splits the sums over devices sends twice as much, or an array as long as the
+    # table. If every device has all indices, it does not split them.
     indices = replicated(indices)
     ids = as_row_ids(indices.reshape(-1), num_rows)
     if check:
-        _report(indices, ids, num_rows)
+        _report_outside(indices, ids, num_rows)
     return sum_rows(*distinct(ids, num_rows), values.reshape(ids.size, *trailing), num_rows)
 
 
@@ -436,15 +440,16 @@ def sum_rows_of_each(
 ) -> list[RowGradient]:
     """`sum_rows` for several tables; those of one width and dtype are summed at once."""
     row_gradients: list[Any] = [None] * len(values)
-    of_width: dict[Any, list[int]] = {}
+    tables_alike: dict[Any, list[int]] = {}
     for i, x in enumerate(values):
-        of_width.setdefault((x.shape[1:], x.dtype), []).append(i)
-    batches = [batch for tables in of_width.values() for batch in group_tables(tables, values)]
+        tables_alike.setdefault((x.shape[1:], x.dtype), []).append(i)
+    batches = [batch for tables in tables_alike.values() for batch in group_tables(tables, values)]
     for batch in batches:
         ids, positions = zip(*(ids_and_positions[i] for i in batch), strict=True)
         sizes = list(map(len, ids))
         starts = np.cumsum([0, *sizes[:-1]])
-        # An index outside the table has a position of `size`, which is no place of its table.
+        # An index outside the table has the position `size`. Here that would be the first place of
+        # the next table.
         places = [
             jnp.where(position < size, position + start, sum(sizes))
             for position, size, start in zip(positions, sizes, starts, strict=True)
@@ -458,11 +463,13 @@ def sum_rows_of_each(
     return row_gradients
 
 
+# --- indices and numbers of rows ------------------------------------------------------------------
+
 # Rows are numbered by int32, and the number after the last row means none.
 _MOST_ROWS = np.iinfo(np.int32).max - 1
 
 
-def expect_int32(what: str, num_rows: int) -> None:
+def expect_row_count(what: str, num_rows: int) -> None:
     """Raises an error for a table with more rows than int32 can number."""
     if num_rows > _MOST_ROWS:
         raise ValueError(
@@ -532,17 +539,29 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
+def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
+    """Integers as int32, `num_rows` for those outside the table."""
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(np.int32)
+    if not isinstance(indices, jax.Array):
+        # By NumPy, because JAX would cut wide integers to 32 bits.
+        outside = (indices < 0) | (indices >= num_rows)
+        return jnp.asarray(np.where(outside, num_rows, indices), jnp.int32)
+    inside = (indices >= 0) & (indices < np.asarray(num_rows, indices.dtype))
+    return jnp.where(inside, indices, np.asarray(num_rows, indices.dtype)).astype(jnp.int32)
+
+
 def as_int32(indices: Any) -> chex.Array:
     """Integers as a JAX array; those beyond int32 become its limits, which are in no table."""
     if isinstance(indices, jax.Array):
         return saturated(indices, np.int32)
     limits = np.iinfo(np.int32)
-    below, above = (np.asarray(x, bool) for x in (indices < limits.min, indices > limits.max))
+    below, above = indices < limits.min, indices > limits.max
     ids = np.where(below | above, 0, indices).astype(np.int32)
     return jnp.asarray(np.where(below, limits.min, np.where(above, limits.max, ids)))
 
 
-def _report(indices: Any, ids: chex.Array, num_rows: int) -> None:
+def _report_outside(indices: Any, ids: chex.Array, num_rows: int) -> None:
     """Reports the first index outside the table, if any, through checkify."""
     checkify = experimental("row_gradient: check=True", "checkify")
     is_outside = jnp.any(ids == num_rows)
@@ -554,18 +573,6 @@ def _report(indices: Any, ids: chex.Array, num_rows: int) -> None:
     else:
         first = next((i for i in indices.reshape(-1) if not 0 <= i < num_rows), 0)
         checkify.check(~is_outside, text.format(index=first) + limits)
-
-
-def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
-    """Integers as int32, `num_rows` for those outside the table."""
-    if indices.dtype.itemsize < 4:
-        indices = indices.astype(np.int32)
-    if not isinstance(indices, jax.Array):
-        # By NumPy, because JAX would cut wide integers to 32 bits.
-        outside = np.asarray((indices < 0) | (indices >= num_rows), bool)
-        return jnp.asarray(np.where(outside, num_rows, np.where(outside, 0, indices)), jnp.int32)
-    inside = (indices >= 0) & (indices < np.asarray(num_rows, indices.dtype))
-    return jnp.where(inside, indices, np.asarray(num_rows, indices.dtype)).astype(jnp.int32)
 
 
 # --- rules applied to rows ------------------------------------------------------------------------
@@ -592,7 +599,16 @@ def run_rule(
     key: Any = None,
     rows: Any = None,
 ) -> tuple[chex.Array, ...]:
-    """The update of an array by a rule, and its slots in the dtypes in which they are stored."""
+    """The update of an array by a rule, and its slots in the dtypes in which they are stored.
+
+    Args:
+      rule: an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)`.
+      c: its scalars in this step.
+      g: the gradient.
+      reads: arrays that it reads and leaves alone, such as the weights.
+      key: random bits of `rounding_keys`, for narrow slots.
+      rows: the indices of the array's rows in their table; `None` if the array is a whole leaf.
+    """
     if isinstance(rule, Recurrence):
         return rule.stored(c, g, slots, key, rows)
     u, *new = rule(c, g, *_floats(slots), *reads)
@@ -637,7 +653,8 @@ def apply_rule_to_rows(
         def scatter(x: chex.Array, rows: chex.Array) -> chex.Array:
             return scatter_rows(x, indices, rows)
 
-        slot_rows, read_rows = ([each_part(gather, x) for x in arrays] for arrays in (slots, reads))
+        slot_rows = [each_part(gather, x) for x in slots]
+        read_rows = [each_part(gather, x) for x in reads]
         u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
         return [each_part(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
@@ -646,13 +663,14 @@ def apply_rule_to_rows(
     if lazy or g.lazy:
         return updates.replace(lazy=True), *new_slots
     if reads:
-        g = g.replace(indices=depending_on(u, g.indices, g.num_rows))
+        # The rows of `reads` must be read before the other rows are written in place.
+        g = g.replace(indices=indices_after(u, g.indices, g.num_rows))
     rest, *new_slots = _apply_rule_to_others(rule, c, g, new_slots, reads, key)
     return updates.replace(rest=rest), *new_slots
 
 
-def depending_on(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
-    """The indices, by a no-op that makes them depend on `first`.
+def indices_after(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
+    """The same indices, but computed from `first` too.
 
     So a write at these indices comes after the reads that `first` needs, and XLA need not copy the
     table.
@@ -675,22 +693,25 @@ def _apply_rule_to_others(
     Returns:
       The updates of these rows, zero elsewhere, and then the slots of all rows.
     """
-    is_row = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
-    is_row = is_row.reshape(-1, *[1] * (g.ndim - 1))
+    is_listed = jnp.zeros(g.num_rows, bool).at[g.indices].set(True, mode="drop")
+    is_listed = is_listed.reshape(-1, *[1] * (g.ndim - 1))
     rest = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
-    def new_for_others(new: Sequence[Any]) -> list[Any]:
-        def select(old: chex.Array, new: chex.Array) -> chex.Array:
-            return jnp.where(is_row, old, new)
+    def only_others(new_slots: Sequence[Any]) -> list[Any]:
+        """The slots with the new rows, except in the rows of the gradient."""
 
-        return [each_part(select, x, n) for x, n in zip(slots, new, strict=True)]
+        def select(old: chex.Array, new: chex.Array) -> chex.Array:
+            return jnp.where(is_listed, old, new)
+
+        return [each_part(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
 
     if isinstance(rule, Recurrence):
         wide, stored, seen = rule.advanced(c, rest, slots, key)
-        new = new_for_others(stored)
+        new = only_others(stored)
         # The direction reads `new`, the slots that the step returns. If it read `seen` instead, XLA
         # would compute that from the old slots, and copy every slot before it overwrites it (4
-        # times the time).
+        # times the time). Only a slot that is not narrow and has another dtype than the rule is not
+        # read as it is stored.
         seen = [
             read_slot(x, n.dtype) if x.dtype == n.dtype or is_narrow(x) else n
             for x, n in zip(new, seen, strict=True)
@@ -698,8 +719,8 @@ def _apply_rule_to_others(
         u = rule.direction(c, wide, *seen).astype(g.dtype)
     else:
         u, *new = rule(c, rest, *_floats(slots), *reads)
-        new = new_for_others(write_slots(new, slots, key))
+        new = only_others(write_slots(new, slots, key))
     # A rule without effect returns the rest itself, which is zero at these rows already.
     if u is not g.rest:
-        u = jnp.where(is_row, jnp.zeros((), u.dtype), u)
+        u = jnp.where(is_listed, jnp.zeros((), u.dtype), u)
     return u, *new

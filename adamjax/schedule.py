@@ -439,7 +439,7 @@ class piecewise_constant(_Compiled):
             self.set_fields(**{name: checked})
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(
-                f"piecewise_constant: values must be one more than boundaries, got "
+                "piecewise_constant: there must be one more value than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
         # Boundaries mapped over by `vmap` have a shape here; `at` checks the order of those.

@@ -51,6 +51,14 @@ def _groups(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+# Up to so many rows for each id, it is cheaper to clear an int32 per row than to sort: at 1M rows
+# and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms. A TPU sorts
+# fast and scatters single numbers slowly. A GPU clears 134 MB, the most here for 8,192 ids, in
+# 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of dozens of kernels.
+_SCRATCH_ROWS_PER_ID = 512
+_SCRATCH_ROWS_PER_ID_ON_GPU = 4096
+
+
 # With jit, JAX traces it once for all tables and steps of these sizes; inline hides the call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _distinct(
@@ -67,27 +75,19 @@ def _distinct(
     by_scratch = functools.partial(_by_scratch, segments)
     by_sort = functools.partial(_by_sort, segments)
     total_rows, total_ids = sum(num_rows), numbers.size
-    if total_rows <= _SCRATCH_ROWS * total_ids:
-        distinct_ids, position = jax.lax.platform_dependent(
+    if total_rows <= _SCRATCH_ROWS_PER_ID * total_ids:
+        distinct_numbers, position = jax.lax.platform_dependent(
             numbers, tpu=by_sort, default=by_scratch
         )
-    elif total_rows > _SCRATCH_ROWS_ON_GPU * total_ids:
-        distinct_ids, position = by_sort(numbers)
+    elif total_rows > _SCRATCH_ROWS_PER_ID_ON_GPU * total_ids:
+        distinct_numbers, position = by_sort(numbers)
     else:
-        distinct_ids, position = jax.lax.platform_dependent(
+        distinct_numbers, position = jax.lax.platform_dependent(
             numbers, cuda=by_scratch, rocm=by_scratch, default=by_sort
         )
-    arrays = distinct_ids - first_rows, position
+    arrays = distinct_numbers - first_rows, position
     ends = np.cumsum(segments.sizes)[:-1]
     return list(zip(*(jnp.split(x, ends) for x in arrays), strict=True))
-
-
-# Up to so many rows for each id, it is cheaper to clear an int32 per row than to sort: at 1M rows
-# and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms. A TPU sorts
-# fast and scatters single numbers slowly. A GPU clears 134 MB, the most here for 8,192 ids, in
-# 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of dozens of kernels.
-_SCRATCH_ROWS = 512
-_SCRATCH_ROWS_ON_GPU = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,39 +130,40 @@ class _Segments:
         before = jnp.concatenate([jnp.zeros(1, jnp.int32), total[np.cumsum(self.sizes[:-1]) - 1]])
         return total - 1 - self.for_each_id(before)
 
-    def pack(self, ids: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
-        """The flagged ids of each table at their positions, followed by its number for no row."""
+    def pack(self, numbers: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
+        """The flagged numbers of each table at their positions, then its number for no row."""
         start = self.for_each_id(np.array(self.first_ids, np.int32))
-        target = jnp.where(flags, start + position, ids.size)
-        empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), ids.shape)
-        return empty.at[target].set(ids, mode="drop", unique_indices=True)
+        target = jnp.where(flags, start + position, numbers.size)
+        empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), numbers.shape)
+        return empty.at[target].set(numbers, mode="drop", unique_indices=True)
 
     def position_or_size(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
         """The positions; for an id without a row the size of its table's segment."""
         return jnp.where(is_row, position, self.for_each_id(np.array(self.sizes, np.int32)))
 
 
-def _by_scratch(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal ids by an array with an entry for each row."""
-    n, rows = ids.size, segments.first_rows[-1] + segments.num_rows[-1]
-    number = jax.lax.iota(jnp.int32, n)
+def _by_scratch(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Finds the first of equal numbers by an array with an entry for each row."""
+    n, num_rows = numbers.size, segments.first_rows[-1] + segments.num_rows[-1]
+    place = jax.lax.iota(jnp.int32, n)
     if len(segments.sizes) > 1:
-        ids = jnp.where(ids == segments.no_row, rows, ids)
-    scratch = jnp.full(rows, n, jnp.int32).at[ids].min(number, mode="drop")
-    first = scratch.at[ids].get(mode="fill", fill_value=n)
-    is_first = first == number
+        # Numbers for no row must be outside the array. That of the last table is.
+        numbers = jnp.where(numbers == segments.no_row, num_rows, numbers)
+    scratch = jnp.full(num_rows, n, jnp.int32).at[numbers].min(place, mode="drop")
+    first = scratch.at[numbers].get(mode="fill", fill_value=n)
+    is_first = first == place
     position = segments.positions(is_first)
-    distinct_ids = segments.pack(ids, is_first, position)
+    distinct_numbers = segments.pack(numbers, is_first, position)
     position = position.at[first].get(mode="fill", fill_value=0)
-    return distinct_ids, segments.position_or_size(position, first < n)
+    return distinct_numbers, segments.position_or_size(position, first < n)
 
 
-def _by_sort(segments: _Segments, ids: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal ids by sorting, then each id by a search among the distinct ones."""
-    ordered = jax.lax.sort(ids)
+def _by_sort(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Finds the first of equal numbers by sorting, then each one by a search among the distinct."""
+    ordered = jax.lax.sort(numbers)
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     is_new = is_new & (ordered != segments.no_row)
-    distinct_ids = segments.pack(ordered, is_new, segments.positions(is_new))
+    distinct_numbers = segments.pack(ordered, is_new, segments.positions(is_new))
     start = segments.for_each_id(np.array(segments.first_ids, np.int32))
-    position = jnp.searchsorted(distinct_ids, ids).astype(jnp.int32) - start
-    return distinct_ids, segments.position_or_size(position, ids != segments.no_row)
+    position = jnp.searchsorted(distinct_numbers, numbers).astype(jnp.int32) - start
+    return distinct_numbers, segments.position_or_size(position, numbers != segments.no_row)

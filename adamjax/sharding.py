@@ -91,16 +91,21 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
 
 
 def _shardings_of(
-    tx: Transform, params: Tree, state: Any, specs: Sequence[Spec], mesh: Any, memory: str | None
+    tx: Transform,
+    params: Tree,
+    state: Any,
+    specs: Sequence[Spec],
+    mesh: Any,
+    memory_kind: str | None,
 ) -> Any:
     """The shardings of a state, given the split of the slots of each parameter."""
     leaves, treedef = flatten(params)
     paths = leaf_paths(params)
-    # `map_like_params` meets their states in this order.
-    shard_states = [part.tx for part in find(shard_state, tx)]
+    # In the order in which `map_like_params` meets their states.
+    shard_transforms = [part.tx for part in find(shard_state, tx)]
 
     def split(spec: Spec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
+        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory_kind)
 
     def replicated(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
@@ -116,8 +121,9 @@ def _shardings_of(
 
     def other_shardings(x: Any) -> Any:
         if isinstance(x, ShardedState):
-            return ShardedState(shard_states.pop(0).shardings(x.inner, params, memory))
+            return ShardedState(shard_transforms.pop(0).shardings(x.inner, params, memory_kind))
         if isinstance(x, ExactRowsState):
+            # `last` has an entry for each row, so it is split like the table's first dimension.
             tables = {
                 path: replicated(table)._replace(last=split(specs[paths.index(path)][:1]))
                 for path, table in x.tables.items()
@@ -241,10 +247,14 @@ class shard_state(Transform):
         return treedef.unflatten(split(x, p) for x, p in pairs)
 
     def shardings(self, inner: Any, params: Tree, memory: str | None = None) -> Any:
-        """The shardings of the inner transform's state, in `memory_kind` or another memory."""
+        """The shardings of the inner transform's state.
+
+        Args:
+          memory: another kind of memory than `memory_kind`.
+        """
         specs = [self._slot_spec(p) for p in flatten(params)[0]]
-        memory = memory or self.memory_kind
-        return _shardings_of(self.tx, params, inner, specs, self.mesh, memory)
+        memory_kind = memory or self.memory_kind
+        return _shardings_of(self.tx, params, inner, specs, self.mesh, memory_kind)
 
     # --- init and update
 
@@ -261,10 +271,11 @@ class shard_state(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, ShardedState)
-        like, inner = updates if params is None else params, state.inner
+        inner = state.inner
+        like = updates if params is None else params
         if self.memory_kind is not None:
-            memory = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(on_devices, inner, self.shardings(inner, like, memory))
+            own_memory = self.mesh.devices.flat[0].default_memory().kind
+            inner = jax.tree.map(on_devices, inner, self.shardings(inner, like, own_memory))
         leaves = matched("shard_state", "grads", updates, like, "params")
         updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self._slot_spec)
         if params is not None:
@@ -311,7 +322,8 @@ class shard_state(Transform):
                     )
             leaves, treedef = flatten(params)
             specs = [self._slot_spec(p) for p in leaves]
-            # Tracing `on_one_device` puts the structure of aux and the flags of its leaves here.
+            # Tracing `on_each_device` puts here the structure of aux, and which of its leaves have
+            # an entry for each example.
             traced_aux: list[Any] = []
 
             def reduce_gradient(g: Any, spec: Spec) -> Any:
@@ -327,31 +339,32 @@ class shard_state(Transform):
             def mean(x: Any) -> Any:
                 return jax.lax.pmean(x, self.axis)
 
-            def on_one_device(params: Tree, *args: Any) -> Any:
+            def on_each_device(params: Tree, *args: Any) -> Any:
                 call = Call("shard_state", loss_fn, (params, *args), {}, 0, has_aux)
                 value, grads = call.value_and_grad()
-                loss, extra = value if has_aux else (value, ())
-                flags = _are_per_example(call, extra)
-                extra_leaves, structure = jax.tree.flatten(extra)
-                traced_aux[:] = structure, flags
-                pairs = list(zip(extra_leaves, flags, strict=True))
+                loss, aux = value if has_aux else (value, ())
+                are_per_example = _are_per_example(call, aux)
+                aux_leaves, structure = jax.tree.flatten(aux)
+                traced_aux[:] = structure, are_per_example
+                pairs = list(zip(aux_leaves, are_per_example, strict=True))
                 examples = [x for x, per_example in pairs if per_example]
                 means = [mean(x) for x, per_example in pairs if not per_example]
                 grads = treedef.unflatten(map(reduce_gradient, flatten(grads)[0], specs))
                 return mean(loss), examples, means, grads
 
             def over_axis(spec: Spec) -> PartitionSpec:
+                """The split over the axis alone: the compiler takes care of the other axes."""
                 return PartitionSpec(*(self.axis if a == self.axis else None for a in spec))
 
-            whole, batch = PartitionSpec(), PartitionSpec(self.axis)
-            out_specs = whole, batch, whole, treedef.unflatten(map(over_axis, specs))
-            in_specs = whole, *[batch] * len(args)
-            mapped = per_device(on_one_device, self.mesh, set(self._axes), in_specs, out_specs)
+            whole, by_example = PartitionSpec(), PartitionSpec(self.axis)
+            out_specs = whole, by_example, whole, treedef.unflatten(map(over_axis, specs))
+            in_specs = whole, *[by_example] * len(args)
+            mapped = per_device(on_each_device, self.mesh, set(self._axes), in_specs, out_specs)
             loss, examples, means, grads = mapped(params, *args)
-            structure, flags = traced_aux
-            outputs = {True: iter(examples), False: iter(means)}
-            extra = structure.unflatten([next(outputs[flag]) for flag in flags])
-            return (loss, extra) if has_aux else loss, grads
+            structure, are_per_example = traced_aux
+            leaves_of_kind = {True: iter(examples), False: iter(means)}
+            aux = structure.unflatten([next(leaves_of_kind[kind]) for kind in are_per_example])
+            return (loss, aux) if has_aux else loss, grads
 
         return function
 

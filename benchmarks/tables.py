@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -150,16 +150,16 @@ def memory(results: Results) -> str:
 
 def models(results: Results) -> str:
     """The tables of the models suite."""
-    steps = [
-        [
-            *(f"{row['model']}, {mega(row['parameters'])}M", contender, ranged(ms, 1)),
-            f"{row['ratio'][name]['median']:.2g}" if name != "exact" and row["ratio"] else "",
-            *(ranged(row["tables_ms"].get(name), 1), mega(row["temporary_bytes"][name])),
-        ]
-        for row in results["steps"]
-        for name, contender in CONTENDERS.items()
-        if (ms := row["ms"].get(name))
-    ]
+    steps = []
+    for row in results["steps"]:
+        model = f"{row['model']}, {mega(row['parameters'])}M"
+        for name, contender in CONTENDERS.items():
+            if ms := row["ms"].get(name):
+                is_compared = name != "exact" and row["ratio"]
+                ratio = f"{row['ratio'][name]['median']:.2g}" if is_compared else ""
+                share, temporaries = row["tables_ms"].get(name), row["temporary_bytes"][name]
+                times = ranged(ms, 1), ratio, ranged(share, 1)
+                steps.append([model, contender, *times, mega(temporaries)])
     head = ["model, parameters", "contender", "step, ms", "time / exact's", "tables' share, ms"]
     head += ["temporaries, MB"]
     traces = [
@@ -252,11 +252,15 @@ def _contenders_table(cases: Sequence[Row], has_limit: bool) -> str:
         share = [f"{row['fraction'][name]['median']:.2g}"] if has_limit else []
         return [ranged(row["ms"][name], 1), times, *share]
 
-    first, table = cases[0], []
-    for name in (name for name in first["ms"] if name in ALL_CONTENDERS):
-        bytes_used = first["temporary_bytes"].get(name), first["peak_bytes"].get(name)
-        times = (cell for row in cases for cell in cells(row, name))
-        table.append([name, *times, mega(bytes_used[0]), mega(bytes_used[1], 0)])
+    # The compiler's figures are those of the first case: they do not depend on the indices.
+    first = cases[0]
+    table = []
+    for name in first["ms"]:
+        if name in ALL_CONTENDERS:
+            times = (cell for row in cases for cell in cells(row, name))
+            temporaries = mega(first["temporary_bytes"].get(name))
+            peak = mega(first["peak_bytes"].get(name), 0)
+            table.append([name, *times, temporaries, peak])
     of_times = (x for row in cases for x in (f"{row['indices']}, ms", *heads))
     return markdown(["contender", *of_times, "temporaries, MB", "peak memory, MB"], table)
 
@@ -337,35 +341,7 @@ def figure_beside_optax(row: Row, name: str, digits: int) -> str:
 
 def tpu(results: Results) -> str:
     """The tables of what the TPU's compiler says."""
-
-    def most(reports: Iterable[Row], name: str) -> float:
-        return max(report.get(name, math.nan) for report in reports)
-
-    def copies(report: Row) -> int:
-        kinds = ("copy", "copy-start", "transpose")
-        return sum(report.get("makers", {}).get(kind, 0) for kind in kinds)
-
     chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
-    dense_rows: dict[Any, list[Row]] = {}
-    for row in results["dense"]:
-        dense_rows.setdefault((row["workload"], row["chain"]), []).append(row)
-    reports: dict[Any, list[Row]] = {}
-    for row in results["rows"]:
-        for kind, report in row["said"].items():
-            reports.setdefault((str(row["width"]), kind), []).append(report)
-    dense_table, row_table = [], []
-    for key, by_chip in dense_rows.items():
-        cells = []
-        for row in by_chip:
-            cycles = [row["said"][name].get("cycles", math.nan) for name in ("adamjax", "optax")]
-            cells.append(f"{figure_beside_optax(row, 'bytes', 2)}, {cycles[0] / cycles[1]:.3f}")
-        pairs = [(row["said"]["adamjax"], row["said"]["optax"]) for row in by_chip]
-        own, other = (most(x, "temporary_bytes") for x in zip(*pairs, strict=True))
-        dense_table.append([*key, *cells, f"{own:.2f} ({other:.2f})"])
-    for key, by_chip in reports.items():
-        moved = (figure(report, "bytes", 0, 1e6) for report in by_chip)
-        sizes = mega(most(by_chip, "arguments"), 0), mega(most(by_chip, "temporary"))
-        row_table.append([*key, *moved, *sizes, str(max(map(copies, by_chip)))])
     moved_heads = (f"{chip}: moved" for chip in chips)
     heads = ["D", "mode", *moved_heads, "arguments", "temporaries", "copies of whole arrays"]
     return "\n\n".join(
@@ -375,13 +351,56 @@ def tpu(results: Results) -> str:
             "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
             "ratio to optax's. Temporaries, in both memories of the chip, are the largest of all "
             "chips.",
-            markdown(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense_table),
+            markdown(
+                ["workload", "chain", *chips, "temporaries, bytes a parameter"],
+                _tpu_dense_steps(results["dense"]),
+            ),
             "A train step that reads 8,192 rows of a table [1M, D], in MB. The table is row-major, "
             "unless the mode says otherwise. Bytes include the padding of rows. Arguments and "
             "temporaries are the largest of all chips.",
-            markdown(heads, row_table),
+            markdown(heads, _tpu_row_steps(results["rows"])),
         ]
     )
+
+
+def _tpu_dense_steps(results: Iterable[Row]) -> Iterable[list[str]]:
+    """A line for each workload and chain, with a cell for each chip."""
+    packages = ("adamjax", "optax")
+    by_case: dict[tuple[str, str], list[Row]] = {}
+    for row in results:
+        by_case.setdefault((row["workload"], row["chain"]), []).append(row)
+    for case, rows_of_chips in by_case.items():
+        cells = []
+        for row in rows_of_chips:
+            own, other = (row["said"][package].get("cycles", math.nan) for package in packages)
+            cells.append(f"{figure_beside_optax(row, 'bytes', 2)}, {own / other:.3f}")
+        own, other = (
+            _largest((row["said"][package] for row in rows_of_chips), "temporary_bytes")
+            for package in packages
+        )
+        yield [*case, *cells, f"{own:.2f} ({other:.2f})"]
+
+
+def _tpu_row_steps(results: Iterable[Row]) -> Iterable[list[str]]:
+    """A line for each width and mode, with a cell for each chip."""
+
+    def copies(report: Row) -> int:
+        kinds = ("copy", "copy-start", "transpose")
+        return sum(report.get("makers", {}).get(kind, 0) for kind in kinds)
+
+    by_case: dict[tuple[str, str], list[Row]] = {}
+    for row in results:
+        for mode, report in row["said"].items():
+            by_case.setdefault((str(row["width"]), mode), []).append(report)
+    for case, reports in by_case.items():
+        moved = (figure(report, "bytes", 0, 1e6) for report in reports)
+        sizes = mega(_largest(reports, "arguments"), 0), mega(_largest(reports, "temporary"))
+        yield [*case, *moved, *sizes, str(max(map(copies, reports)))]
+
+
+def _largest(reports: Iterable[Row], name: str) -> float:
+    """The largest of a figure in the reports for several chips."""
+    return max(report.get(name, math.nan) for report in reports)
 
 
 def gpu(results: Results) -> str:

@@ -174,7 +174,7 @@ def test_piecewise_constant_names_the_item():
         make([1], ["a", 1])
     with pytest.raises(TypeError, match=r"piecewise_constant: boundaries\[1\] must be a number"):
         make([1, None], [1, 1, 1])
-    with pytest.raises(ValueError, match=r"one more than boundaries, got 2 values for 2"):
+    with pytest.raises(ValueError, match=r"one more value than boundaries, got 2 values for 2"):
         make([1, 2], [1, 1])
     for boundaries in ([2, 1], [1, 1]):
         with pytest.raises(ValueError, match="boundaries must increase"):

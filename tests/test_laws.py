@@ -59,11 +59,13 @@ class Case:
     """A transform of the table.
 
     Attributes:
-      make: makes the transform; twice, where two equal ones are needed.
-      decays: weights move at zero gradients too, towards zero.
-      optax: has a part that is optax's.
-      exempt: laws that do not hold, each with the reason.
-      make_dense: makes what takes the gradients of tables as arrays, where `make` does not.
+      name: what the ids of tests show, without ", ".
+      make: makes the transform; it is called twice where two equal ones are needed.
+      decays: whether weights move at zero gradients too, towards zero.
+      optax: whether a part is optax's.
+      exempt: the laws that do not hold, each with the reason.
+      make_dense: makes the same transform for dense gradients of tables, if that of `make` takes
+        row gradients only.
     """
 
     name: str
@@ -113,7 +115,7 @@ def lazy_pipeline():
     return chain(clip_by_global_norm(0.5), amsgrad(0.1, rows="lazy"), scale(0.5), weight_ema(0.9))
 
 
-# What exact_rows asks of its tables.
+# The laws that `exact_rows` breaks, because of what it asks of its tables.
 NO_NONE = "a table without a gradient is refused"
 A_TABLE = {
     "updates_have_the_gradients_dtype": "what rows lag behind is in the table's dtype",
@@ -122,7 +124,7 @@ A_TABLE = {
     "row_gradients_mean_their_rows": "rows that are not there lag behind, as its document says",
     "a_none_gradient_skips_its_leaf": NO_NONE,
 }
-# What a row gradient means where rows are lazy.
+# The laws that lazy rows break.
 LAZY = {
     "rows_are_the_dense_gradient": "rows that are not there stand still, as its document says",
     "no_rows_are_zero_gradients": "rows that are not there stand still, as its document says",
@@ -132,7 +134,7 @@ OVERWRITES = {
         "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
     )
 }
-# What moments in 8 bits can not do.
+# The laws that moments in 8 bits break.
 VECTOR = "the table is a vector, whose rows share exponents"
 EIGHT_BITS = {
     "derivatives_are_finite_at_zero_gradients": "derivatives are refused",
@@ -140,7 +142,7 @@ EIGHT_BITS = {
     "rows_are_the_dense_gradient": VECTOR,
     "no_rows_are_zero_gradients": VECTOR,
 }
-# What optax's closures, or functions of ours, can not do.
+# The laws that transforms with functions break, optax's and those with a mask function.
 A_FUNCTION = {"prints": "a function has no repr to make it from"}
 CLOSURES = {
     "pickles": "optax's closures do not pickle",
@@ -320,14 +322,14 @@ CASES = [
         },
     ),
 ]
-# Whom an error may name where the transform does not print its parts.
+# The transforms that an error may name, for a case whose repr does not show its parts.
 NOT_PRINTED = {"ours in optax.chain": "clip_by_global_norm, scale_by_adam"}
 BY_NAME = {case.name: case for case in CASES}
 LAWS = set()
 
 
 def marks(case, name):
-    """A law that does not hold for a case must fail."""
+    """The marks of a law's test on a case: if the case is exempt, the test must fail."""
     LAWS.add(name)
     reason = case.exempt.get(name)
     return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
@@ -345,7 +347,7 @@ def law(test):
 
 @functools.cache
 def trial(name):
-    """What the laws try a case on; what it compiles is shared by them."""
+    """A case's `Trial`, which all laws share, so that a step is compiled only once."""
     return testing.Trial(BY_NAME[name].tx)
 
 
@@ -399,7 +401,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 @pytest.mark.parametrize("dtype", [*DTYPES, jnp.float64], ids=lambda d: d.__name__)
 @pytest.mark.slow
 def test_zero_gradients_move_nothing(case, dtype):
-    """From a zero state; decay goes on, and shrinks. Weight averages rest on the weights."""
+    """From a new state only decay moves weights, towards zero; averages of them stay finite."""
     wide = dtype == jnp.float64
     with enable_x64(wide), jax.disable_jit(wide):
         params = make_params(dtype)
@@ -458,7 +460,7 @@ def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
 
 @law
 def test_complex_weights(case):
-    """Complex parameters move, and the others as if they were alone or not at all."""
+    """Complex parameters stay complex and finite, and their imaginary parts have updates."""
     params = {"layer": {"kernel": jnp.array([[1 + 2j, 0.5 - 1j]]), "bias": jnp.array([-1j])}}
     state = case.tx.init(params)
     for t in range(2):
@@ -475,7 +477,7 @@ def test_complex_weights(case):
 
 @law
 def test_counts_stay_at_the_largest_int32(case):
-    """Where they would wrap, steps go on."""
+    """A count that would wrap around stays there, and steps go on."""
     largest = jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32)
 
     def late(path, x):
@@ -501,21 +503,22 @@ def test_low_precision_twins_over_hundreds_of_steps(name, dtype):
     tx = BY_NAME[name].tx
 
     def body(carry, key):
-        params, state, twin = carry
+        params, state, twin_state = carry
         grads = cast(jax.tree.map(lambda p: jax.random.normal(key, p.shape) + 0.1, params), dtype)
         updates, state = tx.update(grads, state, params)
-        wide = cast(params, jnp.float32), cast(grads, jnp.float32)
-        twin_updates, twin = tx.update(wide[1], twin, wide[0])
-        return (adamjax.apply_updates(params, updates), state, twin), (updates, twin_updates)
+        wide_params, wide_grads = cast(params, jnp.float32), cast(grads, jnp.float32)
+        twin_updates, twin_state = tx.update(wide_grads, twin_state, wide_params)
+        params = adamjax.apply_updates(params, updates)
+        return (params, state, twin_state), (updates, twin_updates)
 
-    params = make_params(dtype)
+    start = make_params(dtype)
     keys = jax.random.split(jax.random.key(0), 300)
-    carry = params, tx.init(params), tx.init(cast(params, jnp.float32))
-    (end, _, _), (low, exact) = jax.jit(lambda c: jax.lax.scan(body, c, keys))(carry)
-    for p0, p1, u, twin in zip(*map(leaves, (params, end, low, exact)), strict=True):
+    carry = start, tx.init(start), tx.init(cast(start, jnp.float32))
+    (end, _, _), updates = jax.jit(lambda c: jax.lax.scan(body, c, keys))(carry)
+    for before, after, u, twin in zip(*map(leaves, (start, end, *updates)), strict=True):
         u, twin = u.astype(np.float64), twin.astype(np.float64)
         assert np.all(np.abs(u - twin) <= 0.505 * ulp(twin, dtype))
-        assert np.any(p0 != p1) or p0.shape == ()
+        assert np.any(before != after) or before.shape == ()
 
 
 @pytest.mark.parametrize(
@@ -548,14 +551,14 @@ def test_complex_weights_move_as_with_optax(ours, theirs):
 
 # --- rows ---------------------------------------------------------------------------------------
 
-# The rows of which each batch has gradients: some twice, two never, some that are not in the
-# table. Every other batch has room for two rows only: for too few, in the end for just enough.
+# The rows of which each step has gradients: some twice, two never, and indices that are not in the
+# table. Two steps in turn touch at most four rows, which is the `max_rows` of a case.
 ROWS = 7
 TOUCHED = ([0, 3, 0, 5], [3, 0, 3, 5], [2, 2, 5, -1], [5, 7, 1, 2], [0, 3, 1, 0], [1, 3, 1, 1])
 
 
 def table_params():
-    """As the others, with two tables: one of them has rows of no dimensions."""
+    """`make_params` with two tables in place of its kernel and bias; the bias' rows are scalars."""
     rng = np.random.default_rng(1)
     kernel, bias = rng.normal(size=(ROWS, 3)), rng.normal(size=ROWS)
     return replaced(
@@ -605,7 +608,7 @@ def run_of_rows(tx, grads):
             params, state, _ = stepping(tx)(params, state, g)
         if isinstance(tx, exact_rows):
             params, state = tx.flush(params, state)
-            state = state.inner  # besides, it holds when each row was read
+            state = state.inner  # the rest is about when rows were read
         return params, to_dense(state)
 
 
@@ -629,7 +632,7 @@ def test_rows_are_the_dense_gradient(case):
 @law
 @pytest.mark.slow
 def test_no_rows_are_zero_gradients(case):
-    """Without any place, or with nothing in it: the rows decay and move on by their momentum."""
+    """Rows decay and move on by momentum, if there are no indices, or none inside the table."""
     touched = [*TOUCHED[:2], [], [-1, ROWS, -ROWS, 99]]
     grads = [row_grads(t, touched=touched) for t in range(len(touched))]
     for t, g in enumerate(grads):
@@ -671,9 +674,9 @@ def hyperparameters(tx):
 
 
 def outcome(tx, grads, steps=3):
-    """One number of some steps, of which the second has half the gradients: weighed updates.
+    """A weighted sum of the updates of some steps; every second step has half the gradients.
 
-    To be called without jit: each operation is compiled once for all cases.
+    Call it without jit: then each operation is compiled once for all cases.
     """
     params = cast(make_params(), grads["gain"].dtype)
     state, total = tx.init(params), 0.0
@@ -695,7 +698,8 @@ def slopes(case, grads, steps=3):
 @law
 @pytest.mark.slow
 def test_derivatives_are_finite_at_zero_gradients(case):
-    # The second step is the first from a state, and the one for which gradients may be accumulated.
+    # Two steps: the second starts from a state that is not new, and is the one that is taken if
+    # gradients are accumulated.
     with jax.disable_jit():
         found = slopes(case, jax.tree.map(jnp.zeros_like, make_params()), steps=2)
     assert all(np.all(np.isfinite(x)) for x in leaves(found))
@@ -704,14 +708,14 @@ def test_derivatives_are_finite_at_zero_gradients(case):
 @law
 @pytest.mark.slow
 def test_derivatives_equal_finite_differences(case):
-    """With respect to every hyperparameter, and to the gradients in a direction."""
+    """By every hyperparameter, and along one direction of the gradients."""
     with enable_x64(True), jax.disable_jit():
         values, make = hyperparameters(case.tx)
         grads, direction = make_grads(0, jnp.float64), make_grads(9, jnp.float64)
         by_values, by_grads = slopes(case, grads)
 
         for i, x in enumerate(values):
-            # A beta of 0 is at the edge of its range: a difference to one side.
+            # A beta of 0 is at the edge of its range, so the difference is to one side.
             h = max(1e-6 * x, 1e-9)
             low = values if x == 0.0 else [*values[:i], x - h, *values[i + 1 :]]
             high = [*values[:i], x + h, *values[i + 1 :]]
@@ -739,7 +743,7 @@ def without(tree, name):
     return {**tree, "layer": {k: v for k, v in tree["layer"].items() if k != name}}
 
 
-# What comes in place of the gradients, and what the message must say of it.
+# By what is wrong: how the gradients are changed, and words that the error must have.
 WRONG = {
     "scalar for an array": (
         lambda g: replaced(g, kernel=jnp.float32(1)),
@@ -779,7 +783,7 @@ WRONG = {
 
 @law
 def test_refuses(case):
-    """A wrong tree, before anything is computed, in words: whose, where, what was expected."""
+    """A wrong tree of gradients is refused, and the error names the transform and the leaf."""
     params, grads = make_params(), make_grads(0)
     state = case.tx.init(params)
     owners = NOT_PRINTED.get(case.name, repr(case.tx))
@@ -803,7 +807,7 @@ def test_another_of_the_same_is_equal(case):
     assert hash(case.tx) == hash(case.make())
 
 
-# Public transforms that cannot stand in the table.
+# Public transforms that cannot be in `CASES`, and why.
 ELSEWHERE = {
     "Transform": "the base class",
     "sum_over": "needs a mapped axis: tests/test_replicas.py",
@@ -812,7 +816,7 @@ ELSEWHERE = {
 
 
 def test_the_table_is_whole():
-    """Every public transform and optimizer stands in it, and every exception names a law."""
+    """`CASES` has every public transform and optimizer, and every exemption is from a law."""
     text = " ".join(repr(case.tx) for case in CASES)
     for name in adamjax.__all__:
         made = getattr(adamjax, name)

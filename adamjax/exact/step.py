@@ -19,7 +19,7 @@ from adamjax.leaves import dtype_of
 from adamjax.mesh import gather_rows
 from adamjax.moments import promoted
 from adamjax.paths import flatten
-from adamjax.rows import RowGradient, RowMoves, depending_on
+from adamjax.rows import RowGradient, RowMoves, indices_after
 from adamjax.search import distinct_of_each
 from adamjax.structure import map_slots
 from adamjax.transform import Step
@@ -152,7 +152,7 @@ def _batch_step(
         for table_moves in moves:
             # All rows of a table are read before one of them is written.
             for i, later in enumerate(table_moves[1:]):
-                ids = depending_on(later.values, table_moves[i].indices, later.num_rows)
+                ids = indices_after(later.values, table_moves[i].indices, later.num_rows)
                 table_moves[i] = table_moves[i].replace(indices=ids)
         (arrays, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
     after = [Columns(u, *x) for u, x in zip(updates, arrays, strict=True)]

@@ -20,7 +20,7 @@ import numpy as np
 from adamjax.autodiff import Args, P, Value, takes_state
 from adamjax.average import weight_ema
 from adamjax.blocks import is_one_block
-from adamjax.coasting import Coasting, coasting
+from adamjax.coasting import Coast, Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, or_zeros
@@ -55,11 +55,15 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, check_sound, checked_ids, expect_int32, with_seal
+from adamjax.rows import RowGradient, check_sound, checked_ids, expect_row_count, with_seal
 from adamjax.structure import find, map_slots, replace_parts
 from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
 __all__ = ["exact_rows"]
+
+
+# A plan is made from the numbers of these transforms, so they must be Python floats.
+_WITH_PYTHON_FLOATS = (Rule, weight_ema)
 
 
 class exact_rows(Transform):
@@ -124,7 +128,8 @@ class exact_rows(Transform):
     tx: Transform
     tables: Any = static()
     history: int | None = static(default=None, kw_only=True)
-    # The Python floats of rules and averages. As an argument of `jit`, `tx` has tracers instead.
+    # The fields of the rules and averages in `tx`. In an argument of `jit`, `tx` has tracers in
+    # their place, but these are still Python floats.
     numbers: Any = static(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -136,17 +141,18 @@ class exact_rows(Transform):
             except TypeError:
                 raise TypeError(f"exact_rows: history must be an int, got {history!r}") from None
         numbers = []
-        for part, *_ in find(_STATIC, tx):
+        for part, *_ in find(_WITH_PYTHON_FLOATS, tx):
             fields = {name: value for name, value in vars(part).items() if value is not None}
             for name, value in fields.items():
                 if is_array(value):
                     raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
         self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
-        # Which parts a table goes through under these is known where there are parameters.
+        # With `masked` or `partition`, the parts that a table goes through depend on its path, so
+        # `init` makes this check.
         if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
-            self._plan([part.tx for part in route])
+            self._coast_and_plan([part.tx for part in route])
 
     groupable = False
     goes_around_exact_rows = True
@@ -175,20 +181,27 @@ class exact_rows(Transform):
         numbers = iter(self.numbers)
 
         def with_numbers(part: Transform) -> Transform:
-            return part.replace(**dict(next(numbers))) if isinstance(part, _STATIC) else part
+            if not isinstance(part, _WITH_PYTHON_FLOATS):
+                return part
+            return part.replace(**dict(next(numbers)))
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
-    def _plan(self, route: list[Transform], real: Any = np.float32) -> tuple[Rule, Coasting]:
-        """The rule on a table's route, and the plan by which rows catch up."""
+    def _coast_and_plan(
+        self, route: list[Transform], real: Any = np.float32
+    ) -> tuple[Coast, Coasting]:
+        """How the rule on a table's route moves rows, and the plan by which they catch up.
+
+        Refuses a route that does not allow exact rows, and a history that is too short for it.
+        """
         check_route(route)
         rule = next(tx for tx in route if isinstance(tx, Rule))
         momenta = [tx.momentum for tx in route if isinstance(tx, weight_ema)]
         later = route[route.index(rule) + 1 :]
-        decays = any((tx.affine(None, None, 0, None) or (1, 0))[1] != 0 for tx in later)
         coast = rule.coast()
         assert coast is not None
-        plan = coasting(coast, float(momenta[0]) if momenta else None, decays, real)
+        momentum = float(momenta[0]) if momenta else None
+        plan = coasting(coast, momentum, any(map(_may_decay, later)), real)
         if self.history is not None and self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
@@ -196,12 +209,14 @@ class exact_rows(Transform):
                 f"steps with {rule!r} in {np.dtype(real).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
-        return rule, plan
+        return coast, plan
 
     def _tables(self, tx: Transform, params: Tree) -> list[Table]:
         """The tables among the parameters."""
-        leaves, tables, leaf_routes = flatten(params)[0], [], routes(tx, None, params)
-        kinds: dict[Any, list[Any]] = {}
+        leaves, leaf_routes = flatten(params)[0], routes(tx, None, params)
+        tables: list[Table] = []
+        # The kinds of all leaves for each part, by its position: each part is asked once.
+        kinds_at: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
             if p is None or first_match(self.tables, path) is None:
@@ -212,18 +227,14 @@ class exact_rows(Transform):
                     f"exact_rows: params[{path!r}] is {dtype.name}{list(shape)}, expected a table "
                     "of real floats with rows; the pattern is too wide"
                 )
-            expect_int32(f"exact_rows: params[{path!r}]", shape[0])
-            rule, plan = self._plan([part.tx for part in leaf_routes[leaf]], accumulator(dtype))
-            parts = _from_rule(leaf_routes[leaf])
+            expect_row_count(f"exact_rows: params[{path!r}]", shape[0])
+            route, real = leaf_routes[leaf], accumulator(dtype)
+            coast, plan = self._coast_and_plan([part.tx for part in route], real)
+            parts = _from_rule(route)
             for position, part, _, part_params in parts:
-                if position not in kinds:
-                    kinds[position] = part.kinds(part_params)
-            kind = (
-                tuple((position, kinds[position][leaf]) for position, *_ in parts),
-                accumulator(dtype),
-            )
-            coast = rule.coast()
-            assert coast is not None
+                if position not in kinds_at:
+                    kinds_at[position] = part.kinds(part_params)
+            kind = tuple((position, kinds_at[position][leaf]) for position, *_ in parts), real
             tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
         if not tables and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
@@ -233,8 +244,14 @@ class exact_rows(Transform):
         expect_matches("exact_rows", self.tables, params)
         return tables
 
-    def _bound(self, inner: Any, params: Tree, state: ExactRowsState | None = None) -> Bound:
-        """Binds this transform to parameters and a state, which must fit."""
+    def _bound(
+        self, params: Tree, *, inner: Any = None, state: ExactRowsState | None = None
+    ) -> Bound:
+        """Binds this transform to parameters and a state, which must fit.
+
+        Args:
+          inner: the inner transform's state, if there is no `state` yet.
+        """
         tx = self._static_tx(params)
         families = families_of(self._tables(tx, params), self.history)
         if state is not None:
@@ -253,7 +270,7 @@ class exact_rows(Transform):
     def bind(self, state: Any, params: Tree) -> Bound:
         """Binds this transform to a state and parameters; refuses those that do not fit."""
         expect_state(self, state, ExactRowsState)
-        return self._bound(state.inner, params, state)
+        return self._bound(params, state=state)
 
     # --- the state
 
@@ -282,28 +299,29 @@ class exact_rows(Transform):
         return self._from_dense(as_arrays(inner), params)
 
     def _from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
-        bound = self._bound(inner, params)
+        bound = self._bound(params, inner=inner)
         tables = bound.tables
         for table in tables:
             expect_slot_names(table, bound.parts[table.leaf], inner)
+        # Only differences of clocks matter, so it may start at any table's count.
         clock = bound.count(tables[0]) if tables else 0
-        states = {}
-        for t in tables:
-            _, b = bound.scalars(t)
+        leaves, table_states = flatten(params)[0], {}
+        for table in tables:
+            _, b = bound.scalars(table)
             if not isinstance(b, jax.core.Tracer) and b <= -1:
                 raise ValueError(
-                    f"exact_rows: a step multiplies the weights of {t.path!r} by {1 + b:.3g}; "
+                    f"exact_rows: a step multiplies the weights of {table.path!r} by {1 + b:.3g}; "
                     "expected a factor above 0: learning_rate * weight_decay must be below 1"
                 )
-            states[t.path] = TableState(
-                last=rows_alike(jnp.full(t.num_rows, clock, jnp.int32), flatten(params)[0][t.leaf]),
-                cursor=jnp.zeros((), jnp.int32),
+            last = jnp.full(table.num_rows, clock, jnp.int32)
+            table_states[table.path] = TableState(
+                last=rows_alike(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
             )
         rings = {
             family.name: family.tables[0].plan.init(family.history, family.tables[0].real)
             for family in bound.families
         }
-        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), states, rings)
+        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), table_states, rings)
 
     # --- reading rows
 
@@ -437,8 +455,8 @@ class exact_rows(Transform):
         A placeholder has no array: gradients by such a tree have placeholders too.
         """
         leaves, treedef = flatten(params)
-        for t in self._tables(self._static_tx(params), params):
-            leaves[t.leaf] = StaleTable(t.path)
+        for table in self._tables(self._static_tx(params), params):
+            leaves[table.leaf] = StaleTable(table.path)
         return treedef.unflatten(leaves)
 
     # --- a step
@@ -464,12 +482,15 @@ class exact_rows(Transform):
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
             for g in matched("exact_rows", "grads", as_arrays(updates), bound.params, "params")
         ]
-        for t in bound.tables:
-            _expect_gradient(t, leaves[t.leaf])
+        for table in bound.tables:
+            _expect_gradient(table, leaves[table.leaf])
+        # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
+        # not passed, because it would not count in a function with a jit of its own.
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
             updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
+            # A jitted function returns the seal as an array, which later steps would compare.
             return treedef.unflatten(map(with_seal, flatten(updates)[0])), state
         return take_step(bound, leaves, ticket, extra_args)
 
@@ -509,26 +530,25 @@ class exact_rows(Transform):
         state, params = bound.state, bound.params
         owner = "exact_rows.flush"
         stochastic = rounds_stochastically(owner, rounding, bound.params)
-        for t in bound.tables:
-            if t.num_rows == 0:
+        for table in bound.tables:
+            if table.num_rows == 0:
                 continue
-            batch, columns = bound.batch_of(t), bound.columns(t)
+            batch, columns = bound.batch_of(table), bound.columns(table)
             flush_rows = over_rows(
                 owner, functools.partial(flushed, batch, stochastic), columns.weights, axis
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))
-
-            def put_back(name: str, tree: Tree, leaf: int = t.leaf, slots: Any = slots) -> Tree:
-                return _replaced(tree, leaf, slots.get(name))
-
-            params = _replaced(params, t.leaf, weights)
-            tables = {**state.tables, t.path: state.tables[t.path]._replace(last=last)}
-            state = state._replace(inner=map_slots(put_back, state.inner), tables=tables)
+            params = _replaced(params, table.leaf, weights)
+            tables = {**state.tables, table.path: state.tables[table.path]._replace(last=last)}
+            inner = _with_slots(state.inner, table.leaf, slots)
+            state = state._replace(inner=inner, tables=tables)
         return params, state
 
 
-# A plan is made from the numbers of these transforms, so they must be Python floats.
-_STATIC = (Rule, weight_ema)
+def _may_decay(tx: Transform) -> bool:
+    """Whether a transform after the rule may add a multiple of the weights to the update."""
+    scalars = tx.affine(None, None, 0, None)
+    return scalars is not None and scalars[1] != 0
 
 
 def _from_rule(route: list[RoutePart]) -> list[RoutePart]:
@@ -559,12 +579,20 @@ def _is_traced(tree: Any) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-# Outside of jit, JAX would compile a loop again in each call.
 @jax.jit
 def _compiled(
     tx: exact_rows, updates: Tree, state: Any, params: Tree, extra_args: dict[str, Any]
 ) -> Step:
     return tx.update(updates, state, params, **extra_args)
+
+
+def _with_slots(inner: Any, leaf: int, slots: Mapping[str, Any]) -> Any:
+    """The inner transform's state with a leaf's arrays replaced in every slot."""
+
+    def put(name: str, tree: Tree) -> Tree:
+        return _replaced(tree, leaf, slots.get(name))
+
+    return map_slots(put, inner)
 
 
 def _replaced(tree: Tree, leaf: int, x: Any) -> Tree:
