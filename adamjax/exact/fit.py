@@ -133,7 +133,7 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
     described = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
     if not isinstance(rings, Mapping) or set(rings) != set(names):
         real = families[0].tables[0].real
-        series = [getattr(x, "series", None) for x in getattr(rings, "values", tuple)()]
+        series: list[Any] = [getattr(x, "series", None) for x in getattr(rings, "values", tuple)()]
         of_state = {x.dtype for x in series if hasattr(x, "dtype")}
         note = ""
         if of_state and of_state != {np.dtype(real)}:
