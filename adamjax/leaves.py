@@ -546,7 +546,9 @@ def apply_updates(
       updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
       step: for stochastic rounding an integer scalar that is another one in each step, such as
-        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32.
+        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32. `step_count` is
+        that of the first rule: if this rule skips or accumulates and others do not, count steps
+        yourself. `train_step` does so.
 
     Returns:
       The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
