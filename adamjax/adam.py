@@ -303,8 +303,8 @@ class scale_by_adam(_Moments):
         below 2**-14 of the largest of its row is off by up to 2**-17 of that largest. A root of v
         below 2**-16 of the largest of its row counts as 2**-16 of it at least. So even there
         rounding adds at most about as much to an update as the largest of the row. An infinite or
-        NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, row gradients of vectors and
-        derivatives are refused.
+        NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, derivatives and
+        row gradients of vectors are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to

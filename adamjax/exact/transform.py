@@ -99,11 +99,12 @@ class exact_rows(Transform):
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
         depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
-        state has `history` entries. `None`: 1/64 of the largest table's rows, but at least that
-        minimum and at most 65,536. If b1 is not well below the decay of the divisor, which is
-        sqrt(b2) for Adam and b2 for Adamax, no closed form gives the movement of a row: it catches
-        up step by step. (Examples are Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), and Adamax
-        with b1 = b2.) Then `None` is 64, and a step costs about as much as a dense one.
+        state has `history` entries. `None`: 1/64 of the rows of a family's largest table, but at
+        least that minimum and at most 65,536. (A family is tables with one rule and rate, and the
+        same masks.) If b1 is not well below the decay of the divisor, which is sqrt(b2) for Adam
+        and b2 for Adamax, no closed form gives the movement of a row: it catches up step by step.
+        (Examples are Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), and Adamax with b1 = b2.)
+        Then `None` is 64, and a step costs about as much as a dense one.
 
     The state is an `ExactRowsState`.
 
