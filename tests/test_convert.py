@@ -1354,6 +1354,46 @@ def test_torch_may_have_the_transpose_of_a_leaf_and_keras_has_not():
         convert.from_torch(numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7), params)
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("form", ["keras", "keras, arrays", "torch"])
+def test_keys_that_are_numbers_are_places(form, check):
+    """As save_own_variables writes them; sorted as text, "10" comes before "2"."""
+    shapes = [(2,)] * 12
+    if form == "torch":
+        read, write, tx = convert.from_torch, convert.to_torch, adamjax.adam(RATE, eps=1e-7)
+        variables: Any = numbered_torch(shapes)
+    else:
+        read, write, tx = convert.from_keras, convert.to_keras, adamjax.adam(RATE, eps_hat=1e-7)
+        variables = numbered_keras(shapes)
+        variables = list(variables.values()) if "arrays" in form else variables
+    params = {str(i): jnp.ones(2) for i in range(12)}
+    nested = [{"1": jnp.ones(2)}, {str(i): jnp.ones(2) for i in range(11)}]
+    for tree in (params, nested):
+        state = read(variables, tx, tree, check=check)
+        m = jax.tree.map(lambda x: float(x[0]), adamjax.get_slot(state, "m"))
+        if tree is nested:
+            assert m == [{"1": 1.0}, {str(i): i + 2.0 for i in range(11)}]
+        else:
+            assert m == {str(i): i + 1.0 for i in range(12)}
+        written = write(state, tx, tree, variables, check=check)
+        if form == "torch":
+            written = {i: own["exp_avg"][0] for i, own in written["state"].items()}
+            assert written == {i: i + 1.0 for i in range(12)}
+        else:
+            assert_same(written, variables)
+
+
+def test_an_order_of_torch_by_name():
+    tx, params = adamjax.adam(RATE, eps=1e-7), {"x": jnp.ones(2), "y": jnp.ones(2)}
+    kept = numbered_torch([(2,), (2,), (2,)])
+    kept["param_groups"][0]["param_names"] = ["b", "a", "c"]
+    order = {"a": "x", "b": "y", "c": None}
+    m = adamjax.get_slot(convert.from_torch(kept, tx, params, order=order), "m")
+    assert_same(m, {"x": jnp.full(2, 2.0), "y": jnp.full(2, 1.0)})
+    with pytest.raises(ValueError, match=r"order has the names \['a', 'b'\], which do not corr"):
+        convert.from_torch(kept, tx, params, order={"a": "x", "b": "y"})
+
+
 @pytest.mark.slow
 def test_nothing_is_imported():
     import subprocess
@@ -1813,6 +1853,63 @@ def test_variables_of_keras_are_taken_by_their_names():
         convert.from_keras(both, tx, params)
 
 
+def sorted_pairs(names):
+    return dict(sorted(keras_layers(names)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        (sorted_pairs(["zeta", "beta", "mid"]), "not in Keras' order, in which the iteration"),
+        (sorted_pairs(["zeta", "nu", "xi"]), "the keys are sorted, so their order need not be"),
+        (  # safetensors sorts by dtype and then by name
+            dict(sorted(keras_layers(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind)),
+            "not in Keras' order",
+        ),
+    ],
+)
+def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
+    """`jax.device_get` and h5py sort a dictionary by its keys."""
+    tx = adamjax.adam(RATE)
+    names = [key[5:].removesuffix("_momentum") for key in variables if "momentum" in key]
+    size = {name: float(variables[f"adam/{name}_momentum"][0]) for name in names}
+    params = {f"l{i}": jnp.zeros(2) for i in range(3)}
+    paths = ["l0", "l1", "l2"]
+    for tree, order in ((params, paths), (list(params.values()), None)):
+        state = convert.from_keras(keras_layers(size), tx, tree, order=order)
+        for call in (
+            lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
+            lambda state=state, tree=tree, order=order: convert.to_keras(
+                state, tx, tree, variables, order=order
+            ),
+        ):
+            with pytest.raises(ValueError, match=rf"{fault}.*give order=.name: path."):
+                call()
+        convert.from_keras(variables, tx, tree, order=order, check=False)
+    with pytest.raises(ValueError, match="give order="):
+        convert.from_keras(variables, adamjax.masked(tx, "l1"), params, order=[None, "l1", None])
+    # Names decide, in an order or in the leaves.
+    order = dict(zip(names, paths, strict=True))
+    for given in (order, dict(reversed(order.items()))):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, params, order=given), "m")
+        assert {path: float(x[0]) for path, x in m.items()} == {
+            path: size[name] for name, path in order.items()
+        }
+    named = {name: jnp.zeros(2) for name in names}
+    for given in (None, names, {f"model/{name}": name for name in names}):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, named, order=given), "m")
+        assert {name: float(x[0]) for name, x in m.items()} == size
+    for given, message in [
+        ({"other": "l0", "zeta": "l1", "mid": "l2"}, "order has the names .*do not correspond to"),
+        (dict.fromkeys(names, "l0"), "order names the leaf 'l0' more than once"),
+        (dict.fromkeys(names, "w"), "order names the leaf 'w', but params has no float leaf"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(variables, tx, params, order=given)
+    with pytest.raises(TypeError, match="a list of paths, or a dictionary from names to paths"):
+        convert.from_keras(variables, tx, params, order={0: "l0", 1: "l1", 2: "l2"})
+
+
 @pytest.mark.parametrize("prefix", ["lamb", "my_own", "lazy_adam", "rectified_adam", "adam_mini"])
 def test_names_of_other_optimizers_are_refused(prefix):
     pairs, params = keras_layers(["a"], prefix), {"a": jnp.zeros(2)}
@@ -2192,6 +2289,67 @@ def test_square_kernels_of_torch_may_be_transposed(leaf, names):
             convert.from_torch(kept, tx, params, order=order)
     state = convert.from_torch(kept, tx, params, order=order, adapt=lambda path, x: x.T)
     assert_same(adamjax.get_slot(state, "m")[0][leaf], square.T)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names", "no names"])
+@pytest.mark.parametrize(
+    ("shape", "mend"),
+    [
+        ((3, 8, 3), r"x\.T if"),  # torch's Conv1d(8, 3, kernel_size=3)
+        ((3, 3, 3, 3), r"x\.transpose\("),
+        ((5, 3, 5, 3, 5), r"x\.transpose\("),
+        ((3, 8, 4), None),
+        ((3, 8, 8, 3), None),
+        ((3, 3), r"x\.T if"),
+        ((3, 4), None),
+    ],
+)
+def test_kernels_of_torch_whose_shape_does_not_show_the_order_of_dimensions(shape, mend, named):
+    """torch has (out, in, *kernel_size), and kernels have (*kernel_size, in, out)."""
+    kept = numbered_torch([shape])
+    if named:
+        kept["param_groups"][0]["param_names"] = ["0.weight"]
+    tx, params = adamjax.adam(RATE, eps=1e-7), {"0": {"kernel": jnp.zeros(shape)}}
+    x = kept["state"][0]["exp_avg"] = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(
+        shape
+    )
+
+    def kernel_of(x):
+        return x.transpose(*range(2, x.ndim), 1, 0)
+
+    if mend is None:
+        convert.from_torch(kept, tx, params)
+        return
+    for flat in (params, {"0_kernel": jnp.zeros(shape)}):
+        with pytest.raises(ValueError, match=f"its shape .* does not show it: .*{mend}"):
+            convert.from_torch(kept, tx, flat)
+    state = convert.from_torch(kept, tx, params, adapt=lambda path, x: kernel_of(x))
+    assert_same(adamjax.get_slot(state, "m")["0"]["kernel"], kernel_of(x))
+
+
+@pytest.mark.parametrize(
+    ("adapt", "error", "message"),
+    [
+        (lambda path, x: None, ValueError, "what adapt returns for exp_avg of 'w' is None"),
+        (lambda path, x: "x", ValueError, "what adapt returns for exp_avg of 'w' is 'x'"),
+        (lambda path, x: x[:1], ValueError, r"m of 'w' has shape \[1\], expected \[2\]"),
+        ("T", TypeError, "adapt is 'T' of type str, expected a function of the path"),
+        (lambda x: x, TypeError, "adapt does not take two arguments, expected a function of"),
+        (lambda path, x, axes: x, TypeError, "adapt does not take two arguments"),
+    ],
+)
+def test_an_adapt_that_makes_no_array_is_refused(adapt, error, message):
+    tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.zeros(2), jnp.zeros(2)]
+    message = message.replace("'w'", "'0'")
+    with pytest.raises(error, match=f"from_torch: {message}"):
+        convert.from_torch(plain_dict(), tx, params, adapt=adapt)
+    if "shape" not in message:
+        state = convert.from_torch(plain_dict(), tx, params)
+        with pytest.raises(error, match=f"to_torch: {message}"):
+            convert.to_torch(state, tx, params, plain_dict(), adapt=adapt)
+    state = convert.from_torch(plain_dict(), tx, params)
+    for fine in (lambda path, x: jnp.asarray(x), lambda *both: both[1].tolist()):
+        assert_same(convert.from_torch(plain_dict(), tx, params, adapt=fine), state)
 
 
 def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
@@ -2607,11 +2765,24 @@ def test_malformed_state_dicts_are_refused(what):
         convert.to_torch(state, tx, params, change(plain_dict()), order=order)
 
 
-@pytest.mark.parametrize("order", [3, "w", b"w", {"w": 0}, object()])
+NO_ORDERS = [3, "w", b"w", {"w": 0}, object(), {"w", "z"}, frozenset("wz"), iter("wz")]
+
+
+@pytest.mark.parametrize("order", NO_ORDERS, ids=repr)
 def test_an_order_that_is_no_list_is_refused(order):
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     with pytest.raises(TypeError, match=r"from_torch: order is .*expected a list of paths"):
         convert.from_torch(plain_dict(), tx, params, order=order)
+    with pytest.raises(TypeError, match=r"from_keras: order is .*expected a list of paths"):
+        convert.from_keras([np.array(1)], adamjax.adam(0.1), params, order=order)
+
+
+def test_what_has_an_order_is_an_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    order = ["w", "z"]
+    expected = convert.from_torch(plain_dict(), tx, params, order=order)
+    for given in (tuple(order), np.array(order), params.keys(), {0: "w", 1: "z"}.values()):
+        assert_same(convert.from_torch(plain_dict(), tx, params, order=given), expected)
 
 
 VARIABLES = {
@@ -2691,16 +2862,17 @@ class sign(heavy_ball):
         return ()
 
 
-def conversions(tx, params):
-    """Every conversion from and to a state of a transform."""
-    state = tx.init(params)
+def conversions(tx, params, others=None):
+    """Every conversion from and to a state of a transform, perhaps with other parameters."""
+    state, old = tx.init(params), OLD.init(params)
+    params = params if others is None else others
     keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
     torch = {**torch_state(), "state": {}}
     return {
-        "from_optax": lambda: convert.from_optax(OLD.init(params), tx, params),
+        "from_optax": lambda: convert.from_optax(old, tx, params),
         "from_keras": lambda: convert.from_keras(keras, tx, params),
         "from_torch": lambda: convert.from_torch(torch, tx, params),
-        "to_optax": lambda: convert.to_optax(state, tx, params, OLD.init(params)),
+        "to_optax": lambda: convert.to_optax(state, tx, params, old),
         "to_keras": lambda: convert.to_keras(state, tx, params, keras),
         "to_torch": lambda: convert.to_torch(state, tx, params, torch),
     }
@@ -2724,6 +2896,68 @@ def test_a_rule_of_a_users_own_is_refused(tx, name):
         expected = f"{conversion}: tx contains {name}, and conversions know the rules scale_by_adam"
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+class TensorOfTensorflow:
+    dtype, shape = "tf.float32", (2,)
+
+    def numpy(self):
+        raise AssertionError("not asked")
+
+
+@pytest.mark.parametrize("kind", ["torch", "tensorflow", "text"])
+def test_parameters_that_are_no_arrays_are_refused(kind):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    leaf, mend = {
+        "torch": (lambda: pytest.importorskip("torch").ones(2), r"asarray\(x.detach"),
+        "tensorflow": (TensorOfTensorflow, r"asarray\(x.numpy"),
+        "text": (lambda: "text", "give only the arrays of a model"),
+    }[kind]
+    others = {**params, "a": leaf()}
+    for conversion, call in conversions(ADAM, params, others).items():
+        message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{mend}"
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+STATES = {
+    "amsgrad": adamjax.amsgrad,
+    "adamax": adamjax.adamax,
+    "nadam": adamjax.nadam,
+    "adam": adamjax.adam,
+    "optax": optax.adam,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_another_rule_is_not_that_of_tx(name):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    tx = adamjax.nadam(RATE) if name == "adam" else ADAM
+    state = STATES[name](RATE).init(params)
+    theirs = r"optax.*ScaleByAdamState" if name == "optax" else rf"ScaleBy\w+ of {name}"
+    ours = "nadam" if name == "adam" else "adam"
+    wanted = rf"the state has a {theirs} where tx has scale_by_adam.*expected a \w+ of {ours}: pass"
+    keras, torch = keras_pairs(), {**torch_state(), "state": {}}
+    for call in (
+        lambda: convert.to_optax(state, tx, params, OLD.init(params)),
+        lambda: convert.to_keras(state, tx, params, keras),
+        lambda: convert.to_torch(state, tx, params, torch),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+def test_slots_that_do_not_show_the_rule():
+    """Of adam and nadam, and of amsgrad without its maximum."""
+    params, kept = jax.tree.map(jnp.asarray, PARAMS), torch_state({"amsgrad": True})
+    for tx, message in [
+        (ADAM, "and says that they are those of amsgrad, but for adam expected a state that says"),
+        (adamjax.amsgrad(RATE, eps=1e-8), r"of 'a', but for amsgrad expected .*'max_exp_avg_sq'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(kept, tx, params)
+    with pytest.raises(ValueError, match="says that they are those of nadam, but for adam expec"):
+        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
 
 
 class LookAheadState(NamedTuple):

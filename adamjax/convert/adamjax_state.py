@@ -15,7 +15,6 @@ from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.master import master_weights
-from adamjax.paths import unique_paths
 from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, walk
 from adamjax.transform import Rule, as_transform
@@ -54,7 +53,7 @@ class AdamjaxState:
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
         self.owner, self.state, self.params = owner, state, params
-        unique_paths(owner, params)
+        leaves_by_path(owner, params)
         self.tx = as_transform(tx)
         self.parts = list(walk(self.tx, state, params))
         for part in self.parts:
@@ -182,4 +181,5 @@ class AdamjaxState:
 def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
     """The state of `tx.init(params)`, to be filled."""
     tx = as_transform(tx)
+    leaves_by_path(owner, params)
     return AdamjaxState(owner, tx, tx.init(params), params)

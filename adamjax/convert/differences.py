@@ -20,13 +20,21 @@ def expect_slots(owner: str, system: System, kind: str, path: str, moments: Leaf
     """Refuses a leaf's slots if they are not those of this kind of rule."""
     expected = set(system.slot_names[kind].values())
     slots, kinds = moments.slots, moments.kinds
-    if kind not in kinds or (slots is not None and set(slots) != expected):
-        stored = "nothing so far" if slots is None else sorted(slots)
-        rules = "" if len(kinds) == len(KINDS) else f", those of {' or '.join(kinds)}"
-        raise ValueError(
-            f"{owner}: {system.name} keeps {stored} of {path!r}{rules}, but for {kind} "
-            f"expected {sorted(expected)}: build both with the same rule"
-        )
+    if kind in kinds and (slots is None or set(slots) == expected):
+        return
+    stored = "nothing so far" if slots is None else sorted(slots)
+    stated = "" if len(kinds) == len(KINDS) else " or ".join(kinds)
+    rules = f", those of {stated}" if stated else ""
+    wanted, mend = str(sorted(expected)), "build both with the same rule"
+    if kind not in kinds and slots is not None and set(slots) == expected:
+        # These slots do not show the rule: what else the system states does.
+        rules, wanted = f" and says that they are those of {stated}", f"a state that says {kind}"
+    elif kinds == (kind,):
+        rules, mend = "", f"is {kind} an option that was set after these steps?"
+    raise ValueError(
+        f"{owner}: {system.name} keeps {stored} of {path!r}{rules}, but for {kind} expected "
+        f"{wanted}: {mend}"
+    )
 
 
 def _largest_ratio(kind: str, rule: Any) -> float:

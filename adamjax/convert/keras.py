@@ -25,7 +25,7 @@ from adamjax.convert.keras_variables import (
     plain_name,
     variables_of,
 )
-from adamjax.convert.names import leaf_order
+from adamjax.convert.names import Order, expect_order, leaf_order
 from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
@@ -187,7 +187,7 @@ def _schedule(schedule: Any) -> Any:
 
 
 def _read_variables(
-    owner: str, variables: Any, ours: AdamjaxState, order: Sequence[str | None] | None, check: bool
+    owner: str, variables: Any, ours: AdamjaxState, order: Order, check: bool
 ) -> tuple[Source, Layout, list[str | None], list[np.ndarray]]:
     """The state in the common form, the layout, the paths of the parameters, and the values."""
     optimizer = variables if hasattr(variables, "get_config") else None
@@ -195,8 +195,8 @@ def _read_variables(
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    may_be_legacy = not isinstance(variables, Mapping)
-    layout, paths = _layout_and_paths(owner, names, values, may_be_legacy, ours, order, check)
+    is_mapping = isinstance(variables, Mapping)
+    layout, paths = _layout_and_paths(owner, names, values, is_mapping, ours, order, check)
 
     def by_path(role: str) -> dict[str, Any]:
         arrays = layout.of(role, values)
@@ -235,24 +235,35 @@ def _layout_and_paths(
     owner: str,
     names: Sequence[str | None],
     values: Sequence[np.ndarray],
-    may_be_legacy: bool,
+    is_mapping: bool,
     ours: AdamjaxState,
-    order: Sequence[str | None] | None,
+    order: Order,
     check: bool,
 ) -> tuple[Layout, list[str | None]]:
     """What each variable is, by the names or else by their places; and the parameters' paths."""
+    expect_order(owner, order)
     leaves = leaves_by_path(owner, ours.params)
     if all(name is not None for name in names):
         num_params = len(leaves if order is None else order)
-        layout = layout_by_name(owner, [str(name) for name in names], values, num_params)
-        shapes = layout.shapes(values)
-        return layout, leaf_order(owner, order, ours.params, "Keras", layout.names, check, shapes)
+        known_names = [str(name) for name in names]
+        layout = layout_by_name(owner, known_names, values, num_params)
+        paths = leaf_order(
+            owner,
+            order,
+            ours.params,
+            "Keras",
+            layout.names,
+            check,
+            layout.shapes(values),
+            order_fault=layout.order_fault(known_names, is_mapping),
+        )
+        return layout, paths
     paths = leaf_order(owner, order, ours.params, "Keras", check=check)
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
     averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
     extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
     shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
-    return layout_by_place(owner, values, shapes, extra, slots, may_be_legacy), paths
+    return layout_by_place(owner, values, shapes, extra, slots, not is_mapping), paths
 
 
 def _steps_and_micro_batches(
@@ -332,7 +343,7 @@ def from_keras(
     tx: Any,
     params: Tree,
     *,
-    order: Sequence[str | None] | None = None,
+    order: Order = None,
     average: Tree = None,
     check: bool = True,
 ) -> Any:
@@ -374,7 +385,11 @@ def from_keras(
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
         Otherwise the shapes must show it: if two leaves have one shape, `order` is required. Leaves
-        without names (the items of a list) are taken in their order.
+        without names (the items of a list, or of a dictionary whose keys are numbers) are taken in
+        their order. If variables have names, `order` may also be a dictionary from names to paths.
+        That is required where the keys of a mapping are sorted, as JAX, Orbax and h5py sort them,
+        so that Keras' order is lost, and where only that order could show which of the leaves of
+        one shape is which.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 
@@ -411,7 +426,7 @@ def to_keras(
     params: Tree,
     target: Any,
     *,
-    order: Sequence[str | None] | None = None,
+    order: Order = None,
     check: bool = True,
 ) -> Any:
     """The values of the variables with which a Keras optimizer goes on from a state of `tx`.

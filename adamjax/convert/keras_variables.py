@@ -71,6 +71,28 @@ class Layout(NamedTuple):
             return [np.shape(arrays[i]) for i in sorted(arrays)]
         return None
 
+    def order_fault(self, names: Sequence[str], is_mapping: bool) -> str:
+        """Why variables with these names may not be in Keras' order; empty if they are.
+
+        Args:
+          is_mapping: whether a mapping contains them. JAX and others sort the keys of mappings.
+        """
+        roles = [role for role, _ in self.roles]
+        slots = [i for i, role in enumerate(roles) if role in _ROLES]
+        first = {"count", "learning_rate"} if is_mapping else {"count"}
+        if slots and first & set(roles[slots[0] :]):
+            return (
+                "the variables are not in Keras' order, in which the iteration and the learning "
+                "rate come first (JAX, Orbax and h5py sort a dictionary by its keys)"
+            )
+        by_part = sorted(names, key=lambda name: name.split("/"))
+        if is_mapping and list(names) in (sorted(names), by_part):
+            return (
+                "the keys are sorted, so their order need not be Keras' (JAX, Orbax and h5py sort "
+                "a dictionary by its keys)"
+            )
+        return ""
+
 
 def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndarray]]:
     """The names and values of variables, in any of the forms that `from_keras` takes."""
@@ -102,7 +124,7 @@ def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.
 
 
 def _are_numbers(keys: Iterable[Any]) -> bool:
-    return all(str(key).isdigit() for key in keys)
+    return all(str(key).isdecimal() for key in keys)
 
 
 def keys_in_order(variables: Mapping[Any, Any]) -> list[Any]:

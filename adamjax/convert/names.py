@@ -2,7 +2,8 @@
 
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Reversible, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import numpy as np
 from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
 
-__all__ = ["leaf_order"]
+__all__ = ["Order", "expect_order", "last_word", "leaf_order"]
+
+# A user's order: the paths in the order of the parameters, or by the names of the parameters.
+Order = Sequence[str | None] | Mapping[str, str | None] | None
 
 # Words that end a parameter's name in one system, and what they are in another.
 _SYNONYMS = {
@@ -23,6 +27,11 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", name.lower()))
 
 
+def last_word(name: str) -> str:
+    """`kernel` for `layers/0/kernel` and for `dense_kernel`; empty if a name has no words."""
+    return next(iter(_words(name)[-1:]), "")
+
+
 def _with_synonym(words: tuple[str, ...]) -> tuple[str, ...]:
     return (*words[:-1], _SYNONYMS.get(words[-1], words[-1])) if words else words
 
@@ -31,7 +40,7 @@ def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """Whether two names are equal, or one ends in the other, which is not of numbers alone."""
     n = min(len(a), len(b))
     end = a[len(a) - n :]
-    return a == b or (end == b[len(b) - n :] and not all(word.isdigit() for word in end))
+    return a == b or (end == b[len(b) - n :] and not all(word.isdecimal() for word in end))
 
 
 def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | None:
@@ -58,15 +67,28 @@ def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | N
     return None
 
 
+def expect_order(owner: str, order: Any) -> None:
+    """Refuses an order that is neither a list nor a mapping: text, a number, a generator, a set."""
+    is_unordered = isinstance(order, AbstractSet) and not isinstance(order, Reversible)
+    if order is not None and (
+        not isinstance(order, Collection) or isinstance(order, str | bytes) or is_unordered
+    ):
+        raise TypeError(
+            f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected a list of "
+            f"paths{', because a set has no order' * is_unordered}"
+        )
+
+
 def leaf_order(
     owner: str,
-    order: Sequence[str | None] | None,
+    order: Order,
     params: Tree,
     system: str = "",
     names: Sequence[str] | None = None,
     check: bool = True,
     shapes: Sequence[tuple[int, ...]] | None = None,
     may_transpose: bool = False,
+    order_fault: str = "",
 ) -> list[str | None]:
     """The paths of the leaves in the order of another system's parameters.
 
@@ -76,26 +98,46 @@ def leaf_order(
       check: whether to refuse an order that contradicts the names.
       shapes: those of the system's parameters in order, if they are known.
       may_transpose: whether the system may have the transpose of a leaf.
+      order_fault: why the order of the names may not be that of the parameters; empty if it is.
 
     Raises:
-      TypeError: `order` is no list.
+      TypeError: `order` is no list, and no mapping from names.
       ValueError: nothing gives the order, or `order` contradicts the names.
     """
+    expect_order(owner, order)
     leaves = leaves_by_path(owner, params)
+    if _are_numbers(list(leaves)):
+        # In a dictionary with numbers as keys, "10" comes before "2".
+        leaves = {path: leaves[path] for path in sorted(leaves, key=_places)}
     all_paths = list(leaves)
-    if order is not None and (
-        not isinstance(order, Collection) or isinstance(order, str | bytes | Mapping)
-    ):
-        raise TypeError(
-            f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected a list of "
-            "paths"
-        )
+
+    def expect_same_order(paths: Sequence[str]) -> None:
+        """Refuses to take these leaves in the order of the names, if it may be a wrong one."""
+        # With the shapes of parameters that the order leaves out.
+        all_shapes = [np.shape(leaves[path]) for path in paths] if shapes is None else list(shapes)
+        alike = [path for path in paths if all_shapes.count(np.shape(leaves[path])) > 1]
+        if check and names is not None and order_fault and alike:
+            raise ValueError(
+                f"{owner}: {order_fault}. The names, {_some(names)}, do not correspond to the "
+                f"leaves {_some(paths)} one to one, and parameters of one shape, {_some(alike)}, "
+                "would be taken in that order: give order={name: path}, a path (or None) for each "
+                "name"
+            )
+
     if order is None:
         if names is None and check:
             _expect_one_order(owner, system, leaves, may_transpose)
         if names is None or len(names) != len(all_paths):
             return list(all_paths)
-        return list(_order_of_names(owner, system, names, leaves, check, shapes))
+        paths_of_names = _paths_of_names(names, all_paths)
+        if paths_of_names is not None:
+            return list(paths_of_names)
+        if _are_numbers(all_paths):
+            expect_same_order(all_paths)
+            return list(all_paths)
+        return list(_order_of_shapes(owner, system, names, leaves, check, shapes))
+    by_name = isinstance(order, Mapping)
+    order = _listed_order(owner, order, system, names)
     for path in order:
         if path is not None and path not in all_paths:
             raise ValueError(
@@ -108,8 +150,10 @@ def leaf_order(
         raise ValueError(f"{owner}: order names the leaf {twice!r} more than once")
     if check and names is not None and len(names) == len(order):
         used_names = [name for name, path in zip(names, order, strict=True) if path is not None]
-        expected = _paths_of_names(used_names, given) or given
-        for name, path, other in zip(used_names, given, expected, strict=True):
+        expected = _paths_of_names(used_names, given)
+        if expected is None and not by_name:
+            expect_same_order(given)
+        for name, path, other in zip(used_names, given, expected or given, strict=True):
             if path != other:
                 raise ValueError(
                     f"{owner}: order has {path!r} in the place of {system}'s {name!r}, which is "
@@ -119,7 +163,30 @@ def leaf_order(
     return list(order)
 
 
-def _order_of_names(
+def _listed_order(
+    owner: str, order: Any, system: str, names: Sequence[str] | None
+) -> list[str | None]:
+    """The user's order as a list; a mapping is read by the names of the system's parameters."""
+    if isinstance(order, Mapping):
+        fault = f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected"
+        if names is None:
+            raise TypeError(
+                f"{fault} a list of paths, because the parameters of {system} have no names here"
+            )
+        if not all(isinstance(name, str) for name in order):
+            raise TypeError(f"{fault} a list of paths, or a dictionary from names to paths")
+        keys = list(names) if set(names) == set(order) else _paths_of_names(names, list(order))
+        if keys is None or len(keys) != len(order):
+            raise ValueError(
+                f"{owner}: order has the names {_some(list(order))}, which do not correspond to "
+                f"{system}'s names {_some(names)} one to one: give a path (or None) for each of "
+                "these"
+            )
+        return [order[key] for key in keys]
+    return list(order)
+
+
+def _order_of_shapes(
     owner: str,
     system: str,
     names: Sequence[str],
@@ -127,12 +194,9 @@ def _order_of_names(
     check: bool,
     shapes: Sequence[tuple[int, ...]] | None,
 ) -> list[str]:
-    """The paths of the leaves in the order of the names: by name, by place, or by shape."""
+    """The paths of the leaves in the order of names that do not correspond to them: by shape."""
     all_paths = list(leaves)
-    paths = _paths_of_names(names, all_paths)
-    if paths is not None:
-        return paths
-    if _are_numbers(all_paths) or not check:
+    if not check:
         return all_paths
     if shapes is not None:
         path_of_shape = {np.shape(x): path for path, x in leaves.items()}
@@ -144,13 +208,18 @@ def _order_of_names(
     raise ValueError(
         f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
         f"leaves {_some(all_paths)} one to one, and their shapes do not show which is which: give "
-        "order=, the path of the leaf for each of these names, in their order"
+        "order={name: path}, the path of the leaf for each of these names"
     )
 
 
 def _are_numbers(paths: Sequence[str]) -> bool:
     """Whether the leaves have no names, only places, as the items of a list."""
-    return all(word.isdigit() for path in paths for word in path.split("/"))
+    return all(word.isdecimal() for path in paths for word in path.split("/"))
+
+
+def _places(path: str) -> tuple[int, ...]:
+    """The places that a path of numbers consists of."""
+    return tuple(map(int, path.split("/")))
 
 
 def _of_one_shape(leaves: Mapping[str, Any], may_transpose: bool) -> list[str]:
@@ -176,5 +245,5 @@ def _expect_one_order(
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[Any]) -> str:
     return f"{list(names[:8])}{'...' if len(names) > 8 else ''}"

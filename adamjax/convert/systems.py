@@ -10,6 +10,7 @@ from adamjax.adam import (
     scale_by_adamax,
     scale_by_amsgrad,
 )
+from adamjax.convert.values import class_name
 
 __all__ = ["KERAS", "KINDS", "OPTAX", "RTOL", "TORCH", "System", "kind_of"]
 
@@ -35,8 +36,21 @@ def kind_of(owner: str, state: Any, tx: Any = None) -> str:
       tx: the rule, if it is known.
 
     Raises:
-      ValueError: another rule made the state, such as one of a user's own.
+      ValueError: another rule than `tx` made the state, or one that conversions do not know.
     """
+    expected = next((cls for cls, (_, rule) in _RULES.items() if type(tx) is rule), None)
+    if expected is not None:
+        has_product = getattr(state, "momentum_product", None) is not None
+        is_nadam = getattr(tx, "nesterov", False)
+        if type(state) is not expected or has_product != is_nadam:
+            ours = "nadam" if is_nadam else _RULES[expected][0]
+            raise ValueError(
+                f"{owner}: the state has {_described_state(state)} where tx has "
+                f"{type(tx).__name__}{'(nesterov=True)' * is_nadam}, expected a "
+                f"{expected.__name__} of {ours}: pass the tx that made the state, or a state of "
+                "this tx. (States of optax, Keras or torch become states of tx with from_optax, "
+                "from_keras or from_torch)"
+            )
     kind, rule = _RULES.get(type(state), ("", object))
     if not kind or not isinstance(tx, rule | None):
         name = f"the rule of a {type(state).__name__}" if tx is None else type(tx).__name__
@@ -46,6 +60,15 @@ def kind_of(owner: str, state: Any, tx: Any = None) -> str:
             "anew, with its init(params)"
         )
     return "nadam" if getattr(state, "momentum_product", None) is not None else kind
+
+
+def _described_state(state: Any) -> str:
+    """A short description of a rule's state, with the kind of the rule if it is known."""
+    kind, _ = _RULES.get(type(state), ("", None))
+    if not kind:
+        return "None" if state is None else f"a {class_name(state)}"
+    is_nadam = getattr(state, "momentum_product", None) is not None
+    return f"a {type(state).__name__} of {'nadam' if is_nadam else kind}"
 
 
 class System(NamedTuple):

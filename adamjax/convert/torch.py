@@ -1,6 +1,7 @@
 """States from and to torch."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.names import leaf_order
+from adamjax.convert.names import Order, last_word, leaf_order
 from adamjax.convert.source import Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import RTOL, TORCH
 from adamjax.convert.values import (
@@ -58,6 +59,9 @@ _KEYS_OF_OTHERS = {
 }
 # torch's names of slots, in the state of a parameter.
 _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
+
+# A user's function that makes an array fit a leaf, or torch's parameter.
+_Adapt = Callable[[str, np.ndarray], np.ndarray]
 
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
@@ -210,7 +214,7 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def _doubt_kernels(
     source: Source, names: Sequence[str] | None, paths: Sequence[str | None], params: Tree
 ) -> None:
-    """Adds a doubt if all kernels are square: then no shape shows that torch transposes them."""
+    """Adds a doubt if no kernel's shape shows that torch has its dimensions in another order."""
     leaves = leaves_by_path(source.owner, params)
     # If torch has no names, only leaves called `kernel` are taken for kernels: `w` may be anything.
     ends = {"kernel"} if names is None else {"kernel", "w"}
@@ -219,27 +223,57 @@ def _doubt_kernels(
     kernels = [
         path
         for name, path in pairs
-        if path and name.endswith("weight") and path.rpartition("/")[2] in ends
+        if path and "weight" in name.rpartition(".")[2] and last_word(path) in ends
     ]
 
-    def is_square(shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and len(set(shape)) == 1
+    def is_unclear(shape: tuple[int, ...]) -> bool:
+        # torch has the dimensions (out, in, *kernel_size), kernels have (*kernel_size, in, out).
+        return len(shape) > 1 and (*shape[2:], shape[1], shape[0]) == shape
 
-    if kernels and all(is_square(np.shape(leaves[path])) for path in kernels):
-        end = kernels[0].rpartition("/")[2]
+    shapes = [np.shape(leaves[path]) for path in kernels]
+    if kernels and all(map(is_unclear, shapes)):
+        end = last_word(kernels[0])
+        is_reversed = all(len(shape) <= 3 for shape in shapes)
+        mend = "x.T" if is_reversed else "x.transpose(*range(2, x.ndim), 1, 0)"
         source.doubts.append(
-            f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and a square "
-            f"shape does not show it: pass adapt=lambda path, x: x.T if path.endswith({end!r}) "
-            "else x, or adapt=lambda path, x: x if they are not transposed"
+            f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and its shape "
+            f"{list(shapes[0])} does not show it: pass adapt=lambda path, x: {mend} if "
+            f"path.endswith({end!r}) else x, or adapt=lambda path, x: x if they are not transposed"
         )
+
+
+def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarray]:
+    """A function of a path, the name of a slot and its array that calls the user's `adapt`."""
+    if adapt is None:
+        return lambda path, name, x: np.asarray(x)
+    expected = (
+        "expected a function of the path of a leaf and an array that returns an array: "
+        "lambda path, x: x.T if path.endswith('kernel') else x"
+    )
+    if not callable(adapt):
+        raise TypeError(
+            f"{owner}: adapt is {adapt!r:.100} of type {type(adapt).__name__}, {expected}"
+        )
+    try:
+        inspect.signature(adapt).bind("path", np.zeros(()))
+    except TypeError:
+        raise TypeError(f"{owner}: adapt does not take two arguments, {expected}") from None
+    except ValueError:
+        pass  # Some functions written in C have no signature.
+
+    def adapted(path: str, name: str, x: Any) -> np.ndarray:
+        what = f"what adapt returns for {name} of {path!r}"
+        return numbers_of(owner, what, adapt(path, x))
+
+    return adapted
 
 
 def _read(
     owner: str,
     state_dict: Mapping[str, Any],
     params: Tree,
-    order: Sequence[str | None] | None,
-    adapt: Callable[[str, np.ndarray], np.ndarray] | None,
+    order: Order,
+    adapt: _Adapt | None,
     check: bool,
     adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
@@ -256,6 +290,7 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
+    fitted = _checked_adapt(owner, adapt)
     read_groups = [_read_group(source, group) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
@@ -285,8 +320,7 @@ def _read(
             source.add(path, LeafMoments(0, None, kinds, hyperparams=hyperparams))
             continue
         slots = _slots_of(owner, path, state)
-        if adapt is not None:
-            slots = {name: np.asarray(adapt(path, x)) for name, x in slots.items()}
+        slots = {name: fitted(path, name, x) for name, x in slots.items()}
         product = state.get("mu_product")
         if product is not None:
             product = number_of(owner, f"mu_product of {path!r}", product)
@@ -300,8 +334,8 @@ def from_torch(
     tx: Any,
     params: Tree,
     *,
-    order: Sequence[str | None] | None = None,
-    adapt: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    order: Order = None,
+    adapt: _Adapt | None = None,
     average: Tree = None,
     check: bool = True,
     rtol: float = RTOL,
@@ -335,11 +369,14 @@ def from_torch(
         that is not to be converted. By default the parameters' names give the order. Without names
         it is the order of the floating leaves of `params`, which for a dictionary is that of its
         sorted keys, while torch has the order of the module's definition. If it may be another
-        (two leaves of `params` have names and one shape), `order` is required.
+        (two leaves of `params` have names and one shape), `order` is required. A dictionary whose
+        keys are numbers has the order of the numbers. If torch's parameters have names, `order`
+        may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
-        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where all kernels
-        are square, as their shape does not show the transposition: leaves that are named `kernel`,
-        and leaves named `w` that torch's names show to be weights.
+        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where no kernel's
+        shape shows the transposition, as those of square kernels and of a Conv1d whose
+        `out_channels` equal its `kernel_size`. Kernels are leaves whose name ends in the word
+        `kernel`, or in `w` if torch's names show that they are weights.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
@@ -372,8 +409,8 @@ def to_torch(
     params: Tree,
     target: Mapping[str, Any],
     *,
-    order: Sequence[str | None] | None = None,
-    adapt: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    order: Order = None,
+    adapt: _Adapt | None = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> dict[str, Any]:
@@ -408,6 +445,7 @@ def to_torch(
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
     owner, adapted = "to_torch", adapt is not None
+    fitted = _checked_adapt(owner, adapt)
     target_source, key_of = _read(owner, target, params, order, None, check, adapted)
     ours = AdamjaxState(owner, tx, state, params)
     filling = Translation(ours.read_for(target_source, check), ours, TORCH, check, rtol)
@@ -421,8 +459,7 @@ def to_torch(
         # torch takes no bfloat16 from NumPy, so narrow slots become float32.
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
-        if adapt is not None:
-            arrays = {name: np.array(adapt(path, x)) for name, x in arrays.items()}
+        arrays = {name: np.array(fitted(path, name, x)) for name, x in arrays.items()}
         # The count is a tensor in torch, except in SparseAdam.
         lazy = target_moments.hyperparams.get("lazy")
         step = moments.count if lazy else np.array(moments.count, np.float32)

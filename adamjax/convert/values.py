@@ -63,7 +63,29 @@ def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
                 "convert from or to a transform without it (m_dtype, v_dtype, u_dtype); the floats "
                 "of a state are adamjax.get_slot(state, name)"
             )
+        _expect_array(owner, path, x)
     return {path: x for path, x in pairs if x is not None and not is_left_alone(x)}
+
+
+def _expect_array(owner: str, path: str, x: Any) -> None:
+    """Refuses a leaf that is no array of JAX or NumPy, such as a tensor of torch."""
+    try:
+        is_left_alone(x)
+    except TypeError as error:
+        if isinstance(x, np.ndarray | np.generic):
+            raise TypeError(f"{owner}: the leaf {path!r}: {error}") from None
+        mend = (
+            "give only the arrays of a model, such as eqx.filter(model, eqx.is_inexact_array) or "
+            "nnx.state(model, nnx.Param)"
+        )
+        if hasattr(x, "detach"):
+            mend = "make it one, jnp.asarray(x.detach().cpu().numpy())"
+        elif hasattr(x, "numpy"):
+            mend = "make it one, jnp.asarray(x.numpy())"
+        raise TypeError(
+            f"{owner}: the leaf {path!r} is a {class_name(x)}, expected an array of JAX or NumPy: "
+            f"{mend}"
+        ) from None
 
 
 def _numpy_array(x: Any) -> np.ndarray:
