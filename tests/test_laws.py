@@ -71,7 +71,6 @@ class Case:
     name: str
     make: Callable[[], Any]
     decays: bool = False
-    optax: bool = False
     exempt: dict[str, str] = field(default_factory=dict)
     make_dense: Callable[[], Any] | None = None
 
@@ -300,7 +299,6 @@ CASES = [
     Case(
         "optax in our chain",
         lambda: chain(scale_by_adam(), optax.trace(0.5), optax.scale(-0.1), weight_ema(0.9)),
-        optax=True,
         exempt={
             **CLOSURES,
             **OPTAX,
@@ -314,7 +312,6 @@ CASES = [
         lambda: optax.chain(
             clip_by_global_norm(0.5), scale_by_adam(), optax.scale(-0.1), weight_ema(0.9)
         ),
-        optax=True,
         exempt={
             "row_gradients_mean_their_rows": "to optax, row indices are gradients like all others",
             **NOT_OURS,
