@@ -62,7 +62,6 @@ class Case:
       name: what the ids of tests show, without ", ".
       make: makes the transform; it is called twice where two equal ones are needed.
       decays: whether weights move at zero gradients too, towards zero.
-      optax: whether a part is optax's.
       exempt: the laws that do not hold, each with the reason.
       make_dense: makes the same transform for dense gradients of tables, if that of `make` takes
         row gradients only.
