@@ -3,11 +3,10 @@
 A compiler may end the process that it is in, so it gets processes of its own.
 """
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from benchmarks.measure import installed
 from benchmarks.programs import Case, block_turns, program
 from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
-from benchmarks.workers import Worker, ask_all, serve
+from benchmarks.workers import Ended, Worker, serve
 
 # Cases that belong together: the entries that they share in the results, and each case by its name.
 Group = tuple[dict[str, Any], dict[str, Case]]
@@ -35,8 +34,8 @@ class Compiler:
       topology: the devices of a target, as JAX describes them.
       environment: the variables that a process for a target needs besides the common ones.
       targets: the chips that it compiles for.
-      dense, rows: the figures of a dense step, and of a step on tables; see `figures`.
-      renamed: more figures of a step on tables, by their names in the results.
+      dense: the figures of a dense step; see `figures`.
+      rows: those of a step on tables, by their names in the results.
       groups: returns the dense cases and the cases on tables; its argument says whether the run is
         a quick one.
       results: more entries of the results.
@@ -50,10 +49,9 @@ class Compiler:
     environment: Callable[[str], dict[str, str]]
     targets: tuple[str, ...]
     dense: tuple[str, ...]
-    rows: tuple[str, ...]
+    rows: Mapping[str, str]
     groups: Callable[[bool], tuple[list[Group], list[Group]]]
     results: Mapping[str, str]
-    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, target: str) -> Worker:
         """Starts a process with the compiler, but without its device."""
@@ -100,13 +98,28 @@ def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
         num_parameters = sum(x.size for x in arguments[0])
         totals = {name: functions[name]() for name in compiler.dense}
         return {name: x / num_parameters if "bytes" in name else x for name, x in totals.items()}
-    names = {**dict(zip(compiler.rows, compiler.rows, strict=True)), **compiler.renamed}
+    names = dict(compiler.rows)
     if case[0] == "tables":
         # An instruction that joins rows of several tables does not say how much it takes from each.
         del names["bytes"]
     if case[1] == "init":
         names["orders"] = "orders"
     return {name: functions[figure]() for name, figure in names.items()}
+
+
+def ask_all(compiler: Compiler, target: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The reports of one process; `{"failed": why}` where it ended, and a new one goes on."""
+    worker, answers = compiler.start(target), []
+    for case in cases:
+        try:
+            answers.append(worker.ask(case))
+        except Ended as error:
+            answers.append({"failed": str(error)})
+            worker.close()
+            worker = compiler.start(target)
+        print(f"{case}"[:120], answers[-1], flush=True)
+    worker.close()
+    return answers
 
 
 def reports(
@@ -116,7 +129,7 @@ def reports(
     shares = [cases[i::processes] for i in range(processes)]
     in_order: list[dict[str, Any]] = [{}] * len(cases)
     with ThreadPoolExecutor(processes) as pool:
-        answers = pool.map(functools.partial(ask_all, lambda: compiler.start(target)), shares)
+        answers = pool.map(lambda share: ask_all(compiler, target, share), shares)
         for i, answer in enumerate(answers):
             in_order[i::processes] = answer
     return in_order

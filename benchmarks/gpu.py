@@ -8,8 +8,6 @@ rows of several tables, its bytes are not counted, because it does not say how m
 each.
 """
 
-from typing import Any
-
 from jax.experimental import topologies
 
 from benchmarks import compilers
@@ -68,21 +66,18 @@ def groups(quick: bool) -> tuple[list[Group], list[Group]]:
     return dense, [*rows, ({"rows": num_rows, "width": width}, cases)]
 
 
-def topology(chip: str) -> Any:
-    """The description of a GPU; the GPU itself is not needed."""
-    return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-
-
 COMPILER = Compiler(
     suite="gpu",
     about=__doc__,
     module="jax_cuda13_plugin",
     packages=("adamjax", "jax", "jaxlib", "optax", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"),
-    topology=topology,
+    topology=lambda chip: topologies.get_topology_desc(
+        platform="cuda", target_config=H100, topology="1x1x1"
+    ),
     environment=lambda chip: {"CUDA_VISIBLE_DEVICES": "-1"},
     targets=("H100",),
     dense=DENSE,
-    rows=(*DENSE, "makers", "table_bytes", "donated_bytes", "tables_bytes"),
+    rows={x: x for x in (*DENSE, "makers", "table_bytes", "donated_bytes", "tables_bytes")},
     groups=groups,
     results={"kind": "what the compiler says, never times", "device": DEVICE},
 )

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def rounded(samples: Sequence[float]) -> dict[str, float]:
     return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
 
 
-def in_all(rounds: Rounds, names: Sequence[str] | None = None) -> list[str]:
-    """The names that every round has a sample of, in the order of `names` or of the first round."""
-    return [n for n in names or rounds[0] if all(n in samples for samples in rounds)]
+def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
+    """Those of the names that every round has a sample of."""
+    return [n for n in names if all(n in samples for samples in rounds)]
 
 
 def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Device:
     platform: str = "cpu"
     memory: int | None = None
     torch: bool = True
-    bandwidth: tuple[float, ...] = ()
+    bandwidth: Sequence[float] = ()
 
     @property
     def exclusive(self) -> bool:
@@ -155,7 +155,7 @@ class Device:
     def add_bandwidth(self, results: dict[str, Any]) -> None:
         """Puts the bandwidth into results: samples from before, and unless quick as many anew."""
         after = () if results["quick"] else device().bandwidth
-        results["bandwidth"] = rounded(self.bandwidth + after)
+        results["bandwidth"] = rounded([*self.bandwidth, *after])
 
 
 def device(quick: bool = False) -> Device:
@@ -170,8 +170,7 @@ def device(quick: bool = False) -> Device:
         text=True,
         check=True,
     )
-    about = json.loads(done.stdout.splitlines()[-1])
-    return Device(**{**about, "bandwidth": tuple(about["bandwidth"])})
+    return Device(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _this_device(quick: bool) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def measure_programs(
     for _ in range(args.sittings):
         with Team("models", names, device) as team:
             for _, label, name in itertools.product(range(MADE), (MANY, ONE), names):
-                answers = team.ask([name], "program", label, args.quick)
+                answers = team.ask(name, "program", label, args.quick)
                 programs_by_case.setdefault((label, name), []).extend(answers.values())
     table, rounds = [], MADE * args.sittings
     for (label, name), programs in programs_by_case.items():

@@ -158,7 +158,8 @@ def take_samples(team: Team, rounds: dict[Case, int]) -> dict[Case, dict[str, An
             record["failed"] |= team.failed
             for one, more in zip(record["samples"], samples, strict=True):
                 one |= more
-        team.ask(names, "drop")
+        for name in names:
+            team.ask(name, "drop")
     team.failed = {}  # New processes may try the next table.
     return by_case
 
@@ -214,12 +215,12 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
         with Team("rows", dict.fromkeys(GROWTH, "exact"), device) as team:
             for case in cases:
                 for size, rows in GROWTH.items():
-                    team.ask([size], "prepare", *vars(replace(case, rows=rows)).values())
+                    team.ask(size, "prepare", *vars(replace(case, rows=rows)).values())
                 turns = (team.in_turn(team.names, number) for number in range(rounds))
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
     for indices, rounds_of in samples.items():
-        if len(measure.in_all(rounds_of)) == len(GROWTH):  # else one has ended
+        if len(measure.in_all(rounds_of, GROWTH)) == len(GROWTH):  # else one has ended
             row = {"indices": indices, "reads": FULL, "contender": "exact"}
             row["ms"] = measure.times(rounds_of, (small, large))
             growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})

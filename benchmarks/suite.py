@@ -1,10 +1,10 @@
 """The command of a suite: its options, its progress and the file of its results."""
 
 import argparse
-import contextlib
 import importlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from benchmarks import measure
 LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
 
 
+@dataclass
 class Suite:
     """What a suite is run with, and its results.
 
-    Args:
+    Attributes:
       name: of the suite and of its JSON file.
       about: shown by `--help`.
       packages: whose versions the results name.
@@ -25,8 +26,6 @@ class Suite:
       contenders: that `--contenders` chooses from, and the module that each needs.
       only: what `--only` chooses from, in a few words.
       folder: in `results`, for results that do not depend on the device; else the platform's.
-
-    Attributes:
       parser: takes further options of the suite.
       args: the options, after `parse`.
       results: what becomes the JSON file.
@@ -34,33 +33,29 @@ class Suite:
       written: the file of the results, after `finish`, if there is one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        about: str | None,
-        packages: Sequence[str],
-        counts: Mapping[str, int] | None = None,
-        contenders: Mapping[str, str] | None = None,
-        only: str | None = None,
-        folder: str | None = None,
-    ) -> None:
-        self.name, self.packages, self.folder = name, packages, folder
-        self.written: Path | None = None
-        self.commit: str | None = None
-        self.counts, self.contenders = counts or {}, contenders or {}
+    name: str
+    about: str | None
+    packages: Sequence[str]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    contenders: Mapping[str, str] = field(default_factory=dict)
+    only: str | None = None
+    folder: str | None = None
+    written: Path | None = None
+
+    def __post_init__(self) -> None:
         raw = argparse.RawDescriptionHelpFormatter
         self.parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks {name}", description=about, formatter_class=raw
+            prog=f"python -m benchmarks {self.name}", description=self.about, formatter_class=raw
         )
         add = self.parser.add_argument
         add("--quick", action="store_true", help="tiny sizes: does it run?")
         add("--out", type=Path, help="where to write the JSON")
         for count, default in self.counts.items():
             add(f"--{count.replace('_', '-')}", type=int, help=f"default {default}")
-        if only:
-            add("--only", default="", help=f"{only} whose name has this text")
-        if contenders:
-            add("--contenders", help=f"some of: {'; '.join(contenders)}; split by ;")
+        if self.only:
+            add("--only", default="", help=f"{self.only} whose name has this text")
+        if self.contenders:
+            add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
         add("--worker", help=argparse.SUPPRESS)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -68,8 +63,7 @@ class Suite:
         self.args = args = self.parser.parse_args(argv)
         # The code that runs is that of the start, whatever is committed meanwhile.
         self.commit = measure.commit()
-        some = [getattr(args, name, None) for name in ("quick", "only", "contenders")]
-        self.partial = any(some)
+        self.partial = any(getattr(args, x, None) for x in ("quick", "only", "contenders"))
         self.results: dict[str, Any] = {"suite": self.name, "quick": args.quick}
         for name, default in self.counts.items():
             if getattr(args, name) is None:
@@ -122,20 +116,17 @@ class Suite:
         if render := tables.SUITES.get(self.name):
             print(f"\n{render(self.results)}\n")
         if self.args.out or not self.partial:
-            out = self.args.out or self._file()
-            measure.save(self.results, out)
-            self.written = out
-            print(f"written to {out}")
+            self.written = self.args.out or self._file()
+            measure.save(self.results, self.written)
+            print(f"written to {self.written}")
         return 0
 
 
-@contextlib.contextmanager
-def progress(total: int, unit: str = "sample") -> Iterator[Any]:
+def progress(total: int, unit: str = "sample") -> Any:
     """A progress bar on stderr, where that is a terminal; `update(n)` moves it on."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, unit_scale=True, disable=None, leave=False) as bar:
-        yield bar
+    return tqdm(total=total, unit=unit, unit_scale=True, disable=None, leave=False)
 
 
 def say(text: str) -> None:

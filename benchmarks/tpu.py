@@ -9,8 +9,6 @@ rows of several tables, its bytes are not counted, because it does not say how m
 each.
 """
 
-from typing import Any
-
 from jax.experimental import topologies
 
 from benchmarks import compilers
@@ -53,17 +51,12 @@ def groups(quick: bool) -> tuple[list[Group], list[Group]]:
     return dense, [*rows, ({"width": width}, cases)]
 
 
-def topology(chip: str) -> Any:
-    """A TPU that is not there."""
-    return topologies.get_topology_desc(TOPOLOGIES[chip][0], platform="tpu")
-
-
 COMPILER = Compiler(
     suite="tpu",
     about=__doc__,
     module="libtpu",
     packages=("adamjax", "jax", "jaxlib", "optax", "libtpu"),
-    topology=topology,
+    topology=lambda chip: topologies.get_topology_desc(TOPOLOGIES[chip][0], platform="tpu"),
     environment=lambda chip: {
         "LIBTPU_INIT_ARGS": "",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -74,8 +67,8 @@ COMPILER = Compiler(
     },
     targets=tuple(TOPOLOGIES),
     dense=("bytes", "bytes_accessed", "temporary_bytes", "cycles"),
-    rows=("makers", "cycles", "bytes"),
-    renamed={
+    rows={
+        **{name: name for name in ("makers", "cycles", "bytes")},
         "temporary": "temporary_bytes",
         "arguments": "argument_bytes",
         "donated": "donated_bytes",

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from benchmarks.measure import Device
@@ -29,16 +29,11 @@ class Worker:
             env={**os.environ, **own},
         )
 
-    def send(self, question: Any) -> None:
-        """Asks, and does not wait for the answer."""
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # `receive` raises
+    def ask(self, question: Any) -> Any:
+        """The answer to a question."""
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-
-    def receive(self) -> Any:
-        """The answer to the question that was sent."""
-        assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             raise Ended(f"a worker ended with status {self.process.wait()}")
@@ -46,28 +41,10 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self.process.stdin
-        assert self.process.stdout
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
-
-
-def ask_all(start: Callable[[], Worker], questions: Sequence[Any]) -> list[dict[str, Any]]:
-    """A worker's answers; `{"failed": why}` where it ended, and a new one goes on."""
-    worker, answers = start(), []
-    for question in questions:
-        worker.send(question)
-        try:
-            answers.append(worker.receive())
-        except Ended as error:
-            answers.append({"failed": str(error)})
-            worker.close()
-            worker = start()
-        print(f"{question}"[:120], answers[-1], flush=True)
-    worker.close()
-    return answers
 
 
 class Team:
@@ -78,44 +55,34 @@ class Team:
     names of contenders, or `names` is a dict from other names to contenders.
     """
 
-    def __init__(
-        self,
-        suite: str,
-        names: Sequence[str] | dict[str, str],
-        device: Device = Device(),  # noqa: B008
-    ) -> None:
-        self.suite, self.device = suite, device
+    def __init__(self, suite: str, names: Collection[str], device: Device) -> None:
+        self.suite, self.device, self.names = suite, device, list(names)
         self.contenders = names if isinstance(names, dict) else {name: name for name in names}
-        self.names = list(self.contenders)
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
-    def ask(self, names: Sequence[str], *question: Any) -> dict[str, Any]:
-        """The answers of the players that have not ended; they work at it side by side."""
-        asked = [name for name in names if name not in self.failed]
-        shared, answers = "everyone" if self.device.exclusive else None, {}
-        for name in asked:
-            process = shared or name
-            if process not in self.workers:
-                self.workers[process] = Worker(self.suite, process, **self.device.variables)
-            self.workers[process].send([name, self.contenders[name], *question])
-        for name in asked:
-            if (process := shared or name) not in self.workers:
-                continue  # it ended when another player's answer was due
-            try:
-                answers[name] = self.workers[process].receive()
-            except Ended as error:
-                say(f"{name}: {error}")
-                self.failed |= dict.fromkeys(self.names if shared else [name], str(error))
-                self.workers.pop(process).close()
-        return answers
+    def ask(self, name: str, *question: Any) -> dict[str, Any]:
+        """A player's answer under its name; empty if the player has ended."""
+        if name in self.failed:
+            return {}
+        process = "everyone" if self.device.exclusive else name
+        if process not in self.workers:
+            self.workers[process] = Worker(self.suite, process, **self.device.variables)
+        try:
+            return {name: self.workers[process].ask([name, self.contenders[name], *question])}
+        except Ended as error:
+            say(f"{name}: {error}")
+            ended = self.names if self.device.exclusive else [name]
+            self.failed |= dict.fromkeys(ended, str(error))
+            self.workers.pop(process).close()
+            return {}
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
         """A sample of each, one after another, beginning with the one of a number."""
         first %= len(names)
         samples = {}
         for name in (*names[first:], *names[:first]):
-            samples |= self.ask([name], "sample")
+            samples |= self.ask(name, "sample")
         return samples
 
     def play(
@@ -124,7 +91,7 @@ class Team:
         """What each player says as it prepares a case, and the samples of some rounds."""
         answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
-            answers |= self.ask([name], "prepare", *case)
+            answers |= self.ask(name, "prepare", *case)
         return answers, [self.in_turn(names, number) for number in range(rounds)]
 
     def __enter__(self) -> "Team":

@@ -216,13 +216,10 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
     class WorkerInThisProcess:
         def __init__(self, *arguments, **environment):
             started.append(arguments)
-            self.answer, self.asked = workers.players(Echo), []
+            self.answer = workers.players(Echo)
 
-        def send(self, question):
-            self.asked.append(json.loads(json.dumps(question)))  # as it would arrive
-
-        def receive(self):
-            question = self.asked.pop(0)
+        def ask(self, question):
+            question = json.loads(json.dumps(question))  # as it would arrive
             _, _, method, *_ = question
             if method == "end":
                 raise workers.Ended("a worker ended with status -9")
@@ -234,10 +231,10 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
     monkeypatch.setattr(workers, "Worker", WorkerInThisProcess)
     players = {"exact 1k": "exact", "exact 4M": "exact", "optax": "optax"}
     with workers.Team("rows", players, measure.Device("tpu")) as team:
-        answers = team.ask(list(players), "prepare", 3)
-        assert answers == {player: [name, 3] for player, name in players.items()}
+        for player, name in players.items():
+            assert team.ask(player, "prepare", 3) == {player: [name, 3]}
         assert started == [("rows", "everyone")]
-        assert team.ask(["optax"], "end") == {}
+        assert team.ask("optax", "end") == {}
         assert team.failed.keys() == players.keys()
 
 

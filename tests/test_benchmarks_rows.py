@@ -7,7 +7,7 @@ import pytest
 from support import benchmarks as run_benchmarks
 
 import adamjax
-from benchmarks import contenders, rows, steps, tables, workers
+from benchmarks import contenders, measure, rows, steps, tables, workers
 from benchmarks.workers import Ended
 
 pytestmark = pytest.mark.slow
@@ -94,11 +94,8 @@ class FakeWorker:
     def __init__(self, *arguments, **environment):
         pass
 
-    def send(self, question):
-        self.question = question
-
-    def receive(self):
-        _, contender, method, *_ = self.question
+    def ask(self, question):
+        _, contender, method, *_ = question
         if method == "sample":
             if contender.startswith("torch"):
                 raise Ended("a worker ended with status -9")
@@ -114,7 +111,7 @@ class FakeWorker:
 def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
     monkeypatch.setattr(workers, "Worker", FakeWorker)
     monkeypatch.setattr(rows, "fits", lambda team, cases: in_turn)
-    with workers.Team("rows", list(contenders.ALL_CONTENDERS)) as team:
+    with workers.Team("rows", list(contenders.ALL_CONTENDERS), measure.Device()) as team:
         counts = dict(zip(rows.MAIN[:2], (3, 2), strict=True))
         taken = rows.take_samples(team, counts)
         zipf, uniform = (rows.summary(case, [samples]) for case, samples in taken.items())
@@ -134,19 +131,15 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
     questions = []
 
     class RecordedWorker(FakeWorker):
-        def send(self, question):
+        def ask(self, question):
             questions.append(question)
-            super().send(question)
-
             if question[2] == "prepare":
                 self.rows = question[3]
-
-        def receive(self):
-            answer = super().receive()
-            return 2 * answer if self.question[2] == "sample" and self.rows > 1e6 else answer
+            answer = super().ask(question)
+            return 2 * answer if question[2] == "sample" and self.rows > 1e6 else answer
 
     monkeypatch.setattr(workers, "Worker", RecordedWorker)
-    growth = rows.measure_growth(2, 3, workers.Device())
+    growth = rows.measure_growth(2, 3, measure.Device())
     assert [(row["contender"], row["indices"], row["reads"]) for row in growth] == [
         ("exact", indices, 8192) for indices in ("Zipf", "uniform")
     ]
@@ -163,7 +156,7 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     assert [contenders.num_values(case) for case in (small, large)] == [8, 4]
     batch_bytes = contenders.batch_bytes(large)
     assert batch_bytes == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
-    team = workers.Team("rows", ["exact"])
+    team = workers.Team("rows", ["exact"], measure.Device())
     table_bytes = 6 * 4 * 1_000_000 * 64
     for spare, fits in ((batch_bytes + 1, True), (batch_bytes - 1, False)):
         monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)

@@ -18,8 +18,6 @@ from benchmarks.train.interruption import Interruption
 from benchmarks.train.launcher import LOST, Lost, end_with_launcher, launch
 from benchmarks.train.options import RUNS, UserError, parse
 
-__all__ = ["main"]
-
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns the exit status.

@@ -15,8 +15,6 @@ import numpy as np
 
 from benchmarks.train.options import Config, UserError
 
-__all__ = ["Run", "load", "restore", "save", "write"]
-
 
 @dataclass
 class Run:

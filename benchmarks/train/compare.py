@@ -16,8 +16,6 @@ from benchmarks.train import data, job, model
 from benchmarks.train.options import COMPARED_STEPS, ROWS, Config, UserError
 from benchmarks.train.processes import ALONE
 
-__all__ = ["run"]
-
 _IN_A_ROW = 10  # steps
 
 

@@ -19,21 +19,6 @@ import numpy as np
 
 from benchmarks.train.options import UserError
 
-__all__ = [
-    "UNKNOWN",
-    "Batches",
-    "Bigram",
-    "Text",
-    "Windows",
-    "counted_losses",
-    "installation",
-    "make_text",
-    "read",
-    "read_files",
-    "split_words",
-    "unigram",
-]
-
 UNKNOWN = "<unk>"
 
 # A word, identifier or number, or a run of one punctuation mark.

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-__all__ = ["SIGNALS", "Interruption"]
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -23,8 +23,6 @@ from benchmarks.train.interruption import Interruption
 from benchmarks.train.options import ROWS, Config, UserError, resume_command
 from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all, on_one
 
-__all__ = ["all_batches", "initial", "optimizer", "run", "train_step", "up_to_date"]
-
 say = functools.partial(print, flush=True)
 
 # What the first Ctrl-C does while the job trains, and what the second does.

@@ -19,8 +19,6 @@ from typing import IO
 from benchmarks.train.interruption import SIGNALS, Interruption
 from benchmarks.train.options import resume_command
 
-__all__ = ["LOST", "Lost", "end_with_launcher", "launch"]
-
 # The exit status of a process that can no longer reach another one.
 LOST = 3
 

@@ -18,8 +18,6 @@ import numpy as np
 from benchmarks.train.data import Windows
 from benchmarks.train.processes import ALONE, Processes
 
-__all__ = ["Batch", "draw", "held_out_loss", "init", "loss", "neighbours", "tables"]
-
 # The words in every training sum, and how many are drawn from the others.
 FREQUENT = 2048
 DRAWN = 1024

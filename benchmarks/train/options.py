@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["COMPARED_STEPS", "ROWS", "RUNS", "Config", "UserError", "parse", "resume_command"]
-
 RUNS = Path("runs")
 
 # The default of --steps with --compare, and the fewest.

@@ -18,8 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.train.launcher import Lost
 from benchmarks.train.options import UserError
 
-__all__ = ["ALONE", "AXIS", "Processes", "join", "on_all", "on_one"]
-
 # The axis of the mesh of all devices.
 AXIS = "data"
 

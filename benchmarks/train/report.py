@@ -11,8 +11,6 @@ from benchmarks.train import checkpoints
 from benchmarks.train.checkpoints import Run
 from benchmarks.train.data import Text
 
-__all__ = ["report"]
-
 
 def report(
     run: Run,
