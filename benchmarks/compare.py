@@ -23,10 +23,7 @@ TOO_FEW = "beyond the noise, but of too few rounds"
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
 # What is no figure, but how it was measured.
-ABOUT = {
-    *("suite", "quick", "environment", "rounds", "sittings", "grid_rounds"),
-    *("growth_rounds", "growth_sittings"),
-}
+ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -190,11 +191,6 @@ class Contenders:
 # --- the suite ------------------------------------------------------------------------------------
 
 
-def in_one(by_kind: Mapping[str, Any]) -> dict[str, float]:
-    """A round's samples of both kinds of packages in one dict, by package."""
-    return {package: seconds for own in by_kind.values() for package, seconds in own.items()}
-
-
 def take_times(
     workload: Workload, chain: str, sittings: int, rounds: int, device: measure.Device, bar: Any
 ) -> dict[str, Any]:
@@ -206,7 +202,7 @@ def take_times(
         with Team("dense", kinds, device) as team:
             case = (chain, shapes, dtype, least_steps)
             _, rounds_by_kind = team.play(kinds, case, rounds)
-            samples += [in_one(by_kind) for by_kind in rounds_by_kind]
+            samples += [dict(ChainMap(*by_kind.values())) for by_kind in rounds_by_kind]
             bar.update()
     names = measure.in_all(samples, [*IN_JAX, "torch"])
     return {

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 # `name = type opcode(operands), attributes`
@@ -19,8 +20,7 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, opcode and the rest of each instruction."""
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
-            name, kind, opcode, rest = match.groups()
-            yield name, kind, opcode, rest
+            yield match.groups()
 
 
 def entry(text: str) -> str:
@@ -149,7 +149,7 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
 
 def large_results(text: str, least: int) -> dict[str, int]:
     """How many instructions of each kind have a result of so many elements, in a whole program."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for _, kind, opcode, rest in instructions(text):
         elements = [
             math.prod(map(int, dimensions.split(",")))
@@ -159,7 +159,7 @@ def large_results(text: str, least: int) -> dict[str, int]:
             continue
         if opcode == "fusion" and '"aliasing_operands":{"lists":[{' in rest:
             opcode = "fusion in place"
-        counts[opcode] = counts.get(opcode, 0) + 1
+        counts[opcode] += 1
     return counts
 
 

@@ -7,12 +7,13 @@ suite, and whether by more than the noise.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import compare, plots, tables
 from benchmarks.contenders import OURS
+from benchmarks.figures import span
 from benchmarks.measure import RESULTS
 
 # suite: its title, and what it measured in a sentence or two
@@ -72,12 +73,6 @@ def read(folder: Path) -> Results:
 # --- the summary: its figures are those of the results, their shares or reciprocals ---------------
 
 
-def _span(numbers: Sequence[float]) -> str:
-    """From the least to the largest."""
-    low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
-    return low if low == high else f"{low} to {high}"
-
-
 def _rows_of(results: Results, suite: str, part: str = "times") -> list[dict[str, Any]]:
     return results.get(suite, {}).get(part, [])
 
@@ -91,7 +86,7 @@ def _speed(results: Results) -> Iterator[str]:
     dense, shares = _rows_of(results, "dense"), []
     for name in dense[0]["ratio"] if dense else ():
         ratios = [row["ratio"][name]["median"] for row in dense if name in row["ratio"]]
-        shares.append(f"{_span(ratios)} of the time with {NAMES.get(name, name)}")
+        shares.append(f"{span(ratios, 2)} of the time with {NAMES.get(name, name)}")
     if shares:
         yield f"A dense step takes {', '.join(shares)}."
     for row in _main_rows(results):
@@ -115,7 +110,7 @@ def _speed(results: Results) -> Iterator[str]:
     for what in ("trace and lower", "compile"):
         rows = [row for row in _rows_of(results, "compile") if row["what"] == what]
         if medians := [row["ratio"]["optax"]["median"] for row in rows if row["ratio"]]:
-            yield f"To {what} a step takes {_span(medians)} of the time with optax."
+            yield f"To {what} a step takes {span(medians, 2)} of the time with optax."
 
 
 def _limits(results: Results) -> Iterator[str]:
@@ -131,7 +126,7 @@ def _limits(results: Results) -> Iterator[str]:
         limit = f"of the speed that the memory's bandwidth, {speed} GB/s, allows"
         if suite == "dense":
             shares = [row["fraction"]["adamjax"]["median"] for row in results[suite]["times"]]
-            yield f"A dense step reaches {_span(shares)} {limit}."
+            yield f"A dense step reaches {span(shares, 2)} {limit}."
         for row in _main_rows(results) if suite == "rows" else ():
             names = [name for name in ("exact", "lazy", "dense") if name in row["fraction"]]
             each = (f"`{name}` {row['fraction'][name]['median']:.2f}" for name in names)

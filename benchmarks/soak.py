@@ -18,15 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
+from adamjax._compat import x64 as enable_x64
 from benchmarks.measure import timed
 from benchmarks.suite import Suite, progress
 from benchmarks.tables import markdown
-
-try:
-    enable_x64 = jax.enable_x64
-except AttributeError:  # before JAX 0.8
-    from jax.experimental import enable_x64  # type: ignore[attr-defined,no-redef]
-
 
 ROWS, COLUMNS, READS = 2000, 8, 64
 CHUNK = 1000  # steps of one call
