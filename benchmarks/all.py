@@ -17,7 +17,6 @@ SUITES = ("dense", "rows", "compile", "memory", "models")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suites; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks all", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument(

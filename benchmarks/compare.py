@@ -28,19 +28,12 @@ ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A number in a suite's results.
+    """A number in a suite's results."""
 
-    Attributes:
-      name: where it stands, from the outside in.
-      value: the median if it has a spread; a bound's `holds` is a number too.
-      quartiles: the range; `None` if it has none.
-      rounds: how often it was measured; 0 if that is not known.
-    """
-
-    name: tuple[str, ...]
-    value: Any
+    name: tuple[str, ...]  # where it stands, from the outside in
+    value: Any  # the median if it has a spread; a bound's `holds` is a number too
     quartiles: tuple[float, float] | None = None
-    rounds: int = 0
+    rounds: int = 0  # how often it was measured; 0 if that is not known
 
     def __str__(self) -> str:
         if isinstance(self.value, bool | str):
@@ -118,11 +111,7 @@ def _factor(a: Any, b: Any) -> float:
 
 
 def compared(old: Results, new: Results, everything: bool = False) -> str:
-    """What changed from the old results to the new ones, as text.
-
-    Args:
-      old, new: results of one suite.
-      everything: whether to list what did not change as well.
+    """What changed from old results of a suite to new ones, or everything, as text.
 
     Raises:
       ValueError: they are of different suites, or one is of a quick run and the other is not.

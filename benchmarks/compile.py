@@ -26,7 +26,6 @@ def compile_seconds(jitted: Any, *arguments: Any) -> tuple[dict[str, float], Any
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     suite = Suite("compile", __doc__, ("adamjax", "jax", "jaxlib", "optax"), {"rounds": 7})
     args = suite.parse(argv)
     workload = list(QUICK)[1] if args.quick else MANY_LEAVES

@@ -24,34 +24,20 @@ Group = tuple[dict[str, Any], dict[str, Case]]
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler, and the figures that its suite reads from it.
-
-    Attributes:
-      suite: the name of its suite.
-      about: the text of `--help`.
-      module: the module that the compiler is in.
-      packages: the packages whose versions the results state.
-      topology: the devices of a target, as JAX describes them.
-      environment: the variables that a process for a target needs besides the common ones.
-      targets: the chips that it compiles for.
-      dense: the figures of a dense step; see `figures`.
-      rows: those of a step on tables, by their names in the results.
-      groups: returns the dense cases and the cases on tables; its argument says whether the run is
-        a quick one.
-      results: more entries of the results.
-    """
+    """A compiler, and the figures that its suite reads from it."""
 
     suite: str
-    about: str | None
-    module: str
-    packages: tuple[str, ...]
-    topology: Callable[[str], Any]
-    environment: Callable[[str], dict[str, str]]
-    targets: tuple[str, ...]
-    dense: tuple[str, ...]
-    rows: Mapping[str, str]
+    about: str | None  # the text of `--help`
+    module: str  # that the compiler is in
+    packages: tuple[str, ...]  # whose versions the results state
+    topology: Callable[[str], Any]  # the devices of a target, as JAX describes them
+    environment: Callable[[str], dict[str, str]]  # what a target needs besides the common variables
+    targets: tuple[str, ...]  # the chips that it compiles for
+    dense: tuple[str, ...]  # the figures of a dense step; see `figures`
+    rows: Mapping[str, str]  # those of a step on tables, by their names in the results
+    # The dense cases and the cases on tables; the argument says whether the run is a quick one.
     groups: Callable[[bool], tuple[list[Group], list[Group]]]
-    results: Mapping[str, str]
+    results: Mapping[str, str]  # more entries of the results
 
     def start(self, target: str) -> Worker:
         """Starts a process with the compiler, but without its device."""

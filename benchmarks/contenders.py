@@ -77,12 +77,7 @@ def least_bytes(name: str, case: Case, distinct: float) -> float:
     bytes for each element of the batch's distinct rows, or of the whole table if the contender
     passes over all of it. The gradient's values and the int32 indices are read. Not counted are a
     dense gradient, which the result does not need; what `exact_rows` records for each row, 8 bytes;
-    and the padding of rows on a TPU.
-
-    Args:
-      name: the contender.
-      case: the table and the batch.
-      distinct: rows that a batch touches, on average.
+    and the padding of rows on a TPU. `distinct` is how many rows a batch touches, on average.
     """
     touched = distinct if name in BY_ROWS else case.rows
     return 24 * touched * case.width + 4 * case.reads * (case.width + 1)

@@ -39,17 +39,11 @@ Shapes = list[tuple[int, ...]]
 
 
 class Workload(NamedTuple):
-    """Arrays to take steps on.
+    """Arrays to take steps on."""
 
-    Attributes:
-      shapes: of the parameters' leaves.
-      dtype: of parameters and gradients.
-      least_steps: of a sample.
-    """
-
-    shapes: Shapes
-    dtype: str
-    least_steps: int
+    shapes: Shapes  # of the parameters' leaves
+    dtype: str  # of parameters and gradients
+    least_steps: int  # of a sample
 
 
 # --- workloads ------------------------------------------------------------------------------------
@@ -78,9 +72,8 @@ def size(shapes: Shapes) -> int:
 def workloads(large: bool) -> dict[str, Workload]:
     """What is measured, by name.
 
-    Args:
-      large: whether the sizes are for an accelerator. Then the one leaf has 1 GiB, and the
-        transformer has twice the width and depth.
+    Large sizes are for an accelerator: the one leaf has 1 GiB, and the transformer has twice the
+    width and depth.
     """
     leaf = [(2**28 if large else 2**25,)]
     model = transformer(512, 25) if large else transformer()
@@ -213,7 +206,6 @@ def take_times(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     counts = {"rounds": 10, "sittings": 5}
     suite = Suite("dense", __doc__, PACKAGES, counts, only="workloads")
     args = suite.parse(argv)

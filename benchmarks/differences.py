@@ -248,7 +248,6 @@ def measured(key: str, system: str) -> float | str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs; see `--help`."""
     suite = Suite("differences", __doc__, ("adamjax", "jax", *SYSTEMS[1:]), folder="any")
     suite.parse(argv)
     suite.results["rows"] = [

@@ -24,9 +24,7 @@ def results(suite: str) -> Results:
 def span(numbers: Iterable[float], decimals: int | None = None) -> str:
     """The smallest and the largest number, or only one where both are written alike.
 
-    Args:
-      numbers: at least one.
-      decimals: of each number; `None` writes each as `two_digits` does.
+    Without `decimals` they are written as by `two_digits`.
     """
     ordered = sorted(numbers)
     ends = ordered[0], ordered[-1]

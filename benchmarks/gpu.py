@@ -84,5 +84,4 @@ COMPILER = Compiler(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     return compilers.main(COMPILER, argv)

@@ -113,12 +113,8 @@ def fraction(
 ) -> dict[str, float]:
     """The share of the limit that a step reaches: 1 where it takes as long as its bytes need.
 
-    It can be above 1 where arrays stay in a cache from one step to the next.
-
-    Args:
-      least_bytes: that any such step must move, however it is written.
-      ms: the step's times, median and quartiles.
-      bandwidth: the device's, in bytes a second; its median sets the limit.
+    Its bytes are the least that any such step must move. The median bandwidth, in bytes a second,
+    sets the limit. It can be above 1 where arrays stay in a cache from one step to the next.
     """
     limit = 1e3 * least_bytes / bandwidth["median"]
     slow_first = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}
@@ -127,19 +123,12 @@ def fraction(
 
 @dataclass(frozen=True)
 class Device:
-    """What JAX finds here.
+    """What JAX finds here."""
 
-    Attributes:
-      platform: "cpu", "gpu", "tpu" or another.
-      memory: bytes of the device's own memory; `None` on a CPU, or where JAX does not know.
-      torch: whether torch is installed and runs on the device; else it is no contender.
-      bandwidth: samples in bytes a second.
-    """
-
-    platform: str = "cpu"
-    memory: int | None = None
-    torch: bool = True
-    bandwidth: Sequence[float] = ()
+    platform: str = "cpu"  # or "gpu", "tpu" or another
+    memory: int | None = None  # the device's own bytes; `None` on a CPU, or if JAX does not know
+    torch: bool = True  # whether torch is installed and runs on the device; else no contender
+    bandwidth: Sequence[float] = ()  # samples in bytes a second
 
     @property
     def exclusive(self) -> bool:

@@ -67,7 +67,6 @@ def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     suite = Suite("memory", __doc__, ("adamjax", "jax", "jaxlib"))
     args = suite.parse(argv)
     cases = QUICK if args.quick else workloads(large=jax.default_backend() != "cpu")

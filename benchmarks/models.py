@@ -213,11 +213,9 @@ def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tracing_seconds(model: Any, name: str, cold: bool = False) -> float:
-    """Seconds to trace value and gradient of a model's loss, with nothing of it in a cache.
+    """Seconds to trace value and gradient ("jax") or row gradient ("rows") of a model's loss.
 
-    Args:
-      name: whose gradients: "jax" or, for row gradients, "rows".
-      cold: whether JAX's own functions must be traced anew as well, as in a new process.
+    Nothing of it is in a cache, and if cold, nothing of JAX's own functions, as in a new process.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.batch(0))
@@ -250,7 +248,6 @@ def measure_tracing(models: Mapping[str, Any], rounds: int) -> list[dict[str, An
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     packages = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
     suite = Suite(
         *("models", __doc__, ("adamjax", "jax", "jaxlib", "optax")),

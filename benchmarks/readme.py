@@ -54,7 +54,6 @@ def render(texts: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs; see `--help`."""
     argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__).parse_args(
         argv
     )

@@ -242,7 +242,6 @@ def text(results: Results) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument(
         "folder",

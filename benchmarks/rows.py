@@ -284,7 +284,6 @@ def bounds(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     suite = Suite(
         *("rows", __doc__, PACKAGES, {"rounds": 8, "sittings": 4, "grid_rounds": 3}),
         contenders={name: package for name, (package, _) in ALL_CONTENDERS.items()},

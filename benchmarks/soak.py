@@ -31,22 +31,14 @@ B1, B2, EPS, DECAY, MOMENTUM = 0.9, 0.999, 1e-7, 0.01, 0.999
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer that is run.
+    """An optimizer that is run."""
 
-    Attributes:
-      rule: "adam", "amsgrad" or "adamax".
-      corrected: whether eps is added to the corrected root, as in algorithm 1, or to the other.
-      decays, averages: whether there is decoupled weight decay, and an average of the weights.
-      first: the number of steps before the first.
-      moments: their format, as a rule takes it.
-    """
-
-    rule: str
-    corrected: bool = False
-    decays: bool = False
-    averages: bool = False
-    first: int = 0
-    moments: str | None = None
+    rule: str  # "adam", "amsgrad" or "adamax"
+    corrected: bool = False  # whether eps is added to the corrected root, as in algorithm 1
+    decays: bool = False  # whether there is decoupled weight decay
+    averages: bool = False  # whether there is an average of the weights
+    first: int = 0  # the number of steps before the first
+    moments: str | None = None  # their format, as a rule takes it
 
     def dense(self, rate: Any) -> adamjax.Transform:
         """The dense optimizer."""
@@ -252,7 +244,6 @@ def summary(cases: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     suite = Suite("soak", __doc__, ("adamjax", "jax", "jaxlib"))
     suite.parser.add_argument("--steps", type=int, default=100_000, help="default 100,000")
     args = suite.parse(argv)

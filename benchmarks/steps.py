@@ -99,11 +99,7 @@ def table_mode(
 ) -> tuple[Any, Any]:
     """The optimizer of a mode, and the patterns of tables that `train_step` is to be given.
 
-    Args:
-      mode: "exact", "lazy", "dense" (`rows="dense"`), or another for dense gradients.
-      tables: the patterns of the tables.
-      rule: of adamjax.
-      **options: of the rule.
+    The modes are "exact", "lazy" and "dense" (`rows="dense"`); another one has dense gradients.
     """
     options = {"learning_rate": RATE, **options}
     if mode == "exact":
@@ -140,12 +136,10 @@ def optax_train_step(loss: Callable[..., Any], tx: Any) -> Callable[..., Any]:
 
 
 def hand_written_step(tx: Any, loss: Callable[..., Any], packing: Any = None) -> Step:
-    """A train step on `params["table"]` of a loss that takes rows instead of the table.
+    """A train step on `params["table"]` of a `loss(rows, values)`, which takes rows of it.
 
-    Args:
-      tx: `exact_rows`, whose `prepare` reads the rows, or a lazy optimizer.
-      loss: `loss(rows, values)`.
-      packing: of a table with several rows a line.
+    The optimizer is `exact_rows`, whose `prepare` reads the rows, or a lazy one. A packed table has
+    several rows a line.
     """
 
     def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
@@ -195,8 +189,7 @@ def tf_step() -> Step:
 def jitted(step: Callable[..., Any], tx: Any, params: Any, more: int = 0) -> Any:
     """A step that is given parameters and state to keep as they lie: see `adamjax.layout.formats`.
 
-    Args:
-      more: how many results it has besides parameters and state.
+    `more` is the number of its results besides these two.
     """
     results = (*adamjax.layout.formats(tx, params), *[None] * more)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=results)

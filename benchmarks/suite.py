@@ -18,29 +18,21 @@ LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
 class Suite:
     """What a suite is run with, and its results.
 
-    Attributes:
-      name: of the suite and of its JSON file.
-      about: shown by `--help`.
-      packages: whose versions the results name.
-      counts: defaults of the options `--rounds`, `--sittings` and the like.
-      contenders: that `--contenders` chooses from, and the module that each needs.
-      only: what `--only` chooses from, in a few words.
-      folder: in `results`, for results that do not depend on the device; else the platform's.
-      parser: takes further options of the suite.
-      args: the options, after `parse`.
-      results: what becomes the JSON file.
-      partial: whether some cases are left out, so that only `--out` makes a file.
-      written: the file of the results, after `finish`, if there is one.
+    `parser` takes further options of the suite. After `parse`, `args` has the options, `results` is
+    what becomes the JSON file, and `partial` says whether some cases are left out, so that only
+    `--out` makes a file.
     """
 
-    name: str
-    about: str | None
-    packages: Sequence[str]
+    name: str  # of the suite and of its JSON file
+    about: str | None  # shown by `--help`
+    packages: Sequence[str]  # whose versions the results name
+    # Defaults of the options `--rounds`, `--sittings` and the like.
     counts: Mapping[str, int] = field(default_factory=dict)
+    # What `--contenders` chooses from, and the module that each needs.
     contenders: Mapping[str, str] = field(default_factory=dict)
-    only: str | None = None
-    folder: str | None = None
-    written: Path | None = None
+    only: str | None = None  # what `--only` chooses from, in a few words
+    folder: str | None = None  # in `results`, if these do not depend on the device
+    written: Path | None = None  # the file of the results, after `finish`, if there is one
 
     def __post_init__(self) -> None:
         raw = argparse.RawDescriptionHelpFormatter

@@ -82,5 +82,4 @@ COMPILER = Compiler(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     return compilers.main(COMPILER, argv)

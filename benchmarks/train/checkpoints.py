@@ -18,23 +18,16 @@ from benchmarks.train.options import Config, UserError
 
 @dataclass
 class Run:
-    """A run's place and progress.
-
-    Attributes:
-      files: those of the text, none for this Python's own.
-      digest: of the text.
-      params, state: what the next step starts from.
-      losses: of the steps that are taken.
-      held_out: losses of held-out text, `None` where they were not evaluated.
-    """
+    """A run's place and progress."""
 
     config: Config
-    files: list[str]
+    files: list[str]  # those of the text, none for this Python's own
     folder: Path | None = None
-    digest: str = ""
-    losses: list[float] = field(default_factory=list)
+    digest: str = ""  # of the text
+    losses: list[float] = field(default_factory=list)  # of the steps that are taken
+    # Losses of held-out text, `None` where they were not evaluated.
     held_out: dict[str, float | None] = field(default_factory=dict)
-    params: Any = None
+    params: Any = None  # and the state: what the next step starts from
     state: Any = None
 
     @property

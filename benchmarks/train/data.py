@@ -86,19 +86,12 @@ def split_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens as numbers, in blocks.
+    """Tokens as numbers, in blocks."""
 
-    Attributes:
-      description: what the text is, for people.
-      words: the vocabulary, most frequent first after `UNKNOWN`, which has the number 0.
-      training: int32 [blocks, tokens].
-      held_out: int32 [blocks, tokens], nowhere among the training blocks.
-    """
-
-    description: str
-    words: tuple[str, ...]
-    training: np.ndarray
-    held_out: np.ndarray
+    description: str  # what the text is, for people
+    words: tuple[str, ...]  # most frequent first after `UNKNOWN`, which has the number 0
+    training: np.ndarray  # int32 [blocks, tokens]
+    held_out: np.ndarray  # int32 [blocks, tokens], nowhere among the training blocks
 
     @property
     def boundary(self) -> int:

@@ -64,17 +64,11 @@ def tables(vocabulary: int) -> list[str]:
 
 
 class Batch(NamedTuple):
-    """What a step trains on.
+    """What a step trains on."""
 
-    Attributes:
-      contexts: int32[batch, width], the words before: rows of the embedding.
-      words: int32[batch], those to predict: rows of the output.
-      drawn: int32[DRAWN], rare words, which stand for all; `None` where the softmax is full.
-    """
-
-    contexts: Any
-    words: Any
-    drawn: Any
+    contexts: Any  # int32[batch, width], the words before: rows of the embedding
+    words: Any  # int32[batch], those to predict: rows of the output
+    drawn: Any  # int32[DRAWN], rare words, which stand for all; `None` where the softmax is full
 
 
 def draw(vocabulary: int, seed: int, step: int) -> np.ndarray | None:

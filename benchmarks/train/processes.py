@@ -96,11 +96,7 @@ ALONE = Processes()
 
 
 def join(coordinator: str, count: int, number: int) -> Processes:
-    """Waits until all processes are there; before anything is computed.
-
-    Args:
-      coordinator: HOST:PORT at which process 0 is reached.
-    """
+    """Waits until all processes have reached process 0's HOST:PORT; before anything is computed."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host = coordinator.rpartition(":")[0]
     options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT}

@@ -22,9 +22,7 @@ def report(
 ) -> None:
     """Writes `metrics.json` and `loss.png`, and prints what matters of them.
 
-    Args:
-      near: for some words, those whose embeddings are near.
-      tokens, seconds: how many were predicted, and how long what took.
+    `near` has words of similar embeddings, for some words; `tokens` counts those predicted.
     """
     speed = round(tokens / seconds["train"]) if tokens else 0
     metrics = {
