@@ -1,19 +1,115 @@
-"""Writes measured tables and figures into README.md and docs/, from the committed results alone."""
+"""Writes measured tables and figures into README.md and docs/, from the committed results alone.
+
+A figure stands in a sentence, between `<!-- figure NAME -->` and `<!-- end -->`.
+"""
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.figures import FIGURES
 from benchmarks.measure import RESULTS, ROOT
-from benchmarks.tables import SUITES
+from benchmarks.tables import SUITES, Results, main_rows, span, two_digits
 
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 
 FIGURE = re.compile(r"(<!-- figure (.+?) -->).*?(<!-- end -->)", re.DOTALL)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def results(suite: str) -> Results:
+    """The committed results of a suite on a CPU."""
+    return json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
+
+
+def times_over_exact(contender: str) -> list[float]:
+    """A contender's time divided by that of `exact`, in each main case of the rows suite."""
+    rows = main_rows(results("rows"))
+    # The results have the time of `exact` divided by that of the contender.
+    return [1 / row["ratio"]["exact"][contender]["median"] for row in rows]
+
+
+def dense_times_over(rival: str, chain: str) -> list[float]:
+    """adamjax's time divided by a rival's, in each workload of the dense suite with this chain."""
+    rows = results("dense")["times"]
+    return [row["ratio"][rival]["median"] for row in rows if row["chain"] == chain]
+
+
+def worst_slowdown_of_exact() -> float:
+    """The largest ratio of `exact`'s time to that of dense gradients in optax, 1 at least."""
+    rows = results("rows")["times"]
+    ratios = [r["ratio"]["exact"]["optax"]["median"] for r in rows if "exact" in r["ratio"]]
+    return max([1.0, *ratios])
+
+
+def soak_error(contender: str) -> str:
+    """The mean difference of a weight from its value in float64, after the soak's last step."""
+    return f"{results('soak')['cases']['Adam']['weights'][contender]['mean'][-1]:.1e}"
+
+
+def model_ratio(model: str, contender: str) -> float:
+    """A contender's time for a model's train step, divided by the time with `exact_rows`."""
+    rows = {row["model"]: row["ratio"] for row in results("models")["steps"]}
+    return float(rows[model][contender]["median"])
+
+
+def seconds_to_compile(model: str) -> str:
+    """The time to compile a model's train step with `exact_rows`."""
+    rows = results("models")["programs"]
+    seconds = {(row["model"], row["contender"]): row["s"]["compile"]["median"] for row in rows}
+    return two_digits(seconds[model, "exact"])
+
+
+def temporaries(mode: str) -> str:
+    """The temporaries of a train step on a table, in MB."""
+    by_mode = {row["mode"]: row["temporary_bytes"] for row in results("memory")["tables"]}
+    return f"{by_mode[mode] / 1e6:.0f}"
+
+
+def training_figure(mode: str, name: str) -> float:
+    """A figure of the training job with `--rows MODE`; if it is a spread, its median."""
+    figure = results("train")["rows"][mode][name]
+    return float(figure["median"] if isinstance(figure, dict) else figure)
+
+
+FIGURES = {
+    "table optax": lambda: span(times_over_exact("optax")),
+    "table torch": lambda: span(times_over_exact("torch sparse")),
+    "table exact ms": lambda: span(
+        (row["ms"]["exact"]["median"] for row in main_rows(results("rows"))), 1
+    ),
+    "table worst": lambda: two_digits(worst_slowdown_of_exact()),
+    "clip adam optax": lambda: span(1 / x for x in dense_times_over("optax", "clip + adam")),
+    "adam optax": lambda: span(dense_times_over("optax", "adam"), 2),
+    "adam torch": lambda: f"{max(dense_times_over('torch', 'adam')):.2f}",
+    "soak steps": lambda: f"{results('soak')['cases']['Adam']['steps'][-1]:,}",
+    "soak exact": lambda: soak_error("exact"),
+    "soak dense": lambda: soak_error("dense"),
+    "dlrm optax": lambda: two_digits(model_ratio("DLRM", "optax")),
+    "towers optax": lambda: two_digits(model_ratio("two towers", "optax")),
+    "models lazy": lambda: span(
+        (row["ratio"]["lazy"]["median"] for row in results("models")["steps"]), 2
+    ),
+    "compile one table": lambda: seconds_to_compile("click, one table"),
+    "compile 26 tables": lambda: seconds_to_compile("click, 26 tables"),
+    "train steps": lambda: f"{results('train')['config']['steps']}",
+    "train none loss": lambda: f"{training_figure('none', 'held_out_loss'):.3f}",
+    "train exact loss": lambda: f"{training_figure('exact', 'held_out_loss'):.3f}",
+    "train lazy loss": lambda: f"{training_figure('lazy', 'held_out_loss'):.3f}",
+    "train exact time": lambda: f"{training_figure('exact', 'ratio_to_none'):.2f}",
+    "train lazy time": lambda: f"{training_figure('lazy', 'ratio_to_none'):.2f}",
+    "table temporaries dense gradient": lambda: temporaries("dense gradient"),
+    "table temporaries exact": lambda: temporaries("exact_rows"),
+}
+
+
+# --- pages ----------------------------------------------------------------------------------------
 
 
 def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:

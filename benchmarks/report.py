@@ -13,7 +13,6 @@ from typing import Any
 
 from benchmarks import compare, plots, tables
 from benchmarks.contenders import OURS
-from benchmarks.figures import span
 from benchmarks.measure import RESULTS
 
 # suite: its title, and what it measured in a sentence or two
@@ -86,15 +85,14 @@ def _speed(results: Results) -> Iterator[str]:
     dense, shares = _rows_of(results, "dense"), []
     for name in dense[0]["ratio"] if dense else ():
         ratios = [row["ratio"][name]["median"] for row in dense if name in row["ratio"]]
-        shares.append(f"{span(ratios, 2)} of the time with {NAMES.get(name, name)}")
+        shares.append(f"{tables.span(ratios, 2)} of the time with {NAMES.get(name, name)}")
     if shares:
         yield f"A dense step takes {', '.join(shares)}."
     for row in _main_rows(results):
         ratios, others = row["ratio"].get("exact", {}), ""
         for name in ("optax", "torch sparse"):
             if name in ratios:
-                ratio = ratios[name]["median"]
-                times = format(1 / ratio, ".0f" if ratio < 0.1 else ".2g")
+                times = tables.two_digits(1 / ratios[name]["median"])
                 others += f", {NAMES.get(name, name)} {times} times as long"
         yield (
             f"A step that reads {row['reads']:,} rows ({row['indices']} indices) of a table of "
@@ -110,7 +108,7 @@ def _speed(results: Results) -> Iterator[str]:
     for what in ("trace and lower", "compile"):
         rows = [row for row in _rows_of(results, "compile") if row["what"] == what]
         if medians := [row["ratio"]["optax"]["median"] for row in rows if row["ratio"]]:
-            yield f"To {what} a step takes {span(medians, 2)} of the time with optax."
+            yield f"To {what} a step takes {tables.span(medians, 2)} of the time with optax."
 
 
 def _limits(results: Results) -> Iterator[str]:
@@ -126,7 +124,7 @@ def _limits(results: Results) -> Iterator[str]:
         limit = f"of the speed that the memory's bandwidth, {speed} GB/s, allows"
         if suite == "dense":
             shares = [row["fraction"]["adamjax"]["median"] for row in results[suite]["times"]]
-            yield f"A dense step reaches {span(shares, 2)} {limit}."
+            yield f"A dense step reaches {tables.span(shares, 2)} {limit}."
         for row in _main_rows(results) if suite == "rows" else ():
             names = [name for name in ("exact", "lazy", "dense") if name in row["fraction"]]
             each = (f"`{name}` {row['fraction'][name]['median']:.2f}" for name in names)

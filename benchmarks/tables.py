@@ -40,6 +40,22 @@ def mega(number: float | None, digits: int = 1) -> str:
     return "" if number is None else f"{number / 1e6:,.{digits}f}"
 
 
+def span(numbers: Iterable[float], decimals: int | None = None) -> str:
+    """The smallest and the largest number, or only one where both are written alike.
+
+    Without `decimals` they are written as by `two_digits`.
+    """
+    ordered = sorted(numbers)
+    ends = ordered[0], ordered[-1]
+    low, high = (two_digits(x) if decimals is None else f"{x:.{decimals}f}" for x in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def two_digits(number: float) -> str:
+    """A number with two significant digits, or with no decimals from 10 on."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def versions(results: Results) -> str:
     """The packages' versions."""
     return ", ".join(f"{k} {v}" for k, v in results["environment"].get("versions", {}).items())
@@ -236,8 +252,7 @@ def _times_as_long(row: Row, name: str, own: str = "exact") -> str:
     """How many times as long as ours a contender takes."""
     if name not in row["ratio"].get(own, {}):
         return "?"
-    longer = 1 / row["ratio"][own][name]["median"]
-    return f"{longer:.2g}" if longer < 10 else f"{longer:.0f}"
+    return two_digits(1 / row["ratio"][own][name]["median"])
 
 
 def _contenders_table(cases: Sequence[Row], has_limit: bool) -> str:

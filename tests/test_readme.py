@@ -17,7 +17,7 @@ from support import ROOT
 
 import adamjax
 import adamjax.testing
-from benchmarks import figures, readme
+from benchmarks import readme
 
 TEXTS = {page: page.read_text() for page in readme.PAGES}
 NAMES = {page: page.relative_to(ROOT).as_posix() for page in readme.PAGES}
@@ -100,7 +100,7 @@ def test_tables_and_figures_are_the_committed_results():
 
 def test_every_figure_has_a_place():
     used = {found[2] for text in TEXTS.values() for found in readme.FIGURE.finditer(text)}
-    assert used == set(figures.FIGURES)
+    assert used == set(readme.FIGURES)
 
 
 def test_marks_of_figures_are_pairs_within_lines():

@@ -12,6 +12,7 @@ import numpy as np
 
 import adamjax
 from benchmarks.measure import RESULTS, environment, save, spread
+from benchmarks.tables import markdown, ranged
 from benchmarks.train import data, job, model
 from benchmarks.train.options import COMPARED_STEPS, ROWS, Config, UserError
 from benchmarks.train.processes import ALONE
@@ -95,20 +96,15 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
 
 
 def _show(results: dict[str, Any]) -> None:
-    def quartiles(spread: dict[str, float], digits: int) -> str:
-        low, middle, high = (f"{spread[k]:.{digits}f}" for k in ("q25", "median", "q75"))
-        return f"{middle} ({low} to {high})"
-
-    print(
-        f"\n{'rows':6} {'step, ms (quartiles)':>24} {'of the time of none':>21} {'compile, s':>10}"
-        f" {'training':>9} {'held-out':>9} {'largest difference':>19}"
-    )
+    head = ["rows", "step, ms (quartiles)", "of the time of none", "compile, s"]
+    head += ["training", "held-out", "largest difference"]
+    table = []
     for name, row in results["rows"].items():
-        print(
-            f"{name:6} {quartiles(row['ms'], 1):>24} {quartiles(row['ratio_to_none'], 2):>21}"
-            f" {row['compile_seconds']:10.1f} {row['training_loss'][-1]:9.4f}"
-            f" {row['held_out_loss']:9.4f} {row['largest_difference_to_none']:19.1e}"
-        )
+        times = ranged(row["ms"], 1), ranged(row["ratio_to_none"], 2)
+        losses = (f"{x:.4f}" for x in (row["training_loss"][-1], row["held_out_loss"]))
+        difference = f"{row['largest_difference_to_none']:.1e}"
+        table.append([name, *times, f"{row['compile_seconds']:.1f}", *losses, difference])
+    print(f"\n{markdown(head, table)}\n")
     print("The last is of any step's training loss to that of none; losses are in nats.")
 
 
