@@ -39,19 +39,12 @@ CONTROL = "bfloat16 weights, to the nearest"
 
 @dataclass(frozen=True)
 class Format:
-    """How weights and moments are stored.
+    """How weights and moments are stored."""
 
-    Attributes:
-      weights: the parameters' dtype.
-      moments: their format, as a rule takes it.
-      master: whether the state has the weights in float32.
-      rounding: how weights are rounded, as `train_step` takes it.
-    """
-
-    weights: str = "float32"
-    moments: str | None = None
-    master: bool = False
-    rounding: Any = "nearest"
+    weights: str = "float32"  # the parameters' dtype
+    moments: str | None = None  # their format, as a rule takes it
+    master: bool = False  # whether the state has the weights in float32
+    rounding: Any = "nearest"  # how weights are rounded, as `train_step` takes it
 
     def optimizer(self, rate: Any, decay: float) -> adamjax.Transform:
         """AdamW behind a clip."""
@@ -73,23 +66,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train.
+    """A model to train."""
 
-    Attributes:
-      init: the parameters of a seed.
-      loss: of parameters and a batch.
-      batch: of a seed and a step.
-      held_out_loss: of parameters.
-      rate: the largest learning rate, after a tenth of the steps.
-      decay: of the weights.
-    """
-
-    init: Callable[[int], Any]
-    loss: Callable[[Any, Any], jax.Array]
-    batch: Callable[[int, int], Any]
-    held_out_loss: Callable[[Any], float]
-    rate: float
-    decay: float
+    init: Callable[[int], Any]  # the parameters of a seed
+    loss: Callable[[Any, Any], jax.Array]  # of parameters and a batch
+    batch: Callable[[int, int], Any]  # of a seed and a step
+    held_out_loss: Callable[[Any], float]  # of parameters
+    rate: float  # the largest learning rate, after a tenth of the steps
+    decay: float  # of the weights
 
 
 def next_words(quick: bool) -> Task:
