@@ -462,7 +462,7 @@ def test_every_mode_but_lazy_learns_what_dense_gradients_learn(prose, capsys, fe
     assert held_out["lazy"] != pytest.approx(held_out["none"], abs=1e-4)
 
     lines = capsys.readouterr().out.splitlines()
-    assert all(any(line.startswith(f"{name} ") for line in lines) for name in ROWS)
+    assert all(any(line.startswith(f"| {name} |") for line in lines) for name in ROWS)
 
 
 def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
