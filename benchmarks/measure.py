@@ -113,8 +113,8 @@ def fraction(
 ) -> dict[str, float]:
     """The share of the limit that a step reaches: 1 where it takes as long as its bytes need.
 
-    Its bytes are the least that any such step must move. The median bandwidth, in bytes a second,
-    sets the limit. It can be above 1 where arrays stay in a cache from one step to the next.
+    It can be above 1 where arrays stay in a cache from one step to the next. The least bytes are
+    those that any such step must move; the median bandwidth, in bytes a second, sets the limit.
     """
     limit = 1e3 * least_bytes / bandwidth["median"]
     slow_first = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}

@@ -248,11 +248,9 @@ def measure_tracing(models: Mapping[str, Any], rounds: int) -> list[dict[str, An
 
 
 def main(argv: list[str]) -> int:
-    packages = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
-    suite = Suite(
-        *("models", __doc__, ("adamjax", "jax", "jaxlib", "optax")),
-        *({"rounds": 8, "sittings": 3}, packages, "models"),
-    )
+    packages, counts = ("adamjax", "jax", "jaxlib", "optax"), {"rounds": 8, "sittings": 3}
+    modules = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
+    suite = Suite("models", __doc__, packages, counts, modules, only="models")
     args = suite.parse(argv)
     if args.worker:
         return serve(players(Contender))

@@ -284,11 +284,9 @@ def bounds(
 
 
 def main(argv: list[str]) -> int:
-    suite = Suite(
-        *("rows", __doc__, PACKAGES, {"rounds": 8, "sittings": 4, "grid_rounds": 3}),
-        contenders={name: package for name, (package, _) in ALL_CONTENDERS.items()},
-        only="cases, and 'growth',",
-    )
+    counts = {"rounds": 8, "sittings": 4, "grid_rounds": 3}
+    modules = {name: package for name, (package, _) in ALL_CONTENDERS.items()}
+    suite = Suite("rows", __doc__, PACKAGES, counts, modules, only="cases, and 'growth',")
     args = suite.parse(argv)
     if args.worker:
         return serve(players(Contender))

@@ -96,7 +96,7 @@ ALONE = Processes()
 
 
 def join(coordinator: str, count: int, number: int) -> Processes:
-    """Waits until all processes have reached process 0's HOST:PORT; before anything is computed."""
+    """Waits until all have reached process 0 at HOST:PORT, before anything is computed."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host = coordinator.rpartition(":")[0]
     options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT}
