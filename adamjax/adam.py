@@ -302,8 +302,8 @@ class scale_by_adam(_Moments):
         20% (sqrt(1/8 / 2)), its root by 10%, and the update by about 13%, in either direction. An m
         below 2**-14 of the largest of its row is off by up to 2**-17 of that largest. A root of v
         below 2**-16 of the largest of its row counts as 2**-16 of it at least. So even there
-        rounding adds at most about as much to an update as the largest of the row. An infinite or
-        NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, derivatives and
+        rounding changes an update by at most about the update of the row's largest element. An
+        infinite or NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, derivatives and
         row gradients of vectors are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient

@@ -36,10 +36,9 @@ class Range:
     """The values a hyperparameter may take: in words for the error, and as a test.
 
     Attributes:
-      whole: what happens to a whole number. "never": it becomes a float, as an array of integers
-        would have no place for the fractions that are set later. "kept": it stays, as it counts
-        steps and a float32 would round it; beyond int32 it becomes a float. "only": nothing else
-        is taken.
+      whole: what happens to a whole number. "never": it becomes a float, because an integer
+        array could not hold a fraction that is set later. "kept": it stays, as it counts steps and
+        a float32 would round it; beyond int32 it becomes a float. "only": nothing else is taken.
     """
 
     text: str
@@ -96,8 +95,8 @@ def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type
     Args:
       *slots: the names of its fields that are trees like the parameters, with an array of the
         parameter's shape for each leaf.
-      rule: whether these slots belong to a rule, so that `get_slot` reads them, and the `count`
-        beside them, if there is one, counts steps.
+      rule: whether these slots belong to a rule. If so, `get_slot` reads them, and `step_count`
+        reads the `count` beside them, if there is one.
 
     Returns:
       A decorator, which lets `jax.export` write the class too.

@@ -145,8 +145,9 @@ class accumulate_gradients(Transform):
 
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
     decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
-    a call is left alone in that call. If that is the call that takes the step, the leaf's sum is
-    kept for the next step, which adds its own gradients and divides by the number of its own calls.
+    a call adds nothing to its sum, but the call counts in the mean. If that is the call that takes
+    the step, the leaf is left alone and its sum is kept. The next step adds its own gradients to
+    the sum, and divides by the number of its own calls only.
 
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
     of a table that a step touches; then the step gets a row gradient. If more rows are touched,

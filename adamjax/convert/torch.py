@@ -368,10 +368,10 @@ def from_torch(
       order: the path of each of torch's parameters, in the order of its groups; `None` for one
         that is not to be converted. By default the parameters' names give the order. Without names
         it is the order of the floating leaves of `params`, which for a dictionary is that of its
-        sorted keys, while torch has the order of the module's definition. If it may be another
-        (two leaves of `params` have names and one shape), `order` is required. A dictionary whose
-        keys are numbers has the order of the numbers. If torch's parameters have names, `order`
-        may also be a dictionary from these to paths.
+        sorted keys. torch has the order of the module's definition. Where the two orders may differ
+        without being noticed (two leaves of `params` have names and one shape), `order` is
+        required. A dictionary whose keys are numbers has the order of the numbers. If torch's
+        parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where no kernel's
         shape shows the transposition, as those of square kernels and of a Conv1d whose

@@ -524,7 +524,8 @@ class exact_rows(Transform):
           under `jit` and donate both.
 
         Raises:
-          ValueError: `rounding` is neither, or a float16 table is to be rounded stochastically.
+          ValueError: `rounding` is neither "nearest" nor "stochastic", or a float16 table is to be
+            rounded stochastically.
         """
         bound = self.bind(state, params)
         assert bound.state is not None
