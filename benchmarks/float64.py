@@ -10,8 +10,8 @@ Each model is trained with the rate that the suite `quality` chose for dense. A 
 compared exactly; a loss up to `ROUNDING`.
 
 Two controls show what rounding does without any row that lags behind: adamjax's dense Adam, and
-optax's from initial weights of which about half are replaced by the next larger float. Their weights and those of exact
-are compared with dense's at the end.
+optax's from initial weights of which about half are replaced by the next larger float. Their
+weights and those of exact are compared with dense's at the end.
 """
 
 import json
