@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
-from adamjax.mesh import explicit, replicated
+from adamjax.mesh import explicit, replicated, resharded
 
 __all__ = [
     "BLOCK",
@@ -123,7 +123,7 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
         return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
     spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
     exponents = jnp.zeros(_exponents_shape(p.shape), np.uint8)
-    return Scaled8(codes, jax.sharding.reshard(exponents, NamedSharding(sharding.mesh, spec)))
+    return Scaled8(codes, resharded(exponents, NamedSharding(sharding.mesh, spec), p))
 
 
 def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:

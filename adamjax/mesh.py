@@ -30,6 +30,7 @@ __all__ = [
     "on_devices",
     "over_rows",
     "replicated",
+    "resharded",
     "rows_alike",
     "scatter_rows",
     "split_alike",
@@ -44,13 +45,25 @@ def explicit(x: Any) -> NamedSharding | None:
     return sharding if sharding is not None and "Explicit" in axis_kinds(sharding.mesh) else None
 
 
+def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
+    """An array with a sharding over explicit axes, on the mesh of `like`.
+
+    Outside `jit`, JAX's `reshard` needs `jax.set_mesh`, and `device_put` does not.
+    """
+    if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
+        return jax.sharding.reshard(x, sharding)
+    # The mesh of a type has no devices.
+    mesh = like.sharding.mesh
+    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
+
+
 def replicated(x: chex.Array) -> chex.Array:
     """A traced value, in full on every device of its mesh, or else of the current mesh."""
     typed = explicit(x)
     if typed is not None:
         split = any(axes is not None for axes in typed.spec)
         whole = NamedSharding(typed.mesh, PartitionSpec())
-        return jax.sharding.reshard(x, whole) if split else x
+        return resharded(x, whole, x) if split else x
     if not isinstance(x, jax.core.Tracer):
         return x
     try:
@@ -166,7 +179,7 @@ def rows_alike(x: chex.Array, table: Any) -> chex.Array:
     sharding = rows_split(table)
     if sharding is not None:
         typed = explicit(table) is not None
-        return jax.sharding.reshard(x, sharding) if typed else jax.device_put(x, sharding)
+        return resharded(x, sharding, table) if typed else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
     if not isinstance(table, jax.core.Tracer) or table.size == 0 or explicit(table) is not None:
         return x

@@ -1297,6 +1297,12 @@ def test_a_state_without_some_of_its_classes_is_refused(what, read):
         READERS[read](tx, params, state)
 
 
+@pytest.mark.parametrize("history", [0, -1, 2**31, 2**40])
+def test_a_history_that_no_clock_counts_is_refused(history):
+    with pytest.raises(ValueError, match=rf"history must be at least 1 and .* got {history}$"):
+        exact_rows(adamjax.adam(0.1), "table", history=history)
+
+
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 def test_a_refusal_without_x64_does_not_outlast_it():
     tx = exact_rows(adamjax.adam(0.1), "table")

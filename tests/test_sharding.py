@@ -131,7 +131,7 @@ def test_any_loss_on_a_mesh_with_explicit_axes(found, loss):
     assert found[f"explicit, {loss}"]["distance"] < CLOSE
 
 
-@pytest.mark.parametrize("case", ["init", "explicit init"])
+@pytest.mark.parametrize("case", ["init", "explicit init", "explicit init without set_mesh"])
 def test_init_follows_the_parameters(found, case):
     assert all(found[case].values()), found[case]
 
@@ -634,6 +634,24 @@ def of_init(mesh):
     }
 
 
+def of_direct_init(mesh):
+    """The same of an `init` that is called directly."""
+    split = NamedSharding(mesh, P("data"))
+    params = {"table": jax.device_put(table_params()["table"], split)}
+    adam = adamjax.adam(0.1)
+    exact = adamjax.exact_rows(adam, "table")
+    made = {
+        "as it is": adam.init(params),
+        "exact rows": exact.init(params),
+        "from dense": exact.from_dense(adam.init(params), params),
+        "8 bits": adamjax.adam(0.1, m_dtype="scaled8", v_dtype="scaled8").init(params),
+    }
+    return {
+        name: all(x.sharding.is_equivalent_to(split, x.ndim) for x in of_tables(state))
+        for name, state in made.items()
+    }
+
+
 def of_unread(mesh):
     """What jitted `init`s make of parameters that are not finite, and whether they read them."""
     split = NamedSharding(mesh, P("data"))
@@ -767,6 +785,7 @@ def main():
     cases |= dict(explicit_cases()) | dict(explicit_losses())
     with jax.set_mesh(explicit):
         cases["explicit init"] = of_init(explicit)
+    cases["explicit init without set_mesh"] = of_direct_init(explicit)
     print(json.dumps(cases))
 
 

@@ -66,6 +66,10 @@ __all__ = ["exact_rows"]
 _WITH_PYTHON_FLOATS = (Rule, weight_ema)
 
 
+# The clock is an int32 that wraps around, and rows lag behind by fewer steps than this.
+_LONGEST_RING = 2**30
+
+
 class exact_rows(Transform):
     """An optimizer with the dense result on tables at the cost of the rows that a step reads.
 
@@ -138,9 +142,15 @@ class exact_rows(Transform):
         tx, history = as_transform(self.tx), self.history
         if history is not None:
             try:
-                history = 1 << max(operator.index(history) - 1, 0).bit_length()
+                entries = operator.index(history)
             except TypeError:
                 raise TypeError(f"exact_rows: history must be an int, got {history!r}") from None
+            if not 1 <= entries <= _LONGEST_RING:
+                raise ValueError(
+                    f"exact_rows: history must be at least 1 and at most {_LONGEST_RING}, got "
+                    f"{entries}"
+                )
+            history = 1 << (entries - 1).bit_length()
         numbers = []
         for part, *_ in find(_WITH_PYTHON_FLOATS, tx):
             fields = {name: value for name, value in vars(part).items() if value is not None}
