@@ -297,9 +297,10 @@ class scale_by_adam(_Moments):
         For complex parameters m is complex, v real, and `m_dtype` has no effect.
         "scaled8" takes a quarter of the memory, in 8-bit codes with an exponent for each row of the
         last axis (`adamjax.states.Scaled8`), and is rounded stochastically too. Neighbouring
-        codes differ by 1/16 to 1/8 of their value. So the rounding of the last steps puts m off by
-        about 8% of itself (1/8 / sqrt(6) / sqrt(1 - b1**2), at most 1/8 / (1 - b1)), v by about
-        20% (sqrt(1/8 / 2)), its root by 10%, and the update by about 13%, in either direction. An m
+        codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. So the rounding of the
+        last steps puts m off by about 8% of itself (d / sqrt(6) / sqrt(1 - b1**2), at most
+        1/8 / (1 - b1)), v by about 20% (sqrt(d / 2)), its root by 10%, and the update by about 13%,
+        in either direction. An m
         below 2**-14 of the largest of its row is off by up to 2**-17 of that largest. A root of v
         below 2**-16 of the largest of its row counts as 2**-16 of it at least. So even there
         rounding changes an update by at most about the update of the row's largest element. An

@@ -60,8 +60,9 @@ class weight_ema(Transform):
         later, a value below 1 makes the average and the weights NaN.)
 
     With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average takes
-    in each step's weights rounded to the nearest. It lags a step behind where a step is smaller
-    than their resolution.
+    in the weights after each step as they would be if rounded to the nearest. Where an update is
+    too small for that to change the weight, these are the weights before the step, so the average
+    is one step behind.
 
     The state is a `WeightEmaState`.
 

@@ -602,10 +602,10 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
-        leaf. In `init` integer leaves count and leaves that are `None` do not; in `update` leaves
-        without a gradient count too. `init` also refuses a pattern all of whose leaves earlier
-        patterns match, except a last one that matches every leaf. `adamjax.optional(pattern)`
-        allows all of this.
+        leaf. A pattern may match an integer leaf, and in `update` a leaf without a gradient. In
+        `init` it must match a leaf that is not `None`. By `init`, also if earlier patterns match
+        all leaves of a pattern, unless it is the last and matches every leaf.
+        `adamjax.optional(pattern)` allows all of this.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)

@@ -368,9 +368,10 @@ def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
 class Scaling(Transform):
     """Base class of transforms that multiply each leaf by a scalar.
 
-    A subclass has `init` and `factors`. A chain may multiply a rule's own scalars by the factors,
-    so `factors` must not look at the values of its tree. If it does, as a clip does, the subclass
-    also has a property `reads_updates` that is true.
+    A subclass has `init` and `factors`. If `factors` looks at the values of its tree, as that of a
+    clip does, the subclass must also have a property `reads_updates` that is true. Without it, a
+    chain may multiply the scalars of the rule before it by the factors, and then `factors` does not
+    see the rule's updates.
     """
 
     keeps_zero = True

@@ -387,9 +387,8 @@ def from_keras(
         Otherwise the shapes must show it: if two leaves have one shape, `order` is required. Leaves
         without names (the items of a list, or of a dictionary whose keys are numbers) are taken in
         their order. If variables have names, `order` may also be a dictionary from names to paths.
-        That is required where the keys of a mapping are sorted, as JAX, Orbax and h5py sort them,
-        so that Keras' order is lost, and where only that order could show which of the leaves of
-        one shape is which.
+        JAX, Orbax and h5py sort the keys of a mapping, so Keras' order is lost. Then the dictionary
+        is required if neither names nor shapes show which leaf is which.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 

@@ -373,9 +373,10 @@ def from_torch(
         required. A dictionary whose keys are numbers has the order of the numbers. If torch's
         parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
-        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required where no kernel's
-        shape shows the transposition, as those of square kernels and of a Conv1d whose
-        `out_channels` equal its `kernel_size`. Kernels are leaves whose name ends in the word
+        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required if no kernel's
+        shape shows whether torch stores it transposed. That is so if every kernel has the same
+        shape when transposed: a square one, or one of a Conv1d whose `out_channels` equal its
+        `kernel_size`. Kernels are leaves whose name ends in the word
         `kernel`, or in `w` if torch's names show that they are weights.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.

@@ -74,8 +74,8 @@ class exact_rows(Transform):
     """An optimizer with the dense result on tables at the cost of the rows that a step reads.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
-    move on by their momentum too. But they do so late, when they are read: **between steps rows of
-    `params` may lag behind.** `train_step` and `eval_step` bring the rows that they read up to
+    move on by their momentum too. But they do so late, when they are read: between steps rows of
+    `params` **may lag behind.** `train_step` and `eval_step` bring the rows that they read up to
     date. In a step of your own, `value_and_grad` or `prepare` does so, and in an evaluation
     `forward` or `lookup`. `without_tables(params)` has placeholders that refuse to be read.
 
