@@ -30,6 +30,8 @@ RATE = 0.0625  # a float32, as which Keras keeps it
 
 SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
 PATHS = ["embed/table", "head/bias", "head/kernel"]
+# For a torch optimizer before its first step, which shows neither orders nor transpositions.
+FRESH = {"order": PATHS, "adapt": lambda path, x: x}
 
 
 def is_shape(x):
@@ -892,7 +894,8 @@ def test_a_run_that_goes_to_torch(name, torch, x64):
     (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
     expected, _ = ours_taken(ours, middle, state, noises[BEFORE:])
     theirs = Torch(torch, make, middle)
-    theirs.load(convert.to_torch(state, ours, middle, theirs.optimizer.state_dict()))
+    target = theirs.optimizer.state_dict()
+    theirs.load(convert.to_torch(state, ours, middle, target, **FRESH))
     assert_close(theirs.take(noises[BEFORE:]), expected, rtol=TORCH_RTOL.get(name, 1e-12))
 
 
@@ -994,7 +997,7 @@ def test_sparse_adam_of_torch(torch, x64):
     kept = theirs.optimizer.state_dict()
     state = convert.from_torch(kept, ours, middle)
     new = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), middle)
-    new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict()))
+    new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict(), **FRESH))
     expected = theirs.take(noises[BEFORE:], sparse=True)
     actual, _ = lazy_taken(ours, middle, state, noises[BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
@@ -1230,9 +1233,9 @@ def test_what_torch_says_is_compared(name):
     with pytest.raises(ValueError, match=message):
         convert.from_torch(torch_state(group), tx, params)
     state = tx.init(params)
-    convert.to_torch(state, tx, params, {**torch_state(), "state": {}})
+    convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
     with pytest.raises(ValueError, match=message.replace("those of amsgrad.*", "")):
-        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}})
+        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
 
 
 def test_a_parameter_that_torch_never_trained():
@@ -2874,7 +2877,7 @@ def conversions(tx, params, others=None):
         "from_torch": lambda: convert.from_torch(torch, tx, params),
         "to_optax": lambda: convert.to_optax(state, tx, params, old),
         "to_keras": lambda: convert.to_keras(state, tx, params, keras),
-        "to_torch": lambda: convert.to_torch(state, tx, params, torch),
+        "to_torch": lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
     }
 
 
@@ -2941,7 +2944,7 @@ def test_a_state_of_another_rule_is_not_that_of_tx(name):
     for call in (
         lambda: convert.to_optax(state, tx, params, OLD.init(params)),
         lambda: convert.to_keras(state, tx, params, keras),
-        lambda: convert.to_torch(state, tx, params, torch),
+        lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
     ):
         with pytest.raises(ValueError, match=wanted):
             call()
@@ -3021,3 +3024,98 @@ def test_a_complex_rate_is_refused():
     variables = {**VARIABLES, "adam/learning_rate": np.complex64(0.1)}
     with pytest.raises(ValueError, match=r"the learning rate is .*expected one real number"):
         convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
+# --- what a state or a target does not show -------------------------------------------------------
+
+
+def test_the_order_of_a_named_chain_is_not_guessed():
+    """JAX sorts the names, so rules of one leaf could take each other's moments."""
+    params = {"w": jnp.ones(3)}
+    first, second = optax.scale_by_adam(), optax.scale_by_adam(0.5, 0.9)
+    named = optax.named_chain(("z", first), ("a", second), ("lr", optax.scale(-0.1)))
+    rules = adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_adam(0.5, 0.9, eps=1e-8)
+    tx = adamjax.chain(*rules, adamjax.scale(-0.1))
+    _, state = named.update({"w": jnp.array([1.0, -2.0, 3.0])}, named.init(params), params)
+    with pytest.raises(ValueError, match=r"'w' has several rules .*make it a tuple"):
+        convert.from_optax(state, tx, params)
+    with pytest.raises(ValueError, match=r"'w' has several rules .*make it a tuple"):
+        convert.to_optax(tx.init(params), tx, params, state)
+    converted = convert.from_optax(tuple(state[key] for key in ("z", "a", "lr")), tx, params)
+    assert_close(converted[0].m, state["z"].mu, rtol=0)
+    assert_close(converted[1].m, state["a"].mu, rtol=0)
+
+
+def test_a_schedule_in_a_named_chain_is_seen():
+    """Also where its name sorts before that of the rule; a partition has one for each group."""
+    falls, params = adamjax.cosine_decay(0.1, 10), {"a": jnp.ones(3), "b": jnp.ones(2)}
+    constant, follows = (adamjax.adam(rate, eps=1e-8) for rate in (0.1, falls))
+    schedule = optax.scale_by_schedule(lambda count: -falls(count))
+    named = optax.named_chain(("rule", optax.scale_by_adam()), ("lr", schedule)).init(params)
+    with pytest.raises(ValueError, match="a learning rate that follows a schedule"):
+        convert.from_optax(named, constant, params)
+    convert.from_optax(named, follows, params)
+    groups = {"x": optax.adam(0.1), "y": optax.adam(falls)}
+    state = optax.multi_transform(groups, {"a": "x", "b": "y"}).init(params)
+    convert.from_optax(state, adamjax.partition([("a", constant)], default=follows), params)
+    with pytest.raises(ValueError, match=r"'b': .* that follows a schedule"):
+        convert.from_optax(state, constant, params)
+
+
+def test_a_schedule_of_an_injected_decay_is_seen():
+    falls, params = adamjax.cosine_decay(0.1, 10), {"w": jnp.ones(3)}
+    optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=falls)
+    state = optimizer.init(params)
+    for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1)):
+        with pytest.raises(ValueError, match="a weight decay that follows a schedule"):
+            convert.from_optax(state, tx, params)
+    convert.from_optax(state, adamjax.adamw(0.1, eps=1e-8, weight_decay=falls), params)
+
+
+@pytest.mark.parametrize("count", [-3, 2.7, None, jnp.ones((2, 3))], ids=str)
+def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
+    params = {"w": jnp.ones(3)}
+    state = optax.apply_if_finite(optax.adam(0.1), 3).init(params)
+    tx = adamjax.skip_not_finite(adamjax.adam(0.1, eps=1e-8))
+    with pytest.raises((TypeError, ValueError), match="from_optax: the count of total_notfinite"):
+        convert.from_optax(state._replace(total_notfinite=count), tx, params)
+
+
+def fresh_torch(names=None):
+    """The state of a torch Adam of two parameters before its first step."""
+    group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False}
+    return {
+        "state": {},
+        "param_groups": [group if names is None else {**group, "param_names": names}],
+    }
+
+
+def test_a_torch_optimizer_without_arrays_shows_no_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"no arrays before its first step.*give order="):
+        convert.to_torch(state, tx, params, fresh_torch())
+    new = convert.to_torch(state, tx, params, fresh_torch(), order=["weight", "bias"])
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
+    with pytest.raises(ValueError, match=r"names its parameters .*give order="):
+        convert.to_torch(state, tx, params, fresh_torch(["x", "y"]))
+
+
+def test_a_torch_optimizer_without_arrays_shows_no_transposition():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    target = fresh_torch(["weight", "bias"])
+    with pytest.raises(ValueError, match=r"transposes of kernels, such as 'kernel'"):
+        convert.to_torch(tx.init(params), tx, params, target)
+
+    def transposed(path, x):
+        return x.T if path == "kernel" else x
+
+    new = convert.to_torch(tx.init(params), tx, params, target, adapt=transposed)
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
+
+
+def test_complex_leaves_do_not_go_to_torch():
+    tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
+    with pytest.raises(ValueError, match=r"to_torch: the leaf '0' is complex"):
+        convert.to_torch(tx.init(params), tx, params, fresh_torch())

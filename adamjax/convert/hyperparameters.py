@@ -43,8 +43,9 @@ class HyperparameterCheck:
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
       is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
-      whether some leaf decays, by any amount.
+      stated. `has_decay_schedule`: whether it is a schedule that is not known. `masks_decay`:
+      whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
+      decays, by any amount.
     - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
@@ -322,6 +323,17 @@ class HyperparameterCheck:
                 "none",
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
+            )
+        if hyperparams.get("has_decay_schedule") and not any(
+            isinstance(part.tx, add_decayed_weights)
+            and (callable(part.tx.weight_decay) or isinstance(part.tx.weight_decay, by_path))
+            for part in self.all_parts
+        ):
+            self._refuse(
+                path,
+                "a weight decay that follows a schedule",
+                "none or a constant one",
+                "build tx with adamw(..., weight_decay=schedule)",
             )
         if "weight_decay" not in hyperparams:
             return

@@ -85,8 +85,10 @@ class Layout(NamedTuple):
                 "the variables are not in Keras' order, in which the iteration and the learning "
                 "rate come first (JAX, Orbax and h5py sort a dictionary by its keys)"
             )
-        by_part = sorted(names, key=lambda name: name.split("/"))
-        if is_mapping and list(names) in (sorted(names), by_part):
+        # Iteration and rate may have been put first again, so only the parameters count.
+        own = self.names or []
+        by_part = sorted(own, key=lambda name: name.split("/"))
+        if is_mapping and len(own) > 1 and own in (sorted(own), by_part):
             return (
                 "the keys are sorted, so their order need not be Keras' (JAX, Orbax and h5py sort "
                 "a dictionary by its keys)"

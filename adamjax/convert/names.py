@@ -88,6 +88,7 @@ def leaf_order(
     check: bool = True,
     shapes: Sequence[tuple[int, ...]] | None = None,
     may_transpose: bool = False,
+    has_arrays: bool = True,
     order_fault: str = "",
 ) -> list[str | None]:
     """The paths of the leaves in the order of another system's parameters.
@@ -98,6 +99,7 @@ def leaf_order(
       check: whether to refuse an order that contradicts the names.
       shapes: those of the system's parameters in order, if they are known.
       may_transpose: whether the system may have the transpose of a leaf.
+      has_arrays: whether the system has an array of each parameter, whose shape is compared later.
       order_fault: why the order of the names may not be that of the parameters; empty if it is.
 
     Raises:
@@ -126,7 +128,7 @@ def leaf_order(
 
     if order is None:
         if names is None and check:
-            _expect_one_order(owner, system, leaves, may_transpose)
+            _expect_one_order(owner, system, leaves, may_transpose, has_arrays)
         if names is None or len(names) != len(all_paths):
             return list(all_paths)
         paths_of_names = _paths_of_names(names, all_paths)
@@ -135,7 +137,7 @@ def leaf_order(
         if _are_numbers(all_paths):
             expect_same_order(all_paths)
             return list(all_paths)
-        return list(_order_of_shapes(owner, system, names, leaves, check, shapes))
+        return list(_order_of_shapes(owner, system, names, leaves, check, shapes, has_arrays))
     by_name = isinstance(order, Mapping)
     order = _listed_order(owner, order, system, names)
     for path in order:
@@ -193,6 +195,7 @@ def _order_of_shapes(
     leaves: Mapping[str, Any],
     check: bool,
     shapes: Sequence[tuple[int, ...]] | None,
+    has_arrays: bool,
 ) -> list[str]:
     """The paths of the leaves in the order of names that do not correspond to them: by shape."""
     all_paths = list(leaves)
@@ -202,7 +205,7 @@ def _order_of_shapes(
         path_of_shape = {np.shape(x): path for path, x in leaves.items()}
         if len(path_of_shape) == len(all_paths) and set(path_of_shape) == set(shapes):
             return [path_of_shape[shape] for shape in shapes]
-    elif not _of_one_shape(leaves, may_transpose=True):
+    elif has_arrays and not _of_one_shape(leaves, may_transpose=True):
         # In a wrong order a shape would not fit, and filling the state would refuse it.
         return all_paths
     raise ValueError(
@@ -232,14 +235,17 @@ def _of_one_shape(leaves: Mapping[str, Any], may_transpose: bool) -> list[str]:
 
 
 def _expect_one_order(
-    owner: str, system: str, leaves: Mapping[str, Any], may_transpose: bool
+    owner: str, system: str, leaves: Mapping[str, Any], may_transpose: bool, has_arrays: bool
 ) -> None:
     """Refuses leaves with names for parameters without, if shapes do not show which is which."""
     alike = _of_one_shape(leaves, may_transpose)
+    fault = f"the leaves {_some(alike)} have one shape"
+    if not has_arrays and len(leaves) > 1:
+        alike, fault = list(leaves), "no arrays before its first step"
     if alike and not _are_numbers(list(leaves)):
         raise ValueError(
-            f"{owner}: the parameters of {system} have no names here, and the leaves "
-            f"{_some(alike)} have one shape, so nothing shows which is which: give "
+            f"{owner}: the parameters of {system} have no names here, and "
+            f"{fault}, so nothing shows which is which: give "
             f"order=, the path of the leaf for each parameter of {system}, in their order. (The "
             f"leaves of params are in the order {_some(list(leaves))}.)"
         )

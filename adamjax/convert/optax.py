@@ -82,7 +82,9 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
         if name in scheduled:
             if name == "learning_rate":
                 hyperparams["has_schedule"] = _HAS_SCHEDULE
-            elif name != "weight_decay":
+            elif name == "weight_decay":
+                hyperparams["has_decay_schedule"] = True
+            else:
                 source.doubts.append(
                     f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
                     "in each step: convert when the schedule has reached its last value, from a "
@@ -110,15 +112,43 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     elif role == "accumulated":
         _read_accumulated(x, source, hyperparams)
     elif role == "skipped":
-        source.skipped = (source.skipped or 0) + int(x.total_notfinite)
+        skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
+        source.skipped = (source.skipped or 0) + skipped
         _read(x.inner_state, source, hyperparams)
     elif role == "inner":
         _read_inner(x[0], source, hyperparams)
     elif role == "items":
-        for item in _items(x):
-            _read(item, source, hyperparams)
+        if isinstance(x, Mapping):
+            _read_mapping(x, source, hyperparams)
+        else:
+            for item in x:
+                _read(item, source, hyperparams)
     elif jax.tree.leaves(x):
         source.other_states.append(x)
+
+
+def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams) -> None:
+    """Reads a dictionary, as of `named_chain` and `multi_transform`; JAX loses its order."""
+    has_rule: set[str] = set()
+    for item in _items(x):
+        before = {path: len(several) for path, several in source.moments.items()}
+        _read(item, source, hyperparams)
+        own = {p for p, several in source.moments.items() if len(several) > before.get(p, 0)}
+        if own & has_rule:
+            source.doubts.append(
+                f"the leaf {min(own & has_rule)!r} has several rules in a dictionary with the keys "
+                f"{list(x)} (of optax.named_chain), whose order JAX loses: make it a tuple in the "
+                "order of the chain, tuple(state[key] for key in keys)"
+            )
+        has_rule |= own
+
+    def is_schedule(node: Any) -> bool:
+        return type(node).__name__ == "ScaleByScheduleState"
+
+    # It may have been read before the rule that it follows.
+    others = [item for item in x.values() if _role(item) != "inner"]
+    if source.moments and any(map(is_schedule, jax.tree.leaves(others, is_leaf=is_schedule))):
+        source.unowned_hyperparams.append({"has_schedule": _HAS_SCHEDULE, "more": {}})
 
 
 def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -216,8 +246,9 @@ def _read_state(owner: str, state: Any) -> Source:
     return source
 
 
-def _items(x: Any) -> list[Any]:
-    return [x[key] for key in sorted(x, key=str)] if isinstance(x, Mapping) else list(x)
+def _items(x: Mapping[Any, Any]) -> list[Any]:
+    """The values in the order in which JAX flattens them."""
+    return [x[key] for key in sorted(x, key=str)]
 
 
 class _OptaxFilling(Translation):

@@ -212,9 +212,16 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 
 def _doubt_kernels(
-    source: Source, names: Sequence[str] | None, paths: Sequence[str | None], params: Tree
+    source: Source,
+    names: Sequence[str] | None,
+    paths: Sequence[str | None],
+    params: Tree,
+    has_arrays: bool,
 ) -> None:
-    """Adds a doubt if no kernel's shape shows that torch has its dimensions in another order."""
+    """Adds a doubt if no kernel's shape shows that torch has its dimensions in another order.
+
+    Without torch's arrays, before its first step, no shape shows it.
+    """
     leaves = leaves_by_path(source.owner, params)
     # If torch has no names, only leaves called `kernel` are taken for kernels: `w` may be anything.
     ends = {"kernel"} if names is None else {"kernel", "w"}
@@ -228,7 +235,8 @@ def _doubt_kernels(
 
     def is_unclear(shape: tuple[int, ...]) -> bool:
         # torch has the dimensions (out, in, *kernel_size), kernels have (*kernel_size, in, out).
-        return len(shape) > 1 and (*shape[2:], shape[1], shape[0]) == shape
+        is_same = (*shape[2:], shape[1], shape[0]) == shape
+        return len(shape) > 1 and (is_same or not has_arrays)
 
     shapes = [np.shape(leaves[path]) for path in kernels]
     if kernels and all(map(is_unclear, shapes)):
@@ -248,7 +256,7 @@ def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarr
         return lambda path, name, x: np.asarray(x)
     expected = (
         "expected a function of the path of a leaf and an array that returns an array: "
-        "lambda path, x: x.T if path.endswith('kernel') else x"
+        "lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith('kernel') else x"
     )
     if not callable(adapt):
         raise TypeError(
@@ -295,9 +303,19 @@ def _read(
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
     names = _names(owner, groups)
-    paths = leaf_order(owner, order, params, "torch", names, check, may_transpose=True)
+    has_arrays = owner == "from_torch" or all(state_dict["state"].get(key) for key in keys)
+    paths = leaf_order(
+        owner,
+        order,
+        params,
+        "torch",
+        names,
+        check,
+        may_transpose=True,
+        has_arrays=has_arrays,
+    )
     if not adapted:
-        _doubt_kernels(source, names, paths, params)
+        _doubt_kernels(source, names, paths, params, has_arrays)
     if len(keys) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(keys)} parameters, but "
@@ -373,7 +391,8 @@ def from_torch(
         required. A dictionary whose keys are numbers has the order of the numbers. If torch's
         parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
-        `lambda path, x: x.T if path.endswith("kernel") else x`. It is required if no kernel's
+        `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
+        which is `x.T` for a matrix. It is required if no kernel's
         shape shows whether torch stores it transposed. That is so if every kernel has the same
         shape when transposed: a square one, or one of a Conv1d whose `out_channels` equal its
         `kernel_size`. Kernels are leaves whose name ends in the word
@@ -420,7 +439,9 @@ def to_torch(
     Args:
       state, tx, params: as for `to_optax`.
       target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
-      order: as for `from_torch`.
+      order: as for `from_torch`. A `target` before its first step has no arrays, so no shape shows
+        a mistake: then `order` is required for several leaves with names, unless torch's names show
+        it, and `adapt` for kernels.
       adapt: a function that makes the leaf's array fit torch's parameter.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's
         parameters.)
@@ -457,6 +478,11 @@ def to_torch(
         # The slots that torch's optimizer has so far, and then those that take their place.
         expect_slots(owner, TORCH, kind, path, target_moments)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
+        if any(map(np.iscomplexobj, slots.values())):
+            raise ValueError(
+                f"{owner}: the leaf {path!r} is complex, and torch's v of complex parameters is "
+                "that of their real and imaginary parts: complex leaves cannot be converted"
+            )
         # torch takes no bfloat16 from NumPy, so narrow slots become float32.
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
