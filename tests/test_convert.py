@@ -3115,6 +3115,51 @@ def test_a_torch_optimizer_without_arrays_shows_no_transposition():
     assert new["state"][0]["exp_avg"].shape == (4, 3)
 
 
+def torch_after_a_step(*shapes):
+    """The state of a torch Adam of parameters with these shapes, after a step."""
+    target = fresh_torch()
+    target["param_groups"][0]["params"] = list(range(len(shapes)))
+    for key, shape in enumerate(shapes):
+        x = np.zeros(shape, np.float32)
+        target["state"][key] = {"step": np.float32(1), "exp_avg": x, "exp_avg_sq": x}
+    return target
+
+
+def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
+    args = tx.init(params), tx, params, torch_after_a_step((4, 3), (4,))
+    for wrong in ({}, {"order": ["bias", "weight"]}, {"adapt": lambda path, x: x.T}):
+        with pytest.raises(
+            ValueError, match=r"exp_avg of '\w+' has shape .*, that of torch's: are"
+        ):
+            convert.to_torch(*args, **wrong)
+    new = convert.to_torch(*args, order=["weight", "bias"])
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
+def test_the_adapt_that_errors_recommend_inverts_itself(shape):
+    """From torch's dimensions to those of a kernel, and back, whatever the rank."""
+    tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
+    params = {"kernel": jnp.ones(shape)}
+    target = torch_after_a_step((n_out, n_in, *window))
+    recommended = {}
+    for name, call in {
+        "from_torch": lambda adapt: convert.from_torch(target, tx, params, adapt=adapt),
+        "to_torch": lambda adapt: convert.to_torch(
+            tx.init(params), tx, params, target, adapt=adapt
+        ),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
+            call(3)
+        text = str(caught.value)
+        recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
+        call(recommended[name])
+    x = np.arange(np.prod(shape)).reshape(shape)
+    back = recommended["from_torch"]("kernel", recommended["to_torch"]("kernel", x))
+    np.testing.assert_array_equal(back, x)
+
+
 def test_complex_leaves_do_not_go_to_torch():
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
     with pytest.raises(ValueError, match=r"to_torch: the leaf '0' is complex"):

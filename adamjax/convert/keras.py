@@ -245,8 +245,7 @@ def _layout_and_paths(
     leaves = leaves_by_path(owner, ours.params)
     if all(name is not None for name in names):
         num_params = len(leaves if order is None else order)
-        known_names = [str(name) for name in names]
-        layout = layout_by_name(owner, known_names, values, num_params)
+        layout = layout_by_name(owner, [str(name) for name in names], values, num_params)
         paths = leaf_order(
             owner,
             order,
@@ -255,7 +254,7 @@ def _layout_and_paths(
             layout.names,
             check,
             layout.shapes(values),
-            order_fault=layout.order_fault(known_names, is_mapping),
+            order_fault=layout.order_fault(is_mapping),
         )
         return layout, paths
     paths = leaf_order(owner, order, ours.params, "Keras", check=check)
@@ -281,12 +280,14 @@ def _steps_and_micro_batches(
         )
     steps, _ = ours.accumulations[0]
     counted = [path for n, leaves in ours.accumulations for path in leaves if n == steps]
-    others = sorted(leaves_by_path(source.owner, ours.params).keys() - set(counted))
-    if others or len(set(counted)) < len(counted):
+    leaves = leaves_by_path(source.owner, ours.params)
+    # Not at all, over other steps, or twice, one inside the other.
+    others = [path for path in leaves if counted.count(path) != 1]
+    if others:
         raise ValueError(
             f"{source.owner}: the optimizer accumulates the gradients of all leaves over as many "
-            f"micro-batches, but tx does not accumulate {(others or counted)[0]!r} over {steps} as "
-            "it does others: wrap all of tx in one accumulate_gradients"
+            f"micro-batches, but tx does not accumulate {others[0]!r} over {steps} as it does "
+            "others: wrap all of tx in one accumulate_gradients"
         )
     own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
     count, micro = divmod(calls, steps)

@@ -71,8 +71,8 @@ class Layout(NamedTuple):
             return [np.shape(arrays[i]) for i in sorted(arrays)]
         return None
 
-    def order_fault(self, names: Sequence[str], is_mapping: bool) -> str:
-        """Why variables with these names may not be in Keras' order; empty if they are.
+    def order_fault(self, is_mapping: bool) -> str:
+        """Why the variables may not be in Keras' order; empty if they are.
 
         Args:
           is_mapping: whether a mapping contains them. JAX and others sort the keys of mappings.

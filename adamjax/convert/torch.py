@@ -62,6 +62,12 @@ _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
 # A user's function that makes an array fit a leaf, or torch's parameter.
 _Adapt = Callable[[str, np.ndarray], np.ndarray]
+# What it does to a kernel of any rank. torch has the dimensions (out, in, *kernel_size), kernels
+# have (*kernel_size, in, out).
+_TRANSPOSED = {
+    "from_torch": "x.transpose(*range(2, x.ndim), 1, 0)",
+    "to_torch": "x.transpose(-1, -2, *range(x.ndim - 2))",
+}
 
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
@@ -234,7 +240,6 @@ def _doubt_kernels(
     ]
 
     def is_unclear(shape: tuple[int, ...]) -> bool:
-        # torch has the dimensions (out, in, *kernel_size), kernels have (*kernel_size, in, out).
         is_same = (*shape[2:], shape[1], shape[0]) == shape
         return len(shape) > 1 and (is_same or not has_arrays)
 
@@ -242,7 +247,7 @@ def _doubt_kernels(
     if kernels and all(map(is_unclear, shapes)):
         end = last_word(kernels[0])
         is_reversed = all(len(shape) <= 3 for shape in shapes)
-        mend = "x.T" if is_reversed else "x.transpose(*range(2, x.ndim), 1, 0)"
+        mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
         source.doubts.append(
             f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and its shape "
             f"{list(shapes[0])} does not show it: pass adapt=lambda path, x: {mend} if "
@@ -256,7 +261,7 @@ def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarr
         return lambda path, name, x: np.asarray(x)
     expected = (
         "expected a function of the path of a leaf and an array that returns an array: "
-        "lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith('kernel') else x"
+        f"lambda path, x: {_TRANSPOSED[owner]} if path.endswith('kernel') else x"
     )
     if not callable(adapt):
         raise TypeError(
@@ -442,7 +447,8 @@ def to_torch(
       order: as for `from_torch`. A `target` before its first step has no arrays, so no shape shows
         a mistake: then `order` is required for several leaves with names, unless torch's names show
         it, and `adapt` for kernels.
-      adapt: a function that makes the leaf's array fit torch's parameter.
+      adapt: a function that makes the leaf's array fit torch's parameter. For kernels it is the
+        inverse of that for `from_torch`: `x.transpose(-1, -2, *range(x.ndim - 2))`.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's
         parameters.)
 
@@ -487,6 +493,13 @@ def to_torch(
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
         arrays = {name: np.array(fitted(path, name, x)) for name, x in arrays.items()}
+        for name, x in (target_moments.slots or {}).items():
+            if np.shape(arrays[name]) != np.shape(x):
+                raise ValueError(
+                    f"{owner}: {name} of {path!r} has shape {list(np.shape(arrays[name]))}, "
+                    f"expected {list(np.shape(x))}, that of torch's: are the leaves in the order "
+                    "of torch's groups (order=), or must adapt transpose this one?"
+                )
         # The count is a tensor in torch, except in SparseAdam.
         lazy = target_moments.hyperparams.get("lazy")
         step = moments.count if lazy else np.array(moments.count, np.float32)
