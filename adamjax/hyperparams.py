@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
-from adamjax.leaves import is_arraylike
+from adamjax.leaves import fault_of_dtype, is_arraylike
 from adamjax.structure import Part, replace_parts, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
@@ -188,9 +188,8 @@ def _is_whole(x: Any) -> bool:
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
     expected = jnp.integer if _is_whole(value) else jnp.floating
-    # A text would be taken for the name of a dtype. NumPy reads None as an array of objects.
-    kind = getattr(getattr(state_value, "dtype", None), "kind", "f")
-    is_number = is_arraylike(state_value) and kind not in "OSU"
+    # A text would be taken for the name of a dtype.
+    is_number = is_arraylike(state_value) and fault_of_dtype(state_value) is None
     dtype = jnp.result_type(state_value if is_number else jnp.bool_)
     fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, expected))
     if fits and expected is jnp.floating:

@@ -39,6 +39,7 @@ __all__ = [
     "expect_dtypes",
     "expect_like",
     "expect_wide",
+    "fault_of_dtype",
     "is_arraylike",
     "is_left_alone",
     "lift",
@@ -78,7 +79,7 @@ _NO_NUMBERS = (
 )
 
 
-def _fault_of_dtype(leaf: Any) -> str | None:
+def fault_of_dtype(leaf: Any) -> str | None:
     """Why JAX cannot take an array of NumPy, if it cannot because of its dtype."""
     if not isinstance(leaf, _OF_NUMPY):
         return None
@@ -92,7 +93,7 @@ def _fault_of_dtype(leaf: Any) -> str | None:
 def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
     """Refuses a tree with an array of NumPy that JAX cannot take."""
     for i, x in enumerate(flatten(tree)[0]):
-        fault = _fault_of_dtype(x)
+        fault = fault_of_dtype(x)
         if fault:
             path = leaf_paths(tree)[i]
             raise TypeError(
@@ -103,7 +104,7 @@ def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
 def dtype_of(leaf: Any) -> Any:
     if not isinstance(leaf, _OF_NUMPY):  # a step asks for thousands of dtypes, mostly of these
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    fault = _fault_of_dtype(leaf)
+    fault = fault_of_dtype(leaf)
     if fault:
         raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {fault}")
     if leaf.dtype == jax.dtypes.float0:
@@ -130,7 +131,7 @@ def described(leaf: Any) -> str:
     if not is_arraylike(leaf):
         name = type(leaf).__name__
         return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-    if _fault_of_dtype(leaf):
+    if fault_of_dtype(leaf):
         return f"{leaf.dtype.str}{list(leaf.shape)}"
     if isinstance(leaf, Scaled8):
         return f"{SCALED8}{list(leaf.shape)}"
@@ -154,7 +155,7 @@ def expect_array(
     what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
 ) -> None:
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
-    is_array = is_arraylike(x) and _fault_of_dtype(x) is None
+    is_array = is_arraylike(x) and fault_of_dtype(x) is None
     if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     expected = f"{dtype or 'shape '}{list(shape)}"
@@ -270,7 +271,7 @@ def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
         return None
     if not is_arraylike(leaf):
         return "expected an array"
-    fault = _fault_of_dtype(leaf) or _fault_of_dtype(want)
+    fault = fault_of_dtype(leaf) or fault_of_dtype(want)
     if fault:
         return fault
     if want is not None and not is_arraylike(want):

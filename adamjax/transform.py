@@ -265,9 +265,8 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
     """Refuses a state of another transform, or one whose counts are no integer scalars."""
     if not isinstance(state, kind):
         restored = isinstance(state, dict | list)
-        actual = described(state) if hasattr(state, "dtype") else _with_article(state)
         raise TypeError(
-            f"{type(owner).__name__}: the state is {actual}, expected the "
+            f"{type(owner).__name__}: the state is {described(state)}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}" * restored
             + (_WRAP if hasattr(kind, "inner") else _UNWRAP) * hasattr(state, "inner")
@@ -303,7 +302,7 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
     expect_state(owner, state, tuple)
     if hasattr(state, "_fields"):
         raise TypeError(
-            f"{type(owner).__name__}: the state is {_with_article(state)}, expected a tuple of the "
+            f"{type(owner).__name__}: the state is {described(state)}, expected a tuple of the "
             f"states of its {len(owner.parts)} transforms" + _UNWRAP * hasattr(state, "inner")
         )
     if len(state) != len(owner.parts):
@@ -312,11 +311,6 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
             f"transforms; was it made by the init of {owner!r}?"
         )
     return tuple(state)
-
-
-def _with_article(state: Any) -> str:
-    name = type(state).__name__
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 # For errors about the state of a wrapper without the wrapper.

@@ -541,7 +541,7 @@ def test_what_keeps_no_state_takes_none(tx):
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("state", [None, {"count": 0}], ids=["None", "dict"])
 def test_a_state_of_another_kind_is_refused(name, state):
-    with pytest.raises(TypeError, match=rf"{name}: the state is a \w+, expected the"):
+    with pytest.raises(TypeError, match=rf"{name}: the state is (None|a dict), expected the"):
         STATEFUL[name].update(jnp.ones(2), state, jnp.ones(2))
 
 
