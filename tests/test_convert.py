@@ -1864,7 +1864,11 @@ def sorted_pairs(names):
     ("variables", "fault"),
     [
         (sorted_pairs(["zeta", "beta", "mid"]), "not in Keras' order, in which the iteration"),
-        (sorted_pairs(["zeta", "nu", "xi"]), "the keys are sorted, so their order need not be"),
+        (sorted_pairs(["zeta", "nu", "xi"]), "the names are sorted, so their order need not be"),
+        (
+            list(sorted_pairs(["zeta", "nu", "xi"]).items()),
+            "the names are sorted, so their order need not be",
+        ),
         (  # safetensors sorts by dtype and then by name
             dict(sorted(keras_layers(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind)),
             "not in Keras' order",
@@ -1874,12 +1878,13 @@ def sorted_pairs(names):
 def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
     """`jax.device_get` and h5py sort a dictionary by its keys."""
     tx = adamjax.adam(RATE)
-    names = [key[5:].removesuffix("_momentum") for key in variables if "momentum" in key]
-    size = {name: float(variables[f"adam/{name}_momentum"][0]) for name in names}
+    value_of = dict(variables)
+    names = [key[5:].removesuffix("_momentum") for key in value_of if "momentum" in key]
+    size = {name: float(value_of[f"adam/{name}_momentum"][0]) for name in names}
     params = {f"l{i}": jnp.zeros(2) for i in range(3)}
     paths = ["l0", "l1", "l2"]
     for tree, order in ((params, paths), (list(params.values()), None)):
-        state = convert.from_keras(keras_layers(size), tx, tree, order=order)
+        state = convert.from_keras(keras_layers(size), tx, tree, order=order, check=False)
         for call in (
             lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
             lambda state=state, tree=tree, order=order: convert.to_keras(
@@ -2155,10 +2160,10 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
             except ValueError as error:
                 assert "from_torch: " in str(error)  # noqa: PT017
                 with pytest.raises(ValueError, match="to_torch: "):
-                    convert.to_torch(tx.init(params), tx, params, kept)
+                    convert.to_torch(tx.init(params), tx, params, kept, adapt=lambda path, x: x)
             else:
                 taken.add((name, key))
-                convert.to_torch(state, tx, params, kept)
+                convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x)
     adams = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("NAdam", "nadam")}
     assert taken == {*adams, ("SparseAdam", "lazy")}
 
@@ -2272,9 +2277,9 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
 
 
 @pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])
-@pytest.mark.parametrize("leaf", ["kernel", "w"])
+@pytest.mark.parametrize("leaf", ["kernel", "kernel_0", "w", "Wq", "weights", "weight", "table"])
 def test_square_kernels_of_torch_may_be_transposed(leaf, names):
-    """A leaf named `w` may be anything, if torch has no name for it that says more."""
+    """Only leaves with names of torch's own, and tables, are not."""
     square, slots = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), ("exp_avg", "exp_avg_sq")
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
     group |= {"amsgrad": False} | ({} if names is None else {"param_names": names})
@@ -2284,7 +2289,7 @@ def test_square_kernels_of_torch_may_be_transposed(leaf, names):
     }
     tx, params = adamjax.adam(RATE, eps=1e-8), [{leaf: jnp.zeros((2, 2))} for _ in range(2)]
     order = [f"{i}/{leaf}" for i in range(2)]
-    if leaf == "w" and names is None:
+    if leaf in ("weight", "table"):
         convert.from_torch(kept, tx, params, order=order)
     else:
         wanted = rf"torch's weights are the transposes of kernels.*endswith\('{leaf}'\)"
@@ -2292,6 +2297,99 @@ def test_square_kernels_of_torch_may_be_transposed(leaf, names):
             convert.from_torch(kept, tx, params, order=order)
     state = convert.from_torch(kept, tx, params, order=order, adapt=lambda path, x: x.T)
     assert_same(adamjax.get_slot(state, "m")[0][leaf], square.T)
+
+
+OPTAX_CONSTANT = optax.chain(optax.scale_by_adam(), optax.scale(-RATE))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wrong", "right", "message"),
+    [
+        (
+            optax.chain(optax.scale_by_schedule(lambda count: 2.0), OPTAX_CONSTANT),
+            adamjax.adam(RATE, eps=1e-8),
+            adamjax.chain(
+                adamjax.scale(-1.0),
+                adamjax.scale_by_learning_rate(adamjax.constant(2.0)),
+                adamjax.adam(RATE, eps=1e-8),
+            ),
+            "a schedule that scales the gradients before the rule, tx has none there",
+        ),
+        (
+            optax.chain(
+                optax.scale_by_adam(),
+                optax.masked(optax.scale_by_schedule(lambda count: -RATE), {"w": True, "b": False}),
+            ),
+            adamjax.adam(RATE, eps=1e-8),
+            adamjax.chain(
+                adamjax.scale_by_adam(eps=1e-8),
+                adamjax.masked(adamjax.scale_by_learning_rate(adamjax.constant(RATE)), "w"),
+            ),
+            "a schedule of some leaves, tx has none",
+        ),
+        (
+            optax.chain(
+                optax.MultiSteps(optax.scale_by_adam(), 2),
+                optax.scale_by_learning_rate(lambda count: RATE),
+            ),
+            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE), eps=1e-8), 2),
+            adamjax.chain(
+                adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 2),
+                adamjax.scale_by_learning_rate(adamjax.constant(RATE)),
+            ),
+            "a schedule of the rate that counts calls, tx has one that counts steps.*put it outs",
+        ),
+        (
+            optax.MultiSteps(optax.adam(lambda count: RATE), 2),
+            adamjax.chain(
+                adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 2),
+                adamjax.scale_by_learning_rate(adamjax.constant(RATE)),
+            ),
+            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE), eps=1e-8), 2),
+            "a schedule of the rate that counts steps, tx has one that counts calls.*put it inside",
+        ),
+    ],
+    ids=["before the rule", "of some leaves", "of calls", "of steps"],
+)
+def test_schedules_of_optax_keep_their_place(theirs, wrong, right, message):
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    old = theirs.init(params)
+    for _ in range(3):
+        _, old = theirs.update(params, old, params)
+    with pytest.raises(ValueError, match=message):
+        convert.from_optax(old, wrong, params)
+    state = convert.from_optax(old, right, params)
+    convert.from_optax(old, wrong, params, check=False)
+    with pytest.raises(ValueError, match=message):
+        convert.to_optax(wrong.init(params), wrong, params, theirs.init(params))
+    back = convert.to_optax(state, right, params, theirs.init(params))
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(old), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_kernel_whose_shape_is_clear_speaks_for_those_of_its_name_only():
+    slots, shapes = ("exp_avg", "exp_avg_sq"), {"w0": (2, 3), "w1": (2, 2), "gate": (2, 2)}
+    group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+    group["amsgrad"] = False
+    tx = adamjax.adam(RATE, eps=1e-8)
+
+    def converted(*leaves, torch_names=None):
+        arrays = [np.ones(shapes[leaf], np.float32) for leaf in leaves]
+        own = {"param_names": torch_names} if torch_names else {}
+        kept = {
+            "state": {i: {"step": 3, **dict.fromkeys(slots, x)} for i, x in enumerate(arrays)},
+            "param_groups": [{**group, **own}],
+        }
+        params = dict(zip(leaves, arrays, strict=True))
+        return convert.from_torch(kept, tx, params, order=list(leaves))
+
+    converted("w0", "w1")
+    with pytest.raises(ValueError, match=r"such as 'gate'.*endswith\('gate'\)"):
+        converted("w0", "gate")
+    # Of weight_norm and spectral_norm.
+    names = ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
+    with pytest.raises(ValueError, match=r"such as 'gate'"):
+        converted("w0", "gate", torch_names=names)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names", "no names"])

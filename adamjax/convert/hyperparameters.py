@@ -42,10 +42,12 @@ class HyperparameterCheck:
       system's usual one.
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
       is not known itself, two strings: what shows that there is one, and a note.
+      `schedule_accumulates`: whether it counts steps of several calls each. `has_schedule_before`:
+      whether a schedule scales the gradients. `has_some_schedule`: whether one scales some leaves.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `has_decay_schedule`: whether it is a schedule that is not known. `masks_decay`:
-      whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
-      decays, by any amount.
+      stated. `has_decay_schedule`: whether it is a schedule that is not known, and
+      `decay_schedule_accumulates`, as for the rate. `masks_decay`: whether it excludes leaves:
+      "none", "some", or "unknown". `has_decay`: whether some leaf decays, by any amount.
     - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
@@ -86,9 +88,9 @@ class HyperparameterCheck:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
                     self._check_average(path, route, *hyperparams["average"])
-                self._check_schedule(path, route[last:], hyperparams)
+                self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_rate(path, route[last:], hyperparams)
-                self._check_decay(path, route[:last], route[last:], hyperparams)
+                self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
 
     def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
         note = f". Note: {note}" if note else ""
@@ -252,17 +254,34 @@ class HyperparameterCheck:
                 )
         self.agreeing.append((schedule, in_tx))
 
-    def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Refuses a constant rate for a run with a schedule, unless the user sets the rate."""
+    def _check_schedule(
+        self, path: str, route: Sequence[Part], last: int, moments: LeafMoments
+    ) -> None:
+        """Compares where there are schedules of the rate. `last` is the place of the last rule."""
+        before, after, hyperparams = route[:last], route[last:], moments.hyperparams
+        if hyperparams.get("has_schedule_before") and not self._scheduled(path, before):
+            self._refuse(
+                path,
+                "a schedule that scales the gradients before the rule",
+                "none there",
+                "convert a run without it, or put scale(-1.0) and scale_by_learning_rate(schedule) "
+                "before the rule",
+            )
+        if hyperparams.get("has_some_schedule") and not any(
+            self._scheduled(p, [part]) for part, leaves in self.parts_with_leaves for p in leaves
+        ):
+            self._refuse(
+                path,
+                "a schedule of some leaves",
+                "none",
+                "build tx with that schedule: in masked, in partition, or in by_path",
+            )
+        # Unless the user sets the rate.
         if not hyperparams.get("has_schedule") or self._is_set("learning_rate"):
             return
-        txs = [part.tx for part in after]
-        if any(tx.has_foreign for tx in txs):
-            return
-        scales = [tx for tx in txs if isinstance(tx, scale | scale_by_learning_rate)]
-        rates = [getattr(tx, "learning_rate", None) for tx in scales]
-        rates = [rate.at(path) if isinstance(rate, by_path) else rate for rate in rates]
-        if scales and not any(map(callable, rates)):
+        scheduled = self._scheduled(path, after)
+        has_rate = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in after)
+        if has_rate and not scheduled:
             shown_by, note = hyperparams["has_schedule"]
             self._refuse(
                 path,
@@ -271,6 +290,36 @@ class HyperparameterCheck:
                 "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
                 note,
             )
+        counts_steps = hyperparams.get("schedule_accumulates", False)
+        self._check_counting(path, scheduled, moments, counts_steps, "rate")
+
+    def _check_counting(
+        self, path: str, parts: Sequence[Part], moments: LeafMoments, counts_steps: bool, what: str
+    ) -> None:
+        """Compares whether schedules count steps or calls, if both systems accumulate gradients."""
+        rules = [part for part in self.all_parts if isinstance(part.tx, Rule)]
+        both = moments.accumulates and any(id(part.tx) in self.in_accumulated for part in rules)
+        others = [part for part in parts if (id(part.tx) in self.in_accumulated) != counts_steps]
+        if both and others and not any(part.tx.has_foreign for part in parts):
+            stated, in_tx = ("steps", "calls") if counts_steps else ("calls", "steps")
+            place = "inside" if counts_steps else "outside of"
+            self._refuse(
+                path,
+                f"a schedule of the {what} that counts {stated}",
+                f"one that counts {in_tx}, {others[0].tx!r}",
+                f"put it {place} accumulate_gradients",
+            )
+
+    def _scheduled(self, path: str, route: Sequence[Part]) -> list[Part]:
+        """The parts that scale a leaf by a schedule, and those that may."""
+
+        def is_scheduled(part: Part) -> bool:
+            rate = getattr(part.tx, "learning_rate", None)
+            rate = rate.at(path) if isinstance(rate, by_path) else rate
+            is_scale = isinstance(part.tx, scale_by_learning_rate)
+            return part.tx.has_foreign or (is_scale and callable(rate))
+
+        return [part for part in route if is_scheduled(part)]
 
     def _is_set(self, name: str) -> bool:
         """Whether `with_hyperparams` sets this hyperparameter between steps."""
@@ -310,9 +359,10 @@ class HyperparameterCheck:
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
-        self, path: str, before: Sequence[Part], after: Sequence[Part], hyperparams: Hyperparams
+        self, path: str, before: Sequence[Part], after: Sequence[Part], moments: LeafMoments
     ) -> None:
         """Compares the weight decay, before the last rule of a leaf and after it."""
+        hyperparams = moments.hyperparams
         if hyperparams.get("has_decay") and not any(
             isinstance(part.tx, add_decayed_weights) or part.tx.has_foreign
             for part in self.all_parts
@@ -324,17 +374,22 @@ class HyperparameterCheck:
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
             )
-        if hyperparams.get("has_decay_schedule") and not any(
-            isinstance(part.tx, add_decayed_weights)
-            and (callable(part.tx.weight_decay) or isinstance(part.tx.weight_decay, by_path))
-            for part in self.all_parts
-        ):
-            self._refuse(
-                path,
-                "a weight decay that follows a schedule",
-                "none or a constant one",
-                "build tx with adamw(..., weight_decay=schedule)",
-            )
+        if hyperparams.get("has_decay_schedule"):
+            decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
+            scheduled = [
+                part
+                for part in decays
+                if callable(part.tx.weight_decay) or isinstance(part.tx.weight_decay, by_path)
+            ]
+            if not scheduled:
+                self._refuse(
+                    path,
+                    "a weight decay that follows a schedule",
+                    "none or a constant one",
+                    "build tx with adamw(..., weight_decay=schedule)",
+                )
+            counts_steps = hyperparams.get("decay_schedule_accumulates", False)
+            self._check_counting(path, scheduled, moments, counts_steps, "weight decay")
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")

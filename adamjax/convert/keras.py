@@ -195,8 +195,7 @@ def _read_variables(
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    is_mapping = isinstance(variables, Mapping)
-    layout, paths = _layout_and_paths(owner, names, values, is_mapping, ours, order, check)
+    layout, paths = _layout_and_paths(owner, names, variables, values, ours, order, check)
 
     def by_path(role: str) -> dict[str, Any]:
         arrays = layout.of(role, values)
@@ -234,8 +233,8 @@ def _read_variables(
 def _layout_and_paths(
     owner: str,
     names: Sequence[str | None],
+    variables: Any,
     values: Sequence[np.ndarray],
-    is_mapping: bool,
     ours: AdamjaxState,
     order: Order,
     check: bool,
@@ -243,6 +242,8 @@ def _layout_and_paths(
     """What each variable is, by the names or else by their places; and the parameters' paths."""
     expect_order(owner, order)
     leaves = leaves_by_path(owner, ours.params)
+    is_mapping = isinstance(variables, Mapping)
+    is_pairs = isinstance(variables, Sequence) and all(isinstance(x, tuple) for x in variables)
     if all(name is not None for name in names):
         num_params = len(leaves if order is None else order)
         layout = layout_by_name(owner, [str(name) for name in names], values, num_params)
@@ -254,7 +255,7 @@ def _layout_and_paths(
             layout.names,
             check,
             layout.shapes(values),
-            order_fault=layout.order_fault(is_mapping),
+            order_fault=layout.order_fault(is_mapping, is_pairs),
         )
         return layout, paths
     paths = leaf_order(owner, order, ours.params, "Keras", check=check)

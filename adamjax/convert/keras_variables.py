@@ -71,11 +71,12 @@ class Layout(NamedTuple):
             return [np.shape(arrays[i]) for i in sorted(arrays)]
         return None
 
-    def order_fault(self, is_mapping: bool) -> str:
+    def order_fault(self, is_mapping: bool, is_pairs: bool) -> str:
         """Why the variables may not be in Keras' order; empty if they are.
 
         Args:
           is_mapping: whether a mapping contains them. JAX and others sort the keys of mappings.
+          is_pairs: whether they are pairs (name, array), perhaps of the items of a mapping.
         """
         roles = [role for role, _ in self.roles]
         slots = [i for i, role in enumerate(roles) if role in _ROLES]
@@ -88,9 +89,9 @@ class Layout(NamedTuple):
         # Iteration and rate may have been put first again, so only the parameters count.
         own = self.names or []
         by_part = sorted(own, key=lambda name: name.split("/"))
-        if is_mapping and len(own) > 1 and own in (sorted(own), by_part):
+        if (is_mapping or is_pairs) and len(own) > 1 and own in (sorted(own), by_part):
             return (
-                "the keys are sorted, so their order need not be Keras' (JAX, Orbax and h5py sort "
+                "the names are sorted, so their order need not be Keras' (JAX, Orbax and h5py sort "
                 "a dictionary by its keys)"
             )
         return ""

@@ -75,15 +75,21 @@ _HAS_SCHEDULE = (
 )
 
 
+def _rate_schedule(source: Source) -> Hyperparams:
+    """The hyperparameters of a leaf whose rate follows a schedule in this place of a state."""
+    return {"has_schedule": _HAS_SCHEDULE, "schedule_accumulates": source.accumulates}
+
+
 def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
         if name in scheduled:
             if name == "learning_rate":
-                hyperparams["has_schedule"] = _HAS_SCHEDULE
+                hyperparams |= _rate_schedule(source)
             elif name == "weight_decay":
                 hyperparams["has_decay_schedule"] = True
+                hyperparams["decay_schedule_accumulates"] = source.accumulates
             else:
                 source.doubts.append(
                     f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
@@ -105,8 +111,9 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     elif role == "count":
         source.add_count(steps_taken(source.owner, type(x).__name__, x.count), None)
         # After a rule, a schedule is that of the rate.
-        if type(x).__name__ == "ScaleByScheduleState" and source.moments:
-            source.unowned_hyperparams.append({"has_schedule": _HAS_SCHEDULE, "more": {}})
+        if type(x).__name__ == "ScaleByScheduleState":
+            own = _rate_schedule(source) if source.moments else {"has_schedule_before": True}
+            source.unowned_hyperparams.append({**own, "more": {}})
     elif role == "hyperparams":
         _read_hyperparams(x, source, hyperparams)
     elif role == "accumulated":
@@ -130,6 +137,7 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
 def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams) -> None:
     """Reads a dictionary, as of `named_chain` and `multi_transform`; JAX loses its order."""
     has_rule: set[str] = set()
+    num_unowned = len(source.unowned_hyperparams)
     for item in _items(x):
         before = {path: len(several) for path, several in source.moments.items()}
         _read(item, source, hyperparams)
@@ -148,7 +156,9 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
     # It may have been read before the rule that it follows.
     others = [item for item in x.values() if _role(item) != "inner"]
     if source.moments and any(map(is_schedule, jax.tree.leaves(others, is_leaf=is_schedule))):
-        source.unowned_hyperparams.append({"has_schedule": _HAS_SCHEDULE, "more": {}})
+        for hyperparams in source.unowned_hyperparams[num_unowned:]:
+            hyperparams.pop("has_schedule_before", None)
+        source.unowned_hyperparams.append({**_rate_schedule(source), "more": {}})
 
 
 def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -227,7 +237,7 @@ def _give_to_last_rules(source: Source) -> None:
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
-    rates = ("learning_rate", "step_size", "has_schedule")
+    rates = ("learning_rate", "step_size", "has_schedule", "has_schedule_before")
     for hyperparams in inner.unowned_hyperparams:
         if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
             source.doubts.append(
@@ -236,6 +246,8 @@ def _pass_to_outer(inner: Source, source: Source) -> None:
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
         others = {name: x for name, x in hyperparams.items() if name not in rates}
+        if "has_schedule" in hyperparams or "has_schedule_before" in hyperparams:
+            others["has_some_schedule"] = True
         source.unowned_hyperparams.append({**others, "more": more})
 
 

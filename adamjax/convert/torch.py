@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
-from adamjax.convert.names import Order, last_word, leaf_order
+from adamjax.convert.names import Order, leaf_order
 from adamjax.convert.source import Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import RTOL, TORCH
 from adamjax.convert.values import (
@@ -62,8 +63,10 @@ _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
 # A user's function that makes an array fit a leaf, or torch's parameter.
 _Adapt = Callable[[str, np.ndarray], np.ndarray]
-# What it does to a kernel of any rank. torch has the dimensions (out, in, *kernel_size), kernels
-# have (*kernel_size, in, out).
+# Names of leaves that have torch's order of dimensions.
+_AS_IN_TORCH = {"weight", "embedding", "embeddings", "embed", "emb", "table"}
+# What `adapt` does to a kernel of any rank. torch has the dimensions (out, in, *kernel_size), and
+# kernels have (*kernel_size, in, out).
 _TRANSPOSED = {
     "from_torch": "x.transpose(*range(2, x.ndim), 1, 0)",
     "to_torch": "x.transpose(-1, -2, *range(x.ndim - 2))",
@@ -224,35 +227,40 @@ def _doubt_kernels(
     params: Tree,
     has_arrays: bool,
 ) -> None:
-    """Adds a doubt if no kernel's shape shows that torch has its dimensions in another order.
+    """Adds a doubt if no shape shows whether torch has the dimensions of kernels in another order.
 
     Without torch's arrays, before its first step, no shape shows it.
     """
     leaves = leaves_by_path(source.owner, params)
-    # If torch has no names, only leaves called `kernel` are taken for kernels: `w` may be anything.
-    ends = {"kernel"} if names is None else {"kernel", "w"}
-    # The caller compares the number of torch's parameters with that of the paths later.
-    pairs = zip(names or ["weight"] * len(paths), paths, strict=False)
-    kernels = [
-        path
-        for name, path in pairs
-        if path and "weight" in name.rpartition(".")[2] and last_word(path) in ends
-    ]
 
     def is_unclear(shape: tuple[int, ...]) -> bool:
         is_same = (*shape[2:], shape[1], shape[0]) == shape
-        return len(shape) > 1 and (is_same or not has_arrays)
+        return is_same or not has_arrays
 
-    shapes = [np.shape(leaves[path]) for path in kernels]
-    if kernels and all(map(is_unclear, shapes)):
-        end = last_word(kernels[0])
-        is_reversed = all(len(shape) <= 3 for shape in shapes)
+    # The caller compares the number of torch's parameters with that of the paths later.
+    pairs = zip(names or ["weight"] * len(paths), paths, strict=False)
+    # By the words of the name, as those of one name are all transposed, or none is.
+    alike: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, path in pairs:
+        if path and "weight" in name and len(shape := np.shape(leaves[path])) > 1:
+            alike.setdefault(_kind_of_leaf(path), []).append((path, shape))
+    for words, kernels in alike.items():
+        if words in _AS_IN_TORCH or not all(is_unclear(shape) for _, shape in kernels):
+            continue
+        path, shape = kernels[0]
+        end = path.rpartition("/")[2]
+        is_reversed = all(len(shape) <= 3 for _, shape in kernels)
         mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
         source.doubts.append(
-            f"torch's weights are the transposes of kernels, such as {kernels[0]!r}, and its shape "
-            f"{list(shapes[0])} does not show it: pass adapt=lambda path, x: {mend} if "
+            f"torch's weights are the transposes of kernels, such as {path!r}, and its shape "
+            f"{list(shape)} does not show it: pass adapt=lambda path, x: {mend} if "
             f"path.endswith({end!r}) else x, or adapt=lambda path, x: x if they are not transposed"
         )
+
+
+def _kind_of_leaf(path: str) -> str:
+    """The words of a leaf's own name without numbers: `kernel` for `layers/0/kernel_0`."""
+    return re.sub(r"[\W\d_]+", " ", path.rpartition("/")[2].lower()).strip()
 
 
 def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarray]:
@@ -397,11 +405,11 @@ def from_torch(
         parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
-        which is `x.T` for a matrix. It is required if no kernel's
-        shape shows whether torch stores it transposed. That is so if every kernel has the same
-        shape when transposed: a square one, or one of a Conv1d whose `out_channels` equal its
-        `kernel_size`. Kernels are leaves whose name ends in the word
-        `kernel`, or in `w` if torch's names show that they are weights.
+        which is `x.T` for a matrix. It is required if no shape shows whether torch stores the
+        leaves of one name (`kernel`, `wq`) transposed: each has the same shape when transposed. A
+        square matrix has, and so has the kernel of a Conv1d whose `out_channels` equal its
+        `kernel_size`. Leaves that are called `weight`, `embedding` or `table` are taken as they
+        are.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
