@@ -300,12 +300,11 @@ class scale_by_adam(_Moments):
         codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. So the rounding of the
         last steps puts m off by about 8% of itself (d / sqrt(6) / sqrt(1 - b1**2), at most
         1/8 / (1 - b1)), v by about 20% (sqrt(d / 2)), its root by 10%, and the update by about 13%,
-        in either direction. An m
-        below 2**-14 of the largest of its row is off by up to 2**-17 of that largest. A root of v
-        below 2**-16 of the largest of its row counts as 2**-16 of it at least. So even there
-        rounding changes an update by at most about the update of the row's largest element. An
-        infinite or NaN gradient makes its row NaN. `grouped`, `adamjax.convert`, derivatives and
-        row gradients of vectors are refused.
+        in either direction. An m below 2**-14 of the largest of its row is off by up to 2**-17 of
+        that largest. A root of v below 2**-17 of the largest of its row counts as at least 2**-17
+        of it. So even there rounding changes an update by at most about the update of the row's
+        largest element. An infinite or NaN gradient makes its row NaN. `grouped`,
+        `adamjax.convert`, derivatives and row gradients of vectors are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to

@@ -15,10 +15,10 @@ below, steps of    2**-17 of it           2**-33 of it
 =================  =====================  =========================
 
 ("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
-the root of v: there neighbours differ by 3% to 6%, over a range of 2**-16. Block exponents and
-fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats Specification
-1.0, 2023, section 5). To scale a block by a power of two adds no rounding error, so a stored number
-does not change when the largest of its block grows.
+the root of v: there neighbours differ by 3% to 6%, down to 2**-15 of the largest. Block exponents
+and fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats
+Specification 1.0, 2023, section 5). To scale a block by a power of two adds no rounding error, so a
+stored number does not change when the largest of its block grows.
 
 Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
 stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.

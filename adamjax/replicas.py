@@ -20,8 +20,8 @@ class sum_over(Stateless):
 
     Put it first in a chain, so that norms are those of the sums. Call `update` inside `shard_map`,
     `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and those
-    of equal indices summed, so the result has as many places as all replicas together. (Keras'
-    documentation of Adamax does this in its replica context.)
+    of equal indices summed, so the result has as many places as all replicas together. (In Keras'
+    documentation of Adamax, `get_replica_context().all_reduce("sum", grads)` does this.)
 
     In `shard_map`, pass `check_vma=False`. By default JAX itself sums the gradients of parameters
     that are the same on all devices, and to sum them again is refused. The loss of a device must be

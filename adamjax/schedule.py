@@ -472,8 +472,9 @@ class polynomial_decay(_Compiled):
       decay_steps: the steps until the end, above 0.
       end_learning_rate: the rate from then on, at least 0.
       power: above 0; 1 is a straight line.
-      cycle: whether to start again from the initial rate after the end, with `decay_steps`
-        stretched to its next multiple.
+      cycle: whether to decay again after each multiple of `decay_steps`. `decay_steps` then counts
+        as its next multiple, so the rate jumps up, but not to the initial rate: with a power of 1
+        and an end of 0, to a half of it, then to a third.
 
     >>> import adamjax
     >>> rate = adamjax.polynomial_decay(1.0, decay_steps=100, end_learning_rate=0.5)
