@@ -58,7 +58,7 @@ def amsgrad(
     v_dtype: Any = None,
     rows: Rows = "dense",
 ) -> chain:
-    """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, then the rate.
+    """AMSGrad (Reddi et al., arXiv:1904.09237): `scale_by_amsgrad`, then `scale_by_learning_rate`.
 
     Arguments and result are those of `adam`.
 
@@ -92,8 +92,9 @@ def adamw(
 
     Args:
       learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `adam`.
-      weight_decay, mask: as in `add_decayed_weights`, so a mask is a pattern, a tree of bools or a
-        function; 0.004 is Keras' default.
+      weight_decay: as in `add_decayed_weights`. The default, 0.004, is that of Keras.
+      mask: which leaves decay: a pattern, a tree of bools or a function, as in
+        `add_decayed_weights`.
 
     Returns:
       The chain; its `update` needs `params`.
@@ -125,7 +126,8 @@ def adamax(
 ) -> chain:
     """Adamax (Kingma & Ba, arXiv:1412.6980, algorithm 2).
 
-    `scale_by_adamax`, then `scale_by_learning_rate`. The arguments are theirs.
+    `scale_by_adamax`, then `scale_by_learning_rate`. The arguments are those of these two; `rows`
+    is "lazy" by default, as in `scale_by_adamax`.
 
     >>> import adamjax
     >>> adamjax.adamax(0.1)  # doctest: +NORMALIZE_WHITESPACE
@@ -148,7 +150,8 @@ def nadam(
 ) -> chain:
     """Nadam (Dozat, 2016) as Keras defines it, with its momentum schedule.
 
-    `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`. The arguments are theirs.
+    `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`. The arguments are those of
+    these two.
 
     >>> import adamjax
     >>> adamjax.nadam(0.1)  # doctest: +NORMALIZE_WHITESPACE

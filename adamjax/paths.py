@@ -36,7 +36,10 @@ __all__ = [
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether a node is one leaf here: `None`, which means 'not here', rows, or an encoded slot."""
+    """Whether a node counts as one leaf: `None`, rows of a table, or an encoded slot.
+
+    `None` stands in the place of a leaf that a tree does not have.
+    """
     return x is None or isinstance(x, RowGradient | RowMoves | Scaled8)
 
 
@@ -51,10 +54,9 @@ def leaf_paths(tree: Tree) -> list[str]:
     paths: list[str] = []
     for path, x in nodes:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # A Variable of flax.nnx and its bare value have the same path, because nnx.Optimizer
-        # passes Variables to `init` and bare values to `update`.
-        is_variable = _is_variable(x) and not is_leaf(x)
-        paths.extend(len(flatten(x)[0]) * [name] if is_variable else [name])
+        # nnx.Optimizer passes Variables to `init` and bare values to `update`. So all leaves in a
+        # Variable, usually one, get the path that its bare value has.
+        paths.extend(len(flatten(x)[0]) * [name] if _is_variable(x) else [name])
     return paths
 
 
@@ -73,7 +75,9 @@ def unique_paths(owner: str, tree: Tree) -> list[str]:
 
 
 def _is_variable(x: Any) -> bool:
-    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+    """Whether a node is a Variable of flax.nnx, and no leaf by itself."""
+    has_methods = hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+    return has_methods and not is_leaf(x)
 
 
 def _is_leaf_or_variable(x: Any) -> bool:
@@ -130,7 +134,8 @@ def checked_pattern(owner: str, pattern: Any) -> str:
             f"{owner}: {pattern!r} is not a regular expression ({error}); a path is written "
             "like 'layers/0/kernel' and matched with re.search"
         ) from None
-    # Strings of NumPy and of enumerations print, compare and serialize differently.
+    # Plain strings in place of those of NumPy and of enumerations, which print, compare and
+    # serialize differently.
     return pattern if type(pattern) in (str, optional) else str.__str__(pattern)
 
 
@@ -165,7 +170,7 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
 
 
 def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
-    """Patterns and their values, which are fields of their own, as pairs; one each."""
+    """Pairs of a pattern and its value, from a list of patterns and one of as many values."""
     for x in (patterns, values):
         if not isinstance(x, list | tuple):
             raise TypeError(f"{owner}: expected lists of patterns and of their values, got {x!r}")
@@ -202,47 +207,61 @@ def expect_matches(
         return
     paths: list[str] = []
     absent: list[str] = []
-    has_elements = False
-    for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
+    leaves = flatten(tree)[0]
+    for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
         (absent if leaf is None else paths).append(path)
-        has_elements = has_elements or (leaf is not None and np.size(leaf) > 0)
-    if not has_elements:
+    if not _has_elements(leaves):
         return
     expect_paths(owner, patterns, paths, absent=absent)
-    if not first_decides:
-        return
+    if first_decides:
+        _expect_effects(owner, patterns, paths)
+
+
+def _has_elements(leaves: Iterable[Any]) -> bool:
+    return any(0 not in np.shape(x) for x in leaves if x is not None)
+
+
+def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -> None:
+    """Refuses patterns that match only leaves for which earlier ones decide."""
+    deciding = {path: first_match(patterns, path) for path in paths}
     for i, pattern in enumerate(patterns):
         if isinstance(pattern, optional):
             continue
         matches = [path for path in paths if re.search(pattern, path)]
-        deciding = [first_match(patterns, path) for path in matches]
-        repeated = any(str(pattern) == str(earlier) for earlier in patterns[:i])
-        if i not in deciding and (repeated or len(matches) < len(paths)):
-            earlier = patterns[min(j for j in deciding if j is not None)]
-            raise ValueError(
-                f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
-                f"earlier pattern, such as {earlier!r}, and the first match decides. Put it first. "
-                f"If it may have no effect, write adamjax.optional({str(pattern)!r})"
-            )
+        # A last rule for the rest matches every leaf, and may find no rest.
+        is_last_rule = len(matches) == len(paths) and str(pattern) not in map(str, patterns[:i])
+        if is_last_rule or any(deciding[path] == i for path in matches):
+            continue
+        earlier = next(p for p in patterns if any(re.search(p, path) for path in matches))
+        raise ValueError(
+            f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
+            f"earlier pattern, such as {earlier!r}, and the first match decides. Put it first. "
+            f"If it may have no effect, write adamjax.optional({str(pattern)!r})"
+        )
 
 
 def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Sequence[str]) -> None:
     """Refuses patterns that match no path of a tree that `update` is called with.
 
-    `init` does not check parameters whose state comes from another run's checkpoint. Here a leaf
-    that is `None` counts, because its gradient may be `None` in this step only.
+    `init` has checked them by `expect_matches`; but if the state is from another run's checkpoint,
+    that `init` saw other parameters. Here a leaf that is `None` counts, because its gradient may be
+    `None` in this step only.
     """
     unmatched = [p for p in patterns if not any(re.search(p, path) for path in paths)]
-    if unmatched and any(0 not in np.shape(x) for x in flatten(tree)[0] if x is not None):
+    if unmatched and _has_elements(flatten(tree)[0]):
         expect_paths(owner, unmatched, paths)
 
 
-# A negative assertion of a pattern, and the same of which it is the opposite.
+# How the negative assertions of regular expressions begin, and the positive ones that match what
+# these exclude.
 _OPPOSITES = {"(?!": "(?=", "(?<!": "(?<="}
 
 
-def _excluding_nothing(pattern: str, paths: Sequence[str]) -> str:
-    """The first negative assertion of a pattern that excludes none of the paths, to its end."""
+def _idle_exclusion(pattern: str, paths: Sequence[str]) -> str:
+    """The pattern from its first negative assertion on that excludes none of the paths.
+
+    It is empty if there is no such assertion.
+    """
     for negative in re.finditer(r"(?<!\\)\(\?<?!", pattern):
         start, end = negative.span()
         opposite = pattern[:start] + _OPPOSITES[negative[0]] + pattern[end:]
@@ -261,18 +280,23 @@ def expect_paths(
 ) -> None:
     """Refuses patterns that match none of the paths, unless they are `optional`.
 
-    So it does with a pattern that excludes something, `"^(?!.*bias)"`, if no path has that.
+    A pattern with an exclusion, such as `"^(?!.*bias)"`, is also refused if it excludes no path.
 
-    `absent` are the paths of leaves that are `None`.
+    Args:
+      owner: for errors.
+      patterns: the patterns.
+      paths: the paths.
+      what: what a path names, for errors.
+      absent: the paths of leaves that are `None`.
     """
     for pattern in patterns:
         if isinstance(pattern, optional):
             continue
         if any(re.search(pattern, path) for path in paths):
-            excluding = _excluding_nothing(pattern, [*paths, *absent])
-            if excluding:
+            idle = _idle_exclusion(pattern, [*paths, *absent])
+            if idle:
                 raise ValueError(
-                    f"{owner}: {excluding!r} in the pattern {pattern!r} excludes no {what}; the "
+                    f"{owner}: {idle!r} in the pattern {pattern!r} excludes no {what}; the "
                     f"paths are {_listed(paths)}. If it may exclude none, write "
                     f"adamjax.optional({str(pattern)!r})"
                 )
@@ -333,21 +357,21 @@ class BoolTree:
         """Why this mask is no prefix of the tree, for an error."""
         mask_paths, paths = leaf_paths(self.tree), leaf_paths(tree)
 
-        def is_below(path: str, heads: set[str]) -> bool:
+        def is_at_or_below(path: str, tops: set[str]) -> bool:
             parts = path.split("/")
-            return any("/".join(parts[:i]) in heads for i in range(len(parts) + 1))
+            return any("/".join(parts[:i]) in tops for i in range(len(parts) + 1))
 
-        heads = set(mask_paths)
-        missing = [path for path in paths if not is_below(path, heads)]
-        surplus = [path for path in mask_paths if not any(is_below(x, {path}) for x in paths)]
-        difference = (
-            f"it has no bool for the leaf {missing[0]!r}"
-            if missing
-            else f"it has a bool at {surplus[0]!r}, where there is no leaf"
-            if surplus
-            else f"its structure is {self.treedef!s:.300}, that of the leaves "
-            f"{flatten(tree)[1]!s:.300}"
-        )
+        missing = [path for path in paths if not is_at_or_below(path, set(mask_paths))]
+        surplus = [top for top in mask_paths if not any(is_at_or_below(x, {top}) for x in paths)]
+        if missing:
+            difference = f"it has no bool for the leaf {missing[0]!r}"
+        elif surplus:
+            difference = f"it has a bool at {surplus[0]!r}, where there is no leaf"
+        else:
+            difference = (
+                f"its structure is {self.treedef!s:.300}, that of the leaves "
+                f"{flatten(tree)[1]!s:.300}"
+            )
         expected = "Expected a tree of bools like the parameters, or one bool for a subtree"
         if callable(self.tree):
             expected += " (to have this object called, write lambda tree: mask(tree))"
@@ -376,7 +400,7 @@ def _without_variables(tree: Tree) -> Any:
     """The tree with the bare value in place of each Variable of flax.nnx; see `leaf_paths`."""
 
     def bare(x: Any) -> Any:
-        leaves = flatten(x)[0] if not is_leaf(x) and _is_variable(x) else []
+        leaves = flatten(x)[0] if _is_variable(x) else []
         return leaves[0] if len(leaves) == 1 else x
 
     return jax.tree.map(bare, tree, is_leaf=_is_leaf_or_variable)
@@ -395,7 +419,7 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
             if isinstance(flag, str):
                 mend = ": write several patterns as one, like 'a|b'"
             elif isinstance(flag, RowGradient):
-                mend = ": give update the params, on which the function is called then"
+                mend = ": pass params to update, so that the function is called with them"
             raise TypeError(
                 f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
                 f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"
@@ -414,8 +438,9 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
 def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) -> BoolTree:
     """The mask that a function returns for a tree.
 
-    One bool for a whole tree of leaves is refused: it is nearly always that of a function of a
-    path, such as `lambda path: "bias" not in path`, which then looks for a key of the dictionary.
+    One bool for a tree of several leaves is refused: such a function is nearly always meant to be
+    called with a path, as `lambda path: "bias" not in path` is. Called with a dictionary, it looks
+    for the key "bias".
     """
     mask = function(tree)
     if _is_bool(mask) and len(flatten(tree)[0]) > 1:
@@ -445,7 +470,9 @@ def checked_mask(owner: str, mask: Any) -> Mask:
     if isinstance(mask, BoolTree):
         return mask
     leaves = [x for x in flatten(mask)[0] if x is not None]
+    is_one_leaf = len(leaves) == 1 and leaves[0] is mask
     if callable(mask):
+        # The leaves of a jax.tree_util.Partial are its arguments: it is a function all the same.
         if isinstance(mask, functools.partial) or not any(map(_is_bool, leaves)):
             return mask
         if not all(map(_is_bool, leaves)):
@@ -454,7 +481,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
                 "its leaves are bools, others not: a tree must have bools only; for a function "
                 "write lambda tree: mask(tree)"
             )
-    elif mask is None or (len(leaves) == 1 and leaves[0] is mask and not _is_bool(mask)):
+    elif mask is None or (is_one_leaf and not _is_bool(mask)):
         raise TypeError(
             f"{owner}: a path pattern must be a str, got {mask!r} (a mask may also be a tree of "
             "bools, or a function from a tree to one)"

@@ -48,14 +48,20 @@ __all__ = [
 
 
 class View(NamedTuple):
-    """A table, or the same rows after the loss has cast or reshaped them."""
+    """A table, or what the loss has made of it by casts and reshapes that keep its rows.
+
+    Attributes:
+      table: the table's number.
+      shape: the shape after the reshapes.
+      casts: each cast in order, as a function and its arguments after the array.
+      live: whether the loss is differentiated through it.
+      axes: axes of `shard_map` over which its gradient must be summed.
+    """
 
     table: int
     shape: tuple[int, ...]
     casts: tuple[tuple[Callable[..., chex.Array], tuple[Any, ...]], ...] = ()
-    # Whether the loss is differentiated through it.
     live: bool = True
-    # Axes of `shard_map` over which its gradient must be summed.
     axes: tuple[str, ...] = ()
 
     def cast(self, x: chex.Array) -> chex.Array:
@@ -85,7 +91,8 @@ class ReadSite(NamedTuple):
 
 # An array or None for each site, in order.
 PerSite = list[Any]
-# The value of an atom, which is what JAX calls an input of an equation: a variable or a literal.
+# A function that returns the value of an atom. This is JAX's word for an input of an equation: a
+# variable or a literal.
 _Get = Callable[[Any], Any]
 
 
@@ -260,7 +267,8 @@ class Plan:
             if not isinstance(item, Step):
                 _evaluate(self.closed.jaxpr, item, env)
                 continue
-            step_inputs = row_inputs[len(indices) : len(indices) + len(item.sites)]
+            first_site = len(indices)
+            step_inputs = row_inputs[first_site : first_site + len(item.sites)]
             with at(item.eqn):
                 outs, step_indices = item.run(source, get, step_inputs)
             env.update(zip(item.outs, outs, strict=True))
@@ -314,15 +322,15 @@ class Window(NamedTuple):
     """How an equation reads whole rows: in runs of rows at equal distances.
 
     Attributes:
-      starts: an atom or array of integers, which has the first row of each run.
-      column: if the last axis of `starts` is a position in several dimensions, the index in it that
-        is the row; else `None`.
+      starts: the first row of each run: an atom of integers, or one integer of NumPy.
+      column: `None` if `starts` has one integer for each run. If it has a vector for each, along
+        its last axis, the place of the row in that vector.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no
         axis.
       stride: the distance between the rows of a run.
       dropped: the axes of a row, of size 1, that are left out.
-      offsets: the axes of the result that have the rows of a run and their elements; `None` if they
-        are the last ones.
+      offset_axes: the axes of the result that have the rows of a run and their elements; `None` if
+        they are the last ones.
       fill: the value of a run outside the table; `None` if such a run is moved into the table.
       moved_are_live: whether the loss is differentiated by runs that were moved.
     """
@@ -332,7 +340,7 @@ class Window(NamedTuple):
     run_length: int | None = None
     stride: int = 1
     dropped: tuple[int, ...] = ()
-    offsets: tuple[int, ...] | None = None
+    offset_axes: tuple[int, ...] | None = None
     fill: Any = None
     moved_are_live: bool = True
 
@@ -345,8 +353,8 @@ class Read(Step):
     ) -> None:
         super().__init__(eqn, [window.starts], eqn.outvars)
         self.view, self.window = view, window
-        starts = window.starts
-        shape = starts.shape if isinstance(starts, np.generic) else starts.aval.shape
+        self.has_constant_start = isinstance(window.starts, np.generic)
+        shape = () if self.has_constant_start else window.starts.aval.shape
         shape = shape if window.column is None else shape[:-1]
         if window.run_length is not None:
             shape = (*shape, window.run_length)
@@ -360,12 +368,11 @@ class Read(Step):
         A run outside the table is moved into it, or has indices `num_rows` if it is filled.
         """
         window, num_rows = self.window, self.view.shape[0]
-        starts = window.starts
-        starts = jnp.asarray(starts if isinstance(starts, np.generic) else get(starts))
+        starts = jnp.asarray(window.starts if self.has_constant_start else get(window.starts))
         if window.column is not None:
             starts = starts[..., window.column]
         span = 1 if window.run_length is None else (window.run_length - 1) * window.stride + 1
-        # From a later start than `last`, a run would leave the table.
+        # From a start below 0 or above `last`, a run would leave the table: it gets `last + 1`.
         last = num_rows - span
         first = as_row_ids(starts, last + 1)
         inside = first <= last
@@ -385,9 +392,9 @@ class Read(Step):
             rows = jnp.where(inside, rows, jnp.asarray(window.fill, rows.dtype))
         elif not window.moved_are_live:
             rows = jnp.where(inside, rows, jax.lax.stop_gradient(rows))
-        if window.offsets is not None:
-            last = range(rows.ndim - len(window.offsets), rows.ndim)
-            rows = jnp.moveaxis(rows, last, window.offsets)
+        if window.offset_axes is not None:
+            last = range(rows.ndim - len(window.offset_axes), rows.ndim)
+            rows = jnp.moveaxis(rows, last, window.offset_axes)
         return [rows], [ids]
 
     def needed_atoms(self) -> list[Any]:
@@ -525,11 +532,12 @@ class Cond(Step):
         """
         super().__init__(eqn, ins, outs)
         self.plans = plans
-        # For each branch, the numbers of its sites among all sites.
-        self.sites, self.site_numbers = [], []
+        self.sites = []
+        # For each branch, the numbers of its sites among `self.sites`.
+        self.site_numbers = []
         for plan in plans:
-            # Each site shares that of an equal read in another branch, if no other site of this
-            # branch does.
+            # A read shares the site of an equal read in an earlier branch. Two reads of one branch
+            # do not share a site.
             unshared, numbers = list(range(len(self.sites))), []
             for site in plan.sites:
                 site = site._replace(independent=site.independent and independent)
@@ -559,15 +567,19 @@ class Cond(Step):
         branches = [functools.partial(branch, i) for i in range(len(self.plans))]
         return jax.lax.switch(which, branches, values, row_inputs)
 
+    @property
+    def _has_independent_sites(self) -> bool:
+        return any(site.independent for site in self.sites)
+
     def needed_atoms(self) -> list[Any]:
-        if not any(site.independent for site in self.sites):
+        if not self._has_independent_sites:
             return []
         needed = sorted({i for plan in self.plans for i in plan.needed_ins()})
-        branch_ins = self.ins[1:]
-        return [self.ins[0], *(branch_ins[i] for i in needed)]
+        which, *branch_ins = self.ins
+        return [which, *(branch_ins[i] for i in needed)]
 
     def indices(self, get: _Get) -> PerSite:
-        if not any(site.independent for site in self.sites):
+        if not self._has_independent_sites:
             return [None] * len(self.sites)
 
         def branch(number: int, values: dict[int, Any]) -> Any:
@@ -595,9 +607,10 @@ class ShardMap(Step):
     def __init__(
         self, eqn: JaxprEqn, plan: Plan, views: Sequence[View | None], outs: Sequence[Var]
     ) -> None:
-        triples = [*zip(eqn.invars, eqn.params["in_specs"], views, strict=True)]
-        super().__init__(eqn, [x for x, _, view in triples if view is None], outs)
-        self.plan, self.in_specs = plan, [spec for _, spec, view in triples if view is None]
+        super().__init__(eqn, not_tables(eqn, views), outs)
+        self.plan = plan
+        specs = zip(eqn.params["in_specs"], views, strict=True)
+        self.in_specs = [spec for spec, view in specs if view is None]
         self.mesh, manual = eqn.params["mesh"], eqn.params["newly_manual_axes"]
         self.manual_axes = tuple(axis for axis in self.mesh.axis_names if axis in manual)
         axes_of_sites = [self._axes(site) for site in plan.sites]
@@ -613,6 +626,7 @@ class ShardMap(Step):
     def _outer_site(self, site: ReadSite, axes: tuple[str, ...]) -> ReadSite:
         """A site of one device as the site of all devices along these axes."""
         devices = math.prod(self.mesh.shape[axis] for axis in axes)
+        # The site has the rows of all devices along these axes, so nothing is left to sum there.
         view = site.view._replace(axes=tuple(a for a in site.view.axes if a not in axes))
         varying = tuple(axis for axis in site.varying if axis not in self.manual_axes)
         return site._replace(view=view, shape=(devices, *site.shape), varying=varying)

@@ -16,7 +16,7 @@ from adamjax.leaves import expect_array, is_left_alone
 from adamjax.paths import flatten, is_leaf, leaf_paths
 from adamjax.scaling import scale_by_learning_rate
 from adamjax.schedule import rate_at
-from adamjax.structure import find, rule_slots, slot_states
+from adamjax.structure import find, rule_slots, slot_states, states_of_class
 from adamjax.transform import as_transform
 
 __all__ = [
@@ -31,17 +31,8 @@ __all__ = [
 T = TypeVar("T")
 
 
-def _states_of_class(kind: type, state: Any) -> list[Any]:
-    """The states of a class anywhere in a state, in order."""
-
-    def is_of_class(x: Any) -> bool:
-        return isinstance(x, kind)
-
-    return [x for x in jax.tree.leaves(state, is_leaf=is_of_class) if is_of_class(x)]
-
-
 def _expect_all_flushed(owner: str, state: Any) -> None:
-    for exact in _states_of_class(ExactRowsState, state):
+    for exact in states_of_class(ExactRowsState, state):
         expect_flushed(owner, exact)
 
 
@@ -59,7 +50,8 @@ def _merge(name: str, trees: list[Tree]) -> Tree:
             f"the state has {name} more than once for the same leaf: read it from the part of the "
             "state that you mean"
         )
-    # Merge one level down, where some of the subtrees may be empty.
+    # `tree.map` goes one level down, as only the top is no leaf for it. Some of the subtrees there
+    # may be empty.
     top = non_empty[0]
     return jax.tree.map(
         lambda *xs: _merge(name, list(xs)), *non_empty, is_leaf=lambda x: x is not top
@@ -143,7 +135,7 @@ def skipped_steps(state: Any) -> chex.Array:
     >>> adamjax.skipped_steps(adamjax.skip_not_finite(adamjax.adam()).init(jnp.zeros(3)))
     Array(0, dtype=int32)
     """
-    states = _states_of_class(SkipNotFiniteState, state)
+    states = states_of_class(SkipNotFiniteState, state)
     if not states:
         raise ValueError("the state has no skip_not_finite: wrap the optimizer in it to count")
     return sum((s.skipped for s in states[1:]), states[0].skipped)
@@ -161,8 +153,7 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     """The average of `weight_ema`; before the first step, the weights.
 
     Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first, or use
-    `eval_step(averaged=True)`. Within `jit` adamjax cannot detect this, so call
-    `flush` there too.
+    `eval_step(averaged=True)`. Within `jit` adamjax cannot detect this, so call `flush` there too.
 
     Args:
       state: a state with a `weight_ema` anywhere in it.
@@ -181,12 +172,12 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
     {'w': Array([1., 1.], dtype=float32)}
     """
     _expect_all_flushed("averaged_weights", state)
-    return weights_as_averaged(state, params)
+    return unchecked_averaged_weights(state, params)
 
 
-def weights_as_averaged(state: Any, params: Any = None) -> Any:
-    """`averaged_weights`, for a caller that brings rows which lag behind up to date itself."""
-    states = _states_of_class(WeightEmaState, state)
+def unchecked_averaged_weights(state: Any, params: Any = None) -> Any:
+    """`averaged_weights`, but rows may lag behind: the caller must bring them up to date itself."""
+    states = states_of_class(WeightEmaState, state)
     if not states:
         raise ValueError("the state has no weight_ema: put one last in the chain")
     average = _merge("the average", [as_tree(s.average) for s in states])
@@ -201,25 +192,26 @@ def weights_as_averaged(state: Any, params: Any = None) -> Any:
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
+    def may_stand_for(x: Any, subtree: Any) -> bool:
+        return _is_empty(x) or subtree is None or jax.tree_util.all_leaves([subtree])
+
     # A whole subtree may have no average; it counts as one empty leaf.
-    averages, structure = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
-    treedef: Any = structure
+    flattened: Any = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_empty)
+    averages_with_paths, treedef = flattened
+    averages = [x for _, x in averages_with_paths]
     try:
         subtrees = treedef.flatten_up_to(params)
     except ValueError:
         subtrees = None
-    if subtrees is None or any(
-        not _is_empty(x) and p is not None and not jax.tree_util.all_leaves([p])
-        for (_, x), p in zip(averages, subtrees, strict=True)
-    ):
+    if subtrees is None or not all(map(may_stand_for, averages, subtrees)):
         raise ValueError(
             f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
-            f"{flatten(params)[1]!s:.200}, the average those of {leaf_paths(average)} in one like "
-            f"{flatten(average)[1]!s:.200}: pass the parameters that were averaged"
+            f"{flatten(params)[1]!s:.200}, but the average has the leaves {leaf_paths(average)} in "
+            f"a tree like {flatten(average)[1]!s:.200}: pass the parameters that were averaged"
         )
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in averages]
-    pairs = zip(names, averages, subtrees, strict=True)
-    return treedef.unflatten([averaged_or_own(name, x, p) for name, (_, x), p in pairs])
+    paths = [path for path, _ in averages_with_paths]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return treedef.unflatten(map(averaged_or_own, names, averages, subtrees))
 
 
 def learning_rate(tx: Any, state: Any) -> Any:

@@ -78,7 +78,7 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         column=start_dims.index(0),
         run_length=None if 0 in collapsed else run_length,
         dropped=tuple(d for d in collapsed if d > 0),
-        offsets=numbers.offset_dims,
+        offset_axes=numbers.offset_dims,
         fill=fill,
         # With this mode, JAX gives rows that it moved no gradient, though that is undocumented.
         moved_are_live=mode != modes.PROMISE_IN_BOUNDS,

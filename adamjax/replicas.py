@@ -20,7 +20,7 @@ class sum_over(Stateless):
 
     Put it first in a chain, so that norms are those of the sums. Call `update` inside `shard_map`,
     `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and those
-    of equal indices summed, so the result has as many places as all replicas together. (In Keras'
+    of equal indices summed, so the result has as many indices as all replicas together. (In Keras'
     documentation of Adamax, `get_replica_context().all_reduce("sum", grads)` does this.)
 
     In `shard_map`, pass `check_vma=False`. By default JAX itself sums the gradients of parameters
@@ -78,12 +78,13 @@ class sum_over(Stateless):
             ) from None
 
         names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        # Where types say over which axes a value varies: in shard_map with check_vma=True.
-        tracked = [x for x in names if x in varying_axes(jax.typeof(jax.lax.axis_index(x)))]
+        # In shard_map with check_vma=True, types say over which axes values vary. An axis index
+        # varies over its axis, so its type shows whether types keep track of this axis.
+        tracked_axes = [x for x in names if x in varying_axes(jax.typeof(jax.lax.axis_index(x)))]
 
         def expect_varying(path: str, g: Any) -> None:
             varying = {axis for x in jax.tree.leaves(g) for axis in varying_axes(jax.typeof(x))}
-            for axis in tracked:
+            for axis in tracked_axes:
                 if axis not in varying:
                     raise ValueError(
                         f"sum_over: the gradient of {path!r} is the same on all devices of axis "
@@ -103,7 +104,8 @@ class sum_over(Stateless):
                 return jax.lax.psum(g, self.axis_name)
             g = check_sound("sum_over", g)
             if g.rest is not None:
-                # A row of this replica may be in the rest of another.
+                # A row of this replica may be in the `rest` of another, which has the values of all
+                # rows that are not among its indices.
                 return jax.lax.psum(g.to_dense(), self.axis_name)
             rows = row_gradient(gather(g.indices), gather(g.values), g.num_rows)
             return rows.replace(lazy=g.lazy)

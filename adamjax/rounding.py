@@ -41,22 +41,23 @@ def _mix(x: chex.Array) -> chex.Array:
     return x ^ (x >> np.uint32(16))
 
 
-def rounding_keys(count: chex.Array, leaves: Sequence[int]) -> chex.Array:
-    """For each leaf, by its position in the tree, the uint32 key of a step.
+def rounding_keys(count: chex.Array, positions: Sequence[int]) -> chex.Array:
+    """The uint32 key of a step for each of some leaves.
 
     Args:
       count: int32 scalar, the steps taken before.
+      positions: the positions of the leaves in the tree.
     """
-    positions = np.asarray(leaves, np.uint32) * np.uint32(0x9E3779B9)
-    return _mix(_mix(jnp.asarray(count).astype(jnp.uint32)) + positions)
+    spread = np.asarray(positions, np.uint32) * np.uint32(0x9E3779B9)
+    return _mix(_mix(jnp.asarray(count).astype(jnp.uint32)) + spread)
 
 
-def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
+def _positions(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
     """The position of each element in its leaf, as uint32.
 
     Args:
-      shape: that of the leaf; of rows of a table, that of the rows.
-      rows: which rows of the table they are.
+      shape: the shape of the elements.
+      rows: if the elements are some rows of a table, which rows; `None` if they are the whole leaf.
     """
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
@@ -74,7 +75,8 @@ def _elements(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
 def _round(x: chex.Array, random: chex.Array) -> chex.Array:
     """A float32 as one of its two neighbours that bfloat16 has; `random` is below 2**16."""
     # The lower half is what bfloat16 drops: a random number of its size carries into the upper
-    # half with the right probability. In sign and magnitude this also holds below zero.
+    # half with the right probability. This also holds below zero, because a float is stored as
+    # its sign and its magnitude.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = (bits + random) & np.uint32(0xFFFF0000)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
@@ -82,12 +84,12 @@ def _round(x: chex.Array, random: chex.Array) -> chex.Array:
 
 @_round.defjvp
 def _round_jvp(primals: Any, tangents: Any) -> Any:
-    # As a cast has it: the derivative of the expected value.
+    # The derivative of the expected value, which is the one that a cast has too.
     return _round(*primals), tangents[0]
 
 
 def write_slot(
-    x: chex.Array, like: Any, key: Any, number: int, rows: Any = None, exponents: Any = None
+    x: chex.Array, like: Any, key: Any, slot_number: int, rows: Any = None, exponents: Any = None
 ) -> Any:
     """A slot's new values in the format that the state stores.
 
@@ -95,7 +97,7 @@ def write_slot(
       x: the values, in the accumulator dtype.
       like: the slot in the state, or its dtype.
       key: that of the step and the leaf, of `rounding_keys`; `None` rounds to the nearest.
-      number: which slot of the leaf this is. Slots of one leaf use different random bits.
+      slot_number: which slot of the leaf this is. Slots of one leaf use different random bits.
       rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
       exponents: for an encoded slot its `block_exponents`, if they have been computed.
     """
@@ -108,19 +110,23 @@ def write_slot(
     if isinstance(like, Scaled8):
         if exponents is None:
             (exponents,) = block_exponents([x], [like])
-        half = jnp.full(x.shape, 1 << 15, jnp.uint32)
-        random = half if key is None else _bits(x, key, number, rows)
+        if key is None:
+            # The middle of the random numbers: with it `encoded` rounds to the nearest.
+            random = jnp.full(x.shape, 1 << 15, jnp.uint32)
+        else:
+            random = _bits(x, key, slot_number, rows)
         return encoded(x, like.codes.dtype, exponents, random)
+    # A cast rounds to the nearest, if it rounds at all. `_round` takes no complex values.
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
-    return _round(x.astype(jnp.float32), _bits(x, key, number, rows)).astype(dtype)
+    return _round(x.astype(jnp.float32), _bits(x, key, slot_number, rows)).astype(dtype)
 
 
-def _bits(x: chex.Array, key: chex.Array, number: int, rows: chex.Array | None) -> chex.Array:
+def _bits(x: chex.Array, key: chex.Array, slot_number: int, rows: chex.Array | None) -> chex.Array:
     """A random uint32 below 2**16 for each element; see `write_slot`."""
     # One hash has bits for two slots.
-    key = key + np.uint32(number // 2 * 0x85EBCA6B)
-    random = _mix(_elements(x.shape, rows) ^ key) >> np.uint32(16 * (number % 2))
+    key = key + np.uint32(slot_number // 2 * 0x85EBCA6B)
+    random = _mix(_positions(x.shape, rows) ^ key) >> np.uint32(16 * (slot_number % 2))
     return random & np.uint32(0xFFFF)
 
 
@@ -128,5 +134,5 @@ def write_slots(
     new: Sequence[chex.Array], slots: Sequence[Any], key: Any, rows: Any = None
 ) -> list[Any]:
     """The new values of all slots of a leaf, in the formats of the slots; see `write_slot`."""
-    pairs = enumerate(zip(new, slots, strict=True))
-    return [write_slot(x, slot, key, number, rows) for number, (x, slot) in pairs]
+    numbered = enumerate(zip(new, slots, strict=True))
+    return [write_slot(x, slot, key, number, rows) for number, (x, slot) in numbered]

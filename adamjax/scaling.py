@@ -61,6 +61,7 @@ def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
 
 
 def _decayed(rate: Any, g: chex.Array, p: chex.Array) -> tuple[chex.Array]:
+    """The update with decoupled weight decay, in the form of a rule on arrays; see `lift`."""
     return ((widen(g, rate.dtype) + rate * widen(p, rate.dtype)).astype(g.dtype),)
 
 
@@ -92,10 +93,10 @@ class scale_by_learning_rate(Scaling):
 
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
-        before this step, 0 at the first), or `by_path` for a rate per leaf. (A step can see
-        values that nothing has checked before: those of a callable, and of arrays that are traced
-        or set later. A value below 0 makes NaN there. But a callable's value between -1e-6 and 0
-        counts as 0, because of rounding.)
+        before this step, 0 at the first), or `by_path` for a rate per leaf. (Some values can be
+        checked only in a step: those of a callable, and of arrays that are traced or set later.
+        There a value below 0 makes NaN. But a callable's value between -1e-6 and 0 counts as 0,
+        because of rounding.)
 
     The state is a `ScheduleState`.
 
@@ -138,8 +139,11 @@ class scale_by_learning_rate(Scaling):
     def factors(self, tree: Tree, state: Any) -> Step:
         self.check_state(state)
         rates = rates_at("scale_by_learning_rate", self.learning_rate, state.count, tree)
-        downhill = _scalars(rates, lambda rate: lambda real: -scalar(rate, real))
-        return downhill, ScheduleState(next_count(state.count))
+
+        def minus(rate: Number) -> Callable[[Any], Any]:
+            return lambda real: -scalar(rate, real)
+
+        return _scalars(rates, minus), ScheduleState(next_count(state.count))
 
 
 class add_decayed_weights(Transform):
@@ -151,8 +155,8 @@ class add_decayed_weights(Transform):
     grow in each step, `p += weight_decay * p`, so `chain` refuses that order.
 
     Args:
-      weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`; as for a
-        learning rate, a value below 0 makes NaN if only the step can see it.
+      weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
+        learning rate, a value below 0 makes NaN if only a step can check it.
       mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools like
         the parameters, or with one bool for a subtree; or a function that returns such a tree.
         `None`: all.
@@ -212,6 +216,7 @@ class add_decayed_weights(Transform):
         expect_state(self, state, ScheduleState)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        # Without a state, the result only says that such scalars exist and that w is not always 0.
         if state is None:
             return 1, 1
         return 1, scalar(self._rates(state, params)[leaf], real)
@@ -221,6 +226,7 @@ class add_decayed_weights(Transform):
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 
+        # `None` lets a leaf pass unchanged. An array may be 0 in one step and not in another.
         def scalar_of(rate: Number) -> Callable[[Any], Any] | None:
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
 

@@ -21,9 +21,11 @@ __all__ = [
     "find",
     "map_like_params",
     "map_slots",
+    "named_slots",
     "replace_parts",
     "rule_slots",
     "slot_states",
+    "states_of_class",
     "walk",
 ]
 
@@ -55,7 +57,7 @@ def find(classes: Any, tx: Any, state: Any = None, params: Tree = None) -> list[
 
 
 def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
-    """The transform with `function` applied to each of its parts, the innermost first, and to it.
+    """The transform with `function` applied to each of its parts, innermost first, and then to it.
 
     Where nothing changes, the result is the same object. The new transform is not checked.
     """
@@ -64,6 +66,15 @@ def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
     if any(a is not b for a, b in zip(parts, new, strict=True)):
         tx = tx.with_parts(new)
     return function(tx)
+
+
+def states_of_class(kind: type, state: Any) -> list[Any]:
+    """The states of a class anywhere in a state, in order."""
+
+    def is_of_class(x: Any) -> bool:
+        return isinstance(x, kind)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=is_of_class) if is_of_class(x)]
 
 
 def _names_slots(x: Any) -> bool:
@@ -97,14 +108,26 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
             return x
         fields = {}
         for name in x._fields:
-            fields_of_all = getattr(x, name), *(getattr(other, name) for other in others)
+            value, *values_of_rest = (getattr(s, name) for s in (x, *others))
             if name not in x.slots:
-                fields[name] = map_slots(function, *fields_of_all)
-            elif not is_bucketed(fields_of_all[0]):
-                fields[name] = function(name, *fields_of_all)
+                fields[name] = map_slots(function, value, *values_of_rest)
+            elif not is_bucketed(value):
+                fields[name] = function(name, value, *values_of_rest)
         return x._replace(**fields)
 
     return jax.tree.map(mapped, state, *rest, is_leaf=_names_slots)
+
+
+def named_slots(state: Any) -> list[tuple[str, Tree]]:
+    """The slots in a state, with their names: those that `map_slots` maps, in the same order."""
+    slots: list[tuple[str, Tree]] = []
+
+    def collect(name: str, slot: Tree) -> Tree:
+        slots.append((name, slot))
+        return slot
+
+    map_slots(collect, state)
+    return slots
 
 
 def map_like_params(
@@ -127,13 +150,17 @@ def map_like_params(
     """
     treedef = flatten(params)[1]
 
-    def is_slots(x: Any) -> bool:
-        return isinstance(x, Bucketed) or (not stop(x) and bool(flatten(x)[1] == treedef))
+    def is_like_params(x: Any) -> bool:
+        return not stop(x) and bool(flatten(x)[1] == treedef)
 
     def mapped(x: Any) -> Any:
-        if not isinstance(x, Bucketed):
-            return on_slots(x) if is_slots(x) else on_others(x)
-        # Leaves in buckets have no path, and a bucket is like no parameter.
+        if isinstance(x, Bucketed):
+            return mapped_buckets(x)
+        return on_slots(x) if is_like_params(x) else on_others(x)
+
+    def mapped_buckets(x: Bucketed) -> Bucketed:
+        # A bucket is like no parameter, so it is one of the others. The leaves outside of buckets
+        # are like their parameters: `on_slots` gets a tree that has these alone.
         leaves: list[Any] = [None] * len(x.plan.avals)
         for i, leaf in zip(x.plan.alone, x.alone, strict=True):
             leaves[i] = leaf
@@ -141,4 +168,7 @@ def map_like_params(
         alone = tuple(new_leaves[i] for i in x.plan.alone)
         return Bucketed(tuple(map(on_others, x.buckets)), alone, x.plan)
 
-    return jax.tree.map(mapped, state, is_leaf=lambda x: stop(x) or is_slots(x))
+    def is_leaf(x: Any) -> bool:
+        return isinstance(x, Bucketed) or stop(x) or is_like_params(x)
+
+    return jax.tree.map(mapped, state, is_leaf=is_leaf)

@@ -303,7 +303,7 @@ def _varied(tx: Any, factor: float) -> Any:
 def jit_argument(trial: Trial) -> None:
     """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
     for tx in (trial.tx, _varied(trial.tx, 0.9)):
-        actual = trial.run_as_argument(tx)
+        actual = trial.run_step_of_tx(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
         with jax.disable_jit():
             expected = take_three_steps(
@@ -311,7 +311,7 @@ def jit_argument(trial: Trial) -> None:
             )
         # Where a decay is traced, 1 - b is what float32 makes of it: 1e-5 off for 0.999.
         expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
-    traces = trial.argument_step[1]
+    traces = trial.step_of_tx[1]
     if len(traces) != 1:
         raise AssertionError(f"the step was traced {len(traces)} times, expected once")
 
@@ -331,7 +331,7 @@ def vmap_hyperparameters(trial: Trial) -> None:
         history.append(updates)
     for i, tx in enumerate(alone):
         one = jax.tree.map(lambda x, i=i: x[i], (params, history))
-        expected = trial.run_as_argument(tx)
+        expected = trial.run_step_of_tx(tx)
         expect_close("(params, updates) under vmap of the transform", one, expected)
 
 

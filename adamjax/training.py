@@ -23,9 +23,9 @@ from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
 from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.reading import step_count, weights_as_averaged
+from adamjax.reading import step_count, unchecked_averaged_weights
 from adamjax.scaling import scale, scale_by_learning_rate
-from adamjax.structure import Part, find
+from adamjax.structure import Part, find, states_of_class
 from adamjax.transform import COUNTS, Transform, as_transform, foreign
 
 __all__ = ["eval_step", "forward", "train_step"]
@@ -36,12 +36,7 @@ Result = TypeVar("Result")
 def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Part]:
     """Every `exact_rows` in a transform, with its state and the parameters that it sees."""
     parts = find(exact_rows, tx, state, params)
-
-    def is_exact(x: Any) -> bool:
-        return isinstance(x, ExactRowsState)
-
-    states = filter(is_exact, jax.tree.leaves(state, is_leaf=is_exact))
-    if len(parts) < len(list(states)):
+    if len(parts) < len(states_of_class(ExactRowsState, state)):
         raise ValueError(
             f"{owner}: the state has an exact_rows that is not in {tx!r}, so rows that lag behind "
             "would be read: pass the optimizer that the state is of. If exact_rows is inside "
@@ -55,7 +50,8 @@ def _turned(part: Part) -> set[int]:
     """The leaves that a transform may turn downhill, by their positions."""
     is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
     turning = (foreign, scale, scale_by_learning_rate)
-    # What is not ours may do anything. In grouped there are buckets in place of leaves.
+    # What is not ours may do anything. The parts of `grouped` see buckets in place of leaves, so a
+    # part that turns some counts for all.
     turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
     if not is_ours or isinstance(part.tx, turning) or turns_all:
         return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
@@ -63,7 +59,7 @@ def _turned(part: Part) -> set[int]:
 
 
 def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
-    """Refuses an optimizer that adds the gradient of a leaf to it, or its rule's direction."""
+    """Refuses an optimizer if nothing in it can turn the updates of some leaf downhill."""
     turned = _turned(Part(tx, state, params))
     for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
         if i not in turned and not is_left_alone(p):
@@ -75,11 +71,12 @@ def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
             )
 
 
-def _rounding_step(tx: Transform, state: Any) -> Any:
-    """A number that is another one in each step, for stochastic rounding.
+def _rounding_number(tx: Transform, state: Any) -> Any:
+    """A number for stochastic rounding that changes in each step.
 
-    It depends on every counter in the state: under `accumulate_gradients` or `skip_not_finite` that
-    of one part stands still in steps in which another part moves its weights.
+    It depends on every counter in the state. One counter would not do: under
+    `accumulate_gradients` or `skip_not_finite`, the counter of one part may stand still while
+    another part moves its weights.
     """
     try:
         step_count(state)
@@ -92,7 +89,7 @@ def _rounding_step(tx: Transform, state: Any) -> Any:
     mixed = np.uint32(0)
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         if getattr(path[-1], "name", None) in COUNTS:
-            # The factor is odd, so the result is another one if any one counter is.
+            # The factor is odd, so the result changes if any one counter changes.
             mixed = mixed * np.uint32(0x9E3779B1) + x.astype(jnp.uint32)
     return mixed
 
@@ -106,10 +103,11 @@ class _JittedStep:
 
     def __init__(self, owner: str, jitted: Any) -> None:
         self._owner, self._jitted = owner, jitted
+        # For mypy, this class is no function: only its subclasses can be called.
         this: Any = self
         functools.update_wrapper(this, jitted, updated=())
 
-    # A keyword of the user's function may have any name, so all names here are positional.
+    # A keyword of the user's function may have any name: the parameters here are positional-only.
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
@@ -134,7 +132,7 @@ class _JittedStep:
             for path, x in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
                 if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                     continue
-                # Without the place of the tree in its tuple.
+                # The first key is the place of the tree in its tuple.
                 place = f"{name}[{path.partition('/')[2]!r}]"
                 if x.is_deleted():
                     raise ValueError(
@@ -161,6 +159,8 @@ class _JittedStep:
         return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        # Special methods are those of this object. While it is being copied, it has no `_jitted`
+        # yet: to look that up in itself would never end.
         if name.startswith("__") or name in ("_owner", "_jitted"):
             raise AttributeError(name)
         return getattr(self._jitted, name)
@@ -236,7 +236,8 @@ def train_step(
     # `jit` does not allow a name twice.
     def step(_params: Tree, _state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         params, state = _params, _state
-        exact_parts, extra = _exact_parts("train_step", tx, state, params), {}
+        exact_parts = _exact_parts("train_step", tx, state, params)
+        extra_args = {}
         _expect_downhill(tx, state, params)
         if exact_parts:
             if tables is not None:
@@ -250,15 +251,15 @@ def train_step(
                 has_aux=has_aux,
                 strict=strict,
             )
-            (value, grads), extra["ticket"] = gradient(params, *args, **kwargs)
+            (value, grads), extra_args["ticket"] = gradient(params, *args, **kwargs)
         elif tables is not None:
             gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, strict=strict)
             value, grads = gradient(params, *args, **kwargs)
         else:
-            call = Call("train_step", loss_fn, (params, *args), kwargs, 0, has_aux)
+            call = Call("train_step", loss_fn, (params, *args), kwargs, has_aux=has_aux)
             value, grads = call.value_and_grad()
-        updates, state = tx.update(grads, state, params, **extra)
-        number = _rounding_step(tx, state) if rounding == "stochastic" else None
+        updates, state = tx.update(grads, state, params, **extra_args)
+        number = _rounding_number(tx, state) if rounding == "stochastic" else None
         return apply_updates(params, updates, rounding=rounding, step=number), state, value
 
     step.__signature__ = signature_with_state(loss_fn)  # type: ignore[attr-defined]
@@ -333,11 +334,12 @@ def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict
         if averaged:
             leaves, treedef = flatten(params)
             tables = {table.leaf for bound in bounds for table in bound.tables}
-            # Rows of tables are averaged as they are read.
-            others = [None if i in tables else x for i, x in enumerate(leaves)]
-            averages = flatten(weights_as_averaged(state, treedef.unflatten(others)))[0]
-            pairs = enumerate(zip(leaves, averages, strict=True))
-            params = treedef.unflatten([x if i in tables else y for i, (x, y) in pairs])
+            # `results_of` averages the rows that `fn` reads, so tables stay as they are here.
+            others = treedef.unflatten([None if i in tables else p for i, p in enumerate(leaves)])
+            averages = flatten(unchecked_averaged_weights(state, others))[0]
+            params = treedef.unflatten(
+                [leaves[i] if i in tables else average for i, average in enumerate(averages)]
+            )
         if not bounds:
             return fn(params, *args, **kwargs)
         up_to_date_fn = results_of(owner, fn, bounds, strict=strict, averaged=averaged)

@@ -41,7 +41,7 @@ class Trial:
         self, tx: Any, params: Tree = None, reference: Callable[..., Any] | None = None
     ) -> None:
         self.tx, self.reference = tx, reference
-        # optax's transforms compute with the gradients of integers too.
+        # If so, `mixed_params` has no integers: optax's transforms compute with their gradients.
         self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
         self.is_default = params is None
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
@@ -87,8 +87,8 @@ class Trial:
     # --- hyperparameters
 
     @functools.cached_property
-    def argument_step(self) -> tuple[Callable[..., Any], list[int]]:
-        """The step as a jitted function of the transform too, and the list of its traces."""
+    def step_of_tx(self) -> tuple[Callable[..., Any], list[int]]:
+        """`(tx, params, state, grads) -> step`, jitted, and a list with an entry for each trace."""
         traces: list[int] = []
 
         def step(tx: Any, params: Tree, state: Any, grads: Tree) -> Any:
@@ -97,9 +97,9 @@ class Trial:
 
         return jax.jit(step), traces
 
-    def run_as_argument(self, tx: Any) -> tuple[Tree, list[Tree]]:
-        """The parameters after three steps of `argument_step`, and the updates."""
-        return take_three_steps(functools.partial(self.argument_step[0], tx), tx, self)
+    def run_step_of_tx(self, tx: Any) -> tuple[Tree, list[Tree]]:
+        """The parameters after three steps of `step_of_tx` with this transform, and the updates."""
+        return take_three_steps(functools.partial(self.step_of_tx[0], tx), tx, self)
 
     # --- leaves of all kinds
 
@@ -169,14 +169,14 @@ class Trial:
         return {**self.params, "layer": cast(layer, jnp.float32)}
 
     def row_grads(self, t: int) -> Tree:
-        """Gradients of step t: row gradients of the tables, the leaves with two rows or more."""
+        """The gradients of step t. Each leaf with two rows or more is a table: a row gradient."""
         rng = np.random.default_rng(200 + t)
 
         def grad(p: Any) -> Any:
             n = len(p) if p.ndim else 0
             if n < 2:
                 return jnp.asarray(rng.normal(size=p.shape), p.dtype)
-            # One row twice, and one that is outside of the table.
+            # One index twice, and one outside of the table.
             ids = np.array([t, 2 * t + 1, t]) % n
             ids = np.append(ids, n)
             values = rng.normal(size=(len(ids), *p.shape[1:]))

@@ -382,7 +382,7 @@ def test_row_gradients_and_masks():
     updates, _ = masked(scale(0.5), {"table": True, "w": False}).update(grads, ())
     assert_same(updates["table"].to_dense()[3], jnp.ones(2))
     with pytest.raises(
-        TypeError, match=r"at 'table' the mask has RowGradient.*give update the params"
+        TypeError, match=r"at 'table' the mask has RowGradient.*pass params to update"
     ):
         masked(scale(0.5), matrices).update(grads, ())
 

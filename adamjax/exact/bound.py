@@ -16,7 +16,7 @@ from adamjax.exact.state import Columns, ExactRowsState, Past, path_of_table
 from adamjax.exact.tables import Batch, Family, Table
 from adamjax.moments import next_count
 from adamjax.paths import flatten
-from adamjax.structure import map_slots
+from adamjax.structure import map_slots, named_slots
 from adamjax.transform import Rule, Transform
 
 __all__ = ["Bound"]
@@ -24,14 +24,14 @@ __all__ = ["Bound"]
 
 @dataclass(frozen=True)
 class Bound:
-    """An inner transform, the tables among its parameters, and a state of both.
+    """An inner transform, the tables among its parameters, and a state of `exact_rows`.
 
     Attributes:
       tx: the inner transform, its mask functions resolved for these parameters.
       families: the tables by family.
       parts: for each leaf that is a table, the parts from its rule on, with their states.
       params: the parameters.
-      inner: the state of the inner transform.
+      inner_state: the state of the inner transform.
       state: the state of `exact_rows`; `None` while it is being made.
     """
 
@@ -39,7 +39,7 @@ class Bound:
     families: list[Family]
     parts: dict[int, list[RoutePart]]
     params: Tree
-    inner: Any
+    inner_state: Any
     state: ExactRowsState | None = None
 
     @property
@@ -67,15 +67,16 @@ class Bound:
         a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
         for _, tx, state, params in later:
             if not isinstance(tx, weight_ema):
-                s, w = tx.affine(state, params, table.leaf, table.real) or (1, 0)
-                a, b = s * a, s * b + w
+                # It turns the update u = a * m / (x + e) + b * p into factor * u + decay * p.
+                factor, decay = tx.affine(state, params, table.leaf, table.real) or (1, 0)
+                a, b = factor * a, factor * b + decay
         return a, b
 
     def columns(self, table: Table) -> Columns:
         """The table's weights, its slots, and the clock of each row."""
         assert self.state is not None
         weights = flatten(self.params)[0][table.leaf]
-        slots = _slots_of_leaf(self.inner, table.leaf)
+        slots = _slots_of_leaf(self.inner_state, table.leaf)
         return Columns(weights, slots, self.state.tables[table.path].last)
 
     def past(self, family: Family) -> Past:
@@ -93,8 +94,8 @@ class Bound:
         assert self.state is not None
         table = family.tables[0]
         a, b = self.scalars(table)
-        # The ring would stay NaN without this too. It makes the write of the ring depend on the
-        # reads, so that XLA knows their order and need not copy the ring.
+        # A ring with a NaN keeps it anyway. But so the write of the ring depends on the reads: XLA
+        # knows their order, and need not copy the ring.
         a = jnp.where(has_nan, jnp.nan, a)
         count = next_count(self.count(table))
         return table.plan.advance(self.state.rings[family.name], self.state.clock + 1, count, a, b)
@@ -106,17 +107,21 @@ class Bound:
         parts = self.parts[table.leaf]
         leaves, treedef = flatten(self.params)
 
-        def as_tree(x: Any) -> Tree:
+        def with_this_leaf_alone(x: Any) -> Tree:
             return treedef.unflatten([x if i == table.leaf else None for i in range(len(leaves))])
+
+        def with_slots(state: Any, slots: dict[str, chex.Array]) -> Any:
+            return map_slots(lambda name, _: with_this_leaf_alone(slots.get(name)), state)
 
         def step(
             g: chex.Array, slots: dict[str, chex.Array], weights: chex.Array
         ) -> tuple[chex.Array, dict[str, chex.Array]]:
-            states = [map_slots(lambda name, _: as_tree(slots.get(name)), s.state) for s in parts]
+            states = tuple(with_slots(part.state, slots) for part in parts)
             rule, *later = (part.tx for part in parts)
             assert isinstance(rule, Rule)
             tx = chain(rule.with_wide_slots(), *later)
-            u, next_states = tx.update(as_tree(g), tuple(states), as_tree(weights), **extra_args)
+            grads, params = with_this_leaf_alone(g), with_this_leaf_alone(weights)
+            u, next_states = tx.update(grads, states, params, **extra_args)
             return flatten(u)[0][table.leaf], _slots_of_leaf(next_states, table.leaf)
 
         return step
@@ -124,13 +129,5 @@ class Bound:
 
 def _slots_of_leaf(state: Any, leaf: int) -> dict[str, Any]:
     """The slots of one leaf by their names, from all states inside a state."""
-    slots: dict[str, Any] = {}
-
-    def collect(name: str, tree: Tree) -> Tree:
-        slot = flatten(tree)[0][leaf]
-        if slot is not None:
-            slots[name] = slot
-        return tree
-
-    map_slots(collect, state)
-    return slots
+    slots = [(name, flatten(tree)[0][leaf]) for name, tree in named_slots(state)]
+    return {name: slot for name, slot in slots if slot is not None}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.blocks import in_blocks, rows_of_each
-from adamjax.coasting import decayed
+from adamjax.coasting import Ring, decayed
 from adamjax.encoding import each_part
 from adamjax.exact.state import Columns, Past, Ready
 from adamjax.exact.tables import Batch, Table, per_row
@@ -42,8 +42,9 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
       indices: for each table int32[n], where `num_rows` stands for no row; `None` for all rows.
     """
     first = batch.tables[0]
-    clamped, is_row = indices, None
-    if indices[0] is not None:
+    if indices[0] is None:
+        clamped, is_row = indices, None
+    else:
         sizes = [x.size for x in indices]
         num_rows = per_row(np.array([t.num_rows for t in batch.tables], np.int32), sizes)
         all_indices = jnp.concatenate(indices)
@@ -60,7 +61,9 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
     last = gathered(c.last for c in columns)
-    last = last if is_row is None else jnp.where(is_row, last, past.clock)
+    if is_row is not None:
+        # What is no row has nothing to catch up with.
+        last = jnp.where(is_row, last, past.clock)
     stored = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
     slots = {name: x.astype(first.real) for name, x in stored.items()}
     # If XLA fused the gather into the arithmetic, it would not vectorise the arithmetic.
@@ -72,15 +75,13 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     else:
         size = root(slots[coast.size]) if coast.squared else slots[coast.size]
     # Only if `weight_ema` has it: a rule's slot may have that name too.
-    average = slots["average"] if first.plan.momentum is not None else None
+    average = slots["average"] if _has_average(first) else None
     moved, average = first.plan.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
     for name, b in coast.decays:
         slots[name] = decayed(slots[name], b, gap, batch.family.history)
     if average is not None:
         slots["average"] = average
-    entries = [gather_entries(x, last & (len(x) - 1)) for x in past.ring if x is not None]
-    nans = [jnp.any(jnp.isnan(x)) for x in entries]
     return Ready(
         now=(before + moved).astype(first.dtype),
         moved=moved,
@@ -90,14 +91,27 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
             for name, x in slots.items()
         },
         last=last,
-        has_nan=functools.reduce(operator.or_, nans, jnp.array(False)),
+        has_nan=_has_nan(past.ring, last),
     )
+
+
+def _has_average(table: Table) -> bool:
+    """Whether a `weight_ema` follows the table's rule. (`plan.momentum` is that of the average.)"""
+    return table.plan.momentum is not None
+
+
+def _has_nan(ring: Ring, last: chex.Array) -> chex.Array:
+    """Whether the entries of these steps in a ring have a NaN."""
+    # The length of a ring is a power of two, so this is `last % len(x)`.
+    entries = [gather_entries(x, last & (len(x) - 1)) for x in ring if x is not None]
+    nans = [jnp.any(jnp.isnan(x)) for x in entries]
+    return functools.reduce(operator.or_, nans, jnp.array(False))
 
 
 def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
     """The weights of rows, or with `averaged` their average where `weight_ema` keeps one."""
     first = batch.tables[0]
-    if averaged and first.plan.momentum is not None:
+    if averaged and _has_average(first):
         return ready.slots["average"].astype(first.dtype)
     return ready.now
 
@@ -118,16 +132,17 @@ def read_in_blocks(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def flushed(
-    batch: Batch, stochastic: bool, columns: Columns, past: Past, first: chex.Array
+    batch: Batch, stochastic: bool, columns: Columns, past: Past, first_row: chex.Array
 ) -> Columns:
-    """Brings all rows of a table up to date, or of a part of it that begins at row `first`.
+    """Brings all rows of a table, or of a part of it, up to date.
 
     Args:
       stochastic: whether to round bfloat16 weights stochastically.
+      first_row: if the columns are a part of a table, the number of their first row.
     """
     weights_key = None
     if stochastic and is_narrow(columns.weights):
-        # Other bits than those of the slots, and of `apply_updates` in the steps before and after.
+        # This key differs from that of the slots, and from that of `apply_updates` in any step.
         leaf = batch.tables[0].leaf
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = columns.weights.shape[0]
@@ -139,11 +154,11 @@ def flushed(
         clock = jnp.broadcast_to(past.clock, ids.shape)
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
-        (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first)
+        (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first_row)
         now = rows.now
         if weights_key is not None:
             before = gather_rows(columns.weights, ids, mode="fill", fill_value=0)
-            now = stepped(before, rows.moved, weights_key, ids + first)
+            now = stepped(before, rows.moved, weights_key, ids + first_row)
         return written._replace(weights=scatter_rows(columns.weights, ids, now))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
@@ -168,35 +183,38 @@ def put_rows(
     slots: dict[str, Any],
     last: chex.Array,
     keys: Any = None,
-    first: Any = 0,
+    first_row: Any = 0,
 ) -> list[Columns]:
     """The columns of tables, with new slots and a new `last` at some rows.
 
     Args:
       indices: the rows of each table; `None` for all rows.
+      slots, last: their values at the rows of all tables, concatenated as in `Ready`.
       keys: the result of `slot_keys`.
-      first: if the columns are a part of a table, the number of their first row.
+      first_row: if the columns are a part of a table, the number of their first row.
     """
 
-    def rounded_slots(old: Columns, new: dict[str, chex.Array], n: int, rows: Any) -> list[Any]:
-        key = None if keys is None else keys[n]
+    def rounded_slots(old: Columns, new: dict[str, chex.Array], table: int, rows: Any) -> list[Any]:
+        key = None if keys is None else keys[table]
         return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
 
     if indices[0] is None:
         (old,) = columns
         new = dict(zip(old.slots, rounded_slots(old, slots, 0, None), strict=True))
         return [old._replace(slots=new, last=last)]
-    sizes = [i.size for i in indices]
-    pieces = {name: rows_of_each(x, sizes) for name, x in slots.items()}
-    lasts = rows_of_each(last, sizes)
+    sizes = [ids.size for ids in indices]
+    slots_of_each = {name: rows_of_each(x, sizes) for name, x in slots.items()}
+    last_of_each = rows_of_each(last, sizes)
 
-    def put_in(old: Columns, i: chex.Array, n: int) -> Columns:
-        rounded = rounded_slots(old, {name: x[n] for name, x in pieces.items()}, n, i + first)
+    def put_in(table: int) -> Columns:
+        old, ids = columns[table], indices[table]
+        new_rows = {name: x[table] for name, x in slots_of_each.items()}
+        rounded = rounded_slots(old, new_rows, table, ids + first_row)
         pairs = zip(old.slots.items(), rounded, strict=True)
         new = {
-            name: each_part(lambda x, rows: scatter_rows(x, i, rows), x, rows)
+            name: each_part(lambda x, rows: scatter_rows(x, ids, rows), x, rows)
             for (name, x), rows in pairs
         }
-        return old._replace(slots=new, last=scatter_rows(old.last, i, lasts[n]))
+        return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[table]))
 
-    return [put_in(old, i, n) for n, (old, i) in enumerate(zip(columns, indices, strict=True))]
+    return [put_in(table) for table in range(len(columns))]

@@ -19,11 +19,12 @@ from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.tables import Family, Table
 from adamjax.leaves import expect_array
 from adamjax.paths import flatten, leaf_paths
-from adamjax.structure import map_slots
+from adamjax.structure import named_slots
 from adamjax.transform import CLASSLESS
 
 __all__ = ["expect_fit", "expect_slot_names", "expect_slots"]
 
+# What errors advise if a table has another size than in the state, and if the rule is another.
 _OTHER_TABLE = (
     "make a new state with init; or flush with the old sizes, resize the table in params "
     "and in state.inner, and continue with from_dense(state.inner, params)"
@@ -43,38 +44,32 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
             f"exact_rows: the state's tables are a {type(state.tables).__name__}, expected a "
             f"dictionary. {CLASSLESS}"
         )
-    slots: list[Tree] = []
-
-    def collect(name: str, tree: Tree) -> Tree:
-        slots.append(tree)
-        return tree
-
-    map_slots(collect, state.inner)
+    slots = named_slots(state.inner)
     paths = leaf_paths(params)
-    state_paths = leaf_paths(slots[0]) if slots else paths
+    state_paths = leaf_paths(slots[0][1]) if slots else paths
     # Sets, because JAX sorts the keys of a dictionary that goes through jit.
     if paths != state_paths or {t.path for t in tables} != set(state.tables):
         unmatched = [path for path in paths if path not in set(state_paths)]
         unmatched += [path for path in state_paths if path not in set(paths)]
         raise ValueError(
             f"exact_rows: the state is for other parameters, with the tables "
-            f"{list(state.tables)}, expected {[t.path for t in tables]}; leaves that only one "
-            f"of the two has: {unmatched}. The state refers to leaves by position, so params must "
-            "have the structure that init was given"
+            f"{list(state.tables)}, expected {[t.path for t in tables]}; leaves that are only in "
+            f"params or only in the state: {unmatched}. The state refers to leaves by position, so "
+            "params must have the structure that init was given"
         )
-    for path, rows in state.tables.items():
-        if not isinstance(rows, TableState):
+    for path, table_state in state.tables.items():
+        if not isinstance(table_state, TableState):
             raise TypeError(
-                f"exact_rows: the state's tables[{path!r}] is a {type(rows).__name__}, expected a "
-                f"TableState. {CLASSLESS}"
+                f"exact_rows: the state's tables[{path!r}] is a {type(table_state).__name__}, "
+                f"expected a TableState. {CLASSLESS}"
             )
-    expect_array(
-        "exact_rows: the clock", state.clock, (), "do not cast it, it wraps around", "int32"
-    )
+    advice = "do not cast it, because it wraps around at the ends of int32"
+    expect_array("exact_rows: the clock", state.clock, (), advice, "int32")
     for table in tables:
-        rows, where = state.tables[table.path], f"exact_rows: tables[{table.path!r}]"
-        expect_array(f"{where}.last", rows.last, table.shape[:1], _OTHER_TABLE, "int32")
-        expect_array(f"{where}.cursor", rows.cursor, (), _OTHER_TABLE, "int32")
+        last, cursor = state.tables[table.path]
+        where = f"exact_rows: tables[{table.path!r}]"
+        expect_array(f"{where}.last", last, table.shape[:1], _OTHER_TABLE, "int32")
+        expect_array(f"{where}.cursor", cursor, (), _OTHER_TABLE, "int32")
     _expect_rings(families, state.rings)
 
 
@@ -88,23 +83,26 @@ def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
 
 
 def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> None:
-    """Refuses a rule whose state does not have what its `coast` names, and other slots of rows.
+    """Refuses slots of a table that `exact_rows` could not bring up to date.
 
-    Those are slots of a transform before the rule, and slots whose name is used twice.
+    The rule's state must have the slots that its `coast` names. No transform before the rule may
+    have a slot, and no two slots may have one name.
+
+    Args:
+      parts: the table's rule and later transforms.
+      inner: the state of the whole inner transform.
     """
-    rule, names = parts[0], list[str]()
-
-    def collect(name: str, tree: Tree) -> Tree:
+    rule = parts[0]
+    names: list[str] = []
+    for name, tree in named_slots(inner):
         slot = flatten(tree)[0][table.leaf]
         if slot is not None:
             expect_rows(slot, f"exact_rows: the table {table.path!r} needs rows")
             names.append(name)
-        return tree
-
-    map_slots(collect, inner)
     coast = table.coast
     needed_slots = {coast.momentum, *(name for name, _ in coast.decays)}
-    needed_slots |= set() if coast.size is None else {coast.size}
+    if coast.size is not None:
+        needed_slots.add(coast.size)
     if needed_slots - set(names) or not hasattr(rule.state, "count"):
         raise ValueError(
             f"exact_rows: {rule.tx!r} coasts by the slots {sorted(needed_slots)} and a count of "
@@ -128,17 +126,23 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
         )
 
 
+def _note_on_dtypes(families: Sequence[Family], rings: Mapping[str, Any]) -> str:
+    """What an error says if the rings are for tables of another dtype."""
+    series: list[Any] = [getattr(ring, "series", None) for ring in rings.values()]
+    dtypes = {x.dtype for x in series if hasattr(x, "dtype")}
+    real = np.dtype(families[0].tables[0].real)
+    if not dtypes or dtypes == {real}:
+        return ""
+    widths = " and ".join(sorted(x.name for x in dtypes))
+    return f"the state is for tables in {widths}, now they are in {real.name}; "
+
+
 def _expect_rings(families: Sequence[Family], rings: Any) -> None:
     names = [family.name for family in families]
-    described = list(rings) if isinstance(rings, Mapping) else type(rings).__name__
     if not isinstance(rings, Mapping) or set(rings) != set(names):
-        real = families[0].tables[0].real
-        series: list[Any] = [getattr(x, "series", None) for x in getattr(rings, "values", tuple)()]
-        of_state = {x.dtype for x in series if hasattr(x, "dtype")}
-        note = ""
-        if of_state and of_state != {np.dtype(real)}:
-            widths = " and ".join(sorted(x.name for x in of_state))
-            note = f"the state is for tables in {widths}, now they are in {np.dtype(real).name}; "
+        is_mapping = isinstance(rings, Mapping)
+        described = list(rings) if is_mapping else type(rings).__name__
+        note = _note_on_dtypes(families, rings) if is_mapping else ""
         raise ValueError(
             f"exact_rows: the state is for another transform: {described}, expected {names}: "
             f"{note}{_OTHER_RULE}"
@@ -169,5 +173,8 @@ def _is_x64() -> bool:
 
 @functools.lru_cache
 def _ring_like(plan: Coasting, history: int, real: Any, is_x64: bool) -> Ring:
-    """The shapes and dtypes of a ring, which depend on the mode of x64 too."""
+    """The shapes and dtypes of a ring.
+
+    They depend on whether JAX is in x64 mode: `is_x64` is an argument for the sake of the cache.
+    """
     return jax.eval_shape(lambda: plan.init(history, real))

@@ -41,7 +41,7 @@ def take_step(
     treedef = flatten(params)[1]
     # For tables, the transforms before the rules; for other leaves, the whole step.
     updates, inner = with_stops(bound.tx, tuple(t.leaf for t in tables)).update(
-        treedef.unflatten(grads), bound.inner, params, **extra_args
+        treedef.unflatten(grads), bound.inner_state, params, **extra_args
     )
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf: leaf_updates[t.leaf].gradient for t in tables}

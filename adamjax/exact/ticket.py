@@ -68,7 +68,8 @@ class Ticket(Data):
                [0.]], dtype=float32)
         """
         path = path_of_table(table, list(self.places))
-        (distinct, position), (num_rows, shape) = self.places[path], dict(self.num_rows)[path]
+        distinct, position = self.places[path]
+        num_rows, shape = dict(self.num_rows)[path]
         if np.shape(values)[: len(shape)] != tuple(shape):
             raise ValueError(
                 f"ticket.row_gradient: the gradients of {path!r} have the shape "
@@ -84,25 +85,33 @@ class Ticket(Data):
             {**self.places, **other.places},
             (*self.num_rows, *other.num_rows),
         )
-        ticket.set_fields(
-            _origins={**vars(self).get("_origins", {}), **vars(other).get("_origins", {})}
-        )
-        return ticket
+        return ticket.with_origins({**self._noted_origins, **other._noted_origins})
 
     def with_origins(self, origins: dict[str, Any]) -> "Ticket":
-        """Notes the arrays that the ticket was made from; they are not part of the pytree."""
+        """Notes by path the arrays that the ticket was made from; they are not in the pytree."""
         self.set_fields(_origins=origins)
         return self
 
+    @property
+    def _noted_origins(self) -> dict[str, Any]:
+        """By path, the arrays that the ticket was made from; none if it went through `jit`."""
+        return vars(self).get("_origins", {})
+
     def rows_of(self, path: str, origin: Any) -> Ready | None:
-        """The rows of a batch, if the ticket was made from these very arrays."""
-        expected = jax.tree.leaves(vars(self).get("_origins", {}).get(path))
+        """The rows of a batch; `None` if the ticket was not made from the very arrays in `origin`.
+
+        Args:
+          path: the path of the batch's first table.
+          origin: the arrays that the rows depend on.
+        """
+        expected = jax.tree.leaves(self._noted_origins.get(path))
         arrays = jax.tree.leaves(origin)
         same = len(expected) == len(arrays) and all(map(operator.is_, expected, arrays))
         return self.rows.get(path) if same else None
 
 
 def _tuples(x: Any) -> Any:
+    """What JSON has read, with a tuple in place of each list, as static fields must be hashable."""
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
