@@ -9,6 +9,7 @@ import numpy as np
 
 import adamjax
 from benchmarks import steps
+from benchmarks.networks import draw_ids, zipf_sums
 from benchmarks.steps import RATE, Runner, Step
 
 # The exponent s of Zipf's law, p(k) ~ k^-s. In a table of 1M rows, 8,192 indices have about
@@ -17,7 +18,7 @@ EXPONENT = 1.28
 
 # Steps repeat this many arrays of indices and of values. There are fewer arrays of values, but at
 # least two, if they would take more than `MOST_BYTES`.
-INDICES, VALUES = 32, 8
+INDEX_ARRAYS, VALUE_ARRAYS = 32, 8
 MOST_BYTES = 2**28
 
 # Steps before the timed ones: few for a dense step, until its memory is allocated; many for the
@@ -73,44 +74,44 @@ class Case:
 def least_bytes(name: str, case: Case, distinct: float) -> float:
     """The least bytes that a contender's step can read and write.
 
-    All in float32 and each once. The parameter and both moments of a row are read and written: 24
-    bytes for each element of the batch's distinct rows, or of the whole table if the contender
-    passes over all of it. The gradient's values and the int32 indices are read. Not counted are a
-    dense gradient, which the result does not need; what `exact_rows` records for each row, 8 bytes;
-    and the padding of rows on a TPU. `distinct` is how many rows a batch touches, on average.
+    Every number has 4 bytes, and a step moves each once. The parameter and both moments of a row
+    are read and written: 24 bytes for each element of the batch's distinct rows, or of the whole
+    table if the contender passes over all of it. The gradient's values and the indices are read.
+    Not counted are a dense gradient, which the result does not need; what `exact_rows` records for
+    each row, 8 bytes; and the padding of rows on a TPU. `distinct` is how many rows a batch
+    touches, on average.
     """
     touched = distinct if name in BY_ROWS else case.rows
     return 24 * touched * case.width + 4 * case.reads * (case.width + 1)
 
 
-def num_values(case: Case) -> int:
-    """How many values there are for the batches: 8, or fewer if they are large."""
-    return min(VALUES, max(2, MOST_BYTES // (4 * case.reads * case.width)))
+def num_value_arrays(case: Case) -> int:
+    """How many arrays of values the batches share: 8, or fewer if they are large."""
+    return min(VALUE_ARRAYS, max(2, MOST_BYTES // (4 * case.reads * case.width)))
 
 
 def batch_bytes(case: Case) -> int:
     """The bytes of the batches that a contender keeps; torch's indices have 8 each."""
-    return 4 * num_values(case) * case.reads * case.width + 8 * INDICES * case.reads
+    values = num_value_arrays(case) * case.reads * case.width
+    return 4 * values + 8 * INDEX_ARRAYS * case.reads
 
 
 def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Indices int32[32, reads] and values float32[n, reads, width], the same for everyone."""
     rng = np.random.default_rng(case.reads)
+    indices_shape = (INDEX_ARRAYS, case.reads)
     if case.indices == "uniform":
-        indices = rng.integers(case.rows, size=(INDICES, case.reads))
+        indices = rng.integers(case.rows, size=indices_shape)
     else:
-        # Freed on return, because the resident memory is measured as that of a step.
-        total = np.cumsum(np.arange(1, case.rows + 1) ** -EXPONENT)
-        ranks = np.searchsorted(total, rng.random((INDICES, case.reads)) * total[-1])
-        # Frequent rows are not neighbours; the prime makes this a permutation.
-        indices = ranks * 7_368_787 % case.rows
-    shape = (num_values(case), case.reads, case.width)
-    values = 0.01 * rng.standard_normal(shape, np.float32)
+        # The sums are not cached: a suite measures the resident memory of this process as a step's.
+        indices = draw_ids(rng, zipf_sums(case.rows, EXPONENT), indices_shape)
+    values_shape = (num_value_arrays(case), case.reads, case.width)
+    values = 0.01 * rng.standard_normal(values_shape, np.float32)
     return indices.astype(np.int32), values
 
 
 def start_rows(width: int) -> np.ndarray:
-    """The rows that every table consists of before the first step, repeated."""
+    """1,000 rows. Before the first step, every table has these again and again."""
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 
@@ -146,7 +147,8 @@ class JaxTable:
         params = {"table": jnp.resize(rows, (case.rows, case.width))}
         if name in OURS:
             params = jax.tree.map(adamjax.layout.row_major, params)
-            compiled = steps.jitted(step, optimizer(name), params, more=name in WHOLE_STEPS)
+            more = 1 if name in WHOLE_STEPS else 0
+            compiled = steps.jitted(step, optimizer(name), params, more_results=more)
         else:
             compiled = jax.jit(step, donate_argnums=(0, 1))
         self.run = Runner(compiled, params, init(params))
@@ -163,7 +165,8 @@ class TorchTable:
     def __init__(self, name: str, case: Case) -> None:
         import torch
 
-        self.sparse, self.steps_taken = name == "torch sparse", 0
+        self.sparse = name == "torch sparse"
+        self.steps_taken = 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_cpu = self.device == "cpu"
         rows = torch.from_numpy(start_rows(case.width)).to(self.device)
@@ -182,19 +185,21 @@ class TorchTable:
         rows = [torch.from_numpy(x).to(self.device) for x in values]
         self.batches = [(x, rows[i % len(rows)]) for i, x in enumerate(ids)]
 
+    def _gradient(self, indices: Any, values: Any) -> Any:
+        import torch
+
+        if self.sparse:
+            shape = self.table.shape
+            return torch.sparse_coo_tensor(indices[None], values, shape, check_invariants=False)
+        return torch.zeros_like(self.table).index_add_(0, indices, values)
+
     def run(self, count: int) -> None:
         """Takes some steps in place, and waits for them."""
         import torch
 
         for _ in range(count):
-            indices, values = self.batches[self.steps_taken % len(self.batches)]
-            shape = self.table.shape
-            if self.sparse:
-                grad = torch.sparse_coo_tensor(indices[None], values, shape, check_invariants=False)
-            else:
-                grad = torch.zeros_like(self.table).index_add_(0, indices, values)
-            self.table.grad = grad
-            del grad
+            # No variable has the gradient, so that its memory is free before the next one is made.
+            self.table.grad = self._gradient(*self.batches[self.steps_taken % len(self.batches)])
             self.optimizer.step()
             self.table.grad = None
             self.steps_taken += 1

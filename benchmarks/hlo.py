@@ -9,7 +9,7 @@ from collections.abc import Iterator
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\((.*)")
 # dtype[dimensions]{minor to major:T(tile)...S(memory)}
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^}]*)\})?")
-# They do nothing when a program runs.
+# Opcodes of instructions that do nothing when a program runs.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
@@ -38,8 +38,9 @@ def computations(text: str) -> dict[str, str]:
     }
 
 
-def _attribute(rest: str, name: str) -> str | None:
-    match = re.search(rf"\b(?:{name})=%?([\w.-]+)", rest)
+def _attribute(rest: str, names: str) -> str | None:
+    """The value of an instruction's attribute; `names` may be several, such as `body|to_apply`."""
+    match = re.search(rf"\b(?:{names})=%?([\w.-]+)", rest)
     return match[1] if match else None
 
 
@@ -49,8 +50,9 @@ def _attribute(rest: str, name: str) -> str | None:
 def launches(text: str) -> tuple[int, int]:
     """The kernels that a program launches on a GPU, and how often it waits for the host.
 
-    The kernels of a loop count as often as it goes round, where the compiler knows how often. Of
-    branches and other loops the host has to see a number first; what is in them is not counted.
+    If the compiler knows how many turns a loop takes, its kernels count in each turn. For any other
+    loop, and for a branch, the program waits until the host has seen a number: this counts as one
+    wait, and what is inside is not counted.
     """
     bodies = computations(text)
 
@@ -59,12 +61,13 @@ def launches(text: str) -> tuple[int, int]:
         for _, _, opcode, rest in instructions(body):
             if opcode in _FREE or opcode.endswith("-done"):
                 continue
-            rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
             called = _attribute(rest, "body|to_apply")
-            if called and (opcode == "call" or (opcode == "while" and rounds)):
-                times = int(rounds[1]) if rounds else 1
-                inner = count(bodies[called])
-                kernels, waits = kernels + times * inner[0], waits + times * inner[1]
+            if called and (opcode == "call" or (opcode == "while" and known)):
+                turns = int(known[1]) if known else 1
+                inner_kernels, inner_waits = count(bodies[called])
+                kernels += turns * inner_kernels
+                waits += turns * inner_waits
             elif opcode in ("while", "conditional"):
                 waits += 1
             else:
@@ -77,22 +80,23 @@ def launches(text: str) -> tuple[int, int]:
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-def padded_arrays(kind: str) -> list[tuple[int, int]]:
+def padded_arrays(hlo_type: str) -> list[tuple[int, int]]:
     """The bytes of the arrays in an HLO type, padded to their tiles, and the memory of each.
 
     Memory 0 is the large one; 1 is the fast one on the chip, others are for scalars.
     """
     arrays = []
-    for letters, bits, dimensions, layout in _ARRAY.findall(kind):
-        order, _, how = layout.partition(":")
+    for letters, bits, dimensions, layout in _ARRAY.findall(hlo_type):
+        order, _, tiles_and_memory = layout.partition(":")
         lengths = [int(n) for n in dimensions.split(",") if n]
         minor_first = [lengths[int(i)] for i in order.split(",") if i]
-        tile = re.match(r"T\(([\d,]+)\)", how)
-        tiles = [int(n) for n in tile[1].split(",")][::-1] if tile else []
-        minor_first += [1] * (len(tiles) - len(minor_first))
-        for i, n in enumerate(tiles):
+        # Each of the minor dimensions is padded to a multiple of its tile's length.
+        tile = re.match(r"T\(([\d,]+)\)", tiles_and_memory)
+        tile_lengths = [int(n) for n in tile[1].split(",")][::-1] if tile else []
+        minor_first += [1] * (len(tile_lengths) - len(minor_first))
+        for i, n in enumerate(tile_lengths):
             minor_first[i] = -(-minor_first[i] // n) * n
-        memory = re.search(r"S\((\d+)\)", how)
+        memory = re.search(r"S\((\d+)\)", tiles_and_memory)
         width = 1 if letters == "pred" else int(bits or 0) // 8
         arrays.append((width * math.prod(minor_first), int(memory[1]) if memory else 0))
     return arrays
@@ -101,27 +105,28 @@ def padded_arrays(kind: str) -> list[tuple[int, int]]:
 def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
     """The bytes that a program's entry reads from the large memory and writes to it.
 
-    An instruction reads and writes the whole of its arrays. One that reads or writes rows of an
-    array, the largest it has, moves as much of it as all its others are. Loops and branches are
-    searches among indices and not counted, but for loops over blocks of rows.
+    An instruction counts as reading and writing the whole of its arrays. But if it reads or writes
+    rows, its largest array is the one whose rows it moves, and counts as no larger than its next
+    largest. Loops and branches are not counted, as they are searches among indices; only loops over
+    blocks of rows are.
 
     Args:
       text: the program.
-      turns: how often a loop over blocks goes round, from turn to turn of which a large array goes.
-      large: the bytes of such an array.
+      turns: how many turns a loop over blocks of rows takes; 0 counts no loop.
+      large: a loop is one over blocks if it carries an array of at least this many bytes.
     """
     bodies = computations(text)
     calls = {name: set(re.findall(r"calls=%?([\w.-]+)", body)) for name, body in bodies.items()}
     # The computations that read or write rows of an array, at any depth.
-    by_rows = {n for n, body in bodies.items() if re.search(r" (gather|scatter)\(", body)}
+    by_rows = {name for name, body in bodies.items() if re.search(r" (gather|scatter)\(", body)}
     while more := {name for name, called in calls.items() if called & by_rows} - by_rows:
         by_rows |= more
 
     def moved(body: str, turns: int) -> int:
         arrays: dict[str, list[tuple[int, int]]] = {}
         total = 0
-        for name, kind, opcode, rest in instructions(body):
-            arrays[name] = results = padded_arrays(kind)
+        for name, hlo_type, opcode, rest in instructions(body):
+            arrays[name] = results = padded_arrays(hlo_type)
             operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
             if opcode == "get-tuple-element":
                 arrays[name] = [arrays[operands[0]][int(_attribute(rest, "index") or 0)]]
@@ -129,18 +134,20 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
                 total += turns * moved(bodies[_attribute(rest, "body") or ""], 0)
             if opcode in _FREE or opcode in ("while", "conditional"):
                 continue
+            # What ends a copy is counted where the copy starts; a bitcast moves nothing.
             if opcode.endswith("-done") or "ConcatBitcast" in rest:
                 continue
             if opcode in ("copy-start", "slice-start"):
-                # (to, from, context) and ((from), to, context); a slice reads what it takes.
+                # The results of a copy are (to, from, context), those of a slice
+                # ((from), to, context). Both read as many bytes as they write.
                 to, source = results[:2] if opcode == "copy-start" else results[1::-1]
                 total += to[0] * ((to[1] == 0) + (source[1] == 0))
                 continue
             used = [x for operand in operands for x in arrays.get(operand, [])] + results
             if opcode in ("gather", "scatter") or _attribute(rest, "calls") in by_rows:
-                most = max(n for n, _ in used)
-                rows = max((n for n, _ in used if n < most), default=0)
-                used = [(min(n, rows), memory) for n, memory in used]
+                largest = max(n for n, _ in used)
+                next_largest = max((n for n, _ in used if n < largest), default=0)
+                used = [(min(n, next_largest), memory) for n, memory in used]
             total += sum(n for n, memory in used if memory == 0)
         return total
 
@@ -148,12 +155,15 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
 
 
 def large_results(text: str, least: int) -> dict[str, int]:
-    """How many instructions of each kind have a result of so many elements, in a whole program."""
+    """How many instructions of each opcode have a result of `least` elements or more.
+
+    Those of a whole program. A fusion that writes into one of its operands is "fusion in place".
+    """
     counts: Counter[str] = Counter()
-    for _, kind, opcode, rest in instructions(text):
+    for _, hlo_type, opcode, rest in instructions(text):
         elements = [
             math.prod(map(int, dimensions.split(",")))
-            for dimensions in re.findall(r"\w\[([\d,]+)\]", kind)
+            for dimensions in re.findall(r"\w\[([\d,]+)\]", hlo_type)
         ]
         if max(elements, default=1) < least:
             continue

@@ -3,8 +3,9 @@
 Each contender takes whole train steps on the models of `networks`, jitted and donated, in turn with
 the others: the dense gradients that JAX gives, with adamjax and with optax; row gradients of the
 same loss, lazy and exact; and a step with the tables frozen, which is what the rest of the model
-costs. Besides, how long it takes to trace the row gradients by what `jax.value_and_grad` takes; and
-how long a step of 26 tables is as a program, beside one of a single table.
+costs. Two more things are measured: the time to trace the row gradients, as a multiple of the time
+that `jax.value_and_grad` takes; and a step of 26 tables as a program, its lines and the time to
+compile it, beside a step of a single table.
 """
 
 import gc
@@ -23,7 +24,7 @@ from benchmarks.steps import RATE, Runner, Step
 from benchmarks.suite import Suite, progress, say_times
 from benchmarks.workers import Team, players, serve
 
-# The second has the same tables as the first, but one alone; only its program is looked at.
+# The second model has one of the first one's tables. Only its program is measured, not its steps.
 MANY, ONE = "click, 26 tables", "click, one table"
 MODELS: dict[str, Any] = {
     "DLRM": DLRM((1_000_000, 250_000, 100_000, 100_000, 50_000, 50_000, 50_000, 50_000)),
@@ -38,7 +39,7 @@ QUICK: dict[str, Any] = {
     MANY: Clicks(3, rows=500, width=4, examples=64),
 }
 
-# name: what its optimizer step works on
+# name: its optimizer, and the gradients of the tables
 CONTENDERS = {
     "optax": "optax.adamw, dense gradients",
     "dense": "adamw, dense gradients",
@@ -46,15 +47,15 @@ CONTENDERS = {
     "exact": "exact_rows(adamw), row gradients",
     "frozen": "adamw, frozen tables",
 }
-MODES = {"lazy": "lazy", "exact": "exact"}  # the others have dense gradients
+WITH_ROW_GRADIENTS = ("lazy", "exact")
 DECAY = 1e-4
 
 # Steps before any is timed: rows then lag behind by various numbers of steps.
 WARM = 24
 # Batches in rotation; the seconds that a timed sample should last.
 BATCHES, SAMPLE = 32, 0.5
-# How often a program is made in a sitting.
-MADE = 2
+# How often a program is compiled in a sitting.
+COMPILATIONS = 2
 
 
 # --- contenders -----------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ MADE = 2
 
 def optimizer(name: str, model: Any) -> tuple[Any, Any]:
     """The optimizer of a contender of adamjax, and the tables with row gradients."""
-    mode = MODES.get(name, "dense gradient")
+    mode = name if name in WITH_ROW_GRADIENTS else "dense gradient"
     return steps.table_mode(mode, model.tables, adamjax.adamw, weight_decay=DECAY)
 
 
@@ -102,9 +103,9 @@ class Contender:
         self.run: Any = None
 
     def program(self, label: str, quick: bool) -> dict[str, Any]:
-        """How long a step is as a program, and how long it takes to make, with nothing in a cache.
+        """The lines of a step's program, and the seconds of each part of compiling it.
 
-        Tables lie as the compiler has them.
+        No cache has any of it. The compiler chooses the layout of the tables.
         """
         model = (QUICK if quick else MODELS)[MANY if label == ONE else label]
         model = replace(model, count=1) if label == ONE else model
@@ -120,12 +121,12 @@ class Contender:
         gc.collect()
         model = (QUICK if quick else MODELS)[label]
         init, step = trainer(self.name, model)
-        # The other generator takes long to compile.
+        # JAX's default generator takes long to compile.
         params = jax.jit(model.init)(jax.random.key(0, impl="rbg"))
-        if self.name in MODES:
+        if self.name in WITH_ROW_GRADIENTS:
             tables = {name: params[name] for name in model.tables}
             params |= jax.tree.map(adamjax.layout.row_major, tables)
-            compiled = steps.jitted(step, optimizer(self.name, model)[0], params, more=1)
+            compiled = steps.jitted(step, optimizer(self.name, model)[0], params, more_results=1)
         else:
             compiled = jax.jit(step, donate_argnums=(0, 1))
         self.run = Runner(compiled, params, init(params))
@@ -156,20 +157,21 @@ def measure_steps(
             failed |= team.failed
             bar.update()
     measured = measure.in_all(rounds, names)
-    others = [n for n in measured if n != "frozen" and "frozen" in measured]
-    # What the tables add to a step.
-    tables = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
+    # A contender's time divided by that of `exact`, and the time that the tables add to a step.
+    ratio, tables_ms = {}, {}
+    if "exact" in measured:
+        ratio = {n: measure.rounded([x[n] / x["exact"] for x in rounds]) for n in measured}
+    if "frozen" in measured:
+        others = [n for n in measured if n != "frozen"]
+        added = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
+        tables_ms = measure.times(added, others)
     return {
         "model": label,
-        # Of the workers': to ask JAX here would take the device from them.
+        # The workers have counted them: if JAX ran here too, it would take the device from them.
         "parameters": max((x["parameters"] for x in about.values()), default=0),
         "ms": measure.times(rounds, measured),
-        "ratio": {
-            n: measure.rounded([x[n] / x["exact"] for x in rounds])
-            for n in measured
-            if "exact" in measured
-        },
-        "tables_ms": measure.times(tables, others),
+        "ratio": ratio,
+        "tables_ms": tables_ms,
         "temporary_bytes": {n: about[n]["temporary_bytes"] for n in measured},
         "loss": {n: about[n]["loss"] for n in measured},
         "failed": failed,
@@ -186,16 +188,22 @@ def measure_programs(
     programs_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.sittings):
         with Team("models", names, device) as team:
-            for _, label, name in itertools.product(range(MADE), (MANY, ONE), names):
+            for _, label, name in itertools.product(range(COMPILATIONS), (MANY, ONE), names):
                 answers = team.ask(name, "program", label, args.quick)
                 programs_by_case.setdefault((label, name), []).extend(answers.values())
-    table, rounds = [], MADE * args.sittings
-    for (label, name), programs in programs_by_case.items():
-        if len(programs) == rounds:
-            row = {"model": label, "contender": name, "rounds": rounds}
-            row |= {"lines": programs[0]["lines"], "s": measure.times(programs, PARTS, scale=1)}
-            table.append(row)
-    return table
+    rounds = COMPILATIONS * args.sittings
+    return [
+        {
+            "model": label,
+            "contender": name,
+            "rounds": rounds,
+            "lines": programs[0]["lines"],
+            "s": measure.times(programs, PARTS, scale=1),
+        }
+        for (label, name), programs in programs_by_case.items()
+        # A contender that has failed in some round is left out.
+        if len(programs) == rounds
+    ]
 
 
 def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,22 +213,24 @@ def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if {MANY, ONE} <= exact.keys():
         lines = exact[MANY]["lines"] / exact[ONE]["lines"]
         seconds = exact[MANY]["s"]["compile"]["median"] / exact[ONE]["s"]["compile"]["median"]
-    what = "exact's time to compile with 26 tables by that with one"
+    about_lines = "exact's lines with 26 tables by those with one"
+    about_seconds = "exact's time to compile with 26 tables by that with one"
     return [
-        measure.bound("exact's lines with 26 tables by those with one", "at most", 4, lines),
-        measure.bound(what, "at most", 3, seconds),
+        measure.bound(about_lines, "at most", 4, lines),
+        measure.bound(about_seconds, "at most", 3, seconds),
     ]
 
 
 def tracing_seconds(model: Any, name: str, cold: bool = False) -> float:
     """Seconds to trace value and gradient ("jax") or row gradient ("rows") of a model's loss.
 
-    Nothing of it is in a cache, and if cold, nothing of JAX's own functions, as in a new process.
+    The loss is in no cache. If cold, all caches of JAX are empty, as in a new process; otherwise
+    they have JAX's own functions.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.batch(0))
 
-    def loss(params: Params, batch: Any) -> jax.Array:  # another function each time
+    def loss(params: Params, batch: Any) -> jax.Array:  # a new function, so that no cache has it
         return model.loss(params, batch)
 
     if name == "jax":
@@ -229,13 +239,13 @@ def tracing_seconds(model: Any, name: str, cold: bool = False) -> float:
         gradient = adamjax.value_and_grad(loss, model.tables)
     if cold:
         jax.clear_caches()
-    traced = jax.jit(lambda params, batch: gradient(params, batch))
+    jitted = jax.jit(lambda params, batch: gradient(params, batch))
     gc.collect()
-    return measure.timed(lambda: traced.trace(params, batch))
+    return measure.timed(lambda: jitted.trace(params, batch))
 
 
 def measure_tracing(models: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """The time to trace gradients, by that of `jax.value_and_grad`."""
+    """The times to trace row gradients and those of `jax.value_and_grad`, and their ratio."""
     table = []
     for (label, model), cold in itertools.product(models.items(), (False, True)):
         # Who goes first changes; the first two rounds are not counted.

@@ -19,24 +19,34 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Params = dict[str, Any]
 
-# Of p(k) ~ k^-s.
+# The exponent s of Zipf's law, p(k) ~ k^-s.
 EXPONENT = 1.1
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _cumulated(num_ids: int) -> np.ndarray:
-    return np.cumsum(np.arange(1, num_ids + 1) ** -EXPONENT)
+def zipf_sums(num_ids: int, exponent: float) -> np.ndarray:
+    """The cumulative sums of the weights of Zipf's law, by rank."""
+    return np.cumsum(np.arange(1, num_ids + 1) ** -exponent)
+
+
+def draw_ids(rng: np.random.Generator, sums: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """int32 ids in `[0, len(sums))`, a few of them frequent, and these not neighbours.
+
+    Args:
+      sums: the cumulative sums of the weights of all ranks.
+    """
+    ranks = np.searchsorted(sums, rng.random(shape) * sums[-1])
+    # A prime, so this is a permutation.
+    return (ranks * 7_368_787 % len(sums)).astype(np.int32)
+
+
+_zipf_sums = functools.cache(zipf_sums)
 
 
 def _zipf(rng: np.random.Generator, num_ids: int, shape: tuple[int, ...]) -> np.ndarray:
-    """int32 ids in `[0, num_ids)`, a few of them frequent, and these not neighbours."""
-    total = _cumulated(num_ids)
-    ranks = np.searchsorted(total, rng.random(shape) * total[-1])
-    # A prime, so this is a permutation.
-    return (ranks * 7_368_787 % num_ids).astype(np.int32)
+    return draw_ids(rng, _zipf_sums(num_ids, EXPONENT), shape)
 
 
 def _hash(ids: np.ndarray, salt: int) -> np.ndarray:
@@ -97,8 +107,9 @@ def _click_loss(logits: jax.Array, clicked: jax.Array) -> jax.Array:
 class DLRM:
     """Clicks, after Naumov et al., arXiv:1906.00091: one table a feature, dots of all pairs.
 
-    The first table is of what the user has seen, the second of the query's words: bags of ids,
-    whose rows are summed and averaged. Of the other features a user has one value each.
+    The first table is of what the user has seen, the second of the query's words. Both are read by
+    bags of ids; the rows of a bag are summed in the first, and averaged in the second. Each other
+    feature is one id.
     """
 
     rows: tuple[int, ...]
@@ -122,8 +133,8 @@ class DLRM:
         seen, query, *others = params["tables"]
         # A short bag is filled up with an id that is no row.
         bags = [jnp.take(seen, batch["seen"], axis=0, mode="fill", fill_value=0).sum(1)]
-        there = batch["there"][..., None]
-        bags.append((query[batch["query"]] * there).sum(1) / there.sum(1))
+        present = batch["present"][..., None]
+        bags.append((query[batch["query"]] * present).sum(1) / present.sum(1))
         single = [table[ids] for table, ids in zip(others, batch["ids"].T, strict=True)]
         bottom = jax.nn.silu(_apply_mlp(params["bottom"], batch["numbers"]))
         features = jnp.stack([bottom, *bags, *single], axis=1)
@@ -137,17 +148,17 @@ class DLRM:
         seen, query, *others = self.rows
         many = (self.examples, self.bag)
         lengths = rng.integers(1, self.bag + 1, (2, self.examples, 1))
-        there = np.arange(self.bag) < lengths
+        present = np.arange(self.bag) < lengths
         batch = {
-            "seen": np.where(there[0], _zipf(rng, seen, many), seen).astype(np.int32),
-            "query": np.where(there[1], _zipf(rng, query, many), 0).astype(np.int32),
-            "there": there[1].astype(np.float32),
+            "seen": np.where(present[0], _zipf(rng, seen, many), seen).astype(np.int32),
+            "query": np.where(present[1], _zipf(rng, query, many), 0).astype(np.int32),
+            "present": present[1].astype(np.float32),
             "ids": np.stack([_zipf(rng, n, (self.examples,)) for n in others], axis=1),
             "numbers": rng.standard_normal((self.examples, self.numbers), np.float32),
         }
         truth = batch["numbers"][:, 0] - batch["numbers"][:, 1]
-        truth += (_effect(batch["seen"], 0) * there[0]).sum(1)
-        truth += 2 * (_effect(batch["query"], 1) * there[1]).mean(1)
+        truth += (_effect(batch["seen"], 0) * present[0]).sum(1)
+        truth += 2 * (_effect(batch["query"], 1) * present[1]).mean(1)
         truth += sum(2 * _effect(ids, i + 2) for i, ids in enumerate(batch["ids"].T))
         return batch | {"clicked": _clicked(rng, truth)}
 
@@ -183,12 +194,15 @@ class TwoTower:
         user = _apply_mlp(params["user_tower"], user)
         item = _apply_mlp(params["item_tower"], params["items"][batch["item"]])
         user, item = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (user, item))
-        # Frequent items are among the others too often.
+        # The other items of a batch are frequent ones too often, which this corrects.
         logits = 10 * user @ item.T - batch["log_frequency"]
         return (jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)).mean()
 
     def batch(self, step: int) -> Batch:
-        """A user likes one of 16 kinds of items."""
+        """A user likes one of 16 kinds of items.
+
+        For each item that a user takes, 48 are drawn: the first that the user likes is taken.
+        """
         rng = np.random.default_rng((2, step))
         user = _zipf(rng, self.users, (self.examples,))
         likes = (_hash(user, 0) % 16)[:, None, None]
@@ -196,9 +210,10 @@ class TwoTower:
         liked = (_hash(offered, 1) % 16 == likes).argmax(-1)[..., None]
         items = np.take_along_axis(offered, liked, -1)[..., 0]
         item = items[:, 0]
-        _, place, count = np.unique(item, return_inverse=True, return_counts=True)
-        frequency = np.log(count[place]).astype(np.float32)
-        return {"user": user, "item": item, "history": items[:, 1:], "log_frequency": frequency}
+        _, position, count = np.unique(item, return_inverse=True, return_counts=True)
+        log_frequency = np.log(count[position]).astype(np.float32)
+        batch = {"user": user, "item": item, "history": items[:, 1:]}
+        return batch | {"log_frequency": log_frequency}
 
 
 @dataclass(frozen=True)
@@ -222,12 +237,12 @@ class Transformer:
         d = self.width
 
         def layer(keys: Sequence[jax.Array]) -> Params:
-            # Queries and keys without a bias: a softmax does not see the keys', so its gradient is
-            # rounding alone, which Adam scales up.
-            mixed = jax.random.normal(keys[0], (d, 3 * d)) / math.sqrt(d)
+            # No bias here: that of the keys would not change the softmax, so its gradient would be
+            # nothing but rounding errors, which Adam scales up.
+            qkv_kernel = jax.random.normal(keys[0], (d, 3 * d)) / math.sqrt(d)
             hidden, out = _dense(keys[2], d, 4 * d), _dense(keys[3], 4 * d, d)
             return {
-                "attention": {"norm": jnp.ones(d), "in": mixed, "out": _dense(keys[1], d, d)},
+                "attention": {"norm": jnp.ones(d), "in": qkv_kernel, "out": _dense(keys[1], d, d)},
                 "mlp": {"norm": jnp.ones(d), "in": hidden, "out": out},
             }
 
@@ -279,7 +294,7 @@ def _preferred(tokens: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Clicks:
-    """Clicks, from tables of one size: one value each of many features, and a dense layer."""
+    """Clicks, from `count` features: each is one id, and has a table. All tables have one size."""
 
     count: int = 26
     rows: int = 100_000

@@ -84,7 +84,7 @@ def rows(results: Mapping[str, Any]) -> Any:
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.grid(alpha=0.3)
-    # In the order of their times at the right end, as the eye meets them there.
+    # The legend, at the right, lists the lines from the highest right end to the lowest.
     last = max(table, key=lambda row: row["rows"])["ms"]
     order = sorted((n for n in handles if n in last), key=lambda n: -last[n]["median"])
     figure.supxlabel(f"rows of the table (float32, {main['width']} columns)")
@@ -95,7 +95,7 @@ def rows(results: Mapping[str, Any]) -> Any:
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes the plots of which there are results; the names of their files."""
+    """Writes the plots of which there are results; returns the names of their files."""
     drawn = []
     for name, plot in (("limit", limit), ("rows", rows)):
         if (figure := plot(results)) is not None:

@@ -116,7 +116,7 @@ def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:
     """Texts of pages with the tables between their marks as the committed results say.
 
     Raises:
-      ValueError: there are results that no page has a place for, or that two have.
+      ValueError: for some results there is not exactly one page that has the marks.
     """
     new = dict(texts)
     for suite, tables in SUITES.items():

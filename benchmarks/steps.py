@@ -12,13 +12,20 @@ import jax.numpy as jnp
 
 import adamjax
 
-RATE, MAX_NORM, MOMENTUM = 1e-3, 1.0, 0.99
-# Of the TF form; the other contenders have their own defaults.
+RATE, MAX_NORM = 1e-3, 1.0
+# The momentum of the average of the weights.
+MOMENTUM = 0.99
+# Adam's numbers in `tf_step`; all other steps have the defaults of their packages.
 B1, B2, EPS = 0.9, 0.999, 1e-7
 
 
 class Step(NamedTuple):
-    """A step, and the state of given parameters that it starts with."""
+    """A step, and how its state begins.
+
+    Attributes:
+      init: a function of the parameters that returns the state before the first step.
+      step: the step.
+    """
 
     init: Callable[[Any], Any]
     step: Callable[..., Any]
@@ -88,7 +95,10 @@ def chain_step(package: str, chain: str) -> Step:
             return params, inner
         return params, (inner, optax.incremental_update(params, mean, 1 - MOMENTUM))
 
-    return Step((lambda params: (tx.init(params), params)) if averages else tx.init, step)
+    def init(params: Any) -> Any:
+        return (tx.init(params), params) if averages else tx.init(params)
+
+    return Step(init, step)
 
 
 # --- steps on a table -----------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def given_rows_step(step: Step, dense_gradient: bool = False) -> Step:
 
 
 def optax_train_step(loss: Callable[..., Any], tx: Any) -> Callable[..., Any]:
-    """A train step of optax's, as its users write it: `train_step` is that of adamjax."""
+    """A train step with a transform of optax, as optax's users write it."""
     import optax
 
     def step(params: Any, state: Any, *batch: Any) -> Any:
@@ -162,9 +172,10 @@ def hand_written_step(tx: Any, loss: Callable[..., Any], packing: Any = None) ->
 
 
 def tf_step() -> Step:
-    """The sparse step of Keras 3 on TensorFlow: no dense gradient, all else over the whole table.
+    """The sparse step of Keras 3 on TensorFlow.
 
-    As there, the square is of each gradient by itself where an index occurs twice.
+    It makes no dense gradient, but it updates every row of the table and its moments. If an index
+    occurs twice, it adds the squares of the two gradients, not the square of their sum.
     """
 
     def init(params: Any) -> Any:
@@ -186,22 +197,24 @@ def tf_step() -> Step:
 # --- how a step is compiled and run ---------------------------------------------------------------
 
 
-def jitted(step: Callable[..., Any], tx: Any, params: Any, more: int = 0) -> Any:
-    """A step that is given parameters and state to keep as they lie: see `adamjax.layout.formats`.
+def jitted(step: Callable[..., Any], tx: Any, params: Any, more_results: int = 0) -> Any:
+    """A step, jitted: it donates parameters and state, and keeps their layouts in memory.
 
-    `more` is the number of its results besides these two.
+    The layouts are those of `adamjax.layout.formats`. `more_results` is the number of the step's
+    results besides these two.
     """
-    results = (*adamjax.layout.formats(tx, params), *[None] * more)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
+    out_shardings = (*adamjax.layout.formats(tx, params), *[None] * more_results)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
 def abstract_state(tx: Any, params: Any, device: Any = None) -> Any:
-    """The shapes of a state, on a device, that lies as `adamjax.layout.formats` has it."""
-    slots, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params), is_leaf=lambda x: x is None)
-    places = treedef.flatten_up_to(adamjax.layout.formats(tx, params)[1])
+    """The shapes of a state on a device, with the layouts of `adamjax.layout.formats`."""
+    state = jax.eval_shape(tx.init, params)
+    leaves, treedef = jax.tree.flatten(state, is_leaf=lambda x: x is None)
+    formats = treedef.flatten_up_to(adamjax.layout.formats(tx, params)[1])
     return treedef.unflatten(
-        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or device)
-        for x, place in zip(slots, places, strict=True)
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=form or device)
+        for x, form in zip(leaves, formats, strict=True)
     )
 
 

@@ -19,9 +19,10 @@ def batches(distinct=True):
     """Gradients far above every epsilon, so that the form of the epsilon matters little."""
     rng = np.random.default_rng(0)
     pick = [
-        rng.choice(CASE.rows, CASE.reads, replace=not distinct) for _ in range(contenders.INDICES)
+        rng.choice(CASE.rows, CASE.reads, replace=not distinct)
+        for _ in range(contenders.INDEX_ARRAYS)
     ]
-    values = rng.uniform(1, 2, (contenders.VALUES, CASE.reads, CASE.width))
+    values = rng.uniform(1, 2, (contenders.VALUE_ARRAYS, CASE.reads, CASE.width))
     values *= rng.choice([-1, 1], values.shape)
     return np.array(pick, np.int32), values.astype(np.float32)
 
@@ -67,7 +68,7 @@ def test_the_exact_step_reads_the_rows_of_the_dense_optimizer():
     tx = adamjax.adam(steps.RATE)
     params, state = start, tx.init(start)
     for i in range(20):
-        indices, values = data[0][i % contenders.INDICES], data[1][i % contenders.VALUES]
+        indices, values = data[0][i % contenders.INDEX_ARRAYS], data[1][i % contenders.VALUE_ARRAYS]
         grad = np.zeros_like(table)
         grad[indices] = values * np.asarray(params["table"])[indices]
         updates, state = tx.update({"table": grad}, state, params)
@@ -153,7 +154,7 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     small, large = rows.MAIN[0], rows.MAIN[-1]
     assert (small.reads, large.reads) == (8192, 262_144)
     assert [rows.main_rounds(case, 8) for case in (small, large)] == [8, 2]
-    assert [contenders.num_values(case) for case in (small, large)] == [8, 4]
+    assert [contenders.num_value_arrays(case) for case in (small, large)] == [8, 4]
     batch_bytes = contenders.batch_bytes(large)
     assert batch_bytes == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
     team = workers.Team("rows", ["exact"], measure.Device())
