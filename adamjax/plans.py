@@ -372,7 +372,8 @@ class Read(Step):
         if window.column is not None:
             starts = starts[..., window.column]
         span = 1 if window.run_length is None else (window.run_length - 1) * window.stride + 1
-        # From a start below 0 or above `last`, a run would leave the table: it gets `last + 1`.
+        # From a start below 0 or above `last`, a run would leave the table. `as_row_ids` makes such
+        # a start `last + 1`.
         last = num_rows - span
         first = as_row_ids(starts, last + 1)
         inside = first <= last

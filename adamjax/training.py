@@ -132,7 +132,7 @@ class _JittedStep:
             for path, x in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
                 if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                     continue
-                # The first key is the place of the tree in its tuple.
+                # Without the first key, which is the place of the tree in its tuple.
                 place = f"{name}[{path.partition('/')[2]!r}]"
                 if x.is_deleted():
                     raise ValueError(
@@ -159,8 +159,8 @@ class _JittedStep:
         return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # Special methods are those of this object. While it is being copied, it has no `_jitted`
-        # yet: to look that up in itself would never end.
+        # Special methods are those of this object. A copy that is being made has no `_jitted` yet,
+        # and looking that up would call this method for ever.
         if name.startswith("__") or name in ("_owner", "_jitted"):
             raise AttributeError(name)
         return getattr(self._jitted, name)

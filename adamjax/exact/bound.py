@@ -94,8 +94,8 @@ class Bound:
         assert self.state is not None
         table = family.tables[0]
         a, b = self.scalars(table)
-        # A ring with a NaN keeps it anyway. But so the write of the ring depends on the reads: XLA
-        # knows their order, and need not copy the ring.
+        # A ring with a NaN keeps it anyway. But this makes the write of the ring depend on the
+        # reads, so that XLA knows their order and need not copy the ring.
         a = jnp.where(has_nan, jnp.nan, a)
         count = next_count(self.count(table))
         return table.plan.advance(self.state.rings[family.name], self.state.clock + 1, count, a, b)

@@ -62,7 +62,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
 
     last = gathered(c.last for c in columns)
     if is_row is not None:
-        # What is no row has nothing to catch up with.
+        # An index of no row counts as up to date.
         last = jnp.where(is_row, last, past.clock)
     stored = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
     slots = {name: x.astype(first.real) for name, x in stored.items()}
@@ -142,7 +142,8 @@ def flushed(
     """
     weights_key = None
     if stochastic and is_narrow(columns.weights):
-        # This key differs from that of the slots, and from that of `apply_updates` in any step.
+        # This key differs from that of the slots, and from those that `apply_updates` uses in the
+        # steps before and after.
         leaf = batch.tables[0].leaf
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = columns.weights.shape[0]

@@ -63,7 +63,7 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
                 f"exact_rows: the state's tables[{path!r}] is a {type(table_state).__name__}, "
                 f"expected a TableState. {CLASSLESS}"
             )
-    advice = "do not cast it, because it wraps around at the ends of int32"
+    advice = "do not cast it, because it wraps around as an int32"
     expect_array("exact_rows: the clock", state.clock, (), advice, "int32")
     for table in tables:
         last, cursor = state.tables[table.path]
@@ -85,8 +85,8 @@ def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
 def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> None:
     """Refuses slots of a table that `exact_rows` could not bring up to date.
 
-    The rule's state must have the slots that its `coast` names. No transform before the rule may
-    have a slot, and no two slots may have one name.
+    The rule's state must have a count and the slots that its `coast` names. No transform before
+    the rule may have a slot, and no two slots may have the same name.
 
     Args:
       parts: the table's rule and later transforms.
