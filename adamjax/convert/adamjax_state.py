@@ -1,15 +1,23 @@
 """A state of adamjax, read into the common form."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from adamjax.average import WeightEmaState
+from adamjax.average import WeightEmaState, weight_ema
 from adamjax.convert.source import Accumulated, LeafMoments, Source, meet
 from adamjax.convert.systems import kind_of
-from adamjax.convert.values import field_names, is_container, leaves_by_path, steps_taken
+from adamjax.convert.values import (
+    class_name,
+    counts_a_schedule,
+    field_names,
+    is_container,
+    leaves_by_path,
+    steps_taken,
+)
 from adamjax.data import Tree
 from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.grouping import grouped
@@ -32,7 +40,33 @@ def contains_states(x: Any) -> bool:
         return False
     if field_names(x) is None or _is_of_adamjax(x):
         return True
-    return any(map(_is_of_adamjax, jax.tree.leaves(x, is_leaf=_is_of_adamjax)))
+    return any(map(_is_of_adamjax, _nodes(x)))
+
+
+def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
+    """For each wrapper of another library around states of adamjax: the fields of its own.
+
+    It yields the name of the wrapper's class and those of the fields that have arrays.
+    """
+    if not contains_states(x):
+        return
+    names = field_names(x)
+    # Slots are refused where the state is read.
+    if names is not None and not _is_of_adamjax(x) and not hasattr(x, "slots"):
+        own = [
+            name
+            for name, item in zip(names, x, strict=True)
+            if jax.tree.leaves(item) and not any(map(_is_of_adamjax, _nodes(item)))
+        ]
+        if own:
+            yield class_name(x), own
+    for item in x.values() if isinstance(x, Mapping) else x:
+        yield from _fields_of_wrappers(item)
+
+
+def _nodes(x: Any) -> list[Any]:
+    """The states of adamjax in a tree, and its leaves outside of them."""
+    return jax.tree.leaves(x, is_leaf=_is_of_adamjax)
 
 
 class AdamjaxState:
@@ -45,6 +79,8 @@ class AdamjaxState:
       kinds: the kinds of the rules whose states are in the state, in their order.
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
+      in_accumulated: the ids of the transforms inside of these. (Equal ones may be outside.)
+      doubts: as in `Source`.
 
     Raises:
       ValueError: two leaves have one path, leaves are in buckets of `grouped`, or there is a rule
@@ -74,6 +110,14 @@ class AdamjaxState:
             for part in self.parts
             if isinstance(part.tx, accumulate_gradients)
         ]
+        self.doubts = [
+            f"{name} is around transforms of adamjax, and its own {', '.join(fields)} cannot be "
+            "converted: use adamjax's accumulate_gradients, skip_not_finite or with_hyperparams in "
+            "its place, or convert the state inside it"
+            for name, fields in _fields_of_wrappers(state)
+        ]
+        accumulating = [p.tx for p in self.parts if isinstance(p.tx, accumulate_gradients)]
+        self.in_accumulated = {id(p.tx) for tx in accumulating for p in walk(tx.tx)}
         # Where several parts share a state, as masked and its transform do: the innermost.
         self._part_of = {id(part.state): part for part in self.parts}
         for part in self.parts:
@@ -99,11 +143,13 @@ class AdamjaxState:
 
     def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
         """How many calls a step of these leaves takes, and how many there were since the last."""
-        for steps, own in self.accumulations:
-            if meet(own, leaves):
-                accumulated = source.accumulated_of(leaves)
-                return steps, accumulated.micro if accumulated else 0
-        return 1, 0
+        own = [(n, paths) for n, paths in self.accumulations if meet(paths, leaves)]
+        if not own:
+            return 1, 0
+        # One inside the other has the same leaves, and there the numbers of steps multiply.
+        steps = math.prod(n for n, paths in own if meet(paths, own[0][1]))
+        accumulated = source.accumulated_of(leaves)
+        return steps, accumulated.micro if accumulated else 0
 
     def read_for(self, target: Source, check: bool) -> Source:
         """The state in the common form, with adamjax's names of slots.
@@ -113,7 +159,16 @@ class AdamjaxState:
           check: whether to refuse doubts.
         """
         target.refuse_doubts(check)
-        source = Source(self.owner)
+        source = Source(self.owner, has_sorted_states=target.has_sorted_states)
+        source.doubts += self.doubts
+        source.doubts += [
+            f"{part.tx!r} sets the weights to their average, and the target has no average: take "
+            "it out of tx, or read the average first (adamjax.averaged_weights)"
+            for part in self.parts
+            if isinstance(part.tx, weight_ema)
+            and part.tx.overwrite_frequency is not None
+            and target.average is None
+        ]
         self._read(self.state, source)
         source.refuse_doubts(check)
         source.expect_place_to_accumulate(target)
@@ -130,7 +185,7 @@ class AdamjaxState:
             for path in trees[names[0]]:
                 slots = {name: tree[path] for name, tree in trees.items()}
                 source.add(path, LeafMoments(count, slots, (kind,), product, rule=rule))
-        elif isinstance(x, ScheduleState):
+        elif isinstance(x, ScheduleState) or counts_a_schedule(x):
             source.add_count(steps_taken(owner, "a schedule", x.count), self.leaves(x))
         elif isinstance(x, WeightEmaState):
             average = leaves_by_path(owner, x.average)

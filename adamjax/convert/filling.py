@@ -130,10 +130,22 @@ class Filling:
 
     def other_state(self, like: Any) -> Any:
         """A copy of the source's state of a transform that conversions do not know."""
-        for i, x in enumerate(self.other_states):
-            if type(x) is type(like) and _avals(x) == _avals(like):
-                del self.other_states[i]
-                return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
+        alike = [
+            i
+            for i, x in enumerate(self.other_states)
+            if type(x) is type(like) and _avals(x) == _avals(like)
+        ]
+        if self.check and self.source.has_sorted_states:
+            first, *others = [jax.tree.leaves(self.other_states[i]) for i in alike] or [[]]
+            if any(not np.array_equal(a, b) for x in others for a, b in zip(first, x, strict=True)):
+                raise ValueError(
+                    f"{self.owner}: there are several states of {class_name(like)} in a "
+                    "dictionary, whose order JAX loses, so nothing shows which is which: set them "
+                    "by hand, or pass check=False to take them in the order of the sorted keys"
+                )
+        if alike:
+            x = self.other_states.pop(alike[0])
+            return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
         raise ValueError(
             f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes, "
             f"and tx or the target has one ({class_name(like)}): leave that transform out, or "

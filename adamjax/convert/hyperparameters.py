@@ -15,21 +15,26 @@ from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
-from adamjax.guard import accumulate_gradients
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
 from adamjax.schedule import by_path, rate_at
-from adamjax.structure import Part, walk
+from adamjax.structure import Part
 from adamjax.transform import Rule
 
-__all__ = ["HyperparameterCheck"]
+__all__ = ["HyperparameterCheck", "has_schedule"]
 
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # The transforms that a name of `more` belongs to, where others have that name too.
 _KINDS_WITH: dict[str, Any] = {"max_norm": clip_by_global_norm}
 # The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
 _LAST, _MOST_LENGTHS = 2**30, 8
+
+
+def has_schedule(tx: Any) -> bool:
+    """Whether a transform has a rate or a weight decay that follows a schedule, of any leaf."""
+    rate = getattr(tx, "learning_rate", getattr(tx, "weight_decay", None))
+    return any(map(callable, (*rate.values, rate.default) if isinstance(rate, by_path) else [rate]))
 
 
 class HyperparameterCheck:
@@ -43,14 +48,16 @@ class HyperparameterCheck:
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
       is not known itself, two strings: what shows that there is one, and a note.
       `schedule_accumulates`: whether it counts steps of several calls each. `has_schedule_before`:
-      whether a schedule scales the gradients. `has_some_schedule`: whether one scales some leaves.
+      whether a schedule scales the gradients.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `has_decay_schedule`: whether it is a schedule that is not known, and
-      `decay_schedule_accumulates`, as for the rate. `masks_decay`: whether it excludes leaves:
+      `decay_accumulates`: whether it is added in steps of several calls each. `masks_decay`:
+      whether it excludes leaves:
       "none", "some", or "unknown". `has_decay`: whether some leaf decays, by any amount.
     - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
+      `clips_updates`: whether there may be others after the rule.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     - `more`: hyperparameters that a part on the leaf's route must have under the same name.
@@ -64,9 +71,7 @@ class HyperparameterCheck:
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
         ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
-        accumulating = [p.tx for p in self.all_parts if isinstance(p.tx, accumulate_gradients)]
-        # The objects, because equal transforms may be inside and outside.
-        self.in_accumulated = {id(p.tx) for tx in accumulating for p in walk(tx.tx)}
+        self.in_accumulated = adamjax_state.in_accumulated
         # Pairs of schedules that agree in all steps that are compared.
         self.agreeing: list[tuple[Any, list[Any]]] = []
 
@@ -75,22 +80,44 @@ class HyperparameterCheck:
         for path, leaf_moments in moments.items():
             route = [part for part, leaves in self.parts_with_leaves if path in leaves]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
-            # Rules inside a transform of another library cannot be seen.
-            if len(rules) == len(leaf_moments):
+            if len(rules) != len(leaf_moments):
+                self._expect_nothing_stated(path, leaf_moments)
+            else:
                 for i, moment in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
                     self._check_more(path, route, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
+                clips = [part.tx for part in route[last:] if isinstance(part.tx, _CLIPS)]
+                if clips and not hyperparams.get("clips_updates", True):
+                    mend = "clip gradients only, before the rule"
+                    self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", mend)
                 if "clips" in hyperparams:
                     self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
                 if "gradient_factor" in hyperparams:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
                     self._check_average(path, route, *hyperparams["average"])
-                self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_rate(path, route[last:], hyperparams)
+                self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
+
+    def _expect_nothing_stated(self, path: str, leaf_moments: Sequence[LeafMoments]) -> None:
+        """Refuses hyperparameters for rules that a transform of another library hides."""
+        stated = [
+            name
+            for moment in leaf_moments
+            for name, x in (moment.hyperparams | moment.hyperparams.get("more", {})).items()
+            if name not in ("more", "masks_decay", "decoupled") and x is not False
+        ]
+        if stated:
+            self._refuse(
+                path,
+                f"hyperparameters, {stated}",
+                "its rule inside a transform of another library, where nothing can compare them",
+                "use adamjax.chain, masked or partition in place of that transform (they take "
+                "other libraries' transforms too)",
+            )
 
     def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
         note = f". Note: {note}" if note else ""
@@ -267,21 +294,16 @@ class HyperparameterCheck:
                 "convert a run without it, or put scale(-1.0) and scale_by_learning_rate(schedule) "
                 "before the rule",
             )
-        if hyperparams.get("has_some_schedule") and not any(
-            self._scheduled(p, [part]) for part, leaves in self.parts_with_leaves for p in leaves
-        ):
-            self._refuse(
-                path,
-                "a schedule of some leaves",
-                "none",
-                "build tx with that schedule: in masked, in partition, or in by_path",
-            )
         # Unless the user sets the rate.
-        if not hyperparams.get("has_schedule") or self._is_set("learning_rate"):
+        if not hyperparams.get("has_schedule") or self._is_set("learning_rate", path):
             return
         scheduled = self._scheduled(path, after)
-        has_rate = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in after)
-        if has_rate and not scheduled:
+        scales = [
+            part
+            for part in after
+            if isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
+        ]
+        if scales and not scheduled:
             shown_by, note = hyperparams["has_schedule"]
             self._refuse(
                 path,
@@ -291,22 +313,23 @@ class HyperparameterCheck:
                 note,
             )
         counts_steps = hyperparams.get("schedule_accumulates", False)
-        self._check_counting(path, scheduled, moments, counts_steps, "rate")
+        what = "a schedule of the rate that counts"
+        self._check_unit(path, scheduled, moments, counts_steps, what)
 
-    def _check_counting(
-        self, path: str, parts: Sequence[Part], moments: LeafMoments, counts_steps: bool, what: str
+    def _check_unit(
+        self, path: str, parts: Sequence[Part], moments: LeafMoments, is_of_steps: bool, what: str
     ) -> None:
-        """Compares whether schedules count steps or calls, if both systems accumulate gradients."""
+        """Compares what parts do in each step or in each call, if both systems accumulate."""
         rules = [part for part in self.all_parts if isinstance(part.tx, Rule)]
         both = moments.accumulates and any(id(part.tx) in self.in_accumulated for part in rules)
-        others = [part for part in parts if (id(part.tx) in self.in_accumulated) != counts_steps]
-        if both and others and not any(part.tx.has_foreign for part in parts):
-            stated, in_tx = ("steps", "calls") if counts_steps else ("calls", "steps")
-            place = "inside" if counts_steps else "outside of"
+        others = [part.tx for part in parts if (id(part.tx) in self.in_accumulated) != is_of_steps]
+        if both and others and not any(tx.has_foreign for tx in others):
+            stated, in_tx = ("steps", "calls") if is_of_steps else ("calls", "steps")
+            place = "inside" if is_of_steps else "outside of"
             self._refuse(
                 path,
-                f"a schedule of the {what} that counts {stated}",
-                f"one that counts {in_tx}, {others[0].tx!r}",
+                f"{what} {stated}",
+                f"one of {in_tx}, {others[0]!r}",
                 f"put it {place} accumulate_gradients",
             )
 
@@ -316,15 +339,20 @@ class HyperparameterCheck:
         def is_scheduled(part: Part) -> bool:
             rate = getattr(part.tx, "learning_rate", None)
             rate = rate.at(path) if isinstance(rate, by_path) else rate
-            is_scale = isinstance(part.tx, scale_by_learning_rate)
-            return part.tx.has_foreign or (is_scale and callable(rate))
+            if part.tx.has_foreign:  # Without a state, it cannot count.
+                return bool(jax.tree.leaves(part.state))
+            return isinstance(part.tx, scale_by_learning_rate) and callable(rate)
 
         return [part for part in route if is_scheduled(part)]
 
-    def _is_set(self, name: str) -> bool:
-        """Whether `with_hyperparams` sets this hyperparameter between steps."""
-        txs = [part.tx for part in self.all_parts]
-        return any(isinstance(tx, with_hyperparams) and name in tx.hyperparams for tx in txs)
+    def _is_set(self, name: str, path: str) -> bool:
+        """Whether `with_hyperparams` sets this hyperparameter of a leaf between steps."""
+        return any(
+            isinstance(part.tx, with_hyperparams)
+            and name in part.tx.hyperparams
+            and path in leaves_by_path(self.owner, part.params)
+            for part in self.all_parts
+        )
 
     def _is_rate(self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0) -> bool:
         """Whether the next step, or a later one, has the stated rate, in float32 or in float64.
@@ -374,22 +402,25 @@ class HyperparameterCheck:
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
             )
+        of_leaf = [part for part in (*before, *after) if self._decay_at(path, part)]
+        if "decay_accumulates" in hyperparams:
+            is_of_steps = hyperparams["decay_accumulates"]
+            self._check_unit(path, of_leaf, moments, is_of_steps, "a weight decay in its")
         if hyperparams.get("has_decay_schedule"):
-            decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
-            scheduled = [
-                part
-                for part in decays
-                if callable(part.tx.weight_decay) or isinstance(part.tx.weight_decay, by_path)
-            ]
-            if not scheduled:
+            scheduled = [part for part in of_leaf if callable(self._decay_at(path, part))]
+            # A mask may exclude this leaf, but not all.
+            has_some = any(
+                callable(self._decay_at(p, part))
+                for part, leaves in self.parts_with_leaves
+                for p in leaves
+            )
+            if not has_some or len(scheduled) < len(of_leaf):
                 self._refuse(
                     path,
                     "a weight decay that follows a schedule",
-                    "none or a constant one",
+                    "a constant one" if of_leaf else "none",
                     "build tx with adamw(..., weight_decay=schedule)",
                 )
-            counts_steps = hyperparams.get("decay_schedule_accumulates", False)
-            self._check_counting(path, scheduled, moments, counts_steps, "weight decay")
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
@@ -433,6 +464,20 @@ class HyperparameterCheck:
                 f"{before_rule:g} before its rule and {after_rule:g} after it",
                 mend,
             )
+
+    def _decay_at(self, path: str, part: Part) -> Any:
+        """The weight decay of a part for a leaf: a number or a schedule; 0 if there is none."""
+        tx = part.tx
+        if not isinstance(tx, add_decayed_weights):
+            return 0.0
+        # With 1 as the decay, only the mask decides.
+        one = tx.replace(weight_decay=1.0)
+        pair = one.affine(part.state, part.params, self.position_of_leaf[path], np.float32)
+        if pair is None or not float(pair[1]):
+            return 0.0
+        decay = tx.weight_decay
+        decay = decay.at(path) if isinstance(decay, by_path) else decay
+        return decay if callable(decay) else float(decay)
 
     def _is_masked(self) -> bool:
         """Whether some weight decay of the transform has a mask."""

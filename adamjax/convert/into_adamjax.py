@@ -12,7 +12,7 @@ from adamjax.convert.differences import Translation, expect_product, nadam_produ
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.source import Source
 from adamjax.convert.systems import System, kind_of
-from adamjax.convert.values import is_container, leaves_by_path, map_items
+from adamjax.convert.values import counts_a_schedule, is_container, leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
@@ -38,6 +38,7 @@ def into_adamjax(
       average: the average of the weights that the user gives; `None` for that of the source.
       check, rtol: as for `from_optax`.
     """
+    source.doubts += new.doubts
     source.refuse_doubts(check)
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
@@ -74,15 +75,18 @@ def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: boo
 class _AdamjaxFilling(Translation):
     """Fills a state of adamjax, and the states inside it."""
 
-    # `fill` sets it when it comes to one.
-    has_weight_ema = False
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # The paths of the leaves that a weight_ema averages.
+        self.averaged: set[str] = set()
 
     def filled_state(self) -> Any:
         state = self.fill(self.ours.state)
         self.finish()
-        if self.source.average is not None and self.check and not self.has_weight_ema:
+        lost = sorted(set(self.source.average or ()) - self.averaged)
+        if lost and self.check:
             raise ValueError(
-                f"{self.owner}: the source has an average of the weights, but tx has no weight_ema "
+                f"{self.owner}: the source has an average of {lost[0]!r}, but tx has no weight_ema "
                 "for it: put weight_ema at the end of tx, or pass check=False to drop the average"
             )
         return state
@@ -90,15 +94,15 @@ class _AdamjaxFilling(Translation):
     def fill(self, x: Any) -> Any:
         if rule_slots(x):
             return self._fill_rule(x)
-        if isinstance(x, ScheduleState):
-            return ScheduleState(self.schedule_count(self.ours.leaves(x), x.count))
+        if isinstance(x, ScheduleState) or counts_a_schedule(x):
+            return x._replace(count=self.schedule_count(self.ours.leaves(x), x.count))
         if isinstance(x, WeightEmaState):
             if self.source.average is None:
                 raise ValueError(
                     f"{self.owner}: tx averages the weights (weight_ema), but the source has no "
                     "average: pass average=, a tree like params (params itself to start from them)"
                 )
-            self.has_weight_ema = True
+            self.averaged |= set(leaves_by_path(self.owner, x.average))
             average = self.tree("the average", self.source.average, x.average)
             return WeightEmaState(self.schedule_count(self.ours.leaves(x), x.count), average)
         if isinstance(x, AccumulateGradientsState):
@@ -137,7 +141,8 @@ class _AdamjaxFilling(Translation):
             if products and self.check:
                 expect_product(owner, products[0], rule.b1, count)
             product = products[0] if products else nadam_product(rule.b1, count)
-            product = jnp.asarray(np.asarray(product), x.momentum_product.dtype)
+            # A copy, because Keras and torch change theirs in place.
+            product = jnp.array(np.asarray(product), x.momentum_product.dtype, copy=True)
             filled = filled._replace(momentum_product=product)
         return filled
 

@@ -8,7 +8,7 @@ import numpy as np
 from adamjax.average import weight_ema
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.hyperparameters import HyperparameterCheck
+from adamjax.convert.hyperparameters import HyperparameterCheck, has_schedule
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_config import (
     CLIPS,
@@ -30,10 +30,8 @@ from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
 from adamjax.data import Tree
-from adamjax.guard import accumulate_gradients
 from adamjax.rows import RowGradient
-from adamjax.scaling import scale_by_learning_rate
-from adamjax.structure import walk
+from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 
 __all__ = ["from_keras", "to_keras"]
 
@@ -227,7 +225,32 @@ def _read_variables(
             source.add(path, LeafMoments(count, own, kinds, product, leaf_hyperparams))
     if layout.of("average", values):
         source.average = by_path("average")
+    if optimizer is not None:
+        _doubt_options(source, optimizer, layout, paths)
     return source, layout, paths, values
+
+
+def _doubt_options(
+    source: Source, optimizer: Any, layout: Layout, paths: Sequence[str | None]
+) -> None:
+    """Adds doubts about what an optimizer does beside its rule, or no longer does."""
+    roles = {role for role, _ in layout.roles}
+    for name, role in (("use_ema", "average"), ("amsgrad", "velocity_hat")):
+        if getattr(optimizer, name, role in roles) != (role in roles):
+            source.doubts.append(
+                f"{name} of the optimizer is {getattr(optimizer, name)!r}, but it "
+                f"{'has' if role in roles else 'lacks'} the variables for it: build an optimizer "
+                "with the right option"
+            )
+    params: Any = getattr(optimizer, "_trainable_variables", None) or ()
+    for param, path in zip(params, paths, strict=False):
+        for name in ("constraint", "overwrite_with_gradient"):
+            if path is not None and getattr(param, name, None):
+                source.doubts.append(
+                    f"the variable of {path!r} has {name}={getattr(param, name)!r}, which Keras "
+                    "applies in each step and no transform here does: do the same after "
+                    "apply_updates"
+                )
 
 
 def _layout_and_paths(
@@ -315,28 +338,46 @@ def _copies_its_average(source: Source) -> bool:
 
 
 def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
-    """Refuses a `tx` that counts steps where Keras counts micro-batches."""
+    """Refuses a `tx` that does in steps what Keras does in micro-batches, or the reverse."""
     if not check or not ours.accumulations:
         return
-    accumulating = [part for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
-    inside = {id(inner.tx) for part in accumulating for inner in walk(part.tx.tx)}
     for part in ours.parts:
-        tx = part.tx
-        if isinstance(tx, weight_ema) and (id(tx) in inside or tx.overwrite_frequency is not None):
+        tx, is_inside = part.tx, id(part.tx) in ours.in_accumulated
+        if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency is not None):
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras averages the weights after every "
                 "micro-batch: put weight_ema after accumulate_gradients, without "
                 "overwrite_frequency, or pass check=False to average steps from here"
             )
         # After accumulate_gradients, where from_config puts it, the rate counts calls.
-        if isinstance(tx, scale_by_learning_rate) and callable(tx.learning_rate):
-            if id(tx) not in inside:
-                continue
+        if isinstance(tx, scale_by_learning_rate) and has_schedule(tx) and is_inside:
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras calls a schedule with the number "
                 "of micro-batches, but inside accumulate_gradients it is called with the number of "
                 "steps: put scale_by_learning_rate after accumulate_gradients, as from_config "
                 "does, or change the schedule and pass check=False"
+            )
+        if isinstance(tx, add_decayed_weights) and not is_inside:
+            raise ValueError(
+                f"{owner}: with gradient_accumulation_steps Keras adds the weight decay once in "
+                "each step, but outside of accumulate_gradients it is added in each micro-batch: "
+                "put add_decayed_weights inside, or pass check=False"
+            )
+
+
+def _expect_one_count(owner: str, ours: AdamjaxState, steps: int, calls: int) -> None:
+    """Refuses counts that are not those of the rule: Keras has one for all."""
+    for part in ours.parts:
+        tx, state = part.tx, part.state
+        counts = has_schedule(tx) or (
+            isinstance(tx, weight_ema) and tx.overwrite_frequency is not None
+        )
+        expected = steps if id(tx) in ours.in_accumulated else calls
+        if counts and hasattr(state, "count") and int(state.count) != expected:
+            raise ValueError(
+                f"{owner}: {tx!r} has counted {int(state.count)} steps and the rule {expected}, "
+                "but Keras has one count for all: skip steps of both (skip_not_finite around all "
+                "of tx), or pass check=False to go on with the count of the rule"
             )
 
 
@@ -382,7 +423,8 @@ def from_keras(
           group `optimizer/vars` of a `.weights.h5` file, or the list of arrays of `get_weights()`.
           Here the place and the shape of an array must show what it is.
       tx: a transform of adamjax.
-      params: the parameters at that step.
+      params: the parameters at that step. Constraints of Keras' variables are refused if the
+        optimizer itself is passed; other forms do not show them.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
@@ -463,6 +505,11 @@ def to_keras(
     ):
         source.doubts.append(f"{_FIRST_STEP}: convert after that step")
         source.refuse_doubts(check)
+    if check and source.average is not None and target_source.average is None:
+        raise ValueError(
+            f"{owner}: the state has an average of the weights, but the optimizer has none: build "
+            "it with use_ema=True, or pass check=False to drop the average"
+        )
     accumulated = source.accumulated_of(None)
     filling = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}
@@ -501,8 +548,9 @@ def to_keras(
                 "use_ema"
             )
         else:
-            arrays.append(value)
+            arrays.append(value.copy())
     if check:
+        _expect_one_count(owner, ours, count, calls)
         HyperparameterCheck(ours, KERAS).check(target_source.moments)
     if not isinstance(target, Mapping):
         return arrays

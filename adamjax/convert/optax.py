@@ -1,5 +1,6 @@
 """States from and to optax."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.source import Accumulated, Count, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import (
+    SCHEDULE_COUNTS,
     field_names,
     is_container,
     leaves_by_path,
     map_items,
+    same_value,
     steps_taken,
 )
 from adamjax.data import Tree
@@ -31,8 +34,7 @@ __all__ = ["from_optax", "to_optax"]
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
-    "ScaleByScheduleState": ("count", (("count",),)),
-    "WrappedScheduleState": ("count", (("count",),)),
+    **dict.fromkeys(SCHEDULE_COUNTS, ("count", (("count",),))),
     "InjectHyperparamsState": ("hyperparams", (("count", "hyperparams", "inner_state"),)),
     "InjectStatefulHyperparamsState": (
         "hyperparams",
@@ -68,6 +70,11 @@ def _role(x: Any) -> str | None:
 
 # The hyperparameters of rules and rates that optax and adamjax call by the same names.
 _SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
+# Hyperparameters that say how a state has others, and may be stated more than once.
+_SEVERAL = (
+    *("has_schedule", "schedule_accumulates", "has_schedule_before", "masks_decay", "decoupled"),
+    *("has_decay_schedule", "decay_accumulates"),
+)
 # For a rate that follows a schedule: how that shows, and a note.
 _HAS_SCHEDULE = (
     "the state counts its steps",
@@ -80,6 +87,11 @@ def _rate_schedule(source: Source) -> Hyperparams:
     return {"has_schedule": _HAS_SCHEDULE, "schedule_accumulates": source.accumulates}
 
 
+def _decay_schedule(source: Source) -> Hyperparams:
+    """The hyperparameters of a leaf whose weight decay follows a schedule in this place."""
+    return {"has_decay_schedule": True, "decay_accumulates": source.accumulates}
+
+
 def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) -> Hyperparams:
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
@@ -88,8 +100,7 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
             if name == "learning_rate":
                 hyperparams |= _rate_schedule(source)
             elif name == "weight_decay":
-                hyperparams["has_decay_schedule"] = True
-                hyperparams["decay_schedule_accumulates"] = source.accumulates
+                hyperparams |= _decay_schedule(source)
             else:
                 source.doubts.append(
                     f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
@@ -98,6 +109,8 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
                 )
         elif name in _SHARED_NAMES and np.ndim(value) == 0:
             hyperparams[name] = value
+            if name == "weight_decay":
+                hyperparams["decay_accumulates"] = source.accumulates
         else:
             hyperparams["more"][name] = value
     return hyperparams
@@ -113,6 +126,9 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         # After a rule, a schedule is that of the rate.
         if type(x).__name__ == "ScaleByScheduleState":
             own = _rate_schedule(source) if source.moments else {"has_schedule_before": True}
+            source.unowned_hyperparams.append({**own, "more": {}})
+        elif type(x).__name__ == "WeightDecaySchedule":
+            own = {**_decay_schedule(source), "masks_decay": "unknown"}
             source.unowned_hyperparams.append({**own, "more": {}})
     elif role == "hyperparams":
         _read_hyperparams(x, source, hyperparams)
@@ -137,7 +153,7 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
 def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams) -> None:
     """Reads a dictionary, as of `named_chain` and `multi_transform`; JAX loses its order."""
     has_rule: set[str] = set()
-    num_unowned = len(source.unowned_hyperparams)
+    num_unowned, num_others = len(source.unowned_hyperparams), len(source.other_states)
     for item in _items(x):
         before = {path: len(several) for path, several in source.moments.items()}
         _read(item, source, hyperparams)
@@ -149,6 +165,7 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
                 "order of the chain, tuple(state[key] for key in keys)"
             )
         has_rule |= own
+    source.has_sorted_states |= len(source.other_states) > num_others
 
     def is_schedule(node: Any) -> bool:
         return type(node).__name__ == "ScaleByScheduleState"
@@ -175,16 +192,24 @@ def _read_hyperparams(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     """Reads a state of `inject_hyperparams` and the state inside it."""
     scheduled = getattr(x, "hyperparams_states", {})
     own_hyperparams = _injected_hyperparams(x, source, scheduled)
-    hyperparams = _with_hyperparams(hyperparams, own_hyperparams)
+    if "weight_decay" in own_hyperparams and _begins_with_rule(x.inner_state):
+        own_hyperparams["decoupled"] = True
     _read(scheduled, source, {})
     num_rules = sum(map(len, source.moments.values()))
-    _read(x.inner_state, source, hyperparams)
+    _read(x.inner_state, source, _with_hyperparams(source, hyperparams, own_hyperparams))
     has_rule_inside = sum(map(len, source.moments.values())) > num_rules
     if not has_rule_inside:
         # After a rule, the step_size of optax.scale is a rate.
-        if num_rules and "step_size" in hyperparams["more"]:
-            hyperparams["learning_rate"] = -hyperparams["more"].pop("step_size")
-        source.unowned_hyperparams.append(hyperparams)
+        if num_rules and "step_size" in own_hyperparams["more"]:
+            own_hyperparams["learning_rate"] = -own_hyperparams["more"].pop("step_size")
+        source.unowned_hyperparams.append(own_hyperparams)
+
+
+def _begins_with_rule(x: Any) -> bool:
+    """Whether the first transform of a chain is a rule, so that no decay comes before it."""
+    while _role(x) == "items" and not isinstance(x, Mapping) and x:
+        x = next(iter(x))
+    return _role(x) == "rule"
 
 
 def _read_accumulated(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -216,22 +241,43 @@ def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         source.moments.setdefault(path, []).extend(several)
     source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
     source.other_states += inner.other_states
+    source.has_sorted_states |= inner.has_sorted_states
     source.doubts += inner.doubts
     source.accumulated += inner.accumulated
     source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
-def _with_hyperparams(hyperparams: Hyperparams, more: Hyperparams) -> Hyperparams:
-    """Both dictionaries of hyperparams; the second one has precedence."""
-    both = {**hyperparams.get("more", {}), **more.get("more", {})}
-    return {**hyperparams, **more, "more": both}
+def _with_hyperparams(source: Source, hyperparams: Hyperparams, more: Hyperparams) -> Hyperparams:
+    """Both dictionaries of hyperparameters. Another value of the same name is a doubt."""
+
+    def both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+        for name in set(a) & set(b) - {"more", *_SEVERAL}:
+            if np.ndim(a[name]) or np.ndim(b[name]) or not same_value(a[name], b[name]):
+                source.doubts.append(
+                    f"inject_hyperparams states {name} of a leaf twice, {a[name]} and {b[name]}, "
+                    "and not what it does with each: make sure that tx does the same"
+                )
+        return {**a, **b}
+
+    inner = both(hyperparams.get("more", {}), more.get("more", {}))
+    return {**both(hyperparams, more), "more": inner}
 
 
 def _give_to_last_rules(source: Source) -> None:
     """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
-    for hyperparams in source.unowned_hyperparams:
-        for several in source.moments.values():
-            several[-1].hyperparams = _with_hyperparams(several[-1].hyperparams, hyperparams)
+    for moments in (several[-1] for several in source.moments.values()):
+        for unowned in source.unowned_hyperparams:
+            rates = [
+                x["learning_rate"] for x in (moments.hyperparams, unowned) if "learning_rate" in x
+            ]
+            others = {name: x for name, x in unowned.items() if name != "learning_rate"}
+            hyperparams = _with_hyperparams(source, moments.hyperparams, others)
+            if rates:  # Each multiplies a step by minus the rate.
+                hyperparams["learning_rate"] = -math.prod(-np.asarray(rate) for rate in rates)
+            moments.hyperparams = hyperparams
+        if "has_schedule" in moments.hyperparams:
+            # The rate of a step is the product of the constant and the schedule, which is unknown.
+            moments.hyperparams.pop("learning_rate", None)
     source.unowned_hyperparams = []
 
 
@@ -239,15 +285,13 @@ def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
     rates = ("learning_rate", "step_size", "has_schedule", "has_schedule_before")
     for hyperparams in inner.unowned_hyperparams:
-        if "learning_rate" in hyperparams or "step_size" in hyperparams["more"]:
+        if any(name in hyperparams or name in hyperparams["more"] for name in rates):
             source.doubts.append(
-                "inject_hyperparams has a rate within a mask or a part that has no rule, and the "
-                "state does not say for which leaves: make sure that tx has this rate for them"
+                "a rate or a schedule is within a mask or a part that has no rule, and the state "
+                "does not say for which leaves: make sure that tx has this rate for them"
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
         others = {name: x for name, x in hyperparams.items() if name not in rates}
-        if "has_schedule" in hyperparams or "has_schedule_before" in hyperparams:
-            others["has_some_schedule"] = True
         source.unowned_hyperparams.append({**others, "more": more})
 
 
@@ -353,9 +397,12 @@ def from_optax(
         of `inject_hyperparams` are compared. A state that counts the steps of a schedule of the
         rate needs a schedule in `tx`. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
-        (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. The state of `MultiSteps` does
-        not show whether it takes the mean of its micro-batches, as it does by default and as
-        `accumulate_gradients` does, or their sum.
+        (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Transforms without a state,
+        such as clips, leave no trace. The state of `MultiSteps` does not show how many
+        micro-batches make a step, and whether it takes their mean, as it does by default and as
+        `accumulate_gradients` does, or their sum. `tx` may have transforms of optax inside. A rule
+        of adamjax inside a transform of optax is hidden: it is refused if there are
+        hyperparameters to compare.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.

@@ -71,6 +71,7 @@ class Source:
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
       skipped: the number of steps that were skipped; `None` if nothing counts them.
       other_states: the states of all other transforms.
+      has_sorted_states: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
       unowned_hyperparams: hyperparameters that the system states outside of any rule.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
@@ -83,6 +84,7 @@ class Source:
     accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
     skipped: int | None = None
     other_states: list[Any] = dataclasses.field(default_factory=list)
+    has_sorted_states: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
     unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
     accumulates: bool = False
@@ -97,6 +99,12 @@ class Source:
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if each call of theirs is a step."""
         accumulated = [one for one in self.accumulated if meet(one.totals, leaves)]
+        paths = [path for one in accumulated for path in one.totals]
+        if len(set(paths)) < len(paths) and any(one.micro for one in accumulated):
+            raise ValueError(
+                f"{self.owner}: gradients are accumulated twice, one inside the other, and there "
+                "are micro-batches since the last step: convert after a step of both"
+            )
         micros = {one.micro for one in accumulated}
         if len(micros) > 1:
             raise ValueError(

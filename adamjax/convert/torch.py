@@ -123,6 +123,12 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     what = "a beta of a group of torch"
     hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
     hyperparams["maximize"] = bool(flag("maximize"))
+    hyperparams["clips_updates"] = False
+    if group.get("initial_lr") is not None:
+        hyperparams["has_schedule"] = (
+            "a scheduler has set initial_lr",
+            "the state dict does not contain the schedule, so only the next rate is compared",
+        )
     if any(group.get(key) is not None for key in _BETA_SCHEDULE_KEYS):
         source.doubts.append(
             "a scheduler of torch (OneCycleLR, CyclicLR) changes betas in each step, and here they "
@@ -383,8 +389,11 @@ def from_torch(
       AdamW is `add_decayed_weights` after it.
     - With `maximize` torch negates gradients, and its moments are those of the negated gradients.
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
-    - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A scheduler that
-      changes betas as well (`OneCycleLR`, by default) is refused.
+    - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
+      `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
+      scheduler has ended. A scheduler that changes betas as well (`OneCycleLR`, by default) is
+      refused.
+    - Updates must not be clipped after the rule. (Clips before it are not part of the optimizer.)
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
@@ -513,7 +522,7 @@ def to_torch(
         step = moments.count if lazy else np.array(moments.count, np.float32)
         states[key] = {"step": step, **arrays}
         if kind == "nadam":
-            states[key]["mu_product"] = np.array(moments.product, np.float32)
+            states[key]["mu_product"] = np.array(moments.product)
     filling.finish()
     if check:
         HyperparameterCheck(ours, TORCH).check(target_source.moments)

@@ -15,7 +15,9 @@ from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, unique_paths
 
 __all__ = [
+    "SCHEDULE_COUNTS",
     "class_name",
+    "counts_a_schedule",
     "field_names",
     "is_container",
     "leaves_by_path",
@@ -27,6 +29,10 @@ __all__ = [
 ]
 
 
+# optax' states that are the count of a schedule and nothing else.
+SCHEDULE_COUNTS = ("ScaleByScheduleState", "WrappedScheduleState", "WeightDecaySchedule")
+
+
 def class_name(x: Any) -> str:
     """The name of a value's class with its module."""
     return f"{type(x).__module__}.{type(x).__qualname__}"
@@ -35,6 +41,12 @@ def class_name(x: Any) -> str:
 def field_names(x: Any) -> tuple[str, ...] | None:
     """The names of a named tuple's fields; `None` for anything else."""
     return getattr(type(x), "_fields", None) if isinstance(x, tuple) else None
+
+
+def counts_a_schedule(x: Any) -> bool:
+    """Whether a value is one of the `SCHEDULE_COUNTS`."""
+    is_of_optax = type(x).__module__.split(".")[0] == "optax"
+    return is_of_optax and type(x).__name__ in SCHEDULE_COUNTS and field_names(x) == ("count",)
 
 
 def is_container(x: Any) -> bool:
