@@ -34,19 +34,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
-from adamjax.mesh import explicit, replicated, resharded
+from adamjax.mesh import explicit_sharding, replicated, resharded
 
 __all__ = [
-    "BLOCK",
     "SCALED8",
-    "SLOT_DTYPES",
+    "SLOT_DTYPE_FIELDS",
+    "VECTOR_BLOCK",
     "Scaled8",
     "block_exponents",
     "decoded",
     "each_part",
     "encoded",
     "expect_encoded",
-    "expect_rows",
+    "expect_exponents_by_row",
     "exponents_spec",
     "like_parts",
     "zeros_scaled8",
@@ -54,9 +54,9 @@ __all__ = [
 
 # The value of `m_dtype` and the other options that selects this format.
 SCALED8 = "scaled8"
-SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
+SLOT_DTYPE_FIELDS = ("m_dtype", "v_dtype", "u_dtype")
 # Elements of a block of a vector.
-BLOCK = 1024
+VECTOR_BLOCK = 1024
 
 _NOT_FINITE = 255
 _DROPPED_BITS = 20  # of the 23 bits of a float32's fraction
@@ -103,13 +103,13 @@ class Scaled8(NamedTuple):
 def _first_of_blocks(p: Any) -> Any:
     """The first element of each block of `p`."""
     if np.ndim(p) < 2:
-        return p[::BLOCK] if np.ndim(p) else p
+        return p[::VECTOR_BLOCK] if np.ndim(p) else p
     return p[..., :1]
 
 
 def _exponents_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) < 2:
-        return (-(-shape[0] // BLOCK),) if shape else ()
+        return (-(-shape[0] // VECTOR_BLOCK),) if shape else ()
     return (*shape[:-1], min(shape[-1], 1))
 
 
@@ -118,7 +118,7 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
     codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
     if isinstance(p, jax.ShapeDtypeStruct):
         return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
-    sharding = explicit(p)
+    sharding = explicit_sharding(p)
     if sharding is None:
         return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
     spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
@@ -143,7 +143,7 @@ def like_parts(p: Any) -> Scaled8:
 
     If the sharding of `p` is not known, the second one has the shape of the exponents.
     """
-    is_known = explicit(p) is not None or not isinstance(p, jax.core.Tracer)
+    is_known = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
     return Scaled8(p, p if is_known else _first_of_blocks(p))
 
 
@@ -164,12 +164,12 @@ def expect_encoded(what: str, slot: Scaled8) -> None:
         )
 
 
-def expect_rows(slot: Any, what: str = "a row gradient needs rows") -> None:
+def expect_exponents_by_row(slot: Any, what: str = "a row gradient needs rows") -> None:
     """Refuses a slot whose rows cannot be written one by one, because they share exponents."""
     if isinstance(slot, Scaled8) and slot.ndim < 2:
         raise ValueError(
             f"{what} with exponents of their own, but a parameter of shape {list(slot.shape)} with "
-            f"moments in {SCALED8!r} has an exponent for each {BLOCK} elements: give the table the "
+            f"moments in {SCALED8!r} has an exponent for each {VECTOR_BLOCK} elements: give the table the "
             f"shape {[*slot.shape, 1]}, or keep its moments in bfloat16 (m_dtype, v_dtype)"
         )
 
@@ -187,12 +187,12 @@ def _blocks(bits: chex.Array) -> chex.Array:
     if bits.ndim == 0:
         return bits[None]
     columns = bits.shape[-1]
-    if bits.ndim > 1 or columns <= BLOCK:
+    if bits.ndim > 1 or columns <= VECTOR_BLOCK:
         return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
-    bits = replicated(bits) if explicit(bits) is not None else bits
-    if columns % BLOCK:
-        bits = jnp.pad(bits, (0, -columns % BLOCK))
-    return bits.reshape(-1, 8, BLOCK // 8)
+    bits = replicated(bits) if explicit_sharding(bits) is not None else bits
+    if columns % VECTOR_BLOCK:
+        bits = jnp.pad(bits, (0, -columns % VECTOR_BLOCK))
+    return bits.reshape(-1, 8, VECTOR_BLOCK // 8)
 
 
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
@@ -242,9 +242,11 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
 
 def _for_each_element(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     """Repeats the number of each block for all elements of the block."""
-    if len(shape) != 1 or shape[0] <= BLOCK:
+    if len(shape) != 1 or shape[0] <= VECTOR_BLOCK:
         return jnp.broadcast_to(x, shape)
-    return jnp.broadcast_to(x[:, None, None], (len(x), 8, BLOCK // 8)).reshape(-1)[: shape[0]]
+    return jnp.broadcast_to(x[:, None, None], (len(x), 8, VECTOR_BLOCK // 8)).reshape(-1)[
+        : shape[0]
+    ]
 
 
 def _power(field: chex.Array) -> chex.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
-from adamjax.encoding import SCALED8, SLOT_DTYPES
+from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -66,7 +66,11 @@ def _plan_of(state: Any) -> Plan | None:
 def _with_structure_of(plan: Plan, params: Tree) -> Plan:
     """The plan with the structure of params, from which nnx.Optimizer unwraps Variables."""
     treedef = flatten(params)[1]
-    if params is None or treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.shapes):
+    if (
+        params is None
+        or treedef == plan.treedef
+        or leaf_paths(params) != leaf_paths(plan.shape_tree)
+    ):
         return plan
     return Plan(treedef, plan.avals, plan.buckets)
 
@@ -145,7 +149,7 @@ class grouped(Transform):
                 f"{self.max_size!r}"
             )
         for part in walk(self.tx):
-            names = [name for name in SLOT_DTYPES if getattr(part.tx, name, None) == SCALED8]
+            names = [name for name in SLOT_DTYPE_FIELDS if getattr(part.tx, name, None) == SCALED8]
             if names:
                 raise ValueError(
                     f"grouped: {part.tx!r} keeps moments in {SCALED8!r} ({', '.join(names)}), with "
@@ -171,11 +175,11 @@ class grouped(Transform):
             like, like_name = (updates, "grads") if params is None else (params, "params")
             plan = _make_plan(like, self.max_size)
         state_plan, plan = plan, _with_structure_of(plan, params)
-        leaves = matched("grouped", "grads", updates, plan.shapes, like_name)
+        leaves = matched("grouped", "grads", updates, plan.shape_tree, like_name)
         columns = [leaves]
         if params is not None:
             columns.append(
-                matched("grouped", "params", params, plan.shapes, like_name, grads=leaves)
+                matched("grouped", "params", params, plan.shape_tree, like_name, grads=leaves)
             )
 
         to_split = [

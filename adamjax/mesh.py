@@ -24,20 +24,20 @@ from adamjax._compat import (
 )
 
 __all__ = [
-    "explicit",
+    "explicit_sharding",
     "gather_entries",
     "gather_rows",
-    "on_devices",
     "over_rows",
+    "placed",
     "replicated",
     "resharded",
-    "rows_alike",
     "scatter_rows",
     "split_alike",
+    "split_like_rows",
 ]
 
 
-def explicit(x: Any) -> NamedSharding | None:
+def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding in a value's type; `None` unless that has explicit axes."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
@@ -59,7 +59,7 @@ def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.
 
 def replicated(x: chex.Array) -> chex.Array:
     """A traced value, in full on every device of its mesh, or else of the current mesh."""
-    typed = explicit(x)
+    typed = explicit_sharding(x)
     if typed is not None:
         split = any(axes is not None for axes in typed.spec)
         whole = NamedSharding(typed.mesh, PartitionSpec())
@@ -72,18 +72,18 @@ def replicated(x: chex.Array) -> chex.Array:
         return x
 
 
-def on_devices(x: Any, sharding: NamedSharding) -> Any:
+def placed(x: Any, sharding: NamedSharding) -> Any:
     """An array, traced or not, with a sharding and in the kind of memory that this names."""
     if sharding.memory_kind is not None:
         return jax.device_put(x, sharding)
-    if explicit(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
+    if explicit_sharding(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def rows_split(x: Any) -> NamedSharding | None:
+def _rows_sharding(x: Any) -> NamedSharding | None:
     """The sharding of an array's first dimension; `None` if it is not split or not known."""
-    sharding = explicit(x)
+    sharding = explicit_sharding(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
@@ -100,7 +100,7 @@ def gather_rows(table: chex.Array, indices: chex.Array, **options: Any) -> chex.
         # JAX refuses to gather from an empty array.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
         indices = jnp.ones_like(indices)
-    typed = explicit(table)
+    typed = explicit_sharding(table)
     if typed is not None:
         options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
     return table.at[_unsigned(indices)].get(**options)
@@ -113,7 +113,7 @@ def _unsigned(indices: chex.Array) -> chex.Array:
 
 def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
     """Entries of a short array, whole on every device, with the sharding of their indices."""
-    typed, options = explicit(indices), {}
+    typed, options = explicit_sharding(indices), {}
     if typed is not None:
         spec = (*typed.spec, *[None] * (entries.ndim - 1))
         options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
@@ -127,7 +127,7 @@ def scatter_rows(
 
     An index beyond the table has no effect. Indices must not be negative.
     """
-    typed = explicit(table)
+    typed = explicit_sharding(table)
     options = {} if typed is None else {"out_sharding": typed}
     at = table.at[_unsigned(indices)]
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **options)
@@ -174,14 +174,18 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
     return list(map(alike, arrays, likes))
 
 
-def rows_alike(x: chex.Array, table: Any) -> chex.Array:
+def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
     """A new array with a number for each row of a table, with the sharding of the rows."""
-    sharding = rows_split(table)
+    sharding = _rows_sharding(table)
     if sharding is not None:
-        typed = explicit(table) is not None
+        typed = explicit_sharding(table) is not None
         return resharded(x, sharding, table) if typed else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
-    if not isinstance(table, jax.core.Tracer) or table.size == 0 or explicit(table) is not None:
+    if (
+        not isinstance(table, jax.core.Tracer)
+        or table.size == 0
+        or explicit_sharding(table) is not None
+    ):
         return x
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 
@@ -200,11 +204,11 @@ def over_rows(
     Returns:
       The function `(columns, others) -> columns` of the whole table.
     """
-    sharding = rows_split(table)
+    sharding = _rows_sharding(table)
     if sharding is None and axis is None:
         return lambda columns, others: function(columns, others, 0)
     axes = axis if sharding is None else sharding.spec[0]
-    mesh = _mesh(owner, axes) if sharding is None else sharding.mesh
+    mesh = _expected_mesh(owner, axes) if sharding is None else sharding.mesh
     names = {axes} if isinstance(axes, str) else set(axes)
     count = math.prod(mesh.shape[name] for name in names)
     if len(table) % count:
@@ -221,7 +225,7 @@ def over_rows(
     return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
 
 
-def _mesh(owner: str, axes: Any) -> Any:
+def _expected_mesh(owner: str, axes: Any) -> Any:
     """The current mesh; raises if there is none."""
     mesh = current_mesh()
     if mesh is None:
