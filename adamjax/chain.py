@@ -107,8 +107,8 @@ class chain(Transform):
             if tx.adds_weights and descending and keeps_sign:
                 raise ValueError(
                     f"chain: {tx!r} is after {descending[-1]!r}, so weights would grow in each "
-                    "step, whatever the rate: put the weight decay between the rule and the learning "
-                    "rate, as in adamw"
+                    "step, whatever the rate: put the weight decay between the rule and the "
+                    "learning rate, as in adamw"
                 )
 
     def init(self, params: Tree) -> tuple[Any, ...]:

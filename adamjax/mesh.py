@@ -52,18 +52,16 @@ def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.
     """
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         return jax.sharding.reshard(x, sharding)
-    # The mesh of a type has no devices.
-    mesh = like.sharding.mesh
-    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
+    # `sharding` may come from a type, whose mesh has no devices. That of `like` has them.
+    return jax.device_put(x, NamedSharding(like.sharding.mesh, sharding.spec))
 
 
 def replicated(x: chex.Array) -> chex.Array:
     """A traced value, in full on every device of its mesh, or else of the current mesh."""
-    typed = explicit_sharding(x)
-    if typed is not None:
-        split = any(axes is not None for axes in typed.spec)
-        whole = NamedSharding(typed.mesh, PartitionSpec())
-        return resharded(x, whole, x) if split else x
+    sharding = explicit_sharding(x)
+    if sharding is not None:
+        is_split = any(axes is not None for axes in sharding.spec)
+        return resharded(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
     if not isinstance(x, jax.core.Tracer):
         return x
     try:
@@ -92,17 +90,18 @@ def _rows_sharding(x: Any) -> NamedSharding | None:
 
 
 def gather_rows(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
-    """`table.at[indices].get(**options)`, on all devices that have a part of the table.
+    """`table.at[indices].get(**options)`, of which every device has all rows.
 
-    Indices must not be negative.
+    Columns stay split as those of the table. Indices must not be negative.
     """
     if table.shape[0] == 0:
-        # JAX refuses to gather from an empty array.
+        # JAX refuses to gather from an empty array. In this one every index is out of bounds too.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
         indices = jnp.ones_like(indices)
-    typed = explicit_sharding(table)
-    if typed is not None:
-        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
+    sharding = explicit_sharding(table)
+    if sharding is not None:
+        spec = PartitionSpec(None, *sharding.spec[1:])
+        options["out_sharding"] = NamedSharding(sharding.mesh, spec)
     return table.at[_unsigned(indices)].get(**options)
 
 
@@ -113,10 +112,10 @@ def _unsigned(indices: chex.Array) -> chex.Array:
 
 def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
     """Entries of a short array, whole on every device, with the sharding of their indices."""
-    typed, options = explicit_sharding(indices), {}
-    if typed is not None:
-        spec = (*typed.spec, *[None] * (entries.ndim - 1))
-        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
+    sharding, options = explicit_sharding(indices), {}
+    if sharding is not None:
+        spec = PartitionSpec(*sharding.spec, *[None] * (entries.ndim - 1))
+        options["out_sharding"] = NamedSharding(sharding.mesh, spec)
     return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **options)
 
 
@@ -127,8 +126,8 @@ def scatter_rows(
 
     An index beyond the table has no effect. Indices must not be negative.
     """
-    typed = explicit_sharding(table)
-    options = {} if typed is None else {"out_sharding": typed}
+    sharding = explicit_sharding(table)
+    options = {} if sharding is None else {"out_sharding": sharding}
     at = table.at[_unsigned(indices)]
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **options)
 
@@ -163,6 +162,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
         # With explicit axes the type of x has a sharding; with only manual ones x is on one device.
         if "Explicit" in kinds or kinds == {"Manual"}:
             return x
+        # On a mesh with manual axes too, a barrier takes the place of the constraint.
         mesh = mesh if kinds == {"Auto"} else None
         if mesh not in conditions:
             conditions[mesh] = hidden_false(mesh)
@@ -176,16 +176,12 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
 
 def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
     """A new array with a number for each row of a table, with the sharding of the rows."""
+    is_explicit = explicit_sharding(table) is not None
     sharding = _rows_sharding(table)
     if sharding is not None:
-        typed = explicit_sharding(table) is not None
-        return resharded(x, sharding, table) if typed else jax.device_put(x, sharding)
+        return resharded(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
-    if (
-        not isinstance(table, jax.core.Tracer)
-        or table.size == 0
-        or explicit_sharding(table) is not None
-    ):
+    if is_explicit or not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 
@@ -205,21 +201,23 @@ def over_rows(
       The function `(columns, others) -> columns` of the whole table.
     """
     sharding = _rows_sharding(table)
-    if sharding is None and axis is None:
+    if sharding is not None:
+        axes, mesh = sharding.spec[0], sharding.mesh
+    elif axis is not None:
+        axes, mesh = axis, _expected_mesh(owner, axis)
+    else:
         return lambda columns, others: function(columns, others, 0)
-    axes = axis if sharding is None else sharding.spec[0]
-    mesh = _expected_mesh(owner, axes) if sharding is None else sharding.mesh
     names = {axes} if isinstance(axes, str) else set(axes)
-    count = math.prod(mesh.shape[name] for name in names)
-    if len(table) % count:
+    num_devices = math.prod(mesh.shape[name] for name in names)
+    if len(table) % num_devices:
         raise ValueError(
-            f"{owner}: a table of {len(table)} rows is not split evenly over the {count} devices "
-            f"of axis {axes!r}; leave axis out, or pad the table"
+            f"{owner}: a table of {len(table)} rows is not split evenly over the {num_devices} "
+            f"devices of axis {axes!r}; leave axis out, or pad the table"
         )
     in_specs, out_specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
 
     def on_own_rows(columns: Any, others: Any) -> Any:
-        first = jax.lax.axis_index(axes) * (len(table) // count)
+        first = jax.lax.axis_index(axes) * (len(table) // num_devices)
         return function(columns, others, first)
 
     return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
