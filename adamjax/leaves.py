@@ -350,7 +350,8 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         return like_parts(p) if isinstance(slot, Scaled8) else p
 
     # Flattened, because an encoded slot is two arrays.
-    arrays, structure = jax.tree.flatten(slots)
+    structure: Any = jax.tree.structure(slots)
+    arrays = jax.tree.leaves(slots)
     likes = structure.flatten_up_to(list(map(like_of, slots, leaves)))
     return treedef.unflatten(structure.unflatten(split_alike(arrays, likes)))
 
@@ -514,7 +515,7 @@ def _apply_each(
 
 
 def _input_without_seal(owner: str, leaf: Any) -> Any:
-    """An input of a rule as arrays; rows are checked, and lose the seal that says that they are."""
+    """An input of a rule as arrays; of rows without their seal, which is checked here."""
     if isinstance(leaf, RowMoves):
         # No other transform can take the moves of rows.
         if owner == "apply_updates":
