@@ -1,9 +1,8 @@
 """Hides the differences between the supported releases of JAX, 0.7.2 and newer.
 
-Only this module uses what a release of JAX may rename or remove, so that only this module changes
-for a new one. `jax.extend.core` is JAX's public module for reading jaxprs. Modules of
-`jax.experimental` are imported when a feature needs them: if one is missing, that feature raises
-an error that says why, and `import adamjax` works.
+Only this module uses what a release of JAX may rename or remove. So a new release of JAX changes
+only this module. Modules of `jax.experimental` are imported when a feature needs them: if one is
+missing, that feature raises an error that says why, and `import adamjax` works.
 """
 
 import contextlib
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+
+# JAX's public module for reading jaxprs.
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 try:
@@ -26,7 +27,6 @@ __all__ = [
     "Literal",
     "Var",
     "as_varying",
-    "at",
     "axis_kinds",
     "current_mesh",
     "dimension_order",
@@ -34,8 +34,9 @@ __all__ = [
     "in_memory_of",
     "jaxpr_as_fun",
     "layout_format",
-    "line",
     "per_device",
+    "source_line",
+    "source_of",
     "type_sharding",
     "varying_axes",
     "x64",
@@ -75,13 +76,13 @@ def axis_kinds(mesh: Any) -> set[str]:
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
-    """The manual axes over which a value differs."""
+    """The manual axes along which devices may have different values, from the type of a value."""
     kind = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
     return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
-    """A value of a `shard_map`, cast to differ over some of its axes."""
+    """A value in a `shard_map`, cast to a type that also varies over these manual axes."""
     if hasattr(jax.lax, "pcast"):  # which replaces pvary
         return jax.lax.pcast(x, axes, to="varying")
     older: Any = jax.lax
@@ -104,11 +105,17 @@ def current_mesh() -> Any:
 
 
 def per_device(
-    function: Callable[..., Any], mesh: Any, names: set[str], in_specs: Any, out_specs: Any
+    function: Callable[..., Any], mesh: Any, axis_names: set[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`shard_map` over some axes of a mesh, without JAX's check of varying values."""
-    specs = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
-    return jax.shard_map(function, axis_names=names, check_vma=False, **specs)
+    """`shard_map` over some axes of a mesh; JAX does not check that values may vary over them."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=axis_names,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -122,14 +129,14 @@ def dimension_order(x: Any) -> tuple[int, ...] | None:
 
 def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
     """JAX's object for an order of dimensions in memory and a sharding."""
-    layouts = experimental("row_major, formats: an order in memory", "layout")
+    layouts = experimental("an order of dimensions in memory (row_major, formats)", "layout")
     return layouts.Format(layouts.Layout(order), sharding)
 
 
 # --- jaxprs ---------------------------------------------------------------------------------------
 
 
-def at(eqn: JaxprEqn) -> Any:
+def source_of(eqn: JaxprEqn) -> Any:
     """A context in which new operations get an equation's source line and name scope."""
     if source_info_util is None:
         return contextlib.nullcontext()
@@ -137,7 +144,7 @@ def at(eqn: JaxprEqn) -> Any:
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
 
 
-def line(eqn: JaxprEqn) -> str:
+def source_line(eqn: JaxprEqn) -> str:
     """The line of a user's code that made an equation."""
     if source_info_util is None:
         return "a line that this version of JAX does not report"

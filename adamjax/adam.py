@@ -1,10 +1,10 @@
 """The rules: Adam with Nadam, AMSGrad, Adamax. Their updates go uphill and have no learning rate.
 
-Every rule divides an average of gradients by a measure of their size. The papers differ in a few
-scalars for each step. So each step first computes these scalars, and then each rule is one function
-of them and of a leaf's arrays. With `t` the step's number, 1 for the first,
+Every rule divides an average of gradients by a measure of their size. The formulas of the papers
+differ only in a few scalars of the step. So each step first computes these scalars, and then each
+rule is one function of them and of a leaf's arrays. With `t` the step's number, 1 for the first,
 
-    u = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
+    update = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
 
 is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` this is the
 form just before section 2.1 of the paper, with `c_eps = eps * sqrt(1 - b2**t)` its algorithm 1.
@@ -21,7 +21,7 @@ import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import BETA, POSITIVE, Number, Tree, static, transform_state
-from adamjax.encoding import SCALED8, SLOT_DTYPES, Scaled8, zeros_scaled8
+from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS, Scaled8, zeros_scaled8
 from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
@@ -57,12 +57,12 @@ class _Scalars(NamedTuple):
     """The scalars of a step of Adam or AMSGrad.
 
     Attributes:
-      first, second: the averages that m and v are.
+      average_m, average_v: the functions `(old, new) -> average` that update m and v.
       c_m, c_g, c_eps: as in the module's equation; `c_g` is `None` if it is 0.
     """
 
-    first: Average
-    second: Average
+    average_m: Average
+    average_v: Average
     c_m: Any
     c_g: Any
     c_eps: Any
@@ -72,8 +72,8 @@ class _Scalars(NamedTuple):
         return self._replace(c_m=factor * self.c_m, c_g=c_g)
 
 
-def _check_fields(rule: Any, epsilon: str) -> None:
-    """Checks a rule's fields. If no epsilon was given, sets the field `epsilon` to the default."""
+def _check_fields(rule: Any, default_epsilon: str) -> None:
+    """Checks a rule's fields. If no epsilon was given, sets the field of this name to 1e-7."""
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
@@ -81,7 +81,7 @@ def _check_fields(rule: Any, epsilon: str) -> None:
             f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
-        rule.set_fields(**{epsilon: 1e-7})
+        rule.set_fields(**{default_epsilon: 1e-7})
     if rule.rows not in ("dense", "lazy"):
         raise ValueError(
             f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
@@ -102,17 +102,16 @@ def _check_dtypes(rule: Any, *names: str) -> None:
             dtype = jnp.dtype(value)
         except TypeError:
             dtype = None
-        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        if is_float and dtype not in (jnp.bfloat16, np.float32, np.float64):
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{type(rule).__name__}: {name} must be a real floating dtype such as "
+                f"jnp.float32 or 'bfloat16', {SCALED8!r} for 8 bits, or None; got {value!r}"
+            )
+        if dtype not in (jnp.bfloat16, np.float32, np.float64):
             raise TypeError(
                 f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
                 "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
                 "6e-8 too"
-            )
-        if not is_float:
-            raise TypeError(
-                f"{type(rule).__name__}: {name} must be a real floating dtype such as "
-                f"jnp.float32 or 'bfloat16', {SCALED8!r} for 8 bits, or None; got {value!r}"
             )
         rule.set_fields(**{name: dtype.name})
 
@@ -123,13 +122,14 @@ class _Moments(Rule):
     @property
     def groupable(self) -> bool:  # type: ignore[override]
         """Whether leaves can be joined: not if the elements of a row share an exponent."""
-        return SCALED8 not in (getattr(self, name, None) for name in SLOT_DTYPES)
+        return SCALED8 not in (getattr(self, name, None) for name in SLOT_DTYPE_FIELDS)
 
     def kinds(self, params: Tree) -> list[Any]:
+        # All leaves are treated alike, also in 8 bits, where the rule is not groupable.
         return [None] * len(flatten(params)[0])
 
     def with_wide_slots(self) -> Rule:
-        narrow = [x for x in SLOT_DTYPES if getattr(self, x, None) in ("bfloat16", SCALED8)]
+        narrow = [x for x in SLOT_DTYPE_FIELDS if getattr(self, x, None) in ("bfloat16", SCALED8)]
         return self.replace(**dict.fromkeys(narrow)) if narrow else self
 
 
@@ -160,16 +160,15 @@ def _expect_slot_dtypes(rule: Any, state: Any, **dtypes: str | None) -> None:
     """Refuses slots that were cast, or that belong to another field of the state."""
     for name, dtype in dtypes.items():
         slot = getattr(state, name)
+        is_signed = name == "m"  # the others measure the size of gradients
         expect_wide(type(rule).__name__, name, slot, dtype)
-        if name != "m" and any(map(jnp.iscomplexobj, jax.tree.leaves(slot))):
+        if not is_signed and any(map(jnp.iscomplexobj, jax.tree.leaves(slot))):
             raise ValueError(
                 f"{type(rule).__name__}: the state's {name} is complex, expected a real one: it "
                 "measures the size of gradients"
             )
-        if any(
-            isinstance(x, Scaled8) and (x.codes.dtype == np.int8) != (name == "m")
-            for x in flatten(slot)[0]
-        ):
+        encoded = [x for x in flatten(slot)[0] if isinstance(x, Scaled8)]
+        if any((x.codes.dtype == np.int8) != is_signed for x in encoded):
             raise ValueError(
                 f"{type(rule).__name__}: the codes of the state's {name} are those of another "
                 "slot, expected int8 in m and uint8 in the others: start from init"
@@ -179,7 +178,7 @@ def _expect_slot_dtypes(rule: Any, state: Any, **dtypes: str | None) -> None:
 def _adam_moments(
     c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-    return c.first(m, g), c.second(v, square(g))
+    return c.average_m(m, g), c.average_v(v, square(g))
 
 
 def _adam_quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
@@ -188,6 +187,7 @@ def _adam_quotient(c: _Scalars, g: chex.Array, m: chex.Array, v: chex.Array) -> 
 
 
 def _largest_v(c: _Scalars, v_max: chex.Array, m: chex.Array, v: chex.Array) -> chex.Array:
+    """The new `v_max`, from the old one and the new v: the `last` of a `Recurrence`."""
     return jnp.maximum(v_max, v)
 
 
@@ -207,37 +207,50 @@ def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
     return b * (1 - shrinking), complement(b1, t.dtype) + b * shrinking
 
 
-def _scalars(rule: Any, count: chex.Array, real: Any, product: chex.Array | None) -> _Scalars:
+def _scalars(
+    rule: Any, count: chex.Array, real: Any, momentum_product: chex.Array | None
+) -> _Scalars:
+    """The scalars of the step after `count` steps.
+
+    Args:
+      momentum_product: for Nadam, the product of the momenta up to this step; else `None`.
+    """
     t = counted(count, real)
     root_correction = jnp.sqrt(correction(rule.b2, t))
-    c_m, c_g = root_correction / correction(rule.b1, t), None
-    if product is not None:
-        product, (next_momentum, _) = product.astype(real), _momentum(rule.b1, t + 1)
+    c_g = None
+    if momentum_product is None:
+        c_m = root_correction / correction(rule.b1, t)
+    else:
+        product = momentum_product.astype(real)
+        next_momentum, _ = _momentum(rule.b1, t + 1)
+        _, complement_of_momentum = _momentum(rule.b1, t)
         c_m = root_correction * next_momentum / (1 - product * next_momentum)
-        c_g = root_correction * _momentum(rule.b1, t)[1] / (1 - product)
-    return _Scalars(
-        first=averaging(rule.b1, real),
-        second=averaging(rule.b2, real),
-        c_m=c_m,
-        c_g=c_g,
-        # At least the smallest normal number: XLA flushes smaller ones to 0.
-        c_eps=divisor(rule.eps_hat, real)
-        if rule.eps is None
-        else jnp.maximum(divisor(rule.eps, real) * root_correction, jnp.finfo(real).tiny),
-    )
+        c_g = root_correction * complement_of_momentum / (1 - product)
+    if rule.eps is None:
+        c_eps = divisor(rule.eps_hat, real)
+    else:
+        # XLA flushes numbers below the smallest normal one to 0.
+        c_eps = jnp.maximum(divisor(rule.eps, real) * root_correction, jnp.finfo(real).tiny)
+    return _Scalars(averaging(rule.b1, real), averaging(rule.b2, real), c_m, c_g, c_eps)
 
 
 def _coast(
     rule: Any, shrink: float, size: str = "v", squared: bool = True, decaying: str = "v"
 ) -> Coast:
-    """The `Coast` of a rule with the slot m; `decaying` is the slot that decays by b2."""
-    has_eps_hat = getattr(rule, "eps_hat", None) is not None
-    # Adamax has one epsilon, which is not corrected.
-    is_corrected = hasattr(rule, "eps_hat") and not has_eps_hat
+    """The `Coast` of a rule with the slot m.
+
+    Args:
+      shrink, size, squared: as in `Coast`.
+      decaying: the slot that decays by b2.
+    """
+    has_one_epsilon = not hasattr(rule, "eps_hat")  # as Adamax has
+    eps_hat = None if has_one_epsilon else rule.eps_hat
+    # Step t adds `eps * sqrt(1 - b2**t)`, but eps_hat and Adamax' eps as they are.
+    is_corrected = eps_hat is None and not has_one_epsilon
     return Coast(
         b1=rule.b1,
         shrink=shrink,
-        eps=rule.eps_hat if has_eps_hat else rule.eps,
+        eps=rule.eps if eps_hat is None else eps_hat,
         b2=rule.b2 if is_corrected else None,
         size=size,
         squared=squared,
@@ -273,16 +286,14 @@ class scale_by_adam(_Moments):
 
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * |g|**2
-        u = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)         (before section 2.1)
-        u = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)                 (algorithm 1)
+        update = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)    (before section 2.1)
+        update = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)            (algorithm 1)
 
     Moments, scalars and the quotient are computed in float32, or in float64 for float64.
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1). (A beta or epsilon may be an array that is traced
-        or set later. If its value is out of range, updates are NaN. 0.99999999 is out of
-        range too, as it is 1 in float32. An epsilon of 0 counts as the smallest normal number.)
+      b2: decay of the second moment, in [0, 1).
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
         default is 1e-7 if `eps` is not given.
       eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
@@ -297,14 +308,14 @@ class scale_by_adam(_Moments):
         For complex parameters m is complex, v real, and `m_dtype` has no effect.
         "scaled8" takes a quarter of the memory, in 8-bit codes with an exponent for each row of the
         last axis (`adamjax.states.Scaled8`), and is rounded stochastically too. Neighbouring
-        codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. So the rounding of the
-        last steps puts m off by about 8% of itself (d / sqrt(6) / sqrt(1 - b1**2), at most
-        1/8 / (1 - b1)), v by about 20% (sqrt(d / 2)), its root by 10%, and the update by about 13%,
-        in either direction. An m below 2**-14 of the largest of its row is off by up to 2**-17 of
-        that largest. A root of v below 2**-17 of the largest of its row counts as at least 2**-17
-        of it. So even there rounding changes an update by at most about the update of the row's
-        largest element. An infinite or NaN gradient makes its row NaN. `grouped`,
-        `adamjax.convert`, derivatives and row gradients of vectors are refused.
+        codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The rounding errors of
+        the last steps add up. They put m off by about 8% of itself: d / sqrt(6) / sqrt(1 - b1**2),
+        at most 1/8 / (1 - b1). They put v off by about 20%, sqrt(d / 2), and its root by 10%. So
+        the update is off by about 13%, in either direction. An m below 2**-14 of the largest of its
+        row is off by up to 2**-17 of that largest. A root of v below 2**-17 of the largest of its
+        row counts as at least 2**-17 of it. So even there rounding changes an update by at most
+        about the update of the row's largest element. An infinite or NaN gradient makes its row
+        NaN. `grouped`, `adamjax.convert`, derivatives and row gradients of vectors are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
@@ -312,6 +323,10 @@ class scale_by_adam(_Moments):
         all rows share one step count.
 
     The state is a `ScaleByAdamState`.
+
+    A beta or epsilon may be an array that is traced or set later. If its value is out of range,
+    updates are NaN. 0.99999999 is out of range too, as it is 1 in float32. An epsilon of 0 counts
+    as the smallest normal number.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
     update of that element is NaN. `skip_not_finite` does not detect this. `clip_by_value` before
@@ -339,7 +354,7 @@ class scale_by_adam(_Moments):
 
     def __post_init__(self) -> None:
         self.check_flag("nesterov")
-        _check_fields(self, epsilon="eps" if self.nesterov else "eps_hat")
+        _check_fields(self, default_epsilon="eps" if self.nesterov else "eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
     def init(self, params: Tree) -> ScaleByAdamState:
@@ -354,22 +369,23 @@ class scale_by_adam(_Moments):
         return _coast(self, math.sqrt(self.b2))
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
-        return _scalars(self, state.count, real, self._product(state)).c_m
+        return _scalars(self, state.count, real, self._next_momentum_product(state)).c_m
 
-    def _product(self, state: Any) -> Any:
-        """The product of the momenta after the next step from this state."""
-        product = state.momentum_product
+    def _next_momentum_product(self, state: Any) -> Any:
+        """Nadam's product of the momenta after the next step from this state; else `None`."""
         if not self.nesterov:
-            return product
-        return product * _momentum(self.b1, counted(state.count, product.dtype))[0]
+            return None
+        product = state.momentum_product
+        momentum, _ = _momentum(self.b1, counted(state.count, product.dtype))
+        return product * momentum
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamState)
         _expect_slot_dtypes(self, state, m=self.m_dtype, v=self.v_dtype)
         if (state.momentum_product is None) == self.nesterov:
-            maker, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
+            actual, expected = ("Adam", "Nadam") if self.nesterov else ("Nadam", "Adam")
             raise ValueError(
-                f"scale_by_adam: the state is {maker}'s, but nesterov={self.nesterov} makes this "
+                f"scale_by_adam: the state is {actual}'s, but nesterov={self.nesterov} makes this "
                 f"{expected}: build the rule with nesterov={not self.nesterov}, or start from init"
             )
         if self.nesterov:
@@ -378,17 +394,17 @@ class scale_by_adam(_Moments):
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         self.check_state(state)
-        product = self._product(state)
+        momentum_product = self._next_momentum_product(state)
         updates, m, v = lift(
             "scale_by_adam",
             _adam,
-            times(lambda real: _scalars(self, state.count, real, product), factors),
+            times(lambda real: _scalars(self, state.count, real, momentum_product), factors),
             grads,
             slots=(state.m, state.v),
             rows=self.rows,
             count=state.count,
         )
-        return updates, ScaleByAdamState(next_count(state.count), m, v, product)
+        return updates, ScaleByAdamState(next_count(state.count), m, v, momentum_product)
 
 
 @transform_state("m", "v", "v_max")
@@ -414,8 +430,9 @@ class scale_by_amsgrad(_Moments):
 
     Args:
       b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`; `v_max` has the dtype
-        of v. It is the largest v as stored: in "scaled8" about 20% above that of float32 after
-        thousands of steps, so updates are about 10% smaller.
+        of v. It is the largest v that was stored. In "scaled8", v is rounded up and down, so after
+        thousands of steps `v_max` is about 20% above that of float32, and updates are about 10%
+        smaller.
 
     The state is a `ScaleByAmsgradState`.
 
@@ -435,7 +452,7 @@ class scale_by_amsgrad(_Moments):
     rows: Rows = static(default="dense", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_fields(self, epsilon="eps_hat")
+        _check_fields(self, default_epsilon="eps_hat")
         _check_dtypes(self, "m_dtype", "v_dtype")
 
     def init(self, params: Tree) -> ScaleByAmsgradState:
@@ -473,8 +490,8 @@ class scale_by_amsgrad(_Moments):
 class _AdamaxScalars(NamedTuple):
     """The scalars of a step of Adamax, as in `_Scalars`: its update is c_m * m / (u + c_eps)."""
 
-    first: Average
-    second: Average
+    average_m: Average
+    average_u: Average
     c_m: Any
     c_eps: Any
 
@@ -485,7 +502,9 @@ class _AdamaxScalars(NamedTuple):
 def _adamax_moments(
     c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-    return c.first(m, g), jnp.maximum(c.second(u, jnp.zeros_like(u)), magnitude(g))
+    # `b2 * u` as an average with zeros, which uses b2 more exactly than a factor in float32.
+    decayed = c.average_u(u, jnp.zeros_like(u))
+    return c.average_m(m, g), jnp.maximum(decayed, magnitude(g))
 
 
 def _adamax_quotient(c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array) -> chex.Array:
@@ -547,7 +566,7 @@ class scale_by_adamax(_Moments):
     rows: Rows = static(default="lazy", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_fields(self, epsilon="eps")
+        _check_fields(self, default_epsilon="eps")
         _check_dtypes(self, "m_dtype", "u_dtype")
 
     def init(self, params: Tree) -> ScaleByAdamaxState:
@@ -572,8 +591,8 @@ class scale_by_adamax(_Moments):
 
         def scalars(real: Any) -> _AdamaxScalars:
             return _AdamaxScalars(
-                first=averaging(self.b1, real),
-                second=averaging(self.b2, real),
+                average_m=averaging(self.b1, real),
+                average_u=averaging(self.b2, real),
                 c_m=self.momentum_coefficient(state, real),
                 c_eps=divisor(self.eps, real),
             )

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, line
+from adamjax._compat import ClosedJaxpr, JaxprEqn, as_varying, source_line
 from adamjax.leaves import is_arraylike, is_left_alone
 from adamjax.paths import checked_patterns, expect_paths, first_match, flatten, leaf_paths
 from adamjax.plans import PerSite, Source, View
@@ -266,7 +266,7 @@ class Reads:
         if eqn is None:
             use = f"returned by the {'loss ' if self.is_loss else ''}function"
         else:
-            use = f"used by {eqn.primitive.name} at {line(eqn)}"
+            use = f"used by {eqn.primitive.name} at {source_line(eqn)}"
         if self.is_loss:
             so, allowed = "its gradient is dense", "its dense gradient"
         else:

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 
 from adamjax.data import COUNT, UNIT, Number, Tree, is_array, transform_state
 from adamjax.leaves import expect_wide, lift, needed, new_slots
-from adamjax.moments import accumulator, as_count, averaging, next_count, stepped, widen, widened
+from adamjax.moments import (
+    Average,
+    accumulator,
+    as_count,
+    averaging,
+    next_count,
+    stepped,
+    widen,
+    widened,
+)
 from adamjax.transform import Step, Transform, expect_state
 
 __all__ = ["WeightEmaState", "weight_ema"]
@@ -30,16 +39,26 @@ class WeightEmaState(NamedTuple):
     average: Tree
 
 
-class _Ema(NamedTuple):
-    mean: Any
-    due: Any
+class _Scalars(NamedTuple):
+    """The scalars of a step.
+
+    Attributes:
+      averaging: the function `(old average, weights) -> average`.
+      overwrites: whether this step sets the weights to the average; `None` if no step does.
+    """
+
+    averaging: Average
+    overwrites: Any
 
 
-def _ema(c: _Ema, u: chex.Array, average: chex.Array, p: chex.Array) -> tuple[chex.Array, ...]:
+def _averaged(
+    c: _Scalars, u: chex.Array, average: chex.Array, p: chex.Array
+) -> tuple[chex.Array, ...]:
+    """The update, or that which makes `p` the average if the step overwrites; the new average."""
     real = accumulator(u.dtype, average.dtype)
-    new_average = c.mean(widen(average, real), widen(stepped(p, u), real))
-    if c.due is not None:
-        u = jnp.where(c.due, (new_average - widen(p, real)).astype(u.dtype), u)
+    new_average = c.averaging(widen(average, real), widen(stepped(p, u), real))
+    if c.overwrites is not None:
+        u = jnp.where(c.overwrites, (new_average - widen(p, real)).astype(u.dtype), u)
     return u, new_average.astype(average.dtype)
 
 
@@ -59,10 +78,10 @@ class weight_ema(Transform):
         average; a whole number of at least 1. `None`: never. (In an array that is traced or set
         later, a value below 1 makes the average and the weights NaN.)
 
-    With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average takes
-    in the weights after each step as they would be if rounded to the nearest. Where an update is
-    too small for that to change the weight, these are the weights before the step, so the average
-    is one step behind.
+    With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average does
+    not know how a step will round. It takes in the weights after the step, rounded to the nearest.
+    Where an update is too small to change a weight that is rounded so, it takes in the weight
+    before the step. There the average is one step behind.
 
     The state is a `WeightEmaState`.
 
@@ -103,21 +122,24 @@ class weight_ema(Transform):
         self.check_state(state)
         params = needed("weight_ema", params)
         count = next_count(state.count)
-        due = frequency = None
-        if self.overwrite_frequency is not None:
+        if self.overwrite_frequency is None:
+            frequency = overwrites = None
+        else:
             name = "weight_ema: overwrite_frequency"
             frequency = as_count(name, self.overwrite_frequency, count.dtype)
-            due = count % jnp.maximum(frequency, 1) == 0
+            overwrites = count % jnp.maximum(frequency, 1) == 0
 
-        def scalars(real: Any) -> _Ema:
-            mean = averaging(self.momentum, real, UNIT)
+        def scalars(real: Any) -> _Scalars:
+            average = averaging(self.momentum, real, UNIT)
             if frequency is not None and is_array(self.overwrite_frequency):
-                mean = mean._replace(weight=jnp.where(frequency >= 1, mean.weight, jnp.nan))
-            return _Ema(mean, due)
+                # An array may be traced, so it cannot be refused. This makes the average NaN.
+                weight = jnp.where(frequency >= 1, average.weight, jnp.nan)
+                average = average._replace(weight=weight)
+            return _Scalars(average, overwrites)
 
         updates, average = lift(
             "weight_ema",
-            _ema,
+            _averaged,
             scalars,
             updates,
             slots=(state.average,),

@@ -1,7 +1,8 @@
 """Runs a step on some rows of tables block by block: time grows with the rows, memory does not.
 
-An array of distinct indices is as long as the batch, but may have far fewer rows. These come
-first, so a loop whose length is set at run time works on them alone, in place.
+An array of a batch's distinct indices is as long as the batch. The distinct indices come first, and
+there may be far fewer of them; the other entries stand for no row. So a loop whose length is set at
+run time works on the distinct indices alone, in place.
 """
 
 import functools
@@ -15,18 +16,19 @@ import numpy as np
 
 from adamjax._compat import as_varying, jaxpr_as_fun, varying_axes
 
-__all__ = ["group_tables", "in_blocks", "is_one_block", "rows_of_each"]
+__all__ = ["group_tables", "in_blocks", "needs_no_loop", "rows_of_each"]
 
-# The rows of a block, and the most rows that are processed without a loop.
-_BLOCK = 2048
-_AT_ONCE = 8192
+# The most rows of a block of a loop.
+_BLOCK_ROWS = 2048
+# The most rows for which no loop is made.
+_MAX_UNLOOPED_ROWS = 8192
 # The most elements in the rows of several tables that one step processes together.
 _GROUP_ELEMENTS = 1 << 20
 
 
-def is_one_block(n: int) -> bool:
-    """Whether `in_blocks` processes n rows without a loop, on every platform."""
-    return n <= _AT_ONCE
+def needs_no_loop(n: int) -> bool:
+    """Whether `in_blocks` makes no loop for n rows. For more, it makes one, except on a GPU."""
+    return n <= _MAX_UNLOOPED_ROWS
 
 
 def in_blocks(
@@ -37,7 +39,7 @@ def in_blocks(
     rows: Any,
     reads: Any = (),
 ) -> tuple[Any, Any]:
-    """Runs a step on some rows of tables, in place. Blocks without a row are skipped.
+    """Runs a step on some rows of tables, in place. Blocks that have no row are skipped.
 
     Args:
       step: `(tables, indices, rows, reads) -> (tables, rows)`, called with some of the indices.
@@ -48,18 +50,19 @@ def in_blocks(
       reads: a tree of arrays [n, ...] that the step only reads.
 
     Returns:
-      The tables and the rows after the step. Rows of blocks without an index stay as they were.
+      The tables and the rows after the step. The rows of skipped blocks stay as they were.
     """
     n = indices.size
-    if is_one_block(n):
+    if needs_no_loop(n):
         return step(tables, indices, rows, reads)
-    size = -(-n // -(-n // _BLOCK))
+    num_blocks = -(-n // _BLOCK_ROWS)
+    size = -(-n // num_blocks)
 
     def at_once(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
         return step(tables, indices, rows, reads)
 
     def looped(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        last = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
+        last_row = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
 
         def block(carry: Any) -> Any:
             i, tables, rows = carry
@@ -74,7 +77,7 @@ def in_blocks(
                 return x.at[position].get(mode="promise_in_bounds", unique_indices=True)
 
             def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
-                if n % size:
+                if n % size:  # then the last block overlaps the one before, whose rows stay
                     new = jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
@@ -83,23 +86,23 @@ def in_blocks(
             tables, new_rows = step(tables, block_indices, block_rows, block_reads)
             return i + 1, tables, jax.tree.map(written, rows, block_rows, new_rows)
 
-        first = _as_varying(block, (jnp.zeros((), jnp.int32), tables, rows), (indices, reads))
-        return jax.lax.while_loop(lambda carry: carry[0] * size <= last, block, first)[1:]
+        first = _carry_as_varying(block, (jnp.zeros((), jnp.int32), tables, rows), (indices, reads))
+        return jax.lax.while_loop(lambda carry: carry[0] * size <= last_row, block, first)[1:]
 
     args = tables, indices, rows, reads
-    # Jitted, it is one equation, which JAX does not trace again at each use.
+    # `at_once` is jitted, which makes it one equation. JAX does not trace that again at each use.
     once, once_consts = _closure_converted(jax.jit(at_once), *args)
     loop, loop_consts = _closure_converted(looped, *args)
 
     @jax.custom_jvp
     def run(once_consts: Any, loop_consts: Any, args: Any) -> Any:
-        # On a GPU each iteration would wait for the host.
+        # A GPU takes all rows at once: in a loop, each iteration would wait for the host.
         on_gpu = functools.partial(once, once_consts)
         return jax.lax.platform_dependent(
             *args, cuda=on_gpu, rocm=on_gpu, default=functools.partial(loop, loop_consts)
         )
 
-    # JAX has no reverse-mode derivative of such a loop.
+    # The derivative is that of `once`, as JAX has no reverse-mode derivative of such a loop.
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         return jax.jvp(lambda consts, _, args: once(consts, *args), primals, tangents)
@@ -121,7 +124,7 @@ def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, l
     return converted, closed.consts
 
 
-def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
+def _carry_as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
     """Casts a carry in `shard_map` to vary over the axes over which it varies after a block."""
     if not any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, reads))):
         return carry
@@ -133,12 +136,20 @@ def _as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
     return jax.tree.map(cast, carry, jax.eval_shape(block, carry))
 
 
-def group_tables(tables: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
-    """Groups tables whose rows one step can process together; `rows` has an array for each."""
+def group_tables(positions: Sequence[int], rows: Sequence[Any]) -> list[list[int]]:
+    """Groups tables whose rows one step can process together.
+
+    Args:
+      positions: the positions in `rows` of the tables to group.
+      rows: for each table the array of its rows.
+
+    Returns:
+      Lists of positions. A table whose rows need a loop is alone in its list.
+    """
     groups: list[list[int]] = []
-    room = -1
-    for i in tables:
-        is_small = is_one_block(len(rows[i]))
+    room = -1  # the elements for which the last group has room; negative if it takes no table
+    for i in positions:
+        is_small = needs_no_loop(len(rows[i]))
         if rows[i].size > room or not is_small:
             groups.append([])
             room = _GROUP_ELEMENTS if is_small else -1

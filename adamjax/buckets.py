@@ -1,13 +1,13 @@
 """A tree whose small leaves are stored end to end in flat buckets, and the plan of the buckets."""
 
 import functools
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adamjax.data import Tree
 from adamjax.paths import flatten, leaf_paths
@@ -36,6 +36,11 @@ class Plan:
     def _key(self) -> Any:
         return self.treedef, self.avals, self.buckets
 
+    def shape_of(self, i: int) -> tuple[int, ...]:
+        """The shape of the leaf at index i, which must not be `None`."""
+        shape: tuple[int, ...] = self.avals[i][0]
+        return shape
+
     # JAX compares plans at each call of a jitted function, usually a plan with itself.
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -46,7 +51,7 @@ class Plan:
         return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickles a tree instead of the treedef, which would lose the static data of its nodes.
+        # Pickles a tree of this structure: a pickled treedef loses the static data of its nodes.
         tree = self.treedef.unflatten(range(len(self.avals)))
         return _plan_like, (tree, self.avals, self.buckets)
 
@@ -55,20 +60,21 @@ class Plan:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The keys of the arrays: for a bucket with a checksum of its leaves' paths and shapes.
+        """The keys of the arrays: names of the buckets, then the paths of the other leaves.
 
-        So a checkpoint that was saved by these keys does not fit a model whose leaves were renamed.
+        The name of a bucket has a checksum of its leaves' paths and shapes. So a checkpoint that
+        was saved by these keys does not fit a model whose leaves were renamed.
         """
-        paths = leaf_paths(self.shapes)
+        paths = leaf_paths(self.shape_tree)
         buckets = []
         for i, bucket in enumerate(self.buckets):
-            leaves = "\n".join(f"{paths[j]} {list(self.avals[j][0])}" for j in bucket)
+            leaves = "\n".join(f"{paths[j]} {list(self.shape_of(j))}" for j in bucket)
             checksum = zlib.crc32(leaves.encode())
             buckets.append(f"bucket {i} of {len(bucket)} leaves ({checksum:08x})")
         return (*buckets, *(paths[i] for i in self.alone))
 
     @property
-    def shapes(self) -> Tree:
+    def shape_tree(self) -> Tree:
         """The tree with a `ShapeDtypeStruct` in place of each leaf."""
         return self.treedef.unflatten(
             [None if a is None else jax.ShapeDtypeStruct(*a) for a in self.avals]
@@ -117,8 +123,8 @@ class Bucketed:
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         names = list(self.plan.names)
         children = (*self.buckets, *self.alone)
-        # A state with other arrays than the plan must pass through jit, so that `expect_whole` can
-        # refuse it.
+        # A state with more or fewer arrays than the plan must pass through jit, so that
+        # `expect_whole` can refuse it.
         names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)
         return tuple(zip(keys, children, strict=False)), self.plan
@@ -142,7 +148,7 @@ class Bucketed:
                 f"arrays, expected {expected[0]} and {expected[1]}: {mend}"
             )
         for i, (bucket, x) in enumerate(zip(buckets, self.buckets, strict=True)):
-            size = sum(int(np.prod(self.plan.avals[j][0], dtype=int)) for j in bucket)
+            size = sum(math.prod(self.plan.shape_of(j)) for j in bucket)
             if getattr(x, "shape", None) != (size,):
                 actual = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
@@ -157,7 +163,7 @@ class Bucketed:
         for i, x in zip(self.plan.alone, self.alone, strict=True):
             leaves[i] = x
         for bucket, x in zip(self.plan.buckets, self.buckets, strict=True):
-            shapes = tuple(self.plan.avals[i][0] for i in bucket)
+            shapes = tuple(self.plan.shape_of(i) for i in bucket)
             for i, piece in zip(bucket, _pieces(x, shapes), strict=True):
                 leaves[i] = piece
         return leaves
@@ -169,7 +175,7 @@ class Bucketed:
 
 def _end_to_end(leaves: list[Any]) -> Any:
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        size = sum(int(np.prod(x.shape, dtype=int)) for x in leaves)
+        size = sum(math.prod(x.shape) for x in leaves)
         return jax.ShapeDtypeStruct((size,), leaves[0].dtype)
     return _concatenated(leaves)
 
@@ -182,7 +188,7 @@ def _concatenated(leaves: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _pieces(bucket: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
-    pieces = jax.lax.split(bucket, [int(np.prod(s, dtype=int)) for s in shapes])
+    pieces = jax.lax.split(bucket, [math.prod(s) for s in shapes])
     return [jnp.reshape(x, s) for x, s in zip(pieces, shapes, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """The transform that applies several transforms one after another."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 
@@ -42,11 +42,19 @@ class identity(Stateless):
         return 1, 0
 
 
-def _cast(leaf: Any, dtype: Any) -> Any:
+def _in_dtype(leaf: Any, dtype: Any) -> Any:
     if dtype is None or is_left_alone(leaf):
         return leaf
     is_rows = isinstance(leaf, RowGradient | RowMoves)
     return leaf.astype(dtype) if is_rows else jnp.asarray(leaf, dtype)
+
+
+def _gives_factors(tx: Any) -> TypeGuard[Scaling]:
+    return isinstance(tx, Scaling) and tx.has_factors
+
+
+def _takes_factors(tx: Any) -> TypeGuard[Rule]:
+    return isinstance(tx, Rule) and tx.has_step
 
 
 class chain(Transform):
@@ -71,6 +79,8 @@ class chain(Transform):
 
     transforms: tuple[Transform, ...]
 
+    only_routes = True
+
     def __init__(self, *transforms: Any) -> None:
         self.set_fields(transforms=transforms)
         self.__post_init__()
@@ -91,61 +101,56 @@ class chain(Transform):
     def _expect_decay_to_shrink(self, parts: list[Transform]) -> None:
         """Refuses weight decay after the learning rate, unless a later part may change its sign."""
         for i, tx in enumerate(parts):
-            rates = [part for part in parts[:i] if part.descends]
-            if tx.adds_weights and rates and all(part.must_be_last for part in parts[i + 1 :]):
+            descending = [part for part in parts[:i] if part.descends]
+            # Of the later parts, only those that must be last surely keep the sign of the updates.
+            keeps_sign = all(part.must_be_last for part in parts[i + 1 :])
+            if tx.adds_weights and descending and keeps_sign:
                 raise ValueError(
-                    f"chain: {tx!r} is after {rates[-1]!r}, so weights would grow in each step, "
-                    "whatever the rate: put the weight decay between the rule and the learning "
-                    "rate, as in adamw"
+                    f"chain: {tx!r} is after {descending[-1]!r}, so weights would grow in each "
+                    "step, whatever the rate: put the weight decay between the rule and the "
+                    "learning rate, as in adamw"
                 )
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(tx.init(params) for tx in self.transforms)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        state = self.part_states(state)
+        states = self.part_states(state)
         leaves = flatten(updates)[0]
-        dtypes = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
-        wide = [None if d is None else widened(d, accumulator(d)) for d in dtypes]
+        own = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
+        wide = [None if d is None else widened(d, accumulator(d)) for d in own]
 
-        def cast(updates: Any, to: list[Any]) -> Any:
-            if dtypes == wide:
+        def cast(updates: Any, dtypes: list[Any]) -> Any:
+            if own == wide:  # no gradient is narrow
                 return updates
             leaves, treedef = flatten(updates)
-            return treedef.unflatten([_cast(x, d) for x, d in zip(leaves, to, strict=True)])
+            return treedef.unflatten([_in_dtype(x, d) for x, d in zip(leaves, dtypes, strict=True)])
 
-        states, is_merged = list(state), False
+        new_states = list(states)
+        is_done = False  # whether the rule before has already applied this part's factors
         for i, tx in enumerate(self.transforms):
-            after = self.transforms[i + 1] if i + 1 < len(states) else None
-            if is_merged:
-                is_merged = False
+            next_tx = self.transforms[i + 1] if i + 1 < len(states) else None
+            if is_done:
+                is_done = False
             elif tx.has_foreign or tx.must_be_last:
                 # An average of weights must see the rounded updates.
-                updates = cast(updates, dtypes)
-                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
-            elif isinstance(tx, Scaling) and tx.has_factors:
+                updates = cast(updates, own)
+                updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
+            elif _gives_factors(tx):
                 # The factors see the updates before they are widened. Else XLA would keep wide
                 # copies of narrow gradients from the norm to the product.
-                factors, states[i] = tx.factors(updates, state[i])
+                factors, new_states[i] = tx.factors(updates, states[i])
                 updates = tx.scaled(factors, cast(updates, wide), params)
-            elif (
-                isinstance(tx, Rule)
-                and tx.has_step
-                and isinstance(after, Scaling)
-                and after.has_factors
-                and not after.reads_updates
-            ):
-                factors, states[i + 1] = after.factors(updates, state[i + 1])
-                updates, states[i] = tx.step(cast(updates, wide), state[i], factors)
-                is_merged = True
+            elif _takes_factors(tx) and _gives_factors(next_tx) and not next_tx.reads_updates:
+                factors, new_states[i + 1] = next_tx.factors(updates, states[i + 1])
+                updates, new_states[i] = tx.step(cast(updates, wide), states[i], factors)
+                is_done = True
             else:
                 updates = cast(updates, wide)
-                updates, states[i] = tx.update(updates, state[i], params, **extra_args)
+                updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
         if not self.has_wide_updates:
-            updates = cast(updates, dtypes)
-        return updates, tuple(states)
-
-    only_routes = True
+            updates = cast(updates, own)
+        return updates, tuple(new_states)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         return several_states(self, state)

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import chex
@@ -17,12 +18,18 @@ from adamjax.transform import Scaling, Stateless, Step, expect_empty
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
 
 
-def _sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
+def _sum_of_squares(arrays: Iterable[chex.Array]) -> chex.Array:
+    return functools.reduce(operator.add, (jnp.sum(square(x)) for x in arrays))
+
+
+def _sum_of_leaf(c: None, g: Any) -> tuple[chex.Array]:
+    """The sum of a leaf's squares: the rule of `global_norm` for `reduced`."""
     real = accumulator(g.dtype)
     if widened(g.dtype, real) != g.dtype:
-        # Without the barrier, XLA would store one widened copy for both the norm and the product.
+        # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
+        # multiplies by its factor.
         g = each_array(lambda x: widen(barrier(x), real), g)
-    return (functools.reduce(operator.add, (jnp.sum(square(x)) for x in nonzero_arrays(g))),)
+    return (_sum_of_squares(nonzero_arrays(g)),)
 
 
 def global_norm(tree: Tree) -> chex.Array:
@@ -47,20 +54,27 @@ def global_norm(tree: Tree) -> chex.Array:
 
 def _norm(owner: str, tree: Tree) -> chex.Array:
     empty = jnp.zeros((), jnp.float32)
-    return root(reduced(owner, _sum_of_squares, operator.add, tree, empty))
+    return root(reduced(owner, _sum_of_leaf, operator.add, tree, empty))
 
 
 class _MaxNorm(NamedTuple):
-    """The norm to shrink to, and the least norm to divide by; `None` if they are the same."""
+    """The largest norm of a clip, for one accumulator dtype.
+
+    Attributes:
+      limit: the norm to shrink to.
+      least_divisor: the least norm to divide by; `None` if it is the limit.
+    """
 
     limit: Any
-    least: Any
+    least_divisor: Any
 
 
 def _max_norm(value: Number, real: Any) -> _MaxNorm:
     limit = _limit(value, real)
+    if not is_array(value):
+        return _MaxNorm(limit, None)
     # With a limit of 0, a vector of norm 0 must not become 0/0.
-    return _MaxNorm(limit, jnp.maximum(limit, jnp.finfo(real).tiny) if is_array(value) else None)
+    return _MaxNorm(limit, jnp.maximum(limit, jnp.finfo(real).tiny))
 
 
 def _limit(value: Number, real: Any) -> Any:
@@ -71,8 +85,9 @@ def _limit(value: Number, real: Any) -> Any:
 
 def _clip_factor(norm: chex.Array, max_norm: _MaxNorm) -> chex.Array:
     """The factor that clips a vector of this norm; NaN if the norm is not finite."""
-    least = max_norm.limit if max_norm.least is None else max_norm.least
-    return jnp.where(jnp.isfinite(norm), max_norm.limit / jnp.maximum(norm, least), jnp.nan)
+    limit, least_divisor = max_norm
+    divisor = jnp.maximum(norm, limit if least_divisor is None else least_divisor)
+    return jnp.where(jnp.isfinite(norm), limit / divisor, jnp.nan)
 
 
 def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
@@ -86,12 +101,12 @@ def _clipped_by_value(limit: Any, g: chex.Array) -> tuple[chex.Array]:
 
 def _clipped_by_norm(max_norm: _MaxNorm, g: Any) -> tuple[Any]:
     real = max_norm.limit.dtype
+    norm = root(_sum_of_squares(widen(x, real) for x in nonzero_arrays(g)))
+    factor = _clip_factor(norm, max_norm)
 
     def clipped(x: chex.Array) -> chex.Array:
         return (factor * widen(x, real)).astype(x.dtype)
 
-    squares = (jnp.sum(square(widen(x, real))) for x in nonzero_arrays(g))
-    factor = _clip_factor(root(functools.reduce(operator.add, squares)), max_norm)
     return (each_array(clipped, g),)
 
 
@@ -197,4 +212,5 @@ class clip_by_global_norm(Stateless, Scaling):
     def factors(self, tree: Tree, state: Any) -> Step:
         expect_empty(self, state)
         norm = _norm("clip_by_global_norm", tree)
-        return _clip_factor(norm, _max_norm(self.max_norm, norm.dtype)).astype, state
+        factor = _clip_factor(norm, _max_norm(self.max_norm, norm.dtype))
+        return factor.astype, state  # a function of a dtype, as for all factors

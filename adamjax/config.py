@@ -20,8 +20,8 @@ __all__ = ["from_config", "to_config"]
 
 # The key of the class' name. It is a keyword of Python, so no field can have this name.
 CLASS = "class"
-# The kinds of arrays that a config can hold.
-_ARRAYS = (jnp.floating, jnp.integer, jnp.bool_)
+# The kinds of dtypes of the arrays that a config can hold.
+_ARRAY_KINDS = (jnp.floating, jnp.integer, jnp.bool_)
 # The classes that a config cannot describe, and why.
 NOT_SERIALIZABLE: dict[type[Data], str] = {
     foreign: "it is a pair of functions from another library: use adamjax's own transform, or "
@@ -82,10 +82,10 @@ def from_config(
       `1 + decay * count`.
     - With `gradient_accumulation_steps`, schedules and the average of `use_ema` count
       micro-batches; everything else counts steps, as in Keras from 3.5 on.
-    - Adamax moves the rows that were not read as well, but not in legacy optimizers.
+    - Adamax moves also the rows that were not read; Adamax of legacy optimizers does not.
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
-    copies the weights after step 1, p_1. So its average after step t is less by
+    copies the weights after step 1, p_1. So after step t, Keras 3's average is adamjax's minus
     `ema_momentum**t * (p_0 - p_1)`. (A state of `convert.from_keras` goes on from Keras'
     average, and is refused before the first step.) The difference reaches the weights only with
     `ema_overwrite_frequency`.
@@ -124,15 +124,41 @@ def from_config(
             f"{config!r} of type {type(config).__name__}"
         )
     if CLASS not in config:
-        config = with_class_name(config)
-        if "class_name" in config:
-            return from_keras_config(config, "the config", mask)
+        return from_keras_config(with_class_name(config), "the config", mask)
     if mask is not None:
         raise ValueError(
             "from_config: mask is for dictionaries of Keras; those of to_config have the masks of "
             "their transforms: leave it out"
         )
     return _decode(config, "the config", _classes(custom))
+
+
+# --- what a config can hold -----------------------------------------------------------------------
+
+
+def _own_classes() -> dict[str, type[Data]]:
+    """The classes of this package that a config can name."""
+    return {
+        cls.__name__: cls
+        for cls in _subclasses(Data)
+        if _package(cls.__module__) == _package(__name__)
+        and cls.__name__[0].islower()  # base classes have a capital letter
+        and cls not in NOT_SERIALIZABLE
+    }
+
+
+def _subclasses(cls: type[Data]) -> Iterator[type[Data]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _is_serializable(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in _ARRAY_KINDS)
 
 
 # --- to JSON --------------------------------------------------------------------------------------
@@ -145,7 +171,8 @@ def _encode_data(data: Data, place: str) -> dict[str, Any]:
             f"to_config: {place} is {data!r}, which a config cannot describe: "
             f"{NOT_SERIALIZABLE[cls]}"
         )
-    if cls is not _own_classes().get(cls.__name__, cls):
+    own_class = _own_classes().get(cls.__name__)
+    if own_class is not None and own_class is not cls:
         raise TypeError(
             f"to_config: {place} is a {cls.__module__}.{cls.__qualname__}, but {cls.__name__} "
             "is the name of one of adamjax's own classes; rename the class"
@@ -156,6 +183,7 @@ def _encode_data(data: Data, place: str) -> dict[str, Any]:
 
 
 def _encode(value: Any, place: str) -> Any:
+    """A value of a field; `place` says where it is, for errors."""
     if isinstance(value, Data):
         return _encode_data(value, place)
     # The exact types: a subclass, such as a NumPy scalar, would come back as another type.
@@ -226,31 +254,11 @@ def _encode_array(value: Any, place: str) -> dict[str, Any]:
     return {"array": encode(items.tolist()), "dtype": dtype.name}
 
 
-def _is_serializable(dtype: Any) -> bool:
-    return any(jnp.issubdtype(dtype, kind) for kind in _ARRAYS)
-
-
 # --- from JSON ------------------------------------------------------------------------------------
 
 
-def _subclasses(cls: type[Data]) -> Iterator[type[Data]]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
-
-
-def _own_classes() -> dict[str, type[Data]]:
-    """The classes of this package that a config can name. Base classes have a capital letter."""
-    return {
-        cls.__name__: cls
-        for cls in _subclasses(Data)
-        if cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-        and cls.__name__[0].islower()
-        and cls not in NOT_SERIALIZABLE
-    }
-
-
 def _classes(custom: Iterable[type[Data]]) -> dict[str, type[Data]]:
+    """The classes that a config can name, the user's among them, by their names."""
     own = _own_classes()
     classes = dict(own)
     for cls in custom:
@@ -274,7 +282,7 @@ def _decode(value: Any, place: str, classes: dict[str, type[Data]]) -> Any:
             return _decode_data(value, place, classes)
         if "class_name" in value:
             return from_keras_config(value, place)
-        return _decode_literal(value, place, classes)
+        return _decode_dictionary(value, place, classes)
     if isinstance(value, list | tuple):
         return tuple(_decode(x, f"{place}[{i}]", classes) for i, x in enumerate(value))
     if value is None or isinstance(value, bool | int | float | str):
@@ -293,12 +301,11 @@ def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[
             f"of your own: from_config(config, custom=[{name}]). Known: {sorted(classes)}"
         )
     cls, values = classes[name], {}
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    keys = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in config:
-        if key != CLASS and key not in fields:
+        if key != CLASS and key not in keys:
             raise ValueError(
-                f"from_config: {place} of class {name} has the unknown key {key!r}; "
-                f"expected {list(fields)}"
+                f"from_config: {place} of class {name} has the unknown key {key!r}; expected {keys}"
             )
     for field in dataclasses.fields(cls):
         if field.name in config:
@@ -313,14 +320,18 @@ def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[
 
 
 def _with_fields(cls: type[Data], values: dict[str, Any]) -> Data:
-    """An object with these fields, checked as when a person makes it."""
+    """An object with these fields, checked as the class' constructor checks them.
+
+    The constructor itself may take other arguments than the fields, as that of `chain` does.
+    """
     data = object.__new__(cls)
     data.set_fields(**values)
     data.__post_init__()
     return data
 
 
-def _decode_literal(value: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Any:
+def _decode_dictionary(value: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Any:
+    """A value that JSON has no type for, such as a list (JSON's lists are tuples) or an array."""
     keys = set(value)
     if keys == {"float"}:
         return make_at(place, float, value["float"])
@@ -357,7 +368,7 @@ def _decode_array(value: Mapping[str, Any], place: str, classes: dict[str, type[
             f"from_config: {place} is an array of dtype {dtype.name}, which JAX has only with "
             "jax_enable_x64"
         )
-    # From tuples of Python numbers; a float64 holds a value of any float dtype exactly.
+    # NumPy makes float64 of Python's floats, which holds a value of any float dtype exactly.
     items = make_at(place, np.asarray, _decode(value["array"], place, classes))
     if not _is_serializable(items.dtype):
         raise ValueError(

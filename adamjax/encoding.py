@@ -34,32 +34,39 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
-from adamjax.mesh import explicit, replicated, resharded
+from adamjax.mesh import explicit_sharding, replicated, resharded
 
 __all__ = [
-    "BLOCK",
     "SCALED8",
-    "SLOT_DTYPES",
+    "SLOT_DTYPE_FIELDS",
+    "VECTOR_BLOCK",
     "Scaled8",
     "block_exponents",
     "decoded",
     "each_part",
     "encoded",
     "expect_encoded",
-    "expect_rows",
+    "expect_exponents_by_row",
     "exponents_spec",
     "like_parts",
     "zeros_scaled8",
 ]
 
-# The value of `m_dtype` and the other options that selects this format.
+# The fields of rules that choose the format of a slot, and the value that selects this format.
+SLOT_DTYPE_FIELDS = ("m_dtype", "v_dtype", "u_dtype")
 SCALED8 = "scaled8"
-SLOT_DTYPES = ("m_dtype", "v_dtype", "u_dtype")
-# Elements of a block of a vector.
-BLOCK = 1024
+# The elements of a block of a vector.
+VECTOR_BLOCK = 1024
 
-_NOT_FINITE = 255
 _DROPPED_BITS = 20  # of the 23 bits of a float32's fraction
+# A block with the exponent e stores its numbers divided by `2**(e + _OFFSET - 127)`. So at e = 0
+# the smallest code, which stands for 1/8, is still a normal float32.
+_OFFSET = 4
+# The biased exponents of a power of two and of its inverse add up to 254. So the exponent e is
+# `e + _OFFSET` as that of the power to multiply by, and `_INVERSE - e` as that of its inverse.
+_INVERSE = 254 - _OFFSET
+# The exponent of a block with a number that is infinite or NaN.
+_NOT_FINITE = 255
 
 
 @exportable
@@ -102,14 +109,14 @@ class Scaled8(NamedTuple):
 
 def _first_of_blocks(p: Any) -> Any:
     """The first element of each block of `p`."""
-    if np.ndim(p) < 2:
-        return p[::BLOCK] if np.ndim(p) else p
-    return p[..., :1]
+    if np.ndim(p) == 0:
+        return p
+    return p[::VECTOR_BLOCK] if np.ndim(p) == 1 else p[..., :1]
 
 
 def _exponents_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) < 2:
-        return (-(-shape[0] // BLOCK),) if shape else ()
+        return (-(-shape[0] // VECTOR_BLOCK),) if shape else ()
     return (*shape[:-1], min(shape[-1], 1))
 
 
@@ -118,7 +125,7 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
     codes = jnp.zeros_like(p, np.int8 if signed else np.uint8)
     if isinstance(p, jax.ShapeDtypeStruct):
         return Scaled8(codes, jnp.zeros(_exponents_shape(p.shape), np.uint8))
-    sharding = explicit(p)
+    sharding = explicit_sharding(p)
     if sharding is None:
         return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
     spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
@@ -132,7 +139,7 @@ def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
 
 
 def each_part(function: Callable[..., Any], *slots: Any) -> Any:
-    """A function of arrays, applied to slots: to the codes and to the exponents of encoded ones."""
+    """Applies a function of arrays to slots; of encoded ones, to codes and to exponents."""
     if isinstance(slots[0], Scaled8):
         return Scaled8(*(function(*parts) for parts in zip(*slots, strict=True)))
     return function(*slots)
@@ -143,7 +150,7 @@ def like_parts(p: Any) -> Scaled8:
 
     If the sharding of `p` is not known, the second one has the shape of the exponents.
     """
-    is_known = explicit(p) is not None or not isinstance(p, jax.core.Tracer)
+    is_known = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
     return Scaled8(p, p if is_known else _first_of_blocks(p))
 
 
@@ -164,35 +171,42 @@ def expect_encoded(what: str, slot: Scaled8) -> None:
         )
 
 
-def expect_rows(slot: Any, what: str = "a row gradient needs rows") -> None:
-    """Refuses a slot whose rows cannot be written one by one, because they share exponents."""
+def expect_exponents_by_row(slot: Any, what: str = "a row gradient needs rows") -> None:
+    """Refuses a slot whose rows cannot be written one by one, because they share exponents.
+
+    Args:
+      what: the start of the error, which ends in "needs rows".
+    """
     if isinstance(slot, Scaled8) and slot.ndim < 2:
         raise ValueError(
             f"{what} with exponents of their own, but a parameter of shape {list(slot.shape)} with "
-            f"moments in {SCALED8!r} has an exponent for each {BLOCK} elements: give the table the "
-            f"shape {[*slot.shape, 1]}, or keep its moments in bfloat16 (m_dtype, v_dtype)"
+            f"moments in {SCALED8!r} has an exponent for each {VECTOR_BLOCK} elements: give the "
+            f"table the shape {[*slot.shape, 1]}, or keep its moments in bfloat16 (m_dtype, "
+            "v_dtype)"
         )
 
 
-def _exponent_range(codes: Any) -> int:
+def _exponent_range(code_dtype: Any) -> int:
     """How many powers of two below a block's largest number its codes reach in full precision."""
-    return 14 if codes == np.int8 else 30
+    return 14 if code_dtype == np.int8 else 30
 
 
 def _blocks(bits: chex.Array) -> chex.Array:
-    """The elements by block, whose elements are those of the last axis.
+    """The elements of an array by block.
 
-    A vector becomes blocks of 8 times 128, which is how a TPU lays it out.
+    A vector of several blocks gets the shape [blocks, 8, 128], which is how a TPU lays it out. Any
+    other array gets the shape [*shape[:-1], 1, columns], a vector [1, elements], a scalar [1]: the
+    last axis has the elements of a block.
     """
     if bits.ndim == 0:
         return bits[None]
     columns = bits.shape[-1]
-    if bits.ndim > 1 or columns <= BLOCK:
+    if bits.ndim > 1 or columns <= VECTOR_BLOCK:
         return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
-    bits = replicated(bits) if explicit(bits) is not None else bits
-    if columns % BLOCK:
-        bits = jnp.pad(bits, (0, -columns % BLOCK))
-    return bits.reshape(-1, 8, BLOCK // 8)
+    bits = replicated(bits) if explicit_sharding(bits) is not None else bits
+    if columns % VECTOR_BLOCK:
+        bits = jnp.pad(bits, (0, -columns % VECTOR_BLOCK))
+    return bits.reshape(-1, 8, VECTOR_BLOCK // 8)
 
 
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
@@ -201,81 +215,94 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
     The largest number of a block has a code even if it is rounded up.
     """
 
-    def bits_of(x: chex.Array, codes: Any) -> chex.Array:
+    encoded_slots = [(i, slot) for i, slot in enumerate(slots) if isinstance(slot, Scaled8)]
+    exponents: list[Any] = [None] * len(slots)
+    if not encoded_slots:
+        return exponents
+
+    def bits_of(x: chex.Array, slot: Scaled8) -> chex.Array:
+        """The bits of the sizes of numbers, by block. As integers they have the order of sizes."""
         size = jnp.abs(x).astype(jnp.float32)
-        if codes.dtype != np.int8:
+        if slot.codes.dtype != np.int8:  # which has no code for a negative number
             size = jnp.where(x < 0, jnp.nan, size)
         return _blocks(jax.lax.bitcast_convert_type(size, jnp.int32))
 
-    encoded_slots = [x for x in slots if isinstance(x, Scaled8)]
-    bits = [
-        bits_of(x, slot.codes)
-        for x, slot in zip(arrays, slots, strict=True)
-        if isinstance(slot, Scaled8)
-    ]
-    if not bits:
-        return [None] * len(slots)
-    # One reduction of all arrays reads the gradients once. On a CPU, XLA stores the operand of a
-    # reduction of one array, but not the operands of a reduction of several. So a single array gets
-    # a second one.
-    slots_ndim = encoded_slots[0].ndim
-    operands = bits if len(bits) > 1 else [bits[0], bits[0] >> 1]
-    largest = jax.lax.reduce(
+    bits = [bits_of(arrays[i], slot) for i, slot in encoded_slots]
+    is_long_vector = encoded_slots[0][1].ndim == 1 and bits[0].ndim == 3
+    largest = _largest(bits, (1, 2) if is_long_vector else (bits[0].ndim - 1,))
+
+    def exponent(largest_bits: chex.Array, slot: Scaled8) -> chex.Array:
+        # Of the number after its fraction is rounded up to the bits that codes keep. A NaN counts
+        # as infinite, whose biased exponent is 255.
+        finite_or_infinity = jnp.minimum(largest_bits, np.int32(0x7F800000))
+        biased = (finite_or_infinity + np.int32((1 << _DROPPED_BITS) - 1)) >> 23
+        above = jnp.maximum(biased - np.int32(_exponent_range(slot.codes.dtype) + _OFFSET), 0)
+        return jnp.where(biased < 255, above, _NOT_FINITE).astype(jnp.uint8)
+
+    for (i, slot), x in zip(encoded_slots, largest, strict=True):
+        exponents[i] = exponent(x, slot)
+    return exponents
+
+
+def _largest(arrays: list[chex.Array], axes: tuple[int, ...]) -> list[chex.Array]:
+    """The maxima of integer arrays over axes, by one reduction, which reads the gradients once.
+
+    On a CPU, XLA stores the operand of a reduction of one array, but not the operands of a
+    reduction of several. So a single array gets a second operand, which has smaller numbers.
+    """
+    operands = arrays if len(arrays) > 1 else [arrays[0], arrays[0] >> 1]
+    maxima = jax.lax.reduce(
         operands,
         [np.int32(0)] * len(operands),
         lambda a, b: [jnp.maximum(x, y) for x, y in zip(a, b, strict=True)],
-        (1, 2) if slots_ndim == 1 and bits[0].ndim == 3 else (bits[0].ndim - 1,),
+        axes,
     )
-
-    if len(bits) == 1:
-        largest = [jnp.maximum(*largest)]
-
-    def exponent(x: chex.Array, slot: Scaled8) -> chex.Array:
-        x = (jnp.minimum(x, np.int32(0x7F800000)) + np.int32((1 << _DROPPED_BITS) - 1)) >> 23
-        # A stored 0 is an exponent at which the smallest code is still a normal float32.
-        above = jnp.maximum(x - np.int32(_exponent_range(slot.codes.dtype) + 4), 0)
-        return jnp.where(x < 255, above, _NOT_FINITE).astype(jnp.uint8)
-
-    exponents = iter(map(exponent, largest, encoded_slots))
-    return [next(exponents) if isinstance(x, Scaled8) else None for x in slots]
+    return list(maxima) if len(arrays) > 1 else [jnp.maximum(*maxima)]
 
 
 def _for_each_element(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     """Repeats the number of each block for all elements of the block."""
-    if len(shape) != 1 or shape[0] <= BLOCK:
+    if len(shape) != 1 or shape[0] <= VECTOR_BLOCK:
         return jnp.broadcast_to(x, shape)
-    return jnp.broadcast_to(x[:, None, None], (len(x), 8, BLOCK // 8)).reshape(-1)[: shape[0]]
+    return jnp.broadcast_to(x[:, None, None], (len(x), 8, VECTOR_BLOCK // 8)).reshape(-1)[
+        : shape[0]
+    ]
 
 
-def _power(field: chex.Array) -> chex.Array:
+def _power(biased: chex.Array) -> chex.Array:
     """The float32 power of two with this biased exponent, 1 to 254."""
-    return jax.lax.bitcast_convert_type(field << 23, jnp.float32)
+    return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
-def encoded(x: chex.Array, codes: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
+def encoded(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
     """A float array in 8 bits, each number rounded up or down so that its mean is right.
 
     Args:
       x: real floats.
-      codes: int8, or uint8 for numbers that are not negative.
+      code_dtype: int8, or uint8 for numbers that are not negative.
       exponents: the result of `block_exponents` for this slot.
       random: uint32 below 2**16, of the shape of x. A number is rounded up if `random / 2**16` plus
         its fraction of the way to the next code reaches 1, so 2**15 rounds to the nearest.
     """
-    return Scaled8(_codes_without_derivative(np.dtype(codes), x, exponents, random), exponents)
+    codes = _codes_without_derivative(np.dtype(code_dtype), x, exponents, random)
+    return Scaled8(codes, exponents)
 
 
-def _codes(codes: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
-    top, signed = _exponent_range(codes), codes == np.int8
+def _codes(code_dtype: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
+    top, signed = _exponent_range(code_dtype), code_dtype == np.int8
     exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
     # The smallest number with a full fraction becomes 1.
-    factor = _power(250 - jnp.minimum(exponent, 250 - top))
+    factor = _power(_INVERSE - jnp.minimum(exponent, _INVERSE - top))
     scaled = jnp.abs(x).astype(jnp.float32) * _for_each_element(factor, x.shape)
     scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
+    # From 1 on, a code is the bits of a float from which fraction bits were dropped; the biased
+    # exponent, 127 at 1, becomes 1. The 16 random bits and half of the next one fill the 20 dropped
+    # bits: their sum carries over if the number is to be rounded up.
     full = ((scaled_bits + (random << 4) + 8) >> _DROPPED_BITS) - np.int32(126 << 3)
+    # Below 1, a code is the number of eighths.
     small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
     magnitude = jnp.where(scaled < 1, small.astype(jnp.int32), full)
-    code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(codes)
+    code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(code_dtype)
     # The last operation is a select of codes. After any other, XLA would compute the codes twice,
     # once for the state and once to decode them, and copy the old ones for that.
     return jnp.where(x < 0, -code, code) if signed else jnp.where((code == 0) & (x != 0), 1, code)
@@ -285,7 +312,7 @@ _codes_without_derivative = jax.custom_jvp(_codes, nondiff_argnums=(0,))
 
 
 @_codes_without_derivative.defjvp
-def _codes_jvp(codes: Any, primals: Any, tangents: Any) -> Any:
+def _codes_jvp(code_dtype: Any, primals: Any, tangents: Any) -> Any:
     raise TypeError(
         f"a step with moments in {SCALED8!r} has no derivative, since it stores integers: to "
         "differentiate through steps, keep moments in float32 or bfloat16 (m_dtype, v_dtype)"
@@ -296,10 +323,11 @@ def decoded(slot: Scaled8) -> chex.Array:
     """The float32 array that is stored in 8 bits."""
     codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
     top = _exponent_range(codes.dtype)
-    scale = jnp.where(exponents <= 250 - top, _power(jnp.minimum(exponents, 250) + 4), jnp.nan)
+    power = _power(jnp.minimum(exponents, _INVERSE) + _OFFSET)
+    scale = jnp.where(exponents <= _INVERSE - top, power, jnp.nan)
     number = codes.astype(jnp.int32)
     magnitude = jnp.abs(number)
     full = jax.lax.bitcast_convert_type((magnitude << _DROPPED_BITS) + (126 << 23), jnp.float32)
-    size = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
-    size = size * _for_each_element(scale, codes.shape)
+    scaled = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
+    size = scaled * _for_each_element(scale, codes.shape)
     return jnp.where(number < 0, -size, size) if codes.dtype == np.int8 else size

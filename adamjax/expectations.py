@@ -43,20 +43,29 @@ def leaves_with_names(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any
 
 
 def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of two trees that must have the same structure."""
-    ours, treedef = leaves_with_names(name, actual)
-    theirs, expected_treedef = leaves_with_names(name, expected)
+    """Triples (name, leaf, expected leaf) of two trees that must have the same structure.
+
+    Leaves that are `None` must be `None` in both trees, and are left out.
+    """
+    leaves, treedef = leaves_with_names(name, actual)
+    expected_leaves, expected_treedef = leaves_with_names(name, expected)
     if treedef != expected_treedef:
-        names, expected_names = [path for path, _ in ours], [path for path, _ in theirs]
-        surplus = [f"a surplus {x}" for x in names if x not in set(expected_names)]
-        missing = [f"no {x}" for x in expected_names if x not in set(names)]
-        fault = (missing + surplus or [f"the structure {treedef}"])[0]
+        names = [leaf_name for leaf_name, _ in leaves]
+        expected_names = [leaf_name for leaf_name, _ in expected_leaves]
+        missing = [x for x in expected_names if x not in set(names)]
+        surplus = [x for x in names if x not in set(expected_names)]
+        if missing:
+            fault = f"no {missing[0]}"
+        elif surplus:
+            fault = f"a surplus {surplus[0]}"
+        else:
+            fault = f"the structure {treedef}"
         raise AssertionError(f"there is {fault}, expected {expected_treedef}")
-    for (path, x), (_, y) in zip(ours, theirs, strict=True):
+    for (leaf_name, x), (_, y) in zip(leaves, expected_leaves, strict=True):
         if (x is None) != (y is None):
-            raise AssertionError(f"{path} is {shown(x)}, expected {shown(y)}")
+            raise AssertionError(f"{leaf_name} is {shown(x)}, expected {shown(y)}")
         if x is not None:
-            yield path, x, y
+            yield leaf_name, x, y
 
 
 def shown(x: Any) -> str:
@@ -65,19 +74,19 @@ def shown(x: Any) -> str:
 
 def expect_form(name: str, actual: Tree, expected: Tree) -> None:
     """The same structure, shapes and dtypes."""
-    for path, x, y in pairs_of_leaves(name, actual, expected):
+    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
-            raise AssertionError(f"{path} is {described(x)}, expected {described(y)}")
+            raise AssertionError(f"{leaf_name} is {described(x)}, expected {described(y)}")
 
 
 def expect_same(name: str, actual: Tree, expected: Tree) -> None:
     """The same form, and the same bits."""
     expect_form(name, actual, expected)
-    for path, x, y in pairs_of_leaves(name, actual, expected):
+    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
         if a.tobytes() != b.tobytes():
             differ = np.any(_bytes_of_elements(a) != _bytes_of_elements(b), axis=-1)
-            raise AssertionError(first_difference(path, a, b, np.asarray(differ)))
+            raise AssertionError(first_difference(leaf_name, a, b, np.asarray(differ)))
 
 
 def _bytes_of_elements(x: Any) -> Any:
@@ -88,8 +97,8 @@ def _bytes_of_elements(x: Any) -> Any:
 def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
     """The same form and, within `rtol` of the largest value of a leaf, the same values."""
     expect_form(name, actual, expected)
-    for path, x, y in pairs_of_leaves(name, actual, expected):
-        expect_near(path, x, y, rtol * largest_magnitude(y))
+    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
+        expect_near(leaf_name, x, y, rtol * largest_magnitude(y))
 
 
 def largest_magnitude(x: Any) -> float:
@@ -98,12 +107,14 @@ def largest_magnitude(x: Any) -> float:
     return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
 
 
-def expect_near(path: str, x: Any, y: Any, atol: float) -> None:
+def expect_near(name: str, x: Any, y: Any, atol: float) -> None:
+    """The same values within `atol`; also the same infinities, and NaN where NaN is expected."""
     a, b = in_float64(x), in_float64(y)
-    with np.errstate(invalid="ignore"):  # of infinities
-        far = np.asarray(~((np.abs(a - b) <= atol) | (a == b) | ((a != a) & (b != b))))
+    with np.errstate(invalid="ignore"):  # of differences between infinities
+        near = (np.abs(a - b) <= atol) | (a == b) | (np.isnan(a) & np.isnan(b))
+    far = np.asarray(~near)
     if np.any(far):
-        raise AssertionError(first_difference(path, a, b, far))
+        raise AssertionError(first_difference(name, a, b, far))
 
 
 def in_float64(x: Any) -> Any:
@@ -112,8 +123,8 @@ def in_float64(x: Any) -> Any:
     return x.astype(np.complex128 if complex_ else np.float64)
 
 
-def first_difference(path: str, a: Any, b: Any, differ: Any) -> str:
+def first_difference(name: str, a: Any, b: Any, differ: Any) -> str:
     """A sentence with the first element in which two arrays differ."""
     at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
-    where = f"{path}{list(at)}" if at else path
-    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{path} differs"
+    where = f"{name}{list(at)}" if at else name
+    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{name} differs"

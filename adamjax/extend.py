@@ -2,9 +2,10 @@
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
 rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, and sent
-through `lift`, which checks all trees before anything is computed, leaves alone what is to be left
-alone, applies the function to the rows of row gradients, and keeps every slot in its dtype.
-`adamjax.testing.check` tries the result. Momentum, as an example:
+through `lift`. That checks all trees before anything is computed, does not touch `None` and leaves
+of integers, applies the function to the rows of row gradients, and keeps every slot in its dtype.
+`adamjax.testing.check` tries the result. Momentum, as an example (`exact_rows` alone needs its
+`coast` and `momentum_coefficient`):
 
 >>> from typing import Any, NamedTuple
 >>> import adamjax, jax.numpy as jnp
@@ -75,8 +76,8 @@ States:
 - `transform_state`: declares a named tuple and its slots, which `get_slot` and `exact_rows` see.
 - `new_slots`: a tree of one new array for each floating leaf.
 - `next_count`, `counted`: the count after this step; the number of this step, 1 for the first.
-- `expect_state`, `expect_empty`, `expect_wide`: refuse a state of another transform, any state, and
-  slots that were cast to fewer bits.
+- `expect_state`, `expect_empty`, `expect_wide`: refuse a state of another transform, any state but
+  `()`, and slots that were cast to fewer bits.
 
 Trees:
 

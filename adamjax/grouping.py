@@ -13,7 +13,7 @@ import numpy as np
 
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
-from adamjax.encoding import SCALED8, SLOT_DTYPES
+from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS
 from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
@@ -22,8 +22,8 @@ from adamjax.transform import Step, Transform, as_transform
 
 __all__ = ["grouped"]
 
-# XLA's time to compile a concatenation grows with the square of its operands, and a few more
-# buckets cost almost nothing.
+# The most leaves of a bucket. XLA's time to compile a concatenation grows with the square of the
+# number of its operands, and a few more buckets cost almost nothing.
 _MAX_LEAVES = 32
 
 
@@ -34,8 +34,8 @@ def _fits_bucket(leaf: Any, max_size: int) -> bool:
         return bool(leaf.size <= max_size)
     # A bucket of leaves that are split over devices would have to be gathered.
     sharding = getattr(leaf, "sharding", None)
-    whole = sharding is None or sharding.is_fully_replicated
-    return bool(np.size(leaf) <= max_size and whole)
+    is_split = sharding is not None and not sharding.is_fully_replicated
+    return bool(np.size(leaf) <= max_size and not is_split)
 
 
 def _make_plan(tree: Tree, max_size: int) -> Plan:
@@ -55,18 +55,27 @@ def _make_plan(tree: Tree, max_size: int) -> Plan:
 
 
 def _plan_of(state: Any) -> Plan | None:
-    """The plan of the buckets in a state; `None` if the state has no tree in buckets."""
-    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_bucketed)[0]
-    grouped_trees = [(path, x) for path, x in nodes if is_bucketed(x)]
-    for path, x in grouped_trees:
-        x.expect_whole(jax.tree_util.keystr(path[-1:], simple=True))
-    return grouped_trees[0][1].plan if grouped_trees else None
+    """The plan of the buckets in a state; `None` if the state has no tree in buckets.
+
+    Refuses buckets that do not fit their plan.
+    """
+    plan = None
+    for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_bucketed)[0]:
+        if is_bucketed(x):
+            x.expect_whole(jax.tree_util.keystr(path[-1:], simple=True))
+            plan = x.plan if plan is None else plan
+    return plan
 
 
 def _with_structure_of(plan: Plan, params: Tree) -> Plan:
-    """The plan with the structure of params, from which nnx.Optimizer unwraps Variables."""
+    """The plan with the structure of params, if these have the same leaves in other nodes.
+
+    `init` may see the Variables of Flax NNX, of which nnx.Optimizer gives `update` only the arrays.
+    """
+    if params is None:
+        return plan
     treedef = flatten(params)[1]
-    if params is None or treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.shapes):
+    if treedef == plan.treedef or leaf_paths(params) != leaf_paths(plan.shape_tree):
         return plan
     return Plan(treedef, plan.avals, plan.buckets)
 
@@ -138,23 +147,24 @@ class grouped(Transform):
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))
         # It is part of the structure, so it cannot be an array.
-        whole = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
-        if not whole or self.max_size < 1:
+        is_int = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
+        if not is_int or self.max_size < 1:
             raise ValueError(
                 "grouped: max_size must be a whole number of at least 1, an int, got "
                 f"{self.max_size!r}"
             )
         for part in walk(self.tx):
-            names = [name for name in SLOT_DTYPES if getattr(part.tx, name, None) == SCALED8]
+            names = [name for name in SLOT_DTYPE_FIELDS if getattr(part.tx, name, None) == SCALED8]
             if names:
                 raise ValueError(
                     f"grouped: {part.tx!r} keeps moments in {SCALED8!r} ({', '.join(names)}), with "
                     "an exponent for each block, so leaves of one bucket would share exponents: "
                     "keep them in bfloat16, or leave this part outside of grouped"
                 )
-        for part in _ungroupable(self.tx):
+        ungroupable = next(_ungroupable(self.tx), None)
+        if ungroupable is not None:
             raise ValueError(
-                f"grouped: {part!r} cannot take leaves in buckets, because its update of an "
+                f"grouped: {ungroupable!r} cannot take leaves in buckets, because its update of an "
                 "element may depend on the leaf's path or on the leaf as a whole. Leave it outside "
                 "of grouped: in the chain around it, or with grouped inside masked or partition"
                 " (set `groupable = True` in your own transform if it treats all elements alike)"
@@ -165,34 +175,40 @@ class grouped(Transform):
         return self.tx.init(plan.join(flatten(params)[0]))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        plan, like_name = _plan_of(state), "the state"
-        if plan is None:
-            self._expect_buckets(state)
-            like, like_name = (updates, "grads") if params is None else (params, "params")
-            plan = _make_plan(like, self.max_size)
-        state_plan, plan = plan, _with_structure_of(plan, params)
-        leaves = matched("grouped", "grads", updates, plan.shapes, like_name)
-        columns = [leaves]
+        state_plan, plan_name = self._plan_for(updates, state, params)
+        plan = _with_structure_of(state_plan, params)
+        like = plan.shape_tree
+        leaves = matched("grouped", "grads", updates, like, plan_name)
+        inputs = [leaves]
         if params is not None:
-            columns.append(
-                matched("grouped", "params", params, plan.shapes, like_name, grads=leaves)
-            )
+            inputs.append(matched("grouped", "params", params, like, plan_name, grads=leaves))
 
         to_split = [
             i
             for i, bucket in enumerate(plan.buckets)
-            if not all(_are_arrays_of_one_dtype([column[j] for j in bucket]) for column in columns)
+            if not all(_are_arrays_of_one_dtype([x[j] for j in bucket]) for x in inputs)
         ]
         step_plan = plan.without(to_split)
-        inputs = step_plan.join(leaves), _regroup(state, step_plan)
-        updates, new_state = self.tx.update(
-            *inputs, *map(step_plan.join, columns[1:]), **extra_args
+        grads, *params_if_given = map(step_plan.join, inputs)
+        new_updates, new_state = self.tx.update(
+            grads, _regroup(state, step_plan), *params_if_given, **extra_args
         )
-        return as_tree(updates), _regroup(new_state, state_plan)
+        return as_tree(new_updates), _regroup(new_state, state_plan)
+
+    def _plan_for(self, updates: Tree, state: Any, params: Tree) -> tuple[Plan, str]:
+        """The plan of the state's buckets, or that of a step without slots; and whose it is."""
+        plan = _plan_of(state)
+        if plan is not None:
+            return plan, "the state"
+        self._expect_buckets(state)
+        if params is None:
+            return _make_plan(updates, self.max_size), "grads"
+        return _make_plan(params, self.max_size), "params"
 
     def _expect_buckets(self, state: Any) -> None:
         """Refuses a state of the inner transform that has slots, none of them in buckets."""
 
+        # Called for each slot. A state without slots has no buckets either, and passes.
         def refuse(name: str, tree: Tree) -> Tree:
             raise ValueError(
                 f"grouped: the state's {name} is not in buckets, it is one of {self.tx!r}: convert "

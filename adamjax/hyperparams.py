@@ -37,8 +37,12 @@ class HyperparamsState(NamedTuple):
     inner: Any
 
 
+# Names of fields that are not numbers, but transforms or dictionaries of numbers.
+_NOT_NUMBERS = {"tx", "transforms", "hyperparams"}
+
+
 def _field_names(x: Any) -> list[str]:
-    """The names of the fields of a transform or schedule that may be arrays."""
+    """The names of a transform's fields that are not static: numbers, rates and parts."""
     return [f.name for f in dataclasses.fields(x) if not f.metadata.get("static")]
 
 
@@ -58,6 +62,24 @@ def _with_values(tx: Transform, values: dict[str, Any]) -> Transform:
         return new_part
 
     return replace_parts(tx, with_own_values)
+
+
+def _owner(tx: Transform, name: str) -> Transform:
+    """The one part of a transform that has a hyperparameter of this name."""
+    owners = [part for part in _all_parts(tx) if name in _field_names(part)]
+    if len(owners) == 1 and not isinstance(getattr(owners[0], name), Transform | tuple | dict):
+        return owners[0]
+    field_names = {n for part in _all_parts(tx) for n in _field_names(part)} - _NOT_NUMBERS
+    fields = f"the fields are {sorted(field_names)}"
+    if len(owners) == 1:
+        raise ValueError(
+            f"with_hyperparams: {name!r} is a field of {type(owners[0]).__name__} in {tx!r} that "
+            f"is no hyperparameter; {fields}"
+        )
+    raise ValueError(
+        f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in {tx!r}, expected "
+        f"one; {fields}. Wrap the part that is meant"
+    )
 
 
 class with_hyperparams(Transform):
@@ -108,16 +130,7 @@ class with_hyperparams(Transform):
             )
         tx, checked = as_transform(self.tx), {}
         for name, value in self.hyperparams.items():
-            owners = [part for part in _all_parts(tx) if name in _field_names(part)]
-            if len(owners) != 1 or isinstance(getattr(owners[0], name), Transform | tuple | dict):
-                field_names = sorted(
-                    {n for part in _all_parts(tx) for n in _field_names(part)} - _PARTS
-                )
-                raise ValueError(
-                    f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in "
-                    f"{tx!r}, expected one; the fields are {field_names}. Wrap the part that is "
-                    "meant"
-                )
+            owner = _owner(tx, name)
             for outer in _all_parts(tx):
                 if name in outer.python_numbers:
                     raise ValueError(
@@ -127,10 +140,11 @@ class with_hyperparams(Transform):
                     )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
-            new_owner = owners[0].replace(**{name: value})  # checks the range
+            # `replace` checks the range.
+            new_owner = owner.replace(**{name: value})
             checked[name] = getattr(new_owner, name)
             if not is_array(checked[name]):
-                # 0.99999999 is a beta, but in float32 it is 1.
+                # Once more in float32, where 0.99999999 is 1 and no beta.
                 new_owner.replace(**{name: jnp.asarray(checked[name])})
         self.set_fields(tx=tx, hyperparams=checked)
 
@@ -187,27 +201,25 @@ def _is_whole(x: Any) -> bool:
 
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
-    expected = jnp.integer if _is_whole(value) else jnp.floating
-    # A text would be taken for the name of a dtype.
-    is_number = is_arraylike(state_value) and fault_of_dtype(state_value) is None
-    dtype = jnp.result_type(state_value if is_number else jnp.bool_)
-    fits = np.shape(state_value) == () and bool(jnp.issubdtype(dtype, expected))
-    if fits and expected is jnp.floating:
-        # If someone cast the state to a narrow dtype, the rate would be rounded.
-        fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
+    is_whole = _is_whole(value)
+    if is_arraylike(state_value) and fault_of_dtype(state_value) is None:
+        dtype, shape = jnp.result_type(state_value), np.shape(state_value)
+        actual = f"{dtype.name}{list(shape)}"
+        fits = shape == () and bool(
+            jnp.issubdtype(dtype, jnp.integer if is_whole else jnp.floating)
+        )
+        if fits and not is_whole:
+            # If someone cast the state to a narrow dtype, the rate would be rounded.
+            fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
+    else:
+        actual, fits = repr(state_value), False
     if not fits:
-        shape = list(np.shape(state_value))
-        actual = f"{dtype.name}{shape}" if is_number else repr(state_value)
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {actual}, expected a scalar of "
-            f"{'an integer' if expected is jnp.integer else 'a float'} dtype. Reset it with "
+            f"{'an integer' if is_whole else 'a float'} dtype. Reset it with "
             "state._replace(hyperparams=tx.init(params).hyperparams); for a state of many values "
             "at once use jax.vmap"
         )
-
-
-# Names of fields that are transforms, not numbers.
-_PARTS = {"tx", "transforms", "hyperparams"}
 
 
 def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
@@ -266,9 +278,10 @@ def _converted(name: str, value: Any, old: Any) -> chex.Array:
 def _real_array(value: Any) -> Any:
     """An array of a real number or of several; `None` for anything else."""
     if isinstance(value, numbers.Real) and not isinstance(value, int | float | np.generic):
-        value = float(value)  # a fraction, say
-    # Not by JAX, which would cut a wide integer to 32 bits.
+        value = float(value)  # such as a `fractions.Fraction`
+    # `jnp.asarray` would cut a wide integer to 32 bits.
     array = value if isinstance(value, jax.Array) else np.asarray(value)
+    # An int of more than 64 bits is an object to NumPy.
     if array.dtype == object and isinstance(value, int):
         array = np.asarray(float(value) if abs(value) <= LARGEST else np.inf)
     kinds = (jnp.integer, jnp.floating)

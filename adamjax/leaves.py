@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import chex
 import jax
@@ -54,7 +54,10 @@ __all__ = [
 
 T = TypeVar("T")
 
-_OF_NUMPY = (np.ndarray, np.generic)
+_NUMPY_TYPES = (np.ndarray, np.generic)
+
+# `jnp.issubdtype` with a cache: a step asks about many leaves, which have few dtypes.
+_is_kind = functools.cache(jnp.issubdtype)
 
 # What a rule does to the rows of a table that are not in its row gradient; see `lift`.
 Rows = Literal["dense", "lazy", "whole"]
@@ -62,11 +65,7 @@ Rows = Literal["dense", "lazy", "whole"]
 
 def is_left_alone(leaf: Any) -> bool:
     """Whether no transform touches this leaf: `None`, or neither a real nor a complex float."""
-    return leaf is None or not _is_a(dtype_of(leaf), jnp.inexact)
-
-
-# A step of many leaves asks for the kinds of few dtypes.
-_is_a = functools.cache(jnp.issubdtype)
+    return leaf is None or not _is_kind(dtype_of(leaf), jnp.inexact)
 
 
 _RAW = (
@@ -81,11 +80,12 @@ _NO_NUMBERS = (
 
 def fault_of_dtype(leaf: Any) -> str | None:
     """Why JAX cannot take an array of NumPy, if it cannot because of its dtype."""
-    if not isinstance(leaf, _OF_NUMPY):
+    if not isinstance(leaf, _NUMPY_TYPES):
         return None
-    if leaf.dtype.kind in "OSU":
+    if leaf.dtype.kind in "OSU":  # objects and texts
         return _NO_NUMBERS
-    # The types of ml_dtypes and float0 are void too.
+    # Of the same kind, "V", are bfloat16 and the like, which have types of their own, and float0,
+    # which has a field.
     is_raw = leaf.dtype.type is np.void and leaf.dtype.names is None
     return _RAW if is_raw else None
 
@@ -102,7 +102,9 @@ def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
 
 
 def dtype_of(leaf: Any) -> Any:
-    if not isinstance(leaf, _OF_NUMPY):  # a step asks for thousands of dtypes, mostly of these
+    """The dtype that a leaf has in JAX; raises if JAX cannot take it."""
+    # First the arrays of JAX: a step asks for the dtypes of thousands of them.
+    if not isinstance(leaf, _NUMPY_TYPES):
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     fault = fault_of_dtype(leaf)
     if fault:
@@ -146,7 +148,7 @@ def as_arrays(tree: Tree) -> Any:
         if isinstance(x, RowGradient):
             # The seal stays NumPy's, so its value is known while tracing.
             return jax.tree.map(as_array, x.replace(seal=None)).replace(seal=x.seal)
-        return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+        return jnp.asarray(x) if isinstance(x, _NUMPY_TYPES) else x
 
     return jax.tree.map(as_array, tree, is_leaf=lambda x: isinstance(x, RowGradient))
 
@@ -162,17 +164,24 @@ def expect_array(
     raise ValueError(f"{what} is {described(x)}, expected {expected}: {mend}")
 
 
+def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[str], list[str]]:
+    """The expected paths that are not there, and the paths that are not expected."""
+    missing = [path for path in expected if path not in set(paths)]
+    surplus = [path for path in paths if path not in set(expected)]
+    return missing, surplus
+
+
 def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
     """Refuses a tree whose leaves, shapes or dtypes differ from those of `like`."""
     paths, expected = leaf_paths(tree), leaf_paths(like)
     if paths != expected:
-        missing = [path for path in expected if path not in set(paths)]
-        surplus = [path for path in paths if path not in set(expected)]
+        missing, surplus = _missing_and_surplus(paths, expected)
+        # If no path is missing or surplus, the paths are in another order.
         what = f"has no {missing[0]!r}" if missing else f"has {surplus or paths}, not expected"
         raise ValueError(f"{owner}: {name} {what}: {mend}")
     for path, x, y in zip(paths, flatten(tree)[0], flatten(like)[0], strict=True):
         if x is None or y is None or not is_arraylike(x):
-            same = x is y
+            same = x is y  # both None, or one and the same object
         else:
             same = (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
         if not same:
@@ -187,39 +196,48 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
     An average of small changes stands still if each step rounds it to a narrow dtype.
     """
     expect_dtypes(owner, f"the state's {name}", tree)
-    canonical = None if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
+    expected = dtype if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
     for i, x in enumerate(flatten(tree)[0]):
-        if x is not None and not is_arraylike(x):
+        if x is None:
+            continue
+        if not is_arraylike(x):
             raise TypeError(
                 f"{owner}: the state's {name}[{leaf_paths(tree)[i]!r}] is {described(x)}, expected "
                 "an array: restore it from the checkpoint, or make a new state with init"
             )
-        is_encoded = isinstance(x, Scaled8)
-        if is_encoded:
+        if isinstance(x, Scaled8):
             expect_encoded(f"{owner}: the state's {name}", x)
-        if is_left_alone(x) or (
-            dtype is not None and jnp.issubdtype(dtype_of(x), np.complexfloating)
-        ):
-            continue
-        if is_encoded != (dtype == SCALED8):
-            actual, expected = (SCALED8 if y else "floats" for y in (is_encoded, not is_encoded))
-            raise ValueError(
-                f"{owner}: the state keeps {name} in {actual}, expected {expected}: build the "
-                f"transform as it was ({name}_dtype), or start from init"
-            )
-        if is_encoded:
-            continue
-        fits = jnp.finfo(x.dtype).bits >= 32 if canonical is None else x.dtype == canonical
-        if not fits:
-            raise ValueError(
-                f"{owner}: the state keeps {name} in {x.dtype.name}, expected "
-                f"{'float32 or wider' if canonical is None else canonical.name}: cast it back, or, "
-                f"to go on in that dtype, build the transform for it ({name}_dtype)"
-            )
+        # The slots of complex parameters are complex, whatever dtype the rule was given.
+        is_free = dtype is not None and _is_kind(dtype_of(x), jnp.complexfloating)
+        if not is_free and not is_left_alone(x):
+            _expect_slot_dtype(owner, name, x, expected)
+
+
+def _expect_slot_dtype(owner: str, name: str, slot: Any, expected: Any) -> None:
+    """Refuses a slot of another dtype: `SCALED8`, one of JAX, or any wide one if it is `None`."""
+    is_encoded = isinstance(slot, Scaled8)
+    expects_encoded = isinstance(expected, str)
+    if is_encoded != expects_encoded:
+        actual, wanted = (SCALED8, "floats") if is_encoded else ("floats", SCALED8)
+        raise ValueError(
+            f"{owner}: the state keeps {name} in {actual}, expected {wanted}: build the "
+            f"transform as it was ({name}_dtype), or start from init"
+        )
+    if is_encoded:
+        return
+    if expected is None:
+        fits, wanted = jnp.finfo(slot.dtype).bits >= 32, "float32 or wider"
+    else:
+        fits, wanted = slot.dtype == expected, expected.name
+    if not fits:
+        raise ValueError(
+            f"{owner}: the state keeps {name} in {slot.dtype.name}, expected {wanted}: cast it "
+            f"back, or, to go on in that dtype, build the transform for it ({name}_dtype)"
+        )
 
 
 def _kind(leaf: Any) -> str:
-    return "complex" if _is_a(dtype_of(leaf), jnp.complexfloating) else "real"
+    return "complex" if _is_kind(dtype_of(leaf), jnp.complexfloating) else "real"
 
 
 def matched(
@@ -241,52 +259,50 @@ def matched(
     try:
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
-        paths, like_paths = leaf_paths(tree), leaf_paths(like)
-        missing = [path for path in like_paths if path not in set(paths)]
-        surplus = [path for path in paths if path not in set(like_paths)]
-        what = (
-            f"{name} has no leaf {missing[0]!r}"
-            if missing
-            else f"{name} has a leaf {surplus[0]!r} that {like_name} does not have"
-            if surplus
-            else f"{name} is {jax.tree.structure(tree)}, {like_name} {treedef}"
-        )
+        missing, surplus = _missing_and_surplus(leaf_paths(tree), leaf_paths(like))
+        if missing:
+            what = f"{name} has no leaf {missing[0]!r}"
+        elif surplus:
+            what = f"{name} has a leaf {surplus[0]!r} that {like_name} does not have"
+        else:
+            what = f"{name} is {jax.tree.structure(tree)}, {like_name} {treedef}"
         raise ValueError(
             f"{owner}: {what}: expected the structure of {like_name} "
             "(None stands for a leaf that is not to be updated)"
         ) from None
-    for i, (leaf, want) in enumerate(zip(leaves, expected, strict=True)):
+    for i, (leaf, expected_leaf) in enumerate(zip(leaves, expected, strict=True)):
         if grads is not None and grads[i] is None:
             continue
-        reason = _mismatch(leaf, want, kinds)
+        reason = _mismatch(leaf, expected_leaf, kinds)
         if reason:
-            path = leaf_paths(like)[i]
-            other = "" if like is tree else f", but {like_name}[{path!r}] is {described(want)}"
+            path, wanted = leaf_paths(like)[i], described(expected_leaf)
+            other = "" if like is tree else f", but {like_name}[{path!r}] is {wanted}"
             raise ValueError(f"{owner}: {name}[{path!r}] is {described(leaf)}{other}: {reason}")
     return leaves
 
 
-def _mismatch(leaf: Any, want: Any, kinds: bool) -> str | None:
+def _mismatch(leaf: Any, expected: Any, kinds: bool) -> str | None:
+    """Why a leaf does not match the expected one; `None` if it does."""
     if leaf is None:
         return None
     if not is_arraylike(leaf):
         return "expected an array"
-    fault = fault_of_dtype(leaf) or fault_of_dtype(want)
+    fault = fault_of_dtype(leaf) or fault_of_dtype(expected)
     if fault:
         return fault
-    if want is not None and not is_arraylike(want):
-        return "expected arrays in both"
+    if expected is not None and not is_arraylike(expected):
+        return "expected arrays in both trees"
     if is_left_alone(leaf):
-        ignored = want is None or is_left_alone(want) or dtype_of(leaf) == jax.dtypes.float0
+        ignored = expected is None or is_left_alone(expected) or dtype_of(leaf) == jax.dtypes.float0
         return None if ignored else "expected a floating dtype, or None to leave it alone"
-    if want is None or is_left_alone(want):
+    if expected is None or is_left_alone(expected):
         return "expected None, as there is no floating array to update"
     if not is_signed(dtype_of(leaf)):
         return "expected a dtype that has zero and negative numbers"
-    if np.shape(leaf) != np.shape(want):
-        return f"expected shape {np.shape(want)}, got {np.shape(leaf)}"
-    if kinds and _kind(leaf) != _kind(want):
-        return f"expected a {_kind(want)} dtype, got a {_kind(leaf)} one"
+    if np.shape(leaf) != np.shape(expected):
+        return f"expected shape {np.shape(expected)}, got {np.shape(leaf)}"
+    if kinds and _kind(leaf) != _kind(expected):
+        return f"expected a {_kind(expected)} dtype, got a {_kind(leaf)} one"
     return None
 
 
@@ -304,8 +320,8 @@ def expect_arrays(owner: str, params: Tree) -> None:
             )
         if not is_left_alone(p) and not is_signed(dtype_of(p)):
             raise TypeError(
-                f"params[{leaf_paths(params)[i]!r}] is {described(p)}: expected a dtype that has "
-                "zero and negative numbers"
+                f"{owner}: params[{leaf_paths(params)[i]!r}] is {described(p)}: expected a dtype "
+                "that has zero and negative numbers"
             )
 
 
@@ -327,19 +343,30 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         return laid_out_like(slot, p)
 
     slots = list(map(new_slot, leaves))
-    # An encoded slot is two arrays.
-    likes = [
-        like_parts(p) if isinstance(slot, Scaled8) else (p,)
-        for slot, p in zip(slots, leaves, strict=True)
-    ]
-    arrays = [x for slot in slots for x in (slot if isinstance(slot, Scaled8) else (slot,))]
-    split = iter(split_alike(arrays, [like for pair in likes for like in pair]))
-    return treedef.unflatten(
-        [
-            Scaled8(next(split), next(split)) if isinstance(x, Scaled8) else next(split)
-            for x in slots
-        ]
-    )
+
+    def like_of(slot: Any, p: Any) -> Any:
+        if slot is None:
+            return None
+        return like_parts(p) if isinstance(slot, Scaled8) else p
+
+    # Flattened, because an encoded slot is two arrays.
+    structure: Any = jax.tree.structure(slots)
+    arrays = jax.tree.leaves(slots)
+    likes = structure.flatten_up_to(list(map(like_of, slots, leaves)))
+    return treedef.unflatten(structure.unflatten(split_alike(arrays, likes)))
+
+
+class _Leaf(NamedTuple):
+    """A leaf that a rule is applied to: its position in the tree, and its g, *slots, [p]."""
+
+    position: int
+    inputs: list[Any]
+
+
+# A model has many leaves of few shapes. To trace and lower a call costs about as much as ten
+# operations inside it. So a call applies a rule to several leaves of one shape, and each number of
+# leaves is traced and lowered once. XLA inlines the calls.
+_LEAVES_PER_CALL = 8
 
 
 def lift(
@@ -378,14 +405,7 @@ def lift(
     Returns:
       The tree of updates, then the new slot trees.
     """
-    if rows not in get_args(Rows):
-        raise ValueError(f"{owner}: rows is {rows!r}, expected 'dense' or 'lazy'")
-    for one in scalars if isinstance(scalars, list) else [scalars]:
-        if one is not None and not callable(one):
-            raise TypeError(
-                f"{owner}: scalars has {one!r:.100}, expected a function of a dtype that returns "
-                "the scalars, or a list with such a function for each leaf"
-            )
+    _expect_options(owner, scalars, rows)
     name, slot_name = names
     if slots:
         like, like_name = slots[0], slot_name
@@ -395,13 +415,13 @@ def lift(
         like, like_name = grads, name
     treedef = flatten(like)[1]
     leaves = matched(owner, name, grads, like, like_name)
-    # The size of a complex leaf is kept in a real slot.
+    # Kinds may differ: a rule keeps the size of a complex gradient in a real slot.
     columns = [
         matched(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
         for slot in slots
     ]
-    for i, g in enumerate(leaves):
-        own = [column[i] for column in columns]
+    slots_of_leaves = [[column[i] for column in columns] for i in range(len(leaves))]
+    for i, (g, own) in enumerate(zip(leaves, slots_of_leaves, strict=True)):
         if g is not None and any(x is None for x in own) and any(x is not None for x in own):
             raise ValueError(
                 f"{owner}: {slot_name} has only some of the slots of "
@@ -412,66 +432,92 @@ def lift(
     )
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
-    alike: dict[Any, list[tuple[int, list[Any]]]] = {}
-    for i, g in enumerate(leaves):
-        own = [column[i] for column in columns]
+    # The leaves that the rule is applied to, grouped by their scalars, shapes and dtypes.
+    alike: dict[Any, list[_Leaf]] = {}
+    for i, (g, own) in enumerate(zip(leaves, slots_of_leaves, strict=True)):
         own_scalars = scalars[i] if isinstance(scalars, list) else scalars
         if is_left_alone(g) or (own and is_left_alone(own[0])):
             outputs[i] = (at_rest(g), *own)
         elif own_scalars is None:
             outputs[i] = (g, *own)
         else:
-            inputs = (g, *own, *(column[i] for column in param_columns))
-            leaf = [_input_without_seal(owner, x) for x in inputs]
-            arrays, structure = jax.tree.flatten(leaf)
+            inputs = [
+                _input_without_seal(owner, x)
+                for x in (g, *own, *(column[i] for column in param_columns))
+            ]
+            arrays, structure = jax.tree.flatten(inputs)
             key = (own_scalars, structure, *((x.shape, x.dtype) for x in arrays))
-            alike.setdefault(key, []).append((i, leaf))
+            alike.setdefault(key, []).append(_Leaf(i, inputs))
 
     scalars_of_dtype: dict[Any, Any] = {}
     for (own_scalars, *_), group in alike.items():
-        real = accumulator(*(x.dtype for x in group[0][1][: 1 + len(slots)]))
+        g, *group_slots = group[0].inputs[: 1 + len(slots)]
+        real = accumulator(g.dtype, *(x.dtype for x in group_slots))
         if (own_scalars, real) not in scalars_of_dtype:
-            scalars_of_dtype[own_scalars, real] = c = own_scalars(real)
-            for x in jax.tree.leaves(c):
-                expect_scalar(f"{owner}: a hyperparameter", x)
-        for start in range(0, len(group), _BLOCK):
-            block = group[start : start + _BLOCK]
-            narrow = any(map(is_narrow, block[0][1][1 : 1 + len(slots)]))
+            scalars_of_dtype[own_scalars, real] = _checked_scalars(owner, own_scalars(real))
+        c = scalars_of_dtype[own_scalars, real]
+        has_narrow_slots = any(map(is_narrow, group_slots))
+        for start in range(0, len(group), _LEAVES_PER_CALL):
+            call = group[start : start + _LEAVES_PER_CALL]
             keys = None
-            if narrow and count is not None:
-                keys = rounding_keys(count, [i for i, _ in block])
-            c = scalars_of_dtype[own_scalars, real]
-            results = _apply_each(rule, rows, len(slots), c, keys, [leaf for _, leaf in block])
-            for (i, _), (u, *new) in zip(block, results, strict=True):
-                outputs[i] = (with_seal(u), *new)
+            if has_narrow_slots and count is not None:
+                keys = rounding_keys(count, [leaf.position for leaf in call])
+            inputs_of_call = [leaf.inputs for leaf in call]
+            results = _apply_each(rule, rows, len(slots), c, keys, inputs_of_call)
+            for leaf, (u, *new_slots_of_leaf) in zip(call, results, strict=True):
+                outputs[leaf.position] = (with_seal(u), *new_slots_of_leaf)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
 
 
-# A model has many leaves of few shapes. To trace and lower a call costs about as much as ten
-# operations inside it. So leaves of one shape go through a rule in blocks, and each size of block
-# is traced and lowered once. XLA inlines the calls.
-_BLOCK = 8
+def _expect_options(owner: str, scalars: Any, rows: Any) -> None:
+    """Refuses values of these arguments of `lift` that it cannot take."""
+    if rows not in get_args(Rows):
+        raise ValueError(f"{owner}: rows is {rows!r}, expected 'dense' or 'lazy'")
+    for one in scalars if isinstance(scalars, list) else [scalars]:
+        if one is not None and not callable(one):
+            raise TypeError(
+                f"{owner}: scalars has {one!r:.100}, expected a function of a dtype that returns "
+                "the scalars, or a list with such a function for each leaf"
+            )
+
+
+def _checked_scalars(owner: str, c: Any) -> Any:
+    for x in jax.tree.leaves(c):
+        expect_scalar(f"{owner}: a hyperparameter", x)
+    return c
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _apply_each(
-    rule: Callable[..., Any], rows: Rows, slots: int, c: Any, keys: Any, block: list[list[Any]]
+    rule: Callable[..., Any],
+    rows: Rows,
+    num_slots: int,
+    c: Any,
+    keys: Any,
+    inputs_of_leaves: list[list[Any]],
 ) -> list[Any]:
+    """The results of a rule for some leaves of one shape."""
+
     def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
             return tuple(without_seal(x) for x in rule(c, g, *arrays, **keyed))
         if isinstance(g, RowGradient):
             return apply_rule_to_rows(
-                rule, c, rows == "lazy", g, arrays[:slots], arrays[slots:], key
+                rule, c, rows == "lazy", g, arrays[:num_slots], arrays[num_slots:], key
             )
-        return run_rule(rule, c, g, arrays[:slots], arrays[slots:], key)
+        return run_rule(rule, c, g, arrays[:num_slots], arrays[num_slots:], key)
 
-    return [result(None if keys is None else keys[i], *leaf) for i, leaf in enumerate(block)]
+    return [
+        result(None if keys is None else keys[i], *inputs)
+        for i, inputs in enumerate(inputs_of_leaves)
+    ]
 
 
 def _input_without_seal(owner: str, leaf: Any) -> Any:
+    """An input of a rule as arrays; of rows without their seal, which is checked here."""
     if isinstance(leaf, RowMoves):
+        # No other transform can take the moves of rows.
         if owner == "apply_updates":
             return without_seal(leaf.checked(owner))
         raise TypeError(
@@ -507,18 +553,18 @@ def reduced(
     pairs = zip(flatten(tree)[0], flatten(results)[0], strict=True)
     scalars = [x for leaf, x in pairs if not is_left_alone(leaf)]
     while len(scalars) > 1:
-        scalars = [
-            _reduced_block(join, scalars[i : i + _BLOCK]) for i in range(0, len(scalars), _BLOCK)
-        ]
+        starts = range(0, len(scalars), _LEAVES_PER_CALL)
+        scalars = [_joined(join, scalars[i : i + _LEAVES_PER_CALL]) for i in starts]
     return scalars[0] if scalars else empty
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reduced_block(join: Callable[[Any, Any], Any], block: list[chex.Array]) -> chex.Array:
-    return functools.reduce(join, block)
+def _joined(join: Callable[[Any, Any], Any], scalars: list[chex.Array]) -> chex.Array:
+    return functools.reduce(join, scalars)
 
 
 def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
+    """The update, and the parameter moved by it: a rule whose slot is the parameter."""
     if not isinstance(u, RowGradient | RowMoves):
         return u, stepped(p, u, key)
     return u, p + u if key is None else u.added_to(p, key)
@@ -546,7 +592,7 @@ def apply_updates(
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
       updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
-      step: for stochastic rounding an integer scalar that is another one in each step, such as
+      step: for stochastic rounding an integer scalar that differs from step to step, such as
         `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32. `step_count` is
         that of the first rule: if this rule skips or accumulates and others do not, count steps
         yourself. `train_step` does so.
@@ -576,9 +622,10 @@ def apply_updates(
 
 
 def rounds_stochastically(owner: str, rounding: str, params: Tree) -> bool:
-    """Whether weights are rounded stochastically; refuses another rounding, and other narrow ones.
+    """Whether weights are rounded stochastically, by the checked option `rounding`.
 
-    Only bfloat16 is rounded at random. Any other narrow weight would be rounded to the nearest.
+    Refuses stochastic rounding of narrow weights that are not bfloat16: those would be rounded to
+    the nearest.
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"{owner}: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
@@ -610,7 +657,7 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
             f"apply_updates: step is {described(step)}, expected an integer scalar, such as "
             "adamjax.step_count(state)"
         )
-    # Other bits than those of the moments, which are rounded in the same step.
     if isinstance(step, int):
         step = np.uint32(step % 2**32)
+    # The seed differs from that of the moments, which are rounded in the same step.
     return jnp.asarray(step).astype(jnp.int32) ^ np.int32(0x5BD1E995)

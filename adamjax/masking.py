@@ -55,6 +55,7 @@ class masked(Transform):
     pattern: Mask = static()
 
     groupable = False
+    only_routes = True
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
@@ -68,20 +69,23 @@ class masked(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         if params is None:
-            leaves, treedef = flatten(updates)
+            grads, treedef = flatten(updates)
             flags = self._flags(updates)
         else:
-            leaves = matched("masked", "grads", updates, params, "params")
+            # The mask is that of the parameters, as in `init`.
+            grads = matched("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
             flags = self._flags(params)
             params = _keep(params, flags)
-        pairs = zip(leaves, flags, strict=True)
-        selected_grads = treedef.unflatten([g if flag else None for g, flag in pairs])
-        inner_updates, state = self.tx.update(selected_grads, state, params, **extra_args)
-        triples = zip(flatten(inner_updates)[0], leaves, flags, strict=True)
-        return treedef.unflatten([u if flag else g for u, g, flag in triples]), state
-
-    only_routes = True
+        own_grads = [g if flag else None for g, flag in zip(grads, flags, strict=True)]
+        own_updates, state = self.tx.update(
+            treedef.unflatten(own_grads), state, params, **extra_args
+        )
+        new_updates = [
+            u if flag else g
+            for u, g, flag in zip(flatten(own_updates)[0], grads, flags, strict=True)
+        ]
+        return treedef.unflatten(new_updates), state
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
         return (_keep(params, self._flags(params)),)
@@ -120,6 +124,9 @@ class partition(Transform):
     transforms: tuple[Transform, ...]
     default: Transform | None
 
+    groupable = False
+    only_routes = True
+
     def __init__(
         self, rules: Iterable[tuple[str, Any]] | Mapping[str, Any], *, default: Any = None
     ) -> None:
@@ -131,17 +138,14 @@ class partition(Transform):
         )
         self.__post_init__()
 
-    groupable = False
-
     def __post_init__(self) -> None:
+        # Fields that `from_config` or `replace` set are not checked by `__init__`.
         rules = checked_rules("partition", paired("partition", self.patterns, self.transforms))
         self.set_fields(
             patterns=tuple(pattern for pattern, _ in rules),
             transforms=tuple(as_transform(tx) for _, tx in rules),
             default=None if self.default is None else as_transform(self.default),
         )
-
-    only_routes = True
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
         return several_states(self, state)
@@ -150,7 +154,7 @@ class partition(Transform):
         return self._shares(params)
 
     def _owners(self, tree: Tree) -> list[int]:
-        """The index of each leaf's part; -1 for a leaf that is `None`."""
+        """The index of each leaf's part, or -1 for `None`; refuses a leaf without a part."""
         owners = []
         for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
             if leaf is None:
@@ -168,7 +172,7 @@ class partition(Transform):
     def _shares(self, tree: Tree) -> tuple[Tree, ...]:
         """For each part the tree with `None` in place of the leaves of the others."""
         owners = self._owners(tree)
-        return tuple(_keep(tree, [o == i for o in owners]) for i in range(len(self.parts)))
+        return tuple(_keep(tree, [owner == i for owner in owners]) for i in range(len(self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         expect_matches("partition", self.patterns, params, first_decides=True)
@@ -179,6 +183,7 @@ class partition(Transform):
         leaves, treedef = flatten(updates)
         owners, new_states = self._owners(updates), []
         if any(i not in owners for i in range(len(self.patterns))):
+            # Gradients that do not fit params are a better reason than the unmatched pattern.
             if params is not None:
                 matched("partition", "grads", updates, params, "params")
             expect_present("partition", self.patterns, updates, leaf_paths(updates))

@@ -38,9 +38,17 @@ class MasterWeightsState(NamedTuple):
     inner: Any
 
 
-def _is_narrow(p: Any) -> bool:
-    """Whether a parameter has a master: a float that is narrower than what it is computed in."""
-    return not is_left_alone(p) and dtype_of(p) != widened(dtype_of(p), accumulator(dtype_of(p)))
+_MEND = "pass the parameters that belong to the state, or make a new state with init"
+
+
+def _wide_dtype(p: Any) -> Any:
+    """The dtype in which a parameter is computed."""
+    return widened(dtype_of(p), accumulator(dtype_of(p)))
+
+
+def _has_master(p: Any) -> bool:
+    """Whether the state has the wide weight of a parameter: of a float that is not wide itself."""
+    return not is_left_alone(p) and dtype_of(p) != _wide_dtype(p)
 
 
 class master_weights(Transform):
@@ -109,26 +117,24 @@ class master_weights(Transform):
     def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
         if state is None or params is None:
             return super().children(state, params)
-        return (Part(self.tx, state.inner, self._wide(state, params)),)
+        return (Part(self.tx, state.inner, self._wide_params(state, params)),)
 
     def init(self, params: Tree) -> MasterWeightsState:
         def widened_copy(p: chex.Array) -> Any:
-            return jnp.array(p, widened(p.dtype, accumulator(p.dtype)), copy=True)
+            return jnp.array(p, _wide_dtype(p), copy=True)
 
         leaves, treedef = flatten(params)
-        narrow = treedef.unflatten([p if _is_narrow(p) else None for p in leaves])
+        narrow = treedef.unflatten([p if _has_master(p) else None for p in leaves])
         weights = new_slots(narrow, widened_copy)
         wide = [p if w is None else w for p, w in zip(leaves, flatten(weights)[0], strict=True)]
         return MasterWeightsState(weights, self.tx.init(treedef.unflatten(wide)))
 
-    def _wide(self, state: MasterWeightsState, params: Tree) -> Tree:
-        """The parameters with float32 weights in place of narrow ones."""
+    def _wide_params(self, state: MasterWeightsState, params: Tree) -> Tree:
+        """The parameters with the state's weights in place of narrow ones."""
         leaves, treedef = flatten(params)
 
         def expected(p: Any) -> Any:
-            if not _is_narrow(p):
-                return None
-            return jax.ShapeDtypeStruct(np.shape(p), widened(dtype_of(p), accumulator(dtype_of(p))))
+            return jax.ShapeDtypeStruct(np.shape(p), _wide_dtype(p)) if _has_master(p) else None
 
         like = treedef.unflatten(map(expected, leaves))
         expect_like("master_weights", "the state's weights", state.weights, like, _MEND)
@@ -138,7 +144,7 @@ class master_weights(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, MasterWeightsState)
         params = needed("master_weights", params)
-        wide = self._wide(state, params)
+        wide_params = self._wide_params(state, params)
         leaves, treedef = flatten(params)
         weights = flatten(state.weights)[0]
 
@@ -147,17 +153,21 @@ class master_weights(Transform):
                 return g
             return g.astype(w.dtype) if isinstance(g, RowGradient) else jnp.asarray(g, w.dtype)
 
-        grads, structure = flatten(updates)
-        if len(grads) == len(leaves):
+        grads, grads_treedef = flatten(updates)
+        if len(grads) == len(leaves):  # else tx refuses the gradients, by a leaf's path
             grads = [widened_gradient(g, w) for g, w in zip(grads, weights, strict=True)]
-        moves, inner = self.tx.update(structure.unflatten(grads), state.inner, wide, **extra_args)
+        wide_updates, inner = self.tx.update(
+            grads_treedef.unflatten(grads), state.inner, wide_params, **extra_args
+        )
+        # The inner updates move the state's weights. The parameters follow these.
+        new_updates = flatten(wide_updates)[0]
         narrow = [i for i, w in enumerate(weights) if w is not None]
-        moved = flatten(moves)[0]
-        new = apply_updates([weights[i] for i in narrow], [moved[i] for i in narrow])
-        for i, w in zip(narrow, new, strict=True):
-            moved[i] = _difference(moved[i], leaves[i], w)
+        moved = apply_updates([weights[i] for i in narrow], [new_updates[i] for i in narrow])
+        for i, w in zip(narrow, moved, strict=True):
+            new_updates[i] = _difference(new_updates[i], leaves[i], w)
             weights[i] = w
-        return treedef.unflatten(moved), MasterWeightsState(treedef.unflatten(weights), inner)
+        new_state = MasterWeightsState(treedef.unflatten(weights), inner)
+        return treedef.unflatten(new_updates), new_state
 
     def flush(self, params: Tree, state: Any, *, axis: Any = None) -> tuple[Any, Any]:
         """Brings all rows of all tables up to date, if `tx` is an `exact_rows`.
@@ -177,24 +187,27 @@ class master_weights(Transform):
                     "with the other transforms inside exact_rows"
                 )
             raise TypeError(f"master_weights: {self.tx!r} has no flush: no rows lag behind")
-        wide, inner = self.tx.flush(self._wide(state, params), state.inner, axis=axis)
+        wide_params = self._wide_params(state, params)
+        flushed_params, inner = self.tx.flush(wide_params, state.inner, axis=axis)
         leaves, treedef = flatten(params)
-        weights, new = flatten(state.weights)[0], flatten(wide)[0]
-        for i, w in enumerate(weights):
-            if w is not None:
-                weights[i], leaves[i] = new[i], new[i].astype(dtype_of(leaves[i]))
+        weights = flatten(state.weights)[0]
+        for i, flushed in enumerate(flatten(flushed_params)[0]):
+            if weights[i] is None:
+                leaves[i] = flushed
             else:
-                leaves[i] = new[i]
+                weights[i], leaves[i] = flushed, flushed.astype(dtype_of(leaves[i]))
         return treedef.unflatten(leaves), MasterWeightsState(treedef.unflatten(weights), inner)
 
 
-_MEND = "pass the parameters that belong to the state, or make a new state with init"
-
-
 def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
-    """The update that makes a parameter its rounded weights; for rows, in these rows only."""
+    """The update that makes a parameter its rounded weights.
+
+    Args:
+      u: the inner update. If it is one of rows, the result is too.
+    """
     if isinstance(u, RowMoves):
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
+    # With a rest, every row moves.
     if isinstance(u, RowGradient) and u.rest is None:
         here = [gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
         return with_seal(u.replace(values=_difference(None, *here)))

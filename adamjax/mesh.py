@@ -24,20 +24,20 @@ from adamjax._compat import (
 )
 
 __all__ = [
-    "explicit",
+    "explicit_sharding",
     "gather_entries",
     "gather_rows",
-    "on_devices",
     "over_rows",
+    "placed",
     "replicated",
     "resharded",
-    "rows_alike",
     "scatter_rows",
     "split_alike",
+    "split_like_rows",
 ]
 
 
-def explicit(x: Any) -> NamedSharding | None:
+def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding in a value's type; `None` unless that has explicit axes."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
@@ -52,18 +52,16 @@ def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.
     """
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         return jax.sharding.reshard(x, sharding)
-    # The mesh of a type has no devices.
-    mesh = like.sharding.mesh
-    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
+    # `sharding` may come from a type, whose mesh has no devices. That of `like` has them.
+    return jax.device_put(x, NamedSharding(like.sharding.mesh, sharding.spec))
 
 
 def replicated(x: chex.Array) -> chex.Array:
     """A traced value, in full on every device of its mesh, or else of the current mesh."""
-    typed = explicit(x)
-    if typed is not None:
-        split = any(axes is not None for axes in typed.spec)
-        whole = NamedSharding(typed.mesh, PartitionSpec())
-        return resharded(x, whole, x) if split else x
+    sharding = explicit_sharding(x)
+    if sharding is not None:
+        is_split = any(axes is not None for axes in sharding.spec)
+        return resharded(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
     if not isinstance(x, jax.core.Tracer):
         return x
     try:
@@ -72,18 +70,18 @@ def replicated(x: chex.Array) -> chex.Array:
         return x
 
 
-def on_devices(x: Any, sharding: NamedSharding) -> Any:
+def placed(x: Any, sharding: NamedSharding) -> Any:
     """An array, traced or not, with a sharding and in the kind of memory that this names."""
     if sharding.memory_kind is not None:
         return jax.device_put(x, sharding)
-    if explicit(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
+    if explicit_sharding(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def rows_split(x: Any) -> NamedSharding | None:
+def _rows_sharding(x: Any) -> NamedSharding | None:
     """The sharding of an array's first dimension; `None` if it is not split or not known."""
-    sharding = explicit(x)
+    sharding = explicit_sharding(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
@@ -92,17 +90,18 @@ def rows_split(x: Any) -> NamedSharding | None:
 
 
 def gather_rows(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
-    """`table.at[indices].get(**options)`, on all devices that have a part of the table.
+    """`table.at[indices].get(**options)`, of which every device has all rows.
 
-    Indices must not be negative.
+    Columns stay split as those of the table. Indices must not be negative.
     """
     if table.shape[0] == 0:
-        # JAX refuses to gather from an empty array.
+        # JAX refuses to gather from an empty array. In this one every index is out of bounds too.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
         indices = jnp.ones_like(indices)
-    typed = explicit(table)
-    if typed is not None:
-        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(None, *typed.spec[1:]))
+    sharding = explicit_sharding(table)
+    if sharding is not None:
+        spec = PartitionSpec(None, *sharding.spec[1:])
+        options["out_sharding"] = NamedSharding(sharding.mesh, spec)
     return table.at[_unsigned(indices)].get(**options)
 
 
@@ -113,10 +112,10 @@ def _unsigned(indices: chex.Array) -> chex.Array:
 
 def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
     """Entries of a short array, whole on every device, with the sharding of their indices."""
-    typed, options = explicit(indices), {}
-    if typed is not None:
-        spec = (*typed.spec, *[None] * (entries.ndim - 1))
-        options["out_sharding"] = NamedSharding(typed.mesh, PartitionSpec(*spec))
+    sharding, options = explicit_sharding(indices), {}
+    if sharding is not None:
+        spec = PartitionSpec(*sharding.spec, *[None] * (entries.ndim - 1))
+        options["out_sharding"] = NamedSharding(sharding.mesh, spec)
     return entries.at[_unsigned(indices)].get(mode="promise_in_bounds", **options)
 
 
@@ -127,8 +126,8 @@ def scatter_rows(
 
     An index beyond the table has no effect. Indices must not be negative.
     """
-    typed = explicit(table)
-    options = {} if typed is None else {"out_sharding": typed}
+    sharding = explicit_sharding(table)
+    options = {} if sharding is None else {"out_sharding": sharding}
     at = table.at[_unsigned(indices)]
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **options)
 
@@ -163,6 +162,7 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
         # With explicit axes the type of x has a sharding; with only manual ones x is on one device.
         if "Explicit" in kinds or kinds == {"Manual"}:
             return x
+        # On a mesh with manual axes too, a barrier takes the place of the constraint.
         mesh = mesh if kinds == {"Auto"} else None
         if mesh not in conditions:
             conditions[mesh] = hidden_false(mesh)
@@ -174,14 +174,14 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
     return list(map(alike, arrays, likes))
 
 
-def rows_alike(x: chex.Array, table: Any) -> chex.Array:
+def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
     """A new array with a number for each row of a table, with the sharding of the rows."""
-    sharding = rows_split(table)
+    is_explicit = explicit_sharding(table) is not None
+    sharding = _rows_sharding(table)
     if sharding is not None:
-        typed = explicit(table) is not None
-        return resharded(x, sharding, table) if typed else jax.device_put(x, sharding)
+        return resharded(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
-    if not isinstance(table, jax.core.Tracer) or table.size == 0 or explicit(table) is not None:
+    if is_explicit or not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 
@@ -200,28 +200,30 @@ def over_rows(
     Returns:
       The function `(columns, others) -> columns` of the whole table.
     """
-    sharding = rows_split(table)
-    if sharding is None and axis is None:
+    sharding = _rows_sharding(table)
+    if sharding is not None:
+        axes, mesh = sharding.spec[0], sharding.mesh
+    elif axis is not None:
+        axes, mesh = axis, _expected_mesh(owner, axis)
+    else:
         return lambda columns, others: function(columns, others, 0)
-    axes = axis if sharding is None else sharding.spec[0]
-    mesh = _mesh(owner, axes) if sharding is None else sharding.mesh
     names = {axes} if isinstance(axes, str) else set(axes)
-    count = math.prod(mesh.shape[name] for name in names)
-    if len(table) % count:
+    num_devices = math.prod(mesh.shape[name] for name in names)
+    if len(table) % num_devices:
         raise ValueError(
-            f"{owner}: a table of {len(table)} rows is not split evenly over the {count} devices "
-            f"of axis {axes!r}; leave axis out, or pad the table"
+            f"{owner}: a table of {len(table)} rows is not split evenly over the {num_devices} "
+            f"devices of axis {axes!r}; leave axis out, or pad the table"
         )
     in_specs, out_specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
 
     def on_own_rows(columns: Any, others: Any) -> Any:
-        first = jax.lax.axis_index(axes) * (len(table) // count)
+        first = jax.lax.axis_index(axes) * (len(table) // num_devices)
         return function(columns, others, first)
 
     return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
 
 
-def _mesh(owner: str, axes: Any) -> Any:
+def _expected_mesh(owner: str, axes: Any) -> Any:
     """The current mesh; raises if there is none."""
     mesh = current_mesh()
     if mesh is None:

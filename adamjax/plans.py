@@ -21,8 +21,8 @@ from adamjax._compat import (
     JaxprEqn,
     Literal,
     Var,
-    at,
     jaxpr_as_fun,
+    source_of,
     varying_axes,
 )
 from adamjax.rows import as_row_ids
@@ -170,7 +170,7 @@ def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     can_cache = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
     if can_cache and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
-        with at(eqn), eqn.ctx.manager:
+        with source_of(eqn), eqn.ctx.manager:
             results = _jitted(primitive, params)(*args)
         results = results if primitive.multiple_results else [results]
     else:
@@ -269,7 +269,7 @@ class Plan:
                 continue
             first_site = len(indices)
             step_inputs = row_inputs[first_site : first_site + len(item.sites)]
-            with at(item.eqn):
+            with source_of(item.eqn):
                 outs, step_indices = item.run(source, get, step_inputs)
             env.update(zip(item.outs, outs, strict=True))
             indices += step_indices

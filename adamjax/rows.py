@@ -20,7 +20,7 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.blocks import group_tables, in_blocks, rows_of_each
 from adamjax.data import Data, static
-from adamjax.encoding import Scaled8, each_part, expect_rows
+from adamjax.encoding import Scaled8, each_part, expect_exponents_by_row
 from adamjax.mesh import gather_rows, replicated, scatter_rows
 from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
 from adamjax.rounding import is_narrow, read_slot, write_slots
@@ -644,7 +644,7 @@ def apply_rule_to_rows(
         return run_rule(rule, c, g.to_dense(), slots, reads, key)
 
     for slot in slots:
-        expect_rows(slot)
+        expect_exponents_by_row(slot)
 
     def step(slots: Any, indices: chex.Array, values: Any, _: Any) -> Any:
         def gather(x: chex.Array) -> chex.Array:

@@ -17,7 +17,7 @@ from adamjax.data import Tree, static, transform_state
 from adamjax.encoding import Scaled8, exponents_spec
 from adamjax.exact import ExactRowsState
 from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
-from adamjax.mesh import explicit, on_devices
+from adamjax.mesh import explicit_sharding, placed
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import find, map_like_params
@@ -50,7 +50,7 @@ Spec = tuple[Any, ...]
 
 def _spec(x: Any) -> Spec:
     """The split of an array; that of a tracer is known only on a mesh with explicit axes."""
-    sharding = explicit(x)
+    sharding = explicit_sharding(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
     spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
@@ -218,7 +218,7 @@ class shard_state(Transform):
 
     def _parameter_spec(self, x: Any) -> Spec:
         """The split of a parameter: by its type on a mesh with explicit axes, or else none."""
-        return (None,) * np.ndim(x) if explicit(x) is None else _spec(x)
+        return (None,) * np.ndim(x) if explicit_sharding(x) is None else _spec(x)
 
     def _slot_spec(self, x: Any) -> Spec:
         """The split of a slot: its parameter's, and its longest free dimension over the axis."""
@@ -240,7 +240,7 @@ class shard_state(Transform):
         def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
-            return on_devices(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
+            return placed(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
 
         leaves, treedef = flatten(tree)
         pairs = zip(leaves, flatten(like)[0], strict=True)
@@ -261,7 +261,7 @@ class shard_state(Transform):
     def init(self, params: Tree) -> ShardedState:
         def make(params: Tree) -> ShardedState:
             inner = self.tx.init(params)
-            return ShardedState(jax.tree.map(on_devices, inner, self.shardings(inner, params)))
+            return ShardedState(jax.tree.map(placed, inner, self.shardings(inner, params)))
 
         without_values = jax.core.Tracer | jax.ShapeDtypeStruct | None
         if all(isinstance(p, without_values) for p in flatten(params)[0]):
@@ -275,13 +275,13 @@ class shard_state(Transform):
         like = updates if params is None else params
         if self.memory_kind is not None:
             own_memory = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(on_devices, inner, self.shardings(inner, like, own_memory))
+            inner = jax.tree.map(placed, inner, self.shardings(inner, like, own_memory))
         leaves = matched("shard_state", "grads", updates, like, "params")
         updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self._slot_spec)
         if params is not None:
             params = self._split_like(params, like, self._slot_spec)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
-        inner = jax.tree.map(on_devices, inner, self.shardings(inner, like))
+        inner = jax.tree.map(placed, inner, self.shardings(inner, like))
         return self._split_like(updates, like, self._parameter_spec), ShardedState(inner)
 
     def value_and_grad(

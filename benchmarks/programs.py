@@ -67,7 +67,7 @@ def many_tables(quick: bool = False) -> tuple[int, int, dict[str, Case]]:
 def block_turns(case: Case) -> int:
     """The turns of a case's loop over blocks of rows, if no index is there twice; 0 without one."""
     num_ids = case[4] if case[0] == "rows" and len(case) > 4 else 0
-    return 0 if blocks.is_one_block(num_ids) else -(-num_ids // blocks._BLOCK)
+    return 0 if blocks.needs_no_loop(num_ids) else -(-num_ids // blocks._BLOCK_ROWS)
 
 
 def program(case: Case, device: Any) -> Program:

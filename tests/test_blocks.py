@@ -15,7 +15,7 @@ from adamjax import blocks
 # The rows of a table, and the length of a row.
 V, D = 60, 3
 
-# Values of `_AT_ONCE` and `_BLOCK`: the most rows without a loop, and the rows of a block.
+# Values of `_MAX_UNLOOPED_ROWS` and `_BLOCK_ROWS`.
 SIZES = {"several blocks": (0, 7), "one row": (0, 1), "a block larger than the batch": (0, 64)}
 
 
@@ -24,8 +24,8 @@ def set_block_sizes(monkeypatch):
     """A function that sets both sizes, and drops what was traced with other sizes."""
 
     def set_sizes(most, size):
-        monkeypatch.setattr(blocks, "_AT_ONCE", most)
-        monkeypatch.setattr(blocks, "_BLOCK", size)
+        monkeypatch.setattr(blocks, "_MAX_UNLOOPED_ROWS", most)
+        monkeypatch.setattr(blocks, "_BLOCK_ROWS", size)
         jax.clear_caches()
 
     yield set_sizes
@@ -208,7 +208,7 @@ def compilations():
 
 def large_row_gradient():
     """The gradient of so many rows that they are processed in a loop."""
-    n = blocks._AT_ONCE + 1
+    n = blocks._MAX_UNLOOPED_ROWS + 1
     return adamjax.row_gradient(jnp.arange(n), jnp.ones((n, D)), V)
 
 
@@ -247,7 +247,9 @@ def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
         args = params, state, jax.ShapeDtypeStruct((n,), jnp.int32)
         return jax.jit(step).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
 
-    small, large = (lowered(n).count("stablehlo.while") for n in (100, blocks._AT_ONCE + 1))
+    small, large = (
+        lowered(n).count("stablehlo.while") for n in (100, blocks._MAX_UNLOOPED_ROWS + 1)
+    )
     assert small < large
 
 

@@ -112,7 +112,7 @@ def test_without_modules_that_jax_may_drop_only_their_features_fail():
         "NotImplementedError row_gradient: check=True needs jax.experimental.checkify, " + tail
     )
     assert laid_out == (
-        "NotImplementedError row_major, formats: an order in memory needs "
+        "NotImplementedError an order of dimensions in memory (row_major, formats) needs "
         "jax.experimental.layout, " + tail
     )
     assert strict.startswith("ValueError value_and_grad: the table '' is used by tanh at a line")

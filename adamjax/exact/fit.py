@@ -13,7 +13,7 @@ import numpy as np
 
 from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
-from adamjax.encoding import expect_rows
+from adamjax.encoding import expect_exponents_by_row
 from adamjax.exact.route import RoutePart
 from adamjax.exact.state import ExactRowsState, TableState
 from adamjax.exact.tables import Family, Table
@@ -97,7 +97,7 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
     for name, tree in named_slots(inner):
         slot = flatten(tree)[0][table.leaf]
         if slot is not None:
-            expect_rows(slot, f"exact_rows: the table {table.path!r} needs rows")
+            expect_exponents_by_row(slot, f"exact_rows: the table {table.path!r} needs rows")
             names.append(name)
     coast = table.coast
     needed_slots = {coast.momentum, *(name for name, _ in coast.decays)}

@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, is_one_block, rows_of_each
+from adamjax.blocks import in_blocks, needs_no_loop, rows_of_each
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, put_rows, read_in_blocks, slot_keys, weights_of
@@ -136,7 +136,7 @@ def _batch_step(
             grad_rows = [g.values if number == 0 else g.values[:0] for g in values]
             sizes = [x.size for x in indices]
             g = _padded(grad_rows, sizes, dtype)
-            if is_one_block(read_indices[0].size):
+            if needs_no_loop(read_indices[0].size):
                 carry, update = step(carry, indices, g, ready)
             else:
                 carry, update = in_blocks(
@@ -169,7 +169,7 @@ def _rows_to_step(
     """
     assert bound.state is not None
     due = due_rows(batch, bound.state, read_indices)
-    if is_one_block(read_indices[0].size):
+    if needs_no_loop(read_indices[0].size):
         return [[jnp.concatenate(both) for both in zip(read_indices, due, strict=True)]]
     return [read_indices, due]
 
@@ -214,7 +214,7 @@ def read_rows(
         columns = [bound.columns(t) for t in batch.tables]
         past = bound.past(batch.family)
         indices = _rows_to_step(bound, batch, rows)[0] if for_step else rows
-        if is_one_block(rows[0].size):
+        if needs_no_loop(rows[0].size):
             ready = caught_up(batch, past, columns, indices)
             now, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
             origins[batch.path] = past, columns, rows

@@ -14,7 +14,7 @@ from adamjax.blocks import group_tables, rows_of_each
 from adamjax.coasting import Coast, Coasting
 from adamjax.data import Tree
 from adamjax.exact.state import ExactRowsState
-from adamjax.mesh import explicit
+from adamjax.mesh import explicit_sharding
 from adamjax.moments import accumulator
 from adamjax.paths import flatten
 
@@ -143,7 +143,7 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
         for table in family.tables:
             if table.leaf in sizes:
                 # Rows of tables with different shardings have different types.
-                split = explicit(leaves[table.leaf])
+                split = explicit_sharding(leaves[table.leaf])
                 spec = None if split is None else (split.mesh, split.spec[1:])
                 by_type.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
         for tables in by_type.values():

@@ -19,7 +19,7 @@ import numpy as np
 
 from adamjax.autodiff import Args, P, Value, takes_state
 from adamjax.average import weight_ema
-from adamjax.blocks import is_one_block
+from adamjax.blocks import needs_no_loop
 from adamjax.coasting import Coast, Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
@@ -44,7 +44,7 @@ from adamjax.leaves import (
     rounds_stochastically,
 )
 from adamjax.masking import masked, partition
-from adamjax.mesh import over_rows, rows_alike
+from adamjax.mesh import over_rows, split_like_rows
 from adamjax.moments import accumulator
 from adamjax.paths import (
     checked_patterns,
@@ -326,7 +326,7 @@ class exact_rows(Transform):
                 )
             last = jnp.full(table.num_rows, clock, jnp.int32)
             table_states[table.path] = TableState(
-                last=rows_alike(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
+                last=split_like_rows(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
             )
         rings = {
             family.name: family.tables[0].plan.init(family.history, family.tables[0].real)
@@ -584,7 +584,7 @@ def _expect_gradient(table: Table, g: Any) -> None:
 
 def _would_loop(leaves: Sequence[Any]) -> bool:
     """Whether a gradient has so many rows that a step takes them in blocks."""
-    return any(isinstance(g, RowGradient) and not is_one_block(g.indices.size) for g in leaves)
+    return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
 
 
 def _is_traced(tree: Any) -> bool:
