@@ -58,9 +58,6 @@ def in_blocks(
     num_blocks = -(-n // _BLOCK_ROWS)
     size = -(-n // num_blocks)
 
-    def at_once(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        return step(tables, indices, rows, reads)
-
     def looped(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
         last_row = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
 
@@ -90,8 +87,8 @@ def in_blocks(
         return jax.lax.while_loop(lambda carry: carry[0] * size <= last_row, block, first)[1:]
 
     args = tables, indices, rows, reads
-    # `at_once` is jitted, which makes it one equation. JAX does not trace that again at each use.
-    once, once_consts = _closure_converted(jax.jit(at_once), *args)
+    # The jitted step is one equation, which JAX does not trace again at each use.
+    once, once_consts = _closure_converted(jax.jit(step), *args)
     loop, loop_consts = _closure_converted(looped, *args)
 
     @jax.custom_jvp
