@@ -1232,8 +1232,23 @@ def test_what_torch_says_is_compared(name):
         convert.from_torch(torch_state(group), tx, params)
     state = tx.init(params)
     convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
-    with pytest.raises(ValueError, match=message.replace("those of amsgrad.*", "")):
+    # The error begins alike, and then also says how to change the target.
+    start = re.split("those of amsgrad|(?<=[a-z0-9]): (?:build|put|begin)", message)[0]
+    with pytest.raises(ValueError, match=f"to_torch: .*{start}"):
         convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
+
+
+def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
+    params = [jnp.ones(3)]
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    tx = adamjax.adam(0.05, eps=1e-8)
+    message = (
+        r"take state_dict\(\) after the scheduler is at this step, or after lr .*what torch has"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = float(adamjax.learning_rate(tx, tx.init(params)))
+    convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
 
 
 def test_a_parameter_that_torch_never_trained():

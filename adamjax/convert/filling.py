@@ -16,7 +16,10 @@ from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.transform import CLASSLESS
 
-__all__ = ["Filling"]
+__all__ = ["ACCUMULATED", "Filling"]
+
+# The name of an accumulated gradient, where slots have theirs.
+ACCUMULATED = "the accumulated gradient"
 
 
 class Filling:
@@ -86,7 +89,8 @@ class Filling:
         if np.shape(x) != np.shape(like):
             raise ValueError(
                 f"{what} has shape {list(np.shape(x))}, expected {list(np.shape(like))}, that of "
-                "the leaf: are the leaves in the right order, or is one of the two transposed?"
+                "the leaf: are the leaves in the right order (order=), or is one of the two "
+                f"transposed{' (adapt=)' * self.owner.endswith('torch')}?"
             )
         old, new = np.dtype(x.dtype), np.dtype(like.dtype)
         if not jnp.issubdtype(new, jnp.inexact):
@@ -107,9 +111,12 @@ class Filling:
         if self.check and jnp.finfo(old).nmant > jnp.finfo(new).nmant:
             wide = np.asarray(x)
             if np.any(wide.astype(new).astype(old) != wide):
+                mend = "keep it wider (m_dtype, v_dtype, or optax' mu_dtype)"
+                if name == ACCUMULATED:
+                    mend = f"convert after a step, or give the target an array of {old.name}"
                 raise ValueError(
-                    f"{what} is {old.name} and would be rounded to {new.name}: keep it wider "
-                    "(m_dtype, v_dtype, or optax' mu_dtype), or pass check=False to round it"
+                    f"{what} is {old.name} and would be rounded to {new.name}: {mend}, or pass "
+                    "check=False to round it"
                 )
         if not isinstance(like, jax.Array):
             return np.array(x, new)

@@ -120,10 +120,16 @@ class HyperparameterCheck:
             )
 
     def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
+        """Raises an error: the system has one thing, and `tx` another; `mend` changes `tx`."""
+        goes_on_with = "what tx has"
+        if self.owner.startswith("to_"):
+            if mend != self.system.set_rate:
+                mend = f"give the target the same, or {mend}"
+            goes_on_with = f"what {self.system.name} has"
         note = f". Note: {note}" if note else ""
         raise ValueError(
             f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {mend}, "
-            f"or pass check=False to go on with what tx has{note}"
+            f"or pass check=False to go on with {goes_on_with}{note}"
         )
 
     # --- the rule ---------------------------------------------------------------------------------
@@ -249,12 +255,15 @@ class HyperparameterCheck:
             with x64(True):
                 stated = rate_at(schedule, count)
         in_tx = self._rate(path, after)
+        mend = "build tx with that rate (by_path, if leaves have rates of their own)"
+        if self.owner.startswith("to_"):
+            mend = self.system.set_rate
         if in_tx is not None and not self._is_rate(path, after, stated):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
                 f"{float(in_tx):g} for the next step",
-                "build tx with that rate (by_path, if leaves have rates of their own)",
+                mend,
             )
         if in_tx is not None and schedule is not None:
             self._check_later_rates(path, after, schedule, int(count))

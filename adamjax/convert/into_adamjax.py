@@ -9,6 +9,7 @@ import numpy as np
 from adamjax.average import WeightEmaState
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
+from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.source import Source
 from adamjax.convert.systems import System, kind_of
@@ -158,7 +159,7 @@ class _AdamjaxFilling(Translation):
                     f"gradients, but tx accumulates only rows of the table {rows[0]!r} (max_rows): "
                     "convert after a step"
                 )
-            total = self.tree("the accumulated gradient", totals, total)
+            total = self.tree(ACCUMULATED, totals, total)
         outer, self.accumulates = self.accumulates, True
         inner = self.fill(x.inner)
         self.accumulates = outer

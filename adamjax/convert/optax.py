@@ -10,6 +10,7 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
+from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.source import Accumulated, Count, Hyperparams, LeafMoments, Source
@@ -359,7 +360,7 @@ class _OptaxFilling(Translation):
                 path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
                 for path, total in totals.items()
             }
-            mean = self.tree("the accumulated gradient", means, mean)
+            mean = self.tree(ACCUMULATED, means, mean)
         outer, self.accumulates = self.accumulates, True
         filled = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),

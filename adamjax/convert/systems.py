@@ -83,6 +83,7 @@ class System(NamedTuple):
       plain_nadam: whether Nadam's momentum is the same in each step.
       not_stated: a sentence on the hyperparameters that a state does not contain, and their
         defaults.
+      set_rate: how to give an optimizer of the system another rate.
       lost_mask: how the system may have lost which leaves its weight decay leaves out.
     """
 
@@ -93,6 +94,7 @@ class System(NamedTuple):
     corrected_maximum: bool = False
     plain_nadam: bool = False
     not_stated: str = ""
+    set_rate: str = ""
     lost_mask: str = ""
 
 
@@ -120,12 +122,17 @@ OPTAX = System(
         "are eps=1e-8, eps_root=0, b1=0.9, b2=0.999, and weight_decay=1e-4 in optax.adamw; "
         "adamjax.adamw has 0.004"
     ),
+    set_rate="set hyperparams['learning_rate'] of the target",
 )
 TORCH = System(
     "torch",
     _slot_names("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
     _EPS,
     eps_inside=True,
+    set_rate=(
+        "take state_dict() after the scheduler is at this step, or after lr of the groups is "
+        "float(adamjax.learning_rate(tx, state))"
+    ),
 )
 KERAS = System(
     "Keras",
@@ -136,6 +143,7 @@ KERAS = System(
         "they are not compared. Keras' defaults are beta_1=0.9, beta_2=0.999, epsilon=1e-7, and "
         "weight_decay=0.004 in AdamW. Pass the optimizer itself to compare them"
     ),
+    set_rate="assign the rate of tx to learning_rate of the target",
     lost_mask=(
         "; or, if keras.models.load_model made the optimizer, which forgets what is excluded, call "
         "its exclude_from_weight_decay again"
