@@ -191,7 +191,7 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
 
 
 def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> None:
-    """Refuses slots that were cast: each must be in `dtype`, or in float32 or wider without it.
+    """Refuses slots that were cast: they must be in `dtype`; if it is `None`, in float32 or wider.
 
     An average of small changes stands still if each step rounds it to a narrow dtype.
     """

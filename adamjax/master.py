@@ -66,19 +66,20 @@ class master_weights(Transform):
 
     float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around,
     such a step changes nothing; without it weights become NaN and stay so. A float16 parameter
-    whose weight is beyond 65504 is infinite. If the weight comes back, the parameter is NaN, as no
-    update leads from infinity to a number: copy it from the state, `weights.astype(p.dtype)`.
+    whose weight is beyond 65504 is infinite. If the weight later falls below that, the parameter
+    becomes NaN, as no update leads from infinity to a number: copy it from the state,
+    `weights.astype(p.dtype)`.
 
-    A narrow parameter that you change yourself, such as by a projection, comes back with the next
-    step: change its weight in the state as well, `state._replace(weights=...)`.
+    If you change a narrow parameter yourself, such as by a projection, the next step undoes that:
+    change its weight in the state as well, `state._replace(weights=...)`.
 
     Args:
       tx: a whole optimizer.
 
     The state is a `MasterWeightsState`. Updates of narrow parameters are float32: the difference
-    between the rounded weight and the parameter, so `apply_updates`, optax' and `p + u` lead to the
-    rounded weight. (Where a weight shrinks to less than a 30,000th in one step, the rounding of
-    that sum may show; the next step corrects it.)
+    between the rounded weight and the parameter. So the result of `apply_updates`, of
+    `optax.apply_updates` and of `p + u` is the rounded weight. (Where a weight shrinks to less than
+    a 30,000th in one step, the rounding of that sum may show; the next step corrects it.)
 
     Raises:
       ValueError: by `update`, the state is of other parameters.

@@ -44,7 +44,7 @@ def is_leaf(x: Any) -> bool:
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
-    """Leaves and structure of a tree, with the leaves of `is_leaf`."""
+    """Leaves and structure of a tree; `None`, a row gradient or a `Scaled8` is one leaf."""
     return jax.tree.flatten(tree, is_leaf=is_leaf)
 
 

@@ -64,8 +64,8 @@ class RowGradient(Data):
     As a gradient it means that all other rows have the gradient zero. You can multiply it by a
     scalar, cast it with `astype` and add it to an array, like the dense array of its `shape`
     (`table + rows` is a scatter, so `optax.apply_updates` takes it). But the sum has the dtype of
-    the array, which must be a float, and complex if the rows are. The sum of two row gradients is
-    a row gradient, lazy if both are. Do not use arithmetic on its leaves
+    the array: it must be real or complex floats, and complex if the rows are complex. The sum of
+    two row gradients is a row gradient, lazy if both are. Do not use arithmetic on its leaves
     (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it changes indices too. The result
     is refused where it is used, or gets NaN values if only the compiled step can notice. (Integer
     combinations whose weights add up to one, such as `a - b + c`, and maxima and minima are not

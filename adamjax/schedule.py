@@ -472,9 +472,10 @@ class polynomial_decay(_Compiled):
       decay_steps: the steps until the end, above 0.
       end_learning_rate: the rate from then on, at least 0.
       power: above 0; 1 is a straight line.
-      cycle: whether to decay again after each multiple of `decay_steps`. `decay_steps` then counts
-        as its next multiple, so the rate jumps up, but not to the initial rate: with a power of 1
-        and an end of 0, to a half of it, then to a third.
+      cycle: whether the rate jumps up after each multiple of `decay_steps` and decays again. The
+        formula then has the smallest multiple of `decay_steps` that is not below the count, in
+        place of `decay_steps`. So the rate does not jump to the initial rate: with a power of 1
+        and an end of 0, it jumps to a half of that, then to a third.
 
     >>> import adamjax
     >>> rate = adamjax.polynomial_decay(1.0, decay_steps=100, end_learning_rate=0.5)
@@ -603,10 +604,10 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
-        leaf. A pattern may match an integer leaf, and in `update` a leaf without a gradient. In
-        `init` it must match a leaf that is not `None`. By `init`, also if earlier patterns match
-        all leaves of a pattern, unless it is the last and matches every leaf.
-        `adamjax.optional(pattern)` allows all of this.
+        leaf. A match with an integer leaf is enough. In `update`, so is one with a leaf whose
+        gradient is `None`; in `init`, `None` is no leaf. `init` also raises the error if earlier
+        patterns match all leaves of a pattern. (The last pattern is an exception, if it matches
+        every leaf of the tree.) `adamjax.optional(pattern)` allows all of this.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)

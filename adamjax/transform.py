@@ -463,7 +463,7 @@ class Rule(Transform):
 
 
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
-    """A rule's scalars, which have `times`, multiplied by the factors of a `Scaling`."""
+    """Multiplies a rule's scalars, by their method `times`, by the factors of a `Scaling`."""
     if factors is None:
         return scalars
 

@@ -400,10 +400,10 @@ def from_optax(
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Transforms without a state,
         such as clips, leave no trace. The state of `MultiSteps` does not show how many
-        micro-batches make a step, and whether it takes their mean, as it does by default and as
-        `accumulate_gradients` does, or their sum. `tx` may have transforms of optax inside. A rule
-        of adamjax inside a transform of optax is hidden: it is refused if there are
-        hyperparameters to compare.
+        micro-batches make a step. Nor does it show whether gradients are summed or averaged:
+        `MultiSteps` averages by default, `accumulate_gradients` always. `tx` may have transforms of
+        optax inside. A rule of adamjax inside a transform of optax is hidden: it is refused if
+        there are hyperparameters to compare.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.

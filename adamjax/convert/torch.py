@@ -414,9 +414,9 @@ def from_torch(
         parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
-        which is `x.T` for a matrix. It is required if no shape shows whether torch stores the
-        leaves of one name (`kernel`, `wq`) transposed: each has the same shape when transposed. A
-        square matrix has, and so has the kernel of a Conv1d whose `out_channels` equal its
+        which is `x.T` for a matrix. It is required if all leaves of one name (`kernel`, `wq`)
+        keep their shape when they are transposed, so that no shape shows how torch stores them.
+        Examples are a square matrix, and the kernel of a Conv1d whose `out_channels` equal its
         `kernel_size`. Leaves that are called `weight`, `embedding` or `table` are taken as they
         are.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.

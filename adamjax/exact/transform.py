@@ -373,7 +373,7 @@ class exact_rows(Transform):
         has_aux: bool = False,
         strict: bool = False,
     ) -> Callable[Concatenate[P, Any, Args], tuple[tuple[Value, P], Ticket]]:
-        """`adamjax.value_and_grad` by the parameters, of a loss that reads up-to-date rows.
+        """Like `adamjax.value_and_grad` with respect to `params`; the loss reads up-to-date rows.
 
         Write the loss as for dense gradients. If the indices of a table depend only on the other
         arguments, its rows are brought up to date once, before the loss reads them. Otherwise they
