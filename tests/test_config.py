@@ -738,6 +738,8 @@ def written_by(system, optimizer, variant):
         config["decay"] = np.float32(v.decay)
         config["pattern_lrs"] = [{"patterns": ["^bert"], "lr": rounded(0.02)}]
         return {"class_name": "AdamMultilr", "config": config | {"name": "AdamMultilr"}}
+    if system == "legacy":
+        config["is_legacy_optimizer"] = True
     return {"class_name": KERAS_CLASS.get(optimizer, "Adam"), "config": config}
 
 
@@ -793,11 +795,8 @@ def keras_adam(**config):
             {"global_clipnorm": 1.0, "clipvalue": 0.5},
             (clip_by_value(0.5), clip_by_global_norm(1.0)),
         ),
-        (
-            {"decay": 0.0},
-            {"clipnorm": 1.0, "clipvalue": 0.5},
-            (clip_by_value(0.5), clip_by_norm(1)),
-        ),
+        ({"decay": 0.0, "name": "Adam"}, {"clipnorm": 1.0}, (clip_by_norm(1.0),)),
+        ({"decay": 0.0}, {"global_clipnorm": 1.0}, (clip_by_global_norm(1.0),)),
         (KERAS_2, {"clipvalue": 0.5, "clipnorm": 1.0}, (clip_by_norm(1.0),)),
         (KERAS_2, {"clipvalue": 0.5, "global_clipnorm": 1.0}, (clip_by_global_norm(1.0),)),
         (KERAS_2, {"clipvalue": 0.5, "clipnorm": 0.0}, (clip_by_value(0.5),)),
@@ -823,6 +822,12 @@ def test_which_clip_wins(version, clips, expected):
         (KERAS_3, {"clipnorm": 1.0, "clipvalue": 0.5}, "only one of clipnorm, clipvalue and glob"),
         (KERAS_3, {"clipnorm": 0.0, "clipvalue": 0.5}, "only one of clipnorm, clipvalue and glob"),
         ({}, {"clipnorm": 1.0, "clipvalue": 0.5}, "version decides which clip is used"),
+        ({"decay": 0.0}, {"clipnorm": 1.0}, "clipnorm=1.0: Keras up to 2.3 clips all gradients by"),
+        (
+            {"decay": 0.0, "name": "A"},
+            {"clipnorm": 1.0, "clipvalue": 0.5},
+            "up to 2.3 clips by norm",
+        ),
         (LEGACY, {"clipnorm": -1.0}, "clipnorm: clip_by_norm: max_norm must be finite"),
     ],
 )
@@ -934,7 +939,7 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         (
             "LossScaleOptimizer",
             {"inner_optimizer": {}},
-            "not have Keras' 'LossScaleOptimizer'",
+            "it scales the loss around another optimizer",
         ),
         ("CosineDecayRestarts", {}, "does not have Keras' 'CosineDecayRestarts'"),
         (
@@ -1676,9 +1681,21 @@ def test_line_from_config_keras_optimizers_deserialize_keras_optimizers_get():
     for config in (
         to_config(tx),
         {"class_name": "Adam", "config": {"learning_rate": 0.1, "clipnorm": 1.0}},
-        {"name": "adam", "learning_rate": 0.1, "clipnorm": 1.0},
+        {"name": "adam", "learning_rate": 0.1, "clipnorm": 1.0, "amsgrad": False},
     ):
         assert from_config(config) == tx
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "adam", "learning_rate": 0.1}, "not the key 'amsgrad'"),  # a Lamb of this name
+        ({"optimizer_config": {"class_name": "Adam"}}, r'pass config."optimizer_config".'),
+    ],
+)
+def test_dictionaries_that_may_be_of_something_else(config, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(config)
 
 
 # --- dictionaries that nobody wrote ---------------------------------------------------------------

@@ -151,6 +151,17 @@ class AdamjaxState:
         accumulated = source.accumulated_of(leaves)
         return steps, accumulated.micro if accumulated else 0
 
+    def doubts_of_average(self, average: Any) -> list[str]:
+        """Doubts about a weight_ema that sets the weights, if the other system has no average."""
+        return [
+            f"{part.tx!r} sets the weights to their average, and the other system has no average: "
+            "take it out of tx (adamjax.averaged_weights reads the average)"
+            for part in self.parts
+            if isinstance(part.tx, weight_ema)
+            and part.tx.overwrite_frequency is not None
+            and average is None
+        ]
+
     def read_for(self, target: Source, check: bool) -> Source:
         """The state in the common form, with adamjax's names of slots.
 
@@ -160,15 +171,7 @@ class AdamjaxState:
         """
         target.refuse_doubts(check)
         source = Source(self.owner, has_sorted_states=target.has_sorted_states)
-        source.doubts += self.doubts
-        source.doubts += [
-            f"{part.tx!r} sets the weights to their average, and the target has no average: take "
-            "it out of tx, or read the average first (adamjax.averaged_weights)"
-            for part in self.parts
-            if isinstance(part.tx, weight_ema)
-            and part.tx.overwrite_frequency is not None
-            and target.average is None
-        ]
+        source.doubts += self.doubts + self.doubts_of_average(target.average)
         self._read(self.state, source)
         source.refuse_doubts(check)
         source.expect_place_to_accumulate(target)

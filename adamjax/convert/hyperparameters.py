@@ -58,6 +58,8 @@ class HyperparameterCheck:
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
       `clips_updates`: whether there may be others after the rule.
+    - `others`: where transforms of other libraries may stand, which cannot be compared: "before"
+      the rule, or "none"; anywhere if it is missing.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     - `more`: hyperparameters that a part on the leaf's route must have under the same name.
@@ -88,6 +90,7 @@ class HyperparameterCheck:
                     self._check_direction(path, route[:i], moment.hyperparams)
                     self._check_more(path, route, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
+                self._check_others(path, route, last, hyperparams.get("others"))
                 clips = [part.tx for part in route[last:] if isinstance(part.tx, _CLIPS)]
                 if clips and not hyperparams.get("clips_updates", True):
                     mend = "clip gradients only, before the rule"
@@ -101,6 +104,20 @@ class HyperparameterCheck:
                 self._check_rate(path, route[last:], hyperparams)
                 self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
+
+    def _check_others(
+        self, path: str, route: Sequence[Part], last: int, allowed: str | None
+    ) -> None:
+        """Refuses transforms of other libraries where the system has nothing beside the rule."""
+        checked = {None: (), "before": route[last:], "none": route}[allowed]
+        others = [part.tx for part in checked if part.tx.has_foreign]
+        if others:
+            self._refuse(
+                path,
+                "no such transform",
+                f"{others[0]!r} of another library, which nothing can compare",
+                "use those of adamjax (clips, scale, add_decayed_weights, scale_by_learning_rate)",
+            )
 
     def _expect_nothing_stated(self, path: str, leaf_moments: Sequence[LeafMoments]) -> None:
         """Refuses hyperparameters for rules that a transform of another library hides."""
@@ -423,12 +440,22 @@ class HyperparameterCheck:
                 for part, leaves in self.parts_with_leaves
                 for p in leaves
             )
+            decoupled = hyperparams.get("decoupled")
+            wrong = {None: (), True: before, False: after}[decoupled]
             if not has_some or len(scheduled) < len(of_leaf):
                 self._refuse(
                     path,
                     "a weight decay that follows a schedule",
                     "a constant one" if of_leaf else "none",
                     "build tx with adamw(..., weight_decay=schedule)",
+                )
+            if any(self._decay_at(path, part) for part in wrong):
+                here, there = ("after", "before") if decoupled else ("before", "after")
+                self._refuse(
+                    path,
+                    f"a weight decay {here} the rule",
+                    f"one {there} it",
+                    f"put add_decayed_weights {here} the rule",
                 )
         if "weight_decay" not in hyperparams:
             return

@@ -13,7 +13,14 @@ from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.source import Source
 from adamjax.convert.systems import System, kind_of
-from adamjax.convert.values import counts_a_schedule, is_container, leaves_by_path, map_items
+from adamjax.convert.values import (
+    class_name,
+    counts_a_schedule,
+    field_names,
+    is_container,
+    leaves_by_path,
+    map_items,
+)
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
@@ -39,7 +46,7 @@ def into_adamjax(
       average: the average of the weights that the user gives; `None` for that of the source.
       check, rtol: as for `from_optax`.
     """
-    source.doubts += new.doubts
+    source.doubts += new.doubts + new.doubts_of_average(source.average)
     source.refuse_doubts(check)
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
@@ -53,6 +60,14 @@ def into_adamjax(
 
 def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: bool) -> None:
     """Refuses micro-batches of leaves that `tx` does not accumulate, or takes a step of sooner."""
+    nested = [path for _, leaves in new.accumulations for path in leaves]
+    nested = sorted(path for path in set(nested) if nested.count(path) > 1)
+    if nested and any(accumulated.micro for accumulated in source.accumulated):
+        raise ValueError(
+            f"{source.owner}: the source has micro-batches since its last step, and tx accumulates "
+            f"the gradients of {nested[0]!r} twice, one inside the other: use one "
+            "accumulate_gradients, or convert after a step"
+        )
     steps_of = {path: steps for steps, leaves in new.accumulations for path in leaves}
     for accumulated in source.accumulated:
         if not accumulated.micro:
@@ -118,6 +133,11 @@ class _AdamjaxFilling(Translation):
             return part.tx.from_dense(self.fill(x.inner), part.params)
         if contains_states(x):
             return map_items(lambda item: self.fill(item) if is_container(item) else item, x)
+        if {"mu", "nu"} & set(field_names(x) or ()):
+            raise ValueError(
+                f"{self.owner}: tx has a rule of another library, with a {class_name(x)}: "
+                "conversions fill the rules of adamjax. Use adamjax's in its place"
+            )
         return self.other_state(x) if jax.tree.leaves(x) else x
 
     def _fill_rule(self, x: Any) -> Any:

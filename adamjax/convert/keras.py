@@ -93,7 +93,7 @@ def _hyperparams_of_each(
 
     `HyperparameterCheck` has the keys.
     """
-    hyperparams: Hyperparams = {}
+    hyperparams: Hyperparams = {"others": "before" if optimizer is None else "none"}
     rate = layout.of("learning_rate", values).get(0)
     if rate is not None:
         hyperparams["learning_rate"] = number_of(owner, "the learning rate", rate)

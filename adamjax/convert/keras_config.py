@@ -145,6 +145,12 @@ def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
             "it is that of a model, as in config.json of a .keras file, expected that of an "
             f"optimizer: pass config{where}",
         )
+    if "optimizer_config" in config:
+        raise _refused(
+            "the config",
+            "it is the training_config of a model, expected that of an optimizer: pass "
+            'config["optimizer_config"]',
+        )
     if "class_name" in config:
         return config
     name = config.get("name")
@@ -156,6 +162,12 @@ def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
             "it has neither 'class' (adamjax's) nor 'class_name' (Keras'), and Keras gives no "
             f"optimizer the name {name!r}. If the get_config of a Keras optimizer wrote it, add "
             'the class: {"class_name": "Adam", "config": config}',
+        )
+    if kind.lower() in ("adam", "adamw") and "amsgrad" not in config:
+        raise _refused(
+            "the config",
+            f"it has the name {name!r}, but not the key 'amsgrad', which Keras' Adam and AdamW "
+            'write: add the class, {"class_name": "Adam", "config": config}',
         )
     return {"class_name": kind, "config": config}
 
@@ -236,6 +248,11 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
         return _schedule(name, values, place)
     # Keras ignores case. In 2.9 and 2.10 a name could have this prefix.
     optimizer = _OPTIMIZERS.get(name.lower().removeprefix("experimental"))
+    if name == "LossScaleOptimizer":
+        raise _refused(
+            place,
+            'it scales the loss around another optimizer: pass config["config"]["inner_optimizer"]',
+        )
     if optimizer is None:
         raise _refused(
             place,
@@ -380,7 +397,24 @@ def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transfor
             "only one of clipnorm and global_clipnorm can be set in Keras; got "
             f"{given['clipnorm']!r} and {given['global_clipnorm']!r}",
         )
-    if generation != _LEGACY:
+    if generation == _LEGACY:
+        # These keys are of TensorFlow 2.9 or newer, and of capreolus.
+        is_new = config.get("is_legacy_optimizer") is not None or "pattern_lrs" in config
+        if "clipnorm" in given and "name" not in config and not is_new:
+            raise _refused(
+                place,
+                f"clipnorm={given['clipnorm']!r}: Keras up to 2.3 clips all gradients by one norm, "
+                "and tf.keras each by its own. No key shows which one wrote this. For the first "
+                "write global_clipnorm in place of clipnorm, for the second add a 'name'",
+            )
+        if len(given) > 1 and not is_new:
+            raise _refused(
+                place,
+                f"{given}: TensorFlow up to 2.3 clips by norm, then by value, and later by value, "
+                "then by norm. No key shows the version. Add 'is_legacy_optimizer': true for the "
+                "later order, or put the clips into a chain in their order",
+            )
+    else:
         if generation == _KERAS_3 and "gradient_accumulation_steps" in config and len(given) > 1:
             raise _refused(
                 place,

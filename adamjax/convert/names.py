@@ -88,6 +88,7 @@ def leaf_order(
     check: bool = True,
     shapes: Sequence[tuple[int, ...]] | None = None,
     may_transpose: bool = False,
+    may_reshape: bool = False,
     has_arrays: bool = True,
     order_fault: str = "",
 ) -> list[str | None]:
@@ -99,6 +100,7 @@ def leaf_order(
       check: whether to refuse an order that contradicts the names.
       shapes: those of the system's parameters in order, if they are known.
       may_transpose: whether the system may have the transpose of a leaf.
+      may_reshape: whether a user's function may give an array any other shape.
       has_arrays: whether the system has an array of each parameter, whose shape is compared later.
       order_fault: why the order of the names may not be that of the parameters; empty if it is.
 
@@ -128,7 +130,8 @@ def leaf_order(
 
     if order is None:
         if names is None and check:
-            _expect_one_order(owner, system, leaves, may_transpose, has_arrays)
+            alike = _of_one_shape(leaves, may_transpose, may_reshape)
+            _expect_one_order(owner, system, leaves, alike, has_arrays)
         if names is None or len(names) != len(all_paths):
             return list(all_paths)
         paths_of_names = _paths_of_names(names, all_paths)
@@ -137,7 +140,10 @@ def leaf_order(
         if _are_numbers(all_paths):
             expect_same_order(all_paths)
             return list(all_paths)
-        return list(_order_of_shapes(owner, system, names, leaves, check, shapes, has_arrays))
+        alike = _of_one_shape(leaves, may_transpose=True, may_reshape=may_reshape)
+        return list(
+            _order_of_shapes(owner, system, names, leaves, check, shapes, has_arrays, alike)
+        )
     by_name = isinstance(order, Mapping)
     order = _listed_order(owner, order, system, names)
     for path in order:
@@ -196,6 +202,7 @@ def _order_of_shapes(
     check: bool,
     shapes: Sequence[tuple[int, ...]] | None,
     has_arrays: bool,
+    alike: list[str],
 ) -> list[str]:
     """The paths of the leaves in the order of names that do not correspond to them: by shape."""
     all_paths = list(leaves)
@@ -205,7 +212,7 @@ def _order_of_shapes(
         path_of_shape = {np.shape(x): path for path, x in leaves.items()}
         if len(path_of_shape) == len(all_paths) and set(path_of_shape) == set(shapes):
             return [path_of_shape[shape] for shape in shapes]
-    elif has_arrays and not _of_one_shape(leaves, may_transpose=True):
+    elif has_arrays and not alike:
         # In a wrong order a shape would not fit, and filling the state would refuse it.
         return all_paths
     raise ValueError(
@@ -225,21 +232,23 @@ def _places(path: str) -> tuple[int, ...]:
     return tuple(map(int, path.split("/")))
 
 
-def _of_one_shape(leaves: Mapping[str, Any], may_transpose: bool) -> list[str]:
-    """The paths of some leaves of one shape (or of a shape and its transpose), if there are any."""
+def _of_one_shape(
+    leaves: Mapping[str, Any], may_transpose: bool, may_reshape: bool = False
+) -> list[str]:
+    """The paths of some leaves that may have one shape in the other system, if there are any."""
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for path, x in leaves.items():
-        shape = np.shape(x)
-        by_shape.setdefault(tuple(sorted(shape)) if may_transpose else shape, []).append(path)
+        shape = tuple(sorted(np.shape(x))) if may_transpose else np.shape(x)
+        by_shape.setdefault((np.size(x),) if may_reshape else shape, []).append(path)
     return next((paths for paths in by_shape.values() if len(paths) > 1), [])
 
 
 def _expect_one_order(
-    owner: str, system: str, leaves: Mapping[str, Any], may_transpose: bool, has_arrays: bool
+    owner: str, system: str, leaves: Mapping[str, Any], alike: list[str], has_arrays: bool
 ) -> None:
     """Refuses leaves with names for parameters without, if shapes do not show which is which."""
-    alike = _of_one_shape(leaves, may_transpose)
-    fault = f"the leaves {_some(alike)} have one shape"
+    has_shape = len({tuple(sorted(np.shape(leaves[path]))) for path in alike}) == 1
+    fault = f"the leaves {_some(alike)} have one {'shape' if has_shape else 'size'}"
     if not has_arrays and len(leaves) > 1:
         alike, fault = list(leaves), "no arrays before its first step"
     if alike and not _are_numbers(list(leaves)):

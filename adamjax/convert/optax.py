@@ -14,6 +14,7 @@ from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.hyperparameters import HyperparameterCheck
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.source import Accumulated, Count, Hyperparams, LeafMoments, Source
+from adamjax.convert.steps import expect_same_steps
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import (
     SCHEDULE_COUNTS,
@@ -21,10 +22,12 @@ from adamjax.convert.values import (
     is_container,
     leaves_by_path,
     map_items,
+    number_of,
     same_value,
     steps_taken,
 )
 from adamjax.data import Tree
+from adamjax.guard import skip_not_finite
 from adamjax.rows import RowGradient
 
 __all__ = ["from_optax", "to_optax"]
@@ -97,6 +100,8 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
     """The hyperparameters in a state of `inject_hyperparams`; see `HyperparameterCheck`."""
     hyperparams: Hyperparams = {"more": {}, "masks_decay": "unknown"}
     for name, value in x.hyperparams.items():
+        # flax.nnx wraps each array.
+        value = next(iter(jax.tree.leaves(value)), value)
         if name in scheduled:
             if name == "learning_rate":
                 hyperparams |= _rate_schedule(source)
@@ -109,9 +114,11 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
                     "state in which it is a constant"
                 )
         elif name in _SHARED_NAMES and np.ndim(value) == 0:
-            hyperparams[name] = value
-            if name == "weight_decay":
-                hyperparams["decay_accumulates"] = source.accumulates
+            what = f"{name} of inject_hyperparams"
+            hyperparams[name] = number_of(source.owner, what, value)
+            # From outside of MultiSteps, a decay may reach inside.
+            if name == "weight_decay" and source.accumulates:
+                hyperparams["decay_accumulates"] = True
         else:
             hyperparams["more"][name] = value
     return hyperparams
@@ -124,13 +131,10 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         _read_rule(x, source, hyperparams)
     elif role == "count":
         source.add_count(steps_taken(source.owner, type(x).__name__, x.count), None)
-        # After a rule, a schedule is that of the rate.
         if type(x).__name__ == "ScaleByScheduleState":
-            own = _rate_schedule(source) if source.moments else {"has_schedule_before": True}
-            source.unowned_hyperparams.append({**own, "more": {}})
+            _add_unowned(source, _rate_schedule(source))
         elif type(x).__name__ == "WeightDecaySchedule":
-            own = {**_decay_schedule(source), "masks_decay": "unknown"}
-            source.unowned_hyperparams.append({**own, "more": {}})
+            _add_unowned(source, {**_decay_schedule(source), "masks_decay": "unknown"})
     elif role == "hyperparams":
         _read_hyperparams(x, source, hyperparams)
     elif role == "accumulated":
@@ -148,7 +152,16 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
             for item in x:
                 _read(item, source, hyperparams)
     elif jax.tree.leaves(x):
+        if type(x).__module__.split(".")[0] == "adamjax":
+            source.doubts.append(
+                f"it has a {type(x).__name__} of adamjax: a state of adamjax needs no conversion"
+            )
         source.other_states.append(x)
+
+
+def _add_unowned(source: Source, hyperparams: Hyperparams) -> None:
+    """Adds hyperparameters outside of a rule; `before` says whether they are before all rules."""
+    source.unowned_hyperparams.append({"more": {}, "before": not source.moments, **hyperparams})
 
 
 def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams) -> None:
@@ -168,15 +181,9 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
         has_rule |= own
     source.has_sorted_states |= len(source.other_states) > num_others
 
-    def is_schedule(node: Any) -> bool:
-        return type(node).__name__ == "ScaleByScheduleState"
-
-    # It may have been read before the rule that it follows.
-    others = [item for item in x.values() if _role(item) != "inner"]
-    if source.moments and any(map(is_schedule, jax.tree.leaves(others, is_leaf=is_schedule))):
-        for hyperparams in source.unowned_hyperparams[num_unowned:]:
-            hyperparams.pop("has_schedule_before", None)
-        source.unowned_hyperparams.append({**_rate_schedule(source), "more": {}})
+    # A part may have been read before the rule that it follows.
+    for hyperparams in source.unowned_hyperparams[num_unowned:]:
+        hyperparams["before"] = None
 
 
 def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -203,7 +210,9 @@ def _read_hyperparams(x: Any, source: Source, hyperparams: Hyperparams) -> None:
         # After a rule, the step_size of optax.scale is a rate.
         if num_rules and "step_size" in own_hyperparams["more"]:
             own_hyperparams["learning_rate"] = -own_hyperparams["more"].pop("step_size")
-        source.unowned_hyperparams.append(own_hyperparams)
+        if "weight_decay" in own_hyperparams:
+            own_hyperparams["decay_accumulates"] = source.accumulates
+        _add_unowned(source, {**own_hyperparams, "before": not num_rules})
 
 
 def _begins_with_rule(x: Any) -> bool:
@@ -267,7 +276,12 @@ def _with_hyperparams(source: Source, hyperparams: Hyperparams, more: Hyperparam
 def _give_to_last_rules(source: Source) -> None:
     """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
     for moments in (several[-1] for several in source.moments.values()):
-        for unowned in source.unowned_hyperparams:
+        for unowned in map(_placed, source.unowned_hyperparams):
+            if "rate_before" in unowned:
+                source.doubts.append(
+                    f"a rate of {unowned['rate_before']:g} scales the gradients before the rule: "
+                    "convert a run without it"
+                )
             rates = [
                 x["learning_rate"] for x in (moments.hyperparams, unowned) if "learning_rate" in x
             ]
@@ -282,9 +296,22 @@ def _give_to_last_rules(source: Source) -> None:
     source.unowned_hyperparams = []
 
 
+def _placed(unowned: Hyperparams) -> Hyperparams:
+    """Hyperparameters outside of a rule, by other names if they are before all rules."""
+    hyperparams = dict(unowned)
+    before = hyperparams.pop("before")
+    if "weight_decay" in hyperparams or "has_decay_schedule" in hyperparams:
+        hyperparams["decoupled"] = None if before is None else not before
+    if before and hyperparams.pop("has_schedule", None):
+        hyperparams["has_schedule_before"] = True
+    if before and "learning_rate" in hyperparams:
+        hyperparams["rate_before"] = hyperparams.pop("learning_rate")
+    return hyperparams
+
+
 def _pass_to_outer(inner: Source, source: Source) -> None:
     """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
-    rates = ("learning_rate", "step_size", "has_schedule", "has_schedule_before")
+    rates = ("learning_rate", "step_size", "has_schedule")
     for hyperparams in inner.unowned_hyperparams:
         if any(name in hyperparams or name in hyperparams["more"] for name in rates):
             source.doubts.append(
@@ -293,7 +320,7 @@ def _pass_to_outer(inner: Source, source: Source) -> None:
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
         others = {name: x for name, x in hyperparams.items() if name not in rates}
-        source.unowned_hyperparams.append({**others, "more": more})
+        _add_unowned(source, {**others, "more": more, "before": not source.moments})
 
 
 def _read_state(owner: str, state: Any) -> Source:
@@ -306,6 +333,16 @@ def _read_state(owner: str, state: Any) -> Source:
 def _items(x: Mapping[Any, Any]) -> list[Any]:
     """The values in the order in which JAX flattens them."""
     return [x[key] for key in sorted(x, key=str)]
+
+
+def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
+    """Adds a doubt if optax skips steps and adamjax does not."""
+    skips = any(isinstance(part.tx, skip_not_finite) for part in ours.parts)
+    if source.skipped is not None and not skips:
+        source.doubts.append(
+            "optax skips steps with gradients that are not finite (apply_if_finite), and tx does "
+            "not: wrap tx in skip_not_finite"
+        )
 
 
 class _OptaxFilling(Translation):
@@ -378,6 +415,7 @@ def from_optax(
     params: Tree,
     *,
     average: Tree = None,
+    optimizer: Any = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> Any:
@@ -407,8 +445,12 @@ def from_optax(
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
+      optimizer: the optax transform itself. If it is given, both take some steps on random
+        gradients, and a `tx` that moves weights otherwise is refused. This shows almost all that
+        the state does not. It does not show what a schedule does later. The steps take the time and
+        the memory of dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
-        `adamjax.convert`.
+        `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
       rtol: the relative difference that a step may have where optax' rule has another form
         (AMSGrad, Nadam, Adamax). At least 0.
 
@@ -431,11 +473,23 @@ def from_optax(
     """
     source = _read_state("from_optax", source_state)
     new = initial_state("from_optax", tx, params)
-    return into_adamjax(source, OPTAX, new, average, check, rtol)
+    _doubt_skips(source, new)
+    state = into_adamjax(source, OPTAX, new, average, check, rtol)
+    if optimizer is not None:
+        filled = AdamjaxState("from_optax", tx, state, params)
+        expect_same_steps(filled, optimizer, source_state, rtol)
+    return state
 
 
 def to_optax(
-    state: Any, tx: Any, params: Tree, target: Any, *, check: bool = True, rtol: float = RTOL
+    state: Any,
+    tx: Any,
+    params: Tree,
+    target: Any,
+    *,
+    optimizer: Any = None,
+    check: bool = True,
+    rtol: float = RTOL,
 ) -> Any:
     """The state of an optax transform that goes on from a state of `tx`.
 
@@ -445,7 +499,7 @@ def to_optax(
       params: the parameters at that step.
       target: the state of the optax transform's `init(params)`. Its dtypes are kept, and so are the
         hyperparameters in a state of `inject_hyperparams`.
-      check, rtol: as for `from_optax`.
+      optimizer, check, rtol: as for `from_optax`.
 
     Returns:
       A state like `target`. Its arrays are copies. It has no place for an average of the weights:
@@ -465,9 +519,12 @@ def to_optax(
     """
     ours = AdamjaxState("to_optax", tx, state, params)
     target_source = _read_state("to_optax", target)
+    _doubt_skips(target_source, ours)
     source = ours.read_for(target_source, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
     new_state = filling.filled_state(target, target_source.counts)
     if check:
         HyperparameterCheck(ours, OPTAX).check(target_source.moments)
+    if optimizer is not None:
+        expect_same_steps(ours, optimizer, new_state, rtol)
     return new_state

@@ -123,7 +123,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     what = "a beta of a group of torch"
     hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
     hyperparams["maximize"] = bool(flag("maximize"))
-    hyperparams["clips_updates"] = False
+    hyperparams |= {"clips_updates": False, "others": "none"}
     if group.get("initial_lr") is not None:
         hyperparams["has_schedule"] = (
             "a scheduler has set initial_lr",
@@ -227,11 +227,7 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 
 def _doubt_kernels(
-    source: Source,
-    names: Sequence[str] | None,
-    paths: Sequence[str | None],
-    params: Tree,
-    has_arrays: bool,
+    source: Source, paths: Sequence[str | None], params: Tree, has_arrays: bool
 ) -> None:
     """Adds a doubt if no shape shows whether torch has the dimensions of kernels in another order.
 
@@ -243,12 +239,10 @@ def _doubt_kernels(
         is_same = (*shape[2:], shape[1], shape[0]) == shape
         return is_same or not has_arrays
 
-    # The caller compares the number of torch's parameters with that of the paths later.
-    pairs = zip(names or ["weight"] * len(paths), paths, strict=False)
     # By the words of the name, as those of one name are all transposed, or none is.
     alike: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, path in pairs:
-        if path and "weight" in name and len(shape := np.shape(leaves[path])) > 1:
+    for path in paths:
+        if path and len(shape := np.shape(leaves[path])) > 1:
             alike.setdefault(_kind_of_leaf(path), []).append((path, shape))
     for words, kernels in alike.items():
         if words in _AS_IN_TORCH or not all(is_unclear(shape) for _, shape in kernels):
@@ -289,8 +283,14 @@ def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarr
         pass  # Some functions written in C have no signature.
 
     def adapted(path: str, name: str, x: Any) -> np.ndarray:
-        what = f"what adapt returns for {name} of {path!r}"
-        return numbers_of(owner, what, adapt(path, x))
+        try:
+            array = adapt(path, x)
+        except Exception as error:
+            raise ValueError(
+                f"{owner}: adapt raises an error for {name} of {path!r}, of shape "
+                f"{list(np.shape(x))}: {error}. Are the leaves in the right order (order=)?"
+            ) from error
+        return numbers_of(owner, f"what adapt returns for {name} of {path!r}", array)
 
     return adapted
 
@@ -331,10 +331,11 @@ def _read(
         names,
         check,
         may_transpose=True,
+        may_reshape=adapted,
         has_arrays=has_arrays,
     )
     if not adapted:
-        _doubt_kernels(source, names, paths, params, has_arrays)
+        _doubt_kernels(source, paths, params, has_arrays)
     if len(keys) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(keys)} parameters, but "

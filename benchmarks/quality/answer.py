@@ -128,8 +128,8 @@ def sentences(results: Results) -> list[str]:
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
-            "**Rows that are read least, and most**, the metric of lazy with dense's rate minus "
-            "that of dense: "
+            "**By how often rows are read**: the metric of lazy with dense's rate, minus that of "
+            "dense, first for the rows that are read least, then for those that are read most: "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:

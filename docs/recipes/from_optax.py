@@ -1,9 +1,9 @@
 """Move a run from optax: it goes on with the same moments, on the same trajectory.
 
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from
-optax's. optax's state contains no hyperparameters, so copy these with care. What cannot go on as
-before, such as the other form of epsilon, is refused. Here half of a run is taken with optax and
-the other half with adamjax, beside a run that stays with optax.
+optax's. optax's state contains no hyperparameters. With `optimizer=`, both take some steps on
+random gradients, and an optimizer that moves weights otherwise is refused. Here half of a run is
+taken with optax and the other half with adamjax, beside a run that stays with optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.
 """
@@ -40,7 +40,7 @@ step_after = adamjax.train_step(loss_fn, after, donate_argnums=())
 params, state = train(step_before, params, before.init(params), keys[:100])
 stayed, _ = train(step_before, params, state, keys[100:])
 
-converted = adamjax.convert.from_optax(state, after, params)
+converted = adamjax.convert.from_optax(state, after, params, optimizer=before)
 moved, converted = train(step_after, params, converted, keys[100:])
 
 apart = max(jnp.abs(a - b).max() for a, b in zip(moved.values(), stayed.values(), strict=True))
@@ -48,6 +48,7 @@ print(f"steps taken: {adamjax.step_count(converted)}")
 print(f"the largest difference of a weight after 100 more steps: {apart:.0e}")
 
 try:
-    adamjax.convert.from_optax(state, adamjax.adamw(1e-2, weight_decay=1e-3), params)
+    wrong = adamjax.adamw(1e-2, weight_decay=1e-3)
+    adamjax.convert.from_optax(state, wrong, params, optimizer=before)
 except ValueError as error:
     print("with the other form of epsilon:", str(error).split(":")[0], "refuses it")
