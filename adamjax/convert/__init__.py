@@ -18,8 +18,10 @@ says what to do. The reasons are:
   torch's SparseAdam to the root (`eps_hat`). The rule of `tx` must have the same form.
 - **Other hyperparameters**, if the source contains them: torch's groups do, and a Keras optimizer,
   a state of optax' `inject_hyperparams`, and the learning rate in Keras' variables. Other states of
-  optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: build `tx` with the
-  same values.
+  optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: pass the optax
+  transform too, `optimizer=`, so that steps of both are compared.
+- **Other transforms beside the rule**, where the source shows what it has there: a clip, a weight
+  decay or a schedule in another place, or a transform of another library that nothing can compare.
 - **Another form of the rule.** optax' AMSGrad keeps the maximum of bias-corrected moments, optax'
   Nadam has no momentum schedule, and Adamax of optax and torch has epsilon inside the maximum. For
   AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
