@@ -108,7 +108,29 @@ def test_both_columns_do_the_same(theirs, ours):
         assert_close(ours, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), lines_of("torch"))
+OF_TORCH = lines_of("torch")
+OF_SCHEDULERS = [line for line in OF_TORCH if "LR(" in line[0]]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [line for line in OF_TORCH if line not in OF_SCHEDULERS]
+)
 def test_what_stands_for_torch_can_be_made(theirs, ours):
     tx = eval(ours, vars(adamjax) | OUR_NAMES)
     assert trained(tx).keys() == PARAMS.keys()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), OF_SCHEDULERS)
+def test_what_stands_for_a_scheduler_of_torch_has_its_rates(theirs, ours):
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+    names = {"optimizer": optimizer, "f": lambda count: 1 / (1 + count)}
+    scheduler = eval(theirs, vars(torch.optim.lr_scheduler) | names)
+    rates = []
+    for _ in range(100):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    ours = eval(ours, vars(adamjax) | names)
+    actual = jnp.stack([jnp.float32(ours(i)) for i in range(100)])
+    assert_close(actual, jnp.array(rates), rtol=1e-5)
