@@ -2375,7 +2375,7 @@ def test_schedules_of_optax_keep_their_place(theirs, wrong, right, message):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_a_kernel_whose_shape_is_clear_speaks_for_those_of_its_name_only():
+def test_a_kernel_whose_shape_is_clear_speaks_for_no_other():
     slots, shapes = ("exp_avg", "exp_avg_sq"), {"w0": (2, 3), "w1": (2, 2), "gate": (2, 2)}
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
     group["amsgrad"] = False
@@ -2391,7 +2391,8 @@ def test_a_kernel_whose_shape_is_clear_speaks_for_those_of_its_name_only():
         params = dict(zip(leaves, arrays, strict=True))
         return convert.from_torch(kept, tx, params, order=list(leaves))
 
-    converted("w0", "w1")
+    with pytest.raises(ValueError, match=r"such as 'w1'.*endswith\('w1'\)"):
+        converted("w0", "w1")
     with pytest.raises(ValueError, match=r"such as 'gate'.*endswith\('gate'\)"):
         converted("w0", "gate")
     # Of weight_norm and spectral_norm.
@@ -3711,6 +3712,30 @@ def test_steps_of_the_optimizer_itself_are_compared(name):
         convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED.init(TWO), optimizer=CLIPPED)
 
 
+def test_many_micro_batches_and_large_gradients_are_compared_too():
+    theirs = micro_batches(optax.adam(0.01), 16)
+    old = steps_of(theirs, 16)
+    for rate, n in ((0.1, 16), (0.01, 32)):
+        ours = adamjax.accumulate_gradients(adam_like_optax(rate), n)
+        with pytest.raises(ValueError, match="tx moves an element"):
+            convert.from_optax(old, ours, TWO, optimizer=theirs)
+    large = jax.tree.map(lambda x: 1e6 * x, TWO)
+    theirs = optax.chain(optax.clip_by_global_norm(1e5), optax.adam(0.1))
+    old = theirs.update(large, theirs.init(TWO), TWO)[1]
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(old, adam_like_optax(), TWO, optimizer=theirs)
+    # A large decay hides nothing of the rule.
+    theirs = optax.adamw(0.1, weight_decay=1.0)
+    ours = adamjax.adamw(0.1, 0.92, eps=1e-8, weight_decay=1.0)
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
+    theirs = optax.apply_if_finite(optax.adam(0.1), 9)
+    skips = adamjax.skip_not_finite(adam_like_optax())
+    ours = adamjax.partition([("a", skips)], default=skips)
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
+
+
 SAME_STEPS = {
     "clip and adamw": (CLIPPED, LIKE_CLIPPED),
     "MultiSteps": (
@@ -3726,6 +3751,10 @@ SAME_STEPS = {
     "a mask": (
         optax.masked(optax.adam(0.1), {"a": True, "b": False}),
         adamjax.masked(adam_like_optax(), "a"),
+    ),
+    "16 micro-batches": (
+        micro_batches(CLIPPED, 16),
+        adamjax.accumulate_gradients(LIKE_CLIPPED, 16),
     ),
     "exact rows": (
         optax.adamw(0.1, weight_decay=0.1),
@@ -3745,10 +3774,21 @@ def test_an_optimizer_that_takes_the_same_steps(name):
         convert.to_optax(state, ours, TWO, theirs.init(TWO), optimizer=theirs, check=check)
 
 
-def test_an_optimizer_that_is_none_is_refused():
-    state = optax.adam(0.1).init(TWO)
-    with pytest.raises(TypeError, match=r"optimizer is 0\.1, expected the transform of optax"):
-        convert.from_optax(state, adam_like_optax(), TWO, optimizer=0.1)
+def test_an_optimizer_that_did_not_make_the_state_is_refused():
+    state, ours = optax.adam(0.1).init(TWO), adam_like_optax()
+    for none in (0.1, {}):
+        with pytest.raises(TypeError, match=r"optimizer is .*, expected the transform of optax"):
+            convert.from_optax(state, ours, TWO, optimizer=none)
+    for other in (optax.adam(FALLS), micro_batches(optax.adam(0.1), 2), optax.sgd(0.1)):
+        with pytest.raises(ValueError, match=r"another structure than optimizer\.init"):
+            convert.from_optax(state, ours, TWO, optimizer=other)
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    opt, params = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param), nnx.state(model, nnx.Param)
+    with pytest.raises(TypeError, match=r"of an nnx\.Optimizer its tx"):
+        convert.from_optax(opt.opt_state, ours, params, optimizer=opt)
+    as_pure = getattr(nnx, "as_pure", None) or nnx.pure
+    convert.from_optax(as_pure(opt.opt_state), ours, as_pure(params), optimizer=opt.tx)
 
 
 # --- torch ----------------------------------------------------------------------------------------
@@ -3805,6 +3845,37 @@ def test_transforms_of_other_libraries_beside_the_rule_are_refused(system, place
     }
     with pytest.raises(ValueError, match=r"of another library, which nothing can compare"):
         calls[system]()
+
+
+class Halves(Transform):
+    """A user's own."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda u: 0.5 * u, updates), state
+
+
+def test_transforms_of_the_users_own_beside_a_rule_of_torch_are_refused():
+    tx = adamjax.chain(adam_like_optax(), Halves())
+    with pytest.raises(ValueError, match=r"Halves.* of your own, which nothing can compare"):
+        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3))
+    decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"after its weight decay: put the clip before"):
+        convert.from_torch(old, adamjax.chain(decay, clip, adam_like_optax()), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_steps_in_narrow_dtypes_are_compared_less_closely(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), TWO)
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    old = steps_of(theirs, 3, params)
+    convert.from_optax(old, ours, params, optimizer=theirs)
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(old, adam_like_optax(0.2), params, optimizer=theirs)
 
 
 def test_an_average_that_sets_weights_is_not_added_in_a_conversion():

@@ -27,10 +27,11 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, walk
 from adamjax.transform import Rule, as_transform
 
-__all__ = ["AdamjaxState", "contains_states", "initial_state"]
+__all__ = ["AdamjaxState", "contains_states", "initial_state", "is_of_adamjax"]
 
 
-def _is_of_adamjax(x: Any) -> bool:
+def is_of_adamjax(x: Any) -> bool:
+    """Whether an object is of one of adamjax's own classes."""
     return type(x).__module__.split(".")[0] == "adamjax"
 
 
@@ -38,9 +39,9 @@ def contains_states(x: Any) -> bool:
     """Whether a node of a state is a container in which states of adamjax may be."""
     if not is_container(x):
         return False
-    if field_names(x) is None or _is_of_adamjax(x):
+    if field_names(x) is None or is_of_adamjax(x):
         return True
-    return any(map(_is_of_adamjax, _nodes(x)))
+    return any(map(is_of_adamjax, _nodes(x)))
 
 
 def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
@@ -52,11 +53,11 @@ def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
         return
     names = field_names(x)
     # Slots are refused where the state is read.
-    if names is not None and not _is_of_adamjax(x) and not hasattr(x, "slots"):
+    if names is not None and not is_of_adamjax(x) and not hasattr(x, "slots"):
         own = [
             name
             for name, item in zip(names, x, strict=True)
-            if jax.tree.leaves(item) and not any(map(_is_of_adamjax, _nodes(item)))
+            if jax.tree.leaves(item) and not any(map(is_of_adamjax, _nodes(item)))
         ]
         if own:
             yield class_name(x), own
@@ -66,7 +67,7 @@ def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _nodes(x: Any) -> list[Any]:
     """The states of adamjax in a tree, and its leaves outside of them."""
-    return jax.tree.leaves(x, is_leaf=_is_of_adamjax)
+    return jax.tree.leaves(x, is_leaf=is_of_adamjax)
 
 
 class AdamjaxState:

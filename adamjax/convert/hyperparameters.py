@@ -10,7 +10,7 @@ import numpy as np
 from adamjax._compat import x64
 from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
-from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
@@ -95,6 +95,8 @@ class HyperparameterCheck:
                 if clips and not hyperparams.get("clips_updates", True):
                     mend = "clip gradients only, before the rule"
                     self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", mend)
+                if not hyperparams.get("clips_updates", True):
+                    self._expect_clips_first(path, route[:last])
                 if "clips" in hyperparams:
                     self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
                 if "gradient_factor" in hyperparams:
@@ -105,17 +107,28 @@ class HyperparameterCheck:
                 self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
 
+    def _expect_clips_first(self, path: str, before: Sequence[Part]) -> None:
+        """Refuses a clip after a weight decay that is before the rule."""
+        decays = False
+        for part in before:
+            decays = decays or bool(self._decay_at(path, part))
+            if decays and isinstance(part.tx, _CLIPS):
+                mend = "put the clip before the weight decay"
+                in_tx = f"{part.tx!r} after its weight decay"
+                self._refuse(path, "clips before its weight decay only", in_tx, mend)
+
     def _check_others(
         self, path: str, route: Sequence[Part], last: int, allowed: str | None
     ) -> None:
         """Refuses transforms of other libraries where the system has nothing beside the rule."""
         checked = {None: (), "before": route[last:], "none": route}[allowed]
-        others = [part.tx for part in checked if part.tx.has_foreign]
+        others = [part.tx for part in checked if part.tx.has_foreign or not is_of_adamjax(part.tx)]
         if others:
+            whose = "another library" if others[0].has_foreign else "your own"
             self._refuse(
                 path,
                 "no such transform",
-                f"{others[0]!r} of another library, which nothing can compare",
+                f"{others[0]!r} of {whose}, which nothing can compare",
                 "use those of adamjax (clips, scale, add_decayed_weights, scale_by_learning_rate)",
             )
 

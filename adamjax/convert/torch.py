@@ -239,17 +239,14 @@ def _doubt_kernels(
         is_same = (*shape[2:], shape[1], shape[0]) == shape
         return is_same or not has_arrays
 
-    # By the words of the name, as those of one name are all transposed, or none is.
-    alike: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for path in paths:
-        if path and len(shape := np.shape(leaves[path])) > 1:
-            alike.setdefault(_kind_of_leaf(path), []).append((path, shape))
-    for words, kernels in alike.items():
-        if words in _AS_IN_TORCH or not all(is_unclear(shape) for _, shape in kernels):
+    # The shape of another kernel shows nothing: one may be an embedding, which is not transposed.
+    kernels = [path for path in paths if path and np.ndim(leaves[path]) > 1]
+    for path in kernels:
+        shape = np.shape(leaves[path])
+        if _kind_of_leaf(path) in _AS_IN_TORCH or not is_unclear(shape):
             continue
-        path, shape = kernels[0]
         end = path.rpartition("/")[2]
-        is_reversed = all(len(shape) <= 3 for _, shape in kernels)
+        is_reversed = all(np.ndim(leaves[path]) <= 3 for path in kernels)
         mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
         source.doubts.append(
             f"torch's weights are the transposes of kernels, such as {path!r}, and its shape "
@@ -415,11 +412,10 @@ def from_torch(
         parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
-        which is `x.T` for a matrix. It is required if all leaves of one name (`kernel`, `wq`)
-        keep their shape when they are transposed, so that no shape shows how torch stores them.
-        Examples are a square matrix, and the kernel of a Conv1d whose `out_channels` equal its
-        `kernel_size`. Leaves that are called `weight`, `embedding` or `table` are taken as they
-        are.
+        which is `x.T` for a matrix. It is required if the shape of some leaf does not show whether
+        torch stores it transposed, because it stays the same. A square matrix has such a shape, and
+        so has the kernel of a Conv1d whose `out_channels` equal its `kernel_size`. Leaves that are
+        called `weight`, `embedding` or `table` are taken as they are.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 
