@@ -1561,19 +1561,15 @@ def test_line_iterations():
     assert step_count(state) == 3
 
 
-def with_counts(state, count):
-    """The state with all its counts set."""
-
-    def replaced(path, x):
-        return jnp.full_like(x, count) if str(path[-1]) == ".count" else x
-
-    return jax.tree_util.tree_map_with_path(replaced, state)
-
-
 def test_line_iterations_set():
+    def with_count_7(state):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.full_like(x, 7) if str(path[-1]) == ".count" else x, state
+        )
+
     tx = adam(inverse_time_decay(0.1, 1, 1.0))
     state = tx.init(PARAMS)
-    state = with_counts(state, 7)
+    state = with_count_7(state)
     assert step_count(state) == 7
     assert learning_rate(tx, state) == pytest.approx(0.1 / 8)
     updates, state = tx.update(GRADS, state, PARAMS)
@@ -1590,7 +1586,7 @@ def test_line_iterations_set():
             p = apply_updates(p, updates)
         flush = getattr(tx, "flush", lambda params, state: (params, state))
         p, state = flush(p, state)
-        state = with_counts(state, 7)
+        state = with_count_7(state)
         updates, state = tx.update({"t": rows}, state, p)
         ends.append(flush(apply_updates(p, updates), state)[0]["t"])
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-6)
