@@ -417,8 +417,8 @@ def row_gradient(
         )
     num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
     trailing = values.shape[indices.ndim :]
-    # A compiler that splits the sums over devices sends twice as much, or an array as long as the
-    # table. If every device has all indices, it does not split them.
+    # Every device gets all indices, so that the compiler does not split the sums over devices.
+    # Split sums send twice as much between them, or an array as long as the table.
     indices = replicated(indices)
     ids = as_row_ids(indices.reshape(-1), num_rows)
     if check:
@@ -448,16 +448,16 @@ def sum_rows_of_each(
         ids, positions = zip(*(ids_and_positions[i] for i in batch), strict=True)
         sizes = list(map(len, ids))
         starts = np.cumsum([0, *sizes[:-1]])
-        # An index outside the table has the position `size`. Here that would be the first place of
-        # the next table.
-        places = [
+        # An index outside the table has the position `size`. In the joined rows that would be the
+        # first position of the next table.
+        joined_positions = [
             jnp.where(position < size, position + start, sum(sizes))
             for position, size, start in zip(positions, sizes, starts, strict=True)
         ]
         x = jnp.concatenate([replicated(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
-        place = jnp.concatenate(places).astype(np.uint32)
-        total = empty.at[place].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
+        targets = jnp.concatenate(joined_positions).astype(np.uint32)
+        total = empty.at[targets].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
         for i, own_ids, sums in zip(batch, ids, rows_of_each(total, sizes), strict=True):
             row_gradients[i] = RowGradient(own_ids, sums, num_rows=num_rows[i])
     return row_gradients
@@ -579,7 +579,7 @@ def _report_outside(indices: Any, ids: chex.Array, num_rows: int) -> None:
 
 
 def nonzero_arrays(x: Any) -> list[chex.Array]:
-    """The arrays with all elements of a leaf that may be nonzero."""
+    """The arrays of a leaf that together have all its elements that may be nonzero."""
     if not isinstance(x, RowGradient):
         return [x]
     return [x.values] if x.rest is None else [x.values, x.rest]
@@ -706,17 +706,17 @@ def _apply_rule_to_others(
         return [each_part(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
 
     if isinstance(rule, Recurrence):
-        wide, stored, seen = rule.advanced(c, rest, slots, key)
+        wide, stored, computed = rule.advanced(c, rest, slots, key)
         new = only_others(stored)
-        # The direction reads `new`, the slots that the step returns. If it read `seen` instead, XLA
-        # would compute that from the old slots, and copy every slot before it overwrites it (4
-        # times the time). Only a slot that is not narrow and has another dtype than the rule is not
-        # read as it is stored.
-        seen = [
-            read_slot(x, n.dtype) if x.dtype == n.dtype or is_narrow(x) else n
-            for x, n in zip(new, seen, strict=True)
+        # The direction reads `new`, the slots that the step returns. If it read `computed` instead,
+        # XLA would compute that from the old slots, and copy every slot before it overwrites it (4
+        # times the time). Only a slot of another dtype than the rule's is read from `computed`,
+        # unless it is narrow.
+        read = [
+            read_slot(x, y.dtype) if x.dtype == y.dtype or is_narrow(x) else y
+            for x, y in zip(new, computed, strict=True)
         ]
-        u = rule.direction(c, wide, *seen).astype(g.dtype)
+        u = rule.direction(c, wide, *read).astype(g.dtype)
     else:
         u, *new = rule(c, rest, *_floats(slots), *reads)
         new = only_others(write_slots(new, slots, key))

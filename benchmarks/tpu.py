@@ -1,12 +1,16 @@
 """What the TPU's compiler reports for steps, without a TPU: estimates, never times.
 
-We read from a compiled step the bytes between the chip and its large memory, padded as arrays are
-there; the temporaries in either memory; the instructions that copy an array of a table's size; and
-the cycles that the compiler estimates, which are those of arithmetic and copies alone. XLA's own
-"bytes accessed" are in the results as well: it counts arrays twice that are moved to the fast
-memory first. An instruction on rows of a table counts with the bytes of these rows. If it joins
-rows of several tables, its bytes are not counted, because it does not say how much it takes from
-each.
+We read four things from a compiled step:
+
+- The bytes that move between the chip and its large memory, with the padding of arrays there.
+- The temporaries in either memory.
+- The instructions that copy an array of a table's size.
+- The cycles that the compiler estimates. They are those of arithmetic and copies alone.
+
+XLA's own "bytes accessed" are in the results as well. It counts an array twice if the array is
+moved to the fast memory first. An instruction on rows of a table counts with the bytes of these
+rows. If it joins rows of several tables, its bytes are not counted, because it does not say how
+much it takes from each.
 """
 
 from jax.experimental import topologies
@@ -31,7 +35,7 @@ CHAINS = (
 
 def groups(quick: bool) -> tuple[list[Group], list[Group]]:
     """Dense steps of both packages; steps on tables in every mode."""
-    workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}  # over the fast memory
+    workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}  # more than the fast memory has
     if not quick:
         workloads["transformer, 150 leaves, 13.8M"] = transformer()
     dense: list[Group] = [

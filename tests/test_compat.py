@@ -28,8 +28,8 @@ def run(program):
     )
 
 
-def imported(tree):
-    """The modules and names that a module imports, with dots."""
+def names_used(tree):
+    """All names with dots in a module: those that it imports, and attributes such as `jax.jit`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -43,15 +43,15 @@ def imported(tree):
 def test_what_a_release_may_take_away_is_in_one_module(path):
     if path.name == "_compat.py":
         pytest.skip("this is the module")
-    names = list(imported(ast.parse(path.read_text())))
+    names = list(names_used(ast.parse(path.read_text())))
     assert not [x for x in names if f"{x}.".startswith(tuple(f"{name}." for name in UNSTABLE))]
     assert not [x for x in names if x.startswith("jax.") and "._" in x]
 
 
-def test_the_search_for_imports_finds_them():
+def test_the_search_for_names_finds_them():
     program = "import jax.experimental.layout\nfrom jax.extend import core\njax._src.core"
     assert {"jax.experimental.layout", "jax.extend.core", "jax._src.core"} <= set(
-        imported(ast.parse(program))
+        names_used(ast.parse(program))
     )
 
 
@@ -62,7 +62,8 @@ def test_the_import_warns_of_nothing():
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-WITHOUT = """
+# Uses adamjax where JAX has lost the modules in GONE, and prints what their features do then.
+PROGRAM_WITHOUT_MODULES = """
 import sys
 
 class Missing:
@@ -103,7 +104,7 @@ message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), pa
 
 @pytest.mark.slow
 def test_without_modules_that_jax_may_drop_only_their_features_fail():
-    done = run(WITHOUT)
+    done = run(PROGRAM_WITHOUT_MODULES)
     assert done.returncode == 0, done.stderr[-4000:]
     rows, checked, laid_out, strict = done.stdout.splitlines()
     assert rows == "[1.0, 1.0, 0.5, 1.0]"
@@ -129,13 +130,14 @@ def test_types_name_meshes_and_the_kinds_of_their_axes():
         seen.append(sharding and _compat.axis_kinds(sharding.mesh))
         return x
 
-    mesh = jax.sharding.Mesh(jax.devices(), "x", **automatic())
+    mesh = jax.sharding.Mesh(jax.devices(), "x", **auto_axes())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     function(jax.device_put(jnp.ones(8), split))
     function(jnp.ones(9))
     assert seen == [{"Auto"}, None]
 
 
-def automatic():
+def auto_axes():
+    """The argument of `Mesh` that makes its axis automatic, where JAX has kinds of axes."""
     kinds = getattr(jax.sharding, "AxisType", None)
     return {} if kinds is None else {"axis_types": (kinds.Auto,)}

@@ -1,4 +1,4 @@
-"""In what people train with: optax, Flax, Equinox, Orbax, and JAX' own transformations.
+"""adamjax inside what people train with: optax, Flax, Equinox, Orbax, JAX' transformations.
 
 Each test takes a few real steps and asks for the result of the plain loop, within rounding.
 """
@@ -311,16 +311,16 @@ def nnx_plain(tx):
 def nnx_trained(tx, gradient=None):
     nnx = pytest.importorskip("flax.nnx")
     model = nnx_model()(nnx.Rngs(0))
-    outer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx_optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     gradient = nnx.grad(nnx_loss) if gradient is None else gradient
 
     @nnx.jit
-    def step(model, outer, ids):
-        outer.update(model, gradient(model, ids))
+    def step(model, nnx_optimizer, ids):
+        nnx_optimizer.update(model, gradient(model, ids))
 
     for ids in IDS:
-        step(model, outer, ids)
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), outer, model
+        step(model, nnx_optimizer, ids)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx_optimizer, model
 
 
 NNX = {
@@ -337,12 +337,12 @@ NNX = {
 
 @pytest.mark.parametrize("name", NNX)
 def test_nnx_optimizer(name):
-    params, outer, _ = nnx_trained(NNX[name]())
+    params, nnx_optimizer, _ = nnx_trained(NNX[name]())
     wanted, state = nnx_plain(NNX[name]())
     assert_close(params, wanted, ROUNDING)
-    assert outer.step[...] == len(IDS)
+    assert nnx_optimizer.step[...] == len(IDS)
     nnx = pytest.importorskip("flax.nnx")
-    held = nnx.as_pure(outer.opt_state)
+    held = nnx.as_pure(nnx_optimizer.opt_state)
     assert adamjax.step_count(held) == adamjax.step_count(state)
     assert adamjax.slot_names(held) == adamjax.slot_names(state)
 
@@ -359,7 +359,7 @@ NNX_ANCHORED = {
 
 
 @pytest.mark.parametrize("name", NNX_ANCHORED)
-def test_nnx_optimizer_with_patterns_that_end(name):
+def test_nnx_optimizer_with_patterns_anchored_at_the_end(name):
     params, _, _ = nnx_trained(NNX_ANCHORED[name]())
     wanted, _ = nnx_plain(NNX_ANCHORED[name]())
     assert_close(params, wanted, ROUNDING)
@@ -368,10 +368,10 @@ def test_nnx_optimizer_with_patterns_that_end(name):
 def test_nnx_averages():
     """The average of a model's weights, put into the model."""
     nnx = pytest.importorskip("flax.nnx")
-    _, outer, model = nnx_trained(optimizer())
+    _, nnx_optimizer, model = nnx_trained(optimizer())
     wanted, state = nnx_plain(optimizer())
     params = nnx.state(model, nnx.Param)
-    average = adamjax.averaged_weights(nnx.as_pure(outer.opt_state), nnx.as_pure(params))
+    average = adamjax.averaged_weights(nnx.as_pure(nnx_optimizer.opt_state), nnx.as_pure(params))
     nnx.update(model, average)
     wanted = adamjax.averaged_weights(state)
     assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), wanted, ROUNDING)
@@ -402,23 +402,23 @@ def test_nnx_exact_rows():
     nnx = pytest.importorskip("flax.nnx")
     tx = adamjax.exact_rows(adamjax.adam(0.1), "embedding$", history=1024)
     model = nnx_model()(nnx.Rngs(0))
-    outer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx_optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, outer, ids):
+    def step(model, nnx_optimizer, ids):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params, ids):
             return nnx_loss(nnx.merge(graph, params, rest), ids)
 
-        state = nnx.as_pure(outer.opt_state)
+        state = nnx.as_pure(nnx_optimizer.opt_state)
         (_, grads), ticket = tx.value_and_grad(loss)(params, state, ids)
-        outer.update(model, grads, ticket=ticket)
+        nnx_optimizer.update(model, grads, ticket=ticket)
 
     for ids in IDS:
-        step(model, outer, ids)
+        step(model, nnx_optimizer, ids)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    params, state = nnx.as_pure(params), nnx.as_pure(outer.opt_state)
+    params, state = nnx.as_pure(params), nnx.as_pure(nnx_optimizer.opt_state)
 
     def predict(params, ids):
         return nnx.merge(graph, params, rest)(ids)
@@ -435,15 +435,15 @@ def test_nnx_extra_arguments():
     nnx = pytest.importorskip("flax.nnx")
     tx = adamjax.chain(adamjax.adam(0.1), contrib.reduce_on_plateau(factor=0.5, patience=2))
     model = nnx_model()(nnx.Rngs(0))
-    outer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx_optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, outer, ids):
-        outer.update(model, nnx.grad(nnx_loss)(model, ids), value=jnp.array(1.0))
+    def step(model, nnx_optimizer, ids):
+        nnx_optimizer.update(model, nnx.grad(nnx_loss)(model, ids), value=jnp.array(1.0))
 
     for ids in IDS:
-        step(model, outer, ids)
-    assert nnx.as_pure(outer.opt_state)[-1].scale == 0.5
+        step(model, nnx_optimizer, ids)
+    assert nnx.as_pure(nnx_optimizer.opt_state)[-1].scale == 0.5
 
 
 # --- flax.linen -----------------------------------------------------------------------------------
@@ -464,13 +464,15 @@ def linen_state(tx):
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 
-def linen_loss(of, params, ids):
-    return jnp.mean((of.apply_fn({"params": params}, ids) - 1.0) ** 2)
+def linen_loss(train_state, params, ids):
+    return jnp.mean((train_state.apply_fn({"params": params}, ids) - 1.0) ** 2)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def linen_step(of, ids):
-    return of.apply_gradients(grads=jax.grad(functools.partial(linen_loss, of))(of.params, ids))
+def linen_step(train_state, ids):
+    return train_state.apply_gradients(
+        grads=jax.grad(functools.partial(linen_loss, train_state))(train_state.params, ids)
+    )
 
 
 LINEN = {
@@ -486,42 +488,56 @@ LINEN = {
 @pytest.mark.parametrize("name", LINEN)
 def test_train_state(name):
     tx = LINEN[name]()
-    of = linen_state(tx)
-    params, state = of.params, tx.init(of.params)
+    train_state = linen_state(tx)
+    params, state = train_state.params, tx.init(train_state.params)
     params = jax.tree.map(jnp.copy, params)
-    plain = jax.jit(functools.partial(one_step, tx, loss=functools.partial(linen_loss, of)))
+    plain = jax.jit(
+        functools.partial(one_step, tx, loss=functools.partial(linen_loss, train_state))
+    )
     for ids in IDS:
         params, state = plain(params, state, ids)
     for ids in IDS:
-        of = linen_step(of, ids)
-    assert_close((of.params, of.opt_state), (params, state), ROUNDING)
-    assert of.step == len(IDS)
+        train_state = linen_step(train_state, ids)
+    assert_close((train_state.params, train_state.opt_state), (params, state), ROUNDING)
+    assert train_state.step == len(IDS)
 
 
 @pytest.mark.parametrize("rows", ["dense", "exact"])
 def test_train_state_with_rows(rows):
     inner = adamjax.adamw(0.1, weight_decay=0.1)
     tx = adamjax.exact_rows(inner, "embedding$") if rows == "exact" else inner
-    of, plain = linen_state(tx), linen_state(inner)
+    train_state, plain = linen_state(tx), linen_state(inner)
 
     @jax.jit
-    def step(of, ids):
-        loss = functools.partial(linen_loss, of)
+    def step(train_state, ids):
+        loss = functools.partial(linen_loss, train_state)
         if rows == "exact":
-            (_, grads), ticket = tx.value_and_grad(loss)(of.params, of.opt_state, ids)
-            updates, opt_state = tx.update(grads, of.opt_state, of.params, ticket=ticket)
-            params = optax.apply_updates(of.params, updates)
-            return of.replace(step=of.step + 1, params=params, opt_state=opt_state)
-        return of.apply_gradients(grads=adamjax.grad(loss, "embedding$")(of.params, ids))
+            (_, grads), ticket = tx.value_and_grad(loss)(
+                train_state.params, train_state.opt_state, ids
+            )
+            updates, opt_state = tx.update(
+                grads, train_state.opt_state, train_state.params, ticket=ticket
+            )
+            params = optax.apply_updates(train_state.params, updates)
+            return train_state.replace(
+                step=train_state.step + 1, params=params, opt_state=opt_state
+            )
+        return train_state.apply_gradients(
+            grads=adamjax.grad(loss, "embedding$")(train_state.params, ids)
+        )
 
     for ids in IDS:
-        of, plain = step(of, ids), linen_step(plain, ids)
+        train_state, plain = step(train_state, ids), linen_step(plain, ids)
 
     def predict(params, ids):
-        return of.apply_fn({"params": params}, ids)
+        return train_state.apply_fn({"params": params}, ids)
 
-    predicted = adamjax.eval_step(predict, tx)(of.params, of.opt_state, ALL_IDS)
-    params = tx.flush(of.params, of.opt_state)[0] if rows == "exact" else of.params
+    predicted = adamjax.eval_step(predict, tx)(train_state.params, train_state.opt_state, ALL_IDS)
+    params = (
+        tx.flush(train_state.params, train_state.opt_state)[0]
+        if rows == "exact"
+        else train_state.params
+    )
     assert_close(predicted, predict(params, ALL_IDS), ROUNDING)
     assert_close(params, plain.params, LOOSER)
 
@@ -612,7 +628,7 @@ def test_equinox():
 
 
 def test_joined_leaves_of_a_pickled_equinox_state():
-    """What an Equinox module keeps beside its leaves is not itself after pickling."""
+    """An Equinox module has static values beside its leaves. Pickled, they are other objects."""
     eqx = pytest.importorskip("equinox")
     layer = eqx.nn.Linear(4, 3, key=jax.random.key(0))
     arrays, tx = eqx.filter(layer, eqx.is_inexact_array), adamjax.grouped(adamjax.adam(0.1))
@@ -624,7 +640,7 @@ def test_joined_leaves_of_a_pickled_equinox_state():
 
 
 def test_a_whole_equinox_model():
-    """`init` of what has slots asks for its arrays; what has none takes the model as it is."""
+    """With slots, `init` asks for the model's arrays; without, it takes the model as it is."""
     eqx = pytest.importorskip("equinox")
     model = eqx_model()
     for tx in (
@@ -635,7 +651,7 @@ def test_a_whole_equinox_model():
         adamjax.exact_rows(adamjax.adam(0.1), "embed/weight$"),
         adamjax.masked(adamjax.adam(0.1), ""),
     ):
-        wanted = r"params\['\w+'\] is a .*: expected an array.*eqx.filter\(model, eqx.is_inexact_a"
+        wanted = r"params\['activation'\] is a .*: expected an array.*eqx.filter\(model, eqx.is_ine"
         with pytest.raises(TypeError, match=wanted):
             tx.init(model)
         tx.init(eqx.filter(model, eqx.is_inexact_array))
@@ -687,7 +703,7 @@ def test_a_mask_that_is_an_nnx_state():
 
 
 def test_equinox_with_a_transform_as_argument():
-    """What `filter_jit` takes for arrays is traced, floats are static: another rate, no retrace."""
+    """`filter_jit` traces arrays and keeps floats static: a rate that is an array may change."""
     eqx = pytest.importorskip("equinox")
     traces = []
 
@@ -710,7 +726,7 @@ def test_equinox_with_a_transform_as_argument():
 
 
 def test_equinox_row_gradients():
-    """Rows of an embedding, and the rest of the model apart from what is differentiated."""
+    """Rows of an embedding are trained; the loss combines its parameters with the model's rest."""
     eqx = pytest.importorskip("equinox")
     tx = adamjax.exact_rows(adamjax.adam(0.1), "embed/weight$")
     params, rest = eqx.partition(eqx_model(), eqx.is_inexact_array)
@@ -735,12 +751,6 @@ def test_equinox_row_gradients():
     params, _ = tx.flush(params, state)
     assert_close(predicted, predict(params, ALL_IDS), ROUNDING)
     assert_close(params, eqx_plain(adamjax.adam(0.1)), LOOSER)
-
-
-def test_an_equinox_model_that_is_not_filtered_is_refused():
-    pytest.importorskip("equinox")
-    with pytest.raises(TypeError, match=r"params\['activation'\].*expected an array, or None"):
-        adamjax.adam(0.1).init(eqx_model())
 
 
 UNFILTERED = {
@@ -1168,7 +1178,7 @@ def test_ahead_of_time():
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_exported(rows):
-    """A step lowered for three platforms in one, called on this one."""
+    """A step is exported for three platforms at once, and called on the platform of the test."""
     if rows:
         tx, step, params, state = exact_state()
         args = (IDS[0],)
@@ -1198,14 +1208,14 @@ OPTIMIZERS = {
 }
 
 
-def of_devices(*functions):
-    """Runs functions of this module in a process of its own with several devices."""
+def run_with_devices(*functions):
+    """Runs functions of this module in a new process that has several devices."""
     calls = "; ".join(f"test_integration.{function.__name__}()" for function in functions)
     run_on_devices(DEVICES, f"import test_integration; {calls}")
 
 
 def replicas():
-    """Steps of replicas that each have their share of the batch: those of one that has all."""
+    """Replicas that each have a share of the batch take the steps of one that has all of it."""
     assert jax.device_count() == DEVICES
     share = 1 / DEVICES
     ours = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(share), optimizer())
@@ -1233,7 +1243,7 @@ def replicas():
 
 
 def shardings():
-    """States lie as their parameters do: by default, by types, and put so by optax' map."""
+    """States are sharded as their parameters, by optax' `tree_map_params` and by explicit types."""
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((DEVICES,), ("x",))
     specs = {"w": P(None, "x"), "b": P("x")}
@@ -1277,11 +1287,11 @@ def shardings():
 
 
 def test_replicas_and_shardings():
-    of_devices(replicas, shardings)
+    run_with_devices(replicas, shardings)
 
 
 def onto_other_devices():
-    """A run saved on one device goes on on eight, then on two, as if it had stayed."""
+    """A run is saved on one device, goes on on eight, then on two, as if nothing had changed."""
     import orbax.checkpoint as ocp
 
     P = jax.sharding.PartitionSpec
@@ -1298,13 +1308,14 @@ def onto_other_devices():
             return adamjax.apply_updates(params, updates), state
 
         step = jax.jit(step)
+        device_counts = (1, DEVICES) if tx is exact else (1, DEVICES, 2)
         plain = (params, tx.init(params))
-        for ids in (*IDS, *IDS) if tx is exact else (*IDS, *IDS, *IDS):
+        for ids in [*IDS] * len(device_counts):
             plain = step(*plain, ids)
 
         run = (params, tx.init(params))
         with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-            for number, devices in enumerate((1, DEVICES) if tx is exact else (1, DEVICES, 2)):
+            for number, devices in enumerate(device_counts):
                 mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("rows",))
 
                 def laid(x, mesh=mesh):
@@ -1336,11 +1347,11 @@ def onto_other_devices():
 
 def test_onto_other_devices():
     pytest.importorskip("orbax.checkpoint")
-    of_devices(onto_other_devices)
+    run_with_devices(onto_other_devices)
 
 
 def test_packages_are_here():
-    """Where the newest versions are tested nothing above is skipped unseen."""
+    """With a new JAX all packages must be installed, so that no test above is skipped unnoticed."""
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 9):
         pytest.skip("the oldest JAX is tested without them")
     for name in ("flax", "equinox", "orbax.checkpoint", "optax.contrib"):

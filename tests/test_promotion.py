@@ -8,16 +8,17 @@ from support import assert_same
 import adamjax
 
 PARAMS = jnp.array([1.0, -2.0, 3.0])
+# A transform with one hyperparameter that is an array; `array` makes it from a number.
 HYPERPARAMETERS = {
-    "rate": lambda x: adamjax.adam(x(0.1)),
-    "b1": lambda x: adamjax.adam(b1=x(0.9)),
-    "eps": lambda x: adamjax.adam(eps=x(0.1)),
-    "decay": lambda x: adamjax.adamw(weight_decay=x(0.1)),
-    "momentum": lambda x: adamjax.chain(adamjax.adam(), adamjax.weight_ema(x(0.9))),
-    "initial rate": lambda x: adamjax.adam(adamjax.cosine_decay(x(0.1), 10)),
-    "boundary": lambda x: adamjax.adam(adamjax.piecewise_constant([x(2.0)], [0.1, 0.2])),
-    "norm": lambda x: adamjax.clip_by_global_norm(x(0.5)),
-    "function": lambda x: adamjax.adam(lambda count: x(0.1)),
+    "rate": lambda array: adamjax.adam(array(0.1)),
+    "b1": lambda array: adamjax.adam(b1=array(0.9)),
+    "eps": lambda array: adamjax.adam(eps=array(0.1)),
+    "decay": lambda array: adamjax.adamw(weight_decay=array(0.1)),
+    "momentum": lambda array: adamjax.chain(adamjax.adam(), adamjax.weight_ema(array(0.9))),
+    "initial rate": lambda array: adamjax.adam(adamjax.cosine_decay(array(0.1), 10)),
+    "boundary": lambda array: adamjax.adam(adamjax.piecewise_constant([array(2.0)], [0.1, 0.2])),
+    "norm": lambda array: adamjax.clip_by_global_norm(array(0.5)),
+    "function": lambda array: adamjax.adam(lambda count: array(0.1)),
 }
 STEPS = {
     "inverse time": lambda n: adamjax.inverse_time_decay(0.1, n, 0.5),

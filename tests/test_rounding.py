@@ -80,8 +80,9 @@ def test_moments_have_no_bias(kind, scale):
     g = moments.gradients(kind, 200, N) * np.float32(scale)
     ours, right = moments.trajectory("bfloat16")(g), moments.reference(g)
     found = moments.errors(ours, right, float32=1e-6)
-    # Half a percent of 40 figures may be beyond 3 standard errors.
-    assert 20 * sum(found["biased"].values()) <= 2
+    # 20 figures each of m and v. Noise puts one in 370 beyond 3 standard errors.
+    num_biased = 20 * sum(found["biased"].values())
+    assert num_biased <= 2
 
 
 def test_a_checkpoint_goes_on_bit_for_bit():
@@ -103,7 +104,7 @@ def test_a_checkpoint_goes_on_bit_for_bit():
 
 
 def test_to_the_nearest_v_freezes():
-    """The fault that this mends, as a control."""
+    """The control: rounded to the nearest, v stops far below its value; ours does not."""
     g = jnp.ones(4)
     tx, v = adamjax.scale_by_adam(**NARROW), jnp.zeros(4, jnp.bfloat16)
     state = tx.init(g)
@@ -176,7 +177,7 @@ def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
         np.mean(np.asarray(a) == np.asarray(b))
         for a, b in zip(jax.tree.leaves(by_rows), jax.tree.leaves(by_array), strict=True)
     ]
-    # An ulp of float32 between the two decides now and then.
+    # The two differ by an ulp of float32 now and then, which may decide how a number is rounded.
     assert min(same) > 0.999
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 DEVICES, STEPS, BATCH = 8, 60, 32
 V, D = 4096, 8
-# Sums in another order are felt as rounding errors of the gradient are.
+# Devices add in another order, and a step magnifies the rounding errors of its gradient.
 CLOSE = 1e-5
 
 RULES = {
@@ -28,10 +28,12 @@ RULES = {
     "adamax": functools.partial(adamjax.adamax, 1e-2),
     "nadam": functools.partial(adamjax.nadam, 1e-2),
 }
-# Each kind of state once. A step with a whole state has nothing of a mesh: one shows that.
+# Each kind of state once. A step with a whole state does not depend on the mesh, so one rule is
+# enough for it.
 REPLICAS = ["whole adam", *(f"split {name}" for name in RULES if name != "adamw")]
-# Rows that are kept exact depend on the rule. Other steps of rows are the rule's on the rows of its
-# slots: one decays weights, one has a third slot, one has no `v` and one a scalar more.
+# The mode of the rows and the rule. Exact rows have a computation for each rule. The other modes
+# apply any rule to the rows of its slots, so each of them gets rules that differ: one decays
+# weights, one has a third slot, one has no `v` and one a scalar more.
 TABLES = [
     *(f"exact {name}" for name in RULES if name != "adam"),
     *("lazy adamw", "lazy amsgrad", "dense adamax", "dense nadam"),
@@ -138,7 +140,7 @@ def test_init_follows_the_parameters(found, case):
 
 @pytest.mark.parametrize("case", ["plain", "exact rows", "of what jit makes", "host"])
 def test_a_jitted_init_reads_no_parameter(found, case):
-    """Slots are split like their parameters, which hold NaN here, and cost nothing besides."""
+    """Slots are split like their parameters, but not computed from them: these are NaN or inf."""
     if case == "host" and not PINNED:
         pytest.skip("this platform has no pinned_host memory")
     assert all(found["unread"][case].values()), found["unread"][case]
@@ -172,11 +174,11 @@ def explicit_mesh():
 
 def test_shardings_have_the_states_structure():
     mesh = mesh_of()
-    split, lines = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, "data"))
+    split, columns = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, "data"))
     params = {
         "none": None,
         "table": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split),
-        "w": jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=lines),
+        "w": jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=columns),
     }
     inner = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.1))
     tx = adamjax.chain(adamjax.exact_rows(inner, "table"))
@@ -185,7 +187,7 @@ def test_shardings_have_the_states_structure():
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     slots = adamjax.get_slot(found, "m")
-    assert slots == {"none": None, "table": split, "w": lines}
+    assert slots == {"none": None, "table": split, "w": columns}
     assert found[0].tables["table"].last.spec == P("data")
     assert found[0].clock.spec == P()
 
@@ -213,11 +215,11 @@ def aux_case():
 
 
 def test_aux_is_that_of_the_whole_batch(found):
-    """Means are averaged, what is of examples is joined; of integers nothing is averaged."""
+    """Means are averaged over the devices; values of each example are joined, also integers."""
     assert found["aux"]["distance"] < CLOSE
     assert found["aux"]["same"]
-    # The examples of a device are as many as a dimension that is none of the batch.
-    assert found["aux"]["of 8"]
+    # With 8 examples a device, and a dimension of size 8 that is not that of the batch.
+    assert found["aux"]["8 examples a device"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def rng():
 
 
 def distance(a, b):
-    """The largest difference, by the largest number of its leaf."""
+    """The largest difference, divided by the largest number of its leaf."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
@@ -319,7 +321,7 @@ def replica_batches():
         yield r.normal(size=(BATCH, 16)).astype("f"), r.normal(size=BATCH).astype("f")
 
 
-def replicas(tx, placed=None, batch=None, gradient=None):
+def replicas(tx, placed=None, batch_sharding=None, gradient=None):
     """Parameters and state after all steps, and the program of one."""
     gradient = gradient or jax.value_and_grad(replica_loss)
 
@@ -330,19 +332,20 @@ def replicas(tx, placed=None, batch=None, gradient=None):
 
     params, shardings = jax.device_put(replica_params(), placed), None
     if placed is not None:
-        state_lies = adamjax.state_shardings(tx, params, placed.mesh)
-        shardings = jax.tree.map(lambda _: placed, params), state_lies
-    return trained(step, tx, params, shardings, batch, replica_batches())
+        state_shardings = adamjax.state_shardings(tx, params, placed.mesh)
+        shardings = jax.tree.map(lambda _: placed, params), state_shardings
+    return trained(step, tx, params, shardings, batch_sharding, replica_batches())
 
 
-def trained(step, tx, params, shardings, where, batches):
+def trained(step, tx, params, shardings, batch_sharding, batches):
     """Parameters and state after all steps, and the program of one."""
     state = jax.jit(tx.init, out_shardings=shardings and shardings[1])(params)
     step, batches = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), list(batches)
-    step = step.lower(params, state, *jax.device_put(batches[0], where)).compile()
+    step = step.lower(params, state, *jax.device_put(batches[0], batch_sharding)).compile()
     for batch in batches:
         # One at a time: devices that are threads wait for each other, and there are only so many.
-        params, state = jax.block_until_ready(step(params, state, *jax.device_put(batch, where)))
+        batch = jax.device_put(batch, batch_sharding)
+        params, state = jax.block_until_ready(step(params, state, *batch))
     return params, state, step.as_text()
 
 
@@ -356,20 +359,20 @@ def all_replicas(mesh):
         if f"split {name}" not in REPLICAS:
             continue
         tx = chained(make())
-        one, of_one, _ = replicas(tx)
-        averages = adamjax.averaged_weights(of_one)
+        one_params, one_state, _ = replicas(tx)
+        expected = one_params, adamjax.averaged_weights(one_state)
         if f"whole {name}" in REPLICAS:
             params, state, _ = replicas(tx, everywhere, split)
             whole = (params, adamjax.averaged_weights(state))
-            yield f"whole {name}", {"distance": distance(whole, (one, averages))}
+            yield f"whole {name}", {"distance": distance(whole, expected)}
         tx = adamjax.shard_state(tx, mesh, "data")
         params, state, _ = replicas(tx, everywhere, split)
         yield (
             f"split {name}",
             {
-                "distance": distance((params, adamjax.averaged_weights(state)), (one, averages)),
+                "distance": distance((params, adamjax.averaged_weights(state)), expected),
                 "bytes": bytes_held(state),
-                "bytes of one": bytes_held(of_one),
+                "bytes of one": bytes_held(one_state),
                 "odd": sum(bytes_held(x) for x in jax.tree.leaves(state) if x.shape in ((), (5,))),
             },
         )
@@ -377,7 +380,7 @@ def all_replicas(mesh):
             reduced = replicas(tx, everywhere, split, tx.value_and_grad(replica_loss))
             yield (
                 "reduced",
-                {"distance": distance(reduced[0], one), "program": exchanged(reduced[2])},
+                {"distance": distance(reduced[0], one_params), "program": exchanged(reduced[2])},
             )
             if not PINNED:
                 continue
@@ -387,7 +390,7 @@ def all_replicas(mesh):
             yield "pinned", {"distance": distance(params_, params), "kinds": sorted(kinds)}
 
 
-def of_aux(mesh):
+def aux_results(mesh):
     tx = adamjax.shard_state(adamjax.adam(0.1), mesh, "data")
     params, x = aux_case()
     gradient = tx.value_and_grad(aux_loss, has_aux=True)
@@ -398,7 +401,7 @@ def of_aux(mesh):
     return {
         "distance": distance(found, expected),
         "same": all(map(np.array_equal, found[1]["right"], expected[1]["right"])),
-        "of 8": [a.shape for a in eight] == [(64,), (8,)],
+        "8 examples a device": [a.shape for a in eight] == [(64,), (8,)],
     }
 
 
@@ -471,13 +474,13 @@ def explicit_step(mode, tx):
 
 def tables(step, tx, mesh=None):
     """Parameters and state after all steps, the program of one, and how they are split."""
-    params, shardings, batch = table_params(), None, None
+    params, shardings, batch_sharding = table_params(), None, None
     if mesh is not None:
-        split, batch = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data"))
-        params = jax.device_put(params, {"table": split, "w": NamedSharding(mesh, P())})
-        params_lie = jax.tree.map(lambda x: x.sharding, params)
-        shardings = params_lie, adamjax.state_shardings(tx, params, mesh)
-    return *trained(step, tx, params, shardings, batch, table_batches()), shardings
+        split = batch_sharding = NamedSharding(mesh, P("data"))
+        param_shardings = {"table": split, "w": NamedSharding(mesh, P())}
+        params = jax.device_put(params, param_shardings)
+        shardings = param_shardings, adamjax.state_shardings(tx, params, mesh)
+    return *trained(step, tx, params, shardings, batch_sharding, table_batches()), shardings
 
 
 @functools.cache
@@ -485,15 +488,21 @@ def on_one_device(mode, name):
     """What `tables` gives, and all rows as they are after the last step."""
     tx = optimizer(mode, name)
     params, state, text, _ = tables(table_step(mode, tx), tx)
-    return params, state, text, brought_up(tx, mode, params, state)
+    return params, state, text, up_to_date(tx, mode, params, state)
 
 
-def brought_up(tx, mode, params, state):
+def up_to_date(tx, mode, params, state):
     return jax.jit(tx.flush)(params, state)[0] if mode == "exact" else params
 
 
-def of_tables(tree):
+def table_leaves(tree):
+    """The leaves that are tables, or have an entry for each row of one."""
     return [x for x in jax.tree.leaves(tree) if x.shape[:1] == (V,)]
+
+
+def tables_have(state, sharding):
+    """Whether the state's leaves of `table_leaves` have a sharding."""
+    return all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in table_leaves(state))
 
 
 def all_tables(mesh):
@@ -501,19 +510,19 @@ def all_tables(mesh):
         mode, name = case.split()
         tx = optimizer(mode, name)
         step = table_step(mode, tx)
-        one, of_one, of_text, expected = on_one_device(mode, name)
+        one_params, one_state, one_text, expected = on_one_device(mode, name)
         with jax.set_mesh(mesh):
             params, state, text, shardings = tables(step, tx, mesh)
-        latest = brought_up(tx, mode, params, state)
+        latest = up_to_date(tx, mode, params, state)
         yield (
             case,
             {
                 "distance": distance(latest, expected),
                 "program": exchanged(text),
                 "holds a table": f"[{V},{D}]" in text,
-                "one holds a table": f"[{V},{D}]" in of_text,
-                "bytes": bytes_held(of_tables((params, state))),
-                "bytes of one": bytes_held(of_tables((one, of_one))),
+                "one holds a table": f"[{V},{D}]" in one_text,
+                "bytes": bytes_held(table_leaves((params, state))),
+                "bytes of one": bytes_held(table_leaves((one_params, one_state))),
             },
         )
         if case != "exact adamw":
@@ -607,7 +616,7 @@ def explicit_losses():
         yield f"explicit, {name}", {"distance": distance(many, one)}
 
 
-def of_init(mesh):
+def init_results(mesh):
     """Whether each kind of `init` gives every slot the sharding of its parameter."""
     split = NamedSharding(mesh, P("data"))
     params = jax.device_put(table_params(), {"table": split, "w": NamedSharding(mesh, P())})
@@ -628,14 +637,11 @@ def of_init(mesh):
         ),
     }
     made["of shapes"] = exact.init(shapes)
-    return {
-        name: all(x.sharding.is_equivalent_to(split, x.ndim) for x in of_tables(state))
-        for name, state in made.items()
-    }
+    return {name: tables_have(state, split) for name, state in made.items()}
 
 
-def of_direct_init(mesh):
-    """The same of an `init` that is called directly."""
+def init_results_without_set_mesh(mesh):
+    """Whether `init` does so on a mesh with explicit axes if `jax.set_mesh` is not called."""
     split = NamedSharding(mesh, P("data"))
     params = {"table": jax.device_put(table_params()["table"], split)}
     adam = adamjax.adam(0.1)
@@ -646,13 +652,10 @@ def of_direct_init(mesh):
         "from dense": exact.from_dense(adam.init(params), params),
         "8 bits": adamjax.adam(0.1, m_dtype="scaled8", v_dtype="scaled8").init(params),
     }
-    return {
-        name: all(x.sharding.is_equivalent_to(split, x.ndim) for x in of_tables(state))
-        for name, state in made.items()
-    }
+    return {name: tables_have(state, split) for name, state in made.items()}
 
 
-def of_unread(mesh):
+def unread_results(mesh):
     """What jitted `init`s make of parameters that are not finite, and whether they read them."""
     split = NamedSharding(mesh, P("data"))
     odd = [(jnp.nan, jnp.float32), (jnp.inf, jnp.bfloat16), (jnp.nan, jnp.complex64)]
@@ -660,13 +663,10 @@ def of_unread(mesh):
     adam = adamjax.adam(0.1)
     exact = adamjax.exact_rows(adam, "t")
 
-    def slots(state):
-        return [x for x in jax.tree.leaves(state) if x.shape[:1] == (V,)]
-
     def zero_and_split(state):
         return {
-            "zero": not any(np.any(x) for x in slots(state) if x.ndim > 1),
-            "split": all(x.sharding.is_equivalent_to(split, x.ndim) for x in slots(state)),
+            "zero": not any(np.any(x) for x in table_leaves(state) if x.ndim > 1),
+            "split": tables_have(state, split),
         }
 
     def case(init, params):
@@ -696,18 +696,23 @@ def of_unread(mesh):
 # Narrow moments.
 
 
-def narrow_steps(tx, params, place, lies=None):
-    """Parameters and state after some steps with the same gradients on any devices."""
+def narrow_steps(tx, params, put=lambda x: x, shardings=None):
+    """Parameters and state after some steps with the same gradients on any devices.
+
+    Args:
+      put: puts a gradient onto the devices.
+      shardings: those of the parameters and of the state.
+    """
 
     def step(g, state, params):
         updates, state = tx.update(g, state, params)
         return adamjax.apply_updates(params, updates), state
 
-    step = jax.jit(step, out_shardings=lies)
-    state = jax.jit(tx.init, out_shardings=lies and lies[1])(params)
+    step = jax.jit(step, out_shardings=shardings)
+    state = jax.jit(tx.init, out_shardings=shardings and shardings[1])(params)
     for t in range(5):
         grads = {
-            k: place(np.sin(t + 3.0 * np.arange(p.size)).reshape(p.shape).astype(p.dtype))
+            k: put(np.sin(t + 3.0 * np.arange(p.size)).reshape(p.shape).astype(p.dtype))
             for k, p in params.items()
         }
         if "t" in grads:
@@ -731,38 +736,40 @@ def narrow_case(mesh, name, m, v):
     narrow = {k: p.astype(jnp.bfloat16) for k, p in params.items()}
     table = {"t": jnp.ones((V, D))}
 
-    def compared(tx, params, split, around=None):
-        around = tx if around is None else around
-        one_params, one = narrow_steps(tx, params, lambda x: x)
-        placed = jax.tree.map(lambda p: jax.device_put(p, split), params)
-        lies = jax.tree.map(lambda _: split, params), adamjax.state_shardings(around, placed, mesh)
-        if "t" in params:
-            lies = None
-        many_params, many = narrow_steps(around, placed, lambda x: jax.device_put(x, split), lies)
-        spread = [x for x in jax.tree.leaves(many) if x.size >= DEVICES and x.ndim]
-        held = [len({str(s.index) for s in x.addressable_shards}) for x in spread]
-        return {
-            "state": same_bits(many, one),
-            "params": same_bits(many_params, one_params),
-            "split": max(held) == DEVICES,
-        }
-
     matrices = {k: jnp.ones((24, 16)) for k in "uw"}
     sharded = adamjax.shard_state(tx, mesh, "data")
     master = adamjax.master_weights(tx)
     sharded_master = adamjax.shard_state(master, mesh, "data")
-    cases = {
-        "split": (tx, params, rows),
-        "columns": (tx, matrices, columns),
-        "shard_state": (tx, params, whole, sharded),
-        "shard_state of master_weights": (master, narrow, whole, sharded_master),
-        "lazy": (tx, table, rows),
-        "exact": (adamjax.exact_rows(tx, "t"), table, rows),
+    exact = adamjax.exact_rows(tx, "t")
+    # The transform on one device, that on the mesh, the parameters and their sharding on the mesh.
+    one_tx, many_tx, params, split = {
+        "split": (tx, tx, params, rows),
+        "columns": (tx, tx, matrices, columns),
+        "shard_state": (tx, sharded, params, whole),
+        "shard_state of master_weights": (master, sharded_master, narrow, whole),
+        "lazy": (tx, tx, table, rows),
+        "exact": (exact, exact, table, rows),
+    }[name]
+
+    one_params, one_state = narrow_steps(one_tx, params)
+    placed = jax.tree.map(lambda p: jax.device_put(p, split), params)
+    shardings = None
+    if "t" not in params:
+        param_shardings = jax.tree.map(lambda _: split, params)
+        shardings = param_shardings, adamjax.state_shardings(many_tx, placed, mesh)
+    many_params, many_state = narrow_steps(
+        many_tx, placed, lambda x: jax.device_put(x, split), shardings
+    )
+    spread = [x for x in jax.tree.leaves(many_state) if x.size >= DEVICES and x.ndim]
+    held = [len({str(s.index) for s in x.addressable_shards}) for x in spread]
+    return {
+        "state": same_bits(many_state, one_state),
+        "params": same_bits(many_params, one_params),
+        "split": max(held) == DEVICES,
     }
-    return compared(*cases[name])
 
 
-def of_narrow(mesh):
+def narrow_results(mesh):
     found, explicit = {}, explicit_mesh()
     for case, dtypes in NARROW.items():
         for m, v in dtypes:
@@ -777,15 +784,15 @@ def of_narrow(mesh):
 
 def main():
     mesh = mesh_of()
-    cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": of_init(mesh)}
-    cases["aux"] = of_aux(mesh)
-    cases["unread"] = of_unread(mesh)
-    cases["narrow"] = of_narrow(mesh)
+    cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": init_results(mesh)}
+    cases["aux"] = aux_results(mesh)
+    cases["unread"] = unread_results(mesh)
+    cases["narrow"] = narrow_results(mesh)
     explicit = explicit_mesh()
     cases |= dict(explicit_cases()) | dict(explicit_losses())
     with jax.set_mesh(explicit):
-        cases["explicit init"] = of_init(explicit)
-    cases["explicit init without set_mesh"] = of_direct_init(explicit)
+        cases["explicit init"] = init_results(explicit)
+    cases["explicit init without set_mesh"] = init_results_without_set_mesh(explicit)
     print(json.dumps(cases))
 
 

@@ -74,12 +74,13 @@ def _role(x: Any) -> str | None:
 
 # The hyperparameters of rules and rates that optax and adamjax call by the same names.
 _SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
-# Hyperparameters that say how a state has others, and may be stated more than once.
-_SEVERAL = (
+# Keys that say how a rate or a decay applies, not its value. Two places of a state may differ in
+# them without a doubt.
+_HOW_APPLIED = (
     *("has_schedule", "schedule_accumulates", "has_schedule_before", "masks_decay", "decoupled"),
     *("has_decay_schedule", "decay_accumulates"),
 )
-# For a rate that follows a schedule: how that shows, and a note.
+# The two strings of `has_schedule`, for errors: what shows that there is a schedule, and a note.
 _HAS_SCHEDULE = (
     "the state counts its steps",
     "the state does not contain the schedule, so its values are not compared",
@@ -116,7 +117,8 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
         elif name in _SHARED_NAMES and np.ndim(value) == 0:
             what = f"{name} of inject_hyperparams"
             hyperparams[name] = number_of(source.owner, what, value)
-            # From outside of MultiSteps, a decay may reach inside.
+            # An `inject_hyperparams` around MultiSteps may state a decay that is inside of it, so
+            # if `source.accumulates` is false, nothing is known.
             if name == "weight_decay" and source.accumulates:
                 hyperparams["decay_accumulates"] = True
         else:
@@ -169,9 +171,9 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
     has_rule: set[str] = set()
     num_unowned, num_others = len(source.unowned_hyperparams), len(source.other_states)
     for item in _items(x):
-        before = {path: len(several) for path, several in source.moments.items()}
+        num_rules = {path: len(several) for path, several in source.moments.items()}
         _read(item, source, hyperparams)
-        own = {p for p, several in source.moments.items() if len(several) > before.get(p, 0)}
+        own = {p for p, several in source.moments.items() if len(several) > num_rules.get(p, 0)}
         if own & has_rule:
             source.doubts.append(
                 f"the leaf {min(own & has_rule)!r} has several rules in a dictionary with the keys "
@@ -182,8 +184,8 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
     source.has_sorted_states |= len(source.other_states) > num_others
 
     # A part may have been read before the rule that it follows.
-    for hyperparams in source.unowned_hyperparams[num_unowned:]:
-        hyperparams["before"] = None
+    for unowned in source.unowned_hyperparams[num_unowned:]:
+        unowned["before"] = None
 
 
 def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -257,11 +259,11 @@ def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
-def _with_hyperparams(source: Source, hyperparams: Hyperparams, more: Hyperparams) -> Hyperparams:
+def _with_hyperparams(source: Source, hyperparams: Hyperparams, added: Hyperparams) -> Hyperparams:
     """Both dictionaries of hyperparameters. Another value of the same name is a doubt."""
 
     def both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-        for name in set(a) & set(b) - {"more", *_SEVERAL}:
+        for name in set(a) & set(b) - {"more", *_HOW_APPLIED}:
             if np.ndim(a[name]) or np.ndim(b[name]) or not same_value(a[name], b[name]):
                 source.doubts.append(
                     f"inject_hyperparams states {name} of a leaf twice, {a[name]} and {b[name]}, "
@@ -269,14 +271,14 @@ def _with_hyperparams(source: Source, hyperparams: Hyperparams, more: Hyperparam
                 )
         return {**a, **b}
 
-    inner = both(hyperparams.get("more", {}), more.get("more", {}))
-    return {**both(hyperparams, more), "more": inner}
+    more = both(hyperparams.get("more", {}), added.get("more", {}))
+    return {**both(hyperparams, added), "more": more}
 
 
 def _give_to_last_rules(source: Source) -> None:
     """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
     for moments in (several[-1] for several in source.moments.values()):
-        for unowned in map(_placed, source.unowned_hyperparams):
+        for unowned in map(_named_by_place, source.unowned_hyperparams):
             if "rate_before" in unowned:
                 source.doubts.append(
                     f"a rate of {unowned['rate_before']:g} scales the gradients before the rule: "
@@ -296,8 +298,11 @@ def _give_to_last_rules(source: Source) -> None:
     source.unowned_hyperparams = []
 
 
-def _placed(unowned: Hyperparams) -> Hyperparams:
-    """Hyperparameters outside of a rule, by other names if they are before all rules."""
+def _named_by_place(unowned: Hyperparams) -> Hyperparams:
+    """Hyperparameters outside of a rule, under the names for their place.
+
+    Rates and schedules that come before all rules scale the gradients, and have other names.
+    """
     hyperparams = dict(unowned)
     before = hyperparams.pop("before")
     if "weight_decay" in hyperparams or "has_decay_schedule" in hyperparams:
@@ -310,7 +315,10 @@ def _placed(unowned: Hyperparams) -> Hyperparams:
 
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
-    """Passes on the hyperparameters of a mask that has no rule, so that its leaves are unknown."""
+    """Passes on the hyperparameters of a mask that has no rule.
+
+    Without a rule, nothing in the state shows which leaves the mask has.
+    """
     rates = ("learning_rate", "step_size", "has_schedule")
     for hyperparams in inner.unowned_hyperparams:
         if any(name in hyperparams or name in hyperparams["more"] for name in rates):
@@ -381,7 +389,9 @@ class _OptaxFilling(Translation):
         moments: dict[str, LeafMoments] = {}
         for path in leaves_by_path(self.owner, x.mu):
             kind, moments[path], slots = self.from_adamjax(path)
-            expect_slots(self.owner, OPTAX, kind, path, LeafMoments(0, dict.fromkeys(values)))
+            # Only the names of the slots are compared.
+            named = LeafMoments(0, dict.fromkeys(values))
+            expect_slots(self.owner, OPTAX, kind, path, named)
             for name, array in slots.items():
                 values[name][path] = array
         trees = {k: self.tree(k, v, getattr(x, k)) for k, v in values.items()}

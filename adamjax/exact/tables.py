@@ -99,6 +99,7 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
             history = _REPLAYED_HISTORY
         elif history is None:
             entries = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
+            # The next power of two.
             history = 1 << max(min(entries, _LONGEST_HISTORY) - 1, 0).bit_length()
             history = max(history, plan.least_history)
         rule = ",".join([plan.name, *_other_decays(same_kind[0].coast)])
@@ -167,10 +168,13 @@ def due_rows(
         return [x[:0] for x in read_indices]
     cursors = [state.tables[t.path].cursor for t in batch.tables]
 
-    counts, starts = [x.size for x in read_indices], np.cumsum([0, *sizes[:-1]])
-    past_cursor = jnp.concatenate(read_indices) - per_row(cursors, counts)
+    ids = jnp.concatenate(read_indices)
+    counts = [x.size for x in read_indices]
+    starts = np.cumsum([0, *sizes[:-1]])
+    # How many rows after the cursor each row is; after the last row of a table comes row 0.
+    past_cursor = ids - per_row(cursors, counts)
     past_cursor = jnp.where(past_cursor < 0, past_cursor + per_row(num_rows, counts), past_cursor)
-    is_due = (jnp.concatenate(read_indices) < per_row(num_rows, counts)) & (
+    is_due = (ids < per_row(num_rows, counts)) & (
         past_cursor < per_row(np.array(sizes, np.int32), counts)
     )
     table_starts = per_row(starts.astype(np.int32), counts)
