@@ -457,7 +457,7 @@ def from_optax(
         have none.
       optimizer: the optax transform itself. If it is given, both take some steps on random
         gradients, and a `tx` that moves weights otherwise is refused. This shows almost all that
-        the state does not. It does not show what a schedule does later, and which steps are skipped
+        the state does not. It does not show what a schedule does later, or which steps are skipped
         while gradients accumulate. The steps take the time and the memory of dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
