@@ -3448,8 +3448,17 @@ GOES_ON_OTHERWISE = {
 }
 
 
+def skip_without_schedules_of_decay(case):
+    """Older versions of optax take no schedule of a weight decay, outside of inject_hyperparams."""
+    if case in ("a decay's schedule before the rule", "a decay with a schedule"):
+        one = optax.add_decayed_weights(FALLS)
+        if not jax.tree.leaves(one.init(TWO)):
+            pytest.skip("this version of optax takes no schedule of a weight decay")
+
+
 @pytest.mark.parametrize("case", GOES_ON_OTHERWISE)
 def test_a_run_that_would_go_on_otherwise_is_refused(case):
+    skip_without_schedules_of_decay(case)
     theirs, ours, n, message = GOES_ON_OTHERWISE[case]
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
         convert.from_optax(steps_of(theirs, n), ours, TWO)
@@ -3493,6 +3502,7 @@ GOES_ON = {
 
 @pytest.mark.parametrize("case", GOES_ON)
 def test_a_run_that_goes_on_alike(case, x64):
+    skip_without_schedules_of_decay(case)
     theirs, ours = GOES_ON[case]
     params = jax.tree.map(lambda x: x.astype(float), TWO)
     old = steps_of(theirs, 4, params)
