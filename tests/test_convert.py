@@ -3333,13 +3333,13 @@ GOES_ON_OTHERWISE = {
         INJECT(optax.adam)(learning_rate=0.1, b1=0.5),
         optax.chain(adamjax.clip_by_value(9.0), adam_like_optax(0.2)),
         2,
-        r"hyperparameters, \['learning_rate', 'b1'.*use adamjax.chain",
+        r"hyperparameters, learning_rate, b1.*use adamjax.chain",
     ),
     "hidden rules, a schedule": (
         optax.adam(FALLS),
         optax.chain(adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)),
         2,
-        r"hyperparameters, \['has_schedule'",
+        r"hyperparameters, a schedule of the rate, tx",
     ),
     "a rate that another leaf sets": (
         optax.adam(FALLS),

@@ -27,6 +27,17 @@ __all__ = ["HyperparameterCheck", "has_schedule"]
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # The transforms that a name of `more` belongs to, where others have that name too.
 _KINDS_WITH: dict[str, Any] = {"max_norm": clip_by_global_norm}
+# What errors call a key of hyperparameters, if it is not its own name; empty if it says how another
+# one applies.
+_SHOWN = {
+    **dict.fromkeys(("more", "masks_decay", "decoupled", "form", "others"), ""),
+    **dict.fromkeys(("schedule_accumulates", "decay_accumulates", "clips_updates"), ""),
+    "has_schedule": "a schedule of the rate",
+    "has_schedule_before": "a schedule before the rule",
+    "has_decay_schedule": "a schedule of the weight decay",
+    "has_decay": "a weight decay",
+    "gradient_factor": "a factor of gradients",
+}
 # The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
 _LAST, _MOST_LENGTHS = 2**30, 8
 
@@ -52,8 +63,8 @@ class HyperparameterCheck:
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `has_decay_schedule`: whether it is a schedule that is not known, and
       `decay_accumulates`: whether it is added in steps of several calls each. `masks_decay`:
-      whether it excludes leaves:
-      "none", "some", or "unknown". `has_decay`: whether some leaf decays, by any amount.
+      whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
+      decays, by any amount.
     - `maximize`: whether gradients are negated before the rule.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
@@ -91,12 +102,8 @@ class HyperparameterCheck:
                     self._check_more(path, route, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
                 self._check_others(path, route, last, hyperparams.get("others"))
-                clips = [part.tx for part in route[last:] if isinstance(part.tx, _CLIPS)]
-                if clips and not hyperparams.get("clips_updates", True):
-                    mend = "clip gradients only, before the rule"
-                    self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", mend)
                 if not hyperparams.get("clips_updates", True):
-                    self._expect_clips_first(path, route[:last])
+                    self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
                     self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
                 if "gradient_factor" in hyperparams:
@@ -107,8 +114,12 @@ class HyperparameterCheck:
                 self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
 
-    def _expect_clips_first(self, path: str, before: Sequence[Part]) -> None:
-        """Refuses a clip after a weight decay that is before the rule."""
+    def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
+        """Refuses a clip after the rule, or after a weight decay that is before the rule."""
+        clips = [part.tx for part in after if isinstance(part.tx, _CLIPS)]
+        if clips:
+            mend = "clip gradients only, before the rule"
+            self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", mend)
         decays = False
         for part in before:
             decays = decays or bool(self._decay_at(path, part))
@@ -134,16 +145,17 @@ class HyperparameterCheck:
 
     def _expect_nothing_stated(self, path: str, leaf_moments: Sequence[LeafMoments]) -> None:
         """Refuses hyperparameters for rules that a transform of another library hides."""
-        stated = [
-            name
+        names = [
+            _SHOWN.get(name, name)
             for moment in leaf_moments
             for name, x in (moment.hyperparams | moment.hyperparams.get("more", {})).items()
-            if name not in ("more", "masks_decay", "decoupled") and x is not False
+            if x is not False
         ]
+        stated = [name for name in names if name]
         if stated:
             self._refuse(
                 path,
-                f"hyperparameters, {stated}",
+                f"hyperparameters, {', '.join(stated)}",
                 "its rule inside a transform of another library, where nothing can compare them",
                 "use adamjax.chain, masked or partition in place of that transform (they take "
                 "other libraries' transforms too)",
