@@ -25,13 +25,18 @@ from adamjax.transform import Rule
 __all__ = ["HyperparameterCheck", "has_schedule"]
 
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
-# The transforms that a name of `more` belongs to, where others have that name too.
-_KINDS_WITH: dict[str, Any] = {"max_norm": clip_by_global_norm}
+# The transforms that a name of `more` belongs to, and their name for it, where that is not any
+# transform with a field of the same name.
+_OWNERS: dict[str, tuple[Any, str]] = {
+    "max_norm": (clip_by_global_norm, "max_norm"),
+    "max_delta": (clip_by_value, "limit"),
+}
 # What errors call a key of hyperparameters, if it is not its own name; empty if it says how another
 # one applies.
 _SHOWN = {
     **dict.fromkeys(("more", "masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("schedule_accumulates", "decay_accumulates", "clips_updates"), ""),
+    **dict.fromkeys(("num_schedules", "places"), ""),
     "has_schedule": "a schedule of the rate",
     "has_schedule_before": "a schedule before the rule",
     "has_decay_schedule": "a schedule of the weight decay",
@@ -57,9 +62,9 @@ class HyperparameterCheck:
     - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
       system's usual one.
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
-      is not known itself, two strings: what shows that there is one, and a note.
-      `schedule_accumulates`: whether it counts steps of several calls each. `has_schedule_before`:
-      whether a schedule scales the gradients.
+      is not known itself, two strings: what shows that there is one, and a note. `num_schedules`:
+      of how many it is the product. `schedule_accumulates`: whether it counts steps of several
+      calls each. `has_schedule_before`: whether a schedule scales the gradients.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `has_decay_schedule`: whether it is a schedule that is not known, and
       `decay_accumulates`: whether it is added in steps of several calls each. `masks_decay`:
@@ -73,7 +78,8 @@ class HyperparameterCheck:
       the rule, or "none"; anywhere if it is missing.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
-    - `more`: hyperparameters that a part on the leaf's route must have under the same name.
+    - `more`: hyperparameters that a part on the leaf's route must have, usually under the same
+      name. `places`: for some of these, whether that part is before the rule.
     """
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
@@ -99,7 +105,7 @@ class HyperparameterCheck:
                 for i, moment in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
-                    self._check_more(path, route, moment.hyperparams)
+                    self._check_more(path, route, i, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
                 self._check_others(path, route, last, hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
@@ -273,15 +279,25 @@ class HyperparameterCheck:
                 mend = f"build tx with weight_ema({momentum:g}, {frequency})"
                 self._refuse(path, f"an average with {stated}", in_tx, mend)
 
-    def _check_more(self, path: str, route: Sequence[Part], hyperparams: Hyperparams) -> None:
+    def _check_more(
+        self, path: str, route: Sequence[Part], rule: int, hyperparams: Hyperparams
+    ) -> None:
+        """Compares hyperparameters of other transforms. `rule` is the place of the rule."""
+        places = hyperparams.get("places", {})
         for name, value in hyperparams.get("more", {}).items():
-            kinds = _KINDS_WITH.get(name, object)
-            fields = [getattr(part.tx, name, None) for part in route if isinstance(part.tx, kinds)]
+            kinds, name_in_tx = _OWNERS.get(name, (object, name))
+            before = places.get(name)
+            where, parts = {
+                None: ("", route),
+                True: (" before the rule", route[:rule]),
+                False: (" after the rule", route[rule + 1 :]),
+            }[before]
+            fields = [getattr(p.tx, name_in_tx, None) for p in parts if isinstance(p.tx, kinds)]
             numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
             if np.ndim(value) or not any(same_value(value, x) for x in numbers):
                 stated = f"{name}={np.asarray(value)}"
-                mend = f"build tx with a transform that has {stated}"
-                self._refuse(path, stated, f"no such {name}", mend)
+                mend = f"build tx with a transform that has {name_in_tx}={np.asarray(value)}{where}"
+                self._refuse(path, f"{stated}{where}", f"no such {name_in_tx}{where}", mend)
 
     # --- the rate ---------------------------------------------------------------------------------
 
@@ -362,6 +378,15 @@ class HyperparameterCheck:
                 "a constant one",
                 "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
                 note,
+            )
+        num_schedules = hyperparams.get("num_schedules", 1)
+        if scales and len(scheduled) < num_schedules:
+            self._refuse(
+                path,
+                f"a learning rate that is the product of {num_schedules} schedules",
+                f"{len(scheduled)}",
+                "build tx with a scale_by_learning_rate for each, and scale(-1.0) for the sign",
+                hyperparams["has_schedule"][1],
             )
         counts_steps = hyperparams.get("schedule_accumulates", False)
         what = "a schedule of the rate that counts"

@@ -19,18 +19,52 @@ from adamjax.convert.values import leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.guard import skip_not_finite
 from adamjax.rows import RowGradient
+from adamjax.scaling import scale, scale_by_learning_rate
 
 __all__ = ["from_optax", "to_optax"]
 
 
+def _add_doubts(source: Source, ours: AdamjaxState, optimizer: Any) -> None:
+    """Adds doubts about what optax' state and `tx` do, unless steps of the optimizer show it."""
+    _doubt_skips(source, ours)
+    if optimizer is None:
+        _note_leaves_without_rules(source, ours)
+        source.doubt_unseen("pass optimizer=, the transform of optax, so that steps are compared")
+
+
 def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
-    """Adds a doubt if optax skips steps and adamjax does not."""
-    skips = any(isinstance(part.tx, skip_not_finite) for part in ours.parts)
-    if source.skipped is not None and not skips:
+    """Adds a doubt if optax skips steps that adamjax does not skip."""
+    if source.skipped is None:
+        return
+    skipping = [part.tx for part in ours.parts if isinstance(part.tx, skip_not_finite)]
+    accumulate = source.skips_accumulate
+    others = [tx for tx in skipping if (id(tx) in ours.in_accumulated) != accumulate]
+    if not skipping:
         source.doubts.append(
             "optax skips steps with gradients that are not finite (apply_if_finite), and tx does "
             "not: wrap tx in skip_not_finite"
         )
+    elif source.accumulated and ours.accumulations and others:
+        what, place = ("whole steps", "inside") if accumulate else ("micro-batches", "outside of")
+        source.doubts.append(
+            f"optax skips {what} with gradients that are not finite (apply_if_finite), and tx does "
+            f"not: put skip_not_finite {place} accumulate_gradients"
+        )
+
+
+def _note_leaves_without_rules(source: Source, ours: AdamjaxState) -> None:
+    """Notes leaves that `tx` scales without a rule, if the state does not show by how much."""
+    if not source.has_rates_without_rules:
+        return
+    for part in ours.parts:
+        moves = isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
+        for path in leaves_by_path(ours.owner, part.params) if moves and not part.tx.parts else ():
+            if path not in source.moments:
+                source.unseen.append(
+                    f"the leaf {path!r} has no rule, and the state does not show whether its rates "
+                    "and weight decays are those of this leaf too"
+                )
+                return
 
 
 class _OptaxFilling(Translation):
@@ -127,7 +161,8 @@ def from_optax(
         rate needs a schedule in `tx`. Other states do not contain b1, b2, `eps` (optax'
         epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
         (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Transforms without a state,
-        such as clips, leave no trace. The state of `MultiSteps` does not show how many
+        such as clips, leave no trace. If several transforms are inside one `inject_hyperparams`,
+        the state does not show their order. The state of `MultiSteps` does not show how many
         micro-batches make a step. Nor does it show whether gradients are summed or averaged:
         `MultiSteps` averages by default, `accumulate_gradients` always. `tx` may have transforms of
         optax inside. A rule of adamjax inside a transform of optax is hidden: it is refused if
@@ -137,7 +172,8 @@ def from_optax(
         have none.
       optimizer: the optax transform itself. If it is given, both take some steps on random
         gradients, and a `tx` that moves weights otherwise is refused. This shows almost all that
-        the state does not. It does not show what a schedule does later, or which steps are skipped
+        the state does not, and states in which rates belong to no single rule need it. It does not
+        show what a schedule does later, or which steps are skipped
         while gradients accumulate. The steps take the time and the memory of dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
@@ -163,7 +199,7 @@ def from_optax(
     """
     source = read_state("from_optax", source_state)
     new = initial_state("from_optax", tx, params)
-    _doubt_skips(source, new)
+    _add_doubts(source, new, optimizer)
     state = into_adamjax(source, OPTAX, new, average, check, rtol)
     if optimizer is not None:
         filled = AdamjaxState("from_optax", tx, state, params)
@@ -209,7 +245,7 @@ def to_optax(
     """
     ours = AdamjaxState("to_optax", tx, state, params)
     target_source = read_state("to_optax", target)
-    _doubt_skips(target_source, ours)
+    _add_doubts(target_source, ours, optimizer)
     source = ours.read_for(target_source, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
     new_state = filling.filled_state(target, target_source.counts)

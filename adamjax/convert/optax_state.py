@@ -65,8 +65,10 @@ _SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
 # them without a doubt.
 _HOW_APPLIED = (
     *("has_schedule", "schedule_accumulates", "has_schedule_before", "masks_decay", "decoupled"),
-    *("has_decay_schedule", "decay_accumulates"),
+    *("has_decay_schedule", "decay_accumulates", "num_schedules", "places"),
 )
+# Keys of rates and weight decays, which apply to leaves without a rule as well.
+_RATES = ("learning_rate", "has_schedule", "weight_decay", "has_decay_schedule")
 # The two strings of `has_schedule`, for errors: what shows that there is a schedule, and a note.
 _HAS_SCHEDULE = (
     "the state counts its steps",
@@ -76,7 +78,11 @@ _HAS_SCHEDULE = (
 
 def _rate_schedule(source: Source) -> Hyperparams:
     """The hyperparameters of a leaf whose rate follows a schedule in this place of a state."""
-    return {"has_schedule": _HAS_SCHEDULE, "schedule_accumulates": source.accumulates}
+    return {
+        "has_schedule": _HAS_SCHEDULE,
+        "num_schedules": 1,
+        "schedule_accumulates": source.accumulates,
+    }
 
 
 def _decay_schedule(source: Source) -> Hyperparams:
@@ -131,6 +137,7 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     elif role == "skipped":
         skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
         source.skipped = (source.skipped or 0) + skipped
+        source.skips_accumulate = source.accumulates
         _read(x.inner_state, source, hyperparams)
     elif role == "inner":
         _read_inner(x[0], source, hyperparams)
@@ -233,6 +240,9 @@ def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     _read(x, inner, hyperparams)
     if inner.moments:
         _give_to_last_rules(inner)
+        source.has_masked_rules = True
+        if _has_rate(hyperparams):
+            source.has_rates_without_rules = True
     else:
         _pass_to_outer(inner, source)
     leaves = frozenset(inner.moments) or None
@@ -242,34 +252,43 @@ def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     source.other_states += inner.other_states
     source.has_sorted_states |= inner.has_sorted_states
     source.doubts += inner.doubts
+    source.unseen += inner.unseen
+    source.has_rates_without_rules |= inner.has_rates_without_rules
     source.accumulated += inner.accumulated
-    source.skipped = inner.skipped if source.skipped is None else source.skipped
+    if source.skipped is None:
+        source.skipped, source.skips_accumulate = inner.skipped, inner.skips_accumulate
 
 
 def _with_hyperparams(source: Source, hyperparams: Hyperparams, added: Hyperparams) -> Hyperparams:
-    """Both dictionaries of hyperparameters. Another value of the same name is a doubt."""
+    """Both dictionaries of hyperparameters, without those that have two values."""
 
     def both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-        for name in set(a) & set(b) - {"more", *_HOW_APPLIED}:
+        merged = {**a, **b}
+        for name in sorted(set(a) & set(b) - {"more", *_HOW_APPLIED}):
             if np.ndim(a[name]) or np.ndim(b[name]) or not same_value(a[name], b[name]):
-                source.doubts.append(
+                source.unseen.append(
                     f"inject_hyperparams states {name} of a leaf twice, {a[name]} and {b[name]}, "
-                    "and not what it does with each: make sure that tx does the same"
+                    "and not what it does with each"
                 )
-        return {**a, **b}
+                del merged[name]
+        return merged
 
-    more = both(hyperparams.get("more", {}), added.get("more", {}))
-    return {**both(hyperparams, added), "more": more}
+    merged = both(hyperparams, added)
+    merged["more"] = both(hyperparams.get("more", {}), added.get("more", {}))
+    merged["places"] = {**hyperparams.get("places", {}), **added.get("places", {})}
+    num_schedules = [x["num_schedules"] for x in (hyperparams, added) if "num_schedules" in x]
+    return {**merged, "num_schedules": sum(num_schedules)} if num_schedules else merged
 
 
 def _give_to_last_rules(source: Source) -> None:
     """Adds the hyperparameters that belong to no rule to each leaf's last rule."""
+    if source.has_masked_rules and any(_has_rate(x) for x in source.unowned_hyperparams):
+        source.has_rates_without_rules = True
     for moments in (several[-1] for several in source.moments.values()):
         for unowned in map(_named_by_place, source.unowned_hyperparams):
             if "rate_before" in unowned:
-                source.doubts.append(
-                    f"a rate of {unowned['rate_before']:g} scales the gradients before the rule: "
-                    "convert a run without it"
+                source.unseen.append(
+                    f"a rate of {unowned['rate_before']:g} scales the gradients before the rule"
                 )
             rates = [
                 x["learning_rate"] for x in (moments.hyperparams, unowned) if "learning_rate" in x
@@ -292,10 +311,12 @@ def _named_by_place(unowned: Hyperparams) -> Hyperparams:
     """
     hyperparams = dict(unowned)
     before = hyperparams.pop("before")
+    hyperparams["places"] = dict.fromkeys(hyperparams["more"], before)
     if "weight_decay" in hyperparams or "has_decay_schedule" in hyperparams:
         hyperparams["decoupled"] = None if before is None else not before
     if before and hyperparams.pop("has_schedule", None):
         hyperparams["has_schedule_before"] = True
+        del hyperparams["num_schedules"]
     if before and "learning_rate" in hyperparams:
         hyperparams["rate_before"] = hyperparams.pop("learning_rate")
     return hyperparams
@@ -306,12 +327,12 @@ def _pass_to_outer(inner: Source, source: Source) -> None:
 
     Without a rule, nothing in the state shows which leaves the mask has.
     """
-    rates = ("learning_rate", "step_size", "has_schedule")
+    rates = ("learning_rate", "step_size", "has_schedule", "num_schedules")
     for hyperparams in inner.unowned_hyperparams:
         if any(name in hyperparams or name in hyperparams["more"] for name in rates):
-            source.doubts.append(
+            source.unseen.append(
                 "a rate or a schedule is within a mask or a part that has no rule, and the state "
-                "does not say for which leaves: make sure that tx has this rate for them"
+                "does not show for which leaves"
             )
         more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
         others = {name: x for name, x in hyperparams.items() if name not in rates}
@@ -322,7 +343,26 @@ def read_state(owner: str, state: Any) -> Source:
     source = Source(owner)
     _read(state, source, {})
     _give_to_last_rules(source)
+    _drop_rates_of_several_rules(source)
     return source
+
+
+def _has_rate(hyperparams: Hyperparams) -> bool:
+    return any(name in hyperparams for name in _RATES)
+
+
+def _drop_rates_of_several_rules(source: Source) -> None:
+    """Drops the rates and weight decays of leaves with several rules: nothing shows their order."""
+    for path, several in source.moments.items():
+        if len(several) > 1 and any(_has_rate(moments.hyperparams) for moments in several):
+            source.unseen.append(
+                f"the leaf {path!r} has several rules, and the state does not show which of them "
+                "its rates and weight decays follow"
+            )
+            for moments in several:
+                moments.hyperparams = {
+                    name: x for name, x in moments.hyperparams.items() if name not in _RATES
+                }
 
 
 def _items(x: Mapping[Any, Any]) -> list[Any]:

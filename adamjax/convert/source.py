@@ -70,9 +70,14 @@ class Source:
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
       skipped: the number of steps that were skipped; `None` if nothing counts them.
+      skips_accumulate: whether the transform that skips them is inside one that accumulates.
       other_states: the states of all other transforms.
       has_sorted_states: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
+      unseen: what the state does not show, and steps of the transform that made it do.
+      has_masked_rules: whether some rule is inside a mask, so that other leaves may have none.
+      has_rates_without_rules: whether a rate or a weight decay in the state may be that of leaves
+        without a rule.
       unowned_hyperparams: hyperparameters that the system states outside of any rule.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
     """
@@ -83,9 +88,13 @@ class Source:
     average: dict[str, Any] | None = None
     accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
     skipped: int | None = None
+    skips_accumulate: bool = False
     other_states: list[Any] = dataclasses.field(default_factory=list)
     has_sorted_states: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
+    unseen: list[str] = dataclasses.field(default_factory=list)
+    has_masked_rules: bool = False
+    has_rates_without_rules: bool = False
     unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
     accumulates: bool = False
 
@@ -148,6 +157,10 @@ class Source:
                 "together a chain of their own with partition"
             )
         return counts.pop() if counts else 0
+
+    def doubt_unseen(self, mend: str) -> None:
+        """Makes doubts of what the state does not show."""
+        self.doubts += [f"{what}: {mend}" for what in self.unseen]
 
     def refuse_doubts(self, check: bool) -> None:
         if check and self.doubts:

@@ -96,9 +96,13 @@ def _expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> Non
 
 def _usual_gradient(state: Any) -> float:
     """The size of the gradients that the moments of a state are of; 1 if it has taken no step."""
-    squares = [x.v for x in slot_states(state) if hasattr(x, "v")]
-    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(squares) if np.size(x)]
-    usual = max((float(np.sqrt(np.mean(x))) for x in leaves), default=0.0)
+
+    def root_mean_squares(slot: str, power: int) -> list[float]:
+        trees = [getattr(x, slot) for x in slot_states(state) if hasattr(x, slot)]
+        leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(trees) if np.size(x)]
+        return [float(np.sqrt(np.mean(x**power))) for x in leaves]
+
+    usual = max((*root_mean_squares("v", 1), *root_mean_squares("u", 2)), default=0.0)
     return usual if 1e-15 < usual < 1e15 else 1.0
 
 
