@@ -263,7 +263,7 @@ class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
     Attributes:
-      count: int32, the number of steps taken; it stays at the largest int32.
+      count: int32, the number of steps taken; it stops at the largest int32.
       m: tree like the parameters, averages of gradients.
       v: tree like the parameters, averages of squared gradients, real.
       momentum_product: with `nesterov`, the product of the momenta so far; else `None`.
@@ -305,17 +305,18 @@ class scale_by_adam(_Moments):
       m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
         float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
         the memory and is rounded stochastically, so that the mean over steps is that of float32.
-        For complex parameters m is complex, v real, and `m_dtype` has no effect.
-        "scaled8" takes a quarter of the memory, in 8-bit codes with an exponent for each row of the
-        last axis (`adamjax.states.Scaled8`), and is rounded stochastically too. Neighbouring
-        codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The rounding errors of
-        the last steps add up. They put m off by about 8% of itself: d / sqrt(6) / sqrt(1 - b1**2),
-        at most 1/8 / (1 - b1). They put v off by about 20%, sqrt(d / 2), and its root by 10%. So
-        the update is off by about 13%, in either direction. An m below 2**-14 of the largest of its
-        row is off by up to 2**-17 of that largest. A root of v below 2**-17 of the largest of its
-        row counts as at least 2**-17 of it. So even there rounding changes an update by at most
-        about the update of the row's largest element. An infinite or NaN gradient makes its row
-        NaN. `grouped`, `adamjax.convert`, derivatives and row gradients of vectors are refused.
+        For complex parameters m is complex, v real, and `m_dtype` has no effect. "scaled8" takes a
+        quarter of the memory, in 8-bit codes with an exponent for each row of the last axis, or for
+        each 1,024 elements of a vector (`adamjax.states.Scaled8`), and is rounded stochastically
+        too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The
+        rounding errors of the last steps add up. They put m off by about 8% of itself: d / sqrt(6)
+        / sqrt(1 - b1**2), at most 1/8 / (1 - b1). They put v off by about 20%, sqrt(d / 2), and its
+        root by 10%. So the update is off by about 13%, in either direction. An m below 2**-14 of
+        the largest of its row is off by up to 2**-17 of that largest. If the root of a v is below
+        2**-17 of the largest root in its row, it counts as at least 2**-17 of that root. So the
+        error of an update is at most about as large as the update of the row's largest element,
+        even for such small values. An infinite or NaN gradient makes its row NaN. `grouped`,
+        `adamjax.convert`, derivatives and row gradients of vectors are refused.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
@@ -325,8 +326,8 @@ class scale_by_adam(_Moments):
     The state is a `ScaleByAdamState`.
 
     A beta or epsilon may be an array that is traced or set later. If its value is out of range,
-    updates are NaN. 0.99999999 is out of range too, as it is 1 in float32. An epsilon of 0 counts
-    as the smallest normal number.
+    updates are NaN. An array of 0.99999999 is out of range too, as it is 1 in float32. An epsilon
+    of 0 counts as the smallest normal number.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
     update of that element is NaN. `skip_not_finite` does not detect this. `clip_by_value` before
@@ -519,7 +520,7 @@ class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
     Attributes:
-      count: int32, the number of steps taken; it stays at the largest int32.
+      count: int32, the number of steps taken; it stops at the largest int32.
       m: tree like the parameters, averages of gradients.
       u: tree like the parameters, decaying maxima of the gradients' absolute values, real.
 

@@ -501,8 +501,9 @@ def value_and_grad(
       operation.
     - Leaves that are not floats (integers, keys, functions) get the gradient `None`, which
       transforms leave alone. JAX raises an error.
-    - Within `shard_map`, JAX sums the gradient of a value that all devices share. Here a
-      collective gathers their rows, at the cost of the rows' size.
+    - Within `shard_map`, JAX sums the gradient of a value that all devices share. For a table, a
+      collective gathers the rows of all devices here: its cost grows with these rows, not with the
+      table.
 
     Args:
       loss_fn: returns one real float, or with `has_aux` a pair of it and any tree.

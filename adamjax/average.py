@@ -27,7 +27,7 @@ class WeightEmaState(NamedTuple):
     """State of `weight_ema`.
 
     Attributes:
-      count: int32, the number of steps taken; it stays at the largest int32.
+      count: int32, the number of steps taken; it stops at the largest int32.
       average: tree like the parameters, in float32 or wider; the weights before the first step.
 
     >>> import adamjax, jax.numpy as jnp
@@ -80,8 +80,8 @@ class weight_ema(Transform):
 
     With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average does
     not know how a step will round. It takes in the weights after the step, rounded to the nearest.
-    Where an update is too small to change a weight that is rounded so, it takes in the weight
-    before the step. There the average is one step behind.
+    Where an update is too small to change the weight in this rounding, that is the weight before
+    the step, and the average is one step behind.
 
     The state is a `WeightEmaState`.
 

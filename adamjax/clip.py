@@ -148,7 +148,7 @@ class clip_by_norm(Stateless):
     """Scales each leaf to a Euclidean norm of at most `max_norm` (`clipnorm` of Keras).
 
     Norms are computed in float32 or wider. If the norm of a leaf is not finite, all its elements
-    become NaN; those of a `RowGradient` in its rows only.
+    become NaN. A `RowGradient` becomes NaN in its rows only.
 
     Args:
       max_norm: the largest norm of a leaf, above 0. (An array that is traced or set later is not
@@ -182,11 +182,11 @@ class clip_by_norm(Stateless):
 class clip_by_global_norm(Stateless, Scaling):
     """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
 
-    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that
-    of `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
-    `clip_by_global_norm`; of a `RowGradient`, every element of its rows. So the fault shows, and
-    `skip_not_finite` around the chain detects it, unless all elements are finite and only their
-    squares overflow (see `global_norm`).
+    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that of
+    `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
+    `clip_by_global_norm`, so the fault shows. A `RowGradient` becomes NaN in its rows only.
+    `skip_not_finite` around the chain looks at the gradients before the clip: it skips the step if
+    one of their elements is not finite, but not if only their squares overflow (see `global_norm`).
 
     Args:
       max_norm: the largest joint norm, above 0. (An array that is traced or set later is not

@@ -72,7 +72,7 @@ def from_config(
     `optimizer.get_config()`, from the legacy optimizers of tf.keras (up to 2.10, later
     `tf.keras.optimizers.legacy`), Keras 2.9 to 2.15 and Keras 3: Adam, AdamW, Adamax, Nadam and
     capreolus' AdamMultilr, with Keras' schedules. (`get_config` does not contain the optimizer's
-    class. Where the `name` is not the class' either, write
+    class, so its `name` shows the class. If you gave the optimizer another name, write
     `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote a dictionary, and
     the transform does what that Keras does:
 

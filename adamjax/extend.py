@@ -4,7 +4,7 @@ A transform is a class with `init` and `update`; its annotated fields are its hy
 rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, and sent
 through `lift`. That checks all trees before anything is computed, does not touch `None` and leaves
 of integers, applies the function to the rows of row gradients, and keeps every slot in its dtype.
-`adamjax.testing.check` tries the result. Momentum, as an example (`exact_rows` alone needs its
+`adamjax.testing.check` tries the result. Momentum, as an example (only `exact_rows` needs its
 `coast` and `momentum_coefficient`):
 
 >>> from typing import Any, NamedTuple

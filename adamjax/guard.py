@@ -146,20 +146,21 @@ class accumulate_gradients(Transform):
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
     decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
     a call adds nothing to its sum, but the call counts in the mean. If that is the call that takes
-    the step, the leaf is left alone and its sum is kept. The next step adds its own gradients to
-    the sum, and divides by the number of its own calls only.
+    the step, the leaf is left alone and its sum is kept. In the next step, the gradients of its
+    calls are added to this sum, and the total is divided by the number of these calls only.
 
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
-    of a table that a step touches; then the step gets a row gradient. If more rows are touched,
-    the gradient of the rows becomes NaN, which `skip_not_finite` inside detects.
+    of a table that a step touches; then the step gets a row gradient. If more rows are touched, the
+    gradient of the rows becomes NaN. To skip such a step, write
+    `accumulate_gradients(skip_not_finite(tx), steps, max_rows)`.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
       steps: the number of micro-batches in a step, a whole number of at least 1. (If it is an array
         that is traced or set later, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
-        gradients; each pattern must match a leaf, as in `by_path`. Or one number for all leaves of
-        two or more dimensions that have more rows than that.
+        gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows: it is for
+        every leaf of two or more dimensions that has more rows than this.
 
     The state is an `AccumulateGradientsState`.
 
@@ -291,7 +292,7 @@ class SkipNotFiniteState(NamedTuple):
     """State of `skip_not_finite`.
 
     Attributes:
-      skipped: int32, the number of skipped steps; it stays at the largest int32.
+      skipped: int32, the number of skipped steps; it stops at the largest int32.
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp

@@ -101,8 +101,9 @@ class with_hyperparams(Transform):
     Python floats there.
 
     Raises:
-      ValueError: no field or several fields have a name; a value is outside its range, or leaves it
-        when rounded to float32. By `update`: the state keeps other hyperparameters.
+      ValueError: a name is that of no field, or of fields of several parts; a value is outside its
+        range, or leaves it when rounded to float32. By `update`: the state keeps other
+        hyperparameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
@@ -231,10 +232,11 @@ def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
       state: a `HyperparamsState`.
       **hyperparams: real scalars by name; whole numbers for counts. NaN and numbers that are
         infinite in the state's dtype are refused. Other ranges are not checked, because the state
-        knows only names; `with_hyperparams` checks them.
+        knows only names. As with a traced array, most transforms make NaN from a value outside its
+        range.
 
     Raises:
-      TypeError, ValueError: the state is another one, or has no such hyperparameter; the state
+      TypeError, ValueError: the state is no `HyperparamsState`, has no such hyperparameter, or
         cannot keep a value.
 
     >>> import adamjax, jax.numpy as jnp

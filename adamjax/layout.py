@@ -72,11 +72,11 @@ def _slot_format(slot: Any, p: Any, p_format: Any) -> Any:
 
 
 def row_major(table: Any) -> Any:
-    """A table whose rows lie one after the other in memory, as a TPU has to read them.
+    """A table in row-major layout, one row after another, so that a TPU can read single rows.
 
     On other devices all arrays are row-major, and the table is returned as it is. On a TPU the
-    default depends on the shape, and steps copy a table that is not row-major. Rows are padded to
-    128 elements there, so 16 columns take 8 times their bytes: see `packing`.
+    default depends on the shape, and steps copy a table that is not row-major. Rows are padded to a
+    multiple of 128 elements there, so 16 columns take 8 times their bytes: see `packing`.
 
     `init` gives the state the layout of the parameters. For jitted functions that return a table
     or a state, ask for the layout with `out_shardings`: see `formats`.
@@ -155,13 +155,13 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
 
 class Packing(NamedTuple):
-    """Rows of a table side by side in lines, for TPUs, which pad a line to 128 elements.
+    """Rows of a table side by side in lines, because TPUs pad lines to multiples of 128 elements.
 
     Optimizers treat lines like rows. With `exact_rows` and `rows="dense"` the result is that of the
     unpacked table, because a row moves the same with a gradient of zero as with none. With
     `rows="lazy"` the rows of a line move together: if one has a gradient, its neighbours move on by
-    their momentum. A step works on whole lines: at 16, 32 and 64 columns they have 128 elements, as
-    many as padded rows have; at 100 columns they have 512.
+    their momentum. A step works on whole lines. At 16, 32 and 64 columns a line has 128 elements,
+    as many as one row that is padded without packing. At 100 columns a line has 512.
 
     Attributes:
       width: the number of elements in a row.
@@ -245,7 +245,7 @@ class Packing(NamedTuple):
 
 
 def packing(width: int) -> Packing:
-    """The packing with the fewest rows in a line for which padding adds at most a tenth.
+    """The `Packing` with as few rows in a line as possible, if padding may add at most a tenth.
 
     A line has 8 rows of 16 elements, 4 of 32, 2 of 64, 5 of 100, 1 of 128 or 256, 2 of 300.
 

@@ -383,7 +383,8 @@ def lift(
 ) -> tuple[Any, ...]:
     """Applies a rule on arrays to every leaf of trees, after it has checked all leaves.
 
-    A rule is elementwise, so `rows.apply_rule_to_rows` can apply it to a `RowGradient`.
+    A rule is elementwise, so `rows.apply_rule_to_rows` can apply it to a `RowGradient`. For one
+    that is not, pass `rows="whole"`.
 
     Args:
       owner: the transform's name, for errors.
@@ -532,7 +533,7 @@ def _input_without_seal(owner: str, leaf: Any) -> Any:
 
 
 def needed(owner: str, params: Tree) -> Tree:
-    """The parameters; an error says that this transform reads them if they are `None`."""
+    """The parameters; if they are `None`, an error says that this transform reads them."""
     if params is None:
         raise ValueError(f"{owner} reads the parameters: call update(grads, state, params)")
     return params
@@ -593,17 +594,17 @@ def apply_updates(
       updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
       step: for stochastic rounding an integer scalar that differs from step to step, such as
-        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32. `step_count` is
-        that of the first rule: if this rule skips or accumulates and others do not, count steps
-        yourself. `train_step` does so.
+        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32. `step_count`
+        reads the count of the first rule: if this rule skips or accumulates and others do not,
+        count the steps yourself. `train_step` makes its number from all counts in the state.
 
     Returns:
       The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
 
     Raises:
-      ValueError: the structure or a shape differs; the error names the leaf. Stochastic rounding
-        has no `step`, or rounding to the nearest has one. A float16 or float8 weight is to be
-        rounded stochastically.
+      ValueError: the structure or a shape differs; the error names the leaf. `step` is missing for
+        stochastic rounding, or given for rounding to the nearest. A float16 or float8 weight is to
+        be rounded stochastically.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.apply_updates({"n": 3, "w": jnp.ones(2)}, {"n": None, "w": jnp.ones(2)})

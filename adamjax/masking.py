@@ -110,8 +110,8 @@ class partition(Transform):
 
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf. By `init`: earlier patterns
-        match all leaves of a pattern. (`adamjax.optional(pattern)` allows both.) In `init` a
-        pattern within a part must match one of the part's own leaves.
+        match all leaves of a pattern. (`adamjax.optional(pattern)` allows both.) By `init`: a
+        pattern inside a part, such as one of `by_path`, matches none of the part's own leaves.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.partition([("bias", adamjax.scale(-1.0))], default=adamjax.scale(-0.5))

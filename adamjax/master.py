@@ -60,9 +60,10 @@ class master_weights(Transform):
     `tx` see the float32 weights, and float32 gradients. (Micikevicius et al., Mixed precision
     training, arXiv:1710.03740, section 3.1.)
 
-    It goes around a whole optimizer: `master_weights(adamw(1e-3))`, `master_weights(exact_rows(
-    adam(1e-3), "table"))`, `skip_not_finite(master_weights(...))`, and `shard_state(master_weights(
-    ...), mesh, axis)`. With `exact_rows`, `train_step` reads rows from the float32 weights.
+    Put it around a whole optimizer, such as `adamw(1e-3)` or `exact_rows(adam(1e-3), "table")`.
+    `skip_not_finite` and `shard_state` go around it: `skip_not_finite(master_weights(tx))`,
+    `shard_state(master_weights(tx), mesh, axis)`. With `exact_rows`, `train_step` reads rows from
+    the float32 weights.
 
     float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around,
     such a step changes nothing; without it weights become NaN and stay so. A float16 parameter

@@ -68,7 +68,7 @@ def widened(dtype: Any, real: Any) -> Any:
 
 
 def widen(x: chex.Array, real: Any) -> chex.Array:
-    """`x` in the accumulator dtype `real`, or in the complex dtype made of two of them."""
+    """`x` in the accumulator dtype `real`; a complex `x`, in the complex dtype of two `real`."""
     return x.astype(widened(x.dtype, real))
 
 
@@ -183,9 +183,10 @@ class Average(NamedTuple):
 
 
 def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
-    """The average with decay `b`; an array `b` counts as exact in its dtype.
+    """A function `(old, new)` that returns their average, with decay `b`.
 
-    An array outside the allowed range makes averages NaN.
+    An array `b` has the value that its dtype rounds it to, also in `1 - b`. Outside the allowed
+    range it makes averages NaN.
     """
     if is_array(b):
         b = ranged(b, allowed)
@@ -279,7 +280,7 @@ class Recurrence:
 def correction(b: Number, t: chex.Array) -> chex.Array:
     """The bias correction `1 - b**t`, by expm1: exact to rounding from the first step on.
 
-    An array `b` counts as exact in its dtype; outside of [0, 1) it makes NaN.
+    An array `b` has the value that its dtype rounds it to. Outside of [0, 1) it makes NaN.
     """
     if is_array(b):
         b = ranged(b, BETA)

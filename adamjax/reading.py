@@ -102,7 +102,7 @@ def _as_float(x: Any) -> Any:
 
 
 def step_count(state: Any) -> chex.Array:
-    """The number of steps taken, from the first rule in a state, or else from a rate or average.
+    """The number of steps taken: the count of the first rule, or else of the first rate or average.
 
     Skipped steps and micro-batches of an unfinished step are not counted.
 
@@ -157,8 +157,9 @@ def averaged_weights(state: Any, params: Any = None) -> Any:
 
     Args:
       state: a state with a `weight_ema` anywhere in it.
-      params: if given, the result can be used in their place: it has their dtypes, and their
-        values for leaves without an average (integer leaves, leaves of another part).
+      params: if given, the result can be used in their place: it has their dtypes, and their values
+        for leaves without an average (integer leaves, and leaves that a mask or `partition` keeps
+        from `weight_ema`).
 
     Returns:
       A tree like the parameters, in float32 or wider if `params` is not given.

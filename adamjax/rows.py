@@ -80,7 +80,8 @@ class RowGradient(Data):
       num_rows: the table's number of rows, static.
       lazy: static, whether the other rows are left alone, also by momentum, decay and averages; set
         by an optimizer with `rows="lazy"`.
-      seal: int32, a fixed number that shows arithmetic on the leaves; `None` in states.
+      seal: int32, a fixed number: if it has changed, there was arithmetic on the leaves. `None` in
+        states.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rows = adamjax.row_gradient(jnp.array([2, 0]), jnp.array([[1.0], [5.0]]), 3)

@@ -156,7 +156,7 @@ class add_decayed_weights(Transform):
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
-        learning rate, a value below 0 makes NaN if only a step can check it.
+        learning rate, a value below 0 that can be checked only in a step makes NaN.
       mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools like
         the parameters, or with one bool for a subtree; or a function that returns such a tree.
         `None`: all.

@@ -337,12 +337,13 @@ class constant(_Compiled):
 class inverse_time_decay(_Compiled):
     """`initial / (1 + decay_rate * count / decay_steps)`; `staircase` rounds the quotient down.
 
-    With `decay_steps=1` this is the legacy option `decay` of Keras. There the initial rate may be a
-    schedule, so here too: the schedule is divided by the denominator.
+    With `decay_steps=1` this is the legacy option `decay` of Keras. In Keras, that option may come
+    with a schedule as the learning rate. So the initial rate may be a schedule here too: it is
+    divided by the denominator.
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0; or a schedule.
-      decay_steps: the steps of a unit of decay, above 0.
+      decay_steps: the number of steps in which `count / decay_steps` grows by 1, above 0.
       decay_rate: at least 0.
       staircase: whether to decay only at whole multiples of `decay_steps`.
 
@@ -604,10 +605,10 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
-        leaf. A match with an integer leaf is enough. In `update`, so is one with a leaf whose
-        gradient is `None`; in `init`, `None` is no leaf. `init` also raises the error if earlier
-        patterns match all leaves of a pattern. (The last pattern is an exception, if it matches
-        every leaf of the tree.) `adamjax.optional(pattern)` allows all of this.
+        leaf. It is enough to match an integer leaf, or in `update` a leaf whose gradient is `None`.
+        (In `init`, `None` is no leaf.) `init` also raises the error if earlier patterns match all
+        leaves of a pattern, except if this is the last pattern and matches every leaf of the tree,
+        as `".*"` does. `adamjax.optional(pattern)` allows all of this.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)

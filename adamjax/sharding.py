@@ -69,8 +69,9 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
       params: the parameters; arrays, or `jax.ShapeDtypeStruct`. A parameter without a
         `NamedSharding` is on all devices.
       mesh: a `jax.sharding.Mesh`.
-      memory_kind: the memory for slots, like `"pinned_host"`; `None`: the devices' own memory. A
-        step has to fetch slots from another memory itself, as `shard_state` does.
+      memory_kind: the memory for slots, like `"pinned_host"`; `None`: the devices' own memory. If
+        slots are in another memory, your step has to fetch them from there; `shard_state` does that
+        for you.
 
     Returns:
       A tree like `tx.init(params)` with a `NamedSharding` for each array.
@@ -144,11 +145,11 @@ def _shardings_of(
 class shard_state(Transform):
     """Splits an optimizer's state over replicas that each have all parameters (ZeRO-1).
 
-    Every moment and average is split along the longest of its dimensions that the number of devices
-    on the axis divides. Slots that cannot be split evenly stay whole on all devices. Gradients are
-    split like the state, each device updates its share, and the updates are gathered. A norm is
-    computed over all gradients. The result is that of the inner transform up to the order of sums,
-    and a device holds 1/N of the state.
+    Every moment and average is split along one dimension: the longest of those whose size is a
+    multiple of the number of devices on the axis. Slots that cannot be split evenly stay whole on
+    all devices. Gradients are split like the state, each device updates its share, and the updates
+    are gathered. A norm is computed over all gradients. The result is that of the inner transform
+    up to the order of sums, and a device holds 1/N of the state.
 
     Use it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums
     over a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum

@@ -193,7 +193,7 @@ def jit_changes_nothing(trial: Trial) -> None:
 
 @_law
 def one_trace_and_donation(trial: Trial) -> None:
-    """A donated step is traced once, and leaves nothing of its arguments behind."""
+    """A step that donates params and state is traced once, and frees all of their arrays."""
     traces = []
 
     def step(params: Tree, state: Any, grads: Tree) -> Any:
@@ -301,7 +301,7 @@ def _varied(tx: Any, factor: float) -> Any:
 
 @_law
 def jit_argument(trial: Trial) -> None:
-    """As an argument of `jit` a transform is traced once for all values, Python's and arrays."""
+    """As an argument of `jit`, a transform is traced once for all values, numbers and arrays."""
     for tx in (trial.tx, _varied(trial.tx, 0.9)):
         actual = trial.run_step_of_tx(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
@@ -899,7 +899,7 @@ def check(
         paths or shapes.
 
     Raises:
-      AssertionError: a law is broken. The message names each that is, the leaf and the numbers.
+      AssertionError: a law is broken. The message names each broken law, the leaf and the numbers.
       ValueError: a name is not that of a law.
 
     >>> import adamjax, numpy as np

@@ -215,9 +215,9 @@ def train_step(
     Raises:
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
-      ValueError: by the step: an array was donated to an earlier step, or is passed twice; or
-        nothing with a learning rate sees a leaf, such as one that `masked` leaves out, so that it
-        would move uphill. The message names it.
+      ValueError: by the step: an array was donated to an earlier step, or is passed twice; or a
+        leaf would move uphill, because no part that sees it has a learning rate (`masked` may leave
+        out a leaf like this). The message names the array or the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -273,12 +273,12 @@ def forward(
     averaged: bool = False,
     strict: bool = False,
 ) -> Callable[Concatenate[P, Any, Args], Result]:
-    """A function of the parameters, called with up-to-date weights, whatever the optimizer.
+    """Wraps a function of parameters so that it gets up-to-date weights, whatever the optimizer.
 
-    Under `exact_rows` rows of `params` lag behind between steps. Here `fn` reads them up to date:
-    it gets the values that it would get after `flush`, but only the rows that it reads are brought
-    up to date. No table is copied, and `params` and the state stay as they are. For any other
-    optimizer it is a plain call.
+    Under `exact_rows` rows of `params` lag behind between steps. Here `fn` gets the values that it
+    would get after `flush`, but only the rows that it reads are brought up to date. No table is
+    copied, unless `fn` uses it in another way (see `strict`). `params` and the state stay as they
+    are. For any other optimizer it is a plain call.
 
     So evaluation needs no `flush`, and neither does a checkpoint to resume from: save `params` and
     the state as they are. Call `flush` only before something else reads the weights: an export,

@@ -364,8 +364,8 @@ class Scaling(Transform):
 
     A subclass has `init` and `factors`. If `factors` looks at the values of its tree, as that of a
     clip does, the subclass must also have a property `reads_updates` that is true. Without it, a
-    chain may multiply the scalars of the rule before it by the factors, and then `factors` does not
-    see the rule's updates.
+    chain may multiply the factors into the rule that comes before this transform, and then
+    `factors` does not see the rule's updates.
     """
 
     keeps_zero = True

@@ -1,9 +1,10 @@
 """States from and to optax, Keras and torch, so that a run can go on in another system.
 
-A conversion reads a state into a common form (`source`): by the path of each leaf, its moments and
-the number of steps. From this form it fills the state of the other system. It imports neither optax
-nor Keras nor torch: it recognizes a state by the classes of optax' states, by the class or name of
-a Keras optimizer, or by the keys of torch's groups. It refuses a state that it does not recognize.
+A conversion reads a state, the source, into a common form: the moments and the number of steps of
+each leaf, by its path. From this form it fills the state of the other system. It imports neither
+optax nor Keras nor torch: it recognizes a state by the classes of optax' states, by the class or
+name of a Keras optimizer, or by the keys of torch's groups. It refuses a state that it does not
+recognize.
 
 It also refuses a state with which the run would not go on as before. The error names the leaf and
 says what to do. The reasons are:
@@ -16,16 +17,16 @@ says what to do. The reasons are:
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
   torch's SparseAdam to the root (`eps_hat`). The rule of `tx` must have the same form.
-- **Other hyperparameters**, if the source contains them: torch's groups do, and a Keras optimizer,
-  a state of optax' `inject_hyperparams`, and the learning rate in Keras' variables. Other states of
-  optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: pass the optax
-  transform too, `optimizer=`, so that steps of both are compared.
+- **Other hyperparameters**, if the source contains them. torch's groups, a Keras optimizer and a
+  state of optax' `inject_hyperparams` do; Keras' variables contain only the learning rate. Other
+  states of optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: pass the
+  optax transform too, `optimizer=`, so that steps of both are compared.
 - **Other transforms beside the rule**, where the source shows what it has there: a clip, a weight
   decay or a schedule in another place, or a transform of another library that nothing can compare.
 - **Another form of the rule.** optax' AMSGrad keeps the maximum of bias-corrected moments, optax'
   Nadam has no momentum schedule, and Adamax of optax and torch has epsilon inside the maximum. For
   AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
-  large against epsilon. `rtol` sets how much of a step may differ.
+  large against epsilon. `rtol` is the relative difference that a step may have.
 - **Rounding**, if the target's dtype cannot hold a value.
 
 `check=False` takes the arrays all the same, and the run goes on with the hyperparameters of `tx`.

@@ -398,8 +398,9 @@ def from_keras(
     betas are in their config, not in their variables: build `tx` with the same values, and with
     Keras' epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
     `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
-    Keras 3 optimizer has a schedule (then it has no `learning_rate`), and whether it is an `AdamW`:
-    a `tx` with a constant rate or without a weight decay is refused then.
+    Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
+    rate is refused. They also say whether it is an `AdamW`: if so, a `tx` without a weight decay is
+    refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     They are recognized by the class of the optimizer, or by its name in the names of the variables,
@@ -428,11 +429,12 @@ def from_keras(
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
-        Otherwise the shapes must show it: if two leaves have one shape, `order` is required. Leaves
-        without names (the items of a list, or of a dictionary whose keys are numbers) are taken in
-        their order. If variables have names, `order` may also be a dictionary from names to paths.
-        JAX, Orbax and h5py sort the keys of a mapping, so Keras' order is lost. Then the dictionary
-        is required if neither names nor shapes show which leaf is which.
+        Otherwise leaves without names (the items of a list, or of a dictionary whose keys are
+        numbers) are taken in their order. The shapes of leaves with names must show the order: if
+        two have one shape, `order` is required. If variables have names, `order` may also be a
+        dictionary from names to paths. It must be one for a mapping of variables, if neither names
+        nor shapes show which leaf is which: JAX, Orbax and h5py sort the keys of a mapping, so
+        Keras' order is lost.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 
@@ -482,8 +484,9 @@ def to_keras(
       order, check: as for `from_keras`.
 
     Returns:
-      NumPy arrays: by the same keys for a mapping, else a list in the order of `target`, for
-      `variable.assign(array)` each, or `optimizer.set_weights`.
+      NumPy arrays, in a dictionary with the keys of `target` if that is a mapping, else in a list
+      in the order of `target`. Give each variable its array with `variable.assign(array)`, or all
+      of them with `optimizer.set_weights(arrays)`.
 
     Raises:
       TypeError, ValueError: as for `from_keras`.

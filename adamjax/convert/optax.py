@@ -157,24 +157,24 @@ def from_optax(
         recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
         `contrib.adopt` share one class, so only `tx` shows which of them made the state.
       tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
-        of `inject_hyperparams` are compared. A state that counts the steps of a schedule of the
-        rate needs a schedule in `tx`. Other states do not contain b1, b2, `eps` (optax'
-        epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight decay
-        (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. Transforms without a state,
-        such as clips, leave no trace. If several transforms are inside one `inject_hyperparams`,
-        the state does not show their order. The state of `MultiSteps` does not show how many
-        micro-batches make a step. Nor does it show whether gradients are summed or averaged:
-        `MultiSteps` averages by default, `accumulate_gradients` always. `tx` may have transforms of
-        optax inside. A rule of adamjax inside a transform of optax is hidden: it is refused if
-        there are hyperparameters to compare.
+        of `inject_hyperparams` are compared. A state without it does not contain b1, b2, `eps`
+        (optax' epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
+        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. A state that counts the
+        steps of a schedule of the rate needs a schedule in `tx`. Transforms without a state, such
+        as clips, leave no trace. If one `inject_hyperparams` contains several transforms, the state
+        does not show their order. The state of `MultiSteps` does not show how many micro-batches
+        make a step. Nor does it show whether gradients are summed or averaged: `MultiSteps`
+        averages by default, `accumulate_gradients` always. `tx` may have transforms of optax
+        inside. A rule of adamjax inside a transform of optax is hidden: it is refused if there are
+        hyperparameters to compare.
       params: the parameters at that step.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
       optimizer: the optax transform itself. If it is given, both take some steps on random
-        gradients, and a `tx` that moves weights otherwise is refused. This shows almost all that
-        the state does not, and states in which rates belong to no single rule need it. It does not
-        show what a schedule does later, or which steps are skipped
-        while gradients accumulate. The steps take the time and the memory of dense steps.
+        gradients, and a `tx` that moves weights differently is refused. This shows almost all that
+        the state does not, but not what a schedule does later. If the state contains rates that
+        belong to no single rule, it is required. The steps take the time and the memory of dense
+        steps.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
       rtol: the relative difference that a step may have where optax' rule has another form

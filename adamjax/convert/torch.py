@@ -383,15 +383,16 @@ def from_torch(
 
     - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
       `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
-    - `weight_decay` of Adam and Adamax is `add_decayed_weights` before the rule, `weight_decay` of
-      AdamW is `add_decayed_weights` after it.
+    - `weight_decay` of Adam, Adamax and NAdam is `add_decayed_weights` before the rule. That of
+      AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it.
     - With `maximize` torch negates gradients, and its moments are those of the negated gradients.
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
       scheduler has ended. A scheduler that changes betas as well (`OneCycleLR`, by default) is
       refused.
-    - Updates must not be clipped after the rule. (Clips before it are not part of the optimizer.)
+    - `tx` must not clip after the rule. (Clips before it are not compared, because in torch they
+      are not part of the optimizer.)
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
@@ -403,17 +404,17 @@ def from_torch(
       state_dict: `optimizer.state_dict()`, with tensors on any device, or arrays.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      order: the path of each of torch's parameters, in the order of its groups; `None` for one
-        that is not to be converted. By default the parameters' names give the order. Without names
-        it is the order of the floating leaves of `params`, which for a dictionary is that of its
-        sorted keys. torch has the order of the module's definition. Where the two orders may differ
-        without being noticed (two leaves of `params` have names and one shape), `order` is
-        required. A dictionary whose keys are numbers has the order of the numbers. If torch's
-        parameters have names, `order` may also be a dictionary from these to paths.
+      order: the path of each of torch's parameters, in the order of its groups; `None` for one that
+        is not to be converted. By default the parameters' names give the order. Without names it is
+        the order of the floating leaves of `params`, which for a dictionary is that of its sorted
+        keys. torch has the order of the module's definition. If two leaves of `params` have names
+        and the same shape, a wrong order would not be noticed, so `order` is required. A dictionary
+        whose keys are numbers has the order of the numbers. If torch's parameters have names,
+        `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
-        which is `x.T` for a matrix. It is required if the shape of some leaf does not show whether
-        torch stores it transposed, because it stays the same. A square matrix has such a shape, and
+        which is `x.T` for a matrix. It is required if some leaf has the same shape when transposed,
+        so that the shape does not show how torch stores it. A square matrix has such a shape, and
         so has the kernel of a Conv1d whose `out_channels` equal its `kernel_size`. Leaves that are
         called `weight`, `embedding` or `table` are taken as they are.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
@@ -458,9 +459,9 @@ def to_torch(
     Args:
       state, tx, params: as for `to_optax`.
       target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
-      order: as for `from_torch`. A `target` before its first step has no arrays, so no shape shows
-        a mistake: then `order` is required for several leaves with names, unless torch's names show
-        it, and `adapt` for kernels.
+      order: as for `from_torch`. A `target` before its first step has no arrays, whose shapes would
+        show a mistake. Then `order` is required if several leaves have names (unless torch's names
+        give the order), and `adapt` is required if there are kernels.
       adapt: a function that makes the leaf's array fit torch's parameter. For kernels it is the
         inverse of that for `from_torch`: `x.transpose(-1, -2, *range(x.ndim - 2))`.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's

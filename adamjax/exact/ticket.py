@@ -26,9 +26,9 @@ class Ticket(Data):
     itself. So a ticket saves work within one jitted step, and is harmless anywhere else.
 
     Attributes:
-      rows: by path, the up-to-date rows of each table; those of a batch are under the path of its
-        first table. If there are so many rows that they are taken in blocks, the ticket has none,
-        and `update` brings each block up to date.
+      rows: by path, the up-to-date rows of each table. Tables that are computed together have one
+        entry, under the path of the first. If there are so many rows that they are taken in blocks,
+        the ticket has none, and `update` brings each block up to date.
       places: by path, the distinct indices, and the position of each index among them.
       num_rows: for each path the table's number of rows and the shape of its indices, static.
 

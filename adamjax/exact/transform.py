@@ -375,11 +375,11 @@ class exact_rows(Transform):
     ) -> Callable[Concatenate[P, Any, Args], tuple[tuple[Value, P], Ticket]]:
         """Like `adamjax.value_and_grad` with respect to `params`; the loss reads up-to-date rows.
 
-        Write the loss as for dense gradients. If the indices of a table depend only on the other
-        arguments, its rows are brought up to date once, before the loss reads them. Otherwise they
-        are brought up to date where the loss reads them, and again in `update`. If the loss uses a
-        table in another way, even without a gradient, the whole table is brought up to date, and
-        its gradient is dense: right, but no cheaper than a dense step.
+        Write the loss as for dense gradients. If the indices of a table do not depend on `params`,
+        its rows are brought up to date once, before the loss reads them. Otherwise they are brought
+        up to date where the loss reads them, and again in `update`. If the loss uses a table in
+        another way, even without a gradient, the whole table is brought up to date, and its
+        gradient is dense: right, but no cheaper than a dense step.
 
         Args:
           loss_fn: `loss_fn(params, *args, **kwargs)`, as for `adamjax.value_and_grad`.
@@ -463,7 +463,8 @@ class exact_rows(Transform):
     def without_tables(self, params: Tree) -> Tree:
         """The parameters with each table replaced by a `StaleTable`, which refuses to be read.
 
-        A placeholder has no array: gradients by such a tree have placeholders too.
+        A placeholder has no array. A gradient with respect to such a tree has placeholders in the
+        same places.
         """
         leaves, treedef = flatten(params)
         for table in self._tables(self._static_tx(params), params):
@@ -522,15 +523,16 @@ class exact_rows(Transform):
           params, state: as for `update`.
           axis: the mesh axis, or a tuple of axes, over which the rows of all tables are split. Then
             each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
-            axes, which must be the current one (`jax.set_mesh`); otherwise it is known. Without it
-            the result is the same, but every device gets and works on all rows.
+            axes, which must be the current one (`jax.set_mesh`): without it, the result is the same
+            there, but every device gets and works on all rows. Everywhere else `flush` finds the
+            axis itself.
           rounding: how bfloat16 weights are rounded, as in `apply_updates`; pass what you pass for
             the steps. If you often flush and round to the nearest, weights lose every movement that
             is below their resolution.
 
         Returns:
           `params` and the state. Continue with both of them: the new state says that all rows are
-          up to date, which is true only of the new params. To save copies of the tables, call it
+          up to date, which is true only of the new params. To avoid copies of the tables, call it
           under `jit` and donate both.
 
         Raises:
