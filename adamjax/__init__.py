@@ -18,6 +18,7 @@ from adamjax.optimizers import adam, adamax, adamw, amsgrad, nadam
 from adamjax.paths import optional
 from adamjax.reading import (
     averaged_weights,
+    float32_weights,
     get_slot,
     learning_rate,
     skipped_steps,
@@ -26,7 +27,7 @@ from adamjax.reading import (
 )
 from adamjax.replicas import sum_over
 from adamjax.rows import RowGradient, row_gradient
-from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
+from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 from adamjax.schedule import (
     Schedule,
     by_path,
@@ -72,6 +73,7 @@ __all__ = [
     "add_decayed_weights",
     "scale",
     "scale_by_learning_rate",
+    "set_to_zero",
     # rates
     "Schedule",
     "constant",
@@ -86,6 +88,7 @@ __all__ = [
     "weight_ema",
     "master_weights",
     "averaged_weights",
+    "float32_weights",
     # when a step is taken
     "accumulate_gradients",
     "skip_not_finite",

@@ -13,8 +13,9 @@ import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
 from adamjax.leaves import fault_of_dtype, is_arraylike
-from adamjax.structure import Part, replace_parts, walk
-from adamjax.transform import Step, Transform, as_transform, expect_state
+from adamjax.schedule import by_path
+from adamjax.structure import Part, replace_parts, states_of_class, walk
+from adamjax.transform import Step, Transform, as_transform, expect_state, short_repr
 
 __all__ = ["HyperparamsState", "set_hyperparams", "with_hyperparams"]
 
@@ -38,7 +39,7 @@ class HyperparamsState(NamedTuple):
 
 
 # Names of fields that are not numbers, but transforms or dictionaries of numbers.
-_NOT_NUMBERS = {"tx", "transforms", "hyperparams"}
+_NOT_NUMBERS = {"tx", "transforms", "default", "hyperparams"}
 
 
 def _field_names(x: Any) -> list[str]:
@@ -73,12 +74,12 @@ def _owner(tx: Transform, name: str) -> Transform:
     fields = f"the fields are {sorted(field_names)}"
     if len(owners) == 1:
         raise ValueError(
-            f"with_hyperparams: {name!r} is a field of {type(owners[0]).__name__} in {tx!r} that "
-            f"is no hyperparameter; {fields}"
+            f"with_hyperparams: {name!r} is a field of {type(owners[0]).__name__} in "
+            f"{short_repr(tx)} that is no hyperparameter; {fields}"
         )
     raise ValueError(
-        f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in {tx!r}, expected "
-        f"one; {fields}. Wrap the part that is meant"
+        f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in {short_repr(tx)}, "
+        f"expected one; {fields}. Wrap the part that is meant"
     )
 
 
@@ -87,9 +88,11 @@ class with_hyperparams(Transform):
 
     Read and log them as `state.hyperparams["learning_rate"]`, and set them between steps with
     `set_hyperparams`; the step is not traced again. They replace the transform's own values, even a
-    schedule. Like any array, a float is rounded to float32: 0.999 becomes 0.99900001, and `1 - b2`
-    is computed from that. Counts (`steps`, `overwrite_frequency`) are int32. All others are floats,
-    even if you give a whole number.
+    schedule. A `by_path` is refused, because one number would replace the rates of all leaves: name
+    the factor of a `scale(1.0)` after it, which multiplies them all. Like any array, a float is
+    rounded to float32: 0.999 becomes 0.99900001, and `1 - b2` is computed from that. Counts
+    (`steps`, `overwrite_frequency`) are int32. All others are floats, even if you give a whole
+    number.
 
     Args:
       tx: any transform.
@@ -101,9 +104,9 @@ class with_hyperparams(Transform):
     Python floats there.
 
     Raises:
-      ValueError: a name is that of no field, or of fields of several parts; a value is outside its
-        range, or leaves it when rounded to float32. By `update`: the state keeps other
-        hyperparameters.
+      ValueError: a name is that of no field, of fields of several parts, or of a `by_path`; a value
+        is outside its range, or leaves it when rounded to float32. By `update`: the state keeps
+        other hyperparameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
@@ -139,6 +142,13 @@ class with_hyperparams(Transform):
                         f"{type(outer).__name__}, which computes with it in advance. To change it: "
                         "flush, make a new transform, and go on from its from_dense"
                     )
+            if isinstance(getattr(owner, name), by_path):
+                raise ValueError(
+                    f"with_hyperparams: the {name} of {type(owner).__name__} is a by_path, and one "
+                    "number would replace the rates of all leaves. To multiply them all, put "
+                    "scale(1.0) after it and name its factor; to set those of some leaves, give "
+                    "them a part of partition and wrap that"
+                )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
             # `replace` checks the range.
@@ -224,20 +234,20 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
 
 
 def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
-    """A state of `with_hyperparams` with other values.
+    """A state with other values of the hyperparameters that `with_hyperparams` keeps in it.
 
     The dtypes stay, so no step is traced again.
 
     Args:
-      state: a `HyperparamsState`.
+      state: a `HyperparamsState`, or a state with one in it at any depth.
       **hyperparams: real scalars by name; whole numbers for counts. NaN and numbers that are
         infinite in the state's dtype are refused. Other ranges are not checked, because the state
         knows only names. As with a traced array, most transforms make NaN from a value outside its
         range.
 
     Raises:
-      TypeError, ValueError: the state is no `HyperparamsState`, has no such hyperparameter, or
-        cannot keep a value.
+      TypeError, ValueError: the state has no `HyperparamsState` or none with this name, several
+        with this name, or one that cannot keep a value.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1, b1=0.9)
@@ -245,17 +255,40 @@ def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
     >>> float(state.hyperparams["learning_rate"]), float(state.hyperparams["b1"])
     (0.05, 0.9)
     """
-    if not isinstance(state, HyperparamsState):
+    names = [name for one in _hyperparams_states(state) for name in one.hyperparams]
+    if not names and not isinstance(state, HyperparamsState):
         raise TypeError(
-            f"set_hyperparams: the state is a {type(state).__name__}, expected the "
-            "HyperparamsState of with_hyperparams; if it is inside another state, set it there"
+            f"set_hyperparams: the state is a {type(state).__name__} without a HyperparamsState in "
+            "it, expected one: wrap the transform in with_hyperparams"
         )
-    old = state.hyperparams
     for name in hyperparams:
-        if name not in old:
-            raise ValueError(f"set_hyperparams: the state keeps {list(old)}, not {name!r}")
-    new = {name: _converted(name, x, old[name]) for name, x in hyperparams.items()}
-    return state._replace(hyperparams={**old, **new})
+        if name not in names:
+            raise ValueError(f"set_hyperparams: the state keeps {names}, not {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(
+                f"set_hyperparams: {names.count(name)} states of with_hyperparams keep {name!r}: "
+                "set it in the one that is meant"
+            )
+
+    def with_values(x: Any) -> Any:
+        if not _is_hyperparams_state(x):
+            return x
+        old = x.hyperparams
+        new = {n: _converted(n, hyperparams[n], old[n]) for n in old if n in hyperparams}
+        inner = jax.tree.map(with_values, x.inner, is_leaf=_is_hyperparams_state)
+        return HyperparamsState({**old, **new}, inner)
+
+    return jax.tree.map(with_values, state, is_leaf=_is_hyperparams_state)
+
+
+def _is_hyperparams_state(x: Any) -> bool:
+    return isinstance(x, HyperparamsState)
+
+
+def _hyperparams_states(state: Any) -> list[HyperparamsState]:
+    """The states of `with_hyperparams` in a state, and those inside of them."""
+    outer = states_of_class(HyperparamsState, state)
+    return [*outer, *(one for x in outer for one in _hyperparams_states(x.inner))]
 
 
 def _converted(name: str, value: Any, old: Any) -> chex.Array:

@@ -260,16 +260,16 @@ def matched(
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
         missing, surplus = _missing_and_surplus(leaf_paths(tree), leaf_paths(like))
+        mend = "(None stands for a leaf that is not to be updated)"
         if missing:
             what = f"{name} has no leaf {missing[0]!r}"
         elif surplus:
             what = f"{name} has a leaf {surplus[0]!r} that {like_name} does not have"
+            if like_name == "the state":
+                mend = "(if the parameters have a new leaf, init makes a state with it)"
         else:
             what = f"{name} is {jax.tree.structure(tree)}, {like_name} {treedef}"
-        raise ValueError(
-            f"{owner}: {what}: expected the structure of {like_name} "
-            "(None stands for a leaf that is not to be updated)"
-        ) from None
+        raise ValueError(f"{owner}: {what}: expected the structure of {like_name} {mend}") from None
     for i, (leaf, expected_leaf) in enumerate(zip(leaves, expected, strict=True)):
         if grads is not None and grads[i] is None:
             continue

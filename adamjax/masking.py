@@ -45,10 +45,10 @@ class masked(Transform):
       TypeError: a leaf of the tree is no bool.
 
     >>> import adamjax, jax.numpy as jnp
-    >>> tx = adamjax.masked(adamjax.scale(0.0), "^frozen/")
-    >>> grads = {"frozen": {"w": jnp.array(1.0)}, "head": {"w": jnp.array(1.0)}}
-    >>> tx.update(grads, tx.init(grads))[0]["frozen"]
-    {'w': Array(0., dtype=float32)}
+    >>> tx = adamjax.masked(adamjax.clip_by_value(0.5), "^head/")
+    >>> grads = {"base": {"w": jnp.ones(1)}, "head": {"w": jnp.ones(1)}}
+    >>> tx.update(grads, tx.init(grads))[0]
+    {'base': {'w': Array([1.], dtype=float32)}, 'head': {'w': Array([0.5], dtype=float32)}}
     """
 
     tx: Transform
@@ -106,7 +106,7 @@ class partition(Transform):
       rules: pairs (pattern, transform) or a dictionary {pattern: transform}; patterns as in
         `by_path`.
       default: the transform of leaves that no pattern matches. Without it `init` refuses such a
-        leaf, because its raw gradient would move it uphill. (`scale(0.0)` keeps leaves still.)
+        leaf, because its raw gradient would move it uphill. (`set_to_zero` freezes leaves.)
 
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf. By `init`: earlier patterns

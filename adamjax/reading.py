@@ -1,4 +1,4 @@
-"""Functions that read slots, counts, rates and averages from a state, optax's wrappers included."""
+"""Functions that read slots, counts, rates and weights from a state, optax's wrappers included."""
 
 from typing import Any, TypeVar, overload
 
@@ -13,14 +13,16 @@ from adamjax.encoding import Scaled8, decoded
 from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.guard import SkipNotFiniteState
 from adamjax.leaves import expect_array, is_left_alone
+from adamjax.master import MasterWeightsState
 from adamjax.paths import flatten, is_leaf, leaf_paths
 from adamjax.scaling import scale_by_learning_rate
 from adamjax.schedule import rate_at
 from adamjax.structure import find, rule_slots, slot_states, states_of_class
-from adamjax.transform import as_transform
+from adamjax.transform import as_transform, short_repr
 
 __all__ = [
     "averaged_weights",
+    "float32_weights",
     "get_slot",
     "learning_rate",
     "skipped_steps",
@@ -215,8 +217,55 @@ def unchecked_averaged_weights(state: Any, params: Any = None) -> Any:
     return treedef.unflatten(map(averaged_or_own, names, averages, subtrees))
 
 
+def float32_weights(state: Any, params: T) -> T:
+    """The parameters, with the float32 weights of `master_weights` in place of narrow ones.
+
+    Under `exact_rows` rows may lag behind. Then this is refused: call `flush` first.
+
+    Args:
+      state: a state with a `master_weights` anywhere in it.
+      params: the parameters.
+
+    Returns:
+      A tree like `params`: a copy of the state's weight for each leaf that has one there, and the
+      parameter itself for the others.
+
+    Raises:
+      ValueError: the state has no `master_weights`, or one for other parameters; or rows lag
+        behind.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.master_weights(adamjax.adam(0.001))
+    >>> params = {"w": jnp.ones(1, jnp.bfloat16)}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> adamjax.apply_updates(params, updates), adamjax.float32_weights(state, params)
+    ({'w': Array([1], dtype=bfloat16)}, {'w': Array([0.999], dtype=float32)})
+    """
+    _expect_all_flushed("float32_weights", state)
+    states = states_of_class(MasterWeightsState, state)
+    if not states:
+        raise ValueError("float32_weights: the state has no master_weights")
+    leaves, treedef = flatten(params)
+    mend = "pass the parameters that belong to the state"
+    for weights, own_treedef in (flatten(one.weights) for one in states):
+        if own_treedef != treedef:
+            raise ValueError(
+                f"float32_weights: params has the leaves {leaf_paths(params)}, and the state has "
+                f"weights in a tree like {own_treedef!s:.200}: {mend}"
+            )
+        for i, w in enumerate(weights):
+            if w is not None:
+                what = f"float32_weights: the weight of {leaf_paths(params)[i]!r}"
+                expect_array(what, w, jnp.shape(leaves[i]), mend)
+                # A copy: a step may donate the state.
+                leaves[i] = jnp.array(w, copy=True)
+    return treedef.unflatten(leaves)
+
+
 def learning_rate(tx: Any, state: Any) -> Any:
     """The learning rate that the next step will use.
+
+    A `scale` in the same chain multiplies the step as well; its factor is not in this number.
 
     Args:
       tx: the transform that made the state.
@@ -236,8 +285,8 @@ def learning_rate(tx: Any, state: Any) -> Any:
     scalings = find(scale_by_learning_rate, as_transform(tx), state)
     if len(scalings) != 1:
         raise ValueError(
-            f"expected one scale_by_learning_rate, there are {len(scalings)} in {tx!r}; call "
-            "learning_rate with the part that you mean and its state"
+            f"expected one scale_by_learning_rate, there are {len(scalings)} in "
+            f"{short_repr(tx)}; call learning_rate with the part that you mean and its state"
         )
     ((scaling, own_state, _),) = scalings
     scaling.check_state(own_state)

@@ -1,4 +1,4 @@
-"""Transforms that scale by a factor or a learning rate, and decoupled weight decay."""
+"""Transforms that scale by a factor or a learning rate, that freeze, and that decay weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -18,6 +18,7 @@ __all__ = [
     "add_decayed_weights",
     "scale",
     "scale_by_learning_rate",
+    "set_to_zero",
 ]
 
 
@@ -65,11 +66,41 @@ def _decayed(rate: Any, g: chex.Array, p: chex.Array) -> tuple[chex.Array]:
     return ((widen(g, rate.dtype) + rate * widen(p, rate.dtype)).astype(g.dtype),)
 
 
+def _zero(_: Any, g: chex.Array) -> tuple[chex.Array]:
+    """The update 0, in the form of a rule on arrays; see `lift`."""
+    return (jnp.zeros_like(g),)
+
+
+class set_to_zero(Stateless):
+    """Updates of zero, whatever the gradients are: freezes leaves.
+
+    Even NaN becomes zero, so frozen weights stay as they are in a step whose gradients are not
+    finite. (`scale(0.0)` and a learning rate of 0 multiply, and 0 times NaN is NaN.)
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> tx = adamjax.partition([("^base/", adamjax.set_to_zero())], default=adamjax.adam(0.1))
+    >>> params = {"base": {"w": jnp.ones(1)}, "head": {"w": jnp.ones(1)}}
+    >>> grads = {"base": {"w": jnp.array([jnp.nan])}, "head": {"w": jnp.ones(1)}}
+    >>> tx.update(grads, tx.init(params), params)[0]
+    {'base': {'w': Array([0.], dtype=float32)}, 'head': {'w': Array([-0.1], dtype=float32)}}
+    """
+
+    keeps_zero = True
+    groupable = True
+
+    def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
+        expect_empty(self, state)
+        return lift("set_to_zero", _zero, lambda _: (), updates, like=params)[0], state
+
+    def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
+        return 0, 0
+
+
 class scale(Stateless, Scaling):
     """Multiplies every update by a factor.
 
     Args:
-      factor: any finite number.
+      factor: any finite number. To freeze leaves use `set_to_zero`: 0 times NaN is NaN.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.scale(-0.5).update(jnp.array([2.0, 4.0]), ())[0]

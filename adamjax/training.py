@@ -24,9 +24,9 @@ from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import step_count, unchecked_averaged_weights
-from adamjax.scaling import scale, scale_by_learning_rate
+from adamjax.scaling import scale, scale_by_learning_rate, set_to_zero
 from adamjax.structure import Part, find, states_of_class
-from adamjax.transform import COUNTS, Transform, as_transform, foreign
+from adamjax.transform import COUNTS, Transform, as_transform, foreign, short_repr
 
 __all__ = ["eval_step", "forward", "train_step"]
 
@@ -38,18 +38,18 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     parts = find(exact_rows, tx, state, params)
     if len(parts) < len(states_of_class(ExactRowsState, state)):
         raise ValueError(
-            f"{owner}: the state has an exact_rows that is not in {tx!r}, so rows that lag behind "
-            "would be read: pass the optimizer that the state is of. If exact_rows is inside "
-            "another library's transform, use adamjax.chain, masked or partition in place of "
-            "optax's; they take optax's transforms"
+            f"{owner}: the state has an exact_rows that is not in {short_repr(tx)}, so rows that "
+            "lag behind would be read: pass the optimizer that the state is of. If exact_rows is "
+            "inside another library's transform, use adamjax.chain, masked or partition in place "
+            "of optax's; they take optax's transforms"
         )
     return parts
 
 
 def _turned(part: Part) -> set[int]:
-    """The leaves that a transform may turn downhill, by their positions."""
+    """The leaves that a transform may turn downhill or freeze, by their positions."""
     is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
-    turning = (foreign, scale, scale_by_learning_rate)
+    turning = (foreign, scale, scale_by_learning_rate, set_to_zero)
     # What is not ours may do anything. The parts of `grouped` see buckets in place of leaves, so a
     # part that turns some counts for all.
     turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
@@ -64,10 +64,10 @@ def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
     for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
         if i not in turned and not is_left_alone(p):
             raise ValueError(
-                f"train_step: {path!r} would move uphill, as nothing in {tx!r} that sees it has a "
-                "learning rate: put scale_by_learning_rate after the rule. If masked(tx, pattern) "
-                "leaves this leaf out and it should stay as it is, write "
-                "partition([(pattern, tx)], default=scale(0.0))"
+                f"train_step: {path!r} would move uphill, as nothing in {short_repr(tx)} that sees "
+                "it has a learning rate: put scale_by_learning_rate after the rule. If masked(tx, "
+                "pattern) leaves this leaf out and it should stay as it is, write "
+                "partition([(pattern, tx)], default=set_to_zero())"
             )
 
 
@@ -82,9 +82,10 @@ def _rounding_number(tx: Transform, state: Any) -> Any:
         step_count(state)
     except ValueError as error:
         raise ValueError(
-            f"train_step: rounding='stochastic' needs a count of steps, and the state of {tx!r} "
-            "has none that adamjax knows: use a rule or scale_by_learning_rate of adamjax, or "
-            "write the step yourself, with apply_updates(..., rounding='stochastic', step=...)"
+            "train_step: rounding='stochastic' needs a count of steps, and the state of "
+            f"{short_repr(tx)} has none that adamjax knows: use a rule or scale_by_learning_rate "
+            "of adamjax, or write the step yourself, with apply_updates(..., "
+            "rounding='stochastic', step=...)"
         ) from error
     mixed = np.uint32(0)
     for path, x in jax.tree_util.tree_leaves_with_path(state):

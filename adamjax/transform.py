@@ -306,11 +306,19 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
             f"states of its {len(owner.parts)} transforms" + _UNWRAP * hasattr(state, "inner")
         )
     if len(state) != len(owner.parts):
+        states = ", ".join(type(x).__name__ if x != () else "()" for x in state)
+        transforms = ", ".join(type(tx).__name__ for tx in owner.parts)
         raise ValueError(
             f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "
-            f"transforms; was it made by the init of {owner!r}?"
+            f"transforms: {states} for {transforms}; was it made by the init of another transform?"
         )
     return tuple(state)
+
+
+def short_repr(tx: Any) -> str:
+    """What a transform prints, cut to a length that an error can show."""
+    text = repr(tx)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # For errors about the state of a wrapper without the wrapper.

@@ -304,7 +304,7 @@ def test_a_state_of_another_kind_is_refused():
         (
             lambda: set_hyperparams(adamjax.adam(0.1).init(PARAMS), learning_rate=0.1),
             TypeError,
-            r"the state is a tuple, expected the HyperparamsState",
+            r"the state is a tuple without a HyperparamsState in it",
         ),
         (
             lambda: set_hyperparams(
@@ -330,3 +330,40 @@ def test_a_state_of_another_kind_is_refused():
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_one_number_does_not_replace_the_rates_of_all_leaves():
+    rates = adamjax.by_path([("^a", 0.1)], default=0.2)
+    tx = adamjax.adamw(rates, weight_decay=rates)
+    for name in ("learning_rate", "weight_decay"):
+        with pytest.raises(ValueError, match=f"the {name} of .* is a by_path.*put scale"):
+            with_hyperparams(tx, **{name: 0.3})
+    # The way out that is named.
+    tx = with_hyperparams(
+        adamjax.chain(adamjax.adam(rates, eps=1e-8), adamjax.scale(1.0)), factor=1.0
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state = set_hyperparams(tx.init(params), factor=0.5)
+    updates, _ = tx.update(params, state, params)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.05, -0.1], rtol=1e-6)
+
+
+def test_hyperparameters_are_set_wherever_they_are_in_a_state():
+    part = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
+    tx = adamjax.skip_not_finite(
+        with_hyperparams(
+            adamjax.partition([("^a", part)], default=adamjax.chain(adamjax.scale(-1.0))),
+            factor=-1.0,
+        )
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state = set_hyperparams({"of": (tx.init(params),)}, learning_rate=0.5, factor=-0.25)["of"][0]
+    updates, _ = tx.update(params, state, params)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.5, -0.25], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"keeps \['factor', 'learning_rate'\], not 'b1'"):
+        set_hyperparams(state, b1=0.5)
+    twice = adamjax.partition([("^a", part)], default=part)
+    with pytest.raises(ValueError, match="2 states of with_hyperparams keep 'learning_rate'"):
+        set_hyperparams(twice.init(params), learning_rate=0.5)
+    with pytest.raises(TypeError, match="a ScaleByAdamState without a HyperparamsState in it"):
+        set_hyperparams(adamjax.scale_by_adam().init(params), learning_rate=0.5)

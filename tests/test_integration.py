@@ -974,7 +974,8 @@ def test_a_state_that_does_not_fit_is_refused():
     tx = adamjax.adam(0.1)
     state = tx.init(PARAMS)
     grown = {**PARAMS, "new": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"has a leaf 'new' that the state does not have"):
+    message = r"has a leaf 'new' that the state does not have.*init makes a state with it"
+    with pytest.raises(ValueError, match=message):
         tx.update(grown, state, grown)
     wider = {**PARAMS, "out": {"kernel": jnp.ones(4)}}
     with pytest.raises(ValueError, match=r"'out/kernel'.*expected shape"):

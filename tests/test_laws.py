@@ -45,6 +45,7 @@ from adamjax import (
     scale_by_adamax,
     scale_by_amsgrad,
     scale_by_learning_rate,
+    set_to_zero,
     shard_state,
     skip_not_finite,
     testing,
@@ -132,6 +133,11 @@ OVERWRITES = {
         "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
     )
 }
+# The laws that transforms break if they move nothing.
+FROZEN = {
+    "low_precision_weights_move_as_their_float32_twins": "weights stay as they are",
+    "complex_weights": "weights stay as they are",
+}
 # The laws that moments in 8 bits break.
 VECTOR = "the table is a vector, whose rows share exponents"
 EIGHT_BITS = {
@@ -165,6 +171,7 @@ CASES = [
     # transforms
     Case("identity", lambda: identity(), exempt={"refuses": "passes on whatever comes"}),
     Case("scale", lambda: scale(-0.3)),
+    Case("set_to_zero", lambda: set_to_zero(), exempt=FROZEN),
     Case("clip_by_value", lambda: clip_by_value(0.3)),
     Case("clip_by_norm", lambda: clip_by_norm(0.3)),
     Case("clip_by_global_norm", lambda: clip_by_global_norm(0.3)),

@@ -26,7 +26,9 @@ from adamjax import (
     row_gradient,
     scale,
     scale_by_adam,
+    set_to_zero,
     skip_not_finite,
+    skipped_steps,
     to_config,
     with_hyperparams,
 )
@@ -526,3 +528,18 @@ def test_partition_refuses():
     wrong = {"enc": {**GRADS["enc"], "kernel": jnp.ones(3)}, "head": GRADS["head"]}
     with pytest.raises(ValueError, match=r"scale_by_adam: grads\['enc/kernel'\].*\(1, 2\)"):
         tx.update(wrong, tx.init(PARAMS), PARAMS)
+
+
+def test_frozen_leaves_stay_as_they_are_whatever_their_gradients_are():
+    """0 times NaN is NaN, so `scale(0.0)` would pass the NaN on to weights that are not trained."""
+    params = {"base": {"table": jnp.ones((4, 2)), "w": jnp.ones(3)}, "head": jnp.ones(3)}
+    bad = {"base": {"table": jnp.full((4, 2), jnp.nan), "w": jnp.array([jnp.inf, 1.0, -2.0])}}
+    rows = row_gradient(jnp.array([1]), jnp.full((1, 2), jnp.nan), num_rows=4)
+    trained = skip_not_finite(adam(0.1))
+    tx = partition([("^base/", set_to_zero())], default=trained)
+    for table in (bad["base"]["table"], rows):
+        grads = {"base": bad["base"] | {"table": table}, "head": jnp.full(3, jnp.nan)}
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, state = update(grads, tx.init(params), params)
+            assert_same(apply_updates(params, updates), params)
+            assert skipped_steps(state) == 1

@@ -260,3 +260,35 @@ def test_what_does_not_fit_is_refused():
         adamjax.grouped(tx)
     with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
         adamjax.convert.to_optax(state, tx, PARAMS, state)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_the_float32_weights_are_read_from_any_state(around):
+    tx = AROUND[around](master_weights(adamjax.adam(1e-3)))
+    state = tx.init(PARAMS)
+    _, state = tx.update(gradients(0), state, PARAMS)
+    weights = adamjax.float32_weights(state, PARAMS)
+    for name in "wh":
+        assert weights[name].dtype == jnp.float32
+        moved = np.abs(weights[name] - PARAMS[name].astype(jnp.float32))
+        np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
+    for name in "fnz":
+        assert weights[name] is PARAMS[name]
+
+
+def test_float32_weights_of_other_parameters_are_refused():
+    state = master_weights(adamjax.adam(1e-3)).init(PARAMS)
+    with pytest.raises(ValueError, match="float32_weights: params has the leaves"):
+        adamjax.float32_weights(state, {"w": PARAMS["w"]})
+    with pytest.raises(
+        ValueError, match=r"float32_weights: the weight of 'w' .*pass the parameters"
+    ):
+        adamjax.float32_weights(state, PARAMS | {"w": PARAMS["w"].T})
+    with pytest.raises(ValueError, match="the state has no master_weights"):
+        adamjax.float32_weights(adamjax.adam(1e-3).init(PARAMS), PARAMS)
+    tx = master_weights(adamjax.exact_rows(adamjax.adam(1e-3), "w"))
+    state = tx.init(PARAMS)
+    rows = adamjax.row_gradient(jnp.array([1]), jnp.ones((1, 3), jnp.bfloat16), num_rows=4)
+    _, state = tx.update(gradients(0) | {"w": rows}, state, PARAMS)
+    with pytest.raises(ValueError, match=r"float32_weights: .*flush"):
+        adamjax.float32_weights(state, PARAMS)

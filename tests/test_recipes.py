@@ -20,6 +20,7 @@ PRINTS = {
     "accumulation": rf"64 calls, 16 steps\nthe largest difference to .* whole batches: ({SMALL})",
     "eight_devices": r"8 devices; each holds 128 of 1024\nloss (\d\.\d+), on one device \1",
     "equinox_average": r"of the last weights: 0\.00\d+\n.*average: 0\.00\d+\n0.5 \* 0.5 = 0\.2\d",
+    "fine_tuning": r"to 0\.00\d+\n.*averaged weights 0\.00\d+\n59 steps, 1 skipped\nfloat32.*",
     "flax_nnx": r"learning rate 0\.\d+\nheld-out loss: 0\.0\d+\n.* has the same weights: True",
     "from_optax": rf"200\nthe .* 100 more steps: ({SMALL})\nwith .*: from_optax refuses it",
     "keras_and_back": rf"the largest difference of a weight: ({SMALL})",

@@ -278,6 +278,7 @@ def test_a_leaf_that_would_move_uphill_is_refused():
             adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
     start = params()["table"]
     for tx in (
+        adamjax.partition([("^w", adam)], default=adamjax.set_to_zero()),
         adamjax.chain(adamjax.masked(adam, "^w"), adamjax.masked(still, "table")),
         adamjax.chain(adamjax.masked(adam, "^w"), optax.masked(still, {"w": False, "table": True})),
         adamjax.partition([("^w", adam)], default=still),

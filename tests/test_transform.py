@@ -92,7 +92,9 @@ def test_a_chain_is_its_parts_in_turn():
 
 
 def test_a_state_of_another_chain_is_refused():
-    with pytest.raises(ValueError, match=r"chain: the state has 2 parts for 1 transforms"):
+    with pytest.raises(
+        ValueError, match=r"chain: the state has 2 parts for 1 transforms: \(\), \(\) for scale"
+    ):
         chain(scale(1.0)).update(GRADS, chain(scale(1.0), scale(1.0)).init(PARAMS))
 
 

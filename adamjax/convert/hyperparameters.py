@@ -17,7 +17,7 @@ from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
-from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate
+from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 from adamjax.schedule import by_path, rate_at
 from adamjax.structure import Part
 from adamjax.transform import Rule
@@ -446,7 +446,8 @@ class HyperparameterCheck:
 
     def _rate(self, path: str, after: Sequence[Part], steps_later: int = 0) -> Any:
         """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
-        scales = any(isinstance(part.tx, scale | scale_by_learning_rate) for part in after)
+        scaling = scale | scale_by_learning_rate | set_to_zero
+        scales = any(isinstance(part.tx, scaling) for part in after)
         return -self._factor(path, after, steps_later) if scales else None
 
     def _factor(self, path: str, route: Sequence[Part], steps_later: int = 0) -> float:
@@ -458,6 +459,8 @@ class HyperparameterCheck:
                 factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
                 factor *= float(part.tx.factor)
+            elif isinstance(part.tx, set_to_zero):
+                factor = 0.0
         return factor
 
     # --- the weight decay -------------------------------------------------------------------------
