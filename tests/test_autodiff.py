@@ -41,8 +41,8 @@ class Rows:
     """A table of which rows are read.
 
     Attributes:
-      ids: the indices read, out of `[-num_rows, num_rows)`; others are no row. A function: it
-        gives the rows, from a table that holds its own row numbers.
+      ids: the indices read; those outside of `[-num_rows, num_rows)` are no row. Or a function
+        that makes the same reads of a table in which each row is its own number.
       room: how many indices are read at most, in all branches; `None`: as many as `ids`.
     """
 
@@ -54,7 +54,7 @@ class Rows:
             object.__setattr__(self, "room", np.size(self.ids))
 
     def found(self, table):
-        """The same, with the indices that the function gives."""
+        """The same, with the indices that the function reads."""
         if not callable(self.ids):
             return self
         return dataclasses.replace(self, ids=self.ids(jnp.arange(float(len(table)))))
@@ -76,7 +76,7 @@ class Dense:
     operation: str
 
 
-# Equal gradients are promised, and nothing about what they look like.
+# A table whose gradient must be equal to JAX's, whether it is of rows or dense.
 ANY = object()
 
 
@@ -97,8 +97,8 @@ def case(*args, exact=True, **tables):
     def add(loss):
         name = loss.__name__.rstrip("_")
         assert name not in CASES
-        by_path = {path.replace("__", "/"): what for path, what in tables.items()}
-        CASES[name] = Case(loss, args, by_path, exact)
+        of_paths = {path.replace("__", "/"): what for path, what in tables.items()}
+        CASES[name] = Case(loss, args, of_paths, exact)
         return loss
 
     return add
@@ -113,6 +113,9 @@ def halves(*shape, dtype=np.float32, seed=0):
 def params(dtype=np.float32, trailing=(D,), num_rows=V, **more):
     table = halves(num_rows, *trailing, dtype=dtype)
     return {"table": table, "w": np.float32(0.5), **more}
+
+
+WITH_OTHER = params(other=halves(V, D, seed=1))
 
 
 def quad(p, rows):
@@ -198,7 +201,7 @@ def by_path(tree):
 
 
 def laid_out(g):
-    """What `to_dense` gives, without a program for it."""
+    """What `to_dense` gives, by NumPy: it compiles nothing."""
     if not isinstance(g, RowGradient):
         return g
     live = np.asarray(g.indices) < g.num_rows
@@ -233,7 +236,10 @@ def value_and_grad(case, **options):
 
 
 def read_case(name, reader, ids, exact=True, **table):
-    """A case that reads an array of indices in one way; which rows those are, the reader says."""
+    """A case that reads an array of indices in one way.
+
+    The reader also says which rows those are: it reads the 1-d array of the row numbers.
+    """
 
     def loss(p, ids):
         rows = reader(p["table"], ids)
@@ -427,7 +433,7 @@ def two_tables(p, ids, others):
     return quad(p, mixed)
 
 
-@case(params(other=halves(V, D, seed=1)), MANY, VALID, table=Rows(MANY), other=Rows(VALID))
+@case(WITH_OTHER, MANY, VALID, table=Rows(MANY), other=Rows(VALID))
 def one_lookup_for_two_tables(p, ids, others):
     lookup = jax.jit(lambda table, ids: table[ids])
     return quad(p, lookup(p["table"], ids)) + quad(p, lookup(p["other"], others))
@@ -793,7 +799,7 @@ def scan_has_it_twice(p, batches, others):
     return lax.scan(step, (p["table"], jnp.float32(0)), batches)[0][1]
 
 
-@case(params(other=halves(V, D, seed=1)), MANY, table=Rows(MANY), other=Rows(MANY))
+@case(WITH_OTHER, MANY, table=Rows(MANY), other=Rows(MANY))
 def scan_of_two_tables(p, batches):
     def step(total, ids):
         return total + quad(p, p["table"][ids] * jnp.take(p["other"], ids, axis=0)), None
@@ -912,8 +918,6 @@ def branch_cases():
     ):
         for way, what in ((True, yes), (False, no)):
             name = f"cond_{loss.__name__}_{'yes' if way else 'no'}"
-            if what is ANY and way:
-                continue
             CASES[name] = Case(loss, (params(), np.bool_(way), MANY, VALID), {"table": what})
 
     def switch(p, which, ids, others):
@@ -937,31 +941,33 @@ branch_cases()
 
 
 @jax.custom_jvp
-def tripled(x):
-    """Whose derivative is said to be three times what it is."""
+def steep_square(x):
+    """The square, with a derivative of its own that is three times as large."""
     return x * x
 
 
-tripled.defjvp(lambda primals, tangents: (tripled(*primals), 6 * primals[0] * tangents[0]))
+steep_square.defjvp(
+    lambda primals, tangents: (steep_square(*primals), 6 * primals[0] * tangents[0])
+)
 
 
 @jax.custom_vjp
-def reversed_(x):
-    """The identity, with the gradient's sign turned."""
+def negated_gradient(x):
+    """The identity, with a gradient of the other sign."""
     return x
 
 
-reversed_.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+negated_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
 
 
 @case(params(), MANY, table=Rows(MANY))
 def custom_jvp_of_rows(p, ids):
-    return quad(p, tripled(p["table"][ids]))
+    return quad(p, steep_square(p["table"][ids]))
 
 
 @case(params(), MANY, table=Rows(MANY))
 def custom_vjp_of_rows(p, ids):
-    return quad(p, reversed_(p["table"][ids]))
+    return quad(p, negated_gradient(p["table"][ids]))
 
 
 @case(params(), MANY, table=Rows(MANY))
@@ -969,7 +975,7 @@ def custom_rules_in_scan_in_remat(p, batches):
     @jax.checkpoint
     def of(p):
         def step(total, ids):
-            return total + quad(p, reversed_(tripled(p["table"][ids]))), None
+            return total + quad(p, negated_gradient(steep_square(p["table"][ids]))), None
 
         return lax.scan(step, jnp.float32(0), batches)[0]
 
@@ -1036,7 +1042,7 @@ def custom_vjp_clips_the_tables_gradient(p, ids):
 
 @case(params(), MANY, table=ANY)
 def custom_jvp_of_the_table_elementwise(p, ids):
-    return quad(p, tripled(p["table"])[ids])
+    return quad(p, steep_square(p["table"])[ids])
 
 
 # --- uses of the whole table ----------------------------------------------------------------------
@@ -1048,7 +1054,7 @@ def tied(p, ids):
     return quad(p, hidden @ p["table"].T)
 
 
-@case(params(other=halves(V, D, seed=1)), MANY, table=Dense("dot_general"), other=Rows(MANY))
+@case(WITH_OTHER, MANY, table=Dense("dot_general"), other=Rows(MANY))
 def tied_and_not(p, ids):
     hidden = p["table"][ids].sum(1) + p["other"][ids].sum(1)
     return quad(p, hidden @ p["table"].T)
@@ -1109,10 +1115,7 @@ def scan_changes_the_table(p, batches):
     return jnp.sum(lax.scan(step, p["table"], batches)[1])
 
 
-TWO = params(other=halves(V, D, seed=1))
-
-
-@case(TWO, MANY, table=ANY, other=ANY)
+@case(WITH_OTHER, MANY, table=ANY, other=ANY)
 def scan_swaps_two_tables(p, batches):
     """Each is handed on unchanged, to the other's place."""
 
@@ -1123,13 +1126,13 @@ def scan_swaps_two_tables(p, batches):
     return jnp.sum(lax.scan(step, (p["table"], p["other"]), batches)[1])
 
 
-@case(TWO, MANY, np.bool_(True), table=ANY, other=ANY)
+@case(WITH_OTHER, MANY, np.bool_(True), table=ANY, other=ANY)
 def one_of_two_tables(p, ids, first):
     table = lax.cond(first, lambda a, b: a, lambda a, b: b, p["table"], p["other"])
     return quad(p, table[ids])
 
 
-@case(TWO, MANY, np.arange(V) % 2 == 0, table=ANY, other=ANY)
+@case(WITH_OTHER, MANY, np.arange(V) % 2 == 0, table=ANY, other=ANY)
 def rows_of_two_tables(p, ids, first):
     return quad(p, jnp.where(first[:, None], p["table"], p["other"])[ids])
 
@@ -1159,12 +1162,12 @@ def transposed(p, ids):
     return quad(p, p["table"].T[:, ids])
 
 
-@case({"table": halves(V, V), "w": np.float32(0.5)}, MANY, table=ANY)
+@case(params(trailing=(V,)), MANY, table=ANY)
 def transposed_by_a_reshape(p, ids):
     return quad(p, lax.reshape(p["table"], (V, V), (1, 0))[ids])
 
 
-@case({"table": halves(V, V), "w": np.float32(0.5)}, MANY, table=Rows(MANY))
+@case(params(trailing=(V,)), MANY, table=Rows(MANY))
 def transposed_by_a_reshape_where_nothing_is_differentiated(p, ids):
     turned = lax.reshape(lax.stop_gradient(p["table"]), (V, V), (1, 0))
     return quad(p, p["table"][ids] * turned[ids])
@@ -1291,7 +1294,7 @@ def rows_of_a_row(p, ids):
     return quad(p, p["table"].reshape(V * 2, 2)[ids])
 
 
-@case({"table": halves(12, 2), "w": np.float32(0.5)}, MANY % 6, table=ANY)
+@case(params(num_rows=12, trailing=(2,)), MANY % 6, table=ANY)
 def two_rows_as_one(p, ids):
     return quad(p, p["table"].reshape(6, 4)[ids])
 
@@ -1306,17 +1309,17 @@ def only_column(p, ids):
     return quad(p, p["table"][:, ids])
 
 
-@case({"table": halves(2, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+@case(params(num_rows=2, trailing=(V, D)), MANY, table=ANY)
 def stacked_tables(p, ids):
     return quad(p, jax.vmap(lambda table: table[ids])(p["table"]))
 
 
-@case({"table": halves(3, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+@case(params(num_rows=3, trailing=(V, D)), MANY, table=ANY)
 def stacked_tables_by_batch(p, ids):
     return quad(p, jax.vmap(indexed)(p["table"], ids))
 
 
-@case({"table": halves(3, V, D), "w": np.float32(0.5)}, MANY, table=ANY)
+@case(params(num_rows=3, trailing=(V, D)), MANY, table=ANY)
 def scan_over_stacked_tables(p, batches):
     def step(total, x):
         table, ids = x
@@ -1325,12 +1328,12 @@ def scan_over_stacked_tables(p, batches):
     return lax.scan(step, jnp.float32(0), (p["table"], batches))[0]
 
 
-@case({"table": halves(V, V), "w": np.float32(0.5)}, VALID, table=ANY)
+@case(params(trailing=(V,)), VALID, table=ANY)
 def both_axes(p, ids):
     return quad(p, p["table"][ids, ids]) + quad(p, p["table"][jnp.ix_(ids, ids)])
 
 
-@case({"table": halves(1, D), "w": np.float32(0.5)}, MANY % 1, table=Rows(MANY % 1))
+@case(params(num_rows=1), MANY % 1, table=Rows(MANY % 1))
 def table_of_one_row(p, ids):
     return quad(p, p["table"][ids])
 
@@ -1399,7 +1402,7 @@ def test_as_jax(names):
     try:
         check_cases(names, under_jit)
     except Exception:
-        # Which of them?
+        # Name those that fail by themselves.
         failed = {}
         for name in names:
             try:
@@ -1408,6 +1411,8 @@ def test_as_jax(names):
                 failed[name] = error
         for name, error in failed.items():
             error.add_note(f"in the case {name}")
+        if not failed:
+            raise
         raise ExceptionGroup(", ".join(failed), list(failed.values())) from None
 
 
@@ -1447,7 +1452,7 @@ def test_strict(name):
     with pytest.raises(ValueError, match=rf"\b{path}\b") as error:
         value_and_grad(case, strict=True)(*case.args)
     message = str(error.value)
-    assert re.search(rf"\b({what.operation})\b", message), message
+    assert re.search(rf"\b{what.operation}\b", message), message
     place = re.search(r"test_autodiff\.py:(\d+)", message)
     assert place, message
     first, last = lines(case.loss)
@@ -1460,13 +1465,12 @@ def test_strict_says_the_line():
         return quad(p, hidden @ p["table"].T)
 
     vg = adamjax.value_and_grad(loss, "table", strict=True)
-    operation = "(dot_general)"
     line = lines(loss)[0] + 2
-    with pytest.raises(ValueError, match=rf"(?s)table.*{operation}.*test_autodiff\.py:{line}\b"):
+    with pytest.raises(ValueError, match=rf"(?s)table.*dot_general.*test_autodiff\.py:{line}\b"):
         vg(params(), VALID)
-    with pytest.raises(ValueError, match=operation):
+    with pytest.raises(ValueError, match="dot_general"):
         jax.jit(vg)(params(), VALID)
-    with pytest.raises(ValueError, match=operation):
+    with pytest.raises(ValueError, match="dot_general"):
         adamjax.grad(loss, "table", strict=True)(params(), VALID)
 
 
@@ -1531,6 +1535,10 @@ def simple(p, ids):
     return quad(p, p["table"][ids])
 
 
+def by_rows(loss):
+    return adamjax.value_and_grad(loss, "table")
+
+
 def rows_and_dense(grads):
     """The paths of row gradients and of dense ones."""
     found = by_path(grads)
@@ -1562,12 +1570,13 @@ def with_aux(p, ids):
 def test_auxiliary_outputs():
     vg = adamjax.value_and_grad(with_aux, "table", has_aux=True)
     (value, aux), grads = vg(params(), MANY)
-    (expected, told), dense_grads = jax.value_and_grad(with_aux, has_aux=True)(params(), MANY)
+    by_jax = jax.value_and_grad(with_aux, has_aux=True)
+    (expected, expected_aux), dense_grads = by_jax(params(), MANY)
     check_rows(grads["table"], params()["table"], Rows(MANY))
     assert_equal(dense(grads), dense_grads)
     assert_equal(value, expected)
-    assert_equal(aux.pop("arrays"), told.pop("arrays"), exact=False)
-    assert aux == told
+    assert_equal(aux.pop("arrays"), expected_aux.pop("arrays"), exact=False)
+    assert aux == expected_aux
     grads, aux = adamjax.grad(with_aux, "table", has_aux=True)(params(), MANY)
     assert_equal(dense(grads), dense_grads)
     assert aux["name"] == "a batch"
@@ -1597,8 +1606,8 @@ def test_a_table_in_the_auxiliary_outputs(way):
     assert_equal(aux, jax.tree.map(jnp.asarray, loss(params(), MANY)[1]))
 
 
-def test_pairs_must_be_pairs():
-    with pytest.raises((TypeError, ValueError)):
+def test_with_has_aux_the_loss_must_return_a_pair():
+    with pytest.raises(TypeError, match=r"with has_aux=True the loss function must return a pair"):
         adamjax.value_and_grad(simple, "table", has_aux=True)(params(), MANY)
 
 
@@ -1606,8 +1615,8 @@ def two_arguments(a, ids, b):
     return quad(b, a["table"][ids]) + quad(a, b["embedding"][ids])
 
 
-A = params()
-B = {"embedding": halves(V, 2, seed=3), "w": np.float32(1.5)}
+PARAMS = params()
+OTHER = {"embedding": halves(V, 2, seed=3), "w": np.float32(1.5)}
 
 
 @pytest.mark.parametrize(
@@ -1618,32 +1627,35 @@ B = {"embedding": halves(V, 2, seed=3), "w": np.float32(1.5)}
 def test_argnums(argnums):
     tables = [adamjax.optional("table"), adamjax.optional("embedding")]
     vg = adamjax.value_and_grad(two_arguments, tables, argnums=argnums)
-    value, grads = vg(A, MANY, B)
-    expected = jax.value_and_grad(
-        two_arguments, tuple(argnums) if isinstance(argnums, list) else argnums
-    )(A, MANY, B)
+    value, grads = vg(PARAMS, MANY, OTHER)
+    tuple_or_int = tuple(argnums) if isinstance(argnums, list) else argnums  # JAX takes no list
+    expected = jax.value_and_grad(two_arguments, tuple_or_int)(PARAMS, MANY, OTHER)
     assert_equal((value, dense(grads)), expected)
     found = [g for g in jax.tree.leaves(grads, is_leaf=is_gradient) if isinstance(g, RowGradient)]
     assert len(found) == len(np.atleast_1d(argnums))
 
 
-@pytest.mark.slow
-def test_argnums_of_numpy_and_what_is_none():
-    def found(argnums):
-        tables = [adamjax.optional("table"), adamjax.optional("embedding")]
-        return adamjax.grad(two_arguments, tables, argnums=argnums)(A, MANY, B)
+def gradients_of(argnums):
+    tables = [adamjax.optional("table"), adamjax.optional("embedding")]
+    return adamjax.grad(two_arguments, tables, argnums=argnums)(PARAMS, MANY, OTHER)
 
-    assert_equal(dense(found(np.int64(2))), dense(found(2)))
-    assert_equal(dense(found(np.array([0, 2]))), dense(found((0, 2))))
+
+@pytest.mark.slow
+def test_argnums_of_numpy():
+    assert_equal(dense(gradients_of(np.int64(2))), dense(gradients_of(2)))
+    assert_equal(dense(gradients_of(np.array([0, 2]))), dense(gradients_of((0, 2))))
+
+
+def test_wrong_argnums_are_refused():
     for bad in ((0, 0), (2, -1), [0, 2, -3]):
         with pytest.raises(ValueError, match=r"argnums=.* has an argument twice"):
-            found(bad)
+            gradients_of(bad)
     for bad in ("0", True, 1.0, None, (0, True), (0, "2"), np.array([0.0])):
         with pytest.raises(TypeError, match="argnums must be an int or a tuple of ints, got"):
-            found(bad)
+            gradients_of(bad)
     for bad in (3, (0, -4)):
         with pytest.raises(ValueError, match="needs more than the 3 positional arguments"):
-            found(bad)
+            gradients_of(bad)
 
 
 @pytest.mark.slow
@@ -1660,10 +1672,10 @@ def test_large_unsigned_indices_read_what_jax_reads():
 
 def test_a_table_as_an_argument():
     """The argument is the leaf, and its path is empty."""
-    vg = adamjax.value_and_grad(lambda ids, table: quad(A, table[ids]), "", argnums=1)
-    _, rows = vg(MANY, A["table"])
-    check_rows(rows, A["table"], Rows(MANY))
-    assert_equal(rows.to_dense(), jax.grad(simple)(A, MANY)["table"])
+    vg = adamjax.value_and_grad(lambda ids, table: quad(PARAMS, table[ids]), "", argnums=1)
+    _, rows = vg(MANY, PARAMS["table"])
+    check_rows(rows, PARAMS["table"], Rows(MANY))
+    assert_equal(rows.to_dense(), jax.grad(simple)(PARAMS, MANY)["table"])
 
 
 def test_keywords():
@@ -1679,7 +1691,7 @@ def test_keywords():
 
 
 def test_patterns():
-    p = {"a": {"table": A["table"]}, "b": {"table": B["embedding"]}, "w": A["w"]}
+    p = {"a": {"table": PARAMS["table"]}, "b": {"table": OTHER["embedding"]}, "w": PARAMS["w"]}
 
     def loss(p, ids):
         return quad(p, p["a"]["table"][ids]) + quad(p, p["b"]["table"][ids])
@@ -1695,16 +1707,7 @@ def test_patterns():
         assert_equal(dense(grads), jax.grad(loss)(p, MANY))
 
 
-def test_a_pattern_that_matches_nothing():
-    with pytest.raises(ValueError, match=r"(?s)tabel.*table"):
-        adamjax.value_and_grad(simple, "tabel")(params(), MANY)
-    with pytest.raises(ValueError, match="regular expression"):
-        adamjax.value_and_grad(simple, "(table")(params(), MANY)
-    with pytest.raises(ValueError, match=r"\[\]"):
-        adamjax.grad(simple, "table")({}, MANY)
-
-
-def test_more_rows_than_int32_numbers_are_refused():
+def test_more_rows_than_an_int32_can_number_are_refused():
     def reads(num_rows):
         table = jax.ShapeDtypeStruct((num_rows, 2), jnp.float32)
         return jax.eval_shape(adamjax.grad(lambda t: jnp.sum(t[:3]), ""), table)
@@ -1765,12 +1768,12 @@ def test_arguments_closed_over():
 
     def outer(w, ids):
         vg = adamjax.value_and_grad(lambda p: quad({"w": w}, p["table"][ids]), "table")
-        value, grads = vg({"table": A["table"]})
+        value, grads = vg({"table": PARAMS["table"]})
         return value, grads["table"].to_dense()
 
-    expected = jax.value_and_grad(lambda t: quad(A, t[MANY]))(A["table"])
-    assert_equal(outer(A["w"], MANY), expected)
-    assert_equal(jax.jit(outer)(A["w"], MANY), expected)
+    expected = jax.value_and_grad(lambda t: quad(PARAMS, t[MANY]))(PARAMS["table"])
+    assert_equal(outer(PARAMS["w"], MANY), expected)
+    assert_equal(jax.jit(outer)(PARAMS["w"], MANY), expected)
 
 
 def test_the_loss_is_called_once():
@@ -1951,13 +1954,13 @@ def test_flax_linen(dtype):
     embed = linen.Embed(V, D, dtype=None if dtype is None else jnp.bfloat16)
 
     def loss(variables, ids):
-        return quad(A, embed.apply(variables, ids))
+        return quad(PARAMS, embed.apply(variables, ids))
 
     check_package(loss, (table, MANY), Rows(MANY), "params/embedding")
 
     def tied(variables, ids):
         hidden = embed.apply(variables, ids)
-        return quad(A, embed.apply(variables, hidden, method="attend"))
+        return quad(PARAMS, embed.apply(variables, hidden, method="attend"))
 
     check_package(tied, (table, MANY), Dense("dot_general"), "params/embedding")
 
@@ -2001,13 +2004,13 @@ def test_flax_nnx_split(dtype):
     assert "embedding" in path
 
     def loss(state, ids):
-        return quad(A, nnx.merge(graph, state)(ids))
+        return quad(PARAMS, nnx.merge(graph, state)(ids))
 
     check_package(loss, (state, MANY), Rows(MANY), path)
 
     def tied(state, ids):
         embed = nnx.merge(graph, state)
-        return quad(A, embed.attend(embed(ids)))
+        return quad(PARAMS, embed.attend(embed(ids)))
 
     check_package(tied, (state, MANY), Dense("dot_general"), path)
 
@@ -2022,7 +2025,7 @@ def test_flax_nnx_module():
     [path] = by_path(embed)
 
     def loss(model, ids):
-        return quad(A, model(ids))
+        return quad(PARAMS, model(ids))
 
     check_package(loss, (embed, MANY), Rows(MANY), path)
 
@@ -2075,10 +2078,6 @@ def test_donation():
     assert_equal((value, p), descended(jax.value_and_grad(simple))(params(), MANY))
 
 
-def row_wise(loss):
-    return adamjax.value_and_grad(loss, "table")
-
-
 def test_under_vmap():
     """A gradient of every example."""
     vg = adamjax.value_and_grad(simple, "table")
@@ -2086,7 +2085,7 @@ def test_under_vmap():
     expected = jax.vmap(jax.value_and_grad(simple), in_axes=(None, 0))(params(), MANY)
     assert grads["table"].values.shape == (*MANY.shape, D)
     for i, ids in enumerate(MANY):
-        check_rows(jax.tree.map(lambda x, i=i: x[i], grads["table"]), A["table"], Rows(ids))
+        check_rows(jax.tree.map(lambda x, i=i: x[i], grads["table"]), PARAMS["table"], Rows(ids))
     assert_equal((value, jax.vmap(dense)(grads)), expected)
 
 
@@ -2096,7 +2095,7 @@ def test_under_vmap_over_models():
         lambda *x: jnp.stack(x), params(), {**params(), "table": halves(V, D, seed=9)}
     )
     ids = MANY[:2]
-    both = [jax.vmap(f(simple)) for f in (row_wise, jax.value_and_grad)]
+    both = [jax.vmap(f(simple)) for f in (by_rows, jax.value_and_grad)]
     (value, grads), expected = quickly(lambda *args: [f(*args) for f in both], stacked, ids)
     assert grads["table"].values.shape == (2, 4, D)
     assert_equal((value, jax.vmap(dense)(grads)), expected)
@@ -2143,7 +2142,7 @@ def test_second_derivatives():
 
         return [jax.jvp(of, (p,), (t,)) for t in (tangent, of_w)], jax.grad(penalty)(p)
 
-    both = [functools.partial(derivatives, f) for f in (row_wise, jax.value_and_grad)]
+    both = [functools.partial(derivatives, f) for f in (by_rows, jax.value_and_grad)]
     actual, expected = quickly(lambda p: [f(p) for f in both], params())
     assert_equal(actual, expected)
 
@@ -2174,18 +2173,18 @@ def over_devices():
     # The batch lies on all devices, and jit divides the work.
     value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(p, ids)
     expected = jax.value_and_grad(of_shards)(params(), SHARDS)
-    check_rows(grads["table"], A["table"], Rows(SHARDS))
+    check_rows(grads["table"], PARAMS["table"], Rows(SHARDS))
     assert_equal((value, dense(grads)), expected)
 
     # And the table by its rows, and by its columns.
     for rows in (jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec(None, "batch")):
-        wide = params(trailing=(16,), table=halves(16, 16))
+        wide = params(num_rows=16, trailing=(16,))
         cut = {**wide, "table": jax.device_put(wide["table"], place(rows))}
         value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(cut, ids)
         check_rows(grads["table"], wide["table"], Rows(np.arange(16), SHARDS.size))
         assert_equal((value, dense(grads)), jax.value_and_grad(of_shards)(wide, SHARDS))
 
-    # A table that is told where to lie.
+    # A table whose sharding is constrained in the loss.
     def placed(p, ids):
         table = lax.with_sharding_constraint(p["table"], place(whole))
         return of_shards({**p, "table": table}, ids)
@@ -2207,7 +2206,7 @@ def over_devices():
     values, grads = jax.jit(mapped(own, mesh, (whole, batch), batch))(p, ids)
     for i, shard in enumerate(SHARDS):
         one = jax.tree.map(lambda x, i=i: x[i], grads)
-        check_rows(one["table"], A["table"], Rows(shard))
+        check_rows(one["table"], PARAMS["table"], Rows(shard))
         expected = jax.value_and_grad(of_shards)(params(), shard)
         assert_equal((values[i], dense(one)), expected)
 
@@ -2218,11 +2217,10 @@ def over_devices():
         return jax.tree.map(lambda x: x[None], dense(grads))
 
     total = jax.jit(mapped(summed, mesh, (whole, batch), batch))(p, ids)
-    expected = jax.grad(of_shards)(params(), SHARDS)
+    of_shard = [jax.grad(of_shards)(params(), shard) for shard in SHARDS]
+    expected = jax.tree.map(lambda *grads: sum(grads), *of_shard)
     for i in range(DEVICES):
-        got = jax.tree.map(lambda x, i=i: x[i], total)
-        assert_equal(got["table"], expected_sum("table"))
-        assert_equal(got["w"], expected_sum("w"))
+        assert_equal(jax.tree.map(lambda x, i=i: x[i], total), expected)
 
     # A shard_map in the loss.
     def parted(p, ids):
@@ -2234,11 +2232,6 @@ def over_devices():
     expected = jax.jit(jax.value_and_grad(parted))(p, ids)
     value, grads = jax.jit(adamjax.value_and_grad(parted, "table"))(p, ids)
     assert_equal((value, dense(grads)), expected)
-
-
-def expected_sum(name):
-    """The sum of the gradients of each device's examples alone."""
-    return sum(jax.grad(of_shards)(params(), shard)[name] for shard in SHARDS)
 
 
 @pytest.mark.slow

@@ -16,6 +16,15 @@ from support import assert_close, assert_same
 import adamjax
 from adamjax import extend, testing
 
+PARAMS = {"table": jnp.linspace(-1, 1, 24).reshape(8, 3), "gain": jnp.ones(2)}
+
+
+def row_grads(t):
+    rng, ids = np.random.default_rng(t), jnp.array([[t % 8, 5], [t % 8, (3 * t) % 8]])
+    values = jnp.asarray(rng.normal(size=(2, 2, 3)), jnp.float32)
+    gain = jnp.asarray(rng.normal(size=2), jnp.float32)
+    return {"table": adamjax.row_gradient(ids, values, 8), "gain": gain}
+
 
 def zeros(params):
     """A new slot, in float32 at least."""
@@ -310,7 +319,14 @@ class adopt(extend.Rule):
     def init(self, params):
         return AdoptState(new_count(), zeros(params), real_zeros(params))
 
+    def check_state(self, state):
+        extend.expect_state(self, state, AdoptState)
+        extend.expect_wide("adopt", "m", state.m)
+        extend.expect_wide("adopt", "v", state.v)
+
     def update(self, updates, state, params=None, **extra_args):
+        self.check_state(state)
+
         def scalars(real):
             averages = extend.averaging(self.b1, real), extend.averaging(self.b2, real)
             return AdoptScalars(*averages, extend.divisor(self.eps, real))
@@ -324,31 +340,6 @@ class adopt(extend.Rule):
 
     def momentum_coefficient(self, state, real):
         return extend.scalar(1.0, real)
-
-
-def test_a_rule_that_divides_must_say_how_its_divisor_decays():
-    class forgetful(adopt):
-        def coast(self):
-            return extend.Coast(self.b1, decays=(("m", self.b1), ("v", self.b2)))
-
-    with pytest.raises(TypeError, match=r"divides by its slot 'v'.*shrink and eps.*size=None"):
-        adamjax.exact_rows(forgetful(), "table")
-
-
-def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
-    """With rows="lazy" the count of steps says nothing of it; its slots do."""
-    tx = adopt(rows="lazy")
-    state, late = tx.init(PARAMS["table"]), tx.init(PARAMS["table"])
-    g = jnp.arange(1.0, 7.0).reshape(2, 3)
-    other = adamjax.row_gradient(jnp.array([0, 1]), g, 8)
-    for _ in range(3):
-        _, late = tx.update(other, late)
-    rows = adamjax.row_gradient(jnp.array([2, 5]), g, 8)
-    for _ in range(3):
-        updates, state = tx.update(rows, state)
-        late_updates, late = tx.update(rows, late)
-        assert_same(late_updates.to_dense(), updates.to_dense())
-    assert np.any(updates.to_dense() != 0)
 
 
 # --- not elementwise: gradient centralization, arXiv:2004.01461 -----------------------------------
@@ -375,6 +366,7 @@ TRIALS = {
     "adan": testing.Trial(adan(), reference=adan_reference),
     "adan, lazy": testing.Trial(adan(rows="lazy")),
     "rms": testing.Trial(rms(), reference=rms_reference),
+    "adopt": testing.Trial(adopt()),
 }
 
 
@@ -403,15 +395,6 @@ def test_moves_as_with_optax(ours, theirs):
 
 # --- in a chain, and functions that read states ---------------------------------------------------
 
-PARAMS = {"table": jnp.linspace(-1, 1, 24).reshape(8, 3), "gain": jnp.ones(2)}
-
-
-def row_grads(t):
-    rng, ids = np.random.default_rng(t), jnp.array([[t % 8, 5], [t % 8, (3 * t) % 8]])
-    values = jnp.asarray(rng.normal(size=(2, 2, 3)), jnp.float32)
-    gain = jnp.asarray(rng.normal(size=2), jnp.float32)
-    return {"table": adamjax.row_gradient(ids, values, 8), "gain": gain}
-
 
 @pytest.mark.parametrize("rule", [lion(), adan(), rms()], ids=["lion", "adan", "rms"])
 def test_a_chain_does_what_its_parts_do_one_after_another(rule):
@@ -426,6 +409,22 @@ def test_a_chain_does_what_its_parts_do_one_after_another(rule):
         expected, states[1] = rate.update(direction, states[1], PARAMS)
         assert_close(updates, expected)
         assert_close(state, tuple(states))
+
+
+def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
+    """With rows="lazy" the slots of a row say whether it had a gradient; the count does not."""
+    tx = adopt(rows="lazy")
+    state, late_state = tx.init(PARAMS["table"]), tx.init(PARAMS["table"])
+    g = jnp.arange(1.0, 7.0).reshape(2, 3)
+    other_rows = adamjax.row_gradient(jnp.array([0, 1]), g, 8)
+    for _ in range(3):
+        _, late_state = tx.update(other_rows, late_state)
+    rows = adamjax.row_gradient(jnp.array([2, 5]), g, 8)
+    for _ in range(3):
+        updates, state = tx.update(rows, state)
+        late_updates, late_state = tx.update(rows, late_state)
+        assert_same(late_updates.to_dense(), updates.to_dense())
+    assert np.any(updates.to_dense() != 0)
 
 
 def test_states_are_read_by_name():
@@ -500,6 +499,28 @@ def test_exact_rows_refuses_a_rule_without_coast(rule):
         adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
 
 
+def test_a_rule_that_divides_must_say_how_its_divisor_decays():
+    class forgetful(adopt):
+        def coast(self):
+            return extend.Coast(self.b1, decays=(("m", self.b1), ("v", self.b2)))
+
+    with pytest.raises(TypeError, match=r"divides by its slot 'v'.*shrink and eps.*size=None"):
+        adamjax.exact_rows(forgetful(), "table")
+
+
+def run_both(exact, dense, steps):
+    """Parameters and states after steps of `exact_rows` and of the dense optimizer inside it."""
+    params = expected = PARAMS
+    state, expected_state = exact.init(PARAMS), dense.init(PARAMS)
+    exact_step, dense_step = (jax.jit(testing.Trial(tx).step) for tx in (exact, dense))
+    for t in range(steps):
+        grads = row_grads(t)
+        params, state, _ = exact_step(params, state, grads)
+        grads["table"] = grads["table"].to_dense()
+        expected, expected_state, _ = dense_step(expected, expected_state, grads)
+    return params, state, expected, expected_state
+
+
 @pytest.mark.parametrize(
     ("rule", "history"),
     [(rms(), None), (rms(), 128), (adopt(), 256)],
@@ -515,14 +536,7 @@ def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(rule, history):
         adamjax.weight_ema(0.9),
     )
     exact = adamjax.exact_rows(dense, "table", history=history)
-    params, expected = PARAMS, PARAMS
-    state, expected_state = exact.init(PARAMS), dense.init(PARAMS)
-    steps = [jax.jit(testing.Trial(tx).step) for tx in (exact, dense)]
-    for t in range(60):
-        grads = row_grads(t)
-        params, state, _ = steps[0](params, state, grads)
-        grads["table"] = grads["table"].to_dense()
-        expected, expected_state, _ = steps[1](expected, expected_state, grads)
+    params, state, expected, expected_state = run_both(exact, dense, 60)
     rows = exact.lookup(params, state, "table", jnp.arange(8))
     assert_close(rows, expected["table"], rtol=1e-5)
     assert np.any(params["table"] != rows)  # some rows lag behind
@@ -542,7 +556,7 @@ def test_exact_rows_takes_any_transform_that_is_masked_from_the_table():
     assert_same(adamjax.apply_updates(params, updates), adamjax.apply_updates(params, expected))
     assert abs(float(jnp.sum(updates["kernel"]))) < 1e-6
 
-    # What is to be done is said in order: mask it; the flag only if it is true.
+    # The error first says to mask it, and then when to set the flag.
     text = r"exact_rows: centralize\(\) cannot .*masked\(.*Only if it always .*keeps_zero = True"
     for tx in (centralize(), adamjax.masked(centralize(), "table")):
         with pytest.raises(ValueError, match=text):
@@ -571,19 +585,14 @@ class average_rms(rms):
         return super().coast()._replace(momentum="average", decays=decays)
 
     def check_state(self, state):
+        # `step` of `rms` checks its own state.
         extend.expect_state(self, state, AverageState | RmsState)
 
 
 def test_a_rule_may_have_a_slot_called_average_but_not_in_a_chain_with_weight_ema():
     dense = adamjax.chain(average_rms(), adamjax.scale(-0.1))
     exact = adamjax.exact_rows(dense, "table")
-    params, state = PARAMS, exact.init(PARAMS)
-    expected, expected_state = PARAMS, dense.init(PARAMS)
-    for t in range(6):
-        grads = row_grads(t)
-        params, state, _ = testing.Trial(exact).step(params, state, grads)
-        grads["table"] = grads["table"].to_dense()
-        expected, expected_state, _ = testing.Trial(dense).step(expected, expected_state, grads)
+    params, state, expected, expected_state = run_both(exact, dense, 6)
     params, state = exact.flush(params, state)
     assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
 
@@ -634,7 +643,6 @@ def test_the_example_keeps_all_laws(monkeypatch):
 
 def test_every_name_is_described():
     """Each has its line in the module's docstring."""
-    assert adamjax.extend is extend
     for name in extend.__all__:
         assert f"`{name}`" in extend.__doc__, name
 

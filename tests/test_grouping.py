@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, avals, float0, run_on_devices
+from support import assert_close, assert_same, avals, counted, float0, run_on_devices
 
 import adamjax
 from adamjax import (
@@ -91,20 +91,23 @@ def stepping(tx):
     return step
 
 
-def assert_alike(tx, gradients, assert_equal=assert_same):
-    """Weights, updates and state of a run are those of the transform that is not grouped."""
-    grouped_tx, params, other = grouped(tx, max_size=16), PARAMS, PARAMS
-    state, alone = grouped_tx.init(params), tx.init(other)
-    step, alone_step = stepping(grouped_tx), stepping(tx)
+def assert_alike(tx, gradients, assert_equal=assert_same, params=PARAMS, jit=lambda f: f):
+    """Weights, updates and state of a run are those of the transform that is not grouped.
+
+    Returns the grouped transform, the parameters, its state and that of the plain transform.
+    """
+    grouped_tx, plain_params = grouped(tx, max_size=16), params
+    state, plain_state = grouped_tx.init(params), tx.init(params)
+    step, plain_step = jit(stepping(grouped_tx)), jit(stepping(tx))
     form = avals(state)
     for grads in gradients:
         params, state, updates = step(params, state, grads)
-        other, alone, expected = alone_step(other, alone, grads)
+        plain_params, plain_state, expected = plain_step(plain_params, plain_state, grads)
         assert avals(state) == form
         assert_equal(updates, expected)
-        assert_equal(params, other)
-        assert_equal(grouped_tx.split(state), alone)
-    return grouped_tx, params, state, alone
+        assert_equal(params, plain_params)
+        assert_equal(grouped_tx.split(state), plain_state)
+    return grouped_tx, params, state, plain_state
 
 
 ELEMENTWISE = {
@@ -124,7 +127,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("tx", ELEMENTWISE.values(), ids=ELEMENTWISE)
 @pytest.mark.slow
 def test_elementwise_steps_are_the_same_bit_for_bit(tx):
-    """Operation by operation; what a compiler fuses it may round otherwise."""
+    """Without `jit`: the compiler may fuse, and so round, the two programs differently."""
     with jax.disable_jit():
         assert_alike(tx, [make_grads(t) for t in range(3)])
 
@@ -132,15 +135,11 @@ def test_elementwise_steps_are_the_same_bit_for_bit(tx):
 def test_compiled_steps_are_the_same_up_to_rounding():
     """With a norm of all leaves, which buckets sum in another order."""
     tx = chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9))
-    params = {name: PARAMS[name] for name in ("block", "gain", "large", "table")}
-    grouped_tx, other = grouped(tx, max_size=16), params
-    state, alone = grouped_tx.init(params), tx.init(params)
-    step, alone_step = jax.jit(stepping(grouped_tx)), jax.jit(stepping(tx))
-    for t in range(3):
-        grads = {name: make_grads(t)[name] for name in params}
-        params, state, updates = step(params, state, grads)
-        other, alone, expected = alone_step(other, alone, grads)
-        assert_close((params, updates, grouped_tx.split(state)), (other, expected, alone))
+    names = ("block", "gain", "large", "table")
+    params, *gradients = (
+        {name: tree[name] for name in names} for tree in (PARAMS, *map(make_grads, range(3)))
+    )
+    assert_alike(tx, gradients, assert_close, params, jax.jit)
 
 
 @pytest.mark.slow
@@ -154,17 +153,27 @@ def test_leaves_without_a_gradient_stand_still_whichever_they_are():
 
         return jax.tree_util.tree_map_with_path(kept, make_grads(t))
 
+    # "e" is in the paths of all kernels and of most other leaves.
     absent = [("1/bias",), (), ("0/bias", "gain", "half/0"), ("bias", "kernel", "wave"), ("e",), ()]
     gradients = [without(t, *names) for t, names in enumerate(absent)]
     with jax.disable_jit():
-        for tx in (ELEMENTWISE["adamw"], amsgrad(0.1)):
-            grouped_tx, params, state, _ = assert_alike(tx, gradients)
-        _, after, moved = stepping(grouped_tx)(params, state, without(7, "2/kernel"))[::-1]
+        assert_alike(ELEMENTWISE["adamw"], gradients)
+        grouped_tx, params, state, _ = assert_alike(amsgrad(0.1), gradients)
+        moved, after, _ = stepping(grouped_tx)(params, state, without(7, "2/kernel"))
     assert_same(moved["block"][2]["kernel"], params["block"][2]["kernel"])
     for slot in ("m", "v"):
         before, now = (get_slot(s, slot)["block"][2] for s in (state, after))
         assert_same(now["kernel"], before["kernel"])
         assert np.all(now["bias"] != before["bias"])
+
+
+def dense(tree):
+    """The tree with arrays in the place of row gradients."""
+
+    def is_rows(x):
+        return isinstance(x, adamjax.RowGradient)
+
+    return jax.tree.map(lambda x: x.to_dense() if is_rows(x) else x, tree, is_leaf=is_rows)
 
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
@@ -174,19 +183,11 @@ def test_row_gradients_of_small_tables(rows):
     gradients = [make_grads(t) for t in range(3)]
     gradients[1]["table"] = row_gradient(jnp.array([1, 4]), values, 6)
 
-    def equal(actual, expected):
-        dense = [
-            jax.tree.map(
-                lambda x: x.to_dense() if isinstance(x, adamjax.RowGradient) else x,
-                tree,
-                is_leaf=lambda x: isinstance(x, adamjax.RowGradient),
-            )
-            for tree in (actual, expected)
-        ]
-        assert_same(*dense)
+    def assert_same_dense(actual, expected):
+        assert_same(dense(actual), dense(expected))
 
     with jax.disable_jit():
-        assert_alike(adam(0.1, rows=rows), gradients, equal)
+        assert_alike(adam(0.1, rows=rows), gradients, assert_same_dense)
 
 
 def test_gradients_of_other_dtypes_than_their_neighbours():
@@ -199,25 +200,21 @@ def test_gradients_of_other_dtypes_than_their_neighbours():
 
 
 def test_the_state_is_few_arrays():
-    """Of many leaves; a leaf that is larger than max_size, or alone of its dtype, is by itself."""
+    """A leaf that is larger than max_size, or the only one of its dtype, is in no bucket."""
     params = {f"layer {i}": {"bias": jnp.ones(3 + i % 2), "gain": jnp.ones(())} for i in range(40)}
     params |= {"large": jnp.ones(17), "half": jnp.ones(2, jnp.float16)}
     state = grouped(scale_by_adam(), max_size=16).init(params)
+    # The count; for m and for v, three buckets and the two leaves that are in none.
     assert len(jax.tree.leaves(state)) == 1 + 2 * (3 + 2)
+    # The biases of 3 and of 4 elements, the gains, and those two leaves.
     assert sum(x.size for x in jax.tree.leaves(state.m)) == 20 * 3 + 20 * 4 + 40 + 17 + 2
     names = {jax.tree_util.keystr(k) for k, _ in jax.tree_util.tree_flatten_with_path(state.m)[0]}
     assert {"['large']", "['half']"} <= names
 
 
 def test_a_donated_step_is_traced_once():
-    traces = []
-
-    def step(params, state, grads):
-        traces.append(1)
-        return stepping(tx)(params, state, grads)[:2]
-
     tx = grouped(chain(adam(0.1), weight_ema(0.9)))
-    donated = jax.jit(step, donate_argnums=(0, 1))
+    step, traces = counted(stepping(tx), donate_argnums=(0, 1))
     floats = {"block": PARAMS["block"], "large": PARAMS["large"]}
     for init in (tx.init, jax.jit(tx.init)):
         params = jax.tree.map(jnp.copy, floats)
@@ -225,7 +222,7 @@ def test_a_donated_step_is_traced_once():
         state = pickle.loads(pickle.dumps(state))  # as from a checkpoint
         for _ in range(2):
             held = jax.tree.leaves((params, state))
-            params, state = donated(params, state, floats)
+            params, state, _ = step(params, state, floats)
             assert all(x.is_deleted() for x in held)
     assert len(traces) == 1
 
@@ -241,14 +238,14 @@ def test_shapes_are_enough():
 def test_what_is_read_of_a_state_is_as_without_buckets():
     tx = chain(adam(cosine_decay(0.1, 10)), weight_ema(0.9))
     with jax.disable_jit():
-        grouped_tx, params, state, alone = assert_alike(tx, [make_grads(t) for t in range(2)])
-    assert slot_names(state) == slot_names(alone) == ("m", "v")
+        grouped_tx, params, state, plain_state = assert_alike(tx, [make_grads(t) for t in range(2)])
+    assert slot_names(state) == slot_names(plain_state) == ("m", "v")
     for name in ("m", "v"):
-        assert_same(get_slot(state, name), get_slot(alone, name))
-    assert_same(averaged_weights(state), averaged_weights(alone))
-    assert_same(averaged_weights(state, params), averaged_weights(alone, params))
+        assert_same(get_slot(state, name), get_slot(plain_state, name))
+    assert_same(averaged_weights(state), averaged_weights(plain_state))
+    assert_same(averaged_weights(state, params), averaged_weights(plain_state, params))
     assert step_count(state) == 2
-    assert learning_rate(grouped_tx, state) == learning_rate(tx, alone)
+    assert learning_rate(grouped_tx, state) == learning_rate(tx, plain_state)
     parts = partition([("block", grouped_tx)], default=adam(0.1))
     whole = parts.init(PARAMS)
     assert_same(get_slot(whole, "m"), get_slot(adam(0.1).init(PARAMS), "m"))
@@ -258,40 +255,55 @@ def test_a_run_goes_on_from_a_state_without_buckets():
     tx, grads = skip_not_finite(chain(adamw(0.1), weight_ema(0.9))), make_grads(0)
     grouped_tx = grouped(tx, max_size=16)
     with jax.disable_jit():
-        params, alone, _ = stepping(tx)(PARAMS, tx.init(PARAMS), grads)
-        state = grouped_tx.join(alone, params)
+        params, plain_state, _ = stepping(tx)(PARAMS, tx.init(PARAMS), grads)
+        state = grouped_tx.join(plain_state, params)
         assert avals(state) == avals(grouped_tx.init(PARAMS))
-        assert_same(grouped_tx.split(state), alone)
-        assert_same(
-            *(stepping(t)(params, s, grads)[0] for t, s in ((tx, alone), (grouped_tx, state)))
-        )
-        # The state says how it is grouped, whatever the largest size now is.
-        other = grouped(tx, max_size=4).update(grads, state, params)
-        assert_same(other[0], tx.update(grads, alone, params)[0])
+        assert_same(grouped_tx.split(state), plain_state)
+        expected, _ = tx.update(grads, plain_state, params)
+        assert_same(grouped_tx.update(grads, state, params)[0], expected)
+        # The state says how it is grouped, so another max_size does not matter.
+        assert_same(grouped(tx, max_size=4).update(grads, state, params)[0], expected)
 
 
-@pytest.mark.slow
-def test_around_and_within_other_transforms():
-    """In front of what sees each leaf; as a part; beside a table whose rows are kept exact."""
-    outer = chain(
+def after_two_steps(tx, params, grads):
+    state = tx.init(params)
+    for _ in range(2):
+        params, state, _ = stepping(tx)(params, state, grads)
+    return params, state
+
+
+def between_transforms_of_each_leaf(rule):
+    return chain(
         clip_by_norm(1.0),
-        grouped(scale_by_adam()),
+        rule,
         add_decayed_weights(0.1, "kernel"),
         scale_by_learning_rate(by_path([("bias", 0.0)], default=0.1)),
     )
-    plain = chain(*outer.transforms[:1], scale_by_adam(), *outer.transforms[2:])
-    inner = masked(grouped(adam(0.1)), "kernel")
-    foreign = optax.chain(optax.clip(0.5), optax.GradientTransformationExtraArgs(*grouped(adam())))
-    pairs = [(outer, plain), (inner, masked(adam(0.1), "kernel"))]
-    pairs += [(foreign, chain(clip_by_value(0.5), adam()))]
+
+
+# A transform with `grouped` inside, and the same one without.
+INSIDE = {
+    "chain": (
+        between_transforms_of_each_leaf(grouped(scale_by_adam())),
+        between_transforms_of_each_leaf(scale_by_adam()),
+    ),
+    "masked": (masked(grouped(adam(0.1)), "kernel"), masked(adam(0.1), "kernel")),
+    "optax": (
+        optax.chain(optax.clip(0.5), optax.GradientTransformationExtraArgs(*grouped(adam()))),
+        chain(clip_by_value(0.5), adam()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.slow
+def test_inside_other_transforms(name):
+    with_groups, without_groups = INSIDE[name]
     params = {"block": PARAMS["block"], "table": PARAMS["table"]}
     with jax.disable_jit():
-        for tx, expected in pairs:
-            (p, s), (q, r) = (params, tx.init(params)), (params, expected.init(params))
-            for _ in range(2):
-                p, s, _ = stepping(tx)(p, s, params)
-                q, r, _ = stepping(expected)(q, r, params)
-            assert_same(p, q)
+        moved, _ = after_two_steps(with_groups, params, params)
+        expected, _ = after_two_steps(without_groups, params, params)
+    assert_same(moved, expected)
 
 
 @pytest.mark.slow
@@ -301,19 +313,15 @@ def test_beside_exact_rows():
     grouped_tx = exact_rows(partition(tables, default=grouped(adam(0.1))), "table")
     plain = exact_rows(partition(tables, default=adam(0.1)), "table")
     grads = {**params, "table": row_gradient(jnp.array([3, 7]), jnp.ones((2, 2)), 50)}
-    ends = []
-    for tx in (grouped_tx, plain):
-        p, s = params, tx.init(params)
-        for _ in range(2):
-            p, s, _ = stepping(tx)(p, s, grads)
-        ends.append(tx.flush(p, s)[0])
-    assert_close(*ends)
+    moved, _ = grouped_tx.flush(*after_two_steps(grouped_tx, params, grads))
+    expected, _ = plain.flush(*after_two_steps(plain, params, grads))
+    assert_close(moved, expected)
     with pytest.raises(ValueError, match=r"exact_rows: grouped\(.*by partition"):
         exact_rows(grouped(adam(0.1)), "table")
 
 
 class doubled(adamjax.Transform):
-    """A user's, which treats all elements alike, and says so."""
+    """A user's transform that says that it treats all elements alike."""
 
     groupable = True
 
@@ -324,7 +332,12 @@ class doubled(adamjax.Transform):
         return jax.tree.map(lambda g: 2 * g, grads), state
 
 
-ODD = {
+def test_takes_a_users_transform_that_says_that_it_is_groupable():
+    updates, _ = grouped(doubled()).update([jnp.ones(2), jnp.ones(())], ())
+    assert_same(updates, [jnp.full(2, 2.0), jnp.full((), 2.0)])
+
+
+NOT_ELEMENTWISE = {
     "clip_by_norm": clip_by_norm(0.5),
     "by_path": adam(by_path([("bias", 0.0)], default=0.1)),
     "mask": adamw(0.1, mask="kernel"),
@@ -339,7 +352,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("tx", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("tx", NOT_ELEMENTWISE.values(), ids=NOT_ELEMENTWISE)
 def test_refuses_what_does_not_treat_all_elements_alike(tx):
     with pytest.raises(ValueError, match=r"grouped: .* cannot take leaves in buckets"):
         grouped(tx)
@@ -367,26 +380,24 @@ def test_refuses_wrong_trees_and_sizes():
             grouped(adam(), max_size=wrong)
 
 
-def test_is_told_in_a_config():
+def test_goes_into_a_config_and_back():
     tx = grouped(chain(adamw(0.1), weight_ema(0.9)), max_size=64)
     assert adamjax.from_config(json.loads(json.dumps(adamjax.to_config(tx)))) == tx
-    updates, _ = grouped(doubled()).update([jnp.ones(2), jnp.ones(())], ())
-    assert_same(updates, [jnp.full(2, 2.0), jnp.full((), 2.0)])
 
 
 def test_formats_of_the_leaves_outside_of_buckets():
     device = jax.devices()[0]
     params = jax.device_put({"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones((9, 9))}, device)
     tx = grouped(scale_by_adam(), max_size=16)
-    lie, state_lies = adamjax.layout.formats(tx, params)
-    assert state_lies.m.alone == (lie["large"],)
-    assert lie["large"] is not None
-    state = jax.jit(tx.init, out_shardings=state_lies)(params)
+    formats, state_formats = adamjax.layout.formats(tx, params)
+    assert state_formats.m.alone == (formats["large"],)
+    assert formats["large"] is not None
+    state = jax.jit(tx.init, out_shardings=state_formats)(params)
     assert avals(state) == avals(tx.init(params))
 
 
 @pytest.mark.slow
-def test_leaves_in_pieces_are_left_alone():
+def test_leaves_in_pieces_are_in_no_bucket():
     """Of three leaves on two devices, one has half of its elements on each."""
     script = """
         import jax, jax.numpy as jnp, numpy as np
@@ -395,8 +406,7 @@ def test_leaves_in_pieces_are_left_alone():
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
         whole, pieces = (NamedSharding(mesh, spec) for spec in (P(), P("x")))
         params = {"a": jnp.ones(4), "b": jnp.ones(2), "c": jnp.ones(6)}
-        lies = {"a": whole, "b": whole, "c": pieces}
-        params = jax.device_put(params, lies)
+        params = jax.device_put(params, {"a": whole, "b": whole, "c": pieces})
         tx = adamjax.grouped(adamjax.adam(0.1))
         state = tx.init(params)
         assert [x.shape for x in jax.tree.leaves(state[0].m)] == [(6,), (6,)]
@@ -413,7 +423,7 @@ def test_leaves_in_pieces_are_left_alone():
 @jax.tree_util.register_dataclass
 @dataclass
 class Variable:
-    """As those of flax.nnx, whose Optimizer shows `init` variables and `update` their values."""
+    """As in flax.nnx, whose Optimizer gives `init` Variables, and `update` their values."""
 
     value: Any
 
@@ -434,7 +444,7 @@ def test_variables_may_be_unwrapped_after_init():
 
 
 def test_a_state_of_other_leaves_is_not_put_into_buckets():
-    """Leaves of the same total as well, whose moments would be dealt out otherwise."""
+    """Also if all leaves together have as many elements: each would get moments of others."""
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
     for state, message in (
         (adam().init(params[::-1]), r"state\['0/m/0'\] is float32\[3\], expected float32\[2\]"),
@@ -469,14 +479,14 @@ CUT = {
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("what", CUT)
 def test_a_state_that_is_not_whole_is_refused(what, jit):
-    tx, params = grouped(adam(), max_size=8), make_params()
-    state = tx.init(params)
+    tx = grouped(adam(), max_size=8)
+    state = tx.init(PARAMS)
     whole, (cut, message) = state[0].m, CUT[what]
     m = type(whole).tree_unflatten(whole.plan, cut([*whole.buckets, *whole.alone]))
     broken = (state[0]._replace(m=m), *state[1:])
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.raises(ValueError, match=message) as caught:
-        update(make_grads(0), broken, params)
+        update(make_grads(0), broken, PARAMS)
     assert "state's m" in str(caught.value)
     for read in (tx.split, lambda state: get_slot(state, "m")):
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, enable_x64, float0
+from support import assert_close, assert_same, enable_x64, float0, is_none
 
 from adamjax import (
     RowGradient,
@@ -49,6 +49,15 @@ def only(tree, name):
     return {top: {k: v if k == name else None for k, v in sub.items()} for top, sub in tree.items()}
 
 
+def is_named(tree, name):
+    """A bool for each leaf: whether it has this name."""
+    return {top: {k: k == name for k in sub} for top, sub in tree.items()}
+
+
+def zeroed(tree):
+    return jax.tree.map(lambda x: 0 * x, tree)
+
+
 # --- masked -------------------------------------------------------------------------------------
 
 
@@ -60,7 +69,7 @@ def only(tree, name):
         r"/k\w+l$",
         "^(enc|head)/kernel$",
         matrices,
-        lambda tree: only_flags(tree, "kernel"),
+        lambda tree: is_named(tree, "kernel"),
     ],
 )
 def test_masked_applies_to_the_selected_leaves_and_passes_the_others(mask):
@@ -74,10 +83,6 @@ def test_masked_applies_to_the_selected_leaves_and_passes_the_others(mask):
     assert_same(only(updates, "bias"), only(GRADS, "bias"))
     assert_same(next_state, expected_state)
     assert next_state[1].m["enc"]["bias"] is None
-
-
-def only_flags(tree, name):
-    return {top: {k: k == name for k in sub} for top, sub in tree.items()}
 
 
 def test_a_mask_may_stop_above_the_leaves():
@@ -147,16 +152,10 @@ def assert_same_steps(ours, theirs):
             assert_close(updates, expected, rtol=1e-12)
 
 
-def test_masked_optax():
-    theirs = chain(masked(optax.adam(0.1), "kernel"), scale(2.0))
-    assert_same_steps(chain(masked(adam(0.1, eps=1e-8), "kernel"), scale(2.0)), theirs)
-
-
-def test_masked_refuses_what_is_no_mask():
-    with pytest.raises(TypeError, match="masked: a path pattern must be a str, got 3"):
-        masked(scale(1.0), 3)
-    with pytest.raises(ValueError, match="masked: '\\[' is not a regular expression"):
-        masked(scale(1.0), "[")
+def test_masked_takes_a_transform_of_optax():
+    with_ours = chain(masked(adam(0.1, eps=1e-8), "kernel"), scale(2.0))
+    with_theirs = chain(masked(optax.adam(0.1), "kernel"), scale(2.0))
+    assert_same_steps(with_ours, with_theirs)
 
 
 # --- trees of bools -----------------------------------------------------------------------------
@@ -187,19 +186,18 @@ class Model:
 
 MODEL, MODEL_GRADS = Model(PARAMS["enc"], PARAMS["head"]), Model(GRADS["enc"], GRADS["head"])
 FLAGS = {"enc": {"kernel": True, "bias": False}, "head": {"kernel": False, "bias": True}}
-DECAY = add_decayed_weights(0.5)
 # A mask, and what it selects of PARAMS.
 TREES = {
-    "every leaf": (FLAGS, FLAGS),
-    "NumPy's": (jax.tree.map(np.bool_, FLAGS), FLAGS),
-    "prefix": (
+    "a bool for each leaf": (FLAGS, FLAGS),
+    "a NumPy bool for each leaf": (jax.tree.map(np.bool_, FLAGS), FLAGS),
+    "a prefix": (
         {"enc": True, "head": {"kernel": False, "bias": True}},
         {**FLAGS, "enc": {"kernel": True, "bias": True}},
     ),
-    "all": (True, jax.tree.map(lambda _: True, FLAGS)),
-    "none": (False, jax.tree.map(lambda _: False, FLAGS)),
-    "a NumPy bool": (np.bool_(True), jax.tree.map(lambda _: True, FLAGS)),
-    "ndim": (matrices(PARAMS), matrices(PARAMS)),
+    "True": (True, jax.tree.map(lambda _: True, FLAGS)),
+    "False": (False, jax.tree.map(lambda _: False, FLAGS)),
+    "NumPy's True": (np.bool_(True), jax.tree.map(lambda _: True, FLAGS)),
+    "by the shapes": (matrices(PARAMS), matrices(PARAMS)),
 }
 
 
@@ -207,19 +205,20 @@ TREES = {
 def test_a_tree_of_bools_is_a_mask(name):
     """It selects what it selects in optax, and so does a function that returns it."""
     mask, wanted = TREES[name]
-    inner, theirs = scale(0.0), optax.masked(optax.scale(0.0), jax.tree.map(bool, mask))
+    theirs = optax.masked(optax.scale(0.0), jax.tree.map(bool, mask))
     expected, _ = theirs.update(GRADS, theirs.init(PARAMS))
     assert_same(expected, jax.tree.map(lambda flag, g: 0 * g if flag else g, wanted, GRADS))
     decayed = jax.tree.map(lambda flag, g, p: g + 0.5 * p if flag else g, wanted, GRADS, PARAMS)
-    is_tree = not isinstance(mask, bool | np.bool_)
-    for given in (mask, lambda tree: mask) if is_tree else (mask,):
-        tx = masked(inner, given)
+    # A function that returns one bool for several leaves is refused.
+    is_one_bool = isinstance(mask, bool | np.bool_)
+    for given in (mask,) if is_one_bool else (mask, lambda tree: mask):
+        tx = masked(scale(0.0), given)
         updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
         assert_same(updates, expected)
         assert_same(tx.update(GRADS, ())[0], expected)
-        kernel_slot = masked(scale_by_adam(), given).init(PARAMS).m["enc"]["kernel"]
-        assert kernel_slot is None or wanted["enc"]["kernel"]
-        for tx in (add_decayed_weights(0.5, given), masked(DECAY, given)):
+        slot = masked(scale_by_adam(), given).init(PARAMS).m
+        assert jax.tree.map(lambda m: m is not None, slot, is_leaf=is_none) == wanted
+        for tx in (add_decayed_weights(0.5, given), masked(add_decayed_weights(0.5), given)):
             assert_same(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0], decayed)
         tx = adamw(0.1, weight_decay=0.5, mask=given)
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, GRADS), tx.init(PARAMS), PARAMS)
@@ -242,7 +241,7 @@ def test_a_transform_with_a_tree_of_bools_is_data(name):
         for same in rebuilt:
             assert same == tx
             assert hash(same) == hash(tx)
-        assert repr(jax.tree.map(bool, mask)).split(":")[0] in repr(tx)
+        assert repr(jax.tree.map(bool, mask)) in repr(tx)
         other = make(jax.tree.map(lambda flag: not flag, mask))
         assert other != tx
         init = jax.jit(lambda tx, params: tx.init(params))
@@ -266,10 +265,6 @@ def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
     # A model without a bool is called as a mask function.
     kernel = GRADS["enc"]["kernel"]
     assert_same(masked(scale(0.0), Model(None, None)).update(kernel, ())[0], zeroed(kernel))
-
-
-def zeroed(tree):
-    return jax.tree.map(lambda x: 0 * x, tree)
 
 
 def test_a_model_of_bools_and_others_is_refused():
@@ -410,19 +405,27 @@ def many_rows(tree):
     return jax.tree.map(lambda x: x.shape[0] > 10, tree)
 
 
-TABLE, REST = {"none": None, "table": True, "w": None}, {"none": None, "table": None, "w": False}
-BOTH = {"none": None, "table": True, "w": False}
-# A transform with mask functions, and with what these return.
+# What `many_rows` returns for all leaves, for the table alone and for `w` alone.
+OF_ALL = {"none": None, "table": True, "w": False}
+OF_TABLE = {"none": None, "table": True, "w": None}
+OF_W = {"none": None, "table": None, "w": False}
+# A transform from a mask of all leaves, one of the table alone and one of `w` alone.
 RESOLVED = {
-    "decay": lambda m, t, r: adamw(0.1, mask=m),
-    "masked": lambda m, t, r: masked(adam(), m),
-    "in masked": lambda m, t, r: masked(adamw(mask=t), m),
-    "in a pattern": lambda m, t, r: masked(masked(adam(), r), "^w"),
-    "in partition": lambda m, t, r: partition([("^t", adamw(mask=t))], default=masked(adam(), r)),
-    "guards": lambda m, t, r: skip_not_finite(accumulate_gradients(adamw(mask=m), 2)),
-    "hyperparams": lambda m, t, r: with_hyperparams(adamw(mask=m), b1=0.5),
-    "exact": lambda m, t, r: exact_rows(adamw(0.1, mask=m), "table"),
-    "chain": lambda m, t, r: chain(scale(1.0), chain(masked(scale(1.0), "w"), masked(adam(), m))),
+    "decay": lambda of_all, of_table, of_w: adamw(0.1, mask=of_all),
+    "masked": lambda of_all, of_table, of_w: masked(adam(), of_all),
+    "in masked": lambda of_all, of_table, of_w: masked(adamw(mask=of_table), of_all),
+    "in a pattern": lambda of_all, of_table, of_w: masked(masked(adam(), of_w), "^w"),
+    "in partition": lambda of_all, of_table, of_w: partition(
+        [("^t", adamw(mask=of_table))], default=masked(adam(), of_w)
+    ),
+    "guards": lambda of_all, of_table, of_w: skip_not_finite(
+        accumulate_gradients(adamw(mask=of_all), 2)
+    ),
+    "hyperparams": lambda of_all, of_table, of_w: with_hyperparams(adamw(mask=of_all), b1=0.5),
+    "exact": lambda of_all, of_table, of_w: exact_rows(adamw(0.1, mask=of_all), "table"),
+    "chain": lambda of_all, of_table, of_w: chain(
+        scale(1.0), chain(masked(scale(1.0), "w"), masked(adam(), of_all))
+    ),
 }
 
 
@@ -430,7 +433,7 @@ RESOLVED = {
 def test_mask_functions_are_resolved_by_the_parameters(name):
     """At any depth, each for the leaves that it sees; the rest stays what it was."""
     tx = RESOLVED[name](many_rows, many_rows, many_rows)
-    expected = RESOLVED[name](BOTH, TABLE, REST)
+    expected = RESOLVED[name](OF_ALL, OF_TABLE, OF_W)
     found = tx.resolve_masks(BIG)
     assert found == expected
     assert hash(found) == hash(expected)
@@ -452,8 +455,7 @@ def test_what_has_no_mask_function_is_left_as_it_is():
     assert found.transforms[0] is parts.transforms[0]
 
 
-def test_a_resolved_mask_decides_as_for_the_whole():
-    """Also where a few rows stand in the table's place."""
+def test_a_resolved_mask_stays_the_same_where_a_few_rows_are_in_the_tables_place():
     tx = add_decayed_weights(0.5, many_rows).resolve_masks(BIG)
     rows = {**BIG, "table": BIG["table"][:3]}
     updates, _ = tx.update(zeroed(rows), tx.init(BIG), rows)
@@ -517,13 +519,7 @@ def test_partition_is_optax_multi_transform():
     assert_same_steps(tx, theirs)
 
 
-def test_partition_refuses():
-    with pytest.raises(ValueError, match="partition: '\\*' is not a regular expression"):
-        partition([("*", scale(1.0))])
-    with pytest.raises(TypeError, match="partition: a path pattern must be a str"):
-        partition([(matrices, scale(1.0))])
-    with pytest.raises(ValueError, match="pairs"):
-        partition([("a", scale(1.0), scale(2.0))])
+def test_a_part_of_partition_names_a_gradient_by_its_whole_path():
     tx = partition([("kernel", scale_by_adam())], default=scale(1.0))
     wrong = {"enc": {**GRADS["enc"], "kernel": jnp.ones(3)}, "head": GRADS["head"]}
     with pytest.raises(ValueError, match=r"scale_by_adam: grads\['enc/kernel'\].*\(1, 2\)"):

@@ -36,9 +36,8 @@ PARAMS = {
     "head": {"kernel": jnp.ones((3, 1)), "none": None},
     "steps": jnp.arange(2),
 }
-LOSS = adamjax.value_and_grad
 
-# What takes a pattern and is asked by `init`, with the owner that its error names.
+# Makers of transforms that take a pattern, and the owner that an error about it names first.
 TAKERS = {
     "masked": (lambda p: masked(adam(), p), "masked"),
     "adamw": (lambda p: adamw(1e-3, mask=p), "add_decayed_weights"),
@@ -72,7 +71,7 @@ TAKERS = {
 
 @pytest.mark.parametrize("name", TAKERS)
 def test_init_refuses_a_pattern_that_matches_no_leaf(name):
-    """By arrays, by their shapes and under a trace; it names what there is, and the way out."""
+    """From arrays, from their shapes, and under a trace. The error lists the paths."""
     make, owner = TAKERS[name]
     tx = make("kernal")
     wanted = (
@@ -118,21 +117,24 @@ def test_patterns_that_match_and_optional_ones_are_taken(name):
         assert jax.eval_shape(make(pattern).init, PARAMS)
     # A tree without leaves is not checked.
     for nothing in (None, {}, {"a": None}):
-        assert "no leaf" not in repr(make(optional("kernal")).init(nothing))
+        make(optional("kernal")).init(nothing)
         make("enc").init(nothing)
 
 
-def test_a_list_of_paths_has_an_end():
+def test_an_error_lists_at_most_20_paths():
     params = {f"layer{i:02}": jnp.ones(1) for i in range(25)}
     with pytest.raises(ValueError, match=r"'layer19'\] and 5 more\. If"):
         masked(adam(), "kernel").init(params)
 
 
-def test_leaves_that_are_none_do_not_count_and_integers_do():
-    """Each part of `partition` and `masked` sees its own leaves alone."""
+def test_a_pattern_may_match_an_integer_but_not_only_none():
     assert jax.eval_shape(masked(adam(), "steps").init, PARAMS)
     with pytest.raises(ValueError, match="masked: the pattern 'none' matches no leaf that is here"):
         masked(adam(), "none").init(PARAMS)
+
+
+def test_a_pattern_must_match_a_leaf_of_its_own_part():
+    """A part of `masked` or `partition` sees only its own leaves."""
     rates = by_path([("bias", 0.1)], default=0.2)
     wanted = r"by_path: the pattern 'bias' matches no leaf that is here \(leaves of other parts .*"
     for tx in (
@@ -148,27 +150,27 @@ def test_leaves_that_are_none_do_not_count_and_integers_do():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda *rules: adam(by_path([(p, 0.1) for p in rules], default=0.2)),
-        lambda *rules: partition([(p, scale(0.1)) for p in rules], default=adam()),
-        lambda *rules: accumulate_gradients(adam(), 2, max_rows=[(p, 1) for p in rules]),
+        lambda *patterns: adam(by_path([(p, 0.1) for p in patterns], default=0.2)),
+        lambda *patterns: partition([(p, scale(0.1)) for p in patterns], default=adam()),
+        lambda *patterns: accumulate_gradients(adam(), 2, max_rows=[(p, 1) for p in patterns]),
     ],
     ids=["by_path", "partition", "max_rows"],
 )
-def test_init_refuses_a_rule_that_earlier_ones_leave_nothing(make):
-    for rules, matches in (
+def test_init_refuses_a_pattern_whose_leaves_all_match_earlier_ones(make):
+    for patterns, matches in (
         (("enc", "enc/kernel"), r"\['enc/kernel'\]"),
         (("bias", "kernel", "^enc"), r"\['enc/bias', 'enc/kernel'\]"),
         (("kernel", "kernel"), r"\['enc/kernel', 'head/kernel'\]"),
         (("", ""), ".*"),
     ):
-        what = rf": the pattern '{re.escape(rules[-1])}' has no effect: "
+        what = rf": the pattern '{re.escape(patterns[-1])}' has no effect: "
         wanted = rf"{what}{matches} match an earlier pattern"
         with pytest.raises(ValueError, match=wanted):
-            make(*rules).init(PARAMS)
-        make(*rules[:-1], optional(rules[-1])).init(PARAMS)
+            make(*patterns).init(PARAMS)
+        make(*patterns[:-1], optional(patterns[-1])).init(PARAMS)
     make("enc/kernel", "enc").init(PARAMS)
     make("enc", "kernel").init(PARAMS)
-    # What is for all that is left may be left nothing.
+    # A last pattern for all other leaves may find none.
     make("enc", "head", "steps", "").init(PARAMS)
 
 
@@ -199,34 +201,45 @@ def test_each_of_several_tables_must_match():
         assert float(jnp.sum(grads["item"].to_dense() if "item" in rows else grads["item"])) == 2
 
 
-# --- what is no pattern, and no rule -------------------------------------------------------------
+def test_a_table_must_match_even_if_there_are_no_leaves():
+    with pytest.raises(ValueError, match=r"the pattern 'user' matches no leaf.*are \[\]"):
+        adamjax.grad(read, "user")({})
+
+
+# --- what is no pattern, and no pair of a pattern and a value ------------------------------------
 
 
 class Names(str, enum.Enum):  # noqa: UP042
     KERNEL = "kernel"
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: checked_patterns("x", ["a", p]),
-        lambda p: checked_rules("x", [("a", 1), (p, 2)]),
-        lambda p: masked(adam(), p),
-        lambda p: adamw(mask=p),
-        optional,
-    ],
-)
-def test_what_is_no_pattern(make):
-    with pytest.raises(TypeError, match="a path pattern must be a str, got b'bias': write 'bias'"):
-        make(b"bias")
-    with pytest.raises(
-        TypeError, match=r"got re.compile\('bias', re.I\w*\): write its text, 'bias'"
+# The same for all that takes a pattern.
+CHECKERS = TAKERS | {
+    "a list": (lambda p: checked_patterns("x", ["a", p]), "x"),
+    "pairs": (lambda p: checked_rules("x", [("a", 1), (p, 2)]), "x"),
+    "optional": (optional, "optional"),
+    "exact_rows": (lambda p: exact_rows(adam(), ["a", p]), "exact_rows"),
+    "value_and_grad": (lambda p: adamjax.value_and_grad(read, ["a", p]), "value_and_grad"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKERS)
+def test_what_is_no_pattern_is_refused(name):
+    make, owner = CHECKERS[name]
+    owner = owner.split(": ")[-1]  # a `by_path` is checked before it is in a transform
+    must = f"{owner}: a path pattern must be a str, got"
+    for wrong, error, message in (
+        (b"bias", TypeError, rf"{must} b'bias': write 'bias'"),
+        (
+            re.compile("bias", re.IGNORECASE),
+            TypeError,
+            rf"{must} re.compile\('bias', re.I\w*\): write its text, 'bias'",
+        ),
+        (3, TypeError, rf"{must} 3"),
+        ("(", ValueError, rf"{owner}: '\(' is not a regular expression"),
     ):
-        make(re.compile("bias", re.IGNORECASE))
-    with pytest.raises(TypeError, match="a path pattern must be a str, got 3"):
-        make(3)
-    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
-        make("(")
+        with pytest.raises(error, match=message):
+            make(wrong)
 
 
 def test_patterns_are_plain_strings():
@@ -240,17 +253,17 @@ def test_patterns_are_plain_strings():
 
 
 @pytest.mark.parametrize("patterns", [3, None, {"a": 1}, re], ids=str)
-def test_what_is_no_list_of_patterns(patterns):
-    for make in (lambda p: LOSS(read, p), lambda p: exact_rows(adam(), p)):
+def test_what_is_no_list_of_patterns_is_refused(patterns):
+    for make in (lambda p: adamjax.value_and_grad(read, p), lambda p: exact_rows(adam(), p)):
         with pytest.raises(TypeError, match=": expected a path pattern or a list of them, got"):
             make(patterns)
 
 
-def test_no_patterns():
-    for make in (lambda p: LOSS(read, p), lambda p: exact_rows(adam(), p)):
-        for none in ([], (), set()):
+def test_an_empty_list_of_patterns_is_refused():
+    for make in (lambda p: adamjax.value_and_grad(read, p), lambda p: exact_rows(adam(), p)):
+        for empty in ([], (), set()):
             with pytest.raises(ValueError, match=r"expected a path pattern .* got an empty list"):
-                make(none)
+                make(empty)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +274,7 @@ def test_no_patterns():
         lambda rules: checked_rules("x", rules),
     ],
 )
-def test_rules_are_pairs_or_a_dictionary(make):
+def test_what_is_neither_pairs_nor_a_dictionary_is_refused(make):
     wanted = r": expected pairs \(pattern, value\) or a dictionary \{pattern: value\}, got "
     for rules, got in (
         ("ab", "the string 'ab'$"),
@@ -305,37 +318,38 @@ def test_a_dictionary_is_its_pairs_in_order():
     assert rooms.init(PARAMS).total["enc"]["kernel"].indices.shape == (2,)
 
 
-def test_two_leaves_of_one_path():
+def test_two_leaves_of_one_path_are_refused():
     assert unique_paths("x", PARAMS)[0] == "enc/bias"
     with pytest.raises(ValueError, match="x: two leaves have the path 'a/b'"):
         unique_paths("x", {"a/b": 1, "a": {"b": 2}})
 
 
+# Misspelt: "baus" for "bias", "dce" for "enc".
 EXCLUDING = ["^(?!.*baus)", r"/(?!(baus|bais)$)[^/]*$", "(?<!dce/)kernel", "(?!.*enc)(?!.*baus)"]
 
 
 @pytest.mark.parametrize("pattern", EXCLUDING)
 def test_an_exclusion_that_excludes_nothing_is_refused(pattern):
-    """As a misspelt name that is to match: here a misspelt name would match every leaf."""
+    """If the name to exclude is misspelt, the pattern would match every leaf."""
     params = {"enc": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "w": {"kernel": jnp.ones(2)}}
-    rates = adamjax.by_path([(pattern, 0.1)], default=1.0)
-    for tx in (adamjax.adamw(mask=pattern), adamjax.adam(rates)):
+    rates = by_path([(pattern, 0.1)], default=1.0)
+    for tx in (adamw(mask=pattern), adam(rates)):
         with pytest.raises(
             ValueError, match=r"in the pattern .* excludes no leaf.*enc/bias.*optional"
         ):
             tx.init(params)
     right = pattern.replace("baus", "bias").replace("dce", "enc")
-    adamjax.adamw(mask=right).init(params)
-    adamjax.adamw(mask=optional(pattern)).init(params)
+    adamw(mask=right).init(params)
+    adamw(mask=optional(pattern)).init(params)
     # The leaves of a list have no names.
     with pytest.raises(ValueError, match=r"excludes no leaf|matches no leaf"):
-        adamjax.adamw(mask=right).init([jnp.ones(2), jnp.ones(2)])
+        adamw(mask=right).init([jnp.ones(2), jnp.ones(2)])
 
 
 def test_what_an_exclusion_excludes_may_belong_to_another_part():
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
-    inner = adamjax.adamw(mask="^(?!.*bias)")
-    adamjax.partition({"^a": inner}, default=adamjax.adam()).init(params)
+    inner = adamw(mask="^(?!.*bias)")
+    partition({"^a": inner}, default=adam()).init(params)
 
 
 # --- optional -------------------------------------------------------------------------------------
@@ -361,8 +375,7 @@ def test_an_optional_pattern_is_a_string_of_its_own():
     [make for make, _ in TAKERS.values()] + [lambda p: exact_rows(adam(), ["kernel", p])],
     ids=[*TAKERS, "exact_rows"],
 )
-def test_optional_survives(make):
-    """Where a transform is copied, written, changed or told apart by `jit`."""
+def test_optional_is_kept_in_copies_pickles_and_configs(make):
     tx, other = make(optional("bias$")), make("bias$")
     assert tx != other
     assert jax.tree.structure(tx) != jax.tree.structure(other)
@@ -413,4 +426,8 @@ def test_a_tree_of_bools_hashes_and_compares():
     assert mask != {"a": True, "b": [False, None]}
     for copied in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
         assert copied == mask
+
+
+def test_a_tree_of_bools_gives_each_leaf_its_bool():
+    mask = BoolTree({"a": True, "b": [np.bool_(False), None]})
     assert mask.over("x", {"a": {"c": 1, "d": None}, "b": [2, None]}) == [True, True, False, False]
