@@ -2055,7 +2055,7 @@ def test_maximize_is_a_negation():
     convert.from_torch(state_dict, negated, params)
     with pytest.raises(ValueError, match=r"maximize=True.*begin tx with scale\(-1.0\)"):
         convert.from_torch(state_dict, plain, params)
-    with pytest.raises(ValueError, match=r"maximize=False.*leave out"):
+    with pytest.raises(ValueError, match=r"gradients as they are, tx has scale.*leave it out"):
         convert.from_torch(built_torch("Adam"), negated, params)
 
 
@@ -3277,7 +3277,15 @@ def test_complex_leaves_do_not_go_to_torch():
 # --- runs that would go on otherwise --------------------------------------------------------------
 
 FALLS = adamjax.exponential_decay(0.1, 3, 0.5)
+LATE = adamjax.piecewise_constant([64], [0.1, 0.01])
 TWO = {"a": jnp.ones(3), "b": jnp.ones((2, 3))}
+LABELS, ONLY_A = {"a": "x", "b": "y"}, {"a": True, "b": False}
+CLIP_ALONE = INJECT(optax.clip_by_global_norm)
+RATE_OF_PARTS = INJECT(
+    lambda learning_rate: optax.multi_transform(
+        {"x": optax.adam(0.1 * learning_rate), "y": optax.adam(learning_rate)}, LABELS
+    )
+)(learning_rate=0.1)
 
 
 def adam_like_optax(rate=0.1):
@@ -3466,13 +3474,90 @@ GOES_ON_OTHERWISE = {
         )(learning_rate=0.1),
         adamjax.partition([("^a", adam_like_optax())], default=adamjax.scale_by_learning_rate(0.5)),
         2,
-        "the leaf 'b' has no rule, and the state does not show whether its rates.*optimizer=",
+        "states a rate or a weight decay of a mask or a part, .* does with it for 'a': pass optim",
     ),
     "two schedules": (
         optax.chain(optax.adam(FALLS), optax.scale_by_schedule(FALLS)),
         adam_like_optax(FALLS),
         2,
-        "the product of 2 schedules, tx has 1",
+        "follows 2 of its schedules, tx has one that follows 1",
+    ),
+    "one schedule for two": (
+        optax.adam(FALLS),
+        adamjax.chain(
+            adam_like_optax(FALLS), adamjax.scale(-1.0), adamjax.scale_by_learning_rate(FALLS)
+        ),
+        2,
+        "follows 1 of its schedules, tx has one that follows 2.*pass optimizer=",
+    ),
+    "schedules before and after": (
+        optax.chain(optax.scale_by_schedule(FALLS), optax.adam(LATE)),
+        adamjax.chain(
+            adamjax.scale(-1.0), adamjax.scale_by_learning_rate(LATE), adam_like_optax(FALLS)
+        ),
+        2,
+        "schedules before the rule and after it.*: pass optimizer=",
+    ),
+    "a raw gradient": (
+        optax.chain(optax.masked(optax.scale_by_adam(), {"a": True, "b": False}), RATE_ALONE(0.1)),
+        adamjax.masked(adam_like_optax(), "a"),
+        2,
+        "the leaf 'b' has no rule, and the state does not show whether its rates.*optimizer=",
+    ),
+    "an injected clip of some leaves": (
+        optax.chain(optax.masked(INJECT(optax.clip)(0.1), ONLY_A), optax.adam(0.1)),
+        adamjax.chain(adamjax.clip_by_value(0.1), adam_like_optax()),
+        2,
+        "max_delta is within a mask or a part that has no rule.*: pass optimizer=",
+    ),
+    "one rate, and parts that use it differently": (
+        RATE_OF_PARTS,
+        adam_like_optax(),
+        2,
+        "states a rate or a weight decay of a mask or a part, .* with it for 'a': pass optimizer=",
+    ),
+    "two clips of one limit": (
+        optax.chain(CLIP_ALONE(0.1), optax.adam(0.1), CLIP_ALONE(0.1)),
+        adamjax.chain(adam_like_optax(), adamjax.clip_by_global_norm(0.1)),
+        2,
+        "states max_norm of a leaf twice.*: pass optimizer=",
+    ),
+    "two decays of one size": (
+        optax.chain(DECAY_ALONE(0.1), INJECT(optax.adamw)(0.1, weight_decay=0.1)),
+        adamjax.chain(adamjax.add_decayed_weights(0.1), adam_like_optax()),
+        2,
+        "states weight_decay of a leaf twice.*: pass optimizer=",
+    ),
+    "a clip in a dictionary": (
+        optax.named_chain(("clip", CLIP_ALONE(1.0)), ("adam", optax.adam(0.1))),
+        adamjax.chain(adam_like_optax(), adamjax.clip_by_global_norm(1.0)),
+        2,
+        "states max_norm in a dictionary .* whose order JAX loses: pass optimizer=",
+    ),
+    "skipped steps of one part": (
+        optax.multi_transform(
+            {"x": optax.apply_if_finite(optax.adam(0.1), 3), "y": optax.adam(0.1)}, LABELS
+        ),
+        adamjax.skip_not_finite(adam_like_optax()),
+        2,
+        "of the leaf 'b' optax skips no steps .*leave skip_not_finite out there",
+    ),
+    "steps that a schedule counts though they are skipped": (
+        optax.chain(
+            optax.apply_if_finite(optax.scale_by_adam(), 3), optax.scale_by_learning_rate(FALLS)
+        ),
+        adamjax.skip_not_finite(adam_like_optax(FALLS)),
+        2,
+        "a schedule counts the steps that are skipped: put scale_by_learning_rate outside of",
+    ),
+    "skipped steps that a schedule does not count": (
+        optax.apply_if_finite(optax.adam(FALLS), 3),
+        adamjax.chain(
+            adamjax.skip_not_finite(adamjax.scale_by_adam(eps=1e-8)),
+            adamjax.scale_by_learning_rate(FALLS),
+        ),
+        2,
+        "a schedule counts the steps that are skipped: put scale_by_learning_rate inside",
     ),
     "an injected clip after the rule": (
         optax.chain(optax.adam(0.1), INJECT(optax.clip_by_global_norm)(1.0)),
@@ -3823,6 +3908,57 @@ def test_steps_of_the_optimizer_itself_are_compared(name):
         convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED.init(TWO), optimizer=CLIPPED)
 
 
+# For each: the transform of optax, that of adamjax, and the steps before. Nothing in the states
+# shows the difference, or only to who knows the order.
+OTHER_LATER = {
+    "micro-batches are clipped": (
+        optax.chain(optax.clip_by_global_norm(1.0), micro_batches(optax.adam(0.1), 2)),
+        adamjax.accumulate_gradients(
+            adamjax.chain(adamjax.clip_by_global_norm(1.0), adam_like_optax()), 2
+        ),
+    ),
+    "their mean is clipped": (
+        micro_batches(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), 2),
+        adamjax.chain(
+            adamjax.clip_by_global_norm(1.0), adamjax.accumulate_gradients(adam_like_optax(), 2)
+        ),
+    ),
+    "a schedule, much later": (optax.adam(LATE), adam_like_optax(0.1)),
+    "another schedule, much later": (
+        optax.adam(lambda count: LATE(count) * jnp.where(count > 3000, 0.1, 1)),
+        adam_like_optax(LATE),
+    ),
+    "a schedule of the second rule": (
+        optax.chain(optax.adam(0.1), optax.adam(LATE)),
+        adamjax.chain(adam_like_optax(0.1), adam_like_optax(0.1)),
+    ),
+    "schedules before and after": (
+        optax.chain(optax.scale_by_schedule(FALLS), optax.adam(LATE)),
+        adamjax.chain(
+            adamjax.scale(-1.0), adamjax.scale_by_learning_rate(LATE), adam_like_optax(FALLS)
+        ),
+    ),
+    "a schedule of calls": (
+        optax.chain(micro_batches(optax.adam(0.1), 2), optax.scale_by_schedule(LATE)),
+        adamjax.accumulate_gradients(
+            adamjax.chain(
+                adam_like_optax(), adamjax.scale(-1.0), adamjax.scale_by_learning_rate(LATE)
+            ),
+            2,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LATER)
+def test_later_steps_of_the_optimizer_itself_are_compared(name):
+    theirs, ours = OTHER_LATER[name]
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(steps_of(theirs, 4), ours, TWO, optimizer=theirs)
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.to_optax(steps_of(ours, 4), ours, TWO, theirs.init(TWO), optimizer=theirs)
+
+
 def test_many_micro_batches_and_large_gradients_are_compared_too():
     theirs = micro_batches(optax.adam(0.01), 16)
     old = steps_of(theirs, 16)
@@ -3872,7 +4008,84 @@ SAME_STEPS = {
         adamjax.exact_rows(adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1), "b"),
     ),
     "optax' optimizer as a class": (optax.MultiSteps(CLIPPED, 2), None),
+    "a schedule of a part without a rule": (
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(LATE)}, LABELS),
+        adamjax.partition([("a", adam_like_optax())], default=adamjax.scale_by_learning_rate(LATE)),
+    ),
+    "micro-batches of a part without a rule": (
+        optax.multi_transform(
+            {"x": optax.adam(0.1), "y": micro_batches(optax.sgd(LATE), 2)}, LABELS
+        ),
+        adamjax.partition(
+            [("a", adam_like_optax())],
+            default=adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(LATE), 2),
+        ),
+    ),
+    "one rate, and parts that use it differently": (
+        RATE_OF_PARTS,
+        adamjax.partition([("a", adam_like_optax(0.01))], default=adam_like_optax(0.1)),
+    ),
+    "an injected clip of some leaves": (
+        optax.chain(optax.masked(INJECT(optax.clip)(0.1), ONLY_A), optax.adam(0.1)),
+        adamjax.chain(adamjax.masked(adamjax.clip_by_value(0.1), "a"), adam_like_optax()),
+    ),
+    "a schedule that has ended": (
+        optax.adam(optax.linear_schedule(0.0, 0.1, 3)),
+        adam_like_optax(adamjax.constant(0.1)),
+    ),
+    "a product of schedules": (
+        optax.chain(optax.adam(FALLS), optax.scale_by_schedule(LATE)),
+        adam_like_optax(lambda count: FALLS(count) * LATE(count)),
+    ),
+    "a schedule of steps and one of calls": (
+        optax.chain(micro_batches(optax.adam(FALLS), 2), optax.scale_by_schedule(LATE)),
+        adamjax.chain(
+            adamjax.accumulate_gradients(adam_like_optax(FALLS), 2),
+            adamjax.scale(-1.0),
+            adamjax.scale_by_learning_rate(LATE),
+        ),
+    ),
+    "names of other transforms": (
+        optax.chain(INJECT(optax.adaptive_grad_clip)(0.1), optax.adam(0.1)),
+        adamjax.chain(optax.adaptive_grad_clip(0.1), adam_like_optax()),
+    ),
+    "skips inside and outside": (
+        optax.apply_if_finite(micro_batches(optax.apply_if_finite(optax.adam(0.1), 3), 2), 3),
+        adamjax.skip_not_finite(
+            adamjax.accumulate_gradients(adamjax.skip_not_finite(adam_like_optax()), 2)
+        ),
+    ),
+    "two decays": (
+        optax.chain(DECAY_ALONE(0.1), INJECT(optax.adamw)(0.1, weight_decay=0.1)),
+        adamjax.chain(
+            adamjax.add_decayed_weights(0.1), adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1)
+        ),
+    ),
+    "a frozen part": (
+        optax.multi_transform({"x": optax.set_to_zero(), "y": CLIPPED}, LABELS),
+        adamjax.partition([("a", adamjax.set_to_zero())], default=LIKE_CLIPPED),
+    ),
 }
+
+
+def test_a_rate_that_was_set_is_compared_with_the_optimizer():
+    theirs = INJECT(optax.adam)(learning_rate=0.1)
+    old = steps_of(theirs, 3)
+    old.hyperparams["learning_rate"] = jnp.asarray(0.03)
+    convert.from_optax(old, adam_like_optax(0.03), TWO, optimizer=theirs)
+    with pytest.raises(ValueError, match="tx moves an element"):
+        convert.from_optax(old, adam_like_optax(0.1), TWO, optimizer=theirs)
+
+
+def test_an_optimizer_that_needs_more_arguments_cannot_be_compared():
+    theirs, ours = (
+        make(one, plateau(0.5))
+        for make, one in ((optax.chain, optax.adam(0.1)), (adamjax.chain, adam_like_optax()))
+    )
+    old = steps_of(theirs, 2, value=1.0)
+    with pytest.raises(TypeError, match=r"steps cannot be compared.*'value'.*without optimizer="):
+        convert.from_optax(old, ours, TWO, optimizer=theirs)
+    convert.from_optax(old, ours, TWO)
 
 
 @pytest.mark.parametrize("name", SAME_STEPS)
@@ -4004,3 +4217,85 @@ def test_hyperparameters_that_flax_wraps():
     convert.from_optax(old, adam_like_optax(), params)
     with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.2"):
         convert.from_optax(old, adam_like_optax(0.2), params)
+
+
+NAMED = [
+    ("adam/iteration", np.array(7)),
+    ("adam/learning_rate", np.array(0.1)),
+    ("adam/w_momentum", np.full(2, 0.5)),
+    ("adam/w_velocity", np.ones(2)),
+]
+
+
+@pytest.mark.parametrize("system", ["torch", "keras"])
+def test_a_rate_before_the_rule_is_a_negation(system):
+    before = adamjax.chain(
+        adamjax.scale_by_learning_rate(1.0),
+        adam_like_optax() if system == "torch" else adamjax.adam(0.1),
+    )
+    convert_to = {
+        "torch": lambda tx: convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3)),
+        "keras": lambda tx: convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)}),
+    }[system]
+    with pytest.raises(ValueError, match=r"has gradients as they are, tx has .*before the rule"):
+        convert_to(before)
+    if system == "torch":
+        old = torch_of([np.ones(3, "f")], maximize=True)
+        convert.from_torch(old, before, jnp.zeros(3))
+
+
+@pytest.mark.parametrize("system", ["torch", "keras"])
+def test_a_rate_of_some_leaves_only_is_refused(system):
+    params = {"w": jnp.zeros(2), "z": jnp.zeros(3)}
+    arrays = [np.ones(2, "f"), np.ones(3, "f")]
+    rule = adamjax.scale_by_adam(eps=1e-8) if system == "torch" else adamjax.scale_by_adam()
+    rate = adamjax.scale_by_learning_rate(0.1)
+    variables = [
+        *NAMED,
+        ("adam/z_momentum", np.full(3, 0.5)),
+        ("adam/z_velocity", np.ones(3)),
+    ]
+    call = {
+        "torch": lambda tx: convert.from_torch(torch_of(arrays), tx, params),
+        "keras": lambda tx: convert.from_keras(variables, tx, params),
+    }[system]
+    call(adamjax.chain(rule, rate))
+    call(rule)
+    for tx in (
+        adamjax.partition([("w", adamjax.chain(rule, rate))], default=rule),
+        adamjax.chain(rule, adamjax.masked(rate, "w")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'z': .* a learning rate for all leaves, tx has none"
+        ):
+            call(tx)
+
+
+def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
+    """Keras multiplies micro-batches before it adds them up."""
+    options = {"loss_scale_factor": 4.0, "gradient_accumulation_steps": 3}
+    factor, rate = adamjax.scale(0.25), adamjax.scale_by_learning_rate(0.1)
+    inside = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(factor, KERAS_RULE), 3), rate)
+    outside = adamjax.chain(factor, adamjax.accumulate_gradients(KERAS_RULE, 3), rate)
+    for calls in (3, 4):
+        optimizer = keras_adam(keras, calls, **options)
+        for total in optimizer._accumulated_gradients:
+            total.assign(np.full(3, calls - 3.0))
+        convert.from_keras(optimizer, outside, KERAS_PARAMS)
+        if calls == 3:
+            convert.from_keras(optimizer, inside, KERAS_PARAMS)
+        else:
+            with pytest.raises(ValueError, match=r"inside of accumulate_gradients: put it outside"):
+                convert.from_keras(optimizer, inside, KERAS_PARAMS)
+
+
+def test_names_of_keras_may_be_bytes():
+    """As in the attributes of a `.h5` file."""
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    expected = convert.from_keras(NAMED, tx, params)
+    for variables in (
+        [(name.encode(), x) for name, x in NAMED],
+        [[name, x] for name, x in NAMED],
+        {name.encode(): x for name, x in NAMED},
+    ):
+        assert_same(convert.from_keras(variables, tx, params), expected)

@@ -154,9 +154,10 @@ class Filling:
             x = self.other_states.pop(alike[0])
             return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
         raise ValueError(
-            f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes, "
-            f"and tx or the target has one ({class_name(like)}): leave that transform out, or "
-            "start it anew and set its state by hand"
+            f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes "
+            f"that is not yet in use, and tx or the target has one ({class_name(like)}): use "
+            "adamjax's own transform in its place, leave it out, or start it anew and set its "
+            "state by hand"
         )
 
     def finish(self) -> None:

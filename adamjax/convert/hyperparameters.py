@@ -12,17 +12,18 @@ from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
 from adamjax.convert.source import Hyperparams, LeafMoments
-from adamjax.convert.systems import System, kind_of
+from adamjax.convert.systems import OPTAX, System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
+from adamjax.guard import AccumulateGradientsState
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 from adamjax.schedule import by_path, rate_at
-from adamjax.structure import Part
+from adamjax.structure import Part, states_of_class
 from adamjax.transform import Rule
 
-__all__ = ["HyperparameterCheck", "has_schedule"]
+__all__ = ["HyperparameterCheck", "has_schedule", "later_counts"]
 
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # The transforms that a name of `more` belongs to, and their name for it, where that is not any
@@ -30,6 +31,7 @@ _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 _OWNERS: dict[str, tuple[Any, str]] = {
     "max_norm": (clip_by_global_norm, "max_norm"),
     "max_delta": (clip_by_value, "limit"),
+    "step_size": (scale, "factor"),
 }
 # What errors call a key of hyperparameters, if it is not its own name; empty if it says how another
 # one applies.
@@ -70,7 +72,7 @@ class HyperparameterCheck:
       `decay_accumulates`: whether it is added in steps of several calls each. `masks_decay`:
       whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
       decays, by any amount.
-    - `maximize`: whether gradients are negated before the rule.
+    - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
       `clips_updates`: whether there may be others after the rule.
@@ -91,11 +93,15 @@ class HyperparameterCheck:
         ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
         self.in_accumulated = adamjax_state.in_accumulated
+        accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
+        self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
         # Pairs of schedules that agree in all steps that are compared.
         self.agreeing: list[tuple[Any, list[Any]]] = []
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
+        # By leaf, whether anything in tx scales its updates, if the system states a rate.
+        has_rate: dict[str, bool] = {}
         for path, leaf_moments in moments.items():
             route = [part for part, leaves in self.parts_with_leaves if path in leaves]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
@@ -117,8 +123,20 @@ class HyperparameterCheck:
                 if "average" in hyperparams:
                     self._check_average(path, route, *hyperparams["average"])
                 self._check_rate(path, route[last:], hyperparams)
+                if "learning_rate" in hyperparams:
+                    foreign = any(part.tx.has_foreign for part in route[last:])
+                    has_rate[path] = foreign or self._rate(path, route[last:]) is not None
                 self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
+
+        without_rate = [path for path, has in has_rate.items() if not has]
+        if without_rate and any(has_rate.values()):
+            self._refuse(
+                without_rate[0],
+                "a learning rate for all leaves",
+                "none for this leaf, and one for others",
+                "put scale_by_learning_rate after its rule too",
+            )
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
@@ -175,6 +193,8 @@ class HyperparameterCheck:
                 mend = f"give the target the same, or {mend}"
             goes_on_with = f"what {self.system.name} has"
         note = f". Note: {note}" if note else ""
+        if self.system is OPTAX:
+            mend += ", or pass optimizer= to compare steps in place of hyperparameters"
         raise ValueError(
             f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {mend}, "
             f"or pass check=False to go on with {goes_on_with}{note}"
@@ -215,14 +235,15 @@ class HyperparameterCheck:
         """Compares whether gradients are negated before the rule: torch's `maximize`."""
         if "maximize" not in hyperparams:
             return
-        signs = [i for i, p in enumerate(before) if isinstance(p.tx, scale) and p.tx.factor < 0]
+        signs = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
         maximize = bool(hyperparams["maximize"])
         negated_late = bool(signs) and bool(self._decay_after(path, before[: signs[-1]]))
         if maximize != (len(signs) % 2 == 1) or negated_late:
-            in_tx = "gradients that are negated before the rule" if signs else "none"
+            in_tx = f"{before[signs[-1]].tx!r} before the rule" if signs else "none"
             in_tx = "gradients that are negated after their weight decay" if negated_late else in_tx
-            mend = "begin tx with scale(-1.0)" if maximize else "leave out that scale"
-            self._refuse(path, f"maximize={maximize}", in_tx, mend)
+            stated = "negated gradients (maximize=True)" if maximize else "gradients as they are"
+            mend = "begin tx with scale(-1.0)" if maximize else "leave it out, or put it after"
+            self._refuse(path, stated, in_tx, mend)
 
     def _check_clips(
         self, path: str, route: Sequence[Part], rule: int, stated: Sequence[Any], leaves: Any
@@ -260,6 +281,18 @@ class HyperparameterCheck:
         """Compares what gradients are multiplied by before they are clipped."""
         clips = [i for i, part in enumerate(before) if isinstance(part.tx, _CLIPS)]
         first, rest = (before[: clips[0]], before[clips[0] :]) if clips else (before, ())
+        late = [
+            part.tx
+            for part in before
+            if id(part.tx) in self.in_accumulated and self._factor(path, [part]) != 1
+        ]
+        if late and self.is_amid_accumulation:
+            self._refuse(
+                path,
+                f"the sum of micro-batches that were multiplied by {stated:g}",
+                f"{late[0]!r} inside of accumulate_gradients",
+                "put it outside of accumulate_gradients, or convert after a step",
+            )
         if not same_value(stated, self._factor(path, first)) or self._factor(path, rest) != 1:
             self._refuse(
                 path,
@@ -323,7 +356,8 @@ class HyperparameterCheck:
                 f"{float(in_tx):g} for the next step",
                 mend,
             )
-        if in_tx is not None and schedule is not None:
+        is_set = self._is_set("learning_rate", path)
+        if in_tx is not None and schedule is not None and not is_set:
             self._check_later_rates(path, after, schedule, int(count))
 
     def _check_later_rates(
@@ -336,7 +370,7 @@ class HyperparameterCheck:
         ]
         if any(schedule is one and in_tx == others for one, others in self.agreeing):
             return
-        for later in _later_counts(count, (schedule, in_tx)):
+        for later in later_counts(count, (schedule, in_tx)):
             with x64(True):
                 stated = rate_at(schedule, later)
             if not self._is_rate(path, after, stated, later - count):
@@ -380,11 +414,11 @@ class HyperparameterCheck:
                 note,
             )
         num_schedules = hyperparams.get("num_schedules", 1)
-        if scales and len(scheduled) < num_schedules:
+        if scales and len(scheduled) != num_schedules:
             self._refuse(
                 path,
-                f"a learning rate that is the product of {num_schedules} schedules",
-                f"{len(scheduled)}",
+                f"a learning rate that follows {num_schedules} of its schedules",
+                f"one that follows {len(scheduled)}",
                 "build tx with a scale_by_learning_rate for each, and scale(-1.0) for the sign",
                 hyperparams["has_schedule"][1],
             )
@@ -606,7 +640,7 @@ def _is_same_clip(clip: Any, stated: Any) -> bool:
     return is_same_class and same_value(getattr(stated, name), getattr(clip, name))
 
 
-def _later_counts(count: int, schedules: Any) -> list[int]:
+def later_counts(count: int, schedules: Any) -> list[int]:
     """Counts of steps at which two schedules are compared.
 
     Where a part of a schedule ends is a whole number among its values, or the sum of two of them.

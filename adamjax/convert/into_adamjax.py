@@ -37,7 +37,13 @@ _IN_FOREIGN_TRANSFORM = (
 
 
 def into_adamjax(
-    source: Source, system: System, new: AdamjaxState, average: Tree, check: bool, rtol: float
+    source: Source,
+    system: System,
+    new: AdamjaxState,
+    average: Tree,
+    check: bool,
+    rtol: float,
+    compare: bool = True,
 ) -> Any:
     """The state of `new`, filled from a source.
 
@@ -45,6 +51,7 @@ def into_adamjax(
       system: the system that the source was read from.
       average: the average of the weights that the user gives; `None` for that of the source.
       check, rtol: as for `from_optax`.
+      compare: whether to compare the hyperparameters that the system states, if `check` is true.
     """
     source.doubts += new.doubts + new.doubts_of_average(source.average)
     source.refuse_doubts(check)
@@ -52,7 +59,7 @@ def into_adamjax(
         source.average = leaves_by_path(new.owner, average)
     _expect_room_for_micro_batches(source, new, check)
     state = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
-    if check:
+    if check and compare:
         filled = AdamjaxState(new.owner, new.tx, state, new.params)
         HyperparameterCheck(filled, system).check(source.moments)
     return state

@@ -108,6 +108,7 @@ def _hyperparams_of_each(
             "the variables do not contain it; pass the optimizer itself to compare it",
         )
     hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
+    hyperparams["maximize"] = False
     return [hyperparams] * num_params
 
 
@@ -266,7 +267,9 @@ def _layout_and_paths(
     expect_order(owner, order)
     leaves = leaves_by_path(owner, ours.params)
     is_mapping = isinstance(variables, Mapping)
-    is_pairs = isinstance(variables, Sequence) and all(isinstance(x, tuple) for x in variables)
+    is_pairs = isinstance(variables, Sequence) and all(
+        isinstance(x, tuple | list) for x in variables
+    )
     if all(name is not None for name in names):
         num_params = len(leaves if order is None else order)
         layout = layout_by_name(owner, [str(name) for name in names], values, num_params)
@@ -394,9 +397,10 @@ def from_keras(
 
     The optimizers are `Adam` (with `amsgrad`), `AdamW`, `Adamax` and `Nadam` of Keras 3 (any
     backend), of tf_keras and of TensorFlow before 2.11, with `use_ema` (a `weight_ema` last in
-    `tx`) and `gradient_accumulation_steps` (`accumulate_gradients`). Their weight decay, clips and
-    betas are in their config, not in their variables: build `tx` with the same values, and with
-    Keras' epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
+    `tx`) and `gradient_accumulation_steps` (`accumulate_gradients`). Their weight decay, clips,
+    betas, loss scale, number of micro-batches and options of the average are in their config, not
+    in their variables: build `tx` with the same values, and with Keras' epsilon, which is `eps_hat`
+    (for Adamax and Nadam `eps`), 1e-7 by default; or let
     `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
     rate is refused. They also say whether it is an `AdamW`: if so, a `tx` without a weight decay is

@@ -108,7 +108,7 @@ def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.
     if isinstance(variables, Mapping):
         keys = keys_in_order(variables)
         values = [_value(owner, f"variable {key!r}", variables[key]) for key in keys]
-        return [None if _are_numbers(keys) else str(key) for key in keys], values
+        return [None if _are_numbers(keys) else _text(key) for key in keys], values
     if not isinstance(variables, Iterable) or getattr(variables, "shape", None) == ():
         raise TypeError(
             f"{owner}: expected optimizer.variables, pairs (name, array), or what "
@@ -117,13 +117,19 @@ def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.
     names: list[str | None] = []
     values = []
     for i, x in enumerate(variables):
-        if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
-            name, x = x
+        if isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[0], str | bytes):
+            names.append(_text(x[0]))
+            x = x[1]
         else:
-            name = getattr(x, "path", None) or getattr(x, "name", None)
-        names.append(name)
+            names.append(getattr(x, "path", None) or getattr(x, "name", None))
+        name = names[-1]
         values.append(_value(owner, f"variable {i if name is None else name!r}", x))
     return names, values
+
+
+def _text(name: Any) -> str:
+    """A name as a string; h5py has bytes."""
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _are_numbers(keys: Iterable[Any]) -> bool:

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.filling import ACCUMULATED
-from adamjax.convert.hyperparameters import HyperparameterCheck
+from adamjax.convert.hyperparameters import HyperparameterCheck, has_schedule
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.optax_state import read_state, role_of
-from adamjax.convert.source import Count, LeafMoments, Source
+from adamjax.convert.source import Count, LeafMoments, Skips, Source
 from adamjax.convert.steps import expect_same_steps
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.guard import skip_not_finite
 from adamjax.rows import RowGradient
-from adamjax.scaling import scale, scale_by_learning_rate
+from adamjax.scaling import set_to_zero
+from adamjax.structure import walk
 
 __all__ = ["from_optax", "to_optax"]
 
@@ -33,38 +34,60 @@ def _add_doubts(source: Source, ours: AdamjaxState, optimizer: Any) -> None:
 
 
 def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
-    """Adds a doubt if optax skips steps that adamjax does not skip."""
-    if source.skipped is None:
+    """Adds a doubt if optax skips other steps than adamjax, or counts those it skips otherwise."""
+    if not source.skips:
         return
-    skipping = [part.tx for part in ours.parts if isinstance(part.tx, skip_not_finite)]
-    accumulate = source.skips_accumulate
-    others = [tx for tx in skipping if (id(tx) in ours.in_accumulated) != accumulate]
-    if not skipping:
-        source.doubts.append(
-            "optax skips steps with gradients that are not finite (apply_if_finite), and tx does "
-            "not: wrap tx in skip_not_finite"
+    both_accumulate = bool(source.accumulated) and bool(ours.accumulations)
+    skipping = [part for part in ours.parts if isinstance(part.tx, skip_not_finite)]
+    our_skips = [
+        Skips(frozenset(leaves_by_path(ours.owner, p.params)), id(p.tx) in ours.in_accumulated)
+        for p in skipping
+    ]
+    for path in source.moments:
+        theirs, own = (
+            {x.accumulates and both_accumulate for x in skips if path in x.leaves}
+            for skips in (source.skips, our_skips)
         )
-    elif source.accumulated and ours.accumulations and others:
-        what, place = ("whole steps", "inside") if accumulate else ("micro-batches", "outside of")
+        if theirs != own:
+            what, mend = "no steps", "leave skip_not_finite out there"
+            if theirs and both_accumulate:
+                what, place = "micro-batches", "outside of"
+                if True in theirs:
+                    what, place = "whole steps", "inside"
+                mend = f"put skip_not_finite {place} accumulate_gradients"
+            elif theirs:
+                what, mend = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
+            source.doubts.append(
+                f"of the leaf {path!r} optax skips {what} with gradients that are not finite "
+                f"(apply_if_finite), and tx does not do the same: {mend}"
+            )
+            return
+    in_skips = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
+    ours_skip = {id(p.tx) in in_skips for p in ours.parts if has_schedule(p.tx)}
+    they_skip = {count.skips for count in source.counts}
+    if ours_skip and they_skip and ours_skip != they_skip:
+        place = "inside" if True in they_skip else "outside of"
         source.doubts.append(
-            f"optax skips {what} with gradients that are not finite (apply_if_finite), and tx does "
-            f"not: put skip_not_finite {place} accumulate_gradients"
+            "optax and tx differ in whether a schedule counts the steps that are skipped: put "
+            f"scale_by_learning_rate {place} skip_not_finite"
         )
 
 
 def _note_leaves_without_rules(source: Source, ours: AdamjaxState) -> None:
-    """Notes leaves that `tx` scales without a rule, if the state does not show by how much."""
+    """Notes leaves without a rule that move, if the state does not show by how much."""
     if not source.has_rates_without_rules:
         return
+    frozen: set[str] = set()
     for part in ours.parts:
-        moves = isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
-        for path in leaves_by_path(ours.owner, part.params) if moves and not part.tx.parts else ():
-            if path not in source.moments:
-                source.unseen.append(
-                    f"the leaf {path!r} has no rule, and the state does not show whether its rates "
-                    "and weight decays are those of this leaf too"
-                )
-                return
+        if isinstance(part.tx, set_to_zero):
+            frozen |= set(leaves_by_path(ours.owner, part.params))
+    for path in leaves_by_path(ours.owner, ours.params):
+        if path not in source.moments and path not in frozen:
+            source.unseen.append(
+                f"the leaf {path!r} has no rule, and the state does not show whether its rates "
+                "and weight decays are those of this leaf too"
+            )
+            return
 
 
 class _OptaxFilling(Translation):
@@ -72,6 +95,7 @@ class _OptaxFilling(Translation):
 
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
         self.counts = iter(counts)
+        self.paths = frozenset(leaves_by_path(self.owner, self.ours.params))
         state = self.fill(target)
         self.finish()
         return state
@@ -81,7 +105,9 @@ class _OptaxFilling(Translation):
         if role == "rule":
             return self._fill_rule(x)
         if role == "count":
-            return x._replace(count=self.schedule_count(next(self.counts).leaves, x.count))
+            count = next(self.counts)
+            leaves = self.paths - count.excluded if count.excluded else count.leaves
+            return x._replace(count=self.schedule_count(leaves, x.count))
         if role == "hyperparams":
             if "hyperparams_states" in x._fields:
                 x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
@@ -92,7 +118,7 @@ class _OptaxFilling(Translation):
         if role == "skipped":
             skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
-        if role == "inner":
+        if role in ("inner", "parts"):
             return type(x)(self.fill(x[0]))
         if role == "items":
             return map_items(self.fill, x)
@@ -200,7 +226,7 @@ def from_optax(
     source = read_state("from_optax", source_state)
     new = initial_state("from_optax", tx, params)
     _add_doubts(source, new, optimizer)
-    state = into_adamjax(source, OPTAX, new, average, check, rtol)
+    state = into_adamjax(source, OPTAX, new, average, check, rtol, compare=optimizer is None)
     if optimizer is not None:
         filled = AdamjaxState("from_optax", tx, state, params)
         expect_same_steps(filled, optimizer, source_state, rtol)
@@ -249,7 +275,7 @@ def to_optax(
     source = ours.read_for(target_source, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
     new_state = filling.filled_state(target, target_source.counts)
-    if check:
+    if check and optimizer is None:
         HyperparameterCheck(ours, OPTAX).check(target_source.moments)
     if optimizer is not None:
         expect_same_steps(ours, optimizer, new_state, rtol)

@@ -1,24 +1,24 @@
 """A state of optax, read into the common form."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
+from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Skips, Source
 from adamjax.convert.values import (
     SCHEDULE_COUNTS,
     field_names,
     is_container,
     leaves_by_path,
+    map_items,
     number_of,
-    same_value,
     steps_taken,
 )
 
-__all__ = ["read_state", "role_of"]
+__all__ = ["advanced", "read_state", "role_of"]
 
 # The role of each class of states in optax, by its name, and its fields in each version of optax.
 # A class with other fields, or of another package, is unknown.
@@ -43,8 +43,8 @@ _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
         (("notfinite_count", "last_finite", "total_notfinite", "inner_state"),),
     ),
     "MaskedState": ("inner", (("inner_state",),)),
-    "PartitionState": ("inner", (("inner_states",),)),
-    "MultiTransformState": ("inner", (("inner_states",),)),
+    "PartitionState": ("parts", (("inner_states",),)),
+    "MultiTransformState": ("parts", (("inner_states",),)),
 }
 
 
@@ -60,14 +60,15 @@ def role_of(x: Any) -> str | None:
 
 
 # The hyperparameters of rules and rates that optax and adamjax call by the same names.
-_SHARED_NAMES = ("b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay")
+_NAMES_OF_RULES = {"b1", "b2", "eps", "eps_root"}
+_SHARED_NAMES = {*_NAMES_OF_RULES, "learning_rate", "weight_decay"}
 # Keys that say how a rate or a decay applies, not its value. Two places of a state may differ in
 # them without a doubt.
 _HOW_APPLIED = (
     *("has_schedule", "schedule_accumulates", "has_schedule_before", "masks_decay", "decoupled"),
     *("has_decay_schedule", "decay_accumulates", "num_schedules", "places"),
 )
-# Keys of rates and weight decays, which apply to leaves without a rule as well.
+# Keys of rates and weight decays.
 _RATES = ("learning_rate", "has_schedule", "weight_decay", "has_decay_schedule")
 # The two strings of `has_schedule`, for errors: what shows that there is a schedule, and a note.
 _HAS_SCHEDULE = (
@@ -137,10 +138,16 @@ def _read(x: Any, source: Source, hyperparams: Hyperparams) -> None:
     elif role == "skipped":
         skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
         source.skipped = (source.skipped or 0) + skipped
-        source.skips_accumulate = source.accumulates
+        num_rules = {path: len(several) for path, several in source.moments.items()}
+        outer, source.in_skips = source.in_skips, True
         _read(x.inner_state, source, hyperparams)
+        source.in_skips = outer
+        inside = [p for p, x in source.moments.items() if len(x) > num_rules.get(p, 0)]
+        source.skips.append(Skips(frozenset(inside), source.accumulates))
     elif role == "inner":
         _read_inner(x[0], source, hyperparams)
+    elif role == "parts":
+        _read_parts(x[0], source, hyperparams)
     elif role == "items":
         if isinstance(x, Mapping):
             _read_mapping(x, source, hyperparams)
@@ -180,6 +187,11 @@ def _read_mapping(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams
     # A part may have been read before the rule that it follows.
     for unowned in source.unowned_hyperparams[num_unowned:]:
         unowned["before"] = None
+        if unowned["more"]:
+            source.unseen.append(
+                f"inject_hyperparams states {min(unowned['more'])} in a dictionary with the keys "
+                f"{list(x)} (of optax.named_chain), whose order JAX loses"
+            )
 
 
 def _read_rule(x: Any, source: Source, hyperparams: Hyperparams) -> None:
@@ -208,6 +220,9 @@ def _read_hyperparams(x: Any, source: Source, hyperparams: Hyperparams) -> None:
             own_hyperparams["learning_rate"] = -own_hyperparams["more"].pop("step_size")
         if "weight_decay" in own_hyperparams:
             own_hyperparams["decay_accumulates"] = source.accumulates
+        for name in sorted(_NAMES_OF_RULES & own_hyperparams.keys()):
+            del own_hyperparams[name]
+            source.unseen.append(f"inject_hyperparams states {name} of a transform without a rule")
         _add_unowned(source, {**own_hyperparams, "before": not num_rules})
 
 
@@ -235,42 +250,83 @@ def _read_accumulated(x: Any, source: Source, hyperparams: Hyperparams) -> None:
 
 
 def _read_inner(x: Any, source: Source, hyperparams: Hyperparams) -> None:
-    """Reads a state inside a mask or a partition: its counts are those of its leaves."""
-    inner = Source(source.owner, accumulates=source.accumulates)
-    _read(x, inner, hyperparams)
+    """Reads a state inside a mask: its counts are those of its leaves."""
+    inner = _read_apart(x, source, hyperparams)
     if inner.moments:
         _give_to_last_rules(inner)
         source.has_masked_rules = True
-        if _has_rate(hyperparams):
-            source.has_rates_without_rules = True
     else:
         _pass_to_outer(inner, source)
-    leaves = frozenset(inner.moments) or None
+    _merge(source, inner, leaves=frozenset(inner.moments) or None)
+
+
+def _read_parts(x: Mapping[Any, Any], source: Source, hyperparams: Hyperparams) -> None:
+    """Reads the states of `multi_transform`, of which each has leaves of its own."""
+    parts = [_read_apart(part, source, hyperparams) for part in _items(x)]
+    with_rules = frozenset(path for part in parts for path in part.moments)
+    for part in parts:
+        if part.moments:
+            _give_to_last_rules(part)
+            source.has_masked_rules = True
+            _merge(source, part, leaves=frozenset(part.moments))
+        elif with_rules:
+            # What it states is not that of the other parts.
+            _note_unknown_leaves(part.unowned_hyperparams, source)
+            _merge(source, part, leaves=None, excluded=with_rules)
+        else:
+            _pass_to_outer(part, source)
+            _merge(source, part, leaves=None)
+        source.has_sorted_states |= bool(part.other_states)
+
+
+def _read_apart(x: Any, source: Source, hyperparams: Hyperparams) -> Source:
+    """Reads a state inside a mask or a part on its own."""
+    inner = Source(source.owner, accumulates=source.accumulates, in_skips=source.in_skips)
+    _read(x, inner, hyperparams)
+    if inner.moments and _has_rate(hyperparams):
+        source.unseen.append(
+            "inject_hyperparams states a rate or a weight decay of a mask or a part, and not what "
+            f"it does with it for {min(inner.moments)!r}"
+        )
+        _drop_rates(inner.moments.values())
+    return inner
+
+
+def _merge(
+    source: Source,
+    inner: Source,
+    leaves: frozenset[str] | None,
+    excluded: frozenset[str] = frozenset(),
+) -> None:
+    """Adds what was read of a mask or a part; `leaves` and `excluded` are those of its counts."""
     for path, several in inner.moments.items():
         source.moments.setdefault(path, []).extend(several)
-    source.counts += [c if c.leaves else c._replace(leaves=leaves) for c in inner.counts]
+    source.counts += [
+        c if c.leaves or c.excluded else c._replace(leaves=leaves, excluded=excluded)
+        for c in inner.counts
+    ]
     source.other_states += inner.other_states
     source.has_sorted_states |= inner.has_sorted_states
     source.doubts += inner.doubts
     source.unseen += inner.unseen
+    source.has_masked_rules |= inner.has_masked_rules
     source.has_rates_without_rules |= inner.has_rates_without_rules
     source.accumulated += inner.accumulated
-    if source.skipped is None:
-        source.skipped, source.skips_accumulate = inner.skipped, inner.skips_accumulate
+    source.skips += inner.skips
+    source.skipped = inner.skipped if source.skipped is None else source.skipped
 
 
 def _with_hyperparams(source: Source, hyperparams: Hyperparams, added: Hyperparams) -> Hyperparams:
-    """Both dictionaries of hyperparameters, without those that have two values."""
+    """Both dictionaries of hyperparameters, without those that both have."""
 
     def both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         merged = {**a, **b}
         for name in sorted(set(a) & set(b) - {"more", *_HOW_APPLIED}):
-            if np.ndim(a[name]) or np.ndim(b[name]) or not same_value(a[name], b[name]):
-                source.unseen.append(
-                    f"inject_hyperparams states {name} of a leaf twice, {a[name]} and {b[name]}, "
-                    "and not what it does with each"
-                )
-                del merged[name]
+            source.unseen.append(
+                f"inject_hyperparams states {name} of a leaf twice, {a[name]} and {b[name]}, and "
+                "not what it does with each"
+            )
+            del merged[name]
         return merged
 
     merged = both(hyperparams, added)
@@ -298,6 +354,11 @@ def _give_to_last_rules(source: Source) -> None:
             if rates:  # Each multiplies a step by minus the rate.
                 hyperparams["learning_rate"] = -math.prod(-np.asarray(rate) for rate in rates)
             moments.hyperparams = hyperparams
+        if {"has_schedule", "has_schedule_before"} <= moments.hyperparams.keys():
+            source.unseen.append(
+                "there are schedules before the rule and after it, and the state does not show "
+                "which is which"
+            )
         if "has_schedule" in moments.hyperparams:
             # The rate of a step is the product of the constant and the schedule, which is unknown.
             moments.hyperparams.pop("learning_rate", None)
@@ -323,20 +384,27 @@ def _named_by_place(unowned: Hyperparams) -> Hyperparams:
 
 
 def _pass_to_outer(inner: Source, source: Source) -> None:
-    """Passes on the hyperparameters of a mask that has no rule.
+    """Passes on the weight decay of a mask that has no rule; others may not be those of all leaves.
 
     Without a rule, nothing in the state shows which leaves the mask has.
     """
-    rates = ("learning_rate", "step_size", "has_schedule", "num_schedules")
+    _note_unknown_leaves(inner.unowned_hyperparams, source)
+    decays = ("weight_decay", "has_decay_schedule", "decay_accumulates", "masks_decay")
     for hyperparams in inner.unowned_hyperparams:
-        if any(name in hyperparams or name in hyperparams["more"] for name in rates):
+        decay = {name: x for name, x in hyperparams.items() if name in decays}
+        _add_unowned(source, {**decay, "before": not source.moments})
+
+
+def _note_unknown_leaves(unowned_hyperparams: list[Hyperparams], source: Source) -> None:
+    """Notes that a mask or a part without a rule has rates or clips."""
+    for hyperparams in unowned_hyperparams:
+        names = [x for x in ("learning_rate", "has_schedule") if x in hyperparams]
+        if names or hyperparams["more"]:
+            what = "a rate or a schedule" if names else min(hyperparams["more"])
             source.unseen.append(
-                "a rate or a schedule is within a mask or a part that has no rule, and the state "
-                "does not show for which leaves"
+                f"{what} is within a mask or a part that has no rule, and the state does not show "
+                "for which leaves"
             )
-        more = {name: x for name, x in hyperparams["more"].items() if name not in rates}
-        others = {name: x for name, x in hyperparams.items() if name not in rates}
-        _add_unowned(source, {**others, "more": more, "before": not source.moments})
 
 
 def read_state(owner: str, state: Any) -> Source:
@@ -359,12 +427,40 @@ def _drop_rates_of_several_rules(source: Source) -> None:
                 f"the leaf {path!r} has several rules, and the state does not show which of them "
                 "its rates and weight decays follow"
             )
-            for moments in several:
-                moments.hyperparams = {
-                    name: x for name, x in moments.hyperparams.items() if name not in _RATES
-                }
+            _drop_rates([several])
+
+
+def _drop_rates(moments_of_leaves: Iterable[list[LeafMoments]]) -> None:
+    for moments in (moments for several in moments_of_leaves for moments in several):
+        moments.hyperparams = {
+            name: x for name, x in moments.hyperparams.items() if name not in _RATES
+        }
 
 
 def _items(x: Mapping[Any, Any]) -> list[Any]:
     """The values in the order in which JAX flattens them."""
     return [x[key] for key in sorted(x, key=str)]
+
+
+def advanced(x: Any, fresh: Any, steps: int, calls: int, restart: bool) -> Any:
+    """A state whose schedules are some steps further on, without micro-batches.
+
+    Args:
+      fresh: the state that `init` returns.
+      calls: how many calls a step takes where nothing accumulates.
+      restart: whether rules have taken no step.
+    """
+    role = role_of(x)
+    if role == "rule":
+        return fresh if restart else x
+    if role == "count":
+        return x._replace(count=x.count + steps * calls)
+    if role == "accumulated":
+        inner = advanced(x.inner_opt_state, fresh.inner_opt_state, steps, 1, restart)
+        count = x.gradient_step + steps
+        return fresh._replace(inner_opt_state=inner, gradient_step=count)
+    if role == "hyperparams":
+        x = x._replace(count=x.count + steps * calls)
+    if role is None:
+        return x
+    return map_items(lambda a, b: advanced(a, b, steps, calls, restart), x, fresh)

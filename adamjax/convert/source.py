@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 
 from adamjax.convert.systems import KINDS
 
-__all__ = ["Accumulated", "Count", "Hyperparams", "LeafMoments", "Slots", "Source", "meet"]
+__all__ = [
+    "Accumulated",
+    "Count",
+    "Hyperparams",
+    "LeafMoments",
+    "Skips",
+    "Slots",
+    "Source",
+    "meet",
+]
 
 # Arrays of one leaf by the names of the slots; hyperparameters by their names.
 Slots = dict[str, Any]
@@ -44,12 +53,29 @@ class Count(NamedTuple):
     Attributes:
       steps: the count: of steps if `accumulates`, else of calls.
       leaves: the paths of the leaves that it belongs to; `None` for all.
+      excluded: the paths of leaves that it does not belong to.
       accumulates: as in `LeafMoments`.
+      skips: whether it is inside a transform that skips steps, and so does not count these.
     """
 
     steps: int
     leaves: frozenset[str] | None
+    excluded: frozenset[str] = frozenset()
     accumulates: bool = False
+    skips: bool = False
+
+    def belongs_to(self, leaves: frozenset[str] | None) -> bool:
+        """Whether it belongs to one of these leaves; `None` is the set of all leaves."""
+        if leaves and self.excluded:
+            return not leaves <= self.excluded and meet(self.leaves, leaves - self.excluded)
+        return meet(self.leaves, leaves)
+
+
+class Skips(NamedTuple):
+    """A transform that skips steps: the leaves of the rules in it, and whether it accumulates."""
+
+    leaves: frozenset[str]
+    accumulates: bool
 
 
 class Accumulated(NamedTuple):
@@ -70,7 +96,7 @@ class Source:
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
       skipped: the number of steps that were skipped; `None` if nothing counts them.
-      skips_accumulate: whether the transform that skips them is inside one that accumulates.
+      skips: the transforms that skip steps.
       other_states: the states of all other transforms.
       has_sorted_states: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
@@ -80,6 +106,7 @@ class Source:
         without a rule.
       unowned_hyperparams: hyperparameters that the system states outside of any rule.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
+      in_skips: whether this part is inside a transform that skips steps.
     """
 
     owner: str
@@ -88,7 +115,7 @@ class Source:
     average: dict[str, Any] | None = None
     accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
     skipped: int | None = None
-    skips_accumulate: bool = False
+    skips: list[Skips] = dataclasses.field(default_factory=list)
     other_states: list[Any] = dataclasses.field(default_factory=list)
     has_sorted_states: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
@@ -97,13 +124,15 @@ class Source:
     has_rates_without_rules: bool = False
     unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
     accumulates: bool = False
+    in_skips: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:
         moments = dataclasses.replace(moments, accumulates=self.accumulates)
         self.moments.setdefault(path, []).append(moments)
 
     def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
-        self.counts.append(Count(steps, leaves, self.accumulates))
+        count = Count(steps, leaves, accumulates=self.accumulates, skips=self.in_skips)
+        self.counts.append(count)
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if each call of theirs is a step."""
@@ -131,13 +160,20 @@ class Source:
           calls: `None` for a schedule that counts steps. For one that counts calls: how many calls
             a step takes, and how many there were since the last step.
         """
-        schedule_counts = [(c.accumulates, c.steps) for c in self.counts if meet(c.leaves, leaves)]
+        schedule_counts = [(c.accumulates, c.steps) for c in self.counts if c.belongs_to(leaves)]
         rule_counts = [
             (moments.accumulates, moments.count)
             for path, moments_of_rules in self.moments.items()
             if meet({path}, leaves)
             for moments in moments_of_rules
         ]
+        if not schedule_counts and not rule_counts and leaves is not None:
+            # The leaves have no rule. If all other counts agree, their schedules have it too.
+            others = {(c.accumulates, c.steps) for c in self.counts}
+            others |= {
+                (x.accumulates, x.count) for several in self.moments.values() for x in several
+            }
+            return self.count_of(None, calls) if len(others) == 1 else 0
         if any(accumulates for accumulates, _ in (*schedule_counts, *rule_counts)):
             # There are counts of steps and of calls: take one of the right kind, if there is one.
             for pairs in (schedule_counts, rule_counts):

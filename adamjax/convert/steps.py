@@ -1,17 +1,24 @@
 """Comparing the steps of two optimizers from the same states."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.adamjax_state import AdamjaxState, contains_states
+from adamjax.convert.hyperparameters import later_counts
+from adamjax.convert.optax_state import advanced
+from adamjax.convert.values import counts_a_schedule, map_items
 from adamjax.data import Tree
+from adamjax.exact.state import ExactRowsState
+from adamjax.guard import AccumulateGradientsState
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.structure import slot_states
+from adamjax.scaling import ScheduleState
+from adamjax.structure import rule_slots, slot_states, states_of_class
 
 __all__ = ["expect_same_steps"]
 
@@ -24,59 +31,129 @@ _WEIGHTS = (1e3, 1e-2)
 # How far two updates of a leaf may be apart, as a part of the largest. float32 rounds off less.
 # adamjax rounds narrow moments at random, and optax computes in their dtype.
 _RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL = 3e-4, 0.03, 0.1
+# How many later counts of schedules are compared at most.
+_MOST_COUNTS = 100
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
     """Refuses a transform that does not move weights as optax' optimizer does.
 
-    Both take some steps from their initial states, and some from the states of the conversion, with
-    random gradients of many sizes. In the last, one leaf has a gradient that is not finite. Where
-    optax' rule has another form, as AMSGrad's, only the states of the conversion are tried.
+    Both take some steps from the states of the conversion, some with rules that have taken no step,
+    and one each at many later counts of their schedules. The gradients are random, of many sizes,
+    and in some steps one leaf is not finite. Where optax' rule has another form, as AMSGrad's, all
+    steps go on from the moments of the conversion.
 
     Args:
       ours: the state of adamjax, with its transform.
       optimizer, state: the transform of optax, and its state.
       rtol: as for `from_optax`.
     """
-    owner, tx, params = ours.owner, ours.tx, ours.params
-    _expect_made_by(owner, optimizer, state, params)
-    rng = np.random.default_rng(0)
+    _expect_made_by(ours.owner, optimizer, state, ours.params)
+    compared = _Comparison(ours, optimizer, state, rtol)
+    restart = set(ours.kinds) <= {"adam"}
+    fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
+    calls = compared.calls
 
-    def drawn(scale: float) -> Tree:
+    def starts(steps: int) -> tuple[Any, Any]:
+        return (
+            _advanced(ours, ours.state, fresh[0], steps, calls, restart),
+            advanced(state, fresh[1], steps, calls, restart),
+        )
+
+    floats = [x for x in jax.tree.leaves(ours.params) if not is_left_alone(x)]
+    # optax computes in float16, where larger squares overflow, and its epsilon is 0.
+    is_float16 = any(jnp.result_type(x) == jnp.float16 for x in floats)
+    small = [] if is_float16 else list(_SMALL)
+    scales = [x for x in _SCALES if x <= 1] if is_float16 else list(_SCALES)
+    usual = _usual_gradient(ours.state)
+    # In optax, a call of MultiSteps that only accumulates moves weights by NaN too.
+    not_finite = [] if ours.accumulations else [math.nan]
+    for size in _WEIGHTS:
+        sizes = [usual, *(usual * x for x in scales), *not_finite]
+        compared.expect_same("these states", (ours.state, state), size, sizes)
+        if restart:
+            compared.expect_same("their first step", starts(0), size, [*small, *scales])
+    counts = [int(x.count) for x in states_of_class(ScheduleState, ours.state)]
+    if counts:
+        one = 1.0 if restart else usual
+        for count in later_counts(max(counts), ours.tx)[:_MOST_COUNTS]:
+            start, steps = f"count {count}", count - max(counts)
+            compared.expect_same(start, starts(steps), _WEIGHTS[1], [one, *not_finite, one])
+    if not compared.has_moved:
+        # The rate is 0 from here on, and hides everything else.
+        compared.expect_same("the state of init", fresh, _WEIGHTS[1], [1.0, *small, *scales])
+
+
+class _Comparison:
+    """Steps of both optimizers with the same gradients.
+
+    Attributes:
+      calls: how many calls a step takes.
+      has_moved: whether optax has moved a weight in a step so far.
+    """
+
+    def __init__(self, ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
+        self.owner, self.params = ours.owner, ours.params
+        self.rng = np.random.default_rng(0)
+        self.calls = math.prod(steps for steps, _ in ours.accumulations)
+        self.update, self.other_update = jax.jit(ours.tx.update), jax.jit(optimizer.update)
+        self.rtol = max(rtol, _RTOL, _NARROW_RTOL * _has_narrow(ours.state))
+        self.rtol = max(self.rtol, _NARROW_OPTAX_RTOL * _has_narrow(state))
+        self.has_moved = False
+
+    def expect_same(
+        self, start: str, states: tuple[Any, Any], size: float, sizes: Sequence[float]
+    ) -> None:
+        """Takes steps with weights of one size and gradients of each of these sizes."""
+        one, other = states
+        weights = self._drawn(size)
+        for i, scale in enumerate(sizes):
+            for _ in range(self.calls):
+                grads = _with_nan(self._drawn(1.0)) if math.isnan(scale) else self._drawn(scale)
+                move, one = self._step(self.update, grads, one, weights)
+                other_move, other = self._step(self.other_update, grads, other, weights)
+                when = f"in step {i + 1} from {start} on"
+                _expect_close(self.owner, when, (move, other_move), weights, self.rtol)
+                self.has_moved |= any(bool(np.any(x)) for x in jax.tree.leaves(other_move))
+
+    def _step(self, update: Any, *args: Any) -> tuple[Any, Any]:
+        try:
+            new: tuple[Any, Any] = update(*args)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise TypeError(
+                f"{self.owner}: steps cannot be compared, because an update needs more than "
+                f"gradients, state and parameters ({error}): convert without optimizer="
+            ) from error
+        return new
+
+    def _drawn(self, scale: float) -> Tree:
         def leaf(p: Any) -> Any:
             if p is None or is_left_alone(p):
                 return p
-            return jnp.asarray(scale * rng.normal(size=np.shape(p)), jnp.result_type(p))
+            # In float16, squares of much smaller numbers would be inaccurate.
+            x = scale * self.rng.uniform(0.5, 1.5, np.shape(p))
+            return jnp.asarray(x * self.rng.choice([-1, 1], np.shape(p)), jnp.result_type(p))
 
-        return jax.tree.map(leaf, params)
+        return jax.tree.map(leaf, self.params)
 
-    floats = [x for x in jax.tree.leaves(params) if not is_left_alone(x)]
-    small, scales = list(_SMALL), list(_SCALES)
-    if any(jnp.result_type(x) == jnp.float16 for x in floats):
-        # optax computes in float16, where larger squares overflow, and its epsilon is 0.
-        small, scales = [], [x for x in _SCALES if x <= 1]
-    # A step takes this many calls, with gradients of one size.
-    calls = math.prod(steps for steps, _ in ours.accumulations)
-    update, other_update = jax.jit(tx.update), jax.jit(optimizer.update)
-    rtol = max(rtol, _RTOL, _NARROW_RTOL * _has_narrow(ours.state))
-    rtol = max(rtol, _NARROW_OPTAX_RTOL * _has_narrow(state))
-    for size in _WEIGHTS:
-        weights = drawn(size)
-        usual = _usual_gradient(ours.state)
-        starts = [("these states", ours.state, state, [usual, *(usual * x for x in scales)])]
-        if set(ours.kinds) <= {"adam"}:
-            first = tx.init(weights), optimizer.init(weights)
-            starts.append(("their first step", *first, [*small, *scales]))
-        for start, one, other, sizes in starts:
-            # In optax, a call of MultiSteps that only accumulates moves weights by NaN too.
-            last = [] if ours.accumulations else [math.nan]
-            for i, scale in enumerate([*sizes, *last]):
-                grads = _with_nan(drawn(1.0)) if math.isnan(scale) else drawn(scale)
-                for _ in range(calls):
-                    move, one = update(grads, one, weights)
-                    other_move, other = other_update(grads, other, weights)
-                    when = f"in step {i + 1} from {start} on"
-                    _expect_close(owner, when, (move, other_move), weights, rtol)
+
+def _advanced(ours: AdamjaxState, x: Any, fresh: Any, steps: int, calls: int, restart: bool) -> Any:
+    """A state of adamjax whose schedules are some steps further on; see `advanced` for optax."""
+    if rule_slots(x):
+        return fresh if restart else x
+    if isinstance(x, ScheduleState) or counts_a_schedule(x):
+        return x._replace(count=x.count + steps * calls)
+    if isinstance(x, AccumulateGradientsState):
+        return fresh._replace(inner=_advanced(ours, x.inner, fresh.inner, steps, 1, restart))
+    if isinstance(x, ExactRowsState):
+        part: Any = ours.part(x)
+        inner = _advanced(ours, x.inner, fresh.inner, steps, calls, restart)
+        return part.tx.from_dense(inner, part.params)
+    if contains_states(x):
+        return map_items(lambda a, b: _advanced(ours, a, b, steps, calls, restart), x, fresh)
+    return x
 
 
 def _expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None:
@@ -141,5 +218,6 @@ def _expect_close(
             raise ValueError(
                 f"{owner}: {when}, tx moves an element of {path!r} by {a.flat[i]:.6g}, and the "
                 f"optimizer of optax by {b.flat[i]:.6g}: compare their clips, rules, epsilons, "
-                "weight decays with their masks, rates, dtypes and numbers of micro-batches"
+                "weight decays with their masks, rates, schedules, dtypes and numbers of "
+                "micro-batches (and freeze leaves with set_to_zero: 0 times NaN is NaN)"
             )

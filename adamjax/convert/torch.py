@@ -391,8 +391,11 @@ def from_torch(
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
       scheduler has ended. A scheduler that changes betas as well (`OneCycleLR`, by default) is
       refused.
-    - `tx` must not clip after the rule. (Clips before it are not compared, because in torch they
-      are not part of the optimizer.)
+    - `tx` must not clip after the rule. Clips and positive factors (`scale`) before it are not
+      compared, because in torch they are not part of the optimizer.
+    - In older versions of torch, the groups of Adam and AdamW have the same keys, without
+      `decoupled_weight_decay`. They do not show which it was, so `tx` may have the weight decay
+      before the rule or after it.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of

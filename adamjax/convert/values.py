@@ -54,15 +54,18 @@ def is_container(x: Any) -> bool:
     return isinstance(x, tuple | list | Mapping)
 
 
-def map_items(function: Callable[[Any], Any], x: Any) -> Any:
-    """A container of the same type, with the function applied to each item."""
+def map_items(function: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    """A container of the same type, with the function applied to each item.
+
+    `rest` are containers like `x`; the function also gets the same items of these.
+    """
     if field_names(x) is not None:
-        return type(x)(*map(function, x))
+        return type(x)(*map(function, x, *rest))
     if isinstance(x, Mapping):
         # The function is called in the order in which JAX flattens a mapping.
-        results = {key: function(x[key]) for key in sorted(x, key=str)}
+        results = {key: function(x[key], *(y[key] for y in rest)) for key in sorted(x, key=str)}
         return type(x)({key: results[key] for key in x})  # type: ignore[call-arg]
-    return type(x)(map(function, x))
+    return type(x)(map(function, x, *rest))
 
 
 def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
