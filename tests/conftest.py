@@ -1,9 +1,18 @@
-"""`--sample N` runs some cases of each test, and `--quick` fewer, for before each commit."""
+"""Options and fixtures of the tests.
+
+`--sample N` runs some cases of each test, and `--quick` fewer, for before each commit.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from support import environment
 
-# `--quick`: of the cases of a test, the first and then one in so many.
-QUICK = 80
+# With `--quick`: the first case of a test runs, and then one in this many.
+QUICK_EVERY = 80
 
 
 def at_least_one(text):
@@ -22,7 +31,9 @@ def pytest_addoption(parser):
         help="of a test with many cases, run the first and then every Nth",
     )
     parser.addoption(
-        "--quick", action="store_true", help=f"skip slow tests, and of the others --sample {QUICK}"
+        "--quick",
+        action="store_true",
+        help=f"skip slow tests, and of the others --sample {QUICK_EVERY}",
     )
 
 
@@ -32,13 +43,50 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     is_quick = config.getoption("--quick")
-    step = config.getoption("--sample") or (QUICK if is_quick else 1)
-    cases = {}
-    sample, others = [], []
+    every = config.getoption("--sample") or (QUICK_EVERY if is_quick else 1)
+    cases_seen = {}
+    sample, left_out = [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
-        number = cases[function] = cases.get(function, -1) + 1
-        is_left_out = is_quick and item.get_closest_marker("slow") is not None
-        (others if is_left_out or number % step else sample).append(item)
+        number = cases_seen.get(function, 0)
+        cases_seen[function] = number + 1
+        is_too_slow = is_quick and item.get_closest_marker("slow") is not None
+        if is_too_slow or number % every:
+            left_out.append(item)
+        else:
+            sample.append(item)
     items[:] = sample
-    config.hook.pytest_deselected(items=others)
+    config.hook.pytest_deselected(items=left_out)
+
+
+# --- the training job, for test_train.py and test_processes.py ------------------------------------
+
+
+@pytest.fixture
+def prose(tmp_path, monkeypatch):
+    """A file of real text; runs go to a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    Path("prose.txt").write_text(Path(argparse.__file__).read_text()[:30_000])
+    return "prose.txt"
+
+
+@pytest.fixture
+def start_job():
+    """A function that starts the job as a user does, and returns its process."""
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks", "train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()  # its children end with it
+        process.communicate()

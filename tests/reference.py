@@ -96,7 +96,7 @@ def nadam(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
     grads = float64(grads)
     m = first_moments(grads, b1)
     v = second_moments(grads, b2)
-    mu = [b1 * (1 - 0.5 * 0.96**t) for t in range(1, len(grads) + 2)]
+    mu = [b1 * (1 - 0.5 * 0.96**t) for t in range(1, len(grads) + 2)]  # mu[i] is mu_{i+1}
     product = list(itertools.accumulate(mu, lambda a, b: a * b))
     m_hat = [
         mu[i + 1] * m_t / (1 - product[i + 1]) + (1 - mu[i]) * g / (1 - product[i])
@@ -151,8 +151,8 @@ def accumulate(grads, steps):
     ]
 
 
-def held(start, values, steps, length):
-    """What a value that changes every `steps` micro-batches is after each of `length` of them."""
+def after_each_micro_batch(start, values, steps, length):
+    """`start` and then `values`, one more at every `steps`-th of `length` micro-batches."""
     values = float64([start, *values])
     return [values[i // steps] for i in range(1, length + 1)]
 

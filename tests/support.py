@@ -1,5 +1,7 @@
 """What the tests share: trees, comparisons, and what differs between JAX versions."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +38,17 @@ def run_on_devices(count, code):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def imported_packages(code):
+    """The top-level packages that Python code imports."""
+    packages = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.partition(".")[0])
+    return packages
 
 
 def is_none(x):
@@ -107,3 +120,10 @@ def benchmarks(*arguments, cwd):
         capture_output=True,
         text=True,
     )
+
+
+def read_checkpoint(name):
+    """What the checkpoint of a training job's run says about the run, and its arrays."""
+    with np.load(Path("runs", name, "checkpoint.npz")) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("about"))), arrays

@@ -59,7 +59,7 @@ def test_the_average_is_its_formula(momentum):
 
 @pytest.mark.parametrize("frequency", [1, 2, 3, 2.0, jnp.array(2)])
 def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
-    """At steps f, 2f, ...; to an ulp of the weights, as the update must carry it."""
+    """At steps f, 2f, ... The weights may be off by an ulp, because the update is a difference."""
     history = run(chain(adam(0.1), weight_ema(0.5, frequency)), 7)
     for t, (params, average) in enumerate(history[1:], start=1):
         if t % int(frequency) == 0:
@@ -68,7 +68,8 @@ def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
             assert np.all(np.abs(params["w"] - average["w"]) > 1e-3)
 
 
-def test_a_frequency_that_no_count_reaches_but_the_last():
+def test_the_largest_frequency_overwrites_at_the_largest_count():
+    """The step moves the weights from 0 to 4, and the average from 0 to 2."""
     tx = chain(scale(-1.0), weight_ema(0.5, 2**31 - 1))
     params = jnp.array(0.0)
     for count, expected in ((2**31 - 3, 4.0), (2**31 - 2, 2.0)):
@@ -110,7 +111,7 @@ def test_the_average_is_of_the_very_weights_that_the_step_leaves(dtype, jit):
 
 @pytest.mark.parametrize("wide_grads", [False, True])
 def test_the_average_is_finer_than_low_precision_weights(wide_grads):
-    """It is kept in float32: a thousand steps of 1e-3 of the way are not lost."""
+    """It is kept in float32: 500 steps, each a thousandth of the way, are not lost."""
     params = jnp.ones(2, jnp.bfloat16)
     grads = jnp.full(2, 0.5, jnp.float32 if wide_grads else jnp.bfloat16)
     tx = chain(scale(-1.0), weight_ema(0.999))
@@ -160,19 +161,20 @@ def test_overwriting_at_the_largest_count_goes_on():
     assert_close(updates, jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS))
 
 
-def test_what_is_traced_makes_nan_outside_of_its_range():
+def test_traced_arguments_make_nan_outside_of_their_range():
     def step(tx):
+        """The updates and the average."""
         updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
         return updates, state.average
 
-    averages = jax.jit(lambda momentum: step(weight_ema(momentum))[1])
+    average_of = jax.jit(lambda momentum: step(weight_ema(momentum))[1])
     for momentum, expected in ((0.0, 2.0), (0.25, 1.75), (1.0, 1.0)):
-        np.testing.assert_array_equal(averages(momentum), jnp.full(2, expected))
+        np.testing.assert_array_equal(average_of(momentum), jnp.full(2, expected))
     for bad in (-0.1, 1.1, jnp.nan):
-        assert np.isnan(averages(bad)).all()
-    both = jax.jit(lambda frequency: step(weight_ema(0.5, frequency)))
-    assert_same(both(2), (jnp.ones(2), jnp.full(2, 1.5)))
+        assert np.isnan(average_of(bad)).all()
+    step_of = jax.jit(lambda frequency: step(weight_ema(0.5, frequency)))
+    assert_same(step_of(2), (jnp.ones(2), jnp.full(2, 1.5)))
     for bad in (0, -1, -3):
-        assert all(np.isnan(x).all() for x in both(bad))
+        assert all(np.isnan(x).all() for x in step_of(bad))
     with pytest.raises(ValueError, match=r"overwrite_frequency is an array of shape \(2,\).*vmap"):
         step(weight_ema(0.5, jnp.array([1, 2])))

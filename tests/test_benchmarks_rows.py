@@ -27,12 +27,17 @@ def batches(distinct=True):
     return np.array(pick, np.int32), values.astype(np.float32)
 
 
-def moves_of(name, batches, steps=20):
+def start_table():
+    """What every contender's table is before the first step."""
+    return np.resize(contenders.start_rows(CASE.width), (CASE.rows, CASE.width))
+
+
+def moves_of(name, data, count=20):
     """How far some steps of a contender move each element of its table."""
     kind = contenders.TorchTable if name.startswith("torch") else contenders.JaxTable
     table = kind(name, CASE)
-    table.load(*batches)
-    table.run(steps)
+    table.load(*data)
+    table.run(count)
     if name.startswith("torch"):
         end = table.table.detach().numpy()
     else:
@@ -41,7 +46,7 @@ def moves_of(name, batches, steps=20):
             tx = contenders.optimizer(name)
             params, state = tx.flush(params, state)
         end = np.asarray(params["table"])
-    return end - np.resize(contenders.start_rows(CASE.width), end.shape)
+    return end - start_table()
 
 
 @pytest.mark.parametrize("name", ["exact", "dense", "keras", "tf form", "torch dense"])
@@ -60,21 +65,19 @@ def test_lazy_contenders_do_the_same():
 
 
 def test_the_exact_step_reads_the_rows_of_the_dense_optimizer():
-    """The lazy step reads other rows."""
+    """Its gradients depend on the rows that it reads. The lazy step's rows are others."""
     data = batches()
-    exact = moves_of("exact step", data)
-    table = np.resize(contenders.start_rows(CASE.width), exact.shape)
-    start = {"table": np.array(table)}
+    start = {"table": start_table()}
     tx = adamjax.adam(steps.RATE)
     params, state = start, tx.init(start)
     for i in range(20):
         indices, values = data[0][i % contenders.INDEX_ARRAYS], data[1][i % contenders.VALUE_ARRAYS]
-        grad = np.zeros_like(table)
+        grad = np.zeros_like(start["table"])
         grad[indices] = values * np.asarray(params["table"])[indices]
         updates, state = tx.update({"table": grad}, state, params)
         params = adamjax.apply_updates(params, updates)
-    dense = np.asarray(params["table"]) - table
-    np.testing.assert_allclose(exact, dense, atol=1e-6)
+    dense = np.asarray(params["table"]) - start["table"]
+    np.testing.assert_allclose(moves_of("exact step", data), dense, atol=1e-6)
     assert np.abs(moves_of("lazy step", data) - dense).max() > 1e-4
 
 
@@ -110,6 +113,7 @@ class FakeWorker:
 
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
+    """Whether all fit in memory and take turns, or each is measured on its own."""
     monkeypatch.setattr(workers, "Worker", FakeWorker)
     monkeypatch.setattr(rows, "fits", lambda team, cases: in_turn)
     with workers.Team("rows", list(contenders.ALL_CONTENDERS), measure.Device()) as team:
@@ -132,6 +136,8 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
     questions = []
 
     class RecordedWorker(FakeWorker):
+        """Steps on a table of more than a million rows take twice as long."""
+
         def ask(self, question):
             questions.append(question)
             if question[2] == "prepare":
@@ -140,14 +146,18 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
             return 2 * answer if question[2] == "sample" and self.rows > 1e6 else answer
 
     monkeypatch.setattr(workers, "Worker", RecordedWorker)
-    growth = rows.measure_growth(2, 3, measure.Device())
+    sittings, rounds = 2, 3
+    growth = rows.measure_growth(sittings, rounds, measure.Device())
     assert [(row["contender"], row["indices"], row["reads"]) for row in growth] == [
         ("exact", indices, 8192) for indices in ("Zipf", "uniform")
     ]
     assert {size: ms["median"] for size, ms in growth[0]["ms"].items()} == {"100k": 1, "4M": 2}
     assert growth[0]["ratio"]["median"] == 2
-    assert [q[3] for q in questions if q[2] == "prepare"] == [100_000, 4_000_000] * 4
-    assert sum(q[2] == "sample" for q in questions) == 2 * 2 * 2 * 3
+    # Two kinds of indices in each sitting, and a sample of both tables in each round.
+    prepared = [question[3] for question in questions if question[2] == "prepare"]
+    assert prepared == [100_000, 4_000_000] * 2 * sittings
+    samples = sum(question[2] == "sample" for question in questions)
+    assert samples == 2 * 2 * sittings * rounds
 
 
 def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
@@ -155,10 +165,13 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     assert (small.reads, large.reads) == (8192, 262_144)
     assert [rows.main_rounds(case, 8) for case in (small, large)] == [8, 2]
     assert [contenders.num_value_arrays(case) for case in (small, large)] == [8, 4]
+    # Values: 4 arrays of 4 bytes an element. Indices: 32 arrays of 8 bytes an index.
     batch_bytes = contenders.batch_bytes(large)
-    assert batch_bytes == 4 * 4 * 262_144 * 64 + 8 * 32 * 262_144
+    assert batch_bytes == 4 * 4 * 262_144 * 64 + 32 * 8 * 262_144
     team = workers.Team("rows", ["exact"], measure.Device())
-    table_bytes = 6 * 4 * 1_000_000 * 64
+    # The table and its moments in float32, and as much again for temporaries. At most 0.8 of the
+    # free memory is used.
+    table_bytes = 2 * 3 * 4 * 1_000_000 * 64
     for spare, fits in ((batch_bytes + 1, True), (batch_bytes - 1, False)):
         monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)
         assert rows.fits(team, rows.MAIN) == fits
@@ -178,32 +191,45 @@ def test_quick_run(tmp_path):
         assert 0 < row["temporary_bytes"]["exact"] < 1e6
 
 
+SPREAD = {"median": 2.0, "q25": 1.0, "q75": 3.0}
+
+
+def result_of(case, contender_names, **fields):
+    """A row of results, as the suite writes it."""
+    row = {"case": case.name, **vars(case), "in_turn": True, "rounds": 3}
+    row |= {"ms": dict.fromkeys(contender_names, SPREAD), "failed": {}}
+    row |= {"ratio": {}, "temporary_bytes": {}, "peak_bytes": {}}
+    return row | fields
+
+
 def test_tables_show_all_cases_and_bounds():
     names = list(contenders.CONTENDERS)
-    spread = {"median": 2.0, "q25": 1.0, "q75": 3.0}
-    wide = [case for case in rows.MAIN if case not in rows.GRID]
-    table = [
-        {
-            **{"case": case.name, "rows": case.rows, "width": case.width, "reads": case.reads},
-            **{"indices": case.indices, "in_turn": case.rows < 4_000_000, "rounds": 3},
-            "ms": dict.fromkeys(
-                [*names, *(contenders.WHOLE_STEPS if case in rows.MAIN else ())], spread
-            ),
-            "ratio": {"exact": {n: {"median": 0.4} for n in names if n != "exact"}},
-            "temporary_bytes": dict.fromkeys(names, 1e6 if case.reads < 65_536 else 26.5e6),
-            "peak_bytes": dict.fromkeys(names, 2e6),
-            "failed": {"keras": "ended"} if case == rows.GRID[0] else {},
-        }
-        for case in [*rows.GRID, *wide]
+    results_of_cases = [
+        result_of(
+            case,
+            [*names, *(contenders.WHOLE_STEPS if case in rows.MAIN else ())],
+            in_turn=case.rows < 4_000_000,
+            ratio={"exact": {name: {"median": 0.4} for name in names if name != "exact"}},
+            temporary_bytes=dict.fromkeys(names, 1e6 if case.reads < 65_536 else 26.5e6),
+            peak_bytes=dict.fromkeys(names, 2e6),
+            failed={"keras": "ended"} if case == rows.GRID[0] else {},
+        )
+        for case in [*rows.GRID, *(case for case in rows.MAIN if case not in rows.GRID)]
     ]
     growth = [{"contender": "exact", "indices": "Zipf", "ratio": {"median": 2.4}}]
-    where = {"device": "d", "platform": "gpu", "versions": {}, "date": "today"}
-    counts = {"sittings": 1, "rounds": 2, "grid_rounds": 3}
-    results = {"environment": where, "times": table, "bounds": rows.bounds(table, growth), **counts}
+    results = {
+        "environment": {"device": "d", "platform": "gpu", "versions": {}, "date": "today"},
+        "times": results_of_cases,
+        "bounds": rows.bounds(results_of_cases, growth),
+        "sittings": 1,
+        "rounds": 2,
+        "grid_rounds": 3,
+    }
     text = tables.rows(results)
     for reads in ("65,536", "262,144"):
         assert text.count(f"\n1M rows of 64, {reads} indices, 3 rounds in all:\n") == 1
     lines = [line for line in text.splitlines() if line.startswith("| ")]
+    # One for each number of indices of the main cases.
     assert sum(line.startswith("| exact step |") for line in lines) == 3
     assert sum(line.count(" (2.5, 2.5)") for line in lines) == len(rows.GRID) + 2
     assert "| exact's time by lazy's, Zipf | at most 1.25 | 0.4 | yes |" in lines
@@ -215,24 +241,19 @@ def test_tables_show_all_cases_and_bounds():
         assert f"| {what} | at most 26 | 26.5 | **no** |" in lines
     assert sum("| not measured |" in line for line in lines) == 7
     assert sum("2.4 | **no** |" in line for line in lines) == 1
+    # Those of the grid that do not fit, of 4,000,000 rows: 3 widths, 3 numbers, 2 kinds of indices.
     assert "In 18 cases" in text
     assert f"{rows.GRID[0].name}: keras: ended." in text
 
 
 def test_what_is_no_longer_measured_is_not_shown():
-    spread = {"median": 2.0, "q25": 1.0, "q75": 3.0}
-    case = rows.MAIN[0]
     results = {
         "environment": {"device": "d", "platform": "cpu", "cores": 2, "versions": {}, "date": "d"},
-        "times": [
-            {
-                **{"case": case.name, **vars(case), "in_turn": True, "rounds": 3},
-                "ms": {"exact": spread, "gone": spread},
-                **{"ratio": {}, "temporary_bytes": {}, "peak_bytes": {}, "failed": {"gone": "why"}},
-            }
-        ],
+        "times": [result_of(rows.MAIN[0], ["exact", "gone"], failed={"gone": "why"})],
         "bounds": [{"what": "gone's time", "asked": "at most 1", "measured": 0.5, "holds": True}],
-        **{"sittings": 1, "rounds": 2, "grid_rounds": 3},
+        "sittings": 1,
+        "rounds": 2,
+        "grid_rounds": 3,
     }
     text = tables.rows(results)
     assert "| exact |" in text

@@ -24,6 +24,7 @@ def clip(tx, grads):
 
 
 def tree(dtype=jnp.float32):
+    """Gradients whose norms are 5 and 12, and 13 together."""
     return {"w": jnp.array([[3.0, -4.0]], dtype), "b": jnp.array([0.0, 12.0], dtype)}
 
 
@@ -48,11 +49,11 @@ def test_what_is_within_the_limit_passes_bit_for_bit(make, dtype):
 
 
 @pytest.mark.parametrize("make", CLIPS)
-def test_limits_that_are_traced_do_at_0_what_they_do_beside_it(make):
-    """0 makes zeros; what is below 0 or NaN, which nobody could refuse, makes NaN."""
+def test_a_traced_limit_of_0_makes_zeros_and_a_bad_one_makes_nan(make):
+    """`make` refuses a number below 0 or NaN, but it cannot see the value of a traced one."""
     clipped = jax.jit(lambda limit, grads: clip(make(limit), grads))
     zeros, tiny = jax.tree.map(jnp.zeros_like, tree()), jax.tree.map(lambda g: 1e-30 * g, tree())
-    for limit in (0.0, 1e-45, 1e-39, 1e-30, 1.0):
+    for limit in (0.0, 1e-45, 1e-39, 1e-30, 1.0):  # the second and third are subnormal
         assert_same(clipped(limit, zeros), zeros)
     for grads in (zeros, tiny, tree()):
         assert_same(jax.tree.map(jnp.abs, clipped(0.0, grads)), zeros)
@@ -60,12 +61,13 @@ def test_limits_that_are_traced_do_at_0_what_they_do_beside_it(make):
     for limit in (-1.0, jnp.nan):
         for grads in (zeros, tree()):
             assert all(np.isnan(g).all() for g in jax.tree.leaves(clipped(limit, grads)))
+    # A clipped element grows as the limit does.
     slope = jax.grad(lambda limit: clip(make(limit), jnp.array([2.0]))[0])(1.0)
     assert float(slope) == 1.0
 
 
 @pytest.mark.parametrize("make", CLIPS)
-def test_limits_that_are_set_do_at_0_what_they_do_beside_it(make):
+def test_a_limit_that_is_set_to_0_leaves_zeros(make):
     name = "limit" if make is clip_by_value else "max_norm"
     tx = with_hyperparams(make(1.0), **{name: 1.0})
     zeros = jax.tree.map(jnp.zeros_like, tree())
@@ -96,7 +98,7 @@ def test_float16_squares_do_not_overflow():
 
 
 def test_the_norm_of_33_million_elements_is_exact():
-    """Where a running sum in float32 would stand still at 2**24."""
+    """A running sum of ones in float32 would stop at 2**24, which is 17 million."""
     n = 2**25 + 2**20
     ones = jnp.ones(n, jnp.float32)
     assert float(global_norm(ones)) == pytest.approx(np.sqrt(n), rel=1e-7)

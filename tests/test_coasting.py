@@ -13,7 +13,7 @@ from support import avals, enable_x64
 
 from adamjax.coasting import Coast, coasting, decayed, power
 
-TOP = 2**31 - 1
+INT32_MAX = 2**31 - 1
 BETAS = [
     (0.9, 0.999),
     (0.9, 0.95),
@@ -46,15 +46,13 @@ def plan_of(form, betas, eps=1e-7, momentum=None, decays=False):
 
 
 def rates(plan, first, steps, real, decay):
-    """`a` and `b` of the steps after `first`: corrected, on a schedule, set by hand, any sign."""
+    """`a` and `b` of the steps after `first`."""
     rng = np.random.default_rng(0)
     i = np.arange(steps)
-    a = (
-        -1e-3
-        * np.sqrt(1 - 0.99 ** (first + 1 + i))
-        * (1 + np.cos(i / 40))
-        * rng.uniform(0, 2, steps)
-    )
+    bias_correction = np.sqrt(1 - 0.99 ** (first + 1 + i))
+    schedule = 1e-3 * (1 + np.cos(i / 40))
+    set_by_hand = rng.uniform(0, 2, steps)
+    a = -schedule * bias_correction * set_by_hand
     a[steps // 3 : steps // 2] *= rng.choice([-1, 0, 1], steps // 2 - steps // 3)
     a[-5:] *= 10
     b = -decay * rng.uniform(0, 1, steps) * plan.decays
@@ -62,7 +60,7 @@ def rates(plan, first, steps, real, decay):
 
 
 def start(n, eps, real, least, most):
-    """Weights, moments and averages of n rows; sizes from `least` to `most` times eps, and 0."""
+    """p, m, x and averages of n rows; x is `least` to `most` times eps. Some x and m are 0."""
     rng = np.random.default_rng(1)
     shape = (n, 24)
     x = eps * 10 ** rng.uniform(math.log10(least), math.log10(most), shape)
@@ -77,8 +75,11 @@ def start(n, eps, real, least, most):
 class Track(NamedTuple):
     """What the rows did.
 
-    `way` is the movement that there would have been, had each step gone the same way and at the
-    rate of the fastest, and what decay took.
+    Attributes:
+      moved: how far each element moved.
+      average: its average after the last step.
+      way: what errors are relative to. The sum of |movement| of all steps, each taken at the
+        largest rate of any step, and of |decay|.
     """
 
     moved: np.ndarray
@@ -108,7 +109,7 @@ def recurrence(plan, a, b, first, last, p, m, x, average, real):
 
 
 def int32(t):
-    """`t` as a clock shows it that wraps around."""
+    """`t` on the clock of a state, an int32 that wraps around."""
     return jnp.asarray((np.asarray(t, np.int64) + 2**31) % 2**32 - 2**31, jnp.int32)
 
 
@@ -117,7 +118,8 @@ def coast(plan, history, a, b, first, last, rows):
     """The rows after the steps, in one program."""
 
     def count(clock):
-        return jnp.where((first > 0) & (clock < 0), TOP, clock)
+        """The number of a step, which stays at the largest int32 when the clock wraps around."""
+        return jnp.where((first > 0) & (clock < 0), INT32_MAX, clock)
 
     def step(ring, scalars):
         clock, a, b = scalars
@@ -131,14 +133,14 @@ def coast(plan, history, a, b, first, last, rows):
 def errors(
     plan, *, history=None, first=0, real=np.float32, eps=1e-7, least=1e-4, most=1e8, decay=0.01
 ):
-    """Errors of rows after every kind of gap: of the weights, and of the average, [n, columns].
+    """Errors of weights and of averages, [n, columns], of rows that lag behind by n different gaps.
 
-    The first in parts of the way, the second in parts of the way and of what is averaged.
+    Errors of weights are relative to `Track.way`; those of averages to it plus |average| + |p|.
     """
     history = history or plan.least_history
     steps = history + 37
-    edges = {0, 1, 2, plan.steps - 1, plan.steps, plan.steps + 1, history // 2, history - 1}
-    gaps = np.array(sorted(gap for gap in edges if 0 <= gap < history))
+    all_gaps = {0, 1, 2, plan.steps - 1, plan.steps, plan.steps + 1, history // 2, history - 1}
+    gaps = np.array(sorted(gap for gap in all_gaps if 0 <= gap < history))
     last = first + steps - gaps
     p, m, x, average = start(len(gaps), eps, real, least, most)
     a, b = rates(plan, first, steps, real, decay)
@@ -146,19 +148,19 @@ def errors(
     if plan.momentum is None:
         rows.pop()
     scalars = jnp.asarray(a), jnp.asarray(b)
-    moved, kept = coast(plan, history, *scalars, int32(first), int32(last), rows)
+    moved, new_average = coast(plan, history, *scalars, int32(first), int32(last), rows)
     expected = recurrence(plan, a, b, first, last, p, m, x, average, real)
     still = gaps == 0
     assert moved.dtype == real
     assert np.all(np.asarray(moved)[still] == 0)
     error = np.abs(moved - expected.moved) / (expected.way + 1e-300)
     if plan.momentum is None:
-        assert kept is None
+        assert new_average is None
         return error, None
-    assert kept.dtype == real
-    assert np.array_equal(np.asarray(kept)[still], average[still])
+    assert new_average.dtype == real
+    assert np.array_equal(np.asarray(new_average)[still], average[still])
     scale = expected.way + np.abs(average) + np.abs(p)
-    return error, np.abs(kept - expected.average) / scale
+    return error, np.abs(new_average - expected.average) / scale
 
 
 @pytest.mark.parametrize(("form", "betas"), CASES)
@@ -181,7 +183,7 @@ def test_float32(form, betas):
     ],
 )
 def test_float64(form, betas):
-    """Nothing but the series' own error: 1e-8 for terms left out, 1e-8 for those taken in."""
+    """The error of a float32 plan: 1e-8 for the steps after its K, 1e-8 for a series cut short."""
     with enable_x64(True):
         error, _ = errors(plan_of(form, betas), real=np.float64)
         assert error.max() <= 2e-8
@@ -196,8 +198,8 @@ def test_float64(form, betas):
         ("adam-eps", (0.9, 0.999), {"eps": 3e-37, "least": 1.0}),  # at first less than any number
         ("adam-eps", (0.9, 0.99999), {"eps": 1e-12, "first": 5}),
         ("adam-eps", (0.9, 0.99999), {"first": 3000}),
-        ("adam-eps", (0.9, 0.999), {"first": TOP - 100}),  # the clock wraps around
-        ("adam-eps", (0.99, 0.9), {"first": TOP - 1000}),
+        ("adam-eps", (0.9, 0.999), {"first": INT32_MAX - 100}),  # the clock wraps around
+        ("adam-eps", (0.99, 0.9), {"first": INT32_MAX - 1000}),
         ("adam-eps_hat", (0.99, 0.9), {"eps": 1e-12, "most": 1e30}),
         ("adamax", (0.9, 0.0), {}),
         ("adam-eps", (0.0, 0.0), {}),
@@ -206,7 +208,7 @@ def test_float64(form, betas):
         ("adam-eps_hat", (0.9, 0.999), {"history": 1024}),
     ],
 )
-def test_options(form, betas, options):
+def test_extreme_numbers(form, betas, options):
     plan = plan_of(form, betas, options.get("eps", 1e-7), momentum=0.99, decays=True)
     error, of_average = errors(plan, **options)
     assert error.max() <= 5e-7
@@ -231,7 +233,7 @@ def once(plan, last, rows):
     return plan.catch_up(ring, 1, 1, last, *rows)
 
 
-def test_average_that_stands():
+def test_average_of_momentum_1_never_changes():
     plan = plan_of("adam-eps", (0.9, 0.999), momentum=1.0, decays=True)
     assert plan == plan_of("adam-eps", (0.9, 0.999), momentum=None, decays=True)
     p, last = jnp.ones((1, 3)), jnp.zeros(1, jnp.int32)
@@ -242,7 +244,7 @@ def test_average_that_stands():
 
 @pytest.mark.slow
 def test_long_decay():
-    """A gap of 65,535 steps at step 1e5: that the sum of logarithms is compensated, in a scan."""
+    """A gap of 65,535 steps at step 1e5: the ring's running sum of logarithms must be exact."""
     plan = plan_of("adam-eps_hat", (0.9, 0.999), decays=True)
     steps = 100_000
     b = (-1e-5 * np.random.default_rng(0).uniform(0, 1, steps)).astype(np.float32)
@@ -359,8 +361,13 @@ def test_cost(form, betas, terms, history):
     for wrong in (history // 2, history + 1, 3 * history, 0):
         with pytest.raises(ValueError, match=f"power of two of at least {history}; got {wrong}"):
             plan.init(wrong, np.float32)
-    width = {ring.shape for ring in plan.init(history, np.float32) if ring is not None}
-    assert width == ({(history, plan.terms)} if terms else {(history, 2)} if betas[0] else set())
+    shapes = [array.shape for array in plan.init(history, np.float32) if array is not None]
+    if terms:
+        assert shapes == [(history, plan.terms)]
+    elif betas[0] > 0:
+        assert shapes == [(history, 2)]
+    else:
+        assert shapes == []
 
 
 def test_plans_are_values():
@@ -382,7 +389,7 @@ def test_power(b, history):
     assert result.dtype == np.float32
     np.testing.assert_allclose(result[normal], exact[normal], rtol=1.8e-7)
     np.testing.assert_allclose(result[~normal], 0, atol=4e-38)
-    far = power(b, jnp.array([2**20, TOP], jnp.int32), jnp.float32, history)
+    far = power(b, jnp.array([2**20, INT32_MAX], jnp.int32), jnp.float32, history)
     assert ((far >= 0) & (far <= 1)).all()
 
 
@@ -424,7 +431,7 @@ def test_average_again_and_again():
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
 @pytest.mark.slow
 def test_rows_beyond_the_ring_are_seen(betas):
-    """One that stands where the ring does not reach back to, or ahead of the clock, is NaN."""
+    """A row becomes NaN if it was last up to date before the ring begins, or after the clock."""
     plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
     history, rows = plan.least_history, jnp.ones((4, 3, 2))
     ring = plan.init(history, np.float32)

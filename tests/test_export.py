@@ -1,8 +1,8 @@
-"""Whole train steps go out through `jax.export`, for every platform at once, and come back in.
+"""Whole train steps are exported with `jax.export`, for every platform at once, and imported.
 
-A step is exported once for TPUs, both kinds of GPU and CPUs, so each of them has its lowering;
-written as bytes and read again, if flatbuffers is there; and called on this machine, where it must
-give what the jitted step gives.
+A step is exported once for TPUs, both kinds of GPU and CPUs, so it is lowered for each of them. It
+is written as bytes and read again, if flatbuffers is installed. Then it is called on this machine,
+where its results must be those of the jitted step.
 """
 
 import functools
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.slow
 PLATFORMS = ("tpu", "cuda", "rocm", "cpu")
 
 
-def carried(step, *arguments):
-    """A jitted step that went from here to anywhere, and came back."""
+def exported_and_imported(step, *arguments):
+    """A jitted step as it is after export and import, to be called as the step is."""
     artifact = export.export(step, platforms=PLATFORMS)(*arguments)
     assert artifact.platforms == PLATFORMS
     if importlib.util.find_spec("flatbuffers") is not None:
@@ -52,7 +52,7 @@ def carried(step, *arguments):
 
 
 def compiled(step, *arguments):
-    """A step as quickly compiled as can be, which is what these tests take their time for."""
+    """A step, compiled without optimization: these tests spend most of their time in XLA."""
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(step).lower(*arguments).compile(compiler_options=options)
 
@@ -73,53 +73,54 @@ def _optax_states():
         export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
 
 
-def stepping(tx):
-    """A step; buckets are no part of what goes in and out, as JAX cannot write them."""
+def step_of(tx):
+    """A step whose arguments and results have no buckets, because JAX cannot write these."""
 
     def step(params, state, grads):
         if isinstance(tx, grouped):
             state = tx.join(state, params)
         updates, state = tx.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), outside(tx, state)
+        return adamjax.apply_updates(params, updates), without_buckets(tx, state)
 
     return step
 
 
-def outside(tx, state):
+def without_buckets(tx, state):
     return tx.split(state) if isinstance(tx, grouped) else state
 
 
-def start(case, params):
-    return outside(case.tx, case.tx.init(params))
+def initial_state(case, params):
+    return without_buckets(case.tx, case.tx.init(params))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
-def test_every_transform_goes_out(case):
+def test_every_transform_is_exported(case):
     params = jax.eval_shape(make_params)
-    state = jax.eval_shape(functools.partial(start, case), params)
-    carried(jax.jit(stepping(case.tx)), params, state, params)
+    state = jax.eval_shape(functools.partial(initial_state, case), params)
+    exported_and_imported(jax.jit(step_of(case.tx)), params, state, params)
 
 
-def test_every_transform_comes_back():
-    """All of them in one step, as compiling them one by one takes ten times as long."""
+def test_every_transform_steps_as_before_the_export():
+    """All of them in one step: compiling them one by one takes ten times as long."""
 
     def step(params, state, grads):
-        moved = {
-            case.name: stepping(case.tx)(params[case.name], state[case.name], grads)
-            for case in CASES
-        }
-        return tuple({name: both[i] for name, both in moved.items()} for i in range(2))
+        new_params, new_state = {}, {}
+        for case in CASES:
+            one_step = step_of(case.tx)
+            new_params[case.name], new_state[case.name] = one_step(
+                params[case.name], state[case.name], grads
+            )
+        return new_params, new_state
 
     params = {case.name: make_params() for case in CASES}
-    state = {case.name: start(case, make_params()) for case in CASES}
+    state = {case.name: initial_state(case, make_params()) for case in CASES}
     grads = [(make_grads(t),) for t in range(3)]
-    abroad = carried(jax.jit(step), params, state, *grads[0])
-    pairs = zip(
-        results(abroad, params, state, grads), results(step, params, state, grads), strict=True
-    )
-    for found, wanted in pairs:
-        for case in CASES:
-            for a, b in zip(found, wanted, strict=True):
+    imported = exported_and_imported(jax.jit(step), params, state, *grads[0])
+    found = results(imported, params, state, grads)
+    expected = results(step, params, state, grads)
+    for found_trees, expected_trees in zip(found, expected, strict=True):
+        for a, b in zip(found_trees, expected_trees, strict=True):
+            for case in CASES:
                 assert_close(a[case.name], b[case.name])
 
 
@@ -147,21 +148,20 @@ def dense_gradient(tx):
 
 def reads_found(tx):
     """The rows that an ordinary loss reads; under exact_rows up to date."""
-    return tx, adamjax.train_step(loss, tx, tables=None if "exact" in repr(tx) else "table")
+    # `exact_rows`, which names its tables itself, may be inside of another transform.
+    return tx, adamjax.train_step(loss, tx, tables=None if "exact_rows" in repr(tx) else "table")
 
 
 def rows_given(tx, ticket=True):
     """A loss of rows, whose gradient is made a row gradient by hand."""
 
     def step(params, state, ids, y):
-        extra = {}
+        rows, extra = params["table"][ids], {}
         if isinstance(tx, exact_rows):
-            read, extra["ticket"] = tx.prepare(params, state, {"table": ids})
+            read, new_ticket = tx.prepare(params, state, {"table": ids})
             rows = read["table"]
-            if not ticket:
-                del extra["ticket"]
-        else:
-            rows = params["table"][ids]
+            if ticket:
+                extra = {"ticket": new_ticket}
 
         def loss_of_rows(rows, out):
             return jnp.mean((rows @ out - y) ** 2)
@@ -187,14 +187,13 @@ def over_replicas(tx):
 
     def mapped(params, state, ids, y):
         held = jax.tree.map(lambda x: x[None], (params, state))
-        specs = (spec, spec, spec, spec)
-        found = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=spec)(*held, ids, y)
+        found = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)(*held, ids, y)
         return jax.tree.map(lambda x: x[0], found)
 
     return tx, mapped
 
 
-def and_read(tx):
+def and_evaluated(tx):
     """What evaluation needs besides: rows and slots up to date, the averages, the rate."""
     _, take = rows_given(tx)
 
@@ -217,7 +216,7 @@ ROW_MODES = {
     "rows=dense, rows given": lambda: rows_given(pipeline()),
     "rows=lazy": lambda: reads_found(adam(0.1, rows="lazy")),
     "rows=lazy, adamax": lambda: rows_given(pipeline(adamax)),
-    "exact_rows": lambda: and_read(exact_rows(pipeline(), "table")),
+    "exact_rows": lambda: and_evaluated(exact_rows(pipeline(), "table")),
     "exact_rows, no ticket": lambda: rows_given(exact_rows(adam(0.1), "table"), ticket=False),
     "exact_rows, nadam": lambda: rows_given(exact_rows(nadam(0.1), "table")),
     "exact_rows, reads found": lambda: reads_found(exact_rows(adam(0.1), "table")),
@@ -225,7 +224,8 @@ ROW_MODES = {
     "accumulate_gradients": lambda: rows_given(accumulate_gradients(pipeline(), 2, max_rows=8)),
     "sum_over": lambda: over_replicas(pipeline()),
 }
-# Those that between them do all that depends on the platform, loop and branch.
+# The modes that are called after the import. Together they have all operations that depend on the
+# platform, and all loops and branches.
 CALLED = ("rows=dense, rows given", "rows=lazy, adamax", "exact_rows", "exact_rows, reads found")
 
 
@@ -242,31 +242,31 @@ def batches():
 
 
 @pytest.mark.parametrize("mode", ROW_MODES)
-def test_every_row_mode_goes_out(mode):
+def test_every_row_mode_is_exported(mode):
     tx, step = ROW_MODES[mode]()
     params = table_params()
-    carried(jax.jit(step), params, jax.eval_shape(tx.init, params), *batches()[0])
+    exported_and_imported(jax.jit(step), params, jax.eval_shape(tx.init, params), *batches()[0])
 
 
 @pytest.mark.parametrize("mode", CALLED)
-def test_rows_come_back(mode):
+def test_row_modes_step_as_before_the_export(mode):
     tx, step = ROW_MODES[mode]()
     params = table_params()
     state = tx.init(params)
-    abroad = carried(jax.jit(step), params, state, *batches()[0])
-    found = results(abroad, params, state, batches())
+    imported = exported_and_imported(jax.jit(step), params, state, *batches()[0])
+    found = results(imported, params, state, batches())
     assert_close(found, results(step, params, state, batches()))
 
 
-def test_a_step_that_came_back_copies_no_table():
-    """Donated, as the jitted step is."""
+def test_an_imported_step_copies_no_table():
+    """It is donated its arguments, as the jitted step is."""
     rows, width = 100_000, 64
     tx = exact_rows(adam(0.1), "table")
     params = {"table": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
     params["out"] = jax.ShapeDtypeStruct((width,), jnp.float32)
     arguments = (params, jax.eval_shape(tx.init, params), *batches()[0])
-    abroad = carried(adamjax.train_step(loss, tx), *arguments)
-    donated = jax.jit(abroad, donate_argnums=(0, 1)).lower(*arguments).compile()
+    imported = exported_and_imported(adamjax.train_step(loss, tx), *arguments)
+    donated = jax.jit(imported, donate_argnums=(0, 1)).lower(*arguments).compile()
     memory, table = donated.memory_analysis(), 4 * rows * width
     assert memory.temp_size_in_bytes < table / 10
     assert memory.alias_size_in_bytes > 3 * table  # with its moments

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import counted
 
 import adamjax
 from adamjax import set_hyperparams, with_hyperparams
@@ -31,7 +32,7 @@ def test_steps_are_those_of_the_transform_with_these_values():
         adamjax.clip_by_global_norm(9.0), adamjax.adamw(adamjax.cosine_decay(3.0, 10))
     )
     tx = with_hyperparams(inner, **given)
-    # These values are exact in float32, but for the rate.
+    # The wrapped transform computes with float32 arrays, so this one does too.
     plain = adamjax.chain(
         adamjax.clip_by_global_norm(0.5),
         adamjax.adamw(jnp.float32(0.1), jnp.float32(0.5), weight_decay=jnp.float32(0.25)),
@@ -47,24 +48,17 @@ def test_steps_are_those_of_the_transform_with_these_values():
 
 def test_setting_takes_effect_and_traces_nothing():
     tx = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
-    traced = []
-
-    @jax.jit
-    def step(params, state, t):
-        traced.append(t)
-        updates, state = tx.update(gradients(t), state, params)
-        return updates, state
-
+    step, traces = counted(lambda params, state, t: tx.update(gradients(t), state, params))
     state = tx.init(PARAMS)
     first, _ = step(PARAMS, state, 0.0)
     for value in (0.2, np.float64(0.2), jnp.float32(0.2), np.array(0.2)):
         doubled, _ = step(PARAMS, set_hyperparams(state, learning_rate=value), 0.0)
         for name, x in first.items():
             np.testing.assert_allclose(doubled[name], 2 * x, rtol=1e-6)
-    assert len(traced) == 1
+    assert len(traces) == 1
 
 
-def test_donated_states_take_nothing_along():
+def test_donating_a_state_leaves_the_given_values_alive():
     given = jnp.array(0.1)
     tx = with_hyperparams(adamjax.adam(0.1), learning_rate=given)
     step = jax.jit(lambda s: tx.update(gradients(0.0), s)[1], donate_argnums=0)
@@ -119,13 +113,13 @@ def test_around_exact_rows():
     ],
 )
 def test_what_is_set_makes_nan_outside_of_its_range(name, bad):
-    """Also where a checkpoint made a number of NumPy's of it."""
+    """Also as a NumPy scalar, which it may be after a checkpoint."""
     inner = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.5, 1))
     tx = with_hyperparams(inner, **{name: 0.5})
     state = set_hyperparams(tx.init(PARAMS), **{name: bad})
-    bare = state._replace(hyperparams={name: np.float32(bad)})
+    restored = state._replace(hyperparams={name: np.float32(bad)})
     for update in (tx.update, jax.jit(tx.update)):
-        for given in (state, bare):
+        for given in (state, restored):
             updates, _ = update(PARAMS, given, PARAMS)
             assert all(np.isnan(x).all() for x in jax.tree.leaves(updates))
 
@@ -162,12 +156,8 @@ def test_what_is_no_count_is_a_float(name):
         wanted, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(a, b)
-    assert (
-        jax.jit(lambda x: with_hyperparams(tx, **{name: x}).init(PARAMS))(whole)
-        .hyperparams[name]
-        .dtype
-        == jnp.float32
-    )
+    traced = jax.jit(lambda x: with_hyperparams(tx, **{name: x}).init(PARAMS))(whole)
+    assert traced.hyperparams[name].dtype == jnp.float32
 
 
 COUNTS = {
@@ -192,19 +182,24 @@ def test_counts_stay_whole(name):
             jax.jit(lambda x, s=state: set_hyperparams(s, **{name: x}))(2.0)
 
 
-def test_what_is_no_number_is_not_set():
-    state = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1).init(PARAMS)
+RATE_STATE = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1).init(PARAMS)
+
+
+def test_what_is_no_finite_number_is_not_set():
     for bad in (True, np.True_, jnp.array(True), 1j, "0.1", None, decimal.Decimal("0.1"), {}):
         with pytest.raises(TypeError, match=r"learning_rate must be a real number, got"):
-            set_hyperparams(state, learning_rate=bad)
+            set_hyperparams(RATE_STATE, learning_rate=bad)
     for bad in (np.nan, np.inf, -np.inf, 1e39, 10**400, jnp.float32(np.nan)):
         with pytest.raises(ValueError, match=r"learning_rate must be finite in float32, got"):
-            set_hyperparams(state, learning_rate=bad)
+            set_hyperparams(RATE_STATE, learning_rate=bad)
+
+
+def test_real_numbers_of_any_type_are_set_as_float32():
     third = fractions.Fraction(1, 3)
     for value in (1, third, np.float64(0.3), np.array(0.3), np.int64(2**40), 2**70, np.uint8(2)):
-        found = set_hyperparams(state, learning_rate=value).hyperparams["learning_rate"]
+        found = set_hyperparams(RATE_STATE, learning_rate=value).hyperparams["learning_rate"]
         assert (found.dtype, float(found)) == (jnp.float32, np.float32(float(value)))
-    traced = jax.jit(lambda x: set_hyperparams(state, learning_rate=x))(2)
+    traced = jax.jit(lambda x: set_hyperparams(RATE_STATE, learning_rate=x))(2)
     assert traced.hyperparams["learning_rate"].dtype == jnp.float32
 
 
@@ -217,11 +212,9 @@ def test_a_value_must_be_in_its_range_as_a_float32():
 
 def test_a_state_keeps_what_the_transform_names():
     inner = adamjax.adam(0.1)
-    one, two = (
-        with_hyperparams(inner, learning_rate=0.1),
-        with_hyperparams(inner, learning_rate=0.1, b1=0.5),
-    )
-    for tx, other in ((two, one), (one, two)):
+    with_rate = with_hyperparams(inner, learning_rate=0.1)
+    with_both = with_hyperparams(inner, learning_rate=0.1, b1=0.5)
+    for tx, other in ((with_both, with_rate), (with_rate, with_both)):
         state = other.init(PARAMS)
         for use in (tx.update, jax.jit(tx.update)):
             with pytest.raises(
@@ -230,7 +223,7 @@ def test_a_state_keeps_what_the_transform_names():
                 use(PARAMS, state, PARAMS)
         with pytest.raises(ValueError, match="the state keeps"):
             adamjax.learning_rate(tx, state)
-        # The way out that is named.
+        # What the error advises.
         state = adamjax.states.HyperparamsState(tx.init(PARAMS).hyperparams, state.inner)
         tx.update(PARAMS, state, PARAMS)
 
@@ -241,13 +234,13 @@ def test_a_state_of_another_kind_is_refused():
     for bad in (jnp.array(1), jnp.array(True), jnp.ones(2), np.int64(1)):
         old = state._replace(hyperparams={"learning_rate": bad})
         for use in (tx.update, jax.jit(tx.update)):
-            with pytest.raises(
-                ValueError, match=r"keeps learning_rate as .*expected a scalar of a f"
-            ):
+            message = "keeps learning_rate as .*expected a scalar of a float dtype"
+            with pytest.raises(ValueError, match=message):
                 use(PARAMS, old, PARAMS)
     for bad in ("0.5", None):
         old = state._replace(hyperparams={"learning_rate": bad})
-        with pytest.raises(ValueError, match=rf"keeps learning_rate as {bad!r}, expected a sca"):
+        message = f"keeps learning_rate as {bad!r}, expected a scalar"
+        with pytest.raises(ValueError, match=message):
             tx.update(PARAMS, old, PARAMS)
     with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is no count.*tx.init"):
         set_hyperparams(
@@ -257,7 +250,7 @@ def test_a_state_of_another_kind_is_refused():
     old = counts.init(PARAMS)._replace(hyperparams={"steps": jnp.array(2.0)})
     with pytest.raises(ValueError, match="expected a scalar of an integer dtype"):
         counts.update(PARAMS, old)
-    # NumPy's, as from a checkpoint, does.
+    # A state of NumPy arrays, as a checkpoint may give it, is accepted.
     tx.update(PARAMS, jax.device_get(state), PARAMS)
 
 

@@ -12,14 +12,12 @@ import adamjax
 
 NUM_ROWS, WIDTH = 96, 10
 COLUMN_MAJOR, ROW_MAJOR = (1, 0), (0, 1)
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def order(x):
     """The order of an array's dimensions in memory."""
     return x.format.layout.major_to_minor
-
-
-DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def column_major(x):
@@ -76,33 +74,34 @@ def orders(state):
     return [order(x) for x in jax.tree.leaves(state) if x.shape == (NUM_ROWS, WIDTH)]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "foreign"])
-def test_init_makes_slots_with_the_layouts_of_their_parameters(name):
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [
+        *((name, False) for name in OPTIMIZERS if name != "foreign"),
+        *((name, True) for name in OPTIMIZERS),
+    ],
+)
+def test_init_makes_slots_with_the_layouts_of_their_parameters(name, jit):
+    """Jitted, with the formats that `formats` gives it. Other libraries' transforms need these."""
     tx, (dense, params) = OPTIMIZERS[name], trees()
-    state = tx.init(params)
+    init = tx.init
+    if jit:
+        init = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])
+    state = init(params)
     slot_orders = orders(state)
-    assert COLUMN_MAJOR in slot_orders
-    # A masked kernel has no slots.
-    num_row_major = 0 if name == "masked" else slot_orders.count(COLUMN_MAJOR)
-    assert slot_orders.count(ROW_MAJOR) == num_row_major
+    of_table = slot_orders.count(COLUMN_MAJOR)
+    assert of_table > 0
+    # The kernel has as many slots as the table, but none if it is masked.
+    assert slot_orders.count(ROW_MAJOR) == (0 if name == "masked" else of_table)
     assert_same(state, tx.init(dense))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_jitted_init_makes_slots_with_the_formats_that_it_is_given(name):
-    tx, (dense, params) = OPTIMIZERS[name], trees()
-    state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
-    slot_orders = orders(state)
-    assert COLUMN_MAJOR in slot_orders
-    num_row_major = 0 if name == "masked" else slot_orders.count(COLUMN_MAJOR)
-    assert slot_orders.count(ROW_MAJOR) == num_row_major
-    assert_same(state, tx.init(dense))
+def step_of(name):
+    tx = OPTIMIZERS[name]
 
-
-def step_of(tx):
     def step(params, state, ids, values):
         rows = adamjax.row_gradient(ids, values, NUM_ROWS)
-        if isinstance(tx, type(OPTIMIZERS["foreign"])):
+        if name == "foreign":
             rows = rows.to_dense()
         grads = {**jax.tree.map(jnp.ones_like, params), "table": rows}
         updates, state = tx.update(grads, state, params)
@@ -116,9 +115,9 @@ def test_a_step_keeps_layouts_in_place(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     formats = adamjax.layout.formats(tx, params)
     state = jax.jit(tx.init, out_shardings=formats[1])(params)
-    step, traces = counted(step_of(tx), donate_argnums=(0, 1), out_shardings=formats)
-    plain_step, dense_state = jax.jit(step_of(tx)), tx.init(dense)
-    dense = jax.tree.map(jnp.copy, dense)
+    step, traces = counted(step_of(name), donate_argnums=(0, 1), out_shardings=formats)
+    plain_step, dense_state = jax.jit(step_of(name)), tx.init(dense)
+    dense = jax.tree.map(jnp.copy, dense)  # `params` shares arrays with it, and is donated
     address = params["table"].unsafe_buffer_pointer()
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -145,7 +144,7 @@ def test_formats_with_a_bounded_accumulator():
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 2, max_rows=8)
     _, params = trees()
     state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
-    assert orders(state.inner).count(COLUMN_MAJOR) == 2
+    assert orders(state.inner).count(COLUMN_MAJOR) == 2  # m and v
     assert_same(state, tx.init(params))
 
 
@@ -194,6 +193,12 @@ def test_lines_of_indices_of_any_width():
                 call(bad)
 
 
+def test_lines_of_large_unsigned_indices_are_outside():
+    packing, ids = adamjax.layout.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
+    for line in (packing.line(ids), jax.jit(packing.line)(ids)):
+        np.testing.assert_array_equal(line, [2, 2**30, 2**31 - 1])
+
+
 def test_packing_refuses_widths_lines_and_tables_of_another_kind_or_shape():
     for bad in (0, 64.0, True, "64", None):
         with pytest.raises(
@@ -225,8 +230,8 @@ def test_a_packed_table_is_trained_like_the_table(exact):
     tx = adamjax.exact_rows(tx, "table", history=1024) if exact else tx
 
     @jax.jit
-    def step(params, state, ids, values, index):
-        grads = adamjax.row_gradient(index, values, params["table"].shape[0])
+    def step(params, state, ids, values):
+        grads = adamjax.row_gradient(ids, values, params["table"].shape[0])
         updates, state = tx.update({"table": grads}, state, params)
         return adamjax.apply_updates(params, updates), state
 
@@ -238,16 +243,10 @@ def test_a_packed_table_is_trained_like_the_table(exact):
         to_lines = jax.linear_transpose(
             lambda read, ids=ids: packing.rows(read, ids), jnp.zeros((7, 2 * width))
         )
-        rows, row_state = step(rows, row_state, ids, values, ids)
-        lines, line_state = step(lines, line_state, ids, to_lines(values)[0], packing.line(ids))
+        rows, row_state = step(rows, row_state, ids, values)
+        lines, line_state = step(lines, line_state, packing.line(ids), to_lines(values)[0])
     if exact:
         rows, _ = tx.flush(rows, row_state)
         lines, _ = tx.flush(lines, line_state)
     unpacked = packing.unpack(lines["table"], num_rows)
     np.testing.assert_allclose(unpacked, rows["table"], rtol=2e-6, atol=2e-6)
-
-
-def test_lines_of_large_unsigned_indices_are_outside():
-    packing, ids = adamjax.layout.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
-    for line in (packing.line(ids), jax.jit(packing.line)(ids)):
-        np.testing.assert_array_equal(line, [2, 2**30, 2**31 - 1])

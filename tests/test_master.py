@@ -1,4 +1,4 @@
-"""Float32 weights in the state: narrow parameters are these, rounded."""
+"""Float32 weights in the state: the parameters are these weights, rounded to a narrow dtype."""
 
 import functools
 import pickle
@@ -59,22 +59,24 @@ AROUND = {
     "optax": lambda tx: optax.chain(tx),
 }
 
+FLOATS = ("w", "h", "f")
 
-# optax takes no integers.
-TAKEN = {"optax": ("w", "h", "f")}
+
+def taken(name, tree):
+    """The leaves of a tree that an optimizer takes: optax takes no integers and no None."""
+    return {key: x for key, x in tree.items() if name != "optax" or key in FLOATS}
 
 
 @functools.cache
 def rounded_weights(name):
     """The weights of float32 parameters and gradients after each step, in the narrow dtypes."""
-    tx, names = OPTIMIZERS[name](), TAKEN.get(name, tuple(PARAMS))
-    params = wide({key: PARAMS[key] for key in names})
+    tx = OPTIMIZERS[name]()
+    params = wide(taken(name, PARAMS))
     state, update, found = tx.init(params), jax.jit(tx.update), []
     for i in range(4):
-        grads = wide({key: gradients(i)[key] for key in names})
-        updates, state = update(grads, state, params)
+        updates, state = update(wide(taken(name, gradients(i))), state, params)
         params = adamjax.apply_updates(params, updates)
-        found.append({key: params[key].astype(PARAMS[key].dtype) for key in ("w", "h", "f")})
+        found.append({key: params[key].astype(PARAMS[key].dtype) for key in FLOATS})
     return found
 
 
@@ -87,26 +89,27 @@ def test_parameters_are_the_rounded_weights(name, around):
         pytest.skip("a global norm within each part differs from that of all leaves")
     if name == "optax" and around == "partition":
         pytest.skip("optax takes no None")
-    tx, names = AROUND[around](master_weights(OPTIMIZERS[name]())), TAKEN.get(name, tuple(PARAMS))
-    params = {key: PARAMS[key] for key in names}
+    tx = AROUND[around](master_weights(OPTIMIZERS[name]()))
+    params = taken(name, PARAMS)
     state, update = tx.init(params), jax.jit(tx.update)
     for i, rounded in enumerate(rounded_weights(name)):
-        grads = {key: gradients(i)[key] for key in names}
-        updates, state = update(grads, state, params)
+        updates, state = update(taken(name, gradients(i)), state, params)
+        # In one of the steps optax applies the updates. It takes floats alone.
         apply = optax.apply_updates if i == 2 and around != "partition" else adamjax.apply_updates
-        unchanged = {key: params[key] for key in names if key in ("n", "z")}
-        no_updates = dict.fromkeys(unchanged)
-        params = apply({**params, **no_updates}, {**updates, **no_updates}) | unchanged
+        floats = apply({key: params[key] for key in FLOATS}, {key: updates[key] for key in FLOATS})
+        params = params | floats
         for key, right in rounded.items():
             assert params[key].dtype == right.dtype
-            exact = np.mean(np.asarray(params[key] == right))
-            assert exact == 1 if name != "clip, adam, average" else exact > 0.8
+            share = np.mean(np.asarray(params[key] == right))
+            # Of a chain with a clip and an average, XLA may round some elements otherwise.
+            assert share == 1 if name != "clip, adam, average" else share > 0.8
 
 
 @pytest.mark.parametrize("skips_inside", [True, False])
 def test_a_step_whose_float16_gradients_overflow_changes_nothing(skips_inside):
     """The gradients of a scaled loss: float16 overflows above 65504."""
-    adam, skip = adamjax.chain(adamjax.scale(1 / 1024), adamjax.adam(0.1)), adamjax.skip_not_finite
+    adam = adamjax.chain(adamjax.scale(1 / 1024), adamjax.adam(0.1))
+    skip = adamjax.skip_not_finite
     tx = master_weights(skip(adam)) if skips_inside else skip(master_weights(adam))
     grads = [jnp.array([g, 0.5], jnp.float16) * 1024 for g in (1.0, 100.0, -2.0)]
     assert np.isinf(grads[1][0])
@@ -124,11 +127,13 @@ def test_a_step_whose_float16_gradients_overflow_changes_nothing(skips_inside):
     assert int(skipped) == 1
     assert np.all(np.isfinite(p))
     assert_same(p, expected)
-    # All but the count of skipped steps.
-    assert sum(not np.array_equal(x, y) for x, y in zip(with_overflow, without, strict=True)) == 1
+    # Only the count of skipped steps differs.
+    differ = [not np.array_equal(x, y) for x, y in zip(with_overflow, without, strict=True)]
+    assert sum(differ) == 1
 
 
 def test_a_float16_parameter_that_was_infinite_is_copied_from_its_weight():
+    """No update leads back from infinity: the step after it makes NaN, unlike after a copy."""
     tx, p = master_weights(adamjax.scale(1.0)), jnp.zeros(1, jnp.float16)
     state = tx.init(p)
     for g, expected in ((6e4, 6e4), (1e4, np.inf), (-3e4, np.nan)):
@@ -174,14 +179,8 @@ def test_tables_move_as_float32_tables(rows):
     # The same gradients for float32 tables: those of the loss at the rounded rows.
     def rounded_loss(params, ids, target):
         rows = params["t"][ids]
-        return jnp.mean(
-            (
-                rows
-                + jax.lax.stop_gradient(rows.astype(jnp.bfloat16).astype(jnp.float32) - rows)
-                - target
-            )
-            ** 2
-        )
+        rounding = rows.astype(jnp.bfloat16).astype(jnp.float32) - rows
+        return jnp.mean((rows + jax.lax.stop_gradient(rounding) - target) ** 2)
 
     full_step = adamjax.train_step(rounded_loss, full, tables=tables, donate_argnums=())
     expected = {"t": start.astype(jnp.float32)}

@@ -1,4 +1,4 @@
-"""What users install: the wheel, with nothing beside it but what it says it needs; the sdist."""
+"""What users install: the wheel, alone with the packages that it requires, and the sdist."""
 
 import datetime
 import os
@@ -9,19 +9,19 @@ import tomllib
 import venv
 import zipfile
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
+from support import ROOT
 
 import adamjax
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# What a user sees first; and every module, as one may import a package that only tests have.
+# The first steps of a user. It also imports every module: one of them may need a package that the
+# wheel does not require.
 PROGRAM = r"""
 import importlib, importlib.util, pathlib, pkgutil, re, sys
 from importlib import metadata
@@ -80,9 +80,9 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The Python of a new environment, with the wheel and what that needs alone.
+    """The Python of a new environment that has only the wheel and the packages that it requires.
 
-    Those packages have the versions that they have here: the wheel is tried with this JAX.
+    Their versions are those of the environment of the tests: the wheel is tried with this JAX.
     """
     place = tmp_path_factory.mktemp("bare")
     versions = place / "versions.txt"
@@ -98,6 +98,7 @@ def test_the_wheel_works_where_there_is_nothing_else(installed, tmp_path):
     version, ours, *found = run(installed, "-W", "error", "-c", PROGRAM, cwd=tmp_path).splitlines()
     assert version == metadata.version("jax")
     assert ours == metadata.version("adamjax")
+    # The loss is 2 * 1**2 + 1**2; the first step of Adam moves what was read by the rate of 0.25.
     assert found == ["chex jax jaxlib", "3.0", "[1.0, 1.0, 0.75, 1.0]", "0.75"]
 
 
@@ -143,7 +144,7 @@ def test_metadata_is_valid_and_says_where_things_are(built):
 
 
 def test_extras_are_named_for_what_they_are_for():
-    """Nobody gets a compiler for tests who asks for `adamjax[gpu]`; the Makefile has them all."""
+    """No extra is named `gpu`, because it would be a compiler for tests. The Makefile uses all."""
     extras = PROJECT["project"]["optional-dependencies"]
     for name, needs in extras.items():
         assert name.split("-")[0] in ("test", "bench", "docs", "notebooks"), name
@@ -160,6 +161,9 @@ def test_the_version_is_the_same_everywhere():
     ).groups()
     assert version == adamjax.__version__
     assert when == "unreleased" or datetime.date.fromisoformat(when)
+
+
+def test_ruff_has_the_same_version_everywhere():
     ruff = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
 

@@ -1,6 +1,5 @@
 """The training job as several processes: the same numbers, and what becomes of it when one dies."""
 
-import argparse
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import environment, run_on_devices
+from support import read_checkpoint, run_on_devices
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -25,35 +24,10 @@ from benchmarks.train.processes import Processes, on_all
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 STEPS = 60
 # A few float32 roundings, of sums in another order, over that many steps.
 ROUNDING = 2e-5
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """The job as a user starts it, in a folder of the test's own with a file of real text."""
-    monkeypatch.chdir(tmp_path)
-    Path("prose.txt").write_text(Path(argparse.__file__).read_text()[:30_000])
-    started = []
-
-    def start(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", "train", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()  # its children end with it
-        process.communicate()
 
 
 def finished(process, timeout=300):
@@ -62,26 +36,24 @@ def finished(process, timeout=300):
     return out
 
 
-def kept(name):
-    with np.load(Path("runs", name, "checkpoint.npz")) as file:
-        arrays = dict(file)
-    return json.loads(str(arrays.pop("about"))), arrays
+def differences(one, other):
+    """The largest differences of two runs: of an array's numbers, and of the losses.
 
-
-def apart(one, other):
-    """The largest difference of two runs' arrays, by that array's largest number; of losses."""
-    (about, arrays), (other_about, others) = kept(one), kept(other)
+    That of an array is relative to its largest number.
+    """
+    (about, arrays), (other_about, others) = read_checkpoint(one), read_checkpoint(other)
     assert arrays.keys() == others.keys()
     assert len(about["losses"]) == len(other_about["losses"]) == STEPS
-    off = 0.0
+    of_arrays = 0.0
     for name, x in arrays.items():
         difference = np.abs(x.astype(np.float64) - others[name]).max()
-        off = max(off, difference / max(np.abs(x).max(), 1e-30))
-    return off, np.abs(np.subtract(about["losses"], other_about["losses"])).max()
+        of_arrays = max(of_arrays, difference / max(np.abs(x).max(), 1e-30))
+    return of_arrays, np.abs(np.subtract(about["losses"], other_about["losses"])).max()
 
 
 def members_at_work(launcher):
     """The launcher's processes once they are about to train: each one's id by its number."""
+    # This reads the launcher's output up to the line that it prints before the first step.
     assert any(line.startswith("run:") for line in launcher.stdout), launcher.stderr.read()
     listed = subprocess.run(
         ["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True
@@ -95,17 +67,17 @@ def is_running(pid):
     return listed.stdout.strip()[:1] not in ("", "Z")
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(start):
-    job = [*TINY, "--steps", str(STEPS)]
-    finished(start(*job, "--name", "one"))
-    finished(start(*job, "--name", "whole", "--processes", "2"))
-    off, off_losses = apart("one", "whole")
-    assert 0 < off < ROUNDING
-    assert off_losses < 5e-6
-    about, _ = kept("whole")
-    assert about["held_out"] == kept("one")[0]["held_out"]
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(prose, start_job):
+    arguments = [*TINY, "--steps", str(STEPS)]
+    finished(start_job(*arguments, "--name", "one"))
+    finished(start_job(*arguments, "--name", "whole", "--processes", "2"))
+    of_arrays, of_losses = differences("one", "whole")
+    assert 0 < of_arrays < ROUNDING
+    assert of_losses < 5e-6  # losses are between 1 and 10: a few roundings of these
+    about, _ = read_checkpoint("whole")
+    assert about["held_out"] == read_checkpoint("one")[0]["held_out"]
 
-    process = start(*job, "--name", "killed", "--processes", "2", "--save-every", "0")
+    process = start_job(*arguments, "--name", "killed", "--processes", "2", "--save-every", "0")
     pids = members_at_work(process)
     checkpoint = Path("runs/killed/checkpoint.npz")
     while not checkpoint.exists():
@@ -123,23 +95,22 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(star
     assert command == f"  {sys.executable} {again}"
     assert "Traceback" not in err
     assert not any(map(is_running, pids.values()))
-    taken = len(kept("killed")[0]["losses"])
+    taken = len(read_checkpoint("killed")[0]["losses"])
     assert 1 <= taken < STEPS
 
     for count in (1, 2, 4):
         folder = Path("runs", f"on-{count}")
         folder.mkdir()
         (folder / "checkpoint.npz").write_bytes(checkpoint.read_bytes())
-    for count in (1, 2, 4):
-        out = finished(start("--resume", f"runs/on-{count}", "--processes", str(count)))
+        out = finished(start_job("--resume", f"runs/on-{count}", "--processes", str(count)))
         assert f"{STEPS - taken} of {STEPS} steps to take" in out
-        # Not with the run in two processes: both are rounded, and their differences add up.
-        assert apart("one", f"on-{count}")[0] < ROUNDING
-    assert apart("whole", "on-2") == (0, 0)
+        # Compared with the run in one process. "whole" has rounding differences of its own.
+        assert differences("one", f"on-{count}")[0] < ROUNDING
+    assert differences("whole", "on-2") == (0, 0)
 
 
 def collectives():
-    """What a process of its own with two devices runs: the shapes that its step exchanges."""
+    """Prints the shapes that a step on two devices exchanges; runs in a process that has two."""
     model.FREQUENT, model.DRAWN = 40, 16
     config = Config(steps=20, batch=32, context=3, dim=8, hidden=8)
     text, mesh = data.read(["prose.txt"], config.vocab), Processes().mesh()
@@ -155,7 +126,7 @@ def collectives():
     print(json.dumps([shapes, len(text.words)]))
 
 
-def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
+def test_processes_exchange_gradients_of_rows_and_of_no_table(prose):
     output = run_on_devices(2, "import test_processes; test_processes.collectives()")
     shapes, words = json.loads(output)
     # Each device reads 16 windows of 3 words, and of the output 40 frequent words, 16 drawn ones
@@ -167,19 +138,21 @@ def test_processes_exchange_gradients_of_rows_and_of_no_table(start):
     assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(of_tables + of_rest)
 
 
-def test_processes_that_are_started_one_by_one_stop_at_one_step(start):
-    with socket.socket() as s:
+def test_processes_that_are_started_one_by_one_stop_at_one_step(prose, start_job):
+    with socket.socket() as s:  # to find a port that is free
         s.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
-    job = [*TINY, "--rows", "none", "--steps", "100000", "--name", "run", "--processes", "2"]
-    one, other = (start(*job, "--coordinator", coordinator, "--process", str(i)) for i in (0, 1))
+    arguments = [*TINY, "--rows", "none", "--steps", "100000", "--name", "run", "--processes", "2"]
+    one, other = (
+        start_job(*arguments, "--coordinator", coordinator, "--process", str(i)) for i in (0, 1)
+    )
     assert members_at_work(one).keys() == {0}
     other.send_signal(signal.SIGTERM)
     out, err = one.communicate(timeout=120)
     assert one.returncode == 128 + signal.SIGINT, err
     everywhere = f"--processes 2 --coordinator {coordinator} --process 0"
     assert f"-m benchmarks train --resume runs/run {everywhere}" in out.splitlines()[-1]
-    assert 1 <= len(kept("run")[0]["losses"]) < 100_000
+    assert 1 <= len(read_checkpoint("run")[0]["losses"]) < 100_000
     out, err = other.communicate(timeout=120)
     assert other.returncode == 128 + signal.SIGTERM, err
     assert "process 0 reports" in out
@@ -203,9 +176,10 @@ def test_bad_options_get_one_line(capsys, arguments, why):
     assert why in err
 
 
-def test_what_is_wrong_is_said_once_by_several_processes(start):
+def test_what_is_wrong_is_said_once_by_several_processes(tmp_path, monkeypatch, start_job):
+    monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("too few words")
-    process = start("--text", "small.txt", "--processes", "2")
+    process = start_job("--text", "small.txt", "--processes", "2")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert [line for line in err.splitlines() if line] == [

@@ -4,7 +4,6 @@ A block of Python may be followed by a block of text: that is what it prints. Nu
 to the digits that are written.
 """
 
-import ast
 import contextlib
 import importlib.util
 import io
@@ -13,7 +12,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-from support import ROOT
+from support import ROOT, imported_packages
 
 import adamjax
 import adamjax.testing
@@ -67,21 +66,12 @@ def test_what_agrees():
     assert not agrees("w = [1.]", "b = [1.]")
 
 
-def imported(code):
-    """The packages that a block imports."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.partition(".")[0]
-
-
-# Keras reads its variables so.
+# Keras has JAX read its variables through `__array__`.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{b.page}:{b.line}" for b in BLOCKS])
 def test_code_prints_what_is_shown(block, monkeypatch):
     for package in OPTIONAL:
-        if package in imported(block.code) and importlib.util.find_spec(package) is None:
+        if package in imported_packages(block.code) and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     monkeypatch.setitem(os.environ, "KERAS_BACKEND", "jax")
     printed = io.StringIO()
@@ -169,6 +159,7 @@ def test_every_test_that_a_page_names_exists():
     assert re.search(r"the law `\w+`", decisions)
     for page, text in TEXTS.items():
         for file, function in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text):
+            # A page may name a file alone: then `function` is empty.
             assert f"def {function}" in (tests / file).read_text(), f"{NAMES[page]}: {function}"
         assert set(re.findall(r"the law `(\w+)`", text)) <= set(adamjax.testing.LAWS)
 
@@ -177,9 +168,9 @@ def test_commands_that_pages_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     suites = {path.stem for path in (ROOT / "benchmarks").iterdir()}
     for page, text in TEXTS.items():
-        # `make targets of prose`, or a line of a block.
-        for line in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
-            assert line in targets, f"{NAMES[page]}: make {line}"
+        # In prose after a backtick, in a block at the start of a line.
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
+            assert target in targets, f"{NAMES[page]}: make {target}"
         for suite in re.findall(r"python -m benchmarks ([a-z]\w*)", text):
             assert suite in suites, f"{NAMES[page]}: {suite}"
 

@@ -6,14 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT, imported_packages
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.py"))
+# A number below 1e-5, or 0.
 SMALL = r"\d(\.\d+)?e-0[6-9]|0e\+00"
 # What each prints last.
 PRINTS = {
@@ -32,10 +32,8 @@ PRINTS = {
 
 def missing(recipe):
     """The packages that it imports and that are not installed here."""
-    nodes = list(ast.walk(ast.parse(recipe.read_text())))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    return [x for x in {name.split(".")[0] for name in names} if not importlib.util.find_spec(x)]
+    packages = sorted(imported_packages(recipe.read_text()))
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
@@ -43,13 +41,13 @@ def test_runs(recipe, tmp_path):
     if missing(recipe):
         pytest.skip(f"needs {', '.join(missing(recipe))}")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("XLA_FLAGS", None)
+    env.pop("XLA_FLAGS", None)  # a recipe sets the flags that it needs
     done = subprocess.run(
         [sys.executable, str(recipe)], capture_output=True, text=True, env=env, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(PRINTS[recipe.stem] + r"\n\Z", done.stdout), done.stdout
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir())  # it leaves no files
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
@@ -58,6 +56,6 @@ def test_is_short_and_says_how_to_run_it(recipe):
     assert 30 <= len(text.splitlines()) <= 70
     docstring = ast.get_docstring(ast.parse(text))
     assert f"python docs/recipes/{recipe.name}" in docstring
-    others = {"equinox", "flax", "keras", "optax", "orbax", "torch"}
-    imported = {x for x in others if re.search(rf"^(import|from) {x}\b", text, re.MULTILINE)}
-    assert imported == {x for x in others if re.search(rf"Needs .*\b{x}\b", docstring)}
+    optional = {"equinox", "flax", "keras", "optax", "orbax", "torch"}
+    needed = {name for name in optional if re.search(rf"Needs .*\b{name}\b", docstring)}
+    assert imported_packages(text) & optional == needed

@@ -8,18 +8,19 @@ from support import assert_close, run_on_devices
 
 import adamjax
 
-REPLICAS, V, D = 4, 11, 2
+REPLICAS, NUM_ROWS, WIDTH = 4, 11, 2
 
 
-def grads_of_all():
+def data_of_all():
+    """Indices and values of each replica's rows, and its dense gradient: replicas first."""
     rng = np.random.default_rng(0)
-    ids = jnp.asarray(rng.integers(-1, V + 1, (REPLICAS, 5)))
-    values = jnp.asarray(rng.normal(size=(REPLICAS, 5, D)), jnp.float32)
+    ids = jnp.asarray(rng.integers(-1, NUM_ROWS + 1, (REPLICAS, 5)))
+    values = jnp.asarray(rng.normal(size=(REPLICAS, 5, WIDTH)), jnp.float32)
     return ids, values, jnp.asarray(rng.normal(size=(REPLICAS, 3)), jnp.float32)
 
 
-def grads(ids, values, dense):
-    rows = adamjax.row_gradient(ids, values, V)
+def gradients(ids, values, dense):
+    rows = adamjax.row_gradient(ids, values, NUM_ROWS)
     return {"none": None, "table": rows, "w": dense}
 
 
@@ -27,18 +28,22 @@ def optimizer(*first):
     return adamjax.chain(*first, adamjax.clip_by_global_norm(0.5), adamjax.adamw(0.1))
 
 
-PARAMS = {"none": None, "table": jnp.ones((V, D)), "w": jnp.ones(3)}
+PARAMS = {"none": None, "table": jnp.ones((NUM_ROWS, WIDTH)), "w": jnp.ones(3)}
 
 
-def one_step(tx, g):
-    updates, _ = tx.update(g, tx.init(PARAMS), PARAMS)
+def one_step(tx, grads):
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     return adamjax.apply_updates(PARAMS, updates)
+
+
+def step_of_a_replica(ids, values, dense):
+    return one_step(optimizer(adamjax.sum_over("batch")), gradients(ids, values, dense))
 
 
 def expected():
     """The step of one device that has all rows and the sum of the dense gradients."""
-    ids, values, dense = grads_of_all()
-    return one_step(optimizer(), grads(ids, values, dense.sum(0)))
+    ids, values, dense = data_of_all()
+    return one_step(optimizer(), gradients(ids, values, dense.sum(0)))
 
 
 def expect_the_same_step(params_of_all):
@@ -50,83 +55,77 @@ def expect_the_same_step(params_of_all):
 
 @pytest.mark.slow
 def test_under_vmap():
-    def step(ids, values, dense):
-        tx = optimizer(adamjax.sum_over("batch"))
-        return one_step(tx, grads(ids, values, dense))
-
-    expect_the_same_step(jax.vmap(step, axis_name="batch")(*grads_of_all()))
+    expect_the_same_step(jax.vmap(step_of_a_replica, axis_name="batch")(*data_of_all()))
 
 
 @pytest.mark.slow
-def test_updates_of_all_rows_are_summed_as_well():
-    """Adam also moves rows that a replica did not read, which another replica may have read."""
+def test_dense_updates_of_a_table_are_summed_as_well():
+    """Adam's updates have all rows, also those that a replica did not read."""
 
     def step(ids, values, dense):
         tx = adamjax.chain(adamjax.adam(0.1), adamjax.sum_over("batch"))
-        return one_step(tx, grads(ids, values, dense))["table"]
+        return one_step(tx, gradients(ids, values, dense))["table"]
 
     def alone(ids, values, dense):
-        return one_step(adamjax.adam(0.1), grads(ids, values, dense))["table"] - PARAMS["table"]
+        moved = one_step(adamjax.adam(0.1), gradients(ids, values, dense))
+        return moved["table"] - PARAMS["table"]
 
-    mapped = jax.vmap(step, axis_name="batch")(*grads_of_all())
-    total = jax.vmap(alone)(*grads_of_all()).sum(0)
+    mapped = jax.vmap(step, axis_name="batch")(*data_of_all())
+    total = jax.vmap(alone)(*data_of_all()).sum(0)
     assert_close(mapped[0], PARAMS["table"] + total, 1e-6)
 
 
 def check_over_devices():
-    """Needs several devices, so it runs in its own process."""
+    """Under `pmap` and `shard_map`. Needs several devices, so it runs in its own process."""
     assert jax.device_count() == REPLICAS
-
-    def step(ids, values, dense):
-        return one_step(optimizer(adamjax.sum_over("batch")), grads(ids, values, dense))
-
-    expect_the_same_step(jax.pmap(step, axis_name="batch")(*grads_of_all()))
+    expect_the_same_step(jax.pmap(step_of_a_replica, axis_name="batch")(*data_of_all()))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
 
     def step_on_one_device(*shards):
-        params = step(*(x[0] for x in shards))
+        params = step_of_a_replica(*(x[0] for x in shards))
         return jax.tree.map(lambda x: x[None], params)
 
     mapped = jax.shard_map(step_on_one_device, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
-    expect_the_same_step(jax.jit(mapped)(*grads_of_all()))
+    expect_the_same_step(jax.jit(mapped)(*data_of_all()))
 
 
 def check_parameters_that_all_devices_have():
     """By default `shard_map` sums the gradients of such parameters itself."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
-    specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
+    replicated, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
 
     def loss(params, x):
         return jnp.sum(params["w"] * x.mean(0)) / REPLICAS + jnp.sum(params["table"][1])
 
+    row_gradients = adamjax.value_and_grad(loss, "table")
+
     def summed(grad, **options):
         def on_each(params, x):
-            grads = grad(params, x)
-            grads = adamjax.sum_over("batch").update(grads, (), params)[0]
-            rows = grads["table"]
-            is_dense = not isinstance(rows, adamjax.RowGradient)
-            return {**grads, "table": rows if is_dense else rows.to_dense()}
+            grads = adamjax.sum_over("batch").update(grad(params, x), (), params)[0]
+            if isinstance(grads["table"], adamjax.RowGradient):
+                grads["table"] = grads["table"].to_dense()
+            return grads
 
-        mapped = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=specs[0], **options)
+        mapped = jax.shard_map(
+            on_each, mesh=mesh, in_specs=(replicated, split), out_specs=replicated, **options
+        )
         return jax.jit(mapped)
 
     x = jnp.arange(24.0).reshape(8, 3)
-    ours = adamjax.value_and_grad(loss, "table")
-    for grad in (jax.grad(loss), lambda *args: ours(*args)[1]):
+    for grad in (jax.grad(loss), lambda *args: row_gradients(*args)[1]):
         with pytest.raises(
             ValueError, match=r"gradient of '(w|table)' is the same.*'batch'.*check_vma=False"
         ):
             summed(grad)(PARAMS, x)
         found = summed(grad, check_vma=False)(PARAMS, x)
         assert_close(found["w"], x.mean(0), 1e-6)
-        assert_close(found["table"], jnp.zeros((V, D)).at[1].set(float(REPLICAS)), 1e-6)
+        assert_close(found["table"], jnp.zeros((NUM_ROWS, WIDTH)).at[1].set(float(REPLICAS)), 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [check_over_devices, check_parameters_that_all_devices_have])
 def test_over_devices(check):
-    """Under `pmap` and `shard_map`."""
     run_on_devices(REPLICAS, f"import test_replicas; test_replicas.{check.__name__}()")
 
 
@@ -145,6 +144,9 @@ def test_a_name_that_is_no_mapped_axis_is_refused():
                 NameError, match=r"sum_over: no axis .*batch.* is mapped here.*vmap"
             ):
                 step(g, ())
+
+
+def test_sums_over_two_axes():
     over_batch = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
     over_both = jax.vmap(over_batch, (0, None), axis_name="rows")
     assert_close(over_both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))

@@ -15,6 +15,7 @@ import reference
 from oracle import (
     K3JAX_EMAFREQ,
     PRECISIONS,
+    STEPS,
     VARIANTS,
     Oracle,
     assert_follows,
@@ -23,7 +24,6 @@ from oracle import (
     optimizer,
     rounded,
     run,
-    start_of_average,
 )
 from support import enable_x64
 
@@ -41,6 +41,9 @@ NO_V_MAX = "LazyAdam of TensorFlow Addons divides by sqrt(v), not by sqrt(v_max)
 CLIPS = ("clipvalue", "clipnorm", "valnorm", "global")
 
 
+# The functions below that take (system, name, variant, mode) get the four parts of a case's name.
+
+
 def not_applicable(system, name, variant, mode):
     """Why a case cannot agree, or None."""
     if (system, variant) == ("k3jax", "emafreq"):
@@ -48,7 +51,7 @@ def not_applicable(system, name, variant, mode):
     return NO_V_MAX if name == "lazyamsgrad" else None
 
 
-def clips_first(system, variant, mode):
+def clips_first(system, name, variant, mode):
     """Whether the case is one of a system that clips rows before it sums equal ones.
 
     We sum first: then a clip is that of the dense gradient. Such a case is given gradients that
@@ -99,12 +102,12 @@ def clipped(variant, *grads):
     return reference.clip_by_global_norm(grads, 0.7) if variant == "global" else grads
 
 
-def gradients(mode, clips=None):
-    """The function of the step that gives its gradients, after the clips of a variant."""
+def gradients(mode, clipped_as=None):
+    """A function that gives a step's gradients, after the clips of a variant if one is named."""
 
     def at(t):
         indices, values = raw(mode, t)
-        values, b = clipped(clips, values, ORACLE.grads["head"]["kernel"][t])
+        values, b = clipped(clipped_as, values, ORACLE.grads["head"]["kernel"][t])
         if indices is not None:
             values = adamjax.row_gradient(jnp.asarray(indices), jnp.asarray(values), NUM_ROWS)
         return ORACLE.tree(values, b)
@@ -115,7 +118,7 @@ def gradients(mode, clips=None):
 def prepared(case):
     """The optimizer of a case, and the function that gives its gradients."""
     system, name, variant, mode = case.split("|")
-    first = clips_first(system, variant, mode)
+    first = clips_first(*case.split("|"))
     options = {"rows": "lazy" if is_lazy(system, name) else "dense"}
     settings = VARIANTS[variant]
     if first:
@@ -124,33 +127,12 @@ def prepared(case):
     return tx, gradients(mode, variant if first else None)
 
 
-def assert_case(case, weights, averaged, precision):
-    """Weights, and averages if there are any, follow those of the case."""
-    system, _, variant, _ = case.split("|")
-    tolerance = 2e-5 if system == "new" else 2e-6
-    jax.tree.map(
-        lambda *leaves: assert_follows(*leaves, precision=precision, tolerance=tolerance),
-        weights,
-        ORACLE.weights[case],
-        ORACLE.start,
-    )
-    assert (averaged is not None) == (case in ORACLE.averages)
-    if averaged is not None:
-        start, expected = ORACLE.start["bert"]["emb"], ORACLE.averages[case]
-        if system == "k3jax":
-            first = ORACLE.weights[case]["bert"]["emb"]
-            expected = expected + start_of_average(start, first, VARIANTS[variant].momentum)
-        assert_follows(
-            averaged["bert"]["emb"], expected, start, precision=precision, tolerance=tolerance
-        )
-
-
 def is_mixed(system, name, variant, mode):
-    """Whether a case has steps with repeated indices and dense ones: all that there are."""
+    """Whether a case has steps of either kind, with repeated indices and with dense gradients."""
     return mode == "mix"
 
 
-# In float32, one mode: what float64 adds to the others is precision.
+# In float32 only the mode `mix`, which has everything that the others have.
 @pytest.mark.parametrize(
     ("case", "precision"),
     [
@@ -163,7 +145,7 @@ def is_mixed(system, name, variant, mode):
 def test_system(case, precision):
     tx, grads = prepared(case)
     weights, averaged, _ = run(tx, ORACLE.start, grads, precision)
-    assert_case(case, weights, averaged, precision)
+    ORACLE.assert_case(case, weights, averaged, precision)
 
 
 # --- exact rows -----------------------------------------------------------------------------------
@@ -198,7 +180,7 @@ def is_a_path_of_its_own(system, name, variant, mode):
 def exact_step(tx, params, state, grads):
     """A step, every row as `lookup` reads it, and the weights and averages after `flush`.
 
-    The optimizer is an argument: so all those are compiled once that differ in rates alone.
+    The optimizer is an argument, so optimizers that differ only in their rates share one program.
     """
     updates, state = tx.update(grads, state, params)
     params = adamjax.apply_updates(params, updates)
@@ -212,7 +194,7 @@ def is_row_gradient(x):
 
 
 def is_dense_step(variant, g):
-    """Whether a gradient stays an array. One variant's suffice: they are compiled apart."""
+    """Whether a gradient stays an array: in one variant only, as it needs a program of its own."""
     return variant == "default" and not is_row_gradient(g)
 
 
@@ -236,15 +218,15 @@ def test_exact_rows(case):
     with enable_x64():
         params = narrowed(ORACLE.start, precision)
         state, history = tx.init(params), []
-        for t in range(10):
+        for t in range(STEPS):
             g = narrowed(grads(t), precision)
             if not is_dense_step(case.split("|")[2], g["bert"]["emb"]):
                 g["bert"]["emb"] = padded(g["bert"]["emb"])
             params, state, seen = exact_step(tx, params, state, g)
             history.append(seen)
         weights, averaged, rows = jax.tree.map(lambda *steps: np.stack(steps), *history)
-    assert_case(case, weights, averaged, precision)
-    assert_case(case, {**weights, "bert": {"emb": rows}}, averaged, precision)
+    ORACLE.assert_case(case, weights, averaged, precision)
+    ORACLE.assert_case(case, {**weights, "bert": {"emb": rows}}, averaged, precision)
 
 
 # --- what the file holds --------------------------------------------------------------------------
@@ -275,7 +257,7 @@ def test_reason_for_clips_in_front_of_sums(variant):
         return np.asarray(adamjax.row_gradient(ROWS["idx_dup"][t], values, NUM_ROWS).to_dense())
 
     differences = []
-    for t in range(10):
+    for t in range(STEPS):
         values, b = ROWS["val_dup"][t], ORACLE.grads["head"]["kernel"][t]
         first = summed(clipped(variant, values, b)[0], t)
         last = clipped(variant, summed(values, t), b)[0]
@@ -289,7 +271,7 @@ def lazy_amsgrad(mode, variant, with_max):
     rate, b1, b2 = map(rounded, (settings.learning_rate, settings.b1, settings.b2))
     p = ORACLE.start["bert"]["emb"].copy()
     m, v, v_max, weights = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), []
-    for t in range(10):
+    for t in range(STEPS):
         indices, g = raw(mode, t)[0], dense_gradient(mode, t)
         rows = np.arange(NUM_ROWS) if indices is None else np.unique(indices)
         m[rows] = b1 * m[rows] + (1 - b1) * g[rows]
@@ -324,7 +306,7 @@ def test_reason_for_overwriting(mode):
     """Keras 3's average starts from the weights after step 1, and steps 3, 6, ... put it there."""
     start = ORACLE.start["bert"]["emb"]
     p, average, weights = start, None, []
-    grads = [dense_gradient(mode, t) for t in range(10)]
+    grads = [dense_gradient(mode, t) for t in range(STEPS)]
     for t, update in enumerate(reference.adam(grads)):
         p = p - rounded(0.05) * update
         average = p if t == 0 else 0.9 * average + 0.1 * p

@@ -11,51 +11,50 @@ import pytest
 from benchmarks import compilers, hlo, programs, tpu
 
 NUM_ROWS = tpu.NUM_ROWS
-# What a TPU pads a row to 128 elements by.
+# By what factor a row of each width grows, as a TPU pads it to a multiple of 128 elements.
 PADDED = {16: 8, 32: 4, 64: 2, 100: 1.28, 128: 1, 256: 1, 300: 1.28}
-# Rows of a packed table. One of 16 columns is longer, as one that fits in the TPU's fast memory is
-# moved there as a whole.
+# Width of a packed table: its rows. With 16 columns it has more rows: otherwise it would fit in the
+# TPU's fast memory, and would be moved there as a whole.
 PACKED = {16: 4_000_000, 32: NUM_ROWS, 64: NUM_ROWS, 100: NUM_ROWS, 300: NUM_ROWS}
-CASES = [
+ROW_CASES = [
     *((kind, width, NUM_ROWS) for kind in ("lazy", "exact") for width in PADDED),
     *(("packed", width, num_rows) for width, num_rows in PACKED.items()),
     *((kind, 64, NUM_ROWS) for kind in ("decayed", "init", "lookup", "flush", "not row-major")),
     *((kind, 64, NUM_ROWS) for kind in ("followed lazy", "followed exact")),
     *((kind, 64, NUM_ROWS, 65_536) for kind in ("lazy", "exact, given rows")),
 ]
-
-
-# The packages and chains of dense steps, on one leaf.
-DENSE = [
+# Dense steps, on one leaf.
+ONE_LEAF = [2**26]
+SCALED8 = ("adamjax", "adam, moments in scaled8")
+DENSE_CASES = [
     ("adamjax", "adam"),
     ("adamjax", "clip + adamw + average"),
     ("optax", "clip + adamw"),
     ("adamjax", "adam, moments in bfloat16"),
-    ("adamjax", "adam, moments in scaled8"),
 ]
-# A matrix, in the two directions in which it may be long.
-MATRICES = [[2**18, 2**8], [2**13, 2**13]]
-PARAMETERS = 2**26
+# A vector, and matrices of long and of short columns.
+SCALED8_SHAPES = [ONE_LEAF, [2**18, 2**8], [2**13, 2**13]]
+# By the key with which a test asks for its result.
+CASES = {
+    **{case: ("rows", *case) for case in ROW_CASES},
+    **{case: ("dense", *case, [ONE_LEAF]) for case in DENSE_CASES},
+    **{("scaled8", *shape): ("dense", *SCALED8, [shape]) for shape in SCALED8_SHAPES},
+}
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler says about each case; it may end the process, so it gets its own, two."""
+    """What the compiler says about each case. It runs in two processes, as it may end its own."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which has the TPU's compiler, is not installed: make test-tpu")
-    cases = [("rows", *case) for case in CASES]
-    cases += [("dense", *case, [[PARAMETERS]]) for case in DENSE]
-    cases += [("dense", *DENSE[-1], [shape]) for shape in MATRICES]
-    reports = compilers.reports(tpu.COMPILER, "v5e", cases, processes=2)
-    found = {}
-    for (_, *case), report in zip(cases, reports, strict=True):
+    reports = compilers.reports(tpu.COMPILER, "v5e", list(CASES.values()), processes=2)
+    found = dict(zip(CASES, reports, strict=True))
+    for case, report in found.items():
         assert "failed" not in report, (case, report)
-        is_dense = case[0] in ("adamjax", "optax")
-        key = tuple(case[:2] if is_dense else case)
-        found[(*key, *case[2][0]) if key == DENSE[-1] else key] = report
     return found
 
 
+# The operations whose results may be as large as a table: they pass it on or write into it.
 IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusion in place"}
 
 
@@ -76,6 +75,7 @@ def assert_no_copy(found):
 def test_a_step_on_a_row_major_table_copies_nothing(compiled, kind, width):
     found = compiled[kind, width, NUM_ROWS]
     assert_no_copy(found)
+    # Those that write the table and its two moments.
     assert found["makers"]["fusion in place"] == 3, found["makers"]
     assert found["donated"] > 0.99 * found["tables"] * PADDED[width], found
     assert found["arguments"] <= 1.01 * PADDED[width] * found["unpadded"], found
@@ -90,7 +90,7 @@ def test_packed_rows_are_hardly_padded(compiled, width):
 
 @pytest.mark.parametrize("kind", ["lazy", "exact, given rows"])
 def test_temporaries_of_a_large_batch_are_those_of_a_block(compiled, kind):
-    """Given the gradient of each row: the summed gradient alone would be 17 MB."""
+    """The sum of the gradients of all rows would have 17 MB, so it is never made as a whole."""
     assert compiled[kind, 64, NUM_ROWS, 65_536]["temporary"] < 2e6
 
 
@@ -105,6 +105,7 @@ def test_a_jitted_init_makes_slots_that_lie_like_their_table(compiled):
 
 def test_copies_would_be_seen(compiled):
     found = compiled["not row-major", 64, NUM_ROWS]
+    # Of the table and its two moments: into the row-major layout and back.
     assert found["makers"]["copy"] == 6
     assert found["temporary"] > found["table"]
 
@@ -120,19 +121,21 @@ def test_bfloat16_moments_save_their_bytes(compiled):
     assert found["temporary_bytes"] < 0.01
 
 
-@pytest.mark.parametrize("shape", [[PARAMETERS], *MATRICES], ids=str)
-def test_moments_in_8_bits_are_read_twice(compiled, shape):
-    """And the gradient, to see the largest of each block; nothing of a leaf's size is made.
+@pytest.mark.parametrize("shape", SCALED8_SHAPES, ids=str)
+def test_a_step_of_8_bit_moments_reads_gradients_and_codes_again_for_exponents(compiled, shape):
+    """It makes no array of the leaf's size.
 
-    Weights 8 bytes, gradients 2 or 3 times 4, codes 3 times read and once written: 24 or 27.
+    The compiler reports 24 or 27 bytes. Weights are read and written: 8 bytes. Gradients of 4 bytes
+    are read twice, for some shapes again. The codes of two moments are read 3 times and written
+    once: 8 bytes.
     """
-    found = compiled[(*DENSE[-1], *shape)]
+    found = compiled["scaled8", *shape]
     assert 24 <= found["bytes"] <= 27.2
     assert found["temporary_bytes"] < 0.01
 
 
 def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):
-    most = compiled["optax", "clip + adamw"]["bytes"] + 8
+    most = compiled["optax", "clip + adamw"]["bytes"] + 4 + 4
     assert compiled["adamjax", "clip + adamw + average"]["bytes"] <= 1.001 * most
 
 
@@ -197,7 +200,7 @@ ENTRY %main.4 (start: (s32[], f32[1000,64], s32[8])) -> f32[] {
 
 
 def test_a_loop_over_rows_counts_with_its_turns():
-    """Of its three arrays, of which none counts with more than the rows that are read."""
+    """The table, the rows that are read of it, and the ids. The table counts as those rows."""
     rows, ids, table = 8 * 64 * 4, 8 * 4, 1000 * 64 * 4
     assert hlo.traffic(LOOP, 5, table) == 5 * (rows + rows + ids)
     assert hlo.traffic(LOOP, 5, table + 1) == hlo.traffic(LOOP) == 0
@@ -211,6 +214,5 @@ def test_only_large_batches_are_a_loop():
 
 
 def test_what_makes_large_arrays():
-    assert hlo.large_results(PROGRAM, 64_000) == {
-        **{"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
-    }
+    expected = {"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
+    assert hlo.large_results(PROGRAM, 1000 * 64) == expected

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, environment
+from support import ROOT, environment, read_checkpoint
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -39,43 +39,6 @@ pytestmark = pytest.mark.slow
 # For tests in which rows do not matter: this compiles in a third of the time.
 PLAIN = ["--rows", "none"]
 TINY = ["--steps", "20", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
-
-
-@pytest.fixture
-def prose(tmp_path, monkeypatch):
-    """A file of real text; runs go to a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    Path("prose.txt").write_text(Path(argparse.__file__).read_text()[:30_000])
-    return "prose.txt"
-
-
-@pytest.fixture
-def start():
-    """A function that starts the job as a user does, and returns its process."""
-    started = []
-
-    def start_job(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", "train", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        started.append(process)
-        return process
-
-    yield start_job
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def read_checkpoint(name):
-    """What a run's checkpoint says about the run, and its arrays."""
-    with np.load(Path("runs", name, "checkpoint.npz")) as file:
-        arrays = dict(file)
-    return json.loads(str(arrays.pop("about"))), arrays
 
 
 def read_metrics(name):
@@ -265,9 +228,9 @@ def test_options_are_refused_without_jax(tmp_path):
     subprocess.run([sys.executable, "-c", program], env=environment(), cwd=tmp_path, check=True)
 
 
-def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, start):
+def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, start_job):
     monkeypatch.chdir(tmp_path)
-    process = start("--text", str(tmp_path / "missing.txt"))
+    process = start_job("--text", str(tmp_path / "missing.txt"))
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert err == f"train: {tmp_path / 'missing.txt'}: No such file or directory\n"
@@ -395,8 +358,8 @@ def test_ctrl_c_while_jax_is_imported_leaves_nothing(prose, number):
     assert not Path("runs").exists()
 
 
-def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start):
-    process = start("--text", prose, *TINY)
+def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start_job):
+    process = start_job("--text", prose, *TINY)
     assert any(line.startswith("compiling") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -404,9 +367,9 @@ def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start):
     assert not Path("runs").exists()
 
 
-def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, start):
+def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, start_job):
     arguments = ["--text", prose, *TINY, *PLAIN, "--steps", "3000"]
-    process = start(*arguments, "--name", "parts", "--save-every", "1000")
+    process = start_job(*arguments, "--name", "parts", "--save-every", "1000")
     assert any(line.startswith("run:") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
@@ -420,7 +383,7 @@ def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, star
     assert announcement == "interrupted; to go on:"
     done = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    process = start(*arguments, "--name", "whole")
+    process = start_job(*arguments, "--name", "whole")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert_same_bits("whole", "parts")
