@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
 from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened
+from adamjax.paths import flatten
 from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
 
@@ -24,7 +26,16 @@ def _sum_of_squares(arrays: Iterable[chex.Array]) -> chex.Array:
 
 def _sum_of_leaf(c: None, g: Any) -> tuple[chex.Array]:
     """The sum of a leaf's squares: the rule of `global_norm` for `reduced`."""
-    real = accumulator(g.dtype)
+    return _sum_in(accumulator(g.dtype), g)
+
+
+def _sum_of_leaf_in_float64(c: None, g: Any) -> tuple[chex.Array]:
+    """The same for a tree with leaves of float64."""
+    return _sum_in(jnp.float64, g)
+
+
+def _sum_in(real: Any, g: Any) -> tuple[chex.Array]:
+    """The sum of a leaf's squares in a dtype."""
     if widened(g.dtype, real) != g.dtype:
         # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
         # multiplies by its factor.
@@ -54,7 +65,10 @@ def global_norm(tree: Tree) -> chex.Array:
 
 def _norm(owner: str, tree: Tree) -> chex.Array:
     empty = jnp.zeros((), jnp.float32)
-    return root(reduced(owner, _sum_of_leaf, operator.add, tree, empty))
+    dtypes = {getattr(x, "dtype", None) for x in flatten(tree)[0]}
+    has_float64 = bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
+    rule = _sum_of_leaf_in_float64 if has_float64 else _sum_of_leaf
+    return root(reduced(owner, rule, operator.add, tree, empty))
 
 
 class _MaxNorm(NamedTuple):

@@ -21,7 +21,9 @@ from adamjax.paths import (
     is_leaf,
     leaf_paths,
 )
+from adamjax.replicas import sum_over
 from adamjax.rows import RowGradient, as_size, nonzero_arrays, with_seal, without_seal
+from adamjax.structure import find
 from adamjax.transform import Step, Transform, as_transform, expect_state
 
 __all__ = [
@@ -318,7 +320,9 @@ class skip_not_finite(Transform):
     Otherwise updates are zero and only a counter changes, which `skipped_steps` reads.
 
     Args:
-      tx: the transform that takes the steps, usually a whole optimizer.
+      tx: the transform that takes the steps, usually a whole optimizer. `sum_over` is refused in
+        it, because each device would decide by its own gradients, and wait for one that skips the
+        step: write `chain(sum_over(axis), skip_not_finite(tx))`.
 
     The state is a `SkipNotFiniteState`.
 
@@ -335,6 +339,12 @@ class skip_not_finite(Transform):
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))
+        if find(sum_over, self.tx):
+            raise ValueError(
+                "skip_not_finite: sum_over is inside, so each device would decide by its own "
+                "gradients, and wait forever for one that skips the step: write "
+                "chain(sum_over(axis), skip_not_finite(...))"
+            )
 
     def init(self, params: Tree) -> SkipNotFiniteState:
         return SkipNotFiniteState(jnp.zeros((), jnp.int32), self.tx.init(params))

@@ -272,7 +272,8 @@ def learning_rate(tx: Any, state: Any) -> Any:
       state: its state.
 
     Returns:
-      A number or scalar array, or a `by_path` with them if leaves have different rates.
+      A number or scalar array. If leaves have different rates, a `by_path` with them, and
+      `by_path.at(path)` is that of one leaf.
 
     Raises:
       ValueError: there is no `scale_by_learning_rate`, or more than one.

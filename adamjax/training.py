@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._compat import current_mesh
 from adamjax.autodiff import (
     Args,
     Call,
@@ -110,6 +111,9 @@ class _JittedStep:
 
     # A keyword of the user's function may have any name: the parameters here are positional-only.
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if current_mesh() is not None:
+            # There, JAX 0.10 crashes in place of an error.
+            self._expect_no_deleted(args, kwargs)
         try:
             return method(*args, **kwargs)
         except TypeError:
@@ -123,8 +127,14 @@ class _JittedStep:
                 self._explain_donation(error, args, kwargs)
             raise
 
+    def _expect_no_deleted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for x in jax.tree.leaves((args, kwargs)):
+            is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            if is_array and x.is_deleted():
+                self._explain_donation(None, args, kwargs)
+
     def _explain_donation(
-        self, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, error: Exception | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         """Raises an error that names an array that was donated before, or is donated twice."""
         trees = {"params": args[:1], "the state": args[1:2], "the arguments": (args[2:], kwargs)}

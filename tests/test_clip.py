@@ -11,6 +11,7 @@ from adamjax import (
     clip_by_norm,
     clip_by_value,
     global_norm,
+    row_gradient,
     set_hyperparams,
     with_hyperparams,
 )
@@ -172,3 +173,22 @@ def test_none_and_integers_count_nothing():
     assert_same(clipped["n"], jnp.array([0]))
     assert clipped["none"] is None
     assert clip(clip_by_norm(1.0), grads)["none"] is None
+
+
+def test_the_norm_of_leaves_of_several_dtypes_is_summed_in_the_widest():
+    with enable_x64(True):
+        rng = np.random.default_rng(0)
+        tree = {
+            "wide": jnp.asarray(rng.normal(size=100)),
+            "narrow": jnp.asarray(rng.normal(size=(50, 20)), jnp.bfloat16),
+            "rows": row_gradient(
+                jnp.arange(9), jnp.asarray(rng.normal(size=(9, 3)), jnp.float32), num_rows=20
+            ),
+        }
+        arrays = [np.asarray(x, np.float64) for x in (tree["wide"], tree["narrow"])]
+        arrays.append(np.asarray(tree["rows"].values, np.float64))
+        expected = np.sqrt(sum(np.sum(x**2) for x in arrays))
+        norm = global_norm(tree)
+        assert norm.dtype == jnp.float64
+        np.testing.assert_allclose(norm, expected, rtol=1e-14)
+        assert global_norm({"narrow": tree["narrow"]}).dtype == jnp.float32

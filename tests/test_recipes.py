@@ -25,6 +25,7 @@ PRINTS = {
     "from_optax": rf"200\nthe .* 100 more steps: ({SMALL})\nwith .*: from_optax refuses it",
     "keras_and_back": rf"the largest difference of a weight: ({SMALL})",
     "optax_chain": r"w = \[ ?1\. +-2\. +3\. ?\], b = 0\.50 .*\nadamjax around .* 200 steps",
+    "other_devices": rf"devices of the table: 8 2\nthe largest difference of a weight: ({SMALL})",
     "torch_and_back": rf"the largest difference of a weight: ({SMALL})",
     "torch_sparse_adam": rf"the largest difference of a weight after 50 steps: ({SMALL})",
 }

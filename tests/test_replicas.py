@@ -150,3 +150,18 @@ def test_sums_over_two_axes():
     over_batch = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
     over_both = jax.vmap(over_batch, (0, None), axis_name="rows")
     assert_close(over_both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))
+
+
+def test_a_sum_inside_of_skip_not_finite_is_refused():
+    """A device whose gradients are not finite would skip the step, and the others would wait."""
+    summed = adamjax.chain(adamjax.sum_over("batch"), adamjax.adam(0.1))
+    for tx in (summed, adamjax.masked(summed, "w"), adamjax.with_hyperparams(summed, b1=0.5)):
+        with pytest.raises(ValueError, match=r"skip_not_finite: sum_over is inside.*write chain"):
+            adamjax.skip_not_finite(tx)
+
+    tx = adamjax.chain(adamjax.sum_over("batch"), adamjax.skip_not_finite(adamjax.adam(0.1)))
+    state = tx.init(jnp.ones(2))
+    step = jax.vmap(tx.update, (0, None), axis_name="batch")
+    updates, state = step(jnp.array([[jnp.nan, 1.0], [2.0, 3.0]]), state)
+    np.testing.assert_array_equal(updates, np.zeros((2, 2)))
+    np.testing.assert_array_equal(adamjax.skipped_steps(state), [1, 1])

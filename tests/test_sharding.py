@@ -798,3 +798,26 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+DONATED_TWICE = """
+import jax, jax.numpy as jnp, adamjax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.sharding.Mesh(jax.devices(), "data")
+step = adamjax.train_step(lambda p: jnp.sum(p["w"] ** 2), adamjax.adam(0.1))
+with jax.set_mesh(mesh):
+    params = {"w": jax.device_put(jnp.ones(16), NamedSharding(mesh, P("data")))}
+    state = adamjax.adam(0.1).init(params)
+    step(params, state)
+    try:
+        step(params, state)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_an_array_that_was_donated_under_a_mesh_is_an_error():
+    """JAX 0.10 crashes there."""
+    printed = run_on_devices(DEVICES, DONATED_TWICE)
+    assert "train_step: params['w'] is deleted, as a step that donates" in printed

@@ -144,7 +144,8 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
         described = list(rings) if is_mapping else type(rings).__name__
         note = _note_on_dtypes(families, rings) if is_mapping else ""
         raise ValueError(
-            f"exact_rows: the state is for another transform: {described}, expected {names}: "
+            f"exact_rows: the state is for another transform: it has the rings {described}, "
+            f"expected {names} (tables with one rule, one rate and the same masks share a ring): "
             f"{note}{_OTHER_RULE}"
         )
     for family in families:
