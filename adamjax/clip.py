@@ -65,8 +65,10 @@ def global_norm(tree: Tree) -> chex.Array:
 
 def _norm(owner: str, tree: Tree) -> chex.Array:
     empty = jnp.zeros((), jnp.float32)
-    dtypes = {getattr(x, "dtype", None) for x in flatten(tree)[0]}
-    has_float64 = bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
+    dtypes = {x.dtype for x in flatten(tree)[0] if hasattr(x, "dtype")}
+    # Outside of x64 mode, JAX takes NumPy's float64 as float32.
+    is_x64 = jnp.result_type(float) == jnp.float64
+    has_float64 = is_x64 and bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
     rule = _sum_of_leaf_in_float64 if has_float64 else _sum_of_leaf
     return root(reduced(owner, rule, operator.add, tree, empty))
 

@@ -306,7 +306,9 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
             f"states of its {len(owner.parts)} transforms" + _UNWRAP * hasattr(state, "inner")
         )
     if len(state) != len(owner.parts):
-        states = ", ".join(type(x).__name__ if x != () else "()" for x in state)
+        states = ", ".join(
+            "()" if isinstance(x, tuple) and not x else type(x).__name__ for x in state
+        )
         transforms = ", ".join(type(tx).__name__ for tx in owner.parts)
         raise ValueError(
             f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "

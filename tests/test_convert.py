@@ -1641,7 +1641,7 @@ def test_a_global_norm_of_keras_is_that_of_all_leaves(keras):
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     each = clipped_by(adamjax.clip_by_global_norm(0.5))
     convert.from_keras(optimizer, each, params)
-    with pytest.raises(ValueError, match=r"clip_by_global_norm\(max_norm=0.5\) of some leaves"):
+    with pytest.raises(ValueError, match=r"clip_by_global_norm\(max_norm=0.5\) of other leaves"):
         convert.from_keras(optimizer, adamjax.partition([("a", each)], default=each), params)
 
 
@@ -2667,7 +2667,7 @@ OPTAX_STRANGE = {
     ),
     "a schedule of b1": (
         lambda: old_state(tx=injected(b1=lambda count: 0.9)),
-        r"calls a schedule for b1, and here b1 is the same in each step",
+        r"calls a schedule for b1, and the state does not show what it does with it: pass opt",
     ),
     "another weight decay": (
         lambda: old_state(tx=injected(weight_decay=0.5)),
@@ -3924,6 +3924,10 @@ OTHER_LATER = {
         ),
     ),
     "a schedule, much later": (optax.adam(LATE), adam_like_optax(0.1)),
+    "a clip of updates": (
+        optax.chain(optax.scale_by_adam(), optax.clip(1.5), optax.scale(-0.1)),
+        adam_like_optax(),
+    ),
     "another schedule, much later": (
         optax.adam(lambda count: LATE(count) * jnp.where(count > 3000, 0.1, 1)),
         adam_like_optax(LATE),
@@ -3983,8 +3987,30 @@ def test_many_micro_batches_and_large_gradients_are_compared_too():
         convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
 
 
+LINEAR = optax.linear_schedule(1e-3, 0.0, 1000)
 SAME_STEPS = {
     "clip and adamw": (CLIPPED, LIKE_CLIPPED),
+    "a rate that falls to 0": (
+        optax.adam(LINEAR),
+        adam_like_optax(adamjax.polynomial_decay(1e-3, 1000, 0.0)),
+    ),
+    "optax' schedule that falls to 0": (optax.adam(LINEAR), adam_like_optax(LINEAR)),
+    "a rate that falls below 0 after the end": (
+        optax.adam(lambda count: 1e-3 * (1 - count / 1000)),
+        adam_like_optax(lambda count: 1e-3 * (1 - count / 1000)),
+    ),
+    "a schedule of another name": (
+        INJECT(lambda lr: optax.adam(lr))(lr=LATE),
+        adam_like_optax(LATE),
+    ),
+    "a rate of 0 for frozen leaves": (
+        optax.multi_transform({"x": optax.sgd(0.0), "y": optax.adam(0.1)}, LABELS),
+        adamjax.partition([("a", adamjax.set_to_zero())], default=adam_like_optax()),
+    ),
+    "steps that are skipped here only": (
+        optax.adam(0.1),
+        adamjax.skip_not_finite(adam_like_optax()),
+    ),
     "MultiSteps": (
         micro_batches(CLIPPED, 4),
         adamjax.accumulate_gradients(LIKE_CLIPPED, 4),
@@ -4066,6 +4092,19 @@ SAME_STEPS = {
         adamjax.partition([("a", adamjax.set_to_zero())], default=LIKE_CLIPPED),
     ),
 }
+
+
+def test_many_scalars_and_micro_batches_of_float16_are_no_false_alarm():
+    params = {f"s{i:03d}": jnp.ones(()) for i in range(150)}
+    theirs = optax.adam(1e-3)
+    convert.from_optax(steps_of(theirs, 3, params), adam_like_optax(1e-3), params, optimizer=theirs)
+    params = {"b": jnp.ones((4, 3), jnp.float16)}
+    theirs = micro_batches(optax.adam(0.01, eps=1e-4), 2)
+    ours = adamjax.accumulate_gradients(adamjax.adam(0.01, eps=1e-4), 2)
+    old = steps_of(theirs, 8, params)
+    convert.from_optax(old, ours, params, optimizer=theirs, check=False)
+    with jax.debug_nans(True):
+        convert.from_optax(steps_of(CLIPPED, 3), LIKE_CLIPPED, TWO, optimizer=CLIPPED)
 
 
 def test_a_rate_that_was_set_is_compared_with_the_optimizer():
@@ -4299,3 +4338,96 @@ def test_names_of_keras_may_be_bytes():
         {name.encode(): x for name, x in NAMED},
     ):
         assert_same(convert.from_keras(variables, tx, params), expected)
+
+
+@pytest.mark.parametrize("place", ["inside", "outside of"])
+def test_a_decay_of_torch_is_in_the_steps_of_its_rule(place):
+    """The loop of torch takes a step for several micro-batches, and decays once for them."""
+    rule, decay = adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.3)
+    rate = adamjax.scale_by_learning_rate(0.1)
+    if place == "inside":
+        tx = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(rule, decay), 4), rate)
+    else:
+        tx = adamjax.chain(adamjax.accumulate_gradients(rule, 4), decay, rate)
+    params = jnp.zeros(3)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3, decoupled_weight_decay=True)
+    if place == "inside":
+        convert.from_torch(old, tx, params)
+    else:
+        for call in (
+            lambda: convert.from_torch(old, tx, params),
+            lambda: convert.to_torch(tx.init(params), tx, params, old),
+        ):
+            with pytest.raises(ValueError, match=r"in each call.*put it inside accumulate_grad"):
+                call()
+
+
+def test_sparse_adam_of_torch_has_no_decay():
+    held = {"step": 3, "exp_avg": np.ones((3, 2), "f"), "exp_avg_sq": np.ones((3, 2), "f")}
+    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
+    old, params = {"state": {0: held}, "param_groups": [group]}, jnp.zeros((3, 2))
+    convert.from_torch(old, adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"), params)
+    with pytest.raises(ValueError, match=r"a weight decay of 0, tx has .*0.004 after it"):
+        convert.from_torch(old, adamjax.adamw(0.1, eps_hat=1e-8, rows="lazy"), params)
+
+
+@pytest.mark.parametrize("system", ["torch", "keras"])
+def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
+    params = {"base": jnp.ones(2), "w": jnp.zeros(2)}
+    rule = adamjax.scale_by_adam(**({"eps": 1e-8} if system == "torch" else {"eps_hat": 1e-7}))
+    rate, zero = adamjax.scale_by_learning_rate(0.1), adamjax.set_to_zero()
+    frozen = adamjax.partition([("base", zero)], default=rule)
+    torch_state_dict = torch_of([np.ones(2, "f")], weight_decay=0.3, decoupled_weight_decay=True)
+    variables = [("adamw" + name[4:], x) for name, x in NAMED]
+
+    def convert_to(tx):
+        if system == "torch":
+            return convert.from_torch(torch_state_dict, tx, params, order=["w"])
+        return convert.from_keras(variables, tx, params, order=["w"])
+
+    decay = adamjax.add_decayed_weights(0.3)
+    whole = adamjax.chain(rule, decay, rate)
+    convert_to(adamjax.partition([("base", zero)], default=whole))
+    convert_to(adamjax.chain(frozen, adamjax.add_decayed_weights(0.3, "w"), rate))
+    convert_to(adamjax.masked(whole, "w"))
+    for tx in (
+        adamjax.chain(frozen, decay, rate),
+        adamjax.chain(adamjax.masked(rule, "w"), adamjax.add_decayed_weights(0.3, "w"), rate),
+    ):
+        with pytest.raises(ValueError, match=r"'base': .* its optimizer does not have.*that moves"):
+            convert_to(tx)
+
+
+def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
+    variables = [keras.Variable(np.ones(3, np.float32), name="v1")]
+    optimizer = keras.optimizers.Adam(0.1, global_clipnorm=0.5)
+    optimizer.build(variables)
+    clip, adam = adamjax.clip_by_global_norm(0.5), adamjax.adam(0.1, eps_hat=1e-7)
+    rest = adamjax.partition([("v0", adamjax.set_to_zero())], default=adam)
+    right = adamjax.chain(adamjax.masked(clip, "v1"), rest)
+    convert.from_keras(optimizer, right, KERAS_PARAMS, order=["v1"])
+    with pytest.raises(ValueError, match=r"of other leaves: clip the leaves that its optimizer"):
+        convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
+
+
+def test_a_decay_of_keras_follows_its_schedule(keras):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([8], [0.1, 0.02])
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name=name) for name in KERAS_PARAMS])
+    decay, rate = adamjax.add_decayed_weights(0.3), adamjax.scale_by_learning_rate
+    steps = adamjax.piecewise_constant([8], [0.1, 0.02])
+    convert.from_keras(optimizer, adamjax.chain(KERAS_RULE, decay, rate(steps)), KERAS_PARAMS)
+    factors = adamjax.piecewise_constant([8], [1.0, 0.2])
+    tx = adamjax.chain(KERAS_RULE, adamjax.scale(-1.0), rate(factors), decay, rate(0.1))
+    with pytest.raises(ValueError, match=r"a weight decay of 0.3 .*, tx has one of 1.5 after"):
+        convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
+def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):
+    optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="v1")])
+    inside = adamjax.chain(
+        adamjax.accumulate_gradients(KERAS_RULE, 2), adamjax.scale_by_learning_rate(0.1)
+    )
+    tx = adamjax.partition([("v0", adamjax.set_to_zero())], default=inside)
+    convert.from_keras(optimizer, tx, KERAS_PARAMS, order=["v1"])

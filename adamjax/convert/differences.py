@@ -122,13 +122,16 @@ class Translation(Filling):
           slots: by adamjax's names; Adamax' `u` with epsilon inside.
         """
         if kind == "amsgrad" and self.system.corrected_maximum:
-            return 0.5 * float(rule.b2) ** count, (
+            # The root of the bias correction of the next step, which one has and the other lacks.
+            return 1 - math.sqrt(1 - float(rule.b2) ** (count + 1)), (
                 "it keeps the maximum of bias-corrected moments, and that of the moments "
                 "themselves cannot be computed from it; the more steps were taken, the less it "
                 "matters"
             )
         if kind == "nadam" and self.system.plain_nadam:
-            return float(rule.b1) ** count + 0.5 * 0.96 ** (count + 1), (
+            # Of the factor 1 - b1 of the gradient, the largest of the differences.
+            of_schedule = 0.5 * float(rule.b1) / (1 - float(rule.b1)) * 0.96 ** (count + 1)
+            return float(rule.b1) ** count + of_schedule, (
                 "its momentum has no schedule; the more steps were taken, the less it matters"
             )
         if kind == "adamax" and self.system.eps_inside:

@@ -38,7 +38,7 @@ _OWNERS: dict[str, tuple[Any, str]] = {
 _SHOWN = {
     **dict.fromkeys(("more", "masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("schedule_accumulates", "decay_accumulates", "clips_updates"), ""),
-    **dict.fromkeys(("num_schedules", "places"), ""),
+    **dict.fromkeys(("num_schedules", "places", "decays_in_steps"), ""),
     "has_schedule": "a schedule of the rate",
     "has_schedule_before": "a schedule before the rule",
     "has_decay_schedule": "a schedule of the weight decay",
@@ -69,7 +69,8 @@ class HyperparameterCheck:
       calls each. `has_schedule_before`: whether a schedule scales the gradients.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `has_decay_schedule`: whether it is a schedule that is not known, and
-      `decay_accumulates`: whether it is added in steps of several calls each. `masks_decay`:
+      `decay_accumulates`: whether it is added in steps of several calls each. `decays_in_steps`:
+      whether a decay after the rule is in the same steps as the rule. `masks_decay`:
       whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
       decays, by any amount.
     - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
@@ -129,6 +130,8 @@ class HyperparameterCheck:
                 self._check_schedule(path, route, last, leaf_moments[-1])
                 self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
 
+        if self.system is not OPTAX:
+            self._expect_others_still(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
         if without_rate and any(has_rate.values()):
             self._refuse(
@@ -137,6 +140,28 @@ class HyperparameterCheck:
                 "none for this leaf, and one for others",
                 "put scale_by_learning_rate after its rule too",
             )
+
+    def _expect_others_still(self, moments: Mapping[str, list[LeafMoments]]) -> None:
+        """Refuses a transform that moves leaves which the system's optimizer does not have.
+
+        A leaf that nothing scales is not refused: it may have no gradient, else `train_step`
+        refuses it.
+        """
+        for path in (path for path in self.position_of_leaf if path not in moments):
+            route = [part for part, leaves in self.parts_with_leaves if path in leaves]
+            zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
+            moving = [
+                part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
+            ]
+            if not zeros:
+                moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
+            if moving:
+                self._refuse(
+                    path,
+                    "a leaf that its optimizer does not have",
+                    f"{moving[0]!r} that moves it",
+                    "freeze it with partition and set_to_zero, around everything that moves it",
+                )
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
@@ -265,11 +290,12 @@ class HyperparameterCheck:
                 part.tx
                 for part in before
                 if isinstance(part.tx, clip_by_global_norm)
-                and not leaves.keys() <= leaves_by_path(self.owner, part.params).keys()
+                and leaves.keys() != leaves_by_path(self.owner, part.params).keys()
             ]
             outside = [tx for tx in clips if id(tx) not in self.in_accumulated]
             if partial:
-                in_tx, mend = f"{partial[0]!r} of some leaves", "clip all leaves by one norm"
+                in_tx = f"{partial[0]!r} of other leaves"
+                mend = "clip the leaves that its optimizer has by one norm, and no others (masked)"
             elif self.in_accumulated and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
                 mend = "put it inside, before the rule"
@@ -379,6 +405,15 @@ class HyperparameterCheck:
                     f"a learning rate of {float(stated):g} after {later} steps",
                     f"{float(self._rate(path, after, later - count)):g}",
                     "build tx with the same schedule",
+                )
+            decay = self._decay_after(path, after)
+            later_decay = self._decay_after(path, after, later - count)
+            if not same_value(decay, later_decay) and not math.isnan(later_decay):
+                self._refuse(
+                    path,
+                    f"a weight decay of {decay:g} before its learning rate, now and later",
+                    f"one of {later_decay:g} after {later} steps",
+                    "put add_decayed_weights before all that scales",
                 )
         self.agreeing.append((schedule, in_tx))
 
@@ -516,6 +551,18 @@ class HyperparameterCheck:
                 "the variables do not contain it; pass the optimizer itself to compare it",
             )
         of_leaf = [part for part in (*before, *after) if self._decay_at(path, part)]
+        in_calls = [p.tx for p in after if p in of_leaf and id(p.tx) not in self.in_accumulated]
+        if (
+            hyperparams.get("decays_in_steps")
+            and in_calls
+            and id(after[0].tx) in self.in_accumulated
+        ):
+            self._refuse(
+                path,
+                "a weight decay in its steps",
+                f"one in each call, {in_calls[0]!r}",
+                "put it inside accumulate_gradients",
+            )
         if "decay_accumulates" in hyperparams:
             is_of_steps = hyperparams["decay_accumulates"]
             self._check_unit(path, of_leaf, moments, is_of_steps, "a weight decay in its")
@@ -607,10 +654,10 @@ class HyperparameterCheck:
         decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
         return any(tx.mask is not None for tx in decays)
 
-    def _decay_after(self, path: str, after: Sequence[Part]) -> float:
+    def _decay_after(self, path: str, after: Sequence[Part], steps_later: int = 0) -> float:
         """The weight decay that would have the same effect before everything that scales."""
         return sum(
-            decay / (self._factor(path, after[:i]) or math.nan)
+            decay / (self._factor(path, after[:i], steps_later) or math.nan)
             for i, decay in self._decays(path, after)
         )
 

@@ -205,7 +205,10 @@ def _read_variables(
     totals = layout.of("gradient_accumulator", values)
     if totals:
         any_nonzero = any(map(np.any, totals.values()))
-        count, micro = _steps_and_micro_batches(source, ours, optimizer, any_nonzero, count)
+        converted = [path for path in paths if path is not None]
+        count, micro = _steps_and_micro_batches(
+            source, ours, optimizer, any_nonzero, count, converted
+        )
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
         source.accumulates = True
     elif ours.accumulations:
@@ -293,12 +296,18 @@ def _layout_and_paths(
 
 
 def _steps_and_micro_batches(
-    source: Source, ours: AdamjaxState, optimizer: Any, any_nonzero: bool, calls: int
+    source: Source,
+    ours: AdamjaxState,
+    optimizer: Any,
+    any_nonzero: bool,
+    calls: int,
+    paths: Sequence[str],
 ) -> tuple[int, int]:
     """The steps in Keras' count of calls, and the micro-batches of the unfinished step.
 
     Args:
       any_nonzero: whether Keras has accumulated gradients that are not zero.
+      paths: those of the leaves that the optimizer has.
     """
     if not ours.accumulations:
         raise ValueError(
@@ -307,9 +316,8 @@ def _steps_and_micro_batches(
         )
     steps, _ = ours.accumulations[0]
     counted = [path for n, leaves in ours.accumulations for path in leaves if n == steps]
-    leaves = leaves_by_path(source.owner, ours.params)
     # Not at all, over other steps, or twice, one inside the other.
-    others = [path for path in leaves if counted.count(path) != 1]
+    others = [path for path in paths if counted.count(path) != 1]
     if others:
         raise ValueError(
             f"{source.owner}: the optimizer accumulates the gradients of all leaves over as many "

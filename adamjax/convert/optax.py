@@ -197,10 +197,10 @@ def from_optax(
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
       optimizer: the optax transform itself. If it is given, both take some steps on random
-        gradients, and a `tx` that moves weights differently is refused. This shows almost all that
-        the state does not, but not what a schedule does later. If the state contains rates that
-        belong to no single rule, it is required. The steps take the time and the memory of dense
-        steps.
+        gradients, and a `tx` that moves weights differently is refused, now or at later counts of
+        its schedules. This shows almost all that the state does not. If the state contains rates
+        that belong to no single rule, it is required. The steps take the time and the memory of
+        dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
       rtol: the relative difference that a step may have where optax' rule has another form

@@ -1,7 +1,7 @@
 """A state of optax, read into the common form."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -103,10 +103,9 @@ def _injected_hyperparams(x: Any, source: Source, scheduled: Mapping[str, Any]) 
             elif name == "weight_decay":
                 hyperparams |= _decay_schedule(source)
             else:
-                source.doubts.append(
-                    f"inject_hyperparams calls a schedule for {name}, and here {name} is the same "
-                    "in each step: convert when the schedule has reached its last value, from a "
-                    "state in which it is a constant"
+                source.unseen.append(
+                    f"inject_hyperparams calls a schedule for {name}, and the state does not show "
+                    "what it does with it"
                 )
         elif name in _SHARED_NAMES and np.ndim(value) == 0:
             what = f"{name} of inject_hyperparams"
@@ -442,25 +441,25 @@ def _items(x: Mapping[Any, Any]) -> list[Any]:
     return [x[key] for key in sorted(x, key=str)]
 
 
-def advanced(x: Any, fresh: Any, steps: int, calls: int, restart: bool) -> Any:
+def advanced(x: Any, fresh: Any, steps: int, calls: int, rule: Callable[[Any, Any], Any]) -> Any:
     """A state whose schedules are some steps further on, without micro-batches.
 
     Args:
       fresh: the state that `init` returns.
       calls: how many calls a step takes where nothing accumulates.
-      restart: whether rules have taken no step.
+      rule: makes the new state of a rule, of the state and of that of `init`.
     """
     role = role_of(x)
     if role == "rule":
-        return fresh if restart else x
+        return rule(x, fresh)
     if role == "count":
         return x._replace(count=x.count + steps * calls)
     if role == "accumulated":
-        inner = advanced(x.inner_opt_state, fresh.inner_opt_state, steps, 1, restart)
+        inner = advanced(x.inner_opt_state, fresh.inner_opt_state, steps, 1, rule)
         count = x.gradient_step + steps
         return fresh._replace(inner_opt_state=inner, gradient_step=count)
     if role == "hyperparams":
         x = x._replace(count=x.count + steps * calls)
     if role is None:
         return x
-    return map_items(lambda a, b: advanced(a, b, steps, calls, restart), x, fresh)
+    return map_items(lambda a, b: advanced(a, b, steps, calls, rule), x, fresh)

@@ -1,7 +1,7 @@
 """Comparing the steps of two optimizers from the same states."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
-from adamjax.convert.hyperparameters import later_counts
-from adamjax.convert.optax_state import advanced
+from adamjax.convert.hyperparameters import has_schedule, later_counts
+from adamjax.convert.optax_state import advanced, read_state
 from adamjax.convert.values import counts_a_schedule, map_items
 from adamjax.data import Tree
 from adamjax.exact.state import ExactRowsState
@@ -18,6 +18,7 @@ from adamjax.guard import AccumulateGradientsState
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.scaling import ScheduleState
+from adamjax.schedule import by_path
 from adamjax.structure import rule_slots, slot_states, states_of_class
 
 __all__ = ["expect_same_steps"]
@@ -31,17 +32,20 @@ _WEIGHTS = (1e3, 1e-2)
 # How far two updates of a leaf may be apart, as a part of the largest. float32 rounds off less.
 # adamjax rounds narrow moments at random, and optax computes in their dtype.
 _RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL = 3e-4, 0.03, 0.1
-# How many later counts of schedules are compared at most.
-_MOST_COUNTS = 100
+# And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
+_ROUNDING = 1e-6
+# How many later counts of schedules are compared, if a step is one call and if it is many, and the
+# last of them. The count of a rule that has taken many steps.
+_MOST_COUNTS, _FEWEST_COUNTS, _LAST_COUNT, _LATE = 100, 12, 1 << 24, 10_000
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
     """Refuses a transform that does not move weights as optax' optimizer does.
 
-    Both take some steps from the states of the conversion, some with rules that have taken no step,
-    and one each at many later counts of their schedules. The gradients are random, of many sizes,
-    and in some steps one leaf is not finite. Where optax' rule has another form, as AMSGrad's, all
-    steps go on from the moments of the conversion.
+    Both take some steps from the states of the conversion, some with rules that have taken no step
+    or many, and one each at many later counts of their schedules. The gradients are random, of many
+    sizes, and in some steps one leaf is not finite. Where optax' rule has another form, as
+    AMSGrad's, all steps go on from the rules of the conversion.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -49,15 +53,19 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       rtol: as for `from_optax`.
     """
     _expect_made_by(ours.owner, optimizer, state, ours.params)
-    compared = _Comparison(ours, optimizer, state, rtol)
-    restart = set(ours.kinds) <= {"adam"}
-    fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
-    calls = compared.calls
+    with jax.debug_nans(False):
+        _compare(_Comparison(ours, optimizer, state, rtol), ours, optimizer, state)
 
-    def starts(steps: int) -> tuple[Any, Any]:
+
+def _compare(compared: "_Comparison", ours: AdamjaxState, optimizer: Any, state: Any) -> None:
+    fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
+    has_same_form = set(ours.kinds) <= {"adam"}
+
+    def starts(steps: int, rule: Callable[[Any, Any], Any] = _new) -> tuple[Any, Any]:
+        rule = rule if has_same_form else _as_it_is
         return (
-            _advanced(ours, ours.state, fresh[0], steps, calls, restart),
-            advanced(state, fresh[1], steps, calls, restart),
+            _advanced(ours, ours.state, fresh[0], steps, compared.calls, rule),
+            advanced(state, fresh[1], steps, compared.calls, rule),
         )
 
     floats = [x for x in jax.tree.leaves(ours.params) if not is_left_alone(x)]
@@ -71,17 +79,49 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
     for size in _WEIGHTS:
         sizes = [usual, *(usual * x for x in scales), *not_finite]
         compared.expect_same("these states", (ours.state, state), size, sizes)
-        if restart:
+        if has_same_form:
             compared.expect_same("their first step", starts(0), size, [*small, *scales])
-    counts = [int(x.count) for x in states_of_class(ScheduleState, ours.state)]
-    if counts:
-        one = 1.0 if restart else usual
-        for count in later_counts(max(counts), ours.tx)[:_MOST_COUNTS]:
-            start, steps = f"count {count}", count - max(counts)
-            compared.expect_same(start, starts(steps), _WEIGHTS[1], [one, *not_finite, one])
+            compared.expect_same("a late step", starts(0, _late), size, [usual * max(scales)])
+    one = 1.0 if has_same_form else usual
+    for count, steps in _later_steps(ours, state, compared.calls):
+        compared.expect_same(f"count {count}", starts(steps), _WEIGHTS[1], [one, *not_finite, one])
     if not compared.has_moved:
         # The rate is 0 from here on, and hides everything else.
         compared.expect_same("the state of init", fresh, _WEIGHTS[1], [1.0, *small, *scales])
+
+
+def _later_steps(ours: AdamjaxState, state: Any, calls: int) -> list[tuple[int, int]]:
+    """Later counts at which steps are compared, each with the number of steps until then."""
+    now = [int(x.count) for x in states_of_class(ScheduleState, ours.state)]
+    schedules = [part.tx for part in ours.parts if has_schedule(part.tx)]
+    if not now or not (schedules or read_state(ours.owner, state).counts):
+        return []
+    counts = [x for x in later_counts(max(now), ours.tx) if x <= _LAST_COUNT]
+    counts = [x for x in counts if not any(_is_negative(tx, x) for tx in schedules)]
+    most = max(_MOST_COUNTS // calls, _FEWEST_COUNTS)
+    counts = counts[:: -(-len(counts) // most)] if counts else []
+    return [(count, count - max(now)) for count in counts]
+
+
+def _is_negative(tx: Any, count: int) -> bool:
+    """Whether a rate is below 0 at a count, as a schedule may be after the end of a training."""
+    rate = getattr(tx, "learning_rate", None)
+    rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
+    return any(callable(x) and float(x(jnp.int32(count))) < 0 for x in rates)
+
+
+def _new(x: Any, fresh: Any) -> Any:
+    """The state of a rule that has taken no step."""
+    return fresh
+
+
+def _late(x: Any, fresh: Any) -> Any:
+    """The state of a rule that has taken many steps: its moments are corrected no more."""
+    return x._replace(count=jnp.full_like(x.count, _LATE))
+
+
+def _as_it_is(x: Any, fresh: Any) -> Any:
+    return x
 
 
 class _Comparison:
@@ -90,6 +130,7 @@ class _Comparison:
     Attributes:
       calls: how many calls a step takes.
       has_moved: whether optax has moved a weight in a step so far.
+      largest: by the size of weights and the place of a leaf, optax' largest update of it so far.
     """
 
     def __init__(self, ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
@@ -100,21 +141,25 @@ class _Comparison:
         self.rtol = max(rtol, _RTOL, _NARROW_RTOL * _has_narrow(ours.state))
         self.rtol = max(self.rtol, _NARROW_OPTAX_RTOL * _has_narrow(state))
         self.has_moved = False
+        self.largest: dict[tuple[float, int], float] = {}
 
     def expect_same(
         self, start: str, states: tuple[Any, Any], size: float, sizes: Sequence[float]
     ) -> None:
         """Takes steps with weights of one size and gradients of each of these sizes."""
         one, other = states
-        weights = self._drawn(size)
+        weights = self._drawn(size, self._signs())
         for i, scale in enumerate(sizes):
+            # Of one sign in all micro-batches: in float16, small means would be inaccurate.
+            signs = self._signs()
             for _ in range(self.calls):
-                grads = _with_nan(self._drawn(1.0)) if math.isnan(scale) else self._drawn(scale)
+                grads = self._drawn(1.0 if math.isnan(scale) else scale, signs)
+                grads = _with_nan(grads) if math.isnan(scale) else grads
                 move, one = self._step(self.update, grads, one, weights)
                 other_move, other = self._step(self.other_update, grads, other, weights)
-                when = f"in step {i + 1} from {start} on"
-                _expect_close(self.owner, when, (move, other_move), weights, self.rtol)
-                self.has_moved |= any(bool(np.any(x)) for x in jax.tree.leaves(other_move))
+                if not _is_finite(other_move):
+                    return  # This ends the run in optax. A transform may skip the step.
+                self._expect_close(f"in step {i + 1} from {start} on", size, move, other_move)
 
     def _step(self, update: Any, *args: Any) -> tuple[Any, Any]:
         try:
@@ -128,31 +173,71 @@ class _Comparison:
             ) from error
         return new
 
-    def _drawn(self, scale: float) -> Tree:
-        def leaf(p: Any) -> Any:
-            if p is None or is_left_alone(p):
-                return p
-            # In float16, squares of much smaller numbers would be inaccurate.
-            x = scale * self.rng.uniform(0.5, 1.5, np.shape(p))
-            return jnp.asarray(x * self.rng.choice([-1, 1], np.shape(p)), jnp.result_type(p))
+    def _signs(self) -> list[Any]:
+        return [self.rng.choice([-1, 1], np.shape(p)) for p in flatten(self.params)[0]]
 
-        return jax.tree.map(leaf, self.params)
+    def _drawn(self, scale: float, signs: list[Any]) -> Tree:
+        """Random numbers like the parameters, of about one size."""
+        leaves, treedef = flatten(self.params)
+        for i, p in enumerate(leaves):
+            if p is not None and not is_left_alone(p):
+                x = scale * self.rng.uniform(0.5, 1.5, np.shape(p))
+                leaves[i] = jnp.asarray(x * signs[i], jnp.result_type(p))
+        return treedef.unflatten(leaves)
+
+    def _expect_close(self, when: str, size: float, move: Tree, other_move: Tree) -> None:
+        moves = zip(
+            leaf_paths(self.params),
+            *(flatten(tree)[0] for tree in (self.params, move, other_move)),
+            strict=True,
+        )
+        for place, (path, p, ours, theirs) in enumerate(moves):
+            if p is None or is_left_alone(p) or (ours is None and theirs is None):
+                continue
+            rtol = max(self.rtol, 2 * float(jnp.finfo(theirs.dtype).eps))
+            wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
+            a, b = (np.asarray(x).astype(wide) for x in (ours, theirs))
+            now = float(np.max(np.abs(b), initial=0.0))
+            largest = max(now, self.largest.get((size, place), 0.0))
+            self.largest[size, place] = largest
+            self.has_moved |= now > 0
+            far = ~(np.abs(a - b) <= rtol * now + _ROUNDING * largest)  # true of NaN
+            if np.any(far):
+                i = np.argmax(far)
+                raise ValueError(
+                    f"{self.owner}: {when}, tx moves an element of {path!r} by {a.flat[i]:.6g}, "
+                    f"and the optimizer of optax by {b.flat[i]:.6g}: compare their clips, rules, "
+                    "epsilons, weight decays with their masks, rates, schedules, dtypes and "
+                    "numbers of micro-batches (and freeze leaves with set_to_zero: 0 times NaN is "
+                    "NaN)"
+                )
 
 
-def _advanced(ours: AdamjaxState, x: Any, fresh: Any, steps: int, calls: int, restart: bool) -> Any:
+def _is_finite(tree: Tree) -> bool:
+    return all(bool(np.all(np.isfinite(np.asarray(x)))) for x in jax.tree.leaves(tree))
+
+
+def _advanced(
+    ours: AdamjaxState,
+    x: Any,
+    fresh: Any,
+    steps: int,
+    calls: int,
+    rule: Callable[[Any, Any], Any],
+) -> Any:
     """A state of adamjax whose schedules are some steps further on; see `advanced` for optax."""
     if rule_slots(x):
-        return fresh if restart else x
+        return rule(x, fresh)
     if isinstance(x, ScheduleState) or counts_a_schedule(x):
         return x._replace(count=x.count + steps * calls)
     if isinstance(x, AccumulateGradientsState):
-        return fresh._replace(inner=_advanced(ours, x.inner, fresh.inner, steps, 1, restart))
+        return fresh._replace(inner=_advanced(ours, x.inner, fresh.inner, steps, 1, rule))
     if isinstance(x, ExactRowsState):
         part: Any = ours.part(x)
-        inner = _advanced(ours, x.inner, fresh.inner, steps, calls, restart)
+        inner = _advanced(ours, x.inner, fresh.inner, steps, calls, rule)
         return part.tx.from_dense(inner, part.params)
     if contains_states(x):
-        return map_items(lambda a, b: _advanced(ours, a, b, steps, calls, restart), x, fresh)
+        return map_items(lambda a, b: _advanced(ours, a, b, steps, calls, rule), x, fresh)
     return x
 
 
@@ -196,28 +281,3 @@ def _with_nan(grads: Tree) -> Tree:
         if x is not None and not is_left_alone(x) and x.size:
             return treedef.unflatten([*leaves[:i], jnp.full_like(x, np.nan), *leaves[i + 1 :]])
     return grads
-
-
-def _expect_close(
-    owner: str, when: str, moves: tuple[Tree, Tree], weights: Tree, rtol: float
-) -> None:
-    leaves = zip(
-        leaf_paths(weights), *(flatten(tree)[0] for tree in (weights, *moves)), strict=True
-    )
-    for path, p, ours, theirs in leaves:
-        if p is None or is_left_alone(p) or (ours is None and theirs is None):
-            continue
-        rounding = 2 * float(jnp.finfo(theirs.dtype).eps)
-        wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
-        a, b = (np.asarray(x).astype(wide) for x in (ours, theirs))
-        size = np.max(np.abs(b), where=np.isfinite(b), initial=0.0)
-        far = np.isfinite(a) != np.isfinite(b)
-        far |= np.isfinite(a) & np.isfinite(b) & ~(np.abs(a - b) <= max(rtol, rounding) * size)
-        if np.any(far):
-            i = np.argmax(far)
-            raise ValueError(
-                f"{owner}: {when}, tx moves an element of {path!r} by {a.flat[i]:.6g}, and the "
-                f"optimizer of optax by {b.flat[i]:.6g}: compare their clips, rules, epsilons, "
-                "weight decays with their masks, rates, schedules, dtypes and numbers of "
-                "micro-batches (and freeze leaves with set_to_zero: 0 times NaN is NaN)"
-            )

@@ -123,7 +123,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     what = "a beta of a group of torch"
     hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
     hyperparams["maximize"] = bool(flag("maximize"))
-    hyperparams |= {"clips_updates": False, "others": "none"}
+    hyperparams |= {"clips_updates": False, "others": "none", "decays_in_steps": True}
     if group.get("initial_lr") is not None:
         hyperparams["has_schedule"] = (
             "a scheduler has set initial_lr",
@@ -137,7 +137,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
         )
     if optimizer == "SparseAdam":
         # Its epsilon is outside the bias correction.
-        return ("adam",), {**hyperparams, "lazy": True, "form": "eps_hat"}
+        return ("adam",), {**hyperparams, "lazy": True, "form": "eps_hat", "weight_decay": 0.0}
     # Older versions do not state whether the decay is Adam's or AdamW's.
     decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)
     hyperparams |= {"weight_decay": number("weight_decay"), "decoupled": decoupled}
