@@ -1,6 +1,7 @@
 """Transforms and schedules as plain JSON, and back."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax import optimizers
 from adamjax.convert.keras_config import from_keras_config, make_at, with_class_name
 from adamjax.data import Data, is_array
 from adamjax.paths import BoolTree, Mask, bool_tree, optional
@@ -293,12 +295,23 @@ def _decode(value: Any, place: str, classes: dict[str, type[Data]]) -> Any:
     )
 
 
+def _nearest(name: Any, classes: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), list(classes), 1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
 def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Data:
     name = config[CLASS]
+    if name in optimizers.__all__:
+        raise ValueError(
+            f"from_config: {place} is of class {name!r}, which is a function that makes a chain: "
+            f"write what adamjax.to_config(adamjax.{name}(...)) returns"
+        )
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
-            f"from_config: {place} is of class {name!r}, which adamjax does not have. Pass a class "
-            f"of your own: from_config(config, custom=[{name}]). Known: {sorted(classes)}"
+            f"from_config: {place} is of class {name!r}, which adamjax does not have"
+            f"{_nearest(name, classes)}. Pass a class of your own: from_config(config, "
+            f"custom=[{name}]). Known: {sorted(classes)}"
         )
     cls, values = classes[name], {}
     keys = [field.name for field in dataclasses.fields(cls) if field.init]

@@ -75,9 +75,15 @@ __all__ = [
 class Schedule(Data):
     """Base class of schedules: frozen dataclasses that map the count to a scalar.
 
+    `check_range` makes errors of values that do not fit, such as a string in a config; the ranges
+    are in `adamjax.extend`.
+
     >>> import adamjax, jax.numpy as jnp
     >>> class halved(adamjax.Schedule):
     ...     initial: float
+    ...
+    ...     def __post_init__(self):
+    ...         self.check_range("initial", adamjax.extend.NON_NEGATIVE)
     ...
     ...     def __call__(self, count):
     ...         return self.initial * 0.5**count

@@ -16,7 +16,7 @@ from adamjax.leaves import described, lift, matched
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
-from adamjax.structure import Part
+from adamjax.structure import Part, states_of_class
 
 __all__ = [
     "CLASSLESS",
@@ -269,10 +269,23 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{type(owner).__name__}: the state is {described(state)}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}" * restored
-            + (_WRAP if hasattr(kind, "inner") else _UNWRAP) * hasattr(state, "inner")
+            + _way_out(owner, state, kind) * (not restored)
         )
     for name in COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
+
+
+def _way_out(owner: Transform, state: Any, kind: type) -> str:
+    """How to go on with the state of a wrapper around a transform, or of the transform in it."""
+    if states_of_class(kind, state):
+        return _UNWRAP
+    if hasattr(owner, "from_dense") and isinstance(state, tuple):
+        return (
+            ". If it is the state of the transform inside, continue with from_dense(state, params)"
+        )
+    if not hasattr(state, "inner"):
+        return ""
+    return _WRAP if hasattr(kind, "inner") else _UNWRAP
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:

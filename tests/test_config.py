@@ -1811,3 +1811,10 @@ def test_hyperparams_that_are_no_dictionary_are_refused():
     for value in (None, 3, [], "b1", SCALE):
         with pytest.raises(TypeError, match="hyperparams must be a dictionary by their names"):
             from_config({**config, "hyperparams": value})
+
+
+def test_names_that_are_no_classes_are_explained():
+    with pytest.raises(ValueError, match=r"'adamw', which is a function.*to_config\(adamjax.adamw"):
+        from_config({"class": "adamw", "learning_rate": 0.1})
+    with pytest.raises(ValueError, match=r"does not have \(did you mean 'scale_by_adam'\?\)"):
+        from_config({"class": "scale_by_adm"})

@@ -1721,3 +1721,18 @@ def test_a_slot_before_the_rule_is_refused():
     # Elsewhere it does no harm.
     masked = chain(adamjax.masked(running_max(), "w"), adamjax.adam(0.1))
     exact_rows(masked, "table").init(params)
+
+
+def test_an_error_says_how_to_go_on_with_the_state_of_a_wrapper_or_of_the_part():
+    adam = adamjax.adam(0.1)
+    tx = adamjax.exact_rows(adam, "table")
+    params = {"table": jnp.ones((4, 2))}
+    wrapped = adamjax.skip_not_finite(tx)
+    with pytest.raises(TypeError, match=r"SkipNotFiniteState.*continue with state\.inner"):
+        tx.flush(params, wrapped.init(params))
+    tx.flush(params, wrapped.init(params).inner)
+    with pytest.raises(TypeError, match=r"inside, continue with from_dense\(state, params\)"):
+        tx.update(params, adam.init(params), params)
+    tx.update(params, tx.from_dense(adam.init(params), params), params)
+    with pytest.raises(TypeError, match=r"inside, continue with tx\.init\(params\)\._replace"):
+        wrapped.update(params, tx.init(params), params)
