@@ -72,11 +72,19 @@ def replicated(x: chex.Array) -> chex.Array:
 
 def placed(x: Any, sharding: NamedSharding) -> Any:
     """An array, traced or not, with a sharding and in the kind of memory that this names."""
-    if sharding.memory_kind is not None:
+    if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
+    # In `jit`, `device_put` moves an array to another memory and does not split it. On a mesh with
+    # automatic axes, a constraint splits it, in the devices' own memory.
+    own_memory = sharding.mesh.devices.flat[0].default_memory().kind
+    in_own_memory = sharding.memory_kind in (None, own_memory)
+    if in_own_memory:
+        x = jax.device_put(x, sharding)
     if explicit_sharding(x) is not None or "Explicit" in axis_kinds(sharding.mesh):
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
+        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, sharding.spec))
+    else:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, sharding.spec))
+    return x if in_own_memory else jax.device_put(x, sharding)
 
 
 def _rows_sharding(x: Any) -> NamedSharding | None:

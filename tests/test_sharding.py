@@ -821,3 +821,37 @@ def test_an_array_that_was_donated_under_a_mesh_is_an_error():
     """JAX 0.10 crashes there."""
     printed = run_on_devices(DEVICES, DONATED_TWICE)
     assert "train_step: params['w'] is deleted, as a step that donates" in printed
+
+
+SPLIT_UNDER_JIT = """
+import jax, jax.numpy as jnp, adamjax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.sharding.Mesh(jax.devices(), "data")
+start = {"w": jax.device_put(jnp.ones((512, 64)), NamedSharding(mesh, P()))}
+adamw = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adamw(0.1), adamjax.weight_ema(0.9))
+
+def loss_fn(params, x):
+    return jnp.mean((x @ params["w"]) ** 2)
+
+def shapes(params, state):
+    slots = [adamjax.get_slot(state, name)["w"] for name in ("m", "v")]
+    slots.append(adamjax.averaged_weights(state)["w"])
+    return [x.addressable_shards[0].data.shape for x in (params["w"], *slots)]
+
+for tx in (adamw, adamjax.skip_not_finite(adamw), adamjax.accumulate_gradients(adamw, 2)):
+    tx = adamjax.shard_state(tx, mesh, "data")
+    for init in (tx.init, jax.jit(tx.init)):
+        params, state = jax.tree.map(jnp.copy, start), init(start)
+        step = adamjax.train_step(loss_fn, tx)
+        of_each = [shapes(params, state)]
+        for _ in range(2):
+            params, state, _ = step(params, state, jnp.ones((32, 512)))
+            of_each.append(shapes(params, state))
+        assert of_each == [[(512, 64), *[(64, 64)] * 3]] * 3, (tx, init, of_each)
+"""
+
+
+def test_a_state_is_split_under_jit():
+    """In `jit`, `jax.device_put` does not split an array over automatic axes."""
+    run_on_devices(DEVICES, SPLIT_UNDER_JIT)
