@@ -89,7 +89,7 @@ readme: .venv/.test
 	$(BIN)/python -m benchmarks readme
 
 docs: .venv/.docs
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going -b html docs build/docs
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

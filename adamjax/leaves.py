@@ -231,8 +231,8 @@ def _expect_slot_dtype(owner: str, name: str, slot: Any, expected: Any) -> None:
         fits, wanted = slot.dtype == expected, expected.name
     if not fits:
         raise ValueError(
-            f"{owner}: the state keeps {name} in {slot.dtype.name}, expected {wanted}: cast it "
-            f"back, or, to go on in that dtype, build the transform for it ({name}_dtype)"
+            f"{owner}: the state keeps {name} in {slot.dtype.name}, expected {wanted}: cast it to "
+            f"that, or, to go on in {slot.dtype.name}, build the transform for it ({name}_dtype)"
         )
 
 

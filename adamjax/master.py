@@ -119,6 +119,7 @@ class master_weights(Transform):
     def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
         if state is None or params is None:
             return super().children(state, params)
+        expect_state(self, state, MasterWeightsState)
         return (Part(self.tx, state.inner, self._wide_params(state, params)),)
 
     def init(self, params: Tree) -> MasterWeightsState:

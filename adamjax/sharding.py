@@ -151,7 +151,8 @@ class shard_state(Transform):
     are gathered. A norm is computed over all gradients. The result is that of the inner transform
     up to the order of sums, and a device holds 1/N of the state.
 
-    Use it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums
+    Put it around all other wrappers, such as `accumulate_gradients`, whose sums it splits too. Use
+    it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums
     over a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum
     and the split; `value_and_grad` asks for it on every platform. Row gradients are not split.
     (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)

@@ -1357,3 +1357,33 @@ def test_packages_are_here():
         pytest.skip("the oldest JAX is tested without them")
     for name in ("flax", "equinox", "orbax.checkpoint", "optax.contrib"):
         importlib.import_module(name)
+
+
+def test_a_state_goes_on_in_another_format():
+    """As docs/checkpoints.md says."""
+    params = {"w": jnp.ones((4, 2), jnp.bfloat16)}
+    adam = adamjax.adam(1e-3)
+    _, state = adam.update(params, adam.init(params), params)
+
+    narrow = adamjax.adam(1e-3, m_dtype="bfloat16", v_dtype="bfloat16")
+    shapes = jax.eval_shape(narrow.init, params)
+    new = jax.tree.map(lambda x, new: x.astype(new.dtype), state, shapes)
+    assert jax.tree.map(jnp.result_type, new) == jax.tree.map(lambda x: x.dtype, shapes)
+    _, new = narrow.update(params, new, params)
+    assert adamjax.step_count(new) == 2
+
+    masters = adamjax.master_weights(adam)
+    with pytest.raises(TypeError, match="expected the MasterWeightsState"):
+        adamjax.train_step(lambda p: jnp.sum(p["w"]), masters)(params, state)
+    new = masters.init(params)._replace(inner=state)
+    updates, new = masters.update(params, new, params)
+    assert_close(adamjax.float32_weights(new, params), {"w": jnp.full((4, 2), 0.999)}, 1e-6)
+
+    mesh = jax.sharding.Mesh(jax.devices(), "data")
+    split = adamjax.shard_state(adam, mesh, "data")
+    shardings = adamjax.state_shardings(split, params, mesh)
+    new = jax.device_put(adamjax.states.ShardedState(state), shardings)
+    _, new = jax.jit(split.update)(params, new, params)
+    assert adamjax.step_count(new) == 2
+    with pytest.raises(TypeError, match=r"ShardedState, expected.*continue with state\.inner"):
+        adam.update(params, new, params)
