@@ -1376,7 +1376,7 @@ def test_a_state_goes_on_in_another_format():
     with pytest.raises(TypeError, match="expected the MasterWeightsState"):
         adamjax.train_step(lambda p: jnp.sum(p["w"]), masters)(params, state)
     new = masters.init(params)._replace(inner=state)
-    updates, new = masters.update(params, new, params)
+    _, new = masters.update(params, new, params)
     assert_close(adamjax.float32_weights(new, params), {"w": jnp.full((4, 2), 0.999)}, 1e-6)
 
     mesh = jax.sharding.Mesh(jax.devices(), "data")
