@@ -38,7 +38,7 @@ from adamjax.moments import (
     root,
     scalar,
     square,
-    widened,
+    widened_dtype,
 )
 from adamjax.paths import flatten
 from adamjax.transform import Rule, Step, expect_number, expect_state, times
@@ -137,7 +137,7 @@ def _zero_averages(params: Tree, dtype: str | None) -> Tree:
     """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
     def make(p: chex.Array) -> Any:
-        default = widened(p.dtype, accumulator(p.dtype))
+        default = widened_dtype(p.dtype, accumulator(p.dtype))
         if dtype == SCALED8 and not jnp.iscomplexobj(p):
             return zeros_scaled8(p, signed=True)
         return jnp.zeros_like(p, default if jnp.iscomplexobj(p) else dtype or default)

@@ -15,7 +15,7 @@ from adamjax.moments import (
     next_count,
     stepped,
     widen,
-    widened,
+    widened_dtype,
 )
 from adamjax.transform import Step, Transform, expect_state
 
@@ -110,7 +110,7 @@ class weight_ema(Transform):
 
     def init(self, params: Tree) -> WeightEmaState:
         def start(p: chex.Array) -> chex.Array:
-            return jnp.array(p, widened(p.dtype, accumulator(p.dtype)), copy=True)
+            return jnp.array(p, widened_dtype(p.dtype, accumulator(p.dtype)), copy=True)
 
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 

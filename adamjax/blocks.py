@@ -1,8 +1,8 @@
 """Runs a step on some rows of tables block by block: time grows with the rows, memory does not.
 
-An array of a batch's distinct indices is as long as the batch. The distinct indices come first, and
-there may be far fewer of them; the other entries stand for no row. So a loop whose length is set at
-run time works on the distinct indices alone, in place.
+The distinct indices of a batch may be far fewer than its indices. They come first in an array as
+long as the batch; the rest of the array is padding, which stands for no row. A loop whose length is
+set at run time works on the distinct indices alone, in place.
 """
 
 import functools
@@ -39,34 +39,35 @@ def in_blocks(
     rows: Any,
     reads: Any = (),
 ) -> tuple[Any, Any]:
-    """Runs a step on some rows of tables, in place. Blocks that have no row are skipped.
+    """Runs a step on some rows of tables, in place. The loop ends after the last block with a row.
 
     Args:
       step: `(tables, indices, rows, reads) -> (tables, rows)`, called with some of the indices.
         Its result for a row must not depend on other rows.
-      tables: a tree of arrays as long as a table, and of values carried from block to block.
-      indices: int32[n], distinct; `num_rows` stands for no row.
+      tables: what the step of a block hands on to the next: a tree of arrays with an entry for
+        each row of a table, and of other values.
+      indices: int32[n], distinct; `num_rows` marks an empty place.
       rows: a tree of arrays [n, ...], which the step's results replace.
       reads: a tree of arrays [n, ...] that the step only reads.
 
     Returns:
-      The tables and the rows after the step. The rows of skipped blocks stay as they were.
+      The tables and the rows after the step. The rows of blocks that did not run stay as they were.
     """
     n = indices.size
     if needs_no_loop(n):
         return step(tables, indices, rows, reads)
     num_blocks = -(-n // _BLOCK_ROWS)
-    size = -(-n // num_blocks)
+    length = -(-n // num_blocks)
 
     def looped(tables: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        last_row = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
+        last_position = jnp.max(jnp.where(indices < num_rows, jax.lax.iota(jnp.int32, n), -1))
 
         def block(carry: Any) -> Any:
             i, tables, rows = carry
             # The last block may begin with rows of the block before it, which are done.
-            start = jnp.minimum(i * size, n - size)
-            position = start + jax.lax.iota(jnp.int32, size)
-            is_new = position >= i * size
+            start = jnp.minimum(i * length, n - length)
+            position = start + jax.lax.iota(jnp.int32, length)
+            is_new = position >= i * length
 
             def block_of(x: chex.Array) -> chex.Array:
                 # XLA would fuse a slice into each of its uses. Some of these come after the write,
@@ -74,7 +75,7 @@ def in_blocks(
                 return x.at[position].get(mode="promise_in_bounds", unique_indices=True)
 
             def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
-                if n % size:  # then the last block overlaps the one before, whose rows stay
+                if n % length:  # then the last block overlaps the one before, whose rows stay
                     new = jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
@@ -84,7 +85,10 @@ def in_blocks(
             return i + 1, tables, jax.tree.map(written, rows, block_rows, new_rows)
 
         first = _carry_as_varying(block, (jnp.zeros((), jnp.int32), tables, rows), (indices, reads))
-        return jax.lax.while_loop(lambda carry: carry[0] * size <= last_row, block, first)[1:]
+        _, *after = jax.lax.while_loop(
+            lambda carry: carry[0] * length <= last_position, block, first
+        )
+        return tuple(after)
 
     args = tables, indices, rows, reads
     # The jitted step is one equation, which JAX does not trace again at each use.
@@ -110,19 +114,19 @@ def in_blocks(
 def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
     """Returns `(consts, *args) -> function(*args)` without a closure, and the consts.
 
-    `jax.closure_convert` does the same, but only for floats that are differentiated.
+    `jax.closure_convert` leaves all consts in the closure but floats that are differentiated.
     """
-    closed, like = jax.make_jaxpr(function, return_shape=True)(*args)
+    closed, result_shapes = jax.make_jaxpr(function, return_shape=True)(*args)
 
     def converted(consts: list[Any], *args: Any) -> Any:
         out = jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(like), out)
+        return jax.tree.unflatten(jax.tree.structure(result_shapes), out)
 
     return converted, closed.consts
 
 
 def _carry_as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
-    """Casts a carry in `shard_map` to vary over the axes over which it varies after a block."""
+    """In `shard_map`, marks a carry as varying over the same mesh axes as what a block returns."""
     if not any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, reads))):
         return carry
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduced
-from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened
+from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
@@ -36,7 +36,7 @@ def _sum_of_leaf_in_float64(c: None, g: Any) -> tuple[chex.Array]:
 
 def _sum_in(real: Any, g: Any) -> tuple[chex.Array]:
     """The sum of a leaf's squares in a dtype."""
-    if widened(g.dtype, real) != g.dtype:
+    if widened_dtype(g.dtype, real) != g.dtype:
         # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
         # multiplies by its factor.
         g = each_array(lambda x: widen(barrier(x), real), g)

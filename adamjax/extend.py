@@ -1,11 +1,11 @@
 """What you need to write a rule or another transform of your own.
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
-rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, and sent
-through `lift`. That checks all trees before anything is computed, does not touch `None` and leaves
-of integers, applies the function to the rows of row gradients, and keeps every slot in its dtype.
-`adamjax.testing.check` tries the result. Momentum, as an example (only `exact_rows` needs its
-`coast` and `momentum_coefficient`):
+rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, which `lift`
+applies to trees. `lift` checks all trees before anything is computed, passes over `None` and
+integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
+dtype. `adamjax.testing.check` tests the transform. Momentum, as an example (only `exact_rows` needs
+its `coast` and `momentum_coefficient`):
 
 >>> from typing import Any, NamedTuple
 >>> import adamjax, jax.numpy as jnp
@@ -60,12 +60,12 @@ Base classes:
   say what `exact_rows`, `grouped` and `chain` may do with it.
 - `Stateless`: a transform whose state is `()`.
 - `Scaling`: multiplies each leaf by a scalar; has `factors` in place of `update`.
-- `Rule`: turns gradients into a direction, element by element; may say by `coast` how it moves
-  what has no gradient, for `exact_rows`.
+- `Rule`: turns gradients into a direction, element by element; its `coast` may tell `exact_rows`
+  how it moves rows that have no gradient.
 
 Fields:
 
-- `static`: a field that belongs to the structure, as flags, names and dtypes do.
+- `static`: a field that is no leaf of the transform's tree, for flags, names and dtypes.
 - `Number`, `Rate`, `Rows`: the types of a hyperparameter, of a rate or schedule, and of `rows=`.
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
@@ -76,8 +76,8 @@ States:
 - `transform_state`: declares a named tuple and its slots, which `get_slot` and `exact_rows` see.
 - `new_slots`: a tree of one new array for each floating leaf.
 - `next_count`, `counted`: the count after this step; the number of this step, 1 for the first.
-- `expect_state`, `expect_empty`, `expect_wide`: refuse a state of another transform, any state but
-  `()`, and slots that were cast to fewer bits.
+- `expect_state` refuses a state of another transform; `expect_empty`, any state but `()`;
+  `expect_wide`, slots that were cast to fewer bits.
 
 Trees:
 

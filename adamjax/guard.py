@@ -11,7 +11,7 @@ import numpy as np
 
 from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
-from adamjax.moments import accumulator, as_count, next_count, widened
+from adamjax.moments import accumulator, as_count, next_count, widened_dtype
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -236,7 +236,7 @@ class accumulate_gradients(Transform):
             expect_matches(owner, self._patterns, params, first_decides=True)
 
         def empty(p: chex.Array) -> chex.Array:
-            return jnp.zeros_like(p, widened(p.dtype, accumulator(p.dtype)))
+            return jnp.zeros_like(p, widened_dtype(p.dtype, accumulator(p.dtype)))
 
         totals, treedef = flatten(new_slots(params, empty))
         for i, path in enumerate(leaf_paths(params)):

@@ -39,7 +39,7 @@ __all__ = [
     "square",
     "stepped",
     "widen",
-    "widened",
+    "widened_dtype",
 ]
 
 
@@ -60,21 +60,21 @@ def promoted(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def widened(dtype: Any, real: Any) -> Any:
-    """The dtype of a value in a computation in `real`: that, or its complex twin."""
+def widened_dtype(dtype: Any, real: Any) -> Any:
+    """The dtype that `widen` casts to: `real`, or its complex counterpart for a complex dtype."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return np.result_type(real, np.complex64)
     return real
 
 
 def widen(x: chex.Array, real: Any) -> chex.Array:
-    """`x` in the accumulator dtype `real`; a complex `x`, in the complex dtype of two `real`."""
-    return x.astype(widened(x.dtype, real))
+    """`x` cast to the accumulator dtype `real`, or to its complex counterpart if `x` is complex."""
+    return x.astype(widened_dtype(x.dtype, real))
 
 
 @functools.cache
 def is_signed(dtype: Any) -> bool:
-    """Whether a dtype is a float that has zero and negative numbers."""
+    """Whether a dtype is a float with zero and negative numbers; float8_e8m0fnu has neither."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return False
     return np.dtype(dtype).itemsize > 1 or bool(float(jnp.finfo(dtype).min) < 0)
@@ -88,10 +88,11 @@ def scalar(value: Number, real: Any) -> Any:
 
 
 def ranged(value: Number, allowed: Range) -> Any:
-    """A hyperparameter as it is, but NaN for an array whose value is outside its range.
+    """A hyperparameter, if it is in its range.
 
-    An array may be traced, or set since its range was checked; it becomes float32 or wider. A
-    Python number outside its range is refused: `jax.tree.map` may have put it there.
+    A Python number outside its range is refused: `jax.tree.map` may have put it there. An array may
+    be traced, or set since its range was checked. It becomes float32 or wider, and NaN if its value
+    is outside.
     """
     if not is_array(value):
         if not allowed.holds(value):
@@ -123,7 +124,7 @@ def as_count(name: str, value: Number, dtype: Any) -> Any:
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
-            "expected one of an integer dtype"
+            "expected an integer dtype"
         )
     return saturated(value, dtype)
 
@@ -237,21 +238,22 @@ class Recurrence:
     ) -> tuple[chex.Array, list[Any], list[chex.Array]]:
         """The widened gradient, the new slots as they are stored, and as `direction` sees them.
 
-        It sees narrow slots as they are stored. From unrounded ones, XLA would compute the update
-        anew from the old slots, and copy these before it overwrites them.
-
-        The largest number of a block must be known before its elements are encoded. So XLA would
-        keep floats of a leaf's size in memory in the meantime, if they were not computed twice.
+        The direction sees narrow slots as they are stored. From unrounded ones, XLA would compute
+        the update anew from the old slots, and copy these before it overwrites them.
         """
         real = accumulator(g.dtype, slots[-1].dtype)
         stored: list[Any] = []
         seen: list[chex.Array] = []
 
-        def add(function: Callable[..., Sequence[chex.Array]], *arrays: Any) -> None:
+        def add_slots(function: Callable[..., Sequence[chex.Array]], *arrays: Any) -> None:
+            """Adds the slots that a function of arrays returns to `stored` and `seen`."""
             new = function(*arrays)
             targets = slots[len(stored) : len(stored) + len(new)]
             exponents: Sequence[Any] = [None] * len(new)
             if any(isinstance(x, Scaled8) for x in targets):
+                # The largest number of a block must be known before its elements are encoded. If
+                # the numbers were computed once, XLA would keep them all as floats until then. So
+                # they are computed twice, from arrays that XLA takes for others.
                 again = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
                 exponents = block_exponents(function(*again), targets)
             for x, slot, e in zip(new, targets, exponents, strict=True):
@@ -262,17 +264,17 @@ class Recurrence:
                 seen.append(read_slot(written, x.dtype) if is_narrow(written) else x)
 
         def floats(x: Any) -> chex.Array:
-            return read_slot(x, widened(x.dtype, real))
+            return read_slot(x, widened_dtype(x.dtype, real))
 
         def moments(g: chex.Array, *old: Any) -> Sequence[chex.Array]:
             return self.moments(c, widen(g, real), *map(floats, old))
 
         if self.last is None:
-            add(moments, g, *slots)
+            add_slots(moments, g, *slots)
         else:
             last = self.last
-            add(moments, g, *slots[:-1])
-            add(lambda old, *others: [last(c, floats(old), *others)], slots[-1], *seen)
+            add_slots(moments, g, *slots[:-1])
+            add_slots(lambda old, *others: [last(c, floats(old), *others)], slots[-1], *seen)
         wide = widen(g, real)
         return wide, stored, seen
 

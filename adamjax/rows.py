@@ -22,7 +22,7 @@ from adamjax.blocks import group_tables, in_blocks, rows_of_each
 from adamjax.data import Data, static
 from adamjax.encoding import Scaled8, each_part, expect_exponents_by_row
 from adamjax.mesh import gather_rows, replicated, scatter_rows
-from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened
+from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened_dtype
 from adamjax.rounding import is_narrow, read_slot, write_slots
 from adamjax.search import distinct
 
@@ -456,7 +456,7 @@ def sum_rows_of_each(
             for position, size, start in zip(positions, sizes, starts, strict=True)
         ]
         x = jnp.concatenate([replicated(values[i]) for i in batch])
-        empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened(x.dtype, accumulator(x.dtype)))
+        empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, accumulator(x.dtype)))
         targets = jnp.concatenate(joined_positions).astype(np.uint32)
         total = empty.at[targets].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
         for i, own_ids, sums in zip(batch, ids, rows_of_each(total, sizes), strict=True):

@@ -229,7 +229,7 @@ def main(argv: list[str]) -> int:
     here.add_bandwidth(suite.results)
     for row in rows:
         row["fraction"] = {
-            name: measure.fraction(row["least_bytes"], ms, suite.results["bandwidth"])
+            name: measure.fraction_of_limit(row["least_bytes"], ms, suite.results["bandwidth"])
             for name, ms in row["ms"].items()
             # In bfloat16 the others' moments have two bytes: `least_bytes` is too many for them.
             if name == "adamjax" or "bfloat16" not in row["workload"]

@@ -39,7 +39,7 @@ def timed(run: Callable[[], Any]) -> float:
 def seconds_per_step(
     run: Callable[[int], Any], seconds: float, most: int = 50, least: int = 1
 ) -> float:
-    """A sample: the mean over as many steps as last some seconds, after one that is not timed."""
+    """The mean over steps that take about `seconds`. One step before them sets their number."""
     first = timed(lambda: run(1))
     steps = max(least, min(most, round(seconds / first)))
     return timed(lambda: run(steps)) / steps
@@ -51,8 +51,8 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high}
 
 
-def rounded(samples: Sequence[float]) -> dict[str, float]:
-    """The same to four digits."""
+def rounded_spread(samples: Sequence[float]) -> dict[str, float]:
+    """The median of samples and their quartiles, to four digits."""
     return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
 
 
@@ -63,16 +63,19 @@ def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
 
 def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
     """The spread of each contender's seconds, in milliseconds unless the scale says otherwise."""
-    return {n: rounded([scale * samples[n] for samples in rounds]) for n in names}
+    return {n: rounded_spread([scale * samples[n] for samples in rounds]) for n in names}
 
 
 def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any]:
-    """The spread of one contender's time by that of each other, taken within a round."""
-    return {n: rounded([x[own] / x[n] for x in rounds]) for n in names if n != own}
+    """The spread of one contender's time divided by each other's, taken within a round."""
+    return {n: rounded_spread([x[own] / x[n] for x in rounds]) for n in names if n != own}
 
 
 def bound(what: str, asked: str, limit: float, value: float | None) -> dict[str, Any]:
-    """Whether a figure is "at least" or "at most" a limit; the value is `None` if not measured."""
+    """The result of a check that a figure is "at least" or "at most" a limit.
+
+    The value is `None` if it was not measured.
+    """
     holds = None
     if value is not None:
         holds = value >= limit if asked == "at least" else value <= limit
@@ -85,8 +88,8 @@ def bound(what: str, asked: str, limit: float, value: float | None) -> dict[str,
 def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
     """Samples of the bytes a second that JAX's first device reads and writes.
 
-    A jitted `x * factor` over a float32 array far larger than any cache; counted are the bytes
-    read and the bytes written, 8 an element. The array is donated, so that the result is written
+    They are of a jitted `x * factor` over a float32 array far larger than any cache. It reads and
+    writes 8 bytes an element. The array is donated, so that the result is written
     where the argument was, as a donated step writes its parameters and moments. (Into a new array
     would be slower, and no limit to such a step: a CPU reads what it is about to overwrite, and
     maps fresh memory.) A sample is the mean over passes that last 0.05 s or more.
@@ -108,7 +111,7 @@ def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
     return [8 * elements / seconds_per_step(run, 0.05, most=1000) for _ in range(samples)]
 
 
-def fraction(
+def fraction_of_limit(
     least_bytes: float, ms: dict[str, float], bandwidth: dict[str, float]
 ) -> dict[str, float]:
     """The share of the limit that a step reaches: 1 where it takes as long as its bytes need.
@@ -127,7 +130,7 @@ class Device:
 
     platform: str = "cpu"  # or "gpu", "tpu" or another
     memory: int | None = None  # the device's own bytes; `None` on a CPU, or if JAX does not know
-    torch: bool = True  # whether torch is installed and runs on the device; else no contender
+    torch: bool = True  # whether torch is installed and runs on the device, so is a contender
     bandwidth: Sequence[float] = ()  # samples in bytes a second
 
     @property
@@ -142,15 +145,16 @@ class Device:
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **hidden}
 
     def add_bandwidth(self, results: dict[str, Any]) -> None:
-        """Puts the bandwidth into results: samples from before, and unless quick as many anew."""
+        """Puts the bandwidth into results: from the samples here and, unless quick, as many new."""
         after = () if results["quick"] else device().bandwidth
-        results["bandwidth"] = rounded([*self.bandwidth, *after])
+        results["bandwidth"] = rounded_spread([*self.bandwidth, *after])
 
 
 def device(quick: bool = False) -> Device:
     """Asks a process of its own what JAX finds, and lets it measure the bandwidth.
 
-    The process ends: a TPU belongs to one at a time, and a GPU's memory to whom took it first.
+    When that process ends, it frees the device: only one process at a time can use a TPU, and the
+    first to use a GPU may take all its memory.
     """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure", *(["--quick"] if quick else [])],
@@ -167,13 +171,18 @@ def _this_device(quick: bool) -> dict[str, Any]:
 
     first = jax.devices()[0]
     memory = None if first.platform == "cpu" else (first.memory_stats() or {}).get("bytes_limit")
-    torch = bool(installed("torch")) and first.platform in ("cpu", "gpu")
-    if torch and first.platform == "gpu":
-        import torch as library
+    has_torch = bool(installed("torch")) and first.platform in ("cpu", "gpu")
+    if has_torch and first.platform == "gpu":
+        import torch
 
-        torch = library.cuda.is_available()
+        has_torch = torch.cuda.is_available()
     samples = bandwidth_samples(2**22, 3) if quick else bandwidth_samples()
-    return {"platform": first.platform, "memory": memory, "torch": torch, "bandwidth": samples}
+    return {
+        "platform": first.platform,
+        "memory": memory,
+        "torch": has_torch,
+        "bandwidth": samples,
+    }
 
 
 # --- where it ran ---------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def commit(root: Path = ROOT) -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # of a project that this one was copied into
+            return None  # this project was copied into another, whose checkout it is
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -232,7 +241,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON that differs line by line; what is small is on one line."""
+    """Writes results as JSON for line-by-line diffs: a field a line, but small objects on one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
     text = re.sub(r"\{\s+([^{}]{,120})\s+\}", lambda m: f"{{{' '.join(m[1].split())}}}", text)

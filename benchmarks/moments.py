@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import adamjax
@@ -20,7 +21,7 @@ SCALES = (1e-9, 1.0, 1e4)
 # The moments are compared at each of these steps.
 EVERY = 10
 # The error of float32 itself, relative to a moment, in 20,000 steps.
-FLOAT32 = 1e-5
+FLOAT32_ERROR = 1e-5
 
 
 def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
@@ -38,26 +39,30 @@ def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
 
 @functools.cache
 def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
-    """A function of gradients: m, v and the updates of Adam, in a format, at every tenth step."""
+    """Returns a function of gradients that runs Adam with moments in a format.
+
+    It returns m, v and the update at each of the compared steps.
+    """
     tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
 
     def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
         update, state = tx.update(g, carry[1])
         return (update, state), None
 
-    def ten_steps(carry: Any, g: jax.Array) -> tuple[Any, Any]:
+    def until_compared(carry: Any, g: jax.Array) -> tuple[Any, Any]:
         update, state = carry = jax.lax.scan(step, carry, g)[0]
         return carry, (adamjax.get_slot(state, "m"), adamjax.get_slot(state, "v"), update)
 
     def run(g: jax.Array) -> Any:
-        every = g.reshape(-1, EVERY, g.shape[-1])
-        return jax.lax.scan(ten_steps, (g[0], tx.init(g[0])), every)[1]
+        groups = g.reshape(-1, EVERY, g.shape[-1])
+        first = jnp.zeros_like(g[0]), tx.init(g[0])
+        return jax.lax.scan(until_compared, first, groups)[1]
 
     return jax.jit(run)
 
 
 def reference(g: np.ndarray, every: int = EVERY) -> tuple[np.ndarray, ...]:
-    """The same in float64, from algorithm 1 of arXiv:1412.6980."""
+    """m, v and the updates of Adam in float64, from algorithm 1 of arXiv:1412.6980."""
     m = v = np.zeros(g.shape[1])
     results: list[tuple[np.ndarray, ...]] = []
     for t, x in enumerate(g.astype(np.float64), start=1):
@@ -70,27 +75,33 @@ def reference(g: np.ndarray, every: int = EVERY) -> tuple[np.ndarray, ...]:
 
 
 def errors(
-    ours: Sequence[Any], right: Sequence[np.ndarray], float32: float = FLOAT32
+    ours: Sequence[Any], right: Sequence[np.ndarray], float32_error: float = FLOAT32_ERROR
 ) -> dict[str, Any]:
-    """What is wrong with moments and updates, over all elements and every tenth step.
+    """The errors of moments and updates, over all elements and compared steps.
+
+    The error of a moment is relative to the moment itself, or to a thousandth of the step's root
+    mean square if that is larger.
 
     Args:
       ours, right: m, v and the updates, by step and element.
-      float32: the mean relative error of a moment that float32 itself may have.
+      float32_error: the mean relative error of a moment that float32 itself may have.
 
     Returns:
-      "biased": of m and of v, the share of the steps at which the mean relative error is beyond
-      three standard errors; "bias", the mean relative error over all of them. Relative to the
-      moment itself, or to a thousandth of a usual one if that is larger. "update": the mean error
-      of an update, relative to its mean size. "finite": whether all are.
+      A dict of:
+
+      - "biased": for m and v, the share of the steps at which the mean error is beyond three
+        standard errors;
+      - "bias": for m and v, the mean error over all steps;
+      - "update": the mean error of an update, relative to the mean size of an update;
+      - "finite": whether all moments and updates are finite.
     """
     result: dict[str, Any] = {"biased": {}, "bias": {}}
     m, v, update = (np.asarray(x, np.float64) for x in ours)
     for name, x, y in (("m", m, right[0]), ("v", v, right[1])):
         size = np.sqrt(np.mean(y**2, axis=1, keepdims=True))
         error = (x - y) / np.maximum(np.abs(y), 1e-3 * size)
-        standard = error.std(axis=1) / np.sqrt(error.shape[1])
-        beyond = np.abs(error.mean(axis=1)) > 3 * standard + float32
+        standard_error = error.std(axis=1) / np.sqrt(error.shape[1])
+        beyond = np.abs(error.mean(axis=1)) > 3 * standard_error + float32_error
         result["biased"][name] = float(beyond.mean())
         result["bias"][name] = float(error.mean())
     result["update"] = float(np.abs(update - right[2]).mean() / np.abs(right[2]).mean())

@@ -318,7 +318,9 @@ def main(argv: list[str]) -> int:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
         row["least_bytes"] = {n: round(least_bytes(n, case, row["distinct"])) for n in row["ms"]}
         row["fraction"] = {
-            name: measure.fraction(row["least_bytes"][name], ms, suite.results["bandwidth"])
+            name: measure.fraction_of_limit(
+                row["least_bytes"][name], ms, suite.results["bandwidth"]
+            )
             for name, ms in row["ms"].items()
         }
     return suite.finish()

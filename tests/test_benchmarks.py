@@ -175,7 +175,7 @@ def test_the_least_bytes_of_a_step_on_rows():
 
 def test_a_fraction_is_the_time_that_the_bytes_need_divided_by_the_time_of_the_step():
     ms = {"median": 4.0, "q25": 2.0, "q75": 8.0}
-    share = measure.fraction(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
+    share = measure.fraction_of_limit(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
     assert share == {"median": 0.25, "q25": 0.125, "q75": 0.5}
 
 
@@ -266,7 +266,9 @@ def with_bandwidth(results):
         speed = {"median": 33.3e9, "q25": 30e9, "q75": 35e9}
         results[suite]["bandwidth"] = speed
         for row in results[suite]["times"]:
-            row["fraction"] = {n: measure.fraction(1e7, ms, speed) for n, ms in row["ms"].items()}
+            row["fraction"] = {
+                n: measure.fraction_of_limit(1e7, ms, speed) for n, ms in row["ms"].items()
+            }
     return results
 
 

@@ -14,6 +14,7 @@ REPLICAS, NUM_ROWS, WIDTH = 4, 11, 2
 def data_of_all():
     """Indices and values of each replica's rows, and its dense gradient: replicas first."""
     rng = np.random.default_rng(0)
+    # -1 and NUM_ROWS are no rows.
     ids = jnp.asarray(rng.integers(-1, NUM_ROWS + 1, (REPLICAS, 5)))
     values = jnp.asarray(rng.normal(size=(REPLICAS, 5, WIDTH)), jnp.float32)
     return ids, values, jnp.asarray(rng.normal(size=(REPLICAS, 3)), jnp.float32)
@@ -91,7 +92,7 @@ def check_over_devices():
 
 
 def check_parameters_that_all_devices_have():
-    """By default `shard_map` sums the gradients of such parameters itself."""
+    """By default `shard_map` sums their gradients itself, so `sum_over` refuses to do it again."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     replicated, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
 
@@ -147,9 +148,10 @@ def test_a_name_that_is_no_mapped_axis_is_refused():
 
 
 def test_sums_over_two_axes():
-    over_batch = jax.vmap(adamjax.sum_over(["rows", "batch"]).update, (0, None), axis_name="batch")
-    over_both = jax.vmap(over_batch, (0, None), axis_name="rows")
-    assert_close(over_both(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))
+    summed = adamjax.sum_over(["rows", "batch"]).update
+    inner = jax.vmap(summed, (0, None), axis_name="batch")
+    mapped = jax.vmap(inner, (0, None), axis_name="rows")
+    assert_close(mapped(jnp.ones((2, 3, 1)), ())[0], 6 * jnp.ones((2, 3, 1)))
 
 
 def test_a_sum_inside_of_skip_not_finite_is_refused():

@@ -79,7 +79,7 @@ def test_moments_have_no_bias(kind, scale):
     """
     g = moments.gradients(kind, 200, N) * np.float32(scale)
     ours, right = moments.trajectory("bfloat16")(g), moments.reference(g)
-    found = moments.errors(ours, right, float32=1e-6)
+    found = moments.errors(ours, right, float32_error=1e-6)
     # 20 figures each of m and v. Noise puts one in 370 beyond 3 standard errors.
     num_biased = 20 * sum(found["biased"].values())
     assert num_biased <= 2

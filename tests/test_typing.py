@@ -85,7 +85,7 @@ def test_programs_pass(name, tmp_path):
 
 
 def test_mistakes_are_seen(tmp_path):
-    """The checker looks at the programs, and for it parameters are not `Any`."""
+    """The checker reads a program and knows the types of its parameters."""
     mistakes = ["adamjax.scale_by_adam(b3=0.1)", 'adamjax.apply_updates({"w": 1.0}, {}).append(2)']
     lines = [line for line, _ in errors("\n".join(["import adamjax", *mistakes]), tmp_path)]
     assert lines == mistakes

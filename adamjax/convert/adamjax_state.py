@@ -45,14 +45,14 @@ def contains_states(x: Any) -> bool:
 
 
 def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
-    """For each wrapper of another library around states of adamjax: the fields of its own.
+    """The states of other libraries that wrap states of adamjax, and hold other arrays as well.
 
-    It yields the name of the wrapper's class and those of the fields that have arrays.
+    For each, it yields the name of its class and the names of the fields with these arrays.
     """
     if not contains_states(x):
         return
     names = field_names(x)
-    # Slots are refused where the state is read.
+    # `_read` has an error of its own for states with slots.
     if names is not None and not is_of_adamjax(x) and not hasattr(x, "slots"):
         own = [
             name
@@ -75,17 +75,18 @@ class AdamjaxState:
 
     Attributes:
       owner: the name of the conversion, for errors.
-      tx, state, params: the three.
+      tx, state, params: the transform, the state and the parameters.
       parts: the transform and its parts, each with its state.
       kinds: the kinds of the rules whose states are in the state, in their order.
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
-      in_accumulated: the ids of the transforms inside of these. (Equal ones may be outside.)
+      in_accumulated: the transforms inside an `accumulate_gradients`, by `id`: equal ones may be
+        outside.
       doubts: as in `Source`.
 
     Raises:
-      ValueError: two leaves have one path, leaves are in buckets of `grouped`, or there is a rule
-        that conversions do not know.
+      ValueError: two leaves have one path, leaves are in buckets of `grouped`, weights are in the
+        state of `master_weights`, or there is a rule that conversions do not know.
     """
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
@@ -106,25 +107,26 @@ class AdamjaxState:
                     "keep elsewhere. Convert the inner state with the float32 weights as "
                     "parameters, and put both together: MasterWeightsState(weights, inner)"
                 )
+        accumulating = [part for part in self.parts if isinstance(part.tx, accumulate_gradients)]
         self.accumulations = [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
-            for part in self.parts
-            if isinstance(part.tx, accumulate_gradients)
+            for part in accumulating
         ]
+        self.in_accumulated = {id(p.tx) for part in accumulating for p in walk(part.tx.tx)}
         self.doubts = [
             f"{name} is around transforms of adamjax, and its own {', '.join(fields)} cannot be "
             "converted: use adamjax's accumulate_gradients, skip_not_finite or with_hyperparams in "
             "its place, or convert the state inside it"
             for name, fields in _fields_of_wrappers(state)
         ]
-        accumulating = [p.tx for p in self.parts if isinstance(p.tx, accumulate_gradients)]
-        self.in_accumulated = {id(p.tx) for tx in accumulating for p in walk(tx.tx)}
         # Where several parts share a state, as masked and its transform do: the innermost.
         self._part_of = {id(part.state): part for part in self.parts}
+        # Each rule must have a state of its kind.
         for part in self.parts:
             if isinstance(part.tx, Rule):
                 kind_of(owner, part.state, part.tx)
-        # With the rules inside transforms of other libraries, which are no parts.
+        # The states of rules inside transforms of other libraries are among these: such rules are
+        # not among the parts.
         states = [x for x in slot_states(state) if rule_slots(x)]
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
@@ -143,24 +145,24 @@ class AdamjaxState:
         return None if part is None else frozenset(leaves_by_path(self.owner, part.params))
 
     def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
-        """How many calls a step of these leaves takes, and how many there were since the last."""
-        own = [(n, paths) for n, paths in self.accumulations if meet(paths, leaves)]
-        if not own:
+        """How many calls of `update` a step of these leaves takes; how many came after the last."""
+        around = [(n, paths) for n, paths in self.accumulations if meet(paths, leaves)]
+        if not around:
             return 1, 0
         # One inside the other has the same leaves, and there the numbers of steps multiply.
-        steps = math.prod(n for n, paths in own if meet(paths, own[0][1]))
+        steps = math.prod(n for n, paths in around if meet(paths, around[0][1]))
         accumulated = source.accumulated_of(leaves)
         return steps, accumulated.micro if accumulated else 0
 
     def doubts_of_average(self, average: Any) -> list[str]:
         """Doubts about a weight_ema that sets the weights, if the other system has no average."""
+        if average is not None:
+            return []
         return [
             f"{part.tx!r} sets the weights to their average, and the other system has no average: "
             "take it out of tx (adamjax.averaged_weights reads the average)"
             for part in self.parts
-            if isinstance(part.tx, weight_ema)
-            and part.tx.overwrite_frequency is not None
-            and average is None
+            if isinstance(part.tx, weight_ema) and part.tx.overwrite_frequency is not None
         ]
 
     def read_for(self, target: Source, check: bool) -> Source:
@@ -181,7 +183,8 @@ class AdamjaxState:
     def _read(self, x: Any, source: Source) -> None:
         owner = self.owner
         if names := rule_slots(x):
-            rule, kind = self._tx_of(x), kind_of(owner, x, self._tx_of(x))
+            rule = self._tx_of(x)
+            kind = kind_of(owner, x, rule)
             trees = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
             self._expect_leaves(trees[names[0]], x)
             count = steps_taken(owner, "a rule", x.count)
@@ -220,7 +223,7 @@ class AdamjaxState:
             source.other_states.append(x)
 
     def _expect_leaves(self, slot: Mapping[str, Any], state: Any) -> None:
-        """Refuses parameters of another state: everything is compared by path."""
+        """Refuses a state whose slot has other paths or shapes than the parameters."""
         part = self.part(state)
         if part is None:
             return
@@ -240,5 +243,5 @@ class AdamjaxState:
 def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
     """The state of `tx.init(params)`, to be filled."""
     tx = as_transform(tx)
-    leaves_by_path(owner, params)
+    leaves_by_path(owner, params)  # refuses what conversions do not take, before `init` sees it
     return AdamjaxState(owner, tx, tx.init(params), params)

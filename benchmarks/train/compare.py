@@ -1,4 +1,4 @@
-"""Trains with each of `--rows`, a few steps at a time by turns, and compares losses and times."""
+"""Trains with each choice of `--rows`, in turns of a few steps, and compares losses and times."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from benchmarks.train import data, job, model
 from benchmarks.train.options import COMPARED_STEPS, ROWS, Config, UserError
 from benchmarks.train.processes import ALONE
 
-_IN_A_ROW = 10  # steps
+_STEPS_A_TURN = 10
 
 
 class _Contender:
@@ -35,8 +35,10 @@ class _Contender:
         self.losses: list[float] = []
 
     def take(self, steps: int) -> float:
-        """Takes steps; returns the median of their seconds, less the first's, whose caches hold
-        another's arrays."""
+        """Takes steps; returns the median of their seconds.
+
+        The first is left out: the caches still hold the arrays of the contender before.
+        """
         seconds = []
         for _ in range(steps):
             batch = self.batch(len(self.losses))
@@ -50,27 +52,31 @@ class _Contender:
         """The loss with the averaged weights."""
         self.params, self.state = job.up_to_date(self.tx, self.params, self.state)
         weights = adamjax.averaged_weights(self.state)
-        return model.held_out_loss(weights, windows, lambda: False)
+        return model.held_out_loss(weights, windows, is_given_up=lambda: False)
 
 
 def _results(config: Config, text: data.Text) -> dict[str, Any]:
-    """Who goes first changes from round to round, and a ratio is taken within a round."""
+    """Trains all contenders, and compares them.
+
+    In a round each contender takes a turn. Another one begins in the next round. A ratio is of two
+    times of the same round.
+    """
     contenders = {rows: _Contender(dataclasses.replace(config, rows=rows), text) for rows in ROWS}
     seconds: list[dict[str, float]] = []
-    in_a_row = min(_IN_A_ROW, config.steps // 4)
-    for number in range(config.steps // in_a_row):
+    steps_a_turn = min(_STEPS_A_TURN, config.steps // 4)
+    for number in range(config.steps // steps_a_turn):
         first = number % len(ROWS)
-        names = [*list(ROWS)[first:], *list(ROWS)[:first]]
-        seconds.append({name: contenders[name].take(in_a_row) for name in names})
+        order = [*list(ROWS)[first:], *list(ROWS)[:first]]
+        seconds.append({name: contenders[name].take(steps_a_turn) for name in order})
         latest = {name: one.losses[-1] for name, one in contenders.items()}
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in latest.items())
-        print(f"step {(number + 1) * in_a_row:,}: {losses}", flush=True)
+        print(f"step {(number + 1) * steps_a_turn:,}: {losses}", flush=True)
         if not all(map(math.isfinite, latest.values())):
             raise UserError("the loss is not finite: lower --learning-rate")
-    del seconds[0]  # not all was in the caches
+    del seconds[0]  # the first round also fills caches
 
     held_out = data.Windows(text.held_out, config.context, text.boundary)
-    plain = np.array(contenders["none"].losses)
+    losses_of_none = np.array(contenders["none"].losses)
     table = {}
     for name, one in contenders.items():
         losses = np.array(one.losses)
@@ -79,8 +85,8 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
             "ratio_to_none": spread([s[name] / s["none"] for s in seconds]),
             "compile_seconds": one.compile_seconds,
             "held_out_loss": one.held_out_loss(held_out),
-            "training_loss": losses[in_a_row - 1 :: in_a_row].tolist(),
-            "largest_difference_to_none": float(np.abs(losses - plain).max()),
+            "training_loss": losses[steps_a_turn - 1 :: steps_a_turn].tolist(),
+            "largest_difference_to_none": float(np.abs(losses - losses_of_none).max()),
         }
     params = contenders["none"].params
     return {
@@ -89,7 +95,7 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
         "text": text.description,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "rounds": len(seconds),
-        "steps_in_a_row": in_a_row,
+        "steps_in_a_row": steps_a_turn,
         "rows": table,
         "environment": environment("adamjax", "jax", "jaxlib", "numpy"),
     }
@@ -105,7 +111,7 @@ def _show(results: dict[str, Any]) -> None:
         difference = f"{row['largest_difference_to_none']:.1e}"
         table.append([name, *times, f"{row['compile_seconds']:.1f}", *losses, difference])
     print(f"\n{markdown(head, table)}\n")
-    print("The last is of any step's training loss to that of none; losses are in nats.")
+    print("Losses are in nats; the largest difference is of one step's training loss from none's.")
 
 
 def run(options: argparse.Namespace) -> int:
