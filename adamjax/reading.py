@@ -244,7 +244,10 @@ def float32_weights(state: Any, params: T) -> T:
     _expect_all_flushed("float32_weights", state)
     states = states_of_class(MasterWeightsState, state)
     if not states:
-        raise ValueError("float32_weights: the state has no master_weights")
+        raise ValueError(
+            "float32_weights: the state has no master_weights: wrap the optimizer in it, or take "
+            "the parameters themselves"
+        )
     leaves, treedef = flatten(params)
     mend = "pass the parameters that belong to the state"
     for weights, own_treedef in (flatten(one.weights) for one in states):

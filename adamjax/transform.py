@@ -325,7 +325,8 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
         transforms = ", ".join(type(tx).__name__ for tx in owner.parts)
         raise ValueError(
             f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "
-            f"transforms: {states} for {transforms}; was it made by the init of another transform?"
+            f"transforms: {states} for {transforms}: build the transform as it was, or make a new "
+            "state with init"
         )
     return tuple(state)
 

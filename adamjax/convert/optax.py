@@ -202,7 +202,8 @@ def from_optax(
         that belong to no single rule, it is required. The steps take the time and the memory of
         dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
-        `adamjax.convert`. (With `check=False` and `optimizer`, only the steps are compared.)
+        `adamjax.convert`. With `optimizer`, steps are compared in place of hyperparameters, also
+        with `check=False`.
       rtol: the relative difference that a step may have where optax' rule has another form
         (AMSGrad, Nadam, Adamax). At least 0.
 

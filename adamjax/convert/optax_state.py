@@ -1,7 +1,7 @@
 """A state of optax, read into the common form."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ from adamjax.convert.values import (
     field_names,
     is_container,
     leaves_by_path,
-    map_items,
     number_of,
     steps_taken,
 )
 
-__all__ = ["advanced", "read_state", "role_of"]
+__all__ = ["read_state", "role_of"]
 
 # The role of each class of states in optax, by its name, and its fields in each version of optax.
 # A class with other fields, or of another package, is unknown.
@@ -439,27 +438,3 @@ def _drop_rates(moments_of_leaves: Iterable[list[LeafMoments]]) -> None:
 def _items(x: Mapping[Any, Any]) -> list[Any]:
     """The values in the order in which JAX flattens them."""
     return [x[key] for key in sorted(x, key=str)]
-
-
-def advanced(x: Any, fresh: Any, steps: int, calls: int, rule: Callable[[Any, Any], Any]) -> Any:
-    """A state whose schedules are some steps further on, without micro-batches.
-
-    Args:
-      fresh: the state that `init` returns.
-      calls: how many calls a step takes where nothing accumulates.
-      rule: makes the new state of a rule, of the state and of that of `init`.
-    """
-    role = role_of(x)
-    if role == "rule":
-        return rule(x, fresh)
-    if role == "count":
-        return x._replace(count=x.count + steps * calls)
-    if role == "accumulated":
-        inner = advanced(x.inner_opt_state, fresh.inner_opt_state, steps, 1, rule)
-        count = x.gradient_step + steps
-        return fresh._replace(inner_opt_state=inner, gradient_step=count)
-    if role == "hyperparams":
-        x = x._replace(count=x.count + steps * calls)
-    if role is None:
-        return x
-    return map_items(lambda a, b: advanced(a, b, steps, calls, rule), x, fresh)

@@ -1,25 +1,31 @@
 """Comparing the steps of two optimizers from the same states."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.convert.adamjax_state import AdamjaxState, contains_states
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.advance import (
+    Advance,
+    MakeRule,
+    advanced_adamjax,
+    advanced_optax,
+    late_rule,
+    new_rule,
+    rule_as_it_is,
+)
 from adamjax.convert.hyperparameters import has_schedule, later_counts
-from adamjax.convert.optax_state import advanced, read_state
-from adamjax.convert.values import counts_a_schedule, map_items
+from adamjax.convert.optax_state import read_state
 from adamjax.data import Tree
-from adamjax.exact.state import ExactRowsState
-from adamjax.guard import AccumulateGradientsState
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
-from adamjax.structure import rule_slots, slot_states, states_of_class
+from adamjax.structure import slot_states, states_of_class
 
 __all__ = ["expect_same_steps"]
 
@@ -35,8 +41,8 @@ _RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL = 3e-4, 0.03, 0.1
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
 # How many later counts of schedules are compared, if a step is one call and if it is many, and the
-# last of them. The count of a rule that has taken many steps.
-_MOST_COUNTS, _FEWEST_COUNTS, _LAST_COUNT, _LATE = 100, 12, 1 << 24, 10_000
+# last of them.
+_MOST_COUNTS, _FEWEST_COUNTS, _LAST_COUNT = 100, 12, 1 << 24
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
@@ -61,11 +67,11 @@ def _compare(compared: "_Comparison", ours: AdamjaxState, optimizer: Any, state:
     fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
     has_same_form = set(ours.kinds) <= {"adam"}
 
-    def starts(steps: int, rule: Callable[[Any, Any], Any] = _new) -> tuple[Any, Any]:
-        rule = rule if has_same_form else _as_it_is
+    def starts(steps: int, rule: MakeRule = new_rule) -> tuple[Any, Any]:
+        how = Advance(steps, compared.calls, rule if has_same_form else rule_as_it_is)
         return (
-            _advanced(ours, ours.state, fresh[0], steps, compared.calls, rule),
-            advanced(state, fresh[1], steps, compared.calls, rule),
+            advanced_adamjax(ours, ours.state, fresh[0], how),
+            advanced_optax(state, fresh[1], how),
         )
 
     floats = [x for x in jax.tree.leaves(ours.params) if not is_left_alone(x)]
@@ -81,7 +87,7 @@ def _compare(compared: "_Comparison", ours: AdamjaxState, optimizer: Any, state:
         compared.expect_same("these states", (ours.state, state), size, sizes)
         if has_same_form:
             compared.expect_same("their first step", starts(0), size, [*small, *scales])
-            compared.expect_same("a late step", starts(0, _late), size, [usual * max(scales)])
+            compared.expect_same("a late step", starts(0, late_rule), size, [usual * max(scales)])
     one = 1.0 if has_same_form else usual
     for count, steps in _later_steps(ours, state, compared.calls):
         compared.expect_same(f"count {count}", starts(steps), _WEIGHTS[1], [one, *not_finite, one])
@@ -108,20 +114,6 @@ def _is_negative(tx: Any, count: int) -> bool:
     rate = getattr(tx, "learning_rate", None)
     rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
     return any(callable(x) and float(x(jnp.int32(count))) < 0 for x in rates)
-
-
-def _new(x: Any, fresh: Any) -> Any:
-    """The state of a rule that has taken no step."""
-    return fresh
-
-
-def _late(x: Any, fresh: Any) -> Any:
-    """The state of a rule that has taken many steps: its moments are corrected no more."""
-    return x._replace(count=jnp.full_like(x.count, _LATE))
-
-
-def _as_it_is(x: Any, fresh: Any) -> Any:
-    return x
 
 
 class _Comparison:
@@ -215,30 +207,6 @@ class _Comparison:
 
 def _is_finite(tree: Tree) -> bool:
     return all(bool(np.all(np.isfinite(np.asarray(x)))) for x in jax.tree.leaves(tree))
-
-
-def _advanced(
-    ours: AdamjaxState,
-    x: Any,
-    fresh: Any,
-    steps: int,
-    calls: int,
-    rule: Callable[[Any, Any], Any],
-) -> Any:
-    """A state of adamjax whose schedules are some steps further on; see `advanced` for optax."""
-    if rule_slots(x):
-        return rule(x, fresh)
-    if isinstance(x, ScheduleState) or counts_a_schedule(x):
-        return x._replace(count=x.count + steps * calls)
-    if isinstance(x, AccumulateGradientsState):
-        return fresh._replace(inner=_advanced(ours, x.inner, fresh.inner, steps, 1, rule))
-    if isinstance(x, ExactRowsState):
-        part: Any = ours.part(x)
-        inner = _advanced(ours, x.inner, fresh.inner, steps, calls, rule)
-        return part.tx.from_dense(inner, part.params)
-    if contains_states(x):
-        return map_items(lambda a, b: _advanced(ours, a, b, steps, calls, rule), x, fresh)
-    return x
 
 
 def _expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None:

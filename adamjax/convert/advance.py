@@ -1,0 +1,100 @@
+"""States whose schedules are further on, with rules that begin anew or are old, of both systems."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from adamjax.convert.adamjax_state import AdamjaxState, contains_states
+from adamjax.convert.optax_state import role_of
+from adamjax.convert.values import counts_a_schedule, map_items
+from adamjax.exact.state import ExactRowsState
+from adamjax.guard import AccumulateGradientsState
+from adamjax.scaling import ScheduleState
+from adamjax.structure import rule_slots
+
+__all__ = [
+    "Advance",
+    "MakeRule",
+    "advanced_adamjax",
+    "advanced_optax",
+    "late_rule",
+    "new_rule",
+    "rule_as_it_is",
+]
+
+# Makes the new state of a rule, of its state and of that of `init`.
+MakeRule = Callable[[Any, Any], Any]
+
+# The count of a rule whose moments are corrected no more.
+_LATE = 10_000
+
+
+class Advance(NamedTuple):
+    """How states are advanced.
+
+    Attributes:
+      steps: by how many steps schedules are further on.
+      calls: how many calls a step takes where nothing accumulates.
+      rule: makes the states of rules.
+    """
+
+    steps: int
+    calls: int
+    rule: MakeRule
+
+    @property
+    def inside(self) -> "Advance":
+        """The same inside a transform that accumulates, where a call is a step."""
+        return self._replace(calls=1)
+
+
+def new_rule(x: Any, fresh: Any) -> Any:
+    """The state of a rule that has taken no step."""
+    return fresh
+
+
+def late_rule(x: Any, fresh: Any) -> Any:
+    """The state of a rule with these moments that has taken many steps."""
+    return x._replace(count=jnp.full_like(x.count, _LATE))
+
+
+def rule_as_it_is(x: Any, fresh: Any) -> Any:
+    return x
+
+
+def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> Any:
+    """A node of the state of `ours`, advanced, without micro-batches.
+
+    Args:
+      fresh: the same node of the state that `init` returns.
+    """
+    if rule_slots(x):
+        return how.rule(x, fresh)
+    if isinstance(x, ScheduleState) or counts_a_schedule(x):
+        return x._replace(count=x.count + how.steps * how.calls)
+    if isinstance(x, AccumulateGradientsState):
+        return fresh._replace(inner=advanced_adamjax(ours, x.inner, fresh.inner, how.inside))
+    if isinstance(x, ExactRowsState):
+        part: Any = ours.part(x)
+        return part.tx.from_dense(advanced_adamjax(ours, x.inner, fresh.inner, how), part.params)
+    if contains_states(x):
+        return map_items(lambda a, b: advanced_adamjax(ours, a, b, how), x, fresh)
+    return x
+
+
+def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
+    """A node of a state of optax, advanced, without micro-batches; `fresh` is that of `init`."""
+    role = role_of(x)
+    if role == "rule":
+        return how.rule(x, fresh)
+    if role == "count":
+        return x._replace(count=x.count + how.steps * how.calls)
+    if role == "accumulated":
+        inner = advanced_optax(x.inner_opt_state, fresh.inner_opt_state, how.inside)
+        return fresh._replace(inner_opt_state=inner, gradient_step=x.gradient_step + how.steps)
+    if role == "hyperparams":
+        x = x._replace(count=x.count + how.steps * how.calls)
+    if role is None:
+        return x
+    return map_items(lambda a, b: advanced_optax(a, b, how), x, fresh)
