@@ -91,9 +91,8 @@ class with_hyperparams(Transform):
     schedule. A `by_path` is refused, because one number would replace the rates of all leaves: name
     the factor of a `scale(1.0)` after it, which multiplies them all. Like any array, a float is
     rounded to float32 (unless JAX is in x64 mode): 0.999 becomes 0.99900001, and `1 - b2` is
-    computed from that. Counts
-    (`steps`, `overwrite_frequency`) are int32. All others are floats, even if you give a whole
-    number.
+    computed from that. Counts (`steps`, `overwrite_frequency`) are int32. All others are floats,
+    even if you give a whole number.
 
     Args:
       tx: any transform.

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, Literal, TypeVar
 
 import jax
@@ -103,17 +103,18 @@ class _JittedStep:
     array. If it refuses an array that was donated, the error names that.
     """
 
-    def __init__(self, owner: str, jitted: Any) -> None:
-        self._owner, self._jitted = owner, jitted
+    def __init__(self, owner: str, jitted: Any, donated: Iterable[int] = ()) -> None:
+        """`donated` are the positions of the arguments that `jitted` donates."""
+        self._owner, self._jitted, self._donated = owner, jitted, set(donated)
         # For mypy, this class is no function: only its subclasses can be called.
         this: Any = self
         functools.update_wrapper(this, jitted, updated=())
 
     # A keyword of the user's function may have any name: the parameters here are positional-only.
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if current_mesh() is not None:
-            # There, JAX 0.10 crashes in place of an error.
-            self._expect_no_deleted(args, kwargs)
+        # Under a mesh, JAX 0.10 crashes in place of an error.
+        if current_mesh() is not None and self._has_fault_of_donation(args, kwargs):
+            self._explain_donation(None, args, kwargs)
         try:
             return method(*args, **kwargs)
         except TypeError:
@@ -127,11 +128,20 @@ class _JittedStep:
                 self._explain_donation(error, args, kwargs)
             raise
 
-    def _expect_no_deleted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        for x in jax.tree.leaves((args, kwargs)):
-            is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-            if is_array and x.is_deleted():
-                self._explain_donation(None, args, kwargs)
+    def _has_fault_of_donation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an array was donated before, or is donated now and passed twice."""
+
+        def arrays(tree: Any) -> list[Any]:
+            leaves = jax.tree.leaves(tree)
+            return [
+                x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            ]
+
+        donated = arrays([x for i, x in enumerate(args) if i in self._donated])
+        others = arrays([[x for i, x in enumerate(args) if i not in self._donated], kwargs])
+        ids = {id(x) for x in donated}
+        is_twice = len(ids) < len(donated) or any(id(x) in ids for x in others)
+        return is_twice or any(x.is_deleted() for x in (*donated, *others))
 
     def _explain_donation(
         self, error: Exception | None, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -172,7 +182,7 @@ class _JittedStep:
     def __getattr__(self, name: str) -> Any:
         # Special methods are those of this object. A copy that is being made has no `_jitted` yet,
         # and looking that up would call this method for ever.
-        if name.startswith("__") or name in ("_owner", "_jitted"):
+        if name.startswith("__") or name in ("_owner", "_jitted", "_donated"):
             raise AttributeError(name)
         return getattr(self._jitted, name)
 
@@ -274,7 +284,9 @@ def train_step(
         return apply_updates(params, updates, rounding=rounding, step=number), state, value
 
     step.__signature__ = signature_with_state(loss_fn)  # type: ignore[attr-defined]
-    return TrainStep("train_step", jax.jit(step, **{"donate_argnums": (0, 1), **jit_options}))
+    options = {"donate_argnums": (0, 1), **jit_options}
+    donated = np.atleast_1d(options["donate_argnums"]).tolist()
+    return TrainStep("train_step", jax.jit(step, **options), donated)
 
 
 def forward(

@@ -814,6 +814,14 @@ with jax.set_mesh(mesh):
         step(params, state)
     except ValueError as error:
         print(error)
+    one = jax.device_put(jnp.ones(16), NamedSharding(mesh, P("data")))
+    twice = {"w": one, "z": one}
+    try:
+        step(twice, adamjax.adam(0.1).init(twice))
+    except ValueError as error:
+        print(error)
+    keeping = adamjax.train_step(lambda p: jnp.sum(p["w"]), adamjax.adam(0.1), donate_argnums=())
+    keeping(twice, adamjax.adam(0.1).init(twice))
 """
 
 
@@ -821,6 +829,7 @@ def test_an_array_that_was_donated_under_a_mesh_is_an_error():
     """JAX 0.10 crashes there."""
     printed = run_on_devices(DEVICES, DONATED_TWICE)
     assert "train_step: params['w'] is deleted, as a step that donates" in printed
+    assert "train_step: params['z'] is the same array as params['w']" in printed
 
 
 SPLIT_UNDER_JIT = """
