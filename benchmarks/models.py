@@ -160,7 +160,7 @@ def measure_steps(
     # A contender's time divided by that of `exact`, and the time that the tables add to a step.
     ratio, tables_ms = {}, {}
     if "exact" in measured:
-        ratio = {n: measure.rounded([x[n] / x["exact"] for x in rounds]) for n in measured}
+        ratio = {n: measure.rounded_spread([x[n] / x["exact"] for x in rounds]) for n in measured}
     if "frozen" in measured:
         others = [n for n in measured if n != "frozen"]
         added = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
