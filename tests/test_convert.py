@@ -224,7 +224,7 @@ def test_a_run_that_comes_from_optax(name, x64):
     params, noises = new_params(), noise()
     (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
     expected, _ = taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle)
+    converted = convert.from_optax(state, ours, middle, theirs)
     assert jax.tree.structure(converted) == jax.tree.structure(ours.init(params))
     actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
@@ -236,7 +236,7 @@ def test_a_run_that_goes_to_optax(name, x64):
     params, noises = new_params(), noise()
     (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
     expected, _ = ours_taken(ours, middle, state, noises[BEFORE:])
-    converted = convert.to_optax(state, ours, middle, theirs.init(middle))
+    converted = convert.to_optax(state, ours, middle, theirs)
     actual, _ = taken(theirs, middle, converted, noises[BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
 
@@ -246,9 +246,8 @@ def test_there_and_back_is_the_same_state(name, x64):
     theirs, ours = pair(name)
     params = new_params()
     _, state = taken(theirs, params, theirs.init(params), noise()[:BEFORE])
-    back = convert.to_optax(
-        convert.from_optax(state, ours, params), ours, params, theirs.init(params)
-    )
+    converted = convert.from_optax(state, ours, params, theirs)
+    back = convert.to_optax(converted, ours, params, theirs)
     if name == "inject_hyperparams":  # which keeps the rates of the last step as well
         state, back = state.inner_state, back.inner_state
     assert_close(back, state, rtol=0)
@@ -269,18 +268,18 @@ def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
     young = state
     state = (state[0]._replace(count=jnp.asarray(count, jnp.int32)), *state[1:])
     expected, _ = taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle)
+    converted = convert.from_optax(state, ours, middle, theirs)
     actual, after = ours_taken(ours, middle, converted, noises[BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
-    back = convert.to_optax(after, ours, actual[-1], theirs.init(params))
+    back = convert.to_optax(after, ours, actual[-1], theirs)
     expected, _ = ours_taken(ours, actual[-1], after, noises[:AFTER])
     actual, _ = taken(theirs, actual[-1], back, noises[:AFTER])
     assert_close(actual, expected, rtol=1e-12)
     with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 10 steps"):
-        convert.from_optax(young, ours, middle)
+        convert.from_optax(young, ours, middle, theirs)
     _, young = ours_taken(ours, params, ours.init(params), noises[:2])
     with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 2 steps"):
-        convert.to_optax(young, ours, middle, theirs.init(params))
+        convert.to_optax(young, ours, middle, theirs)
 
 
 def test_optax_amsgrad_by_as_much_as_is_said(x64):
@@ -290,10 +289,10 @@ def test_optax_amsgrad_by_as_much_as_is_said(x64):
     (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
     state = (state[0]._replace(count=jnp.asarray(8_000, jnp.int32)), *state[1:])
     with pytest.raises(ValueError, match="rtol=") as refused:
-        convert.from_optax(state, ours, middle)
+        convert.from_optax(state, ours, middle, theirs)
     rtol = float(re.search(r"rtol=(\S+)", str(refused.value))[1])
     assert 1e-4 < rtol < 2e-4
-    converted = convert.from_optax(state, ours, middle, rtol=rtol)
+    converted = convert.from_optax(state, ours, middle, theirs, rtol=rtol)
     expected, _ = taken(theirs, middle, state, noises[BEFORE:][:1])
     actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:][:1])
     for a, b, p in zip(*map(jax.tree.leaves, (actual, expected, middle)), strict=True):
@@ -306,7 +305,7 @@ def test_adamax_with_epsilon_inside_the_maximum():
     params, noises = new_params(np.float32), noise(dtype=np.float32)
     (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
     expected, _ = taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle, rtol=1e-6)
+    converted = convert.from_optax(state, ours, middle, theirs, rtol=1e-6)
     actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
     # optax' 1 - b1**t is off by 1.2e-7 / (1 - b1**t), here at most 2e-7 of the steps.
     assert_close(actual, expected, rtol=2e-6)
@@ -315,20 +314,20 @@ def test_adamax_with_epsilon_inside_the_maximum():
     }
     small = (state[0]._replace(**tiny), *state[1:])
     with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it has epsilon inside"):
-        convert.from_optax(small, ours, middle)
+        convert.from_optax(small, ours, middle, theirs)
 
 
 def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
     theirs, ours = optax.adamax(RATE, eps=0.5), adamjax.adamax(RATE, eps=0.5)
     params, n = new_params(), noise()[0]
     (after,), state = taken(theirs, params, theirs.init(params), [n])
-    converted = convert.from_optax(state, ours, after, rtol=1e3)
+    converted = convert.from_optax(state, ours, after, theirs, rtol=1e3)
     sizes = jax.tree.map(lambda p, n: jnp.abs(gradient(p, n)), params, n)
     assert_close(adamjax.get_slot(converted, "u"), sizes, rtol=1e-15)
-    back = convert.to_optax(converted, ours, after, theirs.init(after), rtol=1e3)
+    back = convert.to_optax(converted, ours, after, theirs, rtol=1e3)
     assert_close(back, state, rtol=1e-15)
     with pytest.raises(ValueError, match=r"after 1 steps, a step may differ by"):
-        convert.to_optax(converted, ours, after, theirs.init(after))
+        convert.to_optax(converted, ours, after, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -356,7 +355,7 @@ def test_low_precision_parameters_with_float32_moments(dtype):
 
     (*_, middle), state = run(theirs, optax.apply_updates, params, theirs.init(wide), noises[:10])
     expected, _ = run(theirs, optax.apply_updates, middle, state, noises[10:])
-    converted = convert.from_optax(state, ours, middle)
+    converted = convert.from_optax(state, ours, wide, theirs)
     assert {x.dtype.name for x in jax.tree.leaves(adamjax.get_slot(converted, "v"))} == {"float32"}
     actual, _ = run(ours, adamjax.apply_updates, middle, converted, noises[10:])
     # optax' 1 - b2**t is off by 6e-8 / (1 - b2**t), 5e-6 at t = 11, half of which is in a step:
@@ -370,8 +369,8 @@ def test_low_precision_parameters_with_float32_moments(dtype):
         with pytest.raises(
             ValueError, match=r"'embed/table' is float32 and would be rounded to bfl"
         ):
-            convert.to_optax(converted, ours, middle, theirs.init(middle))
-        rounded = convert.to_optax(converted, ours, middle, theirs.init(middle), check=False)
+            convert.to_optax(converted, ours, middle, theirs)
+        rounded = convert.to_optax(converted, ours, middle, theirs, check=False)
         assert rounded[0].nu["embed"]["table"].dtype == jnp.bfloat16
 
 
@@ -446,12 +445,12 @@ def test_straight_into_exact_rows_and_back(name, x64):
     params, noises = new_params(), noise()
     (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
     expected, expected_state = dense_taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle)
+    converted = convert.from_optax(state, ours, middle, theirs)
     assert int(converted.clock) == BEFORE
     actual, ours_state = exact_taken(ours, middle, converted, noises[BEFORE:])
     # What exact_rows promises of rows that have caught up.
     assert_close(actual, expected, rtol=1e-8)
-    back = convert.to_optax(ours_state, ours, actual, theirs.init(params))
+    back = convert.to_optax(ours_state, ours, actual, theirs)
     assert_close(back, expected_state, rtol=1e-8)
 
 
@@ -464,7 +463,7 @@ def test_rows_that_lag_behind_are_not_converted():
     }
     _, state = jax.jit(ours.update)(grads, ours.init(params), params)
     with pytest.raises(ValueError, match=r"'embed/table' lag behind: .*flush"):
-        convert.to_optax(state, ours, params, optax.adam(RATE).init(params))
+        convert.to_optax(state, ours, params, optax.adam(RATE))
 
 
 # --- Keras ----------------------------------------------------------------------------------------
@@ -1073,9 +1072,9 @@ def test_an_average_is_given_where_there_is_none(x64):
     params = new_params()
     _, state = taken(theirs, params, theirs.init(params), noise()[:3])
     with pytest.raises(ValueError, match=r"no average: pass average="):
-        convert.from_optax(state, ours, params)
+        convert.from_optax(state, ours, params, theirs)
     average = jax.tree.map(lambda p: p + 1, params)
-    converted = convert.from_optax(state, ours, params, average=average)
+    converted = convert.from_optax(state, ours, params, theirs, average=average)
     assert_same(adamjax.averaged_weights(converted), average)
     assert [int(c) for c in (converted[0].count, converted[-1].count)] == [3, 3]
 
@@ -1084,7 +1083,7 @@ def test_converted_arrays_are_copies():
     theirs, ours = optax.adam(RATE), adamjax.adam(RATE, eps=1e-8)
     params = new_params(np.float32)
     state = theirs.init(params)
-    converted = convert.from_optax(state, ours, params)
+    converted = convert.from_optax(state, ours, params, theirs)
     jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0)(converted)
     assert float(jnp.sum(state[0].mu["embed"]["table"])) == 0
 
@@ -1093,9 +1092,9 @@ def test_integer_leaves_and_none_are_left_alone(x64):
     params = {"n": jnp.array(3), "none": None, "w": jnp.ones(2)}
     theirs, ours = optax.adam(RATE), adamjax.adam(RATE, eps=1e-8)
     state = (theirs.init(params)[0]._replace(count=jnp.array(4)), optax.EmptyState())
-    converted = convert.from_optax(state, ours, params)
+    converted = convert.from_optax(state, ours, params, theirs)
     assert adamjax.get_slot(converted, "m")["n"] is None
-    back = convert.to_optax(converted, ours, params, theirs.init(params))
+    back = convert.to_optax(converted, ours, params, theirs)
     assert int(back[0].count) == 4
 
 
@@ -1112,7 +1111,7 @@ REFUSED = {
     "the default epsilon": (
         lambda: (old_state(), adamjax.adam(RATE)),
         r"'a': optax has epsilon on the corrected root \(eps\), tx has eps_hat=1e-07: build tx "
-        r"with eps=",
+        r"with eps=.*weight_decay=1e-4 in optax.adamw",
     ),
     "a leaf that is missing": (
         lambda: (old_state({"a": PARAMS["a"]}), adamjax.adam(RATE, eps=1e-8)),
@@ -1133,20 +1132,6 @@ REFUSED = {
     "another rule, other way": (
         lambda: (old_state(), adamjax.amsgrad(RATE, eps=1e-8)),
         r"keeps \['mu', 'nu'\] of 'a'.*for amsgrad expected \['mu', 'nu', 'nu_max'\]",
-    ),
-    "another momentum": (
-        lambda: (
-            old_state(tx=optax.inject_hyperparams(optax.adam)(RATE, b1=0.8)),
-            adamjax.adam(RATE, eps=1e-8),
-        ),
-        r"'a': optax has b1=0.8, tx has b1=0.9: build tx with b1=0.8",
-    ),
-    "an epsilon within the root": (
-        lambda: (
-            old_state(tx=optax.inject_hyperparams(optax.adam)(RATE, eps_root=0.5)),
-            adamjax.adam(RATE, eps=1e-8),
-        ),
-        r"'a': optax has eps_root=0.5, tx has none",
     ),
     "a state that is not known": (
         lambda: (
@@ -1181,7 +1166,7 @@ def test_what_does_not_fit_is_refused(name):
     make, message = REFUSED[name]
     state, tx = make()
     with pytest.raises(ValueError, match=message):
-        convert.from_optax(state, tx, jax.tree.map(jnp.asarray, PARAMS))
+        convert.from_optax(state, tx, jax.tree.map(jnp.asarray, PARAMS), OLD)
 
 
 def test_check_false_takes_the_arrays_all_the_same():
@@ -1430,7 +1415,7 @@ def test_two_leaves_with_one_path_are_refused():
     params = {"a/b": jnp.ones(2), "a": {"b": 2 * jnp.ones(2)}}
     old = optax.adam(0.1)
     with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
-        convert.from_optax(old.init(params), adamjax.adam(0.1, eps=1e-8), params)
+        convert.from_optax(old.init(params), adamjax.adam(0.1, eps=1e-8), params, old)
 
 
 def built_keras(keras, kind, **options):
@@ -1763,46 +1748,6 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
             convert.to_keras(constant.init(params), constant, params, variables)
 
 
-OF_RATES = {
-    "adam": optax.adam,
-    "injected": lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate),
-    "injected behind": lambda rate: optax.chain(
-        optax.scale_by_adam(),
-        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate),
-    ),
-    "masked": lambda rate: optax.masked(optax.adam(rate), {"w": True}),
-    "MultiSteps": lambda rate: optax.MultiSteps(optax.adam(rate), 1),
-}
-
-
-@pytest.mark.parametrize("name", OF_RATES)
-def test_a_state_of_optax_says_that_there_is_a_schedule(name):
-    params, falls = {"w": jnp.ones(3)}, optax.linear_schedule(0.1, 0.0, 10)
-    state = OF_RATES[name](falls).init(params)
-    constant = adamjax.adam(0.1, eps=1e-8)
-    adam = adamjax.scale_by_adam(eps=1e-8)
-    for tx in (
-        constant,
-        adamjax.chain(adam, adamjax.scale(-0.1)),
-        adamjax.chain(adam, optax.scale(-0.1)),
-        adamjax.partition([("w", constant)], default=adamjax.with_hyperparams(constant, b1=0.9)),
-    ):
-        with pytest.raises(ValueError, match=r"'w': optax has .*schedule .* tx has a constant one"):
-            convert.from_optax(state, tx, params)
-        with pytest.raises(ValueError, match=r"to_optax: .*follows a schedule"):
-            convert.to_optax(tx.init(params), tx, params, state)
-    for tx in (
-        adamjax.adam(falls, eps=1e-8),
-        adamjax.adam(adamjax.constant(0.1), eps=1e-8),
-        adamjax.with_hyperparams(constant, learning_rate=0.1),
-        adamjax.chain(adam, optax.scale_by_learning_rate(falls)),
-    ):
-        convert.from_optax(state, tx, params)
-    convert.from_optax(state, constant, params, check=False)
-    # A run with a constant rate may go on with a schedule.
-    convert.from_optax(OF_RATES[name](0.1).init(params), adamjax.adam(falls, eps=1e-8), params)
-
-
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     optimizer = keras.optimizers.Adam(0.1)
@@ -1819,7 +1764,7 @@ def test_states_that_were_restored_without_their_classes():
     bare = [dict(optax.adam(0.1).init(params)[0]._asdict()), {}]
     for restored in (bare, {}):
         with pytest.raises(ValueError, match=r"moments of no leaf, .*restored without its classes"):
-            convert.from_optax(restored, tx, params)
+            convert.from_optax(restored, tx, params, OLD)
     for restored in (bare, (bare[0], {}), {"0": bare[0]}):
         with pytest.raises(TypeError, match=r"the state is a \w+, expected .*without its classes"):
             tx.update(params, restored, params)
@@ -2079,23 +2024,14 @@ def test_of_optax_states_only_adams_are_taken(theirs):
         pytest.skip("its state is of Adam's class")
     for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.amsgrad(0.1, eps=1e-8)):
         with pytest.raises(ValueError, match="from_optax: "):
-            convert.from_optax(state, tx, params)
+            convert.from_optax(state, tx, params, theirs)
 
 
-def test_the_epsilon_error_says_what_else_an_optax_state_does_not():
+def test_the_epsilon_error_names_the_other_defaults_of_optax():
     params = {"w": jnp.ones(2)}
     old = optax.adamw(0.1)
-    with pytest.raises(ValueError, match=r"b1, b2, the rate and the weight decay .*1e-4.*0.004"):
-        convert.from_optax(old.init(params), adamjax.adamw(0.1), params)
-
-
-def test_an_injected_weight_decay_is_compared():
-    params = {"w": jnp.ones(2)}
-    old = optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=1e-4)
-    with pytest.raises(ValueError, match=r"weight decay of 0.0001.*add_decayed_weights"):
-        convert.from_optax(old.init(params), adamjax.adamw(0.1, eps=1e-8), params)
-    tx = adamjax.adamw(0.1, eps=1e-8, weight_decay=1e-4)
-    convert.from_optax(old.init(params), tx, params)
+    with pytest.raises(ValueError, match=r"b1=0.9, b2=0.999, and weight_decay=1e-4 .*0.004"):
+        convert.from_optax(old.init(params), adamjax.adamw(0.1), params, old)
 
 
 @pytest.mark.parametrize(
@@ -2115,9 +2051,9 @@ def test_moments_that_no_gradients_leave_are_refused(change, message):
     g = {"w": jnp.array([300.0, -2.0, 0.01])}
     _, state = old.update(g, old.init(params), params)
     tx = adamjax.adam(0.1, eps=1e-8)
-    convert.from_optax(state, tx, params)
+    convert.from_optax(state, tx, params, old)
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
-        convert.from_optax((change(state[0]), *state[1:]), tx, params)
+        convert.from_optax((change(state[0]), *state[1:]), tx, params, old)
 
 
 def test_moments_whose_squares_are_too_small_for_float16():
@@ -2126,11 +2062,11 @@ def test_moments_whose_squares_are_too_small_for_float16():
     for _ in range(3):
         _, state = old.update({"w": jnp.full(3, 1e-4, jnp.float16)}, state, params)
     assert not np.any(state[0].nu["w"])
-    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params)
+    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params, old)
     assert_same(adamjax.get_slot(made, "m")["w"], state[0].mu["w"].astype(jnp.float32))
     large = state[0]._replace(mu={"w": jnp.ones(3, jnp.float16)})
     with pytest.raises(ValueError, match="mu is larger than nu allows"):
-        convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params)
+        convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params, old)
 
 
 def momenta(decay, b1=0.9):
@@ -2322,59 +2258,6 @@ def test_square_kernels_of_torch_may_be_transposed(leaf, names):
 OPTAX_CONSTANT = optax.chain(optax.scale_by_adam(), optax.scale(-RATE))
 
 
-@pytest.mark.parametrize(
-    ("theirs", "wrong", "right", "message"),
-    [
-        (
-            optax.chain(optax.scale_by_schedule(lambda count: 2.0), OPTAX_CONSTANT),
-            adamjax.adam(RATE, eps=1e-8),
-            adamjax.chain(
-                adamjax.scale(-1.0),
-                adamjax.scale_by_learning_rate(adamjax.constant(2.0)),
-                adamjax.adam(RATE, eps=1e-8),
-            ),
-            "a schedule that scales the gradients before the rule, tx has none there",
-        ),
-        (
-            optax.chain(
-                optax.MultiSteps(optax.scale_by_adam(), 2),
-                optax.scale_by_learning_rate(lambda count: RATE),
-            ),
-            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE), eps=1e-8), 2),
-            adamjax.chain(
-                adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 2),
-                adamjax.scale_by_learning_rate(adamjax.constant(RATE)),
-            ),
-            "a schedule of the rate that counts calls, tx has one of steps.*put it outs",
-        ),
-        (
-            optax.MultiSteps(optax.adam(lambda count: RATE), 2),
-            adamjax.chain(
-                adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 2),
-                adamjax.scale_by_learning_rate(adamjax.constant(RATE)),
-            ),
-            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE), eps=1e-8), 2),
-            "a schedule of the rate that counts steps, tx has one of calls.*put it inside",
-        ),
-    ],
-    ids=["before the rule", "of calls", "of steps"],
-)
-def test_schedules_of_optax_keep_their_place(theirs, wrong, right, message):
-    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
-    old = theirs.init(params)
-    for _ in range(3):
-        _, old = theirs.update(params, old, params)
-    with pytest.raises(ValueError, match=message):
-        convert.from_optax(old, wrong, params)
-    state = convert.from_optax(old, right, params)
-    convert.from_optax(old, wrong, params, check=False)
-    with pytest.raises(ValueError, match=message):
-        convert.to_optax(wrong.init(params), wrong, params, theirs.init(params))
-    back = convert.to_optax(state, right, params, theirs.init(params))
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(old), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
 def test_a_kernel_whose_shape_is_clear_speaks_for_no_other():
     slots, shapes = ("exp_avg", "exp_avg_sq"), {"w0": (2, 3), "w1": (2, 2), "gate": (2, 2)}
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
@@ -2551,21 +2434,22 @@ def test_parameters_of_another_state_are_refused(params, message):
     """What a target says is compared by the paths of the parameters: of others nothing would be."""
     own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
     with pytest.raises(ValueError, match=message):
-        convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OLD.init(own))
+        convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OLD)
 
 
 @pytest.mark.parametrize("rtol", [-1.0, float("nan"), "1"])
 def test_an_rtol_that_is_none_is_refused(rtol):
     params = jax.tree.map(jnp.asarray, PARAMS)
-    state = old_state(tx=optax.amsgrad(RATE))
+    theirs = optax.amsgrad(RATE)
+    state = old_state(tx=theirs)
     with pytest.raises(ValueError, match=f"rtol is {rtol!r}"):
-        convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, rtol=rtol)
+        convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, theirs, rtol=rtol)
 
 
 def test_a_state_that_is_traced_is_refused():
     tx, params = adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS)
     with pytest.raises(ValueError, match=r"the count of 'a' is being traced.* outside of jit"):
-        jax.jit(lambda s: convert.from_optax(s, tx, params))(old_state())
+        jax.jit(lambda s: convert.from_optax(s, tx, params, OLD))(old_state())
 
 
 def test_a_rate_that_is_scaled_is_another_rate():
@@ -2578,7 +2462,7 @@ def test_a_rate_that_is_scaled_is_another_rate():
 
 # --- all of optax ---------------------------------------------------------------------------------
 
-# Whose states are of Adam's class, so that only `tx` says which rule they are of.
+# Their states are of Adam's class.
 LIKE_ADAM = {
     *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "lamb", "yogi", "adopt"),
 }
@@ -2598,7 +2482,7 @@ def optax_optimizers():
 
 @pytest.mark.filterwarnings("ignore")
 def test_all_of_optax_but_adams_are_refused():
-    """Those of future versions too, but where they keep states of Adam's class."""
+    """Those of future versions too."""
     params, taken, seen = {"w": jnp.ones((3, 2))}, set(), 0
     txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
     for name, make in optax_optimizers():
@@ -2611,18 +2495,20 @@ def test_all_of_optax_but_adams_are_refused():
         for tx in txs:
             ours = tx(0.1, eps=1e-8)
             try:
-                convert.from_optax(state, ours, params, rtol=10.0)
-            except ValueError as error:
+                convert.from_optax(state, ours, params, theirs, rtol=10.0)
+            except (TypeError, ValueError) as error:
                 assert "from_optax: " in str(error)  # noqa: PT017
                 if name not in LIKE_ADAM:
-                    with pytest.raises(ValueError, match="to_optax: "):
-                        convert.to_optax(ours.init(params), ours, params, state, rtol=10.0)
+                    with pytest.raises((TypeError, ValueError), match="to_optax: "):
+                        convert.to_optax(ours.init(params), ours, params, theirs, rtol=10.0)
             else:
                 taken.add((name, tx.__name__))
     assert seen > 20
-    assert {name for name, tx in taken if tx == "amsgrad"} == {"amsgrad"}
-    others = {name for name, tx in taken if tx != "amsgrad"}
-    assert {"adam", "adamw", "adamax"} <= others <= LIKE_ADAM
+    names = {tx: {name for name, other in taken if other == tx} for _, tx in taken}
+    assert names["adam"] == {"adam"}
+    assert names["amsgrad"] == {"amsgrad"}
+    # Of other forms, as much may differ as rtol says.
+    assert {"adamax", "nadam"} <= names["adamax"] | names["nadam"] <= LIKE_ADAM
 
 
 class MyState(NamedTuple):
@@ -2635,14 +2521,6 @@ class MyState(NamedTuple):
 
 class MyWrapper(NamedTuple):
     inner_state: tuple
-
-
-def injected(**options):
-    return optax.inject_hyperparams(optax.adamw, static_args="mask")(RATE, **options)
-
-
-def clipped(max_norm, learning_rate):
-    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate))
 
 
 OPTAX_STRANGE = {
@@ -2664,18 +2542,6 @@ OPTAX_STRANGE = {
     "an average of gradients": (
         lambda: old_state(tx=optax.chain(optax.ema(0.9), OLD)),
         r"no place for a EmaState",
-    ),
-    "a schedule of b1": (
-        lambda: old_state(tx=injected(b1=lambda count: 0.9)),
-        r"calls a schedule for b1, and the state does not show what it does with it: pass opt",
-    ),
-    "another weight decay": (
-        lambda: old_state(tx=injected(weight_decay=0.5)),
-        r"a weight decay of 0.5, tx has 0 before",
-    ),
-    "a hyperparameter of something else": (
-        lambda: old_state(tx=optax.inject_hyperparams(clipped)(2.0, RATE)),
-        r"optax has max_norm=2.0, tx has no such max_norm: build tx with a transform that has",
     ),
     "micro-batches that are skipped": (
         lambda: old_state(
@@ -2704,28 +2570,7 @@ def test_strange_states_of_optax_are_refused(name):
     make, message = OPTAX_STRANGE[name]
     tx = adamjax.adam(RATE, eps=1e-8)
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
-        convert.from_optax(make(), tx, jax.tree.map(jnp.asarray, PARAMS))
-
-
-def test_hyperparameters_that_are_injected_are_found_in_tx():
-    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    state = old_state(tx=optax.inject_hyperparams(clipped)(2.0, RATE))
-    convert.from_optax(state, adamjax.chain(adamjax.clip_by_global_norm(2.0), adam), params)
-    with pytest.raises(ValueError, match=r"max_norm=2.0, tx has no such max_norm"):
-        convert.from_optax(state, adamjax.chain(adamjax.clip_by_global_norm(1.0), adam), params)
-
-
-def test_an_injected_decay_may_be_masked():
-    """The mask is not in the state: that some leaf decays is compared."""
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    state = old_state(tx=injected(weight_decay=0.5, mask={"a": True, "b": False}))
-    masked = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.5, mask="^a")
-    convert.from_optax(state, masked, params)
-    for decay in (0.25, 0.0):
-        with pytest.raises(ValueError, match=r"weight decay of 0.5"):
-            convert.from_optax(
-                state, adamjax.adamw(RATE, eps=1e-8, weight_decay=decay, mask="^a"), params
-            )
+        convert.from_optax(make(), tx, jax.tree.map(jnp.asarray, PARAMS), OLD)
 
 
 def test_more_micro_batches_than_a_step_takes():
@@ -2733,7 +2578,7 @@ def test_more_micro_batches_than_a_step_takes():
     state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
     tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
     with pytest.raises(ValueError, match=r"accumulated 3 micro-batches.*a step of tx takes 2"):
-        convert.from_optax(state, tx, params)
+        convert.from_optax(state, tx, params, OLD)
 
 
 def test_a_state_of_another_transform_with_other_shapes_is_not_copied():
@@ -2742,81 +2587,11 @@ def test_a_state_of_another_transform_with_other_shapes_is_not_copied():
     state = optax.trace(0.9).init(turned), *old_state()
     tx = adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))
     with pytest.raises(ValueError, match=r"the source has no TraceState of these shapes"):
-        convert.from_optax(state, tx, params)
+        convert.from_optax(state, tx, params, OLD)
 
-
-# --- hyperparameters that are injected outside of the rule ----------------------------------------
 
 INJECT = optax.inject_hyperparams
 RATE_ALONE, DECAY_ALONE = INJECT(optax.scale_by_learning_rate), INJECT(optax.add_decayed_weights)
-
-
-def ours_of(rate, **options):
-    return adamjax.adam(rate, eps=1e-8, **options)
-
-
-LOOSE = {
-    "a rate": (lambda rate: optax.chain(optax.scale_by_adam(), RATE_ALONE(rate)), ours_of),
-    "a factor": (
-        lambda rate: optax.chain(optax.scale_by_adam(), INJECT(optax.scale)(-rate)),
-        ours_of,
-    ),
-    "a decay": (
-        lambda decay: optax.chain(optax.scale_by_adam(), DECAY_ALONE(decay), RATE_ALONE(0.5)),
-        lambda decay: adamjax.adamw(0.5, eps=1e-8, weight_decay=decay),
-    ),
-    "a masked decay": (
-        lambda decay: optax.chain(
-            optax.scale_by_adam(),
-            optax.masked(DECAY_ALONE(decay), {"a": True, "b": False}),
-            RATE_ALONE(0.5),
-        ),
-        lambda decay: adamjax.adamw(0.5, eps=1e-8, weight_decay=decay, mask="a"),
-    ),
-    "a rate in each part": (
-        lambda rate: optax.multi_transform(
-            {
-                "one": optax.chain(optax.scale_by_adam(), RATE_ALONE(rate)),
-                "other": optax.chain(optax.scale_by_adam(), RATE_ALONE(0.5)),
-            },
-            {"a": "one", "b": "other"},
-        ),
-        lambda rate: adamjax.partition({"a": ours_of(rate)}, default=ours_of(0.5)),
-    ),
-    "a clip": (
-        lambda limit: optax.chain(
-            INJECT(optax.clip_by_global_norm)(limit), optax.scale_by_adam(), RATE_ALONE(0.5)
-        ),
-        lambda limit: adamjax.chain(adamjax.clip_by_global_norm(limit), ours_of(0.5)),
-    ),
-}
-
-
-@pytest.mark.parametrize("what", LOOSE)
-def test_what_is_injected_outside_of_the_rule_is_compared(what):
-    theirs, ours = LOOSE[what]
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    state = old_state(tx=theirs(0.25))
-    convert.from_optax(state, ours(0.25), params)
-    convert.to_optax(ours(0.25).init(params), ours(0.25), params, theirs(0.25).init(params))
-    wanted = r"optax has (a learning rate of|a weight decay of|max_norm=) ?0.25.*, tx has"
-    with pytest.raises(ValueError, match=f"from_optax: .*{wanted}"):
-        convert.from_optax(state, ours(0.125), params)
-    with pytest.raises(ValueError, match=f"to_optax: .*{wanted}"):
-        convert.to_optax(ours(0.125).init(params), ours(0.125), params, theirs(0.25).init(params))
-    convert.from_optax(state, ours(0.125), params, check=False)
-
-
-def test_an_injected_rate_whose_leaves_are_not_said_is_refused():
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    tx = ours_of(adamjax.by_path({"a": 0.25}, default=0.5))
-    for one in (RATE_ALONE, optax.scale_by_schedule):
-        rates = {"one": one(lambda count: 0.25), "other": RATE_ALONE(0.5)}
-        parts = optax.multi_transform(rates, {"a": "one", "b": "other"})
-        state = old_state(tx=optax.chain(optax.scale_by_adam(), parts))
-        with pytest.raises(ValueError, match=r"does not show for which leaves: pass optimizer="):
-            convert.from_optax(state, tx, params)
-        convert.from_optax(state, tx, params, check=False)
 
 
 # --- state dicts and variables that are malformed -------------------------------------------------
@@ -2980,10 +2755,10 @@ def conversions(tx, params, others=None):
     keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
     torch = {**torch_state(), "state": {}}
     return {
-        "from_optax": lambda: convert.from_optax(old, tx, params),
+        "from_optax": lambda: convert.from_optax(old, tx, params, OLD),
         "from_keras": lambda: convert.from_keras(keras, tx, params),
         "from_torch": lambda: convert.from_torch(torch, tx, params),
-        "to_optax": lambda: convert.to_optax(state, tx, params, old),
+        "to_optax": lambda: convert.to_optax(state, tx, params, OLD),
         "to_keras": lambda: convert.to_keras(state, tx, params, keras),
         "to_torch": lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
     }
@@ -3050,7 +2825,7 @@ def test_a_state_of_another_rule_is_not_that_of_tx(name):
     wanted = rf"the state has a {theirs} where tx has scale_by_adam.*expected a \w+ of {ours}: pass"
     keras, torch = keras_pairs(), {**torch_state(), "state": {}}
     for call in (
-        lambda: convert.to_optax(state, tx, params, OLD.init(params)),
+        lambda: convert.to_optax(state, tx, params, OLD),
         lambda: convert.to_keras(state, tx, params, keras),
         lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
     ):
@@ -3095,10 +2870,10 @@ def test_the_slots_of_a_users_own_wrapper_are_not_dropped():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), look_ahead(ADAM)
     state, new = tx.init(params), OLD.init(params)
     with pytest.raises(ValueError, match="to_optax: the state keeps slow in a LookAheadState, and"):
-        convert.to_optax(state, tx, params, new)
-    assert_same(convert.to_optax(state, tx, params, new, check=False), new)
-    assert_same(convert.to_optax(state.inner, tx.tx, params, new), new)
-    assert_same(convert.from_optax(new, tx, params), state)
+        convert.to_optax(state, tx, params, OLD)
+    assert_same(convert.to_optax(state, tx, params, OLD, check=False), new)
+    assert_same(convert.to_optax(state.inner, tx.tx, params, OLD), new)
+    assert_same(convert.from_optax(new, tx, params, check=False), state)
 
 
 def test_master_weights_are_converted_as_parameters():
@@ -3106,13 +2881,13 @@ def test_master_weights_are_converted_as_parameters():
     tx, new = adamjax.master_weights(ADAM), OLD.init(jax.tree.map(jnp.asarray, PARAMS))
     state = tx.init(params)
     for call in (
-        lambda: convert.from_optax(new, tx, params),
-        lambda: convert.to_optax(state, tx, params, new),
+        lambda: convert.from_optax(new, tx, params, OLD),
+        lambda: convert.to_optax(state, tx, params, OLD),
     ):
         with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
             call()
-    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, new), new)
-    assert_same(convert.from_optax(new, tx.tx, state.weights), state.inner)
+    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, OLD), new)
+    assert_same(convert.from_optax(new, tx.tx, state.weights, OLD), state.inner)
 
 
 def test_an_average_of_a_single_array():
@@ -3146,47 +2921,24 @@ def test_the_order_of_a_named_chain_is_not_guessed():
     tx = adamjax.chain(*rules, adamjax.scale(-0.1))
     _, state = named.update({"w": jnp.array([1.0, -2.0, 3.0])}, named.init(params), params)
     with pytest.raises(ValueError, match=r"'w' has several rules .*make it a tuple"):
-        convert.from_optax(state, tx, params)
+        convert.from_optax(state, tx, params, named)
     with pytest.raises(ValueError, match=r"'w' has several rules .*make it a tuple"):
-        convert.to_optax(tx.init(params), tx, params, state)
-    converted = convert.from_optax(tuple(state[key] for key in ("z", "a", "lr")), tx, params)
+        convert.to_optax(tx.init(params), tx, params, named)
+    in_order = tuple(state[key] for key in ("z", "a", "lr"))
+    chained = optax.chain(first, second, optax.scale(-0.1))
+    converted = convert.from_optax(in_order, tx, params, chained)
     assert_close(converted[0].m, state["z"].mu, rtol=0)
     assert_close(converted[1].m, state["a"].mu, rtol=0)
-
-
-def test_a_schedule_in_a_named_chain_is_seen():
-    """Also where its name sorts before that of the rule; a partition has one for each group."""
-    falls, params = adamjax.cosine_decay(0.1, 10), {"a": jnp.ones(3), "b": jnp.ones(2)}
-    constant, follows = (adamjax.adam(rate, eps=1e-8) for rate in (0.1, falls))
-    schedule = optax.scale_by_schedule(lambda count: -falls(count))
-    named = optax.named_chain(("rule", optax.scale_by_adam()), ("lr", schedule)).init(params)
-    with pytest.raises(ValueError, match="a learning rate that follows a schedule"):
-        convert.from_optax(named, constant, params)
-    convert.from_optax(named, follows, params)
-    groups = {"x": optax.adam(0.1), "y": optax.adam(falls)}
-    state = optax.multi_transform(groups, {"a": "x", "b": "y"}).init(params)
-    convert.from_optax(state, adamjax.partition([("a", constant)], default=follows), params)
-    with pytest.raises(ValueError, match=r"'b': .* that follows a schedule"):
-        convert.from_optax(state, constant, params)
-
-
-def test_a_schedule_of_an_injected_decay_is_seen():
-    falls, params = adamjax.cosine_decay(0.1, 10), {"w": jnp.ones(3)}
-    optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=falls)
-    state = optimizer.init(params)
-    for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1)):
-        with pytest.raises(ValueError, match="a weight decay that follows a schedule"):
-            convert.from_optax(state, tx, params)
-    convert.from_optax(state, adamjax.adamw(0.1, eps=1e-8, weight_decay=falls), params)
 
 
 @pytest.mark.parametrize("count", [-3, 2.7, None, jnp.ones((2, 3))], ids=str)
 def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
     params = {"w": jnp.ones(3)}
-    state = optax.apply_if_finite(optax.adam(0.1), 3).init(params)
+    theirs = optax.apply_if_finite(optax.adam(0.1), 3)
+    state = theirs.init(params)
     tx = adamjax.skip_not_finite(adamjax.adam(0.1, eps=1e-8))
     with pytest.raises((TypeError, ValueError), match="from_optax: the count of total_notfinite"):
-        convert.from_optax(state._replace(total_notfinite=count), tx, params)
+        convert.from_optax(state._replace(total_notfinite=count), tx, params, theirs)
 
 
 def fresh_torch(names=None):
@@ -3311,6 +3063,7 @@ def nested_accumulation(inner, outer):
     )
 
 
+MOVES = "tx moves an element"
 # For each: the transform of optax, that of adamjax, the steps before, and the error.
 GOES_ON_OTHERWISE = {
     "nested accumulation": (
@@ -3341,13 +3094,13 @@ GOES_ON_OTHERWISE = {
         INJECT(optax.adam)(learning_rate=0.1, b1=0.5),
         optax.chain(adamjax.clip_by_value(9.0), adam_like_optax(0.2)),
         2,
-        r"hyperparameters, learning_rate, b1.*use adamjax.chain",
+        MOVES,
     ),
     "hidden rules, a schedule": (
         optax.adam(FALLS),
         optax.chain(adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)),
         2,
-        r"hyperparameters, a schedule of the rate, tx",
+        MOVES,
     ),
     "a rate that another leaf sets": (
         optax.adam(FALLS),
@@ -3356,7 +3109,7 @@ GOES_ON_OTHERWISE = {
             default=adam_like_optax(),
         ),
         2,
-        "'b': .* follows a schedule .* tx has a constant one",
+        MOVES,
     ),
     "a transform without a state": (
         optax.chain(
@@ -3366,19 +3119,19 @@ GOES_ON_OTHERWISE = {
             adamjax.scale_by_adam(eps=1e-8), optax.clip(1.0), adamjax.scale_by_learning_rate(0.1)
         ),
         2,
-        "follows a schedule .* tx has a constant one",
+        MOVES,
     ),
     "a clip before the rule": (
         optax.chain(optax.scale_by_schedule(FALLS), optax.clip(1.0), optax.adam(0.1)),
         adamjax.chain(optax.clip(1.0), adam_like_optax()),
         2,
-        "a schedule that scales the gradients before the rule",
+        MOVES,
     ),
     "a product of factors": (
         optax.chain(optax.scale_by_adam(), INJECT(optax.scale)(0.5), RATE_ALONE(0.1)),
         adam_like_optax(),
         2,
-        "a learning rate of 0.05, tx has 0.1",
+        MOVES,
     ),
     "a decay's schedule of the other leaf": (
         INJECT(optax.adamw)(learning_rate=0.1, weight_decay=FALLS),
@@ -3387,13 +3140,13 @@ GOES_ON_OTHERWISE = {
             default=adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1),
         ),
         2,
-        "'b': .* a weight decay that follows a schedule, tx has a constant one",
+        MOVES,
     ),
     "decays that are constants by path": (
         INJECT(optax.adamw)(learning_rate=0.1, weight_decay=FALLS),
         adamjax.adamw(0.1, eps=1e-8, weight_decay=adamjax.by_path([("^a", 0.1)], default=0.3)),
         2,
-        "a weight decay that follows a schedule, tx has a constant one",
+        MOVES,
     ),
     "a decay in calls": (
         micro_batches(INJECT(optax.adamw)(learning_rate=0.1, weight_decay=0.1), 2),
@@ -3403,7 +3156,7 @@ GOES_ON_OTHERWISE = {
             adamjax.scale_by_learning_rate(0.1),
         ),
         2,
-        "a weight decay in its steps, tx has one of calls.*put it inside",
+        MOVES,
     ),
     "accumulation within accumulation": (
         micro_batches(optax.adam(0.1), 6),
@@ -3415,19 +3168,19 @@ GOES_ON_OTHERWISE = {
         optax.chain(INJECT(optax.add_decayed_weights)(0.3), optax.adam(0.1)),
         adamjax.adamw(0.1, eps=1e-8, weight_decay=0.3),
         2,
-        "a weight decay of 0.3, tx has 0 before its rule and 0.3 after it",
+        MOVES,
     ),
     "a decay alone after the rule": (
         optax.chain(optax.scale_by_adam(), INJECT(optax.add_decayed_weights)(0.3), RATE_ALONE(0.1)),
         adamjax.chain(adamjax.add_decayed_weights(0.3), adam_like_optax()),
         2,
-        "a weight decay of 0.3, tx has 0.3 before its rule and 0 after it",
+        MOVES,
     ),
     "a decay's schedule before the rule": (
         optax.chain(optax.add_decayed_weights(FALLS), optax.adam(0.1)),
         adamjax.adamw(0.1, eps=1e-8, weight_decay=FALLS),
         2,
-        "a weight decay before the rule, tx has one after it",
+        MOVES,
     ),
     "skipped steps": (
         optax.apply_if_finite(optax.adam(0.1), 3),
@@ -3439,31 +3192,31 @@ GOES_ON_OTHERWISE = {
         optax.chain(RATE_ALONE(FALLS), optax.scale_by_adam(), optax.scale(0.1)),
         adam_like_optax(FALLS),
         2,
-        "a schedule that scales the gradients before the rule",
+        MOVES,
     ),
     "a rate before the rule": (
         optax.chain(RATE_ALONE(0.5), optax.scale_by_adam(), optax.scale(0.1)),
         adam_like_optax(0.5),
         2,
-        "a rate of 0.5 scales the gradients before the rule: pass optimizer=",
+        MOVES,
     ),
     "the rate of the first of two rules": (
         optax.chain(INJECT(optax.adam)(learning_rate=0.1), INJECT(optax.adam)(learning_rate=0.2)),
         adamjax.chain(adam_like_optax(0.5), adam_like_optax(0.2)),
         2,
-        "the leaf 'a' has several rules.*: pass optimizer=",
+        MOVES,
     ),
     "a rate between two rules": (
         optax.chain(optax.scale_by_adam(), RATE_ALONE(0.1), optax.adam(0.2)),
         adamjax.chain(adam_like_optax(0.2), adam_like_optax(0.1)),
         2,
-        "the leaf 'a' has several rules.*: pass optimizer=",
+        MOVES,
     ),
     "the rate of a leaf without a rule": (
         optax.chain(optax.masked(optax.scale_by_adam(), {"a": True, "b": False}), RATE_ALONE(0.1)),
         adamjax.partition([("^a", adam_like_optax())], default=adamjax.scale_by_learning_rate(0.5)),
         2,
-        "the leaf 'b' has no rule, and the state does not show whether its rates.*optimizer=",
+        MOVES,
     ),
     "the rate of a part without a rule": (
         INJECT(
@@ -3474,13 +3227,13 @@ GOES_ON_OTHERWISE = {
         )(learning_rate=0.1),
         adamjax.partition([("^a", adam_like_optax())], default=adamjax.scale_by_learning_rate(0.5)),
         2,
-        "states a rate or a weight decay of a mask or a part, .* does with it for 'a': pass optim",
+        MOVES,
     ),
     "two schedules": (
         optax.chain(optax.adam(FALLS), optax.scale_by_schedule(FALLS)),
         adam_like_optax(FALLS),
         2,
-        "follows 2 of its schedules, tx has one that follows 1",
+        MOVES,
     ),
     "one schedule for two": (
         optax.adam(FALLS),
@@ -3488,7 +3241,7 @@ GOES_ON_OTHERWISE = {
             adam_like_optax(FALLS), adamjax.scale(-1.0), adamjax.scale_by_learning_rate(FALLS)
         ),
         2,
-        "follows 1 of its schedules, tx has one that follows 2.*pass optimizer=",
+        MOVES,
     ),
     "schedules before and after": (
         optax.chain(optax.scale_by_schedule(FALLS), optax.adam(LATE)),
@@ -3496,43 +3249,43 @@ GOES_ON_OTHERWISE = {
             adamjax.scale(-1.0), adamjax.scale_by_learning_rate(LATE), adam_like_optax(FALLS)
         ),
         2,
-        "schedules before the rule and after it.*: pass optimizer=",
+        MOVES,
     ),
     "a raw gradient": (
         optax.chain(optax.masked(optax.scale_by_adam(), {"a": True, "b": False}), RATE_ALONE(0.1)),
         adamjax.masked(adam_like_optax(), "a"),
         2,
-        "the leaf 'b' has no rule, and the state does not show whether its rates.*optimizer=",
+        MOVES,
     ),
     "an injected clip of some leaves": (
         optax.chain(optax.masked(INJECT(optax.clip)(0.1), ONLY_A), optax.adam(0.1)),
         adamjax.chain(adamjax.clip_by_value(0.1), adam_like_optax()),
         2,
-        "max_delta is within a mask or a part that has no rule.*: pass optimizer=",
+        MOVES,
     ),
     "one rate, and parts that use it differently": (
         RATE_OF_PARTS,
         adam_like_optax(),
         2,
-        "states a rate or a weight decay of a mask or a part, .* with it for 'a': pass optimizer=",
+        MOVES,
     ),
     "two clips of one limit": (
         optax.chain(CLIP_ALONE(0.1), optax.adam(0.1), CLIP_ALONE(0.1)),
         adamjax.chain(adam_like_optax(), adamjax.clip_by_global_norm(0.1)),
         2,
-        "states max_norm of a leaf twice.*: pass optimizer=",
+        MOVES,
     ),
     "two decays of one size": (
         optax.chain(DECAY_ALONE(0.1), INJECT(optax.adamw)(0.1, weight_decay=0.1)),
         adamjax.chain(adamjax.add_decayed_weights(0.1), adam_like_optax()),
         2,
-        "states weight_decay of a leaf twice.*: pass optimizer=",
+        MOVES,
     ),
     "a clip in a dictionary": (
         optax.named_chain(("clip", CLIP_ALONE(1.0)), ("adam", optax.adam(0.1))),
         adamjax.chain(adam_like_optax(), adamjax.clip_by_global_norm(1.0)),
         2,
-        "states max_norm in a dictionary .* whose order JAX loses: pass optimizer=",
+        MOVES,
     ),
     "skipped steps of one part": (
         optax.multi_transform(
@@ -3563,13 +3316,13 @@ GOES_ON_OTHERWISE = {
         optax.chain(optax.adam(0.1), INJECT(optax.clip_by_global_norm)(1.0)),
         adamjax.chain(adamjax.clip_by_global_norm(1.0), adam_like_optax()),
         2,
-        "max_norm=1.0 after the rule, tx has no such max_norm after the rule",
+        MOVES,
     ),
     "an injected clip before the rule": (
         optax.chain(INJECT(optax.clip)(1.0), optax.adam(0.1)),
         adamjax.chain(adam_like_optax(), adamjax.clip_by_value(1.0)),
         2,
-        "max_delta=1.0 before the rule, tx has no such limit before the rule",
+        MOVES,
     ),
     "skipped micro-batches": (
         optax.apply_if_finite(micro_batches(optax.adam(0.1), 2), 3),
@@ -3587,7 +3340,7 @@ GOES_ON_OTHERWISE = {
         INJECT(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
         adamjax.chain(adamjax.add_decayed_weights(0.1), adam_like_optax()),
         2,
-        "a weight decay of 0.1, tx has 0.1 before its rule and 0 after it",
+        MOVES,
     ),
 }
 
@@ -3605,9 +3358,9 @@ def test_a_run_that_would_go_on_otherwise_is_refused(case):
     skip_without_schedules_of_decay(case)
     theirs, ours, n, message = GOES_ON_OTHERWISE[case]
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
-        convert.from_optax(steps_of(theirs, n), ours, TWO)
+        convert.from_optax(steps_of(theirs, n), ours, TWO, theirs)
     with pytest.raises(ValueError, match=f"to_optax: .*{message}"):
-        convert.to_optax(steps_of(ours, n), ours, TWO, theirs.init(TWO))
+        convert.to_optax(steps_of(ours, n), ours, TWO, theirs)
 
 
 GOES_ON = {
@@ -3664,8 +3417,8 @@ def test_a_run_that_goes_on_alike(case, x64):
     theirs, ours = GOES_ON[case]
     params = jax.tree.map(lambda x: x.astype(float), TWO)
     old = steps_of(theirs, 4, params)
-    state = convert.from_optax(old, ours, params)
-    back = convert.to_optax(state, ours, params, theirs.init(params))
+    state = convert.from_optax(old, ours, params, theirs)
+    back = convert.to_optax(state, ours, params, theirs)
     grads = jax.tree.map(lambda x: 0.5 * x, params)
     for _ in range(5):
         expected, old = theirs.update(grads, old, params)
@@ -3673,34 +3426,6 @@ def test_a_run_that_goes_on_alike(case, x64):
         after, back = theirs.update(grads, back, params)
         assert_close(actual, expected, rtol=1e-12)
         assert_close(after, expected, rtol=1e-12)
-
-
-def test_steps_show_what_a_state_does_not():
-    """Of runs that are refused without `optimizer=`, those that go on alike are taken with it."""
-    for theirs, ours in [
-        (
-            optax.chain(
-                INJECT(optax.adam)(learning_rate=0.1), INJECT(optax.adam)(learning_rate=0.2)
-            ),
-            adamjax.chain(adam_like_optax(0.1), adam_like_optax(0.2)),
-        ),
-        (
-            optax.chain(
-                optax.masked(optax.scale_by_adam(), {"a": True, "b": False}), RATE_ALONE(0.1)
-            ),
-            adamjax.partition(
-                [("^a", adam_like_optax())], default=adamjax.scale_by_learning_rate(0.1)
-            ),
-        ),
-        (
-            optax.chain(RATE_ALONE(-0.5), optax.scale_by_adam(), optax.scale(-0.1)),
-            adamjax.chain(adamjax.scale(0.5), adam_like_optax()),
-        ),
-    ]:
-        old = steps_of(theirs, 3)
-        with pytest.raises(ValueError, match="pass optimizer="):
-            convert.from_optax(old, ours, TWO)
-        convert.from_optax(old, ours, TWO, optimizer=theirs)
 
 
 def plateau(factor):
@@ -3716,16 +3441,16 @@ def test_states_of_optax_in_a_dictionary_have_no_order():
     one = adamjax.chain(adam_like_optax(), plateau(0.5))
     ours = adamjax.partition([("^a", one)], default=one)
     old = steps_of(theirs, 2, value=1.0)
-    state = convert.from_optax(old, ours, TWO)  # both are the same
+    state = convert.from_optax(old, ours, TWO, check=False)  # both are the same
     z = old.inner_states["z"]
     z = z._replace(inner_state=(z.inner_state[0], z.inner_state[1]._replace(scale=jnp.array(0.1))))
     other = old._replace(inner_states={**old.inner_states, "z": z})
     with pytest.raises(ValueError, match=r"several states of .* in a dictionary, whose order JAX"):
-        convert.from_optax(other, ours, TWO)
+        convert.from_optax(other, ours, TWO, theirs)
     convert.from_optax(other, ours, TWO, check=False)
     state = (state[0], (*state[1][:-1], state[1][-1]._replace(scale=jnp.array(0.1))))
     with pytest.raises(ValueError, match=r"to_optax: there are several states of "):
-        convert.to_optax(state, ours, TWO, theirs.init(TWO))
+        convert.to_optax(state, ours, TWO, theirs)
 
 
 def test_an_average_that_sets_the_weights_is_not_dropped():
@@ -3733,7 +3458,7 @@ def test_an_average_that_sets_the_weights_is_not_dropped():
     state = tx.init(TWO)
     message = r"sets the weights to their average, and the other system has no average"
     with pytest.raises(ValueError, match=f"to_optax: .*{message}"):
-        convert.to_optax(state, tx, TWO, optax.adam(0.1).init(TWO))
+        convert.to_optax(state, tx, TWO, optax.adam(0.1))
     group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
     kept = {"state": {}, "param_groups": [group]}
@@ -3899,13 +3624,13 @@ OTHER_STEPS = {
 def test_steps_of_the_optimizer_itself_are_compared(name):
     tx = OTHER_STEPS[name]
     old = steps_of(CLIPPED, 3)
-    convert.from_optax(old, tx, TWO)
+    convert.from_optax(old, tx, TWO, check=False)
     with pytest.raises(
         ValueError, match=r"from_optax: in step \d+ from .* on, tx moves an element"
     ):
         convert.from_optax(old, tx, TWO, optimizer=CLIPPED)
     with pytest.raises(ValueError, match=r"to_optax: in step \d+ from .* on, tx moves an element"):
-        convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED.init(TWO), optimizer=CLIPPED)
+        convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED)
 
 
 # For each: the transform of optax, that of adamjax, and the steps before. Nothing in the states
@@ -3957,10 +3682,10 @@ OTHER_LATER = {
 @pytest.mark.parametrize("name", OTHER_LATER)
 def test_later_steps_of_the_optimizer_itself_are_compared(name):
     theirs, ours = OTHER_LATER[name]
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(steps_of(theirs, 4), ours, TWO, optimizer=theirs)
-    with pytest.raises(ValueError, match="tx moves an element"):
-        convert.to_optax(steps_of(ours, 4), ours, TWO, theirs.init(TWO), optimizer=theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.to_optax(steps_of(ours, 4), ours, TWO, theirs)
 
 
 def test_many_micro_batches_and_large_gradients_are_compared_too():
@@ -3968,22 +3693,22 @@ def test_many_micro_batches_and_large_gradients_are_compared_too():
     old = steps_of(theirs, 16)
     for rate, n in ((0.1, 16), (0.01, 32)):
         ours = adamjax.accumulate_gradients(adam_like_optax(rate), n)
-        with pytest.raises(ValueError, match="tx moves an element"):
+        with pytest.raises(ValueError, match=MOVES):
             convert.from_optax(old, ours, TWO, optimizer=theirs)
     large = jax.tree.map(lambda x: 1e6 * x, TWO)
     theirs = optax.chain(optax.clip_by_global_norm(1e5), optax.adam(0.1))
     old = theirs.update(large, theirs.init(TWO), TWO)[1]
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(old, adam_like_optax(), TWO, optimizer=theirs)
     # A large decay hides nothing of the rule.
     theirs = optax.adamw(0.1, weight_decay=1.0)
     ours = adamjax.adamw(0.1, 0.92, eps=1e-8, weight_decay=1.0)
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
     theirs = optax.apply_if_finite(optax.adam(0.1), 9)
     skips = adamjax.skip_not_finite(adam_like_optax())
     ours = adamjax.partition([("a", skips)], default=skips)
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
 
 
@@ -4020,7 +3745,6 @@ SAME_STEPS = {
         optax.adam(optax.cosine_decay_schedule(0.1, 100)),
         adam_like_optax(adamjax.cosine_decay(0.1, 100)),
     ),
-    "bfloat16 moments": (optax.adam(0.1), adamjax.adam(0.1, eps=1e-8, m_dtype="bfloat16")),
     "a mask": (
         optax.masked(optax.adam(0.1), {"a": True, "b": False}),
         adamjax.masked(adam_like_optax(), "a"),
@@ -4102,7 +3826,7 @@ def test_many_scalars_and_micro_batches_of_float16_are_no_false_alarm():
     theirs = micro_batches(optax.adam(0.01, eps=1e-4), 2)
     ours = adamjax.accumulate_gradients(adamjax.adam(0.01, eps=1e-4), 2)
     old = steps_of(theirs, 8, params)
-    convert.from_optax(old, ours, params, optimizer=theirs, check=False)
+    convert.from_optax(old, ours, params, optimizer=theirs)
     with jax.debug_nans(True):
         convert.from_optax(steps_of(CLIPPED, 3), LIKE_CLIPPED, TWO, optimizer=CLIPPED)
 
@@ -4112,7 +3836,7 @@ def test_a_rate_that_was_set_is_compared_with_the_optimizer():
     old = steps_of(theirs, 3)
     old.hyperparams["learning_rate"] = jnp.asarray(0.03)
     convert.from_optax(old, adam_like_optax(0.03), TWO, optimizer=theirs)
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(old, adam_like_optax(0.1), TWO, optimizer=theirs)
 
 
@@ -4122,19 +3846,18 @@ def test_an_optimizer_that_needs_more_arguments_cannot_be_compared():
         for make, one in ((optax.chain, optax.adam(0.1)), (adamjax.chain, adam_like_optax()))
     )
     old = steps_of(theirs, 2, value=1.0)
-    with pytest.raises(TypeError, match=r"steps cannot be compared.*'value'.*without optimizer="):
+    with pytest.raises(TypeError, match=r"steps cannot be compared.*'value'.*pass check=False"):
         convert.from_optax(old, ours, TWO, optimizer=theirs)
-    convert.from_optax(old, ours, TWO)
+    convert.from_optax(old, ours, TWO, check=False)
 
 
 @pytest.mark.parametrize("name", SAME_STEPS)
 def test_an_optimizer_that_takes_the_same_steps(name):
     theirs, ours = SAME_STEPS[name]
     ours = adamjax.accumulate_gradients(LIKE_CLIPPED, 2) if ours is None else ours
-    check = name != "bfloat16 moments"
-    state = convert.from_optax(steps_of(theirs, 5), ours, TWO, optimizer=theirs, check=check)
+    state = convert.from_optax(steps_of(theirs, 5), ours, TWO, optimizer=theirs)
     if name != "exact rows":
-        convert.to_optax(state, ours, TWO, theirs.init(TWO), optimizer=theirs, check=check)
+        convert.to_optax(state, ours, TWO, theirs)
 
 
 def test_an_optimizer_that_did_not_make_the_state_is_refused():
@@ -4237,7 +3960,7 @@ def test_steps_in_narrow_dtypes_are_compared_less_closely(dtype):
     theirs, ours = optax.adam(0.1), adam_like_optax()
     old = steps_of(theirs, 3, params)
     convert.from_optax(old, ours, params, optimizer=theirs)
-    with pytest.raises(ValueError, match="tx moves an element"):
+    with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(old, adam_like_optax(0.2), params, optimizer=theirs)
 
 
@@ -4245,17 +3968,6 @@ def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=2))
     with pytest.raises(ValueError, match="sets the weights to their average"):
         convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3), average=jnp.zeros(3))
-
-
-def test_hyperparameters_that_flax_wraps():
-    nnx = pytest.importorskip("flax.nnx")
-    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    theirs = INJECT(optax.adam)(learning_rate=0.1)
-    old = nnx.Optimizer(model, theirs, wrt=nnx.Param).opt_state
-    params = nnx.state(model, nnx.Param)
-    convert.from_optax(old, adam_like_optax(), params)
-    with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.2"):
-        convert.from_optax(old, adam_like_optax(0.2), params)
 
 
 NAMED = [

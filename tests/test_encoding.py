@@ -358,11 +358,11 @@ def test_what_8_bits_cannot_do_is_refused():
         jax.grad(lambda x: tx.update({"a": x}, tx.init({"a": x}))[0]["a"].sum())(p["a"])
     with pytest.raises(TypeError, match="'scaled8' for 8 bits, or None; got 'int8'"):
         adamjax.adam(m_dtype="int8")
-    target = optax.adam(0.1).init(p)
+    theirs = optax.adam(0.1)
     with pytest.raises(ValueError, match="from_optax: moments of 'a' are in 'scaled8'"):
-        adamjax.convert.from_optax(target, tx, p)
+        adamjax.convert.from_optax(theirs.init(p), tx, p, theirs)
     with pytest.raises(ValueError, match="conversions do not round"):
-        adamjax.convert.to_optax(state, tx, p, target)
+        adamjax.convert.to_optax(state, tx, p, theirs)
 
 
 def test_states_that_do_not_fit_are_refused():

@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="grouped"):
         adamjax.grouped(tx)
     with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
-        adamjax.convert.to_optax(state, tx, PARAMS, state)
+        adamjax.convert.to_optax(state, tx, PARAMS, optax.adam(0.1))
 
 
 @pytest.mark.parametrize("around", AROUND)

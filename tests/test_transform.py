@@ -534,7 +534,7 @@ def test_bfloat16_that_lost_its_dtype_in_a_file_is_refused(tmp_path):
         (lambda: apply_updates(narrow, p), r"apply_updates: .*params\['w'\]"),
         (lambda: tx.update(narrow, state, p), r"an array"),
         (lambda: adamjax.master_weights(tx).init(narrow), r"an array"),
-        (lambda: adamjax.convert.from_optax(theirs, tx, p), r"an array"),
+        (lambda: adamjax.convert.from_optax(theirs, tx, p, check=False), r"an array"),
     ]:
         with pytest.raises(
             (TypeError, ValueError), match=rf"{what}.* \|V2\[3\].*ml_dtypes.bfloat16"

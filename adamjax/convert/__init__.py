@@ -17,12 +17,10 @@ says what to do. The reasons are:
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
   torch's SparseAdam to the root (`eps_hat`). The rule of `tx` must have the same form.
-- **Other hyperparameters**, if the source contains them. torch's groups, a Keras optimizer and a
-  state of optax' `inject_hyperparams` do; Keras' variables contain only the learning rate. Other
-  states of optax do not contain betas, epsilon, `eps_root` (which must be 0) or the rate: pass the
-  optax transform too, `optimizer=`, so that steps of both are compared.
-- **Other transforms beside the rule**, where the source shows what it has there: a clip, a weight
-  decay or a schedule in another place, or a transform of another library that nothing can compare.
+- **Other hyperparameters, or other transforms beside the rule.** torch's groups and a Keras
+  optimizer contain hyperparameters, which are compared; Keras' variables contain only the learning
+  rate. optax' states contain none. So `from_optax` and `to_optax` also need the optax transform:
+  both optimizers take some steps, and these are compared.
 - **Another form of the rule.** optax' AMSGrad keeps the maximum of bias-corrected moments, optax'
   Nadam has no momentum schedule, and Adamax of optax and torch has epsilon inside the maximum. For
   AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
@@ -36,7 +34,7 @@ says what to do. The reasons are:
 >>> old = optax.adam(0.1)
 >>> updates, state = old.update(params, old.init(params), params)
 >>> tx = adamjax.adam(0.1, eps=1e-8)  # optax' epsilon, on the corrected root
->>> adamjax.step_count(adamjax.convert.from_optax(state, tx, params))
+>>> adamjax.step_count(adamjax.convert.from_optax(state, tx, params, optimizer=old))
 Array(1, dtype=int32)
 """
 

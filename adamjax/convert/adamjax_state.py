@@ -130,6 +130,10 @@ class AdamjaxState:
         states = [x for x in slot_states(state) if rule_slots(x)]
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
+    def filled(self, state: Any) -> "AdamjaxState":
+        """The same transform and parameters with another state."""
+        return AdamjaxState(self.owner, self.tx, state, self.params)
+
     def part(self, state: Any) -> Part | None:
         """The part that a state belongs to; `None` inside a transform of another library."""
         part = self._part_of.get(id(state))

@@ -1,4 +1,4 @@
-"""States whose schedules are further on, with rules that begin anew or are old, of both systems."""
+"""Moves the schedules of a state to a later count, with new or old moments, in adamjax and optax."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

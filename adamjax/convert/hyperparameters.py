@@ -1,4 +1,4 @@
-"""Comparing the hyperparameters that another system states with those of a transform."""
+"""Compares the hyperparameters of torch's or Keras' optimizer with those of a transform."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,9 @@ from adamjax._compat import x64
 from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
+from adamjax.convert.schedules import later_counts
 from adamjax.convert.source import Hyperparams, LeafMoments
-from adamjax.convert.systems import OPTAX, System, kind_of
+from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_value
 from adamjax.exact import exact_rows
 from adamjax.guard import AccumulateGradientsState
@@ -23,56 +24,36 @@ from adamjax.schedule import by_path, rate_at
 from adamjax.structure import Part, states_of_class
 from adamjax.transform import Rule
 
-__all__ = ["HyperparameterCheck", "has_schedule", "later_counts"]
+__all__ = ["expect_same_hyperparameters"]
 
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
-# The transforms that a name of `more` belongs to, and their name for it, where that is not any
-# transform with a field of the same name.
-_OWNERS: dict[str, tuple[Any, str]] = {
-    "max_norm": (clip_by_global_norm, "max_norm"),
-    "max_delta": (clip_by_value, "limit"),
-    "step_size": (scale, "factor"),
-}
 # What errors call a key of hyperparameters, if it is not its own name; empty if it says how another
 # one applies.
 _SHOWN = {
-    **dict.fromkeys(("more", "masks_decay", "decoupled", "form", "others"), ""),
-    **dict.fromkeys(("schedule_accumulates", "decay_accumulates", "clips_updates"), ""),
-    **dict.fromkeys(("num_schedules", "places", "decays_in_steps"), ""),
+    **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
+    **dict.fromkeys(("clips_updates", "decays_in_steps"), ""),
     "has_schedule": "a schedule of the rate",
-    "has_schedule_before": "a schedule before the rule",
-    "has_decay_schedule": "a schedule of the weight decay",
     "has_decay": "a weight decay",
     "gradient_factor": "a factor of gradients",
 }
-# The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
-_LAST, _MOST_LENGTHS = 2**30, 8
 
 
-def has_schedule(tx: Any) -> bool:
-    """Whether a transform has a rate or a weight decay that follows a schedule, of any leaf."""
-    rate = getattr(tx, "learning_rate", getattr(tx, "weight_decay", None))
-    return any(map(callable, (*rate.values, rate.default) if isinstance(rate, by_path) else [rate]))
-
-
-class HyperparameterCheck:
-    """Refuses a transform whose hyperparameters are not those that a system states.
+def expect_same_hyperparameters(
+    ours: AdamjaxState, system: System, moments: Mapping[str, list[LeafMoments]]
+) -> None:
+    """Refuses a transform whose hyperparameters are not those that torch or Keras states.
 
     The hyperparameters of a leaf and a rule are a dictionary. A missing key is not compared. The
     keys:
 
-    - `b1`, `b2`, `eps`, `eps_root`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the
-      system's usual one.
+    - `b1`, `b2`, `eps`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the system's usual
+      one.
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
-      is not known itself, two strings: what shows that there is one, and a note. `num_schedules`:
-      of how many it is the product. `schedule_accumulates`: whether it counts steps of several
-      calls each. `has_schedule_before`: whether a schedule scales the gradients.
+      is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `has_decay_schedule`: whether it is a schedule that is not known, and
-      `decay_accumulates`: whether it is added in steps of several calls each. `decays_in_steps`:
-      whether a decay after the rule is in the same steps as the rule. `masks_decay`:
-      whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether some leaf
-      decays, by any amount.
+      stated. `decays_in_steps`: whether a decay after the rule is in the same steps as the rule.
+      `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether
+      some leaf decays, by any amount.
     - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
@@ -81,9 +62,12 @@ class HyperparameterCheck:
       the rule, or "none"; anywhere if it is missing.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
-    - `more`: hyperparameters that a part on the leaf's route must have, usually under the same
-      name. `places`: for some of these, whether that part is before the rule.
     """
+    _Check(ours, system).check(moments)
+
+
+class _Check:
+    """One comparison of hyperparameters."""
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
         self.owner, self.system = adamjax_state.owner, system
@@ -112,7 +96,6 @@ class HyperparameterCheck:
                 for i, moment in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
-                    self._check_more(path, route, i, moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
                 self._check_others(path, route, last, hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
@@ -127,11 +110,10 @@ class HyperparameterCheck:
                 if "learning_rate" in hyperparams:
                     foreign = any(part.tx.has_foreign for part in route[last:])
                     has_rate[path] = foreign or self._rate(path, route[last:]) is not None
-                self._check_schedule(path, route, last, leaf_moments[-1])
-                self._check_decay(path, route[:last], route[last:], leaf_moments[-1])
+                self._check_schedule(path, route[last:], hyperparams)
+                self._check_decay(path, route[:last], route[last:], hyperparams)
 
-        if self.system is not OPTAX:
-            self._expect_others_still(moments)
+        self._expect_others_still(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
         if without_rate and any(has_rate.values()):
             self._refuse(
@@ -197,7 +179,7 @@ class HyperparameterCheck:
         names = [
             _SHOWN.get(name, name)
             for moment in leaf_moments
-            for name, x in (moment.hyperparams | moment.hyperparams.get("more", {})).items()
+            for name, x in moment.hyperparams.items()
             if x is not False
         ]
         stated = [name for name in names if name]
@@ -218,8 +200,6 @@ class HyperparameterCheck:
                 mend = f"give the target the same, or {mend}"
             goes_on_with = f"what {self.system.name} has"
         note = f". Note: {note}" if note else ""
-        if self.system is OPTAX:
-            mend += ", or pass optimizer= to compare steps in place of hyperparameters"
         raise ValueError(
             f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {mend}, "
             f"or pass check=False to go on with {goes_on_with}{note}"
@@ -247,9 +227,6 @@ class HyperparameterCheck:
                 name_in_tx = form if name == "eps" else name
                 stated = f"{name_in_tx}={float(hyperparams[name]):g}"
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
-        if hyperparams.get("eps_root"):
-            stated = f"eps_root={float(hyperparams['eps_root']):g}"
-            self._refuse(path, stated, "none", "convert a run with eps_root=0")
         exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
@@ -338,26 +315,6 @@ class HyperparameterCheck:
                 mend = f"build tx with weight_ema({momentum:g}, {frequency})"
                 self._refuse(path, f"an average with {stated}", in_tx, mend)
 
-    def _check_more(
-        self, path: str, route: Sequence[Part], rule: int, hyperparams: Hyperparams
-    ) -> None:
-        """Compares hyperparameters of other transforms. `rule` is the place of the rule."""
-        places = hyperparams.get("places", {})
-        for name, value in hyperparams.get("more", {}).items():
-            kinds, name_in_tx = _OWNERS.get(name, (object, name))
-            before = places.get(name)
-            where, parts = {
-                None: ("", route),
-                True: (" before the rule", route[:rule]),
-                False: (" after the rule", route[rule + 1 :]),
-            }[before]
-            fields = [getattr(p.tx, name_in_tx, None) for p in parts if isinstance(p.tx, kinds)]
-            numbers = [x for x in fields if x is not None and not callable(x) and np.ndim(x) == 0]
-            if np.ndim(value) or not any(same_value(value, x) for x in numbers):
-                stated = f"{name}={np.asarray(value)}"
-                mend = f"build tx with a transform that has {name_in_tx}={np.asarray(value)}{where}"
-                self._refuse(path, f"{stated}{where}", f"no such {name_in_tx}{where}", mend)
-
     # --- the rate ---------------------------------------------------------------------------------
 
     def _check_rate(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
@@ -417,29 +374,16 @@ class HyperparameterCheck:
                 )
         self.agreeing.append((schedule, in_tx))
 
-    def _check_schedule(
-        self, path: str, route: Sequence[Part], last: int, moments: LeafMoments
-    ) -> None:
-        """Compares where there are schedules of the rate. `last` is the place of the last rule."""
-        before, after, hyperparams = route[:last], route[last:], moments.hyperparams
-        if hyperparams.get("has_schedule_before") and not self._scheduled(path, before):
-            self._refuse(
-                path,
-                "a schedule that scales the gradients before the rule",
-                "none there",
-                "convert a run without it, or put scale(-1.0) and scale_by_learning_rate(schedule) "
-                "before the rule",
-            )
-        # Unless the user sets the rate.
+    def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
+        """Compares whether the rate follows a schedule, unless the user sets the rate."""
         if not hyperparams.get("has_schedule") or self._is_set("learning_rate", path):
             return
-        scheduled = self._scheduled(path, after)
-        scales = [
-            part
+        scaling = [
+            part.tx
             for part in after
             if isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
         ]
-        if scales and not scheduled:
+        if scaling and not any(self._may_follow_schedule(path, part) for part in after):
             shown_by, note = hyperparams["has_schedule"]
             self._refuse(
                 path,
@@ -448,47 +392,13 @@ class HyperparameterCheck:
                 "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
                 note,
             )
-        num_schedules = hyperparams.get("num_schedules", 1)
-        if scales and len(scheduled) != num_schedules:
-            self._refuse(
-                path,
-                f"a learning rate that follows {num_schedules} of its schedules",
-                f"one that follows {len(scheduled)}",
-                "build tx with a scale_by_learning_rate for each, and scale(-1.0) for the sign",
-                hyperparams["has_schedule"][1],
-            )
-        counts_steps = hyperparams.get("schedule_accumulates", False)
-        what = "a schedule of the rate that counts"
-        self._check_unit(path, scheduled, moments, counts_steps, what)
 
-    def _check_unit(
-        self, path: str, parts: Sequence[Part], moments: LeafMoments, is_of_steps: bool, what: str
-    ) -> None:
-        """Compares what parts do in each step or in each call, if both systems accumulate."""
-        rules = [part for part in self.all_parts if isinstance(part.tx, Rule)]
-        both = moments.accumulates and any(id(part.tx) in self.in_accumulated for part in rules)
-        others = [part.tx for part in parts if (id(part.tx) in self.in_accumulated) != is_of_steps]
-        if both and others and not any(tx.has_foreign for tx in others):
-            stated, in_tx = ("steps", "calls") if is_of_steps else ("calls", "steps")
-            place = "inside" if is_of_steps else "outside of"
-            self._refuse(
-                path,
-                f"{what} {stated}",
-                f"one of {in_tx}, {others[0]!r}",
-                f"put it {place} accumulate_gradients",
-            )
-
-    def _scheduled(self, path: str, route: Sequence[Part]) -> list[Part]:
-        """The parts that scale a leaf by a schedule, and those that may."""
-
-        def is_scheduled(part: Part) -> bool:
-            rate = getattr(part.tx, "learning_rate", None)
-            rate = rate.at(path) if isinstance(rate, by_path) else rate
-            if part.tx.has_foreign:  # Without a state, it cannot count.
-                return bool(jax.tree.leaves(part.state))
-            return isinstance(part.tx, scale_by_learning_rate) and callable(rate)
-
-        return [part for part in route if is_scheduled(part)]
+    def _may_follow_schedule(self, path: str, part: Part) -> bool:
+        rate = getattr(part.tx, "learning_rate", None)
+        rate = rate.at(path) if isinstance(rate, by_path) else rate
+        if part.tx.has_foreign:  # Without a state, it cannot count.
+            return bool(jax.tree.leaves(part.state))
+        return isinstance(part.tx, scale_by_learning_rate) and callable(rate)
 
     def _is_set(self, name: str, path: str) -> bool:
         """Whether `with_hyperparams` sets this hyperparameter of a leaf between steps."""
@@ -535,10 +445,9 @@ class HyperparameterCheck:
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
-        self, path: str, before: Sequence[Part], after: Sequence[Part], moments: LeafMoments
+        self, path: str, before: Sequence[Part], after: Sequence[Part], hyperparams: Hyperparams
     ) -> None:
         """Compares the weight decay, before the last rule of a leaf and after it."""
-        hyperparams = moments.hyperparams
         if hyperparams.get("has_decay") and not any(
             isinstance(part.tx, add_decayed_weights) or part.tx.has_foreign
             for part in self.all_parts
@@ -550,8 +459,8 @@ class HyperparameterCheck:
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
             )
-        of_leaf = [part for part in (*before, *after) if self._decay_at(path, part)]
-        in_calls = [p.tx for p in after if p in of_leaf and id(p.tx) not in self.in_accumulated]
+        decays = [part.tx for part in after if self._decay_at(path, part)]
+        in_calls = [tx for tx in decays if id(tx) not in self.in_accumulated]
         if (
             hyperparams.get("decays_in_steps")
             and in_calls
@@ -563,34 +472,6 @@ class HyperparameterCheck:
                 f"one in each call, {in_calls[0]!r}",
                 "put it inside accumulate_gradients",
             )
-        if "decay_accumulates" in hyperparams:
-            is_of_steps = hyperparams["decay_accumulates"]
-            self._check_unit(path, of_leaf, moments, is_of_steps, "a weight decay in its")
-        if hyperparams.get("has_decay_schedule"):
-            scheduled = [part for part in of_leaf if callable(self._decay_at(path, part))]
-            # A mask may exclude this leaf, but not all.
-            has_some = any(
-                callable(self._decay_at(p, part))
-                for part, leaves in self.parts_with_leaves
-                for p in leaves
-            )
-            decoupled = hyperparams.get("decoupled")
-            wrong = {None: (), True: before, False: after}[decoupled]
-            if not has_some or len(scheduled) < len(of_leaf):
-                self._refuse(
-                    path,
-                    "a weight decay that follows a schedule",
-                    "a constant one" if of_leaf else "none",
-                    "build tx with adamw(..., weight_decay=schedule)",
-                )
-            if any(self._decay_at(path, part) for part in wrong):
-                here, there = ("after", "before") if decoupled else ("before", "after")
-                self._refuse(
-                    path,
-                    f"a weight decay {here} the rule",
-                    f"one {there} it",
-                    f"put add_decayed_weights {here} the rule",
-                )
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
@@ -685,18 +566,3 @@ def _is_same_clip(clip: Any, stated: Any) -> bool:
     name = "limit" if isinstance(stated, clip_by_value) else "max_norm"
     is_same_class = type(clip) is type(stated)
     return is_same_class and same_value(getattr(stated, name), getattr(clip, name))
-
-
-def later_counts(count: int, schedules: Any) -> list[int]:
-    """Counts of steps at which two schedules are compared.
-
-    Where a part of a schedule ends is a whole number among its values, or the sum of two of them.
-    """
-    numbers = [x for x in jax.tree.leaves(schedules) if np.ndim(x) == 0 and not isinstance(x, str)]
-    lengths = {int(x) for x in numbers if 1 <= x <= _LAST and x == int(x)}
-    edges = set(lengths)
-    if len(lengths) <= _MOST_LENGTHS:
-        edges |= {a + b for a in lengths for b in lengths}
-    counts = {edge + i for edge in edges for i in (-1, 0, 1)}
-    counts |= {count + (1 << i) for i in range(_LAST.bit_length())}
-    return sorted(x for x in counts if count < x <= _LAST)

@@ -8,7 +8,7 @@ import numpy as np
 from adamjax.average import weight_ema
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.hyperparameters import HyperparameterCheck, has_schedule
+from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_config import (
     CLIPS,
@@ -26,6 +26,7 @@ from adamjax.convert.keras_variables import (
     variables_of,
 )
 from adamjax.convert.names import Order, expect_order, leaf_order
+from adamjax.convert.schedules import has_schedule
 from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
@@ -91,7 +92,7 @@ def _hyperparams_of_each(
 ) -> list[Hyperparams]:
     """The hyperparameters of each parameter, by the optimizer itself or else its variables.
 
-    `HyperparameterCheck` has the keys.
+    `expect_same_hyperparameters` has the keys.
     """
     hyperparams: Hyperparams = {"others": "before" if optimizer is None else "none"}
     rate = layout.of("learning_rate", values).get(0)
@@ -474,7 +475,10 @@ def from_keras(
         )
         weights = leaves_by_path(owner, params)
         source.average = {path: weights[path] for path in source.average or {}}
-    return into_adamjax(source, KERAS, ours, average, check, RTOL)
+    state = into_adamjax(source, KERAS, ours, average, check, RTOL)
+    if check:
+        expect_same_hyperparameters(ours.filled(state), KERAS, source.moments)
+    return state
 
 
 def to_keras(
@@ -566,7 +570,7 @@ def to_keras(
             arrays.append(value.copy())
     if check:
         _expect_one_count(owner, ours, count, calls)
-        HyperparameterCheck(ours, KERAS).check(target_source.moments)
+        expect_same_hyperparameters(ours, KERAS, target_source.moments)
     if not isinstance(target, Mapping):
         return arrays
     return dict(zip(keys_in_order(target), arrays, strict=True))

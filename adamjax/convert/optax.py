@@ -9,28 +9,20 @@ import jax.numpy as jnp
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.filling import ACCUMULATED
-from adamjax.convert.hyperparameters import HyperparameterCheck, has_schedule
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.optax_state import read_state, role_of
+from adamjax.convert.schedules import has_schedule
 from adamjax.convert.source import Count, LeafMoments, Skips, Source
-from adamjax.convert.steps import expect_same_steps
+from adamjax.convert.steps import expect_made_by, expect_optimizer, expect_same_steps
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.guard import skip_not_finite
 from adamjax.rows import RowGradient
-from adamjax.scaling import set_to_zero
 from adamjax.structure import walk
+from adamjax.transform import Rule
 
 __all__ = ["from_optax", "to_optax"]
-
-
-def _add_doubts(source: Source, ours: AdamjaxState, optimizer: Any) -> None:
-    """Adds doubts about what optax' state and `tx` do, unless steps of the optimizer show it."""
-    _doubt_skips(source, ours)
-    if optimizer is None:
-        _note_leaves_without_rules(source, ours)
-        source.doubt_unseen("pass optimizer=, the transform of optax, so that steps are compared")
 
 
 def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
@@ -71,23 +63,6 @@ def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
             "optax and tx differ in whether a schedule counts the steps that are skipped: put "
             f"scale_by_learning_rate {place} skip_not_finite"
         )
-
-
-def _note_leaves_without_rules(source: Source, ours: AdamjaxState) -> None:
-    """Notes leaves without a rule that move, if the state does not show by how much."""
-    if not source.has_rates_without_rules:
-        return
-    frozen: set[str] = set()
-    for part in ours.parts:
-        if isinstance(part.tx, set_to_zero):
-            frozen |= set(leaves_by_path(ours.owner, part.params))
-    for path in leaves_by_path(ours.owner, ours.params):
-        if path not in source.moments and path not in frozen:
-            source.unseen.append(
-                f"the leaf {path!r} has no rule, and the state does not show whether its rates "
-                "and weight decays are those of this leaf too"
-            )
-            return
 
 
 class _OptaxFilling(Translation):
@@ -163,9 +138,9 @@ def from_optax(
     source_state: Any,
     tx: Any,
     params: Tree,
+    optimizer: Any = None,
     *,
     average: Tree = None,
-    optimizer: Any = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> Any:
@@ -175,35 +150,25 @@ def from_optax(
     `masked`, `multi_transform` (`partition`), `inject_hyperparams`, `MultiSteps` and
     `apply_if_finite`. So `tx` may be composed in another way, with `masked`, `partition`,
     `exact_rows` (whose rows are then all up to date), `accumulate_gradients` or `skip_not_finite`.
-    If a leaf goes through several rules, they correspond in their order.
+    If a leaf goes through several rules, they correspond in their order. `tx` may also have
+    transforms of optax inside.
+
+    A state of optax does not contain the optimizer's hyperparameters. So both take some steps on
+    random gradients, now and at later counts of their schedules. If `tx` moves a weight
+    differently, it is refused. The steps take the time and the memory of dense steps.
 
     Args:
       source_state: the state that the optax transform's `init` or `update` returned, of `adam`,
         `adamw`, `nadam`, `amsgrad`, `adamax` and the transforms they consist of. A state is
-        recognized by its class. optax' `adam`, `nadam`, `adamax`, `radam`, `lamb`, `yogi` and
-        `contrib.adopt` share one class, so only `tx` shows which of them made the state.
-      tx: a transform of adamjax, with the hyperparameters of the optax transform. Those in a state
-        of `inject_hyperparams` are compared. A state without it does not contain b1, b2, `eps`
-        (optax' epsilon, 1e-8 by default), `eps_root` (which must be 0), the rate, and the weight
-        decay (1e-4 by default in `optax.adamw`, 0.004 here) and its mask. A state that counts the
-        steps of a schedule of the rate needs a schedule in `tx`. Transforms without a state, such
-        as clips, leave no trace. If one `inject_hyperparams` contains several transforms, the state
-        does not show their order. The state of `MultiSteps` does not show how many micro-batches
-        make a step. Nor does it show whether gradients are summed or averaged: `MultiSteps`
-        averages by default, `accumulate_gradients` always. `tx` may have transforms of optax
-        inside. A rule of adamjax inside a transform of optax is hidden: it is refused if there are
-        hyperparameters to compare.
+        recognized by its class.
+      tx: a transform of adamjax. optax' epsilon, 1e-8 by default, is `eps` here. The default weight
+        decay is 1e-4 in `optax.adamw`, and 0.004 in `adamjax.adamw`.
       params: the parameters at that step.
+      optimizer: the optax transform that made the state. Required, unless `check` is false.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`. optax' states
         have none.
-      optimizer: the optax transform itself. If it is given, both take some steps on random
-        gradients, and a `tx` that moves weights differently is refused, now or at later counts of
-        its schedules. This shows almost all that the state does not. If the state contains rates
-        that belong to no single rule, it is required. The steps take the time and the memory of
-        dense steps.
       check: whether to refuse a state with which the run would not go on as before; see
-        `adamjax.convert`. With `optimizer`, steps are compared in place of hyperparameters, also
-        with `check=False`.
+        `adamjax.convert`. If false, no steps are compared.
       rtol: the relative difference that a step may have where optax' rule has another form
         (AMSGrad, Nadam, Adamax). At least 0.
 
@@ -212,6 +177,8 @@ def from_optax(
       of optax' schedules or, where a rate was constant, from the count of the rule.
 
     Raises:
+      TypeError: `optimizer` is missing, is no transform, or needs more than gradients, state and
+        parameters for an update.
       ValueError: something does not fit, or the run would not go on as before. The message names
         the leaf.
 
@@ -224,13 +191,16 @@ def from_optax(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(1, dtype=int32), Array([ 0.1, -0.2], dtype=float32))
     """
-    source = read_state("from_optax", source_state)
-    new = initial_state("from_optax", tx, params)
-    _add_doubts(source, new, optimizer)
-    state = into_adamjax(source, OPTAX, new, average, check, rtol, compare=optimizer is None)
-    if optimizer is not None:
-        filled = AdamjaxState("from_optax", tx, state, params)
-        expect_same_steps(filled, optimizer, source_state, rtol)
+    owner = "from_optax"
+    if check:
+        expect_optimizer(owner, optimizer)
+    source = read_state(owner, source_state)
+    new = initial_state(owner, tx, params)
+    _doubt_skips(source, new)
+    state = into_adamjax(source, OPTAX, new, average, check, rtol)
+    if check:
+        expect_made_by(owner, optimizer, source_state, params)
+        _expect_same(new.filled(state), optimizer, source_state, rtol)
     return state
 
 
@@ -238,9 +208,8 @@ def to_optax(
     state: Any,
     tx: Any,
     params: Tree,
-    target: Any,
+    optimizer: Any,
     *,
-    optimizer: Any = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> Any:
@@ -250,34 +219,47 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      target: the state of the optax transform's `init(params)`. Its dtypes are kept, and so are the
-        hyperparameters in a state of `inject_hyperparams`.
-      optimizer, check, rtol: as for `from_optax`.
+      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. Give
+        `inject_hyperparams` the rates of this step.
+      check, rtol: as for `from_optax`.
 
     Returns:
-      A state like `target`. Its arrays are copies. It has no place for an average of the weights:
-      read that with `averaged_weights`.
+      A state like that of `optimizer.init(params)`. Its arrays are copies. It has no place for an
+      average of the weights: read that with `averaged_weights`.
 
     Raises:
-      ValueError: as for `from_optax`.
+      TypeError, ValueError: as for `from_optax`.
 
     >>> import adamjax, jax.numpy as jnp, optax
     >>> params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, -2.0])}
     >>> tx = adamjax.adam(0.1, eps=1e-8)
     >>> updates, state = tx.update(grads, tx.init(params), params)
-    >>> new = optax.adam(0.1)
-    >>> new_state = adamjax.convert.to_optax(state, tx, params, new.init(params))
+    >>> new_state = adamjax.convert.to_optax(state, tx, params, optax.adam(0.1))
     >>> new_state[0].mu["w"]
     Array([ 0.1, -0.2], dtype=float32)
     """
-    ours = AdamjaxState("to_optax", tx, state, params)
-    target_source = read_state("to_optax", target)
-    _add_doubts(target_source, ours, optimizer)
+    owner = "to_optax"
+    expect_optimizer(owner, optimizer)
+    ours = AdamjaxState(owner, tx, state, params)
+    target = optimizer.init(params)
+    target_source = read_state(owner, target)
+    _doubt_skips(target_source, ours)
     source = ours.read_for(target_source, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
     new_state = filling.filled_state(target, target_source.counts)
-    if check and optimizer is None:
-        HyperparameterCheck(ours, OPTAX).check(target_source.moments)
-    if optimizer is not None:
-        expect_same_steps(ours, optimizer, new_state, rtol)
+    if check:
+        _expect_same(ours, optimizer, new_state, rtol)
     return new_state
+
+
+def _expect_same(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
+    """Refuses a transform that does not do what optax' optimizer does."""
+    for part in ours.parts:
+        if isinstance(part.tx, Rule) and part.tx.eps is None:  # the most frequent difference
+            leaves = leaves_by_path(ours.owner, part.params)
+            raise ValueError(
+                f"{ours.owner}: {next(iter(leaves), 'a leaf')!r}: optax has epsilon on the "
+                f"corrected root (eps), tx has eps_hat={part.tx.eps_hat}: build tx with eps=..., "
+                f"the same value. {OPTAX.not_stated}"
+            )
+    expect_same_steps(ours, optimizer, state, rtol)

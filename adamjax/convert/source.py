@@ -32,7 +32,7 @@ class LeafMoments:
       kinds: the kinds of rules that may have kept this.
       product: Nadam's product of momenta, if the state has it.
       hyperparams: the hyperparameters that the system states, by adamjax's names; see
-        `hyperparameters.HyperparameterCheck`.
+        `hyperparameters.expect_same_hyperparameters`.
       rule: the rule, if it is one of adamjax.
       accumulates: whether the rule is inside a transform that accumulates gradients, and so takes
         a step only every few calls.
@@ -100,11 +100,6 @@ class Source:
       other_states: the states of all other transforms.
       has_sorted_states: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
-      unseen: what the state does not show, and steps of the transform that made it do.
-      has_masked_rules: whether some rule is inside a mask, so that other leaves may have none.
-      has_rates_without_rules: whether a rate or a weight decay in the state may be that of leaves
-        without a rule.
-      unowned_hyperparams: hyperparameters that the system states outside of any rule.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
       in_skips: whether this part is inside a transform that skips steps.
     """
@@ -119,10 +114,6 @@ class Source:
     other_states: list[Any] = dataclasses.field(default_factory=list)
     has_sorted_states: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
-    unseen: list[str] = dataclasses.field(default_factory=list)
-    has_masked_rules: bool = False
-    has_rates_without_rules: bool = False
-    unowned_hyperparams: list[Hyperparams] = dataclasses.field(default_factory=list)
     accumulates: bool = False
     in_skips: bool = False
 
@@ -193,10 +184,6 @@ class Source:
                 "together a chain of their own with partition"
             )
         return counts.pop() if counts else 0
-
-    def doubt_unseen(self, mend: str) -> None:
-        """Makes doubts of what the state does not show."""
-        self.doubts += [f"{what}: {mend}" for what in self.unseen]
 
     def refuse_doubts(self, check: bool) -> None:
         if check and self.doubts:

@@ -18,8 +18,8 @@ from adamjax.convert.advance import (
     new_rule,
     rule_as_it_is,
 )
-from adamjax.convert.hyperparameters import has_schedule, later_counts
 from adamjax.convert.optax_state import read_state
+from adamjax.convert.schedules import has_schedule, later_counts
 from adamjax.data import Tree
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
@@ -27,7 +27,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
 from adamjax.structure import slot_states, states_of_class
 
-__all__ = ["expect_same_steps"]
+__all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 
 # How much larger gradients are in each of the steps that are compared. A clip shows where they are
 # large, and an epsilon where they are small.
@@ -58,7 +58,6 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       optimizer, state: the transform of optax, and its state.
       rtol: as for `from_optax`.
     """
-    _expect_made_by(ours.owner, optimizer, state, ours.params)
     with jax.debug_nans(False):
         _compare(_Comparison(ours, optimizer, state, rtol), ours, optimizer, state)
 
@@ -130,7 +129,9 @@ class _Comparison:
         self.rng = np.random.default_rng(0)
         self.calls = math.prod(steps for steps, _ in ours.accumulations)
         self.update, self.other_update = jax.jit(ours.tx.update), jax.jit(optimizer.update)
-        self.rtol = max(rtol, _RTOL, _NARROW_RTOL * _has_narrow(ours.state))
+        # Adam has the same form in optax.
+        self.rtol = _RTOL if set(ours.kinds) <= {"adam"} else max(rtol, _RTOL)
+        self.rtol = max(self.rtol, _NARROW_RTOL * _has_narrow(ours.state))
         self.rtol = max(self.rtol, _NARROW_OPTAX_RTOL * _has_narrow(state))
         self.has_moved = False
         self.largest: dict[tuple[float, int], float] = {}
@@ -161,7 +162,8 @@ class _Comparison:
                 raise
             raise TypeError(
                 f"{self.owner}: steps cannot be compared, because an update needs more than "
-                f"gradients, state and parameters ({error}): convert without optimizer="
+                f"gradients, state and parameters ({error}): compare the hyperparameters "
+                "yourself, and pass check=False"
             ) from error
         return new
 
@@ -209,18 +211,27 @@ def _is_finite(tree: Tree) -> bool:
     return all(bool(np.all(np.isfinite(np.asarray(x)))) for x in jax.tree.leaves(tree))
 
 
-def _expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None:
-    """Refuses a transform that has not made a state."""
+def expect_optimizer(owner: str, optimizer: Any) -> None:
+    """Refuses what is no transform."""
+    if optimizer is None:
+        raise TypeError(
+            f"{owner}: pass optimizer=, the transform of optax. Its state does not contain the "
+            "hyperparameters, so steps of both are compared. check=False compares nothing"
+        )
     if not callable(getattr(optimizer, "update", None)) or not hasattr(optimizer, "init"):
         raise TypeError(
             f"{owner}: optimizer is {optimizer!r:.100}, expected the transform of optax, with init "
             "and update (of an nnx.Optimizer its tx)"
         )
+
+
+def expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None:
+    """Refuses a transform that has not made a state."""
     expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, params))
     if jax.tree.structure(state) != expected:
         raise ValueError(
             f"{owner}: the optax state has another structure than optimizer.init(params): pass the "
-            "transform that made it (and of a state and of parameters of flax.nnx nnx.as_pure)"
+            "transform that made it, and these parameters (of flax.nnx, nnx.as_pure of both)"
         )
 
 

@@ -117,12 +117,9 @@ OPTAX = System(
     corrected_maximum=True,
     plain_nadam=True,
     not_stated=(
-        "an optax state, outside of inject_hyperparams, does not contain eps, eps_root, b1, b2, "
-        "the rate and the weight decay (or its mask), so they are not compared. optax' defaults "
-        "are eps=1e-8, eps_root=0, b1=0.9, b2=0.999, and weight_decay=1e-4 in optax.adamw; "
-        "adamjax.adamw has 0.004"
+        "optax' defaults are eps=1e-8, eps_root=0, b1=0.9, b2=0.999, and weight_decay=1e-4 in "
+        "optax.adamw (0.004 in adamjax.adamw)"
     ),
-    set_rate="set hyperparams['learning_rate'] of the target",
 )
 TORCH = System(
     "torch",

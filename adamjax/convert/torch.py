@@ -10,7 +10,7 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.differences import Translation, expect_slots
-from adamjax.convert.hyperparameters import HyperparameterCheck
+from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.names import Order, leaf_order
 from adamjax.convert.source import Hyperparams, LeafMoments, Source
@@ -443,7 +443,10 @@ def from_torch(
     adapted = adapt is not None
     source, _ = _read("from_torch", state_dict, params, order, adapt, check, adapted)
     new = initial_state("from_torch", tx, params)
-    return into_adamjax(source, TORCH, new, average, check, rtol)
+    state = into_adamjax(source, TORCH, new, average, check, rtol)
+    if check:
+        expect_same_hyperparameters(new.filled(state), TORCH, source.moments)
+    return state
 
 
 def to_torch(
@@ -526,5 +529,5 @@ def to_torch(
             states[key]["mu_product"] = np.array(moments.product)
     filling.finish()
     if check:
-        HyperparameterCheck(ours, TORCH).check(target_source.moments)
+        expect_same_hyperparameters(ours, TORCH, target_source.moments)
     return {**target, "state": states}

@@ -1,4 +1,4 @@
-"""The values of a state: its containers, the leaves by their paths, arrays and numbers."""
+"""Reads values from a state: walks its containers, finds leaves by path, checks numbers."""
 
 import math
 import re
