@@ -2,8 +2,9 @@
 
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from optax's.
 optax's state contains no hyperparameters. So `from_optax` also takes the optax optimizer. Both take
-some steps on random gradients, and an optimizer that moves weights differently is refused. Here half of a run is taken
-with optax and the other half with adamjax, beside a run that stays with optax.
+some steps on random gradients, and an optimizer that moves weights differently is refused. Here
+half of a run is taken with optax and the other half with adamjax, beside a run that stays with
+optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.
 """
