@@ -311,12 +311,13 @@ class scale_by_adam(_Moments):
         too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The
         rounding errors of the last steps add up. They put m off by about 8% of itself: d / sqrt(6)
         / sqrt(1 - b1**2), at most 1/8 / (1 - b1). They put v off by about 20%, sqrt(d / 2), and its
-        root by 10%. So the update is off by about 13%, in either direction. An m below 2**-14 of
-        the largest of its row is off by up to 2**-17 of that largest. If the root of a v is below
-        2**-17 of the largest root in its row, it counts as at least 2**-17 of that root. So the
-        error of an update is at most about as large as the update of the row's largest element,
-        even for such small values. An infinite or NaN gradient makes its row NaN. `grouped`,
-        `adamjax.convert`, derivatives and row gradients of vectors are refused.
+        root by 10%. So the update is off by about 13%, in either direction. If an m is
+        smaller than 2**-14 times the largest m of its row, its error is up to 2**-17 times that
+        largest m. The root of a v above 0 is stored as at least 2**-17 times the largest root of
+        its row. So the error of an update is at most about as large as the update of the row's
+        largest element, even for such small values. An infinite or NaN gradient makes its row NaN.
+        With "scaled8", these raise an error: `grouped`, `adamjax.convert`, a derivative of the
+        step, and a row gradient of a table with one dimension.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
@@ -325,9 +326,9 @@ class scale_by_adam(_Moments):
 
     The state is a `ScaleByAdamState`.
 
-    A beta or epsilon may be an array that is traced or set later. If its value is out of range,
-    updates are NaN. An array of 0.99999999 is out of range too, as it is 1 in float32. An epsilon
-    of 0 counts as the smallest normal number.
+    A beta or epsilon may be an array that is traced, or set later by `set_hyperparams`. If its
+    value is out of range, updates are NaN. An array of 0.99999999 is out of range too, as it is 1
+    in float32. An epsilon that is an array of 0 counts as the smallest normal number.
 
     A float32 gradient above 1.8e19 has no square in float32: v becomes infinite, and every later
     update of that element is NaN. `skip_not_finite` does not detect this. `clip_by_value` before

@@ -486,11 +486,12 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of an unchanged loss, with a `RowGradient` for each table.
 
-    A table is a leaf of which the loss reads whole rows: by `table[ids]`, `jnp.take`, Flax' and
-    Equinox' embeddings, in any mode and shape, also after a cast or a reshape that keeps the
-    rows, within `jit`, `vmap`, `remat`, `scan`, `map`, `cond` and `shard_map`. Its gradient has
-    the rows that were read, with equal ones summed (in float32 at least). No array of the table's
-    size is made, not even a cast of it. If the loss also uses the table in another way (as output
+    A table is a leaf of which the loss reads whole rows: by `table[ids]`, `jnp.take`, or Flax' and
+    Equinox' embeddings, with indices of any shape and in any mode. The loss may cast the table
+    first, or reshape it so that rows stay whole, and read it within `jit`, `vmap`, `remat`, `scan`,
+    `map`, `cond` and `shard_map`. The gradient has each row that was read, once: if a row is read
+    several times, its gradients are summed, in float32 or wider. No array of the table's size is
+    made, not even a cast of it. If the loss also uses the table in another way (as output
     weights, in a norm, in a `custom_jvp` or `custom_vjp`), its gradient is JAX's, dense and
     exact.
 
@@ -507,9 +508,9 @@ def value_and_grad(
 
     Args:
       loss_fn: returns one real float, or with `has_aux` a pair of it and any tree.
-      tables: which leaves are tables: a pattern for `re.search` in the leaf's path within its
-        argument, such as `"embedding"`, or a list of them, each of which must match one
-        (`adamjax.optional(pattern)` need not).
+      tables: which leaves are tables: a pattern for `re.search` in the leaf's path, such as
+        `"embedding"`, or a list of patterns. The path does not contain the name of the argument.
+        Each pattern must match a leaf, unless it is `adamjax.optional(pattern)`.
       has_aux: as in JAX.
       argnums: as in JAX, the arguments to differentiate by.
       strict: whether to raise if a table's gradient would be dense.
@@ -520,8 +521,9 @@ def value_and_grad(
       is empty.
 
     Raises:
-      ValueError, TypeError: when called: no leaf is a table, or the loss is not one real float;
-        with `strict`, the message names the table, the operation and the line that uses it.
+      ValueError, TypeError: when called: a pattern matches no leaf of floats, or the loss is not
+        one real float. With `strict`: the gradient of a table would be dense; the message names the
+        table, the operation and the line that uses it.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> def loss(params, ids, y):

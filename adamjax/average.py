@@ -28,7 +28,8 @@ class WeightEmaState(NamedTuple):
 
     Attributes:
       count: int32, the number of steps taken; it stops at the largest int32.
-      average: tree like the parameters, in float32 or wider; the weights before the first step.
+      average: tree like the parameters, in float32 or wider. Before the first step, these are the
+        weights.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.weight_ema(0.9).init(jnp.ones(1)).average
@@ -72,16 +73,16 @@ class weight_ema(Transform):
     copies the weights at the first step.
 
     Args:
-      momentum: the weight of the old average, in [0, 1]. (In an array that is traced or set later,
-        a value outside makes the average NaN.)
+      momentum: the weight of the old average, in [0, 1]. (In an array that is traced, or set later
+        by `set_hyperparams`, a value outside makes the average NaN.)
       overwrite_frequency: each step whose number is a multiple of this sets the weights to the
-        average; a whole number of at least 1. `None`: never. (In an array that is traced or set
-        later, a value below 1 makes the average and the weights NaN.)
+        average; a whole number of at least 1. `None`: never. (In an array that is traced, or set
+        later by `set_hyperparams`, a value below 1 makes the average and the weights NaN.)
 
     With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average does
     not know how a step will round. It takes in the weights after the step, rounded to the nearest.
-    Where an update is too small to change the weight in this rounding, that is the weight before
-    the step, and the average is one step behind.
+    Where an update is too small to change a weight that is rounded to the nearest, the average
+    takes in the weight from before the step, so it is one step behind.
 
     The state is a `WeightEmaState`.
 

@@ -100,7 +100,7 @@ def _plan_like(tree: Tree, avals: tuple[Any, ...], buckets: tuple[tuple[int, ...
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, eq=False)
 class Bucketed:
-    """A tree whose small leaves are in buckets: first the buckets, then the other leaves.
+    """A tree whose small leaves are in buckets. Its arrays are the buckets, then the other leaves.
 
     The state of `grouped` has a `Bucketed` in place of each tree like the parameters; `get_slot`
     and `averaged_weights` return the tree itself.

@@ -60,17 +60,18 @@ def _takes_factors(tx: Any) -> TypeGuard[Rule]:
 class chain(Transform):
     """Applies transforms in turn, each to the updates of the one before.
 
-    Between adamjax's transforms updates are in float32 or wider, and they are rounded to the
-    gradients' dtype once, at the end. Other libraries' transforms and `weight_ema` get updates in
-    the gradients' dtype. A chain within a chain is replaced by its parts. The state is the tuple of
-    the parts' states. Extra arguments of `update` go to every part that takes them.
+    Between adamjax's transforms updates are in float32 or wider. They are rounded to the gradients'
+    dtype once, at the end, unless the last part is `master_weights`, whose updates stay float32.
+    Other libraries' transforms and `weight_ema` get updates in the gradients' dtype. A chain within
+    a chain is replaced by its parts. The state is the tuple of the parts' states. Extra arguments
+    of `update` go to every part; other libraries' functions get only those that they take.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
 
     Raises:
-      ValueError: `weight_ema` is not last, so it would not average the weights after the step;
-        `add_decayed_weights` is after the learning rate, so weights would grow.
+      ValueError: `weight_ema`, `exact_rows` or `master_weights` is not last, but needs the updates
+        that are applied; `add_decayed_weights` is after the learning rate, so weights would grow.
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))

@@ -53,8 +53,8 @@ def global_norm(tree: Tree) -> chex.Array:
     Returns:
       A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so
       float16 leaves cannot overflow. The norm is infinite if the sum exceeds float32's range, at
-      norms above 1.8e19. Elements below 1e-22 count as 0, because their squares underflow. The
-      derivative at 0 is 0.
+      norms above 1.8e19. Elements below about 1e-19 count as 0, because their squares
+      underflow. The derivative at 0 is 0.
 
     >>> import adamjax, jax.numpy as jnp
     >>> float(adamjax.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
@@ -132,8 +132,9 @@ class clip_by_value(Stateless):
     The real and the imaginary part of a complex element are limited separately.
 
     Args:
-      limit: the largest absolute value of an element, above 0. (An array that is traced or set
-        later is not checked: 0 makes zeros; a negative or NaN value makes NaN.)
+      limit: the largest absolute value of an element, above 0. (The value of an array that is
+        traced, or set later by `set_hyperparams`, is not checked. With a limit of 0, updates become
+        0; with a negative or NaN limit, they become NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_value(1.0).update(jnp.array([-3.0, 0.5]), ())[0]
@@ -167,8 +168,9 @@ class clip_by_norm(Stateless):
     become NaN. A `RowGradient` becomes NaN in its rows only.
 
     Args:
-      max_norm: the largest norm of a leaf, above 0. (An array that is traced or set later is not
-        checked: 0 makes zeros; a negative, infinite or NaN value makes NaN.)
+      max_norm: the largest norm of a leaf, above 0. (The value of an array that is traced, or set
+        later by `set_hyperparams`, is not checked. With a norm of 0, updates become 0; with a
+        negative, infinite or NaN norm, they become NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
@@ -205,8 +207,9 @@ class clip_by_global_norm(Stateless, Scaling):
     one of their elements is not finite, but not if only their squares overflow (see `global_norm`).
 
     Args:
-      max_norm: the largest joint norm, above 0. (An array that is traced or set later is not
-        checked: 0 makes zeros; a negative, infinite or NaN value makes NaN.)
+      max_norm: the largest joint norm, above 0. (The value of an array that is traced, or set
+        later by `set_hyperparams`, is not checked. With a norm of 0, updates become 0; with a
+        negative, infinite or NaN norm, they become NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}

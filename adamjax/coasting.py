@@ -79,8 +79,9 @@ _LARGEST_SIZE = 2.0**64
 class Coast(NamedTuple):
     """How a rule moves rows without a gradient, as the result of `Rule.coast`.
 
-    In a step without a gradient the slots decay, m to `b1 * m` and x to `shrink * x`. Then the
-    rule's update of each element must be
+    Let m be the average of gradients, and x the size of gradients that the rule divides by:
+    `sqrt(v)` for Adam. In a step without a gradient both must decay: m becomes `b1 * m`, and x
+    becomes `shrink * x`. The rule's update of each element must then be
 
         momentum_coefficient * m / (x + eps)
 
@@ -94,8 +95,8 @@ class Coast(NamedTuple):
       shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
       eps: what is added to x; 0 stands for the smallest normal number, as in `divisor`.
-      b2: the decay of v, in [0, 1), for algorithm 1, where step t adds
-        `max(eps * sqrt(1 - b2**t), tiny)` to x; `None` if it adds eps.
+      b2: the decay of v, in [0, 1), if step t adds `max(eps * sqrt(1 - b2**t), tiny)` to x, as
+        Adam's algorithm 1 does (tiny is the smallest normal number). `None` if it adds eps.
       momentum: the name of the slot m.
       size: the name of the slot that measures the gradients' size; `None` if the rule does not
         divide by it. Then `shrink`, `eps` and `b2` have no effect; else the first two are required.

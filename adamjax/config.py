@@ -50,7 +50,8 @@ def to_config(tx: Any) -> dict[str, Any]:
 
     Raises:
       TypeError: JSON cannot hold something in it: a function (as a mask or a schedule), an optax
-        transform, an array that is being traced. The message says what it is, and where.
+        transform, the mesh of `shard_state`, an array that is being traced. The message says what
+        it is, and where.
 
     >>> import adamjax, json
     >>> config = adamjax.to_config(adamjax.adam(adamjax.cosine_decay(0.1, decay_steps=1000)))
@@ -68,13 +69,13 @@ def to_config(tx: Any) -> dict[str, Any]:
 def from_config(
     config: Mapping[str, Any], *, mask: Mask | None = None, custom: Iterable[type[Data]] = ()
 ) -> Any:
-    """The transform or schedule that a dictionary describes: one of `to_config`, or one of Keras'.
+    """The transform or schedule that a dictionary of `to_config` or of Keras describes.
 
     Keras' dictionaries are those of `keras.optimizers.serialize(optimizer)` and of
     `optimizer.get_config()`, from the legacy optimizers of tf.keras (up to 2.10, later
     `tf.keras.optimizers.legacy`), Keras 2.9 to 2.15 and Keras 3: Adam, AdamW, Adamax, Nadam and
-    capreolus' AdamMultilr, with Keras' schedules. (`get_config` does not contain the optimizer's
-    class, so its `name` shows the class. If you gave the optimizer another name, write
+    capreolus' AdamMultilr, with Keras' schedules. (What `get_config` returns does not contain the
+    optimizer's class, so the key `name` must show it. If you gave the optimizer another name, write
     `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote a dictionary, and
     the transform does what that Keras does:
 
@@ -88,9 +89,9 @@ def from_config(
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So after step t, Keras 3's average is adamjax's minus
-    `ema_momentum**t * (p_0 - p_1)`. (A state of `convert.from_keras` goes on from Keras'
-    average, and is refused before the first step.) The difference reaches the weights only with
-    `ema_overwrite_frequency`.
+    `ema_momentum**t * (p_0 - p_1)`. (`convert.from_keras` goes on from Keras' average. It refuses a
+    Keras 3 optimizer with `use_ema` before its first step.) The difference reaches the weights only
+    with `ema_overwrite_frequency`.
 
     Keras does not write into a dictionary which variables `exclude_from_weight_decay` excludes:
     give `mask`, which says which leaves decay.

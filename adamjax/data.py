@@ -33,12 +33,16 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Range:
-    """The values a hyperparameter may take: in words for the error, and as a test.
+    """The values that a hyperparameter may take.
 
     Attributes:
-      whole: what happens to a whole number. "never": it becomes a float, because an integer
-        array could not hold a fraction that is set later. "kept": it stays, as it counts steps and
-        a float32 would round it; beyond int32 it becomes a float. "only": nothing else is taken.
+      text: the range in words, for errors: "must be {text}".
+      holds: a function of an array that says for each element whether it is in the range. Combine
+        conditions with `&` and `|`, because the array may be traced.
+      whole: what happens to a whole number, an int or an integer array. "never": it is stored as a
+        float, so that a fraction can replace it later. "kept": it stays an integer, because it
+        counts steps and float32 would round it; beyond int32 it becomes a float. "only": only whole
+        numbers are accepted.
     """
 
     text: str
@@ -113,7 +117,7 @@ def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type
 def static(*, default: Any = dataclasses.MISSING, kw_only: bool = False, init: bool = True) -> Any:
     """A field that is part of the structure: hashed and compared by `jit`, never traced.
 
-    Without `init`, it is no argument: `__post_init__` sets it.
+    With `init=False` it is not an argument of the constructor: `__post_init__` sets it.
     """
     return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only, init=init)
 
@@ -218,7 +222,11 @@ class Data:
         self.__dict__.update(values)
 
     def check_range(self, name: str, allowed: Range) -> None:
-        """Refuses a hyperparameter outside its range; of what is being traced, only the dtype."""
+        """Raises an error if the hyperparameter `name` is outside its range.
+
+        It is then stored as a Python number or a JAX array; see `Range.whole` for whole numbers. Of
+        an array that is being traced, only the dtype is checked.
+        """
         self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 
     def check_flag(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """What you need to write a rule or another transform of your own.
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
-rule is best written as a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, which `lift`
+rule is best written with a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, which `lift`
 applies to trees. `lift` checks all trees before anything is computed, passes over `None` and
 integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
 dtype. `adamjax.testing.check` tests the transform. Momentum, as an example (only `exact_rows` needs
@@ -56,8 +56,8 @@ its `coast` and `momentum_coefficient`):
 
 Base classes:
 
-- `Transform`: any transform. `init` and `update`; `check_state` refuses a state; flags and methods
-  say what `exact_rows`, `grouped` and `chain` may do with it.
+- `Transform`: any transform. A subclass has `init` and `update`. `check_state` may refuse a state
+  that does not fit. Flags and methods say what `exact_rows`, `grouped` and `chain` may do.
 - `Stateless`: a transform whose state is `()`.
 - `Scaling`: multiplies each leaf by a scalar; has `factors` in place of `update`.
 - `Rule`: turns gradients into a direction, element by element; its `coast` may tell `exact_rows`
@@ -66,33 +66,35 @@ Base classes:
 Fields:
 
 - `static`: a field that is no leaf of the transform's tree, for flags, names and dtypes.
-- `Number`, `Rate`, `Rows`: the types of a hyperparameter, of a rate or schedule, and of `rows=`.
+- `Number`: the type of a hyperparameter. A Python float is a compile-time constant, an array is
+  data. `Rate`: a number, a function of the count, or `by_path`. `Rows`: that of `rows=`, "dense" or
+  "lazy" (in `lift` also "whole").
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
-- `as_rate`, `rate_at`: check a rate in `__post_init__`; give its value at a count.
+- `as_rate` checks a rate in `__post_init__`; `rate_at` returns its value at a count.
 
 States:
 
 - `transform_state`: declares a named tuple and its slots, which `get_slot` and `exact_rows` see.
 - `new_slots`: a tree of one new array for each floating leaf.
-- `next_count`, `counted`: the count after this step; the number of this step, 1 for the first.
+- `next_count`: the count after this step. `counted`: the number of this step, 1 for the first.
 - `expect_state` refuses a state of another transform; `expect_empty`, any state but `()`;
   `expect_wide`, slots that were cast to fewer bits.
 
 Trees:
 
-- `lift`: a rule on arrays, applied to trees; `no_scalars` for one that needs no scalars.
+- `lift` applies a function of arrays to trees; `no_scalars` is for one that needs no scalars.
 - `needed`: the parameters, or an error that says that they are needed.
 - `flatten`, `leaf_paths`: the leaves of a tree, `None` and row gradients among them; their paths.
 - `is_left_alone`: whether no transform touches a leaf.
 
 Arithmetic, on arrays and in float32 at least:
 
-- `Recurrence`: a rule on arrays whose update comes from what its slots become.
-- `accumulator`, `widen`: the real dtype to compute in; an array in it.
-- `scalar`, `divisor`: a hyperparameter in that dtype; an epsilon, which is never 0.
-- `averaging`, `correction`: an exponential average `(old, new)`; its bias correction.
-- `root`, `square`: with the right derivatives at 0, and for complex numbers.
+- `Recurrence`: a function for `lift` that computes the new slots, and the update from them.
+- `accumulator`: the real dtype to compute in. `widen` casts an array to it.
+- `scalar`: a hyperparameter in that dtype. `divisor`: an epsilon in that dtype.
+- `averaging`: an exponential average, `(old, new)`. `correction`: its bias correction.
+- `root`: the square root, with the derivative 0 at 0. `square`: `|x|**2`, also of complex numbers.
 - `Coast`: how a rule moves rows that have no gradient.
 - `times`: multiplies a rule's scalars by the factors that `Rule.step` is given.
 """

@@ -119,8 +119,9 @@ class grouped(Transform):
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
-        `clip_by_global_norm`, `weight_ema`, chains and guards of these, and transforms of your
-        own with `groupable = True`. Transforms that depend on a leaf's path or on a leaf as a
+        `clip_by_global_norm`, `weight_ema`, chains of these, `skip_not_finite` and
+        `accumulate_gradients` around these, and transforms of your own with `groupable = True`.
+        Transforms that depend on a leaf's path or on a leaf as a
         whole stay outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
         `accumulate_gradients(grouped(adam(0.1)), 4, max_rows=64)`, or
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.

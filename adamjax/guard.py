@@ -148,8 +148,9 @@ class accumulate_gradients(Transform):
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
     decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
     a call adds nothing to its sum, but the call counts in the mean. If that is the call that takes
-    the step, the leaf is left alone and its sum is kept. In the next step, the gradients of its
-    calls are added to this sum, and the total is divided by the number of these calls only.
+    the step, the leaf is left alone and its sum is kept. The gradients of the next
+    step's calls are added to that sum, and the total is divided by the number of the next step's
+    calls only.
 
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
     of a table that a step touches; then the step gets a row gradient. If more rows are touched, the
@@ -159,12 +160,16 @@ class accumulate_gradients(Transform):
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
       steps: the number of micro-batches in a step, a whole number of at least 1. (If it is an array
-        that is traced or set later, a value below 1 makes the mean NaN.)
+        that is traced, or set later by `set_hyperparams`, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
         gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows: it is for
         every leaf of two or more dimensions that has more rows than this.
 
     The state is an `AccumulateGradientsState`.
+
+    Raises:
+      ValueError: by `update`: a leaf that `max_rows` is for has a dense gradient. (One number is
+        for dense kernels of more rows too; then give pairs with the patterns of the tables.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.accumulate_gradients(adamjax.scale(-1.0), steps=2)

@@ -88,8 +88,9 @@ class with_hyperparams(Transform):
 
     Read and log them as `state.hyperparams["learning_rate"]`, and set them between steps with
     `set_hyperparams`; the step is not traced again. They replace the transform's own values, even a
-    schedule. A `by_path` is refused, because one number would replace the rates of all leaves: name
-    the factor of a `scale(1.0)` after it, which multiplies them all. Like any array, a float is
+    schedule. A `by_path` is refused, because one number would replace the rates of all leaves. To
+    multiply all rates, put `scale(1.0)` after the optimizer in a chain, and pass `factor=1.0` here.
+    Like any array, a float is
     rounded to float32 (unless JAX is in x64 mode): 0.999 becomes 0.99900001, and `1 - b2` is
     computed from that. Counts (`steps`, `overwrite_frequency`) are int32. All others are floats,
     even if you give a whole number.
@@ -246,8 +247,8 @@ def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
         range.
 
     Raises:
-      TypeError, ValueError: the state has no `HyperparamsState` or none with this name, several
-        with this name, or one that cannot keep a value.
+      TypeError, ValueError: the state has no `HyperparamsState`, or none or several with this name;
+        or the value is not a finite real scalar (for a count, a whole number of at least 1).
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1, b1=0.9)

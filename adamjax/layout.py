@@ -116,9 +116,9 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     Jitted functions return arrays in the default layout, unless `out_shardings` says otherwise.
     Without it, a step copies row-major tables, even donated ones. Arguments need nothing: each
-    array brings its own layout. (If some parameters are bound to a device and some are not, the
-    second step compiles again, because the first binds all; `jax.device_put(params, device)`
-    beforehand avoids that.)
+    array brings its own layout. (If some parameters are committed to a device and some are
+    not, the second step compiles again, because the first returns committed arrays;
+    `jax.device_put(params, device)` beforehand avoids that.)
 
     Args:
       tx: an optimizer.
@@ -126,8 +126,8 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     Returns:
       Two trees, like `params` and like `tx.init(params)`, with a `jax.experimental.layout.Format`
-      for each array that is bound to devices; a slot has that of its parameter. All others are
-      `None`, which leaves the layout open.
+      for each committed array; a slot has that of its parameter. All others are `None`, which
+      leaves the layout open.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.adam(1e-3, rows="lazy")
@@ -155,13 +155,14 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
 
 class Packing(NamedTuple):
-    """Rows of a table side by side in lines, because TPUs pad lines to multiples of 128 elements.
+    """Puts several rows of a table side by side into one longer row, a line.
 
-    Optimizers treat lines like rows. With `exact_rows` and `rows="dense"` the result is that of the
-    unpacked table, because a row moves the same with a gradient of zero as with none. With
-    `rows="lazy"` the rows of a line move together: if one has a gradient, its neighbours move on by
-    their momentum. A step works on whole lines. At 16, 32 and 64 columns a line has 128 elements,
-    as many as one row that is padded without packing. At 100 columns a line has 512.
+    TPUs pad each row of an array to a multiple of 128 elements. Optimizers treat lines like rows.
+    Under `exact_rows`, and also with `rows="dense"`, the result is that of the unpacked table,
+    because a row moves the same with a gradient of zero as with none. With `rows="lazy"` the rows
+    of a line move together: if one has a gradient, its neighbours move on by their momentum. A step
+    works on whole lines. At 16, 32 and 64 columns a line has 128 elements, as many as a single row
+    after its padding. At 100 columns a line has 500, padded to 512.
 
     Attributes:
       width: the number of elements in a row.
@@ -206,9 +207,10 @@ class Packing(NamedTuple):
         return lines.reshape(-1, self.width)[:num_rows]
 
     def line(self, indices: chex.Array) -> chex.Array:
-        """The line of each row; rows outside the table are on lines outside the packed table.
+        """The number of the line that each row is on.
 
-        Indices are integers of any dtype and width, as for `row_gradient`.
+        A row after the end of the table may be on the last line, whose rest is zeros. Indices are
+        integers of any dtype and width, as for `row_gradient`.
         """
         return self._split(indices)[0]
 
@@ -245,7 +247,7 @@ class Packing(NamedTuple):
 
 
 def packing(width: int) -> Packing:
-    """The `Packing` with as few rows in a line as possible, if padding may add at most a tenth.
+    """The `Packing` with the fewest rows in a line for which padding adds at most a tenth.
 
     A line has 8 rows of 16 elements, 4 of 32, 2 of 64, 5 of 100, 1 of 128 or 256, 2 of 300.
 

@@ -191,9 +191,15 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
 
 
 def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> None:
-    """Refuses slots that were cast: they must be in `dtype`; if it is `None`, in float32 or wider.
+    """Raises an error if slots were cast to fewer bits.
 
     An average of small changes stands still if each step rounds it to a narrow dtype.
+
+    Args:
+      owner: the transform's name, for errors.
+      name: the slot's name in the state.
+      tree: the slot.
+      dtype: the name of its dtype; `None` for float32 or wider.
     """
     expect_dtypes(owner, f"the state's {name}", tree)
     expected = dtype if dtype in (None, SCALED8) else jax.dtypes.canonicalize_dtype(dtype)
@@ -326,7 +332,11 @@ def expect_arrays(owner: str, params: Tree) -> None:
 
 
 def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
-    """A tree with a new array for each floating leaf, laid out like it; `None` for the others."""
+    """A tree with a new array for each floating leaf, and `None` for the other leaves.
+
+    `make` is a function from a parameter to its new array, which gets the parameter's memory layout
+    and sharding.
+    """
     expect_arrays("init", params)
     leaves, treedef = flatten(params)
 
@@ -381,25 +391,27 @@ def lift(
     rows: Rows = "dense",
     count: chex.Array | None = None,
 ) -> tuple[Any, ...]:
-    """Applies a rule on arrays to every leaf of trees, after it has checked all leaves.
+    """Applies a function of arrays to every leaf of trees, after it has checked all leaves.
 
-    A rule is elementwise, so `rows.apply_rule_to_rows` can apply it to a `RowGradient`. For one
-    that is not, pass `rows="whole"`.
+    The function must be elementwise, because it is applied to the rows of a `RowGradient`. If it is
+    not, pass `rows="whole"`.
 
     Args:
       owner: the transform's name, for errors.
-      rule: a function `(c, g, *slots, [p]) -> (u, *slots)` of arrays, at the top of a module.
+      rule: the function, `(c, g, *slots, [p]) -> (u, *slots)`. Define it at the top of a module:
+        `jit` would compile again for a function that each step makes anew.
       scalars: a function of an accumulator dtype that returns `c`, the step's scalars. Or a list
         with one such function for each leaf: the same object for leaves that are treated alike,
         None for a leaf that passes unchanged.
       grads: the tree of gradients.
       slots: state trees with the parameters' structure. Of a complex leaf, the first slot is
         complex; others may be real.
-      params: the parameters, for a rule that reads them.
-      like: parameters that the rule does not read; without slots, the gradients must match them.
+      params: the parameters, if the function reads them.
+      like: the parameters, if the function does not read them and there are no slots: gradients of
+        another structure or of other shapes are refused.
       names: what errors call `grads` and `slots`.
       rows: "dense": the rows that are not in a `RowGradient` have a gradient of zero; "lazy": they
-        are left alone; "whole": the rule is not elementwise and takes a `RowGradient` as it is.
+        are left alone; "whole": the function is not elementwise and takes a `RowGradient` as it is.
       count: int32, the number of steps taken before. It seeds the stochastic rounding of slots in
         bfloat16. Without it they are rounded to the nearest.
 
@@ -533,7 +545,7 @@ def _input_without_seal(owner: str, leaf: Any) -> Any:
 
 
 def needed(owner: str, params: Tree) -> Tree:
-    """The parameters; if they are `None`, an error says that this transform reads them."""
+    """The parameters; if they are `None`, an error that names the transform, `owner`."""
     if params is None:
         raise ValueError(f"{owner} reads the parameters: call update(grads, state, params)")
     return params
@@ -585,21 +597,23 @@ def apply_updates(
 ) -> T:
     """The parameters moved by their updates: `p + u`, in the dtypes of the parameters.
 
-    A bfloat16 weight of 1 has neighbours at 0.996 and 1.008, so rounded to the nearest it does not
-    move by an update of 0.001. With `rounding="stochastic"` bfloat16 weights are rounded up or
-    down at random so that the expected value is right; float32 weights are not affected.
+    The neighbours of a bfloat16 weight of 1 are 0.996 and 1.008. So an update of 0.001 has no
+    effect on it if the sum is rounded to the nearest. With `rounding="stochastic"` bfloat16 weights
+    are rounded up or down at random so that the expected value is right; float32 weights are not
+    affected.
 
     Args:
       params: tree of arrays; integer and boolean leaves and `None` are returned as they are.
       updates: tree of the same structure and shapes; `None` for a parameter that stays.
       rounding: "nearest" or "stochastic".
       step: for stochastic rounding an integer scalar that differs from step to step, such as
-        `adamjax.step_count(state)`. The random bits are made of it, modulo 2**32. `step_count`
-        reads the count of the first rule: if this rule skips or accumulates and others do not,
-        count the steps yourself. `train_step` makes its number from all counts in the state.
+        `adamjax.step_count(state)`. The random bits are derived from it, modulo 2**32. `step_count`
+        reads the count of the first rule. If `skip_not_finite` or `accumulate_gradients` is around
+        that rule but not around all parts, count the steps yourself. (`train_step` derives the bits
+        from all counts in the state.)
 
     Returns:
-      The new parameters. Each sum is computed in the wider dtype of the two and rounded once.
+      The new parameters. Each sum is computed in float32 or wider and rounded once.
 
     Raises:
       ValueError: the structure or a shape differs; the error names the leaf. `step` is missing for

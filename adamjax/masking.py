@@ -36,8 +36,9 @@ class masked(Transform):
 
     Args:
       tx: a transform.
-      pattern: a pattern for `re.search` in the leaf's path, like `"kernel$"`; or a tree of bools
-        like the parameters, or with one bool for a subtree; or a function that returns such a tree.
+      pattern: which leaves: a pattern for `re.search` in the leaf's path, like `"kernel$"`; a tree
+        of bools with the parameters' structure, in which one bool may stand for a whole subtree; or
+        a function from the parameters (from the updates, if `update` gets none) to such a tree.
 
     Raises:
       ValueError: by `init` and `update`: the pattern matches no leaf (`adamjax.optional(pattern)`
@@ -109,9 +110,12 @@ class partition(Transform):
         leaf, because its raw gradient would move it uphill. (`set_to_zero` freezes leaves.)
 
     Raises:
-      ValueError: by `init` and `update`: a pattern matches no leaf. By `init`: earlier patterns
-        match all leaves of a pattern. (`adamjax.optional(pattern)` allows both.) By `init`: a
-        pattern inside a part, such as one of `by_path`, matches none of the part's own leaves.
+      ValueError: by `init` and `update`: a pattern matches no leaf, or none matches a leaf and
+      there
+        is no default. By `init`: a pattern has no effect, because an earlier one matches each
+        leaf that it matches (one that matches every leaf of the tree, like `".*"`, is allowed); or
+        a pattern inside a part, such as one of `by_path`, matches none of the part's leaves.
+        `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.partition([("bias", adamjax.scale(-1.0))], default=adamjax.scale(-0.5))

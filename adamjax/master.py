@@ -54,11 +54,11 @@ def _has_master(p: Any) -> bool:
 class master_weights(Transform):
     """Updates float32 weights with `tx`; narrow parameters are these weights, rounded.
 
-    A bfloat16 weight of 1 does not move by an update of 0.001, as its neighbours are 0.996 and
-    1.008. Here the update moves a float32 weight in the state, and the parameter follows it as soon
-    as the sum of updates is large enough. Weight decay, averages of weights and everything else in
-    `tx` see the float32 weights, and float32 gradients. (Micikevicius et al., Mixed precision
-    training, arXiv:1710.03740, section 3.1.)
+    The neighbours of a bfloat16 weight of 1 are 0.996 and 1.008, so an update of 0.001 has no
+    effect on it. Here the update moves a float32 weight in the state, and the parameter follows it
+    as soon as the sum of updates is large enough. Weight decay, averages of weights and everything
+    else in `tx` see the float32 weights, and float32 gradients. (Micikevicius et al., Mixed
+    precision training, arXiv:1710.03740, section 3.1.)
 
     Put it around a whole optimizer, such as `adamw(1e-3)` or `exact_rows(adam(1e-3), "table")`.
     `skip_not_finite` and `shard_state` go around it: `skip_not_finite(master_weights(tx))`,
@@ -79,8 +79,9 @@ class master_weights(Transform):
 
     The state is a `MasterWeightsState`. Updates of narrow parameters are float32: the difference
     between the rounded weight and the parameter. So the result of `apply_updates`, of
-    `optax.apply_updates` and of `p + u` is the rounded weight. (Where a weight shrinks to less than
-    a 30,000th in one step, the rounding of that sum may show; the next step corrects it.)
+    `optax.apply_updates` and of `p + u` is the rounded weight. (If a weight becomes more than
+    30,000 times smaller in one step, the parameter may differ from the rounded weight by the
+    rounding of that sum; the next step corrects it.)
 
     Raises:
       ValueError: by `update`, the state is of other parameters.
@@ -180,6 +181,9 @@ class master_weights(Transform):
 
         Returns:
           The parameters and the state to go on with.
+
+        Raises:
+          TypeError: `tx` is not itself an `exact_rows`. Put other transforms inside `exact_rows`.
         """
         expect_state(self, state, MasterWeightsState)
         if not hasattr(self.tx, "flush"):

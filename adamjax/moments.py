@@ -104,10 +104,11 @@ def ranged(value: Number, allowed: Range) -> Any:
 
 
 def divisor(value: Number, real: Any) -> Any:
-    """An epsilon in the accumulator dtype, never 0, because moments of 0 are divided by it.
+    """An epsilon in the accumulator dtype, to divide moments by that may be 0.
 
-    An array that is traced or set is not checked: 0 becomes the smallest normal number, and a
-    negative, infinite or NaN value makes NaN.
+    Check a Python number with `POSITIVE` before: 0.0 stays 0. The value of an array may be traced,
+    or set later by `set_hyperparams`, so it is not checked. 0 becomes the smallest normal number,
+    and a negative, infinite or NaN value becomes NaN.
     """
     eps = scalar(ranged(value, NON_NEGATIVE), real)
     return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
@@ -184,10 +185,13 @@ class Average(NamedTuple):
 
 
 def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
-    """A function `(old, new)` that returns their average, with decay `b`.
+    """A function `(old, new)` that returns `b * old + (1 - b) * new`.
 
-    An array `b` has the value that its dtype rounds it to, also in `1 - b`. Outside the allowed
-    range it makes averages NaN.
+    Args:
+      b: the decay. A Python number outside of `allowed` raises an error; an array outside of it
+        makes averages NaN. For an array, `1 - b` is computed from the value that its dtype has.
+      real: the accumulator dtype.
+      allowed: the range of `b`.
     """
     if is_array(b):
         b = ranged(b, allowed)
@@ -282,7 +286,7 @@ class Recurrence:
 def correction(b: Number, t: chex.Array) -> chex.Array:
     """The bias correction `1 - b**t`, by expm1: exact to rounding from the first step on.
 
-    An array `b` has the value that its dtype rounds it to. Outside of [0, 1) it makes NaN.
+    An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
     """
     if is_array(b):
         b = ranged(b, BETA)

@@ -151,7 +151,7 @@ def nadam(
     """Nadam (Dozat, 2016) as Keras defines it, with its momentum schedule.
 
     `scale_by_adam(..., nesterov=True)`, then `scale_by_learning_rate`. The arguments are those of
-    these two.
+    these two, without `eps_hat`.
 
     >>> import adamjax
     >>> adamjax.nadam(0.1)  # doctest: +NORMALIZE_WHITESPACE

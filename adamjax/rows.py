@@ -63,13 +63,13 @@ class RowGradient(Data):
 
     As a gradient it means that all other rows have the gradient zero. You can multiply it by a
     scalar, cast it with `astype` and add it to an array, like the dense array of its `shape`
-    (`table + rows` is a scatter, so `optax.apply_updates` takes it). But the sum has the dtype of
-    the array: it must be real or complex floats, and complex if the rows are complex. The sum of
-    two row gradients is a row gradient, lazy if both are. Do not use arithmetic on its leaves
-    (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it changes indices too. The result
-    is refused where it is used, or gets NaN values if only the compiled step can notice. (Integer
-    combinations whose weights add up to one, such as `a - b + c`, and maxima and minima are not
-    noticed.) Do not give a row gradient to a function that sums over leaves either:
+    (`table + rows` is a scatter, so `optax.apply_updates` takes it). The sum has the dtype of the
+    array. So the array must have a real or complex float dtype, and a complex one if the rows are
+    complex. The sum of two row gradients is a row gradient, lazy if both are. Do not use arithmetic
+    on its leaves (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it changes indices
+    too. The result is refused where it is used, or gets NaN values if only the compiled step can
+    notice. (Integer combinations whose weights add up to one, such as `a - b + c`, and maxima and
+    minima are not noticed.) Do not give a row gradient to a function that sums over leaves either:
     `optax.tree.norm` would count the indices, `adamjax.global_norm` does not.
 
     Attributes:

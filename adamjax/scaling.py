@@ -125,9 +125,9 @@ class scale_by_learning_rate(Scaling):
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
         before this step, 0 at the first), or `by_path` for a rate per leaf. (Some values can be
-        checked only in a step: those of a callable, and of arrays that are traced or set later.
-        There a value below 0 makes NaN. But a callable's value between -1e-6 and 0 counts as 0,
-        because of rounding.)
+        checked only in a step: those of a callable, and of arrays that are traced, or set later by
+        `set_hyperparams`. There a value below 0 makes the updates NaN. But a callable's value
+        between -1e-6 and 0 counts as 0, because of rounding.)
 
     The state is a `ScheduleState`.
 
@@ -188,9 +188,9 @@ class add_decayed_weights(Transform):
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
         learning rate, a value below 0 that can be checked only in a step makes NaN.
-      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools like
-        the parameters, or with one bool for a subtree; or a function that returns such a tree.
-        `None`: all.
+      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools with
+        the parameters' structure, in which one bool may stand for a whole subtree; or a function
+        from the parameters to such a tree. `None`: all.
 
     The state is a `ScheduleState`.
 

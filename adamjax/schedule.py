@@ -75,8 +75,8 @@ __all__ = [
 class Schedule(Data):
     """Base class of schedules: frozen dataclasses that map the count to a scalar.
 
-    `check_range` makes errors of values that do not fit, such as a string in a config; the ranges
-    are in `adamjax.extend`.
+    `check_range` raises an error for a value that does not fit, such as a string in a config. The
+    ranges are in `adamjax.extend`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> class halved(adamjax.Schedule):
@@ -341,11 +341,11 @@ class constant(_Compiled):
 
 
 class inverse_time_decay(_Compiled):
-    """`initial / (1 + decay_rate * count / decay_steps)`; `staircase` rounds the quotient down.
+    """`initial / (1 + decay_rate * count / decay_steps)`.
 
-    With `decay_steps=1` this is the legacy option `decay` of Keras. In Keras, that option may come
-    with a schedule as the learning rate. So the initial rate may be a schedule here too: it is
-    divided by the denominator.
+    `staircase` rounds `count / decay_steps` down. With `decay_steps=1` this is the legacy option
+    `decay` of Keras. In Keras, that option may come with a schedule as the learning rate. So the
+    initial rate may be a schedule here too: it is divided by the denominator.
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0; or a schedule.
@@ -604,17 +604,18 @@ class by_path(Data):
     wherever a learning rate or a weight decay is expected.
 
     Args:
-      rules: pairs (pattern, rate), or a dictionary {pattern: rate} in that order. A pattern is a
-        regular expression for `re.search`; the path of a leaf is its keys joined by slashes,
-        like `"encoder/layers/0/kernel"`. A rate is a float or array of at least 0, or a schedule.
+      rules: pairs (pattern, rate), or a dictionary {pattern: rate}, in the order in which
+        they are tried. A pattern is a regular expression for `re.search`; the path of a leaf is its
+        keys joined by slashes, like `"encoder/layers/0/kernel"`. A rate is a float or array of at
+        least 0, or a schedule.
       default: the rate of a leaf that no pattern matches.
 
     Raises:
-      ValueError: by `init` and `update` of the transform with this rate, if a pattern matches no
-        leaf. It is enough to match an integer leaf, or in `update` a leaf whose gradient is `None`.
-        (In `init`, `None` is no leaf.) `init` also raises the error if earlier patterns match all
-        leaves of a pattern, except if this is the last pattern and matches every leaf of the tree,
-        as `".*"` does. `adamjax.optional(pattern)` allows all of this.
+      ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
+        Integer leaves count as leaves; those that are `None` count in `update`, but not in `init`.
+        By `init`: a pattern has no effect, because an earlier one matches each leaf that it
+        matches. (One that matches every leaf of the tree, like `".*"`, is allowed.)
+        `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax
     >>> rates = adamjax.by_path({"^bert": 2e-5, "bias$": 0.0}, default=1e-3)
@@ -699,7 +700,13 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
 
 
 def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
-    """The owner's field as a checked rate; a plain callable becomes a schedule."""
+    """The field `name` of `owner` as a checked rate; a plain callable becomes a schedule.
+
+    Args:
+      owner: the transform or schedule itself, `self`.
+      name: the field's name.
+      per_leaf: whether `by_path` is allowed.
+    """
     return _checked_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 

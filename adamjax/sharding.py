@@ -152,10 +152,10 @@ class shard_state(Transform):
     up to the order of sums, and a device holds 1/N of the state.
 
     Put it around all other wrappers, such as `accumulate_gradients`, whose sums it splits too. Use
-    it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums
-    over a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum
-    and the split; `value_and_grad` asks for it on every platform. Row gradients are not split.
-    (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
+    it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums over
+    a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum and
+    the split; the method `tx.value_and_grad` asks for it on every platform. Row gradients are not
+    split. (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
 
     Args:
       tx: the optimizer.

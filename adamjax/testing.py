@@ -101,7 +101,7 @@ def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
 
 @_law
 def state_keeps_its_form(trial: Trial) -> None:
-    """Structure, shapes and dtypes pass through `lax.scan` and `lax.cond`, for every dtype."""
+    """In `lax.scan` and `lax.cond`, a step keeps the structure, shapes and dtypes."""
     params, grads = trial.mixed_params, trial.mixed_grads()
     _expect_a_kept_form(trial, _only_floats(params, params), _only_floats(params, grads))
 
@@ -154,7 +154,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 @_law
 def updates_have_the_gradients_dtype(trial: Trial) -> None:
-    """Updates have the gradients' form and states keep theirs, whatever the parameters' dtype."""
+    """Updates have the gradients' dtypes and states keep theirs, whatever the parameters' dtype."""
     for wide, p_dtype, g_dtype in itertools.product((False, True), _DTYPES, _DTYPES):
         with x64(wide):
             params, grads = (_cast_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
@@ -264,7 +264,7 @@ def _ulp(x: Any, dtype: Any) -> Any:
 
 @_law
 def vmap_over_weights_is_a_loop(trial: Trial) -> None:
-    """Under `jax.vmap` over parameters, gradients and state, each gets what it gets alone."""
+    """Under `jax.vmap` over parameters, gradients and state, each member moves as if alone."""
 
     def stacked(*trees: Tree) -> Tree:
         return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
@@ -301,7 +301,7 @@ def _varied(tx: Any, factor: float) -> Any:
 
 @_law
 def jit_argument(trial: Trial) -> None:
-    """As an argument of `jit`, a transform is traced once for all values, numbers and arrays."""
+    """As an argument of `jit`, a transform is traced once, whatever its hyperparameters' values."""
     for tx in (trial.tx, _varied(trial.tx, 0.9)):
         actual = trial.run_step_of_tx(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
@@ -366,7 +366,7 @@ def _belongs(name: str, path: str) -> bool:
 
 @_law
 def integers_and_bools_are_left_alone(trial: Trial) -> None:
-    """Integers, booleans and what has a float0 gradient: updates of zero, and no move."""
+    """Integer and boolean leaves, and those with a float0 gradient, get zeros and do not move."""
     for params, _, grads, updates, moved, _ in trial.mixed_run:
         rows = zip(*(flatten(tree)[0] for tree in (params, grads, updates, moved)), strict=True)
         for path, (p, g, u, p1) in zip(leaf_paths(params), rows, strict=True):
@@ -383,7 +383,7 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
 
 @_law
 def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
-    """Scalars, empty arrays and leaves of every dtype, next to each other, keep their form."""
+    """Scalars, empty arrays and leaves of every dtype in one tree keep their shapes and dtypes."""
     for params, state, grads, updates, moved, next_state in trial.mixed_run:
         expect_form("updates", updates, grads)
         expect_form("params", moved, params)
@@ -393,7 +393,7 @@ def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
 
 @_law
 def empty_trees(trial: Trial) -> None:
-    """Trees without a leaf, and with an empty one, are parameters too."""
+    """Trees without leaves, and trees with an array of size 0, are parameters too."""
     if not trial.is_default:
         return  # made for paths that these do not have
     empties: tuple[Any, ...] = ({}, (), {"a": {}, "b": None}, {"a": jnp.zeros((0,))})
@@ -426,7 +426,7 @@ def _wrong_gradients(leaf: Any) -> dict[str, Any]:
 
 @_law
 def refuses_gradients_that_do_not_fit(trial: Trial) -> None:
-    """Another shape, kind of dtype or structure, with a TypeError or ValueError in words."""
+    """Gradients of another shape, kind of dtype or structure raise an error that names the leaf."""
     state, grads = trial.tx.init(trial.params), trial.grads(0)
     leaves, treedef = flatten(grads)
     for i, (path, g) in enumerate(zip(leaf_paths(grads), leaves, strict=True)):
@@ -471,7 +471,7 @@ _SPOILT: Mapping[str, Callable[[Any], Any]] = {
 
 @_law
 def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
-    """One wrong array is enough, and so is another state; the error names a transform."""
+    """A state with a wrong array, or of another transform, is refused, by the transform's name."""
     named_leaves, treedef = leaves_with_names("state", trial.tx.init(trial.params))
     for i, (path, x) in enumerate(named_leaves):
         if x is None:
@@ -655,7 +655,7 @@ def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_rea
 
 @_law
 def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
-    """In `exact_rows` tables move as with dense gradients, or it is refused in one sentence."""
+    """In `exact_rows` tables move as with dense gradients, or the transform is refused."""
     tx = trial.tx
     if not isinstance(tx, Transform):
         return
@@ -886,8 +886,8 @@ def check(
 ) -> None:
     """Tries a transform on the laws, and raises if it breaks one.
 
-    All laws take from ten seconds to a minute, and minutes on a slow machine, because they compile
-    many programs; `laws` picks a few.
+    Together the laws take ten seconds to a minute, and several minutes on a slow machine, because
+    they compile many programs; `laws` picks a few.
 
     Args:
       tx: a transform, or any pair `(init, update)`. Its hyperparameters are Python numbers.

@@ -237,8 +237,8 @@ def train_step(
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
       ValueError: by the step: an array was donated to an earlier step, or is passed twice; or a
-        leaf would move uphill, because no part that sees it has a learning rate (`masked` may leave
-        out a leaf like this). The message names the array or the leaf.
+        leaf would move uphill, because no part that sees it has a learning rate, as leaves that
+        `masked` leaves out. The message names the array or the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):
@@ -324,9 +324,9 @@ def forward(
       `jit`: outside, it runs operation by operation. `eval_step` is jitted.
 
     Raises:
-      ValueError: when called: with `averaged`, the state has no `weight_ema`; with `strict`, the
-        message names the table, the operation and the line that uses it; `exact_rows` is inside
-        another library's transform.
+      ValueError: when called: with `averaged`, the state has no `weight_ema`; with `strict`, `fn`
+        does more with a table than read rows (the message names the table, the operation and the
+        line that uses it); `exact_rows` is inside another library's transform.
       TypeError: when called: the state is not of this optimizer's `exact_rows`.
 
     >>> import adamjax, jax.numpy as jnp

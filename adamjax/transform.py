@@ -51,10 +51,12 @@ class Transform(Data, _Pair):
     """A gradient transform: two pure functions, `init` and `update`, and their hyperparameters.
 
     A subclass is a frozen dataclass and a pytree whose leaves are its hyperparameters. It unpacks
-    as the pair `init, update = tx` and works where optax's transforms work; a `chain` takes both.
+    as the pair `init, update = tx` and works wherever optax's transforms work. `chain` takes
+    adamjax's transforms and optax's.
 
-    Every transform leaves a leaf alone whose gradient is `None`, of dtype float0, integer or
-    boolean: its state does not change, and `apply_updates` does not move its parameter.
+    adamjax's own transforms leave alone every leaf whose gradient is `None` or has an integer,
+    boolean or float0 dtype: the leaf's state does not change, and `apply_updates` does not move its
+    parameter.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> class sign(adamjax.Transform):
@@ -77,12 +79,17 @@ class Transform(Data, _Pair):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         """The updates, in the gradients' structure, shapes and dtypes, and the next state.
 
-        The arguments are named as in optax: `updates` are the gradients.
+        The arguments are named as in optax: `updates` are the gradients. Accept `**extra_args` even
+        if you use none: a chain passes all extra arguments to each of its parts.
         """
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def check_state(self, state: Any) -> None:
-        """Refuses a state that this transform cannot continue from; each part checks its own."""
+        """Raises a TypeError or ValueError if this transform cannot continue from the state.
+
+        Call it in `update`; `exact_rows` calls it too. Begin the message with the transform's name.
+        A wrapper need not check the states of its parts: each part checks its own state.
+        """
 
     #: Whether the update of an element with a gradient of zero is always zero, whatever its earlier
     #: gradients were. `exact_rows` takes only such transforms before a table's rule.
@@ -101,12 +108,15 @@ class Transform(Data, _Pair):
         """Scalars (s, w) such that this transform turns an update u of a leaf into s * u + w * p.
 
         Args:
-          state: its state before the step; `None` only asks whether there are such scalars.
+          state: the state before the step. With `None`, the call only asks whether there are such
+            scalars, and whether w is always 0. Then `params` and `real` are `None` too.
+          params: the parameters.
           leaf: the leaf's index in `params`.
           real: the dtype of the scalars.
 
         Returns:
-          The pair, with the number 0 for a w that is always 0; `None` if there is no such pair.
+          The pair, or `None` if there is none. A w that is always 0 must be the number 0. Without a
+          state, other values do not matter.
         """
         return None
 
@@ -262,7 +272,10 @@ class foreign(Transform):
 
 
 def expect_state(owner: Transform, state: Any, kind: type) -> None:
-    """Refuses a state of another transform, or one whose counts are no integer scalars."""
+    """Raises an error if a state is not of the class `kind`, or a count is no integer scalar.
+
+    `owner` is the transform itself.
+    """
     if not isinstance(state, kind):
         restored = isinstance(state, dict | list)
         raise TypeError(
@@ -401,14 +414,14 @@ class Scaling(Transform):
 
     @property
     def reads_updates(self) -> bool:
-        """Whether the scalars depend on what they multiply."""
+        """Whether the factors depend on the updates that they multiply."""
         return False
 
     def factors(self, tree: Tree, state: Any) -> Step:
-        """The factor of every leaf of the tree, as `lift` takes scalars, and the next state.
+        """The factors of the leaves, and the next state.
 
-        The factor is a function of a dtype, `lambda real: extend.scalar(2.0, real)`, or a list with
-        such a function for each leaf.
+        The factors are one function of a dtype, `lambda real: extend.scalar(2.0, real)`, or a list
+        with such a function for each leaf: what `lift` takes as `scalars`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
@@ -438,9 +451,9 @@ class Scaling(Transform):
 class Rule(Transform):
     """Base class of rules, which turn gradients into a direction, uphill, element by element.
 
-    A subclass has `init`, and `update` or `step`. With `step`, a chain multiplies the rule's own
-    factor by those of a scaling that follows: this saves a multiplication and a rounding for each
-    element, and compiles faster.
+    A subclass has `init`, and `update` or `step`. With `step`, a chain multiplies the factors of
+    a `Scaling` that follows into the rule's own scalars: this saves a multiplication and a rounding
+    for each element, and compiles faster.
     """
 
     groupable = True
@@ -451,16 +464,20 @@ class Rule(Transform):
         return _is_newest(type(self), "step", Rule)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
-        """The update multiplied by the factors of a `Scaling`; `None` stands for 1.
+        """The updates multiplied by the factors of a `Scaling`, and the next state.
 
-        `times` multiplies the scalars that `lift` takes by such factors.
+        Args:
+          grads, state: as for `update`.
+          factors: what `Scaling.factors` returned; `None` stands for 1. Pass
+            `times(scalars, factors)` to `lift` in place of the scalars.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
     def coast(self) -> Coast | None:
-        """How it moves an element without a gradient; `None` if `exact_rows` cannot do the same.
+        """How this rule moves an element without a gradient, as a `Coast`.
 
-        `Coast` has the formula. A rule with a `coast` has a `momentum_coefficient` too.
+        `None`, the default, if the movement does not follow the formula of `Coast`; then
+        `exact_rows` refuses the rule. A rule with a `coast` must have a `momentum_coefficient` too.
         """
         return None
 
@@ -487,7 +504,10 @@ class Rule(Transform):
 
 
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
-    """Multiplies a rule's scalars, by their method `times`, by the factors of a `Scaling`."""
+    """A rule's scalars, multiplied by the factors of a `Scaling`; for `Rule.step`.
+
+    The scalars must have a method `times(factor)`, which multiplies them.
+    """
     if factors is None:
         return scalars
 

@@ -94,7 +94,8 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
         measured = "" if row["measured"] is None else f"{row['measured']:.3g}"
         table.append([row["what"], row["asked"], measured, holds[row["holds"]]])
     text = (
-        "The bounds that these figures should keep. \"A's time by B's\" is A's time divided by B's:"
+        "The bounds that these figures should stay within. \"A's time by B's\" is A's time divided "
+        "by B's:"
     )
     return [text, markdown(["what", "bound", "measured", "holds"], table)]
 
@@ -197,7 +198,8 @@ def models(results: Results) -> str:
     if programs:
         head = ["model", "contender", "trace and lower, s", "compile, s", "lines of StableHLO"]
         parts += [
-            "A step as a program, made with empty caches:",
+            "How long it takes to trace, lower and compile a step with empty caches, and how long "
+            "its program is:",
             markdown(head, programs),
         ]
     return "\n\n".join(parts + bounds_table(results.get("bounds", [])))
@@ -310,11 +312,11 @@ def rows(results: Results) -> str:
 
 
 def _how_rows_were_measured(results: Results) -> str:
-    text = f"{origin(results)} The other cases of the last table were measured in "
+    text = f"{origin(results)} Cases that only the last table has were measured in "
     text += f"{results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
         text += f" In {alone} cases the tables of all contenders did not fit in memory together, "
-        text += "so these ran one after another."
+        text += "so the contenders ran one after another."
     for row in results["times"]:
         failed = {name: why for name, why in row["failed"].items() if name in ALL_CONTENDERS}
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())
@@ -441,7 +443,7 @@ def gpu(results: Results) -> str:
                 ["workload", "chain", "kernels", "bytes", "temporaries, bytes per parameter"],
                 dense_table,
             ),
-            "A train step that reads 8,192 rows of a table, unless the mode says otherwise, in MB:",
+            "A train step that reads 8,192 rows of a table, in MB:",
             markdown(heads, row_table),
         ]
     )
@@ -471,12 +473,13 @@ def float64(results: Results) -> str:
     ]
     return "\n\n".join(
         [
-            f"{origin(results)} Each cell: the share of epochs, of {len(results['seeds'])} seeds, "
-            "with the same metric as optax's dense Adam, and the largest relative difference. A "
-            f"rank metric must be equal; a loss may differ by {results['rounding']:g}.",
+            f"{origin(results)} Each cell gives two numbers over all epochs of "
+            f"{len(results['seeds'])} seeds: how often the metric is that of optax's dense Adam, "
+            "and the largest relative difference. A rank metric must be equal; a loss may differ "
+            f"by {results['rounding']:g}.",
             markdown(["model", "metric", *names], table),
-            "The largest difference of a weight from that of dense, after the last epoch: the "
-            "median of the seeds, and the largest.",
+            "The largest difference of any weight from that of optax's dense Adam, after the last "
+            "epoch: the median over the seeds, and the maximum.",
             markdown(["model", *names], weights),
         ]
     )
@@ -495,8 +498,8 @@ def narrow(results: Results) -> str:
     """What moments and weights in few bits do to the updates and to the loss of training."""
     tasks = results["tasks"]
     learned = "; ".join(
-        f"{name}: from {task['before']:.3f} by {task['learned']:.3f}, standard deviation of the "
-        f"seeds {task['spread']:.4f}"
+        f"{name}: the loss falls by {task['learned']:.3f} from {task['before']:.3f}, standard "
+        f"deviation over the seeds {task['spread']:.4f}"
         for name, task in tasks.items()
     )
     return "\n\n".join(
@@ -508,9 +511,9 @@ def narrow(results: Results) -> str:
             "the mean absolute error of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
-            f"the mean over {results['seeds']} seeds, and in brackets the same as a share of what "
-            f"float32 learns ({learned}). A difference is bold if it is above both "
-            f"{results['margin']:.0%} of that and the standard deviation.",
+            f"the mean over {results['seeds']} seeds, and in brackets the same as a share of the "
+            f"decrease under float32 ({learned}). A difference is bold if it is above both "
+            f"{results['margin']:.0%} of that decrease and the standard deviation.",
             markdown(["format", *tasks], _loss_differences(tasks)),
         ]
     )

@@ -361,7 +361,7 @@ def test_the_program_of_many_tables_is_compared_with_that_of_one(tmp_path):
     """By its lines, and by the times to trace and to compile it, for each contender."""
     options = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
     printed = run_benchmarks("models", *options.split(), "click", cwd=tmp_path).stdout
-    assert "A step as a program" in printed
+    assert "how long its program is" in printed
     results = json.loads((tmp_path / "models.json").read_text())
     lines = {(row["model"], row["contender"]): row["lines"] for row in results["programs"]}
     assert lines.keys() == {(m, c) for m in (models.MANY, models.ONE) for c in ("exact", "lazy")}

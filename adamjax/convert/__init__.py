@@ -9,10 +9,10 @@ recognize.
 It also refuses a state with which the run would not go on as before. The error names the leaf and
 says what to do. The reasons are:
 
-- **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. Two cases
-  do not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of Adam's class, and
-  Keras' arrays may have no names. There adamjax refuses moments that no gradients can lead to with
-  the betas of `tx`, and takes all others.
+- **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. In two
+  cases the state does not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of
+  Adam's class, and Keras' arrays may have no names. With the betas of `tx`, no sequence of
+  gradients leads to some moments: these are refused. For optax, steps are compared as well.
 - **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
@@ -26,6 +26,8 @@ says what to do. The reasons are:
   AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
   large against epsilon. `rtol` is the relative difference that a step may have.
 - **Rounding**, if the target's dtype cannot hold a value.
+- **Another way to store it**: `grouped`, `master_weights` or moments in "scaled8". The error says
+  how to convert without it.
 
 `check=False` takes the arrays all the same, and the run goes on with the hyperparameters of `tx`.
 

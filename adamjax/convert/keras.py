@@ -445,14 +445,14 @@ def from_keras(
         Otherwise leaves without names (the items of a list, or of a dictionary whose keys are
         numbers) are taken in their order. The shapes of leaves with names must show the order: if
         two have one shape, `order` is required. If variables have names, `order` may also be a
-        dictionary from names to paths. It must be one for a mapping of variables, if neither names
-        nor shapes show which leaf is which: JAX, Orbax and h5py sort the keys of a mapping, so
-        Keras' order is lost.
+        dictionary from names to paths. If `variables` is a mapping, and neither names nor shapes
+        show which leaf is which, `order` must be such a dictionary: JAX, Orbax and h5py sort the
+        keys of a mapping, so Keras' order is lost.
       average: an average of the weights to go on from in place of Keras', a tree like `params`.
       check: as for `from_optax`.
 
     Returns:
-      A state like that of `tx.init(params)`, of arrays of its own.
+      A state like that of `tx.init(params)`. Its arrays are copies.
 
     Raises:
       TypeError: `variables` has none of these forms.

@@ -490,6 +490,7 @@ def to_torch(
     >>> new["state"][0]["exp_avg"], new["state"][0]["step"]
     (array([0.1, 0.1], dtype=float32), array(1., dtype=float32))
 
+    >>> import torch  # doctest: +SKIP
     >>> def tensors(x):  # optimizer.load_state_dict(jax.tree.map(tensors, new))
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """

@@ -43,6 +43,7 @@ class ExactRowsState(NamedTuple):
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
       clock: int32, the steps taken; unlike a count it wraps around.
       tables: by path, each table's `TableState`.
+      last: by path, the clock at which each row was last up to date (a property, from `tables`).
       rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
         Its key names the tables (the first, the number of others, and a checksum of their paths)
         and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule is in

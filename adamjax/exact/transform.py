@@ -71,21 +71,25 @@ _LONGEST_RING = 2**30
 
 
 class exact_rows(Transform):
-    """An optimizer with the dense result on tables at the cost of the rows that a step reads.
+    """Gives tables the result of the dense optimizer, at the cost of the rows that a step reads.
 
     A table's `RowGradient` has the effect of the dense gradient: rows without a gradient decay and
     move on by their momentum too. But they do so late, when they are read: between steps rows of
     `params` **may lag behind.** `train_step` and `eval_step` bring the rows that they read up to
-    date. In a step of your own, `value_and_grad` or `prepare` does so, and in an evaluation
-    `forward` or `lookup`. `without_tables(params)` has placeholders that refuse to be read.
+    date. In a step of your own, the method `tx.value_and_grad` or `tx.prepare` does so, and in an
+    evaluation `forward` or `tx.lookup`. `without_tables(params)` has placeholders that refuse to be
+    read.
 
     `flush` brings all rows up to date. Call it before something else reads the weights: an export,
     another library, a program without the state. A checkpoint to resume from needs none: save
     `params` and the state as they are.
 
     A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
-    `None` is refused for a table: pass a row gradient without rows. If a norm before the rule
-    is not finite, the rows in the gradient become NaN, and no others.
+    `None` is refused for a table: pass a row gradient without rows. If a clip before
+    the rule computes a norm that is not finite, the rows in the gradient become NaN, and no others.
+
+    Apply the updates of a table unchanged, with `apply_updates` or `+`: they also bring rows up to
+    date, so no other transform takes them. In a chain, `exact_rows` must be last.
 
     A state fits only the tables, the history and the rule that it was made for. With other betas,
     epsilons or momenta the rows that lag behind would catch up wrongly, so that is refused. To
@@ -104,10 +108,10 @@ class exact_rows(Transform):
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
         depends on the betas. Each step refreshes `num_rows / history` rows of each table, and the
         state has `history` entries. `None`: 1/64 of the rows of a family's largest table, but at
-        least that minimum and at most 65,536. (A family is tables with one rule and rate, and the
-        same masks.) If b1 is not well below the decay of the divisor, which is sqrt(b2) for Adam
+        least that minimum and at most 65,536. (A family is the tables with the same rule, rates and
+        masks.) If b1 is not well below the decay of the divisor, which is sqrt(b2) for Adam
         and b2 for Adamax, no closed form gives the movement of a row: it catches up step by step.
-        (Examples are Adam at (0.95, 0.9), with `eps=` at (0.99, 0.99), and Adamax with b1 = b2.)
+        (Examples: Adam with b1=0.95, b2=0.9; Adam with `eps=` and b1=b2=0.99; Adamax with b1=b2.)
         Then `None` is 64, and a step costs about as much as a dense one.
 
     The state is an `ExactRowsState`.
@@ -523,9 +527,9 @@ class exact_rows(Transform):
           params, state: as for `update`.
           axis: the mesh axis, or a tuple of axes, over which the rows of all tables are split. Then
             each device works on its own rows. Pass it only inside `jit` on a mesh with automatic
-            axes, which must be the current one (`jax.set_mesh`): without it, the result is the same
-            there, but every device gets and works on all rows. Everywhere else `flush` finds the
-            axis itself.
+            axes; that mesh must be the current one (`jax.set_mesh`). If you leave `axis` out there,
+            the result is the same, but every device gets all rows and works on all of them.
+            Everywhere else `flush` finds the axis itself.
           rounding: how bfloat16 weights are rounded, as in `apply_updates`; pass what you pass for
             the steps. If you often flush and round to the nearest, weights lose every movement that
             is below their resolution.

@@ -106,18 +106,18 @@ def sentences(results: Results) -> list[str]:
         if "adamjax dense" in present:
             farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
-                ". optax's and adamjax's Adam, both with dense gradients, also differ, most in "
-                f"{farthest.model}, {farthest.metric}: by "
+                ". With dense gradients, optax's Adam and adamjax's also differ: most in "
+                f"{farthest.model}, {farthest.metric}, by "
                 f"{100 * relative_difference(farthest):.2g}%"
             )
         lines.append(f"{line}.")
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**A row catches up when it is read, with the new v (SmartDecay's idea)**, "
-        "against dense",
-        "local": "**A row catches up after it is read, with the old v (HugeCTR's lazy global "
-        "update)**, against dense",
+        "counted": "**A row makes up its missed movement when it is read, with v after that step "
+        "(caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**A row makes up its missed movement when it is read, with v before that step "
+        "(HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
