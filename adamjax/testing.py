@@ -471,7 +471,7 @@ _SPOILT: Mapping[str, Callable[[Any], Any]] = {
 
 @_law
 def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
-    """A state with a wrong array, or of another transform, is refused, by the transform's name."""
+    """A state with a wrong array or of another transform raises an error that names a transform."""
     named_leaves, treedef = leaves_with_names("state", trial.tx.init(trial.params))
     for i, (path, x) in enumerate(named_leaves):
         if x is None:
