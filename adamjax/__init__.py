@@ -1,4 +1,4 @@
-"""Adam, AMSGrad and Adamax for JAX as pure functions, with the arithmetic of their documents."""
+"""Adam and its relatives for JAX as pure functions, with the arithmetic of Keras' documentation."""
 
 from adamjax import convert, extend, layout, states, testing
 from adamjax.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad

@@ -309,12 +309,12 @@ class scale_by_adam(_Moments):
         quarter of the memory, in 8-bit codes with an exponent for each row of the last axis, or for
         each 1,024 elements of a vector (`adamjax.states.Scaled8`), and is rounded stochastically
         too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The
-        rounding errors of the last steps add up. They put m off by about 8% of itself: d / sqrt(6)
-        / sqrt(1 - b1**2), at most 1/8 / (1 - b1). They put v off by about 20%, sqrt(d / 2), and its
-        root by 10%. So the update is off by about 13%, in either direction. If an m is
-        smaller than 2**-14 times the largest m of its row, its error is up to 2**-17 times that
-        largest m. The root of a v above 0 is stored as at least 2**-17 times the largest root of
-        its row. So the error of an update is at most about as large as the update of the row's
+        rounding errors of the last steps add up. Typically they put m off by about 8% of itself, d
+        / sqrt(6) / sqrt(1 - b1**2); the worst case is 1/8 / (1 - b1). They put v off by about 20%,
+        sqrt(d / 2), and its root by 10%. So the update is off by about 13%, in either direction. If
+        an m is smaller than 2**-14 times the largest m of its row, its error is up to 2**-17 times
+        that largest m. The root of a v above 0 is stored as at least 2**-17 times the largest root
+        of its row. So the error of an update is at most about as large as the update of the row's
         largest element, even for such small values. An infinite or NaN gradient makes its row NaN.
         With "scaled8", these raise an error: `grouped`, `adamjax.convert`, a derivative of the
         step, and a row gradient of a table with one dimension.

@@ -495,7 +495,8 @@ def value_and_grad(
     weights, in a norm, in a `custom_jvp` or `custom_vjp`), its gradient is JAX's, dense and
     exact.
 
-    Otherwise it works as JAX's, and composes with its transformations. The differences:
+    In all other respects it works like JAX's function, and composes with JAX's transformations. The
+    differences:
 
     - The loss is traced once, so it cannot branch on values of the arguments that it is
       differentiated by. Call it under `jit`, as in a train step: outside, it runs operation by
@@ -530,7 +531,8 @@ def value_and_grad(
     ...     return jnp.mean((params["embedding"][ids] @ params["out"] - y) ** 2)
     >>> params = {"embedding": jnp.ones((1000, 2)), "out": jnp.ones(2)}
     >>> value, grads = adamjax.value_and_grad(loss, "embedding")(params, jnp.array([7, 7]), 0.0)
-    >>> grads["embedding"].indices, grads["embedding"].values  # 1000, the number of rows: empty
+    >>> # An index of 1000, the number of rows, marks an unused place.
+    >>> grads["embedding"].indices, grads["embedding"].values
     (Array([   7, 1000], dtype=int32), Array([[4., 4.],
            [0., 0.]], dtype=float32))
     """
@@ -565,7 +567,7 @@ def grad(
       `(grads, aux)`.
 
     >>> import adamjax, jax.numpy as jnp
-    >>> table = jnp.ones((1000, 2))
+    >>> table = jnp.ones((1000, 2))  # a bare array has an empty path, which the pattern "" matches
     >>> adamjax.grad(lambda table, i: table[i].sum(), "")(table, jnp.array([5])).indices
     Array([5], dtype=int32)
     """

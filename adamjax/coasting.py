@@ -94,7 +94,7 @@ class Coast(NamedTuple):
       b1: decay of the average m, in [0, 1).
       shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
-      eps: what is added to x; 0 stands for the smallest normal number, as in `divisor`.
+      eps: what is added to x; 0 stands for the smallest normal number.
       b2: the decay of v, in [0, 1), if step t adds `max(eps * sqrt(1 - b2**t), tiny)` to x, as
         Adam's algorithm 1 does (tiny is the smallest normal number). `None` if it adds eps.
       momentum: the name of the slot m.

@@ -93,8 +93,8 @@ def from_config(
     Keras 3 optimizer with `use_ema` before its first step.) The difference reaches the weights only
     with `ema_overwrite_frequency`.
 
-    Keras does not write into a dictionary which variables `exclude_from_weight_decay` excludes:
-    give `mask`, which says which leaves decay.
+    Keras' dictionaries do not contain the variables that `exclude_from_weight_decay` excluded. If
+    there are any, pass `mask` to say which leaves decay.
 
     `name` and `jit_compile` have no effect. An option that adamjax cannot honour is refused.
 

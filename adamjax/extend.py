@@ -67,8 +67,8 @@ Fields:
 
 - `static`: a field that is no leaf of the transform's tree, for flags, names and dtypes.
 - `Number`: the type of a hyperparameter. A Python float is a compile-time constant, an array is
-  data. `Rate`: a number, a function of the count, or `by_path`. `Rows`: that of `rows=`, "dense" or
-  "lazy" (in `lift` also "whole").
+  data. `Rate`: the type of a rate, which is a number, a function of the count, or `by_path`.
+  `Rows`: the type of `rows=`, which is "dense" or "lazy" (in `lift` also "whole").
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
 - `as_rate` checks a rate in `__post_init__`; `rate_at` returns its value at a count.

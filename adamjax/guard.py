@@ -168,8 +168,9 @@ class accumulate_gradients(Transform):
     The state is an `AccumulateGradientsState`.
 
     Raises:
-      ValueError: by `update`: a leaf that `max_rows` is for has a dense gradient. (One number is
-        for dense kernels of more rows too; then give pairs with the patterns of the tables.)
+      ValueError: by `update`: a leaf that `max_rows` is for has a dense gradient. (If
+        `max_rows` is one number, it also applies to dense kernels with more rows than that. Then
+        give pairs with the patterns of the tables instead.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.accumulate_gradients(adamjax.scale(-1.0), steps=2)
@@ -326,8 +327,8 @@ class skip_not_finite(Transform):
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer. `sum_over` is refused in
-        it, because each device would decide by its own gradients, and wait for one that skips the
-        step: write `chain(sum_over(axis), skip_not_finite(tx))`.
+        it: each device would decide by its own gradients, and one that takes the step would wait
+        forever for one that skips it. Write `chain(sum_over(axis), skip_not_finite(tx))`.
 
     The state is a `SkipNotFiniteState`.
 

@@ -175,7 +175,7 @@ class Packing(NamedTuple):
     >>> state, ids = tx.init(params), jnp.array([3, 2, 7])
     >>> lines, ticket = tx.prepare(params, state, {"table": p.line(ids)})
     >>> grads = jax.grad(lambda x: p.rows(x, ids).sum())(lines["table"])
-    >>> grads = {"table": adamjax.row_gradient(p.line(ids), grads, 501)}
+    >>> grads = {"table": ticket.row_gradient("table", grads)}
     >>> updates, state = tx.update(grads, state, params, ticket=ticket)
     >>> p.unpack(adamjax.apply_updates(params, updates)["table"], 1001)[:4, 0].round(3)
     Array([1. , 1. , 0.5, 0.5], dtype=float32)
@@ -209,7 +209,8 @@ class Packing(NamedTuple):
     def line(self, indices: chex.Array) -> chex.Array:
         """The number of the line that each row is on.
 
-        A row after the end of the table may be on the last line, whose rest is zeros. Indices are
+        An index just past the end of the table may be on the last line, where it reads the zeros
+        that fill up this line. Indices are
         integers of any dtype and width, as for `row_gradient`.
         """
         return self._split(indices)[0]

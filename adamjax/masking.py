@@ -110,11 +110,11 @@ class partition(Transform):
         leaf, because its raw gradient would move it uphill. (`set_to_zero` freezes leaves.)
 
     Raises:
-      ValueError: by `init` and `update`: a pattern matches no leaf, or none matches a leaf and
+      ValueError: by `init` and `update`: a pattern matches no leaf, or a leaf has no pattern and
       there
         is no default. By `init`: a pattern has no effect, because an earlier one matches each
-        leaf that it matches (one that matches every leaf of the tree, like `".*"`, is allowed); or
-        a pattern inside a part, such as one of `by_path`, matches none of the part's leaves.
+        leaf that it matches (a pattern for the rest, like `".*"`, may have none); or a pattern
+        inside a part, such as one of `by_path`, matches none of the part's leaves.
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax, jax.numpy as jnp

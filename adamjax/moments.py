@@ -104,11 +104,11 @@ def ranged(value: Number, allowed: Range) -> Any:
 
 
 def divisor(value: Number, real: Any) -> Any:
-    """An epsilon in the accumulator dtype, to divide moments by that may be 0.
+    """An epsilon in the accumulator dtype, for a division whose divisor could otherwise be 0.
 
-    Check a Python number with `POSITIVE` before: 0.0 stays 0. The value of an array may be traced,
-    or set later by `set_hyperparams`, so it is not checked. 0 becomes the smallest normal number,
-    and a negative, infinite or NaN value becomes NaN.
+    A Python number 0.0 stays 0, so check it with `POSITIVE` before. An array may be traced, or set
+    later by `set_hyperparams`, so it raises no error: an array of 0 becomes the smallest normal
+    number, and one that is negative, infinite or NaN becomes NaN.
     """
     eps = scalar(ranged(value, NON_NEGATIVE), real)
     return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
@@ -189,7 +189,7 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
 
     Args:
       b: the decay. A Python number outside of `allowed` raises an error; an array outside of it
-        makes averages NaN. For an array, `1 - b` is computed from the value that its dtype has.
+        makes averages NaN. For an array, `1 - b` is computed from `b` as its dtype has rounded it.
       real: the accumulator dtype.
       allowed: the range of `b`.
     """

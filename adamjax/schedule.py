@@ -612,9 +612,9 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
-        Integer leaves count as leaves; those that are `None` count in `update`, but not in `init`.
-        By `init`: a pattern has no effect, because an earlier one matches each leaf that it
-        matches. (One that matches every leaf of the tree, like `".*"`, is allowed.)
+        An integer leaf is enough. A leaf that is `None` counts in `update`, but not in `init`. By
+        `init`: a pattern has no effect, because an earlier one matches each leaf that it matches.
+        (A pattern for the rest, like `".*"`, may have no effect.)
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax

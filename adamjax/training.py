@@ -237,8 +237,8 @@ def train_step(
       TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
         loss is not one real float.
       ValueError: by the step: an array was donated to an earlier step, or is passed twice; or a
-        leaf would move uphill, because no part that sees it has a learning rate, as leaves that
-        `masked` leaves out. The message names the array or the leaf.
+        leaf, for example one that `masked` does not select, would move uphill, because no part that
+        sees it has a learning rate. The message names the array or the leaf.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, x):

@@ -115,8 +115,8 @@ class Transform(Data, _Pair):
           real: the dtype of the scalars.
 
         Returns:
-          The pair, or `None` if there is none. A w that is always 0 must be the number 0. Without a
-          state, other values do not matter.
+          The pair, or `None` if there is none. If w is always 0, return the Python number 0 for it.
+          If the state is `None`, any other number will do.
         """
         return None
 

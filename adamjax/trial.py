@@ -32,8 +32,9 @@ class Trial:
 
     Args:
       tx: the transform.
-      params: a tree of float32 arrays; by default `{"layer": {"kernel": [2, 3], "bias": [3]},
-        "gain": []}`. Give one if the transform is made for certain paths or shapes.
+      params: a tree of float32 arrays. By default they have the shapes `{"layer": {"kernel":
+        [2, 3], "bias": [3]}, "gain": []}`. Give a tree if the transform is made for certain paths
+        or shapes.
       reference: see `check`.
     """
 

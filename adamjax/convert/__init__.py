@@ -11,8 +11,8 @@ says what to do. The reasons are:
 
 - **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. In two
   cases the state does not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of
-  Adam's class, and Keras' arrays may have no names. With the betas of `tx`, no sequence of
-  gradients leads to some moments: these are refused. For optax, steps are compared as well.
+  Adam's class, and Keras' arrays may have no names. Moments that no gradients can
+  produce with the betas of `tx` are refused. For optax, steps are compared as well.
 - **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and

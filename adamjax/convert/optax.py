@@ -153,9 +153,10 @@ def from_optax(
     If a leaf goes through several rules, they correspond in their order. `tx` may also have
     transforms of optax inside.
 
-    A state of optax does not contain the optimizer's hyperparameters. So both take some steps on
-    random gradients, now and at later counts of their schedules. If `tx` moves a weight
-    differently, it is refused. The steps take the time and the memory of dense steps.
+    A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
+    take some steps on random gradients, at the present count and at later counts of their
+    schedules. If `tx` moves a weight differently, it is refused. The steps take the time and the
+    memory of dense steps.
 
     Args:
       source_state: the state that the optax transform's `init` or `update` returned, of `adam`,
@@ -219,8 +220,8 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. Give
-        `inject_hyperparams` the rates of this step.
+      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. If you
+        make it with `inject_hyperparams`, give that the rates of this step.
       check, rtol: as for `from_optax`.
 
     Returns:

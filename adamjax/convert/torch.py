@@ -465,9 +465,9 @@ def to_torch(
     Args:
       state, tx, params: as for `to_optax`.
       target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
-      order: as for `from_torch`. A `target` before its first step has no arrays, whose shapes would
-        show a mistake. Then `order` is required if several leaves have names (unless torch's names
-        give the order), and `adapt` is required if there are kernels.
+      order: as for `from_torch`. A `target` before its first step has no arrays yet, so no shapes
+        can show a mistake. Then `order` is required if several leaves have names (unless torch's
+        names give the order), and `adapt` is required if there are kernels.
       adapt: a function that makes the leaf's array fit torch's parameter. For kernels it is the
         inverse of that for `from_torch`: `x.transpose(-1, -2, *range(x.ndim - 2))`.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's

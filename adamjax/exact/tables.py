@@ -189,6 +189,8 @@ def due_rows(
 
 def num_refreshed(table: Table, history: int) -> int:
     """How many rows each step refreshes, so that no row lags behind for longer than the ring."""
+    # A round through the table takes two steps fewer than the ring has entries, so the entry that a
+    # step overwrites is one that no row needs any more.
     return -(-table.num_rows // max(history - 2, 1))
 
 

@@ -118,8 +118,8 @@ class exact_rows(Transform):
 
     Raises:
       ValueError: a transform in the chain does not allow exact rows (the message names it), or
-        `history` is too small. If the chain has `masked` or `partition`, only `init` can see that
-        and raises it. `init` also raises it if `learning_rate * weight_decay` is not below 1.
+        `history` is too small. If the chain has `masked` or `partition`, only `init` finds these
+        faults. It also raises this error if `learning_rate * weight_decay` is not below 1.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
