@@ -57,6 +57,16 @@ def _spec(x: Any) -> Spec:
     return (*spec, *[None] * (np.ndim(x) - len(spec)))
 
 
+def _named(mesh: Any, spec: Spec, memory_kind: str | None = None) -> NamedSharding:
+    """The sharding of an array with this split, equal to that of the arrays which `jit` returns.
+
+    These have no `None` at the end of their split. With another sharding, a second step would
+    compile again.
+    """
+    last = max((i for i, axes in enumerate(spec) if axes is not None), default=-1)
+    return NamedSharding(mesh, PartitionSpec(*spec[: last + 1]), memory_kind=memory_kind)
+
+
 def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None = None) -> Any:
     """The shardings of an optimizer's state on a mesh: each slot is split like its parameter.
 
@@ -106,7 +116,7 @@ def _shardings_of(
     shard_transforms = [part.tx for part in find(shard_state, tx)]
 
     def split(spec: Spec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory_kind)
+        return _named(mesh, spec, memory_kind)
 
     def replicated(x: Any) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
@@ -242,7 +252,7 @@ class shard_state(Transform):
         def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
-            return placed(x, NamedSharding(self.mesh, PartitionSpec(*spec_of(p))))
+            return placed(x, _named(self.mesh, spec_of(p)))
 
         leaves, treedef = flatten(tree)
         pairs = zip(leaves, flatten(like)[0], strict=True)

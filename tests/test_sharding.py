@@ -187,7 +187,8 @@ def test_shardings_have_the_states_structure():
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     slots = adamjax.get_slot(found, "m")
-    assert slots == {"none": None, "table": split, "w": columns}
+    # Without `None` at the end, as `jit` returns arrays.
+    assert slots == {"none": None, "table": NamedSharding(mesh, P("data")), "w": columns}
     assert found[0].tables["table"].last.spec == P("data")
     assert found[0].clock.spec == P()
 
@@ -864,3 +865,35 @@ for tx in (adamw, adamjax.skip_not_finite(adamw), adamjax.accumulate_gradients(a
 def test_a_state_is_split_under_jit():
     """In `jit`, `jax.device_put` does not split an array over automatic axes."""
     run_on_devices(DEVICES, SPLIT_UNDER_JIT)
+
+
+ONE_PROGRAM = """
+import jax, jax.numpy as jnp, adamjax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.sharding.Mesh(jax.devices(), "data")
+whole, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+start = {"table": jnp.ones((64, 8)), "w": jnp.ones((16, 8))}
+
+def loss_fn(params, ids):
+    return jnp.mean((params["table"][ids] @ params["w"].T) ** 2)
+
+adamw = adamjax.adamw(0.1)
+for tx, table in (
+    (adamw, by_rows),
+    (adamjax.exact_rows(adamw, "table"), by_rows),
+    (adamjax.shard_state(adamw, mesh, "data"), whole),
+):
+    params = jax.device_put(start, {"table": table, "w": whole})
+    shardings = adamjax.state_shardings(tx, params, mesh)
+    for init in (jax.jit(tx.init), jax.jit(tx.init, out_shardings=shardings)):
+        params = jax.device_put(start, {"table": table, "w": whole})
+        step, state = adamjax.train_step(loss_fn, tx, donate_argnums=()), init(params)
+        for _ in range(3):
+            params, state, _ = step(params, state, jnp.arange(8))
+        assert step._cache_size() == 1, (tx, step._cache_size())
+"""
+
+
+def test_the_step_of_a_state_from_jit_compiles_once():
+    run_on_devices(DEVICES, ONE_PROGRAM)
