@@ -1,4 +1,4 @@
-"""The rules: Adam with Nadam, AMSGrad, Adamax. Their updates go uphill and have no learning rate.
+"""The rules: Adam (and Nadam), AMSGrad, Adamax. Their updates go uphill and have no learning rate.
 
 Every rule divides an average of gradients by a measure of their size. The formulas of the papers
 differ only in a few scalars of the step. So each step first computes these scalars, and then each

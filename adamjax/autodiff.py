@@ -503,9 +503,9 @@ def value_and_grad(
       operation.
     - Leaves that are not floats (integers, keys, functions) get the gradient `None`, which
       transforms leave alone. JAX raises an error.
-    - Within `shard_map`, JAX sums the gradient of a value that all devices share. For a table, a
-      collective gathers the rows of all devices here: its cost grows with these rows, not with the
-      table.
+    - Within `shard_map`, JAX sums the gradient of a value that all devices share. For a table, this
+      function gathers the rows of all devices instead. The cost of this collective grows with these
+      rows, not with the table.
 
     Args:
       loss_fn: returns one real float, or with `has_aux` a pair of it and any tree.

@@ -79,8 +79,9 @@ def from_config(
     `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote a dictionary, and
     the transform does what that Keras does:
 
-    - Of several clips, legacy optimizers clip by value, then by norm; Keras 2.9 to 3.2 clip by norm
-      only; Keras from 3.3 on refuses them. `clipnorm` and `global_clipnorm` exclude each other.
+    - If several clips are set, legacy optimizers clip by value, then by norm; Keras 2.9 to 3.2 clip
+      by norm only; Keras from 3.3 on refuses this. `clipnorm` and `global_clipnorm` exclude each
+      other.
     - `decay` of legacy optimizers divides the rate, also that of a schedule, by
       `1 + decay * count`.
     - With `gradient_accumulation_steps`, schedules and the average of `use_ema` count

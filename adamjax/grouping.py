@@ -113,9 +113,9 @@ class grouped(Transform):
     time; larger leaves gain less.
 
     If a gradient in a bucket is `None`, a `RowGradient` or of another dtype than the others, that
-    step splits the bucket into its leaves: right, but slower. Leaves that `init` sees to be split
-    over devices never go into buckets. Within `jit`, `init` sees no shardings: there, leaves that
-    are split go into buckets too, and each step has to gather them.
+    step splits the bucket into its leaves: right, but slower. If `init` sees that a leaf is split
+    over devices, the leaf never goes into a bucket. Within `jit`, `init` sees no shardings: there,
+    leaves that are split go into buckets too, and each step has to gather them.
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,

@@ -168,7 +168,7 @@ class accumulate_gradients(Transform):
     The state is an `AccumulateGradientsState`.
 
     Raises:
-      ValueError: by `update`: a leaf that `max_rows` is for has a dense gradient. (If
+      ValueError: by `update`: `max_rows` applies to a leaf, but the leaf has a dense gradient. (If
         `max_rows` is one number, it also applies to dense kernels with more rows than that. Then
         give pairs with the patterns of the tables instead.)
 

@@ -609,8 +609,8 @@ def apply_updates(
       step: for stochastic rounding an integer scalar that differs from step to step, such as
         `adamjax.step_count(state)`. The random bits are derived from it, modulo 2**32. `step_count`
         reads the count of the first rule. If `skip_not_finite` or `accumulate_gradients` is around
-        that rule but not around all parts, count the steps yourself. (`train_step` derives the bits
-        from all counts in the state.)
+        that rule but not around all parts, other parts move weights while this count stands still.
+        Then count the steps yourself. (`train_step` derives the bits from all counts in the state.)
 
     Returns:
       The new parameters. Each sum is computed in float32 or wider and rounded once.

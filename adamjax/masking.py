@@ -38,7 +38,8 @@ class masked(Transform):
       tx: a transform.
       pattern: which leaves: a pattern for `re.search` in the leaf's path, like `"kernel$"`; a tree
         of bools with the parameters' structure, in which one bool may stand for a whole subtree; or
-        a function from the parameters (from the updates, if `update` gets none) to such a tree.
+        a function from the parameters to such a tree (from the updates, if `update` gets no
+        params).
 
     Raises:
       ValueError: by `init` and `update`: the pattern matches no leaf (`adamjax.optional(pattern)`
@@ -112,8 +113,8 @@ class partition(Transform):
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf, or a leaf has no pattern and
         there is no default. By `init`: a pattern has no effect, because an earlier one matches each
-        leaf that it matches (a pattern for the rest, like `".*"`, may have none); or a pattern
-        inside a part, such as one of `by_path`, matches none of the part's leaves.
+        leaf that it matches (a pattern for the rest, like `".*"`, is allowed); or a pattern inside
+        a part, such as one of `by_path`, matches none of the part's leaves.
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax, jax.numpy as jnp

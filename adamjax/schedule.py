@@ -612,9 +612,9 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
-        An integer leaf is enough. A leaf that is `None` counts in `update`, but not in `init`. By
+        An integer leaf counts as a match. A leaf that is `None` does so in `update` only. By
         `init`: a pattern has no effect, because an earlier one matches each leaf that it matches.
-        (A pattern for the rest, like `".*"`, may have no effect.)
+        (A pattern for the rest, like `".*"`, is allowed.)
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax

@@ -318,7 +318,7 @@ def jit_argument(trial: Trial) -> None:
 
 @_law
 def vmap_hyperparameters(trial: Trial) -> None:
-    """A population: the transform itself is mapped over by `jax.vmap`, and equals a loop."""
+    """If `jax.vmap` maps over hyperparameters, each member moves as its transform does alone."""
     alone = [_varied(trial.tx, factor) for factor in (1.0, 0.9)]
     many = jax.tree.map(lambda *xs: jnp.stack(xs), *alone)
     if not jax.tree.leaves(many):

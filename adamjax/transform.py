@@ -116,7 +116,8 @@ class Transform(Data, _Pair):
 
         Returns:
           The pair, or `None` if there is none. If w is always 0, return the Python number 0 for it.
-          If the state is `None`, any other number will do.
+          If the state is `None`, the values are not used: s may be any number, and so may w, except
+          that 0 says that it is always 0.
         """
         return None
 

@@ -366,8 +366,8 @@ def tpu(results: Results) -> str:
             f"**The compiler's estimates, not times**; {versions(results)}, "
             f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
             "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
-            "ratio to optax's. Temporaries, in both memories of the chip, are the largest of all "
-            "chips.",
+            "ratio to optax's. Temporaries, in the chip's main and fast memory together, are the "
+            "largest of all chips.",
             markdown(
                 ["workload", "chain", *chips, "temporaries, bytes a parameter"],
                 _tpu_dense_steps(results["dense"]),
@@ -453,8 +453,10 @@ def quality(results: Results) -> str:
     """What the quality suite says, a line for each question."""
     lines = "\n".join(f"- {line}" for line in answer.sentences(results))
     page = f"benchmarks/results/{results['environment'].get('platform', 'cpu')}/quality.md"
+    models = ", ".join(row["model"] for row in results["models"])
     return (
-        f"{len(results['models'])} models, {len(results['seeds'])} seeds each. {origin(results)} "
+        f"{len(results['models'])} models ({models}), {len(results['seeds'])} seeds each. "
+        f"{origin(results)} "
         f"[The report](https://github.com/adamjax/adamjax/blob/main/{page}) has every outcome.\n\n"
         f"{lines}"
     )
@@ -510,9 +512,9 @@ def narrow(results: Results) -> str:
             "mean error of m and v is beyond three standard errors (by chance, about 0.3%), and "
             "the mean absolute error of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
-            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
-            f"the mean over {results['seeds']} seeds, and in brackets the same as a share of the "
-            f"decrease under float32 ({learned}). A difference is bold if it is above both "
+            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32 "
+            f"(the mean over {results['seeds']} seeds), and in brackets this difference as a share "
+            f"of the decrease under float32 ({learned}). A difference is bold if it is above both "
             f"{results['margin']:.0%} of that decrease and the standard deviation.",
             markdown(["format", *tasks], _loss_differences(tasks)),
         ]

@@ -1,4 +1,4 @@
-"""Moves the schedules of a state of adamjax or optax to a later count, with new or old moments."""
+"""Moves the schedules of a state, of adamjax or optax, to a later count, for comparisons there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

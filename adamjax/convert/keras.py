@@ -448,7 +448,8 @@ def from_keras(
         dictionary from names to paths. If `variables` is a mapping, and neither names nor shapes
         show which leaf is which, `order` must be such a dictionary: JAX, Orbax and h5py sort the
         keys of a mapping, so Keras' order is lost.
-      average: an average of the weights to go on from in place of Keras', a tree like `params`.
+      average: an average of the weights, a tree like `params`. The run goes on from it in place of
+        Keras' own average.
       check: as for `from_optax`.
 
     Returns:

@@ -221,7 +221,7 @@ def to_optax(
       tx: a transform of adamjax.
       params: the parameters at that step.
       optimizer: the optax transform. Steps of both are compared, as in `from_optax`. If you
-        make it with `inject_hyperparams`, give that the rates of this step.
+        make it with `inject_hyperparams`, pass the rate at the step of `state`.
       check, rtol: as for `from_optax`.
 
     Returns:

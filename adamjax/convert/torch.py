@@ -400,8 +400,8 @@ def from_torch(
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
       `torch.distributed.checkpoint`) are matched by name, if the names correspond to the paths of
-      the leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. If they do not, or
-      if there are no names, and leaves have the same shape, `order` is needed.
+      the leaves one to one: `layer.weight` is `layer/weight` or `layer/kernel`. Otherwise,
+      and without names, `order` is needed if leaves have the same shape.
 
     Args:
       state_dict: `optimizer.state_dict()`, with tensors on any device, or arrays.
@@ -410,10 +410,10 @@ def from_torch(
       order: the path of each of torch's parameters, in the order of its groups; `None` for one that
         is not to be converted. By default the parameters' names give the order. Without names it is
         the order of the floating leaves of `params`, which for a dictionary is that of its sorted
-        keys. torch has the order of the module's definition. If two leaves of `params` have names
-        and the same shape, a wrong order would not be noticed, so `order` is required. A dictionary
-        whose keys are numbers has the order of the numbers. If torch's parameters have names,
-        `order` may also be a dictionary from these to paths.
+        keys. torch has the order of the module's definition. If two leaves of `params` have the
+        same shape and their paths have names in them, a wrong order would not be noticed, so
+        `order` is required. A dictionary whose keys are numbers has the order of the numbers. If
+        torch's parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
         which is `x.T` for a matrix. It is required if some leaf has the same shape when transposed,

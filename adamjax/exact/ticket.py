@@ -21,7 +21,7 @@ class Ticket(Data):
     """The rows that `prepare` brought up to date, for the `update` of the same step.
 
     It is valid only for the very arrays of params, state and indices that it was made from. If one
-    of them is another array (after a `flush`, at a perturbed point, for other rows), or if the
+    of them is another array (after a `flush`, with perturbed parameters, for other rows), or if the
     ticket went through a function with a jit of its own, `update` brings the rows up to date
     itself. So a ticket saves work within one jitted step, and is harmless anywhere else.
 

@@ -97,8 +97,8 @@ class exact_rows(Transform):
 
     Args:
       tx: an optimizer or chain: transforms that keep zero gradients zero, a rule (`rows=` has no
-        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. A
-        transform that a mask keeps from the tables may be anything. Betas, epsilons and the
+        effect on it here), scalings and decoupled weight decay, and last a `weight_ema`. If a mask
+        hides the tables from a transform, that transform may be anything. Betas, epsilons and the
         average's momentum must be Python floats. Rates and decays may be arrays and change from
         step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
         false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,

@@ -1,4 +1,4 @@
-"""A next-word model: the words before in order, one hidden layer, a softmax over all words.
+"""A next-word model: it reads the preceding words, and has a hidden layer and a softmax.
 
 Training takes the softmax's sum exactly over the most frequent words and estimates the rest from
 a few drawn at random; whatever is reported of held-out text is the full softmax.
