@@ -69,8 +69,8 @@ class weight_ema(Transform):
     The average starts as the initial weights and takes in the weights after each step; read it with
     `averaged_weights`. The transform must be last in a chain, and `update` needs `params`. This is
     the option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky, 1992), and
-    `averaged_weights` replaces `finalize_variable_values`. Keras 3 instead starts at zero and
-    copies the weights at the first step.
+    `averaged_weights` replaces `finalize_variable_values`. In Keras 3 the average is zero at
+    first, and the first step sets it to the weights after that step.
 
     Args:
       momentum: the weight of the old average, in [0, 1]. (In an array that is traced, or set later

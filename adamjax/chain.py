@@ -70,9 +70,9 @@ class chain(Transform):
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
 
     Raises:
-      ValueError: `weight_ema`, `exact_rows` or `master_weights` is not last, but the weights must
-        move by exactly the updates that it returns; `add_decayed_weights` is after the learning
-        rate, so weights would grow.
+      ValueError: `weight_ema`, `exact_rows` or `master_weights` is not last (the weights must move
+        by exactly the updates that it returns), or `add_decayed_weights` is after the learning rate
+        (weights would grow).
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))

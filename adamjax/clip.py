@@ -169,8 +169,8 @@ class clip_by_norm(Stateless):
 
     Args:
       max_norm: the largest norm of a leaf, above 0. (The value of an array that is traced, or set
-        later by `set_hyperparams`, is not checked. With a norm of 0, updates become 0; with a
-        negative, infinite or NaN norm, they become NaN.)
+        later by `set_hyperparams`, is not checked. If `max_norm` is 0, updates become 0; if it
+        is negative, infinite or NaN, they become NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.clip_by_norm(1.0).update({"w": jnp.array([3.0, 4.0])}, ())[0]
@@ -208,8 +208,8 @@ class clip_by_global_norm(Stateless, Scaling):
 
     Args:
       max_norm: the largest joint norm, above 0. (The value of an array that is traced, or set
-        later by `set_hyperparams`, is not checked. With a norm of 0, updates become 0; with a
-        negative, infinite or NaN norm, they become NaN.)
+        later by `set_hyperparams`, is not checked. If `max_norm` is 0, updates become 0; if it
+        is negative, infinite or NaN, they become NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}

@@ -74,10 +74,10 @@ def from_config(
     Keras' dictionaries are those of `keras.optimizers.serialize(optimizer)` and of
     `optimizer.get_config()`, from the legacy optimizers of tf.keras (up to 2.10, later
     `tf.keras.optimizers.legacy`), Keras 2.9 to 2.15 and Keras 3: Adam, AdamW, Adamax, Nadam and
-    capreolus' AdamMultilr, with Keras' schedules. (What `get_config` returns does not contain the
-    optimizer's class, so the key `name` must show it. If you gave the optimizer another name, write
-    `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote a dictionary, and
-    the transform does what that Keras does:
+    `AdamMultilr` of the package capreolus, with Keras' schedules. (What `get_config` returns does
+    not contain the optimizer's class, so the key `name` must show it. If you gave the optimizer
+    another name, write `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote
+    a dictionary, and the transform does what that Keras does:
 
     - If several clips are set, legacy optimizers clip by value, then by norm; Keras 2.9 to 3.2 clip
       by norm only; Keras from 3.3 on refuses this. `clipnorm` and `global_clipnorm` exclude each
@@ -85,7 +85,8 @@ def from_config(
     - `decay` of legacy optimizers divides the rate, also that of a schedule, by
       `1 + decay * count`.
     - With `gradient_accumulation_steps`, schedules and the average of `use_ema` count
-      micro-batches; everything else counts steps, as in Keras from 3.5 on.
+      micro-batches, and everything else counts steps. Keras does so from 3.5 on; dictionaries of
+      earlier versions of Keras 3 are read in the same way.
     - Adamax moves also the rows that were not read; Adamax of legacy optimizers does not.
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3

@@ -103,7 +103,8 @@ def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type
         reads the `count` beside them, if there is one.
 
     Returns:
-      A decorator, which lets `jax.export` write the class too.
+      A decorator. It also registers the class, so that `jax.export` can serialize steps that take
+      or return such a state.
     """
 
     def declare(kind: type[_T]) -> type[_T]:
@@ -224,8 +225,8 @@ class Data:
     def check_range(self, name: str, allowed: Range) -> None:
         """Raises an error if the hyperparameter `name` is outside its range.
 
-        It is then stored as a Python number or a JAX array; see `Range.whole` for whole numbers. Of
-        an array that is being traced, only the dtype is checked.
+        If it is inside, the field is set to a Python number or a JAX array; for whole numbers see
+        `Range.whole`. Of an array that is being traced, only the dtype is checked.
         """
         self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 

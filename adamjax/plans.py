@@ -1,4 +1,4 @@
-"""A traced loss that reads rows of tables, run with rows from elsewhere.
+"""Runs a traced loss with rows that are passed to it in place of its tables.
 
 A `Plan` is a jaxpr in which the equations that take a table have been replaced by steps. JAX
 evaluates all other equations unchanged. A plan can be run with rows from any source, or asked for

@@ -600,8 +600,8 @@ class warmup(_Compiled):
 class by_path(Data):
     """A rate for each leaf: that of the first pattern that matches the leaf's path.
 
-    Rates are absolute, not factors (capreolus' `AdamMultilr` calls this `pattern_lrs`). Use it
-    wherever a learning rate or a weight decay is expected.
+    Rates are absolute, not factors (`AdamMultilr` of the package capreolus calls this
+    `pattern_lrs`). Use it wherever a learning rate or a weight decay is expected.
 
     Args:
       rules: pairs (pattern, rate), or a dictionary {pattern: rate}, in the order in which
@@ -612,9 +612,9 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
-        An integer leaf counts as a match. A leaf that is `None` does so in `update` only. By
-        `init`: a pattern has no effect, because an earlier one matches each leaf that it matches.
-        (A pattern for the rest, like `".*"`, is allowed.)
+        Integer leaves count as matches. In `update`, so do leaves that are `None`; in `init` these
+        do not. By `init`: a pattern has no effect, because earlier patterns match all of its
+        leaves. (A pattern for the rest, like `".*"`, is allowed.)
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax

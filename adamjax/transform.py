@@ -115,9 +115,8 @@ class Transform(Data, _Pair):
           real: the dtype of the scalars.
 
         Returns:
-          The pair, or `None` if there is none. If w is always 0, return the Python number 0 for it.
-          If the state is `None`, the values are not used: s may be any number, and so may w, except
-          that 0 says that it is always 0.
+          The pair, or `None` if there is none. If w is always 0, it is the Python number 0. With
+          the state `None`, s and a w that is not always 0 may be any other numbers.
         """
         return None
 
@@ -507,7 +506,8 @@ class Rule(Transform):
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
     """A rule's scalars, multiplied by the factors of a `Scaling`; for `Rule.step`.
 
-    The scalars must have a method `times(factor)`, which multiplies them.
+    What `scalars(real)` returns must have a method `times(factor)`. It returns the scalars with
+    which the rule's update is multiplied by the factor, and its slots are the same.
     """
     if factors is None:
         return scalars

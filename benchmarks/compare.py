@@ -22,16 +22,16 @@ TOO_FEW = "beyond the noise, but of too few rounds"
 # Parts of a figure's name that say what more of it means.
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
-# What is no figure, but how it was measured.
+# What is no figure, but how it was measured. (A sitting starts all processes anew.)
 ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number in a suite's results."""
+    """A value in a suite's results."""
 
     name: tuple[str, ...]  # where it stands, from the outside in
-    value: Any  # the median if it has a spread; a bound's `holds` is a number too
+    value: Any  # the median if it has a spread; or True, False or a text
     quartiles: tuple[float, float] | None = None
     rounds: int = 0  # how often it was measured; 0 if that is not known
 
@@ -55,6 +55,7 @@ def loaded(path: Path) -> Results:
 
 def _identity(row: dict[str, Any]) -> str:
     """What distinguishes a row of a list from the others: its texts."""
+    # Without advice for readers (`theirs`), and without texts that are part of another one.
     texts: list[str] = []
     for key, x in row.items():
         if isinstance(x, str) and key != "theirs" and not any(x in y for y in texts):
@@ -67,6 +68,8 @@ def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
         if {"median", "q25", "q75"} <= node.keys():
             yield Figure(name, node["median"], (node["q25"], node["q75"]), rounds)
             return
+        # At the top, `rounds` was multiplied by the sittings already, and texts are figures. Below,
+        # texts are in the names of rows.
         rounds = node.get("rounds", rounds) if name else rounds
         for key, x in node.items():
             if key not in ABOUT and not (isinstance(x, str) and name):
@@ -152,7 +155,7 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
     lines.append(f"{len(common)} figures: {counts or 'none in common'}.")
     if any(SLOWER & set(name) for name in changed):
         lines.append(
-            "A ratio is taken within a round: it stands where the machine as a whole was faster or "
-            "slower."
+            "A ratio is taken within a round, so it is right even if the machine as a whole was "
+            "faster or slower."
         )
     return "\n".join(lines)

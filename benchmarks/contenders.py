@@ -1,4 +1,4 @@
-"""The contenders of the rows suite: a table that takes Adam's steps on some of its rows."""
+"""The contenders of the rows suite. Each takes Adam's steps on some rows of a table."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+# In each round, a sample of each contender by its name: seconds.
 Rounds = Sequence[dict[str, float]]
 
 
@@ -39,7 +40,10 @@ def timed(run: Callable[[], Any]) -> float:
 def seconds_per_step(
     run: Callable[[int], Any], seconds: float, most: int = 50, least: int = 1
 ) -> float:
-    """The mean over steps that take about `seconds`. One step before them sets their number."""
+    """The mean time of as many steps as take about `seconds` together.
+
+    One step before them, which is not counted, decides how many.
+    """
     first = timed(lambda: run(1))
     steps = max(least, min(most, round(seconds / first)))
     return timed(lambda: run(steps)) / steps
@@ -58,12 +62,12 @@ def rounded_spread(samples: Sequence[float]) -> dict[str, float]:
 
 def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
     """Those of the names that every round has a sample of."""
-    return [n for n in names if all(n in samples for samples in rounds)]
+    return [n for n in names if all(n in one_round for one_round in rounds)]
 
 
 def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
     """The spread of each contender's seconds, in milliseconds unless the scale says otherwise."""
-    return {n: rounded_spread([scale * samples[n] for samples in rounds]) for n in names}
+    return {n: rounded_spread([scale * one_round[n] for one_round in rounds]) for n in names}
 
 
 def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any]:
@@ -71,15 +75,15 @@ def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any
     return {n: rounded_spread([x[own] / x[n] for x in rounds]) for n in names if n != own}
 
 
-def bound(what: str, asked: str, limit: float, value: float | None) -> dict[str, Any]:
-    """The result of a check that a figure is "at least" or "at most" a limit.
+def bound(what: str, relation: str, limit: float, value: float | None) -> dict[str, Any]:
+    """The result of a check that a figure is "at least" or "at most" a limit, its relation.
 
     The value is `None` if it was not measured.
     """
     holds = None
     if value is not None:
-        holds = value >= limit if asked == "at least" else value <= limit
-    return {"what": what, "asked": f"{asked} {limit:g}", "measured": value, "holds": holds}
+        holds = value >= limit if relation == "at least" else value <= limit
+    return {"what": what, "asked": f"{relation} {limit:g}", "measured": value, "holds": holds}
 
 
 # --- the device, and the limit that its memory sets -----------------------------------------------
@@ -89,10 +93,11 @@ def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
     """Samples of the bytes a second that JAX's first device reads and writes.
 
     They are of a jitted `x * factor` over a float32 array far larger than any cache. It reads and
-    writes 8 bytes an element. The array is donated, so that the result is written
-    where the argument was, as a donated step writes its parameters and moments. (Into a new array
-    would be slower, and no limit to such a step: a CPU reads what it is about to overwrite, and
-    maps fresh memory.) A sample is the mean over passes that last 0.05 s or more.
+    writes 8 bytes an element. The array is donated, so that the result is written where the
+    argument was, as a donated step writes its parameters and moments. (To write into a new array
+    would be slower, and no limit for such a step: the CPU first reads the memory that it is about
+    to overwrite, and the system has to map new pages.) A sample is the mean over passes that last
+    0.05 s or more.
     """
     import jax
     import jax.numpy as jnp
@@ -120,8 +125,9 @@ def fraction_of_limit(
     those that any such step must move; the median bandwidth, in bytes a second, sets the limit.
     """
     limit = 1e3 * least_bytes / bandwidth["median"]
-    slow_first = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}
-    return {name: float(f"{limit / x:.4g}") for name, x in slow_first.items()}
+    # A longer time is a smaller fraction, so the quartiles change places.
+    swapped = {"median": ms["median"], "q25": ms["q75"], "q75": ms["q25"]}
+    return {name: float(f"{limit / x:.4g}") for name, x in swapped.items()}
 
 
 @dataclass(frozen=True)

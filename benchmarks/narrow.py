@@ -101,7 +101,7 @@ def transformer(quick: bool) -> Task:
     """The transformer of `models`, on its own data."""
     network = Transformer(1000, width=16, length=16, examples=4) if quick else Transformer()
     evaluated = jax.jit(network.loss)
-    # Seeds have other steps' batches, and these are nobody's.
+    # Each seed trains on batches of its own. These numbers are beyond those of every seed.
     held_out = [network.batch(10_000_000 + i) for i in range(2 if quick else 64)]
     return Task(
         lambda seed: jax.jit(network.init)(jax.random.key(seed, impl="rbg")),
@@ -186,13 +186,13 @@ def main(argv: list[str]) -> int:
     suite = Suite("narrow", __doc__, packages, only=f"parts (moments, {', '.join(TASKS)})")
     args = suite.parse(argv)
     steps, elements = (200, 256) if args.quick else (20_000, 2048)
-    trained, seeds = (10, 2) if args.quick else (300, 5)
+    training_steps, seeds = (10, 2) if args.quick else (300, 5)
     cases = [(kind, scale) for kind in moments.KINDS for scale in moments.SCALES]
     names = [*FORMATS, CONTROL]
     if args.quick:
         cases, names = cases[::5], [*names[:2], CONTROL]
     suite.results |= {"steps": steps, "elements": elements}
-    suite.results |= {"trained": trained, "seeds": seeds, "margin": MARGIN}
+    suite.results |= {"trained": training_steps, "seeds": seeds, "margin": MARGIN}
     parts = suite.chosen(["moments", *TASKS])
     tasks = [part for part in parts if part != "moments"]
     cases = cases if "moments" in parts else []
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
             before = task.held_out_loss(task.init(0))
             losses: dict[str, list[float]] = {}
             for name in names:
-                train = trainer(task, name, trained)
+                train = trainer(task, name, training_steps)
                 losses[name] = []
                 for seed in range(seeds):
                     losses[name].append(train(seed))

@@ -187,8 +187,8 @@ def models(results: Results) -> str:
         f"{origin(results, bandwidth=False)} Median (quartiles). The tables' share is the step's "
         "time minus that of a step with frozen tables.",
         markdown(head, steps),
-        "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. With "
-        "warm caches, JAX's own functions were traced before:",
+        "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. Caches "
+        "are warm if JAX's own functions were traced before the measurement:",
         markdown(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
     ]
     programs = []

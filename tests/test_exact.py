@@ -1,10 +1,10 @@
-"""Rows kept exact against the optimizer that steps all rows, in float64 and in float32.
+"""Compares `exact_rows` with the dense optimizer, in float32, by the float64 reference.
 
 A table is trained for 2,000 steps by `exact_rows`, by the same chain with dense gradients in
 float32, and by the float64 reference. An error is the mean distance of a table's elements to the
 reference. It is measured at the end, and on the way, in the rows that `lookup` reads after each
-step. The error of `exact_rows` may be 1.2 times that of the dense chain, or 2 times if steps are
-replayed because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
+step. The error of `exact_rows` may be 1.2 times that of the dense chain, or 2 times if rows
+catch up step by step, because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
 """
 
 import copy
@@ -83,7 +83,7 @@ class Config:
       rule, clip: names of `RULES` and `CLIPS`.
       form: the name of the rule's epsilon, "eps_hat" or "eps".
       betas, eps: the rule's.
-      rate: "constant", "cosine", or "by hand": another array in each step.
+      rate: "constant", "cosine", or "by hand": an array that is set before each step.
       tail: what follows the rule: "decay", "average", both or neither.
       size: rows and columns of each table.
       history: "default", or "least": 256, or what the rule needs, if that is more.
@@ -165,8 +165,9 @@ class Data:
 
     Attributes:
       start: the parameters before the first step.
-      indices: [STEPS, n] for each table, filled up with the number of rows, which is no row.
-      values: [STEPS, n, columns] for each table, the gradients of the indices; and the kernel's.
+      indices: [STEPS, n] for each table, padded with the number of rows, which is outside of it.
+      values: [STEPS, n, columns] for each table, the gradient at each index; for the kernel,
+        [STEPS, *shape].
       dense: [number of dense steps, rows, columns] for each table, the gradients in these steps.
       is_dense: [STEPS], which steps have dense gradients.
       rates: [STEPS], the learning rates, if they are set by hand.
@@ -214,7 +215,7 @@ def touch_counts(rng, rows, most):
 
 
 def indices_of(counts):
-    """[STEPS, n] indices, each as often as it is touched, filled up with the number of rows."""
+    """[STEPS, n] indices, each as often as it is touched, padded with the number of rows."""
     rows = counts.shape[1]
     # Small tables always have the same width, so that nothing is compiled anew for other data.
     width = 2 * rows if rows < 100 else int(counts.sum(1).max())
@@ -367,7 +368,8 @@ def reference_run(config, data):
 def errors(config, result, expected):
     """The errors of a run, by table and by what is compared.
 
-    `"end"`, `"average"` and `"way"` are means. `"largest"` is the largest error on the way.
+    `"end"`, `"average"` (of the weights) and `"way"` (along the run) are mean errors. `"largest"`
+    is the largest error along the run.
     """
     parts = dict(zip(("end", "average", "way"), zip(result, expected, strict=True), strict=True))
     found = {}
@@ -384,7 +386,7 @@ def errors(config, result, expected):
 
 
 def mean_errors(config, seeds):
-    """The errors of `exact_rows` and of the dense chain, averaged over seeds, as by `errors`."""
+    """The errors of `exact_rows` and of the dense chain, with the keys of `errors`, over seeds."""
     found = {}
     for seed in range(seeds):
         data = random_data(config, seed)
@@ -489,7 +491,7 @@ def test_every_pair_of_settings_occurs():
 
 @pytest.mark.parametrize("config", covering(), ids=described)
 @pytest.mark.slow
-def test_exact(config):
+def test_errors_are_about_those_of_the_dense_chain(config):
     # The mean over a small table is a matter of luck, so it is averaged over several runs.
     seeds = 1 + 100 // math.prod(config.size)
     limit = 2.0 if config.replays else 1.2
@@ -567,10 +569,10 @@ def any_data(draw, config):
 
 @pytest.mark.parametrize("name", DRAWN_CONFIGS)
 @pytest.mark.slow
-def test_any_pattern(name):
+def test_errors_are_about_those_of_the_dense_chain_for_any_reads(name):
     config = dataclasses.replace(DRAWN_CONFIGS[name], size=(DRAWN_ROWS, DRAWN_COLUMNS))
 
-    # What is random_data is too large to be shrunk.
+    # The drawn data are too large for hypothesis to shrink.
     @settings(
         max_examples=15,
         deadline=None,
@@ -649,11 +651,16 @@ def test_the_rows_of_the_largest_table_are_refreshed_in_turn():
     batch = bound.batch_of(table)
     cursor = jnp.array(num_rows - 2, jnp.int32)
     state = state._replace(tables={"table": state.tables["table"]._replace(cursor=cursor)})
-    found = jnp.array([0, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
-    (due,) = tables.due_rows(batch, state, [found])
+    # Row 0 and the last one are read anyway, so an index outside of the table is in their place.
+    read = jnp.array([0, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
+    (due,) = tables.due_rows(batch, state, [read])
     assert due[:5].tolist() == [num_rows - 2, num_rows, num_rows, 1, 2]
     after = tables.next_cursor(table, cursor, batch.family.history)
     assert int(after) == due.size - 2 == int(due[-1]) + 1
+
+
+def test_a_table_of_too_many_rows_for_int32_is_refused():
+    tx, num_rows = exact_rows(adamjax.adam(), "table"), 2**31 - 2
     with pytest.raises(ValueError, match="has 2147483647 rows, expected at most 2147483646"):
         jax.eval_shape(tx.init, {"table": jax.ShapeDtypeStruct((num_rows + 1, 1), jnp.float32)})
 
@@ -832,8 +839,8 @@ def test_a_train_step_finds_its_rows_once():
     dense = adamjax.adam(0.1)
     plain, plain_state = params, dense.init(params)
     traced = str(jax.make_jaxpr(step)(params, state, jnp.arange(3)))
-    assert traced.count("scatter-min") == 1
-    assert "while" not in traced
+    assert traced.count("scatter-min") == 1  # a search for distinct indices has one
+    assert "while" not in traced  # and a catch-up in blocks a loop
     for t in range(20):
         ids = jnp.array([t % 7, 3, 3])
         params, state, value = jax.jit(step)(params, state, ids)
@@ -845,7 +852,7 @@ def test_a_train_step_finds_its_rows_once():
 
 
 def test_static_arguments_of_a_loss_keep_their_places():
-    """The state is an argument before them, which `jax.jit` reads from the signature."""
+    """`value_and_grad` has the state before them, and must say so in its signature for `jit`."""
     params = {"table": jnp.linspace(-1.0, 1.0, 20).reshape(10, 2)}
     tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
 

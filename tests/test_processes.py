@@ -126,7 +126,7 @@ def collectives():
     print(json.dumps([shapes, len(text.words)]))
 
 
-def test_processes_exchange_gradients_of_rows_and_of_no_table(prose):
+def test_devices_exchange_row_gradients_and_no_dense_ones_of_tables(prose):
     output = run_on_devices(2, "import test_processes; test_processes.collectives()")
     shapes, words = json.loads(output)
     # Each device reads 16 windows of 3 words, and of the output 40 frequent words, 16 drawn ones
@@ -149,6 +149,7 @@ def test_processes_that_are_started_one_by_one_stop_at_one_step(prose, start_job
     assert members_at_work(one).keys() == {0}
     other.send_signal(signal.SIGTERM)
     out, err = one.communicate(timeout=120)
+    # It got no signal itself: a process that another one stops ends as after Ctrl-C.
     assert one.returncode == 128 + signal.SIGINT, err
     everywhere = f"--processes 2 --coordinator {coordinator} --process 0"
     assert f"-m benchmarks train --resume runs/run {everywhere}" in out.splitlines()[-1]

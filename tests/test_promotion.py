@@ -20,7 +20,8 @@ HYPERPARAMETERS = {
     "norm": lambda array: adamjax.clip_by_global_norm(array(0.5)),
     "function": lambda array: adamjax.adam(lambda count: array(0.1)),
 }
-STEPS = {
+# Schedules over a number of steps.
+SCHEDULES = {
     "inverse time": lambda n: adamjax.inverse_time_decay(0.1, n, 0.5),
     "staircase": lambda n: adamjax.exponential_decay(0.1, n, 0.5, staircase=True),
     "polynomial": lambda n: adamjax.polynomial_decay(0.1, n, 0.5),
@@ -46,9 +47,9 @@ def test_arrays_as_hyperparameters(name, dtype):
 
 
 @pytest.mark.parametrize("steps", [3, jnp.uint8(3), jnp.uint32(3), jnp.int32(3)])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_steps_of_schedules(name, steps):
-    expect_no_difference(STEPS[name](steps), jnp.int32(4))
+    expect_no_difference(SCHEDULES[name](steps), jnp.int32(4))
 
 
 @pytest.mark.parametrize("gradient", ["float32", "float16", "bfloat16"])

@@ -78,7 +78,7 @@ def test_the_state_is_the_tuple_of_the_parts_states():
 
 
 def test_a_chain_is_its_parts_in_turn():
-    """With a rule and a rate that the chain joins, and with what it can not join."""
+    """Also where the rule applies the factors of the parts after it, and where it cannot."""
     parts = [scale(0.5), scale_by_adam(), scale_by_learning_rate(0.1), scale(2.0), scale(0.5)]
     tx = chain(*parts)
     state, states = tx.init(PARAMS), [part.init(PARAMS) for part in parts]
@@ -440,9 +440,9 @@ def test_what_keeps_no_state_refuses_one(tx):
     params = {"w": jnp.ones(3)}
     state = adamjax.scale_by_adam().init(params)
     message = rf"{type(tx).__name__}: the state is a ScaleByAdamState, expected \(\)"
-    for one, of in ((tx, state), (adamjax.chain(tx), (state,))):
+    for transform, its_state in ((tx, state), (adamjax.chain(tx), (state,))):
         with pytest.raises(TypeError, match=message):
-            one.update(params, of, params)
+            transform.update(params, its_state, params)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -453,7 +453,7 @@ def test_a_state_of_another_kind_is_refused(name, state):
 
 
 def test_an_array_in_the_place_of_a_state_is_refused():
-    """As where a call of a step forgets the state: the batch is in its place, and is traced."""
+    """As if a call of a jitted step left out the state: the batch, a tracer, is in its place."""
     with pytest.raises(TypeError, match=r"chain: the state is float32\[2, 3\], expected the tuple"):
         jax.jit(adamjax.adam().update)(jnp.ones(2), jnp.ones((2, 3)))
 
@@ -473,7 +473,8 @@ def test_a_state_of_another_chain_is_refused():
         chain(scale(1.0)).update(GRADS, chain(scale(1.0), scale(1.0)).init(PARAMS))
 
 
-OF_A_STATE = {
+# A transform, and a key in the paths of those arrays of its state that the test replaces.
+WITH_ARRAYS = {
     "amsgrad": (adamjax.amsgrad(0.1), "w"),
     "average": (adamjax.weight_ema(0.9), "w"),
     "accumulated": (adamjax.accumulate_gradients(adamjax.scale(-0.1), 2), "w"),
@@ -485,13 +486,13 @@ OF_A_STATE = {
 }
 
 
-@pytest.mark.parametrize("name", OF_A_STATE)
+@pytest.mark.parametrize("name", WITH_ARRAYS)
 @pytest.mark.parametrize(
     "value", [..., np.array(None), np.array("a")], ids=["ellipsis", "objects", "text"]
 )
 def test_what_is_no_array_in_a_state_is_named(name, value):
-    """As partial checkpoints have `...`, and NumPy's files an array of objects for None."""
-    tx, key = OF_A_STATE[name]
+    """Partial checkpoints contain `...`, and NumPy saves `None` as an array of objects."""
+    tx, key = WITH_ARRAYS[name]
     params = {"w": jnp.ones((8, 2))}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
     places = [i for i, (path, _) in enumerate(leaves) if f"[{key!r}]" in jax.tree_util.keystr(path)]

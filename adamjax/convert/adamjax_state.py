@@ -177,7 +177,7 @@ class AdamjaxState:
           check: whether to refuse doubts.
         """
         target.refuse_doubts(check)
-        source = Source(self.owner, has_sorted_states=target.has_sorted_states)
+        source = Source(self.owner, other_states_lost_order=target.other_states_lost_order)
         source.doubts += self.doubts + self.doubts_of_average(target.average)
         self._read(self.state, source)
         source.refuse_doubts(check)
@@ -208,7 +208,7 @@ class AdamjaxState:
             self._read(x.inner, source)
             source.accumulates = outer
         elif isinstance(x, SkipNotFiniteState):
-            source.skipped = (source.skipped or 0) + int(x.skipped)
+            source.num_skipped = (source.num_skipped or 0) + int(x.skipped)
             self._read(x.inner, source)
         elif isinstance(x, ExactRowsState):
             expect_flushed(owner, x)

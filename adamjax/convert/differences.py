@@ -27,13 +27,14 @@ def expect_slots(owner: str, system: System, kind: str, path: str, moments: Leaf
     rules = f", those of {stated}" if stated else ""
     wanted, mend = str(sorted(expected)), "build both with the same rule"
     if kind not in kinds and slots is not None and set(slots) == expected:
-        # These slots do not show the rule: what else the system states does.
-        rules, wanted = f" and says that they are those of {stated}", f"a state that says {kind}"
+        # Several rules have these slots. Which of them it is, the system states elsewhere.
+        rules, wanted = f", and says that they are those of {stated}", f"a state that says {kind}"
     elif kinds == (kind,):
+        # The slots are those of another rule, as if amsgrad=True was set in the middle of a run.
         rules, mend = "", f"is {kind} an option that was set after these steps?"
     raise ValueError(
-        f"{owner}: {system.name} keeps {stored} of {path!r}{rules}, but for {kind} expected "
-        f"{wanted}: {mend}"
+        f"{owner}: of {path!r}, {system.name} has {stored}{rules}; for {kind}, expected {wanted}: "
+        f"{mend}"
     )
 
 
@@ -91,7 +92,7 @@ class Translation(Filling):
         return slots
 
     def from_adamjax(self, path: str) -> tuple[str, LeafMoments, Slots]:
-        """The kind of a leaf's next rule, its moments, and the slots by the system's names."""
+        """The kind of the next rule on a leaf's way, its moments, and the system's slots."""
         moments = self.take(path)
         (kind,), rule, count = moments.kinds, moments.rule, moments.count
         slots = dict(moments.slots or {})
@@ -122,14 +123,14 @@ class Translation(Filling):
           slots: by adamjax's names; Adamax' `u` with epsilon inside.
         """
         if kind == "amsgrad" and self.system.corrected_maximum:
-            # The root of the bias correction of the next step, which one has and the other lacks.
+            # In the next step, one of the two maxima is bias-corrected and the other is not.
             return 1 - math.sqrt(1 - float(rule.b2) ** (count + 1)), (
                 "it keeps the maximum of bias-corrected moments, and that of the moments "
                 "themselves cannot be computed from it; the more steps were taken, the less it "
                 "matters"
             )
         if kind == "nadam" and self.system.plain_nadam:
-            # Of the factor 1 - b1 of the gradient, the largest of the differences.
+            # The schedule changes the factor of the gradient, 1 - b1, more than anything else.
             of_schedule = 0.5 * float(rule.b1) / (1 - float(rule.b1)) * 0.96 ** (count + 1)
             return float(rule.b1) ** count + of_schedule, (
                 "its momentum has no schedule; the more steps were taken, the less it matters"
@@ -158,7 +159,7 @@ class Translation(Filling):
 
         def refuse(fault: str) -> None:
             raise ValueError(
-                f"{self.owner}: {fault} of {path!r}, which {kind} cannot have: is this the state "
+                f"{self.owner}: of {path!r}, {fault}, which {kind} cannot have: is this the state "
                 f"of another optimizer of {self.system.name} or of other betas, or are the leaves "
                 "in another order? check=False takes it"
             )
@@ -176,8 +177,8 @@ class Translation(Filling):
         if len({np.shape(x) for x in slots.values()}) > 1:
             return  # `Filling.array` refuses slots of different shapes.
         wide = {name: xp.abs(x).astype(_wide_dtype(xp.real(x))) for name, x in slots.items()}
-        has_same_maximum = kind == "amsgrad" and not self.system.corrected_maximum
-        if has_same_maximum and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):
+        is_uncorrected = kind == "amsgrad" and not self.system.corrected_maximum
+        if is_uncorrected and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):
             refuse(f"{names['v_max']} is below {names['v']}")
         if rule is None:
             return

@@ -142,7 +142,7 @@ class Filling:
             for i, x in enumerate(self.other_states)
             if type(x) is type(like) and _avals(x) == _avals(like)
         ]
-        if self.check and self.source.has_sorted_states:
+        if self.check and self.source.other_states_lost_order:
             first, *others = [jax.tree.leaves(self.other_states[i]) for i in alike] or [[]]
             if any(not np.array_equal(a, b) for x in others for a, b in zip(first, x, strict=True)):
                 raise ValueError(

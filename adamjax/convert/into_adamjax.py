@@ -124,7 +124,7 @@ class _AdamjaxFilling(Translation):
         if isinstance(x, AccumulateGradientsState):
             return self._fill_accumulated(x)
         if isinstance(x, SkipNotFiniteState):
-            skipped = jnp.asarray(self.source.skipped or 0, x.skipped.dtype)
+            skipped = jnp.asarray(self.source.num_skipped or 0, x.skipped.dtype)
             return SkipNotFiniteState(skipped, self.fill(x.inner))
         if isinstance(x, ExactRowsState):
             part = self.ours.part(x)

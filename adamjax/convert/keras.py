@@ -404,9 +404,10 @@ def from_keras(
 ) -> Any:
     """The state of `tx` that goes on from the variables of a Keras optimizer.
 
-    The optimizers are `Adam` (with `amsgrad`), `AdamW`, `Adamax` and `Nadam` of Keras 3 (any
-    backend), of tf_keras and of TensorFlow before 2.11, with `use_ema` (a `weight_ema` last in
-    `tx`) and `gradient_accumulation_steps` (`accumulate_gradients`). Their weight decay, clips,
+    The optimizers are `Adam` (also with `amsgrad`), `AdamW`, `Adamax` and `Nadam` of Keras 3 (any
+    backend), of tf_keras and of TensorFlow before 2.11. They may have `use_ema` (then `tx` has a
+    `weight_ema` last) and `gradient_accumulation_steps` (then `tx` has `accumulate_gradients`).
+    Their weight decay, clips,
     betas, loss scale, number of micro-batches and options of the average are in their config, not
     in their variables: build `tx` with the same values, and with Keras' epsilon, which is `eps_hat`
     (for Adamax and Nadam `eps`), 1e-7 by default; or let
@@ -416,12 +417,12 @@ def from_keras(
     refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
-    They are recognized by the class of the optimizer, or by its name in the names of the variables,
-    `adam/dense_kernel_momentum`. If you gave it another name, `Adam(name="mine")`, pass the
-    optimizer itself. Arrays without names do not show their optimizer: they are refused if a shape
-    does not fit, or if Adam cannot have such values (a negative `velocity`, moments that `b1` and
-    `b2` do not allow). Arrays of Lamb, ScheduleFreeAdamW, Muon (of vectors) and Adamax cannot be
-    told from Adam's.
+    The class of the optimizer tells them from Adam. So does its name, if the names of variables
+    begin with it, like `adam` in `adam/dense_kernel_momentum`. If you gave it another name,
+    `Adam(name="mine")`, pass the optimizer itself. Arrays without names do not show their
+    optimizer: they are refused if a shape does not fit, or if Adam cannot have such values (a
+    negative `velocity`, moments that `b1` and `b2` do not allow). Arrays of Lamb,
+    ScheduleFreeAdamW, Muon (of vectors) and Adamax cannot be told from Adam's.
 
     Args:
       variables: one of:
@@ -442,12 +443,12 @@ def from_keras(
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default the names of the variables give the order, if
         they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
-        Otherwise leaves without names (the items of a list, or of a dictionary whose keys are
-        numbers) are taken in their order. The shapes of leaves with names must show the order: if
-        two have one shape, `order` is required. If variables have names, `order` may also be a
-        dictionary from names to paths. If `variables` is a mapping, and neither names nor shapes
-        show which leaf is which, `order` must be such a dictionary: JAX, Orbax and h5py sort the
-        keys of a mapping, so Keras' order is lost.
+        Otherwise it depends on the leaves. If they have no names (the items of a list, or of a
+        dictionary whose keys are numbers), they are taken in their order. If they have names, their
+        shapes must show the order: if two have one shape, `order` is required. If variables have
+        names, `order` may also be a dictionary from names to paths. If `variables` is a mapping,
+        and neither names nor shapes show which leaf is which, `order` must be such a dictionary:
+        JAX, Orbax and h5py sort the keys of a mapping, so Keras' order is lost.
       average: an average of the weights, a tree like `params`. The run goes on from it in place of
         Keras' own average.
       check: as for `from_optax`.

@@ -12,7 +12,7 @@ from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.schedules import has_schedule
-from adamjax.convert.source import Count, LeafMoments, Skips, Source
+from adamjax.convert.source import Count, LeafMoments, SkippingTransform, Source
 from adamjax.convert.steps import expect_made_by, expect_optimizer, expect_same_steps
 from adamjax.convert.systems import OPTAX, RTOL
 from adamjax.convert.values import leaves_by_path, map_items
@@ -27,18 +27,20 @@ __all__ = ["from_optax", "to_optax"]
 
 def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
     """Adds a doubt if optax skips other steps than adamjax, or counts those it skips otherwise."""
-    if not source.skips:
+    if not source.skipping_transforms:
         return
     both_accumulate = bool(source.accumulated) and bool(ours.accumulations)
     skipping = [part for part in ours.parts if isinstance(part.tx, skip_not_finite)]
     our_skips = [
-        Skips(frozenset(leaves_by_path(ours.owner, p.params)), id(p.tx) in ours.in_accumulated)
+        SkippingTransform(
+            frozenset(leaves_by_path(ours.owner, p.params)), id(p.tx) in ours.in_accumulated
+        )
         for p in skipping
     ]
     for path in source.moments:
         theirs, own = (
             {x.accumulates and both_accumulate for x in skips if path in x.leaves}
-            for skips in (source.skips, our_skips)
+            for skips in (source.skipping_transforms, our_skips)
         )
         if theirs != own:
             what, mend = "no steps", "leave skip_not_finite out there"
@@ -56,7 +58,7 @@ def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
             return
     in_skips = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
     ours_skip = {id(p.tx) in in_skips for p in ours.parts if has_schedule(p.tx)}
-    they_skip = {count.skips for count in source.counts}
+    they_skip = {count.in_skipping for count in source.counts}
     if ours_skip and they_skip and ours_skip != they_skip:
         place = "inside" if True in they_skip else "outside of"
         source.doubts.append(
@@ -91,7 +93,7 @@ class _OptaxFilling(Translation):
         if role == "accumulated":
             return self._fill_accumulated(x)
         if role == "skipped":
-            skipped = jnp.asarray(self.source.skipped or 0, x.total_notfinite.dtype)
+            skipped = jnp.asarray(self.source.num_skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
         if role in ("inner", "parts"):
             return type(x)(self.fill(x[0]))
@@ -159,9 +161,9 @@ def from_optax(
     memory of dense steps.
 
     Args:
-      source_state: the state that the optax transform's `init` or `update` returned, of `adam`,
-        `adamw`, `nadam`, `amsgrad`, `adamax` and the transforms they consist of. A state is
-        recognized by its class.
+      source_state: the state that `init` or `update` of the optax transform returned. Its rules
+        must be those of `adam`, `adamw`, `nadam`, `amsgrad` or `adamax`. A state is recognized by
+        its class.
       tx: a transform of adamjax. optax' epsilon, 1e-8 by default, is `eps` here. The default weight
         decay is 1e-4 in `optax.adamw`, and 0.004 in `adamjax.adamw`.
       params: the parameters at that step.
@@ -220,8 +222,8 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. If you
-        make it with `inject_hyperparams`, pass the rate at the step of `state`.
+      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. If it is
+        made with `inject_hyperparams`, give `inject_hyperparams` the rate at the step of `state`.
       check, rtol: as for `from_optax`.
 
     Returns:

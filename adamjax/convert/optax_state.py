@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from adamjax.convert.source import Accumulated, LeafMoments, Skips, Source
+from adamjax.convert.source import Accumulated, LeafMoments, SkippingTransform, Source
 from adamjax.convert.values import (
     SCHEDULE_COUNTS,
     field_names,
@@ -75,13 +75,15 @@ def _read(x: Any, source: Source) -> None:
         _read_accumulated(x, source)
     elif role == "skipped":
         skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
-        source.skipped = (source.skipped or 0) + skipped
-        num_rules = {path: len(several) for path, several in source.moments.items()}
-        outer, source.in_skips = source.in_skips, True
+        source.num_skipped = (source.num_skipped or 0) + skipped
+        num_rules = {path: len(of_rules) for path, of_rules in source.moments.items()}
+        outer, source.in_skipping = source.in_skipping, True
         _read(x.inner_state, source)
-        source.in_skips = outer
-        inside = [p for p, x in source.moments.items() if len(x) > num_rules.get(p, 0)]
-        source.skips.append(Skips(frozenset(inside), source.accumulates))
+        source.in_skipping = outer
+        inside = [
+            p for p, of_rules in source.moments.items() if len(of_rules) > num_rules.get(p, 0)
+        ]
+        source.skipping_transforms.append(SkippingTransform(frozenset(inside), source.accumulates))
     elif role == "inner":
         inner = _read_apart(x[0], source)
         _merge(source, inner, leaves=frozenset(inner.moments) or None)
@@ -132,9 +134,9 @@ def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
     has_rule: set[str] = set()
     num_others = len(source.other_states)
     for item in _items(x):
-        num_rules = {path: len(several) for path, several in source.moments.items()}
+        num_rules = {path: len(of_rules) for path, of_rules in source.moments.items()}
         _read(item, source)
-        own = {p for p, several in source.moments.items() if len(several) > num_rules.get(p, 0)}
+        own = {p for p, of_rules in source.moments.items() if len(of_rules) > num_rules.get(p, 0)}
         if own & has_rule:
             source.doubts.append(
                 f"the leaf {min(own & has_rule)!r} has several rules in a dictionary with the keys "
@@ -142,7 +144,7 @@ def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
                 "order of the chain, tuple(state[key] for key in keys), and pass an optax.chain"
             )
         has_rule |= own
-    source.has_sorted_states |= len(source.other_states) > num_others
+    source.other_states_lost_order |= len(source.other_states) > num_others
 
 
 def _read_parts(x: Mapping[Any, Any], source: Source) -> None:
@@ -154,12 +156,12 @@ def _read_parts(x: Mapping[Any, Any], source: Source) -> None:
             _merge(source, part, leaves=frozenset(part.moments))
         else:
             _merge(source, part, leaves=None, excluded=with_rules)
-        source.has_sorted_states |= bool(part.other_states)
+        source.other_states_lost_order |= bool(part.other_states)
 
 
 def _read_apart(x: Any, source: Source) -> Source:
-    """Reads a state inside a mask or a part on its own: its counts are those of its leaves."""
-    inner = Source(source.owner, accumulates=source.accumulates, in_skips=source.in_skips)
+    """Reads a state inside a mask or a part on its own: its counts are for its leaves only."""
+    inner = Source(source.owner, accumulates=source.accumulates, in_skipping=source.in_skipping)
     _read(x, inner)
     return inner
 
@@ -170,19 +172,19 @@ def _merge(
     leaves: frozenset[str] | None,
     excluded: frozenset[str] = frozenset(),
 ) -> None:
-    """Adds what was read of a mask or a part; `leaves` and `excluded` are those of its counts."""
-    for path, several in inner.moments.items():
-        source.moments.setdefault(path, []).extend(several)
+    """Adds what was read of a mask or a part; its counts are for `leaves` without `excluded`."""
+    for path, of_rules in inner.moments.items():
+        source.moments.setdefault(path, []).extend(of_rules)
     source.counts += [
         c if c.leaves or c.excluded else c._replace(leaves=leaves, excluded=excluded)
         for c in inner.counts
     ]
     source.other_states += inner.other_states
-    source.has_sorted_states |= inner.has_sorted_states
+    source.other_states_lost_order |= inner.other_states_lost_order
     source.doubts += inner.doubts
     source.accumulated += inner.accumulated
-    source.skips += inner.skips
-    source.skipped = inner.skipped if source.skipped is None else source.skipped
+    source.skipping_transforms += inner.skipping_transforms
+    source.num_skipped = inner.num_skipped if source.num_skipped is None else source.num_skipped
 
 
 def _items(x: Mapping[Any, Any]) -> list[Any]:

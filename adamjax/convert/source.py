@@ -11,7 +11,7 @@ __all__ = [
     "Count",
     "Hyperparams",
     "LeafMoments",
-    "Skips",
+    "SkippingTransform",
     "Slots",
     "Source",
     "meet",
@@ -55,14 +55,14 @@ class Count(NamedTuple):
       leaves: the paths of the leaves that it belongs to; `None` for all.
       excluded: the paths of leaves that it does not belong to.
       accumulates: as in `LeafMoments`.
-      skips: whether it is inside a transform that skips steps, and so does not count these.
+      in_skipping: whether it is inside a transform that skips steps, and so does not count these.
     """
 
     steps: int
     leaves: frozenset[str] | None
     excluded: frozenset[str] = frozenset()
     accumulates: bool = False
-    skips: bool = False
+    in_skipping: bool = False
 
     def belongs_to(self, leaves: frozenset[str] | None) -> bool:
         """Whether it belongs to one of these leaves; `None` is the set of all leaves."""
@@ -71,7 +71,7 @@ class Count(NamedTuple):
         return meet(self.leaves, leaves)
 
 
-class Skips(NamedTuple):
+class SkippingTransform(NamedTuple):
     """A transform that skips steps: the leaves of the rules in it, and whether it accumulates."""
 
     leaves: frozenset[str]
@@ -95,13 +95,13 @@ class Source:
       counts: the counts of schedules.
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
-      skipped: the number of steps that were skipped; `None` if nothing counts them.
-      skips: the transforms that skip steps.
+      num_skipped: the number of steps that were skipped; `None` if nothing counts them.
+      skipping_transforms: the transforms that skip steps.
       other_states: the states of all other transforms.
-      has_sorted_states: whether some of these are in a dictionary, whose order JAX loses.
+      other_states_lost_order: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
       accumulates: as in `LeafMoments`, for the part of the state that is being read.
-      in_skips: whether this part is inside a transform that skips steps.
+      in_skipping: whether this part is inside a transform that skips steps.
     """
 
     owner: str
@@ -109,20 +109,20 @@ class Source:
     counts: list[Count] = dataclasses.field(default_factory=list)
     average: dict[str, Any] | None = None
     accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
-    skipped: int | None = None
-    skips: list[Skips] = dataclasses.field(default_factory=list)
+    num_skipped: int | None = None
+    skipping_transforms: list[SkippingTransform] = dataclasses.field(default_factory=list)
     other_states: list[Any] = dataclasses.field(default_factory=list)
-    has_sorted_states: bool = False
+    other_states_lost_order: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
     accumulates: bool = False
-    in_skips: bool = False
+    in_skipping: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:
         moments = dataclasses.replace(moments, accumulates=self.accumulates)
         self.moments.setdefault(path, []).append(moments)
 
     def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
-        count = Count(steps, leaves, accumulates=self.accumulates, skips=self.in_skips)
+        count = Count(steps, leaves, accumulates=self.accumulates, in_skipping=self.in_skipping)
         self.counts.append(count)
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:

@@ -408,12 +408,12 @@ def from_torch(
       tx: a transform of adamjax.
       params: the parameters at that step.
       order: the path of each of torch's parameters, in the order of its groups; `None` for one that
-        is not to be converted. By default the parameters' names give the order. Without names it is
-        the order of the floating leaves of `params`, which for a dictionary is that of its sorted
-        keys. torch has the order of the module's definition. If two leaves of `params` have the
-        same shape and their paths have names in them, a wrong order would not be noticed, so
-        `order` is required. A dictionary whose keys are numbers has the order of the numbers. If
-        torch's parameters have names, `order` may also be a dictionary from these to paths.
+        is not to be converted. By default the parameters' names give the order. Without names,
+        the floating leaves of `params` are taken in their order. A dictionary has the order of its
+        sorted keys, or if all keys are numbers, that of the numbers. torch's order, that of the
+        module's definition, may be another. So `order` is required if two leaves have the same
+        shape, because a wrong order would not be noticed, unless all keys are numbers. If torch's
+        parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
         which is `x.T` for a matrix. It is required if some leaf has the same shape when transposed,

@@ -64,11 +64,11 @@ class Bound:
         """The scalars a and b of the next step, `p += a * m / (x + e) + b * p` (`coasting.py`)."""
         rule, *later = self.parts[table.leaf]
         assert isinstance(rule.tx, Rule)
-        a, b = rule.tx.momentum_coefficient(rule.state, table.real), 0.0
+        a, b = rule.tx.momentum_coefficient(rule.state, table.real_dtype), 0.0
         for _, tx, state, params in later:
             if not isinstance(tx, weight_ema):
                 # It turns the update u = a * m / (x + e) + b * p into factor * u + decay * p.
-                factor, decay = tx.affine(state, params, table.leaf, table.real) or (1, 0)
+                factor, decay = tx.affine(state, params, table.leaf, table.real_dtype) or (1, 0)
                 a, b = factor * a, factor * b + decay
         return a, b
 
@@ -98,7 +98,9 @@ class Bound:
         # reads, so that XLA knows their order and need not copy the ring.
         a = jnp.where(has_nan, jnp.nan, a)
         count = next_count(self.count(table))
-        return table.plan.advance(self.state.rings[family.name], self.state.clock + 1, count, a, b)
+        return table.coasting.advance(
+            self.state.rings[family.name], self.state.clock + 1, count, a, b
+        )
 
     def row_step(
         self, table: Table, extra_args: dict[str, Any]

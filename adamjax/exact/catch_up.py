@@ -65,9 +65,9 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         # An index of no row counts as up to date.
         last = jnp.where(is_row, last, past.clock)
     stored = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
-    slots = {name: x.astype(first.real) for name, x in stored.items()}
+    slots = {name: x.astype(first.real_dtype) for name, x in stored.items()}
     # If XLA fused the gather into the arithmetic, it would not vectorise the arithmetic.
-    before = barrier(gathered(c.weights for c in columns)).astype(first.real)
+    before = barrier(gathered(c.weights for c in columns)).astype(first.real_dtype)
     coast = first.coast
     momentum = slots[coast.momentum]
     if coast.size is None:
@@ -76,7 +76,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         size = root(slots[coast.size]) if coast.squared else slots[coast.size]
     # Only if `weight_ema` has it: a rule's slot may have that name too.
     average = slots["average"] if _has_average(first) else None
-    moved, average = first.plan.catch_up(*past, last, before, momentum, size, average)
+    moved, average = first.coasting.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
     for name, b in coast.decays:
         slots[name] = decayed(slots[name], b, gap, batch.family.history)
@@ -96,8 +96,8 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
 
 
 def _has_average(table: Table) -> bool:
-    """Whether a `weight_ema` follows the table's rule. (`plan.momentum` is that of the average.)"""
-    return table.plan.momentum is not None
+    """Whether a `weight_ema` follows the table's rule: `momentum` is that of the average."""
+    return table.coasting.momentum is not None
 
 
 def _has_nan(ring: Ring, last: chex.Array) -> chex.Array:

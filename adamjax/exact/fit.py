@@ -1,7 +1,7 @@
 """Refuses states that do not fit the parameters or the transform.
 
-It checks structures, shapes, dtypes, and the names of rings, which say which rule a ring was made
-for. So the checks cost nothing in a jitted step.
+It reads structures, shapes, dtypes and the names of rings (which say which rule a ring was made
+for), never values. So it runs while a step is traced, and costs nothing in the compiled step.
 """
 
 import functools
@@ -63,12 +63,12 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
                 f"exact_rows: the state's tables[{path!r}] is a {type(table_state).__name__}, "
                 f"expected a TableState. {CLASSLESS}"
             )
-    advice = "do not cast it, because it wraps around as an int32"
+    advice = "keep it int32, as it is meant to wrap around there"
     expect_array("exact_rows: the clock", state.clock, (), advice, "int32")
     for table in tables:
-        last, cursor = state.tables[table.path]
+        last_up_to_date, cursor = state.tables[table.path]
         where = f"exact_rows: tables[{table.path!r}]"
-        expect_array(f"{where}.last", last, table.shape[:1], _OTHER_TABLE, "int32")
+        expect_array(f"{where}.last", last_up_to_date, table.shape[:1], _OTHER_TABLE, "int32")
         expect_array(f"{where}.cursor", cursor, (), _OTHER_TABLE, "int32")
     _expect_rings(families, state.rings)
 
@@ -128,13 +128,14 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
 
 def _note_on_dtypes(families: Sequence[Family], rings: Mapping[str, Any]) -> str:
     """What an error says if the rings are for tables of another dtype."""
+    # A ring's coefficients have the dtype in which the steps of its tables are computed.
     series: list[Any] = [getattr(ring, "series", None) for ring in rings.values()]
     dtypes = {x.dtype for x in series if hasattr(x, "dtype")}
-    real = np.dtype(families[0].tables[0].real)
-    if not dtypes or dtypes == {real}:
+    real_dtype = np.dtype(families[0].tables[0].real_dtype)
+    if not dtypes or dtypes == {real_dtype}:
         return ""
     widths = " and ".join(sorted(x.name for x in dtypes))
-    return f"the state is for tables in {widths}, now they are in {real.name}; "
+    return f"the state is for tables in {widths}, now they are in {real_dtype.name}; "
 
 
 def _expect_rings(families: Sequence[Family], rings: Any) -> None:
@@ -150,7 +151,7 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
         )
     for family in families:
         table = family.tables[0]
-        expected = _ring_like(table.plan, family.history, table.real, _is_x64())
+        expected = _ring_like(table.coasting, family.history, table.real_dtype, _is_x64())
         ring = rings[family.name]
         if not isinstance(ring, Ring):
             raise TypeError(
@@ -173,9 +174,9 @@ def _is_x64() -> bool:
 
 
 @functools.lru_cache
-def _ring_like(plan: Coasting, history: int, real: Any, is_x64: bool) -> Ring:
+def _ring_like(coasting: Coasting, history: int, real_dtype: Any, is_x64: bool) -> Ring:
     """The shapes and dtypes of a ring.
 
     They depend on whether JAX is in x64 mode: `is_x64` is an argument for the sake of the cache.
     """
-    return jax.eval_shape(lambda: plan.init(history, real))
+    return jax.eval_shape(lambda: coasting.init(history, real_dtype))

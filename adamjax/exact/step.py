@@ -111,7 +111,7 @@ def _batch_step(
         u, slots = row_step(g, ready.slots, ready.now)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
-        update = (ready.moved + u.astype(first.real)).astype(g.dtype)
+        update = (ready.moved + u.astype(first.real_dtype)).astype(g.dtype)
         # `ready.last` is always before this clock. The comparison makes the write of `last` depend
         # on its read, so that XLA need not copy it.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
@@ -121,7 +121,7 @@ def _batch_step(
     carry = [(c.slots, c.last) for c in columns], jnp.array(False)
     values = [grads[t.leaf] for t in tables]
     same = all(g.dtype == first.dtype for g in values)
-    dtype = first.dtype if same else first.real
+    dtype = first.dtype if same else first.real_dtype
     if not isinstance(values[0], RowGradient):
         (arrays, has_nan), update = step(carry, [None], values[0].astype(dtype))
         updates: list[Any] = [update]

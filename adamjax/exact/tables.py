@@ -36,7 +36,7 @@ class Table(NamedTuple):
     Attributes:
       leaf: the table's position among the leaves.
       coast: how its rule moves rows without a gradient.
-      plan: how such rows catch up.
+      coasting: how such rows catch up.
       kind: a hashable value, equal for tables that every step treats alike.
     """
 
@@ -45,7 +45,7 @@ class Table(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     coast: Coast
-    plan: Coasting
+    coasting: Coasting
     kind: Any
 
     @property
@@ -53,7 +53,7 @@ class Table(NamedTuple):
         return self.shape[0]
 
     @property
-    def real(self) -> Any:
+    def real_dtype(self) -> Any:
         """The real dtype in which the table's steps are computed."""
         return accumulator(self.dtype)
 
@@ -91,25 +91,25 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
     """The tables by family. Each gets a default history if none is given."""
     by_kind: dict[Any, list[Table]] = {}
     for table in tables:
-        by_kind.setdefault((table.kind, table.plan), []).append(table)
+        by_kind.setdefault((table.kind, table.coasting), []).append(table)
     families = []
     for same_kind in by_kind.values():
-        plan, history = same_kind[0].plan, given_history
-        if history is None and plan.replays:
+        coasting, history = same_kind[0].coasting, given_history
+        if history is None and coasting.replays:
             history = _REPLAYED_HISTORY
         elif history is None:
             entries = max(t.num_rows for t in same_kind) // _REFRESHED_ROWS
             # The next power of two.
             history = 1 << max(min(entries, _LONGEST_HISTORY) - 1, 0).bit_length()
-            history = max(history, plan.least_history)
-        rule = ",".join([plan.name, *_other_decays(same_kind[0].coast)])
+            history = max(history, coasting.least_history)
+        rule = ",".join([coasting.name, *_other_decays(same_kind[0].coast)])
         name = f"{_tables_as_text(same_kind)}: {rule},history={history}"
         families.append(Family(name, history, tuple(same_kind)))
     return families
 
 
 def _other_decays(coast: Coast) -> list[str]:
-    """Decays of slots that do not follow from the numbers of the plan, such as that of AMSGrad's v.
+    """Decays of slots that do not follow from its `Coasting`, such as that of AMSGrad's v.
 
     Rows that lag behind catch up by them, so they are in the name of the ring too.
     """

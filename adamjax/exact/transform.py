@@ -62,7 +62,7 @@ from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 __all__ = ["exact_rows"]
 
 
-# A plan is made from the numbers of these transforms, so they must be Python floats.
+# A `Coasting` is made from the numbers of these transforms, so they must be Python floats.
 _WITH_PYTHON_FLOATS = (Rule, weight_ema)
 
 
@@ -81,15 +81,15 @@ class exact_rows(Transform):
     read.
 
     `flush` brings all rows up to date. Call it before something else reads the weights: an export,
-    another library, a program without the state. A checkpoint to resume from needs none: save
-    `params` and the state as they are.
+    another library, a program without the state. Do not call it for a checkpoint to resume
+    from: save `params` and the state as they are.
 
     A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
     `None` is refused for a table: pass a row gradient without rows. If a clip before
     the rule computes a norm that is not finite, the rows in the gradient become NaN, and no others.
 
-    Apply the updates of a table unchanged, with `apply_updates` or `+`: they also bring rows up to
-    date, so no other transform takes them. In a chain, `exact_rows` must be last.
+    Apply the updates of a table unchanged, with `apply_updates` or `+`. These updates also bring
+    rows up to date, so other transforms refuse them: in a chain, `exact_rows` must be last.
 
     A state fits only the tables, the history and the rule that it was made for. With other betas,
     epsilons or momenta the rows that lag behind would catch up wrongly, so that is refused. To
@@ -119,7 +119,8 @@ class exact_rows(Transform):
     Raises:
       ValueError: a transform in the chain does not allow exact rows (the message names it), or
         `history` is too small. If the chain has `masked` or `partition`, only `init` finds these
-        faults. It also raises this error if `learning_rate * weight_decay` is not below 1.
+        faults. `init` also raises this error if `learning_rate * weight_decay` of the first step is
+        not below 1. (In later steps that makes the rows NaN.)
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": jnp.ones((1000, 2))}
@@ -167,7 +168,7 @@ class exact_rows(Transform):
         # `init` makes this check.
         if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
-            self._coast_and_plan([part.tx for part in route])
+            self._coast_and_catch_up([part.tx for part in route])
 
     groupable = False
     goes_around_exact_rows = True
@@ -202,10 +203,10 @@ class exact_rows(Transform):
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
-    def _coast_and_plan(
-        self, route: list[Transform], real: Any = np.float32
+    def _coast_and_catch_up(
+        self, route: list[Transform], real_dtype: Any = np.float32
     ) -> tuple[Coast, Coasting]:
-        """How the rule on a table's route moves rows, and the plan by which they catch up.
+        """How the rule on a table's route moves rows, and how they catch up.
 
         Refuses a route that does not allow exact rows, and a history that is too short for it.
         """
@@ -216,15 +217,15 @@ class exact_rows(Transform):
         coast = rule.coast()
         assert coast is not None
         momentum = float(momenta[0]) if momenta else None
-        plan = coasting(coast, momentum, any(map(_may_decay, later)), real)
-        if self.history is not None and self.history < plan.least_history:
+        catch_up = coasting(coast, momentum, any(map(_may_decay, later)), real_dtype)
+        if self.history is not None and self.history < catch_up.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
-                f"expected at least {plan.least_history}: a gradient has an effect for so many "
-                f"steps with {rule!r} in {np.dtype(real).name}"
+                f"expected at least {catch_up.least_history}: a gradient has an effect for so many "
+                f"steps with {rule!r} in {np.dtype(real_dtype).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
-        return coast, plan
+        return coast, catch_up
 
     def _tables(self, tx: Transform, params: Tree) -> list[Table]:
         """The tables among the parameters."""
@@ -243,14 +244,14 @@ class exact_rows(Transform):
                     "of real floats with rows; the pattern is too wide"
                 )
             expect_row_count(f"exact_rows: params[{path!r}]", shape[0])
-            route, real = leaf_routes[leaf], accumulator(dtype)
-            coast, plan = self._coast_and_plan([part.tx for part in route], real)
+            route, real_dtype = leaf_routes[leaf], accumulator(dtype)
+            coast, catch_up = self._coast_and_catch_up([part.tx for part in route], real_dtype)
             parts = _from_rule(route)
             for position, part, _, part_params in parts:
                 if position not in kinds_at:
                     kinds_at[position] = part.kinds(part_params)
-            kind = tuple((position, kinds_at[position][leaf]) for position, *_ in parts), real
-            tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
+            kind = tuple((position, kinds_at[position][leaf]) for position, *_ in parts), real_dtype
+            tables.append(Table(leaf, path, shape, dtype, coast, catch_up, kind))
         if not tables and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
                 f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
@@ -333,7 +334,7 @@ class exact_rows(Transform):
                 last=split_like_rows(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
             )
         rings = {
-            family.name: family.tables[0].plan.init(family.history, family.tables[0].real)
+            family.name: family.tables[0].coasting.init(family.history, family.tables[0].real_dtype)
             for family in bound.families
         }
         return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), table_states, rings)
