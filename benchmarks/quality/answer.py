@@ -114,9 +114,9 @@ def sentences(results: Results) -> list[str]:
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**A row makes up its missed movement in the step that reads it, with the v "
+        "counted": "**A row makes up its missed movement after the loss has read it, with the v "
         "after this step (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**A row makes up its missed movement in the step that reads it, with the v "
+        "local": "**A row makes up its missed movement after the loss has read it, with the v "
         "before this step (HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
