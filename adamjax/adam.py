@@ -295,29 +295,30 @@ class scale_by_adam(_Moments):
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
-        default is 1e-7 if `eps` is not given.
+        default is 1e-7 if `eps` is not given. (With `nesterov`, `eps` is 1e-7 then.)
       eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
         the two.
       nesterov: Nesterov momentum as in Keras' Nadam (Dozat, 2016). Its momentum of step t is
         `mu_t = b1 * (1 - 0.5 * 0.96**t)`, and
         `mu_{t+1} * m / (1 - mu_1...mu_{t+1}) + (1 - mu_t) * g / (1 - mu_1...mu_t)` replaces
-        `m / (1 - b1**t)`. Its epsilon is `eps`, by default 1e-7.
+        `m / (1 - b1**t)`. If neither epsilon is given, `eps` is 1e-7.
       m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
         float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
         the memory and is rounded stochastically, so that the mean over steps is that of float32.
         For complex parameters m is complex, v real, and `m_dtype` has no effect. "scaled8" takes a
-        quarter of the memory, in 8-bit codes with an exponent for each row of the last axis, or for
-        each 1,024 elements of a vector (`adamjax.states.Scaled8`), and is rounded stochastically
-        too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d = 0.09 on average. The
-        rounding errors of the last steps add up. Typically they put m off by about 8% of itself, d
-        / sqrt(6) / sqrt(1 - b1**2); the worst case is 1/8 / (1 - b1). They put v off by about 20%,
-        sqrt(d / 2), and its root by 10%. So the update is off by about 13%, in either direction. If
-        an m is smaller than 2**-14 times the largest m of its row, its error is up to 2**-17 times
-        that largest m. The root of a v above 0 is stored as at least 2**-17 times the largest root
-        of its row. So the error of an update is at most about as large as the update of the row's
-        largest element, even for such small values. An infinite or NaN gradient makes its row NaN.
-        With "scaled8", these raise an error: `grouped`, `adamjax.convert`, a derivative of the
-        step, and a row gradient of a table with one dimension.
+        quarter of the memory: 8-bit codes, with one exponent for each slice along the last axis
+        (called a row here), or for each 1,024 elements of a vector (`adamjax.states.Scaled8`). It
+        is rounded stochastically too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d
+        = 0.09 on average. The rounding errors of the last steps add up. Typically they put m off by
+        about 8% of itself, d / sqrt(6) / sqrt(1 - b1**2); the worst case is 1/8 / (1 - b1). They
+        put v off by about 20%, sqrt(d / 2), and its root by 10%. So the update is off by about 13%,
+        in either direction. If an m is smaller than 2**-14 times the largest m of its row, its
+        error is up to 2**-17 times that largest m. The root of a v above 0 is stored as at least
+        2**-17 times the largest root of its row. So the error of an update is at most about as
+        large as the update of the row's largest element, even for such small values. An infinite or
+        NaN gradient makes its row NaN. With "scaled8", these raise an error: `grouped`,
+        `adamjax.convert`, a derivative of the step, and a row gradient of a table with one
+        dimension.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to

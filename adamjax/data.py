@@ -219,7 +219,7 @@ class Data:
         """Checks and completes the fields."""
 
     def set_fields(self, **values: Any) -> None:
-        """Sets fields while the object is being made."""
+        """Sets fields in `__post_init__`; afterwards an object cannot be changed."""
         self.__dict__.update(values)
 
     def check_range(self, name: str, allowed: Range) -> None:

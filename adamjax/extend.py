@@ -71,7 +71,8 @@ Fields:
   `Rows`: the type of `rows=`, which is "dense" or "lazy" (in `lift` also "whole").
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
-- `as_rate` checks a rate in `__post_init__`; `rate_at` returns its value at a count.
+- `as_rate` returns a checked rate, for `self.set_fields` in `__post_init__`; `rate_at` returns the
+  value of a rate at a count.
 
 States:
 

@@ -407,8 +407,8 @@ def lift(
       slots: state trees with the parameters' structure. Of a complex leaf, the first slot is
         complex; others may be real.
       params: the parameters, if the function reads them.
-      like: the parameters, only to refuse gradients of another structure or of other shapes. It is
-        for a function that does not read them and has no slots.
+      like: the parameters, used only to refuse gradients of another structure or of other shapes.
+        Pass it if the function has no slots and does not read the parameters.
       names: what errors call `grads` and `slots`.
       rows: "dense": the rows that are not in a `RowGradient` have a gradient of zero; "lazy": they
         are left alone; "whole": the function is not elementwise and takes a `RowGradient` as it is.

@@ -212,8 +212,8 @@ class Recurrence:
     Its functions see arrays of the accumulator dtype.
 
     Attributes:
-      moments: `(c, g, *slots) -> new_slots`. If there is `last`, it neither takes nor returns the
-        last slot.
+      moments: `(c, g, *slots) -> new_slots`. If `last` is given, `moments` neither takes nor
+      returns the last slot: `last` computes it.
       direction: `(c, g, *new_slots) -> u`.
       last: `(c, last_slot, *new_slots) -> new_last_slot`, if the last slot is computed from the
         others as they are stored, as AMSGrad's v_max is.

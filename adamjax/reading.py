@@ -42,21 +42,21 @@ def _is_empty(x: Any) -> bool:
     return not jax.tree.leaves(x)
 
 
-def _merge(name: str, trees: list[Tree]) -> Tree:
+def _merge(what: str, trees: list[Tree]) -> Tree:
     """Merges trees without a common leaf, such as those of the parts of a partition."""
     non_empty = [tree for tree in trees if not _is_empty(tree)]
     if len(non_empty) < 2:
         return non_empty[0] if non_empty else trees[0]
     if jax.tree_util.all_leaves(non_empty):
         raise ValueError(
-            f"the state has {name} more than once for the same leaf: read it from the part of the "
+            f"the state has {what} more than once for the same leaf: read it from the part of the "
             "state that you mean"
         )
-    # `tree.map` goes one level down, as only the top is no leaf for it. Some of the subtrees there
-    # may be empty.
+    # `is_leaf` makes a leaf of every node but the top, so `tree.map` goes down by one level. Some
+    # of the subtrees there may be empty.
     top = non_empty[0]
     return jax.tree.map(
-        lambda *xs: _merge(name, list(xs)), *non_empty, is_leaf=lambda x: x is not top
+        lambda *xs: _merge(what, list(xs)), *non_empty, is_leaf=lambda x: x is not top
     )
 
 
@@ -96,10 +96,10 @@ def get_slot(state: Any, name: str) -> Tree:
     slots = [as_tree(getattr(s, name)) for s in slot_states(state) if name in rule_slots(s)]
     if not slots:
         raise KeyError(f"the state has no slot {name!r}; it has {list(slot_names(state))}")
-    return _merge(f"slot {name!r}", [jax.tree.map(_as_float, x, is_leaf=is_leaf) for x in slots])
+    return _merge(f"slot {name!r}", [jax.tree.map(_decoded, x, is_leaf=is_leaf) for x in slots])
 
 
-def _as_float(x: Any) -> Any:
+def _decoded(x: Any) -> Any:
     return decoded(x) if isinstance(x, Scaled8) else x
 
 
@@ -195,7 +195,8 @@ def unchecked_averaged_weights(state: Any, params: Any = None) -> Any:
         # A copy: a step may donate both the weights and the state.
         return jnp.array(x, jnp.asarray(p).dtype, copy=True)
 
-    def may_stand_for(x: Any, subtree: Any) -> bool:
+    def average_fits(x: Any, subtree: Any) -> bool:
+        # An empty average fits any subtree.
         return _is_empty(x) or subtree is None or jax.tree_util.all_leaves([subtree])
 
     # A whole subtree may have no average; it counts as one empty leaf.
@@ -206,7 +207,7 @@ def unchecked_averaged_weights(state: Any, params: Any = None) -> Any:
         subtrees = treedef.flatten_up_to(params)
     except ValueError:
         subtrees = None
-    if subtrees is None or not all(map(may_stand_for, averages, subtrees)):
+    if subtrees is None or not all(map(average_fits, averages, subtrees)):
         raise ValueError(
             f"averaged_weights: params has the leaves {leaf_paths(params)} in a tree like "
             f"{flatten(params)[1]!s:.200}, but the average has the leaves {leaf_paths(average)} in "
@@ -250,11 +251,11 @@ def float32_weights(state: Any, params: T) -> T:
         )
     leaves, treedef = flatten(params)
     mend = "pass the parameters that belong to the state"
-    for weights, own_treedef in (flatten(one.weights) for one in states):
-        if own_treedef != treedef:
+    for weights, weights_treedef in (flatten(one.weights) for one in states):
+        if weights_treedef != treedef:
             raise ValueError(
                 f"float32_weights: params has the leaves {leaf_paths(params)}, and the state has "
-                f"weights in a tree like {own_treedef!s:.200}: {mend}"
+                f"weights in a tree like {weights_treedef!s:.200}: {mend}"
             )
         for i, w in enumerate(weights):
             if w is not None:

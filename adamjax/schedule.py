@@ -702,6 +702,9 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
 def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
     """The field `name` of `owner` as a checked rate; a plain callable becomes a schedule.
 
+    It does not set the field. In `__post_init__`, write
+    `self.set_fields(learning_rate=extend.as_rate(self, "learning_rate"))`.
+
     Args:
       owner: the transform or schedule itself, `self`.
       name: the field's name.

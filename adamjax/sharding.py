@@ -317,8 +317,9 @@ class shard_state(Transform):
 
         Raises:
           ValueError: when the function is called: the batch does not divide over the devices, or a
-            leaf of aux is neither a float nor an array with an entry for each example. (A number
-            of right answers is neither: it differs from device to device.)
+            leaf of aux is neither a float nor an array with an entry for each example. (An
+            integer, such as how many predictions were right, is neither: it differs from device to
+            device.)
           TypeError: a leaf of params is no array.
         """
 

@@ -2,7 +2,8 @@
 
 A law is a function of a `Trial`, which is a transform and the trees that it is tried on. It returns
 `None` if the law holds or does not apply to the transform; else it raises an AssertionError that
-names the law, the leaf and the numbers. `LAWS` has their names, each with its sentence.
+names the law, the leaf and the numbers. `LAWS` maps the name of each law to a sentence that states
+it.
 
 >>> import adamjax
 >>> adamjax.testing.check(adamjax.scale(-0.5), laws=["is_pure", "pickles", "prints"])
@@ -142,10 +143,12 @@ def counts_its_steps(trial: Trial) -> None:
         [int(x.count) for x in slot_states(state) if rule_slots(x) and hasattr(x, "count")]
         for state in states
     ]
-    for of_rule in zip(*counts, strict=True):
-        if of_rule[-1] == 0 or any(b - a not in (0, 1) for a, b in itertools.pairwise(of_rule)):
+    for counts_of_rule in zip(*counts, strict=True):
+        rises = [b - a for a, b in itertools.pairwise(counts_of_rule)]
+        if counts_of_rule[-1] == 0 or not {0, 1}.issuperset(rises):
             raise AssertionError(
-                f"the state's count is {list(of_rule)}, expected one more each step"
+                f"the state's count is {list(counts_of_rule)}, expected one more in each step that "
+                "the rule takes"
             )
 
 
@@ -247,12 +250,12 @@ def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> No
                 cast(params, jnp.float32), twin_state, cast(grads, jnp.float32)
             )
             expect_form("updates", updates, grads)
-            for path, u, exact in pairs_of_leaves("updates", updates, twin):
-                u, exact = in_float64(u), in_float64(exact)
-                far = ~(np.abs(u - exact) <= 0.505 * _ulp(exact, dtype))
+            for path, u, unrounded in pairs_of_leaves("updates", updates, twin):
+                u, unrounded = in_float64(u), in_float64(unrounded)
+                far = ~(np.abs(u - unrounded) <= 0.505 * _ulp(unrounded, dtype))
                 if np.any(far):
                     where = f"in {jnp.dtype(dtype).name}, {path}"
-                    raise AssertionError(first_difference(where, u, exact, far))
+                    raise AssertionError(first_difference(where, u, unrounded, far))
 
 
 def _ulp(x: Any, dtype: Any) -> Any:
@@ -309,7 +312,7 @@ def jit_argument(trial: Trial) -> None:
             expected = take_three_steps(
                 functools.partial(take_step, closed_over), closed_over, trial
             )
-        # Where a decay is traced, 1 - b is what float32 makes of it: 1e-5 off for 0.999.
+        # If b1 or b2 is traced, 1 - b is computed in float32: for 0.999 that is off by 1e-5.
         expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
     traces = trial.step_of_tx[1]
     if len(traces) != 1:
@@ -375,7 +378,7 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
             expect_same(f"params[{path!r}]", p1, p)
             if (u is None) != (g is None) or (u is not None and dtype_of(u) != dtype_of(g)):
                 raise AssertionError(
-                    f"updates[{path!r}] is {shown(u)}, expected {shown(g)}, as the gradient"
+                    f"updates[{path!r}] is {shown(u)}, expected {shown(g)}, like the gradient"
                 )
             if u is not None and np.any(np.asarray(u, bool)):
                 raise AssertionError(f"updates[{path!r}] is {np.asarray(u)}, expected zeros")
@@ -395,7 +398,7 @@ def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
 def empty_trees(trial: Trial) -> None:
     """Trees without leaves, and trees with an array of size 0, are parameters too."""
     if not trial.is_default:
-        return  # made for paths that these do not have
+        return  # the transform may need paths that these trees do not have
     empties: tuple[Any, ...] = ({}, (), {"a": {}, "b": None}, {"a": jnp.zeros((0,))})
     for empty in empties:
         state = trial.tx.init(empty)
@@ -458,7 +461,7 @@ def _expect_refusal(what: str, words: str, function: Callable[..., Any], *args: 
 
 
 # How an array of a state may change on its way through a checkpoint.
-_SPOILT: Mapping[str, Callable[[Any], Any]] = {
+_DAMAGES: Mapping[str, Callable[[Any], Any]] = {
     "replicated": lambda x: jnp.stack([x, x]),
     "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
     "cast to float16": lambda x: x.astype(jnp.float16),
@@ -476,7 +479,7 @@ def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
     for i, (path, x) in enumerate(named_leaves):
         if x is None:
             continue
-        for damage, spoil in _SPOILT.items():
+        for damage, spoil in _DAMAGES.items():
             leaves = [x for _, x in named_leaves]
             leaves[i] = spoil(x)
             _expect_state_refused(trial, f"{path} that is {damage}", treedef.unflatten(leaves))
@@ -536,7 +539,7 @@ def _without_column(g: chex.Array) -> chex.Array:
 
 @_law
 def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
-    """With `groupable`, leaves that are joined end to end get the updates that they get apart."""
+    """With `groupable`, leaves that are joined end to end get the updates that each gets alone."""
     if not getattr(trial.tx, "groupable", False):
         return
     tx = grouped(trial.tx)
@@ -575,28 +578,28 @@ def _try_rows(trial: Trial) -> None:
                 return
             raise
         expected, expected_state = trial.tx.update(dense, state, params)
-        _expect_rows(rows, state, actual, actual_state, expected, expected_state)
+        _expect_results_of_rows(rows, state, actual, actual_state, expected, expected_state)
         params, state = apply_updates(params, expected), expected_state
 
 
 def _with_rest(tree: Tree) -> Tree:
-    """The tree with row gradients in which every row has a value, as after a rule."""
+    """The tree with a `rest` in its row gradients: values of the rows outside of `indices`."""
 
     def with_rest(x: Any) -> Any:
-        if not _is_rows(x):
+        if not _is_row_gradient(x):
             return x
         rest = np.random.default_rng(300).normal(size=x.shape)
         rest[np.asarray(x.indices)[np.asarray(x.indices) < x.num_rows]] = 0
         return x.replace(rest=jnp.asarray(rest, x.dtype))
 
-    return jax.tree.map(with_rest, tree, is_leaf=_is_rows)
+    return jax.tree.map(with_rest, tree, is_leaf=_is_row_gradient)
 
 
 def _refuses_rows(tx: Any, error: Exception) -> bool:
     """Whether an error says that row gradients are refused.
 
-    One of Python's own may speak of a RowGradient too. A row gradient that has been spoilt is found
-    by a later transform, and in a compiled step it is not refused.
+    An error of Python itself may name RowGradient too, so the transform must be named as well. A
+    row gradient with spoilt indices is no refusal: a compiled step would go on with them.
     """
     if isinstance(error, SpoiltRows):
         return False
@@ -606,15 +609,17 @@ def _refuses_rows(tx: Any, error: Exception) -> bool:
     return "row gradient" in text.lower() or (named and "RowGradient" in text)
 
 
-def _is_rows(x: Any) -> bool:
+def _is_row_gradient(x: Any) -> bool:
     return isinstance(x, RowGradient)
 
 
 def _to_dense(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: x.to_dense() if _is_rows(x) else x, tree, is_leaf=_is_rows)
+    return jax.tree.map(
+        lambda x: x.to_dense() if _is_row_gradient(x) else x, tree, is_leaf=_is_row_gradient
+    )
 
 
-def _expect_rows(
+def _expect_results_of_rows(
     rows: Tree, state: Any, actual: Tree, actual_state: Any, expected: Tree, expected_state: Any
 ) -> None:
     """The updates and the next state that are expected of row gradients.
@@ -622,17 +627,17 @@ def _expect_rows(
     Args:
       expected, expected_state: those of the dense arrays.
     """
-    # For each table, which rows were read if the others are left alone; `None` if they are not.
+    # For each table a flag for each row that was read, if its update is lazy; else `None`.
     is_read_of: dict[str, Any] = {}
     leaves = zip(*(flatten(tree)[0] for tree in (rows, actual, expected)), strict=True)
     for path, (g, u, expected_u) in zip(leaf_paths(rows), leaves, strict=True):
         name = f"updates[{path!r}]"
-        if not _is_rows(g):
+        if not _is_row_gradient(g):
             expect_close(name, u, expected_u)
             continue
         is_read = np.zeros(g.num_rows + 1, bool)
         is_read[np.asarray(g.indices)] = True
-        is_read_of[path] = is_read[:-1] if _is_rows(u) and u.lazy else None
+        is_read_of[path] = is_read[:-1] if _is_row_gradient(u) and u.lazy else None
         zeros = jnp.zeros_like(expected_u)
         _expect_close_rows(name, _to_dense(u), expected_u, zeros, is_read_of[path])
     before = dict(leaves_with_names("", _to_dense(state))[0])
@@ -641,16 +646,16 @@ def _expect_rows(
         _expect_close_rows(f"state{name}", x, y, before[name], flags)
 
 
-def _expect_close_rows(name: str, actual: Any, expected: Any, still: Any, is_read: Any) -> None:
-    """An array near to what is expected in the rows that were read, and to `still` in the others.
+def _expect_close_rows(name: str, actual: Any, expected: Any, before: Any, is_read: Any) -> None:
+    """Expects rows that were read to be near to `expected`, and the others to equal `before`.
 
-    If `is_read` is `None` or is not about rows of this array, all of it is what is expected.
+    If `is_read` is `None` or is not about rows of this array, all must be near to `expected`.
     """
     if is_read is None or np.shape(actual)[:1] != is_read.shape:
         expect_close(name, actual, expected)
         return
     expect_close(f"{name}, in rows that have a gradient,", actual[is_read], expected[is_read])
-    expect_same(f"{name}, in rows that have none,", actual[~is_read], still[~is_read])
+    expect_same(f"{name}, in rows that have none,", actual[~is_read], before[~is_read])
 
 
 @_law
@@ -681,7 +686,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
 def _patterns(rows: Tree) -> list[str]:
     """A pattern for each leaf that is a row gradient."""
     pairs = zip(leaf_paths(rows), flatten(rows)[0], strict=True)
-    return [f"^{re.escape(path)}$" for path, g in pairs if _is_rows(g)]
+    return [f"^{re.escape(path)}$" for path, g in pairs if _is_row_gradient(g)]
 
 
 def _expect_exact(
@@ -710,13 +715,13 @@ def is_data(trial: Trial) -> None:
         raise AssertionError(f"it is a {type(tx).__name__}, expected an adamjax.Transform")
     leaves, treedef = jax.tree.flatten(tx)
     if jax.tree.unflatten(treedef, leaves) != tx:
-        raise AssertionError("made again of its leaves, it is not equal")
-    for name in ("b1", *vars(tx)):
+        raise AssertionError("rebuilt from its leaves, it does not equal the original")
+    for name in ("new_attribute", *vars(tx)):
         try:
             setattr(tx, name, 0.5)
         except AttributeError:
             continue
-        raise AssertionError(f"its field {name} can be set: it is not frozen")
+        raise AssertionError(f"its attribute {name} can be set: it is not frozen")
     init, update = tx
     updates, _ = update(trial.grads(0), init(trial.params), trial.params)
     expect_close("updates of the pair", updates, trial.trajectory()[0][3])
@@ -736,7 +741,7 @@ def pickles(trial: Trial) -> None:
 
 @_law
 def equals(trial: Trial) -> None:
-    """Transforms compare by value, also with arrays in them; then they have no hash, and say so."""
+    """Transforms compare by value. One with arrays in it does too, but cannot be hashed."""
     tx = trial.tx
     again = copy.deepcopy(tx)
     if tx is again or tx != again or hash(tx) != hash(again) or copy.copy(tx) != tx:
@@ -852,7 +857,7 @@ def _sentence(law: Callable[[Trial], None]) -> str:
     return (law.__doc__ or "").split("\n")[0]
 
 
-#: The laws by their names, each with the sentence that it says.
+#: The name of each law, and a sentence that states it.
 LAWS: Mapping[str, str] = MappingProxyType({name: _sentence(law) for name, law in _LAWS.items()})
 
 

@@ -385,7 +385,7 @@ def eval_step(
 
     Args:
       fn: `fn(params, *args, **kwargs)` returns any tree of arrays: a loss, predictions, metrics.
-      tx: the optimizer that the state is of, of adamjax or optax.
+      tx: the optimizer, adamjax's or optax's, whose state is passed.
       averaged, strict: as in `forward`.
       **jit_options: further arguments of `jax.jit`, such as `static_argnames`.
 

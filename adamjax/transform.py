@@ -115,8 +115,9 @@ class Transform(Data, _Pair):
           real: the dtype of the scalars.
 
         Returns:
-          The pair, or `None` if there is none. If w is always 0, it is the Python number 0. With
-          the state `None`, s and a w that is not always 0 may be any other numbers.
+          The pair, or `None` if there is none. If w is always 0, it is the Python number 0. If the
+          state is `None`, only that matters: s may be any number, and a w that is not always 0 any
+          number but 0.
         """
         return None
 
@@ -506,8 +507,8 @@ class Rule(Transform):
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
     """A rule's scalars, multiplied by the factors of a `Scaling`; for `Rule.step`.
 
-    What `scalars(real)` returns must have a method `times(factor)`. It returns the scalars with
-    which the rule's update is multiplied by the factor, and its slots are the same.
+    What `scalars(real)` returns must have a method `times(factor)`. It returns new scalars. With
+    these, the rule computes the same slots, and its update multiplied by the factor.
     """
     if factors is None:
         return scalars

@@ -59,7 +59,7 @@ def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
     params = {"table": shape((rows, width), jnp.float32), "head": shape((width,), jnp.float32)}
     if mode != "dense gradient":
         params["table"] = adamjax.layout.row_major(params["table"])
-    formats = (*adamjax.layout.formats(tx, params), None)
+    formats = (*adamjax.layout.formats(tx, params), None)  # of the loss, any layout
     step = adamjax.train_step(loss, tx, tables=tables, strict=True, out_shardings=formats)
     batch = (shape((reads,), jnp.int32), shape((reads,), jnp.float32))
     labels = {"mode": mode, "rows": rows, "width": width, "reads": reads}

@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks import measure
 
-# The smallest counts that give a spread; a quick run takes these.
+# The smallest counts that are allowed; a quick run takes these. A sitting starts all processes
+# anew, and its rounds give the spread.
 LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
 
 
@@ -19,8 +20,8 @@ class Suite:
     """What a suite is run with, and its results.
 
     `parser` takes further options of the suite. After `parse`, `args` has the options, `results` is
-    what becomes the JSON file, and `partial` says whether some cases are left out, so that only
-    `--out` makes a file.
+    what becomes the JSON file, and `partial` says whether the run is quick or leaves out some
+    cases: its results are written only with `--out`.
     """
 
     name: str  # of the suite and of its JSON file
@@ -31,7 +32,7 @@ class Suite:
     # What `--contenders` chooses from, and the module that each needs.
     contenders: Mapping[str, str] = field(default_factory=dict)
     only: str | None = None  # what `--only` chooses from, in a few words
-    folder: str | None = None  # in `results`, if these do not depend on the device
+    folder: str | None = None  # of benchmarks/results, if they do not depend on the device
     written: Path | None = None  # the file of the results, after `finish`, if there is one
 
     def __post_init__(self) -> None:
@@ -48,12 +49,12 @@ class Suite:
             add("--only", default="", help=f"{self.only} whose name has this text")
         if self.contenders:
             add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
-        add("--worker", help=argparse.SUPPRESS)
+        add("--worker", help=argparse.SUPPRESS)  # for the processes that a suite starts
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options; a wrong one ends the process with a line that says so."""
         self.args = args = self.parser.parse_args(argv)
-        # The code that runs is that of the start, whatever is committed meanwhile.
+        # Not in `finish`: somebody may commit during the run.
         self.commit = measure.commit()
         self.partial = any(getattr(args, x, None) for x in ("quick", "only", "contenders"))
         self.results: dict[str, Any] = {"suite": self.name, "quick": args.quick}
@@ -66,7 +67,7 @@ class Suite:
         return args
 
     def chosen(self, names: Collection[str]) -> list[str]:
-        """The cases whose name has the text of `--only`, of which there must be one."""
+        """The cases whose name has the text of `--only`; without any, the process ends."""
         matching = [name for name in names if self.args.only in name]
         if not matching:
             self.parser.error(f"no name has {self.args.only!r} in it; there are {list(names)}")
@@ -83,9 +84,9 @@ class Suite:
         return there
 
     def last_results(self) -> dict[str, Any]:
-        """The suite's results in its file if they have these counts and versions; else empty.
+        """The results in the suite's file, if they have today's versions and what is in `results`.
 
-        Call it when the counts are in `results`.
+        Else empty. Call it before measurements are in `results`.
         """
         path = self._file()
         last = json.loads(path.read_text()) if path.exists() else {}
@@ -99,11 +100,11 @@ class Suite:
 
     def finish(self) -> int:
         """Prints the tables of the results, writes the JSON and returns the exit code."""
-        about = measure.environment(*self.packages) | {"commit": self.commit}
+        environment = measure.environment(*self.packages) | {"commit": self.commit}
         if self.folder:
-            about = {name: about[name] for name in ("versions", "date")}
-        self.results["environment"] = about
-        # The tables take names of contenders from the suites.
+            environment = {name: environment[name] for name in ("versions", "date")}
+        self.results["environment"] = environment
+        # Not at the top: it imports the suites, and they import this file.
         tables = importlib.import_module("benchmarks.tables")
         if render := tables.SUITES.get(self.name):
             print(f"\n{render(self.results)}\n")

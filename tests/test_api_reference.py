@@ -61,7 +61,7 @@ def words(page):
 def test_defaults_are_shown_and_internals_are_not(built):
     text = words(built / "reference" / "optimizers.html").replace(" ", "")
     assert re.search(r"\badam\(learning_rate=0.001,b1=0.9,b2=0.999", text)
-    assert "set_fields" not in "".join(x.read_text() for x in built.rglob("*.html"))
+    assert "resolve_masks" not in "".join(x.read_text() for x in built.rglob("*.html"))
 
 
 def test_what_a_rule_needs_is_shown(built):

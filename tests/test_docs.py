@@ -40,8 +40,8 @@ def imported(tree):
 
 
 @pytest.mark.slow
-def test_files_import_only_those_above_them():
-    """The map goes from the ground up: there is no circle, and nothing imports upward."""
+def test_files_import_only_those_that_the_map_lists_before_them():
+    """Each file imports only files that the map lists before it, so there are no circles."""
     order = {Path(path): i for i, path in enumerate(listed("adamjax"))}
     # `from adamjax import x` names the package as well, but needs only x.
     package = Path("adamjax/__init__.py")

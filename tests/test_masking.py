@@ -97,9 +97,9 @@ def test_a_mask_may_stop_above_the_leaves():
 def test_a_mask_function_of_a_path_is_refused():
     """It would be called with the whole tree, whose keys are no paths."""
     for make in (adamw, lambda rate, mask: masked(adam(rate), mask)):
-        for answer in (lambda path: "bias" not in path, lambda path: np.bool_(False)):
+        for mask in (lambda path: "bias" not in path, lambda path: np.bool_(False)):
             with pytest.raises(TypeError, match="with the tree, not with the path of each leaf"):
-                make(0.1, mask=answer).init(PARAMS)
+                make(0.1, mask=mask).init(PARAMS)
 
 
 def test_a_mask_function_gets_the_parameters_if_they_are_given():
@@ -162,7 +162,7 @@ def test_masked_takes_a_transform_of_optax():
 
 
 def id_of(x):
-    """Without the addresses of objects, which differ between the processes of a run."""
+    """A test's id. pytest-xdist needs the same in all processes, so it has no addresses."""
     return type(x).__name__ if " at 0x" in str(x) else str(x)
 
 
@@ -307,7 +307,7 @@ def test_leaves_that_are_none_and_masks():
     ids=id_of,
 )
 def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
-    """By `init` and by `update`, of a tree as of a function that returns it."""
+    """`init` and `update` refuse it, whether it is given or returned by a mask function."""
     owners = {
         "masked": lambda m: masked(scale(0.0), m),
         "add_decayed_weights": lambda m: adamw(mask=m).transforms[1],
@@ -368,7 +368,7 @@ def test_what_is_no_bool_is_refused(leaf, said):
 
 
 def test_row_gradients_and_masks():
-    """A mask function is asked about the parameters; without them, it must know row gradients."""
+    """A mask function gets the parameters; without these, it gets the row gradients themselves."""
     params = {"table": jnp.ones((9, 2)), "w": jnp.ones(2)}
     grads = {"table": row_gradient(jnp.array([3, 3]), jnp.ones((2, 2)), 9), "w": jnp.ones(2)}
     for mask in ({"table": True, "w": False}, matrices):
@@ -386,8 +386,8 @@ def test_row_gradients_and_masks():
 
 def test_a_tree_of_bools_in_a_config():
     config = to_config(masked(scale(0.5), {"a": True, "b": [False, (True, None)]}))
-    told = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
-    assert config["pattern"] == {"bools": told}
+    encoded = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
+    assert config["pattern"] == {"bools": encoded}
     with pytest.raises(
         TypeError, match=r"masked.pattern is a tree of bools with nodes other than diction"
     ):
@@ -430,7 +430,7 @@ RESOLVED = {
 
 
 @pytest.mark.parametrize("name", RESOLVED)
-def test_mask_functions_are_resolved_by_the_parameters(name):
+def test_resolve_masks_replaces_mask_functions_by_the_bools_they_return(name):
     """At any depth, each for the leaves that it sees; the rest stays what it was."""
     tx = RESOLVED[name](many_rows, many_rows, many_rows)
     expected = RESOLVED[name](OF_ALL, OF_TABLE, OF_W)
@@ -491,12 +491,12 @@ def test_every_part_sees_its_own_leaves_only():
     assert state[1][0].m["head"]["kernel"] is None
 
 
-def test_partition_without_a_default():
+def test_without_a_default_each_leaf_must_match_a_pattern():
     with pytest.raises(ValueError, match=r"partition: no pattern of \['enc'\].*'head/bias'"):
         partition([("enc", scale(1.0))]).init(PARAMS)
     both = partition([("enc", scale(1.0)), ("head", scale(2.0))])
     both.update(GRADS, both.init(PARAMS), PARAMS)
-    # A leaf that is not here needs no transform.
+    # A leaf that an outer mask hides, or that is `None`, need not match.
     tx = masked(partition([("enc", scale(0.0))]), "enc")
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     assert_same(updates["head"], GRADS["head"])

@@ -55,7 +55,7 @@ def plain():
     return chain(adam(0.1), weight_ema(0.5))
 
 
-WHOLE = {"enc": {"kernel": "a", "bias": "a"}, "head": "a"}
+ONE_LABEL = {"enc": {"kernel": "a", "bias": "a"}, "head": "a"}
 # Wrappers in which `plain` takes the same steps as alone.
 WRAPPERS = {
     "chain": chain,
@@ -67,8 +67,8 @@ WRAPPERS = {
     "deep": lambda tx: skip_not_finite(accumulate_gradients(masked(partition([("", tx)]), ""), 1)),
     "optax.chain": optax.chain,
     "optax.MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
-    "optax.multi_transform": lambda tx: optax.multi_transform({"a": tx}, WHOLE),
-    "optax.masked": lambda tx: optax.masked(tx, jax.tree.map(lambda _: True, WHOLE)),
+    "optax.multi_transform": lambda tx: optax.multi_transform({"a": tx}, ONE_LABEL),
+    "optax.masked": lambda tx: optax.masked(tx, jax.tree.map(lambda _: True, ONE_LABEL)),
     "optax.apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "optax in ours": lambda tx: skip_not_finite(chain(optax.chain(tx))),
 }
@@ -150,7 +150,7 @@ def test_slots_of_optax_multi_transform_are_joined():
     assert_close(get_slot(state, "m"), jax.tree.map(lambda g: 0.1 * g, GRADS))
 
 
-def test_a_slot_that_is_kept_twice_is_not_chosen():
+def test_a_slot_that_a_state_has_twice_is_refused():
     _, state = run(chain(scale_by_adam(), scale_by_adam(0.5)))
     with pytest.raises(ValueError, match="the state has slot 'm' more than once for the same leaf"):
         get_slot(state, "m")
@@ -160,14 +160,14 @@ def test_a_slot_that_is_kept_twice_is_not_chosen():
         get_slot(state, "v")
 
 
-def test_a_slot_that_is_not_there():
+def test_a_missing_slot_is_an_error_that_lists_the_others():
     with pytest.raises(KeyError, match=r"no slot 'v_max'; it has \['m', 'v'\]"):
         get_slot(adam().init(PARAMS), "v_max")
     with pytest.raises(KeyError, match=r"no slot 'm'; it has \[\]"):
         get_slot(optax.adam(0.1).init(PARAMS), "m")
 
 
-def test_slots_of_odd_trees():
+def test_slots_of_integers_none_empty_trees_and_single_arrays():
     params = {"w": jnp.ones(2), "n": jnp.arange(2), "none": None}
     m = get_slot(adam().init(params), "m")
     assert m["n"] is None
@@ -218,7 +218,7 @@ def test_an_average_of_other_weights_is_refused():
         averaged_weights(state, other)
 
 
-def test_a_part_of_the_tree_without_an_average_is_the_weights():
+def test_a_subtree_without_an_average_comes_from_params():
     tx = partition({"head": weight_ema(0.5)}, default=scale(1.0))
     found = averaged_weights(tx.init(PARAMS), {**PARAMS, "head": jnp.zeros(1)})
     assert_same(found, PARAMS)
@@ -258,7 +258,7 @@ def test_the_rate_of_another_state_is_refused():
         learning_rate(chain(scale_by_learning_rate(0.1), adam().transforms[0]), state)
 
 
-def test_learning_rates():
+def test_the_learning_rate_is_that_of_the_next_step():
     state = adam(0.25).init(PARAMS)
     assert learning_rate(adam(0.25), state) == 0.25
     assert_same(learning_rate(adam(jnp.float32(0.5)), state), jnp.float32(0.5))
@@ -269,11 +269,11 @@ def test_learning_rates():
     assert rates.at("head") == 0.125
     # It is the rate that the next step uses.
     updates, _ = tx.update(GRADS, state, PARAMS)
-    unit, _ = scale_by_adam().update(GRADS, state[0], PARAMS)
-    assert_close(updates["enc"], jax.tree.map(lambda u: -0.25 * u, unit["enc"]))
+    direction, _ = scale_by_adam().update(GRADS, state[0], PARAMS)
+    assert_close(updates["enc"], jax.tree.map(lambda u: -0.25 * u, direction["enc"]))
 
 
-def test_learning_rates_that_are_not_one():
+def test_no_learning_rate_or_several_are_refused():
     two = partition([("enc", adam(0.1))], default=adam(0.2))
     with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 2"):
         learning_rate(two, two.init(PARAMS))

@@ -286,7 +286,7 @@ BROKEN = {
     ),
     "counts_its_steps": (
         standing_count(),
-        r"the state's count is \[0, 0, 0, 0, 0, 0, 0\], expected one more each step",
+        r"the state's count is \[0, 0, 0, 0, 0, 0, 0\], expected one more in each step",
     ),
     "updates_have_the_gradients_dtype": (
         widening(),

@@ -15,8 +15,9 @@ says what to do. The reasons are:
   produce with the betas of `tx` are refused. For optax, steps are compared as well.
 - **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
-- **Another form of epsilon.** optax and torch add it to the corrected root (`eps`), Keras and
-  torch's SparseAdam to the root (`eps_hat`). The rule of `tx` must have the same form.
+- **Another form of epsilon.** optax and torch add it to the root of the bias-corrected v, as `eps`
+  does here. Keras and torch's SparseAdam add it to sqrt(v) itself, as `eps_hat` does. The rule of
+  `tx` must have the same form.
 - **Other hyperparameters, or other transforms beside the rule.** torch's groups and a Keras
   optimizer contain hyperparameters, which are compared; Keras' variables contain only the learning
   rate. optax' states contain none. So `from_optax` and `to_optax` also need the optax transform:
@@ -35,7 +36,7 @@ says what to do. The reasons are:
 >>> params = {"w": jnp.ones(2)}
 >>> old = optax.adam(0.1)
 >>> updates, state = old.update(params, old.init(params), params)
->>> tx = adamjax.adam(0.1, eps=1e-8)  # optax' epsilon, on the corrected root
+>>> tx = adamjax.adam(0.1, eps=1e-8)  # optax' form of epsilon
 >>> adamjax.step_count(adamjax.convert.from_optax(state, tx, params, optimizer=old))
 Array(1, dtype=int32)
 """

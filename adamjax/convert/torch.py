@@ -409,11 +409,11 @@ def from_torch(
       params: the parameters at that step.
       order: the path of each of torch's parameters, in the order of its groups; `None` for one that
         is not to be converted. By default the parameters' names give the order. Without names,
-        the floating leaves of `params` are taken in their order. A dictionary has the order of its
-        sorted keys, or if all keys are numbers, that of the numbers. torch's order, that of the
-        module's definition, may be another. So `order` is required if two leaves have the same
-        shape, because a wrong order would not be noticed, unless all keys are numbers. If torch's
-        parameters have names, `order` may also be a dictionary from these to paths.
+        the floating leaves of `params` are taken in their order. Dictionaries in `params` have the
+        order of their sorted keys, or of the numbers if all keys are numbers. torch's order is that
+        of the module's definition, which may be another. If two leaves have the same shape, a wrong
+        order would not be noticed. So then `order` is required, unless all keys are numbers. If
+        torch's parameters have names, `order` may also be a dictionary from these to paths.
       adapt: a function that makes torch's array fit the leaf, if torch stores it transposed:
         `lambda path, x: x.transpose(*range(2, x.ndim), 1, 0) if path.endswith("kernel") else x`,
         which is `x.T` for a matrix. It is required if some leaf has the same shape when transposed,
@@ -466,8 +466,9 @@ def to_torch(
       state, tx, params: as for `to_optax`.
       target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
       order: as for `from_torch`. A `target` before its first step has no arrays yet, so no shapes
-        can show a mistake. Then `order` is required if several leaves have names (unless torch's
-        names give the order), and `adapt` is required if there are kernels.
+        can show a mistake. Then `order` is required if there are several leaves,
+        unless torch's names give the order or all keys of `params` are numbers. And `adapt` is
+        required if there are kernels.
       adapt: a function that makes the leaf's array fit torch's parameter. For kernels it is the
         inverse of that for `from_torch`: `x.transpose(-1, -2, *range(x.ndim - 2))`.
       check, rtol: as for `from_optax`. (`load_state_dict` rounds moments to the dtype of torch's

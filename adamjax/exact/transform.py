@@ -383,8 +383,8 @@ class exact_rows(Transform):
         Write the loss as for dense gradients. If the indices of a table do not depend on `params`,
         its rows are brought up to date once, before the loss reads them. Otherwise they are brought
         up to date where the loss reads them, and again in `update`. If the loss uses a table in
-        another way, even without a gradient, the whole table is brought up to date, and its
-        gradient is dense: right, but no cheaper than a dense step.
+        another way, even only under `stop_gradient`, the whole table is brought up to date, and its
+        gradient is dense. The result is right, but costs as much as a dense step.
 
         Args:
           loss_fn: `loss_fn(params, *args, **kwargs)`, as for `adamjax.value_and_grad`.

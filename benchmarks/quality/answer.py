@@ -99,8 +99,8 @@ def sentences(results: Results) -> list[str]:
     if "exact" in present:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
-            f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of the same "
-            f"seed differ most in {farthest.model}, {farthest.metric}: by "
+            f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of exact "
+            f"and dense with the same seed differ most in {farthest.model}, {farthest.metric}: by "
             f"{100 * relative_difference(farthest):.2g}% of the metric on average"
         )
         if "adamjax dense" in present:
