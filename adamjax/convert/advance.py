@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.optax_state import role_of
-from adamjax.convert.values import counts_a_schedule, map_items
+from adamjax.convert.values import counts_a_schedule, field_names, map_items
 from adamjax.exact.state import ExactRowsState
 from adamjax.guard import AccumulateGradientsState
 from adamjax.scaling import ScheduleState
@@ -80,7 +80,7 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
         return part.tx.from_dense(advanced_adamjax(ours, x.inner, fresh.inner, how), part.params)
     if contains_states(x):
         return map_items(lambda a, b: advanced_adamjax(ours, a, b, how), x, fresh)
-    return x
+    return _advanced_other(x, how)
 
 
 def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
@@ -96,5 +96,15 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
     if role == "hyperparams":
         x = x._replace(count=x.count + how.steps * how.calls)
     if role is None:
-        return x
+        return _advanced_other(x, how)
     return map_items(lambda a, b: advanced_optax(a, b, how), x, fresh)
+
+
+def _advanced_other(x: Any, how: Advance) -> Any:
+    """A state of a transform that conversions do not know, such as `conditionally_transform`."""
+    counts = {
+        name: getattr(x, name) + how.steps * how.calls
+        for name in ("count", "step")
+        if name in (field_names(x) or ()) and jnp.shape(getattr(x, name)) == ()
+    }
+    return x._replace(**counts) if counts else x

@@ -1,8 +1,9 @@
-"""Comparing the steps of two optimizers from the same states."""
+"""Compares the steps of two optimizers from the same states."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,38 +21,49 @@ from adamjax.convert.advance import (
 )
 from adamjax.convert.optax_state import read_state
 from adamjax.convert.schedules import has_schedule, later_counts
+from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
-from adamjax.leaves import is_left_alone
+from adamjax.leaves import dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
-from adamjax.structure import slot_states, states_of_class
+from adamjax.structure import rule_slots, slot_states, states_of_class
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 
-# How much larger gradients are in each of the steps that are compared. A clip shows where they are
-# large, and an epsilon where they are small.
-_SCALES = (1.0, 30.0, 1e3, 0.1, 1.0, 1e-3, 10.0, 1.0, 0.3)
-_SMALL = (1e-8, 3e-8, 1e-8)
+# The sizes of gradients in the steps of each comparison, relative to those that the moments are of.
+# A clip shows where they are large, and an epsilon where they are small.
+_SIZES = ((1.0, 30.0, 1e3, 0.1, 1.0, 1e-3), (10.0, 1.0, 0.3))
+# In the first steps of a run, sizes are absolute.
+_FIRST_SIZES = (*_SIZES, (1e-8, 3e-8, 1e-8, 1e-12, 1e-15))
+# At each later count, some sizes, the last relative to others.
+_LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
 # A weight decay shows at large weights, and the rest at small ones.
 _WEIGHTS = (1e3, 1e-2)
+# How much larger the gradients of one leaf are than those of others, where its part in a norm is
+# compared; and how many leaves are tried so, or with a NaN.
+_LARGE_LEAF, _MOST_LEAVES = 1e4, 16
 # How far two updates of a leaf may be apart, as a part of the largest. float32 rounds off less.
-# adamjax rounds narrow moments at random, and optax computes in their dtype.
-_RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL = 3e-4, 0.03, 0.1
+# adamjax rounds narrow moments at random, and optax computes in their dtype: also the norm that
+# scales the other leaves.
+_RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 3e-4, 0.03, 0.1, 0.01
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
-# How many later counts of schedules are compared, if a step is one call and if it is many, and the
-# last of them.
-_MOST_COUNTS, _FEWEST_COUNTS, _LAST_COUNT = 100, 12, 1 << 24
+# Later counts are compared one by one until the first of these, then in steps of 3% until the
+# second, and then at powers of two and near the ends of schedules until the last.
+_EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
+# At how many later counts steps are compared, and how many elements may be updated there in all. A
+# large model, or one with many micro-batches, is compared at fewer.
+_MOST_COUNTS, _FEWEST_COUNTS, _MOST_ELEMENTS = 400, 24, 1 << 32
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
     """Refuses a transform that does not move weights as optax' optimizer does.
 
-    Both take some steps from the states of the conversion, some with rules that have taken no step
-    or many, and one each at many later counts of their schedules. The gradients are random, of many
-    sizes, and in some steps one leaf is not finite. Where optax' rule has another form, as
-    AMSGrad's, all steps go on from the rules of the conversion.
+    Both take steps from the states of the conversion, some with rules that have taken no step or
+    many, and then at many later counts of their schedules. The gradients are random, of many sizes,
+    also in a single leaf, and in some steps one leaf is not finite. Where optax' rule has another
+    form, as AMSGrad's, all steps go on from the rules of the conversion.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -59,104 +71,238 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       rtol: as for `from_optax`.
     """
     with jax.debug_nans(False):
-        _compare(_Comparison(ours, optimizer, state, rtol), ours, optimizer, state)
+        _Comparison(ours, optimizer, state, rtol).compare()
 
 
-def _compare(compared: "_Comparison", ours: AdamjaxState, optimizer: Any, state: Any) -> None:
-    fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
-    has_same_form = set(ours.kinds) <= {"adam"}
+class _Step(NamedTuple):
+    """The gradients of a step: their size by leaf, and the leaf that is not finite, if any."""
 
-    def starts(steps: int, rule: MakeRule = new_rule) -> tuple[Any, Any]:
-        how = Advance(steps, compared.calls, rule if has_same_form else rule_as_it_is)
-        return (
-            advanced_adamjax(ours, ours.state, fresh[0], how),
-            advanced_optax(state, fresh[1], how),
-        )
-
-    floats = [x for x in jax.tree.leaves(ours.params) if not is_left_alone(x)]
-    # optax computes in float16, where larger squares overflow, and its epsilon is 0.
-    is_float16 = any(jnp.result_type(x) == jnp.float16 for x in floats)
-    small = [] if is_float16 else list(_SMALL)
-    scales = [x for x in _SCALES if x <= 1] if is_float16 else list(_SCALES)
-    usual = _usual_gradient(ours.state)
-    # In optax, a call of MultiSteps that only accumulates moves weights by NaN too.
-    not_finite = [] if ours.accumulations else [math.nan]
-    for size in _WEIGHTS:
-        sizes = [usual, *(usual * x for x in scales), *not_finite]
-        compared.expect_same("these states", (ours.state, state), size, sizes)
-        if has_same_form:
-            compared.expect_same("their first step", starts(0), size, [*small, *scales])
-            compared.expect_same("a late step", starts(0, late_rule), size, [usual * max(scales)])
-    one = 1.0 if has_same_form else usual
-    for count, steps in _later_steps(ours, state, compared.calls):
-        compared.expect_same(f"count {count}", starts(steps), _WEIGHTS[1], [one, *not_finite, one])
-    if not compared.has_moved:
-        # The rate is 0 from here on, and hides everything else.
-        compared.expect_same("the state of init", fresh, _WEIGHTS[1], [1.0, *small, *scales])
-
-
-def _later_steps(ours: AdamjaxState, state: Any, calls: int) -> list[tuple[int, int]]:
-    """Later counts at which steps are compared, each with the number of steps until then."""
-    now = [int(x.count) for x in states_of_class(ScheduleState, ours.state)]
-    schedules = [part.tx for part in ours.parts if has_schedule(part.tx)]
-    if not now or not (schedules or read_state(ours.owner, state).counts):
-        return []
-    counts = [x for x in later_counts(max(now), ours.tx) if x <= _LAST_COUNT]
-    counts = [x for x in counts if not any(_is_negative(tx, x) for tx in schedules)]
-    most = max(_MOST_COUNTS // calls, _FEWEST_COUNTS)
-    counts = counts[:: -(-len(counts) // most)] if counts else []
-    return [(count, count - max(now)) for count in counts]
-
-
-def _is_negative(tx: Any, count: int) -> bool:
-    """Whether a rate is below 0 at a count, as a schedule may be after the end of a training."""
-    rate = getattr(tx, "learning_rate", None)
-    rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
-    return any(callable(x) and float(x(jnp.int32(count))) < 0 for x in rates)
+    sizes: np.ndarray
+    nan_leaf: int | None = None
 
 
 class _Comparison:
     """Steps of both optimizers with the same gradients.
 
     Attributes:
+      ours, state: the states of both.
       calls: how many calls a step takes.
-      has_moved: whether optax has moved a weight in a step so far.
-      largest: by the size of weights and the place of a leaf, optax' largest update of it so far.
+      leaves: the places of the leaves of floats.
+      usual: by leaf, the size of the gradients that its moments are of.
+      rtol: by leaf, how far its updates may be apart.
+      largest: by the size of weights and by leaf, optax' largest update so far.
+      has_moved: by leaf, whether optax has moved it in a step so far.
     """
 
     def __init__(self, ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
-        self.owner, self.params = ours.owner, ours.params
-        self.rng = np.random.default_rng(0)
+        self.owner, self.ours, self.state = ours.owner, ours, state
+        self.source = read_state(ours.owner, state)
+        self.has_same_form = set(ours.kinds) <= {"adam"}
         self.calls = math.prod(steps for steps, _ in ours.accumulations)
-        self.update, self.other_update = jax.jit(ours.tx.update), jax.jit(optimizer.update)
+        params, self.treedef = flatten(ours.params)
+        self.leaves = [i for i, p in enumerate(params) if p is not None and not is_left_alone(p)]
+        self.params = [params[i] for i in self.leaves]
+        self.paths = [leaf_paths(ours.params)[i] for i in self.leaves]
+        self.usual = _usual_gradients(ours.state, self.paths)
+        self.rtol = self._tolerances(rtol)
+        self.largest = {size: np.zeros(len(self.leaves)) for size in _WEIGHTS}
+        self.has_moved = np.zeros(len(self.leaves), bool)
+        self.rng = np.random.default_rng(0)
+        self.weights = {
+            size: self._drawn(self.rng, np.full(len(self.leaves), size)) for size in _WEIGHTS
+        }
+        self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
+        self._call = jax.jit(lambda *args: self._compared_call(ours.tx, optimizer, *args))
+        self._advance = jax.jit(self._advanced)
+
+    def _tolerances(self, rtol: float) -> np.ndarray:
+        """How far the updates of each leaf may be apart; see `rtol`."""
         # Adam has the same form in optax.
-        self.rtol = _RTOL if set(ours.kinds) <= {"adam"} else max(rtol, _RTOL)
-        self.rtol = max(self.rtol, _NARROW_RTOL * _has_narrow(ours.state))
-        self.rtol = max(self.rtol, _NARROW_OPTAX_RTOL * _has_narrow(state))
-        self.has_moved = False
-        self.largest: dict[tuple[float, int], float] = {}
+        least = _RTOL if self.has_same_form else max(rtol, _RTOL)
+        narrow_ours = _narrow_leaves(self.ours.state)
+        narrow = {path for path, p in zip(self.paths, self.params, strict=True) if _is_narrow(p)}
+        for path, moments in self.source.moments.items():
+            if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
+                narrow.add(path)
+        beside = _BESIDE_NARROW_RTOL if narrow | narrow_ours else 0.0
+        of_leaf = [
+            max(
+                least, beside, _NARROW_RTOL * (p in narrow_ours), _NARROW_OPTAX_RTOL * (p in narrow)
+            )
+            for p in self.paths
+        ]
+        ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in self.params]
+        return np.maximum(of_leaf, ulps)
 
-    def expect_same(
-        self, start: str, states: tuple[Any, Any], size: float, sizes: Sequence[float]
-    ) -> None:
-        """Takes steps with weights of one size and gradients of each of these sizes."""
-        one, other = states
-        weights = self._drawn(size, self._signs())
-        for i, scale in enumerate(sizes):
-            # Of one sign in all micro-batches: in float16, small means would be inaccurate.
-            signs = self._signs()
-            for _ in range(self.calls):
-                grads = self._drawn(1.0 if math.isnan(scale) else scale, signs)
-                grads = _with_nan(grads) if math.isnan(scale) else grads
-                move, one = self._step(self.update, grads, one, weights)
-                other_move, other = self._step(self.other_update, grads, other, weights)
-                if not _is_finite(other_move):
-                    return  # This ends the run in optax. A transform may skip the step.
-                self._expect_close(f"in step {i + 1} from {start} on", size, move, other_move)
+    # --- what is compared -------------------------------------------------------------------------
 
-    def _step(self, update: Any, *args: Any) -> tuple[Any, Any]:
+    def compare(self) -> None:
+        self._measure_first_steps()
+        self._compare_at(0, "these states")
+        counts = list(self._later_counts())
+        unmoved = ~self.has_moved
+        for start, steps in counts:
+            before = self.has_moved.copy()
+            size = _WEIGHTS[steps % 2]
+            self._expect_same(start, self._states(steps, rule_as_it_is), size, self._later_steps())
+            if np.any(unmoved & self.has_moved & ~before):
+                # The rate was 0 before, and hid everything else of these leaves.
+                self._compare_at(steps, start)
+
+    def _compare_at(self, steps: int, start: str) -> None:
+        """Compares many steps of the states when the schedules are this number of steps later."""
+        states = self._states(steps, rule_as_it_is)
+        for size in _WEIGHTS:
+            for steps_taken in self._all_steps(self.usual, _SIZES):
+                self._expect_same(start, states, size, steps_taken)
+            if self.has_same_form:
+                first = self._states(steps, new_rule)
+                ones = np.ones(len(self.leaves))
+                for steps_taken in self._all_steps(ones, _FIRST_SIZES):
+                    self._expect_same(f"the first step at {start}", first, size, steps_taken)
+                late = self._states(steps, late_rule)
+                self._expect_same(f"a late step at {start}", late, size, [_Step(1e3 * self.usual)])
+        for leaf in self._some_leaves():
+            not_finite = [_Step(self.usual), _Step(self.usual, leaf), _Step(self.usual)]
+            self._expect_same(start, states, _WEIGHTS[1], not_finite)
+
+    def _all_steps(
+        self, base: np.ndarray, sizes: Sequence[Sequence[float]]
+    ) -> Iterator[list[_Step]]:
+        """Sequences of steps: with gradients of several sizes, and with single large leaves."""
+        for of_steps in sizes:
+            yield [_Step(base * size) for size in of_steps]
+        yield [_Step(base * 10 ** self.rng.uniform(-2, 2, len(base))) for _ in range(3)]
+        if len(base) > 1:
+            for leaf in self._some_leaves():
+                large = base.copy()
+                large[leaf] *= _LARGE_LEAF
+                yield [_Step(large), _Step(base)]
+
+    def _later_steps(self) -> list[_Step]:
+        steps = [_Step(self.usual * size) for size in _LATER_SIZES]
+        steps.append(_Step(self.usual * 10 ** self.rng.uniform(-2, 2, len(self.usual))))
+        return steps
+
+    def _some_leaves(self) -> list[int]:
+        """All leaves, or some of very many."""
+        places, most = range(len(self.leaves)), max(_MOST_LEAVES // self.calls, 2)
+        if len(places) <= most:
+            return list(places)
+        return sorted(self.rng.choice(len(places), most, replace=False).tolist())
+
+    def _later_counts(self) -> Iterator[tuple[str, int]]:
+        """Later counts at which steps are compared, each with the number of steps until then."""
+        ours = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
+        schedules = [part.tx for part in self.ours.parts if has_schedule(part.tx)]
+        if not (ours and schedules) and not self.source.counts and not self.source.accumulated:
+            return
+        now = ours | {count.steps for count in self.source.counts} or {0}
+        ends = {end for count in now for end in later_counts(count, self.ours.tx)}
+        steps = {end - count - 2 for end in ends for count in now}
+        each = len(_LATER_SIZES) + 1  # so many counts are passed by the steps from one start
+        steps |= set(range(each, _EACH, each))
+        steps |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
+        chosen = sorted(x for x in steps if 0 < x <= _LAST)
+        updated = each * self.calls * max(1, sum(map(np.size, self.params)))
+        most = min(_MOST_COUNTS // self.calls, _MOST_ELEMENTS // updated)
+        most = max(most, _FEWEST_COUNTS)
+        for one in chosen[:: -(-len(chosen) // most)]:
+            counts = [one + count for count in now]
+            last = (one + each) * self.calls + max(now)
+            if not any(_is_negative(tx, x) for tx in schedules for x in (*counts, last)):
+                yield f"count {min(counts)}", one
+
+    # --- states and gradients ---------------------------------------------------------------------
+
+    def _states(self, steps: int, rule: MakeRule) -> tuple[Any, Any]:
+        """The states of both with schedules so many steps later, and with other rules."""
+        states = self.ours.state, self.state
+        if not steps and rule is rule_as_it_is:
+            return states
+        if steps:
+            states = self._advance(states, self.fresh, jnp.int32(steps))
+        how = Advance(0, self.calls, rule)
+        if rule is rule_as_it_is:
+            return states
+        ours = self.ours.filled(states[0])
+        return (
+            advanced_adamjax(ours, states[0], self.fresh[0], how),
+            advanced_optax(states[1], self.fresh[1], how),
+        )
+
+    def _advanced(self, states: Any, fresh: Any, steps: Any) -> Any:
+        ours, how = self.ours.filled(states[0]), Advance(steps, self.calls, rule_as_it_is)
+        return (
+            advanced_adamjax(ours, states[0], fresh[0], how),
+            advanced_optax(states[1], fresh[1], how),
+        )
+
+    def _drawn(self, rng: np.random.Generator, sizes: np.ndarray, nan: int | None = None) -> Tree:
+        """Random numbers like the parameters, of a size by leaf."""
+        new, _ = flatten(self.ours.params)
+        for place, p, size, i in zip(
+            self.leaves, self.params, sizes, itertools.count(), strict=False
+        ):
+            signs = rng.choice([-1, 1], np.shape(p))
+            if dtype_of(p) == jnp.float16:
+                # optax computes in float16, where larger squares overflow, and those of smaller
+                # gradients, or of small means of micro-batches, are inaccurate.
+                size = float(np.clip(size, 0.3, 1.0))
+                signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(np.shape(p))
+            x = size * rng.uniform(0.5, 1.5, np.shape(p)) * signs
+            if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
+                x = x + 1j * rng.permutation(x.reshape(-1)).reshape(x.shape)
+            new[place] = jnp.asarray(np.full_like(x, np.nan) if i == nan else x, dtype_of(p))
+        return self.treedef.unflatten(new)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _compared_call(
+        self, tx: Any, optimizer: Any, states: Any, grads: Tree, weights: Tree
+    ) -> tuple[Any, Any]:
+        """The next states of both, and figures by leaf.
+
+        These are the largest difference of an element, the largest update of optax, the two updates
+        of the element that differs most, and whether those of optax are finite.
+        """
+        move, one = tx.update(grads, states[0], weights)
+        other_move, other = optimizer.update(grads, states[1], weights)
+        figures = []
+        for place in self.leaves:
+            a, b = (flatten(tree)[0][place] for tree in (move, other_move))
+            if a is None or b is None or not np.size(b):
+                a = b = jnp.zeros(1)
+            wide = jnp.promote_types(dtype_of(b), jnp.float32)
+            a, b = (jnp.ravel(x).astype(wide) for x in (a, b))
+            apart = jnp.abs(a - b)
+            i = jnp.argmax(jnp.where(jnp.isnan(apart), jnp.inf, apart))
+            is_finite = jnp.all(jnp.isfinite(b))
+            figures.append((apart[i], jnp.max(jnp.abs(b)), a[i].real, b[i].real, is_finite))
+        return (one, other), [jnp.stack(column) for column in zip(*figures, strict=True)]
+
+    def _taken(
+        self, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
+    ) -> Iterator[tuple[int, Any]]:
+        """The figures of each call of these steps."""
+        for i, step in enumerate(steps):
+            for call in range(self.calls):
+                # Micro-batches differ in size, so that it shows whether each is clipped.
+                part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
+                nan = step.nan_leaf if call == 0 else None
+                grads = self._drawn(self.rng, part * step.sizes, nan)
+                states, figures = self._next(states, grads, self.weights[size])
+                yield i, [np.asarray(x) for x in figures]
+
+    def _next(self, states: Any, grads: Tree, weights: Tree) -> Any:
         try:
-            new: tuple[Any, Any] = update(*args)
+            return self._call(states, grads, weights)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{self.owner}: steps cannot be compared, because an update cannot be compiled by "
+                f"jax.jit ({str(error).splitlines()[0]}): write schedules with jax.numpy, or "
+                "compare the hyperparameters yourself, and pass check=False"
+            ) from error
         except TypeError as error:
             if "argument" not in str(error):
                 raise
@@ -165,50 +311,39 @@ class _Comparison:
                 f"gradients, state and parameters ({error}): compare the hyperparameters "
                 "yourself, and pass check=False"
             ) from error
-        return new
 
-    def _signs(self) -> list[Any]:
-        return [self.rng.choice([-1, 1], np.shape(p)) for p in flatten(self.params)[0]]
+    def _measure_first_steps(self) -> None:
+        """Measures optax' largest updates in the first steps of a run, before a rate has fallen."""
+        for size in _WEIGHTS:
+            for _, figures in self._taken(self.fresh, size, [_Step(np.ones(len(self.leaves)))]):
+                self.largest[size] = np.fmax(self.largest[size], figures[1])
 
-    def _drawn(self, scale: float, signs: list[Any]) -> Tree:
-        """Random numbers like the parameters, of about one size."""
-        leaves, treedef = flatten(self.params)
-        for i, p in enumerate(leaves):
-            if p is not None and not is_left_alone(p):
-                x = scale * self.rng.uniform(0.5, 1.5, np.shape(p))
-                leaves[i] = jnp.asarray(x * signs[i], jnp.result_type(p))
-        return treedef.unflatten(leaves)
-
-    def _expect_close(self, when: str, size: float, move: Tree, other_move: Tree) -> None:
-        moves = zip(
-            leaf_paths(self.params),
-            *(flatten(tree)[0] for tree in (self.params, move, other_move)),
-            strict=True,
-        )
-        for place, (path, p, ours, theirs) in enumerate(moves):
-            if p is None or is_left_alone(p) or (ours is None and theirs is None):
-                continue
-            rtol = max(self.rtol, 2 * float(jnp.finfo(theirs.dtype).eps))
-            wide = np.complex128 if np.iscomplexobj(theirs) else np.float64
-            a, b = (np.asarray(x).astype(wide) for x in (ours, theirs))
-            now = float(np.max(np.abs(b), initial=0.0))
-            largest = max(now, self.largest.get((size, place), 0.0))
-            self.largest[size, place] = largest
-            self.has_moved |= now > 0
-            far = ~(np.abs(a - b) <= rtol * now + _ROUNDING * largest)  # true of NaN
-            if np.any(far):
-                i = np.argmax(far)
+    def _expect_same(
+        self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
+    ) -> None:
+        """Takes steps with weights of one size, and refuses updates that are apart."""
+        for i, (apart, largest, a, b, is_finite) in self._taken(states, size, steps):
+            if not np.all(is_finite):
+                return  # This ends the run in optax. A transform may skip the step.
+            self.has_moved |= largest > 0
+            self.largest[size] = np.maximum(self.largest[size], largest)
+            is_close = apart <= self.rtol * largest + _ROUNDING * self.largest[size]
+            if not np.all(is_close):  # or NaN
+                leaf = int(np.argmin(is_close))
                 raise ValueError(
-                    f"{self.owner}: {when}, tx moves an element of {path!r} by {a.flat[i]:.6g}, "
-                    f"and the optimizer of optax by {b.flat[i]:.6g}: compare their clips, rules, "
-                    "epsilons, weight decays with their masks, rates, schedules, dtypes and "
-                    "numbers of micro-batches (and freeze leaves with set_to_zero: 0 times NaN is "
-                    "NaN)"
+                    f"{self.owner}: in step {i + 1} from {start} on, tx moves an element of "
+                    f"{self.paths[leaf]!r} by {a[leaf]:.6g}, and the optimizer of optax by "
+                    f"{b[leaf]:.6g}: compare their clips, rules, epsilons, weight decays with "
+                    "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
+                    "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
 
 
-def _is_finite(tree: Tree) -> bool:
-    return all(bool(np.all(np.isfinite(np.asarray(x)))) for x in jax.tree.leaves(tree))
+def _is_negative(tx: Any, count: int) -> bool:
+    """Whether a rate is below 0 at a count, as a schedule may be after the end of a training."""
+    rate = getattr(tx, "learning_rate", None)
+    rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
+    return any(callable(x) and float(x(jnp.int32(count))) < 0 for x in rates)
 
 
 def expect_optimizer(owner: str, optimizer: Any) -> None:
@@ -235,28 +370,29 @@ def expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None
         )
 
 
-def _usual_gradient(state: Any) -> float:
-    """The size of the gradients that the moments of a state are of; 1 if it has taken no step."""
-
-    def root_mean_squares(slot: str, power: int) -> list[float]:
-        trees = [getattr(x, slot) for x in slot_states(state) if hasattr(x, slot)]
-        leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(trees) if np.size(x)]
-        return [float(np.sqrt(np.mean(x**power))) for x in leaves]
-
-    usual = max((*root_mean_squares("v", 1), *root_mean_squares("u", 2)), default=0.0)
-    return usual if 1e-15 < usual < 1e15 else 1.0
-
-
-def _has_narrow(state: Any) -> bool:
-    """Whether a state has floats of fewer than 32 bits."""
-    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(state)]
-    return any(jnp.issubdtype(x, jnp.floating) and x.itemsize < 4 for x in dtypes)
+def _usual_gradients(state: Any, paths: Sequence[str]) -> np.ndarray:
+    """By leaf, the size of the gradients that its moments are of; 1 if no leaf has moments."""
+    sizes: dict[str, float] = {}
+    for x in slot_states(state):
+        for slot, power in (("v", 1), ("u", 2)):
+            if slot in rule_slots(x):
+                for path, array in leaves_by_path("", getattr(x, slot)).items():
+                    squares = np.asarray(array, np.float64) ** power
+                    size = math.sqrt(np.mean(squares)) if squares.size else 0.0
+                    if 1e-15 < size < 1e15:
+                        sizes[path] = max(size, sizes.get(path, 0.0))
+    others = max(sizes.values(), default=1.0)
+    return np.array([sizes.get(path, others) for path in paths])
 
 
-def _with_nan(grads: Tree) -> Tree:
-    """Gradients of which the first leaf of floats is NaN."""
-    leaves, treedef = flatten(grads)
-    for i, x in enumerate(leaves):
-        if x is not None and not is_left_alone(x) and x.size:
-            return treedef.unflatten([*leaves[:i], jnp.full_like(x, np.nan), *leaves[i + 1 :]])
-    return grads
+def _is_narrow(x: Any) -> bool:
+    """Whether an array has floats of fewer than 32 bits."""
+    dtype = dtype_of(x)
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
+
+
+def _narrow_leaves(state: Any) -> set[str]:
+    """The paths of the leaves with narrow slots in a state of adamjax."""
+    trees = [getattr(x, name) for x in slot_states(state) for name in rule_slots(x)]
+    slots = [pair for tree in trees for pair in leaves_by_path("", tree).items()]
+    return {path for path, x in slots if _is_narrow(x)}
