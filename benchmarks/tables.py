@@ -315,8 +315,8 @@ def _how_rows_were_measured(results: Results) -> str:
     text = f"{origin(results)} Cases that are only in the section's last table were measured in "
     text += f"{results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
-        text += f" In {alone} cases the embedding tables of all contenders did not fit in memory together, "
-        text += "so the contenders ran one after another."
+        text += f" In {alone} cases the embedding tables of all contenders did not fit in memory "
+        text += "together, so the contenders ran one after another."
     for row in results["times"]:
         failed = {name: why for name, why in row["failed"].items() if name in ALL_CONTENDERS}
         text += "".join(f" {row['case']}: {name}: {why}." for name, why in failed.items())

@@ -3636,6 +3636,10 @@ def test_steps_of_the_optimizer_itself_are_compared(name):
         convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED)
 
 
+def jump(count, before, after):
+    return lambda c: jnp.where(c < count, before, after)
+
+
 # For each: the transform of optax, that of adamjax, and the steps before. Nothing in the states
 # shows the difference, or only to who knows the order.
 OTHER_LATER = {
@@ -3670,6 +3674,76 @@ OTHER_LATER = {
             adamjax.scale(-1.0), adamjax.scale_by_learning_rate(LATE), adam_like_optax(FALLS)
         ),
     ),
+    "the end of a function": (
+        optax.adam(optax.piecewise_constant_schedule(0.1, {100: 0.1})),
+        adam_like_optax(optax.piecewise_constant_schedule(0.1, {90: 0.1})),
+    ),
+    "a few steps": (
+        optax.adam(lambda count: jnp.where((count > 22) & (count < 27), 0.0, 0.1)),
+        adam_like_optax(),
+    ),
+    "a schedule of b1": (INJECT(optax.adam)(0.1, b1=jump(50, 0.9, 0.5)), adam_like_optax()),
+    "a schedule of a limit": (
+        optax.chain(CLIP_ALONE(jump(50, 1.0, 0.1)), optax.adam(0.1)),
+        adamjax.chain(adamjax.clip_by_global_norm(1.0), adam_like_optax()),
+    ),
+    "a schedule of a small decay": (
+        INJECT(optax.adamw)(0.1, weight_decay=jump(50, 1e-3, 2e-2)),
+        adamjax.adamw(0.1, eps=1e-8, weight_decay=1e-3),
+    ),
+    "a clip at a rate of 0": (
+        optax.chain(optax.clip(0.1), optax.adam(jump(50, 0.0, 0.1))),
+        adam_like_optax(jump(50, 0.0, 0.1)),
+    ),
+    "b1 of a part at a rate of 0": (
+        optax.multi_transform({"x": optax.adam(jump(50, 0.0, 0.1)), "y": optax.adam(0.1)}, LABELS),
+        adamjax.partition(
+            [("a", adamjax.adam(jump(50, 0.0, 0.1), 0.5, eps=1e-8))], default=adam_like_optax()
+        ),
+    ),
+    "values of micro-batches are clipped": (
+        optax.chain(optax.clip(2.0), micro_batches(optax.adam(0.1), 4)),
+        adamjax.accumulate_gradients(
+            adamjax.chain(adamjax.clip_by_value(2.0), adam_like_optax()), 4
+        ),
+    ),
+    "a schedule of micro-batches": (
+        optax.MultiSteps(optax.adam(0.1), jump(50, 2, 4)).gradient_transformation(),
+        adamjax.accumulate_gradients(adam_like_optax(), 2),
+    ),
+    "a norm with a frozen leaf": (
+        optax.chain(
+            optax.clip_by_global_norm(20.0),
+            optax.multi_transform({"x": optax.set_to_zero(), "y": optax.adam(0.1)}, LABELS),
+        ),
+        adamjax.partition(
+            [("a", adamjax.set_to_zero())],
+            default=adamjax.chain(adamjax.clip_by_global_norm(20.0), adam_like_optax()),
+        ),
+    ),
+    "a condition": (
+        optax.chain(
+            optax.conditionally_transform(optax.clip(0.1), lambda step: step < 50), optax.adam(0.1)
+        ),
+        adamjax.chain(
+            optax.conditionally_transform(optax.clip(0.1), lambda step: step < 500),
+            adam_like_optax(),
+        ),
+    ),
+    "zeros for NaN in micro-batches": (
+        optax.chain(optax.zero_nans(), micro_batches(optax.adam(0.1), 4)),
+        adamjax.accumulate_gradients(adamjax.chain(optax.zero_nans(), adam_like_optax()), 4),
+    ),
+    "skips of other leaves": (
+        optax.multi_transform(
+            {"x": optax.apply_if_finite(optax.adam(0.1), 9)}, {"a": "x", "b": "x"}
+        ),
+        adamjax.partition(
+            [("a", adamjax.skip_not_finite(adam_like_optax()))],
+            default=adamjax.skip_not_finite(adam_like_optax()),
+        ),
+    ),
+    "a tiny epsilon": (optax.adam(0.1, eps=1e-15), adamjax.adam(0.1, eps=1e-12)),
     "a schedule of calls": (
         optax.chain(micro_batches(optax.adam(0.1), 2), optax.scale_by_schedule(LATE)),
         adamjax.accumulate_gradients(
@@ -3730,6 +3804,17 @@ SAME_STEPS = {
     "a schedule of another name": (
         INJECT(lambda lr: optax.adam(lr))(lr=LATE),
         adam_like_optax(LATE),
+    ),
+    "momentum in one part": (
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(0.1, momentum=0.9)}, LABELS),
+        adamjax.partition(
+            [("a", adam_like_optax())],
+            default=adamjax.chain(optax.trace(0.9), adamjax.scale_by_learning_rate(0.1)),
+        ),
+    ),
+    "a mask of optax in both": (
+        optax.chain(optax.masked(optax.trace(0.9), ONLY_A), optax.adam(0.1)),
+        adamjax.chain(optax.masked(optax.trace(0.9), ONLY_A), adam_like_optax()),
     ),
     "a rate of 0 for frozen leaves": (
         optax.multi_transform({"x": optax.sgd(0.0), "y": optax.adam(0.1)}, LABELS),
@@ -3861,6 +3946,53 @@ def test_an_optimizer_that_takes_the_same_steps(name):
     state = convert.from_optax(steps_of(theirs, 5), ours, TWO, optimizer=theirs)
     if name != "exact rows":
         convert.to_optax(state, ours, TWO, theirs)
+
+
+def test_a_wide_leaf_beside_a_narrow_one_is_compared_closely():
+    for dtype in (jnp.bfloat16, jnp.float16):
+        params = {**TWO, "narrow": jnp.ones(2, dtype)}
+        theirs = optax.adam(0.1, eps=1e-4)
+        old = steps_of(theirs, 3, params)
+        convert.from_optax(old, adamjax.adam(0.1, eps=1e-4), params, theirs)
+        for ours in (adamjax.adam(0.105, eps=1e-4), adamjax.adam(0.1, eps=1e-3)):
+            with pytest.raises(ValueError, match=MOVES):
+                convert.from_optax(old, ours, params, theirs)
+
+
+def test_a_linear_schedule_near_its_end_is_no_false_alarm():
+    theirs = optax.adam(optax.linear_schedule(3e-4, 0.0, 10_000))
+    ours = adam_like_optax(adamjax.polynomial_decay(3e-4, 10_000, 0.0))
+    old = jax.tree.map(lambda x: x + 9_985 if x.dtype == jnp.int32 else x, steps_of(theirs, 3))
+    convert.from_optax(old, ours, TWO, theirs)
+
+
+def test_moments_of_complex_leaves():
+    params = {"a": jnp.ones(3, jnp.complex64), "b": jnp.ones(2)}
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    grads = {"a": jnp.array([1 + 2j, 3j, 0.5]), "b": jnp.ones(2)}
+    _, old = theirs.update(grads, theirs.init(params), params)
+    state = convert.from_optax(old, ours, params, theirs)
+    back = convert.to_optax(state, ours, params, theirs)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(old), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_accumulation_inside_another_library_is_refused():
+    theirs = micro_batches(optax.adam(0.1), 16)
+    ours = optax.chain(adamjax.accumulate_gradients(adamjax.adam(0.7, eps=1e-8), 16))
+    for call in (
+        lambda: convert.from_optax(theirs.init(TWO), ours, TWO, theirs),
+        lambda: convert.to_optax(ours.init(TWO), ours, TWO, theirs),
+    ):
+        with pytest.raises(ValueError, match=r"hides how many calls a step takes: use adamjax\.ch"):
+            call()
+
+
+def test_an_update_that_cannot_be_compiled_is_not_compared():
+    theirs = optax.adam(lambda count: 0.1 if count < 100 else 0.01)
+    ours = adam_like_optax(lambda count: 0.1 if count < 100 else 0.01)
+    with pytest.raises(TypeError, match=r"cannot be compiled by jax\.jit .*jax\.numpy"):
+        convert.from_optax(theirs.init(TWO), ours, TWO, theirs)
 
 
 def test_an_optimizer_that_did_not_make_the_state_is_refused():

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from adamjax.average import WeightEmaState, weight_ema
+from adamjax.convert.optax_state import role_of
 from adamjax.convert.source import Accumulated, LeafMoments, Source, meet
 from adamjax.convert.systems import kind_of
 from adamjax.convert.values import (
@@ -24,7 +25,7 @@ from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.master import master_weights
 from adamjax.scaling import ScheduleState
-from adamjax.structure import Part, rule_slots, slot_states, walk
+from adamjax.structure import Part, rule_slots, slot_states, states_of_class, walk
 from adamjax.transform import Rule, as_transform
 
 __all__ = ["AdamjaxState", "contains_states", "initial_state", "is_of_adamjax"]
@@ -108,6 +109,12 @@ class AdamjaxState:
                     "parameters, and put both together: MasterWeightsState(weights, inner)"
                 )
         accumulating = [part for part in self.parts if isinstance(part.tx, accumulate_gradients)]
+        if len(states_of_class(AccumulateGradientsState, state)) > len(accumulating):
+            raise ValueError(
+                f"{owner}: accumulate_gradients is inside a transform of another library, which "
+                "hides how many calls a step takes: use adamjax.chain, masked or partition in "
+                "place of that transform"
+            )
         self.accumulations = [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in accumulating
@@ -223,6 +230,9 @@ class AdamjaxState:
             for item in x.values() if isinstance(x, Mapping) else x:
                 if is_container(item):
                     self._read(item, source)
+        elif role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
+            for item in x.values() if isinstance(x, Mapping) else x:
+                self._read(item, source)
         elif jax.tree.leaves(x):
             source.other_states.append(x)
 

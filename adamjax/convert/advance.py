@@ -14,6 +14,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
 __all__ = [
+    "COUNTS",
     "Advance",
     "MakeRule",
     "advanced_adamjax",
@@ -26,6 +27,8 @@ __all__ = [
 # Makes the new state of a rule, of its state and of that of `init`.
 MakeRule = Callable[[Any, Any], Any]
 
+# The names of fields that count calls, in the states of transforms that conversions do not know.
+COUNTS = frozenset(("count", "step"))
 # The count of a rule whose moments are corrected no more.
 _LATE = 10_000
 
@@ -104,7 +107,7 @@ def _advanced_other(x: Any, how: Advance) -> Any:
     """A state of a transform that conversions do not know, such as `conditionally_transform`."""
     counts = {
         name: getattr(x, name) + how.steps * how.calls
-        for name in ("count", "step")
+        for name in COUNTS
         if name in (field_names(x) or ()) and jnp.shape(getattr(x, name)) == ()
     }
     return x._replace(**counts) if counts else x

@@ -47,7 +47,9 @@ class Filling:
             has = "no moments" if not several else f"the moments of {len(several)} rule(s) only"
             known = sorted(self.source.moments)
             mend = "keep the rule from this leaf with masked or partition, or name leaves alike"
-            if self.other_states:
+            if self.other_states and hasattr(self.other_states[0], "opt_state"):
+                mend = f"pass the opt_state of the {class_name(self.other_states[0])}"
+            elif self.other_states:
                 mend = (
                     f"conversions do not know its {class_name(self.other_states[0])}: convert a "
                     "state of Adam, AMSGrad, Nadam or Adamax"
@@ -103,6 +105,11 @@ class Filling:
                 f"{what} is {old.name}, expected floats like {new.name}: is it this optimizer's "
                 "array?"
             )
+        is_complex = jnp.issubdtype(old, jnp.complexfloating)
+        if is_complex and not jnp.issubdtype(new, jnp.complexfloating) and not np.any(np.imag(x)):
+            x, old = x.real, np.dtype(x.real.dtype)  # optax' v of a complex leaf
+        elif not is_complex and jnp.issubdtype(new, jnp.complexfloating) and name == "nu":
+            old = np.dtype(jnp.promote_types(old, jnp.complex64))
         if jnp.issubdtype(old, jnp.complexfloating) != jnp.issubdtype(new, jnp.complexfloating):
             raise ValueError(
                 f"{what} is {old.name}, expected {new.name}: here m of a complex leaf is complex "
@@ -140,7 +147,7 @@ class Filling:
         alike = [
             i
             for i, x in enumerate(self.other_states)
-            if type(x) is type(like) and _avals(x) == _avals(like)
+            if type(x) is type(like) and _described_leaves(x) == _described_leaves(like)
         ]
         if self.check and self.source.other_states_lost_order:
             first, *others = [jax.tree.leaves(self.other_states[i]) for i in alike] or [[]]
@@ -151,8 +158,11 @@ class Filling:
                     "by hand, or pass check=False to take them in the order of the sorted keys"
                 )
         if alike:
-            x = self.other_states.pop(alike[0])
-            return jax.tree.map(lambda y: jnp.array(y, copy=True), x)
+            # optax and adamjax have other nodes in the places of leaves that a mask hides.
+            leaves = [
+                jnp.array(x, copy=True) for x in jax.tree.leaves(self.other_states.pop(alike[0]))
+            ]
+            return jax.tree.unflatten(jax.tree.structure(like), leaves)
         raise ValueError(
             f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes "
             f"that is not yet in use, and tx or the target has one ({class_name(like)}): use "
@@ -177,7 +187,7 @@ class Filling:
             )
 
 
-def _avals(tree: Any) -> tuple[Any, ...]:
-    """The structure of a tree and the shapes and dtypes of its leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(np.shape(x), jnp.result_type(x)) for x in leaves]
+def _described_leaves(tree: Any) -> list[tuple[Any, ...]]:
+    """The paths, shapes and dtypes of the leaves of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(k), np.shape(x), jnp.result_type(x)) for k, x in leaves]

@@ -10,6 +10,7 @@ from adamjax.average import WeightEmaState
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
 from adamjax.convert.filling import ACCUMULATED
+from adamjax.convert.optax_state import role_of
 from adamjax.convert.source import Source
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import (
@@ -138,6 +139,8 @@ class _AdamjaxFilling(Translation):
                 f"{self.owner}: tx has a rule of another library, with a {class_name(x)}: "
                 "conversions fill the rules of adamjax. Use adamjax's in its place"
             )
+        if role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
+            return map_items(self.fill, x)
         return self.other_state(x) if jax.tree.leaves(x) else x
 
     def _fill_rule(self, x: Any) -> Any:
