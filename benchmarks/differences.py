@@ -198,8 +198,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     ),
     "nadam": (
         "Nadam, rate 1, a gradient of 1: size of the first step",
-        "not possible: optax has no momentum schedule, and torch's `momentum_decay` is 0.004, "
-        "while adamjax's schedule is that of 1",
+        "not possible: optax has no momentum schedule, and in torch `momentum_decay` is 0.004, "
+        "while adamjax's schedule always corresponds to 1",
         walks([1.0], "nadam", "nadam", "Nadam", "NAdam"),
     ),
     "weight decay": (
