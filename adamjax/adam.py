@@ -286,16 +286,19 @@ class scale_by_adam(_Moments):
 
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * |g|**2
-        update = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)    (before section 2.1)
-        update = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)            (algorithm 1)
+
+    and then one of two forms, that just before section 2.1 or that of algorithm 1:
+
+        update = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)
+        update = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)
 
     Moments, scalars and the quotient are computed in float32, or in float64 for float64.
 
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. The
-        default is 1e-7 if `eps` is not given. (With `nesterov`, `eps` is 1e-7 then.)
+      eps_hat: epsilon of the first form, above 0: what TensorFlow and Keras call epsilon. If
+        neither epsilon is given, `eps_hat` is 1e-7; with `nesterov`, `eps` is 1e-7 instead.
       eps: epsilon of the second form, above 0: what optax and torch call eps. Give at most one of
         the two.
       nesterov: Nesterov momentum as in Keras' Nadam (Dozat, 2016). Its momentum of step t is
@@ -314,9 +317,9 @@ class scale_by_adam(_Moments):
         put v off by about 20%, sqrt(d / 2), and its root by 10%. So the update is off by about 13%,
         in either direction. If an m is smaller than 2**-14 times the largest m of its row, its
         error is up to 2**-17 times that largest m. The root of a v above 0 is stored as at least
-        2**-17 times the largest root of its row. So the error of an update is at most about as
-        large as the update of the row's largest element, even for such small values. An infinite or
-        NaN gradient makes its row NaN. With "scaled8", these raise an error: `grouped`,
+        2**-17 times the largest root of its row. So even for such small values, the error of an
+        update is at most about the largest m of the row divided by its largest root of v. An
+        infinite or NaN gradient makes its row NaN. With "scaled8", these raise an error: `grouped`,
         `adamjax.convert`, a derivative of the step, and a row gradient of a table with one
         dimension.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient

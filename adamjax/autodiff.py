@@ -491,9 +491,9 @@ def value_and_grad(
     first, or reshape it so that rows stay whole, and read it within `jit`, `vmap`, `remat`, `scan`,
     `map`, `cond` and `shard_map`. The gradient has each row that was read, once: if a row is read
     several times, its gradients are summed, in float32 or wider. No array of the table's size is
-    made, not even a cast of it. If the loss also uses the table in another way (as output
-    weights, in a norm, in a `custom_jvp` or `custom_vjp`), its gradient is JAX's, dense and
-    exact.
+    made, not even a cast of it. If the loss also uses the table in another way (as output weights,
+    in a norm, in a `custom_jvp` or `custom_vjp`), the table's gradient is the dense one of
+    `jax.grad`.
 
     In all other respects it works like JAX's function, and composes with JAX's transformations. The
     differences:

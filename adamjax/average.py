@@ -81,8 +81,8 @@ class weight_ema(Transform):
 
     With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average does
     not know how a step will round. It takes in the weights after the step, rounded to the nearest.
-    Where an update is too small to change a weight that is rounded to the nearest, the average
-    takes in the weight from before the step, so it is one step behind.
+    Where this rounding loses the whole update, because it is too small, the average takes in the
+    weight from before the step, so it is one step behind.
 
     The state is a `WeightEmaState`.
 

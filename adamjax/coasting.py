@@ -95,9 +95,9 @@ class Coast(NamedTuple):
       shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
       eps: what is added to x; 0 stands for the smallest normal number.
-      b2: `None` if each step adds eps to x. It is the decay of v, in [0, 1), if step t adds
-        `max(eps * sqrt(1 - b2**t), tiny)`, as Adam's algorithm 1 does. (tiny is the smallest normal
-        number.)
+      b2: `None` if the divisor is `x + eps` in every step. If that of step t is x plus
+        `max(eps * sqrt(1 - b2**t), tiny)`, as in Adam's algorithm 1, the decay of v, in [0, 1).
+        (tiny is the smallest normal number.)
       momentum: the name of the slot m.
       size: the name of the slot that measures the gradients' size; `None` if the rule does not
         divide by it. Then `shrink`, `eps` and `b2` have no effect; else the first two are required.

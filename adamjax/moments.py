@@ -213,7 +213,7 @@ class Recurrence:
 
     Attributes:
       moments: `(c, g, *slots) -> new_slots`. If `last` is given, `moments` neither takes nor
-      returns the last slot: `last` computes it.
+        returns the last slot: `last` computes it.
       direction: `(c, g, *new_slots) -> u`.
       last: `(c, last_slot, *new_slots) -> new_last_slot`, if the last slot is computed from the
         others as they are stored, as AMSGrad's v_max is.

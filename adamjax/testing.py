@@ -185,7 +185,7 @@ def strict_promotion(trial: Trial) -> None:
 
 @_law
 def jit_changes_nothing(trial: Trial) -> None:
-    """A compiled step gives what the step gives operation by operation."""
+    """A step under `jit` has the same results as outside, where it runs operation by operation."""
     for params, state, grads, updates in trial.trajectory()[:2]:
         moved, next_state, eager = trial.step(params, state, grads)
         compiled = trial.compiled(params, state, grads)

@@ -116,8 +116,8 @@ class Transform(Data, _Pair):
 
         Returns:
           The pair, or `None` if there is none. If w is always 0, it is the Python number 0. If the
-          state is `None`, only that matters: s may be any number, and a w that is not always 0 any
-          number but 0.
+          state is `None`, only this matters: s may be any number. If w is not always 0, return any
+          number but 0 for it.
         """
         return None
 

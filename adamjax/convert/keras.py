@@ -446,9 +446,10 @@ def from_keras(
         Otherwise it depends on the leaves. If they have no names (the items of a list, or of a
         dictionary whose keys are numbers), they are taken in their order. If they have names, their
         shapes must show the order: if two have one shape, `order` is required. If variables have
-        names, `order` may also be a dictionary from names to paths. If `variables` is a mapping,
-        and neither names nor shapes show which leaf is which, `order` must be such a dictionary:
-        JAX, Orbax and h5py sort the keys of a mapping, so Keras' order is lost.
+        names, `order` may also be a dictionary from names to paths. If `variables` is a mapping
+        whose keys are names, and neither names nor shapes show which leaf is which, `order` must be
+        such a dictionary, not a list: JAX, Orbax and h5py sort the keys of a mapping, so Keras'
+        order is lost.
       average: an average of the weights, a tree like `params`. The run goes on from it in place of
         Keras' own average.
       check: as for `from_optax`.

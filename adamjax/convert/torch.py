@@ -377,7 +377,7 @@ def from_torch(
 ) -> Any:
     """The state of `tx` that goes on from a state dict of `torch.optim`.
 
-    The optimizers are `Adam`, `AdamW` (both with `amsgrad`), `Adamax`, `NAdam` with
+    The optimizers are `Adam` and `AdamW` (with or without `amsgrad`), `Adamax`, `NAdam` with
     `momentum_decay=1`, and `SparseAdam`, with any number of groups. The hyperparameters of the
     groups are compared with `tx`:
 
