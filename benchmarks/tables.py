@@ -507,7 +507,7 @@ def narrow(results: Results) -> str:
     return "\n\n".join(
         [
             origin(results),
-            f"**Moments**, compared with float64 at every tenth of {results['steps']:,} steps, for "
+            f"**Moments**, compared with float64 at every tenth step of {results['steps']:,}, for "
             "gradients of several kinds from 1e-9 to 1e4: the share of these steps at which the "
             "mean error of m and v is beyond three standard errors (by chance, about 0.3%), and "
             "the mean absolute error of an update, relative to its size.",
