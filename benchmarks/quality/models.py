@@ -1,4 +1,4 @@
-"""The models of the suite with their sizes: small, and otherwise as in their papers."""
+"""The models of the suite, and their sizes: smaller than in their papers, else the same."""
 
 from benchmarks.quality.knowledge import DistMult
 from benchmarks.quality.model import Model
