@@ -235,7 +235,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         | {"torch": torch_sparse_row},
     ),
     "bfloat16": (
-        "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 gradients of 1",
+        "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 "
+        "gradients of 1",
         "there is no reason to: moments and arithmetic are float32 by default",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
