@@ -4055,26 +4055,35 @@ def test_names_of_keras_may_be_bytes():
         assert_same(convert.from_keras(variables, tx, params), expected)
 
 
-@pytest.mark.parametrize("place", ["inside", "outside of"])
-def test_a_decay_of_torch_is_in_the_steps_of_its_rule(place):
+@pytest.mark.parametrize("what", ["decay", "schedule"])
+def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
     """The loop of torch takes a step for several micro-batches, and decays once for them."""
-    rule, decay = adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.3)
-    rate = adamjax.scale_by_learning_rate(0.1)
-    if place == "inside":
-        tx = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(rule, decay), 4), rate)
-    else:
-        tx = adamjax.chain(adamjax.accumulate_gradients(rule, 4), decay, rate)
-    params = jnp.zeros(3)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3, decoupled_weight_decay=True)
-    if place == "inside":
-        convert.from_torch(old, tx, params)
-    else:
-        for call in (
-            lambda: convert.from_torch(old, tx, params),
-            lambda: convert.to_torch(tx.init(params), tx, params, old),
-        ):
-            with pytest.raises(ValueError, match=r"in each call.*put it inside accumulate_grad"):
-                call()
+    rule, params = adamjax.scale_by_adam(eps=1e-8), jnp.zeros(3)
+    one, rest, options, message = {
+        "decay": (
+            adamjax.add_decayed_weights(0.3),
+            [adamjax.scale_by_learning_rate(adamjax.constant(0.1))],
+            {"weight_decay": 0.3, "decoupled_weight_decay": True},
+            r"a weight decay in its steps, tx has one in each call.*put it inside accumulate_grad",
+        ),
+        "schedule": (
+            adamjax.scale_by_learning_rate(adamjax.piecewise_constant([90], [0.1, 0.05])),
+            [],
+            {"initial_lr": 0.1},
+            r"changes with its steps, tx has one that counts calls.*put it inside accumulate_grad",
+        ),
+    }[what]
+    inside = adamjax.accumulate_gradients(adamjax.chain(rule, one), 4)
+    outside = adamjax.chain(adamjax.accumulate_gradients(rule, 4), one)
+    old = torch_of([np.ones(3, "f")], **options)
+    convert.from_torch(old, adamjax.chain(inside, *rest), params)
+    tx = adamjax.chain(outside, *rest)
+    for call in (
+        lambda: convert.from_torch(old, tx, params),
+        lambda: convert.to_torch(tx.init(params), tx, params, old),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_sparse_adam_of_torch_has_no_decay():

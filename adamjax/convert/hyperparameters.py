@@ -20,7 +20,7 @@ from adamjax.guard import AccumulateGradientsState
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
-from adamjax.schedule import by_path, rate_at
+from adamjax.schedule import by_path, constant, rate_at
 from adamjax.structure import Part, states_of_class
 from adamjax.transform import Rule
 
@@ -31,7 +31,7 @@ _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # one applies.
 _SHOWN = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
-    **dict.fromkeys(("clips_updates", "decays_in_steps"), ""),
+    **dict.fromkeys(("clips_updates", "in_steps"), ""),
     "has_schedule": "a schedule of the rate",
     "has_decay": "a weight decay",
     "gradient_factor": "a factor of gradients",
@@ -51,9 +51,9 @@ def expect_same_hyperparameters(
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
       is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `decays_in_steps`: whether a decay after the rule is in the same steps as the rule.
-      `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether
-      some leaf decays, by any amount.
+      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
+      whether some leaf decays, by any amount.
+    - `in_steps`: whether a decay after the rule and a schedule of the rate count the rule's steps.
     - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
@@ -106,6 +106,8 @@ class _Check:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
                     self._check_average(path, route, *hyperparams["average"])
+                if hyperparams.get("in_steps"):
+                    self._expect_in_steps(path, route[last:])
                 self._check_rate(path, route[last:], hyperparams)
                 if "learning_rate" in hyperparams:
                     foreign = any(part.tx.has_foreign for part in route[last:])
@@ -158,6 +160,21 @@ class _Check:
                 mend = "put the clip before the weight decay"
                 in_tx = f"{part.tx!r} after its weight decay"
                 self._refuse(path, "clips before its weight decay only", in_tx, mend)
+
+    def _expect_in_steps(self, path: str, after: Sequence[Part]) -> None:
+        """Refuses a decay in each call, or a schedule of calls, for a rule that accumulates."""
+        if id(after[0].tx) not in self.in_accumulated:
+            return
+        for part in (part for part in after if id(part.tx) not in self.in_accumulated):
+            rate = self._rate_of_leaf(path, part)
+            if self._decay_at(path, part):
+                stated, in_tx = "a weight decay in its steps", "one in each call"
+            elif callable(rate) and not isinstance(rate, constant):
+                stated, in_tx = "a rate that changes with its steps", "one that counts calls"
+            else:
+                continue
+            mend = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
+            self._refuse(path, stated, f"{in_tx}, {part.tx!r}", mend)
 
     def _check_others(
         self, path: str, route: Sequence[Part], last: int, allowed: str | None
@@ -347,10 +364,7 @@ class _Check:
         self, path: str, after: Sequence[Part], schedule: Any, count: int
     ) -> None:
         """Compares a schedule with that of a leaf in later steps: near each edge, and far apart."""
-        in_tx = [
-            rate.at(path) if isinstance(rate, by_path) else rate
-            for rate in (getattr(part.tx, "learning_rate", None) for part in after)
-        ]
+        in_tx = [self._rate_of_leaf(path, part) for part in after]
         if any(schedule is one and in_tx == others for one, others in self.agreeing):
             return
         for later in later_counts(count, (schedule, in_tx)):
@@ -394,11 +408,15 @@ class _Check:
             )
 
     def _may_follow_schedule(self, path: str, part: Part) -> bool:
-        rate = getattr(part.tx, "learning_rate", None)
-        rate = rate.at(path) if isinstance(rate, by_path) else rate
         if part.tx.has_foreign:  # Without a state, it cannot count.
             return bool(jax.tree.leaves(part.state))
-        return isinstance(part.tx, scale_by_learning_rate) and callable(rate)
+        return callable(self._rate_of_leaf(path, part))
+
+    @staticmethod
+    def _rate_of_leaf(path: str, part: Part) -> Any:
+        """The learning rate of a part for a leaf, a number or a schedule; `None` if it has none."""
+        rate = getattr(part.tx, "learning_rate", None)
+        return rate.at(path) if isinstance(rate, by_path) else rate
 
     def _is_set(self, name: str, path: str) -> bool:
         """Whether `with_hyperparams` sets this hyperparameter of a leaf between steps."""
@@ -458,19 +476,6 @@ class _Check:
                 "none",
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
-            )
-        decays = [part.tx for part in after if self._decay_at(path, part)]
-        in_calls = [tx for tx in decays if id(tx) not in self.in_accumulated]
-        if (
-            hyperparams.get("decays_in_steps")
-            and in_calls
-            and id(after[0].tx) in self.in_accumulated
-        ):
-            self._refuse(
-                path,
-                "a weight decay in its steps",
-                f"one in each call, {in_calls[0]!r}",
-                "put it inside accumulate_gradients",
             )
         if "weight_decay" not in hyperparams:
             return

@@ -123,7 +123,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     what = "a beta of a group of torch"
     hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
     hyperparams["maximize"] = bool(flag("maximize"))
-    hyperparams |= {"clips_updates": False, "others": "none", "decays_in_steps": True}
+    hyperparams |= {"clips_updates": False, "others": "none", "in_steps": True}
     if group.get("initial_lr") is not None:
         hyperparams["has_schedule"] = (
             "a scheduler has set initial_lr",
@@ -389,8 +389,8 @@ def from_torch(
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
-      scheduler has ended. A scheduler that changes betas as well (`OneCycleLR`, by default) is
-      refused.
+      scheduler has ended. It counts steps, so within `accumulate_gradients` of `tx` it must be
+      beside the rule. A scheduler that changes betas as well (`OneCycleLR`, by default) is refused.
     - `tx` must not clip after the rule. Clips and positive factors (`scale`) before it are not
       compared, because in torch they are not part of the optimizer.
     - In older versions of torch, the groups of Adam and AdamW have the same keys, without
