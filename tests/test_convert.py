@@ -3946,10 +3946,37 @@ class Halves(Transform):
         return jax.tree.map(lambda u: 0.5 * u, updates), state
 
 
-def test_transforms_of_the_users_own_beside_a_rule_of_torch_are_refused():
-    tx = adamjax.chain(adam_like_optax(), Halves())
-    with pytest.raises(ValueError, match=r"Halves.* of your own, which nothing can compare"):
-        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3))
+class HalvesOf(Transform):
+    """One around others."""
+
+    tx: Any
+
+    def init(self, params):
+        return self.tx.init(params)
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates, state = self.tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u: 0.5 * u, updates), state
+
+
+def test_transforms_of_the_users_own_beside_a_rule_are_refused():
+    message = r"Halves.* of your own, which nothing can compare"
+    for make in (
+        lambda adam: adamjax.chain(adam, Halves()),
+        HalvesOf,
+        lambda adam: adamjax.chain(adam, HalvesOf(adamjax.scale(1.0))),
+        lambda adam: adamjax.chain(adam, HalvesOf(adamjax.masked(adamjax.scale(1.0), "z?"))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(torch_of([np.ones(3, "f")]), make(adam_like_optax()), jnp.zeros(3))
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(NAMED, make(adamjax.adam(0.1)), {"w": jnp.zeros(2)})
+    # Variables of Keras do not contain what it does to gradients.
+    tx = adamjax.chain(HalvesOf(adamjax.scale(1.0)), adamjax.adam(0.1))
+    convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)})
+
+
+def test_torch_clips_before_its_weight_decay():
     decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
     old = torch_of([np.ones(3, "f")], weight_decay=0.3)
     convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))

@@ -21,7 +21,7 @@ from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 from adamjax.schedule import by_path, constant, rate_at
-from adamjax.structure import Part, states_of_class
+from adamjax.structure import Part, states_of_class, walk
 from adamjax.transform import Rule
 
 __all__ = ["expect_same_hyperparameters"]
@@ -76,6 +76,16 @@ class _Check:
         self.parts_with_leaves = [
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
         ]
+        # Transforms that nothing can compare, with the place of the last part inside.
+        self.others = [
+            (
+                i + len(list(walk(part.tx))) - 1,
+                part.tx,
+                frozenset(leaves_by_path(self.owner, part.params)),
+            )
+            for i, part in enumerate(self.all_parts)
+            if not is_of_adamjax(part.tx) or (part.tx.has_foreign and not part.tx.parts)
+        ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
         self.in_accumulated = adamjax_state.in_accumulated
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
@@ -97,7 +107,7 @@ class _Check:
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
-                self._check_others(path, route, last, hyperparams.get("others"))
+                self._check_others(path, route[last], hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
                     self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
@@ -176,12 +186,19 @@ class _Check:
             mend = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
             self._refuse(path, stated, f"{in_tx}, {part.tx!r}", mend)
 
-    def _check_others(
-        self, path: str, route: Sequence[Part], last: int, allowed: str | None
-    ) -> None:
-        """Refuses transforms of other libraries where the system has nothing beside the rule."""
-        checked = {None: (), "before": route[last:], "none": route}[allowed]
-        others = [part.tx for part in checked if part.tx.has_foreign or not is_of_adamjax(part.tx)]
+    def _check_others(self, path: str, rule: Part, allowed: str | None) -> None:
+        """Refuses transforms of other libraries where the system has nothing beside the rule.
+
+        A transform around others may change what goes into them, and what comes out.
+        """
+        if allowed is None:
+            return
+        place = next(i for i, part in enumerate(self.all_parts) if part is rule)
+        others = [
+            tx
+            for end, tx, leaves in self.others
+            if path in leaves and (allowed == "none" or end >= place)
+        ]
         if others:
             whose = "another library" if others[0].has_foreign else "your own"
             self._refuse(
