@@ -4009,17 +4009,18 @@ NAMED = [
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_before_the_rule_is_a_negation(system):
-    before = adamjax.chain(
-        adamjax.scale_by_learning_rate(1.0),
-        adam_like_optax() if system == "torch" else adamjax.adam(0.1),
-    )
+def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
+    adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
+    before = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adam)
     convert_to = {
         "torch": lambda tx: convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3)),
         "keras": lambda tx: convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)}),
     }[system]
     with pytest.raises(ValueError, match=r"has gradients as they are, tx has .*before the rule"):
         convert_to(before)
+    for zero in (adamjax.set_to_zero(), adamjax.scale(0.0)):
+        with pytest.raises(ValueError, match=r"as they are, tx has s.* before the rule: leave it"):
+            convert_to(adamjax.chain(zero, adam))
     if system == "torch":
         old = torch_of([np.ones(3, "f")], maximize=True)
         convert.from_torch(old, before, jnp.zeros(3))

@@ -54,7 +54,8 @@ def expect_same_hyperparameters(
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
     - `in_steps`: whether a decay after the rule and a schedule of the rate count the rule's steps.
-    - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
+    - `maximize`: whether gradients are negated before the rule; without it, that is not compared,
+      and neither is whether they are multiplied by 0.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
       `clips_updates`: whether there may be others after the rule.
@@ -268,9 +269,13 @@ class _Check:
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
     def _check_direction(self, path: str, before: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares whether gradients are negated before the rule: torch's `maximize`."""
+        """Compares the sign of gradients before the rule (torch's `maximize`); 0 is refused."""
         if "maximize" not in hyperparams:
             return
+        if self._factor(path, before) == 0:
+            zero = next(part.tx for part in before if self._factor(path, [part]) == 0)
+            mend = "leave it out, or freeze the leaf with partition and set_to_zero"
+            self._refuse(path, "gradients as they are", f"{zero!r} before the rule", mend)
         signs = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
         maximize = bool(hyperparams["maximize"])
         negated_late = bool(signs) and bool(self._decay_after(path, before[: signs[-1]]))
