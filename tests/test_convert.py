@@ -1720,7 +1720,7 @@ def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
             convert.from_keras(optimizer, adamjax.adam(rates), params)
 
 
-def test_names_of_keras_say_that_there_is_a_schedule(keras):
+def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
@@ -1728,8 +1728,9 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
     current = [(v.path, np.asarray(v)) for v in optimizer.variables]
     of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
     of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
-    constant = adamjax.adam(0.1)
-    for variables in (optimizer.variables, dict(current), of_tf_keras):
+    constant, arrays = adamjax.adam(0.1), [x for _, x in current]
+    numbered = {str(i): x for i, x in enumerate(arrays)}
+    for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):
         for tx in (constant, adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))):
             with pytest.raises(
                 ValueError, match=r"follows a schedule .* tx has a constant one: bu"
@@ -1746,6 +1747,10 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
         convert.from_keras(variables, constant, params, check=False)
         with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
             convert.to_keras(constant.init(params), constant, params, variables)
+    # tf_keras and older ones have an iteration in int64, and never a rate among their arrays.
+    convert.from_keras([np.array(0, np.int64), *arrays[1:]], constant, params)
+    two = [np.array(0, np.int32), *[np.zeros(n) for n in (2, 3, 2, 3)]]
+    convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
 
 
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):

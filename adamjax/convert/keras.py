@@ -413,8 +413,10 @@ def from_keras(
     (for Adamax and Nadam `eps`), 1e-7 by default; or let
     `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
-    rate is refused. They also say whether it is an `AdamW`: if so, a `tx` without a weight decay is
-    refused.
+    rate is refused. Arrays without names say so only if their iteration is int32 or they contain
+    the product of Nadam. Others may be of tf_keras, which never stores the rate, or of Keras 3 with
+    TensorFlow and a schedule: then any rate of `tx` is taken. Names also say whether it is an
+    `AdamW`: if so, a `tx` without a weight decay is refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     The class of the optimizer tells them from Adam. So does its name, if the names of variables

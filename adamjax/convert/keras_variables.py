@@ -50,7 +50,7 @@ class Layout(NamedTuple):
       names: the names of the parameters in their order, if the variables have names.
       optimizer: the name of the optimizer, empty if no variable's name contains it.
       doubtful: whether other optimizers give their variables the same names.
-      has_schedule: whether the names say that the optimizer has a schedule.
+      has_schedule: whether the variables say that the optimizer has a schedule.
     """
 
     roles: tuple[tuple[str, int], ...]
@@ -210,7 +210,13 @@ def layout_by_place(
             "constant rate, all averages, and leaf by leaf its slots; or get_weights() before "
             "TensorFlow 2.11: all momenta before all velocities"
         )
-    return Layout(fits.pop())
+    roles = fits.pop()
+    # Keras 3 has a variable for a rate that is constant, and tf_keras and older ones have none at
+    # all. Their iteration is int64, and their Nadam keeps its product elsewhere. (With TensorFlow,
+    # that of Keras 3 is int64 too.)
+    is_keras3 = values[0].dtype == np.int32 or ("product", 0) in roles
+    has_schedule = is_keras3 and roles[1 : len(by_leaf) + 1] == by_leaf
+    return Layout(roles, has_schedule=has_schedule)
 
 
 # --- by name --------------------------------------------------------------------------------------
