@@ -4167,7 +4167,7 @@ def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
         convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
 
 
-def test_a_decay_of_keras_follows_its_schedule(keras):
+def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([8], [0.1, 0.02])
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
     optimizer.build([keras.Variable(np.ones(3, np.float32), name=name) for name in KERAS_PARAMS])
@@ -4176,8 +4176,37 @@ def test_a_decay_of_keras_follows_its_schedule(keras):
     convert.from_keras(optimizer, adamjax.chain(KERAS_RULE, decay, rate(steps)), KERAS_PARAMS)
     factors = adamjax.piecewise_constant([8], [1.0, 0.2])
     tx = adamjax.chain(KERAS_RULE, adamjax.scale(-1.0), rate(factors), decay, rate(0.1))
-    with pytest.raises(ValueError, match=r"a weight decay of 0.3 .*, tx has one of 1.5 after"):
+    with pytest.raises(
+        ValueError, match=r"in each step, 0.3, tx has .*schedule of the rate scales"
+    ):
         convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
+def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
+    ends, rate = adamjax.piecewise_constant([20], [0.3, 0.0]), adamjax.scale_by_learning_rate(0.1)
+    message = r"the same weight decay in each step, 0.3, tx has .*put add_decayed_weights\(0.3\)"
+
+    def chain(rule, decay):
+        return adamjax.chain(rule, adamjax.add_decayed_weights(decay), rate)
+
+    optimizer = keras_adam(keras, cls="AdamW", weight_decay=0.3)
+    options = {"weight_decay": 0.3, "decoupled_weight_decay": True}
+    for read, old, rule, params in (
+        (convert.from_keras, optimizer, KERAS_RULE, KERAS_PARAMS),
+        (
+            convert.from_torch,
+            torch_of([np.ones(3, "f")], **options),
+            adamjax.scale_by_adam(eps=1e-8),
+            jnp.zeros(3),
+        ),
+    ):
+        read(old, chain(rule, adamjax.constant(0.3)), params)
+        with pytest.raises(ValueError, match=message):
+            read(old, chain(rule, ends), params)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    tx = adamjax.chain(adamjax.add_decayed_weights(ends), adam_like_optax())
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(old, tx, jnp.zeros(3))
 
 
 def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):

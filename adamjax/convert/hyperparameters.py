@@ -180,7 +180,7 @@ class _Check:
             rate = self._rate_of_leaf(path, part)
             if self._decay_at(path, part):
                 stated, in_tx = "a weight decay in its steps", "one in each call"
-            elif callable(rate) and not isinstance(rate, constant):
+            elif _follows_count(rate):
                 stated, in_tx = "a rate that changes with its steps", "one that counts calls"
             else:
                 continue
@@ -399,15 +399,6 @@ class _Check:
                     f"{float(self._rate(path, after, later - count)):g}",
                     "build tx with the same schedule",
                 )
-            decay = self._decay_after(path, after)
-            later_decay = self._decay_after(path, after, later - count)
-            if not same_value(decay, later_decay) and not math.isnan(later_decay):
-                self._refuse(
-                    path,
-                    f"a weight decay of {decay:g} before its learning rate, now and later",
-                    f"one of {later_decay:g} after {later} steps",
-                    "put add_decayed_weights before all that scales",
-                )
         self.agreeing.append((schedule, in_tx))
 
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
@@ -502,6 +493,15 @@ class _Check:
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
+        for i, part in enumerate((*before, *after)):
+            decay = self._decay_at(path, part)
+            scaling = before[i:] if i < len(before) else after[: i - len(before)]
+            rates = [self._rate_of_leaf(path, one) for one in scaling] if decay else []
+            if any(map(_follows_count, (decay, *rates))):
+                where = "" if _follows_count(decay) else " where a schedule of the rate scales it"
+                mend = f"put add_decayed_weights({stated:g}) before all that scales"
+                stated_decay = f"the same weight decay in each step, {stated:g}"
+                self._refuse(path, stated_decay, f"{part.tx!r}{where}", mend)
         before_rule, after_rule = self._decay_before(path, before), self._decay_after(path, after)
         # Pairs of the decay before the rule and the decay after it.
         allowed = {
@@ -562,10 +562,10 @@ class _Check:
         decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
         return any(tx.mask is not None for tx in decays)
 
-    def _decay_after(self, path: str, after: Sequence[Part], steps_later: int = 0) -> float:
+    def _decay_after(self, path: str, after: Sequence[Part]) -> float:
         """The weight decay that would have the same effect before everything that scales."""
         return sum(
-            decay / (self._factor(path, after[:i], steps_later) or math.nan)
+            decay / (self._factor(path, after[:i]) or math.nan)
             for i, decay in self._decays(path, after)
         )
 
@@ -586,6 +586,11 @@ class _Check:
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays
+
+
+def _follows_count(value: Any) -> bool:
+    """Whether a rate or a decay is a schedule that changes."""
+    return callable(value) and not isinstance(value, constant)
 
 
 def _is_same_clip(clip: Any, stated: Any) -> bool:

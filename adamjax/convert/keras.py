@@ -415,8 +415,9 @@ def from_keras(
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
     rate is refused. Arrays without names say so only if their iteration is int32 or they contain
     the product of Nadam. Others may be of tf_keras, which never stores the rate, or of Keras 3 with
-    TensorFlow and a schedule: then any rate of `tx` is taken. Names also say whether it is an
-    `AdamW`: if so, a `tx` without a weight decay is refused.
+    TensorFlow and a schedule: then any rate of `tx` is taken. A schedule of `tx` is compared with a
+    constant rate of Keras in the next step only, because a callback may set that. Names also say
+    whether it is an `AdamW`: if so, a `tx` without a weight decay is refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     The class of the optimizer tells them from Adam. So does its name, if the names of variables
@@ -500,7 +501,8 @@ def to_keras(
       state, tx, params: as for `to_optax`.
       target: the new optimizer, which must be built, or its variables, in one of the forms of
         `from_keras`. Its learning rate and dtypes stay, and so do variables that `order` leaves
-        out.
+        out. If `tx` has a schedule, it is compared with a constant rate of the target in the next
+        step only: build the new optimizer with a schedule.
       order, check: as for `from_keras`.
 
     Returns:

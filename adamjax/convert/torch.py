@@ -384,12 +384,14 @@ def from_torch(
     - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
       `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
     - `weight_decay` of Adam, Adamax and NAdam is `add_decayed_weights` before the rule. That of
-      AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it.
+      AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it. It must not follow
+      a schedule in `tx`.
     - With `maximize` torch negates gradients, and its moments are those of the negated gradients.
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
-      scheduler has ended. It counts steps, so within `accumulate_gradients` of `tx` it must be
+      scheduler has ended. Later rates of `tx` are not compared, because a training loop may set
+      `lr` by hand. A schedule counts steps, so within `accumulate_gradients` of `tx` it must be
       beside the rule. A scheduler that changes betas as well (`OneCycleLR`, by default) is refused.
     - `tx` must not clip after the rule. Clips and positive factors (`scale`) before it are not
       compared, because in torch they are not part of the optimizer.
@@ -464,7 +466,9 @@ def to_torch(
 
     Args:
       state, tx, params: as for `to_optax`.
-      target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
+      target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged. If `tx`
+        has a schedule, it is compared with `lr` in the next step only: give the new optimizer a
+        scheduler.
       order: as for `from_torch`. A `target` before its first step has no arrays yet, so no shapes
         can show a mistake. Then `order` is required if there are several leaves,
         unless torch's names give the order or all keys of `params` are numbers. And `adapt` is
