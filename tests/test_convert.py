@@ -1240,11 +1240,26 @@ def test_a_parameter_that_torch_never_trained():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
     kept = torch_state()
     del kept["state"][1]
-    with pytest.raises(ValueError, match=r"'a' has taken 1 steps and 'b' 0"):
+    message = (
+        r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
+        r"each part calls its schedule .* lambda count: schedule\(count \+ 1\)"
+    )
+    with pytest.raises(ValueError, match=message):
         convert.from_torch(kept, tx, params)
     apart = adamjax.partition([("a", tx)], default=tx)
     state = convert.from_torch(kept, apart, params)
     assert [int(s[0].count) for s in state] == [1, 0]
+    # torch decays only what has a gradient.
+    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    decays = {**torch_state(decay), "state": kept["state"]}
+    adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
+    apart = adamjax.partition([("a", adamw)], default=adamw)
+    with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
+        convert.from_torch(decays, apart, params)
+    convert.from_torch(decays, apart, params, check=False)
+    frozen = adamjax.partition([("b", adamjax.set_to_zero())], default=adamw)
+    convert.from_torch(decays, frozen, params, order=["a", None])
+    convert.from_torch({**decays, "state": {}}, adamw, params)
     only = adamjax.masked(tx, "a")
     state = convert.from_torch(kept, only, params, order=["a", None])
     assert int(adamjax.step_count(state)) == 1

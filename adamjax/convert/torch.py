@@ -361,7 +361,21 @@ def _read(
             product = number_of(owner, f"mu_product of {path!r}", product)
         steps = steps_taken(owner, repr(path), state["step"])
         source.add(path, LeafMoments(steps, slots, kinds, product, hyperparams))
+    if owner == "from_torch":
+        _doubt_unused(source)
     return source, key_of
+
+
+def _doubt_unused(source: Source) -> None:
+    """Adds a doubt if a leaf took no step yet, though others did, and `tx` would decay it."""
+    first = {path: of_leaf[0] for path, of_leaf in source.moments.items()}
+    unused = [path for path, x in first.items() if not x.count and x.hyperparams["weight_decay"]]
+    if unused and any(x.count for x in first.values()):
+        source.doubts.append(
+            f"torch has taken steps of other leaves, but none of {unused[0]!r}, which had no gradient, "
+            "and torch has not decayed it: if it stays without, leave it out (None in order=) and "
+            "freeze it (partition, set_to_zero)"
+        )
 
 
 def from_torch(
@@ -398,6 +412,11 @@ def from_torch(
     - In older versions of torch, the groups of Adam and AdamW have the same keys, without
       `decoupled_weight_decay`. They do not show which it was, so `tx` may have the weight decay
       before the rule or after it.
+    - torch counts the steps of each parameter. If the counts differ, `partition` must give the
+      parameters rules of their own. Each part calls its schedule with its own count. So if a
+      parameter joined after `k` steps, a schedule of all steps is there
+      `lambda count: schedule(count + k)`. A parameter without a gradient stays as it is in torch:
+      give it `None` in `order`, and freeze it with `partition` and `set_to_zero`.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
