@@ -1193,6 +1193,7 @@ TORCH_REFUSED = {
         r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
     ),
     "betas": ({"betas": (0.9, 0.99)}, r"b2=0.99, tx has b2=0.999"),
+    "betas close to 1": ({"betas": (0.9, 0.9990009)}, r"b2=0.9990009, tx has b2=0.999"),
     "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
     "decay": (
         {"weight_decay": 0.5},
@@ -1215,6 +1216,7 @@ def test_what_torch_says_is_compared(name):
     convert.from_torch(torch_state(), tx, params)
     with pytest.raises(ValueError, match=message):
         convert.from_torch(torch_state(group), tx, params)
+    convert.from_torch(torch_state({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
     state = tx.init(params)
     convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
     # The error begins alike, and then also says how to change the target.

@@ -14,7 +14,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
 from adamjax.convert.schedules import later_counts
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
-from adamjax.convert.values import leaves_by_path, same_value
+from adamjax.convert.values import leaves_by_path, same_decay, same_value
 from adamjax.exact import exact_rows
 from adamjax.guard import AccumulateGradientsState
 from adamjax.hyperparams import with_hyperparams
@@ -258,9 +258,10 @@ class _Check:
                 self.system.not_stated if eps is None else "",
             )
         for name, in_tx in (("b1", rule.b1), ("b2", rule.b2), ("eps", getattr(rule, form))):
-            if name in hyperparams and not same_value(hyperparams[name], in_tx):
+            same = same_value if name == "eps" else same_decay
+            if name in hyperparams and not same(hyperparams[name], in_tx):
                 name_in_tx = form if name == "eps" else name
-                stated = f"{name_in_tx}={float(hyperparams[name]):g}"
+                stated = f"{name_in_tx}={float(hyperparams[name]):.9g}"
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
         exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
@@ -347,11 +348,11 @@ class _Check:
         self, path: str, route: Sequence[Part], momentum: float, frequency: int | None
     ) -> None:
         """Compares the average of the weights, if `tx` has one."""
-        stated = f"momentum={momentum:g}, overwrite_frequency={frequency}"
+        stated = f"momentum={momentum:.9g}, overwrite_frequency={frequency}"
         for tx in (part.tx for part in route if isinstance(part.tx, weight_ema)):
-            if not same_value(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
+            if not same_decay(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
                 in_tx = f"momentum={tx.momentum}, overwrite_frequency={tx.overwrite_frequency}"
-                mend = f"build tx with weight_ema({momentum:g}, {frequency})"
+                mend = f"build tx with weight_ema({momentum:.9g}, {frequency})"
                 self._refuse(path, f"an average with {stated}", in_tx, mend)
 
     # --- the rate ---------------------------------------------------------------------------------

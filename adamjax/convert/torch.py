@@ -372,9 +372,9 @@ def _doubt_unused(source: Source) -> None:
     unused = [path for path, x in first.items() if not x.count and x.hyperparams["weight_decay"]]
     if unused and any(x.count for x in first.values()):
         source.doubts.append(
-            f"torch has taken steps of other leaves, but none of {unused[0]!r}, which had no gradient, "
-            "and torch has not decayed it: if it stays without, leave it out (None in order=) and "
-            "freeze it (partition, set_to_zero)"
+            f"torch has taken steps of other leaves, but none of {unused[0]!r}, which had no "
+            "gradient, and torch has not decayed it: if it stays without, leave it out (None in "
+            "order=) and freeze it (partition, set_to_zero)"
         )
 
 
