@@ -1758,9 +1758,10 @@ def test_variables_of_keras_say_that_there_is_a_schedule(keras):
             adamjax.adam(adamjax.constant(0.1)),
             adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
             adamjax.with_hyperparams(constant, learning_rate=0.1),
-            adamjax.scale_by_adam(),
         ):
             convert.from_keras(variables, tx, params)
+        with pytest.raises(ValueError, match=r"a learning rate for all leaves, tx has none for a"):
+            convert.from_keras(variables, adamjax.scale_by_adam(), params)
         convert.from_keras(variables, constant, params, check=False)
         with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
             convert.to_keras(constant.init(params), constant, params, variables)
@@ -4049,7 +4050,7 @@ def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_of_some_leaves_only_is_refused(system):
+def test_a_rate_of_some_leaves_or_none_is_refused(system):
     params = {"w": jnp.zeros(2), "z": jnp.zeros(3)}
     arrays = [np.ones(2, "f"), np.ones(3, "f")]
     rule = adamjax.scale_by_adam(eps=1e-8) if system == "torch" else adamjax.scale_by_adam()
@@ -4064,7 +4065,10 @@ def test_a_rate_of_some_leaves_only_is_refused(system):
         "keras": lambda tx: convert.from_keras(variables, tx, params),
     }[system]
     call(adamjax.chain(rule, rate))
-    call(rule)
+    with pytest.raises(
+        ValueError, match=r"'w': .*, tx has none for any: put scale_by_learning_rat"
+    ):
+        call(rule)
     for tx in (
         adamjax.partition([("w", adamjax.chain(rule, rate))], default=rule),
         adamjax.chain(rule, adamjax.masked(rate, "w")),

@@ -120,7 +120,7 @@ class _Check:
                 if hyperparams.get("in_steps"):
                     self._expect_in_steps(path, route[last:])
                 self._check_rate(path, route[last:], hyperparams)
-                if "learning_rate" in hyperparams:
+                if "learning_rate" in hyperparams or hyperparams.get("has_schedule"):
                     foreign = any(part.tx.has_foreign for part in route[last:])
                     has_rate[path] = foreign or self._rate(path, route[last:]) is not None
                 self._check_schedule(path, route[last:], hyperparams)
@@ -128,12 +128,12 @@ class _Check:
 
         self._expect_others_still(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
-        if without_rate and any(has_rate.values()):
+        if without_rate:
             self._refuse(
                 without_rate[0],
                 "a learning rate for all leaves",
-                "none for this leaf, and one for others",
-                "put scale_by_learning_rate after its rule too",
+                f"none for {'this leaf, and one for others' if any(has_rate.values()) else 'any'}",
+                "put scale_by_learning_rate after its rule",
             )
 
     def _expect_others_still(self, moments: Mapping[str, list[LeafMoments]]) -> None:
