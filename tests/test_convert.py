@@ -1364,12 +1364,70 @@ def test_parameters_without_names_and_leaves_of_one_shape(system):
         read(numbered([(3,), (2,)]), tx, different)
 
 
-def test_torch_may_have_the_transpose_of_a_leaf_and_keras_has_not():
+def test_leaves_that_are_transposes_of_each_other_have_no_order():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     shapes = [x.shape for x in params.values()]
-    convert.from_keras(numbered_keras(shapes), adamjax.adam(RATE, eps_hat=1e-7), params)
-    with pytest.raises(ValueError, match="give order="):
-        convert.from_torch(numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7), params)
+    for read, old, tx in (
+        (convert.from_keras, numbered_keras(shapes), adamjax.adam(RATE, eps_hat=1e-7)),
+        (convert.from_torch, numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7)),
+    ):
+        with pytest.raises(ValueError, match=r"one shape, but for the order of dim.*give order="):
+            read(old, tx, params)
+        read(old, tx, params, order=["a", "b"])
+
+
+def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
+    """As those of Equinox, in an autoencoder: each kernel has the shape of the other weight."""
+    names = ["encoder", "middle", "decoder"]
+    shapes = dict(zip(names, [(5, 2), (2, 2), (2, 5)], strict=True))
+    params = {name: {"weight": jnp.ones(shape[::-1])} for name, shape in shapes.items()}
+    order, tx = [f"{name}/weight" for name in names], adamjax.adam(0.1)
+
+    def turned(path, x):
+        return x.T
+
+    variables = [keras.Variable(np.ones(shape), name="kernel") for shape in shapes.values()]
+    for variable, name in zip(variables, names, strict=True):
+        variable._path = f"other/{name}_of_keras"
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(variables)
+    noises = [np.random.default_rng(i).normal(size=v.shape) for i, v in enumerate(variables)]
+    optimizer.apply([keras.ops.convert_to_tensor(x) for x in noises])
+    numbered = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
+    for old in (optimizer, numbered):
+        for options in ({}, {"adapt": turned}):
+            with pytest.raises(ValueError, match="give order="):
+                convert.from_keras(old, tx, params, **options)
+        state = convert.from_keras(old, tx, params, order=order, adapt=turned)
+        for name, x in zip(names, noises, strict=True):
+            assert_close(adamjax.get_slot(state, "m")[name]["weight"], 0.1 * x.T, rtol=1e-6)
+        back = convert.to_keras(state, tx, params, old, order=order, adapt=turned)
+        assert_same(list(back.values() if old is numbered else back), list(numbered.values()))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "name"),
+    [("weight", "kernel"), ("kernel", "kernel"), ("weight", "embeddings"), ("weight", "")],
+)
+def test_square_weights_may_be_the_transposes_of_keras_kernels(leaf, name):
+    params, tx = {"fc": {leaf: jnp.eye(2)}}, adamjax.adam(0.1)
+    square = np.tri(2, dtype=np.float32)
+    arrays = {"iteration": np.array(7), "learning_rate": np.array(0.1)}
+    arrays |= {f"fc_{name}_momentum": square, f"fc_{name}_velocity": np.ones((2, 2))}
+    old = [(f"adam/{key}", x) for key, x in arrays.items()] if name else list(arrays.values())
+    message = r"Keras' kernels are the transposes of weights .*'fc/weight'.*adapt=lambda path, x: "
+    for call in (
+        lambda **options: convert.from_keras(old, tx, params, **options),
+        lambda **options: convert.to_keras(tx.init(params), tx, params, old, **options),
+    ):
+        if leaf == "weight" and name != "embeddings":
+            with pytest.raises(ValueError, match=message):
+                call()
+        else:
+            call()
+        call(adapt=lambda path, x: x)
+    state = convert.from_keras(old, tx, params, adapt=lambda path, x: x.T)
+    assert_close(adamjax.get_slot(state, "m")["fc"][leaf], square.T, rtol=0)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -3025,15 +3083,20 @@ def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
 def test_the_adapt_that_errors_recommend_inverts_itself(shape):
-    """From torch's dimensions to those of a kernel, and back, whatever the rank."""
+    """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
     tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
     params = {"kernel": jnp.ones(shape)}
     target = torch_after_a_step((n_out, n_in, *window))
-    recommended = {}
+    weights, adam = {"weight": jnp.ones((n_out, n_in, *window))}, adamjax.adam(RATE)
+    variables, recommended = numbered_keras([shape]), {}
     for name, call in {
         "from_torch": lambda adapt: convert.from_torch(target, tx, params, adapt=adapt),
         "to_torch": lambda adapt: convert.to_torch(
             tx.init(params), tx, params, target, adapt=adapt
+        ),
+        "from_keras": lambda adapt: convert.from_keras(variables, adam, weights, adapt=adapt),
+        "to_keras": lambda adapt: convert.to_keras(
+            adam.init(weights), adam, weights, variables, adapt=adapt
         ),
     }.items():
         with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
@@ -3042,8 +3105,12 @@ def test_the_adapt_that_errors_recommend_inverts_itself(shape):
         recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
         call(recommended[name])
     x = np.arange(np.prod(shape)).reshape(shape)
-    back = recommended["from_torch"]("kernel", recommended["to_torch"]("kernel", x))
-    np.testing.assert_array_equal(back, x)
+    for there, back, leaf in (
+        ("to_torch", "from_torch", "kernel"),
+        ("from_keras", "to_keras", "weight"),
+    ):
+        again = recommended[back](leaf, recommended[there](leaf, x))
+        np.testing.assert_array_equal(again, x)
 
 
 def test_complex_leaves_do_not_go_to_torch():

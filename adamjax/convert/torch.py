@@ -1,14 +1,19 @@
 """States from and to torch."""
 
 import dataclasses
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
+from adamjax.convert.adapt import (
+    NOT_TRANSPOSED,
+    Adapt,
+    checked_adapt,
+    doubt_transposes,
+    kind_of_leaf,
+)
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
@@ -60,17 +65,6 @@ _KEYS_OF_OTHERS = {
 }
 # torch's names of slots, in the state of a parameter.
 _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
-
-# A user's function that makes an array fit a leaf, or torch's parameter.
-_Adapt = Callable[[str, np.ndarray], np.ndarray]
-# Names of leaves that have torch's order of dimensions.
-_AS_IN_TORCH = {"weight", "embedding", "embeddings", "embed", "emb", "table"}
-# What `adapt` does to a kernel of any rank. torch has the dimensions (out, in, *kernel_size), and
-# kernels have (*kernel_size, in, out).
-_TRANSPOSED = {
-    "from_torch": "x.transpose(*range(2, x.ndim), 1, 0)",
-    "to_torch": "x.transpose(-1, -2, *range(x.ndim - 2))",
-}
 
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
@@ -226,78 +220,12 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return names
 
 
-def _doubt_kernels(
-    source: Source, paths: Sequence[str | None], params: Tree, has_arrays: bool
-) -> None:
-    """Adds a doubt if no shape shows whether torch has the dimensions of kernels in another order.
-
-    Without torch's arrays, before its first step, no shape shows it.
-    """
-    leaves = leaves_by_path(source.owner, params)
-
-    def is_unclear(shape: tuple[int, ...]) -> bool:
-        is_same = (*shape[2:], shape[1], shape[0]) == shape
-        return is_same or not has_arrays
-
-    # The shape of another kernel shows nothing: one may be an embedding, which is not transposed.
-    kernels = [path for path in paths if path and np.ndim(leaves[path]) > 1]
-    for path in kernels:
-        shape = np.shape(leaves[path])
-        if _kind_of_leaf(path) in _AS_IN_TORCH or not is_unclear(shape):
-            continue
-        end = path.rpartition("/")[2]
-        is_reversed = all(np.ndim(leaves[path]) <= 3 for path in kernels)
-        mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
-        source.doubts.append(
-            f"torch's weights are the transposes of kernels, such as {path!r}, and its shape "
-            f"{list(shape)} does not show it: pass adapt=lambda path, x: {mend} if "
-            f"path.endswith({end!r}) else x, or adapt=lambda path, x: x if they are not transposed"
-        )
-
-
-def _kind_of_leaf(path: str) -> str:
-    """The words of a leaf's own name without numbers: `kernel` for `layers/0/kernel_0`."""
-    return re.sub(r"[\W\d_]+", " ", path.rpartition("/")[2].lower()).strip()
-
-
-def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarray]:
-    """A function of a path, the name of a slot and its array that calls the user's `adapt`."""
-    if adapt is None:
-        return lambda path, name, x: np.asarray(x)
-    expected = (
-        "expected a function of the path of a leaf and an array that returns an array: "
-        f"lambda path, x: {_TRANSPOSED[owner]} if path.endswith('kernel') else x"
-    )
-    if not callable(adapt):
-        raise TypeError(
-            f"{owner}: adapt is {adapt!r:.100} of type {type(adapt).__name__}, {expected}"
-        )
-    try:
-        inspect.signature(adapt).bind("path", np.zeros(()))
-    except TypeError:
-        raise TypeError(f"{owner}: adapt does not take two arguments, {expected}") from None
-    except ValueError:
-        pass  # Some functions written in C have no signature.
-
-    def adapted(path: str, name: str, x: Any) -> np.ndarray:
-        try:
-            array = adapt(path, x)
-        except Exception as error:
-            raise ValueError(
-                f"{owner}: adapt raises an error for {name} of {path!r}, of shape "
-                f"{list(np.shape(x))}: {error}. Are the leaves in the right order (order=)?"
-            ) from error
-        return numbers_of(owner, f"what adapt returns for {name} of {path!r}", array)
-
-    return adapted
-
-
 def _read(
     owner: str,
     state_dict: Mapping[str, Any],
     params: Tree,
     order: Order,
-    adapt: _Adapt | None,
+    adapt: Adapt | None,
     check: bool,
     adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
@@ -314,7 +242,7 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    fitted = _checked_adapt(owner, adapt)
+    fitted = checked_adapt(owner, adapt)
     read_groups = [_read_group(source, group) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
@@ -327,12 +255,12 @@ def _read(
         "torch",
         names,
         check,
-        may_transpose=True,
         may_reshape=adapted,
         has_arrays=has_arrays,
     )
     if not adapted:
-        _doubt_kernels(source, paths, params, has_arrays)
+        kernels = [path for path in paths if path and kind_of_leaf(path) not in NOT_TRANSPOSED]
+        doubt_transposes(source, leaves_by_path(owner, params), kernels, has_arrays)
     if len(keys) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(keys)} parameters, but "
@@ -384,7 +312,7 @@ def from_torch(
     params: Tree,
     *,
     order: Order = None,
-    adapt: _Adapt | None = None,
+    adapt: Adapt | None = None,
     average: Tree = None,
     check: bool = True,
     rtol: float = RTOL,
@@ -477,7 +405,7 @@ def to_torch(
     target: Mapping[str, Any],
     *,
     order: Order = None,
-    adapt: _Adapt | None = None,
+    adapt: Adapt | None = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> dict[str, Any]:
@@ -519,7 +447,7 @@ def to_torch(
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
     owner, adapted = "to_torch", adapt is not None
-    fitted = _checked_adapt(owner, adapt)
+    fitted = checked_adapt(owner, adapt)
     target_source, key_of = _read(owner, target, params, order, None, check, adapted)
     ours = AdamjaxState(owner, tx, state, params)
     filling = Translation(ours.read_for(target_source, check), ours, TORCH, check, rtol)
