@@ -516,6 +516,18 @@ KERAS = {
             adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75)
         ),
     ),
+    "accumulation, average that overwrites": (
+        lambda k: k.Adam(
+            RATE,
+            gradient_accumulation_steps=4,
+            use_ema=True,
+            ema_momentum=0.75,
+            ema_overwrite_frequency=1,
+        ),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75, 1)
+        ),
+    ),
     "accumulation, a schedule of calls": (
         lambda k: k.Adam(
             k.schedules.InverseTimeDecay(RATE, 1, 0.125), gradient_accumulation_steps=4

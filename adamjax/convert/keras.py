@@ -402,11 +402,12 @@ def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
         return
     for part in ours.parts:
         tx, is_inside = part.tx, id(part.tx) in ours.in_accumulated
-        if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency is not None):
+        # At every call, Keras does that in micro-batches too.
+        if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency not in (None, 1)):
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras averages the weights after every "
-                "micro-batch: put weight_ema after accumulate_gradients, without "
-                "overwrite_frequency, or pass check=False to average steps from here"
+                "micro-batch: put weight_ema after accumulate_gradients, with overwrite_frequency "
+                "None or 1, or pass check=False to average steps from here"
             )
         # After accumulate_gradients, where from_config puts it, the rate counts calls.
         if isinstance(tx, scale_by_learning_rate) and has_schedule(tx) and is_inside:
