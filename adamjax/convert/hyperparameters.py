@@ -336,13 +336,19 @@ class _Check:
                 f"{late[0]!r} inside of accumulate_gradients",
                 "put it outside of accumulate_gradients, or convert after a step",
             )
-        if not same_value(stated, self._factor(path, first)) or self._factor(path, rest) != 1:
-            self._refuse(
-                path,
-                f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor",
-                f"gradients multiplied by {self._factor(path, before):g} before the rule",
-                f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out",
+        early, later = self._factor(path, first), self._factor(path, rest)
+        if not same_value(stated, early) or later != 1:
+            in_tx = f"gradients multiplied by {early:g} before the rule"
+            mend = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
+            if later != 1:
+                in_tx = (
+                    f"gradients multiplied by {early:g} before a clip, and by {later:g} after it"
+                )
+                mend += ", and put none between a clip and the rule"
+            factor = (
+                f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor"
             )
+            self._refuse(path, factor, in_tx, mend)
 
     def _check_average(
         self, path: str, route: Sequence[Part], momentum: float, frequency: int | None

@@ -412,7 +412,8 @@ def to_torch(
     """The state dict with which an optimizer of torch continues from a state of `tx`.
 
     Args:
-      state, tx, params: as for `to_optax`.
+      state, tx, params: as for `to_optax`. A `weight_ema` in `tx` is refused, because torch's
+        optimizers have no average.
       target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged. If `tx`
         has a schedule, it is compared with `lr` in the next step only: give the new optimizer a
         scheduler.
@@ -450,7 +451,14 @@ def to_torch(
     fitted = checked_adapt(owner, adapt)
     target_source, key_of = _read(owner, target, params, order, None, check, adapted)
     ours = AdamjaxState(owner, tx, state, params)
-    filling = Translation(ours.read_for(target_source, check), ours, TORCH, check, rtol)
+    source = ours.read_for(target_source, check)
+    if check and source.average is not None:
+        raise ValueError(
+            f"{owner}: the state has an average of the weights, and torch's optimizer has none: "
+            "read it (adamjax.averaged_weights), and convert tx and its state without weight_ema, "
+            "or pass check=False to drop the average"
+        )
+    filling = Translation(source, ours, TORCH, check, rtol)
     states = dict(target["state"])
     for path, key in key_of.items():
         kind, moments, slots = filling.from_adamjax(path)
