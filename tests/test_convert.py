@@ -4065,13 +4065,16 @@ class HalvesOf(Transform):
         return jax.tree.map(lambda u: 0.5 * u, updates), state
 
 
+NO_LEAF = adamjax.masked(adamjax.scale(1.0), adamjax.optional("^z"))
+
+
 def test_transforms_of_the_users_own_beside_a_rule_are_refused():
     message = r"Halves.* of your own, which nothing can compare"
     for make in (
         lambda adam: adamjax.chain(adam, Halves()),
         HalvesOf,
         lambda adam: adamjax.chain(adam, HalvesOf(adamjax.scale(1.0))),
-        lambda adam: adamjax.chain(adam, HalvesOf(adamjax.masked(adamjax.scale(1.0), "z?"))),
+        lambda adam: adamjax.chain(adam, HalvesOf(NO_LEAF)),
     ):
         with pytest.raises(ValueError, match=message):
             convert.from_torch(torch_of([np.ones(3, "f")]), make(adam_like_optax()), jnp.zeros(3))
@@ -4212,15 +4215,21 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
     }[what]
     inside = adamjax.accumulate_gradients(adamjax.chain(rule, one), 4)
     outside = adamjax.chain(adamjax.accumulate_gradients(rule, 4), one)
+    between = adamjax.accumulate_gradients(outside, 2)
     old = torch_of([np.ones(3, "f")], **options)
     convert.from_torch(old, adamjax.chain(inside, *rest), params)
-    tx = adamjax.chain(outside, *rest)
-    for call in (
-        lambda: convert.from_torch(old, tx, params),
-        lambda: convert.to_torch(tx.init(params), tx, params, old),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    for tx in (adamjax.chain(outside, *rest), adamjax.chain(between, *rest)):
+        for call in (
+            lambda tx=tx: convert.from_torch(old, tx, params),
+            lambda tx=tx: convert.to_torch(tx.init(params), tx, params, old),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    # One object may be inside of one part, and outside of another.
+    params, old = {"a": params, "b": params}, torch_of([np.ones(3, "f")] * 2, **options)
+    tx = adamjax.chain(adamjax.partition([("a", inside)], default=outside), *rest)
+    with pytest.raises(ValueError, match=f"'b': .*{message}"):
+        convert.from_torch(old, tx, params, order=["a", "b"])
 
 
 def test_sparse_adam_of_torch_has_no_decay():

@@ -21,8 +21,8 @@ from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
 from adamjax.schedule import by_path, constant, rate_at
-from adamjax.structure import Part, states_of_class, walk
-from adamjax.transform import Rule
+from adamjax.structure import Part, states_of_class
+from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
@@ -71,24 +71,13 @@ class _Check:
     """One comparison of hyperparameters."""
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
-        self.owner, self.system = adamjax_state.owner, system
+        self.owner, self.ours, self.system = adamjax_state.owner, adamjax_state, system
         self.all_parts = adamjax_state.parts
-        innermost = [part for part in self.all_parts if not part.tx.parts]
-        self.parts_with_leaves = [
-            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
+        self.all_with_leaves = [
+            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in self.all_parts
         ]
-        # Transforms that nothing can compare, with the place of the last part inside.
-        self.others = [
-            (
-                i + len(list(walk(part.tx))) - 1,
-                part.tx,
-                frozenset(leaves_by_path(self.owner, part.params)),
-            )
-            for i, part in enumerate(self.all_parts)
-            if not is_of_adamjax(part.tx) or (part.tx.has_foreign and not part.tx.parts)
-        ]
+        self.parts_with_leaves = [pair for pair in self.all_with_leaves if not pair[0].tx.parts]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
-        self.in_accumulated = adamjax_state.in_accumulated
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
         # Pairs of schedules that agree in all steps that are compared.
@@ -174,9 +163,8 @@ class _Check:
 
     def _expect_in_steps(self, path: str, after: Sequence[Part]) -> None:
         """Refuses a decay in each call, or a schedule of calls, for a rule that accumulates."""
-        if id(after[0].tx) not in self.in_accumulated:
-            return
-        for part in (part for part in after if id(part.tx) not in self.in_accumulated):
+        num = self.ours.num_accumulations(after[0])
+        for part in (part for part in after if self.ours.num_accumulations(part) < num):
             rate = self._rate_of_leaf(path, part)
             if self._decay_at(path, part):
                 stated, in_tx = "a weight decay in its steps", "one in each call"
@@ -190,15 +178,18 @@ class _Check:
     def _check_others(self, path: str, rule: Part, allowed: str | None) -> None:
         """Refuses transforms of other libraries where the system has nothing beside the rule.
 
-        A transform around others may change what goes into them, and what comes out.
+        One around the rule may change what goes into it, and what comes out.
         """
         if allowed is None:
             return
         place = next(i for i, part in enumerate(self.all_parts) if part is rule)
+        around = {id(part) for part in self.ours.around(rule)}
         others = [
-            tx
-            for end, tx, leaves in self.others
-            if path in leaves and (allowed == "none" or end >= place)
+            part.tx
+            for i, (part, leaves) in enumerate(self.all_with_leaves)
+            if path in leaves
+            and (isinstance(part.tx, foreign) or not is_of_adamjax(part.tx))
+            and (allowed == "none" or i >= place or id(part) in around)
         ]
         if others:
             whose = "another library" if others[0].has_foreign else "your own"
@@ -309,11 +300,11 @@ class _Check:
                 if isinstance(part.tx, clip_by_global_norm)
                 and leaves.keys() != leaves_by_path(self.owner, part.params).keys()
             ]
-            outside = [tx for tx in clips if id(tx) not in self.in_accumulated]
+            outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
             if partial:
                 in_tx = f"{partial[0]!r} of other leaves"
                 mend = "clip the leaves that its optimizer has by one norm, and no others (masked)"
-            elif self.in_accumulated and outside:
+            elif self.ours.accumulations and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
                 mend = "put it inside, before the rule"
             else:
@@ -327,7 +318,7 @@ class _Check:
         late = [
             part.tx
             for part in before
-            if id(part.tx) in self.in_accumulated and self._factor(path, [part]) != 1
+            if self.ours.num_accumulations(part) and self._factor(path, [part]) != 1
         ]
         if late and self.is_amid_accumulation:
             self._refuse(
