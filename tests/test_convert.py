@@ -516,6 +516,18 @@ KERAS = {
             adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75)
         ),
     ),
+    "accumulation, average that overwrites": (
+        lambda k: k.Adam(
+            RATE,
+            gradient_accumulation_steps=4,
+            use_ema=True,
+            ema_momentum=0.75,
+            ema_overwrite_frequency=1,
+        ),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.adam(RATE), 4), adamjax.weight_ema(0.75, 1)
+        ),
+    ),
     "accumulation, a schedule of calls": (
         lambda k: k.Adam(
             k.schedules.InverseTimeDecay(RATE, 1, 0.125), gradient_accumulation_steps=4
@@ -1193,6 +1205,7 @@ TORCH_REFUSED = {
         r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
     ),
     "betas": ({"betas": (0.9, 0.99)}, r"b2=0.99, tx has b2=0.999"),
+    "betas close to 1": ({"betas": (0.9, 0.9990009)}, r"b2=0.9990009, tx has b2=0.999"),
     "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
     "decay": (
         {"weight_decay": 0.5},
@@ -1215,6 +1228,7 @@ def test_what_torch_says_is_compared(name):
     convert.from_torch(torch_state(), tx, params)
     with pytest.raises(ValueError, match=message):
         convert.from_torch(torch_state(group), tx, params)
+    convert.from_torch(torch_state({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
     state = tx.init(params)
     convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
     # The error begins alike, and then also says how to change the target.
@@ -1240,11 +1254,26 @@ def test_a_parameter_that_torch_never_trained():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
     kept = torch_state()
     del kept["state"][1]
-    with pytest.raises(ValueError, match=r"'a' has taken 1 steps and 'b' 0"):
+    message = (
+        r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
+        r"each part calls its schedule .* lambda count: schedule\(count \+ 1\)"
+    )
+    with pytest.raises(ValueError, match=message):
         convert.from_torch(kept, tx, params)
     apart = adamjax.partition([("a", tx)], default=tx)
     state = convert.from_torch(kept, apart, params)
     assert [int(s[0].count) for s in state] == [1, 0]
+    # torch decays only what has a gradient.
+    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    decays = {**torch_state(decay), "state": kept["state"]}
+    adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
+    apart = adamjax.partition([("a", adamw)], default=adamw)
+    with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
+        convert.from_torch(decays, apart, params)
+    convert.from_torch(decays, apart, params, check=False)
+    frozen = adamjax.partition([("b", adamjax.set_to_zero())], default=adamw)
+    convert.from_torch(decays, frozen, params, order=["a", None])
+    convert.from_torch({**decays, "state": {}}, adamw, params)
     only = adamjax.masked(tx, "a")
     state = convert.from_torch(kept, only, params, order=["a", None])
     assert int(adamjax.step_count(state)) == 1
@@ -1347,12 +1376,70 @@ def test_parameters_without_names_and_leaves_of_one_shape(system):
         read(numbered([(3,), (2,)]), tx, different)
 
 
-def test_torch_may_have_the_transpose_of_a_leaf_and_keras_has_not():
+def test_leaves_that_are_transposes_of_each_other_have_no_order():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     shapes = [x.shape for x in params.values()]
-    convert.from_keras(numbered_keras(shapes), adamjax.adam(RATE, eps_hat=1e-7), params)
-    with pytest.raises(ValueError, match="give order="):
-        convert.from_torch(numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7), params)
+    for read, old, tx in (
+        (convert.from_keras, numbered_keras(shapes), adamjax.adam(RATE, eps_hat=1e-7)),
+        (convert.from_torch, numbered_torch(shapes), adamjax.adam(RATE, eps=1e-7)),
+    ):
+        with pytest.raises(ValueError, match=r"one shape, but for the order of dim.*give order="):
+            read(old, tx, params)
+        read(old, tx, params, order=["a", "b"])
+
+
+def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
+    """As those of Equinox, in an autoencoder: each kernel has the shape of the other weight."""
+    names = ["encoder", "middle", "decoder"]
+    shapes = dict(zip(names, [(5, 2), (2, 2), (2, 5)], strict=True))
+    params = {name: {"weight": jnp.ones(shape[::-1])} for name, shape in shapes.items()}
+    order, tx = [f"{name}/weight" for name in names], adamjax.adam(0.1)
+
+    def turned(path, x):
+        return x.T
+
+    variables = [keras.Variable(np.ones(shape), name="kernel") for shape in shapes.values()]
+    for variable, name in zip(variables, names, strict=True):
+        variable._path = f"other/{name}_of_keras"
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(variables)
+    noises = [np.random.default_rng(i).normal(size=v.shape) for i, v in enumerate(variables)]
+    optimizer.apply([keras.ops.convert_to_tensor(x) for x in noises])
+    numbered = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
+    for old in (optimizer, numbered):
+        for options in ({}, {"adapt": turned}):
+            with pytest.raises(ValueError, match="give order="):
+                convert.from_keras(old, tx, params, **options)
+        state = convert.from_keras(old, tx, params, order=order, adapt=turned)
+        for name, x in zip(names, noises, strict=True):
+            assert_close(adamjax.get_slot(state, "m")[name]["weight"], 0.1 * x.T, rtol=1e-6)
+        back = convert.to_keras(state, tx, params, old, order=order, adapt=turned)
+        assert_same(list(back.values() if old is numbered else back), list(numbered.values()))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "name"),
+    [("weight", "kernel"), ("kernel", "kernel"), ("weight", "embeddings"), ("weight", "")],
+)
+def test_square_weights_may_be_the_transposes_of_keras_kernels(leaf, name):
+    params, tx = {"fc": {leaf: jnp.eye(2)}}, adamjax.adam(0.1)
+    square = np.tri(2, dtype=np.float32)
+    arrays = {"iteration": np.array(7), "learning_rate": np.array(0.1)}
+    arrays |= {f"fc_{name}_momentum": square, f"fc_{name}_velocity": np.ones((2, 2))}
+    old = [(f"adam/{key}", x) for key, x in arrays.items()] if name else list(arrays.values())
+    message = r"Keras' kernels are the transposes of weights .*'fc/weight'.*adapt=lambda path, x: "
+    for call in (
+        lambda **options: convert.from_keras(old, tx, params, **options),
+        lambda **options: convert.to_keras(tx.init(params), tx, params, old, **options),
+    ):
+        if leaf == "weight" and name != "embeddings":
+            with pytest.raises(ValueError, match=message):
+                call()
+        else:
+            call()
+        call(adapt=lambda path, x: x)
+    state = convert.from_keras(old, tx, params, adapt=lambda path, x: x.T)
+    assert_close(adamjax.get_slot(state, "m")["fc"][leaf], square.T, rtol=0)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -1557,7 +1644,7 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
         (
             {"loss_scale_factor": 8.0, "clipnorm": 0.5},
             clipped_by(adamjax.clip_by_norm(0.5), adamjax.scale(0.125)),
-            r"gradients multiplied by 0.125, tx",
+            r"multiplied by 0.125, tx has .* by 1 before a clip, and by 0.125 after it: .*begin tx",
         ),
         (
             {"loss_scale_factor": 2.0},
@@ -1720,7 +1807,7 @@ def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
             convert.from_keras(optimizer, adamjax.adam(rates), params)
 
 
-def test_names_of_keras_say_that_there_is_a_schedule(keras):
+def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
@@ -1728,8 +1815,9 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
     current = [(v.path, np.asarray(v)) for v in optimizer.variables]
     of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
     of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
-    constant = adamjax.adam(0.1)
-    for variables in (optimizer.variables, dict(current), of_tf_keras):
+    constant, arrays = adamjax.adam(0.1), [x for _, x in current]
+    numbered = {str(i): x for i, x in enumerate(arrays)}
+    for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):
         for tx in (constant, adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))):
             with pytest.raises(
                 ValueError, match=r"follows a schedule .* tx has a constant one: bu"
@@ -1740,12 +1828,17 @@ def test_names_of_keras_say_that_there_is_a_schedule(keras):
             adamjax.adam(adamjax.constant(0.1)),
             adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
             adamjax.with_hyperparams(constant, learning_rate=0.1),
-            adamjax.scale_by_adam(),
         ):
             convert.from_keras(variables, tx, params)
+        with pytest.raises(ValueError, match=r"a learning rate for all leaves, tx has none for a"):
+            convert.from_keras(variables, adamjax.scale_by_adam(), params)
         convert.from_keras(variables, constant, params, check=False)
         with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
             convert.to_keras(constant.init(params), constant, params, variables)
+    # tf_keras and older ones have an iteration in int64, and never a rate among their arrays.
+    convert.from_keras([np.array(0, np.int64), *arrays[1:]], constant, params)
+    two = [np.array(0, np.int32), *[np.zeros(n) for n in (2, 3, 2, 3)]]
+    convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
 
 
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
@@ -3002,15 +3095,20 @@ def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
 def test_the_adapt_that_errors_recommend_inverts_itself(shape):
-    """From torch's dimensions to those of a kernel, and back, whatever the rank."""
+    """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
     tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
     params = {"kernel": jnp.ones(shape)}
     target = torch_after_a_step((n_out, n_in, *window))
-    recommended = {}
+    weights, adam = {"weight": jnp.ones((n_out, n_in, *window))}, adamjax.adam(RATE)
+    variables, recommended = numbered_keras([shape]), {}
     for name, call in {
         "from_torch": lambda adapt: convert.from_torch(target, tx, params, adapt=adapt),
         "to_torch": lambda adapt: convert.to_torch(
             tx.init(params), tx, params, target, adapt=adapt
+        ),
+        "from_keras": lambda adapt: convert.from_keras(variables, adam, weights, adapt=adapt),
+        "to_keras": lambda adapt: convert.to_keras(
+            adam.init(weights), adam, weights, variables, adapt=adapt
         ),
     }.items():
         with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
@@ -3019,8 +3117,12 @@ def test_the_adapt_that_errors_recommend_inverts_itself(shape):
         recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
         call(recommended[name])
     x = np.arange(np.prod(shape)).reshape(shape)
-    back = recommended["from_torch"]("kernel", recommended["to_torch"]("kernel", x))
-    np.testing.assert_array_equal(back, x)
+    for there, back, leaf in (
+        ("to_torch", "from_torch", "kernel"),
+        ("from_keras", "to_keras", "weight"),
+    ):
+        again = recommended[back](leaf, recommended[there](leaf, x))
+        np.testing.assert_array_equal(again, x)
 
 
 def test_complex_leaves_do_not_go_to_torch():
@@ -3456,7 +3558,7 @@ def test_states_of_optax_in_a_dictionary_have_no_order():
         convert.to_optax(state, ours, TWO, theirs)
 
 
-def test_an_average_that_sets_the_weights_is_not_dropped():
+def test_an_average_is_not_dropped():
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=3))
     state = tx.init(TWO)
     message = r"sets the weights to their average, and the other system has no average"
@@ -3467,6 +3569,10 @@ def test_an_average_that_sets_the_weights_is_not_dropped():
     kept = {"state": {}, "param_groups": [group]}
     with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
         convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
+    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5))
+    with pytest.raises(ValueError, match=r"to_torch: the state has an average of the weights"):
+        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
+    convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept, check=False)
 
 
 def test_updates_that_torch_does_not_clip():
@@ -4078,10 +4184,40 @@ class Halves(Transform):
         return jax.tree.map(lambda u: 0.5 * u, updates), state
 
 
-def test_transforms_of_the_users_own_beside_a_rule_of_torch_are_refused():
-    tx = adamjax.chain(adam_like_optax(), Halves())
-    with pytest.raises(ValueError, match=r"Halves.* of your own, which nothing can compare"):
-        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3))
+class HalvesOf(Transform):
+    """One around others."""
+
+    tx: Any
+
+    def init(self, params):
+        return self.tx.init(params)
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates, state = self.tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u: 0.5 * u, updates), state
+
+
+NO_LEAF = adamjax.masked(adamjax.scale(1.0), adamjax.optional("^z"))
+
+
+def test_transforms_of_the_users_own_beside_a_rule_are_refused():
+    message = r"Halves.* of your own, which nothing can compare"
+    for make in (
+        lambda adam: adamjax.chain(adam, Halves()),
+        HalvesOf,
+        lambda adam: adamjax.chain(adam, HalvesOf(adamjax.scale(1.0))),
+        lambda adam: adamjax.chain(adam, HalvesOf(NO_LEAF)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(torch_of([np.ones(3, "f")]), make(adam_like_optax()), jnp.zeros(3))
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(NAMED, make(adamjax.adam(0.1)), {"w": jnp.zeros(2)})
+    # Variables of Keras do not contain what it does to gradients.
+    tx = adamjax.chain(HalvesOf(adamjax.scale(1.0)), adamjax.adam(0.1))
+    convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)})
+
+
+def test_torch_clips_before_its_weight_decay():
     decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
     old = torch_of([np.ones(3, "f")], weight_decay=0.3)
     convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))
@@ -4114,24 +4250,25 @@ NAMED = [
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_before_the_rule_is_a_negation(system):
-    before = adamjax.chain(
-        adamjax.scale_by_learning_rate(1.0),
-        adam_like_optax() if system == "torch" else adamjax.adam(0.1),
-    )
+def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
+    adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
+    before = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adam)
     convert_to = {
         "torch": lambda tx: convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3)),
         "keras": lambda tx: convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)}),
     }[system]
     with pytest.raises(ValueError, match=r"has gradients as they are, tx has .*before the rule"):
         convert_to(before)
+    for zero in (adamjax.set_to_zero(), adamjax.scale(0.0)):
+        with pytest.raises(ValueError, match=r"as they are, tx has s.* before the rule: leave it"):
+            convert_to(adamjax.chain(zero, adam))
     if system == "torch":
         old = torch_of([np.ones(3, "f")], maximize=True)
         convert.from_torch(old, before, jnp.zeros(3))
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_of_some_leaves_only_is_refused(system):
+def test_a_rate_of_some_leaves_or_none_is_refused(system):
     params = {"w": jnp.zeros(2), "z": jnp.zeros(3)}
     arrays = [np.ones(2, "f"), np.ones(3, "f")]
     rule = adamjax.scale_by_adam(eps=1e-8) if system == "torch" else adamjax.scale_by_adam()
@@ -4146,7 +4283,10 @@ def test_a_rate_of_some_leaves_only_is_refused(system):
         "keras": lambda tx: convert.from_keras(variables, tx, params),
     }[system]
     call(adamjax.chain(rule, rate))
-    call(rule)
+    with pytest.raises(
+        ValueError, match=r"'w': .*, tx has none for any: put scale_by_learning_rat"
+    ):
+        call(rule)
     for tx in (
         adamjax.partition([("w", adamjax.chain(rule, rate))], default=rule),
         adamjax.chain(rule, adamjax.masked(rate, "w")),
@@ -4187,26 +4327,41 @@ def test_names_of_keras_may_be_bytes():
         assert_same(convert.from_keras(variables, tx, params), expected)
 
 
-@pytest.mark.parametrize("place", ["inside", "outside of"])
-def test_a_decay_of_torch_is_in_the_steps_of_its_rule(place):
+@pytest.mark.parametrize("what", ["decay", "schedule"])
+def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
     """The loop of torch takes a step for several micro-batches, and decays once for them."""
-    rule, decay = adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.3)
-    rate = adamjax.scale_by_learning_rate(0.1)
-    if place == "inside":
-        tx = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(rule, decay), 4), rate)
-    else:
-        tx = adamjax.chain(adamjax.accumulate_gradients(rule, 4), decay, rate)
-    params = jnp.zeros(3)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3, decoupled_weight_decay=True)
-    if place == "inside":
-        convert.from_torch(old, tx, params)
-    else:
+    rule, params = adamjax.scale_by_adam(eps=1e-8), jnp.zeros(3)
+    one, rest, options, message = {
+        "decay": (
+            adamjax.add_decayed_weights(0.3),
+            [adamjax.scale_by_learning_rate(adamjax.constant(0.1))],
+            {"weight_decay": 0.3, "decoupled_weight_decay": True},
+            r"a weight decay in its steps, tx has one in each call.*put it inside accumulate_grad",
+        ),
+        "schedule": (
+            adamjax.scale_by_learning_rate(adamjax.piecewise_constant([90], [0.1, 0.05])),
+            [],
+            {"initial_lr": 0.1},
+            r"changes with its steps, tx has one that counts calls.*put it inside accumulate_grad",
+        ),
+    }[what]
+    inside = adamjax.accumulate_gradients(adamjax.chain(rule, one), 4)
+    outside = adamjax.chain(adamjax.accumulate_gradients(rule, 4), one)
+    between = adamjax.accumulate_gradients(outside, 2)
+    old = torch_of([np.ones(3, "f")], **options)
+    convert.from_torch(old, adamjax.chain(inside, *rest), params)
+    for tx in (adamjax.chain(outside, *rest), adamjax.chain(between, *rest)):
         for call in (
-            lambda: convert.from_torch(old, tx, params),
-            lambda: convert.to_torch(tx.init(params), tx, params, old),
+            lambda tx=tx: convert.from_torch(old, tx, params),
+            lambda tx=tx: convert.to_torch(tx.init(params), tx, params, old),
         ):
-            with pytest.raises(ValueError, match=r"in each call.*put it inside accumulate_grad"):
+            with pytest.raises(ValueError, match=message):
                 call()
+    # One object may be inside of one part, and outside of another.
+    params, old = {"a": params, "b": params}, torch_of([np.ones(3, "f")] * 2, **options)
+    tx = adamjax.chain(adamjax.partition([("a", inside)], default=outside), *rest)
+    with pytest.raises(ValueError, match=f"'b': .*{message}"):
+        convert.from_torch(old, tx, params, order=["a", "b"])
 
 
 def test_sparse_adam_of_torch_has_no_decay():
@@ -4257,7 +4412,7 @@ def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
         convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
 
 
-def test_a_decay_of_keras_follows_its_schedule(keras):
+def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([8], [0.1, 0.02])
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
     optimizer.build([keras.Variable(np.ones(3, np.float32), name=name) for name in KERAS_PARAMS])
@@ -4266,8 +4421,37 @@ def test_a_decay_of_keras_follows_its_schedule(keras):
     convert.from_keras(optimizer, adamjax.chain(KERAS_RULE, decay, rate(steps)), KERAS_PARAMS)
     factors = adamjax.piecewise_constant([8], [1.0, 0.2])
     tx = adamjax.chain(KERAS_RULE, adamjax.scale(-1.0), rate(factors), decay, rate(0.1))
-    with pytest.raises(ValueError, match=r"a weight decay of 0.3 .*, tx has one of 1.5 after"):
+    with pytest.raises(
+        ValueError, match=r"in each step, 0.3, tx has .*schedule of the rate scales"
+    ):
         convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
+def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
+    ends, rate = adamjax.piecewise_constant([20], [0.3, 0.0]), adamjax.scale_by_learning_rate(0.1)
+    message = r"the same weight decay in each step, 0.3, tx has .*put add_decayed_weights\(0.3\)"
+
+    def chain(rule, decay):
+        return adamjax.chain(rule, adamjax.add_decayed_weights(decay), rate)
+
+    optimizer = keras_adam(keras, cls="AdamW", weight_decay=0.3)
+    options = {"weight_decay": 0.3, "decoupled_weight_decay": True}
+    for read, old, rule, params in (
+        (convert.from_keras, optimizer, KERAS_RULE, KERAS_PARAMS),
+        (
+            convert.from_torch,
+            torch_of([np.ones(3, "f")], **options),
+            adamjax.scale_by_adam(eps=1e-8),
+            jnp.zeros(3),
+        ),
+    ):
+        read(old, chain(rule, adamjax.constant(0.3)), params)
+        with pytest.raises(ValueError, match=message):
+            read(old, chain(rule, ends), params)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    tx = adamjax.chain(adamjax.add_decayed_weights(ends), adam_like_optax())
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(old, tx, jnp.zeros(3))
 
 
 def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):

@@ -82,7 +82,7 @@ class AdamjaxState:
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
       in_accumulated: the transforms inside an `accumulate_gradients`, by `id`: equal ones may be
-        outside.
+        outside. (One object may be in both places: `num_accumulations` tells these apart.)
       doubts: as in `Source`.
 
     Raises:
@@ -120,6 +120,11 @@ class AdamjaxState:
             for part in accumulating
         ]
         self.in_accumulated = {id(p.tx) for part in accumulating for p in walk(part.tx.tx)}
+        # By the `id` of a part, those around it, outermost first.
+        self._around: dict[int, list[Part]] = {id(part): [] for part in self.parts}
+        for i, part in enumerate(self.parts):
+            for inner in self.parts[i + 1 : i + len(list(walk(part.tx)))]:
+                self._around[id(inner)].append(part)
         self.doubts = [
             f"{name} is around transforms of adamjax, and its own {', '.join(fields)} cannot be "
             "converted: use adamjax's accumulate_gradients, skip_not_finite or with_hyperparams in "
@@ -145,6 +150,14 @@ class AdamjaxState:
         """The part that a state belongs to; `None` inside a transform of another library."""
         part = self._part_of.get(id(state))
         return part if part is not None and part.state is state else None
+
+    def around(self, part: Part) -> list[Part]:
+        """The parts around one of the parts, outermost first."""
+        return self._around[id(part)]
+
+    def num_accumulations(self, part: Part) -> int:
+        """How many `accumulate_gradients` are around one of the parts."""
+        return sum(isinstance(one.tx, accumulate_gradients) for one in self.around(part))
 
     def _tx_of(self, state: Any) -> Any:
         part = self.part(state)

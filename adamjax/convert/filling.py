@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
-from adamjax.convert.source import LeafMoments, Source
+from adamjax.convert.source import LeafMoments, Source, shifted_schedule
 from adamjax.convert.values import class_name
 from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
@@ -73,10 +73,12 @@ class Filling:
             first_of.setdefault(one.count, path)
         if len(first_of) > 1:
             (a, first), (b, second) = list(first_of.items())[:2]
+            left_out = " (None in order=)" if self.owner == "from_torch" else ""
             raise ValueError(
                 f"{self.owner}: {first!r} has taken {a} steps and {second!r} {b}, but one rule "
-                "counts the steps of all its leaves: give them rules of their own with partition, "
-                "or leave out one that is not trained with masked"
+                f"counts the steps of all its leaves: leave out{left_out} and freeze (partition, "
+                "set_to_zero) a leaf that has no gradient, and give the others rules of their own "
+                f"with partition; {shifted_schedule(a, b)}"
             )
         return next(iter(first_of), 0)
 

@@ -14,15 +14,15 @@ from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
 from adamjax.convert.schedules import later_counts
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
-from adamjax.convert.values import leaves_by_path, same_value
+from adamjax.convert.values import leaves_by_path, same_decay, same_value
 from adamjax.exact import exact_rows
 from adamjax.guard import AccumulateGradientsState
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
-from adamjax.schedule import by_path, rate_at
+from adamjax.schedule import by_path, constant, rate_at
 from adamjax.structure import Part, states_of_class
-from adamjax.transform import Rule
+from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
@@ -31,7 +31,7 @@ _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # one applies.
 _SHOWN = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
-    **dict.fromkeys(("clips_updates", "decays_in_steps"), ""),
+    **dict.fromkeys(("clips_updates", "in_steps"), ""),
     "has_schedule": "a schedule of the rate",
     "has_decay": "a weight decay",
     "gradient_factor": "a factor of gradients",
@@ -51,10 +51,11 @@ def expect_same_hyperparameters(
     - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
       is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `decays_in_steps`: whether a decay after the rule is in the same steps as the rule.
-      `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`: whether
-      some leaf decays, by any amount.
-    - `maximize`: whether gradients are negated before the rule; without it, that is not compared.
+      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
+      whether some leaf decays, by any amount.
+    - `in_steps`: whether a decay after the rule and a schedule of the rate count the rule's steps.
+    - `maximize`: whether gradients are negated before the rule; without it, that is not compared,
+      and neither is whether they are multiplied by 0.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: the transforms that clip before the rule, in order: all there are.
       `clips_updates`: whether there may be others after the rule.
@@ -70,14 +71,13 @@ class _Check:
     """One comparison of hyperparameters."""
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
-        self.owner, self.system = adamjax_state.owner, system
+        self.owner, self.ours, self.system = adamjax_state.owner, adamjax_state, system
         self.all_parts = adamjax_state.parts
-        innermost = [part for part in self.all_parts if not part.tx.parts]
-        self.parts_with_leaves = [
-            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in innermost
+        self.all_with_leaves = [
+            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in self.all_parts
         ]
+        self.parts_with_leaves = [pair for pair in self.all_with_leaves if not pair[0].tx.parts]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
-        self.in_accumulated = adamjax_state.in_accumulated
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
         # Pairs of schedules that agree in all steps that are compared.
@@ -97,7 +97,7 @@ class _Check:
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
-                self._check_others(path, route, last, hyperparams.get("others"))
+                self._check_others(path, route[last], hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
                     self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
@@ -106,8 +106,10 @@ class _Check:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
                     self._check_average(path, route, *hyperparams["average"])
+                if hyperparams.get("in_steps"):
+                    self._expect_in_steps(path, route[last:])
                 self._check_rate(path, route[last:], hyperparams)
-                if "learning_rate" in hyperparams:
+                if "learning_rate" in hyperparams or hyperparams.get("has_schedule"):
                     foreign = any(part.tx.has_foreign for part in route[last:])
                     has_rate[path] = foreign or self._rate(path, route[last:]) is not None
                 self._check_schedule(path, route[last:], hyperparams)
@@ -115,12 +117,12 @@ class _Check:
 
         self._expect_others_still(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
-        if without_rate and any(has_rate.values()):
+        if without_rate:
             self._refuse(
                 without_rate[0],
                 "a learning rate for all leaves",
-                "none for this leaf, and one for others",
-                "put scale_by_learning_rate after its rule too",
+                f"none for {'this leaf, and one for others' if any(has_rate.values()) else 'any'}",
+                "put scale_by_learning_rate after its rule",
             )
 
     def _expect_others_still(self, moments: Mapping[str, list[LeafMoments]]) -> None:
@@ -159,12 +161,36 @@ class _Check:
                 in_tx = f"{part.tx!r} after its weight decay"
                 self._refuse(path, "clips before its weight decay only", in_tx, mend)
 
-    def _check_others(
-        self, path: str, route: Sequence[Part], last: int, allowed: str | None
-    ) -> None:
-        """Refuses transforms of other libraries where the system has nothing beside the rule."""
-        checked = {None: (), "before": route[last:], "none": route}[allowed]
-        others = [part.tx for part in checked if part.tx.has_foreign or not is_of_adamjax(part.tx)]
+    def _expect_in_steps(self, path: str, after: Sequence[Part]) -> None:
+        """Refuses a decay in each call, or a schedule of calls, for a rule that accumulates."""
+        num = self.ours.num_accumulations(after[0])
+        for part in (part for part in after if self.ours.num_accumulations(part) < num):
+            rate = self._rate_of_leaf(path, part)
+            if self._decay_at(path, part):
+                stated, in_tx = "a weight decay in its steps", "one in each call"
+            elif _follows_count(rate):
+                stated, in_tx = "a rate that changes with its steps", "one that counts calls"
+            else:
+                continue
+            mend = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
+            self._refuse(path, stated, f"{in_tx}, {part.tx!r}", mend)
+
+    def _check_others(self, path: str, rule: Part, allowed: str | None) -> None:
+        """Refuses transforms of other libraries where the system has nothing beside the rule.
+
+        One around the rule may change what goes into it, and what comes out.
+        """
+        if allowed is None:
+            return
+        place = next(i for i, part in enumerate(self.all_parts) if part is rule)
+        around = {id(part) for part in self.ours.around(rule)}
+        others = [
+            part.tx
+            for i, (part, leaves) in enumerate(self.all_with_leaves)
+            if path in leaves
+            and (isinstance(part.tx, foreign) or not is_of_adamjax(part.tx))
+            and (allowed == "none" or i >= place or id(part) in around)
+        ]
         if others:
             whose = "another library" if others[0].has_foreign else "your own"
             self._refuse(
@@ -223,9 +249,10 @@ class _Check:
                 self.system.not_stated if eps is None else "",
             )
         for name, in_tx in (("b1", rule.b1), ("b2", rule.b2), ("eps", getattr(rule, form))):
-            if name in hyperparams and not same_value(hyperparams[name], in_tx):
+            same = same_value if name == "eps" else same_decay
+            if name in hyperparams and not same(hyperparams[name], in_tx):
                 name_in_tx = form if name == "eps" else name
-                stated = f"{name_in_tx}={float(hyperparams[name]):g}"
+                stated = f"{name_in_tx}={float(hyperparams[name]):.9g}"
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
         exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
@@ -234,9 +261,13 @@ class _Check:
             self._refuse(path, stated, rows, "build it with rows='lazy'")
 
     def _check_direction(self, path: str, before: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares whether gradients are negated before the rule: torch's `maximize`."""
+        """Compares the sign of gradients before the rule (torch's `maximize`); 0 is refused."""
         if "maximize" not in hyperparams:
             return
+        if self._factor(path, before) == 0:
+            zero = next(part.tx for part in before if self._factor(path, [part]) == 0)
+            mend = "leave it out, or freeze the leaf with partition and set_to_zero"
+            self._refuse(path, "gradients as they are", f"{zero!r} before the rule", mend)
         signs = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
         maximize = bool(hyperparams["maximize"])
         negated_late = bool(signs) and bool(self._decay_after(path, before[: signs[-1]]))
@@ -269,11 +300,11 @@ class _Check:
                 if isinstance(part.tx, clip_by_global_norm)
                 and leaves.keys() != leaves_by_path(self.owner, part.params).keys()
             ]
-            outside = [tx for tx in clips if id(tx) not in self.in_accumulated]
+            outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
             if partial:
                 in_tx = f"{partial[0]!r} of other leaves"
                 mend = "clip the leaves that its optimizer has by one norm, and no others (masked)"
-            elif self.in_accumulated and outside:
+            elif self.ours.accumulations and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
                 mend = "put it inside, before the rule"
             else:
@@ -287,7 +318,7 @@ class _Check:
         late = [
             part.tx
             for part in before
-            if id(part.tx) in self.in_accumulated and self._factor(path, [part]) != 1
+            if self.ours.num_accumulations(part) and self._factor(path, [part]) != 1
         ]
         if late and self.is_amid_accumulation:
             self._refuse(
@@ -296,23 +327,29 @@ class _Check:
                 f"{late[0]!r} inside of accumulate_gradients",
                 "put it outside of accumulate_gradients, or convert after a step",
             )
-        if not same_value(stated, self._factor(path, first)) or self._factor(path, rest) != 1:
-            self._refuse(
-                path,
-                f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor",
-                f"gradients multiplied by {self._factor(path, before):g} before the rule",
-                f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out",
+        early, later = self._factor(path, first), self._factor(path, rest)
+        if not same_value(stated, early) or later != 1:
+            in_tx = f"gradients multiplied by {early:g} before the rule"
+            mend = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
+            if later != 1:
+                in_tx = (
+                    f"gradients multiplied by {early:g} before a clip, and by {later:g} after it"
+                )
+                mend += ", and put none between a clip and the rule"
+            factor = (
+                f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor"
             )
+            self._refuse(path, factor, in_tx, mend)
 
     def _check_average(
         self, path: str, route: Sequence[Part], momentum: float, frequency: int | None
     ) -> None:
         """Compares the average of the weights, if `tx` has one."""
-        stated = f"momentum={momentum:g}, overwrite_frequency={frequency}"
+        stated = f"momentum={momentum:.9g}, overwrite_frequency={frequency}"
         for tx in (part.tx for part in route if isinstance(part.tx, weight_ema)):
-            if not same_value(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
+            if not same_decay(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
                 in_tx = f"momentum={tx.momentum}, overwrite_frequency={tx.overwrite_frequency}"
-                mend = f"build tx with weight_ema({momentum:g}, {frequency})"
+                mend = f"build tx with weight_ema({momentum:.9g}, {frequency})"
                 self._refuse(path, f"an average with {stated}", in_tx, mend)
 
     # --- the rate ---------------------------------------------------------------------------------
@@ -347,10 +384,7 @@ class _Check:
         self, path: str, after: Sequence[Part], schedule: Any, count: int
     ) -> None:
         """Compares a schedule with that of a leaf in later steps: near each edge, and far apart."""
-        in_tx = [
-            rate.at(path) if isinstance(rate, by_path) else rate
-            for rate in (getattr(part.tx, "learning_rate", None) for part in after)
-        ]
+        in_tx = [self._rate_of_leaf(path, part) for part in after]
         if any(schedule is one and in_tx == others for one, others in self.agreeing):
             return
         for later in later_counts(count, (schedule, in_tx)):
@@ -362,15 +396,6 @@ class _Check:
                     f"a learning rate of {float(stated):g} after {later} steps",
                     f"{float(self._rate(path, after, later - count)):g}",
                     "build tx with the same schedule",
-                )
-            decay = self._decay_after(path, after)
-            later_decay = self._decay_after(path, after, later - count)
-            if not same_value(decay, later_decay) and not math.isnan(later_decay):
-                self._refuse(
-                    path,
-                    f"a weight decay of {decay:g} before its learning rate, now and later",
-                    f"one of {later_decay:g} after {later} steps",
-                    "put add_decayed_weights before all that scales",
                 )
         self.agreeing.append((schedule, in_tx))
 
@@ -394,11 +419,15 @@ class _Check:
             )
 
     def _may_follow_schedule(self, path: str, part: Part) -> bool:
-        rate = getattr(part.tx, "learning_rate", None)
-        rate = rate.at(path) if isinstance(rate, by_path) else rate
         if part.tx.has_foreign:  # Without a state, it cannot count.
             return bool(jax.tree.leaves(part.state))
-        return isinstance(part.tx, scale_by_learning_rate) and callable(rate)
+        return callable(self._rate_of_leaf(path, part))
+
+    @staticmethod
+    def _rate_of_leaf(path: str, part: Part) -> Any:
+        """The learning rate of a part for a leaf, a number or a schedule; `None` if it has none."""
+        rate = getattr(part.tx, "learning_rate", None)
+        return rate.at(path) if isinstance(rate, by_path) else rate
 
     def _is_set(self, name: str, path: str) -> bool:
         """Whether `with_hyperparams` sets this hyperparameter of a leaf between steps."""
@@ -459,22 +488,18 @@ class _Check:
                 "build tx with adamw(..., weight_decay=...), 0.004 by default in Keras",
                 "the variables do not contain it; pass the optimizer itself to compare it",
             )
-        decays = [part.tx for part in after if self._decay_at(path, part)]
-        in_calls = [tx for tx in decays if id(tx) not in self.in_accumulated]
-        if (
-            hyperparams.get("decays_in_steps")
-            and in_calls
-            and id(after[0].tx) in self.in_accumulated
-        ):
-            self._refuse(
-                path,
-                "a weight decay in its steps",
-                f"one in each call, {in_calls[0]!r}",
-                "put it inside accumulate_gradients",
-            )
         if "weight_decay" not in hyperparams:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
+        for i, part in enumerate((*before, *after)):
+            decay = self._decay_at(path, part)
+            scaling = before[i:] if i < len(before) else after[: i - len(before)]
+            rates = [self._rate_of_leaf(path, one) for one in scaling] if decay else []
+            if any(map(_follows_count, (decay, *rates))):
+                where = "" if _follows_count(decay) else " where a schedule of the rate scales it"
+                mend = f"put add_decayed_weights({stated:g}) before all that scales"
+                stated_decay = f"the same weight decay in each step, {stated:g}"
+                self._refuse(path, stated_decay, f"{part.tx!r}{where}", mend)
         before_rule, after_rule = self._decay_before(path, before), self._decay_after(path, after)
         # Pairs of the decay before the rule and the decay after it.
         allowed = {
@@ -535,10 +560,10 @@ class _Check:
         decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
         return any(tx.mask is not None for tx in decays)
 
-    def _decay_after(self, path: str, after: Sequence[Part], steps_later: int = 0) -> float:
+    def _decay_after(self, path: str, after: Sequence[Part]) -> float:
         """The weight decay that would have the same effect before everything that scales."""
         return sum(
-            decay / (self._factor(path, after[:i], steps_later) or math.nan)
+            decay / (self._factor(path, after[:i]) or math.nan)
             for i, decay in self._decays(path, after)
         )
 
@@ -559,6 +584,11 @@ class _Check:
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays
+
+
+def _follows_count(value: Any) -> bool:
+    """Whether a rate or a decay is a schedule that changes."""
+    return callable(value) and not isinstance(value, constant)
 
 
 def _is_same_clip(clip: Any, stated: Any) -> bool:

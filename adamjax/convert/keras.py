@@ -7,6 +7,14 @@ import numpy as np
 
 from adamjax.average import weight_ema
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
+from adamjax.convert.adapt import (
+    NOT_TRANSPOSED,
+    Adapt,
+    Adapted,
+    checked_adapt,
+    doubt_transposes,
+    kind_of_leaf,
+)
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
@@ -25,7 +33,7 @@ from adamjax.convert.keras_variables import (
     plain_name,
     variables_of,
 )
-from adamjax.convert.names import Order, expect_order, leaf_order
+from adamjax.convert.names import Order, expect_order, last_word, leaf_order
 from adamjax.convert.schedules import has_schedule
 from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
@@ -187,21 +195,45 @@ def _schedule(schedule: Any) -> Any:
 
 
 def _read_variables(
-    owner: str, variables: Any, ours: AdamjaxState, order: Order, check: bool
+    owner: str,
+    variables: Any,
+    ours: AdamjaxState,
+    order: Order,
+    adapt: Adapt | None,
+    check: bool,
 ) -> tuple[Source, Layout, list[str | None], list[np.ndarray]]:
-    """The state in the common form, the layout, the paths of the parameters, and the values."""
+    """The state in the common form, the layout, the paths of the parameters, and the values.
+
+    For `from_keras` the arrays in the common form fit the leaves.
+    """
     optimizer = variables if hasattr(variables, "get_config") else None
     if optimizer is not None:
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    layout, paths = _layout_and_paths(owner, names, variables, values, ours, order, check)
+    fitted = checked_adapt(owner, adapt)
+    layout, paths = _layout_and_paths(
+        owner, names, variables, values, ours, order, fitted, adapt is not None, check
+    )
+    reads = owner == "from_keras"
 
     def by_path(role: str) -> dict[str, Any]:
-        arrays = layout.of(role, values)
-        return {path: arrays[i] for i, path in enumerate(paths) if arrays and path is not None}
+        arrays = {paths[i]: x for i, x in layout.of(role, values).items()}
+        return {
+            path: fitted(path, role, x) if reads else x
+            for path, x in arrays.items()
+            if path is not None
+        }
 
     source = Source(owner)
+    if adapt is None:
+        named = zip(paths, layout.names or [""] * len(paths), strict=True)
+        weights = [
+            path
+            for path, name in named
+            if path and kind_of_leaf(path) == "weight" and last_word(name) not in NOT_TRANSPOSED
+        ]
+        doubt_transposes(source, leaves_by_path(owner, ours.params), weights)
     count, micro = steps_taken(owner, "the optimizer", layout.of("count", values)[0]), 0
     totals = layout.of("gradient_accumulator", values)
     if totals:
@@ -265,6 +297,8 @@ def _layout_and_paths(
     values: Sequence[np.ndarray],
     ours: AdamjaxState,
     order: Order,
+    fitted: Adapted,
+    adapted: bool,
     check: bool,
 ) -> tuple[Layout, list[str | None]]:
     """What each variable is, by the names or else by their places; and the parameters' paths."""
@@ -285,15 +319,28 @@ def _layout_and_paths(
             layout.names,
             check,
             layout.shapes(values),
+            may_reshape=adapted,
             order_fault=layout.order_fault(is_mapping, is_pairs),
         )
         return layout, paths
-    paths = leaf_order(owner, order, ours.params, "Keras", check=check)
+    paths = leaf_order(owner, order, ours.params, "Keras", check=check, may_reshape=adapted)
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
     averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
     extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
     shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
-    return layout_by_place(owner, values, shapes, extra, slots, not is_mapping), paths
+
+    def has_shape(place: int, x: np.ndarray) -> bool:
+        path, shape = paths[place], shapes[place]
+        if path is None or not adapted:
+            return x.shape == shape
+        try:  # The array may be that of another parameter, which adapt cannot turn.
+            if owner == "from_keras":
+                return fitted(path, "a slot", x).shape == shape
+            return x.shape == fitted(path, "a slot", np.zeros(shape)).shape
+        except ValueError:
+            return False
+
+    return layout_by_place(owner, values, shapes, has_shape, extra, slots, not is_mapping), paths
 
 
 def _steps_and_micro_batches(
@@ -354,12 +401,13 @@ def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
     if not check or not ours.accumulations:
         return
     for part in ours.parts:
-        tx, is_inside = part.tx, id(part.tx) in ours.in_accumulated
-        if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency is not None):
+        tx, is_inside = part.tx, ours.num_accumulations(part) > 0
+        # At every call, Keras does that in micro-batches too.
+        if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency not in (None, 1)):
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras averages the weights after every "
-                "micro-batch: put weight_ema after accumulate_gradients, without "
-                "overwrite_frequency, or pass check=False to average steps from here"
+                "micro-batch: put weight_ema after accumulate_gradients, with overwrite_frequency "
+                "None or 1, or pass check=False to average steps from here"
             )
         # After accumulate_gradients, where from_config puts it, the rate counts calls.
         if isinstance(tx, scale_by_learning_rate) and has_schedule(tx) and is_inside:
@@ -384,7 +432,7 @@ def _expect_one_count(owner: str, ours: AdamjaxState, steps: int, calls: int) ->
         counts = has_schedule(tx) or (
             isinstance(tx, weight_ema) and tx.overwrite_frequency is not None
         )
-        expected = steps if id(tx) in ours.in_accumulated else calls
+        expected = steps if ours.num_accumulations(part) else calls
         if counts and hasattr(state, "count") and int(state.count) != expected:
             raise ValueError(
                 f"{owner}: {tx!r} has counted {int(state.count)} steps and the rule {expected}, "
@@ -399,6 +447,7 @@ def from_keras(
     params: Tree,
     *,
     order: Order = None,
+    adapt: Adapt | None = None,
     average: Tree = None,
     check: bool = True,
 ) -> Any:
@@ -413,8 +462,11 @@ def from_keras(
     (for Adamax and Nadam `eps`), 1e-7 by default; or let
     `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
-    rate is refused. They also say whether it is an `AdamW`: if so, a `tx` without a weight decay is
-    refused.
+    rate is refused. Arrays without names say so only if their iteration is int32 or they contain
+    the product of Nadam. Others may be of tf_keras, which never stores the rate, or of Keras 3 with
+    TensorFlow and a schedule: then any rate of `tx` is taken. A schedule of `tx` is compared with a
+    constant rate of Keras in the next step only, because a callback may set that. Names also say
+    whether it is an `AdamW`: if so, a `tx` without a weight decay is refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     The class of the optimizer tells them from Adam. So does its name, if the names of variables
@@ -450,6 +502,11 @@ def from_keras(
         whose keys are names, and neither names nor shapes show which leaf is which, `order` must be
         such a dictionary, not a list: JAX, Orbax and h5py sort the keys of a mapping, so Keras'
         order is lost.
+      adapt: a function that makes Keras' array fit the leaf, if the leaf is its transpose, as the
+        weights of Equinox are:
+        `lambda path, x: x.transpose(-1, -2, *range(x.ndim - 2)) if path.endswith("weight") else x`,
+        which is `x.T` for a matrix. It is required if a leaf that is called `weight` has the same
+        shape when transposed, as a square matrix has.
       average: an average of the weights, a tree like `params`. The run goes on from it in place of
         Keras' own average.
       check: as for `from_optax`.
@@ -471,7 +528,7 @@ def from_keras(
     owner = "from_keras"
     ours = initial_state(owner, tx, params)
     _expect_counts_fit(owner, ours, check)
-    source, *_ = _read_variables(owner, variables, ours, order, check)
+    source, *_ = _read_variables(owner, variables, ours, order, adapt, check)
     if _copies_its_average(source):
         source.doubts.append(
             f"{_FIRST_STEP}: convert after that step, or start anew with tx.init(params)"
@@ -491,6 +548,7 @@ def to_keras(
     target: Any,
     *,
     order: Order = None,
+    adapt: Adapt | None = None,
     check: bool = True,
 ) -> Any:
     """The values of the variables with which a Keras optimizer goes on from a state of `tx`.
@@ -499,8 +557,11 @@ def to_keras(
       state, tx, params: as for `to_optax`.
       target: the new optimizer, which must be built, or its variables, in one of the forms of
         `from_keras`. Its learning rate and dtypes stay, and so do variables that `order` leaves
-        out.
+        out. If `tx` has a schedule, it is compared with a constant rate of the target in the next
+        step only: build the new optimizer with a schedule.
       order, check: as for `from_keras`.
+      adapt: a function that makes the leaf's array fit Keras' variable, the inverse of that for
+        `from_keras`: `x.transpose(*range(2, x.ndim), 1, 0)`.
 
     Returns:
       NumPy arrays, in a dictionary with the keys of `target` if that is a mapping, else in a list
@@ -520,7 +581,8 @@ def to_keras(
     owner = "to_keras"
     ours = AdamjaxState(owner, tx, state, params)
     _expect_counts_fit(owner, ours, check)
-    target_source, layout, paths, values = _read_variables(owner, target, ours, order, check)
+    fitted = checked_adapt(owner, adapt)
+    target_source, layout, paths, values = _read_variables(owner, target, ours, order, adapt, check)
     source = ours.read_for(target_source, check)
     if _copies_its_average(target_source) and not any(
         moments.count for of_leaf in source.moments.values() for moments in of_leaf
@@ -562,7 +624,7 @@ def to_keras(
             arrays.append(np.asarray(scalars[role, i]).astype(value.dtype))
         elif (role, i) in new:
             path, x = new[role, i]
-            arrays.append(filling.array(path, role, x, value))
+            arrays.append(filling.array(path, role, fitted(path, role, x), value))
         elif role == "average" and paths[i] is not None:
             raise ValueError(
                 f"{owner}: the optimizer averages the weights (use_ema), but the state has no "

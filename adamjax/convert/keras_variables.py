@@ -1,7 +1,7 @@
 """Finds what each variable of a Keras optimizer is, by its name or by its place and shape."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
       names: the names of the parameters in their order, if the variables have names.
       optimizer: the name of the optimizer, empty if no variable's name contains it.
       doubtful: whether other optimizers give their variables the same names.
-      has_schedule: whether the names say that the optimizer has a schedule.
+      has_schedule: whether the variables say that the optimizer has a schedule.
     """
 
     roles: tuple[tuple[str, int], ...]
@@ -162,6 +162,7 @@ def layout_by_place(
     owner: str,
     values: Sequence[np.ndarray],
     shapes: Sequence[tuple[int, ...]],
+    has_shape: Callable[[int, np.ndarray], bool],
     extra: Sequence[str],
     slots: Sequence[str],
     may_be_legacy: bool,
@@ -169,7 +170,8 @@ def layout_by_place(
     """The layout of variables without names; arrays that fit no order, or several, are refused.
 
     Args:
-      shapes: the shapes of the parameters, in Keras' order.
+      shapes: the shapes of the leaves, in Keras' order.
+      has_shape: whether an array has the shape of the parameter at a place.
       extra: the roles before the slots, which the options of the optimizer add.
       slots: the roles of the rule's slots.
       may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
@@ -192,8 +194,10 @@ def layout_by_place(
     for rates, body in orders:
         for product in ([], [("product", 0)]):
             roles = (("count", 0), *rates, *body, *product)
-            expected = [shapes[i] if (role, i) in body else () for role, i in roles]
-            if [x.shape for x in values] == expected:
+            if len(roles) == len(values) and all(
+                has_shape(i, x) if (role, i) in body else x.shape == ()
+                for (role, i), x in zip(roles, values, strict=True)
+            ):
                 fits.add(roles)
     if len(fits) != 1:
         how = "may be ordered in several ways" if fits else "fit nothing that is expected"
@@ -205,12 +209,19 @@ def layout_by_place(
             f"{[*extra, *slots]}. Expected the arrays of optimizer.variables (not of the model) in "
             "their order. If Keras' order of the leaves is another (a dictionary's is that of its "
             "sorted keys), give order=, the paths in Keras' order, or pass names, "
-            "[(v.path, v.numpy()) for v in optimizer.variables]. If tx has another rule or average "
+            "[(v.path, v.numpy()) for v in optimizer.variables]. If leaves are the transposes of "
+            "Keras' variables, give adapt=. If tx has another rule or average "
             "than the optimizer, build it like the optimizer. Expected: the iteration, a "
             "constant rate, all averages, and leaf by leaf its slots; or get_weights() before "
             "TensorFlow 2.11: all momenta before all velocities"
         )
-    return Layout(fits.pop())
+    roles = fits.pop()
+    # Keras 3 has a variable for a rate that is constant, and tf_keras and older ones have none at
+    # all. Their iteration is int64, and their Nadam keeps its product elsewhere. (With TensorFlow,
+    # that of Keras 3 is int64 too.)
+    is_keras3 = values[0].dtype == np.int32 or ("product", 0) in roles
+    has_schedule = is_keras3 and roles[1 : len(by_leaf) + 1] == by_leaf
+    return Layout(roles, has_schedule=has_schedule)
 
 
 # --- by name --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Finds the leaf for a parameter of another system, by its name or by the user's order."""
 
+import math
 import operator
 import re
 from collections.abc import Collection, Mapping, Reversible, Sequence
@@ -87,7 +88,6 @@ def leaf_order(
     names: Sequence[str] | None = None,
     check: bool = True,
     shapes: Sequence[tuple[int, ...]] | None = None,
-    may_transpose: bool = False,
     may_reshape: bool = False,
     has_arrays: bool = True,
     order_fault: str = "",
@@ -99,7 +99,6 @@ def leaf_order(
       system, names: the name of the system and, if it has any, those of its parameters in order.
       check: whether to refuse an order that contradicts the names.
       shapes: those of the system's parameters in order, if they are known.
-      may_transpose: whether the system may have the transpose of a leaf.
       may_reshape: whether a user's function may give an array any other shape.
       has_arrays: whether the system has an array of each parameter, whose shape is compared later.
       order_fault: why the order of the names may not be that of the parameters; empty if it is.
@@ -118,8 +117,13 @@ def leaf_order(
     def expect_same_order(paths: Sequence[str]) -> None:
         """Refuses to take these leaves in the order of the names, if it may be a wrong one."""
         # With the shapes of parameters that the order leaves out.
-        all_shapes = [np.shape(leaves[path]) for path in paths] if shapes is None else list(shapes)
-        alike = [path for path in paths if all_shapes.count(np.shape(leaves[path])) > 1]
+        all_shapes = [np.shape(leaves[path]) for path in paths] if shapes is None else shapes
+        kinds = [_kind_of_shape(shape, may_reshape) for shape in all_shapes]
+        alike = [
+            path
+            for path in paths
+            if kinds.count(_kind_of_shape(np.shape(leaves[path]), may_reshape)) > 1
+        ]
         if check and names is not None and order_fault and alike:
             raise ValueError(
                 f"{owner}: {order_fault}. The names, {_some(names)}, do not correspond to the "
@@ -130,7 +134,7 @@ def leaf_order(
 
     if order is None:
         if names is None and check:
-            alike = _of_one_shape(leaves, may_transpose, may_reshape)
+            alike = _of_one_shape(leaves, may_reshape)
             _expect_one_order(owner, system, leaves, alike, has_arrays)
         if names is None or len(names) != len(all_paths):
             return list(all_paths)
@@ -140,7 +144,7 @@ def leaf_order(
         if _are_numbers(all_paths):
             expect_same_order(all_paths)
             return list(all_paths)
-        alike = _of_one_shape(leaves, may_transpose=True, may_reshape=may_reshape)
+        alike = _of_one_shape(leaves, may_reshape)
         return list(
             _order_of_shapes(owner, system, names, leaves, check, shapes, has_arrays, alike)
         )
@@ -210,7 +214,7 @@ def _order_of_shapes(
         return all_paths
     if shapes is not None:
         path_of_shape = {np.shape(x): path for path, x in leaves.items()}
-        if len(path_of_shape) == len(all_paths) and set(path_of_shape) == set(shapes):
+        if not alike and set(path_of_shape) == set(shapes):
             return [path_of_shape[shape] for shape in shapes]
     elif has_arrays and not alike:
         # In a wrong order a shape would not fit, and filling the state would refuse it.
@@ -232,23 +236,27 @@ def _places(path: str) -> tuple[int, ...]:
     return tuple(map(int, path.split("/")))
 
 
-def _of_one_shape(
-    leaves: Mapping[str, Any], may_transpose: bool, may_reshape: bool = False
-) -> list[str]:
+def _kind_of_shape(shape: tuple[int, ...], may_reshape: bool) -> tuple[int, ...]:
+    """The same for shapes that an array may have in two systems, as one may have its transpose."""
+    return (math.prod(shape),) if may_reshape else tuple(sorted(shape))
+
+
+def _of_one_shape(leaves: Mapping[str, Any], may_reshape: bool) -> list[str]:
     """The paths of some leaves that may have one shape in the other system, if there are any."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
+    by_kind: dict[tuple[int, ...], list[str]] = {}
     for path, x in leaves.items():
-        shape = tuple(sorted(np.shape(x))) if may_transpose else np.shape(x)
-        by_shape.setdefault((np.size(x),) if may_reshape else shape, []).append(path)
-    return next((paths for paths in by_shape.values() if len(paths) > 1), [])
+        by_kind.setdefault(_kind_of_shape(np.shape(x), may_reshape), []).append(path)
+    return next((paths for paths in by_kind.values() if len(paths) > 1), [])
 
 
 def _expect_one_order(
     owner: str, system: str, leaves: Mapping[str, Any], alike: list[str], has_arrays: bool
 ) -> None:
     """Refuses leaves with names for parameters without, if shapes do not show which is which."""
-    has_shape = len({tuple(sorted(np.shape(leaves[path]))) for path in alike}) == 1
-    fault = f"the leaves {_some(alike)} have one {'shape' if has_shape else 'size'}"
+    shapes = {np.shape(leaves[path]) for path in alike}
+    same = "shape, but for the order of dimensions" if len(shapes) > 1 else "shape"
+    same = "size" if len({tuple(sorted(shape)) for shape in shapes}) > 1 else same
+    fault = f"the leaves {_some(alike)} have one {same}"
     if not has_arrays and len(leaves) > 1:
         alike, fault = list(leaves), "no arrays before its first step"
     if alike and not _are_numbers(list(leaves)):

@@ -15,6 +15,7 @@ __all__ = [
     "Slots",
     "Source",
     "meet",
+    "shifted_schedule",
 ]
 
 # Arrays of one leaf by the names of the slots; hyperparameters by their names.
@@ -181,7 +182,7 @@ class Source:
             raise ValueError(
                 f"{self.owner}: the leaves{some} have taken different numbers of steps, "
                 f"{sorted(counts)}, but there is one count for all: give the leaves that go "
-                "together a chain of their own with partition"
+                f"together a chain of their own with partition; {shifted_schedule(*counts)}"
             )
         return counts.pop() if counts else 0
 
@@ -202,6 +203,14 @@ class Source:
                     "accumulated since the last step, and the target has no place for them: "
                     "convert after a step, or wrap the target likewise"
                 )
+
+
+def shifted_schedule(*counts: int) -> str:
+    """A sentence for errors, on schedules in parts that have taken these numbers of steps."""
+    return (
+        "each part calls its schedule with its own count, so shift one that counts all steps, "
+        f"lambda count: schedule(count + {max(counts) - min(counts)})"
+    )
 
 
 def meet(a: Iterable[str] | None, b: Iterable[str] | None) -> bool:

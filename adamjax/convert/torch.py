@@ -1,14 +1,19 @@
 """States from and to torch."""
 
 import dataclasses
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
+from adamjax.convert.adapt import (
+    NOT_TRANSPOSED,
+    Adapt,
+    checked_adapt,
+    doubt_transposes,
+    kind_of_leaf,
+)
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
@@ -61,17 +66,6 @@ _KEYS_OF_OTHERS = {
 # torch's names of slots, in the state of a parameter.
 _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
-# A user's function that makes an array fit a leaf, or torch's parameter.
-_Adapt = Callable[[str, np.ndarray], np.ndarray]
-# Names of leaves that have torch's order of dimensions.
-_AS_IN_TORCH = {"weight", "embedding", "embeddings", "embed", "emb", "table"}
-# What `adapt` does to a kernel of any rank. torch has the dimensions (out, in, *kernel_size), and
-# kernels have (*kernel_size, in, out).
-_TRANSPOSED = {
-    "from_torch": "x.transpose(*range(2, x.ndim), 1, 0)",
-    "to_torch": "x.transpose(-1, -2, *range(x.ndim - 2))",
-}
-
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
     """The optimizer of a group, recognized by the group's keys. Any other one is refused."""
@@ -123,7 +117,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     what = "a beta of a group of torch"
     hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
     hyperparams["maximize"] = bool(flag("maximize"))
-    hyperparams |= {"clips_updates": False, "others": "none", "decays_in_steps": True}
+    hyperparams |= {"clips_updates": False, "others": "none", "in_steps": True}
     if group.get("initial_lr") is not None:
         hyperparams["has_schedule"] = (
             "a scheduler has set initial_lr",
@@ -226,78 +220,12 @@ def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return names
 
 
-def _doubt_kernels(
-    source: Source, paths: Sequence[str | None], params: Tree, has_arrays: bool
-) -> None:
-    """Adds a doubt if no shape shows whether torch has the dimensions of kernels in another order.
-
-    Without torch's arrays, before its first step, no shape shows it.
-    """
-    leaves = leaves_by_path(source.owner, params)
-
-    def is_unclear(shape: tuple[int, ...]) -> bool:
-        is_same = (*shape[2:], shape[1], shape[0]) == shape
-        return is_same or not has_arrays
-
-    # The shape of another kernel shows nothing: one may be an embedding, which is not transposed.
-    kernels = [path for path in paths if path and np.ndim(leaves[path]) > 1]
-    for path in kernels:
-        shape = np.shape(leaves[path])
-        if _kind_of_leaf(path) in _AS_IN_TORCH or not is_unclear(shape):
-            continue
-        end = path.rpartition("/")[2]
-        is_reversed = all(np.ndim(leaves[path]) <= 3 for path in kernels)
-        mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
-        source.doubts.append(
-            f"torch's weights are the transposes of kernels, such as {path!r}, and its shape "
-            f"{list(shape)} does not show it: pass adapt=lambda path, x: {mend} if "
-            f"path.endswith({end!r}) else x, or adapt=lambda path, x: x if they are not transposed"
-        )
-
-
-def _kind_of_leaf(path: str) -> str:
-    """The words of a leaf's own name without numbers: `kernel` for `layers/0/kernel_0`."""
-    return re.sub(r"[\W\d_]+", " ", path.rpartition("/")[2].lower()).strip()
-
-
-def _checked_adapt(owner: str, adapt: Any) -> Callable[[str, str, Any], np.ndarray]:
-    """A function of a path, the name of a slot and its array that calls the user's `adapt`."""
-    if adapt is None:
-        return lambda path, name, x: np.asarray(x)
-    expected = (
-        "expected a function of the path of a leaf and an array that returns an array: "
-        f"lambda path, x: {_TRANSPOSED[owner]} if path.endswith('kernel') else x"
-    )
-    if not callable(adapt):
-        raise TypeError(
-            f"{owner}: adapt is {adapt!r:.100} of type {type(adapt).__name__}, {expected}"
-        )
-    try:
-        inspect.signature(adapt).bind("path", np.zeros(()))
-    except TypeError:
-        raise TypeError(f"{owner}: adapt does not take two arguments, {expected}") from None
-    except ValueError:
-        pass  # Some functions written in C have no signature.
-
-    def adapted(path: str, name: str, x: Any) -> np.ndarray:
-        try:
-            array = adapt(path, x)
-        except Exception as error:
-            raise ValueError(
-                f"{owner}: adapt raises an error for {name} of {path!r}, of shape "
-                f"{list(np.shape(x))}: {error}. Are the leaves in the right order (order=)?"
-            ) from error
-        return numbers_of(owner, f"what adapt returns for {name} of {path!r}", array)
-
-    return adapted
-
-
 def _read(
     owner: str,
     state_dict: Mapping[str, Any],
     params: Tree,
     order: Order,
-    adapt: _Adapt | None,
+    adapt: Adapt | None,
     check: bool,
     adapted: bool,
 ) -> tuple[Source, dict[str, Any]]:
@@ -314,7 +242,7 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    fitted = _checked_adapt(owner, adapt)
+    fitted = checked_adapt(owner, adapt)
     read_groups = [_read_group(source, group) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
@@ -327,12 +255,12 @@ def _read(
         "torch",
         names,
         check,
-        may_transpose=True,
         may_reshape=adapted,
         has_arrays=has_arrays,
     )
     if not adapted:
-        _doubt_kernels(source, paths, params, has_arrays)
+        kernels = [path for path in paths if path and kind_of_leaf(path) not in NOT_TRANSPOSED]
+        doubt_transposes(source, leaves_by_path(owner, params), kernels, has_arrays)
     if len(keys) != len(paths):
         raise ValueError(
             f"{owner}: torch's groups have {len(keys)} parameters, but "
@@ -361,7 +289,21 @@ def _read(
             product = number_of(owner, f"mu_product of {path!r}", product)
         steps = steps_taken(owner, repr(path), state["step"])
         source.add(path, LeafMoments(steps, slots, kinds, product, hyperparams))
+    if owner == "from_torch":
+        _doubt_unused(source)
     return source, key_of
+
+
+def _doubt_unused(source: Source) -> None:
+    """Adds a doubt if a leaf took no step yet, though others did, and `tx` would decay it."""
+    first = {path: of_leaf[0] for path, of_leaf in source.moments.items()}
+    unused = [path for path, x in first.items() if not x.count and x.hyperparams["weight_decay"]]
+    if unused and any(x.count for x in first.values()):
+        source.doubts.append(
+            f"torch has taken steps of other leaves, but none of {unused[0]!r}, which had no "
+            "gradient, and torch has not decayed it: if it stays without, leave it out (None in "
+            "order=) and freeze it (partition, set_to_zero)"
+        )
 
 
 def from_torch(
@@ -370,7 +312,7 @@ def from_torch(
     params: Tree,
     *,
     order: Order = None,
-    adapt: _Adapt | None = None,
+    adapt: Adapt | None = None,
     average: Tree = None,
     check: bool = True,
     rtol: float = RTOL,
@@ -384,18 +326,25 @@ def from_torch(
     - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
       `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
     - `weight_decay` of Adam, Adamax and NAdam is `add_decayed_weights` before the rule. That of
-      AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it.
+      AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it. It must not follow
+      a schedule in `tx`.
     - With `maximize` torch negates gradients, and its moments are those of the negated gradients.
       So `tx` must begin with the negation: `chain(scale(-1.0), adam(...))`.
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
-      scheduler has ended. A scheduler that changes betas as well (`OneCycleLR`, by default) is
-      refused.
+      scheduler has ended. Later rates of `tx` are not compared, because a training loop may set
+      `lr` by hand. A schedule counts steps, so within `accumulate_gradients` of `tx` it must be
+      beside the rule. A scheduler that changes betas as well (`OneCycleLR`, by default) is refused.
     - `tx` must not clip after the rule. Clips and positive factors (`scale`) before it are not
       compared, because in torch they are not part of the optimizer.
     - In older versions of torch, the groups of Adam and AdamW have the same keys, without
       `decoupled_weight_decay`. They do not show which it was, so `tx` may have the weight decay
       before the rule or after it.
+    - torch counts the steps of each parameter. If the counts differ, `partition` must give the
+      parameters rules of their own. Each part calls its schedule with its own count. So if a
+      parameter joined after `k` steps, a schedule of all steps is there
+      `lambda count: schedule(count + k)`. A parameter without a gradient stays as it is in torch:
+      give it `None` in `order`, and freeze it with `partition` and `set_to_zero`.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
@@ -456,15 +405,18 @@ def to_torch(
     target: Mapping[str, Any],
     *,
     order: Order = None,
-    adapt: _Adapt | None = None,
+    adapt: Adapt | None = None,
     check: bool = True,
     rtol: float = RTOL,
 ) -> dict[str, Any]:
     """The state dict with which an optimizer of torch continues from a state of `tx`.
 
     Args:
-      state, tx, params: as for `to_optax`.
-      target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged.
+      state, tx, params: as for `to_optax`. A `weight_ema` in `tx` is refused, because torch's
+        optimizers have no average.
+      target: `optimizer.state_dict()` of the new optimizer. Its groups are kept unchanged. If `tx`
+        has a schedule, it is compared with `lr` in the next step only: give the new optimizer a
+        scheduler.
       order: as for `from_torch`. A `target` before its first step has no arrays yet, so no shapes
         can show a mistake. Then `order` is required if there are several leaves,
         unless torch's names give the order or all keys of `params` are numbers. And `adapt` is
@@ -496,10 +448,17 @@ def to_torch(
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
     owner, adapted = "to_torch", adapt is not None
-    fitted = _checked_adapt(owner, adapt)
+    fitted = checked_adapt(owner, adapt)
     target_source, key_of = _read(owner, target, params, order, None, check, adapted)
     ours = AdamjaxState(owner, tx, state, params)
-    filling = Translation(ours.read_for(target_source, check), ours, TORCH, check, rtol)
+    source = ours.read_for(target_source, check)
+    if check and source.average is not None:
+        raise ValueError(
+            f"{owner}: the state has an average of the weights, and torch's optimizer has none: "
+            "read it (adamjax.averaged_weights), and convert tx and its state without weight_ema, "
+            "or pass check=False to drop the average"
+        )
+    filling = Translation(source, ours, TORCH, check, rtol)
     states = dict(target["state"])
     for path, key in key_of.items():
         kind, moments, slots = filling.from_adamjax(path)

@@ -24,6 +24,7 @@ __all__ = [
     "map_items",
     "number_of",
     "numbers_of",
+    "same_decay",
     "same_value",
     "steps_taken",
 ]
@@ -156,3 +157,11 @@ def steps_taken(owner: str, what: str, x: Any) -> int:
 def same_value(a: Any, b: Any) -> bool:
     """Whether two numbers are the same, where one of them may have been rounded to float32."""
     return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-30)
+
+
+def same_decay(a: Any, b: Any) -> bool:
+    """The same for betas and momenta, of which 1 - b decides: for b = 0.999999 it is 1e-6.
+
+    Rounding b to float32 changes 1 - b by up to 2**-25; twice that is allowed.
+    """
+    return math.isclose(1 - float(a), 1 - float(b), rel_tol=1e-6, abs_tol=2**-24)
