@@ -81,8 +81,6 @@ class AdamjaxState:
       kinds: the kinds of the rules whose states are in the state, in their order.
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
-      in_accumulated: the transforms inside an `accumulate_gradients`, by `id`: equal ones may be
-        outside. (One object may be in both places: `num_accumulations` tells these apart.)
       doubts: as in `Source`.
 
     Raises:
@@ -119,7 +117,6 @@ class AdamjaxState:
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in accumulating
         ]
-        self.in_accumulated = {id(p.tx) for part in accumulating for p in walk(part.tx.tx)}
         # By the `id` of a part, those around it, outermost first.
         self._around: dict[int, list[Part]] = {id(part): [] for part in self.parts}
         for i, part in enumerate(self.parts):

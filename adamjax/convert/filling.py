@@ -94,7 +94,7 @@ class Filling:
             raise ValueError(
                 f"{what} has shape {list(np.shape(x))}, expected {list(np.shape(like))}, that of "
                 "the leaf: are the leaves in the right order (order=), or is one of the two "
-                f"transposed{' (adapt=)' * self.owner.endswith('torch')}?"
+                f"transposed{' (adapt=)' * (not self.owner.endswith('optax'))}?"
             )
         old, new = np.dtype(x.dtype), np.dtype(like.dtype)
         if not jnp.issubdtype(new, jnp.inexact):

@@ -33,7 +33,7 @@ def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
     skipping = [part for part in ours.parts if isinstance(part.tx, skip_not_finite)]
     our_skips = [
         SkippingTransform(
-            frozenset(leaves_by_path(ours.owner, p.params)), id(p.tx) in ours.in_accumulated
+            frozenset(leaves_by_path(ours.owner, p.params)), ours.num_accumulations(p) > 0
         )
         for p in skipping
     ]
