@@ -43,7 +43,10 @@ _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
 _WEIGHTS = (1e3, 1e-2)
 # How much larger the gradients of one leaf are than those of others, where its part in a norm is
 # compared; and how many leaves are tried so, or with a NaN.
-_LARGE_LEAF, _MOST_LEAVES = 1e4, 16
+_LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
+# How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer
+# than the step.
+_POOL = 3
 # How far two updates of a leaf may be apart, as a part of the largest. float32 rounds off less.
 # adamjax rounds narrow moments at random, and optax computes in their dtype: also the norm that
 # scales the other leaves.
@@ -56,7 +59,7 @@ _ROUNDING = 1e-6
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # At how many later counts steps are compared, and how many elements may be updated there in all. A
 # large model, or one with many micro-batches, is compared at fewer.
-_MOST_COUNTS, _FEWEST_COUNTS, _MOST_ELEMENTS = 400, 24, 1 << 32
+_MOST_COUNTS, _FEWEST_COUNTS, _MOST_ELEMENTS = 400, 12, 1 << 29
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
@@ -110,9 +113,9 @@ class _Comparison:
         self.largest = {size: np.zeros(len(self.leaves)) for size in _WEIGHTS}
         self.has_moved = np.zeros(len(self.leaves), bool)
         self.rng = np.random.default_rng(0)
-        self.weights = {
-            size: self._drawn(self.rng, np.full(len(self.leaves), size)) for size in _WEIGHTS
-        }
+        self.num_elements = max(1, sum(map(np.size, self.params)))
+        self.pool = [self._drawn() for _ in range(_POOL)]
+        self.next_of_pool = itertools.cycle(range(_POOL))
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._call = jax.jit(lambda *args: self._compared_call(ours.tx, optimizer, *args))
         self._advance = jax.jit(self._advanced)
@@ -192,7 +195,9 @@ class _Comparison:
 
     def _some_leaves(self) -> list[int]:
         """All leaves, or some of very many."""
-        places, most = range(len(self.leaves)), max(_MOST_LEAVES // self.calls, 2)
+        places = range(len(self.leaves))
+        most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.num_elements) // self.calls
+        most = max(most, _FEWEST_LEAVES)
         if len(places) <= most:
             return list(places)
         return sorted(self.rng.choice(len(places), most, replace=False).tolist())
@@ -212,7 +217,7 @@ class _Comparison:
         steps |= set(range(each, _EACH, each))
         steps |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
         chosen = sorted(x for x in steps if 0 < x <= _LAST)
-        updated = each * self.calls * max(1, sum(map(np.size, self.params)))
+        updated = each * self.calls * self.num_elements
         most = min(_MOST_COUNTS // self.calls, _MOST_ELEMENTS // updated)
         most = max(most, _FEWEST_COUNTS)
         for one in chosen[:: -(-len(chosen) // most)]:
@@ -246,34 +251,47 @@ class _Comparison:
             advanced_optax(states[1], fresh[1], how),
         )
 
-    def _drawn(self, rng: np.random.Generator, sizes: np.ndarray, nan: int | None = None) -> Tree:
-        """Random numbers like the parameters, of a size by leaf."""
-        new, _ = flatten(self.ours.params)
-        for place, p, size, i in zip(
-            self.leaves, self.params, sizes, itertools.count(), strict=False
-        ):
-            signs = rng.choice([-1, 1], np.shape(p))
+    def _drawn(self) -> list[Any]:
+        """Random numbers like the leaves, of about 1."""
+        drawn = []
+        for p in self.params:
+            signs = self.rng.choice([-1, 1], np.shape(p))
             if dtype_of(p) == jnp.float16:
-                # optax computes in float16, where larger squares overflow, and those of smaller
-                # gradients, or of small means of micro-batches, are inaccurate.
-                size = float(np.clip(size, 0.3, 1.0))
+                # optax computes in float16, where small means of micro-batches are inaccurate.
                 signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(np.shape(p))
-            x = size * rng.uniform(0.5, 1.5, np.shape(p)) * signs
+            x = self.rng.uniform(0.5, 1.5, np.shape(p)) * signs
             if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
-                x = x + 1j * rng.permutation(x.reshape(-1)).reshape(x.shape)
-            new[place] = jnp.asarray(np.full_like(x, np.nan) if i == nan else x, dtype_of(p))
+                x = x + 1j * self.rng.permutation(x.reshape(-1)).reshape(x.shape)
+            drawn.append(jnp.asarray(x, jnp.promote_types(dtype_of(p), jnp.float32)))
+        return drawn
+
+    def _sizes(self, sizes: np.ndarray, nan_leaf: int | None = None) -> np.ndarray:
+        """The factors of random numbers by leaf."""
+        is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
+        # In float16, larger squares overflow in optax, and those of smaller numbers are inaccurate.
+        sizes = np.where(is_float16, np.clip(sizes, 0.3, 1.0), sizes)
+        if nan_leaf is not None:
+            sizes[nan_leaf] = np.nan
+        return sizes
+
+    def _tree(self, pool: list[Any], sizes: Any) -> Tree:
+        """A tree like the parameters, of random numbers of these sizes."""
+        new, _ = flatten(self.ours.params)
+        for i, place in enumerate(self.leaves):
+            new[place] = (pool[i] * sizes[i]).astype(dtype_of(self.params[i]))
         return self.treedef.unflatten(new)
 
     # --- steps ------------------------------------------------------------------------------------
 
     def _compared_call(
-        self, tx: Any, optimizer: Any, states: Any, grads: Tree, weights: Tree
+        self, tx: Any, optimizer: Any, states: Any, pools: Any, sizes: Any
     ) -> tuple[Any, Any]:
         """The next states of both, and figures by leaf.
 
         These are the largest difference of an element, the largest update of optax, the two updates
         of the element that differs most, and whether those of optax are finite.
         """
+        grads, weights = (self._tree(*pair) for pair in zip(pools, sizes, strict=True))
         move, one = tx.update(grads, states[0], weights)
         other_move, other = optimizer.update(grads, states[1], weights)
         figures = []
@@ -297,14 +315,16 @@ class _Comparison:
             for call in range(self.calls):
                 # Micro-batches differ in size, so that it shows whether each is clipped.
                 part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
-                nan = step.nan_leaf if call == 0 else None
-                grads = self._drawn(self.rng, part * step.sizes, nan)
-                states, figures = self._next(states, grads, self.weights[size])
+                grads = self._sizes(part * step.sizes, step.nan_leaf if call == 0 else None)
+                weights = self._sizes(np.full(len(self.leaves), size))
+                states, figures = self._next(states, grads, weights)
                 yield i, [np.asarray(x) for x in figures]
 
-    def _next(self, states: Any, grads: Tree, weights: Tree) -> Any:
+    def _next(self, states: Any, grads: np.ndarray, weights: np.ndarray) -> Any:
+        """The next states of both and the figures, of gradients and weights of these sizes."""
+        pools = self.pool[next(self.next_of_pool)], self.pool[0]
         try:
-            return self._call(states, grads, weights)
+            return self._call(states, pools, (grads, weights))
         except jax.errors.ConcretizationTypeError as error:
             raise TypeError(
                 f"{self.owner}: steps cannot be compared, because an update cannot be compiled by "
