@@ -3742,6 +3742,24 @@ def test_steps_of_the_optimizer_itself_are_compared(name):
         convert.to_optax(steps_of(tx, 3), tx, TWO, CLIPPED)
 
 
+class CallsState(NamedTuple):
+    num_calls: jax.Array
+
+
+def falls_at(calls):
+    """A transform of another library with a counter of its own."""
+
+    def init(params):
+        return CallsState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        factor = jnp.where(state.num_calls < calls, 1.0, 0.1)
+        updates = jax.tree.map(lambda u: factor * u, updates)
+        return updates, CallsState(state.num_calls + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def jump(count, before, after):
     return lambda c: jnp.where(c < count, before, after)
 
@@ -3848,6 +3866,14 @@ OTHER_LATER = {
             [("a", adamjax.skip_not_finite(adam_like_optax()))],
             default=adamjax.skip_not_finite(adam_like_optax()),
         ),
+    ),
+    "an infinite gradient is clipped first": (
+        optax.chain(optax.clip(1.0), optax.apply_if_finite(optax.adam(0.1), 9)),
+        adamjax.skip_not_finite(adamjax.chain(adamjax.clip_by_value(1.0), adam_like_optax())),
+    ),
+    "a counter of another name": (
+        optax.chain(optax.adam(0.1), falls_at(50)),
+        adamjax.chain(adam_like_optax(), falls_at(90)),
     ),
     "a tiny epsilon": (optax.adam(0.1, eps=1e-15), adamjax.adam(0.1, eps=1e-12)),
     "a schedule of calls": (
@@ -4065,11 +4091,37 @@ def test_a_wide_leaf_beside_a_narrow_one_is_compared_closely():
                 convert.from_optax(old, ours, params, theirs)
 
 
-def test_a_linear_schedule_near_its_end_is_no_false_alarm():
-    theirs = optax.adam(optax.linear_schedule(3e-4, 0.0, 10_000))
-    ours = adam_like_optax(adamjax.polynomial_decay(3e-4, 10_000, 0.0))
-    old = jax.tree.map(lambda x: x + 9_985 if x.dtype == jnp.int32 else x, steps_of(theirs, 3))
+def test_wide_weights_with_narrow_moments_are_compared_closely():
+    theirs = optax.adam(0.1, mu_dtype=jnp.bfloat16)
+    old = steps_of(theirs, 3)
+    convert.from_optax(old, adam_like_optax(), TWO, theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, adam_like_optax(0.105), TWO, theirs)
+
+
+@pytest.mark.parametrize("warmup", [0, 1_000])
+def test_a_linear_schedule_near_its_end_is_no_false_alarm(warmup):
+    theirs = optax.linear_schedule(3e-4, 0.0, 10_000)
+    ours = adamjax.polynomial_decay(3e-4, 10_000, 0.0)
+    if warmup:
+        rises = optax.linear_schedule(0.0, 3e-4, warmup)
+        theirs, ours = optax.join_schedules([rises, theirs], [warmup]), adamjax.warmup(ours, warmup)
+    theirs, ours = optax.adam(theirs), adam_like_optax(ours)
+    count = 9_985 + warmup
+    old = jax.tree.map(lambda x: x + count if x.dtype == jnp.int32 else x, steps_of(theirs, 3))
     convert.from_optax(old, ours, TWO, theirs)
+
+
+def test_micro_batches_of_a_large_leaf_are_no_false_alarm():
+    params = {"w": jnp.ones(300_000)}
+    theirs = optax.MultiSteps(CLIPPED, 4).gradient_transformation()
+    old = steps_of(theirs, 4, params)
+    convert.from_optax(old, adamjax.accumulate_gradients(LIKE_CLIPPED, 4), params, theirs)
+
+
+def test_a_model_without_leaves():
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    assert_same(convert.from_optax(theirs.init({}), ours, {}, theirs), ours.init({}))
 
 
 def test_moments_of_complex_leaves():

@@ -895,5 +895,30 @@ for tx, table in (
 """
 
 
+CONVERTED = """
+import jax, jax.numpy as jnp, optax, adamjax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    shardings = {"a": NamedSharding(mesh, P("data")), "b": NamedSharding(mesh, P())}
+    params = jax.device_put({"a": jnp.ones((16, 4)), "b": jnp.ones(3)}, shardings)
+    theirs, ours = optax.adam(0.1), adamjax.adam(0.1, eps=1e-8)
+    _, old = theirs.update(params, theirs.init(params), params)
+    state = adamjax.convert.from_optax(old, ours, params, theirs)
+    assert state[0].m["a"].sharding == params["a"].sharding
+    try:
+        adamjax.convert.from_optax(old, adamjax.adam(0.2, eps=1e-8), params, theirs)
+    except ValueError as error:
+        assert "tx moves an element of 'a'" in str(error)
+    else:
+        raise AssertionError("another rate was taken")
+"""
+
+
+def test_states_on_a_mesh_are_converted():
+    run_on_devices(DEVICES, CONVERTED)
+
+
 def test_the_step_of_a_state_from_jit_compiles_once():
     run_on_devices(DEVICES, ONE_PROGRAM)

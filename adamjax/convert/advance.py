@@ -8,18 +8,19 @@ import jax.numpy as jnp
 from adamjax.convert.adamjax_state import AdamjaxState, contains_states
 from adamjax.convert.optax_state import role_of
 from adamjax.convert.values import counts_a_schedule, field_names, map_items
+from adamjax.data import is_array
 from adamjax.exact.state import ExactRowsState
 from adamjax.guard import AccumulateGradientsState
 from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
 __all__ = [
-    "COUNTS",
     "Advance",
     "MakeRule",
     "advanced_adamjax",
     "advanced_optax",
     "late_rule",
+    "names_of_counts",
     "new_rule",
     "rule_as_it_is",
 ]
@@ -27,8 +28,6 @@ __all__ = [
 # Makes the new state of a rule, of its state and of that of `init`.
 MakeRule = Callable[[Any, Any], Any]
 
-# The names of fields that count calls, in the states of transforms that conversions do not know.
-COUNTS = frozenset(("count", "step"))
 # The count of a rule whose moments are corrected no more.
 _LATE = 10_000
 
@@ -105,9 +104,15 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
 
 def _advanced_other(x: Any, how: Advance) -> Any:
     """A state of a transform that conversions do not know, such as `conditionally_transform`."""
-    counts = {
-        name: getattr(x, name) + how.steps * how.calls
-        for name in COUNTS
-        if name in (field_names(x) or ()) and jnp.shape(getattr(x, name)) == ()
-    }
+    counts = {name: getattr(x, name) + how.steps * how.calls for name in names_of_counts(x)}
     return x._replace(**counts) if counts else x
+
+
+def names_of_counts(x: Any) -> list[str]:
+    """The fields of a state that conversions do not know that may count calls."""
+    fields = [(name, getattr(x, name)) for name in field_names(x) or ()]
+    return [
+        name
+        for name, value in fields
+        if is_array(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+    ]

@@ -11,18 +11,18 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.advance import (
-    COUNTS,
     Advance,
     MakeRule,
     advanced_adamjax,
     advanced_optax,
     late_rule,
+    names_of_counts,
     new_rule,
     rule_as_it_is,
 )
 from adamjax.convert.optax_state import read_state
 from adamjax.convert.schedules import has_schedule, later_counts
-from adamjax.convert.values import field_names, leaves_by_path
+from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
@@ -83,7 +83,8 @@ class _Step(NamedTuple):
     """The gradients of a step: their size by leaf, and the leaf that is not finite, if any."""
 
     sizes: np.ndarray
-    nan_leaf: int | None = None
+    spoilt_leaf: int | None = None
+    spoilt_by: float = math.nan
 
 
 class _Comparison:
@@ -124,29 +125,26 @@ class _Comparison:
         """How far the updates of each leaf may be apart; see `rtol`."""
         # Adam has the same form in optax.
         least = 0.0 if self.has_same_form else rtol
-        narrow_ours = _narrow_leaves(self.ours.state)
-        narrow = {path for path, p in zip(self.paths, self.params, strict=True) if _is_narrow(p)}
+        slots = _narrow_leaves(self.ours.state)
         for path, moments in self.source.moments.items():
             if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
-                narrow.add(path)
-        beside = _BESIDE_NARROW_RTOL if narrow | narrow_ours else 0.0
-        of_leaf = [
-            max(
-                least,
-                _RTOL64 if jnp.finfo(dtype_of(leaf)).nmant > 50 else _RTOL,
-                beside,
-                _NARROW_RTOL * (p in narrow_ours),
-                _NARROW_OPTAX_RTOL * (p in narrow),
-            )
-            for p, leaf in zip(self.paths, self.params, strict=True)
-        ]
+                slots.add(path)
+        are_narrow = [_is_narrow(p) for p in self.params]
+        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or slots else 0.0
+        of_leaf = []
+        for path, p, is_narrow in zip(self.paths, self.params, are_narrow, strict=True):
+            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL
+            narrow = max(_NARROW_RTOL * (path in slots), _NARROW_OPTAX_RTOL * is_narrow)
+            of_leaf.append(max(least, usual, beside, narrow))
         ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in self.params]
         return np.maximum(of_leaf, ulps)
 
     # --- what is compared -------------------------------------------------------------------------
 
     def compare(self) -> None:
-        self._measure_first_steps()
+        if not self.leaves:
+            return
+        self._measure_past_steps()
         self._compare_at(0, "these states")
         counts = list(self._later_counts())
         unmoved = ~self.has_moved
@@ -171,8 +169,8 @@ class _Comparison:
                     self._expect_same(f"the first step at {start}", first, size, steps_taken)
                 late = self._states(steps, late_rule)
                 self._expect_same(f"a late step at {start}", late, size, [_Step(1e3 * self.usual)])
-        for leaf in self._some_leaves():
-            not_finite = [_Step(self.usual), _Step(self.usual, leaf), _Step(self.usual)]
+        for leaf, value in itertools.product(self._some_leaves(), (math.nan, math.inf)):
+            not_finite = [_Step(self.usual), _Step(self.usual, leaf, value), _Step(self.usual)]
             self._expect_same(start, states, _WEIGHTS[1], not_finite)
 
     def _all_steps(
@@ -207,8 +205,8 @@ class _Comparison:
         ours = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
         schedules = [part.tx for part in self.ours.parts if has_schedule(part.tx)]
         # Transforms that conversions do not know may follow a count of their own.
-        names = {name for x in self.source.other_states for name in field_names(x) or ()}
-        if not (schedules or self.source.counts or self.source.accumulated or names & COUNTS):
+        others = any(map(names_of_counts, self.source.other_states))
+        if not (schedules or self.source.counts or self.source.accumulated or others):
             return
         now = ours | {count.steps for count in self.source.counts} or {0}
         ends = {end for count in now for end in later_counts(count, self.ours.tx)}
@@ -262,17 +260,15 @@ class _Comparison:
             x = self.rng.uniform(0.5, 1.5, np.shape(p)) * signs
             if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
                 x = x + 1j * self.rng.permutation(x.reshape(-1)).reshape(x.shape)
-            drawn.append(jnp.asarray(x, jnp.promote_types(dtype_of(p), jnp.float32)))
+            x = jnp.asarray(x, jnp.promote_types(dtype_of(p), jnp.float32))
+            drawn.append(jax.device_put(x, p.sharding) if isinstance(p, jax.Array) else x)
         return drawn
 
-    def _sizes(self, sizes: np.ndarray, nan_leaf: int | None = None) -> np.ndarray:
+    def _sizes(self, sizes: np.ndarray) -> np.ndarray:
         """The factors of random numbers by leaf."""
         is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
         # In float16, larger squares overflow in optax, and those of smaller numbers are inaccurate.
-        sizes = np.where(is_float16, np.clip(sizes, 0.3, 1.0), sizes)
-        if nan_leaf is not None:
-            sizes[nan_leaf] = np.nan
-        return sizes
+        return np.where(is_float16 & np.isfinite(sizes), np.clip(sizes, 0.3, 1.0), sizes)
 
     def _tree(self, pool: list[Any], sizes: Any) -> Tree:
         """A tree like the parameters, of random numbers of these sizes."""
@@ -300,31 +296,35 @@ class _Comparison:
             if a is None or b is None or not np.size(b):
                 a = b = jnp.zeros(1)
             wide = jnp.promote_types(dtype_of(b), jnp.float32)
-            a, b = (jnp.ravel(x).astype(wide) for x in (a, b))
-            apart = jnp.abs(a - b)
-            i = jnp.argmax(jnp.where(jnp.isnan(apart), jnp.inf, apart))
-            is_finite = jnp.all(jnp.isfinite(b))
-            figures.append((apart[i], jnp.max(jnp.abs(b)), a[i].real, b[i].real, is_finite))
+            a, b = (x.astype(wide) for x in (a, b))
+            apart = jnp.where(jnp.isnan(a - b), jnp.inf, jnp.abs(a - b))
+            is_farthest = apart == jnp.max(apart)
+            farthest = (jnp.max(jnp.where(is_farthest, x.real, -jnp.inf)) for x in (a, b))
+            largest, is_finite = jnp.max(jnp.abs(b)), jnp.all(jnp.isfinite(b))
+            figures.append((jnp.max(apart), largest, *farthest, is_finite))
         return (one, other), [jnp.stack(column) for column in zip(*figures, strict=True)]
 
     def _taken(
         self, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
     ) -> Iterator[tuple[int, Any]]:
         """The figures of each call of these steps."""
+        weights = self._sizes(np.full(len(self.leaves), size))
         for i, step in enumerate(steps):
+            # All micro-batches have the same signs, so that their mean is not a difference. They
+            # have other sizes, so that it shows whether each is clipped.
+            pools = self.pool[next(self.next_of_pool)], self.pool[0]
             for call in range(self.calls):
-                # Micro-batches differ in size, so that it shows whether each is clipped.
                 part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
-                grads = self._sizes(part * step.sizes, step.nan_leaf if call == 0 else None)
-                weights = self._sizes(np.full(len(self.leaves), size))
-                states, figures = self._next(states, grads, weights)
+                sizes = part * step.sizes
+                if call == 0 and step.spoilt_leaf is not None:
+                    sizes[step.spoilt_leaf] = step.spoilt_by
+                states, figures = self._next(states, pools, (self._sizes(sizes), weights))
                 yield i, [np.asarray(x) for x in figures]
 
-    def _next(self, states: Any, grads: np.ndarray, weights: np.ndarray) -> Any:
-        """The next states of both and the figures, of gradients and weights of these sizes."""
-        pools = self.pool[next(self.next_of_pool)], self.pool[0]
+    def _next(self, states: Any, pools: Any, sizes: Any) -> Any:
+        """The next states of both and the figures; pools and sizes of gradients and of weights."""
         try:
-            return self._call(states, pools, (grads, weights))
+            return self._call(states, pools, sizes)
         except jax.errors.ConcretizationTypeError as error:
             raise TypeError(
                 f"{self.owner}: steps cannot be compared, because an update cannot be compiled by "
@@ -340,11 +340,14 @@ class _Comparison:
                 "yourself, and pass check=False"
             ) from error
 
-    def _measure_first_steps(self) -> None:
-        """Measures optax' largest updates in the first steps of a run, before a rate has fallen."""
-        for size in _WEIGHTS:
-            for _, figures in self._taken(self.fresh, size, [_Step(np.ones(len(self.leaves)))]):
-                self.largest[size] = np.fmax(self.largest[size], figures[1])
+    def _measure_past_steps(self) -> None:
+        """Measures optax' largest updates in the past, before a rate has fallen."""
+        now = max([0, *(count.steps for count in self.source.counts)])
+        for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
+            states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
+            for size in _WEIGHTS:
+                for _, figures in self._taken(states, size, [_Step(np.ones(len(self.leaves)))]):
+                    self.largest[size] = np.fmax(self.largest[size], figures[1])
 
     def _expect_same(
         self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
