@@ -161,7 +161,8 @@ def from_optax(
     steps take about a minute on a CPU. If that is too long, compare a small copy of the model, and
     pass `check=False` for the large one. A large model is compared at fewer counts. A difference
     may go unnoticed if it shows only at particular values of weights or gradients, or only in a few
-    of very many steps.
+    of very many steps. Where weights are bfloat16 or float16, optax rounds m and v, so its run
+    drifts away from that of adamjax.
 
     Args:
       source_state: the state that `init` or `update` of the optax transform returned. Its rules
