@@ -456,10 +456,9 @@ def from_keras(
     The optimizers are `Adam` (also with `amsgrad`), `AdamW`, `Adamax` and `Nadam` of Keras 3 (any
     backend), of tf_keras and of TensorFlow before 2.11. They may have `use_ema` (then `tx` has a
     `weight_ema` last) and `gradient_accumulation_steps` (then `tx` has `accumulate_gradients`).
-    Their weight decay, clips,
-    betas, loss scale, number of micro-batches and options of the average are in their config, not
-    in their variables: build `tx` with the same values, and with Keras' epsilon, which is `eps_hat`
-    (for Adamax and Nadam `eps`), 1e-7 by default; or let
+    Their weight decay, clips, betas, loss scale, number of micro-batches and options of the average
+    are in their config, not in their variables: build `tx` with the same values, and with Keras'
+    epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
     `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
     rate is refused. Arrays without names say so only if their iteration is int32 or they contain

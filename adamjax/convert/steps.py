@@ -47,11 +47,11 @@ _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
 # How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer
 # than the step.
 _POOL = 3
-# How far two updates of a leaf may be apart, as a part of the largest. float32 rounds off less.
-# adamjax rounds narrow moments at random, and optax computes in their dtype: also the norm that
-# scales the other leaves.
-_RTOL, _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 3e-4, 0.03, 0.1, 0.01
-_RTOL64 = 1e-5
+# How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
+# off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
+# parameters, also the norm that scales the leaves beside them.
+_RTOL, _RTOL64 = 3e-4, 1e-5
+_NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
 # Later counts are compared one by one until the first of these, then in steps of 3% until the
@@ -92,8 +92,13 @@ class _Comparison:
 
     Attributes:
       ours, state: the states of both.
+      source: what the state of optax contains.
+      fresh: what `init` returns, of both.
+      has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
       calls: how many calls a step takes.
-      leaves: the places of the leaves of floats.
+      leaves, params, paths: the places of the leaves of floats, these leaves and their paths.
+      num_elements: how many numbers they have in all.
+      pool: some arrays of random numbers for each of them.
       usual: by leaf, the size of the gradients that its moments are of.
       rtol: by leaf, how far its updates may be apart.
       largest: by the size of weights and by leaf, optax' largest update so far.
@@ -229,13 +234,11 @@ class _Comparison:
     def _states(self, steps: int, rule: MakeRule) -> tuple[Any, Any]:
         """The states of both with schedules so many steps later, and with other rules."""
         states = self.ours.state, self.state
-        if not steps and rule is rule_as_it_is:
-            return states
         if steps:
             states = self._advance(states, self.fresh, jnp.int32(steps))
-        how = Advance(0, self.calls, rule)
         if rule is rule_as_it_is:
             return states
+        how = Advance(0, self.calls, rule)
         ours = self.ours.filled(states[0])
         return (
             advanced_adamjax(ours, states[0], self.fresh[0], how),
