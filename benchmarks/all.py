@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     elif args.quick:
         folder = ROOT / "build" / "quick"
     else:
+        # quick: the platform is all that is needed, so the bandwidth is measured briefly.
         folder = RESULTS / device(quick=True).platform
     options = ["--quick"] if args.quick else []
     failed = []

@@ -212,7 +212,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         "start the average after the first step",
         {
             "adamjax": adamjax_average,
-            "optax": lambda: "by hand",
+            "optax": lambda: "none built in",
             "keras": keras_average,
             "torch": torch_average,
         },

@@ -105,10 +105,10 @@ def padded_arrays(hlo_type: str) -> list[tuple[int, int]]:
 def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
     """The bytes that a program's entry reads from the large memory and writes to it.
 
-    An instruction counts as reading and writing the whole of its arrays. But if it reads or writes
-    rows, its largest array is the one whose rows it moves, and counts as no larger than its next
-    largest. Loops and branches are not counted, as they are searches among indices; only loops over
-    blocks of rows are.
+    An instruction counts as reading and writing the whole of its arrays. But one that reads or
+    writes rows touches only some rows of its largest array, so that array counts with the size of
+    the second largest. Of loops and branches, only loops over blocks of rows are counted. The
+    others search among indices.
 
     Args:
       text: the program.
@@ -157,7 +157,8 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
 def large_results(text: str, least: int) -> dict[str, int]:
     """How many instructions of each opcode have a result of `least` elements or more.
 
-    Those of a whole program. A fusion that writes into one of its operands is "fusion in place".
+    Instructions of the whole program count, not only those of its entry. A fusion that writes
+    into one of its operands is "fusion in place".
     """
     counts: Counter[str] = Counter()
     for _, hlo_type, opcode, rest in instructions(text):

@@ -18,8 +18,8 @@ B1, B2 = 0.9, 0.999
 
 KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
 SCALES = (1e-9, 1.0, 1e4)
-# The moments are compared at each of these steps.
-EVERY = 10
+# The moments are compared after every tenth step.
+COMPARE_EVERY = 10
 # The error of float32 itself, relative to a moment, in 20,000 steps.
 FLOAT32_ERROR = 1e-5
 
@@ -54,14 +54,14 @@ def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
         return carry, (adamjax.get_slot(state, "m"), adamjax.get_slot(state, "v"), update)
 
     def run(g: jax.Array) -> Any:
-        groups = g.reshape(-1, EVERY, g.shape[-1])
+        groups = g.reshape(-1, COMPARE_EVERY, g.shape[-1])
         first = jnp.zeros_like(g[0]), tx.init(g[0])
         return jax.lax.scan(until_compared, first, groups)[1]
 
     return jax.jit(run)
 
 
-def reference(g: np.ndarray, every: int = EVERY) -> tuple[np.ndarray, ...]:
+def reference(g: np.ndarray, every: int = COMPARE_EVERY) -> tuple[np.ndarray, ...]:
     """m, v and the updates of Adam in float64, from algorithm 1 of arXiv:1412.6980."""
     m = v = np.zeros(g.shape[1])
     results: list[tuple[np.ndarray, ...]] = []

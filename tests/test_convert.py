@@ -3398,7 +3398,7 @@ GOES_ON_OTHERWISE = {
         ),
         adamjax.skip_not_finite(adam_like_optax()),
         2,
-        "of the leaf 'b' optax skips no steps .*leave skip_not_finite out there",
+        "tx skips steps of the leaf 'b' .*optax does not: remove skip_not_finite",
     ),
     "steps that a schedule counts though they are skipped": (
         optax.chain(

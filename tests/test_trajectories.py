@@ -37,7 +37,7 @@ def cases():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", list(cases()))
-def test_system(case, precision):
+def test_ten_steps_follow_those_of_other_systems(case, precision):
     system, name, variant = case.split("|")
     tx = optimizer(system, name, VARIANTS[variant])
     # Without jit, JAX compiles each operation once for all of the many cases. But a `cond`, which
@@ -57,8 +57,8 @@ def test_file_is_whole():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(ORACLE.weights))
 
 
-def test_reason_for_what_is_not_applicable():
-    # Keras 3: the average after step 1 is the weights themselves. tf_keras averages from p_0.
+def test_keras_3_starts_its_average_after_step_1():
+    # There the average after step 1 is the weights themselves. tf_keras averages from p_0.
     for case, average in ORACLE.averages.items():
         first = ORACLE.weights[case]["bert"]["emb"][0]
         start = ORACLE.start["bert"]["emb"]
@@ -68,7 +68,7 @@ def test_reason_for_what_is_not_applicable():
 
 # The references
 
-# Name: what the optimizer and its reference are called, and the options of both.
+# By case: the name of both the optimizer and its reference, and the options of both.
 RULES = {
     "adam-eps_hat": ("adam", {"eps_hat": 1e-7}),
     "adam-eps": ("adam", {"eps": 1e-8}),
@@ -79,13 +79,13 @@ RULES = {
 }
 
 # The tolerance in float64. Other systems round some numbers to float32; here neither side does.
-EXACT = 1e-11
+FLOAT64_TOLERANCE = 1e-11
 
 SCALES = {"1e-9": 1e-9, "1e-4": 1e-4, "1": 1.0, "1e4": 1e4}
 
 
 def wide_range(seed=0):
-    """Start values and gradients of leaves that each test another range, a third of them zeros.
+    """Start values and gradients. Each leaf tests another range; a third of its gradients are 0.
 
     A leaf of small gradients is judged by its own small displacement. Most leaves start at zero,
     where the ulps of the parameters hide nothing.
@@ -119,7 +119,9 @@ def test_wide_range(rule, precision):
     for leaf in grads:
         updates = getattr(reference, name)(grads[leaf], **options)
         expected, _ = reference.descend(start[leaf], updates, 0.01)
-        assert_follows(weights[leaf], expected, start[leaf], precision=precision, tolerance=EXACT)
+        assert_follows(
+            weights[leaf], expected, start[leaf], precision=precision, tolerance=FLOAT64_TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -137,12 +139,12 @@ def test_slots(rule, precision):
     if name == "amsgrad":
         slots["v_max"] = lambda g: reference.maxima(slots["v"](g))
     assert set(adamjax.slot_names(state)) == set(slots)
-    for slot, history in slots.items():
+    for slot, expected_slots in slots.items():
         for leaf, g in grads.items():
             actual = adamjax.get_slot(state, slot)[leaf]
-            expected = history(g)[-1]
+            expected = expected_slots(g)[-1]
             error = np.abs(actual - expected).max()
-            bound = (2e-6 if precision == "float32" else EXACT) * np.abs(expected).max()
+            bound = (2e-6 if precision == "float32" else FLOAT64_TOLERANCE) * np.abs(expected).max()
             assert error <= bound, f"{slot} of {leaf}: error {error:.3g}, bound {bound:.3g}"
 
 
@@ -150,7 +152,8 @@ def test_slots(rule, precision):
 @pytest.mark.parametrize("rule", RULES)
 def test_whole_chain(rule, precision):
     # Everything at once, in an order that matters: means, both clips, the rule, decoupled decay,
-    # the decayed rate, the average and its overwriting, which moves at real steps only.
+    # the decayed rate, the average and its overwriting. The average moves when a step is taken, not
+    # at every micro-batch.
     name, options = RULES[rule]
     start, grads = wide_range(seed=2)
     start = {leaf: x + 0.1 for leaf, x in start.items()}
@@ -182,5 +185,9 @@ def test_whole_chain(rule, precision):
         for actual, steps in zip((weights, averages), history, strict=True):
             expected = reference.after_each_micro_batch(start[leaf], steps, 2, STEPS)
             assert_follows(
-                actual[leaf], expected, start[leaf], precision=precision, tolerance=EXACT
+                actual[leaf],
+                expected,
+                start[leaf],
+                precision=precision,
+                tolerance=FLOAT64_TOLERANCE,
             )

@@ -1,4 +1,4 @@
-"""Moves the schedules of a state, of adamjax or optax, to a later count, for comparisons there."""
+"""States of adamjax or optax for comparisons: schedules at a later count, rules as new or late."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ __all__ = [
     "rule_as_it_is",
 ]
 
-# Makes the new state of a rule, of its state and of that of `init`.
+# Makes a new state of a rule from its state and from the one that `init` returns.
 MakeRule = Callable[[Any, Any], Any]
 
 # The count of a rule whose moments are corrected no more.
@@ -37,7 +37,7 @@ class Advance(NamedTuple):
 
     Attributes:
       steps: by how many steps schedules are further on.
-      calls: how many calls a step takes where nothing accumulates.
+      calls: how many calls of `update` make a step. A count of calls is `steps * calls` further on.
       rule: makes the states of rules.
     """
 
@@ -109,7 +109,7 @@ def _advanced_other(x: Any, how: Advance) -> Any:
 
 
 def names_of_counts(x: Any) -> list[str]:
-    """The fields of a state that conversions do not know that may count calls."""
+    """Fields that may count calls, in the state of a transform that conversions do not know."""
     fields = [(name, getattr(x, name)) for name in field_names(x) or ()]
     return [
         name

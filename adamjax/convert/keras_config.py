@@ -1,4 +1,4 @@
-"""Dictionaries of Keras' optimizers and schedules as transforms and schedules."""
+"""Reads the config dictionaries of Keras' optimizers and schedules."""
 
 import dataclasses
 import math

@@ -25,11 +25,11 @@ from adamjax.transform import Rule
 __all__ = ["from_optax", "to_optax"]
 
 
-def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
-    """Adds a doubt if optax skips other steps than adamjax, or counts those it skips otherwise."""
-    if not source.skipping_transforms:
+def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
+    """Adds a doubt if only one skips some steps, or if only one's schedules count skipped steps."""
+    if not theirs.skipping_transforms:
         return
-    both_accumulate = bool(source.accumulated) and bool(ours.accumulations)
+    both_accumulate = bool(theirs.accumulated) and bool(ours.accumulations)
     skipping = [part for part in ours.parts if isinstance(part.tx, skip_not_finite)]
     our_skips = [
         SkippingTransform(
@@ -37,31 +37,40 @@ def _doubt_skips(source: Source, ours: AdamjaxState) -> None:
         )
         for p in skipping
     ]
-    for path in source.moments:
-        theirs, own = (
+    for path in theirs.moments:
+        # For each skipping transform around this leaf: whether it skips whole steps of several
+        # micro-batches.
+        they_skip_steps, we_skip_steps = (
             {x.accumulates and both_accumulate for x in skips if path in x.leaves}
-            for skips in (source.skipping_transforms, our_skips)
+            for skips in (theirs.skipping_transforms, our_skips)
         )
-        if theirs != own:
-            what, mend = "no steps", "leave skip_not_finite out there"
-            if theirs and both_accumulate:
-                what, place = "micro-batches", "outside of"
-                if True in theirs:
-                    what, place = "whole steps", "inside"
-                mend = f"put skip_not_finite {place} accumulate_gradients"
-            elif theirs:
-                what, mend = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
-            source.doubts.append(
-                f"of the leaf {path!r} optax skips {what} with gradients that are not finite "
-                f"(apply_if_finite), and tx does not do the same: {mend}"
+        if they_skip_steps == we_skip_steps:
+            continue
+        if not they_skip_steps:
+            theirs.doubts.append(
+                f"tx skips steps of the leaf {path!r} with gradients that are not finite, and "
+                "optax does not: remove skip_not_finite from around this leaf"
             )
             return
-    in_skips = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
-    ours_skip = {id(p.tx) in in_skips for p in ours.parts if has_schedule(p.tx)}
-    they_skip = {count.in_skipping for count in source.counts}
-    if ours_skip and they_skip and ours_skip != they_skip:
-        place = "inside" if True in they_skip else "outside of"
-        source.doubts.append(
+        what, mend = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
+        if both_accumulate:
+            what, place = "micro-batches", "outside of"
+            if True in they_skip_steps:
+                what, place = "whole steps", "inside"
+            mend = f"put skip_not_finite {place} accumulate_gradients"
+        theirs.doubts.append(
+            f"optax skips {what} of the leaf {path!r} with gradients that are not finite "
+            f"(apply_if_finite), and tx does not do the same: {mend}"
+        )
+        return
+    ids_inside = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
+    our_schedules_inside = {id(p.tx) in ids_inside for p in ours.parts if has_schedule(p.tx)}
+    their_schedules_inside = {count.in_skipping for count in theirs.counts}
+    if not our_schedules_inside or not their_schedules_inside:
+        return
+    if our_schedules_inside != their_schedules_inside:
+        place = "inside" if True in their_schedules_inside else "outside of"
+        theirs.doubts.append(
             "optax and tx differ in whether a schedule counts the steps that are skipped: put "
             f"scale_by_learning_rate {place} skip_not_finite"
         )
@@ -226,8 +235,8 @@ def to_optax(
       state: a state of `tx`. The rows of `exact_rows` must be up to date: call `flush` first.
       tx: a transform of adamjax.
       params: the parameters at that step.
-      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. If it is
-        made with `inject_hyperparams`, give `inject_hyperparams` the rate at the step of `state`.
+      optimizer: the optax transform. Steps of both are compared, as in `from_optax`. Build one of
+        `inject_hyperparams` with the learning rate that `tx` has at the step of `state`.
       check, rtol: as for `from_optax`.
 
     Returns:
@@ -249,11 +258,11 @@ def to_optax(
     expect_optimizer(owner, optimizer)
     ours = AdamjaxState(owner, tx, state, params)
     target = optimizer.init(params)
-    target_source = read_state(owner, target)
-    _doubt_skips(target_source, ours)
-    source = ours.read_for(target_source, check)
+    target_form = read_state(owner, target)
+    _doubt_skips(target_form, ours)
+    source = ours.read_for(target_form, check)
     filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
-    new_state = filling.filled_state(target, target_source.counts)
+    new_state = filling.filled_state(target, target_form.counts)
     if check:
         _expect_same(ours, optimizer, new_state, rtol)
     return new_state
@@ -266,7 +275,7 @@ def _expect_same(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) ->
             leaves = leaves_by_path(ours.owner, part.params)
             raise ValueError(
                 f"{ours.owner}: {next(iter(leaves), 'a leaf')!r}: optax has epsilon on the "
-                f"corrected root (eps), tx has eps_hat={part.tx.eps_hat}: build tx with eps=..., "
-                f"the same value. {OPTAX.not_stated}"
+                f"corrected root (eps), tx has eps_hat={part.tx.eps_hat}: build tx with "
+                f"eps= and the value of optax' eps. {OPTAX.not_stated}"
             )
     expect_same_steps(ours, optimizer, state, rtol)

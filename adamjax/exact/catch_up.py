@@ -21,18 +21,19 @@ from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots
 __all__ = [
     "caught_up",
     "flushed",
-    "or_zeros",
-    "put_rows",
+    "put_slots",
     "read_in_blocks",
     "slot_keys",
     "weights_of",
+    "zeros_outside_table",
 ]
 
 # How many rows are flushed at a time.
-_BLOCK = 8192
+_FLUSHED_AT_ONCE = 8192
 
 
-# jit makes a call outside of jit one program; inside another jit, inline=True leaves no call.
+# Called outside of jit, this is one compiled program. Inside another jit, inline=True makes it part
+# of that program.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[Any]) -> Ready:
     """Rows of a batch's tables, up to date.
@@ -55,6 +56,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         def gather(x: Any, i: Any) -> chex.Array:
             if i is not None:
                 x = each_part(lambda y: gather_rows(y, i, mode="promise_in_bounds"), x)
+            # This decodes slots of 8 bits. Other arrays stay as they are.
             return read_slot(x, x.dtype)
 
         rows = [gather(x, i) for x, i in zip(arrays, clamped, strict=True)]
@@ -96,12 +98,13 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
 
 
 def _has_average(table: Table) -> bool:
-    """Whether a `weight_ema` follows the table's rule: `momentum` is that of the average."""
+    """Whether a `weight_ema` comes after the table's rule."""
+    # This is the momentum of the average, not of the rule.
     return table.coasting.momentum is not None
 
 
 def _has_nan(ring: Ring, last: chex.Array) -> chex.Array:
-    """Whether the entries of these steps in a ring have a NaN."""
+    """Whether the entries of a ring for the steps `last` have a NaN."""
     # The length of a ring is a power of two, so this is `last % len(x)`.
     entries = [gather_entries(x, last & (len(x) - 1)) for x in ring if x is not None]
     nans = [jnp.any(jnp.isnan(x)) for x in entries]
@@ -147,25 +150,25 @@ def flushed(
         leaf = batch.tables[0].leaf
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = columns.weights.shape[0]
-    size = min(_BLOCK, num_rows)
+    size = min(_FLUSHED_AT_ONCE, num_rows)
 
-    def block(i: chex.Array, columns: Columns) -> Columns:
+    def flush_some(i: chex.Array, columns: Columns) -> Columns:
         ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
-        rows = caught_up(batch, past, [columns], [ids])
+        ready = caught_up(batch, past, [columns], [ids])
         clock = jnp.broadcast_to(past.clock, ids.shape)
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
-        (written,) = put_rows([columns], [ids], rows.slots, clock, keys, first_row)
-        now = rows.now
+        (written,) = put_slots([columns], [ids], ready.slots, clock, keys, first_row)
+        now = ready.now
         if weights_key is not None:
             before = gather_rows(columns.weights, ids, mode="fill", fill_value=0)
-            now = stepped(before, rows.moved, weights_key, ids + first_row)
+            now = stepped(before, ready.moved, weights_key, ids + first_row)
         return written._replace(weights=scatter_rows(columns.weights, ids, now))
 
-    return jax.lax.fori_loop(0, -(-num_rows // size), block, columns)
+    return jax.lax.fori_loop(0, -(-num_rows // size), flush_some, columns)
 
 
-def or_zeros(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
+def zeros_outside_table(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
     """The rows, with zeros where an index is outside the table."""
     is_row = indices < table.num_rows
     return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
@@ -178,7 +181,7 @@ def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
     return None
 
 
-def put_rows(
+def put_slots(
     columns: list[Columns],
     indices: list[Any],
     slots: dict[str, Any],
@@ -195,8 +198,10 @@ def put_rows(
       first_row: if the columns are a part of a table, the number of their first row.
     """
 
-    def rounded_slots(old: Columns, new: dict[str, chex.Array], table: int, rows: Any) -> list[Any]:
-        key = None if keys is None else keys[table]
+    def rounded_slots(
+        old: Columns, new: dict[str, chex.Array], position: int, rows: Any
+    ) -> list[Any]:
+        key = None if keys is None else keys[position]
         return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
 
     if indices[0] is None:
@@ -207,15 +212,15 @@ def put_rows(
     slots_of_each = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     last_of_each = rows_of_each(last, sizes)
 
-    def put_in(table: int) -> Columns:
-        old, ids = columns[table], indices[table]
-        new_rows = {name: x[table] for name, x in slots_of_each.items()}
-        rounded = rounded_slots(old, new_rows, table, ids + first_row)
+    def put_in(position: int) -> Columns:
+        old, ids = columns[position], indices[position]
+        new_rows = {name: x[position] for name, x in slots_of_each.items()}
+        rounded = rounded_slots(old, new_rows, position, ids + first_row)
         pairs = zip(old.slots.items(), rounded, strict=True)
         new = {
-            name: each_part(lambda x, rows: scatter_rows(x, ids, rows), x, rows)
+            name: each_part(lambda array, values: scatter_rows(array, ids, values), x, rows)
             for (name, x), rows in pairs
         }
-        return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[table]))
+        return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[position]))
 
-    return [put_in(table) for table in range(len(columns))]
+    return [put_in(position) for position in range(len(columns))]

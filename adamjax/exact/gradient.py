@@ -9,7 +9,7 @@ import chex
 from adamjax.autodiff import Call, Reads
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, or_zeros, weights_of
+from adamjax.exact.catch_up import caught_up, weights_of, zeros_outside_table
 from adamjax.exact.state import Columns, Past
 from adamjax.exact.step import read_rows
 from adamjax.exact.tables import Batch
@@ -73,7 +73,7 @@ def _prepared(
         ids = None if ids is None else ids.reshape(-1)
         ready = caught_up(batch, past, [columns], [ids])
         weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
-        return weights if ids is None else or_zeros(weights, ids, batch.tables[0])
+        return weights if ids is None else zeros_outside_table(weights, ids, batch.tables[0])
 
     dense = {leaf: read_in_call(state_of, leaf, None) for leaf in reads.dense}
     return reads, _Inputs(state_of, read_in_call, rows, dense), searched, ticket

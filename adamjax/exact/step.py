@@ -10,7 +10,7 @@ import numpy as np
 from adamjax.blocks import in_blocks, needs_no_loop, rows_of_each
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, put_rows, read_in_blocks, slot_keys, weights_of
+from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
 from adamjax.exact.route import with_stops
 from adamjax.exact.state import Columns, ExactRowsState, TableState
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
@@ -115,7 +115,7 @@ def _batch_step(
         # `ready.last` is always before this clock. The comparison makes the write of `last` depend
         # on its read, so that XLA need not copy it.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
-        now = put_rows(now, indices, slots, last, slot_keys(batch, now, past.count))
+        now = put_slots(now, indices, slots, last, slot_keys(batch, now, past.count))
         return ([(c.slots, c.last) for c in now], has_nan | ready.has_nan), update
 
     carry = [(c.slots, c.last) for c in columns], jnp.array(False)

@@ -23,7 +23,7 @@ from adamjax.blocks import needs_no_loop
 from adamjax.coasting import Coast, Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, flushed, or_zeros
+from adamjax.exact.catch_up import caught_up, flushed, zeros_outside_table
 from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
@@ -462,7 +462,7 @@ class exact_rows(Transform):
         batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
         ready = caught_up(batch, bound.past(batch.family), [columns], [flat_ids])
         rows = ready.now if slot is None else ready.slots[slot].astype(columns.slots[slot].dtype)
-        rows = or_zeros(rows, flat_ids, read_table)
+        rows = zeros_outside_table(rows, flat_ids, read_table)
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
     def without_tables(self, params: Tree) -> Tree:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.quality.protocol import METRICS
+from benchmarks.quality.protocol import METRICS, REFERENCE
 
 Results = dict[str, Any]
 
@@ -67,10 +67,10 @@ def relative_difference(comparison: Comparison) -> float:
     return comparison.result["mean |difference|"] / abs(comparison.result["mean"])
 
 
-def ratio_range(results: Results, name: str, field: str) -> str:
-    """The range over models of a contender's "rate" or "seconds", divided by that of dense."""
+def ratio_range(results: Results, name: str, field: str, reference: str = "dense") -> str:
+    """The range over models of a contender's "rate" or "seconds", divided by the reference's."""
     ratios = [
-        row["contenders"][name][field] / row["contenders"]["dense"][field]
+        row["contenders"][name][field] / row["contenders"][reference][field]
         for row in results["models"]
         if name in row["contenders"]
     ]
@@ -114,17 +114,19 @@ def sentences(results: Results) -> list[str]:
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**A row makes up its missed movement after the loss has read it, with the v "
-        "after this step (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**A row makes up its missed movement after the loss has read it, with the v "
-        "before this step (HugeCTR's LazyGlobal)**, against dense",
+        "counted": "**A row makes up its missed movement after the loss has read it, computed with "
+        "the v of this step (caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**A row makes up its missed movement after the loss has read it, computed with "
+        "the v of the row's last read (HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
         if name in present:
             line = f"{label}: {outcome_counts(results, name)}; at worst {worst(results, name)}."
             if name != "lazy, same rate":
-                line += f" Its rate is {ratio_range(results, name, 'rate')} times that of dense."
+                reference = REFERENCE.get(name, "dense")
+                ratio = ratio_range(results, name, "rate", reference)
+                line += f" Its rate is {ratio} times that of {label.rpartition('against ')[2]}."
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(

@@ -1,4 +1,4 @@
-"""The results of all cells in numbers: comparisons, times, curves, groups of reads."""
+"""The results of all cells in numbers: comparisons, times, curves, scores by frequency of reads."""
 
 import statistics
 from typing import Any
