@@ -476,9 +476,9 @@ def float64(results: Results) -> str:
     return "\n\n".join(
         [
             f"{origin(results)} Each cell gives two numbers over all epochs of "
-            f"{len(results['seeds'])} seeds: how often the metric is that of optax's dense Adam, "
-            "and the largest relative difference. A rank metric must be equal; a loss may differ "
-            f"by {results['rounding']:g}.",
+            f"{len(results['seeds'])} seeds: how often the metric equals that of optax's dense "
+            "Adam, and the largest relative difference. Losses count as equal if they differ by at "
+            f"most {results['rounding']:g}; all other metrics must be exactly equal.",
             markdown(["model", "metric", *names], table),
             "The largest difference of any weight from that of optax's dense Adam, after the last "
             "epoch: the median over the seeds, and the maximum.",
@@ -500,17 +500,17 @@ def narrow(results: Results) -> str:
     """What moments and weights in few bits do to the updates and to the loss of training."""
     tasks = results["tasks"]
     learned = "; ".join(
-        f"{name}: the loss falls by {task['learned']:.3f} from {task['before']:.3f}, standard "
-        f"deviation over the seeds {task['spread']:.4f}"
+        f"{name}: the loss falls by {task['learned']:.3f} from {task['before']:.3f}, and the "
+        f"standard deviation of the final loss over the seeds is {task['spread']:.4f}"
         for name, task in tasks.items()
     )
     return "\n\n".join(
         [
             origin(results),
-            f"**Moments**, compared with float64 at every tenth step of {results['steps']:,}, for "
-            "gradients of several kinds from 1e-9 to 1e4: the share of these steps at which the "
-            "mean error of m and v is beyond three standard errors (by chance, about 0.3%), and "
-            "the mean absolute error of an update, relative to its size.",
+            f"**Moments** are compared with float64 at every tenth of {results['steps']:,} steps, "
+            "for gradients of several kinds from 1e-9 to 1e4. Columns m and v: the share of these "
+            "steps at which the mean error is beyond three standard errors (by chance, about "
+            "0.3%). Column update: the mean absolute error of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus that of float32 "
             f"(the mean over {results['seeds']} seeds), and in brackets this difference as a share "

@@ -1,4 +1,4 @@
-"""States of adamjax or optax for comparisons: schedules at a later count, rules as new or late."""
+"""Changes states for comparisons: schedules to a later count, rules to no step or many steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

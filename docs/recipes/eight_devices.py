@@ -1,9 +1,9 @@
 """Eight devices: batches are split, and each device holds an eighth of the optimizer's state.
 
 `shard_state` splits moments and averages over the devices (ZeRO-1). The parameters are on all of
-them. Its `value_and_grad` averages the gradients over the devices, and each device receives only
-the share that it updates. The step returns the same weights and loss as on one device. If
-`XLA_FLAGS` is not set, XLA makes eight devices of this CPU.
+them. The `value_and_grad` of `shard_state` averages the gradients over the devices, and each device
+receives only the share that it updates. The step returns the same weights and loss as on one
+device. If `XLA_FLAGS` is not set, XLA makes eight devices of this CPU.
 
 Run it with `python docs/recipes/eight_devices.py`.
 """
