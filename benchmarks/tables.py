@@ -507,7 +507,7 @@ def narrow(results: Results) -> str:
     return "\n\n".join(
         [
             origin(results),
-            f"**Moments** are compared with float64 at every tenth of {results['steps']:,} steps, "
+            f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
             "for gradients of several kinds from 1e-9 to 1e4. Columns m and v: the share of these "
             "steps at which the mean error is beyond three standard errors (by chance, about "
             "0.3%). Column update: the mean absolute error of an update, relative to its size.",

@@ -1,4 +1,4 @@
-"""Changes states for comparisons: schedules to a later count, rules to no step or many steps."""
+"""States to compare steps from: schedules at later counts, rules before or after many steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

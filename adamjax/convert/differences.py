@@ -1,4 +1,4 @@
-"""How the rules of two systems differ, by how much, and which moments no rule can have."""
+"""How the rules of two systems differ, by how much, and which values of moments are impossible."""
 
 import math
 from typing import Any

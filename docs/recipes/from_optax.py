@@ -1,9 +1,9 @@
 """Move a run from optax: it goes on with the same moments, on the same trajectory.
 
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from optax's.
-optax's state contains no hyperparameters. So `from_optax` also takes the optax optimizer. Both take
-some steps on random gradients, and an optimizer that moves weights differently is refused. Here
-half of a run is taken with optax and the other half with adamjax, beside a run that stays with
+optax's state contains few hyperparameters, so pass the optax optimizer too. `from_optax` lets both
+optimizers take some steps on random gradients, and refuses yours if it moves weights differently.
+Here half of a run is taken with optax and the other half with adamjax, beside a run that stays with
 optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.

@@ -58,7 +58,7 @@ def target(mesh):
 
 eight, two = (jax.sharding.Mesh(jax.devices()[:n], "data") for n in (8, 2))
 params = jax.device_put(start(), jax.tree.map(lambda x: x.sharding, target(eight)[0]))
-run = train(eight, params, tx.init(params), range(30))
+run = train(eight, params, jax.jit(tx.init)(params), range(30))
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(Path(folder) / "run", run)
     checkpointer.wait_until_finished()

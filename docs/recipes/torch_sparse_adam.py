@@ -44,5 +44,6 @@ for ids in batches:
 apart = np.abs(np.asarray(params["embedding"]) - embedding.weight.detach().numpy()).max()
 print(f"the largest difference of a weight after {STEPS} steps: {apart:.0e}")
 
-# Dense Adam moves rows on by their momentum when they are not read. `exact_rows` does that at the
-# same cost, and needs no `tables=`: `adamjax.exact_rows(adamjax.adam(0.01), "embedding")`.
+# Dense Adam moves rows on by their momentum when they are not read. `exact_rows` does that too, and
+# its cost also follows the rows that are read. It needs no `tables=`:
+# `adamjax.exact_rows(adamjax.adam(0.01), "embedding")`.
