@@ -1807,6 +1807,28 @@ def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
             convert.from_keras(optimizer, adamjax.adam(rates), params)
 
 
+def test_schedules_with_quotients_of_counts_are_those_of_keras(keras):
+    """Of int32 counts these quotients are float32, with x64 too."""
+    params, k = {"w": jnp.ones(3)}, keras.optimizers
+    rates = k.schedules
+    for schedule, right in (
+        (rates.ExponentialDecay(1e-2, 10_000, 0.9), lambda count: 1e-2 * 0.9 ** (count / 10_000)),
+        (rates.ExponentialDecay(0.1, 1000, 0.96), optax.exponential_decay(0.1, 1000, 0.96)),
+        (rates.PolynomialDecay(1e-3, 10_000, 0.0), optax.linear_schedule(1e-3, 0.0, 10_000)),
+        (
+            rates.CosineDecay(0.0, 9000, warmup_target=1e-3, warmup_steps=1000),
+            optax.warmup_cosine_decay_schedule(0.0, 1e-3, 1000, 10_000),
+        ),
+    ):
+        optimizer = k.Adam(schedule)
+        optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+        convert.from_keras(optimizer, adamjax.adam(right), params)
+        with pytest.raises(ValueError, match="Keras has a learning rate of"):
+            convert.from_keras(
+                optimizer, adamjax.adam(lambda count, r=right: 1.01 * r(count)), params
+            )
+
+
 def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
@@ -2323,6 +2345,52 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
     ):
         with pytest.raises(ValueError, match=r"weights are the transposes of kernels.*adapt="):
             refused()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_fused_steps_of_torch_go_on(layout):
+    """torch's fused step is wrong if moments are not laid out in memory like the parameter."""
+    torch = pytest.importorskip("torch")
+    memory_format = {
+        "contiguous": torch.contiguous_format,
+        "channels_last": torch.channels_last,
+    }[layout]
+    grads = np.random.default_rng(0).normal(size=(9, 2, 3, 2, 2)).astype(np.float32)
+
+    def of_torch(kernel):
+        return np.transpose(kernel, (3, 2, 0, 1))
+
+    def of_jax(weight):
+        return np.transpose(weight, (2, 3, 1, 0))
+
+    def new():
+        p = torch.nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=memory_format))
+        return p, torch.optim.Adam([p], lr=0.1, fused=True)
+
+    def train(p, optimizer, grads):
+        for g in grads:
+            p.grad = torch.tensor(g).to(memory_format=memory_format)
+            optimizer.step()
+
+    p, optimizer = new()
+    train(p, optimizer, grads[:3])
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.array(of_jax(p.detach().numpy()))}
+    state = convert.from_torch(
+        optimizer.state_dict(), tx, params, adapt=lambda path, x: np.transpose(x, (2, 3, 1, 0))
+    )
+    other, other_optimizer = new()
+    train(other, other_optimizer, grads[:1])  # so that the target shows the layout of moments
+    new_state = convert.to_torch(
+        state, tx, params, other_optimizer.state_dict(), adapt=lambda path, x: of_torch(x)
+    )
+    other_optimizer.load_state_dict(
+        jax.tree.map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, new_state)
+    )
+    with torch.no_grad():
+        other.copy_(torch.from_numpy(of_torch(np.array(params["kernel"])).copy()))
+    for one in ((p, optimizer), (other, other_optimizer)):
+        train(*one, grads[3:])
+    assert_close(other.detach().numpy(), p.detach().numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])

@@ -140,7 +140,13 @@ class Filling:
         for i, path in enumerate(leaf_paths(like)):
             if leaves[i] is not None and not is_left_alone(leaves[i]):
                 if path not in values:
-                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}")
+                    mend = ""
+                    if name == ACCUMULATED:
+                        mend = (
+                            ": convert after a step (or, for a frozen leaf, put "
+                            "accumulate_gradients inside partition)"
+                        )
+                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}{mend}")
                 leaves[i] = self.array(path, name, values[path], leaves[i])
         return treedef.unflatten(leaves)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax._compat import x64
@@ -364,7 +365,7 @@ class _Check:
             rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
             count = (*rates, after[0])[0].state.count
             with x64(True):
-                stated = rate_at(schedule, count)
+                stated = rate_at(schedule, jnp.asarray(count, int))
         in_tx = self._rate(path, after)
         mend = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
@@ -463,7 +464,9 @@ class _Check:
         factor = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
-                rate = rate_at(part.tx.learning_rate, part.state.count + steps_later)
+                # With x64, quotients of counts are float64 only if counts are int64.
+                count = jnp.asarray(part.state.count, int) + steps_later
+                rate = rate_at(part.tx.learning_rate, count)
                 factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
                 factor *= float(part.tx.factor)

@@ -345,6 +345,8 @@ def from_torch(
       parameter joined after `k` steps, a schedule of all steps is there
       `lambda count: schedule(count + k)`. A parameter without a gradient stays as it is in torch:
       give it `None` in `order`, and freeze it with `partition` and `set_to_zero`.
+    - Where parameters are bfloat16 or float16, so are torch's moments, and its v hardly decays: it
+      is rounded back. Here moments are float32, so the run drifts away from torch's.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
       of torch before 2.2 has the keys of Adamax, so it is not refused as long as it has no state.)
     - Parameters with names (`Adam(model.named_parameters())`, and state dicts of
@@ -428,7 +430,10 @@ def to_torch(
 
     Returns:
       A dictionary of NumPy arrays and numbers. Make its arrays tensors for
-      `optimizer.load_state_dict`: see the example.
+      `optimizer.load_state_dict`: see the example. The moments are laid out in memory like those
+      of `target`, or in C order if it has none. For parameters in `channels_last` and `fused=True`,
+      let the new optimizer take a step before you pass its `state_dict()`: torch's fused step is
+      wrong if moments are laid out otherwise than the parameter.
 
     Raises:
       TypeError, ValueError: as for `from_torch`.
@@ -474,7 +479,8 @@ def to_torch(
         # torch takes no bfloat16 from NumPy, so narrow slots become float32.
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
-        arrays = {name: np.array(fitted(path, name, x)) for name, x in arrays.items()}
+        # torch's fused steps need moments that are laid out in memory like the parameter.
+        arrays = {name: np.array(fitted(path, name, x), order="C") for name, x in arrays.items()}
         for name, x in (target_moments.slots or {}).items():
             if np.shape(arrays[name]) != np.shape(x):
                 raise ValueError(
@@ -482,6 +488,9 @@ def to_torch(
                     f"expected {list(np.shape(x))}, that of torch's: are the leaves in the order "
                     "of torch's groups (order=), or must adapt transpose this one?"
                 )
+            laid_out = np.empty_like(x, arrays[name].dtype)
+            laid_out[...] = arrays[name]
+            arrays[name] = laid_out
         # The count is a tensor in torch, except in SparseAdam.
         lazy = target_moments.hyperparams.get("lazy")
         step = moments.count if lazy else np.array(moments.count, np.float32)
