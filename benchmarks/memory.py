@@ -44,7 +44,8 @@ def dense_bytes(workload: str, chain: str, shapes: Any, dtype: str) -> dict[str,
     init, step = chain_step("adamjax", chain)
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     state = jax.eval_shape(init, params)
-    sizes = compiled_bytes(jax.jit(step, donate_argnums=(0, 1)), params, state, params)
+    grads = params  # gradients have the same shapes
+    sizes = compiled_bytes(jax.jit(step, donate_argnums=(0, 1)), params, state, grads)
     return {"workload": workload, "chain": chain, **sizes}
 
 
@@ -59,7 +60,7 @@ def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
     params = {"table": shape((rows, width), jnp.float32), "head": shape((width,), jnp.float32)}
     if mode != "dense gradient":
         params["table"] = adamjax.layout.row_major(params["table"])
-    formats = (*adamjax.layout.formats(tx, params), None)  # of the loss, any layout
+    formats = (*adamjax.layout.formats(tx, params), None)  # None: the loss may have any layout
     step = adamjax.train_step(loss, tx, tables=tables, strict=True, out_shardings=formats)
     batch = (shape((reads,), jnp.int32), shape((reads,), jnp.float32))
     labels = {"mode": mode, "rows": rows, "width": width, "reads": reads}

@@ -1,4 +1,7 @@
-"""What differs between releases of JAX: where that is, and what happens where a part is missing."""
+"""Only `_compat.py` uses what releases of JAX change.
+
+If a module of JAX is missing, only the features that need it fail.
+"""
 
 import ast
 import subprocess
@@ -71,7 +74,7 @@ class Missing:
         if name.startswith("jax.experimental.") and name.split(".")[2] in GONE:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-GONE = ("checkify", "layout", "shard_alike")
+GONE = ("checkify", "layout")
 import chex, jax, jax.extend, jax.numpy as jnp  # which import some of these for themselves
 for name in [name for name in sys.modules if name.startswith("jax.experimental.")]:
     if name.split(".")[2] in GONE:
@@ -103,7 +106,7 @@ message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), pa
 
 
 @pytest.mark.slow
-def test_without_modules_that_jax_may_drop_only_their_features_fail():
+def test_a_missing_module_of_jax_breaks_only_the_features_that_need_it():
     done = run(PROGRAM_WITHOUT_MODULES)
     assert done.returncode == 0, done.stderr[-4000:]
     rows, checked, laid_out, strict = done.stdout.splitlines()
@@ -119,7 +122,7 @@ def test_without_modules_that_jax_may_drop_only_their_features_fail():
     assert strict.startswith("ValueError value_and_grad: the table '' is used by tanh at a line")
 
 
-def test_types_name_meshes_and_the_kinds_of_their_axes():
+def test_the_type_of_an_array_tells_its_mesh_and_the_kinds_of_axes():
     assert _compat.type_sharding(jnp.ones(3)) is None
     assert _compat.axis_kinds(jax.sharding.Mesh(jax.devices(), "x")) <= {"Auto", "Explicit"}
     seen = []
@@ -130,14 +133,8 @@ def test_types_name_meshes_and_the_kinds_of_their_axes():
         seen.append(sharding and _compat.axis_kinds(sharding.mesh))
         return x
 
-    mesh = jax.sharding.Mesh(jax.devices(), "x", **auto_axes())
+    mesh = jax.sharding.Mesh(jax.devices(), "x", axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     function(jax.device_put(jnp.ones(8), split))
     function(jnp.ones(9))
     assert seen == [{"Auto"}, None]
-
-
-def auto_axes():
-    """The argument of `Mesh` that makes its axis automatic, where JAX has kinds of axes."""
-    kinds = getattr(jax.sharding, "AxisType", None)
-    return {} if kinds is None else {"axis_types": (kinds.Auto,)}

@@ -763,12 +763,12 @@ def test_a_keras_average_before_the_first_step(keras, x64):
     make, make_ours = KERAS["amsgrad, average"]
     theirs = Keras(keras, make, new_params())
     args = theirs.optimizer.variables, make_ours(), theirs.params
-    with pytest.raises(ValueError, match="Keras 3 copies the weights into its average"):
+    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
         convert.from_keras(*args)
     state = convert.from_keras(*args, check=False)
     assert_same(adamjax.averaged_weights(state), theirs.params)
     # A state that has taken no step does not go on in Keras either.
-    with pytest.raises(ValueError, match="Keras 3 copies the weights into its average"):
+    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
         convert.to_keras(state, args[1], theirs.params, theirs.optimizer)
     theirs.take(noise()[:1])
     state = convert.from_keras(theirs.optimizer.variables, make_ours(), theirs.params)
@@ -787,7 +787,7 @@ def test_a_keras_average_in_the_first_accumulated_step(keras):
         optimizer.apply([keras.ops.convert_to_tensor(np.full(3, micro, np.float32))], [w])
         params = {"w": jnp.asarray(w.value)}
         if micro < 3:
-            with pytest.raises(ValueError, match="Keras 3 copies the weights into its average"):
+            with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
                 convert.from_keras(optimizer, tx, params)
     assert_same(adamjax.averaged_weights(convert.from_keras(optimizer, tx, params)), params)
 
@@ -1604,7 +1604,11 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
         ({"beta_1": 0.8}, adamjax.adam(0.1), r"b1=0.8, tx has b1=0.9"),
         ({"epsilon": 1e-5}, adamjax.adam(0.1), r"eps_hat=1e-05, tx has eps_hat=1e-07"),
         ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 before"),
-        ({"gradient_accumulation_steps": 4}, None, r"does not fit accumulate_gradients of 2"),
+        (
+            {"gradient_accumulation_steps": 4},
+            None,
+            r"has gradient_accumulation_steps=4, and tx accumulates over 2",
+        ),
         ({"clipnorm": 0.5}, adamjax.adam(0.1), r"clip_by_norm\(max_norm=0.5\), tx has no clip"),
         ({"clipvalue": 0.5}, adamjax.adam(0.1), r"clip_by_value\(limit=0.5\), tx has no clip"),
         (
@@ -1731,6 +1735,23 @@ def test_all_leaves_accumulate_as_in_keras(keras):
         with pytest.raises(ValueError, match=r"does not accumulate 'b' over 2 as it does others"):
             convert.from_keras(optimizer, tx, params)
         with pytest.raises(ValueError, match=r"does not accumulate 'b' over 2 as it does others"):
+            convert.to_keras(tx.init(params), tx, params, optimizer)
+
+
+def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
+    params = {"w": jnp.ones(3)}
+    tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 4)
+    message = (
+        "has gradient_accumulation_steps=2, and tx accumulates over 4: build tx with "
+        "accumulate_gradients of 2 steps"
+    )
+    for calls in (0, 4):
+        optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
+        optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+        optimizer._iterations.assign(calls)
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(optimizer, tx, params)
+        with pytest.raises(ValueError, match=message):
             convert.to_keras(tx.init(params), tx, params, optimizer)
 
 

@@ -70,7 +70,7 @@ def test_donating_a_state_leaves_the_given_values_alive():
 def test_a_hundred_rates_in_one_program():
     rates = jnp.linspace(0.01, 0.5, 100)
 
-    def loss_after(rate):
+    def bias_after(rate):
         tx = with_hyperparams(adamjax.adam(0.0), learning_rate=rate)
         params, _ = run(tx, PARAMS, tx.init(PARAMS), range(3))
         return params["bias"][0]
@@ -79,7 +79,7 @@ def test_a_hundred_rates_in_one_program():
         tx = adamjax.adam(rate)
         return run(tx, PARAMS, tx.init(PARAMS), range(3))[0]["bias"][0]
 
-    found = jax.jit(jax.vmap(loss_after))(rates)
+    found = jax.jit(jax.vmap(bias_after))(rates)
     np.testing.assert_allclose(found, jax.jit(jax.vmap(alone))(rates), rtol=1e-6)
 
 
@@ -101,6 +101,28 @@ def test_around_exact_rows():
     np.testing.assert_allclose(exact["table"], wanted["table"], rtol=1e-5, atol=1e-7)
 
 
+def test_hyperparameters_are_set_wherever_they_are_in_a_state():
+    part = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
+    tx = adamjax.skip_not_finite(
+        with_hyperparams(
+            adamjax.partition([("^a", part)], default=adamjax.chain(adamjax.scale(-1.0))),
+            factor=-1.0,
+        )
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    states = {"any key": (tx.init(params),)}
+    (state,) = set_hyperparams(states, learning_rate=0.5, factor=-0.25)["any key"]
+    updates, _ = tx.update(params, state, params)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.5, -0.25], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"keeps \['factor', 'learning_rate'\], not 'b1'"):
+        set_hyperparams(state, b1=0.5)
+    twice = adamjax.partition([("^a", part)], default=part)
+    with pytest.raises(ValueError, match="2 states of with_hyperparams keep 'learning_rate'"):
+        set_hyperparams(twice.init(params), learning_rate=0.5)
+    with pytest.raises(TypeError, match="a ScaleByAdamState without a HyperparamsState in it"):
+        set_hyperparams(adamjax.scale_by_adam().init(params), learning_rate=0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
@@ -112,7 +134,7 @@ def test_around_exact_rows():
         ("momentum", -0.5),
     ],
 )
-def test_what_is_set_makes_nan_outside_of_its_range(name, bad):
+def test_updates_are_nan_if_a_value_is_set_outside_its_range(name, bad):
     """Also as a NumPy scalar, which it may be after a checkpoint."""
     inner = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.5, 1))
     tx = with_hyperparams(inner, **{name: 0.5})
@@ -126,7 +148,7 @@ def test_what_is_set_makes_nan_outside_of_its_range(name, bad):
 
 # --- only counts are whole ------------------------------------------------------------------------
 
-# Whole numbers for what is no count, in a transform that has it.
+# For each hyperparameter that is not a count: a transform that has it, and a whole number to set.
 WHOLE = {
     "learning_rate": (adamjax.adam(0.1), 1),
     "weight_decay": (adamjax.adamw(0.1), 0),
@@ -142,7 +164,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_is_no_count_is_a_float(name):
+def test_a_whole_number_becomes_a_float_unless_it_is_a_count(name):
     tx, whole = WHOLE[name]
     for value in (whole, np.int64(whole), np.array(whole), jnp.array(whole), np.uint8(whole)):
         made = with_hyperparams(tx, **{name: value})
@@ -185,15 +207,6 @@ def test_counts_stay_whole(name):
 RATE_STATE = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1).init(PARAMS)
 
 
-def test_what_is_no_finite_number_is_not_set():
-    for bad in (True, np.True_, jnp.array(True), 1j, "0.1", None, decimal.Decimal("0.1"), {}):
-        with pytest.raises(TypeError, match=r"learning_rate must be a real number, got"):
-            set_hyperparams(RATE_STATE, learning_rate=bad)
-    for bad in (np.nan, np.inf, -np.inf, 1e39, 10**400, jnp.float32(np.nan)):
-        with pytest.raises(ValueError, match=r"learning_rate must be finite in float32, got"):
-            set_hyperparams(RATE_STATE, learning_rate=bad)
-
-
 def test_real_numbers_of_any_type_are_set_as_float32():
     third = fractions.Fraction(1, 3)
     for value in (1, third, np.float64(0.3), np.array(0.3), np.int64(2**40), 2**70, np.uint8(2)):
@@ -203,6 +216,18 @@ def test_real_numbers_of_any_type_are_set_as_float32():
     assert traced.hyperparams["learning_rate"].dtype == jnp.float32
 
 
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_only_finite_real_numbers_can_be_set():
+    for bad in (True, np.True_, jnp.array(True), 1j, "0.1", None, decimal.Decimal("0.1"), {}):
+        with pytest.raises(TypeError, match=r"learning_rate must be a real number, got"):
+            set_hyperparams(RATE_STATE, learning_rate=bad)
+    for bad in (np.nan, np.inf, -np.inf, 1e39, 10**400, jnp.float32(np.nan)):
+        with pytest.raises(ValueError, match=r"learning_rate must be finite in float32, got"):
+            set_hyperparams(RATE_STATE, learning_rate=bad)
+
+
 def test_a_value_must_be_in_its_range_as_a_float32():
     """0.99999999 is a beta, but the float32 next to it is 1."""
     adamjax.adam(b1=0.99999999)
@@ -210,7 +235,7 @@ def test_a_value_must_be_in_its_range_as_a_float32():
         with_hyperparams(adamjax.adam(), b1=0.99999999)
 
 
-def test_a_state_keeps_what_the_transform_names():
+def test_a_state_with_other_hyperparameters_than_the_transform_is_refused():
     inner = adamjax.adam(0.1)
     with_rate = with_hyperparams(inner, learning_rate=0.1)
     with_both = with_hyperparams(inner, learning_rate=0.1, b1=0.5)
@@ -228,28 +253,28 @@ def test_a_state_keeps_what_the_transform_names():
         tx.update(PARAMS, state, PARAMS)
 
 
-def test_a_state_of_another_kind_is_refused():
+def test_values_of_a_wrong_dtype_or_shape_in_a_state_are_refused():
     tx = with_hyperparams(adamjax.adam(0.1), learning_rate=1)
     state = tx.init(PARAMS)
     for bad in (jnp.array(1), jnp.array(True), jnp.ones(2), np.int64(1)):
-        old = state._replace(hyperparams={"learning_rate": bad})
+        bad_state = state._replace(hyperparams={"learning_rate": bad})
         for use in (tx.update, jax.jit(tx.update)):
             message = "keeps learning_rate as .*expected a scalar of a float dtype"
             with pytest.raises(ValueError, match=message):
-                use(PARAMS, old, PARAMS)
+                use(PARAMS, bad_state, PARAMS)
     for bad in ("0.5", None):
-        old = state._replace(hyperparams={"learning_rate": bad})
+        bad_state = state._replace(hyperparams={"learning_rate": bad})
         message = f"keeps learning_rate as {bad!r}, expected a scalar"
         with pytest.raises(ValueError, match=message):
-            tx.update(PARAMS, old, PARAMS)
+            tx.update(PARAMS, bad_state, PARAMS)
     with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is no count.*tx.init"):
         set_hyperparams(
             state._replace(hyperparams={"learning_rate": jnp.array(1)}), learning_rate=0.5
         )
-    counts = with_hyperparams(COUNTS["steps"], steps=2)
-    old = counts.init(PARAMS)._replace(hyperparams={"steps": jnp.array(2.0)})
+    counting_tx = with_hyperparams(COUNTS["steps"], steps=2)
+    bad_state = counting_tx.init(PARAMS)._replace(hyperparams={"steps": jnp.array(2.0)})
     with pytest.raises(ValueError, match="expected a scalar of an integer dtype"):
-        counts.update(PARAMS, old)
+        counting_tx.update(PARAMS, bad_state)
     # A state of NumPy arrays, as a checkpoint may give it, is accepted.
     tx.update(PARAMS, jax.device_get(state), PARAMS)
 
@@ -339,24 +364,3 @@ def test_one_number_does_not_replace_the_rates_of_all_leaves():
     state = set_hyperparams(tx.init(params), factor=0.5)
     updates, _ = tx.update(params, state, params)
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.05, -0.1], rtol=1e-6)
-
-
-def test_hyperparameters_are_set_wherever_they_are_in_a_state():
-    part = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
-    tx = adamjax.skip_not_finite(
-        with_hyperparams(
-            adamjax.partition([("^a", part)], default=adamjax.chain(adamjax.scale(-1.0))),
-            factor=-1.0,
-        )
-    )
-    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    state = set_hyperparams({"of": (tx.init(params),)}, learning_rate=0.5, factor=-0.25)["of"][0]
-    updates, _ = tx.update(params, state, params)
-    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.5, -0.25], rtol=1e-5)
-    with pytest.raises(ValueError, match=r"keeps \['factor', 'learning_rate'\], not 'b1'"):
-        set_hyperparams(state, b1=0.5)
-    twice = adamjax.partition([("^a", part)], default=part)
-    with pytest.raises(ValueError, match="2 states of with_hyperparams keep 'learning_rate'"):
-        set_hyperparams(twice.init(params), learning_rate=0.5)
-    with pytest.raises(TypeError, match="a ScaleByAdamState without a HyperparamsState in it"):
-        set_hyperparams(adamjax.scale_by_adam().init(params), learning_rate=0.5)

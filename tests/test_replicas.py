@@ -12,7 +12,7 @@ REPLICAS, NUM_ROWS, WIDTH = 4, 11, 2
 
 
 def data_of_all():
-    """Indices and values of each replica's rows, and its dense gradient: replicas first."""
+    """For each replica (the first axis): its rows, as indices and values, and its `w_grad`."""
     rng = np.random.default_rng(0)
     # -1 and NUM_ROWS are no rows.
     ids = jnp.asarray(rng.integers(-1, NUM_ROWS + 1, (REPLICAS, 5)))
@@ -20,9 +20,9 @@ def data_of_all():
     return ids, values, jnp.asarray(rng.normal(size=(REPLICAS, 3)), jnp.float32)
 
 
-def gradients(ids, values, dense):
+def gradients(ids, values, w_grad):
     rows = adamjax.row_gradient(ids, values, NUM_ROWS)
-    return {"none": None, "table": rows, "w": dense}
+    return {"none": None, "table": rows, "w": w_grad}
 
 
 def optimizer(*first):
@@ -37,21 +37,22 @@ def one_step(tx, grads):
     return adamjax.apply_updates(PARAMS, updates)
 
 
-def step_of_a_replica(ids, values, dense):
-    return one_step(optimizer(adamjax.sum_over("batch")), gradients(ids, values, dense))
+def step_of_a_replica(ids, values, w_grad):
+    return one_step(optimizer(adamjax.sum_over("batch")), gradients(ids, values, w_grad))
 
 
 def expected():
-    """The step of one device that has all rows and the sum of the dense gradients."""
-    ids, values, dense = data_of_all()
-    return one_step(optimizer(), gradients(ids, values, dense.sum(0)))
+    """The step of one device that has all rows and the sum of the gradients of `w`."""
+    ids, values, w_grad = data_of_all()
+    return one_step(optimizer(), gradients(ids, values, w_grad.sum(0)))
 
 
 def expect_the_same_step(params_of_all):
     """Every replica took the step of one device."""
+    wanted = expected()
     for i in range(REPLICAS):
         params = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), params_of_all)
-        assert_close(params, expected(), 1e-6)
+        assert_close(params, wanted, 1e-6)
 
 
 @pytest.mark.slow
@@ -63,12 +64,12 @@ def test_under_vmap():
 def test_dense_updates_of_a_table_are_summed_as_well():
     """Adam's updates have all rows, also those that a replica did not read."""
 
-    def step(ids, values, dense):
+    def step(ids, values, w_grad):
         tx = adamjax.chain(adamjax.adam(0.1), adamjax.sum_over("batch"))
-        return one_step(tx, gradients(ids, values, dense))["table"]
+        return one_step(tx, gradients(ids, values, w_grad))["table"]
 
-    def alone(ids, values, dense):
-        moved = one_step(adamjax.adam(0.1), gradients(ids, values, dense))
+    def alone(ids, values, w_grad):
+        moved = one_step(adamjax.adam(0.1), gradients(ids, values, w_grad))
         return moved["table"] - PARAMS["table"]
 
     mapped = jax.vmap(step, axis_name="batch")(*data_of_all())
@@ -91,7 +92,7 @@ def check_over_devices():
     expect_the_same_step(jax.jit(mapped)(*data_of_all()))
 
 
-def check_parameters_that_all_devices_have():
+def check_replicated_parameters_need_check_vma_false():
     """By default `shard_map` sums their gradients itself, so `sum_over` refuses to do it again."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     replicated, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
@@ -125,7 +126,9 @@ def check_parameters_that_all_devices_have():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_over_devices, check_parameters_that_all_devices_have])
+@pytest.mark.parametrize(
+    "check", [check_over_devices, check_replicated_parameters_need_check_vma_false]
+)
 def test_over_devices(check):
     run_on_devices(REPLICAS, f"import test_replicas; test_replicas.{check.__name__}()")
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from adamjax.average import WeightEmaState, weight_ema
 from adamjax.convert.optax_state import role_of
-from adamjax.convert.source import Accumulated, LeafMoments, Source, meet
+from adamjax.convert.source import Accumulated, Calls, LeafMoments, Source, meet
 from adamjax.convert.systems import kind_of
 from adamjax.convert.values import (
     class_name,
     counts_a_schedule,
     field_names,
     is_container,
+    items_of,
     leaves_by_path,
     steps_taken,
 )
@@ -28,7 +29,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, states_of_class, walk
 from adamjax.transform import Rule, as_transform
 
-__all__ = ["AdamjaxState", "contains_states", "initial_state", "is_of_adamjax"]
+__all__ = ["AdamjaxState", "initial_state", "is_of_adamjax", "may_contain_states"]
 
 
 def is_of_adamjax(x: Any) -> bool:
@@ -36,13 +37,13 @@ def is_of_adamjax(x: Any) -> bool:
     return type(x).__module__.split(".")[0] == "adamjax"
 
 
-def contains_states(x: Any) -> bool:
+def may_contain_states(x: Any) -> bool:
     """Whether a node of a state is a container in which states of adamjax may be."""
     if not is_container(x):
         return False
     if field_names(x) is None or is_of_adamjax(x):
         return True
-    return any(map(is_of_adamjax, _nodes(x)))
+    return _has_state_of_adamjax(x)
 
 
 def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
@@ -50,25 +51,25 @@ def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
 
     For each, it yields the name of its class and the names of the fields with these arrays.
     """
-    if not contains_states(x):
+    if not may_contain_states(x):
         return
     names = field_names(x)
-    # `_read` has an error of its own for states with slots.
+    # A state that declares `slots` gets a doubt of its own in `_read`.
     if names is not None and not is_of_adamjax(x) and not hasattr(x, "slots"):
         own = [
             name
             for name, item in zip(names, x, strict=True)
-            if jax.tree.leaves(item) and not any(map(is_of_adamjax, _nodes(item)))
+            if jax.tree.leaves(item) and not _has_state_of_adamjax(item)
         ]
         if own:
             yield class_name(x), own
-    for item in x.values() if isinstance(x, Mapping) else x:
+    for item in items_of(x):
         yield from _fields_of_wrappers(item)
 
 
-def _nodes(x: Any) -> list[Any]:
-    """The states of adamjax in a tree, and its leaves outside of them."""
-    return jax.tree.leaves(x, is_leaf=is_of_adamjax)
+def _has_state_of_adamjax(x: Any) -> bool:
+    """Whether a tree has a state of adamjax in it."""
+    return any(map(is_of_adamjax, jax.tree.leaves(x, is_leaf=is_of_adamjax)))
 
 
 class AdamjaxState:
@@ -139,7 +140,7 @@ class AdamjaxState:
         states = [x for x in slot_states(state) if rule_slots(x)]
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
-    def filled(self, state: Any) -> "AdamjaxState":
+    def with_state(self, state: Any) -> "AdamjaxState":
         """The same transform and parameters with another state."""
         return AdamjaxState(self.owner, self.tx, state, self.params)
 
@@ -165,15 +166,16 @@ class AdamjaxState:
         part = self.part(state)
         return None if part is None else frozenset(leaves_by_path(self.owner, part.params))
 
-    def calls(self, source: Source, leaves: frozenset[str] | None) -> tuple[int, int]:
-        """How many calls of `update` a step of these leaves takes; how many came after the last."""
+    def calls_of(self, source: Source, leaves: frozenset[str] | None) -> Calls:
+        """How calls of `update` relate to the steps of these leaves."""
         around = [(n, paths) for n, paths in self.accumulations if meet(paths, leaves)]
         if not around:
-            return 1, 0
-        # One inside the other has the same leaves, and there the numbers of steps multiply.
+            return Calls(1, 0)
+        # If one accumulate_gradients is inside another, both have these leaves, and their numbers
+        # of steps multiply.
         steps = math.prod(n for n, paths in around if meet(paths, around[0][1]))
         accumulated = source.accumulated_of(leaves)
-        return steps, accumulated.micro if accumulated else 0
+        return Calls(steps, accumulated.micro if accumulated else 0)
 
     def doubts_of_average(self, average: Any) -> list[str]:
         """Doubts about a weight_ema that sets the weights, if the other system has no average."""
@@ -194,6 +196,7 @@ class AdamjaxState:
           check: whether to refuse doubts.
         """
         target.refuse_doubts(check)
+        # Other states are matched in order, so the order is lost if the target has lost it.
         source = Source(self.owner, other_states_lost_order=target.other_states_lost_order)
         source.doubts += self.doubts + self.doubts_of_average(target.average)
         self._read(self.state, source)
@@ -221,27 +224,28 @@ class AdamjaxState:
         elif isinstance(x, AccumulateGradientsState):
             micro = steps_taken(owner, "micro-batches", x.micro_count)
             source.accumulated.append(Accumulated(micro, leaves_by_path(owner, x.total)))
-            outer, source.accumulates = source.accumulates, True
+            outer, source.in_accumulating = source.in_accumulating, True
             self._read(x.inner, source)
-            source.accumulates = outer
+            source.in_accumulating = outer
         elif isinstance(x, SkipNotFiniteState):
             source.num_skipped = (source.num_skipped or 0) + int(x.skipped)
             self._read(x.inner, source)
         elif isinstance(x, ExactRowsState):
             expect_flushed(owner, x)
             self._read(x.inner, source)
-        elif contains_states(x):
+        elif may_contain_states(x):
             lost = [name for name in getattr(x, "slots", ()) if jax.tree.leaves(getattr(x, name))]
             if lost:
                 source.doubts.append(
                     f"the state keeps {' and '.join(lost)} in a {type(x).__name__}, and the target "
-                    "has no place for this: convert the transform and the state inside it"
+                    "has no place for this: leave its transform out (if it wraps another, convert "
+                    "that one, with the state inside this one)"
                 )
-            for item in x.values() if isinstance(x, Mapping) else x:
+            for item in items_of(x):
                 if is_container(item):
                     self._read(item, source)
         elif role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
-            for item in x.values() if isinstance(x, Mapping) else x:
+            for item in items_of(x):
                 self._read(item, source)
         elif jax.tree.leaves(x):
             source.other_states.append(x)
@@ -253,14 +257,14 @@ class AdamjaxState:
             return
         params = leaves_by_path(self.owner, part.params)
         for path in (*slot, *params):
-            in_params, in_state = (
+            params_leaf, state_leaf = (
                 f"of shape {list(np.shape(tree[path]))}" if path in tree else "not there"
                 for tree in (params, slot)
             )
-            if in_params != in_state:
+            if params_leaf != state_leaf:
                 raise ValueError(
-                    f"{self.owner}: the leaf {path!r} is {in_params} in params and {in_state} in "
-                    "the state: pass the parameters that the state belongs to"
+                    f"{self.owner}: the leaf {path!r} is {params_leaf} in params and {state_leaf} "
+                    "in the state: pass the parameters that the state belongs to"
                 )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from adamjax.convert.adamjax_state import AdamjaxState, contains_states
+from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.optax_state import role_of
 from adamjax.convert.values import counts_a_schedule, field_names, map_items
 from adamjax.data import is_array
@@ -80,7 +80,7 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
     if isinstance(x, ExactRowsState):
         part: Any = ours.part(x)
         return part.tx.from_dense(advanced_adamjax(ours, x.inner, fresh.inner, how), part.params)
-    if contains_states(x):
+    if may_contain_states(x):
         return map_items(lambda a, b: advanced_adamjax(ours, a, b, how), x, fresh)
     return _advanced_other(x, how)
 

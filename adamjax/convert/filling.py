@@ -31,14 +31,15 @@ class Filling:
       check: whether to refuse to round values.
       taken: by path, how many rules' moments were handed out.
       other_states: the states of other transforms that were not handed out yet.
-      accumulates: whether the state that is being filled counts steps of several calls each.
+      in_accumulating: whether the part of the state that is being filled is inside a transform that
+        accumulates gradients.
     """
 
     def __init__(self, source: Source, ours: AdamjaxState, check: bool) -> None:
         self.source, self.ours, self.check, self.owner = source, ours, check, source.owner
         self.taken: dict[str, int] = {}
         self.other_states = list(source.other_states)
-        self.accumulates = False
+        self.in_accumulating = False
 
     def take(self, path: str) -> LeafMoments:
         """The moments of a leaf for the next rule on its way."""
@@ -84,7 +85,7 @@ class Filling:
 
     def schedule_count(self, leaves: frozenset[str] | None, like: Any) -> Any:
         """The count of a schedule of these leaves, in the dtype of another count."""
-        calls = None if self.accumulates else self.ours.calls(self.source, leaves)
+        calls = None if self.in_accumulating else self.ours.calls_of(self.source, leaves)
         return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def array(self, path: str, name: str, x: Any, like: Any) -> Any:

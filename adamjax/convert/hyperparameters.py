@@ -33,7 +33,7 @@ _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 _SHOWN = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
-    "has_schedule": "a schedule of the rate",
+    "unknown_schedule": "a schedule of the rate",
     "has_decay": "a weight decay",
     "gradient_factor": "a factor of gradients",
 }
@@ -49,8 +49,8 @@ def expect_same_hyperparameters(
 
     - `b1`, `b2`, `eps`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the system's usual
       one.
-    - `learning_rate`: the rate of the next step, or a schedule. `has_schedule`: for a schedule that
-      is not known itself, two strings: what shows that there is one, and a note.
+    - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: for a schedule
+      that is not known itself, two strings: what shows that there is one, and a note.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
@@ -110,7 +110,7 @@ class _Check:
                 if hyperparams.get("in_steps"):
                     self._expect_in_steps(path, route[last:])
                 self._check_rate(path, route[last:], hyperparams)
-                if "learning_rate" in hyperparams or hyperparams.get("has_schedule"):
+                if "learning_rate" in hyperparams or hyperparams.get("unknown_schedule"):
                     foreign = any(part.tx.has_foreign for part in route[last:])
                     has_rate[path] = foreign or self._rate(path, route[last:]) is not None
                 self._check_schedule(path, route[last:], hyperparams)
@@ -402,7 +402,7 @@ class _Check:
 
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares whether the rate follows a schedule, unless the user sets the rate."""
-        if not hyperparams.get("has_schedule") or self._is_set("learning_rate", path):
+        if not hyperparams.get("unknown_schedule") or self._is_set("learning_rate", path):
             return
         scaling = [
             part.tx
@@ -410,7 +410,7 @@ class _Check:
             if isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
         ]
         if scaling and not any(self._may_follow_schedule(path, part) for part in after):
-            shown_by, note = hyperparams["has_schedule"]
+            shown_by, note = hyperparams["unknown_schedule"]
             self._refuse(
                 path,
                 f"a learning rate that follows a schedule ({shown_by})",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.average import WeightEmaState
-from adamjax.convert.adamjax_state import AdamjaxState, contains_states
+from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
 from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.optax_state import role_of
@@ -132,7 +132,7 @@ class _AdamjaxFilling(Translation):
             if part is None or not isinstance(part.tx, exact_rows):
                 raise ValueError(f"{self.owner}: exact_rows {_IN_FOREIGN_TRANSFORM}")
             return part.tx.from_dense(self.fill(x.inner), part.params)
-        if contains_states(x):
+        if may_contain_states(x):
             return map_items(lambda item: self.fill(item) if is_container(item) else item, x)
         if {"mu", "nu"} & set(field_names(x) or ()):
             raise ValueError(
@@ -183,7 +183,7 @@ class _AdamjaxFilling(Translation):
                     "convert after a step"
                 )
             total = self.tree(ACCUMULATED, totals, total)
-        outer, self.accumulates = self.accumulates, True
+        outer, self.in_accumulating = self.in_accumulating, True
         inner = self.fill(x.inner)
-        self.accumulates = outer
+        self.in_accumulating = outer
         return AccumulateGradientsState(jnp.asarray(micro, x.micro_count.dtype), total, inner)

@@ -45,7 +45,8 @@ from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 __all__ = ["from_keras", "to_keras"]
 
 # Keras' optimizers that can be converted, by their plain names, and the kinds of their rules.
-# `AdamMultilr` is that of capreolus.
+# `AdamMultilr` is a class of the package capreolus; it is recognized only by the names of its
+# variables.
 _OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adam": ("adam", "amsgrad"),
     "adamw": ("adam", "amsgrad"),
@@ -57,9 +58,9 @@ _OPTIMIZERS: dict[str, tuple[str, ...]] = {
 _OPTIONS = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
 
 
-_FIRST_STEP = (
-    "Keras 3 copies the weights into its average (use_ema) in its first step, but weight_ema takes "
-    "the average of the weights before and after it"
+_AVERAGE_OF_FIRST_STEP = (
+    "in its first step Keras 3 sets its average (use_ema) to the new weights, but weight_ema "
+    "averages them with the weights before the step"
 )
 
 
@@ -88,9 +89,9 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool)
         else "the names of the variables do not contain that of their optimizer"
     )
     source.doubts.append(
-        f"{fault}: expected names of Adam, AdamW, Adamax or Nadam, 'adam/dense_kernel_momentum' "
-        "(other optimizers, such as RMSprop and Lamb, use the same names): pass the optimizer "
-        "itself in place of its variables, or pairs (v.path, array)"
+        f"{fault}: expected names that begin with the name of Adam, AdamW, Adamax or Nadam, such "
+        "as 'adam/dense_kernel_momentum' (without it, RMSprop and Lamb have the same names): pass "
+        "the optimizer itself in place of its variables, or pairs (v.path, array)"
     )
     return KINDS
 
@@ -112,9 +113,9 @@ def _hyperparams_of_each(
         decays = _decay_of_each(optimizer, weight_decay, num_params)
         return [{**hyperparams, **decay} for decay in decays]
     if layout.has_schedule:
-        hyperparams["has_schedule"] = (
+        hyperparams["unknown_schedule"] = (
             "there is no variable learning_rate",
-            "the variables do not contain it; pass the optimizer itself to compare it",
+            "the variables do not contain the schedule; pass the optimizer itself to compare it",
         )
     hyperparams["has_decay"] = plain_name(layout.optimizer) == "adamw"
     hyperparams["maximize"] = False
@@ -143,7 +144,7 @@ def _options_of(owner: str, optimizer: Any) -> Hyperparams:
     if schedule is not None:
         hyperparams["learning_rate"] = schedule
     elif callable(rate) and not hasattr(rate, "assign"):  # some variables can be called
-        hyperparams["has_schedule"] = (
+        hyperparams["unknown_schedule"] = (
             f"a {class_name(rate)}",
             "adamjax cannot compare it with a schedule of its own",
         )
@@ -201,26 +202,38 @@ def _read_variables(
     order: Order,
     adapt: Adapt | None,
     check: bool,
+    *,
+    to_adamjax: bool,
 ) -> tuple[Source, Layout, list[str | None], list[np.ndarray]]:
     """The state in the common form, the layout, the paths of the parameters, and the values.
 
-    For `from_keras` the arrays in the common form fit the leaves.
+    Args:
+      to_adamjax: whether `adapt` makes Keras' arrays fit the leaves, in the common form too. If
+        not, it makes the leaves' arrays fit Keras' variables.
     """
     optimizer = variables if hasattr(variables, "get_config") else None
     if optimizer is not None:
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    fitted = checked_adapt(owner, adapt)
+    fit = checked_adapt(owner, adapt)
     layout, paths = _layout_and_paths(
-        owner, names, variables, values, ours, order, fitted, adapt is not None, check
+        owner,
+        names,
+        variables,
+        values,
+        ours,
+        order,
+        fit,
+        check,
+        has_adapt=adapt is not None,
+        to_adamjax=to_adamjax,
     )
-    reads = owner == "from_keras"
 
     def by_path(role: str) -> dict[str, Any]:
         arrays = {paths[i]: x for i, x in layout.of(role, values).items()}
         return {
-            path: fitted(path, role, x) if reads else x
+            path: fit(path, role, x) if to_adamjax else x
             for path, x in arrays.items()
             if path is not None
         }
@@ -243,7 +256,7 @@ def _read_variables(
             source, ours, optimizer, any_nonzero, count, converted
         )
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
-        source.accumulates = True
+        source.in_accumulating = True
     elif ours.accumulations:
         source.doubts.append(
             "the optimizer takes a step in every call, without gradient_accumulation_steps, but tx "
@@ -270,7 +283,11 @@ def _read_variables(
 def _doubt_options(
     source: Source, optimizer: Any, layout: Layout, paths: Sequence[str | None]
 ) -> None:
-    """Adds doubts about what an optimizer does beside its rule, or no longer does."""
+    """Adds doubts about options of the optimizer, and about options of its variables.
+
+    Those of the optimizer may have been changed after it was built. Those of a variable are a
+    constraint and `overwrite_with_gradient`.
+    """
     roles = {role for role, _ in layout.roles}
     for name, role in (("use_ema", "average"), ("amsgrad", "velocity_hat")):
         if getattr(optimizer, name, role in roles) != (role in roles):
@@ -297,9 +314,11 @@ def _layout_and_paths(
     values: Sequence[np.ndarray],
     ours: AdamjaxState,
     order: Order,
-    fitted: Adapted,
-    adapted: bool,
+    fit: Adapted,
     check: bool,
+    *,
+    has_adapt: bool,
+    to_adamjax: bool,
 ) -> tuple[Layout, list[str | None]]:
     """What each variable is, by the names or else by their places; and the parameters' paths."""
     expect_order(owner, order)
@@ -319,24 +338,24 @@ def _layout_and_paths(
             layout.names,
             check,
             layout.shapes(values),
-            may_reshape=adapted,
+            may_reshape=has_adapt,
             order_fault=layout.order_fault(is_mapping, is_pairs),
         )
         return layout, paths
-    paths = leaf_order(owner, order, ours.params, "Keras", check=check, may_reshape=adapted)
+    paths = leaf_order(owner, order, ours.params, "Keras", check=check, may_reshape=has_adapt)
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
-    averages = any(isinstance(part.tx, weight_ema) for part in ours.parts)
-    extra = ["average"] * averages + ["gradient_accumulator"] * bool(ours.accumulations)
+    has_average = any(isinstance(part.tx, weight_ema) for part in ours.parts)
+    extra = ["average"] * has_average + ["gradient_accumulator"] * bool(ours.accumulations)
     shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
 
     def has_shape(place: int, x: np.ndarray) -> bool:
         path, shape = paths[place], shapes[place]
-        if path is None or not adapted:
+        if path is None or not has_adapt:
             return x.shape == shape
-        try:  # The array may be that of another parameter, which adapt cannot turn.
-            if owner == "from_keras":
-                return fitted(path, "a slot", x).shape == shape
-            return x.shape == fitted(path, "a slot", np.zeros(shape)).shape
+        try:  # The array may be that of another parameter, which `adapt` does not take.
+            if to_adamjax:
+                return fit(path, "a slot", x).shape == shape
+            return x.shape == fit(path, "a slot", np.zeros(shape)).shape
         except ValueError:
             return False
 
@@ -364,17 +383,23 @@ def _steps_and_micro_batches(
         )
     steps, _ = ours.accumulations[0]
     counted = [path for n, leaves in ours.accumulations for path in leaves if n == steps]
-    # Not at all, over other steps, or twice, one inside the other.
+    # Leaves that tx does not accumulate, or over another number of steps, or twice (one
+    # accumulate_gradients inside another).
     others = [path for path in paths if counted.count(path) != 1]
     if others:
         raise ValueError(
-            f"{source.owner}: the optimizer accumulates the gradients of all leaves over as many "
-            f"micro-batches, but tx does not accumulate {others[0]!r} over {steps} as it does "
-            "others: wrap all of tx in one accumulate_gradients"
+            f"{source.owner}: the optimizer accumulates the gradients of all leaves over the same "
+            f"number of micro-batches, but tx does not accumulate {others[0]!r} over {steps} as it "
+            "does others: wrap all of tx in one accumulate_gradients"
         )
-    own_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
+    keras_steps = getattr(optimizer, "gradient_accumulation_steps", None) or steps
     count, micro = divmod(calls, steps)
-    if own_steps != steps or any_nonzero != bool(micro):
+    if keras_steps != steps:
+        source.doubts.append(
+            f"the optimizer has gradient_accumulation_steps={keras_steps}, and tx accumulates over "
+            f"{steps}: build tx with accumulate_gradients of {keras_steps} steps"
+        )
+    elif any_nonzero != bool(micro):
         source.doubts.append(
             f"after {calls} micro-batches the optimizer has accumulated "
             f"{'some' if any_nonzero else 'no'} gradients, which does not fit "
@@ -388,26 +413,29 @@ def _copies_its_average(source: Source) -> bool:
     """Whether Keras copies the weights into its average in the next call.
 
     Keras 3 does so in its whole first step, of which each micro-batch is a call. Before the first
-    call its average is zero. That of Keras 2 begins with the weights, as `weight_ema` does.
+    call its average is zero. The average of Keras 2 starts as the weights, and so does that of
+    `weight_ema`.
     """
-    counts = {moments.count for of_leaf in source.moments.values() for moments in of_leaf}
-    if source.average is None or counts - {0}:
+    if source.average is None or source.has_taken_steps():
         return False
-    return source.accumulates or not any(map(np.any, source.average.values()))
+    return source.in_accumulating or not any(map(np.any, source.average.values()))
 
 
-def _expect_counts_fit(owner: str, ours: AdamjaxState, check: bool) -> None:
-    """Refuses a `tx` that does in steps what Keras does in micro-batches, or the reverse."""
+def _expect_right_side_of_accumulation(owner: str, ours: AdamjaxState, check: bool) -> None:
+    """Refuses a part of `tx` that is on the wrong side of accumulate_gradients.
+
+    It would do in each step what Keras does in each micro-batch, or the reverse.
+    """
     if not check or not ours.accumulations:
         return
     for part in ours.parts:
         tx, is_inside = part.tx, ours.num_accumulations(part) > 0
-        # At every call, Keras does that in micro-batches too.
+        # An overwrite_frequency of 1 is allowed: Keras overwrites after every micro-batch too.
         if isinstance(tx, weight_ema) and (is_inside or tx.overwrite_frequency not in (None, 1)):
             raise ValueError(
                 f"{owner}: with gradient_accumulation_steps Keras averages the weights after every "
                 "micro-batch: put weight_ema after accumulate_gradients, with overwrite_frequency "
-                "None or 1, or pass check=False to average steps from here"
+                "None or 1, or pass check=False to average after each step from now on"
             )
         # After accumulate_gradients, where from_config puts it, the rate counts calls.
         if isinstance(tx, scale_by_learning_rate) and has_schedule(tx) and is_inside:
@@ -429,15 +457,16 @@ def _expect_one_count(owner: str, ours: AdamjaxState, steps: int, calls: int) ->
     """Refuses counts that are not those of the rule: Keras has one for all."""
     for part in ours.parts:
         tx, state = part.tx, part.state
-        counts = has_schedule(tx) or (
+        keeps_count = has_schedule(tx) or (
             isinstance(tx, weight_ema) and tx.overwrite_frequency is not None
         )
         expected = steps if ours.num_accumulations(part) else calls
-        if counts and hasattr(state, "count") and int(state.count) != expected:
+        if keeps_count and hasattr(state, "count") and int(state.count) != expected:
             raise ValueError(
                 f"{owner}: {tx!r} has counted {int(state.count)} steps and the rule {expected}, "
-                "but Keras has one count for all: skip steps of both (skip_not_finite around all "
-                "of tx), or pass check=False to go on with the count of the rule"
+                "but Keras has one count for all: let both skip the same steps (put "
+                "skip_not_finite around all of tx), or pass check=False to go on with the count of "
+                "the rule"
             )
 
 
@@ -463,9 +492,10 @@ def from_keras(
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
     rate is refused. Arrays without names say so only if their iteration is int32 or they contain
     the product of Nadam. Others may be of tf_keras, which never stores the rate, or of Keras 3 with
-    TensorFlow and a schedule: then any rate of `tx` is taken. A schedule of `tx` is compared with a
-    constant rate of Keras in the next step only, because a callback may set that. Names also say
-    whether it is an `AdamW`: if so, a `tx` without a weight decay is refused.
+    TensorFlow and a schedule: then any rate of `tx` is taken. If Keras has a constant rate and `tx`
+    a schedule, only their rates of the next step are compared, because a Keras callback may set the
+    rate before each step. Names also say whether it is an `AdamW`: if so, a `tx` without a weight
+    decay is refused.
 
     Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
     The class of the optimizer tells them from Adam. So does its name, if the names of variables
@@ -492,15 +522,20 @@ def from_keras(
       params: the parameters at that step. Constraints of Keras' variables are refused if the
         optimizer itself is passed; other forms do not show them.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
-        one that is not to be converted. By default the names of the variables give the order, if
-        they correspond to the paths of the leaves one to one (`dense_kernel` is `dense/kernel`).
-        Otherwise it depends on the leaves. If they have no names (the items of a list, or of a
-        dictionary whose keys are numbers), they are taken in their order. If they have names, their
-        shapes must show the order: if two have one shape, `order` is required. If variables have
-        names, `order` may also be a dictionary from names to paths. If `variables` is a mapping
-        whose keys are names, and neither names nor shapes show which leaf is which, `order` must be
-        such a dictionary, not a list: JAX, Orbax and h5py sort the keys of a mapping, so Keras'
-        order is lost.
+        one that is not to be converted. By default:
+
+        - if the names of the variables correspond to the paths of the leaves one to one, as
+          `dense_kernel` to `dense/kernel`, the names give the order;
+        - else, if the leaves have no names (the items of a list, or of a dictionary whose keys are
+          numbers), the variables are taken in the order of the leaves;
+        - else, if the variables have names, their shapes give the order. Variables without names
+          must be in the order of the leaves. In both cases `order` is required if two leaves have
+          the same shape, or if one has the transposed shape of the other.
+
+        If the variables have names, `order` may also be a dictionary from names to paths. Such a
+        dictionary is required if neither names nor shapes show which leaf is which, and the
+        variables may not be in Keras' order: the iteration does not come first, or the names in a
+        mapping or in pairs are sorted. (JAX, Orbax and h5py sort the keys of a mapping.)
       adapt: a function that makes Keras' array fit the leaf, if the leaf is its transpose, as the
         weights of Equinox are:
         `lambda path, x: x.transpose(-1, -2, *range(x.ndim - 2)) if path.endswith("weight") else x`,
@@ -526,17 +561,17 @@ def from_keras(
     """
     owner = "from_keras"
     ours = initial_state(owner, tx, params)
-    _expect_counts_fit(owner, ours, check)
-    source, *_ = _read_variables(owner, variables, ours, order, adapt, check)
+    _expect_right_side_of_accumulation(owner, ours, check)
+    source, *_ = _read_variables(owner, variables, ours, order, adapt, check, to_adamjax=True)
     if _copies_its_average(source):
         source.doubts.append(
-            f"{_FIRST_STEP}: convert after that step, or start anew with tx.init(params)"
+            f"{_AVERAGE_OF_FIRST_STEP}: convert after that step, or start anew with tx.init(params)"
         )
         weights = leaves_by_path(owner, params)
         source.average = {path: weights[path] for path in source.average or {}}
     state = into_adamjax(source, KERAS, ours, average, check, RTOL)
     if check:
-        expect_same_hyperparameters(ours.filled(state), KERAS, source.moments)
+        expect_same_hyperparameters(ours.with_state(state), KERAS, source.moments)
     return state
 
 
@@ -579,14 +614,14 @@ def to_keras(
     """
     owner = "to_keras"
     ours = AdamjaxState(owner, tx, state, params)
-    _expect_counts_fit(owner, ours, check)
-    fitted = checked_adapt(owner, adapt)
-    target_source, layout, paths, values = _read_variables(owner, target, ours, order, adapt, check)
+    _expect_right_side_of_accumulation(owner, ours, check)
+    fit = checked_adapt(owner, adapt)
+    target_source, layout, paths, values = _read_variables(
+        owner, target, ours, order, adapt, check, to_adamjax=False
+    )
     source = ours.read_for(target_source, check)
-    if _copies_its_average(target_source) and not any(
-        moments.count for of_leaf in source.moments.values() for moments in of_leaf
-    ):
-        source.doubts.append(f"{_FIRST_STEP}: convert after that step")
+    if _copies_its_average(target_source) and not source.has_taken_steps():
+        source.doubts.append(f"{_AVERAGE_OF_FIRST_STEP}: convert after that step")
         source.refuse_doubts(check)
     if check and source.average is not None and target_source.average is None:
         raise ValueError(
@@ -623,7 +658,7 @@ def to_keras(
             arrays.append(np.asarray(scalars[role, i]).astype(value.dtype))
         elif (role, i) in new:
             path, x = new[role, i]
-            arrays.append(filling.array(path, role, fitted(path, role, x), value))
+            arrays.append(filling.array(path, role, fit(path, role, x), value))
         elif role == "average" and paths[i] is not None:
             raise ValueError(
                 f"{owner}: the optimizer averages the weights (use_ema), but the state has no "

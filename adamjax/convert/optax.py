@@ -41,7 +41,7 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
         # For each skipping transform around this leaf: whether it skips whole steps of several
         # micro-batches.
         they_skip_steps, we_skip_steps = (
-            {x.accumulates and both_accumulate for x in skips if path in x.leaves}
+            {x.in_accumulating and both_accumulate for x in skips if path in x.leaves}
             for skips in (theirs.skipping_transforms, our_skips)
         )
         if they_skip_steps == we_skip_steps:
@@ -134,14 +134,14 @@ class _OptaxFilling(Translation):
                 for path, total in totals.items()
             }
             mean = self.tree(ACCUMULATED, means, mean)
-        outer, self.accumulates = self.accumulates, True
+        outer, self.in_accumulating = self.in_accumulating, True
         filled = x._replace(
             mini_step=jnp.asarray(micro, x.mini_step.dtype),
             gradient_step=self.schedule_count(leaves, x.gradient_step),
             inner_opt_state=self.fill(x.inner_opt_state),
             acc_grads=mean,
         )
-        self.accumulates = outer
+        self.in_accumulating = outer
         return filled
 
 
@@ -216,7 +216,7 @@ def from_optax(
     state = into_adamjax(source, OPTAX, new, average, check, rtol)
     if check:
         expect_made_by(owner, optimizer, source_state, params)
-        _expect_same(new.filled(state), optimizer, source_state, rtol)
+        _expect_same(new.with_state(state), optimizer, source_state, rtol)
     return state
 
 

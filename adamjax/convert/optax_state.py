@@ -83,7 +83,9 @@ def _read(x: Any, source: Source) -> None:
         inside = [
             p for p, of_rules in source.moments.items() if len(of_rules) > num_rules.get(p, 0)
         ]
-        source.skipping_transforms.append(SkippingTransform(frozenset(inside), source.accumulates))
+        source.skipping_transforms.append(
+            SkippingTransform(frozenset(inside), source.in_accumulating)
+        )
     elif role == "inner":
         inner = _read_apart(x[0], source)
         _merge(source, inner, leaves=frozenset(inner.moments) or None)
@@ -124,9 +126,9 @@ def _read_accumulated(x: Any, source: Source) -> None:
     micro = steps_taken(source.owner, "mini_step of MultiSteps", x.mini_step)
     totals = {path: g * micro for path, g in leaves_by_path(source.owner, x.acc_grads).items()}
     source.accumulated.append(Accumulated(micro, totals))
-    outer, source.accumulates = source.accumulates, True
+    outer, source.in_accumulating = source.in_accumulating, True
     _read(x.inner_opt_state, source)
-    source.accumulates = outer
+    source.in_accumulating = outer
 
 
 def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
@@ -161,7 +163,9 @@ def _read_parts(x: Mapping[Any, Any], source: Source) -> None:
 
 def _read_apart(x: Any, source: Source) -> Source:
     """Reads a state inside a mask or a part on its own: its counts are for its leaves only."""
-    inner = Source(source.owner, accumulates=source.accumulates, in_skipping=source.in_skipping)
+    inner = Source(
+        source.owner, in_accumulating=source.in_accumulating, in_skipping=source.in_skipping
+    )
     _read(x, inner)
     return inner
 

@@ -8,6 +8,7 @@ from adamjax.convert.systems import KINDS
 
 __all__ = [
     "Accumulated",
+    "Calls",
     "Count",
     "Hyperparams",
     "LeafMoments",
@@ -35,8 +36,8 @@ class LeafMoments:
       hyperparams: the hyperparameters that the system states, by adamjax's names; see
         `hyperparameters.expect_same_hyperparameters`.
       rule: the rule, if it is one of adamjax.
-      accumulates: whether the rule is inside a transform that accumulates gradients, and so takes
-        a step only every few calls.
+      in_accumulating: whether the rule is inside a transform that accumulates gradients, and so
+        takes a step only every few calls.
     """
 
     count: int
@@ -45,38 +46,56 @@ class LeafMoments:
     product: Any = None
     hyperparams: Hyperparams = dataclasses.field(default_factory=dict)
     rule: Any = None
-    accumulates: bool = False
+    in_accumulating: bool = False
 
 
 class Count(NamedTuple):
     """A count outside of a rule, such as that of a schedule.
 
     Attributes:
-      steps: the count: of steps if `accumulates`, else of calls.
+      value: the number of steps if `in_accumulating`, else of calls.
       leaves: the paths of the leaves that it belongs to; `None` for all.
       excluded: the paths of leaves that it does not belong to.
-      accumulates: as in `LeafMoments`.
+      in_accumulating: as in `LeafMoments`.
       in_skipping: whether it is inside a transform that skips steps, and so does not count these.
     """
 
-    steps: int
+    value: int
     leaves: frozenset[str] | None
     excluded: frozenset[str] = frozenset()
-    accumulates: bool = False
+    in_accumulating: bool = False
     in_skipping: bool = False
 
     def belongs_to(self, leaves: frozenset[str] | None) -> bool:
         """Whether it belongs to one of these leaves; `None` is the set of all leaves."""
         if leaves and self.excluded:
+            # Without the first condition, `meet` might get an empty set, and be true of that too.
             return not leaves <= self.excluded and meet(self.leaves, leaves - self.excluded)
         return meet(self.leaves, leaves)
 
 
 class SkippingTransform(NamedTuple):
-    """A transform that skips steps: the leaves of the rules in it, and whether it accumulates."""
+    """A transform that skips steps.
+
+    Attributes:
+      leaves: the paths of the leaves of the rules in it.
+      in_accumulating: whether it is inside a transform that accumulates gradients.
+    """
 
     leaves: frozenset[str]
-    accumulates: bool
+    in_accumulating: bool
+
+
+class Calls(NamedTuple):
+    """How calls of `update` relate to the steps of some leaves.
+
+    Attributes:
+      per_step: how many calls make a step.
+      since_step: how many calls came after the last step.
+    """
+
+    per_step: int
+    since_step: int
 
 
 class Accumulated(NamedTuple):
@@ -101,7 +120,7 @@ class Source:
       other_states: the states of all other transforms.
       other_states_lost_order: whether some of these are in a dictionary, whose order JAX loses.
       doubts: reasons why the run may not go on as before, each with its mend.
-      accumulates: as in `LeafMoments`, for the part of the state that is being read.
+      in_accumulating: as in `LeafMoments`, for the part of the state that is being read.
       in_skipping: whether this part is inside a transform that skips steps.
     """
 
@@ -115,16 +134,26 @@ class Source:
     other_states: list[Any] = dataclasses.field(default_factory=list)
     other_states_lost_order: bool = False
     doubts: list[str] = dataclasses.field(default_factory=list)
-    accumulates: bool = False
+    in_accumulating: bool = False
     in_skipping: bool = False
 
     def add(self, path: str, moments: LeafMoments) -> None:
-        moments = dataclasses.replace(moments, accumulates=self.accumulates)
+        moments = dataclasses.replace(moments, in_accumulating=self.in_accumulating)
         self.moments.setdefault(path, []).append(moments)
 
-    def add_count(self, steps: int, leaves: frozenset[str] | None) -> None:
-        count = Count(steps, leaves, accumulates=self.accumulates, in_skipping=self.in_skipping)
-        self.counts.append(count)
+    def add_count(self, value: int, leaves: frozenset[str] | None) -> None:
+        self.counts.append(
+            Count(
+                value,
+                leaves,
+                in_accumulating=self.in_accumulating,
+                in_skipping=self.in_skipping,
+            )
+        )
+
+    def has_taken_steps(self) -> bool:
+        """Whether any rule has taken a step."""
+        return any(x.count for several in self.moments.values() for x in several)
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if each call of theirs is a step."""
@@ -145,35 +174,42 @@ class Source:
         totals = {path: total for one in accumulated for path, total in one.totals.items()}
         return Accumulated(micros.pop(), totals) if accumulated else None
 
-    def count_of(self, leaves: frozenset[str] | None, calls: tuple[int, int] | None = None) -> int:
-        """The count of a schedule for these leaves: that of schedules, or else that of rules.
+    def count_of(self, leaves: frozenset[str] | None, calls: Calls | None = None) -> int:
+        """The count for a schedule of these leaves.
+
+        It is the one that schedules have or, if there is none, that of the rules.
 
         Args:
-          calls: `None` for a schedule that counts steps. For one that counts calls: how many calls
-            a step takes, and how many there were since the last step.
+          calls: `None` for a schedule that counts steps. For one that counts calls, the `Calls` of
+            these leaves.
         """
-        schedule_counts = [(c.accumulates, c.steps) for c in self.counts if c.belongs_to(leaves)]
+        schedule_counts = [
+            (c.in_accumulating, c.value) for c in self.counts if c.belongs_to(leaves)
+        ]
         rule_counts = [
-            (moments.accumulates, moments.count)
+            (moments.in_accumulating, moments.count)
             for path, moments_of_rules in self.moments.items()
             if meet({path}, leaves)
             for moments in moments_of_rules
         ]
         if not schedule_counts and not rule_counts and leaves is not None:
-            # The leaves have no rule. If all other counts agree, their schedules have it too.
-            others = {(c.accumulates, c.steps) for c in self.counts}
+            # These leaves have no count, neither of a rule nor of a schedule. If all counts of
+            # other leaves are equal, take that one, else 0.
+            others = {(c.in_accumulating, c.value) for c in self.counts}
             others |= {
-                (x.accumulates, x.count) for several in self.moments.values() for x in several
+                (x.in_accumulating, x.count) for several in self.moments.values() for x in several
             }
             return self.count_of(None, calls) if len(others) == 1 else 0
-        if any(accumulates for accumulates, _ in (*schedule_counts, *rule_counts)):
+        if any(in_accumulating for in_accumulating, _ in (*schedule_counts, *rule_counts)):
             # There are counts of steps and of calls: take one of the right kind, if there is one.
             for pairs in (schedule_counts, rule_counts):
-                same_kind = {n for accumulates, n in pairs if accumulates == (calls is None)}
-                if same_kind:
-                    return self._common_count(same_kind, leaves)
+                right_counts = {
+                    n for in_accumulating, n in pairs if in_accumulating == (calls is None)
+                }
+                if right_counts:
+                    return self._common_count(right_counts, leaves)
         steps = self._common_count({n for _, n in schedule_counts or rule_counts}, leaves)
-        return steps if calls is None else steps * calls[0] + calls[1]
+        return steps if calls is None else steps * calls.per_step + calls.since_step
 
     def _common_count(self, counts: set[int], leaves: frozenset[str] | None) -> int:
         """The only count, and 0 if there is none. Several counts are refused."""
@@ -201,18 +237,21 @@ class Source:
                 raise ValueError(
                     f"{self.owner}: {accumulated.micro} micro-batches of {lost[0]!r} were "
                     "accumulated since the last step, and the target has no place for them: "
-                    "convert after a step, or wrap the target likewise"
+                    "convert after a step, or let the target accumulate gradients too"
                 )
 
 
 def shifted_schedule(*counts: int) -> str:
-    """A sentence for errors, on schedules in parts that have taken these numbers of steps."""
+    """Advice for errors about parts that have taken these numbers of steps."""
     return (
-        "each part calls its schedule with its own count, so shift one that counts all steps, "
-        f"lambda count: schedule(count + {max(counts) - min(counts)})"
+        "each part calls its schedule with its own count, so in a part that took fewer steps use "
+        f"lambda count: schedule(count + {max(counts) - min(counts)}) for a schedule of all steps"
     )
 
 
 def meet(a: Iterable[str] | None, b: Iterable[str] | None) -> bool:
-    """Whether two sets of leaves have one in common; `None` is the set of all leaves."""
+    """Whether two sets of leaves have one in common.
+
+    `None` is the set of all leaves. It has one in common with every set, even with an empty one.
+    """
     return a is None or b is None or not frozenset(a).isdisjoint(b)

@@ -213,7 +213,7 @@ class _Comparison:
         others = any(map(names_of_counts, self.source.other_states))
         if not (schedules or self.source.counts or self.source.accumulated or others):
             return
-        now = ours | {count.steps for count in self.source.counts} or {0}
+        now = ours | {count.value for count in self.source.counts} or {0}
         ends = {end for count in now for end in later_counts(count, self.ours.tx)}
         steps = {end - count - 2 for end in ends for count in now}
         each = len(_LATER_SIZES) + 1  # so many counts are passed by the steps from one start
@@ -239,14 +239,14 @@ class _Comparison:
         if rule is rule_as_it_is:
             return states
         how = Advance(0, self.calls, rule)
-        ours = self.ours.filled(states[0])
+        ours = self.ours.with_state(states[0])
         return (
             advanced_adamjax(ours, states[0], self.fresh[0], how),
             advanced_optax(states[1], self.fresh[1], how),
         )
 
     def _advanced(self, states: Any, fresh: Any, steps: Any) -> Any:
-        ours, how = self.ours.filled(states[0]), Advance(steps, self.calls, rule_as_it_is)
+        ours, how = self.ours.with_state(states[0]), Advance(steps, self.calls, rule_as_it_is)
         return (
             advanced_adamjax(ours, states[0], fresh[0], how),
             advanced_optax(states[1], fresh[1], how),
@@ -345,7 +345,7 @@ class _Comparison:
 
     def _measure_past_steps(self) -> None:
         """Measures optax' largest updates in the past, before a rate has fallen."""
-        now = max([0, *(count.steps for count in self.source.counts)])
+        now = max([0, *(count.value for count in self.source.counts)])
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
             for size in _WEIGHTS:

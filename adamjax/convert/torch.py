@@ -119,7 +119,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     hyperparams["maximize"] = bool(flag("maximize"))
     hyperparams |= {"clips_updates": False, "others": "none", "in_steps": True}
     if group.get("initial_lr") is not None:
-        hyperparams["has_schedule"] = (
+        hyperparams["unknown_schedule"] = (
             "a scheduler has set initial_lr",
             "the state dict does not contain the schedule, so only the next rate is compared",
         )
@@ -227,13 +227,13 @@ def _read(
     order: Order,
     adapt: Adapt | None,
     check: bool,
-    adapted: bool,
+    has_adapt: bool,
 ) -> tuple[Source, dict[str, Any]]:
     """The state in the common form, and a dictionary from paths of leaves to torch's keys.
 
     Args:
       adapt: a function for the arrays that are read.
-      adapted: whether the user gave a function for the arrays that are read or written.
+      has_adapt: whether the user gave a function for the arrays that are read or written.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
@@ -242,7 +242,7 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    fitted = checked_adapt(owner, adapt)
+    fit = checked_adapt(owner, adapt)
     read_groups = [_read_group(source, group) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
@@ -255,10 +255,10 @@ def _read(
         "torch",
         names,
         check,
-        may_reshape=adapted,
+        may_reshape=has_adapt,
         has_arrays=has_arrays,
     )
-    if not adapted:
+    if not has_adapt:
         kernels = [path for path in paths if path and kind_of_leaf(path) not in NOT_TRANSPOSED]
         doubt_transposes(source, leaves_by_path(owner, params), kernels, has_arrays)
     if len(keys) != len(paths):
@@ -283,7 +283,7 @@ def _read(
             source.add(path, LeafMoments(0, None, kinds, hyperparams=hyperparams))
             continue
         slots = _slots_of(owner, path, state)
-        slots = {name: fitted(path, name, x) for name, x in slots.items()}
+        slots = {name: fit(path, name, x) for name, x in slots.items()}
         product = state.get("mu_product")
         if product is not None:
             product = number_of(owner, f"mu_product of {path!r}", product)
@@ -391,12 +391,12 @@ def from_torch(
     >>> adamjax.step_count(state), adamjax.get_slot(state, "m")["w"]
     (Array(7, dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
-    adapted = adapt is not None
-    source, _ = _read("from_torch", state_dict, params, order, adapt, check, adapted)
+    has_adapt = adapt is not None
+    source, _ = _read("from_torch", state_dict, params, order, adapt, check, has_adapt)
     new = initial_state("from_torch", tx, params)
     state = into_adamjax(source, TORCH, new, average, check, rtol)
     if check:
-        expect_same_hyperparameters(new.filled(state), TORCH, source.moments)
+        expect_same_hyperparameters(new.with_state(state), TORCH, source.moments)
     return state
 
 
@@ -452,9 +452,9 @@ def to_torch(
     >>> def tensors(x):  # optimizer.load_state_dict(jax.tree.map(tensors, new))
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
-    owner, adapted = "to_torch", adapt is not None
-    fitted = checked_adapt(owner, adapt)
-    target_source, key_of = _read(owner, target, params, order, None, check, adapted)
+    owner, has_adapt = "to_torch", adapt is not None
+    fit = checked_adapt(owner, adapt)
+    target_source, key_of = _read(owner, target, params, order, None, check, has_adapt)
     ours = AdamjaxState(owner, tx, state, params)
     source = ours.read_for(target_source, check)
     if check and source.average is not None:
@@ -480,7 +480,7 @@ def to_torch(
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
         # torch's fused steps need moments that are laid out in memory like the parameter.
-        arrays = {name: np.array(fitted(path, name, x), order="C") for name, x in arrays.items()}
+        arrays = {name: np.array(fit(path, name, x), order="C") for name, x in arrays.items()}
         for name, x in (target_moments.slots or {}).items():
             if np.shape(arrays[name]) != np.shape(x):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ __all__ = [
     "counts_a_schedule",
     "field_names",
     "is_container",
+    "items_of",
     "leaves_by_path",
     "map_items",
     "number_of",
@@ -53,6 +54,11 @@ def counts_a_schedule(x: Any) -> bool:
 def is_container(x: Any) -> bool:
     """Whether a value is a tuple, a list or a mapping."""
     return isinstance(x, tuple | list | Mapping)
+
+
+def items_of(x: Any) -> Iterable[Any]:
+    """The items of a container; of a mapping, its values."""
+    return x.values() if isinstance(x, Mapping) else x
 
 
 def map_items(function: Callable[..., Any], x: Any, *rest: Any) -> Any:

@@ -85,7 +85,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     if average is not None:
         slots["average"] = average
     return Ready(
-        now=(before + moved).astype(first.dtype),
+        weights=(before + moved).astype(first.dtype),
         moved=moved,
         # Narrow slots stay wide until the step has been taken, so that they are rounded once.
         slots={
@@ -116,7 +116,7 @@ def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
     first = batch.tables[0]
     if averaged and _has_average(first):
         return ready.slots["average"].astype(first.dtype)
-    return ready.now
+    return ready.weights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
@@ -159,11 +159,11 @@ def flushed(
         # The next step has the same count, and needs other random bits.
         keys = slot_keys(batch, [columns], ~past.count)
         (written,) = put_slots([columns], [ids], ready.slots, clock, keys, first_row)
-        now = ready.now
+        weights = ready.weights
         if weights_key is not None:
             before = gather_rows(columns.weights, ids, mode="fill", fill_value=0)
-            now = stepped(before, ready.moved, weights_key, ids + first_row)
-        return written._replace(weights=scatter_rows(columns.weights, ids, now))
+            weights = stepped(before, ready.moved, weights_key, ids + first_row)
+        return written._replace(weights=scatter_rows(columns.weights, ids, weights))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), flush_some, columns)
 

@@ -11,7 +11,7 @@ from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
 
-__all__ = ["RoutePart", "check_route", "refusal", "routes", "with_stops"]
+__all__ = ["RoutePart", "check_route", "refusal", "routes", "stopping_at_rules"]
 
 
 class RoutePart(NamedTuple):
@@ -142,9 +142,9 @@ class _stopping_rule(Rule):
         return treedef.unflatten(gradients)
 
 
-def with_stops(tx: Transform, leaves: tuple[int, ...]) -> Transform:
+def stopping_at_rules(tx: Transform, leaves: tuple[int, ...]) -> Transform:
     """The transform, with the gradients of some leaves stopped at their rules."""
     if isinstance(tx, Rule):
         return _stopping_rule(tx, leaves)
     # No table goes through the parts of other transforms.
-    return tx.with_parts([with_stops(x, leaves) for x in tx.parts]) if tx.only_routes else tx
+    return tx.with_parts([stopping_at_rules(x, leaves) for x in tx.parts]) if tx.only_routes else tx

@@ -116,14 +116,14 @@ class Ready(NamedTuple):
     For an index of no row, the values are arbitrary.
 
     Attributes:
-      now: the weights.
-      moved: `now` minus the weights in `params`, widened.
+      weights: the up-to-date weights.
+      moved: `weights` minus the weights in `params`, widened.
       slots: the slots.
       last: the clock at which each row in `params` was last up to date.
       has_nan: bool scalar, whether the entries read from the ring have a NaN.
     """
 
-    now: chex.Array
+    weights: chex.Array
     moved: chex.Array
     slots: dict[str, chex.Array]
     last: chex.Array

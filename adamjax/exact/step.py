@@ -11,7 +11,7 @@ from adamjax.blocks import in_blocks, needs_no_loop, rows_of_each
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
-from adamjax.exact.route import with_stops
+from adamjax.exact.route import stopping_at_rules
 from adamjax.exact.state import Columns, ExactRowsState, TableState
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
 from adamjax.exact.ticket import Ticket
@@ -39,54 +39,58 @@ def take_step(
     state, params, tables = bound.state, bound.params, bound.tables
     assert state is not None
     treedef = flatten(params)[1]
-    # For tables, the transforms before the rules; for other leaves, the whole step.
-    updates, inner = with_stops(bound.tx, tuple(t.leaf for t in tables)).update(
+    # This takes the whole step of leaves that are not tables. A table's gradient goes only as far
+    # as its rule.
+    updates, inner = stopping_at_rules(bound.tx, tuple(t.leaf for t in tables)).update(
         treedef.unflatten(grads), bound.inner_state, params, **extra_args
     )
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf: leaf_updates[t.leaf].gradient for t in tables}
-    # A chain widens narrow gradients; updates are as wide as the gradient and the table.
+    # The chain may have widened narrow gradients, so this uses `grads`: an update has the promoted
+    # dtype of its gradient and its table.
     dtypes = {t.leaf: promoted(dtype_of(grads[t.leaf]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
-            # A ticket is valid only for the same index array.
+            # The transforms may have copied the indices, and a ticket is valid only for the very
+            # array that it was made from.
             rule_grads[leaf] = g.replace(indices=grads[leaf].indices)
 
     sizes = {leaf: g.indices.size for leaf, g in rule_grads.items() if isinstance(g, RowGradient)}
     batches = batches_of(bound.families, params, sizes)
     batches += [bound.batch_of(t) for t in tables if t.leaf not in sizes]
     has_nan = {family.name: jnp.array(False) for family in bound.families}
-    new: dict[int, Columns] = {}
+    stepped_tables: dict[int, _SteppedTable] = {}
     for batch in batches:
-        stepped = _batch_step(bound, batch, rule_grads, ticket, extra_args)
-        for t, columns in zip(batch.tables, stepped.columns, strict=True):
-            new[t.leaf] = columns
-            leaf_updates[t.leaf] = columns.weights.astype(dtypes[t.leaf])
-        has_nan[batch.family.name] |= stepped.has_nan
+        stepped_batch, batch_has_nan = _batch_step(bound, batch, rule_grads, ticket, extra_args)
+        for t, stepped in zip(batch.tables, stepped_batch, strict=True):
+            stepped_tables[t.leaf] = stepped
+            leaf_updates[t.leaf] = stepped.update.astype(dtypes[t.leaf])
+        has_nan[batch.family.name] |= batch_has_nan
 
     rings, states = dict(state.rings), {}
     for family in bound.families:
         rings[family.name] = bound.next_ring(family, has_nan[family.name])
         for t in family.tables:
             cursor = next_cursor(t, state.tables[t.path].cursor, family.history)
-            states[t.path] = TableState(new[t.leaf].last, cursor)
+            states[t.path] = TableState(stepped_tables[t.leaf].last, cursor)
 
     def put_back(name: str, tree: Tree) -> Tree:
         slots, treedef = flatten(tree)
-        for leaf, columns in new.items():
+        for leaf, stepped in stepped_tables.items():
             if slots[leaf] is not None:
-                slots[leaf] = columns.slots[name]
+                slots[leaf] = stepped.slots[name]
         return treedef.unflatten(slots)
 
     inner = map_slots(put_back, inner)
     return treedef.unflatten(leaf_updates), ExactRowsState(inner, state.clock + 1, states, rings)
 
 
-class _Stepped(NamedTuple):
-    """Tables after a step, with their updates in place of their weights."""
+class _SteppedTable(NamedTuple):
+    """A table's update in a step, and its slots and `last` after the step."""
 
-    columns: list[Columns]
-    has_nan: chex.Array  # whether the entries read from the ring have a NaN
+    update: Any
+    slots: dict[str, Any]
+    last: chex.Array
 
 
 def _batch_step(
@@ -95,7 +99,12 @@ def _batch_step(
     grads: dict[int, Any],
     ticket: Ticket | None,
     extra_args: dict[str, Any],
-) -> _Stepped:
+) -> tuple[list[_SteppedTable], chex.Array]:
+    """Takes the step of a batch.
+
+    Returns:
+      The stepped tables, and whether the entries read from the ring have a NaN.
+    """
     first, tables = batch.tables[0], batch.tables
     columns = [bound.columns(t) for t in tables]
     past = bound.past(batch.family)
@@ -105,67 +114,69 @@ def _batch_step(
     def step(carry: Any, indices: list[Any], g: chex.Array, ready: Any = None) -> Any:
         """A step of some rows. The carry has each table's slots and `last`, and `has_nan`."""
         arrays, has_nan = carry
-        now = [Columns(c.weights, *x) for c, x in zip(columns, arrays, strict=True)]
+        current_columns = [Columns(c.weights, *x) for c, x in zip(columns, arrays, strict=True)]
         if ready is None:
-            ready = caught_up(batch, past, now, indices)
-        u, slots = row_step(g, ready.slots, ready.now)
+            ready = caught_up(batch, past, current_columns, indices)
+        u, slots = row_step(g, ready.slots, ready.weights)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
         update = (ready.moved + u.astype(first.real_dtype)).astype(g.dtype)
         # `ready.last` is always before this clock. The comparison makes the write of `last` depend
         # on its read, so that XLA need not copy it.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
-        now = put_slots(now, indices, slots, last, slot_keys(batch, now, past.count))
-        return ([(c.slots, c.last) for c in now], has_nan | ready.has_nan), update
+        keys = slot_keys(batch, current_columns, past.count)
+        next_columns = put_slots(current_columns, indices, slots, last, keys)
+        return ([(c.slots, c.last) for c in next_columns], has_nan | ready.has_nan), update
 
     carry = [(c.slots, c.last) for c in columns], jnp.array(False)
-    values = [grads[t.leaf] for t in tables]
-    same = all(g.dtype == first.dtype for g in values)
+    table_grads = [grads[t.leaf] for t in tables]
+    same = all(g.dtype == first.dtype for g in table_grads)
     dtype = first.dtype if same else first.real_dtype
-    if not isinstance(values[0], RowGradient):
-        (arrays, has_nan), update = step(carry, [None], values[0].astype(dtype))
+    if not isinstance(table_grads[0], RowGradient):
+        # A dense gradient: the batch is one table, and None stands for all its rows.
+        (arrays, has_nan), update = step(carry, [None], table_grads[0].astype(dtype))
         updates: list[Any] = [update]
     else:
-        read_indices = [g.indices for g in values]
+        read_indices = [g.indices for g in table_grads]
         ready = (
             None if ticket is None else ticket.rows_of(batch.path, (past, columns, read_indices))
         )
         moves: list[list[RowGradient]] = [[] for _ in tables]
-        for number, indices in enumerate(_rows_to_step(bound, batch, read_indices)):
-            # The second list has rows without a gradient.
-            grad_rows = [g.values if number == 0 else g.values[:0] for g in values]
+        for pass_number, indices in enumerate(_passes(bound, batch, read_indices)):
+            # A second pass has the rows to refresh, which have no gradient.
+            grad_rows = [g.values if pass_number == 0 else g.values[:0] for g in table_grads]
             sizes = [x.size for x in indices]
-            g = _padded(grad_rows, sizes, dtype)
+            padded = _padded(grad_rows, sizes, dtype)
             if needs_no_loop(read_indices[0].size):
-                carry, update = step(carry, indices, g, ready)
+                carry, update = step(carry, indices, padded, ready)
             else:
                 carry, update = in_blocks(
                     lambda carry, ids, g, _: step(carry, [ids], g),
                     carry,
                     indices[0],
                     first.num_rows,
-                    g,
+                    padded,
                 )
             table_updates = rows_of_each(update, sizes)
             for t, ids, u, table_moves in zip(tables, indices, table_updates, moves, strict=True):
                 table_moves.append(RowGradient(ids, u, num_rows=t.num_rows))
         for table_moves in moves:
-            # All rows of a table are read before one of them is written.
+            # This makes the indices of each part depend on the values of the next part. So XLA
+            # writes no row of the table before it has read all of them.
             for i, later in enumerate(table_moves[1:]):
                 ids = indices_after(later.values, table_moves[i].indices, later.num_rows)
                 table_moves[i] = table_moves[i].replace(indices=ids)
         (arrays, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
-    after = [Columns(u, *x) for u, x in zip(updates, arrays, strict=True)]
-    return _Stepped(after, has_nan)
+    stepped = [_SteppedTable(u, *x) for u, x in zip(updates, arrays, strict=True)]
+    return stepped, has_nan
 
 
-def _rows_to_step(
-    bound: Bound, batch: Batch, read_indices: list[chex.Array]
-) -> list[list[chex.Array]]:
-    """Lists with the rows that a step takes of each table: rows that were read, rows to refresh.
+def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[list[chex.Array]]:
+    """The passes of a step: for each pass, the indices of every table.
 
-    They are in one list; in two if there are so many that they are taken in blocks, so that the
-    gradients need not be copied to make room.
+    Usually there is one pass: the rows that were read, then the rows to refresh. If a step reads so
+    many rows that they are taken in blocks, the rows to refresh have a second pass. So the
+    gradients need not be copied to make room for them.
     """
     assert bound.state is not None
     due = due_rows(batch, bound.state, read_indices)
@@ -175,7 +186,7 @@ def _rows_to_step(
 
 
 def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> chex.Array:
-    """The rows of several tables, those of each padded with zeros to a number of rows."""
+    """Concatenates the rows of tables, each padded with zeros to its number of rows in `sizes`."""
     pieces = []
     for x, size in zip(values, sizes, strict=True):
         pieces.append(x.astype(dtype))
@@ -203,36 +214,36 @@ def read_rows(
       among these; and a ticket for the step.
     """
     searched = distinct_of_each([x.reshape(-1) for x in ids], [t.num_rows for t in tables])
-    numbers = {t.leaf: i for i, t in enumerate(tables)}
-    sizes = {t.leaf: rows.size for t, (rows, _) in zip(tables, searched, strict=True)}
+    position_of = {t.leaf: i for i, t in enumerate(tables)}
+    sizes = {t.leaf: distinct.size for t, (distinct, _) in zip(tables, searched, strict=True)}
     read: list[Any] = [None] * len(tables)
     ready_rows: dict[str, Any] = {}
     origins: dict[str, Any] = {}
     for batch in batches_of(bound.families, bound.params, sizes):
-        batch_numbers = [numbers[t.leaf] for t in batch.tables]
-        rows = [searched[i][0] for i in batch_numbers]
+        positions = [position_of[t.leaf] for t in batch.tables]
+        read_indices = [searched[i][0] for i in positions]
         columns = [bound.columns(t) for t in batch.tables]
         past = bound.past(batch.family)
-        indices = _rows_to_step(bound, batch, rows)[0] if for_step else rows
-        if needs_no_loop(rows[0].size):
+        indices = _passes(bound, batch, read_indices)[0] if for_step else read_indices
+        if needs_no_loop(read_indices[0].size):
             ready = caught_up(batch, past, columns, indices)
-            now, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
-            origins[batch.path] = past, columns, rows
+            weights, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
+            origins[batch.path] = past, columns, read_indices
         else:
-            now = read_in_blocks(batch, past, columns[0], indices[0], averaged)
+            weights = read_in_blocks(batch, past, columns[0], indices[0], averaged)
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
-        # An index outside the table gets a position after all rows.
-        position = jnp.concatenate(
+        # An index outside the table gets a place after all rows.
+        places_in_weights = jnp.concatenate(
             [
-                jnp.where(searched[i][1] < x.size, searched[i][1] + start, len(now))
-                for i, x, start in zip(batch_numbers, rows, starts, strict=True)
+                jnp.where(searched[i][1] < x.size, searched[i][1] + start, len(weights))
+                for i, x, start in zip(positions, read_indices, starts, strict=True)
             ]
         )
-        now = gather_rows(now, position, mode="fill", fill_value=0)
-        table_rows = rows_of_each(now, [x.size for x in rows])
-        for i, x in zip(batch_numbers, table_rows, strict=True):
+        weights = gather_rows(weights, places_in_weights, mode="fill", fill_value=0)
+        table_rows = rows_of_each(weights, [x.size for x in read_indices])
+        for i, x in zip(positions, table_rows, strict=True):
             read[i] = x.reshape(*ids[i].shape, *x.shape[1:])
-    by_path = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
-    shapes = {t.path: (t.num_rows, x.shape) for t, x in zip(tables, ids, strict=True)}
-    ticket = Ticket(ready_rows, by_path, tuple(shapes.items()))
+    places = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
+    num_rows_and_shape = {t.path: (t.num_rows, x.shape) for t, x in zip(tables, ids, strict=True)}
+    ticket = Ticket(ready_rows, places, tuple(num_rows_and_shape.items()))
     return read, searched, ticket.with_origins(origins)

@@ -461,7 +461,9 @@ class exact_rows(Transform):
             )
         batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
         ready = caught_up(batch, bound.past(batch.family), [columns], [flat_ids])
-        rows = ready.now if slot is None else ready.slots[slot].astype(columns.slots[slot].dtype)
+        rows = ready.weights
+        if slot is not None:
+            rows = ready.slots[slot].astype(columns.slots[slot].dtype)
         rows = zeros_outside_table(rows, flat_ids, read_table)
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
