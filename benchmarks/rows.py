@@ -257,22 +257,22 @@ def bounds(
 
     kinds = list(dict.fromkeys(case.indices for case in MAIN))
     for kind in kinds:
-        ask(f"optax's time by exact's, {kind}", "at least", 30, ratio("optax", "exact", kind))
-        ask(f"exact's time by lazy's, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
+        ask(f"time: optax / exact, {kind}", "at least", 30, ratio("optax", "exact", kind))
+        ask(f"time: exact / lazy, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
         whole = ratio("exact step", "lazy step", kind)
-        ask(f"the whole exact step's time by the lazy one's, {kind}", "at most", 1.4, whole)
-        ask(f"dense's time by optax's, {kind}", "at most", 0.9, ratio("dense", "optax", kind))
+        ask(f"time of a train step: exact / lazy, {kind}", "at most", 1.4, whole)
+        ask(f"time: dense / optax, {kind}", "at most", 0.9, ratio("dense", "optax", kind))
         larger = grown.get(("exact", kind))
-        ask(f"exact's time at 4M rows by that at 100k, {kind}", "at most", 2, larger)
+        ask(f"time of exact: 4M rows / 100k rows, {kind}", "at most", 2, larger)
     sparse, name = "torch sparse", "torch SparseAdam"
-    ask(f"{name}'s time by exact's, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
-    ask(f"lazy's time by {name}'s, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
+    ask(f"time: {name} / exact, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
+    ask(f"time: lazy / {name}, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
     step = temporaries("exact", "lazy", "dense")
     ask("temporaries of an optimizer step, MB", "at most", 20, step)
     ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
     many = 65_536
     for kind in kinds:
-        what = f"exact's time by {name}'s, {many:,} indices, {kind}"
+        what = f"time: exact / {name}, {many:,} indices, {kind}"
         ask(what, "at most", 0.8, ratio("exact", sparse, kind, many))
     for own in ("exact", "lazy"):
         what = f"temporaries of {own}, {many:,} indices, MB"

@@ -93,10 +93,7 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
     for row in bounds:
         measured = "" if row["measured"] is None else f"{row['measured']:.3g}"
         table.append([row["what"], row["asked"], measured, holds[row["holds"]]])
-    text = (
-        "The bounds that these figures should stay within. \"A's time by B's\" is A's time divided "
-        "by B's:"
-    )
+    text = "The bounds that these figures should stay within:"
     return [text, markdown(["what", "bound", "measured", "holds"], table)]
 
 
@@ -110,8 +107,10 @@ def dense(results: Results) -> str:
     text = f"{origin(results)} Median (quartiles). A ratio below 1 means that adamjax is faster."
     if has_limit := "bandwidth" in results:
         head += ["of the limit"]
-        text += " Of the limit: the time that the least bytes of the step take at this bandwidth, "
-        text += "divided by the step's time."
+        text += (
+            " Of the limit: the time to move the fewest bytes that the step can read and write, "
+        )
+        text += "at this bandwidth, divided by the step's time."
     head += [f"of {name}'s time" for name in rivals]
     table = []
     for row in results["times"]:
@@ -509,8 +508,9 @@ def narrow(results: Results) -> str:
             origin(results),
             f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
             "for gradients of several kinds from 1e-9 to 1e4. Columns m and v: the share of these "
-            "steps at which the mean error is beyond three standard errors (by chance, about "
-            "0.3%). Column update: the mean absolute error of an update, relative to its size.",
+            "steps at which the error, averaged over all elements, is more than three standard "
+            "errors from 0 (by chance, about 0.3%). Column update: the mean absolute error of an "
+            "update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus that of float32 "
             f"(the mean over {results['seeds']} seeds), and in brackets this difference as a share "

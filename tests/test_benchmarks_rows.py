@@ -127,9 +127,9 @@ def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_tur
         assert row["ratio"]["exact"]["optax"]["median"] == 0.025
         assert row["in_turn"] == in_turn
     bounds = {row["what"]: row for row in rows.bounds([zipf, uniform], [])}
-    assert bounds["optax's time by exact's, Zipf"]["holds"] is True
-    assert bounds["exact's time by lazy's, Zipf"]["holds"] is False
-    assert bounds["torch SparseAdam's time by exact's, uniform"]["measured"] is None
+    assert bounds["time: optax / exact, Zipf"]["holds"] is True
+    assert bounds["time: exact / lazy, Zipf"]["holds"] is False
+    assert bounds["time: torch SparseAdam / exact, uniform"]["measured"] is None
 
 
 def test_a_small_and_a_large_table_take_turns(monkeypatch):
@@ -232,9 +232,9 @@ def test_tables_show_all_cases_and_bounds():
     # One for each number of indices of the main cases.
     assert sum(line.startswith("| exact step |") for line in lines) == 3
     assert sum(line.count(" (2.5, 2.5)") for line in lines) == len(rows.GRID) + 2
-    assert "| exact's time by lazy's, Zipf | at most 1.25 | 0.4 | yes |" in lines
+    assert "| time: exact / lazy, Zipf | at most 1.25 | 0.4 | yes |" in lines
     for kind in ("Zipf", "uniform"):
-        what = f"exact's time by torch SparseAdam's, 65,536 indices, {kind}"
+        what = f"time: exact / torch SparseAdam, 65,536 indices, {kind}"
         assert f"| {what} | at most 0.8 | 0.4 | yes |" in lines
     for name in ("exact", "lazy"):
         what = f"temporaries of {name}, 65,536 indices, MB"

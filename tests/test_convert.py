@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import re
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from support import assert_close, assert_same, enable_x64
 
 import adamjax
 from adamjax import convert
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.paired_steps import PairedSteps
 from adamjax.data import transform_state
 from adamjax.transform import Rule, Transform
 
@@ -4008,6 +4011,130 @@ def test_many_micro_batches_and_large_gradients_are_compared_too():
     ours = adamjax.partition([("a", skips)], default=skips)
     with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(steps_of(theirs, 3), ours, TWO, optimizer=theirs)
+
+
+@pytest.mark.parametrize("ends", [(300, 379), (1000, 1899)])
+@pytest.mark.slow
+def test_ends_of_schedules_are_compared_with_many_micro_batches_too(ends):
+    theirs = micro_batches(optax.adam(optax.piecewise_constant_schedule(0.1, {ends[0]: 0.1})), 32)
+    for end, is_same in ((ends[0] - 1, True), (ends[1], False)):
+        rate = adamjax.piecewise_constant([end], [0.1, 0.01])
+        ours = adamjax.accumulate_gradients(adam_like_optax(rate), 32)
+        with nullcontext() if is_same else pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(steps_of(theirs, 33), ours, TWO, optimizer=theirs)
+
+
+def state_of_rare_rows(theirs, params, steps):
+    """A state after gradients of which each row's are 10 times as small as those of the last."""
+    sizes = 10.0 ** -jnp.arange(len(params["table"]))[:, None]
+
+    def step(i, state):
+        signs = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (8, 4))
+        return theirs.update({"table": sizes * signs}, state, params)[1]
+
+    return jax.jit(lambda: jax.lax.fori_loop(0, steps, step, theirs.init(params)))()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "steps"),
+    [(optax.nadam, adamjax.nadam, 600), (optax.amsgrad, adamjax.amsgrad, 14_500)],
+)
+def test_an_epsilon_that_matters_for_rare_rows_alone_is_compared(theirs, ours, steps):
+    params = {"table": jnp.ones((8, 4))}
+    old = state_of_rare_rows(theirs(0.01), params, steps)
+    convert.from_optax(old, ours(0.01, eps=1e-8), params, optimizer=theirs(0.01))
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, ours(0.01, eps=1e-7), params, optimizer=theirs(0.01))
+
+
+def test_a_clip_of_gradients_larger_than_any_before_is_compared():
+    params = {"table": jnp.ones((8, 4))}
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.nadam(0.01))
+    old = theirs.init(params)
+    for _ in range(600):
+        old = theirs.update({"table": jnp.full((8, 4), 1e-5)}, old, params)[1]
+    ours = adamjax.nadam(0.01, eps=1e-8)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, ours, params, optimizer=theirs)
+    ours = adamjax.chain(adamjax.clip_by_global_norm(1.0), ours)
+    convert.from_optax(old, ours, params, optimizer=theirs)
+
+
+@pytest.mark.slow
+def test_sums_of_micro_batches_in_the_middle_of_a_step_are_refused():
+    """MultiSteps(use_grad_mean=False) stores sums where it usually stores means."""
+    theirs = optax.MultiSteps(optax.adam(0.1), 4, use_grad_mean=False).gradient_transformation()
+    ours = adamjax.accumulate_gradients(adamjax.chain(adamjax.scale(4.0), adam_like_optax()), 4)
+    small = jax.tree.map(lambda x: 1e-5 * x, TWO)
+    old, new = theirs.init(TWO), ours.init(TWO)
+    refused = pytest.raises(ValueError, match=r"use_grad_mean=False.*convert after a step")
+    for micro in (1, 3):  # The sum of one gradient is its mean.
+        while int(old.mini_step) < micro:
+            old, new = theirs.update(small, old, TWO)[1], ours.update(small, new, TWO)[1]
+        with refused if micro > 1 else nullcontext():
+            convert.from_optax(old, ours, TWO, optimizer=theirs)
+    with refused:
+        convert.to_optax(new, ours, TWO, theirs)
+
+
+def test_scalars_with_narrow_momentum_are_no_false_alarm():
+    """Their m may nearly cancel, and is rounded as coarsely as before."""
+    params = {"w": jnp.ones((16, 16)), "temperature": jnp.ones(())}
+    theirs = optax.adam(0.01, mu_dtype=jnp.bfloat16)
+    ours = adamjax.adam(0.01, eps=1e-8, m_dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        old = theirs.init(params)
+        for _ in range(20):
+            grads = jax.tree.map(
+                lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
+            )
+            old = theirs.update(grads, old, params)[1]
+        convert.from_optax(old, ours, params, optimizer=theirs)
+
+
+@pytest.mark.slow
+def test_many_leaves_are_compared_in_few_calls():
+    params = {str(i): jnp.ones(4) for i in range(40)}
+    theirs, ours = optax.adam(LINEAR), adam_like_optax(LINEAR)
+    calls = []
+    counted = optax.GradientTransformation(
+        theirs.init, lambda *args: (calls.append(0), theirs.update(*args))[1]
+    )
+    convert.from_optax(theirs.init(params), ours, params, optimizer=counted)
+    assert len(calls) == 1  # it is traced, and compiled, once
+
+
+def test_adamax_of_complex_leaves_goes_on():
+    params = {"z": jnp.array([1 + 2j, 3 - 1j])}
+    theirs, ours = optax.adamax(0.01), adamjax.adamax(0.01, eps=1e-8)
+    old = steps_of(theirs, 20, params)
+    assert jnp.iscomplexobj(old[0].nu["z"])
+    state = convert.from_optax(old, ours, params, optimizer=theirs, rtol=1e-4)
+    assert_close(adamjax.get_slot(state, "u")["z"], jnp.abs(params["z"]), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_groups_with_micro_batches_of_their_own_take_as_many_calls_as_one():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    theirs = optax.multi_transform(
+        {"a": micro_batches(optax.adam(0.1), 8), "b": micro_batches(optax.adam(0.2), 8)},
+        {"a": "a", "b": "b"},
+    )
+    parts = {
+        name: adamjax.accumulate_gradients(adam_like_optax(rate), 8)
+        for name, rate in (("a", 0.1), ("b", 0.2))
+    }
+    ours = adamjax.partition(parts)
+    assert PairedSteps(AdamjaxState("test", ours, ours.init(params), params), theirs).calls == 8
+    convert.from_optax(theirs.init(params), ours, params, optimizer=theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(
+            theirs.init(params),
+            adamjax.partition({"a": parts["b"], "b": parts["b"]}),
+            params,
+            optimizer=theirs,
+        )
 
 
 LINEAR = optax.linear_schedule(1e-3, 0.0, 1000)

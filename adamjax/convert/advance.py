@@ -1,4 +1,4 @@
-"""States to compare steps from: schedules at later counts, rules before or after many steps."""
+"""Makes states to compare steps from: schedules at later counts, rules that are new or old."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -87,8 +87,10 @@ class Translation(Filling):
         self._expect_close(rule, kind, path, count, slots)
         self._expect_possible(rule, kind, path, count, slots)
         if kind == "adamax" and self.system.eps_inside:
-            u = np.asarray(slots["u"], np.float64) - float(rule.eps)
-            slots["u"] = np.maximum(u, 0).astype(_wide_dtype(slots["u"]))
+            # optax' u of a complex leaf is complex.
+            u = np.real(np.asarray(slots["u"]))
+            shifted = np.maximum(u.astype(np.float64) - float(rule.eps), 0)
+            slots["u"] = shifted.astype(_wide_dtype(u))
         return slots
 
     def from_adamjax(self, path: str) -> tuple[str, LeafMoments, Slots]:
@@ -137,9 +139,8 @@ class Translation(Filling):
             )
         if kind == "adamax" and self.system.eps_inside:
             moves = np.asarray(slots["m"]) != 0
-            smallest = float(
-                np.min(np.asarray(slots["u"], np.float64), where=moves, initial=np.inf)
-            )
+            u = np.real(np.asarray(slots["u"])).astype(np.float64)
+            smallest = float(np.min(u, where=moves, initial=np.inf))
             return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
                 f"it has epsilon inside the maximum, where it decays; the maximum is "
                 f"{smallest:.1g} at least, and the larger it is, the less it matters"

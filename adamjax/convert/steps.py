@@ -1,9 +1,9 @@
-"""Compares the steps of two optimizers from the same states."""
+"""Compares the steps of two optimizers: at which counts, with which gradients, how closely."""
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from adamjax.convert.advance import (
     rule_as_it_is,
 )
 from adamjax.convert.optax_state import read_state
-from adamjax.convert.schedules import has_schedule, later_counts
+from adamjax.convert.paired_steps import PairedSteps, Step
+from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
-from adamjax.leaves import dtype_of, is_left_alone
-from adamjax.paths import flatten, leaf_paths
+from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
 from adamjax.structure import rule_slots, slot_states, states_of_class
@@ -39,14 +39,15 @@ _SIZES = ((1.0, 30.0, 1e3, 0.1, 1.0, 1e-3), (10.0, 1.0, 0.3))
 _FIRST_SIZES = (*_SIZES, (1e-8, 3e-8, 1e-8), (1e-12,), (1e-15,))
 # At each later count, some sizes, the last relative to others.
 _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
+# Where elements of a leaf differ in size as its moments do.
+_VARIED_SIZES = (1.0, 0.3)
+# Absolute sizes, at which most clips show.
+_CLIPPED_SIZES = (1.0, 1e4)
 # A weight decay shows at large weights, and the rest at small ones.
 _WEIGHTS = (1e3, 1e-2)
 # How much larger the gradients of one leaf are than those of others, where its part in a norm is
 # compared; and how many leaves are tried so, or with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
-# How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer
-# than the step.
-_POOL = 3
 # How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
 # off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
 # parameters, also the norm that scales the leaves beside them.
@@ -55,11 +56,13 @@ _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
 # Later counts are compared one by one until the first of these, then in steps of 3% until the
-# second, and then at powers of two and near the ends of schedules until the last.
+# second, and then at powers of two until the last.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
-# At how many later counts steps are compared, and how many elements may be updated there in all. A
-# large model, or one with many micro-batches, is compared at fewer.
-_MOST_COUNTS, _FEWEST_COUNTS, _MOST_ELEMENTS = 400, 12, 1 << 29
+# At how many later counts steps are compared, in how many calls, and how many elements may be
+# updated there in all. A large model, or one with many micro-batches, is compared at fewer.
+_MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
+# Besides its elements, a leaf takes as long as so many.
+_OF_A_LEAF = 5_000
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
@@ -79,28 +82,17 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
         _Comparison(ours, optimizer, state, rtol).compare()
 
 
-class _Step(NamedTuple):
-    """The gradients of a step: their size by leaf, and the leaf that is not finite, if any."""
-
-    sizes: np.ndarray
-    spoilt_leaf: int | None = None
-    spoilt_by: float = math.nan
-
-
 class _Comparison:
-    """Steps of both optimizers with the same gradients.
+    """The steps of both optimizers that are compared, and how close they must be.
 
     Attributes:
       ours, state: the states of both.
       source: what the state of optax contains.
       fresh: what `init` returns, of both.
       has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
-      calls: how many calls a step takes.
-      leaves, params, paths: the places of the leaves of floats, these leaves and their paths.
-      num_elements: how many numbers they have in all.
-      pool: some arrays of random numbers for each of them.
-      usual: by leaf, the size of the gradients that its moments are of.
+      steps: takes the steps.
       rtol: by leaf, how far its updates may be apart.
+      has_narrow_slots: by leaf, whether some moment has fewer than 32 bits.
       largest: by the size of weights and by leaf, optax' largest update so far.
       has_moved: by leaf, whether optax has moved it in a step so far.
     """
@@ -109,45 +101,38 @@ class _Comparison:
         self.owner, self.ours, self.state = ours.owner, ours, state
         self.source = read_state(ours.owner, state)
         self.has_same_form = set(ours.kinds) <= {"adam"}
-        self.calls = math.prod(steps for steps, _ in ours.accumulations)
-        params, self.treedef = flatten(ours.params)
-        self.leaves = [i for i, p in enumerate(params) if p is not None and not is_left_alone(p)]
-        self.params = [params[i] for i in self.leaves]
-        self.paths = [leaf_paths(ours.params)[i] for i in self.leaves]
-        self.usual = _usual_gradients(ours.state, self.paths)
+        self.steps = PairedSteps(ours, optimizer)
+        narrow = _narrow_leaves(ours.state)
+        for path, moments in self.source.moments.items():
+            if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
+                narrow.add(path)
+        self.has_narrow_slots = np.array([path in narrow for path in self.steps.paths], bool)
         self.rtol = self._tolerances(rtol)
-        self.largest = {size: np.zeros(len(self.leaves)) for size in _WEIGHTS}
-        self.has_moved = np.zeros(len(self.leaves), bool)
-        self.rng = np.random.default_rng(0)
-        self.num_elements = max(1, sum(map(np.size, self.params)))
-        self.pool = [self._drawn() for _ in range(_POOL)]
-        self.next_of_pool = itertools.cycle(range(_POOL))
+        num_leaves = len(self.steps.leaves)
+        self.largest = {size: np.zeros(num_leaves) for size in _WEIGHTS}
+        self.has_moved = np.zeros(num_leaves, bool)
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
-        self._call = jax.jit(lambda *args: self._compared_call(ours.tx, optimizer, *args))
         self._advance = jax.jit(self._advanced)
 
     def _tolerances(self, rtol: float) -> np.ndarray:
         """How far the updates of each leaf may be apart; see `rtol`."""
         # Adam has the same form in optax.
         least = 0.0 if self.has_same_form else rtol
-        slots = _narrow_leaves(self.ours.state)
-        for path, moments in self.source.moments.items():
-            if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
-                slots.add(path)
-        are_narrow = [_is_narrow(p) for p in self.params]
-        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or slots else 0.0
+        params = self.steps.params
+        are_narrow = [_is_narrow(p) for p in params]
+        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or np.any(self.has_narrow_slots) else 0.0
         of_leaf = []
-        for path, p, is_narrow in zip(self.paths, self.params, are_narrow, strict=True):
+        for p, is_narrow, slots in zip(params, are_narrow, self.has_narrow_slots, strict=True):
             usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL
-            narrow = max(_NARROW_RTOL * (path in slots), _NARROW_OPTAX_RTOL * is_narrow)
+            narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_narrow)
             of_leaf.append(max(least, usual, beside, narrow))
-        ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in self.params]
+        ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in params]
         return np.maximum(of_leaf, ulps)
 
     # --- what is compared -------------------------------------------------------------------------
 
     def compare(self) -> None:
-        if not self.leaves:
+        if not self.steps.leaves:
             return
         self._measure_past_steps()
         self._compare_at(0, "these states")
@@ -163,47 +148,55 @@ class _Comparison:
 
     def _compare_at(self, steps: int, start: str) -> None:
         """Compares many steps of the states when the schedules are this number of steps later."""
+        usual = self.steps.usual
+        ones = np.ones(len(usual))
         states = self._states(steps, rule_as_it_is)
         for size in _WEIGHTS:
-            for steps_taken in self._all_steps(self.usual, _SIZES):
+            for steps_taken in self._all_steps(usual, _SIZES):
                 self._expect_same(start, states, size, steps_taken)
+            varied = [Step(x * usual, as_moments=True) for x in _VARIED_SIZES]
+            self._expect_same(start, states, size, varied)
             if self.has_same_form:
                 first = self._states(steps, new_rule)
-                ones = np.ones(len(self.leaves))
                 for steps_taken in self._all_steps(ones, _FIRST_SIZES):
                     self._expect_same(f"the first step at {start}", first, size, steps_taken)
                 late = self._states(steps, late_rule)
-                self._expect_same(f"a late step at {start}", late, size, [_Step(1e3 * self.usual)])
+                self._expect_same(f"a late step at {start}", late, size, [Step(1e3 * usual)])
+            else:
+                clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
+                self._expect_same(start, states, size, clipped)
         for leaf, value in itertools.product(self._some_leaves(), (math.nan, math.inf)):
-            not_finite = [_Step(self.usual), _Step(self.usual, leaf, value), _Step(self.usual)]
-            self._expect_same(start, states, _WEIGHTS[1], not_finite)
+            not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
+            self._expect_same(start, states, _WEIGHTS[1], [Step(usual), not_finite, Step(usual)])
 
     def _all_steps(
         self, base: np.ndarray, sizes: Sequence[Sequence[float]]
-    ) -> Iterator[list[_Step]]:
+    ) -> Iterator[list[Step]]:
         """Sequences of steps: with gradients of several sizes, and with single large leaves."""
         for of_steps in sizes:
-            yield [_Step(base * size) for size in of_steps]
-        yield [_Step(base * 10 ** self.rng.uniform(-2, 2, len(base))) for _ in range(3)]
+            yield [Step(base * size) for size in of_steps]
+        yield [Step(self._of_many_sizes(base)) for _ in range(3)]
         if len(base) > 1:
             for leaf in self._some_leaves():
                 large = base.copy()
                 large[leaf] *= _LARGE_LEAF
-                yield [_Step(large), _Step(base)]
+                yield [Step(large), Step(base)]
 
-    def _later_steps(self) -> list[_Step]:
-        steps = [_Step(self.usual * size) for size in _LATER_SIZES]
-        steps.append(_Step(self.usual * 10 ** self.rng.uniform(-2, 2, len(self.usual))))
-        return steps
+    def _later_steps(self) -> list[Step]:
+        usual = self.steps.usual
+        return [*(Step(usual * size) for size in _LATER_SIZES), Step(self._of_many_sizes(usual))]
+
+    def _of_many_sizes(self, base: np.ndarray) -> np.ndarray:
+        return base * 10 ** self.steps.rng.uniform(-2, 2, len(base))
 
     def _some_leaves(self) -> list[int]:
         """All leaves, or some of very many."""
-        places = range(len(self.leaves))
-        most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.num_elements) // self.calls
-        most = max(most, _FEWEST_LEAVES)
+        places = range(len(self.steps.leaves))
+        most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.steps.num_elements)
+        most = max(most // self.steps.calls, _FEWEST_LEAVES)
         if len(places) <= most:
             return list(places)
-        return sorted(self.rng.choice(len(places), most, replace=False).tolist())
+        return sorted(self.steps.rng.choice(len(places), most, replace=False).tolist())
 
     def _later_counts(self) -> Iterator[tuple[str, int]]:
         """Later counts at which steps are compared, each with the number of steps until then."""
@@ -214,22 +207,34 @@ class _Comparison:
         if not (schedules or self.source.counts or self.source.accumulated or others):
             return
         now = ours | {count.value for count in self.source.counts} or {0}
-        ends = {end for count in now for end in later_counts(count, self.ours.tx)}
-        steps = {end - count - 2 for end in ends for count in now}
-        each = len(_LATER_SIZES) + 1  # so many counts are passed by the steps from one start
-        steps |= set(range(each, _EACH, each))
-        steps |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
-        chosen = sorted(x for x in steps if 0 < x <= _LAST)
-        updated = each * self.calls * self.num_elements
-        most = min(_MOST_COUNTS // self.calls, _MOST_ELEMENTS // updated)
+        calls, each = self.steps.calls, len(_LATER_SIZES) + 1
+        num_elements = self.steps.num_elements
+        most = min(
+            _MOST_COUNTS,
+            _MOST_CALLS // (each * calls),
+            _MOST_ELEMENTS // (each * calls * (num_elements + _OF_A_LEAF * len(self.steps.leaves))),
+        )
         most = max(most, _FEWEST_COUNTS)
-        for one in chosen[:: -(-len(chosen) // most)]:
-            counts = [one + count for count in now]
-            last = (one + each) * self.calls + max(now)
+        # Steps pass the end of a part of a schedule, counted in steps or in calls.
+        near_ends: list[int] = []
+        for end, count, unit in itertools.product(
+            ends_of_schedules(self.ours.tx), sorted(now), {1, calls}
+        ):
+            start = (end - count) // unit - 2
+            if start > 0 and not any(abs(start - other) <= 1 for other in near_ends):
+                near_ends.append(start)
+        near_ends = near_ends[: most - most // 3]
+        grid = {*range(each, _EACH, each), *(1 << i for i in range(_LAST.bit_length()))}
+        grid |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
+        ordered = sorted(grid)
+        chosen = {*near_ends, *ordered[:: -(-len(ordered) // (most - len(near_ends)))]}
+        for steps in sorted(chosen):
+            counts = [steps + count for count in now]
+            last = (steps + each) * calls + max(now)
             if not any(_is_negative(tx, x) for tx in schedules for x in (*counts, last)):
-                yield f"count {min(counts)}", one
+                yield f"count {min(counts)}", steps
 
-    # --- states and gradients ---------------------------------------------------------------------
+    # --- where steps start ------------------------------------------------------------------------
 
     def _states(self, steps: int, rule: MakeRule) -> tuple[Any, Any]:
         """The states of both with schedules so many steps later, and with other rules."""
@@ -238,136 +243,54 @@ class _Comparison:
             states = self._advance(states, self.fresh, jnp.int32(steps))
         if rule is rule_as_it_is:
             return states
-        how = Advance(0, self.calls, rule)
-        ours = self.ours.with_state(states[0])
-        return (
-            advanced_adamjax(ours, states[0], self.fresh[0], how),
-            advanced_optax(states[1], self.fresh[1], how),
-        )
+        return self._advanced(states, self.fresh, 0, rule)
 
-    def _advanced(self, states: Any, fresh: Any, steps: Any) -> Any:
-        ours, how = self.ours.with_state(states[0]), Advance(steps, self.calls, rule_as_it_is)
+    def _advanced(
+        self, states: Any, fresh: Any, steps: Any, rule: MakeRule = rule_as_it_is
+    ) -> tuple[Any, Any]:
+        ours, how = self.ours.with_state(states[0]), Advance(steps, self.steps.calls, rule)
         return (
             advanced_adamjax(ours, states[0], fresh[0], how),
             advanced_optax(states[1], fresh[1], how),
         )
 
-    def _drawn(self) -> list[Any]:
-        """Random numbers like the leaves, of about 1."""
-        drawn = []
-        for p in self.params:
-            signs = self.rng.choice([-1, 1], np.shape(p))
-            if dtype_of(p) == jnp.float16:
-                # optax computes in float16, where small means of micro-batches are inaccurate.
-                signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(np.shape(p))
-            x = self.rng.uniform(0.5, 1.5, np.shape(p)) * signs
-            if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
-                x = x + 1j * self.rng.permutation(x.reshape(-1)).reshape(x.shape)
-            x = jnp.asarray(x, jnp.promote_types(dtype_of(p), jnp.float32))
-            drawn.append(jax.device_put(x, p.sharding) if isinstance(p, jax.Array) else x)
-        return drawn
-
-    def _sizes(self, sizes: np.ndarray) -> np.ndarray:
-        """The factors of random numbers by leaf."""
-        is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
-        # In float16, larger squares overflow in optax, and those of smaller numbers are inaccurate.
-        return np.where(is_float16 & np.isfinite(sizes), np.clip(sizes, 0.3, 1.0), sizes)
-
-    def _tree(self, pool: list[Any], sizes: Any) -> Tree:
-        """A tree like the parameters, of random numbers of these sizes."""
-        new, _ = flatten(self.ours.params)
-        for i, place in enumerate(self.leaves):
-            new[place] = (pool[i] * sizes[i]).astype(dtype_of(self.params[i]))
-        return self.treedef.unflatten(new)
-
-    # --- steps ------------------------------------------------------------------------------------
-
-    def _compared_call(
-        self, tx: Any, optimizer: Any, states: Any, pools: Any, sizes: Any
-    ) -> tuple[Any, Any]:
-        """The next states of both, and figures by leaf.
-
-        These are the largest difference of an element, the largest update of optax, the two updates
-        of the element that differs most, and whether those of optax are finite.
-        """
-        grads, weights = (self._tree(*pair) for pair in zip(pools, sizes, strict=True))
-        move, one = tx.update(grads, states[0], weights)
-        other_move, other = optimizer.update(grads, states[1], weights)
-        figures = []
-        for place in self.leaves:
-            a, b = (flatten(tree)[0][place] for tree in (move, other_move))
-            if a is None or b is None or not np.size(b):
-                a = b = jnp.zeros(1)
-            wide = jnp.promote_types(dtype_of(b), jnp.float32)
-            a, b = (x.astype(wide) for x in (a, b))
-            apart = jnp.where(jnp.isnan(a - b), jnp.inf, jnp.abs(a - b))
-            is_farthest = apart == jnp.max(apart)
-            farthest = (jnp.max(jnp.where(is_farthest, x.real, -jnp.inf)) for x in (a, b))
-            largest, is_finite = jnp.max(jnp.abs(b)), jnp.all(jnp.isfinite(b))
-            figures.append((jnp.max(apart), largest, *farthest, is_finite))
-        return (one, other), [jnp.stack(column) for column in zip(*figures, strict=True)]
-
-    def _taken(
-        self, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
-    ) -> Iterator[tuple[int, Any]]:
-        """The figures of each call of these steps."""
-        weights = self._sizes(np.full(len(self.leaves), size))
-        for i, step in enumerate(steps):
-            # All micro-batches have the same signs, so that their mean is not a difference. They
-            # have other sizes, so that it shows whether each is clipped.
-            pools = self.pool[next(self.next_of_pool)], self.pool[0]
-            for call in range(self.calls):
-                part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
-                sizes = part * step.sizes
-                if call == 0 and step.spoilt_leaf is not None:
-                    sizes[step.spoilt_leaf] = step.spoilt_by
-                states, figures = self._next(states, pools, (self._sizes(sizes), weights))
-                yield i, [np.asarray(x) for x in figures]
-
-    def _next(self, states: Any, pools: Any, sizes: Any) -> Any:
-        """The next states of both and the figures; pools and sizes of gradients and of weights."""
-        try:
-            return self._call(states, pools, sizes)
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{self.owner}: steps cannot be compared, because an update cannot be compiled by "
-                f"jax.jit ({str(error).splitlines()[0]}): write schedules with jax.numpy, or "
-                "compare the hyperparameters yourself, and pass check=False"
-            ) from error
-        except TypeError as error:
-            if "argument" not in str(error):
-                raise
-            raise TypeError(
-                f"{self.owner}: steps cannot be compared, because an update needs more than "
-                f"gradients, state and parameters ({error}): compare the hyperparameters "
-                "yourself, and pass check=False"
-            ) from error
+    # --- how close they must be -------------------------------------------------------------------
 
     def _measure_past_steps(self) -> None:
         """Measures optax' largest updates in the past, before a rate has fallen."""
         now = max([0, *(count.value for count in self.source.counts)])
+        step = Step(np.ones(len(self.steps.leaves)))
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
             for size in _WEIGHTS:
-                for _, figures in self._taken(states, size, [_Step(np.ones(len(self.leaves)))]):
-                    self.largest[size] = np.fmax(self.largest[size], figures[1])
+                for _, found in self.steps.take(states, size, [step]):
+                    self.largest[size] = np.fmax(self.largest[size], found.largest)
 
     def _expect_same(
-        self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[_Step]
+        self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[Step]
     ) -> None:
         """Takes steps with weights of one size, and refuses updates that are apart."""
-        for i, (apart, largest, a, b, is_finite) in self._taken(states, size, steps):
-            if not np.all(is_finite):
-                return  # This ends the run in optax. A transform may skip the step.
-            self.has_moved |= largest > 0
-            self.largest[size] = np.maximum(self.largest[size], largest)
-            is_close = apart <= self.rtol * largest + _ROUNDING * self.largest[size]
+        compared = []
+        for number, found in self.steps.take(states, size, steps):
+            if not found.is_finite:
+                break  # This ends the run in optax. A transform may skip the step.
+            compared.append((number, found))
+        if not compared:
+            return
+        # An m that nearly cancels is rounded as coarsely as the larger one before.
+        usual = np.max([found.largest for _, found in compared], axis=0) * self.has_narrow_slots
+        for number, found in compared:
+            self.has_moved |= found.largest > 0
+            self.largest[size] = np.maximum(self.largest[size], found.largest)
+            bound = self.rtol * np.maximum(found.largest, usual)
+            is_close = found.apart <= bound + _ROUNDING * self.largest[size]
             if not np.all(is_close):  # or NaN
                 leaf = int(np.argmin(is_close))
+                a, b = found.farthest(leaf)
                 raise ValueError(
-                    f"{self.owner}: in step {i + 1} from {start} on, tx moves an element of "
-                    f"{self.paths[leaf]!r} by {a[leaf]:.6g}, and the optimizer of optax by "
-                    f"{b[leaf]:.6g}: compare their clips, rules, epsilons, weight decays with "
+                    f"{self.owner}: in step {number + 1} from {start} on, tx moves an element of "
+                    f"{self.steps.paths[leaf]!r} by {a:.6g}, and the optimizer of optax by "
+                    f"{b:.6g}: compare their clips, rules, epsilons, weight decays with "
                     "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
                     "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
@@ -402,21 +325,6 @@ def expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None
             f"{owner}: the optax state has another structure than optimizer.init(params): pass the "
             "transform that made it, and these parameters (of flax.nnx, nnx.as_pure of both)"
         )
-
-
-def _usual_gradients(state: Any, paths: Sequence[str]) -> np.ndarray:
-    """By leaf, the size of the gradients that its moments are of; 1 if no leaf has moments."""
-    sizes: dict[str, float] = {}
-    for x in slot_states(state):
-        for slot, power in (("v", 1), ("u", 2)):
-            if slot in rule_slots(x):
-                for path, array in leaves_by_path("", getattr(x, slot)).items():
-                    squares = np.asarray(array, np.float64) ** power
-                    size = math.sqrt(np.mean(squares)) if squares.size else 0.0
-                    if 1e-15 < size < 1e15:
-                        sizes[path] = max(size, sizes.get(path, 0.0))
-    others = max(sizes.values(), default=1.0)
-    return np.array([sizes.get(path, others) for path in paths])
 
 
 def _is_narrow(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""When does exact matter? Models trained on real data by exact, lazy and other ways of Adam.
+"""When does exact matter? Models trained on real data with exact, lazy and other forms of Adam.
 
 Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
 the data, `models` and `contenders` are what is trained and how, and `run` trains every cell.

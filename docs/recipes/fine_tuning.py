@@ -1,10 +1,10 @@
 """Fine-tune a model with adapters: bfloat16 weights, rates by pattern, and all the wrappers.
 
-The base is frozen: the loss gets it as another argument, so it has no gradients and no state. Of
-the trained leaves, the norm is bfloat16 with a float32 weight in the state. From the outside in,
-the optimizer has: `with_hyperparams`, which lets us set a factor by hand; four micro-batches a
-step; no step if gradients are not finite; float32 weights; and a chain of clip, AdamW, `scale` (the
-factor, which multiplies every rate) and an average of the weights.
+The base is frozen: the loss gets it as another argument, so it has no gradients and no state. The
+adapters are float32. The scale of the normalization is bfloat16, with a float32 copy in the state.
+From the outside in, the optimizer has: `with_hyperparams`, which lets us set a factor by hand; four
+micro-batches a step; no step if gradients are not finite; float32 weights; and a chain of clip,
+AdamW, `scale` (the factor, which multiplies every rate) and an average of the weights.
 
 Run it with `python docs/recipes/fine_tuning.py`.
 """

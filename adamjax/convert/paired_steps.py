@@ -1,0 +1,243 @@
+"""Takes the same steps with two optimizers, and measures how far apart their updates are."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.values import leaves_by_path
+from adamjax.data import Tree
+from adamjax.leaves import dtype_of, is_left_alone
+from adamjax.paths import flatten, leaf_paths
+from adamjax.structure import rule_slots, slot_states
+
+__all__ = ["Differences", "PairedSteps", "Step"]
+
+# How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer
+# than the step.
+_POOL = 3
+
+
+class Step(NamedTuple):
+    """The gradients of a step.
+
+    Attributes:
+      sizes: their sizes, by leaf.
+      as_moments: whether the elements of a leaf differ in size as its moments do. Otherwise they
+        are of about one size.
+      spoilt_leaf, spoilt_by: a leaf whose gradient is not finite, if any, and its value.
+    """
+
+    sizes: np.ndarray
+    as_moments: bool = False
+    spoilt_leaf: int | None = None
+    spoilt_by: float = math.nan
+
+
+class Differences(NamedTuple):
+    """The updates of a call, compared leaf by leaf.
+
+    Attributes:
+      apart: by leaf, the largest difference of an element; infinite where one is NaN.
+      largest: by leaf, the size of the largest update of optax.
+      is_finite: whether all updates of optax are finite.
+      updates: pairs (update, optax' update) of leaves.
+    """
+
+    apart: np.ndarray
+    largest: np.ndarray
+    is_finite: bool
+    updates: list[tuple[np.ndarray, np.ndarray]]
+
+    def farthest(self, leaf: int) -> tuple[float, float]:
+        """The two updates of the element of a leaf that differs most."""
+        a, b = self.updates[leaf]
+        with np.errstate(invalid="ignore"):  # of differences between infinities
+            i = np.argmax(np.nan_to_num(np.abs(a - b), nan=np.inf))
+        return float(a[i].real), float(b[i].real)
+
+
+class PairedSteps:
+    """Steps of a transform of adamjax and of one of optax with the same gradients.
+
+    Attributes:
+      leaves, params, paths: the places of the leaves of floats, these leaves and their paths.
+      num_elements: how many numbers they have in all.
+      wide_dtypes: their dtypes, or float32 where that is wider.
+      is_float16: by leaf, whether it is float16.
+      calls: how many calls of `update` make a step.
+      usual: by leaf, the size of the gradients that its moments are of.
+      rng: what all random numbers are drawn from.
+      pool: some arrays of random numbers for each leaf, of about 1.
+      varied: one more such array for each leaf, whose elements differ in size as the moments do.
+    """
+
+    def __init__(self, ours: AdamjaxState, optimizer: Any) -> None:
+        self.ours = ours
+        params, self.treedef = flatten(ours.params)
+        self.leaves = [i for i, p in enumerate(params) if p is not None and not is_left_alone(p)]
+        self.params = [params[i] for i in self.leaves]
+        self.paths = [leaf_paths(ours.params)[i] for i in self.leaves]
+        self.num_elements = max(1, sum(map(np.size, self.params)))
+        self.wide_dtypes = [
+            np.dtype(jnp.promote_types(dtype_of(p), jnp.float32)) for p in self.params
+        ]
+        self.is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
+        self.calls = _calls_of_a_step(ours, self.paths)
+        self.rng = np.random.default_rng(0)
+        self.pool = [self._drawn() for _ in range(_POOL)]
+        self.next_of_pool = itertools.cycle(range(_POOL))
+        sizes = _sizes_of_gradients(ours.state)
+        of_leaves = {path: _root_mean_square(x) for path, x in sizes.items()}
+        known = {path: size for path, size in of_leaves.items() if 1e-15 < size < 1e15}
+        others = max(known.values(), default=1.0)
+        self.usual = np.array([known.get(path, others) for path in self.paths])
+        self.varied = list(self.pool[0])
+        for i, path in enumerate(self.paths):
+            if path in known and not self.is_float16[i]:
+                relative = jnp.asarray(sizes[path] / known[path], dtype_of(self.varied[i]))
+                self.varied[i] = self.varied[i] * relative
+        self._call = jax.jit(lambda *args: self._both_updates(ours.tx, optimizer, *args))
+
+    def _drawn(self) -> list[Any]:
+        """Random numbers like the leaves, of about 1."""
+        drawn = []
+        for p, wide in zip(self.params, self.wide_dtypes, strict=True):
+            signs = self.rng.choice([-1, 1], np.shape(p))
+            if dtype_of(p) == jnp.float16:
+                # optax computes in float16, where small means of micro-batches are inaccurate.
+                signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(np.shape(p))
+            x = self.rng.uniform(0.5, 1.5, np.shape(p)) * signs
+            if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
+                x = x + 1j * self.rng.permutation(x.reshape(-1)).reshape(x.shape)
+            x = jnp.asarray(x, wide)
+            # An array that is put somewhere stays there, and so do results of it. So `_call` would
+            # be compiled twice.
+            is_elsewhere = isinstance(p, jax.Array) and p.sharding != x.sharding
+            drawn.append(jax.device_put(x, p.sharding) if is_elsewhere else x)
+        return drawn
+
+    def take(
+        self, states: tuple[Any, Any], size: float, steps: Sequence[Step]
+    ) -> Iterator[tuple[int, Differences]]:
+        """Takes steps from states of both, with weights of one size.
+
+        It yields each call's step, as a number, and its updates.
+        """
+        weights = self._clipped(np.full(len(self.leaves), size))
+        for number, step in enumerate(steps):
+            # All micro-batches have the same signs, so that their mean is not a difference. They
+            # have other sizes, so that it shows whether each is clipped.
+            grads = self.varied if step.as_moments else self.pool[next(self.next_of_pool)]
+            for call in range(self.calls):
+                part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
+                sizes = part * step.sizes
+                if call == 0 and step.spoilt_leaf is not None:
+                    sizes[step.spoilt_leaf] = step.spoilt_by
+                sizes = self._clipped(sizes), weights
+                states, updates = self._next(states, (grads, self.pool[0]), sizes)
+                yield number, _differences(updates, self.wide_dtypes)
+
+    def _clipped(self, sizes: np.ndarray) -> np.ndarray:
+        """Sizes by leaf, within the range of float16 for such leaves."""
+        # In float16, larger squares overflow in optax, and those of smaller numbers are inaccurate.
+        return np.where(self.is_float16 & np.isfinite(sizes), np.clip(sizes, 0.3, 1.0), sizes)
+
+    def _next(self, states: Any, pools: Any, sizes: Any) -> tuple[Any, Any]:
+        """The next states of both, and their updates by leaf.
+
+        Args:
+          pools, sizes: random numbers and their sizes, of gradients and of weights.
+        """
+        owner = self.ours.owner
+        try:
+            return self._call(states, pools, sizes)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{owner}: steps cannot be compared, because an update cannot be compiled by "
+                f"jax.jit ({str(error).splitlines()[0]}): write schedules with jax.numpy, or "
+                "compare the hyperparameters yourself, and pass check=False"
+            ) from error
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise TypeError(
+                f"{owner}: steps cannot be compared, because an update needs more than gradients, "
+                f"state and parameters ({error}): compare the hyperparameters yourself, and pass "
+                "check=False"
+            ) from error
+
+    def _both_updates(
+        self, tx: Any, optimizer: Any, states: Any, pools: Any, sizes: Any
+    ) -> tuple[Any, Any]:
+        grads, weights = (self._tree(*pair) for pair in zip(pools, sizes, strict=True))
+        move, one = tx.update(grads, states[0], weights)
+        other_move, other = optimizer.update(grads, states[1], weights)
+        moves = ([flatten(tree)[0][i] for i in self.leaves] for tree in (move, other_move))
+        return (one, other), list(zip(*moves, strict=True))
+
+    def _tree(self, pool: list[Any], sizes: Any) -> Tree:
+        """A tree like the parameters, of random numbers of these sizes."""
+        new, _ = flatten(self.ours.params)
+        for i, place in enumerate(self.leaves):
+            new[place] = (pool[i] * sizes[i]).astype(dtype_of(self.params[i]))
+        return self.treedef.unflatten(new)
+
+
+def _differences(updates: Sequence[tuple[Any, Any]], wide_dtypes: Sequence[Any]) -> Differences:
+    """Compares pairs of updates.
+
+    This is NumPy's work. As a part of the program with the updates, it would take longer to compile
+    than all the rest, for a model of many leaves.
+    """
+    pairs = []
+    for (a, b), wide in zip(updates, wide_dtypes, strict=True):
+        if a is None or b is None or b.size == 0:
+            pairs.append((np.zeros(1, wide), np.zeros(1, wide)))
+        else:
+            vectors = (np.asarray(x).astype(wide, copy=False).reshape(-1) for x in (a, b))
+            pairs.append((next(vectors), next(vectors)))
+    starts = np.cumsum([0, *(x.size for x, _ in pairs[:-1])])
+    a, b = (np.concatenate(one) for one in zip(*pairs, strict=True))
+    with np.errstate(invalid="ignore", over="ignore"):  # of differences between infinities
+        apart = np.abs(a - b)
+    apart[np.isnan(apart)] = np.inf
+    return Differences(
+        np.maximum.reduceat(apart, starts),
+        np.maximum.reduceat(np.abs(b), starts),
+        bool(np.all(np.isfinite(b))),
+        pairs,
+    )
+
+
+def _calls_of_a_step(ours: AdamjaxState, paths: Sequence[str]) -> int:
+    """After how many calls of `update` all leaves have taken whole steps."""
+    of_leaves = [
+        math.prod(steps for steps, leaves in ours.accumulations if path in leaves) for path in paths
+    ]
+    return math.lcm(*of_leaves)
+
+
+def _sizes_of_gradients(state: Any) -> dict[str, np.ndarray]:
+    """By path, the sizes of the gradients that the moments of a state are of, element by element.
+
+    The divisor shows them: v as squares, and Adamax' u as they are.
+    """
+    sizes: dict[str, np.ndarray] = {}
+    for x in slot_states(state):
+        for slot, power in (("v", 0.5), ("u", 1)):
+            if slot in rule_slots(x):
+                for path, array in leaves_by_path("", getattr(x, slot)).items():
+                    own = np.abs(np.asarray(array, np.float64)) ** power
+                    # A leaf may go through several rules.
+                    sizes[path] = np.maximum(own, sizes.get(path, own))
+    return sizes
+
+
+def _root_mean_square(x: np.ndarray) -> float:
+    return math.sqrt(np.mean(np.square(x))) if x.size else 0.0
