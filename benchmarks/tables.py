@@ -498,9 +498,9 @@ def _median_and_largest(values: list[float]) -> str:
 def narrow(results: Results) -> str:
     """What moments and weights in few bits do to the updates and to the loss of training."""
     tasks = results["tasks"]
-    learned = "; ".join(
-        f"{name}: the loss falls by {task['learned']:.3f} from {task['before']:.3f}, and the "
-        f"standard deviation of the final loss over the seeds is {task['spread']:.4f}"
+    learned = ", ".join(
+        f"the loss of the {name} falls by {task['learned']:.3f} from {task['before']:.3f} "
+        f"(standard deviation {task['spread']:.4f})"
         for name, task in tasks.items()
     )
     return "\n\n".join(
@@ -512,10 +512,11 @@ def narrow(results: Results) -> str:
             "errors from 0 (by chance, about 0.3%). Column update: the mean absolute error of an "
             "update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
-            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32 "
-            f"(the mean over {results['seeds']} seeds), and in brackets this difference as a share "
-            f"of the decrease under float32 ({learned}). A difference is bold if it is above both "
-            f"{results['margin']:.0%} of that decrease and the standard deviation.",
+            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
+            f"the mean over {results['seeds']} seeds. In brackets: this difference as a share of "
+            "how much the loss falls under float32. A difference is bold if it is above "
+            f"{results['margin']:.0%} of that fall and above the standard deviation over the "
+            f"seeds. In float32, {learned}.",
             markdown(["format", *tasks], _loss_differences(tasks)),
         ]
     )

@@ -1,4 +1,4 @@
-"""Makes states to compare steps from: schedules at later counts, rules that are new or old."""
+"""Makes states from which steps are compared, with other counts of schedules and of rules."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -167,7 +167,12 @@ class _Comparison:
                 self._expect_same(start, states, size, clipped)
         for leaf, value in itertools.product(self._some_leaves(), (math.nan, math.inf)):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
-            self._expect_same(start, states, _WEIGHTS[1], [Step(usual), not_finite, Step(usual)])
+            self._expect_same(
+                f"{start}, where a gradient was {value},",
+                states,
+                _WEIGHTS[1],
+                [Step(usual), not_finite, Step(usual)],
+            )
 
     def _all_steps(
         self, base: np.ndarray, sizes: Sequence[Sequence[float]]

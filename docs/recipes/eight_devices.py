@@ -3,7 +3,7 @@
 `shard_state` splits moments and averages over the devices (ZeRO-1). The parameters are on all of
 them. The `value_and_grad` of `shard_state` averages the gradients over the devices, and each device
 receives only the share that it updates. The step returns the same weights and loss as on one
-device. If `XLA_FLAGS` is not set, XLA makes eight devices of this CPU.
+device. Without `XLA_FLAGS`, the program makes eight CPU devices.
 
 Run it with `python docs/recipes/eight_devices.py`.
 """

@@ -58,13 +58,13 @@ for x, y in batches[10:20]:
 
 # Back into a new model and a new optimizer with the same settings.
 other, new = compiled_model()
-variables = [*other.trainable_variables, *new.variables]
 values = [*params, *adamjax.convert.to_keras(state, tx, params, new)]
-for variable, value in zip(variables, values, strict=True):
+for variable, value in zip([*other.trainable_variables, *new.variables], values, strict=True):
     variable.assign(np.array(value))
 
-for trained, remaining in (model, batches[10:]), (other, batches[20:]):  # `model`: all in Keras
-    for x, y in remaining:
-        trained.train_on_batch(x, y)
+for x, y in batches[10:]:
+    model.train_on_batch(x, y)  # takes all its steps in Keras
+for x, y in batches[20:]:
+    other.train_on_batch(x, y)
 pairs = zip(weights(model), weights(other), strict=True)
 print(f"the largest difference of a weight: {max(jnp.abs(a - b).max() for a, b in pairs):.0e}")

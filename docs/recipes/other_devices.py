@@ -1,7 +1,7 @@
 """Resume on other devices: save a run with a table on eight devices, and go on with two.
 
 The table and its moments are split by rows over the mesh. Orbax restores each array with the
-sharding that the target gives it. If `XLA_FLAGS` is not set, XLA makes eight devices of this CPU.
+sharding that the target gives it. Without `XLA_FLAGS`, the program makes eight CPU devices.
 
 Needs orbax-checkpoint. Run it with `python docs/recipes/other_devices.py`.
 """
