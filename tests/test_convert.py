@@ -1853,6 +1853,111 @@ def test_schedules_with_quotients_of_counts_are_those_of_keras(keras):
             )
 
 
+def restarts(first, rate=0.01):
+    """Keras' CosineDecayRestarts, whose periods double."""
+
+    def at(count):
+        i = jnp.floor(jnp.log2(count / first + 1))
+        start = first * (2.0**i - 1)
+        return rate * 0.5 * (1 + jnp.cos(jnp.pi * (count - start) / (first * 2.0**i)))
+
+    return at
+
+
+def noam(warm, rate=0.1):
+    return lambda count: rate * jnp.minimum((count + 1.0) ** -0.5, (count + 1.0) * warm**-1.5)
+
+
+def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
+    schedules = keras.optimizers.schedules
+
+    class Noam(schedules.LearningRateSchedule):
+        def __call__(self, step):
+            step = keras.ops.cast(step, "float32") + 1
+            return 0.1 * keras.ops.minimum(step**-0.5, step * 100**-1.5)
+
+        def get_config(self):
+            return {}
+
+    params = {"w": jnp.ones(3)}
+    cosine = adamjax.cosine_decay(0.01, 900)
+    for schedule, right, others in (
+        (schedules.CosineDecayRestarts(0.01, 200), restarts(200), (restarts(201), cosine)),
+        (Noam(), noam(100), (noam(101), noam(100, 0.2), 0.1)),
+        (
+            schedules.CosineDecay(0.0, 900, warmup_target=0.01, warmup_steps=12.5),
+            lambda count: jnp.where(count < 12.5, 0.01 * count / 12.5, cosine(count - 12.5)),
+            (adamjax.warmup(cosine, steps=50), adamjax.warmup(cosine, steps=12)),
+        ),
+        (lambda count: 0.1 / (1 + count), adamjax.inverse_time_decay(0.1, 1, 1.0), (0.1, cosine)),
+    ):
+        optimizer = keras.optimizers.Adam(schedule)
+        optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+        for count in (0, 5, 60):
+            optimizer.iterations.assign(count)
+            convert.from_keras(optimizer, adamjax.adam(right), params)
+            for other in others:
+                with pytest.raises(ValueError, match=r"Keras has a learning rate of"):
+                    convert.from_keras(optimizer, adamjax.adam(other), params)
+
+
+class OldAdam:
+    """What conversions read of an optimizer of Keras before 2.11."""
+
+    __module__ = "keras.optimizers.legacy.adam"
+    clipnorm = clipvalue = global_clipnorm = None
+    beta_1, beta_2, epsilon, amsgrad = 0.9, 0.999, 1e-7, False
+
+    def __init__(self, rate, decay=0.0, prefix="Adam/"):
+        self._hyper = {"learning_rate": rate, "decay": decay}
+        names = [f"{prefix}{leaf}/{slot}:0" for slot in "mv" for leaf in ("a/kernel", "b/kernel")]
+        self.saved = [("iter:0", np.array(3)), *((name, np.zeros(2)) for name in names)]
+
+    def get_config(self):
+        return {}
+
+    def variables(self):
+        return self.saved
+
+
+OldAdam.__name__ = "Adam"
+
+
+@pytest.mark.parametrize("prefix", ["Adam/", ""], ids=["new", "after load_model"])
+def test_rates_and_names_of_old_keras_optimizers(prefix):
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    decayed = adamjax.inverse_time_decay(0.1, 1, 0.5)
+    for old, right, other in (
+        (OldAdam(0.1, prefix=prefix), 0.1, 0.2),
+        (OldAdam(np.float32(0.1), 0.5, prefix=prefix), decayed, 0.1),
+        (OldAdam(lambda count: 0.1 / (count + 1), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
+    ):
+        state = convert.from_keras(old, adamjax.adam(right), params)
+        assert adamjax.step_count(state) == 3
+        with pytest.raises(ValueError, match=r"Keras has a learning rate of"):
+            convert.from_keras(old, adamjax.adam(other), params)
+
+
+@pytest.mark.parametrize("name", ["_exclude_from_weight_decay", "_exclude_from_weight_decay_names"])
+def test_tf_keras_says_that_its_decay_excludes_some_variables(name):
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    old = OldAdam(0.1)
+    old.weight_decay, old._use_weight_decay = 0.01, lambda variable: True
+    setattr(old, name, ["b"])
+    convert.from_keras(old, adamjax.adamw(0.1, weight_decay=0.01, mask="^a"), params)
+    with pytest.raises(ValueError, match="variables that its weight decay excludes"):
+        convert.from_keras(old, adamjax.adamw(0.1, weight_decay=0.01), params)
+
+
+def test_a_product_that_tf_keras_keeps_elsewhere_is_not_lost():
+    params, tx = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}, adamjax.nadam(0.1)
+    target = type("Nadam", (OldAdam,), {"__module__": OldAdam.__module__})(0.1)
+    target._u_product = 1.0
+    with pytest.raises(ValueError, match=r"check=False, .*_u_product\.assign\(1\)"):
+        convert.to_keras(tx.init(params), tx, params, target)
+    convert.to_keras(tx.init(params), tx, params, target, check=False)
+
+
 def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)

@@ -12,7 +12,7 @@ from adamjax._compat import x64
 from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.schedules import later_counts
+from adamjax.convert.schedules import ForeignSchedule, later_counts
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_decay, same_value
@@ -370,7 +370,7 @@ class _Check:
         mend = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
             mend = self.system.set_rate
-        if in_tx is not None and not self._is_rate(path, after, stated):
+        if in_tx is not None and not self._is_rate(path, after, stated, schedule):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
@@ -391,7 +391,7 @@ class _Check:
         for later in later_counts(count, (schedule, in_tx)):
             with x64(True):
                 stated = rate_at(schedule, later)
-            if not self._is_rate(path, after, stated, later - count):
+            if not self._is_rate(path, after, stated, schedule, later - count):
                 self._refuse(
                     path,
                     f"a learning rate of {float(stated):g} after {later} steps",
@@ -439,13 +439,23 @@ class _Check:
             for part in self.all_parts
         )
 
-    def _is_rate(self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0) -> bool:
+    def _is_rate(
+        self,
+        path: str,
+        after: Sequence[Part],
+        stated: Any,
+        schedule: Any = None,
+        steps_later: int = 0,
+    ) -> bool:
         """Whether the next step, or a later one, has the stated rate, in float32 or in float64.
 
         The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
         near its end, or a power of many steps.
         """
-        if same_value(stated, self._rate(path, after, steps_later)):
+        in_float32 = self._rate(path, after, steps_later)
+        if isinstance(schedule, ForeignSchedule):
+            return schedule.is_near(float(stated), float(in_float32))
+        if same_value(stated, in_float32):
             return True
         try:
             with x64(True):

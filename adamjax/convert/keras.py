@@ -34,13 +34,14 @@ from adamjax.convert.keras_variables import (
     variables_of,
 )
 from adamjax.convert.names import Order, expect_order, last_word, leaf_order
-from adamjax.convert.schedules import has_schedule
+from adamjax.convert.schedules import ForeignSchedule, has_schedule
 from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
 from adamjax.data import Tree
 from adamjax.rows import RowGradient
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
+from adamjax.schedule import inverse_time_decay
 
 __all__ = ["from_keras", "to_keras"]
 
@@ -139,16 +140,32 @@ def _options_of(owner: str, optimizer: Any) -> Hyperparams:
     if getattr(optimizer, "use_ema", False):
         frequency = option("ema_overwrite_frequency")
         hyperparams["average"] = option("ema_momentum"), int(frequency) if frequency else None
-    rate = getattr(optimizer, "_learning_rate", None)
-    schedule = _schedule(rate)
-    if schedule is not None:
-        hyperparams["learning_rate"] = schedule
-    elif callable(rate) and not hasattr(rate, "assign"):  # some variables can be called
-        hyperparams["unknown_schedule"] = (
-            f"a {class_name(rate)}",
-            "adamjax cannot compare it with a schedule of its own",
-        )
-    return {**hyperparams, "decoupled": True}
+    return {**hyperparams, **_rate_of(owner, optimizer), "decoupled": True}
+
+
+def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
+    """The learning rate of an optimizer, a number or a schedule."""
+    # Optimizers before 2.11 have it among other hyperparameters.
+    old: Any = getattr(optimizer, "_hyper", None) or {}
+    rate = getattr(optimizer, "_learning_rate", old.get("learning_rate"))
+    if rate is None:
+        return {}
+    # Some variables can be called.
+    if not callable(rate) or hasattr(rate, "assign"):
+        rate = number_of(owner, "the learning rate", rate)
+        # In Nadam, this is the decay of its momentum.
+        is_of_rate = plain_name(type(optimizer).__name__) != "nadam"
+        decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0) * is_of_rate)
+        return {"learning_rate": inverse_time_decay(rate, 1, decay) if decay else rate}
+    known = _schedule(rate)
+    if known is not None:
+        return {"learning_rate": known}
+    try:
+        rate(0)
+    except Exception:  # It may be a function without arguments, or need a count of another type.
+        note = "adamjax cannot compare it with a schedule of its own"
+        return {"unknown_schedule": (f"a {class_name(rate)}", note)}
+    return {"learning_rate": ForeignSchedule(rate)}
 
 
 def _clips_of(owner: str, optimizer: Any) -> list[Any]:
@@ -178,14 +195,15 @@ def _decay_of_each(
             for param in params
         ]
     # `exclude_from_weight_decay` sets one of these.
-    names = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
+    ends = ("", "_names", "_pattern")
+    names = [f"_exclude_from_weight_decay{end}" for end in ends]
     excludes = any(getattr(optimizer, name, None) for name in names)
     masks = "some" if excludes else "unknown" if decays is None else "none"
     return [{"masks_decay": masks}] * num_params
 
 
 def _schedule(schedule: Any) -> Any:
-    """A schedule of Keras as one of adamjax; `None` for anything else, such as a user's own."""
+    """A schedule of Keras as one of adamjax; `None` for one that adamjax does not have."""
     if not is_of_keras(schedule) or not hasattr(schedule, "get_config"):
         return None
     config = {"class_name": type(schedule).__name__, "config": schedule.get_config()}
@@ -646,6 +664,12 @@ def to_keras(
             dense = total.to_dense() if isinstance(total, RowGradient) else total
             new["gradient_accumulator", i] = path, dense
     filling.finish()
+    if check and hasattr(target, "_u_product") and not layout.of("product", values):
+        (product, *_) = [x.product for x in moments.values()]
+        raise ValueError(
+            f"{owner}: this Nadam keeps the product of its momenta outside of its variables: pass "
+            f"check=False, and set it yourself, optimizer._u_product.assign({float(product):.9g})"
+        )
     count = filling.common_count(moments)
     calls = count
     if accumulated and ours.accumulations:

@@ -310,7 +310,7 @@ def _optimizer(
             "first in a chain",
         )
     rate = _learning_rate(config, 0 if name == "Nadam" else get("decay") or 0, place)
-    clips = _clips(config, generation, place)
+    clips = _clips(config, generation, module, place)
     rule = _rule(name, config, generation, place)
     decay = _weight_decay(name, config, generation, place, mask)
     average = _weight_average(config, place)
@@ -389,7 +389,7 @@ def effective_clips(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: given[key] for key in by_norm[:1]}
 
 
-def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transform]:
+def _clips(config: dict[str, Any], generation: str, module: str, place: str) -> list[Transform]:
     given = {key: config[key] for key in CLIPS if config.get(key) is not None}
     if "clipnorm" in given and "global_clipnorm" in given:
         raise _refused(
@@ -398,8 +398,12 @@ def _clips(config: dict[str, Any], generation: str, place: str) -> list[Transfor
             f"{given['clipnorm']!r} and {given['global_clipnorm']!r}",
         )
     if generation == _LEGACY:
-        # These keys are of TensorFlow 2.9 or newer, and of capreolus.
-        is_new = config.get("is_legacy_optimizer") is not None or "pattern_lrs" in config
+        # These are of TensorFlow 2.9 or newer, and of capreolus.
+        is_new = (
+            config.get("is_legacy_optimizer") is not None
+            or "pattern_lrs" in config
+            or module.endswith("optimizers.legacy")
+        )
         if "clipnorm" in given and "name" not in config and not is_new:
             raise _refused(
                 place,

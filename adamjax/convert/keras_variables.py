@@ -284,6 +284,12 @@ def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n
         if unknown:
             problem = problem or f"cannot tell what {unknown[0]!r} is"
             continue
+        if parse is _legacy_name and len({one.optimizer for one in parsed if one}) > 1:
+            # After `load_model`, these names begin with that of the layer.
+            parsed = [
+                one and one._replace(optimizer="", leaf=f"{one.optimizer}/{one.leaf}")
+                for one in parsed
+            ]
         found = [one for one in parsed if one is not None]
         leaves: dict[str, list[str]] = {}
         for one in found:
