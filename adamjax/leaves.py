@@ -354,7 +354,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
 
     slots = list(map(new_slot, leaves))
 
-    def like_of(slot: Any, p: Any) -> Any:
+    def reference_of(slot: Any, p: Any) -> Any:
         if slot is None:
             return None
         return like_parts(p) if isinstance(slot, Scaled8) else p
@@ -362,8 +362,8 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     # Flattened, because an encoded slot is two arrays.
     structure: Any = jax.tree.structure(slots)
     arrays = jax.tree.leaves(slots)
-    likes = structure.flatten_up_to(list(map(like_of, slots, leaves)))
-    return treedef.unflatten(structure.unflatten(split_alike(arrays, likes)))
+    references = structure.flatten_up_to(list(map(reference_of, slots, leaves)))
+    return treedef.unflatten(structure.unflatten(split_alike(arrays, references)))
 
 
 class _Leaf(NamedTuple):

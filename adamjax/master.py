@@ -24,8 +24,8 @@ class MasterWeightsState(NamedTuple):
     """State of `master_weights`.
 
     Attributes:
-      weights: tree like the parameters: float32 weights; `None` for a parameter that is not
-        narrower than that.
+      weights: a tree like the parameters. It has a float32 weight for each parameter that is
+        narrower than float32, and `None` for every other one.
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -38,16 +38,17 @@ class MasterWeightsState(NamedTuple):
     inner: Any
 
 
-_MEND = "pass the parameters that belong to the state, or make a new state with init"
+# What errors about the state's weights advise.
+_ADVICE = "pass the parameters that belong to the state, or make a new state with init"
 
 
 def _wide_dtype(p: Any) -> Any:
-    """The dtype in which a parameter is computed."""
+    """The dtype in which steps compute with a parameter."""
     return widened_dtype(dtype_of(p), accumulator(dtype_of(p)))
 
 
-def _has_master(p: Any) -> bool:
-    """Whether the state has the wide weight of a parameter: of a float that is not wide itself."""
+def _is_narrow(p: Any) -> bool:
+    """Whether a parameter is a float narrower than float32. If so, the state has its weight."""
     return not is_left_alone(p) and dtype_of(p) != _wide_dtype(p)
 
 
@@ -128,7 +129,7 @@ class master_weights(Transform):
             return jnp.array(p, _wide_dtype(p), copy=True)
 
         leaves, treedef = flatten(params)
-        narrow = treedef.unflatten([p if _has_master(p) else None for p in leaves])
+        narrow = treedef.unflatten([p if _is_narrow(p) else None for p in leaves])
         weights = new_slots(narrow, widened_copy)
         wide = [p if w is None else w for p, w in zip(leaves, flatten(weights)[0], strict=True)]
         return MasterWeightsState(weights, self.tx.init(treedef.unflatten(wide)))
@@ -138,10 +139,10 @@ class master_weights(Transform):
         leaves, treedef = flatten(params)
 
         def expected(p: Any) -> Any:
-            return jax.ShapeDtypeStruct(np.shape(p), _wide_dtype(p)) if _has_master(p) else None
+            return jax.ShapeDtypeStruct(np.shape(p), _wide_dtype(p)) if _is_narrow(p) else None
 
         like = treedef.unflatten(map(expected, leaves))
-        expect_like("master_weights", "the state's weights", state.weights, like, _MEND)
+        expect_like("master_weights", "the state's weights", state.weights, like, _ADVICE)
         pairs = zip(leaves, flatten(state.weights)[0], strict=True)
         return treedef.unflatten([p if w is None else w for p, w in pairs])
 
@@ -165,9 +166,9 @@ class master_weights(Transform):
         )
         # The inner updates move the state's weights. The parameters follow these.
         new_updates = flatten(wide_updates)[0]
-        narrow = [i for i, w in enumerate(weights) if w is not None]
-        moved = apply_updates([weights[i] for i in narrow], [new_updates[i] for i in narrow])
-        for i, w in zip(narrow, moved, strict=True):
+        places = [i for i, w in enumerate(weights) if w is not None]
+        moved = apply_updates([weights[i] for i in places], [new_updates[i] for i in places])
+        for i, w in zip(places, moved, strict=True):
             new_updates[i] = _difference(new_updates[i], leaves[i], w)
             weights[i] = w
         new_state = MasterWeightsState(treedef.unflatten(weights), inner)
@@ -207,15 +208,17 @@ class master_weights(Transform):
 
 
 def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
-    """The update that makes a parameter its rounded weights.
+    """The update that moves a parameter to the new weights, rounded to its dtype.
 
     Args:
-      u: the inner update. If it is one of rows, the result is too.
+      u: the update of the inner transform. If it has only some rows, so has the result.
+      p: the parameter.
+      weights: the new weights.
     """
     if isinstance(u, RowMoves):
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
-    # With a rest, every row moves.
+    # A row gradient with a `rest` moves every row, so its result is that of an array.
     if isinstance(u, RowGradient) and u.rest is None:
-        here = [gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights)]
-        return with_seal(u.replace(values=_difference(None, *here)))
+        p, weights = (gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights))
+        return with_seal(u.replace(values=_difference(None, p, weights)))
     return widen(weights.astype(p.dtype), weights.dtype) - widen(p, weights.dtype)

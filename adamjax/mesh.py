@@ -27,10 +27,10 @@ __all__ = [
     "explicit_sharding",
     "gather_entries",
     "gather_rows",
-    "over_rows",
     "placed",
     "replicated",
     "resharded",
+    "run_on_own_rows",
     "scatter_rows",
     "split_alike",
     "split_like_rows",
@@ -46,10 +46,8 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
-    """An array with a sharding over explicit axes, on the mesh of `like`.
-
-    Outside `jit`, JAX's `reshard` needs `jax.set_mesh`, and `device_put` does not.
-    """
+    """Moves an array to a sharding over explicit axes, on the mesh of `like`."""
+    # Outside `jit`, JAX's `reshard` needs `jax.set_mesh`, and `device_put` does not.
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         return jax.sharding.reshard(x, sharding)
     # `sharding` may come from a type, whose mesh has no devices. That of `like` has them.
@@ -57,7 +55,10 @@ def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.
 
 
 def replicated(x: chex.Array) -> chex.Array:
-    """A traced value, in full on every device of its mesh, or else of the current mesh."""
+    """A value of which every device of its mesh, or else of the current mesh, has all elements.
+
+    Without explicit axes, a value that is not traced is returned as it is.
+    """
     sharding = explicit_sharding(x)
     if sharding is not None:
         is_split = any(axes is not None for axes in sharding.spec)
@@ -71,11 +72,12 @@ def replicated(x: chex.Array) -> chex.Array:
 
 
 def placed(x: Any, sharding: NamedSharding) -> Any:
-    """An array, traced or not, with a sharding and in the kind of memory that this names."""
+    """Moves an array, traced or not, to a sharding and to the kind of memory that it names."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
-    # In `jit`, `device_put` moves an array to another memory and does not split it. On a mesh with
-    # automatic axes, a constraint splits it, in the devices' own memory.
+    # In `jit`, `device_put` moves an array to another memory and does not split it. `reshard` and
+    # constraints split it, a constraint only in the devices' own memory. So an array is moved there
+    # before it is split, and to another memory afterwards.
     own_memory = sharding.mesh.devices.flat[0].default_memory().kind
     in_own_memory = sharding.memory_kind in (None, own_memory)
     if in_own_memory:
@@ -119,7 +121,10 @@ def _unsigned(indices: chex.Array) -> chex.Array:
 
 
 def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
-    """Entries of a short array, whole on every device, with the sharding of their indices."""
+    """Reads entries of a short array of which every device has all.
+
+    The result is split over devices as the indices are.
+    """
     sharding, options = explicit_sharding(indices), {}
     if sharding is not None:
         spec = PartitionSpec(*sharding.spec, *[None] * (entries.ndim - 1))
@@ -130,9 +135,9 @@ def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
 def scatter_rows(
     table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False
 ) -> chex.Array:
-    """The table after setting rows at distinct indices, or adding to them, with its sharding.
+    """The table after its rows at distinct indices are set, or added to if `add`.
 
-    An index beyond the table has no effect. Indices must not be negative.
+    It keeps its sharding. An index beyond the table has no effect. Indices must not be negative.
     """
     sharding = explicit_sharding(table)
     options = {} if sharding is None else {"out_sharding": sharding}
@@ -140,19 +145,20 @@ def scatter_rows(
     return (at.add if add else at.set)(rows, mode="drop", unique_indices=True, **options)
 
 
-def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
-    """Makes the compiler split new arrays like traced ones of their shapes.
+def split_alike(arrays: Sequence[Any], references: Sequence[Any]) -> list[Any]:
+    """Makes the compiler split new arrays like traced references of the same shapes.
 
     The compiler gives both operands of a select the same sharding. So each new array becomes a
-    select between its like and itself, with a condition that is always False. While the compiler
-    chooses shardings it must not know that, so the condition has a sharding constraint. When the
-    compiler has removed the constraint it also removes the select, and nothing reads the like. If
-    the type of a like has no mesh, the condition has a barrier in place of the constraint. A
+    select between its reference and itself, with a condition that is always False. While the
+    compiler chooses shardings it must not know that, so the condition has a sharding constraint.
+    Later the compiler removes the constraint, then the select, and nothing reads the reference. If
+    the type of a reference has no mesh, the condition has a barrier in place of the constraint. A
     barrier is not removed, and neither is the select.
 
     Args:
       arrays: the new arrays; `None` stays `None`.
-      likes: for each array one of its shape and any dtype. Likes that are not traced are ignored.
+      references: an array for each new array, of the same shape and any dtype. One that is not
+        traced is ignored.
     """
     conditions: dict[Any, chex.Array] = {}
 
@@ -161,10 +167,10 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
             return jax.lax.optimization_barrier(np.False_)
         return jax.lax.with_sharding_constraint(np.False_, NamedSharding(mesh, PartitionSpec()))
 
-    def alike(x: Any, like: Any) -> Any:
-        if x is None or not isinstance(like, jax.core.Tracer):
+    def alike(x: Any, reference: Any) -> Any:
+        if x is None or not isinstance(reference, jax.core.Tracer):
             return x
-        sharding = type_sharding(like)
+        sharding = type_sharding(reference)
         mesh = None if sharding is None else sharding.mesh
         kinds = set() if mesh is None else axis_kinds(mesh)
         # With explicit axes the type of x has a sharding; with only manual ones x is on one device.
@@ -174,12 +180,12 @@ def split_alike(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
         mesh = mesh if kinds == {"Auto"} else None
         if mesh not in conditions:
             conditions[mesh] = hidden_false(mesh)
-        if like.dtype != x.dtype:
-            like = like if jnp.iscomplexobj(x) else like.real
-            like = like.astype(x.dtype)
-        return jax.lax.select(conditions[mesh], in_memory_of(like, x), x)
+        if reference.dtype != x.dtype:
+            reference = reference if jnp.iscomplexobj(x) else reference.real
+            reference = reference.astype(x.dtype)
+        return jax.lax.select(conditions[mesh], in_memory_of(reference, x), x)
 
-    return list(map(alike, arrays, likes))
+    return list(map(alike, arrays, references))
 
 
 def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
@@ -194,15 +200,17 @@ def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
     return split_alike([x], [table.reshape(len(x), -1)[:, 0]])[0]
 
 
-def over_rows(
+def run_on_own_rows(
     owner: str, function: Callable[[Any, Any, Any], Any], table: Any, axis: Any
 ) -> Callable[[Any, Any], Any]:
     """Makes each device run a function on its own rows of a table.
 
     Args:
+      owner: the name that errors begin with.
       function: `(columns, others, first) -> columns`, which works row by row. `columns` is a tree
-        of arrays with an entry for each row of the table, `others` a tree of other arrays; `first`
-        is the number of the device's first row.
+        of arrays with an entry for each row of the table, `others` is a tree of other arrays, and
+        `first` is the number of the device's first row.
+      table: the table whose rows they are.
       axis: the mesh axes that split the table, if its sharding is not known.
 
     Returns:
@@ -212,7 +220,7 @@ def over_rows(
     if sharding is not None:
         axes, mesh = sharding.spec[0], sharding.mesh
     elif axis is not None:
-        axes, mesh = axis, _expected_mesh(owner, axis)
+        axes, mesh = axis, _required_mesh(owner, axis)
     else:
         return lambda columns, others: function(columns, others, 0)
     names = {axes} if isinstance(axes, str) else set(axes)
@@ -231,8 +239,8 @@ def over_rows(
     return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
 
 
-def _expected_mesh(owner: str, axes: Any) -> Any:
-    """The current mesh; raises if there is none."""
+def _required_mesh(owner: str, axes: Any) -> Any:
+    """The current mesh, or an error that names the axes if there is none."""
     mesh = current_mesh()
     if mesh is None:
         raise ValueError(

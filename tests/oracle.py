@@ -19,10 +19,15 @@ STEPS = 10
 
 
 def run(tx, start, grads, precision, *, jit=False):
-    """Weights, averages (None without any) and the last state of ten steps; NumPy in and out.
+    """Takes ten steps; returns the weights after each, the averages after each, and the last state.
 
-    `start` is a tree of arrays; so are the weights and averages, with a leading axis of steps.
-    `grads` is the same tree with such an axis, or a function that gives a step's gradients.
+    Args:
+      start: the initial weights, a tree of NumPy arrays.
+      grads: the same tree with a leading axis of steps, or a function from a step's index to its
+        gradients.
+
+    The results are NumPy arrays. Weights and averages are trees like `start`, with a leading axis
+    of steps; without averages, None takes their place.
     """
     with enable_x64(precision == "float64"):
 
@@ -33,18 +38,18 @@ def run(tx, start, grads, precision, *, jit=False):
 
         if jit:
             step = jax.jit(step)
-        params = narrowed(start, precision)
+        params = in_precision(start, precision)
         state, history = tx.init(params), []
         for t in range(STEPS):
             g = grads(t) if callable(grads) else jax.tree.map(itemgetter(t), grads)
-            params, state, average = step(params, state, narrowed(g, precision))
+            params, state, average = step(params, state, in_precision(g, precision))
             history.append((params, average))
         weights, averaged = jax.tree.map(lambda *steps: np.stack(steps), *history)
         return weights, averaged, jax.tree.map(np.asarray, state)
 
 
-def narrowed(tree, precision):
-    """The floats of a tree in a precision, as arrays of JAX."""
+def in_precision(tree, precision):
+    """The tree as arrays of JAX; its floats are cast to the precision."""
 
     def cast(x):
         return jnp.asarray(x, precision if np.issubdtype(x.dtype, np.floating) else None)
@@ -61,10 +66,11 @@ def averages(state):
 
 
 def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
-    """One leaf's values stay within the tolerance of the displacement from `start`.
+    """Compares the values of one leaf, with a leading axis of steps.
 
-    The scale at a step is the largest displacement of any element so far. In float32 the
-    tolerance is 2e-5, and a step may add one float32 ulp of each parameter.
+    An error may be `tolerance` times the largest distance that any element has been from `start`
+    so far. In float32 it may be 2e-5 times that, whatever the tolerance is, and each step adds one
+    float32 ulp of the element.
     """
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
@@ -124,12 +130,14 @@ VARIANTS = {
     "accum": Variant(accumulate=2),
 }
 
-K3JAX_EMAFREQ = (
+# Why cases of the system k3jax and the variant emafreq are skipped.
+WHY_NOT_K3JAX_EMAFREQ = (
     "Keras 3 starts its average from the weights after step 1, not from the initial ones, "
     "and writes it into the weights at step 3"
 )
 
-EPSILON = {"adamax": "eps", "nadam": "eps"}  # the others' is epsilon hat
+# What our optimizers call the epsilon of a variant, where that is not `eps_hat`.
+EPSILON_NAMES = {"adamax": "eps", "nadam": "eps"}
 
 
 class Oracle:
@@ -142,7 +150,7 @@ class Oracle:
         self.grads = self.tree(inputs["gA"], inputs["gB"])
         names = [case.decode() for case in data["cases"]]
         self.weights = dict(zip(names, map(self.tree, data["A"], data["B"]), strict=True))
-        # Of the leaf `bert/emb` alone.
+        # There are averages of the leaf `bert/emb` only.
         names = [case.decode() for case in data["ema_cases"]]
         self.averages = dict(zip(names, data["ema"], strict=True))
 
@@ -153,11 +161,11 @@ class Oracle:
 
     @staticmethod
     def tree(a, b):
-        """The two leaves, under the names that AdamMultilr's pattern tells apart."""
+        """The two leaves as a tree: the pattern of AdamMultilr, `^bert`, matches only the first."""
         return {"bert": {"emb": a}, "head": {"kernel": b}}
 
     def assert_case(self, case, weights, averaged, precision):
-        """Weights, and averages if there are any, follow those of the case."""
+        """Compares weights, and averages if there are any, with those of the case."""
         system, _, variant, *_ = case.split("|")
         # `new` rounds powers of beta to float32: it is right to 1e-5 at best (data/README.md).
         tolerance = 2e-5 if system == "new" else 2e-6
@@ -171,15 +179,15 @@ class Oracle:
         if averaged is not None:
             start, expected = self.start["bert"]["emb"], self.averages[case]
             if system == "k3jax":
-                first = self.weights[case]["bert"]["emb"]
-                expected = expected + start_of_average(start, first, VARIANTS[variant].momentum)
+                first = self.weights[case]["bert"]["emb"][0]
+                expected = expected + effect_of_start(start, first, VARIANTS[variant].momentum)
             assert_follows(
                 averaged["bert"]["emb"], expected, start, precision=precision, tolerance=tolerance
             )
 
 
 def rounded(x):
-    """What is left of a hyperparameter that a system holds in float32."""
+    """A hyperparameter as a system sees it that keeps it in float32."""
     return float(np.float32(x))
 
 
@@ -198,10 +206,14 @@ def learning_rate(system, variant):
 
 
 def optimizer(system, name, variant, **options):
-    """A system's optimizer, written as a chain of ours; the options are the rule's."""
-    beta = rounded if system in ("legacy", "multilr", "lazy") else float
-    rate, b1, b2 = learning_rate(system, variant), beta(variant.b1), beta(variant.b2)
-    options = {EPSILON.get(name, "eps_hat"): variant.eps, **options}
+    """The chain of our transforms that does what a system's optimizer does.
+
+    The options are more arguments of our rule.
+    """
+    rate, b1, b2 = learning_rate(system, variant), variant.b1, variant.b2
+    if system in ("legacy", "multilr", "lazy"):
+        b1, b2 = rounded(b1), rounded(b2)
+    options = {EPSILON_NAMES.get(name, "eps_hat"): variant.eps, **options}
     if name == "adamw":
         decay = {} if variant.weight_decay is None else {"weight_decay": variant.weight_decay}
         parts = [adamjax.adamw(rate, b1, b2, **options, **decay)]
@@ -226,7 +238,10 @@ def scale_by(name, b1, b2, **options):
     return getattr(adamjax, f"scale_by_{name}")(b1, b2, **options)
 
 
-def start_of_average(start, weights, momentum):
-    """What starting from p_0 rather than from p_1 adds to an average: momentum^t (p_0 - p_1)."""
+def effect_of_start(start, first, momentum):
+    """What an average gains if it starts from p_0 rather than from p_1: momentum^t (p_0 - p_1).
+
+    `start` is p_0, the initial weights; `first` is p_1, the weights after the first step.
+    """
     t = np.arange(1, STEPS + 1).reshape(-1, 1, 1)
-    return momentum**t * (start - weights[0])
+    return momentum**t * (start - first)

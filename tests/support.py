@@ -88,8 +88,8 @@ def assert_close(actual, expected, rtol=2e-6, atol=0.0):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale + atol)
 
 
-def counted(function, **options):
-    """The function jitted, and a list with an entry for each time it was traced."""
+def jit_and_traces(function, **options):
+    """The function jitted, and a list that gets an entry each time it is traced."""
     traces = []
 
     def traced(*args):
@@ -111,8 +111,8 @@ def float0(shape=()):
     return np.zeros(shape, jax.dtypes.float0)
 
 
-def benchmarks(*arguments, cwd):
-    """`python -m benchmarks` on the CPU, in a folder of its own, when it has ended."""
+def run_benchmarks(*arguments, cwd):
+    """Runs `python -m benchmarks` on the CPU in the folder `cwd`; returns the ended process."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=cwd,
@@ -122,8 +122,11 @@ def benchmarks(*arguments, cwd):
     )
 
 
-def read_checkpoint(name):
-    """What the checkpoint of a training job's run says about the run, and its arrays."""
-    with np.load(Path("runs", name, "checkpoint.npz")) as file:
+def read_checkpoint(run):
+    """The checkpoint of a run of the training job, in `runs` of the current folder.
+
+    Returns the dictionary that describes the run, and the dictionary of arrays.
+    """
+    with np.load(Path("runs", run, "checkpoint.npz")) as file:
         arrays = dict(file)
     return json.loads(str(arrays.pop("about"))), arrays

@@ -10,8 +10,7 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROOT
-from support import benchmarks as run_benchmarks
+from support import ROOT, run_benchmarks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support import benchmarks as run_benchmarks
+from support import run_benchmarks
 
 import adamjax
 from benchmarks import contenders, measure, rows, steps, tables, workers

@@ -23,8 +23,8 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
-from oracle import VARIANTS, Oracle, assert_follows, rounded, run
-from support import assert_close, assert_same, counted, enable_x64
+from oracle import STEPS, VARIANTS, Oracle, assert_follows, rounded, run
+from support import assert_close, assert_same, enable_x64, jit_and_traces
 from test_laws import CASES
 
 import adamjax
@@ -115,7 +115,8 @@ NOT_HELD = {
     "ours in optax.chain": "foreign is foreign(",
     "shard_state": "its mesh is made of this process' devices",
 }
-MORE = [
+# Transforms and schedules that no case of the laws has.
+NOT_IN_THE_LAWS = [
     constant(0.5),
     inverse_time_decay(cosine_decay(0.1, 10), 1, 0.25, staircase=True),
     exponential_decay(0.1, 10, 0.5),
@@ -133,7 +134,7 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(", ", "-") for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 def test_every_case_of_the_laws(case):
     if case.name not in NOT_HELD:
         assert_round_trip(case.tx)
@@ -143,7 +144,11 @@ def test_every_case_of_the_laws(case):
         to_config(case.tx)
 
 
-@pytest.mark.parametrize("tx", MORE, ids=[type(tx).__name__ + f"-{i}" for i, tx in enumerate(MORE)])
+@pytest.mark.parametrize(
+    "tx",
+    NOT_IN_THE_LAWS,
+    ids=[f"{type(tx).__name__}-{i}" for i, tx in enumerate(NOT_IN_THE_LAWS)],
+)
 def test_what_the_laws_do_not_have(tx):
     assert_round_trip(tx)
 
@@ -159,7 +164,7 @@ def classes_in(config):
 
 
 def test_every_class_has_a_config():
-    txs = [case.tx for case in CASES if case.name not in NOT_HELD] + MORE
+    txs = [case.tx for case in CASES if case.name not in NOT_HELD] + NOT_IN_THE_LAWS
     seen = {name for tx in txs for name in classes_in(to_config(tx))}
     public = {
         name
@@ -498,14 +503,13 @@ def test_configs_that_are_wrong(config, error, said):
 # --- Keras 3 itself -------------------------------------------------------------------------------
 
 ORACLE = Oracle("keras_f64.npz")
-STEPS = 10
-# In float64 only the rate is rounded, in Keras' variable and so in the config; and Keras computes
-# the cosine of a schedule in float32 even then.
-EXACT, COSINE = 1e-12, 2e-7
+# In float64, Keras rounds the rate to float32, and so does the config, which is made from Keras'
+# variable. All else is float64, but for the cosine of a schedule, which Keras computes in float32.
+EXACT_TOLERANCE, COSINE_TOLERANCE = 1e-12, 2e-7
 
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 EVERYTHING = {"weight_decay": 0.1, "use_ema": True, "ema_momentum": 0.9}
-# Name: the class, its arguments and its schedule, where it has one.
+# By name: the arguments of `keras_optimizer`.
 RUNS = {
     "Adam": ("Adam", {}),
     "Adam, hyper": ("Adam", {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3}),
@@ -538,11 +542,18 @@ RUNS = {
 }
 
 
-def keras_optimizer(keras, name, arguments, schedule=None):
+def keras_optimizer(keras, name, options, schedule=None):
+    """An optimizer of Keras.
+
+    Args:
+      name: its class.
+      options: its arguments, but for the learning rate.
+      schedule: the class of a schedule and the schedule's arguments; without it the rate is 0.05.
+    """
     rate = 0.05
     if schedule is not None:
         rate = getattr(keras.optimizers.schedules, schedule[0])(*schedule[1:])
-    return getattr(keras.optimizers, name)(learning_rate=rate, **arguments)
+    return getattr(keras.optimizers, name)(learning_rate=rate, **options)
 
 
 def keras_run(keras, optimizer, precision):
@@ -576,19 +587,21 @@ def keras_run(keras, optimizer, precision):
 
 @needs_keras
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("run_of", RUNS.values(), ids=[name.replace(", ", "-") for name in RUNS])
+@pytest.mark.parametrize(
+    "keras_arguments", RUNS.values(), ids=[name.replace(", ", "-") for name in RUNS]
+)
 @pytest.mark.slow
-def test_the_trajectory_of_keras_3(keras, run_of, precision):
+def test_the_trajectory_of_keras_3(keras, keras_arguments, precision):
     with enable_x64(precision == "float64"):
-        optimizer = keras_optimizer(keras, *run_of)
+        optimizer = keras_optimizer(keras, *keras_arguments)
         config = keras.optimizers.serialize(optimizer)
         expected, expected_averages = keras_run(keras, optimizer, precision)
-    # What is run comes from JSON; and get_config, without the class, says the same.
+    # The transform comes from JSON. Keras' `get_config`, which lacks the class, gives the same one.
     tx = from_config(through_json(config))
     assert from_config(optimizer.get_config()) == tx
-    steps = optimizer.gradient_accumulation_steps or 1
-    weights, averages, _ = run(tx, ORACLE.start, ORACLE.grads, precision, jit=steps > 1)
-    tolerance = COSINE if "CosineDecay" in run_of[-1] else EXACT
+    micro_batches = optimizer.gradient_accumulation_steps or 1
+    weights, averages, _ = run(tx, ORACLE.start, ORACLE.grads, precision, jit=micro_batches > 1)
+    tolerance = COSINE_TOLERANCE if "CosineDecay" in keras_arguments[-1] else EXACT_TOLERANCE
 
     def follows(actual, expected, start):
         assert_follows(actual, expected, start, precision=precision, tolerance=tolerance)
@@ -601,9 +614,9 @@ def test_the_trajectory_of_keras_3(keras, run_of, precision):
     def follows_from_the_start(actual, expected, weights, start):
         # Keras' average starts from the weights after the first step, ours from those before it.
         # This difference decays by the momentum. Until the first step Keras has no average.
-        first = steps - 1  # the call with the first step
-        t = np.arange(STEPS).reshape(-1, *[1] * start.ndim) - first
-        difference = optimizer.ema_momentum ** np.maximum(t + 1.0, 0) * (start - weights[first])
+        call = micro_batches - 1  # the one that takes the first step; calls before it accumulate
+        t = np.arange(STEPS).reshape(-1, *[1] * start.ndim) - call
+        difference = optimizer.ema_momentum ** np.maximum(t + 1.0, 0) * (start - weights[call])
         expected = np.where(t < 0, start, expected.astype(np.float64) + difference)
         follows(actual, expected, start)
 
@@ -624,7 +637,7 @@ def test_defaults_are_those_of_keras(keras, name):
     assert from_config({"class_name": name}).transforms[-1].learning_rate == 1e-3
 
 
-SCHEDULES = [run_of[2] for run_of in RUNS.values() if len(run_of) > 2]
+SCHEDULES = [arguments[2] for arguments in RUNS.values() if len(arguments) > 2]
 
 
 @needs_keras
@@ -661,7 +674,9 @@ def test_averages_that_overwrite_differ_by_their_start(keras):
     weights, _, _ = run(tx, ORACLE.start, ORACLE.grads, "float64")
 
     def differs(actual, expected, start):
-        assert_follows(actual[:2], expected[:2], start, precision="float64", tolerance=EXACT)
+        assert_follows(
+            actual[:2], expected[:2], start, precision="float64", tolerance=EXACT_TOLERANCE
+        )
         late = 0.9**3 * (start - expected[0])
         assert np.abs(late).max() > 1e-2
         np.testing.assert_allclose(actual[2] - expected[2], late, rtol=0, atol=1e-9)
@@ -787,7 +802,8 @@ KERAS_3_0 = {"loss_scale_factor": None}
 KERAS_3 = {"loss_scale_factor": None, "gradient_accumulation_steps": None}
 
 
-def keras_adam(**config):
+def from_keras_adam(**config):
+    """What a dictionary of Keras' Adam with these options, and no others, becomes."""
     return from_config({"class_name": "Adam", "config": config})
 
 
@@ -813,7 +829,7 @@ def keras_adam(**config):
     ],
 )
 def test_which_clip_wins(version, clips, expected):
-    assert keras_adam(**version, **clips).transforms[:-2] == expected
+    assert from_keras_adam(**version, **clips).transforms[:-2] == expected
 
 
 @pytest.mark.parametrize(
@@ -836,7 +852,7 @@ def test_which_clip_wins(version, clips, expected):
 )
 def test_clips_that_exclude_each_other(version, clips, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        keras_adam(**version, **clips)
+        from_keras_adam(**version, **clips)
 
 
 @needs_keras
@@ -860,7 +876,7 @@ KERAS_COSINE = {"initial_learning_rate": 0.1, "decay_steps": 10}
 
 def test_decay_multiplies_a_schedule():
     schedule = {"class_name": "CosineDecay", "config": KERAS_COSINE}
-    tx = keras_adam(learning_rate=schedule, decay=0.25)
+    tx = from_keras_adam(learning_rate=schedule, decay=0.25)
     assert tx == adam(inverse_time_decay(cosine_decay(0.1, 10), 1, 0.25))
 
 
@@ -903,7 +919,7 @@ def test_values_in_keras_wrappings():
     }
     beta = {"class_name": "__tensor__", "config": {"value": 0.9, "dtype": "float32"}}
     expected = adam(piecewise_constant([1, 2], [0.5, 0.25, 0.125]), rounded(0.9))
-    assert keras_adam(learning_rate=rate, beta_1=beta) == expected
+    assert from_keras_adam(learning_rate=rate, beta_1=beta) == expected
 
 
 def test_keras_dictionaries_as_parts():
@@ -914,9 +930,9 @@ def test_keras_dictionaries_as_parts():
 def test_options_without_an_effect_are_ignored():
     quiet = {"jit_compile": True, "is_legacy_optimizer": False, "name": "mine", "mesh": None}
     quiet |= dict.fromkeys(("gradient_transformers", "gradient_aggregator", "ema_option"))
-    assert keras_adam(**quiet, ema_momentum=7, ema_overwrite_frequency=-1) == adam()
-    assert keras_adam(loss_scale_factor=1.0, gradient_accumulation_steps=0) == adam()
-    assert keras_adam(epsilon=None, **LEGACY) == keras_adam(epsilon=0, **LEGACY) == adam()
+    assert from_keras_adam(**quiet, ema_momentum=7, ema_overwrite_frequency=-1) == adam()
+    assert from_keras_adam(loss_scale_factor=1.0, gradient_accumulation_steps=0) == adam()
+    assert from_keras_adam(epsilon=None, **LEGACY) == from_keras_adam(epsilon=0, **LEGACY) == adam()
 
 
 FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "function"}
@@ -1091,7 +1107,7 @@ def test_keras_dictionaries_are_not_changed():
 
 
 def test_overwriting_at_every_micro_batch():
-    tx = keras_adam(
+    tx = from_keras_adam(
         use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=1, gradient_accumulation_steps=2
     )
     expected = chain(
@@ -1120,7 +1136,8 @@ def name_of_test(theirs):
     return re.sub(r"[\W_]+", "_", theirs.lower()).strip("_")
 
 
-def code(text):
+def snippets(text):
+    """The code between backticks."""
     return re.findall(r"`([^`]+)`", text)
 
 
@@ -1137,7 +1154,7 @@ def test_every_line_of_the_table_is_a_test():
     assert len(lines) == len(tests)
     for theirs, ours in lines:
         source = squeezed(inspect.getsource(globals()["test_line_" + name_of_test(theirs)]))
-        for snippet in code(ours):
+        for snippet in snippets(ours):
             assert squeezed(snippet) in source, f"{theirs}: {snippet!r} is not in its test"
 
 
@@ -1159,7 +1176,7 @@ MEMBERS = {
 
 
 def names_in_the_table():
-    return {name for theirs, _ in table_lines() for name in code(theirs)}
+    return {name for theirs, _ in table_lines() for name in snippets(theirs)}
 
 
 @pytest.mark.parametrize("version", MEMBERS)
@@ -1194,7 +1211,7 @@ def after_steps(tx, steps=3, params=PARAMS, jit=False):
 
 
 def from_keras(name, /, **config):
-    """What a dictionary of Keras with this class and these options becomes."""
+    """What a dictionary of Keras with this class, the rate 0.1 and these options becomes."""
     return from_config({"class_name": name, "config": {"learning_rate": 0.1, **config}})
 
 
@@ -1202,7 +1219,7 @@ def from_keras(name, /, **config):
 
 
 def test_line_learning_rate():
-    assert keras_adam(learning_rate=0.01) == adam(0.01)
+    assert from_keras_adam(learning_rate=0.01) == adam(0.01)
     for rate in (
         jnp.array(0.01),
         cosine_decay(0.01, 10),
@@ -1215,12 +1232,12 @@ def test_line_learning_rate():
 
 
 def test_line_beta_1_beta_2():
-    assert keras_adam(beta_1=0.8, beta_2=0.95) == adam(b1=0.8, b2=0.95)
+    assert from_keras_adam(beta_1=0.8, beta_2=0.95) == adam(b1=0.8, b2=0.95)
 
 
 def test_line_epsilon_of_adam_adamw_and_amsgrad():
-    assert keras_adam(epsilon=1e-3) == adam(eps_hat=1e-3)
-    assert keras_adam(epsilon=1e-3, amsgrad=True) == amsgrad(eps_hat=1e-3)
+    assert from_keras_adam(epsilon=1e-3) == adam(eps_hat=1e-3)
+    assert from_keras_adam(epsilon=1e-3, amsgrad=True) == amsgrad(eps_hat=1e-3)
     assert from_keras("AdamW", epsilon=1e-3) == adamw(0.1, eps_hat=1e-3)
 
 
@@ -1231,8 +1248,8 @@ def test_line_epsilon_of_adamax_and_nadam():
 
 
 def test_line_adaptive_epsilon():
-    assert keras_adam(epsilon=1e-3, adaptive_epsilon=True) == adam(eps=1e-3)
-    assert keras_adam(epsilon=1e-3, adaptive_epsilon=False) == adam(eps_hat=1e-3)
+    assert from_keras_adam(epsilon=1e-3, adaptive_epsilon=True) == adam(eps=1e-3)
+    assert from_keras_adam(epsilon=1e-3, adaptive_epsilon=False) == adam(eps_hat=1e-3)
 
 
 def test_line_amsgrad():
@@ -1280,7 +1297,7 @@ def test_line_gradient_accumulation_steps():
     by_micro_batch = chain(
         accumulate_gradients(scale_by_adam(), steps=2), scale_by_learning_rate(rate)
     )
-    tx = keras_adam(learning_rate=schedule, gradient_accumulation_steps=2)
+    tx = from_keras_adam(learning_rate=schedule, gradient_accumulation_steps=2)
     params, _ = after_steps(tx, 4, jit=True)
     assert_close(params, after_steps(by_micro_batch, 4, jit=True)[0])
     assert learning_rate(tx, tx.init(PARAMS)) == pytest.approx(0.1)
@@ -1345,9 +1362,9 @@ def test_line_decay():
 
 
 def test_line_lr():
-    assert keras_adam(lr=0.5) == keras_adam(learning_rate=0.5) == adam(0.5)
+    assert from_keras_adam(lr=0.5) == from_keras_adam(learning_rate=0.5) == adam(0.5)
     schedule = {"class_name": "CosineDecay", "config": KERAS_COSINE}
-    assert keras_adam(lr=schedule) == adam(cosine_decay(0.1, 10))
+    assert from_keras_adam(lr=schedule) == adam(cosine_decay(0.1, 10))
 
 
 def test_line_schedule_decay_of_the_legacy_nadam():
@@ -1409,14 +1426,14 @@ def test_line_a_callable_without_arguments_as_a_hyperparameter():
         return 0.5 * next(values)
 
     params, state = PARAMS, tx.init(PARAMS)
-    step, traces = counted(tx.update)
+    step, traces = jit_and_traces(tx.update)
     for expected in (0.5, 1.0, 1.5):
         state = set_hyperparams(state, learning_rate=f())
         updates, state = step(GRADS, state, params)
         np.testing.assert_allclose(updates["b"], [-expected], rtol=1e-5)
     assert len(traces) == 1
     with pytest.raises(ValueError, match="it is a function, which Keras calls in every step"):
-        keras_adam(learning_rate=f)
+        from_keras_adam(learning_rate=f)
 
 
 def test_a_config_that_keras_has_read():
@@ -1510,7 +1527,7 @@ def test_line_tf_indexedslices_as_a_gradient():
 
 
 class scale_by_momentum(Transform):
-    """What the documents write as an optimizer of one's own, with `build` and `update_step`."""
+    """An optimizer that users of Keras would write as a class with `build` and `update_step`."""
 
     decay: float = 0.5
 
@@ -1697,7 +1714,7 @@ def test_line_from_config_keras_optimizers_deserialize_keras_optimizers_get():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "adam", "learning_rate": 0.1}, "not the key 'amsgrad'"),  # a Lamb of this name
+        ({"name": "adam", "learning_rate": 0.1}, "not the key 'amsgrad'"),  # or a Lamb named adam
         ({"optimizer_config": {"class_name": "Adam"}}, r'pass config."optimizer_config".'),
     ],
 )
@@ -1706,7 +1723,7 @@ def test_dictionaries_that_may_be_of_something_else(config, message):
         from_config(config)
 
 
-# --- dictionaries that nobody wrote ---------------------------------------------------------------
+# --- malformed dictionaries -----------------------------------------------------------------------
 
 SCALE = {"class": "scale", "factor": 0.5}
 MALFORMED = {
@@ -1744,7 +1761,8 @@ def test_a_float_that_a_person_wrote_may_be_rounded():
         from_config({**SCALE, "factor": infinite})
 
 
-def keras_3_adam(**options):
+def keras_3_adam_config(**options):
+    """A dictionary that only Keras 3 writes, of its Adam."""
     config = {"name": "adam", "learning_rate": 0.1, "loss_scale_factor": None, **options}
     return {"class_name": "Adam", "config": config}
 
@@ -1768,7 +1786,7 @@ def test_options_of_keras_of_another_kind_are_refused(option, value):
     with pytest.raises(
         ValueError, match=rf"the config.{option}: expected (a number|true or false)"
     ):
-        from_config(keras_3_adam(**{option: value}))
+        from_config(keras_3_adam_config(**{option: value}))
 
 
 @pytest.mark.parametrize(
@@ -1779,10 +1797,13 @@ def test_options_of_keras_of_another_kind_are_refused(option, value):
             {"class_name": "AdamMultilr", "config": {"pattern_lrs": [{"patterns": 3, "lr": 1}]}},
             "patterns must be a list",
         ),
-        (keras_3_adam(learning_rate={"class_name": ["a"]}), r"does not have Keras' \['a'\]"),
-        (keras_3_adam(learning_rate={"class_name": "__tuple__"}), "no __tuple__ of Keras"),
-        (keras_3_adam(epsilon={"class_name": "__numpy__", "config": 3}), "no __numpy__ of Keras"),
-        ({**keras_3_adam(), "registered_name": [1]}, r"registered_name is \[1\], expected"),
+        (keras_3_adam_config(learning_rate={"class_name": ["a"]}), r"does not have Keras' \['a'\]"),
+        (keras_3_adam_config(learning_rate={"class_name": "__tuple__"}), "no __tuple__ of Keras"),
+        (
+            keras_3_adam_config(epsilon={"class_name": "__numpy__", "config": 3}),
+            "no __numpy__ of Keras",
+        ),
+        ({**keras_3_adam_config(), "registered_name": [1]}, r"registered_name is \[1\], expected"),
     ],
 )
 def test_malformed_dictionaries_of_keras_are_refused(config, message):

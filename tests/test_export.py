@@ -93,7 +93,7 @@ def initial_state(case, params):
     return without_buckets(case.tx, case.tx.init(params))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_transform_is_exported(case):
     params = jax.eval_shape(make_params)
     state = jax.eval_shape(functools.partial(initial_state, case), params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, avals, counted, float0, run_on_devices
+from support import assert_close, assert_same, avals, float0, jit_and_traces, run_on_devices
 
 import adamjax
 from adamjax import (
@@ -214,7 +214,7 @@ def test_the_state_is_few_arrays():
 
 def test_a_donated_step_is_traced_once():
     tx = grouped(chain(adam(0.1), weight_ema(0.9)))
-    step, traces = counted(stepping(tx), donate_argnums=(0, 1))
+    step, traces = jit_and_traces(stepping(tx), donate_argnums=(0, 1))
     floats = {"block": PARAMS["block"], "large": PARAMS["large"]}
     for init in (tx.init, jax.jit(tx.init)):
         params = jax.tree.map(jnp.copy, floats)

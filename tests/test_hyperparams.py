@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import counted
+from support import jit_and_traces
 
 import adamjax
 from adamjax import set_hyperparams, with_hyperparams
@@ -48,7 +48,7 @@ def test_steps_are_those_of_the_transform_with_these_values():
 
 def test_setting_takes_effect_and_traces_nothing():
     tx = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
-    step, traces = counted(lambda params, state, t: tx.update(gradients(t), state, params))
+    step, traces = jit_and_traces(lambda params, state, t: tx.update(gradients(t), state, params))
     state = tx.init(PARAMS)
     first, _ = step(PARAMS, state, 0.0)
     for value in (0.2, np.float64(0.2), jnp.float32(0.2), np.array(0.2)):

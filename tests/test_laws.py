@@ -1,9 +1,9 @@
 """One table of every transform, and every law that must hold for each of them.
 
-`CASES` is the table. A law is a test over all of it: those of `adamjax.testing`, which users try
-their own transforms on, and those below, which need to know more of a case. Where a law does not
-hold for a case, the case says so and why in `exempt`; the test then runs all the same and must fail
-(a strict xfail), so that no exception outlives its reason.
+`CASES` is the table. A law is a test of every case. Some laws are those of `adamjax.testing`, which
+users try on their own transforms. The others are here: they must know more of a case. Where a law
+does not hold for a case, the case says so and why in `exempt`. The test then runs all the same and
+must fail (a strict xfail), so that no exemption outlives its reason.
 """
 
 import functools
@@ -53,6 +53,7 @@ from adamjax import (
     weight_ema,
     with_hyperparams,
 )
+from adamjax.trial import cast
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Case:
     """A transform of the table.
 
     Attributes:
-      name: what the ids of tests show, without ", ".
+      name: its name in errors and, with a hyphen for ", ", in the ids of tests.
       make: makes the transform; it is called twice where two equal ones are needed.
       decays: whether weights move at zero gradients too, towards zero.
       exempt: the laws that do not hold, each with the reason.
@@ -83,7 +84,7 @@ class Case:
         return self.make_dense() if self.make_dense else self.tx
 
     @property
-    def short(self) -> str:
+    def id(self) -> str:
         return self.name.replace(", ", "-")
 
     @property
@@ -114,52 +115,58 @@ def lazy_pipeline():
     return chain(clip_by_global_norm(0.5), amsgrad(0.1, rows="lazy"), scale(0.5), weight_ema(0.9))
 
 
-# The laws that `exact_rows` breaks, because of what it asks of its tables.
-NO_NONE = "a table without a gradient is refused"
-A_TABLE = {
+# Reasons that several exemptions share.
+NEEDS_A_GRADIENT = "a table without a gradient is refused"
+STANDS_STILL = "rows without a gradient stand still, as the docstring says"
+SHARES_EXPONENTS = "the table is a vector, whose rows share exponents"
+NOT_ROWS_TO_OPTAX = "to optax, row indices are gradients like all others"
+
+# The exemptions of `exact_rows`.
+EXACT_ROWS = {
     "updates_have_the_gradients_dtype": "what rows lag behind is in the table's dtype",
     "complex_weights": "tables are real",
     "empty_trees": "the table must be there",
-    "row_gradients_mean_their_rows": "rows that are not there lag behind, as its document says",
-    "a_none_gradient_skips_its_leaf": NO_NONE,
+    "row_gradients_mean_their_rows": "rows without a gradient lag behind, as the docstring says",
+    "a_none_gradient_skips_its_leaf": NEEDS_A_GRADIENT,
 }
-# The laws that lazy rows break.
+# The exemptions of transforms with lazy rows.
 LAZY = {
-    "rows_are_the_dense_gradient": "rows that are not there stand still, as its document says",
-    "no_rows_are_zero_gradients": "rows that are not there stand still, as its document says",
+    "row_gradients_equal_dense_ones": STANDS_STILL,
+    "a_row_gradient_without_rows_equals_zeros": STANDS_STILL,
 }
-OVERWRITES = {
+# The exemptions of transforms that overwrite weights by their average.
+OVERWRITING = {
     "low_precision_updates_are_the_float32_twins_rounded_once": (
         "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
     )
 }
-# The laws that transforms break if they move nothing.
+# The exemptions of transforms that move nothing.
 FROZEN = {
     "low_precision_weights_move_as_their_float32_twins": "weights stay as they are",
     "complex_weights": "weights stay as they are",
 }
-# The laws that moments in 8 bits break.
-VECTOR = "the table is a vector, whose rows share exponents"
+# The exemptions of moments in 8 bits.
 EIGHT_BITS = {
     "derivatives_are_finite_at_zero_gradients": "derivatives are refused",
     "derivatives_equal_finite_differences": "derivatives are refused",
-    "rows_are_the_dense_gradient": VECTOR,
-    "no_rows_are_zero_gradients": VECTOR,
+    "row_gradients_equal_dense_ones": SHARES_EXPONENTS,
+    "a_row_gradient_without_rows_equals_zeros": SHARES_EXPONENTS,
 }
-# The laws that transforms with functions break, optax's and those with a mask function.
-A_FUNCTION = {"prints": "a function has no repr to make it from"}
-CLOSURES = {
+# The exemptions of transforms that hold a function, such as a mask.
+WITH_FUNCTION = {"prints": "a function has no repr to make it from"}
+# The exemptions of our chains with a transform of optax, and of chains of optax.
+WITH_OPTAX = {
     "pickles": "optax's closures do not pickle",
     "another_of_the_same_is_equal": "optax makes new closures for every transform",
-    **A_FUNCTION,
-}
-OPTAX = {
-    "rows_are_the_dense_gradient": "to optax, row indices are gradients like all others",
-    "no_rows_are_zero_gradients": "to optax, row indices are gradients like all others",
+    **WITH_FUNCTION,
+    "row_gradients_equal_dense_ones": NOT_ROWS_TO_OPTAX,
+    "a_row_gradient_without_rows_equals_zeros": NOT_ROWS_TO_OPTAX,
     "low_precision_updates_are_the_float32_twins_rounded_once": "optax rounds between transforms",
 }
-NOT_OURS = {
-    **CLOSURES,
+# The exemptions of chains of optax.
+OPTAX_CHAIN = {
+    **WITH_OPTAX,
+    "row_gradients_mean_their_rows": NOT_ROWS_TO_OPTAX,
     "is_data": "optax's chain is a pair of functions",
     "equals": "optax's chain is a pair of functions",
     "jit_argument": "optax's chain is a pair of functions",
@@ -218,7 +225,7 @@ CASES = [
         lambda: scale_by_learning_rate(by_path([("bias", cosine_decay(0.1, 9))], default=0.2)),
     ),
     Case("weight_ema", lambda: weight_ema(0.9)),
-    Case("weight_ema, overwriting", lambda: weight_ema(0.9, 2), exempt=OVERWRITES),
+    Case("weight_ema, overwriting", lambda: weight_ema(0.9, 2), exempt=OVERWRITING),
     # complete optimizers
     Case("adam", lambda: adam(0.1)),
     Case("adam, eps", lambda: adam(cosine_decay(0.1, 10), 0.8, 0.99, eps=1e-8)),
@@ -231,14 +238,14 @@ CASES = [
     Case(
         "chain, overwriting",
         lambda: chain(chain(clip_by_norm(0.5), adam(0.1)), weight_ema(0.5, 3)),
-        exempt=OVERWRITES,
+        exempt=OVERWRITING,
     ),
     Case("masked", lambda: masked(scale_by_adam(), "kernel")),
     Case(
         "masked by a function",
         lambda: masked(adamw(0.1, weight_decay=0.1, mask=matrices), matrices),
         decays=True,
-        exempt=A_FUNCTION,
+        exempt=WITH_FUNCTION,
     ),
     Case(
         "partition",
@@ -249,9 +256,13 @@ CASES = [
         exempt=LAZY,
     ),
     Case("accumulate_gradients", lambda: accumulate_gradients(scale_by_adam(), 2)),
-    Case("accumulate_gradients, pipeline", lambda: accumulate_gradients(pipeline(), 2), True),
+    Case(
+        "accumulate_gradients, pipeline",
+        lambda: accumulate_gradients(pipeline(), 2),
+        decays=True,
+    ),
     Case("skip_not_finite", lambda: skip_not_finite(scale_by_amsgrad())),
-    Case("skip_not_finite, pipeline", lambda: skip_not_finite(pipeline()), True),
+    Case("skip_not_finite, pipeline", lambda: skip_not_finite(pipeline()), decays=True),
     Case(
         "wrappers in wrappers",
         lambda: skip_not_finite(accumulate_gradients(masked(pipeline(), "kernel|bias"), 2)),
@@ -284,12 +295,16 @@ CASES = [
         ),
         decays=True,
         exempt={
-            "integers_and_bools_are_left_alone": NO_NONE,
-            "mixed_trees_keep_shapes_and_dtypes": NO_NONE,
-            **A_TABLE,
+            "integers_and_bools_are_left_alone": NEEDS_A_GRADIENT,
+            "mixed_trees_keep_shapes_and_dtypes": NEEDS_A_GRADIENT,
+            **EXACT_ROWS,
         },
     ),
-    Case("exact_rows, adam", lambda: exact_rows(adam(0.1), "bias", history=1024), exempt=A_TABLE),
+    Case(
+        "exact_rows, adam",
+        lambda: exact_rows(adam(0.1), "bias", history=1024),
+        exempt=EXACT_ROWS,
+    ),
     Case(
         "shard_state",
         lambda: shard_state(pipeline(), ONE_DEVICE, "data"),
@@ -306,8 +321,7 @@ CASES = [
         "optax in our chain",
         lambda: chain(scale_by_adam(), optax.trace(0.5), optax.scale(-0.1), weight_ema(0.9)),
         exempt={
-            **CLOSURES,
-            **OPTAX,
+            **WITH_OPTAX,
             "a_none_gradient_skips_its_leaf": "optax.trace forgets the leaf",
             "refuses_a_state_that_does_not_fit": "optax.trace takes any state",
             "mixed_trees_keep_shapes_and_dtypes": "optax.trace forgets the leaf",
@@ -318,11 +332,7 @@ CASES = [
         lambda: optax.chain(
             clip_by_global_norm(0.5), scale_by_adam(), optax.scale(-0.1), weight_ema(0.9)
         ),
-        exempt={
-            "row_gradients_mean_their_rows": "to optax, row indices are gradients like all others",
-            **NOT_OURS,
-            **OPTAX,
-        },
+        exempt=OPTAX_CHAIN,
     ),
 ]
 # The transforms that an error may name, for a case whose repr does not show its parts.
@@ -341,7 +351,7 @@ def marks(case, name):
 def law(test):
     """Makes a test a law, over the whole table."""
     name = test.__name__.removeprefix("test_")
-    params = [pytest.param(case, id=case.short, marks=marks(case, name)) for case in CASES]
+    params = [pytest.param(case, id=case.id, marks=marks(case, name)) for case in CASES]
     return pytest.mark.parametrize("case", params)(test)
 
 
@@ -361,17 +371,13 @@ PUBLIC_LAWS = [name for name in testing.LAWS if name != "refuses_gradients_that_
 @pytest.mark.parametrize(
     ("case", "name"),
     [
-        pytest.param(case, name, id=f"{name}-{case.short}", marks=marks(case, name))
+        pytest.param(case, name, id=f"{name}-{case.id}", marks=marks(case, name))
         for case in CASES
         for name in PUBLIC_LAWS
     ],
 )
 def test_law(case, name):
     testing.try_law(name, trial(case.name))
-
-
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def make_params(dtype=jnp.float32):
@@ -382,7 +388,7 @@ def make_grads(t, dtype=jnp.float32):
     return trial("identity").grads(t, dtype)
 
 
-def compiled(name):
+def compiled_step(name):
     return trial(name).compiled
 
 
@@ -390,18 +396,17 @@ def trajectory(name, dtype):
     return trial(name).trajectory(dtype)
 
 
-def stepping(tx):
+def step_of(tx):
     return testing.Trial(tx).step
-
-
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 # --- values -------------------------------------------------------------------------------------
 
 
 @law
-@pytest.mark.parametrize("dtype", [*DTYPES, jnp.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64], ids=lambda d: d.__name__
+)
 @pytest.mark.slow
 def test_zero_gradients_move_nothing(case, dtype):
     """From a new state only decay moves weights, towards zero; averages of them stay finite."""
@@ -411,7 +416,7 @@ def test_zero_gradients_move_nothing(case, dtype):
         zeros = jax.tree.map(jnp.zeros_like, params)
         state = case.tx.init(params)
         for _ in range(2 if wide else 3):
-            moved, state, updates = compiled(case.name)(params, state, zeros)
+            moved, state, updates = compiled_step(case.name)(params, state, zeros)
             for u, p, p1 in zip(*map(leaves, (updates, params, moved)), strict=True):
                 if case.decays:
                     assert np.all(np.isfinite(u))
@@ -429,10 +434,10 @@ def test_zero_gradients_move_nothing(case, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", ["weight_ema, overwriting", "chain, overwriting"])
 def test_low_precision_updates_that_overwrite_weights(name, dtype):
-    """Held to an ulp of the weights: they are a difference of weights, rounded in the low dtype."""
+    """Such an update is a difference of weights in the low dtype, so it may be off by their ulp."""
     twin_state = BY_NAME[name].tx.init(cast(make_params(dtype), jnp.float32))
     for params, _, grads, updates in trajectory(name, dtype)[:-1]:
-        twin = compiled(name)(cast(params, jnp.float32), twin_state, cast(grads, jnp.float32))
+        twin = compiled_step(name)(cast(params, jnp.float32), twin_state, cast(grads, jnp.float32))
         _, twin_state, twin_updates = twin
         for u, exact, p in zip(*map(leaves, (updates, twin_updates, params)), strict=True):
             u, exact = u.astype(np.float64), exact.astype(np.float64)
@@ -444,7 +449,7 @@ def test_low_precision_updates_that_overwrite_weights(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.slow
 def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
-    """Over a whole run, by no more than the roundings of the weights and updates of its steps."""
+    """Weights differ by no more than the roundings of weights and updates in the steps so far."""
     params = cast(make_params(dtype), jnp.float32)
     start, state = params, case.tx.init(params)
     bounds = [0.0] * len(leaves(params))
@@ -454,11 +459,11 @@ def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
             assert np.all(np.abs(p.astype(np.float64) - p32) <= 1.5 * bound), t
         if grads is None:
             break
-        params, state, _ = compiled(case.name)(params, state, cast(grads, jnp.float32))
+        params, state, _ = compiled_step(case.name)(params, state, cast(grads, jnp.float32))
         rounded = zip(bounds, leaves(updates), leaves(params), strict=True)
         bounds = [b + 0.5 * ulp(p, dtype) + 0.5 * ulp(u, dtype) for b, u, p in rounded]
-    ways = zip(*map(leaves, (start, params)), bounds, strict=True)
-    assert any(np.any(np.abs(p - p0) > 10 * bound) for p0, p, bound in ways)
+    moves = zip(*map(leaves, (start, params)), bounds, strict=True)
+    assert any(np.any(np.abs(p - p0) > 10 * bound) for p0, p, bound in moves)
 
 
 @law
@@ -489,7 +494,7 @@ def test_counts_stay_at_the_largest_int32(case):
     params = make_params()
     state = jax.tree_util.tree_map_with_path(late, case.tx.init(params))
     for t in range(2):
-        params, state, _ = compiled(case.name)(params, state, make_grads(t))
+        params, state, _ = compiled_step(case.name)(params, state, make_grads(t))
     assert all(np.all(np.isfinite(p)) for p in leaves(params))
     assert_same(jax.tree_util.tree_map_with_path(late, state), state)
 
@@ -555,7 +560,8 @@ def test_complex_weights_move_as_with_optax(ours, theirs):
 # --- rows ---------------------------------------------------------------------------------------
 
 # The rows of which each step has gradients: some twice, two never, and indices that are not in the
-# table. Two steps in turn touch at most four rows, which is the `max_rows` of a case.
+# table. Steps 0 and 1 together touch at most four rows, and so do steps 2 and 3, and steps 4 and 5:
+# one case accumulates the gradients of two steps, with `max_rows=4`.
 ROWS = 7
 TOUCHED = ([0, 3, 0, 5], [3, 0, 3, 5], [2, 2, 5, -1], [5, 7, 1, 2], [0, 3, 1, 0], [1, 3, 1, 1])
 
@@ -599,8 +605,8 @@ def to_dense(tree):
     return jax.tree.map(dense, tree, is_leaf=is_row_gradient)
 
 
-def run_of_rows(tx, grads):
-    """Weights and state after all steps; weights that lag behind are brought up to date.
+def run_all_steps(tx, grads):
+    """Weights and state after a step with each of the gradients. Rows that lag behind catch up.
 
     Without jit: each operation is compiled once for all cases.
     """
@@ -608,7 +614,7 @@ def run_of_rows(tx, grads):
         params = table_params()
         state = tx.init(params)
         for g in grads:
-            params, state, _ = stepping(tx)(params, state, g)
+            params, state, _ = step_of(tx)(params, state, g)
         if isinstance(tx, exact_rows):
             params, state = tx.flush(params, state)
             state = state.inner  # the rest is about when rows were read
@@ -616,34 +622,36 @@ def run_of_rows(tx, grads):
 
 
 @functools.cache
-def run_of_arrays(name, steps_with_rows, steps):
-    """The run with the same gradients as arrays; zeros after the steps with rows."""
+def run_with_dense_gradients(name, steps_with_rows, steps):
+    """`run_all_steps` with dense gradients, which are 0 after the steps with rows."""
     grads = [to_dense(row_grads(t)) for t in range(steps)]
     for g in grads[steps_with_rows:]:
         g["layer"] = jax.tree.map(jnp.zeros_like, g["layer"])
-    return run_of_rows(BY_NAME[name].dense, grads)
+    return run_all_steps(BY_NAME[name].dense, grads)
 
 
 @law
 @pytest.mark.slow
-def test_rows_are_the_dense_gradient(case):
-    """A row gradient does to weights and state what the dense one of its rows does."""
-    grads = [row_grads(t) for t in range(len(TOUCHED))]
-    assert_close(run_of_rows(case.tx, grads), run_of_arrays(case.name, len(grads), len(grads)))
+def test_row_gradients_equal_dense_ones(case):
+    """A row gradient changes weights and state as its dense gradient does."""
+    steps = len(TOUCHED)
+    found = run_all_steps(case.tx, [row_grads(t) for t in range(steps)])
+    assert_close(found, run_with_dense_gradients(case.name, steps, steps))
 
 
 @law
 @pytest.mark.slow
-def test_no_rows_are_zero_gradients(case):
-    """Rows decay and move on by momentum, if there are no indices, or none inside the table."""
+def test_a_row_gradient_without_rows_equals_zeros(case):
+    """All rows decay and move on by momentum if there are no indices, or none inside the table."""
     touched = [*TOUCHED[:2], [], [-1, ROWS, -ROWS, 99]]
     grads = [row_grads(t, touched=touched) for t in range(len(touched))]
     for t, g in enumerate(grads):
         g["gain"] = row_grads(t)["gain"]
-    assert_close(run_of_rows(case.tx, grads), run_of_arrays(case.name, 2, len(touched)))
+    found = run_all_steps(case.tx, grads)
+    assert_close(found, run_with_dense_gradients(case.name, 2, len(touched)))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.is_lazy], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_lazy], ids=lambda c: c.id)
 def test_lazy_rows_stand_still(case):
     """Where a step has no row, its weights, slots and average stay bit for bit."""
     with jax.disable_jit():
@@ -651,7 +659,7 @@ def test_lazy_rows_stand_still(case):
         state = case.tx.init(params)
         for t, ids in enumerate(TOUCHED):
             before, start = of_kernel((params, state)), params
-            params, state, _ = stepping(case.tx)(params, state, row_grads(t))
+            params, state, _ = step_of(case.tx)(params, state, row_grads(t))
             still = np.setdiff1d(np.arange(ROWS), ids)
             for x, y in zip(before, of_kernel((params, state)), strict=True):
                 assert_same(y[still], x[still])
@@ -701,8 +709,8 @@ def slopes(case, grads, steps=3):
 @law
 @pytest.mark.slow
 def test_derivatives_are_finite_at_zero_gradients(case):
-    # Two steps: the second starts from a state that is not new, and is the one that is taken if
-    # gradients are accumulated.
+    # The second step starts from a state that is not new. Where gradients are accumulated, only it
+    # moves weights.
     with jax.disable_jit():
         found = slopes(case, jax.tree.map(jnp.zeros_like, make_params()), steps=2)
     assert all(np.all(np.isfinite(x)) for x in leaves(found))
@@ -746,7 +754,7 @@ def without(tree, name):
     return {**tree, "layer": {k: v for k, v in tree["layer"].items() if k != name}}
 
 
-# By what is wrong: how the gradients are changed, and words that the error must have.
+# By what is wrong with gradients: a function that makes good ones so, and words of the error.
 WRONG = {
     "scalar for an array": (
         lambda g: replaced(g, kernel=jnp.float32(1)),
@@ -789,13 +797,13 @@ def test_refuses(case):
     """A wrong tree of gradients is refused, and the error names the transform and the leaf."""
     params, grads = make_params(), make_grads(0)
     state = case.tx.init(params)
-    owners = NOT_PRINTED.get(case.name, repr(case.tx))
-    for name, (make, words) in WRONG.items():
+    printed = NOT_PRINTED.get(case.name, repr(case.tx))
+    for name, (change, words) in WRONG.items():
         with pytest.raises((TypeError, ValueError)) as caught:
-            case.tx.update(make(grads), state, params)
+            case.tx.update(change(grads), state, params)
         message = str(caught.value)
         owner, _, rest = message.partition(": ")
-        assert owner in owners, f"{name}: {message}"
+        assert owner in printed, f"{name}: {message}"
         for word in words:
             assert word in rest, f"{name}: {message}"
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import layout as layouts
-from support import assert_same, counted
+from support import assert_same, jit_and_traces
 
 import adamjax
 
@@ -115,7 +115,7 @@ def test_a_step_keeps_layouts_in_place(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     formats = adamjax.layout.formats(tx, params)
     state = jax.jit(tx.init, out_shardings=formats[1])(params)
-    step, traces = counted(step_of(name), donate_argnums=(0, 1), out_shardings=formats)
+    step, traces = jit_and_traces(step_of(name), donate_argnums=(0, 1), out_shardings=formats)
     plain_step, dense_state = jax.jit(step_of(name)), tx.init(dense)
     dense = jax.tree.map(jnp.copy, dense)  # `params` shares arrays with it, and is donated
     address = params["table"].unsafe_buffer_pointer()

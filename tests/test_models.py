@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import benchmarks as run_benchmarks
+from support import run_benchmarks
 
 import adamjax
 from adamjax.paths import leaf_paths

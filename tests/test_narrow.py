@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support import assert_close
-from support import benchmarks as run_benchmarks
+from support import assert_close, run_benchmarks
 
 pytest.importorskip("optax")
 pytest.importorskip("tqdm")

@@ -14,8 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-@pytest.mark.filterwarnings("default")  # those of Jupyter are no errors
-def test_runs(path):
+@pytest.mark.filterwarnings("default")  # Jupyter warns, and that is not an error here
+def test_prints_what_is_committed(path):
     notebook = nbformat.read(path, as_version=4)
     committed = printed_words(notebook)
     assert committed, "commit the notebook with its output"

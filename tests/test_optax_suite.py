@@ -66,7 +66,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, avals, counted, enable_x64
+from support import assert_close, assert_same, avals, enable_x64, jit_and_traces
 
 import adamjax
 
@@ -181,7 +181,7 @@ def test_compiles_once(name):
         updates, state = tx.update(jax.grad(objective)(p), state, p)
         return optax.apply_updates(p, updates), state
 
-    step, traces = counted(step)
+    step, traces = jit_and_traces(step)
     state = tx.init(p)
     for _ in range(3):
         p, state = step(p, state)
@@ -399,7 +399,7 @@ def test_injected_schedules_of_ours():
 def test_injected_hyperparameters_are_set():
     tx = optax.inject_hyperparams(adamjax.clip_by_global_norm)(0.1)
     grads = jnp.ones((3, 5, 7))
-    state, (update, traces) = jax.jit(tx.init)(grads), counted(tx.update)
+    state, (update, traces) = jax.jit(tx.init)(grads), jit_and_traces(tx.update)
     for i in range(5):
         state.hyperparams["max_norm"] = jnp.array(i, jnp.float32)
         updates, state = update(grads, state, grads)
@@ -410,7 +410,7 @@ def test_injected_hyperparameters_are_set():
 def test_injected_rates_are_set_between_steps():
     """By hand in the dict or by tree_set; steps that follow go at the new rate."""
     tx = optax.inject_hyperparams(adamjax.adam)(0.1)
-    state, (update, traces) = tx.init(PAIR), counted(tx.update)
+    state, (update, traces) = tx.init(PAIR), jit_and_traces(tx.update)
     first, _ = update(STEEP, state, PAIR)
     state = tree_utils.tree_set(state, learning_rate=jnp.float32(0.025))
     assert tree_utils.tree_get(state, "learning_rate") == jnp.float32(0.025)

@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 from benchmarks import train
 from benchmarks.train import data, job, model
 from benchmarks.train.options import Config
-from benchmarks.train.processes import Processes, on_all
+from benchmarks.train.processes import Processes, on_all_devices
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def collectives():
     text, mesh = data.read(["prose.txt"], config.vocab), Processes().mesh()
     assert mesh.size == 2
     tx, params = job.optimizer(config, len(text.words), 2), job.initial(config, text)
-    trees = on_all(mesh, (params, tx.init(params)))
+    trees = on_all_devices(mesh, (params, tx.init(params)))
     step = job.train_step(config, tx, len(text.words), mesh)
     compiled = step.lower(*trees, job.all_batches(config, text)(0)).compile()
     shapes = []

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import reference
 from oracle import (
-    K3JAX_EMAFREQ,
     PRECISIONS,
     STEPS,
     VARIANTS,
+    WHY_NOT_K3JAX_EMAFREQ,
     Oracle,
     assert_follows,
     averages,
-    narrowed,
+    in_precision,
     optimizer,
     rounded,
     run,
@@ -47,7 +47,7 @@ CLIPS = ("clipvalue", "clipnorm", "valnorm", "global")
 def not_applicable(system, name, variant, mode):
     """Why a case cannot agree, or None."""
     if (system, variant) == ("k3jax", "emafreq"):
-        return K3JAX_EMAFREQ
+        return WHY_NOT_K3JAX_EMAFREQ
     return NO_V_MAX if name == "lazyamsgrad" else None
 
 
@@ -216,10 +216,10 @@ def test_exact_rows(case):
     tx, grads = prepared(case)
     tx = adamjax.exact_rows(tx, "emb", history=512)
     with enable_x64():
-        params = narrowed(ORACLE.start, precision)
+        params = in_precision(ORACLE.start, precision)
         state, history = tx.init(params), []
         for t in range(STEPS):
-            g = narrowed(grads(t), precision)
+            g = in_precision(grads(t), precision)
             if not is_dense_step(case.split("|")[2], g["bert"]["emb"]):
                 g["bert"]["emb"] = padded(g["bert"]["emb"])
             params, state, seen = exact_step(tx, params, state, g)

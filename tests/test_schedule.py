@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import counted, enable_x64
+from support import enable_x64, jit_and_traces
 
 import adamjax
 from adamjax import (
@@ -23,8 +23,8 @@ from adamjax import (
     warmup,
 )
 
-# A schedule as an argument of a compiled program, where its numbers are traced.
-by_argument = jax.jit(lambda schedule, count: schedule(count))
+# Calls a schedule that is an argument of a compiled program, so that its numbers are traced.
+call_traced = jax.jit(lambda schedule, count: schedule(count))
 
 COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 19, 20, 21, 22, 100, 12345]
 
@@ -156,7 +156,7 @@ def test_steps_and_counts_may_have_any_two_integer_dtypes(steps_dtype):
 
 @pytest.mark.parametrize(("schedule", "formula"), CASES.values(), ids=CASES)
 def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
-    actual = [by_argument(schedule, t) for t in COUNTS]
+    actual = [call_traced(schedule, t) for t in COUNTS]
     expected = [formula(t) for t in COUNTS]
     np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-8)
 
@@ -174,12 +174,12 @@ def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
     ids=lambda schedule: type(schedule).__name__,
 )
 def test_a_count_below_0_makes_nan(schedule):
-    """A linear decay at count -5 would be 0.5, in the direction of the end."""
-    for at in (schedule, jax.jit(schedule)):
+    """Unchecked, the linear decay would give 0.5 at count -5, as it does at count 5."""
+    for read in (schedule, jax.jit(schedule)):
         for count in (-1, jnp.int32(-5), -0.5):
-            assert np.isnan(at(count))
-        assert np.isfinite(at(0))
-    # Where the count is checked, as optax does it, the other value counts.
+            assert np.isnan(read(count))
+        assert np.isfinite(read(0))
+    # optax calls the second schedule below count 0 too, but does not use that value.
     joined = optax.join_schedules([constant(0.25), schedule], [3])
     assert (float(joined(2)), float(joined(3))) == (0.25, float(schedule(0)))
 
@@ -191,7 +191,7 @@ def test_boundaries_belong_to_the_value_before():
 
 
 def test_a_staircase_steps_at_whole_multiples():
-    """At each multiple up to millions of steps: rounding a quotient just below it would show."""
+    """Also after millions of steps, where quotients could be rounded up to a whole number."""
     counts = np.arange(0, 4_000_000, 1000)
     rate = inverse_time_decay(1.0, 1000, 1.0, staircase=True)
     for near in (-1, 0, 1):
@@ -199,7 +199,8 @@ def test_a_staircase_steps_at_whole_multiples():
         np.testing.assert_allclose(jax.vmap(rate)(t), 1 / (1 + t // 1000), rtol=1e-6)
 
 
-WITH_TURNS = {
+# Schedules that jump or bend at multiples of a length n, with their formulas.
+WITH_JUMPS = {
     "exponential": (
         lambda n: exponential_decay(1.0, n, 0.5, staircase=True),
         lambda n, t: keras_exponential(t, 1.0, n, 0.5, True),
@@ -219,10 +220,10 @@ WITH_TURNS = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_TURNS)
-def test_schedules_turn_at_whole_multiples_of_any_length(name):
+@pytest.mark.parametrize("name", WITH_JUMPS)
+def test_schedules_jump_or_bend_at_whole_multiples_of_any_length(name):
     """Each length from 2 to 129 is a constant in one compiled program."""
-    make, formula = WITH_TURNS[name]
+    make, formula = WITH_JUMPS[name]
     lengths = np.arange(2, 130)
     schedules = [make(int(n)) for n in lengths]
     read = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(schedules, counts, strict=True)]))
@@ -242,7 +243,7 @@ def test_a_staircase_of_any_kind_of_length_steps_at_its_multiples(steps, as_argu
     n = float(steps)
     rate = exponential_decay(1.0, steps, 0.5, staircase=True)
     # A schedule with arrays has no hash, which `jit` needs: a lambda has.
-    read = functools.partial(by_argument, rate) if as_argument else jax.jit(lambda t: rate(t))
+    read = functools.partial(call_traced, rate) if as_argument else jax.jit(lambda t: rate(t))
     for t in (0, 1, 2, 3, 5, 40, 41, 42, 81, 82, 390, 391, 3125):
         assert float(read(t)) == np.float32(0.5 ** math.floor(t / n)), t
 
@@ -311,7 +312,7 @@ def test_boundaries_of_any_kind(kind):
     rate = piecewise_constant([kind(2), kind(5)], [1.0, 0.5, 0.25])
     for read in (rate, jax.jit(lambda t: rate(t))):
         assert [float(read(t)) for t in (0, 2, 3, 5, 6)] == [1.0, 1.0, 0.5, 0.5, 0.25]
-    assert [float(by_argument(rate, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
+    assert [float(call_traced(rate, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
 
 
 def test_boundaries_that_no_count_reaches():
@@ -320,7 +321,7 @@ def test_boundaries_that_no_count_reaches():
     for rate in (piecewise_constant(far, values), jax.jit(piecewise_constant(far, values))):
         assert [float(rate(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
     arrays = piecewise_constant(list(map(jnp.float32, [-3e9, 2.5, 2**24, 3e9])), values[:5])
-    rates = [float(by_argument(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)]
+    rates = [float(call_traced(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)]
     assert rates == [1.0, 2.0, 2.0, 3.0, 3.0]
 
 
@@ -431,7 +432,8 @@ def test_array_hyperparameters_are_differentiable_where_rates_end():
     assert float(slope.end_learning_rate) == 1.0
 
 
-# Schedules of a number that may be traced, with their rates at count 3 if it is 0 and if it is 0.5.
+# By name: a function that makes a schedule of a number, which may be traced; and the rates of this
+# schedule at count 3 if the number is 0 and if it is 0.5.
 TRACED = {
     "constant": (constant, 0.0, 0.5),
     "cosine": (lambda x: cosine_decay(x, 6), 0.0, 0.25),
@@ -466,7 +468,7 @@ def test_traced_numbers_out_of_their_range_give_nan(name):
 
 
 def test_boundaries_must_increase():
-    """Traced boundaries that do not give NaN; others are refused."""
+    """Traced boundaries that do not increase give NaN; boundaries with known values are refused."""
     read = jax.jit(lambda bounds, t: piecewise_constant(list(bounds), [1.0, 0.5, 0.25])(t))
     for kind in (jnp.int32, jnp.float32):
         assert [float(read(jnp.array([2, 5], kind), t)) for t in (2, 3, 6)] == [1.0, 0.5, 0.25]
@@ -513,7 +515,7 @@ def test_a_call_refuses_a_schedule_with_arrays_of_several_values():
 
 
 def test_a_rate_of_0_stays_0_though_its_factor_overflows():
-    for read in (lambda schedule, t: schedule(t), by_argument):
+    for read in (lambda schedule, t: schedule(t), call_traced):
         assert float(read(exponential_decay(0.0, 1, 10.0), 60)) == 0.0
         assert float(read(inverse_time_decay(0.5, 2e-38, 0.0), 60)) == 0.5
         assert np.isinf(read(exponential_decay(0.5, 1, 10.0), 60))
@@ -540,8 +542,8 @@ def test_large_unsigned_counts_and_lengths_do_not_wrap():
         (piecewise_constant([jnp.int32(10)], [1.0, 0.5]), 0.5),
         (polynomial_decay(0.5, jnp.int32(10), 0.25), 0.25),
     ):
-        np.testing.assert_allclose(by_argument(schedule, large), end, atol=1e-20)
-        same = [float(by_argument(schedule, dtype(7))) for dtype in (jnp.uint32, jnp.int32)]
+        np.testing.assert_allclose(call_traced(schedule, large), end, atol=1e-20)
+        same = [float(call_traced(schedule, dtype(7))) for dtype in (jnp.uint32, jnp.int32)]
         assert same[0] == same[1]
     half = 1_500_000_000
     read = jax.jit(lambda n: (cosine_decay(0.5, n)(half), warmup(0.5, n)(half)))
@@ -649,15 +651,15 @@ def plain_schedule(count):
 )
 def test_any_callable_of_the_count_is_a_schedule(schedule):
     """Alone, in an optimizer, and in one that is an argument of `jit`."""
-    tx, params = adamjax.adam(schedule), jnp.ones(2)
+    tx, params, grads = adamjax.adam(schedule), jnp.zeros(2), jnp.ones(2)
     plain = adamjax.scale_by_adam()
     state, plain_state = tx.init(params), plain.init(params)
-    step, traces = counted(lambda tx, g, state: tx.update(g, state))
+    step, traces = jit_and_traces(lambda tx, g, state: tx.update(g, state))
     for t in range(4):
         rate = float(schedule(jnp.array(t)))
         assert float(adamjax.learning_rate(tx, state)) == pytest.approx(rate)
-        updates, state = step(tx, params, state)
-        expected, plain_state = plain.update(params, plain_state)
+        updates, state = step(tx, grads, state)
+        expected, plain_state = plain.update(grads, plain_state)
         np.testing.assert_allclose(updates, -rate * expected, rtol=1e-4)
     assert len(traces) == 1
     assert tx == adamjax.adam(schedule)
@@ -680,8 +682,8 @@ def test_a_rate_must_be_a_scalar():
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
-def updated(rate, count=0):
-    """The update of a gradient of ones at a count."""
+def update_at(rate, count=0):
+    """The update that a gradient of ones becomes, at a count: minus the rate."""
     tx = scale_by_learning_rate(rate)
     state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
     return jax.jit(lambda s: tx.update(jnp.ones(2), s)[0])(state)
@@ -709,9 +711,9 @@ def test_a_callable_must_return_a_number():
     ):
         for make in (lambda f: f, lambda f: warmup(f, 3), lambda f: by_path({}, default=f)):
             with pytest.raises(error, match=rf"{text}.* from .*callable_rate"):
-                updated(make(returning(bad)))
+                update_at(make(returning(bad)))
     for good in (1, np.float64(0.5), jnp.bfloat16(0.5), np.int8(3)):
-        np.testing.assert_allclose(updated(returning(good)), -float(good))
+        np.testing.assert_allclose(update_at(returning(good)), -float(good))
 
 
 # Below 0 from count 3 on.
@@ -721,10 +723,10 @@ FALLING = optax.linear_schedule(0.5, -0.5, 4)
 @pytest.mark.slow
 def test_a_callable_that_returns_a_number_below_0_makes_nan():
     for bad in (-0.5, jnp.float32(-0.5), -1, jnp.nan):
-        assert np.isnan(updated(returning(bad))).all()
-    np.testing.assert_allclose(updated(FALLING, 1), -0.25)
+        assert np.isnan(update_at(returning(bad))).all()
+    np.testing.assert_allclose(update_at(FALLING, 1), -0.25)
     for rate in (FALLING, lambda count: 0.5 - 0.25 * count, by_path({}, default=FALLING)):
-        assert np.isnan(updated(rate, 3)).all()
+        assert np.isnan(update_at(rate, 3)).all()
     g, decay = jnp.ones(2), adamjax.add_decayed_weights(FALLING)
     for count, expected in ((1, 0.25), (3, np.nan)):
         state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
@@ -734,11 +736,11 @@ def test_a_callable_that_returns_a_number_below_0_makes_nan():
 @pytest.mark.slow
 def test_a_number_that_is_below_0_only_by_rounding_counts_as_0():
     ending = optax.linear_schedule(0.1, 0.0, 1000)
-    used = jax.vmap(lambda t: updated(ending, t)[0])(jnp.arange(1001))
+    used = jax.vmap(lambda t: update_at(ending, t)[0])(jnp.arange(1001))
     assert np.all((used <= 0) & (used >= -0.1))
     for rate in (lambda count: -1e-7, lambda count: jnp.float32(-1e-6)):
-        assert not updated(rate).any()
-    assert np.isnan(updated(lambda count: -2e-6)).all()
+        assert not update_at(rate).any()
+    assert np.isnan(update_at(lambda count: -2e-6)).all()
 
 
 @pytest.mark.parametrize("make", [adamjax.adam, scale_by_learning_rate, adamjax.adamw])

@@ -44,7 +44,7 @@ from adamjax.leaves import (
     rounds_stochastically,
 )
 from adamjax.masking import masked, partition
-from adamjax.mesh import over_rows, split_like_rows
+from adamjax.mesh import run_on_own_rows, split_like_rows
 from adamjax.moments import accumulator
 from adamjax.paths import (
     checked_patterns,
@@ -555,7 +555,7 @@ class exact_rows(Transform):
             if table.num_rows == 0:
                 continue
             batch, columns = bound.batch_of(table), bound.columns(table)
-            flush_rows = over_rows(
+            flush_rows = run_on_own_rows(
                 owner, functools.partial(flushed, batch, stochastic), columns.weights, axis
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))

@@ -21,7 +21,7 @@ from benchmarks.train import checkpoints, data, model, report
 from benchmarks.train.checkpoints import Run
 from benchmarks.train.interruption import Interruption
 from benchmarks.train.options import ROWS, Config, UserError, resume_command
-from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all, on_one
+from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all_devices, on_one_device
 
 say = functools.partial(print, flush=True)
 
@@ -202,7 +202,7 @@ def _train(
     taken = len(run.losses)
     say("compiling the step ...")
     began = time.perf_counter()
-    run.params, run.state = on_all(mesh, (run.params, run.state))
+    run.params, run.state = on_all_devices(mesh, (run.params, run.state))
     step = train_step(config, tx, len(text.words), mesh)
     step = step.lower(run.params, run.state, batch(taken)).compile()
     compiled = time.perf_counter()
@@ -226,7 +226,7 @@ def _train(
         mininterval=0.2 if sys.stderr.isatty() else 10,
         disable=not processes.is_first,
     )
-    with processes.together(), bar:
+    with processes.raising_lost(), bar:
         for number in range(taken, config.steps):
             run.params, run.state, loss = step(run.params, run.state, batch(number))
             run.losses.append(round(float(loss), 6))
@@ -237,7 +237,7 @@ def _train(
             if processes.is_first and time.perf_counter() - last_saved >= options.save_every:
                 checkpoints.save(run)
                 last_saved = time.perf_counter()
-    run.params, run.state = on_one((run.params, run.state))
+    run.params, run.state = on_one_device((run.params, run.state))
     if not math.isfinite(run.losses[-1]):
         raise UserError(
             f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"

@@ -1,7 +1,7 @@
 """One of several processes: how it works with the others, and how it stops.
 
-Each runs the same program on the same arguments and comes to the same numbers. What they do
-together is to differentiate the batch of a step, each its share, and to agree when to stop.
+All run the same program with the same arguments, and get the same numbers. They share two things:
+in each step, every process differentiates its part of the batch; and they agree when to stop.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ _CONNECTION_WORDS = ("gloo", "nccl", "connection", "peer", "unavailable", "deadl
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes of a job, and which of them this is: the only one, unless it joined others.
+    """The processes of a job, and the number of this one. By default it is the only one.
 
-    The first reports and writes files; the others take part in what is computed, and agree.
+    Process 0 reports and writes files. The others only compute, and agree when to stop.
     """
 
     count: int = 1
@@ -48,16 +48,13 @@ class Processes:
         return Mesh(np.array(jax.devices()), (AXIS,))
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Around what needs all processes.
-
-        Raises:
-          Lost: one of them is gone.
-        """
+    def raising_lost(self) -> Iterator[None]:
+        """A context in which JAX's errors about an unreachable process become `Lost`."""
         try:
             yield
         except (jax.errors.JaxRuntimeError, ValueError) as error:
-            # On a CPU a broken connection is JAX's error or a ValueError of that name.
+            # On a CPU a broken connection raises one or the other. Only the words of the message
+            # tell it from other errors.
             text = str(error).lower()
             if self.count == 1 or not any(word in text for word in _CONNECTION_WORDS):
                 raise
@@ -70,12 +67,12 @@ class Processes:
             return row[None]
         from jax.experimental import multihost_utils
 
-        with self.together():
+        with self.raising_lost():
             return np.asarray(multihost_utils.process_allgather(row))
 
-    def any(self, here: bool) -> bool:
-        """Whether something is so in any process."""
-        return bool(self.gathered([here]).any())
+    def any(self, is_so_here: bool) -> bool:
+        """Whether something is so in any process; each says whether it is so in itself."""
+        return bool(self.gathered([is_so_here]).any())
 
     def agree(self, what: str, *values: object) -> None:
         """Raises a `UserError` unless all processes were given the same values."""
@@ -88,7 +85,7 @@ class Processes:
     def leave(self) -> None:
         """Leaves the job. All processes must call this at the same place; arrays stay usable."""
         if self.count > 1:
-            with self.together():
+            with self.raising_lost():
                 jax.distributed.shutdown()
 
 
@@ -96,24 +93,29 @@ ALONE = Processes()
 
 
 def join(coordinator: str, count: int, number: int) -> Processes:
-    """Waits until all have reached process 0 at HOST:PORT, before anything is computed."""
+    """Waits until all processes have reached process 0, whose HOST:PORT is the coordinator.
+
+    Call it before anything is computed.
+    """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host = coordinator.rpartition(":")[0]
     options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT}
     if host in ("127.0.0.1", "localhost"):
         options["coordinator_bind_address"] = coordinator
-        jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between
+        # JAX would warn if a proxy is set, but nothing on this machine is reached through one.
+        jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(coordinator, count, number, **options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--coordinator {coordinator}: {str(error).splitlines()[0]}") from None
-    # JAX has taken SIGTERM for itself.
+    # JAX has put a handler of its own in place of Python's, and Python does not know of it. Setting
+    # the handler that Python knows puts it back.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return Processes(count, number)
 
 
-def on_all(mesh: Mesh, tree: Any) -> Any:
-    """Arrays of this process as arrays of a mesh, whole on each of its devices."""
+def on_all_devices(mesh: Mesh, tree: Any) -> Any:
+    """This process' arrays as arrays of the mesh, each device of which has a whole copy."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def copied(x: Any) -> jax.Array:
@@ -123,6 +125,6 @@ def on_all(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(copied, tree)
 
 
-def on_one(tree: Any) -> Any:
-    """Arrays that are whole on each device, as arrays of one of this process' devices."""
+def on_one_device(tree: Any) -> Any:
+    """Arrays of which each device has a whole copy, as this process' first copies of them."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
