@@ -1762,16 +1762,20 @@ def test_a_schedule_of_a_keras_optimizer_that_is_not_known(keras):
     """It cannot be compared, but a constant rate is not it."""
     schedules, params = keras.optimizers.schedules, {"w": jnp.ones(3)}
 
-    class CosineDecay(schedules.CosineDecay):
+    class Broken(schedules.LearningRateSchedule):
         def __call__(self, step):
-            return 2 * super().__call__(step)
+            return self.rates[step]
 
-    for rate in (schedules.CosineDecayRestarts(0.1, 3), CosineDecay(0.1, 100), lambda: 0.1):
+    for rate in (lambda: 0.1, Broken()):
         optimizer = keras.optimizers.Adam(rate)
         optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
         with pytest.raises(ValueError, match=r"a learning rate that follows a schedule \(a "):
             convert.from_keras(optimizer, adamjax.adam(0.1), params)
         convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.1, 100)), params)
+    optimizer = keras.optimizers.Adam(lambda: 0.1)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.2"):
+        convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.2, 100)), params)
 
 
 def test_a_schedule_of_a_keras_optimizer_is_compared(keras):

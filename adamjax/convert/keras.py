@@ -164,7 +164,11 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
         rate(0)
     except Exception:  # It may be a function without arguments, or need a count of another type.
         note = "adamjax cannot compare it with a schedule of its own"
-        return {"unknown_schedule": (f"a {class_name(rate)}", note)}
+        unknown: Hyperparams = {"unknown_schedule": (f"a {class_name(rate)}", note)}
+        try:
+            return unknown | {"learning_rate": float(rate())}
+        except Exception:
+            return unknown
     return {"learning_rate": ForeignSchedule(rate)}
 
 
@@ -527,8 +531,8 @@ def from_keras(
       variables: one of:
 
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
-          and schedule (one of Keras' own) are compared as well, and in Keras 3 also which leaves
-          decay. (An optimizer of `keras.models.load_model` has forgotten which were excluded: call
+          and rate are compared as well, and in Keras 3 also which leaves decay. A schedule of your
+          own is called at some hundred counts up to a million. (An optimizer of `keras.models.load_model` has forgotten which were excluded: call
           its `exclude_from_weight_decay` again first.);
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in
