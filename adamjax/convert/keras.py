@@ -532,8 +532,9 @@ def from_keras(
 
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
           and rate are compared as well, and in Keras 3 also which leaves decay. A schedule of your
-          own is called at some hundred counts up to a million. (An optimizer of `keras.models.load_model` has forgotten which were excluded: call
-          its `exclude_from_weight_decay` again first.);
+          own is called at some hundred counts up to a million. (An optimizer of
+          `keras.models.load_model` has forgotten which leaves were excluded: call its
+          `exclude_from_weight_decay` again first.);
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in
           TensorFlow's Keras `v.name`), or a mapping of names to arrays;
