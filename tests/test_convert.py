@@ -4203,6 +4203,30 @@ def test_scalars_with_narrow_momentum_are_no_false_alarm():
 
 
 @pytest.mark.slow
+def test_scalars_beside_bfloat16_weights_are_no_false_alarm():
+    """optax clips them by a norm that it computes in bfloat16."""
+    params = {"w": jnp.ones((8, 8), jnp.bfloat16), "gain": jnp.ones(())}
+    theirs = micro_batches(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)), 2)
+    ours = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.01, eps=1e-8))
+    ours = adamjax.accumulate_gradients(ours, 2)
+    rng = np.random.default_rng(0)
+    for steps in (21, 22):
+        old = theirs.init(params)
+        for _ in range(steps):
+            grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+            old = theirs.update(grads, old, params)[1]
+        convert.from_optax(old, ours, params, optimizer=theirs)
+
+
+def test_a_b2_near_1_is_no_false_alarm():
+    theirs, ours = optax.adam(0.01, b2=0.99999), adamjax.adam(0.01, b2=0.99999, eps=1e-8)
+    convert.from_optax(steps_of(theirs, 30), ours, TWO, optimizer=theirs)
+    other = adamjax.adam(0.01, b2=0.99998, eps=1e-8)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(steps_of(theirs, 30), other, TWO, optimizer=theirs)
+
+
+@pytest.mark.slow
 def test_many_leaves_are_compared_in_few_calls():
     params = {str(i): jnp.ones(4) for i in range(40)}
     theirs, ours = optax.adam(LINEAR), adam_like_optax(LINEAR)

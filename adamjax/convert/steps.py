@@ -93,6 +93,7 @@ class _Comparison:
       steps: takes the steps.
       rtol: by leaf, how far its updates may be apart.
       has_narrow_slots: by leaf, whether some moment has fewer than 32 bits.
+      is_coarse: whether some leaf or moment has fewer than 32 bits.
       largest: by the size of weights and by leaf, optax' largest update so far.
       has_moved: by leaf, whether optax has moved it in a step so far.
     """
@@ -107,6 +108,8 @@ class _Comparison:
             if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
                 narrow.add(path)
         self.has_narrow_slots = np.array([path in narrow for path in self.steps.paths], bool)
+        are_narrow = map(_is_narrow, self.steps.params)
+        self.is_coarse = bool(np.any(self.has_narrow_slots)) or any(are_narrow)
         self.rtol = self._tolerances(rtol)
         num_leaves = len(self.steps.leaves)
         self.largest = {size: np.zeros(num_leaves) for size in _WEIGHTS}
@@ -120,10 +123,13 @@ class _Comparison:
         least = 0.0 if self.has_same_form else rtol
         params = self.steps.params
         are_narrow = [_is_narrow(p) for p in params]
-        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or np.any(self.has_narrow_slots) else 0.0
+        beside = _BESIDE_NARROW_RTOL * self.is_coarse
+        # optax rounds b2 to float32, so its 1 - b2 is off.
+        b2s = [float(part.tx.b2) for part in self.ours.parts if hasattr(part.tx, "b2")]
+        of_b2 = max((2.0**-24 / (1 - b2) for b2 in b2s if b2 < 1), default=0.0)
         of_leaf = []
         for p, is_narrow, slots in zip(params, are_narrow, self.has_narrow_slots, strict=True):
-            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL
+            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else max(_RTOL, of_b2)
             narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_narrow)
             of_leaf.append(max(least, usual, beside, narrow))
         ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in params]
@@ -283,7 +289,7 @@ class _Comparison:
         if not compared:
             return
         # An m that nearly cancels is rounded as coarsely as the larger one before.
-        usual = np.max([found.largest for _, found in compared], axis=0) * self.has_narrow_slots
+        usual = np.max([found.largest for _, found in compared], axis=0) * self.is_coarse
         for number, found in compared:
             self.has_moved |= found.largest > 0
             self.largest[size] = np.maximum(self.largest[size], found.largest)
