@@ -153,10 +153,11 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
     # Some variables can be called.
     if not callable(rate) or hasattr(rate, "assign"):
         rate = number_of(owner, "the learning rate", rate)
+        decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
         # In Nadam, this is the decay of its momentum.
-        is_of_rate = plain_name(type(optimizer).__name__) != "nadam"
-        decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0) * is_of_rate)
-        return {"learning_rate": inverse_time_decay(rate, 1, decay) if decay else rate}
+        if decay and plain_name(type(optimizer).__name__) != "nadam":
+            rate = inverse_time_decay(rate, 1, decay)
+        return {"learning_rate": rate}
     known = _schedule(rate)
     if known is not None:
         return {"learning_rate": known}

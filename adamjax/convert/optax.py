@@ -46,6 +46,14 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
             {x.in_accumulating and both_accumulate for x in skips if path in x.leaves}
             for skips in (theirs.skipping_transforms, our_skips)
         )
+        if they_skip_steps == {True}:  # and no micro-batches
+            theirs.doubts.append(
+                f"for the leaf {path!r}, apply_if_finite is inside MultiSteps, whose sum keeps a "
+                "NaN, so no later step moves the weights. In adamjax a run goes on after a NaN. If "
+                "gradients are always finite, put skip_not_finite inside accumulate_gradients, and "
+                "pass check=False"
+            )
+            return
         if they_skip_steps == we_skip_steps:
             continue
         if not they_skip_steps:
@@ -56,10 +64,7 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
             return
         what, mend = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
         if both_accumulate:
-            what, place = "micro-batches", "outside of"
-            if True in they_skip_steps:
-                what, place = "whole steps", "inside"
-            mend = f"put skip_not_finite {place} accumulate_gradients"
+            what, mend = "micro-batches", "put skip_not_finite outside of accumulate_gradients"
         theirs.doubts.append(
             f"optax skips {what} of the leaf {path!r} with gradients that are not finite "
             f"(apply_if_finite), and tx does not do the same: {mend}"

@@ -1,4 +1,4 @@
-"""Which transforms follow a schedule, and at which counts two schedules are compared."""
+"""Schedules of other libraries, and at which counts two schedules are compared."""
 
 import math
 from typing import Any

@@ -29,6 +29,7 @@ from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
 from adamjax.structure import rule_slots, slot_states, states_of_class
+from adamjax.transform import Rule
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 
@@ -53,6 +54,8 @@ _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
 # parameters, also the norm that scales the leaves beside them.
 _RTOL, _RTOL64 = 3e-4, 1e-5
 _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
+# How much of the rounding of b2 is allowed besides.
+_MOST_OF_B2 = 2e-3
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
 # Later counts are compared one by one until the first of these, then in steps of 3% until the
@@ -93,8 +96,8 @@ class _Comparison:
       steps: takes the steps.
       rtol: by leaf, how far its updates may be apart.
       has_narrow_slots: by leaf, whether some moment has fewer than 32 bits.
-      is_coarse: whether some leaf or moment has fewer than 32 bits.
       largest: by the size of weights and by leaf, optax' largest update so far.
+      largest_here: the same since the states where the present steps start, with their rates.
       has_moved: by leaf, whether optax has moved it in a step so far.
     """
 
@@ -108,11 +111,10 @@ class _Comparison:
             if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
                 narrow.add(path)
         self.has_narrow_slots = np.array([path in narrow for path in self.steps.paths], bool)
-        are_narrow = map(_is_narrow, self.steps.params)
-        self.is_coarse = bool(np.any(self.has_narrow_slots)) or any(are_narrow)
         self.rtol = self._tolerances(rtol)
         num_leaves = len(self.steps.leaves)
         self.largest = {size: np.zeros(num_leaves) for size in _WEIGHTS}
+        self.largest_here = {size: np.zeros(num_leaves) for size in _WEIGHTS}
         self.has_moved = np.zeros(num_leaves, bool)
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._advance = jax.jit(self._advanced)
@@ -123,13 +125,12 @@ class _Comparison:
         least = 0.0 if self.has_same_form else rtol
         params = self.steps.params
         are_narrow = [_is_narrow(p) for p in params]
-        beside = _BESIDE_NARROW_RTOL * self.is_coarse
-        # optax rounds b2 to float32, so its 1 - b2 is off.
-        b2s = [float(part.tx.b2) for part in self.ours.parts if hasattr(part.tx, "b2")]
-        of_b2 = max((2.0**-24 / (1 - b2) for b2 in b2s if b2 < 1), default=0.0)
+        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or np.any(self.has_narrow_slots) else 0.0
+        rules = [part.tx for part in self.ours.parts if isinstance(part.tx, Rule)]
+        of_b2 = max((_rounding_of_b2(float(rule.b2)) for rule in rules), default=0.0)
         of_leaf = []
         for p, is_narrow, slots in zip(params, are_narrow, self.has_narrow_slots, strict=True):
-            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else max(_RTOL, of_b2)
+            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL + of_b2
             narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_narrow)
             of_leaf.append(max(least, usual, beside, narrow))
         ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in params]
@@ -146,6 +147,7 @@ class _Comparison:
         unmoved = ~self.has_moved
         for start, steps in counts:
             before = self.has_moved.copy()
+            self._forget_largest_here()
             size = _WEIGHTS[steps % 2]
             self._expect_same(start, self._states(steps, rule_as_it_is), size, self._later_steps())
             if np.any(unmoved & self.has_moved & ~before):
@@ -154,6 +156,7 @@ class _Comparison:
 
     def _compare_at(self, steps: int, start: str) -> None:
         """Compares many steps of the states when the schedules are this number of steps later."""
+        self._forget_largest_here()
         usual = self.steps.usual
         ones = np.ones(len(usual))
         states = self._states(steps, rule_as_it_is)
@@ -277,6 +280,9 @@ class _Comparison:
                 for _, found in self.steps.take(states, size, [step]):
                     self.largest[size] = np.fmax(self.largest[size], found.largest)
 
+    def _forget_largest_here(self) -> None:
+        self.largest_here = {size: np.zeros_like(x) for size, x in self.largest_here.items()}
+
     def _expect_same(
         self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[Step]
     ) -> None:
@@ -288,13 +294,14 @@ class _Comparison:
             compared.append((number, found))
         if not compared:
             return
-        # An m that nearly cancels is rounded as coarsely as the larger one before.
-        usual = np.max([found.largest for _, found in compared], axis=0) * self.is_coarse
+        here = [self.largest_here[size], *(found.largest for _, found in compared)]
+        self.largest_here[size] = largest_here = np.max(here, axis=0)
         for number, found in compared:
             self.has_moved |= found.largest > 0
             self.largest[size] = np.maximum(self.largest[size], found.largest)
-            bound = self.rtol * np.maximum(found.largest, usual)
-            is_close = found.apart <= bound + _ROUNDING * self.largest[size]
+            # An update whose terms nearly cancel is as inaccurate as the terms: a momentum of
+            # gradients of both signs, or a momentum and a weight decay.
+            is_close = found.apart <= self.rtol * largest_here + _ROUNDING * self.largest[size]
             if not np.all(is_close):  # or NaN
                 leaf = int(np.argmin(is_close))
                 a, b = found.farthest(leaf)
@@ -305,6 +312,15 @@ class _Comparison:
                     "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
                     "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
+
+
+def _rounding_of_b2(b2: float) -> float:
+    """By how much optax' updates are off because it rounds b2, and so 1 - b2, to float32."""
+    if b2 == 1:
+        return 0.0
+    off = abs((1 - float(np.float32(b2))) / (1 - b2) - 1)
+    # A larger difference is refused. The root of v is off by half as much as v.
+    return min(off, _MOST_OF_B2)
 
 
 def _is_negative(tx: Any, count: int) -> bool:
