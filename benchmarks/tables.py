@@ -312,7 +312,7 @@ def rows(results: Results) -> str:
 
 def _how_rows_were_measured(results: Results) -> str:
     text = f"{origin(results)} Cases that are only in the section's last table were measured in "
-    text += f"{results['grid_rounds']} rounds."
+    text += f"one run of {results['grid_rounds']} rounds."
     if alone := sum(not row["in_turn"] for row in results["times"]):
         text += f" In {alone} cases the embedding tables of all contenders did not fit in memory "
         text += "together, so the contenders ran one after another."

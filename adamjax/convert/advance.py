@@ -1,4 +1,4 @@
-"""Makes states from which steps are compared, with other counts of schedules and of rules."""
+"""Makes copies of states with other counts. The steps that are compared start from these."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

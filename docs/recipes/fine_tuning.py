@@ -1,4 +1,4 @@
-"""Fine-tune a model with adapters: bfloat16 weights, rates by pattern, and all the wrappers.
+"""Fine-tune a model with adapters: bfloat16 weights, rates by pattern, and four wrappers.
 
 The base is frozen: the loss gets it as another argument, so it has no gradients and no state. The
 adapters are float32. The scale of the normalization is bfloat16, with a float32 copy in the state.
