@@ -114,10 +114,10 @@ def sentences(results: Results) -> list[str]:
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**After the loss has read a row, the row makes up its missed movement, which is "
-        "computed with the v of this step (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**After the loss has read a row, the row makes up its missed movement, which is "
-        "computed with the v of the row's last read (HugeCTR's LazyGlobal)**, against dense",
+        "counted": "**After the loss has read a row, the row makes up its missed movement, which "
+        "is computed with the v of this step (caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**After the loss has read a row, the row makes up its missed movement, which "
+        "is computed with the v of the row's last read (HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
