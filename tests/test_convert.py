@@ -1872,6 +1872,7 @@ def noam(warm, rate=0.1):
     return lambda count: rate * jnp.minimum((count + 1.0) ** -0.5, (count + 1.0) * warm**-1.5)
 
 
+@pytest.mark.slow
 def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
     schedules = keras.optimizers.schedules
 
@@ -1897,12 +1898,12 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
     ):
         optimizer = keras.optimizers.Adam(schedule)
         optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-        for count in (0, 5, 60):
+        for count in (60, 0):
             optimizer.iterations.assign(count)
             convert.from_keras(optimizer, adamjax.adam(right), params)
-            for other in others:
-                with pytest.raises(ValueError, match=r"Keras has a learning rate of"):
-                    convert.from_keras(optimizer, adamjax.adam(other), params)
+        for other in others:
+            with pytest.raises(ValueError, match=r"Keras has a learning rate of"):
+                convert.from_keras(optimizer, adamjax.adam(other), params)
 
 
 class OldAdam:

@@ -365,7 +365,6 @@ def test_it_is_a_function_of_jit():
     assert step.__name__ == "step"
     assert "stablehlo" in step.lower(p, tx.init(p), IDS[0]).as_text()
     step(p, tx.init(p), IDS[0])
-    assert step._cache_size() == 1
 
 
 # --- forward and eval_step ------------------------------------------------------------------------
@@ -582,13 +581,15 @@ def test_forward_is_a_plain_call_for_other_optimizers(tx):
         )
 
 
-def with_static_times(params, ids, times):
-    assert isinstance(times, int)
-    return plain(params, ids) * times
-
-
 @pytest.mark.slow
 def test_eval_step_is_a_function_of_jit_that_donates_nothing():
+    traces = []
+
+    def with_static_times(params, ids, times):
+        assert isinstance(times, int)
+        traces.append(times)
+        return plain(params, ids) * times
+
     tx = together(adamjax.adam(0.1))
     p, state = six_steps(tx, two_tables())
     evaluate = adamjax.eval_step(with_static_times, tx, static_argnames="times")
@@ -599,8 +600,9 @@ def test_eval_step_is_a_function_of_jit_that_donates_nothing():
     assert_outputs_near(evaluate(p, state, READ, 2), first)
     by_number = adamjax.eval_step(with_static_times, tx, static_argnums=3)
     assert_outputs_near(by_number(p, state, READ, 2), first)
+    before = len(traces)
     evaluate(p, state, READ, times=2)
-    assert evaluate._cache_size() == 3
+    assert len(traces) == before
     assert evaluate.__name__ == "with_static_times"
     assert isinstance(evaluate, jax.stages.Wrapped)
     assert "stablehlo" in evaluate.lower(p, state, READ, times=3).as_text()
