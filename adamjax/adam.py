@@ -77,8 +77,8 @@ def _check_fields(rule: Any, default_epsilon: str) -> None:
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
-            f"{type(rule).__name__}: give eps_hat (outside the bias correction) or eps (inside), "
-            f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
+            f"{type(rule).__name__}: give eps_hat (added to the uncorrected root) or eps (added to "
+            f"the bias-corrected root), not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
         rule.set_fields(**{default_epsilon: 1e-7})
