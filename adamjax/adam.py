@@ -30,14 +30,14 @@ from adamjax.moments import (
     averaging,
     complement,
     correction,
-    counted,
-    divisor,
     magnitude,
     next_count,
+    positive_epsilon,
     ranged,
     root,
     scalar,
     square,
+    step_number,
     widened_dtype,
 )
 from adamjax.paths import flatten
@@ -77,8 +77,8 @@ def _check_fields(rule: Any, default_epsilon: str) -> None:
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
-            f"{type(rule).__name__}: give eps_hat (outside the bias correction) or eps (inside), "
-            f"not both; got eps_hat={eps_hat!r} and eps={eps!r}"
+            f"{type(rule).__name__}: give eps_hat (added to the uncorrected root) or eps (added to "
+            f"the bias-corrected root), not both; got eps_hat={eps_hat!r} and eps={eps!r}"
         )
     if eps_hat is None and eps is None:
         rule.set_fields(**{default_epsilon: 1e-7})
@@ -215,7 +215,7 @@ def _scalars(
     Args:
       momentum_product: for Nadam, the product of the momenta up to this step; else `None`.
     """
-    t = counted(count, real)
+    t = step_number(count, real)
     root_correction = jnp.sqrt(correction(rule.b2, t))
     c_g = None
     if momentum_product is None:
@@ -227,10 +227,12 @@ def _scalars(
         c_m = root_correction * next_momentum / (1 - product * next_momentum)
         c_g = root_correction * complement_of_momentum / (1 - product)
     if rule.eps is None:
-        c_eps = divisor(rule.eps_hat, real)
+        c_eps = positive_epsilon(rule.eps_hat, real)
     else:
         # XLA flushes numbers below the smallest normal one to 0.
-        c_eps = jnp.maximum(divisor(rule.eps, real) * root_correction, jnp.finfo(real).tiny)
+        c_eps = jnp.maximum(
+            positive_epsilon(rule.eps, real) * root_correction, jnp.finfo(real).tiny
+        )
     return _Scalars(averaging(rule.b1, real), averaging(rule.b2, real), c_m, c_g, c_eps)
 
 
@@ -382,7 +384,7 @@ class scale_by_adam(_Moments):
         if not self.nesterov:
             return None
         product = state.momentum_product
-        momentum, _ = _momentum(self.b1, counted(state.count, product.dtype))
+        momentum, _ = _momentum(self.b1, step_number(state.count, product.dtype))
         return product * momentum
 
     def check_state(self, state: Any) -> None:
@@ -586,7 +588,7 @@ class scale_by_adamax(_Moments):
         return _coast(self, self.b2, size="u", squared=False, decaying="u")
 
     def momentum_coefficient(self, state: Any, real: Any) -> Any:
-        return 1 / correction(self.b1, counted(state.count, real))
+        return 1 / correction(self.b1, step_number(state.count, real))
 
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScaleByAdamaxState)
@@ -600,7 +602,7 @@ class scale_by_adamax(_Moments):
                 average_m=averaging(self.b1, real),
                 average_u=averaging(self.b2, real),
                 c_m=self.momentum_coefficient(state, real),
-                c_eps=divisor(self.eps, real),
+                c_eps=positive_epsilon(self.eps, real),
             )
 
         updates, m, u = lift(

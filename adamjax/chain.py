@@ -62,9 +62,10 @@ class chain(Transform):
 
     Between adamjax's transforms updates are in float32 or wider. They are rounded to the gradients'
     dtype once, at the end, unless the last part is `master_weights`, whose updates stay float32.
-    Other libraries' transforms and `weight_ema` get updates in the gradients' dtype. A chain within
-    a chain is replaced by its parts. The state is the tuple of the parts' states. Extra arguments
-    of `update` go to every part; other libraries' functions get only those that they take.
+    Other libraries' transforms, `weight_ema`, `exact_rows` and `master_weights` get updates in the
+    gradients' dtype. A chain within a chain is replaced by its parts. The state is the tuple of the
+    parts' states. Extra arguments of `update` go to every part; other libraries' functions get only
+    those that they take.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
@@ -135,7 +136,9 @@ class chain(Transform):
             if is_done:
                 is_done = False
             elif tx.has_foreign or tx.must_be_last:
-                # An average of weights must see the rounded updates.
+                # The weights must move by exactly the updates that a transform which must be last
+                # returns, so updates are rounded before it and not after. And the state of another
+                # library's transform may take on the dtype of its updates.
                 updates = cast(updates, own)
                 updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
             elif _gives_factors(tx):

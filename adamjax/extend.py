@@ -1,9 +1,10 @@
 """What you need to write a rule or another transform of your own.
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
-rule is best written with a function of arrays, `(scalars, g, *slots) -> (u, *slots)`, which `lift`
-applies to trees. `lift` checks all trees before anything is computed, passes over `None` and
-integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
+rule is best written with a function of arrays, `(c, g, *slots) -> (u, *slots)`, which `lift`
+applies to trees. `c` is what `scalars(dtype)` returns, the numbers of this step; `g` is the
+gradient, `u` the update. `lift` checks all trees before anything is computed, passes over `None`
+and integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
 dtype. `adamjax.testing.check` tests the transform. Momentum, as an example (only `exact_rows` needs
 its `coast` and `momentum_coefficient`):
 
@@ -68,7 +69,8 @@ Fields:
 - `static`: a field that is no leaf of the transform's tree, for flags, names and dtypes.
 - `Number`: the type of a hyperparameter. A Python float is a compile-time constant, an array is
   data. `Rate`: the type of a rate, which is a number, a function of the count, or `by_path`.
-  `Rows`: the type of `rows=`, which is "dense" or "lazy" (in `lift` also "whole").
+  `Rows`: the type of `rows=`, which is "dense" or "lazy". (In `lift` also "whole": the function is
+  not elementwise and gets a `RowGradient` as it is.)
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
 - `as_rate` returns a checked rate, for `self.set_fields` in `__post_init__`; `rate_at` returns the
@@ -78,7 +80,7 @@ States:
 
 - `transform_state`: declares a named tuple and its slots, which `get_slot` and `exact_rows` see.
 - `new_slots`: a tree of one new array for each floating leaf.
-- `next_count`: the count after this step. `counted`: the number of this step, 1 for the first.
+- `next_count`: the count after this step. `step_number`: the number of this step, 1 for the first.
 - `expect_state` refuses a state of another transform; `expect_empty`, any state but `()`;
   `expect_wide`, slots that were cast to fewer bits.
 
@@ -93,7 +95,8 @@ Arithmetic, on arrays and in float32 at least:
 
 - `Recurrence`: a function for `lift` that computes the new slots, and the update from them.
 - `accumulator`: the real dtype to compute in. `widen` casts an array to it.
-- `scalar`: a hyperparameter in that dtype. `divisor`: an epsilon in that dtype.
+- `scalar`: a hyperparameter in that dtype. `positive_epsilon`: an epsilon in that dtype, for a
+  division whose divisor could otherwise be 0.
 - `averaging`: an exponential average, `(old, new)`. `correction`: its bias correction.
 - `root`: the square root, with the derivative 0 at 0. `square`: `|x|**2`, also of complex numbers.
 - `Coast`: how a rule moves rows that have no gradient.
@@ -127,12 +130,12 @@ from adamjax.moments import (
     accumulator,
     averaging,
     correction,
-    counted,
-    divisor,
     next_count,
+    positive_epsilon,
     root,
     scalar,
     square,
+    step_number,
     widen,
 )
 from adamjax.paths import flatten, leaf_paths
@@ -168,8 +171,6 @@ __all__ = [
     "as_rate",
     "averaging",
     "correction",
-    "counted",
-    "divisor",
     "expect_empty",
     "expect_state",
     "expect_wide",
@@ -181,11 +182,13 @@ __all__ = [
     "new_slots",
     "next_count",
     "no_scalars",
+    "positive_epsilon",
     "rate_at",
     "root",
     "scalar",
     "square",
     "static",
+    "step_number",
     "times",
     "transform_state",
     "widen",

@@ -25,18 +25,18 @@ __all__ = [
     "barrier",
     "complement",
     "correction",
-    "counted",
-    "divisor",
     "expect_scalar",
     "is_signed",
     "magnitude",
     "next_count",
+    "positive_epsilon",
     "promoted",
     "ranged",
     "root",
     "saturated",
     "scalar",
     "square",
+    "step_number",
     "stepped",
     "widen",
     "widened_dtype",
@@ -90,9 +90,9 @@ def scalar(value: Number, real: Any) -> Any:
 def ranged(value: Number, allowed: Range) -> Any:
     """A hyperparameter, if it is in its range.
 
-    A Python number outside its range is refused: `jax.tree.map` may have put it there. An array may
-    be traced, or set since its range was checked. It becomes float32 or wider, and NaN if its value
-    is outside.
+    A Python number outside its range is refused: `jax.tree.map` may have put it into the field
+    without a check. An array may be traced, or set since its range was checked. It becomes float32
+    or wider, and NaN if its value is outside.
     """
     if not is_array(value):
         if not allowed.holds(value):
@@ -103,7 +103,7 @@ def ranged(value: Number, allowed: Range) -> Any:
     return jnp.where(allowed.holds(x), x, jnp.nan)
 
 
-def divisor(value: Number, real: Any) -> Any:
+def positive_epsilon(value: Number, real: Any) -> Any:
     """An epsilon in the accumulator dtype, for a division whose divisor could otherwise be 0.
 
     A Python number 0.0 stays 0, so check it with `POSITIVE` before. An array may be traced, or set
@@ -117,7 +117,8 @@ def divisor(value: Number, real: Any) -> Any:
 def as_count(name: str, value: Number, dtype: Any) -> Any:
     """A hyperparameter that counts steps, in the dtype of the count that it is compared with.
 
-    An array that is traced or set is not checked: a value outside that dtype becomes its limit.
+    Of an array, only the shape and the dtype are checked: a value outside `dtype` becomes the
+    nearest limit of `dtype`.
     """
     if not is_array(value):
         return np.asarray(value, dtype)
@@ -140,7 +141,7 @@ def saturated(x: chex.Array, dtype: Any) -> chex.Array:
 
 
 def expect_scalar(name: str, value: Any) -> None:
-    """Refuses a hyperparameter that is no scalar, such as many values for `vmap` outside of it."""
+    """Refuses a hyperparameter that is no scalar, such as values for `vmap` used without it."""
     if np.ndim(value) != 0:
         raise ValueError(
             f"{name} is an array of shape {np.shape(value)}, expected a scalar; to use many values "
@@ -148,7 +149,7 @@ def expect_scalar(name: str, value: Any) -> None:
         )
 
 
-def counted(count: chex.Array, real: Any) -> chex.Array:
+def step_number(count: chex.Array, real: Any) -> chex.Array:
     """The number of this step as a float, 1 for the first."""
     return count.astype(real) + 1
 
@@ -162,10 +163,10 @@ class Average(NamedTuple):
     """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
 
     It is computed as a step from the number that weighs more towards the other. So the average of
-    equal numbers is that number, and that of zeros is zero. The weight of the step has two parts: a
-    float and its rounding error. In float32, 0.999 * old + 0.001 * new with rounded factors is off
-    by 1.3e-8 of `old` in each step, always in the same direction; so by 1.3e-5 after 1 / (1 - b)
-    steps.
+    equal numbers is that number, and that of zeros is zero. With two rounded factors, 0.999 * old +
+    0.001 * new would be off by 1.3e-8 of `old` in each step in float32, always in the same
+    direction; so by 1.3e-5 after 1 / (1 - b) steps. If the rounding of the weight matters, the
+    weight has a second part, its rounding error.
     """
 
     weight: Any
@@ -209,7 +210,8 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
 class Recurrence:
     """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
 
-    Its functions see arrays of the accumulator dtype.
+    `c` is the step's scalars, as `lift`'s argument `scalars` makes them; `g` is the gradient, `u`
+    the update. Its functions see arrays of the accumulator dtype.
 
     Attributes:
       moments: `(c, g, *slots) -> new_slots`. If `last` is given, `moments` neither takes nor
@@ -224,9 +226,9 @@ class Recurrence:
     last: Callable[..., chex.Array] | None = None
 
     def __call__(self, c: Any, g: chex.Array, *slots: chex.Array) -> tuple[chex.Array, ...]:
-        return self.stored(c, g, slots)
+        return self.update_and_slots(c, g, slots)
 
-    def stored(
+    def update_and_slots(
         self, c: Any, g: chex.Array, slots: Sequence[chex.Array], key: Any = None, rows: Any = None
     ) -> tuple[chex.Array, ...]:
         """The update in the gradient's dtype, and the new slots in the dtypes of the old ones.
@@ -257,7 +259,8 @@ class Recurrence:
             if any(isinstance(x, Scaled8) for x in targets):
                 # The largest number of a block must be known before its elements are encoded. If
                 # the numbers were computed once, XLA would keep them all as floats until then. So
-                # they are computed twice, from arrays that XLA takes for others.
+                # they are computed twice. The inputs of one computation are behind an optimization
+                # barrier, so that XLA does not merge the two.
                 again = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
                 exponents = block_exponents(function(*again), targets)
             for x, slot, e in zip(new, targets, exponents, strict=True):
@@ -301,7 +304,10 @@ def correction(b: Number, t: chex.Array) -> chex.Array:
 
 
 def complement(b: Number, real: Any) -> Any:
-    """`1 - b` of a decay, computed in its own dtype and rounded once; NaN outside of [0, 1)."""
+    """`1 - b` of a decay, computed in its own dtype and rounded once.
+
+    An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
+    """
     return scalar(1 - ranged(b, BETA), real)
 
 
@@ -334,7 +340,7 @@ def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> 
     """The parameter after its update: the sum in float32 or wider, rounded once to its dtype.
 
     Args:
-      key, rows: where a bfloat16 is to be rounded stochastically, as for `write_slot`.
+      key, rows: as for `write_slot`. With a key, a bfloat16 parameter is rounded stochastically.
     """
     real = accumulator(p.dtype, u.dtype)
     return write_slot(widen(p, real) + widen(u, real), p.dtype, key, 0, rows)

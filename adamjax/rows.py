@@ -612,7 +612,7 @@ def run_rule(
       rows: the indices of the array's rows in their table; `None` if the array is a whole leaf.
     """
     if isinstance(rule, Recurrence):
-        return rule.stored(c, g, slots, key, rows)
+        return rule.update_and_slots(c, g, slots, key, rows)
     u, *new = rule(c, g, *_floats(slots), *reads)
     return u, *write_slots(new, slots, key, rows)
 

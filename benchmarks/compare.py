@@ -19,10 +19,12 @@ from benchmarks.tables import Results, machine, origin
 ENOUGH = 5
 TOO_FEW = "beyond the noise, but of too few rounds"
 
-# Parts of a figure's name that say what more of it means.
+# If one of these is a part of a figure's name, a larger value is slower (`SLOWER`) or faster
+# (`FASTER`).
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
-# What is no figure, but how it was measured. (A sitting starts all processes anew.)
+# Keys that say how a suite was measured, and so are not compared. (Each of the `sittings` starts
+# all processes anew.)
 ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 
 
@@ -31,7 +33,7 @@ class Figure:
     """A value in a suite's results."""
 
     name: tuple[str, ...]  # where it stands, from the outside in
-    value: Any  # the median if it has a spread; or True, False or a text
+    value: Any  # the median if it has a spread, else a number, True, False or a text
     quartiles: tuple[float, float] | None = None
     rounds: int = 0  # how often it was measured; 0 if that is not known
 
@@ -55,7 +57,8 @@ def loaded(path: Path) -> Results:
 
 def _identity(row: dict[str, Any]) -> str:
     """What distinguishes a row of a list from the others: its texts."""
-    # Without advice for readers (`theirs`), and without texts that are part of another one.
+    # Without `theirs` (in the suite `differences`, how to get the numbers of others with adamjax),
+    # and without texts that are part of an earlier one.
     texts: list[str] = []
     for key, x in row.items():
         if isinstance(x, str) and key != "theirs" and not any(x in y for y in texts):
@@ -68,9 +71,9 @@ def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
         if {"median", "q25", "q75"} <= node.keys():
             yield Figure(name, node["median"], (node["q25"], node["q75"]), rounds)
             return
-        # At the top, `rounds` was multiplied by the sittings already, and texts are figures. Below,
-        # texts are in the names of rows.
+        # The argument `rounds` includes all sittings; the key `rounds` at the top does not.
         rounds = node.get("rounds", rounds) if name else rounds
+        # A text at the top is a figure; a text of a row is in the row's name (`_identity`).
         for key, x in node.items():
             if key not in ABOUT and not (isinstance(x, str) and name):
                 yield from _walk(x, (*name, key), rounds)
@@ -85,7 +88,7 @@ def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
 
 
 def figures(results: Results) -> dict[tuple[str, ...], Figure]:
-    """All figures of a suite's results, whatever its shape, by name."""
+    """The figures of a suite's results, by name; of a list of numbers, only the last."""
     rounds = results.get("rounds", 0) * results.get("sittings", 1)
     return {figure.name: figure for figure in _walk(results, (), rounds)}
 
@@ -107,7 +110,7 @@ def verdict(a: Figure, b: Figure) -> str:
 
 
 def _factor(a: Any, b: Any) -> float:
-    """b by a; 1 where that means nothing."""
+    """b divided by a; 1 where that means nothing."""
     if isinstance(a, bool | str) or isinstance(b, bool | str) or not (a and b and b / a > 0):
         return 1.0
     return b / a

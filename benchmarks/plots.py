@@ -9,7 +9,7 @@ from benchmarks.tables import main_rows
 
 # What a plot shows, by the end of its file's name.
 CAPTIONS = {
-    "limit": "What steps reach of the limit that the memory's bandwidth sets: 1 is all of it. "
+    "limit": "The speed of steps as a fraction of the fastest that the memory's bandwidth allows. "
     "Above 1, arrays stay in a cache from one step to the next.",
     "rows": "One Adam step by the table's size: lines that stay low do not pay for the rows that "
     "nobody read.",
@@ -28,7 +28,7 @@ LINES: dict[str, tuple[str, str, str, float]] = {
 
 
 def limit(results: Mapping[str, Any]) -> Any:
-    """What steps reach of the bandwidth's limit."""
+    """The speed of steps as a fraction of the fastest that the memory's bandwidth allows."""
     from matplotlib.figure import Figure
 
     bars: list[tuple[str, dict[str, float], str]] = []
@@ -48,12 +48,13 @@ def limit(results: Mapping[str, Any]) -> Any:
         return None
     figure = Figure(figsize=(8, 0.32 * len(bars) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for i, (_, share, colour) in enumerate(bars[::-1]):
-        around = [[share["median"] - share["q25"]], [share["q75"] - share["median"]]]
-        axes.barh(i, share["median"], color=colour, alpha=0.75, xerr=around, capsize=2)
+    for i, (_, fraction, colour) in enumerate(bars[::-1]):
+        median = fraction["median"]
+        around = [[median - fraction["q25"]], [fraction["q75"] - median]]
+        axes.barh(i, median, color=colour, alpha=0.75, xerr=around, capsize=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars[::-1]])
-    axes.set_xlabel("of the limit that the bandwidth sets")
+    axes.set_xlabel("fraction of the bandwidth's limit")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -62,30 +63,31 @@ def rows(results: Mapping[str, Any]) -> Any:
     """Time against the table's size, for the main case's width and batch."""
     from matplotlib.figure import Figure
 
-    table = results.get("rows", {}).get("times")
-    if not table:
+    cases = results.get("rows", {}).get("times")
+    if not cases:
         return None
     main = main_rows(results["rows"])[0]
-    table = [r for r in table if (r["width"], r["reads"]) == (main["width"], main["reads"])]
-    kinds = sorted({row["indices"] for row in table}, reverse=True)
+    cases = [c for c in cases if (c["width"], c["reads"]) == (main["width"], main["reads"])]
+    kinds = sorted({case["indices"] for case in cases}, reverse=True)
     figure = Figure(figsize=(3.1 * len(kinds) + 3.2, 3.5), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for kind, axes in zip(kinds, panels, strict=True):
-        kind_rows = sorted((r for r in table if r["indices"] == kind), key=lambda row: row["rows"])
+        kind_cases = [case for case in cases if case["indices"] == kind]
+        kind_cases.sort(key=lambda case: case["rows"])
         for name, (_, colour, marker, thick) in LINES.items():
-            points = [(r["rows"], r["ms"][name]["median"]) for r in kind_rows if name in r["ms"]]
+            points = [(c["rows"], c["ms"][name]["median"]) for c in kind_cases if name in c["ms"]]
             if points:
                 style = {"color": colour, "marker": marker, "linewidth": thick}
                 (handles[name],) = axes.plot(*zip(*points, strict=True), **style)
         axes.set(xscale="log", yscale="log", title=f"{main['reads']:,} indices, {kind}")
-        sizes = [row["rows"] for row in kind_rows]
+        sizes = [case["rows"] for case in kind_cases]
         axes.set_xticks(sizes, [short(x) for x in sizes])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.grid(alpha=0.3)
     # The legend, at the right, lists the lines from the highest right end to the lowest.
-    last = max(table, key=lambda row: row["rows"])["ms"]
+    last = max(cases, key=lambda case: case["rows"])["ms"]
     order = sorted((n for n in handles if n in last), key=lambda n: -last[n]["median"])
     figure.supxlabel(f"rows of the table (float32, {main['width']} columns)")
     figure.supylabel("ms a step")

@@ -112,12 +112,12 @@ def _speed(results: Results) -> Iterator[str]:
 
 
 def _limits(results: Results) -> Iterator[str]:
-    """What steps reach of the bandwidth, and what memory they need."""
+    """How close steps come to the limit of the memory's bandwidth, and what memory they need."""
     suites = [suite for suite in ("dense", "rows") if suite in results]
     if missing := [suite for suite in suites if "bandwidth" not in results[suite]]:
         yield (
-            f"What steps reach of the memory's bandwidth is not measured ({' and '.join(missing)}: "
-            "these results are older than that measurement)."
+            "How close steps come to the limit of the memory's bandwidth is not measured "
+            f"({' and '.join(missing)}: these results are older than that measurement)."
         )
     for suite in [suite for suite in suites if suite not in missing]:
         speed = f"{results[suite]['bandwidth']['median'] / 1e9:.1f}"

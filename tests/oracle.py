@@ -97,13 +97,22 @@ def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
 
 @dataclass(frozen=True)
 class Variant:
-    """How a case departs from the defaults; the names are adamjax's."""
+    """How a case departs from betas 0.9 and 0.999, epsilon 1e-7 and a rate of 0.05.
+
+    The names are adamjax's, but for these:
+
+    Attributes:
+      rate_decay: the option `decay` of legacy optimizers, by which the rate falls.
+      schedule: whether the rate is an `inverse_time_decay`.
+      clips: transforms, in order.
+      accumulate: how many micro-batches make a step.
+    """
 
     learning_rate: float = 0.05
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-7
-    decay: float = 0.0
+    rate_decay: float = 0.0
     schedule: bool = False
     clips: tuple = ()
     weight_decay: float | None = None
@@ -115,10 +124,11 @@ class Variant:
 BY_VALUE = adamjax.clip_by_value(0.3)
 BY_NORM = adamjax.clip_by_norm(0.5)
 
+# `default` is a rate of 0.001, which is Keras' default.
 VARIANTS = {
     "default": Variant(learning_rate=0.001),
     "hyper": Variant(b1=0.8, b2=0.95, eps=1e-3),
-    "decay": Variant(decay=0.25),
+    "decay": Variant(rate_decay=0.25),
     "sched": Variant(schedule=True),
     "clipvalue": Variant(learning_rate=0.01, clips=(BY_VALUE,)),
     "clipnorm": Variant(learning_rate=0.01, clips=(BY_NORM,)),
@@ -130,7 +140,7 @@ VARIANTS = {
     "accum": Variant(accumulate=2),
 }
 
-# Why cases of the system k3jax and the variant emafreq are skipped.
+# Why the cases of the system k3jax with the variant emafreq are skipped.
 WHY_NOT_K3JAX_EMAFREQ = (
     "Keras 3 starts its average from the weights after step 1, not from the initial ones, "
     "and writes it into the weights at step 3"
@@ -187,7 +197,7 @@ class Oracle:
 
 
 def rounded(x):
-    """A hyperparameter as a system sees it that keeps it in float32."""
+    """The value that a hyperparameter has in a system that keeps it in float32."""
     return float(np.float32(x))
 
 
@@ -195,14 +205,14 @@ def learning_rate(system, variant):
     """The variant's rate, with the roundings of the system."""
     rate = rounded(variant.learning_rate)
     if system == "multilr":
-        decayed = adamjax.inverse_time_decay(rounded(0.02), 1, variant.decay)
+        decayed = adamjax.inverse_time_decay(rounded(0.02), 1, variant.rate_decay)
         return adamjax.by_path(
-            [("^bert", decayed)], default=adamjax.inverse_time_decay(rate, 1, variant.decay)
+            [("^bert", decayed)], default=adamjax.inverse_time_decay(rate, 1, variant.rate_decay)
         )
     if variant.schedule:
         initial = variant.learning_rate if system == "k3jax" else rate
         return adamjax.inverse_time_decay(initial, 2, 0.5)
-    return adamjax.inverse_time_decay(rate, 1, variant.decay) if variant.decay else rate
+    return adamjax.inverse_time_decay(rate, 1, variant.rate_decay) if variant.rate_decay else rate
 
 
 def optimizer(system, name, variant, **options):

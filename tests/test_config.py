@@ -748,13 +748,13 @@ def written_by(system, optimizer, variant):
         "name": KERAS_CLASS.get(optimizer, "Adam"),
         **clips,
         "learning_rate": schedule_config(rounded(0.05), False) if v.schedule else rate,
-        "decay": v.decay,
+        "decay": v.rate_decay,
         **config,
         "beta_1": np.float32(v.b1),
         "beta_2": np.float32(v.b2),
     }
     if system == "multilr":
-        config["decay"] = np.float32(v.decay)
+        config["decay"] = np.float32(v.rate_decay)
         config["pattern_lrs"] = [{"patterns": ["^bert"], "lr": rounded(0.02)}]
         return {"class_name": "AdamMultilr", "config": config | {"name": "AdamMultilr"}}
     if system == "legacy":

@@ -163,7 +163,7 @@ class adan(extend.Rule):
         self.check_state(state)
 
         def scalars(real):
-            t = extend.counted(state.count, real)
+            t = extend.step_number(state.count, real)
             return AdanScalars(
                 first=extend.averaging(self.b1, real),
                 second=extend.averaging(self.b2, real),
@@ -173,7 +173,7 @@ class adan(extend.Rule):
                 c_m=1 / extend.correction(self.b1, t),
                 c_v=extend.scalar(self.b2, real) / extend.correction(self.b2, t),
                 c_n=1 / extend.correction(self.b3, t),
-                eps=extend.divisor(self.eps, real),
+                eps=extend.positive_epsilon(self.eps, real),
             )
 
         slots = (state.m, state.v, state.n, state.last)
@@ -250,7 +250,7 @@ class rms(extend.Rule):
                 first=extend.averaging(self.b1, real),
                 second=extend.averaging(self.b2, real),
                 c_m=self.momentum_coefficient(state, real),
-                eps=extend.divisor(self.eps, real),
+                eps=extend.positive_epsilon(self.eps, real),
             )
 
         slots = (state.mean, state.energy)
@@ -329,7 +329,7 @@ class adopt(extend.Rule):
 
         def scalars(real):
             averages = extend.averaging(self.b1, real), extend.averaging(self.b2, real)
-            return AdoptScalars(*averages, extend.divisor(self.eps, real))
+            return AdoptScalars(*averages, extend.positive_epsilon(self.eps, real))
 
         slots = (state.m, state.v)
         u, *slots = extend.lift("adopt", adopt_rule, scalars, updates, slots, rows=self.rows)

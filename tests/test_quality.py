@@ -448,7 +448,7 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
     }
     results = json.loads(json.dumps(results))
     text = tables.SUITES["quality"](results)
-    assert "**Exact has dense's result**: same in 1 of 1 comparisons" in text
+    assert "**Exact**, against dense: same in 1 of 1 comparisons" in text
     found = results["models"][0]["contenders"]["lazy"]["test"]["loss"]
     assert answer.difference(found) in text
     written = report.write(results, tmp_path)

@@ -28,9 +28,9 @@ from adamjax.transform import Rule, foreign
 __all__ = ["expect_same_hyperparameters"]
 
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
-# What errors call a key of hyperparameters, if it is not its own name; empty if it says how another
-# one applies.
-_SHOWN = {
+# How errors name a key of the hyperparameters, where that is not the key itself. An empty string:
+# errors do not list this key, because on its own it states no hyperparameter.
+_NAMES_IN_ERRORS = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
     "unknown_schedule": "a schedule of the rate",
@@ -54,14 +54,16 @@ def expect_same_hyperparameters(
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
-    - `in_steps`: whether a decay after the rule and a schedule of the rate count the rule's steps.
+    - `in_steps`: whether a weight decay after the rule applies once per step of the rule, and a
+      schedule of the rate counts these steps, rather than calls of `update`.
     - `maximize`: whether gradients are negated before the rule; without it, that is not compared,
       and neither is whether they are multiplied by 0.
     - `lazy`: whether rows without a gradient stand still.
-    - `clips`: the transforms that clip before the rule, in order: all there are.
-      `clips_updates`: whether there may be others after the rule.
-    - `others`: where transforms of other libraries may stand, which cannot be compared: "before"
-      the rule, or "none"; anywhere if it is missing.
+    - `clips`: all transforms that clip, in order; all are before the rule.
+    - `clips_updates`: false if the system clips neither after the rule nor after a weight decay
+      that is before the rule. It is for a system that does not state `clips`.
+    - `others`: where transforms may be that nothing can compare, those of other libraries and the
+      user's own: "before" the rule, or "none" for nowhere. Without this key, anywhere.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     """
@@ -74,10 +76,13 @@ class _Check:
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
         self.owner, self.ours, self.system = adamjax_state.owner, adamjax_state, system
         self.all_parts = adamjax_state.parts
-        self.all_with_leaves = [
+        # The paths are those of the leaves that the part sees.
+        self.parts_and_paths = [
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in self.all_parts
         ]
-        self.parts_with_leaves = [pair for pair in self.all_with_leaves if not pair[0].tx.parts]
+        self.innermost_parts_and_paths = [
+            (part, paths) for part, paths in self.parts_and_paths if not part.tx.parts
+        ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
@@ -89,7 +94,7 @@ class _Check:
         # By leaf, whether anything in tx scales its updates, if the system states a rate.
         has_rate: dict[str, bool] = {}
         for path, leaf_moments in moments.items():
-            route = [part for part, leaves in self.parts_with_leaves if path in leaves]
+            route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
             if len(rules) != len(leaf_moments):
                 self._expect_nothing_stated(path, leaf_moments)
@@ -98,7 +103,7 @@ class _Check:
                     self._check_rule(path, route[i], moment.hyperparams)
                     self._check_direction(path, route[:i], moment.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
-                self._check_others(path, route[last], hyperparams.get("others"))
+                self._expect_comparable(path, route[last], hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
                     self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
@@ -111,12 +116,12 @@ class _Check:
                     self._expect_in_steps(path, route[last:])
                 self._check_rate(path, route[last:], hyperparams)
                 if "learning_rate" in hyperparams or hyperparams.get("unknown_schedule"):
-                    foreign = any(part.tx.has_foreign for part in route[last:])
-                    has_rate[path] = foreign or self._rate(path, route[last:]) is not None
+                    has_foreign = any(part.tx.has_foreign for part in route[last:])
+                    has_rate[path] = has_foreign or self._rate(path, route[last:]) is not None
                 self._check_schedule(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
 
-        self._expect_others_still(moments)
+        self._expect_leaves_without_moments_frozen(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
         if without_rate:
             self._refuse(
@@ -126,14 +131,16 @@ class _Check:
                 "put scale_by_learning_rate after its rule",
             )
 
-    def _expect_others_still(self, moments: Mapping[str, list[LeafMoments]]) -> None:
+    def _expect_leaves_without_moments_frozen(
+        self, moments: Mapping[str, list[LeafMoments]]
+    ) -> None:
         """Refuses a transform that moves leaves which the system's optimizer does not have.
 
-        A leaf that nothing scales is not refused: it may have no gradient, else `train_step`
-        refuses it.
+        A leaf with a rule but no scaling is not refused here. It may never get a gradient. If it
+        does, `train_step` refuses it, because nothing turns its updates downhill.
         """
         for path in (path for path in self.position_of_leaf if path not in moments):
-            route = [part for part, leaves in self.parts_with_leaves if path in leaves]
+            route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
             moving = [
                 part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
@@ -143,8 +150,8 @@ class _Check:
             if moving:
                 self._refuse(
                     path,
-                    "a leaf that its optimizer does not have",
-                    f"{moving[0]!r} that moves it",
+                    "an optimizer without this leaf",
+                    f"{moving[0]!r}, which moves it",
                     "freeze it with partition and set_to_zero, around everything that moves it",
                 )
 
@@ -163,7 +170,11 @@ class _Check:
                 self._refuse(path, "clips before its weight decay only", in_tx, mend)
 
     def _expect_in_steps(self, path: str, after: Sequence[Part]) -> None:
-        """Refuses a decay in each call, or a schedule of calls, for a rule that accumulates."""
+        """Refuses a weight decay or a schedule outside of the rule's `accumulate_gradients`.
+
+        There the decay would apply in each call, and the schedule of the rate would count calls,
+        rather than steps.
+        """
         num = self.ours.num_accumulations(after[0])
         for part in (part for part in after if self.ours.num_accumulations(part) < num):
             rate = self._rate_of_leaf(path, part)
@@ -176,35 +187,36 @@ class _Check:
             mend = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
             self._refuse(path, stated, f"{in_tx}, {part.tx!r}", mend)
 
-    def _check_others(self, path: str, rule: Part, allowed: str | None) -> None:
-        """Refuses transforms of other libraries where the system has nothing beside the rule.
+    def _expect_comparable(self, path: str, rule: Part, allowed: str | None) -> None:
+        """Refuses transforms that nothing can compare, where the system's optimizer has none.
 
-        One around the rule may change what goes into it, and what comes out.
+        They are those of other libraries and the user's own. One that is around the rule may change
+        what goes into it, and what comes out. `allowed` is the value of the key `others`.
         """
         if allowed is None:
             return
         place = next(i for i, part in enumerate(self.all_parts) if part is rule)
         around = {id(part) for part in self.ours.around(rule)}
-        others = [
+        incomparable = [
             part.tx
-            for i, (part, leaves) in enumerate(self.all_with_leaves)
-            if path in leaves
+            for i, (part, paths) in enumerate(self.parts_and_paths)
+            if path in paths
             and (isinstance(part.tx, foreign) or not is_of_adamjax(part.tx))
             and (allowed == "none" or i >= place or id(part) in around)
         ]
-        if others:
-            whose = "another library" if others[0].has_foreign else "your own"
+        if incomparable:
+            whose = "another library" if incomparable[0].has_foreign else "your own"
             self._refuse(
                 path,
-                "no such transform",
-                f"{others[0]!r} of {whose}, which nothing can compare",
-                "use those of adamjax (clips, scale, add_decayed_weights, scale_by_learning_rate)",
+                "only what adamjax has transforms for",
+                f"{incomparable[0]!r} of {whose}, which nothing can compare",
+                "use adamjax's own (clips, scale, add_decayed_weights, scale_by_learning_rate)",
             )
 
     def _expect_nothing_stated(self, path: str, leaf_moments: Sequence[LeafMoments]) -> None:
         """Refuses hyperparameters for rules that a transform of another library hides."""
         names = [
-            _SHOWN.get(name, name)
+            _NAMES_IN_ERRORS.get(name, name)
             for moment in leaf_moments
             for name, x in moment.hyperparams.items()
             if x is not False
@@ -220,7 +232,11 @@ class _Check:
             )
 
     def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
-        """Raises an error: the system has one thing, and `tx` another; `mend` changes `tx`."""
+        """Raises an error: the system has one thing, and `tx` another.
+
+        `mend` says how to change `tx`. Or it is `system.set_rate`, which changes the system's
+        optimizer.
+        """
         goes_on_with = "what tx has"
         if self.owner.startswith("to_"):
             if mend != self.system.set_rate:
@@ -240,11 +256,11 @@ class _Check:
         eps = hyperparams.get("eps")
         stated = form if eps is None else f"{form}={float(eps):g}"
         if getattr(rule, form) is None:
-            where = "outside the bias correction" if form == "eps_hat" else "on the corrected root"
+            root = "uncorrected root" if form == "eps_hat" else "bias-corrected root"
             other = "eps" if form == "eps_hat" else "eps_hat"
             self._refuse(
                 path,
-                f"epsilon {where} ({stated})",
+                f"epsilon added to the {root} ({stated})",
                 f"{other}={getattr(rule, other)}",
                 f"build tx with {f'{form}=..., the same value' if eps is None else stated}",
                 self.system.not_stated if eps is None else "",
@@ -259,7 +275,8 @@ class _Check:
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
             stated = "rows that stand still without a gradient"
-            self._refuse(path, stated, rows, "build it with rows='lazy'")
+            mend = f"build the rule of tx with rows='lazy'{', without exact_rows' if exact else ''}"
+            self._refuse(path, stated, rows, mend)
 
     def _check_direction(self, path: str, before: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares the sign of gradients before the rule (torch's `maximize`); 0 is refused."""
@@ -269,23 +286,38 @@ class _Check:
             zero = next(part.tx for part in before if self._factor(path, [part]) == 0)
             mend = "leave it out, or freeze the leaf with partition and set_to_zero"
             self._refuse(path, "gradients as they are", f"{zero!r} before the rule", mend)
-        signs = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
-        maximize = bool(hyperparams["maximize"])
-        negated_late = bool(signs) and bool(self._decay_after(path, before[: signs[-1]]))
-        if maximize != (len(signs) % 2 == 1) or negated_late:
-            in_tx = f"{before[signs[-1]].tx!r} before the rule" if signs else "none"
-            in_tx = "gradients that are negated after their weight decay" if negated_late else in_tx
-            stated = "negated gradients (maximize=True)" if maximize else "gradients as they are"
-            mend = "begin tx with scale(-1.0)" if maximize else "leave it out, or put it after"
-            self._refuse(path, stated, in_tx, mend)
+        negating = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
+        last = before[negating[-1]].tx if negating else None
+        maximize, is_negated = bool(hyperparams["maximize"]), len(negating) % 2 == 1
+        decays_first = bool(negating) and bool(
+            self._decay_before_scaling(path, before[: negating[-1]])
+        )
+        if is_negated == maximize and not decays_first:
+            return
+        if is_negated == maximize:
+            in_tx = f"gradients that {last!r} negates after their weight decay"
+            mend = "move it before the weight decay"
+        elif last is None:
+            in_tx, mend = "none", "begin tx with scale(-1.0)"
+        elif maximize:
+            in_tx, mend = f"gradients that {last!r} negates again", "leave it out"
+        else:
+            in_tx, mend = f"{last!r} before the rule", "leave it out, or put it after the rule"
+        stated = "negated gradients (maximize=True)" if maximize else "gradients as they are"
+        self._refuse(path, stated, in_tx, mend)
 
     def _check_clips(
-        self, path: str, route: Sequence[Part], rule: int, stated: Sequence[Any], leaves: Any
+        self,
+        path: str,
+        route: Sequence[Part],
+        rule_place: int,
+        stated: Sequence[Any],
+        moments: Mapping[str, list[LeafMoments]],
     ) -> None:
-        """Compares what clips the gradients of a leaf, and where. `rule` is the rule's place."""
-        before = [part for part in route[:rule] if isinstance(part.tx, _CLIPS)]
-        after = [part.tx for part in route[rule:] if isinstance(part.tx, _CLIPS)]
-        if not stated and any(part.tx.has_foreign for part in route[:rule]):
+        """Compares what clips the gradients of a leaf, and where."""
+        before = [part for part in route[:rule_place] if isinstance(part.tx, _CLIPS)]
+        after = [part.tx for part in route[rule_place:] if isinstance(part.tx, _CLIPS)]
+        if not stated and any(part.tx.has_foreign for part in route[:rule_place]):
             return  # It may clip or not.
         clips = [part.tx for part in before]
         in_tx = ", ".join(map(repr, clips)) or "no clip before the rule"
@@ -295,15 +327,15 @@ class _Check:
         if after:
             in_tx, mend = f"{after[0]!r} after the rule", f"{mend}, and none after it"
         elif len(clips) == len(stated) and all(map(_is_same_clip, clips, stated)):
-            partial = [
+            of_other_leaves = [
                 part.tx
                 for part in before
                 if isinstance(part.tx, clip_by_global_norm)
-                and leaves.keys() != leaves_by_path(self.owner, part.params).keys()
+                and moments.keys() != leaves_by_path(self.owner, part.params).keys()
             ]
             outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
-            if partial:
-                in_tx = f"{partial[0]!r} of other leaves"
+            if of_other_leaves:
+                in_tx = f"{of_other_leaves[0]!r} of other leaves"
                 mend = "clip the leaves that its optimizer has by one norm, and no others (masked)"
             elif self.ours.accumulations and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
@@ -316,25 +348,26 @@ class _Check:
         """Compares what gradients are multiplied by before they are clipped."""
         clips = [i for i, part in enumerate(before) if isinstance(part.tx, _CLIPS)]
         first, rest = (before[: clips[0]], before[clips[0] :]) if clips else (before, ())
-        late = [
+        inside_accumulation = [
             part.tx
             for part in before
             if self.ours.num_accumulations(part) and self._factor(path, [part]) != 1
         ]
-        if late and self.is_amid_accumulation:
+        if inside_accumulation and self.is_amid_accumulation:
             self._refuse(
                 path,
                 f"the sum of micro-batches that were multiplied by {stated:g}",
-                f"{late[0]!r} inside of accumulate_gradients",
+                f"{inside_accumulation[0]!r} inside of accumulate_gradients",
                 "put it outside of accumulate_gradients, or convert after a step",
             )
-        early, later = self._factor(path, first), self._factor(path, rest)
-        if not same_value(stated, early) or later != 1:
-            in_tx = f"gradients multiplied by {early:g} before the rule"
+        before_clips, after_clip = self._factor(path, first), self._factor(path, rest)
+        if not same_value(stated, before_clips) or after_clip != 1:
+            in_tx = f"gradients multiplied by {before_clips:g} before the rule"
             mend = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
-            if later != 1:
+            if after_clip != 1:
                 in_tx = (
-                    f"gradients multiplied by {early:g} before a clip, and by {later:g} after it"
+                    f"gradients multiplied by {before_clips:g} before a clip, and by "
+                    f"{after_clip:g} after it"
                 )
                 mend += ", and put none between a clip and the rule"
             factor = (
@@ -370,7 +403,7 @@ class _Check:
         mend = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
             mend = self.system.set_rate
-        if in_tx is not None and not self._is_rate(path, after, stated, schedule):
+        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
@@ -384,14 +417,18 @@ class _Check:
     def _check_later_rates(
         self, path: str, after: Sequence[Part], schedule: Any, count: int
     ) -> None:
-        """Compares a schedule with that of a leaf in later steps: near each edge, and far apart."""
+        """Compares a schedule with that of a leaf in later steps.
+
+        The steps are those next to each count where a part of a schedule may end, and some that are
+        far apart.
+        """
         in_tx = [self._rate_of_leaf(path, part) for part in after]
-        if any(schedule is one and in_tx == others for one, others in self.agreeing):
+        if any(schedule is one and in_tx == rates for one, rates in self.agreeing):
             return
         for later in later_counts(count, (schedule, in_tx)):
             with x64(True):
                 stated = rate_at(schedule, later)
-            if not self._is_rate(path, after, stated, schedule, later - count):
+            if not self._has_stated_rate(path, after, stated, schedule, later - count):
                 self._refuse(
                     path,
                     f"a learning rate of {float(stated):g} after {later} steps",
@@ -439,7 +476,7 @@ class _Check:
             for part in self.all_parts
         )
 
-    def _is_rate(
+    def _has_stated_rate(
         self,
         path: str,
         after: Sequence[Part],
@@ -465,8 +502,8 @@ class _Check:
 
     def _rate(self, path: str, after: Sequence[Part], steps_later: int = 0) -> Any:
         """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
-        scaling = scale | scale_by_learning_rate | set_to_zero
-        scales = any(isinstance(part.tx, scaling) for part in after)
+        scaling_classes = scale | scale_by_learning_rate | set_to_zero
+        scales = any(isinstance(part.tx, scaling_classes) for part in after)
         return -self._factor(path, after, steps_later) if scales else None
 
     def _factor(self, path: str, route: Sequence[Part], steps_later: int = 0) -> float:
@@ -506,14 +543,19 @@ class _Check:
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
         for i, part in enumerate((*before, *after)):
             decay = self._decay_at(path, part)
-            scaling = before[i:] if i < len(before) else after[: i - len(before)]
-            rates = [self._rate_of_leaf(path, one) for one in scaling] if decay else []
+            is_before = i < len(before)
+            parts_between = before[i:] if is_before else after[: i - len(before)]
+            rates = [self._rate_of_leaf(path, one) for one in parts_between] if decay else []
             if any(map(_follows_count, (decay, *rates))):
-                where = "" if _follows_count(decay) else " where a schedule of the rate scales it"
-                mend = f"put add_decayed_weights({stated:g}) before all that scales"
+                where = ", with a schedule of the rate between it and the rule"
+                where = "" if _follows_count(decay) else where
+                belongs_before = is_before if decoupled is None else not decoupled
+                side = "before" if belongs_before else "after"
+                mend = f"put add_decayed_weights({stated:g}) directly {side} the rule"
                 stated_decay = f"the same weight decay in each step, {stated:g}"
                 self._refuse(path, stated_decay, f"{part.tx!r}{where}", mend)
-        before_rule, after_rule = self._decay_before(path, before), self._decay_after(path, after)
+        before_rule = self._decay_into_rule(path, before)
+        after_rule = self._decay_before_scaling(path, after)
         # Pairs of the decay before the rule and the decay after it.
         allowed = {
             None: [(0.0, stated), (stated, 0.0)],
@@ -525,7 +567,8 @@ class _Check:
             # The system does not state which leaves decay. At least one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
             does_decay = [
-                same_value(self._decay_after(p, decays), stated) for p in self.position_of_leaf
+                same_value(self._decay_before_scaling(p, decays), stated)
+                for p in self.position_of_leaf
             ]
             if any(does_decay):
                 allowed.append((0.0, 0.0))
@@ -540,7 +583,7 @@ class _Check:
             where = (
                 "before the rule (in its moments)"
                 if decoupled is False
-                else "after the rule (and before all that scales: the rate)"
+                else "after the rule, before scale_by_learning_rate and every other scaling"
             )
             mend = f"put add_decayed_weights({stated:g}) {where}"
             if not stated:
@@ -573,14 +616,14 @@ class _Check:
         decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
         return any(tx.mask is not None for tx in decays)
 
-    def _decay_after(self, path: str, after: Sequence[Part]) -> float:
+    def _decay_before_scaling(self, path: str, route: Sequence[Part]) -> float:
         """The weight decay that would have the same effect before everything that scales."""
         return sum(
-            decay / (self._factor(path, after[:i]) or math.nan)
-            for i, decay in self._decays(path, after)
+            decay / (self._factor(path, route[:i]) or math.nan)
+            for i, decay in self._decays(path, route)
         )
 
-    def _decay_before(self, path: str, before: Sequence[Part]) -> float:
+    def _decay_into_rule(self, path: str, before: Sequence[Part]) -> float:
         """The weight decay as the rule receives it."""
         return sum(
             decay * self._factor(path, before[i:]) for i, decay in self._decays(path, before)

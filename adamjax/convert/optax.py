@@ -313,8 +313,8 @@ def _expect_same(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) ->
         if isinstance(part.tx, Rule) and part.tx.eps is None:  # the most frequent difference
             leaves = leaves_by_path(ours.owner, part.params)
             raise ValueError(
-                f"{ours.owner}: {next(iter(leaves), 'a leaf')!r}: optax has epsilon on the "
-                f"corrected root (eps), tx has eps_hat={part.tx.eps_hat}: build tx with "
-                f"eps= and the value of optax' eps. {OPTAX.not_stated}"
+                f"{ours.owner}: {next(iter(leaves), 'a leaf')!r}: optax has epsilon added "
+                f"to the bias-corrected root (eps), tx has eps_hat={part.tx.eps_hat}: build tx "
+                f"with eps= and the value of optax' eps. {OPTAX.not_stated}"
             )
     expect_same_steps(ours, optimizer, state, rtol)

@@ -130,7 +130,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
             "base_momentum and max_momentum out of the groups"
         )
     if optimizer == "SparseAdam":
-        # Its epsilon is outside the bias correction.
+        # It adds its epsilon to the uncorrected root.
         return ("adam",), {**hyperparams, "lazy": True, "form": "eps_hat", "weight_decay": 0.0}
     # Older versions do not state whether the decay is Adam's or AdamW's.
     decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)

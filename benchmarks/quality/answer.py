@@ -99,7 +99,7 @@ def sentences(results: Results) -> list[str]:
     if "exact" in present:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
-            f"**Exact has dense's result**: {outcome_counts(results, 'exact')}. Runs of exact "
+            f"**Exact**, against dense: {outcome_counts(results, 'exact')}. Runs of exact "
             f"and dense with the same seed differ most in {farthest.model}, {farthest.metric}: by "
             f"{100 * relative_difference(farthest):.2g}% of the metric on average"
         )
@@ -114,10 +114,10 @@ def sentences(results: Results) -> list[str]:
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**After the loss has read a row, the row makes up its missed movement, which "
-        "is computed with the v of this step (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**After the loss has read a row, the row makes up its missed movement, which "
-        "is computed with the v of the row's last read (HugeCTR's LazyGlobal)**, against dense",
+        "counted": "**counted: a row catches up only after the loss has read it, with the v of the "
+        "step that reads it (caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**local: the same, with the v of the row's previous read (HugeCTR's "
+        "LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():

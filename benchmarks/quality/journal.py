@@ -1,4 +1,7 @@
-"""The finished cells of a run, each a line of JSON: the next run continues from there."""
+"""The finished cells of a run, each a line of JSON: the next run continues from there.
+
+A cell is a piece of work: a training run, or a measurement of `divergence`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any
 
 from benchmarks.train.options import UserError
 
+# Of a cell: ("search" or "test", model, contender, rate, seed), or ("divergence", b2).
 Key = tuple[Any, ...]
 
 
