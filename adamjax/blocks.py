@@ -1,4 +1,4 @@
-"""Runs a step on some rows of tables block by block: time grows with the rows, memory does not.
+"""Runs a step on some rows of tables block by block, with the temporaries of one block at a time.
 
 The distinct indices of a batch may be far fewer than its indices. They come first in an array as
 long as the batch; the rest of the array is padding, which stands for no row. A loop whose length is

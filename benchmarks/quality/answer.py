@@ -114,10 +114,10 @@ def sentences(results: Results) -> list[str]:
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**counted: a row catches up only after the loss has read it, with the v of the "
-        "step that reads it (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**local: the same, with the v of the row's previous read (HugeCTR's "
-        "LazyGlobal)**, against dense",
+        "counted": "**Counted: a row catches up only after the loss has read it, with the v of "
+        "this step (as in caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**Local: a row catches up only after the loss has read it, with the v of its "
+        "previous read (as in HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
