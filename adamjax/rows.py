@@ -18,7 +18,7 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
-from adamjax.blocks import group_tables, in_blocks, rows_of_each
+from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_each
 from adamjax.data import Data, static
 from adamjax.encoding import Scaled8, each_part, expect_exponents_by_row
 from adamjax.mesh import gather_rows, replicated, scatter_rows
@@ -452,14 +452,14 @@ def sum_rows_of_each(
         starts = np.cumsum([0, *sizes[:-1]])
         # An index outside the table has the position `size`. In the joined rows that would be the
         # first position of the next table.
-        joined_positions = [
-            jnp.where(position < size, position + start, sum(sizes))
-            for position, size, start in zip(positions, sizes, starts, strict=True)
-        ]
+        targets = joined_positions(positions, sizes, starts, outside=sum(sizes))
         x = jnp.concatenate([replicated(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, accumulator(x.dtype)))
-        targets = jnp.concatenate(joined_positions).astype(np.uint32)
-        total = empty.at[targets].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
+        total = (
+            empty.at[targets.astype(np.uint32)]
+            .add(x.astype(empty.dtype), mode="drop")
+            .astype(x.dtype)
+        )
         for i, own_ids, sums in zip(batch, ids, rows_of_each(total, sizes), strict=True):
             row_gradients[i] = RowGradient(own_ids, sums, num_rows=num_rows[i])
     return row_gradients

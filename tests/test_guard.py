@@ -434,7 +434,7 @@ def test_around_exact_rows(wrapper, ticketed):
     state, other_state = tx.init(params), other.init(params)
 
     def inner(state):
-        return state if hasattr(state, "tables") else inner(state.inner)
+        return state if hasattr(state, "rings") else inner(state.inner)
 
     @jax.jit
     def step(params, state, grads):

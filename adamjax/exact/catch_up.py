@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, rows_of_each
+from adamjax.blocks import in_blocks, per_row, rows_of_each
 from adamjax.coasting import Ring, decayed
 from adamjax.encoding import each_part
 from adamjax.exact.state import Columns, Past, Ready
-from adamjax.exact.tables import Batch, Table, per_row
+from adamjax.exact.tables import Batch, Table
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root, stepped
 from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots

@@ -28,7 +28,7 @@ from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
-from adamjax.exact.state import ExactRowsState, TableState
+from adamjax.exact.state import ExactRowsState
 from adamjax.exact.step import read_rows, take_step
 from adamjax.exact.tables import Table, families_of
 from adamjax.exact.ticket import Ticket
@@ -321,7 +321,7 @@ class exact_rows(Transform):
             expect_slot_names(table, bound.parts[table.leaf], inner)
         # Only differences of clocks matter, so it may start at any table's count.
         clock = bound.count(tables[0]) if tables else 0
-        leaves, table_states = flatten(params)[0], {}
+        leaves, last = flatten(params)[0], {}
         for table in tables:
             _, b = bound.scalars(table)
             if not isinstance(b, jax.core.Tracer) and b <= -1:
@@ -329,15 +329,14 @@ class exact_rows(Transform):
                     f"exact_rows: a step multiplies the weights of {table.path!r} by {1 + b:.3g}; "
                     "expected a factor above 0: learning_rate * weight_decay must be below 1"
                 )
-            last = jnp.full(table.num_rows, clock, jnp.int32)
-            table_states[table.path] = TableState(
-                last=split_like_rows(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
-            )
+            up_to_date = jnp.full(table.num_rows, clock, jnp.int32)
+            last[table.path] = split_like_rows(up_to_date, leaves[table.leaf])
         rings = {
             family.name: family.tables[0].coasting.init(family.history, family.tables[0].real_dtype)
             for family in bound.families
         }
-        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), table_states, rings)
+        turns = {family.name: jnp.zeros((), jnp.int32) for family in bound.families}
+        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), last, turns, rings)
 
     # --- reading rows
 
@@ -560,9 +559,8 @@ class exact_rows(Transform):
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))
             params = _replaced(params, table.leaf, weights)
-            tables = {**state.tables, table.path: state.tables[table.path]._replace(last=last)}
             inner = _with_slots(state.inner, table.leaf, slots)
-            state = state._replace(inner=inner, tables=tables)
+            state = state._replace(inner=inner, last={**state.last, table.path: last})
         return params, state
 
 
