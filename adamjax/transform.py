@@ -190,6 +190,19 @@ class Transform(Data, _Pair):
         params_seen = unknown if params is None else self.part_params(params)
         return tuple(map(Part, parts, states, params_seen))
 
+    def lazy_leaves(self, params: Tree) -> list[bool]:
+        """For each leaf, whether a rule leaves those rows alone that a row gradient does not have.
+
+        A rule says so by a field `rows` that is "lazy".
+        """
+        leaves = flatten(params)[0]
+        rows = getattr(self, "rows", None)
+        own = isinstance(rows, str) and rows == "lazy"
+        is_lazy = [own and leaf is not None for leaf in leaves]
+        for tx, _, seen in self.children(None, params):
+            is_lazy = [a or b for a, b in zip(is_lazy, tx.lazy_leaves(seen), strict=True)]
+        return is_lazy
+
     @property
     def descends(self) -> bool:
         """Whether it multiplies by minus a learning rate."""

@@ -185,6 +185,13 @@ class exact_rows(Transform):
     def python_numbers(self) -> frozenset[str]:
         return frozenset(name for fields in self.numbers for name, _ in fields)
 
+    def lazy_leaves(self, params: Tree) -> list[bool]:
+        # Whatever `rows=` a rule has, the rows of tables move.
+        return [
+            is_lazy and first_match(self.tables, path) is None
+            for is_lazy, path in zip(super().lazy_leaves(params), leaf_paths(params), strict=True)
+        ]
+
     def __repr__(self) -> str:
         tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
         history = "" if self.history is None else f", history={self.history}"
