@@ -39,6 +39,7 @@ __all__ = [
     "each_array",
     "expect_row_count",
     "indices_after",
+    "is_known",
     "nonzero_arrays",
     "row_gradient",
     "run_rule",
@@ -311,7 +312,7 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
         return rows
     if np.shape(seal) != () or getattr(seal, "dtype", None) != np.int32:
         raise _broken_seal(owner)
-    if _is_known(seal):
+    if is_known(seal):
         if np.asarray(seal) != SEAL:
             raise _broken_seal(owner)
         return rows.replace(seal=SEAL)
@@ -331,7 +332,7 @@ def _broken_seal(owner: str) -> SpoiltRows:
     )
 
 
-def _is_known(x: Any) -> bool:
+def is_known(x: Any) -> bool:
     """Whether the value of a scalar can be read while tracing."""
     if isinstance(x, jax.core.Tracer):
         return False
