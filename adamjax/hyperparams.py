@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
-from adamjax.leaves import fault_of_dtype, is_arraylike
+from adamjax.leaves import expect_stored, fault_of_dtype, is_arraylike
 from adamjax.schedule import by_path
 from adamjax.structure import Part, replace_parts, states_of_class, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state, short_repr
@@ -214,6 +214,8 @@ def _is_whole(x: Any) -> bool:
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
     is_whole = _is_whole(value)
+    if isinstance(state_value, jax.ShapeDtypeStruct):
+        expect_stored(f"with_hyperparams: the state's {name}", state_value)
     if is_arraylike(state_value) and fault_of_dtype(state_value) is None:
         dtype, shape = jnp.result_type(state_value), np.shape(state_value)
         actual = f"{dtype.name}{list(shape)}"

@@ -518,7 +518,8 @@ def as_integers(owner: str, indices: Any) -> Any:
     if indices.dtype == object:
         wrong_types = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
     else:
-        is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+        # To NumPy, lengths of time are integers too.
+        is_integer = jnp.issubdtype(indices.dtype, jnp.integer) and indices.dtype.kind != "m"
         wrong_types = [] if is_integer else [indices.dtype.name]
     if wrong_types:
         raise TypeError(
@@ -539,7 +540,7 @@ def _integers_of_list(owner: str, indices: Any) -> Any:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+    return isinstance(x, int | np.integer) and not isinstance(x, bool | np.timedelta64)
 
 
 def as_row_ids(indices: Any, num_rows: int) -> chex.Array:

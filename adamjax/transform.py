@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, lift, matched
+from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, matched
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -317,14 +318,18 @@ def _way_out(owner: Transform, state: Any, kind: type) -> str:
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     """Refuses a number in a state that is no scalar of this kind, or a narrow integer."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        expect_stored(f"{type(owner).__name__}: the state's {name}", x)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
+        mend = fault_of_dtype(x) or (
+            f"only moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a "
+            "state with a leading axis use jax.vmap"
+        )
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: only "
-            f"moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a state "
-            "with a leading axis use jax.vmap"
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: {mend}"
         )
 
 

@@ -296,13 +296,17 @@ class exact_rows(Transform):
         tables = [table for family in families for table in family.tables]
         parts = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
         if state is not None:
-            for table in tables:
+            for table in [] if _is_abstract(params) else tables:
                 expect_slots(table, parts[table.leaf])
         return Bound(tx, families, parts, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
-        """Binds this transform to a state and parameters; refuses those that do not fit."""
-        expect_state(self, state, ExactRowsState)
+        """Binds this transform to a state and parameters; refuses those that do not fit.
+
+        If the parameters are shapes (`jax.ShapeDtypeStruct`), the state may have shapes too.
+        """
+        if not _is_abstract(params):
+            expect_state(self, state, ExactRowsState)
         return self._bound(params, state=state)
 
     # --- the state
@@ -649,6 +653,11 @@ def _expect_gradient(table: Table, g: Any) -> None:
 def _would_loop(leaves: Sequence[Any]) -> bool:
     """Whether a gradient has so many rows that a step takes them in blocks."""
     return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
+
+
+def _is_abstract(params: Tree) -> bool:
+    """Whether parameters are shapes in place of arrays."""
+    return any(isinstance(p, jax.ShapeDtypeStruct) for p in flatten(params)[0])
 
 
 def _is_traced(tree: Any) -> bool:
