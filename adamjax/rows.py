@@ -386,7 +386,7 @@ def row_gradient(
         function sees it, unless x64 is enabled.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         They are summed in float32 or wider.
-      num_rows: the number of rows of the table, a Python int of at least 1 and below 2**31 - 1.
+      num_rows: the number of rows of the table, a Python int of at least 0 and below 2**31 - 1.
       check: whether to report an index outside the table through `jax.experimental.checkify`,
         which must then transform the calling function.
 
@@ -418,7 +418,7 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
+    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS, least=0)
     trailing = values.shape[indices.ndim :]
     # Every device gets all indices, so that the compiler does not split the sums over devices.
     # Split sums send twice as much between them, or an array as long as the table.
@@ -481,15 +481,15 @@ def expect_row_count(what: str, num_rows: int) -> None:
         )
 
 
-def as_size(what: str, value: Any, most: int | None = None) -> int:
-    """A whole number of at least 1, of Python or NumPy, as a Python int."""
+def as_size(what: str, value: Any, most: int | None = None, least: int = 1) -> int:
+    """A whole number of at least `least`, of Python or NumPy, as a Python int."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
-    if number < 1 or (most is not None and number > most):
+    if number < least or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{what} must be a Python int of at least 1{limit}, got {value!r}")
+        raise ValueError(f"{what} must be a Python int of at least {least}{limit}, got {value!r}")
     return number
 
 

@@ -110,7 +110,9 @@ class exact_rows(Transform):
         average's momentum must be Python floats. Rates and decays may be arrays and change from
         step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
         false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,
-        but a row that is next read long after that step may stay finite.
+        but a row that is next read long after that step may stay finite. If an element of v
+        overflows, the dense optimizer makes its weight NaN in the next step; here the weight may
+        stay finite until its row has a gradient again.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
