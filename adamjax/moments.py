@@ -150,8 +150,12 @@ def expect_scalar(name: str, value: Any) -> None:
 
 
 def step_number(count: chex.Array, real: Any) -> chex.Array:
-    """The number of this step as a float, 1 for the first."""
-    return count.astype(real) + 1
+    """The number of this step as a float, 1 for the first.
+
+    It is NaN if the count is negative, which only a damaged state has: there bias corrections would
+    change their sign, and steps would go uphill.
+    """
+    return jnp.where(count >= 0, count.astype(real) + 1, jnp.nan)
 
 
 def next_count(count: chex.Array) -> chex.Array:

@@ -39,6 +39,7 @@ __all__ = [
     "each_array",
     "expect_row_count",
     "indices_after",
+    "is_known",
     "nonzero_arrays",
     "row_gradient",
     "run_rule",
@@ -311,7 +312,7 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
         return rows
     if np.shape(seal) != () or getattr(seal, "dtype", None) != np.int32:
         raise _broken_seal(owner)
-    if _is_known(seal):
+    if is_known(seal):
         if np.asarray(seal) != SEAL:
             raise _broken_seal(owner)
         return rows.replace(seal=SEAL)
@@ -331,7 +332,7 @@ def _broken_seal(owner: str) -> SpoiltRows:
     )
 
 
-def _is_known(x: Any) -> bool:
+def is_known(x: Any) -> bool:
     """Whether the value of a scalar can be read while tracing."""
     if isinstance(x, jax.core.Tracer):
         return False
@@ -385,7 +386,7 @@ def row_gradient(
         function sees it, unless x64 is enabled.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         They are summed in float32 or wider.
-      num_rows: the number of rows of the table, a Python int of at least 1 and below 2**31 - 1.
+      num_rows: the number of rows of the table, a Python int of at least 0 and below 2**31 - 1.
       check: whether to report an index outside the table through `jax.experimental.checkify`,
         which must then transform the calling function.
 
@@ -417,7 +418,7 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
+    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS, least=0)
     trailing = values.shape[indices.ndim :]
     # Every device gets all indices, so that the compiler does not split the sums over devices.
     # Split sums send twice as much between them, or an array as long as the table.
@@ -480,15 +481,15 @@ def expect_row_count(what: str, num_rows: int) -> None:
         )
 
 
-def as_size(what: str, value: Any, most: int | None = None) -> int:
-    """A whole number of at least 1, of Python or NumPy, as a Python int."""
+def as_size(what: str, value: Any, most: int | None = None, least: int = 1) -> int:
+    """A whole number of at least `least`, of Python or NumPy, as a Python int."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
-    if number < 1 or (most is not None and number > most):
+    if number < least or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{what} must be a Python int of at least 1{limit}, got {value!r}")
+        raise ValueError(f"{what} must be a Python int of at least {least}{limit}, got {value!r}")
     return number
 
 
@@ -517,7 +518,8 @@ def as_integers(owner: str, indices: Any) -> Any:
     if indices.dtype == object:
         wrong_types = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
     else:
-        is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+        # To NumPy, lengths of time are integers too.
+        is_integer = jnp.issubdtype(indices.dtype, jnp.integer) and indices.dtype.kind != "m"
         wrong_types = [] if is_integer else [indices.dtype.name]
     if wrong_types:
         raise TypeError(
@@ -538,7 +540,7 @@ def _integers_of_list(owner: str, indices: Any) -> Any:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+    return isinstance(x, int | np.integer) and not isinstance(x, bool | np.timedelta64)
 
 
 def as_row_ids(indices: Any, num_rows: int) -> chex.Array:

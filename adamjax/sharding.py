@@ -125,6 +125,9 @@ def _shardings_of(
         def slot_sharding(x: Any, p: Any, spec: Spec) -> Any:
             if isinstance(x, Scaled8):
                 return Scaled8(split(spec), split(exponents_spec(spec, x.ndim)))
+            if isinstance(x, RowGradient) and len(x.indices) == x.num_rows:
+                # The total of `accumulate_gradients` with a place for each row of a table.
+                return x.replace(indices=split(spec[:1]), values=split(spec))
             is_dense = x is not None and not isinstance(x, RowGradient)
             return split(spec) if is_dense and x.shape == np.shape(p) else replicated(x)
 

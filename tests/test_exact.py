@@ -1253,6 +1253,48 @@ def test_stale_tables_are_kept_as_they_are():
     assert_same(jax.tree.leaves(doubled), [2 * jnp.ones(2)])
 
 
+EDITED = {
+    "b1": 0.8,
+    "b2": np.float32(0.99),
+    "eps_hat": jnp.array(1e-6),
+    "eps": 1e-8,
+    "momentum": jnp.full(2, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_numbers_that_are_edited_in_the_pytree_are_refused(name):
+    """Steps would take those with which it was made."""
+    params = {"table": jnp.ones((4, 1))}
+    tx = exact_rows(chain(scale_by_adam(), scale_by_learning_rate(0.1), weight_ema(0.9)), "table")
+    state = tx.init(params)
+    rule, rate, average = tx.tx.transforms
+    edited = copy.copy(average if name == "momentum" else rule)
+    edited.set_fields(**{name: EDITED[name]})
+    parts = (rule, rate, edited) if name == "momentum" else (edited, rate, average)
+    tx = tx.with_parts([tx.tx.with_parts(parts)])
+    message = rf"{type(edited).__name__} has {name}=.*, expected .*Make exact_rows anew"
+    for use in (
+        lambda: tx.init(params),
+        lambda: tx.from_dense(state.inner, params),
+        lambda: tx.bind(state, params),
+        lambda: tx.without_tables(params),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_numbers_that_are_cast_or_traced_are_not_edited():
+    """`device_put` makes float32 arrays of them; they stay Python floats in a step."""
+    params = {"table": jnp.ones((4, 1))}
+    tx = exact_rows(adamjax.adam(0.1), "table")
+    cast = [jax.device_put(tx), jax.tree.map(np.asarray, tx)]
+    for made in cast:
+        assert_same(made.init(params), tx.init(params))
+    stacked = jax.tree.map(lambda x: jnp.array([x, x]), tx)
+    assert jax.vmap(lambda tx: tx.init(params).clock)(stacked).shape == (2,)
+
+
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
 # By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what

@@ -7,6 +7,7 @@ dense step. The transforms in the chain need not know: they see the rows that we
 were the whole table.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,14 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, check_sound, checked_ids, expect_row_count, with_seal
+from adamjax.rows import (
+    RowGradient,
+    check_sound,
+    checked_ids,
+    expect_row_count,
+    is_known,
+    with_seal,
+)
 from adamjax.structure import find, map_slots, replace_parts
 from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
@@ -102,7 +110,9 @@ class exact_rows(Transform):
         average's momentum must be Python floats. Rates and decays may be arrays and change from
         step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
         false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,
-        but a row that is next read long after that step may stay finite.
+        but a row that is next read long after that step may stay finite. If an element of v
+        overflows, the dense optimizer makes its weight NaN in the next step; here the weight may
+        stay finite until its row has a gradient again.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
@@ -185,6 +195,13 @@ class exact_rows(Transform):
     def python_numbers(self) -> frozenset[str]:
         return frozenset(name for fields in self.numbers for name, _ in fields)
 
+    def lazy_leaves(self, params: Tree) -> list[bool]:
+        # Whatever `rows=` a rule has, the rows of tables move.
+        return [
+            is_lazy and first_match(self.tables, path) is None
+            for is_lazy, path in zip(super().lazy_leaves(params), leaf_paths(params), strict=True)
+        ]
+
     def __repr__(self) -> str:
         tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
         history = "" if self.history is None else f", history={self.history}"
@@ -199,7 +216,9 @@ class exact_rows(Transform):
         def with_numbers(part: Transform) -> Transform:
             if not isinstance(part, _WITH_PYTHON_FLOATS):
                 return part
-            return part.replace(**dict(next(numbers)))
+            fields = dict(next(numbers))
+            _expect_same_numbers(part, fields)
+            return part.replace(**fields)
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
@@ -279,13 +298,17 @@ class exact_rows(Transform):
         tables = [table for family in families for table in family.tables]
         parts = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
         if state is not None:
-            for table in tables:
+            for table in [] if _is_abstract(params) else tables:
                 expect_slots(table, parts[table.leaf])
         return Bound(tx, families, parts, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
-        """Binds this transform to a state and parameters; refuses those that do not fit."""
-        expect_state(self, state, ExactRowsState)
+        """Binds this transform to a state and parameters; refuses those that do not fit.
+
+        If the parameters are shapes (`jax.ShapeDtypeStruct`), the state may have shapes too.
+        """
+        if not _is_abstract(params):
+            expect_state(self, state, ExactRowsState)
         return self._bound(params, state=state)
 
     # --- the state
@@ -564,6 +587,46 @@ class exact_rows(Transform):
         return params, state
 
 
+def _expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
+    """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
+
+    Args:
+      part: a part whose numbers `exact_rows` has.
+      fields: its fields, as they were when `exact_rows` was made; those that were `None` are left
+        out.
+    """
+    for field in dataclasses.fields(part):
+        value, was = getattr(part, field.name), fields.get(field.name)
+        leaves, treedef = jax.tree.flatten(value)
+        old_leaves, old_treedef = jax.tree.flatten(was)
+        # Something else may stand for a number, as `None` does in a filtered tree.
+        same = was is not None
+        if (treedef,) == (old_treedef,):
+            same = all(map(_may_be, leaves, old_leaves))
+        if not same:
+            raise ValueError(
+                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected {was!r}, "
+                "with which this exact_rows was made: it computes with that number in advance, and "
+                "rows that lag behind catch up by it. Make exact_rows anew with the new number; if "
+                "there is a state, flush with the old one first, and go on from from_dense of the "
+                "new one"
+            )
+
+
+def _may_be(value: Any, number: Any) -> bool:
+    """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
+
+    An array need only be the number in its own dtype: JAX makes float32 arrays of Python floats.
+    """
+    has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not has_value or not is_known(value):
+        return True
+    found = np.asarray(value)
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        number = np.asarray(number, found.dtype)
+    return found.shape == () and bool(found == number)
+
+
 def _may_decay(tx: Transform) -> bool:
     """Whether a transform after the rule may add a multiple of the weights to the update."""
     scalars = tx.affine(None, None, 0, None)
@@ -592,6 +655,11 @@ def _expect_gradient(table: Table, g: Any) -> None:
 def _would_loop(leaves: Sequence[Any]) -> bool:
     """Whether a gradient has so many rows that a step takes them in blocks."""
     return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
+
+
+def _is_abstract(params: Tree) -> bool:
+    """Whether parameters are shapes in place of arrays."""
+    return any(isinstance(p, jax.ShapeDtypeStruct) for p in flatten(params)[0])
 
 
 def _is_traced(tree: Any) -> bool:
