@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
-from adamjax.encoding import SCALED8, Scaled8, expect_encoded, like_parts
+from adamjax.encoding import SCALED8, Scaled8, expect_encoded, references_for_slot
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
@@ -398,7 +398,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     def reference_of(slot: Any, p: Any) -> Any:
         if slot is None:
             return None
-        return like_parts(p) if isinstance(slot, Scaled8) else p
+        return references_for_slot(p) if isinstance(slot, Scaled8) else p
 
     # Flattened, because an encoded slot is two arrays.
     structure: Any = jax.tree.structure(slots)

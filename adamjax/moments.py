@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
-from adamjax.encoding import Scaled8, block_exponents, each_part
+from adamjax.encoding import Scaled8, block_exponents, map_stored
 from adamjax.rounding import is_narrow, read_slot, write_slot
 
 __all__ = [
@@ -270,7 +270,7 @@ class Recurrence:
             for x, slot, e in zip(new, targets, exponents, strict=True):
                 written = write_slot(x, slot, key, len(stored), rows, e)
                 if isinstance(slot, Scaled8):
-                    written = each_part(barrier, written)
+                    written = map_stored(barrier, written)
                 stored.append(written)
                 seen.append(read_slot(written, x.dtype) if is_narrow(written) else x)
 

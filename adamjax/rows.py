@@ -20,7 +20,7 @@ from jax import export
 from adamjax._compat import experimental
 from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_each
 from adamjax.data import Data, static
-from adamjax.encoding import Scaled8, each_part, expect_exponents_by_row
+from adamjax.encoding import Scaled8, expect_exponents_by_row, map_stored
 from adamjax.mesh import gather_rows, replicated, scatter_rows
 from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened_dtype
 from adamjax.rounding import is_narrow, read_slot, write_slots
@@ -657,10 +657,10 @@ def apply_rule_to_rows(
         def scatter(x: chex.Array, rows: chex.Array) -> chex.Array:
             return scatter_rows(x, indices, rows)
 
-        slot_rows = [each_part(gather, x) for x in slots]
-        read_rows = [each_part(gather, x) for x in reads]
+        slot_rows = [map_stored(gather, x) for x in slots]
+        read_rows = [map_stored(gather, x) for x in reads]
         u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
-        return [each_part(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
+        return [map_stored(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
     new_slots, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
@@ -707,7 +707,7 @@ def _apply_rule_to_others(
         def select(old: chex.Array, new: chex.Array) -> chex.Array:
             return jnp.where(is_listed, old, new)
 
-        return [each_part(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
+        return [map_stored(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
 
     if isinstance(rule, Recurrence):
         wide, stored, computed = rule.advanced(c, rest, slots, key)

@@ -110,9 +110,9 @@ class exact_rows(Transform):
         average's momentum must be Python floats. Rates and decays may be arrays and change from
         step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
         false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,
-        but a row that is next read long after that step may stay finite. If an element of v
-        overflows, the dense optimizer makes its weight NaN in the next step; here the weight may
-        stay finite until its row has a gradient again.
+        but without weight decay a row that was last up to date long before may stay finite. If an
+        element of v overflows, the dense optimizer makes its weight NaN in the next step; here the
+        weight may stay finite until its row has a gradient again.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
@@ -250,7 +250,8 @@ class exact_rows(Transform):
         """The tables among the parameters."""
         leaves, leaf_routes = flatten(params)[0], routes(tx, None, params)
         tables: list[Table] = []
-        # The kinds of all leaves for each part, by its position: each part is asked once.
+        # What `Transform.kinds` returns for each part, by the part's position, so that it is called
+        # once for each. Leaves of equal kind are treated alike.
         kinds_at: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
@@ -323,10 +324,11 @@ class exact_rows(Transform):
 
         Args:
           inner: a state like that of `tx.init(params)`, where tx is the inner transform.
-          params: the parameters at that step.
+          params: the parameters that belong to this state.
 
         Raises:
-          ValueError: the state is unlike that, or `learning_rate * weight_decay` is not below 1.
+          ValueError: `inner` is unlike that state, or `learning_rate * weight_decay` is not below
+            1.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params, dense = {"table": jnp.zeros((9, 1))}, adamjax.adam(0.1)
@@ -342,7 +344,8 @@ class exact_rows(Transform):
         tables = bound.tables
         for table in tables:
             expect_slot_names(table, bound.parts[table.leaf], inner)
-        # Only differences of clocks matter, so it may start at any table's count.
+        # Only `clock - last` matters, so the clock may start anywhere. It starts at the count of
+        # the first table's rule.
         clock = bound.count(tables[0]) if tables else 0
         leaves, last = flatten(params)[0], {}
         for table in tables:
@@ -526,12 +529,15 @@ class exact_rows(Transform):
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf])
         # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
-        # not passed, because it would not count in a function with a jit of its own.
+        # not passed: it is valid only for the arrays that it was made from, and `_compiled` would
+        # see tracers in their place.
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
             updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
-            # A jitted function returns the seal as an array, which later steps would compare.
+            # A row gradient has a constant that shows tampering (`rows.SEAL`). A jitted function
+            # returns it as an array, whose value every later step would have to check. So put the
+            # constant back.
             return treedef.unflatten(map(with_seal, flatten(updates)[0])), state
         return take_step(bound, leaves, ticket, extra_args)
 
@@ -543,7 +549,7 @@ class exact_rows(Transform):
         axis: Any = None,
         rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> tuple[Any, ExactRowsState]:
-        """Brings all rows up to date, block by block in place; nothing else changes.
+        """Brings all rows up to date, block by block; nothing else changes.
 
         For other readers of the weights: an export, another library. Neither `eval_step` nor a
         checkpoint to resume from needs it.
