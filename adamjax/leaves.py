@@ -14,7 +14,13 @@ from adamjax.data import Tree
 from adamjax.encoding import SCALED8, Scaled8, expect_encoded, references_for_slot
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
-from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
+from adamjax.moments import (
+    WrongResultError,
+    accumulator,
+    expect_scalar,
+    is_signed,
+    stepped,
+)
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rounding import is_narrow, rounding_keys
 from adamjax.rows import (
@@ -517,7 +523,11 @@ def lift(
             if has_narrow_slots and count is not None:
                 keys = rounding_keys(count, [leaf.position for leaf in call])
             inputs_of_call = [leaf.inputs for leaf in call]
-            results = _apply_each(rule, rows, len(slots), c, keys, inputs_of_call)
+            try:
+                results = _apply_each(rule, rows, len(slots), c, keys, inputs_of_call)
+            except WrongResultError as error:
+                path = leaf_paths(like)[call[0].position]
+                raise TypeError(f"{owner}: {error}; in {name}[{path!r}]") from None
             for leaf, (u, *new_slots_of_leaf) in zip(call, results, strict=True):
                 outputs[leaf.position] = (with_seal(u), *new_slots_of_leaf)
     return tuple(treedef.unflatten([out[j] for out in outputs]) for j in range(1 + len(slots)))
@@ -555,7 +565,13 @@ def _apply_each(
     def result(key: Any, g: Any, *arrays: chex.Array) -> tuple[Any, ...]:
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
-            return tuple(without_seal(x) for x in rule(c, g, *arrays, **keyed))
+            results = rule(c, g, *arrays, **keyed)
+            if not isinstance(results, tuple | list) or len(results) != 1 + num_slots:
+                raise WrongResultError(
+                    f"{getattr(rule, '__qualname__', rule)} returned {type(results).__name__}, "
+                    f"expected a tuple of the update and {num_slots} new slots"
+                )
+            return tuple(map(without_seal, results))
         if isinstance(g, RowGradient):
             return apply_rule_to_rows(
                 rule, c, rows == "lazy", g, arrays[:num_slots], arrays[num_slots:], key

@@ -18,11 +18,13 @@ from adamjax.rounding import is_narrow, read_slot, write_slot
 __all__ = [
     "Average",
     "Recurrence",
+    "WrongResultError",
     "accumulator",
     "as_count",
     "at_least_float32",
     "averaging",
     "barrier",
+    "checked_results",
     "complement",
     "correction",
     "expect_scalar",
@@ -210,6 +212,37 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     return Average(weight, None if negligible else rest, True if b < 0.5 else None)
 
 
+class WrongResultError(TypeError):
+    """A rule on arrays did not return what `lift` expects. `lift` adds the leaf to the message."""
+
+
+def checked_results(function: Any, results: Any, like: Sequence[Any], what: str) -> Sequence[Any]:
+    """What a function of a rule returned, if it is one array for each of `like`, of the same shape.
+
+    Args:
+      what: the results in words, for the error.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if not isinstance(results, tuple | list):
+        kind = "None" if results is None else f"a {type(results).__name__}"
+        if is_array(results):
+            kind = f"an array of shape {list(np.shape(results))}"
+        raise WrongResultError(f"{name} returned {kind}, expected a tuple: {what}")
+    if len(results) != len(like):
+        raise WrongResultError(
+            f"{name} returned {len(results)} results, expected {len(like)}: {what}"
+        )
+    for i, (x, other) in enumerate(zip(results, like, strict=True)):
+        shape = None if x is None else tuple(np.shape(x))
+        if shape != tuple(other.shape):
+            found = "None" if shape is None else f"the shape {list(shape)}"
+            raise WrongResultError(
+                f"result {i} of {name} is {found}, expected the shape {list(other.shape)}; "
+                f"the results are {what}"
+            )
+    return results
+
+
 @dataclass(frozen=True)
 class Recurrence:
     """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
@@ -241,7 +274,9 @@ class Recurrence:
           key, rows: how narrow slots are rounded, as for `write_slot`.
         """
         wide, stored, seen = self.advanced(c, g, slots, key, rows)
-        return self.direction(c, wide, *seen).astype(g.dtype), *stored
+        u = self.direction(c, wide, *seen)
+        checked_results(self.direction, [u], [g], "the update")
+        return u.astype(g.dtype), *stored
 
     def advanced(
         self, c: Any, g: chex.Array, slots: Sequence[Any], key: Any, rows: Any = None
@@ -278,7 +313,8 @@ class Recurrence:
             return read_slot(x, widened_dtype(x.dtype, real))
 
         def moments(g: chex.Array, *old: Any) -> Sequence[chex.Array]:
-            return self.moments(c, widen(g, real), *map(floats, old))
+            new = self.moments(c, widen(g, real), *map(floats, old))
+            return checked_results(self.moments, new, old, "the new slots")
 
         if self.last is None:
             add_slots(moments, g, *slots)

@@ -22,7 +22,15 @@ from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_ea
 from adamjax.data import Data, static
 from adamjax.encoding import Scaled8, expect_exponents_by_row, map_stored
 from adamjax.mesh import gather_rows, replicated, scatter_rows
-from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened_dtype
+from adamjax.moments import (
+    Recurrence,
+    accumulator,
+    checked_results,
+    is_signed,
+    saturated,
+    stepped,
+    widened_dtype,
+)
 from adamjax.rounding import is_narrow, read_slot, write_slots
 from adamjax.search import distinct
 
@@ -615,7 +623,8 @@ def run_rule(
     """
     if isinstance(rule, Recurrence):
         return rule.update_and_slots(c, g, slots, key, rows)
-    u, *new = rule(c, g, *_floats(slots), *reads)
+    results = rule(c, g, *_floats(slots), *reads)
+    u, *new = checked_results(rule, results, [g, *slots], "the update and the new slots")
     return u, *write_slots(new, slots, key, rows)
 
 
@@ -642,7 +651,7 @@ def apply_rule_to_rows(
       key: random bits of `rounding_keys`, for narrow slots.
     """
     if not slots and not reads:
-        return (g.map(lambda x: rule(c, x)[0]),)
+        return (g.map(lambda x: checked_results(rule, rule(c, x), [x], "the update")[0]),)
     if lazy and g.rest is not None:
         # With a rest, every row has a gradient, so none is left alone.
         return run_rule(rule, c, g.to_dense(), slots, reads, key)
@@ -722,7 +731,8 @@ def _apply_rule_to_others(
         ]
         u = rule.direction(c, wide, *read).astype(g.dtype)
     else:
-        u, *new = rule(c, rest, *_floats(slots), *reads)
+        results = rule(c, rest, *_floats(slots), *reads)
+        u, *new = checked_results(rule, results, [rest, *slots], "the update and the new slots")
         new = only_others(write_slots(new, slots, key))
     # A rule without effect returns the rest itself, which is zero at these rows already.
     if u is not g.rest:

@@ -654,3 +654,44 @@ def test_scalars_that_are_no_functions_are_refused():
     for scalars in (2.0, [jnp.float32(2.0)]):
         with pytest.raises(TypeError, match=r"^mine: scalars has .*expected a function of a dtype"):
             extend.lift("mine", twice, scalars, {"w": jnp.ones(2)})
+
+
+# --- what a function of `lift` returns ------------------------------------------------------------
+
+WRONG_RESULTS = {
+    "no tuple": (lambda c, g, m: g, r"returned an array of shape \[2, 3\], expected a tuple"),
+    "no slot": (lambda c, g, m: (g,), r"returned 1 results, expected 2: the update and the new"),
+    "too much": (lambda c, g, m: (g, m, m), r"returned 3 results, expected 2"),
+    "a sum": (
+        lambda c, g, m: (g.sum(), m),
+        r"result 0 of .* is the shape \[\], expected .*\[2, 3\]",
+    ),
+    "a sum in a slot": (lambda c, g, m: (g, m.sum()), r"result 1 of .* is the shape \[\]"),
+    "None": (lambda c, g, m: (g, None), r"result 1 of .* is None, expected the shape \[2, 3\]"),
+    "moments": (
+        extend.Recurrence(lambda c, g, m: m + g, lambda c, g, m: m),
+        r"returned an array of shape \[2, 3\], expected a tuple: the new slots",
+    ),
+    "direction": (
+        extend.Recurrence(lambda c, g, m: (m + g,), lambda c, g, m: m[0]),
+        r"result 0 of .* is the shape \[3\], expected .*\[2, 3\]; the results are the update",
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", ["dense", "lazy"])
+@pytest.mark.parametrize("what", WRONG_RESULTS)
+def test_a_function_that_returns_something_else_is_refused(what, rows):
+    rule, words = WRONG_RESULTS[what]
+    g = {"a": jnp.ones((2, 3))}
+    expected = rf"^mine: .*{words}.*; in grads\['a'\]$"
+    with pytest.raises(TypeError, match=expected):
+        extend.lift("mine", rule, lambda real: None, g, (g,), rows=rows)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3)])
+def test_a_function_without_slots_that_returns_no_tuple_is_refused(shape):
+    for g in (jnp.ones(shape), adamjax.row_gradient(jnp.array([0]), jnp.ones((1, *shape)), 9)):
+        for rows in ("dense", "whole"):
+            with pytest.raises(TypeError, match=r"mine: .* returned .*, expected a tuple"):
+                extend.lift("mine", lambda c, g: g, lambda real: None, g, rows=rows)
