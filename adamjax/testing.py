@@ -212,7 +212,9 @@ def one_trace_and_donation(trial: Trial) -> None:
             params, state = donating_step(params, state, trial.grads(t))
             for path, x in donated_leaves:
                 if x is not None and not x.is_deleted():
-                    raise AssertionError(f"{path} was donated, and is still there")
+                    raise AssertionError(
+                        f"{path} was donated, and is still there: does the step leave it unread?"
+                    )
         expected, expected_state, *_ = trial.trajectory()[2]
         expect_close("(params, state)", (params, state), (expected, expected_state))
     if len(traces) != 1:
@@ -335,6 +337,22 @@ def vmap_hyperparameters(trial: Trial) -> None:
         one = jax.tree.map(lambda x, i=i: x[i], (params, history))
         expected = trial.take_three_steps_with(tx)
         expect_close("(params, updates) under vmap of the transform", one, expected)
+
+
+@_law
+def a_later_scaling_scales_its_updates(trial: Trial) -> None:
+    """In a chain with `scale(0.5)` after it, a rule's updates are half as large.
+
+    There `Rule.step` gets the factor of `scale`.
+    """
+    if not isinstance(trial.tx, Rule) or not trial.tx.has_step:
+        return
+    tx = chain(trial.tx, scale(0.5))
+    state, update = tx.init(trial.params), jax.jit(tx.update)
+    for params, _, grads, updates in trial.trajectory()[:2]:
+        halves, state = update(grads, state, params)
+        expected = jax.tree.map(lambda u: u / 2, updates)
+        expect_close("updates with scale(0.5) after it", halves, expected, STEPS_CLOSE)
 
 
 # --- trees ----------------------------------------------------------------------------------------

@@ -277,6 +277,13 @@ class Pair(NamedTuple):
     update: Any
 
 
+class without_factors(adamjax.scale_by_adam):
+    """Loses the rate of a scaling that follows."""
+
+    def step(self, grads, state, factors):
+        return super().step(grads, state, None)
+
+
 # For each law a transform that breaks it, and what the error says of the leaf and the numbers.
 BROKEN = {
     "is_pure": (mutating(), r"update has changed the state that it was given"),
@@ -295,6 +302,10 @@ BROKEN = {
     "strict_promotion": (promoting(), r"TypePromotionError: .*bfloat16"),
     "jit_changes_nothing": (branching(), r"TracerBoolConversionError"),
     "one_trace_and_donation": (holding_params(), r"donate the same buffer twice"),
+    "a_later_scaling_scales_its_updates": (
+        without_factors(),
+        r"updates with scale\(0.5\) after it\['gain'\] is .*, expected",
+    ),
     "float64_is_kept": (
         in_float32(),
         r"updates\['gain'\] is float32\[\], expected float64\[\]",
