@@ -64,6 +64,7 @@ __all__ = [
     "cosine_decay",
     "exponential_decay",
     "inverse_time_decay",
+    "is_own_schedule",
     "piecewise_constant",
     "polynomial_decay",
     "rate_at",
@@ -120,7 +121,7 @@ class _Compiled(Schedule):
         count = _count_array(count)
         leaves, treedef = jax.tree.flatten(self)
         traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
-        if traced or not _is_compilable(self):
+        if traced or not is_own_schedule(self):  # A function might not be traceable.
             return self._checked_at(count)
         constants = tuple(None if is_array(x) else x for x in leaves)
         return _compiled_call(
@@ -150,11 +151,11 @@ class _Compiled(Schedule):
         raise NotImplementedError(f"{type(self).__name__} has no method at")
 
 
-def _is_compilable(schedule: Any) -> bool:
-    """Whether a schedule has no function of a user in it, which might not be traceable."""
+def is_own_schedule(schedule: Any) -> bool:
+    """Whether a schedule is of this module, with no function of a user in it."""
     fields = (getattr(schedule, f.name) for f in dataclasses.fields(schedule))
     return isinstance(schedule, _Compiled) and all(
-        _is_compilable(x) for x in fields if isinstance(x, Schedule)
+        is_own_schedule(x) for x in fields if isinstance(x, Schedule)
     )
 
 

@@ -210,7 +210,7 @@ def test_a_power_of_many_steps_is_as_accurate_as_one_of_few(staircase):
             expected = 0.01 * base**passed
         actual = np.array(jax.jit(jax.vmap(rate))(counts.astype(np.int32)), np.float64)
         # Where the largest float32 and the smallest are far.
-        some = (1e-8 < expected) & (expected < 1e30)
+        some = (expected > 1e-8) & (expected < 1e30)
         np.testing.assert_allclose(actual[some], expected[some], rtol=2e-6)
         assert np.all(actual[expected < 1e-50] == 0)
         assert np.all(actual[expected > 1e50] == np.inf)

@@ -27,13 +27,15 @@ from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
+# At how many earlier counts rates are looked at.
+_EARLIER = 16
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # How errors name a key of the hyperparameters, where that is not the key itself. An empty string:
 # errors do not list this key, because on its own it states no hyperparameter.
 _NAMES_IN_ERRORS = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
-    "unknown_schedule": "a schedule of the rate",
+    **dict.fromkeys(("unknown_schedule", "incomparable_rate"), "a schedule of the rate"),
     "has_decay": "a weight decay",
     "gradient_factor": "a factor of gradients",
 }
@@ -51,6 +53,7 @@ def expect_same_hyperparameters(
       one.
     - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: for a schedule
       that is not known itself, two strings: what shows that there is one, and a note.
+      `incomparable_rate`: for a rate that cannot even be read, a string that says why.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
@@ -390,29 +393,52 @@ class _Check:
 
     def _check_rate(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares the rate of the next step; `after` has the parts from the last rule on."""
+        if hyperparams.get("incomparable_rate"):
+            self._refuse_incomparable(path, after, hyperparams["incomparable_rate"])
         stated = hyperparams.get("learning_rate")
         if stated is None:
             return
-        schedule = stated if callable(stated) else None
-        if schedule is not None:  # It is called with the count of tx.
+        schedule, count = None, 0
+        if callable(stated) or isinstance(stated, ForeignSchedule):
+            # It is called with the count of tx.
             rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
-            count = (*rates, after[0])[0].state.count
-            with x64(True):
-                stated = rate_at(schedule, jnp.asarray(count, int))
+            schedule, count = stated, int((*rates, after[0])[0].state.count)
+            try:
+                stated = self._stated_rate(schedule, count)
+            except ValueError as error:
+                self._refuse_incomparable(path, after, str(error))
         in_tx = self._rate(path, after)
         mend = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
             mend = self.system.set_rate
-        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule):
+        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule, count):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
                 f"{float(in_tx):g} for the next step",
                 mend,
+                self._note_on_rate(path, after, stated, schedule),
             )
         is_set = self._is_set("learning_rate", path)
         if in_tx is not None and schedule is not None and not is_set:
-            self._check_later_rates(path, after, schedule, int(count))
+            self._check_later_rates(path, after, schedule, count)
+
+    def _refuse_incomparable(self, path: str, after: Sequence[Part], why: str) -> None:
+        rates = [x for x in (self._rate_of_leaf(path, part) for part in after) if x is not None]
+        self._refuse(
+            path,
+            f"a learning rate that cannot be compared: {why}",
+            f"the rate {rates[0]!r}" if rates else "none",
+            "mend that function, or compare the two rates yourself",
+        )
+
+    @staticmethod
+    def _stated_rate(schedule: Any, count: int) -> float:
+        """The rate of a schedule, as exact as it can be known; see `ForeignSchedule.stated`."""
+        if isinstance(schedule, ForeignSchedule):
+            return schedule.stated(count)
+        with x64(True):
+            return float(rate_at(schedule, jnp.asarray(count, int)))
 
     def _check_later_rates(
         self, path: str, after: Sequence[Part], schedule: Any, count: int
@@ -425,15 +451,19 @@ class _Check:
         in_tx = [self._rate_of_leaf(path, part) for part in after]
         if any(schedule is one and in_tx == rates for one, rates in self.agreeing):
             return
-        for later in later_counts(count, (schedule, in_tx)):
-            with x64(True):
-                stated = rate_at(schedule, later)
-            if not self._has_stated_rate(path, after, stated, schedule, later - count):
+        for later in later_counts(count, schedule, in_tx):
+            try:
+                stated = self._stated_rate(schedule, later)
+            except ValueError:
+                continue  # The other library could not take that step.
+            steps_later = later - count
+            if not self._has_stated_rate(path, after, stated, schedule, later, steps_later):
                 self._refuse(
                     path,
-                    f"a learning rate of {float(stated):g} after {later} steps",
-                    f"{float(self._rate(path, after, later - count)):g}",
+                    f"a learning rate of {stated:g} after {later} steps",
+                    f"{float(self._rate(path, after, steps_later)):g}",
                     "build tx with the same schedule",
+                    self._note_on_rate(path, after, stated, schedule, steps_later),
                 )
         self.agreeing.append((schedule, in_tx))
 
@@ -482,38 +512,84 @@ class _Check:
         after: Sequence[Part],
         stated: Any,
         schedule: Any = None,
+        count: int = 0,
         steps_later: int = 0,
     ) -> bool:
-        """Whether the next step, or a later one, has the stated rate, in float32 or in float64.
+        """Whether the next step, or a later one, has the stated rate, as `tx` computes it.
 
-        The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
-        near its end, or a power of many steps.
+        Args:
+          stated: the rate, exact if it is known so.
+          schedule, count: the schedule that states the rate, if one does, and the count there.
         """
-        in_float32 = self._rate(path, after, steps_later)
-        if isinstance(schedule, ForeignSchedule):
-            return schedule.is_near(float(stated), float(in_float32))
-        if same_value(stated, in_float32):
+        in_step = float(self._rate(path, after, steps_later))
+        is_foreign = isinstance(schedule, ForeignSchedule)
+        if is_foreign and schedule.known is None:
+            return schedule.is_near(count, in_step)
+        if same_value(stated, in_step) or (is_foreign and schedule.is_near(count, in_step)):
             return True
+        if not self._has_stated_rate_in_float64(path, after, stated, steps_later):
+            return False
+        # In float32 some schedules are inaccurate, as a cosine near its end. What is small against
+        # the rates before does not matter.
+        rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
+        most = min((int(part.state.count) for part in rates), default=0) + steps_later
+        before = [
+            float(self._rate(path, after, steps_later - most * i // _EARLIER))
+            for i in range(_EARLIER + 1)
+        ]
+        largest = max((abs(x) for x in before if math.isfinite(x)), default=0.0)
+        return math.isclose(in_step, stated, rel_tol=1e-4, abs_tol=1e-6 * largest)
+
+    def _has_stated_rate_in_float64(
+        self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0
+    ) -> bool:
+        """Whether a step would have the stated rate in float64 and with counts in int64."""
         try:
             with x64(True):
-                return same_value(stated, self._rate(path, after, steps_later))
+                return same_value(stated, self._rate(path, after, steps_later, jnp.int64))
         except TypeError:  # A function of another library may work in float32 only.
             return False
 
-    def _rate(self, path: str, after: Sequence[Part], steps_later: int = 0) -> Any:
+    def _note_on_rate(
+        self,
+        path: str,
+        after: Sequence[Part],
+        stated: Any,
+        schedule: Any = None,
+        steps_later: int = 0,
+    ) -> str:
+        """What an error about a rate adds: why the two differ, if that is known."""
+        if isinstance(schedule, ForeignSchedule) and schedule.note:
+            return schedule.note
+        if self._has_stated_rate_in_float64(path, after, stated, steps_later):
+            return (
+                "in float64 the schedule of tx has that rate, but steps compute it in float32, and "
+                "products of counts in int32; adamjax's own schedules are accurate so"
+            )
+        return ""
+
+    def _rate(
+        self, path: str, after: Sequence[Part], steps_later: int = 0, dtype: Any = None
+    ) -> Any:
         """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
         scaling_classes = scale | scale_by_learning_rate | set_to_zero
         scales = any(isinstance(part.tx, scaling_classes) for part in after)
-        return -self._factor(path, after, steps_later) if scales else None
+        return -self._factor(path, after, steps_later, dtype) if scales else None
 
-    def _factor(self, path: str, route: Sequence[Part], steps_later: int = 0) -> float:
-        """The factor by which these parts multiply the next step, or a later one."""
+    def _factor(
+        self, path: str, route: Sequence[Part], steps_later: int = 0, dtype: Any = None
+    ) -> float:
+        """The factor by which these parts multiply the next step, or a later one.
+
+        Args:
+          dtype: that of counts, by default that of the state, as in a step. With x64, quotients of
+            counts are float64 only if counts are int64.
+        """
         factor = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
-                # With x64, quotients of counts are float64 only if counts are int64.
-                count = jnp.asarray(part.state.count, int) + steps_later
-                rate = rate_at(part.tx.learning_rate, count)
+                count = jnp.asarray(part.state.count, dtype)
+                rate = rate_at(part.tx.learning_rate, count + jnp.asarray(steps_later, count.dtype))
                 factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
                 factor *= float(part.tx.factor)

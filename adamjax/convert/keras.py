@@ -1,8 +1,11 @@
 """States from and to Keras' optimizers, of Keras 3 and of tf.keras."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax.average import weight_ema
@@ -20,8 +23,10 @@ from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_config import (
     CLIPS,
+    IN_INTEGERS,
     effective_clips,
     from_keras_config,
+    is_in_integers,
     is_of_keras,
 )
 from adamjax.convert.keras_variables import (
@@ -158,19 +163,52 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
         if decay and plain_name(type(optimizer).__name__) != "nadam":
             rate = inverse_time_decay(rate, 1, decay)
         return {"learning_rate": rate}
-    known = _schedule(rate)
-    if known is not None:
-        return {"learning_rate": known}
+    what = f"a {class_name(rate)}"
+    if any(cls.__name__ == "LearningRateSchedule" for cls in type(rate).__mro__):
+        known, note = _known_schedule(rate)
+        return {"learning_rate": ForeignSchedule(rate, _call_of(optimizer, rate), known, note)}
+    # Keras calls any other function without arguments, in each step.
+    note = "adamjax cannot compare it with a schedule of its own"
     try:
-        rate(0)
-    except Exception:  # It may be a function without arguments, or need a count of another type.
-        note = "adamjax cannot compare it with a schedule of its own"
-        unknown: Hyperparams = {"unknown_schedule": (f"a {class_name(rate)}", note)}
-        try:
-            return unknown | {"learning_rate": float(rate())}
-        except Exception:
-            return unknown
-    return {"learning_rate": ForeignSchedule(rate)}
+        value = number_of(owner, what, rate())
+    except Exception as error:
+        fault = f"{type(error).__name__}: {str(error)[:200]}"
+        why = f"{what} cannot be called without arguments, as Keras calls it ({fault})"
+        return {"incomparable_rate": why}
+    return {"learning_rate": value, "unknown_schedule": (what, note)}
+
+
+def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
+    """A function that calls an optimizer's schedule at a count, with what the optimizer passes."""
+    if hasattr(optimizer, "_hyper"):  # Optimizers before 2.11 cast the count.
+        return lambda count: schedule(np.float32(count))
+    # With micro-batches, `iterations` counts steps, and schedules count calls.
+    own = getattr(optimizer, "_iterations", None)
+    own = getattr(optimizer, "iterations", None) if own is None else own
+    variable: Any = copy.deepcopy(own)
+    if not hasattr(variable, "assign"):
+        return lambda count: schedule(np.int32(count))
+
+    def call(count: Any) -> Any:
+        variable.assign(count)
+        return schedule(variable)
+
+    if not isinstance(getattr(variable, "value", None), jax.Array):
+        return call
+    compiled = jax.jit(call)
+    is_traceable = True
+
+    def call_compiled(count: int) -> Any:
+        # With JAX, Keras' `cond` is compiled anew in each call outside of jit.
+        nonlocal is_traceable
+        if is_traceable:
+            try:
+                return compiled(jnp.asarray(count, variable.dtype))
+            except Exception:
+                is_traceable = False
+        return call(count)
+
+    return call_compiled
 
 
 def _clips_of(owner: str, optimizer: Any) -> list[Any]:
@@ -207,15 +245,15 @@ def _decay_of_each(
     return [{"masks_decay": masks}] * num_params
 
 
-def _schedule(schedule: Any) -> Any:
-    """A schedule of Keras as one of adamjax; `None` for one that adamjax does not have."""
+def _known_schedule(schedule: Any) -> tuple[Any, str]:
+    """A schedule of Keras as one of adamjax, `None` if there is none, and a note for errors."""
     if not is_of_keras(schedule) or not hasattr(schedule, "get_config"):
-        return None
+        return None, ""
     config = {"class_name": type(schedule).__name__, "config": schedule.get_config()}
     try:
-        return from_keras_config(config, "the schedule")
+        return from_keras_config(config, "the schedule"), ""
     except (TypeError, ValueError):
-        return None
+        return None, IN_INTEGERS if is_in_integers(config["config"]) else ""
 
 
 def _read_variables(
