@@ -1240,6 +1240,30 @@ def test_what_torch_says_is_compared(name):
         convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
 
 
+def test_a_step_of_torch_may_be_an_array_of_one_element():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    given = torch_state()
+    for held in given["state"].values():
+        held["step"] = np.array([5.0], np.float32)
+    state = convert.from_torch(given, tx, params)
+    assert int(adamjax.step_count(state)) == 5
+    assert convert.to_torch(state, tx, params, given)["state"][0]["step"] == 5
+    given["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
+    with pytest.raises(ValueError, match="states of several runs one by one"):
+        convert.from_torch(given, tx, params)
+
+
+def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
+    taken, fresh = torch_state(exp_avg=PARAMS["a"] * 0.3), {**torch_state(), "state": {}}
+    for given in (taken, fresh):
+        with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
+            convert.from_torch(given, tx, params)
+        convert.from_torch(given, tx, params, check=False)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    convert.from_torch(fresh, tx, narrow)
+
+
 def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
     params = [jnp.ones(3)]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
@@ -1344,6 +1368,27 @@ def numbered_keras(shapes):
     """The variables of an Adam without names, of parameters with m and v of 1, 2, ..."""
     slots = [np.full(shape, i + 1.0) for i, shape in enumerate(shapes) for _ in "mv"]
     return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
+
+
+def test_some_of_keras_arrays_without_names_are_not_converted():
+    """Nothing shows their shapes, but all arrays of a parameter have the same one."""
+    shapes = [(3, 2), (4,), (), (2, 5)]
+    params = {"a": jnp.ones(shapes[0]), "c": jnp.ones(shapes[3])}
+    numbered, tx = numbered_keras(shapes), adamjax.adam(RATE)
+    for given in (numbered, list(numbered.values())):
+        for order in (["a", None, None, "c"], ["a", None, None, None], [None, None, None, "c"]):
+            some = {path: params[path] for path in order if path}
+            state = convert.from_keras(given, tx, some, order=order)
+            for path in some:
+                place = order.index(path)
+                slot = adamjax.get_slot(state, "v")[path]
+                assert_same(slot, jnp.full(shapes[place], place + 1.0))
+            target = jax.tree.map(np.zeros_like, given)
+            back = convert.to_keras(state, tx, some, target, order=order)
+            assert np.shape(back["4" if isinstance(back, dict) else 4]) == shapes[1]
+    del numbered["9"]
+    with pytest.raises(ValueError, match="9 arrays without names fit nothing"):
+        convert.from_keras(numbered, tx, params, order=["a", None, None, "c"])
 
 
 def numbered_torch(shapes):
@@ -2083,7 +2128,7 @@ def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
     current = [(v.path, np.asarray(v)) for v in optimizer.variables]
     of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
-    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
+    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3, np.float32)) for slot in "mv"]
     constant, arrays = adamjax.adam(0.1), [x for _, x in current]
     numbered = {str(i): x for i, x in enumerate(arrays)}
     for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):
@@ -3073,6 +3118,17 @@ MALFORMED = {
 }
 
 
+def test_the_flattened_form_of_torch_is_named():
+    flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
+    for given, message in (
+        (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
+        ({"model": {}, "optimizer": {}}, r"got dict with \['model', 'optimizer'\]"),
+        ([], "got list"),
+    ):
+        with pytest.raises(TypeError, match=f"from_torch: expected .*{message}"):
+            convert.from_torch(given, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
+
+
 @pytest.mark.parametrize("what", MALFORMED)
 def test_malformed_state_dicts_are_refused(what):
     change, message = MALFORMED[what]
@@ -3466,10 +3522,20 @@ def test_the_adapt_that_errors_recommend_inverts_itself(shape):
         np.testing.assert_array_equal(again, x)
 
 
-def test_complex_leaves_do_not_go_to_torch():
+@pytest.mark.parametrize("check", [True, False])
+def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
+    """Also where all imaginary parts are 0 so far, or no step was taken yet."""
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
-    with pytest.raises(ValueError, match=r"to_torch: the leaf '0' is complex"):
-        convert.to_torch(tx.init(params), tx, params, fresh_torch())
+    for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
+        for held in list(given["state"].values())[:1]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                held[name] = held[name].astype(np.complex64)
+        for leaves in (params, [jnp.ones(2), params[0]]):
+            message = r"_torch: the leaf '[01]' is complex, and torch's v of complex parameters"
+            with pytest.raises(ValueError, match=f"from{message}"):
+                convert.from_torch(given, tx, leaves, check=check)
+            with pytest.raises(ValueError, match=f"to{message}"):
+                convert.to_torch(tx.init(leaves), tx, leaves, given, check=check)
 
 
 # --- runs that would go on otherwise --------------------------------------------------------------
@@ -4978,6 +5044,39 @@ def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
             ValueError, match=r"'base': .* an optimizer without this leaf.*which moves"
         ):
             convert_to(tx)
+
+
+def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
+    zero, params = adamjax.set_to_zero(), KERAS_PARAMS
+    variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
+    optimizer = keras_adam(keras, 3, "AdamW", variables, weight_decay=0.3)
+    adamw = adamjax.adamw(0.1, weight_decay=0.3)
+    convert.from_keras(optimizer, adamw, params)
+    variables[1].trainable = False
+    for tx in (
+        adamw,
+        KERAS_RULE,
+        adamjax.chain(
+            KERAS_RULE,
+            adamjax.masked(zero, "v1"),
+            adamjax.add_decayed_weights(0.3),
+            adamjax.scale_by_learning_rate(0.1),
+        ),
+    ):
+        tx = tx if tx is adamw else adamjax.partition([("v1", tx)], default=adamw)
+        for call in (
+            lambda tx=tx: convert.from_keras(optimizer, tx, params),
+            lambda tx=tx: convert.to_keras(tx.init(params), tx, params, optimizer),
+        ):
+            message = r"'v1': Keras has a variable with trainable=False, tx has .*give None for it"
+            with pytest.raises(ValueError, match=message):
+                call()
+    still = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
+    state = convert.from_keras(optimizer, still, params)
+    convert.to_keras(state, still, params, optimizer)
+    rest = adamjax.partition([("v1", zero)], default=adamw)
+    state = convert.from_keras(optimizer, rest, params, order=["v0", None])
+    convert.to_keras(state, rest, params, optimizer, order=["v0", None])
 
 
 def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):

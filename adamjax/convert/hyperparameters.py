@@ -1,7 +1,7 @@
 """Compares the hyperparameters of torch's or Keras' optimizer with those of a transform."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
+_FREEZE = "freeze it with partition and set_to_zero, around everything that moves it"
 # At how many earlier counts rates are looked at.
 _EARLIER = 16
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
@@ -37,6 +38,7 @@ _NAMES_IN_ERRORS = {
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
     **dict.fromkeys(("unknown_schedule", "incomparable_rate"), "a schedule of the rate"),
     "has_decay": "a weight decay",
+    "is_frozen": "trainable=False",
     "gradient_factor": "a factor of gradients",
 }
 
@@ -68,6 +70,7 @@ def expect_same_hyperparameters(
     - `others`: where transforms may be that nothing can compare, those of other libraries and the
       user's own: "before" the rule, or "none" for nowhere. Without this key, anywhere.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
+    - `is_frozen`: whether the leaf stands still, so that nothing else is compared.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     """
     _Check(ours, system).check(moments)
@@ -96,11 +99,14 @@ class _Check:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
         # By leaf, whether anything in tx scales its updates, if the system states a rate.
         has_rate: dict[str, bool] = {}
+        trained = {path for path, x in moments.items() if not x[-1].hyperparams.get("is_frozen")}
         for path, leaf_moments in moments.items():
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
             if len(rules) != len(leaf_moments):
                 self._expect_nothing_stated(path, leaf_moments)
+            elif path not in trained:
+                self._expect_frozen(path, route[rules[-1] :])
             else:
                 for i, moment in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], moment.hyperparams)
@@ -110,7 +116,7 @@ class _Check:
                 if not hyperparams.get("clips_updates", True):
                     self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
-                    self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
+                    self._check_clips(path, route, rules[0], hyperparams["clips"], trained)
                 if "gradient_factor" in hyperparams:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
@@ -144,19 +150,31 @@ class _Check:
         """
         for path in (path for path in self.position_of_leaf if path not in moments):
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
-            zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
-            moving = [
-                part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
-            ]
-            if not zeros:
-                moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
-            if moving:
-                self._refuse(
-                    path,
-                    "an optimizer without this leaf",
-                    f"{moving[0]!r}, which moves it",
-                    "freeze it with partition and set_to_zero, around everything that moves it",
-                )
+            self._expect_still(path, route, "an optimizer without this leaf")
+
+    def _expect_frozen(self, path: str, after: Sequence[Part]) -> None:
+        """Refuses a transform that moves a leaf which the system's optimizer has, but not trains.
+
+        `after` has the parts from the last rule on.
+        """
+        stated = "a variable with trainable=False"
+        mend = f"{_FREEZE}, and give None for it in order="
+        self._expect_still(path, after, stated, mend)
+        if not any(isinstance(part.tx, set_to_zero) for part in after):
+            self._refuse(path, stated, f"{after[0].tx!r}, which moves it", mend)
+
+    def _expect_still(
+        self, path: str, route: Sequence[Part], stated: str, mend: str = _FREEZE
+    ) -> None:
+        """Refuses a route on which something moves a leaf without gradients."""
+        zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
+        moving = [
+            part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
+        ]
+        if not zeros:
+            moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
+        if moving:
+            self._refuse(path, stated, f"{moving[0]!r}, which moves it", mend)
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
@@ -315,9 +333,13 @@ class _Check:
         route: Sequence[Part],
         rule_place: int,
         stated: Sequence[Any],
-        moments: Mapping[str, list[LeafMoments]],
+        trained: Set[str],
     ) -> None:
-        """Compares what clips the gradients of a leaf, and where."""
+        """Compares what clips the gradients of a leaf, and where.
+
+        Args:
+          trained: the paths of all leaves that the system's optimizer moves.
+        """
         before = [part for part in route[:rule_place] if isinstance(part.tx, _CLIPS)]
         after = [part.tx for part in route[rule_place:] if isinstance(part.tx, _CLIPS)]
         if not stated and any(part.tx.has_foreign for part in route[:rule_place]):
@@ -334,7 +356,7 @@ class _Check:
                 part.tx
                 for part in before
                 if isinstance(part.tx, clip_by_global_norm)
-                and moments.keys() != leaves_by_path(self.owner, part.params).keys()
+                and trained != leaves_by_path(self.owner, part.params).keys()
             ]
             outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
             if of_other_leaves:

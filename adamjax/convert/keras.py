@@ -117,7 +117,11 @@ def _hyperparams_of_each(
         hyperparams |= _options_of(owner, optimizer)
         weight_decay = hyperparams.get("weight_decay")
         decays = _decay_of_each(optimizer, weight_decay, num_params)
-        return [{**hyperparams, **decay} for decay in decays]
+        frozen = _are_frozen(optimizer, num_params)
+        return [
+            {**hyperparams, **decay, "is_frozen": is_frozen}
+            for decay, is_frozen in zip(decays, frozen, strict=True)
+        ]
     if layout.has_schedule:
         hyperparams["unknown_schedule"] = (
             "there is no variable learning_rate",
@@ -243,6 +247,14 @@ def _decay_of_each(
     excludes = any(getattr(optimizer, name, None) for name in names)
     masks = "some" if excludes else "unknown" if decays is None else "none"
     return [{"masks_decay": masks}] * num_params
+
+
+def _are_frozen(optimizer: Any, num_params: int) -> list[bool]:
+    """Whether each parameter has `trainable=False`, by now, if the optimizer knows them."""
+    params: Any = getattr(optimizer, "_trainable_variables", None) or ()
+    if len(params) != num_params:
+        return [False] * num_params
+    return [getattr(param, "trainable", True) is False for param in params]
 
 
 def _known_schedule(schedule: Any) -> tuple[Any, str]:
@@ -407,11 +419,13 @@ def _layout_and_paths(
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
     has_average = any(isinstance(part.tx, weight_ema) for part in ours.parts)
     extra = ["average"] * has_average + ["gradient_accumulator"] * bool(ours.accumulations)
-    shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
+    shapes = [None if path is None else np.shape(leaves[path]) for path in paths]
 
     def has_shape(place: int, x: np.ndarray) -> bool:
         path, shape = paths[place], shapes[place]
-        if path is None or not has_adapt:
+        if path is None or shape is None:
+            return True
+        if not has_adapt:
             return x.shape == shape
         try:  # The array may be that of another parameter, which `adapt` does not take.
             if to_adamjax:
@@ -582,7 +596,8 @@ def from_keras(
           Here the place and the shape of an array must show what it is.
       tx: a transform of adamjax.
       params: the parameters at that step. Constraints of Keras' variables are refused if the
-        optimizer itself is passed; other forms do not show them.
+        optimizer itself is passed, and so are variables with `trainable=False` whose leaves `tx`
+        moves; other forms do not show them.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default:
 
