@@ -1383,9 +1383,8 @@ def test_some_of_keras_arrays_without_names_are_not_converted():
                 place = order.index(path)
                 slot = adamjax.get_slot(state, "v")[path]
                 assert_same(slot, jnp.full(shapes[place], place + 1.0))
-            target = jax.tree.map(np.zeros_like, given)
-            back = convert.to_keras(state, tx, some, target, order=order)
-            assert np.shape(back["4" if isinstance(back, dict) else 4]) == shapes[1]
+            back = convert.to_keras(state, tx, some, given, order=order)
+            assert_same(back, given)
     del numbered["9"]
     with pytest.raises(ValueError, match="9 arrays without names fit nothing"):
         convert.from_keras(numbered, tx, params, order=["a", None, None, "c"])
@@ -2128,7 +2127,7 @@ def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
     current = [(v.path, np.asarray(v)) for v in optimizer.variables]
     of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
-    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3, np.float32)) for slot in "mv"]
+    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
     constant, arrays = adamjax.adam(0.1), [x for _, x in current]
     numbered = {str(i): x for i, x in enumerate(arrays)}
     for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):

@@ -173,18 +173,17 @@ class _AdamjaxFilling(Translation):
         return filled
 
     def _expect_wide(self, initial: Slots, path: str, slots: Slots | None) -> None:
-        """Refuses slots of fewer bits than the source's, where all are still 0.
+        """Refuses slots of fewer bits than float32 and the source's, where all are still 0.
 
         After a step their values would be refused. torch has no slots before its first step; then
-        they get the dtype of the parameter.
+        they get the dtype of the parameter. Zeros in float64 may be made by NumPy, and say nothing.
         """
         params = leaves_by_path(self.owner, self.ours.params)
         for name, x in initial.items():
             given = params[path] if slots is None else slots[name]
             old, new = np.dtype(given.dtype), np.dtype(x.dtype)
-            if all(jnp.issubdtype(one, jnp.inexact) for one in (old, new)) and (
-                jnp.finfo(old).nmant > jnp.finfo(new).nmant
-            ):
+            bits = jnp.finfo(old).nmant if jnp.issubdtype(old, jnp.inexact) else 0
+            if jnp.finfo(new).nmant < min(bits, jnp.finfo(np.float32).nmant):
                 self.refuse_rounding(path, name, old, new)
 
     def _fill_accumulated(self, x: AccumulateGradientsState) -> AccumulateGradientsState:
