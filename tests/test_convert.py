@@ -2092,6 +2092,11 @@ def test_rates_and_names_of_old_keras_optimizers(prefix):
         (OldAdam(0.1, prefix=prefix), 0.1, 0.2),
         (OldAdam(np.float32(0.1), 0.5, prefix=prefix), decayed, 0.1),
         (OldAdam(of_class(), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
+        (
+            OldAdam(of_class(), 0.5, prefix=prefix),
+            lambda n: 0.1 / (n + 1) / (1 + 0.5 * n),
+            lambda n: 0.1 / (n + 1),
+        ),
         (OldAdam(lambda: 0.1, prefix=prefix), adamjax.constant(0.1), 0.2),
     ):
         state = convert.from_keras(old, adamjax.adam(right), params)

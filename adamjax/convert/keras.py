@@ -159,18 +159,25 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
     rate = getattr(optimizer, "_learning_rate", old.get("learning_rate"))
     if rate is None:
         return {}
+    decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
+    # In Nadam, this is the decay of its momentum.
+    decay = 0.0 if plain_name(type(optimizer).__name__) == "nadam" else decay
     # Some variables can be called.
     if not callable(rate) or hasattr(rate, "assign"):
         rate = number_of(owner, "the learning rate", rate)
-        decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
-        # In Nadam, this is the decay of its momentum.
-        if decay and plain_name(type(optimizer).__name__) != "nadam":
-            rate = inverse_time_decay(rate, 1, decay)
-        return {"learning_rate": rate}
+        return {"learning_rate": inverse_time_decay(rate, 1, decay) if decay else rate}
     what = f"a {class_name(rate)}"
     if any(cls.__name__ == "LearningRateSchedule" for cls in type(rate).__mro__):
         known, note = _known_schedule(rate)
-        return {"learning_rate": ForeignSchedule(rate, _call_of(optimizer, rate), known, note)}
+        call = _call_of(optimizer, rate)
+        if not decay:
+            return {"learning_rate": ForeignSchedule(rate, call, known, note)}
+        known = None if known is None else inverse_time_decay(known, 1, decay)
+
+        def decayed(count: int) -> Any:
+            return call(count) / (1 + decay * count)
+
+        return {"learning_rate": ForeignSchedule(rate, decayed, known, note)}
     # Keras calls any other function without arguments, in each step.
     note = "adamjax cannot compare it with a schedule of its own"
     try:
