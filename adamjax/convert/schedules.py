@@ -79,11 +79,11 @@ class ForeignSchedule:
         if self.known is not None:
             return jax.tree.leaves(self.known)
         try:
-            config = self.schedule.get_config()
+            config = jax.tree.leaves(self.schedule.get_config())
         except Exception:  # Only a model that is saved needs it.
-            config = {}
-        leaves = jax.tree.leaves([config, getattr(self.schedule, "__dict__", {})])
-        return [x for x in leaves if isinstance(x, int | float | np.number)]
+            config = []
+        own = jax.tree.leaves(list(getattr(self.schedule, "__dict__", {}).values()))
+        return [x for x in (*config, *own) if isinstance(x, int | float | np.number)]
 
 
 def has_schedule(tx: Any) -> bool:
