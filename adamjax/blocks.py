@@ -1,4 +1,4 @@
-"""Runs a step on some rows of tables block by block: time grows with the rows, memory does not.
+"""Runs a step on some rows of tables block by block, with the temporaries of one block at a time.
 
 The distinct indices of a batch may be far fewer than its indices. They come first in an array as
 long as the batch; the rest of the array is padding, which stands for no row. A loop whose length is
@@ -16,7 +16,14 @@ import numpy as np
 
 from adamjax._compat import as_varying, jaxpr_as_fun, varying_axes
 
-__all__ = ["group_tables", "in_blocks", "needs_no_loop", "rows_of_each"]
+__all__ = [
+    "group_tables",
+    "in_blocks",
+    "joined_positions",
+    "needs_no_loop",
+    "per_row",
+    "rows_of_each",
+]
 
 # The most rows of a block of a loop.
 _BLOCK_ROWS = 2048
@@ -162,3 +169,26 @@ def group_tables(positions: Sequence[int], rows: Sequence[Any]) -> list[list[int
 def rows_of_each(rows: chex.Array, sizes: Sequence[int]) -> list[chex.Array]:
     """Splits rows of several tables, which are concatenated, by table."""
     return [rows] if len(sizes) == 1 else jnp.split(rows, np.cumsum(sizes[:-1]))
+
+
+def per_row(values: Any, counts: Sequence[int]) -> Any:
+    """Repeats the value of each table `counts[i]` times; for one table it is a scalar."""
+    if len(counts) == 1:
+        return values[0]
+    return values[np.repeat(np.arange(len(counts)), counts)]
+
+
+def joined_positions(
+    positions: Sequence[chex.Array], sizes: Sequence[int], starts: Any, outside: int
+) -> chex.Array:
+    """The positions of rows of several tables, as positions in one array with all their rows.
+
+    Args:
+      positions: for each table int32[n], positions among its rows; its size stands for no row.
+      sizes: the number of rows of each table.
+      starts: where the rows of each table start in the array of all.
+      outside: what stands for no row in the result.
+    """
+    joined, counts = jnp.concatenate(positions), [x.size for x in positions]
+    is_row = joined < per_row(np.array(sizes, np.int32), counts)
+    return jnp.where(is_row, joined + per_row(np.array(starts, np.int32), counts), outside)

@@ -54,13 +54,14 @@ class Range:
 
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# Counts are int32, and stay at the largest.
+# Counts are int32. A count that has reached this number stays there; it does not wrap around.
 LAST_COUNT = int(np.iinfo(np.int32).max)
 BETA = Range("in [0, 1)", lambda x: (x >= 0) & (x < 1))
 UNIT = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
-# What is finite must be so in float32.
+# In the next three ranges a number must be finite in float32 too.
 NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x <= LARGEST))
-# A smaller one is 0 in float32, and 0/0 would be the update of a weight that never had a gradient.
+# A smaller number is subnormal in float32, and XLA may treat it as 0. Then 0/0 would be the update
+# of a weight that never had a gradient.
 POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & (x <= LARGEST))
 FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
 # A length of time or a point in it, in steps.
@@ -82,8 +83,8 @@ _EXPORTED: set[str] = set()
 def exportable(kind: type[_T]) -> type[_T]:
     """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it.
 
-    JAX takes one class of a name, for good. Of a class that is defined again, as in a cell of a
-    notebook that is run twice, the first can be written, and JAX refuses to write the others.
+    JAX registers one class for each name, and this cannot be undone. If a class is defined again,
+    as in a cell of a notebook that is run twice, only its first definition can be exported.
     """
     ours = kind.__module__.startswith("adamjax.")
     name = f"adamjax.{kind.__name__}" if ours else f"{kind.__module__}.{kind.__qualname__}"
@@ -154,11 +155,11 @@ def _same_leaf(a: Any, b: Any) -> bool:
 
 
 class _FieldNames:
-    """The names of a dataclass' fields: of those that are leaves, and of those that are static."""
+    """Returns the names of a dataclass' fields: of the leaves, and of the static ones."""
 
     def __init__(self, cls: Any) -> None:
         self._cls = cls
-        # The fields that the names are of.
+        # The fields that the class had in the last call, and what that call returned.
         self._known: tuple[Any, tuple[str, ...], tuple[str, ...]] = None, (), ()
 
     def __call__(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -183,9 +184,9 @@ class Data:
     print what makes them, compare by value (arrays too), pickle and copy. They hash unless a
     hyperparameter is an array.
 
-    Rebuilding from leaves skips `__init__`, as JAX puts tracers, axes and placeholders there:
-    checks belong in `__post_init__`, which runs when a person makes the object. The value of an
-    array that is being traced is not known there, so its range is not checked.
+    JAX rebuilds objects with tracers, axes or placeholders in place of the leaves, so this skips
+    `__init__`. Checks belong in `__post_init__`, which runs when a person makes the object. It does
+    not know the value of an array that is being traced, so it does not check that array's range.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -264,15 +265,16 @@ class Data:
         if not inside:
             raise ValueError(f"{owner}: {name} must be {allowed.text}, got {value!r}")
         if not is_array(value):
-            # A float where a count is meant, or a fraction, an integer, a longdouble, ...
+            # `value` is any real number: an int, a float, a Fraction, a longdouble, ... With "only"
+            # it may be the float 3.0.
             kept = whole == "kept" and isinstance(value, int)
             # What an int32 cannot hold does not go through `jit` as an int.
             kept = kept and abs(value) <= LAST_COUNT
             return int(value) if whole == "only" or kept else float(value)
-        # Before JAX sees it, which would cut a wide integer to 32 bits.
         if whole == "only":
             return jnp.asarray(value, jnp.int32)
         if _is_whole(value) and (whole == "never" or _is_wide(value)):
+            # Convert in NumPy first: JAX would cut a wide integer to 32 bits.
             return jnp.asarray(np.asarray(value, np.float64), float)
         return jnp.asarray(value)
 
@@ -320,7 +322,8 @@ class Data:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-# A hyperparameter: a Python float is a compile-time constant, an array is data.
+# A hyperparameter. If a jitted function closes over an object, its Python floats are compile-time
+# constants. If the object is an argument of the function, floats and arrays are traced.
 Number = float | chex.Array
 # Any pytree.
 Tree = Any

@@ -17,8 +17,9 @@ below, steps of    2**-17 of it           2**-33 of it
 ("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
 the root of v: there neighbours differ by 3% to 6%, down to 2**-15 of the largest. Block exponents
 and fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats
-Specification 1.0, 2023, section 5). To scale a block by a power of two adds no rounding error, so a
-stored number does not change when the largest of its block grows.
+Specification 1.0, 2023, section 5). To scale a block by a power of two adds no rounding error. So
+when the largest number of a block grows, a stored number keeps its value, unless it is now below
+2**-14 of the largest (unsigned: 2**-30).
 
 Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
 stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
@@ -43,12 +44,12 @@ __all__ = [
     "Scaled8",
     "block_exponents",
     "decoded",
-    "each_part",
     "encoded",
     "expect_encoded",
     "expect_exponents_by_row",
     "exponents_spec",
-    "like_parts",
+    "map_stored",
+    "references_for_slot",
     "zeros_scaled8",
 ]
 
@@ -62,9 +63,9 @@ _DROPPED_BITS = 20  # of the 23 bits of a float32's fraction
 # A block with the exponent e stores its numbers divided by `2**(e + _OFFSET - 127)`. So at e = 0
 # the smallest code, which stands for 1/8, is still a normal float32.
 _OFFSET = 4
-# The biased exponents of a power of two and of its inverse add up to 254. So the exponent e is
-# `e + _OFFSET` as that of the power to multiply by, and `_INVERSE - e` as that of its inverse.
-_INVERSE = 254 - _OFFSET
+# To decode, numbers are multiplied by the power of two with the biased exponent `e + _OFFSET`; to
+# encode, by its inverse, whose biased exponent is `_ENCODING_BIAS - e`. (The two add up to 254.)
+_ENCODING_BIAS = 254 - _OFFSET
 # The exponent of a block with a number that is infinite or NaN.
 _NOT_FINITE = 255
 
@@ -138,20 +139,22 @@ def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
     return (*spec, *[None] * (ndim - len(spec)))[: ndim - 1] if ndim else ()
 
 
-def each_part(function: Callable[..., Any], *slots: Any) -> Any:
-    """Applies a function of arrays to slots; of encoded ones, to codes and to exponents."""
+def map_stored(function: Callable[..., Any], *slots: Any) -> Any:
+    """Applies a function of arrays to slots; if they are encoded, to codes and to exponents."""
     if isinstance(slots[0], Scaled8):
-        return Scaled8(*(function(*parts) for parts in zip(*slots, strict=True)))
+        return Scaled8(*(function(*arrays) for arrays in zip(*slots, strict=True)))
     return function(*slots)
 
 
-def like_parts(p: Any) -> Scaled8:
-    """Arrays to take the shardings of a slot's codes and exponents from.
+def references_for_slot(p: Any) -> Scaled8:
+    """The arrays that `split_alike` is to split a slot's codes and exponents like.
 
-    If the sharding of `p` is not known, the second one has the shape of the exponents.
+    Codes have the shape of `p`. Exponents have another one, so a part of `p` has to be taken for
+    them, but only if `p` is traced and has no explicit sharding: `split_alike` ignores other
+    references.
     """
-    is_known = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
-    return Scaled8(p, p if is_known else _first_of_blocks(p))
+    is_ignored = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
+    return Scaled8(p, p if is_ignored else _first_of_blocks(p))
 
 
 def expect_encoded(what: str, slot: Scaled8) -> None:
@@ -175,7 +178,7 @@ def expect_exponents_by_row(slot: Any, what: str = "a row gradient needs rows") 
     """Refuses a slot whose rows cannot be written one by one, because they share exponents.
 
     Args:
-      what: the start of the error, which ends in "needs rows".
+      what: the first words of the error, up to "needs rows".
     """
     if isinstance(slot, Scaled8) and slot.ndim < 2:
         raise ValueError(
@@ -210,9 +213,12 @@ def _blocks(bits: chex.Array) -> chex.Array:
 
 
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
-    """For each encoded slot the exponents to store an array in it with; `None` for other slots.
+    """For each encoded slot, the exponents to encode its new array with; `None` for other slots.
 
     The largest number of a block has a code even if it is rounded up.
+
+    Args:
+      arrays: for each slot its new array.
     """
 
     encoded_slots = [(i, slot) for i, slot in enumerate(slots) if isinstance(slot, Scaled8)]
@@ -221,23 +227,23 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
         return exponents
 
     def bits_of(x: chex.Array, slot: Scaled8) -> chex.Array:
-        """The bits of the sizes of numbers, by block. As integers they have the order of sizes."""
-        size = jnp.abs(x).astype(jnp.float32)
-        if slot.codes.dtype != np.int8:  # which has no code for a negative number
-            size = jnp.where(x < 0, jnp.nan, size)
-        return _blocks(jax.lax.bitcast_convert_type(size, jnp.int32))
+        """The bits of the absolute values, by block. As integers they are in the same order."""
+        absolute = jnp.abs(x).astype(jnp.float32)
+        if slot.codes.dtype != np.int8:  # uint8 has no code for a negative number
+            absolute = jnp.where(x < 0, jnp.nan, absolute)
+        return _blocks(jax.lax.bitcast_convert_type(absolute, jnp.int32))
 
     bits = [bits_of(arrays[i], slot) for i, slot in encoded_slots]
     is_long_vector = encoded_slots[0][1].ndim == 1 and bits[0].ndim == 3
     largest = _largest(bits, (1, 2) if is_long_vector else (bits[0].ndim - 1,))
 
     def exponent(largest_bits: chex.Array, slot: Scaled8) -> chex.Array:
-        # Of the number after its fraction is rounded up to the bits that codes keep. A NaN counts
-        # as infinite, whose biased exponent is 255.
+        # `biased` is the exponent of the largest number once its fraction is rounded up to the bits
+        # that codes keep. That of infinity is 255, and a NaN counts as infinity.
         finite_or_infinity = jnp.minimum(largest_bits, np.int32(0x7F800000))
         biased = (finite_or_infinity + np.int32((1 << _DROPPED_BITS) - 1)) >> 23
-        above = jnp.maximum(biased - np.int32(_exponent_range(slot.codes.dtype) + _OFFSET), 0)
-        return jnp.where(biased < 255, above, _NOT_FINITE).astype(jnp.uint8)
+        stored = jnp.maximum(biased - np.int32(_exponent_range(slot.codes.dtype) + _OFFSET), 0)
+        return jnp.where(biased < 255, stored, _NOT_FINITE).astype(jnp.uint8)
 
     for (i, slot), x in zip(encoded_slots, largest, strict=True):
         exponents[i] = exponent(x, slot)
@@ -245,10 +251,11 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
 
 
 def _largest(arrays: list[chex.Array], axes: tuple[int, ...]) -> list[chex.Array]:
-    """The maxima of integer arrays over axes, by one reduction, which reads the gradients once.
+    """The maxima of integer arrays over axes.
 
-    On a CPU, XLA stores the operand of a reduction of one array, but not the operands of a
-    reduction of several. So a single array gets a second operand, which has smaller numbers.
+    One reduction takes all of them, so that XLA reads the gradients, from which they are computed,
+    only once. On a CPU, XLA stores the operand of a reduction of one array, but not the operands of
+    a reduction of several. So a single array gets a second operand, which has smaller numbers.
     """
     operands = arrays if len(arrays) > 1 else [arrays[0], arrays[0] >> 1]
     maxima = jax.lax.reduce(
@@ -281,8 +288,9 @@ def encoded(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.
       x: real floats.
       code_dtype: int8, or uint8 for numbers that are not negative.
       exponents: the result of `block_exponents` for this slot.
-      random: uint32 below 2**16, of the shape of x. A number is rounded up if `random / 2**16` plus
-        its fraction of the way to the next code reaches 1, so 2**15 rounds to the nearest.
+      random: uint32 below 2**16, of the shape of x. A number is rounded up if
+        `(random + 0.5) / 2**16` plus its fraction of the way to the next code reaches 1. So 2**15
+        rounds to the nearest.
     """
     codes = _codes_without_derivative(np.dtype(code_dtype), x, exponents, random)
     return Scaled8(codes, exponents)
@@ -292,12 +300,13 @@ def _codes(code_dtype: Any, x: chex.Array, exponents: chex.Array, random: chex.A
     top, signed = _exponent_range(code_dtype), code_dtype == np.int8
     exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
     # The smallest number with a full fraction becomes 1.
-    factor = _power(_INVERSE - jnp.minimum(exponent, _INVERSE - top))
+    factor = _power(_ENCODING_BIAS - jnp.minimum(exponent, _ENCODING_BIAS - top))
     scaled = jnp.abs(x).astype(jnp.float32) * _for_each_element(factor, x.shape)
     scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
     # From 1 on, a code is the bits of a float from which fraction bits were dropped; the biased
-    # exponent, 127 at 1, becomes 1. The 16 random bits and half of the next one fill the 20 dropped
-    # bits: their sum carries over if the number is to be rounded up.
+    # exponent, 127 at 1, becomes 1. The random number is added to the top 16 of the 20 dropped
+    # bits, and 8 is half of its unit. The sum carries into the code if the number is to be rounded
+    # up.
     full = ((scaled_bits + (random << 4) + 8) >> _DROPPED_BITS) - np.int32(126 << 3)
     # Below 1, a code is the number of eighths.
     small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
@@ -323,11 +332,11 @@ def decoded(slot: Scaled8) -> chex.Array:
     """The float32 array that is stored in 8 bits."""
     codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
     top = _exponent_range(codes.dtype)
-    power = _power(jnp.minimum(exponents, _INVERSE) + _OFFSET)
-    scale = jnp.where(exponents <= _INVERSE - top, power, jnp.nan)
+    power = _power(jnp.minimum(exponents, _ENCODING_BIAS) + _OFFSET)
+    scale = jnp.where(exponents <= _ENCODING_BIAS - top, power, jnp.nan)
     number = codes.astype(jnp.int32)
     magnitude = jnp.abs(number)
     full = jax.lax.bitcast_convert_type((magnitude << _DROPPED_BITS) + (126 << 23), jnp.float32)
     scaled = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 0.125, full)
-    size = scaled * _for_each_element(scale, codes.shape)
-    return jnp.where(number < 0, -size, size) if codes.dtype == np.int8 else size
+    absolute = scaled * _for_each_element(scale, codes.shape)
+    return jnp.where(number < 0, -absolute, absolute) if codes.dtype == np.int8 else absolute

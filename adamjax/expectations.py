@@ -1,4 +1,7 @@
-"""What the laws expect of results: form, bits or values; errors name the leaf and the numbers."""
+"""What a law expects of results: the same form, the same bits, or nearly the same values.
+
+Errors name the leaf and the numbers.
+"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.average import weight_ema
 from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
+from adamjax.mesh import explicit_sharding, replicated, scatter_rows, split_like_rows
 from adamjax.moments import accumulator, as_count, next_count, widened_dtype
 from adamjax.paths import (
     checked_rules,
@@ -23,8 +25,8 @@ from adamjax.paths import (
 )
 from adamjax.replicas import sum_over
 from adamjax.rows import RowGradient, as_size, nonzero_arrays, with_seal, without_seal
-from adamjax.structure import find
-from adamjax.transform import Step, Transform, as_transform, expect_state
+from adamjax.structure import find, walk
+from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
 __all__ = [
     "AccumulateGradientsState",
@@ -83,7 +85,11 @@ def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
 
 
 def _zero_update(shape: Any) -> Any:
-    return at_rest(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape))
+    def zeros(x: Any) -> chex.Array:
+        # On a mesh with explicit axes, both branches must split their results alike.
+        return jnp.zeros(x.shape, x.dtype, device=explicit_sharding(x))
+
+    return at_rest(jax.tree.map(zeros, shape))
 
 
 @transform_state()
@@ -92,7 +98,9 @@ class AccumulateGradientsState(NamedTuple):
 
     Attributes:
       micro_count: int32, the number of micro-batches since the last step.
-      total: tree like the parameters, the sum of their gradients, in float32 or wider.
+      total: tree like the parameters, the sum of their gradients, in float32 or wider. Of a table
+        with `max_rows`, it is a row gradient. (If that has a place for every row, place i is that
+        of row i.)
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -110,6 +118,13 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
     """A rule for `lift` that adds the gradient to the total; its update is not used."""
     if not isinstance(total, RowGradient):
         return g, total + g.astype(total.dtype)
+    if _has_all_rows(total):
+        if isinstance(g, RowGradient) and g.rest is None:
+            ids = scatter_rows(total.indices, g.indices, g.indices)
+        else:
+            # Place i has i or a larger number. By the minimum, numbers stay split over devices.
+            ids = jnp.minimum(total.indices, jnp.arange(total.num_rows, dtype=jnp.int32))
+        return g, total.replace(indices=ids, values=total.values + g.astype(total.dtype))
     if not isinstance(g, RowGradient):
         raise ValueError(
             f"accumulate_gradients: max_rows makes room for row gradients of this table of shape "
@@ -120,6 +135,29 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
     # NaN, because dropping the rows that do not fit would be silently wrong.
     values = jnp.where(overflows, jnp.nan, both.values[:max_rows])
     return g, both.replace(indices=both.indices[:max_rows], values=values)
+
+
+def _has_all_rows(total: RowGradient) -> bool:
+    """Whether a total has a place for every row: place i is that of row i, or empty.
+
+    So it takes dense gradients too: then its values are the dense sum.
+    """
+    return len(total.indices) == total.num_rows
+
+
+def _mean(g: Any, total: Any, calls: chex.Array) -> Any:
+    """The mean of the gradients of some calls, in the form of the last call's gradient `g`."""
+    if isinstance(total, RowGradient):
+        if not isinstance(g, RowGradient):
+            total = total.values
+        else:
+            total = total.replace(lazy=g.lazy)
+            if _has_all_rows(total):
+                # The total of a table that is split over devices is split like the table. But of a
+                # row gradient every device has all rows.
+                arrays = replicated(total.indices), replicated(total.values)
+                total = total.replace(indices=arrays[0], values=arrays[1])
+    return with_seal(total / calls)
 
 
 def _checked_max_rows(max_rows: Any) -> int | tuple[tuple[str, int], ...]:
@@ -155,7 +193,8 @@ class accumulate_gradients(Transform):
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
     of a table that a step touches; then the step gets a row gradient. If more rows are touched, the
     gradient of the rows becomes NaN. To skip such a step, write
-    `accumulate_gradients(skip_not_finite(tx), steps, max_rows)`.
+    `accumulate_gradients(skip_not_finite(tx), steps, max_rows)`. A rule with `rows="lazy"` (for
+    `adamax` the default) needs `max_rows` for its tables, because a dense sum would move all rows.
 
     Args:
       tx: the transform that takes the steps, usually a whole optimizer.
@@ -163,14 +202,16 @@ class accumulate_gradients(Transform):
         that is traced, or set later by `set_hyperparams`, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
         gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows: it is for
-        every leaf of two or more dimensions that has more rows than this.
+        every leaf of two or more dimensions. A table that has no more rows than its number is
+        summed in a dense array, or, if its rule is lazy, as rows and with room for all of them; it
+        may have dense gradients in both cases.
 
     The state is an `AccumulateGradientsState`.
 
     Raises:
-      ValueError: by `update`: `max_rows` applies to a leaf, but the leaf has a dense gradient. (If
-        `max_rows` is one number, it also applies to dense kernels with more rows than that. Then
-        give pairs with the patterns of the tables instead.)
+      ValueError: by `update`: a leaf has more rows than `max_rows`, but a dense gradient. (If
+        `max_rows` is one number, that may be a dense kernel. Then give pairs with the patterns of
+        the tables instead.) Or a leaf without `max_rows` has a row gradient, but a lazy rule.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.accumulate_gradients(adamjax.scale(-1.0), steps=2)
@@ -205,7 +246,7 @@ class accumulate_gradients(Transform):
         return [p for p, _ in self.max_rows] if isinstance(self.max_rows, tuple) else []
 
     def _max_rows_of(self, path: str, p: Any) -> int | None:
-        """The number of rows in the sum of a leaf's row gradients; `None` for a dense sum."""
+        """The places for rows in the sum of a leaf's gradients; `None` if `max_rows` gives none."""
         rows: int | None
         if self.max_rows is None or np.ndim(p) == 0:
             return None
@@ -214,7 +255,7 @@ class accumulate_gradients(Transform):
         else:
             match = first_match(self._patterns, path)
             rows = None if match is None else self.max_rows[match][1]
-        return rows if rows is not None and rows < np.shape(p)[0] else None
+        return None if rows is None else min(rows, np.shape(p)[0])
 
     def _expect_max_rows(self, total: Tree) -> None:
         """Refuses a state that was made for another `max_rows`."""
@@ -228,7 +269,8 @@ class accumulate_gradients(Transform):
         for path, x in zip(paths, flatten(total)[0], strict=True):
             rows = x.indices.size if isinstance(x, RowGradient) else None
             expected = None if x is None else self._max_rows_of(path, x)
-            if rows != expected:
+            # With room for all rows, the sum of a leaf is dense unless its rule is lazy.
+            if rows != expected and not (rows is None and expected == x.shape[0]):
                 raise ValueError(
                     f"accumulate_gradients: the state accumulates {path!r} in {form(rows)}, "
                     f"expected {form(expected)} by max_rows={self.max_rows!r}: use the max_rows "
@@ -245,15 +287,58 @@ class accumulate_gradients(Transform):
             return jnp.zeros_like(p, widened_dtype(p.dtype, accumulator(p.dtype)))
 
         totals, treedef = flatten(new_slots(params, empty))
+        leaves, is_lazy = flatten(params)[0], self.tx.lazy_leaves(params)
         for i, path in enumerate(leaf_paths(params)):
             x = totals[i]
             rows = None if x is None else self._max_rows_of(path, x)
-            if rows is not None:
-                ids = jnp.full(rows, x.shape[0], jnp.int32)
+            if rows is None:
+                continue
+            num_rows = x.shape[0]
+            ids = jnp.full(rows, num_rows, jnp.int32)
+            if rows < num_rows:
                 values = jnp.zeros((rows, *x.shape[1:]), x.dtype)
-                totals[i] = RowGradient(ids, values, num_rows=x.shape[0], seal=None)
+                totals[i] = RowGradient(ids, values, num_rows=num_rows, seal=None)
+            elif is_lazy[i]:
+                ids = split_like_rows(ids, leaves[i])
+                totals[i] = RowGradient(ids, x, num_rows=num_rows, seal=None)
         total = treedef.unflatten(totals)
         return AccumulateGradientsState(jnp.zeros((), jnp.int32), total, self.tx.init(params))
+
+    def _expect_no_dense_sum_of_lazy_rows(self, grads: Tree, total: Tree, params: Tree) -> None:
+        """Refuses a row gradient whose dense sum would move rows that are to be left alone."""
+        leaves, totals = flatten(grads)[0], flatten(total)[0]
+        in_dense = [
+            i
+            for i, (g, x) in enumerate(zip(leaves, totals, strict=True))
+            if isinstance(g, RowGradient) and not isinstance(x, RowGradient)
+        ]
+        if not in_dense:
+            return
+        is_lazy = self.tx.lazy_leaves(total if params is None else params)
+        moves_all = any(
+            part.tx.adds_weights or isinstance(part.tx, Rule | weight_ema) for part in walk(self.tx)
+        )
+        for i in in_dense:
+            path, g = leaf_paths(total)[i], leaves[i]
+            if is_lazy[i]:
+                given = self._max_rows_of(path, g) is not None
+                why = "the rule of this leaf leaves the rows alone that were not read"
+                mend = (
+                    "the state was made for another rule: after a whole step put the state's inner "
+                    "into a new state from init"
+                    if given
+                    else f"pass max_rows={{{path!r}: rows}}, the most distinct rows that a step "
+                    'reads, or rows="dense" to the rule'
+                )
+            elif g.lazy and moves_all:
+                why = "a rule before this one leaves the rows alone that were not read"
+                mend = "put that rule inside, accumulate_gradients(chain(rule, ...), steps, ...)"
+            else:
+                continue
+            raise ValueError(
+                f"accumulate_gradients: grads[{path!r}] is a row gradient, summed in a dense "
+                f"array, and that would move every row, but {why}: {mend}"
+            )
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, AccumulateGradientsState)
@@ -261,6 +346,7 @@ class accumulate_gradients(Transform):
         self._expect_max_rows(state.total)
         slots = (state.total,)
         _, total = lift("accumulate_gradients", _add, no_scalars, updates, slots, rows="whole")
+        self._expect_no_dense_sum_of_lazy_rows(updates, total, params)
         count = state.micro_count + 1
         steps = as_count("accumulate_gradients: steps", self.steps, count.dtype)
         due = count >= steps
@@ -273,7 +359,7 @@ class accumulate_gradients(Transform):
                 calls = count.astype(accumulator(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
-                x = with_seal(x / calls)
+                x = _mean(g, x, calls)
                 # Other libraries' transforms make updates and states in the gradients' dtype.
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 

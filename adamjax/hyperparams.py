@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
-from adamjax.leaves import fault_of_dtype, is_arraylike
+from adamjax.leaves import described, expect_stored, fault_of_dtype, is_arraylike
 from adamjax.schedule import by_path
 from adamjax.structure import Part, replace_parts, states_of_class, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state, short_repr
@@ -214,6 +214,8 @@ def _is_whole(x: Any) -> bool:
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
     """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
     is_whole = _is_whole(value)
+    if isinstance(state_value, jax.ShapeDtypeStruct):
+        expect_stored(f"with_hyperparams: the state's {name}", state_value)
     if is_arraylike(state_value) and fault_of_dtype(state_value) is None:
         dtype, shape = jnp.result_type(state_value), np.shape(state_value)
         actual = f"{dtype.name}{list(shape)}"
@@ -224,7 +226,9 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
             # If someone cast the state to a narrow dtype, the rate would be rounded.
             fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     else:
-        actual, fits = repr(state_value), False
+        is_array_of_numpy = hasattr(state_value, "dtype")
+        actual = described(state_value) if is_array_of_numpy else repr(state_value)
+        fits = False
     if not fits:
         raise ValueError(
             f"with_hyperparams: the state keeps {name} as {actual}, expected a scalar of "

@@ -39,7 +39,9 @@ def _has_layout(x: Any) -> bool:
 def _format(x: Any) -> Any:
     """The `Format` of an array: its layout and its sharding.
 
-    If the layout is not known, the sharding alone; `None` if both are open.
+    The sharding alone if the layout is not known. `None` leaves both to JAX. That is the result for
+    anything that is not in memory, such as a tracer; for an array that is not committed to a
+    device; and for a struct without a sharding.
     """
     if not _has_layout(x):
         return None
@@ -126,8 +128,8 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     Returns:
       Two trees, like `params` and like `tx.init(params)`, with a `jax.experimental.layout.Format`
-      for each committed array; a slot has that of its parameter. All others are `None`, which
-      leaves the layout open.
+      for each committed array, or its sharding if the layout is not known. A slot has that of its
+      parameter. All others are `None`, which leaves the layout open.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.adam(1e-3, rows="lazy")
@@ -210,8 +212,7 @@ class Packing(NamedTuple):
         """The number of the line that each row is on.
 
         An index just past the end of the table may be on the last line, where it reads the zeros
-        that fill up this line. Indices are
-        integers of any dtype and width, as for `row_gradient`.
+        that fill up this line. Indices are integers of any dtype and width, as for `row_gradient`.
         """
         return self._split(indices)[0]
 

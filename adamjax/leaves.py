@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import Tree
-from adamjax.encoding import SCALED8, Scaled8, expect_encoded, like_parts
+from adamjax.encoding import SCALED8, Scaled8, expect_encoded, references_for_slot
 from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import accumulator, expect_scalar, is_signed, stepped
@@ -38,6 +38,8 @@ __all__ = [
     "expect_arrays",
     "expect_dtypes",
     "expect_like",
+    "expect_no_shapes",
+    "expect_stored",
     "expect_wide",
     "fault_of_dtype",
     "is_arraylike",
@@ -76,6 +78,11 @@ _NO_NUMBERS = (
     "JAX has no such dtype; NumPy reads what was None from .npz and .npy files as an array of "
     "objects: put None back"
 )
+_TIMES = "JAX has neither dates nor lengths of time: take their numbers, x.astype(int)"
+_SWAPPED = (
+    "JAX takes only the byte order of this machine: convert it with "
+    'x.astype(x.dtype.newbyteorder("="))'
+)
 
 
 def fault_of_dtype(leaf: Any) -> str | None:
@@ -84,6 +91,10 @@ def fault_of_dtype(leaf: Any) -> str | None:
         return None
     if leaf.dtype.kind in "OSU":  # objects and texts
         return _NO_NUMBERS
+    if leaf.dtype.kind in "mM":
+        return _TIMES
+    if not leaf.dtype.isnative:
+        return _SWAPPED
     # Of the same kind, "V", are bfloat16 and the like, which have types of their own, and float0,
     # which has a field.
     is_raw = leaf.dtype.type is np.void and leaf.dtype.names is None
@@ -97,7 +108,7 @@ def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
         if fault:
             path = leaf_paths(tree)[i]
             raise TypeError(
-                f"{owner}: {name}[{path!r}] is {described(x)}, expected a number: {fault}"
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected a dtype of JAX: {fault}"
             )
 
 
@@ -108,7 +119,7 @@ def dtype_of(leaf: Any) -> Any:
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     fault = fault_of_dtype(leaf)
     if fault:
-        raise TypeError(f"an array is {described(leaf)}, expected a float or an integer: {fault}")
+        raise TypeError(f"an array is {described(leaf)}, expected a dtype of JAX: {fault}")
     if leaf.dtype == jax.dtypes.float0:
         return leaf.dtype
     return jnp.result_type(leaf)  # float64 only under x64
@@ -153,10 +164,41 @@ def as_arrays(tree: Tree) -> Any:
     return jax.tree.map(as_array, tree, is_leaf=lambda x: isinstance(x, RowGradient))
 
 
+def _is_number_or_shape(x: Any) -> bool:
+    """Whether a leaf is no array but looks like one: a Python number or a `ShapeDtypeStruct`."""
+    is_number = isinstance(x, numbers.Number) and not hasattr(x, "dtype")
+    return is_number or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def expect_stored(what: str, x: Any, expected: str = "an array") -> None:
+    """Refuses a leaf of a state that is no array, such as a Python number or a shape."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{what} is the shape {described(x)}, expected {expected}: this state has shapes in "
+            "place of arrays, as jax.eval_shape(tx.init, params) makes it to restore into: pass "
+            "the state that was restored"
+        )
+    if not hasattr(x, "dtype"):
+        found = f"a Python {type(x).__name__}" if _is_number_or_shape(x) else described(x)
+        raise TypeError(
+            f"{what} is {found}, expected {expected}: restore it from the checkpoint (make arrays "
+            "of the numbers and lists of a JSON file), or make a new state with init"
+        )
+
+
+def expect_no_shapes(owner: str, name: str, tree: Tree) -> None:
+    """Refuses a state with shapes in place of arrays."""
+    for i, x in enumerate(flatten(tree)[0]):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            expect_stored(f"{owner}: {name}[{leaf_paths(tree)[i]!r}]", x)
+
+
 def expect_array(
     what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
 ) -> None:
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
+    if _is_number_or_shape(x) and not isinstance(x, jax.ShapeDtypeStruct):
+        expect_stored(what, x, f"{dtype or 'an array of shape '}{list(shape)}")
     is_array = is_arraylike(x) and fault_of_dtype(x) is None
     if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
@@ -180,6 +222,8 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
         what = f"has no {missing[0]!r}" if missing else f"has {surplus or paths}, not expected"
         raise ValueError(f"{owner}: {name} {what}: {mend}")
     for path, x, y in zip(paths, flatten(tree)[0], flatten(like)[0], strict=True):
+        if _is_number_or_shape(x):
+            expect_stored(f"{owner}: {name}[{path!r}]", x, described(y))
         if x is None or y is None or not is_arraylike(x):
             same = x is y  # both None, or one and the same object
         else:
@@ -206,11 +250,8 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
     for i, x in enumerate(flatten(tree)[0]):
         if x is None:
             continue
-        if not is_arraylike(x):
-            raise TypeError(
-                f"{owner}: the state's {name}[{leaf_paths(tree)[i]!r}] is {described(x)}, expected "
-                "an array: restore it from the checkpoint, or make a new state with init"
-            )
+        if _is_number_or_shape(x) or not is_arraylike(x):
+            expect_stored(f"{owner}: the state's {name}[{leaf_paths(tree)[i]!r}]", x)
         if isinstance(x, Scaled8):
             expect_encoded(f"{owner}: the state's {name}", x)
         # The slots of complex parameters are complex, whatever dtype the rule was given.
@@ -357,7 +398,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     def reference_of(slot: Any, p: Any) -> Any:
         if slot is None:
             return None
-        return like_parts(p) if isinstance(slot, Scaled8) else p
+        return references_for_slot(p) if isinstance(slot, Scaled8) else p
 
     # Flattened, because an encoded slot is two arrays.
     structure: Any = jax.tree.structure(slots)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
-from adamjax.encoding import Scaled8, block_exponents, each_part
+from adamjax.encoding import Scaled8, block_exponents, map_stored
 from adamjax.rounding import is_narrow, read_slot, write_slot
 
 __all__ = [
@@ -150,8 +150,12 @@ def expect_scalar(name: str, value: Any) -> None:
 
 
 def step_number(count: chex.Array, real: Any) -> chex.Array:
-    """The number of this step as a float, 1 for the first."""
-    return count.astype(real) + 1
+    """The number of this step as a float, 1 for the first.
+
+    It is NaN if the count is negative, which only a damaged state has: there bias corrections would
+    change their sign, and steps would go uphill.
+    """
+    return jnp.where(count >= 0, count.astype(real) + 1, jnp.nan)
 
 
 def next_count(count: chex.Array) -> chex.Array:
@@ -266,7 +270,7 @@ class Recurrence:
             for x, slot, e in zip(new, targets, exponents, strict=True):
                 written = write_slot(x, slot, key, len(stored), rows, e)
                 if isinstance(slot, Scaled8):
-                    written = each_part(barrier, written)
+                    written = map_stored(barrier, written)
                 stored.append(written)
                 seen.append(read_slot(written, x.dtype) if is_narrow(written) else x)
 

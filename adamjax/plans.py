@@ -1,6 +1,6 @@
 """Runs a traced loss with rows that are passed to it in place of its tables.
 
-A `Plan` is a jaxpr in which the equations that take a table have been replaced by steps. JAX
+A `Plan` is a jaxpr in which a `TableEquation` replaces each equation that takes a table. JAX
 evaluates all other equations unchanged. A plan can be run with rows from any source, or asked for
 the row indices alone, before any row is read. `reads` makes plans.
 """
@@ -38,7 +38,7 @@ __all__ = [
     "Scan",
     "ShardMap",
     "Source",
-    "Step",
+    "TableEquation",
     "View",
     "WholeTable",
     "Window",
@@ -199,7 +199,7 @@ def _is_hashable(x: Any) -> bool:
     return True
 
 
-class Step:
+class TableEquation:
     """An equation that takes a table.
 
     Attributes:
@@ -229,7 +229,9 @@ class Plan:
 
     Attributes:
       ins: the variables that it takes, without tables.
-      items: in order, equations without a table, and steps.
+      items: in order, the equations, with a `TableEquation` for each that takes a table. Those that
+        only make a view of a table are left out.
+      table_equations: the items that take a table.
       outs: the atoms and views that it returns.
       sites: where it reads rows, in order.
     """
@@ -238,12 +240,12 @@ class Plan:
         self,
         closed: ClosedJaxpr,
         ins: Sequence[Var],
-        items: Sequence[JaxprEqn | Step],
+        items: Sequence[JaxprEqn | TableEquation],
         outs: Sequence[Any],
     ) -> None:
         self.closed, self.ins, self.items, self.outs = closed, ins, items, outs
-        self.steps = [item for item in items if isinstance(item, Step)]
-        self.sites = [site for step in self.steps for site in step.sites]
+        self.table_equations = [item for item in items if isinstance(item, TableEquation)]
+        self.sites = [site for item in self.table_equations for site in item.sites]
 
     def _env(self, values: Mapping[Var, Any]) -> tuple[dict[Var, Any], _Get]:
         consts = zip(self.closed.jaxpr.constvars, self.closed.consts, strict=True)
@@ -264,30 +266,30 @@ class Plan:
         env, get = self._env(dict(zip(self.ins, args, strict=True)))
         indices: PerSite = []
         for item in self.items:
-            if not isinstance(item, Step):
+            if not isinstance(item, TableEquation):
                 _evaluate(self.closed.jaxpr, item, env)
                 continue
             first_site = len(indices)
-            step_inputs = row_inputs[first_site : first_site + len(item.sites)]
+            site_inputs = row_inputs[first_site : first_site + len(item.sites)]
             with source_of(item.eqn):
-                outs, step_indices = item.run(source, get, step_inputs)
+                outs, site_indices = item.run(source, get, site_inputs)
             env.update(zip(item.outs, outs, strict=True))
-            indices += step_indices
+            indices += site_indices
         return [get(x) for x in self.outs if not isinstance(x, View)], indices
 
     def _needed(self, atoms: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
         """The variables and equations that the independent indices and some atoms depend on."""
-        needed = {v for step in self.steps for v in variables_of(step.needed_atoms())}
+        needed = {v for item in self.table_equations for v in variables_of(item.needed_atoms())}
         needed.update(variables_of(atoms))
         eqns = []
         for item in reversed(self.items):
-            if not isinstance(item, Step) and not needed.isdisjoint(item.outvars):
+            if not isinstance(item, TableEquation) and not needed.isdisjoint(item.outvars):
                 needed.update(variables_of(item.invars))
                 eqns.append(item)
         return needed, eqns[::-1]
 
     def needed_ins(self, atoms: Sequence[Any] = ()) -> list[int]:
-        """The numbers of the `ins` whose values `values_and_indices` of these atoms needs."""
+        """The positions of the `ins` whose values `values_and_indices` of these atoms needs."""
         needed, _ = self._needed(atoms)
         return [i for i, v in enumerate(self.ins) if v in needed]
 
@@ -295,7 +297,7 @@ class Plan:
         """The indices at each independent site; `None` at the others.
 
         Args:
-          args: the values of the `ins` in `needed_ins()`, by number.
+          args: the values of the `ins` in `needed_ins()`, by position.
         """
         return self.values_and_indices(args, ())[1]
 
@@ -305,17 +307,17 @@ class Plan:
         """Returns the values of some atoms, and `indices`.
 
         Args:
-          args: the values of the `ins` in `needed_ins(atoms)`, by number.
+          args: the values of the `ins` in `needed_ins(atoms)`, by position.
           atoms: the atoms, such as those that a loop carries to its next iteration.
         """
         env, get = self._env({self.ins[i]: x for i, x in args.items()})
         for eqn in self._needed(atoms)[1]:
             _evaluate(self.closed.jaxpr, eqn, env)
-        indices = [ids for step in self.steps for ids in step.indices(get)]
+        indices = [ids for item in self.table_equations for ids in item.indices(get)]
         return [get(x) for x in atoms], indices
 
 
-# --- steps: reads ---------------------------------------------------------------------------------
+# --- table equations: reads -----------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -323,8 +325,8 @@ class Window(NamedTuple):
 
     Attributes:
       starts: the first row of each run: an atom of integers, or one integer of NumPy.
-      column: `None` if `starts` has one integer for each run. If it has a vector for each, along
-        its last axis, the place of the row in that vector.
+      row_component: `None` if `starts` has one integer for each run. If it has an index vector for
+        each, along its last axis, which element of that vector is the row.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no
         axis.
       stride: the distance between the rows of a run.
@@ -336,7 +338,7 @@ class Window(NamedTuple):
     """
 
     starts: Any
-    column: int | None = None
+    row_component: int | None = None
     run_length: int | None = None
     stride: int = 1
     dropped: tuple[int, ...] = ()
@@ -345,17 +347,17 @@ class Window(NamedTuple):
     moved_are_live: bool = True
 
 
-class Read(Step):
+class Read(TableEquation):
     """An equation that reads rows."""
 
     def __init__(
         self, eqn: JaxprEqn, view: View, window: Window, live: bool, independent: bool
     ) -> None:
-        super().__init__(eqn, [window.starts], eqn.outvars)
-        self.view, self.window = view, window
         self.has_constant_start = isinstance(window.starts, np.generic)
+        super().__init__(eqn, [] if self.has_constant_start else [window.starts], eqn.outvars)
+        self.view, self.window = view, window
         shape = () if self.has_constant_start else window.starts.aval.shape
-        shape = shape if window.column is None else shape[:-1]
+        shape = shape if window.row_component is None else shape[:-1]
         if window.run_length is not None:
             shape = (*shape, window.run_length)
         trailing = tuple(n for d, n in enumerate(view.shape) if d > 0 and d not in window.dropped)
@@ -369,16 +371,16 @@ class Read(Step):
         """
         window, num_rows = self.window, self.view.shape[0]
         starts = jnp.asarray(window.starts if self.has_constant_start else get(window.starts))
-        if window.column is not None:
-            starts = starts[..., window.column]
+        if window.row_component is not None:
+            starts = starts[..., window.row_component]
         span = 1 if window.run_length is None else (window.run_length - 1) * window.stride + 1
         # From a start below 0 or above `last`, a run would leave the table. `as_row_ids` makes such
         # a start `last + 1`.
         last = num_rows - span
         first = as_row_ids(starts, last + 1)
         inside = first <= last
-        outside = num_rows if window.fill is not None else jnp.where(starts < 0, 0, last)
-        first = jnp.where(inside, first, outside)
+        start_if_outside = num_rows if window.fill is not None else jnp.where(starts < 0, 0, last)
+        first = jnp.where(inside, first, start_if_outside)
         if window.run_length is None:
             return first, inside
         run = window.stride * jnp.arange(window.run_length, dtype=jnp.int32)
@@ -405,10 +407,10 @@ class Read(Step):
         return [self._ids(get)[0] if self.sites[0].independent else None]
 
 
-# --- steps: equations with a jaxpr of their own ---------------------------------------------------
+# --- table equations: those with a jaxpr of their own ---------------------------------------------
 
 
-class Inlined(Step):
+class Inlined(TableEquation):
     """A call such as `jit`, whose equations are run as part of the caller."""
 
     def __init__(self, eqn: JaxprEqn, plan: Plan, ins: Sequence[Any], outs: Sequence[Var]) -> None:
@@ -446,7 +448,7 @@ class Remat(Inlined):
         return body([get(x) for x in self.ins], row_inputs)
 
 
-class Scan(Step):
+class Scan(TableEquation):
     """`lax.scan`, and loops made of it. A site has the reads of all iterations."""
 
     def __init__(
@@ -487,8 +489,8 @@ class Scan(Step):
         carry, (stacked, ids) = self._loop(body, init, (values[self.first_sliced :], row_inputs))
         return [*carry, *stacked], ids
 
-    def _needed_numbers(self) -> tuple[list[int], list[int]]:
-        """The numbers of the plan's `ins`, and of the carried values, that `indices` needs."""
+    def _needed_positions(self) -> tuple[list[int], list[int]]:
+        """The positions of the plan's `ins`, and of the carried values, that `indices` needs."""
         carried: list[int] = []
         while True:
             # A carried value needs all that its value after an iteration is computed from.
@@ -499,10 +501,10 @@ class Scan(Step):
             carried = sorted({*new, *carried})
 
     def needed_atoms(self) -> list[Any]:
-        return [self.ins[i] for i in self._needed_numbers()[0]]
+        return [self.ins[i] for i in self._needed_positions()[0]]
 
     def indices(self, get: _Get) -> PerSite:
-        needed, carried = self._needed_numbers()
+        needed, carried = self._needed_positions()
         values = {i: get(self.ins[i]) for i in needed}
         consts = {i: x for i, x in values.items() if i < self.num_consts}
         sliced = {i: x for i, x in values.items() if i >= self.first_sliced}
@@ -515,7 +517,7 @@ class Scan(Step):
         return self._loop(body, [values[i] for i in carried_ins], sliced)[1]
 
 
-class Cond(Step):
+class Cond(TableEquation):
     """`lax.cond` and `lax.switch`: equal reads in several branches share a site."""
 
     def __init__(
@@ -534,33 +536,33 @@ class Cond(Step):
         super().__init__(eqn, ins, outs)
         self.plans = plans
         self.sites = []
-        # For each branch, the numbers of its sites among `self.sites`.
-        self.site_numbers = []
+        # For each branch, the positions of its sites in `self.sites`.
+        self.site_positions = []
         for plan in plans:
             # A read shares the site of an equal read in an earlier branch. Two reads of one branch
             # do not share a site.
-            unshared, numbers = list(range(len(self.sites))), []
+            unshared, positions = list(range(len(self.sites))), []
             for site in plan.sites:
                 site = site._replace(independent=site.independent and independent)
-                number = next((i for i in unshared if self.sites[i] == site), None)
-                if number is None:
-                    number = len(self.sites)
+                position = next((i for i in unshared if self.sites[i] == site), None)
+                if position is None:
+                    position = len(self.sites)
                     self.sites.append(site)
                 else:
-                    unshared.remove(number)
-                numbers.append(number)
-            self.site_numbers.append(numbers)
+                    unshared.remove(position)
+                positions.append(position)
+            self.site_positions.append(positions)
 
     def _at_all_sites(self, number: int, branch_indices: PerSite) -> PerSite:
         """The indices that a branch read, with no row at the sites of other branches."""
         ids: PerSite = [jnp.full(site.shape, site.view.shape[0], jnp.int32) for site in self.sites]
-        for i, x in zip(self.site_numbers[number], branch_indices, strict=True):
+        for i, x in zip(self.site_positions[number], branch_indices, strict=True):
             ids[i] = ids[i] if x is None else x
         return ids
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         def branch(number: int, values: list[Any], row_inputs: PerSite) -> Any:
-            branch_inputs = [row_inputs[i] for i in self.site_numbers[number]]
+            branch_inputs = [row_inputs[i] for i in self.site_positions[number]]
             outs, indices = self.plans[number].run(source, values, branch_inputs)
             return outs, self._at_all_sites(number, indices)
 
@@ -596,7 +598,7 @@ class Cond(Step):
         return [ids if site.independent else None for site, ids in pairs]
 
 
-class ShardMap(Step):
+class ShardMap(TableEquation):
     """`jax.shard_map`. A site has the reads of all devices.
 
     Attributes:
@@ -669,10 +671,10 @@ class ShardMap(Step):
         return indices
 
 
-class WholeTable(Step):
+class WholeTable(TableEquation):
     """Any other use of a table, through which the loss is not differentiated.
 
-    (The planner makes one for a use that it refuses too; such a plan is not run.)
+    (A planner also makes one for a use that it refuses. Such a plan is never run.)
     """
 
     def __init__(self, eqn: JaxprEqn, jaxpr: Jaxpr, views: Sequence[View | None]) -> None:

@@ -2,7 +2,7 @@
 
 A `Planner` turns a jaxpr into a `Plan` without computing anything. It follows each table through
 casts, reshapes, `jit`, `remat`, loops and branches to the sites where its rows are read, and makes
-a step of each equation that takes a table.
+a `TableEquation` of each equation that takes a table.
 """
 
 import itertools
@@ -75,7 +75,7 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         fill = np.nan if params["fill_value"] is None else params["fill_value"]
     return Window(
         eqn.invars[1],
-        column=start_dims.index(0),
+        row_component=start_dims.index(0),
         run_length=None if 0 in collapsed else run_length,
         dropped=tuple(d for d in collapsed if d > 0),
         offset_axes=numbers.offset_dims,
@@ -97,9 +97,9 @@ def _slice_window(eqn: JaxprEqn, view: View) -> Window | None:
     params, (num_rows, *trailing) = eqn.params, view.shape
     start, *others = params["start_indices"]
     stop, *ends = params["limit_indices"]
-    stride, *steps = params["strides"] or [1] * len(view.shape)
+    stride, *strides = params["strides"] or [1] * len(view.shape)
     run_length = -(-(stop - start) // stride)
-    has_whole_rows = not any(others) and ends == trailing and set(steps) <= {1}
+    has_whole_rows = not any(others) and ends == trailing and set(strides) <= {1}
     if not has_whole_rows or not _is_small_slice(run_length, num_rows):
         return None
     return Window(np.int32(start), run_length=run_length, stride=stride)
@@ -212,9 +212,9 @@ class Planner:
             if out_view is not None:
                 view_of[eqn.outvars[0]] = out_view
                 continue
-            step, out_views = self._step(jaxpr, eqn, in_views, tainted, live)
+            item, out_views = self._table_equation(jaxpr, eqn, in_views, tainted, live)
             view_of.update(out_views)
-            items.append(step)
+            items.append(item)
         outs = [view_of.get(x, x) if isinstance(x, Var) else x for x in jaxpr.outvars]
         return Plan(closed, [v for v in jaxpr.invars if v not in view_of], items, outs)
 
@@ -247,7 +247,7 @@ class Planner:
             return view._replace(shape=shape) if keeps_rows else None
         return None
 
-    def _step(
+    def _table_equation(
         self,
         jaxpr: Jaxpr,
         eqn: JaxprEqn,
@@ -255,7 +255,7 @@ class Planner:
         tainted: set[Any],
         live: set[Any],
     ) -> tuple[Any, dict[Var, View]]:
-        """The step for an equation that takes tables, and the views among its results."""
+        """The `TableEquation` of an equation that takes tables, and the views among its results."""
         kind, params = eqn.primitive.name, eqn.params
         is_tainted = [isinstance(x, Var) and x in tainted for x in eqn.invars]
         is_live = [v in live for v in eqn.outvars]
@@ -304,7 +304,7 @@ class Planner:
         is_tainted: list[bool],
         is_live: list[bool],
     ) -> tuple[Any, dict[Var, View]]:
-        """The step for a `scan` that takes tables, and the views among its results."""
+        """The `Scan` of an equation that takes tables, and the views among its results."""
         closed, (num_consts, num_carried) = eqn.params["jaxpr"], _scan_sizes(eqn)
         carried = slice(num_consts, num_consts + num_carried)
         # Each iteration would take its own slice of a table.
@@ -328,7 +328,7 @@ class Planner:
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
         outs, new = _split(eqn.outvars, plan.outs)
-        # The `ins` of the step are what is left of the scan's inputs without the tables.
+        # The `ins` are what is left of the scan's inputs without the tables.
         is_left = [view is None for view in views]
         left_consts, left_carried = sum(is_left[:num_consts]), sum(is_left[carried])
         return Scan(eqn, plan, not_tables(eqn, views), outs, left_consts, left_carried), new

@@ -18,9 +18,9 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
-from adamjax.blocks import group_tables, in_blocks, rows_of_each
+from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_each
 from adamjax.data import Data, static
-from adamjax.encoding import Scaled8, each_part, expect_exponents_by_row
+from adamjax.encoding import Scaled8, expect_exponents_by_row, map_stored
 from adamjax.mesh import gather_rows, replicated, scatter_rows
 from adamjax.moments import Recurrence, accumulator, is_signed, saturated, stepped, widened_dtype
 from adamjax.rounding import is_narrow, read_slot, write_slots
@@ -39,6 +39,7 @@ __all__ = [
     "each_array",
     "expect_row_count",
     "indices_after",
+    "is_known",
     "nonzero_arrays",
     "row_gradient",
     "run_rule",
@@ -311,7 +312,7 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
         return rows
     if np.shape(seal) != () or getattr(seal, "dtype", None) != np.int32:
         raise _broken_seal(owner)
-    if _is_known(seal):
+    if is_known(seal):
         if np.asarray(seal) != SEAL:
             raise _broken_seal(owner)
         return rows.replace(seal=SEAL)
@@ -331,7 +332,7 @@ def _broken_seal(owner: str) -> SpoiltRows:
     )
 
 
-def _is_known(x: Any) -> bool:
+def is_known(x: Any) -> bool:
     """Whether the value of a scalar can be read while tracing."""
     if isinstance(x, jax.core.Tracer):
         return False
@@ -385,7 +386,7 @@ def row_gradient(
         function sees it, unless x64 is enabled.)
       values: floats of shape `indices.shape + trailing`: the gradient of each row that was read.
         They are summed in float32 or wider.
-      num_rows: the number of rows of the table, a Python int of at least 1 and below 2**31 - 1.
+      num_rows: the number of rows of the table, a Python int of at least 0 and below 2**31 - 1.
       check: whether to report an index outside the table through `jax.experimental.checkify`,
         which must then transform the calling function.
 
@@ -417,7 +418,7 @@ def row_gradient(
             f"row_gradient: values must have the shape of indices, then that of a row, "
             f"{indices.shape} + (...), got {values.shape}"
         )
-    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS)
+    num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS, least=0)
     trailing = values.shape[indices.ndim :]
     # Every device gets all indices, so that the compiler does not split the sums over devices.
     # Split sums send twice as much between them, or an array as long as the table.
@@ -452,14 +453,14 @@ def sum_rows_of_each(
         starts = np.cumsum([0, *sizes[:-1]])
         # An index outside the table has the position `size`. In the joined rows that would be the
         # first position of the next table.
-        joined_positions = [
-            jnp.where(position < size, position + start, sum(sizes))
-            for position, size, start in zip(positions, sizes, starts, strict=True)
-        ]
+        targets = joined_positions(positions, sizes, starts, outside=sum(sizes))
         x = jnp.concatenate([replicated(values[i]) for i in batch])
         empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, accumulator(x.dtype)))
-        targets = jnp.concatenate(joined_positions).astype(np.uint32)
-        total = empty.at[targets].add(x.astype(empty.dtype), mode="drop").astype(x.dtype)
+        total = (
+            empty.at[targets.astype(np.uint32)]
+            .add(x.astype(empty.dtype), mode="drop")
+            .astype(x.dtype)
+        )
         for i, own_ids, sums in zip(batch, ids, rows_of_each(total, sizes), strict=True):
             row_gradients[i] = RowGradient(own_ids, sums, num_rows=num_rows[i])
     return row_gradients
@@ -480,15 +481,15 @@ def expect_row_count(what: str, num_rows: int) -> None:
         )
 
 
-def as_size(what: str, value: Any, most: int | None = None) -> int:
-    """A whole number of at least 1, of Python or NumPy, as a Python int."""
+def as_size(what: str, value: Any, most: int | None = None, least: int = 1) -> int:
+    """A whole number of at least `least`, of Python or NumPy, as a Python int."""
     try:
         number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = -1
-    if number < 1 or (most is not None and number > most):
+    if number < least or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{what} must be a Python int of at least 1{limit}, got {value!r}")
+        raise ValueError(f"{what} must be a Python int of at least {least}{limit}, got {value!r}")
     return number
 
 
@@ -517,7 +518,8 @@ def as_integers(owner: str, indices: Any) -> Any:
     if indices.dtype == object:
         wrong_types = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
     else:
-        is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+        # To NumPy, lengths of time are integers too.
+        is_integer = jnp.issubdtype(indices.dtype, jnp.integer) and indices.dtype.kind != "m"
         wrong_types = [] if is_integer else [indices.dtype.name]
     if wrong_types:
         raise TypeError(
@@ -538,7 +540,7 @@ def _integers_of_list(owner: str, indices: Any) -> Any:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+    return isinstance(x, int | np.integer) and not isinstance(x, bool | np.timedelta64)
 
 
 def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
@@ -655,10 +657,10 @@ def apply_rule_to_rows(
         def scatter(x: chex.Array, rows: chex.Array) -> chex.Array:
             return scatter_rows(x, indices, rows)
 
-        slot_rows = [each_part(gather, x) for x in slots]
-        read_rows = [each_part(gather, x) for x in reads]
+        slot_rows = [map_stored(gather, x) for x in slots]
+        read_rows = [map_stored(gather, x) for x in reads]
         u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
-        return [each_part(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
+        return [map_stored(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
     new_slots, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
@@ -705,7 +707,7 @@ def _apply_rule_to_others(
         def select(old: chex.Array, new: chex.Array) -> chex.Array:
             return jnp.where(is_listed, old, new)
 
-        return [each_part(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
+        return [map_stored(select, old, new) for old, new in zip(slots, new_slots, strict=True)]
 
     if isinstance(rule, Recurrence):
         wide, stored, computed = rule.advanced(c, rest, slots, key)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.blocks import per_row
 from adamjax.mesh import replicated
 
 __all__ = ["distinct", "distinct_of_each"]
@@ -112,9 +113,7 @@ class _Segments:
 
     def for_each_id(self, of_tables: Any) -> Any:
         """For each id the number of its table in `of_tables`; a scalar if there is one table."""
-        if len(self.sizes) == 1:
-            return of_tables[0]
-        return of_tables[np.repeat(np.arange(len(self.sizes)), self.sizes)]
+        return per_row(of_tables, self.sizes)
 
     @property
     def no_row(self) -> Any:

@@ -92,7 +92,7 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
     >>> table = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
     >>> shardings = adamjax.state_shardings(tx, {"table": table}, mesh)
-    >>> shardings.tables["table"].last.spec == P("data"), shardings.clock.spec == P()
+    >>> shardings.last["table"].spec == P("data"), shardings.clock.spec == P()
     (True, True)
     """
     tx, (leaves, treedef) = as_transform(tx), flatten(params)
@@ -125,6 +125,9 @@ def _shardings_of(
         def slot_sharding(x: Any, p: Any, spec: Spec) -> Any:
             if isinstance(x, Scaled8):
                 return Scaled8(split(spec), split(exponents_spec(spec, x.ndim)))
+            if isinstance(x, RowGradient) and len(x.indices) == x.num_rows:
+                # The total of `accumulate_gradients` with a place for each row of a table.
+                return x.replace(indices=split(spec[:1]), values=split(spec))
             is_dense = x is not None and not isinstance(x, RowGradient)
             return split(spec) if is_dense and x.shape == np.shape(p) else replicated(x)
 
@@ -135,12 +138,9 @@ def _shardings_of(
             return ShardedState(shard_transforms.pop(0).shardings(x.inner, params, memory_kind))
         if isinstance(x, ExactRowsState):
             # `last` has an entry for each row, so it is split like the table's first dimension.
-            tables = {
-                path: replicated(table)._replace(last=split(specs[paths.index(path)][:1]))
-                for path, table in x.tables.items()
-            }
+            last = {path: split(specs[paths.index(path)][:1]) for path in x.last}
             inner = map_like_params(params, slot_shardings, other_shardings, x.inner)
-            return ExactRowsState(inner, replicated(x.clock), tables, replicated(x.rings))
+            return replicated(x)._replace(inner=inner, last=last)
         return replicated(x)
 
     return map_like_params(

@@ -14,7 +14,7 @@ from adamjax.adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradSta
 from adamjax.average import WeightEmaState
 from adamjax.buckets import Bucketed
 from adamjax.encoding import Scaled8
-from adamjax.exact import ExactRowsState, StaleTable, TableState, Ticket
+from adamjax.exact import ExactRowsState, StaleTable, Ticket
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState
 from adamjax.hyperparams import HyperparamsState
 from adamjax.master import MasterWeightsState
@@ -35,7 +35,6 @@ __all__ = [
     "ShardedState",
     "SkipNotFiniteState",
     "StaleTable",
-    "TableState",
     "Ticket",
     "WeightEmaState",
 ]

@@ -306,7 +306,7 @@ def _varied(tx: Any, factor: float) -> Any:
 def jit_argument(trial: Trial) -> None:
     """As an argument of `jit`, a transform is traced once, whatever its hyperparameters' values."""
     for tx in (trial.tx, _varied(trial.tx, 0.9)):
-        actual = trial.run_step_of_tx(tx)
+        actual = trial.take_three_steps_with(tx)
         closed_over = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, tx)
         with jax.disable_jit():
             expected = take_three_steps(
@@ -314,9 +314,8 @@ def jit_argument(trial: Trial) -> None:
             )
         # If b1 or b2 is traced, 1 - b is computed in float32: for 0.999 that is off by 1e-5.
         expect_close("(params, updates) of an argument of jit", actual, expected, 1e-4)
-    traces = trial.step_of_tx[1]
-    if len(traces) != 1:
-        raise AssertionError(f"the step was traced {len(traces)} times, expected once")
+    if trial.num_traces != 1:
+        raise AssertionError(f"the step was traced {trial.num_traces} times, expected once")
 
 
 @_law
@@ -334,7 +333,7 @@ def vmap_hyperparameters(trial: Trial) -> None:
         history.append(updates)
     for i, tx in enumerate(alone):
         one = jax.tree.map(lambda x, i=i: x[i], (params, history))
-        expected = trial.run_step_of_tx(tx)
+        expected = trial.take_three_steps_with(tx)
         expect_close("(params, updates) under vmap of the transform", one, expected)
 
 

@@ -22,7 +22,13 @@ from adamjax.autodiff import (
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
 from adamjax.grouping import grouped
-from adamjax.leaves import apply_updates, expect_arrays, expect_dtypes, is_left_alone
+from adamjax.leaves import (
+    apply_updates,
+    expect_arrays,
+    expect_dtypes,
+    expect_no_shapes,
+    is_left_alone,
+)
 from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import step_count, unchecked_averaged_weights
 from adamjax.scaling import scale, scale_by_learning_rate, set_to_zero
@@ -122,6 +128,7 @@ class _JittedStep:
                 expect_arrays(self._owner, args[0])
             if len(args) > 1:
                 expect_dtypes(self._owner, "the state", args[1])
+                expect_no_shapes(self._owner, "the state", args[1])
             raise
         except (RuntimeError, ValueError) as error:
             if re.search("deleted|donate", str(error)):

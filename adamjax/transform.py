@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, lift, matched
+from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, matched
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -190,6 +191,19 @@ class Transform(Data, _Pair):
         params_seen = unknown if params is None else self.part_params(params)
         return tuple(map(Part, parts, states, params_seen))
 
+    def lazy_leaves(self, params: Tree) -> list[bool]:
+        """For each leaf, whether a rule leaves those rows alone that a row gradient does not have.
+
+        A rule says so by a field `rows` that is "lazy".
+        """
+        leaves = flatten(params)[0]
+        rows = getattr(self, "rows", None)
+        own = isinstance(rows, str) and rows == "lazy"
+        is_lazy = [own and leaf is not None for leaf in leaves]
+        for tx, _, seen in self.children(None, params):
+            is_lazy = [a or b for a, b in zip(is_lazy, tx.lazy_leaves(seen), strict=True)]
+        return is_lazy
+
     @property
     def descends(self) -> bool:
         """Whether it multiplies by minus a learning rate."""
@@ -304,14 +318,18 @@ def _way_out(owner: Transform, state: Any, kind: type) -> str:
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     """Refuses a number in a state that is no scalar of this kind, or a narrow integer."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        expect_stored(f"{type(owner).__name__}: the state's {name}", x)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
+        mend = fault_of_dtype(x) or (
+            f"only moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a "
+            "state with a leading axis use jax.vmap"
+        )
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: only "
-            f"moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a state "
-            "with a leading axis use jax.vmap"
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: {mend}"
         )
 
 

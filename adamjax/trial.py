@@ -42,9 +42,12 @@ class Trial:
         self, tx: Any, params: Tree = None, reference: Callable[..., Any] | None = None
     ) -> None:
         self.tx, self.reference = tx, reference
-        # If so, `mixed_params` has no integers: optax's transforms compute with their gradients.
+        # Whether tx is or contains another library's transform. Such a transform would compute with
+        # the gradients of integers, so `mixed_params` then has no integers.
         self.has_foreign = not isinstance(tx, Transform) or tx.has_foreign
         self.is_default = params is None
+        # How often `step_with_tx` was traced.
+        self.num_traces = 0
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
         # Inside a function that is being traced, these would be tracers.
         with jax.ensure_compile_time_eval():
@@ -88,29 +91,31 @@ class Trial:
     # --- hyperparameters
 
     @functools.cached_property
-    def step_of_tx(self) -> tuple[Callable[..., Any], list[int]]:
-        """`(tx, params, state, grads) -> step`, jitted, and a list with an entry for each trace."""
-        traces: list[int] = []
+    def step_with_tx(self) -> Callable[..., tuple[Tree, Any, Tree]]:
+        """`take_step`, jitted: the transform is an argument."""
 
-        def step(tx: Any, params: Tree, state: Any, grads: Tree) -> Any:
-            traces.append(1)
+        def step(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any, Tree]:
+            self.num_traces += 1
             return take_step(tx, params, state, grads)
 
-        return jax.jit(step), traces
+        return jax.jit(step)
 
-    def run_step_of_tx(self, tx: Any) -> tuple[Tree, list[Tree]]:
-        """The parameters after three steps of `step_of_tx` with this transform, and the updates."""
-        return take_three_steps(functools.partial(self.step_of_tx[0], tx), tx, self)
+    def take_three_steps_with(self, tx: Any) -> tuple[Tree, list[Tree]]:
+        """The parameters after three steps of `step_with_tx` with a transform, and the updates."""
+        return take_three_steps(functools.partial(self.step_with_tx, tx), tx, self)
 
     # --- leaves of all kinds
 
     @functools.cached_property
     def mixed_params(self) -> Tree:
-        """Every kind of leaf that a model may have, or the user's parameters in several dtypes."""
+        """Every kind of leaf that a model may have, or the user's parameters in several dtypes.
+
+        Without integers if `has_foreign`.
+        """
         if not self.is_default:
             leaves, treedef = flatten(self.params)
             dtypes = [(jnp.float32, jnp.bfloat16, jnp.float16)[i % 3] for i in range(len(leaves))]
-            if len(leaves) > 1:
+            if len(leaves) > 1 and not self.has_foreign:
                 dtypes[-1] = jnp.int32
             pairs = zip(leaves, dtypes, strict=True)
             return treedef.unflatten([x.astype(dtype) for x, dtype in pairs])
@@ -170,7 +175,7 @@ class Trial:
         return {**self.params, "layer": cast(layer, jnp.float32)}
 
     def row_grads(self, t: int) -> Tree:
-        """The gradients of step t. Each leaf with two rows or more is a table: a row gradient."""
+        """The gradients of step t. A leaf with two rows or more is a table, with a row gradient."""
         rng = np.random.default_rng(200 + t)
 
         def grad(p: Any) -> Any:

@@ -75,7 +75,7 @@ def reference(g: np.ndarray, every: int = COMPARE_EVERY) -> tuple[np.ndarray, ..
 
 
 def errors(
-    ours: Sequence[Any], right: Sequence[np.ndarray], float32_error: float = FLOAT32_ERROR
+    ours: Sequence[Any], expected: Sequence[np.ndarray], float32_error: float = FLOAT32_ERROR
 ) -> dict[str, Any]:
     """The errors of moments and updates, over all elements and compared steps.
 
@@ -83,27 +83,28 @@ def errors(
     mean square if that is larger.
 
     Args:
-      ours, right: m, v and the updates, by step and element.
+      ours, expected: m, v and the updates, by step and element: as measured, and in float64.
       float32_error: the mean relative error of a moment that float32 itself may have.
 
     Returns:
       A dict of:
 
       - "biased": for m and v, the share of the steps at which the mean error is beyond three
-        standard errors;
+        standard errors plus `float32_error`;
       - "bias": for m and v, the mean error over all steps;
       - "update": the mean error of an update, relative to the mean size of an update;
       - "finite": whether all moments and updates are finite.
     """
     result: dict[str, Any] = {"biased": {}, "bias": {}}
     m, v, update = (np.asarray(x, np.float64) for x in ours)
-    for name, x, y in (("m", m, right[0]), ("v", v, right[1])):
+    for name, x, y in (("m", m, expected[0]), ("v", v, expected[1])):
         size = np.sqrt(np.mean(y**2, axis=1, keepdims=True))
         error = (x - y) / np.maximum(np.abs(y), 1e-3 * size)
         standard_error = error.std(axis=1) / np.sqrt(error.shape[1])
         beyond = np.abs(error.mean(axis=1)) > 3 * standard_error + float32_error
         result["biased"][name] = float(beyond.mean())
         result["bias"][name] = float(error.mean())
-    result["update"] = float(np.abs(update - right[2]).mean() / np.abs(right[2]).mean())
+    error = np.abs(update - expected[2])
+    result["update"] = float(error.mean() / np.abs(expected[2]).mean())
     result["finite"] = bool(all(np.isfinite(x).all() for x in (m, v, update)))
     return result

@@ -172,10 +172,10 @@ def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
 def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[dict[str, Any]]:
     """For each format, how its moments differ from float64 for gradients of a kind and size."""
     g = moments.gradients(kind, steps, elements) * np.float32(scale)
-    right = moments.reference(g)
+    expected = moments.reference(g)
     return [
         {"kind": kind, "scale": scale, "format": form}
-        | moments.errors(moments.trajectory(form)(g), right)
+        | moments.errors(moments.trajectory(form)(g), expected)
         for form in ("bfloat16", "scaled8")
     ]
 

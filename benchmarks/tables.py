@@ -507,10 +507,11 @@ def narrow(results: Results) -> str:
         [
             origin(results),
             f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
-            "for gradients of several kinds from 1e-9 to 1e4. Columns m and v: the share of these "
-            "steps at which the error, averaged over all elements, is more than three standard "
-            "errors from 0 (by chance, about 0.3%). Column update: the mean absolute error of an "
-            "update, relative to its size.",
+            "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
+            "averaged over all elements. Columns m and v: the share of the steps at which this "
+            "mean is more than three of its standard errors from 0; by chance alone it would be "
+            "about 0.3%. Column update: the mean absolute error of an update, relative to its "
+            "size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
             f"the mean over {results['seeds']} seeds. In brackets: this difference as a share of "

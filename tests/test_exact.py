@@ -642,21 +642,44 @@ def test_history_is_rounded_up():
         exact_rows(adamjax.adam(), "table", history="long")
 
 
+def batch_of_tables(*sizes):
+    """A batch of tables with these numbers of rows, of which there are no arrays."""
+    tx = exact_rows(adamjax.adam(), "table")
+    params = {f"table {i}": jax.ShapeDtypeStruct((n, 1), jnp.float32) for i, n in enumerate(sizes)}
+    bound = tx.bind(jax.eval_shape(tx.init, params), params)
+    (family,) = bound.families
+    return tables.Batch(family, family.tables)
+
+
 def test_the_rows_of_the_largest_table_are_refreshed_in_turn():
-    tx, num_rows = exact_rows(adamjax.adam(), "table"), 2**31 - 2
-    params = {"table": jax.ShapeDtypeStruct((num_rows, 1), jnp.float32)}
-    state = jax.eval_shape(tx.init, params)
-    bound = tx.bind(state, params)
-    (table,) = bound.tables
-    batch = bound.batch_of(table)
-    cursor = jnp.array(num_rows - 2, jnp.int32)
-    state = state._replace(tables={"table": state.tables["table"]._replace(cursor=cursor)})
-    # Row 0 and the last one are read anyway, so an index outside of the table is in their place.
-    read = jnp.array([0, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
-    (due,) = tables.due_rows(batch, state, [read])
-    assert due[:5].tolist() == [num_rows - 2, num_rows, num_rows, 1, 2]
-    after = tables.next_cursor(table, cursor, batch.family.history)
-    assert int(after) == due.size - 2 == int(due[-1]) + 1
+    num_rows = 2**31 - 2
+    batch = batch_of_tables(num_rows)
+    history = batch.family.history
+    each = tables.num_refreshed(batch.tables[0], history)
+    last_turn = (num_rows - 1) // each
+    # The first of the rows and the last one are read anyway, so num_rows is in their place.
+    read = jnp.array([last_turn * each, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
+    (due,) = tables.due_rows(batch, jnp.array(last_turn, jnp.int32), [read])
+    assert due[:3].tolist() == [num_rows, last_turn * each + 1, last_turn * each + 2]
+    assert int(due[num_rows - 2 - last_turn * each]) == num_rows - 2
+    assert (due[num_rows - 1 - last_turn * each :] == num_rows).all()
+    # What is after the last row may exceed int32.
+    (due,) = tables.due_rows(batch, jnp.array(history - 3, jnp.int32), [read])
+    assert (due[-1:] == num_rows).all()
+
+
+def test_every_row_is_refreshed_once_in_all_turns():
+    sizes = [0, 1, 2045, 2046, 2047, 100_000]
+    batch = batch_of_tables(*sizes)
+    turn, seen = jnp.array(0, jnp.int32), [[] for _ in sizes]
+    nothing_read = [jnp.zeros(0, jnp.int32)] * len(sizes)
+    due_rows = jax.jit(functools.partial(tables.due_rows, batch))
+    for _ in range(batch.family.history - 2):
+        for ids, due, num_rows in zip(seen, due_rows(turn, nothing_read), sizes, strict=True):
+            ids += due[due < num_rows].tolist()
+        turn = tables.next_turn(turn, batch.family.history)
+    assert turn == 0
+    assert seen == [list(range(num_rows)) for num_rows in sizes]
 
 
 def test_a_table_of_too_many_rows_for_int32_is_refused():
@@ -1230,6 +1253,48 @@ def test_stale_tables_are_kept_as_they_are():
     assert_same(jax.tree.leaves(doubled), [2 * jnp.ones(2)])
 
 
+EDITED = {
+    "b1": 0.8,
+    "b2": np.float32(0.99),
+    "eps_hat": jnp.array(1e-6),
+    "eps": 1e-8,
+    "momentum": jnp.full(2, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_numbers_that_are_edited_in_the_pytree_are_refused(name):
+    """Steps would take those with which it was made."""
+    params = {"table": jnp.ones((4, 1))}
+    tx = exact_rows(chain(scale_by_adam(), scale_by_learning_rate(0.1), weight_ema(0.9)), "table")
+    state = tx.init(params)
+    rule, rate, average = tx.tx.transforms
+    edited = copy.copy(average if name == "momentum" else rule)
+    edited.set_fields(**{name: EDITED[name]})
+    parts = (rule, rate, edited) if name == "momentum" else (edited, rate, average)
+    tx = tx.with_parts([tx.tx.with_parts(parts)])
+    message = rf"{type(edited).__name__} has {name}=.*, expected .*Make exact_rows anew"
+    for use in (
+        lambda: tx.init(params),
+        lambda: tx.from_dense(state.inner, params),
+        lambda: tx.bind(state, params),
+        lambda: tx.without_tables(params),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_numbers_that_are_cast_or_traced_are_not_edited():
+    """`device_put` makes float32 arrays of them; they stay Python floats in a step."""
+    params = {"table": jnp.ones((4, 1))}
+    tx = exact_rows(adamjax.adam(0.1), "table")
+    cast = [jax.device_put(tx), jax.tree.map(np.asarray, tx)]
+    for made in cast:
+        assert_same(made.init(params), tx.init(params))
+    stacked = jax.tree.map(lambda x: jnp.array([x, x]), tx)
+    assert jax.vmap(lambda tx: tx.init(params).clock)(stacked).shape == (2,)
+
+
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
 # By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what
@@ -1273,13 +1338,8 @@ def test_a_state_of_another_transform_is_refused(what, read):
 
 
 CLASSLESS = {
-    "tables in a list": lambda s: s._replace(tables=list(s.tables.values())),
-    "a table as a dictionary": lambda s: s._replace(
-        tables={path: table._asdict() for path, table in s.tables.items()}
-    ),
-    "a table as a tuple": lambda s: s._replace(
-        tables=jax.tree.map(tuple, s.tables, is_leaf=is_pair)
-    ),
+    "clocks in a list": lambda s: s._replace(last=list(s.last.values())),
+    "turns in a list": lambda s: s._replace(turns=list(s.turns.values())),
     "a ring as a dictionary": lambda s: s._replace(
         rings={name: ring._asdict() for name, ring in s.rings.items()}
     ),
@@ -1287,10 +1347,6 @@ CLASSLESS = {
         rings={name: tuple(ring) for name, ring in s.rings.items()}
     ),
 }
-
-
-def is_pair(x):
-    return isinstance(x, tuple)
 
 
 @pytest.mark.parametrize("read", ["update", "flush"])
@@ -1418,7 +1474,7 @@ def test_a_table_of_another_size_is_refused():
     state = tx.init(small_params())
     for rows in (NUM_ROWS + 2, NUM_ROWS - 1):
         params = small_params(rows)
-        with pytest.raises(ValueError, match=rf"'table'\].last is int32\[40\].*int32\[{rows}\]"):
+        with pytest.raises(ValueError, match=rf"last\['table'\] is int32\[40\].*int32\[{rows}\]"):
             tx.update(small_grads(0, rows), state, params)
     with pytest.raises(ValueError, match=r"m\['table'\] is float32\[40, 3\].*\[40, 2\]"):
         tx.lookup(small_params(columns=2), state, "table", jnp.arange(2))
@@ -1533,7 +1589,7 @@ def test_every_pattern_must_match():
     with pytest.raises(ValueError, match=r"'tabel' matches no leaf.*'kernel', 'table'.*optional"):
         exact_rows(adamjax.adam(), ["table", "tabel"]).init(params)
     tx = exact_rows(adamjax.adam(), ["table", adamjax.optional("tabel")])
-    assert list(tx.init(params).tables) == ["table"]
+    assert list(tx.init(params).last) == ["table"]
     tx = exact_rows(adamjax.adam(0.1), adamjax.optional("tabel"))
     state = tx.init(params)
     grads = to_dense(small_grads(0))

@@ -10,6 +10,7 @@ from support import assert_close, assert_same, float0
 from adamjax import (
     accumulate_gradients,
     adam,
+    adamax,
     adamw,
     add_decayed_weights,
     apply_updates,
@@ -20,14 +21,18 @@ from adamjax import (
     cosine_decay,
     exact_rows,
     identity,
+    masked,
+    partition,
     row_gradient,
     scale,
     scale_by_adam,
+    scale_by_adamax,
     scale_by_learning_rate,
     skip_not_finite,
     skipped_steps,
     step_count,
     weight_ema,
+    with_hyperparams,
 )
 from adamjax.states import AccumulateGradientsState, SkipNotFiniteState
 
@@ -376,6 +381,93 @@ def test_a_table_with_no_more_rows_than_max_rows_is_accumulated_densely():
     assert not hasattr(state.total["t"], "indices")
 
 
+def lazily(rows="lazy"):
+    return chain(scale_by_adam(b1=0.5, b2=0.0, eps_hat=1.0, rows=rows), scale(-1.0))
+
+
+LAZY = {
+    "plain": lazily,
+    "adamax": lambda: chain(scale_by_adamax(b1=0.5, b2=0.0, eps=1.0), scale(-1.0)),
+    "masked": lambda: masked(lazily(), "t|b"),
+    "partition": lambda: partition([("t", lazily())], default=lazily("dense")),
+    "with_hyperparams": lambda: with_hyperparams(lazily(), factor=-1.0),
+    "guarded": lambda: skip_not_finite(chain(clip_by_value(9.0), lazily())),
+}
+
+
+def after_two_steps(inner, max_rows, as_gradient=lambda rows: rows):
+    """The parameters after a step on rows 1 and 2 of a table, and one on row 2."""
+    tx = accumulate_gradients(inner, 2, max_rows)
+    params = {"b": jnp.zeros(2), "t": jnp.zeros((4, 1))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for ids in ((1, 2), (2, 2), (2, 4), (2, -1)):
+        rows = row_gradient(jnp.array(ids), jnp.ones((2, 1)), 4)
+        updates, state = update({"b": jnp.ones(2), "t": as_gradient(rows)}, state, params)
+        params = apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in LAZY if x != "plain")]
+)
+def test_a_lazy_rule_stays_lazy_whatever_max_rows_is(name):
+    """Row 1 has a mean of 0.5 in the first step only. Row 2 has means of 1.5 and 1."""
+    results = [after_two_steps(LAZY[name](), rows) for rows in ({"t": 3}, {"t": 4}, {"t": 99}, 99)]
+    second = (0.25 * 1.5 + 0.5 * 1.0) / (1 - 0.5**2)
+    expected = [0, -0.5 / 1.5, -1.5 / 2.5 - second / 2.0, 0]
+    np.testing.assert_allclose(results[0]["t"][:, 0], expected, rtol=1e-6)
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_a_lazy_rule_takes_dense_gradients_with_room_for_all_rows():
+    """Such as those of a small kernel. The steps are those without `max_rows`, bit by bit."""
+    found = after_two_steps(lazily(), 4, lambda rows: rows.to_dense())
+    assert_same(found, after_two_steps(lazily(), None, lambda rows: rows.to_dense()))
+    assert float(found["t"][1, 0]) < -0.5 / 1.5  # it moves on without a gradient
+
+
+def test_a_dense_sum_that_would_move_every_row_is_refused():
+    """The rules of other leaves do not matter, nor those of tables of `exact_rows`."""
+    mend = r"grads\['t'\] is a row gradient.*would move every row.*{'t': rows}.*rows=\"dense\""
+    for inner in (*(make() for make in LAZY.values()), accumulate_gradients(lazily(), 1, 4)):
+        tx = accumulate_gradients(inner, 2)
+        with pytest.raises(ValueError, match=mend):
+            tx.update(draw_rows(0), tx.init(TABLE), TABLE)
+    for inner in (
+        partition([("t", lazily("dense"))], default=lazily()),
+        exact_rows(adamax(0.1), "t"),
+        scale(-1.0),
+    ):
+        tx = accumulate_gradients(inner, 2)
+        tx.update(draw_rows(0), tx.init(TABLE), TABLE)
+
+
+def test_rows_of_a_lazy_rule_before_stay_lazy():
+    """Weight decay moves only the rows whose updates are summed, or the sum is refused."""
+    for max_rows in (None, {"t": 6}):
+        inside = accumulate_gradients(add_decayed_weights(1.0), 1, max_rows)
+        tx = chain(scale_by_adam(rows="lazy"), inside)
+        state = tx.init(TABLE)
+        if max_rows is None:
+            with pytest.raises(
+                ValueError, match=r"grads\['t'\].*before this.*put that rule inside"
+            ):
+                tx.update(draw_rows(0), state, TABLE)
+        else:
+            updates, _ = tx.update(draw_rows(0), state, TABLE)
+            assert not np.any(updates["t"].to_dense()[8])
+
+
+def test_a_state_whose_sum_of_lazy_rows_is_dense():
+    """From before there was room for all rows: it takes dense gradients, but no rows."""
+    tx, old = (accumulate_gradients(lazily(rows), 2, 64) for rows in ("lazy", "dense"))
+    state = old.init(TABLE)
+    tx.update(dense(draw_rows(0)), state, TABLE)
+    with pytest.raises(ValueError, match=r"grads\['t'\].*put the state's inner into a new state"):
+        tx.update(draw_rows(0), state, TABLE)
+
+
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
 @pytest.mark.slow
 def test_bad_rows_are_skipped(rows):
@@ -434,7 +526,7 @@ def test_around_exact_rows(wrapper, ticketed):
     state, other_state = tx.init(params), other.init(params)
 
     def inner(state):
-        return state if hasattr(state, "tables") else inner(state.inner)
+        return state if hasattr(state, "rings") else inner(state.inner)
 
     @jax.jit
     def step(params, state, grads):

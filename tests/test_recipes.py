@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.py"))
 # A number below 1e-5, or 0.
-SMALL = r"\d(\.\d+)?e-0[6-9]|0e\+00"
+SMALL = r"\d(\.\d+)?e-(0[6-9]|[1-9]\d)|0e\+00"
 # What each prints last.
 PRINTS = {
     "accumulation": rf"64 calls, 16 steps\nthe largest difference to .* whole batches: ({SMALL})",

@@ -78,8 +78,8 @@ def test_moments_have_no_bias(kind, scale):
     An element's error is divided by the size of its own moment, so that large ones do not decide.
     """
     g = moments.gradients(kind, 200, N) * np.float32(scale)
-    ours, right = moments.trajectory("bfloat16")(g), moments.reference(g)
-    found = moments.errors(ours, right, float32_error=1e-6)
+    ours, expected = moments.trajectory("bfloat16")(g), moments.reference(g)
+    found = moments.errors(ours, expected, float32_error=1e-6)
     # 20 figures each of m and v. Noise puts one in 370 beyond 3 standard errors.
     num_biased = 20 * sum(found["biased"].values())
     assert num_biased <= 2
@@ -111,9 +111,9 @@ def test_to_the_nearest_v_freezes():
     for _ in range(1500):
         v = (0.999 * v.astype(jnp.float32) + 0.001 * g * g).astype(jnp.bfloat16)
     state = jax.lax.fori_loop(0, 1500, lambda _, state: tx.update(g, state)[1], state)
-    right = 1 - 0.999**1500
+    expected = 1 - 0.999**1500
     assert np.all(wide(v) < 0.4)
-    assert np.all(np.abs(wide(state.v) - right) < 0.1)
+    assert np.all(np.abs(wide(state.v) - expected) < 0.1)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -128,8 +128,8 @@ def test_steps_are_those_of_float32_up_to_the_resolution(rule):
 
         return jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(jnp.asarray(g))
 
-    ours, right = wide(run(narrow)), wide(run(full))
-    error = (ours - right) / np.sqrt(np.mean(right**2))
+    ours, expected = wide(run(narrow)), wide(run(full))
+    error = (ours - expected) / np.sqrt(np.mean(expected**2))
     assert abs(error.mean()) < 0.002
     assert np.sqrt(np.mean(error**2)) < 0.05
 
@@ -210,13 +210,13 @@ def test_exact_rows_is_as_near_as_the_dense_step(rule, dtype, noise):
         carry, _ = jax.lax.scan(step, (params, tx.init(params)), (ids, values))
         return carry if dense else tx.flush(*carry)
 
-    right, ours, dense = (
+    expected, ours, dense = (
         jax.jit(lambda tx=tx, d=d: run(tx, d))()[0]["t"]
         for tx, d in ((full, True), (exact, False), (narrow, True))
     )
-    error, bound = (np.mean(np.abs(wide(x) - wide(right))) for x in (ours, dense))
+    error, bound = (np.mean(np.abs(wide(x) - wide(expected))) for x in (ours, dense))
     assert error < 1.1 * bound
-    assert bound < noise * np.mean(np.abs(wide(right)))
+    assert bound < noise * np.mean(np.abs(wide(expected)))
 
 
 def test_a_state_on_the_host_goes_on_as_one_on_the_device():

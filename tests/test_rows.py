@@ -172,7 +172,9 @@ def test_an_index_outside_is_reported_by_checkify():
         ([0], np.ones((1, D), np.int32), V, TypeError, "values must be floats, got int32"),
         ([0, 1], np.ones((3, D)), V, ValueError, r"\(2,\) \+ \(\.\.\.\), got \(3, 3\)"),
         ([0], None, V, TypeError, "values must be floats, got None"),
-        ([0], np.ones((1, D)), 0, ValueError, "num_rows must be a Python int.*got 0"),
+        (np.array([1], "m8[s]"), np.ones((1, D)), V, TypeError, r"be integers, got timedelta64\[s"),
+        ([np.timedelta64(1, "s")], np.ones((1, D)), V, TypeError, "be integers, got timedelta64"),
+        ([0], np.ones((1, D)), -1, ValueError, "num_rows must be a Python int of.*got -1"),
         ([0], np.ones((1, D)), 2**31, ValueError, "num_rows must be.*got 2147483648"),
         ([0], np.ones((1, D)), True, ValueError, "num_rows must be.*got True"),
         ([0], np.ones((1, D)), np.True_, ValueError, "num_rows must be.*got np.True_"),
@@ -180,8 +182,9 @@ def test_an_index_outside_is_reported_by_checkify():
     ],
 )
 def test_what_does_not_fit_is_refused(indices, values, num_rows, error, text):
-    with pytest.raises(error, match=text):
-        row_gradient(np.array(indices), values, num_rows)
+    for given in (indices, np.array(indices)):
+        with pytest.raises(error, match=text):
+            row_gradient(given, values, num_rows)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -192,6 +195,29 @@ def test_narrow_values_are_summed_in_float32(dtype):
     rows = row_gradient(jnp.zeros(1000, int), values, 2)
     assert rows.dtype == dtype
     assert rows.to_dense()[0, 0] == jnp.sum(values.astype(jnp.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, -1], pytest.param([], marks=pytest.mark.slow)], ids=["outside", "nothing"]
+)
+def test_a_table_of_no_rows(ids):
+    """Every index is outside, and the other leaves take their steps."""
+    params = {"t": jnp.zeros((0, D)), "b": jnp.ones(2)}
+    rows = row_gradient(np.array(ids, int), jnp.ones((len(ids), D)), 0)
+    assert rows.to_dense().shape == (rows + rows).shape == (0, D)
+    grads = {"t": rows, "b": jnp.ones(2)}
+    dense_rule = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adamw(0.1))
+    lazy = adamjax.adamw(0.1, rows="lazy")
+    for tx in (
+        dense_rule,
+        adamjax.chain(lazy, adamjax.weight_ema()),
+        adamjax.exact_rows(dense_rule, "t"),
+        adamjax.accumulate_gradients(lazy, 1, {"t": 4}),
+    ):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        after = adamjax.apply_updates(params, updates)
+        assert after["t"].shape == (0, D)
+        assert_close(after["b"], jnp.full(2, 0.8996), rtol=1e-5)
 
 
 # --- arithmetic ---------------------------------------------------------------------------------

@@ -174,7 +174,10 @@ def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
     ids=lambda schedule: type(schedule).__name__,
 )
 def test_a_count_below_0_makes_nan(schedule):
-    """Unchecked, the linear decay would give 0.5 at count -5, as it does at count 5."""
+    """Unchecked, the linear decay would give 0.5 at count -5.
+
+    Half of the unit from count -10 to 0 would be left there, as half of that from 0 to 10 is at 5.
+    """
     for read in (schedule, jax.jit(schedule)):
         for count in (-1, jnp.int32(-5), -0.5):
             assert np.isnan(read(count))
@@ -319,7 +322,7 @@ def test_counts_are_compared_as_whole_numbers():
         rate = read(exponential_decay(1.0, 3, 0.999, staircase=True))
         same = read(exponential_decay(1.0, 1, 0.999))
         assert float(rate(3 * 5000)) == float(same(5000))
-        # Near the end of a long line, counts that differ by 2 have different rates.
+        # Near the end of a long linear decay, counts that differ by 2 have different rates.
         rate = read(polynomial_decay(1.0, 2**30, 0.0))
         np.testing.assert_allclose([rate(2**30 - t) for t in (1, 3)], [2.0**-30, 3 * 2.0**-30])
 
@@ -332,11 +335,12 @@ def test_boundaries_of_any_kind(kind):
     assert [float(call_traced(rate, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
 
 
-def test_boundaries_that_no_count_reaches():
-    far = [-(2**40), -1.5, 2.5, 2**31 - 1, 2**31, 3e9, 1e38]
+def test_boundaries_between_and_beyond_counts():
+    boundaries = [-(2**40), -1.5, 2.5, 2**31 - 1, 2**31, 3e9, 1e38]
     values = [float(i) for i in range(8)]
-    for rate in (piecewise_constant(far, values), jax.jit(piecewise_constant(far, values))):
-        assert [float(rate(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
+    rate = piecewise_constant(boundaries, values)
+    for read in (rate, jax.jit(rate)):
+        assert [float(read(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
     arrays = piecewise_constant(list(map(jnp.float32, [-3e9, 2.5, 2**24, 3e9])), values[:5])
     rates = [float(call_traced(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)]
     assert rates == [1.0, 2.0, 2.0, 3.0, 3.0]
@@ -667,7 +671,7 @@ def plain_schedule(count):
     ],
 )
 def test_any_callable_of_the_count_is_a_schedule(schedule):
-    """Alone, in an optimizer, and in one that is an argument of `jit`."""
+    """Alone, in an optimizer outside `jit`, and in one that is an argument of `jit`."""
     tx, params, grads = adamjax.adam(schedule), jnp.zeros(2), jnp.ones(2)
     plain = adamjax.scale_by_adam()
     state, plain_state = tx.init(params), plain.init(params)
@@ -675,8 +679,9 @@ def test_any_callable_of_the_count_is_a_schedule(schedule):
     for t in range(4):
         rate = float(schedule(jnp.array(t)))
         assert float(adamjax.learning_rate(tx, state)) == pytest.approx(rate)
-        updates, state = step(tx, grads, state)
         expected, plain_state = plain.update(grads, plain_state)
+        np.testing.assert_allclose(tx.update(grads, state)[0], -rate * expected, rtol=1e-4)
+        updates, state = step(tx, grads, state)
         np.testing.assert_allclose(updates, -rate * expected, rtol=1e-4)
     assert len(traces) == 1
     assert tx == adamjax.adam(schedule)

@@ -189,7 +189,7 @@ def test_shardings_have_the_states_structure():
     slots = adamjax.get_slot(found, "m")
     # Without `None` at the end, as `jit` returns arrays.
     assert slots == {"none": None, "table": NamedSharding(mesh, P("data")), "w": columns}
-    assert found[0].tables["table"].last.spec == P("data")
+    assert found[0].last["table"].spec == P("data")
     assert found[0].clock.spec == P()
 
 

@@ -480,6 +480,13 @@ def test_a_pair_of_optax_may_be_tried():
     )
 
 
+@pytest.mark.parametrize("params", [None, {"a": jnp.ones(3), "b": jnp.ones((2, 2))}])
+def test_another_librarys_transform_gets_no_integers(params):
+    """It would compute with their gradients, which are no numbers."""
+    laws = ["integers_and_bools_are_left_alone", "mixed_trees_keep_shapes_and_dtypes"]
+    testing.check(optax.clip_by_global_norm(1.0), laws=laws, params=params)
+
+
 def test_a_law_that_is_none_is_refused():
     with pytest.raises(ValueError, match="there is no law 'is_fast'; the laws are"):
         testing.check(sound(), laws=["is_fast"])

@@ -438,7 +438,7 @@ def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
     for number in range(10):
         params, state, _ = step(params, state, batch(number))
     exact = tx.transforms[-1]
-    behind = 10 - np.asarray(state[-1].tables["embedding"].last)
+    behind = 10 - np.asarray(state[-1].last["embedding"])
     # A row that was read in one of the steps 2 to 9: its momentum moves it in the steps since.
     row = int(np.flatnonzero((behind > 0) & (behind < 9))[0])
     now = exact.lookup(params, state[-1], "embedding", row)
@@ -447,7 +447,7 @@ def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
     params, state = job.up_to_date(tx, params, state)
     np.testing.assert_array_equal(now, params["embedding"][row])
     np.testing.assert_array_equal(average, adamjax.averaged_weights(state)["embedding"][row])
-    assert (np.asarray(state[-1].tables["embedding"].last) == 10).all()
+    assert (np.asarray(state[-1].last["embedding"]) == 10).all()
 
 
 def test_a_small_vocabulary_has_one_table():

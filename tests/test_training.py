@@ -685,5 +685,5 @@ def test_forward_refuses_parameters_that_do_not_fit():
     p, state = six_steps(tx, two_tables())
     with pytest.raises(TypeError, match=r"eval_step: params\['act'\] is an? .*eqx.filter\(model"):
         adamjax.eval_step(plain, tx)({**p, "act": jnp.tanh}, state, READ)
-    with pytest.raises(ValueError, match=r"\['table'\].last is int32\[300\], expected int32\[9\]"):
+    with pytest.raises(ValueError, match=r"last\['table'\] is int32\[300\], expected int32\[9\]"):
         adamjax.forward(plain, tx)({**p, "table": p["table"][:9]}, state, READ)

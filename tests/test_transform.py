@@ -488,7 +488,9 @@ WITH_ARRAYS = {
 
 @pytest.mark.parametrize("name", WITH_ARRAYS)
 @pytest.mark.parametrize(
-    "value", [..., np.array(None), np.array("a")], ids=["ellipsis", "objects", "text"]
+    "value",
+    [..., np.array(None), np.array("a"), np.ones((8, 2), ">f4"), np.zeros((8, 2), "m8[s]")],
+    ids=["ellipsis", "objects", "text", "swapped", "times"],
 )
 def test_what_is_no_array_in_a_state_is_named(name, value):
     """Partial checkpoints contain `...`, and NumPy saves `None` as an array of objects."""
@@ -509,6 +511,100 @@ def names_of_parts(tx):
     """A pattern for the transform and its parts, any of which an error may name."""
     parts = {type(part.tx).__name__ for part in adamjax.structure.walk(tx)}
     return f"({'|'.join(sorted(parts))})"
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "exact_rows", "with_hyperparams", "master_weights"])
+def test_a_state_of_shapes_is_refused(name):
+    """It is what a checkpoint is restored into, passed in place of what was restored."""
+    made = {
+        "exact_rows": adamjax.exact_rows(adam(0.1), "w"),
+        "with_hyperparams": adamjax.with_hyperparams(scale(0.1), factor=0.1),
+        "master_weights": adamjax.master_weights(scale(0.1)),
+    }
+    tx, params = made.get(name) or STATEFUL[name], {"w": jnp.ones((8, 2), jnp.bfloat16)}
+    shapes = jax.eval_shape(tx.init, params)
+    with pytest.raises(TypeError, match=rf"{names_of_parts(tx)}: .* is the shape .*was restored"):
+        tx.update(params, shapes, params)
+    updates, after = jax.eval_shape(tx.update, params, shapes, params)
+    assert avals(after) == avals(shapes)
+    assert updates["w"].shape == (8, 2)
+
+
+def test_shapes_in_place_of_a_state_are_refused_wherever_a_state_is_read():
+    params = {"w": jnp.ones((8, 2))}
+    tx = adamjax.exact_rows(adam(0.1), "w")
+    shapes = jax.eval_shape(tx.init, params)
+    step = adamjax.train_step(lambda params: jnp.sum(params["w"]), adam(0.1), donate_argnums=())
+    for call in (
+        lambda: tx.flush(params, shapes),
+        lambda: tx.lookup(params, shapes, "w", 0),
+        lambda: tx.from_dense(shapes.inner, params),
+        lambda: adamjax.grouped(adam(0.1)).join(shapes.inner, params),
+        lambda: step(params, shapes.inner),
+    ):
+        with pytest.raises(
+            TypeError, match=r"is the shape int32\[\], .*pass the state that was rest"
+        ):
+            call()
+    assert avals(jax.eval_shape(tx.from_dense, shapes.inner, params)) == avals(shapes)
+    assert len(tx.bind(shapes, jax.eval_shape(lambda: params)).tables) == 1
+
+
+def test_python_numbers_in_place_of_arrays_are_refused():
+    """JSON has only these and lists."""
+    params = {"w": jnp.ones(3), "b": jnp.ones((), jnp.bfloat16)}
+    in_place_of_b = {
+        "m": adamjax.scale_by_adam(),
+        "average": weight_ema(),
+        "total": accumulate_gradients(scale(1.0), 2),
+        "weights": adamjax.master_weights(scale(1.0)),
+    }
+    for name, tx in in_place_of_b.items():
+        state = tx.init(params)
+        state = state._replace(**{name: {**getattr(state, name), "b": 1.0}})
+        with pytest.raises(
+            TypeError, match=rf"the state's {name}\['b'\] is a Python float, expected"
+        ):
+            tx.update(params, state, params)
+    tx = adamjax.scale_by_adam()
+    state = tx.init(params)._replace(v={"w": [0.0, 0.0, 0.0], "b": jnp.zeros(())})
+    with pytest.raises(TypeError, match=r"the state's v\['w/0'\] is a Python float, .*JSON"):
+        tx.update(params, state, params)
+    exact = adamjax.exact_rows(adam(0.1), "w")
+    inner = exact.init(params).inner
+    with pytest.raises(TypeError, match=r"inner\['0/count'\] is a Python int, expected int32\[\]"):
+        exact.from_dense((inner[0]._replace(count=0), *inner[1:]), params)
+    state = exact.init(params)
+    state = state._replace(turns=dict.fromkeys(state.turns, 0))
+    with pytest.raises(TypeError, match=r"turns\[.* is a Python int, expected int32\[\]"):
+        exact.lookup(params, state, "w", 0)
+
+
+def test_arrays_of_another_byte_order_are_refused_with_the_mend():
+    params = {"w": jnp.ones(3)}
+    swapped, tx = {"w": np.ones(3, ">f4")}, adam(0.1)
+    state = tx.init(params)
+    for call in (
+        lambda: tx.init(swapped),
+        lambda: tx.update(swapped, state, params),
+        lambda: tx.update(params, (state[0]._replace(m=swapped), *state[1:]), params),
+        lambda: apply_updates(params, swapped),
+        lambda: tx.update(params, (state[0]._replace(count=np.array(0, ">i4")), *state[1:])),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r">[fi]4\[3?\].*newbyteorder"):
+            call()
+    mended = swapped["w"].astype(swapped["w"].dtype.newbyteorder("="))
+    assert_same(tx.update({"w": mended}, state)[0], tx.update(params, state)[0])
+
+
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "nadam"])
+def test_a_negative_count_makes_nan(name):
+    """The bias corrections would change their sign, and the step would go uphill."""
+    tx, params = getattr(adamjax, name)(0.1), jnp.ones(2)
+    state = tx.init(params)
+    for count, expected in ((-5, True), (-1, True), (0, False), (2**31 - 1, False)):
+        counted = (state[0]._replace(count=jnp.array(count, jnp.int32)), *state[1:])
+        assert np.isnan(tx.update(params, counted, params)[0]).all() == expected
 
 
 def read_from_npz(tree, path):

@@ -77,7 +77,7 @@ class Bound:
         assert self.state is not None
         weights = flatten(self.params)[0][table.leaf]
         slots = _slots_of_leaf(self.inner_state, table.leaf)
-        return Columns(weights, slots, self.state.tables[table.path].last)
+        return Columns(weights, slots, self.state.last[table.path])
 
     def past(self, family: Family) -> Past:
         """What rows of a family catch up from."""

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, rows_of_each
+from adamjax.blocks import in_blocks, per_row, rows_of_each
 from adamjax.coasting import Ring, decayed
-from adamjax.encoding import each_part
+from adamjax.encoding import map_stored
 from adamjax.exact.state import Columns, Past, Ready
-from adamjax.exact.tables import Batch, Table, per_row
+from adamjax.exact.tables import Batch, Table
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root, stepped
 from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots
@@ -55,7 +55,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
     def gathered(arrays: Any) -> chex.Array:
         def gather(x: Any, i: Any) -> chex.Array:
             if i is not None:
-                x = each_part(lambda y: gather_rows(y, i, mode="promise_in_bounds"), x)
+                x = map_stored(lambda y: gather_rows(y, i, mode="promise_in_bounds"), x)
             # This decodes slots of 8 bits. Other arrays stay as they are.
             return read_slot(x, x.dtype)
 
@@ -218,7 +218,7 @@ def put_slots(
         rounded = rounded_slots(old, new_rows, position, ids + first_row)
         pairs = zip(old.slots.items(), rounded, strict=True)
         new = {
-            name: each_part(lambda array, values: scatter_rows(array, ids, values), x, rows)
+            name: map_stored(lambda array, values: scatter_rows(array, ids, values), x, rows)
             for (name, x), rows in pairs
         }
         return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[position]))

@@ -15,9 +15,9 @@ from adamjax.coasting import Coasting, Ring
 from adamjax.data import Tree
 from adamjax.encoding import expect_exponents_by_row
 from adamjax.exact.route import RoutePart
-from adamjax.exact.state import ExactRowsState, TableState
+from adamjax.exact.state import ExactRowsState
 from adamjax.exact.tables import Family, Table
-from adamjax.leaves import expect_array
+from adamjax.leaves import described, expect_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import named_slots
 from adamjax.transform import CLASSLESS
@@ -39,38 +39,31 @@ _OTHER_RULE = (
 def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) -> None:
     """Refuses a state for other parameters, tables or sizes, or for another rule or history."""
     tables = [table for family in families for table in family.tables]
-    if not isinstance(state.tables, Mapping):
-        raise TypeError(
-            f"exact_rows: the state's tables are a {type(state.tables).__name__}, expected a "
-            f"dictionary. {CLASSLESS}"
-        )
+    for name in ("last", "turns"):
+        if not isinstance(getattr(state, name), Mapping):
+            raise TypeError(
+                f"exact_rows: the state's {name} is {described(getattr(state, name))}, expected a "
+                f"dictionary. {CLASSLESS}"
+            )
     slots = named_slots(state.inner)
     paths = leaf_paths(params)
     state_paths = leaf_paths(slots[0][1]) if slots else paths
     # Sets, because JAX sorts the keys of a dictionary that goes through jit.
-    if paths != state_paths or {t.path for t in tables} != set(state.tables):
+    if paths != state_paths or {t.path for t in tables} != set(state.last):
         unmatched = [path for path in paths if path not in set(state_paths)]
         unmatched += [path for path in state_paths if path not in set(paths)]
         raise ValueError(
             f"exact_rows: the state is for other parameters, with the tables "
-            f"{list(state.tables)}, expected {[t.path for t in tables]}; leaves that are only in "
+            f"{list(state.last)}, expected {[t.path for t in tables]}; leaves that are only in "
             f"params or only in the state: {unmatched}. The state refers to leaves by position, so "
             "params must have the structure that init was given"
         )
-    for path, table_state in state.tables.items():
-        if not isinstance(table_state, TableState):
-            raise TypeError(
-                f"exact_rows: the state's tables[{path!r}] is a {type(table_state).__name__}, "
-                f"expected a TableState. {CLASSLESS}"
-            )
     advice = "keep it int32, as it is meant to wrap around there"
     expect_array("exact_rows: the clock", state.clock, (), advice, "int32")
     for table in tables:
-        last_up_to_date, cursor = state.tables[table.path]
-        where = f"exact_rows: tables[{table.path!r}]"
-        expect_array(f"{where}.last", last_up_to_date, table.shape[:1], _OTHER_TABLE, "int32")
-        expect_array(f"{where}.cursor", cursor, (), _OTHER_TABLE, "int32")
-    _expect_rings(families, state.rings)
+        where = f"exact_rows: last[{table.path!r}]"
+        expect_array(where, state.last[table.path], table.shape[:1], _OTHER_TABLE, "int32")
+    _expect_rings(families, state)
 
 
 def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
@@ -138,8 +131,9 @@ def _note_on_dtypes(families: Sequence[Family], rings: Mapping[str, Any]) -> str
     return f"the state is for tables in {widths}, now they are in {real_dtype.name}; "
 
 
-def _expect_rings(families: Sequence[Family], rings: Any) -> None:
+def _expect_rings(families: Sequence[Family], state: ExactRowsState) -> None:
     names = [family.name for family in families]
+    rings: Any = state.rings
     if not isinstance(rings, Mapping) or set(rings) != set(names):
         is_mapping = isinstance(rings, Mapping)
         described = list(rings) if is_mapping else type(rings).__name__
@@ -167,6 +161,13 @@ def _expect_rings(families: Sequence[Family], rings: Any) -> None:
             if like is not None:
                 where = f"exact_rows: rings[{family.name!r}].{name}"
                 expect_array(where, x, like.shape, _OTHER_RULE, like.dtype.name)
+        if family.name not in state.turns:
+            raise ValueError(
+                f"exact_rows: the state has the turns {list(state.turns)}, expected {names}: "
+                "restore the whole state, or start from init"
+            )
+        where = f"exact_rows: turns[{family.name!r}]"
+        expect_array(where, state.turns[family.name], (), _OTHER_RULE, "int32")
 
 
 def _is_x64() -> bool:

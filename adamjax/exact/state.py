@@ -16,23 +16,9 @@ __all__ = [
     "ExactRowsState",
     "Past",
     "Ready",
-    "TableState",
     "expect_flushed",
     "path_of_table",
 ]
-
-
-@exportable
-class TableState(NamedTuple):
-    """The state of a table's rows.
-
-    Attributes:
-      last: int32[num_rows], the clock at which each row in `params` was last up to date.
-      cursor: int32, the row that is refreshed next.
-    """
-
-    last: chex.Array
-    cursor: chex.Array
 
 
 @transform_state()
@@ -42,8 +28,10 @@ class ExactRowsState(NamedTuple):
     Attributes:
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
       clock: int32, the steps taken; unlike a count it wraps around.
-      tables: by path, each table's `TableState`.
-      last: by path, the clock at which each row was last up to date (a property, from `tables`).
+      last: by path of a table, int32[num_rows]: the clock at which each of its rows in `params` was
+        last up to date.
+      turns: for each family of tables an int32: how far the refreshing of its rows is. Each step
+        has a turn, and refreshes the rows of that turn; after the last turn comes turn 0.
       rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
         Its key names the tables (the first, the number of others, and a checksum of their paths)
         and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule is in
@@ -58,13 +46,9 @@ class ExactRowsState(NamedTuple):
 
     inner: Any
     clock: chex.Array
-    tables: dict[str, TableState]
+    last: dict[str, chex.Array]
+    turns: dict[str, chex.Array]
     rings: dict[str, Ring]
-
-    @property
-    def last(self) -> dict[str, chex.Array]:
-        """By path, the clock at which each row was last up to date: int32[num_rows]."""
-        return {path: table.last for path, table in self.tables.items()}
 
 
 def expect_flushed(owner: str, state: ExactRowsState) -> None:
@@ -72,11 +56,11 @@ def expect_flushed(owner: str, state: ExactRowsState) -> None:
 
     That is not known within `jit`, nor of a state with shapes or shardings in place of arrays.
     """
-    for path, table in state.tables.items():
-        if not (_is_known(table.last) and _is_known(state.clock)):
+    for path, last in state.last.items():
+        if not (_is_known(last) and _is_known(state.clock)):
             continue
         # A state of several lanes, from `vmap`, has a clock for each.
-        if not bool(jnp.all(table.last == jnp.asarray(state.clock)[..., None])):
+        if not bool(jnp.all(last == jnp.asarray(state.clock)[..., None])):
             raise ValueError(
                 f"{owner}: rows of the table {path!r} lag behind: first bring all up to date, "
                 "params, state = tx.flush(params, state)"

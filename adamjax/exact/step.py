@@ -1,5 +1,6 @@
 """A step of tables: brings rows up to date, takes their step, and writes them back."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,13 +8,13 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, needs_no_loop, rows_of_each
+from adamjax.blocks import in_blocks, joined_positions, needs_no_loop, rows_of_each
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
 from adamjax.exact.route import stopping_at_rules
-from adamjax.exact.state import Columns, ExactRowsState, TableState
-from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_cursor
+from adamjax.exact.state import Columns, ExactRowsState
+from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_turn
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
 from adamjax.mesh import gather_rows
@@ -67,12 +68,9 @@ def take_step(
             leaf_updates[t.leaf] = stepped.update.astype(dtypes[t.leaf])
         has_nan[batch.family.name] |= batch_has_nan
 
-    rings, states = dict(state.rings), {}
-    for family in bound.families:
-        rings[family.name] = bound.next_ring(family, has_nan[family.name])
-        for t in family.tables:
-            cursor = next_cursor(t, state.tables[t.path].cursor, family.history)
-            states[t.path] = TableState(stepped_tables[t.leaf].last, cursor)
+    rings = {f.name: bound.next_ring(f, has_nan[f.name]) for f in bound.families}
+    turns = {f.name: next_turn(state.turns[f.name], f.history) for f in bound.families}
+    last = {t.path: stepped_tables[t.leaf].last for t in tables}
 
     def put_back(name: str, tree: Tree) -> Tree:
         slots, treedef = flatten(tree)
@@ -82,7 +80,9 @@ def take_step(
         return treedef.unflatten(slots)
 
     inner = map_slots(put_back, inner)
-    return treedef.unflatten(leaf_updates), ExactRowsState(inner, state.clock + 1, states, rings)
+    return treedef.unflatten(leaf_updates), ExactRowsState(
+        inner, state.clock + 1, last, turns, rings
+    )
 
 
 class _SteppedTable(NamedTuple):
@@ -179,20 +179,37 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     gradients need not be copied to make room for them.
     """
     assert bound.state is not None
-    due = due_rows(batch, bound.state, read_indices)
-    if needs_no_loop(read_indices[0].size):
-        return [[jnp.concatenate(both) for both in zip(read_indices, due, strict=True)]]
-    return [read_indices, due]
+    due = due_rows(batch, bound.state.turns[batch.family.name], read_indices)
+    if not needs_no_loop(read_indices[0].size):
+        return [read_indices, due]
+    num_read, num_due = [x.size for x in read_indices], [x.size for x in due]
+    both = jnp.concatenate([*read_indices, *due])
+    if len(due) > 1:
+        # Joined table by table, each of these arrays would be a piece of its own, and a kernel.
+        both = gather_rows(both, _interleaved(num_read, num_due), mode="promise_in_bounds")
+    return [rows_of_each(both, list(map(operator.add, num_read, num_due)))]
+
+
+def _interleaved(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
+    """The order in which each table has its rows of the first array, then those of the second.
+
+    The arrays are concatenated, and each has the rows of all tables, as many as given for each.
+    """
+    table_of_row = [np.repeat(np.arange(len(counts)), counts) for counts in (first, second)]
+    return np.argsort(np.concatenate(table_of_row), kind="stable").astype(np.int32)
 
 
 def _padded(values: Sequence[chex.Array], sizes: Sequence[int], dtype: Any) -> chex.Array:
     """Concatenates the rows of tables, each padded with zeros to its number of rows in `sizes`."""
-    pieces = []
-    for x, size in zip(values, sizes, strict=True):
-        pieces.append(x.astype(dtype))
-        if size > len(x):
-            pieces.append(jnp.zeros((size - len(x), *x.shape[1:]), dtype))
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    lengths = [len(x) for x in values]
+    padding = list(map(operator.sub, sizes, lengths))
+    rows = jnp.concatenate([x.astype(dtype) for x in values])
+    if not any(padding):
+        return rows
+    rows = jnp.concatenate([rows, jnp.zeros((sum(padding), *rows.shape[1:]), dtype)])
+    if len(values) == 1:
+        return rows
+    return gather_rows(rows, _interleaved(lengths, padding), mode="promise_in_bounds")
 
 
 def read_rows(
@@ -231,19 +248,16 @@ def read_rows(
             origins[batch.path] = past, columns, read_indices
         else:
             weights = read_in_blocks(batch, past, columns[0], indices[0], averaged)
+        num_read = [x.size for x in read_indices]
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
-        # An index outside the table gets a place after all rows.
-        places_in_weights = jnp.concatenate(
-            [
-                jnp.where(searched[i][1] < x.size, searched[i][1] + start, len(weights))
-                for i, x, start in zip(positions, read_indices, starts, strict=True)
-            ]
+        places = joined_positions(
+            [searched[i][1] for i in positions], num_read, starts, outside=len(weights)
         )
-        weights = gather_rows(weights, places_in_weights, mode="fill", fill_value=0)
-        table_rows = rows_of_each(weights, [x.size for x in read_indices])
+        weights = gather_rows(weights, places, mode="fill", fill_value=0)
+        table_rows = rows_of_each(weights, num_read)
         for i, x in zip(positions, table_rows, strict=True):
             read[i] = x.reshape(*ids[i].shape, *x.shape[1:])
-    places = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
+    searched_of = {t.path: pair for t, pair in zip(tables, searched, strict=True)}
     num_rows_and_shape = {t.path: (t.num_rows, x.shape) for t, x in zip(tables, ids, strict=True)}
-    ticket = Ticket(ready_rows, places, tuple(num_rows_and_shape.items()))
+    ticket = Ticket(ready_rows, searched_of, tuple(num_rows_and_shape.items()))
     return read, searched, ticket.with_origins(origins)

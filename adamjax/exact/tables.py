@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import group_tables, rows_of_each
+from adamjax.blocks import group_tables, per_row, rows_of_each
 from adamjax.coasting import Coast, Coasting
 from adamjax.data import Tree
-from adamjax.exact.state import ExactRowsState
 from adamjax.mesh import explicit_sharding
 from adamjax.moments import accumulator
 from adamjax.paths import flatten
@@ -25,8 +24,7 @@ __all__ = [
     "batches_of",
     "due_rows",
     "families_of",
-    "next_cursor",
-    "per_row",
+    "next_turn",
 ]
 
 
@@ -77,13 +75,15 @@ class Batch(NamedTuple):
         return self.tables[0].path
 
 
-# The default history is as long as it takes to refresh a family's largest table with this many rows
-# in each step, but no longer than this.
+# The default history: as many steps as it takes to refresh a family's largest table with
+# `_REFRESHED_ROWS` rows in each, at most `_LONGEST_HISTORY`; rounded up to a power of two, and at
+# least `Coasting.least_history`.
 _REFRESHED_ROWS = 64
 _LONGEST_HISTORY = 65536
-# The default history if rows catch up step by step. Refreshing then costs a step about one row step
-# for each row of the table, whatever the history is. A row that the step reads costs a row step for
-# each step by which it lags behind, and a short history limits these.
+# The default history if rows catch up step by step. To replay one missed step of one row is one
+# unit of work. Refreshing takes a step about as many units as the table has rows, whatever the
+# history is. A row that is read takes a unit for each step that it lags behind, so a short history
+# makes reads cheap.
 _REPLAYED_HISTORY = 64
 
 
@@ -109,9 +109,9 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
 
 
 def _other_decays(coast: Coast) -> list[str]:
-    """Decays of slots that do not follow from its `Coasting`, such as that of AMSGrad's v.
+    """The decays that the name of its `Coasting` does not have, such as that of AMSGrad's v.
 
-    Rows that lag behind catch up by them, so they are in the name of the ring too.
+    Rows catch up by these decays too, so they belong in the name of the ring.
     """
     known = [coast.b1] if coast.shrink is None else [coast.b1, coast.shrink, coast.shrink**2]
     return [
@@ -154,55 +154,52 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
     return batches
 
 
-def due_rows(
-    batch: Batch, state: ExactRowsState, read_indices: list[chex.Array]
-) -> list[chex.Array]:
+def due_rows(batch: Batch, turn: chex.Array, read_indices: list[chex.Array]) -> list[chex.Array]:
     """The rows of each table that this step must refresh, without those that it reads anyway.
 
-    All tables of a batch are computed together. In place of a row that is read anyway there is an
-    index outside the table.
-    """
-    num_rows = np.array([t.num_rows for t in batch.tables], np.int32)
-    sizes = [num_refreshed(t, batch.family.history) for t in batch.tables]
-    if not sum(sizes):
-        return [x[:0] for x in read_indices]
-    cursors = [state.tables[t.path].cursor for t in batch.tables]
+    All tables of a batch are computed together. In place of a row that is read anyway, or that is
+    after the last row, there is the table's number of rows.
 
-    ids = jnp.concatenate(read_indices)
-    counts = [x.size for x in read_indices]
-    starts = np.cumsum([0, *sizes[:-1]])
-    # How many rows after the cursor each row is; after the last row of a table comes row 0.
-    past_cursor = ids - per_row(cursors, counts)
-    past_cursor = jnp.where(past_cursor < 0, past_cursor + per_row(num_rows, counts), past_cursor)
-    is_due = (ids < per_row(num_rows, counts)) & (
-        past_cursor < per_row(np.array(sizes, np.int32), counts)
+    Args:
+      turn: the family's turn, from the state.
+    """
+    num_rows = np.array([t.num_rows for t in batch.tables], np.uint32)
+    num_due = [num_refreshed(t, batch.family.history) for t in batch.tables]
+    if not sum(num_due):
+        return [x[:0] for x in read_indices]
+    # Unsigned, because the rows after the last one may exceed int32.
+    first_due = turn.astype(np.uint32) * np.array(num_due, np.uint32)
+
+    ids = jnp.concatenate(read_indices).astype(np.uint32)
+    num_read = [x.size for x in read_indices]
+    # For a row before the first one that is due, this wraps around to a large number.
+    offset = ids - per_row(first_due, num_read)
+    is_due = (ids < per_row(num_rows, num_read)) & (
+        offset < per_row(np.array(num_due, np.uint32), num_read)
     )
-    table_starts = per_row(starts.astype(np.int32), counts)
-    position = jnp.where(is_due, past_cursor + table_starts, sum(sizes))
-    is_read = jnp.zeros(sum(sizes), bool).at[position.astype(np.uint32)].set(True, mode="drop")
-    # Counted from the table's end, because the sum may exceed int32.
-    due = per_row(cursors, sizes) - per_row(num_rows, sizes)
-    due = due + np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-    due = jnp.where(due < 0, due + per_row(num_rows, sizes), due)
-    return rows_of_each(jnp.where(is_read, per_row(num_rows, sizes), due), sizes)
+    starts = np.cumsum([0, *num_due[:-1]]).astype(np.uint32)
+    position = jnp.where(is_due, offset + per_row(starts, num_read), np.uint32(sum(num_due)))
+    is_read = jnp.zeros(sum(num_due), bool).at[position].set(True, mode="drop")
+    due = per_row(first_due, num_due) + np.concatenate(
+        [np.arange(n, dtype=np.uint32) for n in num_due]
+    )
+    outside = per_row(num_rows, num_due)
+    due = jnp.where(is_read, outside, jnp.minimum(due, outside)).astype(np.int32)
+    return rows_of_each(due, num_due)
+
+
+def turns(history: int) -> int:
+    """In how many steps all rows of a table are refreshed, each in one of them."""
+    # Two fewer than the ring has entries, so the entry that a step overwrites is one that no row
+    # needs any more.
+    return max(history - 2, 1)
 
 
 def num_refreshed(table: Table, history: int) -> int:
     """How many rows each step refreshes, so that no row lags behind for longer than the ring."""
-    # A round through the table takes two steps fewer than the ring has entries, so the entry that a
-    # step overwrites is one that no row needs any more.
-    return -(-table.num_rows // max(history - 2, 1))
+    return -(-table.num_rows // turns(history))
 
 
-def next_cursor(table: Table, cursor: chex.Array, history: int) -> chex.Array:
-    """The first row that the next step refreshes. After the last row of a table comes row 0."""
-    from_end = cursor - table.num_rows + num_refreshed(table, history)
-    return jnp.where(from_end < 0, from_end + table.num_rows, from_end)
-
-
-def per_row(values: Any, counts: Sequence[int]) -> Any:
-    """Repeats the value of each table `counts[i]` times; for one table it is a scalar."""
-    if len(counts) == 1:
-        return values[0]
-    values = values if isinstance(values, np.ndarray) else jnp.stack(values)
-    return values[np.repeat(np.arange(len(counts)), counts)]
+def next_turn(turn: chex.Array, history: int) -> chex.Array:
+    """The turn of the next step."""
+    return jnp.where(turn + 1 < turns(history), turn + 1, 0)

@@ -7,6 +7,7 @@ dense step. The transforms in the chain need not know: they see the rows that we
 were the whole table.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
-from adamjax.exact.state import ExactRowsState, TableState
+from adamjax.exact.state import ExactRowsState
 from adamjax.exact.step import read_rows, take_step
 from adamjax.exact.tables import Table, families_of
 from adamjax.exact.ticket import Ticket
@@ -55,7 +56,14 @@ from adamjax.paths import (
     optional,
     unique_paths,
 )
-from adamjax.rows import RowGradient, check_sound, checked_ids, expect_row_count, with_seal
+from adamjax.rows import (
+    RowGradient,
+    check_sound,
+    checked_ids,
+    expect_row_count,
+    is_known,
+    with_seal,
+)
 from adamjax.structure import find, map_slots, replace_parts
 from adamjax.transform import Rule, Step, Transform, as_transform, expect_state
 
@@ -102,7 +110,9 @@ class exact_rows(Transform):
         average's momentum must be Python floats. Rates and decays may be arrays and change from
         step to step, as long as `learning_rate * weight_decay < 1`: after a step for which that is
         false, the rows become NaN. They also become NaN after a step whose rate is NaN or infinite,
-        but a row that is next read long after that step may stay finite.
+        but without weight decay a row that was last up to date long before may stay finite. If an
+        element of v overflows, the dense optimizer makes its weight NaN in the next step; here the
+        weight may stay finite until its row has a gradient again.
       tables: which leaves are tables: a pattern for `re.search` in the path, or a list of them.
         Each must match a leaf, unless it is `optional`.
       history: how many steps a row may lag behind, rounded up to a power of two. The minimum
@@ -185,6 +195,13 @@ class exact_rows(Transform):
     def python_numbers(self) -> frozenset[str]:
         return frozenset(name for fields in self.numbers for name, _ in fields)
 
+    def lazy_leaves(self, params: Tree) -> list[bool]:
+        # Whatever `rows=` a rule has, the rows of tables move.
+        return [
+            is_lazy and first_match(self.tables, path) is None
+            for is_lazy, path in zip(super().lazy_leaves(params), leaf_paths(params), strict=True)
+        ]
+
     def __repr__(self) -> str:
         tables = self.tables[0] if len(self.tables) == 1 else list(self.tables)
         history = "" if self.history is None else f", history={self.history}"
@@ -199,7 +216,9 @@ class exact_rows(Transform):
         def with_numbers(part: Transform) -> Transform:
             if not isinstance(part, _WITH_PYTHON_FLOATS):
                 return part
-            return part.replace(**dict(next(numbers)))
+            fields = dict(next(numbers))
+            _expect_same_numbers(part, fields)
+            return part.replace(**fields)
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
@@ -231,7 +250,8 @@ class exact_rows(Transform):
         """The tables among the parameters."""
         leaves, leaf_routes = flatten(params)[0], routes(tx, None, params)
         tables: list[Table] = []
-        # The kinds of all leaves for each part, by its position: each part is asked once.
+        # What `Transform.kinds` returns for each part, by the part's position, so that it is called
+        # once for each. Leaves of equal kind are treated alike.
         kinds_at: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
@@ -279,13 +299,17 @@ class exact_rows(Transform):
         tables = [table for family in families for table in family.tables]
         parts = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
         if state is not None:
-            for table in tables:
+            for table in [] if _is_abstract(params) else tables:
                 expect_slots(table, parts[table.leaf])
         return Bound(tx, families, parts, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
-        """Binds this transform to a state and parameters; refuses those that do not fit."""
-        expect_state(self, state, ExactRowsState)
+        """Binds this transform to a state and parameters; refuses those that do not fit.
+
+        If the parameters are shapes (`jax.ShapeDtypeStruct`), the state may have shapes too.
+        """
+        if not _is_abstract(params):
+            expect_state(self, state, ExactRowsState)
         return self._bound(params, state=state)
 
     # --- the state
@@ -300,10 +324,11 @@ class exact_rows(Transform):
 
         Args:
           inner: a state like that of `tx.init(params)`, where tx is the inner transform.
-          params: the parameters at that step.
+          params: the parameters that belong to this state.
 
         Raises:
-          ValueError: the state is unlike that, or `learning_rate * weight_decay` is not below 1.
+          ValueError: `inner` is unlike that state, or `learning_rate * weight_decay` is not below
+            1.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params, dense = {"table": jnp.zeros((9, 1))}, adamjax.adam(0.1)
@@ -319,9 +344,10 @@ class exact_rows(Transform):
         tables = bound.tables
         for table in tables:
             expect_slot_names(table, bound.parts[table.leaf], inner)
-        # Only differences of clocks matter, so it may start at any table's count.
+        # Only `clock - last` matters, so the clock may start anywhere. It starts at the count of
+        # the first table's rule.
         clock = bound.count(tables[0]) if tables else 0
-        leaves, table_states = flatten(params)[0], {}
+        leaves, last = flatten(params)[0], {}
         for table in tables:
             _, b = bound.scalars(table)
             if not isinstance(b, jax.core.Tracer) and b <= -1:
@@ -329,15 +355,14 @@ class exact_rows(Transform):
                     f"exact_rows: a step multiplies the weights of {table.path!r} by {1 + b:.3g}; "
                     "expected a factor above 0: learning_rate * weight_decay must be below 1"
                 )
-            last = jnp.full(table.num_rows, clock, jnp.int32)
-            table_states[table.path] = TableState(
-                last=split_like_rows(last, leaves[table.leaf]), cursor=jnp.zeros((), jnp.int32)
-            )
+            up_to_date = jnp.full(table.num_rows, clock, jnp.int32)
+            last[table.path] = split_like_rows(up_to_date, leaves[table.leaf])
         rings = {
             family.name: family.tables[0].coasting.init(family.history, family.tables[0].real_dtype)
             for family in bound.families
         }
-        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), table_states, rings)
+        turns = {family.name: jnp.zeros((), jnp.int32) for family in bound.families}
+        return ExactRowsState(inner, jnp.array(clock, jnp.int32, copy=True), last, turns, rings)
 
     # --- reading rows
 
@@ -504,12 +529,15 @@ class exact_rows(Transform):
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf])
         # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
-        # not passed, because it would not count in a function with a jit of its own.
+        # not passed: it is valid only for the arrays that it was made from, and `_compiled` would
+        # see tracers in their place.
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
             updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
-            # A jitted function returns the seal as an array, which later steps would compare.
+            # A row gradient has a constant that shows tampering (`rows.SEAL`). A jitted function
+            # returns it as an array, whose value every later step would have to check. So put the
+            # constant back.
             return treedef.unflatten(map(with_seal, flatten(updates)[0])), state
         return take_step(bound, leaves, ticket, extra_args)
 
@@ -521,7 +549,7 @@ class exact_rows(Transform):
         axis: Any = None,
         rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> tuple[Any, ExactRowsState]:
-        """Brings all rows up to date, block by block in place; nothing else changes.
+        """Brings all rows up to date, block by block; nothing else changes.
 
         For other readers of the weights: an export, another library. Neither `eval_step` nor a
         checkpoint to resume from needs it.
@@ -560,10 +588,49 @@ class exact_rows(Transform):
             )
             weights, slots, last = flush_rows(columns, bound.past(batch.family))
             params = _replaced(params, table.leaf, weights)
-            tables = {**state.tables, table.path: state.tables[table.path]._replace(last=last)}
             inner = _with_slots(state.inner, table.leaf, slots)
-            state = state._replace(inner=inner, tables=tables)
+            state = state._replace(inner=inner, last={**state.last, table.path: last})
         return params, state
+
+
+def _expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
+    """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
+
+    Args:
+      part: a part whose numbers `exact_rows` has.
+      fields: its fields, as they were when `exact_rows` was made; those that were `None` are left
+        out.
+    """
+    for field in dataclasses.fields(part):
+        value, was = getattr(part, field.name), fields.get(field.name)
+        leaves, treedef = jax.tree.flatten(value)
+        old_leaves, old_treedef = jax.tree.flatten(was)
+        # Something else may stand for a number, as `None` does in a filtered tree.
+        same = was is not None
+        if (treedef,) == (old_treedef,):
+            same = all(map(_may_be, leaves, old_leaves))
+        if not same:
+            raise ValueError(
+                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected {was!r}, "
+                "with which this exact_rows was made: it computes with that number in advance, and "
+                "rows that lag behind catch up by it. Make exact_rows anew with the new number; if "
+                "there is a state, flush with the old one first, and go on from from_dense of the "
+                "new one"
+            )
+
+
+def _may_be(value: Any, number: Any) -> bool:
+    """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
+
+    An array need only be the number in its own dtype: JAX makes float32 arrays of Python floats.
+    """
+    has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not has_value or not is_known(value):
+        return True
+    found = np.asarray(value)
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        number = np.asarray(number, found.dtype)
+    return found.shape == () and bool(found == number)
 
 
 def _may_decay(tx: Transform) -> bool:
@@ -594,6 +661,11 @@ def _expect_gradient(table: Table, g: Any) -> None:
 def _would_loop(leaves: Sequence[Any]) -> bool:
     """Whether a gradient has so many rows that a step takes them in blocks."""
     return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
+
+
+def _is_abstract(params: Tree) -> bool:
+    """Whether parameters are shapes in place of arrays."""
+    return any(isinstance(p, jax.ShapeDtypeStruct) for p in flatten(params)[0])
 
 
 def _is_traced(tree: Any) -> bool:

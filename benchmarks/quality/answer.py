@@ -100,24 +100,24 @@ def sentences(results: Results) -> list[str]:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
             f"**Exact**, against dense: {outcome_counts(results, 'exact')}. Runs of exact "
-            f"and dense with the same seed differ most in {farthest.model}, {farthest.metric}: by "
-            f"{100 * relative_difference(farthest):.2g}% of the metric on average"
+            f"and dense with the same seed differ most in the {farthest.metric} of "
+            f"{farthest.model}: by {100 * relative_difference(farthest):.2g}% on average"
         )
         if "adamjax dense" in present:
             farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
-                ". With dense gradients, optax's Adam and adamjax's also differ: most in "
-                f"{farthest.model}, {farthest.metric}, by "
+                ". With dense gradients, optax's Adam and adamjax's also differ: most in the "
+                f"{farthest.metric} of {farthest.model}, by "
                 f"{100 * relative_difference(farthest):.2g}%"
             )
         lines.append(f"{line}.")
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**counted: a row catches up only after the loss has read it, with the v of the "
-        "step that reads it (caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**local: the same, with the v of the row's previous read (HugeCTR's "
-        "LazyGlobal)**, against dense",
+        "counted": "**Counted: the loss reads rows before they catch up, and the steps that a row "
+        "has missed use the v of this step (as in caffe2's SmartDecaySparseAdam)**, against dense",
+        "local": "**Local: the loss reads rows before they catch up, and the steps that a row has "
+        "missed use the v of its previous read (as in HugeCTR's LazyGlobal)**, against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
@@ -130,8 +130,9 @@ def sentences(results: Results) -> list[str]:
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
-            "**By how often rows are read**: the metric of lazy with dense's rate, minus that of "
-            "dense, first for the rows that are read least, then for those that are read most: "
+            "**Rows that are read rarely and often**: each pair is the metric of lazy with dense's "
+            "rate minus the metric of dense, first for the rows that are read least, then for the "
+            "rows that are read most: "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:

@@ -1,4 +1,4 @@
-"""How far rows end from where dense Adam puts them, for rows read often or rarely and several b2.
+"""How far rows end from where dense Adam puts them: rows read often and rarely, for several b2.
 
 No data and no model: a table has a row for each gap, which is read every so many steps with a
 gradient of its own, the same for every contender.
