@@ -1240,6 +1240,30 @@ def test_what_torch_says_is_compared(name):
         convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
 
 
+def test_a_step_of_torch_may_be_an_array_of_one_element():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    given = torch_state()
+    for held in given["state"].values():
+        held["step"] = np.array([5.0], np.float32)
+    state = convert.from_torch(given, tx, params)
+    assert int(adamjax.step_count(state)) == 5
+    assert convert.to_torch(state, tx, params, given)["state"][0]["step"] == 5
+    given["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
+    with pytest.raises(ValueError, match="states of several runs one by one"):
+        convert.from_torch(given, tx, params)
+
+
+def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
+    taken, fresh = torch_state(exp_avg=PARAMS["a"] * 0.3), {**torch_state(), "state": {}}
+    for given in (taken, fresh):
+        with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
+            convert.from_torch(given, tx, params)
+        convert.from_torch(given, tx, params, check=False)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    convert.from_torch(fresh, tx, narrow)
+
+
 def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
     params = [jnp.ones(3)]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
@@ -1344,6 +1368,26 @@ def numbered_keras(shapes):
     """The variables of an Adam without names, of parameters with m and v of 1, 2, ..."""
     slots = [np.full(shape, i + 1.0) for i, shape in enumerate(shapes) for _ in "mv"]
     return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
+
+
+def test_some_of_keras_arrays_without_names_are_not_converted():
+    """Nothing shows their shapes, but all arrays of a parameter have the same one."""
+    shapes = [(3, 2), (4,), (), (2, 5)]
+    params = {"a": jnp.ones(shapes[0]), "c": jnp.ones(shapes[3])}
+    numbered, tx = numbered_keras(shapes), adamjax.adam(RATE)
+    for given in (numbered, list(numbered.values())):
+        for order in (["a", None, None, "c"], ["a", None, None, None], [None, None, None, "c"]):
+            some = {path: params[path] for path in order if path}
+            state = convert.from_keras(given, tx, some, order=order)
+            for path in some:
+                place = order.index(path)
+                slot = adamjax.get_slot(state, "v")[path]
+                assert_same(slot, jnp.full(shapes[place], place + 1.0))
+            back = convert.to_keras(state, tx, some, given, order=order)
+            assert_same(back, given)
+    del numbered["9"]
+    with pytest.raises(ValueError, match="9 arrays without names fit nothing"):
+        convert.from_keras(numbered, tx, params, order=["a", None, None, "c"])
 
 
 def numbered_torch(shapes):
@@ -1762,24 +1806,132 @@ def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
             convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
-def test_a_schedule_of_a_keras_optimizer_that_is_not_known(keras):
-    """It cannot be compared, but a constant rate is not it."""
-    schedules, params = keras.optimizers.schedules, {"w": jnp.ones(3)}
+def keras_of_rate(keras, rate, count=0):
+    """A Keras Adam with this rate after `count` steps."""
+    optimizer = keras.optimizers.Adam(rate)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    optimizer.iterations.assign(count)
+    return optimizer
+
+
+def test_a_function_that_keras_calls_without_arguments_is_no_schedule(keras):
+    """It cannot be compared in later steps, but a constant rate is not it."""
+    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
+
+    def rate(step=0):
+        return 0.1 * 0.5**step
+
+    for given in (lambda: 0.1, rate):
+        optimizer = keras_of_rate(keras, given, 5)
+        with pytest.raises(ValueError, match=r"a learning rate that follows a schedule \(a "):
+            convert.from_keras(optimizer, adamjax.adam(0.1), params)
+        with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.003125"):
+            convert.from_keras(optimizer, adamjax.adam(lambda count: 0.1 * 0.5**count), params)
+        convert.from_keras(optimizer, adamjax.adam(adamjax.constant(0.1)), params)
+    optimizer = keras_of_rate(keras, lambda count: 0.1)
+    with pytest.raises(ValueError, match=r"cannot be called without arguments, as Keras calls it"):
+        convert.from_keras(optimizer, adamjax.adam(falls(0.1, 100)), params)
+
+
+def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
+    """With a variable of integers. Of the Python int 0, none of these takes what it needs."""
+    params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
+
+    class Noam(schedules.LearningRateSchedule):  # no get_config: only a saved model needs it
+        def __call__(self, step):
+            return 0.1 * keras.ops.minimum(step**-0.5, step * 40**-1.5)
+
+    class OfValue(schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1 * 0.5 ** (keras.ops.cast(step.value, "float32") / 50)
+
+    def warm(steps):
+        return lambda n: 0.1 * jnp.minimum(jnp.maximum(n, 1) ** -0.5, n * steps**-1.5)
+
+    halving = adamjax.exponential_decay(0.1, 50, 0.5)
+    for schedule, right, others in (
+        (Noam(), warm(40), (warm(400), adamjax.constant(0.1))),
+        (OfValue(), halving, (adamjax.exponential_decay(1.0, 50, 0.5), warm(40))),
+    ):
+        optimizer = keras_of_rate(keras, schedule, 5)
+        convert.from_keras(optimizer, adamjax.adam(right), params)
+        assert int(optimizer.iterations) == 5
+        for tx in map(adamjax.adam, others):
+            for call in (
+                lambda o=optimizer, tx=tx: convert.from_keras(o, tx, params),
+                lambda o=optimizer, tx=tx: convert.to_keras(tx.init(params), tx, params, o),
+            ):
+                with pytest.raises(ValueError, match="'w': Keras has a learning rate of"):
+                    call()
+
+
+def test_a_schedule_of_keras_that_cannot_be_called(keras):
+    """One that reads a table is compared as far as it goes."""
+    params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
+
+    class Table(schedules.LearningRateSchedule):
+        rates = np.linspace(0.1, 0.01, 100)
+
+        def __call__(self, step):
+            return self.rates[int(step)]
 
     class Broken(schedules.LearningRateSchedule):
         def __call__(self, step):
             return self.rates[step]
 
-    for rate in (lambda: 0.1, Broken()):
-        optimizer = keras.optimizers.Adam(rate)
-        optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-        with pytest.raises(ValueError, match=r"a learning rate that follows a schedule \(a "):
-            convert.from_keras(optimizer, adamjax.adam(0.1), params)
-        convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.1, 100)), params)
-    optimizer = keras.optimizers.Adam(lambda: 0.1)
-    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-    with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.2"):
-        convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.2, 100)), params)
+    class NaNAtFirst(schedules.LearningRateSchedule):
+        def __call__(self, step):
+            step = keras.ops.cast(step, "float32")
+            return 0.1 * step / step
+
+    def table(end):
+        return lambda n: jnp.linspace(0.1, end, 100)[jnp.minimum(n, 99)]
+
+    optimizer = keras_of_rate(keras, Table(), 5)
+    convert.from_keras(optimizer, adamjax.adam(table(0.01)), params)
+    with pytest.raises(ValueError, match="Keras has a learning rate of"):
+        convert.from_keras(optimizer, adamjax.adam(table(0.02)), params)
+    for late in (keras_of_rate(keras, Table(), 100), keras_of_rate(keras, Broken())):
+        message = r"that cannot be compared: a .* cannot be called at count .*Error: .*check=False"
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(late, adamjax.adam(table(0.01)), params)
+        convert.from_keras(late, adamjax.adam(table(0.01)), params, check=False)
+    optimizer = keras_of_rate(keras, NaNAtFirst())
+    convert.from_keras(optimizer, adamjax.adam(lambda n: 0.1 * n / n), params)
+    with pytest.raises(ValueError, match="a learning rate of nan"):
+        convert.from_keras(optimizer, adamjax.adam(0.1), params)
+
+
+def test_a_schedule_that_keras_computes_in_integers_is_not_its_formula(keras):
+    params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
+    config = keras.optimizers.serialize
+    for make in (
+        lambda one: schedules.CosineDecay(0 * one, 1000, warmup_target=0.1, warmup_steps=100),
+        lambda one: schedules.ExponentialDecay(one, 100, 0.96),
+        lambda one: schedules.InverseTimeDecay(one, 100, 0.5),
+        lambda one: schedules.PolynomialDecay(one, 100, 0.1),
+    ):
+        tx = adamjax.from_config(config(keras.optimizers.Adam(make(1.0))))
+        convert.from_keras(keras_of_rate(keras, make(1.0), 50), tx, params)
+        for one in (1, np.int64(1)):
+            optimizer = keras_of_rate(keras, make(one), 50)
+            with pytest.raises(ValueError, match=r"in integers.* a float, such as 0.0 or 1.0"):
+                convert.from_keras(optimizer, tx, params)
+        with pytest.raises(ValueError, match=r"initial_learning_rate: .* in integers"):
+            adamjax.from_config(config(keras.optimizers.Adam(make(1))))
+
+
+def test_a_schedule_of_keras_is_compared_closely_with_a_function(keras):
+    """The two differ between powers of two, at no end of a part."""
+    params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
+    optimizer = keras_of_rate(keras, schedules.ExponentialDecay(0.1, 1000, 0.5), 3)
+    for factor in (1.0, 0.1):
+        tx = adamjax.adam(
+            lambda n, x=factor: 0.1 * 0.5 ** (n / 1000) * jnp.where((n >= 300) & (n < 500), x, 1.0)
+        )
+        problem = factor != 1 and pytest.raises(ValueError, match=r"after [34]\d\d steps, tx has")
+        with problem or nullcontext():
+            convert.from_keras(optimizer, tx, params)
 
 
 def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
@@ -1898,7 +2050,6 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
             lambda count: jnp.where(count < 12.5, 0.01 * count / 12.5, cosine(count - 12.5)),
             (adamjax.warmup(cosine, steps=50), adamjax.warmup(cosine, steps=12)),
         ),
-        (lambda count: 0.1 / (1 + count), adamjax.inverse_time_decay(0.1, 1, 1.0), (0.1, cosine)),
     ):
         optimizer = keras.optimizers.Adam(schedule)
         optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
@@ -1936,10 +2087,17 @@ OldAdam.__name__ = "Adam"
 def test_rates_and_names_of_old_keras_optimizers(prefix):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     decayed = adamjax.inverse_time_decay(0.1, 1, 0.5)
+    of_class = type("LearningRateSchedule", (), {"__call__": lambda self, n: 0.1 / (n + 1)})
     for old, right, other in (
         (OldAdam(0.1, prefix=prefix), 0.1, 0.2),
         (OldAdam(np.float32(0.1), 0.5, prefix=prefix), decayed, 0.1),
-        (OldAdam(lambda count: 0.1 / (count + 1), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
+        (OldAdam(of_class(), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
+        (
+            OldAdam(of_class(), 0.5, prefix=prefix),
+            lambda n: 0.1 / (n + 1) / (1 + 0.5 * n),
+            lambda n: 0.1 / (n + 1),
+        ),
+        (OldAdam(lambda: 0.1, prefix=prefix), adamjax.constant(0.1), 0.2),
     ):
         state = convert.from_keras(old, adamjax.adam(right), params)
         assert adamjax.step_count(state) == 3
@@ -2679,6 +2837,32 @@ def test_rates_that_float32_does_not_have_are_the_same(rate, schedule):
             convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
 
 
+@pytest.mark.parametrize("name", ["powers", "products of counts"])
+def test_a_rate_is_compared_as_a_step_computes_it(name):
+    """In float32 and int32, these functions are far from what they are in float64."""
+    count, schedule, right, rate = {
+        "powers": (
+            200_000,
+            lambda n: 0.1 * 0.99999**n,
+            adamjax.exponential_decay(0.1, 1, 0.99999),
+            0.1 * 0.99999**200_000,
+        ),
+        "products of counts": (
+            60_000,
+            lambda n: 0.1 / (1 + n * n / 1e10),
+            lambda n: 0.1 / (1 + (n / 1e5) ** 2),
+            0.1 / 1.36,
+        ),
+    }[name]
+    params, given = jax.tree.map(jnp.asarray, PARAMS), torch_state({"lr": rate})
+    for held in given["state"].values():
+        held["step"] = count
+    convert.from_torch(given, adamjax.adam(right, eps=1e-8), params)
+    message = r"a learning rate of .*Note: in float64 the schedule of tx has that rate, but steps"
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
+
+
 DECAYED = {
     "after the rule": (True, lambda rule, decay: [rule, decay], None),
     "and before a scale": (True, lambda rule, decay: [rule, decay, adamjax.scale(1.0)], None),
@@ -2936,6 +3120,17 @@ MALFORMED = {
     "a flag of text": (with_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
     "names": (with_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
 }
+
+
+def test_the_flattened_form_of_torch_is_named():
+    flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
+    for given, message in (
+        (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
+        ({"model": {}, "optimizer": {}}, r"got dict with \['model', 'optimizer'\]"),
+        ([], "got list"),
+    ):
+        with pytest.raises(TypeError, match=f"from_torch: expected .*{message}"):
+            convert.from_torch(given, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
 
 
 @pytest.mark.parametrize("what", MALFORMED)
@@ -3331,10 +3526,20 @@ def test_the_adapt_that_errors_recommend_inverts_itself(shape):
         np.testing.assert_array_equal(again, x)
 
 
-def test_complex_leaves_do_not_go_to_torch():
+@pytest.mark.parametrize("check", [True, False])
+def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
+    """Also where all imaginary parts are 0 so far, or no step was taken yet."""
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
-    with pytest.raises(ValueError, match=r"to_torch: the leaf '0' is complex"):
-        convert.to_torch(tx.init(params), tx, params, fresh_torch())
+    for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
+        for held in list(given["state"].values())[:1]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                held[name] = held[name].astype(np.complex64)
+        for leaves in (params, [jnp.ones(2), params[0]]):
+            message = r"_torch: the leaf '[01]' is complex, and torch's v of complex parameters"
+            with pytest.raises(ValueError, match=f"from{message}"):
+                convert.from_torch(given, tx, leaves, check=check)
+            with pytest.raises(ValueError, match=f"to{message}"):
+                convert.to_torch(tx.init(leaves), tx, leaves, given, check=check)
 
 
 # --- runs that would go on otherwise --------------------------------------------------------------
@@ -4843,6 +5048,39 @@ def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
             ValueError, match=r"'base': .* an optimizer without this leaf.*which moves"
         ):
             convert_to(tx)
+
+
+def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
+    zero, params = adamjax.set_to_zero(), KERAS_PARAMS
+    variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
+    optimizer = keras_adam(keras, 3, "AdamW", variables, weight_decay=0.3)
+    adamw = adamjax.adamw(0.1, weight_decay=0.3)
+    convert.from_keras(optimizer, adamw, params)
+    variables[1].trainable = False
+    for tx in (
+        adamw,
+        KERAS_RULE,
+        adamjax.chain(
+            KERAS_RULE,
+            adamjax.masked(zero, "v1"),
+            adamjax.add_decayed_weights(0.3),
+            adamjax.scale_by_learning_rate(0.1),
+        ),
+    ):
+        tx = tx if tx is adamw else adamjax.partition([("v1", tx)], default=adamw)
+        for call in (
+            lambda tx=tx: convert.from_keras(optimizer, tx, params),
+            lambda tx=tx: convert.to_keras(tx.init(params), tx, params, optimizer),
+        ):
+            message = r"'v1': Keras has a variable with trainable=False, tx has .*give None for it"
+            with pytest.raises(ValueError, match=message):
+                call()
+    still = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
+    state = convert.from_keras(optimizer, still, params)
+    convert.to_keras(state, still, params, optimizer)
+    rest = adamjax.partition([("v1", zero)], default=adamw)
+    state = convert.from_keras(optimizer, rest, params, order=["v0", None])
+    convert.to_keras(state, rest, params, optimizer, order=["v0", None])
 
 
 def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):

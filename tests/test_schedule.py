@@ -202,6 +202,23 @@ def test_a_staircase_steps_at_whole_multiples():
         np.testing.assert_allclose(jax.vmap(rate)(t), 1 / (1 + t // 1000), rtol=1e-6)
 
 
+@pytest.mark.parametrize("staircase", [False, True])
+def test_a_power_of_many_steps_is_as_accurate_as_one_of_few(staircase):
+    """Rounded to float32, 0.99999 would be off by 0.27% in its power of 200,000."""
+    counts = np.array([0, 1, 999, 4095, 4096, 4097, 200_000, 999_999, 2**24 + 1, 2**31 - 1])
+    for length, base in ((1, 0.99999), (7, 1 - 1e-7), (1000, 0.96), (390.625, 0.9), (1, 1.0001)):
+        rate = exponential_decay(0.01, length, base, staircase=staircase)
+        passed = np.floor(counts / length) if staircase else counts / length
+        with np.errstate(over="ignore"):
+            expected = 0.01 * base**passed
+        actual = np.array(jax.jit(jax.vmap(rate))(counts.astype(np.int32)), np.float64)
+        # Where the largest float32 and the smallest are far.
+        some = (expected > 1e-8) & (expected < 1e30)
+        np.testing.assert_allclose(actual[some], expected[some], rtol=2e-6)
+        assert np.all(actual[expected < 1e-50] == 0)
+        assert np.all(actual[expected > 1e50] == np.inf)
+
+
 # Schedules that jump or bend at multiples of a length n, with their formulas.
 WITH_JUMPS = {
     "exponential": (

@@ -1,7 +1,7 @@
 """Filling a state from the common form: every value is checked, and each must be used."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -121,19 +121,23 @@ class Filling:
         if self.check and jnp.finfo(old).nmant > jnp.finfo(new).nmant:
             wide = np.asarray(x)
             if np.any(wide.astype(new).astype(old) != wide):
-                mend = "keep it wider (m_dtype, v_dtype, or optax' mu_dtype)"
-                if name == ACCUMULATED:
-                    mend = f"convert after a step, or give the target an array of {old.name}"
-                raise ValueError(
-                    f"{what} is {old.name} and would be rounded to {new.name}: {mend}, or pass "
-                    "check=False to round it"
-                )
+                self.refuse_rounding(path, name, old, new)
         if not isinstance(like, jax.Array):
             return np.array(x, new)
         made = jnp.array(x, new, copy=True)
         if made.sharding != like.sharding:
             made = jax.device_put(made, like.sharding)
         return laid_out_like(made, like)
+
+    def refuse_rounding(self, path: str, name: str, old: np.dtype, new: np.dtype) -> NoReturn:
+        """Raises the error about values that the target's dtype cannot hold."""
+        mend = "keep it wider (m_dtype, v_dtype, or optax' mu_dtype)"
+        if name == ACCUMULATED:
+            mend = f"convert after a step, or give the target an array of {old.name}"
+        raise ValueError(
+            f"{self.owner}: {name} of {path!r} is {old.name} and would be rounded to {new.name}: "
+            f"{mend}, or pass check=False to round it"
+        )
 
     def tree(self, name: str, values: Mapping[str, Any], like: Tree) -> Any:
         """A tree like another, with the values of each leaf's path."""

@@ -1,7 +1,7 @@
 """Compares the hyperparameters of torch's or Keras' optimizer with those of a transform."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -27,14 +27,18 @@ from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
+_FREEZE = "freeze it with partition and set_to_zero, around everything that moves it"
+# At how many earlier counts rates are looked at.
+_EARLIER = 16
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # How errors name a key of the hyperparameters, where that is not the key itself. An empty string:
 # errors do not list this key, because on its own it states no hyperparameter.
 _NAMES_IN_ERRORS = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
-    "unknown_schedule": "a schedule of the rate",
+    **dict.fromkeys(("unknown_schedule", "incomparable_rate"), "a schedule of the rate"),
     "has_decay": "a weight decay",
+    "is_frozen": "trainable=False",
     "gradient_factor": "a factor of gradients",
 }
 
@@ -51,6 +55,7 @@ def expect_same_hyperparameters(
       one.
     - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: for a schedule
       that is not known itself, two strings: what shows that there is one, and a note.
+      `incomparable_rate`: for a rate that cannot even be read, a string that says why.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
       stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
@@ -65,6 +70,7 @@ def expect_same_hyperparameters(
     - `others`: where transforms may be that nothing can compare, those of other libraries and the
       user's own: "before" the rule, or "none" for nowhere. Without this key, anywhere.
     - `gradient_factor`: what gradients are multiplied by before they are clipped.
+    - `is_frozen`: whether the leaf stands still, so that nothing else is compared.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     """
     _Check(ours, system).check(moments)
@@ -93,11 +99,14 @@ class _Check:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
         # By leaf, whether anything in tx scales its updates, if the system states a rate.
         has_rate: dict[str, bool] = {}
+        trained = {path for path, x in moments.items() if not x[-1].hyperparams.get("is_frozen")}
         for path, leaf_moments in moments.items():
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
             if len(rules) != len(leaf_moments):
                 self._expect_nothing_stated(path, leaf_moments)
+            elif path not in trained:
+                self._expect_frozen(path, route[rules[-1] :])
             else:
                 for i, moment in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], moment.hyperparams)
@@ -107,7 +116,7 @@ class _Check:
                 if not hyperparams.get("clips_updates", True):
                     self._expect_clips_first(path, route[:last], route[last:])
                 if "clips" in hyperparams:
-                    self._check_clips(path, route, rules[0], hyperparams["clips"], moments)
+                    self._check_clips(path, route, rules[0], hyperparams["clips"], trained)
                 if "gradient_factor" in hyperparams:
                     self._check_factor(path, route[: rules[0]], hyperparams["gradient_factor"])
                 if "average" in hyperparams:
@@ -141,19 +150,31 @@ class _Check:
         """
         for path in (path for path in self.position_of_leaf if path not in moments):
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
-            zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
-            moving = [
-                part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
-            ]
-            if not zeros:
-                moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
-            if moving:
-                self._refuse(
-                    path,
-                    "an optimizer without this leaf",
-                    f"{moving[0]!r}, which moves it",
-                    "freeze it with partition and set_to_zero, around everything that moves it",
-                )
+            self._expect_still(path, route, "an optimizer without this leaf")
+
+    def _expect_frozen(self, path: str, after: Sequence[Part]) -> None:
+        """Refuses a transform that moves a leaf which the system's optimizer has, but not trains.
+
+        `after` has the parts from the last rule on.
+        """
+        stated = "a variable with trainable=False"
+        mend = f"{_FREEZE}, and give None for it in order="
+        self._expect_still(path, after, stated, mend)
+        if not any(isinstance(part.tx, set_to_zero) for part in after):
+            self._refuse(path, stated, f"{after[0].tx!r}, which moves it", mend)
+
+    def _expect_still(
+        self, path: str, route: Sequence[Part], stated: str, mend: str = _FREEZE
+    ) -> None:
+        """Refuses a route on which something moves a leaf without gradients."""
+        zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
+        moving = [
+            part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
+        ]
+        if not zeros:
+            moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
+        if moving:
+            self._refuse(path, stated, f"{moving[0]!r}, which moves it", mend)
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
@@ -312,9 +333,13 @@ class _Check:
         route: Sequence[Part],
         rule_place: int,
         stated: Sequence[Any],
-        moments: Mapping[str, list[LeafMoments]],
+        trained: Set[str],
     ) -> None:
-        """Compares what clips the gradients of a leaf, and where."""
+        """Compares what clips the gradients of a leaf, and where.
+
+        Args:
+          trained: the paths of all leaves that the system's optimizer moves.
+        """
         before = [part for part in route[:rule_place] if isinstance(part.tx, _CLIPS)]
         after = [part.tx for part in route[rule_place:] if isinstance(part.tx, _CLIPS)]
         if not stated and any(part.tx.has_foreign for part in route[:rule_place]):
@@ -331,7 +356,7 @@ class _Check:
                 part.tx
                 for part in before
                 if isinstance(part.tx, clip_by_global_norm)
-                and moments.keys() != leaves_by_path(self.owner, part.params).keys()
+                and trained != leaves_by_path(self.owner, part.params).keys()
             ]
             outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
             if of_other_leaves:
@@ -390,29 +415,52 @@ class _Check:
 
     def _check_rate(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Compares the rate of the next step; `after` has the parts from the last rule on."""
+        if hyperparams.get("incomparable_rate"):
+            self._refuse_incomparable(path, after, hyperparams["incomparable_rate"])
         stated = hyperparams.get("learning_rate")
         if stated is None:
             return
-        schedule = stated if callable(stated) else None
-        if schedule is not None:  # It is called with the count of tx.
+        schedule, count = None, 0
+        if callable(stated) or isinstance(stated, ForeignSchedule):
+            # It is called with the count of tx.
             rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
-            count = (*rates, after[0])[0].state.count
-            with x64(True):
-                stated = rate_at(schedule, jnp.asarray(count, int))
+            schedule, count = stated, int((*rates, after[0])[0].state.count)
+            try:
+                stated = self._stated_rate(schedule, count)
+            except ValueError as error:
+                self._refuse_incomparable(path, after, str(error))
         in_tx = self._rate(path, after)
         mend = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
             mend = self.system.set_rate
-        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule):
+        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule, count):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
                 f"{float(in_tx):g} for the next step",
                 mend,
+                self._note_on_rate(path, after, stated, schedule),
             )
         is_set = self._is_set("learning_rate", path)
         if in_tx is not None and schedule is not None and not is_set:
-            self._check_later_rates(path, after, schedule, int(count))
+            self._check_later_rates(path, after, schedule, count)
+
+    def _refuse_incomparable(self, path: str, after: Sequence[Part], why: str) -> None:
+        rates = [x for x in (self._rate_of_leaf(path, part) for part in after) if x is not None]
+        self._refuse(
+            path,
+            f"a learning rate that cannot be compared: {why}",
+            f"the rate {rates[0]!r}" if rates else "none",
+            "mend that function, or compare the two rates yourself",
+        )
+
+    @staticmethod
+    def _stated_rate(schedule: Any, count: int) -> float:
+        """The rate of a schedule, as exact as it can be known; see `ForeignSchedule.stated`."""
+        if isinstance(schedule, ForeignSchedule):
+            return schedule.stated(count)
+        with x64(True):
+            return float(rate_at(schedule, jnp.asarray(count, int)))
 
     def _check_later_rates(
         self, path: str, after: Sequence[Part], schedule: Any, count: int
@@ -425,15 +473,19 @@ class _Check:
         in_tx = [self._rate_of_leaf(path, part) for part in after]
         if any(schedule is one and in_tx == rates for one, rates in self.agreeing):
             return
-        for later in later_counts(count, (schedule, in_tx)):
-            with x64(True):
-                stated = rate_at(schedule, later)
-            if not self._has_stated_rate(path, after, stated, schedule, later - count):
+        for later in later_counts(count, schedule, in_tx):
+            try:
+                stated = self._stated_rate(schedule, later)
+            except ValueError:
+                continue  # The other library could not take that step.
+            steps_later = later - count
+            if not self._has_stated_rate(path, after, stated, schedule, later, steps_later):
                 self._refuse(
                     path,
-                    f"a learning rate of {float(stated):g} after {later} steps",
-                    f"{float(self._rate(path, after, later - count)):g}",
+                    f"a learning rate of {stated:g} after {later} steps",
+                    f"{float(self._rate(path, after, steps_later)):g}",
                     "build tx with the same schedule",
+                    self._note_on_rate(path, after, stated, schedule, steps_later),
                 )
         self.agreeing.append((schedule, in_tx))
 
@@ -482,38 +534,84 @@ class _Check:
         after: Sequence[Part],
         stated: Any,
         schedule: Any = None,
+        count: int = 0,
         steps_later: int = 0,
     ) -> bool:
-        """Whether the next step, or a later one, has the stated rate, in float32 or in float64.
+        """Whether the next step, or a later one, has the stated rate, as `tx` computes it.
 
-        The other system may compute in float64. In float32 some schedules are inaccurate: a cosine
-        near its end, or a power of many steps.
+        Args:
+          stated: the rate, exact if it is known so.
+          schedule, count: the schedule that states the rate, if one does, and the count there.
         """
-        in_float32 = self._rate(path, after, steps_later)
-        if isinstance(schedule, ForeignSchedule):
-            return schedule.is_near(float(stated), float(in_float32))
-        if same_value(stated, in_float32):
+        in_step = float(self._rate(path, after, steps_later))
+        is_foreign = isinstance(schedule, ForeignSchedule)
+        if is_foreign and schedule.known is None:
+            return schedule.is_near(count, in_step)
+        if same_value(stated, in_step) or (is_foreign and schedule.is_near(count, in_step)):
             return True
+        if not self._has_stated_rate_in_float64(path, after, stated, steps_later):
+            return False
+        # In float32 some schedules are inaccurate, as a cosine near its end. What is small against
+        # the rates before does not matter.
+        rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
+        most = min((int(part.state.count) for part in rates), default=0) + steps_later
+        before = [
+            float(self._rate(path, after, steps_later - most * i // _EARLIER))
+            for i in range(_EARLIER + 1)
+        ]
+        largest = max((abs(x) for x in before if math.isfinite(x)), default=0.0)
+        return math.isclose(in_step, stated, rel_tol=1e-4, abs_tol=1e-6 * largest)
+
+    def _has_stated_rate_in_float64(
+        self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0
+    ) -> bool:
+        """Whether a step would have the stated rate in float64 and with counts in int64."""
         try:
             with x64(True):
-                return same_value(stated, self._rate(path, after, steps_later))
+                return same_value(stated, self._rate(path, after, steps_later, jnp.int64))
         except TypeError:  # A function of another library may work in float32 only.
             return False
 
-    def _rate(self, path: str, after: Sequence[Part], steps_later: int = 0) -> Any:
+    def _note_on_rate(
+        self,
+        path: str,
+        after: Sequence[Part],
+        stated: Any,
+        schedule: Any = None,
+        steps_later: int = 0,
+    ) -> str:
+        """What an error about a rate adds: why the two differ, if that is known."""
+        if isinstance(schedule, ForeignSchedule) and schedule.note:
+            return schedule.note
+        if self._has_stated_rate_in_float64(path, after, stated, steps_later):
+            return (
+                "in float64 the schedule of tx has that rate, but steps compute it in float32, and "
+                "products of counts in int32; adamjax's own schedules are accurate so"
+            )
+        return ""
+
+    def _rate(
+        self, path: str, after: Sequence[Part], steps_later: int = 0, dtype: Any = None
+    ) -> Any:
         """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
         scaling_classes = scale | scale_by_learning_rate | set_to_zero
         scales = any(isinstance(part.tx, scaling_classes) for part in after)
-        return -self._factor(path, after, steps_later) if scales else None
+        return -self._factor(path, after, steps_later, dtype) if scales else None
 
-    def _factor(self, path: str, route: Sequence[Part], steps_later: int = 0) -> float:
-        """The factor by which these parts multiply the next step, or a later one."""
+    def _factor(
+        self, path: str, route: Sequence[Part], steps_later: int = 0, dtype: Any = None
+    ) -> float:
+        """The factor by which these parts multiply the next step, or a later one.
+
+        Args:
+          dtype: that of counts, by default that of the state, as in a step. With x64, quotients of
+            counts are float64 only if counts are int64.
+        """
         factor = 1.0
         for part in route:
             if isinstance(part.tx, scale_by_learning_rate):
-                # With x64, quotients of counts are float64 only if counts are int64.
-                count = jnp.asarray(part.state.count, int) + steps_later
-                rate = rate_at(part.tx.learning_rate, count)
+                count = jnp.asarray(part.state.count, dtype)
+                rate = rate_at(part.tx.learning_rate, count + jnp.asarray(steps_later, count.dtype))
                 factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
             elif isinstance(part.tx, scale):
                 factor *= float(part.tx.factor)

@@ -11,7 +11,7 @@ from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
 from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.optax_state import role_of
-from adamjax.convert.source import Source
+from adamjax.convert.source import Slots, Source
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import (
     class_name,
@@ -155,6 +155,8 @@ class _AdamjaxFilling(Translation):
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
         for path, moments in moments_of.items():
             slots = self.to_adamjax(rule, kind, path, moments)
+            if self.check and not moments.count:
+                self._expect_wide({name: initial[name][path] for name in names}, path, slots)
             for name in names:
                 values[name][path] = initial[name][path] if slots is None else slots[name]
         trees = {name: self.tree(name, values[name], getattr(x, name)) for name in names}
@@ -169,6 +171,20 @@ class _AdamjaxFilling(Translation):
             product = jnp.array(np.asarray(product), x.momentum_product.dtype, copy=True)
             filled = filled._replace(momentum_product=product)
         return filled
+
+    def _expect_wide(self, initial: Slots, path: str, slots: Slots | None) -> None:
+        """Refuses slots of fewer bits than float32 and the source's, where all are still 0.
+
+        After a step their values would be refused. torch has no slots before its first step; then
+        they get the dtype of the parameter. Zeros in float64 may be made by NumPy, and say nothing.
+        """
+        params = leaves_by_path(self.owner, self.ours.params)
+        for name, x in initial.items():
+            given = params[path] if slots is None else slots[name]
+            old, new = np.dtype(given.dtype), np.dtype(x.dtype)
+            bits = jnp.finfo(old).nmant if jnp.issubdtype(old, jnp.inexact) else 0
+            if jnp.finfo(new).nmant < min(bits, jnp.finfo(np.float32).nmant):
+                self.refuse_rounding(path, name, old, new)
 
     def _fill_accumulated(self, x: AccumulateGradientsState) -> AccumulateGradientsState:
         total: Any = x.total

@@ -1,8 +1,11 @@
 """States from and to Keras' optimizers, of Keras 3 and of tf.keras."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax.average import weight_ema
@@ -20,8 +23,10 @@ from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_config import (
     CLIPS,
+    IN_INTEGERS,
     effective_clips,
     from_keras_config,
+    is_in_integers,
     is_of_keras,
 )
 from adamjax.convert.keras_variables import (
@@ -112,7 +117,11 @@ def _hyperparams_of_each(
         hyperparams |= _options_of(owner, optimizer)
         weight_decay = hyperparams.get("weight_decay")
         decays = _decay_of_each(optimizer, weight_decay, num_params)
-        return [{**hyperparams, **decay} for decay in decays]
+        frozen = _are_frozen(optimizer, num_params)
+        return [
+            {**hyperparams, **decay, "is_frozen": is_frozen}
+            for decay, is_frozen in zip(decays, frozen, strict=True)
+        ]
     if layout.has_schedule:
         hyperparams["unknown_schedule"] = (
             "there is no variable learning_rate",
@@ -150,27 +159,67 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
     rate = getattr(optimizer, "_learning_rate", old.get("learning_rate"))
     if rate is None:
         return {}
+    decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
+    # In Nadam, this is the decay of its momentum.
+    decay = 0.0 if plain_name(type(optimizer).__name__) == "nadam" else decay
     # Some variables can be called.
     if not callable(rate) or hasattr(rate, "assign"):
         rate = number_of(owner, "the learning rate", rate)
-        decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
-        # In Nadam, this is the decay of its momentum.
-        if decay and plain_name(type(optimizer).__name__) != "nadam":
-            rate = inverse_time_decay(rate, 1, decay)
-        return {"learning_rate": rate}
-    known = _schedule(rate)
-    if known is not None:
-        return {"learning_rate": known}
+        return {"learning_rate": inverse_time_decay(rate, 1, decay) if decay else rate}
+    what = f"a {class_name(rate)}"
+    if any(cls.__name__ == "LearningRateSchedule" for cls in type(rate).__mro__):
+        known, note = _known_schedule(rate)
+        call = _call_of(optimizer, rate)
+        if not decay:
+            return {"learning_rate": ForeignSchedule(rate, call, known, note)}
+        known = None if known is None else inverse_time_decay(known, 1, decay)
+
+        def decayed(count: int) -> Any:
+            return call(count) / (1 + decay * count)
+
+        return {"learning_rate": ForeignSchedule(rate, decayed, known, note)}
+    # Keras calls any other function without arguments, in each step.
+    note = "adamjax cannot compare it with a schedule of its own"
     try:
-        rate(0)
-    except Exception:  # It may be a function without arguments, or need a count of another type.
-        note = "adamjax cannot compare it with a schedule of its own"
-        unknown: Hyperparams = {"unknown_schedule": (f"a {class_name(rate)}", note)}
-        try:
-            return unknown | {"learning_rate": float(rate())}
-        except Exception:
-            return unknown
-    return {"learning_rate": ForeignSchedule(rate)}
+        value = number_of(owner, what, rate())
+    except Exception as error:
+        fault = f"{type(error).__name__}: {str(error)[:200]}"
+        why = f"{what} cannot be called without arguments, as Keras calls it ({fault})"
+        return {"incomparable_rate": why}
+    return {"learning_rate": value, "unknown_schedule": (what, note)}
+
+
+def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
+    """A function that calls an optimizer's schedule at a count, with what the optimizer passes."""
+    if hasattr(optimizer, "_hyper"):  # Optimizers before 2.11 cast the count.
+        return lambda count: schedule(np.float32(count))
+    # With micro-batches, `iterations` counts steps, and schedules count calls.
+    own = getattr(optimizer, "_iterations", None)
+    own = getattr(optimizer, "iterations", None) if own is None else own
+    variable: Any = copy.deepcopy(own)
+    if not hasattr(variable, "assign"):
+        return lambda count: schedule(np.int32(count))
+
+    def call(count: Any) -> Any:
+        variable.assign(count)
+        return schedule(variable)
+
+    if not isinstance(getattr(variable, "value", None), jax.Array):
+        return call
+    compiled = jax.jit(call)
+    is_traceable = True
+
+    def call_compiled(count: int) -> Any:
+        # With JAX, Keras' `cond` is compiled anew in each call outside of jit.
+        nonlocal is_traceable
+        if is_traceable:
+            try:
+                return compiled(jnp.asarray(count, variable.dtype))
+            except Exception:
+                is_traceable = False
+        return call(count)
+
+    return call_compiled
 
 
 def _clips_of(owner: str, optimizer: Any) -> list[Any]:
@@ -207,15 +256,23 @@ def _decay_of_each(
     return [{"masks_decay": masks}] * num_params
 
 
-def _schedule(schedule: Any) -> Any:
-    """A schedule of Keras as one of adamjax; `None` for one that adamjax does not have."""
+def _are_frozen(optimizer: Any, num_params: int) -> list[bool]:
+    """Whether each parameter has `trainable=False`, by now, if the optimizer knows them."""
+    params: Any = getattr(optimizer, "_trainable_variables", None) or ()
+    if len(params) != num_params:
+        return [False] * num_params
+    return [getattr(param, "trainable", True) is False for param in params]
+
+
+def _known_schedule(schedule: Any) -> tuple[Any, str]:
+    """A schedule of Keras as one of adamjax, `None` if there is none, and a note for errors."""
     if not is_of_keras(schedule) or not hasattr(schedule, "get_config"):
-        return None
+        return None, ""
     config = {"class_name": type(schedule).__name__, "config": schedule.get_config()}
     try:
-        return from_keras_config(config, "the schedule")
+        return from_keras_config(config, "the schedule"), ""
     except (TypeError, ValueError):
-        return None
+        return None, IN_INTEGERS if is_in_integers(config["config"]) else ""
 
 
 def _read_variables(
@@ -369,11 +426,13 @@ def _layout_and_paths(
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
     has_average = any(isinstance(part.tx, weight_ema) for part in ours.parts)
     extra = ["average"] * has_average + ["gradient_accumulator"] * bool(ours.accumulations)
-    shapes = [() if path is None else np.shape(leaves[path]) for path in paths]
+    shapes = [None if path is None else np.shape(leaves[path]) for path in paths]
 
     def has_shape(place: int, x: np.ndarray) -> bool:
         path, shape = paths[place], shapes[place]
-        if path is None or not has_adapt:
+        if path is None or shape is None:
+            return True
+        if not has_adapt:
             return x.shape == shape
         try:  # The array may be that of another parameter, which `adapt` does not take.
             if to_adamjax:
@@ -544,7 +603,8 @@ def from_keras(
           Here the place and the shape of an array must show what it is.
       tx: a transform of adamjax.
       params: the parameters at that step. Constraints of Keras' variables are refused if the
-        optimizer itself is passed; other forms do not show them.
+        optimizer itself is passed, and so are variables with `trainable=False` whose leaves `tx`
+        moves; other forms do not show them.
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default:
 

@@ -30,8 +30,10 @@ from adamjax.transform import Transform
 
 __all__ = [
     "CLIPS",
+    "IN_INTEGERS",
     "effective_clips",
     "from_keras_config",
+    "is_in_integers",
     "is_of_keras",
     "make_at",
     "with_class_name",
@@ -80,6 +82,10 @@ _SCHEDULES: dict[str, type[Schedule]] = {
     "PolynomialDecay": polynomial_decay,
     "CosineDecay": cosine_decay,
 }
+IN_INTEGERS = (
+    "where initial_learning_rate is an integer, Keras computes the schedule in integers, so its "
+    "rates are others (most are 0): write a float, such as 0.0 or 1.0, in Keras and here"
+)
 # The class names under which Keras writes a function, and the keys around a config.
 _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
 _WRAPPING = {"module", "class_name", "config", "registered_name", "shared_object_id"}
@@ -263,11 +269,21 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
     return _optimizer(optimizer, values, str(config.get("module")), place, mask)
 
 
+def is_in_integers(config: Mapping[str, Any]) -> bool:
+    """Whether Keras computes a schedule in integers, by its config.
+
+    Its schedules compute in the dtype of their initial rate, except for PiecewiseConstantDecay.
+    """
+    return isinstance(config.get("initial_learning_rate"), numbers.Integral)
+
+
 def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
     kind = _SCHEDULES[name]
     known = {f.name for f in dataclasses.fields(kind)}
     more = {"name", "warmup_target", "warmup_steps"} if kind is cosine_decay else {"name"}
     _expect_keys(config, known | more, f"Keras' {name}", place)
+    if is_in_integers(config):
+        raise _refused(f"{place}.initial_learning_rate", IN_INTEGERS)
     values = {key: x for key, x in config.items() if key in known}
     target, steps = config.get("warmup_target"), config.get("warmup_steps") or 0
     if target is None:

@@ -161,7 +161,7 @@ _NOT_BUILT = (
 def layout_by_place(
     owner: str,
     values: Sequence[np.ndarray],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...] | None],
     has_shape: Callable[[int, np.ndarray], bool],
     extra: Sequence[str],
     slots: Sequence[str],
@@ -170,8 +170,8 @@ def layout_by_place(
     """The layout of variables without names; arrays that fit no order, or several, are refused.
 
     Args:
-      shapes: the shapes of the leaves, in Keras' order.
-      has_shape: whether an array has the shape of the parameter at a place.
+      shapes: the shapes of the leaves, in Keras' order; `None` for a parameter without a leaf.
+      has_shape: whether an array may have the shape of the parameter at a place.
       extra: the roles before the slots, which the options of the optimizer add.
       slots: the roles of the rule's slots.
       may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
@@ -194,14 +194,18 @@ def layout_by_place(
     for rates, body in orders:
         for product in ([], [("product", 0)]):
             roles = (("count", 0), *rates, *body, *product)
-            if len(roles) == len(values) and all(
-                has_shape(i, x) if (role, i) in body else x.shape == ()
-                for (role, i), x in zip(roles, values, strict=True)
+            if len(roles) != len(values):
+                continue
+            pairs = list(zip(roles, values, strict=True))
+            # All arrays of a parameter have one shape, also if no leaf shows it.
+            shapes_at = {(i, x.shape) for (role, i), x in pairs if (role, i) in body}
+            if len(shapes_at) == len(shapes) and all(
+                has_shape(i, x) if (role, i) in body else x.shape == () for (role, i), x in pairs
             ):
                 fits.add(roles)
     if len(fits) != 1:
         how = "may be ordered in several ways" if fits else "fit nothing that is expected"
-        if all(x.shape == () for x in values) and any(shape != () for shape in shapes):
+        if all(x.shape == () for x in values) and any(shapes):
             raise ValueError(f"{owner}: {len(values)} arrays without names: {_NOT_BUILT}")
         raise ValueError(
             f"{owner}: {len(values)} arrays without names {how}: shapes "

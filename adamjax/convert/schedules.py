@@ -1,47 +1,89 @@
 """Schedules of other libraries, and at which counts two schedules are compared."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.schedule import by_path
+from adamjax._compat import x64
+from adamjax.convert.values import class_name, number_of
+from adamjax.schedule import by_path, is_own_schedule, rate_at
 
 __all__ = ["ForeignSchedule", "ends_of_schedules", "has_schedule", "later_counts"]
 
 # The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
 _LAST, _MOST_LENGTHS = 2**30, 8
-# Up to which count schedules of others are compared.
-_ACCURATE = 2**20
+# Up to which count schedules of other libraries are compared, and functions of the user: a product
+# with a larger count easily exceeds int32.
+_LAST_OF_FOREIGN, _LAST_OF_FUNCTIONS = 2**20, 2**24
 
 
 class ForeignSchedule:
-    """A schedule that adamjax does not have: an object of Keras, or of a user, that is called.
-
-    It computes in float32, so its values are rounded: those near 0 relatively coarsely.
+    """A schedule of another library.
 
     Attributes:
-      largest: the largest value so far.
+      schedule: the library's object.
+      call: calls it as the library does, for a count.
+      known: the same schedule of adamjax; `None` if it has none.
+      note: what errors about the rate add.
+      values: those of calls so far, by their counts.
     """
 
-    def __init__(self, schedule: Any) -> None:
-        self.schedule, self.largest = schedule, 0.0
+    def __init__(
+        self, schedule: Any, call: Callable[[int], Any], known: Any = None, note: str = ""
+    ) -> None:
+        self.schedule, self.call, self.known, self.note = schedule, call, known, note
+        self.values: dict[int, float] = {}
 
-    def __call__(self, count: Any) -> jax.Array:
-        value = float(self.schedule(int(count)))
-        self.largest = max(self.largest, abs(value))
-        return jnp.asarray(value, float)
+    def stated(self, count: int) -> float:
+        """The value at a count: by the formula, in float64, or by a call.
 
-    def is_near(self, stated: float, value: float) -> bool:
-        """Whether a value is that of the schedule, but for rounding."""
-        return math.isclose(stated, value, rel_tol=1e-4, abs_tol=1e-6 * self.largest)
+        Raises:
+          ValueError: there is no formula, and the call raises an error.
+        """
+        if self.known is None:
+            return self.called(count)
+        with x64(True):
+            return float(rate_at(self.known, jnp.asarray(count, int)))
+
+    def called(self, count: int) -> float:
+        """The value of a call, which the library computes in float32, as its steps do."""
+        if count in self.values:
+            return self.values[count]
+        try:
+            value = number_of("a schedule", "its value", self.call(count))
+        except Exception as error:
+            raise ValueError(
+                f"a {class_name(self.schedule)} cannot be called at count {count} "
+                f"({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+        self.values[count] = value
+        return value
+
+    def is_near(self, count: int, value: float) -> bool:
+        """Whether a value is that of a call, but for rounding, relatively coarse near 0."""
+        try:
+            called = self.called(count)
+        except ValueError:
+            return False
+        if math.isnan(called):
+            return math.isnan(value)
+        largest = max(abs(x) for x in (0.0, *self.values.values()) if math.isfinite(x))
+        return math.isclose(called, value, rel_tol=1e-4, abs_tol=1e-6 * largest)
 
     def numbers(self) -> list[Any]:
         """The numbers that the schedule is made from."""
-        config: Any = getattr(self.schedule, "get_config", dict)()
-        return [x for x in jax.tree.leaves(config) if isinstance(x, int | float)]
+        if self.known is not None:
+            return jax.tree.leaves(self.known)
+        try:
+            config = jax.tree.leaves(self.schedule.get_config())
+        except Exception:  # Only a model that is saved needs it.
+            config = []
+        own = jax.tree.leaves(list(getattr(self.schedule, "__dict__", {}).values()))
+        return [x for x in (*config, *own) if isinstance(x, int | float | np.number)]
 
 
 def has_schedule(tx: Any) -> bool:
@@ -52,10 +94,10 @@ def has_schedule(tx: Any) -> bool:
 
 def ends_of_schedules(schedules: Any) -> list[int]:
     """Where a part of a schedule may end: whole numbers among the values, then sums of two."""
-    leaves = jax.tree.leaves(schedules)
-    foreign = [x for x in leaves if isinstance(x, ForeignSchedule)]
-    leaves = [x for x in leaves if x not in foreign] + [y for x in foreign for y in x.numbers()]
-    numbers = [x for x in leaves if np.ndim(x) == 0 and not isinstance(x, str)]
+    numbers: list[Any] = []
+    for x in jax.tree.leaves(schedules):
+        numbers += x.numbers() if isinstance(x, ForeignSchedule) else [x]
+    numbers = [x for x in numbers if np.ndim(x) == 0 and not isinstance(x, str)]
     lengths = sorted({int(x) for x in numbers if 1 <= x <= _LAST and x == int(x)})
     if len(lengths) > _MOST_LENGTHS:
         return lengths
@@ -63,12 +105,21 @@ def ends_of_schedules(schedules: Any) -> list[int]:
     return [*lengths, *sorted(sums - set(lengths))]
 
 
-def later_counts(count: int, schedules: Any) -> list[int]:
-    """Counts of steps at which two schedules are compared: near ends of parts, and far apart."""
-    counts = {end + i for end in ends_of_schedules(schedules) for i in (-1, 0, 1)}
+def later_counts(count: int, schedule: Any, rates: Iterable[Any]) -> list[int]:
+    """Counts of steps at which two schedules are compared: near ends of parts, and far apart.
+
+    Args:
+      count: the present count.
+      schedule: that of the other library.
+      rates: those of a leaf in `tx`, numbers and schedules.
+    """
+    rates = list(rates)
+    counts = {end + i for end in ends_of_schedules((schedule, rates)) for i in (-1, 0, 1)}
     counts |= {count + (1 << i) for i in range(_LAST.bit_length())}
-    if any(isinstance(x, ForeignSchedule) for x in jax.tree.leaves(schedules)):
-        # It may have any form, and is inaccurate at very large counts.
-        counts |= {count + int(1.05**i) for i in range(_ACCURATE.bit_length() * 14)}
-        counts = {x for x in counts if x <= _ACCURATE}
-    return sorted(x for x in counts if count < x <= _LAST)
+    last = _LAST
+    is_foreign = isinstance(schedule, ForeignSchedule) and schedule.known is None
+    if is_foreign or not all(is_own_schedule(x) for x in rates if callable(x)):
+        # One of them may have any form.
+        counts |= {count + int(1.05**i) for i in range(_LAST_OF_FOREIGN.bit_length() * 14)}
+        last = _LAST_OF_FOREIGN if is_foreign else _LAST_OF_FUNCTIONS
+    return sorted(x for x in counts if count < x <= last)

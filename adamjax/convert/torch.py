@@ -1,6 +1,7 @@
 """States from and to torch."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -236,9 +237,19 @@ def _read(
       has_adapt: whether the user gave a function for the arrays that are read or written.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        got = type(state_dict).__name__
+        keys = list(state_dict) if isinstance(state_dict, Mapping) else []
+        flat = [key for key in keys if re.match(r"(state|param_groups)\..", str(key))]
+        if flat:
+            got = (
+                f"the flattened form of torch.distributed.checkpoint, with {flat[0]!r}: make it "
+                "without flatten_optimizer_state_dict=True"
+            )
+        elif keys:
+            got = f"{got} with {keys[:4]!r:.100}"
         raise TypeError(
             f"{owner}: expected optimizer.state_dict() of torch, with 'state' and "
-            f"'param_groups', got {type(state_dict).__name__}"
+            f"'param_groups', got {got}"
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
@@ -274,20 +285,29 @@ def _read(
             f"{keys[:5]}...: expected optimizer.state_dict() as torch writes it (if JSON turned "
             "numbers into strings, turn them back)"
         )
+    leaves = leaves_by_path(owner, params)
     for key, (kinds, hyperparams), path in zip(keys, rules, paths, strict=True):
         if path is None:
             continue
         key_of[path] = key
         state = state_dict["state"].get(key)
+        slots = _slots_of(owner, path, state) if state else {}
+        if any(map(np.iscomplexobj, (leaves[path], *slots.values()))):
+            raise ValueError(
+                f"{owner}: the leaf {path!r} is complex, and torch's v of complex parameters is "
+                "that of their real and imaginary parts: complex leaves cannot be converted"
+            )
         if not state:
             source.add(path, LeafMoments(0, None, kinds, hyperparams=hyperparams))
             continue
-        slots = _slots_of(owner, path, state)
         slots = {name: fit(path, name, x) for name, x in slots.items()}
         product = state.get("mu_product")
         if product is not None:
             product = number_of(owner, f"mu_product of {path!r}", product)
-        steps = steps_taken(owner, repr(path), state["step"])
+        step = state["step"]
+        if np.shape(step) == (1,):  # as older versions store it
+            step = step[0]
+        steps = steps_taken(owner, repr(path), step)
         source.add(path, LeafMoments(steps, slots, kinds, product, hyperparams))
     if owner == "from_torch":
         _doubt_unused(source)
@@ -471,11 +491,6 @@ def to_torch(
         # The slots that torch's optimizer has so far, and then those that take their place.
         expect_slots(owner, TORCH, kind, path, target_moments)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
-        if any(map(np.iscomplexobj, slots.values())):
-            raise ValueError(
-                f"{owner}: the leaf {path!r} is complex, and torch's v of complex parameters is "
-                "that of their real and imaginary parts: complex leaves cannot be converted"
-            )
         # torch takes no bfloat16 from NumPy, so narrow slots become float32.
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
