@@ -4181,6 +4181,17 @@ def jump(count, before, after):
     return lambda c: jnp.where(c < count, before, after)
 
 
+SMALL_DECAY_SGD = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1))
+SGD_BESIDE_ADAM = optax.multi_transform({"x": optax.adam(0.1), "y": SMALL_DECAY_SGD}, LABELS)
+LIKE_SGD_BESIDE_ADAM = adamjax.partition(
+    [("a", adam_like_optax())], default=adamjax.scale_by_learning_rate(0.1)
+)
+
+
+def nearly_stops(count):
+    return jnp.where((count > 2) & (count < 50), 1e-8, 0.1)
+
+
 # For each: the transform of optax, that of adamjax, and the steps before. Nothing in the states
 # shows the difference, or only to who knows the order.
 OTHER_LATER = {
@@ -4293,6 +4304,61 @@ OTHER_LATER = {
         adamjax.chain(adam_like_optax(), falls_at(90)),
     ),
     "a tiny epsilon": (optax.adam(0.1, eps=1e-15), adamjax.adam(0.1, eps=1e-12)),
+    "a decay of a part without a rule": (SGD_BESIDE_ADAM, LIKE_SGD_BESIDE_ADAM),
+    "a decay without any rule": (SMALL_DECAY_SGD, adamjax.scale_by_learning_rate(0.1)),
+    "the mask of a decay of a part without a rule": (
+        optax.chain(
+            optax.masked(optax.scale_by_adam(), {"a": True, "b": False}),
+            optax.add_decayed_weights(1e-5, ONLY_A),
+            optax.scale(-0.1),
+        ),
+        adamjax.chain(
+            adamjax.masked(adamjax.scale_by_adam(eps=1e-8), "a"),
+            adamjax.add_decayed_weights(1e-5),
+            adamjax.scale(-0.1),
+        ),
+    ),
+    "a decay before a momentum": (
+        optax.multi_transform(
+            {
+                "x": optax.adam(0.1),
+                "y": optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9)),
+            },
+            LABELS,
+        ),
+        adamjax.partition(
+            [("a", adam_like_optax())],
+            default=adamjax.chain(optax.trace(0.9), adamjax.scale_by_learning_rate(0.1)),
+        ),
+    ),
+    "a later decay of a part without a rule": (
+        optax.multi_transform(
+            {
+                "x": optax.adam(0.1),
+                "y": optax.chain(DECAY_ALONE(jump(50, 0.0, 1e-4)), optax.sgd(0.1)),
+            },
+            LABELS,
+        ),
+        LIKE_SGD_BESIDE_ADAM,
+    ),
+    "a decay in a step that is skipped": (
+        optax.chain(
+            optax.apply_if_finite(optax.scale_by_adam(), 9),
+            optax.add_decayed_weights(0.02),
+            optax.scale(-0.1),
+        ),
+        adamjax.skip_not_finite(
+            adamjax.chain(
+                adamjax.scale_by_adam(eps=1e-8),
+                adamjax.add_decayed_weights(0.02),
+                adamjax.scale(-0.1),
+            )
+        ),
+    ),
+    "an epsilon at a rate next to 0": (
+        optax.adam(nearly_stops),
+        adamjax.adam(nearly_stops, eps=1e-7),
+    ),
     "a schedule of calls": (
         optax.chain(micro_batches(optax.adam(0.1), 2), optax.scale_by_schedule(LATE)),
         adamjax.accumulate_gradients(
@@ -4370,6 +4436,46 @@ def test_an_epsilon_that_matters_for_rare_rows_alone_is_compared(theirs, ours, s
     convert.from_optax(old, ours(0.01, eps=1e-8), params, optimizer=theirs(0.01))
     with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(old, ours(0.01, eps=1e-7), params, optimizer=theirs(0.01))
+
+
+LATE_RULES = {
+    "nadam": (optax.nadam(0.01), lambda eps: adamjax.nadam(0.01, eps=eps)),
+    "adamax": (optax.adamax(0.01), lambda eps: adamjax.adamax(0.01, eps=eps)),
+    "amsgrad": (optax.amsgrad(0.01, b2=0.9), lambda eps: adamjax.amsgrad(0.01, b2=0.9, eps=eps)),
+    "adam beside nadam": (
+        optax.multi_transform({"x": optax.adam(0.01), "y": optax.nadam(0.01)}, LABELS),
+        lambda eps: adamjax.partition(
+            [("a", adamjax.adam(0.01, eps=eps))], default=adamjax.nadam(0.01, eps=1e-8)
+        ),
+    ),
+    "micro-batches of adamax": (
+        micro_batches(optax.adamax(0.01, b2=0.9), 2),
+        lambda eps: adamjax.accumulate_gradients(adamjax.adamax(0.01, b2=0.9, eps=eps), 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * ("micro-batches" in name))
+        for name in LATE_RULES
+    ],
+)
+def test_an_epsilon_of_rows_without_gradients_so_far_is_compared(name):
+    theirs, ours = LATE_RULES[name]
+    old = jax.jit(
+        lambda: jax.lax.fori_loop(
+            0, 1_201, lambda i, state: theirs.update(TWO, state, TWO)[1], theirs.init(TWO)
+        )
+    )()
+    state = convert.from_optax(old, ours(1e-8), TWO, optimizer=theirs)
+    convert.to_optax(state, ours(1e-8), TWO, theirs)
+    other = ours(1e-7)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, other, TWO, optimizer=theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.to_optax(state, other, TWO, theirs)
 
 
 def test_a_clip_of_gradients_larger_than_any_before_is_compared():
@@ -4627,6 +4733,26 @@ SAME_STEPS = {
             adamjax.add_decayed_weights(0.1), adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1)
         ),
     ),
+    "a schedule of calls in the middle of a step": (
+        micro_batches(optax.adam(FALLS), 2),
+        adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 2),
+            adamjax.scale_by_learning_rate(lambda count: FALLS(count // 2)),
+        ),
+    ),
+    "a number of micro-batches in the state": (
+        micro_batches(optax.adam(0.1), 2),
+        adamjax.with_hyperparams(adamjax.accumulate_gradients(adam_like_optax(), 2), steps=2),
+    ),
+    "a decay of a part without a rule": (
+        SGD_BESIDE_ADAM,
+        adamjax.partition(
+            [("a", adam_like_optax())],
+            default=adamjax.chain(
+                adamjax.add_decayed_weights(1e-4), adamjax.scale_by_learning_rate(0.1)
+            ),
+        ),
+    ),
     "a frozen part": (
         optax.multi_transform({"x": optax.set_to_zero(), "y": CLIPPED}, LABELS),
         adamjax.partition([("a", adamjax.set_to_zero())], default=LIKE_CLIPPED),
@@ -4676,6 +4802,21 @@ def test_an_optimizer_that_takes_the_same_steps(name):
         convert.to_optax(state, ours, TWO, theirs)
 
 
+def test_injected_rates_of_parts_that_have_taken_different_numbers_of_steps():
+    rule = INJECT(optax.adam)(0.1)
+    parts = {"x": micro_batches(rule, 2), "y": micro_batches(rule, 3)}
+    theirs = optax.multi_transform(parts, LABELS)
+    ours = adamjax.partition(
+        [("a", adamjax.accumulate_gradients(adam_like_optax(), 2))],
+        default=adamjax.accumulate_gradients(adam_like_optax(), 3),
+    )
+    old = steps_of(theirs, 8)
+    state = convert.from_optax(old, ours, TWO, check=False)
+    back = convert.to_optax(state, ours, TWO, theirs, check=False)
+    states = back.inner_states["x"].inner_state, back.inner_states["y"].inner_state
+    assert [int(x.inner_opt_state.count) for x in states] == [4, 2]
+
+
 def test_a_wide_leaf_beside_a_narrow_one_is_compared_closely():
     for dtype in (jnp.bfloat16, jnp.float16):
         params = {**TWO, "narrow": jnp.ones(2, dtype)}
@@ -4687,12 +4828,48 @@ def test_a_wide_leaf_beside_a_narrow_one_is_compared_closely():
                 convert.from_optax(old, ours, params, theirs)
 
 
-def test_wide_weights_with_narrow_moments_are_compared_closely():
-    theirs = optax.adam(0.1, mu_dtype=jnp.bfloat16)
-    old = steps_of(theirs, 3)
-    convert.from_optax(old, adam_like_optax(), TWO, theirs)
+def test_a_wide_leaf_beside_a_frozen_narrow_one_is_compared_closely():
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones((2, 3))}
+
+    def theirs(rate):
+        return optax.multi_transform({"x": optax.set_to_zero(), "y": optax.adam(rate)}, LABELS)
+
+    def ours(rate):
+        return adamjax.partition([("a", adamjax.set_to_zero())], default=adam_like_optax(rate))
+
+    old = steps_of(theirs(0.01), 3, params)
+    convert.from_optax(old, ours(0.01), params, theirs(0.01))
     with pytest.raises(ValueError, match=MOVES):
-        convert.from_optax(old, adam_like_optax(0.105), TWO, theirs)
+        convert.from_optax(old, ours(0.01008), params, theirs(0.01))
+
+
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_wide_weights_with_narrow_moments_are_compared_closely(steps):
+    theirs = optax.adam(LATE, mu_dtype=jnp.bfloat16)
+    later = adamjax.piecewise_constant([66], [0.1, 0.01])
+    all_ours = [adam_like_optax(rate) for rate in (LATE, lambda count: 1.005 * LATE(count), later)]
+    all_ours.append(adamjax.adamw(LATE, eps=1e-8, weight_decay=1e-6))
+    if steps > 1:
+        theirs = micro_batches(theirs, steps)
+        all_ours = [adamjax.accumulate_gradients(tx, steps) for tx in all_ours]
+    old = steps_of(theirs, 3)
+    right, *others = all_ours
+    convert.from_optax(old, right, TWO, theirs)
+    for ours in others:
+        with pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(old, ours, TWO, theirs)
+
+
+def test_hyperparameters_that_optax_rounds_are_compared_less_closely():
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones((2, 3))}
+    # All updates are multiplied by a rate of the first leaf's dtype, 0.1001.
+    theirs = optax.chain(optax.scale_by_adam(), RATE_ALONE(0.1))
+    narrow = {**params, "b": jnp.ones((2, 3), jnp.bfloat16)}
+    for one in (params, narrow):
+        convert.from_optax(steps_of(theirs, 3, one), adam_like_optax(), one, theirs)
+    for one in (params, narrow):
+        with pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(steps_of(theirs, 3, one), adam_like_optax(0.2), one, theirs)
 
 
 @pytest.mark.parametrize("warmup", [0, 1_000])
@@ -4747,6 +4924,42 @@ def test_an_update_that_cannot_be_compiled_is_not_compared():
     ours = adam_like_optax(lambda count: 0.1 if count < 100 else 0.01)
     with pytest.raises(TypeError, match=r"cannot be compiled by jax\.jit .*jax\.numpy"):
         convert.from_optax(theirs.init(TWO), ours, TWO, theirs)
+
+
+def test_arguments_in_another_order_are_refused_by_name():
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    old, new = theirs.init(TWO), ours.init(TWO)
+    first = r"is a transform, .*expected the state .*pass the state first, then tx"
+    second = r"tx is a tuple of \(\S*ScaleByAdamState, \S*\), expected a transform of adamjax"
+    for message, owner, call in (
+        (first, "from_optax: source_state", lambda: convert.from_optax(ours, old, TWO, theirs)),
+        (first, "from_optax: source_state", lambda: convert.from_optax(theirs, ours, TWO, theirs)),
+        (first, "to_optax: state", lambda: convert.to_optax(ours, new, TWO, theirs)),
+        (second, "from_optax: ", lambda: convert.from_optax(old, old, TWO, theirs)),
+        (second, "to_optax: ", lambda: convert.to_optax(new, new, TWO, theirs)),
+    ):
+        with pytest.raises(TypeError, match=f"^{owner}.*{message}") as error:
+            call()
+        assert "Array(" not in str(error.value)
+    with pytest.raises(ValueError, match=r"to_optax: .*another structure than tx\.init\(params\)"):
+        convert.to_optax(new, theirs, TWO, theirs)
+    turned = {**TWO, "b": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=r"are params those that the state belongs to"):
+        convert.from_optax(old, ours, turned, theirs)
+
+
+def test_a_state_in_one_vector_is_split_as_the_error_says():
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    flat = optax.flatten(theirs)
+    old = steps_of(flat, 3)
+    with pytest.raises(ValueError, match=r"in one vector of 9, as in optax\.flatten.*split it, "):
+        convert.from_optax(old, ours, TWO, flat)
+    with pytest.raises(ValueError, match=r"one vector for all leaves.*leave flatten out"):
+        convert.to_optax(ours.init(TWO), ours, TWO, flat)
+    unravel = jax.flatten_util.ravel_pytree(TWO)[1]
+    old = jax.tree.map(lambda x: unravel(x) if x.ndim else x, old)
+    assert_close(old, steps_of(theirs, 3), rtol=1e-6)
+    convert.from_optax(old, ours, TWO, theirs)
 
 
 def test_an_optimizer_that_did_not_make_the_state_is_refused():
@@ -4874,13 +5087,14 @@ def test_torch_clips_before_its_weight_decay():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_steps_in_narrow_dtypes_are_compared_less_closely(dtype):
+def test_steps_in_narrow_dtypes_are_compared_closely(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), TWO)
     theirs, ours = optax.adam(0.1), adam_like_optax()
     old = steps_of(theirs, 3, params)
     convert.from_optax(old, ours, params, optimizer=theirs)
+    # Steps are compared in float32.
     with pytest.raises(ValueError, match=MOVES):
-        convert.from_optax(old, adam_like_optax(0.2), params, optimizer=theirs)
+        convert.from_optax(old, adam_like_optax(0.102), params, optimizer=theirs)
 
 
 def test_an_average_that_sets_weights_is_not_added_in_a_conversion():

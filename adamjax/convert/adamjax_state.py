@@ -20,16 +20,66 @@ from adamjax.convert.values import (
     leaves_by_path,
     steps_taken,
 )
-from adamjax.data import Tree
+from adamjax.data import Tree, is_array
 from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.master import master_weights
 from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, states_of_class, walk
-from adamjax.transform import Rule, as_transform
+from adamjax.transform import Rule, Transform, as_transform
 
-__all__ = ["AdamjaxState", "initial_state", "is_of_adamjax", "may_contain_states"]
+__all__ = [
+    "AdamjaxState",
+    "described_argument",
+    "expect_foreign_state",
+    "expect_state_argument",
+    "initial_state",
+    "is_of_adamjax",
+    "may_contain_states",
+]
+
+
+def described_argument(x: Any) -> str:
+    """A short description of an argument, without its arrays."""
+    if not any(map(is_array, jax.tree.leaves(x))):
+        return f"{x!r:.100}"
+    if type(x) is not tuple:
+        return f"a {class_name(x)}"
+    return f"a tuple of ({', '.join(class_name(item) for item in x)})"
+
+
+def expect_state_argument(owner: str, name: str, x: Any) -> None:
+    """Refuses a transform in the place of a state."""
+    if isinstance(x, Transform) or (hasattr(x, "init") and hasattr(x, "update")):
+        raise TypeError(
+            f"{owner}: {name} is a transform, {x!r:.100}, expected the state that its init or its "
+            "last update returned: pass the state first, then tx"
+        )
+
+
+def _transform_argument(owner: str, tx: Any) -> Transform:
+    """The argument `tx` as a transform of adamjax."""
+    try:
+        return as_transform(tx)
+    except TypeError:
+        raise TypeError(
+            f"{owner}: tx is {described_argument(tx)}, expected a transform of adamjax, such as "
+            "adamjax.adam(1e-3): pass the state first, then tx"
+        ) from None
+
+
+def expect_foreign_state(owner: str, tx: Any, state: Any, params: Tree) -> None:
+    """Refuses a state that a transform of another library has not made: it cannot say so itself."""
+    if isinstance(tx, Transform):
+        return
+    expected: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
+    if jax.tree.structure(state) != expected:
+        raise ValueError(
+            f"{owner}: tx is a transform of another library, and the state, "
+            f"{described_argument(state)}, has another structure than tx.init(params): pass the tx "
+            "that made the state"
+        )
 
 
 def is_of_adamjax(x: Any) -> bool:
@@ -84,15 +134,24 @@ class AdamjaxState:
         leaves.
       doubts: as in `Source`.
 
+    The argument `accumulations` is that of another state of `tx`, if they are known from there.
+
     Raises:
       ValueError: two leaves have one path, leaves are in buckets of `grouped`, weights are in the
         state of `master_weights`, or there is a rule that conversions do not know.
     """
 
-    def __init__(self, owner: str, tx: Any, state: Any, params: Tree) -> None:
+    def __init__(
+        self,
+        owner: str,
+        tx: Any,
+        state: Any,
+        params: Tree,
+        accumulations: list[tuple[int, frozenset[str]]] | None = None,
+    ) -> None:
         self.owner, self.state, self.params = owner, state, params
         leaves_by_path(owner, params)
-        self.tx = as_transform(tx)
+        self.tx = _transform_argument(owner, tx)
         self.parts = list(walk(self.tx, state, params))
         for part in self.parts:
             if isinstance(part.tx, grouped):
@@ -114,7 +173,8 @@ class AdamjaxState:
                 "hides how many calls a step takes: use adamjax.chain, masked or partition in "
                 "place of that transform"
             )
-        self.accumulations = [
+        # `with_hyperparams` may have the number of steps in a state that is traced.
+        self.accumulations = accumulations or [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in accumulating
         ]
@@ -141,8 +201,8 @@ class AdamjaxState:
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
     def with_state(self, state: Any) -> "AdamjaxState":
-        """The same transform and parameters with another state."""
-        return AdamjaxState(self.owner, self.tx, state, self.params)
+        """The same transform and parameters with another state, whose steps are as long."""
+        return AdamjaxState(self.owner, self.tx, state, self.params, self.accumulations)
 
     def part(self, state: Any) -> Part | None:
         """The part that a state belongs to; `None` inside a transform of another library."""
@@ -270,6 +330,6 @@ class AdamjaxState:
 
 def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
     """The state of `tx.init(params)`, to be filled."""
-    tx = as_transform(tx)
+    tx = _transform_argument(owner, tx)
     leaves_by_path(owner, params)  # refuses what conversions do not take, before `init` sees it
     return AdamjaxState(owner, tx, tx.init(params), params)

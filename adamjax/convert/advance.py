@@ -23,13 +23,14 @@ __all__ = [
     "names_of_counts",
     "new_rule",
     "rule_as_it_is",
+    "unread_rule",
 ]
 
 # Makes a new state of a rule from its state and from the one that `init` returns.
 MakeRule = Callable[[Any, Any], Any]
 
-# The count of a rule whose moments are corrected no more.
-_LATE = 10_000
+# The count of a rule whose moments are corrected no more. At the second, this holds for any betas.
+_LATE, _VERY_LATE = 10_000, 1_000_000
 
 
 class Advance(NamedTuple):
@@ -61,12 +62,26 @@ def late_rule(x: Any, fresh: Any) -> Any:
     return x._replace(count=jnp.full_like(x.count, _LATE))
 
 
+def unread_rule(x: Any, fresh: Any) -> Any:
+    """The state of a rule that has taken many steps, with moments of 0, as of rows never read.
+
+    From here optax' AMSGrad, Nadam and Adamax have the form of those of adamjax: nothing is
+    corrected, and optax' u, 0 here, is at least epsilon in the next step.
+    """
+    late = fresh._replace(count=jnp.full_like(x.count, _VERY_LATE))
+    if getattr(x, "momentum_product", None) is not None:
+        late = late._replace(momentum_product=jnp.zeros_like(x.momentum_product))
+    return late
+
+
 def rule_as_it_is(x: Any, fresh: Any) -> Any:
     return x
 
 
 def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> Any:
-    """A node of the state of `ours`, advanced, without micro-batches.
+    """A node of the state of `ours`, advanced, with micro-batches of 0 in place of its own.
+
+    It is as far from the end of a step as before, as schedules that count calls must be.
 
     Args:
       fresh: the same node of the state that `init` returns.
@@ -76,7 +91,8 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
     if isinstance(x, ScheduleState) or counts_a_schedule(x):
         return x._replace(count=x.count + how.steps * how.calls)
     if isinstance(x, AccumulateGradientsState):
-        return fresh._replace(inner=advanced_adamjax(ours, x.inner, fresh.inner, how.inside))
+        inner = advanced_adamjax(ours, x.inner, fresh.inner, how.inside)
+        return x._replace(total=fresh.total, inner=inner)
     if isinstance(x, ExactRowsState):
         part: Any = ours.part(x)
         return part.tx.from_dense(advanced_adamjax(ours, x.inner, fresh.inner, how), part.params)
@@ -86,7 +102,7 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
 
 
 def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
-    """A node of a state of optax, advanced, without micro-batches; `fresh` is that of `init`."""
+    """A node of a state of optax, advanced as by `advanced_adamjax`; `fresh` is that of `init`."""
     role = role_of(x)
     if role == "rule":
         return how.rule(x, fresh)
@@ -94,7 +110,9 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
         return x._replace(count=x.count + how.steps * how.calls)
     if role == "accumulated":
         inner = advanced_optax(x.inner_opt_state, fresh.inner_opt_state, how.inside)
-        return fresh._replace(inner_opt_state=inner, gradient_step=x.gradient_step + how.steps)
+        return fresh._replace(
+            mini_step=x.mini_step, gradient_step=x.gradient_step + how.steps, inner_opt_state=inner
+        )
     if role == "hyperparams":
         x = x._replace(count=x.count + how.steps * how.calls)
     if role is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.source import LeafMoments, Source, shifted_schedule
-from adamjax.convert.values import class_name
+from adamjax.convert.values import class_name, leaves_by_path
 from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
@@ -55,6 +55,19 @@ class Filling:
                     f"conversions do not know its {class_name(self.other_states[0])}: convert a "
                     "state of Adam, AMSGrad, Nadam or Adamax"
                 )
+            flat = self._flat_moments(path)
+            if flat is not None:
+                raise ValueError(
+                    f"{self.owner}: the source has the moments of all leaves in one vector of "
+                    f"{flat}, as in optax.flatten, and no moments of the leaf {path!r}: split it, "
+                    "unravel = jax.flatten_util.ravel_pytree(params)[1] and jax.tree.map(lambda x: "
+                    "unravel(x) if x.ndim else x, state), and pass the optimizer without flatten"
+                )
+            if path == "" and known:
+                mend = (
+                    "the target has one vector for all leaves, as optax.flatten has: leave flatten "
+                    "out"
+                )
             if not known and all(map(is_array, self.other_states)):
                 raise ValueError(
                     f"{self.owner}: the source has the moments of no leaf, expected the state of "
@@ -66,6 +79,14 @@ class Filling:
             )
         self.taken[path] = i + 1
         return several[i]
+
+    def _flat_moments(self, path: str) -> int | None:
+        """The size of the vector that has the moments of all leaves; `None` if there is none."""
+        if path == "" or list(self.source.moments) != [""]:
+            return None
+        slots = self.source.moments[""][0].slots or {}
+        size = sum(np.size(x) for x in leaves_by_path(self.owner, self.ours.params).values())
+        return size if any(np.shape(x) == (size,) for x in slots.values()) else None
 
     def common_count(self, moments: Mapping[str, LeafMoments]) -> int:
         """The number of steps that leaves of one rule have taken."""
@@ -92,10 +113,15 @@ class Filling:
         """A copy of an array in the dtype, the place and the memory layout of another."""
         what = f"{self.owner}: {name} of {path!r}"
         if np.shape(x) != np.shape(like):
+            question = (
+                "are the leaves in the right order (order=), or is one of the two transposed "
+                "(adapt=)?"
+            )
+            if self.owner.endswith("optax"):
+                question = "are params those that the state belongs to, or transposed?"
             raise ValueError(
                 f"{what} has shape {list(np.shape(x))}, expected {list(np.shape(like))}, that of "
-                "the leaf: are the leaves in the right order (order=), or is one of the two "
-                f"transposed{' (adapt=)' * (not self.owner.endswith('optax'))}?"
+                f"the leaf: {question}"
             )
         old, new = np.dtype(x.dtype), np.dtype(like.dtype)
         if not jnp.issubdtype(new, jnp.inexact):

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.convert.adamjax_state import AdamjaxState, initial_state
+from adamjax.convert.adamjax_state import (
+    AdamjaxState,
+    expect_foreign_state,
+    expect_state_argument,
+    initial_state,
+)
 from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.filling import ACCUMULATED
 from adamjax.convert.into_adamjax import into_adamjax
@@ -117,6 +122,8 @@ class _OptaxFilling(Translation):
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
         self.counts = iter(counts)
         self.paths = frozenset(leaves_by_path(self.owner, self.ours.params))
+        # The leaves of the mask or part that is being filled; `None` outside of masks and parts.
+        self.leaves: frozenset[str] | None = None
         state = self.fill(target)
         self.finish()
         return state
@@ -132,18 +139,40 @@ class _OptaxFilling(Translation):
         if role == "hyperparams":
             if "hyperparams_states" in x._fields:
                 x = x._replace(hyperparams_states=self.fill(x.hyperparams_states))
-            count = self.schedule_count(None, x.count)
+            count = self.schedule_count(self.leaves, x.count)
             return x._replace(inner_state=self.fill(x.inner_state), count=count)
         if role == "accumulated":
             return self._fill_accumulated(x)
         if role == "skipped":
             skipped = jnp.asarray(self.source.num_skipped or 0, x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
-        if role in ("inner", "parts"):
-            return type(x)(self.fill(x[0]))
+        if role == "inner":
+            return type(x)(self._fill_part(x[0], self._leaves_of_rules(x[0])))
+        if role == "parts":
+            with_rules = self._leaves_of_rules(x[0])
+            others = (self.paths if self.leaves is None else self.leaves) - with_rules
+            return type(x)(
+                map_items(
+                    lambda part: self._fill_part(part, self._leaves_of_rules(part) or others), x[0]
+                )
+            )
         if role == "items":
             return map_items(self.fill, x)
         return self.other_state(x) if jax.tree.leaves(x) else x
+
+    def _leaves_of_rules(self, x: Any) -> frozenset[str]:
+        """The paths of the leaves that rules in a node of the state have."""
+        return frozenset(read_state(self.owner, x).moments)
+
+    def _fill_part(self, x: Any, leaves: frozenset[str]) -> Any:
+        """Fills the state of a mask or part with these leaves; of none, which they are is unknown.
+
+        A state of `inject_hyperparams` does not show whose count it has, unless a rule is in it.
+        """
+        outer, self.leaves = self.leaves, leaves or self.leaves
+        filled = self.fill(x)
+        self.leaves = outer
+        return filled
 
     def _fill_rule(self, x: Any) -> Any:
         values: dict[str, dict[str, Any]] = {name: {} for name in x._fields if name != "count"}
@@ -208,7 +237,9 @@ def from_optax(
     weights or gradients, or only in a few of very many steps. Between the ends of the schedules of
     `tx`, counts are compared in steps of 3%, and in larger ones for a model that is large or has
     many micro-batches. Where weights are bfloat16 or float16, optax rounds m and v, so its run
-    drifts away from that of adamjax.
+    drifts away from that of adamjax. Both take the steps in float32 then, unless
+    `inject_hyperparams` has rounded hyperparameters to such a dtype: that is compared to 10% only,
+    and `mu_dtype` inside `apply_if_finite` to 3%.
 
     Args:
       source_state: the state that `init` or `update` of the optax transform returned. Its rules
@@ -245,6 +276,7 @@ def from_optax(
     (Array(1, dtype=int32), Array([ 0.1, -0.2], dtype=float32))
     """
     owner = "from_optax"
+    expect_state_argument(owner, "source_state", source_state)
     if check:
         expect_optimizer(owner, optimizer)
     source = read_state(owner, source_state)
@@ -293,8 +325,10 @@ def to_optax(
     Array([ 0.1, -0.2], dtype=float32)
     """
     owner = "to_optax"
+    expect_state_argument(owner, "state", state)
     expect_optimizer(owner, optimizer)
     ours = AdamjaxState(owner, tx, state, params)
+    expect_foreign_state(owner, tx, state, params)
     target = optimizer.init(params)
     target_form = read_state(owner, target)
     _doubt_skips(target_form, ours)

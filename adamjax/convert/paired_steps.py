@@ -11,7 +11,9 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.values import leaves_by_path
+from adamjax.convert.widening import like_wide
 from adamjax.data import Tree
+from adamjax.guard import accumulate_gradients
 from adamjax.leaves import dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import rule_slots, slot_states
@@ -46,12 +48,14 @@ class Differences(NamedTuple):
       apart: by leaf, the largest difference of an element; infinite where one is NaN.
       largest: by leaf, the size of the largest update of optax.
       is_finite: whether all updates of optax are finite.
+      is_first: by leaf, whether it has taken no step before.
       updates: pairs (update, optax' update) of leaves.
     """
 
     apart: np.ndarray
     largest: np.ndarray
     is_finite: bool
+    is_first: np.ndarray
     updates: list[tuple[np.ndarray, np.ndarray]]
 
     def farthest(self, leaf: int) -> tuple[float, float]:
@@ -71,13 +75,16 @@ class PairedSteps:
       wide_dtypes: their dtypes, or float32 where that is wider.
       is_float16: by leaf, whether it is float16.
       calls: how many calls of `update` make a step.
+      calls_left: how many calls finish the step that the states are in the middle of.
+      calls_to_first: by leaf, how many calls the first step from the states takes.
       usual: by leaf, the size of the gradients that its moments are of.
       rng: what all random numbers are drawn from.
       pool: some arrays of random numbers for each leaf, of about 1.
       varied: one more such array for each leaf, whose elements differ in size as the moments do.
     """
 
-    def __init__(self, ours: AdamjaxState, optimizer: Any) -> None:
+    def __init__(self, ours: AdamjaxState, optimizer: Any, widens: bool = False) -> None:
+        """Makes the gradients; `widens` is whether to apply `like_wide` to the optimizer."""
         self.ours = ours
         params, self.treedef = flatten(ours.params)
         self.leaves = [i for i, p in enumerate(params) if p is not None and not is_left_alone(p)]
@@ -89,6 +96,9 @@ class PairedSteps:
         ]
         self.is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
         self.calls = _calls_of_a_step(ours, self.paths)
+        phases = _phases(ours, self.paths)
+        self.calls_to_first = np.array([steps - micro for steps, micro in phases], int)
+        self.calls_left = _calls_left(phases, self.calls)
         self.rng = np.random.default_rng(0)
         self.pool = [self._drawn() for _ in range(_POOL)]
         self.next_of_pool = itertools.cycle(range(_POOL))
@@ -102,7 +112,8 @@ class PairedSteps:
             if path in known and not self.is_float16[i]:
                 relative = jnp.asarray(sizes[path] / known[path], dtype_of(self.varied[i]))
                 self.varied[i] = self.varied[i] * relative
-        self._call = jax.jit(lambda *args: self._both_updates(ours.tx, optimizer, *args))
+        update = like_wide(optimizer.update) if widens else optimizer.update
+        self._call = jax.jit(lambda *args: self._both_updates(ours.tx, update, *args))
 
     def _drawn(self) -> list[Any]:
         """Random numbers like the leaves, of about 1."""
@@ -130,23 +141,31 @@ class PairedSteps:
         It yields each call's step, as a number, and its updates.
         """
         weights = self._clipped(np.full(len(self.leaves), size))
+        num_calls = 0
         for number, step in enumerate(steps):
             # All micro-batches have the same signs, so that their mean is not a difference. They
             # have other sizes, so that it shows whether each is clipped.
             grads = self.varied if step.as_moments else self.pool[next(self.next_of_pool)]
-            for call in range(self.calls):
+            # The first step ends with a whole one. Otherwise the gradients of each step would be
+            # added to those of the next one, and small ones would not show.
+            for call in range(self.calls + self.calls_left * (number == 0)):
                 part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
                 sizes = part * step.sizes
                 if call == 0 and step.spoilt_leaf is not None:
                     sizes[step.spoilt_leaf] = step.spoilt_by
                 sizes = self._clipped(sizes), weights
                 states, updates = self._next(states, (grads, self.pool[0]), sizes)
-                yield number, _differences(updates, self.wide_dtypes)
+                yield (
+                    number,
+                    _differences(updates, self.wide_dtypes, num_calls < self.calls_to_first),
+                )
+                num_calls += 1
 
     def _clipped(self, sizes: np.ndarray) -> np.ndarray:
         """Sizes by leaf, within the range of float16 for such leaves."""
         # In float16, larger squares overflow in optax, and those of smaller numbers are inaccurate.
-        return np.where(self.is_float16 & np.isfinite(sizes), np.clip(sizes, 0.3, 1.0), sizes)
+        is_clipped = self.is_float16 & np.isfinite(sizes) & (sizes != 0)
+        return np.where(is_clipped, np.clip(sizes, 0.3, 1.0), sizes)
 
     def _next(self, states: Any, pools: Any, sizes: Any) -> tuple[Any, Any]:
         """The next states of both, and their updates by leaf.
@@ -173,11 +192,11 @@ class PairedSteps:
             ) from error
 
     def _both_updates(
-        self, tx: Any, optimizer: Any, states: Any, pools: Any, sizes: Any
+        self, tx: Any, update: Any, states: Any, pools: Any, sizes: Any
     ) -> tuple[Any, Any]:
         grads, weights = (self._tree(*pair) for pair in zip(pools, sizes, strict=True))
         move, one = tx.update(grads, states[0], weights)
-        other_move, other = optimizer.update(grads, states[1], weights)
+        other_move, other = update(grads, states[1], weights)
         moves = ([flatten(tree)[0][i] for i in self.leaves] for tree in (move, other_move))
         return (one, other), list(zip(*moves, strict=True))
 
@@ -189,7 +208,9 @@ class PairedSteps:
         return self.treedef.unflatten(new)
 
 
-def _differences(updates: Sequence[tuple[Any, Any]], wide_dtypes: Sequence[Any]) -> Differences:
+def _differences(
+    updates: Sequence[tuple[Any, Any]], wide_dtypes: Sequence[Any], is_first: np.ndarray
+) -> Differences:
     """Compares pairs of updates.
 
     This is NumPy's work. As a part of the program with the updates, it would take longer to compile
@@ -211,16 +232,39 @@ def _differences(updates: Sequence[tuple[Any, Any]], wide_dtypes: Sequence[Any])
         np.maximum.reduceat(apart, starts),
         np.maximum.reduceat(np.abs(b), starts),
         bool(np.all(np.isfinite(b))),
+        is_first,
         pairs,
     )
 
 
 def _calls_of_a_step(ours: AdamjaxState, paths: Sequence[str]) -> int:
     """After how many calls of `update` all leaves have taken whole steps."""
-    of_leaves = [
-        math.prod(steps for steps, leaves in ours.accumulations if path in leaves) for path in paths
-    ]
-    return math.lcm(*of_leaves)
+    return math.lcm(*(_steps_of(ours, path) for path in paths))
+
+
+def _steps_of(ours: AdamjaxState, path: str) -> int:
+    """How many calls make a step of a leaf."""
+    return math.prod(steps for steps, leaves in ours.accumulations if path in leaves)
+
+
+def _phases(ours: AdamjaxState, paths: Sequence[str]) -> list[tuple[int, int]]:
+    """For each leaf, how many calls make a step, and how many came after the last one."""
+    micro: dict[str, int] = {}
+    for part in ours.parts:
+        if isinstance(part.tx, accumulate_gradients):
+            # Of two accumulations, one inside the other, both have just taken a step.
+            leaves = leaves_by_path(ours.owner, part.params)
+            micro |= dict.fromkeys(leaves, int(part.state.micro_count))
+    return [(_steps_of(ours, path), micro.get(path, 0)) for path in paths]
+
+
+def _calls_left(phases: Sequence[tuple[int, int]], calls: int) -> int:
+    """How many calls of `update` finish the present steps of all leaves; 0 if no number does."""
+    different = set(phases)
+    for left in range(calls):
+        if all((micro + left) % steps == 0 for steps, micro in different):
+            return left
+    return 0
 
 
 def _sizes_of_gradients(state: Any) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.clip import clip_by_global_norm
+from adamjax.convert.adamjax_state import AdamjaxState, described_argument, is_of_adamjax
 from adamjax.convert.advance import (
     Advance,
     MakeRule,
@@ -19,17 +20,19 @@ from adamjax.convert.advance import (
     names_of_counts,
     new_rule,
     rule_as_it_is,
+    unread_rule,
 )
 from adamjax.convert.optax_state import read_state
 from adamjax.convert.paired_steps import PairedSteps, Step
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
+from adamjax.convert.widening import has_rounded_hyperparams, is_narrow, widened
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
 from adamjax.structure import rule_slots, slot_states, states_of_class
-from adamjax.transform import Rule
+from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 
@@ -46,6 +49,9 @@ _VARIED_SIZES = (1.0, 0.3)
 _CLIPPED_SIZES = (1.0, 1e4)
 # A weight decay shows at large weights, and the rest at small ones.
 _WEIGHTS = (1e3, 1e-2)
+# What a gradient that is not finite is tried as, with the size of weights. optax may decay weights
+# in a step that tx skips.
+_NOT_FINITE = ((math.nan, 1e-2), (math.inf, 1e-2), (math.nan, 1e3))
 # How much larger the gradients of one leaf are than those of others, where its part in a norm is
 # compared; and how many leaves are tried so, or with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
@@ -73,8 +79,10 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
 
     Both take steps from the states of the conversion, some with rules that have taken no step or
     many, and then at many later counts of their schedules. The gradients are random, of many sizes,
-    also in a single leaf, and in some steps one leaf is not finite. Where optax' rule has another
-    form, as AMSGrad's, all steps go on from the rules of the conversion.
+    also in a single leaf. In some steps one leaf is not finite, and in some all gradients are 0, so
+    that weight decays alone move the weights. Where optax' rule has another form, as AMSGrad's,
+    steps go on from the rules of the conversion, or from rules with moments of 0 that have taken
+    very many steps: there the forms are the same. All this is in float32 or wider, if possible.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -82,7 +90,8 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       rtol: as for `from_optax`.
     """
     with jax.debug_nans(False):
-        _Comparison(ours, optimizer, state, rtol).compare()
+        ours, state, widens = widened(ours, optimizer, state)
+        _Comparison(ours, optimizer, state, rtol, widens).compare()
 
 
 class _Comparison:
@@ -95,46 +104,75 @@ class _Comparison:
       has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
       steps: takes the steps.
       rtol: by leaf, how far its updates may be apart.
+      rtol_at_first: the same in the first step from a state, before moments are rounded.
       has_narrow_slots: by leaf, whether some moment has fewer than 32 bits.
-      largest: by the size of weights and by leaf, optax' largest update so far.
+      are_joint: whether updates of some leaves may depend on other leaves.
+      has_rule: by leaf, whether a rule sees it.
+      largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
+        update so far.
       largest_here: the same since the states where the present steps start, with their rates.
-      has_moved: by leaf, whether optax has moved it in a step so far.
+      is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing.
     """
 
-    def __init__(self, ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
+    def __init__(
+        self, ours: AdamjaxState, optimizer: Any, state: Any, rtol: float, widens: bool
+    ) -> None:
         self.owner, self.ours, self.state = ours.owner, ours, state
         self.source = read_state(ours.owner, state)
         self.has_same_form = set(ours.kinds) <= {"adam"}
-        self.steps = PairedSteps(ours, optimizer)
-        narrow = _narrow_leaves(ours.state)
+        self.steps = PairedSteps(ours, optimizer, widens)
+        paths = self.steps.paths
+        narrow_ours, narrow = _narrow_leaves(ours.state), set()
         for path, moments in self.source.moments.items():
-            if any(_is_narrow(x) for one in moments for x in (one.slots or {}).values()):
+            if any(is_narrow(x) for one in moments for x in (one.slots or {}).values()):
                 narrow.add(path)
-        self.has_narrow_slots = np.array([path in narrow for path in self.steps.paths], bool)
-        self.rtol = self._tolerances(rtol)
-        num_leaves = len(self.steps.leaves)
-        self.largest = {size: np.zeros(num_leaves) for size in _WEIGHTS}
-        self.largest_here = {size: np.zeros(num_leaves) for size in _WEIGHTS}
-        self.has_moved = np.zeros(num_leaves, bool)
+        self.has_narrow_slots = np.array([path in narrow | narrow_ours for path in paths], bool)
+        self.has_rule = np.array([path in self.source.moments for path in paths], bool)
+        self.are_joint = bool(np.any(self._joint_leaves()))
+        self.rtol = self._tolerances(rtol, self.has_narrow_slots)
+        rounds_first = np.array([path in narrow_ours for path in paths], bool)
+        self.rtol_at_first = self._tolerances(
+            rtol, rounds_first if widens else self.has_narrow_slots
+        )
+        self._forget_largest_here()
+        self.largest = self.largest_here
+        self._forget_largest_here()
+        self.is_seen = np.zeros(len(paths), bool)
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._advance = jax.jit(self._advanced)
 
-    def _tolerances(self, rtol: float) -> np.ndarray:
+    def _tolerances(self, rtol: float, has_narrow_slots: np.ndarray) -> np.ndarray:
         """How far the updates of each leaf may be apart; see `rtol`."""
         # Adam has the same form in optax.
         least = 0.0 if self.has_same_form else rtol
         params = self.steps.params
-        are_narrow = [_is_narrow(p) for p in params]
-        beside = _BESIDE_NARROW_RTOL if any(are_narrow) or np.any(self.has_narrow_slots) else 0.0
+        are_narrow = np.array([is_narrow(p) for p in params], bool)
+        beside = self._is_beside(are_narrow | has_narrow_slots)
         rules = [part.tx for part in self.ours.parts if isinstance(part.tx, Rule)]
         of_b2 = max((_rounding_of_b2(float(rule.b2)) for rule in rules), default=0.0)
-        of_leaf = []
-        for p, is_narrow, slots in zip(params, are_narrow, self.has_narrow_slots, strict=True):
+        own = []
+        for p, is_one, slots in zip(params, are_narrow, has_narrow_slots, strict=True):
             usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL + of_b2
-            narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_narrow)
-            of_leaf.append(max(least, usual, beside, narrow))
-        ulps = [2 * float(jnp.finfo(dtype_of(p)).eps) for p in params]
-        return np.maximum(of_leaf, ulps)
+            narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_one)
+            own.append(max(least, usual, narrow, 2 * float(jnp.finfo(dtype_of(p)).eps)))
+        return np.maximum(own, _BESIDE_NARROW_RTOL * beside)
+
+    def _is_beside(self, narrow: np.ndarray) -> np.ndarray:
+        """By leaf, whether it is narrow or may be computed from leaves that are."""
+        if np.any(narrow) and has_rounded_hyperparams(self.state):
+            return np.ones_like(narrow)
+        joint = [leaves for leaves in self._joint_leaves() if np.any(leaves & narrow)]
+        return np.any([narrow, *joint], axis=0)
+
+    def _joint_leaves(self) -> list[np.ndarray]:
+        """For each transform that may compute a leaf's update from other leaves: which it sees."""
+        joint = []
+        for part in self.ours.parts:
+            # Of adamjax' own transforms, one does.
+            if not is_of_adamjax(part.tx) or isinstance(part.tx, clip_by_global_norm | foreign):
+                leaves = leaves_by_path(self.owner, part.params)
+                joint.append(np.array([path in leaves for path in self.steps.paths], bool))
+        return joint
 
     # --- what is compared -------------------------------------------------------------------------
 
@@ -144,15 +182,30 @@ class _Comparison:
         self._measure_past_steps()
         self._compare_at(0, "these states")
         counts = list(self._later_counts())
-        unmoved = ~self.has_moved
-        for start, steps in counts:
-            before = self.has_moved.copy()
+        unseen = ~self.is_seen
+        for number, (start, steps) in enumerate(counts):
+            before = self.is_seen.copy()
             self._forget_largest_here()
-            size = _WEIGHTS[steps % 2]
-            self._expect_same(start, self._states(steps, rule_as_it_is), size, self._later_steps())
-            if np.any(unmoved & self.has_moved & ~before):
-                # The rate was 0 before, and hid everything else of these leaves.
+            size = _WEIGHTS[number % 2]
+            self._compare_later(start, steps, size)
+            if np.any(unseen & self.is_seen & ~before):
+                # The rate was 0 before, or next to it, and hid everything else of these leaves.
                 self._compare_at(steps, start)
+
+    def _compare_later(self, start: str, steps: int, size: float) -> None:
+        """Compares a few steps when the schedules are this number of steps later."""
+        states, later = self._states(steps, rule_as_it_is), self._later_steps()
+        self._expect_same(start, states, size, later[:1] if self._rounds_later() else later)
+        if self._rounds_later():
+            for i, step in enumerate(later[1:], 1):
+                self._expect_same(start, self._states(steps + i, rule_as_it_is), size, [step])
+        if not np.all(self.has_rule):
+            # A decay is small beside the gradient, where nothing makes its size that of a rate.
+            self._expect_same(start, states, size, [self._still()], is_still=True)
+
+    def _rounds_later(self) -> bool:
+        """Whether the first step from a state is more accurate than later ones."""
+        return bool(np.any(self.rtol_at_first < self.rtol))
 
     def _compare_at(self, steps: int, start: str) -> None:
         """Compares many steps of the states when the schedules are this number of steps later."""
@@ -160,28 +213,37 @@ class _Comparison:
         usual = self.steps.usual
         ones = np.ones(len(usual))
         states = self._states(steps, rule_as_it_is)
+        first = self._states(steps, new_rule if self.has_same_form else unread_rule)
+        start_of_first = f"the first step at {start}"
+        if not self.has_same_form:
+            start_of_first = f"a step of rows without gradients so far, at {start}"
         for size in _WEIGHTS:
             for steps_taken in self._all_steps(usual, _SIZES):
                 self._expect_same(start, states, size, steps_taken)
             varied = [Step(x * usual, as_moments=True) for x in _VARIED_SIZES]
             self._expect_same(start, states, size, varied)
+            for steps_taken in self._all_steps(ones, _FIRST_SIZES):
+                self._expect_same_first(start_of_first, first, size, steps_taken)
             if self.has_same_form:
-                first = self._states(steps, new_rule)
-                for steps_taken in self._all_steps(ones, _FIRST_SIZES):
-                    self._expect_same(f"the first step at {start}", first, size, steps_taken)
                 late = self._states(steps, late_rule)
                 self._expect_same(f"a late step at {start}", late, size, [Step(1e3 * usual)])
             else:
                 clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
                 self._expect_same(start, states, size, clipped)
-        for leaf, value in itertools.product(self._some_leaves(), (math.nan, math.inf)):
+            for from_states in (states, first):
+                self._expect_same(start, from_states, size, [self._still()], is_still=True)
+        for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
             self._expect_same(
                 f"{start}, where a gradient was {value},",
                 states,
-                _WEIGHTS[1],
+                size,
                 [Step(usual), not_finite, Step(usual)],
             )
+
+    def _still(self) -> Step:
+        """A step whose gradients are all 0, where decays and momenta alone move the weights."""
+        return Step(np.zeros(len(self.steps.usual)))
 
     def _all_steps(
         self, base: np.ndarray, sizes: Sequence[Sequence[float]]
@@ -276,17 +338,43 @@ class _Comparison:
         step = Step(np.ones(len(self.steps.leaves)))
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
-            for size in _WEIGHTS:
-                for _, found in self.steps.take(states, size, [step]):
-                    self.largest[size] = np.fmax(self.largest[size], found.largest)
+            for size, is_still in itertools.product(_WEIGHTS, (False, True)):
+                one = self._still() if is_still else step
+                for _, found in self.steps.take(states, size, [one]):
+                    largest = self.largest[size, is_still]
+                    self.largest[size, is_still] = np.fmax(largest, found.largest)
 
     def _forget_largest_here(self) -> None:
-        self.largest_here = {size: np.zeros_like(x) for size, x in self.largest_here.items()}
+        keys = itertools.product(_WEIGHTS, (False, True))
+        self.largest_here = {key: np.zeros(len(self.steps.leaves)) for key in keys}
 
-    def _expect_same(
+    def _expect_same_first(
         self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[Step]
     ) -> None:
-        """Takes steps with weights of one size, and refuses updates that are apart."""
+        """Compares steps from rules with moments of 0."""
+        if "adamax" not in self.ours.kinds:
+            self._expect_same(start, states, size, steps)
+            return
+        # In optax epsilon is in u and decays with it, so after the first step u may differ.
+        for step in steps:
+            self._expect_same(start, states, size, [step], first_only=True)
+
+    def _expect_same(
+        self,
+        start: str,
+        states: tuple[Any, Any],
+        size: float,
+        steps: Sequence[Step],
+        is_still: bool = False,
+        first_only: bool = False,
+    ) -> None:
+        """Takes steps with weights of one size, and refuses updates that are apart.
+
+        Args:
+          is_still: whether all gradients are 0. Then updates are compared with those of such steps
+            alone, because gradients are so large that they would hide a weight decay.
+          first_only: whether to compare only the first step of each leaf.
+        """
         compared = []
         for number, found in self.steps.take(states, size, steps):
             if not found.is_finite:
@@ -294,14 +382,23 @@ class _Comparison:
             compared.append((number, found))
         if not compared:
             return
-        here = [self.largest_here[size], *(found.largest for _, found in compared)]
-        self.largest_here[size] = largest_here = np.max(here, axis=0)
+        key = size, is_still
+        here = [self.largest_here[key], *(found.largest for _, found in compared)]
+        self.largest_here[key] = largest_here = np.max(here, axis=0)
         for number, found in compared:
-            self.has_moved |= found.largest > 0
-            self.largest[size] = np.maximum(self.largest[size], found.largest)
+            self.largest[key] = np.maximum(self.largest[key], found.largest)
             # An update whose terms nearly cancel is as inaccurate as the terms: a momentum of
             # gradients of both signs, or a momentum and a weight decay.
-            is_close = found.apart <= self.rtol * largest_here + _ROUNDING * self.largest[size]
+            is_first = found.is_first
+            if self.are_joint:
+                is_first = np.full_like(is_first, np.all(is_first))
+            rtol = np.where(is_first, self.rtol_at_first, self.rtol)
+            rounding = _ROUNDING * self.largest[key]
+            if not is_still:
+                self.is_seen |= (found.largest > 0) & (rounding <= rtol * largest_here)
+            is_close = found.apart <= rtol * largest_here + rounding
+            if first_only:
+                is_close |= ~is_first
             if not np.all(is_close):  # or NaN
                 leaf = int(np.argmin(is_close))
                 a, b = found.farthest(leaf)
@@ -339,8 +436,8 @@ def expect_optimizer(owner: str, optimizer: Any) -> None:
         )
     if not callable(getattr(optimizer, "update", None)) or not hasattr(optimizer, "init"):
         raise TypeError(
-            f"{owner}: optimizer is {optimizer!r:.100}, expected the transform of optax, with init "
-            "and update (of an nnx.Optimizer its tx)"
+            f"{owner}: optimizer is {described_argument(optimizer)}, expected the transform of "
+            "optax, with init and update (of an nnx.Optimizer its tx)"
         )
 
 
@@ -354,14 +451,8 @@ def expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None
         )
 
 
-def _is_narrow(x: Any) -> bool:
-    """Whether an array has floats of fewer than 32 bits."""
-    dtype = dtype_of(x)
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
-
-
 def _narrow_leaves(state: Any) -> set[str]:
     """The paths of the leaves with narrow slots in a state of adamjax."""
     trees = [getattr(x, name) for x in slot_states(state) for name in rule_slots(x)]
     slots = [pair for tree in trees for pair in leaves_by_path("", tree).items()]
-    return {path for path, x in slots if _is_narrow(x)}
+    return {path for path, x in slots if is_narrow(x)}
