@@ -202,7 +202,7 @@ class accumulate_gradients(Transform):
         that is traced, or set later by `set_hyperparams`, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
         gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows: it is for
-        every leaf of two or more dimensions. A table that has no more rows than its number is
+        every leaf of two or more dimensions. A table that has no more rows than that is
         summed in a dense array, or, if its rule is lazy, as rows and with room for all of them; it
         may have dense gradients in both cases.
 

@@ -922,3 +922,43 @@ def test_states_on_a_mesh_are_converted():
 
 def test_the_step_of_a_state_from_jit_compiles_once():
     run_on_devices(DEVICES, ONE_PROGRAM)
+
+
+GUARDED = """
+import jax, jax.numpy as jnp, numpy as np, adamjax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+start = {"table": jnp.ones((8, 2)), "w": jnp.ones((4, 2))}
+lazy = adamjax.accumulate_gradients(adamjax.adamw(0.1, rows="lazy"), 2, {"table": 8})
+tx = adamjax.skip_not_finite(lazy)
+
+def after_four_calls(params, dense):
+    state, update = tx.init(params), jax.jit(tx.update)
+    for ids in ([0, 5], [5, 9], [6, 6], [0, 6]):
+        rows = adamjax.row_gradient(jnp.array(ids), jnp.ones((2, 2)), 8)
+        table = params["table"] * len(ids) if dense else rows
+        updates, state = update({"table": table, "w": params["w"]}, state, params)
+        params = adamjax.apply_updates(params, updates)
+    return params, state.inner.total["table"]
+
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    for spec in (P("data"), P(None, "data")):
+        with jax.set_mesh(mesh):
+            params = jax.device_put(start, NamedSharding(mesh, spec))
+            shardings = adamjax.state_shardings(tx, params, mesh).inner.total["table"]
+            assert shardings.values.is_equivalent_to(NamedSharding(mesh, spec), 2)
+            assert shardings.indices.is_equivalent_to(NamedSharding(mesh, P(spec[0])), 1)
+            found = {dense: after_four_calls(params, dense) for dense in (False, True)}
+        for dense, (params, total) in found.items():
+            assert total.values.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+            expected, _ = after_four_calls(start, dense)
+            for name, x in expected.items():
+                np.testing.assert_allclose(np.asarray(params[name]), x, rtol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_guards_on_meshes_take_rows_and_dense_gradients():
+    """Also where the axes are explicit: then a call without a step must return the same types."""
+    run_on_devices(2, GUARDED)

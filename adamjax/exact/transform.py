@@ -653,8 +653,8 @@ def _expect_gradient(table: Table, g: Any) -> None:
     if isinstance(g, RowGradient) and g.rest is not None:
         raise ValueError(
             f"exact_rows: grads[{table.path!r}] has gradients for all rows (`rest`): a transform "
-            "before it gives gradients to rows without one. Mask it from the table, or use row "
-            "gradients without exact_rows"
+            "before exact_rows gives gradients to rows that have none. Mask that transform from "
+            "the table, or use row gradients without exact_rows"
         )
 
 

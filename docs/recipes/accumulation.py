@@ -2,8 +2,8 @@
 
 `accumulate_gradients` sums the gradients of the micro-batches and takes a step with their mean.
 `max_rows` bounds the distinct rows that four micro-batches can read, so the table's sum stays a row
-gradient. If they read more, the sum becomes NaN. Sixteen such steps give the weights that sixteen
-steps of the whole batches give.
+gradient, as `rows="lazy"` needs it. If they read more, the sum becomes NaN. Sixteen such steps give
+the weights that sixteen steps of the whole batches give.
 
 Run it with `python docs/recipes/accumulation.py`.
 """
