@@ -417,7 +417,7 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
             path = leaf_paths(tree)[i]
             mend = ""
             if isinstance(flag, str):
-                mend = ": write several patterns as one, like 'a|b'"
+                mend = ": write several patterns as one, like 'a|b', of the leaves to select"
             elif isinstance(flag, RowGradient):
                 mend = ": pass params to update, so that the function is called with them"
             raise TypeError(

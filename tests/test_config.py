@@ -408,7 +408,12 @@ def test_names_must_differ():
 @pytest.mark.parametrize(
     ("config", "error", "said"),
     [
-        ("adam", TypeError, "expected a dictionary"),
+        (
+            "{}",
+            TypeError,
+            "expected a dictionary, as to_config or Keras write it, got '{}' of type str",
+        ),
+        ("{}", TypeError, "parse it by json.loads"),
         ({}, ValueError, "neither 'class' (adamjax's) nor 'class_name'"),
         (
             {"class_name": "Sequential", "config": {}, "compile_config": {"optimizer": {}}},

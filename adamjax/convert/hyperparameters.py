@@ -685,7 +685,7 @@ class _Check:
             )
             mend = f"put add_decayed_weights({stated:g}) {where}"
             if not stated:
-                mend = "leave the decay out, or pass a mask= of the leaves that decay"
+                mend = "pass a mask= of the leaves that decay; if none does, leave the decay out"
             elif not before_rule and not after_rule and self._is_masked():
                 mend += f", with a mask= that this leaf matches{self.system.lost_mask}"
             self._refuse(

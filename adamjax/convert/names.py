@@ -78,6 +78,14 @@ def expect_order(owner: str, order: Any) -> None:
             f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected a list of "
             f"paths{', because a set has no order' * is_unordered}"
         )
+    paths = order.values() if isinstance(order, Mapping) else () if order is None else order
+    wrong = [x for x in paths if not isinstance(x, str | None)]
+    if wrong:
+        raise TypeError(
+            f"{owner}: order has an entry of type {type(wrong[0]).__name__}, expected paths of "
+            "your leaves, or None for a parameter that has no leaf; for Keras' own paths, "
+            "[v.path for v in model.trainable_variables]"
+        )
 
 
 def leaf_order(
