@@ -2024,6 +2024,11 @@ def restarts(first, rate=0.01):
     return at
 
 
+def cosines(period, rate=0.01):
+    """The same with equal periods; after many, Keras' quotients in float32 are coarse."""
+    return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * ((count % period) / period)))
+
+
 def noam(warm, rate=0.1):
     return lambda count: rate * jnp.minimum((count + 1.0) ** -0.5, (count + 1.0) * warm**-1.5)
 
@@ -2044,6 +2049,11 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
     cosine = adamjax.cosine_decay(0.01, 900)
     for schedule, right, others in (
         (schedules.CosineDecayRestarts(0.01, 200), restarts(200), (restarts(201), cosine)),
+        (
+            schedules.CosineDecayRestarts(0.01, 1000, t_mul=1.0),
+            cosines(1000),
+            (cosines(1000, 0.0101), cosines(1001), restarts(1000)),
+        ),
         (Noam(), noam(100), (noam(101), noam(100, 0.2), 0.1)),
         (
             schedules.CosineDecay(0.0, 900, warmup_target=0.01, warmup_steps=12.5),

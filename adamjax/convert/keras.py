@@ -604,7 +604,8 @@ def from_keras(
       tx: a transform of adamjax.
       params: the parameters at that step. Constraints of Keras' variables are refused if the
         optimizer itself is passed, and so are variables with `trainable=False` whose leaves `tx`
-        moves; other forms do not show them.
+        moves; other forms do not show them. (Keras' `fit` passes no gradients of such variables. If
+        a loop of your own calls `apply` with them, Keras moves them all the same.)
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default:
 

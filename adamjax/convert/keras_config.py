@@ -84,7 +84,7 @@ _SCHEDULES: dict[str, type[Schedule]] = {
 }
 IN_INTEGERS = (
     "where initial_learning_rate is an integer, Keras computes the schedule in integers, so its "
-    "rates are others (most are 0): write a float, such as 0.0 or 1.0, in Keras and here"
+    "rates may be others (many are 0): write a float, such as 0.0 or 1.0, in Keras and here"
 )
 # The class names under which Keras writes a function, and the keys around a config.
 _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
