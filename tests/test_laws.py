@@ -53,6 +53,8 @@ from adamjax import (
     weight_ema,
     with_hyperparams,
 )
+from adamjax.structure import walk
+from adamjax.transform import as_transform
 from adamjax.trial import cast
 
 
@@ -674,8 +676,15 @@ def test_lazy_rows_stand_still(case):
 
 def hyperparameters(tx):
     """The float hyperparameters, and the function that makes the transform of others."""
-    found, treedef = jax.tree.flatten(tx)
-    where = [i for i, x in enumerate(found) if isinstance(x, float)]
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tx)
+    found = [x for _, x in with_paths]
+    # `exact_rows` computes with some in advance, and refuses others in their place.
+    fixed = {name for part in walk(as_transform(tx)) for name in part.tx.python_numbers}
+    where = [
+        i
+        for i, (path, x) in enumerate(with_paths)
+        if isinstance(x, float) and getattr(path[-1], "name", None) not in fixed
+    ]
 
     def make(values):
         changed = dict(zip(where, values, strict=True))
