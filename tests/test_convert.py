@@ -4963,6 +4963,14 @@ def test_optimizers_with_a_rate_of_0_that_is_set_later_are_compared():
     convert.from_optax(steps_of(frozen, 3), adam_like_optax(0.0), TWO, frozen)
 
 
+def test_a_slightly_different_decay_of_the_maximum_of_adamax_shows():
+    theirs, old = optax.adamax(0.01), steps_of(optax.adamax(0.01), 3)
+    convert.from_optax(old, adamjax.adamax(0.01, eps=1e-8), TWO, theirs)
+    for b2 in (0.99895, 0.99905):
+        with pytest.raises(ValueError, match=r"00 steps without gradients, on, tx moves"):
+            convert.from_optax(old, adamjax.adamax(0.01, eps=1e-8, b2=b2), TWO, theirs)
+
+
 def test_micro_batches_of_a_large_leaf_are_no_false_alarm():
     params = {"w": jnp.ones(300_000)}
     theirs = optax.MultiSteps(CLIPPED, 4).gradient_transformation()

@@ -69,6 +69,9 @@ _ROUNDING = 1e-6
 # The first step of a rule from some states moves at least by this part of the largest update there.
 # Otherwise its rate is far below those of the next steps, as at the start of a warm-up.
 _SEEN = 0.03
+# The decay of Adamax' u shows after so many steps without gradients, and with epsilons up to this,
+# in a gradient of this size. That before was of 1.
+_MOST_STILL, _SMALL_EPS, _AFTER_STILL = 300, 1e-7, 0.01
 # Later counts are compared one by one until the first of these, then in steps of 3% until the
 # second, and then at powers of two until the last.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
@@ -268,6 +271,7 @@ class _Comparison:
                 self._expect_same(start, states, size, clipped)
             for from_states in (states, first):
                 self._expect_same(start, from_states, size, [self._still()], is_still=True)
+        self._compare_decays_of_u(start, self._states(steps, unread_rule))
         for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
             self._expect_same(
@@ -277,6 +281,27 @@ class _Comparison:
                 [Step(usual), not_finite, Step(usual)],
                 not_finite=(leaf, value),
             )
+
+    def _compare_decays_of_u(self, start: str, states: tuple[Any, Any]) -> None:
+        """Compares a step of Adamax after many without gradients, in which u decays.
+
+        In one step it decays by 1 - b2, less than what updates may be apart.
+        """
+        rules = [part.tx for part in self.ours.parts if "u" in rule_slots(part.state)]
+        rules = [tx for tx in rules if isinstance(tx, Rule)]
+        if not rules or np.any(self.rtol >= _BESIDE_NARROW_RTOL):
+            return  # In narrow dtypes, each step rounds u.
+        if any(float(tx.eps or 0) > _SMALL_EPS for tx in rules):
+            return  # In optax epsilon decays with u.
+        most = (_MOST_ELEMENTS >> 5) // self.steps.num_elements
+        most = max(min(_MOST_STILL, most) // self.steps.calls, 1)
+        ones = np.ones(len(self.steps.usual))
+        for b2 in {float(tx.b2) for tx in rules}:
+            num_still = min(most, math.ceil(1 / max(1 - b2, 1 / _MOST_STILL)))
+            steps = [Step(ones), *[self._still()] * num_still, Step(_AFTER_STILL * ones)]
+            self._forget_largest_here()
+            what = f"{start}, and {num_still} steps without gradients,"
+            self._expect_same(what, states, _WEIGHTS[1], steps, last_only=True)
 
     def _still(self) -> Step:
         """A step whose gradients are all 0, where decays and momenta alone move the weights."""
@@ -405,6 +430,7 @@ class _Comparison:
         steps: Sequence[Step],
         is_still: bool = False,
         first_only: bool = False,
+        last_only: bool = False,
         not_finite: tuple[int, float] | None = None,
     ) -> None:
         """Takes steps with weights of one size, and refuses updates that are apart.
@@ -413,6 +439,7 @@ class _Comparison:
           is_still: whether all gradients are 0. Then updates are compared with those of such steps
             alone, because gradients are so large that they would hide a weight decay.
           first_only: whether to compare only the first step of each leaf.
+          last_only: whether to compare only the last step.
           not_finite: the leaf whose gradient is not finite in some step, if any, and its value.
         """
         compared = []
@@ -421,7 +448,8 @@ class _Comparison:
                 break  # This ends the run in optax. A transform may skip the step.
             if not_finite and self._is_ended_by_clip(found, *not_finite):
                 break
-            compared.append((number, found))
+            if not last_only or number == len(steps) - 1:
+                compared.append((number, found))
         if not compared:
             return
         key = size, is_still
