@@ -4902,6 +4902,75 @@ def test_a_linear_schedule_near_its_end_is_no_false_alarm(warmup):
     convert.from_optax(old, ours, TWO, theirs)
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(250, marks=pytest.mark.slow)])
+def test_a_momentum_after_the_end_of_a_linear_schedule_is_no_false_alarm(count):
+    # The schedule of optax, compiled, ends at some 1e-7 of its first rate in place of 0.
+    theirs = optax.adam(optax.linear_schedule(1e-3, 0.0, 200))
+    ours = adam_like_optax(adamjax.polynomial_decay(1e-3, 200, 0.0))
+    old = jax.tree.map(lambda x: x + count - 3 if x.dtype == jnp.int32 else x, steps_of(theirs, 3))
+    convert.from_optax(old, ours, TWO, theirs)
+
+
+def test_frozen_leaves_inside_a_clip_are_no_false_alarm():
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    parts = {"w": optax.adam(0.1), "b": optax.set_to_zero()}
+    theirs = optax.multi_transform(parts, {"w": "w", "b": "b"})
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), theirs)
+    part = adamjax.partition([("w", adam_like_optax())], default=adamjax.set_to_zero())
+    ours = adamjax.chain(adamjax.clip_by_global_norm(1.0), part)
+    old = steps_of(theirs, 3, params)
+    state = convert.from_optax(old, ours, params, theirs)
+    assert_same(convert.to_optax(state, ours, params, theirs), old)
+    others = [
+        adamjax.chain(adamjax.clip_by_global_norm(1.05), part),
+        adamjax.partition([("w", LIKE_CLIPPED)], default=adamjax.set_to_zero()),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(old, other, params, theirs)
+
+
+@pytest.mark.parametrize("least", [0.0, pytest.param(1e-8, marks=pytest.mark.slow)])
+def test_what_a_warmup_hides_in_its_first_step_is_compared_later(least):
+    rate = optax.warmup_cosine_decay_schedule(least, 0.01, 100, 1_000)
+    theirs = optax.adam(rate, eps=1e-9)
+    old = theirs.init(TWO)
+    convert.from_optax(old, adamjax.adam(rate, eps=1e-9), TWO, theirs)
+    for different in ({"b2": 0.99895, "eps": 1e-9}, {"eps": 0.95e-9}):
+        with pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(old, adamjax.adam(rate, **different), TWO, theirs)
+
+
+def test_optimizers_with_a_rate_of_0_that_is_set_later_are_compared():
+    theirs = optax.inject_hyperparams(optax.adamw)(0.0, weight_decay=0.1)
+
+    def ours(rate=0.0, weight_decay=0.1, **others):
+        tx = adamjax.adamw(rate, eps=1e-8, weight_decay=weight_decay, **others)
+        return adamjax.with_hyperparams(tx, learning_rate=rate)
+
+    old = steps_of(theirs, 3)
+    state = convert.from_optax(old, ours(), TWO, theirs)
+    assert float(state.hyperparams["learning_rate"]) == 0
+    convert.to_optax(state, ours(), TWO, theirs)
+    for different in ({"weight_decay": 0.3}, {"b1": 0.91}, {"b2": 0.9989}):
+        with pytest.raises(ValueError, match=r"with a rate of 0\.01 in place of 0, on, tx moves"):
+            convert.from_optax(old, ours(**different), TWO, theirs)
+    message = "rate is 0 in a state .*nothing can be compared: build both with the same rate"
+    with pytest.raises(ValueError, match=message):
+        convert.from_optax(old, adamjax.adamw(0.0, eps=1e-8, weight_decay=0.1), TWO, theirs)
+    # Leaves that stay frozen in both are as they were.
+    frozen = optax.adam(0.0)
+    convert.from_optax(steps_of(frozen, 3), adam_like_optax(0.0), TWO, frozen)
+
+
+def test_a_slightly_different_decay_of_the_maximum_of_adamax_shows():
+    theirs, old = optax.adamax(0.01), steps_of(optax.adamax(0.01), 3)
+    convert.from_optax(old, adamjax.adamax(0.01, eps=1e-8), TWO, theirs)
+    for b2 in (0.99895, 0.99905):
+        with pytest.raises(ValueError, match=r"00 steps without gradients, on, tx moves"):
+            convert.from_optax(old, adamjax.adamax(0.01, eps=1e-8, b2=b2), TWO, theirs)
+
+
 def test_micro_batches_of_a_large_leaf_are_no_false_alarm():
     params = {"w": jnp.ones(300_000)}
     theirs = optax.MultiSteps(CLIPPED, 4).gradient_transformation()

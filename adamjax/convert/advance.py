@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.optax_state import role_of
@@ -15,6 +17,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
 __all__ = [
+    "RATE",
     "Advance",
     "MakeRule",
     "advanced_adamjax",
@@ -24,6 +27,7 @@ __all__ = [
     "new_rule",
     "rule_as_it_is",
     "unread_rule",
+    "with_rates",
 ]
 
 # Makes a new state of a rule from its state and from the one that `init` returns.
@@ -31,6 +35,8 @@ MakeRule = Callable[[Any, Any], Any]
 
 # The count of a rule whose moments are corrected no more. At the second, this holds for any betas.
 _LATE, _VERY_LATE = 10_000, 1_000_000
+# The rate in place of one that is 0, and the names of rates among hyperparameters in a state.
+RATE, _RATES = 0.01, ("learning_rate", "step_size", "factor")
 
 
 class Advance(NamedTuple):
@@ -118,6 +124,20 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
     if role is None:
         return _advanced_other(x, how)
     return map_items(lambda a, b: advanced_optax(a, b, how), x, fresh)
+
+
+def with_rates(state: Any) -> tuple[Any, bool]:
+    """A state whose hyperparameters have `RATE` in place of rates of 0, and whether it had any."""
+    found = []
+
+    def rate_of(path: tuple[Any, ...], x: Any) -> Any:
+        names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
+        if names[:1] != ["hyperparams"] or names[-1] not in _RATES or np.any(np.asarray(x) != 0):
+            return x
+        found.append(path)
+        return jnp.full_like(x, RATE)
+
+    return jax.tree_util.tree_map_with_path(rate_of, state), bool(found)
 
 
 def _advanced_other(x: Any, how: Advance) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, described_argument, is_of_adamjax
 from adamjax.convert.advance import (
+    RATE,
     Advance,
     MakeRule,
     advanced_adamjax,
@@ -21,9 +22,10 @@ from adamjax.convert.advance import (
     new_rule,
     rule_as_it_is,
     unread_rule,
+    with_rates,
 )
 from adamjax.convert.optax_state import read_state
-from adamjax.convert.paired_steps import PairedSteps, Step
+from adamjax.convert.paired_steps import Differences, PairedSteps, Step
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow, widened
@@ -31,7 +33,7 @@ from adamjax.data import Tree
 from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
-from adamjax.structure import rule_slots, slot_states, states_of_class
+from adamjax.structure import Part, rule_slots, slot_states, states_of_class
 from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
@@ -64,6 +66,12 @@ _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
 _MOST_OF_B2 = 2e-3
 # And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
 _ROUNDING = 1e-6
+# The first step of a rule from some states moves at least by this part of the largest update there.
+# Otherwise its rate is far below those of the next steps, as at the start of a warm-up.
+_SEEN = 0.03
+# The decay of Adamax' u shows after so many steps without gradients, and with epsilons up to this,
+# in a gradient of this size. That before was of 1.
+_MOST_STILL, _SMALL_EPS, _AFTER_STILL = 300, 1e-7, 0.01
 # Later counts are compared one by one until the first of these, then in steps of 3% until the
 # second, and then at powers of two until the last.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
@@ -111,7 +119,8 @@ class _Comparison:
       largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
         update so far.
       largest_here: the same since the states where the present steps start, with their rates.
-      is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing.
+      is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing, the
+        first from some states: some differences show in such a step alone.
     """
 
     def __init__(
@@ -166,13 +175,17 @@ class _Comparison:
 
     def _joint_leaves(self) -> list[np.ndarray]:
         """For each transform that may compute a leaf's update from other leaves: which it sees."""
-        joint = []
-        for part in self.ours.parts:
-            # Of adamjax' own transforms, one does.
-            if not is_of_adamjax(part.tx) or isinstance(part.tx, clip_by_global_norm | foreign):
-                leaves = leaves_by_path(self.owner, part.params)
-                joint.append(np.array([path in leaves for path in self.steps.paths], bool))
-        return joint
+        # Of adamjax' own transforms, one does.
+        return [
+            self._are_in(part)
+            for part in self.ours.parts
+            if not is_of_adamjax(part.tx) or isinstance(part.tx, clip_by_global_norm | foreign)
+        ]
+
+    def _are_in(self, part: Part) -> np.ndarray:
+        """By leaf, whether a part of the transform sees it."""
+        leaves = leaves_by_path(self.owner, part.params)
+        return np.array([path in leaves for path in self.steps.paths], bool)
 
     # --- what is compared -------------------------------------------------------------------------
 
@@ -191,6 +204,32 @@ class _Comparison:
             if np.any(unseen & self.is_seen & ~before):
                 # The rate was 0 before, or next to it, and hid everything else of these leaves.
                 self._compare_at(steps, start)
+        self._compare_rates_of_zero()
+
+    def _compare_rates_of_zero(self) -> None:
+        """Compares leaves that no step has moved with another rate, if the states keep it.
+
+        A trainer sets such a rate before each step, so that 0 is none.
+        """
+        unmoved = self.has_rule & ~np.any([x > 0 for x in self.largest.values()], axis=0)
+        if not np.any(unmoved):
+            return
+        (state, ours_keep), (other, theirs_keep) = map(with_rates, (self.ours.state, self.state))
+        if not ours_keep and not theirs_keep:
+            return  # These leaves never move.
+        still_unmoved = unmoved
+        if ours_keep and theirs_keep:
+            self.ours, self.state = self.ours.with_state(state), other
+            self._compare_at(0, f"these states, with a rate of {RATE} in place of 0,")
+            still_unmoved &= ~np.any([x > 0 for x in self.largest.values()], axis=0)
+        if np.any(still_unmoved):
+            path = self.steps.paths[int(np.argmax(still_unmoved))]
+            raise ValueError(
+                f"{self.owner}: no step moves {path!r}, because its learning rate is 0 in a state "
+                "(inject_hyperparams, with_hyperparams), so "
+                "nothing can be compared: build both with the same rate above 0 and set that rate "
+                "in the state, convert, and set 0 again afterwards; or pass check=False"
+            )
 
     def _compare_later(self, start: str, steps: int, size: float) -> None:
         """Compares a few steps when the schedules are this number of steps later."""
@@ -232,6 +271,7 @@ class _Comparison:
                 self._expect_same(start, states, size, clipped)
             for from_states in (states, first):
                 self._expect_same(start, from_states, size, [self._still()], is_still=True)
+        self._compare_decays_of_u(start, self._states(steps, unread_rule))
         for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
             self._expect_same(
@@ -239,7 +279,29 @@ class _Comparison:
                 states,
                 size,
                 [Step(usual), not_finite, Step(usual)],
+                not_finite=(leaf, value),
             )
+
+    def _compare_decays_of_u(self, start: str, states: tuple[Any, Any]) -> None:
+        """Compares a step of Adamax after many without gradients, in which u decays.
+
+        In one step it decays by 1 - b2, less than what updates may be apart.
+        """
+        rules = [part.tx for part in self.ours.parts if "u" in rule_slots(part.state)]
+        rules = [tx for tx in rules if isinstance(tx, Rule)]
+        if not rules or np.any(self.rtol >= _BESIDE_NARROW_RTOL):
+            return  # In narrow dtypes, each step rounds u.
+        if any(float(tx.eps or 0) > _SMALL_EPS for tx in rules):
+            return  # In optax epsilon decays with u.
+        most = (_MOST_ELEMENTS >> 5) // self.steps.num_elements
+        most = max(min(_MOST_STILL, most) // self.steps.calls, 1)
+        ones = np.ones(len(self.steps.usual))
+        for b2 in {float(tx.b2) for tx in rules}:
+            num_still = min(most, math.ceil(1 / max(1 - b2, 1 / _MOST_STILL)))
+            steps = [Step(ones), *[self._still()] * num_still, Step(_AFTER_STILL * ones)]
+            self._forget_largest_here()
+            what = f"{start}, and {num_still} steps without gradients,"
+            self._expect_same(what, states, _WEIGHTS[1], steps, last_only=True)
 
     def _still(self) -> Step:
         """A step whose gradients are all 0, where decays and momenta alone move the weights."""
@@ -338,11 +400,12 @@ class _Comparison:
         step = Step(np.ones(len(self.steps.leaves)))
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
-            for size, is_still in itertools.product(_WEIGHTS, (False, True)):
-                one = self._still() if is_still else step
-                for _, found in self.steps.take(states, size, [one]):
-                    largest = self.largest[size, is_still]
-                    self.largest[size, is_still] = np.fmax(largest, found.largest)
+            # A still step moves by decays, and after another step by a momentum too.
+            stills = [self._still()], [step, self._still()]
+            for size, steps_taken in itertools.product(_WEIGHTS, stills):
+                for number, found in self.steps.take(states, size, steps_taken):
+                    key = size, number == len(steps_taken) - 1
+                    self.largest[key] = np.fmax(self.largest[key], found.largest)
 
     def _forget_largest_here(self) -> None:
         keys = itertools.product(_WEIGHTS, (False, True))
@@ -367,6 +430,8 @@ class _Comparison:
         steps: Sequence[Step],
         is_still: bool = False,
         first_only: bool = False,
+        last_only: bool = False,
+        not_finite: tuple[int, float] | None = None,
     ) -> None:
         """Takes steps with weights of one size, and refuses updates that are apart.
 
@@ -374,12 +439,17 @@ class _Comparison:
           is_still: whether all gradients are 0. Then updates are compared with those of such steps
             alone, because gradients are so large that they would hide a weight decay.
           first_only: whether to compare only the first step of each leaf.
+          last_only: whether to compare only the last step.
+          not_finite: the leaf whose gradient is not finite in some step, if any, and its value.
         """
         compared = []
         for number, found in self.steps.take(states, size, steps):
             if not found.is_finite:
                 break  # This ends the run in optax. A transform may skip the step.
-            compared.append((number, found))
+            if not_finite and self._is_ended_by_clip(found, *not_finite):
+                break
+            if not last_only or number == len(steps) - 1:
+                compared.append((number, found))
         if not compared:
             return
         key = size, is_still
@@ -395,7 +465,10 @@ class _Comparison:
             rtol = np.where(is_first, self.rtol_at_first, self.rtol)
             rounding = _ROUNDING * self.largest[key]
             if not is_still:
-                self.is_seen |= (found.largest > 0) & (rounding <= rtol * largest_here)
+                least = np.where(self.has_rule, _SEEN * largest_here, 0)
+                is_first_here = (number == 0) | ~self.has_rule
+                is_large = (found.largest > 0) & (found.largest >= least)
+                self.is_seen |= is_first_here & is_large & (rounding <= rtol * largest_here)
             is_close = found.apart <= rtol * largest_here + rounding
             if first_only:
                 is_close |= ~is_first
@@ -409,6 +482,21 @@ class _Comparison:
                     "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
                     "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
+
+    def _is_ended_by_clip(self, found: Differences, spoilt: int, value: float) -> bool:
+        """Whether a frozen leaf with an infinite gradient has ended the run in adamjax alone.
+
+        The clip of adamjax makes every element NaN. That of optax makes the infinite ones NaN and
+        others 0. If the leaf moves, this ends the run in optax too, so no later step is compared.
+        In a frozen leaf it is discarded. Whether both clip alike shows in other steps.
+        """
+        moves = self.has_rule | np.any([x > 0 for x in self.largest.values()], axis=0)
+        if not math.isinf(value) or moves[spoilt]:
+            return False
+        parts = [part for part in self.ours.parts if isinstance(part.tx, clip_by_global_norm)]
+        clipped = [leaves for leaves in map(self._are_in, parts) if leaves[spoilt]]
+        ended = np.flatnonzero(np.any(clipped, axis=0) & moves) if clipped else ()
+        return len(ended) > 0 and all(np.all(np.isnan(found.updates[i][0])) for i in ended)
 
 
 def _rounding_of_b2(b2: float) -> float:
