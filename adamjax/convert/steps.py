@@ -478,7 +478,7 @@ class _Comparison:
                 raise ValueError(
                     f"{self.owner}: in step {number + 1} from {start} on, tx moves an element of "
                     f"{self.steps.paths[leaf]!r} by {a:.6g}, and the optimizer of optax by "
-                    f"{b:.6g}: compare their clips, rules, epsilons, weight decays with "
+                    f"{b:.6g}: compare their clips, rules, betas, epsilons, decays with "
                     "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
                     "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
