@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_finite_gets_one_line(prose, capsys):
 def lags(name):
     """How many steps each row of the embedding lags behind, in a run's checkpoint."""
     about, arrays = read_checkpoint(name)
-    return len(about["losses"]) - arrays["state/1/tables/embedding/last"]
+    return len(about["losses"]) - arrays["state/1/last/embedding"]
 
 
 def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, monkeypatch, capsys):
