@@ -17,6 +17,7 @@ from adamjax.mesh import split_alike
 from adamjax.moments import (
     WrongResultError,
     accumulator,
+    checked_results,
     expect_scalar,
     is_signed,
     stepped,
@@ -566,12 +567,10 @@ def _apply_each(
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
             results = rule(c, g, *arrays, **keyed)
-            if not isinstance(results, tuple | list) or len(results) != 1 + num_slots:
-                raise WrongResultError(
-                    f"{getattr(rule, '__qualname__', rule)} returned {type(results).__name__}, "
-                    f"expected a tuple of the update and {num_slots} new slots"
-                )
-            return tuple(map(without_seal, results))
+            # The result may be a number of the whole leaf, or a row gradient.
+            shapes = [None] * (1 + num_slots)
+            what = "the update and the new slots"
+            return tuple(map(without_seal, checked_results(rule, results, shapes, what)))
         if isinstance(g, RowGradient):
             return apply_rule_to_rows(
                 rule, c, rows == "lazy", g, arrays[:num_slots], arrays[num_slots:], key

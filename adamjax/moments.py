@@ -220,6 +220,7 @@ def checked_results(function: Any, results: Any, like: Sequence[Any], what: str)
     """What a function of a rule returned, if it is one array for each of `like`, of the same shape.
 
     Args:
+      like: for each result an array of its shape; `None` if it may have any shape.
       what: the results in words, for the error.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
@@ -234,7 +235,7 @@ def checked_results(function: Any, results: Any, like: Sequence[Any], what: str)
         )
     for i, (x, other) in enumerate(zip(results, like, strict=True)):
         shape = None if x is None else tuple(np.shape(x))
-        if shape != tuple(other.shape):
+        if other is not None and shape != tuple(other.shape):
             found = "None" if shape is None else f"the shape {list(shape)}"
             raise WrongResultError(
                 f"result {i} of {name} is {found}, expected the shape {list(other.shape)}; "

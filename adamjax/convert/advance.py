@@ -1,4 +1,4 @@
-"""Makes copies of states with other counts. The steps that are compared start from these."""
+"""Makes copies of states with other counts or rates. Steps that are compared start from these."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,14 +1,17 @@
 """Refuses states that do not fit the parameters or the transform.
 
 It reads structures, shapes, dtypes and the names of rings (which say which rule a ring was made
-for), never values. So it runs while a step is traced, and costs nothing in the compiled step.
+for), never values of arrays in a state. So it runs while a step is traced, and costs nothing in the
+compiled step.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax.coasting import Coasting, Ring
@@ -19,10 +22,11 @@ from adamjax.exact.state import ExactRowsState
 from adamjax.exact.tables import Family, Table
 from adamjax.leaves import described, expect_array
 from adamjax.paths import flatten, leaf_paths
+from adamjax.rows import is_known
 from adamjax.structure import named_slots
-from adamjax.transform import CLASSLESS
+from adamjax.transform import CLASSLESS, Transform
 
-__all__ = ["expect_fit", "expect_slot_names", "expect_slots"]
+__all__ = ["expect_fit", "expect_same_numbers", "expect_slot_names", "expect_slots"]
 
 # What errors advise if a table has another size than in the state, and if the rule is another.
 _OTHER_TABLE = (
@@ -64,6 +68,46 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
         where = f"exact_rows: last[{table.path!r}]"
         expect_array(where, state.last[table.path], table.shape[:1], _OTHER_TABLE, "int32")
     _expect_rings(families, state)
+
+
+def expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
+    """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
+
+    Args:
+      part: a part whose numbers `exact_rows` has.
+      fields: its fields, as they were when `exact_rows` was made; those that were `None` are left
+        out.
+    """
+    for field in dataclasses.fields(part):
+        value, was = getattr(part, field.name), fields.get(field.name)
+        structure: Any = jax.tree.structure(value)
+        is_alike = structure == jax.tree.structure(was)
+        # `None` may stand for a number, as it does in a filtered tree.
+        same = was is not None
+        if is_alike:
+            same = all(map(_may_be, jax.tree.leaves(value), jax.tree.leaves(was)))
+        if not same:
+            raise ValueError(
+                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected {was!r}, "
+                "with which this exact_rows was made: it computes with that number in advance, and "
+                "rows that lag behind catch up by it. Make exact_rows anew with the new number; if "
+                "there is a state, flush with the old one first, and go on from from_dense of the "
+                "new one"
+            )
+
+
+def _may_be(value: Any, number: Any) -> bool:
+    """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
+
+    An array need only be the number in its own dtype: JAX makes float32 arrays of Python floats.
+    """
+    has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not has_value or not is_known(value):
+        return True
+    found = np.asarray(value)
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        number = np.asarray(number, found.dtype)
+    return found.shape == () and bool(found == number)
 
 
 def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:

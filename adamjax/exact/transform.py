@@ -7,7 +7,6 @@ dense step. The transforms in the chain need not know: they see the rows that we
 were the whole table.
 """
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from adamjax.coasting import Coast, Coasting, coasting
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, flushed, zeros_outside_table
-from adamjax.exact.fit import expect_fit, expect_slot_names, expect_slots
+from adamjax.exact.fit import expect_fit, expect_same_numbers, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
@@ -61,7 +60,6 @@ from adamjax.rows import (
     check_sound,
     checked_ids,
     expect_row_count,
-    is_known,
     with_seal,
 )
 from adamjax.structure import find, map_slots, replace_parts
@@ -217,7 +215,7 @@ class exact_rows(Transform):
             if not isinstance(part, _WITH_PYTHON_FLOATS):
                 return part
             fields = dict(next(numbers))
-            _expect_same_numbers(part, fields)
+            expect_same_numbers(part, fields)
             return part.replace(**fields)
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
@@ -591,46 +589,6 @@ class exact_rows(Transform):
             inner = _with_slots(state.inner, table.leaf, slots)
             state = state._replace(inner=inner, last={**state.last, table.path: last})
         return params, state
-
-
-def _expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
-    """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
-
-    Args:
-      part: a part whose numbers `exact_rows` has.
-      fields: its fields, as they were when `exact_rows` was made; those that were `None` are left
-        out.
-    """
-    for field in dataclasses.fields(part):
-        value, was = getattr(part, field.name), fields.get(field.name)
-        leaves, treedef = jax.tree.flatten(value)
-        old_leaves, old_treedef = jax.tree.flatten(was)
-        # Something else may stand for a number, as `None` does in a filtered tree.
-        same = was is not None
-        if (treedef,) == (old_treedef,):
-            same = all(map(_may_be, leaves, old_leaves))
-        if not same:
-            raise ValueError(
-                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected {was!r}, "
-                "with which this exact_rows was made: it computes with that number in advance, and "
-                "rows that lag behind catch up by it. Make exact_rows anew with the new number; if "
-                "there is a state, flush with the old one first, and go on from from_dense of the "
-                "new one"
-            )
-
-
-def _may_be(value: Any, number: Any) -> bool:
-    """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
-
-    An array need only be the number in its own dtype: JAX makes float32 arrays of Python floats.
-    """
-    has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
-    if not has_value or not is_known(value):
-        return True
-    found = np.asarray(value)
-    if jnp.issubdtype(found.dtype, jnp.floating):
-        number = np.asarray(number, found.dtype)
-    return found.shape == () and bool(found == number)
 
 
 def _may_decay(tx: Transform) -> bool:
