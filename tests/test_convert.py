@@ -23,8 +23,9 @@ from support import assert_close, assert_same, enable_x64
 
 import adamjax
 from adamjax import convert
-from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.paired_steps import PairedSteps
+from adamjax.convert.sampling import sampled
 from adamjax.data import transform_state
 from adamjax.transform import Rule, Transform
 
@@ -4976,6 +4977,87 @@ def test_micro_batches_of_a_large_leaf_are_no_false_alarm():
     theirs = optax.MultiSteps(CLIPPED, 4).gradient_transformation()
     old = steps_of(theirs, 4, params)
     convert.from_optax(old, adamjax.accumulate_gradients(LIKE_CLIPPED, 4), params, theirs)
+
+
+LARGE = {"table": jnp.ones((9_000, 8)), "rows": jnp.ones((8_000, 9)), "b": jnp.ones(3)}
+
+
+def sampled_rows(theirs, ours, params):
+    """How many rows of `LARGE` take all steps that are compared; `None` if all rows do."""
+    state = initial_state("test", ours, params)
+    some = sampled(state, theirs, theirs.init(params))
+    return None if some is None else [len(p) for p in some[0].params.values()]
+
+
+def test_some_rows_of_large_leaves_are_compared():
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, weight_decay=0.3))
+    tables = ["table", "rows"]
+
+    def ours(eps):
+        rule = adamjax.adamw(0.01, eps=eps, weight_decay=0.3)
+        return adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.exact_rows(rule, tables))
+
+    assert sampled_rows(theirs, ours(1e-8), LARGE) == [3, 910, 1024]
+    old = steps_of(theirs, 2, LARGE)
+    state = convert.from_optax(old, ours(1e-8), LARGE, theirs)
+    assert_same(convert.to_optax(state, ours(1e-8), LARGE, theirs), old)
+    for call in (
+        lambda: convert.from_optax(old, ours(1e-7), LARGE, theirs),
+        lambda: convert.to_optax(state, ours(1e-7), LARGE, theirs),
+    ):
+        with pytest.raises(ValueError, match=MOVES):
+            call()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves(steps):
+    padding = optax.stateless(lambda u, p=None: {**u, "table": u["table"].at[7_777].set(0)})
+    theirs, ours = optax.chain(optax.adam(0.1), padding), adam_like_optax()
+    if steps > 1:
+        theirs = micro_batches(theirs, steps)
+        ours = adamjax.accumulate_gradients(ours, steps)
+    assert sampled_rows(theirs, ours, LARGE)
+    with pytest.raises(ValueError, match=r"in a step of the whole leaf 'table', tx moves"):
+        convert.from_optax(theirs.init(LARGE), ours, LARGE, theirs)
+
+
+@pytest.mark.parametrize("of_leaf", ["mask", "rate"])
+def test_what_depends_on_the_number_of_rows_is_compared_with_all_rows(of_leaf):
+    if of_leaf == "mask":
+        is_small = functools.partial(jax.tree.map, lambda p: p.size < 72_000)
+        theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_small)
+        right = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3, mask="^b$")
+    else:
+        by_rows = optax.stateless(lambda u, p=None: jax.tree.map(lambda x: x / len(x), u))
+        theirs = optax.chain(optax.adam(90.0), by_rows)
+        rates = adamjax.by_path([("table", 0.01), ("rows", 90 / 8_000)], default=30.0)
+        right = adamjax.adam(rates, eps=1e-8)
+    assert sampled_rows(theirs, right, LARGE) is None
+    old = theirs.init(LARGE)
+    convert.from_optax(old, right, LARGE, theirs)
+    wrong = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, wrong, LARGE, theirs)
+
+
+def test_a_mask_that_depends_on_the_dtypes_of_leaves():
+    params = {**TWO, "narrow": jnp.ones(2, jnp.bfloat16)}
+    is_wide = functools.partial(jax.tree.map, lambda p: p.dtype == jnp.float32)
+    theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_wide)
+    old = steps_of(theirs, 3, params)
+    for mask, is_right in (("^(?!narrow)", True), (True, False)):
+        ours = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3, mask=mask)
+        with nullcontext() if is_right else pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(old, ours, params, theirs)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-8])
+def test_an_epsilon_is_compared_closely_before_the_first_step(eps):
+    theirs = optax.adam(0.1, eps=eps)
+    old = theirs.init(TWO)
+    convert.from_optax(old, adamjax.adam(0.1, eps=eps), TWO, theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, adamjax.adam(0.1, eps=1.05 * eps), TWO, theirs)
 
 
 def test_a_model_without_leaves():

@@ -230,11 +230,14 @@ def from_optax(
 
     A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
     take some steps on random gradients, at the present count and at later counts of their
-    schedules. If `tx` moves a weight differently, it is refused. The
-    steps take seconds for a small model, and on a CPU about a minute for 10 million parameters or
-    for 300 leaves. If that is too long, compare a small copy of the model, and pass `check=False`
-    for the large one. A difference may go unnoticed if it shows only at particular values of
-    weights or gradients, or only in a few of very many steps. Between the ends of the schedules of
+    schedules. If `tx` moves a weight differently, it is refused. Of a leaf with more than 65,536
+    elements, some rows take all these steps, and all rows take one. (If one of the optimizers may
+    decide by the number of rows, all rows take all steps.) On a CPU this takes seconds for a small
+    model, and about a minute for 300 leaves or for 5 million rows of 16 columns. If that is too
+    long, compare a small copy of the model, and pass `check=False` for the large one.
+
+    A difference may go unnoticed if it shows only at particular values of weights or gradients, or
+    only in a few of very many steps. Between the ends of the schedules of
     `tx`, counts are compared in steps of 3%, and in larger ones for a model that is large or has
     many micro-batches. Where weights are bfloat16 or float16, optax rounds m and v, so its run
     drifts away from that of adamjax. Both take the steps in float32 then, unless

@@ -1,5 +1,6 @@
 """Takes the same steps with two optimizers, and measures how far apart their updates are."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,7 @@ class PairedSteps:
 
     def __init__(self, ours: AdamjaxState, optimizer: Any, widens: bool = False) -> None:
         """Makes the gradients; `widens` is whether to apply `like_wide` to the optimizer."""
-        self.ours = ours
+        self.ours, self.widens = ours, widens
         params, self.treedef = flatten(ours.params)
         self.leaves = [i for i, p in enumerate(params) if p is not None and not is_left_alone(p)]
         self.params = [params[i] for i in self.leaves]
@@ -160,6 +161,54 @@ class PairedSteps:
                     _differences(updates, self.wide_dtypes, num_calls < self.calls_to_first),
                 )
                 num_calls += 1
+
+    def take_whole(
+        self, ours: AdamjaxState, optimizer: Any, state: Any, weights: Sequence[float]
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+        """Takes a step of the whole model, if the present states are of some of its rows.
+
+        It yields for each size of the weights and each call: the size, by leaf the largest
+        difference of an element, infinite where one is NaN, and the largest update of optax.
+        Only these numbers leave the device, and no array of random numbers is stored.
+        """
+        params, treedef = flatten(ours.params)
+        update = like_wide(optimizer.update) if self.widens else optimizer.update
+
+        def tree(pool: list[Any], sizes: Any) -> Tree:
+            new = list(params)
+            for i, place in enumerate(self.leaves):
+                x, p = pool[i], params[place]
+                if np.shape(x) != np.shape(p):
+                    x = x[jnp.arange(len(p)) % len(x)]
+                new[place] = (x * sizes[i]).astype(dtype_of(p))
+            return treedef.unflatten(new)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def call(states: Any, pools: Any, sizes: Any) -> Any:
+            grads, weights = map(tree, pools, sizes)
+            move, one = ours.tx.update(grads, states[0], weights)
+            other_move, other = update(grads, states[1], weights)
+            apart, largest = [], []
+            for i, wide in zip(self.leaves, self.wide_dtypes, strict=True):
+                a, b = (flatten(moves)[0][i] for moves in (move, other_move))
+                if a is None or b is None:
+                    a = b = jnp.zeros(1)
+                a, b = a.astype(wide), b.astype(wide)
+                difference = jnp.abs(a - b)
+                difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)
+                apart.append(jnp.max(difference, initial=0))
+                largest.append(jnp.max(jnp.abs(b), initial=0))
+            return (one, other), (apart, largest)
+
+        for size in weights:
+            # These are the user's arrays, so a copy of them is donated.
+            states = jax.tree.map(jnp.copy, (ours.state, state))
+            sizes = self._clipped(self.usual), self._clipped(np.full(len(self.leaves), size))
+            for _ in range(self.calls + self.calls_left):
+                pools = self.pool[next(self.next_of_pool)], self.pool[0]
+                states, measured = call(states, pools, sizes)
+                apart, largest = (np.array(x, np.float64) for x in measured)
+                yield size, apart, largest
 
     def _clipped(self, sizes: np.ndarray) -> np.ndarray:
         """Sizes by leaf, within the range of float16 for such leaves."""

@@ -26,6 +26,7 @@ from adamjax.convert.advance import (
 )
 from adamjax.convert.optax_state import read_state
 from adamjax.convert.paired_steps import Differences, PairedSteps, Step
+from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow, widened
@@ -92,14 +93,22 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
     steps go on from the rules of the conversion, or from rules with moments of 0 that have taken
     very many steps: there the forms are the same. All this is in float32 or wider, if possible.
 
+    Of large leaves some rows take these steps, and all rows take one step besides. If the number of
+    rows may matter to one of the transforms, all rows take all steps.
+
     Args:
       ours: the state of adamjax, with its transform.
       optimizer, state: the transform of optax, and its state.
       rtol: as for `from_optax`.
     """
     with jax.debug_nans(False):
-        ours, state, widens = widened(ours, optimizer, state)
-        _Comparison(ours, optimizer, state, rtol, widens).compare()
+        some = sampled(ours, optimizer, state)
+        compared, compared_state, widens = widened(*(some or (ours, state)), optimizer)
+        comparison = _Comparison(compared, optimizer, compared_state, rtol, widens)
+        comparison.compare()
+        if some is not None:
+            ours, state, _ = widened(ours, state, optimizer)
+            comparison.compare_whole(ours, optimizer, state)
 
 
 class _Comparison:
@@ -205,6 +214,25 @@ class _Comparison:
                 # The rate was 0 before, or next to it, and hid everything else of these leaves.
                 self._compare_at(steps, start)
         self._compare_rates_of_zero()
+
+    def compare_whole(self, ours: AdamjaxState, optimizer: Any, state: Any) -> None:
+        """Compares a step of the whole model, if the states are of some of its rows.
+
+        Args:
+          ours, state: the states of the whole model.
+        """
+        steps = self.steps.take_whole(ours, optimizer, state, _WEIGHTS)
+        for size, apart, largest in steps:
+            largest_so_far = np.maximum(self.largest[size, False], largest)
+            is_close = apart <= self.rtol * largest + _ROUNDING * largest_so_far
+            if np.all(np.isfinite(largest)) and not np.all(is_close):
+                leaf = int(np.argmin(is_close))
+                raise ValueError(
+                    f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx "
+                    f"moves an element by {apart[leaf]:.6g} more or less than the optimizer of "
+                    f"optax, whose largest update is {largest[leaf]:.6g}. Both move a sample of "
+                    "its rows alike, so one of them may treat some rows in another way"
+                )
 
     def _compare_rates_of_zero(self) -> None:
         """Compares leaves that no step has moved with another rate, if the states keep it.
@@ -414,13 +442,20 @@ class _Comparison:
     def _expect_same_first(
         self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[Step]
     ) -> None:
-        """Compares steps from rules with moments of 0."""
+        """Compares steps from rules with moments of 0.
+
+        Updates are compared with those of these steps alone. If gradients are small, an epsilon
+        makes all of them small, and the larger updates of other steps would hide it.
+        """
+        largest_here = self.largest_here
+        self._forget_largest_here()
         if "adamax" not in self.ours.kinds:
             self._expect_same(start, states, size, steps)
-            return
-        # In optax epsilon is in u and decays with it, so after the first step u may differ.
-        for step in steps:
-            self._expect_same(start, states, size, [step], first_only=True)
+        else:
+            # In optax epsilon is in u and decays with it, so after the first step u may differ.
+            for step in steps:
+                self._expect_same(start, states, size, [step], first_only=True)
+        self.largest_here = largest_here
 
     def _expect_same(
         self,

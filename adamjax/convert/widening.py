@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.decisions import leaves_of_parts, operations
 from adamjax.structure import replace_parts
 from adamjax.transform import Rule
 
@@ -41,10 +42,11 @@ def like_wide(update: Any) -> Any:
     return wide_update
 
 
-def widened(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxState, Any, bool]:
+def widened(ours: AdamjaxState, state: Any, optimizer: Any) -> tuple[AdamjaxState, Any, bool]:
     """Both states with float32 parameters and moments, as far as that is possible.
 
     Some transforms of optax keep a dtype whatever the parameters are. `mu_dtype` is one reason.
+    Some decide by the dtype of a leaf, as a mask may: then nothing is widened.
 
     Returns:
       The state of adamjax, that of optax, and whether `like_wide` may be used:
@@ -59,7 +61,13 @@ def widened(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
     tx = replace_parts(ours.tx, lambda x: x.with_wide_slots() if isinstance(x, Rule) else x)
     try:
         new_state = _cast_like(state, jax.eval_shape(optimizer.init, params))
-        new_ours = _cast_like(ours.state, jax.eval_shape(tx.init, params))
+        new_ours = AdamjaxState(
+            ours.owner, tx, _cast_like(ours.state, jax.eval_shape(tx.init, params)), params
+        )
+        if leaves_of_parts(ours) != leaves_of_parts(new_ours):
+            return original
+        if operations(optimizer, ours.params) != operations(optimizer, params):
+            return original
     except (TypeError, ValueError):  # They have another structure in another dtype.
         return original
     for update, widens in ((like_wide(optimizer.update), True), (optimizer.update, False)):
@@ -67,7 +75,7 @@ def widened(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
             jax.eval_shape(update, params, new_state, params)
         except (TypeError, ValueError):
             continue
-        return AdamjaxState(ours.owner, tx, new_ours, params), new_state, widens
+        return new_ours, new_state, widens
     return original
 
 
