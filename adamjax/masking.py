@@ -36,13 +36,13 @@ class masked(Transform):
 
     Args:
       tx: a transform.
-      pattern: which leaves: a pattern for `re.search` in the leaf's path, like `"kernel$"`; a tree
-        of bools with the parameters' structure, in which one bool may stand for a whole subtree; or
-        a function from the parameters to such a tree (from the updates, if `update` gets no
-        params).
+      pattern: which leaves: a pattern for `re.search` in the leaf's path, like `"kernel$"`, or a
+        list of them, of which one must match; a tree of bools with the parameters' structure, in
+        which one bool may stand for a whole subtree; or a function from the parameters to such a
+        tree (from the updates, if `update` gets no params).
 
     Raises:
-      ValueError: by `init` and `update`: the pattern matches no leaf (`adamjax.optional(pattern)`
+      ValueError: by `init` and `update`: a pattern matches no leaf (`adamjax.optional(pattern)`
         allows it), or the tree of bools does not fit; the error names the leaf.
       TypeError: a leaf of the tree is no bool.
 

@@ -93,7 +93,7 @@ def adamw(
     Args:
       learning_rate, b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `adam`.
       weight_decay: as in `add_decayed_weights`. The default, 0.004, is that of Keras.
-      mask: which leaves decay: a pattern, a tree of bools or a function, as in
+      mask: which leaves decay: patterns, a tree of bools or a function, as in
         `add_decayed_weights`.
 
     Returns:

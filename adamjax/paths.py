@@ -392,8 +392,8 @@ class BoolTree:
         return repr(self.tree)
 
 
-# A pattern for `re.search`, a tree of bools, or a function from a tree to one (optax's masks).
-Mask = str | BoolTree | Callable[[Any], Any]
+# Patterns for `re.search`, a tree of bools, or a function from a tree to one (optax's masks).
+Mask = str | Sequence[str] | BoolTree | Callable[[Any], Any]
 
 
 def _without_variables(tree: Tree) -> Any:
@@ -417,7 +417,7 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
             path = leaf_paths(tree)[i]
             mend = ""
             if isinstance(flag, str):
-                mend = ": write several patterns as one, like 'a|b', of the leaves to select"
+                mend = ": for several patterns, give a list of the leaves to select, ['a', 'b']"
             elif isinstance(flag, RowGradient):
                 mend = ": pass params to update, so that the function is called with them"
             raise TypeError(
@@ -455,18 +455,18 @@ def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) ->
 
 def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
     """A checked mask, where a function is replaced by the tree of bools that it returns."""
-    if mask is None or isinstance(mask, str | BoolTree):
-        return mask
-    return _mask_of_function(owner, mask, params)
+    return _mask_of_function(owner, mask, params) if callable(mask) else mask
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:
-    """A mask that can be used: a pattern, a tree of bools, or a function that returns such a tree.
+    """A mask that can be used: patterns, a tree of bools, or a function that returns such a tree.
 
     A tree of bools may be callable, as an Equinox model is: then its leaves decide.
     """
     if isinstance(mask, str | bytes | re.Pattern):
         return checked_pattern(owner, mask)
+    if isinstance(mask, list | tuple) and mask and all(isinstance(x, str) for x in mask):
+        return checked_patterns(owner, mask)
     if isinstance(mask, BoolTree):
         return mask
     leaves = [x for x in flatten(mask)[0] if x is not None]
@@ -497,14 +497,13 @@ def selected(
     An error names the owner and the leaf if a tree of bools does not fit. A pattern that matches no
     leaf is refused by `expect_matches` with `must_match`, else by `expect_present`.
     """
-    if isinstance(mask, str):
-        if must_match:
-            expect_matches(owner, (mask,), tree)
-        paths = leaf_paths(tree)
-        flags = [re.search(mask, path) is not None for path in paths]
-        if not any(flags):
-            expect_present(owner, (mask,), tree, paths)
-        return flags
-    if not isinstance(mask, BoolTree):
-        mask = _mask_of_function(owner, mask, tree)
-    return mask.over(owner, tree)
+    if isinstance(mask, BoolTree):
+        return mask.over(owner, tree)
+    if callable(mask):
+        return _mask_of_function(owner, mask, tree).over(owner, tree)
+    patterns = (mask,) if isinstance(mask, str) else tuple(mask)
+    if must_match:
+        expect_matches(owner, patterns, tree)
+    paths = leaf_paths(tree)
+    expect_present(owner, patterns, tree, paths)
+    return [first_match(patterns, path) is not None for path in paths]

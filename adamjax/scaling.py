@@ -188,9 +188,9 @@ class add_decayed_weights(Transform):
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
         learning rate, a value below 0 that can be checked only in a step makes NaN.
-      mask: which leaves decay: a pattern for `re.search` in the leaf's path; a tree of bools with
-        the parameters' structure, in which one bool may stand for a whole subtree; or a function
-        from the parameters to such a tree. `None`: all.
+      mask: which leaves decay: a pattern for `re.search` in the leaf's path, or a list of them, of
+        which one must match; a tree of bools with the parameters' structure, in which one bool may
+        stand for a whole subtree; or a function from the parameters to such a tree. `None`: all.
 
     The state is a `ScheduleState`.
 
