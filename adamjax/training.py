@@ -363,7 +363,7 @@ def _forward(owner: str, fn: Callable[..., Any], tx: Any, averaged: bool, strict
         bounds = [part.tx.bind(part.state, part.params) for part in parts]
         if averaged:
             leaves, treedef = flatten(params)
-            tables = {table.leaf for bound in bounds for table in bound.tables}
+            tables = {table.leaf_index for bound in bounds for table in bound.tables}
             # `results_of` averages the rows that `fn` reads, so tables stay as they are here.
             others = treedef.unflatten([None if i in tables else p for i, p in enumerate(leaves)])
             averages = flatten(unchecked_averaged_weights(state, others))[0]

@@ -12,7 +12,7 @@ from adamjax.chain import chain
 from adamjax.coasting import Ring
 from adamjax.data import Tree
 from adamjax.exact.route import RoutePart
-from adamjax.exact.state import Columns, ExactRowsState, Past, path_of_table
+from adamjax.exact.state import ExactRowsState, Past, TableArrays, path_of_table
 from adamjax.exact.tables import Batch, Family, Table
 from adamjax.moments import next_count
 from adamjax.paths import flatten
@@ -45,7 +45,7 @@ class Bound:
     @property
     def tables(self) -> list[Table]:
         """All tables, in the order of the leaves."""
-        return sorted((t for f in self.families for t in f.tables), key=lambda t: t.leaf)
+        return sorted((t for f in self.families for t in f.tables), key=lambda t: t.leaf_index)
 
     def table(self, name: str) -> Table:
         """The table that a path or pattern names."""
@@ -58,26 +58,29 @@ class Bound:
 
     def count(self, table: Table) -> chex.Array:
         """The steps that the table's rule has taken."""
-        return self.parts[table.leaf][0].state.count
+        return self.parts[table.leaf_index][0].state.count
 
     def scalars(self, table: Table) -> tuple[Any, Any]:
         """The scalars a and b of the next step, `p += a * m / (x + e) + b * p` (`coasting.py`)."""
-        rule, *later = self.parts[table.leaf]
+        rule, *later = self.parts[table.leaf_index]
         assert isinstance(rule.tx, Rule)
         a, b = rule.tx.momentum_coefficient(rule.state, table.real_dtype), 0.0
         for _, tx, state, params in later:
             if not isinstance(tx, weight_ema):
                 # It turns the update u = a * m / (x + e) + b * p into factor * u + decay * p.
-                factor, decay = tx.affine(state, params, table.leaf, table.real_dtype) or (1, 0)
+                factor, decay = tx.affine(state, params, table.leaf_index, table.real_dtype) or (
+                    1,
+                    0,
+                )
                 a, b = factor * a, factor * b + decay
         return a, b
 
-    def columns(self, table: Table) -> Columns:
+    def arrays(self, table: Table) -> TableArrays:
         """The table's weights, its slots, and the clock of each row."""
         assert self.state is not None
-        weights = flatten(self.params)[0][table.leaf]
-        slots = _slots_of_leaf(self.inner_state, table.leaf)
-        return Columns(weights, slots, self.state.last[table.path])
+        weights = flatten(self.params)[0][table.leaf_index]
+        slots = _slots_of_leaf(self.inner_state, table.leaf_index)
+        return TableArrays(weights, slots, self.state.last[table.path])
 
     def past(self, family: Family) -> Past:
         """What rows of a family catch up from."""
@@ -106,11 +109,13 @@ class Bound:
         self, table: Table, extra_args: dict[str, Any]
     ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
         """A table's rule and all later transforms: `(g, slots, weights) -> (u, slots)` of rows."""
-        parts = self.parts[table.leaf]
+        parts = self.parts[table.leaf_index]
         leaves, treedef = flatten(self.params)
 
         def with_this_leaf_alone(x: Any) -> Tree:
-            return treedef.unflatten([x if i == table.leaf else None for i in range(len(leaves))])
+            return treedef.unflatten(
+                [x if i == table.leaf_index else None for i in range(len(leaves))]
+            )
 
         def with_slots(state: Any, slots: dict[str, chex.Array]) -> Any:
             return map_slots(lambda name, _: with_this_leaf_alone(slots.get(name)), state)
@@ -124,7 +129,7 @@ class Bound:
             tx = chain(rule.with_wide_slots(), *later)
             grads, params = with_this_leaf_alone(g), with_this_leaf_alone(weights)
             u, next_states = tx.update(grads, states, params, **extra_args)
-            return flatten(u)[0][table.leaf], _slots_of_leaf(next_states, table.leaf)
+            return flatten(u)[0][table.leaf_index], _slots_of_leaf(next_states, table.leaf_index)
 
         return step
 

@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.blocks import in_blocks, per_row, rows_of_each
 from adamjax.coasting import Ring, decayed
 from adamjax.encoding import map_stored
-from adamjax.exact.state import Columns, Past, Ready
+from adamjax.exact.state import Past, Ready, TableArrays
 from adamjax.exact.tables import Batch, Table
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
 from adamjax.moments import barrier, root, stepped
@@ -35,11 +35,11 @@ _FLUSHED_AT_ONCE = 8192
 # Called outside of jit, this is one compiled program. Inside another jit, inline=True makes it part
 # of that program.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[Any]) -> Ready:
+def caught_up(batch: Batch, past: Past, arrays: list[TableArrays], indices: list[Any]) -> Ready:
     """Rows of a batch's tables, up to date.
 
     Args:
-      columns: for each table its columns.
+      arrays: the arrays of each table.
       indices: for each table int32[n], where `num_rows` stands for no row; `None` for all rows.
     """
     first = batch.tables[0]
@@ -62,14 +62,14 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         rows = [gather(x, i) for x, i in zip(arrays, clamped, strict=True)]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
-    last = gathered(c.last for c in columns)
+    last = gathered(x.last for x in arrays)
     if is_row is not None:
         # An index of no row counts as up to date.
         last = jnp.where(is_row, last, past.clock)
-    stored = {name: gathered(c.slots[name] for c in columns) for name in columns[0].slots}
+    stored = {name: gathered(x.slots[name] for x in arrays) for name in arrays[0].slots}
     slots = {name: x.astype(first.real_dtype) for name, x in stored.items()}
     # If XLA fused the gather into the arithmetic, it would not vectorise the arithmetic.
-    before = barrier(gathered(c.weights for c in columns)).astype(first.real_dtype)
+    before = barrier(gathered(x.weights for x in arrays)).astype(first.real_dtype)
     coast = first.coast
     momentum = slots[coast.momentum]
     if coast.size is None:
@@ -89,7 +89,7 @@ def caught_up(batch: Batch, past: Past, columns: list[Columns], indices: list[An
         moved=moved,
         # Narrow slots stay wide until the step has been taken, so that they are rounded once.
         slots={
-            name: x if is_narrow(columns[0].slots[name]) else x.astype(stored[name].dtype)
+            name: x if is_narrow(arrays[0].slots[name]) else x.astype(stored[name].dtype)
             for name, x in slots.items()
         },
         last=last,
@@ -121,13 +121,13 @@ def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
 def read_in_blocks(
-    batch: Batch, past: Past, columns: Columns, indices: chex.Array, averaged: bool = False
+    batch: Batch, past: Past, table_arrays: TableArrays, indices: chex.Array, averaged: bool = False
 ) -> chex.Array:
     """The weights of a table's rows, up to date, block by block."""
     table = batch.tables[0]
 
     def step(_: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        return (), weights_of(batch, caught_up(batch, past, [columns], [indices]), averaged)
+        return (), weights_of(batch, caught_up(batch, past, [table_arrays], [indices]), averaged)
 
     empty = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
     return in_blocks(step, (), indices, table.num_rows, empty)[1]
@@ -135,37 +135,37 @@ def read_in_blocks(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def flushed(
-    batch: Batch, stochastic: bool, columns: Columns, past: Past, first_row: chex.Array
-) -> Columns:
+    batch: Batch, stochastic: bool, table_arrays: TableArrays, past: Past, first_row: chex.Array
+) -> TableArrays:
     """Brings all rows of a table, or of a part of it, up to date.
 
     Args:
       stochastic: whether to round bfloat16 weights stochastically.
-      first_row: if the columns are a part of a table, the number of their first row.
+      first_row: if the arrays are a part of a table, the number of their first row.
     """
     weights_key = None
-    if stochastic and is_narrow(columns.weights):
+    if stochastic and is_narrow(table_arrays.weights):
         # This key differs from that of the slots, and from those that `apply_updates` uses in the
         # steps before and after.
-        leaf = batch.tables[0].leaf
+        leaf = batch.tables[0].leaf_index
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
-    num_rows = columns.weights.shape[0]
+    num_rows = table_arrays.weights.shape[0]
     size = min(_FLUSHED_AT_ONCE, num_rows)
 
-    def flush_some(i: chex.Array, columns: Columns) -> Columns:
+    def flush_some(i: chex.Array, table_arrays: TableArrays) -> TableArrays:
         ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
-        ready = caught_up(batch, past, [columns], [ids])
+        ready = caught_up(batch, past, [table_arrays], [ids])
         clock = jnp.broadcast_to(past.clock, ids.shape)
         # The next step has the same count, and needs other random bits.
-        keys = slot_keys(batch, [columns], ~past.count)
-        (written,) = put_slots([columns], [ids], ready.slots, clock, keys, first_row)
+        keys = slot_keys(batch, [table_arrays], ~past.count)
+        (written,) = put_slots([table_arrays], [ids], ready.slots, clock, keys, first_row)
         weights = ready.weights
         if weights_key is not None:
-            before = gather_rows(columns.weights, ids, mode="fill", fill_value=0)
+            before = gather_rows(table_arrays.weights, ids, mode="fill", fill_value=0)
             weights = stepped(before, ready.moved, weights_key, ids + first_row)
-        return written._replace(weights=scatter_rows(columns.weights, ids, weights))
+        return written._replace(weights=scatter_rows(table_arrays.weights, ids, weights))
 
-    return jax.lax.fori_loop(0, -(-num_rows // size), flush_some, columns)
+    return jax.lax.fori_loop(0, -(-num_rows // size), flush_some, table_arrays)
 
 
 def zeros_outside_table(rows: chex.Array, indices: chex.Array, table: Table) -> chex.Array:
@@ -174,46 +174,46 @@ def zeros_outside_table(rows: chex.Array, indices: chex.Array, table: Table) -> 
     return jnp.where(is_row.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
-def slot_keys(batch: Batch, columns: list[Columns], count: chex.Array) -> Any:
+def slot_keys(batch: Batch, arrays: list[TableArrays], count: chex.Array) -> Any:
     """For each table of a batch a key to round its narrow slots; `None` if no slot is narrow."""
-    if any(map(is_narrow, columns[0].slots.values())):
-        return rounding_keys(count, [table.leaf for table in batch.tables])
+    if any(map(is_narrow, arrays[0].slots.values())):
+        return rounding_keys(count, [table.leaf_index for table in batch.tables])
     return None
 
 
 def put_slots(
-    columns: list[Columns],
+    arrays: list[TableArrays],
     indices: list[Any],
     slots: dict[str, Any],
     last: chex.Array,
     keys: Any = None,
     first_row: Any = 0,
-) -> list[Columns]:
-    """The columns of tables, with new slots and a new `last` at some rows.
+) -> list[TableArrays]:
+    """The arrays of each table, with new slots and a new `last` at some rows.
 
     Args:
       indices: the rows of each table; `None` for all rows.
       slots, last: their values at the rows of all tables, concatenated as in `Ready`.
       keys: the result of `slot_keys`.
-      first_row: if the columns are a part of a table, the number of their first row.
+      first_row: if the arrays are a part of a table, the number of their first row.
     """
 
     def rounded_slots(
-        old: Columns, new: dict[str, chex.Array], position: int, rows: Any
+        old: TableArrays, new: dict[str, chex.Array], position: int, rows: Any
     ) -> list[Any]:
         key = None if keys is None else keys[position]
         return write_slots([new[name] for name in old.slots], list(old.slots.values()), key, rows)
 
     if indices[0] is None:
-        (old,) = columns
+        (old,) = arrays
         new = dict(zip(old.slots, rounded_slots(old, slots, 0, None), strict=True))
         return [old._replace(slots=new, last=last)]
     sizes = [ids.size for ids in indices]
     slots_of_each = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     last_of_each = rows_of_each(last, sizes)
 
-    def put_in(position: int) -> Columns:
-        old, ids = columns[position], indices[position]
+    def put_in(position: int) -> TableArrays:
+        old, ids = arrays[position], indices[position]
         new_rows = {name: x[position] for name, x in slots_of_each.items()}
         rounded = rounded_slots(old, new_rows, position, ids + first_row)
         pairs = zip(old.slots.items(), rounded, strict=True)
@@ -223,4 +223,4 @@ def put_slots(
         }
         return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[position]))
 
-    return [put_in(position) for position in range(len(columns))]
+    return [put_in(position) for position in range(len(arrays))]

@@ -115,7 +115,7 @@ def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
     for _, tx, state, _ in parts:
         tx.check_state(state)
         for name in getattr(state, "slots", ()):
-            slot = flatten(getattr(state, name))[0][table.leaf]
+            slot = flatten(getattr(state, name))[0][table.leaf_index]
             expect_array(f"exact_rows: {name}[{table.path!r}]", slot, table.shape, _OTHER_TABLE)
 
 
@@ -132,7 +132,7 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
     rule = parts[0]
     names: list[str] = []
     for name, tree in named_slots(inner):
-        slot = flatten(tree)[0][table.leaf]
+        slot = flatten(tree)[0][table.leaf_index]
         if slot is not None:
             expect_exponents_by_row(slot, f"exact_rows: the table {table.path!r} needs rows")
             names.append(name)

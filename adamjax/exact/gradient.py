@@ -10,7 +10,7 @@ from adamjax.autodiff import Call, Reads
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, weights_of, zeros_outside_table
-from adamjax.exact.state import Columns, Past
+from adamjax.exact.state import Past, TableArrays
 from adamjax.exact.step import read_rows
 from adamjax.exact.tables import Batch
 from adamjax.exact.ticket import Ticket
@@ -42,22 +42,22 @@ def _prepared(
       a ticket for the step.
     """
     batches: dict[int, Batch] = {}
-    state_of: dict[int, tuple[Columns, Past]] = {}
+    state_of: dict[int, tuple[TableArrays, Past]] = {}
     # `master_weights` reads rows from float32 tables; the function gets the parameters' dtype.
     dtypes = [None if p is None else dtype_of(p) for p in call.leaves]
     for bound in bounds:
         for table in bound.tables:
-            batches[table.leaf] = batch = bound.batch_of(table)
-            state_of[table.leaf] = bound.columns(table), bound.past(batch.family)
+            batches[table.leaf_index] = batch = bound.batch_of(table)
+            state_of[table.leaf_index] = bound.arrays(table), bound.past(batch.family)
     reads = Reads(call, sorted(batches), exact=True, strict=strict, is_loss=is_loss)
     rows: dict[int, Any] = {}
     searched: dict[int, Any] = {}
     ticket = Ticket({}, {})
     indices = reads.indices()
     for bound in bounds:
-        tables = [t for t in bound.tables if t.leaf in indices]
+        tables = [t for t in bound.tables if t.leaf_index in indices]
         if tables:
-            leaves = [t.leaf for t in tables]
+            leaves = [t.leaf_index for t in tables]
             ids = [indices[i] for i in leaves]
             bound_rows, distinct, bound_ticket = read_rows(
                 bound, tables, ids, for_step=is_loss, averaged=averaged
@@ -69,9 +69,9 @@ def _prepared(
 
     def read_in_call(data: Any, leaf: int, ids: Any) -> chex.Array:
         """The `read_rows` of `Reads`, with `state_of` as its data. Without ids, all rows."""
-        batch, (columns, past) = batches[leaf], data[leaf]
+        batch, (table_arrays, past) = batches[leaf], data[leaf]
         ids = None if ids is None else ids.reshape(-1)
-        ready = caught_up(batch, past, [columns], [ids])
+        ready = caught_up(batch, past, [table_arrays], [ids])
         weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
         return weights if ids is None else zeros_outside_table(weights, ids, batch.tables[0])
 

@@ -12,10 +12,10 @@ from adamjax.coasting import Ring
 from adamjax.data import exportable, transform_state
 
 __all__ = [
-    "Columns",
     "ExactRowsState",
     "Past",
     "Ready",
+    "TableArrays",
     "expect_flushed",
     "path_of_table",
 ]
@@ -71,8 +71,8 @@ def _is_known(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
-class Columns(NamedTuple):
-    """The arrays that are as long as a table."""
+class TableArrays(NamedTuple):
+    """A table's arrays with an entry for each of its rows."""
 
     weights: chex.Array
     slots: dict[str, Any]

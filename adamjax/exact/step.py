@@ -13,7 +13,7 @@ from adamjax.data import Tree
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
 from adamjax.exact.route import stopping_at_rules
-from adamjax.exact.state import Columns, ExactRowsState
+from adamjax.exact.state import ExactRowsState, TableArrays
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_turn
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
@@ -42,14 +42,14 @@ def take_step(
     treedef = flatten(params)[1]
     # This takes the whole step of leaves that are not tables. A table's gradient goes only as far
     # as its rule.
-    updates, inner = stopping_at_rules(bound.tx, tuple(t.leaf for t in tables)).update(
+    updates, inner = stopping_at_rules(bound.tx, tuple(t.leaf_index for t in tables)).update(
         treedef.unflatten(grads), bound.inner_state, params, **extra_args
     )
     leaf_updates = flatten(updates)[0]
-    rule_grads: dict[int, Any] = {t.leaf: leaf_updates[t.leaf].gradient for t in tables}
+    rule_grads: dict[int, Any] = {t.leaf_index: leaf_updates[t.leaf_index].gradient for t in tables}
     # The chain may have widened narrow gradients, so this uses `grads`: an update has the promoted
     # dtype of its gradient and its table.
-    dtypes = {t.leaf: promoted(dtype_of(grads[t.leaf]), t.dtype) for t in tables}
+    dtypes = {t.leaf_index: promoted(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
             # The transforms may have copied the indices, and a ticket is valid only for the very
@@ -58,19 +58,19 @@ def take_step(
 
     sizes = {leaf: g.indices.size for leaf, g in rule_grads.items() if isinstance(g, RowGradient)}
     batches = batches_of(bound.families, params, sizes)
-    batches += [bound.batch_of(t) for t in tables if t.leaf not in sizes]
+    batches += [bound.batch_of(t) for t in tables if t.leaf_index not in sizes]
     has_nan = {family.name: jnp.array(False) for family in bound.families}
     stepped_tables: dict[int, _SteppedTable] = {}
     for batch in batches:
         stepped_batch, batch_has_nan = _batch_step(bound, batch, rule_grads, ticket, extra_args)
         for t, stepped in zip(batch.tables, stepped_batch, strict=True):
-            stepped_tables[t.leaf] = stepped
-            leaf_updates[t.leaf] = stepped.update.astype(dtypes[t.leaf])
+            stepped_tables[t.leaf_index] = stepped
+            leaf_updates[t.leaf_index] = stepped.update.astype(dtypes[t.leaf_index])
         has_nan[batch.family.name] |= batch_has_nan
 
     rings = {f.name: bound.next_ring(f, has_nan[f.name]) for f in bound.families}
     turns = {f.name: next_turn(state.turns[f.name], f.history) for f in bound.families}
-    last = {t.path: stepped_tables[t.leaf].last for t in tables}
+    last = {t.path: stepped_tables[t.leaf_index].last for t in tables}
 
     def put_back(name: str, tree: Tree) -> Tree:
         slots, treedef = flatten(tree)
@@ -106,17 +106,20 @@ def _batch_step(
       The stepped tables, and whether the entries read from the ring have a NaN.
     """
     first, tables = batch.tables[0], batch.tables
-    columns = [bound.columns(t) for t in tables]
+    arrays = [bound.arrays(t) for t in tables]
     past = bound.past(batch.family)
     row_step = bound.row_step(first, extra_args)
     clock = past.clock + 1
 
     def step(carry: Any, indices: list[Any], g: chex.Array, ready: Any = None) -> Any:
         """A step of some rows. The carry has each table's slots and `last`, and `has_nan`."""
-        arrays, has_nan = carry
-        current_columns = [Columns(c.weights, *x) for c, x in zip(columns, arrays, strict=True)]
+        slots_and_last, has_nan = carry
+        current = [
+            TableArrays(x.weights, *carried)
+            for x, carried in zip(arrays, slots_and_last, strict=True)
+        ]
         if ready is None:
-            ready = caught_up(batch, past, current_columns, indices)
+            ready = caught_up(batch, past, current, indices)
         u, slots = row_step(g, ready.slots, ready.weights)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
@@ -124,23 +127,21 @@ def _batch_step(
         # `ready.last` is always before this clock. The comparison makes the write of `last` depend
         # on its read, so that XLA need not copy it.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
-        keys = slot_keys(batch, current_columns, past.count)
-        next_columns = put_slots(current_columns, indices, slots, last, keys)
-        return ([(c.slots, c.last) for c in next_columns], has_nan | ready.has_nan), update
+        keys = slot_keys(batch, current, past.count)
+        after = put_slots(current, indices, slots, last, keys)
+        return ([(x.slots, x.last) for x in after], has_nan | ready.has_nan), update
 
-    carry = [(c.slots, c.last) for c in columns], jnp.array(False)
-    table_grads = [grads[t.leaf] for t in tables]
+    carry = [(x.slots, x.last) for x in arrays], jnp.array(False)
+    table_grads = [grads[t.leaf_index] for t in tables]
     same = all(g.dtype == first.dtype for g in table_grads)
     dtype = first.dtype if same else first.real_dtype
     if not isinstance(table_grads[0], RowGradient):
         # A dense gradient: the batch is one table, and None stands for all its rows.
-        (arrays, has_nan), update = step(carry, [None], table_grads[0].astype(dtype))
+        (slots_and_last, has_nan), update = step(carry, [None], table_grads[0].astype(dtype))
         updates: list[Any] = [update]
     else:
         read_indices = [g.indices for g in table_grads]
-        ready = (
-            None if ticket is None else ticket.rows_of(batch.path, (past, columns, read_indices))
-        )
+        ready = None if ticket is None else ticket.rows_of(batch.path, (past, arrays, read_indices))
         moves: list[list[RowGradient]] = [[] for _ in tables]
         for pass_number, indices in enumerate(_passes(bound, batch, read_indices)):
             # A second pass has the rows to refresh, which have no gradient.
@@ -166,8 +167,8 @@ def _batch_step(
             for i, later in enumerate(table_moves[1:]):
                 ids = indices_after(later.values, table_moves[i].indices, later.num_rows)
                 table_moves[i] = table_moves[i].replace(indices=ids)
-        (arrays, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
-    stepped = [_SteppedTable(u, *x) for u, x in zip(updates, arrays, strict=True)]
+        (slots_and_last, has_nan), updates = carry, [RowMoves(tuple(x)) for x in moves]
+    stepped = [_SteppedTable(u, *x) for u, x in zip(updates, slots_and_last, strict=True)]
     return stepped, has_nan
 
 
@@ -231,23 +232,23 @@ def read_rows(
       among these; and a ticket for the step.
     """
     searched = distinct_of_each([x.reshape(-1) for x in ids], [t.num_rows for t in tables])
-    position_of = {t.leaf: i for i, t in enumerate(tables)}
-    sizes = {t.leaf: distinct.size for t, (distinct, _) in zip(tables, searched, strict=True)}
+    position_of = {t.leaf_index: i for i, t in enumerate(tables)}
+    sizes = {t.leaf_index: distinct.size for t, (distinct, _) in zip(tables, searched, strict=True)}
     read: list[Any] = [None] * len(tables)
     ready_rows: dict[str, Any] = {}
     origins: dict[str, Any] = {}
     for batch in batches_of(bound.families, bound.params, sizes):
-        positions = [position_of[t.leaf] for t in batch.tables]
+        positions = [position_of[t.leaf_index] for t in batch.tables]
         read_indices = [searched[i][0] for i in positions]
-        columns = [bound.columns(t) for t in batch.tables]
+        arrays = [bound.arrays(t) for t in batch.tables]
         past = bound.past(batch.family)
         indices = _passes(bound, batch, read_indices)[0] if for_step else read_indices
         if needs_no_loop(read_indices[0].size):
-            ready = caught_up(batch, past, columns, indices)
+            ready = caught_up(batch, past, arrays, indices)
             weights, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
-            origins[batch.path] = past, columns, read_indices
+            origins[batch.path] = past, arrays, read_indices
         else:
-            weights = read_in_blocks(batch, past, columns[0], indices[0], averaged)
+            weights = read_in_blocks(batch, past, arrays[0], indices[0], averaged)
         num_read = [x.size for x in read_indices]
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
         places = joined_positions(

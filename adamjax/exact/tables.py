@@ -32,13 +32,13 @@ class Table(NamedTuple):
     """A table among the parameters, and how its rows move.
 
     Attributes:
-      leaf: the table's position among the leaves.
+      leaf_index: the table's position among the leaves.
       coast: how its rule moves rows without a gradient.
       coasting: how such rows catch up.
       kind: a hashable value, equal for tables that every step treats alike.
     """
 
-    leaf: int
+    leaf_index: int
     path: str
     shape: tuple[int, ...]
     dtype: Any
@@ -142,13 +142,15 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
     for family in families:
         by_type: dict[Any, list[Table]] = {}
         for table in family.tables:
-            if table.leaf in sizes:
+            if table.leaf_index in sizes:
                 # Rows of tables with different shardings have different types.
-                split = explicit_sharding(leaves[table.leaf])
+                split = explicit_sharding(leaves[table.leaf_index])
                 spec = None if split is None else (split.mesh, split.spec[1:])
                 by_type.setdefault((table.dtype, table.shape[1:], spec), []).append(table)
         for tables in by_type.values():
-            rows = [jax.ShapeDtypeStruct((sizes[t.leaf], *t.shape[1:]), t.dtype) for t in tables]
+            rows = [
+                jax.ShapeDtypeStruct((sizes[t.leaf_index], *t.shape[1:]), t.dtype) for t in tables
+            ]
             groups = group_tables(range(len(tables)), rows)
             batches += [Batch(family, tuple(tables[i] for i in group)) for group in groups]
     return batches

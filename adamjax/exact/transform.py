@@ -148,7 +148,7 @@ class exact_rows(Transform):
     history: int | None = static(default=None, kw_only=True)
     # The fields of the rules and averages in `tx`. In an argument of `jit`, `tx` has tracers in
     # their place, but these are still Python floats.
-    numbers: Any = static(default=(), init=False)
+    static_numbers: Any = static(default=(), init=False)
 
     def __post_init__(self) -> None:
         tables = checked_patterns("exact_rows", self.tables)
@@ -171,7 +171,7 @@ class exact_rows(Transform):
                 if is_array(value):
                     raise refusal(part, f"{name} must be a Python float here, got {value!r}")
             numbers.append(tuple(fields.items()))
-        self.set_fields(tx=tx, tables=tables, history=history, numbers=tuple(numbers))
+        self.set_fields(tx=tx, tables=tables, history=history, static_numbers=tuple(numbers))
         # With `masked` or `partition`, the parts that a table goes through depend on its path, so
         # `init` makes this check.
         if not find((masked, partition), tx):
@@ -191,7 +191,7 @@ class exact_rows(Transform):
 
     @property
     def python_numbers(self) -> frozenset[str]:
-        return frozenset(name for fields in self.numbers for name, _ in fields)
+        return frozenset(name for fields in self.static_numbers for name, _ in fields)
 
     def lazy_leaves(self, params: Tree) -> list[bool]:
         # Whatever `rows=` a rule has, the rows of tables move.
@@ -209,7 +209,7 @@ class exact_rows(Transform):
 
     def _static_tx(self, params: Tree) -> Transform:
         """The inner transform with its numbers as Python floats, its mask functions resolved."""
-        numbers = iter(self.numbers)
+        numbers = iter(self.static_numbers)
 
         def with_numbers(part: Transform) -> Transform:
             if not isinstance(part, _WITH_PYTHON_FLOATS):
@@ -295,10 +295,10 @@ class exact_rows(Transform):
             inner = state.inner
         leaf_routes = routes(tx, inner, params)
         tables = [table for family in families for table in family.tables]
-        parts = {table.leaf: _from_rule(leaf_routes[table.leaf]) for table in tables}
+        parts = {table.leaf_index: _from_rule(leaf_routes[table.leaf_index]) for table in tables}
         if state is not None:
             for table in [] if _is_abstract(params) else tables:
-                expect_slots(table, parts[table.leaf])
+                expect_slots(table, parts[table.leaf_index])
         return Bound(tx, families, parts, params, inner, state)
 
     def bind(self, state: Any, params: Tree) -> Bound:
@@ -341,7 +341,7 @@ class exact_rows(Transform):
         bound = self._bound(params, inner=inner)
         tables = bound.tables
         for table in tables:
-            expect_slot_names(table, bound.parts[table.leaf], inner)
+            expect_slot_names(table, bound.parts[table.leaf_index], inner)
         # Only `clock - last` matters, so the clock may start anywhere. It starts at the count of
         # the first table's rule.
         clock = bound.count(tables[0]) if tables else 0
@@ -354,7 +354,7 @@ class exact_rows(Transform):
                     "expected a factor above 0: learning_rate * weight_decay must be below 1"
                 )
             up_to_date = jnp.full(table.num_rows, clock, jnp.int32)
-            last[table.path] = split_like_rows(up_to_date, leaves[table.leaf])
+            last[table.path] = split_like_rows(up_to_date, leaves[table.leaf_index])
         rings = {
             family.name: family.tables[0].coasting.init(family.history, family.tables[0].real_dtype)
             for family in bound.families
@@ -386,7 +386,7 @@ class exact_rows(Transform):
             checked_ids("exact_rows.prepare", x, table.num_rows)
             for x, table in zip(indices.values(), tables, strict=True)
         ]
-        if len({table.leaf for table in tables}) < len(tables):
+        if len({table.leaf_index for table in tables}) < len(tables):
             raise ValueError(
                 f"exact_rows.prepare: two names of {list(indices)} mean the same table: pass all "
                 "of its indices at once"
@@ -476,17 +476,17 @@ class exact_rows(Transform):
         bound = self.bind(state, params)
         read_table = bound.table(table)
         ids = checked_ids("exact_rows.lookup", indices, read_table.num_rows)
-        columns = bound.columns(read_table)
-        if slot is not None and slot not in columns.slots:
+        table_arrays = bound.arrays(read_table)
+        if slot is not None and slot not in table_arrays.slots:
             raise KeyError(
                 f"exact_rows.lookup: {read_table.path!r} has no slot {slot!r}; it has "
-                f"{sorted(columns.slots)}"
+                f"{sorted(table_arrays.slots)}"
             )
         batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
-        ready = caught_up(batch, bound.past(batch.family), [columns], [flat_ids])
+        ready = caught_up(batch, bound.past(batch.family), [table_arrays], [flat_ids])
         rows = ready.weights
         if slot is not None:
-            rows = ready.slots[slot].astype(columns.slots[slot].dtype)
+            rows = ready.slots[slot].astype(table_arrays.slots[slot].dtype)
         rows = zeros_outside_table(rows, flat_ids, read_table)
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
@@ -498,7 +498,7 @@ class exact_rows(Transform):
         """
         leaves, treedef = flatten(params)
         for table in self._tables(self._static_tx(params), params):
-            leaves[table.leaf] = StaleTable(table.path)
+            leaves[table.leaf_index] = StaleTable(table.path)
         return treedef.unflatten(leaves)
 
     # --- a step
@@ -525,7 +525,7 @@ class exact_rows(Transform):
             for g in matched("exact_rows", "grads", as_arrays(updates), bound.params, "params")
         ]
         for table in bound.tables:
-            _expect_gradient(table, leaves[table.leaf])
+            _expect_gradient(table, leaves[table.leaf_index])
         # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
         # not passed: it is valid only for the arrays that it was made from, and `_compiled` would
         # see tracers in their place.
@@ -580,13 +580,13 @@ class exact_rows(Transform):
         for table in bound.tables:
             if table.num_rows == 0:
                 continue
-            batch, columns = bound.batch_of(table), bound.columns(table)
+            batch, table_arrays = bound.batch_of(table), bound.arrays(table)
             flush_rows = run_on_own_rows(
-                owner, functools.partial(flushed, batch, stochastic), columns.weights, axis
+                owner, functools.partial(flushed, batch, stochastic), table_arrays.weights, axis
             )
-            weights, slots, last = flush_rows(columns, bound.past(batch.family))
-            params = _replaced(params, table.leaf, weights)
-            inner = _with_slots(state.inner, table.leaf, slots)
+            weights, slots, last = flush_rows(table_arrays, bound.past(batch.family))
+            params = _replaced(params, table.leaf_index, weights)
+            inner = _with_slots(state.inner, table.leaf_index, slots)
             state = state._replace(inner=inner, last={**state.last, table.path: last})
         return params, state
 
