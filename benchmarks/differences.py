@@ -198,8 +198,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     ),
     "nadam": (
         "Nadam, rate 1, a gradient of 1: size of the first step",
-        "not possible: optax has no momentum schedule, and in torch `momentum_decay` is 0.004, "
-        "while adamjax's schedule always corresponds to 1",
+        "not possible: optax has no momentum schedule. torch's `momentum_decay` is 0.004 by "
+        "default; adamjax's schedule equals `momentum_decay=1` and cannot be changed",
         walks([1.0], "nadam", "nadam", "Nadam", "NAdam"),
     ),
     "weight decay": (
@@ -209,10 +209,11 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     ),
     "EMA start": (
         "a weight that goes 1, 0.9, 0.8: its average with momentum 0.99 at the end",
-        "start the average after the first step",
+        "after the first step, start the average from its weights: "
+        "`state = (*state[:-1], tx.transforms[-1].init(params))`",
         {
             "adamjax": adamjax_average,
-            "optax": lambda: "none built in",
+            "optax": lambda: "only the function `incremental_update`",
             "keras": keras_average,
             "torch": torch_average,
         },
@@ -237,7 +238,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "bfloat16": (
         "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 "
         "gradients of 1",
-        "there is no reason to: moments and arithmetic are float32 by default",
+        "you do not need it: adamjax's moments and arithmetic are float32 by default",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }

@@ -35,10 +35,17 @@ def times_over_exact(contender: str) -> list[float]:
     return [1 / row["ratio"]["exact"][contender]["median"] for row in rows]
 
 
-def dense_times_over(rival: str, chain: str) -> list[float]:
-    """adamjax's time divided by a rival's, in each workload of the dense suite with this chain."""
-    rows = results("dense")["times"]
-    return [row["ratio"][rival]["median"] for row in rows if row["chain"] == chain]
+def dense_times_over(rival: str, chain: str, workloads: str = "") -> list[float]:
+    """adamjax's time divided by a rival's, in workloads of the dense suite with this chain.
+
+    Args:
+      workloads: a pattern that selects workloads by their names.
+    """
+    return [
+        row["ratio"][rival]["median"]
+        for row in results("dense")["times"]
+        if row["chain"] == chain and re.search(workloads, row["workload"])
+    ]
 
 
 def worst_slowdown_of_exact() -> float:
@@ -86,7 +93,8 @@ FIGURES = {
     ),
     "table worst": lambda: two_digits(worst_slowdown_of_exact()),
     "clip adam optax": lambda: span(1 / x for x in dense_times_over("optax", "clip + adam")),
-    "adam optax": lambda: span(dense_times_over("optax", "adam"), 2),
+    "adam float32": lambda: span(dense_times_over("optax", "adam", "^(?!.*bfloat16)"), 2),
+    "adam bfloat16": lambda: span(dense_times_over("optax", "adam", "bfloat16"), 2),
     "adam torch": lambda: f"{max(dense_times_over('torch', 'adam')):.2f}",
     "soak steps": lambda: f"{results('soak')['cases']['Adam']['steps'][-1]:,}",
     "soak exact": lambda: soak_error("exact"),

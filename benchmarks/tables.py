@@ -184,7 +184,7 @@ def models(results: Results) -> str:
     ]
     parts = [
         f"{origin(results, bandwidth=False)} Median (quartiles). The tables' share is the step's "
-        "time minus that of a step with frozen tables.",
+        "time minus the time of a step with frozen tables.",
         markdown(head, steps),
         "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. Caches "
         "are warm if JAX's own functions were traced before the measurement:",
@@ -300,7 +300,7 @@ def rows(results: Results) -> str:
         if case == first:
             text = f"{_how_rows_were_measured(results)} {title}; median (quartiles). `exact step` "
             text += "and `lazy step` are whole train steps, which also read the rows and "
-            text += "differentiate a loss; they are compared with each other."
+            text += "differentiate a loss. The ratio of `lazy step` is to `exact step`."
         else:
             text = f"{title}, {same_size[0]['rounds']} rounds in all:"
         parts += [text, _contenders_table(same_size, "bandwidth" in results)]
@@ -475,12 +475,12 @@ def float64(results: Results) -> str:
     return "\n\n".join(
         [
             f"{origin(results)} Each cell gives two numbers over all epochs of "
-            f"{len(results['seeds'])} seeds: how often the metric equals that of optax's dense "
-            "Adam, and the largest relative difference. Losses count as equal if they differ by at "
-            f"most {results['rounding']:g}; all other metrics must be exactly equal.",
+            f"{len(results['seeds'])} seeds: how often the metric is the same as with optax's "
+            "dense Adam, and the largest relative difference. Losses count as equal if they "
+            f"differ by at most {results['rounding']:g}; all other metrics must be exactly equal.",
             markdown(["model", "metric", *names], table),
-            "The largest difference of any weight from that of optax's dense Adam, after the last "
-            "epoch: the median over the seeds, and the maximum.",
+            "The largest difference of any weight from the same weight under optax's dense Adam, "
+            "after the last epoch: the median over the seeds, and the maximum.",
             markdown(["model", *names], weights),
         ]
     )
@@ -508,14 +508,16 @@ def narrow(results: Results) -> str:
             origin(results),
             f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
             "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
-            "averaged over all elements. Columns m and v: the share of the steps at which this "
-            "mean is more than three of its standard errors from 0; by chance alone it would be "
-            "about 0.3%. Column update: the mean absolute error of an update, relative to its "
-            "size.",
+            "averaged over all elements. Columns m and v: in what share of these steps this mean "
+            "error is more than three standard errors away from 0. Column update: the mean "
+            "absolute error of an update, relative to its size. If the moments have no bias, the "
+            "shares are 0.3% on average, but a share can differ from that by chance: v has a "
+            "memory of 1,000 steps, and all cases round with the same random bits, so errors at "
+            "neighbouring steps and in different cases occur together.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
-            f"**Training**, {results['trained']} steps: the held-out loss minus that of float32, "
-            f"the mean over {results['seeds']} seeds. In brackets: this difference as a share of "
-            "how much the loss falls under float32. A difference is bold if it is above "
+            f"**Training**, {results['trained']} steps: the held-out loss minus the loss with "
+            f"float32, the mean over {results['seeds']} seeds. In brackets: this difference as a "
+            "share of how much the loss falls under float32. A difference is bold if it is above "
             f"{results['margin']:.0%} of that fall and above the standard deviation over the "
             f"seeds. In float32, {learned}.",
             markdown(["format", *tasks], _loss_differences(tasks)),

@@ -199,17 +199,24 @@ def pages_of_index(text):
         yield toctree(title, re.findall(r"\]\(([\w-]+)\.md\)", links))
 
 
+def section(text, title):
+    """A section of a page, with its heading."""
+    heading = f"## {title}\n"
+    return heading + text.partition(heading)[2].partition("\n## ")[0]
+
+
 def with_local_links(app, docname, source):
     """Links to pages on GitHub are links to these pages, and the front page begins as README.md."""
     text = source[0]
     if docname == "index":
         readme = DOCS.parent / "README.md"
         app.env.note_dependency(str(readme))
-        front = readme.read_text().partition("## All names by task")[0]
+        introduction = readme.read_text().partition("## All names by task")[0]
+        limits = section(readme.read_text(), "Where it loses")
         sidebar = [*pages_of_index(text), toctree("API reference", ["reference/index"])]
         listed = text[text.index("## Start") :].replace("## ", "### ")
         listed = listed.replace("- API reference:", "- [API reference](reference/index.rst):")
-        text = "\n".join([front, "## All pages", "", listed, *sidebar])
+        text = "\n".join([introduction, limits, "", "## All pages", "", listed, *sidebar])
     here = "" if "/" not in docname else "../"
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md#", rf"]({here}index.md#", text)
     text = re.sub(rf"\]\({re.escape(BASE)}README\.md", rf"]({here}index.md", text)

@@ -22,7 +22,7 @@ TEXTS = {page: page.read_text() for page in readme.PAGES}
 NAMES = {page: page.relative_to(ROOT).as_posix() for page in readme.PAGES}
 BASE = "https://github.com/adamjax/adamjax/blob/main/"
 # What README.md and docs/ may import that not every environment of the tests has.
-OPTIONAL = ("equinox", "flax", "haiku", "keras", "torch")
+OPTIONAL = ("equinox", "flax", "haiku", "keras", "orbax", "torch")
 
 
 class Block(NamedTuple):

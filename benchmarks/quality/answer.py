@@ -51,7 +51,8 @@ def worst(results: Results, name: str) -> str:
         return sign * result["difference"] / result["margin"]
 
     model, metric, result = min(comparisons(results, name), key=advantage)
-    return f"{model}, {metric}: {difference(result)}, where its mean is {result['mean']:.4g}"
+    mean = f"the method's mean is {result['mean']:.4g}"
+    return f"{model}, {metric}: {difference(result)}, where {mean}"
 
 
 def difference(result: dict[str, Any]) -> str:
@@ -99,25 +100,25 @@ def sentences(results: Results) -> list[str]:
     if "exact" in present:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
-            f"**Exact**, against dense: {outcome_counts(results, 'exact')}. Runs of exact "
-            f"and dense with the same seed differ most in the {farthest.metric} of "
-            f"{farthest.model}: by {100 * relative_difference(farthest):.2g}% on average"
+            f"**Exact**, against dense: {outcome_counts(results, 'exact')}. Single runs can still "
+            "differ: the size of the difference between runs of the same seed, averaged over the "
+            f"seeds, is largest for the {farthest.metric} of {farthest.model}, "
+            f"{100 * relative_difference(farthest):.2g}% of the metric. (The comparisons use the "
+            "mean difference, in which differences of opposite signs cancel.)"
         )
         if "adamjax dense" in present:
             farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
-                ". With dense gradients, optax's Adam and adamjax's also differ: most in the "
-                f"{farthest.metric} of {farthest.model}, by "
-                f"{100 * relative_difference(farthest):.2g}%"
+                " With dense gradients, single runs of optax's Adam and adamjax's differ in the "
+                f"same way: most for the {farthest.metric} of {farthest.model}, by "
+                f"{100 * relative_difference(farthest):.2g}%."
             )
-        lines.append(f"{line}.")
+        lines.append(line)
     labels = {
         "lazy, same rate": "**Lazy with dense's learning rate**, against dense",
         "lazy": "**Lazy with its own rate**, against dense",
-        "counted": "**Counted: the loss reads rows before they catch up, and the steps that a row "
-        "has missed use the v of this step (as in caffe2's SmartDecaySparseAdam)**, against dense",
-        "local": "**Local: the loss reads rows before they catch up, and the steps that a row has "
-        "missed use the v of its previous read (as in HugeCTR's LazyGlobal)**, against dense",
+        "counted": "**Counted** (as in caffe2's SmartDecaySparseAdam), against dense",
+        "local": "**Local** (as in HugeCTR's LazyGlobal), against dense",
         "lazy + decay": "**Lazy AdamW**, against exact AdamW",
     }
     for name, label in labels.items():
@@ -126,18 +127,20 @@ def sentences(results: Results) -> list[str]:
             if name != "lazy, same rate":
                 reference = REFERENCE.get(name, "dense")
                 ratio = ratio_range(results, name, "rate", reference)
-                line += f" Its rate is {ratio} times that of {label.rpartition('against ')[2]}."
+                other = label.rpartition("against ")[2]
+                line += f" Its learning rate is {ratio} times that of {other}."
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
-            "**Rows that are read rarely and often**: each pair is the metric of lazy with dense's "
-            "rate minus the metric of dense, first for the rows that are read least, then for the "
-            "rows that are read most: "
+            "**Rows that are read rarely and often**: lazy with dense's rate, minus dense, first "
+            "on the rows that are read least, then on the rows that are read most (for a loss, a "
+            "positive difference means that lazy is worse; for the other metrics, that it is "
+            "better): "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:
         lines.append(
-            "**Time** of training, divided by that of dense gradients: exact "
+            "**Time** of training, divided by the time with dense gradients: exact "
             f"{ratio_range(results, 'exact', 'seconds')}, "
             f"lazy {ratio_range(results, 'lazy', 'seconds')}. "
             "The tables are small; [performance](performance.md) has large ones."

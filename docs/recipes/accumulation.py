@@ -1,4 +1,4 @@
-"""Gradient accumulation with a table: four micro-batches to a step, and no dense gradient.
+"""Gradient accumulation with a table: four micro-batches per step, and no dense gradient.
 
 `accumulate_gradients` sums the gradients of the micro-batches and takes a step with their mean.
 `max_rows` bounds the distinct rows that four micro-batches can read, so the table's sum stays a row

@@ -1,4 +1,4 @@
-"""Move a run from optax: it goes on with the same moments, and stays close to the run of optax.
+"""Move a run from optax: it continues with the same moments, and stays close to optax's run.
 
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from optax's.
 optax's state contains few hyperparameters, so pass the optax optimizer too. `from_optax` lets both
