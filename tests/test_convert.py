@@ -5143,6 +5143,8 @@ def test_an_optimizer_that_did_not_make_the_state_is_refused():
     opt, params = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param), nnx.state(model, nnx.Param)
     with pytest.raises(TypeError, match=r"of an nnx\.Optimizer its tx"):
         convert.from_optax(opt.opt_state, ours, params, optimizer=opt)
+    with pytest.raises(ValueError, match=r"of flax\.nnx, pass nnx\.as_pure"):
+        convert.from_optax(nnx.state(opt), ours, params, optimizer=opt.tx)
     as_pure = getattr(nnx, "as_pure", None) or nnx.pure
     convert.from_optax(as_pure(opt.opt_state), ours, as_pure(params), optimizer=opt.tx)
 

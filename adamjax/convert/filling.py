@@ -50,6 +50,8 @@ class Filling:
             mend = "keep the rule from this leaf with masked or partition, or name leaves alike"
             if self.other_states and hasattr(self.other_states[0], "opt_state"):
                 mend = f"pass the opt_state of the {class_name(self.other_states[0])}"
+            elif any(class_name(x).startswith("flax.nnx.") for x in self.other_states):
+                mend = "of flax.nnx, pass nnx.as_pure(optimizer.opt_state)"
             elif self.other_states:
                 mend = (
                     f"conversions do not know its {class_name(self.other_states[0])}: convert a "

@@ -41,8 +41,7 @@ step_after = adamjax.train_step(loss_fn, after, donate_argnums=())
 params, state = train(step_before, params, before.init(params), keys[:100])
 stayed, _ = train(step_before, params, state, keys[100:])
 
-# With large tables the comparison takes minutes and much memory. Then first convert a copy with few
-# rows of each table, only to compare, and after that the whole state with check=False.
+# This compares steps of both optimizers. With a table of millions of rows it takes about a minute.
 converted = adamjax.convert.from_optax(state, after, params, optimizer=before)
 moved, converted = train(step_after, params, converted, keys[100:])
 
