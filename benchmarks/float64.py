@@ -15,7 +15,6 @@ weights and those of exact are compared with dense's at the end.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +77,9 @@ def distance(own: list[Any], dense: list[Any]) -> float:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
     suite = Suite("float64", __doc__, packages, only="models")
-    args = suite.parse(argv)
-    try:
-        return _run(suite, args.quick)
-    except UserError as error:
-        print(f"float64: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(suite: Suite, quick: bool) -> int:
+    quick = suite.parse(argv).quick
     quality.expect_packages()
     jax.config.update("jax_enable_x64", True)
 

@@ -32,16 +32,12 @@ WRITERS = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
     suite = Suite("quality", __doc__, packages, only="models")
     suite.parser.add_argument("--journal", type=Path, help="the file of finished cells")
     args = suite.parse(argv)
     try:
         return _run(suite, args)
-    except UserError as error:
-        print(f"quality: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("quality: interrupted; the same command continues from here", file=sys.stderr)
         return 130
@@ -107,7 +103,7 @@ def _run(suite: Suite, args: Any) -> int:
 
         plan.run(journal, done)
         for b2 in b2s:
-            if ("divergence", b2) not in journal:
+            if ("divergence", b2) not in journal.cells:
                 journal.add(("divergence", b2), divergence.measured(b2, steps))
             bar.update()
     suite.results |= settings
@@ -115,7 +111,7 @@ def _run(suite: Suite, args: Any) -> int:
     suite.results["models"] = summary.summarised(plan, journal)
     suite.results["divergence"] = {
         "gaps": list(divergence.GAPS),
-        "by b2": {str(b2): journal[("divergence", b2)] for b2 in b2s},
+        "by b2": {str(b2): journal.cells["divergence", b2] for b2 in b2s},
     }
     suite.finish()
     if out := suite.written:
@@ -142,7 +138,8 @@ def code_digest() -> str:
     What only writes the results may change between runs.
     """
     own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in WRITERS]
+    steps = ROOT / "benchmarks" / "steps.py"
     digest = hashlib.sha256()
-    for path in sorted([*own, *(ROOT / "adamjax").rglob("*.py")]):
+    for path in sorted([*own, steps, *(ROOT / "adamjax").rglob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

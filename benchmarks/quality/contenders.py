@@ -4,7 +4,6 @@ Each is a function from a loss, the names of its tables, a learning rate and b2 
 functions of a `Contender`. The rate may be traced, so one compiled program serves for all rates.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import optax
 
 import adamjax
 from benchmarks.quality.protocol import B1, B2, DECAY, EPS
+from benchmarks.steps import optax_train_step, table_mode
 
 Params = dict[str, Any]
 Loss = Callable[[Params, Any], jax.Array]
@@ -33,71 +33,40 @@ class Contender(NamedTuple):
     read: Callable[[Any], Params]
 
 
+Maker = Callable[..., Contender]
+
+
 def dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
     """optax's Adam with JAX's gradients."""
-    return dense_gradients(loss, optax.adam(rate, B1, b2, EPS))
+    tx = optax.adam(rate, B1, b2, EPS)
+    return of_train_step(tx, optax_train_step(loss, tx))
 
 
-def adamjax_dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
-    """adamjax's Adam with JAX's gradients: the same formulas, rounded elsewhere."""
-    return dense_gradients(loss, adamjax.adam(rate, B1, b2, eps=EPS))
+def in_mode(mode: str, decay: float | None = None) -> Maker:
+    """adamjax's Adam in a mode of `table_mode`, or AdamW if there is a decay.
 
-
-def dense_gradients(loss: Loss, tx: Any) -> Contender:
-    """An optimizer that takes the gradients of all rows."""
-
-    def step(carry: Any, batch: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Contender(lambda params: (params, tx.init(params)), step, lambda carry: carry[0])
-
-
-def exact(
-    loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2, decay: float | None = None
-) -> Contender:
-    """`exact_rows` of Adam, or of AdamW if there is a decay."""
-    inner = (
-        adamjax.adam(rate, B1, b2, eps=EPS)
-        if decay is None
-        else adamjax.adamw(rate, B1, b2, eps=EPS, weight_decay=decay)
-    )
-    tx = adamjax.exact_rows(inner, patterns(tables))
-
-    def step(carry: Any, batch: Any) -> Any:
-        params, state = carry
-        (_, grads), ticket = tx.value_and_grad(loss)(params, state, batch)
-        updates, state = tx.update(grads, state, params, ticket=ticket)
-        return adamjax.apply_updates(params, updates), state
-
-    return Contender(
-        lambda params: (params, tx.init(params)), step, lambda carry: tx.flush(*carry)[0]
-    )
-
-
-def lazy(
-    loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2, decay: float | None = None
-) -> Contender:
-    """Adam with `rows="lazy"`, or AdamW if there is a decay.
-
-    torch's SparseAdam takes the same steps up to the place of epsilon (tests/test_convert.py
+    torch's SparseAdam takes the steps of "lazy" up to the place of epsilon (tests/test_convert.py
     continues its runs), so it is no contender of its own.
     """
-    tx = (
-        adamjax.adam(rate, B1, b2, eps=EPS, rows="lazy")
-        if decay is None
-        else adamjax.adamw(rate, B1, b2, eps=EPS, weight_decay=decay, rows="lazy")
+    rule = adamjax.adam if decay is None else adamjax.adamw
+    options = {"b1": B1, "eps": EPS} | ({} if decay is None else {"weight_decay": decay})
+
+    def contender(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
+        tx, by_rows = table_mode(mode, patterns(tables), rule, learning_rate=rate, b2=b2, **options)
+        return of_train_step(tx, adamjax.train_step(loss, tx, tables=by_rows))
+
+    return contender
+
+
+def of_train_step(tx: Any, step: Callable[..., Any]) -> Contender:
+    """The contender of an optimizer and a step `(params, state, batch)`."""
+
+    def read(carry: Any) -> Params:
+        return tx.flush(*carry)[0] if isinstance(tx, adamjax.exact_rows) else carry[0]
+
+    return Contender(
+        lambda params: (params, tx.init(params)), lambda carry, batch: step(*carry, batch)[:2], read
     )
-    gradient = adamjax.value_and_grad(loss, patterns(tables))
-
-    def step(carry: Any, batch: Any) -> Any:
-        params, state = carry
-        _, grads = gradient(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), state
-
-    return Contender(lambda params: (params, tx.init(params)), step, lambda carry: carry[0])
 
 
 def patterns(tables: Sequence[str]) -> list[str]:
@@ -123,7 +92,6 @@ class Row(NamedTuple):
 
 
 Rule = Callable[[Row, jax.Array, jax.Array, Any, float], Row]
-Maker = Callable[..., Contender]
 
 
 def correction(t: Any, b2: float) -> Any:
@@ -175,15 +143,12 @@ def by_rows(rule: Rule) -> Maker:
         def rest(tree: Params) -> Params:
             return {name: x for name, x in tree.items() if name not in tables}
 
+        def first_rows(table: jax.Array) -> Row:
+            m, v = jnp.zeros_like(table), jnp.zeros_like(table)
+            return Row(table, m, v, jnp.ones((len(table), 1)))
+
         def init(params: Params) -> Any:
-            rows = {
-                name: Row(
-                    params[name],
-                    *(jnp.zeros_like(params[name]) for _ in range(2)),
-                    jnp.ones((len(params[name]), 1)),
-                )
-                for name in tables
-            }
+            rows = {name: first_rows(params[name]) for name in tables}
             return rows, rest(params), tx.init(rest(params)), jnp.zeros((), jnp.int32)
 
         def step(carry: Any, batch: Any) -> Any:
@@ -214,14 +179,16 @@ def _step_rows(rule: Rule, table: Row, grad: Any, t: jax.Array, rate: Any, b2: f
     return Row(*(x.at[ids].set(y, mode="drop") for x, y in zip(table, new, strict=True)))
 
 
+LAZY = in_mode("lazy")
 MAKERS: dict[str, Maker] = {
     "dense": dense,
-    "adamjax dense": adamjax_dense,
-    "exact": exact,
-    "lazy": lazy,
-    "lazy, same rate": lazy,
+    # The same formulas as optax's, rounded elsewhere.
+    "adamjax dense": in_mode("dense gradient"),
+    "exact": in_mode("exact"),
+    "lazy": LAZY,
+    "lazy, same rate": LAZY,
     "counted": by_rows(counting_rule),
     "local": by_rows(local_rule),
-    "exact + decay": functools.partial(exact, decay=DECAY),
-    "lazy + decay": functools.partial(lazy, decay=DECAY),
+    "exact + decay": in_mode("exact", DECAY),
+    "lazy + decay": in_mode("lazy", DECAY),
 }

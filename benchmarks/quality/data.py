@@ -35,13 +35,6 @@ WORDS = 8_000
 # --- reading --------------------------------------------------------------------------------------
 
 
-def is_installed() -> bool:
-    """Whether the files of MovieLens are there."""
-    with contextlib.suppress(UserError):
-        return all(path(name).exists() for name in HASHES)
-    return False
-
-
 def path(name: str) -> Path:
     """Where a file of MovieLens is.
 
@@ -249,25 +242,26 @@ def held_out() -> tuple[np.ndarray, np.ndarray]:
 def about() -> dict[str, dict[str, str | int]]:
     """Versions, hashes and counts of all data, for the results."""
     r, g, words = ratings(), graph(), text()
+    recbole = f"recbole {importlib.metadata.version('recbole')}"
+
+    def parts(of: Ratings | Graph) -> dict[str, int]:
+        return {part: len(getattr(of, part)) for part in ("training", "validation", "test")}
+
     return {
         "ratings": {
-            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.inter",
+            "from": f"{recbole}, ml-100k.inter",
             "sha256": HASHES["ml-100k.inter"],
             "users": r.users,
             "items": r.items,
-            "ratings": len(r.training) + len(r.validation) + len(r.test),
-            "training": len(r.training),
-            "validation": len(r.validation),
-            "test": len(r.test),
+            "ratings": sum(parts(r).values()),
+            **parts(r),
         },
         "knowledge graph": {
-            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.kg",
+            "from": f"{recbole}, ml-100k.kg",
             "sha256": HASHES["ml-100k.kg"],
             "entities": g.entities,
             "relations": g.relations,
-            "training": len(g.training),
-            "validation": len(g.validation),
-            "test": len(g.test),
+            **parts(g),
         },
         "text": {
             "from": words.description,

@@ -24,7 +24,7 @@ class Cells:
         names = plan.contenders[model.name]
         self.rates = {name: plan.rate(journal, model, name) for name in names}
         self.by_name = {
-            name: [journal[("test", model.name, name, rate, seed)] for seed in plan.seeds]
+            name: [journal.cells["test", model.name, name, rate, seed] for seed in plan.seeds]
             for name, rate in self.rates.items()
         }
 
