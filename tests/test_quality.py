@@ -375,28 +375,23 @@ def without_times(records):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     records = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
-    calls = []
-    FULL_PLAN.run(records, lambda model, name, is_new: calls.append(is_new))
+    calls = [is_new for _, _, is_new in FULL_PLAN.run(records)]
     assert calls == [True] * FULL_PLAN.cells == [True] * len(records.cells)
     return records
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_repeats_nothing(tmp_path, finished):
-    path, done, plan = tmp_path / "journal.jsonl", [], toy_plan("dense", "lazy")
-
-    def interrupt(model, name, is_new):
-        done.append(name)
-        if len(done) == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        plan.run(journal.Journal(path, {"of": "toys"}), interrupt)
+    path, plan = tmp_path / "journal.jsonl", toy_plan("dense", "lazy")
+    interrupted = plan.run(journal.Journal(path, {"of": "toys"}))
+    for _ in range(7):
+        next(interrupted)
+    interrupted.close()
     with path.open("a") as file:  # as if it was interrupted while it wrote a line
         file.write('{"cell": ["test", "toy", "la')
-    records, new = journal.Journal(path, {"of": "toys"}), []
+    records = journal.Journal(path, {"of": "toys"})
     assert len(records.cells) == 7
-    plan.run(records, lambda model, name, is_new: new.append(is_new))
+    new = [is_new for _, _, is_new in plan.run(records)]
     assert new == [False] * 7 + [True] * (plan.cells - 7)
     again, expected = journal.Journal(path, {"of": "toys"}), without_times(finished)
     assert without_times(again) == without_times(records)

@@ -79,24 +79,16 @@ class Ratings:
     The last rating of each user is for the test, the one before it for validation, and all others
     are for training. Other users' training ratings may be later than a user's test rating. Ratings
     of one user at the same second are in the order of the item's number.
-
-    Attributes:
-      users, items: how many there are.
-      training: int32[n, 2], user and item, by user and then by time.
-      times: int64[n], of the ratings in training, in seconds.
-      validation, test: int32[users, 2], user and item, one line for each user.
-      held_out_times: int64[users, 2], of validation and test.
-      negatives: int32[users, 99], items that the user never rated.
     """
 
-    users: int
+    users: int  # how many there are
     items: int
-    training: np.ndarray
-    times: np.ndarray
-    validation: np.ndarray
+    training: np.ndarray  # int32[n, 2], user and item, by user and then by time
+    times: np.ndarray  # int64[n], of the ratings in training, in seconds
+    validation: np.ndarray  # int32[users, 2], user and item, one line for each user; so is the test
     test: np.ndarray
-    held_out_times: np.ndarray
-    negatives: np.ndarray
+    held_out_times: np.ndarray  # int64[users, 2], of validation and test
+    negatives: np.ndarray  # int32[users, 99], items that the user never rated
 
     @functools.cached_property
     def rated(self) -> np.ndarray:
@@ -176,16 +168,13 @@ class Graph:
     """Facts about the films of MovieLens: (head, relation, tail).
 
     The graph has many facts twice, as "film, directed by, person" and "person, directed, film". So
-    all facts about a pair of entities are on one side of the split.
-
-    Attributes:
-      entities, relations: how many there are.
-      training, validation, test: int32[n, 3]. All entities of the last two are in training.
+    all facts about a pair of entities are on one side of the split. All entities of the validation
+    and the test are in training.
     """
 
-    entities: int
+    entities: int  # how many there are
     relations: int
-    training: np.ndarray
+    training: np.ndarray  # int32[n, 3], as are the other two
     validation: np.ndarray
     test: np.ndarray
 

@@ -103,17 +103,11 @@ def chosen_rate(validation: dict[float, list[float]], metric: str) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a run of the suite.
+    """All cells of a run of the suite."""
 
-    Attributes:
-      models: to train.
-      contenders: their names, by the model's; `dense` is always among them.
-      rates, search_seeds, seeds: as in the protocol.
-    """
-
-    models: Sequence[Model]
-    contenders: Mapping[str, Sequence[str]]
-    rates: Sequence[float]
+    models: Sequence[Model]  # to train
+    contenders: Mapping[str, Sequence[str]]  # by the model's name; `dense` is always among them
+    rates: Sequence[float]  # as in the protocol, as are the seeds
     search_seeds: Sequence[int]
     seeds: Sequence[int]
 
@@ -151,8 +145,11 @@ class Plan:
         for seed, (name, rate) in itertools.product(self.seeds, rates.items()):
             yield "test", model.name, name, rate, seed
 
-    def run(self, journal: Journal, done: Callable[[Model, str, bool], None]) -> None:
-        """Runs every cell that the journal does not have; calls `done` after each cell."""
+    def run(self, journal: Journal) -> Iterator[tuple[Model, str, bool]]:
+        """Runs every cell that the journal does not have.
+
+        Yields the model and the contender of each cell after it, and whether it was run now.
+        """
         for model in self.models:
             programs = {name: Program(model, name) for name in self.contenders[model.name]}
             batches = functools.lru_cache(maxsize=1)(model.batches)
@@ -160,4 +157,4 @@ class Plan:
                 _, _, name, rate, seed = key
                 if is_new := key not in journal.cells:
                     journal.add(key, programs[name].run(rate, seed, batches(seed)))
-                done(model, name, is_new)
+                yield model, name, is_new
