@@ -27,7 +27,7 @@ import adamjax
 from benchmarks import moments
 from benchmarks.moments import B1, B2
 from benchmarks.networks import Transformer
-from benchmarks.suite import Suite, progress, say
+from benchmarks.suite import Suite, progress
 from benchmarks.train import data, job, model
 from benchmarks.train.options import Config
 
@@ -196,20 +196,15 @@ def main(argv: list[str]) -> int:
     tasks = [part for part in parts if part != "moments"]
     cases = cases if "moments" in parts else []
     suite.results |= {"moments": [], "tasks": {}}
-    with progress(len(cases) + len(tasks) * len(names) * seeds, "run") as bar:
-        for case in cases:
-            suite.results["moments"] += moment_errors(*case, steps, elements)
-            bar.update()
-        for task_name in tasks:
-            task = TASKS[task_name](args.quick)
-            before = task.held_out_loss(task.init(0))
-            losses: dict[str, list[float]] = {}
-            for name in names:
-                train = trainer(task, name, training_steps)
-                losses[name] = []
-                for seed in range(seeds):
-                    losses[name].append(train(seed))
-                    bar.update()
-                say(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}")
-            suite.results["tasks"][task_name] = compared(losses, before)
+    for case in progress(cases, "case"):
+        suite.results["moments"] += moment_errors(*case, steps, elements)
+    for task_name in tasks:
+        task = TASKS[task_name](args.quick)
+        losses: dict[str, list[float]] = {}
+        for name in names:
+            train = trainer(task, name, training_steps)
+            losses[name] = [train(seed) for seed in progress(range(seeds), "run")]
+            print(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}", flush=True)
+        before = task.held_out_loss(task.init(0))
+        suite.results["tasks"][task_name] = compared(losses, before)
     return suite.finish()

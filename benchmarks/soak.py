@@ -207,7 +207,7 @@ def shortest_history(case: Case) -> int:
     raise AssertionError("no history is enough")
 
 
-def measure(case: Case, steps: int, every: int, bar: Any) -> dict[str, Any]:
+def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
     """The mean and largest errors of all runs of a case, after each `every` steps."""
     truth, short = float64_run(case), shortest_history(case)
     runs = {
@@ -216,11 +216,10 @@ def measure(case: Case, steps: int, every: int, bar: Any) -> dict[str, Any]:
         "exact, shortest history": adamjax_run(case, short),
     }
     result: dict[str, Any] = {"shortest history": short, "steps": []}
-    for done in range(0, steps, CHUNK):
+    for done in progress(range(0, steps, CHUNK), f"{CHUNK} steps"):
         x = chunk(done, steps, case.steps_before)
         for run in (truth, *runs.values()):
             run.take(x)
-        bar.update(CHUNK)
         if (done + CHUNK) % every:
             continue
         result["steps"].append(done + CHUNK)
@@ -267,8 +266,6 @@ def main(argv: list[str]) -> int:
         "weight decay": DECAY,
         "momentum of the average": MOMENTUM,
     }
-    with progress(sum(n for _, n, _ in plan.values()), "step") as bar:
-        cases = {name: measure(*arguments, bar) for name, arguments in plan.items()}
-    suite.results["cases"] = cases
+    suite.results["cases"] = cases = {name: measure(*about) for name, about in plan.items()}
     print(summary(cases))
     return suite.finish()

@@ -232,7 +232,7 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
     with workers.Team("rows", players, measure.Device("tpu")) as team:
         for player, name in players.items():
             assert team.ask(player, "prepare", 3) == {player: [name, 3]}
-        assert started == [("rows", "everyone")]
+        assert started == [("rows", "shared")]
         assert team.ask("optax", "end") == {}
         assert team.failed.keys() == players.keys()
 
