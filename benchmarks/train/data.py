@@ -11,7 +11,7 @@ import platform
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,40 +153,36 @@ class Windows:
     """
 
     def __init__(self, blocks: np.ndarray, width: int, boundary: int):
-        padded = np.pad(blocks, ((0, 0), (width, 0)), constant_values=boundary)
-        first = np.arange(len(blocks), dtype=np.int32) * padded.shape[1]
-        self.starts = (first[:, None] + np.arange(blocks.shape[1], dtype=np.int32)).ravel()
-        self.tokens, self.places = padded.astype(np.int32).ravel(), np.arange(width + 1)
+        padded = np.pad(blocks.astype(np.int32), ((0, 0), (width, 0)), constant_values=boundary)
+        self.windows = np.lib.stride_tricks.sliding_window_view(padded, width + 1, axis=1)
+        self.starts = np.arange(blocks.size, dtype=np.int32)  # the number of each window
 
     def at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of windows that start there, the words before, int32[n, width], and those to predict."""
-        tokens = self.tokens[starts[:, None] + self.places]
+        """Of windows by number, the words before, int32[n, width], and those to predict."""
+        tokens = self.windows[np.unravel_index(starts, self.windows.shape[:2])]
         return tokens[:, :-1], tokens[:, -1]
 
 
-class Batches:
-    """Batches of windows in an order that depends on nothing but the seed and the step.
+def batches(
+    windows: Windows, size: int, seed: int
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """The batch of a step, as of `Windows.at`: it depends on nothing but the seed and the step.
 
     Every window comes once an epoch; a batch may lie across two.
     """
 
-    def __init__(self, windows: Windows, size: int, seed: int):
-        self.windows, self.size = windows, size
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(windows.starts)
 
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(windows.starts)
-
-        self.order = order
-
-    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """A step's batch, as of `Windows.at`."""
-        windows = len(self.windows.starts)
-        epoch, place = np.divmod(np.arange(self.size) + step * self.size, windows)
-        starts = np.empty(self.size, np.int32)
+    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, place = np.divmod(np.arange(size) + step * size, len(windows.starts))
+        starts = np.empty(size, np.int32)
         for e in np.unique(epoch).tolist():
-            starts[epoch == e] = self.order(e)[place[epoch == e]]
-        return self.windows.at(starts)
+            starts[epoch == e] = order(e)[place[epoch == e]]
+        return windows.at(starts)
+
+    return batch
 
 
 # --- models that count ----------------------------------------------------------------------------
