@@ -222,10 +222,8 @@ def _main_case(cases: Cases) -> tuple[int, int, int]:
 
     It is the case that the docs quote, or else the largest of those with the most contenders.
     """
-    if (1_000_000, 64, 8192, "Zipf") in cases:
-        return 1_000_000, 64, 8192
-    rows, width, reads, _ = max(cases, key=lambda key: (len(cases[key]["ms"]), key))
-    return rows, width, reads
+    quoted = 1_000_000, 64, 8192
+    return max(cases, key=lambda key: (key[:3] == quoted, len(cases[key]["ms"]), key))[:3]
 
 
 def main_rows(results: Results) -> list[Row]:
@@ -449,10 +447,11 @@ def float64(results: Results) -> str:
         [row["model"], row["metric"], *(_share_and_largest(row["contenders"][n]) for n in names)]
         for row in results["metrics"]
     ]
-    weights = [
-        [row["model"], *(_median_and_largest(row["contenders"][n]) for n in names)]
-        for row in results["weights"]
-    ]
+    weights = []
+    for row in results["weights"]:
+        by_seed = (row["contenders"][n] for n in names)
+        cells = (f"{statistics.median(x):.1g}, {max(x):.1g}" for x in by_seed)
+        weights.append([row["model"], *cells])
     return "\n\n".join(
         [
             f"{origin(results)} Each cell gives two numbers over all epochs of "
@@ -470,10 +469,6 @@ def float64(results: Results) -> str:
 def _share_and_largest(compared: Row) -> str:
     share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
     return f"{share}, {compared['largest']:.1g}"
-
-
-def _median_and_largest(values: list[float]) -> str:
-    return f"{statistics.median(values):.1g}, {max(values):.1g}"
 
 
 def narrow(results: Results) -> str:
