@@ -82,9 +82,9 @@ class GapState(NamedTuple):
 class by_gap(extend.Transform):
     """A rule that depends on the steps since a row's last read.
 
-    The rule is a function of the step's number, the rate and b2; the gradient, which was computed
-    with the row's old weights; both moments; and the number of the step that read the row last. It
-    returns the update and the new moments.
+    The rule is a function of the step's number, the rate, b2 and 1 - b2; the gradient, which was
+    computed with the row's old weights; both moments; and the number of the step that read the row
+    last. It returns the update and the new moments.
     """
 
     rule: Callable[..., Any] = extend.static()
@@ -97,7 +97,8 @@ class by_gap(extend.Transform):
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         count = extend.next_count(state.count)
-        c = count.astype(jnp.float32), self.rate, self.b2
+        # The rule gets all numbers in float32, in which 1 - b2 would lose digits.
+        c = count.astype(jnp.float32), self.rate, self.b2, 1 - self.b2
         u, *slots = extend.lift(
             "by_gap", self.rule, lambda real: c, updates, state[1:], rows="lazy"
         )
@@ -109,9 +110,11 @@ def correction(t: Any, b2: float) -> Any:
     return jnp.sqrt(1 - b2**t) / (1 - B1**t)
 
 
-def next_moments(g: Any, m: Any, v: Any, gap: Any, b2: Any) -> tuple[jax.Array, jax.Array]:
+def next_moments(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, jax.Array]:
     """The moments of rows, which decay by the steps since their last read."""
-    return B1**gap * m + (1 - B1) * g, b2**gap * v + (1 - b2) * g * g
+    t, _, b2, rest = c
+    gap = t - last
+    return B1**gap * m + (1 - B1) * g, b2**gap * v + rest * g * g
 
 
 def counting_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, ...]:
@@ -121,9 +124,9 @@ def counting_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array,
     catches up with its momentum in the steps between, with v and the bias correction after this
     step.
     """
-    t, rate, b2 = c
+    t, rate, b2, _ = c
     missed = B1 * (1 - B1 ** (t - last - 1)) / (1 - B1) * m
-    m, v = next_moments(g, m, v, t - last, b2)
+    m, v = next_moments(c, g, m, v, last)
     size = jnp.sqrt(v) + EPS * jnp.sqrt(1 - b2**t)
     return -rate * (correction(t, b2) * (m + missed) / size), m, v, jnp.full_like(last, t)
 
@@ -134,11 +137,10 @@ def local_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, ..
     The row takes the steps since its last read, and that read's own step, with the v and the bias
     correction of that read. So it moves by `g` itself at the next read.
     """
-    t, rate, b2 = c
-    gap = t - last
-    summed = correction(last, b2) * (1 - B1**gap) / (1 - B1)
+    t, rate, b2, _ = c
+    summed = correction(last, b2) * (1 - B1 ** (t - last)) / (1 - B1)
     missed = summed * m / (jnp.sqrt(v) + EPS)
-    return -rate * missed, *next_moments(g, m, v, gap, b2), jnp.full_like(last, t)
+    return -rate * missed, *next_moments(c, g, m, v, last), jnp.full_like(last, t)
 
 
 def with_rule(rule: Callable[..., Any]) -> Maker:
