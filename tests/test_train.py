@@ -23,9 +23,9 @@ import adamjax
 from benchmarks import train
 from benchmarks.train import job, model
 from benchmarks.train.data import (
+    Batches,
     Bigram,
     Windows,
-    batches,
     counted_losses,
     installation,
     make_text,
@@ -524,12 +524,12 @@ def test_windows_stay_in_their_block_and_come_once_an_epoch():
     np.testing.assert_array_equal(words, blocks.ravel())
     np.testing.assert_array_equal(contexts[:5], [[9, 9], [9, 1], [1, 2], [2, 3], [9, 9]])
 
-    batch = batches(windows, 3, seed=1)
-    epochs = np.concatenate([batch(i)[1] for i in range(16)]).reshape(6, 8)
+    batches = Batches(windows, 3, seed=1)
+    epochs = np.concatenate([batches.at(i)[1] for i in range(16)]).reshape(6, 8)
     assert len(set(map(bytes, epochs))) == 6
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), blocks.ravel())
-    np.testing.assert_array_equal(batches(windows, 3, seed=1)(9)[1], batch(9)[1])
+    np.testing.assert_array_equal(Batches(windows, 3, seed=1).at(9)[1], batches.at(9)[1])
 
 
 def test_the_estimated_softmax_is_the_full_one_on_average(monkeypatch):

@@ -11,7 +11,7 @@ import platform
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,26 +163,29 @@ class Windows:
         return tokens[:, :-1], tokens[:, -1]
 
 
-def batches(
-    windows: Windows, size: int, seed: int
-) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """The batch of a step, as of `Windows.at`: it depends on nothing but the seed and the step.
+class Batches:
+    """Batches of windows in an order that depends on nothing but the seed and the step.
 
     Every window comes once an epoch; a batch may lie across two.
     """
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(windows.starts)
+    def __init__(self, windows: Windows, size: int, seed: int):
+        self.windows, self.size = windows, size
 
-    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, place = np.divmod(np.arange(size) + step * size, len(windows.starts))
-        starts = np.empty(size, np.int32)
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, epoch)).permutation(windows.starts)
+
+        self.order = order
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """A step's batch, as of `Windows.at`."""
+        windows = len(self.windows.starts)
+        epoch, place = np.divmod(np.arange(self.size) + step * self.size, windows)
+        starts = np.empty(self.size, np.int32)
         for e in np.unique(epoch).tolist():
-            starts[epoch == e] = order(e)[place[epoch == e]]
-        return windows.at(starts)
-
-    return batch
+            starts[epoch == e] = self.order(e)[place[epoch == e]]
+        return self.windows.at(starts)
 
 
 # --- models that count ----------------------------------------------------------------------------

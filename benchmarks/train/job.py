@@ -106,10 +106,10 @@ def initial(config: Config, text: data.Text) -> dict[str, Any]:
 def all_batches(config: Config, text: data.Text) -> Callable[[int], model.Batch]:
     """The batch of each step, by the step's number."""
     windows = data.Windows(text.training, config.context, text.boundary)
-    words = data.batches(windows, config.batch, config.seed)
+    batches = data.Batches(windows, config.batch, config.seed)
 
     def batch(step: int) -> model.Batch:
-        return model.Batch(*words(step), model.draw(len(text.words), config.seed, step))
+        return model.Batch(*batches.at(step), model.draw(len(text.words), config.seed, step))
 
     return batch
 
