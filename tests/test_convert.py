@@ -1651,6 +1651,26 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     assert taken == expected
 
 
+def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    adam = built_keras(keras, "Adam")
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    several = built_keras(keras, "Adam")
+    several.__class__ = type("MultiOptimizer", (type(several),), {"optimizers": [adam]})
+    for given, message in [
+        (built_keras(keras, "SGD", momentum=0.9), r"is a keras.*SGD: expected Keras' Adam"),
+        (scaled, r"LossScaleOptimizer: expected .* Convert its inner_optimizer"),
+        (several, r"MultiOptimizer: expected .* Convert each of its optimizers by itself"),
+        (model, r"is a keras.*Sequential: expected .* Pass its optimizer"),
+        ({"name": "adam", "beta_1": 0.9}, r"a config, which has no variables"),
+        ("model.weights.h5", r"got the path 'model.weights.h5', expected optimizer.variables"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            convert.from_keras(given, tx, params)
+
+
 def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
     params = {"w": jnp.ones(3)}
     for options, tx, problem in [
