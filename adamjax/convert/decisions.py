@@ -4,16 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from adamjax._compat import ClosedJaxpr, Jaxpr, Literal
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
+from adamjax.leaves import dtype_of
 
 __all__ = ["leaves_of_parts", "operations", "program"]
-
-# Operations that only say where an array is.
-_PLACING = {"reshard", "sharding_constraint", "mesh_cast"}
 
 
 def leaves_of_parts(state: AdamjaxState) -> list[tuple[type, list[str]]]:
@@ -26,7 +25,9 @@ def program(tx: Any, params: Tree) -> list[tuple[str, str]]:
 
     It is the same for all shapes and dtypes of leaves, unless the transform decides by these.
     """
-    traced = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params)
+    # Without weak types and shardings, by which programs differ that compute the same.
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), dtype_of(p)), params)
+    traced = jax.make_jaxpr(tx.update)(shapes, jax.eval_shape(tx.init, shapes), shapes)
     return list(_operations(traced.jaxpr))
 
 
@@ -37,8 +38,6 @@ def operations(tx: Any, params: Tree) -> list[str]:
 
 def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, str]]:
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _PLACING:
-            continue
         numbers = [x.val for x in eqn.invars if isinstance(x, Literal)]
         yield eqn.primitive.name, repr(numbers)
         inner = jax.tree.leaves(

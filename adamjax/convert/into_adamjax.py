@@ -56,7 +56,24 @@ def into_adamjax(
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
     _expect_room_for_micro_batches(source, new, check)
-    return _AdamjaxFilling(source, new, system, check, rtol).filled_state()
+    filled = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
+    return _placed_like(new.params, filled)
+
+
+def _placed_like(params: Tree, state: Any) -> Any:
+    """The state on the device that the parameters are committed to, if that is one device.
+
+    Otherwise a step would be compiled twice: once for counts that may go anywhere, and once for
+    those that it returns, which are where the parameters are.
+    """
+    leaves = jax.tree.leaves(params)
+    if not all(isinstance(p, jax.Array) and p.committed for p in leaves):
+        return state
+    devices = {device for p in leaves for device in p.devices()}
+    if len(devices) != 1:
+        return state
+    (device,) = devices
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), state)
 
 
 def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: bool) -> None:

@@ -1,6 +1,5 @@
 """Takes the same steps with two optimizers, and measures how far apart their updates are."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -167,9 +166,9 @@ class PairedSteps:
     def whole_call(self, ours: AdamjaxState, optimizer: Any) -> Any:
         """A function like `_call` for the whole model, if the present states are a sample of it.
 
-        It draws the gradients itself, from those of the sample, and returns the new states, by leaf
-        the largest difference of an element, infinite where one is NaN, and the largest update of
-        optax. So no other arrays as large as the model are stored.
+        Its first argument is whether it returns the new states. It makes the gradients itself, from
+        those of the sample. It returns by leaf the largest difference of an element, infinite where
+        one is NaN, and the largest update of optax. So few arrays as large as the model are stored.
         """
         params, treedef = flatten(ours.params)
         update = like_wide(optimizer.update) if self.widens else optimizer.update
@@ -186,8 +185,7 @@ class PairedSteps:
                 new[place] = x if sharding is None else resharded(x, sharding, p)
             return treedef.unflatten(new)
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def call(states: Any, pools: Any, sizes: Any) -> Any:
+        def call(keeps_states: bool, states: Any, pools: Any, sizes: Any) -> Any:
             grads, weights = map(tree, pools, sizes)
             move, one = ours.tx.update(grads, states[0], weights)
             other_move, other = update(grads, states[1], weights)
@@ -201,9 +199,9 @@ class PairedSteps:
                 difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)
                 apart.append(jnp.max(difference, initial=0))
                 largest.append(jnp.max(jnp.abs(b), initial=0))
-            return (one, other), (apart, largest)
+            return (one, other) if keeps_states else None, (apart, largest)
 
-        return call
+        return jax.jit(call, static_argnums=0)
 
     def take_whole(
         self, call: Any, states: tuple[Any, Any], size: float
@@ -215,12 +213,11 @@ class PairedSteps:
         Args:
           call: the result of `whole_call`.
         """
-        # These may be the user's arrays, so a copy of them is donated.
-        states = jax.tree.map(jnp.copy, states)
         sizes = self._clipped(self.usual), self._clipped(np.full(len(self.leaves), size))
-        for _ in range(self.calls + self.calls_left):
+        for left in reversed(range(self.calls + self.calls_left)):
             pools = self.pool[next(self.next_of_pool)], self.pool[0]
-            states, (apart, largest) = call(states, pools, sizes)
+            # After the last call, states as large as the model are not needed.
+            states, (apart, largest) = call(left > 0, states, pools, sizes)
             yield np.array(apart, np.float64), np.array(largest, np.float64)
 
     def _clipped(self, sizes: np.ndarray) -> np.ndarray:
