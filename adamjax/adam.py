@@ -26,14 +26,14 @@ from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
     Recurrence,
-    accumulator,
     averaging,
+    checked_in_range,
     complement,
+    compute_dtype,
     correction,
     magnitude,
     next_count,
     positive_epsilon,
-    ranged,
     root,
     scalar,
     square,
@@ -137,7 +137,7 @@ def _zero_averages(params: Tree, dtype: str | None) -> Tree:
     """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
     def make(p: chex.Array) -> Any:
-        default = widened_dtype(p.dtype, accumulator(p.dtype))
+        default = widened_dtype(p.dtype, compute_dtype(p.dtype))
         if dtype == SCALED8 and not jnp.iscomplexobj(p):
             return zeros_scaled8(p, signed=True)
         return jnp.zeros_like(p, default if jnp.iscomplexobj(p) else dtype or default)
@@ -151,7 +151,7 @@ def _zero_denominators(params: Tree, dtype: str | None) -> Tree:
     def make(p: chex.Array) -> Any:
         if dtype == SCALED8:
             return zeros_scaled8(p, signed=False)
-        return jnp.zeros_like(p, dtype or accumulator(p.dtype))
+        return jnp.zeros_like(p, dtype or compute_dtype(p.dtype))
 
     return new_slots(params, make)
 
@@ -203,7 +203,7 @@ _amsgrad = Recurrence(_adam_moments, _amsgrad_quotient, last=_largest_v)
 
 def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Nadam's momentum of step t, and 1 minus it."""
-    b, shrinking = scalar(ranged(b1, BETA), t.dtype), 0.5 * 0.96**t
+    b, shrinking = scalar(checked_in_range(b1, BETA), t.dtype), 0.5 * 0.96**t
     return b * (1 - shrinking), complement(b1, t.dtype) + b * shrinking
 
 

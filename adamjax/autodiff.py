@@ -74,7 +74,7 @@ def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 # --- a call of a loss -----------------------------------------------------------------------------
 
 
-def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
+def _argument_numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
     """The numbers of the arguments, and whether `argnums` is a single one."""
     single = not isinstance(argnums, Sequence | np.ndarray) or np.shape(argnums) == ()
     numbers = [argnums] if single else list(argnums)
@@ -106,7 +106,7 @@ class Call:
         has_aux: bool = False,
     ) -> None:
         self.owner, self.loss_fn, self.args, self.kwargs = owner, loss_fn, args, kwargs
-        numbers, self.single = _numbers(owner, argnums)
+        numbers, self.single = _argument_numbers(owner, argnums)
         self.has_aux = has_aux
         if not all(-len(args) <= i < len(args) for i in numbers):
             raise ValueError(
@@ -154,12 +154,12 @@ class Call:
     def _expect_loss(self, loss: Any) -> None:
         """Refuses a loss that is not one real float."""
         message = f"{self.owner}: the loss must be one real float, got"
-        mend = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
+        advice = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
         if not is_arraylike(loss):
-            raise TypeError(f"{message} {loss!r}{mend}")
+            raise TypeError(f"{message} {loss!r}{advice}")
         dtype = jnp.result_type(loss)
         if np.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{message} {dtype.name}{list(np.shape(loss))}{mend}")
+            raise TypeError(f"{message} {dtype.name}{list(np.shape(loss))}{advice}")
 
     def value_and_grad(self) -> Any:
         """As `jax.value_and_grad`, with `None` as the gradient of a leaf that is not a float."""

@@ -9,11 +9,11 @@ from adamjax.data import COUNT, UNIT, Number, Tree, is_array, transform_state
 from adamjax.leaves import expect_wide, lift, needed, new_slots
 from adamjax.moments import (
     Average,
-    accumulator,
+    add_update,
     as_count,
     averaging,
+    compute_dtype,
     next_count,
-    stepped,
     widen,
     widened_dtype,
 )
@@ -56,8 +56,8 @@ def _averaged(
     c: _Scalars, u: chex.Array, average: chex.Array, p: chex.Array
 ) -> tuple[chex.Array, ...]:
     """The update, or that which makes `p` the average if the step overwrites; the new average."""
-    real = accumulator(u.dtype, average.dtype)
-    new_average = c.averaging(widen(average, real), widen(stepped(p, u), real))
+    real = compute_dtype(u.dtype, average.dtype)
+    new_average = c.averaging(widen(average, real), widen(add_update(p, u), real))
     if c.overwrites is not None:
         u = jnp.where(c.overwrites, (new_average - widen(p, real)).astype(u.dtype), u)
     return u, new_average.astype(average.dtype)
@@ -111,7 +111,7 @@ class weight_ema(Transform):
 
     def init(self, params: Tree) -> WeightEmaState:
         def start(p: chex.Array) -> chex.Array:
-            return jnp.array(p, widened_dtype(p.dtype, accumulator(p.dtype)), copy=True)
+            return jnp.array(p, widened_dtype(p.dtype, compute_dtype(p.dtype)), copy=True)
 
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 

@@ -18,11 +18,11 @@ from adamjax._compat import as_varying, jaxpr_as_fun, varying_axes
 
 __all__ = [
     "group_tables",
-    "in_blocks",
     "joined_positions",
     "needs_no_loop",
     "per_row",
     "rows_of_each",
+    "run_in_blocks",
 ]
 
 # The most rows of a block of a loop.
@@ -34,11 +34,11 @@ _GROUP_ELEMENTS = 1 << 20
 
 
 def needs_no_loop(n: int) -> bool:
-    """Whether `in_blocks` makes no loop for n rows. For more, it makes one, except on a GPU."""
+    """Whether `run_in_blocks` makes no loop for n rows. For more, it makes one, except on a GPU."""
     return n <= _MAX_UNLOOPED_ROWS
 
 
-def in_blocks(
+def run_in_blocks(
     step: Callable[[Any, chex.Array, Any, Any], tuple[Any, Any]],
     tables: Any,
     indices: chex.Array,

@@ -140,12 +140,12 @@ class Bucketed:
     def expect_whole(self, name: str) -> None:
         """Refuses buckets that do not fit the plan, such as those of a truncated file."""
         buckets, alone = self.plan.buckets, self.plan.alone
-        mend = "restore the whole state, or start from init"
+        advice = "restore the whole state, or start from init"
         counts, expected = (len(self.buckets), len(self.alone)), (len(buckets), len(alone))
         if counts != expected:
             raise ValueError(
                 f"grouped: the state's {name} has {counts[0]} buckets and {counts[1]} other "
-                f"arrays, expected {expected[0]} and {expected[1]}: {mend}"
+                f"arrays, expected {expected[0]} and {expected[1]}: {advice}"
             )
         for i, (bucket, x) in enumerate(zip(buckets, self.buckets, strict=True)):
             size = sum(math.prod(self.plan.shape_of(j)) for j in bucket)
@@ -153,7 +153,7 @@ class Bucketed:
                 actual = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
                     f"grouped: bucket {i} of the state's {name} is {actual}, expected the shape "
-                    f"[{size}], that of its {len(bucket)} leaves end to end: {mend}"
+                    f"[{size}], that of its {len(bucket)} leaves end to end: {advice}"
                 )
 
     def leaves(self) -> list[Any]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of, is_arraylike, is_left_alone
-from adamjax.moments import accumulator, widened_dtype
+from adamjax.moments import compute_dtype, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.transform import (
@@ -121,7 +121,7 @@ class chain(Transform):
         states = self.part_states(state)
         leaves = flatten(updates)[0]
         own = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
-        wide = [None if d is None else widened_dtype(d, accumulator(d)) for d in own]
+        wide = [None if d is None else widened_dtype(d, compute_dtype(d)) for d in own]
 
         def cast(updates: Any, dtypes: list[Any]) -> Any:
             if own == wide:  # no gradient is narrow

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
-from adamjax.leaves import lift, reduced
-from adamjax.moments import accumulator, barrier, root, scalar, square, widen, widened_dtype
+from adamjax.leaves import lift, reduce_leaves
+from adamjax.moments import barrier, compute_dtype, root, scalar, square, widen, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
@@ -24,17 +24,17 @@ def _sum_of_squares(arrays: Iterable[chex.Array]) -> chex.Array:
     return functools.reduce(operator.add, (jnp.sum(square(x)) for x in arrays))
 
 
-def _sum_of_leaf(c: None, g: Any) -> tuple[chex.Array]:
-    """The sum of a leaf's squares: the rule of `global_norm` for `reduced`."""
-    return _sum_in(accumulator(g.dtype), g)
+def _leaf_sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
+    """The sum of a leaf's squares: the rule of `global_norm` for `reduce_leaves`."""
+    return _sum_of_squares_in(compute_dtype(g.dtype), g)
 
 
-def _sum_of_leaf_in_float64(c: None, g: Any) -> tuple[chex.Array]:
+def _leaf_sum_of_squares_in_float64(c: None, g: Any) -> tuple[chex.Array]:
     """The same for a tree with leaves of float64."""
-    return _sum_in(jnp.float64, g)
+    return _sum_of_squares_in(jnp.float64, g)
 
 
-def _sum_in(real: Any, g: Any) -> tuple[chex.Array]:
+def _sum_of_squares_in(real: Any, g: Any) -> tuple[chex.Array]:
     """The sum of a leaf's squares in a dtype."""
     if widened_dtype(g.dtype, real) != g.dtype:
         # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
@@ -69,12 +69,12 @@ def _norm(owner: str, tree: Tree) -> chex.Array:
     # Outside of x64 mode, JAX takes NumPy's float64 as float32.
     is_x64 = jnp.result_type(float) == jnp.float64
     has_float64 = is_x64 and bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
-    rule = _sum_of_leaf_in_float64 if has_float64 else _sum_of_leaf
-    return root(reduced(owner, rule, operator.add, tree, empty))
+    rule = _leaf_sum_of_squares_in_float64 if has_float64 else _leaf_sum_of_squares
+    return root(reduce_leaves(owner, rule, operator.add, tree, empty))
 
 
 class _MaxNorm(NamedTuple):
-    """The largest norm of a clip, for one accumulator dtype.
+    """The largest norm of a clip, for one compute dtype.
 
     Attributes:
       limit: the norm to shrink to.
@@ -94,7 +94,7 @@ def _max_norm(value: Number, real: Any) -> _MaxNorm:
 
 
 def _limit(value: Number, real: Any) -> Any:
-    """A limit in the accumulator dtype; NaN for an array below 0, which may be traced."""
+    """A limit in the compute dtype; NaN for an array below 0, which may be traced."""
     limit = scalar(value, real)
     return jnp.where(limit >= 0, limit, jnp.nan) if is_array(value) else limit
 

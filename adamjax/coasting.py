@@ -64,7 +64,7 @@ from adamjax.data import exportable
 from adamjax.mesh import gather_entries
 from adamjax.moments import barrier
 
-__all__ = ["Coast", "Coasting", "Ring", "coasting", "decayed", "power"]
+__all__ = ["Coast", "Coasting", "Ring", "coasting_plan", "decayed", "power"]
 
 # The largest error, as a fraction of a row's whole movement, by the dtype of the computation.
 _TOLERANCE = {np.dtype(np.float32): 1e-8, np.dtype(np.float64): 1e-13}
@@ -168,7 +168,7 @@ class _Lag(NamedTuple):
         return self.now - jnp.maximum(self.gap - j, 0)
 
 
-def coasting(
+def coasting_plan(
     coast: Coast, momentum: float | None, decays: bool, real: Any = np.float32
 ) -> "Coasting":
     """Makes the plan for a rule.
@@ -272,16 +272,18 @@ class Coasting:
         series, rates, decay, kappa = ring
         if kappa is not None:
             # C_{t-1} for each start step. This step changes it by b times itself.
-            decay_so_far = jnp.exp(_difference(_at(decay, clock - 1)[None], decay))
+            decay_so_far = jnp.exp(_difference(_entries_at(decay, clock - 1)[None], decay))
             is_new = np.arange(len(kappa), dtype=np.int32) == clock & (len(kappa) - 1)
             b = jnp.asarray(b, kappa.dtype)
-            kappa = jnp.where(is_new, 0, _times(self.momentum, kappa - b * decay_so_far))
+            kappa = jnp.where(is_new, 0, _times_momentum(self.momentum, kappa - b * decay_so_far))
         if decay is not None:
             b = jnp.asarray(b, decay.dtype)
-            decay = _put(decay, clock, _two_sum(_at(decay, clock - 1), jnp.log1p(b)))
+            decay = _with_entries(
+                decay, clock, _two_sum(_entries_at(decay, clock - 1), jnp.log1p(b))
+            )
         if rates is not None:
             scalars = [jnp.asarray(scalar, rates.dtype) for scalar in (a, b)]
-            rates = _put(rates, clock, jnp.stack(scalars))
+            rates = _with_entries(rates, clock, jnp.stack(scalars))
         if series is not None:
             series = self._advance_series(series, clock, count, a, b)
         return Ring(series, rates, decay, kappa)
@@ -292,14 +294,14 @@ class Coasting:
         """Adds a step to G and Q of the last K start steps, and starts those of this step at 0."""
         real, j = series.dtype, np.arange(self.steps + 1, dtype=np.int32)
         a, b = jnp.asarray(a, real), jnp.asarray(b, real)
-        g, q = self._halves(_at(series, clock - j))
+        g, q = self._split_g_and_q(_entries_at(series, clock - j))
         change = b * g + a * self._coefficients_of_terms(count, real)
         new = g + change
         if q is not None:
-            new = jnp.concatenate([new, _times(self.momentum, q - change)], axis=1)
-        return _put(series, clock - j, jnp.where((j > 0)[:, None], new, 0))
+            new = jnp.concatenate([new, _times_momentum(self.momentum, q - change)], axis=1)
+        return _with_entries(series, clock - j, jnp.where((j > 0)[:, None], new, 0))
 
-    def _halves(self, entries: chex.Array) -> tuple[chex.Array, chex.Array | None]:
+    def _split_g_and_q(self, entries: chex.Array) -> tuple[chex.Array, chex.Array | None]:
         """The coefficients of G and of Q, each [..., terms]."""
         q = None if self.momentum is None else entries[:, self.terms :]
         return entries[:, : self.terms], q
@@ -371,9 +373,11 @@ class Coasting:
             elif q is not None:
                 q = _column(power(momentum, clock - lag.end, p.dtype, history), q) * q
                 if ring.kappa is not None:
-                    q += _column(_at(ring.kappa, lag.end), g) * g
+                    q += _column(_entries_at(ring.kappa, lag.end), g) * g
             if ring.decay is not None:
-                since_end = _difference(_at(ring.decay, clock)[None], _at(ring.decay, lag.end))
+                since_end = _difference(
+                    _entries_at(ring.decay, clock)[None], _entries_at(ring.decay, lag.end)
+                )
                 g = _column(jnp.exp(since_end), g) * g
             return g, q
 
@@ -383,7 +387,10 @@ class Coasting:
         elif ring.rates is not None:
             moved, distance = settled(*self._replay(ring.rates, lag, m, x, poison))
         if ring.decay is not None:
-            since_last = _difference(_at(ring.decay, clock)[None], _at(ring.decay, last)) + poison
+            since_last = (
+                _difference(_entries_at(ring.decay, clock)[None], _entries_at(ring.decay, last))
+                + poison
+            )
             moved += _column(jnp.expm1(since_last), p) * p
         is_current = _column(gap == 0, p)
         moved = jnp.where(is_current, 0, moved)
@@ -397,7 +404,7 @@ class Coasting:
         if distance is not None:
             change += distance
         if ring.kappa is not None:
-            change += _column(_at(ring.kappa, last), p) * p
+            change += _column(_entries_at(ring.kappa, last), p) * p
         return moved, jnp.where(is_current, average, average + change)
 
     def _evaluate(
@@ -413,7 +420,7 @@ class Coasting:
         # Without barriers, XLA would read the coefficients again for each element.
         coefficients = [
             c if c is None else barrier(c)
-            for c in settled(*self._halves(_at(series, lag.last) + poison[:, None]))
+            for c in settled(*self._split_g_and_q(_entries_at(series, lag.last) + poison[:, None]))
         ]
         e = _column(self._epsilon(lag.step_number(1), x.dtype), x)
         inverse = 1 / (x + e)
@@ -435,11 +442,11 @@ class Coasting:
         def step(carry: tuple) -> tuple:
             j, g, q = carry
             live = j <= lag.gap
-            a, b = (_column(jnp.where(live, r, 0), x) for r in _at(rates, lag.last + j).T)
+            a, b = (_column(jnp.where(live, r, 0), x) for r in _entries_at(rates, lag.last + j).T)
             e = _column(self._epsilon(lag.step_number(j), real), x)
             change = b * g + a * (fall_m[j] * m / (fall_x[j] * x + e))
             if q is not None:
-                q = jnp.where(_column(live, x), _times(self.momentum, q - change), q)
+                q = jnp.where(_column(live, x), _times_momentum(self.momentum, q - change), q)
             return j + 1, g + change, q
 
         zero = jnp.zeros_like(m) + _column(poison, m)
@@ -457,7 +464,7 @@ def _steps_and_series(numbers: Numbers, tolerance: float) -> tuple[int, int, flo
     replay_steps = _steps_until(tolerance, numbers.b1)
     if numbers.shrink < 1:
         least = max(
-            numbers.eps * float(_corrected(numbers.b2, 1)), float(np.finfo(np.float32).tiny)
+            numbers.eps * float(_epsilon_ratio(numbers.b2, 1)), float(np.finfo(np.float32).tiny)
         )
         replay_steps += _steps_until(min(1.0, least / _LARGEST_SIZE), numbers.shrink)
     if numbers.b1 >= numbers.shrink:
@@ -476,7 +483,7 @@ def _steps_until(part: float, b: float) -> int:
     return max(1, math.ceil(math.log(part) / math.log(b))) if b > 0 else 1
 
 
-def _corrected(b2: float | None, t: Any) -> np.ndarray:
+def _epsilon_ratio(b2: float | None, t: Any) -> np.ndarray:
     """`e_t / eps`."""
     return np.ones(np.shape(t)) if b2 is None else np.sqrt(-np.expm1(t * math.log(b2)))
 
@@ -499,7 +506,9 @@ def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, 
         starts = np.append(0, 4.0 ** np.arange(num_starts))[:, None, None]
     # Divided by shrink**j, the denominator of w_j is 1 + sigma * excess.
     excess = (
-        _corrected(numbers.b2, starts + j) / _corrected(numbers.b2, starts + 1) / numbers.shrink**j
+        _epsilon_ratio(numbers.b2, starts + j)
+        / _epsilon_ratio(numbers.b2, starts + 1)
+        / numbers.shrink**j
         - 1
     )
     angles = np.linspace(0, np.pi, 3 * _MOST_TERMS)
@@ -595,7 +604,7 @@ def _powers(b: float, k: chex.Array, real: Any, history: int) -> tuple[chex.Arra
     return of_k
 
 
-def _times(momentum: Any, value: chex.Array) -> chex.Array:
+def _times_momentum(momentum: Any, value: chex.Array) -> chex.Array:
     """`momentum * value`, computed with a rounded 1 - momentum rather than a rounded momentum."""
     return value - (1 - momentum) * value
 
@@ -620,12 +629,12 @@ def _column(rows: chex.Array, like: chex.Array) -> chex.Array:
     return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
 
 
-def _at(entries: chex.Array, steps: chex.Array) -> chex.Array:
+def _entries_at(entries: chex.Array, steps: chex.Array) -> chex.Array:
     """The ring's entries of steps of any shape."""
     return gather_entries(entries, steps & (len(entries) - 1))
 
 
-def _put(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:
+def _with_entries(entries: chex.Array, steps: chex.Array, new: chex.Array) -> chex.Array:
     """The ring with new entries for steps, no two of which share an entry."""
     positions = steps & (len(entries) - 1)
     return entries.at[positions].set(new, mode="promise_in_bounds", unique_indices=True)

@@ -124,14 +124,14 @@ def from_config(
     add_decayed_weights(weight_decay=0.004, mask='kernel')
     """
     if not isinstance(config, Mapping):
-        mend = ""
+        advice = ""
         if isinstance(config, str | bytes):
-            mend = ": parse it by json.loads"
+            advice = ": parse it by json.loads"
         elif hasattr(config, "get_config"):
-            mend = ": pass keras.optimizers.serialize(optimizer)"
+            advice = ": pass keras.optimizers.serialize(optimizer)"
         raise TypeError(
             "from_config: expected a dictionary, as to_config or Keras write it, got "
-            f"{config!r:.80} of type {type(config).__name__}{mend}"
+            f"{config!r:.80} of type {type(config).__name__}{advice}"
         )
     if CLASS not in config:
         return from_keras_config(with_class_name(config), "the config", mask)

@@ -129,12 +129,12 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def _is_whole(x: Any) -> bool:
+def _is_integer(x: Any) -> bool:
     """Whether an array is of an integer dtype."""
     return bool(jnp.issubdtype(x.dtype, jnp.integer))
 
 
-def _is_wide(x: Any) -> bool:
+def _exceeds_int32(x: Any) -> bool:
     """Whether an array holds a whole number beyond int32."""
     return bool(np.any(np.abs(np.asarray(x, np.float64)) > LAST_COUNT))
 
@@ -257,7 +257,7 @@ class Data:
                 f"{owner}: {name} must be a number that is {allowed.text}, got {value!r} {kind}"
             )
         if isinstance(value, jax.core.Tracer):
-            return value.astype(float) if _is_whole(value) and whole == "never" else value
+            return value.astype(float) if _is_integer(value) and whole == "never" else value
         try:
             inside = bool(np.all(allowed.holds(np.asarray(value, np.float64))))
         except OverflowError:  # a whole number beyond all floats
@@ -273,7 +273,7 @@ class Data:
             return int(value) if whole == "only" or kept else float(value)
         if whole == "only":
             return jnp.asarray(value, jnp.int32)
-        if _is_whole(value) and (whole == "never" or _is_wide(value)):
+        if _is_integer(value) and (whole == "never" or _exceeds_int32(value)):
             # Convert in NumPy first: JAX would cut a wide integer to 32 bits.
             return jnp.asarray(np.asarray(value, np.float64), float)
         return jnp.asarray(value)

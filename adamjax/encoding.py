@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
-from adamjax.mesh import explicit_sharding, replicated, resharded
+from adamjax.mesh import explicit_sharding, replicate, reshard
 
 __all__ = [
     "SCALED8",
@@ -43,8 +43,8 @@ __all__ = [
     "VECTOR_BLOCK",
     "Scaled8",
     "block_exponents",
-    "decoded",
-    "encoded",
+    "decode",
+    "encode",
     "expect_encoded",
     "expect_exponents_by_row",
     "exponents_spec",
@@ -131,7 +131,7 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
         return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
     spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
     exponents = jnp.zeros(_exponents_shape(p.shape), np.uint8)
-    return Scaled8(codes, resharded(exponents, NamedSharding(sharding.mesh, spec), p))
+    return Scaled8(codes, reshard(exponents, NamedSharding(sharding.mesh, spec), p))
 
 
 def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def _blocks(bits: chex.Array) -> chex.Array:
     columns = bits.shape[-1]
     if bits.ndim > 1 or columns <= VECTOR_BLOCK:
         return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
-    bits = replicated(bits) if explicit_sharding(bits) is not None else bits
+    bits = replicate(bits) if explicit_sharding(bits) is not None else bits
     if columns % VECTOR_BLOCK:
         bits = jnp.pad(bits, (0, -columns % VECTOR_BLOCK))
     return bits.reshape(-1, 8, VECTOR_BLOCK // 8)
@@ -281,7 +281,7 @@ def _power(biased: chex.Array) -> chex.Array:
     return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
-def encoded(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
+def encode(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
     """A float array in 8 bits, each number rounded up or down so that its mean is right.
 
     Args:
@@ -328,7 +328,7 @@ def _codes_jvp(code_dtype: Any, primals: Any, tangents: Any) -> Any:
     )
 
 
-def decoded(slot: Scaled8) -> chex.Array:
+def decode(slot: Scaled8) -> chex.Array:
     """The float32 array that is stored in 8 bits."""
     codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
     top = _exponent_range(codes.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
 from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS
-from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
+from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, match_leaves
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
 from adamjax.structure import map_slots, walk
@@ -179,10 +179,10 @@ class grouped(Transform):
         state_plan, plan_name = self._plan_for(updates, state, params)
         plan = _with_structure_of(state_plan, params)
         like = plan.shape_tree
-        leaves = matched("grouped", "grads", updates, like, plan_name)
+        leaves = match_leaves("grouped", "grads", updates, like, plan_name)
         inputs = [leaves]
         if params is not None:
-            inputs.append(matched("grouped", "params", params, like, plan_name, grads=leaves))
+            inputs.append(match_leaves("grouped", "params", params, like, plan_name, grads=leaves))
 
         to_split = [
             i
@@ -235,8 +235,8 @@ class grouped(Transform):
         (Array([0., 0., 0., 0., 0.], dtype=float32),)
         """
         expected = jax.eval_shape(self.tx.init, params)
-        mend = f"pass a state of {self.tx!r} for these parameters"
-        expect_like("grouped.join", "state", state, expected, mend)
+        advice = f"pass a state of {self.tx!r} for these parameters"
+        expect_like("grouped.join", "state", state, expected, advice)
         plan = _make_plan(params, self.max_size)
 
         def group(like: Any, x: Any) -> Any:

@@ -11,9 +11,17 @@ import numpy as np
 
 from adamjax.average import weight_ema
 from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
-from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
-from adamjax.mesh import explicit_sharding, replicated, scatter_rows, split_like_rows
-from adamjax.moments import accumulator, as_count, next_count, widened_dtype
+from adamjax.leaves import (
+    expect_wide,
+    is_left_alone,
+    lift,
+    new_slots,
+    no_scalars,
+    reduce_leaves,
+    zero_update,
+)
+from adamjax.mesh import explicit_sharding, replicate, scatter_rows, split_like_rows
+from adamjax.moments import as_count, compute_dtype, next_count, widened_dtype
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -68,7 +76,7 @@ def _conditional(
 
     def skip_step() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
-        return _map_leaves(_zero_update, jax.eval_shape(take_step)[0]), state
+        return _map_leaves(_zero_updates, jax.eval_shape(take_step)[0]), state
 
     updates, state = jax.lax.cond(due, take_step, skip_step)
     triples = zip(leaves, flatten(updates)[0], is_active, strict=True)
@@ -84,12 +92,12 @@ def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
     return jax.tree.map(mapped, *trees, is_leaf=is_leaf)
 
 
-def _zero_update(shape: Any) -> Any:
+def _zero_updates(shape: Any) -> Any:
     def zeros(x: Any) -> chex.Array:
         # On a mesh with explicit axes, both branches must split their results alike.
         return jnp.zeros(x.shape, x.dtype, device=explicit_sharding(x))
 
-    return at_rest(jax.tree.map(zeros, shape))
+    return zero_update(jax.tree.map(zeros, shape))
 
 
 @transform_state()
@@ -155,7 +163,7 @@ def _mean(g: Any, total: Any, calls: chex.Array) -> Any:
             if _has_all_rows(total):
                 # The total of a table that is split over devices is split like the table. But of a
                 # row gradient every device has all rows.
-                arrays = replicated(total.indices), replicated(total.values)
+                arrays = replicate(total.indices), replicate(total.values)
                 total = total.replace(indices=arrays[0], values=arrays[1])
     return with_seal(total / calls)
 
@@ -284,7 +292,7 @@ class accumulate_gradients(Transform):
             expect_matches(owner, self._patterns, params, first_decides=True)
 
         def empty(p: chex.Array) -> chex.Array:
-            return jnp.zeros_like(p, widened_dtype(p.dtype, accumulator(p.dtype)))
+            return jnp.zeros_like(p, widened_dtype(p.dtype, compute_dtype(p.dtype)))
 
         totals, treedef = flatten(new_slots(params, empty))
         leaves, is_lazy = flatten(params)[0], self.tx.lazy_leaves(params)
@@ -323,7 +331,7 @@ class accumulate_gradients(Transform):
             if is_lazy[i]:
                 given = self._max_rows_of(path, g) is not None
                 why = "the rule of this leaf leaves the rows alone that were not read"
-                mend = (
+                advice = (
                     "the state was made for another rule: after a whole step put the state's inner "
                     "into a new state from init"
                     if given
@@ -332,12 +340,12 @@ class accumulate_gradients(Transform):
                 )
             elif g.lazy and moves_all:
                 why = "a rule before this one leaves the rows alone that were not read"
-                mend = "put that rule inside, accumulate_gradients(chain(rule, ...), steps, ...)"
+                advice = "put that rule inside, accumulate_gradients(chain(rule, ...), steps, ...)"
             else:
                 continue
             raise ValueError(
                 f"accumulate_gradients: grads[{path!r}] is a row gradient, summed in a dense "
-                f"array, and that would move every row, but {why}: {mend}"
+                f"array, and that would move every row, but {why}: {advice}"
             )
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -356,7 +364,7 @@ class accumulate_gradients(Transform):
                 if is_left_alone(g):
                     return g
                 # Divide by the number of calls: `steps` may have been set to another value since.
-                calls = count.astype(accumulator(x.dtype))
+                calls = count.astype(compute_dtype(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
                 x = _mean(g, x, calls)
@@ -364,7 +372,7 @@ class accumulate_gradients(Transform):
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def cleared(g: Any, x: Any) -> Any:
-                return x if is_left_alone(g) else at_rest(x)
+                return x if is_left_alone(g) else zero_update(x)
 
             means = jax.tree.map(mean, active, total, is_leaf=is_leaf)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
@@ -400,7 +408,7 @@ class SkipNotFiniteState(NamedTuple):
 
 
 def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
-    """For `reduced`: whether all elements of a leaf are finite."""
+    """For `reduce_leaves`: whether all elements of a leaf are finite."""
     return (
         functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in nonzero_arrays(g))),
     )
@@ -443,7 +451,7 @@ class skip_not_finite(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, SkipNotFiniteState)
-        finite = reduced(
+        finite = reduce_leaves(
             "skip_not_finite", _all_finite, jnp.logical_and, updates, empty=jnp.array(True)
         )
 

@@ -16,11 +16,11 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import (
     WrongResultError,
-    accumulator,
+    add_update,
     checked_results,
+    compute_dtype,
     expect_scalar,
     is_signed,
-    stepped,
 )
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rounding import is_narrow, rounding_keys
@@ -38,7 +38,6 @@ __all__ = [
     "Rows",
     "apply_updates",
     "as_arrays",
-    "at_rest",
     "described",
     "dtype_of",
     "expect_array",
@@ -52,12 +51,13 @@ __all__ = [
     "is_arraylike",
     "is_left_alone",
     "lift",
-    "matched",
+    "match_leaves",
     "needed",
     "new_slots",
     "no_scalars",
-    "reduced",
+    "reduce_leaves",
     "rounds_stochastically",
+    "zero_update",
 ]
 
 
@@ -132,7 +132,7 @@ def dtype_of(leaf: Any) -> Any:
     return jnp.result_type(leaf)  # float64 only under x64
 
 
-def at_rest(leaf: Any) -> Any:
+def zero_update(leaf: Any) -> Any:
     """The update of a leaf that is left alone: zeros, or the leaf where zeros cannot be added."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
@@ -201,7 +201,7 @@ def expect_no_shapes(owner: str, name: str, tree: Tree) -> None:
 
 
 def expect_array(
-    what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
+    what: str, x: Any, shape: tuple[int, ...], advice: str, dtype: str | None = None
 ) -> None:
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
     if _is_number_or_shape(x) and not isinstance(x, jax.ShapeDtypeStruct):
@@ -210,7 +210,7 @@ def expect_array(
     if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     expected = f"{dtype or 'shape '}{list(shape)}"
-    raise ValueError(f"{what} is {described(x)}, expected {expected}: {mend}")
+    raise ValueError(f"{what} is {described(x)}, expected {expected}: {advice}")
 
 
 def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[str], list[str]]:
@@ -220,14 +220,14 @@ def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[st
     return missing, surplus
 
 
-def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
+def expect_like(owner: str, name: str, tree: Tree, like: Tree, advice: str) -> None:
     """Refuses a tree whose leaves, shapes or dtypes differ from those of `like`."""
     paths, expected = leaf_paths(tree), leaf_paths(like)
     if paths != expected:
         missing, surplus = _missing_and_surplus(paths, expected)
         # If no path is missing or surplus, the paths are in another order.
         what = f"has no {missing[0]!r}" if missing else f"has {surplus or paths}, not expected"
-        raise ValueError(f"{owner}: {name} {what}: {mend}")
+        raise ValueError(f"{owner}: {name} {what}: {advice}")
     for path, x, y in zip(paths, flatten(tree)[0], flatten(like)[0], strict=True):
         if _is_number_or_shape(x):
             expect_stored(f"{owner}: {name}[{path!r}]", x, described(y))
@@ -237,7 +237,7 @@ def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> Non
             same = (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
         if not same:
             raise ValueError(
-                f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {mend}"
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {advice}"
             )
 
 
@@ -294,7 +294,7 @@ def _kind(leaf: Any) -> str:
     return "complex" if _is_kind(dtype_of(leaf), jnp.complexfloating) else "real"
 
 
-def matched(
+def match_leaves(
     owner: str,
     name: str,
     tree: Any,
@@ -314,16 +314,18 @@ def matched(
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
         missing, surplus = _missing_and_surplus(leaf_paths(tree), leaf_paths(like))
-        mend = "(None stands for a leaf that is not to be updated)"
+        advice = "(None stands for a leaf that is not to be updated)"
         if missing:
             what = f"{name} has no leaf {missing[0]!r}"
         elif surplus:
             what = f"{name} has a leaf {surplus[0]!r} that {like_name} does not have"
             if like_name == "the state":
-                mend = "(if the parameters have a new leaf, init makes a state with it)"
+                advice = "(if the parameters have a new leaf, init makes a state with it)"
         else:
             what = f"{name} is {jax.tree.structure(tree)}, {like_name} {treedef}"
-        raise ValueError(f"{owner}: {what}: expected the structure of {like_name} {mend}") from None
+        raise ValueError(
+            f"{owner}: {what}: expected the structure of {like_name} {advice}"
+        ) from None
     for i, (leaf, expected_leaf) in enumerate(zip(leaves, expected, strict=True)):
         if grads is not None and grads[i] is None:
             continue
@@ -453,7 +455,7 @@ def lift(
       owner: the transform's name, for errors.
       rule: the function, `(c, g, *slots, [p]) -> (u, *slots)`. Define it at the top of a module:
         `jit` would compile again for a function that each step makes anew.
-      scalars: a function of an accumulator dtype that returns `c`, the step's scalars. Or a list
+      scalars: a function of a compute dtype that returns `c`, the step's scalars. Or a list
         with one such function for each leaf: the same object for leaves that are treated alike,
         None for a leaf that passes unchanged.
       grads: the tree of gradients.
@@ -480,10 +482,10 @@ def lift(
     else:
         like, like_name = grads, name
     treedef = flatten(like)[1]
-    leaves = matched(owner, name, grads, like, like_name)
+    leaves = match_leaves(owner, name, grads, like, like_name)
     # Kinds may differ: a rule keeps the size of a complex gradient in a real slot.
     columns = [
-        matched(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
+        match_leaves(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
         for slot in slots
     ]
     slots_of_leaves = [[column[i] for column in columns] for i in range(len(leaves))]
@@ -494,7 +496,9 @@ def lift(
                 f"{leaf_paths(like)[i]!r}: expected an array in each of its trees"
             )
     param_columns = (
-        [] if params is None else [matched(owner, "params", params, like, like_name, grads=leaves)]
+        []
+        if params is None
+        else [match_leaves(owner, "params", params, like, like_name, grads=leaves)]
     )
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
@@ -503,7 +507,7 @@ def lift(
     for i, (g, own) in enumerate(zip(leaves, slots_of_leaves, strict=True)):
         own_scalars = scalars[i] if isinstance(scalars, list) else scalars
         if is_left_alone(g) or (own and is_left_alone(own[0])):
-            outputs[i] = (at_rest(g), *own)
+            outputs[i] = (zero_update(g), *own)
         elif own_scalars is None:
             outputs[i] = (g, *own)
         else:
@@ -518,7 +522,7 @@ def lift(
     scalars_of_dtype: dict[Any, Any] = {}
     for (own_scalars, *_), group in alike.items():
         g, *group_slots = group[0].inputs[: 1 + len(slots)]
-        real = accumulator(g.dtype, *(x.dtype for x in group_slots))
+        real = compute_dtype(g.dtype, *(x.dtype for x in group_slots))
         if (own_scalars, real) not in scalars_of_dtype:
             scalars_of_dtype[own_scalars, real] = _checked_scalars(owner, own_scalars(real))
         c = scalars_of_dtype[own_scalars, real]
@@ -612,7 +616,7 @@ def needed(owner: str, params: Tree) -> Tree:
     return params
 
 
-def reduced(
+def reduce_leaves(
     owner: str,
     rule: Callable[..., Any],
     join: Callable[[Any, Any], Any],
@@ -637,10 +641,10 @@ def _joined(join: Callable[[Any, Any], Any], scalars: list[chex.Array]) -> chex.
     return functools.reduce(join, scalars)
 
 
-def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
+def _apply_update(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
     """The update, and the parameter moved by it: a rule whose slot is the parameter."""
     if not isinstance(u, RowGradient | RowMoves):
-        return u, stepped(p, u, key)
+        return u, add_update(p, u, key)
     return u, p + u if key is None else u.added_to(p, key)
 
 
@@ -687,7 +691,7 @@ def apply_updates(
     """
     return lift(
         "apply_updates",
-        _moved,
+        _apply_update,
         no_scalars,
         updates,
         slots=(params,),

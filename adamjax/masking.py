@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from adamjax.data import Tree, static
-from adamjax.leaves import matched
+from adamjax.leaves import match_leaves
 from adamjax.paths import (
     Mask,
     checked_mask,
@@ -14,9 +14,9 @@ from adamjax.paths import (
     first_match,
     flatten,
     leaf_paths,
+    mask_flags,
     paired,
     resolved_mask,
-    selected,
 )
 from adamjax.transform import Step, Transform, as_transform, several_states
 
@@ -63,10 +63,10 @@ class masked(Transform):
         self.set_fields(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
 
     def _flags(self, tree: Tree) -> list[bool]:
-        return selected(self.pattern, tree, "masked")
+        return mask_flags(self.pattern, tree, "masked")
 
     def init(self, params: Tree) -> Any:
-        flags = selected(self.pattern, params, "masked", must_match=True)
+        flags = mask_flags(self.pattern, params, "masked", must_match=True)
         return self.tx.init(_keep(params, flags))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -75,7 +75,7 @@ class masked(Transform):
             flags = self._flags(updates)
         else:
             # The mask is that of the parameters, as in `init`.
-            grads = matched("masked", "grads", updates, params, "params")
+            grads = match_leaves("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
             flags = self._flags(params)
             params = _keep(params, flags)
@@ -189,7 +189,7 @@ class partition(Transform):
         if any(i not in owners for i in range(len(self.patterns))):
             # Gradients that do not fit params are a better reason than the unmatched pattern.
             if params is not None:
-                matched("partition", "grads", updates, params, "params")
+                match_leaves("partition", "grads", updates, params, "params")
             expect_present("partition", self.patterns, updates, leaf_paths(updates))
         part_states, shares = self.part_states(state), self._shares(updates)
         params_shares = [None] * len(self.parts) if params is None else self._shares(params)

@@ -10,7 +10,7 @@ import numpy as np
 from adamjax.data import Tree, transform_state
 from adamjax.leaves import apply_updates, dtype_of, expect_like, is_left_alone, needed, new_slots
 from adamjax.mesh import gather_rows
-from adamjax.moments import accumulator, widen, widened_dtype
+from adamjax.moments import compute_dtype, widen, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, with_seal
 from adamjax.structure import Part, find
@@ -44,7 +44,7 @@ _ADVICE = "pass the parameters that belong to the state, or make a new state wit
 
 def _wide_dtype(p: Any) -> Any:
     """The dtype in which steps compute with a parameter."""
-    return widened_dtype(dtype_of(p), accumulator(dtype_of(p)))
+    return widened_dtype(dtype_of(p), compute_dtype(dtype_of(p)))
 
 
 def _is_narrow(p: Any) -> bool:

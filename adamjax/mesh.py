@@ -27,9 +27,9 @@ __all__ = [
     "explicit_sharding",
     "gather_entries",
     "gather_rows",
-    "placed",
-    "replicated",
-    "resharded",
+    "place",
+    "replicate",
+    "reshard",
     "run_on_own_rows",
     "scatter_rows",
     "split_alike",
@@ -45,7 +45,7 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     return sharding if sharding is not None and "Explicit" in axis_kinds(sharding.mesh) else None
 
 
-def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
+def reshard(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
     """Moves an array to a sharding over explicit axes, on the mesh of `like`."""
     # Outside `jit`, JAX's `reshard` needs `jax.set_mesh`, and `device_put` does not.
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
@@ -54,7 +54,7 @@ def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.
     return jax.device_put(x, NamedSharding(like.sharding.mesh, sharding.spec))
 
 
-def replicated(x: chex.Array) -> chex.Array:
+def replicate(x: chex.Array) -> chex.Array:
     """A value of which every device of its mesh, or else of the current mesh, has all elements.
 
     Without explicit axes, a value that is not traced is returned as it is.
@@ -62,7 +62,7 @@ def replicated(x: chex.Array) -> chex.Array:
     sharding = explicit_sharding(x)
     if sharding is not None:
         is_split = any(axes is not None for axes in sharding.spec)
-        return resharded(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
+        return reshard(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
     if not isinstance(x, jax.core.Tracer):
         return x
     try:
@@ -71,7 +71,7 @@ def replicated(x: chex.Array) -> chex.Array:
         return x
 
 
-def placed(x: Any, sharding: NamedSharding) -> Any:
+def place(x: Any, sharding: NamedSharding) -> Any:
     """Moves an array, traced or not, to a sharding and to the kind of memory that it names."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
@@ -193,7 +193,7 @@ def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
     is_explicit = explicit_sharding(table) is not None
     sharding = _rows_sharding(table)
     if sharding is not None:
-        return resharded(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
+        return reshard(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
     if is_explicit or not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x

@@ -19,33 +19,33 @@ __all__ = [
     "Average",
     "Recurrence",
     "WrongResultError",
-    "accumulator",
+    "add_update",
     "as_count",
     "at_least_float32",
     "averaging",
     "barrier",
+    "checked_in_range",
     "checked_results",
     "complement",
+    "compute_dtype",
     "correction",
     "expect_scalar",
     "is_signed",
     "magnitude",
     "next_count",
     "positive_epsilon",
-    "promoted",
-    "ranged",
+    "promoted_dtype",
     "root",
-    "saturated",
+    "saturating_cast",
     "scalar",
     "square",
     "step_number",
-    "stepped",
     "widen",
     "widened_dtype",
 ]
 
 
-def accumulator(*dtypes: Any) -> Any:
+def compute_dtype(*dtypes: Any) -> Any:
     """The real dtype to compute in: float64 if one of the dtypes is that wide, else float32."""
     wide = any(jnp.finfo(d).dtype == np.float64 for d in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
@@ -56,7 +56,7 @@ def at_least_float32(dtype: Any) -> Any:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def promoted(*dtypes: Any) -> Any:
+def promoted_dtype(*dtypes: Any) -> Any:
     """The dtype of a sum of such arrays, whatever `jax.numpy_dtype_promotion` is."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
@@ -70,7 +70,7 @@ def widened_dtype(dtype: Any, real: Any) -> Any:
 
 
 def widen(x: chex.Array, real: Any) -> chex.Array:
-    """`x` cast to the accumulator dtype `real`, or to its complex counterpart if `x` is complex."""
+    """`x` cast to the compute dtype `real`, or to its complex counterpart if `x` is complex."""
     return x.astype(widened_dtype(x.dtype, real))
 
 
@@ -83,13 +83,13 @@ def is_signed(dtype: Any) -> bool:
 
 
 def scalar(value: Number, real: Any) -> Any:
-    """A hyperparameter in the accumulator dtype; a Python float stays a compile-time constant."""
+    """A hyperparameter in the compute dtype; a Python float stays a compile-time constant."""
     if is_array(value):
         return jnp.asarray(value, real)
     return np.asarray(value, real)[()]
 
 
-def ranged(value: Number, allowed: Range) -> Any:
+def checked_in_range(value: Number, allowed: Range) -> Any:
     """A hyperparameter, if it is in its range.
 
     A Python number outside its range is refused: `jax.tree.map` may have put it into the field
@@ -106,13 +106,13 @@ def ranged(value: Number, allowed: Range) -> Any:
 
 
 def positive_epsilon(value: Number, real: Any) -> Any:
-    """An epsilon in the accumulator dtype, for a division whose divisor could otherwise be 0.
+    """An epsilon in the compute dtype, for a division whose divisor could otherwise be 0.
 
     A Python number 0.0 stays 0, so check it with `POSITIVE` before. An array may be traced, or set
     later by `set_hyperparams`, so it raises no error: an array of 0 becomes the smallest normal
     number, and one that is negative, infinite or NaN becomes NaN.
     """
-    eps = scalar(ranged(value, NON_NEGATIVE), real)
+    eps = scalar(checked_in_range(value, NON_NEGATIVE), real)
     return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
 
 
@@ -130,10 +130,10 @@ def as_count(name: str, value: Number, dtype: Any) -> Any:
             f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
             "expected an integer dtype"
         )
-    return saturated(value, dtype)
+    return saturating_cast(value, dtype)
 
 
-def saturated(x: chex.Array, dtype: Any) -> chex.Array:
+def saturating_cast(x: chex.Array, dtype: Any) -> chex.Array:
     """Integers in another integer dtype; values outside it become its limits."""
     new, old = jnp.iinfo(dtype), jnp.iinfo(x.dtype)
     least, most = max(new.min, old.min), min(new.max, old.max)
@@ -166,7 +166,7 @@ def next_count(count: chex.Array) -> chex.Array:
 
 
 class Average(NamedTuple):
-    """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
+    """An exponential average `b * old + (1 - b) * new`, prepared for one compute dtype.
 
     It is computed as a step from the number that weighs more towards the other. So the average of
     equal numbers is that number, and that of zeros is zero. With two rounded factors, 0.999 * old +
@@ -179,12 +179,15 @@ class Average(NamedTuple):
     # The rounding error of the weight; `None` if it is negligible.
     rest: Any
     # Whether `new` weighs more; `None` if it is known not to, which saves two selects.
-    from_new: Any
+    new_weighs_more: Any
 
     def __call__(self, old: chex.Array, new: chex.Array) -> chex.Array:
         base, other = old, new
-        if self.from_new is not None:
-            base, other = jnp.where(self.from_new, new, old), jnp.where(self.from_new, old, new)
+        if self.new_weighs_more is not None:
+            base, other = (
+                jnp.where(self.new_weighs_more, new, old),
+                jnp.where(self.new_weighs_more, old, new),
+            )
         step = other - base
         if self.rest is None:
             return base + self.weight * step
@@ -197,13 +200,13 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     Args:
       b: the decay. A Python number outside of `allowed` raises an error; an array outside of it
         makes averages NaN. For an array, `1 - b` is computed from `b` as its dtype has rounded it.
-      real: the accumulator dtype.
+      real: the compute dtype.
       allowed: the range of `b`.
     """
     if is_array(b):
-        b = ranged(b, allowed)
+        b = checked_in_range(b, allowed)
         return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
-    exact = min(ranged(b, allowed), 1 - b)
+    exact = min(checked_in_range(b, allowed), 1 - b)
     weight = scalar(exact, real)
     rest = scalar(exact - float(weight), real)
     # The rest costs two operations. It is left out if in a thousand steps it adds up to less than
@@ -249,7 +252,7 @@ class Recurrence:
     """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
 
     `c` is the step's scalars, as `lift`'s argument `scalars` makes them; `g` is the gradient, `u`
-    the update. Its functions see arrays of the accumulator dtype.
+    the update. Its functions see arrays of the compute dtype.
 
     Attributes:
       moments: `(c, g, *slots) -> new_slots`. If `last` is given, `moments` neither takes nor
@@ -287,7 +290,7 @@ class Recurrence:
         The direction sees narrow slots as they are stored. From unrounded ones, XLA would compute
         the update anew from the old slots, and copy these before it overwrites them.
         """
-        real = accumulator(g.dtype, slots[-1].dtype)
+        real = compute_dtype(g.dtype, slots[-1].dtype)
         stored: list[Any] = []
         seen: list[chex.Array] = []
 
@@ -333,13 +336,13 @@ def correction(b: Number, t: chex.Array) -> chex.Array:
     An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
     """
     if is_array(b):
-        b = ranged(b, BETA)
-        b = b.astype(promoted(b.dtype, t.dtype))
+        b = checked_in_range(b, BETA)
+        b = b.astype(promoted_dtype(b.dtype, t.dtype))
         log_b = jnp.log(jnp.where(b == 0, 1, b))
         # At b = 0 the logarithm has no derivative; the power has one in the first step.
         at_0 = jnp.where(t == 1, 1 - b, 1)
         return jnp.where(b == 0, at_0, -jnp.expm1(t * log_b)).astype(t.dtype)
-    if ranged(b, BETA) == 0:
+    if checked_in_range(b, BETA) == 0:
         return jnp.ones_like(t)
     return -jnp.expm1(t * scalar(math.log(b), t.dtype))
 
@@ -349,7 +352,7 @@ def complement(b: Number, real: Any) -> Any:
 
     An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
     """
-    return scalar(1 - ranged(b, BETA), real)
+    return scalar(1 - checked_in_range(b, BETA), real)
 
 
 @jax.custom_jvp
@@ -377,13 +380,13 @@ def _barrier_jvp(primals: Any, tangents: Any) -> Any:
     return barrier(primals[0]), tangents[0]
 
 
-def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
+def add_update(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
     """The parameter after its update: the sum in float32 or wider, rounded once to its dtype.
 
     Args:
       key, rows: as for `write_slot`. With a key, a bfloat16 parameter is rounded stochastically.
     """
-    real = accumulator(p.dtype, u.dtype)
+    real = compute_dtype(p.dtype, u.dtype)
     return write_slot(widen(p, real) + widen(u, real), p.dtype, key, 0, rows)
 
 

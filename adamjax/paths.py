@@ -27,10 +27,10 @@ __all__ = [
     "flatten",
     "is_leaf",
     "leaf_paths",
+    "mask_flags",
     "optional",
     "paired",
     "resolved_mask",
-    "selected",
     "unique_paths",
 ]
 
@@ -121,12 +121,12 @@ class optional(str):
 def checked_pattern(owner: str, pattern: Any) -> str:
     """The pattern, or an error that names the owner if it is no regular expression."""
     if not isinstance(pattern, str):
-        mend = ""
+        advice = ""
         if isinstance(pattern, re.Pattern):
-            mend = f": write its text, {pattern.pattern!r}, with flags as in '(?i)bias'"
+            advice = f": write its text, {pattern.pattern!r}, with flags as in '(?i)bias'"
         elif isinstance(pattern, bytes):
-            mend = f": write {pattern.decode(errors='replace')!r}"
-        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{mend}")
+            advice = f": write {pattern.decode(errors='replace')!r}"
+        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{advice}")
     try:
         re.compile(pattern)
     except re.error as error:
@@ -415,14 +415,14 @@ def bool_tree(owner: str, tree: Tree) -> BoolTree:
     for i, flag in enumerate(flatten(tree)[0]):
         if flag is not None and not _is_bool(flag):
             path = leaf_paths(tree)[i]
-            mend = ""
+            advice = ""
             if isinstance(flag, str):
-                mend = ": for several patterns, give a list of the leaves to select, ['a', 'b']"
+                advice = ": for several patterns, give a list of the leaves to select, ['a', 'b']"
             elif isinstance(flag, RowGradient):
-                mend = ": pass params to update, so that the function is called with them"
+                advice = ": pass params to update, so that the function is called with them"
             raise TypeError(
                 f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
-                f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"
+                f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{advice}"
             )
     mask = BoolTree(tree)
     try:
@@ -489,7 +489,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
     return bool_tree(owner, mask)
 
 
-def selected(
+def mask_flags(
     mask: Mask, tree: Tree, owner: str = "mask", *, must_match: bool = False
 ) -> list[bool]:
     """Whether each leaf of the tree is selected, in the order of `flatten`.

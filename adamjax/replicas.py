@@ -7,7 +7,7 @@ import jax
 
 from adamjax._compat import varying_axes
 from adamjax.data import Tree, static
-from adamjax.leaves import is_left_alone, matched
+from adamjax.leaves import is_left_alone, match_leaves
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, check_sound, row_gradient
 from adamjax.transform import Stateless, Step, expect_empty
@@ -111,5 +111,5 @@ class sum_over(Stateless):
             return rows.replace(lazy=g.lazy)
 
         like, like_name = (updates, "grads") if params is None else (params, "params")
-        leaves = matched("sum_over", "grads", updates, like, like_name)
+        leaves = match_leaves("sum_over", "grads", updates, like, like_name)
         return flatten(like)[1].unflatten(map(sum_leaf, leaf_paths(like), leaves)), state

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
+from adamjax.encoding import Scaled8, block_exponents, decode, encode
 
 __all__ = ["is_narrow", "read_slot", "rounding_keys", "write_slot", "write_slots"]
 
@@ -31,7 +31,7 @@ def is_narrow(slot: Any) -> bool:
 
 def read_slot(slot: Any, dtype: Any) -> chex.Array:
     """The values of a slot, in this dtype."""
-    return (decoded(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
+    return (decode(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
 
 
 def _mix(x: chex.Array) -> chex.Array:
@@ -94,7 +94,7 @@ def write_slot(
     """A slot's new values in the format that the state stores.
 
     Args:
-      x: the values, in the accumulator dtype.
+      x: the values, in the compute dtype.
       like: the slot in the state, or its dtype.
       key: that of the step and the leaf, of `rounding_keys`; `None` rounds to the nearest.
       slot_number: which slot of the leaf this is. Slots of one leaf use different random bits.
@@ -111,11 +111,11 @@ def write_slot(
         if exponents is None:
             (exponents,) = block_exponents([x], [like])
         if key is None:
-            # The middle of the random numbers: with it `encoded` rounds to the nearest.
+            # The middle of the random numbers: with it `encode` rounds to the nearest.
             random = jnp.full(x.shape, 1 << 15, jnp.uint32)
         else:
             random = _bits(x, key, slot_number, rows)
-        return encoded(x, like.codes.dtype, exponents, random)
+        return encode(x, like.codes.dtype, exponents, random)
     # A cast rounds to the nearest, if it rounds at all. `_round` takes no complex values.
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)

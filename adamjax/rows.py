@@ -18,17 +18,17 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
-from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_each
+from adamjax.blocks import group_tables, joined_positions, rows_of_each, run_in_blocks
 from adamjax.data import Data, static
 from adamjax.encoding import Scaled8, expect_exponents_by_row, map_stored
-from adamjax.mesh import gather_rows, replicated, scatter_rows
+from adamjax.mesh import gather_rows, replicate, scatter_rows
 from adamjax.moments import (
     Recurrence,
-    accumulator,
+    add_update,
     checked_results,
+    compute_dtype,
     is_signed,
-    saturated,
-    stepped,
+    saturating_cast,
     widened_dtype,
 )
 from adamjax.rounding import is_narrow, read_slot, write_slots
@@ -188,10 +188,10 @@ class RowGradient(Data):
           key: from `rounding_keys`, if a bfloat16 table is to be rounded stochastically.
         """
         if self.rest is not None:
-            table = stepped(table, self.rest, key)
+            table = add_update(table, self.rest, key)
 
         # If nothing must be widened for the sum, adding in place rounds once as well.
-        if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
+        if table.dtype == compute_dtype(table.dtype, self.dtype) == self.dtype:
             return scatter_rows(table, self.indices, self.values, add=True)
 
         return _stepped_rows(self.num_rows, table, self.indices, self.values, key)
@@ -202,13 +202,13 @@ class RowGradient(Data):
 def _stepped_rows(
     num_rows: int, table: chex.Array, indices: chex.Array, values: chex.Array, key: Any
 ) -> chex.Array:
-    """A table with `stepped` applied to some of its rows."""
+    """A table with `add_update` applied to some of its rows."""
 
     def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
         before = gather_rows(table, indices, mode="fill", fill_value=0)
-        return scatter_rows(table, indices, stepped(before, values, key, indices)), rows
+        return scatter_rows(table, indices, add_update(before, values, key, indices)), rows
 
-    return in_blocks(step, table, indices, num_rows, (), values)[0]
+    return run_in_blocks(step, table, indices, num_rows, (), values)[0]
 
 
 # For states that were pickled before there were seals.
@@ -430,7 +430,7 @@ def row_gradient(
     trailing = values.shape[indices.ndim :]
     # Every device gets all indices, so that the compiler does not split the sums over devices.
     # Split sums send twice as much between them, or an array as long as the table.
-    indices = replicated(indices)
+    indices = replicate(indices)
     ids = as_row_ids(indices.reshape(-1), num_rows)
     if check:
         _report_outside(indices, ids, num_rows)
@@ -462,8 +462,10 @@ def sum_rows_of_each(
         # An index outside the table has the position `size`. In the joined rows that would be the
         # first position of the next table.
         targets = joined_positions(positions, sizes, starts, outside=sum(sizes))
-        x = jnp.concatenate([replicated(values[i]) for i in batch])
-        empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, accumulator(x.dtype)))
+        x = jnp.concatenate([replicate(values[i]) for i in batch])
+        empty = jnp.zeros(
+            (sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, compute_dtype(x.dtype))
+        )
         total = (
             empty.at[targets.astype(np.uint32)]
             .add(x.astype(empty.dtype), mode="drop")
@@ -566,7 +568,7 @@ def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
 def as_int32(indices: Any) -> chex.Array:
     """Integers as a JAX array; those beyond int32 become its limits, which are in no table."""
     if isinstance(indices, jax.Array):
-        return saturated(indices, np.int32)
+        return saturating_cast(indices, np.int32)
     limits = np.iinfo(np.int32)
     below, above = indices < limits.min, indices > limits.max
     ids = np.where(below | above, 0, indices).astype(np.int32)
@@ -671,7 +673,7 @@ def apply_rule_to_rows(
         u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
         return [map_stored(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
-    new_slots, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
+    new_slots, u = run_in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
     if lazy or g.lazy:
         return updates.replace(lazy=True), *new_slots

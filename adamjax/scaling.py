@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adamjax.data import FINITE, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
-from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, resolved_mask, selected
+from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, mask_flags, resolved_mask
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
 from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
 
@@ -227,12 +227,12 @@ class add_decayed_weights(Transform):
         indices = _pattern_indices(self.weight_decay, params)
         if self.mask is None:
             return indices
-        return list(zip(indices, selected(self.mask, params, "add_decayed_weights"), strict=True))
+        return list(zip(indices, mask_flags(self.mask, params, "add_decayed_weights"), strict=True))
 
     def init(self, params: Tree) -> ScheduleState:
         _expect_matches("add_decayed_weights", self.weight_decay, params)
         if self.mask is not None:
-            selected(self.mask, params, "add_decayed_weights", must_match=True)
+            mask_flags(self.mask, params, "add_decayed_weights", must_match=True)
         return _new_count()
 
     def _rates(self, state: Any, params: Tree) -> list[Any]:
@@ -240,7 +240,7 @@ class add_decayed_weights(Transform):
         rates = rates_at("add_decayed_weights", self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
-        is_decayed = selected(self.mask, params, "add_decayed_weights")
+        is_decayed = mask_flags(self.mask, params, "add_decayed_weights")
         return [rate if decays else 0.0 for rate, decays in zip(rates, is_decayed, strict=True)]
 
     def check_state(self, state: Any) -> None:

@@ -40,10 +40,10 @@ from adamjax.data import (
 from adamjax.moments import (
     as_count,
     at_least_float32,
+    checked_in_range,
     expect_scalar,
-    promoted,
-    ranged,
-    saturated,
+    promoted_dtype,
+    saturating_cast,
 )
 from adamjax.paths import (
     checked_rules,
@@ -138,7 +138,7 @@ class _Compiled(Schedule):
             # An array is NaN here only if it is below 0. Numbers of steps may be integers and must
             # stay so: `_units` and `as_count` check them.
             if allowed.whole == "never":
-                checked.set_fields(**{name: ranged(getattr(self, name), NON_NEGATIVE)})
+                checked.set_fields(**{name: checked_in_range(getattr(self, name), NON_NEGATIVE)})
         value = checked.at(count)
         # No formula holds below count 0: a cosine would fall until then, and start again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
@@ -181,7 +181,7 @@ def _count_array(count: chex.Numeric) -> chex.Array:
             )
         count = jnp.asarray(x)
     if jnp.issubdtype(count.dtype, jnp.unsignedinteger):
-        return saturated(count, jax.dtypes.canonicalize_dtype(np.int64))
+        return saturating_cast(count, jax.dtypes.canonicalize_dtype(np.int64))
     is_narrow = jnp.issubdtype(count.dtype, jnp.integer) and count.dtype.itemsize < 4
     return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
 
@@ -266,7 +266,7 @@ def _common_integer(count: Any, steps: Any) -> Any:
     """
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
-    common = jax.dtypes.canonicalize_dtype(promoted(steps, count))
+    common = jax.dtypes.canonicalize_dtype(promoted_dtype(steps, count))
     if not jnp.issubdtype(common, jnp.integer):  # of uint64 and signed integers
         return None
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
@@ -342,7 +342,7 @@ def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
             return jnp.full(count.shape, below < limits.min)
         return np.asarray(below, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
-        return saturated(boundary, count.dtype) < count
+        return saturating_cast(boundary, count.dtype) < count
     # Floats of `end` and above exceed all counts.
     boundary = boundary.astype(at_least_float32(boundary.dtype))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
@@ -503,7 +503,7 @@ class piecewise_constant(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
-        values = [_float(ranged(v, NON_NEGATIVE)) for v in self.values]
+        values = [_float(checked_in_range(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
         # Boundaries must increase. They are compared like a count and a boundary.
         for before, b in itertools.pairwise(self.boundaries):
@@ -784,7 +784,7 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
             "to train with many rates at once, map over the transform with jax.vmap"
         )
     # The schedules of this module are at least 0, because their numbers are.
-    return value if isinstance(rate, _Compiled) else ranged(value, _RATE)
+    return value if isinstance(rate, _Compiled) else checked_in_range(value, _RATE)
 
 
 def rates_at(owner: str, rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.blocks import per_row
-from adamjax.mesh import replicated
+from adamjax.mesh import replicate
 
 __all__ = ["distinct", "distinct_of_each"]
 
@@ -32,7 +32,7 @@ def distinct_of_each(
     ids: Sequence[chex.Array], num_rows: Sequence[int]
 ) -> list[tuple[chex.Array, chex.Array]]:
     """`distinct` for several tables in one search."""
-    ids = [replicated(x) for x in ids]
+    ids = [replicate(x) for x in ids]
     results = [(x, jnp.full_like(x, x.size)) for x in ids]
     not_empty = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
     for group in _groups(not_empty, num_rows):

@@ -16,8 +16,15 @@ from adamjax.autodiff import Call
 from adamjax.data import Tree, static, transform_state
 from adamjax.encoding import Scaled8, exponents_spec
 from adamjax.exact import ExactRowsState
-from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
-from adamjax.mesh import explicit_sharding, placed
+from adamjax.leaves import (
+    described,
+    dtype_of,
+    expect_arrays,
+    is_arraylike,
+    is_left_alone,
+    match_leaves,
+)
+from adamjax.mesh import explicit_sharding, place
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import find, map_like_params
@@ -252,7 +259,7 @@ class shard_state(Transform):
         def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
-            return placed(x, _named(self.mesh, spec_of(p)))
+            return place(x, _named(self.mesh, spec_of(p)))
 
         leaves, treedef = flatten(tree)
         pairs = zip(leaves, flatten(like)[0], strict=True)
@@ -273,7 +280,7 @@ class shard_state(Transform):
     def init(self, params: Tree) -> ShardedState:
         def make(params: Tree) -> ShardedState:
             inner = self.tx.init(params)
-            return ShardedState(jax.tree.map(placed, inner, self.shardings(inner, params)))
+            return ShardedState(jax.tree.map(place, inner, self.shardings(inner, params)))
 
         without_values = jax.core.Tracer | jax.ShapeDtypeStruct | None
         if all(isinstance(p, without_values) for p in flatten(params)[0]):
@@ -287,13 +294,13 @@ class shard_state(Transform):
         like = updates if params is None else params
         if self.memory_kind is not None:
             own_memory = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(placed, inner, self.shardings(inner, like, own_memory))
-        leaves = matched("shard_state", "grads", updates, like, "params")
+            inner = jax.tree.map(place, inner, self.shardings(inner, like, own_memory))
+        leaves = match_leaves("shard_state", "grads", updates, like, "params")
         updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self._slot_spec)
         if params is not None:
             params = self._split_like(params, like, self._slot_spec)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
-        inner = jax.tree.map(placed, inner, self.shardings(inner, like))
+        inner = jax.tree.map(place, inner, self.shardings(inner, like))
         return self._split_like(updates, like, self._parameter_spec), ShardedState(inner)
 
     def value_and_grad(

@@ -53,7 +53,7 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     return parts
 
 
-def _turned(part: Part) -> set[int]:
+def _downhill_leaves(part: Part) -> set[int]:
     """The leaves that a transform may turn downhill or freeze, by their positions."""
     is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
     turning = (foreign, scale, scale_by_learning_rate, set_to_zero)
@@ -62,12 +62,12 @@ def _turned(part: Part) -> set[int]:
     turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
     if not is_ours or isinstance(part.tx, turning) or turns_all:
         return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
-    return set().union(*map(_turned, part.tx.children(part.state, part.params)))
+    return set().union(*map(_downhill_leaves, part.tx.children(part.state, part.params)))
 
 
 def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
     """Refuses an optimizer if nothing in it can turn the updates of some leaf downhill."""
-    turned = _turned(Part(tx, state, params))
+    turned = _downhill_leaves(Part(tx, state, params))
     for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
         if i not in turned and not is_left_alone(p):
             raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, matched
+from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, match_leaves
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -297,13 +297,13 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{type(owner).__name__}: the state is {described(state)}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}" * restored
-            + _way_out(owner, state, kind) * (not restored)
+            + _how_to_continue(owner, state, kind) * (not restored)
         )
     for name in COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
 
 
-def _way_out(owner: Transform, state: Any, kind: type) -> str:
+def _how_to_continue(owner: Transform, state: Any, kind: type) -> str:
     """How to go on with the state of a wrapper around a transform, or of the transform in it."""
     if states_of_class(kind, state):
         return _UNWRAP
@@ -324,12 +324,13 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
-        mend = fault_of_dtype(x) or (
+        advice = fault_of_dtype(x) or (
             f"only moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a "
             "state with a leading axis use jax.vmap"
         )
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: {mend}"
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: "
+            f"{advice}"
         )
 
 
@@ -462,7 +463,7 @@ class Scaling(Transform):
         except ValueError:
             # If the updates have another structure than the parameters, say that instead.
             if params is not None:
-                matched(type(self).__name__, "grads", updates, params, "params")
+                match_leaves(type(self).__name__, "grads", updates, params, "params")
             raise
         return self.scaled(factors, updates, params), state
 

@@ -8,17 +8,17 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, joined_positions, needs_no_loop, rows_of_each
+from adamjax.blocks import joined_positions, needs_no_loop, rows_of_each, run_in_blocks
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
-from adamjax.exact.route import stopping_at_rules
+from adamjax.exact.catch_up import catch_up_rows, put_slots, read_in_blocks, slot_keys, weights_of
+from adamjax.exact.route import capturing_at_rules
 from adamjax.exact.state import ExactRowsState, TableArrays
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_turn
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
 from adamjax.mesh import gather_rows
-from adamjax.moments import promoted
+from adamjax.moments import promoted_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, indices_after
 from adamjax.search import distinct_of_each
@@ -42,14 +42,14 @@ def take_step(
     treedef = flatten(params)[1]
     # This takes the whole step of leaves that are not tables. A table's gradient goes only as far
     # as its rule.
-    updates, inner = stopping_at_rules(bound.tx, tuple(t.leaf_index for t in tables)).update(
+    updates, inner = capturing_at_rules(bound.tx, tuple(t.leaf_index for t in tables)).update(
         treedef.unflatten(grads), bound.inner_state, params, **extra_args
     )
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf_index: leaf_updates[t.leaf_index].gradient for t in tables}
     # The chain may have widened narrow gradients, so this uses `grads`: an update has the promoted
     # dtype of its gradient and its table.
-    dtypes = {t.leaf_index: promoted(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
+    dtypes = {t.leaf_index: promoted_dtype(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
             # The transforms may have copied the indices, and a ticket is valid only for the very
@@ -119,7 +119,7 @@ def _batch_step(
             for x, carried in zip(arrays, slots_and_last, strict=True)
         ]
         if ready is None:
-            ready = caught_up(batch, past, current, indices)
+            ready = catch_up_rows(batch, past, current, indices)
         u, slots = row_step(g, ready.slots, ready.weights)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
@@ -151,7 +151,7 @@ def _batch_step(
             if needs_no_loop(read_indices[0].size):
                 carry, update = step(carry, indices, padded, ready)
             else:
-                carry, update = in_blocks(
+                carry, update = run_in_blocks(
                     lambda carry, ids, g, _: step(carry, [ids], g),
                     carry,
                     indices[0],
@@ -244,7 +244,7 @@ def read_rows(
         past = bound.past(batch.family)
         indices = _passes(bound, batch, read_indices)[0] if for_step else read_indices
         if needs_no_loop(read_indices[0].size):
-            ready = caught_up(batch, past, arrays, indices)
+            ready = catch_up_rows(batch, past, arrays, indices)
             weights, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
             origins[batch.path] = past, arrays, read_indices
         else:

@@ -14,7 +14,7 @@ from adamjax.blocks import group_tables, per_row, rows_of_each
 from adamjax.coasting import Coast, Coasting
 from adamjax.data import Tree
 from adamjax.mesh import explicit_sharding
-from adamjax.moments import accumulator
+from adamjax.moments import compute_dtype
 from adamjax.paths import flatten
 
 __all__ = [
@@ -53,7 +53,7 @@ class Table(NamedTuple):
     @property
     def real_dtype(self) -> Any:
         """The real dtype in which the table's steps are computed."""
-        return accumulator(self.dtype)
+        return compute_dtype(self.dtype)
 
 
 class Family(NamedTuple):

@@ -20,10 +20,10 @@ import numpy as np
 from adamjax.autodiff import Args, P, Value, takes_state
 from adamjax.average import weight_ema
 from adamjax.blocks import needs_no_loop
-from adamjax.coasting import Coast, Coasting, coasting
+from adamjax.coasting import Coast, Coasting, coasting_plan
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, flushed, zeros_outside_table
+from adamjax.exact.catch_up import catch_up_rows, flush_rows, zeros_outside_table
 from adamjax.exact.fit import expect_fit, expect_same_numbers, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
@@ -39,13 +39,13 @@ from adamjax.leaves import (
     expect_dtypes,
     expect_like,
     is_left_alone,
-    matched,
+    match_leaves,
     needed,
     rounds_stochastically,
 )
 from adamjax.masking import masked, partition
 from adamjax.mesh import run_on_own_rows, split_like_rows
-from adamjax.moments import accumulator
+from adamjax.moments import compute_dtype
 from adamjax.paths import (
     checked_patterns,
     expect_matches,
@@ -234,7 +234,7 @@ class exact_rows(Transform):
         coast = rule.coast()
         assert coast is not None
         momentum = float(momenta[0]) if momenta else None
-        catch_up = coasting(coast, momentum, any(map(_may_decay, later)), real_dtype)
+        catch_up = coasting_plan(coast, momentum, any(map(_may_decay, later)), real_dtype)
         if self.history is not None and self.history < catch_up.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
@@ -262,7 +262,7 @@ class exact_rows(Transform):
                     "of real floats with rows; the pattern is too wide"
                 )
             expect_row_count(f"exact_rows: params[{path!r}]", shape[0])
-            route, real_dtype = leaf_routes[leaf], accumulator(dtype)
+            route, real_dtype = leaf_routes[leaf], compute_dtype(dtype)
             coast, catch_up = self._coast_and_catch_up([part.tx for part in route], real_dtype)
             parts = _from_rule(route)
             for position, part, _, part_params in parts:
@@ -333,8 +333,8 @@ class exact_rows(Transform):
         >>> state = adamjax.exact_rows(dense, "table").from_dense(dense.init(params), params)
         """
         expected = jax.eval_shape(self.tx.init, params)
-        mend = "pass a state of the inner transform for these parameters"
-        expect_like("exact_rows.from_dense", "inner", inner, expected, mend)
+        advice = "pass a state of the inner transform for these parameters"
+        expect_like("exact_rows.from_dense", "inner", inner, expected, advice)
         return self._from_dense(as_arrays(inner), params)
 
     def _from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
@@ -483,7 +483,7 @@ class exact_rows(Transform):
                 f"{sorted(table_arrays.slots)}"
             )
         batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
-        ready = caught_up(batch, bound.past(batch.family), [table_arrays], [flat_ids])
+        ready = catch_up_rows(batch, bound.past(batch.family), [table_arrays], [flat_ids])
         rows = ready.weights
         if slot is not None:
             rows = ready.slots[slot].astype(table_arrays.slots[slot].dtype)
@@ -522,7 +522,7 @@ class exact_rows(Transform):
         bound = self.bind(state, params)
         leaves = [
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
-            for g in matched("exact_rows", "grads", as_arrays(updates), bound.params, "params")
+            for g in match_leaves("exact_rows", "grads", as_arrays(updates), bound.params, "params")
         ]
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf_index])
@@ -581,10 +581,10 @@ class exact_rows(Transform):
             if table.num_rows == 0:
                 continue
             batch, table_arrays = bound.batch_of(table), bound.arrays(table)
-            flush_rows = run_on_own_rows(
-                owner, functools.partial(flushed, batch, stochastic), table_arrays.weights, axis
+            flush_own_rows = run_on_own_rows(
+                owner, functools.partial(flush_rows, batch, stochastic), table_arrays.weights, axis
             )
-            weights, slots, last = flush_rows(table_arrays, bound.past(batch.family))
+            weights, slots, last = flush_own_rows(table_arrays, bound.past(batch.family))
             params = _replaced(params, table.leaf_index, weights)
             inner = _with_slots(state.inner, table.leaf_index, slots)
             state = state._replace(inner=inner, last={**state.last, table.path: last})
