@@ -381,7 +381,7 @@ def test_states_that_do_not_fit_are_refused():
         tx.update(p, full.init(p))
     with pytest.raises(ValueError, match="keeps m in scaled8, expected floats"):
         full.update(p, state)
-    with pytest.raises(ValueError, match="which is not to be cast"):
+    with pytest.raises(ValueError, match="which must not be cast"):
         tx.update(p, jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, state))
     with pytest.raises(ValueError, match=r"exponents of shape \[3\] with codes of shape \[3, 4\]"):
         tx.update(p, state._replace(m=state.m._replace(exponents=jnp.zeros(3, jnp.uint8))))
