@@ -85,7 +85,7 @@ def get_slot(state: Any, name: str) -> Tree:
       bits are returned as float32.
 
     Raises:
-      KeyError: the state has no such slot; the error lists those that it has.
+      KeyError: the state has no such slot; the error lists the slots that it has.
       ValueError: two rules of a chain have this slot for the same leaf, or rows lag behind.
 
     >>> import adamjax, jax.numpy as jnp
@@ -276,8 +276,8 @@ def learning_rate(tx: Any, state: Any) -> Any:
       state: its state.
 
     Returns:
-      A number or scalar array. If leaves have different rates, a `by_path` with them, and
-      `by_path.at(path)` is that of one leaf.
+      A number or scalar array. If leaves have different rates, a `by_path` with these rates, and
+      `by_path.at(path)` is the rate of one leaf.
 
     Raises:
       ValueError: there is no `scale_by_learning_rate`, or more than one.

@@ -64,7 +64,7 @@ def catch_up_rows(batch: Batch, past: Past, arrays: list[TableArrays], indices: 
 
     last = gathered(x.last for x in arrays)
     if is_row is not None:
-        # An index of no row counts as up to date.
+        # An index that stands for no row counts as up to date.
         last = jnp.where(is_row, last, past.clock)
     stored = {name: gathered(x.slots[name] for x in arrays) for name in arrays[0].slots}
     slots = {name: x.astype(first.real_dtype) for name, x in stored.items()}
@@ -76,7 +76,7 @@ def catch_up_rows(batch: Batch, past: Past, arrays: list[TableArrays], indices: 
         size = jnp.zeros_like(momentum)
     else:
         size = root(slots[coast.size]) if coast.squared else slots[coast.size]
-    # Only if `weight_ema` has it: a rule's slot may have that name too.
+    # Read it only if there is a `weight_ema`: a rule's slot may have that name too.
     average = slots["average"] if _has_average(first) else None
     moved, average = first.coasting.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
@@ -112,7 +112,7 @@ def _has_nan(ring: Ring, last: chex.Array) -> chex.Array:
 
 
 def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
-    """The weights of rows, or with `averaged` their average where `weight_ema` keeps one."""
+    """The weights of rows, or with `averaged` their averages, if there is a `weight_ema`."""
     first = batch.tables[0]
     if averaged and _has_average(first):
         return ready.slots["average"].astype(first.dtype)
@@ -147,8 +147,8 @@ def flush_rows(
     """
     weights_key = None
     if stochastic and is_narrow(table_arrays.weights):
-        # This key differs from that of the slots, and from those that `apply_updates` uses in the
-        # steps before and after.
+        # This key differs from the key of the slots, and from the keys that `apply_updates` uses in
+        # the steps before and after.
         leaf = batch.tables[0].leaf_index
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = table_arrays.weights.shape[0]
@@ -158,7 +158,7 @@ def flush_rows(
         ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
         ready = catch_up_rows(batch, past, [table_arrays], [ids])
         clock = jnp.broadcast_to(past.clock, ids.shape)
-        # The next step has the same count, and needs other random bits.
+        # The next step has the same count and needs other random bits, so invert the count here.
         keys = slot_keys(batch, [table_arrays], ~past.count)
         (written,) = put_slots([table_arrays], [ids], ready.slots, clock, keys, first_row)
         weights = ready.weights

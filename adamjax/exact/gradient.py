@@ -20,7 +20,7 @@ __all__ = ["gradient_of", "results_of"]
 
 
 class _Inputs(NamedTuple):
-    """The first arguments of `Reads.value_and_grad` and `Reads.results`."""
+    """The arguments that `Reads.value_and_grad` and `Reads.results` have in common."""
 
     data: Any
     read_rows: Callable[[Any, int, Any], chex.Array]

@@ -109,7 +109,7 @@ def check_route(route: list[Transform]) -> None:
 
 
 class _CapturedGradient:
-    """A table's gradient, as it came to its rule."""
+    """A table's gradient, as it reaches the table's rule."""
 
     # Later transforms leave a leaf of this dtype alone.
     dtype = jax.dtypes.float0
@@ -119,7 +119,7 @@ class _CapturedGradient:
 
 
 class _capturing_rule(Rule):
-    """A rule that passes the gradients of some leaves on as `_CapturedGradient`."""
+    """A rule that passes on the gradients of some leaves unchanged, as `_CapturedGradient`."""
 
     tx: Rule
     leaves: Any = static()
@@ -143,7 +143,10 @@ class _capturing_rule(Rule):
 
 
 def capturing_at_rules(tx: Transform, leaves: tuple[int, ...]) -> Transform:
-    """The transform, with the gradients of some leaves stopped at their rules."""
+    """The transform, but as updates of some leaves it returns what reaches the leaves' rules.
+
+    These updates are `_CapturedGradient`s.
+    """
     if isinstance(tx, Rule):
         return _capturing_rule(tx, leaves)
     # No table goes through the parts of other transforms.

@@ -47,8 +47,8 @@ def take_step(
     )
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf_index: leaf_updates[t.leaf_index].gradient for t in tables}
-    # The chain may have widened narrow gradients, so this uses `grads`: an update has the promoted
-    # dtype of its gradient and its table.
+    # An update has the promoted dtype of its gradient and its table. The chain may have widened
+    # narrow gradients, so this looks at `grads`.
     dtypes = {t.leaf_index: promoted_dtype(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
@@ -176,7 +176,7 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     """The passes of a step: for each pass, the indices of every table.
 
     Usually there is one pass: the rows that were read, then the rows to refresh. If a step reads so
-    many rows that they are taken in blocks, the rows to refresh have a second pass. So the
+    many rows that they are processed in blocks, the rows to refresh have a second pass. So the
     gradients need not be copied to make room for them.
     """
     assert bound.state is not None
@@ -186,15 +186,19 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     num_read, num_due = [x.size for x in read_indices], [x.size for x in due]
     both = jnp.concatenate([*read_indices, *due])
     if len(due) > 1:
-        # Joined table by table, each of these arrays would be a piece of its own, and a kernel.
+        # If they were concatenated table by table, each array would be an operand of its own, with
+        # a kernel of its own.
         both = gather_rows(both, _interleaved(num_read, num_due), mode="promise_in_bounds")
     return [rows_of_each(both, list(map(operator.add, num_read, num_due)))]
 
 
 def _interleaved(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
-    """The order in which each table has its rows of the first array, then those of the second.
+    """The order that puts each table's rows of a first and of a second array next to each other.
 
-    The arrays are concatenated, and each has the rows of all tables, as many as given for each.
+    Both arrays have rows of all tables, table by table, and the two are concatenated.
+
+    Args:
+      first, second: the number of rows of each table in the two arrays.
     """
     table_of_row = [np.repeat(np.arange(len(counts)), counts) for counts in (first, second)]
     return np.argsort(np.concatenate(table_of_row), kind="stable").astype(np.int32)

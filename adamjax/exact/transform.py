@@ -2,9 +2,8 @@
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A
-row catches up when it is read. Then it takes its step through the whole chain, as it would in a
-dense step. The transforms in the chain need not know: they see the rows that were read as if these
-were the whole table.
+row catches up when it is read. Then it takes its step through the whole chain, as in a dense step.
+The transforms in the chain see the rows that were read as if these were the whole table.
 """
 
 import functools
@@ -176,7 +175,7 @@ class exact_rows(Transform):
         # `init` makes this check.
         if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
-            self._coast_and_catch_up([part.tx for part in route])
+            self._coast_and_plan([part.tx for part in route])
 
     groupable = False
     goes_around_exact_rows = True
@@ -208,7 +207,7 @@ class exact_rows(Transform):
     # --- the transform with parameters and a state
 
     def _static_tx(self, params: Tree) -> Transform:
-        """The inner transform with its numbers as Python floats, its mask functions resolved."""
+        """The inner transform with its numbers as Python floats, and mask functions resolved."""
         numbers = iter(self.static_numbers)
 
         def with_numbers(part: Transform) -> Transform:
@@ -220,10 +219,10 @@ class exact_rows(Transform):
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
-    def _coast_and_catch_up(
+    def _coast_and_plan(
         self, route: list[Transform], real_dtype: Any = np.float32
     ) -> tuple[Coast, Coasting]:
-        """How the rule on a table's route moves rows, and how they catch up.
+        """How the rule on a table's route moves rows, and the plan by which they catch up.
 
         Refuses a route that does not allow exact rows, and a history that is too short for it.
         """
@@ -234,15 +233,15 @@ class exact_rows(Transform):
         coast = rule.coast()
         assert coast is not None
         momentum = float(momenta[0]) if momenta else None
-        catch_up = coasting_plan(coast, momentum, any(map(_may_decay, later)), real_dtype)
-        if self.history is not None and self.history < catch_up.least_history:
+        plan = coasting_plan(coast, momentum, any(map(_may_decay, later)), real_dtype)
+        if self.history is not None and self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
-                f"expected at least {catch_up.least_history}: a gradient has an effect for so many "
+                f"expected at least {plan.least_history}: a gradient has an effect for that many "
                 f"steps with {rule!r} in {np.dtype(real_dtype).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
-        return coast, catch_up
+        return coast, plan
 
     def _tables(self, tx: Transform, params: Tree) -> list[Table]:
         """The tables among the parameters."""
@@ -263,13 +262,13 @@ class exact_rows(Transform):
                 )
             expect_row_count(f"exact_rows: params[{path!r}]", shape[0])
             route, real_dtype = leaf_routes[leaf], compute_dtype(dtype)
-            coast, catch_up = self._coast_and_catch_up([part.tx for part in route], real_dtype)
+            coast, plan = self._coast_and_plan([part.tx for part in route], real_dtype)
             parts = _from_rule(route)
             for position, part, _, part_params in parts:
                 if position not in kinds_at:
                     kinds_at[position] = part.kinds(part_params)
             kind = tuple((position, kinds_at[position][leaf]) for position, *_ in parts), real_dtype
-            tables.append(Table(leaf, path, shape, dtype, coast, catch_up, kind))
+            tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
         if not tables and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
                 f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
@@ -321,7 +320,7 @@ class exact_rows(Transform):
         For the reverse, call `params, state = tx.flush(params, state)` and take `state.inner`.
 
         Args:
-          inner: a state like that of `tx.init(params)`, where tx is the inner transform.
+          inner: a state like `tx.init(params)`, where tx is the inner transform.
           params: the parameters that belong to this state.
 
         Raises:
@@ -617,7 +616,7 @@ def _expect_gradient(table: Table, g: Any) -> None:
 
 
 def _would_loop(leaves: Sequence[Any]) -> bool:
-    """Whether a gradient has so many rows that a step takes them in blocks."""
+    """Whether a gradient has so many rows that a step processes them in blocks."""
     return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
 
 
