@@ -30,15 +30,15 @@ def _leaf_sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
 
 
 def _leaf_sum_of_squares_in_float64(c: None, g: Any) -> tuple[chex.Array]:
-    """The same for a tree with leaves of float64."""
+    """`_leaf_sum_of_squares` for a tree with float64 leaves."""
     return _sum_of_squares_in(jnp.float64, g)
 
 
 def _sum_of_squares_in(real: Any, g: Any) -> tuple[chex.Array]:
     """The sum of a leaf's squares in a dtype."""
     if widened_dtype(g.dtype, real) != g.dtype:
-        # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
-        # multiplies by its factor.
+        # Without the barrier, XLA would store a widened copy, to use it both for the norm and for
+        # the product with the clip's factor.
         g = each_array(lambda x: widen(barrier(x), real), g)
     return (_sum_of_squares(nonzero_arrays(g)),)
 
@@ -47,11 +47,11 @@ def global_norm(tree: Tree) -> chex.Array:
     """The Euclidean norm of all floating leaves of a tree as one vector.
 
     Args:
-      tree: arrays of any shapes and dtypes, and row gradients, whose norm is that of their dense
-        array; `None` and integer leaves are ignored.
+      tree: arrays of any shapes and dtypes, and row gradients, which count like their dense
+        arrays; `None` and integer leaves are ignored.
 
     Returns:
-      A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so
+      A scalar of dtype float32 (float64 if a leaf has it). Squares are summed in that dtype, so
       float16 leaves cannot overflow. The norm is infinite if the sum exceeds float32's range, at
       norms above 1.8e19. Elements below about 1e-19 count as 0, because their squares
       underflow. The derivative at 0 is 0.
@@ -200,8 +200,8 @@ class clip_by_norm(Stateless):
 class clip_by_global_norm(Stateless, Scaling):
     """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
 
-    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that of
-    `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
+    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). `global_norm`
+    computes the norm. If it is not finite, every element becomes NaN, as in TensorFlow's
     `clip_by_global_norm`, so the fault shows. A `RowGradient` becomes NaN in its rows only.
     `skip_not_finite` around the chain looks at the gradients before the clip: it skips the step if
     one of their elements is not finite, but not if only their squares overflow (see `global_norm`).

@@ -56,7 +56,7 @@ def _pattern_indices(rate: Any, params: Tree) -> list[Any]:
 
 
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
-    """The scalars of each leaf from its rate, the same object for the same rate; see `lift`."""
+    """`make` of each leaf's rate. Leaves that share a rate share the result, as `lift` needs."""
     by_id = {id(rate): make(rate) for rate in rates}
     return [by_id[id(rate)] for rate in rates]
 
@@ -125,7 +125,7 @@ class scale_by_learning_rate(Scaling):
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
         before this step, 0 at the first), or `by_path` for a rate per leaf. (Some values can be
-        checked only in a step: those of a callable, and of arrays that are traced, or set later by
+        checked only in a step: values of a callable, and arrays that are traced, or set later by
         `set_hyperparams`. There a value below 0 makes the updates NaN. But a callable's value
         between -1e-6 and 0 counts as 0, because of rounding.)
 
@@ -181,9 +181,10 @@ class add_decayed_weights(Transform):
     """Adds `weight_decay * p` to the uphill update of each parameter p.
 
     Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
-    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, with the p
-    before the step. `update` needs `params`. After the learning rate it would make the weights
-    grow in each step, `p += weight_decay * p`, so `chain` refuses that order.
+    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, where p on the
+    right is the parameter before the step. `update` needs `params`. After the learning rate it
+    would make the weights grow in each step, `p += weight_decay * p`, so `chain` refuses that
+    order.
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a

@@ -3,10 +3,10 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
-schedules. A step can see values that nothing has checked before: those of callables, and of arrays
-that are traced or set later. A value below 0 makes NaN there, and so do boundaries that do not
-increase. (Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's
-value between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
+schedules. Some values can be checked only in a step: values of callables, and arrays that are
+traced or set later. There a value below 0 makes NaN, and so do boundaries that do not increase.
+(Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's value
+between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
 `lambda count: schedule(count - 10)`: clip it at 0.
 """
 
@@ -101,8 +101,8 @@ class _Compiled(Schedule):
     """Base class of the schedules here: a call outside `jit` gives the value that a step computes.
 
     The call is compiled, because compiled code multiplies by the reciprocal of a constant divisor,
-    and rounds sums and products together. Without it the last bit would often differ. As in a step,
-    Python numbers are constants and arrays are arguments.
+    and rounds sums and products together. If the call were not compiled, the last bit would often
+    differ. As in a step, Python numbers are constants and arrays are arguments.
 
     An array that is traced or set later is not checked: a negative, infinite or NaN value makes
     NaN, and 0 where a field must be above 0 acts like the smallest number above it.
@@ -135,8 +135,8 @@ class _Compiled(Schedule):
                 expect_scalar(f"{type(self).__name__}: {field}", x)
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
-            # An array is NaN here only if it is below 0. Numbers of steps may be integers and must
-            # stay so: `_units` and `as_count` check them.
+            # An array below 0 becomes NaN. Numbers of steps may be integers and must stay integers:
+            # `_units` and `as_count` check them.
             if allowed.whole == "never":
                 checked.set_fields(**{name: checked_in_range(getattr(self, name), NON_NEGATIVE)})
         value = checked.at(count)
@@ -169,7 +169,7 @@ def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array)
 def _count_array(count: chex.Numeric) -> chex.Array:
     """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
 
-    In an unsigned array, which may be traced, numbers beyond all counts become the largest count.
+    In an unsigned array, which may be traced, numbers beyond all counts become the largest integer.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
@@ -199,7 +199,7 @@ class function_schedule(Schedule):
 
 
 def _as_real_array(rate: Any, value: Any) -> chex.Array:
-    """The result of a rate as an array, or an error if it is no real number."""
+    """The result of a rate as an array, or an error if it is not a real number."""
     try:
         x = None if value is None else jnp.asarray(value)
     except (TypeError, ValueError):
@@ -245,7 +245,8 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 
     Compiled code divides floats by multiplying with a rounded reciprocal, so the quotient may be a
     bit below a whole number although the count is a multiple. An array of steps, which may be
-    traced, is not checked: 0 does what the smallest steps of its dtype do, and less makes NaN.
+    traced, is not checked: 0 counts as the smallest positive number of its dtype, and a number
+    below 0 makes NaN.
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
@@ -262,7 +263,7 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 def _common_integer(count: Any, steps: Any) -> Any:
     """The integer dtype for counts and steps of these dtypes; `None` if no dtype holds all steps.
 
-    Without x64 that is so for uint32 steps, with x64 for uint64 ones, and always for floats.
+    It is `None` for uint32 steps without x64, for uint64 steps with x64, and for all floats.
     """
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
@@ -273,7 +274,7 @@ def _common_integer(count: Any, steps: Any) -> Any:
 
 
 def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
-    """`_units` where count and steps are integers: both numbers of steps are exact."""
+    """`_units` for an integer count and integer steps, by exact integer division."""
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
         # No count is that large.
         fraction = _float(count) / float(steps)
@@ -296,9 +297,9 @@ def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
     return _Units(whole, fraction, 1 - fraction)
 
 
-# Whole units are split at this power of two, so that the parts have few bits. More of them than
-# `_MOST_WHOLE` make every power but that of 1 zero or infinite, as the largest float32 do. In
-# float32, 2**252 is infinite and 2**-252 is 0.
+# A number of whole units is split at the power of two `_SPLIT`, so that the parts have few bits. It
+# is cut at `_MOST_WHOLE`: with that many units, the power of any base but 1 is already zero or
+# infinite. In float32, 2**252 is infinite and 2**-252 is 0.
 _SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
 
 
@@ -490,7 +491,7 @@ class piecewise_constant(_Compiled):
                 "piecewise_constant: there must be one more value than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
-        # Boundaries mapped over by `vmap` have a shape here; `at` checks the order of those.
+        # Boundaries that `vmap` will map over have a shape here; `at` checks their order.
         floats = [
             None if isinstance(b, jax.core.Tracer) or np.ndim(b) else np.asarray(b, np.float64)
             for b in self.boundaries
@@ -505,7 +506,7 @@ class piecewise_constant(_Compiled):
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
         values = [_float(checked_in_range(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
-        # Boundaries must increase. They are compared like a count and a boundary.
+        # Boundaries must increase. Compare two of them like a count and a boundary.
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
                 value = jnp.where(_has_passed(_boundary_array(b), before), value, jnp.nan)
@@ -639,7 +640,7 @@ class warmup(_Compiled):
 
 
 class by_path(Data):
-    """A rate for each leaf: that of the first pattern that matches the leaf's path.
+    """A rate for each leaf: the rate of the first pattern that matches the leaf's path.
 
     Rates are absolute, not factors (`AdamMultilr` of the package capreolus calls this
     `pattern_lrs`). Use it wherever a learning rate or a weight decay is expected.
@@ -754,17 +755,17 @@ def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
     return _checked_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 
-# A function that ends at 0 may end below it by rounding, by less than this for rates of up to 8:
-# compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
+# Rounding may leave the last value of a function that ends at 0 below 0, by less than this for
+# rates of up to 8: compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
 _ROUNDING = 1e-6
-# Unlike NON_NEGATIVE it takes infinity, which a schedule that grows may reach.
+# Unlike NON_NEGATIVE, this range includes infinity, which a schedule that grows may reach.
 _RATE = Range("at least 0", lambda x: x >= 0)
 
 
 def rate_at(rate: Any, count: chex.Numeric) -> Any:
     """The rate after `count` steps: a number or a scalar array, or `by_path` with such rates.
 
-    A value below 0 becomes NaN. But a callable's value that rounding left just below 0 becomes 0.
+    A value below 0 becomes NaN. But if rounding left a callable's value just below 0, it becomes 0.
     (Schedules that grow may become infinite.)
 
     Raises:
