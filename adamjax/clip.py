@@ -12,7 +12,16 @@ import numpy as np
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
 from adamjax.leaves import lift, reduce_leaves
-from adamjax.moments import barrier, compute_dtype, root, scalar, square, widen, widened_dtype
+from adamjax.moments import (
+    barrier,
+    checked_in_range,
+    compute_dtype,
+    root,
+    scalar,
+    square,
+    widen,
+    widened_dtype,
+)
 from adamjax.paths import flatten
 from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
@@ -95,8 +104,10 @@ def _max_norm(value: Number, real: Any) -> _MaxNorm:
 
 def _limit(value: Number, real: Any) -> Any:
     """A limit in the compute dtype; NaN for an array below 0, which may be traced."""
+    if not is_array(value):
+        return scalar(checked_in_range(value, POSITIVE), real)
     limit = scalar(value, real)
-    return jnp.where(limit >= 0, limit, jnp.nan) if is_array(value) else limit
+    return jnp.where(limit >= 0, limit, jnp.nan)
 
 
 def _clip_factor(norm: chex.Array, max_norm: _MaxNorm) -> chex.Array:

@@ -79,7 +79,10 @@ def _conditional(
         # Updates may have other leaves than the gradients: all rows of a table may move.
         return _map_leaves(_zero_updates, jax.eval_shape(take_step)[0]), state
 
-    updates, state = jax.lax.cond(due, take_step, skip_step)
+    if isinstance(due, jax.core.Tracer):
+        updates, state = jax.lax.cond(due, take_step, skip_step)
+    else:  # `cond` would compile both functions again in each call.
+        updates, state = take_step() if due else skip_step()
     triples = zip(leaves, flatten(updates)[0], is_active, strict=True)
     return treedef.unflatten([with_seal(u) if ok else g for g, u, ok in triples]), state
 

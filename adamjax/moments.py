@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.data import BETA, NON_NEGATIVE, Number, Range, is_array
+from adamjax.data import BETA, COUNT, NON_NEGATIVE, Number, Range, is_array
 from adamjax.encoding import Scaled8, block_exponents, map_stored
 from adamjax.rounding import is_narrow, read_slot, write_slot
 
@@ -126,7 +126,7 @@ def as_count(name: str, value: Number, dtype: Any) -> Any:
     nearest limit of `dtype`.
     """
     if not is_array(value):
-        return np.asarray(value, dtype)
+        return np.asarray(checked_in_range(value, COUNT), dtype)
     expect_scalar(name, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(

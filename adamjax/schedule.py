@@ -136,9 +136,12 @@ class _Compiled(Schedule):
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
             # An array below 0 becomes NaN. Numbers of steps may be integers and must stay integers:
-            # `_units` and `as_count` check them.
+            # `_units` and `as_count` check arrays of them.
+            value = getattr(self, name)
             if allowed.whole == "never":
-                checked.set_fields(**{name: checked_in_range(getattr(self, name), NON_NEGATIVE)})
+                checked.set_fields(**{name: checked_in_range(value, NON_NEGATIVE)})
+            elif not is_array(value):
+                checked_in_range(value, allowed)
         value = checked.at(count)
         # No formula holds below count 0: a cosine would fall until then, and start again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
@@ -455,6 +458,9 @@ class exponential_decay(_Compiled):
         return _product(self.initial_learning_rate, power)
 
 
+_NOT_INCREASING = "piecewise_constant: boundaries must increase, got {}"
+
+
 class piecewise_constant(_Compiled):
     """`values[i]`, where i is the number of boundaries that the count has passed.
 
@@ -498,9 +504,7 @@ class piecewise_constant(_Compiled):
         ]
         for before, b in itertools.pairwise(floats):
             if before is not None and b is not None and before >= b:
-                raise ValueError(
-                    f"piecewise_constant: boundaries must increase, got {list(self.boundaries)}"
-                )
+                raise ValueError(_NOT_INCREASING.format(list(self.boundaries)))
 
     def at(self, count: chex.Array) -> chex.Array:
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
@@ -510,6 +514,8 @@ class piecewise_constant(_Compiled):
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
                 value = jnp.where(_has_passed(_boundary_array(b), before), value, jnp.nan)
+            elif before >= b:  # `jax.tree.map` may have set them.
+                raise ValueError(_NOT_INCREASING.format(list(self.boundaries)))
         return value
 
 

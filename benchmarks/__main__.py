@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from benchmarks.train.options import UserError
+
 # The suites, each with what it does. A suite is `main(arguments)` in the module of its name.
 SUITES = {
     "train": "train a next-word model on real text, with every kind of part in its chain",
@@ -39,6 +41,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         return importlib.import_module(f"benchmarks.{name}").main(rest)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # while the suite runs, or is still being imported
         return 130
 

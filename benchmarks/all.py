@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.measure import RESULTS, ROOT, device
+from benchmarks.measure import ROOT
 
 SUITES = ("dense", "rows", "compile", "memory", "models")
 
@@ -26,22 +26,17 @@ def main(argv: list[str]) -> int:
         help="where results go (default benchmarks/results/PLATFORM; with --quick: build/quick)",
     )
     args = parser.parse_args(argv)
-    if args.out:
-        folder = args.out
-    elif args.quick:
-        folder = ROOT / "build" / "quick"
-    else:
-        # quick: the platform is all that is needed, so the bandwidth is measured briefly.
-        folder = RESULTS / device(quick=True).platform
-    options = ["--quick"] if args.quick else []
+    # Without a folder, the suites and the report take that of the platform.
+    folder = args.out or (ROOT / "build" / "quick" if args.quick else None)
     failed = []
     for suite in SUITES:
         print(f"\n--- {suite} ---", flush=True)
-        out = ["--out", str(folder / f"{suite}.json")]
-        command = [sys.executable, "-m", "benchmarks", suite, *options, *out]
+        command = [sys.executable, "-m", "benchmarks", suite]
+        command += ["--quick"] if args.quick else []
+        command += ["--out", str(folder / f"{suite}.json")] if folder else []
         if subprocess.run(command).returncode:
             failed.append(suite)
-    report.main([str(folder)])
+    report.main([str(folder)] if folder else [])
     if failed:
         line = f"failed: {', '.join(failed)}; the report has their older results, if any"
         print(line, file=sys.stderr)

@@ -11,7 +11,7 @@ import jax
 from benchmarks.dense import CHAINS, MANY_LEAVES, QUICK, random_arrays, workloads
 from benchmarks.measure import installed, time_ratios, timed, times
 from benchmarks.steps import chain_step
-from benchmarks.suite import Suite, progress, say
+from benchmarks.suite import Suite, progress
 
 PARTS = ("trace and lower", "compile")
 
@@ -32,23 +32,20 @@ def main(argv: list[str]) -> int:
     shapes, dtype, _ = (QUICK if args.quick else workloads(large=False))[workload]
     names = installed("adamjax", "optax")
     suite.results |= {"workload": workload, "times": []}
-    with progress(len(CHAINS) * (args.rounds + 1) * len(names)) as bar:
-        for chain in CHAINS:
-            rounds: list[dict[str, dict[str, float]]] = []
-            for _ in range(args.rounds + 1):
-                rounds.append({})
-                for name in names:
-                    init, step = chain_step(name, chain)
-                    params = random_arrays(shapes, dtype, 0)
-                    jitted = jax.jit(step, donate_argnums=(0, 1))
-                    rounds[-1][name], _ = compile_seconds(jitted, params, init(params), params)
-                    bar.update()
-            for part in PARTS:
-                # Without the first round, in which modules are imported.
-                seconds = [{n: x[n][part] for n in names} for x in rounds[1:]]
-                row = {"chain": chain, "what": part, "s": times(seconds, names, scale=1)}
-                row["ratio"] = time_ratios(seconds, "adamjax", names)
-                suite.results["times"].append(row)
-                own = row["s"]["adamjax"]["median"]
-                say(f"{part:16} {chain:12} {own:6.2f} s")
+    for chain in CHAINS:
+        rounds: list[dict[str, dict[str, float]]] = []
+        for _ in progress(range(args.rounds + 1), "round"):
+            rounds.append({})
+            for name in names:
+                init, step = chain_step(name, chain)
+                params = random_arrays(shapes, dtype, 0)
+                jitted = jax.jit(step, donate_argnums=(0, 1))
+                rounds[-1][name], _ = compile_seconds(jitted, params, init(params), params)
+        for part in PARTS:
+            # Without the first round, in which modules are imported.
+            seconds = [{n: x[n][part] for n in names} for x in rounds[1:]]
+            row = {"chain": chain, "what": part, "s": times(seconds, names, scale=1)}
+            row["ratio"] = time_ratios(seconds, "adamjax", names)
+            suite.results["times"].append(row)
+            print(f"{part:16} {chain:12} {row['s']['adamjax']['median']:6.2f} s", flush=True)
     return suite.finish()

@@ -18,8 +18,9 @@ from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
 from benchmarks.workers import Ended, Worker, serve
 
-# Cases that belong together: the entries that they share in the results, and each case by its name.
-Group = tuple[dict[str, Any], dict[str, Case]]
+# Cases that belong together: "dense" or "rows", the part of the results that they are in; the
+# entries that they share there; and each case by its name.
+Group = tuple[str, dict[str, Any], dict[str, Case]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Compiler:
     targets: tuple[str, ...]  # the chips that it compiles for
     dense: tuple[str, ...]  # the figures of a dense step; see `figures`
     rows: Mapping[str, str]  # those of a step on tables, by their names in the results
-    # The dense cases and the cases on tables; the argument says whether the run is a quick one.
-    groups: Callable[[bool], tuple[list[Group], list[Group]]]
+    groups: Callable[[bool], list[Group]]  # the argument says whether the run is a quick one
     results: Mapping[str, str]  # more entries of the results
 
     def start(self, target: str) -> Worker:
@@ -93,32 +93,32 @@ def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
     return {name: functions[figure]() for name, figure in names.items()}
 
 
-def ask_all(compiler: Compiler, target: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The reports of one process; `{"failed": why}` where it ended, and a new one goes on."""
-    worker, answers = compiler.start(target), []
-    for case in cases:
-        try:
-            answers.append(worker.ask(case))
-        except Ended as error:
-            answers.append({"failed": str(error)})
-            worker.close()
-            worker = compiler.start(target)
-        print(f"{case}"[:120], answers[-1], flush=True)
-    worker.close()
-    return answers
-
-
 def reports(
     compiler: Compiler, target: str, cases: Sequence[Case], processes: int
 ) -> list[dict[str, Any]]:
-    """A compiler's reports on cases, in their order, from several processes."""
-    shares = [cases[i::processes] for i in range(processes)]
-    in_order: list[dict[str, Any]] = [{}] * len(cases)
+    """A compiler's reports on cases, in their order, from several processes.
+
+    A report is `{"failed": why}` where the process ended; a new one takes its place.
+    """
+    idle = [compiler.start(target) for _ in range(processes)]
+
+    def ask(case: Case) -> dict[str, Any]:
+        worker = idle.pop()
+        try:
+            answer = worker.ask(case)
+        except Ended as error:
+            answer = {"failed": str(error)}
+            worker.close()
+            worker = compiler.start(target)
+        idle.append(worker)
+        print(f"{case}"[:120], answer, flush=True)
+        return answer
+
     with ThreadPoolExecutor(processes) as pool:
-        answers = pool.map(lambda share: ask_all(compiler, target, share), shares)
-        for i, answer in enumerate(answers):
-            in_order[i::processes] = answer
-    return in_order
+        answers = list(pool.map(ask, cases))
+    for worker in idle:
+        worker.close()
+    return answers
 
 
 def main(compiler: Compiler, argv: list[str]) -> int:
@@ -140,23 +140,16 @@ def main(compiler: Compiler, argv: list[str]) -> int:
     targets = getattr(args, "chips", all_targets)
     suite.partial |= targets != all_targets
     suite.results |= compiler.results
-    groups_of_part = dict(zip(("dense", "rows"), compiler.groups(args.quick), strict=True))
-    cases = {str(c): c for groups in groups_of_part.values() for _, x in groups for c in x.values()}
+    groups = compiler.groups(args.quick)
+    cases = {str(case): case for _, _, group in groups for case in group.values()}
     processes = max(1, min(4, os.cpu_count() or 1) // len(targets))
     with ThreadPoolExecutor(len(targets)) as pool:
         answers = pool.map(lambda x: reports(compiler, x, list(cases.values()), processes), targets)
-        by_target = {
-            target: dict(zip(cases, answer, strict=True))
-            for target, answer in zip(targets, answers, strict=True)
-        }
-    for part, groups in groups_of_part.items():
-        suite.results[part] = [
-            {
-                **({"chip": target} if len(all_targets) > 1 else {}),
-                **about,
-                "said": {case: reports_by_case[str(x)] for case, x in group.items()},
-            }
-            for target, reports_by_case in by_target.items()
-            for about, group in groups
-        ]
+    suite.results |= {"dense": [], "rows": []}
+    for target, answer in zip(targets, answers, strict=True):
+        chip = {"chip": target} if len(all_targets) > 1 else {}
+        said = dict(zip(cases, answer, strict=True))
+        for part, about, group in groups:
+            row = {name: said[str(case)] for name, case in group.items()}
+            suite.results[part].append({**chip, **about, "said": row})
     return suite.finish()

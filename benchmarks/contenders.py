@@ -142,16 +142,11 @@ class JaxTable:
 
     def __init__(self, name: str, case: Case) -> None:
         self.on_cpu = jax.default_backend() == "cpu"
-        init, step = contender_step(name)
         rows = jnp.asarray(start_rows(case.width))
-        params = {"table": jnp.resize(rows, (case.rows, case.width))}
+        params, tx = {"table": jnp.resize(rows, (case.rows, case.width))}, None
         if name in OURS:
-            params = jax.tree.map(adamjax.layout.row_major, params)
-            more = 1 if name in WHOLE_STEPS else 0
-            compiled = steps.jitted(step, optimizer(name), params, more_results=more)
-        else:
-            compiled = jax.jit(step, donate_argnums=(0, 1))
-        self.run = Runner(compiled, params, init(params))
+            params, tx = jax.tree.map(adamjax.layout.row_major, params), optimizer(name)
+        self.run = Runner(contender_step(name), params, tx, more_results=name in WHOLE_STEPS)
 
     def load(self, indices: np.ndarray, values: np.ndarray) -> int:
         """Takes the batches; returns the bytes of a step's temporaries."""
@@ -169,9 +164,8 @@ class TorchTable:
         self.steps_taken = 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_cpu = self.device == "cpu"
-        rows = torch.from_numpy(start_rows(case.width)).to(self.device)
-        self.table = rows.repeat(-(-case.rows // len(rows)), 1)[: case.rows].clone()
-        self.table.requires_grad_()
+        table = np.resize(start_rows(case.width), (case.rows, case.width))
+        self.table = torch.from_numpy(table).to(self.device).requires_grad_()
         if self.sparse:
             self.optimizer: Any = torch.optim.SparseAdam([self.table], RATE)
         else:

@@ -10,11 +10,9 @@ as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
 
 import math
 import random
-from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -124,12 +122,10 @@ def random_arrays(shapes: Shapes, dtype: str, seed: int) -> list[Any]:
     return [jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes]
 
 
-def jax_runner(package: str, chain: str, shapes: Shapes, dtype: str) -> Runner:
+def jax_runner(package: str, chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None]:
     """Steps of adamjax, optax or Keras."""
-    params, grads = random_arrays(shapes, dtype, 0), random_arrays(shapes, dtype, 1)
-    init, step = chain_step(package, chain)
-    runner = Runner(jax.jit(step, donate_argnums=(0, 1)), params, init(params))
-    runner.load([(grads,)])
+    runner = Runner(chain_step(package, chain), random_arrays(shapes, dtype, 0))
+    runner.load([(random_arrays(shapes, dtype, 1),)])
     return runner
 
 
@@ -155,49 +151,41 @@ def torch_runner(chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None
     return run
 
 
-class Contenders:
-    """All packages of a kind, "jax" or "torch", in one process; they take samples in turn."""
+class Contender:
+    """In a process: the steps of one package."""
 
-    def __init__(self, kind: str) -> None:
-        self.names = ["torch"] if kind == "torch" else measure.installed(*IN_JAX)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def prepare(self, chain: str, shapes: Any, dtype: str, least_steps: int) -> None:
-        """Makes the step of each package, and takes a first sample, which does not count."""
+        """Makes the step, and takes a first sample, which does not count."""
         shapes = [tuple(shape) for shape in shapes]  # which came as lists, in JSON
-        self.least_steps = least_steps
-        self.runners: dict[str, Callable[[int], None]] = {}
-        for name in self.names:
-            if name == "torch":
-                self.runners[name] = torch_runner(chain, shapes, dtype)
-            else:
-                self.runners[name] = jax_runner(name, chain, shapes, dtype)
+        if self.name == "torch":
+            self.run = torch_runner(chain, shapes, dtype)
+        else:
+            self.run = jax_runner(self.name, chain, shapes, dtype)
+        self.limits = SAMPLE_SECONDS, MOST_STEPS, least_steps
         self.sample()
 
-    def sample(self) -> dict[str, float]:
-        """Seconds per step of each package. The next sample begins with the next package."""
-        order = list(self.names)
-        self.names.append(self.names.pop(0))
-        limits = SAMPLE_SECONDS, MOST_STEPS, self.least_steps
-        return {name: measure.seconds_per_step(self.runners[name], *limits) for name in order}
+    def sample(self) -> float:
+        """Seconds a step."""
+        return measure.seconds_per_step(self.run, *self.limits)
 
 
 # --- the suite ------------------------------------------------------------------------------------
 
 
 def take_times(
-    workload: Workload, chain: str, sittings: int, rounds: int, device: measure.Device, bar: Any
+    workload: Workload, chain: str, sittings: int, rounds: int, device: measure.Device
 ) -> dict[str, Any]:
     """The times of every contender, its processes started anew for each sitting."""
     shapes, dtype, least_steps = workload
-    kinds = ["jax", *(["torch"] if device.torch else [])]
+    names = [*measure.installed(*IN_JAX), *(["torch"] if device.torch else [])]
     samples: list[dict[str, float]] = []
     for _ in range(sittings):
-        with Team("dense", kinds, device) as team:
-            case = (chain, shapes, dtype, least_steps)
-            _, rounds_by_kind = team.play(kinds, case, rounds)
-            samples += [dict(ChainMap(*by_kind.values())) for by_kind in rounds_by_kind]
-            bar.update()
-    names = measure.in_all(samples, [*IN_JAX, "torch"])
+        with Team("dense", names, device, together=IN_JAX) as team:
+            samples += team.play(names, (chain, shapes, dtype, least_steps), rounds)[1]
+    names = measure.in_all(samples, names)
     return {
         "least_bytes": least_bytes(shapes, dtype, chain),
         "ms": measure.times(samples, names),
@@ -210,7 +198,7 @@ def main(argv: list[str]) -> int:
     suite = Suite("dense", __doc__, PACKAGES, counts, only="workloads")
     args = suite.parse(argv)
     if args.worker:
-        return serve(players(Contenders))
+        return serve(players(Contender))
     here = measure.device(args.quick)
     every = QUICK if args.quick else workloads(large=here.platform != "cpu")
     chosen = {name: every[name] for name in suite.chosen(every)}
@@ -221,11 +209,10 @@ def main(argv: list[str]) -> int:
             say(f"{name}: left out, all contenders together need {needed:,} bytes")
     cases = [(workload, chain) for workload in chosen for chain in chains(workload)]
     suite.results["times"] = rows = []
-    with progress(len(cases) * args.sittings, "sitting") as bar:
-        for workload, chain in cases:
-            figures = take_times(chosen[workload], chain, args.sittings, args.rounds, here, bar)
-            rows.append({"workload": workload, "chain": chain, **figures})
-            say_times(f"{workload}, {chain}", figures["ms"])
+    for workload, chain in progress(cases, "case"):
+        figures = take_times(chosen[workload], chain, args.sittings, args.rounds, here)
+        rows.append({"workload": workload, "chain": chain, **figures})
+        say_times(f"{workload}, {chain}", figures["ms"])
     here.add_bandwidth(suite.results)
     for row in rows:
         row["fraction"] = {

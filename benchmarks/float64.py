@@ -15,7 +15,6 @@ weights and those of exact are compared with dense's at the end.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from benchmarks import quality
 from benchmarks.measure import RESULTS
-from benchmarks.suite import Suite, progress, say
+from benchmarks.suite import Suite, progress
 from benchmarks.train.options import UserError
 
 # The relative difference of a loss that rounding may make, after training has multiplied it.
@@ -78,18 +77,9 @@ def distance(own: list[Any], dense: list[Any]) -> float:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
     suite = Suite("float64", __doc__, packages, only="models")
-    args = suite.parse(argv)
-    try:
-        return _run(suite, args.quick)
-    except UserError as error:
-        print(f"float64: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(suite: Suite, quick: bool) -> int:
+    quick = suite.parse(argv).quick
     quality.expect_packages()
     jax.config.update("jax_enable_x64", True)
 
@@ -104,30 +94,28 @@ def _run(suite: Suite, quick: bool) -> int:
     seeds = protocol.SEEDS[: quality.QUICK_SEEDS if quick else None]
     names = (REFERENCE, *CONTENDERS)
     suite.results |= {"seeds": list(seeds), "rounding": ROUNDING, "metrics": [], "weights": []}
-    with progress(len(chosen) * len(seeds) * len(names), "run") as bar:
-        for model in chosen:
-            programs = {name: Program(model, name) for name in names if name != ONE_ULP_OFF}
-            programs[ONE_ULP_OFF] = programs[REFERENCE]
-            epochs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-            distances: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-            for seed in seeds:
-                batches, last = model.batches(seed), {}
-                for name in names:
-                    start = model.start(jax.random.key(seed))
-                    if name == ONE_ULP_OFF:
-                        start = one_ulp_off(start, seed)
-                    for _, params in programs[name].train(rate_of[model.name], start, batches):
-                        epochs[name].append(means(model.scores(params, "test")))
-                    last[name] = [np.array(x) for x in jax.tree.leaves(params)]
-                    bar.update()
-                for name in CONTENDERS:
-                    distances[name].append(distance(last[name], last[REFERENCE]))
-            for metric in model.metrics:
-                values = {name: [epoch[metric] for epoch in epochs[name]] for name in names}
-                allowed = ROUNDING if metric == "loss" else 0.0
-                row = {n: compared(values[n], values[REFERENCE], allowed) for n in CONTENDERS}
-                about = {"model": model.name, "metric": metric}
-                suite.results["metrics"].append(about | {"contenders": row})
-                say(f"{model.name}, {metric}: {row}")
-            suite.results["weights"].append({"model": model.name, "contenders": distances})
+    for model in chosen:
+        programs = {name: Program(model, name) for name in names if name != ONE_ULP_OFF}
+        programs[ONE_ULP_OFF] = programs[REFERENCE]
+        epochs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        distances: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for seed in progress(seeds, "seed"):
+            batches, last = model.batches(seed), {}
+            for name in names:
+                start = model.start(jax.random.key(seed))
+                if name == ONE_ULP_OFF:
+                    start = one_ulp_off(start, seed)
+                for _, params in programs[name].train(rate_of[model.name], start, batches):
+                    epochs[name].append(means(model.scores(params, "test")))
+                last[name] = [np.array(x) for x in jax.tree.leaves(params)]
+            for name in CONTENDERS:
+                distances[name].append(distance(last[name], last[REFERENCE]))
+        for metric in model.metrics:
+            values = {name: [epoch[metric] for epoch in epochs[name]] for name in names}
+            allowed = ROUNDING if metric == "loss" else 0.0
+            row = {n: compared(values[n], values[REFERENCE], allowed) for n in CONTENDERS}
+            about = {"model": model.name, "metric": metric}
+            suite.results["metrics"].append(about | {"contenders": row})
+            print(f"{model.name}, {metric}: {row}", flush=True)
+        suite.results["weights"].append({"model": model.name, "contenders": distances})
     return suite.finish()

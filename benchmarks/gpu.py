@@ -44,26 +44,26 @@ QUICK_TABLES = ((20_000, 64),)
 DENSE = ("kernels", "round_trips", "temporary_bytes", "bytes")
 
 
-def groups(quick: bool) -> tuple[list[Group], list[Group]]:
+def groups(quick: bool) -> list[Group]:
     """Dense steps of both packages; steps on tables in every mode."""
     shapes_of = {name: shapes for name, (shapes, *_) in workloads(large=True).items()}
     if quick:
         shapes_of = {"one leaf, 65k": [(2**16,)]}
-    dense: list[Group] = []
+    found: list[Group] = []
     for workload, shapes in shapes_of.items():
         chains = [x for start, x in CHAINS.items() if workload.startswith(start)]
         for chain in chains[0] if chains and "bfloat16" not in workload else ():
             # optax has nothing that joins leaves.
             by_package = {"adamjax": chain, "optax": chain.removesuffix(", grouped")}
             steps = {name: ("dense", name, own, shapes) for name, own in by_package.items()}
-            dense.append(({"workload": workload, "chain": chain, "size": size(shapes)}, steps))
-    rows: list[Group] = []
+            about = {"workload": workload, "chain": chain, "size": size(shapes)}
+            found.append(("dense", about, steps))
     for num_rows, width in QUICK_TABLES if quick else TABLES:
         cases = table_cases(num_rows, width, quick)
         cases.pop("exact_rows, packed", None)  # which is for TPUs
-        rows.append(({"rows": num_rows, "width": width}, cases))
+        found.append(("rows", {"rows": num_rows, "width": width}, cases))
     num_rows, width, cases = many_tables(quick)
-    return dense, [*rows, ({"rows": num_rows, "width": width}, cases)]
+    return [*found, ("rows", {"rows": num_rows, "width": width}, cases)]
 
 
 COMPILER = Compiler(

@@ -8,14 +8,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,10 @@ def seconds_per_step(
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """The median of samples and their quartiles."""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": middle, "q25": low, "q75": high}
-
-
-def rounded_spread(samples: Sequence[float]) -> dict[str, float]:
     """The median of samples and their quartiles, to four digits."""
-    return {name: float(f"{x:.4g}") for name, x in spread(samples).items()}
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive")
+    low, middle, high = (float(f"{x:.4g}") for x in quartiles)
+    return {"median": middle, "q25": low, "q75": high}
 
 
 def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
@@ -67,12 +64,12 @@ def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
 
 def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
     """The spread of each contender's seconds, in milliseconds unless the scale says otherwise."""
-    return {n: rounded_spread([scale * one_round[n] for one_round in rounds]) for n in names}
+    return {n: spread([scale * one_round[n] for one_round in rounds]) for n in names}
 
 
 def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any]:
     """The spread of one contender's time divided by each other's, taken within a round."""
-    return {n: rounded_spread([x[own] / x[n] for x in rounds]) for n in names if n != own}
+    return {n: spread([x[own] / x[n] for x in rounds]) for n in names if n != own}
 
 
 def bound(what: str, relation: str, limit: float, value: float | None) -> dict[str, Any]:
@@ -153,7 +150,7 @@ class Device:
     def add_bandwidth(self, results: dict[str, Any]) -> None:
         """Puts the bandwidth into results: from the samples here and, unless quick, as many new."""
         after = () if results["quick"] else device().bandwidth
-        results["bandwidth"] = rounded_spread([*self.bandwidth, *after])
+        results["bandwidth"] = spread([*self.bandwidth, *after])
 
 
 def device(quick: bool = False) -> Device:
@@ -162,17 +159,12 @@ def device(quick: bool = False) -> Device:
     When that process ends, it frees the device: only one process at a time can use a TPU, and the
     first to use a GPU may take all its memory.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.measure", *(["--quick"] if quick else [])],
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return Device(**json.loads(done.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_this_device, quick).result()
 
 
-def _this_device(quick: bool) -> dict[str, Any]:
+def _this_device(quick: bool) -> Device:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
     first = jax.devices()[0]
@@ -183,12 +175,7 @@ def _this_device(quick: bool) -> dict[str, Any]:
 
         has_torch = torch.cuda.is_available()
     samples = bandwidth_samples(2**22, 3) if quick else bandwidth_samples()
-    return {
-        "platform": first.platform,
-        "memory": memory,
-        "torch": has_torch,
-        "bandwidth": samples,
-    }
+    return Device(first.platform, memory, has_torch, samples)
 
 
 # --- where it ran ---------------------------------------------------------------------------------
@@ -252,7 +239,3 @@ def save(results: dict[str, Any], path: Path) -> None:
     text = json.dumps(results, indent=1)
     text = re.sub(r"\{\s+([^{}]{,120})\s+\}", lambda m: f"{{{' '.join(m[1].split())}}}", text)
     path.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    print(json.dumps(_this_device("--quick" in sys.argv)))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 import adamjax
 from benchmarks.dense import QUICK, chains, workloads
-from benchmarks.steps import abstract_state, chain_step, count_bytes, table_mode
+from benchmarks.programs import program
+from benchmarks.steps import abstract_state, count_bytes, table_mode
 from benchmarks.suite import Suite
 
 # The modes of a table: their names in docs/tables.md, and their names in `table_mode`.
@@ -41,12 +42,9 @@ def compiled_bytes(step: Any, params: Any, state: Any, *arguments: Any) -> dict[
 
 def dense_bytes(workload: str, chain: str, shapes: Any, dtype: str) -> dict[str, Any]:
     """The bytes of a dense chain."""
-    init, step = chain_step("adamjax", chain)
-    params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    state = jax.eval_shape(init, params)
-    grads = params  # gradients have the same shapes
-    sizes = compiled_bytes(jax.jit(step, donate_argnums=(0, 1)), params, state, grads)
-    return {"workload": workload, "chain": chain, **sizes}
+    option = ", bfloat16" if dtype == "bfloat16" else ""
+    step, arguments = program(("dense", "adamjax", chain + option, shapes), device=None)
+    return {"workload": workload, "chain": chain, **compiled_bytes(step, *arguments)}
 
 
 def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:

@@ -64,7 +64,11 @@ COMPILATIONS = 2
 def optimizer(name: str, model: Any) -> tuple[Any, Any]:
     """The optimizer of a contender of adamjax, and the tables with row gradients."""
     mode = name if name in WITH_ROW_GRADIENTS else "dense gradient"
-    return steps.table_mode(mode, model.tables, adamjax.adamw, weight_decay=DECAY)
+    tx, tables = steps.table_mode(mode, model.tables, adamjax.adamw, weight_decay=DECAY)
+    if name == "frozen":
+        frozen = [(f"^{table}", adamjax.set_to_zero()) for table in model.tables]
+        tx = adamjax.partition(frozen, default=tx)
+    return tx, tables
 
 
 def trainer(name: str, model: Any) -> Step:
@@ -75,24 +79,7 @@ def trainer(name: str, model: Any) -> Step:
         pair = optax.adamw(RATE, weight_decay=DECAY)
         return Step(pair.init, steps.optax_train_step(model.loss, pair))
     tx, tables = optimizer(name, model)
-    if name != "frozen":
-        return Step(tx.init, adamjax.train_step(model.loss, tx, tables=tables))
-
-    def split(params: Params) -> tuple[Params, Params]:
-        frozen = {name: params[name] for name in model.tables}
-        return frozen, {name: x for name, x in params.items() if name not in frozen}
-
-    def loss(trained: Params, frozen: Params, batch: Any) -> jax.Array:
-        return model.loss(frozen | trained, batch)
-
-    train = adamjax.train_step(loss, tx)
-
-    def step(params: Params, state: Any, batch: Any) -> Any:
-        frozen, trained = split(params)
-        trained, state, value = train(trained, state, frozen, batch)
-        return frozen | trained, state, value
-
-    return Step(lambda params: tx.init(split(params)[1]), step)
+    return Step(tx.init, adamjax.train_step(model.loss, tx, tables=tables))
 
 
 class Contender:
@@ -120,16 +107,13 @@ class Contender:
         self.run = None
         gc.collect()
         model = (QUICK if quick else MODELS)[label]
-        init, step = trainer(self.name, model)
         # JAX's default generator takes long to compile.
-        params = jax.jit(model.init)(jax.random.key(0, impl="rbg"))
+        params, tx = jax.jit(model.init)(jax.random.key(0, impl="rbg")), None
         if self.name in WITH_ROW_GRADIENTS:
             tables = {name: params[name] for name in model.tables}
             params |= jax.tree.map(adamjax.layout.row_major, tables)
-            compiled = steps.jitted(step, optimizer(self.name, model)[0], params, more_results=1)
-        else:
-            compiled = jax.jit(step, donate_argnums=(0, 1))
-        self.run = Runner(compiled, params, init(params))
+            tx, _ = optimizer(self.name, model)
+        self.run = Runner(trainer(self.name, model), params, tx, more_results=1)
         temporary_bytes = self.run.load([(jax.device_put(model.batch(i)),) for i in range(BATCHES)])
         self.run(WARM)
         (loss,) = self.run.results
@@ -145,7 +129,7 @@ class Contender:
 
 
 def measure_steps(
-    label: str, names: Sequence[str], args: Any, device: measure.Device, bar: Any
+    label: str, names: Sequence[str], args: Any, device: measure.Device
 ) -> dict[str, Any]:
     """The time of whole steps on a model, of all contenders in turn."""
     failed: dict[str, str] = {}
@@ -155,12 +139,11 @@ def measure_steps(
             about, samples = team.play(names, (label, args.quick), args.rounds)
             rounds += samples
             failed |= team.failed
-            bar.update()
     measured = measure.in_all(rounds, names)
     # A contender's time divided by that of `exact`, and the time that the tables add to a step.
     ratio, tables_ms = {}, {}
     if "exact" in measured:
-        ratio = {n: measure.rounded_spread([x[n] / x["exact"] for x in rounds]) for n in measured}
+        ratio = {n: measure.spread([x[n] / x["exact"] for x in rounds]) for n in measured}
     if "frozen" in measured:
         others = [n for n in measured if n != "frozen"]
         added = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
@@ -269,10 +252,9 @@ def main(argv: list[str]) -> int:
     names = suite.chosen_contenders()
     here = measure.device(args.quick)
     suite.results["steps"] = rows = []
-    with progress(len(models) * args.sittings, "sitting") as bar:
-        for label in models:
-            rows.append(measure_steps(label, names, args, here, bar))
-            say_times(label, rows[-1]["ms"])
+    for label in progress(models, "model"):
+        rows.append(measure_steps(label, names, args, here))
+        say_times(label, rows[-1]["ms"])
     programs = measure_programs(names, args, here) if MANY in models else []
     suite.results["programs"] = programs
     here.add_bandwidth(suite.results)

@@ -27,7 +27,7 @@ import adamjax
 from benchmarks import moments
 from benchmarks.moments import B1, B2
 from benchmarks.networks import Transformer
-from benchmarks.suite import Suite, progress, say
+from benchmarks.suite import Suite, progress
 from benchmarks.train import data, job, model
 from benchmarks.train.options import Config
 
@@ -181,7 +181,6 @@ def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[di
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`. With `--only`, the other parts are those of the last run."""
     packages = ("adamjax", "jax", "jaxlib", "optax")
     suite = Suite("narrow", __doc__, packages, only=f"parts (moments, {', '.join(TASKS)})")
     args = suite.parse(argv)
@@ -196,25 +195,16 @@ def main(argv: list[str]) -> int:
     parts = suite.chosen(["moments", *TASKS])
     tasks = [part for part in parts if part != "moments"]
     cases = cases if "moments" in parts else []
-    last = suite.last_results()
-    suite.results["moments"] = [] if cases else last.get("moments", [])
-    tables = dict(last.get("tasks", {}))
-    with progress(len(cases) + len(tasks) * len(names) * seeds, "run") as bar:
-        for case in cases:
-            suite.results["moments"] += moment_errors(*case, steps, elements)
-            bar.update()
-        for task_name in tasks:
-            task = TASKS[task_name](args.quick)
-            before = task.held_out_loss(task.init(0))
-            losses: dict[str, list[float]] = {}
-            for name in names:
-                train = trainer(task, name, training_steps)
-                losses[name] = []
-                for seed in range(seeds):
-                    losses[name].append(train(seed))
-                    bar.update()
-                say(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}")
-            tables[task_name] = compared(losses, before)
-    suite.results["tasks"] = {name: tables[name] for name in TASKS if name in tables}
-    suite.partial = args.quick or not suite.results["moments"] or tables.keys() != set(TASKS)
+    suite.results |= {"moments": [], "tasks": {}}
+    for case in progress(cases, "case"):
+        suite.results["moments"] += moment_errors(*case, steps, elements)
+    for task_name in tasks:
+        task = TASKS[task_name](args.quick)
+        losses: dict[str, list[float]] = {}
+        for name in names:
+            train = trainer(task, name, training_steps)
+            losses[name] = [train(seed) for seed in progress(range(seeds), "run")]
+            print(f"{task_name}: {name} {statistics.fmean(losses[name]):.4f}", flush=True)
+        before = task.held_out_loss(task.init(0))
+        suite.results["tasks"][task_name] = compared(losses, before)
     return suite.finish()

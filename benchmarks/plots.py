@@ -32,12 +32,12 @@ def limit(results: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     bars: list[tuple[str, dict[str, float], str]] = []
-    if "bandwidth" in results.get("dense", {}):
+    if "dense" in results:
         bars += [
             (f"dense: {row['workload']}, {row['chain']}", row["fraction"]["adamjax"], "C0")
             for row in results["dense"]["times"]
         ]
-    if "bandwidth" in results.get("rows", {}):
+    if "rows" in results:
         bars += [
             (f"rows: {name}, {row['indices']} indices", row["fraction"][name], "C2")
             for row in main_rows(results["rows"])

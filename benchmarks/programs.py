@@ -14,17 +14,7 @@ import jax.numpy as jnp
 
 import adamjax
 from adamjax import blocks
-from benchmarks.steps import (
-    RATE,
-    abstract_state,
-    chain_step,
-    given_rows_step,
-    hand_written_step,
-    jitted,
-    optax_train_step,
-    table_mode,
-    update_step,
-)
+from benchmarks import steps
 
 Case = Sequence[Any]
 # The jitted function of a case, and what to call it with.
@@ -79,7 +69,7 @@ def program(case: Case, device: Any) -> Program:
 def _dense_program(device: Any, package: str, chain: str, shapes: Any) -> Program:
     dtype = "bfloat16" if chain.endswith(", bfloat16") else "float32"
     params = [jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device) for shape in shapes]
-    init, step = chain_step(package, chain)
+    init, step = steps.chain_step(package, chain)
     # optax's moments would else be in bfloat16, and change their dtype in a step.
     wide = [jax.ShapeDtypeStruct(p.shape, "float32") for p in params]
     state = jax.eval_shape(init, wide if package == "optax" else params)
@@ -106,25 +96,25 @@ def _rows_step(kind: str, packing: Any) -> tuple[Any, Callable[..., Any]]:
     if kind == "dense gradient, optax":
         import optax
 
-        pair = optax.adam(RATE)
-        return pair, optax_train_step(loss, pair)
+        pair = optax.adam(steps.RATE)
+        return pair, steps.optax_train_step(loss, pair)
     if kind in ROWS:
-        tx, tables = table_mode(ROWS[kind])
+        tx, tables = steps.table_mode(ROWS[kind])
         return tx, adamjax.train_step(loss, tx, tables=tables)
     rate = adamjax.cosine_decay(1e-3, 1000)
     if kind in ("lazy", "not row-major", "exact, given rows"):
-        tx, _ = table_mode("exact" if "exact" in kind else "lazy", learning_rate=rate)
-        return tx, given_rows_step(update_step(tx)).step
+        tx, _ = steps.table_mode("exact" if "exact" in kind else "lazy", learning_rate=rate)
+        return tx, steps.given_rows_step(steps.update_step(tx)).step
     if kind.startswith("followed"):  # a loss that casts the table before it reads rows
-        tx, tables = table_mode(kind.removeprefix("followed "), learning_rate=rate)
+        tx, tables = steps.table_mode(kind.removeprefix("followed "), learning_rate=rate)
         return tx, adamjax.train_step(narrow_loss, tx, tables=tables)
     options: dict[str, Any] = {"learning_rate": rate}
     if kind == "decayed":
         options |= {"rule": adamjax.adamw, "weight_decay": 0.01}
     if kind == "replayed":
         options |= {"b2": 0.5}
-    tx, _ = table_mode("exact", **options)
-    return tx, hand_written_step(tx, _squares, packing).step
+    tx, _ = steps.table_mode("exact", **options)
+    return tx, steps.hand_written_step(tx, _squares, packing).step
 
 
 def _rows_program(
@@ -139,14 +129,14 @@ def _rows_program(
     params = {"table": table if kind == "not row-major" else adamjax.layout.row_major(table)}
     if kind == "init":
         return jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1]), (params,)
-    state = abstract_state(tx, params, device)
+    state = steps.abstract_state(tx, params, device)
     if kind == "flush":
-        return jitted(tx.flush, tx, params), (params, state)
+        return steps.jitted(tx.flush, tx, params), (params, state)
     ids = jax.ShapeDtypeStruct((num_ids,), jnp.int32, sharding=device)
     if kind == "lookup":
         return jax.jit(lambda p, s, i: tx.lookup(p, s, "table", i)), (params, state, ids)
     values = jax.ShapeDtypeStruct((num_ids, width), jnp.float32, sharding=device)
-    return jitted(lambda *x: step(*x)[:2], tx, params), (params, state, ids, values)
+    return steps.jitted(lambda *x: step(*x)[:2], tx, params), (params, state, ids, values)
 
 
 def _tables_program(
@@ -156,11 +146,11 @@ def _tables_program(
         read = [table[i] for table, i in zip(params["tables"], ids, strict=True)]
         return _squares(jnp.stack(read), values)
 
-    tx, tables = table_mode(ROWS[kind], tables="tables")
+    tx, tables = steps.table_mode(ROWS[kind], tables="tables")
     step = adamjax.train_step(loss, tx, tables=tables)
     table = jax.ShapeDtypeStruct((num_rows, width), jnp.float32, sharding=device)
     params = {"tables": [adamjax.layout.row_major(table)] * count}
     ids = jax.ShapeDtypeStruct((count, num_ids), jnp.int32, sharding=device)
     values = jax.ShapeDtypeStruct((count, num_ids, width), jnp.float32, sharding=device)
-    state = abstract_state(tx, params, device)
-    return jitted(lambda *x: step(*x)[:2], tx, params), (params, state, ids, values)
+    state = steps.abstract_state(tx, params, device)
+    return steps.jitted(lambda *x: step(*x)[:2], tx, params), (params, state, ids, values)

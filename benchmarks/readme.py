@@ -143,18 +143,16 @@ def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:
     return new
 
 
-def with_figures(text: str) -> str:
-    """A text with its figures as the committed results say.
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """Texts of pages with their tables and figures as the committed results say.
 
     Raises:
       KeyError: there is no figure of a name.
     """
-    return FIGURE.sub(lambda m: m[1] + FIGURES[m[2]]() + m[3], text)
-
-
-def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Texts of pages with their tables and figures as the committed results say."""
-    return {page: with_figures(text) for page, text in with_tables(texts).items()}
+    return {
+        page: FIGURE.sub(lambda m: m[1] + FIGURES[m[2]]() + m[3], text)
+        for page, text in with_tables(texts).items()
+    }
 
 
 def main(argv: list[str]) -> int:

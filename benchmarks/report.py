@@ -113,63 +113,51 @@ def _speed(results: Results) -> Iterator[str]:
 
 def _limits(results: Results) -> Iterator[str]:
     """How close steps come to the limit of the memory's bandwidth, and what memory they need."""
-    suites = [suite for suite in ("dense", "rows") if suite in results]
-    if missing := [suite for suite in suites if "bandwidth" not in results[suite]]:
+    limit = "of the speed that the memory's bandwidth, {:.1f} GB/s, allows"
+    if dense := results.get("dense"):
+        shares = [row["fraction"]["adamjax"]["median"] for row in dense["times"]]
+        speed = dense["bandwidth"]["median"] / 1e9
+        yield f"A dense step reaches {tables.span(shares, 2)} {limit.format(speed)}."
+    for row in _main_rows(results):
+        names = [name for name in ("exact", "lazy", "dense") if name in row["fraction"]]
+        each = ", ".join(f"`{name}` {row['fraction'][name]['median']:.2f}" for name in names)
+        speed = results["rows"]["bandwidth"]["median"] / 1e9
+        yield f"Steps on rows ({row['indices']} indices): {each} {limit.format(speed)}."
+    if memory := results.get("memory"):
+        most = {False: 0.0, True: 0.0}  # of the chains that join small leaves, and of the others
+        for row in memory["dense"]:
+            joins = "grouped" in row["chain"]
+            most[joins] = max(most[joins], 100 * row["temporary_bytes"] / row["parameter_bytes"])
         yield (
-            "How close steps come to the limit of the memory's bandwidth is not measured "
-            f"({' and '.join(missing)}: these results are older than that measurement)."
+            f"A dense step's temporaries take {most[False]:.1f}% of the parameters' bytes at most, "
+            f"{most[True]:.1f}% where small leaves are joined."
         )
-    for suite in [suite for suite in suites if suite not in missing]:
-        speed = f"{results[suite]['bandwidth']['median'] / 1e9:.1f}"
-        limit = f"of the speed that the memory's bandwidth, {speed} GB/s, allows"
-        if suite == "dense":
-            shares = [row["fraction"]["adamjax"]["median"] for row in results[suite]["times"]]
-            yield f"A dense step reaches {tables.span(shares, 2)} {limit}."
-        for row in _main_rows(results) if suite == "rows" else ():
-            names = [name for name in ("exact", "lazy", "dense") if name in row["fraction"]]
-            each = (f"`{name}` {row['fraction'][name]['median']:.2f}" for name in names)
-            yield f"Steps on rows ({row['indices']} indices): {', '.join(each)} {limit}."
-    shares: dict[bool, list[float]] = {False: [], True: []}
-    for row in _rows_of(results, "memory", "dense"):
-        share = 100 * row["temporary_bytes"] / row["parameter_bytes"]
-        shares["grouped" in row["chain"]].append(share)
-    if shares[False]:
-        joined = f", {max(shares[True]):.1f}% where small leaves are joined" if shares[True] else ""
-        most = f"{max(shares[False]):.1f}% of the parameters' bytes at most"
-        yield f"A dense step's temporaries take {most}{joined}."
-    if modes := [
-        f"{row['temporary_bytes'] / 1e6:,.1f} MB ({row['mode']})"
-        for row in _rows_of(results, "memory", "tables")
-    ]:
+        modes = (f"{x['temporary_bytes'] / 1e6:,.1f} MB ({x['mode']})" for x in memory["tables"])
         yield f"Temporaries of a train step on a table: {', '.join(modes)}."
 
 
-def _slower(results: Results) -> Iterator[tuple[str, str, float, str]]:
-    """Where adamjax is slower by more than the noise: what, the rival, the ratio, the case."""
-    cases: list[tuple[str, str, str, dict[str, float]]] = []
+def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+    """What is compared, with whom, in which case, and our time divided by theirs."""
     for row in _rows_of(results, "dense"):
-        case = f"{row['workload']}, {row['chain']}"
-        cases += (("A dense step", name, case, ratio) for name, ratio in row["ratio"].items())
+        for name, ratio in row["ratio"].items():
+            yield "A dense step", name, f"{row['workload']}, {row['chain']}", ratio
     for row in _rows_of(results, "rows"):
         case = f"{row['rows']:,} rows of {row['width']}, {row['reads']:,} {row['indices']} indices"
-        ratios = row["ratio"].get("exact", {}).items()
-        cases += (("`exact_rows`", name, case, x) for name, x in ratios if name not in OURS)
+        for name, ratio in row["ratio"].get("exact", {}).items():
+            if name not in OURS:
+                yield "`exact_rows`", name, case, ratio
     for row in _rows_of(results, "compile"):
-        what = f"To {row['what']} a step"
-        cases += ((what, name, row["chain"], ratio) for name, ratio in row["ratio"].items())
+        for name, ratio in row["ratio"].items():
+            yield f"To {row['what']} a step", name, row["chain"], ratio
     for row in _rows_of(results, "models", "steps"):
         if ratio := row["ratio"].get("optax"):  # optax's time divided by ours
             ours = {"q25": 1 / ratio["q75"], "median": 1 / ratio["median"]}
-            cases.append(("A train step with `exact_rows`", "optax", row["model"], ours))
-    for what, name, case, ratio in cases:
-        if ratio["q25"] > 1:
-            yield what, name, ratio["median"], case
+            yield "A train step with `exact_rows`", "optax", row["model"], ours
 
 
 def _what_is_slow(results: Results) -> Iterator[str]:
     """The bounds that do not hold, and what is slower than with another package."""
-    bounds = tables.known_row_bounds(results.get("rows", {}))
-    bounds += _rows_of(results, "models", "bounds")
+    bounds = _rows_of(results, "rows", "bounds") + _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
     for row in (row for row in measured if not row["holds"]):
         figures = f"{row['asked']}, but {row['measured']:.3g}"
@@ -177,8 +165,9 @@ def _what_is_slow(results: Results) -> Iterator[str]:
     if measured and all(row["holds"] for row in measured):
         yield f"All {len(measured)} bounds that were measured hold."
     cases: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    for what, name, ratio, case in _slower(results):
-        cases.setdefault(what, {}).setdefault(name, []).append((ratio, case))
+    for what, name, case, ratio in _comparisons(results):
+        if ratio["q25"] > 1:  # slower by more than the noise
+            cases.setdefault(what, {}).setdefault(name, []).append((ratio["median"], case))
     for what, by_name in cases.items():
         lines = [f"{what} is slower than"]
         for name, slower in by_name.items():
@@ -225,7 +214,7 @@ def text(results: Results) -> str:
         "## In short",
         summary(results),
     ]
-    if any("bandwidth" in x for x in results.values()):
+    if {"dense", "rows"} & results.keys():
         parts.append(picture("limit"))
     for suite, (title, about) in SECTIONS.items():
         parts.append(f"## {title}")

@@ -24,19 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import measure
-from benchmarks.contenders import (
-    ALL_CONTENDERS,
-    OURS,
-    WHOLE_STEPS,
-    Case,
-    JaxTable,
-    TorchTable,
-    batch_bytes,
-    batches,
-    least_bytes,
-    short,
-)
+from benchmarks import contenders, measure
+from benchmarks.contenders import Case, JaxTable, TorchTable, short
 from benchmarks.suite import Suite, progress, say, say_times
 from benchmarks.workers import Team, players, serve
 
@@ -89,7 +78,7 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name, self.shape = name, (0, 0)
         # Libraries are loaded before the resident bytes are counted.
-        importlib.import_module(ALL_CONTENDERS[name][0])
+        importlib.import_module(contenders.ALL_CONTENDERS[name][0])
         self.kind: Any = TorchTable
         if not name.startswith("torch"):
             jax.numpy.zeros(1000).block_until_ready()
@@ -108,13 +97,13 @@ class Contender:
             self.drop()
             self.base = _resident("VmRSS")
             self.table, self.shape = self.kind(self.name, case), (case.rows, case.width)
-        indices, values = batches(case)
+        indices, values = contenders.batches(case)
         before = _resident("VmRSS")
         temporary = self.table.load(indices, values)
         self.base += _resident("VmRSS") - before
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.table.run(ALL_CONTENDERS[self.name][1])
+        self.table.run(contenders.ALL_CONTENDERS[self.name][1])
         return {
             "temporary_bytes": temporary,
             # Elsewhere the table is not in this memory.
@@ -136,11 +125,11 @@ def fits(team: Team, cases: Sequence[Case]) -> bool:
     These are a table with its moments, the same for all cases, and the batches of the largest.
     """
     free = team.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
-    case = max(cases, key=batch_bytes)
+    case = max(cases, key=contenders.batch_bytes)
     tables = 3 * len(team.names) + 3
     # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
     width = max(case.width, 128) if team.device.platform == "tpu" else case.width
-    each = batch_bytes(case) + (6e8 if team.device.platform == "gpu" else 0)
+    each = contenders.batch_bytes(case) + (6e8 if team.device.platform == "gpu" else 0)
     return tables * case.rows * width * 4 + each * len(team.names) < 0.8 * free
 
 
@@ -168,8 +157,8 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a case, from what `take_samples` found in each sitting."""
     samples = [x for record in sittings for x in record["samples"]]
     about = sittings[0]["about"]
-    names = measure.in_all(samples, list(ALL_CONTENDERS))
-    own = [name for name in names if name in OURS and name != "lazy step"]
+    names = measure.in_all(samples, list(contenders.ALL_CONTENDERS))
+    own = [name for name in names if name in contenders.OURS and name != "lazy step"]
     return {
         "case": case.name,
         **vars(case),
@@ -185,7 +174,7 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_cases(
-    rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device, bar: Any
+    rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device
 ) -> list[dict[str, Any]]:
     """The figures of cases, from as many sittings with processes of their own."""
     records: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
@@ -196,11 +185,10 @@ def measure_cases(
         tables.setdefault(table, {})[case] = count
     for _ in range(sittings if rounds else 0):
         with Team("rows", names, device) as team:
-            for cases in tables.values():
+            for cases in progress(tables.values(), "table"):
                 for case, record in take_samples(team, cases).items():
                     records[case].append(record)
                     say_times(case.name, summary(case, records[case])["ms"])
-                    bar.update()
     return [summary(case, record) for case, record in records.items()]
 
 
@@ -250,34 +238,32 @@ def bounds(
         sizes = [row["temporary_bytes"].get(name) for row in here for name in names]
         return max((x for x in sizes if x is not None), default=0) / 1e6 or None
 
-    asked_bounds: list[dict[str, Any]] = []
-
-    def ask(what: str, asked: str, limit: float, value: float | None) -> None:
-        asked_bounds.append(measure.bound(what, asked, limit, value))
-
+    asked: list[tuple[str, str, float, float | None]] = []
     kinds = list(dict.fromkeys(case.indices for case in MAIN))
     for kind in kinds:
-        ask(f"time: optax / exact, {kind}", "at least", 30, ratio("optax", "exact", kind))
-        ask(f"time: exact / lazy, {kind}", "at most", 1.25, ratio("exact", "lazy", kind))
-        whole = ratio("exact step", "lazy step", kind)
-        ask(f"time of a train step: exact / lazy, {kind}", "at most", 1.4, whole)
-        ask(f"time: dense / optax, {kind}", "at most", 0.9, ratio("dense", "optax", kind))
-        larger = grown.get(("exact", kind))
-        ask(f"time of exact: 4M rows / 100k rows, {kind}", "at most", 2, larger)
-    sparse, name = "torch sparse", "torch SparseAdam"
-    ask(f"time: {name} / exact, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform"))
-    ask(f"time: lazy / {name}, uniform", "at most", 1, ratio("lazy", sparse, "uniform"))
+        whole, larger = ratio("exact step", "lazy step", kind), grown.get(("exact", kind))
+        asked += [
+            (f"time: optax / exact, {kind}", "at least", 30, ratio("optax", "exact", kind)),
+            (f"time: exact / lazy, {kind}", "at most", 1.25, ratio("exact", "lazy", kind)),
+            (f"time of a train step: exact / lazy, {kind}", "at most", 1.4, whole),
+            (f"time: dense / optax, {kind}", "at most", 0.9, ratio("dense", "optax", kind)),
+            (f"time of exact: 4M rows / 100k rows, {kind}", "at most", 2, larger),
+        ]
+    sparse, name, many = "torch sparse", "torch SparseAdam", 65_536
     step = temporaries("exact", "lazy", "dense")
-    ask("temporaries of an optimizer step, MB", "at most", 20, step)
-    ask("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step"))
-    many = 65_536
+    asked += [
+        (f"time: {name} / exact, uniform", "at least", 1.3, ratio(sparse, "exact", "uniform")),
+        (f"time: lazy / {name}, uniform", "at most", 1, ratio("lazy", sparse, "uniform")),
+        ("temporaries of an optimizer step, MB", "at most", 20, step),
+        ("temporaries of the whole exact step, MB", "at most", 20, temporaries("exact step")),
+    ]
     for kind in kinds:
         what = f"time: exact / {name}, {many:,} indices, {kind}"
-        ask(what, "at most", 0.8, ratio("exact", sparse, kind, many))
+        asked.append((what, "at most", 0.8, ratio("exact", sparse, kind, many)))
     for own in ("exact", "lazy"):
         what = f"temporaries of {own}, {many:,} indices, MB"
-        ask(what, "at most", 26, temporaries(own, reads=many))
-    return asked_bounds
+        asked.append((what, "at most", 26, temporaries(own, reads=many)))
+    return [measure.bound(*bound) for bound in asked]
 
 
 # --- the suite ------------------------------------------------------------------------------------
@@ -285,7 +271,7 @@ def bounds(
 
 def main(argv: list[str]) -> int:
     counts = {"rounds": 8, "sittings": 4, "grid_rounds": 3}
-    modules = {name: package for name, (package, _) in ALL_CONTENDERS.items()}
+    modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
     suite = Suite("rows", __doc__, PACKAGES, counts, modules, only="cases, and 'growth',")
     args = suite.parse(argv)
     if args.worker:
@@ -302,11 +288,10 @@ def main(argv: list[str]) -> int:
         say(f"{name}: left out, torch does not run on this {here.platform}")
         names.remove(name)
 
-    with progress(args.sittings * len(main_cases) + len(grid), "case") as bar:
-        rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
-        table = measure_cases(rounds, names, args.sittings, here, bar)
-        in_grid = [name for name in names if name not in WHOLE_STEPS]
-        table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here, bar)
+    rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
+    table = measure_cases(rounds, names, args.sittings, here)
+    in_grid = [name for name in names if name not in contenders.WHOLE_STEPS]
+    table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here)
     grown = []
     if "growth" in chosen and "exact" in names:
         grown = measure_growth(args.sittings, args.rounds, here)
@@ -316,7 +301,9 @@ def main(argv: list[str]) -> int:
     here.add_bandwidth(suite.results)
     for row in table:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
-        row["least_bytes"] = {n: round(least_bytes(n, case, row["distinct"])) for n in row["ms"]}
+        row["least_bytes"] = {
+            n: round(contenders.least_bytes(n, case, row["distinct"])) for n in row["ms"]
+        }
         row["fraction"] = {
             name: measure.fraction_of_limit(
                 row["least_bytes"][name], ms, suite.results["bandwidth"]

@@ -20,14 +20,9 @@ B1, B2, EPS = 0.9, 0.999, 1e-7
 
 
 class Step(NamedTuple):
-    """A step, and how its state begins.
+    """A step, and how its state begins."""
 
-    Attributes:
-      init: a function of the parameters that returns the state before the first step.
-      step: the step.
-    """
-
-    init: Callable[[Any], Any]
+    init: Callable[[Any], Any]  # from the parameters to the state before the first step
     step: Callable[..., Any]
 
 
@@ -209,13 +204,13 @@ def jitted(step: Callable[..., Any], tx: Any, params: Any, more_results: int = 0
 
 def abstract_state(tx: Any, params: Any, device: Any = None) -> Any:
     """The shapes of a state on a device, with the layouts of `adamjax.layout.formats`."""
-    state = jax.eval_shape(tx.init, params)
-    leaves, treedef = jax.tree.flatten(state, is_leaf=lambda x: x is None)
-    formats = treedef.flatten_up_to(adamjax.layout.formats(tx, params)[1])
-    return treedef.unflatten(
-        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=form or device)
-        for x, form in zip(leaves, formats, strict=True)
-    )
+
+    def placed(x: Any, form: Any) -> Any:
+        sharding = form or device
+        return None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state, (_, formats) = jax.eval_shape(tx.init, params), adamjax.layout.formats(tx, params)
+    return jax.tree.map(placed, state, formats, is_leaf=lambda x: x is None)
 
 
 def count_bytes(tree: Any) -> int:
@@ -224,10 +219,17 @@ def count_bytes(tree: Any) -> int:
 
 
 class Runner:
-    """Takes a jitted step in place, on batches in rotation."""
+    """Takes a step in place, on batches in rotation; it is jitted, and donates its arrays.
 
-    def __init__(self, step: Any, params: Any, state: Any) -> None:
-        self.step, self.arrays, self.steps_taken = step, (params, state), 0
+    With an optimizer it also keeps the layouts of its arrays, as in `jitted`.
+    """
+
+    def __init__(self, step: Step, params: Any, tx: Any = None, more_results: int = 0) -> None:
+        if tx is None:
+            self.step = jax.jit(step.step, donate_argnums=(0, 1))
+        else:
+            self.step = jitted(step.step, tx, params, more_results)
+        self.arrays, self.steps_taken = (params, step.init(params)), 0
         self.compiled: dict[Any, Any] = {}
 
     def load(self, batches: Sequence[tuple[Any, ...]]) -> int:

@@ -2,13 +2,15 @@
 
 import argparse
 import importlib
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import measure
+from benchmarks.train.options import number
+
+Item = TypeVar("Item")
 
 # The smallest counts that are allowed; a quick run takes these. A sitting starts all processes
 # anew, and its rounds give the spread.
@@ -44,7 +46,8 @@ class Suite:
         add("--quick", action="store_true", help="tiny sizes: does it run?")
         add("--out", type=Path, help="where to write the JSON")
         for count, default in self.counts.items():
-            add(f"--{count.replace('_', '-')}", type=int, help=f"default {default}")
+            option = f"--{count.replace('_', '-')}"
+            add(option, type=number(int, LEAST[count]), help=f"default {default}")
         if self.only:
             add("--only", default="", help=f"{self.only} whose name has this text")
         if self.contenders:
@@ -62,8 +65,6 @@ class Suite:
             if getattr(args, name) is None:
                 setattr(args, name, LEAST[name] if args.quick else default)
             self.results[name] = getattr(args, name)
-            if self.results[name] < LEAST[name]:
-                self.parser.error(f"--{name.replace('_', '-')} must be at least {LEAST[name]}")
         return args
 
     def chosen(self, names: Collection[str]) -> list[str]:
@@ -83,43 +84,31 @@ class Suite:
             say(f"{name}: left out, {self.contenders[name]} is not installed")
         return there
 
-    def last_results(self) -> dict[str, Any]:
-        """The results in the suite's file, if they have today's versions and what is in `results`.
-
-        Else empty. Call it before measurements are in `results`.
-        """
-        path = self._file()
-        last = json.loads(path.read_text()) if path.exists() else {}
-        same = all(last.get(name) == value for name, value in self.results.items())
-        versions = measure.environment(*self.packages)["versions"]
-        return last if same and last["environment"]["versions"] == versions else {}
-
-    def _file(self) -> Path:
-        folder = self.folder or measure.environment()["platform"]
-        return measure.RESULTS / folder / f"{self.name}.json"
-
     def finish(self) -> int:
         """Prints the tables of the results, writes the JSON and returns the exit code."""
         environment = measure.environment(*self.packages) | {"commit": self.commit}
-        if self.folder:
-            environment = {name: environment[name] for name in ("versions", "date")}
-        self.results["environment"] = environment
+        written = ("versions", "date") if self.folder else environment
+        self.results["environment"] = {name: environment[name] for name in written}
         # Not at the top: it imports the suites, and they import this file.
         tables = importlib.import_module("benchmarks.tables")
         if render := tables.SUITES.get(self.name):
             print(f"\n{render(self.results)}\n")
         if self.args.out or not self.partial:
-            self.written = self.args.out or self._file()
+            folder = measure.RESULTS / (self.folder or environment["platform"])
+            self.written = self.args.out or folder / f"{self.name}.json"
             measure.save(self.results, self.written)
             print(f"written to {self.written}")
         return 0
 
 
-def progress(total: int, unit: str = "sample") -> Any:
-    """A progress bar on stderr, where that is a terminal; `update(n)` moves it on."""
+def progress(items: Iterable[Item], unit: str, total: int | None = None) -> Iterable[Item]:
+    """The items, and a bar on stderr that moves on with each, where that is a terminal.
+
+    `total` is how many there are, if they have no length.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=None, leave=False)
+    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
 
 
 def say(text: str) -> None:

@@ -33,13 +33,14 @@ CHAINS = (
 )
 
 
-def groups(quick: bool) -> tuple[list[Group], list[Group]]:
+def groups(quick: bool) -> list[Group]:
     """Dense steps of both packages; steps on tables in every mode."""
     workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}  # more than the fast memory has
     if not quick:
         workloads["transformer, 150 leaves, 13.8M"] = transformer()
     dense: list[Group] = [
         (
+            "dense",
             {"workload": workload, "chain": chain},
             {name: ("dense", name, chain, shapes) for name in ("adamjax", "optax")},
         )
@@ -48,11 +49,11 @@ def groups(quick: bool) -> tuple[list[Group], list[Group]]:
     ]
     num_rows = 20_000 if quick else NUM_ROWS
     rows: list[Group] = [
-        ({"width": width}, table_cases(num_rows, width, quick))
+        ("rows", {"width": width}, table_cases(num_rows, width, quick))
         for width in ((64,) if quick else (64, 128))
     ]
     _, width, cases = many_tables(quick)
-    return dense, [*rows, ({"width": width}, cases)]
+    return [*dense, *rows, ("rows", {"width": width}, cases)]
 
 
 COMPILER = Compiler(

@@ -50,14 +50,19 @@ class Worker:
 class Team:
     """The contenders' processes, started when they are needed.
 
-    Each has a process of its own; where only one process at a time can use the device (a TPU), they
-    share one. One that ends is no longer asked; `failed` says how it ended. The players have the
-    names of contenders, or `names` is a dict from other names to contenders.
+    Each has a process of its own, but for those that are `together` in one; where only one process
+    at a time can use the device (a TPU), all share one. One that ends is no longer asked; `failed`
+    says how it ended. The players have the names of contenders, or `names` is a dict from other
+    names to contenders.
     """
 
-    def __init__(self, suite: str, names: Collection[str], device: Device) -> None:
+    def __init__(
+        self, suite: str, names: Collection[str], device: Device, together: Collection[str] = ()
+    ) -> None:
         self.suite, self.device, self.names = suite, device, list(names)
         self.contenders = names if isinstance(names, dict) else {name: name for name in names}
+        shared = names if device.exclusive else together
+        self.processes = {name: "shared" if name in shared else name for name in names}
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
@@ -65,14 +70,14 @@ class Team:
         """A player's answer under its name; empty if the player has ended."""
         if name in self.failed:
             return {}
-        process = "everyone" if self.device.exclusive else name
+        process = self.processes[name]
         if process not in self.workers:
             self.workers[process] = Worker(self.suite, process, **self.device.variables)
         try:
             return {name: self.workers[process].ask([name, self.contenders[name], *question])}
         except Ended as error:
             say(f"{name}: {error}")
-            ended = self.names if self.device.exclusive else [name]
+            ended = [other for other in self.names if self.processes[other] == process]
             self.failed |= dict.fromkeys(ended, str(error))
             self.workers.pop(process).close()
             return {}

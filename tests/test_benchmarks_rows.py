@@ -198,7 +198,8 @@ def result_of(case, contender_names, **fields):
     """A row of results, as the suite writes it."""
     row = {"case": case.name, **vars(case), "in_turn": True, "rounds": 3}
     row |= {"ms": dict.fromkeys(contender_names, SPREAD), "failed": {}}
-    row |= {"ratio": {}, "temporary_bytes": {}, "peak_bytes": {}}
+    row |= {"ratio": {}, "fraction": dict.fromkeys(contender_names, SPREAD)}
+    row |= {"temporary_bytes": {}, "peak_bytes": {}}
     return row | fields
 
 
@@ -244,18 +245,3 @@ def test_tables_show_all_cases_and_bounds():
     # Those of the grid that do not fit, of 4,000,000 rows: 3 widths, 3 numbers, 2 kinds of indices.
     assert "In 18 cases" in text
     assert f"{rows.GRID[0].name}: keras: ended." in text
-
-
-def test_what_is_no_longer_measured_is_not_shown():
-    results = {
-        "environment": {"device": "d", "platform": "cpu", "cores": 2, "versions": {}, "date": "d"},
-        "times": [result_of(rows.MAIN[0], ["exact", "gone"], failed={"gone": "why"})],
-        "bounds": [{"what": "gone's time", "asked": "at most 1", "measured": 0.5, "holds": True}],
-        "sittings": 1,
-        "rounds": 2,
-        "grid_rounds": 3,
-    }
-    text = tables.rows(results)
-    assert "| exact |" in text
-    assert "gone" not in text
-    assert tables.known_row_bounds(results) == []

@@ -192,3 +192,11 @@ def test_the_norm_of_leaves_of_several_dtypes_is_summed_in_the_widest():
         assert norm.dtype == jnp.float64
         np.testing.assert_allclose(norm, expected, rtol=1e-14)
         assert global_norm({"narrow": tree["narrow"]}).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("clip", [clip_by_global_norm, clip_by_norm, clip_by_value])
+def test_a_limit_that_was_edited_in_the_pytree_is_refused(clip):
+    for limit in (-1.0, 0.0, float("nan")):
+        edited = jax.tree.map(lambda _, limit=limit: limit, clip(1.0))
+        with pytest.raises(ValueError, match=r"must be finite and at least .*, got"):
+            edited.update({"w": jnp.ones(2)}, ())

@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import re
+import textwrap
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close, assert_same, enable_x64
+from support import assert_close, assert_same, enable_x64, run_on_devices
 
 import adamjax
 from adamjax import convert
@@ -1648,6 +1649,26 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     expected = {("Adam", "adam"), ("Adam", "adamw"), ("AdamW", "adamw")}
     expected |= {("Adamax", "adamax"), ("Nadam", "nadam")}
     assert taken == expected
+
+
+def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    adam = built_keras(keras, "Adam")
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    several = built_keras(keras, "Adam")
+    several.__class__ = type("MultiOptimizer", (type(several),), {"optimizers": [adam]})
+    for given, message in [
+        (built_keras(keras, "SGD", momentum=0.9), r"is a keras.*SGD: expected Keras' Adam"),
+        (scaled, r"LossScaleOptimizer: expected .* Convert its inner_optimizer"),
+        (several, r"MultiOptimizer: expected .* Convert each of its optimizers by itself"),
+        (model, r"is a keras.*Sequential: expected .* Pass its optimizer"),
+        ({"name": "adam", "beta_1": 0.9}, r"a config, which has no variables"),
+        ("model.weights.h5", r"got the path 'model.weights.h5', expected optimizer.variables"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            convert.from_keras(given, tx, params)
 
 
 def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
@@ -4997,7 +5018,8 @@ def test_some_rows_of_large_leaves_are_compared():
         rule = adamjax.adamw(0.01, eps=eps, weight_decay=0.3)
         return adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.exact_rows(rule, tables))
 
-    assert sampled_rows(theirs, ours(1e-8), LARGE) == [3, 910, 1024]
+    # Leaves of different shapes keep different shapes, and their sizes stay in order.
+    assert sampled_rows(theirs, ours(1e-8), LARGE) == [3, 1_822, 2_049]
     old = steps_of(theirs, 2, LARGE)
     state = convert.from_optax(old, ours(1e-8), LARGE, theirs)
     assert_same(convert.to_optax(state, ours(1e-8), LARGE, theirs), old)
@@ -5038,6 +5060,136 @@ def test_what_depends_on_the_number_of_rows_is_compared_with_all_rows(of_leaf):
     wrong = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3)
     with pytest.raises(ValueError, match=MOVES):
         convert.from_optax(old, wrong, LARGE, theirs)
+
+
+PERIOD = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 2, "decay_steps": 6}
+# Rates of 0 in the next step, and the steps that have been taken.
+AT_REST = {
+    "a warm-up": (optax.linear_schedule(0.0, 0.1, 9), 0),
+    "a restart": (optax.sgdr_schedule([PERIOD, PERIOD]), 6),
+    "a rate that is set": (None, 2),
+}
+
+
+@pytest.mark.parametrize("name", AT_REST)
+def test_rows_that_only_one_optimizer_moves_show_although_the_rate_is_0(name):
+    rate, steps = AT_REST[name]
+
+    def without_padding(g, p=None):
+        is_row = (jnp.arange(len(g["table"])) < 8_990)[:, None]
+        return {**g, "table": jnp.where(is_row, g["table"], 0)}
+
+    padding = optax.stateless(without_padding)
+    for before, is_right in (([], True), ([padding], False)):
+        if rate is None:
+            ours = adamjax.with_hyperparams(adam_like_optax(0.0), learning_rate=0.0)
+            theirs = optax.inject_hyperparams(
+                lambda learning_rate, before=before: optax.chain(*before, optax.adam(learning_rate))
+            )(learning_rate=0.0)
+        else:
+            ours, theirs = adam_like_optax(rate), optax.chain(*before, optax.adam(rate))
+        assert sampled_rows(theirs, ours, LARGE)
+        message = r"in a step of the whole leaf 'table', tx moves"
+        with nullcontext() if is_right else pytest.raises(ValueError, match=message):
+            convert.from_optax(steps_of(theirs, steps, LARGE), ours, LARGE, theirs)
+
+
+MANY = {**{f"layer_{i}": jnp.ones(2) for i in range(40)}, "scale": jnp.ones(())}
+
+
+def frozen_scale(tx):
+    labels = {name: name if name == "scale" else "layer" for name in MANY}
+    return optax.multi_transform({"scale": optax.set_to_zero(), "layer": tx}, labels)
+
+
+@pytest.mark.parametrize("what", ["skip", "norm"])
+def test_one_of_very_many_leaves_that_decides_about_the_others(what):
+    if what == "skip":
+        theirs = optax.apply_if_finite(frozen_scale(optax.adam(0.1)), 9)
+        wrapped = adamjax.skip_not_finite
+    else:
+        theirs = optax.chain(optax.clip_by_global_norm(1.0), frozen_scale(optax.adam(0.1)))
+
+        def wrapped(tx):
+            return adamjax.chain(adamjax.clip_by_global_norm(1.0), tx)
+
+    def frozen(tx):
+        return adamjax.partition([("scale", adamjax.set_to_zero())], default=tx)
+
+    old, rule = steps_of(theirs, 3, MANY), adam_like_optax()
+    convert.from_optax(old, wrapped(frozen(rule)), MANY, theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, frozen(wrapped(rule)), MANY, theirs)
+
+
+def test_a_rate_that_is_infinite_at_a_count_in_the_past_hides_nothing():
+    def rate(count):
+        return 1e-3 * jnp.sqrt(1_000 / count)
+
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    old = jax.tree.map(lambda x: x + 10_000 if x.ndim == 0 else x, theirs.init(TWO))
+    rule = adam_like_optax(rate)
+    convert.from_optax(
+        old, adamjax.chain(adamjax.clip_by_global_norm(1.0), rule), TWO, optimizer=theirs
+    )
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, rule, TWO, optimizer=theirs)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_max_rows_of_an_accumulation_is_compared_without_row_gradients(exact):
+    params = {"table": jnp.ones((30, 2)), "w": jnp.ones(3)}
+    theirs = micro_batches(optax.adam(0.1), 4)
+
+    def ours(rate):
+        tx = adam_like_optax(rate)
+        tx = adamjax.exact_rows(tx, "table") if exact else tx
+        return adamjax.accumulate_gradients(tx, 4, max_rows={"table": 5})
+
+    old = steps_of(theirs, 8, params)
+    state = convert.from_optax(old, ours(0.1), params, theirs)
+    assert jax.tree.structure(state) == jax.tree.structure(ours(0.1).init(params))
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, ours(0.11), params, theirs)
+
+
+def test_a_mask_of_the_largest_leaf_is_compared():
+    def is_largest(tree):
+        most = max(x.size for x in jax.tree.leaves(tree))
+        return jax.tree.map(lambda x: x.size == most, tree)
+
+    params = {"a": jnp.ones((10_000, 8)), "b": jnp.ones((7_000, 8))}
+    theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_largest)
+    for mask, is_right in (("a", True), ("b", False)):
+        ours = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3, mask=mask)
+        assert sampled_rows(theirs, ours, params)
+        with nullcontext() if is_right else pytest.raises(ValueError, match=MOVES):
+            convert.from_optax(theirs.init(params), ours, params, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_tables_that_are_split_over_devices_are_sampled(kind):
+    code = f"""
+        import adamjax, jax, jax.numpy as jnp, optax
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.{kind},))
+        rows = NamedSharding(mesh, PartitionSpec("d", None))
+        params = {{"table": jax.device_put(jnp.ones((20_000, 4)), rows), "w": jnp.ones(3)}}
+        theirs, grads = optax.adam(0.1), jax.tree.map(jnp.ones_like, params)
+        _, old = theirs.update(grads, theirs.init(params), params)
+        ours = adamjax.adam(0.1, eps=1e-8)
+        state = adamjax.convert.from_optax(old, ours, params, theirs)
+        assert state[0].m["table"].sharding.is_equivalent_to(rows, 2)
+        try:
+            adamjax.convert.from_optax(old, adamjax.adam(0.2, eps=1e-8), params, theirs)
+        except ValueError as error:
+            assert "compare their clips" in str(error), error
+        else:
+            raise AssertionError
+        """
+    run_on_devices(2, textwrap.dedent(code))
 
 
 def test_a_mask_that_depends_on_the_dtypes_of_leaves():

@@ -639,3 +639,33 @@ def test_wrapped_chains_round_once(dtype):
         wide_updates, wide_state = update(widened, wide_state, wide)
         assert_same(updates, jax.tree.map(lambda u: u.astype(dtype), wide_updates))
     assert_same(state, wide_state)
+
+
+@pytest.mark.parametrize("wrapper", [skip_not_finite, lambda tx: accumulate_gradients(tx, 2)])
+def test_calls_outside_of_jit_compile_nothing_anew(wrapper):
+    tx, compiled = wrapper(adamw(0.1)), []
+    state = tx.init(PARAMS)
+
+    def four_steps(state):
+        for t in range(4):
+            updates, state = tx.update(draw(t), state, PARAMS)
+        return updates, state
+
+    _, state = four_steps(state)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    updates, next_state = four_steps(state)
+    assert not compiled
+    expected, expected_state = jax.jit(four_steps)(state)
+    assert compiled
+    assert_close(updates, expected)
+    assert_close(next_state, expected_state)
+
+
+@pytest.mark.parametrize("steps", [2.4, 0, -1])
+def test_a_number_of_steps_that_was_edited_in_the_pytree_is_refused(steps):
+    tx = accumulate_gradients(adamw(0.1), 3)
+    edited = jax.tree.map(lambda x: steps if x == 3 else x, tx)
+    with pytest.raises(ValueError, match=rf"must be a whole number of at least 1 .*got {steps}"):
+        edited.update(draw(0), tx.init(PARAMS), PARAMS)

@@ -1,5 +1,6 @@
 """Schedules against Keras' formulas in float64 NumPy, and rates by path."""
 
+import copy
 import functools
 import math
 
@@ -785,3 +786,23 @@ def test_a_class_is_no_rate():
             TypeError, match=r"got the class cosine_decay: .*cosine_decay\(\.\.\.\)"
         ):
             make(cosine_decay)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name", "value"),
+    [
+        (cosine_decay(0.1, 9), "decay_steps", -5),
+        (warmup(0.1, 9), "steps", -3),
+        (warmup(0.1, 9), "steps", 2.5),
+        (exponential_decay(0.1, 9, 0.5), "decay_steps", -1.0),
+        (polynomial_decay(0.1, 9), "decay_steps", 0),
+        (piecewise_constant([5, 9], [0.3, 0.2, 0.1]), "boundaries", (9, 5)),
+        (piecewise_constant([5, 9], [0.3, 0.2, 0.1]), "boundaries", (5, 5)),
+    ],
+    ids=repr,
+)
+def test_numbers_of_steps_that_were_edited_in_the_pytree_are_refused(schedule, name, value):
+    edited = copy.copy(schedule)
+    edited.set_fields(**{name: value})
+    with pytest.raises(ValueError, match=r"must (be|increase)"):
+        edited(3)

@@ -70,7 +70,8 @@ def doubt_transposes(
         source.doubts.append(
             f"{fault}, such as {path!r}, and its shape {list(shape)} does not show it: pass "
             f"adapt=lambda path, x: {mend} if path.endswith({end!r}) else x, or "
-            "adapt=lambda path, x: x if they are not transposed"
+            "adapt=lambda path, x: x if they are not transposed. If the weights were ported by "
+            "another function, as those of transposed convolutions are, pass that function"
         )
 
 

@@ -12,6 +12,9 @@ from adamjax.data import Tree
 
 __all__ = ["leaves_of_parts", "operations", "program"]
 
+# Operations that only say where an array is.
+_PLACING = {"reshard", "sharding_constraint", "mesh_cast"}
+
 
 def leaves_of_parts(state: AdamjaxState) -> list[tuple[type, list[str]]]:
     """The class of each part of the transform, and the leaves that it sees."""
@@ -34,6 +37,8 @@ def operations(tx: Any, params: Tree) -> list[str]:
 
 def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, str]]:
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _PLACING:
+            continue
         numbers = [x.val for x in eqn.invars if isinstance(x, Literal)]
         yield eqn.primitive.name, repr(numbers)
         inner = jax.tree.leaves(

@@ -70,18 +70,27 @@ _AVERAGE_OF_FIRST_STEP = (
 )
 
 
+def _doubt_class(source: Source, optimizer: Any) -> None:
+    """Adds a doubt about an optimizer that is none of Keras' Adams."""
+    if is_of_keras(optimizer) and plain_name(type(optimizer).__name__) in _OPTIMIZERS:
+        return
+    mend = "Other states cannot be converted: start anew with tx.init(params)"
+    if hasattr(optimizer, "inner_optimizer"):
+        mend = "Convert its inner_optimizer"
+    elif hasattr(optimizer, "optimizers"):
+        mend = "Convert each of its optimizers by itself, with the leaves that it trains as params"
+    elif hasattr(optimizer, "optimizer"):
+        mend = "Pass its optimizer"
+    source.doubts.append(
+        f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, AdamW, Adamax or "
+        f"Nadam. {mend}"
+    )
+
+
 def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool) -> tuple[str, ...]:
     """The kinds of rules that the variables may be of, by the optimizer's class or its name."""
     if optimizer is not None:
-        name = type(optimizer).__name__
-        if is_of_keras(optimizer) and plain_name(name) in _OPTIMIZERS:
-            return _OPTIMIZERS[plain_name(name)]
-        source.doubts.append(
-            f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, "
-            "AdamW, Adamax or Nadam (of a LossScaleOptimizer convert the inner_optimizer). Other "
-            "states cannot be converted: start anew with tx.init(params)"
-        )
-        return KINDS
+        return _OPTIMIZERS.get(plain_name(type(optimizer).__name__), KINDS)
     if layout.names is None:
         # Keras 3's Nadam keeps its product. That of tf_keras is recognized by its name only.
         return ("nadam",) if has_product else ("adam", "amsgrad", "adamax")
@@ -291,8 +300,11 @@ def _read_variables(
       to_adamjax: whether `adapt` makes Keras' arrays fit the leaves, in the common form too. If
         not, it makes the leaves' arrays fit Keras' variables.
     """
+    source = Source(owner)
     optimizer = variables if hasattr(variables, "get_config") else None
     if optimizer is not None:
+        _doubt_class(source, optimizer)
+        source.refuse_doubts(check)
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
@@ -318,7 +330,6 @@ def _read_variables(
             if path is not None
         }
 
-    source = Source(owner)
     if adapt is None:
         named = zip(paths, layout.names or [""] * len(paths), strict=True)
         weights = [
@@ -625,7 +636,10 @@ def from_keras(
         weights of Equinox are:
         `lambda path, x: x.transpose(-1, -2, *range(x.ndim - 2)) if path.endswith("weight") else x`,
         which is `x.T` for a matrix. It is required if a leaf that is called `weight` has the same
-        shape when transposed, as a square matrix has.
+        shape when transposed, as a square matrix has. **Moments must be changed as the weights were
+        when they were ported**, which adamjax cannot check: the kernel of a `Conv2DTranspose` with
+        as many channels in as out needs a function of its own, because Keras has
+        `(*kernel_size, out, in)`, and JAX libraries flip the kernel.
       average: an average of the weights, a tree like `params`. The run goes on from it in place of
         Keras' own average.
       check: as for `from_optax`.

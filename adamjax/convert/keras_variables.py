@@ -1,5 +1,6 @@
 """Finds what each variable of a Keras optimizer is, by its name or by its place and shape."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,7 +100,14 @@ class Layout(NamedTuple):
 
 def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.ndarray]]:
     """The names and values of variables, in any of the forms that `from_keras` takes."""
-    if isinstance(variables, Mapping) and {"class_name", "compile_config"} & set(variables):
+    if isinstance(variables, str | os.PathLike):
+        raise TypeError(
+            f"{owner}: got the path {variables!r}, expected optimizer.variables: load the model "
+            "and pass its optimizer, or read the group optimizer/vars of a .weights.h5 with h5py"
+        )
+    if isinstance(variables, Mapping) and (
+        {"class_name", "compile_config"} & set(variables) or isinstance(variables.get("name"), str)
+    ):
         raise TypeError(
             f"{owner}: got a dictionary with {list(variables)[:4]}, a config, which has no "
             "variables: expected optimizer.variables, or the group optimizer/vars of the "
@@ -214,7 +222,8 @@ def layout_by_place(
             "their order. If Keras' order of the leaves is another (a dictionary's is that of its "
             "sorted keys), give order=, the paths in Keras' order, or pass names, "
             "[(v.path, v.numpy()) for v in optimizer.variables]. If leaves are the transposes of "
-            "Keras' variables, give adapt=. If tx has another rule or average "
+            "Keras' variables, give adapt=. Of a LossScaleOptimizer, pass the variables of its "
+            "inner_optimizer (optimizer/inner_optimizer/vars). If tx has another rule or average "
             "than the optimizer, build it like the optimizer. Expected: the iteration, a "
             "constant rate, all averages, and leaf by leaf its slots; or get_weights() before "
             "TensorFlow 2.11: all momenta before all velocities"

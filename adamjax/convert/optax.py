@@ -230,9 +230,10 @@ def from_optax(
 
     A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
     take some steps on random gradients, at the present count and at later counts of their
-    schedules. If `tx` moves a weight differently, it is refused. Of a leaf with more than 65,536
-    elements, some rows take all these steps, and all rows take one. (If one of the optimizers may
-    decide by the number of rows, all rows take all steps.) On a CPU this takes seconds for a small
+    schedules. If `tx` moves a weight differently, it is refused. Of a leaf with more than 16,384
+    elements, a sample takes all these steps, and the whole leaf takes one. (If one of the
+    optimizers may decide by the size of a leaf, whole leaves take all steps.) Of very many leaves,
+    some are tried with a NaN and with large gradients. On a CPU this takes seconds for a small
     model, and about a minute for 300 leaves or for 5 million rows of 16 columns. If that is too
     long, compare a small copy of the model, and pass `check=False` for the large one.
 

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
+from adamjax.convert.sampling import longest_axis
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import like_wide
 from adamjax.data import Tree
 from adamjax.guard import accumulate_gradients
 from adamjax.leaves import dtype_of, is_left_alone
+from adamjax.mesh import explicit_sharding, reshard
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import rule_slots, slot_states
 
@@ -162,14 +164,12 @@ class PairedSteps:
                 )
                 num_calls += 1
 
-    def take_whole(
-        self, ours: AdamjaxState, optimizer: Any, state: Any, weights: Sequence[float]
-    ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
-        """Takes a step of the whole model, if the present states are of some of its rows.
+    def whole_call(self, ours: AdamjaxState, optimizer: Any) -> Any:
+        """A function like `_call` for the whole model, if the present states are a sample of it.
 
-        It yields for each size of the weights and each call: the size, by leaf the largest
-        difference of an element, infinite where one is NaN, and the largest update of optax.
-        Only these numbers leave the device, and no array of random numbers is stored.
+        It draws the gradients itself, from those of the sample, and returns the new states, by leaf
+        the largest difference of an element, infinite where one is NaN, and the largest update of
+        optax. So no other arrays as large as the model are stored.
         """
         params, treedef = flatten(ours.params)
         update = like_wide(optimizer.update) if self.widens else optimizer.update
@@ -179,8 +179,11 @@ class PairedSteps:
             for i, place in enumerate(self.leaves):
                 x, p = pool[i], params[place]
                 if np.shape(x) != np.shape(p):
-                    x = x[jnp.arange(len(p)) % len(x)]
-                new[place] = (x * sizes[i]).astype(dtype_of(p))
+                    axis = longest_axis(np.shape(p))
+                    x = jnp.take(x, jnp.arange(np.shape(p)[axis]) % x.shape[axis], axis)
+                x = (x * sizes[i]).astype(dtype_of(p))
+                sharding = explicit_sharding(p)
+                new[place] = x if sharding is None else reshard(x, sharding, p)
             return treedef.unflatten(new)
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -200,15 +203,25 @@ class PairedSteps:
                 largest.append(jnp.max(jnp.abs(b), initial=0))
             return (one, other), (apart, largest)
 
-        for size in weights:
-            # These are the user's arrays, so a copy of them is donated.
-            states = jax.tree.map(jnp.copy, (ours.state, state))
-            sizes = self._clipped(self.usual), self._clipped(np.full(len(self.leaves), size))
-            for _ in range(self.calls + self.calls_left):
-                pools = self.pool[next(self.next_of_pool)], self.pool[0]
-                states, measured = call(states, pools, sizes)
-                apart, largest = (np.array(x, np.float64) for x in measured)
-                yield size, apart, largest
+        return call
+
+    def take_whole(
+        self, call: Any, states: tuple[Any, Any], size: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Takes a step of the whole model with weights of one size.
+
+        It yields each call's largest differences and updates.
+
+        Args:
+          call: the result of `whole_call`.
+        """
+        # These may be the user's arrays, so a copy of them is donated.
+        states = jax.tree.map(jnp.copy, states)
+        sizes = self._clipped(self.usual), self._clipped(np.full(len(self.leaves), size))
+        for _ in range(self.calls + self.calls_left):
+            pools = self.pool[next(self.next_of_pool)], self.pool[0]
+            states, (apart, largest) = call(states, pools, sizes)
+            yield np.array(apart, np.float64), np.array(largest, np.float64)
 
     def _clipped(self, sizes: np.ndarray) -> np.ndarray:
         """Sizes by leaf, within the range of float16 for such leaves."""

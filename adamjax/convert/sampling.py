@@ -1,9 +1,11 @@
-"""Copies of states with some rows of each large leaf, whose steps are quick to compare."""
+"""Copies of states with a sample of each large leaf, whose steps are quick to compare."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
@@ -12,17 +14,19 @@ from adamjax.convert.values import map_items
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.structure import replace_parts, states_of_class
 
-__all__ = ["sampled"]
+__all__ = ["longest_axis", "sampled"]
 
-# A leaf of more elements than the first is large. Of such a leaf, so many rows are taken that they
-# have about as many elements as the second, but at least so many rows.
-_LARGE, _SAMPLED, _FEWEST_ROWS = 1 << 16, 1 << 13, 16
+# A leaf of more elements is large, and its sample has somewhat more elements than that, so that it
+# stays larger than all others. It has at least so many slices.
+_LARGE, _FEWEST = 1 << 14, 4
 
 Shape = tuple[int, ...]
 
 
 def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxState, Any] | None:
-    """Both states with some rows of each large leaf.
+    """Both states with a sample of each large leaf: slices along its longest axis, such as rows.
+
+    Leaves keep the order of their sizes, and those of different shapes stay different.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -30,19 +34,25 @@ def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
 
     Returns:
       The state of adamjax and that of optax; `None` if no leaf is large, or if one of the
-      transforms may treat a leaf in another way because it has fewer rows.
+      transforms may treat a leaf in another way because it is smaller.
     """
-    small_shapes = _small_shapes([np.shape(p) for p in jax.tree.leaves(ours.params)])
+    small_shapes = _small_shapes({np.shape(p) for p in jax.tree.leaves(ours.params)})
     if not small_shapes:
         return None
 
     def sample(x: Any) -> Any:
-        small_shape = small_shapes.get(np.shape(x))
-        # These rows include the first and the last.
-        return x if small_shape is None else x[_rows(len(x), small_shape[0])]
+        shape = np.shape(x)
+        is_split = isinstance(x, jax.Array) and len(x.devices()) > 1
+        if shape not in small_shapes:
+            # Small steps on several devices would take longer than on one.
+            return jnp.asarray(np.asarray(x)) if is_split else x
+        axis = longest_axis(shape)
+        # The first slice and the last are among these.
+        slices = np.linspace(0, shape[axis] - 1, small_shapes[shape][axis]).astype(int)
+        return jnp.asarray(np.take(np.asarray(x), slices, axis))
 
-    params = jax.tree.map(sample, ours.params)
     try:
+        params = jax.tree.map(sample, ours.params)
         small = initial_state(ours.owner, ours.tx, params)
         small = small.with_state(_sampled_adamjax(sample, ours.state, small.state, small))
         small_state = jax.tree.map(sample, state)
@@ -61,24 +71,26 @@ def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
     return None if leaves_of_parts(ours) != leaves_of_parts(small) else (small, small_state)
 
 
-def _small_shapes(shapes: list[Shape]) -> dict[Shape, Shape]:
-    """For the shape of each large leaf the shape of its sample. No two have the same."""
+def longest_axis(shape: Shape) -> int:
+    """The first of the longest axes."""
+    return shape.index(max(shape))
+
+
+def _small_shapes(shapes: Iterable[Shape]) -> dict[Shape, Shape]:
+    """For the shape of each large leaf the shape of its sample, where that is smaller."""
     small_shapes: dict[Shape, Shape] = {}
-    taken = set(shapes)
-    for shape in shapes:
-        if shape in small_shapes or np.prod(shape) <= _LARGE:
+    largest = _LARGE
+    for shape in sorted(shapes, key=math.prod):
+        if math.prod(shape) <= _LARGE:
             continue
-        num_rows = max(_SAMPLED // int(np.prod(shape[1:])), _FEWEST_ROWS)
-        while (num_rows, *shape[1:]) in taken:
-            num_rows += 1
-        if num_rows < shape[0]:
-            small_shapes[shape] = num_rows, *shape[1:]
-            taken.add(small_shapes[shape])
+        # More elements than any leaf before has, so no two shapes become one.
+        axis = longest_axis(shape)
+        per_slice = math.prod(shape) // shape[axis]
+        length = max(largest // per_slice + 1, _FEWEST)
+        if length < shape[axis]:
+            small_shapes[shape] = *shape[:axis], length, *shape[axis + 1 :]
+        largest = per_slice * min(length, shape[axis])
     return small_shapes
-
-
-def _rows(num_rows: int, num_sampled: int) -> np.ndarray:
-    return np.linspace(0, num_rows - 1, num_sampled).astype(int)
 
 
 def _sampled_adamjax(sample: Callable[[Any], Any], x: Any, fresh: Any, small: AdamjaxState) -> Any:

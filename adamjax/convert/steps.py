@@ -24,17 +24,18 @@ from adamjax.convert.advance import (
     unread_rule,
     with_rates,
 )
-from adamjax.convert.optax_state import read_state
+from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import Differences, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow, widened
 from adamjax.data import Tree
+from adamjax.guard import AccumulateGradientsState, accumulate_gradients
 from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
-from adamjax.structure import Part, rule_slots, slot_states, states_of_class
+from adamjax.structure import Part, replace_parts, rule_slots, slot_states, states_of_class
 from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
@@ -93,8 +94,8 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
     steps go on from the rules of the conversion, or from rules with moments of 0 that have taken
     very many steps: there the forms are the same. All this is in float32 or wider, if possible.
 
-    Of large leaves some rows take these steps, and all rows take one step besides. If the number of
-    rows may matter to one of the transforms, all rows take all steps.
+    Of a large leaf, a sample takes these steps, and the whole takes one of them. If the size of a
+    leaf may matter to one of the transforms, the whole takes all steps.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -102,6 +103,7 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       rtol: as for `from_optax`.
     """
     with jax.debug_nans(False):
+        ours = _with_dense_totals(ours)
         some = sampled(ours, optimizer, state)
         compared, compared_state, widens = widened(*(some or (ours, state)), optimizer)
         comparison = _Comparison(compared, optimizer, compared_state, rtol, widens)
@@ -109,6 +111,32 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
         if some is not None:
             ours, state, _ = widened(ours, state, optimizer)
             comparison.compare_whole(ours, optimizer, state)
+
+
+def _with_dense_totals(ours: AdamjaxState) -> AdamjaxState:
+    """The same state without `max_rows`, because the gradients that are compared are dense.
+
+    It is not in the middle of a step: then a conversion refuses `max_rows`.
+    """
+    accumulating = [part.tx for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
+    if all(tx.max_rows is None for tx in accumulating):
+        return ours
+
+    def is_accumulating(x: Any) -> bool:
+        return isinstance(x, AccumulateGradientsState)
+
+    def with_totals(state: Any, fresh: Any) -> Any:
+        def replaced(x: Any, new: Any) -> Any:
+            if not is_accumulating(x):
+                return x
+            return x._replace(total=new.total, inner=with_totals(x.inner, new.inner))
+
+        return jax.tree.map(replaced, state, fresh, is_leaf=is_accumulating)
+
+    tx = replace_parts(
+        ours.tx, lambda x: x.replace(max_rows=None) if isinstance(x, accumulate_gradients) else x
+    )
+    return AdamjaxState(ours.owner, tx, with_totals(ours.state, tx.init(ours.params)), ours.params)
 
 
 class _Comparison:
@@ -128,6 +156,8 @@ class _Comparison:
       largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
         update so far.
       largest_here: the same since the states where the present steps start, with their rates.
+      starts: where all has been compared: after how many steps of the schedules, and whether with
+        `with_rates`.
       is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing, the
         first from some states: some differences show in such a step alone.
     """
@@ -156,6 +186,7 @@ class _Comparison:
         self.largest = self.largest_here
         self._forget_largest_here()
         self.is_seen = np.zeros(len(paths), bool)
+        self.starts: list[tuple[int, bool]] = []
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._advance = jax.jit(self._advanced)
 
@@ -203,6 +234,7 @@ class _Comparison:
             return
         self._measure_past_steps()
         self._compare_at(0, "these states")
+        self.starts.append((0, False))
         counts = list(self._later_counts())
         unseen = ~self.is_seen
         for number, (start, steps) in enumerate(counts):
@@ -213,26 +245,41 @@ class _Comparison:
             if np.any(unseen & self.is_seen & ~before):
                 # The rate was 0 before, or next to it, and hid everything else of these leaves.
                 self._compare_at(steps, start)
+                self.starts.append((steps, False))
         self._compare_rates_of_zero()
 
     def compare_whole(self, ours: AdamjaxState, optimizer: Any, state: Any) -> None:
-        """Compares a step of the whole model, if the states are of some of its rows.
+        """Compares steps of the whole model, if the states that are compared are a sample of it.
+
+        There is one step at each count where leaves were first seen to move.
 
         Args:
           ours, state: the states of the whole model.
         """
-        steps = self.steps.take_whole(ours, optimizer, state, _WEIGHTS)
-        for size, apart, largest in steps:
-            largest_so_far = np.maximum(self.largest[size, False], largest)
-            is_close = apart <= self.rtol * largest + _ROUNDING * largest_so_far
-            if np.all(np.isfinite(largest)) and not np.all(is_close):
-                leaf = int(np.argmin(is_close))
-                raise ValueError(
-                    f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx "
-                    f"moves an element by {apart[leaf]:.6g} more or less than the optimizer of "
-                    f"optax, whose largest update is {largest[leaf]:.6g}. Both move a sample of "
-                    "its rows alike, so one of them may treat some rows in another way"
-                )
+        call = self.steps.whole_call(ours, optimizer)
+        for steps, sets_rates in self.starts:
+            states = ours.state, state
+            if sets_rates:
+                states = with_rates(states[0])[0], with_rates(states[1])[0]
+            if steps:
+                fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
+                states = self._advanced_both(ours, states, fresh, steps, rule_as_it_is)
+            for size in _WEIGHTS:
+                for apart, largest in self.steps.take_whole(call, states, size):
+                    self._expect_same_whole(size, apart, largest)
+
+    def _expect_same_whole(self, size: float, apart: np.ndarray, largest: np.ndarray) -> None:
+        largest_so_far = np.maximum(self.largest[size, False], largest)
+        is_close = apart <= self.rtol * largest + _ROUNDING * largest_so_far
+        if not np.all(np.isfinite(largest)) or np.all(is_close):
+            return
+        leaf = int(np.argmin(is_close))
+        raise ValueError(
+            f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx moves an "
+            f"element by {apart[leaf]:.6g} more or less than the optimizer of optax, whose largest "
+            f"update is {largest[leaf]:.6g}. Both move a sample of the leaf alike, so one of them "
+            "may treat some rows in another way"
+        )
 
     def _compare_rates_of_zero(self) -> None:
         """Compares leaves that no step has moved with another rate, if the states keep it.
@@ -249,6 +296,7 @@ class _Comparison:
         if ours_keep and theirs_keep:
             self.ours, self.state = self.ours.with_state(state), other
             self._compare_at(0, f"these states, with a rate of {RATE} in place of 0,")
+            self.starts.append((0, True))
             still_unmoved &= ~np.any([x > 0 for x in self.largest.values()], axis=0)
         if np.any(still_unmoved):
             path = self.steps.paths[int(np.argmax(still_unmoved))]
@@ -356,13 +404,27 @@ class _Comparison:
         return base * 10 ** self.steps.rng.uniform(-2, 2, len(base))
 
     def _some_leaves(self) -> list[int]:
-        """All leaves, or some of very many."""
+        """All leaves, or some of very many: at least one of each kind.
+
+        Leaves are of one kind if the same parts of `tx` see them, and the same rules of optax.
+        """
         places = range(len(self.steps.leaves))
         most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.steps.num_elements)
         most = max(most // self.steps.calls, _FEWEST_LEAVES)
         if len(places) <= most:
             return list(places)
-        return sorted(self.steps.rng.choice(len(places), most, replace=False).tolist())
+        rules = jax.tree.leaves(self.state, is_leaf=lambda x: role_of(x) == "rule")
+        seen_by = [self._are_in(part) for part in self.ours.parts]
+        for x in rules:
+            if role_of(x) == "rule":
+                leaves = leaves_by_path(self.owner, x.mu)
+                seen_by.append(np.array([path in leaves for path in self.steps.paths], bool))
+        shuffled = self.steps.rng.permutation(len(places)).tolist()
+        of_each_kind = {tuple(leaves[i] for leaves in seen_by): i for i in shuffled}
+        # Leaves without a rule come first: there are few of them, and they are often forgotten.
+        chosen = sorted(of_each_kind.values(), key=lambda i: bool(self.has_rule[i]))[:_MOST_LEAVES]
+        others = [i for i in shuffled if i not in chosen]
+        return sorted([*chosen, *others[: max(most - len(chosen), 0)]])
 
     def _later_counts(self) -> Iterator[tuple[str, int]]:
         """Later counts at which steps are compared, each with the number of steps until then."""
@@ -414,7 +476,12 @@ class _Comparison:
     def _advanced(
         self, states: Any, fresh: Any, steps: Any, rule: MakeRule = rule_as_it_is
     ) -> tuple[Any, Any]:
-        ours, how = self.ours.with_state(states[0]), Advance(steps, self.steps.calls, rule)
+        return self._advanced_both(self.ours, states, fresh, steps, rule)
+
+    def _advanced_both(
+        self, ours: AdamjaxState, states: Any, fresh: Any, steps: Any, rule: MakeRule
+    ) -> tuple[Any, Any]:
+        ours, how = ours.with_state(states[0]), Advance(steps, self.steps.calls, rule)
         return (
             advanced_adamjax(ours, states[0], fresh[0], how),
             advanced_optax(states[1], fresh[1], how),
@@ -433,7 +500,9 @@ class _Comparison:
             for size, steps_taken in itertools.product(_WEIGHTS, stills):
                 for number, found in self.steps.take(states, size, steps_taken):
                     key = size, number == len(steps_taken) - 1
-                    self.largest[key] = np.fmax(self.largest[key], found.largest)
+                    # A rate may be infinite at a count that the run never had.
+                    largest = np.where(np.isfinite(found.largest), found.largest, 0)
+                    self.largest[key] = np.maximum(self.largest[key], largest)
 
     def _forget_largest_here(self) -> None:
         keys = itertools.product(_WEIGHTS, (False, True))

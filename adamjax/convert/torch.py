@@ -345,6 +345,8 @@ def from_torch(
 
     - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
       `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
+    - Adamax of torch moves rows without a gradient. `adamax` does so with dense gradients, but for
+      row gradients its default is `rows="lazy"`: pass `rows="dense"`, or use `exact_rows`.
     - `weight_decay` of Adam, Adamax and NAdam is `add_decayed_weights` before the rule. That of
       AdamW, or with `decoupled_weight_decay`, is `add_decayed_weights` after it. It must not follow
       a schedule in `tx`.
@@ -390,7 +392,11 @@ def from_torch(
         which is `x.T` for a matrix. It is required if some leaf has the same shape when transposed,
         so that the shape does not show how torch stores it. A square matrix has such a shape, and
         so has the kernel of a Conv1d whose `out_channels` equal its `kernel_size`. Leaves that are
-        called `weight`, `embedding` or `table` are taken as they are.
+        called `weight`, `embedding` or `table` are taken as they are. **Moments must be changed as
+        the weights were when they were ported**, which adamjax cannot check: a transposed
+        convolution with as many channels in as out (torch has `(in, out, *kernel_size)`, and JAX
+        libraries flip the kernel) and the first dense layer after a flatten need a function of
+        their own.
       average: for a `weight_ema` in `tx`, the average so far, a tree like `params`.
       check, rtol: as for `from_optax`.
 

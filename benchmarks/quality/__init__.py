@@ -2,7 +2,7 @@
 
 Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
 the data, `models` and `contenders` are what is trained and how, and `run` trains every cell.
-The models are in `recommenders`, `knowledge` and `words`; `model` has what they share.
+The models are in `rankers` and `words`; `model` has what they share.
 `journal` saves each finished cell, so the same command continues after an interruption.
 `statistics` and `summary` make the results, `divergence` shows on single rows why there are
 differences, and `report` writes a page with plots.
@@ -32,28 +32,10 @@ WRITERS = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the suite; see `--help`."""
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
     suite = Suite("quality", __doc__, packages, only="models")
     suite.parser.add_argument("--journal", type=Path, help="the file of finished cells")
     args = suite.parse(argv)
-    try:
-        return _run(suite, args)
-    except UserError as error:
-        print(f"quality: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("quality: interrupted; the same command continues from here", file=sys.stderr)
-        return 130
-
-
-def expect_packages() -> None:
-    """Refuses to run without the packages that the suite needs."""
-    if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
-        raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
-
-
-def _run(suite: Suite, args: Any) -> int:
     expect_packages()
     # JAX takes seconds to import, so what needs it is imported after the options are read.
     import jax
@@ -84,7 +66,7 @@ def _run(suite: Suite, args: Any) -> int:
         "betas": [protocol.B1, protocol.B2],
         "eps": protocol.EPS,
         "decay": protocol.DECAY,
-        "models": {name: sizes(model) for name, model in models.items()},
+        "models": {name: dataclasses.asdict(model) for name, model in models.items()},
         "divergence steps": steps,
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
@@ -96,26 +78,24 @@ def _run(suite: Suite, args: Any) -> int:
     plan = Plan(chosen, contenders, rates, search_seeds, seeds)
     if journal.cells:
         say(f"{len(journal.cells):,} cells are done already, in {journal.path}")
-    with progress(plan.cells + len(b2s), "cell") as bar:
-        announced: set[str] = set()
-
-        def done(model: Any, contender: str, is_new: bool) -> None:
-            bar.update()
+    announced: set[str] = set()
+    try:
+        for model, _, is_new in progress(plan.run(journal), "cell", plan.cells):
             if is_new and model.name not in announced:
                 announced.add(model.name)
                 say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch}")
-
-        plan.run(journal, done)
         for b2 in b2s:
-            if ("divergence", b2) not in journal:
+            if ("divergence", b2) not in journal.cells:
                 journal.add(("divergence", b2), divergence.measured(b2, steps))
-            bar.update()
+    except KeyboardInterrupt:
+        print("quality: interrupted; the same command continues from here", file=sys.stderr)
+        return 130
     suite.results |= settings
     suite.results["groups"] = protocol.group_names()
     suite.results["models"] = summary.summarised(plan, journal)
     suite.results["divergence"] = {
         "gaps": list(divergence.GAPS),
-        "by b2": {str(b2): journal[("divergence", b2)] for b2 in b2s},
+        "by b2": {str(b2): journal.cells["divergence", b2] for b2 in b2s},
     }
     suite.finish()
     if out := suite.written:
@@ -126,9 +106,10 @@ def _run(suite: Suite, args: Any) -> int:
     return 0
 
 
-def sizes(model: Any) -> dict[str, Any]:
-    """The fields of a model, for the results and the journal."""
-    return dataclasses.asdict(model)
+def expect_packages() -> None:
+    """Refuses to run without the packages that the suite needs."""
+    if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
+        raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
 
 
 def smaller(model: Any) -> Any:
@@ -142,7 +123,8 @@ def code_digest() -> str:
     What only writes the results may change between runs.
     """
     own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in WRITERS]
+    steps = ROOT / "benchmarks" / "steps.py"
     digest = hashlib.sha256()
-    for path in sorted([*own, *(ROOT / "adamjax").rglob("*.py")]):
+    for path in sorted([*own, steps, *(ROOT / "adamjax").rglob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

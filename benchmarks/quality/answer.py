@@ -79,18 +79,23 @@ def ratio_range(results: Results, name: str, field: str, reference: str = "dense
     return low if low == high else f"{low} to {high}"
 
 
+def group_differences(row: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    """A model's groups, from few reads to many, and a contender's difference from dense in each.
+
+    The metric is the model's first. Groups with too few examples, which have `None`, are left out.
+    """
+    own, dense = (row["contenders"][n]["groups"][row["metrics"][0]] for n in (name, "dense"))
+    groups = [i for i, pair in enumerate(zip(own, dense, strict=True)) if None not in pair]
+    return groups, [own[i] - dense[i] for i in groups]
+
+
 def rare_and_frequent(results: Results, name: str) -> Iterator[str]:
     """For each model, the difference from dense where rows are read least, and where most."""
     for row in results["models"]:
-        if name not in row["contenders"]:
-            continue
-        metric = row["metrics"][0]
-        own, dense = (row["contenders"][n]["groups"][metric] for n in (name, "dense"))
-        # Groups go from few reads to many; one with too few examples is `None`.
-        differences = [
-            x - y for x, y in zip(own, dense, strict=True) if x is not None and y is not None
-        ]
-        yield f"{row['model']} {metric} {differences[0]:+.2g} and {differences[-1]:+.2g}"
+        if name in row["contenders"]:
+            _, differences = group_differences(row, name)
+            low, high = (f"{differences[i]:+.2g}" for i in (0, -1))
+            yield f"{row['model']} {row['metrics'][0]} {low} and {high}"
 
 
 def sentences(results: Results) -> list[str]:

@@ -35,13 +35,6 @@ WORDS = 8_000
 # --- reading --------------------------------------------------------------------------------------
 
 
-def is_installed() -> bool:
-    """Whether the files of MovieLens are there."""
-    with contextlib.suppress(UserError):
-        return all(path(name).exists() for name in HASHES)
-    return False
-
-
 def path(name: str) -> Path:
     """Where a file of MovieLens is.
 
@@ -86,24 +79,16 @@ class Ratings:
     The last rating of each user is for the test, the one before it for validation, and all others
     are for training. Other users' training ratings may be later than a user's test rating. Ratings
     of one user at the same second are in the order of the item's number.
-
-    Attributes:
-      users, items: how many there are.
-      training: int32[n, 2], user and item, by user and then by time.
-      times: int64[n], of the ratings in training, in seconds.
-      validation, test: int32[users, 2], user and item, one line for each user.
-      held_out_times: int64[users, 2], of validation and test.
-      negatives: int32[users, 99], items that the user never rated.
     """
 
-    users: int
+    users: int  # how many there are
     items: int
-    training: np.ndarray
-    times: np.ndarray
-    validation: np.ndarray
+    training: np.ndarray  # int32[n, 2], user and item, by user and then by time
+    times: np.ndarray  # int64[n], of the ratings in training, in seconds
+    validation: np.ndarray  # int32[users, 2], user and item, one line for each user; so is the test
     test: np.ndarray
-    held_out_times: np.ndarray
-    negatives: np.ndarray
+    held_out_times: np.ndarray  # int64[users, 2], of validation and test
+    negatives: np.ndarray  # int32[users, 99], items that the user never rated
 
     @functools.cached_property
     def rated(self) -> np.ndarray:
@@ -183,16 +168,13 @@ class Graph:
     """Facts about the films of MovieLens: (head, relation, tail).
 
     The graph has many facts twice, as "film, directed by, person" and "person, directed, film". So
-    all facts about a pair of entities are on one side of the split.
-
-    Attributes:
-      entities, relations: how many there are.
-      training, validation, test: int32[n, 3]. All entities of the last two are in training.
+    all facts about a pair of entities are on one side of the split. All entities of the validation
+    and the test are in training.
     """
 
-    entities: int
+    entities: int  # how many there are
     relations: int
-    training: np.ndarray
+    training: np.ndarray  # int32[n, 3], as are the other two
     validation: np.ndarray
     test: np.ndarray
 
@@ -249,25 +231,26 @@ def held_out() -> tuple[np.ndarray, np.ndarray]:
 def about() -> dict[str, dict[str, str | int]]:
     """Versions, hashes and counts of all data, for the results."""
     r, g, words = ratings(), graph(), text()
+    recbole = f"recbole {importlib.metadata.version('recbole')}"
+
+    def parts(of: Ratings | Graph) -> dict[str, int]:
+        return {part: len(getattr(of, part)) for part in ("training", "validation", "test")}
+
     return {
         "ratings": {
-            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.inter",
+            "from": f"{recbole}, ml-100k.inter",
             "sha256": HASHES["ml-100k.inter"],
             "users": r.users,
             "items": r.items,
-            "ratings": len(r.training) + len(r.validation) + len(r.test),
-            "training": len(r.training),
-            "validation": len(r.validation),
-            "test": len(r.test),
+            "ratings": sum(parts(r).values()),
+            **parts(r),
         },
         "knowledge graph": {
-            "from": f"recbole {importlib.metadata.version('recbole')}, ml-100k.kg",
+            "from": f"{recbole}, ml-100k.kg",
             "sha256": HASHES["ml-100k.kg"],
             "entities": g.entities,
             "relations": g.relations,
-            "training": len(g.training),
-            "validation": len(g.validation),
-            "test": len(g.test),
+            **parts(g),
         },
         "text": {
             "from": words.description,

@@ -51,12 +51,6 @@ class Journal:
         for line in lines[1:]:
             self.cells[tuple(line["cell"])] = line["result"]
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self.cells
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self.cells[key]
-
     def add(self, key: Key, result: dict[str, Any]) -> None:
         """Writes a finished cell, at once."""
         self.cells[key] = result

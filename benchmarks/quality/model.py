@@ -22,21 +22,13 @@ PARTS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Model:
-    """What all models have.
+    """What all models have."""
 
-    Attributes:
-      epochs: how many there are; after each the model is evaluated.
-      steps: of an epoch.
-      batch: examples of a step.
-      width: of the tables.
-      drawn: how many wrong answers are drawn for each right one in training, if any are.
-    """
-
-    epochs: int
-    steps: int
-    batch: int
-    width: int = 16
-    drawn: int = 4
+    epochs: int  # how many there are; after each the model is evaluated
+    steps: int  # of an epoch
+    batch: int  # examples of a step
+    width: int = 16  # of the tables
+    drawn: int = 4  # how many wrong answers are drawn for each right one in training, if any are
 
     name = ""
     data = ""

@@ -1,8 +1,7 @@
 """The models of the suite, and their sizes: smaller than in their papers, else the same."""
 
-from benchmarks.quality.knowledge import DistMult
 from benchmarks.quality.model import Model
-from benchmarks.quality.recommenders import MatrixFactorisation, NeuMF, Sequence, TwoTowers
+from benchmarks.quality.rankers import DistMult, MatrixFactorisation, NeuMF, Sequence, TwoTowers
 from benchmarks.quality.words import NextWord, SkipGram
 
 MODELS: tuple[Model, ...] = (

@@ -47,15 +47,10 @@ FEWEST = 50
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured of a trained model.
+    """What is measured of a trained model."""
 
-    Attributes:
-      higher_is_better: whether it is a quality rather than a loss.
-      margin: the largest difference that does not matter; for a loss, relative to the mean of the
-        reference.
-    """
-
-    higher_is_better: bool = True
+    higher_is_better: bool = True  # whether it is a quality rather than a loss
+    # The largest difference that does not matter; for a loss, relative to the reference's mean.
     margin: float = 0.01
 
     def absolute_margin(self, mean: float) -> float:

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import protocol
-from benchmarks.quality.answer import Results, difference, outcome_rows, sentences, shown
+from benchmarks.quality.answer import (
+    Results,
+    difference,
+    group_differences,
+    outcome_rows,
+    sentences,
+    shown,
+)
 from benchmarks.tables import markdown, origin
 
 # name: colour and line width
@@ -32,89 +39,75 @@ CAPTIONS = {
 # --- plots ----------------------------------------------------------------------------------------
 
 
-def panels(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
-    """A figure and its first axes; the others are not shown."""
-    from matplotlib.figure import Figure
+class Panels:
+    """A figure of as many panels, with one legend for the lines of contenders in all of them."""
 
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for empty in axes[count:]:
-        empty.set_visible(False)
-    return figure, list(axes[:count])
+    def __init__(self, count: int) -> None:
+        from matplotlib.figure import Figure
 
+        columns = min(4, count)
+        rows = -(-count // columns)
+        self.figure = Figure(figsize=(3.2 * columns, 2.7 * rows + 0.5), layout="constrained")
+        self.axes = [self.figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+        self.handles: dict[str, Any] = {}
 
-def with_legend(figure: Any, handles: dict[str, Any]) -> Any:
-    """The figure with its legend below."""
-    columns = max(1, int(figure.get_figwidth() / 2.2))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    return figure
+    def line(self, panel: int, name: str, *points: Any) -> None:
+        """Draws the line of a contender, given the x and the y of its points."""
+        colour, width = LINES[name]
+        style = {"color": colour, "linewidth": width, "marker": "."}
+        (self.handles[name],) = self.axes[panel].plot(*points, **style)
+
+    def finished(self) -> Any:
+        """The figure, with its legend below."""
+        for ax in self.axes:
+            ax.grid(alpha=0.3)
+        names, columns = list(self.handles), max(1, int(self.figure.get_figwidth() / 2.2))
+        self.figure.legend(self.handles.values(), names, loc="outside lower center", ncols=columns)
+        return self.figure
 
 
 def time(results: Results) -> Any:
     """Quality against training time."""
-    figure, axes = panels(len(results["models"]))
-    handles: dict[str, Any] = {}
-    for row, ax in zip(results["models"], axes, strict=True):
+    panels = Panels(len(results["models"]))
+    for i, row in enumerate(results["models"]):
         metric = row["metrics"][0]
-        for name, (colour, width) in LINES.items():
-            if name in row["contenders"]:
-                about = row["contenders"][name]
-                values = about["curve"][metric]
-                seconds = [about["seconds"] * (i + 1) / len(values) for i in range(len(values))]
-                values = [float("nan") if x is None else x for x in values]
-                (handles[name],) = ax.plot(
-                    seconds, values, color=colour, linewidth=width, marker=".", label=name
-                )
-        ax.set(title=row["model"], xlabel="seconds", ylabel=metric)
-        ax.grid(alpha=0.3)
-    return with_legend(figure, handles)
+        for name in (name for name in LINES if name in row["contenders"]):
+            about = row["contenders"][name]
+            values = [float("nan") if x is None else x for x in about["curve"][metric]]
+            seconds = [about["seconds"] * (n + 1) / len(values) for n in range(len(values))]
+            panels.line(i, name, seconds, values)
+        panels.axes[i].set(title=row["model"], xlabel="seconds", ylabel=metric)
+    return panels.finished()
 
 
 def reads(results: Results) -> Any:
     """The difference from dense by how often a row is read."""
-    figure, axes = panels(len(results["models"]))
-    handles: dict[str, Any] = {}
-    for row, ax in zip(results["models"], axes, strict=True):
+    panels = Panels(len(results["models"]))
+    labels = [name.replace(" to ", "-").replace(" or more", "+") for name in results["groups"]]
+    for i, row in enumerate(results["models"]):
         metric = row["metrics"][0]
         sign = 1 if protocol.METRICS[metric].higher_is_better else -1
-        dense = row["contenders"]["dense"]["groups"][metric]
-        for name, (colour, width) in LINES.items():
-            if name == "dense" or name not in row["contenders"]:
-                continue
-            own = row["contenders"][name]["groups"][metric]
-            points = [
-                (i, sign * (x - y))
-                for i, (x, y) in enumerate(zip(own, dense, strict=True))
-                if x is not None and y is not None
-            ]
-            (handles[name],) = ax.plot(
-                *zip(*points, strict=True), color=colour, linewidth=width, marker=".", label=name
-            )
+        for name in (name for name in LINES if name in row["contenders"] and name != "dense"):
+            groups, differences = group_differences(row, name)
+            panels.line(i, name, groups, [sign * x for x in differences])
+        ax = panels.axes[i]
         ax.axhline(0, color="0.35", linewidth=1)
-        labels = [name.replace(" to ", "-").replace(" or more", "+") for name in results["groups"]]
         ax.set_xticks(range(len(labels)), labels, fontsize=8)
         ax.set(title=f"{row['model']}, {metric}", xlabel="reads")
-        ax.grid(alpha=0.3)
-    return with_legend(figure, handles)
+    return panels.finished()
 
 
 def divergence(results: Results) -> Any:
     """The distance from dense by the gap, for each b2."""
-    result = results["divergence"]
-    figure, axes = panels(len(result["by b2"]))
-    handles: dict[str, Any] = {}
-    for (b2, by_name), ax in zip(result["by b2"].items(), axes, strict=True):
+    gaps, by_b2 = results["divergence"]["gaps"], results["divergence"]["by b2"]
+    panels = Panels(len(by_b2))
+    for i, (b2, by_name) in enumerate(by_b2.items()):
         for name, distances in by_name.items():
-            colour, width = LINES[name]
-            (handles[name],) = ax.plot(
-                result["gaps"], distances, color=colour, linewidth=width, marker=".", label=name
-            )
+            panels.line(i, name, gaps, distances)
+        ax = panels.axes[i]
         ax.set(xscale="log", yscale="log", title=f"b2 = {b2}", xlabel="steps between reads")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("distance from dense")
-    return with_legend(figure, handles)
+    panels.axes[0].set_ylabel("distance from dense")
+    return panels.finished()
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The runs: a cell is one model, trained by one contender at one rate from one seed."""
 
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -99,25 +101,15 @@ def chosen_rate(validation: dict[float, list[float]], metric: str) -> float:
     return max(validation, key=quality)
 
 
+@dataclass(frozen=True)
 class Plan:
-    """All cells of a run of the suite.
+    """All cells of a run of the suite."""
 
-    Args:
-      models: to train.
-      contenders: their names, by the model's; `dense` is always among them.
-      rates, search_seeds, seeds: as in the protocol.
-    """
-
-    def __init__(
-        self,
-        models: Iterable[Model],
-        contenders: Mapping[str, Sequence[str]],
-        rates: Sequence[float],
-        search_seeds: Sequence[int],
-        seeds: Sequence[int],
-    ) -> None:
-        self.models, self.contenders = tuple(models), contenders
-        self.rates, self.search_seeds, self.seeds = rates, search_seeds, seeds
+    models: Sequence[Model]  # to train
+    contenders: Mapping[str, Sequence[str]]  # by the model's name; `dense` is always among them
+    rates: Sequence[float]  # as in the protocol, as are the seeds
+    search_seeds: Sequence[int]
+    seeds: Sequence[int]
 
     def searched(self, model: Model) -> list[str]:
         """The contenders with a search of their own."""
@@ -137,43 +129,32 @@ class Plan:
         name, metric = RATE_OF.get(contender, contender), model.metrics[0]
         validation = {
             rate: [
-                journal[("search", model.name, name, rate, seed)]["validation"][metric]
+                journal.cells["search", model.name, name, rate, seed]["validation"][metric]
                 for seed in self.search_seeds
             ]
             for rate in self.rates
         }
         return chosen_rate(validation, metric)
 
-    def run(self, journal: Journal, done: Callable[[Model, str, bool], None]) -> None:
-        """Runs every cell that the journal does not have; calls `done` after each cell."""
+    def keys(self, journal: Journal, model: Model) -> Iterator[tuple[str, str, str, float, int]]:
+        """The cells of a model: the search, and when the journal has all of it, the test."""
+        names = self.searched(model)
+        for seed, name, rate in itertools.product(self.search_seeds, names, self.rates):
+            yield "search", model.name, name, rate, seed
+        rates = {name: self.rate(journal, model, name) for name in self.contenders[model.name]}
+        for seed, (name, rate) in itertools.product(self.seeds, rates.items()):
+            yield "test", model.name, name, rate, seed
+
+    def run(self, journal: Journal) -> Iterator[tuple[Model, str, bool]]:
+        """Runs every cell that the journal does not have.
+
+        Yields the model and the contender of each cell after it, and whether it was run now.
+        """
         for model in self.models:
-            names = self.contenders[model.name]
-            programs = {name: Program(model, name) for name in names}
-
-            @functools.lru_cache(maxsize=1)
-            def batches(seed: int, model: Model = model) -> Sequence[np.ndarray]:
-                return model.batches(seed)
-
-            def run_cell(
-                part: str,
-                name: str,
-                rate: float,
-                seed: int,
-                model: Model = model,
-                programs: dict[str, Program] = programs,
-                batches: Callable[[int], Sequence[np.ndarray]] = batches,
-            ) -> None:
-                key = (part, model.name, name, rate, seed)
-                is_new = key not in journal
-                if is_new:
+            programs = {name: Program(model, name) for name in self.contenders[model.name]}
+            batches = functools.lru_cache(maxsize=1)(model.batches)
+            for key in self.keys(journal, model):
+                _, _, name, rate, seed = key
+                if is_new := key not in journal.cells:
                     journal.add(key, programs[name].run(rate, seed, batches(seed)))
-                done(model, name, is_new)
-
-            for seed in self.search_seeds:
-                for name in self.searched(model):
-                    for rate in self.rates:
-                        run_cell("search", name, rate, seed)
-            rates = {name: self.rate(journal, model, name) for name in names}
-            for seed in self.seeds:
-                for name in names:
-                    run_cell("test", name, rates[name], seed)
+                yield model, name, is_new

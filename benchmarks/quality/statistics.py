@@ -5,40 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from benchmarks.quality.protocol import ALPHA, CONFIDENCE
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The differences between two contenders' runs of the same seeds.
+    """The differences between two contenders' runs of the same seeds."""
 
-    Attributes:
-      n: pairs.
-      mean: of the differences.
-      low, high: the confidence interval of the mean.
-      effect: the mean divided by the differences' standard deviation (Cohen's d of pairs).
-      p: of the paired t-test, two-sided.
-    """
-
-    n: int
-    mean: float
-    low: float
+    mean: float  # of the differences
+    low: float  # the lower and the upper end of the mean's confidence interval
     high: float
-    effect: float
-    p: float
-
-
-def mean_and_error(differences: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
-    x = np.asarray(differences, np.float64)
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
+    effect: float  # the mean divided by the differences' standard deviation (Cohen's d of pairs)
+    p: float  # of the paired t-test, two-sided
 
 
 def interval(differences: Sequence[float], confidence: float) -> tuple[float, float]:
     """The confidence interval of the mean, by Student's t."""
-    mean, error = mean_and_error(differences)
+    mean, error = float(np.mean(differences)), float(stats.sem(differences))
     half_width = error * special.stdtrit(len(differences) - 1, (1 + confidence) / 2)
     return mean - half_width, mean + half_width
 
@@ -58,14 +43,14 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     if n < 2:
         raise ValueError(f"paired: got {n} pairs, expected at least 2")
     if not np.isfinite(differences).all():
-        return Paired(n, math.nan, math.nan, math.nan, math.nan, 1.0)
-    mean, error = mean_and_error(differences)
+        return Paired(math.nan, math.nan, math.nan, math.nan, 1.0)
+    mean, error = float(differences.mean()), float(stats.sem(differences))
     if error == 0:
         effect = 0.0 if mean == 0 else math.copysign(math.inf, mean)
-        return Paired(n, mean, mean, mean, effect, 1.0 if mean == 0 else 0.0)
+        return Paired(mean, mean, mean, effect, 1.0 if mean == 0 else 0.0)
     low, high = interval(differences, CONFIDENCE)
     p = 2 * float(special.stdtr(n - 1, -abs(mean / error)))
-    return Paired(n, mean, low, high, mean / error / math.sqrt(n), p)
+    return Paired(mean, low, high, mean / error / math.sqrt(n), p)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Cells:
         names = plan.contenders[model.name]
         self.rates = {name: plan.rate(journal, model, name) for name in names}
         self.by_name = {
-            name: [journal[("test", model.name, name, rate, seed)] for seed in plan.seeds]
+            name: [journal.cells["test", model.name, name, rate, seed] for seed in plan.seeds]
             for name, rate in self.rates.items()
         }
 
@@ -84,16 +84,13 @@ def model_row(
                 "mean |difference|": rounded(float(np.abs(differences).mean()), 3),
                 "largest |difference|": rounded(float(np.abs(differences).max()), 3),
             }
+            of_seeds = cells.by_name[name]
             entry["curve"][metric] = [
-                rounded(
-                    statistics.fmean(cell["test"][i][metric] for cell in cells.by_name[name]), 5
-                )
+                rounded(statistics.fmean(cell["test"][i][metric] for cell in of_seeds), 5)
                 for i in range(model.epochs)
             ]
-            if metric in cells.by_name[name][0]["groups"]:
-                by_seed = np.array(
-                    [cell["groups"][metric] for cell in cells.by_name[name]], np.float64
-                )
+            if metric in of_seeds[0]["groups"]:
+                by_seed = np.array([cell["groups"][metric] for cell in of_seeds], np.float64)
                 entry["groups"][metric] = [
                     rounded(x, 5) if n >= FEWEST else None
                     for x, n in zip(by_seed.mean(0).tolist(), row["examples"], strict=True)

@@ -153,14 +153,13 @@ class Windows:
     """
 
     def __init__(self, blocks: np.ndarray, width: int, boundary: int):
-        padded = np.pad(blocks, ((0, 0), (width, 0)), constant_values=boundary)
-        first = np.arange(len(blocks), dtype=np.int32) * padded.shape[1]
-        self.starts = (first[:, None] + np.arange(blocks.shape[1], dtype=np.int32)).ravel()
-        self.tokens, self.places = padded.astype(np.int32).ravel(), np.arange(width + 1)
+        padded = np.pad(blocks.astype(np.int32), ((0, 0), (width, 0)), constant_values=boundary)
+        self.windows = np.lib.stride_tricks.sliding_window_view(padded, width + 1, axis=1)
+        self.starts = np.arange(blocks.size, dtype=np.int32)  # the number of each window
 
     def at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of windows that start there, the words before, int32[n, width], and those to predict."""
-        tokens = self.tokens[starts[:, None] + self.places]
+        """Of windows by number, the words before, int32[n, width], and those to predict."""
+        tokens = self.windows[np.unravel_index(starts, self.windows.shape[:2])]
         return tokens[:, :-1], tokens[:, -1]
 
 

@@ -10,17 +10,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Takes SIGINT and SIGTERM within a `with` block.
-
-    Attributes:
-      times: how many came.
-      answers: what the first one does, the second and so on, in words; a further one ends the
-        process at once.
-      at_exit: is called before that.
-    """
+    """Takes SIGINT and SIGTERM within a `with` block."""
 
     def __init__(self) -> None:
-        self.times, self._last = 0, signal.SIGINT
+        self.times = 0  # how many came
+        self._last = signal.SIGINT
+        # What the first one does, the second and so on, in words. A further one ends the process
+        # at once, after a call of `at_exit`.
         self.answers: tuple[str, ...] = ()
         self.at_exit: Callable[[], None] = lambda: None
 

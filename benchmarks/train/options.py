@@ -33,14 +33,16 @@ class UserError(Exception):
 def _option(default: Any, help: str, least: float = 0, above: bool = False) -> Any:
     kind = type(default)
     metadata = {
-        "type": _number(kind, least, above),
+        "type": number(kind, least, above),
         "metavar": "X" if kind is float else "N",
         "help": f"{help} (default: {default})",
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _number(kind: type, least: float, above: bool = False) -> Callable[[str], Any]:
+def number(kind: type, least: float, above: bool = False) -> Callable[[str], Any]:
+    """The type of an option, for argparse: a number of at least the least one, or above it."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -107,14 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     add("compare", f"{what} (default of --steps: {COMPARED_STEPS})", action="store_true")
     where = "benchmarks/results/PLATFORM/train.json, for the default options alone"
     add("out", f"the JSON of --compare (default: {where})", type=Path, metavar="FILE")
-    seconds = {"type": _number(float, 0), "default": 60.0, "metavar": "SECONDS"}
+    seconds = {"type": number(float, 0), "default": 60.0, "metavar": "SECONDS"}
     add("save_every", "between checkpoints while it trains (default: 60)", **seconds)
     how = "train in N processes, on this machine unless --coordinator is given (default: 1)"
-    add("processes", how, type=_number(int, 1), default=1, metavar="N")
+    add("processes", how, type=number(int, 1), default=1, metavar="N")
     how = "a port of process 0's machine; start the same on each machine, but for --process"
     add("coordinator", how, metavar="HOST:PORT")
     how = "with --coordinator: which of the N processes this machine's is, from 0"
-    add("process", how, type=_number(int, 0), metavar="I")
+    add("process", how, type=number(int, 0), metavar="I")
     # What the launcher adds for each process: where they meet, its number, and the run's folder.
     add("meet", argparse.SUPPRESS)
     add("number", argparse.SUPPRESS, type=int)
@@ -139,17 +141,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _faults(options: argparse.Namespace) -> Iterator[str]:
-    config, name, number = options.config, options.name, options.process
+    config, name, process = options.config, options.name, options.process
     share = config.learning_rate * config.weight_decay
     if share >= 1:
         yield f"--learning-rate times --weight-decay must be below 1, got {share:g}"
     # A run that is resumed has its own batch, which is not known yet.
     if not options.resume and config.batch % options.processes:
         yield f"--batch {config.batch} is not a multiple of --processes {options.processes}"
-    if (options.coordinator is None) != (number is None):
+    if (options.coordinator is None) != (process is None):
         yield "--coordinator and --process go together, with --processes"
-    if number is not None and number >= options.processes:
-        yield f"--process: expected a number below --processes {options.processes}, got {number}"
+    if process is not None and process >= options.processes:
+        yield f"--process: expected a number below --processes {options.processes}, got {process}"
     if options.coordinator and not re.fullmatch(r".+:\d+", options.coordinator):
         yield f"--coordinator: expected HOST:PORT, got {options.coordinator!r}"
     if options.compare:
@@ -167,7 +169,7 @@ def _faults(options: argparse.Namespace) -> Iterator[str]:
         yield "--name and --resume exclude each other: a resumed run keeps its name"
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
         yield f"--name: expected letters, digits, - and ., got {name!r}"
-    if not (options.compare or options.resume or options.folder or number):
+    if not (options.compare or options.resume or options.folder or process):
         if RUNS.exists() and not RUNS.is_dir():
             yield f"{RUNS} is a file, and the folder of the runs goes there: move it away"
         if name and (RUNS / name).exists():
