@@ -1,8 +1,8 @@
 """Hides the differences between the supported releases of JAX, 0.7.2 and newer.
 
-Only this module uses what a release of JAX may rename or remove. So a new release of JAX changes
-only this module. Modules of `jax.experimental` are imported when a feature needs them: if one is
-missing, that feature raises an error that says why, and `import adamjax` works.
+Only this module uses what a release of JAX may rename or remove, so a new release of JAX requires
+changes only here. Modules of `jax.experimental` are imported when a feature needs them: if one is
+missing, that feature raises an error that says why, and `import adamjax` still works.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def experimental(feature: str, name: str) -> Any:
 
 
 def x64(enabled: bool) -> Any:
-    """A context in which arrays of 64 bits are enabled, or not."""
+    """A context that enables or disables 64-bit dtypes."""
     if hasattr(jax, "enable_x64"):  # since JAX 0.8
         return jax.enable_x64(enabled)
     return experimental("float64", "x64_context").enable_x64(enabled)
@@ -90,7 +90,7 @@ def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
 
 
 def in_memory_of(x: Any, like: Any) -> Any:
-    """A traced array, in the same kind of memory as another one."""
+    """Moves a traced array to the kind of memory that `like` is in."""
     kind = jax.typeof(like).memory_space
     return x if kind == jax.typeof(x).memory_space else jax.device_put(x, kind)
 
@@ -107,7 +107,7 @@ def current_mesh() -> Any:
 def per_device(
     function: Callable[..., Any], mesh: Any, axis_names: set[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`shard_map` over some axes of a mesh; JAX does not check that values may vary over them."""
+    """`shard_map` over some axes of a mesh, without JAX's check of which values vary over them."""
     return jax.shard_map(
         function,
         mesh=mesh,

@@ -26,14 +26,14 @@ from adamjax.leaves import Rows, expect_wide, lift, new_slots
 from adamjax.moments import (
     Average,
     Recurrence,
-    accumulator,
     averaging,
+    checked_in_range,
     complement,
+    compute_dtype,
     correction,
     magnitude,
     next_count,
     positive_epsilon,
-    ranged,
     root,
     scalar,
     square,
@@ -137,7 +137,7 @@ def _zero_averages(params: Tree, dtype: str | None) -> Tree:
     """Zero averages of gradients: complex for complex parameters, else in the given dtype."""
 
     def make(p: chex.Array) -> Any:
-        default = widened_dtype(p.dtype, accumulator(p.dtype))
+        default = widened_dtype(p.dtype, compute_dtype(p.dtype))
         if dtype == SCALED8 and not jnp.iscomplexobj(p):
             return zeros_scaled8(p, signed=True)
         return jnp.zeros_like(p, default if jnp.iscomplexobj(p) else dtype or default)
@@ -151,13 +151,13 @@ def _zero_denominators(params: Tree, dtype: str | None) -> Tree:
     def make(p: chex.Array) -> Any:
         if dtype == SCALED8:
             return zeros_scaled8(p, signed=False)
-        return jnp.zeros_like(p, dtype or accumulator(p.dtype))
+        return jnp.zeros_like(p, dtype or compute_dtype(p.dtype))
 
     return new_slots(params, make)
 
 
 def _expect_slot_dtypes(rule: Any, state: Any, **dtypes: str | None) -> None:
-    """Refuses slots that were cast, or that belong to another field of the state."""
+    """Refuses slots that were cast, or that belong in another field of the state."""
     for name, dtype in dtypes.items():
         slot = getattr(state, name)
         is_signed = name == "m"  # the others measure the size of gradients
@@ -170,8 +170,8 @@ def _expect_slot_dtypes(rule: Any, state: Any, **dtypes: str | None) -> None:
         encoded = [x for x in flatten(slot)[0] if isinstance(x, Scaled8)]
         if any((x.codes.dtype == np.int8) != is_signed for x in encoded):
             raise ValueError(
-                f"{type(rule).__name__}: the codes of the state's {name} are those of another "
-                "slot, expected int8 in m and uint8 in the others: start from init"
+                f"{type(rule).__name__}: the codes of the state's {name} belong to another slot, "
+                "expected int8 in m and uint8 in the others: start from init"
             )
 
 
@@ -203,7 +203,7 @@ _amsgrad = Recurrence(_adam_moments, _amsgrad_quotient, last=_largest_v)
 
 def _momentum(b1: Number, t: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Nadam's momentum of step t, and 1 minus it."""
-    b, shrinking = scalar(ranged(b1, BETA), t.dtype), 0.5 * 0.96**t
+    b, shrinking = scalar(checked_in_range(b1, BETA), t.dtype), 0.5 * 0.96**t
     return b * (1 - shrinking), complement(b1, t.dtype) + b * shrinking
 
 
@@ -247,7 +247,7 @@ def _coast(
     """
     has_one_epsilon = not hasattr(rule, "eps_hat")  # as Adamax has
     eps_hat = None if has_one_epsilon else rule.eps_hat
-    # Step t adds `eps * sqrt(1 - b2**t)`, but eps_hat and Adamax' eps as they are.
+    # Step t adds `eps * sqrt(1 - b2**t)`. But eps_hat and Adamax' eps are added unchanged.
     is_corrected = eps_hat is None and not has_one_epsilon
     return Coast(
         b1=rule.b1,
@@ -289,7 +289,7 @@ class scale_by_adam(_Moments):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * |g|**2
 
-    and then one of two forms, that just before section 2.1 or that of algorithm 1:
+    and then one of two forms, the one just before section 2.1 or the one of algorithm 1:
 
         update = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)
         update = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)
@@ -309,21 +309,20 @@ class scale_by_adam(_Moments):
         `m / (1 - b1**t)`. If neither epsilon is given, `eps` is 1e-7.
       m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
         float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
-        the memory and is rounded stochastically, so that the mean over steps is that of float32.
+        the memory and is rounded stochastically, so that its mean over steps is that of float32.
         For complex parameters m is complex, v real, and `m_dtype` has no effect. "scaled8" takes a
         quarter of the memory: 8-bit codes, with one exponent for each slice along the last axis
         (called a row here), or for each 1,024 elements of a vector (`adamjax.states.Scaled8`). It
         is rounded stochastically too. Neighbouring codes differ by 1/16 to 1/8 of their value, by d
-        = 0.09 on average. The rounding errors of the last steps add up. Typically they put m off by
-        about 8% of itself, d / sqrt(6) / sqrt(1 - b1**2); the worst case is 1/8 / (1 - b1). They
-        put v off by about 20%, sqrt(d / 2), and its root by 10%. So the update is off by about 13%,
-        in either direction. If an m is smaller than 2**-14 times the largest m of its row, its
-        error is up to 2**-17 times that largest m. The root of a v above 0 is stored as at least
-        2**-17 times the largest root of its row. So even for such small values, the error of an
-        update is at most about the largest m of the row divided by its largest root of v. An
-        infinite or NaN gradient makes its row NaN. With "scaled8", these raise an error: `grouped`,
-        `adamjax.convert`, a derivative of the step, and a row gradient of a table with one
-        dimension.
+        = 0.09 on average. The rounding errors of the last steps add up. Typically m is off by about
+        8%, d / sqrt(6) / sqrt(1 - b1**2); in the worst case, by 1/8 / (1 - b1). Typically v is off
+        by about 20%, sqrt(d / 2), and its root by 10%. So the update is off by about 13%, in either
+        direction. If an m is smaller than 2**-14 times the largest m of its row, its error is up to
+        2**-17 times that largest m. The root of a v above 0 is stored as at least 2**-17 times the
+        largest root of its row. So even for such small values, the error of an update is at most
+        about the largest m of the row divided by its largest root of v. An infinite or NaN gradient
+        makes its row NaN. With "scaled8", these raise an error: `grouped`, `adamjax.convert`, a
+        derivative of the step, and a row gradient of a table with one dimension.
       rows: what happens to the rows that are not in a `RowGradient`. "dense": they get a gradient
         of zero, so their moments decay and they move on by momentum, as with the dense gradient
         (and at its cost; `exact_rows` has the same result for less). "lazy": nothing happens to
@@ -417,7 +416,7 @@ class scale_by_adam(_Moments):
 
 @transform_state("m", "v", "v_max")
 class ScaleByAmsgradState(NamedTuple):
-    """State of `scale_by_amsgrad`: that of Adam, and `v_max`, the largest v so far.
+    """State of `scale_by_amsgrad`: Adam's state, and `v_max`, the largest v so far.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.scale_by_amsgrad().init(jnp.zeros(1)).v_max
@@ -439,7 +438,7 @@ class scale_by_amsgrad(_Moments):
     Args:
       b1, b2, eps_hat, eps, m_dtype, v_dtype, rows: as in `scale_by_adam`; `v_max` has the dtype
         of v. It is the largest v that was stored. In "scaled8", v is rounded up and down, so after
-        thousands of steps `v_max` is about 20% above that of float32, and updates are about 10%
+        thousands of steps `v_max` is about 20% larger than in float32, and updates are about 10%
         smaller.
 
     The state is a `ScaleByAmsgradState`.
@@ -510,7 +509,7 @@ class _AdamaxScalars(NamedTuple):
 def _adamax_moments(
     c: _AdamaxScalars, g: chex.Array, m: chex.Array, u: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-    # `b2 * u` as an average with zeros, which uses b2 more exactly than a factor in float32.
+    # `b2 * u` as an average with zeros, because a factor in float32 would round b2.
     decayed = c.average_u(u, jnp.zeros_like(u))
     return c.average_m(m, g), jnp.maximum(decayed, magnitude(g))
 

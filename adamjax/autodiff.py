@@ -1,9 +1,9 @@
-"""Row gradients of unchanged models: differentiates a loss by the rows that it reads.
+"""Row gradients of unchanged models: differentiates a loss with respect to the rows that it reads.
 
-JAX differentiates `table[ids]` by an array of the table's size. Here the loss is traced once, and
-`reads` finds where it reads rows. The loss is then differentiated by a small array for each of
-these sites, as if that were added to the rows, so cotangents come row by row. A table that is used
-in any other way gets JAX's gradient.
+For `table[ids]`, JAX makes a gradient of the table's size. Here the loss is traced once, and
+`reads` finds the sites where it reads rows. In effect, an array of zeros is added to the rows at
+each site, and the loss is differentiated with respect to this array. So cotangents come row by row.
+A table that is used in any other way gets JAX's gradient.
 """
 
 import functools
@@ -38,10 +38,10 @@ Value = TypeVar("Value")
 def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
     """The signature of `(params, state, /, *args, **kwargs)`, which calls `fn` without the state.
 
-    `jax.jit` finds static arguments by it: by their names, and in their places.
+    `jax.jit` uses it to find static arguments by name and by position.
     """
     own = [
-        # A keyword of fn may be called params or state, and jit takes no name twice.
+        # A keyword of fn may be called params or state, and jit does not accept a name twice.
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
         for name in ("_params", "_state")
     ]
@@ -50,7 +50,7 @@ def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
         first, *others = signature.parameters.values()
         if first.kind is first.VAR_POSITIONAL:
             others = [first, *others]
-    except ValueError:  # there is none, or it has no place for the parameters
+    except ValueError:  # fn has no signature, or takes no argument
         signature = inspect.signature(lambda *args, **kwargs: None)
         others = list(signature.parameters.values())
     return signature.replace(parameters=[*own, *others])
@@ -59,7 +59,7 @@ def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
 def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates `(params, state, /, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
 
-    It is as `functools.wraps`, but the signature has the state.
+    It does what `functools.wraps` does, but the signature includes the state.
     """
 
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,8 +74,8 @@ def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 # --- a call of a loss -----------------------------------------------------------------------------
 
 
-def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
-    """The numbers of the arguments, and whether `argnums` is a single one."""
+def _argument_numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
+    """The positions of the arguments, and whether `argnums` is a single int."""
     single = not isinstance(argnums, Sequence | np.ndarray) or np.shape(argnums) == ()
     numbers = [argnums] if single else list(argnums)
     try:
@@ -89,11 +89,11 @@ def _numbers(owner: str, argnums: Any) -> tuple[list[int], bool]:
 
 
 class Call:
-    """A loss and its arguments, as a function of the float leaves to differentiate by.
+    """A loss and its arguments, as a function of the float leaves of the differentiated arguments.
 
     Attributes:
-      leaves, paths: the leaves of all arguments to differentiate by, one list, and their paths.
-      floats: the numbers of the leaves that are floats.
+      leaves, paths: the leaves of all differentiated arguments in one list, and their paths.
+      floats: the positions of the leaves that are floats.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Call:
         has_aux: bool = False,
     ) -> None:
         self.owner, self.loss_fn, self.args, self.kwargs = owner, loss_fn, args, kwargs
-        numbers, self.single = _numbers(owner, argnums)
+        numbers, self.single = _argument_numbers(owner, argnums)
         self.has_aux = has_aux
         if not all(-len(args) <= i < len(args) for i in numbers):
             raise ValueError(
@@ -115,7 +115,7 @@ class Call:
             )
         self.argnums = [i % len(args) for i in numbers]
         if len(set(self.argnums)) != len(numbers):
-            raise ValueError(f"{owner}: argnums={argnums} has an argument twice, expected it once")
+            raise ValueError(f"{owner}: argnums={argnums} has an argument twice, expected once")
         self.trees = [flatten(args[i]) for i in self.argnums]
         self.leaves = [leaf for leaves, _ in self.trees for leaf in leaves]
         self.paths = [path for i in self.argnums for path in leaf_paths(args[i])]
@@ -126,7 +126,7 @@ class Call:
         ]
 
     def unflattened(self, leaves: Sequence[Any]) -> list[Any]:
-        """Trees like the arguments to differentiate by."""
+        """Trees like the differentiated arguments, with these leaves."""
         rest = iter(leaves)
         return [treedef.unflatten(itertools.islice(rest, len(own))) for own, treedef in self.trees]
 
@@ -140,7 +140,7 @@ class Call:
         return self.loss_fn(*args, **self.kwargs)
 
     def _split_aux(self, value: Any) -> tuple[Any, Any]:
-        """What the loss function returned as the loss and aux, which is `None` without has_aux."""
+        """Splits what the loss function returned into the loss and aux; `None` without has_aux."""
         if not self.has_aux:
             return value, None
         if not isinstance(value, tuple | list) or len(value) != 2:
@@ -154,15 +154,15 @@ class Call:
     def _expect_loss(self, loss: Any) -> None:
         """Refuses a loss that is not one real float."""
         message = f"{self.owner}: the loss must be one real float, got"
-        mend = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
+        advice = "" if self.has_aux else "; if it returns aux too, pass has_aux=True"
         if not is_arraylike(loss):
-            raise TypeError(f"{message} {loss!r}{mend}")
+            raise TypeError(f"{message} {loss!r}{advice}")
         dtype = jnp.result_type(loss)
         if np.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{message} {dtype.name}{list(np.shape(loss))}{mend}")
+            raise TypeError(f"{message} {dtype.name}{list(np.shape(loss))}{advice}")
 
     def value_and_grad(self) -> Any:
-        """As `jax.value_and_grad`, with `None` as the gradient of a leaf that is not a float."""
+        """Like `jax.value_and_grad`; the gradient of a leaf that is not a float is `None`."""
         floats = [self.leaves[i] for i in self.floats]
 
         def loss(floats: Sequence[Any]) -> Any:
@@ -197,10 +197,10 @@ class Call:
         return closed, restored[0] if restored else lambda arrays: None
 
     def traced_results(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
-        """A function that is no loss as a jaxpr, and a function that restores what it returns.
+        """The jaxpr of a function that is not a loss, and a function that restores its results.
 
-        The jaxpr takes the float leaves, and returns the JAX arrays among the results, which may be
-        any tree. The function takes these arrays.
+        The results may be any tree. The jaxpr takes the float leaves, and returns the JAX arrays
+        among the results. The function takes these arrays.
         """
         restored: list[Callable[[list[Any]], Any]] = []
 
@@ -213,7 +213,7 @@ class Call:
 
 
 def _split_arrays(tree: Any) -> tuple[list[Any], list[Callable[[list[Any]], Any]]]:
-    """The JAX arrays in a tree, and in a list a function that puts such arrays in their places."""
+    """The JAX arrays in a tree, and a list with one function, which puts such arrays back."""
     leaves, structure = jax.tree.flatten(tree)
     treedef: Any = structure
     others = [None if isinstance(x, jax.Array) else (x,) for x in leaves]
@@ -226,14 +226,14 @@ def _split_arrays(tree: Any) -> tuple[list[Any], list[Callable[[list[Any]], Any]
 
 
 class Reads:
-    """The reads of tables in a loss, and its gradient by them.
+    """The reads of tables in a loss, and the loss' gradient with respect to the rows.
 
-    With `is_loss=False` it is a function that returns any tree, of which there is no gradient.
+    With `is_loss=False`, the function may return any tree, and has no gradient.
 
     Attributes:
-      by_rows: the tables of which the loss only reads rows, as numbers of leaves.
+      by_rows: the tables of which the loss only reads rows, as positions of leaves.
       dense: the tables that it also uses in another way, whose gradients are dense.
-      others: all float leaves but those in `by_rows`.
+      others: all float leaves except the ones in `by_rows`.
     """
 
     def __init__(
@@ -302,8 +302,8 @@ class Reads:
           data: the first argument of `read_rows`.
           read_rows: `(data, table, int32[...]) -> rows`, for tables that are not in `rows`.
           rows: by table, the rows at the indices that `indices` returned.
-          dense: arrays in place of some leaves, by their numbers.
-          searched: by table, `search.distinct` of the indices that `indices` returned.
+          dense: arrays that replace some leaves, by the leaves' positions.
+          searched: by table, the result of `search.distinct` for what `indices` returned.
         """
         call = self.call
         leaves, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
@@ -330,7 +330,7 @@ class Reads:
         rows: Mapping[int, chex.Array] | None = None,
         dense: Mapping[int, chex.Array] | None = None,
     ) -> Any:
-        """Returns what the function returns; the arguments are those of `value_and_grad`."""
+        """Returns what the function returns; takes the same arguments as `value_and_grad`."""
         _, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
         return self.restored(self._run(source, others, row_inputs)[0])
 
@@ -390,7 +390,7 @@ class Reads:
         for i in self.by_rows:
             reads = zip(self.plan.sites, ids, grads, strict=True)
             table_reads = [read for read in reads if read[0].view.table == i]
-            # Within `shard_map`, the search was of the rows of one device alone.
+            # Within `shard_map`, only the indices of one device were searched.
             if any(site.view.axes for site, _, _ in table_reads):
                 distinct.pop(i, None)
             values[i], indices = self._gathered(leaves[i], table_reads, i in distinct)
@@ -409,8 +409,8 @@ class Reads:
     ) -> tuple[chex.Array, chex.Array]:
         """The gradients of the rows that a table's reads return, and the indices of these rows.
 
-        There are no indices if `is_searched`. Then every read has gradients, zeros if the loss is
-        not differentiated by it, so that they match the indices that were searched.
+        With `is_searched` it returns no indices. Then every read has gradients, so that they match
+        the indices that were searched: zeros if the loss is not differentiated through the read.
         """
         trailing = leaf.shape[1:]
         indices = [jnp.zeros(0, jnp.int32)]
@@ -440,7 +440,7 @@ class Reads:
 
 
 def _tables(call: Call, patterns: Sequence[str]) -> list[int]:
-    """The numbers of the leaves that are tables."""
+    """The positions of the leaves that are tables."""
     expect_paths(
         call.owner, patterns, [call.paths[i] for i in call.floats], what="leaf of real floats"
     )
@@ -498,9 +498,8 @@ def value_and_grad(
     In all other respects it works like JAX's function, and composes with JAX's transformations. The
     differences:
 
-    - The loss is traced once, so it cannot branch on values of the arguments that it is
-      differentiated by. Call it under `jit`, as in a train step: outside, it runs operation by
-      operation.
+    - The loss is traced once, so it cannot branch on values of the differentiated arguments. Call
+      it under `jit`, as in a train step: outside, it runs operation by operation.
     - Leaves that are not floats (integers, keys, functions) get the gradient `None`, which
       transforms leave alone. JAX raises an error.
     - Within `shard_map`, JAX sums the gradient of a value that all devices share. For a table, this
@@ -513,7 +512,7 @@ def value_and_grad(
         `"embedding"`, or a list of patterns. The path does not contain the name of the argument.
         Each pattern must match a leaf, unless it is `adamjax.optional(pattern)`.
       has_aux: as in JAX.
-      argnums: as in JAX, the arguments to differentiate by.
+      argnums: as in JAX, the positions of the differentiated arguments.
       strict: whether to raise if a table's gradient would be dense.
 
     Returns:

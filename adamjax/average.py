@@ -9,11 +9,11 @@ from adamjax.data import COUNT, UNIT, Number, Tree, is_array, transform_state
 from adamjax.leaves import expect_wide, lift, needed, new_slots
 from adamjax.moments import (
     Average,
-    accumulator,
+    add_update,
     as_count,
     averaging,
+    compute_dtype,
     next_count,
-    stepped,
     widen,
     widened_dtype,
 )
@@ -55,9 +55,9 @@ class _Scalars(NamedTuple):
 def _averaged(
     c: _Scalars, u: chex.Array, average: chex.Array, p: chex.Array
 ) -> tuple[chex.Array, ...]:
-    """The update, or that which makes `p` the average if the step overwrites; the new average."""
-    real = accumulator(u.dtype, average.dtype)
-    new_average = c.averaging(widen(average, real), widen(stepped(p, u), real))
+    """The update and the new average; if the step overwrites, the update moves p to the average."""
+    real = compute_dtype(u.dtype, average.dtype)
+    new_average = c.averaging(widen(average, real), widen(add_update(p, u), real))
     if c.overwrites is not None:
         u = jnp.where(c.overwrites, (new_average - widen(p, real)).astype(u.dtype), u)
     return u, new_average.astype(average.dtype)
@@ -66,23 +66,23 @@ def _averaged(
 class weight_ema(Transform):
     """Averages the weights: `average = momentum * average + (1 - momentum) * weights`.
 
-    The average starts as the initial weights and takes in the weights after each step; read it with
-    `averaged_weights`. The transform must be last in a chain, and `update` needs `params`. This is
-    the option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky, 1992), and
-    `averaged_weights` replaces `finalize_variable_values`. In Keras 3 the average is zero at
-    first, and the first step sets it to the weights after that step.
+    The average starts as the initial weights, and each step averages in the weights after the step.
+    Read it with `averaged_weights`. The transform must be last in a chain, and `update` needs
+    `params`. This is the option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky,
+    1992), and `averaged_weights` replaces `finalize_variable_values`. In Keras 3 the average is
+    zero at first, and the first step sets it to the weights after that step.
 
     Args:
-      momentum: the weight of the old average, in [0, 1]. (In an array that is traced, or set later
-        by `set_hyperparams`, a value outside makes the average NaN.)
+      momentum: the weight of the old average, in [0, 1]. (If it is an array that is traced, or set
+        later by `set_hyperparams`, a value outside makes the average NaN.)
       overwrite_frequency: each step whose number is a multiple of this sets the weights to the
-        average; a whole number of at least 1. `None`: never. (In an array that is traced, or set
-        later by `set_hyperparams`, a value below 1 makes the average and the weights NaN.)
+        average; a whole number of at least 1. `None`: never. (If it is an array that is traced, or
+        set later by `set_hyperparams`, a value below 1 makes the average and the weights NaN.)
 
-    With stochastically rounded weights (`apply_updates(rounding="stochastic")`) the average does
-    not know how a step will round. It takes in the weights after the step, rounded to the nearest.
-    Where this rounding loses the whole update, because it is too small, the average takes in the
-    weight from before the step, so it is one step behind.
+    If weights are rounded stochastically (`apply_updates(rounding="stochastic")`), the average is
+    computed before they are rounded. So each step averages in the weights after the step, rounded
+    to the nearest. Where this rounding loses the whole update, because it is too small, the step
+    averages in the weight from before the step, so the average is one step behind.
 
     The state is a `WeightEmaState`.
 
@@ -111,7 +111,7 @@ class weight_ema(Transform):
 
     def init(self, params: Tree) -> WeightEmaState:
         def start(p: chex.Array) -> chex.Array:
-            return jnp.array(p, widened_dtype(p.dtype, accumulator(p.dtype)), copy=True)
+            return jnp.array(p, widened_dtype(p.dtype, compute_dtype(p.dtype)), copy=True)
 
         return WeightEmaState(jnp.zeros((), jnp.int32), new_slots(params, start))
 

@@ -1,8 +1,8 @@
 """Runs a step on some rows of tables block by block, with the temporaries of one block at a time.
 
-The distinct indices of a batch may be far fewer than its indices. They come first in an array as
-long as the batch; the rest of the array is padding, which stands for no row. A loop whose length is
-set at run time works on the distinct indices alone, in place.
+A batch may have far fewer distinct indices than indices. The distinct ones come first in an array
+as long as the batch; the rest of the array is padding, which stands for no row. A loop whose length
+is set at run time processes only the distinct indices, in place.
 """
 
 import functools
@@ -18,27 +18,27 @@ from adamjax._compat import as_varying, jaxpr_as_fun, varying_axes
 
 __all__ = [
     "group_tables",
-    "in_blocks",
     "joined_positions",
     "needs_no_loop",
     "per_row",
     "rows_of_each",
+    "run_in_blocks",
 ]
 
-# The most rows of a block of a loop.
+# The most rows in a block of the loop.
 _BLOCK_ROWS = 2048
-# The most rows for which no loop is made.
+# Up to this many rows are processed at once, without a loop.
 _MAX_UNLOOPED_ROWS = 8192
 # The most elements in the rows of several tables that one step processes together.
 _GROUP_ELEMENTS = 1 << 20
 
 
 def needs_no_loop(n: int) -> bool:
-    """Whether `in_blocks` makes no loop for n rows. For more, it makes one, except on a GPU."""
+    """Whether `run_in_blocks` processes n rows at once. More rows need a loop, except on a GPU."""
     return n <= _MAX_UNLOOPED_ROWS
 
 
-def in_blocks(
+def run_in_blocks(
     step: Callable[[Any, chex.Array, Any, Any], tuple[Any, Any]],
     tables: Any,
     indices: chex.Array,
@@ -51,8 +51,8 @@ def in_blocks(
     Args:
       step: `(tables, indices, rows, reads) -> (tables, rows)`, called with some of the indices.
         Its result for a row must not depend on other rows.
-      tables: what the step of a block hands on to the next: a tree of arrays with an entry for
-        each row of a table, and of other values.
+      tables: what each block's step passes to the next block: a tree of arrays, such as those with
+        an entry for each row of a table.
       indices: int32[n], distinct; `num_rows` marks an empty place.
       rows: a tree of arrays [n, ...], which the step's results replace.
       reads: a tree of arrays [n, ...] that the step only reads.
@@ -71,18 +71,18 @@ def in_blocks(
 
         def block(carry: Any) -> Any:
             i, tables, rows = carry
-            # The last block may begin with rows of the block before it, which are done.
+            # The last block may begin with rows of the block before it, which are already done.
             start = jnp.minimum(i * length, n - length)
             position = start + jax.lax.iota(jnp.int32, length)
             is_new = position >= i * length
 
             def block_of(x: chex.Array) -> chex.Array:
-                # XLA would fuse a slice into each of its uses. Some of these come after the write,
-                # so XLA would copy the whole array. It computes a gather only once.
+                # A gather, because XLA would fuse a slice into each of its uses. Some uses come
+                # after the write, so XLA would copy the whole array. It computes a gather once.
                 return x.at[position].get(mode="promise_in_bounds", unique_indices=True)
 
             def written(x: chex.Array, old: chex.Array, new: chex.Array) -> chex.Array:
-                if n % length:  # then the last block overlaps the one before, whose rows stay
+                if n % length:  # the last block overlaps the one before, whose rows must stay
                     new = jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
@@ -110,7 +110,7 @@ def in_blocks(
             *args, cuda=on_gpu, rocm=on_gpu, default=functools.partial(loop, loop_consts)
         )
 
-    # The derivative is that of `once`, as JAX has no reverse-mode derivative of such a loop.
+    # JAX has no reverse-mode derivative of such a loop, so differentiate `once` in its place.
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         return jax.jvp(lambda consts, _, args: once(consts, *args), primals, tangents)
@@ -121,7 +121,7 @@ def in_blocks(
 def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
     """Returns `(consts, *args) -> function(*args)` without a closure, and the consts.
 
-    `jax.closure_convert` leaves all consts in the closure but floats that are differentiated.
+    (`jax.closure_convert` hoists only floats that are differentiated.)
     """
     closed, result_shapes = jax.make_jaxpr(function, return_shape=True)(*args)
 
@@ -172,7 +172,7 @@ def rows_of_each(rows: chex.Array, sizes: Sequence[int]) -> list[chex.Array]:
 
 
 def per_row(values: Any, counts: Sequence[int]) -> Any:
-    """Repeats the value of each table `counts[i]` times; for one table it is a scalar."""
+    """Repeats the value of table i `counts[i]` times; for a single table, the value as it is."""
     if len(counts) == 1:
         return values[0]
     return values[np.repeat(np.arange(len(counts)), counts)]
@@ -181,10 +181,10 @@ def per_row(values: Any, counts: Sequence[int]) -> Any:
 def joined_positions(
     positions: Sequence[chex.Array], sizes: Sequence[int], starts: Any, outside: int
 ) -> chex.Array:
-    """The positions of rows of several tables, as positions in one array with all their rows.
+    """Positions among the rows of each table, as positions in one array with the rows of all.
 
     Args:
-      positions: for each table int32[n], positions among its rows; its size stands for no row.
+      positions: for each table int32[n], positions among its rows; `sizes[i]` stands for no row.
       sizes: the number of rows of each table.
       starts: where the rows of each table start in the array of all.
       outside: what stands for no row in the result.

@@ -1,4 +1,4 @@
-"""A tree whose small leaves are stored end to end in flat buckets, and the plan of the buckets."""
+"""Trees whose small leaves are stored end to end in flat buckets, and the plan of the buckets."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ class Plan:
         shape: tuple[int, ...] = self.avals[i][0]
         return shape
 
-    # JAX compares plans at each call of a jitted function, usually a plan with itself.
+    # JAX compares plans at each call of a jitted function. Usually both are the same object.
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
@@ -51,7 +51,7 @@ class Plan:
         return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickles a tree of this structure: a pickled treedef loses the static data of its nodes.
+        # This pickles a tree, because a pickled treedef would lose the static data of its nodes.
         tree = self.treedef.unflatten(range(len(self.avals)))
         return _plan_like, (tree, self.avals, self.buckets)
 
@@ -60,10 +60,10 @@ class Plan:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The keys of the arrays: names of the buckets, then the paths of the other leaves.
+        """The keys of the arrays: the names of the buckets, then the paths of the other leaves.
 
-        The name of a bucket has a checksum of its leaves' paths and shapes. So a checkpoint that
-        was saved by these keys does not fit a model whose leaves were renamed.
+        The name of a bucket includes a checksum of its leaves' paths and shapes. So a checkpoint
+        that was saved by these keys does not fit a model whose leaves were renamed.
         """
         paths = leaf_paths(self.shape_tree)
         buckets = []
@@ -106,7 +106,7 @@ class Bucketed:
     and `averaged_weights` return the tree itself.
 
     Attributes:
-      buckets: tuple of buckets: arrays of one dimension with leaves of one dtype end to end.
+      buckets: tuple of arrays of one dimension, each with leaves of one dtype end to end.
       alone: tuple of the leaves that are in no bucket.
       plan: which leaves are where; static, not an array.
 
@@ -138,14 +138,14 @@ class Bucketed:
         return cls(children[:count], children[count:], plan)
 
     def expect_whole(self, name: str) -> None:
-        """Refuses buckets that do not fit the plan, such as those of a truncated file."""
+        """Refuses buckets that do not fit the plan, such as buckets from a truncated file."""
         buckets, alone = self.plan.buckets, self.plan.alone
-        mend = "restore the whole state, or start from init"
+        advice = "restore the whole state, or start from init"
         counts, expected = (len(self.buckets), len(self.alone)), (len(buckets), len(alone))
         if counts != expected:
             raise ValueError(
                 f"grouped: the state's {name} has {counts[0]} buckets and {counts[1]} other "
-                f"arrays, expected {expected[0]} and {expected[1]}: {mend}"
+                f"arrays, expected {expected[0]} and {expected[1]}: {advice}"
             )
         for i, (bucket, x) in enumerate(zip(buckets, self.buckets, strict=True)):
             size = sum(math.prod(self.plan.shape_of(j)) for j in bucket)
@@ -153,7 +153,7 @@ class Bucketed:
                 actual = f"of shape {list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
                     f"grouped: bucket {i} of the state's {name} is {actual}, expected the shape "
-                    f"[{size}], that of its {len(bucket)} leaves end to end: {mend}"
+                    f"[{size}] of its {len(bucket)} leaves end to end: {advice}"
                 )
 
     def leaves(self) -> list[Any]:
@@ -180,7 +180,7 @@ def _end_to_end(leaves: list[Any]) -> Any:
     return _concatenated(leaves)
 
 
-# Jitted, so that `init` or `update` outside of jit makes one call instead of one for each leaf.
+# Jitted, so that `init` or `update` outside of jit makes one call rather than one for each leaf.
 @jax.jit
 def _concatenated(leaves: list[Any]) -> Any:
     return jax.lax.concatenate([jnp.reshape(x, -1) for x in leaves], 0)
@@ -197,5 +197,5 @@ def is_bucketed(x: Any) -> bool:
 
 
 def as_tree(tree: Any) -> Any:
-    """The tree without buckets, if this is a `Bucketed`; else the tree as it is."""
+    """The tree without buckets, if `tree` is a `Bucketed`; else the tree as it is."""
     return tree.tree() if isinstance(tree, Bucketed) else tree

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of, is_arraylike, is_left_alone
-from adamjax.moments import accumulator, widened_dtype
+from adamjax.moments import compute_dtype, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.transform import (
@@ -60,19 +60,19 @@ def _takes_factors(tx: Any) -> TypeGuard[Rule]:
 class chain(Transform):
     """Applies transforms in turn, each to the updates of the one before.
 
-    Between adamjax's transforms updates are in float32 or wider. They are rounded to the gradients'
-    dtype once, at the end, unless the last part is `master_weights`, whose updates stay float32.
-    Other libraries' transforms, `weight_ema`, `exact_rows` and `master_weights` get updates in the
-    gradients' dtype. A chain within a chain is replaced by its parts. The state is the tuple of the
-    parts' states. Extra arguments of `update` go to every part; other libraries' functions get only
-    those that they take.
+    Between adamjax's transforms, updates are in float32 or wider. They are rounded to the
+    gradients' dtype once, at the end, unless the last part is `master_weights`, whose updates stay
+    float32. Other libraries' transforms, `weight_ema`, `exact_rows` and `master_weights` get
+    updates in the gradients' dtype. A chain within a chain is replaced by its parts. The state is
+    the tuple of the parts' states. Extra arguments of `update` go to every part; other libraries'
+    functions get only the ones that they take.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
 
     Raises:
       ValueError: `weight_ema`, `exact_rows` or `master_weights` is not last (the weights must move
-        by exactly the updates that it returns), or `add_decayed_weights` is after the learning rate
+        by exactly the updates that it returns); or `add_decayed_weights` is after the learning rate
         (weights would grow).
 
     >>> import adamjax
@@ -105,7 +105,7 @@ class chain(Transform):
         """Refuses weight decay after the learning rate, unless a later part may change its sign."""
         for i, tx in enumerate(parts):
             descending = [part for part in parts[:i] if part.descends]
-            # Of the later parts, only those that must be last surely keep the sign of the updates.
+            # Only the parts that must be last are known to keep the sign of the updates.
             keeps_sign = all(part.must_be_last for part in parts[i + 1 :])
             if tx.adds_weights and descending and keeps_sign:
                 raise ValueError(
@@ -120,30 +120,30 @@ class chain(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         states = self.part_states(state)
         leaves = flatten(updates)[0]
-        own = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
-        wide = [None if d is None else widened_dtype(d, accumulator(d)) for d in own]
+        given = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
+        wide = [None if d is None else widened_dtype(d, compute_dtype(d)) for d in given]
 
         def cast(updates: Any, dtypes: list[Any]) -> Any:
-            if own == wide:  # no gradient is narrow
+            if given == wide:  # the gradients' dtypes are wide already
                 return updates
             leaves, treedef = flatten(updates)
             return treedef.unflatten([_in_dtype(x, d) for x, d in zip(leaves, dtypes, strict=True)])
 
         new_states = list(states)
-        is_done = False  # whether the rule before has already applied this part's factors
+        is_done = False  # whether the rule before this part has already applied the part's factors
         for i, tx in enumerate(self.transforms):
             next_tx = self.transforms[i + 1] if i + 1 < len(states) else None
             if is_done:
                 is_done = False
             elif tx.has_foreign or tx.must_be_last:
-                # The weights must move by exactly the updates that a transform which must be last
-                # returns, so updates are rounded before it and not after. And the state of another
+                # The weights must move by exactly the updates that this part returns if it must be
+                # last, so updates are rounded before it and not after. And the state of another
                 # library's transform may take on the dtype of its updates.
-                updates = cast(updates, own)
+                updates = cast(updates, given)
                 updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
             elif _gives_factors(tx):
-                # The factors see the updates before they are widened. Else XLA would keep wide
-                # copies of narrow gradients from the norm to the product.
+                # Compute the factors from the updates before these are widened. Otherwise XLA would
+                # keep wide copies of narrow gradients from the norm to the product.
                 factors, new_states[i] = tx.factors(updates, states[i])
                 updates = tx.scaled(factors, cast(updates, wide), params)
             elif _takes_factors(tx) and _gives_factors(next_tx) and not next_tx.reads_updates:
@@ -154,7 +154,7 @@ class chain(Transform):
                 updates = cast(updates, wide)
                 updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
         if not self.has_wide_updates:
-            updates = cast(updates, own)
+            updates = cast(updates, given)
         return updates, tuple(new_states)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:

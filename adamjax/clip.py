@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import POSITIVE, Number, Tree, is_array
-from adamjax.leaves import lift, reduced
-from adamjax.moments import accumulator, barrier, ranged, root, scalar, square, widen, widened_dtype
+from adamjax.leaves import lift, reduce_leaves
+from adamjax.moments import (
+    barrier,
+    checked_in_range,
+    compute_dtype,
+    root,
+    scalar,
+    square,
+    widen,
+    widened_dtype,
+)
 from adamjax.paths import flatten
 from adamjax.rows import each_array, nonzero_arrays
 from adamjax.transform import Scaling, Stateless, Step, expect_empty
@@ -24,21 +33,21 @@ def _sum_of_squares(arrays: Iterable[chex.Array]) -> chex.Array:
     return functools.reduce(operator.add, (jnp.sum(square(x)) for x in arrays))
 
 
-def _sum_of_leaf(c: None, g: Any) -> tuple[chex.Array]:
-    """The sum of a leaf's squares: the rule of `global_norm` for `reduced`."""
-    return _sum_in(accumulator(g.dtype), g)
+def _leaf_sum_of_squares(c: None, g: Any) -> tuple[chex.Array]:
+    """The sum of a leaf's squares: the rule of `global_norm` for `reduce_leaves`."""
+    return _sum_of_squares_in(compute_dtype(g.dtype), g)
 
 
-def _sum_of_leaf_in_float64(c: None, g: Any) -> tuple[chex.Array]:
-    """The same for a tree with leaves of float64."""
-    return _sum_in(jnp.float64, g)
+def _leaf_sum_of_squares_in_float64(c: None, g: Any) -> tuple[chex.Array]:
+    """`_leaf_sum_of_squares` for a tree with float64 leaves."""
+    return _sum_of_squares_in(jnp.float64, g)
 
 
-def _sum_in(real: Any, g: Any) -> tuple[chex.Array]:
+def _sum_of_squares_in(real: Any, g: Any) -> tuple[chex.Array]:
     """The sum of a leaf's squares in a dtype."""
     if widened_dtype(g.dtype, real) != g.dtype:
-        # Without the barrier, XLA would store one widened copy, for the norm and for what the clip
-        # multiplies by its factor.
+        # Without the barrier, XLA would store a widened copy, to use it both for the norm and for
+        # the product with the clip's factor.
         g = each_array(lambda x: widen(barrier(x), real), g)
     return (_sum_of_squares(nonzero_arrays(g)),)
 
@@ -47,11 +56,11 @@ def global_norm(tree: Tree) -> chex.Array:
     """The Euclidean norm of all floating leaves of a tree as one vector.
 
     Args:
-      tree: arrays of any shapes and dtypes, and row gradients, whose norm is that of their dense
-        array; `None` and integer leaves are ignored.
+      tree: arrays of any shapes and dtypes, and row gradients, which count like their dense
+        arrays; `None` and integer leaves are ignored.
 
     Returns:
-      A scalar of dtype float32 (float64 if a leaf is). Squares are summed in that dtype, so
+      A scalar of dtype float32 (float64 if a leaf has it). Squares are summed in that dtype, so
       float16 leaves cannot overflow. The norm is infinite if the sum exceeds float32's range, at
       norms above 1.8e19. Elements below about 1e-19 count as 0, because their squares
       underflow. The derivative at 0 is 0.
@@ -69,12 +78,12 @@ def _norm(owner: str, tree: Tree) -> chex.Array:
     # Outside of x64 mode, JAX takes NumPy's float64 as float32.
     is_x64 = jnp.result_type(float) == jnp.float64
     has_float64 = is_x64 and bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
-    rule = _sum_of_leaf_in_float64 if has_float64 else _sum_of_leaf
-    return root(reduced(owner, rule, operator.add, tree, empty))
+    rule = _leaf_sum_of_squares_in_float64 if has_float64 else _leaf_sum_of_squares
+    return root(reduce_leaves(owner, rule, operator.add, tree, empty))
 
 
 class _MaxNorm(NamedTuple):
-    """The largest norm of a clip, for one accumulator dtype.
+    """The largest norm of a clip, for one compute dtype.
 
     Attributes:
       limit: the norm to shrink to.
@@ -94,9 +103,9 @@ def _max_norm(value: Number, real: Any) -> _MaxNorm:
 
 
 def _limit(value: Number, real: Any) -> Any:
-    """A limit in the accumulator dtype; NaN for an array below 0, which may be traced."""
+    """A limit in the compute dtype; NaN for an array below 0, which may be traced."""
     if not is_array(value):
-        return scalar(ranged(value, POSITIVE), real)
+        return scalar(checked_in_range(value, POSITIVE), real)
     limit = scalar(value, real)
     return jnp.where(limit >= 0, limit, jnp.nan)
 
@@ -202,8 +211,8 @@ class clip_by_norm(Stateless):
 class clip_by_global_norm(Stateless, Scaling):
     """Scales all leaves by one factor, so that their joint norm is at most `max_norm`.
 
-    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). The norm is that of
-    `global_norm`. If it is not finite, every element becomes NaN, as in TensorFlow's
+    Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). `global_norm`
+    computes the norm. If it is not finite, every element becomes NaN, as in TensorFlow's
     `clip_by_global_norm`, so the fault shows. A `RowGradient` becomes NaN in its rows only.
     `skip_not_finite` around the chain looks at the gradients before the clip: it skips the step if
     one of their elements is not finite, but not if only their squares overflow (see `global_norm`).

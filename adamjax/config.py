@@ -82,12 +82,12 @@ def from_config(
     - If several clips are set, legacy optimizers clip by value, then by norm; Keras 2.9 to 3.2 clip
       by norm only; Keras from 3.3 on refuses this. `clipnorm` and `global_clipnorm` exclude each
       other.
-    - `decay` of legacy optimizers divides the rate, also that of a schedule, by
+    - `decay` of legacy optimizers divides the rate, even a schedule's, by
       `1 + decay * count`.
     - With `gradient_accumulation_steps`, schedules and the average of `use_ema` count
       micro-batches, and everything else counts steps. Keras does so from 3.5 on; dictionaries of
       earlier versions of Keras 3 are read in the same way.
-    - Adamax moves also the rows that were not read; Adamax of legacy optimizers does not.
+    - Adamax also moves the rows that were not read; the legacy Adamax does not.
 
     One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So after step t, Keras 3's average is adamjax's minus
@@ -112,8 +112,8 @@ def from_config(
 
     Raises:
       TypeError: the dictionary or something in it is of the wrong type.
-      ValueError: a class or key is unknown or missing, a value is out of its range, or adamjax
-        cannot do what Keras does, or there is no weight decay for `mask`. The message names it.
+      ValueError: a class or key is unknown or missing, a value is out of its range, adamjax cannot
+        do what Keras does, or there is no weight decay for `mask`. The message names it.
 
     >>> import adamjax
     >>> config = {"class_name": "AdamW", "config": {"learning_rate": 0.1, "clipnorm": 1.0}}
@@ -124,21 +124,21 @@ def from_config(
     add_decayed_weights(weight_decay=0.004, mask='kernel')
     """
     if not isinstance(config, Mapping):
-        mend = ""
+        advice = ""
         if isinstance(config, str | bytes):
-            mend = ": parse it by json.loads"
+            advice = ": parse it by json.loads"
         elif hasattr(config, "get_config"):
-            mend = ": pass keras.optimizers.serialize(optimizer)"
+            advice = ": pass keras.optimizers.serialize(optimizer)"
         raise TypeError(
-            "from_config: expected a dictionary, as to_config or Keras write it, got "
-            f"{config!r:.80} of type {type(config).__name__}{mend}"
+            "from_config: expected a dictionary, as to_config or Keras writes it, got "
+            f"{config!r:.80} of type {type(config).__name__}{advice}"
         )
     if CLASS not in config:
         return from_keras_config(with_class_name(config), "the config", mask)
     if mask is not None:
         raise ValueError(
-            "from_config: mask is for dictionaries of Keras; those of to_config have the masks of "
-            "their transforms: leave it out"
+            "from_config: mask is for dictionaries of Keras; dictionaries of to_config have the "
+            "masks of their transforms: leave it out"
         )
     return _decode(config, "the config", _classes(custom))
 
@@ -196,25 +196,25 @@ def _encode(value: Any, place: str) -> Any:
     """A value of a field; `place` says where it is, for errors."""
     if isinstance(value, Data):
         return _encode_data(value, place)
-    # The exact types: a subclass, such as a NumPy scalar, would come back as another type.
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
+    # Only these very types: a subclass, such as a NumPy scalar, would come back as another type.
+    cls = type(value)
+    if value is None or cls in (bool, int, str):
         return value
-    if kind is optional:
+    if cls is optional:
         return {"optional": str(value)}
-    if kind is BoolTree:
+    if cls is BoolTree:
         if not _is_nest_of_bools(value.tree):
             raise TypeError(
                 f"to_config: {place} is a tree of bools with nodes other than dictionaries, lists "
                 "and tuples, which a config cannot hold: write a pattern for the leaves' paths"
             )
         return {"bools": _encode(value.tree, place)}
-    if kind is float:
+    if cls is float:
         return value if math.isfinite(value) else {"float": str(value)}
-    if kind in (tuple, list):
+    if cls in (tuple, list):
         items = [_encode(x, f"{place}[{i}]") for i, x in enumerate(value)]
-        return items if kind is tuple else {"list": items}
-    if kind is dict and all(type(key) is str for key in value):
+        return items if cls is tuple else {"list": items}
+    if cls is dict and all(type(key) is str for key in value):
         return {"dict": {key: _encode(x, f"{place}[{key!r}]") for key, x in value.items()}}
     if is_array(value):
         return _encode_array(value, place)
@@ -226,18 +226,18 @@ def _encode(value: Any, place: str) -> Any:
             "adamjax.Schedule"
         )
     raise TypeError(
-        f"to_config: {place} is {value!r} of type {kind.__name__}, which a config cannot hold: "
+        f"to_config: {place} is {value!r} of type {cls.__name__}, which a config cannot hold: "
         "expected a number, string, tuple, list or dict of Python, or an array"
     )
 
 
 def _is_nest_of_bools(tree: Any) -> bool:
-    kind = type(tree)
-    if kind is dict:
+    cls = type(tree)
+    if cls is dict:
         return all(type(key) is str for key in tree) and all(map(_is_nest_of_bools, tree.values()))
-    if kind in (tuple, list):
+    if cls in (tuple, list):
         return all(map(_is_nest_of_bools, tree))
-    return kind in (bool, type(None))
+    return cls in (bool, type(None))
 
 
 def _encode_array(value: Any, place: str) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _encode_array(value: Any, place: str) -> dict[str, Any]:
 
 
 def _classes(custom: Iterable[type[Data]]) -> dict[str, type[Data]]:
-    """The classes that a config can name, the user's among them, by their names."""
+    """The classes that a config can name, by name: this package's and the user's."""
     own = _own_classes()
     classes = dict(own)
     for cls in custom:
@@ -343,7 +343,7 @@ def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[
 def _with_fields(cls: type[Data], values: dict[str, Any]) -> Data:
     """An object with these fields, checked as the class' constructor checks them.
 
-    The constructor itself may take other arguments than the fields, as that of `chain` does.
+    The constructor may take other arguments than the fields, as `chain`'s does.
     """
     data = object.__new__(cls)
     data.set_fields(**values)
@@ -370,7 +370,7 @@ def _decode_dictionary(value: Mapping[str, Any], place: str, classes: dict[str, 
     content = f"the keys {sorted(map(str, keys))}"
     if keys in ({"list"}, {"dict"}):
         (name,) = keys
-        content = f"{name!r}: {value[name]!r}, which is no {name}"
+        content = f"{name!r}: {value[name]!r}, which is not a {name}"
     raise ValueError(
         f"from_config: {place} is a dictionary with {content}; expected {CLASS!r} (of adamjax), "
         "'class_name' (of Keras), or 'array' and 'dtype'"
@@ -389,7 +389,7 @@ def _decode_array(value: Mapping[str, Any], place: str, classes: dict[str, type[
             f"from_config: {place} is an array of dtype {dtype.name}, which JAX has only with "
             "jax_enable_x64"
         )
-    # NumPy makes float64 of Python's floats, which holds a value of any float dtype exactly.
+    # NumPy turns Python's floats into float64, which holds the values of any float dtype exactly.
     items = make_at(place, np.asarray, _decode(value["array"], place, classes))
     if not _is_serializable(items.dtype):
         raise ValueError(

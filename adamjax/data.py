@@ -1,4 +1,4 @@
-"""Optimizers are data: the frozen dataclass and pytree that everything here is made of."""
+"""The base class of transforms and schedules: a frozen dataclass that is a pytree."""
 
 import dataclasses
 import numbers
@@ -80,18 +80,18 @@ _T = TypeVar("_T")
 _EXPORTED: set[str] = set()
 
 
-def exportable(kind: type[_T]) -> type[_T]:
+def exportable(cls: type[_T]) -> type[_T]:
     """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it.
 
     JAX registers one class for each name, and this cannot be undone. If a class is defined again,
     as in a cell of a notebook that is run twice, only its first definition can be exported.
     """
-    ours = kind.__module__.startswith("adamjax.")
-    name = f"adamjax.{kind.__name__}" if ours else f"{kind.__module__}.{kind.__qualname__}"
+    ours = cls.__module__.startswith("adamjax.")
+    name = f"adamjax.{cls.__name__}" if ours else f"{cls.__module__}.{cls.__qualname__}"
     if name in _EXPORTED:
-        return kind
+        return cls
     _EXPORTED.add(name)
-    return export.register_namedtuple_serialization(kind, serialized_name=name)
+    return export.register_namedtuple_serialization(cls, serialized_name=name)
 
 
 def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type[_T]]:
@@ -108,10 +108,10 @@ def transform_state(*slots: str, rule: bool = True) -> Callable[[type[_T]], type
       or return such a state.
     """
 
-    def declare(kind: type[_T]) -> type[_T]:
-        kind.slots = slots  # type: ignore[attr-defined]
-        kind.rule_slots = slots if rule else ()  # type: ignore[attr-defined]
-        return exportable(kind)
+    def declare(cls: type[_T]) -> type[_T]:
+        cls.slots = slots  # type: ignore[attr-defined]
+        cls.rule_slots = slots if rule else ()  # type: ignore[attr-defined]
+        return exportable(cls)
 
     return declare
 
@@ -129,12 +129,12 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def _is_whole(x: Any) -> bool:
-    """Whether an array is of an integer dtype."""
+def _is_integer(x: Any) -> bool:
+    """Whether an array has an integer dtype."""
     return bool(jnp.issubdtype(x.dtype, jnp.integer))
 
 
-def _is_wide(x: Any) -> bool:
+def _exceeds_int32(x: Any) -> bool:
     """Whether an array holds a whole number beyond int32."""
     return bool(np.any(np.abs(np.asarray(x, np.float64)) > LAST_COUNT))
 
@@ -155,7 +155,7 @@ def _same_leaf(a: Any, b: Any) -> bool:
 
 
 class _FieldNames:
-    """Returns the names of a dataclass' fields: of the leaves, and of the static ones."""
+    """A function that returns the names of a dataclass's data fields and of its static fields."""
 
     def __init__(self, cls: Any) -> None:
         self._cls = cls
@@ -166,9 +166,9 @@ class _FieldNames:
         fields = self._cls.__dataclass_fields__
         known, data, meta = self._known
         if known is not fields:
-            all_of = dataclasses.fields(self._cls)
-            data = tuple(f.name for f in all_of if not f.metadata.get("static"))
-            meta = tuple(f.name for f in all_of if f.metadata.get("static"))
+            all_fields = dataclasses.fields(self._cls)
+            data = tuple(f.name for f in all_fields if not f.metadata.get("static"))
+            meta = tuple(f.name for f in all_fields if f.metadata.get("static"))
             self._known = fields, data, meta
         return data, meta
 
@@ -179,14 +179,14 @@ class _FieldNames:
 class Data:
     """Base class of transforms and schedules: a subclass is a frozen dataclass and a pytree.
 
-    Fields are the leaves (or subtrees) of the pytree, so an object goes through `jit` as an
-    argument and maps under `vmap`; those made with `static` belong to its structure. Objects
-    print what makes them, compare by value (arrays too), pickle and copy. They hash unless a
-    hyperparameter is an array.
+    Fields are the leaves (or subtrees) of the pytree, so an object can be an argument of `jit`, and
+    `vmap` maps over it. Fields made with `static` belong to its structure. Objects print as a call
+    that makes an equal one, compare by value (arrays too), and can be pickled and copied. They have
+    a hash unless a hyperparameter is an array.
 
-    JAX rebuilds objects with tracers, axes or placeholders in place of the leaves, so this skips
-    `__init__`. Checks belong in `__post_init__`, which runs when a person makes the object. It does
-    not know the value of an array that is being traced, so it does not check that array's range.
+    JAX rebuilds objects with tracers, axes or placeholders in place of the leaves, so unflattening
+    skips `__init__`. Checks belong in `__post_init__`, which runs when a person makes the object.
+    While an array is traced its value is unknown, so its range is not checked.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -194,8 +194,8 @@ class Data:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        # Which fields there are is looked up when they are needed: cloudpickle makes an empty class
-        # first, in a process that it sends a class to, and sets its attributes afterwards.
+        # The fields are looked up at each use: in the process that receives a class, cloudpickle
+        # first makes an empty class, and sets its attributes afterwards.
         names = _FieldNames(cls)
 
         def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -227,7 +227,7 @@ class Data:
         """Raises an error if the hyperparameter `name` is outside its range.
 
         If it is inside, the field is set to a Python number or a JAX array; for whole numbers see
-        `Range.whole`. Of an array that is being traced, only the dtype is checked.
+        `Range.whole`. If it is an array that is being traced, only its dtype is checked.
         """
         self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 
@@ -257,7 +257,7 @@ class Data:
                 f"{owner}: {name} must be a number that is {allowed.text}, got {value!r} {kind}"
             )
         if isinstance(value, jax.core.Tracer):
-            return value.astype(float) if _is_whole(value) and whole == "never" else value
+            return value.astype(float) if _is_integer(value) and whole == "never" else value
         try:
             inside = bool(np.all(allowed.holds(np.asarray(value, np.float64))))
         except OverflowError:  # a whole number beyond all floats
@@ -268,18 +268,18 @@ class Data:
             # `value` is any real number: an int, a float, a Fraction, a longdouble, ... With "only"
             # it may be the float 3.0.
             kept = whole == "kept" and isinstance(value, int)
-            # What an int32 cannot hold does not go through `jit` as an int.
+            # `jit` does not accept an int beyond int32.
             kept = kept and abs(value) <= LAST_COUNT
             return int(value) if whole == "only" or kept else float(value)
         if whole == "only":
             return jnp.asarray(value, jnp.int32)
-        if _is_whole(value) and (whole == "never" or _is_wide(value)):
+        if _is_integer(value) and (whole == "never" or _exceeds_int32(value)):
             # Convert in NumPy first: JAX would cut a wide integer to 32 bits.
             return jnp.asarray(np.asarray(value, np.float64), float)
         return jnp.asarray(value)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values in the named fields, checked as when it is made.
+        """A copy with other values in the named fields, checked like a new object.
 
         >>> import adamjax
         >>> adamjax.scale_by_adam().replace(b1=0.8)

@@ -2,7 +2,7 @@
 
 An array becomes codes of one byte each, and one byte for each block: the exponent of the block's
 largest number. A block is a row along the last axis; in a vector it is 1,024 elements. So no block
-reaches over two rows of a table, and m and v take `2 + 2 / columns` bytes a parameter.
+reaches over two rows of a table, and m and v together take `2 + 2 / columns` bytes a parameter.
 
 =================  =====================  =========================
 ..                 signed (m)             unsigned (v, v_max, u)
@@ -15,14 +15,14 @@ below, steps of    2**-17 of it           2**-33 of it
 =================  =====================  =========================
 
 ("The largest" is the largest power of two that is not above the block's largest number.) Adam takes
-the root of v: there neighbours differ by 3% to 6%, down to 2**-15 of the largest. Block exponents
-and fractions of 3 bits are those of the microscaling formats (OCP Microscaling Formats
-Specification 1.0, 2023, section 5). To scale a block by a power of two adds no rounding error. So
+the root of v: there neighbours differ by 3% to 6%, down to 2**-15 of the largest. The microscaling
+formats have the same block exponents and fractions of 3 bits (OCP Microscaling Formats
+Specification 1.0, 2023, section 5). Scaling a block by a power of two adds no rounding error. So
 when the largest number of a block grows, a stored number keeps its value, unless it is now below
 2**-14 of the largest (unsigned: 2**-30).
 
 Zero stays zero. An unsigned number that is not zero never becomes zero, so a quotient by its root
-stays bounded. A block with a number that is infinite or NaN becomes NaN as a whole.
+stays bounded. If a number is infinite or NaN, its whole block becomes NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax.data import exportable
-from adamjax.mesh import explicit_sharding, replicated, resharded
+from adamjax.mesh import explicit_sharding, replicate, reshard
 
 __all__ = [
     "SCALED8",
@@ -43,8 +43,8 @@ __all__ = [
     "VECTOR_BLOCK",
     "Scaled8",
     "block_exponents",
-    "decoded",
-    "encoded",
+    "decode",
+    "encode",
     "expect_encoded",
     "expect_exponents_by_row",
     "exponents_spec",
@@ -56,7 +56,7 @@ __all__ = [
 # The fields of rules that choose the format of a slot, and the value that selects this format.
 SLOT_DTYPE_FIELDS = ("m_dtype", "v_dtype", "u_dtype")
 SCALED8 = "scaled8"
-# The elements of a block of a vector.
+# The number of elements in a block of a vector.
 VECTOR_BLOCK = 1024
 
 _DROPPED_BITS = 20  # of the 23 bits of a float32's fraction
@@ -72,7 +72,7 @@ _NOT_FINITE = 255
 
 @exportable
 class Scaled8(NamedTuple):
-    """An array of a state in 8 bits, in the place of an array of floats.
+    """An array of a state in 8 bits, in place of an array of floats.
 
     `adamjax.get_slot` returns the floats. See `adamjax.scale_by_adam` for what is lost.
 
@@ -131,11 +131,11 @@ def zeros_scaled8(p: Any, signed: bool) -> Scaled8:
         return Scaled8(codes, jnp.zeros_like(_first_of_blocks(p), np.uint8))
     spec = PartitionSpec(*exponents_spec(tuple(sharding.spec), p.ndim))
     exponents = jnp.zeros(_exponents_shape(p.shape), np.uint8)
-    return Scaled8(codes, resharded(exponents, NamedSharding(sharding.mesh, spec), p))
+    return Scaled8(codes, reshard(exponents, NamedSharding(sharding.mesh, spec), p))
 
 
 def exponents_spec(spec: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
-    """How exponents are split over a mesh: as the codes, but not along the last axis."""
+    """How exponents are split over a mesh: like the codes, but not along the last axis."""
     return (*spec, *[None] * (ndim - len(spec)))[: ndim - 1] if ndim else ()
 
 
@@ -147,11 +147,11 @@ def map_stored(function: Callable[..., Any], *slots: Any) -> Any:
 
 
 def references_for_slot(p: Any) -> Scaled8:
-    """The arrays that `split_alike` is to split a slot's codes and exponents like.
+    """The references for `split_alike`, by which it splits a slot's codes and its exponents.
 
-    Codes have the shape of `p`. Exponents have another one, so a part of `p` has to be taken for
-    them, but only if `p` is traced and has no explicit sharding: `split_alike` ignores other
-    references.
+    Codes have the shape of `p`. Exponents have another shape, so their reference is a part of `p`.
+    If `split_alike` would ignore it, because `p` is not traced or has an explicit sharding, `p`
+    itself stands for it.
     """
     is_ignored = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
     return Scaled8(p, p if is_ignored else _first_of_blocks(p))
@@ -164,7 +164,7 @@ def expect_encoded(what: str, slot: Scaled8) -> None:
     if dtypes[0] not in (np.int8, np.uint8) or dtypes[1] != np.uint8:
         raise ValueError(
             f"{what} has codes and exponents of the dtypes {[str(x) for x in dtypes]}, expected "
-            f"int8 or uint8, and uint8: these are {SCALED8!r}, which is not to be cast"
+            f"int8 or uint8, and uint8: these are {SCALED8!r}, which must not be cast"
         )
     expected = _exponents_shape(np.shape(codes))
     if np.shape(exponents) != expected:
@@ -190,7 +190,7 @@ def expect_exponents_by_row(slot: Any, what: str = "a row gradient needs rows") 
 
 
 def _exponent_range(code_dtype: Any) -> int:
-    """How many powers of two below a block's largest number its codes reach in full precision."""
+    """Down to how many powers of two below a block's largest number codes have full precision."""
     return 14 if code_dtype == np.int8 else 30
 
 
@@ -206,7 +206,7 @@ def _blocks(bits: chex.Array) -> chex.Array:
     columns = bits.shape[-1]
     if bits.ndim > 1 or columns <= VECTOR_BLOCK:
         return bits[..., None, :] if columns else bits.reshape(*bits.shape[:-1], 0, 0)
-    bits = replicated(bits) if explicit_sharding(bits) is not None else bits
+    bits = replicate(bits) if explicit_sharding(bits) is not None else bits
     if columns % VECTOR_BLOCK:
         bits = jnp.pad(bits, (0, -columns % VECTOR_BLOCK))
     return bits.reshape(-1, 8, VECTOR_BLOCK // 8)
@@ -215,10 +215,10 @@ def _blocks(bits: chex.Array) -> chex.Array:
 def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[Any]:
     """For each encoded slot, the exponents to encode its new array with; `None` for other slots.
 
-    The largest number of a block has a code even if it is rounded up.
+    With these exponents, the largest number of a block has a code even if it is rounded up.
 
     Args:
-      arrays: for each slot its new array.
+      arrays: the new array of each slot.
     """
 
     encoded_slots = [(i, slot) for i, slot in enumerate(slots) if isinstance(slot, Scaled8)]
@@ -227,7 +227,7 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
         return exponents
 
     def bits_of(x: chex.Array, slot: Scaled8) -> chex.Array:
-        """The bits of the absolute values, by block. As integers they are in the same order."""
+        """The bits of the absolute values, by block. As integers, they sort like the values."""
         absolute = jnp.abs(x).astype(jnp.float32)
         if slot.codes.dtype != np.int8:  # uint8 has no code for a negative number
             absolute = jnp.where(x < 0, jnp.nan, absolute)
@@ -253,9 +253,9 @@ def block_exponents(arrays: Sequence[chex.Array], slots: Sequence[Any]) -> list[
 def _largest(arrays: list[chex.Array], axes: tuple[int, ...]) -> list[chex.Array]:
     """The maxima of integer arrays over axes.
 
-    One reduction takes all of them, so that XLA reads the gradients, from which they are computed,
-    only once. On a CPU, XLA stores the operand of a reduction of one array, but not the operands of
-    a reduction of several. So a single array gets a second operand, which has smaller numbers.
+    The arrays are computed from gradients. One reduction takes all arrays, so that XLA reads the
+    gradients only once. On a CPU, XLA stores the operand of a reduction of one array, but not the
+    operands of a reduction of several. So a single array gets a second operand, of smaller numbers.
     """
     operands = arrays if len(arrays) > 1 else [arrays[0], arrays[0] >> 1]
     maxima = jax.lax.reduce(
@@ -281,29 +281,29 @@ def _power(biased: chex.Array) -> chex.Array:
     return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
-def encoded(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
-    """A float array in 8 bits, each number rounded up or down so that its mean is right.
+def encode(x: chex.Array, code_dtype: Any, exponents: chex.Array, random: chex.Array) -> Scaled8:
+    """Encodes a float array in 8 bits. With random bits, the expected value of a number is exact.
 
     Args:
       x: real floats.
       code_dtype: int8, or uint8 for numbers that are not negative.
       exponents: the result of `block_exponents` for this slot.
-      random: uint32 below 2**16, of the shape of x. A number is rounded up if
-        `(random + 0.5) / 2**16` plus its fraction of the way to the next code reaches 1. So 2**15
-        rounds to the nearest.
+      random: uint32 below 2**16, of the shape of x. A number lies at some fraction of the way from
+        one code to the next. It is rounded up if `(random + 0.5) / 2**16` plus this fraction
+        reaches 1. So 2**15 rounds to the nearest.
     """
     codes = _codes_without_derivative(np.dtype(code_dtype), x, exponents, random)
     return Scaled8(codes, exponents)
 
 
 def _codes(code_dtype: Any, x: chex.Array, exponents: chex.Array, random: chex.Array) -> chex.Array:
-    top, signed = _exponent_range(code_dtype), code_dtype == np.int8
+    exponent_range, signed = _exponent_range(code_dtype), code_dtype == np.int8
     exponent, random = exponents.astype(jnp.int32), random.astype(jnp.int32)
-    # The smallest number with a full fraction becomes 1.
-    factor = _power(_ENCODING_BIAS - jnp.minimum(exponent, _ENCODING_BIAS - top))
+    # Scale so that the smallest number with a full fraction becomes 1.
+    factor = _power(_ENCODING_BIAS - jnp.minimum(exponent, _ENCODING_BIAS - exponent_range))
     scaled = jnp.abs(x).astype(jnp.float32) * _for_each_element(factor, x.shape)
     scaled_bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
-    # From 1 on, a code is the bits of a float from which fraction bits were dropped; the biased
+    # From 1 on, a code is the bits of a float without the dropped fraction bits; the biased
     # exponent, 127 at 1, becomes 1. The random number is added to the top 16 of the 20 dropped
     # bits, and 8 is half of its unit. The sum carries into the code if the number is to be rounded
     # up.
@@ -312,8 +312,8 @@ def _codes(code_dtype: Any, x: chex.Array, exponents: chex.Array, random: chex.A
     small = jnp.floor(8 * scaled + (random.astype(jnp.float32) + 0.5) * np.float32(2**-16))
     magnitude = jnp.where(scaled < 1, small.astype(jnp.int32), full)
     code = jnp.clip(magnitude, 0, 127 if signed else 255).astype(code_dtype)
-    # The last operation is a select of codes. After any other, XLA would compute the codes twice,
-    # once for the state and once to decode them, and copy the old ones for that.
+    # The last operation must be a select of codes. After any other operation, XLA would compute the
+    # codes twice, once for the state and once to decode them, and copy the old codes for that.
     return jnp.where(x < 0, -code, code) if signed else jnp.where((code == 0) & (x != 0), 1, code)
 
 
@@ -328,12 +328,12 @@ def _codes_jvp(code_dtype: Any, primals: Any, tangents: Any) -> Any:
     )
 
 
-def decoded(slot: Scaled8) -> chex.Array:
+def decode(slot: Scaled8) -> chex.Array:
     """The float32 array that is stored in 8 bits."""
     codes, exponents = slot.codes, slot.exponents.astype(jnp.int32)
-    top = _exponent_range(codes.dtype)
+    exponent_range = _exponent_range(codes.dtype)
     power = _power(jnp.minimum(exponents, _ENCODING_BIAS) + _OFFSET)
-    scale = jnp.where(exponents <= _ENCODING_BIAS - top, power, jnp.nan)
+    scale = jnp.where(exponents <= _ENCODING_BIAS - exponent_range, power, jnp.nan)
     number = codes.astype(jnp.int32)
     magnitude = jnp.abs(number)
     full = jax.lax.bitcast_convert_type((magnitude << _DROPPED_BITS) + (126 << 23), jnp.float32)

@@ -76,14 +76,14 @@ def shown(x: Any) -> str:
 
 
 def expect_form(name: str, actual: Tree, expected: Tree) -> None:
-    """The same structure, shapes and dtypes."""
+    """Expects the same structure, shapes and dtypes."""
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
             raise AssertionError(f"{leaf_name} is {described(x)}, expected {described(y)}")
 
 
 def expect_same(name: str, actual: Tree, expected: Tree) -> None:
-    """The same form, and the same bits."""
+    """Expects the same form, and the same bits."""
     expect_form(name, actual, expected)
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
@@ -93,12 +93,12 @@ def expect_same(name: str, actual: Tree, expected: Tree) -> None:
 
 
 def _bytes_of_elements(x: Any) -> Any:
-    """uint8[*shape, bytes of an element]: zeros of two signs differ, and equal NaNs do not."""
+    """uint8[*shape, bytes of an element]: 0.0 and -0.0 differ, and NaNs of equal bits do not."""
     return np.frombuffer(x.tobytes(), np.uint8).reshape(*x.shape, x.itemsize)
 
 
 def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
-    """The same form and, within `rtol` of the largest value of a leaf, the same values."""
+    """Expects the same form, and values that differ by at most `rtol` times the leaf's largest."""
     expect_form(name, actual, expected)
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         expect_near(leaf_name, x, y, rtol * largest_magnitude(y))
@@ -111,9 +111,9 @@ def largest_magnitude(x: Any) -> float:
 
 
 def expect_near(name: str, x: Any, y: Any, atol: float) -> None:
-    """The same values within `atol`; also the same infinities, and NaN where NaN is expected."""
+    """Expects values within `atol`, the same infinities, and NaN where NaN is expected."""
     a, b = in_float64(x), in_float64(y)
-    with np.errstate(invalid="ignore"):  # of differences between infinities
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
         near = (np.abs(a - b) <= atol) | (a == b) | (np.isnan(a) & np.isnan(b))
     far = np.asarray(~near)
     if np.any(far):

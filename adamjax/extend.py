@@ -29,7 +29,7 @@ its `coast` and `momentum_coefficient`):
 ...
 ...     def init(self, params):
 ...         def zeros(p):
-...             return extend.widen(jnp.zeros_like(p), extend.accumulator(p.dtype))
+...             return extend.widen(jnp.zeros_like(p), extend.compute_dtype(p.dtype))
 ...         return MomentumState(jnp.zeros((), jnp.int32), extend.new_slots(params, zeros))
 ...
 ...     def check_state(self, state):
@@ -66,7 +66,7 @@ Base classes:
 
 Fields:
 
-- `static`: a field that is no leaf of the transform's tree, for flags, names and dtypes.
+- `static`: a field that is not a leaf of the transform's tree, for flags, names and dtypes.
 - `Number`: the type of a hyperparameter. A Python float is a compile-time constant, an array is
   data. `Rate`: the type of a rate, which is a number, a function of the count, or `by_path`.
   `Rows`: the type of `rows=`, which is "dense" or "lazy". (In `lift` also "whole": the function is
@@ -94,7 +94,7 @@ Trees:
 Arithmetic, on arrays and in float32 at least:
 
 - `Recurrence`: a function for `lift` that computes the new slots, and the update from them.
-- `accumulator`: the real dtype to compute in. `widen` casts an array to it.
+- `compute_dtype`: the real dtype to compute in, float32 or float64. `widen` casts an array to it.
 - `scalar`: a hyperparameter in that dtype. `positive_epsilon`: an epsilon in that dtype, for a
   division whose divisor could otherwise be 0.
 - `averaging`: an exponential average, `(old, new)`. `correction`: its bias correction.
@@ -127,8 +127,8 @@ from adamjax.leaves import (
 )
 from adamjax.moments import (
     Recurrence,
-    accumulator,
     averaging,
+    compute_dtype,
     correction,
     next_count,
     positive_epsilon,
@@ -167,9 +167,9 @@ __all__ = [
     "Scaling",
     "Stateless",
     "Transform",
-    "accumulator",
     "as_rate",
     "averaging",
+    "compute_dtype",
     "correction",
     "expect_empty",
     "expect_state",

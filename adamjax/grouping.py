@@ -14,7 +14,7 @@ import numpy as np
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
 from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS
-from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, matched
+from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, match_leaves
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
 from adamjax.structure import map_slots, walk
@@ -46,7 +46,7 @@ def _make_plan(tree: Tree, max_size: int) -> Plan:
             groups.setdefault(dtype_of(leaf), []).append(i)
     buckets = []
     for indices in groups.values():
-        # Sorted, because buckets of the same shapes are compiled once.
+        # Sorted, so that more buckets have the same shapes: these are compiled once.
         indices.sort(key=lambda i: (np.size(leaves[i]), np.shape(leaves[i])))
         starts = range(0, len(indices), _MAX_LEAVES)
         buckets += [tuple(indices[start : start + _MAX_LEAVES]) for start in starts]
@@ -68,9 +68,9 @@ def _plan_of(state: Any) -> Plan | None:
 
 
 def _with_structure_of(plan: Plan, params: Tree) -> Plan:
-    """The plan with the structure of params, if these have the same leaves in other nodes.
+    """The plan with the structure of params, if they have the same leaves in other nodes.
 
-    `init` may see the Variables of Flax NNX, of which nnx.Optimizer gives `update` only the arrays.
+    With nnx.Optimizer of Flax, `init` sees Variables, and `update` sees only their arrays.
     """
     if params is None:
         return plan
@@ -97,7 +97,7 @@ def _are_arrays_of_one_dtype(leaves: list[Any]) -> bool:
 
 
 def _ungroupable(tx: Transform) -> Iterator[Transform]:
-    """The innermost parts of a transform that cannot be grouped."""
+    """The innermost of a transform's parts that cannot be grouped."""
     if not tx.groupable:
         inner = [part for child in tx.parts for part in _ungroupable(child)]
         yield from inner or [tx]
@@ -112,17 +112,18 @@ class grouped(Transform):
     as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes less than half the
     time; larger leaves gain less.
 
-    If a gradient in a bucket is `None`, a `RowGradient` or of another dtype than the others, that
-    step splits the bucket into its leaves: right, but slower. If `init` sees that a leaf is split
-    over devices, the leaf never goes into a bucket. Within `jit`, `init` sees no shardings: there,
-    leaves that are split go into buckets too, and each step has to gather them.
+    If the gradient of a leaf in a bucket is `None`, a `RowGradient` or of another dtype than the
+    others, that step splits the bucket into its leaves: this is right, but slower. If `init` sees
+    that a leaf is split over devices, the leaf never goes into a bucket. Within `jit`, `init` sees
+    no shardings: there, leaves that are split go into buckets too, and each step has to gather
+    them.
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
         `clip_by_global_norm`, `weight_ema`, chains of these, `skip_not_finite` and
         `accumulate_gradients` around these, and transforms of your own with `groupable = True`.
-        Transforms that depend on a leaf's path or on a leaf as a
-        whole stay outside: `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
+        Transforms that depend on a leaf's path or on a leaf as a whole stay outside:
+        `chain(clip_by_norm(1.0), grouped(scale_by_adam()), ...)`,
         `accumulate_gradients(grouped(adam(0.1)), 4, max_rows=64)`, or
         `partition([("bias$", grouped(adam(0.1)))], default=grouped(adamw(0.1)))`.
       max_size: the most elements of a leaf in a bucket, a whole number of at least 1.
@@ -147,7 +148,7 @@ class grouped(Transform):
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))
-        # It is part of the structure, so it cannot be an array.
+        # `max_size` is part of the structure, so it cannot be an array.
         is_int = isinstance(self.max_size, int) and not isinstance(self.max_size, bool)
         if not is_int or self.max_size < 1:
             raise ValueError(
@@ -179,10 +180,10 @@ class grouped(Transform):
         state_plan, plan_name = self._plan_for(updates, state, params)
         plan = _with_structure_of(state_plan, params)
         like = plan.shape_tree
-        leaves = matched("grouped", "grads", updates, like, plan_name)
+        leaves = match_leaves("grouped", "grads", updates, like, plan_name)
         inputs = [leaves]
         if params is not None:
-            inputs.append(matched("grouped", "params", params, like, plan_name, grads=leaves))
+            inputs.append(match_leaves("grouped", "params", params, like, plan_name, grads=leaves))
 
         to_split = [
             i
@@ -197,7 +198,7 @@ class grouped(Transform):
         return as_tree(new_updates), _regroup(new_state, state_plan)
 
     def _plan_for(self, updates: Tree, state: Any, params: Tree) -> tuple[Plan, str]:
-        """The plan of the state's buckets, or that of a step without slots; and whose it is."""
+        """The plan of this step, and the name of the tree that it comes from."""
         plan = _plan_of(state)
         if plan is not None:
             return plan, "the state"
@@ -212,14 +213,14 @@ class grouped(Transform):
         # Called for each slot. A state without slots has no buckets either, and passes.
         def refuse(name: str, tree: Tree) -> Tree:
             raise ValueError(
-                f"grouped: the state's {name} is not in buckets, it is one of {self.tx!r}: convert "
-                "the state with tx.join(state, params)"
+                f"grouped: the state's {name} is not in buckets, so this is a state of "
+                f"{self.tx!r}: convert it with tx.join(state, params)"
             )
 
         map_slots(refuse, state)
 
     def join(self, state: Any, params: Tree) -> Any:
-        """Converts a state of the inner transform, from a checkpoint perhaps, to one with buckets.
+        """Converts a state of the inner transform, such as a checkpoint's, to one with buckets.
 
         Args:
           state: a state of the inner transform, without buckets.
@@ -235,8 +236,8 @@ class grouped(Transform):
         (Array([0., 0., 0., 0., 0.], dtype=float32),)
         """
         expected = jax.eval_shape(self.tx.init, params)
-        mend = f"pass a state of {self.tx!r} for these parameters"
-        expect_like("grouped.join", "state", state, expected, mend)
+        advice = f"pass a state of {self.tx!r} for these parameters"
+        expect_like("grouped.join", "state", state, expected, advice)
         plan = _make_plan(params, self.max_size)
 
         def group(like: Any, x: Any) -> Any:
@@ -245,7 +246,7 @@ class grouped(Transform):
         return jax.tree.map(group, jax.eval_shape(self.init, params), state, is_leaf=is_bucketed)
 
     def split(self, state: Any) -> Any:
-        """Converts a state with buckets to one of the inner transform, the inverse of `join`.
+        """Converts a state with buckets to a state of the inner transform: the inverse of `join`.
 
         >>> import adamjax, jax.numpy as jnp
         >>> tx, params = adamjax.grouped(adamjax.adam()), [jnp.ones(2), jnp.ones(3)]

@@ -11,9 +11,17 @@ import numpy as np
 
 from adamjax.average import weight_ema
 from adamjax.data import COUNT, Number, Tree, is_array, static, transform_state
-from adamjax.leaves import at_rest, expect_wide, is_left_alone, lift, new_slots, no_scalars, reduced
-from adamjax.mesh import explicit_sharding, replicated, scatter_rows, split_like_rows
-from adamjax.moments import accumulator, as_count, next_count, widened_dtype
+from adamjax.leaves import (
+    expect_wide,
+    is_left_alone,
+    lift,
+    new_slots,
+    no_scalars,
+    reduce_leaves,
+    zero_update,
+)
+from adamjax.mesh import explicit_sharding, replicate, scatter_rows, split_like_rows
+from adamjax.moments import as_count, compute_dtype, next_count, widened_dtype
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -41,7 +49,8 @@ def _conditional(
 ) -> Step:
     """`step(grads)` if `due`, else zero updates and the same state.
 
-    The step sees `None` for float0, which no branch of a `cond` can return.
+    The step gets `None` in place of a float0 gradient, because a branch of a `cond` cannot return
+    float0.
 
     Args:
       wide: whether updates may be wider than gradients; else they get the gradients' dtypes.
@@ -60,15 +69,15 @@ def _conditional(
         updates, new_state = step(active)
 
         def result(g: Any, u: Any) -> Any:
-            # Without the seal: a branch of the `cond` would return it as a traced array, and each
-            # later step would have to compare that with the right one.
+            # Leave the seal out: the `cond` would return it as a traced array, and each later step
+            # would have to compare this with the right number.
             return without_seal(u if wide else u.astype(g.dtype))
 
         return _map_leaves(result, active, updates), new_state
 
     def skip_step() -> Step:
         # Updates may have other leaves than the gradients: all rows of a table may move.
-        return _map_leaves(_zero_update, jax.eval_shape(take_step)[0]), state
+        return _map_leaves(_zero_updates, jax.eval_shape(take_step)[0]), state
 
     if isinstance(due, jax.core.Tracer):
         updates, state = jax.lax.cond(due, take_step, skip_step)
@@ -87,12 +96,12 @@ def _map_leaves(function: Callable[..., Any], *trees: Tree) -> Any:
     return jax.tree.map(mapped, *trees, is_leaf=is_leaf)
 
 
-def _zero_update(shape: Any) -> Any:
+def _zero_updates(shape: Any) -> Any:
     def zeros(x: Any) -> chex.Array:
         # On a mesh with explicit axes, both branches must split their results alike.
         return jnp.zeros(x.shape, x.dtype, device=explicit_sharding(x))
 
-    return at_rest(jax.tree.map(zeros, shape))
+    return zero_update(jax.tree.map(zeros, shape))
 
 
 @transform_state()
@@ -101,9 +110,9 @@ class AccumulateGradientsState(NamedTuple):
 
     Attributes:
       micro_count: int32, the number of micro-batches since the last step.
-      total: tree like the parameters, the sum of their gradients, in float32 or wider. Of a table
-        with `max_rows`, it is a row gradient. (If that has a place for every row, place i is that
-        of row i.)
+      total: tree like the parameters, the sum of their gradients, in float32 or wider. For a table
+        with `max_rows` it is a row gradient. (If this has a place for every row, place i belongs to
+        row i.)
       inner: the state of the inner transform.
 
     >>> import adamjax, jax.numpy as jnp
@@ -125,7 +134,8 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
         if isinstance(g, RowGradient) and g.rest is None:
             ids = scatter_rows(total.indices, g.indices, g.indices)
         else:
-            # Place i has i or a larger number. By the minimum, numbers stay split over devices.
+            # Place i has the index i, or a larger number if it is empty. With a minimum, the
+            # indices stay split over devices.
             ids = jnp.minimum(total.indices, jnp.arange(total.num_rows, dtype=jnp.int32))
         return g, total.replace(indices=ids, values=total.values + g.astype(total.dtype))
     if not isinstance(g, RowGradient):
@@ -141,9 +151,9 @@ def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
 
 
 def _has_all_rows(total: RowGradient) -> bool:
-    """Whether a total has a place for every row: place i is that of row i, or empty.
+    """Whether a total has a place for every row: place i has row i, or is empty.
 
-    So it takes dense gradients too: then its values are the dense sum.
+    Such a total takes dense gradients too: then its values are the dense sum.
     """
     return len(total.indices) == total.num_rows
 
@@ -156,9 +166,9 @@ def _mean(g: Any, total: Any, calls: chex.Array) -> Any:
         else:
             total = total.replace(lazy=g.lazy)
             if _has_all_rows(total):
-                # The total of a table that is split over devices is split like the table. But of a
-                # row gradient every device has all rows.
-                arrays = replicated(total.indices), replicated(total.values)
+                # If a table is split over devices, so is its total. But a row gradient must be
+                # replicated.
+                arrays = replicate(total.indices), replicate(total.values)
                 total = total.replace(indices=arrays[0], values=arrays[1])
     return with_seal(total / calls)
 
@@ -187,9 +197,9 @@ class accumulate_gradients(Transform):
     """Takes a step of `tx` every `steps` calls, with the mean of the gradients of these calls.
 
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
-    decay or average. The mean reaches `tx` in float32 or wider. A leaf whose gradient is `None` in
-    a call adds nothing to its sum, but the call counts in the mean. If that is the call that takes
-    the step, the leaf is left alone and its sum is kept. The gradients of the next
+    decay or average. The mean reaches `tx` in float32 or wider. If the gradient of a leaf is `None`
+    in a call, nothing is added to its sum, but the call counts in the mean. If that is the call
+    that takes the step, the leaf is left alone and its sum is kept. The gradients of the next
     step's calls are added to that sum, and the total is divided by the number of the next step's
     calls only.
 
@@ -204,17 +214,17 @@ class accumulate_gradients(Transform):
       steps: the number of micro-batches in a step, a whole number of at least 1. (If it is an array
         that is traced, or set later by `set_hyperparams`, a value below 1 makes the mean NaN.)
       max_rows: pairs (pattern, rows), or a dictionary {pattern: rows}, for tables that get row
-        gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows: it is for
-        every leaf of two or more dimensions. A table that has no more rows than that is
-        summed in a dense array, or, if its rule is lazy, as rows and with room for all of them; it
-        may have dense gradients in both cases.
+        gradients; each pattern must match a leaf, as in `by_path`. Or one number of rows, for every
+        leaf of two or more dimensions. If a table has no more rows than that, its gradients may be
+        dense too: they are summed in a dense array, or, if its rule is lazy, in a row gradient with
+        a place for every row.
 
     The state is an `AccumulateGradientsState`.
 
     Raises:
       ValueError: by `update`: a leaf has more rows than `max_rows`, but a dense gradient. (If
-        `max_rows` is one number, that may be a dense kernel. Then give pairs with the patterns of
-        the tables instead.) Or a leaf without `max_rows` has a row gradient, but a lazy rule.
+        `max_rows` is one number, the leaf may be a dense kernel. Then give pairs with the patterns
+        of the tables instead.) Or a leaf without `max_rows` has a row gradient and a lazy rule.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.accumulate_gradients(adamjax.scale(-1.0), steps=2)
@@ -287,7 +297,7 @@ class accumulate_gradients(Transform):
             expect_matches(owner, self._patterns, params, first_decides=True)
 
         def empty(p: chex.Array) -> chex.Array:
-            return jnp.zeros_like(p, widened_dtype(p.dtype, accumulator(p.dtype)))
+            return jnp.zeros_like(p, widened_dtype(p.dtype, compute_dtype(p.dtype)))
 
         totals, treedef = flatten(new_slots(params, empty))
         leaves, is_lazy = flatten(params)[0], self.tx.lazy_leaves(params)
@@ -325,8 +335,8 @@ class accumulate_gradients(Transform):
             path, g = leaf_paths(total)[i], leaves[i]
             if is_lazy[i]:
                 given = self._max_rows_of(path, g) is not None
-                why = "the rule of this leaf leaves the rows alone that were not read"
-                mend = (
+                why = "the rule of this leaf leaves alone the rows that were not read"
+                advice = (
                     "the state was made for another rule: after a whole step put the state's inner "
                     "into a new state from init"
                     if given
@@ -334,13 +344,13 @@ class accumulate_gradients(Transform):
                     'reads, or rows="dense" to the rule'
                 )
             elif g.lazy and moves_all:
-                why = "a rule before this one leaves the rows alone that were not read"
-                mend = "put that rule inside, accumulate_gradients(chain(rule, ...), steps, ...)"
+                why = "a rule before this one leaves alone the rows that were not read"
+                advice = "put that rule inside, accumulate_gradients(chain(rule, ...), steps, ...)"
             else:
                 continue
             raise ValueError(
                 f"accumulate_gradients: grads[{path!r}] is a row gradient, summed in a dense "
-                f"array, and that would move every row, but {why}: {mend}"
+                f"array, and that would move every row, but {why}: {advice}"
             )
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -358,8 +368,9 @@ class accumulate_gradients(Transform):
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
-                # Divide by the number of calls: `steps` may have been set to another value since.
-                calls = count.astype(accumulator(x.dtype))
+                # Divide by the number of calls: `steps` may have been set to another value in
+                # between.
+                calls = count.astype(compute_dtype(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
                 x = _mean(g, x, calls)
@@ -367,7 +378,7 @@ class accumulate_gradients(Transform):
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def cleared(g: Any, x: Any) -> Any:
-                return x if is_left_alone(g) else at_rest(x)
+                return x if is_left_alone(g) else zero_update(x)
 
             means = jax.tree.map(mean, active, total, is_leaf=is_leaf)
             updates, inner = self.tx.update(means, state.inner, params, **extra_args)
@@ -403,7 +414,7 @@ class SkipNotFiniteState(NamedTuple):
 
 
 def _all_finite(c: None, g: Any) -> tuple[chex.Array]:
-    """For `reduced`: whether all elements of a leaf are finite."""
+    """For `reduce_leaves`: whether all elements of a leaf are finite."""
     return (
         functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in nonzero_arrays(g))),
     )
@@ -446,7 +457,7 @@ class skip_not_finite(Transform):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_state(self, state, SkipNotFiniteState)
-        finite = reduced(
+        finite = reduce_leaves(
             "skip_not_finite", _all_finite, jnp.logical_and, updates, empty=jnp.array(True)
         )
 

@@ -75,7 +75,7 @@ def _owner(tx: Transform, name: str) -> Transform:
     if len(owners) == 1:
         raise ValueError(
             f"with_hyperparams: {name!r} is a field of {type(owners[0]).__name__} in "
-            f"{short_repr(tx)} that is no hyperparameter; {fields}"
+            f"{short_repr(tx)} that is not a hyperparameter; {fields}"
         )
     raise ValueError(
         f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in {short_repr(tx)}, "
@@ -90,10 +90,9 @@ class with_hyperparams(Transform):
     `set_hyperparams`; the step is not traced again. They replace the transform's own values, even a
     schedule. A `by_path` is refused, because one number would replace the rates of all leaves. To
     multiply all rates, put `scale(1.0)` after the optimizer in a chain, and pass `factor=1.0` here.
-    Like any array, a float is
-    rounded to float32 (unless JAX is in x64 mode): 0.999 becomes 0.99900001, and `1 - b2` is
-    computed from that. Counts (`steps`, `overwrite_frequency`) are int32. All others are floats,
-    even if you give a whole number.
+    Like any array, a float is rounded to float32 (unless JAX is in x64 mode): 0.999 becomes
+    0.99900001, and `1 - b2` is computed from that. Counts (`steps`, `overwrite_frequency`) are
+    int32. All others are floats, even if you give a whole number.
 
     Args:
       tx: any transform.
@@ -105,9 +104,9 @@ class with_hyperparams(Transform):
     Python floats there.
 
     Raises:
-      ValueError: a name is that of no field, of fields of several parts, or of a `by_path`; a value
-        is outside its range, or leaves it when rounded to float32. By `update`: the state keeps
-        other hyperparameters.
+      ValueError: no part or several parts of `tx` have a field of that name, or the field is a
+        `by_path`; a value is outside its range, or leaves it when rounded to float32. By `update`:
+        the state keeps other hyperparameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
@@ -147,8 +146,8 @@ class with_hyperparams(Transform):
                 raise ValueError(
                     f"with_hyperparams: the {name} of {type(owner).__name__} is a by_path, and one "
                     "number would replace the rates of all leaves. To multiply them all, put "
-                    "scale(1.0) after it and name its factor; to set those of some leaves, give "
-                    "them a part of partition and wrap that"
+                    "scale(1.0) after it and name its factor; to set the rates of some leaves, "
+                    "give these leaves a part of partition and wrap that part"
                 )
             if np.ndim(value) != 0 or callable(value):
                 raise ValueError(f"with_hyperparams: {name} must be a scalar, got {value!r}")
@@ -156,7 +155,7 @@ class with_hyperparams(Transform):
             new_owner = owner.replace(**{name: value})
             checked[name] = getattr(new_owner, name)
             if not is_array(checked[name]):
-                # Once more in float32, where 0.99999999 is 1 and no beta.
+                # Check again in float32: there 0.99999999 is 1, which is out of a beta's range.
                 new_owner.replace(**{name: jnp.asarray(checked[name])})
         self.set_fields(tx=tx, hyperparams=checked)
 
@@ -212,7 +211,7 @@ def _is_whole(x: Any) -> bool:
 
 
 def _check_kind(name: str, value: Any, state_value: Any) -> None:
-    """Refuses a state's hyperparameter that is not a scalar of the same kind as `value`."""
+    """Refuses a state's hyperparameter unless it is a scalar, an integer or float like `value`."""
     is_whole = _is_whole(value)
     if isinstance(state_value, jax.ShapeDtypeStruct):
         expect_stored(f"with_hyperparams: the state's {name}", state_value)
@@ -223,7 +222,7 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
             jnp.issubdtype(dtype, jnp.integer if is_whole else jnp.floating)
         )
         if fits and not is_whole:
-            # If someone cast the state to a narrow dtype, the rate would be rounded.
+            # If the state was cast to a narrow dtype, the hyperparameter is rounded.
             fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     else:
         is_array_of_numpy = hasattr(state_value, "dtype")
@@ -316,7 +315,7 @@ def _converted(name: str, value: Any, old: Any) -> chex.Array:
 
 
 def _real_array(value: Any) -> Any:
-    """An array of a real number or of several; `None` for anything else."""
+    """A real number, or an array of them, as an array; `None` for anything else."""
     if isinstance(value, numbers.Real) and not isinstance(value, int | float | np.generic):
         value = float(value)  # such as a `fractions.Fraction`
     # `jnp.asarray` would cut a wide integer to 32 bits.
@@ -337,6 +336,6 @@ def _expect_count(name: str, array: Any, value: Any, dtype: Any) -> None:
     if not is_count:
         raise ValueError(
             f"set_hyperparams: the state keeps {name} as {dtype.name}, so it must be {COUNT.text}, "
-            f"got {value!r}. If it is no count, an older version made the state from an int: "
+            f"got {value!r}. If it is not a count, an older version made the state from an int: "
             "take state._replace(hyperparams=tx.init(params).hyperparams)"
         )

@@ -2,8 +2,8 @@
 
 By default the TPU's compiler lays many tables out column by column, to avoid padding. Then it
 copies the whole table before it gathers rows and after it scatters them. A layout belongs to an
-array in memory: `jax.jit` takes the layout of an argument from the array, and that of a result from
-`out_shardings`, or else uses the default.
+array in memory. `jax.jit` takes the layout of an argument from the array, and the layout of a
+result from `out_shardings`; without these, it uses the default.
 
 >>> import adamjax, jax.numpy as jnp
 >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
@@ -31,7 +31,7 @@ _LANES = 128
 
 
 def _has_layout(x: Any) -> bool:
-    """Whether it is an array in memory, or a `jax.ShapeDtypeStruct` that describes one."""
+    """Whether `x` is an array in memory, or a `jax.ShapeDtypeStruct` that describes one."""
     is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
     return is_array or isinstance(x, jax.ShapeDtypeStruct)
 
@@ -39,13 +39,13 @@ def _has_layout(x: Any) -> bool:
 def _format(x: Any) -> Any:
     """The `Format` of an array: its layout and its sharding.
 
-    The sharding alone if the layout is not known. `None` leaves both to JAX. That is the result for
-    anything that is not in memory, such as a tracer; for an array that is not committed to a
-    device; and for a struct without a sharding.
+    If the layout is not known, the result is the sharding alone. `None` leaves both to JAX. This is
+    the result for anything that is not in memory, such as a tracer; for an array that is not
+    committed to a device; and for a `ShapeDtypeStruct` without a sharding.
     """
     if not _has_layout(x):
         return None
-    # An array that is not bound to its devices goes where the others of a computation are.
+    # JAX moves an uncommitted array to the device of a computation's other arrays.
     if isinstance(x, jax.Array) and not x.committed:
         return None
     order, sharding = _order(x), x.sharding
@@ -66,7 +66,7 @@ def _in_order(x: Any, order: tuple[int, ...]) -> Any:
 
 
 def _slot_format(slot: Any, p: Any, p_format: Any) -> Any:
-    """The format of a slot: that of its parameter if both have one shape, else open."""
+    """The format of a slot: its parameter's if both have the same shape, else `None`."""
     if isinstance(slot, Scaled8):
         return Scaled8(_slot_format(slot.codes, p, p_format), None)
     has_shape_of_p = isinstance(slot, jax.ShapeDtypeStruct) and slot.shape == jnp.shape(p)
@@ -94,8 +94,8 @@ def row_major(table: Any) -> Any:
     """
     order = tuple(range(jnp.ndim(table)))
     if isinstance(table, jax.core.Tracer):
-        # A layout constraint must not reach a result: JAX 0.10 reads an array wrongly if it is not
-        # bound to devices and not in the default layout.
+        # A layout constraint must not reach a result of `jit`: JAX 0.10 misreads an array that is
+        # uncommitted and not in the default layout.
         return table
     if isinstance(table, jax.ShapeDtypeStruct):
         sharding = table.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -128,8 +128,8 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 
     Returns:
       Two trees, like `params` and like `tx.init(params)`, with a `jax.experimental.layout.Format`
-      for each committed array, or its sharding if the layout is not known. A slot has that of its
-      parameter. All others are `None`, which leaves the layout open.
+      for each committed array, or its sharding if the layout is not known. A slot has the format of
+      its parameter. All others are `None`, which leaves the layout open.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.adam(1e-3, rows="lazy")
@@ -160,7 +160,7 @@ class Packing(NamedTuple):
     """Puts several rows of a table side by side into one longer row, a line.
 
     TPUs pad each row of an array to a multiple of 128 elements. Optimizers treat lines like rows.
-    Under `exact_rows`, and also with `rows="dense"`, the result is that of the unpacked table,
+    Under `exact_rows`, and also with `rows="dense"`, the result is the same as without packing,
     because a row moves the same with a gradient of zero as with none. With `rows="lazy"` the rows
     of a line move together: if one has a gradient, its neighbours move on by their momentum. A step
     works on whole lines. At 16, 32 and 64 columns a line has 128 elements, as many as a single row

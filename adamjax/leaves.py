@@ -16,11 +16,11 @@ from adamjax.layout import laid_out_like
 from adamjax.mesh import split_alike
 from adamjax.moments import (
     WrongResultError,
-    accumulator,
+    add_update,
     checked_results,
+    compute_dtype,
     expect_scalar,
     is_signed,
-    stepped,
 )
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rounding import is_narrow, rounding_keys
@@ -38,7 +38,6 @@ __all__ = [
     "Rows",
     "apply_updates",
     "as_arrays",
-    "at_rest",
     "described",
     "dtype_of",
     "expect_array",
@@ -52,12 +51,13 @@ __all__ = [
     "is_arraylike",
     "is_left_alone",
     "lift",
-    "matched",
+    "match_leaves",
     "needed",
     "new_slots",
     "no_scalars",
-    "reduced",
+    "reduce_leaves",
     "rounds_stochastically",
+    "zero_update",
 ]
 
 
@@ -82,8 +82,8 @@ _RAW = (
     "the dtype that was saved, such as x.view(ml_dtypes.bfloat16)"
 )
 _NO_NUMBERS = (
-    "JAX has no such dtype; NumPy reads what was None from .npz and .npy files as an array of "
-    "objects: put None back"
+    "JAX has no such dtype; NumPy reads a None from .npz and .npy files as an array of objects: "
+    "put None back"
 )
 _TIMES = "JAX has neither dates nor lengths of time: take their numbers, x.astype(int)"
 _SWAPPED = (
@@ -93,7 +93,7 @@ _SWAPPED = (
 
 
 def fault_of_dtype(leaf: Any) -> str | None:
-    """Why JAX cannot take an array of NumPy, if it cannot because of its dtype."""
+    """Why JAX cannot take a NumPy array of this dtype; `None` if it can."""
     if not isinstance(leaf, _NUMPY_TYPES):
         return None
     if leaf.dtype.kind in "OSU":  # objects and texts
@@ -102,14 +102,14 @@ def fault_of_dtype(leaf: Any) -> str | None:
         return _TIMES
     if not leaf.dtype.isnative:
         return _SWAPPED
-    # Of the same kind, "V", are bfloat16 and the like, which have types of their own, and float0,
-    # which has a field.
+    # Raw bytes are of kind "V". So are bfloat16 and the like, which have types of their own, and
+    # float0, which has a field.
     is_raw = leaf.dtype.type is np.void and leaf.dtype.names is None
     return _RAW if is_raw else None
 
 
 def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
-    """Refuses a tree with an array of NumPy that JAX cannot take."""
+    """Refuses a tree with a NumPy array that JAX cannot take."""
     for i, x in enumerate(flatten(tree)[0]):
         fault = fault_of_dtype(x)
         if fault:
@@ -121,7 +121,7 @@ def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
 
 def dtype_of(leaf: Any) -> Any:
     """The dtype that a leaf has in JAX; raises if JAX cannot take it."""
-    # First the arrays of JAX: a step asks for the dtypes of thousands of them.
+    # JAX arrays come first, because a step asks for the dtypes of thousands of them.
     if not isinstance(leaf, _NUMPY_TYPES):
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     fault = fault_of_dtype(leaf)
@@ -132,7 +132,7 @@ def dtype_of(leaf: Any) -> Any:
     return jnp.result_type(leaf)  # float64 only under x64
 
 
-def at_rest(leaf: Any) -> Any:
+def zero_update(leaf: Any) -> Any:
     """The update of a leaf that is left alone: zeros, or the leaf where zeros cannot be added."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
@@ -164,7 +164,7 @@ def as_arrays(tree: Tree) -> Any:
 
     def as_array(x: Any) -> Any:
         if isinstance(x, RowGradient):
-            # The seal stays NumPy's, so its value is known while tracing.
+            # The seal stays a NumPy array, so its value is known while tracing.
             return jax.tree.map(as_array, x.replace(seal=None)).replace(seal=x.seal)
         return jnp.asarray(x) if isinstance(x, _NUMPY_TYPES) else x
 
@@ -172,13 +172,13 @@ def as_arrays(tree: Tree) -> Any:
 
 
 def _is_number_or_shape(x: Any) -> bool:
-    """Whether a leaf is no array but looks like one: a Python number or a `ShapeDtypeStruct`."""
+    """Whether a leaf only looks like an array: a Python number or a `ShapeDtypeStruct`."""
     is_number = isinstance(x, numbers.Number) and not hasattr(x, "dtype")
     return is_number or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def expect_stored(what: str, x: Any, expected: str = "an array") -> None:
-    """Refuses a leaf of a state that is no array, such as a Python number or a shape."""
+    """Refuses a leaf of a state that is not an array, such as a Python number or a shape."""
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{what} is the shape {described(x)}, expected {expected}: this state has shapes in "
@@ -201,7 +201,7 @@ def expect_no_shapes(owner: str, name: str, tree: Tree) -> None:
 
 
 def expect_array(
-    what: str, x: Any, shape: tuple[int, ...], mend: str, dtype: str | None = None
+    what: str, x: Any, shape: tuple[int, ...], advice: str, dtype: str | None = None
 ) -> None:
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
     if _is_number_or_shape(x) and not isinstance(x, jax.ShapeDtypeStruct):
@@ -210,7 +210,7 @@ def expect_array(
     if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     expected = f"{dtype or 'shape '}{list(shape)}"
-    raise ValueError(f"{what} is {described(x)}, expected {expected}: {mend}")
+    raise ValueError(f"{what} is {described(x)}, expected {expected}: {advice}")
 
 
 def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[str], list[str]]:
@@ -220,24 +220,24 @@ def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[st
     return missing, surplus
 
 
-def expect_like(owner: str, name: str, tree: Tree, like: Tree, mend: str) -> None:
+def expect_like(owner: str, name: str, tree: Tree, like: Tree, advice: str) -> None:
     """Refuses a tree whose leaves, shapes or dtypes differ from those of `like`."""
     paths, expected = leaf_paths(tree), leaf_paths(like)
     if paths != expected:
         missing, surplus = _missing_and_surplus(paths, expected)
         # If no path is missing or surplus, the paths are in another order.
         what = f"has no {missing[0]!r}" if missing else f"has {surplus or paths}, not expected"
-        raise ValueError(f"{owner}: {name} {what}: {mend}")
+        raise ValueError(f"{owner}: {name} {what}: {advice}")
     for path, x, y in zip(paths, flatten(tree)[0], flatten(like)[0], strict=True):
         if _is_number_or_shape(x):
             expect_stored(f"{owner}: {name}[{path!r}]", x, described(y))
         if x is None or y is None or not is_arraylike(x):
-            same = x is y  # both None, or one and the same object
+            same = x is y  # both None, or the same object
         else:
             same = (np.shape(x), dtype_of(x)) == (np.shape(y), dtype_of(y))
         if not same:
             raise ValueError(
-                f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {mend}"
+                f"{owner}: {name}[{path!r}] is {described(x)}, expected {described(y)}: {advice}"
             )
 
 
@@ -261,14 +261,14 @@ def expect_wide(owner: str, name: str, tree: Tree, dtype: str | None = None) -> 
             expect_stored(f"{owner}: the state's {name}[{leaf_paths(tree)[i]!r}]", x)
         if isinstance(x, Scaled8):
             expect_encoded(f"{owner}: the state's {name}", x)
-        # The slots of complex parameters are complex, whatever dtype the rule was given.
+        # For a complex parameter a slot may be complex, whatever dtype the rule was given.
         is_free = dtype is not None and _is_kind(dtype_of(x), jnp.complexfloating)
         if not is_free and not is_left_alone(x):
             _expect_slot_dtype(owner, name, x, expected)
 
 
 def _expect_slot_dtype(owner: str, name: str, slot: Any, expected: Any) -> None:
-    """Refuses a slot of another dtype: `SCALED8`, one of JAX, or any wide one if it is `None`."""
+    """Refuses a slot of another dtype than `expected`; `None` means float32 or wider."""
     is_encoded = isinstance(slot, Scaled8)
     expects_encoded = isinstance(expected, str)
     if is_encoded != expects_encoded:
@@ -294,7 +294,7 @@ def _kind(leaf: Any) -> str:
     return "complex" if _is_kind(dtype_of(leaf), jnp.complexfloating) else "real"
 
 
-def matched(
+def match_leaves(
     owner: str,
     name: str,
     tree: Any,
@@ -314,16 +314,18 @@ def matched(
         leaves = treedef.flatten_up_to(tree)
     except ValueError:
         missing, surplus = _missing_and_surplus(leaf_paths(tree), leaf_paths(like))
-        mend = "(None stands for a leaf that is not to be updated)"
+        advice = "(None stands for a leaf that is not to be updated)"
         if missing:
             what = f"{name} has no leaf {missing[0]!r}"
         elif surplus:
             what = f"{name} has a leaf {surplus[0]!r} that {like_name} does not have"
             if like_name == "the state":
-                mend = "(if the parameters have a new leaf, init makes a state with it)"
+                advice = "(if the parameters have a new leaf, init makes a state with it)"
         else:
             what = f"{name} is {jax.tree.structure(tree)}, {like_name} {treedef}"
-        raise ValueError(f"{owner}: {what}: expected the structure of {like_name} {mend}") from None
+        raise ValueError(
+            f"{owner}: {what}: expected the structure of {like_name} {advice}"
+        ) from None
     for i, (leaf, expected_leaf) in enumerate(zip(leaves, expected, strict=True)):
         if grads is not None and grads[i] is None:
             continue
@@ -339,7 +341,7 @@ def _mismatch(leaf: Any, expected: Any, kinds: bool) -> str | None:
     """Why a leaf does not match the expected one; `None` if it does."""
     if leaf is None:
         return None
-    # First what most leaves are: a step checks thousands of them.
+    # The most frequent case comes first, because a step checks thousands of leaves.
     if isinstance(leaf, jax.Array) and isinstance(expected, jax.Array):
         dtype = leaf.dtype
         if dtype == expected.dtype and leaf.shape == expected.shape and is_signed(dtype):
@@ -366,7 +368,7 @@ def _mismatch(leaf: Any, expected: Any, kinds: bool) -> str | None:
 
 
 def expect_arrays(owner: str, params: Tree) -> None:
-    """Refuses parameters with a leaf that is no array, such as a whole model with functions."""
+    """Refuses parameters with a leaf that is not an array, such as a whole model with functions."""
     expect_dtypes(owner, "params", params)
     for i, p in enumerate(flatten(params)[0]):
         if p is not None and not is_arraylike(p):
@@ -387,8 +389,8 @@ def expect_arrays(owner: str, params: Tree) -> None:
 def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
     """A tree with a new array for each floating leaf, and `None` for the other leaves.
 
-    `make` is a function from a parameter to its new array, which gets the parameter's memory layout
-    and sharding.
+    `make(p)` returns the new array for a parameter p. The array then gets the memory layout and the
+    sharding of p.
     """
     expect_arrays("init", params)
     leaves, treedef = flatten(params)
@@ -401,7 +403,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
         p = jnp.asarray(p)
         slot = make(p)
         if isinstance(slot, Scaled8):
-            # The exponents are no array of the shape of the parameter.
+            # The exponents have another shape than the parameter.
             return slot._replace(codes=laid_out_like(slot.codes, p))
         return laid_out_like(slot, p)
 
@@ -412,7 +414,7 @@ def new_slots(params: Tree, make: Callable[[chex.Array], chex.Array]) -> Any:
             return None
         return references_for_slot(p) if isinstance(slot, Scaled8) else p
 
-    # Flattened, because an encoded slot is two arrays.
+    # An encoded slot is two arrays, so flatten the slots to their arrays.
     structure: Any = jax.tree.structure(slots)
     arrays = jax.tree.leaves(slots)
     references = structure.flatten_up_to(list(map(reference_of, slots, leaves)))
@@ -426,9 +428,9 @@ class _Leaf(NamedTuple):
     inputs: list[Any]
 
 
-# A model has many leaves of few shapes. To trace and lower a call costs about as much as ten
-# operations inside it. So a call applies a rule to several leaves of one shape, and each number of
-# leaves is traced and lowered once. XLA inlines the calls.
+# A model has many leaves of few shapes. Tracing and lowering a call costs about as much as ten
+# operations inside it. So a call applies a rule to several leaves of one shape, and is traced and
+# lowered once for each number of leaves. XLA inlines the calls.
 _LEAVES_PER_CALL = 8
 
 
@@ -452,12 +454,12 @@ def lift(
     Args:
       owner: the transform's name, for errors.
       rule: the function, `(c, g, *slots, [p]) -> (u, *slots)`. Define it at the top of a module:
-        `jit` would compile again for a function that each step makes anew.
-      scalars: a function of an accumulator dtype that returns `c`, the step's scalars. Or a list
+        if each step made a new function, `jit` would compile again in each step.
+      scalars: a function of a compute dtype that returns `c`, the step's scalars. Or a list
         with one such function for each leaf: the same object for leaves that are treated alike,
         None for a leaf that passes unchanged.
       grads: the tree of gradients.
-      slots: state trees with the parameters' structure. Of a complex leaf, the first slot is
+      slots: state trees with the parameters' structure. For a complex leaf, the first slot is
         complex; others may be real.
       params: the parameters, if the function reads them.
       like: the parameters, used only to refuse gradients of another structure or of other shapes.
@@ -480,10 +482,10 @@ def lift(
     else:
         like, like_name = grads, name
     treedef = flatten(like)[1]
-    leaves = matched(owner, name, grads, like, like_name)
+    leaves = match_leaves(owner, name, grads, like, like_name)
     # Kinds may differ: a rule keeps the size of a complex gradient in a real slot.
     columns = [
-        matched(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
+        match_leaves(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
         for slot in slots
     ]
     slots_of_leaves = [[column[i] for column in columns] for i in range(len(leaves))]
@@ -494,7 +496,9 @@ def lift(
                 f"{leaf_paths(like)[i]!r}: expected an array in each of its trees"
             )
     param_columns = (
-        [] if params is None else [matched(owner, "params", params, like, like_name, grads=leaves)]
+        []
+        if params is None
+        else [match_leaves(owner, "params", params, like, like_name, grads=leaves)]
     )
 
     outputs: list[tuple[Any, ...]] = [()] * len(leaves)
@@ -503,7 +507,7 @@ def lift(
     for i, (g, own) in enumerate(zip(leaves, slots_of_leaves, strict=True)):
         own_scalars = scalars[i] if isinstance(scalars, list) else scalars
         if is_left_alone(g) or (own and is_left_alone(own[0])):
-            outputs[i] = (at_rest(g), *own)
+            outputs[i] = (zero_update(g), *own)
         elif own_scalars is None:
             outputs[i] = (g, *own)
         else:
@@ -518,7 +522,7 @@ def lift(
     scalars_of_dtype: dict[Any, Any] = {}
     for (own_scalars, *_), group in alike.items():
         g, *group_slots = group[0].inputs[: 1 + len(slots)]
-        real = accumulator(g.dtype, *(x.dtype for x in group_slots))
+        real = compute_dtype(g.dtype, *(x.dtype for x in group_slots))
         if (own_scalars, real) not in scalars_of_dtype:
             scalars_of_dtype[own_scalars, real] = _checked_scalars(owner, own_scalars(real))
         c = scalars_of_dtype[own_scalars, real]
@@ -572,7 +576,7 @@ def _apply_each(
         if rows == "whole":
             keyed = {} if key is None else {"key": key}
             results = rule(c, g, *arrays, **keyed)
-            # The result may be a number of the whole leaf, or a row gradient.
+            # The update may be a scalar for the whole leaf, or a row gradient.
             shapes = [None] * (1 + num_slots)
             what = "the update and the new slots"
             return tuple(map(without_seal, checked_results(rule, results, shapes, what)))
@@ -589,9 +593,9 @@ def _apply_each(
 
 
 def _input_without_seal(owner: str, leaf: Any) -> Any:
-    """An input of a rule as arrays; of rows without their seal, which is checked here."""
+    """An input of a rule as arrays. Row gradients are checked, and lose their seal."""
     if isinstance(leaf, RowMoves):
-        # No other transform can take the moves of rows.
+        # No other function can take a `RowMoves`.
         if owner == "apply_updates":
             return without_seal(leaf.checked(owner))
         raise TypeError(
@@ -612,16 +616,17 @@ def needed(owner: str, params: Tree) -> Tree:
     return params
 
 
-def reduced(
+def reduce_leaves(
     owner: str,
     rule: Callable[..., Any],
     join: Callable[[Any, Any], Any],
     tree: Tree,
     empty: chex.Array,
 ) -> chex.Array:
-    """The scalars of a rule `(None, g) -> (scalar,)` on the leaves of a tree, reduced by `join`.
+    """Applies a rule `(None, g) -> (scalar,)` to the leaves of a tree, and joins the scalars.
 
-    The rule takes a `RowGradient` as it is.
+    The rule takes a `RowGradient` as it is. `join` takes two scalars. `empty` is the result for a
+    tree without leaves.
     """
     (results,) = lift(owner, rule, no_scalars, tree, names=("the tree", ""), rows="whole")
     pairs = zip(flatten(tree)[0], flatten(results)[0], strict=True)
@@ -637,10 +642,10 @@ def _joined(join: Callable[[Any, Any], Any], scalars: list[chex.Array]) -> chex.
     return functools.reduce(join, scalars)
 
 
-def _moved(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
-    """The update, and the parameter moved by it: a rule whose slot is the parameter."""
+def _apply_update(c: None, u: Any, p: chex.Array, key: Any = None) -> tuple[Any, chex.Array]:
+    """A rule whose slot is the parameter: the update as it is, and the parameter moved by it."""
     if not isinstance(u, RowGradient | RowMoves):
-        return u, stepped(p, u, key)
+        return u, add_update(p, u, key)
     return u, p + u if key is None else u.added_to(p, key)
 
 
@@ -687,7 +692,7 @@ def apply_updates(
     """
     return lift(
         "apply_updates",
-        _moved,
+        _apply_update,
         no_scalars,
         updates,
         slots=(params,),
@@ -735,5 +740,5 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
         )
     if isinstance(step, int):
         step = np.uint32(step % 2**32)
-    # The seed differs from that of the moments, which are rounded in the same step.
+    # Moments are rounded in the same step, so this seed must differ from theirs.
     return jnp.asarray(step).astype(jnp.int32) ^ np.int32(0x5BD1E995)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from adamjax.data import Tree, static
-from adamjax.leaves import matched
+from adamjax.leaves import match_leaves
 from adamjax.paths import (
     Mask,
     checked_mask,
@@ -14,9 +14,9 @@ from adamjax.paths import (
     first_match,
     flatten,
     leaf_paths,
+    mask_flags,
     paired,
     resolved_mask,
-    selected,
 )
 from adamjax.transform import Step, Transform, as_transform, several_states
 
@@ -44,7 +44,7 @@ class masked(Transform):
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf (`adamjax.optional(pattern)`
         allows it), or the tree of bools does not fit; the error names the leaf.
-      TypeError: a leaf of the tree is no bool.
+      TypeError: a leaf of the tree is not a bool.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.masked(adamjax.clip_by_value(0.5), "^head/")
@@ -63,10 +63,10 @@ class masked(Transform):
         self.set_fields(tx=as_transform(self.tx), pattern=checked_mask("masked", self.pattern))
 
     def _flags(self, tree: Tree) -> list[bool]:
-        return selected(self.pattern, tree, "masked")
+        return mask_flags(self.pattern, tree, "masked")
 
     def init(self, params: Tree) -> Any:
-        flags = selected(self.pattern, params, "masked", must_match=True)
+        flags = mask_flags(self.pattern, params, "masked", must_match=True)
         return self.tx.init(_keep(params, flags))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
@@ -74,8 +74,8 @@ class masked(Transform):
             grads, treedef = flatten(updates)
             flags = self._flags(updates)
         else:
-            # The mask is that of the parameters, as in `init`.
-            grads = matched("masked", "grads", updates, params, "params")
+            # As in `init`, the flags come from the parameters.
+            grads = match_leaves("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
             flags = self._flags(params)
             params = _keep(params, flags)
@@ -99,10 +99,10 @@ class masked(Transform):
 
 
 class partition(Transform):
-    """A transform for each leaf: that of the first pattern that matches the leaf's path.
+    """Applies to each leaf the transform of the first pattern that matches the leaf's path.
 
     Each part sees only its own leaves, so a clip by global norm within a part takes the norm of
-    those. The state is the tuple of the parts' states, the default's last.
+    these leaves. The state is the tuple of the parts' states, the default's last.
 
     Args:
       rules: pairs (pattern, transform) or a dictionary {pattern: transform}; patterns as in
@@ -174,7 +174,7 @@ class partition(Transform):
         return owners
 
     def _shares(self, tree: Tree) -> tuple[Tree, ...]:
-        """For each part the tree with `None` in place of the leaves of the others."""
+        """For each part, the tree with `None` in place of the other parts' leaves."""
         owners = self._owners(tree)
         return tuple(_keep(tree, [owner == i for owner in owners]) for i in range(len(self.parts)))
 
@@ -187,9 +187,9 @@ class partition(Transform):
         leaves, treedef = flatten(updates)
         owners, new_states = self._owners(updates), []
         if any(i not in owners for i in range(len(self.patterns))):
-            # Gradients that do not fit params are a better reason than the unmatched pattern.
+            # If the gradients do not fit params, say this rather than that a pattern is unmatched.
             if params is not None:
-                matched("partition", "grads", updates, params, "params")
+                match_leaves("partition", "grads", updates, params, "params")
             expect_present("partition", self.patterns, updates, leaf_paths(updates))
         part_states, shares = self.part_states(state), self._shares(updates)
         params_shares = [None] * len(self.parts) if params is None else self._shares(params)

@@ -10,7 +10,7 @@ import numpy as np
 from adamjax.data import Tree, transform_state
 from adamjax.leaves import apply_updates, dtype_of, expect_like, is_left_alone, needed, new_slots
 from adamjax.mesh import gather_rows
-from adamjax.moments import accumulator, widen, widened_dtype
+from adamjax.moments import compute_dtype, widen, widened_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, with_seal
 from adamjax.structure import Part, find
@@ -38,13 +38,13 @@ class MasterWeightsState(NamedTuple):
     inner: Any
 
 
-# What errors about the state's weights advise.
+# The advice of errors about the state's weights.
 _ADVICE = "pass the parameters that belong to the state, or make a new state with init"
 
 
 def _wide_dtype(p: Any) -> Any:
     """The dtype in which steps compute with a parameter."""
-    return widened_dtype(dtype_of(p), accumulator(dtype_of(p)))
+    return widened_dtype(dtype_of(p), compute_dtype(dtype_of(p)))
 
 
 def _is_narrow(p: Any) -> bool:
@@ -66,14 +66,14 @@ class master_weights(Transform):
     `shard_state(master_weights(tx), mesh, axis)`. With `exact_rows`, `train_step` reads rows from
     the float32 weights.
 
-    float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around,
-    such a step changes nothing; without it weights become NaN and stay so. A float16 parameter
-    whose weight is beyond 65504 is infinite. If the weight later falls below that, the parameter
-    becomes NaN, as no update leads from infinity to a number: copy it from the state,
-    `weights.astype(p.dtype)`.
+    float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around
+    it, such a step changes nothing; without it, weights become NaN and stay NaN. A float16
+    parameter whose weight is beyond 65504 is infinite. If the weight later falls below that, the
+    parameter becomes NaN, because infinity plus an update is never a finite number: copy it from
+    the state, `weights.astype(p.dtype)`.
 
-    If you change a narrow parameter yourself, such as by a projection, the next step undoes that:
-    change its weight in the state as well, `state._replace(weights=...)`.
+    If you change a narrow parameter yourself, such as by a projection, the next step undoes the
+    change: also change its weight in the state, `state._replace(weights=...)`.
 
     Args:
       tx: a whole optimizer.
@@ -85,7 +85,7 @@ class master_weights(Transform):
     rounding of that sum; the next step corrects it.)
 
     Raises:
-      ValueError: by `update`, the state is of other parameters.
+      ValueError: by `update`: the state belongs to other parameters.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.master_weights(adamjax.scale(-0.001))
@@ -164,7 +164,7 @@ class master_weights(Transform):
         wide_updates, inner = self.tx.update(
             grads_treedef.unflatten(grads), state.inner, wide_params, **extra_args
         )
-        # The inner updates move the state's weights. The parameters follow these.
+        # The inner updates move the state's weights, and the parameters follow the weights.
         new_updates = flatten(wide_updates)[0]
         places = [i for i, w in enumerate(weights) if w is not None]
         moved = apply_updates([weights[i] for i in places], [new_updates[i] for i in places])
@@ -217,7 +217,7 @@ def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
     """
     if isinstance(u, RowMoves):
         return RowMoves(tuple(_difference(part, p, weights) for part in u.parts))
-    # A row gradient with a `rest` moves every row, so its result is that of an array.
+    # A row gradient with a `rest` moves every row, so its result is an array.
     if isinstance(u, RowGradient) and u.rest is None:
         p, weights = (gather_rows(x, u.indices, mode="fill", fill_value=0) for x in (p, weights))
         return with_seal(u.replace(values=_difference(None, p, weights)))

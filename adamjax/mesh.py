@@ -1,8 +1,8 @@
 """Reads, writes and shardings of arrays that are split over a mesh of devices.
 
-On a mesh with explicit axes the type of a value has its sharding, and a read or write of rows must
-name the sharding of its result. On a mesh with automatic axes the compiler chooses shardings, and
-a constraint can overrule it.
+On a mesh with explicit axes, the type of a value includes its sharding, and a gather or scatter of
+rows must name the sharding of its result. On a mesh with automatic axes, the compiler chooses
+shardings, and a constraint can overrule it.
 """
 
 import math
@@ -27,9 +27,9 @@ __all__ = [
     "explicit_sharding",
     "gather_entries",
     "gather_rows",
-    "placed",
-    "replicated",
-    "resharded",
+    "place",
+    "replicate",
+    "reshard",
     "run_on_own_rows",
     "scatter_rows",
     "split_alike",
@@ -38,31 +38,31 @@ __all__ = [
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding in a value's type; `None` unless that has explicit axes."""
+    """The sharding in a value's type; `None` unless its mesh has explicit axes."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
     sharding = type_sharding(x)
     return sharding if sharding is not None and "Explicit" in axis_kinds(sharding.mesh) else None
 
 
-def resharded(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
+def reshard(x: chex.Array, sharding: NamedSharding, like: chex.Array) -> chex.Array:
     """Moves an array to a sharding over explicit axes, on the mesh of `like`."""
     # Outside `jit`, JAX's `reshard` needs `jax.set_mesh`, and `device_put` does not.
     if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         return jax.sharding.reshard(x, sharding)
-    # `sharding` may come from a type, whose mesh has no devices. That of `like` has them.
+    # `sharding` may come from a type, whose mesh has no devices. The mesh of `like` has devices.
     return jax.device_put(x, NamedSharding(like.sharding.mesh, sharding.spec))
 
 
-def replicated(x: chex.Array) -> chex.Array:
-    """A value of which every device of its mesh, or else of the current mesh, has all elements.
+def replicate(x: chex.Array) -> chex.Array:
+    """Replicates a value over the devices of its mesh, or else of the current mesh.
 
     Without explicit axes, a value that is not traced is returned as it is.
     """
     sharding = explicit_sharding(x)
     if sharding is not None:
         is_split = any(axes is not None for axes in sharding.spec)
-        return resharded(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
+        return reshard(x, NamedSharding(sharding.mesh, PartitionSpec()), x) if is_split else x
     if not isinstance(x, jax.core.Tracer):
         return x
     try:
@@ -71,13 +71,13 @@ def replicated(x: chex.Array) -> chex.Array:
         return x
 
 
-def placed(x: Any, sharding: NamedSharding) -> Any:
-    """Moves an array, traced or not, to a sharding and to the kind of memory that it names."""
+def place(x: Any, sharding: NamedSharding) -> Any:
+    """Moves an array, traced or not, to a sharding and to the memory that the sharding names."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
-    # In `jit`, `device_put` moves an array to another memory and does not split it. `reshard` and
-    # constraints split it, a constraint only in the devices' own memory. So an array is moved there
-    # before it is split, and to another memory afterwards.
+    # In `jit`, `device_put` moves an array to another memory, but does not split it. `reshard` and
+    # sharding constraints split it. A constraint does so only in the devices' own memory. So an
+    # array is moved there before it is split, and to another memory afterwards.
     own_memory = sharding.mesh.devices.flat[0].default_memory().kind
     in_own_memory = sharding.memory_kind in (None, own_memory)
     if in_own_memory:
@@ -100,12 +100,13 @@ def _rows_sharding(x: Any) -> NamedSharding | None:
 
 
 def gather_rows(table: chex.Array, indices: chex.Array, **options: Any) -> chex.Array:
-    """`table.at[indices].get(**options)`, of which every device has all rows.
+    """`table.at[indices].get(**options)`: every device gets all of these rows.
 
-    Columns stay split as those of the table. Indices must not be negative.
+    Their columns stay split like the table's columns. Indices must not be negative.
     """
     if table.shape[0] == 0:
-        # JAX refuses to gather from an empty array. In this one every index is out of bounds too.
+        # JAX refuses to gather from an empty array. So gather from one row of zeros, at an index
+        # that is out of bounds too.
         table = jnp.zeros((1, *table.shape[1:]), table.dtype)
         indices = jnp.ones_like(indices)
     sharding = explicit_sharding(table)
@@ -121,9 +122,9 @@ def _unsigned(indices: chex.Array) -> chex.Array:
 
 
 def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
-    """Reads entries of a short array of which every device has all.
+    """Gathers entries of a short array that is replicated over all devices.
 
-    The result is split over devices as the indices are.
+    The result is split over devices like the indices.
     """
     sharding, options = explicit_sharding(indices), {}
     if sharding is not None:
@@ -135,7 +136,7 @@ def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
 def scatter_rows(
     table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False
 ) -> chex.Array:
-    """The table after its rows at distinct indices are set, or added to if `add`.
+    """The table after `rows` are written to it at distinct indices, or with `add` added to it.
 
     It keeps its sharding. An index beyond the table has no effect. Indices must not be negative.
     """
@@ -146,14 +147,14 @@ def scatter_rows(
 
 
 def split_alike(arrays: Sequence[Any], references: Sequence[Any]) -> list[Any]:
-    """Makes the compiler split new arrays like traced references of the same shapes.
+    """Makes the compiler split new arrays over devices like traced references of the same shapes.
 
     The compiler gives both operands of a select the same sharding. So each new array becomes a
     select between its reference and itself, with a condition that is always False. While the
-    compiler chooses shardings it must not know that, so the condition has a sharding constraint.
-    Later the compiler removes the constraint, then the select, and nothing reads the reference. If
-    the type of a reference has no mesh, the condition has a barrier in place of the constraint. A
-    barrier is not removed, and neither is the select.
+    compiler chooses shardings, it must not see that the condition is False, so the condition has a
+    sharding constraint. Later the compiler removes the constraint, then the select, and nothing
+    reads the reference. If the type of a reference has no mesh, the condition has an optimization
+    barrier in place of the constraint. A barrier is not removed, and neither is the select.
 
     Args:
       arrays: the new arrays; `None` stays `None`.
@@ -189,11 +190,11 @@ def split_alike(arrays: Sequence[Any], references: Sequence[Any]) -> list[Any]:
 
 
 def split_like_rows(x: chex.Array, table: Any) -> chex.Array:
-    """A new array with a number for each row of a table, with the sharding of the rows."""
+    """Gives `x`, a new array with a number for each row of a table, the sharding of the rows."""
     is_explicit = explicit_sharding(table) is not None
     sharding = _rows_sharding(table)
     if sharding is not None:
-        return resharded(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
+        return reshard(x, sharding, table) if is_explicit else jax.device_put(x, sharding)
     # With explicit axes, the type of the table shows that its rows are not split.
     if is_explicit or not isinstance(table, jax.core.Tracer) or table.size == 0:
         return x
@@ -209,7 +210,7 @@ def run_on_own_rows(
       owner: the name that errors begin with.
       function: `(columns, others, first) -> columns`, which works row by row. `columns` is a tree
         of arrays with an entry for each row of the table, `others` is a tree of other arrays, and
-        `first` is the number of the device's first row.
+        `first` is the index of the device's first row.
       table: the table whose rows they are.
       axis: the mesh axes that split the table, if its sharding is not known.
 

@@ -19,45 +19,48 @@ __all__ = [
     "Average",
     "Recurrence",
     "WrongResultError",
-    "accumulator",
+    "add_update",
     "as_count",
     "at_least_float32",
     "averaging",
     "barrier",
+    "checked_in_range",
     "checked_results",
     "complement",
+    "compute_dtype",
     "correction",
     "expect_scalar",
     "is_signed",
     "magnitude",
     "next_count",
     "positive_epsilon",
-    "promoted",
-    "ranged",
+    "promoted_dtype",
     "root",
-    "saturated",
+    "saturating_cast",
     "scalar",
     "square",
     "step_number",
-    "stepped",
     "widen",
     "widened_dtype",
 ]
 
 
-def accumulator(*dtypes: Any) -> Any:
-    """The real dtype to compute in: float64 if one of the dtypes is that wide, else float32."""
+def compute_dtype(*dtypes: Any) -> Any:
+    """The real dtype to compute in: float64 if one of the dtypes has that precision, else float32.
+
+    A complex dtype counts as the dtype of its real part.
+    """
     wide = any(jnp.finfo(d).dtype == np.float64 for d in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The float dtype for the value of a hyperparameter of any real dtype."""
+    """The float dtype in which a hyperparameter of this real dtype is used."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def promoted(*dtypes: Any) -> Any:
-    """The dtype of a sum of such arrays, whatever `jax.numpy_dtype_promotion` is."""
+def promoted_dtype(*dtypes: Any) -> Any:
+    """The dtype of a sum of arrays of these dtypes, whatever `jax.numpy_dtype_promotion` is."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 
@@ -70,7 +73,7 @@ def widened_dtype(dtype: Any, real: Any) -> Any:
 
 
 def widen(x: chex.Array, real: Any) -> chex.Array:
-    """`x` cast to the accumulator dtype `real`, or to its complex counterpart if `x` is complex."""
+    """`x` cast to the compute dtype `real`, or to its complex counterpart if `x` is complex."""
     return x.astype(widened_dtype(x.dtype, real))
 
 
@@ -83,14 +86,14 @@ def is_signed(dtype: Any) -> bool:
 
 
 def scalar(value: Number, real: Any) -> Any:
-    """A hyperparameter in the accumulator dtype; a Python float stays a compile-time constant."""
+    """A hyperparameter in the compute dtype; a Python float stays a compile-time constant."""
     if is_array(value):
         return jnp.asarray(value, real)
     return np.asarray(value, real)[()]
 
 
-def ranged(value: Number, allowed: Range) -> Any:
-    """A hyperparameter, if it is in its range.
+def checked_in_range(value: Number, allowed: Range) -> Any:
+    """The hyperparameter `value`, if it is in its range.
 
     A Python number outside its range is refused: `jax.tree.map` may have put it into the field
     without a check. An array may be traced, or set since its range was checked. It becomes float32
@@ -106,35 +109,35 @@ def ranged(value: Number, allowed: Range) -> Any:
 
 
 def positive_epsilon(value: Number, real: Any) -> Any:
-    """An epsilon in the accumulator dtype, for a division whose divisor could otherwise be 0.
+    """An epsilon in the compute dtype, for a division whose divisor could otherwise be 0.
 
     A Python number 0.0 stays 0, so check it with `POSITIVE` before. An array may be traced, or set
-    later by `set_hyperparams`, so it raises no error: an array of 0 becomes the smallest normal
-    number, and one that is negative, infinite or NaN becomes NaN.
+    later by `set_hyperparams`, so its value raises no error: 0 becomes the smallest normal number,
+    and a negative or infinite value becomes NaN.
     """
-    eps = scalar(ranged(value, NON_NEGATIVE), real)
+    eps = scalar(checked_in_range(value, NON_NEGATIVE), real)
     return jnp.maximum(eps, jnp.finfo(real).tiny) if is_array(value) else eps
 
 
 def as_count(name: str, value: Number, dtype: Any) -> Any:
     """A hyperparameter that counts steps, in the dtype of the count that it is compared with.
 
-    Of an array, only the shape and the dtype are checked: a value outside `dtype` becomes the
+    If it is an array, only its shape and dtype are checked: a value outside `dtype` becomes the
     nearest limit of `dtype`.
     """
     if not is_array(value):
-        return np.asarray(ranged(value, COUNT), dtype)
+        return np.asarray(checked_in_range(value, COUNT), dtype)
     expect_scalar(name, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{name} must be a whole number of steps, got an array of dtype {value.dtype.name}, "
             "expected an integer dtype"
         )
-    return saturated(value, dtype)
+    return saturating_cast(value, dtype)
 
 
-def saturated(x: chex.Array, dtype: Any) -> chex.Array:
-    """Integers in another integer dtype; values outside it become its limits."""
+def saturating_cast(x: chex.Array, dtype: Any) -> chex.Array:
+    """Casts integers to another integer dtype; values outside it become its limits."""
     new, old = jnp.iinfo(dtype), jnp.iinfo(x.dtype)
     least, most = max(new.min, old.min), min(new.max, old.max)
     if (least, most) != (old.min, old.max):
@@ -143,7 +146,7 @@ def saturated(x: chex.Array, dtype: Any) -> chex.Array:
 
 
 def expect_scalar(name: str, value: Any) -> None:
-    """Refuses a hyperparameter that is no scalar, such as values for `vmap` used without it."""
+    """Refuses a hyperparameter that is not a scalar, such as values for `vmap` used without it."""
     if np.ndim(value) != 0:
         raise ValueError(
             f"{name} is an array of shape {np.shape(value)}, expected a scalar; to use many values "
@@ -154,8 +157,8 @@ def expect_scalar(name: str, value: Any) -> None:
 def step_number(count: chex.Array, real: Any) -> chex.Array:
     """The number of this step as a float, 1 for the first.
 
-    It is NaN if the count is negative, which only a damaged state has: there bias corrections would
-    change their sign, and steps would go uphill.
+    If the count is negative, as only in a damaged state, it is NaN: with a negative count, bias
+    corrections would change their sign, and steps would go uphill.
     """
     return jnp.where(count >= 0, count.astype(real) + 1, jnp.nan)
 
@@ -166,29 +169,32 @@ def next_count(count: chex.Array) -> chex.Array:
 
 
 class Average(NamedTuple):
-    """An exponential average `b * old + (1 - b) * new`, prepared for one accumulator dtype.
+    """An exponential average `b * old + (1 - b) * new`, prepared for one compute dtype.
 
-    It is computed as a step from the number that weighs more towards the other. So the average of
-    equal numbers is that number, and that of zeros is zero. With two rounded factors, 0.999 * old +
-    0.001 * new would be off by 1.3e-8 of `old` in each step in float32, always in the same
-    direction; so by 1.3e-5 after 1 / (1 - b) steps. If the rounding of the weight matters, the
-    weight has a second part, its rounding error.
+    It is computed as `base + weight * (other - base)`, where `base` is the number that weighs more.
+    So the average of equal numbers is that number, and the average of zeros is zero. With two
+    rounded factors, 0.999 * old + 0.001 * new would be off by 1.3e-8 of `old` in each step in
+    float32, always in the same direction. This adds up to 1.3e-5 after 1 / (1 - b) steps. If the
+    rounding error of the weight matters, it is added as a second weight.
     """
 
     weight: Any
     # The rounding error of the weight; `None` if it is negligible.
-    rest: Any
+    weight_error: Any
     # Whether `new` weighs more; `None` if it is known not to, which saves two selects.
-    from_new: Any
+    new_weighs_more: Any
 
     def __call__(self, old: chex.Array, new: chex.Array) -> chex.Array:
         base, other = old, new
-        if self.from_new is not None:
-            base, other = jnp.where(self.from_new, new, old), jnp.where(self.from_new, old, new)
-        step = other - base
-        if self.rest is None:
-            return base + self.weight * step
-        return base + (self.weight * step + self.rest * step)
+        if self.new_weighs_more is not None:
+            base, other = (
+                jnp.where(self.new_weighs_more, new, old),
+                jnp.where(self.new_weighs_more, old, new),
+            )
+        difference = other - base
+        if self.weight_error is None:
+            return base + self.weight * difference
+        return base + (self.weight * difference + self.weight_error * difference)
 
 
 def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
@@ -196,28 +202,28 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
 
     Args:
       b: the decay. A Python number outside of `allowed` raises an error; an array outside of it
-        makes averages NaN. For an array, `1 - b` is computed from `b` as its dtype has rounded it.
-      real: the accumulator dtype.
+        makes averages NaN. For an array, `1 - b` is computed from `b` as rounded to its dtype.
+      real: the compute dtype.
       allowed: the range of `b`.
     """
     if is_array(b):
-        b = ranged(b, allowed)
+        b = checked_in_range(b, allowed)
         return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
-    exact = min(ranged(b, allowed), 1 - b)
+    exact = min(checked_in_range(b, allowed), 1 - b)
     weight = scalar(exact, real)
-    rest = scalar(exact - float(weight), real)
-    # The rest costs two operations. It is left out if in a thousand steps it adds up to less than
-    # one rounding.
-    negligible = 1000 * abs(rest) < np.finfo(real).eps / 2
-    return Average(weight, None if negligible else rest, True if b < 0.5 else None)
+    weight_error = scalar(exact - float(weight), real)
+    # The second weight costs two operations. It is left out if in a thousand steps it adds up to
+    # less than one rounding.
+    negligible = 1000 * abs(weight_error) < np.finfo(real).eps / 2
+    return Average(weight, None if negligible else weight_error, True if b < 0.5 else None)
 
 
 class WrongResultError(TypeError):
-    """A rule on arrays did not return what `lift` expects. `lift` adds the leaf to the message."""
+    """A rule on arrays returned something else than `lift` expects; `lift` names the leaf."""
 
 
 def checked_results(function: Any, results: Any, like: Sequence[Any], what: str) -> Sequence[Any]:
-    """What a function of a rule returned, if it is one array for each of `like`, of the same shape.
+    """The results of a rule's function, if there is one array for each of `like`, of its shape.
 
     Args:
       like: for each result an array of its shape; `None` if it may have any shape.
@@ -246,10 +252,10 @@ def checked_results(function: Any, results: Any, like: Sequence[Any], what: str)
 
 @dataclass(frozen=True)
 class Recurrence:
-    """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update comes from its new slots.
+    """A rule on arrays, `(c, g, *slots) -> (u, *slots)`, whose update is computed from new slots.
 
-    `c` is the step's scalars, as `lift`'s argument `scalars` makes them; `g` is the gradient, `u`
-    the update. Its functions see arrays of the accumulator dtype.
+    `c` is the step's scalars, as `lift`'s argument `scalars` returns them; `g` is the gradient, `u`
+    the update. Its functions get arrays in the compute dtype.
 
     Attributes:
       moments: `(c, g, *slots) -> new_slots`. If `last` is given, `moments` neither takes nor
@@ -272,7 +278,7 @@ class Recurrence:
         """The update in the gradient's dtype, and the new slots in the dtypes of the old ones.
 
         Args:
-          key, rows: how narrow slots are rounded, as for `write_slot`.
+          key, rows: as for `write_slot`; they determine how narrow slots are rounded.
         """
         wide, stored, seen = self.advanced(c, g, slots, key, rows)
         u = self.direction(c, wide, *seen)
@@ -284,10 +290,10 @@ class Recurrence:
     ) -> tuple[chex.Array, list[Any], list[chex.Array]]:
         """The widened gradient, the new slots as they are stored, and as `direction` sees them.
 
-        The direction sees narrow slots as they are stored. From unrounded ones, XLA would compute
-        the update anew from the old slots, and copy these before it overwrites them.
+        `direction` gets narrow slots as they are stored. If it got unrounded slots, XLA would
+        compute these again from the old slots, and copy the old slots before it overwrites them.
         """
-        real = accumulator(g.dtype, slots[-1].dtype)
+        real = compute_dtype(g.dtype, slots[-1].dtype)
         stored: list[Any] = []
         seen: list[chex.Array] = []
 
@@ -298,9 +304,9 @@ class Recurrence:
             exponents: Sequence[Any] = [None] * len(new)
             if any(isinstance(x, Scaled8) for x in targets):
                 # The largest number of a block must be known before its elements are encoded. If
-                # the numbers were computed once, XLA would keep them all as floats until then. So
-                # they are computed twice. The inputs of one computation are behind an optimization
-                # barrier, so that XLA does not merge the two.
+                # the numbers were computed once, XLA would keep all of them as floats until then.
+                # So they are computed twice. The inputs of one computation are behind an
+                # optimization barrier, so that XLA does not merge the two.
                 again = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
                 exponents = block_exponents(function(*again), targets)
             for x, slot, e in zip(new, targets, exponents, strict=True):
@@ -328,18 +334,18 @@ class Recurrence:
 
 
 def correction(b: Number, t: chex.Array) -> chex.Array:
-    """The bias correction `1 - b**t`, by expm1: exact to rounding from the first step on.
+    """The bias correction `1 - b**t`, computed by expm1: accurate from the first step on.
 
     An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
     """
     if is_array(b):
-        b = ranged(b, BETA)
-        b = b.astype(promoted(b.dtype, t.dtype))
+        b = checked_in_range(b, BETA)
+        b = b.astype(promoted_dtype(b.dtype, t.dtype))
         log_b = jnp.log(jnp.where(b == 0, 1, b))
         # At b = 0 the logarithm has no derivative; the power has one in the first step.
         at_0 = jnp.where(t == 1, 1 - b, 1)
         return jnp.where(b == 0, at_0, -jnp.expm1(t * log_b)).astype(t.dtype)
-    if ranged(b, BETA) == 0:
+    if checked_in_range(b, BETA) == 0:
         return jnp.ones_like(t)
     return -jnp.expm1(t * scalar(math.log(b), t.dtype))
 
@@ -349,12 +355,12 @@ def complement(b: Number, real: Any) -> Any:
 
     An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
     """
-    return scalar(1 - ranged(b, BETA), real)
+    return scalar(1 - checked_in_range(b, BETA), real)
 
 
 @jax.custom_jvp
 def root(x: chex.Array) -> chex.Array:
-    """The square root, with derivative 0 at 0, so that root(g**2) has no derivative of 0/0."""
+    """The square root with derivative 0 at 0, so that the derivative of root(g**2) is never NaN."""
     return jnp.sqrt(x)
 
 
@@ -367,7 +373,7 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def barrier(x: chex.Array) -> chex.Array:
-    """`x` behind an optimization barrier: to XLA it is another array."""
+    """`x` behind an optimization barrier: XLA treats it as another array."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -377,13 +383,13 @@ def _barrier_jvp(primals: Any, tangents: Any) -> Any:
     return barrier(primals[0]), tangents[0]
 
 
-def stepped(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
-    """The parameter after its update: the sum in float32 or wider, rounded once to its dtype.
+def add_update(p: chex.Array, u: chex.Array, key: Any = None, rows: Any = None) -> chex.Array:
+    """The sum of a parameter and its update, in float32 or wider, rounded once to `p.dtype`.
 
     Args:
       key, rows: as for `write_slot`. With a key, a bfloat16 parameter is rounded stochastically.
     """
-    real = accumulator(p.dtype, u.dtype)
+    real = compute_dtype(p.dtype, u.dtype)
     return write_slot(widen(p, real) + widen(u, real), p.dtype, key, 0, rows)
 
 

@@ -27,10 +27,10 @@ __all__ = [
     "flatten",
     "is_leaf",
     "leaf_paths",
+    "mask_flags",
     "optional",
     "paired",
     "resolved_mask",
-    "selected",
     "unique_paths",
 ]
 
@@ -38,7 +38,7 @@ __all__ = [
 def is_leaf(x: Any) -> bool:
     """Whether a node counts as one leaf: `None`, rows of a table, or an encoded slot.
 
-    `None` stands in the place of a leaf that a tree does not have.
+    `None` takes the place of a leaf that a tree does not have.
     """
     return x is None or isinstance(x, RowGradient | RowMoves | Scaled8)
 
@@ -75,7 +75,7 @@ def unique_paths(owner: str, tree: Tree) -> list[str]:
 
 
 def _is_variable(x: Any) -> bool:
-    """Whether a node is a Variable of flax.nnx, and no leaf by itself."""
+    """Whether a node is a Variable of flax.nnx, and not itself a leaf."""
     has_methods = hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
     return has_methods and not is_leaf(x)
 
@@ -119,14 +119,14 @@ class optional(str):
 
 
 def checked_pattern(owner: str, pattern: Any) -> str:
-    """The pattern, or an error that names the owner if it is no regular expression."""
+    """The pattern, or an error that names the owner if it is not a regular expression."""
     if not isinstance(pattern, str):
-        mend = ""
+        advice = ""
         if isinstance(pattern, re.Pattern):
-            mend = f": write its text, {pattern.pattern!r}, with flags as in '(?i)bias'"
+            advice = f": write its text, {pattern.pattern!r}, with flags as in '(?i)bias'"
         elif isinstance(pattern, bytes):
-            mend = f": write {pattern.decode(errors='replace')!r}"
-        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{mend}")
+            advice = f": write {pattern.decode(errors='replace')!r}"
+        raise TypeError(f"{owner}: a path pattern must be a str, got {pattern!r}{advice}")
     try:
         re.compile(pattern)
     except re.error as error:
@@ -134,8 +134,8 @@ def checked_pattern(owner: str, pattern: Any) -> str:
             f"{owner}: {pattern!r} is not a regular expression ({error}); a path is written "
             "like 'layers/0/kernel' and matched with re.search"
         ) from None
-    # Plain strings in place of those of NumPy and of enumerations, which print, compare and
-    # serialize differently.
+    # Strings of NumPy and of enumerations print, compare and serialize differently: make them
+    # plain.
     return pattern if type(pattern) in (str, optional) else str.__str__(pattern)
 
 
@@ -156,7 +156,7 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
     expected = f"{owner}: expected pairs (pattern, value) or a dictionary {{pattern: value}}"
     if isinstance(rules, str | bytes):
         raise TypeError(f"{expected}, got the string {rules!r}")
-    # The first match decides, and a set is in no order.
+    # The first match decides, so the order matters, and a set has none.
     if isinstance(rules, set | frozenset) or not isinstance(rules, Iterable):
         raise TypeError(f"{expected}, got {rules!r}")
     pairs: list[tuple[str, Any]] = []
@@ -170,7 +170,7 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
 
 
 def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
-    """Pairs of a pattern and its value, from a list of patterns and one of as many values."""
+    """Pairs of a pattern and its value, from a list of patterns and a list of as many values."""
     for x in (patterns, values):
         if not isinstance(x, list | tuple):
             raise TypeError(f"{owner}: expected lists of patterns and of their values, got {x!r}")
@@ -200,8 +200,8 @@ def expect_matches(
       patterns: the patterns.
       tree: the tree.
       first_decides: whether only the first pattern that matches a leaf counts for it. Then a
-        pattern is refused too if earlier ones match all of its leaves. One that matches every leaf
-        may still stand, as a last rule for the rest, unless it repeats an earlier one.
+        pattern is also refused if earlier ones match all of its leaves. But a pattern that matches
+        every leaf is allowed, as a last rule for the rest, unless it repeats an earlier one.
     """
     if all(isinstance(pattern, optional) for pattern in patterns):
         return
@@ -222,13 +222,13 @@ def _has_elements(leaves: Iterable[Any]) -> bool:
 
 
 def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses patterns that match only leaves for which earlier ones decide."""
+    """Refuses patterns that match only leaves for which earlier patterns decide."""
     deciding = {path: first_match(patterns, path) for path in paths}
     for i, pattern in enumerate(patterns):
         if isinstance(pattern, optional):
             continue
         matches = [path for path in paths if re.search(pattern, path)]
-        # A last rule for the rest matches every leaf, and may find no rest.
+        # A last rule for the rest matches every leaf. There may be no rest.
         is_last_rule = len(matches) == len(paths) and str(pattern) not in map(str, patterns[:i])
         if is_last_rule or any(deciding[path] == i for path in matches):
             continue
@@ -243,24 +243,24 @@ def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -
 def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Sequence[str]) -> None:
     """Refuses patterns that match no path of a tree that `update` is called with.
 
-    `init` has checked them by `expect_matches`; but if the state is from another run's checkpoint,
-    that `init` saw other parameters. Here a leaf that is `None` counts, because its gradient may be
-    `None` in this step only.
+    `init` has checked them by `expect_matches`. But if the state is from a checkpoint, the `init`
+    that made it may have seen other parameters. Here a leaf that is `None` counts, because its
+    gradient may be `None` in this step only.
     """
     unmatched = [p for p in patterns if not any(re.search(p, path) for path in paths)]
     if unmatched and _has_elements(flatten(tree)[0]):
         expect_paths(owner, unmatched, paths)
 
 
-# How the negative assertions of regular expressions begin, and the positive ones that match what
-# these exclude.
+# How negative lookarounds of regular expressions begin, and how the positive lookarounds begin that
+# match what they exclude.
 _OPPOSITES = {"(?!": "(?=", "(?<!": "(?<="}
 
 
 def _idle_exclusion(pattern: str, paths: Sequence[str]) -> str:
-    """The pattern from its first negative assertion on that excludes none of the paths.
+    """The end of a pattern that begins with a negative lookaround which excludes none of the paths.
 
-    It is empty if there is no such assertion.
+    It is empty if there is no such lookaround.
     """
     for negative in re.finditer(r"(?<!\\)\(\?<?!", pattern):
         start, end = negative.span()
@@ -337,8 +337,8 @@ class BoolTree:
         """The tree of bools."""
         return self.treedef.unflatten(self.flags)
 
-    def over(self, owner: str, tree: Tree) -> list[bool]:
-        """The flag of every leaf of the tree; one flag of a prefix counts for all leaves below."""
+    def flags_for(self, owner: str, tree: Tree) -> list[bool]:
+        """The flag of every leaf of the tree; a flag at a subtree counts for all of its leaves."""
         try:
             leaves_below = [flatten(x)[0] for x in self.treedef.flatten_up_to(tree)]
         except ValueError:
@@ -369,7 +369,7 @@ class BoolTree:
             difference = f"it has a bool at {surplus[0]!r}, where there is no leaf"
         else:
             difference = (
-                f"its structure is {self.treedef!s:.300}, that of the leaves "
+                f"its structure is {self.treedef!s:.300}, the leaves' structure is "
                 f"{flatten(tree)[1]!s:.300}"
             )
         expected = "Expected a tree of bools like the parameters, or one bool for a subtree"
@@ -411,18 +411,18 @@ def _is_bool(x: Any) -> bool:
 
 
 def bool_tree(owner: str, tree: Tree) -> BoolTree:
-    """A tree of bools as a `BoolTree`, or an error that names the first leaf that is no bool."""
+    """A tree of bools as a `BoolTree`, or an error that names the first leaf that is not a bool."""
     for i, flag in enumerate(flatten(tree)[0]):
         if flag is not None and not _is_bool(flag):
             path = leaf_paths(tree)[i]
-            mend = ""
+            advice = ""
             if isinstance(flag, str):
-                mend = ": for several patterns, give a list of the leaves to select, ['a', 'b']"
+                advice = ": for several patterns, give a list of the leaves to select, ['a', 'b']"
             elif isinstance(flag, RowGradient):
-                mend = ": pass params to update, so that the function is called with them"
+                advice = ": pass params to update, so that the function is called with them"
             raise TypeError(
                 f"{owner}: {f'at {path!r} ' if path else ''}the mask has {flag!r} of type "
-                f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{mend}"
+                f"{type(flag).__name__}, expected a bool, True or False, for a whole leaf{advice}"
             )
     mask = BoolTree(tree)
     try:
@@ -439,8 +439,8 @@ def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) ->
     """The mask that a function returns for a tree.
 
     One bool for a tree of several leaves is refused: such a function is nearly always meant to be
-    called with a path, as `lambda path: "bias" not in path` is. Called with a dictionary, it looks
-    for the key "bias".
+    called with a path, like `lambda path: "bias" not in path`. Called with a dictionary, this one
+    looks for the key "bias".
     """
     mask = function(tree)
     if _is_bool(mask) and len(flatten(tree)[0]) > 1:
@@ -489,7 +489,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
     return bool_tree(owner, mask)
 
 
-def selected(
+def mask_flags(
     mask: Mask, tree: Tree, owner: str = "mask", *, must_match: bool = False
 ) -> list[bool]:
     """Whether each leaf of the tree is selected, in the order of `flatten`.
@@ -498,9 +498,9 @@ def selected(
     leaf is refused by `expect_matches` with `must_match`, else by `expect_present`.
     """
     if isinstance(mask, BoolTree):
-        return mask.over(owner, tree)
+        return mask.flags_for(owner, tree)
     if callable(mask):
-        return _mask_of_function(owner, mask, tree).over(owner, tree)
+        return _mask_of_function(owner, mask, tree).flags_for(owner, tree)
     patterns = (mask,) if isinstance(mask, str) else tuple(mask)
     if must_match:
         expect_matches(owner, patterns, tree)

@@ -76,8 +76,8 @@ class ReadSite(NamedTuple):
       view: the table.
       shape: the shape of the indices.
       trailing: the shape of a row in the result.
-      live: whether the loss is differentiated by these rows.
-      independent: whether the indices are independent of what the loss is differentiated by.
+      live: whether the loss is differentiated with respect to these rows.
+      independent: whether the indices are independent of the differentiated inputs.
       varying: axes of `shard_map` over which the rows differ.
     """
 
@@ -91,8 +91,8 @@ class ReadSite(NamedTuple):
 
 # An array or None for each site, in order.
 PerSite = list[Any]
-# A function that returns the value of an atom. This is JAX's word for an input of an equation: a
-# variable or a literal.
+# A function that returns the value of an atom. (In JAX, an atom is an input of an equation: a
+# variable or a literal.)
 _Get = Callable[[Any], Any]
 
 
@@ -115,7 +115,7 @@ class Source(NamedTuple):
         """The rows at a site, in the table's dtype; arbitrary for indices outside the table.
 
         Args:
-          row_input: that of the site, as for `Plan.run`.
+          row_input: the site's entry of `row_inputs`, as for `Plan.run`.
         """
         if site.view.table in self.input_tables:
             return row_input
@@ -129,7 +129,7 @@ class Source(NamedTuple):
 
 @jax.custom_jvp
 def _perturbed(rows: chex.Array, zeros: chex.Array) -> chex.Array:
-    """`rows + zeros`, differentiable by both; the rows keep their bits, `-0.0` too."""
+    """`rows + zeros`, differentiable in both; the rows keep their bits, even `-0.0`."""
     return rows
 
 
@@ -146,13 +146,13 @@ def variables_of(atoms: Iterable[Any]) -> Iterator[Var]:
 
 
 def not_tables(eqn: JaxprEqn, views: Sequence[View | None]) -> list[Any]:
-    """The inputs of an equation that are no tables."""
+    """The inputs of an equation that are not tables."""
     return [x for x, view in zip(eqn.invars, views, strict=True) if view is None]
 
 
-# JAX caches the derivatives of jitted functions, such as those of jax.numpy. A jaxpr has bare
-# primitives in their place. JAX would differentiate each of them anew, and tracing a model would
-# take twice as long. So each primitive is jitted here, once for the same parameters.
+# JAX caches the derivatives of jitted functions, such as the functions of jax.numpy. A jaxpr has
+# bare primitives in their place, and JAX would differentiate each of them anew: tracing a model
+# would take twice as long. So each primitive is jitted here, once for equal parameters.
 @functools.lru_cache(maxsize=4096)
 def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     def function(*args: Any) -> Any:
@@ -166,7 +166,7 @@ def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     """Evaluates one equation of a jaxpr, and adds its results to `env`."""
     primitive, params = eqn.primitive, tuple(eqn.params.items())
     # An equation with a jaxpr or a function among its parameters is not cached: the cache would
-    # keep that alive, and JAX caches its derivatives anyway.
+    # keep the function alive, and JAX caches its derivatives anyway.
     can_cache = not eqn.effects and not any(_has_code(x) for x in eqn.params.values())
     if can_cache and _is_hashable(params):
         args = (x.val if isinstance(x, Literal) else env[x] for x in eqn.invars)
@@ -174,7 +174,7 @@ def _evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, env: dict[Var, Any]) -> None:
             results = _jitted(primitive, params)(*args)
         results = results if primitive.multiple_results else [results]
     else:
-        # A jaxpr of this equation alone: JAX knows how to run it.
+        # Let JAX run a jaxpr that has only this equation.
         ins = list(dict.fromkeys(variables_of(eqn.invars)))
         debug_info = jaxpr.debug_info._replace(
             arg_names=("",) * len(ins), result_paths=("",) * len(eqn.outvars)
@@ -259,9 +259,10 @@ class Plan:
 
         Args:
           args: the values of `ins`.
-          row_inputs: for each site the array to differentiate by, of the shape of its rows: the
-            rows themselves if the table is one of `source.input_tables`, else zeros, as if they
-            were added to the rows. `None` if the loss is not differentiated by the rows.
+          row_inputs: for each site, an array of the shape of its rows, with respect to which the
+            loss is differentiated: the rows themselves if the table is one of
+            `source.input_tables`, else zeros, which are added to the rows in effect. `None` if the
+            loss is not differentiated with respect to the rows.
         """
         env, get = self._env(dict(zip(self.ins, args, strict=True)))
         indices: PerSite = []
@@ -326,15 +327,15 @@ class Window(NamedTuple):
     Attributes:
       starts: the first row of each run: an atom of integers, or one integer of NumPy.
       row_component: `None` if `starts` has one integer for each run. If it has an index vector for
-        each, along its last axis, which element of that vector is the row.
+        each run, along its last axis, this is the element of the vector that is the row.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no
         axis.
       stride: the distance between the rows of a run.
-      dropped: the axes of a row, of size 1, that are left out.
+      dropped: axes of a row, of size 1, that the result does not have.
       offset_axes: the axes of the result that have the rows of a run and their elements; `None` if
         they are the last ones.
       fill: the value of a run outside the table; `None` if such a run is moved into the table.
-      moved_are_live: whether the loss is differentiated by runs that were moved.
+      moved_are_live: whether the loss is differentiated with respect to runs that were moved.
     """
 
     starts: Any
@@ -460,7 +461,7 @@ class Scan(TableEquation):
         num_consts: int,
         num_carried: int,
     ) -> None:
-        """The `ins` are constants, carried values, and arrays of which each iteration has a slice.
+        """The `ins` are constants, carried values, and arrays that are sliced by iteration.
 
         Args:
           num_consts: the number of constants.
@@ -531,7 +532,7 @@ class Cond(TableEquation):
         """The first of `ins` is the number of the branch to take; the others are its inputs.
 
         Args:
-          independent: whether that number is independent of what the loss is differentiated by.
+          independent: whether that number is independent of the differentiated inputs.
         """
         super().__init__(eqn, ins, outs)
         self.plans = plans
@@ -604,7 +605,8 @@ class ShardMap(TableEquation):
     Attributes:
       manual_axes: the axes of the mesh that it maps over.
       in_specs: the partition specs of the `ins`.
-      site_specs: those of the indices and rows at each site, whose first axis is that of devices.
+      site_specs: the partition specs of the indices and rows at each site. Their first axis is the
+        devices.
     """
 
     def __init__(

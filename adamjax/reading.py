@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adamjax.average import WeightEmaState
 from adamjax.buckets import as_tree
 from adamjax.data import Tree
-from adamjax.encoding import Scaled8, decoded
+from adamjax.encoding import Scaled8, decode
 from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.guard import SkipNotFiniteState
 from adamjax.leaves import expect_array, is_left_alone
@@ -85,7 +85,7 @@ def get_slot(state: Any, name: str) -> Tree:
       bits are returned as float32.
 
     Raises:
-      KeyError: the state has no such slot; the error lists those that it has.
+      KeyError: the state has no such slot; the error lists the slots that it has.
       ValueError: two rules of a chain have this slot for the same leaf, or rows lag behind.
 
     >>> import adamjax, jax.numpy as jnp
@@ -100,7 +100,7 @@ def get_slot(state: Any, name: str) -> Tree:
 
 
 def _decoded(x: Any) -> Any:
-    return decoded(x) if isinstance(x, Scaled8) else x
+    return decode(x) if isinstance(x, Scaled8) else x
 
 
 def step_count(state: Any) -> chex.Array:
@@ -250,17 +250,17 @@ def float32_weights(state: Any, params: T) -> T:
             "the parameters themselves"
         )
     leaves, treedef = flatten(params)
-    mend = "pass the parameters that belong to the state"
+    advice = "pass the parameters that belong to the state"
     for weights, weights_treedef in (flatten(one.weights) for one in states):
         if weights_treedef != treedef:
             raise ValueError(
                 f"float32_weights: params has the leaves {leaf_paths(params)}, and the state has "
-                f"weights in a tree like {weights_treedef!s:.200}: {mend}"
+                f"weights in a tree like {weights_treedef!s:.200}: {advice}"
             )
         for i, w in enumerate(weights):
             if w is not None:
                 what = f"float32_weights: the weight of {leaf_paths(params)[i]!r}"
-                expect_array(what, w, jnp.shape(leaves[i]), mend)
+                expect_array(what, w, jnp.shape(leaves[i]), advice)
                 # A copy: a step may donate the state.
                 leaves[i] = jnp.array(w, copy=True)
     return treedef.unflatten(leaves)
@@ -276,8 +276,8 @@ def learning_rate(tx: Any, state: Any) -> Any:
       state: its state.
 
     Returns:
-      A number or scalar array. If leaves have different rates, a `by_path` with them, and
-      `by_path.at(path)` is that of one leaf.
+      A number or scalar array. If leaves have different rates, a `by_path` with these rates, and
+      `by_path.at(path)` is the rate of one leaf.
 
     Raises:
       ValueError: there is no `scale_by_learning_rate`, or more than one.

@@ -126,7 +126,7 @@ def _live(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
     pairs = zip(jaxpr.outvars, live_outs, strict=True)
     live = {v for v, is_live in pairs if is_live and isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        # An effect may carry its inputs to a result by another way.
+        # An effect may carry its inputs to a result in another way.
         is_used = not live.isdisjoint(eqn.outvars) or _has_effect(eqn)
         if is_used and eqn.primitive.name != "stop_gradient":
             live.update(v for v in variables_of(eqn.invars) if _is_float(v))
@@ -196,7 +196,7 @@ class Planner:
 
         Args:
           views: for each input the table that it is; `None` for all others.
-          tainted_ins: whether each input depends on what the loss is differentiated by.
+          tainted_ins: whether each input depends on the differentiated inputs of the loss.
           live_outs: whether the loss is differentiated through each result.
         """
         jaxpr = closed.jaxpr
@@ -220,7 +220,7 @@ class Planner:
 
     def _followed(self, eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
         """The view that an equation makes of a table; `None` if it does not keep the rows."""
-        view, kind, params = views[0], eqn.primitive.name, eqn.params
+        view, primitive, params = views[0], eqn.primitive.name, eqn.params
         if view is None or len(eqn.outvars) != 1:
             return None
         out: Any = eqn.outvars[0].aval
@@ -229,21 +229,21 @@ class Planner:
         def cast(function: Any, *args: Any) -> View:
             return view._replace(casts=(*view.casts, (function, args)))
 
-        if kind == "convert_element_type":
+        if primitive == "convert_element_type":
             if jnp.issubdtype(params["new_dtype"], jnp.floating):
                 return cast(lax.convert_element_type, params["new_dtype"])
-        elif kind == "reduce_precision":
+        elif primitive == "reduce_precision":
             return cast(lax.reduce_precision, params["exponent_bits"], params["mantissa_bits"])
-        elif kind == "stop_gradient":
+        elif primitive == "stop_gradient":
             return cast(lax.stop_gradient)._replace(live=False)
-        elif kind in ("copy", "copy_p", "sharding_constraint", "optimization_barrier"):
+        elif primitive in ("copy", "copy_p", "sharding_constraint", "optimization_barrier"):
             return view
-        elif kind in ("pvary", "pbroadcast"):
+        elif primitive in ("pvary", "pbroadcast"):
             return view._replace(axes=(*view.axes, *params["axes"]))
-        elif kind in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims"):
+        elif primitive in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims"):
             keeps_rows = shape[:1] == view.shape[:1] and math.prod(shape) == math.prod(view.shape)
             # `lax.reshape` with `dimensions` transposes first.
-            keeps_rows = keeps_rows and (kind != "reshape" or params["dimensions"] is None)
+            keeps_rows = keeps_rows and (primitive != "reshape" or params["dimensions"] is None)
             return view._replace(shape=shape) if keeps_rows else None
         return None
 
@@ -256,7 +256,7 @@ class Planner:
         live: set[Any],
     ) -> tuple[Any, dict[Var, View]]:
         """The `TableEquation` of an equation that takes tables, and the views among its results."""
-        kind, params = eqn.primitive.name, eqn.params
+        primitive, params = eqn.primitive.name, eqn.params
         is_tainted = [isinstance(x, Var) and x in tainted for x in eqn.invars]
         is_live = [v in live for v in eqn.outvars]
         ins = not_tables(eqn, views)
@@ -264,23 +264,23 @@ class Planner:
             window = _window(eqn, views[0])
             if window is not None:
                 return Read(eqn, views[0], window, any(is_live), not any(is_tainted[1:])), {}
-        if kind in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"):
+        if primitive in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"):
             closed = _closed(params["jaxpr" if "jaxpr" in params else "call_jaxpr"])
             plan = self.plan(closed, views, is_tainted, is_live)
             outs, new = _split(eqn.outvars, plan.outs)
-            make = Remat if kind in ("remat2", "checkpoint") else Inlined
+            make = Remat if primitive in ("remat2", "checkpoint") else Inlined
             return make(eqn, plan, ins, outs), new
-        # A table that is split over devices cannot be followed. Nor can any table in older releases
-        # of JAX, whose `shard_map` has other parameters.
-        if kind == "shard_map" and "newly_manual_axes" in params:
+        # A table that is split over devices cannot be followed. In older releases of JAX, whose
+        # `shard_map` has other parameters, no table can be followed.
+        if primitive == "shard_map" and "newly_manual_axes" in params:
             pairs = zip(views, params["in_specs"], strict=True)
             if not any(view is not None and any(spec) for view, spec in pairs):
                 plan = self.plan(_closed(params["jaxpr"]), views, is_tainted, is_live)
                 self.refuse((x for x in plan.outs if isinstance(x, View)), eqn)
                 return ShardMap(eqn, plan, views, eqn.outvars), {}
-        if kind == "scan":
+        if primitive == "scan":
             return self._scan(eqn, views, is_tainted, is_live)
-        if kind == "cond" and views[0] is None:
+        if primitive == "cond" and views[0] is None:
             plans = [
                 self.plan(_closed(branch), views[1:], is_tainted[1:], is_live)
                 for branch in params["branches"]
@@ -307,7 +307,7 @@ class Planner:
         """The `Scan` of an equation that takes tables, and the views among its results."""
         closed, (num_consts, num_carried) = eqn.params["jaxpr"], _scan_sizes(eqn)
         carried = slice(num_consts, num_consts + num_carried)
-        # Each iteration would take its own slice of a table.
+        # Each iteration would get its own slice of such a table.
         self.refuse(views[carried.stop :], eqn)
         # A carried value may reach any result through a later iteration.
         is_live[:num_carried] = [any(is_live)] * num_carried

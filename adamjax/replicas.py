@@ -7,7 +7,7 @@ import jax
 
 from adamjax._compat import varying_axes
 from adamjax.data import Tree, static
-from adamjax.leaves import is_left_alone, matched
+from adamjax.leaves import is_left_alone, match_leaves
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, check_sound, row_gradient
 from adamjax.transform import Stateless, Step, expect_empty
@@ -18,20 +18,21 @@ __all__ = ["sum_over"]
 class sum_over(Stateless):
     """Sums gradients over the replicas of a mapped axis.
 
-    Put it first in a chain, so that norms are those of the sums. Call `update` inside `shard_map`,
-    `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered and those
-    of equal indices summed, so the result has as many indices as all replicas together. (In Keras'
-    documentation of Adamax, `get_replica_context().all_reduce("sum", grads)` does this.)
+    Put it first in a chain, so that norms are computed from the sums. Call `update` inside
+    `shard_map`, `pmap` or `vmap`. A `RowGradient` stays one: the rows of all replicas are gathered,
+    and rows with equal indices are summed, so the result has as many indices as all replicas
+    together. (In Keras' documentation of Adamax, `get_replica_context().all_reduce("sum", grads)`
+    does this.)
 
     In `shard_map`, pass `check_vma=False`. By default JAX itself sums the gradients of parameters
-    that are the same on all devices, and to sum them again is refused. The loss of a device must be
-    its share of the whole loss: divide a mean by the number of devices.
+    that are the same on all devices, so `sum_over` refuses to sum them again. The loss of a device
+    must be its share of the whole loss: divide a mean by the number of devices.
 
     Args:
       axis_name: the name of the mapped axis, or a tuple of names.
 
     Raises:
-      TypeError, ValueError: it is no name and no tuple of names.
+      TypeError, ValueError: `axis_name` is neither a name nor a tuple of names.
       NameError: by `update`: no axis of this name is mapped there.
       ValueError: by `update`: a gradient is the same on all devices of the axis.
 
@@ -52,7 +53,7 @@ class sum_over(Stateless):
         name = self.axis_name
         names = tuple(name) if isinstance(name, tuple | list) else (name,)
         for x in names:
-            # JAX takes a number as a dimension of the array itself.
+            # To JAX, a number means a dimension of the array itself.
             if x is None or isinstance(x, numbers.Number | tuple | list):
                 raise TypeError(
                     "sum_over: axis_name must be the name of a mapped axis, such as 'batch', or "
@@ -67,7 +68,7 @@ class sum_over(Stateless):
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
-        # Checked first, so that updates without a leaf to sum are refused too.
+        # Check the axis first, so that updates without a leaf to sum are refused too.
         try:
             jax.lax.psum(1, self.axis_name)
         except NameError:
@@ -111,5 +112,5 @@ class sum_over(Stateless):
             return rows.replace(lazy=g.lazy)
 
         like, like_name = (updates, "grads") if params is None else (params, "params")
-        leaves = matched("sum_over", "grads", updates, like, like_name)
+        leaves = match_leaves("sum_over", "grads", updates, like, like_name)
         return flatten(like)[1].unflatten(map(sum_leaf, leaf_paths(like), leaves)), state

@@ -1,14 +1,15 @@
-"""Stochastic rounding: narrow moments whose mean is that of the float32 recurrence.
+"""Stochastic rounding of narrow moments, which follow the float32 recurrence on average.
 
-A bfloat16 has 8 bits of precision, so neighbours are 0.4% to 0.8% apart. Rounded to the nearest, an
-average that changes by less than half of that stands still: with b2 = 0.999, v freezes. Rounded to
-the neighbour above or below with a probability that makes the expected value right, it moves on
-(Croci et al., Stochastic rounding: implementation, error analysis and applications, 2022, section
-1: equation 1.1). Moments in 8 bits, which are in `encoding.py`, are rounded by the same bits.
+A bfloat16 has 8 bits of precision, so neighbours are 0.4% to 0.8% apart. If an average is rounded
+to the nearest and changes by less than half of that in a step, it stands still: with b2 = 0.999, v
+freezes. Stochastic rounding goes to the neighbour above or below, with a probability that makes the
+expected value exact, so the average moves on (Croci et al., Stochastic rounding: implementation,
+error analysis and applications, 2022, section 1: equation 1.1). Moments in 8 bits (`encoding.py`)
+are rounded with the same random bits.
 
-The random bits are a hash of the step, the leaf and the element's position in it. So no key is
-passed, no state is added, and the result does not depend on how arrays are split over devices or
-how many rows are worked on at a time.
+The random bits are a hash of the step, the leaf and the element's position in the leaf. So no key
+is passed, no state is added, and the result does not depend on how arrays are split over devices or
+how many rows are computed at a time.
 """
 
 from collections.abc import Sequence
@@ -19,19 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.encoding import Scaled8, block_exponents, decoded, encoded
+from adamjax.encoding import Scaled8, block_exponents, decode, encode
 
 __all__ = ["is_narrow", "read_slot", "rounding_keys", "write_slot", "write_slots"]
 
 
 def is_narrow(slot: Any) -> bool:
-    """Whether this slot is rounded stochastically: an array of a state, or its dtype."""
+    """Whether a slot, given as an array of a state or as its dtype, is rounded stochastically."""
     return isinstance(slot, Scaled8) or np.dtype(getattr(slot, "dtype", slot)) == jnp.bfloat16
 
 
 def read_slot(slot: Any, dtype: Any) -> chex.Array:
     """The values of a slot, in this dtype."""
-    return (decoded(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
+    return (decode(slot) if isinstance(slot, Scaled8) else slot).astype(dtype)
 
 
 def _mix(x: chex.Array) -> chex.Array:
@@ -42,10 +43,10 @@ def _mix(x: chex.Array) -> chex.Array:
 
 
 def rounding_keys(count: chex.Array, positions: Sequence[int]) -> chex.Array:
-    """The uint32 key of a step for each of some leaves.
+    """A uint32 key for each leaf in this step.
 
     Args:
-      count: int32 scalar, the steps taken before.
+      count: int32 scalar, the number of steps taken before.
       positions: the positions of the leaves in the tree.
     """
     spread = np.asarray(positions, np.uint32) * np.uint32(0x9E3779B9)
@@ -73,9 +74,9 @@ def _positions(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
 
 @jax.custom_jvp
 def _round(x: chex.Array, random: chex.Array) -> chex.Array:
-    """A float32 as one of its two neighbours that bfloat16 has; `random` is below 2**16."""
-    # The lower half is what bfloat16 drops: a random number of its size carries into the upper
-    # half with the right probability. This also holds below zero, because a float is stored as
+    """Rounds a float32 to one of its two bfloat16 neighbours; `random` is below 2**16."""
+    # bfloat16 drops the lower 16 bits. Adding 16 random bits to them carries into the upper 16 bits
+    # with the right probability. This also holds for negative numbers, because a float is stored as
     # its sign and its magnitude.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = (bits + random) & np.uint32(0xFFFF0000)
@@ -84,7 +85,7 @@ def _round(x: chex.Array, random: chex.Array) -> chex.Array:
 
 @_round.defjvp
 def _round_jvp(primals: Any, tangents: Any) -> Any:
-    # The derivative of the expected value, which is the one that a cast has too.
+    # This is the derivative of the expected value. A cast has the same derivative.
     return _round(*primals), tangents[0]
 
 
@@ -94,9 +95,9 @@ def write_slot(
     """A slot's new values in the format that the state stores.
 
     Args:
-      x: the values, in the accumulator dtype.
+      x: the values, in the compute dtype.
       like: the slot in the state, or its dtype.
-      key: that of the step and the leaf, of `rounding_keys`; `None` rounds to the nearest.
+      key: the key of `rounding_keys` for this step and leaf; `None` rounds to the nearest.
       slot_number: which slot of the leaf this is. Slots of one leaf use different random bits.
       rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
       exponents: for an encoded slot its `block_exponents`, if they have been computed.
@@ -111,11 +112,11 @@ def write_slot(
         if exponents is None:
             (exponents,) = block_exponents([x], [like])
         if key is None:
-            # The middle of the random numbers: with it `encoded` rounds to the nearest.
+            # With the middle of the random numbers, `encode` rounds to the nearest.
             random = jnp.full(x.shape, 1 << 15, jnp.uint32)
         else:
             random = _bits(x, key, slot_number, rows)
-        return encoded(x, like.codes.dtype, exponents, random)
+        return encode(x, like.codes.dtype, exponents, random)
     # A cast rounds to the nearest, if it rounds at all. `_round` takes no complex values.
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
@@ -124,7 +125,7 @@ def write_slot(
 
 def _bits(x: chex.Array, key: chex.Array, slot_number: int, rows: chex.Array | None) -> chex.Array:
     """A random uint32 below 2**16 for each element; see `write_slot`."""
-    # One hash has bits for two slots.
+    # A hash of 32 bits has the random bits of two slots.
     key = key + np.uint32(slot_number // 2 * 0x85EBCA6B)
     random = _mix(_positions(x.shape, rows) ^ key) >> np.uint32(16 * (slot_number % 2))
     return random & np.uint32(0xFFFF)

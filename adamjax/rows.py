@@ -18,17 +18,17 @@ import numpy as np
 from jax import export
 
 from adamjax._compat import experimental
-from adamjax.blocks import group_tables, in_blocks, joined_positions, rows_of_each
+from adamjax.blocks import group_tables, joined_positions, rows_of_each, run_in_blocks
 from adamjax.data import Data, static
 from adamjax.encoding import Scaled8, expect_exponents_by_row, map_stored
-from adamjax.mesh import gather_rows, replicated, scatter_rows
+from adamjax.mesh import gather_rows, replicate, scatter_rows
 from adamjax.moments import (
     Recurrence,
-    accumulator,
+    add_update,
     checked_results,
+    compute_dtype,
     is_signed,
-    saturated,
-    stepped,
+    saturating_cast,
     widened_dtype,
 )
 from adamjax.rounding import is_narrow, read_slot, write_slots
@@ -129,7 +129,7 @@ class RowGradient(Data):
         return self.values.dtype
 
     def map(self, function: Callable[[chex.Array], chex.Array]) -> "RowGradient":
-        """The same rows with a function that maps 0 to 0 applied to all values."""
+        """The same rows after a function is applied to all values; it must map 0 to 0."""
         return self.replace(
             values=function(self.values),
             rest=None if self.rest is None else function(self.rest),
@@ -188,37 +188,37 @@ class RowGradient(Data):
           key: from `rounding_keys`, if a bfloat16 table is to be rounded stochastically.
         """
         if self.rest is not None:
-            table = stepped(table, self.rest, key)
+            table = add_update(table, self.rest, key)
 
         # If nothing must be widened for the sum, adding in place rounds once as well.
-        if table.dtype == accumulator(table.dtype, self.dtype) == self.dtype:
+        if table.dtype == compute_dtype(table.dtype, self.dtype) == self.dtype:
             return scatter_rows(table, self.indices, self.values, add=True)
 
         return _stepped_rows(self.num_rows, table, self.indices, self.values, key)
 
 
-# Jitted for callers outside of `jit`, where a loop would be compiled anew at each call.
+# Jitted for callers outside of `jit`, where a loop would be compiled again at each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _stepped_rows(
     num_rows: int, table: chex.Array, indices: chex.Array, values: chex.Array, key: Any
 ) -> chex.Array:
-    """A table with `stepped` applied to some of its rows."""
+    """A table with `add_update` applied to some of its rows."""
 
     def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
         before = gather_rows(table, indices, mode="fill", fill_value=0)
-        return scatter_rows(table, indices, stepped(before, values, key, indices)), rows
+        return scatter_rows(table, indices, add_update(before, values, key, indices)), rows
 
-    return in_blocks(step, table, indices, num_rows, (), values)[0]
+    return run_in_blocks(step, table, indices, num_rows, (), values)[0]
 
 
-# For states that were pickled before there were seals.
+# For row gradients that were pickled before there were seals.
 RowGradient.seal = None
 
 
 class RowMoves(Data):
     """The update of a table by `exact_rows`. Add it unchanged, by `apply_updates` or `+`.
 
-    Scaled, clipped or averaged it would be wrong, because it also brings rows up to date.
+    It must not be scaled, clipped or averaged, because it also brings rows up to date.
 
     Attributes:
       parts: row gradients without common rows.
@@ -281,7 +281,7 @@ def _deserialize(data: bytes) -> tuple[Any, ...]:
     return tuple(json.loads(data))
 
 
-# So that `jax.export` can write functions that take or return them.
+# With this, `jax.export` can serialize functions that take or return row gradients.
 for cls in (RowGradient, RowMoves):
     export.register_pytree_node_serialization(
         cls,
@@ -353,7 +353,7 @@ def without_seal(x: Any) -> Any:
 
 
 def with_seal(x: Any) -> Any:
-    """A leaf with its seal, as transforms return it."""
+    """A leaf with its seal, in the form that transforms return."""
     return _set_seal(x, SEAL)
 
 
@@ -428,9 +428,9 @@ def row_gradient(
         )
     num_rows = as_size("row_gradient: num_rows", num_rows, _MOST_ROWS, least=0)
     trailing = values.shape[indices.ndim :]
-    # Every device gets all indices, so that the compiler does not split the sums over devices.
-    # Split sums send twice as much between them, or an array as long as the table.
-    indices = replicated(indices)
+    # Every device gets all indices, so that the compiler does not split the sums over devices. For
+    # split sums, devices would exchange twice as much, or an array as long as the table.
+    indices = replicate(indices)
     ids = as_row_ids(indices.reshape(-1), num_rows)
     if check:
         _report_outside(indices, ids, num_rows)
@@ -449,7 +449,7 @@ def sum_rows_of_each(
     values: Sequence[chex.Array],
     num_rows: Sequence[int],
 ) -> list[RowGradient]:
-    """`sum_rows` for several tables; those of one width and dtype are summed at once."""
+    """`sum_rows` for several tables; tables of one width and dtype are summed at once."""
     row_gradients: list[Any] = [None] * len(values)
     tables_alike: dict[Any, list[int]] = {}
     for i, x in enumerate(values):
@@ -462,8 +462,10 @@ def sum_rows_of_each(
         # An index outside the table has the position `size`. In the joined rows that would be the
         # first position of the next table.
         targets = joined_positions(positions, sizes, starts, outside=sum(sizes))
-        x = jnp.concatenate([replicated(values[i]) for i in batch])
-        empty = jnp.zeros((sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, accumulator(x.dtype)))
+        x = jnp.concatenate([replicate(values[i]) for i in batch])
+        empty = jnp.zeros(
+            (sum(sizes), *x.shape[1:]), widened_dtype(x.dtype, compute_dtype(x.dtype))
+        )
         total = (
             empty.at[targets.astype(np.uint32)]
             .add(x.astype(empty.dtype), mode="drop")
@@ -538,9 +540,10 @@ def as_integers(owner: str, indices: Any) -> Any:
 
 
 def _integers_of_list(owner: str, indices: Any) -> Any:
-    """`as_integers` of a list, by way of objects, as NumPy may turn a list of integers into floats.
+    """`as_integers` of a list.
 
-    It does so if one of them is negative and another one is beyond int64.
+    The list becomes an array of objects, because NumPy would turn it into floats if one integer is
+    negative and another one is beyond int64.
     """
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(indices)):
         return jnp.stack([as_int32(as_integers(owner, x)) for x in indices])
@@ -566,7 +569,7 @@ def as_row_ids(indices: Any, num_rows: int) -> chex.Array:
 def as_int32(indices: Any) -> chex.Array:
     """Integers as a JAX array; those beyond int32 become its limits, which are in no table."""
     if isinstance(indices, jax.Array):
-        return saturated(indices, np.int32)
+        return saturating_cast(indices, np.int32)
     limits = np.iinfo(np.int32)
     below, above = indices < limits.min, indices > limits.max
     ids = np.where(below | above, 0, indices).astype(np.int32)
@@ -611,14 +614,14 @@ def run_rule(
     key: Any = None,
     rows: Any = None,
 ) -> tuple[chex.Array, ...]:
-    """The update of an array by a rule, and its slots in the dtypes in which they are stored.
+    """Applies a rule to an array: returns the update, and the new slots as they are stored.
 
     Args:
       rule: an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)`.
-      c: its scalars in this step.
+      c: the rule's scalars in this step.
       g: the gradient.
-      reads: arrays that it reads and leaves alone, such as the weights.
-      key: random bits of `rounding_keys`, for narrow slots.
+      reads: arrays that the rule reads and does not change, such as the weights.
+      key: a key of `rounding_keys`, for narrow slots.
       rows: the indices of the array's rows in their table; `None` if the array is a whole leaf.
     """
     if isinstance(rule, Recurrence):
@@ -648,7 +651,7 @@ def apply_rule_to_rows(
     rule is then applied to all other rows, whose gradient is the rest or zero.
 
     Args:
-      key: random bits of `rounding_keys`, for narrow slots.
+      key: a key of `rounding_keys`, for narrow slots.
     """
     if not slots and not reads:
         return (g.map(lambda x: checked_results(rule, rule(c, x), [x], "the update")[0]),)
@@ -671,7 +674,7 @@ def apply_rule_to_rows(
         u, *new_rows = run_rule(rule, c, values, slot_rows, read_rows, key, indices)
         return [map_stored(scatter, x, rows) for x, rows in zip(slots, new_rows, strict=True)], u
 
-    new_slots, u = in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
+    new_slots, u = run_in_blocks(step, list(slots), g.indices, g.num_rows, g.values)
     updates = g.replace(values=u)
     if lazy or g.lazy:
         return updates.replace(lazy=True), *new_slots
@@ -683,7 +686,7 @@ def apply_rule_to_rows(
 
 
 def indices_after(first: chex.Array, indices: chex.Array, num_rows: int) -> chex.Array:
-    """The same indices, but computed from `first` too.
+    """The same indices, but to XLA they depend on `first`.
 
     So a write at these indices comes after the reads that `first` needs, and XLA need not copy the
     table.
@@ -711,7 +714,7 @@ def _apply_rule_to_others(
     rest = jnp.zeros(g.shape, g.dtype) if g.rest is None else g.rest
 
     def only_others(new_slots: Sequence[Any]) -> list[Any]:
-        """The slots with the new rows, except in the rows of the gradient."""
+        """The new slots, but with the old values in the rows of the gradient."""
 
         def select(old: chex.Array, new: chex.Array) -> chex.Array:
             return jnp.where(is_listed, old, new)
@@ -734,7 +737,7 @@ def _apply_rule_to_others(
         results = rule(c, rest, *_floats(slots), *reads)
         u, *new = checked_results(rule, results, [rest, *slots], "the update and the new slots")
         new = only_others(write_slots(new, slots, key))
-    # A rule without effect returns the rest itself, which is zero at these rows already.
+    # A rule may return `g.rest` itself, which is already zero at these rows.
     if u is not g.rest:
         u = jnp.where(is_listed, jnp.zeros((), u.dtype), u)
     return u, *new

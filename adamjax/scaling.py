@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adamjax.data import FINITE, Number, Tree, is_array, static, transform_state
 from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
-from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, resolved_mask, selected
+from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, mask_flags, resolved_mask
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
 from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
 
@@ -56,7 +56,7 @@ def _pattern_indices(rate: Any, params: Tree) -> list[Any]:
 
 
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
-    """The scalars of each leaf from its rate, the same object for the same rate; see `lift`."""
+    """`make` of each leaf's rate. Leaves that share a rate share the result, as `lift` needs."""
     by_id = {id(rate): make(rate) for rate in rates}
     return [by_id[id(rate)] for rate in rates]
 
@@ -125,7 +125,7 @@ class scale_by_learning_rate(Scaling):
     Args:
       learning_rate: a number of at least 0, a scalar array, a schedule (called with the count
         before this step, 0 at the first), or `by_path` for a rate per leaf. (Some values can be
-        checked only in a step: those of a callable, and of arrays that are traced, or set later by
+        checked only in a step: values of a callable, and arrays that are traced, or set later by
         `set_hyperparams`. There a value below 0 makes the updates NaN. But a callable's value
         between -1e-6 and 0 counts as 0, because of rounding.)
 
@@ -181,9 +181,10 @@ class add_decayed_weights(Transform):
     """Adds `weight_decay * p` to the uphill update of each parameter p.
 
     Between a rule and `scale_by_learning_rate` this is decoupled weight decay (Loshchilov &
-    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, with the p
-    before the step. `update` needs `params`. After the learning rate it would make the weights
-    grow in each step, `p += weight_decay * p`, so `chain` refuses that order.
+    Hutter, arXiv:1711.05101, algorithm 2): `p -= learning_rate * weight_decay * p`, where p on the
+    right is the parameter before the step. `update` needs `params`. After the learning rate it
+    would make the weights grow in each step, `p += weight_decay * p`, so `chain` refuses that
+    order.
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
@@ -227,12 +228,12 @@ class add_decayed_weights(Transform):
         indices = _pattern_indices(self.weight_decay, params)
         if self.mask is None:
             return indices
-        return list(zip(indices, selected(self.mask, params, "add_decayed_weights"), strict=True))
+        return list(zip(indices, mask_flags(self.mask, params, "add_decayed_weights"), strict=True))
 
     def init(self, params: Tree) -> ScheduleState:
         _expect_matches("add_decayed_weights", self.weight_decay, params)
         if self.mask is not None:
-            selected(self.mask, params, "add_decayed_weights", must_match=True)
+            mask_flags(self.mask, params, "add_decayed_weights", must_match=True)
         return _new_count()
 
     def _rates(self, state: Any, params: Tree) -> list[Any]:
@@ -240,7 +241,7 @@ class add_decayed_weights(Transform):
         rates = rates_at("add_decayed_weights", self.weight_decay, state.count, params)
         if self.mask is None:
             return rates
-        is_decayed = selected(self.mask, params, "add_decayed_weights")
+        is_decayed = mask_flags(self.mask, params, "add_decayed_weights")
         return [rate if decays else 0.0 for rate, decays in zip(rates, is_decayed, strict=True)]
 
     def check_state(self, state: Any) -> None:

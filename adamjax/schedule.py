@@ -3,10 +3,10 @@
 A schedule is called with the count of the steps taken so far, 0 before the first, and computes
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
-schedules. A step can see values that nothing has checked before: those of callables, and of arrays
-that are traced or set later. A value below 0 makes NaN there, and so do boundaries that do not
-increase. (Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's
-value between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
+schedules. Some values can be checked only in a step: values of callables, and arrays that are
+traced or set later. There a value below 0 makes NaN, and so do boundaries that do not increase.
+(Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's value
+between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
 `lambda count: schedule(count - 10)`: clip it at 0.
 """
 
@@ -40,10 +40,10 @@ from adamjax.data import (
 from adamjax.moments import (
     as_count,
     at_least_float32,
+    checked_in_range,
     expect_scalar,
-    promoted,
-    ranged,
-    saturated,
+    promoted_dtype,
+    saturating_cast,
 )
 from adamjax.paths import (
     checked_rules,
@@ -101,8 +101,8 @@ class _Compiled(Schedule):
     """Base class of the schedules here: a call outside `jit` gives the value that a step computes.
 
     The call is compiled, because compiled code multiplies by the reciprocal of a constant divisor,
-    and rounds sums and products together. Without it the last bit would often differ. As in a step,
-    Python numbers are constants and arrays are arguments.
+    and rounds sums and products together. If the call were not compiled, the last bit would often
+    differ. As in a step, Python numbers are constants and arrays are arguments.
 
     An array that is traced or set later is not checked: a negative, infinite or NaN value makes
     NaN, and 0 where a field must be above 0 acts like the smallest number above it.
@@ -135,13 +135,13 @@ class _Compiled(Schedule):
                 expect_scalar(f"{type(self).__name__}: {field}", x)
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
-            # An array is NaN here only if it is below 0. Numbers of steps may be integers and must
-            # stay so: `_units` and `as_count` check arrays of them.
+            # An array below 0 becomes NaN. Numbers of steps may be integers and must stay integers:
+            # `_units` and `as_count` check arrays of them.
             value = getattr(self, name)
             if allowed.whole == "never":
-                checked.set_fields(**{name: ranged(value, NON_NEGATIVE)})
+                checked.set_fields(**{name: checked_in_range(value, NON_NEGATIVE)})
             elif not is_array(value):
-                ranged(value, allowed)
+                checked_in_range(value, allowed)
         value = checked.at(count)
         # No formula holds below count 0: a cosine would fall until then, and start again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
@@ -172,7 +172,7 @@ def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array)
 def _count_array(count: chex.Numeric) -> chex.Array:
     """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
 
-    In an unsigned array, which may be traced, numbers beyond all counts become the largest count.
+    In an unsigned array, which may be traced, numbers beyond all counts become the largest integer.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
@@ -184,7 +184,7 @@ def _count_array(count: chex.Numeric) -> chex.Array:
             )
         count = jnp.asarray(x)
     if jnp.issubdtype(count.dtype, jnp.unsignedinteger):
-        return saturated(count, jax.dtypes.canonicalize_dtype(np.int64))
+        return saturating_cast(count, jax.dtypes.canonicalize_dtype(np.int64))
     is_narrow = jnp.issubdtype(count.dtype, jnp.integer) and count.dtype.itemsize < 4
     return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
 
@@ -202,7 +202,7 @@ class function_schedule(Schedule):
 
 
 def _as_real_array(rate: Any, value: Any) -> chex.Array:
-    """The result of a rate as an array, or an error if it is no real number."""
+    """The result of a rate as an array, or an error if it is not a real number."""
     try:
         x = None if value is None else jnp.asarray(value)
     except (TypeError, ValueError):
@@ -248,7 +248,8 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 
     Compiled code divides floats by multiplying with a rounded reciprocal, so the quotient may be a
     bit below a whole number although the count is a multiple. An array of steps, which may be
-    traced, is not checked: 0 does what the smallest steps of its dtype do, and less makes NaN.
+    traced, is not checked: 0 counts as the smallest positive number of its dtype, and a number
+    below 0 makes NaN.
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
@@ -265,18 +266,18 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 def _common_integer(count: Any, steps: Any) -> Any:
     """The integer dtype for counts and steps of these dtypes; `None` if no dtype holds all steps.
 
-    Without x64 that is so for uint32 steps, with x64 for uint64 ones, and always for floats.
+    It is `None` for uint32 steps without x64, for uint64 steps with x64, and for all floats.
     """
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
-    common = jax.dtypes.canonicalize_dtype(promoted(steps, count))
+    common = jax.dtypes.canonicalize_dtype(promoted_dtype(steps, count))
     if not jnp.issubdtype(common, jnp.integer):  # of uint64 and signed integers
         return None
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
 
 
 def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
-    """`_units` where count and steps are integers: both numbers of steps are exact."""
+    """`_units` for an integer count and integer steps, by exact integer division."""
     if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
         # No count is that large.
         fraction = _float(count) / float(steps)
@@ -299,9 +300,9 @@ def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
     return _Units(whole, fraction, 1 - fraction)
 
 
-# Whole units are split at this power of two, so that the parts have few bits. More of them than
-# `_MOST_WHOLE` make every power but that of 1 zero or infinite, as the largest float32 do. In
-# float32, 2**252 is infinite and 2**-252 is 0.
+# A number of whole units is split at the power of two `_SPLIT`, so that the parts have few bits. It
+# is cut at `_MOST_WHOLE`: with that many units, the power of any base but 1 is already zero or
+# infinite. In float32, 2**252 is infinite and 2**-252 is 0.
 _SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
 
 
@@ -345,7 +346,7 @@ def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
             return jnp.full(count.shape, below < limits.min)
         return np.asarray(below, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
-        return saturated(boundary, count.dtype) < count
+        return saturating_cast(boundary, count.dtype) < count
     # Floats of `end` and above exceed all counts.
     boundary = boundary.astype(at_least_float32(boundary.dtype))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
@@ -496,7 +497,7 @@ class piecewise_constant(_Compiled):
                 "piecewise_constant: there must be one more value than boundaries, got "
                 f"{len(self.values)} values for {len(self.boundaries)} boundaries"
             )
-        # Boundaries mapped over by `vmap` have a shape here; `at` checks the order of those.
+        # Boundaries that `vmap` will map over have a shape here; `at` checks their order.
         floats = [
             None if isinstance(b, jax.core.Tracer) or np.ndim(b) else np.asarray(b, np.float64)
             for b in self.boundaries
@@ -507,9 +508,9 @@ class piecewise_constant(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
-        values = [_float(ranged(v, NON_NEGATIVE)) for v in self.values]
+        values = [_float(checked_in_range(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
-        # Boundaries must increase. They are compared like a count and a boundary.
+        # Boundaries must increase. Compare two of them like a count and a boundary.
         for before, b in itertools.pairwise(self.boundaries):
             if is_array(before) or is_array(b):
                 value = jnp.where(_has_passed(_boundary_array(b), before), value, jnp.nan)
@@ -645,7 +646,7 @@ class warmup(_Compiled):
 
 
 class by_path(Data):
-    """A rate for each leaf: that of the first pattern that matches the leaf's path.
+    """A rate for each leaf: the rate of the first pattern that matches the leaf's path.
 
     Rates are absolute, not factors (`AdamMultilr` of the package capreolus calls this
     `pattern_lrs`). Use it wherever a learning rate or a weight decay is expected.
@@ -760,17 +761,17 @@ def as_rate(owner: Data, name: str, *, per_leaf: bool = True) -> Any:
     return _checked_rate(f"{type(owner).__name__}: {name}", getattr(owner, name), per_leaf=per_leaf)
 
 
-# A function that ends at 0 may end below it by rounding, by less than this for rates of up to 8:
-# compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
+# Rounding may leave the last value of a function that ends at 0 below 0, by less than this for
+# rates of up to 8: compiled, `optax.linear_schedule(0.1, 0.0, 1000)` ends at -5e-9.
 _ROUNDING = 1e-6
-# Unlike NON_NEGATIVE it takes infinity, which a schedule that grows may reach.
+# Unlike NON_NEGATIVE, this range includes infinity, which a schedule that grows may reach.
 _RATE = Range("at least 0", lambda x: x >= 0)
 
 
 def rate_at(rate: Any, count: chex.Numeric) -> Any:
     """The rate after `count` steps: a number or a scalar array, or `by_path` with such rates.
 
-    A value below 0 becomes NaN. But a callable's value that rounding left just below 0 becomes 0.
+    A value below 0 becomes NaN. But if rounding left a callable's value just below 0, it becomes 0.
     (Schedules that grow may become infinite.)
 
     Raises:
@@ -790,7 +791,7 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
             "to train with many rates at once, map over the transform with jax.vmap"
         )
     # The schedules of this module are at least 0, because their numbers are.
-    return value if isinstance(rate, _Compiled) else ranged(value, _RATE)
+    return value if isinstance(rate, _Compiled) else checked_in_range(value, _RATE)
 
 
 def rates_at(owner: str, rate: Any, count: chex.Numeric, tree: Tree) -> list[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.blocks import per_row
-from adamjax.mesh import replicated
+from adamjax.mesh import replicate
 
 __all__ = ["distinct", "distinct_of_each"]
 
@@ -32,7 +32,7 @@ def distinct_of_each(
     ids: Sequence[chex.Array], num_rows: Sequence[int]
 ) -> list[tuple[chex.Array, chex.Array]]:
     """`distinct` for several tables in one search."""
-    ids = [replicated(x) for x in ids]
+    ids = [replicate(x) for x in ids]
     results = [(x, jnp.full_like(x, x.size)) for x in ids]
     not_empty = [i for i, x in enumerate(ids) if x.size and num_rows[i]]
     for group in _groups(not_empty, num_rows):
@@ -43,7 +43,7 @@ def distinct_of_each(
 
 
 def _groups(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
-    """Groups of tables to search at once. An int32 must be able to number the rows of a group."""
+    """Groups of tables to search at once. int32 must suffice to number the rows of a group."""
     groups: list[list[int]] = []
     for i in tables:
         if not groups or sum(num_rows[j] + 1 for j in (*groups[-1], i)) > np.iinfo(np.int32).max:
@@ -52,23 +52,25 @@ def _groups(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-# Up to so many rows for each id, it is cheaper to clear an int32 per row than to sort: at 1M rows
-# and 8,192 ids a CPU takes 0.25 ms, and 0.45 ms to sort; at 65,536 ids 0.45 and 4 ms. A TPU sorts
-# fast and scatters single numbers slowly. A GPU clears 134 MB, the most here for 8,192 ids, in
-# 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of dozens of kernels.
+# Up to this many rows per id, it is cheaper to clear an int32 per row than to sort: at 1M rows and
+# 8,192 ids, a CPU takes 0.25 ms with the scratch array and 0.45 ms by sorting; at 65,536 ids, 0.45
+# and 4 ms. A TPU sorts fast and scatters single numbers slowly. A GPU clears 134 MB, the largest
+# scratch array for 8,192 ids, in 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of
+# dozens of kernels.
 _SCRATCH_ROWS_PER_ID = 512
 _SCRATCH_ROWS_PER_ID_ON_GPU = 4096
 
 
-# With jit, JAX traces it once for all tables and steps of these sizes; inline hides the call.
+# With jit, JAX traces this once for all tables and steps of these sizes; `inline` leaves no call in
+# the caller's program.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _distinct(
     num_rows: tuple[int, ...], ids: tuple[chex.Array, ...]
 ) -> list[tuple[chex.Array, chex.Array]]:
     """`distinct_of_each` for one group, whose rows are numbered consecutively.
 
-    After the rows of each table there is a number that stands for no row of it. So if all numbers
-    are sorted, the ids of each table still lie together.
+    After the numbers of a table's rows comes one more number, which stands for no row of this
+    table. So even when all numbers are sorted, the ids of each table are next to each other.
     """
     segments = _Segments(tuple(x.size for x in ids), num_rows)
     first_rows = segments.for_each_id(np.array(segments.first_rows, np.int32))
@@ -112,7 +114,7 @@ class _Segments:
         return [sum(self.num_rows[:i]) + i for i in range(len(self.num_rows))]
 
     def for_each_id(self, of_tables: Any) -> Any:
-        """For each id the number of its table in `of_tables`; a scalar if there is one table."""
+        """For each id the value of its table in `of_tables`; a scalar if there is one table."""
         return per_row(of_tables, self.sizes)
 
     @property
@@ -130,23 +132,23 @@ class _Segments:
         return total - 1 - self.for_each_id(before)
 
     def pack(self, numbers: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
-        """The flagged numbers of each table at their positions, then its number for no row."""
+        """By table, the flagged numbers at their positions, then padding with its `no_row`."""
         start = self.for_each_id(np.array(self.first_ids, np.int32))
         target = jnp.where(flags, start + position, numbers.size)
         empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), numbers.shape)
         return empty.at[target].set(numbers, mode="drop", unique_indices=True)
 
     def position_or_size(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
-        """The positions; for an id without a row the size of its table's segment."""
+        """The positions; for an id that stands for no row, the size of its table's segment."""
         return jnp.where(is_row, position, self.for_each_id(np.array(self.sizes, np.int32)))
 
 
 def _by_scratch(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal numbers by an array with an entry for each row."""
+    """Finds the first of equal numbers with a scratch array that has an entry for each row."""
     n, num_rows = numbers.size, segments.first_rows[-1] + segments.num_rows[-1]
     place = jax.lax.iota(jnp.int32, n)
     if len(segments.sizes) > 1:
-        # Numbers for no row must be outside the array. That of the last table is.
+        # Numbers that stand for no row must be outside the array. Only the last table's already is.
         numbers = jnp.where(numbers == segments.no_row, num_rows, numbers)
     scratch = jnp.full(num_rows, n, jnp.int32).at[numbers].min(place, mode="drop")
     first = scratch.at[numbers].get(mode="fill", fill_value=n)
@@ -158,7 +160,7 @@ def _by_scratch(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, c
 
 
 def _by_sort(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal numbers by sorting, then each one by a search among the distinct."""
+    """Finds the distinct numbers by sorting, then the position of each number by binary search."""
     ordered = jax.lax.sort(numbers)
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     is_new = is_new & (ordered != segments.no_row)

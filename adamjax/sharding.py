@@ -16,8 +16,15 @@ from adamjax.autodiff import Call
 from adamjax.data import Tree, static, transform_state
 from adamjax.encoding import Scaled8, exponents_spec
 from adamjax.exact import ExactRowsState
-from adamjax.leaves import described, dtype_of, expect_arrays, is_arraylike, is_left_alone, matched
-from adamjax.mesh import explicit_sharding, placed
+from adamjax.leaves import (
+    described,
+    dtype_of,
+    expect_arrays,
+    is_arraylike,
+    is_left_alone,
+    match_leaves,
+)
+from adamjax.mesh import explicit_sharding, place
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import find, map_like_params
@@ -49,7 +56,7 @@ Spec = tuple[Any, ...]
 
 
 def _spec(x: Any) -> Spec:
-    """The split of an array; that of a tracer is known only on a mesh with explicit axes."""
+    """The split of an array; for a tracer it is known only on a mesh with explicit axes."""
     sharding = explicit_sharding(x)
     if sharding is None and not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
@@ -58,10 +65,9 @@ def _spec(x: Any) -> Spec:
 
 
 def _named(mesh: Any, spec: Spec, memory_kind: str | None = None) -> NamedSharding:
-    """The sharding of an array with this split, equal to that of the arrays which `jit` returns.
+    """The sharding of an array with this split, as `jit` returns it: without a `None` at the end.
 
-    These have no `None` at the end of their split. With another sharding, a second step would
-    compile again.
+    With another sharding, the second step would be compiled again.
     """
     last = max((i for i, axes in enumerate(spec) if axes is not None), default=-1)
     return NamedSharding(mesh, PartitionSpec(*spec[: last + 1]), memory_kind=memory_kind)
@@ -163,9 +169,9 @@ class shard_state(Transform):
 
     Put it around all other wrappers, such as `accumulate_gradients`, whose sums it splits too. Use
     it on arrays of the whole mesh, in `jit`, not within `shard_map`. If the gradients are sums over
-    a batch that is split over the axis, the TPU's compiler makes one reduce-scatter of the sum and
-    the split; the method `tx.value_and_grad` asks for it on every platform. Row gradients are not
-    split. (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
+    a batch that is split over the axis, the TPU's compiler turns the sum and the split into one
+    reduce-scatter; the method `tx.value_and_grad` requests one on every platform. Row gradients are
+    not split. (S. Rajbhandari and others, ZeRO, arXiv:1910.02054, section 5.1: P_os.)
 
     Args:
       tx: the optimizer.
@@ -213,7 +219,7 @@ class shard_state(Transform):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "shard_state":
-        # The mesh is shared: it is made of devices, which JAX 0.7 does not copy.
+        # The copy shares the mesh: it is made of devices, which JAX 0.7 cannot copy.
         return dataclasses.replace(self, tx=copy.deepcopy(self.tx, memo))
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
@@ -247,12 +253,12 @@ class shard_state(Transform):
         return (*spec[:longest], self.axis, *spec[longest + 1 :])
 
     def _split_like(self, tree: Tree, like: Tree, spec_of: Callable[[Any], Spec]) -> Tree:
-        """A tree with its dense leaves split: each by `spec_of(p)`, p being that leaf of `like`."""
+        """The tree with each dense leaf split by `spec_of(p)`, where p is that leaf of `like`."""
 
         def split(x: Any, p: Any) -> Any:
             if p is None or is_left_alone(x) or isinstance(x, RowGradient | RowMoves):
                 return x
-            return placed(x, _named(self.mesh, spec_of(p)))
+            return place(x, _named(self.mesh, spec_of(p)))
 
         leaves, treedef = flatten(tree)
         pairs = zip(leaves, flatten(like)[0], strict=True)
@@ -273,7 +279,7 @@ class shard_state(Transform):
     def init(self, params: Tree) -> ShardedState:
         def make(params: Tree) -> ShardedState:
             inner = self.tx.init(params)
-            return ShardedState(jax.tree.map(placed, inner, self.shardings(inner, params)))
+            return ShardedState(jax.tree.map(place, inner, self.shardings(inner, params)))
 
         without_values = jax.core.Tracer | jax.ShapeDtypeStruct | None
         if all(isinstance(p, without_values) for p in flatten(params)[0]):
@@ -287,13 +293,13 @@ class shard_state(Transform):
         like = updates if params is None else params
         if self.memory_kind is not None:
             own_memory = self.mesh.devices.flat[0].default_memory().kind
-            inner = jax.tree.map(placed, inner, self.shardings(inner, like, own_memory))
-        leaves = matched("shard_state", "grads", updates, like, "params")
+            inner = jax.tree.map(place, inner, self.shardings(inner, like, own_memory))
+        leaves = match_leaves("shard_state", "grads", updates, like, "params")
         updates = self._split_like(flatten(like)[1].unflatten(leaves), like, self._slot_spec)
         if params is not None:
             params = self._split_like(params, like, self._slot_spec)
         updates, inner = self.tx.update(updates, inner, params, **extra_args)
-        inner = jax.tree.map(placed, inner, self.shardings(inner, like))
+        inner = jax.tree.map(place, inner, self.shardings(inner, like))
         return self._split_like(updates, like, self._parameter_spec), ShardedState(inner)
 
     def value_and_grad(
@@ -313,14 +319,14 @@ class shard_state(Transform):
 
         Returns:
           A function `(params, *args) -> (value, grads)`; value is `(loss, aux)` with `has_aux`.
-          The gradient of a leaf that is no float is `None`.
+          The gradient of a leaf that is not a float is `None`.
 
         Raises:
           ValueError: when the function is called: the batch does not divide over the devices, or a
             leaf of aux is neither a float nor an array with an entry for each example. (An
             integer, such as how many predictions were right, is neither: it differs from device to
             device.)
-          TypeError: a leaf of params is no array.
+          TypeError: a leaf of params is not an array.
         """
 
         @functools.wraps(loss_fn)
@@ -335,8 +341,8 @@ class shard_state(Transform):
                     )
             leaves, treedef = flatten(params)
             specs = [self._slot_spec(p) for p in leaves]
-            # Tracing `on_each_device` puts here the structure of aux, and which of its leaves have
-            # an entry for each example.
+            # Tracing `on_each_device` stores here the structure of aux, and which of its leaves
+            # have an entry for each example.
             traced_aux: list[Any] = []
 
             def reduce_gradient(g: Any, spec: Spec) -> Any:
@@ -366,7 +372,7 @@ class shard_state(Transform):
                 return mean(loss), examples, means, grads
 
             def over_axis(spec: Spec) -> PartitionSpec:
-                """The split over the axis alone: the compiler takes care of the other axes."""
+                """The split over the axis alone. The compiler handles the other axes."""
                 return PartitionSpec(*(self.axis if a == self.axis else None for a in spec))
 
             whole, by_example = PartitionSpec(), PartitionSpec(self.axis)
@@ -385,7 +391,7 @@ class shard_state(Transform):
 def _are_per_example(call: Call, aux: Tree) -> list[bool]:
     """Whether each leaf of a loss' aux has an entry for each example; others must be floats.
 
-    The shapes of such leaves grow with the batch. So if aux has arrays that are no scalars, the
+    The shapes of such leaves grow with the batch. So if aux has arrays that are not scalars, the
     loss is traced once more with twice the batch.
     """
     pairs = jax.tree_util.tree_flatten_with_path(aux)[0]

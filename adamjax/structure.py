@@ -3,8 +3,8 @@
 Two trees are walked here. A transform may contain other transforms, as `chain` and `masked` do;
 `walk` and `find` go through them. A state may contain trees with one array for each parameter, as
 Adam's moments are; a state names these fields in `slots`, and `slot_states` and `map_slots` find
-them. Everything that reads, converts, shards or checks a state uses these functions alone, so a
-transform of a user's own is seen like those of this package.
+them. Everything that reads, converts, shards or checks a state uses only these functions, so it
+also works for transforms that users write.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def walk(tx: Any, state: Any = None, params: Tree = None) -> Iterator[Part]:
 
 
 def find(classes: Any, tx: Any, state: Any = None, params: Tree = None) -> list[Part]:
-    """What `walk` yields, without the transforms of other classes than these."""
+    """The parts that `walk` yields and whose transforms are of these classes."""
     return [part for part in walk(tx, state, params) if isinstance(part.tx, classes)]
 
 
@@ -68,11 +68,11 @@ def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
     return function(tx)
 
 
-def states_of_class(kind: type, state: Any) -> list[Any]:
+def states_of_class(cls: type, state: Any) -> list[Any]:
     """The states of a class anywhere in a state, in order."""
 
     def is_of_class(x: Any) -> bool:
-        return isinstance(x, kind)
+        return isinstance(x, cls)
 
     return [x for x in jax.tree.leaves(state, is_leaf=is_of_class) if is_of_class(x)]
 
@@ -93,7 +93,7 @@ def slot_states(state: Any) -> Iterator[Any]:
 
 def rule_slots(x: Any) -> tuple[str, ...]:
     """The names of the slots of a rule's state; none for anything else."""
-    # A user's own state may have `slots` without `rule_slots`: then it is a rule's.
+    # A user's state may have `slots` without `rule_slots`. Then it counts as a rule's state.
     return getattr(x, "rule_slots", getattr(x, "slots", ())) if isinstance(x, tuple) else ()
 
 
@@ -119,7 +119,7 @@ def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
 
 
 def named_slots(state: Any) -> list[tuple[str, Tree]]:
-    """The slots in a state, with their names: those that `map_slots` maps, in the same order."""
+    """Pairs (name, slot) of a state: the slots that `map_slots` maps, in the same order."""
     slots: list[tuple[str, Tree]] = []
 
     def collect(name: str, slot: Tree) -> Tree:
@@ -159,8 +159,8 @@ def map_like_params(
         return on_slots(x) if is_like_params(x) else on_others(x)
 
     def mapped_buckets(x: Bucketed) -> Bucketed:
-        # A bucket is like no parameter, so it is one of the others. The leaves outside of buckets
-        # are like their parameters: `on_slots` gets a tree that has these alone.
+        # A bucket does not have the shape of a parameter, so it goes to `on_others`. The leaves
+        # outside of buckets do: `on_slots` gets a tree with only these leaves.
         leaves: list[Any] = [None] * len(x.plan.avals)
         for i, leaf in zip(x.plan.alone, x.alone, strict=True):
             leaves[i] = leaf

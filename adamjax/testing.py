@@ -104,17 +104,17 @@ def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
 def state_keeps_its_form(trial: Trial) -> None:
     """In `lax.scan` and `lax.cond`, a step keeps the structure, shapes and dtypes."""
     params, grads = trial.mixed_params, trial.mixed_grads()
-    _expect_a_kept_form(trial, _only_floats(params, params), _only_floats(params, grads))
+    _expect_form_is_kept(trial, _only_floats(params, params), _only_floats(params, grads))
 
 
 def _only_floats(params: Tree, tree: Tree) -> Tree:
-    """A tree with `None` in place of each leaf whose parameter is no float."""
+    """A tree with `None` in place of each leaf whose parameter is not a float."""
     leaves, treedef = flatten(tree)
     pairs = zip(flatten(params)[0], leaves, strict=True)
     return treedef.unflatten([None if is_left_alone(p) else x for p, x in pairs])
 
 
-def _expect_a_kept_form(trial: Trial, params: Any, grads: Tree) -> None:
+def _expect_form_is_kept(trial: Trial, params: Any, grads: Tree) -> None:
     state = trial.tx.init(params)
     moved, next_state, _ = jax.eval_shape(lambda p, s: trial.step(p, s, grads), params, state)
     expect_form("state", next_state, state)
@@ -169,7 +169,7 @@ def updates_have_the_gradients_dtype(trial: Trial) -> None:
 
 
 def _cast_all_but_the_first(tree: Tree, dtype: Any) -> Tree:
-    """A tree of two dtypes: that of its first leaf, and this one."""
+    """The tree with all leaves but the first cast to a dtype."""
     leaves, treedef = flatten(tree)
     return treedef.unflatten(leaves[:1] + [x.astype(dtype) for x in leaves[1:]])
 
@@ -305,7 +305,7 @@ def _varied(tx: Any, factor: float) -> Any:
 
 
 def _varied_for_steps(tx: Any, factor: float) -> Any:
-    """As `_varied`, but what `exact_rows` computes with in advance stays as it is."""
+    """Like `_varied`, but the numbers that `exact_rows` computes with in advance do not change."""
     fixed = {name for part in walk(tx) for name in part.tx.python_numbers}
 
     def one(path: Any, x: Any, varied: Any) -> Any:
@@ -389,7 +389,7 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
 
 
 def _belongs(name: str, path: str) -> bool:
-    """Whether a leaf of a state is that of a parameter: its name ends in the parameter's path."""
+    """Whether a leaf of a state belongs to a parameter: its name ends in the parameter's path."""
     keys, end = re.findall(r"\w+", name), re.findall(r"\w+", path)
     return keys[-len(end) :] == end
 
@@ -418,7 +418,7 @@ def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
         expect_form("updates", updates, grads)
         expect_form("params", moved, params)
         expect_form("state", next_state, state)
-    _expect_a_kept_form(trial, trial.mixed_params, trial.mixed_grads())
+    _expect_form_is_kept(trial, trial.mixed_params, trial.mixed_grads())
 
 
 @_law
@@ -475,7 +475,7 @@ def refuses_gradients_that_do_not_fit(trial: Trial) -> None:
 
 
 def _expect_refusal(what: str, words: str, function: Callable[..., Any], *args: Any) -> None:
-    """An error whose text has these words in it."""
+    """Expects an error whose text contains `words`."""
     try:
         function(*args)
     except (TypeError, ValueError) as error:
@@ -649,10 +649,10 @@ def _to_dense(tree: Tree) -> Tree:
 def _expect_results_of_rows(
     rows: Tree, state: Any, actual: Tree, actual_state: Any, expected: Tree, expected_state: Any
 ) -> None:
-    """The updates and the next state that are expected of row gradients.
+    """Expects that row gradients gave the right updates and next state.
 
     Args:
-      expected, expected_state: those of the dense arrays.
+      expected, expected_state: the updates and the next state for the dense arrays.
     """
     # For each table a flag for each row that was read, if its update is lazy; else `None`.
     is_read_of: dict[str, Any] = {}
@@ -801,7 +801,7 @@ def prints(trial: Trial) -> None:
     names = {type(x).__name__: type(x) for x in _objects(tx)}
     evaluated = eval(repr(tx), {**vars(adamjax), **names})
     if evaluated != tx:
-        raise AssertionError(f"what it prints makes {evaluated!r}, expected {tx!r}")
+        raise AssertionError(f"its repr makes {evaluated!r}, expected {tx!r}")
 
 
 def _objects(x: Any) -> Iterator[Any]:
@@ -932,7 +932,7 @@ def check(
 
     Raises:
       AssertionError: a law is broken. The message names each broken law, the leaf and the numbers.
-      ValueError: a name is not that of a law.
+      ValueError: a name is not the name of a law.
 
     >>> import adamjax, numpy as np
     >>> def reference(g, step):
@@ -954,5 +954,5 @@ def check(
     if len(broken) == 1:
         raise broken[0]
     if broken:
-        # Python shows the traceback of one cause only: that of the first broken law.
+        # Python shows the traceback of only one cause. It is the first broken law.
         raise AssertionError("\n\n".join(map(str, broken))) from broken[0]

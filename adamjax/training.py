@@ -46,28 +46,28 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     if len(parts) < len(states_of_class(ExactRowsState, state)):
         raise ValueError(
             f"{owner}: the state has an exact_rows that is not in {short_repr(tx)}, so rows that "
-            "lag behind would be read: pass the optimizer that the state is of. If exact_rows is "
+            "lag behind would be read: pass the optimizer that made the state. If exact_rows is "
             "inside another library's transform, use adamjax.chain, masked or partition in place "
             "of optax's; they take optax's transforms"
         )
     return parts
 
 
-def _turned(part: Part) -> set[int]:
+def _downhill_leaves(part: Part) -> set[int]:
     """The leaves that a transform may turn downhill or freeze, by their positions."""
     is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
     turning = (foreign, scale, scale_by_learning_rate, set_to_zero)
-    # What is not ours may do anything. The parts of `grouped` see buckets in place of leaves, so a
-    # part that turns some counts for all.
+    # A transform that is not adamjax's may do anything. The parts of `grouped` see buckets in place
+    # of leaves, so one part that turns a bucket counts for all leaves.
     turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
     if not is_ours or isinstance(part.tx, turning) or turns_all:
         return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
-    return set().union(*map(_turned, part.tx.children(part.state, part.params)))
+    return set().union(*map(_downhill_leaves, part.tx.children(part.state, part.params)))
 
 
 def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
     """Refuses an optimizer if nothing in it can turn the updates of some leaf downhill."""
-    turned = _turned(Part(tx, state, params))
+    turned = _downhill_leaves(Part(tx, state, params))
     for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
         if i not in turned and not is_left_alone(p):
             raise ValueError(
@@ -105,20 +105,20 @@ def _rounding_number(tx: Transform, state: Any) -> Any:
 class _JittedStep:
     """A jitted step, with the attributes of functions of `jax.jit`, such as `lower`.
 
-    If JAX refuses an argument before it traces the step, the error names the parameter that is no
-    array. If it refuses an array that was donated, the error names that.
+    If JAX refuses an argument before it traces the step, the error names the parameter that is not
+    an array. If it refuses an array that was donated, the error names this array.
     """
 
     def __init__(self, owner: str, jitted: Any, donated: Iterable[int] = ()) -> None:
         """`donated` are the positions of the arguments that `jitted` donates."""
         self._owner, self._jitted, self._donated = owner, jitted, set(donated)
-        # For mypy, this class is no function: only its subclasses can be called.
+        # To mypy, this class is not a function: only its subclasses have `__call__`.
         this: Any = self
         functools.update_wrapper(this, jitted, updated=())
 
     # A keyword of the user's function may have any name: the parameters here are positional-only.
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        # Under a mesh, JAX 0.10 crashes in place of an error.
+        # Under a mesh, JAX 0.10 crashes instead of raising an error.
         if current_mesh() is not None and self._has_fault_of_donation(args, kwargs):
             self._explain_donation(None, args, kwargs)
         try:
@@ -160,7 +160,7 @@ class _JittedStep:
             for path, x in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
                 if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                     continue
-                # Without the first key, which is the place of the tree in its tuple.
+                # Drop the first key, which is the position of the tree in its tuple.
                 place = f"{name}[{path.partition('/')[2]!r}]"
                 if x.is_deleted():
                     raise ValueError(
@@ -187,8 +187,8 @@ class _JittedStep:
         return self._call(self._jitted.eval_shape, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # Special methods are those of this object. A copy that is being made has no `_jitted` yet,
-        # and looking that up would call this method for ever.
+        # Special methods are not delegated. A copy that is being made has no `_jitted` yet, and
+        # looking it up would call this method again, without end.
         if name.startswith("__") or name in ("_owner", "_jitted", "_donated"):
             raise AttributeError(name)
         return getattr(self._jitted, name)
@@ -224,8 +224,8 @@ def train_step(
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns one real float; with `has_aux` a pair of
-        it and any tree of arrays. Leaves of params that are no floats (integers, keys) stay as they
-        are.
+        it and any tree of arrays. Leaves of params that are not floats (integers, keys) stay as
+        they are.
       tx: an optimizer of adamjax or optax. If `exact_rows` is in it, alone or anywhere in adamjax's
         chains, wrappers, masks or partitions, the loss reads rows that are up to date.
       tables: patterns of leaves that get row gradients, as in `adamjax.value_and_grad`; leave them
@@ -241,8 +241,8 @@ def train_step(
       as `lower`.
 
     Raises:
-      TypeError: by the step: a leaf of params is no array, such as a function in a whole model; the
-        loss is not one real float.
+      TypeError: by the step: a leaf of params is not an array, such as a function in a whole model;
+        the loss is not one real float.
       ValueError: by the step: an array was donated to an earlier step, or is passed twice; or a
         leaf, for example one that `masked` does not select, would move uphill, because no part that
         sees it has a learning rate. The message names the array or the leaf.
@@ -318,7 +318,7 @@ def forward(
       fn: `fn(params, *args, **kwargs)`, which reads tables as a loss does for
         `exact_rows.value_and_grad`. It may return any tree. Under `exact_rows` it is traced, so it
         cannot branch on values of params.
-      tx: the optimizer that the state is of. If `exact_rows` is in it, it may stand alone or
+      tx: the optimizer that made the state. If `exact_rows` is in it, it may stand alone or
         anywhere in adamjax's chains, wrappers, masks or partitions.
       averaged: whether to call `fn` with the average of `weight_ema`. Leaves without an average
         keep their weights, as in `averaged_weights`.
@@ -402,7 +402,7 @@ def eval_step(
 
     Raises:
       ValueError, TypeError: by the step, as by `forward`.
-      TypeError: by the step: a leaf of params is no array, such as a function in a whole model.
+      TypeError: by the step: a leaf of params is not an array, such as a function in a whole model.
 
     >>> import adamjax, jax.numpy as jnp
     >>> def loss(params, ids):

@@ -13,7 +13,7 @@ import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, matched
+from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, match_leaves
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -106,7 +106,7 @@ class Transform(Data, _Pair):
         return bool(self.parts) and all(part.groupable for part in self.parts)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        """Scalars (s, w) such that this transform turns an update u of a leaf into s * u + w * p.
+        """The scalars (s, w), if this transform turns a leaf's update u into `s * u + w * p`.
 
         Args:
           state: the state before the step. With `None`, the call only asks whether there are such
@@ -130,8 +130,9 @@ class Transform(Data, _Pair):
     def resolve_masks(self, params: Tree) -> Self:
         """This transform with bools in place of its mask functions, at any depth.
 
-        `exact_rows` passes rows in place of a table, and for these a mask function of shapes could
-        return something else. So mask functions are called once, with the whole parameters.
+        `exact_rows` passes rows in place of a table. A mask function that looks at shapes could
+        return something else for these. So mask functions are called once, with the whole
+        parameters.
         """
         parts = self.parts
         new = [x.resolve_masks(seen) for x, _, seen in self.children(None, params)]
@@ -140,7 +141,7 @@ class Transform(Data, _Pair):
 
     @property
     def python_numbers(self) -> frozenset[str]:
-        """Names of hyperparameters, its own or those of parts, that must be Python floats."""
+        """Names of hyperparameters, of itself and of its parts, that must be Python floats."""
         return frozenset()
 
     # Whether it only passes each leaf's gradient through its parts, as a chain does.
@@ -182,8 +183,10 @@ class Transform(Data, _Pair):
         """The parts, each with its state and the parameters that it sees.
 
         Args:
-          state: the state of this transform; `None` leaves the states of the parts open.
-          params: the parameters that this transform sees; `None` leaves those of the parts open.
+          state: the state of this transform. With `None`, the result has `None` for the state of
+            each part.
+          params: the parameters that this transform sees. With `None`, the result has `None` for
+            the parameters of each part.
         """
         parts = self.parts
         unknown = (None,) * len(parts)
@@ -192,7 +195,7 @@ class Transform(Data, _Pair):
         return tuple(map(Part, parts, states, params_seen))
 
     def lazy_leaves(self, params: Tree) -> list[bool]:
-        """For each leaf, whether a rule leaves those rows alone that a row gradient does not have.
+        """For each leaf, whether a rule leaves alone the rows that a row gradient does not have.
 
         A rule says so by a field `rows` that is "lazy".
         """
@@ -211,7 +214,7 @@ class Transform(Data, _Pair):
 
     @property
     def adds_weights(self) -> bool:
-        """Whether all it does is to add a multiple of at least 0 of the weights."""
+        """Whether all that it does is to add the weights times a factor of at least 0."""
         return bool(self.parts) and all(part.adds_weights for part in self.parts)
 
     @property
@@ -221,7 +224,7 @@ class Transform(Data, _Pair):
 
     @property
     def has_wide_updates(self) -> bool:
-        """Whether updates may be wider than the gradients, and must not be rounded to these."""
+        """Whether updates may be wider than the gradients, and must stay so."""
         return any(part.has_wide_updates for part in self.parts)
 
     @property
@@ -287,7 +290,7 @@ class foreign(Transform):
 
 
 def expect_state(owner: Transform, state: Any, kind: type) -> None:
-    """Raises an error if a state is not of the class `kind`, or a count is no integer scalar.
+    """Raises an error if a state is not of the class `kind`, or a count is not an integer scalar.
 
     `owner` is the transform itself.
     """
@@ -297,15 +300,15 @@ def expect_state(owner: Transform, state: Any, kind: type) -> None:
             f"{type(owner).__name__}: the state is {described(state)}, expected the "
             f"{kind.__name__} that its init or its last update returned"
             + f". {CLASSLESS}" * restored
-            + _way_out(owner, state, kind) * (not restored)
+            + _how_to_continue(owner, state, kind) * (not restored)
         )
     for name in COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
 
 
-def _way_out(owner: Transform, state: Any, kind: type) -> str:
-    """How to go on with the state of a wrapper around a transform, or of the transform in it."""
-    if states_of_class(kind, state):
+def _how_to_continue(owner: Transform, state: Any, cls: type) -> str:
+    """How to continue if a state is of a wrapper around `owner`, or of the transform inside it."""
+    if states_of_class(cls, state):
         return _UNWRAP
     if hasattr(owner, "from_dense") and isinstance(state, tuple):
         return (
@@ -313,23 +316,24 @@ def _way_out(owner: Transform, state: Any, kind: type) -> str:
         )
     if not hasattr(state, "inner"):
         return ""
-    return _WRAP if hasattr(kind, "inner") else _UNWRAP
+    return _WRAP if hasattr(cls, "inner") else _UNWRAP
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
-    """Refuses a number in a state that is no scalar of this kind, or a narrow integer."""
+    """Refuses a number of a state that is not a scalar of this kind, and integers below 32 bits."""
     if isinstance(x, jax.ShapeDtypeStruct):
         expect_stored(f"{type(owner).__name__}: the state's {name}", x)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
-        mend = fault_of_dtype(x) or (
+        advice = fault_of_dtype(x) or (
             f"only moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a "
             "state with a leading axis use jax.vmap"
         )
         raise ValueError(
-            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: {mend}"
+            f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: "
+            f"{advice}"
         )
 
 
@@ -343,7 +347,7 @@ def expect_empty(owner: Transform, state: Any) -> None:
 
 
 def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
-    """A state as the tuple of the states of all parts, or an error if it is no such tuple."""
+    """A state as the tuple of the states of all parts, or an error if it is not such a tuple."""
     expect_state(owner, state, tuple)
     if hasattr(state, "_fields"):
         raise TypeError(
@@ -404,10 +408,13 @@ def as_transform(tx: Any) -> Transform:
 # --- what a chain may merge -----------------------------------------------------------------------
 
 
-def _is_newest(kind: type, name: str, base: type) -> bool:
-    """Whether a class has a method of its own, and no `update` that is newer than that."""
-    newest = next(cls for cls in kind.__mro__ if {name, "update"} & set(vars(cls)))
-    return newest is not base and name in vars(newest)
+def _overrides(cls: type, method: str, base: type) -> bool:
+    """Whether a class overrides a method of `base`, and none of its subclasses overrides `update`.
+
+    So a subclass may override `update` alone, and the method then has no effect.
+    """
+    newest = next(x for x in cls.__mro__ if {method, "update"} & set(vars(x)))
+    return newest is not base and method in vars(newest)
 
 
 def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
@@ -418,18 +425,18 @@ def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
 class Scaling(Transform):
     """Base class of transforms that multiply each leaf by a scalar.
 
-    A subclass has `init` and `factors`. If `factors` looks at the values of its tree, as that of a
-    clip does, the subclass must also have a property `reads_updates` that is true. Without it, a
-    chain may multiply the factors into the rule that comes before this transform, and then
-    `factors` does not see the rule's updates.
+    A subclass has `init` and `factors`. If `factors` looks at the values of its tree, as a clip
+    does, the subclass must also have a property `reads_updates` that is true. Without it, a chain
+    may multiply the factors into the rule that comes before this transform, and then `factors`
+    does not see the rule's updates.
     """
 
     keeps_zero = True
 
     @property
     def has_factors(self) -> bool:
-        """Whether the updates are those times the factors; not so where `update` says otherwise."""
-        return _is_newest(type(self), "factors", Scaling)
+        """Whether `update` multiplies by `factors`; not if a subclass overrides `update`."""
+        return _overrides(type(self), "factors", Scaling)
 
     @property
     def reads_updates(self) -> bool:
@@ -462,7 +469,7 @@ class Scaling(Transform):
         except ValueError:
             # If the updates have another structure than the parameters, say that instead.
             if params is not None:
-                matched(type(self).__name__, "grads", updates, params, "params")
+                match_leaves(type(self).__name__, "grads", updates, params, "params")
             raise
         return self.scaled(factors, updates, params), state
 
@@ -470,17 +477,17 @@ class Scaling(Transform):
 class Rule(Transform):
     """Base class of rules, which turn gradients into a direction, uphill, element by element.
 
-    A subclass has `init`, and `update` or `step`. With `step`, a chain multiplies the factors of
-    a `Scaling` that follows into the rule's own scalars: this saves a multiplication and a rounding
-    for each element, and compiles faster.
+    A subclass has `init`, and either `update` or `step`. With `step`, a chain multiplies the
+    factors of a `Scaling` that follows into the rule's scalars. This saves a multiplication and a
+    rounding for each element, and compiles faster.
     """
 
     groupable = True
 
     @property
     def has_step(self) -> bool:
-        """Whether the factors of a scaling that follows go into this rule's own."""
-        return _is_newest(type(self), "step", Rule)
+        """Whether `update` calls `step`, which can take the factors of a scaling that follows."""
+        return _overrides(type(self), "step", Rule)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The updates multiplied by the factors of a `Scaling`, and the next state.
@@ -501,9 +508,9 @@ class Rule(Transform):
         return None
 
     def with_wide_slots(self) -> "Rule":
-        """This rule with slots in float32 in place of narrower ones.
+        """This rule with float32 slots in place of narrower ones.
 
-        `exact_rows` brings slots up to date in float32, takes the step, and rounds them once.
+        `exact_rows` brings slots up to date in float32, takes the step, and then rounds them once.
         """
         return self
 
@@ -525,8 +532,8 @@ class Rule(Transform):
 def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
     """A rule's scalars, multiplied by the factors of a `Scaling`; for `Rule.step`.
 
-    What `scalars(real)` returns must have a method `times(factor)`. It returns new scalars. With
-    these, the rule computes the same slots, and its update multiplied by the factor.
+    What `scalars(real)` returns must have a method `times(factor)`, which returns new scalars. With
+    the new scalars, the rule computes the same slots, and its update multiplied by the factor.
     """
     if factors is None:
         return scalars

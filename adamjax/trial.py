@@ -133,7 +133,7 @@ class Trial:
         return floats if self.has_foreign else {**floats, **integers}
 
     def mixed_grads(self, integers: str = "float0") -> Tree:
-        """Gradients of `mixed_params`; those of integers are "float0", "zero" or "None"."""
+        """Gradients of `mixed_params`; integers get "float0", "zero" or "None"."""
 
         def grad(p: Any) -> Any:
             if not is_left_alone(p):
@@ -166,7 +166,7 @@ class Trial:
 
     @functools.cached_property
     def table_params(self) -> Tree:
-        """Parameters of which some are tables; the default ones are larger for that."""
+        """Parameters, some of which are tables. The default parameters have more rows here."""
         if not self.is_default:
             return self.params
         rng = np.random.default_rng(1)

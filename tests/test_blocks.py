@@ -46,7 +46,7 @@ def add_step(tables, indices, rows, reads):
 def run_in_blocks(table, indices, rows, reads):
     """The table, the number of blocks, and the rows after `add_step` in blocks."""
     tables = (table, jnp.zeros((), jnp.int32))
-    (table, count), rows = blocks.in_blocks(add_step, tables, indices, V, rows, reads)
+    (table, count), rows = blocks.run_in_blocks(add_step, tables, indices, V, rows, reads)
     return table, count, rows
 
 

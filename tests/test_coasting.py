@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import avals, enable_x64
 
-from adamjax.coasting import Coast, coasting, decayed, power
+from adamjax.coasting import Coast, coasting_plan, decayed, power
 
 INT32_MAX = 2**31 - 1
 BETAS = [
@@ -42,7 +42,7 @@ CASES = [
 
 
 def plan_of(form, betas, eps=1e-7, momentum=None, decays=False):
-    return coasting(COASTS[form](*betas, eps), momentum, decays)
+    return coasting_plan(COASTS[form](*betas, eps), momentum, decays)
 
 
 def step_scalars(plan, steps_before, steps, real, decay):
@@ -390,7 +390,7 @@ def test_terms_of_the_series_and_length_of_the_ring(form, betas, terms, history)
 
 def test_plans_are_values():
     plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
-    wide = coasting(Coast(*(np.float64(z) for z in plan.numbers)), np.float64(0.99), True)
+    wide = coasting_plan(Coast(*(np.float64(z) for z in plan.numbers)), np.float64(0.99), True)
     assert plan == wide == pickle.loads(pickle.dumps(plan))
     assert hash(plan) == hash(wide)
     assert plan != plan_of("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)

@@ -411,7 +411,7 @@ def test_names_must_differ():
         (
             "{}",
             TypeError,
-            "expected a dictionary, as to_config or Keras write it, got '{}' of type str",
+            "expected a dictionary, as to_config or Keras writes it, got '{}' of type str",
         ),
         ("{}", TypeError, "parse it by json.loads"),
         ({}, ValueError, "neither 'class' (adamjax's) nor 'class_name'"),
@@ -1732,8 +1732,8 @@ def test_dictionaries_that_may_be_of_something_else(config, message):
 
 SCALE = {"class": "scale", "factor": 0.5}
 MALFORMED = {
-    "a list that is none": ({"list": 3}, r"'list': 3, which is no list"),
-    "a dict that is none": ({"dict": [1]}, r"'dict': \[1\], which is no dict"),
+    "a list that is none": ({"list": 3}, r"'list': 3, which is not a list"),
+    "a dict that is none": ({"dict": [1]}, r"'dict': \[1\], which is not a dict"),
     "keys of several types": ({None: 1, "a": 2}, r"the keys \['None', 'a'\]"),
     "text in an array": ({"array": ["a"], "dtype": "float32"}, r"\['a'\], expected numbers"),
     "a number as text": ({"array": "1", "dtype": "float32"}, r"array of '1', expected numbers"),

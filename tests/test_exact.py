@@ -1273,7 +1273,7 @@ def test_numbers_that_are_edited_in_the_pytree_are_refused(name):
     edited.set_fields(**{name: EDITED[name]})
     parts = (rule, rate, edited) if name == "momentum" else (edited, rate, average)
     tx = tx.with_parts([tx.tx.with_parts(parts)])
-    message = rf"{type(edited).__name__} has {name}=.*, expected .*Make exact_rows anew"
+    message = rf"{type(edited).__name__} has {name}=.*, expected .*Make a new exact_rows"
     for use in (
         lambda: tx.init(params),
         lambda: tx.from_dense(state.inner, params),

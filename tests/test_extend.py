@@ -30,14 +30,14 @@ def zeros(params):
     """A new slot, in float32 at least."""
 
     def make(p):
-        return extend.widen(jnp.zeros_like(p), extend.accumulator(p.dtype))
+        return extend.widen(jnp.zeros_like(p), extend.compute_dtype(p.dtype))
 
     return extend.new_slots(params, make)
 
 
 def real_zeros(params):
     """A new slot for the size of gradients."""
-    return extend.new_slots(params, lambda p: jnp.zeros_like(p, extend.accumulator(p.dtype)))
+    return extend.new_slots(params, lambda p: jnp.zeros_like(p, extend.compute_dtype(p.dtype)))
 
 
 def new_count():
@@ -56,7 +56,7 @@ class LionState(NamedTuple):
 def lion_rule(c, g, m):
     """Not a Recurrence: the update comes from the average before the step."""
     average_for_update, average_for_slot = c
-    real = extend.accumulator(g.dtype, m.dtype)
+    real = extend.compute_dtype(g.dtype, m.dtype)
     m, wide = extend.widen(m, real), extend.widen(g, real)
     return jnp.sign(average_for_update(m, wide)).astype(g.dtype), average_for_slot(m, wide)
 

@@ -267,7 +267,7 @@ def test_values_of_a_wrong_dtype_or_shape_in_a_state_are_refused():
         message = f"keeps learning_rate as {bad!r}, expected a scalar"
         with pytest.raises(ValueError, match=message):
             tx.update(PARAMS, bad_state, PARAMS)
-    with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is no count.*tx.init"):
+    with pytest.raises(ValueError, match=r"as int32.*got 0.5. If it is not a count.*tx.init"):
         set_hyperparams(
             state._replace(hyperparams={"learning_rate": jnp.array(1)}), learning_rate=0.5
         )

@@ -343,7 +343,7 @@ def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
 def test_containers_that_differ_are_refused():
     tx = masked(scale(0.0), [True, False])
     with pytest.raises(
-        ValueError, match=r"its structure is .*\[\*, \*\].*that of the leaves .*\(\*"
+        ValueError, match=r"its structure is .*\[\*, \*\].*the leaves' structure is .*\(\*"
     ):
         tx.init((jnp.ones(1), jnp.ones(2)))
 

@@ -432,4 +432,9 @@ def test_a_tree_of_bools_hashes_and_compares():
 
 def test_a_tree_of_bools_gives_each_leaf_its_bool():
     mask = BoolTree({"a": True, "b": [np.bool_(False), None]})
-    assert mask.over("x", {"a": {"c": 1, "d": None}, "b": [2, None]}) == [True, True, False, False]
+    assert mask.flags_for("x", {"a": {"c": 1, "d": None}, "b": [2, None]}) == [
+        True,
+        True,
+        False,
+        False,
+    ]

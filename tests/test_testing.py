@@ -542,7 +542,7 @@ class norm_of_rows(extend.Stateless):
 
 
 def to_norm_1(_, g):
-    wide = extend.widen(g, extend.accumulator(g.dtype))
+    wide = extend.widen(g, extend.compute_dtype(g.dtype))
     return ((wide / adamjax.global_norm(wide)).astype(g.dtype),)
 
 

@@ -16,7 +16,7 @@ from adamjax.convert.widening import like_wide
 from adamjax.data import Tree
 from adamjax.guard import accumulate_gradients
 from adamjax.leaves import dtype_of, is_left_alone
-from adamjax.mesh import explicit_sharding, resharded
+from adamjax.mesh import explicit_sharding, reshard
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import rule_slots, slot_states
 
@@ -182,7 +182,7 @@ class PairedSteps:
                     x = jnp.take(x, jnp.arange(np.shape(p)[axis]) % x.shape[axis], axis)
                 x = (x * sizes[i]).astype(dtype_of(p))
                 sharding = explicit_sharding(p)
-                new[place] = x if sharding is None else resharded(x, sharding, p)
+                new[place] = x if sharding is None else reshard(x, sharding, p)
             return treedef.unflatten(new)
 
         def call(keeps_states: bool, states: Any, pools: Any, sizes: Any) -> Any:

@@ -83,7 +83,7 @@ class Bound:
         return TableArrays(weights, slots, self.state.last[table.path])
 
     def past(self, family: Family) -> Past:
-        """What rows of a family catch up from."""
+        """What the rows of a family catch up from."""
         assert self.state is not None
         count = self.count(family.tables[0])
         return Past(self.state.rings[family.name], self.state.clock, count)

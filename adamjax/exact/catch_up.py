@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, per_row, rows_of_each
+from adamjax.blocks import per_row, rows_of_each, run_in_blocks
 from adamjax.coasting import Ring, decayed
 from adamjax.encoding import map_stored
 from adamjax.exact.state import Past, Ready, TableArrays
 from adamjax.exact.tables import Batch, Table
 from adamjax.mesh import gather_entries, gather_rows, scatter_rows
-from adamjax.moments import barrier, root, stepped
+from adamjax.moments import add_update, barrier, root
 from adamjax.rounding import is_narrow, read_slot, rounding_keys, write_slots
 
 __all__ = [
-    "caught_up",
-    "flushed",
+    "catch_up_rows",
+    "flush_rows",
     "put_slots",
     "read_in_blocks",
     "slot_keys",
@@ -35,7 +35,7 @@ _FLUSHED_AT_ONCE = 8192
 # Called outside of jit, this is one compiled program. Inside another jit, inline=True makes it part
 # of that program.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def caught_up(batch: Batch, past: Past, arrays: list[TableArrays], indices: list[Any]) -> Ready:
+def catch_up_rows(batch: Batch, past: Past, arrays: list[TableArrays], indices: list[Any]) -> Ready:
     """Rows of a batch's tables, up to date.
 
     Args:
@@ -64,7 +64,7 @@ def caught_up(batch: Batch, past: Past, arrays: list[TableArrays], indices: list
 
     last = gathered(x.last for x in arrays)
     if is_row is not None:
-        # An index of no row counts as up to date.
+        # An index that stands for no row counts as up to date.
         last = jnp.where(is_row, last, past.clock)
     stored = {name: gathered(x.slots[name] for x in arrays) for name in arrays[0].slots}
     slots = {name: x.astype(first.real_dtype) for name, x in stored.items()}
@@ -76,7 +76,7 @@ def caught_up(batch: Batch, past: Past, arrays: list[TableArrays], indices: list
         size = jnp.zeros_like(momentum)
     else:
         size = root(slots[coast.size]) if coast.squared else slots[coast.size]
-    # Only if `weight_ema` has it: a rule's slot may have that name too.
+    # Read it only if there is a `weight_ema`: a rule's slot may have that name too.
     average = slots["average"] if _has_average(first) else None
     moved, average = first.coasting.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
@@ -112,7 +112,7 @@ def _has_nan(ring: Ring, last: chex.Array) -> chex.Array:
 
 
 def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
-    """The weights of rows, or with `averaged` their average where `weight_ema` keeps one."""
+    """The weights of rows, or with `averaged` their averages, if there is a `weight_ema`."""
     first = batch.tables[0]
     if averaged and _has_average(first):
         return ready.slots["average"].astype(first.dtype)
@@ -127,14 +127,16 @@ def read_in_blocks(
     table = batch.tables[0]
 
     def step(_: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
-        return (), weights_of(batch, caught_up(batch, past, [table_arrays], [indices]), averaged)
+        return (), weights_of(
+            batch, catch_up_rows(batch, past, [table_arrays], [indices]), averaged
+        )
 
     empty = jnp.zeros((indices.size, *table.shape[1:]), table.dtype)
-    return in_blocks(step, (), indices, table.num_rows, empty)[1]
+    return run_in_blocks(step, (), indices, table.num_rows, empty)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def flushed(
+def flush_rows(
     batch: Batch, stochastic: bool, table_arrays: TableArrays, past: Past, first_row: chex.Array
 ) -> TableArrays:
     """Brings all rows of a table, or of a part of it, up to date.
@@ -145,8 +147,8 @@ def flushed(
     """
     weights_key = None
     if stochastic and is_narrow(table_arrays.weights):
-        # This key differs from that of the slots, and from those that `apply_updates` uses in the
-        # steps before and after.
+        # This key differs from the key of the slots, and from the keys that `apply_updates` uses in
+        # the steps before and after.
         leaf = batch.tables[0].leaf_index
         (weights_key,) = rounding_keys(~past.count ^ np.int32(0x2545F491), [leaf])
     num_rows = table_arrays.weights.shape[0]
@@ -154,15 +156,15 @@ def flushed(
 
     def flush_some(i: chex.Array, table_arrays: TableArrays) -> TableArrays:
         ids = jnp.minimum(i * size + jnp.arange(size, dtype=jnp.int32), num_rows)
-        ready = caught_up(batch, past, [table_arrays], [ids])
+        ready = catch_up_rows(batch, past, [table_arrays], [ids])
         clock = jnp.broadcast_to(past.clock, ids.shape)
-        # The next step has the same count, and needs other random bits.
+        # The next step has the same count and needs other random bits, so invert the count here.
         keys = slot_keys(batch, [table_arrays], ~past.count)
         (written,) = put_slots([table_arrays], [ids], ready.slots, clock, keys, first_row)
         weights = ready.weights
         if weights_key is not None:
             before = gather_rows(table_arrays.weights, ids, mode="fill", fill_value=0)
-            weights = stepped(before, ready.moved, weights_key, ids + first_row)
+            weights = add_update(before, ready.moved, weights_key, ids + first_row)
         return written._replace(weights=scatter_rows(table_arrays.weights, ids, weights))
 
     return jax.lax.fori_loop(0, -(-num_rows // size), flush_some, table_arrays)

@@ -1,8 +1,8 @@
 """Refuses states that do not fit the parameters or the transform.
 
-It reads structures, shapes, dtypes and the names of rings (which say which rule a ring was made
-for), never values of arrays in a state. So it runs while a step is traced, and costs nothing in the
-compiled step.
+It reads structures, shapes, dtypes and the names of rings (which contain the rule that a ring was
+made for), but never the values of arrays in a state. So it runs while a step is traced, and costs
+nothing in the compiled step.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from adamjax.transform import CLASSLESS, Transform
 
 __all__ = ["expect_fit", "expect_same_numbers", "expect_slot_names", "expect_slots"]
 
-# What errors advise if a table has another size than in the state, and if the rule is another.
+# The advice of errors: if a table has another size than in the state, and if the rule has changed.
 _OTHER_TABLE = (
     "make a new state with init; or flush with the old sizes, resize the table in params "
     "and in state.inner, and continue with from_dense(state.inner, params)"
@@ -62,7 +62,7 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
             f"params or only in the state: {unmatched}. The state refers to leaves by position, so "
             "params must have the structure that init was given"
         )
-    advice = "keep it int32, as it is meant to wrap around there"
+    advice = "keep it int32, because it is meant to wrap around at the largest int32"
     expect_array("exact_rows: the clock", state.clock, (), advice, "int32")
     for table in tables:
         where = f"exact_rows: last[{table.path!r}]"
@@ -75,24 +75,23 @@ def expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
 
     Args:
       part: a part whose numbers `exact_rows` has.
-      fields: its fields, as they were when `exact_rows` was made; those that were `None` are left
-        out.
+      fields: its fields when `exact_rows` was made, without the fields that were `None`.
     """
     for field in dataclasses.fields(part):
-        value, was = getattr(part, field.name), fields.get(field.name)
+        value, original = getattr(part, field.name), fields.get(field.name)
         structure: Any = jax.tree.structure(value)
-        is_alike = structure == jax.tree.structure(was)
+        is_alike = structure == jax.tree.structure(original)
         # `None` may stand for a number, as it does in a filtered tree.
-        same = was is not None
+        same = original is not None
         if is_alike:
-            same = all(map(_may_be, jax.tree.leaves(value), jax.tree.leaves(was)))
+            same = all(map(_may_be, jax.tree.leaves(value), jax.tree.leaves(original)))
         if not same:
             raise ValueError(
-                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected {was!r}, "
-                "with which this exact_rows was made: it computes with that number in advance, and "
-                "rows that lag behind catch up by it. Make exact_rows anew with the new number; if "
-                "there is a state, flush with the old one first, and go on from from_dense of the "
-                "new one"
+                f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected "
+                f"{original!r}, with which this exact_rows was made: it computes with that number "
+                "in advance, and rows that lag behind catch up by it. Make a new exact_rows with "
+                "the new number; if there is a state, flush with the old one first, and go on from "
+                "from_dense of the new one"
             )
 
 

@@ -9,7 +9,7 @@ import chex
 from adamjax.autodiff import Call, Reads
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, weights_of, zeros_outside_table
+from adamjax.exact.catch_up import catch_up_rows, weights_of, zeros_outside_table
 from adamjax.exact.state import Past, TableArrays
 from adamjax.exact.step import read_rows
 from adamjax.exact.tables import Batch
@@ -20,7 +20,7 @@ __all__ = ["gradient_of", "results_of"]
 
 
 class _Inputs(NamedTuple):
-    """The first arguments of `Reads.value_and_grad` and `Reads.results`."""
+    """The arguments that `Reads.value_and_grad` and `Reads.results` have in common."""
 
     data: Any
     read_rows: Callable[[Any, int, Any], chex.Array]
@@ -28,7 +28,7 @@ class _Inputs(NamedTuple):
     dense: dict[int, chex.Array]
 
 
-def _prepared(
+def _prepare_reads(
     call: Call, bounds: Sequence[Bound], *, strict: bool, is_loss: bool, averaged: bool = False
 ) -> tuple[Reads, _Inputs, dict[int, Any], Ticket]:
     """Finds the reads of a function, and brings their rows up to date before it is called.
@@ -71,7 +71,7 @@ def _prepared(
         """The `read_rows` of `Reads`, with `state_of` as its data. Without ids, all rows."""
         batch, (table_arrays, past) = batches[leaf], data[leaf]
         ids = None if ids is None else ids.reshape(-1)
-        ready = caught_up(batch, past, [table_arrays], [ids])
+        ready = catch_up_rows(batch, past, [table_arrays], [ids])
         weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
         return weights if ids is None else zeros_outside_table(weights, ids, batch.tables[0])
 
@@ -99,7 +99,7 @@ def gradient_of(
     def function(params: Tree, /, *args: Any, **kwargs: Any) -> Any:
         bounds = bind()
         call = Call("exact_rows", loss_fn, (params, *args), kwargs, 0, has_aux)
-        reads, inputs, searched, ticket = _prepared(call, bounds, strict=strict, is_loss=True)
+        reads, inputs, searched, ticket = _prepare_reads(call, bounds, strict=strict, is_loss=True)
         return reads.value_and_grad(*inputs, searched), ticket
 
     return function
@@ -126,7 +126,7 @@ def results_of(
     @functools.wraps(fn)
     def function(params: Tree, /, *args: Any, **kwargs: Any) -> Any:
         call = Call(owner, fn, (params, *args), kwargs)
-        reads, inputs, _, _ = _prepared(
+        reads, inputs, _, _ = _prepare_reads(
             call, bounds, strict=strict, is_loss=False, averaged=averaged
         )
         return reads.results(*inputs)

@@ -11,7 +11,7 @@ from adamjax.paths import flatten
 from adamjax.replicas import sum_over
 from adamjax.transform import Rule, Step, Transform
 
-__all__ = ["RoutePart", "check_route", "refusal", "routes", "stopping_at_rules"]
+__all__ = ["RoutePart", "capturing_at_rules", "check_route", "refusal", "routes"]
 
 
 class RoutePart(NamedTuple):
@@ -108,8 +108,8 @@ def check_route(route: list[Transform]) -> None:
         )
 
 
-class _StoppedGradient:
-    """A table's gradient, as it came to its rule."""
+class _CapturedGradient:
+    """A table's gradient, as it reaches the table's rule."""
 
     # Later transforms leave a leaf of this dtype alone.
     dtype = jax.dtypes.float0
@@ -118,8 +118,8 @@ class _StoppedGradient:
         self.gradient, self.shape = gradient, gradient.shape
 
 
-class _stopping_rule(Rule):
-    """A rule that passes the gradients of some leaves on as `_StoppedGradient`."""
+class _capturing_rule(Rule):
+    """A rule that passes on the gradients of some leaves unchanged, as `_CapturedGradient`."""
 
     tx: Rule
     leaves: Any = static()
@@ -129,22 +129,27 @@ class _stopping_rule(Rule):
         return self.tx.has_step
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
-        return self.tx.step(self._stopped(grads), state, factors)
+        return self.tx.step(self._captured(grads), state, factors)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
-        return self.tx.update(self._stopped(updates), state, params, **extra_args)
+        return self.tx.update(self._captured(updates), state, params, **extra_args)
 
-    def _stopped(self, grads: Tree) -> Tree:
+    def _captured(self, grads: Tree) -> Tree:
         gradients, treedef = flatten(grads)
         for leaf in self.leaves:
             if gradients[leaf] is not None:
-                gradients[leaf] = _StoppedGradient(gradients[leaf])
+                gradients[leaf] = _CapturedGradient(gradients[leaf])
         return treedef.unflatten(gradients)
 
 
-def stopping_at_rules(tx: Transform, leaves: tuple[int, ...]) -> Transform:
-    """The transform, with the gradients of some leaves stopped at their rules."""
+def capturing_at_rules(tx: Transform, leaves: tuple[int, ...]) -> Transform:
+    """The transform, but as updates of some leaves it returns what reaches the leaves' rules.
+
+    These updates are `_CapturedGradient`s.
+    """
     if isinstance(tx, Rule):
-        return _stopping_rule(tx, leaves)
+        return _capturing_rule(tx, leaves)
     # No table goes through the parts of other transforms.
-    return tx.with_parts([stopping_at_rules(x, leaves) for x in tx.parts]) if tx.only_routes else tx
+    return (
+        tx.with_parts([capturing_at_rules(x, leaves) for x in tx.parts]) if tx.only_routes else tx
+    )

@@ -27,11 +27,11 @@ class ExactRowsState(NamedTuple):
 
     Attributes:
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
-      clock: int32, the steps taken; unlike a count it wraps around.
+      clock: int32, the number of steps taken; unlike a count, it wraps around.
       last: by path of a table, int32[num_rows]: the clock at which each of its rows in `params` was
         last up to date.
-      turns: for each family of tables an int32: how far the refreshing of its rows is. Each step
-        has a turn, and refreshes the rows of that turn; after the last turn comes turn 0.
+      turns: for each family of tables, int32, the turn of the next step. Each step refreshes the
+        rows of its turn; after the last turn comes turn 0.
       rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
         Its key names the tables (the first, the number of others, and a checksum of their paths)
         and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule is in
@@ -54,12 +54,12 @@ class ExactRowsState(NamedTuple):
 def expect_flushed(owner: str, state: ExactRowsState) -> None:
     """Refuses a state in which rows lag behind.
 
-    That is not known within `jit`, nor of a state with shapes or shardings in place of arrays.
+    Nothing is refused within `jit`, or if the state has shapes or shardings in place of arrays.
     """
     for path, last in state.last.items():
         if not (_is_known(last) and _is_known(state.clock)):
             continue
-        # A state of several lanes, from `vmap`, has a clock for each.
+        # A state from `vmap` has one clock for each member.
         if not bool(jnp.all(last == jnp.asarray(state.clock)[..., None])):
             raise ValueError(
                 f"{owner}: rows of the table {path!r} lag behind: first bring all up to date, "
@@ -97,7 +97,7 @@ class Past(NamedTuple):
 class Ready(NamedTuple):
     """Up-to-date rows of several tables, concatenated.
 
-    For an index of no row, the values are arbitrary.
+    For an index that stands for no row, the values are arbitrary.
 
     Attributes:
       weights: the up-to-date weights.

@@ -8,17 +8,17 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax.blocks import in_blocks, joined_positions, needs_no_loop, rows_of_each
+from adamjax.blocks import joined_positions, needs_no_loop, rows_of_each, run_in_blocks
 from adamjax.data import Tree
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, put_slots, read_in_blocks, slot_keys, weights_of
-from adamjax.exact.route import stopping_at_rules
+from adamjax.exact.catch_up import catch_up_rows, put_slots, read_in_blocks, slot_keys, weights_of
+from adamjax.exact.route import capturing_at_rules
 from adamjax.exact.state import ExactRowsState, TableArrays
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_turn
 from adamjax.exact.ticket import Ticket
 from adamjax.leaves import dtype_of
 from adamjax.mesh import gather_rows
-from adamjax.moments import promoted
+from adamjax.moments import promoted_dtype
 from adamjax.paths import flatten
 from adamjax.rows import RowGradient, RowMoves, indices_after
 from adamjax.search import distinct_of_each
@@ -42,14 +42,14 @@ def take_step(
     treedef = flatten(params)[1]
     # This takes the whole step of leaves that are not tables. A table's gradient goes only as far
     # as its rule.
-    updates, inner = stopping_at_rules(bound.tx, tuple(t.leaf_index for t in tables)).update(
+    updates, inner = capturing_at_rules(bound.tx, tuple(t.leaf_index for t in tables)).update(
         treedef.unflatten(grads), bound.inner_state, params, **extra_args
     )
     leaf_updates = flatten(updates)[0]
     rule_grads: dict[int, Any] = {t.leaf_index: leaf_updates[t.leaf_index].gradient for t in tables}
-    # The chain may have widened narrow gradients, so this uses `grads`: an update has the promoted
-    # dtype of its gradient and its table.
-    dtypes = {t.leaf_index: promoted(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
+    # An update has the promoted dtype of its gradient and its table. The chain may have widened
+    # narrow gradients, so this looks at `grads`.
+    dtypes = {t.leaf_index: promoted_dtype(dtype_of(grads[t.leaf_index]), t.dtype) for t in tables}
     for leaf, g in rule_grads.items():
         if isinstance(g, RowGradient):
             # The transforms may have copied the indices, and a ticket is valid only for the very
@@ -119,7 +119,7 @@ def _batch_step(
             for x, carried in zip(arrays, slots_and_last, strict=True)
         ]
         if ready is None:
-            ready = caught_up(batch, past, current, indices)
+            ready = catch_up_rows(batch, past, current, indices)
         u, slots = row_step(g, ready.slots, ready.weights)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
@@ -151,7 +151,7 @@ def _batch_step(
             if needs_no_loop(read_indices[0].size):
                 carry, update = step(carry, indices, padded, ready)
             else:
-                carry, update = in_blocks(
+                carry, update = run_in_blocks(
                     lambda carry, ids, g, _: step(carry, [ids], g),
                     carry,
                     indices[0],
@@ -176,7 +176,7 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     """The passes of a step: for each pass, the indices of every table.
 
     Usually there is one pass: the rows that were read, then the rows to refresh. If a step reads so
-    many rows that they are taken in blocks, the rows to refresh have a second pass. So the
+    many rows that they are processed in blocks, the rows to refresh have a second pass. So the
     gradients need not be copied to make room for them.
     """
     assert bound.state is not None
@@ -186,15 +186,19 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     num_read, num_due = [x.size for x in read_indices], [x.size for x in due]
     both = jnp.concatenate([*read_indices, *due])
     if len(due) > 1:
-        # Joined table by table, each of these arrays would be a piece of its own, and a kernel.
+        # If they were concatenated table by table, each array would be an operand of its own, with
+        # a kernel of its own.
         both = gather_rows(both, _interleaved(num_read, num_due), mode="promise_in_bounds")
     return [rows_of_each(both, list(map(operator.add, num_read, num_due)))]
 
 
 def _interleaved(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
-    """The order in which each table has its rows of the first array, then those of the second.
+    """The order that puts each table's rows of a first and of a second array next to each other.
 
-    The arrays are concatenated, and each has the rows of all tables, as many as given for each.
+    Both arrays have rows of all tables, table by table, and the two are concatenated.
+
+    Args:
+      first, second: the number of rows of each table in the two arrays.
     """
     table_of_row = [np.repeat(np.arange(len(counts)), counts) for counts in (first, second)]
     return np.argsort(np.concatenate(table_of_row), kind="stable").astype(np.int32)
@@ -244,7 +248,7 @@ def read_rows(
         past = bound.past(batch.family)
         indices = _passes(bound, batch, read_indices)[0] if for_step else read_indices
         if needs_no_loop(read_indices[0].size):
-            ready = caught_up(batch, past, arrays, indices)
+            ready = catch_up_rows(batch, past, arrays, indices)
             weights, ready_rows[batch.path] = weights_of(batch, ready, averaged), ready
             origins[batch.path] = past, arrays, read_indices
         else:

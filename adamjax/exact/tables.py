@@ -14,7 +14,7 @@ from adamjax.blocks import group_tables, per_row, rows_of_each
 from adamjax.coasting import Coast, Coasting
 from adamjax.data import Tree
 from adamjax.mesh import explicit_sharding
-from adamjax.moments import accumulator
+from adamjax.moments import compute_dtype
 from adamjax.paths import flatten
 
 __all__ = [
@@ -53,7 +53,7 @@ class Table(NamedTuple):
     @property
     def real_dtype(self) -> Any:
         """The real dtype in which the table's steps are computed."""
-        return accumulator(self.dtype)
+        return compute_dtype(self.dtype)
 
 
 class Family(NamedTuple):
@@ -75,15 +75,15 @@ class Batch(NamedTuple):
         return self.tables[0].path
 
 
-# The default history: as many steps as it takes to refresh a family's largest table with
-# `_REFRESHED_ROWS` rows in each, at most `_LONGEST_HISTORY`; rounded up to a power of two, and at
-# least `Coasting.least_history`.
+# The default history: the number of steps that refresh a family's largest table, with
+# `_REFRESHED_ROWS` rows in each step, but at most `_LONGEST_HISTORY`. It is rounded up to a power
+# of two, and is at least `Coasting.least_history`.
 _REFRESHED_ROWS = 64
 _LONGEST_HISTORY = 65536
-# The default history if rows catch up step by step. To replay one missed step of one row is one
-# unit of work. Refreshing takes a step about as many units as the table has rows, whatever the
-# history is. A row that is read takes a unit for each step that it lags behind, so a short history
-# makes reads cheap.
+# The default history if rows catch up step by step. Let one unit of work be the replay of one
+# missed step of one row. Whatever the history is, each step needs about as many units for
+# refreshing as the table has rows. A row that is read needs one unit for each step that it lags
+# behind, so a short history makes reads cheap.
 _REPLAYED_HISTORY = 64
 
 
@@ -109,7 +109,7 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
 
 
 def _other_decays(coast: Coast) -> list[str]:
-    """The decays that the name of its `Coasting` does not have, such as that of AMSGrad's v.
+    """The decays that are not in the name of the `Coasting`, such as the decay of AMSGrad's v.
 
     Rows catch up by these decays too, so they belong in the name of the ring.
     """
@@ -124,8 +124,8 @@ def _other_decays(coast: Coast) -> list[str]:
 def _tables_as_text(tables: Sequence[Table]) -> str:
     """A name for the tables of a ring, short enough for a file name.
 
-    It depends on all of them. If the patterns of rates change, the first table may form a family
-    with other tables, and that family must not use this ring.
+    The name depends on all tables. If the patterns of rates change, the first table may form a
+    family with other tables, and that family must not use this ring.
     """
     first, *others = [table.path for table in tables]
     checksum = zlib.crc32("\n".join(others).encode())
@@ -159,8 +159,8 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
 def due_rows(batch: Batch, turn: chex.Array, read_indices: list[chex.Array]) -> list[chex.Array]:
     """The rows of each table that this step must refresh, without those that it reads anyway.
 
-    All tables of a batch are computed together. In place of a row that is read anyway, or that is
-    after the last row, there is the table's number of rows.
+    All tables of a batch are computed together. The table's number of rows takes the place of a row
+    that is read anyway, or that would be after the last row.
 
     Args:
       turn: the family's turn, from the state.
@@ -190,8 +190,8 @@ def due_rows(batch: Batch, turn: chex.Array, read_indices: list[chex.Array]) -> 
     return rows_of_each(due, num_due)
 
 
-def turns(history: int) -> int:
-    """In how many steps all rows of a table are refreshed, each in one of them."""
+def num_turns(history: int) -> int:
+    """The number of steps in which every row of a table is refreshed once."""
     # Two fewer than the ring has entries, so the entry that a step overwrites is one that no row
     # needs any more.
     return max(history - 2, 1)
@@ -199,9 +199,9 @@ def turns(history: int) -> int:
 
 def num_refreshed(table: Table, history: int) -> int:
     """How many rows each step refreshes, so that no row lags behind for longer than the ring."""
-    return -(-table.num_rows // turns(history))
+    return -(-table.num_rows // num_turns(history))
 
 
 def next_turn(turn: chex.Array, history: int) -> chex.Array:
     """The turn of the next step."""
-    return jnp.where(turn + 1 < turns(history), turn + 1, 0)
+    return jnp.where(turn + 1 < num_turns(history), turn + 1, 0)

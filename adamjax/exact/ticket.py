@@ -27,8 +27,8 @@ class Ticket(Data):
 
     Attributes:
       rows: by path, the up-to-date rows of each table. Tables that are computed together have one
-        entry, under the path of the first. If there are so many rows that they are taken in blocks,
-        the ticket has none, and `update` brings each block up to date.
+        entry, under the path of the first. If there are so many rows that they are processed in
+        blocks, the ticket has none, and `update` brings each block up to date.
       places: by path, the distinct indices, and the position of each index among them.
       num_rows: for each path the table's number of rows and the shape of its indices, static.
 
@@ -47,7 +47,7 @@ class Ticket(Data):
     def row_gradient(self, table: str, values: chex.Array) -> RowGradient:
         """The gradient of the rows that `prepare` read: a cheaper `adamjax.row_gradient`.
 
-        It need not search for equal indices again.
+        `prepare` has already searched for equal indices.
 
         Args:
           table: the table's path, or a pattern that matches only this table.
@@ -57,7 +57,7 @@ class Ticket(Data):
           A `RowGradient` with room for as many rows as indices, in the dtype of the values.
 
         Raises:
-          ValueError: the name matches no table or several; the shape is not that of the rows.
+          ValueError: the name matches no table or several; the shape differs from the rows' shape.
 
         >>> import adamjax, jax.numpy as jnp
         >>> params = {"table": jnp.zeros((9, 1))}
@@ -73,7 +73,7 @@ class Ticket(Data):
         if np.shape(values)[: len(shape)] != tuple(shape):
             raise ValueError(
                 f"ticket.row_gradient: the gradients of {path!r} have the shape "
-                f"{np.shape(values)}, expected that of the rows, {(*shape, '...')}"
+                f"{np.shape(values)}, expected the shape of the rows, {(*shape, '...')}"
             )
         values = jnp.asarray(values).reshape(position.size, *np.shape(values)[len(shape) :])
         return sum_rows(distinct, position, values, num_rows)
@@ -88,7 +88,7 @@ class Ticket(Data):
         return ticket.with_origins({**self._noted_origins, **other._noted_origins})
 
     def with_origins(self, origins: dict[str, Any]) -> "Ticket":
-        """Notes by path the arrays that the ticket was made from; they are not in the pytree."""
+        """Stores, by path, the arrays that the ticket was made from; they are not in the pytree."""
         self.set_fields(_origins=origins)
         return self
 

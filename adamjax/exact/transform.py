@@ -2,9 +2,8 @@
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A
-row catches up when it is read. Then it takes its step through the whole chain, as it would in a
-dense step. The transforms in the chain need not know: they see the rows that were read as if these
-were the whole table.
+row catches up when it is read. Then it takes its step through the whole chain, as in a dense step.
+The transforms in the chain see the rows that were read as if these were the whole table.
 """
 
 import functools
@@ -20,10 +19,10 @@ import numpy as np
 from adamjax.autodiff import Args, P, Value, takes_state
 from adamjax.average import weight_ema
 from adamjax.blocks import needs_no_loop
-from adamjax.coasting import Coast, Coasting, coasting
+from adamjax.coasting import Coast, Coasting, coasting_plan
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
-from adamjax.exact.catch_up import caught_up, flushed, zeros_outside_table
+from adamjax.exact.catch_up import catch_up_rows, flush_rows, zeros_outside_table
 from adamjax.exact.fit import expect_fit, expect_same_numbers, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
@@ -39,13 +38,13 @@ from adamjax.leaves import (
     expect_dtypes,
     expect_like,
     is_left_alone,
-    matched,
+    match_leaves,
     needed,
     rounds_stochastically,
 )
 from adamjax.masking import masked, partition
 from adamjax.mesh import run_on_own_rows, split_like_rows
-from adamjax.moments import accumulator
+from adamjax.moments import compute_dtype
 from adamjax.paths import (
     checked_patterns,
     expect_matches,
@@ -176,7 +175,7 @@ class exact_rows(Transform):
         # `init` makes this check.
         if not find((masked, partition), tx):
             (route,) = routes(tx, None, None)
-            self._coast_and_catch_up([part.tx for part in route])
+            self._coast_and_plan([part.tx for part in route])
 
     groupable = False
     goes_around_exact_rows = True
@@ -208,7 +207,7 @@ class exact_rows(Transform):
     # --- the transform with parameters and a state
 
     def _static_tx(self, params: Tree) -> Transform:
-        """The inner transform with its numbers as Python floats, its mask functions resolved."""
+        """The inner transform with its numbers as Python floats, and mask functions resolved."""
         numbers = iter(self.static_numbers)
 
         def with_numbers(part: Transform) -> Transform:
@@ -220,10 +219,10 @@ class exact_rows(Transform):
 
         return replace_parts(self.tx, with_numbers).resolve_masks(params)
 
-    def _coast_and_catch_up(
+    def _coast_and_plan(
         self, route: list[Transform], real_dtype: Any = np.float32
     ) -> tuple[Coast, Coasting]:
-        """How the rule on a table's route moves rows, and how they catch up.
+        """How the rule on a table's route moves rows, and the plan by which they catch up.
 
         Refuses a route that does not allow exact rows, and a history that is too short for it.
         """
@@ -234,15 +233,15 @@ class exact_rows(Transform):
         coast = rule.coast()
         assert coast is not None
         momentum = float(momenta[0]) if momenta else None
-        catch_up = coasting(coast, momentum, any(map(_may_decay, later)), real_dtype)
-        if self.history is not None and self.history < catch_up.least_history:
+        plan = coasting_plan(coast, momentum, any(map(_may_decay, later)), real_dtype)
+        if self.history is not None and self.history < plan.least_history:
             raise ValueError(
                 f"exact_rows: history={self.history} (rounded up to a power of two) is too small, "
-                f"expected at least {catch_up.least_history}: a gradient has an effect for so many "
+                f"expected at least {plan.least_history}: a gradient has an effect for that many "
                 f"steps with {rule!r} in {np.dtype(real_dtype).name}"
                 + (f" and an average of momentum {momenta[0]}" if momenta else "")
             )
-        return coast, catch_up
+        return coast, plan
 
     def _tables(self, tx: Transform, params: Tree) -> list[Table]:
         """The tables among the parameters."""
@@ -262,14 +261,14 @@ class exact_rows(Transform):
                     "of real floats with rows; the pattern is too wide"
                 )
             expect_row_count(f"exact_rows: params[{path!r}]", shape[0])
-            route, real_dtype = leaf_routes[leaf], accumulator(dtype)
-            coast, catch_up = self._coast_and_catch_up([part.tx for part in route], real_dtype)
+            route, real_dtype = leaf_routes[leaf], compute_dtype(dtype)
+            coast, plan = self._coast_and_plan([part.tx for part in route], real_dtype)
             parts = _from_rule(route)
             for position, part, _, part_params in parts:
                 if position not in kinds_at:
                     kinds_at[position] = part.kinds(part_params)
             kind = tuple((position, kinds_at[position][leaf]) for position, *_ in parts), real_dtype
-            tables.append(Table(leaf, path, shape, dtype, coast, catch_up, kind))
+            tables.append(Table(leaf, path, shape, dtype, coast, plan, kind))
         if not tables and not all(isinstance(pattern, optional) for pattern in self.tables):
             raise ValueError(
                 f"exact_rows: no leaf's path matches any of {list(self.tables)}; the paths are "
@@ -321,7 +320,7 @@ class exact_rows(Transform):
         For the reverse, call `params, state = tx.flush(params, state)` and take `state.inner`.
 
         Args:
-          inner: a state like that of `tx.init(params)`, where tx is the inner transform.
+          inner: a state like `tx.init(params)`, where tx is the inner transform.
           params: the parameters that belong to this state.
 
         Raises:
@@ -333,8 +332,8 @@ class exact_rows(Transform):
         >>> state = adamjax.exact_rows(dense, "table").from_dense(dense.init(params), params)
         """
         expected = jax.eval_shape(self.tx.init, params)
-        mend = "pass a state of the inner transform for these parameters"
-        expect_like("exact_rows.from_dense", "inner", inner, expected, mend)
+        advice = "pass a state of the inner transform for these parameters"
+        expect_like("exact_rows.from_dense", "inner", inner, expected, advice)
         return self._from_dense(as_arrays(inner), params)
 
     def _from_dense(self, inner: Any, params: Tree) -> ExactRowsState:
@@ -483,7 +482,7 @@ class exact_rows(Transform):
                 f"{sorted(table_arrays.slots)}"
             )
         batch, flat_ids = bound.batch_of(read_table), ids.reshape(-1)
-        ready = caught_up(batch, bound.past(batch.family), [table_arrays], [flat_ids])
+        ready = catch_up_rows(batch, bound.past(batch.family), [table_arrays], [flat_ids])
         rows = ready.weights
         if slot is not None:
             rows = ready.slots[slot].astype(table_arrays.slots[slot].dtype)
@@ -522,7 +521,7 @@ class exact_rows(Transform):
         bound = self.bind(state, params)
         leaves = [
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
-            for g in matched("exact_rows", "grads", as_arrays(updates), bound.params, "params")
+            for g in match_leaves("exact_rows", "grads", as_arrays(updates), bound.params, "params")
         ]
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf_index])
@@ -581,10 +580,10 @@ class exact_rows(Transform):
             if table.num_rows == 0:
                 continue
             batch, table_arrays = bound.batch_of(table), bound.arrays(table)
-            flush_rows = run_on_own_rows(
-                owner, functools.partial(flushed, batch, stochastic), table_arrays.weights, axis
+            flush_own_rows = run_on_own_rows(
+                owner, functools.partial(flush_rows, batch, stochastic), table_arrays.weights, axis
             )
-            weights, slots, last = flush_rows(table_arrays, bound.past(batch.family))
+            weights, slots, last = flush_own_rows(table_arrays, bound.past(batch.family))
             params = _replaced(params, table.leaf_index, weights)
             inner = _with_slots(state.inner, table.leaf_index, slots)
             state = state._replace(inner=inner, last={**state.last, table.path: last})
@@ -617,7 +616,7 @@ def _expect_gradient(table: Table, g: Any) -> None:
 
 
 def _would_loop(leaves: Sequence[Any]) -> bool:
-    """Whether a gradient has so many rows that a step takes them in blocks."""
+    """Whether a gradient has so many rows that a step processes them in blocks."""
     return any(isinstance(g, RowGradient) and not needs_no_loop(g.indices.size) for g in leaves)
 
 
