@@ -209,7 +209,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     ),
     "EMA start": (
         "a weight that goes 1, 0.9, 0.8: its average with momentum 0.99 at the end",
-        "after the first step, start the average from its weights: "
+        "after the first step, start the average again from the weights that this step gave: "
         "`state = (*state[:-1], tx.transforms[-1].init(params))`",
         {
             "adamjax": adamjax_average,

@@ -280,13 +280,13 @@ def rows(results: Results) -> str:
         if case == first:
             text = f"{_how_rows_were_measured(results)} {title}; median (quartiles). `exact step` "
             text += "and `lazy step` are whole train steps, which also read the rows and "
-            text += "differentiate a loss. The ratio of `lazy step` is to `exact step`."
+            text += "differentiate a loss. In the row `lazy step`, the ratio is to `exact step`."
         else:
             text = f"{title}, {same_size[0]['rounds']} rounds in all:"
         parts += [text, _contenders_table(same_size)]
     text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
-    text += "sizes. In brackets: how many times as long optax with dense gradients and torch's "
-    text += "SparseAdam take."
+    text += "sizes. In brackets, how many times as long others take: first optax with dense "
+    text += "gradients, then torch's SparseAdam."
     return "\n\n".join([*parts, *bounds, text, _grid_table(cases, kinds)])
 
 
