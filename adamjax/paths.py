@@ -295,10 +295,12 @@ def expect_paths(
         if any(re.search(pattern, path) for path in paths):
             idle = _idle_exclusion(pattern, [*paths, *absent])
             if idle:
+                advice = f"If it may exclude none, write adamjax.optional({str(pattern)!r})"
+                if all(path.isdecimal() for path in paths):  # as in a list of parameters
+                    advice = "These are not names: pass a mask as a list of bools"
                 raise ValueError(
                     f"{owner}: {idle!r} in the pattern {pattern!r} excludes no {what}; the "
-                    f"paths are {_listed(paths)}. If it may exclude none, write "
-                    f"adamjax.optional({str(pattern)!r})"
+                    f"paths are {_listed(paths)}. {advice}"
                 )
             continue
         note = ""
