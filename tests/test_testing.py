@@ -498,6 +498,28 @@ def test_another_librarys_transform_gets_no_integers(params):
     testing.check(optax.clip_by_global_norm(1.0), laws=laws, params=params)
 
 
+def test_a_coast_that_exact_rows_refuses_breaks_the_law():
+    class Mistyped(adamjax.scale_by_adam):
+        def coast(self):
+            return super().coast()._replace(size="s")
+
+    with pytest.raises(AssertionError, match=r"it has a coast, but is refused: exact_rows: "):
+        testing.check(Mistyped(), laws=["exact_rows_is_dense_or_refuses"])
+
+
+def test_the_law_of_the_reference_needs_one():
+    with pytest.raises(ValueError, match=r"needs a reference: check\(tx, reference\)"):
+        testing.check(sound(), laws=["follows_the_reference"])
+
+
+def test_a_fault_of_many_laws_is_told_once():
+    tx = adamjax.masked(adamjax.clip_by_norm(0.5), "nothing")
+    with pytest.raises(AssertionError) as caught:
+        testing.check(tx, laws=["is_pure", "pickles", "updates_have_the_gradients_dtype"])
+    text = str(caught.value)
+    assert text.count("matches no leaf") == 1, text
+
+
 def test_a_law_that_is_none_is_refused():
     with pytest.raises(ValueError, match="there is no law 'is_fast'; the laws are"):
         testing.check(sound(), laws=["is_fast"])
