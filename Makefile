@@ -36,7 +36,7 @@ help:
 	@echo "make bench-tpu    what the TPU's compiler says of steps, without a TPU"
 	@echo "make bench-gpu    what the GPU's compiler says of them, without a GPU"
 	@echo "make docs         build the pages and the API reference in build/docs"
-	@echo "make readme       write measured tables and figures into README.md and docs/"
+	@echo "make readme       write measured tables and numbers into README.md and docs/"
 	@echo "make clean        remove what these made"
 
 # Huge pages, where glibc can give them: XLA's buffers are mapped anew at every step.

@@ -22,7 +22,7 @@ SUITES = {
     "soak": "100,000 steps on a table, exact and dense, against float64: does anything drift?",
     "differences": "how the results of other packages differ, in numbers",
     "report": "results as a page to read, with plots; --compare A.json B.json: what changed?",
-    "readme": "write measured tables and figures into README.md and docs/",
+    "readme": "write measured tables and numbers into README.md and docs/",
 }
 
 

@@ -19,18 +19,20 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.steps import MAX_NORM, RATE, Runner, chain_step
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import Team, players, serve
+from benchmarks.workers import WorkerPool, contender_answers, serve
 
 CHAINS = ("adam", "clip + adam")
-# For workloads of many small leaves: adamjax can join these, the other packages cannot.
+# For workloads of many small leaves. adamjax can store these leaves end to end (`grouped`); the
+# other packages cannot.
 SMALL_LEAF_CHAINS = ("adam", "adam, grouped", "clip + adam, grouped")
 MANY_LEAVES = "500 leaves, 8.2M"
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
 IN_JAX = ("adamjax", "optax", "keras")
 
-# A sample has as many steps as last this long, but no more than so many.
+# A sample takes as many steps as fit into SAMPLE_SECONDS, at most MOST_STEPS.
 SAMPLE_SECONDS, MOST_STEPS = 0.05, 100
-# Of a device's memory: four contenders have six arrays each, whose numbers have four bytes.
+# The bytes of device memory that all contenders need per parameter: four contenders, six float32
+# arrays each.
 BYTES_PER_PARAMETER = 4 * 6 * 4
 
 Shapes = list[tuple[int, ...]]
@@ -152,7 +154,7 @@ def torch_runner(chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None
 
 
 class Contender:
-    """In a process: the steps of one package."""
+    """One package's steps; lives in a worker process."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -183,9 +185,9 @@ def take_times(
     names = [*measure.installed(*IN_JAX), *(["torch"] if device.torch else [])]
     samples: list[dict[str, float]] = []
     for _ in range(sittings):
-        with Team("dense", names, device, together=IN_JAX) as team:
-            samples += team.play(names, (chain, shapes, dtype, least_steps), rounds)[1]
-    names = measure.in_all(samples, names)
+        with WorkerPool("dense", names, device, together=IN_JAX) as pool:
+            samples += pool.measure(names, (chain, shapes, dtype, least_steps), rounds)[1]
+    names = measure.names_in_every_round(samples, names)
     return {
         "least_bytes": least_bytes(shapes, dtype, chain),
         "ms": measure.times(samples, names),
@@ -195,10 +197,10 @@ def take_times(
 
 def main(argv: list[str]) -> int:
     counts = {"rounds": 10, "sittings": 5}
-    suite = Suite("dense", __doc__, PACKAGES, counts, only="workloads")
+    suite = Suite("dense", __doc__, PACKAGES, counts, only_chooses="workloads")
     args = suite.parse(argv)
     if args.worker:
-        return serve(players(Contender))
+        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     every = QUICK if args.quick else workloads(large=here.platform != "cpu")
     chosen = {name: every[name] for name in suite.chosen(every)}

@@ -78,7 +78,7 @@ def distance(own: list[Any], dense: list[Any]) -> float:
 
 def main(argv: list[str]) -> int:
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
-    suite = Suite("float64", __doc__, packages, only="models")
+    suite = Suite("float64", __doc__, packages, only_chooses="models")
     quick = suite.parse(argv).quick
     quality.expect_packages()
     jax.config.update("jax_enable_x64", True)

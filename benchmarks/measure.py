@@ -57,7 +57,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high}
 
 
-def in_all(rounds: Rounds, names: Iterable[str]) -> list[str]:
+def names_in_every_round(rounds: Rounds, names: Iterable[str]) -> list[str]:
     """Those of the names that every round has a sample of."""
     return [n for n in names if all(n in one_round for one_round in rounds)]
 

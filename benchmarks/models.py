@@ -22,7 +22,7 @@ from benchmarks.compile import PARTS, compile_seconds
 from benchmarks.networks import DLRM, Clicks, Params, Transformer, TwoTower
 from benchmarks.steps import RATE, Runner, Step
 from benchmarks.suite import Suite, progress, say_times
-from benchmarks.workers import Team, players, serve
+from benchmarks.workers import WorkerPool, contender_answers, serve
 
 # The second model has one of the first one's tables. Only its program is measured, not its steps.
 MANY, ONE = "click, 26 tables", "click, one table"
@@ -83,7 +83,7 @@ def trainer(name: str, model: Any) -> Step:
 
 
 class Contender:
-    """In a process: a contender's steps on one model at a time."""
+    """A contender's steps on one model at a time; lives in a worker process."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -135,11 +135,11 @@ def measure_steps(
     failed: dict[str, str] = {}
     rounds: list[dict[str, float]] = []
     for _ in range(args.sittings):
-        with Team("models", names, device) as team:
-            about, samples = team.play(names, (label, args.quick), args.rounds)
+        with WorkerPool("models", names, device) as pool:
+            about, samples = pool.measure(names, (label, args.quick), args.rounds)
             rounds += samples
-            failed |= team.failed
-    measured = measure.in_all(rounds, names)
+            failed |= pool.failed
+    measured = measure.names_in_every_round(rounds, names)
     # A contender's time divided by that of `exact`, and the time that the tables add to a step.
     ratio, tables_ms = {}, {}
     if "exact" in measured:
@@ -170,9 +170,9 @@ def measure_programs(
     """
     programs_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.sittings):
-        with Team("models", names, device) as team:
+        with WorkerPool("models", names, device) as pool:
             for _, label, name in itertools.product(range(COMPILATIONS), (MANY, ONE), names):
-                answers = team.ask(name, "program", label, args.quick)
+                answers = pool.ask(name, "program", label, args.quick)
                 programs_by_case.setdefault((label, name), []).extend(answers.values())
     rounds = COMPILATIONS * args.sittings
     return [
@@ -243,10 +243,10 @@ def measure_tracing(models: Mapping[str, Any], rounds: int) -> list[dict[str, An
 def main(argv: list[str]) -> int:
     packages, counts = ("adamjax", "jax", "jaxlib", "optax"), {"rounds": 8, "sittings": 3}
     modules = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
-    suite = Suite("models", __doc__, packages, counts, modules, only="models")
+    suite = Suite("models", __doc__, packages, counts, modules, only_chooses="models")
     args = suite.parse(argv)
     if args.worker:
-        return serve(players(Contender))
+        return serve(contender_answers(Contender))
     every = QUICK if args.quick else MODELS
     models = {label: every[label] for label in suite.chosen(every)}
     names = suite.chosen_contenders()

@@ -1,7 +1,7 @@
 """Adam's moments in few bits against the recurrence in float64: what errors they have.
 
-Gradients of several kinds and sizes, the moments and updates that Adam makes of them in a format,
-the same in float64, and the errors between the two.
+Gradients of several kinds and magnitudes, the moments and updates that Adam makes of them in a
+format, the same in float64, and the errors between the two.
 """
 
 import functools

@@ -1,15 +1,15 @@
 """Moments and weights in few bits: do they stay right, and does training end where float32 does?
 
-First the moments. Steps with gradients of several kinds and sizes are compared with the recurrence
-in float64: at every tenth step, the mean error of m and v over all elements is compared with its
-standard error, and the size of the updates' error is measured.
+First the moments. Steps with gradients of several kinds and magnitudes are compared with the
+recurrence in float64: at every tenth step, the mean error of m and v over all elements is compared
+with its standard error, and the size of the updates' error is measured.
 
-Then training. Two models, the training job's and the transformer of `models`, are trained in each
-format from the same seeds. What counts was fixed before the runs: a format is as good as float32 if
-the mean difference of the held-out loss, paired by seed, is at most `MARGIN` of what float32
-learns, or at most the spread of float32's own seeds if that is larger. The control, optax's Adam on
-bfloat16 weights, rounds weights and moments to the nearest. All matrix products are in float32, so
-only the optimizer differs.
+Then training. Two models, that of `benchmarks.train` and the transformer of the suite `models`, are
+trained in each format from the same seeds. The criterion was fixed before the runs: a format
+is as good as float32 if the mean difference of the held-out loss, paired by seed, is at most
+`MARGIN` of what float32 learns, or at most the spread of float32's own seeds if that is larger. The
+control, optax's Adam on bfloat16 weights, rounds weights and moments to the nearest. All matrix
+products are in float32, so only the optimizer differs.
 """
 
 import dataclasses
@@ -77,7 +77,10 @@ class Task:
 
 
 def next_words(quick: bool) -> Task:
-    """The model of the training job on its own text; every fourth held-out word is evaluated."""
+    """The model of `benchmarks.train` on its own text.
+
+    Every fourth held-out word (every 64th in a quick run) is evaluated.
+    """
     config = Config(batch=64, dim=8, hidden=16, vocab=4_000) if quick else Config()
     text = data.read([], config.vocab)
     held_out = data.Windows(text.held_out, config.context, text.boundary)
@@ -87,27 +90,31 @@ def next_words(quick: bool) -> Task:
     def batches(seed: int) -> Callable[[int], model.Batch]:
         return job.all_batches(dataclasses.replace(config, seed=seed), text)
 
+    def held_out_loss(params: Any) -> float:
+        loss = model.held_out_loss(params, held_out, is_given_up=lambda: False)
+        return float(loss or 0)  # `None` only if the evaluation is given up: never here
+
     return Task(
         lambda seed: job.initial(dataclasses.replace(config, seed=seed), text),
         model.loss,
         lambda seed, step: batches(seed)(step),
-        lambda params: float(model.held_out_loss(params, held_out, lambda: False) or 0),
+        held_out_loss,
         config.learning_rate,
         config.weight_decay,
     )
 
 
 def transformer(quick: bool) -> Task:
-    """The transformer of `models`, on its own data."""
+    """The transformer of the suite `models`, on its own data."""
     network = Transformer(1000, width=16, length=16, examples=4) if quick else Transformer()
-    evaluated = jax.jit(network.loss)
+    jitted_loss = jax.jit(network.loss)
     # Each seed trains on batches of its own. These numbers are beyond those of every seed.
     held_out = [network.batch(10_000_000 + i) for i in range(2 if quick else 64)]
     return Task(
         lambda seed: jax.jit(network.init)(jax.random.key(seed, impl="rbg")),
         network.loss,
         lambda seed, step: network.batch(100_000 * seed + step),
-        lambda params: statistics.fmean(float(evaluated(params, x)) for x in held_out),
+        lambda params: statistics.fmean(float(jitted_loss(params, x)) for x in held_out),
         rate=3e-3,
         decay=1e-2,
     )
@@ -170,7 +177,7 @@ def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
 
 
 def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[dict[str, Any]]:
-    """For each format, how its moments differ from float64 for gradients of a kind and size."""
+    """For each format, how its moments differ from float64: gradients of one kind and magnitude."""
     g = moments.gradients(kind, steps, elements) * np.float32(scale)
     expected = moments.reference(g)
     return [
@@ -182,7 +189,7 @@ def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[di
 
 def main(argv: list[str]) -> int:
     packages = ("adamjax", "jax", "jaxlib", "optax")
-    suite = Suite("narrow", __doc__, packages, only=f"parts (moments, {', '.join(TASKS)})")
+    suite = Suite("narrow", __doc__, packages, only_chooses=f"parts (moments, {', '.join(TASKS)})")
     args = suite.parse(argv)
     steps, elements = (200, 256) if args.quick else (20_000, 2048)
     training_steps, seeds = (10, 2) if args.quick else (300, 5)

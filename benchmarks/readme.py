@@ -1,6 +1,6 @@
-"""Writes measured tables and figures into README.md and docs/, from the committed results alone.
+"""Writes measured tables and numbers into README.md and docs/, from the committed results alone.
 
-A figure stands in a sentence, between `<!-- figure NAME -->` and `<!-- end -->`.
+A number stands in a sentence, between `<!-- number NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from benchmarks.tables import SUITES, Results, main_rows, span, two_digits
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 
-FIGURE = re.compile(r"(<!-- figure (.+?) -->).*?(<!-- end -->)", re.DOTALL)
+NUMBER_MARK = re.compile(r"(<!-- number (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -79,13 +79,13 @@ def temporaries(mode: str) -> str:
     return f"{by_mode[mode] / 1e6:.0f}"
 
 
-def training_figure(mode: str, name: str) -> float:
-    """A figure of the training job with `--rows MODE`; if it is a spread, its median."""
-    figure = results("train")["rows"][mode][name]
-    return float(figure["median"] if isinstance(figure, dict) else figure)
+def training_number(mode: str, name: str) -> float:
+    """A number of the training job with `--rows MODE`; if it is a spread, its median."""
+    number = results("train")["rows"][mode][name]
+    return float(number["median"] if isinstance(number, dict) else number)
 
 
-FIGURES = {
+NUMBERS = {
     "table optax": lambda: span(times_over_exact("optax")),
     "table torch": lambda: span(times_over_exact("torch sparse")),
     "table exact ms": lambda: span(
@@ -107,11 +107,11 @@ FIGURES = {
     "compile one table": lambda: seconds_to_compile("click, one table"),
     "compile 26 tables": lambda: seconds_to_compile("click, 26 tables"),
     "train steps": lambda: f"{results('train')['config']['steps']}",
-    "train none loss": lambda: f"{training_figure('none', 'held_out_loss'):.3f}",
-    "train exact loss": lambda: f"{training_figure('exact', 'held_out_loss'):.3f}",
-    "train lazy loss": lambda: f"{training_figure('lazy', 'held_out_loss'):.3f}",
-    "train exact time": lambda: f"{training_figure('exact', 'ratio_to_none'):.2f}",
-    "train lazy time": lambda: f"{training_figure('lazy', 'ratio_to_none'):.2f}",
+    "train none loss": lambda: f"{training_number('none', 'held_out_loss'):.3f}",
+    "train exact loss": lambda: f"{training_number('exact', 'held_out_loss'):.3f}",
+    "train lazy loss": lambda: f"{training_number('lazy', 'held_out_loss'):.3f}",
+    "train exact time": lambda: f"{training_number('exact', 'ratio_to_none'):.2f}",
+    "train lazy time": lambda: f"{training_number('lazy', 'ratio_to_none'):.2f}",
     "table temporaries dense gradient": lambda: temporaries("dense gradient"),
     "table temporaries exact": lambda: temporaries("exact_rows"),
 }
@@ -144,13 +144,13 @@ def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Texts of pages with their tables and figures as the committed results say.
+    """Texts of pages with their tables and numbers as the committed results say.
 
     Raises:
-      KeyError: there is no figure of a name.
+      KeyError: there is no number of a name.
     """
     return {
-        page: FIGURE.sub(lambda m: m[1] + FIGURES[m[2]]() + m[3], text)
+        page: NUMBER_MARK.sub(lambda m: m[1] + NUMBERS[m[2]]() + m[3], text)
         for page, text in with_tables(texts).items()
     }
 

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import contenders, measure
 from benchmarks.contenders import Case, JaxTable, TorchTable, short
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import Team, players, serve
+from benchmarks.workers import WorkerPool, contender_answers, serve
 
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
 # The seconds that a timed sample should last.
@@ -73,7 +73,7 @@ def _resident(what: str) -> int:
 
 
 class Contender:
-    """In a process: a contender's table, and the case that it works on."""
+    """A contender's table, and the case that it works on; lives in a worker process."""
 
     def __init__(self, name: str) -> None:
         self.name, self.shape = name, (0, 0)
@@ -119,37 +119,37 @@ class Contender:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def fits(team: Team, cases: Sequence[Case]) -> bool:
+def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
     """Whether all contenders' arrays fit in memory at once, and one's temporaries.
 
     These are a table with its moments, the same for all cases, and the batches of the largest.
     """
-    free = team.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
+    free = pool.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
     case = max(cases, key=contenders.batch_bytes)
-    tables = 3 * len(team.names) + 3
+    tables = 3 * len(pool.names) + 3
     # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
-    width = max(case.width, 128) if team.device.platform == "tpu" else case.width
-    each = contenders.batch_bytes(case) + (6e8 if team.device.platform == "gpu" else 0)
-    return tables * case.rows * width * 4 + each * len(team.names) < 0.8 * free
+    width = max(case.width, 128) if pool.device.platform == "tpu" else case.width
+    each = contenders.batch_bytes(case) + (6e8 if pool.device.platform == "gpu" else 0)
+    return tables * case.rows * width * 4 + each * len(pool.names) < 0.8 * free
 
 
-def take_samples(team: Team, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
+def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
     """The samples of so many rounds of cases with one table, and what contenders say of memory."""
-    in_turn = fits(team, list(rounds))
+    in_turn = fits(pool, list(rounds))
     by_case: dict[Case, dict[str, Any]] = {
         case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
         for case, n in rounds.items()
     }
-    for names in [team.names] if in_turn else [[name] for name in team.names]:
+    for names in [pool.names] if in_turn else [[name] for name in pool.names]:
         for case, record in by_case.items():
-            about, samples = team.play(names, list(vars(case).values()), rounds[case])
+            about, samples = pool.measure(names, list(vars(case).values()), rounds[case])
             record["about"] |= about
-            record["failed"] |= team.failed
+            record["failed"] |= pool.failed
             for one, more in zip(record["samples"], samples, strict=True):
                 one |= more
         for name in names:
-            team.ask(name, "drop")
-    team.failed = {}  # New processes may try the next table.
+            pool.ask(name, "drop")
+    pool.failed = {}  # New processes may try the next table.
     return by_case
 
 
@@ -157,7 +157,7 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a case, from what `take_samples` found in each sitting."""
     samples = [x for record in sittings for x in record["samples"]]
     about = sittings[0]["about"]
-    names = measure.in_all(samples, list(contenders.ALL_CONTENDERS))
+    names = measure.names_in_every_round(samples, list(contenders.ALL_CONTENDERS))
     own = [name for name in names if name in contenders.OURS and name != "lazy step"]
     return {
         "case": case.name,
@@ -184,9 +184,9 @@ def measure_cases(
         table = case.rows, case.width, case in MAIN and case.reads
         tables.setdefault(table, {})[case] = count
     for _ in range(sittings if rounds else 0):
-        with Team("rows", names, device) as team:
+        with WorkerPool("rows", names, device) as pool:
             for cases in progress(tables.values(), "table"):
-                for case, record in take_samples(team, cases).items():
+                for case, record in take_samples(pool, cases).items():
                     records[case].append(record)
                     say_times(case.name, summary(case, records[case])["ms"])
     return [summary(case, record) for case, record in records.items()]
@@ -200,15 +200,16 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
     cases = [case for case in MAIN if case.reads == FULL]
     samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
-        with Team("rows", dict.fromkeys(GROWTH, "exact"), device) as team:
+        with WorkerPool("rows", dict.fromkeys(GROWTH, "exact"), device) as pool:
             for case in cases:
                 for size, rows in GROWTH.items():
-                    team.ask(size, "prepare", *vars(replace(case, rows=rows)).values())
-                turns = (team.in_turn(team.names, number) for number in range(rounds))
+                    pool.ask(size, "prepare", *vars(replace(case, rows=rows)).values())
+                turns = (pool.in_turn(pool.names, number) for number in range(rounds))
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
     for indices, rounds_of in samples.items():
-        if len(measure.in_all(rounds_of, GROWTH)) == len(GROWTH):  # else one has ended
+        # Otherwise one of the two has ended.
+        if len(measure.names_in_every_round(rounds_of, GROWTH)) == len(GROWTH):
             row = {"indices": indices, "reads": FULL, "contender": "exact"}
             row["ms"] = measure.times(rounds_of, (small, large))
             growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})
@@ -272,10 +273,10 @@ def bounds(
 def main(argv: list[str]) -> int:
     counts = {"rounds": 8, "sittings": 4, "grid_rounds": 3}
     modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
-    suite = Suite("rows", __doc__, PACKAGES, counts, modules, only="cases, and 'growth',")
+    suite = Suite("rows", __doc__, PACKAGES, counts, modules, only_chooses="cases, and 'growth',")
     args = suite.parse(argv)
     if args.worker:
-        return serve(players(Contender))
+        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
     grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])

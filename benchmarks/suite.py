@@ -33,7 +33,7 @@ class Suite:
     counts: Mapping[str, int] = field(default_factory=dict)
     # What `--contenders` chooses from, and the module that each needs.
     contenders: Mapping[str, str] = field(default_factory=dict)
-    only: str | None = None  # what `--only` chooses from, in a few words
+    only_chooses: str | None = None  # what `--only` chooses from, in a few words
     folder: str | None = None  # of benchmarks/results, if they do not depend on the device
     written: Path | None = None  # the file of the results, after `finish`, if there is one
 
@@ -48,8 +48,8 @@ class Suite:
         for count, default in self.counts.items():
             option = f"--{count.replace('_', '-')}"
             add(option, type=number(int, LEAST[count]), help=f"default {default}")
-        if self.only:
-            add("--only", default="", help=f"{self.only} whose name has this text")
+        if self.only_chooses:
+            add("--only", default="", help=f"{self.only_chooses} whose name has this text")
         if self.contenders:
             add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
         add("--worker", help=argparse.SUPPRESS)  # for the processes that a suite starts

@@ -47,13 +47,13 @@ class Worker:
         self.process.wait()
 
 
-class Team:
+class WorkerPool:
     """The contenders' processes, started when they are needed.
 
-    Each has a process of its own, but for those that are `together` in one; where only one process
-    at a time can use the device (a TPU), all share one. One that ends is no longer asked; `failed`
-    says how it ended. The players have the names of contenders, or `names` is a dict from other
-    names to contenders.
+    Each contender has a process of its own, but for those that are `together` in one. Where only
+    one process at a time can use the device (a TPU), all share one. A contender whose process has
+    ended is no longer asked; `failed` says how it ended. `names` are names of contenders, or a dict
+    from other names to contenders: then one contender may take part under several names.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Team:
         self.failed: dict[str, str] = {}
 
     def ask(self, name: str, *question: Any) -> dict[str, Any]:
-        """A player's answer under its name; empty if the player has ended."""
+        """A contender's answer under its name; empty if its process has ended."""
         if name in self.failed:
             return {}
         process = self.processes[name]
@@ -90,16 +90,16 @@ class Team:
             samples |= self.ask(name, "sample")
         return samples
 
-    def play(
+    def measure(
         self, names: Sequence[str], case: Sequence[Any], rounds: int
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What each player says as it prepares a case, and the samples of some rounds."""
+        """What each contender says as it prepares a case, and the samples of some rounds."""
         answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
             answers |= self.ask(name, "prepare", *case)
         return answers, [self.in_turn(names, number) for number in range(rounds)]
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,17 +116,18 @@ def serve(answer: Callable[[Any], Any]) -> int:
     return 0
 
 
-def players(make: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """Answers for the players of a team: each is made when it is first asked.
+def contender_answers(make: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """A function that answers the questions of a pool, for `serve`.
 
-    A question is a player, its contender, the name of a method and its arguments.
+    A question is a name, the contender of this name, a method of the contender, and its arguments.
+    `make` makes the contender when its name is first asked.
     """
     contenders: dict[str, Any] = {}
 
     def answer(question: Any) -> Any:
-        player, contender, method, *arguments = question
-        if player not in contenders:
-            contenders[player] = make(contender)
-        return getattr(contenders[player], method)(*arguments)
+        name, contender, method, *arguments = question
+        if name not in contenders:
+            contenders[name] = make(contender)
+        return getattr(contenders[name], method)(*arguments)
 
     return answer

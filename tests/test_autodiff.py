@@ -2072,9 +2072,9 @@ def test_donation():
     """A buffer that could not be used again would be a warning, which is an error here."""
     step = jax.jit(descended(adamjax.value_and_grad(simple, "table")), donate_argnums=0)
     p = jax.tree.map(jnp.array, params())
-    held = p["table"]
+    donated = p["table"]
     value, p = step(p, MANY)
-    assert held.is_deleted()
+    assert donated.is_deleted()
     assert_equal((value, p), descended(jax.value_and_grad(simple))(params(), MANY))
 
 

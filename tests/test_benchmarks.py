@@ -215,7 +215,7 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
     class WorkerInThisProcess:
         def __init__(self, *arguments, **environment):
             started.append(arguments)
-            self.answer = workers.players(Echo)
+            self.answer = workers.contender_answers(Echo)
 
         def ask(self, question):
             question = json.loads(json.dumps(question))  # as it would arrive
@@ -228,13 +228,13 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
             pass
 
     monkeypatch.setattr(workers, "Worker", WorkerInThisProcess)
-    players = {"exact 1k": "exact", "exact 4M": "exact", "optax": "optax"}
-    with workers.Team("rows", players, measure.Device("tpu")) as team:
-        for player, name in players.items():
-            assert team.ask(player, "prepare", 3) == {player: [name, 3]}
+    contenders = {"exact 1k": "exact", "exact 4M": "exact", "optax": "optax"}
+    with workers.WorkerPool("rows", contenders, measure.Device("tpu")) as pool:
+        for name, contender in contenders.items():
+            assert pool.ask(name, "prepare", 3) == {name: [contender, 3]}
         assert started == [("rows", "shared")]
-        assert team.ask("optax", "end") == {}
-        assert team.failed.keys() == players.keys()
+        assert pool.ask("optax", "end") == {}
+        assert pool.failed.keys() == contenders.keys()
 
 
 # --- the report -----------------------------------------------------------------------------------

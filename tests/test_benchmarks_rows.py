@@ -115,10 +115,10 @@ class FakeWorker:
 def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
     """Whether all fit in memory and take turns, or each is measured on its own."""
     monkeypatch.setattr(workers, "Worker", FakeWorker)
-    monkeypatch.setattr(rows, "fits", lambda team, cases: in_turn)
-    with workers.Team("rows", list(contenders.ALL_CONTENDERS), measure.Device()) as team:
+    monkeypatch.setattr(rows, "fits", lambda pool, cases: in_turn)
+    with workers.WorkerPool("rows", list(contenders.ALL_CONTENDERS), measure.Device()) as pool:
         counts = dict(zip(rows.MAIN[:2], (3, 2), strict=True))
-        taken = rows.take_samples(team, counts)
+        taken = rows.take_samples(pool, counts)
         zipf, uniform = (rows.summary(case, [samples]) for case, samples in taken.items())
     assert (zipf["rounds"], uniform["rounds"]) == (3, 2)
     for row in (zipf, uniform):
@@ -168,13 +168,13 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     # Values: 4 arrays of 4 bytes an element. Indices: 32 arrays of 8 bytes an index.
     batch_bytes = contenders.batch_bytes(large)
     assert batch_bytes == 4 * 4 * 262_144 * 64 + 32 * 8 * 262_144
-    team = workers.Team("rows", ["exact"], measure.Device())
+    pool = workers.WorkerPool("rows", ["exact"], measure.Device())
     # The table and its moments in float32, and as much again for temporaries. At most 0.8 of the
     # free memory is used.
     table_bytes = 2 * 3 * 4 * 1_000_000 * 64
     for spare, fits in ((batch_bytes + 1, True), (batch_bytes - 1, False)):
         monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)
-        assert rows.fits(team, rows.MAIN) == fits
+        assert rows.fits(pool, rows.MAIN) == fits
 
 
 def test_quick_run(tmp_path):

@@ -318,7 +318,7 @@ def test_adamax_with_epsilon_inside_the_maximum():
         name: jax.tree.map(lambda x: x * 1e-5, getattr(state[0], name)) for name in ("mu", "nu")
     }
     small = (state[0]._replace(**tiny), *state[1:])
-    with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it has epsilon inside"):
+    with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it adds epsilon inside"):
         convert.from_optax(small, ours, middle, theirs)
 
 
@@ -331,7 +331,7 @@ def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
     assert_close(adamjax.get_slot(converted, "u"), sizes, rtol=1e-15)
     back = convert.to_optax(converted, ours, after, theirs, rtol=1e3)
     assert_close(back, state, rtol=1e-15)
-    with pytest.raises(ValueError, match=r"after 1 steps, a step may differ by"):
+    with pytest.raises(ValueError, match=r"after 1 steps, the next step may differ by .*% between"):
         convert.to_optax(converted, ours, after, theirs)
 
 
@@ -3113,10 +3113,10 @@ RATE_ALONE, DECAY_ALONE = INJECT(optax.scale_by_learning_rate), INJECT(optax.add
 
 
 def plain_dict():
-    held = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
+    leaf_state = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
     group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
-    return {"state": {0: held, 1: dict(held)}, "param_groups": [group]}
+    return {"state": {0: leaf_state, 1: dict(leaf_state)}, "param_groups": [group]}
 
 
 def with_group(**changes):
@@ -3373,7 +3373,7 @@ def test_slots_that_do_not_show_the_rule():
         (ADAM, "and says that they are those of amsgrad; for adam, expected a state that says"),
         (
             adamjax.amsgrad(RATE, eps=1e-8),
-            r"of 'a', .*; for amsgrad, expected .*'max_exp_avg_sq'\]",
+            r"of 'a', .*; for amsgrad, expected .*'max_exp_avg_sq'\]: was amsgrad switched on",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -4977,7 +4977,9 @@ def test_optimizers_with_a_rate_of_0_that_is_set_later_are_compared():
     for different in ({"weight_decay": 0.3}, {"b1": 0.91}, {"b2": 0.9989}):
         with pytest.raises(ValueError, match=r"with a rate of 0\.01 in place of 0, on, tx moves"):
             convert.from_optax(old, ours(**different), TWO, theirs)
-    message = "rate is 0 in a state .*nothing can be compared: build both with the same rate"
+    message = (
+        "rate is 0 in a state .*nothing can be compared: build both optimizers with the same rate"
+    )
     with pytest.raises(ValueError, match=message):
         convert.from_optax(old, adamjax.adamw(0.0, eps=1e-8, weight_decay=0.1), TWO, theirs)
     # Leaves that stay frozen in both are as they were.
@@ -5550,9 +5552,9 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
 
 
 def test_sparse_adam_of_torch_has_no_decay():
-    held = {"step": 3, "exp_avg": np.ones((3, 2), "f"), "exp_avg_sq": np.ones((3, 2), "f")}
+    leaf_state = {"step": 3, "exp_avg": np.ones((3, 2), "f"), "exp_avg_sq": np.ones((3, 2), "f")}
     group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
-    old, params = {"state": {0: held}, "param_groups": [group]}, jnp.zeros((3, 2))
+    old, params = {"state": {0: leaf_state}, "param_groups": [group]}, jnp.zeros((3, 2))
     convert.from_torch(old, adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"), params)
     with pytest.raises(ValueError, match=r"a weight decay of 0, tx has .*0.004 after it"):
         convert.from_torch(old, adamjax.adamw(0.1, eps_hat=1e-8, rows="lazy"), params)

@@ -377,11 +377,11 @@ def test_betas_that_are_traced_make_nan_outside_of_their_range(rule, name):
         _, state = tx.update(g, tx.init(g))
         return tx.update(g, state)[0]
 
-    read = jax.jit(lambda b: second(RULES[rule](**{name: b})))
+    call = jax.jit(lambda b: second(RULES[rule](**{name: b})))
     for bad in (-0.5, 1.0, 1.5, 0.99999999, -jnp.inf, jnp.inf, jnp.nan):
-        assert np.isnan(read(bad)).all(), bad
+        assert np.isnan(call(bad)).all(), bad
     for b in (0.0, 0.25, 0.5, 0.75):
-        np.testing.assert_allclose(read(b), second(RULES[rule](**{name: b})), rtol=1e-6)
+        np.testing.assert_allclose(call(b), second(RULES[rule](**{name: b})), rtol=1e-6)
     assert np.isnan(jax.jit(second)(RULES[rule](**{name: 0.99999999}))).all()
 
 

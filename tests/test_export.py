@@ -186,8 +186,8 @@ def over_replicas(tx):
         return jax.tree.map(lambda x: x[None], found)
 
     def mapped(params, state, ids, y):
-        held = jax.tree.map(lambda x: x[None], (params, state))
-        found = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)(*held, ids, y)
+        stacked = jax.tree.map(lambda x: x[None], (params, state))
+        found = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)(*stacked, ids, y)
         return jax.tree.map(lambda x: x[0], found)
 
     return tx, mapped

@@ -221,9 +221,9 @@ def test_a_donated_step_is_traced_once():
         state = init(params)
         state = pickle.loads(pickle.dumps(state))  # as from a checkpoint
         for _ in range(2):
-            held = jax.tree.leaves((params, state))
+            donated = jax.tree.leaves((params, state))
             params, state, _ = step(params, state, floats)
-            assert all(x.is_deleted() for x in held)
+            assert all(x.is_deleted() for x in donated)
     assert len(traces) == 1
 
 

@@ -578,8 +578,8 @@ def test_a_ticket_reaches_the_inside():
     )
     assert_same(right, without)
     (wrong,), (right,) = wrong.parts, right.parts
-    there = np.asarray(right.indices < ROWS)
-    np.testing.assert_allclose((wrong.values - right.values)[there], 10.0, rtol=1e-6)
+    in_table = np.asarray(right.indices < ROWS)
+    np.testing.assert_allclose((wrong.values - right.values)[in_table], 10.0, rtol=1e-6)
 
 
 # --- nested -------------------------------------------------------------------------------------

@@ -189,17 +189,18 @@ MIXED = {
 def test_with_optax(name):
     mixed, plain = (make() for make in MIXED[name])
     moved, state = trained(mixed, apply=optax.apply_updates)
-    wanted, held = trained(plain)
+    wanted, wanted_state = trained(plain)
     tolerance = LOOSER if "inject" in name else ROUNDING
     assert_close(moved, wanted, tolerance)
-    assert adamjax.step_count(state) == adamjax.step_count(held)
-    for slot in adamjax.slot_names(held):
+    assert adamjax.step_count(state) == adamjax.step_count(wanted_state)
+    for slot in adamjax.slot_names(wanted_state):
         leaves = jax.tree.leaves(adamjax.get_slot(state, slot))
-        others = jax.tree.leaves(adamjax.get_slot(held, slot))
+        others = jax.tree.leaves(adamjax.get_slot(wanted_state, slot))
         if len(leaves) == len(others):  # what optax masks has no slots
             assert_close(leaves, others, tolerance)
     if "weight_ema" in repr(plain):
-        assert_close(adamjax.averaged_weights(state), adamjax.averaged_weights(held), tolerance)
+        averages = map(adamjax.averaged_weights, (state, wanted_state))
+        assert_close(*averages, tolerance)
 
 
 @functools.cache
@@ -229,7 +230,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_rows_within_optax(name):
-    """With dense gradients, which are all that these can take; the result is the plain one's."""
+    """optax's wrappers take dense gradients only. The result is that of plain `adam`."""
     tx = EXACT[name](adamjax.exact_rows(adamjax.adam(0.1), "table", history=1024))
 
     @jax.jit
@@ -342,9 +343,9 @@ def test_nnx_optimizer(name):
     assert_close(params, wanted, ROUNDING)
     assert nnx_optimizer.step[...] == len(IDS)
     nnx = pytest.importorskip("flax.nnx")
-    held = nnx.as_pure(nnx_optimizer.opt_state)
-    assert adamjax.step_count(held) == adamjax.step_count(state)
-    assert adamjax.slot_names(held) == adamjax.slot_names(state)
+    nnx_state = nnx.as_pure(nnx_optimizer.opt_state)
+    assert adamjax.step_count(nnx_state) == adamjax.step_count(state)
+    assert adamjax.slot_names(nnx_state) == adamjax.slot_names(state)
 
 
 NNX_ANCHORED = {
@@ -627,8 +628,11 @@ def test_equinox():
     assert (model.activation, model.name, model.steps) == (jax.nn.tanh, "model", 7)
 
 
-def test_joined_leaves_of_a_pickled_equinox_state():
-    """An Equinox module has static values beside its leaves. Pickled, they are other objects."""
+def test_buckets_of_a_pickled_equinox_state():
+    """An Equinox module has static values beside its leaves.
+
+    After unpickling, these static values are new objects.
+    """
     eqx = pytest.importorskip("equinox")
     layer = eqx.nn.Linear(4, 3, key=jax.random.key(0))
     arrays, tx = eqx.filter(layer, eqx.is_inexact_array), adamjax.grouped(adamjax.adam(0.1))
@@ -784,7 +788,9 @@ def test_equinox_with_the_model_as_parameters(name):
 STATES = {
     "everything": optimizer,
     "nadam": lambda: adamjax.nadam(0.1),
-    "adamax, a rate a leaf": lambda: adamjax.adamax(adamjax.by_path([("bias", 0.2)], default=0.1)),
+    "adamax, a rate per leaf": lambda: adamjax.adamax(
+        adamjax.by_path([("bias", 0.2)], default=0.1)
+    ),
     "partition": lambda: adamjax.partition(
         [("kernel", adamjax.amsgrad(0.1))], default=adamjax.skip_not_finite(adamjax.adam(0.1))
     ),
@@ -929,12 +935,12 @@ def test_accumulated_rows_saved_and_restored(way, tmp_path):
 def test_flax_says_what_does_not_fit():
     """After a leaf was added, or with another optimizer, Flax names what it misses."""
     serialization = pytest.importorskip("flax.serialization")
-    held = serialization.to_state_dict(adamjax.adam(0.1).init({"w": jnp.ones(2)}))
+    saved = serialization.to_state_dict(adamjax.adam(0.1).init({"w": jnp.ones(2)}))
     grown = adamjax.adam(0.1).init({"w": jnp.ones(2), "new": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"'new'.*not present in state dict at path ./0/m"):
-        serialization.from_state_dict(grown, held)
+        serialization.from_state_dict(grown, saved)
     with pytest.raises(ValueError, match=r"field names.*do not match"):
-        serialization.from_state_dict(adamjax.adamax(0.1).init({"w": jnp.ones(2)}), held)
+        serialization.from_state_dict(adamjax.adamax(0.1).init({"w": jnp.ones(2)}), saved)
 
 
 def test_orbax_says_what_does_not_fit(tmp_path):
@@ -970,7 +976,10 @@ def test_orbax_refuses_buckets_of_other_leaves(other, tmp_path):
 
 
 def test_a_state_that_does_not_fit_is_refused():
-    """Also where a checkpoint was restored without asking: by the next step, naming the leaf."""
+    """Also where a checkpoint was restored without comparing shapes.
+
+    The next step refuses it and names the leaf.
+    """
     tx = adamjax.adam(0.1)
     state = tx.init(PARAMS)
     grown = {**PARAMS, "new": jnp.ones(3)}
@@ -1045,7 +1054,7 @@ def test_fori_and_while_loops():
     assert_close(looped((PARAMS, tx.init(PARAMS))), expected(), ROUNDING)
 
 
-def test_checkpoint():
+def test_rematerialization():
     """Rematerialized: a loss within a step, and steps that are differentiated themselves."""
     tx = optimizer()
     remat = functools.partial(one_step, tx, loss=jax.checkpoint(loss_fn))
@@ -1104,7 +1113,11 @@ def test_checkify(name):
 
 
 def test_checkify_with_rows():
-    """Floats are checked. (Indices beyond a table's end pad rows, and JAX would report them.)"""
+    """Only floats are checked.
+
+    Unused places of a row gradient have an index beyond the table's end, which JAX's index checks
+    would report.
+    """
     tx = adamjax.adam(0.1)
 
     def step(params, state, ids):
@@ -1248,8 +1261,8 @@ def shardings():
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((DEVICES,), ("x",))
     specs = {"w": P(None, "x"), "b": P("x")}
-    laid = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in specs.items()}
-    params = jax.device_put({"w": jnp.ones((2, 8)), "b": jnp.ones(8)}, laid)
+    param_shardings = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = jax.device_put({"w": jnp.ones((2, 8)), "b": jnp.ones(8)}, param_shardings)
     everywhere = jax.sharding.NamedSharding(mesh, P())
     for make in OPTIMIZERS.values():
         tx = make()
@@ -1258,7 +1271,7 @@ def shardings():
             tx,
             lambda _, sharding: sharding,
             state,
-            laid,
+            param_shardings,
             transform_non_params=lambda _: everywhere,
         )
         state = jax.device_put(state, where)
@@ -1292,7 +1305,7 @@ def test_replicas_and_shardings():
 
 
 def onto_other_devices():
-    """A run is saved on one device, goes on on eight, then on two, as if nothing had changed."""
+    """A run on one device is saved, continued on eight, then on two, as if nothing had changed."""
     import orbax.checkpoint as ocp
 
     P = jax.sharding.PartitionSpec
@@ -1319,14 +1332,14 @@ def onto_other_devices():
             for number, devices in enumerate(device_counts):
                 mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("rows",))
 
-                def laid(x, mesh=mesh):
+                def sharded_shape(x, mesh=mesh):
                     rows = x.ndim == 2 or x.shape == (16,)
                     spec = P("rows") if rows else P()
                     where = jax.sharding.NamedSharding(mesh, spec)
                     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
                 if number:
-                    target = jax.tree.map(laid, jax.eval_shape(fresh, params))
+                    target = jax.tree.map(sharded_shape, jax.eval_shape(fresh, params))
                     run = checkpointer.restore(f"{folder}/{number - 1}", target)
                     tables = [x for x in jax.tree.leaves(run) if x.shape == (16, 4)]
                     assert len(tables) >= 3

@@ -702,8 +702,8 @@ def test_apply_if_finite_around_optimizers(name):
     tx = OPTIMIZERS[name]()
     p, _, objective = mixed(jnp.float32)
     guarded, state = walked(optax.apply_if_finite(tx, 3), p, objective, 4)
-    expected, held = walked(tx, p, objective, 4)
-    assert_close((guarded, state.inner_state), (expected, held), 1e-6)
+    expected, expected_state = walked(tx, p, objective, 4)
+    assert_close((guarded, state.inner_state), (expected, expected_state), 1e-6)
     spoilt = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), p)
     updates, after = jax.jit(optax.apply_if_finite(tx, 3).update)(spoilt, state, guarded)
     assert_same((updates, after.inner_state), (jax.tree.map(jnp.zeros_like, p), state.inner_state))
@@ -768,12 +768,12 @@ def test_map_params(name):
     tx = make()
     state = tx.init(MODEL)
     specs = jax.tree.map(lambda p: f"spec of {p.shape}", MODEL)
-    laid = tree_utils.tree_map_params(
+    state_specs = tree_utils.tree_map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "everywhere"
     )
     for slot in slots:
-        assert tree_utils.tree_get(laid, slot) == specs
-    others = [x for x in jax.tree.leaves(laid) if not x.startswith("spec")]
+        assert tree_utils.tree_get(state_specs, slot) == specs
+    others = [x for x in jax.tree.leaves(state_specs) if not x.startswith("spec")]
     assert set(others) == {"everywhere"}
     kept = tree_utils.tree_map_params(tx, lambda x: None, state)
     assert tree_utils.tree_get(kept, "m") == jax.tree.map(lambda _: None, MODEL)
@@ -789,14 +789,14 @@ def test_map_params_of_masked():
         mapped = tree_utils.tree_map_params(tx, lambda x: x + 1, state)
         assert_same(tree_utils.tree_get(mapped, "m")["a"]["w"], jnp.ones((2, 3)))
         specs = jax.tree.map(lambda p: p.ndim, MODEL)
-        laid = tree_utils.tree_map_params(
+        state_specs = tree_utils.tree_map_params(
             tx,
             lambda x, spec: None if x is None else spec,
             state,
             specs,
             is_leaf=lambda x: x is None,
         )
-        assert tree_utils.tree_get(laid, "m") == {"a": {"w": 2, "b": None}, "z": [None]}
+        assert tree_utils.tree_get(state_specs, "m") == {"a": {"w": 2, "b": None}, "z": [None]}
 
 
 def test_get_and_set():

@@ -1,4 +1,4 @@
-"""What README.md and the pages in docs/ say is so: code prints what is shown, figures are measured.
+"""What README.md and docs/ say is true: code prints what is shown, and numbers are measured.
 
 A block of Python may be followed by a block of text: that is what it prints. Numbers are compared
 to the digits that are written.
@@ -83,21 +83,21 @@ def test_code_prints_what_is_shown(block, monkeypatch):
         assert agrees(printed.getvalue(), block.printed), printed.getvalue()
 
 
-def test_tables_and_figures_are_the_committed_results():
+def test_tables_and_numbers_are_the_committed_results():
     for page, text in readme.render(TEXTS).items():
         assert text == TEXTS[page], f"{NAMES[page]}: run `make readme`"
 
 
-def test_every_figure_has_a_place():
-    used = {found[2] for text in TEXTS.values() for found in readme.FIGURE.finditer(text)}
-    assert used == set(readme.FIGURES)
+def test_every_measured_number_is_used():
+    used = {found[2] for text in TEXTS.values() for found in readme.NUMBER_MARK.finditer(text)}
+    assert used == set(readme.NUMBERS)
 
 
-def test_marks_of_figures_are_pairs_within_lines():
+def test_marks_of_numbers_are_pairs_within_lines():
     """A line of Markdown that begins with a comment is no part of its paragraph."""
     for page, text in TEXTS.items():
-        assert not re.search(r"^\s*<!-- figure ", text, re.M), NAMES[page]
-        assert text.count("<!-- figure ") == text.count("<!-- end -->"), NAMES[page]
+        assert not re.search(r"^\s*<!-- number ", text, re.M), NAMES[page]
+        assert text.count("<!-- number ") == text.count("<!-- end -->"), NAMES[page]
 
 
 def test_results_need_one_place():

@@ -1,4 +1,4 @@
-"""Row gradients stand for the dense arrays that they are, in arithmetic and through transforms."""
+"""A row gradient behaves as the dense array that it represents, alone and through transforms."""
 
 import contextlib
 import copy
@@ -92,7 +92,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("indices", "expected"), WIDE.values(), ids=WIDE)
 @pytest.mark.parametrize("x64", [False, True])
-def test_indices_keep_their_value_until_they_are_compared(indices, expected, x64):
+def test_wide_indices_do_not_wrap_around_into_the_table(indices, expected, x64):
     expected = np.asarray(expected)
     with enable_x64(x64):
         ids = checked_ids("me", indices, V)
@@ -138,7 +138,7 @@ def test_what_is_no_integer_is_no_index(indices, kind):
 
 @pytest.mark.parametrize("num_rows", [7, 23, 100_000])
 def test_both_ways_to_find_distinct_indices(num_rows):
-    """By a scratch of the table's length, and, where that would be long, by sorting."""
+    """By a scratch array of the table's length and, where that would be long, by sorting."""
     ids = np.random.default_rng(0).integers(0, num_rows + 1, 40).astype(np.int32)
     found, place = map(np.asarray, distinct(jnp.asarray(ids), num_rows))
     live = ids < num_rows
@@ -348,9 +348,9 @@ MISTAKEN = {
     "subtracted": lambda a, b: jax.tree.map(jnp.subtract, a, b),
     "zeros": lambda a, b: jax.tree.map(jnp.zeros_like, a),
     "ones": lambda a, b: jax.tree.map(jnp.ones_like, a),
-    "a whole mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) // 2, a, b),
+    "integer mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) // 2, a, b),
     "64 of them": lambda a, b: jax.tree.map(lambda *x: sum(x), *[a] * 64),
-    "size": lambda a, b: jax.tree.map(jnp.abs, a),
+    "absolute value": lambda a, b: jax.tree.map(jnp.abs, a),
     "clipped": lambda a, b: jax.tree.map(lambda x: jnp.clip(x, -1, 1), a),
     "squared": lambda a, b: jax.tree.map(jnp.square, a),
     "micro-batches": lambda a, b: jax.tree.map(
@@ -398,7 +398,10 @@ def test_arithmetic_on_leaves_is_refused_where_it_is_used(name):
 
 @pytest.mark.slow
 def test_arithmetic_on_leaves_of_another_program_makes_nan():
-    """There only the compiled step can notice it. NaN is at least in the first row."""
+    """If the arithmetic was done outside the step's `jit`, only the compiled step can notice it.
+
+    It makes NaN, at least in the first row.
+    """
     for use in USES.values():
         step = jax.jit(use)
         right = step(two_gradients()[0])
@@ -434,15 +437,17 @@ def test_sums_over_replicas_by_leaves_are_refused_or_make_nan():
     right = summed(lambda rows: adamjax.sum_over("d").update(rows, ())[0])
     assert_close(right[0], row_gradient(indices, values, V).to_dense(), 1e-5)
     for wrong in (jax.lax.psum, jax.lax.pmean):
-        table = jnp.nan  # the sum of what is no tracer is taken at once, by a newer JAX
+        # A newer JAX computes `psum` of a constant at once, so this may be refused while tracing;
+        # then NaN stands in for the result.
+        table = jnp.nan
         with contextlib.suppress(ValueError, TypeError):
             table = summed(lambda rows, wrong=wrong: wrong(rows, "d"))[:, :6]
         assert np.isnan(table).all()
 
 
 stacked_gradients = jax.vmap(lambda i, g: row_gradient(i, g, V))
-# What hands on the first of two row gradients.
-MOVED = {
+# Functions that move or copy the first of two row gradients, and return it unchanged.
+UNCHANGED = {
     "chosen": lambda a, b: jax.tree.map(lambda x, y: jnp.where(jnp.bool_(True), x, y), a, b),
     "copied": lambda a, b: jax.tree.map(jnp.copy, a),
     "to NumPy": lambda a, b: jax.device_get(a),
@@ -462,10 +467,10 @@ MOVED = {
 }
 
 
-@pytest.mark.parametrize("name", MOVED)
-def test_what_moves_row_gradients_keeps_them(name):
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_moving_or_copying_row_gradients_keeps_them(name):
     right = two_gradients()[0].to_dense()
-    moved = MOVED[name](*two_gradients())
+    moved = UNCHANGED[name](*two_gradients())
     for made in (moved.to_dense(), jax.jit(lambda x: x.to_dense())(moved)):
         assert_close(made, right)
     assert "seal" not in repr(moved)
@@ -499,7 +504,10 @@ IN_PLACE = {
 
 @pytest.mark.parametrize("name", ["lazy adamw", "dense adamw", "exact pipeline"])
 def test_a_seal_costs_nothing_in_one_program(name):
-    """Nor inside a guard or an accumulation, whose branches would make the seal a traced one."""
+    """Nor inside `skip_not_finite` or `accumulate_gradients`.
+
+    Their branches would make the seal a traced array.
+    """
     for around in (
         lambda tx: tx,
         adamjax.skip_not_finite,
@@ -579,17 +587,17 @@ def test_with_lazy_rows_those_without_a_gradient_stand_still(name):
         g = row_gradient(indices, values, V)
         updates, after = tx.update({"b": params["b"], "t": g}, state, params)
         moved = adamjax.apply_updates(params, updates)
-        there = np.isin(np.arange(V), indices)
+        has_gradient = np.isin(np.arange(V), indices)
         for new, old in zip(
             jax.tree.leaves((moved, after)), jax.tree.leaves((params, state)), strict=True
         ):
             if np.shape(old) == (V, D):
-                assert (np.asarray(new)[~there] == np.asarray(old)[~there]).all()
-        assert (np.asarray(moved["t"])[there] != np.asarray(params["t"])[there]).all()
+                assert (np.asarray(new)[~has_gradient] == np.asarray(old)[~has_gradient]).all()
+        assert (np.asarray(moved["t"])[has_gradient] != np.asarray(params["t"])[has_gradient]).all()
         dense_grads = {"b": params["b"], "t": g.to_dense()}
         updates, _ = tx.update(dense_grads, state, params)
         full = adamjax.apply_updates(params, updates)
-        assert_close(moved["t"][there], full["t"][there], 1e-6)
+        assert_close(moved["t"][has_gradient], full["t"][has_gradient], 1e-6)
         params, state = moved, after
 
 
@@ -670,7 +678,7 @@ def test_what_cannot_take_rows_is_named(make):
             tx.update(grads, tx.init(params), params)
 
 
-def test_what_passes_rows_on_may_stay():
+def test_a_foreign_transform_that_leaves_rows_alone_is_accepted():
     params, grads = {"t": jnp.ones((V, D))}, {"t": row_gradient(*draw(), V)}
     tx = adamjax.chain(optax.masked(optax.scale(2.0), {"t": False}), adamjax.adam())
     alone = adamjax.adam()

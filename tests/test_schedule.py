@@ -177,12 +177,13 @@ def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
 def test_a_count_below_0_makes_nan(schedule):
     """Unchecked, the linear decay would give 0.5 at count -5.
 
-    Half of the unit from count -10 to 0 would be left there, as half of that from 0 to 10 is at 5.
+    The code measures how far the count is from the end of its stretch of ten steps; at -5 that is
+    half, as at 5.
     """
-    for read in (schedule, jax.jit(schedule)):
+    for call in (schedule, jax.jit(schedule)):
         for count in (-1, jnp.int32(-5), -0.5):
-            assert np.isnan(read(count))
-        assert np.isfinite(read(0))
+            assert np.isnan(call(count))
+        assert np.isfinite(call(0))
     # optax calls the second schedule below count 0 too, but does not use that value.
     joined = optax.join_schedules([constant(0.25), schedule], [3])
     assert (float(joined(2)), float(joined(3))) == (0.25, float(schedule(0)))
@@ -213,9 +214,9 @@ def test_a_power_of_many_steps_is_as_accurate_as_one_of_few(staircase):
         with np.errstate(over="ignore"):
             expected = 0.01 * base**passed
         actual = np.array(jax.jit(jax.vmap(rate))(counts.astype(np.int32)), np.float64)
-        # Where the largest float32 and the smallest are far.
-        some = (expected > 1e-8) & (expected < 1e30)
-        np.testing.assert_allclose(actual[some], expected[some], rtol=2e-6)
+        # Where the result is far from overflow and underflow.
+        in_range = (expected > 1e-8) & (expected < 1e30)
+        np.testing.assert_allclose(actual[in_range], expected[in_range], rtol=2e-6)
         assert np.all(actual[expected < 1e-50] == 0)
         assert np.all(actual[expected > 1e50] == np.inf)
 
@@ -247,12 +248,12 @@ def test_schedules_jump_or_bend_at_whole_multiples_of_any_length(name):
     make, formula = WITH_JUMPS[name]
     lengths = np.arange(2, 130)
     schedules = [make(int(n)) for n in lengths]
-    read = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(schedules, counts, strict=True)]))
+    call = jax.jit(lambda counts: jnp.stack([f(t) for f, t in zip(schedules, counts, strict=True)]))
     for k in (1, 2, 3, 7):
         for near in (-1, 0, 1):
             counts = k * lengths + near
             expected = [formula(int(n), int(t)) for n, t in zip(lengths, counts, strict=True)]
-            np.testing.assert_allclose(read(counts), expected, rtol=2e-6, atol=1e-7)
+            np.testing.assert_allclose(call(counts), expected, rtol=2e-6, atol=1e-7)
     # In float32 the product of either of these with its reciprocal is not 1.
     for n in (41, 47):
         assert float(make(n)(n)) == np.float32(formula(n, n))
@@ -264,9 +265,9 @@ def test_a_staircase_of_any_kind_of_length_steps_at_its_multiples(steps, as_argu
     n = float(steps)
     rate = exponential_decay(1.0, steps, 0.5, staircase=True)
     # A schedule with arrays has no hash, which `jit` needs: a lambda has.
-    read = functools.partial(call_traced, rate) if as_argument else jax.jit(lambda t: rate(t))
+    call = functools.partial(call_traced, rate) if as_argument else jax.jit(lambda t: rate(t))
     for t in (0, 1, 2, 3, 5, 40, 41, 42, 81, 82, 390, 391, 3125):
-        assert float(read(t)) == np.float32(0.5 ** math.floor(t / n)), t
+        assert float(call(t)) == np.float32(0.5 ** math.floor(t / n)), t
 
 
 EDGES = [0, 1, 2, 3, 6, 7, 8, 20, 40, 41, 42, 82, 123, 1000, 2**24 - 1, 2**24, 2**24 + 1]
@@ -310,29 +311,29 @@ def test_learning_rate_returns_the_rate_of_a_step_that_takes_schedules_of_arrays
 
 def test_counts_are_compared_as_whole_numbers():
     """A float32 does not know 2**24 + 1."""
-    for read in (lambda f: f, jax.jit):
-        rate = read(piecewise_constant([2**24, 2**31 - 2], [1.0, 0.5, 0.25]))
+    for wrap in (lambda f: f, jax.jit):
+        rate = wrap(piecewise_constant([2**24, 2**31 - 2], [1.0, 0.5, 0.25]))
         counts = [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1]
         assert [float(rate(t)) for t in counts] == [1.0, 1.0, 0.5, 0.5, 0.25]
-        rate = read(warmup(1.0, 2**24 + 1))
+        rate = wrap(warmup(1.0, 2**24 + 1))
         assert [float(rate(t)) for t in (2**23, 2**24 + 1)] == [0.5, 1.0]
-        rate = read(warmup(piecewise_constant([1], [1.0, 0.5]), 2**24 + 1))
+        rate = wrap(warmup(piecewise_constant([1], [1.0, 0.5]), 2**24 + 1))
         assert [float(rate(2**24 + t)) for t in (1, 2, 3)] == [1.0, 1.0, 0.5]
-        rate = read(exponential_decay(1.0, 2**24 + 1, 0.5, staircase=True))
+        rate = wrap(exponential_decay(1.0, 2**24 + 1, 0.5, staircase=True))
         assert [float(rate(2**24 + t)) for t in (0, 1, 2)] == [1.0, 0.5, 0.5]
-        rate = read(exponential_decay(1.0, 3, 0.999, staircase=True))
-        same = read(exponential_decay(1.0, 1, 0.999))
+        rate = wrap(exponential_decay(1.0, 3, 0.999, staircase=True))
+        same = wrap(exponential_decay(1.0, 1, 0.999))
         assert float(rate(3 * 5000)) == float(same(5000))
         # Near the end of a long linear decay, counts that differ by 2 have different rates.
-        rate = read(polynomial_decay(1.0, 2**30, 0.0))
+        rate = wrap(polynomial_decay(1.0, 2**30, 0.0))
         np.testing.assert_allclose([rate(2**30 - t) for t in (1, 3)], [2.0**-30, 3 * 2.0**-30])
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, jnp.array, jnp.bfloat16])
 def test_boundaries_of_any_kind(kind):
     rate = piecewise_constant([kind(2), kind(5)], [1.0, 0.5, 0.25])
-    for read in (rate, jax.jit(lambda t: rate(t))):
-        assert [float(read(t)) for t in (0, 2, 3, 5, 6)] == [1.0, 1.0, 0.5, 0.5, 0.25]
+    for call in (rate, jax.jit(lambda t: rate(t))):
+        assert [float(call(t)) for t in (0, 2, 3, 5, 6)] == [1.0, 1.0, 0.5, 0.5, 0.25]
     assert [float(call_traced(rate, t)) for t in (2, 3, 2**31 - 1)] == [1.0, 0.5, 0.25]
 
 
@@ -340,8 +341,8 @@ def test_boundaries_between_and_beyond_counts():
     boundaries = [-(2**40), -1.5, 2.5, 2**31 - 1, 2**31, 3e9, 1e38]
     values = [float(i) for i in range(8)]
     rate = piecewise_constant(boundaries, values)
-    for read in (rate, jax.jit(rate)):
-        assert [float(read(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
+    for call in (rate, jax.jit(rate)):
+        assert [float(call(t)) for t in (0, 2, 3, 2**31 - 1)] == [2.0, 2.0, 3.0, 3.0]
     arrays = piecewise_constant(list(map(jnp.float32, [-3e9, 2.5, 2**24, 3e9])), values[:5])
     rates = [float(call_traced(arrays, t)) for t in (0, 3, 2**24, 2**24 + 1, 2**31 - 1)]
     assert rates == [1.0, 2.0, 2.0, 3.0, 3.0]
@@ -376,9 +377,9 @@ LONG = {
 def test_decays_may_be_longer_than_any_run(name):
     make, formula = LONG[name]
     for n in (2**31 - 1, 2**31, 3_000_000_000, 3e9, 2**40, 10**30, 1e38, np.int64(3_000_000_000)):
-        rate, read = make(n), jax.jit(make(n))
+        rate, call = make(n), jax.jit(make(n))
         for t in (0, 1, 2**24 + 1, 2**31 - 1):
-            for value in (rate(t), read(t)):
+            for value in (rate(t), call(t)):
                 np.testing.assert_allclose(value, formula(float(n), t), rtol=2e-6, atol=1e-9)
 
 
@@ -411,12 +412,12 @@ def test_a_traced_length_of_0_gives_what_a_tiny_length_gives():
         (lambda n: exponential_decay(0.5, n, 0.5), 0.0),
         (lambda n: inverse_time_decay(0.5, n, 1.0), 0.0),
     ):
-        read = jax.jit(lambda n, t, make=make: make(n)(t))
+        call = jax.jit(lambda n, t, make=make: make(n)(t))
         for n in (0.0, 1e-30):
-            assert float(read(n, 0)) == 0.5
-            np.testing.assert_allclose(read(n, 3), end, atol=1e-20)
+            assert float(call(n, 0)) == 0.5
+            np.testing.assert_allclose(call(n, 3), end, atol=1e-20)
         for bad in (-2.0, jnp.nan, -2):
-            assert np.isnan(read(bad, 1))
+            assert np.isnan(call(bad, 1))
 
 
 def test_a_traced_warmup_of_0_steps_begins_with_the_rate():
@@ -429,9 +430,9 @@ def test_a_traced_warmup_of_0_steps_begins_with_the_rate():
 
 
 def test_a_traced_power_of_0_gives_what_a_tiny_power_gives():
-    read = jax.jit(lambda power, t: polynomial_decay(0.5, 10, 0.25, power)(t))
+    call = jax.jit(lambda power, t: polynomial_decay(0.5, 10, 0.25, power)(t))
     for power in (0.0, 1e-30):
-        assert [float(read(power, t)) for t in (0, 9, 10, 11)] == [0.5, 0.5, 0.25, 0.25]
+        assert [float(call(power, t)) for t in (0, 9, 10, 11)] == [0.5, 0.5, 0.25, 0.25]
 
 
 def test_a_schedule_around_a_python_function_calls_it_with_a_known_count():
@@ -483,19 +484,19 @@ def test_traced_numbers_out_of_their_range_give_nan(name):
     rate_of_tx = jax.jit(lambda x: adamjax.learning_rate(scale_by_learning_rate(make(x)), state))
     # The boundary must be above -1, the one before it.
     out_of_range = (-1.0 if name == "boundary" else -0.5, -2.0, jnp.nan)
-    for read in (rate, rate_of_tx):
-        np.testing.assert_allclose([read(0.0), read(0.5)], [at_0, at_half], rtol=1e-6)
+    for call in (rate, rate_of_tx):
+        np.testing.assert_allclose([call(0.0), call(0.5)], [at_0, at_half], rtol=1e-6)
         for bad in out_of_range:
-            assert np.isnan(read(bad)), bad
+            assert np.isnan(call(bad)), bad
 
 
 def test_boundaries_must_increase():
     """Traced boundaries that do not increase give NaN; boundaries with known values are refused."""
-    read = jax.jit(lambda bounds, t: piecewise_constant(list(bounds), [1.0, 0.5, 0.25])(t))
+    call = jax.jit(lambda bounds, t: piecewise_constant(list(bounds), [1.0, 0.5, 0.25])(t))
     for kind in (jnp.int32, jnp.float32):
-        assert [float(read(jnp.array([2, 5], kind), t)) for t in (2, 3, 6)] == [1.0, 0.5, 0.25]
+        assert [float(call(jnp.array([2, 5], kind), t)) for t in (2, 3, 6)] == [1.0, 0.5, 0.25]
         for bad in ([5, 2], [3, 3]):
-            assert np.isnan(read(jnp.array(bad, kind), 4))
+            assert np.isnan(call(jnp.array(bad, kind), 4))
     near = jax.jit(lambda b: piecewise_constant([2**24, b, 10**10], [1.0, 0.5, 0.25, 0.1])(2**25))
     assert (float(near(2**24 + 1)), np.isnan(near(2**24))) == (0.25, True)
     for bad in ([jnp.int32(5), 3], [jnp.int32(3), 3.0], np.array([5.0, 5.0]), [9, jnp.int32(3)]):
@@ -527,20 +528,20 @@ def test_a_call_refuses_a_schedule_with_arrays_of_several_values():
         (piecewise_constant([3], [two, two]), r"values\[0\]"),
         (piecewise_constant([two], [0.5, 0.25]), r"boundaries\[0\]"),
     ):
-        for read in (lambda s: s(4), jax.jit(lambda s: s(4))):
+        for call in (lambda s: s(4), jax.jit(lambda s: s(4))):
             with pytest.raises(ValueError, match=rf"{field} is an array of shape \(2,\), .*vmap"):
-                read(schedule)
+                call(schedule)
     rates = jax.vmap(lambda s: s(5))(jax.tree.map(jnp.asarray, constant(two)))
     np.testing.assert_array_equal(rates, two)
-    counts = jax.vmap(lambda n: cosine_decay(0.5, n)(4))(jnp.array([4, 8]))
-    np.testing.assert_allclose(counts, [0.0, 0.25], atol=1e-8)
+    rates = jax.vmap(lambda n: cosine_decay(0.5, n)(4))(jnp.array([4, 8]))
+    np.testing.assert_allclose(rates, [0.0, 0.25], atol=1e-8)
 
 
 def test_a_rate_of_0_stays_0_though_its_factor_overflows():
-    for read in (lambda schedule, t: schedule(t), call_traced):
-        assert float(read(exponential_decay(0.0, 1, 10.0), 60)) == 0.0
-        assert float(read(inverse_time_decay(0.5, 2e-38, 0.0), 60)) == 0.5
-        assert np.isinf(read(exponential_decay(0.5, 1, 10.0), 60))
+    for call in (lambda schedule, t: schedule(t), call_traced):
+        assert float(call(exponential_decay(0.0, 1, 10.0), 60)) == 0.0
+        assert float(call(inverse_time_decay(0.5, 2e-38, 0.0), 60)) == 0.5
+        assert np.isinf(call(exponential_decay(0.5, 1, 10.0), 60))
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -568,8 +569,8 @@ def test_large_unsigned_counts_and_lengths_do_not_wrap():
         same = [float(call_traced(schedule, dtype(7))) for dtype in (jnp.uint32, jnp.int32)]
         assert same[0] == same[1]
     half = 1_500_000_000
-    read = jax.jit(lambda n: (cosine_decay(0.5, n)(half), warmup(0.5, n)(half)))
-    np.testing.assert_allclose(read(large), [0.25, 0.25], rtol=1e-6)
+    call = jax.jit(lambda n: (cosine_decay(0.5, n)(half), warmup(0.5, n)(half)))
+    np.testing.assert_allclose(call(large), [0.25, 0.25], rtol=1e-6)
     assert float(jax.jit(lambda b: piecewise_constant([b], [1.0, 0.5])(half))(large)) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""A state of adamjax, read into the common form."""
+"""Reads a state of adamjax into a `Source`, the form that all systems share."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
-from adamjax.convert.filling import Filling
+from adamjax.convert.filling import StateFiller
 from adamjax.convert.source import LeafMoments, Slots, Source
 from adamjax.convert.systems import KINDS, System
 from adamjax.convert.values import number_of
@@ -19,19 +19,22 @@ __all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
 def expect_slots(owner: str, system: System, kind: str, path: str, moments: LeafMoments) -> None:
     """Refuses a leaf's slots if they are not those of this kind of rule."""
     expected = set(system.slot_names[kind].values())
-    slots, kinds = moments.slots, moments.kinds
-    if kind in kinds and (slots is None or set(slots) == expected):
+    slots, possible_kinds = moments.slots, moments.possible_kinds
+    if kind in possible_kinds and (slots is None or set(slots) == expected):
         return
     stored = "nothing so far" if slots is None else sorted(slots)
-    stated = "" if len(kinds) == len(KINDS) else " or ".join(kinds)
+    stated = "" if len(possible_kinds) == len(KINDS) else " or ".join(possible_kinds)
     rules = f", those of {stated}" if stated else ""
-    wanted, mend = str(sorted(expected)), "build both with the same rule"
-    if kind not in kinds and slots is not None and set(slots) == expected:
-        # Several rules have these slots. Which of them it is, the system states elsewhere.
+    wanted = str(sorted(expected))
+    mend = f"build the optimizer of {system.name} and that of adamjax with the same rule"
+    if kind not in possible_kinds and slots is not None and set(slots) == expected:
+        # Several rules have these slots. The system says elsewhere which of them it is.
         rules, wanted = f", and says that they are those of {stated}", f"a state that says {kind}"
-    elif kinds == (kind,):
-        # The slots are those of another rule, as if amsgrad=True was set in the middle of a run.
-        rules, mend = "", f"is {kind} an option that was set after these steps?"
+    elif possible_kinds == (kind,):
+        # The system says that it is this kind of rule, but the slots are those of another.
+        rules, mend = "", "is this the state of another optimizer?"
+        if set(slots or ()) ^ expected == {system.slot_names["amsgrad"]["v_max"]}:
+            mend = "was amsgrad switched on or off in the middle of the run?"
     raise ValueError(
         f"{owner}: of {path!r}, {system.name} has {stored}{rules}; for {kind}, expected {wanted}: "
         f"{mend}"
@@ -61,12 +64,12 @@ def _wide_dtype(x: Any) -> Any:
     return np.float32 if np.dtype(x.dtype).itemsize <= 4 else np.float64
 
 
-class Translation(Filling):
-    """A filling that translates slots from another system to adamjax, or back.
+class Translation(StateFiller):
+    """Hands out a source's moments, with their slots translated to adamjax or from it.
 
     Attributes:
       system: the other system.
-      rtol: the relative difference that a step may have.
+      rtol: how much a step of one may differ from that of the other, relatively.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Translation(Filling):
         slots = {name: moments.slots[other] for name, other in names.items()}
         self._expect_close(rule, kind, path, count, slots)
         self._expect_possible(rule, kind, path, count, slots)
-        if kind == "adamax" and self.system.eps_inside:
+        if kind == "adamax" and self.system.eps_inside_maximum:
             # optax' u of a complex leaf is complex.
             u = np.real(np.asarray(slots["u"]))
             shifted = np.maximum(u.astype(np.float64) - float(rule.eps), 0)
@@ -94,12 +97,16 @@ class Translation(Filling):
         return slots
 
     def from_adamjax(self, path: str) -> tuple[str, LeafMoments, Slots]:
-        """The kind of the next rule on a leaf's way, its moments, and the system's slots."""
-        moments = self.take(path)
-        (kind,), rule, count = moments.kinds, moments.rule, moments.count
+        """Takes the moments of a leaf's next rule (a leaf may pass several).
+
+        Returns:
+          The rule's kind, the moments, and the slots by the system's names.
+        """
+        moments = self.take_moments(path)
+        (kind,), rule, count = moments.possible_kinds, moments.rule, moments.count
         slots = dict(moments.slots or {})
         self._expect_possible(None, kind, path, count, slots)
-        if kind == "adamax" and self.system.eps_inside:
+        if kind == "adamax" and self.system.eps_inside_maximum:
             u = np.asarray(slots["u"], np.float64) + float(rule.eps)
             # Before the first step there is no maximum.
             u = u if count else np.zeros_like(u)
@@ -111,15 +118,18 @@ class Translation(Filling):
     def _expect_close(self, rule: Any, kind: str, path: str, count: int, slots: Slots) -> None:
         difference, why = self._difference(rule, kind, count, slots)
         if difference > self.rtol:
+            percent = f"{100 * float(f'{difference:.1g}'):g}%"
             raise ValueError(
                 f"{self.owner}: {self.system.name}'s {kind} is not that of adamjax: {why}. "
-                f"For the leaf {path!r}, after {count} steps, a step may differ by "
-                f"{difference:.1g} of itself. To convert it all the same pass "
+                f"For the leaf {path!r}, after {count} steps, the next step may "
+                f"differ by {percent} between the two. To convert it all the same pass "
                 f"rtol={1.05 * difference:.1e}"
             )
 
     def _difference(self, rule: Any, kind: str, count: int, slots: Slots) -> tuple[float, str]:
-        """The relative difference that a step may have where the rule has another form, and why.
+        """How much a step of the two may differ, relatively, and why.
+
+        It is 0, without a reason, where the rules have the same form.
 
         Args:
           slots: by adamjax's names; Adamax' `u` with epsilon inside.
@@ -128,22 +138,24 @@ class Translation(Filling):
             # In the next step, one of the two maxima is bias-corrected and the other is not.
             return 1 - math.sqrt(1 - float(rule.b2) ** (count + 1)), (
                 "it keeps the maximum of bias-corrected moments, and that of the moments "
-                "themselves cannot be computed from it; the more steps were taken, the less it "
-                "matters"
+                "themselves cannot be computed from it; the more steps were taken, the smaller "
+                "the difference"
             )
         if kind == "nadam" and self.system.plain_nadam:
             # The schedule changes the factor of the gradient, 1 - b1, more than anything else.
             of_schedule = 0.5 * float(rule.b1) / (1 - float(rule.b1)) * 0.96 ** (count + 1)
             return float(rule.b1) ** count + of_schedule, (
-                "its momentum has no schedule; the more steps were taken, the less it matters"
+                "its momentum has no schedule; the more steps were taken, the smaller the "
+                "difference"
             )
-        if kind == "adamax" and self.system.eps_inside:
+        if kind == "adamax" and self.system.eps_inside_maximum:
             moves = np.asarray(slots["m"]) != 0
             u = np.real(np.asarray(slots["u"])).astype(np.float64)
             smallest = float(np.min(u, where=moves, initial=np.inf))
             return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
-                f"it has epsilon inside the maximum, where it decays; the maximum is "
-                f"{smallest:.1g} at least, and the larger it is, the less it matters"
+                "it adds epsilon inside the maximum, so epsilon decays with it; the smallest "
+                f"maximum here is {smallest:.1g}, and the larger the maximum, the smaller the "
+                "difference"
             )
         return 0.0, ""
 
@@ -176,7 +188,7 @@ class Translation(Filling):
             if count == 0 and bool(xp.any(x != 0)):
                 refuse(f"{names[name]} is not 0 after 0 steps")
         if len({np.shape(x) for x in slots.values()}) > 1:
-            return  # `Filling.array` refuses slots of different shapes.
+            return  # `StateFiller.array` refuses slots of different shapes.
         wide = {name: xp.abs(x).astype(_wide_dtype(xp.real(x))) for name, x in slots.items()}
         is_uncorrected = kind == "amsgrad" and not self.system.corrected_maximum
         if is_uncorrected and bool(xp.any(wide["v_max"] < 0.99 * wide["v"])):

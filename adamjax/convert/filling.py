@@ -1,4 +1,4 @@
-"""Filling a state from the common form: every value is checked, and each must be used."""
+"""Fills a state from the common form: every value is checked, and each must be used."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -16,14 +16,14 @@ from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.transform import CLASSLESS
 
-__all__ = ["ACCUMULATED", "Filling"]
+__all__ = ["ACCUMULATED", "StateFiller"]
 
 # The name of an accumulated gradient, where slots have theirs.
 ACCUMULATED = "the accumulated gradient"
 
 
-class Filling:
-    """Hands out the pieces of a source one by one.
+class StateFiller:
+    """Hands out a source's moments, leaf by leaf, and its other parts, until nothing is left.
 
     Attributes:
       source: the source.
@@ -41,8 +41,8 @@ class Filling:
         self.other_states = list(source.other_states)
         self.in_accumulating = False
 
-    def take(self, path: str) -> LeafMoments:
-        """The moments of a leaf for the next rule on its way."""
+    def take_moments(self, path: str) -> LeafMoments:
+        """Takes the moments of a leaf's next rule; a leaf may pass several rules."""
         several, i = self.source.moments.get(path, []), self.taken.get(path, 0)
         if i >= len(several):
             has = "no moments" if not several else f"the moments of {len(several)} rule(s) only"

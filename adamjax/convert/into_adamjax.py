@@ -1,4 +1,4 @@
-"""Filling a state of adamjax from the common form."""
+"""Fills a state of adamjax from the common form."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def into_adamjax(
     if average is not None:
         source.average = leaves_by_path(new.owner, average)
     _expect_room_for_micro_batches(source, new, check)
-    filled = _AdamjaxFilling(source, new, system, check, rtol).filled_state()
+    filled = _AdamjaxFiller(source, new, system, check, rtol).filled_state()
     return _placed_like(new.params, filled)
 
 
@@ -106,7 +106,7 @@ def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: boo
                 )
 
 
-class _AdamjaxFilling(Translation):
+class _AdamjaxFiller(Translation):
     """Fills a state of adamjax, and the states inside it."""
 
     def __init__(self, *args: Any) -> None:
@@ -165,7 +165,7 @@ class _AdamjaxFilling(Translation):
         rule: Any = None if part is None else part.tx
         kind, names = kind_of(owner, x, rule), rule_slots(x)
         initial = {name: leaves_by_path(owner, getattr(x, name)) for name in names}
-        moments_of = {path: self.take(path) for path in initial[names[0]]}
+        moments_of = {path: self.take_moments(path) for path in initial[names[0]]}
         count = self.common_count(moments_of)
         if rule is None and kind != "adam":
             raise ValueError(f"{owner}: {kind} {_IN_FOREIGN_TRANSFORM}")

@@ -728,14 +728,14 @@ def to_keras(
             "it with use_ema=True, or pass check=False to drop the average"
         )
     accumulated = source.accumulated_of(None)
-    filling = Translation(source, ours, KERAS, check, RTOL)
+    filler = Translation(source, ours, KERAS, check, RTOL)
     moments: dict[str, LeafMoments] = {}
     # By role and place, the paths and values of new arrays.
     new: dict[tuple[str, int], tuple[str, Any]] = {}
     for i, path in enumerate(paths):
         if path is None:
             continue
-        kind, moments[path], slots = filling.from_adamjax(path)
+        kind, moments[path], slots = filler.from_adamjax(path)
         expect_slots(owner, KERAS, kind, path, target_source.moments[path][0])
         new |= {(role, i): (path, x) for role, x in slots.items()}
         if source.average is not None and path in source.average:
@@ -744,14 +744,14 @@ def to_keras(
             total = accumulated.totals[path]
             dense = total.to_dense() if isinstance(total, RowGradient) else total
             new["gradient_accumulator", i] = path, dense
-    filling.finish()
+    filler.finish()
     if check and hasattr(target, "_u_product") and not layout.of("product", values):
         (product, *_) = [x.product for x in moments.values()]
         raise ValueError(
             f"{owner}: this Nadam keeps the product of its momenta outside of its variables: pass "
             f"check=False, and set it yourself, optimizer._u_product.assign({float(product):.9g})"
         )
-    count = filling.common_count(moments)
+    count = filler.common_count(moments)
     calls = count
     if accumulated and ours.accumulations:
         calls = count * ours.accumulations[0][0] + accumulated.micro
@@ -763,7 +763,7 @@ def to_keras(
             arrays.append(np.asarray(scalars[role, i]).astype(value.dtype))
         elif (role, i) in new:
             path, x = new[role, i]
-            arrays.append(filling.array(path, role, fit(path, role, x), value))
+            arrays.append(filler.array(path, role, fit(path, role, x), value))
         elif role == "average" and paths[i] is not None:
             raise ValueError(
                 f"{owner}: the optimizer averages the weights (use_ema), but the state has no "

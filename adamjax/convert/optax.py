@@ -116,7 +116,7 @@ def _expect_means(source: Source, optimizer: Any, params: Tree) -> None:
                 )
 
 
-class _OptaxFilling(Translation):
+class _OptaxFiller(Translation):
     """Fills a state of optax, and the states inside it."""
 
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
@@ -165,7 +165,7 @@ class _OptaxFilling(Translation):
         return frozenset(read_state(self.owner, x).moments)
 
     def _fill_part(self, x: Any, leaves: frozenset[str]) -> Any:
-        """Fills the state of a mask or part with these leaves; of none, which they are is unknown.
+        """Fills the state of a mask or part with these leaves; none stands for unknown ones.
 
         A state of `inject_hyperparams` does not show whose count it has, unless a rule is in it.
         """
@@ -258,8 +258,8 @@ def from_optax(
         have none.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. If false, no steps are compared.
-      rtol: the relative difference that a step may have where optax' rule has another form
-        (AMSGrad, Nadam, Adamax). At least 0.
+      rtol: how much a step of one may differ from that of the other, relatively, where optax'
+        rule has another form (AMSGrad, Nadam, Adamax). At least 0.
 
     Returns:
       A state like that of `tx.init(params)`. Its arrays are copies. Schedules go on from the count
@@ -338,8 +338,8 @@ def to_optax(
     target_form = read_state(owner, target)
     _doubt_skips(target_form, ours)
     source = ours.read_for(target_form, check)
-    filling = _OptaxFilling(source, ours, OPTAX, check, rtol)
-    new_state = filling.filled_state(target, target_form.counts)
+    filler = _OptaxFiller(source, ours, OPTAX, check, rtol)
+    new_state = filler.filled_state(target, target_form.counts)
     if check:
         _expect_means(source, optimizer, params)
         _expect_same(ours, optimizer, new_state, rtol)

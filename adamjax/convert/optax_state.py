@@ -1,4 +1,4 @@
-"""A state of optax, read into the common form."""
+"""Reads a state of optax into a `Source`, the form that all systems share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -76,12 +76,14 @@ def _read(x: Any, source: Source) -> None:
     elif role == "skipped":
         skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
         source.num_skipped = (source.num_skipped or 0) + skipped
-        num_rules = {path: len(of_rules) for path, of_rules in source.moments.items()}
+        num_rules = {path: len(moments_of_leaf) for path, moments_of_leaf in source.moments.items()}
         outer, source.in_skipping = source.in_skipping, True
         _read(x.inner_state, source)
         source.in_skipping = outer
         inside = [
-            p for p, of_rules in source.moments.items() if len(of_rules) > num_rules.get(p, 0)
+            path
+            for path, moments_of_leaf in source.moments.items()
+            if len(moments_of_leaf) > num_rules.get(path, 0)
         ]
         source.skipping_transforms.append(
             SkippingTransform(frozenset(inside), source.in_accumulating)
@@ -108,11 +110,11 @@ def _read(x: Any, source: Source) -> None:
 def _read_rule(x: Any, source: Source) -> None:
     names = [name for name in x._fields if name != "count"]
     trees = {name: leaves_by_path(source.owner, getattr(x, name)) for name in names}
-    kinds = ("amsgrad",) if "nu_max" in trees else ("adam", "nadam", "adamax")
+    possible_kinds = ("amsgrad",) if "nu_max" in trees else ("adam", "nadam", "adamax")
     count = steps_taken(source.owner, repr(next(iter(trees["mu"]), "no leaf")), x.count)
     for path in trees["mu"]:
         slots = {name: tree[path] for name, tree in trees.items() if path in tree}
-        source.add(path, LeafMoments(count, slots, kinds))
+        source.add(path, LeafMoments(count, slots, possible_kinds))
 
 
 def _read_accumulated(x: Any, source: Source) -> None:
@@ -120,8 +122,8 @@ def _read_accumulated(x: Any, source: Source) -> None:
     if jax.tree.leaves(getattr(x, "skip_state", ())):
         source.doubts.append(
             "MultiSteps skips some micro-batches (should_skip_update_fn), and "
-            "accumulate_gradients does not: leave it out there, or skip whole steps here "
-            "(skip_not_finite)"
+            "accumulate_gradients does not: build MultiSteps without should_skip_update_fn, or in "
+            "adamjax skip whole steps with skip_not_finite"
         )
     micro = steps_taken(source.owner, "mini_step of MultiSteps", x.mini_step)
     totals = {path: g * micro for path, g in leaves_by_path(source.owner, x.acc_grads).items()}
@@ -133,19 +135,24 @@ def _read_accumulated(x: Any, source: Source) -> None:
 
 def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
     """Reads a dictionary, as of `named_chain`; JAX loses its order."""
-    has_rule: set[str] = set()
+    paths_with_rule: set[str] = set()
     num_others = len(source.other_states)
     for item in _items(x):
-        num_rules = {path: len(of_rules) for path, of_rules in source.moments.items()}
+        num_rules = {path: len(moments_of_leaf) for path, moments_of_leaf in source.moments.items()}
         _read(item, source)
-        own = {p for p, of_rules in source.moments.items() if len(of_rules) > num_rules.get(p, 0)}
-        if own & has_rule:
+        new_paths = {
+            path
+            for path, moments_of_leaf in source.moments.items()
+            if len(moments_of_leaf) > num_rules.get(path, 0)
+        }
+        if new_paths & paths_with_rule:
             source.doubts.append(
-                f"the leaf {min(own & has_rule)!r} has several rules in a dictionary with the keys "
-                f"{list(x)} (of optax.named_chain), whose order JAX loses: make it a tuple in the "
-                "order of the chain, tuple(state[key] for key in keys), and pass an optax.chain"
+                f"the leaf {min(new_paths & paths_with_rule)!r} has several rules in a dictionary "
+                f"with the keys {list(x)} (of optax.named_chain), whose order JAX loses: make it a "
+                "tuple in the order of the chain, tuple(state[key] for key in keys), and pass an "
+                "optax.chain"
             )
-        has_rule |= own
+        paths_with_rule |= new_paths
     source.other_states_lost_order |= len(source.other_states) > num_others
 
 
@@ -177,8 +184,8 @@ def _merge(
     excluded: frozenset[str] = frozenset(),
 ) -> None:
     """Adds what was read of a mask or a part; its counts are for `leaves` without `excluded`."""
-    for path, of_rules in inner.moments.items():
-        source.moments.setdefault(path, []).extend(of_rules)
+    for path, moments_of_leaf in inner.moments.items():
+        source.moments.setdefault(path, []).extend(moments_of_leaf)
     source.counts += [
         c if c.leaves or c.excluded else c._replace(leaves=leaves, excluded=excluded)
         for c in inner.counts

@@ -31,7 +31,7 @@ class LeafMoments:
     Attributes:
       count: the number of steps taken.
       slots: arrays by the system's names; `None` if the leaf has taken no step yet.
-      kinds: the kinds of rules that may have kept this.
+      possible_kinds: the kinds of rules that may have kept this.
       product: Nadam's product of momenta, if the state has it.
       hyperparams: the hyperparameters that the system states, by adamjax's names; see
         `hyperparameters.expect_same_hyperparameters`.
@@ -42,7 +42,7 @@ class LeafMoments:
 
     count: int
     slots: Slots | None
-    kinds: tuple[str, ...] = KINDS
+    possible_kinds: tuple[str, ...] = KINDS
     product: Any = None
     hyperparams: Hyperparams = dataclasses.field(default_factory=dict)
     rule: Any = None
@@ -188,9 +188,9 @@ class Source:
         ]
         rule_counts = [
             (moments.in_accumulating, moments.count)
-            for path, moments_of_rules in self.moments.items()
+            for path, moments_of_leaf in self.moments.items()
             if meet({path}, leaves)
-            for moments in moments_of_rules
+            for moments in moments_of_leaf
         ]
         if not schedule_counts and not rule_counts and leaves is not None:
             # These leaves have no count, neither of a rule nor of a schedule. If all counts of

@@ -302,9 +302,9 @@ class _Comparison:
             path = self.steps.paths[int(np.argmax(still_unmoved))]
             raise ValueError(
                 f"{self.owner}: no step moves {path!r}, because its learning rate is 0 in a state "
-                "(inject_hyperparams, with_hyperparams), so "
-                "nothing can be compared: build both with the same rate above 0 and set that rate "
-                "in the state, convert, and set 0 again afterwards; or pass check=False"
+                "(inject_hyperparams, with_hyperparams), so nothing can be compared: build both "
+                "optimizers with the same rate above 0 and set that rate in the state, convert, "
+                "and set 0 again afterwards; or pass check=False"
             )
 
     def _compare_later(self, start: str, steps: int, size: float) -> None:

@@ -78,7 +78,7 @@ class System(NamedTuple):
       name: the system's name, for errors.
       slot_names: for each kind of rule, the system's name of each of adamjax's slots.
       epsilon: for each kind of rule, adamjax's name of the system's epsilon, `eps` or `eps_hat`.
-      eps_inside: whether Adamax' epsilon is inside the maximum.
+      eps_inside_maximum: whether Adamax adds epsilon inside the maximum.
       corrected_maximum: whether AMSGrad's maximum is that of bias-corrected moments.
       plain_nadam: whether Nadam's momentum is the same in each step.
       not_stated: a sentence on the hyperparameters that a state does not contain, and their
@@ -90,7 +90,7 @@ class System(NamedTuple):
     name: str
     slot_names: dict[str, dict[str, str]]
     epsilon: dict[str, str]
-    eps_inside: bool = False
+    eps_inside_maximum: bool = False
     corrected_maximum: bool = False
     plain_nadam: bool = False
     not_stated: str = ""
@@ -113,7 +113,7 @@ OPTAX = System(
     "optax",
     _slot_names("mu", "nu", "nu_max", "nu"),
     _EPS,
-    eps_inside=True,
+    eps_inside_maximum=True,
     corrected_maximum=True,
     plain_nadam=True,
     not_stated=(
@@ -125,7 +125,7 @@ TORCH = System(
     "torch",
     _slot_names("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
     _EPS,
-    eps_inside=True,
+    eps_inside_maximum=True,
     set_rate=(
         "take state_dict() after the scheduler is at this step, or after lr of the groups is "
         "float(adamjax.learning_rate(tx, state))"

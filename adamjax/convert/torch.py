@@ -489,10 +489,10 @@ def to_torch(
             "read it (adamjax.averaged_weights), and convert tx and its state without weight_ema, "
             "or pass check=False to drop the average"
         )
-    filling = Translation(source, ours, TORCH, check, rtol)
+    filler = Translation(source, ours, TORCH, check, rtol)
     states = dict(target["state"])
     for path, key in key_of.items():
-        kind, moments, slots = filling.from_adamjax(path)
+        kind, moments, slots = filler.from_adamjax(path)
         target_moments = target_source.moments[path][0]
         # The slots that torch's optimizer has so far, and then those that take their place.
         expect_slots(owner, TORCH, kind, path, target_moments)
@@ -518,7 +518,7 @@ def to_torch(
         states[key] = {"step": step, **arrays}
         if kind == "nadam":
             states[key]["mu_product"] = np.array(moments.product)
-    filling.finish()
+    filler.finish()
     if check:
         expect_same_hyperparameters(ours, TORCH, target_source.moments)
     return {**target, "state": states}

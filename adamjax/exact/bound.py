@@ -29,7 +29,8 @@ class Bound:
     Attributes:
       tx: the inner transform, its mask functions resolved for these parameters.
       families: the tables by family.
-      parts: for each leaf that is a table, the parts from its rule on, with their states.
+      parts: for each table, by its leaf index: its rule and the transforms after it, with their
+        states.
       params: the parameters.
       inner_state: the state of the inner transform.
       state: the state of `exact_rows`; `None` while it is being made.
@@ -60,8 +61,11 @@ class Bound:
         """The steps that the table's rule has taken."""
         return self.parts[table.leaf_index][0].state.count
 
-    def scalars(self, table: Table) -> tuple[Any, Any]:
-        """The scalars a and b of the next step, `p += a * m / (x + e) + b * p` (`coasting.py`)."""
+    def step_coefficients(self, table: Table) -> tuple[Any, Any]:
+        """The coefficients a and b of the next step, `p += a * m / (x + e) + b * p`.
+
+        Here x measures the gradients' size, such as sqrt(v), and e is epsilon: see `coasting.py`.
+        """
         rule, *later = self.parts[table.leaf_index]
         assert isinstance(rule.tx, Rule)
         a, b = rule.tx.momentum_coefficient(rule.state, table.real_dtype), 0.0
@@ -96,9 +100,9 @@ class Bound:
         """
         assert self.state is not None
         table = family.tables[0]
-        a, b = self.scalars(table)
-        # A ring with a NaN keeps it anyway. But this makes the write of the ring depend on the
-        # reads, so that XLA knows their order and need not copy the ring.
+        a, b = self.step_coefficients(table)
+        # This does not change the result: a NaN stays in the ring in any case. It makes the ring's
+        # write depend on the reads, so XLA knows their order and need not copy the ring.
         a = jnp.where(has_nan, jnp.nan, a)
         count = next_count(self.count(table))
         return table.coasting.advance(
@@ -126,6 +130,7 @@ class Bound:
             states = tuple(with_slots(part.state, slots) for part in parts)
             rule, *later = (part.tx for part in parts)
             assert isinstance(rule, Rule)
+            # In float32; the slots are rounded once, after the step.
             tx = chain(rule.with_wide_slots(), *later)
             grads, params = with_this_leaf_alone(g), with_this_leaf_alone(weights)
             u, next_states = tx.update(grads, states, params, **extra_args)

@@ -346,7 +346,7 @@ class exact_rows(Transform):
         clock = bound.count(tables[0]) if tables else 0
         leaves, last = flatten(params)[0], {}
         for table in tables:
-            _, b = bound.scalars(table)
+            _, b = bound.step_coefficients(table)
             if not isinstance(b, jax.core.Tracer) and b <= -1:
                 raise ValueError(
                     f"exact_rows: a step multiplies the weights of {table.path!r} by {1 + b:.3g}; "

@@ -1,14 +1,14 @@
 """When does exact matter? Models trained on real data with exact, lazy and other forms of Adam.
 
 Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
-the data, `models` and `contenders` are what is trained and how, and `run` trains every cell.
-The models are in `rankers` and `words`; `model` has what they share.
-`journal` saves each finished cell, so the same command continues after an interruption.
+the data, `models` and `contenders` are what is trained and how, and `run` trains every cell: a
+model with a contender, a rate and a seed. The models are in `rankers` and `words`; `model` has what
+they share. `journal` saves each finished cell, so the same command continues after an interruption.
 `statistics` and `summary` make the results, `divergence` shows on single rows why there are
 differences, and `report` writes a page with plots.
 
-The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of the
-training job. They need: pip install --no-deps recbole==1.2.1
+The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of
+`benchmarks.train`. They need: pip install --no-deps recbole==1.2.1
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ __all__ = ["main"]
 # In a quick run; two seeds are the fewest that have a spread.
 QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
 QUICK_CONTENDERS = ("dense", "exact")
-# The files that make results and pages of the finished cells.
+# The files that only store finished cells, or turn them into results and pages.
 WRITERS = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
 def main(argv: list[str]) -> int:
     packages = ("adamjax", "jax", "jaxlib", "optax", "recbole")
-    suite = Suite("quality", __doc__, packages, only="models")
+    suite = Suite("quality", __doc__, packages, only_chooses="models")
     suite.parser.add_argument("--journal", type=Path, help="the file of finished cells")
     args = suite.parse(argv)
     expect_packages()
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         for model, _, is_new in progress(plan.run(journal), "cell", plan.cells):
             if is_new and model.name not in announced:
                 announced.add(model.name)
-                say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch}")
+                say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch} examples")
         for b2 in b2s:
             if ("divergence", b2) not in journal.cells:
                 journal.add(("divergence", b2), divergence.measured(b2, steps))

@@ -1,4 +1,4 @@
-"""The data: MovieLens-100k and its knowledge graph from RecBole's wheel, and the job's text.
+"""The data: MovieLens-100k with its knowledge graph, and the text of `benchmarks.train`.
 
 Nothing is downloaded, and the repository has none of these data. The files of MovieLens are read
 from where pip put them; `recbole` itself is never imported.
@@ -214,7 +214,7 @@ def split_facts(facts: np.ndarray, entities: int, relations: int) -> Graph:
 
 @functools.cache
 def text() -> training.Text:
-    """The training job's text: the documentation and library sources of the running Python."""
+    """The text of `benchmarks.train`: documentation and library sources of the running Python."""
     return training.read([], WORDS)
 
 

@@ -193,7 +193,7 @@ def page(results: Results) -> str:
     for row in results["models"]:
         parts.append(f"## {row['model']}")
         parts.append(
-            f"On {row['data']}: {row['steps']:,} steps of {row['batch']}; tables: "
+            f"On {row['data']}: {row['steps']:,} steps of {row['batch']} examples; tables: "
             f"{', '.join(row['tables'])}."
         )
         parts.append(model_table(row))
