@@ -5079,8 +5079,7 @@ def test_rows_that_only_one_optimizer_moves_show_although_the_rate_is_0(name):
     rate, steps = AT_REST[name]
 
     def without_padding(g, p=None):
-        is_row = (jnp.arange(len(g["table"])) < 8_990)[:, None]
-        return {**g, "table": jnp.where(is_row, g["table"], 0)}
+        return {**g, "table": g["table"].at[8_990].set(0)}
 
     padding = optax.stateless(without_padding)
     for before, is_right in (([], True), ([padding], False)):
@@ -5095,6 +5094,90 @@ def test_rows_that_only_one_optimizer_moves_show_although_the_rate_is_0(name):
         message = r"in a step of the whole leaf 'table', tx moves"
         with nullcontext() if is_right else pytest.raises(ValueError, match=message):
             convert.from_optax(steps_of(theirs, steps, LARGE), ours, LARGE, theirs)
+
+
+@pytest.mark.parametrize("ours_schedule", [True, False])
+def test_rows_that_both_choose_by_their_position_are_compared_whole(ours_schedule):
+    """A sample could have rows of one kind only, and these might never move."""
+
+    def old_rows_frozen(u, p=None):
+        is_old = (jnp.arange(len(u["table"])) < 8_990)[:, None]
+        return {**u, "table": jnp.where(is_old, 0, u["table"])}
+
+    frozen, rate = optax.stateless(old_rows_frozen), optax.cosine_decay_schedule(0.1, 100)
+    theirs = optax.chain(optax.adam(rate), frozen)
+    ours = adamjax.chain(adam_like_optax(rate if ours_schedule else 0.1), frozen)
+    assert sampled_rows(theirs, ours, LARGE) is None
+    with nullcontext() if ours_schedule else pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(theirs.init(LARGE), ours, LARGE, theirs)
+
+
+def injected(make):
+    """A transform of optax with a rate and a decay in its state, both 0."""
+    return optax.inject_hyperparams(make)(learning_rate=0.0, weight_decay=0.0)
+
+
+HIDDEN_BY_ZEROS = {
+    "a mask": (
+        injected(
+            lambda learning_rate, weight_decay: optax.adamw(
+                learning_rate, weight_decay=weight_decay, mask={"a": True, "b": False}
+            )
+        ),
+        lambda **masks: adamjax.adamw(0.0, eps=1e-8, weight_decay=0.0, **masks),
+        {"mask": "a"},
+        ("learning_rate", "weight_decay"),
+    ),
+    "a later schedule": (
+        optax.chain(
+            optax.scale_by_adam(),
+            optax.add_decayed_weights(lambda c: jnp.where(c < 500, 0.0, 0.3)),
+            optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0),
+        ),
+        lambda decay=0.0: adamjax.chain(
+            adamjax.scale_by_adam(eps=1e-8),
+            adamjax.add_decayed_weights(decay),
+            adamjax.scale_by_learning_rate(0.0),
+        ),
+        {"decay": lambda c: jnp.where(c < 500, 0.0, 0.3)},
+        ("learning_rate",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_BY_ZEROS)
+def test_what_a_rate_or_a_decay_of_0_hides_is_compared(name):
+    theirs, make, right, names = HIDDEN_BY_ZEROS[name]
+    old, zeros = steps_of(theirs, 2), dict.fromkeys(names, 0.0)
+    convert.from_optax(old, adamjax.with_hyperparams(make(**right), **zeros), TWO, theirs)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, adamjax.with_hyperparams(make(), **zeros), TWO, theirs)
+
+
+def test_rates_of_nan_in_a_state_let_nothing_be_compared():
+    theirs = optax.inject_hyperparams(optax.adam)(float("nan"))
+    with pytest.raises(ValueError, match=r"no update of the optimizer of optax is finite"):
+        convert.from_optax(theirs.init(TWO), adam_like_optax(), TWO, theirs)
+
+
+def test_a_row_without_a_gradient_after_the_first_step_is_compared():
+    adam = optax.adam(0.1)
+
+    def lazy_update(grads, state, params=None):
+        updates, state = adam.update(grads, state, params)
+        return jax.tree.map(lambda u, g: jnp.where(g != 0, u, 0), updates, grads), state
+
+    theirs = optax.GradientTransformation(adam.init, lazy_update)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(theirs.init(TWO), adam_like_optax(), TWO, theirs)
+
+
+def test_weights_of_both_signs_are_tried():
+    params = {"a": jnp.ones((4, 3)), "scale": jnp.asarray(0.5)}
+    positive = optax.masked(optax.keep_params_nonnegative(), {"a": False, "scale": True})
+    theirs = optax.chain(optax.adam(0.1), positive)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(theirs.init(params), adam_like_optax(), params, theirs)
 
 
 MANY = {**{f"layer_{i}": jnp.ones(2) for i in range(40)}, "scale": jnp.ones(())}

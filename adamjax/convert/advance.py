@@ -17,7 +17,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
 __all__ = [
-    "RATE",
+    "VALUE",
     "Advance",
     "MakeRule",
     "advanced_adamjax",
@@ -27,7 +27,8 @@ __all__ = [
     "new_rule",
     "rule_as_it_is",
     "unread_rule",
-    "with_rates",
+    "with_values",
+    "zero_hyperparams",
 ]
 
 # Makes a new state of a rule from its state and from the one that `init` returns.
@@ -35,8 +36,14 @@ MakeRule = Callable[[Any, Any], Any]
 
 # The count of a rule whose moments are corrected no more. At the second, this holds for any betas.
 _LATE, _VERY_LATE = 10_000, 1_000_000
-# The rate in place of one that is 0, and the names of rates among hyperparameters in a state.
-RATE, _RATES = 0.01, ("learning_rate", "step_size", "factor")
+# The rate or decay in place of one that is 0, and their names among hyperparameters in a state.
+VALUE = 0.01
+_KINDS = {
+    "learning_rate": "rate",
+    "step_size": "rate",
+    "factor": "rate",
+    "weight_decay": "decay",
+}
 
 
 class Advance(NamedTuple):
@@ -126,18 +133,25 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
     return map_items(lambda a, b: advanced_optax(a, b, how), x, fresh)
 
 
-def with_rates(state: Any) -> tuple[Any, bool]:
-    """A state whose hyperparameters have `RATE` in place of rates of 0, and whether it had any."""
-    found = []
+def zero_hyperparams(state: Any) -> frozenset[str]:
+    """Which of "rate" and "decay" a state keeps as hyperparameters that are 0."""
+    found = (_kind_of_zero(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state))
+    return frozenset(kind for kind in found if kind)
 
-    def rate_of(path: tuple[Any, ...], x: Any) -> Any:
-        names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
-        if names[:1] != ["hyperparams"] or names[-1] not in _RATES or np.any(np.asarray(x) != 0):
-            return x
-        found.append(path)
-        return jnp.full_like(x, RATE)
 
-    return jax.tree_util.tree_map_with_path(rate_of, state), bool(found)
+def with_values(state: Any, kinds: frozenset[str]) -> Any:
+    """A state whose hyperparameters of these kinds have `VALUE` in place of 0."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full_like(x, VALUE) if _kind_of_zero(path, x) in kinds else x, state
+    )
+
+
+def _kind_of_zero(path: tuple[Any, ...], x: Any) -> str | None:
+    """The kind of a hyperparameter that is 0; `None` for anything else in a state."""
+    names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
+    if names[:1] != ["hyperparams"] or np.any(np.asarray(x) != 0):
+        return None
+    return _KINDS.get(str(names[-1]))
 
 
 def _advanced_other(x: Any, how: Advance) -> Any:

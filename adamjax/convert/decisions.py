@@ -20,15 +20,23 @@ def leaves_of_parts(state: AdamjaxState) -> list[tuple[type, list[str]]]:
     return [(type(part.tx), list(leaves_by_path(state.owner, part.params))) for part in state.parts]
 
 
-def program(tx: Any, params: Tree) -> list[tuple[str, str]]:
+# Operations that choose elements by their position, such as the rows of a padding.
+_OF_POSITIONS = {"iota", "slice", "dynamic_slice", "pad"}
+
+
+def program(tx: Any, params: Tree, with_positions: bool = False) -> list[tuple[str, str]]:
     """The operations of an update: the name of each, and the numbers among its arguments.
 
     It is the same for all shapes and dtypes of leaves, unless the transform decides by these.
+
+    Args:
+      with_positions: whether to include the parameters of operations that choose elements by their
+        position. They depend on the shape of a leaf.
     """
     # Without weak types and shardings, by which programs differ that compute the same.
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), dtype_of(p)), params)
     traced = jax.make_jaxpr(tx.update)(shapes, jax.eval_shape(tx.init, shapes), shapes)
-    return list(_operations(traced.jaxpr))
+    return list(_operations(traced.jaxpr, with_positions))
 
 
 def operations(tx: Any, params: Tree) -> list[str]:
@@ -36,13 +44,15 @@ def operations(tx: Any, params: Tree) -> list[str]:
     return [name for name, _ in program(tx, params) if name != "convert_element_type"]
 
 
-def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, str]]:
+def _operations(jaxpr: Jaxpr, with_positions: bool) -> Iterator[tuple[str, str]]:
     for eqn in jaxpr.eqns:
-        numbers = [x.val for x in eqn.invars if isinstance(x, Literal)]
+        numbers: list[Any] = [x.val for x in eqn.invars if isinstance(x, Literal)]
+        if with_positions and eqn.primitive.name in _OF_POSITIONS:
+            numbers.append(eqn.params)
         yield eqn.primitive.name, repr(numbers)
         inner = jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
         )
         for x in inner:
             if isinstance(x, ClosedJaxpr | Jaxpr):
-                yield from _operations(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
+                yield from _operations(x.jaxpr if isinstance(x, ClosedJaxpr) else x, with_positions)

@@ -63,8 +63,11 @@ def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
         # Where the steps of rows are taken has to do with the size of a table, but what they are
         # has not.
         tx = replace_parts(ours.tx, lambda x: x.tx if isinstance(x, exact_rows) else x)
-        for each in (optimizer, tx):
-            if program(each, ours.params) != program(each, params):
+        # If optax chooses rows by their position, a sample may have rows of one kind only. If tx
+        # does, a step of the whole leaf shows it.
+        for each, with_positions in ((optimizer, True), (tx, False)):
+            programs = [program(each, x, with_positions) for x in (ours.params, params)]
+            if programs[0] != programs[1]:
                 return None
     except (TypeError, ValueError):  # which steps of the whole state explain
         return None

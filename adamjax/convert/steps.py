@@ -12,7 +12,7 @@ import numpy as np
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, described_argument, is_of_adamjax
 from adamjax.convert.advance import (
-    RATE,
+    VALUE,
     Advance,
     MakeRule,
     advanced_adamjax,
@@ -22,7 +22,8 @@ from adamjax.convert.advance import (
     new_rule,
     rule_as_it_is,
     unread_rule,
-    with_rates,
+    with_values,
+    zero_hyperparams,
 )
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import Differences, PairedSteps, Step
@@ -52,10 +53,11 @@ _VARIED_SIZES = (1.0, 0.3)
 # Absolute sizes, at which most clips show.
 _CLIPPED_SIZES = (1.0, 1e4)
 # A weight decay shows at large weights, and the rest at small ones.
-_WEIGHTS = (1e3, 1e-2)
+# Their signs differ, because a leaf of few elements may have weights of one sign.
+_WEIGHTS = (1e3, -1e-2)
 # What a gradient that is not finite is tried as, with the size of weights. optax may decay weights
 # in a step that tx skips.
-_NOT_FINITE = ((math.nan, 1e-2), (math.inf, 1e-2), (math.nan, 1e3))
+_NOT_FINITE = ((math.nan, _WEIGHTS[1]), (math.inf, _WEIGHTS[1]), (math.nan, _WEIGHTS[0]))
 # How much larger the gradients of one leaf are than those of others, where its part in a norm is
 # compared; and how many leaves are tried so, or with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
@@ -156,8 +158,9 @@ class _Comparison:
       largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
         update so far.
       largest_here: the same since the states where the present steps start, with their rates.
-      starts: where all has been compared: after how many steps of the schedules, and whether with
-        `with_rates`.
+      starts: where all has been compared: after how many steps of the schedules, and which
+        hyperparameters of 0 were set to another value.
+      is_compared: whether some steps have been compared.
       is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing, the
         first from some states: some differences show in such a step alone.
     """
@@ -186,7 +189,8 @@ class _Comparison:
         self.largest = self.largest_here
         self._forget_largest_here()
         self.is_seen = np.zeros(len(paths), bool)
-        self.starts: list[tuple[int, bool]] = []
+        self.starts: list[tuple[int, frozenset[str]]] = []
+        self.is_compared = False
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._advance = jax.jit(self._advanced)
 
@@ -233,20 +237,39 @@ class _Comparison:
         if not self.steps.leaves:
             return
         self._measure_past_steps()
-        self._compare_at(0, "these states")
-        self.starts.append((0, False))
-        counts = list(self._later_counts())
+        self._compare_at_all_counts("these states", frozenset())
+        zeros = zero_hyperparams(self.ours.state), zero_hyperparams(self.state)
+        both = zeros[0] & zeros[1]
+        if both:
+            # A trainer sets them before each step, so that 0 says nothing.
+            self.ours = self.ours.with_state(with_values(self.ours.state, both))
+            self.state = with_values(self.state, both)
+            names = " and ".join(sorted(both))
+            start = f"these states, with a {names} of {VALUE} in place of 0,"
+            self._compare_at_all_counts(start, both)
+        if not self.is_compared:
+            raise ValueError(
+                f"{self.owner}: nothing can be compared, because no update of the optimizer of "
+                "optax is finite: set rates that are finite in its state, or pass check=False"
+            )
+        if "rate" in zeros[0] | zeros[1]:
+            self._expect_movement()
+
+    def _compare_at_all_counts(self, start: str, set_kinds: frozenset[str]) -> None:
+        """Compares many steps of these states, and a few at each of many later counts."""
+        self.is_seen = np.zeros_like(self.is_seen)
+        self._compare_at(0, start)
+        self.starts.append((0, set_kinds))
         unseen = ~self.is_seen
-        for number, (start, steps) in enumerate(counts):
+        for number, (start_of_later, steps) in enumerate(self._later_counts()):
             before = self.is_seen.copy()
             self._forget_largest_here()
             size = _WEIGHTS[number % 2]
-            self._compare_later(start, steps, size)
+            self._compare_later(start_of_later, steps, size)
             if np.any(unseen & self.is_seen & ~before):
                 # The rate was 0 before, or next to it, and hid everything else of these leaves.
-                self._compare_at(steps, start)
-                self.starts.append((steps, False))
-        self._compare_rates_of_zero()
+                self._compare_at(steps, start_of_later)
+                self.starts.append((steps, set_kinds))
 
     def compare_whole(self, ours: AdamjaxState, optimizer: Any, state: Any) -> None:
         """Compares steps of the whole model, if the states that are compared are a sample of it.
@@ -257,10 +280,8 @@ class _Comparison:
           ours, state: the states of the whole model.
         """
         call = self.steps.whole_call(ours, optimizer)
-        for steps, sets_rates in self.starts:
-            states = ours.state, state
-            if sets_rates:
-                states = with_rates(states[0])[0], with_rates(states[1])[0]
+        for steps, set_kinds in self.starts:
+            states = with_values(ours.state, set_kinds), with_values(state, set_kinds)
             if steps:
                 fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
                 states = self._advanced_both(ours, states, fresh, steps, rule_as_it_is)
@@ -281,25 +302,11 @@ class _Comparison:
             "may treat some rows in another way"
         )
 
-    def _compare_rates_of_zero(self) -> None:
-        """Compares leaves that no step has moved with another rate, if the states keep it.
-
-        A trainer sets such a rate before each step, so that 0 is none.
-        """
+    def _expect_movement(self) -> None:
+        """Refuses a leaf with a rule that no step has moved."""
         unmoved = self.has_rule & ~np.any([x > 0 for x in self.largest.values()], axis=0)
-        if not np.any(unmoved):
-            return
-        (state, ours_keep), (other, theirs_keep) = map(with_rates, (self.ours.state, self.state))
-        if not ours_keep and not theirs_keep:
-            return  # These leaves never move.
-        still_unmoved = unmoved
-        if ours_keep and theirs_keep:
-            self.ours, self.state = self.ours.with_state(state), other
-            self._compare_at(0, f"these states, with a rate of {RATE} in place of 0,")
-            self.starts.append((0, True))
-            still_unmoved &= ~np.any([x > 0 for x in self.largest.values()], axis=0)
-        if np.any(still_unmoved):
-            path = self.steps.paths[int(np.argmax(still_unmoved))]
+        if np.any(unmoved):
+            path = self.steps.paths[int(np.argmax(unmoved))]
             raise ValueError(
                 f"{self.owner}: no step moves {path!r}, because its learning rate is 0 in a state "
                 "(inject_hyperparams, with_hyperparams), so nothing can be compared: build both "
@@ -347,6 +354,8 @@ class _Comparison:
                 self._expect_same(start, states, size, clipped)
             for from_states in (states, first):
                 self._expect_same(start, from_states, size, [self._still()], is_still=True)
+            # A momentum moves rows without a gradient, unless an optimizer leaves them alone.
+            self._expect_same_first(start_of_first, first, size, [Step(ones), self._still()])
         self._compare_decays_of_u(start, self._states(steps, unread_rule))
         for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
@@ -556,6 +565,7 @@ class _Comparison:
                 compared.append((number, found))
         if not compared:
             return
+        self.is_compared = True
         key = size, is_still
         here = [self.largest_here[key], *(found.largest for _, found in compared)]
         self.largest_here[key] = largest_here = np.max(here, axis=0)

@@ -138,9 +138,9 @@ def sentences(results: Results) -> list[str]:
     if "lazy, same rate" in present:
         lines.append(
             "**Rarely read rows and often read rows**: by how much the metric of lazy is above "
-            "that of dense, both with dense's learning rate. The first number is for the rows that are "
-            "read least, the second for the rows that are read most. (For a loss, above is worse; "
-            "for the other metrics, it is better.) "
+            "that of dense, both with dense's learning rate. The first number is for the rows that "
+            "are read least, the second for the rows that are read most. (For a loss, above is "
+            "worse; for the other metrics, it is better.) "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:
