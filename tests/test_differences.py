@@ -39,6 +39,7 @@ GRADS = [jax.tree.map(lambda x, i=i: jnp.cos(7.0 * x + i) * 2.0, PARAMS) for i i
 # What the expressions in adamjax's column of the tables name.
 OUR_NAMES = {
     "tx": adamjax.scale(-0.5),
+    "mask": {"kernel": True, "bias": False},
     "tx_1": adamjax.scale(-0.5),
     "tx_2": adamjax.adam(0.1),
     "loss_fn": lambda params: params["embedding"][0].sum(),
@@ -49,7 +50,7 @@ OUR_NAMES = {
 # `OUR_NAMES`.
 OPTAX_NAMES = {
     "tx": OUR_NAMES["tx"],
-    "mask": {"kernel": True, "bias": False},
+    "mask": OUR_NAMES["mask"],
     "transforms": {"first": OUR_NAMES["tx_1"], "second": OUR_NAMES["tx_2"]},
     "labels": {"kernel": "second", "bias": "first"},
     "n": 3,
