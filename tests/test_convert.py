@@ -5298,6 +5298,18 @@ def test_an_epsilon_is_compared_closely_before_the_first_step(eps):
         convert.from_optax(old, adamjax.adam(0.1, eps=1.05 * eps), TWO, theirs)
 
 
+def test_a_state_is_where_the_parameters_are_committed():
+    """Otherwise the second step would be compiled again."""
+    device = jax.devices()[0]
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    for params in (TWO, jax.device_put(TWO, device)):
+        is_committed = params["a"].committed
+        state = convert.from_optax(steps_of(theirs, 2, params), ours, params, theirs, check=False)
+        counts = [x for x in jax.tree.leaves(state) if x.shape == ()]
+        assert counts
+        assert all(x.committed == is_committed for x in counts)
+
+
 def test_a_model_without_leaves():
     theirs, ours = optax.adam(0.1), adam_like_optax()
     assert_same(convert.from_optax(theirs.init({}), ours, {}, theirs), ours.init({}))

@@ -73,7 +73,12 @@ def _placed_like(params: Tree, state: Any) -> Any:
     if len(devices) != 1:
         return state
     (device,) = devices
-    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), state)
+
+    def place(x: Any) -> Any:
+        may_go_anywhere = isinstance(x, jax.Array) and not x.committed
+        return jax.device_put(x, device) if may_go_anywhere else x
+
+    return jax.tree.map(place, state)
 
 
 def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: bool) -> None:
