@@ -5117,6 +5117,7 @@ def injected(make):
     return optax.inject_hyperparams(make)(learning_rate=0.0, weight_decay=0.0)
 
 
+LATER_FACTOR = optax.scale_by_schedule(lambda count: jnp.where(count < 500, 1.0, 0.1))
 HIDDEN_BY_ZEROS = {
     "a mask": (
         injected(
@@ -5131,15 +5132,13 @@ HIDDEN_BY_ZEROS = {
     "a later schedule": (
         optax.chain(
             optax.scale_by_adam(),
-            optax.add_decayed_weights(lambda c: jnp.where(c < 500, 0.0, 0.3)),
+            LATER_FACTOR,
             optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0),
         ),
-        lambda decay=0.0: adamjax.chain(
-            adamjax.scale_by_adam(eps=1e-8),
-            adamjax.add_decayed_weights(decay),
-            adamjax.scale_by_learning_rate(0.0),
+        lambda factors=(): adamjax.chain(
+            adamjax.scale_by_adam(eps=1e-8), *factors, adamjax.scale_by_learning_rate(0.0)
         ),
-        {"decay": lambda c: jnp.where(c < 500, 0.0, 0.3)},
+        {"factors": [LATER_FACTOR]},
         ("learning_rate",),
     ),
 }
