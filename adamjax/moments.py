@@ -48,7 +48,19 @@ __all__ = [
 def compute_dtype(*dtypes: Any) -> Any:
     """The real dtype to compute in: float64 if one of the dtypes has that precision, else float32.
 
-    A complex dtype counts as the dtype of its real part.
+    Args:
+      *dtypes: real or complex float dtypes. A complex one counts as the dtype of its real part.
+
+    Returns:
+      A NumPy dtype.
+
+    Raises:
+      ValueError: a dtype is of integers or bools.
+
+    >>> import jax.numpy as jnp
+    >>> from adamjax.extend import compute_dtype
+    >>> compute_dtype(jnp.bfloat16, jnp.float16), compute_dtype(jnp.float64)
+    (dtype('float32'), dtype('float64'))
     """
     wide = any(jnp.finfo(d).dtype == np.float64 for d in dtypes)
     return np.dtype(np.float64 if wide else np.float32)

@@ -115,7 +115,7 @@ class PairedSteps:
                 relative = jnp.asarray(sizes[path] / known[path], dtype_of(self.varied[i]))
                 self.varied[i] = self.varied[i] * relative
         update = like_wide(optimizer.update) if widens else optimizer.update
-        self._call = jax.jit(lambda *args: self._both_updates(ours.tx, update, *args))
+        self._call = jax.jit(lambda *args: self._both_updates(ours, update, *args))
 
     def _drawn(self) -> list[Any]:
         """Random numbers like the leaves, of about 1."""
@@ -170,28 +170,12 @@ class PairedSteps:
         those of the sample. It returns by leaf the largest difference of an element, infinite where
         one is NaN, and the largest update of optax. So few arrays as large as the model are stored.
         """
-        params, treedef = flatten(ours.params)
         update = like_wide(optimizer.update) if self.widens else optimizer.update
 
-        def tree(pool: list[Any], sizes: Any) -> Tree:
-            new = list(params)
-            for i, place in enumerate(self.leaves):
-                x, p = pool[i], params[place]
-                if np.shape(x) != np.shape(p):
-                    axis = longest_axis(np.shape(p))
-                    x = jnp.take(x, jnp.arange(np.shape(p)[axis]) % x.shape[axis], axis)
-                x = (x * sizes[i]).astype(dtype_of(p))
-                sharding = explicit_sharding(p)
-                new[place] = x if sharding is None else reshard(x, sharding, p)
-            return treedef.unflatten(new)
-
         def call(keeps_states: bool, states: Any, pools: Any, sizes: Any) -> Any:
-            grads, weights = map(tree, pools, sizes)
-            move, one = ours.tx.update(grads, states[0], weights)
-            other_move, other = update(grads, states[1], weights)
+            states, moves = self._both_updates(ours, update, states, pools, sizes)
             apart, largest = [], []
-            for i, wide in zip(self.leaves, self.wide_dtypes, strict=True):
-                a, b = (flatten(moves)[0][i] for moves in (move, other_move))
+            for (a, b), wide in zip(moves, self.wide_dtypes, strict=True):
                 if a is None or b is None:
                     a = b = jnp.zeros(1)
                 a, b = a.astype(wide), b.astype(wide)
@@ -199,7 +183,7 @@ class PairedSteps:
                 difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)
                 apart.append(jnp.max(difference, initial=0))
                 largest.append(jnp.max(jnp.abs(b), initial=0))
-            return (one, other) if keeps_states else None, (apart, largest)
+            return states if keeps_states else None, (apart, largest)
 
         return jax.jit(call, static_argnums=0)
 
@@ -251,19 +235,29 @@ class PairedSteps:
             ) from error
 
     def _both_updates(
-        self, tx: Any, update: Any, states: Any, pools: Any, sizes: Any
+        self, ours: AdamjaxState, update: Any, states: Any, pools: Any, sizes: Any
     ) -> tuple[Any, Any]:
-        grads, weights = (self._tree(*pair) for pair in zip(pools, sizes, strict=True))
-        move, one = tx.update(grads, states[0], weights)
+        grads, weights = (self._tree(ours.params, *pair) for pair in zip(pools, sizes, strict=True))
+        move, one = ours.tx.update(grads, states[0], weights)
         other_move, other = update(grads, states[1], weights)
         moves = ([flatten(tree)[0][i] for i in self.leaves] for tree in (move, other_move))
         return (one, other), list(zip(*moves, strict=True))
 
-    def _tree(self, pool: list[Any], sizes: Any) -> Tree:
-        """A tree like the parameters, of random numbers of these sizes."""
-        new, _ = flatten(self.ours.params)
+    def _tree(self, params: Tree, pool: list[Any], sizes: Any) -> Tree:
+        """A tree like the parameters, of random numbers of these sizes.
+
+        The numbers are repeated along the axis that is sampled, if these are not the parameters of
+        the sample.
+        """
+        new, _ = flatten(params)
         for i, place in enumerate(self.leaves):
-            new[place] = (pool[i] * sizes[i]).astype(dtype_of(self.params[i]))
+            x, p = pool[i], new[place]
+            if np.shape(x) != np.shape(p):
+                axis = longest_axis(np.shape(p))
+                x = jnp.take(x, jnp.arange(np.shape(p)[axis]) % x.shape[axis], axis)
+            x = (x * sizes[i]).astype(dtype_of(p))
+            sharding = explicit_sharding(p)
+            new[place] = x if sharding is None else reshard(x, sharding, p)
         return self.treedef.unflatten(new)
 
 
