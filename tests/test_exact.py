@@ -1295,6 +1295,30 @@ def test_numbers_that_are_cast_or_traced_are_not_edited():
     assert jax.vmap(lambda tx: tx.init(params).clock)(stacked).shape == (2,)
 
 
+@pytest.mark.parametrize("is_dense", [False, True], ids=["rows", "dense"])
+def test_numbers_that_are_edited_where_they_are_traced_make_nan(is_dense):
+    """An `exact_rows` may be an argument of `jit`. Then only the compiled step sees its numbers."""
+    params = {"table": jnp.ones((4, 1))}
+    tx = exact_rows(adamjax.adam(0.1), "table")
+
+    @jax.jit
+    def step(tx, params, state, row):
+        rows = row_gradient(row, jnp.ones((1, 1)), 4)
+        grads = {"table": rows.to_dense() if is_dense else rows}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    params, state = step(tx, params, tx.init(params), jnp.array([2]))
+    static_step = jax.jit(functools.partial(step, tx))
+    assert_same(step(tx, params, state, jnp.array([0])), static_step(params, state, jnp.array([0])))
+    for number, other in ((0.9, 0.8), (0.999, 0.99), (1e-7, 1e-8)):
+        edited = jax.tree.map(lambda x, n=number, o=other: o if x == n else x, tx)
+        after, later_state = step(edited, params, state, jnp.array([0]))
+        assert np.isnan(after["table"][0]).all()
+        # Row 2 moves in every step, and lags behind if it has no gradient.
+        assert np.isnan(tx.flush(after, later_state)[0]["table"][2]).all()
+
+
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
 # By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what

@@ -34,6 +34,8 @@ class Bound:
       params: the parameters.
       inner_state: the state of the inner transform.
       state: the state of `exact_rows`; `None` while it is being made.
+      has_edited_numbers: a bool scalar, whether a number of tx was edited whose value is traced.
+        `None` if no number is traced.
     """
 
     tx: Transform
@@ -42,6 +44,7 @@ class Bound:
     params: Tree
     inner_state: Any
     state: ExactRowsState | None = None
+    has_edited_numbers: chex.Array | None = None
 
     @property
     def tables(self) -> list[Table]:

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamjax.coasting import Coasting, Ring
-from adamjax.data import Tree
+from adamjax.data import Tree, is_array
 from adamjax.encoding import expect_exponents_by_row
 from adamjax.exact.route import RoutePart
 from adamjax.exact.state import ExactRowsState
@@ -26,7 +27,7 @@ from adamjax.rows import is_known
 from adamjax.structure import named_slots
 from adamjax.transform import CLASSLESS, Transform
 
-__all__ = ["expect_fit", "expect_same_numbers", "expect_slot_names", "expect_slots"]
+__all__ = ["edited_numbers", "expect_fit", "expect_slot_names", "expect_slots"]
 
 # The advice of errors: if a table has another size than in the state, and if the rule has changed.
 _OTHER_TABLE = (
@@ -70,13 +71,17 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
     _expect_rings(families, state)
 
 
-def expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
+def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Array]:
     """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
 
     Args:
       part: a part whose numbers `exact_rows` has.
       fields: its fields when `exact_rows` was made, without the fields that were `None`.
+
+    Returns:
+      For each number whose value is traced: a bool scalar, whether it was edited.
     """
+    edited = []
     for field in dataclasses.fields(part):
         value, original = getattr(part, field.name), fields.get(field.name)
         structure: Any = jax.tree.structure(value)
@@ -93,6 +98,10 @@ def expect_same_numbers(part: Transform, fields: Mapping[str, Any]) -> None:
                 "the new number; if there is a state, flush with the old one first, and go on from "
                 "from_dense of the new one"
             )
+        for x, number in zip(*map(jax.tree.leaves, (value, original)), strict=True):
+            if is_array(x) and not is_known(x):
+                edited.append(jnp.any(x != jnp.asarray(number, x.dtype)))
+    return edited
 
 
 def _may_be(value: Any, number: Any) -> bool:

@@ -56,10 +56,18 @@ def take_step(
             # array that it was made from.
             rule_grads[leaf] = g.replace(indices=grads[leaf].indices)
 
+    has_nan = {family.name: jnp.array(False) for family in bound.families}
+    if bound.has_edited_numbers is not None:
+        # The step computes with the numbers from before the edit. Only the compiled step can notice
+        # that, so it makes NaN.
+        for leaf, g in rule_grads.items():
+            nan_if_edited = jnp.where(bound.has_edited_numbers, jnp.nan, 1)
+            rule_grads[leaf] = g * nan_if_edited.astype(g.dtype)
+        has_nan = dict.fromkeys(has_nan, bound.has_edited_numbers)
+
     sizes = {leaf: g.indices.size for leaf, g in rule_grads.items() if isinstance(g, RowGradient)}
     batches = batches_of(bound.families, params, sizes)
     batches += [bound.batch_of(t) for t in tables if t.leaf_index not in sizes]
-    has_nan = {family.name: jnp.array(False) for family in bound.families}
     stepped_tables: dict[int, _SteppedTable] = {}
     for batch in batches:
         stepped_batch, batch_has_nan = _batch_step(bound, batch, rule_grads, ticket, extra_args)

@@ -23,7 +23,7 @@ from adamjax.coasting import Coast, Coasting, coasting_plan
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import catch_up_rows, flush_rows, zeros_outside_table
-from adamjax.exact.fit import expect_fit, expect_same_numbers, expect_slot_names, expect_slots
+from adamjax.exact.fit import edited_numbers, expect_fit, expect_slot_names, expect_slots
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
@@ -206,18 +206,27 @@ class exact_rows(Transform):
 
     # --- the transform with parameters and a state
 
-    def _static_tx(self, params: Tree) -> Transform:
-        """The inner transform with its numbers as Python floats, and mask functions resolved."""
+    def _static_tx(self, params: Tree) -> tuple[Transform, chex.Array | None]:
+        """The inner transform with its numbers as Python floats, and mask functions resolved.
+
+        Refuses numbers that were edited in the pytree after this was made.
+
+        Returns:
+          The transform; and a bool scalar, whether a number was edited whose value is traced (this
+          `exact_rows` may be an argument of `jit`), or `None` if no number is traced.
+        """
         numbers = iter(self.static_numbers)
+        edited: list[chex.Array] = []
 
         def with_numbers(part: Transform) -> Transform:
             if not isinstance(part, _WITH_PYTHON_FLOATS):
                 return part
             fields = dict(next(numbers))
-            expect_same_numbers(part, fields)
+            edited.extend(edited_numbers(part, fields))
             return part.replace(**fields)
 
-        return replace_parts(self.tx, with_numbers).resolve_masks(params)
+        tx = replace_parts(self.tx, with_numbers).resolve_masks(params)
+        return tx, functools.reduce(jnp.logical_or, edited) if edited else None
 
     def _coast_and_plan(
         self, route: list[Transform], real_dtype: Any = np.float32
@@ -285,7 +294,7 @@ class exact_rows(Transform):
         Args:
           inner: the inner transform's state, if there is no `state` yet.
         """
-        tx = self._static_tx(params)
+        tx, has_edited_numbers = self._static_tx(params)
         families = families_of(self._tables(tx, params), self.history)
         if state is not None:
             expect_dtypes("exact_rows", "state", state)
@@ -298,7 +307,7 @@ class exact_rows(Transform):
         if state is not None:
             for table in [] if _is_abstract(params) else tables:
                 expect_slots(table, parts[table.leaf_index])
-        return Bound(tx, families, parts, params, inner, state)
+        return Bound(tx, families, parts, params, inner, state, has_edited_numbers)
 
     def bind(self, state: Any, params: Tree) -> Bound:
         """Binds this transform to a state and parameters; refuses those that do not fit.
@@ -496,7 +505,7 @@ class exact_rows(Transform):
         same places.
         """
         leaves, treedef = flatten(params)
-        for table in self._tables(self._static_tx(params), params):
+        for table in self._tables(self._static_tx(params)[0], params):
             leaves[table.leaf_index] = StaleTable(table.path)
         return treedef.unflatten(leaves)
 
