@@ -15,6 +15,7 @@ import textwrap
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -4199,19 +4200,20 @@ def test_steps_of_the_optimizer_itself_are_compared(name):
 
 
 class CallsState(NamedTuple):
-    num_calls: jax.Array
+    num_calls: Any
 
 
-def falls_at(calls):
+def falls_at(calls, state_with=CallsState):
     """A transform of another library with a counter of its own."""
 
     def init(params):
-        return CallsState(jnp.zeros((), jnp.int32))
+        return state_with(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
-        factor = jnp.where(state.num_calls < calls, 1.0, 0.1)
+        (num_calls,) = jax.tree.leaves(state)
+        factor = jnp.where(num_calls < calls, 1.0, 0.1)
         updates = jax.tree.map(lambda u: factor * u, updates)
-        return updates, CallsState(state.num_calls + 1)
+        return updates, state_with(num_calls + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -4604,6 +4606,42 @@ def test_a_scalar_whose_decay_and_momentum_nearly_cancel_is_no_false_alarm(dtype
         other = adamjax.adamw(1e-3, eps=1e-8, m_dtype=dtype, weight_decay=1.2 * decay)
         with pytest.raises(ValueError, match=MOVES):
             convert.from_optax(old, other, params, optimizer=theirs)
+
+
+# Where a transform of another library may have its counter.
+STATES_WITH_A_COUNTER = {
+    "a class in a class": lambda count: CallsState(CallsState(count)),
+    "a dictionary": lambda count: {"inner": {"count": count}},
+    "a list": lambda count: [count],
+    "an array": lambda count: count,
+    "a dataclass": lambda count: Counter(count=count),
+}
+
+
+@chex.dataclass
+class Counter:
+    count: jax.Array
+
+
+@pytest.mark.parametrize("where", STATES_WITH_A_COUNTER)
+def test_a_counter_of_another_library_goes_on_wherever_it_is(where):
+    def with_adam(adam, calls):
+        return [adam, falls_at(calls, STATES_WITH_A_COUNTER[where]), optax.scale(-0.1)]
+
+    theirs = optax.chain(*with_adam(optax.scale_by_adam(), 50))
+    ours, other = (
+        adamjax.chain(*with_adam(adamjax.scale_by_adam(eps=1e-8), calls)) for calls in (50, 60)
+    )
+    old = steps_of(theirs, 3)
+    state = convert.from_optax(old, ours, TWO, optimizer=theirs)
+    assert_same(state[1], old[1])
+    assert_same(convert.to_optax(state, ours, TWO, theirs), old)
+    for refused in (
+        lambda: convert.from_optax(old, other, TWO, optimizer=theirs),
+        lambda: convert.to_optax(state, other, TWO, theirs),
+    ):
+        with pytest.raises(ValueError, match=MOVES):
+            refused()
 
 
 def test_a_b2_near_1_is_no_false_alarm():

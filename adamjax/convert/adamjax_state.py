@@ -1,6 +1,7 @@
 """Reads a state of adamjax into a `Source`, the form that all systems share."""
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumula
 from adamjax.master import master_weights
 from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, states_of_class, walk
-from adamjax.transform import Rule, Transform, as_transform
+from adamjax.transform import Rule, Transform, as_transform, foreign
 
 __all__ = [
     "AdamjaxState",
@@ -117,6 +118,15 @@ def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
         yield from _fields_of_wrappers(item)
 
 
+def _items_of_containers(x: Any) -> Iterator[Any]:
+    """The arrays and objects in a state, at any depth of its containers, such as dictionaries."""
+    if role_of(x) in ("items", "inner", "parts"):
+        for item in items_of(x):
+            yield from _items_of_containers(item)
+    elif jax.tree.leaves(x) and not isinstance(x, numbers.Number):
+        yield x
+
+
 def _has_state_of_adamjax(x: Any) -> bool:
     """Whether a tree has a state of adamjax in it."""
     return any(map(is_of_adamjax, jax.tree.leaves(x, is_leaf=is_of_adamjax)))
@@ -191,6 +201,12 @@ class AdamjaxState:
         ]
         # Where several parts share a state, as masked and its transform do: the innermost.
         self._part_of = {id(part.state): part for part in self.parts}
+        self._ids_of_other_libraries = {
+            id(x)
+            for part in self.parts
+            if isinstance(part.tx, foreign)
+            for x in _items_of_containers(part.state)
+        }
         # Each rule must have a state of its kind.
         for part in self.parts:
             if isinstance(part.tx, Rule):
@@ -208,6 +224,10 @@ class AdamjaxState:
         """The part that a state belongs to; `None` inside a transform of another library."""
         part = self._part_of.get(id(state))
         return part if part is not None and part.state is state else None
+
+    def is_state_of_other_library(self, x: Any) -> bool:
+        """Whether an array or object belongs to the state of a transform of another library."""
+        return id(x) in self._ids_of_other_libraries
 
     def around(self, part: Part) -> list[Part]:
         """The parts around one of the parts, outermost first."""
@@ -302,7 +322,7 @@ class AdamjaxState:
                     "that one, with the state inside this one)"
                 )
             for item in items_of(x):
-                if is_container(item):
+                if is_container(item) or self.is_state_of_other_library(item):
                     self._read(item, source)
         elif role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
             for item in items_of(x):

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.optax_state import role_of
-from adamjax.convert.values import counts_a_schedule, field_names, map_items
+from adamjax.convert.values import counts_a_schedule, map_items
 from adamjax.data import is_array
 from adamjax.exact.state import ExactRowsState
 from adamjax.guard import AccumulateGradientsState
@@ -23,7 +23,7 @@ __all__ = [
     "advanced_adamjax",
     "advanced_optax",
     "late_rule",
-    "names_of_counts",
+    "may_have_counts",
     "new_rule",
     "rule_as_it_is",
     "unread_rule",
@@ -111,6 +111,8 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
         return part.tx.from_dense(advanced_adamjax(ours, x.inner, fresh.inner, how), part.params)
     if may_contain_states(x):
         return map_items(lambda a, b: advanced_adamjax(ours, a, b, how), x, fresh)
+    if is_array(x) and not ours.is_state_of_other_library(x):
+        return x
     return _advanced_other(x, how)
 
 
@@ -126,10 +128,16 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
         return fresh._replace(
             mini_step=x.mini_step, gradient_step=x.gradient_step + how.steps, inner_opt_state=inner
         )
-    if role == "hyperparams":
-        x = x._replace(count=x.count + how.steps * how.calls)
     if role is None:
         return _advanced_other(x, how)
+    if role in ("hyperparams", "skipped"):
+        names = [name for name in ("inner_state", "hyperparams_states") if hasattr(x, name)]
+        fields = {
+            name: advanced_optax(getattr(x, name), getattr(fresh, name), how) for name in names
+        }
+        if role == "hyperparams":
+            fields["count"] = x.count + how.steps * how.calls
+        return x._replace(**fields)
     return map_items(lambda a, b: advanced_optax(a, b, how), x, fresh)
 
 
@@ -156,15 +164,13 @@ def _kind_of_zero(path: tuple[Any, ...], x: Any) -> str | None:
 
 def _advanced_other(x: Any, how: Advance) -> Any:
     """A state of a transform that conversions do not know, such as `conditionally_transform`."""
-    counts = {name: getattr(x, name) + how.steps * how.calls for name in names_of_counts(x)}
-    return x._replace(**counts) if counts else x
+    return jax.tree.map(lambda x: x + how.steps * how.calls if _may_count(x) else x, x)
 
 
-def names_of_counts(x: Any) -> list[str]:
-    """Fields that may count calls, in the state of a transform that conversions do not know."""
-    fields = [(name, getattr(x, name)) for name in field_names(x) or ()]
-    return [
-        name
-        for name, value in fields
-        if is_array(value) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
-    ]
+def may_have_counts(x: Any) -> bool:
+    """Whether the state of a transform that conversions do not know may count calls."""
+    return any(map(_may_count, jax.tree.leaves(x)))
+
+
+def _may_count(x: Any) -> bool:
+    return is_array(x) and x.shape == () and bool(jnp.issubdtype(x.dtype, jnp.integer))

@@ -155,7 +155,7 @@ class _AdamjaxFiller(Translation):
                 raise ValueError(f"{self.owner}: exact_rows {_IN_FOREIGN_TRANSFORM}")
             return part.tx.from_dense(self.fill(x.inner), part.params)
         if may_contain_states(x):
-            return map_items(lambda item: self.fill(item) if is_container(item) else item, x)
+            return map_items(self._fill_item, x)
         if {"mu", "nu"} & set(field_names(x) or ()):
             raise ValueError(
                 f"{self.owner}: tx has a rule of another library, with a {class_name(x)}: "
@@ -164,6 +164,10 @@ class _AdamjaxFiller(Translation):
         if role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
             return map_items(self.fill, x)
         return self.other_state(x) if jax.tree.leaves(x) else x
+
+    def _fill_item(self, x: Any) -> Any:
+        is_state = is_container(x) or self.ours.is_state_of_other_library(x)
+        return self.fill(x) if is_state else x
 
     def _fill_rule(self, x: Any) -> Any:
         owner, part = self.owner, self.ours.part(x)

@@ -18,7 +18,7 @@ from adamjax.convert.advance import (
     advanced_adamjax,
     advanced_optax,
     late_rule,
-    names_of_counts,
+    may_have_counts,
     new_rule,
     rule_as_it_is,
     unread_rule,
@@ -440,7 +440,7 @@ class _Comparison:
         ours = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
         schedules = [part.tx for part in self.ours.parts if has_schedule(part.tx)]
         # Transforms that conversions do not know may follow a count of their own.
-        others = any(map(names_of_counts, self.source.other_states))
+        others = any(map(may_have_counts, self.source.other_states))
         if not (schedules or self.source.counts or self.source.accumulated or others):
             return
         now = ours | {count.value for count in self.source.counts} or {0}
