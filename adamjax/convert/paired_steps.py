@@ -18,7 +18,7 @@ from adamjax.guard import accumulate_gradients
 from adamjax.leaves import dtype_of, is_left_alone
 from adamjax.mesh import explicit_sharding, reshard
 from adamjax.paths import flatten, leaf_paths
-from adamjax.structure import rule_slots, slot_states
+from adamjax.structure import Part, rule_slots, slot_states
 
 __all__ = ["Differences", "PairedSteps", "Step"]
 
@@ -116,6 +116,11 @@ class PairedSteps:
                 self.varied[i] = self.varied[i] * relative
         update = like_wide(optimizer.update) if widens else optimizer.update
         self._call = jax.jit(lambda *args: self._both_updates(ours, update, *args))
+
+    def leaves_of(self, part: Part) -> np.ndarray:
+        """By leaf, whether a part of the transform sees it."""
+        leaves = leaves_by_path(self.ours.owner, part.params)
+        return np.array([path in leaves for path in self.paths], bool)
 
     def _drawn(self) -> list[Any]:
         """Random numbers like the leaves, of about 1."""

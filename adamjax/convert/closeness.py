@@ -1,0 +1,291 @@
+"""How close the updates of two optimizers must be."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax.clip import clip_by_global_norm
+from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
+from adamjax.convert.paired_steps import Differences, PairedSteps
+from adamjax.convert.source import Source
+from adamjax.convert.values import leaves_by_path
+from adamjax.convert.widening import has_rounded_hyperparams, is_narrow
+from adamjax.leaves import dtype_of
+from adamjax.structure import rule_slots, slot_states
+from adamjax.transform import Rule, foreign
+
+__all__ = ["WEIGHTS", "Closeness"]
+
+# The sizes of weights in steps that are compared. A weight decay shows at large weights, and the
+# rest at small ones. Their signs differ, because a leaf of few elements may have weights of one
+# sign.
+WEIGHTS = (1e3, -1e-2)
+# How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
+# off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
+# parameters, also the norm that scales the leaves beside them.
+_RTOL, _RTOL64 = 3e-4, 1e-5
+_NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
+# How much of the rounding of b2 is allowed besides.
+_MOST_OF_B2 = 2e-3
+# And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
+_ROUNDING = 1e-6
+# The first step of a rule from some states moves at least by this part of the largest update there.
+# Otherwise its rate is far below those of the next steps, as at the start of a warm-up.
+_SEEN = 0.03
+
+
+class Closeness:
+    """Compares updates leaf by leaf.
+
+    Attributes:
+      owner: the name of the conversion, for errors.
+      steps: takes the steps.
+      parts: the transform of adamjax and its parts.
+      has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
+      has_rounded_hyperparams: whether the state of optax has hyperparameters in a narrow dtype.
+      has_rule: by leaf, whether a rule sees it.
+      are_joint: whether updates of some leaves may depend on other leaves.
+      rtol: by leaf, how far its updates may be apart.
+      rtol_at_first: the same in the first step from a state, before moments are rounded.
+      largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
+        update so far.
+      largest_here: the same since the states where the present steps start, with their rates.
+      is_compared: whether some steps have been compared.
+      is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing, the
+        first from some states: some differences show in such a step alone.
+    """
+
+    def __init__(
+        self,
+        ours: AdamjaxState,
+        state: Any,
+        source: Source,
+        steps: PairedSteps,
+        rtol: float,
+        widens: bool,
+    ) -> None:
+        """Chooses how far updates may be apart.
+
+        Args:
+          ours, state: the states of both.
+          source: what the state of optax contains.
+          rtol: as for `from_optax`.
+          widens: whether optax computes in float32 where it would compute in a narrow dtype.
+        """
+        self.owner, self.steps, self.parts = ours.owner, steps, ours.parts
+        self.has_same_form = set(ours.kinds) <= {"adam"}
+        self.has_rounded_hyperparams = has_rounded_hyperparams(state)
+        narrow_ours, narrow = _narrow_leaves(ours.state), set()
+        for path, moments in source.moments.items():
+            if any(is_narrow(x) for one in moments for x in (one.slots or {}).values()):
+                narrow.add(path)
+        paths = steps.paths
+        has_narrow_slots = np.array([path in narrow | narrow_ours for path in paths], bool)
+        rounds_first = np.array([path in narrow_ours for path in paths], bool)
+        self.has_rule = np.array([path in source.moments for path in paths], bool)
+        self.are_joint = bool(np.any(self._joint_leaves()))
+        self.rtol = self._tolerances(rtol, has_narrow_slots)
+        self.rtol_at_first = self._tolerances(rtol, rounds_first if widens else has_narrow_slots)
+        self.largest, self.largest_here = self._no_updates(), self._no_updates()
+        self.is_seen = np.zeros(len(paths), bool)
+        self.is_compared = False
+
+    def _tolerances(self, rtol: float, has_narrow_slots: np.ndarray) -> np.ndarray:
+        """How far the updates of each leaf may be apart; see `rtol`."""
+        # Adam has the same form in optax.
+        least = 0.0 if self.has_same_form else rtol
+        params = self.steps.params
+        are_narrow = np.array([is_narrow(p) for p in params], bool)
+        beside = self._is_beside(are_narrow | has_narrow_slots)
+        rules = [part.tx for part in self.parts if isinstance(part.tx, Rule)]
+        of_b2 = max((_rounding_of_b2(float(rule.b2)) for rule in rules), default=0.0)
+        own = []
+        for p, is_one, slots in zip(params, are_narrow, has_narrow_slots, strict=True):
+            usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL + of_b2
+            narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_one)
+            own.append(max(least, usual, narrow, 2 * float(jnp.finfo(dtype_of(p)).eps)))
+        return np.maximum(own, _BESIDE_NARROW_RTOL * beside)
+
+    def _is_beside(self, narrow: np.ndarray) -> np.ndarray:
+        """By leaf, whether it is narrow or may be computed from leaves that are."""
+        if np.any(narrow) and self.has_rounded_hyperparams:
+            return np.ones_like(narrow)
+        joint = [leaves for leaves in self._joint_leaves() if np.any(leaves & narrow)]
+        return np.any([narrow, *joint], axis=0)
+
+    def _joint_leaves(self) -> list[np.ndarray]:
+        """For each transform that may compute a leaf's update from other leaves: which it sees."""
+        # Of adamjax' own transforms, one does.
+        return [
+            self.steps.leaves_of(part)
+            for part in self.parts
+            if not is_of_adamjax(part.tx) or isinstance(part.tx, clip_by_global_norm | foreign)
+        ]
+
+    @property
+    def rounds_later(self) -> bool:
+        """Whether the first step from a state is more accurate than later ones."""
+        return bool(np.any(self.rtol_at_first < self.rtol))
+
+    @property
+    def has_narrow_leaves(self) -> bool:
+        """Whether updates of some leaves may be apart because something narrow is rounded."""
+        return bool(np.any(self.rtol >= _BESIDE_NARROW_RTOL))
+
+    # --- the largest updates so far ---------------------------------------------------------------
+
+    def _no_updates(self) -> dict[tuple[float, bool], np.ndarray]:
+        keys = itertools.product(WEIGHTS, (False, True))
+        return {key: np.zeros(len(self.steps.leaves)) for key in keys}
+
+    def start_anew(self) -> None:
+        """Forgets the largest updates from the present states: the next steps have other rates."""
+        self.largest_here = self._no_updates()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Compares updates with those of the steps inside alone."""
+        largest_here = self.largest_here
+        self.start_anew()
+        yield
+        self.largest_here = largest_here
+
+    def add_past(self, size: float, is_still: bool, largest: np.ndarray) -> None:
+        """Adds the largest updates of a step that is not compared, with weights of one size."""
+        # A rate may be infinite at a count that the run never had.
+        largest = np.where(np.isfinite(largest), largest, 0)
+        self.largest[size, is_still] = np.maximum(self.largest[size, is_still], largest)
+
+    # --- what is refused --------------------------------------------------------------------------
+
+    def expect_same(
+        self,
+        start: str,
+        size: float,
+        taken: Iterable[tuple[int, Differences]],
+        is_still: bool = False,
+        first_only: bool = False,
+        first_compared: int = 0,
+        not_finite: tuple[int, float] | None = None,
+    ) -> None:
+        """Refuses updates that are apart.
+
+        Args:
+          start: where the steps start, for the error.
+          size: the size of the weights.
+          taken: for each call, the number of its step and its updates, as `PairedSteps.take` yields
+            them.
+          is_still: whether all gradients are 0. Then updates are compared with those of such steps
+            alone, because gradients are so large that they would hide a weight decay.
+          first_only: whether to compare only the first step of each leaf.
+          first_compared: the number of the first step that is compared.
+          not_finite: the leaf whose gradient is not finite in some step, if any, and its value.
+        """
+        compared = []
+        for number, found in taken:
+            if not found.is_finite:
+                break  # This ends the run in optax. A transform may skip the step.
+            if not_finite and self._is_ended_by_clip(found, *not_finite):
+                break
+            if number >= first_compared:
+                compared.append((number, found))
+        if not compared:
+            return
+        self.is_compared = True
+        key = size, is_still
+        here = [self.largest_here[key], *(found.largest for _, found in compared)]
+        self.largest_here[key] = largest_here = np.max(here, axis=0)
+        for number, found in compared:
+            self.largest[key] = np.maximum(self.largest[key], found.largest)
+            # An update whose terms nearly cancel is as inaccurate as the terms: a momentum of
+            # gradients of both signs, or a momentum and a weight decay.
+            is_first = found.is_first
+            if self.are_joint:
+                is_first = np.full_like(is_first, np.all(is_first))
+            rtol = np.where(is_first, self.rtol_at_first, self.rtol)
+            rounding = _ROUNDING * self.largest[key]
+            if not is_still:
+                least = np.where(self.has_rule, _SEEN * largest_here, 0)
+                is_first_here = (number == 0) | ~self.has_rule
+                is_large = (found.largest > 0) & (found.largest >= least)
+                self.is_seen |= is_first_here & is_large & (rounding <= rtol * largest_here)
+            is_close = found.apart <= rtol * largest_here + rounding
+            if first_only:
+                is_close |= ~is_first
+            if not np.all(is_close):  # or NaN
+                leaf = int(np.argmin(is_close))
+                a, b = found.farthest(leaf)
+                raise ValueError(
+                    f"{self.owner}: in step {number + 1} from {start} on, tx moves an element of "
+                    f"{self.steps.paths[leaf]!r} by {a:.6g}, and the optimizer of optax by "
+                    f"{b:.6g}: compare their clips, rules, betas, epsilons, decays with "
+                    "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
+                    "freeze leaves with set_to_zero: 0 times NaN is NaN)"
+                )
+
+    def _is_ended_by_clip(self, found: Differences, spoilt: int, value: float) -> bool:
+        """Whether a frozen leaf with an infinite gradient has ended the run in adamjax alone.
+
+        The clip of adamjax makes every element NaN. That of optax makes the infinite ones NaN and
+        others 0. If the leaf moves, this ends the run in optax too, so no later step is compared.
+        In a frozen leaf it is discarded. Whether both clip alike shows in other steps.
+        """
+        moves = self.has_rule | np.any([x > 0 for x in self.largest.values()], axis=0)
+        if not math.isinf(value) or moves[spoilt]:
+            return False
+        parts = [part for part in self.parts if isinstance(part.tx, clip_by_global_norm)]
+        clipped = [leaves for leaves in map(self.steps.leaves_of, parts) if leaves[spoilt]]
+        ended = np.flatnonzero(np.any(clipped, axis=0) & moves) if clipped else ()
+        return len(ended) > 0 and all(np.all(np.isnan(found.updates[i][0])) for i in ended)
+
+    def expect_same_whole(self, size: float, apart: np.ndarray, largest: np.ndarray) -> None:
+        """Refuses updates of whole leaves that are apart.
+
+        Args:
+          size: the size of the weights.
+          apart, largest: by leaf, as in `Differences`.
+        """
+        largest_so_far = np.maximum(self.largest[size, False], largest)
+        is_close = apart <= self.rtol * largest + _ROUNDING * largest_so_far
+        if not np.all(np.isfinite(largest)) or np.all(is_close):
+            return
+        leaf = int(np.argmin(is_close))
+        raise ValueError(
+            f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx moves an "
+            f"element by {apart[leaf]:.6g} more or less than the optimizer of optax, whose largest "
+            f"update is {largest[leaf]:.6g}. Both move a sample of the leaf alike, so one of them "
+            "may treat some rows in another way"
+        )
+
+    def expect_movement(self) -> None:
+        """Refuses a leaf with a rule that no step has moved."""
+        unmoved = self.has_rule & ~np.any([x > 0 for x in self.largest.values()], axis=0)
+        if np.any(unmoved):
+            path = self.steps.paths[int(np.argmax(unmoved))]
+            raise ValueError(
+                f"{self.owner}: no step moves {path!r}, because its learning rate is 0 in a state "
+                "(inject_hyperparams, with_hyperparams), so nothing can be compared: build both "
+                "optimizers with the same rate above 0 and set that rate in the state, convert, "
+                "and set 0 again afterwards; or pass check=False"
+            )
+
+
+def _rounding_of_b2(b2: float) -> float:
+    """By how much optax' updates are off because it rounds b2, and so 1 - b2, to float32."""
+    if b2 == 1:
+        return 0.0
+    off = abs((1 - float(np.float32(b2))) / (1 - b2) - 1)
+    # A larger difference is refused. The root of v is off by half as much as v.
+    return min(off, _MOST_OF_B2)
+
+
+def _narrow_leaves(state: Any) -> set[str]:
+    """The paths of the leaves with narrow slots in a state of adamjax."""
+    trees = [getattr(x, name) for x in slot_states(state) for name in rule_slots(x)]
+    slots = [pair for tree in trees for pair in leaves_by_path("", tree).items()]
+    return {path for path, x in slots if is_narrow(x)}
