@@ -159,7 +159,7 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
 class Packing(NamedTuple):
     """Puts several rows of a table side by side into one longer row, a line.
 
-    TPUs pad each row of an array to a multiple of 128 elements. Optimizers treat lines like rows.
+    TPUs pad each row of an array to a multiple of 128 elements. To an optimizer, a line is one row.
     Under `exact_rows`, and also with `rows="dense"`, the result is the same as without packing,
     because a row moves the same with a gradient of zero as with none. With `rows="lazy"` the rows
     of a line move together: if one has a gradient, its neighbours move on by their momentum. A step

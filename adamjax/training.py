@@ -233,7 +233,8 @@ def train_step(
       strict: as in `adamjax.value_and_grad`.
       rounding: how bfloat16 weights are rounded, as in `adamjax.apply_updates`.
       **jit_options: further arguments of `jax.jit`, such as `out_shardings` or
-        `static_argnames`; `donate_argnums=()` donates nothing.
+        `static_argnames`; `donate_argnums=()` donates nothing. `static_argnums` count the argument
+        `state`, so they are one higher than in the loss.
 
     Returns:
       A function `(params, state, /, *args, **kwargs) -> (params, state, value)`, where value is the
@@ -394,7 +395,8 @@ def eval_step(
       fn: `fn(params, *args, **kwargs)` returns any tree of arrays: a loss, predictions, metrics.
       tx: the optimizer, adamjax's or optax's, whose state is passed.
       averaged, strict: as in `forward`.
-      **jit_options: further arguments of `jax.jit`, such as `static_argnames`.
+      **jit_options: further arguments of `jax.jit`, such as `static_argnames`. `static_argnums`
+        count the argument `state`, so they are one higher than in `fn`.
 
     Returns:
       A function `(params, state, /, *args, **kwargs)` that returns what `fn` returns. It has the

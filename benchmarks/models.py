@@ -196,8 +196,8 @@ def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if {MANY, ONE} <= exact.keys():
         lines = exact[MANY]["lines"] / exact[ONE]["lines"]
         seconds = exact[MANY]["s"]["compile"]["median"] / exact[ONE]["s"]["compile"]["median"]
-    about_lines = "lines of exact: 26 tables / one"
-    about_seconds = "time to compile exact: 26 tables / one"
+    about_lines = "lines of StableHLO of the exact step: 26 tables / one table"
+    about_seconds = "time to compile the exact step: 26 tables / one table"
     return [
         measure.bound(about_lines, "at most", 4, lines),
         measure.bound(about_seconds, "at most", 3, seconds),

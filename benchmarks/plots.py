@@ -11,8 +11,8 @@ from benchmarks.tables import main_rows
 CAPTIONS = {
     "limit": "The speed of steps as a fraction of the fastest that the memory's bandwidth allows. "
     "Above 1, arrays stay in a cache from one step to the next.",
-    "rows": "One Adam step by the table's size: lines that stay low do not pay for the rows that "
-    "nobody read.",
+    "rows": "The time of one Adam step, by the number of rows of the table. If a line is flat, the "
+    "time does not depend on the rows that are not read.",
 }
 # name: (label, colour, marker, line width)
 LINES: dict[str, tuple[str, str, str, float]] = {

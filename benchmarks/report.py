@@ -19,16 +19,17 @@ from benchmarks.measure import RESULTS
 SECTIONS = {
     "dense": (
         "Dense steps",
-        "One Adam step on all parameters, jitted and donated, beside the same step of other "
-        "packages: on one large leaf, on a transformer's leaves, on many small ones. With "
-        '"clip", gradients are clipped by their global norm first.',
+        "One Adam step on all parameters, jitted, with donated arguments, compared with the same "
+        "step of other packages: on one large leaf, on a transformer's leaves, on many small ones. "
+        'With "clip", gradients are clipped by their global norm first.',
     ),
     "rows": (
         "Rows of a table",
         "One Adam step on an embedding table of which a batch reads a few rows. `exact` is "
         "`exact_rows`, whose result is the dense optimizer's; `lazy` leaves the other rows where "
         'they are; `dense` is `rows="dense"`. A whole step ("exact step", "lazy step") reads the '
-        "rows and differentiates a loss as well. Indices by Zipf's law are mostly the same few.",
+        "rows and differentiates a loss as well. If indices follow Zipf's law, most of them are of "
+        "the same few rows.",
     ),
     "compile": (
         "Compilation",
@@ -100,10 +101,10 @@ def _speed(results: Results) -> Iterator[str]:
         )
     models = [row for row in _rows_of(results, "models", "steps") if "optax" in row["ratio"]]
     if models:
-        times = (f"{row['model']} {row['ratio']['optax']['median']:.1f}" for row in models)
+        times = (f"{row['model']}: {row['ratio']['optax']['median']:.1f}" for row in models)
         yield (
             "The time of a train step with optax, divided by that with `exact_rows`: "
-            f"{', '.join(times)}."
+            f"{'; '.join(times)}."
         )
     for what in ("trace and lower", "compile"):
         rows = [row for row in _rows_of(results, "compile") if row["what"] == what]
@@ -124,13 +125,13 @@ def _limits(results: Results) -> Iterator[str]:
         speed = results["rows"]["bandwidth"]["median"] / 1e9
         yield f"Steps on rows ({row['indices']} indices): {each} {limit.format(speed)}."
     if memory := results.get("memory"):
-        most = {False: 0.0, True: 0.0}  # of the chains that join small leaves, and of the others
+        most = {False: 0.0, True: 0.0}  # of the chains without `grouped`, and with it
         for row in memory["dense"]:
-            joins = "grouped" in row["chain"]
-            most[joins] = max(most[joins], 100 * row["temporary_bytes"] / row["parameter_bytes"])
+            groups = "grouped" in row["chain"]
+            most[groups] = max(most[groups], 100 * row["temporary_bytes"] / row["parameter_bytes"])
         yield (
             f"A dense step's temporaries take {most[False]:.1f}% of the parameters' bytes at most, "
-            f"{most[True]:.1f}% where small leaves are joined."
+            f"{most[True]:.1f}% with `grouped`."
         )
         modes = (f"{x['temporary_bytes'] / 1e6:,.1f} MB ({x['mode']})" for x in memory["tables"])
         yield f"Temporaries of a train step on a table: {', '.join(modes)}."
@@ -156,14 +157,18 @@ def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, fl
 
 
 def _what_is_slow(results: Results) -> Iterator[str]:
-    """The bounds that do not hold, and what is slower than with another package."""
+    """The targets that are missed, and what is slower than with another package."""
     bounds = _rows_of(results, "rows", "bounds") + _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
-    for row in (row for row in measured if not row["holds"]):
-        figures = f"{row['asked']}, but {row['measured']:.3g}"
-        yield f"A bound that does not hold: {row['what']}: {figures}."
-    if measured and all(row["holds"] for row in measured):
-        yield f"All {len(measured)} bounds that were measured hold."
+    lines = [
+        f"  - {row['what']}: {row['measured']:.3g} (target: {row['asked']})"
+        for row in measured
+        if not row["holds"]
+    ]
+    if lines:
+        yield "\n".join([f"Of {len(measured)} targets, {len(lines)} are missed:", *lines])
+    elif measured:
+        yield f"All {len(measured)} targets are met."
     cases: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for what, name, case, ratio in _comparisons(results):
         if ratio["q25"] > 1:  # slower by more than the noise
@@ -189,7 +194,11 @@ def summary(results: Results) -> str:
             "their times mean nothing."
         )
     real = {suite: x for suite, x in results.items() if suite not in quick}
-    titles = {"What is fast": _speed, "What is at the limit": _limits, "What is not": _what_is_slow}
+    titles = {
+        "How fast steps are": _speed,
+        "How close steps come to the limit, and what memory they need": _limits,
+        "What is slow": _what_is_slow,
+    }
     for title, lines in titles.items() if real else ():
         parts += [f"**{title}**", "\n".join(f"- {line}" for line in lines(real))]
     return "\n\n".join(parts)
@@ -207,10 +216,10 @@ def text(results: Results) -> str:
     devices = sorted({tables.machine(x) for x in results.values()})
     parts = [
         f"# adamjax on {' and '.join(devices)}",
-        "Adam of adamjax, a library for JAX, beside that of other packages. Written by `python -m "
+        "The Adam of adamjax compared with that of other packages. Written by `python -m "
         "benchmarks report` from the results in this folder. A time is the median of several "
         "rounds, in which contenders take turns (quartiles in brackets); a ratio is taken within a "
-        "round. A difference is more than the noise if it is beyond the quartiles.",
+        "round. A difference counts as more than noise if 1 is outside the ratio's quartiles.",
         "## In short",
         summary(results),
     ]

@@ -83,7 +83,7 @@ def origin(results: Results, bandwidth: bool = True) -> str:
 
 
 def bounds_table(bounds: Sequence[Row]) -> list[str]:
-    """A sentence and the table of bounds; nothing if there are none."""
+    """A sentence and the table of the targets for figures; nothing if there are none."""
     if not bounds:
         return []
     holds = {None: "not measured", True: "yes", False: "**no**"}
@@ -91,8 +91,8 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
     for row in bounds:
         measured = "" if row["measured"] is None else f"{row['measured']:.3g}"
         table.append([row["what"], row["asked"], measured, holds[row["holds"]]])
-    text = "The bounds that these figures should stay within:"
-    return [text, markdown(["what", "bound", "measured", "holds"], table)]
+    text = "The targets that we set for these figures, and whether they are met:"
+    return [text, markdown(["what", "target", "measured", "met"], table)]
 
 
 # --- suites that measure --------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def compiling(results: Results) -> str:
         ratios = (ranged(row["ratio"][name], 2) for name in rivals)
         table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
     what = results["workload"].split(",")[0]
-    text = f"{origin(results)} {what}; a program pays this once. Median (quartiles)."
+    text = f"{origin(results)} A step on {what}. A program traces and compiles a step only once. "
+    text += "Median (quartiles)."
     return f"{text}\n\n{markdown(['what', 'chain', 's', *_ratio_heads(rivals)], table)}"
 
 
@@ -344,18 +345,30 @@ def tpu(results: Results) -> str:
             f"**The compiler's estimates, not times**; {versions(results)}, "
             f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
             "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
-            "ratio to optax's. Temporaries, in the chip's main and fast memory together, are the "
-            "largest of all chips.",
+            "ratio to optax's. Temporaries are counted in the chip's main and fast memory "
+            "together, and given for the chip that needs the most.",
             markdown(
                 ["workload", "chain", *chips, "temporaries, bytes a parameter"],
                 _tpu_dense_steps(results["dense"]),
             ),
-            "A train step that reads 8,192 rows of a table [1M, D], in MB. The table is row-major, "
-            "unless the mode says otherwise. Bytes include the padding of rows. Arguments and "
-            "temporaries are the largest of all chips.",
+            "A train step that reads 8,192 rows of a row-major table of 1M rows and D columns, "
+            "unless the mode names other numbers; in MB. Bytes include the padding of rows. "
+            "Arguments and temporaries are given for the chip that needs the most.",
             markdown(heads, _tpu_row_steps(results["rows"])),
+            *_why_not_counted(results),
         ]
     )
+
+
+def _why_not_counted(results: Results) -> list[str]:
+    """Why the bytes of some steps on tables are not counted, if any are not."""
+    reports = [report for row in results["rows"] for report in row["said"].values()]
+    if all("bytes" in report or "failed" in report for report in reports):
+        return []
+    return [
+        "Not counted: an instruction of this step joins rows of several tables, and its text does "
+        "not say how many bytes it moves from each."
+    ]
 
 
 def _tpu_dense_steps(results: Iterable[Row]) -> Iterable[list[str]]:
@@ -421,8 +434,10 @@ def gpu(results: Results) -> str:
                 ["workload", "chain", "kernels", "bytes", "temporaries, bytes per parameter"],
                 dense_table,
             ),
-            "A train step that reads 8,192 rows of a table, in MB:",
+            "A train step that reads 8,192 rows of a table, unless the mode names another number. "
+            "Bytes are in MB:",
             markdown(heads, row_table),
+            *_why_not_counted(results),
         ]
     )
 

@@ -1,4 +1,4 @@
-"""What transforms decide by the shapes and dtypes of leaves, as masks given as functions may."""
+"""Finds what transforms decide by the shapes and dtypes of leaves, as a mask function may."""
 
 from collections.abc import Iterator
 from typing import Any

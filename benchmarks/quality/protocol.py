@@ -3,11 +3,12 @@
 For each model and each contender:
 
 1. The learning rate is the one of `RATES` with the best mean of the model's first metric on the
-   validation split, over `SEARCH_SEEDS`. Some contenders take the rate of `dense` (`RATE_OF`):
-   `exact` and `adamjax dense` are the same optimizer and are compared with it seed by seed, and
-   `lazy, same rate` is what a user gets who changes only the mode.
-2. With that rate the model is trained from each of `SEEDS`. A seed decides the first weights and
-   all batches, and these are the same for every contender.
+   validation split, over the three `SEARCH_SEEDS`, which are not used again. Some contenders take
+   the rate of `dense` (`RATE_OF`): `exact` and `adamjax dense` are the same optimizer as `dense`
+   and are compared with it seed by seed, and `lazy, same rate` is what a user gets who changes
+   only the mode.
+2. With that rate, the model is trained from each of the 20 `SEEDS`. A seed decides the first
+   weights and all batches, and these are the same for every contender.
 3. The result is a metric on the test split after the last epoch. Nothing is chosen by it.
 4. A contender is compared with its reference (`REFERENCE`, mostly `dense`) by the differences
    between runs of the same seed: their mean with its confidence interval, and a paired t-test. The
@@ -15,10 +16,10 @@ For each model and each contender:
 
 A metric's margin says which differences matter. The outcome is
 
-- "same": two one-sided tests at `ALPHA` show that the difference is within the margin. They do if
-  the confidence interval at 1 - 2 `ALPHA` is within it;
-- "better" or "worse": it is not "same", and the corrected p-value is below `ALPHA`;
-- "undecided": neither.
+- "same": two one-sided tests at the level 0.05 (`ALPHA`) show that the difference is within the
+  margin. They do if its 90% confidence interval is within the margin. (Tables show 95% intervals.)
+- "better" or "worse": it is not "same", and the corrected p-value is below 0.05.
+- "undecided": all other cases.
 
 The margins are 0.01 for metrics between 0 and 1, and 1% for a loss.
 """
@@ -69,13 +70,15 @@ METRICS = {
 # name: what it is
 CONTENDERS = {
     "dense": "optax's Adam, dense gradients",
-    "adamjax dense": "adamjax's Adam, dense gradients: what rounding elsewhere does",
+    "adamjax dense": "adamjax's Adam, dense gradients; it differs from dense only in where it "
+    "rounds, so it shows how much rounding changes",
     "exact": "exact_rows",
-    "lazy": 'rows="lazy": rows that are not read stay, and so do their moments',
+    "lazy": 'rows="lazy": rows that are not read, and their moments, do not change',
     "lazy, same rate": "lazy with the learning rate of dense",
-    "counted": "SmartDecay's idea: a row that was read catches up with the steps since its last "
-    "read, with the new v",
-    "local": "HugeCTR's lazy global update: a row catches up after it is read, with the old v",
+    "counted": "SmartDecay's idea: the loss reads a row that lags behind; the same step's update "
+    "adds the movement that it missed, computed with the v after this step's gradient",
+    "local": "HugeCTR's lazy global update: the same with the v of the row's previous read, and a "
+    "gradient moves its row only when the row is next read",
     "exact + decay": "exact_rows of AdamW",
     "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
 }

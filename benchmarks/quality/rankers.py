@@ -1,4 +1,4 @@
-"""Models that rank: the items of users (four models), and the entities of a knowledge graph."""
+"""Models that rank items for a user (four models), or the entities of a knowledge graph."""
 
 import functools
 from typing import Any

@@ -26,13 +26,14 @@ LINES = {
     "lazy + decay": ("C8", 1.2),
 }
 CAPTIONS = {
-    "time": "The test's first metric after each epoch, by the seconds of training until then: the "
-    "mean of all seeds.",
-    "reads": "The difference from dense in each group of the test's examples, by how often the "
-    "example's row is read by right answers in the training data. Above 0 is better; groups of "
+    "time": "The model's first metric on the test split after each epoch, by the seconds of "
+    "training until then: the mean of all seeds.",
+    "reads": "The difference from dense for test examples, grouped by how often the example's item "
+    "or word (of two entities, the rarer) is in the training data. Above 0 is better. Groups of "
     f"fewer than {protocol.FEWEST} examples are left out.",
-    "divergence": "How far a row ends from where dense Adam moves it, by the steps between two "
-    "reads: the mean distance, divided by how far dense Adam moves the row.",
+    "divergence": "Horizontal: the number of steps between two reads of a row. Vertical: the mean "
+    "distance between the row's end point and its end point under dense Adam, divided by how far "
+    "dense Adam moves the row.",
 }
 
 
@@ -130,9 +131,9 @@ def model_table(row: dict[str, Any]) -> str:
                 cells += [""] * 6
             cells.append(f"{result['mean |difference|']:.2g}, {result['largest |difference|']:.2g}")
             table.append(cells)
-    head = ["contender", "rate", "seconds", "metric", "mean ± sd", "against"]
+    head = ["contender", "rate", "training, s", "metric", "mean ± sd", "against"]
     head += ["difference (95% interval)", "effect size", "p", "corrected p", "outcome"]
-    head.append("distance from dense by seed: mean, largest")
+    head.append("size of the difference from dense between runs of one seed: mean, largest")
     return markdown(head, table)
 
 
@@ -156,6 +157,12 @@ def page(results: Results) -> str:
     parts = [
         "# When does exact matter?",
         f"{origin(results)} Written by `python -m benchmarks quality` from `quality.json`.",
+        "This page compares what can happen to the rows of tables that a step does not read. "
+        "Dense Adam updates all rows; exact gives the same result, but moves a row later; lazy "
+        'leaves these rows as they are. "Same" means that the difference is shown to be within a '
+        'margin that was fixed before the runs. After "at worst": the mean difference, its 95% '
+        "confidence interval, and the method's mean. [Lazy or exact]"
+        "(../../../docs/lazy-or-exact.md#measurements) explains the methods and the metrics.",
     ]
     if results["quick"]:
         parts.append(
@@ -167,17 +174,21 @@ def page(results: Results) -> str:
         "\n".join(f"- {line}" for line in sentences(results)).replace(
             "(performance.md)", "(../../../docs/performance.md)"
         ),
+        "In the next table, the column dense has the metric's mean. The other cells have the mean "
+        "difference from dense, its 95% confidence interval, and the outcome. Lazy + decay is lazy "
+        "AdamW, and is compared with exact AdamW.",
         markdown(*outcome_rows(results)),
-        "A cell is the mean difference from the reference with its 95% confidence interval, and "
-        "the outcome. The reference is dense; that of lazy + decay is exact + decay.",
         *map(picture, CAPTIONS),
         "## The question, fixed before the runs",
         (protocol.__doc__ or "").strip(),
         f"Seeds: {len(results['seeds'])}. Rates: {', '.join(f'{x:g}' for x in results['rates'])}. "
         f"Betas {results['betas'][0]} and {results['betas'][1]}, eps {results['eps']:g} as in "
         f"optax, decay {results['decay']}.",
-        "The chosen rate is the smallest or the largest that was tried for: "
-        f"{'; '.join(ends) if ends else 'none'}.",
+        (
+            f"The chosen rate is the smallest or the largest that was tried in: {'; '.join(ends)}."
+            if ends
+            else "No chosen rate is the smallest or the largest that was tried."
+        ),
         markdown(["contender", "what it is"], [[n, protocol.CONTENDERS[n]] for n in names]),
         "## The data",
         *(
@@ -187,8 +198,9 @@ def page(results: Results) -> str:
             )
             for name, about in results["data"].items()
         ),
-        "Ratings: of each user the last is the test and the one before it is for validation. "
-        "Facts about one pair of entities are on one side of the split.",
+        "Ratings: the last rating of each user is in the test split, the one before it in the "
+        "validation split. Knowledge graph: all facts about the same two entities are in the same "
+        "split.",
     ]
     for row in results["models"]:
         parts.append(f"## {row['model']}")
