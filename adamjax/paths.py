@@ -236,7 +236,7 @@ def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -
         raise ValueError(
             f"{owner}: the pattern {pattern!r} has no effect: {_listed(matches)} match an "
             f"earlier pattern, such as {earlier!r}, and the first match decides. Put it first. "
-            f"If it may have no effect, write adamjax.optional({str(pattern)!r})"
+            f"If this is intended, write adamjax.optional({str(pattern)!r})"
         )
 
 

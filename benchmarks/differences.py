@@ -209,8 +209,9 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     ),
     "EMA start": (
         "a weight that goes 1, 0.9, 0.8: its average with momentum 0.99 at the end",
-        "after the first step, start the average again from the weights that this step gave: "
-        "`state = (*state[:-1], tx.transforms[-1].init(params))`",
+        "take one step, then start the average again from the weights after that step: "
+        "`state = (*state[:-1], tx.transforms[-1].init(params))`, where the last transform is "
+        "`weight_ema`",
         {
             "adamjax": adamjax_average,
             "optax": lambda: "only the function `incremental_update`",
@@ -238,7 +239,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "bfloat16": (
         "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 "
         "gradients of 1",
-        "you do not need it: adamjax's moments and arithmetic are float32 by default",
+        "not possible: the others store the moments in bfloat16, adamjax stores them in float32",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }
@@ -255,7 +256,7 @@ def main(argv: list[str]) -> int:
     suite.parse(argv)
     suite.results["rows"] = [
         {
-            **{"key": key, "what": what, "theirs": theirs},
+            "key": key,
             "numbers": {system: measured(key, system) for system in SYSTEMS},
         }
         for key, (what, theirs, _) in CASES.items()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.contenders import WHOLE_STEPS, short
+from benchmarks.differences import CASES
 from benchmarks.models import CONTENDERS
 from benchmarks.quality import answer
 
@@ -201,8 +202,9 @@ def differences(results: Results) -> str:
     """The table of what other packages do otherwise."""
     systems = list(results["rows"][0]["numbers"])
     table = [
-        [row["what"], *(f"{row['numbers'][system]}" for system in systems), row["theirs"]]
+        [what, *(f"{row['numbers'][system]}" for system in systems), theirs]
         for row in results["rows"]
+        for what, theirs, _ in [CASES[row["key"]]]
     ]
     header = ["case", *systems, "how to get the others' result in adamjax"]
     return f"{markdown(header, table)}\n\n{versions(results)}."
@@ -499,12 +501,12 @@ def narrow(results: Results) -> str:
             origin(results),
             f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
             "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
-            "averaged over all elements. Columns m and v: in what share of these steps this mean "
-            "error is more than three standard errors away from 0. Column update: the mean "
-            "absolute error of an update, relative to its size. If the moments have no bias, the "
-            "shares are 0.3% on average, but a share can differ from that by chance: v has a "
-            "memory of 1,000 steps, and all cases round with the same random bits, so errors at "
-            "neighbouring steps and in different cases occur together.",
+            "averaged over all elements. Columns m and v show whether this mean error is biased: "
+            "the share of these steps in which it is more than three standard errors away from 0. "
+            "Without bias, the share is 0.3% on average, but by chance it may be higher or lower: "
+            "the steps and cases are not independent, because v averages over about 1,000 steps, "
+            "and all cases round with the same random bits. Column update: the mean absolute error "
+            "of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus the loss with "
             f"float32, the mean over {results['seeds']} seeds. In brackets: this difference as a "

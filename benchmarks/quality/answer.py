@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.quality.protocol import METRICS, REFERENCE
+from benchmarks.quality.protocol import FEWEST, METRICS, REFERENCE
 
 Results = dict[str, Any]
 
@@ -105,17 +105,17 @@ def sentences(results: Results) -> list[str]:
     if "exact" in present:
         farthest = max(comparisons(results, "exact"), key=relative_difference)
         line = (
-            f"**Exact**, against dense: {outcome_counts(results, 'exact')}. Single runs can still "
-            "differ: the size of the difference between runs of the same seed, averaged over the "
-            f"seeds, is largest for the {farthest.metric} of {farthest.model}, "
-            f"{100 * relative_difference(farthest):.2g}% of the metric. (The comparisons use the "
-            "mean difference, in which differences of opposite signs cancel.)"
+            f"**Exact**, against dense: {outcome_counts(results, 'exact')}. (A comparison uses the "
+            "mean difference, in which differences of opposite signs cancel.) Single runs can "
+            "still differ. The mean absolute difference between runs of the same seed is largest "
+            f"for the {farthest.metric} of {farthest.model}: "
+            f"{100 * relative_difference(farthest):.2g}% of the metric."
         )
         if "adamjax dense" in present:
             farthest = max(comparisons(results, "adamjax dense"), key=relative_difference)
             line += (
-                " With dense gradients, single runs of optax's Adam and adamjax's differ in the "
-                f"same way: most for the {farthest.metric} of {farthest.model}, by "
+                " Between adamjax's and optax's Adam, both with dense gradients, it is largest for "
+                f"the {farthest.metric} of {farthest.model}: "
                 f"{100 * relative_difference(farthest):.2g}%."
             )
         lines.append(line)
@@ -137,10 +137,12 @@ def sentences(results: Results) -> list[str]:
             lines.append(line)
     if "lazy, same rate" in present:
         lines.append(
-            "**Rarely read rows and often read rows**: by how much the metric of lazy is above "
-            "that of dense, both with dense's learning rate. The first number is for the rows that "
-            "are read least, the second for the rows that are read most. (For a loss, above is "
-            "worse; for the other metrics, it is better.) "
+            "**Rarely and often read rows**: the metric of lazy minus that of dense, both with "
+            "dense's learning rate. The test examples are grouped by how often their row is in the "
+            f"training data: {', '.join(results['groups'])} times. The first number is for the "
+            "group with the fewest reads, the second for the one with the most. (Groups of fewer "
+            f"than {FEWEST} examples are left out. A loss that is larger is worse; any other "
+            "metric that is larger is better.) "
             f"{'; '.join(rare_and_frequent(results, 'lazy, same rate'))}."
         )
     if {"exact", "lazy"} <= present:
