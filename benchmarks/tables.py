@@ -501,12 +501,12 @@ def narrow(results: Results) -> str:
             origin(results),
             f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
             "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
-            "averaged over all elements. Columns m and v show whether this mean error is biased: "
-            "the share of these steps in which it is more than three standard errors away from 0. "
-            "Without bias, the share is 0.3% on average, but by chance it may be higher or lower: "
-            "the steps and cases are not independent, because v averages over about 1,000 steps, "
-            "and all cases round with the same random bits. Column update: the mean absolute error "
-            "of an update, relative to its size.",
+            "averaged over all elements. Columns m and v test for a bias. They give the share of "
+            "these steps in which this mean error is more than three standard errors away from 0. "
+            "Without a bias, about 0.3% is expected. The steps and cases are not independent, "
+            "because v averages over about 1,000 steps, and all cases round with the same random "
+            "bits. So a share may be higher or lower by chance. Column update: the mean absolute "
+            "error of an update, relative to its size.",
             markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
             f"**Training**, {results['trained']} steps: the held-out loss minus the loss with "
             f"float32, the mean over {results['seeds']} seeds. In brackets: this difference as a "
