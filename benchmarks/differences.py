@@ -239,7 +239,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "bfloat16": (
         "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 "
         "gradients of 1",
-        "not possible: with bfloat16 weights, the others store bfloat16 moments, rounded to the nearest",
+        "not possible: with bfloat16 weights, the others store bfloat16 moments, rounded to the "
+        "nearest",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }

@@ -279,14 +279,15 @@ def rows(results: Results) -> str:
     parts = []
     for case in (first, *sorted(others)):
         same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
-        title = f"{short(case[0])} rows of {case[1]}, {case[2]:,} indices"
+        title = f"{short(case[0])} rows of {case[1]} columns, {case[2]:,} indices in a step"
         if case == first:
-            text = f"{_how_rows_were_measured(results)} {title}; median (quartiles). `exact step` "
-            text += "and `lazy step` are whole train steps, which also read the rows and "
-            text += "differentiate a loss. In the row `lazy step`, the ratio is to `exact step`."
+            text = f"{_how_rows_were_measured(results)} `exact step` and `lazy step` are whole "
+            text += "train steps, which also read the rows and differentiate a loss. In the row "
+            text += "`lazy step`, the ratio is to `exact step`."
+            parts += [text, f"{title}; median (quartiles):"]
         else:
-            text = f"{title}, {same_size[0]['rounds']} rounds in all:"
-        parts += [text, _contenders_table(same_size)]
+            parts.append(f"{title}; {same_size[0]['rounds']} rounds in all:")
+        parts.append(_contenders_table(same_size))
     text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
     text += "sizes. In brackets, how many times as long others take: first optax with dense "
     text += "gradients, then torch's SparseAdam."
@@ -368,8 +369,8 @@ def _why_not_counted(results: Results) -> list[str]:
     if all("bytes" in report or "failed" in report for report in reports):
         return []
     return [
-        "Not counted: an instruction of this step joins rows of several tables, and its text does "
-        "not say how many bytes it moves from each."
+        "Not counted: one instruction joins rows of several tables, and the compiled program does "
+        "not show how many bytes it moves from each."
     ]
 
 

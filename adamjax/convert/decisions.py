@@ -1,4 +1,4 @@
-"""Finds what transforms decide by the shapes and dtypes of leaves, as a mask function may."""
+"""Finds where a transform depends on the shapes and dtypes of leaves, as a mask function may."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Finds the leaf for a parameter of another system, by its name or by the user's order."""
+"""Finds the leaf for a parameter of another system, by its name or by the `order=` of the user."""
 
 import math
 import operator

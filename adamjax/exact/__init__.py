@@ -1,4 +1,4 @@
-"""`exact_rows`: the dense optimizer's result on tables, at the cost of the rows that are read."""
+"""The package of `exact_rows`, and what it exports."""
 
 from adamjax.exact.gradient import gradient_of, results_of
 from adamjax.exact.stale import StaleTable

@@ -1,4 +1,4 @@
-"""Steps on tables at the cost of the rows they read. The other rows catch up when they are read.
+"""The transform `exact_rows`: its state, its steps, and its reads of up-to-date rows.
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A

@@ -1,4 +1,4 @@
-"""The finished cells of a run, each a line of JSON: the next run continues from there.
+"""The finished work of a run, each piece a line of JSON: the next run continues from there.
 
 A cell is a piece of work: a training run, or a measurement of `divergence`.
 """
