@@ -17,7 +17,7 @@ from adamjax.transform import (
     Transform,
     as_transform,
     expect_empty,
-    several_states,
+    states_of_parts,
 )
 
 __all__ = ["chain", "identity"]
@@ -158,7 +158,7 @@ class chain(Transform):
         return updates, tuple(new_states)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        return several_states(self, state)
+        return states_of_parts(self, state)
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.transforms))})"

@@ -239,7 +239,7 @@ class clip_by_global_norm(Stateless, Scaling):
     def reads_updates(self) -> bool:
         return True
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def factors(self, tree: Tree, state: Any) -> tuple[Any, Any]:
         expect_empty(self, state)
         norm = _norm("clip_by_global_norm", tree)
         factor = _clip_factor(norm, _max_norm(self.max_norm, norm.dtype))

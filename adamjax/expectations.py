@@ -1,6 +1,7 @@
-"""What a law expects of results: the same form, the same bits, or nearly the same values.
+"""Compares the trees that a law computes: their form, their bits, or their values up to rounding.
 
-Errors name the leaf and the numbers.
+The form of a tree is its structure, and the shapes and dtypes of its leaves. Errors are
+`AssertionError`s that name the first leaf that differs.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from adamjax.data import Tree
 from adamjax.leaves import described, dtype_of
 
 __all__ = [
-    "STEPS_CLOSE",
+    "LOOSE_RTOL",
     "expect_close",
-    "expect_form",
-    "expect_near",
-    "expect_same",
+    "expect_same_bits",
+    "expect_same_form",
+    "expect_within",
     "first_difference",
     "in_float64",
     "is_none",
@@ -28,11 +29,11 @@ __all__ = [
     "shown",
 ]
 
-# How far float32 results of one formula may be apart in two programs, relative to the largest value
-# of the leaf.
-_CLOSE = 2e-6
-# The same after several steps.
-STEPS_CLOSE = 2e-5
+# The largest difference of float32 results if two programs compute the same formula, relative to
+# the largest magnitude in the leaf.
+_RTOL = 2e-6
+# The same after several steps, or if one program runs operation by operation, without XLA's fusion.
+LOOSE_RTOL = 2e-5
 
 
 def is_none(x: Any) -> bool:
@@ -40,7 +41,7 @@ def is_none(x: Any) -> bool:
 
 
 def leaves_with_names(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves, `None` among them, each with its name for errors; and the structure."""
+    """Pairs (name, leaf) of the leaves, `None` among them, and the structure of the tree."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     return [(name + jax.tree_util.keystr(path), x) for path, x in pairs], treedef
 
@@ -58,12 +59,12 @@ def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[s
         missing = [x for x in expected_names if x not in set(names)]
         surplus = [x for x in names if x not in set(expected_names)]
         if missing:
-            fault = f"no {missing[0]}"
+            fault = f"{missing[0]} is missing"
         elif surplus:
-            fault = f"a surplus {surplus[0]}"
+            fault = f"{surplus[0]} should not be there"
         else:
-            fault = f"the structure {treedef}"
-        raise AssertionError(f"there is {fault}, expected {expected_treedef}")
+            fault = f"the structure of {name} is {treedef}"
+        raise AssertionError(f"{fault}, expected the structure {expected_treedef}")
     for (leaf_name, x), (_, y) in zip(leaves, expected_leaves, strict=True):
         if (x is None) != (y is None):
             raise AssertionError(f"{leaf_name} is {shown(x)}, expected {shown(y)}")
@@ -72,19 +73,20 @@ def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[s
 
 
 def shown(x: Any) -> str:
+    """What errors say of a leaf: its dtype and shape, or that it is `None`."""
     return "None" if x is None else described(x)
 
 
-def expect_form(name: str, actual: Tree, expected: Tree) -> None:
-    """Expects the same structure, shapes and dtypes."""
+def expect_same_form(name: str, actual: Tree, expected: Tree) -> None:
+    """Expects the same structure, and leaves of the same shapes and dtypes."""
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
             raise AssertionError(f"{leaf_name} is {described(x)}, expected {described(y)}")
 
 
-def expect_same(name: str, actual: Tree, expected: Tree) -> None:
-    """Expects the same form, and the same bits."""
-    expect_form(name, actual, expected)
+def expect_same_bits(name: str, actual: Tree, expected: Tree) -> None:
+    """Expects the same form, and the same bits: 0.0 and -0.0 differ, NaNs of equal bits do not."""
+    expect_same_form(name, actual, expected)
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
         if a.tobytes() != b.tobytes():
@@ -93,41 +95,45 @@ def expect_same(name: str, actual: Tree, expected: Tree) -> None:
 
 
 def _bytes_of_elements(x: Any) -> Any:
-    """uint8[*shape, bytes of an element]: 0.0 and -0.0 differ, and NaNs of equal bits do not."""
+    """The bytes of each element, uint8[*shape, itemsize]."""
     return np.frombuffer(x.tobytes(), np.uint8).reshape(*x.shape, x.itemsize)
 
 
-def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _CLOSE) -> None:
-    """Expects the same form, and values that differ by at most `rtol` times the leaf's largest."""
-    expect_form(name, actual, expected)
+def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _RTOL) -> None:
+    """Expects the same form, and values that are close.
+
+    They may differ by `rtol` times the largest finite magnitude in the expected leaf.
+    """
+    expect_same_form(name, actual, expected)
     for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
-        expect_near(leaf_name, x, y, rtol * largest_magnitude(y))
+        expect_within(leaf_name, x, y, rtol * largest_magnitude(y))
 
 
 def largest_magnitude(x: Any) -> float:
-    """The largest absolute value of the finite elements of an array."""
+    """The largest absolute value of the finite elements of an array, or 0 if it has none."""
     x = in_float64(x)
     return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
 
 
-def expect_near(name: str, x: Any, y: Any, atol: float) -> None:
-    """Expects values within `atol`, the same infinities, and NaN where NaN is expected."""
+def expect_within(name: str, x: Any, y: Any, atol: float) -> None:
+    """Expects x to differ from y by at most `atol`, with the same infinities and NaNs as y."""
     a, b = in_float64(x), in_float64(y)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        near = (np.abs(a - b) <= atol) | (a == b) | (np.isnan(a) & np.isnan(b))
-    far = np.asarray(~near)
-    if np.any(far):
-        raise AssertionError(first_difference(name, a, b, far))
+        is_within = (np.abs(a - b) <= atol) | (a == b) | (np.isnan(a) & np.isnan(b))
+    differ = np.asarray(~is_within)
+    if np.any(differ):
+        raise AssertionError(first_difference(name, a, b, differ))
 
 
 def in_float64(x: Any) -> Any:
+    """An array in float64, or in complex128 if it is complex."""
     x = np.asarray(x)
     complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
     return x.astype(np.complex128 if complex_ else np.float64)
 
 
 def first_difference(name: str, a: Any, b: Any, differ: Any) -> str:
-    """A sentence with the first element in which two arrays differ."""
+    """The message that says where the first true element of `differ` is, and the values there."""
     at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
     where = f"{name}{list(at)}" if at else name
     return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{name} differs"

@@ -18,7 +18,7 @@ from adamjax.paths import (
     paired,
     resolved_mask,
 )
-from adamjax.transform import Step, Transform, as_transform, several_states
+from adamjax.transform import Step, Transform, as_transform, states_of_parts
 
 __all__ = ["masked", "partition"]
 
@@ -152,7 +152,7 @@ class partition(Transform):
         )
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        return several_states(self, state)
+        return states_of_parts(self, state)
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
         return self._shares(params)

@@ -114,7 +114,7 @@ class scale(Stateless, Scaling):
     def __post_init__(self) -> None:
         self.check_range("factor", FINITE)
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def factors(self, tree: Tree, state: Any) -> tuple[Any, Any]:
         expect_empty(self, state)
         return lambda real: scalar(self.factor, real), state
 
@@ -167,7 +167,7 @@ class scale_by_learning_rate(Scaling):
     def check_state(self, state: Any) -> None:
         expect_state(self, state, ScheduleState)
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def factors(self, tree: Tree, state: Any) -> tuple[Any, Any]:
         self.check_state(state)
         rates = rates_at("scale_by_learning_rate", self.learning_rate, state.count, tree)
 

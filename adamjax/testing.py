@@ -34,11 +34,11 @@ from adamjax.data import Data, Tree
 from adamjax.encoding import SCALED8
 from adamjax.exact import exact_rows
 from adamjax.expectations import (
-    STEPS_CLOSE,
+    LOOSE_RTOL,
     expect_close,
-    expect_form,
-    expect_near,
-    expect_same,
+    expect_same_bits,
+    expect_same_form,
+    expect_within,
     first_difference,
     in_float64,
     is_none,
@@ -74,7 +74,7 @@ def is_pure(trial: Trial) -> None:
     """The same arguments give the same results, and are not changed."""
     tx, params = trial.tx, trial.params
     states = [tx.init(params), tx.init(params)]
-    expect_same("init(params)", states[1], states[0])
+    expect_same_bits("init(params)", states[1], states[0])
     calls, results = [], []
     for t in range(2):
         calls.append((trial.grads(t), states[-1], params))
@@ -83,8 +83,8 @@ def is_pure(trial: Trial) -> None:
     # Repeated after other calls, in case one of them left something in the transform.
     for call, (updates, state) in zip(calls, results, strict=True):
         again, next_state = tx.update(*call)
-        expect_same("updates of the same arguments", again, updates)
-        expect_same("the next state of the same arguments", next_state, state)
+        expect_same_bits("updates of the same arguments", again, updates)
+        expect_same_bits("the next state of the same arguments", next_state, state)
 
 
 def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
@@ -97,7 +97,7 @@ def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
         now, now_treedef = jax.tree.flatten(arg, is_leaf=is_none)
         if treedef != now_treedef or any(x is not y for x, y in zip(now, leaves, strict=True)):
             raise AssertionError(f"update has changed the {name} that it was given")
-        expect_same(f"{name} that was given", now, old)
+        expect_same_bits(f"{name} that was given", now, old)
     return result
 
 
@@ -118,8 +118,8 @@ def _only_floats(params: Tree, tree: Tree) -> Tree:
 def _expect_form_is_kept(trial: Trial, params: Any, grads: Tree) -> None:
     state = trial.tx.init(params)
     moved, next_state, _ = jax.eval_shape(lambda p, s: trial.step(p, s, grads), params, state)
-    expect_form("state", next_state, state)
-    expect_form("params", moved, params)
+    expect_same_form("state", next_state, state)
+    expect_same_form("params", moved, params)
 
     def body(carry: Any, t: Any) -> Any:
         def rest() -> Any:
@@ -133,7 +133,7 @@ def _expect_form_is_kept(trial: Trial, params: Any, grads: Tree) -> None:
 
     start = params, state
     end, _ = jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(3)))(start)
-    expect_form("(params, state)", end, start)
+    expect_same_form("(params, state)", end, start)
 
 
 @_law
@@ -164,9 +164,9 @@ def updates_have_the_gradients_dtype(trial: Trial) -> None:
             params, grads = (_cast_all_but_the_first(trial.params, d) for d in (p_dtype, g_dtype))
             state = jax.eval_shape(trial.tx.init, params)
             updates, next_state = jax.eval_shape(trial.tx.update, grads, state, params)
-            expect_form("updates", updates, grads)
+            expect_same_form("updates", updates, grads)
             if not trial.has_foreign:  # optax.trace takes on the gradients' dtype
-                expect_form("state", next_state, state)
+                expect_same_form("state", next_state, state)
 
 
 def _cast_all_but_the_first(tree: Tree, dtype: Any) -> Tree:
@@ -190,9 +190,9 @@ def jit_changes_nothing(trial: Trial) -> None:
     for params, state, grads, updates in trial.trajectory()[:2]:
         moved, next_state, eager = trial.step(params, state, grads)
         compiled = trial.compiled(params, state, grads)
-        expect_close("updates under jit", updates, eager, STEPS_CLOSE)
-        expect_close("params under jit", compiled[0], moved, STEPS_CLOSE)
-        expect_close("state under jit", compiled[1], next_state, STEPS_CLOSE)
+        expect_close("updates under jit", updates, eager, LOOSE_RTOL)
+        expect_close("params under jit", compiled[0], moved, LOOSE_RTOL)
+        expect_close("state under jit", compiled[1], next_state, LOOSE_RTOL)
 
 
 @_law
@@ -234,8 +234,8 @@ def float64_is_kept(trial: Trial) -> None:
             grads = cast(trial.grads(t), jnp.float64)
             before = params, state
             params, state, wide = trial.compiled(params, state, grads)
-            expect_form("updates", wide, grads)
-            expect_form("(params, state)", (params, state), before)
+            expect_same_form("updates", wide, grads)
+            expect_same_form("(params, state)", (params, state), before)
             expect_close("updates in float64", cast(wide, jnp.float32), updates, 1e-4)
 
 
@@ -252,7 +252,7 @@ def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> No
             _, twin_state, twin = trial.compiled(
                 cast(params, jnp.float32), twin_state, cast(grads, jnp.float32)
             )
-            expect_form("updates", updates, grads)
+            expect_same_form("updates", updates, grads)
             for path, u, unrounded in pairs_of_leaves("updates", updates, twin):
                 u, unrounded = in_float64(u), in_float64(unrounded)
                 if np.any(np.isnan(unrounded)):
@@ -365,7 +365,7 @@ def a_later_scaling_scales_its_updates(trial: Trial) -> None:
     for params, _, grads, updates in trial.trajectory()[:2]:
         halves, state = update(grads, state, params)
         expected = jax.tree.map(lambda u: u / 2, updates)
-        expect_close("updates with scale(0.5) after it", halves, expected, STEPS_CLOSE)
+        expect_close("updates with scale(0.5) after it", halves, expected, LOOSE_RTOL)
 
 
 # --- trees ----------------------------------------------------------------------------------------
@@ -384,11 +384,11 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
         )
         if update is not None:
             raise AssertionError(f"updates[{path!r}] is {shown(update)}, expected None")
-        expect_same(f"params[{path!r}]", after, before)
-        expect_form("state", next_state, state)
+        expect_same_bits(f"params[{path!r}]", after, before)
+        expect_same_form("state", next_state, state)
         for name, x, y in pairs_of_leaves("state", next_state, state):
             if _belongs(name, path):
-                expect_same(name, x, y)
+                expect_same_bits(name, x, y)
 
 
 def _belongs(name: str, path: str) -> bool:
@@ -405,7 +405,7 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
         for path, (p, g, u, p1) in zip(leaf_paths(params), rows, strict=True):
             if not is_left_alone(p):
                 continue
-            expect_same(f"params[{path!r}]", p1, p)
+            expect_same_bits(f"params[{path!r}]", p1, p)
             if (u is None) != (g is None) or (u is not None and dtype_of(u) != dtype_of(g)):
                 raise AssertionError(
                     f"updates[{path!r}] is {shown(u)}, expected {shown(g)}, like the gradient"
@@ -418,9 +418,9 @@ def integers_and_bools_are_left_alone(trial: Trial) -> None:
 def mixed_trees_keep_shapes_and_dtypes(trial: Trial) -> None:
     """Scalars, empty arrays and leaves of every dtype in one tree keep their shapes and dtypes."""
     for params, state, grads, updates, moved, next_state in trial.mixed_run:
-        expect_form("updates", updates, grads)
-        expect_form("params", moved, params)
-        expect_form("state", next_state, state)
+        expect_same_form("updates", updates, grads)
+        expect_same_form("params", moved, params)
+        expect_same_form("state", next_state, state)
     _expect_form_is_kept(trial, trial.mixed_params, trial.mixed_grads())
 
 
@@ -433,9 +433,9 @@ def empty_trees(trial: Trial) -> None:
     for empty in empties:
         state = trial.tx.init(empty)
         updates, next_state = trial.tx.update(empty, state, empty)
-        expect_same(f"updates for {empty}", updates, empty)
-        expect_form(f"state for {empty}", next_state, state)
-        expect_same("params", apply_updates(empty, updates), empty)
+        expect_same_bits(f"updates for {empty}", updates, empty)
+        expect_same_form(f"state for {empty}", next_state, state)
+        expect_same_bits("params", apply_updates(empty, updates), empty)
 
 
 def _wrong_gradients(leaf: Any) -> dict[str, Any]:
@@ -576,7 +576,7 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
     state = tx.init(trial.params)
     for params, _, grads, updates in trial.trajectory()[:3]:
         grouped_updates, state = tx.update(grads, state, params)
-        expect_close("updates of grouped", grouped_updates, updates, STEPS_CLOSE)
+        expect_close("updates of grouped", grouped_updates, updates, LOOSE_RTOL)
 
 
 # --- row gradients --------------------------------------------------------------------------------
@@ -685,7 +685,7 @@ def _expect_close_rows(name: str, actual: Any, expected: Any, before: Any, is_re
         expect_close(name, actual, expected)
         return
     expect_close(f"{name}, in rows that have a gradient, ", actual[is_read], expected[is_read])
-    expect_same(f"{name}, in rows that have none,", actual[~is_read], before[~is_read])
+    expect_same_bits(f"{name}, in rows that have none,", actual[~is_read], before[~is_read])
 
 
 @_law
@@ -736,8 +736,8 @@ def _expect_exact(
         expected, expected_state, _ = steps[1](expected, expected_state, _to_dense(rows))
     params, state = jax.jit(exact.flush)(params, state)
     name = f"of exact_rows({dense!r}), after 6 steps"
-    expect_close(f"params {name}, ", params, expected, STEPS_CLOSE)
-    expect_close(f"state {name}, ", state.inner, expected_state, STEPS_CLOSE)
+    expect_close(f"params {name}, ", params, expected, LOOSE_RTOL)
+    expect_close(f"state {name}, ", state.inner, expected_state, LOOSE_RTOL)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -866,7 +866,7 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
             for name, x, y in zip(("updates", *names), actual[i], expected, strict=True):
                 where = f"in {jnp.dtype(dtype).name}, at step {t + 1}, {name}[{path!r}]"
                 largest[name, path] = max(largest.get((name, path), 0.0), largest_magnitude(y))
-                expect_near(where, x, y, rtol * largest[name, path])
+                expect_within(where, x, y, rtol * largest[name, path])
 
 
 def _expect_results(slot_names: Sequence[str], results: Any) -> None:

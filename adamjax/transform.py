@@ -1,4 +1,4 @@
-"""The base classes of transforms, checks of their states, and the wrapper of foreign ones."""
+"""Base classes of transforms, checks of states, and a wrapper of other libraries' transforms."""
 
 import copy
 import dataclasses
@@ -20,8 +20,8 @@ from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import Part, states_of_class
 
 __all__ = [
-    "CLASSLESS",
     "COUNTS",
+    "RESTORED_WITHOUT_CLASSES",
     "Rule",
     "Scaling",
     "Stateless",
@@ -31,8 +31,7 @@ __all__ = [
     "expect_empty",
     "expect_number",
     "expect_state",
-    "scaled",
-    "several_states",
+    "states_of_parts",
     "times",
 ]
 
@@ -106,24 +105,29 @@ class Transform(Data, _Pair):
         return bool(self.parts) and all(part.groupable for part in self.parts)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        """The scalars (s, w), if this transform turns a leaf's update u into `s * u + w * p`.
+        """Scalars (s, w): this transform turns a leaf's update u into `s * u + w * p`.
+
+        `exact_rows` first calls this with `state=None`, to ask whether there are such scalars and
+        whether w is always 0. Then `params` and `real` are `None` too.
 
         Args:
-          state: the state before the step. With `None`, the call only asks whether there are such
-            scalars, and whether w is always 0. Then `params` and `real` are `None` too.
+          state: the state before the step, or `None`.
           params: the parameters.
-          leaf: the leaf's index in `params`.
+          leaf: the leaf's index in `params`; p is its parameter.
           real: the dtype of the scalars.
 
         Returns:
-          The pair, or `None` if there is none. If w is always 0, it is the Python number 0. If the
-          state is `None`, only this matters: s may be any number. If w is not always 0, return any
-          number but 0 for it.
+          The pair (s, w), or `None` if there are no such scalars. If w is always 0, return the
+          Python number 0 for w. If `state` is `None`, s may be any number, and if w is not always
+          0, w may be any number but 0.
         """
         return None
 
     def kinds(self, params: Tree) -> list[Any]:
-        """A hashable value for each leaf; leaves with equal values are treated alike."""
+        """A hashable key for each leaf. Leaves with equal keys have the same rate, decay and mask.
+
+        By these keys, `exact_rows` puts tables into families.
+        """
         count = len(flatten(params)[0])
         return [None] * count if self.groupable else list(range(count))
 
@@ -131,8 +135,8 @@ class Transform(Data, _Pair):
         """This transform with bools in place of its mask functions, at any depth.
 
         `exact_rows` passes rows in place of a table. A mask function that looks at shapes could
-        return something else for these. So mask functions are called once, with the whole
-        parameters.
+        decide differently for the rows than for the table. So mask functions are called once, with
+        the whole parameters.
         """
         parts = self.parts
         new = [x.resolve_masks(seen) for x, _, seen in self.children(None, params)]
@@ -141,12 +145,15 @@ class Transform(Data, _Pair):
 
     @property
     def python_numbers(self) -> frozenset[str]:
-        """Names of hyperparameters, of itself and of its parts, that must be Python floats."""
+        """Names of hyperparameters that must be Python floats, its own or those of its parts.
+
+        `exact_rows` names the numbers that it computes with in advance.
+        """
         return frozenset()
 
-    # Whether it only passes each leaf's gradient through its parts, as a chain does.
+    # Whether all that it does is to pass each leaf's gradient through its parts, as a chain does.
     only_routes: ClassVar[bool] = False
-    # Whether `exact_rows` goes inside of it, and not the other way round.
+    # Whether it must not be inside of `exact_rows`, but may be around it.
     goes_around_exact_rows: ClassVar[bool] = False
 
     @property
@@ -157,7 +164,7 @@ class Transform(Data, _Pair):
         return tuple(x for values in tuples for x in values if isinstance(x, Transform))
 
     def with_parts(self, parts: Sequence["Transform"]) -> Self:
-        """This transform with other parts; nothing is checked."""
+        """This transform with other parts. The new transform is not checked."""
         new_parts = iter(parts)
 
         def replaced(value: Any) -> Any:
@@ -172,7 +179,10 @@ class Transform(Data, _Pair):
         return new
 
     def part_states(self, state: Any) -> tuple[Any, ...]:
-        """The states of the parts, in order, or an error if the state is another transform's."""
+        """The states of the parts, in order. Raises an error if the state is another transform's.
+
+        By default, the state is itself the state of the only part.
+        """
         return (state,) * len(self.parts)
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
@@ -195,9 +205,9 @@ class Transform(Data, _Pair):
         return tuple(map(Part, parts, states, params_seen))
 
     def lazy_leaves(self, params: Tree) -> list[bool]:
-        """For each leaf, whether a rule leaves alone the rows that a row gradient does not have.
+        """For each leaf, whether a rule updates only the rows that a row gradient has.
 
-        A rule says so by a field `rows` that is "lazy".
+        A rule does so if its field `rows` is "lazy".
         """
         leaves = flatten(params)[0]
         rows = getattr(self, "rows", None)
@@ -214,7 +224,7 @@ class Transform(Data, _Pair):
 
     @property
     def adds_weights(self) -> bool:
-        """Whether all that it does is to add the weights times a factor of at least 0."""
+        """Whether it only adds the weights to the updates, times a factor of at least 0."""
         return bool(self.parts) and all(part.adds_weights for part in self.parts)
 
     @property
@@ -224,14 +234,15 @@ class Transform(Data, _Pair):
 
     @property
     def has_wide_updates(self) -> bool:
-        """Whether updates may be wider than the gradients, and must stay so."""
+        """Whether updates may have a wider dtype than gradients. Then they must not be rounded."""
         return any(part.has_wide_updates for part in self.parts)
 
     @property
     def has_foreign(self) -> bool:
         """Whether it has a part, at any depth, that is another library's transform.
 
-        The state of such a part may take on the dtype of its updates, so they must not be widened.
+        The state of such a part may take on the dtype of the updates that the part gets. So these
+        updates must have the gradients' dtypes.
         """
         return any(part.has_foreign for part in self.parts)
 
@@ -280,34 +291,35 @@ class foreign(Transform):
 
     def _cannot_take(self, path: str) -> TypeError:
         return TypeError(
-            f"{self!r} cannot take row gradients, and grads[{path!r}] is one: it would change the "
-            "row indices like gradients. Use adamjax's own transform, keep it from this leaf "
-            "with optax.masked, or give it the dense gradient (to_dense)"
+            f"{self!r} cannot take row gradients, and grads[{path!r}] is one: another library's "
+            "transform would change its row indices too. Use adamjax's own transform, exclude "
+            "this leaf with optax.masked, or pass the leaf's dense gradient (to_dense)"
         )
 
     def __repr__(self) -> str:
         return f"foreign({getattr(self.update_fn, '__qualname__', self.update_fn)})"
 
 
-def expect_state(owner: Transform, state: Any, kind: type) -> None:
-    """Raises an error if a state is not of the class `kind`, or a count is not an integer scalar.
+def expect_state(owner: Transform, state: Any, cls: type) -> None:
+    """Raises an error if a state is not of the class `cls`, or a count is not an integer scalar.
 
-    `owner` is the transform itself.
+    Args:
+      owner: the transform whose state it should be.
     """
-    if not isinstance(state, kind):
+    if not isinstance(state, cls):
         restored = isinstance(state, dict | list)
         raise TypeError(
             f"{type(owner).__name__}: the state is {described(state)}, expected the "
-            f"{kind.__name__} that its init or its last update returned"
-            + f". {CLASSLESS}" * restored
-            + _how_to_continue(owner, state, kind) * (not restored)
+            f"{cls.__name__} that its init or its last update returned"
+            + f". {RESTORED_WITHOUT_CLASSES}" * restored
+            + _how_to_continue(owner, state, cls) * (not restored)
         )
     for name in COUNTS.intersection(getattr(state, "_fields", ())):
         expect_number(owner, name, getattr(state, name), jnp.integer)
 
 
 def _how_to_continue(owner: Transform, state: Any, cls: type) -> str:
-    """How to continue if a state is of a wrapper around `owner`, or of the transform inside it."""
+    """Advice if a state is that of a wrapper around `owner`, or of the transform inside it."""
     if states_of_class(cls, state):
         return _UNWRAP
     if hasattr(owner, "from_dense") and isinstance(state, tuple):
@@ -320,7 +332,11 @@ def _how_to_continue(owner: Transform, state: Any, cls: type) -> str:
 
 
 def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
-    """Refuses a number of a state that is not a scalar of this kind, and integers below 32 bits."""
+    """Refuses a number of a state unless it is a scalar array of the right dtype.
+
+    Args:
+      kind: `jnp.integer`, for int32 or int64; or `jnp.floating`, for any float dtype.
+    """
     if isinstance(x, jax.ShapeDtypeStruct):
         expect_stored(f"{type(owner).__name__}: the state's {name}", x)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, kind) and np.shape(x) == ()
@@ -328,8 +344,8 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
         advice = fault_of_dtype(x) or (
-            f"only moments may be cast; make it jnp.asarray({name}, jnp.{expected}), and for a "
-            "state with a leading axis use jax.vmap"
+            f"only moments may be cast. Make it jnp.asarray({name}, jnp.{expected}). If the state "
+            "has a leading axis, use jax.vmap"
         )
         raise ValueError(
             f"{type(owner).__name__}: the state's {name} is {actual}, expected {expected}[]: "
@@ -338,7 +354,7 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
 
 
 def expect_empty(owner: Transform, state: Any) -> None:
-    """Refuses any state but an empty one."""
+    """Refuses any state but `()` and `None`."""
     if not isinstance(state, tuple | None) or state:
         raise TypeError(
             f"{type(owner).__name__}: the state is a {type(state).__name__}, expected (): it has "
@@ -346,8 +362,12 @@ def expect_empty(owner: Transform, state: Any) -> None:
         )
 
 
-def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
-    """A state as the tuple of the states of all parts, or an error if it is not such a tuple."""
+def states_of_parts(owner: Transform, state: Any) -> tuple[Any, ...]:
+    """The state of a chain or a partition: a tuple with the state of each part.
+
+    Raises:
+      TypeError, ValueError: it is not such a tuple.
+    """
     expect_state(owner, state, tuple)
     if hasattr(state, "_fields"):
         raise TypeError(
@@ -360,7 +380,7 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
         )
         transforms = ", ".join(type(tx).__name__ for tx in owner.parts)
         raise ValueError(
-            f"{type(owner).__name__}: the state has {len(state)} parts for {len(owner.parts)} "
+            f"{type(owner).__name__}: the state has {len(state)} states for {len(owner.parts)} "
             f"transforms: {states} for {transforms}: build the transform as it was, or make a new "
             "state with init"
         )
@@ -368,19 +388,21 @@ def several_states(owner: Transform, state: Any) -> tuple[Any, ...]:
 
 
 def short_repr(tx: Any) -> str:
-    """What a transform prints, cut to a length that an error can show."""
+    """The repr of a transform for errors, of at most 200 characters and an ellipsis."""
     text = repr(tx)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-# For errors about the state of a wrapper without the wrapper.
-_UNWRAP = ". Without that wrapper continue with state.inner (of exact_rows: after flush)"
+# For errors about a state of a wrapper that the transform lacks, or the other way round.
+_UNWRAP = (
+    ". If you removed that wrapper, continue with state.inner (if it was exact_rows, flush first)"
+)
 _WRAP = (
     ". If this is the state of the transform inside, continue with "
     "tx.init(params)._replace(inner=state)"
 )
 # For errors about states that may have been read from a checkpoint.
-CLASSLESS = (
+RESTORED_WITHOUT_CLASSES = (
     "A checkpoint that was restored without its classes has dictionaries and lists: restore it "
     "into tx.init(params) of the transform that made it, as the target of your library, or from "
     "its leaves in their order, jax.tree.structure(tx.init(params)).unflatten(leaves)"
@@ -405,20 +427,21 @@ def as_transform(tx: Any) -> Transform:
     return foreign(init, update)
 
 
-# --- what a chain may merge -----------------------------------------------------------------------
+# --- base classes whose arithmetic a chain may merge ----------------------------------------------
 
 
-def _overrides(cls: type, method: str, base: type) -> bool:
-    """Whether a class overrides a method of `base`, and none of its subclasses overrides `update`.
+def _update_uses(method: str, cls: type, base: type) -> bool:
+    """Whether the `update` of `cls` uses a method, as the `update` of `base` does.
 
-    So a subclass may override `update` alone, and the method then has no effect.
+    It does if a subclass of `base` defines the method, and none below it defines only `update`. An
+    `update` that was defined later than the method need not use it.
     """
-    newest = next(x for x in cls.__mro__ if {method, "update"} & set(vars(x)))
-    return newest is not base and method in vars(newest)
+    most_derived = next(x for x in cls.__mro__ if {method, "update"} & set(vars(x)))
+    return most_derived is not base and method in vars(most_derived)
 
 
-def scaled(factor: Any, g: chex.Array) -> tuple[chex.Array]:
-    """The rule `factor * g`."""
+def _scale_array(factor: Any, g: chex.Array) -> tuple[chex.Array]:
+    """`factor * g`, in the form of a function for `lift`."""
     return ((factor * widen(g, factor.dtype)).astype(g.dtype),)
 
 
@@ -436,14 +459,14 @@ class Scaling(Transform):
     @property
     def has_factors(self) -> bool:
         """Whether `update` multiplies by `factors`; not if a subclass overrides `update`."""
-        return _overrides(type(self), "factors", Scaling)
+        return _update_uses("factors", type(self), Scaling)
 
     @property
     def reads_updates(self) -> bool:
         """Whether the factors depend on the updates that they multiply."""
         return False
 
-    def factors(self, tree: Tree, state: Any) -> Step:
+    def factors(self, tree: Tree, state: Any) -> tuple[Any, Any]:
         """The factors of the leaves, and the next state.
 
         The factors are one function of a dtype, `lambda real: extend.scalar(2.0, real)`, or a list
@@ -461,7 +484,7 @@ class Scaling(Transform):
 
     def scaled(self, factors: Any, updates: Tree, params: Tree) -> Tree:
         """The updates times their factors."""
-        return lift(type(self).__name__, scaled, factors, updates, like=params)[0]
+        return lift(type(self).__name__, _scale_array, factors, updates, like=params)[0]
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         try:
@@ -487,7 +510,7 @@ class Rule(Transform):
     @property
     def has_step(self) -> bool:
         """Whether `update` calls `step`, which can take the factors of a scaling that follows."""
-        return _overrides(type(self), "step", Rule)
+        return _update_uses("step", type(self), Rule)
 
     def step(self, grads: Tree, state: Any, factors: Any) -> Step:
         """The updates multiplied by the factors of a `Scaling`, and the next state.
@@ -543,5 +566,6 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
 
     if not isinstance(factors, list):
         return product(factors)
+    # `lift` takes scalars that are one object for leaves that are treated alike.
     by_id = {id(factor): product(factor) for factor in factors}
     return [by_id[id(factor)] for factor in factors]

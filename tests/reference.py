@@ -1,12 +1,11 @@
-"""The optimizers once more, in float64 NumPy, written from the papers and not from adamjax.
+"""A second implementation of the optimizers, in float64 NumPy, from the papers, not from adamjax.
 
-A rule takes the gradients of one leaf, one array a step, and returns the update of every step,
-uphill and without a learning rate. `descend` turns updates into weights:
+A rule takes a list with one leaf's gradient in each step. It returns a list with the leaf's update
+in each step. Updates go uphill and have no learning rate. `descend` turns them into weights:
 
     weights, averages = descend(start, adam(grads), learning_rate=1e-3)
 
-Everything works on the whole history as a list; the step number `t` counts from 1, a schedule's
-count from 0. Sources:
+The step number `t` counts from 1. The `count` that a schedule takes counts from 0. Sources:
 
     [A]  Kingma & Ba, "Adam: a method for stochastic optimization", arXiv:1412.6980
     [R]  Reddi, Kale & Kumar, "On the convergence of Adam and beyond", arXiv:1904.09237
@@ -22,7 +21,7 @@ import numpy as np
 
 
 def float64(arrays):
-    """The same arrays, in float64."""
+    """A list of the same arrays, in float64."""
     return [np.asarray(x, np.float64) for x in arrays]
 
 
@@ -30,12 +29,12 @@ def float64(arrays):
 
 
 def average(xs, decay):
-    """Exponential averages from zero: m_t = decay m_{t-1} + (1 - decay) x_t ([A], Algorithm 1)."""
+    """The moving average m_t = decay m_{t-1} + (1 - decay) x_t, with m_0 = 0 ([A], Algorithm 1)."""
     xs = float64(xs)
-    steps = itertools.accumulate(
+    averages = itertools.accumulate(
         xs, lambda m, x: decay * m + (1 - decay) * x, initial=np.zeros_like(xs[0])
     )
-    return list(steps)[1:]
+    return list(averages)[1:]
 
 
 def first_moments(grads, b1):
@@ -49,7 +48,7 @@ def second_moments(grads, b2):
 
 
 def maxima(xs):
-    """v_max of every step, from the v: the largest so far ([R], Algorithm 2)."""
+    """v_max of every step, from v of every step: the largest v so far ([R], Algorithm 2)."""
     return list(itertools.accumulate(float64(xs), np.maximum))
 
 
@@ -62,7 +61,7 @@ def infinity_norms(grads, b2):
 
 
 def adam(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
-    """[A]: Algorithm 1 with `eps`, or with `eps_hat` the form just before its section 2.1.
+    """With `eps`, Algorithm 1 of [A]. With `eps_hat`, the form just before section 2.1 of [A].
 
     With neither, eps_hat = 1e-7 ([K]).
     """
@@ -72,7 +71,7 @@ def adam(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
 
 
 def amsgrad(grads, b1=0.9, b2=0.999, *, eps_hat=None, eps=None):
-    """[R], Algorithm 2, with Adam's bias correction of both moments, made after the max ([K])."""
+    """[R], Algorithm 2, with Adam's bias corrections: of m, and of v_max in place of v ([K])."""
     m = first_moments(grads, b1)
     v_max = maxima(second_moments(grads, b2))
     return _normalised(_unbiased(m, b1), v_max, b2, eps_hat, eps)
@@ -115,36 +114,37 @@ def _normalised(m_hat, v, b2, eps_hat, eps):
     if eps_hat is not None and eps is not None:
         raise TypeError("give eps_hat or eps, not both")
     if eps is not None:
-        return [m / (np.sqrt(w) + eps) for m, w in zip(m_hat, _unbiased(v, b2), strict=True)]
+        v_hat = _unbiased(v, b2)
+        return [m_t / (np.sqrt(v_t) + eps) for m_t, v_t in zip(m_hat, v_hat, strict=True)]
     eps_hat = 1e-7 if eps_hat is None else eps_hat
     return [
-        np.sqrt(1 - b2**t) * m / (np.sqrt(w) + eps_hat)
-        for t, (m, w) in enumerate(zip(m_hat, v, strict=True), 1)
+        np.sqrt(1 - b2**t) * m_t / (np.sqrt(v_t) + eps_hat)
+        for t, (m_t, v_t) in enumerate(zip(m_hat, v, strict=True), 1)
     ]
 
 
-# What comes before a rule
+# Transforms of gradients, which come before a rule
 
 
 def clip_by_value(g, limit):
-    """One leaf's gradient, each element brought into [-limit, limit] ([K], `clipvalue`)."""
+    """One leaf's gradient, with each element clipped to [-limit, limit] ([K], `clipvalue`)."""
     return np.clip(np.asarray(g, np.float64), -limit, limit)
 
 
 def clip_by_norm(g, max_norm):
-    """One leaf's gradient, scaled down to the norm max_norm if longer ([K], `clipnorm`)."""
+    """One leaf's gradient, scaled to the norm max_norm if its norm is larger ([K], `clipnorm`)."""
     return clip_by_global_norm([g], max_norm)[0]
 
 
 def clip_by_global_norm(gs, max_norm):
-    """One step's gradients of all leaves, scaled together ([P], Algorithm 1)."""
+    """The gradients of all leaves in one step, scaled to max_norm if their norm is larger ([P])."""
     gs = float64(gs)
     norm = np.sqrt(sum((g * g).sum() for g in gs))
     return [g * (max_norm / norm) if norm > max_norm else g for g in gs]
 
 
 def accumulate(grads, steps):
-    """Means over `steps` micro-batches each; an incomplete last group never becomes a step."""
+    """The mean gradient of each group of `steps` micro-batches. A shorter last group is dropped."""
     grads = float64(grads)
     return [
         sum(grads[i : i + steps]) / steps for i in range(0, len(grads) - len(grads) % steps, steps)
@@ -152,18 +152,23 @@ def accumulate(grads, steps):
 
 
 def after_each_micro_batch(start, values, steps, length):
-    """`start` and then `values`, one more at every `steps`-th of `length` micro-batches."""
+    """What the weights (or their averages) are after each of `length` micro-batches.
+
+    Args:
+      start: the weights before the first micro-batch.
+      values: the weights after each step. A step is taken at every `steps`-th micro-batch.
+    """
     values = float64([start, *values])
     return [values[i // steps] for i in range(1, length + 1)]
 
 
-# What comes after
+# Learning rate, weight decay and the average of the weights, which come after a rule
 
 
 def inverse_time_decay(initial, decay_steps, decay_rate):
     """initial / (1 + decay_rate * count / decay_steps) ([K], InverseTimeDecay).
 
-    The legacy option `decay=d` is inverse_time_decay(learning_rate, 1, d).
+    The option `decay=d` of Keras' legacy optimizers is inverse_time_decay(learning_rate, 1, d).
     """
     return lambda count: initial / (1 + decay_rate * count / decay_steps)
 
@@ -174,10 +179,11 @@ def descend(
     """The weights and their moving averages after every step, as two lists.
 
     p_t = p_{t-1} - lr_t (update_t + weight_decay p_{t-1}): the decay is decoupled ([W], Algorithm
-    2) and scaled by the rate, as in [K]. `learning_rate` is a number or a function of the count.
+    2) and multiplied by the learning rate, as in [K]. `learning_rate` is a number, or a function of
+    the number of steps before this one.
 
-    avg_t = momentum avg_{t-1} + (1 - momentum) p_t, from the initial weights; at every
-    `overwrite_frequency`-th step the average is put into the weights ([K], `use_ema`).
+    avg_t = momentum avg_{t-1} + (1 - momentum) p_t, where avg_0 is the initial weights. At every
+    `overwrite_frequency`-th step, the average replaces the weights ([K], `use_ema`).
     """
     rate = learning_rate if callable(learning_rate) else lambda count: learning_rate
     p = avg = np.asarray(start, np.float64)

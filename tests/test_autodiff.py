@@ -1,12 +1,12 @@
-"""Gradients of unmodified models are JAX's, and those of tables hold only the rows that were read.
+"""Compares `adamjax.value_and_grad` with `jax.value_and_grad`, and checks its row gradients.
 
-One table of losses, `CASES`, and laws that hold for all of them; below it the ways to call, the
-packages whose embeddings people use, and what it composes with.
+Each loss in `CASES` is compared with JAX. Further tests try the ways to call `value_and_grad`, the
+embeddings of other packages, and `value_and_grad` within JAX's transformations.
 
-Tables, weights and targets are small multiples of 1/2 and the losses polynomials, so that every
-sum is exact in any order: gradients and values are compared bit for bit. The few losses that
-round say so (`exact=False`), and are compared within 1e-6 of the largest gradient: eight float32
-roundings, where XLA may fuse the two programs differently.
+Tables and weights are small multiples of 1/2. The arithmetic of most losses does not round these,
+so every sum is exact in any order, and values and gradients must be equal. A loss that rounds has
+`exact=False`. Its values and gradients may differ by 1e-6 of the largest element, about eight
+times the precision of float32, because XLA may fuse the two programs differently.
 """
 
 import dataclasses
@@ -33,50 +33,54 @@ from adamjax.paths import leaf_paths
 V, D = 11, 3
 
 
-# --- what a case is, and what it is compared with -------------------------------------------------
+# --- cases, and how results are compared ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table of which rows are read.
+    """A table that must get a row gradient, because the loss only reads rows of it.
 
     Attributes:
-      ids: the indices read; those outside of `[-num_rows, num_rows)` are no row. Or a function
-        that makes the same reads of a table in which each row is its own number.
-      room: how many indices are read at most, in all branches; `None`: as many as `ids`.
+      ids: the indices that are read. Those outside of `[-num_rows, num_rows)` read no row. Or a
+        function that reads an array as the loss reads the table. From the array of row numbers,
+        `arange(num_rows)`, it reads the indices.
+      max_indices: the most indices that the row gradient may have: those of all branches together.
+        `None`: as many as `ids` has.
     """
 
     ids: Any
-    room: int | None = None
+    max_indices: int | None = None
 
     def __post_init__(self):
-        if self.room is None:
-            object.__setattr__(self, "room", np.size(self.ids))
+        if self.max_indices is None:
+            object.__setattr__(self, "max_indices", np.size(self.ids))
 
-    def found(self, table):
-        """The same, with the indices that the function reads."""
+    def resolve(self, table):
+        """The same with indices as `ids`, if that is a function."""
         if not callable(self.ids):
             return self
         return dataclasses.replace(self, ids=self.ids(jnp.arange(float(len(table)))))
 
-    def rows(self, num_rows):
+    def valid_ids(self, num_rows):
+        """The set of the rows that are read, as numbers from 0 to num_rows - 1."""
         ids = np.asarray(self.ids, np.float64).reshape(-1)
-        ids = ids[ids == np.round(ids)]  # others are what is filled in
+        # A function reads the fill value, 0.5 or NaN, where an index is out of bounds.
+        ids = ids[ids == np.round(ids)]
         ids = np.where(ids < 0, ids + num_rows, ids)
         return set(ids[(ids >= 0) & (ids < num_rows)].tolist())
 
 
-jax.tree_util.register_dataclass(Rows, data_fields=["ids"], meta_fields=["room"])
+jax.tree_util.register_dataclass(Rows, data_fields=["ids"], meta_fields=["max_indices"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A table that is used as a whole, by the operation of this name."""
+    """A table that must get a dense gradient, because an operation uses the whole table."""
 
-    operation: str
+    operation: str  # its name in JAX
 
 
-# A table whose gradient must be equal to JAX's, whether it is of rows or dense.
+# A table that may get a row gradient or a dense one.
 ANY = object()
 
 
@@ -84,28 +88,28 @@ ANY = object()
 class Case:
     loss: Callable[..., Any]
     args: tuple[Any, ...]
-    tables: dict[str, Any]  # by path in the first argument
-    exact: bool = True
+    tables: dict[str, Any]  # `Rows`, `Dense` or `ANY`, by the table's path in the first argument
+    exact: bool = True  # whether values and gradients must be equal to JAX's
 
 
 CASES: dict[str, Case] = {}
 
 
 def case(*args, exact=True, **tables):
-    """The decorated loss is a case; `__` in a table's name stands for a slash."""
+    """Returns a decorator that makes a loss a case. `__` in a table's name stands for a slash."""
 
     def add(loss):
         name = loss.__name__.rstrip("_")
         assert name not in CASES
-        of_paths = {path.replace("__", "/"): what for path, what in tables.items()}
-        CASES[name] = Case(loss, args, of_paths, exact)
+        tables_by_path = {key.replace("__", "/"): table for key, table in tables.items()}
+        CASES[name] = Case(loss, args, tables_by_path, exact)
         return loss
 
     return add
 
 
 def halves(*shape, dtype=np.float32, seed=0):
-    """Multiples of 1/2 up to 2; no zeros, so that every row that is read has a gradient."""
+    """Multiples of 1/2 from -2 to 2, without 0."""
     numbers = np.random.default_rng(seed).choice([-4, -3, -2, -1, 1, 2, 3, 4], shape)
     return (numbers / 2).astype(dtype)
 
@@ -119,12 +123,15 @@ WITH_OTHER = params(other=halves(V, D, seed=1))
 
 
 def quad(p, rows):
-    """float32[], a quadratic form that tells all its elements apart."""
+    """float32[], a quadratic function of rows.
+
+    Neighbouring elements have different factors, so a gradient at the wrong place is noticed.
+    """
     factors = np.resize(np.float32([1, 2, 3, -1, -2, -3, 2]), np.shape(rows))
     return jnp.sum(factors * rows * (rows + p["w"]), dtype=jnp.float32)
 
 
-VALID = np.array([3, 0, 10, 3, 7, 0, 1], np.int32)  # with two pairs
+VALID = np.array([3, 0, 10, 3, 7, 0, 1], np.int32)  # rows 3 and 0 are read twice
 MANY = np.array([[3, 0, 10, 3], [7, 0, 1, 5], [3, 3, 9, 8]], np.int32)
 OUTSIDE = np.array([3, -1, 3, 10, 11, 25, -11, -12, -40, 8, 2**31 - 1, -(2**31)], np.int32)
 
@@ -142,7 +149,7 @@ def is_gradient(x):
 
 
 def split(tree, wanted):
-    """The wanted leaves, and a function that puts others in their place."""
+    """The leaves for which `wanted` is true, and a function that replaces them in the tree."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
 
     def merge(new):
@@ -152,7 +159,7 @@ def split(tree, wanted):
     return [x for x in leaves if wanted(x)], merge
 
 
-def of_jax(loss, args):
+def jax_value_and_grad(loss, args):
     """JAX's value and gradients of the first argument's floats; `None` for its other leaves."""
     floats, merge = split(args[0], is_float)
     value, grads = jax.value_and_grad(lambda x: loss(merge(x), *args[1:]))(floats)
@@ -167,7 +174,10 @@ def dense(grads):
 
 
 def assert_equal(actual, expected, exact=True):
-    """Equal structure, dtypes and shapes, and the same numbers (up to 1e-6 of the largest)."""
+    """Expects the same structure, dtypes and shapes, and equal numbers.
+
+    Without `exact`, numbers of an array may differ by 1e-6 of its largest.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
@@ -176,8 +186,11 @@ def assert_equal(actual, expected, exact=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-def check_rows(rows, table, what):
-    """It is a sound row gradient, of no row that was not read, and no larger than the reads."""
+def check_rows(rows, table, expected):
+    """Expects a well-formed row gradient with rows that were read, and at most `max_indices`.
+
+    It may lack a row that was read, if that has a gradient of zero.
+    """
     assert isinstance(rows, RowGradient), type(rows)
     assert (rows.shape, rows.dtype) == (jnp.shape(table), jnp.result_type(table))
     assert rows.indices.dtype == jnp.int32
@@ -191,17 +204,17 @@ def check_rows(rows, table, what):
     assert (indices <= rows.num_rows).all()
     assert len(set(live.tolist())) == len(live)
     assert not np.any(values[indices == rows.num_rows])
-    if what is not ANY:
-        assert set(live.tolist()) <= what.rows(rows.num_rows)
-        assert len(indices) <= what.room
+    if expected is not ANY:
+        assert set(live.tolist()) <= expected.valid_ids(rows.num_rows)
+        assert len(indices) <= expected.max_indices
 
 
 def by_path(tree):
     return dict(zip(leaf_paths(tree), jax.tree.leaves(tree, is_leaf=is_gradient), strict=True))
 
 
-def laid_out(g):
-    """What `to_dense` gives, by NumPy: it compiles nothing."""
+def dense_by_numpy(g):
+    """The dense gradient, in NumPy. `to_dense` would be compiled for each shape."""
     if not isinstance(g, RowGradient):
         return g
     live = np.asarray(g.indices) < g.num_rows
@@ -211,23 +224,28 @@ def laid_out(g):
 
 
 def check(case, actual, expected, tables=None):
-    """Value and gradients are as expected, and those of tables as the case says."""
+    """Expects the value and the gradients of JAX, and row gradients where the case has them.
+
+    Args:
+      tables: in place of `case.tables`.
+    """
     value, grads = actual
     assert_equal(value, expected[0], case.exact)
     assert jax.tree.structure(grads, is_leaf=is_gradient) == jax.tree.structure(
         expected[1], is_leaf=is_gradient
     )
-    assert_equal(jax.tree.map(laid_out, grads, is_leaf=is_gradient), expected[1], case.exact)
+    assert_equal(jax.tree.map(dense_by_numpy, grads, is_leaf=is_gradient), expected[1], case.exact)
     given = by_path(case.args[0])
     for path, g in by_path(grads).items():
-        what = (tables or case.tables).get(path)
-        if isinstance(what, Rows) or (what is ANY and isinstance(g, RowGradient)):
-            check_rows(g, given[path], what)
+        table = (tables or case.tables).get(path)
+        if isinstance(table, Rows) or (table is ANY and isinstance(g, RowGradient)):
+            check_rows(g, given[path], table)
         else:
             assert g is None or isinstance(g, jax.Array)
 
 
-def value_and_grad(case, **options):
+def case_value_and_grad(case, **options):
+    """`adamjax.value_and_grad` of the loss and the tables of a case."""
     tables = [f"^{re.escape(path)}$" for path in case.tables]
     return adamjax.value_and_grad(case.loss, tables, **options)
 
@@ -236,14 +254,14 @@ def value_and_grad(case, **options):
 
 
 def read_case(name, reader, ids, exact=True, **table):
-    """A case that reads an array of indices in one way.
+    """Adds a case whose loss reads rows of the table by `reader(table, ids)`.
 
-    The reader also says which rows those are: it reads the 1-d array of the row numbers.
+    `Rows` gets the reader too, to find out which rows it reads. So it must also read a vector.
     """
 
     def loss(p, ids):
         rows = reader(p["table"], ids)
-        # An index outside may read NaN.
+        # An index out of bounds may read NaN.
         return quad(p, jnp.where(jnp.isnan(rows), 1.5, rows))
 
     rows = Rows(lambda numbers: reader(numbers, ids), np.size(ids))
@@ -301,7 +319,7 @@ read_case("take_scalar_outside", taken(), np.int32(V))
 read_case("clip_scalar_outside", at_get(mode="clip"), np.int32(V))
 read_case("take_empty", taken(), np.zeros(0, np.int32))
 
-# Rows that the indices' dtype cannot count.
+# More rows than the dtype of the indices can count.
 uint8 = np.array([0, 1, 127, 127, 128, 255, 100], np.uint8)
 read_case("index_300_rows", indexed, uint8, num_rows=300)
 read_case("clip_300_rows", at_get(mode="clip"), uint8, num_rows=300)
@@ -343,7 +361,7 @@ for name, reader in {
 }.items():
     read_case(f"table_cast_{name}", reader, OUTSIDE)
 
-# Shapes that leave the rows what they are.
+# Reshapes of the table that keep each row a row.
 read_case("table_expanded", lambda t, ids: t[..., None][ids], MANY)
 read_case("table_flattened", lambda t, ids: t.reshape(V, -1)[ids], MANY, trailing=(2, 3))
 read_case("table_folded", lambda t, ids: t.reshape(V, 2, -1)[ids] if t.ndim > 1 else t[ids], MANY,
@@ -366,7 +384,7 @@ read_case("dynamic_index", lambda t, i: lax.dynamic_index_in_dim(t, i[0], keepdi
           np.int32([-2]))  # fmt: skip
 read_case("slice_in_dim", lambda t, _: lax.slice_in_dim(t, 2, 5), np.zeros(3, np.int32))
 
-# Under vmap a gather has its offset dimensions where the batch does not go.
+# Reads under vmap, which makes one gather of the reads of all examples.
 read_case("vmap", lambda t, ids: jax.vmap(lambda i: t[i])(ids), MANY)
 read_case("vmap_of_table", lambda t, ids: jax.vmap(indexed, (None, 0))(t, ids), MANY)
 read_case("vmap_columns", lambda t, ids: jax.vmap(lambda i: t[i], 1)(ids), MANY)
@@ -549,7 +567,7 @@ def stopped_norm(p, ids):
 
 @case(params(), np.float32([1, -2, 0.5]), table=Rows(np.arange(V), 1))
 def nearest_row(p, x):
-    """Found by all rows, and only one of them learns."""
+    """All rows are compared, without a gradient. Only the nearest row gets a gradient."""
     nearest = jnp.argmin(jnp.sum((p["table"] - x) ** 2, axis=-1))
     return quad(p, p["table"][nearest])
 
@@ -561,7 +579,7 @@ def compared_table(p, ids):
 
 @case(params(), MANY, table=ANY)
 def table_of_integers(p, ids):
-    """No gradient goes through a cast to integers, read as they may be."""
+    """No gradient goes through a cast to integers, so it may be a cast of the whole table."""
     whole = p["table"].astype(jnp.int32)[ids] * 2 + p["table"].astype(bool)[ids]
     return quad(p, whole + p["table"][ids])
 
@@ -574,7 +592,7 @@ def gated_by_its_rows(p, ids):
 
 @case(params(), MANY, table=Rows(MANY))
 def searched_table(p, ids):
-    """A loop over the table that JAX could not differentiate, and need not."""
+    """A while loop has no reverse-mode derivative, but here nothing in it needs one."""
     frozen = lax.stop_gradient(p["table"])
     found = lax.while_loop(lambda i: frozen[i, 0] < 0, lambda i: i + 1, jnp.int32(0))
     return quad(p, p["table"][ids] + found)
@@ -732,8 +750,8 @@ def scan_with_remat(p, batches):
 
 
 @case(params(), VALID, table=Rows(np.arange(V), 3 * VALID.size), exact=False)
-def scan_reads_what_it_found(p, ids):
-    """Each step's indices come from the last one's rows."""
+def scan_takes_indices_from_the_previous_rows(p, ids):
+    """The indices of a step are computed from the rows of the step before."""
 
     def step(ids, _):
         rows = p["table"][ids]
@@ -754,8 +772,8 @@ def scan_in_scan(p, batches):
 
 
 @case(params(), MANY, table=Rows(MANY))
-def scan_learns_a_round_late(p, batches):
-    """What is read counts in the next round, and its own place in the carry is dropped."""
+def scan_uses_rows_of_the_previous_step(p, batches):
+    """A step carries its rows to the next one. The rows of the last step are not used."""
 
     def step(carry, ids):
         held, total = carry
@@ -789,9 +807,7 @@ def scan_counts_rows(p, ids):
 
 
 @case(params(), MANY, VALID, table=Rows(np.append(MANY, np.tile(VALID, 3)), 33))
-def scan_has_it_twice(p, batches, others):
-    """Closed over, and carried."""
-
+def scan_closes_over_the_table_and_carries_it(p, batches, others):
     def step(carry, ids):
         table, total = carry
         return (table, total + quad(p, table[ids]) - quad(p, p["table"][others])), None
@@ -854,7 +870,7 @@ def fori_carries_the_table(p, batches):
 
 
 def branch_cases():
-    """Both ways through every conditional; only the branch that is taken reads."""
+    """Adds cases for each branch of conditionals. Only the branch that is taken reads rows."""
 
     def two_reads(p, way, ids, others):
         return lax.cond(way, lambda: quad(p, p["table"][ids]), lambda: -quad(p, p["table"][others]))
@@ -892,7 +908,7 @@ def branch_cases():
         return quad(p, rows)
 
     def selected_by_vmap(p, way, ids, others):
-        """Under vmap a conditional is a selection, for which JAX repeats the table."""
+        """Under vmap a conditional becomes a select, for which JAX broadcasts the table."""
 
         def of_one(flag, i):
             return lax.cond(flag == way, lambda: p["table"][i], lambda: p["table"][0])
@@ -900,25 +916,25 @@ def branch_cases():
         return quad(p, jax.vmap(of_one)(others % 2 == 0, others))
 
     def table_out(p, way, ids, others):
-        """The table that is read is itself chosen."""
+        """The conditional returns the table that is read."""
         table = lax.cond(way, lambda t: t, lambda t: 2 * t, p["table"])
         return quad(p, table[ids])
 
     size = MANY.size + VALID.size
-    nothing = Rows([], MANY.size)
-    for loss, yes, no in (
+    no_rows = Rows([], MANY.size)
+    for loss, rows_if_true, rows_if_false in (
         (two_reads, Rows(MANY, size), Rows(VALID, size)),
         (table_as_operand, Rows(MANY, MANY.size + 1), Rows([3], MANY.size + 1)),
-        (one_read, Rows(MANY), nothing),
+        (one_read, Rows(MANY), no_rows),
         (in_scan, Rows(MANY[::2], MANY.size), Rows(MANY[1], MANY.size)),
         (nested, Rows(VALID, size), Rows(MANY, size)),
-        (rows_out, Rows(MANY), nothing),
+        (rows_out, Rows(MANY), no_rows),
         (selected_by_vmap, ANY, ANY),
         (table_out, ANY, ANY),
     ):
-        for way, what in ((True, yes), (False, no)):
+        for way, rows in ((True, rows_if_true), (False, rows_if_false)):
             name = f"cond_{loss.__name__}_{'yes' if way else 'no'}"
-            CASES[name] = Case(loss, (params(), np.bool_(way), MANY, VALID), {"table": what})
+            CASES[name] = Case(loss, (params(), np.bool_(way), MANY, VALID), {"table": rows})
 
     def switch(p, which, ids, others):
         branches = [
@@ -928,21 +944,21 @@ def branch_cases():
         ]
         return lax.switch(which, branches, p["table"])
 
-    room = MANY.size + VALID.size + 4
+    max_indices = MANY.size + VALID.size + 4
     for which, ids in enumerate((MANY, np.append(VALID, MANY[0]), [], [])):
         args = params(), np.int32(which), MANY, VALID
-        CASES[f"switch_{which}"] = Case(switch, args, {"table": Rows(ids, room)})
+        CASES[f"switch_{which}"] = Case(switch, args, {"table": Rows(ids, max_indices)})
 
 
 branch_cases()
 
 
-# --- rules of their own ---------------------------------------------------------------------------
+# --- custom derivatives ---------------------------------------------------------------------------
 
 
 @jax.custom_jvp
 def steep_square(x):
-    """The square, with a derivative of its own that is three times as large."""
+    """The square, with a custom derivative of three times the true one."""
     return x * x
 
 
@@ -953,7 +969,7 @@ steep_square.defjvp(
 
 @jax.custom_vjp
 def negated_gradient(x):
-    """The identity, with a gradient of the other sign."""
+    """The identity, with a custom derivative of -1."""
     return x
 
 
@@ -1002,19 +1018,19 @@ def custom_jvp_of_the_table(p, ids):
 
 @case(params(), MANY, table=ANY)
 def custom_vjp_of_the_table(p, ids):
-    """A rule that sends back what it likes: here, something to every row."""
+    """The custom backward function gives every row of the table a gradient."""
 
     @jax.custom_vjp
     def lookup(table, ids):
         return table[ids]
 
-    def forth(table, ids):
+    def forward(table, ids):
         return table[ids], ids
 
-    def back(ids, g):
+    def backward(ids, g):
         return jnp.ones((V, D)).at[ids].add(2 * g), None
 
-    lookup.defvjp(forth, back)
+    lookup.defvjp(forward, backward)
     return quad(p, lookup(p["table"], ids))
 
 
@@ -1034,7 +1050,7 @@ def custom_vjp_of_the_table_in_scan(p, batches):
 
 @case(params(), MANY, table=ANY)
 def custom_vjp_clips_the_tables_gradient(p, ids):
-    """A rule on the whole table, before it is read."""
+    """A custom derivative of the whole table, before its rows are read."""
     clip = jax.custom_vjp(lambda table: table)
     clip.defvjp(lambda table: (table, None), lambda _, g: (jnp.clip(g, -1, 1),))
     return quad(p, clip(p["table"])[ids])
@@ -1091,7 +1107,7 @@ def mean_of_all_rows(p, ids):
 
 @case(params(), MANY, table=Dense("mul"))
 def norm_of_all_rows_in_a_branch(p, ids):
-    """Even where it is not taken."""
+    """The gradient is dense although the branch is not taken."""
 
     def norm(table):
         return jnp.sum(table * table)
@@ -1117,7 +1133,7 @@ def scan_changes_the_table(p, batches):
 
 @case(WITH_OTHER, MANY, table=ANY, other=ANY)
 def scan_swaps_two_tables(p, batches):
-    """Each is handed on unchanged, to the other's place."""
+    """Each table is carried unchanged, but in the place of the other one."""
 
     def step(carry, ids):
         a, b = carry
@@ -1178,10 +1194,10 @@ def copied(p, ids):
     return quad(p, jnp.array(p["table"], copy=True)[ids])
 
 
-if jax.__version_info__ >= (0, 10):  # an older JAX has no derivative of it
+if jax.__version_info__ >= (0, 10):  # an older JAX has no derivative of a barrier
 
     @case(params(), MANY, table=ANY)
-    def behind_a_barrier(p, ids):
+    def after_an_optimization_barrier(p, ids):
         return quad(p, lax.optimization_barrier(p["table"])[ids])
 
 
@@ -1218,7 +1234,7 @@ def rule_for_batches(p, ids):
 
 @case(params(), VALID, table=ANY, exact=False)
 def linear_solve(p, ids):
-    """An equation whose matrix is made of rows."""
+    """The solution of an equation whose matrix is computed from rows."""
 
     def matrix(x):
         rows = p["table"][ids]
@@ -1247,12 +1263,12 @@ def pieces_of_rows(p, ids):
 
 @case(params(), VALID, table=ANY)
 def pairs_of_rows(p, ids):
-    """Windows of two rows, moved inwards at the end of the table."""
+    """Slices of two rows. At the end of the table, JAX moves the start of a slice back."""
     return quad(p, jax.vmap(lambda i: lax.dynamic_slice_in_dim(p["table"], i, 2))(ids))
 
 
 def gather_cases():
-    """What no indexing makes, but `lax.gather` can say."""
+    """Adds gathers that no indexing expression makes."""
     starts = np.array([[2, 0], [2, 1], [10, 0], [11, 0], [-1, 0], [0, 2], [9, -1]], np.int32)
 
     def add(name, indices, mode, slice_sizes, **dimensions):
@@ -1265,7 +1281,8 @@ def gather_cases():
         CASES[name] = Case(loss, (params(), indices), {"table": ANY})
 
     for mode in ("fill", "clip"):
-        # A start in a row that is read as a whole: it is moved back, or the row is outside.
+        # An index has a row and a column, but a slice has all columns. If the column is not 0,
+        # "clip" makes it 0, and "fill" takes the slice as out of bounds.
         start = {"offset_dims": (1,), "collapsed_slice_dims": (0,), "start_index_map": (0, 1)}
         add("row_and_column", starts, mode, (1, D), **start)
         swapped = {**start, "start_index_map": (1, 0)}
@@ -1339,70 +1356,72 @@ def table_of_one_row(p, ids):
 
 
 @case(params(), MANY, table=ANY)
-def positions(p, ids):
-    """A slice that is all of it."""
+def slice_of_the_whole_table(p, ids):
     return quad(p, p["table"][:V])
 
 
-# --- the laws -------------------------------------------------------------------------------------
+# --- comparison of the cases with JAX -------------------------------------------------------------
 
 
-def quickly(function, *args, **options):
-    """What the function gives under jit, with little optimization, which is what takes time."""
+def run_unoptimized(function, *args, **options):
+    """The result of the jitted function, compiled with few optimizations to save time."""
     options |= {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function).lower(*args).compile(options)(*args)
 
 
-def ours(names, args):
-    """Of each case; asked to be strict, where rows are promised."""
-    found = []
-    for name, arg in zip(names, args, strict=True):
-        promised = all(isinstance(x, Rows) for x in CASES[name].tables.values())
-        found.append(value_and_grad(CASES[name], strict=promised)(*arg))
-    return found
+def results_of_adamjax(names, args):
+    """adamjax's value and gradients of each case.
+
+    With `strict` where all tables must get row gradients: then nothing may be refused.
+    """
+    results = []
+    for name, case_args in zip(names, args, strict=True):
+        strict = all(isinstance(x, Rows) for x in CASES[name].tables.values())
+        results.append(case_value_and_grad(CASES[name], strict=strict)(*case_args))
+    return results
 
 
-def theirs(names, args):
-    """By JAX, and the rows that were read."""
-    found = []
-    for name, arg in zip(names, args, strict=True):
-        tables = by_path(arg[0])
+def results_of_jax(names, args):
+    """For each case, JAX's value and gradients, and a `Rows` with indices for each table."""
+    results = []
+    for name, case_args in zip(names, args, strict=True):
+        tables = by_path(case_args[0])
         reads = {
-            p: x.found(tables[p]) for p, x in CASES[name].tables.items() if isinstance(x, Rows)
+            p: x.resolve(tables[p]) for p, x in CASES[name].tables.items() if isinstance(x, Rows)
         }
-        found.append((of_jax(CASES[name].loss, arg), reads))
-    return found
+        results.append((jax_value_and_grad(CASES[name].loss, case_args), reads))
+    return results
 
 
 def check_cases(names, run):
     args = [CASES[name].args for name in names]
-    together = zip(names, run(ours, names, args), run(theirs, names, args), strict=True)
-    for name, actual, (expected, reads) in together:
+    ours, theirs = (run(results, names, args) for results in (results_of_adamjax, results_of_jax))
+    for name, actual, (expected, reads) in zip(names, ours, theirs, strict=True):
         check(CASES[name], actual, expected, CASES[name].tables | reads)
 
 
 def under_jit(function, names, args):
-    # XLA's older emitters, which `make test` asks for, lose gradients of rows beyond those that the
-    # dtype of the indices can count.
+    # `make test` selects XLA's older emitters. If a table has more rows than the dtype of the
+    # indices can count, these lose the gradients of the rows beyond that.
     options = {"xla_cpu_use_fusion_emitters": True} if any("300_rows" in n for n in names) else {}
-    return quickly(lambda args: function(names, args), args, **options)
+    return run_unoptimized(lambda args: function(names, args), args, **options)
 
 
 def op_by_op(function, names, args):
     return function(names, args)
 
 
-# Programs of a dozen cases take a third of the time.
-DOZENS = [list(CASES)[i : i + 12] for i in range(0, len(CASES), 12)]
+# Twelve cases in one program take a third of the time of twelve programs.
+GROUPS = [list(CASES)[i : i + 12] for i in range(0, len(CASES), 12)]
 
 
-@pytest.mark.parametrize("names", DOZENS, ids=lambda names: f"{names[0]} to {names[-1]}")
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")
 @pytest.mark.slow
-def test_as_jax(names):
+def test_values_and_gradients_are_those_of_jax(names):
     try:
         check_cases(names, under_jit)
     except Exception:
-        # Name those that fail by themselves.
+        # Run each case alone, to name those that fail.
         failed = {}
         for name in names:
             try:
@@ -1432,12 +1451,12 @@ def test_as_jax(names):
     ],
 )
 @pytest.mark.slow
-def test_as_jax_without_jit(name):
+def test_values_and_gradients_are_those_of_jax_without_jit(name):
     check_cases([name], op_by_op)
 
 
-def lines(function):
-    """The first and the last line of a function."""
+def first_and_last_line(function):
+    """The numbers of the first and the last line of a function."""
     source, first = inspect.getsourcelines(function)
     return first, first + len(source) - 1
 
@@ -1445,27 +1464,26 @@ def lines(function):
 @pytest.mark.parametrize(
     "name", [n for n, c in CASES.items() if any(isinstance(x, Dense) for x in c.tables.values())]
 )
-def test_strict(name):
-    """The error says which table, what for and where."""
+def test_strict_names_the_table_the_operation_and_the_line(name):
     case = CASES[name]
-    [(path, what)] = [(p, x) for p, x in case.tables.items() if isinstance(x, Dense)]
+    [(path, table)] = [(p, x) for p, x in case.tables.items() if isinstance(x, Dense)]
     with pytest.raises(ValueError, match=rf"\b{path}\b") as error:
-        value_and_grad(case, strict=True)(*case.args)
+        case_value_and_grad(case, strict=True)(*case.args)
     message = str(error.value)
-    assert re.search(rf"\b{what.operation}\b", message), message
+    assert re.search(rf"\b{table.operation}\b", message), message
     place = re.search(r"test_autodiff\.py:(\d+)", message)
     assert place, message
-    first, last = lines(case.loss)
+    first, last = first_and_last_line(case.loss)
     assert first <= int(place[1]) <= last, (message, first, last)
 
 
-def test_strict_says_the_line():
+def test_strict_names_the_exact_line():
     def loss(p, ids):
         hidden = p["table"][ids]
         return quad(p, hidden @ p["table"].T)
 
     vg = adamjax.value_and_grad(loss, "table", strict=True)
-    line = lines(loss)[0] + 2
+    line = first_and_last_line(loss)[0] + 2
     with pytest.raises(ValueError, match=rf"(?s)table.*dot_general.*test_autodiff\.py:{line}\b"):
         vg(params(), VALID)
     with pytest.raises(ValueError, match="dot_general"):
@@ -1490,7 +1508,7 @@ READS = st.fixed_dictionaries(
 
 
 def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
-    """The case of some read."""
+    """A case that reads rows in the way that the arguments describe."""
     unsigned = np.dtype(dtype).kind == "u"
     rng = np.random.default_rng(seed)
     ids = rng.integers(0 if unsigned else -v - 3, v + 4, shape).astype(dtype)
@@ -1517,14 +1535,15 @@ def test_any_read(reads):
     cases = [any_read(**read) for read in reads]
 
     def run(args):
-        found = []
-        for case, arg in zip(cases, args, strict=True):
-            rows = case.tables["table"].found(arg[0]["table"])
-            found.append((value_and_grad(case)(*arg), of_jax(case.loss, arg), rows))
-        return found
+        results = []
+        for case, case_args in zip(cases, args, strict=True):
+            rows = case.tables["table"].resolve(case_args[0]["table"])
+            expected = jax_value_and_grad(case.loss, case_args)
+            results.append((case_value_and_grad(case)(*case_args), expected, rows))
+        return results
 
-    found = quickly(run, [case.args for case in cases])
-    for case, (actual, expected, rows) in zip(cases, found, strict=True):
+    results = run_unoptimized(run, [case.args for case in cases])
+    for case, (actual, expected, rows) in zip(cases, results, strict=True):
         check(case, actual, expected, {"table": rows})
 
 
@@ -1556,7 +1575,7 @@ def test_grad_is_the_gradient_alone():
 
 def with_aux(p, ids):
     rows = p["table"][ids]
-    # What is logged of the whole table is no reason to differentiate it.
+    # No gradient goes through auxiliary outputs, so they may use the whole table.
     norms = {"norm": jnp.sqrt(jnp.sum(p["table"] ** 2)), "rows": rows, "w": p["w"] * 2}
     return quad(p, rows), {
         "arrays": norms,
@@ -1595,7 +1614,7 @@ def test_auxiliary_outputs_under_jit():
 
 @pytest.mark.parametrize("way", ["table", "table itself", "table in a list"])
 def test_a_table_in_the_auxiliary_outputs(way):
-    """What comes out as it went in is still only read."""
+    """A table that the loss also returns gets a row gradient."""
 
     def loss(p, ids):
         aux = {"table": p["w"], "table itself": p["table"], "table in a list": [p["table"]] * 2}
@@ -1641,7 +1660,7 @@ def gradients_of(argnums):
 
 
 @pytest.mark.slow
-def test_argnums_of_numpy():
+def test_argnums_may_be_numpy_integers():
     assert_equal(dense(gradients_of(np.int64(2))), dense(gradients_of(2)))
     assert_equal(dense(gradients_of(np.array([0, 2]))), dense(gradients_of((0, 2))))
 
@@ -1671,7 +1690,7 @@ def test_large_unsigned_indices_read_what_jax_reads():
 
 
 def test_a_table_as_an_argument():
-    """The argument is the leaf, and its path is empty."""
+    """The argument is itself a leaf, so the leaf's path is empty."""
     vg = adamjax.value_and_grad(lambda ids, table: quad(PARAMS, table[ids]), "", argnums=1)
     _, rows = vg(MANY, PARAMS["table"])
     check_rows(rows, PARAMS["table"], Rows(MANY))
@@ -1738,7 +1757,7 @@ def test_leaves_that_are_no_floats_have_no_gradient():
         return jnp.where(p["flag"], p["scale"] * p["count"], 0.0) * quad(p, rows)
 
     value, grads = adamjax.value_and_grad(loss, "table")(p)
-    expected = of_jax(loss, (p,))
+    expected = jax_value_and_grad(loss, (p,))
     assert_equal(value, expected[0])
     check_rows(grads["table"], p["table"], Rows(MANY))
     assert_equal(dense(grads), expected[1])
@@ -1764,7 +1783,7 @@ def test_other_arguments_stay_what_they_are():
 
 
 def test_arguments_closed_over():
-    """Also arrays that are being traced: the weights of an outer function."""
+    """The loss may close over arrays, also over traced ones of an outer function."""
 
     def outer(w, ids):
         vg = adamjax.value_and_grad(lambda p: quad({"w": w}, p["table"][ids]), "table")
@@ -1811,7 +1830,7 @@ def test_the_loss_is_called_once():
     ],
     ids=["rows", "empty", "integer", "complex", "dict", "nothing"],
 )
-def test_a_loss_that_is_no_number(loss):
+def test_a_loss_that_is_not_a_real_scalar_is_refused(loss):
     for transformed in (jax.value_and_grad(loss), adamjax.value_and_grad(loss, "table")):
         with pytest.raises(TypeError, match=r"scalar|real|None"):
             transformed(params(), MANY)
@@ -1833,7 +1852,7 @@ def test_one_array_as_two_tables():
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 @pytest.mark.slow
 def test_indices_of_64_bits(mode):
-    """One beyond 32 bits is no row's, and not that of its last bits."""
+    """An index beyond 32 bits is out of bounds. It does not read the row of its low 32 bits."""
     starts = np.array([3, 2**32 + 4, -1, 2**40, -(2**32) + 2, 5], np.int64)[:, None]
     numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
 
@@ -1847,7 +1866,7 @@ def test_indices_of_64_bits(mode):
         check_rows(grads["table"], p["table"], Rows([3, 5, *edges], starts.size))
         expected = jax.value_and_grad(loss)(p, starts)
         assert_equal(grads["table"].to_dense(), expected[1]["table"])
-        if mode == "clip":  # else JAX reads the last bits' row, though that gets no gradient
+        if mode == "clip":  # under "fill", JAX reads the row of the low 32 bits, without a gradient
             assert_equal((value, grads["w"]), (expected[0], expected[1]["w"]))
 
 
@@ -1879,7 +1898,7 @@ def test_effects_of_the_loss_happen_once(jit):
     assert seen_by(adamjax.value_and_grad(loss, "table")) == theirs
 
 
-def test_errors_of_the_loss_are_its_own():
+def test_errors_of_the_loss_are_not_changed():
     def loss(p, ids):
         raise KeyError("mine")
 
@@ -1888,17 +1907,17 @@ def test_errors_of_the_loss_are_its_own():
 
 
 def test_repeated_rows_are_summed_in_float32():
-    """JAX adds up the cotangents of a cast table in bfloat16, where they stop growing at 256."""
+    """JAX sums the gradients of a bfloat16 cast in bfloat16, where adding 1 stops at 256."""
     ids = np.zeros(1000, np.int32)
 
     def loss(p):
         return jnp.sum(p["table"].astype(jnp.bfloat16)[ids].astype(jnp.float32))
 
-    g = quickly(adamjax.grad(loss, "table"), params())["table"]
-    assert_equal(laid_out(g), np.float32([[1000] * D] + [[0] * D] * (V - 1)))
+    g = run_unoptimized(adamjax.grad(loss, "table"), params())["table"]
+    assert_equal(dense_by_numpy(g), np.float32([[1000] * D] + [[0] * D] * (V - 1)))
 
 
-def test_a_cast_table_is_never_made():
+def test_a_cast_of_the_whole_table_is_never_stored():
     rows, width = 100_000, 16
     ids = np.random.default_rng(0).integers(0, rows, 256).astype(np.int32)
 
@@ -1907,7 +1926,7 @@ def test_a_cast_table_is_never_made():
 
     p = {"table": jax.ShapeDtypeStruct((rows, width), jnp.float32), "w": jnp.float32(0.5)}
 
-    def made(function):
+    def arrays_of_the_tables_shape(function):
         text = jax.jit(function).lower(p, ids).compile().as_text()
         arrays = re.findall(rf"= (\w+)\[{rows},{width}\]\S* (\w[\w-]*)\(", text)
         return [found for found in arrays if found[1] != "parameter"], text
@@ -1918,33 +1937,34 @@ def test_a_cast_table_is_never_made():
             p, jax.tree.map(lambda g: -g, grads, is_leaf=is_gradient)
         )
 
-    arrays, text = made(adamjax.value_and_grad(loss, "table"))
+    arrays, text = arrays_of_the_tables_shape(adamjax.value_and_grad(loss, "table"))
     assert arrays == []
     assert f"bf16[{rows},{width}]" not in text
-    # Only where it is asked for: the new table.
-    arrays, text = made(step)
+    # The step makes a new table, in float32.
+    arrays, text = arrays_of_the_tables_shape(step)
     assert f"bf16[{rows},{width}]" not in text
     assert {dtype for dtype, _ in arrays} <= {"f32"}
-    # Which would be seen.
-    assert made(jax.value_and_grad(loss))[0]
+    # In JAX's own program, the search finds arrays of this shape.
+    assert arrays_of_the_tables_shape(jax.value_and_grad(loss))[0]
 
 
 # --- packages -------------------------------------------------------------------------------------
 
 
-def check_package(loss, args, what, path, exact=True):
-    case = Case(loss, args, {path: what}, exact)
+def check_package(loss, args, table, path, exact=True):
+    """Compares a loss of a package's model, in which `path` is the only table, with JAX."""
+    case = Case(loss, args, {path: table}, exact)
     leaves, merge = split(args[0], is_array)
-    vg = value_and_grad(case, strict=isinstance(what, Rows))
-    if isinstance(what, Dense):
-        with pytest.raises(ValueError, match=what.operation):
-            value_and_grad(case, strict=True)(*args)
+    vg = case_value_and_grad(case, strict=isinstance(table, Rows))
+    if isinstance(table, Dense):
+        with pytest.raises(ValueError, match=table.operation):
+            case_value_and_grad(case, strict=True)(*args)
 
     def both(leaves, *rest):
         args = (merge(leaves), *rest)
-        return vg(*args), of_jax(loss, args)
+        return vg(*args), jax_value_and_grad(loss, args)
 
-    check(case, *quickly(both, leaves, *args[1:]))
+    check(case, *run_unoptimized(both, leaves, *args[1:]))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -1990,7 +2010,10 @@ def test_a_model_of_flax_linen():
         exact=False,
     )
     vg = adamjax.value_and_grad(loss, "embedding", strict=True)
-    check(case, *quickly(lambda *args: (vg(*args), of_jax(loss, args)), *case.args))
+    check(
+        case,
+        *run_unoptimized(lambda *args: (vg(*args), jax_value_and_grad(loss, args)), *case.args),
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -2016,11 +2039,11 @@ def test_flax_nnx_split(dtype):
 
 
 def test_flax_nnx_module():
-    """The module itself, where it is a pytree."""
+    """The module is itself the tree of parameters."""
     nnx = pytest.importorskip("flax.nnx")
     embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
     if jax.tree.leaves(embed)[0] is embed:
-        pytest.skip("this flax's modules are no pytrees")
+        pytest.skip("in this release of Flax, modules are not pytrees")
     embed = jax.tree.map(lambda x: jnp.asarray(halves(V, D)), embed)
     [path] = by_path(embed)
 
@@ -2050,15 +2073,17 @@ def test_equinox(vmaps):
             of_one = jax.vmap(of_one)
         return jnp.mean(of_one(ids) ** 2)
 
-    # The module has its activation functions as leaves.
+    # Activation functions are leaves of the module.
     assert any(callable(x) and not is_array(x) for x in jax.tree.leaves(model))
     check_package(loss, (model, ids), Rows(ids), "embedding/weight", exact=False)
 
 
-# --- composition ----------------------------------------------------------------------------------
+# --- value_and_grad within JAX's transformations --------------------------------------------------
 
 
-def descended(vg):
+def descent_step(vg):
+    """A step of gradient descent."""
+
     def step(p, ids):
         value, grads = vg(p, ids)
         return value, adamjax.apply_updates(
@@ -2069,17 +2094,17 @@ def descended(vg):
 
 
 def test_donation():
-    """A buffer that could not be used again would be a warning, which is an error here."""
-    step = jax.jit(descended(adamjax.value_and_grad(simple, "table")), donate_argnums=0)
+    """JAX warns if it cannot reuse a donated buffer, and a warning is an error in the tests."""
+    step = jax.jit(descent_step(adamjax.value_and_grad(simple, "table")), donate_argnums=0)
     p = jax.tree.map(jnp.array, params())
     donated = p["table"]
     value, p = step(p, MANY)
     assert donated.is_deleted()
-    assert_equal((value, p), descended(jax.value_and_grad(simple))(params(), MANY))
+    assert_equal((value, p), descent_step(jax.value_and_grad(simple))(params(), MANY))
 
 
 def test_under_vmap():
-    """A gradient of every example."""
+    """One gradient for each example."""
     vg = adamjax.value_and_grad(simple, "table")
     value, grads = jax.jit(jax.vmap(vg, in_axes=(None, 0)))(params(), MANY)
     expected = jax.vmap(jax.value_and_grad(simple), in_axes=(None, 0))(params(), MANY)
@@ -2090,22 +2115,22 @@ def test_under_vmap():
 
 
 def test_under_vmap_over_models():
-    """Every member of an ensemble has its own table."""
+    """One gradient for each member of an ensemble. Each member has its own table."""
     stacked = jax.tree.map(
         lambda *x: jnp.stack(x), params(), {**params(), "table": halves(V, D, seed=9)}
     )
     ids = MANY[:2]
     both = [jax.vmap(f(simple)) for f in (by_rows, jax.value_and_grad)]
-    (value, grads), expected = quickly(lambda *args: [f(*args) for f in both], stacked, ids)
+    (value, grads), expected = run_unoptimized(lambda *args: [f(*args) for f in both], stacked, ids)
     assert grads["table"].values.shape == (2, 4, D)
     assert_equal((value, jax.vmap(dense)(grads)), expected)
 
 
 def test_in_a_scan():
-    """Training steps in one program."""
+    """A scan takes the training steps."""
 
     def train(vg):
-        step = descended(vg)
+        step = descent_step(vg)
         return jax.jit(lambda p, batches: lax.scan(lambda p, b: step(p, b)[::-1], p, batches))
 
     batches = MANY[:2]
@@ -2128,9 +2153,9 @@ def cubic(p, ids):
 
 
 def test_second_derivatives():
-    """Forward and backward, with respect to all parameters, the table among them."""
+    """Forward and reverse mode, with respect to all parameters, the table among them."""
     tangent = {"table": halves(V, D, seed=7), "w": np.float32(1.5)}
-    of_w = {"table": np.zeros((V, D), np.float32), "w": np.float32(1)}
+    tangent_of_w = {"table": np.zeros((V, D), np.float32), "w": np.float32(1)}
 
     def derivatives(value_and_grad, p):
         def of(p):
@@ -2140,10 +2165,10 @@ def test_second_derivatives():
         def penalty(p):
             return sum(jnp.sum(g * g) for g in jax.tree.leaves(of(p)[1]))
 
-        return [jax.jvp(of, (p,), (t,)) for t in (tangent, of_w)], jax.grad(penalty)(p)
+        return [jax.jvp(of, (p,), (t,)) for t in (tangent, tangent_of_w)], jax.grad(penalty)(p)
 
     both = [functools.partial(derivatives, f) for f in (by_rows, jax.value_and_grad)]
-    actual, expected = quickly(lambda p: [f(p) for f in both], params())
+    actual, expected = run_unoptimized(lambda p: [f(p) for f in both], params())
     assert_equal(actual, expected)
 
 
@@ -2162,39 +2187,39 @@ def mapped(function, mesh, in_specs, out_specs):
 
 
 def over_devices():
-    """What a process of its own with several devices runs."""
+    """Runs in a process of its own, which has several devices."""
     assert jax.device_count() == DEVICES
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
-    batch, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
-    place = functools.partial(jax.sharding.NamedSharding, mesh)
-    p = jax.device_put(params(), place(whole))
-    ids = jax.device_put(SHARDS, place(batch))
+    batch, replicated = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
+    sharding = functools.partial(jax.sharding.NamedSharding, mesh)
+    p = jax.device_put(params(), sharding(replicated))
+    ids = jax.device_put(SHARDS, sharding(batch))
 
-    # The batch lies on all devices, and jit divides the work.
+    # The batch is sharded, and the parameters are replicated.
     value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(p, ids)
     expected = jax.value_and_grad(of_shards)(params(), SHARDS)
     check_rows(grads["table"], PARAMS["table"], Rows(SHARDS))
     assert_equal((value, dense(grads)), expected)
 
-    # And the table by its rows, and by its columns.
-    for rows in (jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec(None, "batch")):
+    # The table is sharded too: by its rows, and then by its columns.
+    for spec in (jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec(None, "batch")):
         wide = params(num_rows=16, trailing=(16,))
-        cut = {**wide, "table": jax.device_put(wide["table"], place(rows))}
-        value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(cut, ids)
+        sharded = {**wide, "table": jax.device_put(wide["table"], sharding(spec))}
+        value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(sharded, ids)
         check_rows(grads["table"], wide["table"], Rows(np.arange(16), SHARDS.size))
         assert_equal((value, dense(grads)), jax.value_and_grad(of_shards)(wide, SHARDS))
 
-    # A table whose sharding is constrained in the loss.
-    def placed(p, ids):
-        table = lax.with_sharding_constraint(p["table"], place(whole))
+    # The loss has a sharding constraint on the table.
+    def constrained(p, ids):
+        table = lax.with_sharding_constraint(p["table"], sharding(replicated))
         return of_shards({**p, "table": table}, ids)
 
-    value, grads = jax.jit(adamjax.value_and_grad(placed, "table"))(p, ids)
+    value, grads = jax.jit(adamjax.value_and_grad(constrained, "table"))(p, ids)
     expected = jax.value_and_grad(of_shards)(params(), SHARDS)
     assert_equal((value, dense(grads)), expected)
 
-    # Inside of a shard_map every device has the gradient of its own examples; the table is cast
-    # to one that varies, so that nothing is summed behind its back.
+    # Inside of a shard_map, each device computes the gradient of its own examples. Parameters are
+    # marked as varying over the devices. Otherwise JAX would sum their gradients over the devices.
     def vary(x):
         return as_varying(x, ("batch",))
 
@@ -2203,31 +2228,31 @@ def over_devices():
         value, grads = adamjax.value_and_grad(of_shards, "table", strict=True)(p, ids[0])
         return jax.tree.map(lambda x: x[None], (value, grads))
 
-    values, grads = jax.jit(mapped(own, mesh, (whole, batch), batch))(p, ids)
+    values, grads = jax.jit(mapped(own, mesh, (replicated, batch), batch))(p, ids)
     for i, shard in enumerate(SHARDS):
         one = jax.tree.map(lambda x, i=i: x[i], grads)
         check_rows(one["table"], PARAMS["table"], Rows(shard))
         expected = jax.value_and_grad(of_shards)(params(), shard)
         assert_equal((values[i], dense(one)), expected)
 
-    # Summed there, as the replicas do.
+    # The same, and `sum_over` sums the row gradients over the devices.
     def summed(p, ids):
         grads = adamjax.grad(of_shards, "table")(jax.tree.map(vary, p), ids[0])
         grads = adamjax.sum_over("batch").update(grads, (), p)[0]
         return jax.tree.map(lambda x: x[None], dense(grads))
 
-    total = jax.jit(mapped(summed, mesh, (whole, batch), batch))(p, ids)
+    total = jax.jit(mapped(summed, mesh, (replicated, batch), batch))(p, ids)
     of_shard = [jax.grad(of_shards)(params(), shard) for shard in SHARDS]
     expected = jax.tree.map(lambda *grads: sum(grads), *of_shard)
     for i in range(DEVICES):
         assert_equal(jax.tree.map(lambda x, i=i: x[i], total), expected)
 
-    # A shard_map in the loss.
+    # The loss has a shard_map.
     def parted(p, ids):
         def part(p, ids):
             return lax.psum(of_shards(p, ids[0]), "batch")
 
-        return mapped(part, mesh, (whole, batch), whole)(p, ids)
+        return mapped(part, mesh, (replicated, batch), replicated)(p, ids)
 
     expected = jax.jit(jax.value_and_grad(parted))(p, ids)
     value, grads = jax.jit(adamjax.value_and_grad(parted, "table"))(p, ids)

@@ -1,4 +1,8 @@
-"""docs/coming-from.md is true of other packages: the numbers, and both columns of its tables."""
+"""Compares docs/coming-from.md with other packages: its numbers, and the expressions in its tables.
+
+Tables of optax and torch have an expression of the package in the left column, and what does the
+same in adamjax in the right column.
+"""
 
 import importlib.util
 import json
@@ -23,20 +27,20 @@ COMMITTED = {
 
 @pytest.mark.parametrize("system", differences.SYSTEMS)
 @pytest.mark.parametrize("key", differences.CASES)
-def test_the_committed_number_is_what_the_package_does(key, system):
+def test_the_committed_result_is_what_the_package_computes(key, system):
     if importlib.util.find_spec(system) is None:
         pytest.skip(f"{system} is not installed")
-    found, committed = differences.measured(key, system), COMMITTED[key][system]
-    if isinstance(committed, str):
-        assert found == committed
+    measured, committed = differences.measured(key, system), COMMITTED[key][system]
+    if isinstance(committed, str):  # why there is no number
+        assert measured == committed
     else:
-        assert math.isclose(found, committed, rel_tol=2e-3, abs_tol=1e-6)
+        assert math.isclose(measured, committed, rel_tol=2e-3, abs_tol=1e-6)
 
 
 PAGE = (ROOT / "docs" / "coming-from.md").read_text()
 PARAMS = {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.25])}
 GRADS = [jax.tree.map(lambda x, i=i: jnp.cos(7.0 * x + i) * 2.0, PARAMS) for i in range(9)]
-# What the expressions in adamjax's column of the tables name.
+# Values of the names in the expressions of adamjax's column, besides adamjax's own.
 OUR_NAMES = {
     "tx": adamjax.scale(-0.5),
     "mask": {"kernel": True, "bias": False},
@@ -46,7 +50,7 @@ OUR_NAMES = {
     "grads": GRADS[0],
     "state": adamjax.adam().init(PARAMS),
 }
-# What the expressions in optax's column name, besides optax's own functions: the counterparts of
+# Values of the names in the expressions of optax's column, besides optax's own. They correspond to
 # `OUR_NAMES`.
 OPTAX_NAMES = {
     "tx": OUR_NAMES["tx"],
@@ -59,8 +63,11 @@ OPTAX_NAMES = {
 }
 
 
-def lines_of(library):
-    """The lines of the table of a library as pairs of expressions."""
+def expression_pairs(library):
+    """The pairs (library's expression, adamjax's expression) in the table of a library.
+
+    Rows that have no expression in one of the columns are left out.
+    """
     table = re.search(rf"\| {library} \| adamjax \|\n.*?\n((?:\|.*\n)+)", PAGE)[1]
     columns = [line.strip("|").split(" | ") for line in table.splitlines()]
     return [
@@ -84,15 +91,15 @@ def trained(tx):
     return params
 
 
-# Counts to compare schedules at: the first steps, both sides of every edge of the schedules in the
-# table, and some after the last edge.
+# Counts at which schedules are compared: the first steps, both sides of every count at which a
+# schedule in the table changes its formula, and some after the last of these.
 COUNTS = jnp.array(
     [0, 1, 50, 89, 90, 91, 99, 100, 101, 500, 899, 900, 901, 950, 999, 1000, 1001, 2000]
 )
 
 
-@pytest.mark.parametrize(("theirs", "ours"), lines_of("optax"))
-def test_both_columns_do_the_same(theirs, ours):
+@pytest.mark.parametrize(("theirs", "ours"), expression_pairs("optax"))
+def test_both_columns_of_the_optax_table_compute_the_same(theirs, ours):
     their_scope = vars(optax) | OPTAX_NAMES
     ours = eval(ours, vars(adamjax) | OUR_NAMES)
     if "(params, average," in theirs:
@@ -112,20 +119,20 @@ def test_both_columns_do_the_same(theirs, ours):
         assert_close(ours, theirs, rtol=1e-5)
 
 
-OF_TORCH = lines_of("torch")
-OF_SCHEDULERS = [line for line in OF_TORCH if "LR(" in line[0]]
+TORCH_PAIRS = expression_pairs("torch")
+SCHEDULER_PAIRS = [pair for pair in TORCH_PAIRS if "LR(" in pair[0]]
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [line for line in OF_TORCH if line not in OF_SCHEDULERS]
+    ("theirs", "ours"), [pair for pair in TORCH_PAIRS if pair not in SCHEDULER_PAIRS]
 )
-def test_our_column_of_the_torch_table_can_be_trained(theirs, ours):
+def test_adamjaxs_column_of_the_torch_table_takes_steps(theirs, ours):
     tx = eval(ours, vars(adamjax) | OUR_NAMES)
     assert trained(tx).keys() == PARAMS.keys()
 
 
-@pytest.mark.parametrize(("theirs", "ours"), OF_SCHEDULERS)
-def test_what_stands_for_a_scheduler_of_torch_has_its_rates(theirs, ours):
+@pytest.mark.parametrize(("theirs", "ours"), SCHEDULER_PAIRS)
+def test_schedules_have_the_rates_of_the_torch_schedulers_beside_them(theirs, ours):
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     names = {"optimizer": optimizer, "f": lambda count: 1 / (1 + count)}

@@ -1,4 +1,4 @@
-"""Moments in 8 bits: the precision of the code, and steps that are near those of float32."""
+"""Moments in 8 bits: the precision of the format, and steps compared with float64 and float32."""
 
 import pickle
 
@@ -17,56 +17,61 @@ from benchmarks import moments
 
 S8 = {"m_dtype": "scaled8", "v_dtype": "scaled8"}
 FLOAT32 = {"m_dtype": None, "v_dtype": None}
-# The largest relative error of a number that is rounded to the nearest code: half of an eighth.
+# The largest relative error if a number is rounded to the nearest code. Codes have 3 bits of
+# fraction, so neighbours differ by at most 1/8.
 RELATIVE_ERROR = 1 / 16
-# Codes have 3 bits of fraction down to 2**-EXPONENT_RANGE of the largest of their block.
+# Codes have 3 bits of fraction down to 2**-EXPONENT_RANGE of the largest number of their block.
+# Smaller codes are evenly spaced.
 EXPONENT_RANGE = {np.int8: 14, np.uint8: 30}
 
 
-def stored(x, codes=np.int8, random=1 << 15):
-    """Numbers in 8 bits. With these random bits they are rounded to the nearest code."""
+def stored(x, code_dtype=np.int8, random=1 << 15):
+    """An array in 8 bits. The default of `random` rounds each number to the nearest code."""
     x = jnp.asarray(x, jnp.float32)
-    (exponents,) = block_exponents([x], [Scaled8(jnp.zeros(x.shape, codes), None)])
-    return encode(x, codes, exponents, jnp.broadcast_to(jnp.uint32(random), x.shape))
+    (exponents,) = block_exponents([x], [Scaled8(jnp.zeros(x.shape, code_dtype), None)])
+    return encode(x, code_dtype, exponents, jnp.broadcast_to(jnp.uint32(random), x.shape))
 
 
-# --- the code -------------------------------------------------------------------------------------
+# --- the format -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codes", [np.int8, np.uint8])
-def test_every_code_survives_decoding_and_encoding(codes):
-    """For all exponents, whatever the random bits."""
-    every_code = np.arange(-127, 128) if codes == np.int8 else np.arange(256)
+@pytest.mark.parametrize("code_dtype", [np.int8, np.uint8])
+def test_encoding_a_decoded_code_gives_the_same_code(code_dtype):
+    """With every exponent, and whatever the random bits."""
+    every_code = np.arange(-127, 128) if code_dtype == np.int8 else np.arange(256)
     exponents = jnp.arange(256, dtype=jnp.uint8)[:, None]
     blocks = Scaled8(
-        jnp.broadcast_to(jnp.asarray(every_code, codes), (256, every_code.size)), exponents
+        jnp.broadcast_to(jnp.asarray(every_code, code_dtype), (256, every_code.size)), exponents
     )
     numbers = decode(blocks)
-    num_finite = 250 - EXPONENT_RANGE[codes] + 1  # larger exponents decode to NaN
+    num_finite = 250 - EXPONENT_RANGE[code_dtype] + 1  # larger exponents decode to NaN
     assert np.all(np.isnan(numbers[num_finite:]))
     finite = numbers[:num_finite]
     assert np.all(np.isfinite(finite))
     assert np.all(np.diff(wide(finite), axis=1) > 0)
     for random in (0, 1, 1 << 15, (1 << 16) - 1):
-        again = stored(finite, codes, random)
+        again = stored(finite, code_dtype, random)
         assert_same(again, Scaled8(blocks.codes[:num_finite], blocks.exponents[:num_finite]))
 
 
-@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+@pytest.mark.parametrize("code_dtype", [np.int8, np.uint8])
 @pytest.mark.parametrize("shape", [(), (1,), (1024,), (3000,), (7, 5), (3, 2, 300), (0,), (3, 0)])
-def test_the_resolution(shape, codes):
-    """The error is at most 1/16 of the number, or half of the smallest step (unsigned: a step)."""
+def test_the_error_of_rounding_to_the_nearest(shape, code_dtype):
+    """The error is at most 1/16 of the number, or half of the spacing of the smallest codes.
+
+    In uint8 it may be the whole spacing, because a number that is not 0 never becomes 0.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) * np.exp(4 * rng.normal(size=shape))
     x = np.where(rng.random(shape) < 0.1, 0, x).astype(np.float32)
-    x = x if codes == np.int8 else abs(x)
+    x = x if code_dtype == np.int8 else abs(x)
 
     @jax.jit
-    def there_and_back(x):
-        in_8_bits = stored(x, codes)
+    def encode_and_decode(x):
+        in_8_bits = stored(x, code_dtype)
         return in_8_bits, decode(in_8_bits)
 
-    in_8_bits, y = there_and_back(x)
+    in_8_bits, y = encode_and_decode(x)
     y = wide(y)
     assert in_8_bits.codes.shape == shape
     if x.ndim < 2:
@@ -74,55 +79,53 @@ def test_the_resolution(shape, codes):
     else:
         assert in_8_bits.exponents.shape == (*shape[:-1], min(1, shape[-1]))
     assert np.all(y[x == 0] == 0)
-    if codes == np.uint8:
+    if code_dtype == np.uint8:
         assert np.all(y[x != 0] != 0)
     # An upper limit: the maximum of a block may be smaller than that of the whole array.
-    smallest = 2.0 ** -(EXPONENT_RANGE[codes] + 3) * abs(x).max(initial=0)
-    error = abs(y - x)
-    assert np.all(
-        error <= np.maximum(RELATIVE_ERROR * abs(x), (0.5 if codes == np.int8 else 1) * smallest)
-    )
+    spacing = 2.0 ** -(EXPONENT_RANGE[code_dtype] + 3) * abs(x).max(initial=0)
+    largest_error = (0.5 if code_dtype == np.int8 else 1) * spacing
+    assert np.all(abs(y - x) <= np.maximum(RELATIVE_ERROR * abs(x), largest_error))
     assert np.all(np.sign(y) * np.sign(x) >= 0)
 
 
-@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+@pytest.mark.parametrize("code_dtype", [np.int8, np.uint8])
 @pytest.mark.parametrize("value", [1.0, 1.01, 0.3337, 3e-5, 4e-9])
-def test_the_mean_is_the_value(codes, value):
-    """It becomes one of two neighbouring codes. The mean of many is within 4 standard errors.
+def test_the_mean_of_stochastic_rounding_is_the_value(code_dtype, value):
+    """The value is rounded to two neighbouring codes. Their mean is within 4 standard errors.
 
-    A block is a row of the value and a 1, so the value may be small for its block.
+    Each block has the value and a 1, so the value may be much smaller than the block's largest.
     """
-    if codes == np.int8 and value < 1e-5:
-        pytest.skip("below a step of m, where the mean has too few numbers that are not zero")
+    if code_dtype == np.int8 and value < 1e-5:
+        pytest.skip("below the smallest int8 code, so too few results are not zero")
     n = 40_000
     x = np.full((n, 2), value, np.float32)
     x[:, 1] = 1
     random = np.random.default_rng(0).integers(0, 1 << 16, (n, 2))
-    y = wide(decode(stored(x, codes, jnp.asarray(random, jnp.uint32))))[:, 0]
+    y = wide(decode(stored(x, code_dtype, jnp.asarray(random, jnp.uint32))))[:, 0]
     assert len(np.unique(y)) <= 2
     assert abs(y.mean() - np.float64(np.float32(value))) <= 4 * y.std() / np.sqrt(n)
 
 
-def test_an_unsigned_number_is_never_rounded_to_zero():
+def test_a_positive_number_in_uint8_is_never_rounded_to_zero():
     x = jnp.array([[1e4, 1e-30, 0.0], [1.2e-38, 2e-38, 1e-9]])
     y = decode(stored(x, np.uint8, 0))
     assert np.all((np.asarray(y) > 0) == (np.asarray(x) > 0))
 
 
-def test_a_block_that_is_not_finite_is_nan_and_no_other():
-    # 3.4e38 is finite, but rounded up to a code it would overflow.
+def test_a_number_that_is_not_finite_makes_only_its_block_nan():
+    # 3.4e38 is finite, but would overflow if it were rounded up to a code.
     for bad in (jnp.inf, -jnp.inf, jnp.nan, 3.4e38):
         y = decode(stored(jnp.array([[1.0, bad], [1.0, 0.0]])))
         assert_same(np.isnan(y), np.array([[True, True], [False, False]]))
     assert np.all(np.isfinite(decode(stored(jnp.array([3.1e38, 1.0])))))
 
 
-def test_a_negative_number_makes_an_unsigned_block_nan():
+def test_a_negative_number_makes_a_uint8_block_nan():
     y = decode(stored(jnp.array([1.0, -1.0]), np.uint8))
     assert np.all(np.isnan(y))
 
 
-def test_the_state_takes_two_bytes_a_parameter():
+def test_m_and_v_take_two_bytes_a_parameter_and_two_a_block():
     def size(*shape):
         state = jax.eval_shape(adamjax.scale_by_adam(**S8).init, jnp.zeros(shape))
         parts = jax.tree.leaves((state.m, state.v))
@@ -137,6 +140,8 @@ def test_the_state_takes_two_bytes_a_parameter():
 
 
 def run(tx, g):
+    """The updates and the slots after each step, by the gradients g of all steps."""
+
     def step(state, g):
         u, state = tx.update(g, state)
         slots = {name: adamjax.get_slot(state, name) for name in adamjax.slot_names(state)}
@@ -147,14 +152,15 @@ def run(tx, g):
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
 @pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
-def test_moments_are_those_of_float64(kind, scale):
-    """In 200 steps: no bias, no infinity, no sign that is wrong, and errors as derived.
+def test_moments_are_those_of_float64_within_derived_errors(kind, scale):
+    """The moments of 200 steps are finite and have no bias, and m has the right sign.
 
-    A step rounds m by at most an eighth, and each step multiplies earlier errors by b1: in all at
-    most 1/8 / (1 - b1) = 1.25 of the largest |m| so far of this element. A rounding that moves v by
-    d * v with probability p has at most the variance p * (d * v)**2. It must move v by p * d * v =
-    (1 - b2) * g**2 in the mean, and d is at most 1/8. So the errors of 200 steps have at most the
-    variance 1/8 * sum((1 - b2) * g**2 * v).
+    The error of m: a step rounds m by at most 1/8 of it, and multiplies earlier errors by b1. So
+    the error of an element is at most 1/8 / (1 - b1) = 1.25 times the largest |m| that it has had.
+
+    The error of v: a rounding that moves v by d * v with probability p has at most the variance
+    p * (d * v)**2. On average it must move v by p * d * v = (1 - b2) * g**2, and d is at most 1/8.
+    So after 200 steps, the error has at most the variance 1/8 * sum((1 - b2) * g**2 * v).
     """
     n = 4096
     g = moments.gradients(kind, 200, n) * np.float32(scale)
@@ -163,10 +169,10 @@ def test_moments_are_those_of_float64(kind, scale):
     ms, vs, _ = moments.reference(g, every=1)
     m, v = wide(slots["m"]), wide(slots["v"])
     largest_of_step = abs(ms).max(axis=1, keepdims=True)
-    # Twice the distance of the smallest codes: the largest m of a block, which decides it, has an
-    # error too.
-    smallest_step = 2 * 2.0**-17 * largest_of_step
-    largest_so_far = np.maximum.accumulate(abs(ms), axis=0) + smallest_step
+    # The spacing of the smallest codes is 2**-17 of the largest m of the block. Twice that, because
+    # the largest m has an error too.
+    spacing = 2 * 2.0**-17 * largest_of_step
+    largest_so_far = np.maximum.accumulate(abs(ms), axis=0) + spacing
     assert np.all(abs(m - ms) <= 1.25 * largest_so_far + 1e-6 * largest_of_step)
     # The sign is right where m is larger than its largest possible error.
     above = abs(ms) > 1.25 * largest_so_far
@@ -177,7 +183,7 @@ def test_moments_are_those_of_float64(kind, scale):
     variance = np.cumsum(moved * np.maximum.accumulate(vs), axis=0) / 8
     relative = ((v - vs) / np.sqrt(variance + (1e-9 * vs.max()) ** 2))[every_tenth]
     assert np.sqrt(np.mean(relative**2)) < 1.5
-    # By chance, 1 comparison in 2,000 is beyond 3.5 standard errors. There are 40.
+    # Of 40 mean errors, 2 may be more than 3.5 standard errors from 0. By chance, 1 in 2,000 is.
     biased = 0
     for x, y in ((m, ms), (v, vs)):
         size = np.maximum(abs(y), 1e-2 * abs(y).max(axis=1, keepdims=True))
@@ -187,47 +193,50 @@ def test_moments_are_those_of_float64(kind, scale):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_updates_are_those_of_float32_up_to_the_resolution(rule):
-    """They are as large within 2%, and each is off by at most 14% of a usual one (RMS)."""
+def test_updates_are_near_those_of_float32(rule):
+    """Updates are as large within 2%. The RMS of their errors is below 14% of that of updates."""
     g = moments.gradients("heavy-tailed", 200, 4096)
-    ours, right = (wide(run(RULES[rule](**dtypes), g)[0]) for dtypes in (S8, FLOAT32))
-    size = np.sqrt(np.mean(right**2))
-    slope = np.mean(ours * right) / np.mean(right**2)
+    u, full_u = (wide(run(RULES[rule](**dtypes), g)[0]) for dtypes in (S8, FLOAT32))
+    size = np.sqrt(np.mean(full_u**2))
+    slope = np.mean(u * full_u) / np.mean(full_u**2)
     assert abs(slope - 1) < 0.02
-    assert np.sqrt(np.mean((ours - right) ** 2)) < 0.14 * size
+    assert np.sqrt(np.mean((u - full_u) ** 2)) < 0.14 * size
 
 
 @pytest.mark.parametrize("rule", ["adam", "amsgrad"])
-def test_the_noise_that_remains_is_as_derived(rule):
-    """After 5,000 steps, which are five times the memory of v: see `adamjax.scale_by_adam`."""
+def test_the_noise_of_long_runs_is_as_documented(rule):
+    """After 5,000 steps, the noise of v no longer grows, because v has a memory of 1,000 steps.
+
+    The noise is described in the documentation of `adamjax.scale_by_adam`.
+    """
     ours, full = (RULES[rule](**dtypes) for dtypes in (S8, FLOAT32))
     scale = jnp.exp(jax.random.normal(jax.random.key(1), (4096,)))
 
     def step(states, t):
         g = scale * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scale.shape)
         u, state = ours.update(g, states[0])
-        right, full_state = full.update(g, states[1])
-        sums = jnp.stack([jnp.sum((u - right) ** 2), jnp.sum(u * right), jnp.sum(right**2)])
+        full_u, full_state = full.update(g, states[1])
+        sums = jnp.stack([jnp.sum((u - full_u) ** 2), jnp.sum(u * full_u), jnp.sum(full_u**2)])
         return (state, full_state), sums
 
     start = ours.init(scale), full.init(scale)
     states, sums = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(5000)))()
     error, product, square = np.asarray(sums)[-100:].sum(axis=0)
-    v, right = (wide(adamjax.get_slot(state, "v")) for state in states)
-    assert abs(np.mean(v / right) - 1) < 0.02
-    assert np.std(v / right) < 0.25
+    v, full_v = (wide(adamjax.get_slot(state, "v")) for state in states)
+    assert abs(np.mean(v / full_v) - 1) < 0.02
+    assert np.std(v / full_v) < 0.25
     assert np.sqrt(error / square) < 0.16
-    # v_max keeps the largest of the rounded v, so AMSGrad's updates are smaller.
+    # v_max is the largest of the rounded v, so AMSGrad's updates are smaller than in float32.
     least, most = (0.88, 1.0) if rule == "amsgrad" else (1.0, 1.02)
     assert least < product / square < most
 
 
 def test_a_small_gradient_beside_a_large_one_makes_no_large_update():
-    """In one block, from 1e-9 to 1e4: updates are at most about those of the first step of Adam.
+    """One block has gradients from 1e-9 to 1e4. No update is 3 times the largest of float32.
 
-    The error that m may have is 2**-17 of the largest m of the block, and the root of v is at least
-    2**-16.5 of the largest: so what rounding adds to an update is at most about the largest |m| /
-    sqrt(v) of the block.
+    The error of m may be 2**-17 of the largest |m| of the block. The root of v is at least 2**-17
+    of the block's largest root. So rounding adds to an update at most about the largest |m| divided
+    by the largest root.
     """
     rng = np.random.default_rng(0)
     g = np.geomspace(1e-9, 1e4, 1024) * rng.choice([-1, 1], (400, 1024))
@@ -249,13 +258,13 @@ def test_without_gradients_m_stays_zero_or_decays_to_it():
     assert np.abs(adamjax.get_slot(state, "m")).max() < 1e-30
 
 
-# --- wherever slots are read and written ----------------------------------------------------------
+# --- other code that reads and writes slots -------------------------------------------------------
 
 
-# 9,000 rows are worked on in blocks. One rule suffices for these: AMSGrad has the most slots.
+# A step works on 9,000 rows in blocks of rows. This case has only the rule with the most slots.
 @pytest.mark.parametrize(("rule", "n"), [*((rule, 40) for rule in RULES), ("amsgrad", 9000)])
 def test_rows_are_rounded_with_the_random_bits_of_the_dense_step(rule, n):
-    """Lazy steps round the rows that they write with these bits too."""
+    """A step with row gradients uses them under `rows="dense"` and under `rows="lazy"`."""
     shape, rng = (3 * n, 2), np.random.default_rng(0)
     ids = rng.permutation(shape[0])[:n]
     rows = adamjax.row_gradient(ids, rng.normal(size=(n, 2)).astype(np.float32), shape[0])
@@ -270,13 +279,14 @@ def test_rows_are_rounded_with_the_random_bits_of_the_dense_step(rule, n):
         ]
     for name in adamjax.slot_names(states[0]):
         by_rows, by_array, lazily = (np.asarray(adamjax.get_slot(s, name)) for s in states)
-        # Before rounding, numbers may differ by an ulp of float32, which seldom changes the code.
+        # Before rounding, numbers may differ by an ulp of float32. This seldom changes the code.
         assert np.mean(by_rows == by_array) > 0.999
         assert np.mean(by_rows[ids] == lazily[ids]) > 0.999
         assert np.all(np.delete(lazily, ids, axis=0) == 0)
 
 
 def trained(tx, steps, params, state, update=None):
+    """The parameters and the state after the steps of these numbers."""
     update = update or jax.jit(tx.update)
     for t in steps:
         grads = jax.tree.map(
@@ -290,7 +300,7 @@ def trained(tx, steps, params, state, update=None):
 PARAMS = {"a": jnp.ones((5, 30)), "b": jnp.ones(1500), "c": jnp.ones(())}
 
 
-def test_a_checkpoint_goes_on_bit_for_bit():
+def test_training_continues_from_a_pickled_state_bit_for_bit():
     tx = adamjax.adamw(0.1, **S8)
     whole = trained(tx, range(6), PARAMS, tx.init(PARAMS))
     half = trained(tx, range(3), PARAMS, tx.init(PARAMS))
@@ -298,7 +308,7 @@ def test_a_checkpoint_goes_on_bit_for_bit():
     assert_same(trained(tx, range(3, 6), *saved), whole)
 
 
-def test_an_exported_step_does_the_same():
+def test_an_exported_update_computes_the_same_bits():
     tx = adamjax.adam(0.1, **S8)
     state = tx.init(PARAMS)
     exported = export.export(jax.jit(tx.update))(PARAMS, state, PARAMS)
@@ -307,16 +317,16 @@ def test_an_exported_step_does_the_same():
     assert_same(theirs, ours)
 
 
-def test_transforms_around_it_change_nothing():
+def test_wrappers_do_not_change_the_results():
     tx = adamjax.adam(0.1, **S8)
     alone = trained(tx, range(3), PARAMS, tx.init(PARAMS))
-    for around in (
+    for wrapper in (
         adamjax.skip_not_finite(tx),
         adamjax.partition([("b", tx)], default=tx),
         adamjax.with_hyperparams(tx, learning_rate=0.1),
         adamjax.from_config(adamjax.to_config(tx)),
     ):
-        params, state = trained(around, range(3), PARAMS, around.init(PARAMS))
+        params, state = trained(wrapper, range(3), PARAMS, wrapper.init(PARAMS))
         assert_close(params, alone[0], rtol=1e-6)
         assert_same(adamjax.get_slot(state, "v"), adamjax.get_slot(alone[1], "v"))
 
@@ -333,7 +343,7 @@ def test_complex_parameters_keep_a_complex_m():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(1000, 512), (1 << 18,)])
 def test_a_donated_step_has_no_temporaries(rule, shape, request):
-    """No floats of a leaf's size, no copy of its codes; only an int32 for each block and slot."""
+    """No floats of a leaf's size, no copy of its codes: only an int32 for each block and slot."""
     if rule == "amsgrad" and jax.__version_info__ >= (0, 12):
         reason = "this CPU compiler stores a float for each element"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
@@ -373,7 +383,7 @@ def test_what_8_bits_cannot_do_is_refused():
         adamjax.convert.to_optax(state, tx, p, theirs)
 
 
-def test_states_that_do_not_fit_are_refused():
+def test_states_of_other_formats_or_shapes_are_refused():
     tx, p = adamjax.scale_by_adam(**S8), jnp.ones((3, 4))
     full = adamjax.scale_by_adam()
     state = tx.init(p)

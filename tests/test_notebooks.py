@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and is committed with the output of today's code."""
+"""Every notebook runs from top to bottom, and prints what its committed output says."""
 
 import re
 
@@ -14,8 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-@pytest.mark.filterwarnings("default")  # Jupyter warns, and that is not an error here
-def test_prints_what_is_committed(path):
+@pytest.mark.filterwarnings("default")  # warnings of Jupyter are not errors
+def test_a_notebook_prints_its_committed_output(path):
     notebook = nbformat.read(path, as_version=4)
     committed = printed_words(notebook)
     assert committed, "commit the notebook with its output"
@@ -24,7 +24,7 @@ def test_prints_what_is_committed(path):
 
 
 def printed_words(notebook):
-    """What the cells of a notebook print, word by word, without numbers."""
+    """The words that the cells of a notebook print, with `#` in place of each number."""
     outputs = [
         output
         for cell in notebook.cells

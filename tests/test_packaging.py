@@ -1,4 +1,7 @@
-"""What users install: the wheel, alone with the packages that it requires, and the sdist."""
+"""What users install: the wheel, with only the packages that it requires, and the sdist.
+
+Also compares what several files of the repository state: versions, extras and CI jobs.
+"""
 
 import datetime
 import os
@@ -20,8 +23,8 @@ import adamjax
 pytestmark = pytest.mark.slow
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# The first steps of a user. It also imports every module: one of them may need a package that the
-# wheel does not require.
+# Runs in an environment with the wheel. It imports every module, to find one that needs a package
+# that the wheel does not require, and takes a training step.
 PROGRAM = r"""
 import importlib, importlib.util, pathlib, pkgutil, re, sys
 from importlib import metadata
@@ -59,7 +62,7 @@ def run(*command, **options):
 
 
 def new_environment(place):
-    """The Python of a new environment, and the command of its pip."""
+    """The path of the Python of a new virtual environment, and the command that runs its pip."""
     venv.create(place, with_pip=True, symlinks=os.name != "nt")
     python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
     return python, [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -67,7 +70,7 @@ def new_environment(place):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The wheel and the sdist, as `python -m build` makes them: the wheel out of the sdist."""
+    """The wheel and the sdist. The wheel is built from the sdist, as by `python -m build`."""
     place = tmp_path_factory.mktemp("built")
     python, pip = new_environment(place / "venv")
     run(*pip, "install", *PROJECT["build-system"]["requires"])
@@ -82,7 +85,7 @@ def built(tmp_path_factory):
 def installed(built, tmp_path_factory):
     """The Python of a new environment that has only the wheel and the packages that it requires.
 
-    Their versions are those of the environment of the tests: the wheel is tried with this JAX.
+    These packages have the same versions as in the environment of the tests.
     """
     place = tmp_path_factory.mktemp("bare")
     versions = place / "versions.txt"
@@ -94,15 +97,16 @@ def installed(built, tmp_path_factory):
     return python
 
 
-def test_the_wheel_works_where_there_is_nothing_else(installed, tmp_path):
+def test_the_wheel_needs_only_the_packages_that_it_requires(installed, tmp_path):
     version, ours, *found = run(installed, "-W", "error", "-c", PROGRAM, cwd=tmp_path).splitlines()
     assert version == metadata.version("jax")
     assert ours == metadata.version("adamjax")
-    # The loss is 2 * 1**2 + 1**2; the first step of Adam moves what was read by the rate of 0.25.
+    # The loss is 2 * 1**2 + 1**2. Adam's first step moves the row that was read, and b, by the
+    # learning rate, 0.25.
     assert found == ["chex jax jaxlib", "3.0", "[1.0, 1.0, 0.75, 1.0]", "0.75"]
 
 
-def test_the_wheel_has_the_package_alone(built):
+def test_the_wheel_has_only_the_package(built):
     with zipfile.ZipFile(built[0]) as wheel:
         names = set(wheel.namelist())
     modules = {x.relative_to(ROOT).as_posix() for x in (ROOT / "adamjax").rglob("*.py")}
@@ -128,7 +132,7 @@ def test_the_sdist_has_the_tests_and_no_results(built):
     assert built[1].stat().st_size < 2e6
 
 
-def test_metadata_is_valid_and_says_where_things_are(built):
+def test_metadata_is_valid_and_its_links_point_to_files_of_the_repository(built):
     with zipfile.ZipFile(built[0]) as wheel:
         (name,) = (x for x in wheel.namelist() if x.endswith(".dist-info/METADATA"))
         found = Metadata.from_email(wheel.read(name), validate=True)
@@ -143,8 +147,8 @@ def test_metadata_is_valid_and_says_where_things_are(built):
         assert not path or (ROOT / path).exists()
 
 
-def test_extras_are_named_for_what_they_are_for():
-    """No extra is named `gpu`, because it would be a compiler for tests. The Makefile uses all."""
+def test_extras_are_named_for_work_on_the_repository_and_used_by_the_makefile():
+    """A user might take an extra `gpu` for JAX's. The extra with a GPU compiler is `test-gpu`."""
     extras = PROJECT["project"]["optional-dependencies"]
     for name, needs in extras.items():
         assert name.split("-")[0] in ("test", "bench", "docs", "notebooks"), name
@@ -153,7 +157,7 @@ def test_extras_are_named_for_what_they_are_for():
     assert {name for names in used for name in names.split(",")} == set(extras)
 
 
-def test_the_version_is_the_same_everywhere():
+def test_the_version_is_the_same_in_the_package_the_citation_and_the_changelog():
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == adamjax.__version__
     version, when = re.search(
@@ -163,12 +167,12 @@ def test_the_version_is_the_same_everywhere():
     assert when == "unreleased" or datetime.date.fromisoformat(when)
 
 
-def test_ruff_has_the_same_version_everywhere():
+def test_ruff_has_the_same_version_in_constraints_and_pre_commit():
     ruff = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
-def test_the_workflow_runs_what_every_commit_must_pass():
+def test_the_workflow_runs_every_make_target_of_ci_run():
     targets = re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     jobs = re.findall(r"\{target: (.*), python: \"(.*)\"\}", workflow)

@@ -252,7 +252,7 @@ def test_an_average_that_stands_in_for_the_weights_is_a_copy():
 
 def test_the_rate_of_another_state_is_refused():
     state = adam(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match="the state has 2 parts for 3 transforms"):
+    with pytest.raises(ValueError, match="the state has 2 states for 3 transforms"):
         learning_rate(adamjax.adamw(0.1), state)
     with pytest.raises(TypeError, match="expected the ScheduleState"):
         learning_rate(chain(scale_by_learning_rate(0.1), adam().transforms[0]), state)

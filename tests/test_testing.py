@@ -12,7 +12,7 @@ from support import is_none
 
 import adamjax
 from adamjax import extend, testing
-from adamjax.expectations import expect_same
+from adamjax.expectations import expect_same_bits
 
 pytestmark = pytest.mark.slow
 
@@ -575,8 +575,8 @@ def test_rows_with_a_value_in_every_row_are_tried():
 
 
 def test_a_zero_of_the_other_sign_is_another_bit():
-    expect_same("u", {"w": np.array([0.0, np.nan])}, {"w": np.array([0.0, np.nan])})
+    expect_same_bits("u", {"w": np.array([0.0, np.nan])}, {"w": np.array([0.0, np.nan])})
     with pytest.raises(AssertionError, match=r"u\['w'\]\[1\] is -0.0, expected 0.0"):
-        expect_same("u", {"w": np.array([1.0, -0.0])}, {"w": np.array([1.0, 0.0])})
+        expect_same_bits("u", {"w": np.array([1.0, -0.0])}, {"w": np.array([1.0, 0.0])})
     with pytest.raises(AssertionError, match=r"u is -0.0, expected 0.0"):
-        expect_same("u", np.float32(-0.0), np.float32(0.0))
+        expect_same_bits("u", np.float32(-0.0), np.float32(0.0))

@@ -468,7 +468,7 @@ def test_a_state_of_exact_rows_is_refused_by_the_optimizer_inside_it():
 
 def test_a_state_of_another_chain_is_refused():
     with pytest.raises(
-        ValueError, match=r"chain: the state has 2 parts for 1 transforms: \(\), \(\) for scale"
+        ValueError, match=r"chain: the state has 2 states for 1 transforms: \(\), \(\) for scale"
     ):
         chain(scale(1.0)).update(GRADS, chain(scale(1.0), scale(1.0)).init(PARAMS))
 

@@ -14,7 +14,7 @@ from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
-from adamjax.transform import CLASSLESS
+from adamjax.transform import RESTORED_WITHOUT_CLASSES
 
 __all__ = ["ACCUMULATED", "StateFiller"]
 
@@ -73,7 +73,7 @@ class StateFiller:
             if not known and all(map(is_array, self.other_states)):
                 raise ValueError(
                     f"{self.owner}: the source has the moments of no leaf, expected the state of "
-                    f"Adam, AMSGrad, Nadam or Adamax. {CLASSLESS}"
+                    f"Adam, AMSGrad, Nadam or Adamax. {RESTORED_WITHOUT_CLASSES}"
                 )
             raise ValueError(
                 f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "

@@ -25,7 +25,7 @@ from adamjax.leaves import described, expect_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import is_known
 from adamjax.structure import named_slots
-from adamjax.transform import CLASSLESS, Transform
+from adamjax.transform import RESTORED_WITHOUT_CLASSES, Transform
 
 __all__ = ["edited_numbers", "expect_fit", "expect_slot_names", "expect_slots"]
 
@@ -48,7 +48,7 @@ def expect_fit(families: Sequence[Family], state: ExactRowsState, params: Tree) 
         if not isinstance(getattr(state, name), Mapping):
             raise TypeError(
                 f"exact_rows: the state's {name} is {described(getattr(state, name))}, expected a "
-                f"dictionary. {CLASSLESS}"
+                f"dictionary. {RESTORED_WITHOUT_CLASSES}"
             )
     slots = named_slots(state.inner)
     paths = leaf_paths(params)
@@ -202,7 +202,7 @@ def _expect_rings(families: Sequence[Family], state: ExactRowsState) -> None:
         if not isinstance(ring, Ring):
             raise TypeError(
                 f"exact_rows: rings[{family.name!r}] is a {type(ring).__name__}, expected a Ring. "
-                f"{CLASSLESS}"
+                f"{RESTORED_WITHOUT_CLASSES}"
             )
         for name, x, like in zip(Ring._fields, ring, expected, strict=True):
             if (x is None) != (like is None):

@@ -1,14 +1,15 @@
-"""When does exact matter? Models trained on real data with exact, lazy and other forms of Adam.
+"""Compares the quality of models that exact, lazy and other forms of Adam train on real data.
 
-Read `protocol` first: it has the question, which was fixed before the runs. `data` reads and splits
-the data, `models` and `contenders` are what is trained and how, and `run` trains every cell: a
-model with a contender, a rate and a seed. The models are in `rankers` and `words`; `model` has what
-they share. `journal` saves each finished cell, so the same command continues after an interruption.
-`statistics` and `summary` make the results, `divergence` shows on single rows why there are
-differences, and `report` writes a page with plots.
+Read `protocol` first. It has the question and the rules of the comparison, which were fixed before
+the runs. `data` reads and splits the data. `models` has the models and their sizes; their classes
+are in `rankers` and `words`, and the base class in `model`. `contenders` has the optimizers. `run`
+trains every cell: a model with a contender, a rate and a seed. `journal` saves each finished cell,
+so the same command continues after an interruption. `statistics` and `summary` compute the results
+from the cells. `answer` puts the results into sentences, and `report` writes a page with plots.
+`divergence` measures, without a model, how far single rows end from dense Adam.
 
 The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of
-`benchmarks.train`. They need: pip install --no-deps recbole==1.2.1
+`benchmarks.train`. MovieLens needs: pip install --no-deps recbole==1.2.1
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ from benchmarks.train.options import UserError
 
 __all__ = ["main"]
 
-# In a quick run; two seeds are the fewest that have a spread.
+# The sizes of a quick run. A standard deviation needs at least two seeds.
 QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
 QUICK_CONTENDERS = ("dense", "exact")
-# The files that only store finished cells, or turn them into results and pages.
-WRITERS = ("__init__", "answer", "journal", "report", "statistics", "summary")
+# The modules that do not change what a cell computes. (The settings that `__init__` chooses are in
+# the journal.)
+NOT_IN_DIGEST = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     suite.parser.add_argument("--journal", type=Path, help="the file of finished cells")
     args = suite.parse(argv)
     expect_packages()
-    # JAX takes seconds to import, so what needs it is imported after the options are read.
+    # Importing JAX takes seconds, so it is imported after the options are checked.
     import jax
 
     from benchmarks.quality import data, divergence, protocol, summary
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
         models = {name: smaller(model) for name, model in models.items()}
         seeds, search_seeds = seeds[:QUICK_SEEDS], search_seeds[:1]
         rates, b2s, steps = rates[1 : 1 + QUICK_RATES], b2s[2:3], 200
-        # Compiling takes most of the time, so only the first model has all contenders.
+        # Compiling takes most of a quick run, so only the first model gets all contenders.
         contenders |= {name: list(QUICK_CONTENDERS) for name in list(models)[1:]}
     settings = {
         "data": about,
@@ -113,16 +115,17 @@ def expect_packages() -> None:
 
 
 def smaller(model: Any) -> Any:
-    """A model for a quick run."""
+    """The model with the fewer epochs and steps of a quick run."""
     return dataclasses.replace(model, epochs=QUICK_EPOCHS, steps=QUICK_STEPS)
 
 
 def code_digest() -> str:
-    """A hash of the code that decides what a run computes: adamjax, and this suite.
+    """A hash of the code that computes cells: adamjax, this suite, and `benchmarks/steps.py`.
 
-    What only writes the results may change between runs.
+    An interrupted run continues only with the same hash. (The text that `benchmarks.train` reads
+    has a hash of its own in the settings.)
     """
-    own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in WRITERS]
+    own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_IN_DIGEST]
     steps = ROOT / "benchmarks" / "steps.py"
     digest = hashlib.sha256()
     for path in sorted([*own, steps, *(ROOT / "adamjax").rglob("*.py")]):

@@ -1,9 +1,10 @@
 """Gradient accumulation with a table: four micro-batches per step, and no dense gradient.
 
 `accumulate_gradients` sums the gradients of the micro-batches and takes a step with their mean.
-`max_rows` bounds the distinct rows that four micro-batches can read, so the table's sum stays a row
-gradient, as `rows="lazy"` needs it. If they read more, the sum becomes NaN. Sixteen such steps give
-the weights that sixteen steps of the whole batches give.
+`rows="lazy"` needs row gradients. With `max_rows`, the sum of the table's gradients is one too. It
+has room for `max_rows` distinct rows: as many as the four micro-batches can read. (If they read
+more, the values of the sum would be NaN.) After 16 steps, the weights are those of 16 steps with
+whole batches, up to rounding.
 
 Run it with `python docs/recipes/accumulation.py`.
 """
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 
 import adamjax
 
-ROWS, MICRO, PARTS, STEPS = 50_000, 32, 4, 16
+ROWS, STEPS = 50_000, 16
+MICRO_BATCHES, EXAMPLES = 4, 32  # micro-batches of a step, examples of a micro-batch
+BATCH = MICRO_BATCHES * EXAMPLES
 
 
 def loss_fn(params, ids, y):
@@ -27,13 +30,13 @@ def start():
 
 
 def batch(i):
-    ids = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (PARTS * MICRO,), 0, ROWS)
+    ids = jax.random.randint(jax.random.fold_in(jax.random.key(1), i), (BATCH,), 0, ROWS)
     return ids, ids % 2
 
 
 adam = adamjax.adam(0.01, rows="lazy")
 accumulating = adamjax.accumulate_gradients(
-    adam, steps=PARTS, max_rows={"embedding": PARTS * MICRO}
+    adam, steps=MICRO_BATCHES, max_rows={"embedding": BATCH}
 )
 print(accumulating)
 
@@ -42,15 +45,15 @@ state = accumulating.init(params)
 step = adamjax.train_step(loss_fn, accumulating, tables="embedding")
 for i in range(STEPS):
     ids, y = batch(i)
-    for part in range(PARTS):
-        here = slice(part * MICRO, (part + 1) * MICRO)
-        params, state, _ = step(params, state, ids[here], y[here])
+    for first in range(0, BATCH, EXAMPLES):
+        examples = slice(first, first + EXAMPLES)
+        params, state, _ = step(params, state, ids[examples], y[examples])
 
 whole = start()
 whole_state, whole_step = adam.init(whole), adamjax.train_step(loss_fn, adam, tables="embedding")
 for i in range(STEPS):
     whole, whole_state, _ = whole_step(whole, whole_state, *batch(i))
 
-apart = max(jnp.abs(params[name] - whole[name]).max() for name in params)
-print(f"{STEPS * PARTS} calls, {adamjax.step_count(state)} steps")
-print(f"the largest difference to steps of whole batches: {apart:.0e}")
+difference = max(jnp.abs(params[name] - whole[name]).max() for name in params)
+print(f"{STEPS * MICRO_BATCHES} calls, {adamjax.step_count(state)} steps")
+print(f"the largest difference to steps of whole batches: {difference:.0e}")
