@@ -84,6 +84,9 @@ class weight_ema(Transform):
     to the nearest. Where this rounding loses the whole update, because it is too small, the step
     averages in the weight from before the step, so the average is one step behind.
 
+    If the gradient of a leaf is `None`, the step neither averages in its weights nor sets them to
+    the average. (Keras does both, also for weights without a gradient.)
+
     The state is a `WeightEmaState`.
 
     >>> import adamjax, jax.numpy as jnp

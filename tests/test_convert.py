@@ -3231,6 +3231,19 @@ def test_malformed_variables_are_refused(name, value, form):
         convert.to_keras(tx.init(params), tx, params, variables)
 
 
+def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
+    moments = np.asarray(jnp.ones(2, jnp.bfloat16)).view("V2")
+    variables = {name: moments if np.ndim(x) else x for name, x in VARIABLES.items()}
+    with pytest.raises(ValueError, match=r"expected a number .*view\(ml_dtypes.bfloat16\)"):
+        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
+def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
+    state_dict = {"state": {}, "param_groups": []}
+    with pytest.raises(TypeError, match=r"got a state dict of torch.*from_torch converts it"):
+        convert.from_keras(state_dict, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
 def test_a_target_of_integers_is_refused():
     tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
     target = {**VARIABLES, "adam/w_momentum": np.zeros(2, int)}

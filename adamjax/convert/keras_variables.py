@@ -113,6 +113,11 @@ def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.
             "variables: expected optimizer.variables, or the group optimizer/vars of the "
             ".weights.h5 file. adamjax.from_config makes the transform of the optimizer's config"
         )
+    if isinstance(variables, Mapping) and {"state", "param_groups"} <= set(variables):
+        raise TypeError(
+            f"{owner}: got a state dict of torch.optim, expected optimizer.variables of Keras: "
+            "adamjax.convert.from_torch converts it"
+        )
     if isinstance(variables, Mapping):
         keys = keys_in_order(variables)
         values = [_value(owner, f"variable {key!r}", variables[key]) for key in keys]

@@ -366,7 +366,9 @@ def from_torch(
       parameters rules of their own. Each part calls its schedule with its own count. So if a
       parameter joined after `k` steps, a schedule of all steps is there
       `lambda count: schedule(count + k)`. A parameter without a gradient stays as it is in torch:
-      give it `None` in `order`, and freeze it with `partition` and `set_to_zero`.
+      give it `None` in `order`, and freeze it with `partition` and `set_to_zero`. Here a rule
+      counts each call of `update`, also one in which its gradients are `None`. torch does not. So a
+      parameter that has no gradient in some of the later steps moves differently after them.
     - Where parameters are bfloat16 or float16, so are torch's moments, and its v hardly decays: it
       is rounded back. Here moments are float32, so the run drifts away from torch's.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`

@@ -130,9 +130,15 @@ def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
     except (TypeError, ValueError):
         array = np.asarray(None)
     if not jnp.issubdtype(array.dtype, np.number):
+        mend = ""
+        if array.dtype.kind == "V":
+            mend = (
+                ": if these are the bytes of bfloat16 numbers, as NumPy and h5py load them, "
+                "convert them with np.asarray(x).view(ml_dtypes.bfloat16)"
+            )
         raise ValueError(
             f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected a number or an "
-            "array of numbers"
+            f"array of numbers{mend}"
         )
     return array
 
