@@ -9,7 +9,7 @@ reaches over two rows of a table, and m and v together take `2 + 2 / columns` by
 =================  =====================  =========================
 codes              int8                   uint8
 bits               sign, 4 exp., 3 frac.  5 exponent, 3 fraction
-neighbours differ  by 6% to 12.5%         by 6% to 12.5%
+neighbours apart   by 6% to 12.5%         by 6% to 12.5%
 down to            2**-14 of the largest  2**-30 of the largest
 below, steps of    2**-17 of it           2**-33 of it
 =================  =====================  =========================

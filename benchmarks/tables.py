@@ -128,7 +128,7 @@ def compiling(results: Results) -> str:
         ratios = (ranged(row["ratio"][name], 2) for name in rivals)
         table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
     what = results["workload"].split(",")[0]
-    text = f"{origin(results)} A step on {what}. A program traces and compiles a step only once. "
+    text = f"{origin(results)} A step on {what}. A training run pays these times once. "
     text += "Median (quartiles)."
     return f"{text}\n\n{markdown(['what', 'chain', 's', *_ratio_heads(rivals)], table)}"
 

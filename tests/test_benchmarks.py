@@ -61,7 +61,7 @@ def test_compile_runs_with_quick(tmp_path):
     for row in results["times"]:
         assert row["s"].keys() == {"adamjax", "optax"}
         assert min(x["median"] for x in row["s"].values()) > 0
-    assert "A step on 20 leaves. A program traces and" in tables.SUITES["compile"](results)
+    assert "A step on 20 leaves. A training run pays" in tables.SUITES["compile"](results)
 
 
 def test_memory_runs_with_quick(tmp_path):
