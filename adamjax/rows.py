@@ -78,9 +78,9 @@ class RowGradient(Data):
     on its leaves (`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum(rows, axis)`): it changes indices
     too. The result is refused where it is used. Where only the compiled step can notice the change,
     the result gets NaN values instead. (Integer combinations whose weights add up to one, such as
-    `a - b + c`, and maxima and minima are not noticed.) Do not give a row gradient to a function
-    that sums over leaves either: `optax.tree.norm` would count the indices, `adamjax.global_norm`
-    does not.
+    `a - b + c`, maxima and minima, and functions that leave out scalars are not noticed.) Do not
+    give a row gradient to a function that sums over leaves either: `optax.tree.norm` would count
+    the indices, `adamjax.global_norm` does not.
 
     Attributes:
       indices: int32[n], distinct, in no particular order; `num_rows` marks an empty place.

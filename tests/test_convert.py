@@ -4336,6 +4336,22 @@ OTHER_LATER = {
             adam_like_optax(),
         ),
     ),
+    "micro-batches are normalized": (
+        optax.chain(optax.contrib.normalize(), micro_batches(optax.adam(0.1), 4)),
+        adamjax.accumulate_gradients(
+            adamjax.chain(optax.contrib.normalize(), adam_like_optax()), 4
+        ),
+    ),
+    "their mean is normalized": (
+        micro_batches(optax.chain(optax.contrib.normalize(), optax.adam(0.1)), 4),
+        adamjax.chain(
+            optax.contrib.normalize(), adamjax.accumulate_gradients(adam_like_optax(), 4)
+        ),
+    ),
+    "the signs of micro-batches": (
+        optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 2)),
+        adamjax.accumulate_gradients(adamjax.chain(optax.scale_by_sign(), adam_like_optax()), 2),
+    ),
     "zeros for NaN in micro-batches": (
         optax.chain(optax.zero_nans(), micro_batches(optax.adam(0.1), 4)),
         adamjax.accumulate_gradients(adamjax.chain(optax.zero_nans(), adam_like_optax()), 4),
@@ -4432,6 +4448,22 @@ def test_later_steps_of_the_optimizer_itself_are_compared(name):
         convert.from_optax(steps_of(theirs, 4), ours, TWO, optimizer=theirs)
     with pytest.raises(ValueError, match=MOVES):
         convert.to_optax(steps_of(ours, 4), ours, TWO, theirs)
+
+
+def test_a_step_from_the_parameters_themselves_is_compared_too():
+    """Weights that are 0 may stay 0, as those of a pruned model do."""
+
+    def keep_zeros(updates, params):
+        return jax.tree.map(lambda u, p: jnp.where(p == 0, 0, u), updates, params)
+
+    params = {"w": jnp.array([1.0, 0.0, -2.0])}
+    adam = optax.adam(0.1)
+    theirs = optax.chain(adam, optax.stateless(keep_zeros))
+    old = steps_of(theirs, 4, params)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, adam_like_optax(), params, optimizer=theirs)
+    ours = adamjax.chain(adam_like_optax(), optax.stateless(keep_zeros))
+    convert.from_optax(old, ours, params, optimizer=theirs)
 
 
 def test_many_micro_batches_and_large_gradients_are_compared_too():
@@ -4715,6 +4747,14 @@ def test_groups_with_micro_batches_of_their_own_take_as_many_calls_as_one():
 
 LINEAR = optax.linear_schedule(1e-3, 0.0, 1000)
 SAME_STEPS = {
+    "another library's rule in a part": (
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.lion(0.1)}, LABELS),
+        adamjax.partition([("a", adam_like_optax())], default=optax.lion(0.1)),
+    ),
+    "signs of micro-batches": (
+        optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 4)),
+        adamjax.chain(optax.scale_by_sign(), adamjax.accumulate_gradients(adam_like_optax(), 4)),
+    ),
     "clip and adamw": (CLIPPED, LIKE_CLIPPED),
     "a rate that falls to 0": (
         optax.adam(LINEAR),

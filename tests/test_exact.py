@@ -1291,6 +1291,9 @@ def test_numbers_that_are_cast_or_traced_are_not_edited():
     cast = [jax.device_put(tx), jax.tree.map(np.asarray, tx)]
     for made in cast:
         assert_same(made.init(params), tx.init(params))
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tx)
+    with pytest.raises(ValueError, match=r"has b1=.*expected 0\.9"):
+        narrow.init(params)
     stacked = jax.tree.map(lambda x: jnp.array([x, x]), tx)
     assert jax.vmap(lambda tx: tx.init(params).clock)(stacked).shape == (2,)
 
@@ -1311,7 +1314,8 @@ def test_numbers_that_are_edited_where_they_are_traced_make_nan(is_dense):
     params, state = step(tx, params, tx.init(params), jnp.array([2]))
     static_step = jax.jit(functools.partial(step, tx))
     assert_same(step(tx, params, state, jnp.array([0])), static_step(params, state, jnp.array([0])))
-    for number, other in ((0.9, 0.8), (0.999, 0.99), (1e-7, 1e-8)):
+    narrow = jnp.bfloat16(0.9)
+    for number, other in ((0.9, 0.8), (0.9, narrow), (0.999, 0.99), (1e-7, 1e-8)):
         edited = jax.tree.map(lambda x, n=number, o=other: o if x == n else x, tx)
         after, later_state = step(edited, params, state, jnp.array([0]))
         assert np.isnan(after["table"][0]).all()

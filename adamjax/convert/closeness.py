@@ -11,7 +11,7 @@ import numpy as np
 
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.paired_steps import Differences, PairedSteps
+from adamjax.convert.paired_steps import OWN_WEIGHTS, Differences, PairedSteps
 from adamjax.convert.source import Source
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow
@@ -139,8 +139,8 @@ class Closeness:
 
     # --- the largest updates so far ---------------------------------------------------------------
 
-    def _no_updates(self) -> dict[tuple[float, bool], np.ndarray]:
-        keys = itertools.product(WEIGHTS, (False, True))
+    def _no_updates(self) -> dict[tuple[float | None, bool], np.ndarray]:
+        keys = itertools.product((*WEIGHTS, OWN_WEIGHTS), (False, True))
         return {key: np.zeros(len(self.steps.leaves)) for key in keys}
 
     def start_anew(self) -> None:
@@ -155,8 +155,8 @@ class Closeness:
         yield
         self.largest_here = largest_here
 
-    def add_past(self, size: float, is_still: bool, largest: np.ndarray) -> None:
-        """Adds the largest updates of a step that is not compared, with weights of one size."""
+    def add_past(self, size: float | None, is_still: bool, largest: np.ndarray) -> None:
+        """Adds the largest updates of a step that is not compared, with such weights."""
         # A rate may be infinite at a count that the run never had.
         largest = np.where(np.isfinite(largest), largest, 0)
         self.largest[size, is_still] = np.maximum(self.largest[size, is_still], largest)
@@ -166,7 +166,7 @@ class Closeness:
     def expect_same(
         self,
         start: str,
-        size: float,
+        size: float | None,
         taken: Iterable[tuple[int, Differences]],
         is_still: bool = False,
         first_only: bool = False,
@@ -177,7 +177,7 @@ class Closeness:
 
         Args:
           start: where the steps start, for the error.
-          size: the size of the weights.
+          size: the size of the weights, or `OWN_WEIGHTS`.
           taken: for each call, the number of its step and its updates, as `PairedSteps.take` yields
             them.
           is_still: whether all gradients are 0. Then updates are compared with those of such steps

@@ -183,13 +183,17 @@ class StateFiller:
                 leaves[i] = self.array(path, name, values[path], leaves[i])
         return treedef.unflatten(leaves)
 
-    def other_state(self, like: Any) -> Any:
-        """A copy of the source's state of a transform that conversions do not know."""
-        alike = [
+    def other_states_like(self, like: Any) -> list[int]:
+        """The positions of the other states of the same class, shapes and dtypes."""
+        return [
             i
             for i, x in enumerate(self.other_states)
             if type(x) is type(like) and _described_leaves(x) == _described_leaves(like)
         ]
+
+    def other_state(self, like: Any) -> Any:
+        """A copy of the source's state of a transform that conversions do not know."""
+        alike = self.other_states_like(like)
         if self.check and self.source.other_states_lost_order:
             first, *others = [jax.tree.leaves(self.other_states[i]) for i in alike] or [[]]
             if any(not np.array_equal(a, b) for x in others for a, b in zip(first, x, strict=True)):

@@ -156,10 +156,11 @@ class _AdamjaxFiller(Translation):
             return part.tx.from_dense(self.fill(x.inner), part.params)
         if may_contain_states(x):
             return map_items(self._fill_item, x)
-        if {"mu", "nu"} & set(field_names(x) or ()):
+        if {"mu", "nu"} & set(field_names(x) or ()) and not self.other_states_like(x):
             raise ValueError(
-                f"{self.owner}: tx has a rule of another library, with a {class_name(x)}: "
-                "conversions fill the rules of adamjax. Use adamjax's in its place"
+                f"{self.owner}: tx has a rule of another library, with a {class_name(x)}, and the "
+                "source has no such state. Conversions fill the rules of adamjax: use one of these "
+                "in its place, or convert a tx without this one and add its state by hand"
             )
         if role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
             return map_items(self.fill, x)

@@ -20,11 +20,32 @@ from adamjax.mesh import explicit_sharding, reshard
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import Part, rule_slots, slot_states
 
-__all__ = ["Differences", "PairedSteps", "Step"]
+__all__ = ["OWN_WEIGHTS", "Differences", "PairedSteps", "Step"]
 
+# Stands for the parameters themselves in place of weights of one size.
+OWN_WEIGHTS = None
 # How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer
 # than the step.
 _POOL = 3
+# In the last of these arrays, how often an element is an outlier, and how much larger it is.
+_OUTLIERS, _OUTLIER_SIZE = 0.02, 20.0
+# The sizes of micro-batches, and that of the one in which some elements have the other sign. It is
+# so small that no sum of micro-batches is a difference, which rounding would make inaccurate.
+_MICRO_BATCHES, _OTHER_SIGNS = (0.3, 1.0, 3.0), 0.03
+
+
+class _Random(NamedTuple):
+    """Random numbers like the leaves, of about 1. The gradients of a step are multiples of them.
+
+    Attributes:
+      usual: the numbers.
+      varied: numbers of the same signs and other sizes, for some of a step's micro-batches.
+      mixed: numbers of which some have the other sign, for another micro-batch.
+    """
+
+    usual: list[Any]
+    varied: list[Any]
+    mixed: list[Any]
 
 
 class Step(NamedTuple):
@@ -82,7 +103,9 @@ class PairedSteps:
       usual: by leaf, the size of the gradients that its moments are of.
       rng: what all random numbers are drawn from.
       pool: some arrays of random numbers for each leaf, of about 1.
-      varied: one more such array for each leaf, whose elements differ in size as the moments do.
+      own_weights: the parameters themselves.
+      as_moments: one more such array for each leaf, whose elements differ in size as its moments
+        do.
     """
 
     def __init__(self, ours: AdamjaxState, optimizer: Any, widens: bool = False) -> None:
@@ -102,18 +125,21 @@ class PairedSteps:
         self.calls_to_first = np.array([steps - micro for steps, micro in phases], int)
         self.calls_left = _calls_left(phases, self.calls)
         self.rng = np.random.default_rng(0)
-        self.pool = [self._drawn() for _ in range(_POOL)]
+        self.pool = [self._drawn(i == _POOL - 1) for i in range(_POOL)]
         self.next_of_pool = itertools.cycle(range(_POOL))
         sizes = _sizes_of_gradients(ours.state)
         of_leaves = {path: _root_mean_square(x) for path, x in sizes.items()}
         known = {path: size for path, size in of_leaves.items() if 1e-15 < size < 1e15}
         others = max(known.values(), default=1.0)
         self.usual = np.array([known.get(path, others) for path in self.paths])
-        self.varied = list(self.pool[0])
+        self.own_weights = [
+            jnp.asarray(p, wide) for p, wide in zip(self.params, self.wide_dtypes, strict=True)
+        ]
+        self.as_moments = list(self.pool[0].usual)
         for i, path in enumerate(self.paths):
             if path in known and not self.is_float16[i]:
-                relative = jnp.asarray(sizes[path] / known[path], dtype_of(self.varied[i]))
-                self.varied[i] = self.varied[i] * relative
+                relative = jnp.asarray(sizes[path] / known[path], dtype_of(self.as_moments[i]))
+                self.as_moments[i] = self.as_moments[i] * relative
         update = like_wide(optimizer.update) if widens else optimizer.update
         self._call = jax.jit(lambda *args: self._both_updates(ours, update, *args))
 
@@ -122,51 +148,78 @@ class PairedSteps:
         leaves = leaves_by_path(self.ours.owner, part.params)
         return np.array([path in leaves for path in self.paths], bool)
 
-    def _drawn(self) -> list[Any]:
-        """Random numbers like the leaves, of about 1."""
-        drawn = []
+    def _drawn(self, has_outliers: bool) -> _Random:
+        """Draws random numbers."""
+        drawn = _Random([], [], [])
         for p, wide in zip(self.params, self.wide_dtypes, strict=True):
-            signs = self.rng.choice([-1, 1], np.shape(p))
-            if dtype_of(p) == jnp.float16:
+            shape, is_float16 = np.shape(p), dtype_of(p) == jnp.float16
+            signs = self.rng.choice([-1, 1], shape)
+            if is_float16:
                 # optax computes in float16, where small means of micro-batches are inaccurate.
-                signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(np.shape(p))
-            x = self.rng.uniform(0.5, 1.5, np.shape(p)) * signs
-            if jnp.issubdtype(dtype_of(p), jnp.complexfloating):
-                x = x + 1j * self.rng.permutation(x.reshape(-1)).reshape(x.shape)
-            x = jnp.asarray(x, wide)
-            # An array that is put somewhere stays there, and so do results of it. So `_call` would
-            # be compiled twice.
-            is_elsewhere = isinstance(p, jax.Array) and p.sharding != x.sharding
-            drawn.append(jax.device_put(x, p.sharding) if is_elsewhere else x)
+                signs = np.where(np.arange(np.size(p)) % 2, 1, -1).reshape(shape)
+            sizes = self.rng.uniform(0.5, 1.5, shape)
+            if has_outliers and not is_float16:
+                sizes *= np.where(self.rng.random(shape) < _OUTLIERS, _OUTLIER_SIZE, 1.0)
+            usual = varied = mixed = _like(p, sizes * signs, wide)
+            if self.calls > 1 and not is_float16:
+                other_sizes = self.rng.uniform(0.5, 1.5, shape) * signs
+                varied = _like(p, other_sizes, wide)
+                mixed = _like(p, other_sizes * self.rng.choice([-1, 1], shape), wide)
+            for arrays, x in zip(drawn, (usual, varied, mixed), strict=True):
+                arrays.append(x)
         return drawn
 
     def take(
-        self, states: tuple[Any, Any], size: float, steps: Sequence[Step]
+        self, states: tuple[Any, Any], size: float | None, steps: Sequence[Step]
     ) -> Iterator[tuple[int, Differences]]:
-        """Takes steps from states of both, with weights of one size.
+        """Takes steps from states of both, with weights of one size, or with `OWN_WEIGHTS`.
 
         It yields each call's step, as a number, and its updates.
         """
-        weights = self._clipped(np.full(len(self.leaves), size))
+        if size is OWN_WEIGHTS:
+            own, weight_sizes = self.own_weights, np.ones(len(self.leaves))
+        else:
+            own = self.pool[0].usual
+            weight_sizes = self._clipped(np.full(len(self.leaves), size))
         num_calls = 0
         for number, step in enumerate(steps):
-            # All micro-batches have the same signs, so that their mean is not a difference. They
-            # have other sizes, so that it shows whether each is clipped.
-            grads = self.varied if step.as_moments else self.pool[next(self.next_of_pool)]
             # The first step ends with a whole one. Otherwise the gradients of each step would be
             # added to those of the next one, and small ones would not show.
-            for call in range(self.calls + self.calls_left * (number == 0)):
-                part = self.rng.choice([0.3, 1.0, 3.0]) if self.calls > 1 else 1.0
+            left = self.calls_left * (number == 0)
+            for call, (part, grads) in enumerate(self._micro_batches(step, left)):
                 sizes = part * step.sizes
                 if call == 0 and step.spoilt_leaf is not None:
                     sizes[step.spoilt_leaf] = step.spoilt_by
-                sizes = self._clipped(sizes), weights
-                states, updates = self._next(states, (grads, self.pool[0]), sizes)
+                both_sizes = self._clipped(sizes), weight_sizes
+                states, updates = self._next(states, (grads, own), both_sizes)
                 yield (
                     number,
                     _differences(updates, self.wide_dtypes, num_calls < self.calls_to_first),
                 )
                 num_calls += 1
+
+    def _micro_batches(self, step: Step, left: int) -> Iterator[tuple[float, list[Any]]]:
+        """The gradients of the calls of a step, each with its size relative to the others.
+
+        Micro-batches have different sizes and directions, so it shows whether each of them is
+        clipped or normalized, or their mean.
+
+        Args:
+          left: how many calls come before those of the step, to finish another.
+        """
+        drawn = self.pool[next(self.next_of_pool)]
+        if self.calls == 1:
+            yield 1.0, self.as_moments if step.as_moments else drawn.usual
+            return
+        with_other_signs = left + self.rng.integers(self.calls)
+        for call in range(left + self.calls):
+            part = float(self.rng.choice(_MICRO_BATCHES))
+            if step.as_moments:
+                yield part, self.as_moments
+            elif call == with_other_signs:
+                yield _OTHER_SIGNS, drawn.mixed
+            else:
+                yield part, drawn.varied if call % 2 else drawn.usual
 
     def whole_call(self, ours: AdamjaxState, optimizer: Any) -> Any:
         """A function like `_call` for the whole model, if the present states are a sample of it.
@@ -204,7 +257,7 @@ class PairedSteps:
         """
         sizes = self._clipped(self.usual), self._clipped(np.full(len(self.leaves), size))
         for left in reversed(range(self.calls + self.calls_left)):
-            pools = self.pool[next(self.next_of_pool)], self.pool[0]
+            pools = self.pool[next(self.next_of_pool)].usual, self.pool[0].usual
             # After the last call, states as large as the model are not needed.
             states, (apart, largest) = call(left > 0, states, pools, sizes)
             yield np.array(apart, np.float64), np.array(largest, np.float64)
@@ -264,6 +317,18 @@ class PairedSteps:
             sharding = explicit_sharding(p)
             new[place] = x if sharding is None else reshard(x, sharding, p)
         return self.treedef.unflatten(new)
+
+
+def _like(p: Any, x: np.ndarray, dtype: Any) -> jax.Array:
+    """Random numbers as an array like a leaf, where the leaf is."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        # Equal signs of two arrays are then equal in their imaginary parts too.
+        x = x + 1j * np.roll(x.reshape(-1), 1).reshape(x.shape)
+    array = jnp.asarray(x, dtype)
+    # An array that is put somewhere stays there, and so do results of it. So `_call` would be
+    # compiled twice.
+    is_elsewhere = isinstance(p, jax.Array) and p.sharding != array.sharding
+    return jax.device_put(array, p.sharding) if is_elsewhere else array
 
 
 def _differences(

@@ -26,7 +26,7 @@ from adamjax.convert.advance import (
 )
 from adamjax.convert.closeness import WEIGHTS, Closeness
 from adamjax.convert.optax_state import read_state, role_of
-from adamjax.convert.paired_steps import PairedSteps, Step
+from adamjax.convert.paired_steps import OWN_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
@@ -181,7 +181,7 @@ class _Comparison:
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
             # A still step moves by decays, and after another step by a momentum too.
             stills = [self._still()], [step, self._still()]
-            for size, steps_taken in itertools.product(WEIGHTS, stills):
+            for size, steps_taken in itertools.product((*WEIGHTS, OWN_WEIGHTS), stills):
                 for number, found in self.steps.take(states, size, steps_taken):
                     is_still = number == len(steps_taken) - 1
                     self.closeness.add_past(size, is_still, found.largest)
@@ -258,6 +258,8 @@ class _Comparison:
                 self._expect_same(start, from_states, size, [self._still()], is_still=True)
             # A momentum moves rows without a gradient, unless an optimizer leaves them alone.
             self._expect_same_first(start_of_first, first, size, [Step(ones), self._still()])
+        # Something may depend on the values of the weights, such as weights of 0 that stay 0.
+        self._expect_same(start, states, OWN_WEIGHTS, [Step(usual), Step(usual)])
         self._compare_decays_of_u(start, self._states(steps, unread_rule))
         for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
             not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
@@ -273,13 +275,14 @@ class _Comparison:
         self,
         start: str,
         states: tuple[Any, Any],
-        size: float,
+        size: float | None,
         steps: Sequence[Step],
         **options: Any,
     ) -> None:
-        """Takes steps with weights of one size, and refuses updates that are apart.
+        """Takes steps, and refuses updates that are apart.
 
         Args:
+          size: the size of the weights, or `OWN_WEIGHTS`.
           options: those of `Closeness.expect_same`.
         """
         self.closeness.expect_same(start, size, self.steps.take(states, size, steps), **options)

@@ -100,22 +100,28 @@ def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Arra
             )
         for x, number in zip(*map(jax.tree.leaves, (value, original)), strict=True):
             if is_array(x) and not is_known(x):
-                edited.append(jnp.any(x != jnp.asarray(number, x.dtype)))
+                edited.append(jnp.any(x != jnp.asarray(number, _dtype_to_compare(x.dtype))))
     return edited
 
 
 def _may_be(value: Any, number: Any) -> bool:
     """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
 
-    An array need only be the number in its own dtype: JAX makes float32 arrays of Python floats.
+    An array need only be the number in its own dtype, if that is float32 or wider: JAX makes
+    float32 arrays of Python floats.
     """
     has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
     if not has_value or not is_known(value):
         return True
     found = np.asarray(value)
     if jnp.issubdtype(found.dtype, jnp.floating):
-        number = np.asarray(number, found.dtype)
+        number = np.asarray(number, _dtype_to_compare(found.dtype))
     return found.shape == () and bool(found == number)
+
+
+def _dtype_to_compare(dtype: Any) -> Any:
+    """The dtype in which a number of this dtype is compared. In bfloat16, 0.999 would be 1."""
+    return jnp.promote_types(dtype, np.float32)
 
 
 def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
