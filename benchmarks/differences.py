@@ -239,8 +239,8 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "bfloat16": (
         "Adam, rate 0.001, bfloat16 weights and gradients, a weight of 0: the weight after 100 "
         "gradients of 1",
-        "not possible: the others store bfloat16 moments, and adamjax float32 moments. In this "
-        "case torch's result is the same",
+        "not possible: the others round moments to the nearest bfloat16. adamjax stores float32 "
+        "moments, or rounds stochastically (`m_dtype=`). In this case torch's result is the same",
         walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }
