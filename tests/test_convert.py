@@ -3238,6 +3238,15 @@ def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
         convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
 
 
+def test_arrays_as_savez_numbers_them():
+    numbered = {f"arr_{i}": x for i, x in enumerate(VARIABLES.values())}
+    params, tx = {"w": jnp.zeros(2)}, adamjax.adam(0.1)
+    backwards = dict(reversed(numbered.items()))
+    for variables in (numbered, backwards):
+        state = convert.from_keras(variables, tx, params)
+        assert_same(state, convert.from_keras(list(VARIABLES.values()), tx, params))
+
+
 def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
     state_dict = {"state": {}, "param_groups": []}
     with pytest.raises(TypeError, match=r"got a state dict of torch.*from_torch converts it"):

@@ -146,12 +146,19 @@ def _text(name: Any) -> str:
 
 
 def _are_numbers(keys: Iterable[Any]) -> bool:
-    return all(str(key).isdecimal() for key in keys)
+    return all(_number_in(key).isdecimal() for key in keys)
+
+
+def _number_in(key: Any) -> str:
+    """A key without the `arr_` that `np.savez` puts before the numbers of arrays without names."""
+    return str(key).removeprefix("arr_")
 
 
 def keys_in_order(variables: Mapping[Any, Any]) -> list[Any]:
     """The keys of a mapping of variables in the order of the variables."""
-    return sorted(variables, key=int) if _are_numbers(variables) else list(variables)
+    if _are_numbers(variables):
+        return sorted(variables, key=lambda key: int(_number_in(key)))
+    return list(variables)
 
 
 def _value(owner: str, what: str, variable: Any) -> np.ndarray:

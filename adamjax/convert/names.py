@@ -230,7 +230,8 @@ def _order_of_shapes(
     raise ValueError(
         f"{owner}: {system} names its parameters {_some(names)}, which do not correspond to the "
         f"leaves {_some(all_paths)} one to one, and their shapes do not show which is which: give "
-        "order={name: path}, the path of the leaf for each of these names"
+        "order={name: path}, the path of the leaf for each of these names, or a list of the paths "
+        "in the order of the names"
     )
 
 
