@@ -82,11 +82,7 @@ def _check_fields(rule: Any, default_epsilon: str) -> None:
         )
     if eps_hat is None and eps is None:
         rule.set_fields(**{default_epsilon: 1e-7})
-    if rule.rows not in ("dense", "lazy"):
-        raise ValueError(
-            f"{type(rule).__name__}: rows must be 'dense' or 'lazy', got {rule.rows!r}; for "
-            "rows='exact' wrap the whole chain: exact_rows(tx, tables)"
-        )
+    rule.check_rows()
     for name in ("b1", "b2"):
         rule.check_range(name, BETA)
     rule.check_range("eps_hat" if rule.eps is None else "eps", POSITIVE)

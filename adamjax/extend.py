@@ -26,6 +26,7 @@ its `coast` and `momentum_coefficient`):
 ...
 ...     def __post_init__(self):
 ...         self.check_range("b", extend.BETA)
+...         self.check_rows()
 ...
 ...     def init(self, params):
 ...         def zeros(p):

@@ -522,6 +522,15 @@ class Rule(Transform):
         """
         raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
+    def check_rows(self) -> None:
+        """Refuses a field `rows` that is neither "dense" nor "lazy". Call it in `__post_init__`."""
+        rows: Any = getattr(self, "rows")  # noqa: B009
+        if rows not in ("dense", "lazy"):
+            raise ValueError(
+                f"{type(self).__name__}: rows must be 'dense' or 'lazy', got {rows!r}; for "
+                "rows='exact' wrap the whole chain: exact_rows(tx, tables)"
+            )
+
     def coast(self) -> Coast | None:
         """How this rule moves an element without a gradient, as a `Coast`.
 

@@ -550,6 +550,30 @@ def test_slots_are_compared_with_the_reference():
     assert re.search(r"at step 1, v\['gain'\] is ", said["follows_the_reference"])
 
 
+class skips_first_gradient(sound):
+    """Has no update for the first gradient of an element that is not zero."""
+
+    def init(self, params):
+        return StandingState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(self, updates, state, params=None, **extra_args):
+        u = jax.tree.map(lambda g, m: jnp.where(m == 0, 0, g), updates, state.m)
+        m = jax.tree.map(lambda g, m: m + g * g, updates, state.m)
+        return u, StandingState(state.count + 1, m)
+
+
+def test_the_first_gradient_of_an_element_is_not_the_first_step():
+    def by_slot(g, m, step):
+        return np.where(m == 0, 0, g), m + g * g
+
+    def by_count(g, m, step):
+        return np.where(step == 1, 0, g), m + g * g
+
+    testing.check(skips_first_gradient(), by_slot, ["follows_the_reference"])
+    said = broken_laws(skips_first_gradient(), by_count, ["follows_the_reference"])
+    assert "in float32, at step 3, updates[" in said["follows_the_reference"]
+
+
 def test_laws_are_listed_with_a_sentence_each():
     for name, sentence in testing.LAWS.items():
         assert re.fullmatch(r"[A-Z].*\.", sentence), name

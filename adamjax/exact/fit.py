@@ -100,7 +100,8 @@ def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Arra
             )
         for x, number in zip(*map(jax.tree.leaves, (value, original)), strict=True):
             if is_array(x) and not is_known(x):
-                edited.append(jnp.any(x != jnp.asarray(number, _dtype_to_compare(x.dtype))))
+                dtype = _dtype_to_compare(x.dtype)
+                edited.append(jnp.any(x.astype(dtype) != jnp.asarray(number, dtype)))
     return edited
 
 
@@ -121,7 +122,8 @@ def _may_be(value: Any, number: Any) -> bool:
 
 def _dtype_to_compare(dtype: Any) -> Any:
     """The dtype in which a number of this dtype is compared. In bfloat16, 0.999 would be 1."""
-    return jnp.promote_types(dtype, np.float32)
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+    return dtype if is_wide else np.dtype(np.float32)
 
 
 def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:

@@ -97,8 +97,8 @@ def check_route(route: list[Transform]) -> None:
                 tx,
                 f"before the rule, it may give a gradient to rows without one. {keep} it from the "
                 "table: masked(...) by the paths of the other leaves, or chain(masked(...), "
-                "exact_rows(...)). Only if it always turns a gradient of zero into zero, say "
-                "`keeps_zero = True` in its class",
+                "exact_rows(...)). Only if it leaves each zero element of every gradient at zero, "
+                "set `keeps_zero = True` in its class",
             )
         elif rule is not None and tx.affine(None, None, 0, None) is None:
             raise refusal(tx, "after the rule, its result is not affine in update and weights")
