@@ -180,7 +180,7 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
 def test_quick_run(tmp_path):
     options = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
     done = run_benchmarks("rows", *options.split(), "--contenders", "exact;optax", cwd=tmp_path)
-    assert "4k rows of 8, 64 indices" in done.stdout, done.stderr
+    assert "4k rows of 8 columns, 64 indices" in done.stdout, done.stderr
     results = json.loads((tmp_path / "rows.json").read_text())
     assert [row["indices"] for row in results["times"]] == ["Zipf", "uniform"]
     for row in results["times"]:
@@ -228,7 +228,10 @@ def test_tables_show_all_cases_and_bounds():
     }
     text = tables.rows(results)
     for reads in ("65,536", "262,144"):
-        assert text.count(f"\n1M rows of 64, {reads} indices, 3 rounds in all:\n") == 1
+        assert (
+            text.count(f"\n1M rows of 64 columns, {reads} indices in a step; 3 rounds in all:\n")
+            == 1
+        )
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     # One for each number of indices of the main cases.
     assert sum(line.startswith("| exact step |") for line in lines) == 3

@@ -4240,6 +4240,17 @@ def falls_at(calls, state_with=CallsState):
     return optax.GradientTransformation(init, update)
 
 
+def by_own_count(schedule):
+    """Adam with a rate that it computes from the count of its moments."""
+    adam = optax.scale_by_adam()
+
+    def update(updates, state, params=None):
+        u, after = adam.update(updates, state, params)
+        return jax.tree.map(lambda x: -schedule(state.count) * x, u), after
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def jump(count, before, after):
     return lambda c: jnp.where(c < count, before, after)
 
@@ -4358,8 +4369,16 @@ OTHER_LATER = {
         ),
     ),
     "the signs of micro-batches": (
-        optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 2)),
-        adamjax.accumulate_gradients(adamjax.chain(optax.scale_by_sign(), adam_like_optax()), 2),
+        optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 3)),
+        adamjax.accumulate_gradients(adamjax.chain(optax.scale_by_sign(), adam_like_optax()), 3),
+    ),
+    "another epsilon of another library's rule in a part": (
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.rmsprop(0.1, eps=1e-8)}, LABELS),
+        adamjax.partition([("a", adam_like_optax())], default=optax.rmsprop(0.1, eps=1e-5)),
+    ),
+    "a rate by the count of the rule": (
+        by_own_count(optax.piecewise_constant_schedule(0.1, {12_000: 0.1})),
+        adam_like_optax(),
     ),
     "zeros for NaN in micro-batches": (
         optax.chain(optax.zero_nans(), micro_batches(optax.adam(0.1), 4)),
@@ -4759,6 +4778,12 @@ SAME_STEPS = {
     "another library's rule in a part": (
         optax.multi_transform({"x": optax.adam(0.1), "y": optax.lion(0.1)}, LABELS),
         adamjax.partition([("a", adam_like_optax())], default=optax.lion(0.1)),
+    ),
+    "micro-batches clipped by the size of weights": (
+        optax.chain(optax.adaptive_grad_clip(0.01), micro_batches(optax.adam(0.1), 2)),
+        adamjax.chain(
+            optax.adaptive_grad_clip(0.01), adamjax.accumulate_gradients(adam_like_optax(), 2)
+        ),
     ),
     "signs of micro-batches": (
         optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 4)),

@@ -17,6 +17,7 @@ from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
 __all__ = [
+    "LATE",
     "VALUE",
     "Advance",
     "MakeRule",
@@ -34,8 +35,9 @@ __all__ = [
 # Makes a new state of a rule from its state and from the one that `init` returns.
 MakeRule = Callable[[Any, Any], Any]
 
-# The count of a rule whose moments are corrected no more. At the second, this holds for any betas.
-_LATE, _VERY_LATE = 10_000, 1_000_000
+# Counts of a rule whose moments are corrected no more. At the last, this holds for any betas. There
+# are several, because a user's own transform may compute its rate from the count of its rule.
+LATE = (10_000, 100_000, 1_000_000)
 # The rate or decay in place of one that is 0, and their names among hyperparameters in a state.
 VALUE = 0.01
 _KINDS = {
@@ -52,7 +54,8 @@ class Advance(NamedTuple):
     Attributes:
       steps: by how many steps schedules are further on.
       calls: how many calls of `update` make a step. A count of calls is `steps * calls` further on.
-      rule: makes the states of rules.
+      rule: makes the states of rules. If it makes them anew, all other transforms start anew too,
+        but for their counts.
     """
 
     steps: int
@@ -70,9 +73,9 @@ def new_rule(x: Any, fresh: Any) -> Any:
     return fresh
 
 
-def late_rule(x: Any, fresh: Any) -> Any:
-    """The state of a rule with these moments that has taken many steps."""
-    return x._replace(count=jnp.full_like(x.count, _LATE))
+def late_rule(count: int, x: Any, fresh: Any) -> Any:
+    """The state of a rule with these moments that has taken so many steps."""
+    return x._replace(count=jnp.full_like(x.count, count))
 
 
 def unread_rule(x: Any, fresh: Any) -> Any:
@@ -81,7 +84,7 @@ def unread_rule(x: Any, fresh: Any) -> Any:
     From here optax' AMSGrad, Nadam and Adamax have the form of those of adamjax: nothing is
     corrected, and optax' u, 0 here, is at least epsilon in the next step.
     """
-    late = fresh._replace(count=jnp.full_like(x.count, _VERY_LATE))
+    late = fresh._replace(count=jnp.full_like(x.count, LATE[-1]))
     if getattr(x, "momentum_product", None) is not None:
         late = late._replace(momentum_product=jnp.zeros_like(x.momentum_product))
     return late
@@ -113,7 +116,7 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, how: Advance) -> An
         return map_items(lambda a, b: advanced_adamjax(ours, a, b, how), x, fresh)
     if is_array(x) and not ours.is_state_of_other_library(x):
         return x
-    return _advanced_other(x, how)
+    return _advanced_other(x, fresh, how)
 
 
 def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
@@ -129,7 +132,7 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
             mini_step=x.mini_step, gradient_step=x.gradient_step + how.steps, inner_opt_state=inner
         )
     if role is None:
-        return _advanced_other(x, how)
+        return _advanced_other(x, fresh, how)
     if role in ("hyperparams", "skipped"):
         names = [name for name in ("inner_state", "hyperparams_states") if hasattr(x, name)]
         fields = {
@@ -162,9 +165,16 @@ def _kind_of_zero(path: tuple[Any, ...], x: Any) -> str | None:
     return _KINDS.get(str(names[-1]))
 
 
-def _advanced_other(x: Any, how: Advance) -> Any:
+def _advanced_other(x: Any, fresh: Any, how: Advance) -> Any:
     """A state of a transform that conversions do not know, such as `conditionally_transform`."""
-    return jax.tree.map(lambda x: x + how.steps * how.calls if _may_count(x) else x, x)
+    is_new = how.rule in (new_rule, unread_rule)
+
+    def advanced(x: Any, initial: Any) -> Any:
+        if _may_count(x):
+            return x + how.steps * how.calls
+        return initial if is_new else x
+
+    return jax.tree.map(advanced, x, fresh)
 
 
 def may_have_counts(x: Any) -> bool:

@@ -81,12 +81,12 @@ class Differences(NamedTuple):
     is_first: np.ndarray
     updates: list[tuple[np.ndarray, np.ndarray]]
 
-    def farthest(self, leaf: int) -> tuple[float, float]:
+    def farthest(self, leaf: int) -> tuple[complex, complex]:
         """The two updates of the element of a leaf that differs most."""
         a, b = self.updates[leaf]
         with np.errstate(invalid="ignore"):  # of differences between infinities
             i = np.argmax(np.nan_to_num(np.abs(a - b), nan=np.inf))
-        return float(a[i].real), float(b[i].real)
+        return a[i].item(), b[i].item()
 
 
 class PairedSteps:
@@ -98,6 +98,7 @@ class PairedSteps:
       wide_dtypes: their dtypes, or float32 where that is wider.
       is_float16: by leaf, whether it is float16.
       calls: how many calls of `update` make a step.
+      has_other_signs: whether some elements of one micro-batch have the other sign.
       calls_left: how many calls finish the step that the states are in the middle of.
       calls_to_first: by leaf, how many calls the first step from the states takes.
       usual: by leaf, the size of the gradients that its moments are of.
@@ -124,6 +125,7 @@ class PairedSteps:
         phases = _phases(ours, self.paths)
         self.calls_to_first = np.array([steps - micro for steps, micro in phases], int)
         self.calls_left = _calls_left(phases, self.calls)
+        self.has_other_signs = all(steps != 2 for steps, _ in phases)
         self.rng = np.random.default_rng(0)
         self.pool = [self._drawn(i == _POOL - 1) for i in range(_POOL)]
         self.next_of_pool = itertools.cycle(range(_POOL))
@@ -211,7 +213,9 @@ class PairedSteps:
         if self.calls == 1:
             yield 1.0, self.as_moments if step.as_moments else drawn.usual
             return
-        with_other_signs = left + self.rng.integers(self.calls)
+        # If something makes two micro-batches equally large, elements of different signs would
+        # cancel, and their rounding errors be normalized.
+        with_other_signs = left + self.rng.integers(self.calls) if self.has_other_signs else None
         for call in range(left + self.calls):
             part = float(self.rng.choice(_MICRO_BATCHES))
             if step.as_moments:

@@ -1,5 +1,6 @@
 """Compares the steps of two optimizers: at which counts, and with which gradients."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, described_argument
 from adamjax.convert.advance import (
+    LATE,
     VALUE,
     Advance,
     MakeRule,
@@ -249,8 +251,9 @@ class _Comparison:
             for steps_taken in self._all_steps(ones, _FIRST_SIZES):
                 self._expect_same_first(start_of_first, first, size, steps_taken)
             if self.closeness.has_same_form:
-                late = self._states(steps, late_rule)
-                self._expect_same(f"a late step at {start}", late, size, [Step(1e3 * usual)])
+                for count in LATE:
+                    late = self._states(steps, functools.partial(late_rule, count))
+                    self._expect_same(f"a late step at {start}", late, size, [Step(1e3 * usual)])
             else:
                 clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
                 self._expect_same(start, states, size, clipped)
