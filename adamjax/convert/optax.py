@@ -244,7 +244,8 @@ def from_optax(
     many micro-batches. Where weights are bfloat16 or float16, optax rounds m and v, so its run
     drifts away from that of adamjax. Both take the steps in float32 then, unless
     `inject_hyperparams` has rounded hyperparameters to such a dtype, or masks depend on the dtypes
-    of leaves: that is compared to 10% only, and `mu_dtype` inside `apply_if_finite` to 3%.
+    of leaves: that is compared to 10% only, and `mu_dtype` inside `apply_if_finite` (in older
+    releases of optax also inside `MultiSteps`) to 3%.
 
     Args:
       source_state: the state that `init` or `update` of the optax transform returned. Its rules
