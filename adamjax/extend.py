@@ -70,8 +70,9 @@ Fields:
 - `static`: a field that is not a leaf of the transform's tree, for flags, names and dtypes.
 - `Number`: the type of a hyperparameter. A Python float is a compile-time constant, an array is
   data. `Rate`: the type of a rate, which is a number, a function of the count, or `by_path`.
-  `Rows`: the type of `rows=`, which is "dense" or "lazy". (In `lift` also "whole": the function is
-  not elementwise and gets a `RowGradient` as it is.)
+  `Rows`: the type of `rows=`, which is "dense" or "lazy"; `self.check_rows()` in `__post_init__`
+  refuses other values. (In `lift` also "whole": the function is not elementwise and gets a
+  `RowGradient` as it is.)
 - `BETA`, `UNIT`, `POSITIVE`, `NON_NEGATIVE`, `FINITE`, `COUNT`: the ranges for `check_range`;
   `Range` makes another.
 - `as_rate` returns a checked rate, for `self.set_fields` in `__post_init__`; `rate_at` returns the
