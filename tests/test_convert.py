@@ -4376,6 +4376,25 @@ OTHER_LATER = {
         optax.multi_transform({"x": optax.adam(0.1), "y": optax.rmsprop(0.1, eps=1e-8)}, LABELS),
         adamjax.partition([("a", adam_like_optax())], default=optax.rmsprop(0.1, eps=1e-5)),
     ),
+    "a clip of the gradients of a scaled loss": (
+        optax.chain(optax.scale(2**-15), optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+        adamjax.chain(adamjax.scale(2**-15), adam_like_optax()),
+    ),
+    "an epsilon after a decay of the gradients": (
+        optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1, eps=1e-8)),
+        adamjax.chain(adamjax.add_decayed_weights(0.1), adamjax.adam(0.1, eps=1e-9)),
+    ),
+    "a rate that a trainer sets for one part": (
+        INJECT(
+            lambda learning_rate: optax.multi_transform(
+                {"x": optax.adam(learning_rate), "y": optax.adam(learning_rate)}, LABELS
+            )
+        )(learning_rate=0.1),
+        adamjax.partition(
+            [("a", adamjax.with_hyperparams(adam_like_optax(0.1), learning_rate=0.1))],
+            default=adam_like_optax(0.1),
+        ),
+    ),
     "a rate by the count of the rule": (
         by_own_count(optax.piecewise_constant_schedule(0.1, {12_000: 0.1})),
         adam_like_optax(),
@@ -4476,6 +4495,14 @@ def test_later_steps_of_the_optimizer_itself_are_compared(name):
         convert.from_optax(steps_of(theirs, 4), ours, TWO, optimizer=theirs)
     with pytest.raises(ValueError, match=MOVES):
         convert.to_optax(steps_of(ours, 4), ours, TWO, theirs)
+
+
+def test_a_large_rtol_does_not_hide_the_decay_of_adamax():
+    theirs = optax.adamax(0.01, b2=0.99)
+    old = steps_of(theirs, 7)
+    convert.from_optax(old, adamjax.adamax(0.01, b2=0.99, eps=1e-8), TWO, theirs, rtol=0.05)
+    with pytest.raises(ValueError, match=MOVES):
+        convert.from_optax(old, adamjax.adamax(0.01, b2=0.9995, eps=1e-8), TWO, theirs, rtol=0.05)
 
 
 def test_a_step_from_the_parameters_themselves_is_compared_too():

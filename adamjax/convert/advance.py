@@ -1,6 +1,6 @@
 """Makes copies of states with other counts or rates. Steps that are compared start from these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +23,13 @@ __all__ = [
     "MakeRule",
     "advanced_adamjax",
     "advanced_optax",
+    "kinds_of_hyperparams",
     "late_rule",
     "may_have_counts",
     "new_rule",
     "rule_as_it_is",
     "unread_rule",
+    "with_half_values",
     "with_values",
     "zero_hyperparams",
 ]
@@ -44,7 +46,9 @@ _KINDS = {
     "learning_rate": "rate",
     "step_size": "rate",
     "factor": "rate",
+    "lr": "rate",
     "weight_decay": "decay",
+    "wd": "decay",
 }
 
 
@@ -146,23 +150,43 @@ def advanced_optax(x: Any, fresh: Any, how: Advance) -> Any:
 
 def zero_hyperparams(state: Any) -> frozenset[str]:
     """Which of "rate" and "decay" a state keeps as hyperparameters that are 0."""
-    found = (_kind_of_zero(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state))
-    return frozenset(kind for kind in found if kind)
+    return frozenset(kind for kind, x in _hyperparams(state) if np.all(np.asarray(x) == 0))
+
+
+def kinds_of_hyperparams(state: Any) -> frozenset[str]:
+    """Which of "rate" and "decay" a state keeps as hyperparameters."""
+    return frozenset(kind for kind, _ in _hyperparams(state))
 
 
 def with_values(state: Any, kinds: frozenset[str]) -> Any:
     """A state whose hyperparameters of these kinds have `VALUE` in place of 0."""
+
+    def with_value(path: tuple[Any, ...], x: Any) -> Any:
+        is_one = _kind_of(path) in kinds and np.all(np.asarray(x) == 0)
+        return jnp.full_like(x, VALUE) if is_one else x
+
+    return jax.tree_util.tree_map_with_path(with_value, state)
+
+
+def with_half_values(state: Any, kinds: frozenset[str]) -> Any:
+    """A state whose hyperparameters of these kinds are half as large."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.full_like(x, VALUE) if _kind_of_zero(path, x) in kinds else x, state
+        lambda path, x: (x / 2).astype(x.dtype) if _kind_of(path) in kinds else x, state
     )
 
 
-def _kind_of_zero(path: tuple[Any, ...], x: Any) -> str | None:
-    """The kind of a hyperparameter that is 0; `None` for anything else in a state."""
+def _hyperparams(state: Any) -> Iterator[tuple[str, Any]]:
+    """The rates and decays that a state keeps as hyperparameters, each with its kind."""
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        kind = _kind_of(path)
+        if kind:
+            yield kind, x
+
+
+def _kind_of(path: tuple[Any, ...]) -> str | None:
+    """The kind of the hyperparameter at a path in a state; `None` for anything else."""
     names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
-    if names[:1] != ["hyperparams"] or np.any(np.asarray(x) != 0):
-        return None
-    return _KINDS.get(str(names[-1]))
+    return _KINDS.get(str(names[-1])) if names[:1] == ["hyperparams"] else None
 
 
 def _advanced_other(x: Any, fresh: Any, how: Advance) -> Any:

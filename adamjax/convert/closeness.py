@@ -19,12 +19,14 @@ from adamjax.leaves import dtype_of
 from adamjax.structure import rule_slots, slot_states
 from adamjax.transform import Rule, foreign
 
-__all__ = ["WEIGHTS", "Closeness"]
+__all__ = ["NO_WEIGHTS", "WEIGHTS", "Closeness"]
 
 # The sizes of weights in steps that are compared. A weight decay shows at large weights, and the
 # rest at small ones. Their signs differ, because a leaf of few elements may have weights of one
 # sign.
 WEIGHTS = (1e3, -1e-2)
+# Where a decay before the rule would hide small gradients.
+NO_WEIGHTS = 0.0
 # How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
 # off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
 # parameters, also the norm that scales the leaves beside them.
@@ -48,6 +50,7 @@ class Closeness:
       parts: the transform of adamjax and its parts.
       has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
       has_rounded_hyperparams: whether the state of optax has hyperparameters in a narrow dtype.
+      has_narrow_leaves: whether some parameters, moments or hyperparameters are narrow.
       has_rule: by leaf, whether a rule sees it.
       are_joint: whether updates of some leaves may depend on other leaves.
       rtol: by leaf, how far its updates may be apart.
@@ -91,6 +94,10 @@ class Closeness:
         self.are_joint = bool(np.any(self._joint_leaves()))
         self.rtol = self._tolerances(rtol, has_narrow_slots)
         self.rtol_at_first = self._tolerances(rtol, rounds_first if widens else has_narrow_slots)
+        are_narrow = [is_narrow(p) for p in steps.params]
+        self.has_narrow_leaves = bool(
+            np.any(has_narrow_slots) or any(are_narrow) or self.has_rounded_hyperparams
+        )
         self.largest, self.largest_here = self._no_updates(), self._no_updates()
         self.is_seen = np.zeros(len(paths), bool)
         self.is_compared = False
@@ -132,15 +139,10 @@ class Closeness:
         """Whether the first step from a state is more accurate than later ones."""
         return bool(np.any(self.rtol_at_first < self.rtol))
 
-    @property
-    def has_narrow_leaves(self) -> bool:
-        """Whether updates of some leaves may be apart because something narrow is rounded."""
-        return bool(np.any(self.rtol >= _BESIDE_NARROW_RTOL))
-
     # --- the largest updates so far ---------------------------------------------------------------
 
     def _no_updates(self) -> dict[tuple[float | None, bool], np.ndarray]:
-        keys = itertools.product((*WEIGHTS, OWN_WEIGHTS), (False, True))
+        keys = itertools.product((*WEIGHTS, NO_WEIGHTS, OWN_WEIGHTS), (False, True))
         return {key: np.zeros(len(self.steps.leaves)) for key in keys}
 
     def start_anew(self) -> None:

@@ -18,15 +18,17 @@ from adamjax.convert.advance import (
     MakeRule,
     advanced_adamjax,
     advanced_optax,
+    kinds_of_hyperparams,
     late_rule,
     may_have_counts,
     new_rule,
     rule_as_it_is,
     unread_rule,
+    with_half_values,
     with_values,
     zero_hyperparams,
 )
-from adamjax.convert.closeness import WEIGHTS, Closeness
+from adamjax.convert.closeness import NO_WEIGHTS, WEIGHTS, Closeness
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
@@ -46,7 +48,9 @@ __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 # A clip shows where they are large, and an epsilon where they are small.
 _SIZES = ((1.0, 30.0, 1e3, 0.1, 1.0, 1e-3), (10.0, 1.0, 0.3))
 # In the first steps of a run, sizes are absolute.
-_FIRST_SIZES = (*_SIZES, (1e-8, 3e-8, 1e-8), (1e-12,), (1e-15,))
+_SMALL_SIZES = ((1e-8, 3e-8, 1e-8), (1e-12,), (1e-15,))
+# Gradients of a scaled loss are large. A clip after the division by the scale shows at the largest.
+_FIRST_SIZES = (*_SIZES, (1e6, 1e5), (1e8, 1e7), *_SMALL_SIZES)
 # At each later count, some sizes, the last relative to others.
 _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
 # Where elements of a leaf differ in size as its moments do.
@@ -167,6 +171,12 @@ class _Comparison:
             names = " and ".join(sorted(both))
             start = f"these states, with a {names} of {VALUE} in place of 0,"
             self._compare_at_all_counts(start, both)
+        kinds = kinds_of_hyperparams(self.ours.state) & kinds_of_hyperparams(self.state)
+        if kinds:
+            # A trainer may set other values than those in the states.
+            self.ours = self.ours.with_state(with_half_values(self.ours.state, kinds))
+            self.state = with_half_values(self.state, kinds)
+            self._compare_at(0, f"these states, with half their {' and '.join(sorted(kinds))},")
         if not self.closeness.is_compared:
             raise ValueError(
                 f"{self.owner}: nothing can be compared, because no update of the optimizer of "
@@ -183,7 +193,7 @@ class _Comparison:
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
             # A still step moves by decays, and after another step by a momentum too.
             stills = [self._still()], [step, self._still()]
-            for size, steps_taken in itertools.product((*WEIGHTS, OWN_WEIGHTS), stills):
+            for size, steps_taken in itertools.product((*WEIGHTS, NO_WEIGHTS, OWN_WEIGHTS), stills):
                 for number, found in self.steps.take(states, size, steps_taken):
                     is_still = number == len(steps_taken) - 1
                     self.closeness.add_past(size, is_still, found.largest)
@@ -261,6 +271,9 @@ class _Comparison:
                 self._expect_same(start, from_states, size, [self._still()], is_still=True)
             # A momentum moves rows without a gradient, unless an optimizer leaves them alone.
             self._expect_same_first(start_of_first, first, size, [Step(ones), self._still()])
+        for of_steps in _SMALL_SIZES:
+            small = [Step(x * ones) for x in of_steps]
+            self._expect_same_first(start_of_first, first, NO_WEIGHTS, small)
         # Something may depend on the values of the weights, such as weights of 0 that stay 0.
         self._expect_same(start, states, OWN_WEIGHTS, [Step(usual), Step(usual)])
         self._compare_decays_of_u(start, self._states(steps, unread_rule))
