@@ -4812,6 +4812,12 @@ SAME_STEPS = {
             optax.adaptive_grad_clip(0.01), adamjax.accumulate_gradients(adam_like_optax(), 2)
         ),
     ),
+    "a rate and a factor that a trainer sets": (
+        INJECT(optax.adam)(learning_rate=0.1),
+        adamjax.with_hyperparams(
+            adamjax.chain(adam_like_optax(0.1), adamjax.scale(1.0)), learning_rate=0.1, factor=1.0
+        ),
+    ),
     "signs of micro-batches": (
         optax.chain(optax.scale_by_sign(), micro_batches(optax.adam(0.1), 4)),
         adamjax.chain(optax.scale_by_sign(), adamjax.accumulate_gradients(adam_like_optax(), 4)),

@@ -154,8 +154,13 @@ def zero_hyperparams(state: Any) -> frozenset[str]:
 
 
 def kinds_of_hyperparams(state: Any) -> frozenset[str]:
-    """Which of "rate" and "decay" a state keeps as hyperparameters."""
-    return frozenset(kind for kind, _ in _hyperparams(state))
+    """Which of "rate" and "decay" a state keeps as hyperparameters, each under one name."""
+    names: dict[str, set[str]] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(state):
+        if kind := _kind_of(path):
+            names.setdefault(kind, set()).add(str(path[-1]))
+    # Of a rate and a factor, half of both would be a quarter.
+    return frozenset(kind for kind, same_kind in names.items() if len(same_kind) == 1)
 
 
 def with_values(state: Any, kinds: frozenset[str]) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.paired_steps import OWN_WEIGHTS, Differences, PairedSteps
+from adamjax.convert.paired_steps import NO_WEIGHTS, OWN_WEIGHTS, WEIGHTS, Differences, PairedSteps
 from adamjax.convert.source import Source
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow
@@ -19,14 +19,8 @@ from adamjax.leaves import dtype_of
 from adamjax.structure import rule_slots, slot_states
 from adamjax.transform import Rule, foreign
 
-__all__ = ["NO_WEIGHTS", "WEIGHTS", "Closeness"]
+__all__ = ["Closeness"]
 
-# The sizes of weights in steps that are compared. A weight decay shows at large weights, and the
-# rest at small ones. Their signs differ, because a leaf of few elements may have weights of one
-# sign.
-WEIGHTS = (1e3, -1e-2)
-# Where a decay before the rule would hide small gradients.
-NO_WEIGHTS = 0.0
 # How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
 # off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
 # parameters, also the norm that scales the leaves beside them.

@@ -230,7 +230,8 @@ def from_optax(
 
     A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
     take some steps on random gradients, at the present count and at later counts of their
-    schedules. If `tx` moves a weight differently, it is refused. Of a leaf with more than 16,384
+    schedules. If both states keep a rate or a decay, they also take steps with half of it. If `tx`
+    moves a weight differently, it is refused. Of a leaf with more than 16,384
     elements, a sample takes all these steps, and the whole leaf takes one. (If one of the
     optimizers may decide by the size of a leaf, whole leaves take all steps.) Of very many leaves,
     some are tried with a NaN and with large gradients. On a CPU this takes seconds for a small

@@ -20,8 +20,14 @@ from adamjax.mesh import explicit_sharding, reshard
 from adamjax.paths import flatten, leaf_paths
 from adamjax.structure import Part, rule_slots, slot_states
 
-__all__ = ["OWN_WEIGHTS", "Differences", "PairedSteps", "Step"]
+__all__ = ["NO_WEIGHTS", "OWN_WEIGHTS", "WEIGHTS", "Differences", "PairedSteps", "Step"]
 
+# The sizes of weights in steps that are compared. A weight decay shows at large weights, and the
+# rest at small ones. Their signs differ, because a leaf of few elements may have weights of one
+# sign.
+WEIGHTS = (1e3, -1e-2)
+# Where a decay before the rule would hide small gradients.
+NO_WEIGHTS = 0.0
 # Stands for the parameters themselves in place of weights of one size.
 OWN_WEIGHTS = None
 # How many arrays of random numbers a leaf has. Drawing new ones for each step would take longer

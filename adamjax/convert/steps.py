@@ -28,9 +28,9 @@ from adamjax.convert.advance import (
     with_values,
     zero_hyperparams,
 )
-from adamjax.convert.closeness import NO_WEIGHTS, WEIGHTS, Closeness
+from adamjax.convert.closeness import Closeness
 from adamjax.convert.optax_state import read_state, role_of
-from adamjax.convert.paired_steps import OWN_WEIGHTS, PairedSteps, Step
+from adamjax.convert.paired_steps import NO_WEIGHTS, OWN_WEIGHTS, WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
