@@ -4,12 +4,13 @@
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import environment
+from support import enable_x64, environment
 
 # With `--quick`: the first case of a test runs, and then one in this many.
 QUICK_EVERY = 80
@@ -57,6 +58,31 @@ def pytest_collection_modifyitems(config, items):
             sample.append(item)
     items[:] = sample
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def x64():
+    """64-bit arrays, in the whole test."""
+    with enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def keras():
+    """Keras on JAX."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras runs on another backend here")
+    return keras
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """torch on one thread: its pool and JAX's disturb each other."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch
 
 
 # --- the training job, for test_train.py and test_processes.py ------------------------------------

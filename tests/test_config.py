@@ -86,11 +86,6 @@ def needs_keras(test):
     return pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")(test)
 
 
-@pytest.fixture(scope="module")
-def keras():
-    return pytest.importorskip("keras")
-
-
 def through_json(config):
     """The config after it was written and read."""
     return json.loads(json.dumps(config, allow_nan=False))

@@ -49,8 +49,8 @@ def dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Conte
 def in_mode(mode: str, decay: float | None = None) -> Maker:
     """adamjax's Adam in a mode of `table_mode`, or AdamW if there is a decay.
 
-    torch's SparseAdam takes the steps of "lazy" up to the place of epsilon (tests/test_convert.py
-    continues its runs), so it is no contender of its own.
+    torch's SparseAdam takes the steps of "lazy" up to the place of epsilon
+    (tests/test_convert_torch.py continues its runs), so it is no contender of its own.
     """
     rule = adamjax.adam if decay is None else adamjax.adamw
     options = {"b1": B1, "eps": EPS} | ({} if decay is None else {"weight_decay": decay})

@@ -1,0 +1,395 @@
+"""What the tests of conversions share: runs that change their optimizer in the middle, and states.
+
+Ten steps are taken by one system, its state is converted, and twenty more are taken by both, really
+running the packages. Both do the same arithmetic in another order, so trajectories are
+compared in float64, to 1e-12 of the largest weight: a slot in the wrong place, a count that is off
+by one or an epsilon of the other form is seen at 1e-3 to 1e-8. In float32, where systems differ by
+how they compute the bias correction, a few runs are compared to what that rounds off.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adamjax
+from adamjax import convert
+
+BEFORE, AFTER = 10, 20
+RATE = 0.0625  # a float32, as which Keras keeps it
+
+SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
+PATHS = ["embed/table", "head/bias", "head/kernel"]
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def new_params(dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+
+
+def noise(steps=BEFORE + AFTER, dtype=np.float64, seed=1):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda s: np.asarray(rng.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+        for _ in range(steps)
+    ]
+
+
+def gradient(p, n):
+    """Of a bowl, and noise: later steps feel the earlier ones through the weights."""
+    return 0.5 * p + n
+
+
+@functools.cache
+def step_of(tx, apply):
+    @jax.jit
+    def step(params, state, n):
+        updates, state = tx.update(jax.tree.map(gradient, params, n), state, params)
+        return apply(params, updates), state
+
+    return step
+
+
+def taken(tx, params, state, noises, apply=optax.apply_updates):
+    """The parameters after each step, and the state after the last."""
+    visited = []
+    for n in noises:
+        params, state = step_of(tx, apply)(params, state, n)
+        visited.append(params)
+    return visited, state
+
+
+def ours_taken(tx, params, state, noises):
+    return taken(tx, params, state, noises, adamjax.apply_updates)
+
+
+@functools.cache
+def pair(name):
+    """The transforms of this name, the same each time: compiled once."""
+    return tuple(make() for make in OPTAX[name])
+
+
+def falling(count):
+    return RATE / (1 + 0.1 * count)
+
+
+def is_head(tree):
+    return {"embed": {"table": False}, "head": {"bias": True, "kernel": True}}
+
+
+def is_embed(tree):
+    return jax.tree.map(lambda flag: not flag, is_head(tree))
+
+
+def micro_batches(tx, steps=4):
+    # By default newer versions accumulate in float32, older ones in the dtype of the parameters.
+    known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
+    kept = {"accumulator_dtype": np.float64} if known else {}
+    return optax.MultiSteps(tx, steps, **kept).gradient_transformation()
+
+
+def labels(tree):
+    return {"embed": {"table": "rows"}, "head": {"bias": "rest", "kernel": "rest"}}
+
+
+OPTAX = {
+    "adam": (lambda: optax.adam(RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
+    "adam, an epsilon that matters": (
+        lambda: optax.adam(RATE, b1=0.8, b2=0.95, eps=1e-2),
+        lambda: adamjax.adam(RATE, 0.8, 0.95, eps=1e-2),
+    ),
+    "clip, adamw, schedule": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(falling, weight_decay=0.1)),
+        lambda: adamjax.chain(
+            adamjax.clip_by_global_norm(1.0), adamjax.adamw(falling, eps=1e-8, weight_decay=0.1)
+        ),
+    ),
+    "a decay that masks": (
+        lambda: optax.adamw(RATE, weight_decay=0.1, mask=is_head),
+        lambda: adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1, mask="^head"),
+    ),
+    "masked": (
+        lambda: optax.chain(
+            optax.masked(optax.adam(falling), is_head), optax.masked(optax.scale(-0.1), is_embed)
+        ),
+        lambda: adamjax.chain(
+            adamjax.masked(adamjax.adam(falling, eps=1e-8), "^head"),
+            adamjax.masked(adamjax.scale(-0.1), "^embed"),
+        ),
+    ),
+    "multi_transform": (
+        lambda: optax.multi_transform(
+            {"rows": optax.adam(falling), "rest": optax.adamw(RATE, weight_decay=0.1)}, labels
+        ),
+        lambda: adamjax.partition(
+            [("^embed", adamjax.adam(falling, eps=1e-8))],
+            default=adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1),
+        ),
+    ),
+    "multi_transform into one chain": (
+        lambda: optax.multi_transform({"rows": optax.adam(RATE), "rest": optax.adam(0.03)}, labels),
+        lambda: adamjax.adam(adamjax.by_path([("^embed", RATE)], default=0.03), eps=1e-8),
+    ),
+    "inject_hyperparams": (
+        lambda: optax.inject_hyperparams(optax.adamw)(falling, b1=0.8, weight_decay=0.1),
+        lambda: adamjax.adamw(falling, 0.8, eps=1e-8, weight_decay=0.1),
+    ),
+    "inject_hyperparams into with_hyperparams": (
+        lambda: optax.inject_hyperparams(optax.adam)(RATE, b1=0.75),
+        lambda: adamjax.with_hyperparams(adamjax.adam(0.5, eps=1e-8), learning_rate=RATE, b1=0.75),
+    ),
+    "MultiSteps": (
+        lambda: micro_batches(optax.adam(falling)),
+        lambda: adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
+    ),
+    "a schedule of calls after MultiSteps": (
+        lambda: optax.chain(
+            micro_batches(optax.scale_by_adam()), optax.scale_by_learning_rate(falling)
+        ),
+        lambda: adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.scale_by_adam(eps=1e-8), 4),
+            adamjax.scale_by_learning_rate(falling),
+        ),
+    ),
+    "MultiSteps of one part": (
+        lambda: optax.multi_transform(
+            {"rows": micro_batches(optax.adam(falling)), "rest": optax.adam(falling)}, labels
+        ),
+        lambda: adamjax.partition(
+            {"^embed": adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4)},
+            default=adamjax.adam(falling, eps=1e-8),
+        ),
+    ),
+    "MultiSteps of several parts": (  # of which one has just taken a step
+        lambda: optax.multi_transform(
+            {
+                "rows": micro_batches(optax.adam(falling), 5),
+                "rest": micro_batches(optax.adam(falling)),
+            },
+            labels,
+        ),
+        lambda: adamjax.partition(
+            {"^embed": adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 5)},
+            default=adamjax.accumulate_gradients(adamjax.adam(falling, eps=1e-8), 4),
+        ),
+    ),
+    "apply_if_finite": (
+        lambda: optax.apply_if_finite(optax.adam(RATE), 5),
+        lambda: adamjax.skip_not_finite(adamjax.adam(RATE, eps=1e-8)),
+    ),
+    "adamax": (
+        lambda: optax.adamax(RATE, eps=1e-30),
+        lambda: adamjax.adamax(RATE, eps=1e-30),
+    ),
+    "optax within ours": (
+        lambda: optax.chain(optax.trace(0.5), optax.adam(RATE)),
+        lambda: adamjax.chain(optax.trace(0.5), adamjax.adam(RATE, eps=1e-8)),
+    ),
+    "ours within optax": (
+        lambda: optax.chain(optax.clip(1.0), optax.masked(optax.adam(RATE), is_head)),
+        lambda: optax.chain(optax.clip(1.0), optax.masked(adamjax.adam(RATE, eps=1e-8), is_head)),
+    ),
+}
+
+
+def rows_of(step):
+    """Two rows a step, four of six in all: two are never touched again."""
+    return np.array([step % 3, 3])
+
+
+def touched(step):
+    flags = np.zeros((6, 1))
+    flags[rows_of(step)] = 1
+    return flags
+
+
+def only_rows(tree, step):
+    return {**tree, "embed": {"table": tree["embed"]["table"] * touched(step)}}
+
+
+def exact_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, ids, n):
+        rows, ticket = tx.prepare(params, state, {"embed": ids})
+        table = gradient(rows["embed"], n["embed"]["table"][ids])
+        grads = {
+            "embed": {"table": adamjax.row_gradient(ids, table, 6)},
+            "head": jax.tree.map(gradient, params["head"], n["head"]),
+        }
+        updates, state = tx.update(grads, state, params, ticket=ticket)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, jnp.asarray(rows_of(step)), n)
+    return jax.jit(tx.flush)(params, state)
+
+
+def dense_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, flags, n):
+        grads = jax.tree.map(gradient, params, n)
+        grads = {**grads, "embed": {"table": grads["embed"]["table"] * flags}}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, touched(step), n)
+    return params, state
+
+
+OLD = optax.adam(RATE)
+PARAMS = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
+
+
+def old_state(params=None, tx=OLD, count=1):
+    state = tx.init(jax.tree.map(jnp.asarray, PARAMS if params is None else params))
+    return jax.tree.map(lambda x: x + count if x.dtype == jnp.int32 else x, state)
+
+
+def torch_state(group=(), **held):
+    kept = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **held}
+    other = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
+    groups = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
+    groups |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(group)}
+    return {"state": {0: kept, 1: other}, "param_groups": [groups]}
+
+
+def keras_pairs(extra=()):
+    pairs = [("adam/iteration", np.array(1)), ("adam/learning_rate", np.float32(RATE))]
+    for path, x in PARAMS.items():
+        pairs += [(f"adam/{path}_momentum", x), (f"adam/{path}_velocity", x)]
+    return [*pairs, *extra]
+
+
+def numbered_keras(shapes):
+    """The variables of an Adam without names, of parameters with m and v of 1, 2, ..."""
+    slots = [np.full(shape, i + 1.0) for i, shape in enumerate(shapes) for _ in "mv"]
+    return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
+
+
+def numbered_torch(shapes):
+    """The same of torch."""
+    state = {
+        i: {"step": 1, "exp_avg": np.full(shape, i + 1.0), "exp_avg_sq": np.full(shape, i + 1.0)}
+        for i, shape in enumerate(shapes)
+    }
+    group = {"lr": RATE, "betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0, "amsgrad": False}
+    return {"state": state, "param_groups": [{**group, "params": list(state)}]}
+
+
+def keras_layers(names, prefix="adam"):
+    """Variables of as many leaves of one shape, their moments the number of each."""
+    pairs = [(f"{prefix}/iteration", np.array(1)), (f"{prefix}/learning_rate", np.float32(RATE))]
+    for i, name in enumerate(names):
+        x = np.full(2, i + 1, np.float32)
+        pairs += [(f"{prefix}/{name}_momentum", x), (f"{prefix}/{name}_velocity", x)]
+    return pairs
+
+
+def plain_dict():
+    leaf_state = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
+    group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False}
+    return {"state": {0: leaf_state, 1: dict(leaf_state)}, "param_groups": [group]}
+
+
+def conversions(tx, params, others=None):
+    """Every conversion from and to a state of a transform, perhaps with other parameters."""
+    state, old = tx.init(params), OLD.init(params)
+    params = params if others is None else others
+    keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
+    torch = {**torch_state(), "state": {}}
+    return {
+        "from_optax": lambda: convert.from_optax(old, tx, params, OLD),
+        "from_keras": lambda: convert.from_keras(keras, tx, params),
+        "from_torch": lambda: convert.from_torch(torch, tx, params),
+        "to_optax": lambda: convert.to_optax(state, tx, params, OLD),
+        "to_keras": lambda: convert.to_keras(state, tx, params, keras),
+        "to_torch": lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
+    }
+
+
+ADAM = adamjax.adam(RATE, eps=1e-8)
+
+
+def fresh_torch(names=None):
+    """The state of a torch Adam of two parameters before its first step."""
+    group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False}
+    return {
+        "state": {},
+        "param_groups": [group if names is None else {**group, "param_names": names}],
+    }
+
+
+def torch_after_a_step(*shapes):
+    """The state of a torch Adam of parameters with these shapes, after a step."""
+    target = fresh_torch()
+    target["param_groups"][0]["params"] = list(range(len(shapes)))
+    for key, shape in enumerate(shapes):
+        x = np.zeros(shape, np.float32)
+        target["state"][key] = {"step": np.float32(1), "exp_avg": x, "exp_avg_sq": x}
+    return target
+
+
+FALLS = adamjax.exponential_decay(0.1, 3, 0.5)
+TWO = {"a": jnp.ones(3), "b": jnp.ones((2, 3))}
+
+
+def adam_like_optax(rate=0.1):
+    return adamjax.adam(rate, eps=1e-8)
+
+
+def steps_of(tx, n, params=None, **extra_args):
+    """The state after n steps."""
+    params = TWO if params is None else params
+    state = tx.init(params)
+    for _ in range(n):
+        _, state = tx.update(params, state, params, **extra_args)
+    return state
+
+
+MOVES = "tx moves an element"
+
+
+def plateau(factor):
+    return optax.contrib.reduce_on_plateau(
+        factor=factor, patience=0, cooldown=0, accumulation_size=1
+    )
+
+
+def keras_adam(keras, count=0, cls="Adam", variables=None, **options):
+    optimizer = getattr(keras.optimizers, cls)(0.1, **options)
+    optimizer.build(variables or [keras.Variable(np.ones(3), name=name) for name in ("v0", "v1")])
+    optimizer._iterations.assign(count)
+    return optimizer
+
+
+KERAS_PARAMS = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
+KERAS_RULE = adamjax.scale_by_adam(eps_hat=1e-7)
+
+
+def torch_of(arrays, names=None, **options):
+    """The state dict of an Adam whose moments are these arrays."""
+    group = {"params": list(range(len(arrays))), "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False, **options}
+    slots = ("exp_avg", "exp_avg_sq")
+    return {
+        "state": {i: {"step": 3, **dict.fromkeys(slots, x)} for i, x in enumerate(arrays)},
+        "param_groups": [group if names is None else {**group, "param_names": names}],
+    }
+
+
+NAMED = [
+    ("adam/iteration", np.array(7)),
+    ("adam/learning_rate", np.array(0.1)),
+    ("adam/w_momentum", np.full(2, 0.5)),
+    ("adam/w_velocity", np.ones(2)),
+]
