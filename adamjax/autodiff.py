@@ -232,7 +232,7 @@ class Reads:
 
     Attributes:
       row_tables: the tables of which the loss only reads rows, as positions of leaves.
-      dense_tables: the tables that the loss also uses in another way; their gradients are dense.
+      dense_tables: the tables that the loss also uses in another way, or that have no rows.
       other_floats: all float leaves except `row_tables`.
     """
 
@@ -256,12 +256,12 @@ class Reads:
             if not planner.refused:
                 break
             if strict:
-                raise ValueError(self._refused(*next(iter(planner.refused.items()))))
+                raise ValueError(self._refusal(*next(iter(planner.refused.items()))))
             self.dense_tables += planner.refused
         self.row_tables = row_tables
         self.other_floats = [i for i in call.floats if i not in row_tables]
 
-    def _refused(self, table: int, eqn: JaxprEqn | None) -> str:
+    def _refusal(self, table: int, eqn: JaxprEqn | None) -> str:
         call = self.call
         if eqn is None:
             use = f"returned by the {'loss ' if self.is_loss else ''}function"

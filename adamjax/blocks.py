@@ -53,7 +53,7 @@ def run_in_blocks(
         Its result for a row must not depend on other rows.
       tables: a tree of arrays, such as arrays with an entry for each row of a table. The step of
         each block updates them and passes them to the next block.
-      indices: int32[n], distinct; `num_rows` marks an empty place.
+      indices: int32[n], distinct rows; `num_rows` stands for no row.
       rows: a tree of arrays [n, ...], which the step's results replace.
       reads: a tree of arrays [n, ...] that the step only reads.
 

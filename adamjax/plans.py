@@ -73,7 +73,7 @@ class ReadSite(NamedTuple):
     """A site in a loss where rows of a table are read.
 
     Attributes:
-      view: the table.
+      view: the table's view.
       shape: the shape of the indices.
       trailing: the shape of a row in the result.
       live: whether the loss is differentiated with respect to these rows.
@@ -324,7 +324,7 @@ class Window(NamedTuple):
     """How an equation reads whole rows: in runs of rows at equal distances.
 
     Attributes:
-      starts: the first row of each run: an atom of integers, or one integer of NumPy.
+      starts: the first row of each run: an atom of integers, or a NumPy integer.
       row_component: `None` if `starts` has one integer for each run. If it has an index vector for
         each run, along its last axis, this is the position of the row's index in the vector.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no

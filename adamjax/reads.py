@@ -80,7 +80,7 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         dropped=tuple(d for d in collapsed if d > 0),
         offset_axes=numbers.offset_dims,
         fill=fill,
-        # In this mode, JAX moves a run into the table, but gives it no gradient. Undocumented.
+        # In this mode, JAX moves a run into the table but gives it no gradient (undocumented).
         moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
     )
 
@@ -95,12 +95,12 @@ def _dynamic_slice_window(eqn: JaxprEqn, view: View) -> Window | None:
 
 def _slice_window(eqn: JaxprEqn, view: View) -> Window | None:
     params, (num_rows, *trailing) = eqn.params, view.shape
-    start, *others = params["start_indices"]
-    stop, *ends = params["limit_indices"]
-    stride, *strides = params["strides"] or [1] * len(view.shape)
+    start, *other_starts = params["start_indices"]
+    stop, *other_stops = params["limit_indices"]
+    stride, *other_strides = params["strides"] or [1] * len(view.shape)
     run_length = -(-(stop - start) // stride)
-    has_whole_rows = not any(others) and ends == trailing and set(strides) <= {1}
-    if not has_whole_rows or not _is_small_slice(run_length, num_rows):
+    is_whole = not any(other_starts) and other_stops == trailing and set(other_strides) <= {1}
+    if not is_whole or not _is_small_slice(run_length, num_rows):
         return None
     return Window(np.int32(start), run_length=run_length, stride=stride)
 
