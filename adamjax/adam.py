@@ -1,13 +1,13 @@
 """The rules: Adam (and Nadam), AMSGrad, Adamax. Their updates go uphill and have no learning rate.
 
-Every rule divides an average of gradients by a measure of their size. The formulas of the papers
-differ only in a few scalars of the step. So each step first computes these scalars, and then each
-rule is one function of them and of a leaf's arrays. With `t` the step's number, 1 for the first,
+Every rule divides an average of gradients by a measure of their size. A step first computes a few
+scalars. Then each rule is a function of its scalars and of a leaf's arrays. The two forms of Adam,
+and Nadam, differ only in their scalars. With `t` the step's number, 1 for the first,
 
     update = (c_m * m + c_g * g) / (sqrt(v) + c_eps)
 
-is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` this is the
-form just before section 2.1 of the paper, with `c_eps = eps * sqrt(1 - b2**t)` its algorithm 1.
+is Adam with `c_m = sqrt(1 - b2**t) / (1 - b1**t)`, `c_g = 0`. With `c_eps = eps_hat` it is the form
+just before section 2.1 of the paper; with `c_eps = eps * sqrt(1 - b2**t)` it is algorithm 1.
 """
 
 import math
@@ -73,7 +73,7 @@ class _Scalars(NamedTuple):
 
 
 def _check_fields(rule: Any, default_epsilon: str) -> None:
-    """Checks a rule's fields. If no epsilon was given, sets the field of this name to 1e-7."""
+    """Checks a rule's fields. If no epsilon was given, `default_epsilon` becomes 1e-7."""
     eps_hat, eps = getattr(rule, "eps_hat", None), rule.eps
     if eps_hat is not None and eps is not None:
         raise ValueError(
@@ -107,17 +107,17 @@ def _check_dtypes(rule: Any, *names: str) -> None:
             raise TypeError(
                 f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
                 "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
-                "6e-8 too"
+                "3e-8 too"
             )
         rule.set_fields(**{name: dtype.name})
 
 
-class _Moments(Rule):
+class _MomentRule(Rule):
     """A rule whose slots may be stored in narrow formats."""
 
     @property
     def groupable(self) -> bool:  # type: ignore[override]
-        """Whether leaves can be joined: not if the elements of a row share an exponent."""
+        """False for a slot in 8 bits, in which the elements of a row share an exponent."""
         return SCALED8 not in (getattr(self, name, None) for name in SLOT_DTYPE_FIELDS)
 
     def kinds(self, params: Tree) -> list[Any]:
@@ -209,7 +209,7 @@ def _scalars(
     """The scalars of the step after `count` steps.
 
     Args:
-      momentum_product: for Nadam, the product of the momenta up to this step; else `None`.
+      momentum_product: for Nadam, the product of the momenta including this step's; else `None`.
     """
     t = step_number(count, real)
     root_correction = jnp.sqrt(correction(rule.b2, t))
@@ -241,7 +241,7 @@ def _coast(
       shrink, size, squared: as in `Coast`.
       decaying: the slot that decays by b2.
     """
-    has_one_epsilon = not hasattr(rule, "eps_hat")  # as Adamax has
+    has_one_epsilon = not hasattr(rule, "eps_hat")  # the case of Adamax
     eps_hat = None if has_one_epsilon else rule.eps_hat
     # Step t adds `eps * sqrt(1 - b2**t)`. But eps_hat and Adamax' eps are added unchanged.
     is_corrected = eps_hat is None and not has_one_epsilon
@@ -277,7 +277,7 @@ class ScaleByAdamState(NamedTuple):
     momentum_product: chex.Array | None
 
 
-class scale_by_adam(_Moments):
+class scale_by_adam(_MomentRule):
     """Adam's rule: the average gradient over the root of the average squared gradient.
 
     Kingma & Ba, arXiv:1412.6980. With `t` the step's number, 1 for the first, and g the gradient:
@@ -285,12 +285,13 @@ class scale_by_adam(_Moments):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * |g|**2
 
-    and then one of two forms, the one just before section 2.1 or the one of algorithm 1:
+    and then one of two forms, that just before section 2.1 or that of algorithm 1:
 
         update = sqrt(1 - b2**t) / (1 - b1**t) * m / (sqrt(v) + eps_hat)
         update = m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps)
 
-    Moments, scalars and the quotient are computed in float32, or in float64 for float64.
+    Moments, scalars and the quotient are computed in float32, or in float64 if the gradient or v
+    is float64.
 
     Args:
       b1: decay of the first moment, in [0, 1).
@@ -305,7 +306,7 @@ class scale_by_adam(_Moments):
         `m / (1 - b1**t)`. If neither epsilon is given, `eps` is 1e-7.
       m_dtype, v_dtype: the dtypes in which the state stores the moments: bfloat16, float32 or
         float64; by default float32, or the parameter's dtype if that is wider. bfloat16 takes half
-        the memory and is rounded stochastically, so that its mean over steps is that of float32.
+        the memory and is rounded stochastically, so that on average it follows float32.
         For complex parameters m is complex, v real, and `m_dtype` has no effect. "scaled8" takes a
         quarter of the memory: 8-bit codes, with one exponent for each slice along the last axis
         (called a row here), or for each 1,024 elements of a vector (`adamjax.states.Scaled8`). It
@@ -425,7 +426,7 @@ class ScaleByAmsgradState(NamedTuple):
     v_max: Tree
 
 
-class scale_by_amsgrad(_Moments):
+class scale_by_amsgrad(_MomentRule):
     """AMSGrad's rule: Adam's, with the largest v so far in place of v.
 
     Reddi et al., arXiv:1904.09237, algorithm 2, with Adam's bias corrections as in Keras and torch:
@@ -536,7 +537,7 @@ class ScaleByAdamaxState(NamedTuple):
     u: Tree
 
 
-class scale_by_adamax(_Moments):
+class scale_by_adamax(_MomentRule):
     """Adamax's rule: the average gradient over a decaying maximum of its absolute values.
 
     Kingma & Ba, arXiv:1412.6980, algorithm 2, with the epsilon of Keras:

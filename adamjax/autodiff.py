@@ -40,7 +40,7 @@ def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
 
     `jax.jit` uses it to find static arguments by name and by position.
     """
-    own = [
+    leading = [
         # A keyword of fn may be called params or state, and jit does not accept a name twice.
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
         for name in ("_params", "_state")
@@ -53,11 +53,11 @@ def signature_with_state(fn: Callable[..., Any]) -> inspect.Signature:
     except ValueError:  # fn has no signature, or takes no argument
         signature = inspect.signature(lambda *args, **kwargs: None)
         others = list(signature.parameters.values())
-    return signature.replace(parameters=[*own, *others])
+    return signature.replace(parameters=[*leading, *others])
 
 
 def takes_state(fn: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates `(params, state, /, *args, **kwargs)`, which calls `fn(params, *args, **kwargs)`.
+    """Decorates a function `(params, state, ...)` that calls `fn(params, ...)`.
 
     It does what `functools.wraps` does, but the signature includes the state.
     """
@@ -115,7 +115,7 @@ class Call:
             )
         self.argnums = [i % len(args) for i in numbers]
         if len(set(self.argnums)) != len(numbers):
-            raise ValueError(f"{owner}: argnums={argnums} has an argument twice, expected once")
+            raise ValueError(f"{owner}: argnums={argnums} names an argument twice")
         self.trees = [flatten(args[i]) for i in self.argnums]
         self.leaves = [leaf for leaves, _ in self.trees for leaf in leaves]
         self.paths = [path for i in self.argnums for path in leaf_paths(args[i])]
@@ -128,7 +128,7 @@ class Call:
     def unflattened(self, leaves: Sequence[Any]) -> list[Any]:
         """Trees like the differentiated arguments, with these leaves."""
         rest = iter(leaves)
-        return [treedef.unflatten(itertools.islice(rest, len(own))) for own, treedef in self.trees]
+        return [treedef.unflatten(itertools.islice(rest, len(x))) for x, treedef in self.trees]
 
     def _loss(self, floats: Sequence[Any]) -> Any:
         """The loss as a function of the float leaves."""
@@ -140,7 +140,7 @@ class Call:
         return self.loss_fn(*args, **self.kwargs)
 
     def _split_aux(self, value: Any) -> tuple[Any, Any]:
-        """Splits what the loss function returned into the loss and aux; `None` without has_aux."""
+        """Splits the loss function's result into loss and aux; aux is `None` without has_aux."""
         if not self.has_aux:
             return value, None
         if not isinstance(value, tuple | list) or len(value) != 2:
@@ -181,48 +181,48 @@ class Call:
         """The loss as a jaxpr, and a function that restores aux.
 
         The jaxpr takes the float leaves, and returns the loss and then the JAX arrays of aux. The
-        function takes these arrays.
+        function makes aux from these arrays.
         """
-        restored: list[Callable[[list[Any]], Any]] = []
+        restorers: list[Callable[[list[Any]], Any]] = []
 
         def function(*floats: Any) -> list[Any]:
             value, aux = self._split_aux(self._loss(floats))
             self._expect_loss(value)
             arrays: list[Any] = []
             if self.has_aux:
-                arrays, restored[:] = _split_arrays(aux)
+                arrays, restorers[:] = _split_arrays(aux)
             return [value, *arrays]
 
         closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
-        return closed, restored[0] if restored else lambda arrays: None
+        return closed, restorers[0] if restorers else lambda arrays: None
 
     def traced_results(self) -> tuple[ClosedJaxpr, Callable[[list[Any]], Any]]:
         """The jaxpr of a function that is not a loss, and a function that restores its results.
 
         The results may be any tree. The jaxpr takes the float leaves, and returns the JAX arrays
-        among the results. The function takes these arrays.
+        among the results. The function makes the results from these arrays.
         """
-        restored: list[Callable[[list[Any]], Any]] = []
+        restorers: list[Callable[[list[Any]], Any]] = []
 
         def function(*floats: Any) -> list[Any]:
-            arrays, restored[:] = _split_arrays(self._loss(floats))
+            arrays, restorers[:] = _split_arrays(self._loss(floats))
             return arrays
 
         closed = jax.make_jaxpr(function)(*(self.leaves[i] for i in self.floats))
-        return closed, restored[0]
+        return closed, restorers[0]
 
 
 def _split_arrays(tree: Any) -> tuple[list[Any], list[Callable[[list[Any]], Any]]]:
-    """The JAX arrays in a tree, and a list with one function, which puts such arrays back."""
+    """The JAX arrays in a tree, and a list with one function, which makes the tree from them."""
     leaves, structure = jax.tree.flatten(tree)
     treedef: Any = structure
     others = [None if isinstance(x, jax.Array) else (x,) for x in leaves]
 
-    def restored(arrays: list[Any]) -> Any:
+    def restore(arrays: list[Any]) -> Any:
         rest = iter(arrays)
         return treedef.unflatten([next(rest) if x is None else x[0] for x in others])
 
-    return [x for x in leaves if isinstance(x, jax.Array)], [restored]
+    return [x for x in leaves if isinstance(x, jax.Array)], [restore]
 
 
 class Reads:
@@ -231,23 +231,23 @@ class Reads:
     With `is_loss=False`, the function may return any tree, and has no gradient.
 
     Attributes:
-      by_rows: the tables of which the loss only reads rows, as positions of leaves.
-      dense: the tables that it also uses in another way, whose gradients are dense.
-      others: all float leaves except the ones in `by_rows`.
+      row_tables: the tables of which the loss only reads rows, as positions of leaves.
+      dense_tables: the tables that the loss also uses in another way, or that have no rows.
+      other_floats: all float leaves except `row_tables`.
     """
 
     def __init__(
         self, call: Call, tables: Sequence[int], exact: bool, strict: bool, is_loss: bool = True
     ) -> None:
         self.call, self.is_loss = call, is_loss
-        self.closed, self.restored = call.traced() if is_loss else call.traced_results()
+        self.closed, self.restore = call.traced() if is_loss else call.traced_results()
         # A table without rows has no rows to read.
-        self.dense = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
+        self.dense_tables = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
         while True:
             planner = Planner(exact)
-            by_rows = [i for i in tables if i not in self.dense]
+            row_tables = [i for i in tables if i not in self.dense_tables]
             views = [
-                View(i, np.shape(call.leaves[i])) if i in by_rows else None for i in call.floats
+                View(i, np.shape(call.leaves[i])) if i in row_tables else None for i in call.floats
             ]
             live_outs = [is_loss and i == 0 for i in range(len(self.closed.out_avals))]
             self.plan = planner.plan(self.closed, views, [True] * len(views), live_outs)
@@ -256,30 +256,30 @@ class Reads:
             if not planner.refused:
                 break
             if strict:
-                raise ValueError(self._refused(*next(iter(planner.refused.items()))))
-            self.dense += planner.refused
-        self.by_rows = by_rows
-        self.others = [i for i in call.floats if i not in by_rows]
+                raise ValueError(self._refusal(*next(iter(planner.refused.items()))))
+            self.dense_tables += planner.refused
+        self.row_tables = row_tables
+        self.other_floats = [i for i in call.floats if i not in row_tables]
 
-    def _refused(self, table: int, eqn: JaxprEqn | None) -> str:
+    def _refusal(self, table: int, eqn: JaxprEqn | None) -> str:
         call = self.call
         if eqn is None:
             use = f"returned by the {'loss ' if self.is_loss else ''}function"
         else:
             use = f"used by {eqn.primitive.name} at {source_line(eqn)}"
         if self.is_loss:
-            so, allowed = "its gradient is dense", "its dense gradient"
+            effect, allowed = "its gradient is dense", "its dense gradient"
         else:
-            so, allowed = "all of its rows have to be brought up to date", "that"
+            effect, allowed = "all of its rows have to be brought up to date", "that"
         return (
             f"{call.owner}: the table {call.paths[table]!r} is {use}, which is not a read of whole "
-            f"rows, so {so}. Read it only by table[ids] or jnp.take, or remove it from the tables; "
-            f"strict=False allows {allowed}"
+            f"rows, so {effect}. Read it only by table[ids] or jnp.take, or remove it from the "
+            f"tables; strict=False allows {allowed}"
         )
 
     def indices(self) -> dict[int, chex.Array]:
         """By table, the flat indices of its reads, if they can be computed before the loss runs."""
-        by_table: dict[int, list[Any]] = {i: [] for i in self.by_rows}
+        by_table: dict[int, list[Any]] = {i: [] for i in self.row_tables}
         for site, ids in zip(self.plan.sites, self.plan.indices({}), strict=True):
             by_table[site.view.table].append(ids)
         return {
@@ -303,7 +303,7 @@ class Reads:
           read_rows: `(data, table, int32[...]) -> rows`, for tables that are not in `rows`.
           rows: by table, the rows at the indices that `indices` returned.
           dense: arrays that replace some leaves, by the leaves' positions.
-          searched: by table, the result of `search.distinct` for what `indices` returned.
+          searched: by table, `search.distinct` of the indices that `indices` returned.
         """
         call = self.call
         leaves, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
@@ -315,12 +315,12 @@ class Reads:
         function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, (arrays, ids)), (other_grads, site_grads) = function(others, row_inputs)
         grads: list[Any] = [None] * len(leaves)
-        for i, g in zip(self.others, other_grads, strict=True):
+        for i, g in zip(self.other_floats, other_grads, strict=True):
             grads[i] = g
         for i, g in self._row_gradients(leaves, ids, site_grads, searched or {}).items():
             grads[i] = g
         trees = call.unflattened(grads)
-        value = (value, self.restored(arrays)) if call.has_aux else value
+        value = (value, self.restore(arrays)) if call.has_aux else value
         return value, trees[0] if call.single else tuple(trees)
 
     def results(
@@ -332,7 +332,7 @@ class Reads:
     ) -> Any:
         """Returns what the function returns; takes the same arguments as `value_and_grad`."""
         _, others, row_inputs, source = self._inputs(data, read_rows, rows, dense)
-        return self.restored(self._run(source, others, row_inputs)[0])
+        return self.restore(self._run(source, others, row_inputs)[0])
 
     def _run(
         self, source: Source, others: list[Any], row_inputs: PerSite
@@ -350,12 +350,12 @@ class Reads:
         rows: Mapping[int, chex.Array] | None,
         dense: Mapping[int, chex.Array] | None,
     ) -> tuple[list[Any], list[Any], PerSite, Source]:
-        """The leaves as arrays, those in `others`, the rows at each site, and a source of rows."""
+        """The leaves as arrays, `other_floats`, the `row_inputs` of `Plan.run`, and its source."""
         call, rows = self.call, dict(rows or {})
         leaves: list[Any] = [
             jnp.asarray(x) if i in call.floats else x for i, x in enumerate(call.leaves)
         ]
-        others = [(dense or {}).get(i, leaves[i]) for i in self.others]
+        others = [(dense or {}).get(i, leaves[i]) for i in self.other_floats]
         row_inputs: PerSite = []
         starts = dict.fromkeys(rows, 0)
         for site in self.plan.sites:
@@ -385,15 +385,15 @@ class Reads:
         grads: PerSite,
         searched: Mapping[int, tuple[chex.Array, chex.Array]],
     ) -> dict[int, RowGradient]:
-        """The gradients of the tables in `by_rows`."""
+        """The gradients of `row_tables`."""
         values, unsearched, distinct = {}, {}, dict(searched)
-        for i in self.by_rows:
+        for i in self.row_tables:
             reads = zip(self.plan.sites, ids, grads, strict=True)
             table_reads = [read for read in reads if read[0].view.table == i]
             # Within `shard_map`, only the indices of one device were searched.
             if any(site.view.axes for site, _, _ in table_reads):
                 distinct.pop(i, None)
-            values[i], indices = self._gathered(leaves[i], table_reads, i in distinct)
+            values[i], indices = self._joined_reads(leaves[i], table_reads, i in distinct)
             if i not in distinct:
                 unsearched[i] = as_row_ids(indices, len(leaves[i]))
         num_rows = [len(leaves[i]) for i in unsearched]
@@ -404,13 +404,13 @@ class Reads:
         )
         return dict(zip(values, sums, strict=True))
 
-    def _gathered(
+    def _joined_reads(
         self, leaf: chex.Array, table_reads: list[tuple[Any, Any, Any]], is_searched: bool
     ) -> tuple[chex.Array, chex.Array]:
         """The gradients of the rows that a table's reads return, and the indices of these rows.
 
-        With `is_searched` it returns no indices. Then every read has gradients, so that they match
-        the indices that were searched: zeros if the loss is not differentiated through the read.
+        With `is_searched` it returns no indices. The gradients then match the searched indices: a
+        read through which the loss is not differentiated has gradients of zero.
         """
         trailing = leaf.shape[1:]
         indices = [jnp.zeros(0, jnp.int32)]
@@ -424,13 +424,13 @@ class Reads:
             if not is_searched:
                 ids = ids.reshape(-1)
                 if site.view.axes:
-                    gathered = functools.partial(
+                    gather = functools.partial(
                         jax.lax.all_gather,
                         axis_name=site.view.axes,
                         tiled=True,
                         to="invarying",
                     )
-                    ids, g = gathered(ids), gathered(g)
+                    ids, g = gather(ids), gather(g)
                 indices.append(ids)
             values.append(g)
         return jnp.concatenate(values), jnp.concatenate(indices)
@@ -486,13 +486,13 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of an unchanged loss, with a `RowGradient` for each table.
 
-    A table is a leaf of which the loss reads whole rows: by `table[ids]`, `jnp.take`, or Flax' and
-    Equinox' embeddings, with indices of any shape and in any mode. The loss may cast the table
-    first, or reshape it so that rows stay whole, and read it within `jit`, `vmap`, `remat`, `scan`,
-    `map`, `cond` and `shard_map`. The gradient has each row that was read, once: if a row is read
-    several times, its gradients are summed, in float32 or wider. No array of the table's size is
-    made, not even a cast of it. If the loss also uses the table in another way (as output weights,
-    in a norm, in a `custom_jvp` or `custom_vjp`), the table's gradient is the dense one of
+    A table is a leaf from which the loss reads whole rows: by `table[ids]`, by `jnp.take`, or by
+    Flax' and Equinox' embeddings, with indices of any shape and in any mode. The loss may cast the
+    table first, or reshape it so that rows stay whole, and read it within `jit`, `vmap`, `remat`,
+    `scan`, `map`, `cond` and `shard_map`. The gradient has each row that was read, once: if a row
+    is read several times, its gradients are summed, in float32 or wider. No array of the table's
+    size is made, not even a cast of it. If the loss also uses the table in another way (as output
+    weights, in a norm, in a `custom_jvp` or `custom_vjp`), the table's gradient is the dense one of
     `jax.grad`.
 
     In all other respects it works like JAX's function, and composes with JAX's transformations. The
@@ -543,7 +543,7 @@ def value_and_grad(
         call = Call(owner, loss_fn, args, kwargs, argnums, has_aux)
         reads = Reads(call, _tables(call, patterns), False, strict)
 
-        tables_by_leaf = {i: jnp.asarray(call.leaves[i]) for i in reads.by_rows}
+        tables_by_leaf = {i: jnp.asarray(call.leaves[i]) for i in reads.row_tables}
         return reads.value_and_grad(
             tables_by_leaf, lambda tables, i, ids: tables[i].at[ids].get(mode="clip")
         )
@@ -570,11 +570,11 @@ def grad(
     >>> adamjax.grad(lambda table, i: table[i].sum(), "")(table, jnp.array([5])).indices
     Array([5], dtype=int32)
     """
-    both = value_and_grad(loss_fn, tables, has_aux=has_aux, argnums=argnums, strict=strict)
+    gradient = value_and_grad(loss_fn, tables, has_aux=has_aux, argnums=argnums, strict=strict)
 
     @functools.wraps(loss_fn)
     def function(*args: Any, **kwargs: Any) -> Any:
-        value, grads = both(*args, **kwargs)
+        value, grads = gradient(*args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return function

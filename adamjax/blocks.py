@@ -51,9 +51,9 @@ def run_in_blocks(
     Args:
       step: `(tables, indices, rows, reads) -> (tables, rows)`, called with some of the indices.
         Its result for a row must not depend on other rows.
-      tables: what each block's step passes to the next block: a tree of arrays, such as those with
-        an entry for each row of a table.
-      indices: int32[n], distinct; `num_rows` marks an empty place.
+      tables: a tree of arrays, such as arrays with an entry for each row of a table. The step of
+        each block updates them and passes them to the next block.
+      indices: int32[n], distinct rows; `num_rows` stands for no row.
       rows: a tree of arrays [n, ...], which the step's results replace.
       reads: a tree of arrays [n, ...] that the step only reads.
 
@@ -99,23 +99,23 @@ def run_in_blocks(
 
     args = tables, indices, rows, reads
     # The jitted step is one equation, which JAX does not trace again at each use.
-    once, once_consts = _closure_converted(jax.jit(step), *args)
+    unlooped, unlooped_consts = _closure_converted(jax.jit(step), *args)
     loop, loop_consts = _closure_converted(looped, *args)
 
     @jax.custom_jvp
-    def run(once_consts: Any, loop_consts: Any, args: Any) -> Any:
+    def run(unlooped_consts: Any, loop_consts: Any, args: Any) -> Any:
         # A GPU takes all rows at once: in a loop, each iteration would wait for the host.
-        on_gpu = functools.partial(once, once_consts)
+        on_gpu = functools.partial(unlooped, unlooped_consts)
         return jax.lax.platform_dependent(
             *args, cuda=on_gpu, rocm=on_gpu, default=functools.partial(loop, loop_consts)
         )
 
-    # JAX has no reverse-mode derivative of such a loop, so differentiate `once` in its place.
+    # JAX has no reverse-mode derivative of such a loop, so differentiate `unlooped` in its place.
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(lambda consts, _, args: once(consts, *args), primals, tangents)
+        return jax.jvp(lambda consts, _, args: unlooped(consts, *args), primals, tangents)
 
-    return run(once_consts, loop_consts, args)
+    return run(unlooped_consts, loop_consts, args)
 
 
 def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
@@ -133,13 +133,13 @@ def _closure_converted(function: Callable[..., Any], *args: Any) -> tuple[Any, l
 
 
 def _carry_as_varying(block: Callable[[Any], Any], carry: Any, reads: Any) -> Any:
-    """In `shard_map`, marks a carry as varying over the same mesh axes as what a block returns."""
+    """In `shard_map`, marks a carry as varying over the mesh axes of the carry after a block."""
     if not any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, reads))):
         return carry
 
     def cast(x: chex.Array, after: Any) -> chex.Array:
-        more = set(varying_axes(after)) - set(varying_axes(jax.typeof(x)))
-        return as_varying(x, tuple(more)) if more else x
+        missing = set(varying_axes(after)) - set(varying_axes(jax.typeof(x)))
+        return as_varying(x, tuple(missing)) if missing else x
 
     return jax.tree.map(cast, carry, jax.eval_shape(block, carry))
 
@@ -181,13 +181,13 @@ def per_row(values: Any, counts: Sequence[int]) -> Any:
 def joined_positions(
     positions: Sequence[chex.Array], sizes: Sequence[int], starts: Any, outside: int
 ) -> chex.Array:
-    """Positions among the rows of each table, as positions in one array with the rows of all.
+    """Turns positions among the rows of each table into positions in one array of all rows.
 
     Args:
       positions: for each table int32[n], positions among its rows; `sizes[i]` stands for no row.
       sizes: the number of rows of each table.
-      starts: where the rows of each table start in the array of all.
-      outside: what stands for no row in the result.
+      starts: the position in that array of the first row of each table.
+      outside: the position in the result that stands for no row.
     """
     joined, counts = jnp.concatenate(positions), [x.size for x in positions]
     is_row = joined < per_row(np.array(sizes, np.int32), counts)

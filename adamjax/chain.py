@@ -49,11 +49,11 @@ def _in_dtype(leaf: Any, dtype: Any) -> Any:
     return leaf.astype(dtype) if is_rows else jnp.asarray(leaf, dtype)
 
 
-def _gives_factors(tx: Any) -> TypeGuard[Scaling]:
+def _has_factors(tx: Any) -> TypeGuard[Scaling]:
     return isinstance(tx, Scaling) and tx.has_factors
 
 
-def _takes_factors(tx: Any) -> TypeGuard[Rule]:
+def _applies_factors(tx: Any) -> TypeGuard[Rule]:
     return isinstance(tx, Rule) and tx.has_step
 
 
@@ -65,7 +65,7 @@ class chain(Transform):
     float32. Other libraries' transforms, `weight_ema`, `exact_rows` and `master_weights` get
     updates in the gradients' dtype. A chain within a chain is replaced by its parts. The state is
     the tuple of the parts' states. Extra arguments of `update` go to every part; other libraries'
-    functions get only the ones that they take.
+    functions get only those that they accept.
 
     Args:
       *transforms: adamjax transforms, or `(init, update)` pairs such as optax's transforms.
@@ -120,11 +120,15 @@ class chain(Transform):
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         states = self.part_states(state)
         leaves = flatten(updates)[0]
-        given = [dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves]
-        wide = [None if d is None else widened_dtype(d, compute_dtype(d)) for d in given]
+        given_dtypes = [
+            dtype_of(g) if is_arraylike(g) and not is_left_alone(g) else None for g in leaves
+        ]
+        wide_dtypes = [
+            None if d is None else widened_dtype(d, compute_dtype(d)) for d in given_dtypes
+        ]
 
         def cast(updates: Any, dtypes: list[Any]) -> Any:
-            if given == wide:  # the gradients' dtypes are wide already
+            if given_dtypes == wide_dtypes:  # the gradients' dtypes are wide already
                 return updates
             leaves, treedef = flatten(updates)
             return treedef.unflatten([_in_dtype(x, d) for x, d in zip(leaves, dtypes, strict=True)])
@@ -136,25 +140,25 @@ class chain(Transform):
             if is_done:
                 is_done = False
             elif tx.has_foreign or tx.must_be_last:
-                # The weights must move by exactly the updates that this part returns if it must be
-                # last, so updates are rounded before it and not after. And the state of another
-                # library's transform may take on the dtype of its updates.
-                updates = cast(updates, given)
+                # The weights must move by exactly the updates that the last part returns, so these
+                # are rounded before it, not after. And the state of another library's transform may
+                # get the dtype of its updates.
+                updates = cast(updates, given_dtypes)
                 updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
-            elif _gives_factors(tx):
+            elif _has_factors(tx):
                 # Compute the factors from the updates before these are widened. Otherwise XLA would
                 # keep wide copies of narrow gradients from the norm to the product.
                 factors, new_states[i] = tx.factors(updates, states[i])
-                updates = tx.scaled(factors, cast(updates, wide), params)
-            elif _takes_factors(tx) and _gives_factors(next_tx) and not next_tx.reads_updates:
+                updates = tx.scaled(factors, cast(updates, wide_dtypes), params)
+            elif _applies_factors(tx) and _has_factors(next_tx) and not next_tx.reads_updates:
                 factors, new_states[i + 1] = next_tx.factors(updates, states[i + 1])
-                updates, new_states[i] = tx.step(cast(updates, wide), states[i], factors)
+                updates, new_states[i] = tx.step(cast(updates, wide_dtypes), states[i], factors)
                 is_done = True
             else:
-                updates = cast(updates, wide)
+                updates = cast(updates, wide_dtypes)
                 updates, new_states[i] = tx.update(updates, states[i], params, **extra_args)
         if not self.has_wide_updates:
-            updates = cast(updates, given)
+            updates = cast(updates, given_dtypes)
         return updates, tuple(new_states)
 
     def part_states(self, state: Any) -> tuple[Any, ...]:

@@ -75,7 +75,7 @@ def global_norm(tree: Tree) -> chex.Array:
 def _norm(owner: str, tree: Tree) -> chex.Array:
     empty = jnp.zeros((), jnp.float32)
     dtypes = {x.dtype for x in flatten(tree)[0] if hasattr(x, "dtype")}
-    # Outside of x64 mode, JAX takes NumPy's float64 as float32.
+    # Outside of x64 mode, JAX casts NumPy's float64 to float32.
     is_x64 = jnp.result_type(float) == jnp.float64
     has_float64 = is_x64 and bool({np.dtype("float64"), np.dtype("complex128")} & dtypes)
     rule = _leaf_sum_of_squares_in_float64 if has_float64 else _leaf_sum_of_squares
@@ -213,7 +213,7 @@ class clip_by_global_norm(Stateless, Scaling):
 
     Pascanu et al., arXiv:1211.5063, algorithm 1 (`global_clipnorm` of Keras). `global_norm`
     computes the norm. If it is not finite, every element becomes NaN, as in TensorFlow's
-    `clip_by_global_norm`, so the fault shows. A `RowGradient` becomes NaN in its rows only.
+    `clip_by_global_norm`, so the fault is visible. A `RowGradient` becomes NaN in its rows only.
     `skip_not_finite` around the chain looks at the gradients before the clip: it skips the step if
     one of their elements is not finite, but not if only their squares overflow (see `global_norm`).
 
@@ -243,4 +243,4 @@ class clip_by_global_norm(Stateless, Scaling):
         expect_empty(self, state)
         norm = _norm("clip_by_global_norm", tree)
         factor = _clip_factor(norm, _max_norm(self.max_norm, norm.dtype))
-        return factor.astype, state  # a function of a dtype, as for all factors
+        return factor.astype, state  # `factors` returns functions of a dtype

@@ -2,7 +2,7 @@
 
 An array becomes codes of one byte each, and one byte for each block: the exponent of the block's
 largest number. A block is a row along the last axis; in a vector it is 1,024 elements. So no block
-reaches over two rows of a table, and m and v together take `2 + 2 / columns` bytes a parameter.
+spans two rows of a table, and m and v together take `2 + 2 / columns` bytes a parameter.
 
 =================  =====================  =========================
 ..                 signed (m)             unsigned (v, v_max, u)
@@ -151,14 +151,14 @@ def references_for_slot(p: Any) -> Scaled8:
 
     Codes have the shape of `p`. Exponents have another shape, so their reference is a part of `p`.
     If `split_alike` would ignore it, because `p` is not traced or has an explicit sharding, `p`
-    itself stands for it.
+    itself takes its place.
     """
     is_ignored = explicit_sharding(p) is not None or not isinstance(p, jax.core.Tracer)
     return Scaled8(p, p if is_ignored else _first_of_blocks(p))
 
 
 def expect_encoded(what: str, slot: Scaled8) -> None:
-    """Refuses codes and exponents that were cast, cut or put together wrongly."""
+    """Refuses codes and exponents with wrong dtypes, or with shapes that do not match."""
     codes, exponents = slot
     dtypes = tuple(getattr(x, "dtype", None) for x in slot)
     if dtypes[0] not in (np.int8, np.uint8) or dtypes[1] != np.uint8:
@@ -190,7 +190,7 @@ def expect_exponents_by_row(slot: Any, what: str = "a row gradient needs rows") 
 
 
 def _exponent_range(code_dtype: Any) -> int:
-    """Down to how many powers of two below a block's largest number codes have full precision."""
+    """The number of powers of two below a block's largest number with codes of full precision."""
     return 14 if code_dtype == np.int8 else 30
 
 

@@ -73,7 +73,7 @@ def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[s
 
 
 def shown(x: Any) -> str:
-    """What errors say of a leaf: its dtype and shape, or that it is `None`."""
+    """A leaf in the words of an error: its dtype and shape, or `None`."""
     return "None" if x is None else described(x)
 
 
@@ -133,7 +133,7 @@ def in_float64(x: Any) -> Any:
 
 
 def first_difference(name: str, a: Any, b: Any, differ: Any) -> str:
-    """The message that says where the first true element of `differ` is, and the values there."""
-    at = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
-    where = f"{name}{list(at)}" if at else name
-    return f"{where} is {a[at]!s}, expected {b[at]!s}" if a.size else f"{name} differs"
+    """An error's message: where `differ` is first true, and the two values at that index."""
+    index = tuple(int(i[0]) for i in np.nonzero(differ)) if np.ndim(differ) else ()
+    where = f"{name}{list(index)}" if index else name
+    return f"{where} is {a[index]!s}, expected {b[index]!s}" if a.size else f"{name} differs"

@@ -2,7 +2,7 @@
 
 A `Plan` is a jaxpr in which a `TableEquation` replaces each equation that takes a table. JAX
 evaluates all other equations unchanged. A plan can be run with rows from any source, or asked for
-the row indices alone, before any row is read. `reads` makes plans.
+the row indices alone, before any row is read. `reads.Planner` makes plans.
 """
 
 import functools
@@ -48,10 +48,10 @@ __all__ = [
 
 
 class View(NamedTuple):
-    """A table, or what the loss has made of it by casts and reshapes that keep its rows.
+    """A table after casts and reshapes that keep its rows, if there are any.
 
     Attributes:
-      table: the table's number.
+      table: the table's position among the leaves.
       shape: the shape after the reshapes.
       casts: each cast in order, as a function and its arguments after the array.
       live: whether the loss is differentiated through it.
@@ -73,12 +73,12 @@ class ReadSite(NamedTuple):
     """A site in a loss where rows of a table are read.
 
     Attributes:
-      view: the table.
+      view: the table's view.
       shape: the shape of the indices.
       trailing: the shape of a row in the result.
       live: whether the loss is differentiated with respect to these rows.
-      independent: whether the indices are independent of the differentiated inputs.
-      varying: axes of `shard_map` over which the rows differ.
+      independent: whether the indices depend on no differentiated input and no effect.
+      varying: axes of `shard_map` over which the rows may differ.
     """
 
     view: View
@@ -97,13 +97,13 @@ _Get = Callable[[Any], Any]
 
 
 class Source(NamedTuple):
-    """Where a plan takes rows and tables from.
+    """The source of a plan's rows and tables.
 
     Attributes:
       data: a pytree of arrays, passed to both functions.
       read_rows: `(data, table, int32[...]) -> rows`.
       read_table: `(data, table) -> array`, for uses that are not differentiated.
-      input_tables: the tables whose rows are passed in as inputs of the loss.
+      input_tables: the tables whose rows are in the `row_inputs` of `Plan.run`.
     """
 
     data: Any
@@ -229,9 +229,9 @@ class Plan:
 
     Attributes:
       ins: the variables that it takes, without tables.
-      items: in order, the equations, with a `TableEquation` for each that takes a table. Those that
-        only make a view of a table are left out.
-      table_equations: the items that take a table.
+      equations: in order, with a `TableEquation` for each that takes a table. Equations that only
+        make a view of a table are left out.
+      table_equations: the equations that take a table.
       outs: the atoms and views that it returns.
       sites: where it reads rows, in order.
     """
@@ -240,12 +240,12 @@ class Plan:
         self,
         closed: ClosedJaxpr,
         ins: Sequence[Var],
-        items: Sequence[JaxprEqn | TableEquation],
+        equations: Sequence[JaxprEqn | TableEquation],
         outs: Sequence[Any],
     ) -> None:
-        self.closed, self.ins, self.items, self.outs = closed, ins, items, outs
-        self.table_equations = [item for item in items if isinstance(item, TableEquation)]
-        self.sites = [site for item in self.table_equations for site in item.sites]
+        self.closed, self.ins, self.equations, self.outs = closed, ins, equations, outs
+        self.table_equations = [eqn for eqn in equations if isinstance(eqn, TableEquation)]
+        self.sites = [site for eqn in self.table_equations for site in eqn.sites]
 
     def _env(self, values: Mapping[Var, Any]) -> tuple[dict[Var, Any], _Get]:
         consts = zip(self.closed.jaxpr.constvars, self.closed.consts, strict=True)
@@ -259,38 +259,37 @@ class Plan:
 
         Args:
           args: the values of `ins`.
-          row_inputs: for each site, an array of the shape of its rows, with respect to which the
-            loss is differentiated: the rows themselves if the table is one of
-            `source.input_tables`, else zeros, which are added to the rows in effect. `None` if the
-            loss is not differentiated with respect to the rows.
+          row_inputs: for each site, its rows if the table is one of `source.input_tables`. Else
+            zeros, which are in effect added to the rows, so that the loss can be differentiated
+            with respect to them; or `None` if it is not.
         """
         env, get = self._env(dict(zip(self.ins, args, strict=True)))
         indices: PerSite = []
-        for item in self.items:
-            if not isinstance(item, TableEquation):
-                _evaluate(self.closed.jaxpr, item, env)
+        for eqn in self.equations:
+            if not isinstance(eqn, TableEquation):
+                _evaluate(self.closed.jaxpr, eqn, env)
                 continue
             first_site = len(indices)
-            site_inputs = row_inputs[first_site : first_site + len(item.sites)]
-            with source_of(item.eqn):
-                outs, site_indices = item.run(source, get, site_inputs)
-            env.update(zip(item.outs, outs, strict=True))
+            site_inputs = row_inputs[first_site : first_site + len(eqn.sites)]
+            with source_of(eqn.eqn):
+                outs, site_indices = eqn.run(source, get, site_inputs)
+            env.update(zip(eqn.outs, outs, strict=True))
             indices += site_indices
         return [get(x) for x in self.outs if not isinstance(x, View)], indices
 
     def _needed(self, atoms: Iterable[Any]) -> tuple[set[Var], list[JaxprEqn]]:
-        """The variables and equations that the independent indices and some atoms depend on."""
-        needed = {v for item in self.table_equations for v in variables_of(item.needed_atoms())}
+        """The variables and equations that the independent indices and these atoms depend on."""
+        needed = {v for eqn in self.table_equations for v in variables_of(eqn.needed_atoms())}
         needed.update(variables_of(atoms))
         eqns = []
-        for item in reversed(self.items):
-            if not isinstance(item, TableEquation) and not needed.isdisjoint(item.outvars):
-                needed.update(variables_of(item.invars))
-                eqns.append(item)
+        for eqn in reversed(self.equations):
+            if not isinstance(eqn, TableEquation) and not needed.isdisjoint(eqn.outvars):
+                needed.update(variables_of(eqn.invars))
+                eqns.append(eqn)
         return needed, eqns[::-1]
 
     def needed_ins(self, atoms: Sequence[Any] = ()) -> list[int]:
-        """The positions of the `ins` whose values `values_and_indices` of these atoms needs."""
+        """The positions of the `ins` that `values_and_indices` needs for these atoms."""
         needed, _ = self._needed(atoms)
         return [i for i, v in enumerate(self.ins) if v in needed]
 
@@ -314,7 +313,7 @@ class Plan:
         env, get = self._env({self.ins[i]: x for i, x in args.items()})
         for eqn in self._needed(atoms)[1]:
             _evaluate(self.closed.jaxpr, eqn, env)
-        indices = [ids for item in self.table_equations for ids in item.indices(get)]
+        indices = [ids for eqn in self.table_equations for ids in eqn.indices(get)]
         return [get(x) for x in atoms], indices
 
 
@@ -325,9 +324,9 @@ class Window(NamedTuple):
     """How an equation reads whole rows: in runs of rows at equal distances.
 
     Attributes:
-      starts: the first row of each run: an atom of integers, or one integer of NumPy.
+      starts: the first row of each run: an atom of integers, or a NumPy integer.
       row_component: `None` if `starts` has one integer for each run. If it has an index vector for
-        each run, along its last axis, this is the element of the vector that is the row.
+        each run, along its last axis, this is the position of the row's index in the vector.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no
         axis.
       stride: the distance between the rows of a run.
@@ -450,7 +449,7 @@ class Remat(Inlined):
 
 
 class Scan(TableEquation):
-    """`lax.scan`, and loops made of it. A site has the reads of all iterations."""
+    """`lax.scan`, and loops that use it (`lax.map`). A site has the reads of all iterations."""
 
     def __init__(
         self,
@@ -494,7 +493,7 @@ class Scan(TableEquation):
         """The positions of the plan's `ins`, and of the carried values, that `indices` needs."""
         carried: list[int] = []
         while True:
-            # A carried value needs all that its value after an iteration is computed from.
+            # The next iteration's value of a carried variable may be computed from more inputs.
             needed = self.plan.needed_ins([self.plan.outs[i] for i in carried])
             new = [i - self.num_consts for i in needed if self.num_consts <= i < self.first_sliced]
             if set(new) <= set(carried):
@@ -529,10 +528,10 @@ class Cond(TableEquation):
         outs: Sequence[Var],
         independent: bool,
     ) -> None:
-        """The first of `ins` is the number of the branch to take; the others are its inputs.
+        """The first of `ins` is the index of the branch to run; the others are its inputs.
 
         Args:
-          independent: whether that number is independent of the differentiated inputs.
+          independent: whether that index depends on no differentiated input and no effect.
         """
         super().__init__(eqn, ins, outs)
         self.plans = plans
@@ -554,22 +553,22 @@ class Cond(TableEquation):
                 positions.append(position)
             self.site_positions.append(positions)
 
-    def _at_all_sites(self, number: int, branch_indices: PerSite) -> PerSite:
-        """The indices that a branch read, with no row at the sites of other branches."""
+    def _at_all_sites(self, branch: int, branch_indices: PerSite) -> PerSite:
+        """The indices of a branch's reads; at other branches' sites, indices that mean no row."""
         ids: PerSite = [jnp.full(site.shape, site.view.shape[0], jnp.int32) for site in self.sites]
-        for i, x in zip(self.site_positions[number], branch_indices, strict=True):
+        for i, x in zip(self.site_positions[branch], branch_indices, strict=True):
             ids[i] = ids[i] if x is None else x
         return ids
 
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
-        def branch(number: int, values: list[Any], row_inputs: PerSite) -> Any:
-            branch_inputs = [row_inputs[i] for i in self.site_positions[number]]
-            outs, indices = self.plans[number].run(source, values, branch_inputs)
-            return outs, self._at_all_sites(number, indices)
+        def run_branch(branch: int, values: list[Any], row_inputs: PerSite) -> Any:
+            branch_inputs = [row_inputs[i] for i in self.site_positions[branch]]
+            outs, indices = self.plans[branch].run(source, values, branch_inputs)
+            return outs, self._at_all_sites(branch, indices)
 
-        which, *values = (get(x) for x in self.ins)
-        branches = [functools.partial(branch, i) for i in range(len(self.plans))]
-        return jax.lax.switch(which, branches, values, row_inputs)
+        index, *values = (get(x) for x in self.ins)
+        branches = [functools.partial(run_branch, i) for i in range(len(self.plans))]
+        return jax.lax.switch(index, branches, values, row_inputs)
 
     @property
     def _has_independent_sites(self) -> bool:
@@ -579,22 +578,22 @@ class Cond(TableEquation):
         if not self._has_independent_sites:
             return []
         needed = sorted({i for plan in self.plans for i in plan.needed_ins()})
-        which, *branch_ins = self.ins
-        return [which, *(branch_ins[i] for i in needed)]
+        index, *branch_ins = self.ins
+        return [index, *(branch_ins[i] for i in needed)]
 
     def indices(self, get: _Get) -> PerSite:
         if not self._has_independent_sites:
             return [None] * len(self.sites)
 
-        def branch(number: int, values: dict[int, Any]) -> Any:
-            plan = self.plans[number]
+        def branch_indices(branch: int, values: dict[int, Any]) -> Any:
+            plan = self.plans[branch]
             indices = plan.indices({i: values[i] for i in plan.needed_ins()})
-            return self._at_all_sites(number, indices)
+            return self._at_all_sites(branch, indices)
 
-        which, *branch_ins = self.ins
+        index, *branch_ins = self.ins
         values = {i: get(branch_ins[i]) for plan in self.plans for i in plan.needed_ins()}
-        branches = [functools.partial(branch, i) for i in range(len(self.plans))]
-        indices = jax.lax.switch(get(which), branches, values)
+        branches = [functools.partial(branch_indices, i) for i in range(len(self.plans))]
+        indices = jax.lax.switch(get(index), branches, values)
         pairs = zip(self.sites, indices, strict=True)
         return [ids if site.independent else None for site, ids in pairs]
 
@@ -605,8 +604,8 @@ class ShardMap(TableEquation):
     Attributes:
       manual_axes: the axes of the mesh that it maps over.
       in_specs: the partition specs of the `ins`.
-      site_specs: the partition specs of the indices and rows at each site. Their first axis is the
-        devices.
+      site_specs: the partition specs of the indices and rows at each site. The first axis of these
+        arrays has an entry for each device.
     """
 
     def __init__(

@@ -46,13 +46,13 @@ def _is_small_slice(run_length: int, num_rows: int) -> bool:
 
 def _window(eqn: JaxprEqn, view: View) -> Window | None:
     """How an equation reads whole rows of its first operand; `None` if it does not."""
-    windows = {
+    makers = {
         "gather": _gather_window,
         "dynamic_slice": _dynamic_slice_window,
         "slice": _slice_window,
     }
-    window = windows.get(eqn.primitive.name)
-    return None if window is None else window(eqn, view)
+    make = makers.get(eqn.primitive.name)
+    return None if make is None else make(eqn, view)
 
 
 def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
@@ -80,7 +80,7 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         dropped=tuple(d for d in collapsed if d > 0),
         offset_axes=numbers.offset_dims,
         fill=fill,
-        # With this mode, JAX gives rows that it moved no gradient, though that is undocumented.
+        # In this mode, JAX moves a run into the table but gives it no gradient (undocumented).
         moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
     )
 
@@ -95,12 +95,12 @@ def _dynamic_slice_window(eqn: JaxprEqn, view: View) -> Window | None:
 
 def _slice_window(eqn: JaxprEqn, view: View) -> Window | None:
     params, (num_rows, *trailing) = eqn.params, view.shape
-    start, *others = params["start_indices"]
-    stop, *ends = params["limit_indices"]
-    stride, *strides = params["strides"] or [1] * len(view.shape)
+    start, *other_starts = params["start_indices"]
+    stop, *other_stops = params["limit_indices"]
+    stride, *other_strides = params["strides"] or [1] * len(view.shape)
     run_length = -(-(stop - start) // stride)
-    has_whole_rows = not any(others) and ends == trailing and set(strides) <= {1}
-    if not has_whole_rows or not _is_small_slice(run_length, num_rows):
+    is_whole = not any(other_starts) and other_stops == trailing and set(other_strides) <= {1}
+    if not is_whole or not _is_small_slice(run_length, num_rows):
         return None
     return Window(np.int32(start), run_length=run_length, stride=stride)
 
@@ -155,7 +155,7 @@ def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
 
     def count_stacked(variables: Sequence[Any], slices: Sequence[Any]) -> int:
         pairs = zip(variables, slices, strict=True)
-        return sum(np.ndim(v.aval) > np.ndim(one) for v, one in pairs)
+        return sum(np.ndim(v.aval) > np.ndim(in_iteration) for v, in_iteration in pairs)
 
     carried = len(eqn.outvars) - count_stacked(eqn.outvars, body.out_avals)
     return len(eqn.invars) - count_stacked(eqn.invars, body.in_avals) - carried, carried
@@ -195,28 +195,28 @@ class Planner:
         """The plan of a jaxpr.
 
         Args:
-          views: for each input the table that it is; `None` for all others.
+          views: for each input that is a table, its view; `None` for the others.
           tainted_ins: whether each input depends on the differentiated inputs of the loss.
           live_outs: whether the loss is differentiated through each result.
         """
         jaxpr = closed.jaxpr
         view_of = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
         live, tainted = _live(jaxpr, live_outs), _tainted(jaxpr, tainted_ins)
-        items: list[Any] = []
+        equations: list[Any] = []
         for eqn in jaxpr.eqns:
             in_views = [view_of.get(x) if isinstance(x, Var) else None for x in eqn.invars]
             if not any(view is not None for view in in_views):
-                items.append(eqn)
+                equations.append(eqn)
                 continue
             out_view = self._followed(eqn, in_views)
             if out_view is not None:
                 view_of[eqn.outvars[0]] = out_view
                 continue
-            item, out_views = self._table_equation(jaxpr, eqn, in_views, tainted, live)
+            table_eqn, out_views = self._table_equation(jaxpr, eqn, in_views, tainted, live)
             view_of.update(out_views)
-            items.append(item)
+            equations.append(table_eqn)
         outs = [view_of.get(x, x) if isinstance(x, Var) else x for x in jaxpr.outvars]
-        return Plan(closed, [v for v in jaxpr.invars if v not in view_of], items, outs)
+        return Plan(closed, [v for v in jaxpr.invars if v not in view_of], equations, outs)
 
     def _followed(self, eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
         """The view that an equation makes of a table; `None` if it does not keep the rows."""
@@ -267,11 +267,11 @@ class Planner:
         if primitive in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"):
             closed = _closed(params["jaxpr" if "jaxpr" in params else "call_jaxpr"])
             plan = self.plan(closed, views, is_tainted, is_live)
-            outs, new = _split(eqn.outvars, plan.outs)
+            outs, out_views = _split(eqn.outvars, plan.outs)
             make = Remat if primitive in ("remat2", "checkpoint") else Inlined
-            return make(eqn, plan, ins, outs), new
-        # A table that is split over devices cannot be followed. In older releases of JAX, whose
-        # `shard_map` has other parameters, no table can be followed.
+            return make(eqn, plan, ins, outs), out_views
+        # A table that is split over devices cannot be followed into `shard_map`. In older releases
+        # of JAX, whose `shard_map` has other parameters, no table can.
         if primitive == "shard_map" and "newly_manual_axes" in params:
             pairs = zip(views, params["in_specs"], strict=True)
             if not any(view is not None and any(spec) for view, spec in pairs):
@@ -290,8 +290,8 @@ class Planner:
                 returned = [x for x in results if isinstance(x, View)]
                 if returned and results != (returned[0],) * len(plans):
                     self.refuse(returned, eqn)
-            outs, new = _split(eqn.outvars, plans[0].outs)
-            return Cond(eqn, plans, ins, outs, not is_tainted[0]), new
+            outs, out_views = _split(eqn.outvars, plans[0].outs)
+            return Cond(eqn, plans, ins, outs, not is_tainted[0]), out_views
         if self.exact or _has_effect(eqn) or any(is_live):
             used = (view for view in views if view is not None and (self.exact or view.live))
             self.refuse(used, eqn, jaxpr)
@@ -327,11 +327,11 @@ class Planner:
         for before, x in itertools.zip_longest(views[carried], plan.outs):
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
-        outs, new = _split(eqn.outvars, plan.outs)
-        # The `ins` are what is left of the scan's inputs without the tables.
-        is_left = [view is None for view in views]
-        left_consts, left_carried = sum(is_left[:num_consts]), sum(is_left[carried])
-        return Scan(eqn, plan, not_tables(eqn, views), outs, left_consts, left_carried), new
+        outs, out_views = _split(eqn.outvars, plan.outs)
+        # The `ins` of a `Scan` do not include tables, so these are not counted.
+        is_in = [view is None for view in views]
+        ins, consts_in, carried_in = not_tables(eqn, views), is_in[:num_consts], is_in[carried]
+        return Scan(eqn, plan, ins, outs, sum(consts_in), sum(carried_in)), out_views
 
 
 def _split(variables: Sequence[Var], values: Sequence[Any]) -> tuple[list[Var], dict[Var, View]]:

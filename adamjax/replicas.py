@@ -79,8 +79,8 @@ class sum_over(Stateless):
             ) from None
 
         names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        # In shard_map with check_vma=True, types say over which axes values vary. An axis index
-        # varies over its axis, so its type shows whether types keep track of this axis.
+        # In shard_map with check_vma=True, a type contains the axes over which its values vary. An
+        # axis index varies over its axis, so its type shows whether types track this axis.
         tracked_axes = [x for x in names if x in varying_axes(jax.typeof(jax.lax.axis_index(x)))]
 
         def expect_varying(path: str, g: Any) -> None:

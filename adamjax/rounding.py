@@ -36,7 +36,7 @@ def read_slot(slot: Any, dtype: Any) -> chex.Array:
 
 
 def _mix(x: chex.Array) -> chex.Array:
-    """A hash of each uint32, in which every bit depends on every bit (C. Wellons' lowbias32)."""
+    """A hash of each uint32; every bit of it depends on every input bit (C. Wellons' lowbias32)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
@@ -49,8 +49,8 @@ def rounding_keys(count: chex.Array, positions: Sequence[int]) -> chex.Array:
       count: int32 scalar, the number of steps taken before.
       positions: the positions of the leaves in the tree.
     """
-    spread = np.asarray(positions, np.uint32) * np.uint32(0x9E3779B9)
-    return _mix(_mix(jnp.asarray(count).astype(jnp.uint32)) + spread)
+    leaf_numbers = np.asarray(positions, np.uint32) * np.uint32(0x9E3779B9)
+    return _mix(_mix(jnp.asarray(count).astype(jnp.uint32)) + leaf_numbers)
 
 
 def _positions(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
@@ -58,7 +58,8 @@ def _positions(shape: tuple[int, ...], rows: chex.Array | None) -> chex.Array:
 
     Args:
       shape: the shape of the elements.
-      rows: if the elements are some rows of a table, which rows; `None` if they are the whole leaf.
+      rows: the indices of the rows, if the elements are some rows of a table; `None` for a whole
+        leaf.
     """
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
@@ -99,7 +100,8 @@ def write_slot(
       like: the slot in the state, or its dtype.
       key: the key of `rounding_keys` for this step and leaf; `None` rounds to the nearest.
       slot_number: which slot of the leaf this is. Slots of one leaf use different random bits.
-      rows: int32[n], which rows of a table the values are of; `None`: all of a leaf, in order.
+      rows: int32[n], the indices of the rows, if the values are some rows of a table; `None` for a
+        whole leaf.
       exponents: for an encoded slot its `block_exponents`, if they have been computed.
     """
     dtype = getattr(like, "dtype", like)

@@ -56,7 +56,7 @@ def _pattern_indices(rate: Any, params: Tree) -> list[Any]:
 
 
 def _scalars(rates: list[Number], make: Callable[[Number], Any]) -> list[Any]:
-    """`make` of each leaf's rate. Leaves that share a rate share the result, as `lift` needs."""
+    """Calls `make` with each leaf's rate. Leaves that share a rate share a result, for `lift`."""
     by_id = {id(rate): make(rate) for rate in rates}
     return [by_id[id(rate)] for rate in rates]
 
@@ -72,7 +72,7 @@ def _zero(_: Any, g: chex.Array) -> tuple[chex.Array]:
 
 
 class set_to_zero(Stateless):
-    """Updates of zero, whatever the gradients are: freezes leaves.
+    """Makes all updates zero, whatever the gradients are: freezes leaves.
 
     Even NaN becomes zero, so frozen weights stay as they are in a step whose gradients are not
     finite. (`scale(0.0)` and a learning rate of 0 multiply, and 0 times NaN is NaN.)
@@ -188,7 +188,7 @@ class add_decayed_weights(Transform):
 
     Args:
       weight_decay: a number of at least 0, a scalar array, a schedule, or `by_path`. As for a
-        learning rate, a value below 0 that can be checked only in a step makes NaN.
+        learning rate, a value below 0 that can be checked only in a step makes updates NaN.
       mask: which leaves decay: a pattern for `re.search` in the leaf's path, or a list of them, of
         which one must match; a tree of bools with the parameters' structure, in which one bool may
         stand for a whole subtree; or a function from the parameters to such a tree. `None`: all.
@@ -248,7 +248,7 @@ class add_decayed_weights(Transform):
         expect_state(self, state, ScheduleState)
 
     def affine(self, state: Any, params: Tree, leaf: int, real: Any) -> tuple[Any, Any] | None:
-        # Without a state, the result only says that such scalars exist and that w is not always 0.
+        # With no state, these numbers only mean that there are such scalars, with w not always 0.
         if state is None:
             return 1, 1
         return 1, scalar(self._rates(state, params)[leaf], real)
@@ -258,7 +258,7 @@ class add_decayed_weights(Transform):
         params = needed("add_decayed_weights", params)
         rates = self._rates(state, params)
 
-        # `None` lets a leaf pass unchanged. An array may be 0 in one step and not in another.
+        # With `None`, `lift` passes a leaf on unchanged. An array may be 0 in some steps only.
         def scalar_of(rate: Number) -> Callable[[Any], Any] | None:
             return None if not is_array(rate) and rate == 0 else lambda real: scalar(rate, real)
 

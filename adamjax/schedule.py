@@ -4,7 +4,8 @@ A schedule is called with the count of the steps taken so far, 0 before the firs
 in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
 schedules. Some values can be checked only in a step: values of callables, and arrays that are
-traced or set later. There a value below 0 makes NaN, and so do boundaries that do not increase.
+traced or set later. There a value below 0 makes the rate NaN, and so do boundaries that do not
+increase.
 (Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's value
 between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
 `lambda count: schedule(count - 10)`: clip it at 0.
@@ -76,8 +77,8 @@ __all__ = [
 class Schedule(Data):
     """Base class of schedules: frozen dataclasses that map the count to a scalar.
 
-    `check_range` raises an error for a value that does not fit, such as a string in a config. The
-    ranges are in `adamjax.extend`.
+    `check_range` raises an error for a value that is out of range or no number. The ranges are in
+    `adamjax.extend`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> class halved(adamjax.Schedule):
@@ -98,14 +99,15 @@ class Schedule(Data):
 
 
 class _Compiled(Schedule):
-    """Base class of the schedules here: a call outside `jit` gives the value that a step computes.
+    """Base class of the schedules here: a call outside `jit` has the same value as in a step.
 
     The call is compiled, because compiled code multiplies by the reciprocal of a constant divisor,
     and rounds sums and products together. If the call were not compiled, the last bit would often
     differ. As in a step, Python numbers are constants and arrays are arguments.
 
-    An array that is traced or set later is not checked: a negative, infinite or NaN value makes
-    NaN, and 0 where a field must be above 0 acts like the smallest number above it.
+    An array that is traced or set later is not checked. A negative, infinite or NaN value, except
+    of a boundary, makes the rate NaN (for a base or an exponent, only after count 0). Where a field
+    must be above 0, the number 0 acts as the limit of ever smaller numbers; an integer 0 acts as 1.
     """
 
     # The ranges of the fields that are numbers.
@@ -121,7 +123,7 @@ class _Compiled(Schedule):
         count = _count_array(count)
         leaves, treedef = jax.tree.flatten(self)
         traced = any(isinstance(x, jax.core.Tracer) for x in (count, *leaves))
-        if traced or not is_own_schedule(self):  # A function might not be traceable.
+        if traced or not is_own_schedule(self):  # A user's function might not be traceable.
             return self._checked_at(count)
         constants = tuple(None if is_array(x) else x for x in leaves)
         return _compiled_call(
@@ -143,7 +145,7 @@ class _Compiled(Schedule):
             elif not is_array(value):
                 checked_in_range(value, allowed)
         value = checked.at(count)
-        # No formula holds below count 0: a cosine would fall until then, and start again.
+        # Below count 0 the formulas are wrong: a cosine would end at count 0, and start again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -172,7 +174,7 @@ def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array)
 def _count_array(count: chex.Numeric) -> chex.Array:
     """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
 
-    In an unsigned array, which may be traced, numbers beyond all counts become the largest integer.
+    Numbers of an unsigned array that exceed the largest signed integer become that integer.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
@@ -244,12 +246,12 @@ class _Units(NamedTuple):
 
 
 def _units(count: chex.Array, steps: Number) -> _Units:
-    """A count in units of `steps`, exact for whole steps, where floats may be too coarse.
+    """Measures a count in units of `steps`, exactly for whole steps that a float cannot represent.
 
-    Compiled code divides floats by multiplying with a rounded reciprocal, so the quotient may be a
-    bit below a whole number although the count is a multiple. An array of steps, which may be
-    traced, is not checked: 0 counts as the smallest positive number of its dtype, and a number
-    below 0 makes NaN.
+    A division of floats is not enough: compiled code multiplies by a rounded reciprocal, so the
+    quotient may be just below a whole number although the count is a multiple. An array of steps,
+    which may be traced, is not checked: 0 counts as the smallest positive number of its dtype, and
+    a number below 0 makes the result NaN.
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
@@ -301,7 +303,7 @@ def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
 
 
 # A number of whole units is split at the power of two `_SPLIT`, so that the parts have few bits. It
-# is cut at `_MOST_WHOLE`: with that many units, the power of any base but 1 is already zero or
+# is at most `_MOST_WHOLE`: with that many units, the power of any base but 1 is already zero or
 # infinite. In float32, 2**252 is infinite and 2**-252 is 0.
 _SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
 
@@ -309,7 +311,7 @@ _SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
 def _power(base: float, units: _Units) -> chex.Array:
     """`base ** units.passed` in float32, as accurate after millions of units as after one.
 
-    Rounded to float32, 0.99999 is off by 1.4e-8, and its power of 200,000 by 0.27%. So this takes
+    Rounded to float32, 0.99999 is off by 1.4e-8, and its 200,000th power by 0.27%. So this computes
     the logarithm in float64, splits it into two numbers, and adds products that are exact.
     """
     logarithm = math.log2(base)
@@ -341,18 +343,18 @@ def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
     limits = jnp.iinfo(count.dtype)
     if not is_array(boundary):
         # Rounding down is safe: no count lies between a number and the whole number below it.
-        below = math.floor(boundary)
-        if not limits.min <= below < limits.max:
-            return jnp.full(count.shape, below < limits.min)
-        return np.asarray(below, count.dtype) < count
+        whole = math.floor(boundary)
+        if not limits.min <= whole < limits.max:
+            return jnp.full(count.shape, whole < limits.min)
+        return np.asarray(whole, count.dtype) < count
     if jnp.issubdtype(boundary.dtype, jnp.integer):
         return saturating_cast(boundary, count.dtype) < count
-    # Floats of `end` and above exceed all counts.
+    # A boundary of `end` or more exceeds all counts.
     boundary = boundary.astype(at_least_float32(boundary.dtype))
     end = np.asarray(float(limits.max) + 1, boundary.dtype)
     most = np.nextafter(end, np.zeros_like(end))
-    below = jnp.clip(jnp.floor(boundary), float(limits.min), most).astype(count.dtype)
-    return (below < count) & (boundary < end)
+    whole = jnp.clip(jnp.floor(boundary), float(limits.min), most).astype(count.dtype)
+    return (whole < count) & (boundary < end)
 
 
 def _boundary_array(boundary: Number) -> chex.Array:
@@ -384,7 +386,7 @@ class inverse_time_decay(_Compiled):
 
     `staircase` rounds `count / decay_steps` down. With `decay_steps=1` this is the legacy option
     `decay` of Keras. In Keras, that option may come with a schedule as the learning rate. So the
-    initial rate may be a schedule here too: it is divided by the denominator.
+    initial rate may be a schedule here too. Its value at the count is divided by the denominator.
 
     Args:
       initial_learning_rate: the rate at count 0, at least 0; or a schedule.
@@ -530,7 +532,7 @@ class polynomial_decay(_Compiled):
       cycle: whether the rate jumps up after each multiple of `decay_steps` and decays again. The
         formula then has the smallest multiple of `decay_steps` that is not below the count, in
         place of `decay_steps`. So the rate does not jump to the initial rate: with a power of 1
-        and an end of 0, it jumps to a half of that, then to a third.
+        and an end of 0, it jumps to half the initial rate, then to a third of it.
 
     >>> import adamjax
     >>> rate = adamjax.polynomial_decay(1.0, decay_steps=100, end_learning_rate=0.5)
@@ -567,7 +569,7 @@ class polynomial_decay(_Compiled):
             left = jnp.where(units.whole >= 1, 0, units.left)
         share = left**self.power
         if is_array(self.power):
-            # With a traced power of 0, the rate still reaches its end. `0 * share` keeps NaN.
+            # A traced power may be 0, and 0**0 is 1. At the end `share` must be 0, or still NaN.
             share = jnp.where(left > 0, share, 0 * share)
         span = self.initial_learning_rate - self.end_learning_rate
         return self.end_learning_rate + span * share
@@ -637,7 +639,7 @@ class warmup(_Compiled):
     def at(self, count: chex.Array) -> chex.Array:
         first = rate_at(self.schedule, jnp.zeros_like(count))
         steps = as_count("warmup: steps", self.steps, count.dtype)
-        # With steps of 0 the line is never used; avoid 0/0 in it.
+        # If `steps` is 0, the line is not used, but it must not contain 0/0.
         length = _float(jnp.maximum(self.steps, 1))
         line = self.start + (first - self.start) * (_float(count) / length)
         later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
@@ -660,8 +662,8 @@ class by_path(Data):
 
     Raises:
       ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
-        Integer leaves count as matches. In `update`, so do leaves that are `None`; in `init` these
-        do not. By `init`: a pattern has no effect, because earlier patterns match all of its
+        An integer leaf counts as a match. A leaf that is `None` counts in `update`, but not in
+        `init`. By `init`: a pattern has no effect, because earlier patterns match all of its
         leaves. (A pattern for the rest, like `".*"`, is allowed.)
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
@@ -724,11 +726,11 @@ Rate = float | chex.Array | Callable[[Any], Any] | by_path
 
 
 def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
-    """A rate after its check; a plain callable becomes a schedule."""
+    """Checks a rate and returns it; a plain callable becomes a schedule."""
     if isinstance(value, by_path) and not per_leaf:
         raise TypeError(
-            f"{name} must be the same for all leaves, got by_path; turn it around: "
-            "by_path takes schedules as its rates"
+            f"{name} must be the same for all leaves, got by_path; put schedules into by_path "
+            "instead, as its rates"
         )
     if isinstance(value, Schedule | by_path):
         return value
@@ -740,7 +742,7 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
     if callable(value):
         return function_schedule(value)
     try:
-        return constant(value).value  # which has checked it
+        return constant(value).value  # `constant` checks it.
     except (TypeError, ValueError) as error:
         kinds = "a callable of the count or by_path" if per_leaf else "or a callable of the count"
         message = f"{name} must be a number that is {NON_NEGATIVE.text}, {kinds}"
@@ -790,7 +792,7 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
             f"a rate must be a scalar, got one of shape {np.shape(value)}{source}; "
             "to train with many rates at once, map over the transform with jax.vmap"
         )
-    # The schedules of this module are at least 0, because their numbers are.
+    # The schedules of this module are at least 0, because their fields are.
     return value if isinstance(rate, _Compiled) else checked_in_range(value, _RATE)
 
 

@@ -81,7 +81,7 @@ def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
 def _rounding_number(tx: Transform, state: Any) -> Any:
     """A number for stochastic rounding that changes in each step.
 
-    It depends on every counter in the state. One counter would not do: under
+    It depends on every counter in the state. One counter is not enough: under
     `accumulate_gradients` or `skip_not_finite`, the counter of one part may stand still while
     another part moves its weights.
     """
@@ -116,7 +116,7 @@ class _JittedStep:
         this: Any = self
         functools.update_wrapper(this, jitted, updated=())
 
-    # A keyword of the user's function may have any name: the parameters here are positional-only.
+    # A keyword of the user's function may have any name, so parameters here are positional-only.
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         # Under a mesh, JAX 0.10 crashes instead of raising an error.
         if current_mesh() is not None and self._has_fault_of_donation(args, kwargs):
@@ -170,10 +170,9 @@ class _JittedStep:
                     ) from error
                 if id(x) in seen:
                     raise ValueError(
-                        f"{self._owner}: {place} is the same array as {seen[id(x)]}, and a step "
-                        "that donates its parameters and its state needs arrays of their own: "
-                        "give it a copy of one, jnp.copy(x), or make the step with "
-                        "donate_argnums=()"
+                        f"{self._owner}: {place} is the same array as {seen[id(x)]}, but a step "
+                        "that donates its parameters and its state can take an array only once: "
+                        "pass a copy, jnp.copy(x), or make the step with donate_argnums=()"
                     ) from error
                 seen[id(x)] = place
 
@@ -195,7 +194,7 @@ class _JittedStep:
 
 
 class TrainStep(_JittedStep, Generic[P, Args, Value]):
-    """What `train_step` returns."""
+    """A jitted train step, as `train_step` returns it."""
 
     def __call__(
         self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs
@@ -204,7 +203,7 @@ class TrainStep(_JittedStep, Generic[P, Args, Value]):
 
 
 class EvalStep(_JittedStep, Generic[P, Args, Result]):
-    """What `eval_step` returns."""
+    """A jitted evaluation step, as `eval_step` returns it."""
 
     def __call__(self, params: P, state: Any, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         return self._call(self._jitted, params, state, *args, **kwargs)
@@ -229,7 +228,7 @@ def train_step(
       tx: an optimizer of adamjax or optax. If `exact_rows` is in it, alone or anywhere in adamjax's
         chains, wrappers, masks or partitions, the loss reads rows that are up to date.
       tables: patterns of leaves that get row gradients, as in `adamjax.value_and_grad`; leave them
-        out with `exact_rows`, which names its tables itself.
+        out with `exact_rows`, which has its own.
       strict: as in `adamjax.value_and_grad`.
       rounding: how bfloat16 weights are rounded, as in `adamjax.apply_updates`.
       **jit_options: further arguments of `jax.jit`, such as `out_shardings` or
@@ -306,7 +305,7 @@ def forward(
 ) -> Callable[Concatenate[P, Any, Args], Result]:
     """Wraps a function of parameters so that it gets up-to-date weights, whatever the optimizer.
 
-    Under `exact_rows` rows of `params` lag behind between steps. Here `fn` gets the values that it
+    Under `exact_rows`, rows of `params` lag behind between steps. Here `fn` gets the values that it
     would get after `flush`, but only the rows that it reads are brought up to date. No table is
     copied, unless `fn` uses it in another way (see `strict`). `params` and the state stay as they
     are. For any other optimizer it is a plain call.

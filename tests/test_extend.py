@@ -597,7 +597,7 @@ def test_a_rule_may_have_a_slot_called_average_but_not_in_a_chain_with_weight_em
     assert_close((params, state.inner), (expected, expected_state), rtol=1e-5)
 
     both = adamjax.exact_rows(adamjax.chain(dense, adamjax.weight_ema(0.9)), "table")
-    with pytest.raises(ValueError, match=r"exact_rows: .*'table'.*several are called 'average'"):
+    with pytest.raises(ValueError, match=r"exact_rows: .*'table'.*several have the name 'average'"):
         both.init(PARAMS)
 
 

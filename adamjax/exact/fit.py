@@ -75,7 +75,7 @@ def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Arra
     """Refuses numbers of a part that were edited in the pytree after `exact_rows` was made.
 
     Args:
-      part: a part whose numbers `exact_rows` has.
+      part: a part whose numbers `exact_rows` uses as Python floats.
       fields: its fields when `exact_rows` was made, without the fields that were `None`.
 
     Returns:
@@ -89,7 +89,7 @@ def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Arra
         # `None` may stand for a number, as it does in a filtered tree.
         same = original is not None
         if is_alike:
-            same = all(map(_may_be, jax.tree.leaves(value), jax.tree.leaves(original)))
+            same = all(map(_may_equal, jax.tree.leaves(value), jax.tree.leaves(original)))
         if not same:
             raise ValueError(
                 f"exact_rows: {type(part).__name__} has {field.name}={value!r}, expected "
@@ -105,11 +105,11 @@ def edited_numbers(part: Transform, fields: Mapping[str, Any]) -> list[chex.Arra
     return edited
 
 
-def _may_be(value: Any, number: Any) -> bool:
-    """Whether a leaf may have this value; a tracer and a placeholder (`object()`) may be any.
+def _may_equal(value: Any, number: Any) -> bool:
+    """Whether a leaf may equal this number; a tracer or a placeholder (`object()`) always may.
 
-    An array need only be the number in its own dtype, if that is float32 or wider: JAX makes
-    float32 arrays of Python floats.
+    For an array, the number is first rounded to the array's dtype, or to float32 if that is wider,
+    since JAX makes float32 arrays of Python floats.
     """
     has_value = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
     if not has_value or not is_known(value):
@@ -174,13 +174,13 @@ def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> N
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"exact_rows: {len(names)} slots are kept of {table.path!r}, and several are called "
-            f"{repeated[0]!r}: rename one of them, since rows are brought up to date by these names"
+            f"exact_rows: the state has {len(names)} slots of {table.path!r}, and several have the "
+            f"name {repeated[0]!r}: rename one, since rows are brought up to date by these names"
         )
 
 
 def _note_on_dtypes(families: Sequence[Family], rings: Mapping[str, Any]) -> str:
-    """What an error says if the rings are for tables of another dtype."""
+    """A part of an error: the rings are for tables of another dtype. Empty if they are not."""
     # A ring's coefficients have the dtype in which the steps of its tables are computed.
     series: list[Any] = [getattr(ring, "series", None) for ring in rings.values()]
     dtypes = {x.dtype for x in series if hasattr(x, "dtype")}
@@ -196,10 +196,10 @@ def _expect_rings(families: Sequence[Family], state: ExactRowsState) -> None:
     rings: Any = state.rings
     if not isinstance(rings, Mapping) or set(rings) != set(names):
         is_mapping = isinstance(rings, Mapping)
-        described = list(rings) if is_mapping else type(rings).__name__
+        found = list(rings) if is_mapping else type(rings).__name__
         note = _note_on_dtypes(families, rings) if is_mapping else ""
         raise ValueError(
-            f"exact_rows: the state is for another transform: it has the rings {described}, "
+            f"exact_rows: the state is for another transform: it has the rings {found}, "
             f"expected {names} (tables with one rule, one rate and the same masks share a ring): "
             f"{note}{_OTHER_RULE}"
         )

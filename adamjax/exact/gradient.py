@@ -75,7 +75,7 @@ def _prepare_reads(
         weights = weights_of(batch, ready, averaged).astype(dtypes[leaf])
         return weights if ids is None else zeros_outside_table(weights, ids, batch.tables[0])
 
-    dense = {leaf: read_in_call(state_of, leaf, None) for leaf in reads.dense}
+    dense = {leaf: read_in_call(state_of, leaf, None) for leaf in reads.dense_tables}
     return reads, _Inputs(state_of, read_in_call, rows, dense), searched, ticket
 
 

@@ -34,7 +34,7 @@ class StaleTable:
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Copies, pickles and notebooks ask for names of protocols, which must be missing.
+        # Copies, pickles and notebooks look up names of protocols. These must raise AttributeError.
         if name.startswith("_") or name == "path":
             raise AttributeError(f"StaleTable has no {name!r}")
         return self._refuse()

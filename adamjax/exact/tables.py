@@ -88,7 +88,7 @@ _REPLAYED_HISTORY = 64
 
 
 def families_of(tables: Sequence[Table], given_history: int | None) -> list[Family]:
-    """The tables by family. Each gets a default history if none is given."""
+    """Groups tables into families. Each family gets a default history if none is given."""
     by_kind: dict[Any, list[Table]] = {}
     for table in tables:
         by_kind.setdefault((table.kind, table.coasting), []).append(table)
@@ -159,8 +159,8 @@ def batches_of(families: Sequence[Family], params: Tree, sizes: Mapping[int, int
 def due_rows(batch: Batch, turn: chex.Array, read_indices: list[chex.Array]) -> list[chex.Array]:
     """The rows of each table that this step must refresh, without those that it reads anyway.
 
-    All tables of a batch are computed together. The table's number of rows takes the place of a row
-    that is read anyway, or that would be after the last row.
+    The rows of all tables of a batch are computed together. The table's number of rows replaces a
+    row that is read anyway, and a position after the last row.
 
     Args:
       turn: the family's turn, from the state.
@@ -169,7 +169,7 @@ def due_rows(batch: Batch, turn: chex.Array, read_indices: list[chex.Array]) -> 
     num_due = [num_refreshed(t, batch.family.history) for t in batch.tables]
     if not sum(num_due):
         return [x[:0] for x in read_indices]
-    # Unsigned, because the rows after the last one may exceed int32.
+    # Unsigned, because positions after the last row may exceed int32.
     first_due = turn.astype(np.uint32) * np.array(num_due, np.uint32)
 
     ids = jnp.concatenate(read_indices).astype(np.uint32)
