@@ -71,9 +71,9 @@ def _transform_argument(owner: str, tx: Any) -> Transform:
 
 
 def expect_foreign_state(owner: str, tx: Any, state: Any, params: Tree) -> None:
-    """Refuses a state whose structure is not that of a transform of another library.
+    """Refuses a state whose structure is not that of `tx`, if `tx` is of another library.
 
-    Such transforms do not check their states themselves.
+    Such a transform does not check its states itself.
     """
     if isinstance(tx, Transform):
         return
@@ -142,7 +142,7 @@ class AdamjaxState:
       owner: the name of the conversion, for errors.
       tx, state, params: the transform, the state and the parameters.
       parts: the transform and its parts, each with its state.
-      kinds: the kind of each rule that has a state in it, in order.
+      kinds: the kinds of the rules that have a state here, in order.
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
       doubts: as in `Source`.
@@ -220,7 +220,7 @@ class AdamjaxState:
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
     def with_state(self, state: Any) -> "AdamjaxState":
-        """The same transform and parameters with another state, accumulating over as many calls."""
+        """The same transform, parameters and `accumulations` with another state."""
         return AdamjaxState(self.owner, self.tx, state, self.params, self.accumulations)
 
     def part(self, state: Any) -> Part | None:

@@ -66,10 +66,10 @@ def doubt_transposes(
         fault = "Keras' kernels are the transposes of weights of Equinox and torch"
         if _is_of_torch(source.owner):
             fault = "torch's weights are the transposes of kernels"
-        fix = "x.T" if is_reversed else _TRANSPOSED[source.owner]
+        expression = "x.T" if is_reversed else _TRANSPOSED[source.owner]
         source.doubts.append(
             f"{fault}, such as {path!r}, and its shape {list(shape)} does not show it: pass "
-            f"adapt=lambda path, x: {fix} if path.endswith({end!r}) else x, or "
+            f"adapt=lambda path, x: {expression} if path.endswith({end!r}) else x, or "
             "adapt=lambda path, x: x if they are not transposed. If the weights were ported by "
             "another function, as those of transposed convolutions are, pass that function"
         )

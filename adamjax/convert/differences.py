@@ -174,7 +174,7 @@ class Translation(StateFiller):
             raise ValueError(
                 f"{self.owner}: of {path!r}, {fault}, which {kind} cannot have: is this the state "
                 f"of another optimizer of {self.system.name} or of other betas, or are the leaves "
-                "in another order? check=False takes it"
+                "in another order? check=False accepts it"
             )
 
         # Arrays of JAX stay on their devices, because some devices may be those of other processes.

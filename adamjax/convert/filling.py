@@ -77,7 +77,7 @@ class StateFiller:
                     f"Adam, AMSGrad, Nadam or Adamax. {RESTORED_WITHOUT_CLASSES}"
                 )
             raise ValueError(
-                f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "
+                f"{self.owner}: the source has {has} of the leaf {path!r} (it has moments of "
                 f"{known[:5]}{' and others' if len(known) > 5 else ''}): {fix}"
             )
         self.num_taken[path] = i + 1
@@ -201,7 +201,7 @@ class StateFiller:
                 raise ValueError(
                     f"{self.owner}: there are several states of {class_name(like)} in a "
                     "dictionary, whose order JAX loses, so nothing shows which is which: set them "
-                    "by hand, or pass check=False to take them in the order of the sorted keys"
+                    "by hand, or pass check=False to use the order of the sorted keys"
                 )
         if alike:
             # For leaves that a mask hides, optax and adamjax have different nodes.

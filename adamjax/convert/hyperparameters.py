@@ -51,8 +51,8 @@ def expect_same_hyperparameters(
     The hyperparameters of a leaf and a rule are a dictionary. A missing key is not compared. The
     keys:
 
-    - `b1`, `b2`, `eps`: numbers. `form`: `"eps"` or `"eps_hat"`, if epsilon has not the system's
-      usual form.
+    - `b1`, `b2`, `eps`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the system's usual
+      form.
     - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: if
       there is a schedule, but its values are unknown: two strings, the evidence for it and a note.
       `incomparable_rate`: for a rate that cannot even be read, a string with the reason.
@@ -590,7 +590,7 @@ class _Check:
     def _rate(
         self, path: str, after: Sequence[Part], steps_later: int = 0, dtype: Any = None
     ) -> Any:
-        """The learning rate of the next step or a later one: minus all factors; `None` for none."""
+        """The rate of the next step or a later one, with all factors; `None` if no part scales."""
         scaling_classes = scale | scale_by_learning_rate | set_to_zero
         scales = any(isinstance(part.tx, scaling_classes) for part in after)
         return -self._factor(path, after, steps_later, dtype) if scales else None

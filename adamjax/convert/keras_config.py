@@ -115,7 +115,7 @@ def make_at(place: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def _expect_types(config: Mapping[str, Any], place: str) -> None:
-    """Refuses flags that are no bools, and values in place of numbers that are none."""
+    """Refuses flags that are not bools, and options that must be numbers and are not."""
     for key, value in config.items():
         is_flag = isinstance(value, bool | np.bool_)
         if value is None:
