@@ -9,28 +9,29 @@ recognize.
 It also refuses a state with which the run would not go on as before. The error names the leaf and
 says what to do. The reasons are:
 
-- **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. In two
-  cases the state does not show the optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of
-  Adam's class, and Keras' arrays may have no names. Moments that no gradients can
-  produce with the betas of `tx` are refused. For optax, steps are compared as well.
+- **Another optimizer.** AdaBelief, RMSprop, Lamb, RAdam and others keep similar arrays. Some
+  states do not show their optimizer: RAdam, LAMB, Yogi and ADOPT of optax have states of Adam's
+  class, and Keras' arrays may have no names. Moments that no gradients can produce with the betas
+  of `tx` are refused. For optax, steps are compared as well.
 - **A rule of your own.** Conversions know Adam, AMSGrad, Nadam and Adamax only.
 - **Leaves in another order**, if names show it (torch's `param_names`, Keras' variables).
 - **Another form of epsilon.** optax and torch add it to the root of the bias-corrected v, as `eps`
-  does here. Keras and torch's SparseAdam add it to sqrt(v) itself, as `eps_hat` does. The rule of
-  `tx` must have the same form.
+  does here. Adam and AMSGrad of Keras, and torch's SparseAdam, add it to sqrt(v) itself, as
+  `eps_hat` does. The rule of `tx` must have the same form.
 - **Other hyperparameters, or other transforms beside the rule.** torch's groups and a Keras
   optimizer contain hyperparameters, which are compared; Keras' variables contain only the learning
-  rate. optax' states contain none. So `from_optax` and `to_optax` also need the optax transform:
-  both optimizers take some steps, and these are compared.
+  rate. optax' states contain none, so `from_optax` and `to_optax` also need the optax transform:
+  both optimizers take some steps, and their updates are compared.
 - **Another form of the rule.** optax' AMSGrad keeps the maximum of bias-corrected moments, optax'
   Nadam has no momentum schedule, and Adamax of optax and torch has epsilon inside the maximum. For
-  AMSGrad and Nadam the difference vanishes with the number of steps, for Adamax where gradients are
-  large against epsilon. `rtol` is the relative difference that a step may have.
-- **Rounding**, if the target's dtype cannot hold a value.
-- **Another way to store it**: `grouped`, `master_weights` or moments in "scaled8". The error says
+  AMSGrad and Nadam the difference vanishes with the number of steps, and for Adamax it is small
+  where gradients are large compared with epsilon. `rtol` is the relative difference that is allowed
+  in a step.
+- **Rounding**, if the target's dtype cannot represent a value.
+- **Another storage format**: `grouped`, `master_weights` or moments in "scaled8". The error says
   how to convert without it.
 
-`check=False` takes the arrays all the same, and the run goes on with the hyperparameters of `tx`.
+`check=False` converts the arrays all the same. The run goes on with the hyperparameters of `tx`.
 
 >>> import adamjax, jax.numpy as jnp, optax
 >>> params = {"w": jnp.ones(2)}

@@ -71,7 +71,10 @@ def _transform_argument(owner: str, tx: Any) -> Transform:
 
 
 def expect_foreign_state(owner: str, tx: Any, state: Any, params: Tree) -> None:
-    """Refuses a state that a transform of another library has not made: it cannot say so itself."""
+    """Refuses a state whose structure is not that of `tx`, if `tx` is of another library.
+
+    Such a transform does not check its states itself.
+    """
     if isinstance(tx, Transform):
         return
     expected: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
@@ -89,7 +92,7 @@ def is_of_adamjax(x: Any) -> bool:
 
 
 def may_contain_states(x: Any) -> bool:
-    """Whether a node of a state is a container in which states of adamjax may be."""
+    """Whether a node of a state is a container that may contain states of adamjax."""
     if not is_container(x):
         return False
     if field_names(x) is None or is_of_adamjax(x):
@@ -98,14 +101,14 @@ def may_contain_states(x: Any) -> bool:
 
 
 def _fields_of_wrappers(x: Any) -> Iterator[tuple[str, list[str]]]:
-    """The states of other libraries that wrap states of adamjax, and hold other arrays as well.
+    """The states of other libraries that wrap states of adamjax, and have other arrays as well.
 
-    For each, it yields the name of its class and the names of the fields with these arrays.
+    Yields the name of the class of each, and the names of the fields with these arrays.
     """
     if not may_contain_states(x):
         return
     names = field_names(x)
-    # A state that declares `slots` gets a doubt of its own in `_read`.
+    # For a state that declares `slots`, `_read` adds a doubt of its own.
     if names is not None and not is_of_adamjax(x) and not hasattr(x, "slots"):
         own = [
             name
@@ -128,7 +131,7 @@ def _items_of_containers(x: Any) -> Iterator[Any]:
 
 
 def _has_state_of_adamjax(x: Any) -> bool:
-    """Whether a tree has a state of adamjax in it."""
+    """Whether a tree contains a state of adamjax."""
     return any(map(is_of_adamjax, jax.tree.leaves(x, is_leaf=is_of_adamjax)))
 
 
@@ -139,12 +142,13 @@ class AdamjaxState:
       owner: the name of the conversion, for errors.
       tx, state, params: the transform, the state and the parameters.
       parts: the transform and its parts, each with its state.
-      kinds: the kinds of the rules whose states are in the state, in their order.
+      kinds: the kinds of the rules that have a state here, in order.
       accumulations: for each `accumulate_gradients`, its number of steps and the paths of its
         leaves.
       doubts: as in `Source`.
 
-    The argument `accumulations` is that of another state of `tx`, if they are known from there.
+    The argument `accumulations` is this attribute of another state of `tx`, for a `state` that is
+    traced.
 
     Raises:
       ValueError: two leaves have one path, leaves are in buckets of `grouped`, weights are in the
@@ -183,12 +187,12 @@ class AdamjaxState:
                 "hides how many calls a step takes: use adamjax.chain, masked or partition in "
                 "place of that transform"
             )
-        # `with_hyperparams` may have the number of steps in a state that is traced.
+        # Inside jit, the number of steps may be traced: `with_hyperparams` has it in its state.
         self.accumulations = accumulations or [
             (int(part.tx.steps), frozenset(leaves_by_path(owner, part.params)))
             for part in accumulating
         ]
-        # By the `id` of a part, those around it, outermost first.
+        # The parts around each part, outermost first, by the part's `id`.
         self._around: dict[int, list[Part]] = {id(part): [] for part in self.parts}
         for i, part in enumerate(self.parts):
             for inner in self.parts[i + 1 : i + len(list(walk(part.tx)))]:
@@ -199,7 +203,7 @@ class AdamjaxState:
             "its place, or convert the state inside it"
             for name, fields in _fields_of_wrappers(state)
         ]
-        # Where several parts share a state, as masked and its transform do: the innermost.
+        # If several parts share a state, as masked and its transform do, this has the innermost.
         self._part_of = {id(part.state): part for part in self.parts}
         self._ids_of_other_libraries = {
             id(x)
@@ -207,17 +211,16 @@ class AdamjaxState:
             if isinstance(part.tx, foreign)
             for x in _items_of_containers(part.state)
         }
-        # Each rule must have a state of its kind.
         for part in self.parts:
             if isinstance(part.tx, Rule):
-                kind_of(owner, part.state, part.tx)
-        # The states of rules inside transforms of other libraries are among these: such rules are
-        # not among the parts.
+                kind_of(owner, part.state, part.tx)  # refuses a state of another kind
+        # Rules inside transforms of other libraries are not among the parts, but their states are
+        # among these.
         states = [x for x in slot_states(state) if rule_slots(x)]
         self.kinds = [kind_of(owner, x, self._tx_of(x)) for x in states]
 
     def with_state(self, state: Any) -> "AdamjaxState":
-        """The same transform and parameters with another state, whose steps are as long."""
+        """The same transform, parameters and `accumulations` with another state."""
         return AdamjaxState(self.owner, self.tx, state, self.params, self.accumulations)
 
     def part(self, state: Any) -> Part | None:
@@ -235,7 +238,7 @@ class AdamjaxState:
 
     def num_accumulations(self, part: Part) -> int:
         """How many `accumulate_gradients` are around one of the parts."""
-        return sum(isinstance(one.tx, accumulate_gradients) for one in self.around(part))
+        return sum(isinstance(outer.tx, accumulate_gradients) for outer in self.around(part))
 
     def _tx_of(self, state: Any) -> Any:
         part = self.part(state)
@@ -251,8 +254,7 @@ class AdamjaxState:
         around = [(n, paths) for n, paths in self.accumulations if meet(paths, leaves)]
         if not around:
             return Calls(1, 0)
-        # If one accumulate_gradients is inside another, both have these leaves, and their numbers
-        # of steps multiply.
+        # If one accumulate_gradients is inside another, their numbers of steps multiply.
         steps = math.prod(n for n, paths in around if meet(paths, around[0][1]))
         accumulated = source.accumulated_of(leaves)
         return Calls(steps, accumulated.micro if accumulated else 0)
@@ -276,7 +278,8 @@ class AdamjaxState:
           check: whether to refuse doubts.
         """
         target.refuse_doubts(check)
-        # Other states are matched in order, so the order is lost if the target has lost it.
+        # The states of other transforms are matched in order. If the target has lost this order,
+        # they cannot be matched, so this source counts as having lost it too.
         source = Source(self.owner, other_states_lost_order=target.other_states_lost_order)
         source.doubts += self.doubts + self.doubts_of_average(target.average)
         self._read(self.state, source)
@@ -351,5 +354,5 @@ class AdamjaxState:
 def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
     """The state of `tx.init(params)`, to be filled."""
     tx = _transform_argument(owner, tx)
-    leaves_by_path(owner, params)  # refuses what conversions do not take, before `init` sees it
+    leaves_by_path(owner, params)  # refuses leaves that conversions do not accept, before `init`
     return AdamjaxState(owner, tx, tx.init(params), params)

@@ -19,15 +19,15 @@ __all__ = [
     "kind_of_leaf",
 ]
 
-# A user's function that makes an array fit a leaf, or the other system's parameter; and the same
-# function, checked, which also takes the name of a slot.
+# A user's function of a path and an array: it makes the array fit a leaf, or the other system's
+# parameter. `Adapted` calls it and checks its result. Its second argument is the name of a slot.
 Adapt = Callable[[str, np.ndarray], np.ndarray]
 Adapted = Callable[[str, str, Any], np.ndarray]
 
-# Names that end alike in torch, Keras and JAX, with one order of dimensions.
+# Names of leaves and parameters whose dimensions have one order in torch, Keras and JAX.
 NOT_TRANSPOSED = {"weight", "embedding", "embeddings", "embed", "emb", "table"}
 # Kernels of Keras and Flax have the dimensions (*kernel_size, in, out), and weights of torch and
-# Equinox have (out, in, *kernel_size). What `adapt` does to them, of any rank:
+# Equinox have (out, in, *kernel_size). These expressions convert arrays of any rank:
 _TO_KERNEL = "x.transpose(*range(2, x.ndim), 1, 0)"
 _TO_WEIGHT = "x.transpose(-1, -2, *range(x.ndim - 2))"
 _TRANSPOSED = {
@@ -54,29 +54,29 @@ def doubt_transposes(
 
     Args:
       paths: the leaves that may be transposes of the system's parameters.
-      has_arrays: whether the system has arrays, whose shapes may show it.
+      has_arrays: whether the system has arrays, whose shapes may show that they are transposed.
     """
-    # The shape of another one shows nothing: one may be an embedding, which is not transposed.
+    # Other leaves show nothing about a leaf: they may be embeddings, which are not transposed.
     paths = [path for path in paths if np.ndim(leaves[path]) > 1]
     is_reversed = all(np.ndim(leaves[path]) <= 3 for path in paths)
     for path in paths:
         shape, end = np.shape(leaves[path]), path.rpartition("/")[2]
         if has_arrays and (*shape[2:], shape[1], shape[0]) != shape:
-            continue
+            continue  # The other array has another shape, so a missing transpose is refused.
         fault = "Keras' kernels are the transposes of weights of Equinox and torch"
         if _is_of_torch(source.owner):
             fault = "torch's weights are the transposes of kernels"
-        mend = "x.T" if is_reversed else _TRANSPOSED[source.owner]
+        expression = "x.T" if is_reversed else _TRANSPOSED[source.owner]
         source.doubts.append(
             f"{fault}, such as {path!r}, and its shape {list(shape)} does not show it: pass "
-            f"adapt=lambda path, x: {mend} if path.endswith({end!r}) else x, or "
+            f"adapt=lambda path, x: {expression} if path.endswith({end!r}) else x, or "
             "adapt=lambda path, x: x if they are not transposed. If the weights were ported by "
             "another function, as those of transposed convolutions are, pass that function"
         )
 
 
 def checked_adapt(owner: str, adapt: Any) -> Adapted:
-    """A function of a path, the name of a slot and its array that calls the user's `adapt`."""
+    """A function that calls the user's `adapt` and checks its result; see `Adapted`."""
     if adapt is None:
         return lambda path, name, x: np.asarray(x)
     end = "kernel" if _is_of_torch(owner) else "weight"

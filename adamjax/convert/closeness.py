@@ -11,7 +11,13 @@ import numpy as np
 
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.paired_steps import NO_WEIGHTS, OWN_WEIGHTS, WEIGHTS, Differences, PairedSteps
+from adamjax.convert.paired_steps import (
+    OWN_WEIGHTS,
+    WEIGHT_SIZES,
+    ZERO_WEIGHTS,
+    Differences,
+    PairedSteps,
+)
 from adamjax.convert.source import Source
 from adamjax.convert.values import leaves_by_path
 from adamjax.convert.widening import has_rounded_hyperparams, is_narrow
@@ -21,17 +27,18 @@ from adamjax.transform import Rule, foreign
 
 __all__ = ["Closeness"]
 
-# How far two updates of a leaf may be apart, as a part of the largest. float32 and float64 round
-# off less. adamjax rounds narrow moments at random. optax computes in the dtype of narrow
-# parameters, also the norm that scales the leaves beside them.
+# How much two updates of a leaf may differ, relative to the largest update: in float32, in float64,
+# where moments are narrow (adamjax rounds them at random), where parameters are narrow (optax
+# computes in their dtype), and for other leaves that are scaled by a norm of such leaves.
 _RTOL, _RTOL64 = 3e-4, 1e-5
 _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
-# How much of the rounding of b2 is allowed besides.
+# The largest error from the rounding of b2 that is allowed in addition.
 _MOST_OF_B2 = 2e-3
-# And as a part of the leaf's largest update in any step: a schedule rounds off as much at its end.
+# The difference that is allowed in addition, relative to the leaf's largest update in any step. A
+# schedule has such rounding errors near its end.
 _ROUNDING = 1e-6
-# The first step of a rule from some states moves at least by this part of the largest update there.
-# Otherwise its rate is far below those of the next steps, as at the start of a warm-up.
+# If the first of some steps moves a leaf by less than this, relative to the largest update of these
+# steps, its rate is far below those of the next steps, as at the start of a warm-up.
 _SEEN = 0.03
 
 
@@ -47,14 +54,14 @@ class Closeness:
       has_narrow_leaves: whether some parameters, moments or hyperparameters are narrow.
       has_rule: by leaf, whether a rule sees it.
       are_joint: whether updates of some leaves may depend on other leaves.
-      rtol: by leaf, how far its updates may be apart.
+      rtol: by leaf, how much its updates may differ, relatively.
       rtol_at_first: the same in the first step from a state, before moments are rounded.
-      largest: by the size of weights, whether all gradients are 0, and the leaf: optax' largest
-        update so far.
-      largest_here: the same since the states where the present steps start, with their rates.
+      largest: optax' largest updates so far, by leaf. The keys are the size of the weights, and
+        whether all gradients are 0.
+      largest_here: the same, but only since the last `start_anew`, so with the present rates.
       is_compared: whether some steps have been compared.
-      is_seen: by leaf, whether optax has moved it so far in a step whose rate hides nothing, the
-        first from some states: some differences show in such a step alone.
+      is_seen: by leaf, whether optax has moved it in a first step from some states, with a rate
+        that is large enough to show differences. Some differences show in a first step alone.
     """
 
     def __init__(
@@ -66,11 +73,11 @@ class Closeness:
         rtol: float,
         widens: bool,
     ) -> None:
-        """Chooses how far updates may be apart.
+        """Chooses how much updates may differ.
 
         Args:
-          ours, state: the states of both.
-          source: what the state of optax contains.
+          ours, state: the states of adamjax and of optax.
+          source: the state of optax in the common form.
           rtol: as for `from_optax`.
           widens: whether optax computes in float32 where it would compute in a narrow dtype.
         """
@@ -79,7 +86,7 @@ class Closeness:
         self.has_rounded_hyperparams = has_rounded_hyperparams(state)
         narrow_ours, narrow = _narrow_leaves(ours.state), set()
         for path, moments in source.moments.items():
-            if any(is_narrow(x) for one in moments for x in (one.slots or {}).values()):
+            if any(is_narrow(x) for m in moments for x in (m.slots or {}).values()):
                 narrow.add(path)
         paths = steps.paths
         has_narrow_slots = np.array([path in narrow | narrow_ours for path in paths], bool)
@@ -97,31 +104,30 @@ class Closeness:
         self.is_compared = False
 
     def _tolerances(self, rtol: float, has_narrow_slots: np.ndarray) -> np.ndarray:
-        """How far the updates of each leaf may be apart; see `rtol`."""
-        # Adam has the same form in optax.
+        """How much the updates of each leaf may differ, relatively, for this `rtol` of the user."""
         least = 0.0 if self.has_same_form else rtol
         params = self.steps.params
         are_narrow = np.array([is_narrow(p) for p in params], bool)
         beside = self._is_beside(are_narrow | has_narrow_slots)
         rules = [part.tx for part in self.parts if isinstance(part.tx, Rule)]
         of_b2 = max((_rounding_of_b2(float(rule.b2)) for rule in rules), default=0.0)
-        own = []
-        for p, is_one, slots in zip(params, are_narrow, has_narrow_slots, strict=True):
+        tolerances = []
+        for p, narrow_param, narrow_slots in zip(params, are_narrow, has_narrow_slots, strict=True):
             usual = _RTOL64 if jnp.finfo(dtype_of(p)).nmant > 50 else _RTOL + of_b2
-            narrow = max(_NARROW_RTOL * slots, _NARROW_OPTAX_RTOL * is_one)
-            own.append(max(least, usual, narrow, 2 * float(jnp.finfo(dtype_of(p)).eps)))
-        return np.maximum(own, _BESIDE_NARROW_RTOL * beside)
+            narrow = max(_NARROW_RTOL * narrow_slots, _NARROW_OPTAX_RTOL * narrow_param)
+            tolerances.append(max(least, usual, narrow, 2 * float(jnp.finfo(dtype_of(p)).eps)))
+        return np.maximum(tolerances, _BESIDE_NARROW_RTOL * beside)
 
     def _is_beside(self, narrow: np.ndarray) -> np.ndarray:
-        """By leaf, whether it is narrow or may be computed from leaves that are."""
+        """By leaf, whether it is narrow, or its update may be computed from narrow leaves."""
         if np.any(narrow) and self.has_rounded_hyperparams:
             return np.ones_like(narrow)
         joint = [leaves for leaves in self._joint_leaves() if np.any(leaves & narrow)]
         return np.any([narrow, *joint], axis=0)
 
     def _joint_leaves(self) -> list[np.ndarray]:
-        """For each transform that may compute a leaf's update from other leaves: which it sees."""
-        # Of adamjax' own transforms, one does.
+        """The leaves that a transform sees, for each that may compute updates from other leaves."""
+        # Of adamjax' own transforms, only clip_by_global_norm does.
         return [
             self.steps.leaves_of(part)
             for part in self.parts
@@ -136,48 +142,51 @@ class Closeness:
     # --- the largest updates so far ---------------------------------------------------------------
 
     def _no_updates(self) -> dict[tuple[float | None, bool], np.ndarray]:
-        keys = itertools.product((*WEIGHTS, NO_WEIGHTS, OWN_WEIGHTS), (False, True))
+        keys = itertools.product((*WEIGHT_SIZES, ZERO_WEIGHTS, OWN_WEIGHTS), (False, True))
         return {key: np.zeros(len(self.steps.leaves)) for key in keys}
 
     def start_anew(self) -> None:
-        """Forgets the largest updates from the present states: the next steps have other rates."""
+        """Resets `largest_here`, because the next steps have other rates."""
         self.largest_here = self._no_updates()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Compares updates with those of the steps inside alone."""
+        """In this context, `largest_here` has only the updates of the steps inside."""
         largest_here = self.largest_here
         self.start_anew()
         yield
         self.largest_here = largest_here
 
-    def add_past(self, size: float | None, is_still: bool, largest: np.ndarray) -> None:
-        """Adds the largest updates of a step that is not compared, with such weights."""
+    def add_past(self, weight_size: float | None, zero_grads: bool, largest: np.ndarray) -> None:
+        """Adds the largest updates of a step that is not compared, with weights of this size."""
         # A rate may be infinite at a count that the run never had.
         largest = np.where(np.isfinite(largest), largest, 0)
-        self.largest[size, is_still] = np.maximum(self.largest[size, is_still], largest)
+        self.largest[weight_size, zero_grads] = np.maximum(
+            self.largest[weight_size, zero_grads], largest
+        )
 
     # --- what is refused --------------------------------------------------------------------------
 
     def expect_same(
         self,
         start: str,
-        size: float | None,
+        weight_size: float | None,
         taken: Iterable[tuple[int, Differences]],
-        is_still: bool = False,
+        zero_grads: bool = False,
         first_only: bool = False,
         first_compared: int = 0,
         not_finite: tuple[int, float] | None = None,
     ) -> None:
-        """Refuses updates that are apart.
+        """Refuses updates that differ too much.
 
         Args:
           start: where the steps start, for the error.
-          size: the size of the weights, or `OWN_WEIGHTS`.
+          weight_size: the size of the weights, or `OWN_WEIGHTS`.
           taken: for each call, the number of its step and its updates, as `PairedSteps.take` yields
             them.
-          is_still: whether all gradients are 0. Then updates are compared with those of such steps
-            alone, because gradients are so large that they would hide a weight decay.
+          zero_grads: whether all gradients are 0. Then differences are relative to the updates of
+            such steps alone. Other steps have updates that are so large that they would hide a
+            weight decay.
           first_only: whether to compare only the first step of each leaf.
           first_compared: the number of the first step that is compared.
           not_finite: the leaf whose gradient is not finite in some step, if any, and its value.
@@ -185,7 +194,7 @@ class Closeness:
         compared = []
         for number, found in taken:
             if not found.is_finite:
-                break  # This ends the run in optax. A transform may skip the step.
+                break  # These updates would make the weights NaN.
             if not_finite and self._is_ended_by_clip(found, *not_finite):
                 break
             if number >= first_compared:
@@ -193,24 +202,25 @@ class Closeness:
         if not compared:
             return
         self.is_compared = True
-        key = size, is_still
-        here = [self.largest_here[key], *(found.largest for _, found in compared)]
+        key = weight_size, zero_grads
+        here = [self.largest_here[key], *(found.largest_update for _, found in compared)]
         self.largest_here[key] = largest_here = np.max(here, axis=0)
         for number, found in compared:
-            self.largest[key] = np.maximum(self.largest[key], found.largest)
-            # An update whose terms nearly cancel is as inaccurate as the terms: a momentum of
-            # gradients of both signs, or a momentum and a weight decay.
+            self.largest[key] = np.maximum(self.largest[key], found.largest_update)
+            # If the terms of an update nearly cancel, its error is that of the terms: a momentum of
+            # gradients of both signs, or a momentum and a weight decay. So each difference is
+            # compared with the largest update of several steps.
             is_first = found.is_first
             if self.are_joint:
                 is_first = np.full_like(is_first, np.all(is_first))
             rtol = np.where(is_first, self.rtol_at_first, self.rtol)
             rounding = _ROUNDING * self.largest[key]
-            if not is_still:
+            if not zero_grads:
                 least = np.where(self.has_rule, _SEEN * largest_here, 0)
                 is_first_here = (number == 0) | ~self.has_rule
-                is_large = (found.largest > 0) & (found.largest >= least)
+                is_large = (found.largest_update > 0) & (found.largest_update >= least)
                 self.is_seen |= is_first_here & is_large & (rounding <= rtol * largest_here)
-            is_close = found.apart <= rtol * largest_here + rounding
+            is_close = found.largest_difference <= rtol * largest_here + rounding
             if first_only:
                 is_close |= ~is_first
             if not np.all(is_close):  # or NaN
@@ -224,38 +234,40 @@ class Closeness:
                     "freeze leaves with set_to_zero: 0 times NaN is NaN)"
                 )
 
-    def _is_ended_by_clip(self, found: Differences, spoilt: int, value: float) -> bool:
-        """Whether a frozen leaf with an infinite gradient has ended the run in adamjax alone.
+    def _is_ended_by_clip(self, found: Differences, nonfinite_leaf: int, value: float) -> bool:
+        """Whether an infinite gradient of a frozen leaf has made weights NaN in adamjax only.
 
-        The clip of adamjax makes every element NaN. That of optax makes the infinite ones NaN and
-        others 0. If the leaf moves, this ends the run in optax too, so no later step is compared.
-        In a frozen leaf it is discarded. Whether both clip alike shows in other steps.
+        The clip of adamjax makes every element NaN. That of optax makes the infinite elements NaN,
+        and the others 0. If the leaf moves, its weights become NaN in optax too, so no later step
+        is compared. In a frozen leaf the NaN is discarded. Other steps compare the two clips.
         """
         moves = self.has_rule | np.any([x > 0 for x in self.largest.values()], axis=0)
-        if not math.isinf(value) or moves[spoilt]:
+        if not math.isinf(value) or moves[nonfinite_leaf]:
             return False
         parts = [part for part in self.parts if isinstance(part.tx, clip_by_global_norm)]
-        clipped = [leaves for leaves in map(self.steps.leaves_of, parts) if leaves[spoilt]]
+        clipped = [leaves for leaves in map(self.steps.leaves_of, parts) if leaves[nonfinite_leaf]]
         ended = np.flatnonzero(np.any(clipped, axis=0) & moves) if clipped else ()
         return len(ended) > 0 and all(np.all(np.isnan(found.updates[i][0])) for i in ended)
 
-    def expect_same_whole(self, size: float, apart: np.ndarray, largest: np.ndarray) -> None:
-        """Refuses updates of whole leaves that are apart.
+    def expect_same_whole(
+        self, weight_size: float, difference: np.ndarray, largest: np.ndarray
+    ) -> None:
+        """Refuses updates of whole leaves that differ too much.
 
         Args:
-          size: the size of the weights.
-          apart, largest: by leaf, as in `Differences`.
+          weight_size: the size of the weights.
+          difference, largest: by leaf, as in `Differences`.
         """
-        largest_so_far = np.maximum(self.largest[size, False], largest)
-        is_close = apart <= self.rtol * largest + _ROUNDING * largest_so_far
+        largest_so_far = np.maximum(self.largest[weight_size, False], largest)
+        is_close = difference <= self.rtol * largest + _ROUNDING * largest_so_far
         if not np.all(np.isfinite(largest)) or np.all(is_close):
             return
         leaf = int(np.argmin(is_close))
         raise ValueError(
             f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx moves an "
-            f"element by {apart[leaf]:.6g} more or less than the optimizer of optax, whose largest "
-            f"update is {largest[leaf]:.6g}. Both move a sample of the leaf alike, so one of them "
-            "may treat some rows in another way"
+            f"element by {difference[leaf]:.6g} more or less than the optimizer of optax, whose "
+            f"largest update is {largest[leaf]:.6g}. Both move a sample of the leaf alike, so one "
+            "of them may treat some rows in another way"
         )
 
     def expect_movement(self) -> None:
@@ -272,12 +284,12 @@ class Closeness:
 
 
 def _rounding_of_b2(b2: float) -> float:
-    """By how much optax' updates are off because it rounds b2, and so 1 - b2, to float32."""
+    """The relative error of 1 - b2 in optax, which rounds b2 to float32; at most `_MOST_OF_B2`."""
     if b2 == 1:
         return 0.0
-    off = abs((1 - float(np.float32(b2))) / (1 - b2) - 1)
-    # A larger difference is refused. The root of v is off by half as much as v.
-    return min(off, _MOST_OF_B2)
+    error = abs((1 - float(np.float32(b2))) / (1 - b2) - 1)
+    # The error of v is as large, and that of its root half as large.
+    return min(error, _MOST_OF_B2)
 
 
 def _narrow_leaves(state: Any) -> set[str]:

@@ -20,20 +20,20 @@ def leaves_of_parts(state: AdamjaxState) -> list[tuple[type, list[str]]]:
     return [(type(part.tx), list(leaves_by_path(state.owner, part.params))) for part in state.parts]
 
 
-# Operations that choose elements by their position, such as the rows of a padding.
+# Operations that choose elements by their position.
 _OF_POSITIONS = {"iota", "slice", "dynamic_slice", "pad"}
 
 
 def program(tx: Any, params: Tree, with_positions: bool = False) -> list[tuple[str, str]]:
     """The operations of an update: the name of each, and the numbers among its arguments.
 
-    It is the same for all shapes and dtypes of leaves, unless the transform decides by these.
+    They are the same for all shapes and dtypes of leaves, unless the transform depends on these.
 
     Args:
       with_positions: whether to include the parameters of operations that choose elements by their
         position. They depend on the shape of a leaf.
     """
-    # Without weak types and shardings, by which programs differ that compute the same.
+    # Weak types and shardings are left out: programs that compute the same may differ in them.
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), dtype_of(p)), params)
     traced = jax.make_jaxpr(tx.update)(shapes, jax.eval_shape(tx.init, shapes), shapes)
     return list(_operations(traced.jaxpr, with_positions))

@@ -26,25 +26,25 @@ def expect_slots(owner: str, system: System, kind: str, path: str, moments: Leaf
     stated = "" if len(possible_kinds) == len(KINDS) else " or ".join(possible_kinds)
     rules = f", those of {stated}" if stated else ""
     wanted = str(sorted(expected))
-    mend = f"build the optimizer of {system.name} and that of adamjax with the same rule"
+    fix = f"build the optimizer of {system.name} and that of adamjax with the same rule"
     if kind not in possible_kinds and slots is not None and set(slots) == expected:
-        # Several rules have these slots. The system says elsewhere which of them it is.
+        # Several kinds have these slots, and the system states another kind than this one.
         rules, wanted = f", and says that they are those of {stated}", f"a state that says {kind}"
     elif possible_kinds == (kind,):
-        # The system says that it is this kind of rule, but the slots are those of another.
-        rules, mend = "", "is this the state of another optimizer?"
+        # The system states this kind, but the slots are those of another one.
+        rules, fix = "", "is this the state of another optimizer?"
         if set(slots or ()) ^ expected == {system.slot_names["amsgrad"]["v_max"]}:
-            mend = "was amsgrad switched on or off in the middle of the run?"
+            fix = "was amsgrad switched on or off in the middle of the run?"
     raise ValueError(
         f"{owner}: of {path!r}, {system.name} has {stored}{rules}; for {kind}, expected {wanted}: "
-        f"{mend}"
+        f"{fix}"
     )
 
 
 def _largest_ratio(kind: str, rule: Any) -> float:
-    """The largest m / sqrt(v), or m / u of Adamax, that any gradients can lead to.
+    """The largest m / sqrt(v), or for Adamax m / u, that any gradients can lead to.
 
-    By the inequality of Cauchy and Schwarz, m**2 <= c * v, where c is the sum over k of
+    By the Cauchy-Schwarz inequality, m**2 <= c * v, where c is the sum over k of
     `(1 - b1)**2 * b1**(2 * k) / ((1 - b2) * b2**k)`. And m <= c * u, where c is the sum of
     `(1 - b1) * b1**k / b2**k`. Both are geometric series.
     """
@@ -65,11 +65,11 @@ def _wide_dtype(x: Any) -> Any:
 
 
 class Translation(StateFiller):
-    """Hands out a source's moments, with their slots translated to adamjax or from it.
+    """Takes moments out of a source, and translates their slots to adamjax or from it.
 
     Attributes:
       system: the other system.
-      rtol: how much a step of one may differ from that of the other, relatively.
+      rtol: how much a step of adamjax may differ from that of the other system, relatively.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Translation(StateFiller):
         if moments.slots is None:
             return None
         names, count = self.system.slot_names[kind], moments.count
-        slots = {name: moments.slots[other] for name, other in names.items()}
+        slots = {name: moments.slots[their_name] for name, their_name in names.items()}
         self._expect_close(rule, kind, path, count, slots)
         self._expect_possible(rule, kind, path, count, slots)
         if kind == "adamax" and self.system.eps_inside_maximum:
@@ -97,7 +97,7 @@ class Translation(StateFiller):
         return slots
 
     def from_adamjax(self, path: str) -> tuple[str, LeafMoments, Slots]:
-        """Takes the moments of a leaf's next rule (a leaf may pass several).
+        """Takes the moments of a leaf's next rule; see `take_moments`.
 
         Returns:
           The rule's kind, the moments, and the slots by the system's names.
@@ -127,9 +127,9 @@ class Translation(StateFiller):
             )
 
     def _difference(self, rule: Any, kind: str, count: int, slots: Slots) -> tuple[float, str]:
-        """How much a step of the two may differ, relatively, and why.
+        """The largest relative difference between the steps of the two rules, and its reason.
 
-        It is 0, without a reason, where the rules have the same form.
+        The pair is (0, "") if the rules have the same form.
 
         Args:
           slots: by adamjax's names; Adamax' `u` with epsilon inside.
@@ -143,15 +143,15 @@ class Translation(StateFiller):
             )
         if kind == "nadam" and self.system.plain_nadam:
             # The schedule changes the factor of the gradient, 1 - b1, more than anything else.
-            of_schedule = 0.5 * float(rule.b1) / (1 - float(rule.b1)) * 0.96 ** (count + 1)
-            return float(rule.b1) ** count + of_schedule, (
+            from_schedule = 0.5 * float(rule.b1) / (1 - float(rule.b1)) * 0.96 ** (count + 1)
+            return float(rule.b1) ** count + from_schedule, (
                 "its momentum has no schedule; the more steps were taken, the smaller the "
                 "difference"
             )
         if kind == "adamax" and self.system.eps_inside_maximum:
-            moves = np.asarray(slots["m"]) != 0
+            is_moving = np.asarray(slots["m"]) != 0
             u = np.real(np.asarray(slots["u"])).astype(np.float64)
-            smallest = float(np.min(u, where=moves, initial=np.inf))
+            smallest = float(np.min(u, where=is_moving, initial=np.inf))
             return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
                 "it adds epsilon inside the maximum, so epsilon decays with it; the smallest "
                 f"maximum here is {smallest:.1g}, and the larger the maximum, the smaller the "
@@ -163,7 +163,7 @@ class Translation(StateFiller):
         """Refuses slots that no sequence of gradients can lead to.
 
         Args:
-          rule: the rule, whose betas bound the moments; `None` if any betas are possible.
+          rule: the rule, whose betas bound the moments; `None` for no such bound.
           slots: by adamjax's names.
         """
         if not self.check:
@@ -174,10 +174,10 @@ class Translation(StateFiller):
             raise ValueError(
                 f"{self.owner}: of {path!r}, {fault}, which {kind} cannot have: is this the state "
                 f"of another optimizer of {self.system.name} or of other betas, or are the leaves "
-                "in another order? check=False takes it"
+                "in another order? check=False accepts it"
             )
 
-        # Arrays of JAX stay on their devices, which may be those of other processes.
+        # Arrays of JAX stay on their devices, because some devices may be those of other processes.
         on_device = all(isinstance(x, jax.Array) for x in slots.values())
         xp: Any = jnp if on_device else np
         for name, x in slots.items():
@@ -200,7 +200,7 @@ class Translation(StateFiller):
         if kind == "adamax":
             divisor = wide["u"] + float(rule.eps or 0)
         else:
-            # Squares below the dtype's smallest number are lost.
+            # Squares below the dtype's smallest number become 0.
             smallest = float(jnp.finfo(slots["v"].dtype).smallest_subnormal)
             divisor = xp.sqrt(wide["v"] + max(1e-34, smallest / (1 - float(rule.b2))))
         # Twice the bound, as moments may be rounded to few bits.
@@ -211,13 +211,13 @@ class Translation(StateFiller):
 
 
 def nadam_product(b1: Any, count: int) -> float:
-    """The product of Nadam's momenta after this number of steps."""
+    """The product of Nadam's momenta up to this number of steps."""
     steps = np.arange(1, count + 1, dtype=np.float64)
     return float(np.prod(float(b1) * (1 - 0.5 * 0.96**steps)))
 
 
 def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:
-    """Refuses a product that is not that of Nadam's momenta, up to a rounding in each step."""
+    """Refuses a product that differs from `nadam_product` by more than rounding in each step."""
     expected = nadam_product(b1, count)
     rounded = count * float(jnp.finfo(np.asarray(product).dtype).eps)
     rtol = max(1e-3, rounded)

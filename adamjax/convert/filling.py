@@ -18,55 +18,56 @@ from adamjax.transform import RESTORED_WITHOUT_CLASSES
 
 __all__ = ["ACCUMULATED", "StateFiller"]
 
-# The name of an accumulated gradient, where slots have theirs.
+# Errors name slots; for an accumulated gradient they use this instead.
 ACCUMULATED = "the accumulated gradient"
 
 
 class StateFiller:
-    """Hands out a source's moments, leaf by leaf, and its other parts, until nothing is left.
+    """Takes moments, counts and other states out of a source, and checks that nothing is left.
 
     Attributes:
       source: the source.
       ours: the state of adamjax that the source is read from, or that is filled.
-      check: whether to refuse to round values.
-      taken: by path, how many rules' moments were handed out.
-      other_states: the states of other transforms that were not handed out yet.
+      check: as for `from_optax`.
+      num_taken: by path, for how many rules the moments were taken.
+      other_states: the states of other transforms that were not taken yet.
       in_accumulating: whether the part of the state that is being filled is inside a transform that
         accumulates gradients.
     """
 
     def __init__(self, source: Source, ours: AdamjaxState, check: bool) -> None:
         self.source, self.ours, self.check, self.owner = source, ours, check, source.owner
-        self.taken: dict[str, int] = {}
+        self.num_taken: dict[str, int] = {}
         self.other_states = list(source.other_states)
         self.in_accumulating = False
 
     def take_moments(self, path: str) -> LeafMoments:
-        """Takes the moments of a leaf's next rule; a leaf may pass several rules."""
-        several, i = self.source.moments.get(path, []), self.taken.get(path, 0)
-        if i >= len(several):
-            has = "no moments" if not several else f"the moments of {len(several)} rule(s) only"
+        """Takes the moments of a leaf's next rule; a leaf may go through several rules."""
+        of_rules, i = self.source.moments.get(path, []), self.num_taken.get(path, 0)
+        if i >= len(of_rules):
+            has = "no moments" if not of_rules else f"the moments of {len(of_rules)} rule(s) only"
             known = sorted(self.source.moments)
-            mend = "keep the rule from this leaf with masked or partition, or name leaves alike"
+            fix = "keep the rule from this leaf with masked or partition, or name leaves alike"
             if self.other_states and hasattr(self.other_states[0], "opt_state"):
-                mend = f"pass the opt_state of the {class_name(self.other_states[0])}"
+                fix = f"pass the opt_state of the {class_name(self.other_states[0])}"
             elif any(class_name(x).startswith("flax.nnx.") for x in self.other_states):
-                mend = "of flax.nnx, pass nnx.as_pure(optimizer.opt_state)"
+                fix = "of flax.nnx, pass nnx.as_pure(optimizer.opt_state)"
             elif self.other_states:
-                mend = (
+                fix = (
                     f"conversions do not know its {class_name(self.other_states[0])}: convert a "
                     "state of Adam, AMSGrad, Nadam or Adamax"
                 )
-            flat = self._flat_moments(path)
-            if flat is not None:
+            flat_size = self._flat_size(path)
+            if flat_size is not None:
                 raise ValueError(
                     f"{self.owner}: the source has the moments of all leaves in one vector of "
-                    f"{flat}, as in optax.flatten, and no moments of the leaf {path!r}: split it, "
-                    "unravel = jax.flatten_util.ravel_pytree(params)[1] and jax.tree.map(lambda x: "
-                    "unravel(x) if x.ndim else x, state), and pass the optimizer without flatten"
+                    f"{flat_size}, as in optax.flatten, and no moments of the leaf {path!r}: "
+                    "split it, unravel = jax.flatten_util.ravel_pytree(params)[1] and "
+                    "jax.tree.map(lambda x: unravel(x) if x.ndim else x, state), and pass the "
+                    "optimizer without flatten"
                 )
             if path == "" and known:
-                mend = (
+                fix = (
                     "the target has one vector for all leaves, as optax.flatten has: leave flatten "
                     "out"
                 )
@@ -76,14 +77,14 @@ class StateFiller:
                     f"Adam, AMSGrad, Nadam or Adamax. {RESTORED_WITHOUT_CLASSES}"
                 )
             raise ValueError(
-                f"{self.owner}: the source has {has} of the leaf {path!r} (it has some of "
-                f"{known[:5]}{' and others' if len(known) > 5 else ''}): {mend}"
+                f"{self.owner}: the source has {has} of the leaf {path!r} (it has moments of "
+                f"{known[:5]}{' and others' if len(known) > 5 else ''}): {fix}"
             )
-        self.taken[path] = i + 1
-        return several[i]
+        self.num_taken[path] = i + 1
+        return of_rules[i]
 
-    def _flat_moments(self, path: str) -> int | None:
-        """The size of the vector that has the moments of all leaves; `None` if there is none."""
+    def _flat_size(self, path: str) -> int | None:
+        """The size of a vector with the moments of all leaves; `None` if the source has none."""
         if path == "" or list(self.source.moments) != [""]:
             return None
         slots = self.source.moments[""][0].slots or {}
@@ -91,12 +92,12 @@ class StateFiller:
         return size if any(np.shape(x) == (size,) for x in slots.values()) else None
 
     def common_count(self, moments: Mapping[str, LeafMoments]) -> int:
-        """The number of steps that leaves of one rule have taken."""
-        first_of: dict[int, str] = {}
-        for path, one in moments.items():
-            first_of.setdefault(one.count, path)
-        if len(first_of) > 1:
-            (a, first), (b, second) = list(first_of.items())[:2]
+        """The number of steps that the leaves of one rule have taken; it must be the same."""
+        path_of_count: dict[int, str] = {}
+        for path, leaf_moments in moments.items():
+            path_of_count.setdefault(leaf_moments.count, path)
+        if len(path_of_count) > 1:
+            (a, first), (b, second) = list(path_of_count.items())[:2]
             left_out = " (None in order=)" if self.owner == "from_torch" else ""
             raise ValueError(
                 f"{self.owner}: {first!r} has taken {a} steps and {second!r} {b}, but one rule "
@@ -104,7 +105,7 @@ class StateFiller:
                 "set_to_zero) a leaf that has no gradient, and give the others rules of their own "
                 f"with partition; {shifted_schedule(a, b)}"
             )
-        return next(iter(first_of), 0)
+        return next(iter(path_of_count), 0)
 
     def schedule_count(self, leaves: frozenset[str] | None, like: Any) -> Any:
         """The count of a schedule of these leaves, in the dtype of another count."""
@@ -112,7 +113,7 @@ class StateFiller:
         return jnp.asarray(self.source.count_of(leaves, calls), like.dtype)
 
     def array(self, path: str, name: str, x: Any, like: Any) -> Any:
-        """A copy of an array in the dtype, the place and the memory layout of another."""
+        """A copy of an array with the dtype, the sharding and the memory layout of `like`."""
         what = f"{self.owner}: {name} of {path!r}"
         if np.shape(x) != np.shape(like):
             question = (
@@ -152,39 +153,39 @@ class StateFiller:
                 self.refuse_rounding(path, name, old, new)
         if not isinstance(like, jax.Array):
             return np.array(x, new)
-        made = jnp.array(x, new, copy=True)
-        if made.sharding != like.sharding:
-            made = jax.device_put(made, like.sharding)
-        return laid_out_like(made, like)
+        array = jnp.array(x, new, copy=True)
+        if array.sharding != like.sharding:
+            array = jax.device_put(array, like.sharding)
+        return laid_out_like(array, like)
 
     def refuse_rounding(self, path: str, name: str, old: np.dtype, new: np.dtype) -> NoReturn:
-        """Raises the error about values that the target's dtype cannot hold."""
-        mend = "keep it wider (m_dtype, v_dtype, or optax' mu_dtype)"
+        """Raises the error about values that the target's dtype cannot represent."""
+        fix = "keep it wider (m_dtype, v_dtype, or optax' mu_dtype)"
         if name == ACCUMULATED:
-            mend = f"convert after a step, or give the target an array of {old.name}"
+            fix = f"convert after a step, or give the target an array of {old.name}"
         raise ValueError(
             f"{self.owner}: {name} of {path!r} is {old.name} and would be rounded to {new.name}: "
-            f"{mend}, or pass check=False to round it"
+            f"{fix}, or pass check=False to round it"
         )
 
     def tree(self, name: str, values: Mapping[str, Any], like: Tree) -> Any:
-        """A tree like another, with the values of each leaf's path."""
+        """A tree like `like`, with the value of each leaf by its path."""
         leaves, treedef = flatten(like)
         for i, path in enumerate(leaf_paths(like)):
             if leaves[i] is not None and not is_left_alone(leaves[i]):
                 if path not in values:
-                    mend = ""
+                    fix = ""
                     if name == ACCUMULATED:
-                        mend = (
+                        fix = (
                             ": convert after a step (or, for a frozen leaf, put "
                             "accumulate_gradients inside partition)"
                         )
-                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}{mend}")
+                    raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}{fix}")
                 leaves[i] = self.array(path, name, values[path], leaves[i])
         return treedef.unflatten(leaves)
 
     def other_states_like(self, like: Any) -> list[int]:
-        """The positions of the other states of the same class, shapes and dtypes."""
+        """The positions in `other_states` of those with the class, shapes and dtypes of `like`."""
         return [
             i
             for i, x in enumerate(self.other_states)
@@ -200,10 +201,10 @@ class StateFiller:
                 raise ValueError(
                     f"{self.owner}: there are several states of {class_name(like)} in a "
                     "dictionary, whose order JAX loses, so nothing shows which is which: set them "
-                    "by hand, or pass check=False to take them in the order of the sorted keys"
+                    "by hand, or pass check=False to use the order of the sorted keys"
                 )
         if alike:
-            # optax and adamjax have other nodes in the places of leaves that a mask hides.
+            # For leaves that a mask hides, optax and adamjax have different nodes.
             leaves = [
                 jnp.array(x, copy=True) for x in jax.tree.leaves(self.other_states.pop(alike[0]))
             ]
@@ -216,9 +217,9 @@ class StateFiller:
         )
 
     def finish(self) -> None:
-        """Refuses to leave anything of the source."""
-        for path, several in self.source.moments.items():
-            if self.taken.get(path, 0) < len(several):
+        """Refuses moments and states of the source that were not taken."""
+        for path, of_rules in self.source.moments.items():
+            if self.num_taken.get(path, 0) < len(of_rules):
                 raise ValueError(
                     f"{self.owner}: the moments of the leaf {path!r} have no place: no rule of the "
                     "state to be filled sees this leaf. Change the patterns of masked and "

@@ -28,11 +28,11 @@ from adamjax.transform import Rule, foreign
 __all__ = ["expect_same_hyperparameters"]
 
 _FREEZE = "freeze it with partition and set_to_zero, around everything that moves it"
-# At how many earlier counts rates are looked at.
+# The number of intervals between earlier counts at which rates are computed.
 _EARLIER = 16
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
-# How errors name a key of the hyperparameters, where that is not the key itself. An empty string:
-# errors do not list this key, because on its own it states no hyperparameter.
+# The names of keys in errors, if not the keys themselves. Keys with an empty string are not listed,
+# because on their own they state no hyperparameter.
 _NAMES_IN_ERRORS = {
     **dict.fromkeys(("masks_decay", "decoupled", "form", "others"), ""),
     **dict.fromkeys(("clips_updates", "in_steps"), ""),
@@ -52,25 +52,25 @@ def expect_same_hyperparameters(
     keys:
 
     - `b1`, `b2`, `eps`: numbers. `form`: `"eps"` or `"eps_hat"`, if it is not the system's usual
-      one.
-    - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: for a schedule
-      that is not known itself, two strings: what shows that there is one, and a note.
-      `incomparable_rate`: for a rate that cannot even be read, a string that says why.
+      form.
+    - `learning_rate`: the rate of the next step, or a schedule. `unknown_schedule`: if
+      there is a schedule, but its values are unknown: two strings, the evidence for it and a note.
+      `incomparable_rate`: for a rate that cannot even be read, a string with the reason.
     - `weight_decay`: a number. `decoupled`: whether it is after the rule, `None` if that is not
-      stated. `masks_decay`: whether it excludes leaves: "none", "some", or "unknown". `has_decay`:
+      stated. `masks_decay`: which leaves it excludes: "none", "some", or "unknown". `has_decay`:
       whether some leaf decays, by any amount.
     - `in_steps`: whether a weight decay after the rule applies once per step of the rule, and a
       schedule of the rate counts these steps, rather than calls of `update`.
-    - `maximize`: whether gradients are negated before the rule; without it, that is not compared,
-      and neither is whether they are multiplied by 0.
+    - `maximize`: whether gradients are negated before the rule. With this key, a factor of 0 before
+      the rule is refused too.
     - `lazy`: whether rows without a gradient stand still.
     - `clips`: all transforms that clip, in order; all are before the rule.
     - `clips_updates`: false if the system clips neither after the rule nor after a weight decay
-      that is before the rule. It is for a system that does not state `clips`.
-    - `others`: where transforms may be that nothing can compare, those of other libraries and the
-      user's own: "before" the rule, or "none" for nowhere. Without this key, anywhere.
-    - `gradient_factor`: what gradients are multiplied by before they are clipped.
-    - `is_frozen`: whether the leaf stands still, so that nothing else is compared.
+      that is before the rule; for a system that does not state `clips`.
+    - `others`: where `tx` may have transforms that cannot be compared, those of other libraries and
+      the user's own: "before" the rule, or "none" for nowhere. Without this key, anywhere.
+    - `gradient_factor`: the factor by which gradients are multiplied before they are clipped.
+    - `is_frozen`: whether the leaf is not trained. Then nothing else is compared.
     - `average`: the momentum and the overwrite_frequency of the average of the weights.
     """
     _Check(ours, system).check(moments)
@@ -82,7 +82,7 @@ class _Check:
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
         self.owner, self.ours, self.system = adamjax_state.owner, adamjax_state, system
         self.all_parts = adamjax_state.parts
-        # The paths are those of the leaves that the part sees.
+        # Each part with the paths of the leaves that it sees.
         self.parts_and_paths = [
             (part, frozenset(leaves_by_path(self.owner, part.params))) for part in self.all_parts
         ]
@@ -92,12 +92,12 @@ class _Check:
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
-        # Pairs of schedules that agree in all steps that are compared.
+        # Schedules of the system, each with rates of tx that agree with it at all compared counts.
         self.agreeing: list[tuple[Any, list[Any]]] = []
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
-        # By leaf, whether anything in tx scales its updates, if the system states a rate.
+        # For each leaf with a stated rate, whether anything in tx scales its updates.
         has_rate: dict[str, bool] = {}
         trained = {path for path, x in moments.items() if not x[-1].hyperparams.get("is_frozen")}
         for path, leaf_moments in moments.items():
@@ -108,9 +108,9 @@ class _Check:
             elif path not in trained:
                 self._expect_frozen(path, route[rules[-1] :])
             else:
-                for i, moment in zip(rules, leaf_moments, strict=True):
-                    self._check_rule(path, route[i], moment.hyperparams)
-                    self._check_direction(path, route[:i], moment.hyperparams)
+                for i, of_rule in zip(rules, leaf_moments, strict=True):
+                    self._check_rule(path, route[i], of_rule.hyperparams)
+                    self._check_direction(path, route[:i], of_rule.hyperparams)
                 hyperparams, last = leaf_moments[-1].hyperparams, rules[-1]
                 self._expect_comparable(path, route[last], hyperparams.get("others"))
                 if not hyperparams.get("clips_updates", True):
@@ -145,26 +145,26 @@ class _Check:
     ) -> None:
         """Refuses a transform that moves leaves which the system's optimizer does not have.
 
-        A leaf with a rule but no scaling is not refused here. It may never get a gradient. If it
-        does, `train_step` refuses it, because nothing turns its updates downhill.
+        A leaf with a rule but no scaling is not refused here, because it may never get a gradient.
+        If it gets one, `train_step` refuses the transform: its updates go uphill.
         """
         for path in (path for path in self.position_of_leaf if path not in moments):
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             self._expect_still(path, route, "an optimizer without this leaf")
 
     def _expect_frozen(self, path: str, after: Sequence[Part]) -> None:
-        """Refuses a transform that moves a leaf which the system's optimizer has, but not trains.
+        """Refuses a transform that moves a leaf which the system's optimizer does not train.
 
         `after` has the parts from the last rule on.
         """
         stated = "a variable with trainable=False"
-        mend = f"{_FREEZE}, and give None for it in order="
-        self._expect_still(path, after, stated, mend)
+        fix = f"{_FREEZE}, and give None for it in order="
+        self._expect_still(path, after, stated, fix)
         if not any(isinstance(part.tx, set_to_zero) for part in after):
-            self._refuse(path, stated, f"{after[0].tx!r}, which moves it", mend)
+            self._refuse(path, stated, f"{after[0].tx!r}, which moves it", fix)
 
     def _expect_still(
-        self, path: str, route: Sequence[Part], stated: str, mend: str = _FREEZE
+        self, path: str, route: Sequence[Part], stated: str, fix: str = _FREEZE
     ) -> None:
         """Refuses a route on which something moves a leaf without gradients."""
         zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
@@ -174,27 +174,27 @@ class _Check:
         if not zeros:
             moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
         if moving:
-            self._refuse(path, stated, f"{moving[0]!r}, which moves it", mend)
+            self._refuse(path, stated, f"{moving[0]!r}, which moves it", fix)
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
         clips = [part.tx for part in after if isinstance(part.tx, _CLIPS)]
         if clips:
-            mend = "clip gradients only, before the rule"
-            self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", mend)
+            fix = "clip gradients only, before the rule"
+            self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", fix)
         decays = False
         for part in before:
             decays = decays or bool(self._decay_at(path, part))
             if decays and isinstance(part.tx, _CLIPS):
-                mend = "put the clip before the weight decay"
+                fix = "put the clip before the weight decay"
                 in_tx = f"{part.tx!r} after its weight decay"
-                self._refuse(path, "clips before its weight decay only", in_tx, mend)
+                self._refuse(path, "clips before its weight decay only", in_tx, fix)
 
     def _expect_in_steps(self, path: str, after: Sequence[Part]) -> None:
         """Refuses a weight decay or a schedule outside of the rule's `accumulate_gradients`.
 
-        There the decay would apply in each call, and the schedule of the rate would count calls,
-        rather than steps.
+        Outside, the decay would apply in each call, and the schedule would count calls, rather than
+        steps.
         """
         num = self.ours.num_accumulations(after[0])
         for part in (part for part in after if self.ours.num_accumulations(part) < num):
@@ -205,25 +205,25 @@ class _Check:
                 stated, in_tx = "a rate that changes with its steps", "one that counts calls"
             else:
                 continue
-            mend = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
-            self._refuse(path, stated, f"{in_tx}, {part.tx!r}", mend)
+            fix = f"put it inside accumulate_gradients ({type(part.tx).__name__} after the rule)"
+            self._refuse(path, stated, f"{in_tx}, {part.tx!r}", fix)
 
     def _expect_comparable(self, path: str, rule: Part, allowed: str | None) -> None:
-        """Refuses transforms that nothing can compare, where the system's optimizer has none.
+        """Refuses transforms of other libraries and the user's own, which cannot be compared.
 
-        They are those of other libraries and the user's own. One that is around the rule may change
-        what goes into it, and what comes out. `allowed` is the value of the key `others`.
+        `allowed` is the value of the key `others`. A transform around the rule counts as before and
+        after it.
         """
         if allowed is None:
             return
-        place = next(i for i, part in enumerate(self.all_parts) if part is rule)
+        position = next(i for i, part in enumerate(self.all_parts) if part is rule)
         around = {id(part) for part in self.ours.around(rule)}
         incomparable = [
             part.tx
             for i, (part, paths) in enumerate(self.parts_and_paths)
             if path in paths
             and (isinstance(part.tx, foreign) or not is_of_adamjax(part.tx))
-            and (allowed == "none" or i >= place or id(part) in around)
+            and (allowed == "none" or i >= position or id(part) in around)
         ]
         if incomparable:
             whose = "another library" if incomparable[0].has_foreign else "your own"
@@ -238,8 +238,8 @@ class _Check:
         """Refuses hyperparameters for rules that a transform of another library hides."""
         names = [
             _NAMES_IN_ERRORS.get(name, name)
-            for moment in leaf_moments
-            for name, x in moment.hyperparams.items()
+            for of_rule in leaf_moments
+            for name, x in of_rule.hyperparams.items()
             if x is not False
         ]
         stated = [name for name in names if name]
@@ -252,20 +252,19 @@ class _Check:
                 "other libraries' transforms too)",
             )
 
-    def _refuse(self, path: str, stated: str, in_tx: str, mend: str, note: str = "") -> None:
-        """Raises an error: the system has one thing, and `tx` another.
+    def _refuse(self, path: str, stated: str, in_tx: str, fix: str, note: str = "") -> None:
+        """Raises an error: the system has `stated`, and `tx` has `in_tx`.
 
-        `mend` says how to change `tx`. Or it is `system.set_rate`, which changes the system's
-        optimizer.
+        `fix` says how to change `tx`, or, if it is `system.set_rate`, the system's optimizer.
         """
         goes_on_with = "what tx has"
         if self.owner.startswith("to_"):
-            if mend != self.system.set_rate:
-                mend = f"give the target the same, or {mend}"
+            if fix != self.system.set_rate:
+                fix = f"give the target the same, or {fix}"
             goes_on_with = f"what {self.system.name} has"
         note = f". Note: {note}" if note else ""
         raise ValueError(
-            f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {mend}, "
+            f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {fix}, "
             f"or pass check=False to go on with {goes_on_with}{note}"
         )
 
@@ -296,17 +295,17 @@ class _Check:
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
             stated = "rows that stand still without a gradient"
-            mend = f"build the rule of tx with rows='lazy'{', without exact_rows' if exact else ''}"
-            self._refuse(path, stated, rows, mend)
+            fix = f"build the rule of tx with rows='lazy'{', without exact_rows' if exact else ''}"
+            self._refuse(path, stated, rows, fix)
 
     def _check_direction(self, path: str, before: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares the sign of gradients before the rule (torch's `maximize`); 0 is refused."""
+        """Compares the sign of gradients before the rule (`maximize`); refuses a factor of 0."""
         if "maximize" not in hyperparams:
             return
         if self._factor(path, before) == 0:
             zero = next(part.tx for part in before if self._factor(path, [part]) == 0)
-            mend = "leave it out, or freeze the leaf with partition and set_to_zero"
-            self._refuse(path, "gradients as they are", f"{zero!r} before the rule", mend)
+            fix = "leave it out, or freeze the leaf with partition and set_to_zero"
+            self._refuse(path, "gradients as they are", f"{zero!r} before the rule", fix)
         negating = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
         last = before[negating[-1]].tx if negating else None
         maximize, is_negated = bool(hyperparams["maximize"]), len(negating) % 2 == 1
@@ -317,40 +316,38 @@ class _Check:
             return
         if is_negated == maximize:
             in_tx = f"gradients that {last!r} negates after their weight decay"
-            mend = "move it before the weight decay"
+            fix = "move it before the weight decay"
         elif last is None:
-            in_tx, mend = "none", "begin tx with scale(-1.0)"
+            in_tx, fix = "none", "begin tx with scale(-1.0)"
         elif maximize:
-            in_tx, mend = f"gradients that {last!r} negates again", "leave it out"
+            in_tx, fix = f"gradients that {last!r} negates again", "leave it out"
         else:
-            in_tx, mend = f"{last!r} before the rule", "leave it out, or put it after the rule"
+            in_tx, fix = f"{last!r} before the rule", "leave it out, or put it after the rule"
         stated = "negated gradients (maximize=True)" if maximize else "gradients as they are"
-        self._refuse(path, stated, in_tx, mend)
+        self._refuse(path, stated, in_tx, fix)
 
     def _check_clips(
         self,
         path: str,
         route: Sequence[Part],
-        rule_place: int,
+        rule_position: int,
         stated: Sequence[Any],
         trained: Set[str],
     ) -> None:
-        """Compares what clips the gradients of a leaf, and where.
+        """Compares the clips of a leaf, and their positions.
 
         Args:
-          trained: the paths of all leaves that the system's optimizer moves.
+          trained: the paths of all leaves that the system's optimizer trains.
         """
-        before = [part for part in route[:rule_place] if isinstance(part.tx, _CLIPS)]
-        after = [part.tx for part in route[rule_place:] if isinstance(part.tx, _CLIPS)]
-        if not stated and any(part.tx.has_foreign for part in route[:rule_place]):
-            return  # It may clip or not.
+        before = [part for part in route[:rule_position] if isinstance(part.tx, _CLIPS)]
+        after = [part.tx for part in route[rule_position:] if isinstance(part.tx, _CLIPS)]
+        if not stated and any(part.tx.has_foreign for part in route[:rule_position]):
+            return  # A transform of another library may clip or not.
         clips = [part.tx for part in before]
         in_tx = ", ".join(map(repr, clips)) or "no clip before the rule"
-        mend = (
-            f"put {', '.join(map(repr, stated))} before the rule" if stated else "leave clips out"
-        )
+        fix = f"put {', '.join(map(repr, stated))} before the rule" if stated else "leave clips out"
         if after:
-            in_tx, mend = f"{after[0]!r} after the rule", f"{mend}, and none after it"
+            in_tx, fix = f"{after[0]!r} after the rule", f"{fix}, and none after it"
         elif len(clips) == len(stated) and all(map(_is_same_clip, clips, stated)):
             of_other_leaves = [
                 part.tx
@@ -361,16 +358,16 @@ class _Check:
             outside = [part.tx for part in before if not self.ours.num_accumulations(part)]
             if of_other_leaves:
                 in_tx = f"{of_other_leaves[0]!r} of other leaves"
-                mend = "clip the leaves that its optimizer has by one norm, and no others (masked)"
+                fix = "clip the leaves that its optimizer has by one norm, and no others (masked)"
             elif self.ours.accumulations and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
-                mend = "put it inside, before the rule"
+                fix = "put it inside, before the rule"
             else:
                 return
-        self._refuse(path, ", ".join(map(repr, stated)) or "no clip", in_tx, mend)
+        self._refuse(path, ", ".join(map(repr, stated)) or "no clip", in_tx, fix)
 
     def _check_factor(self, path: str, before: Sequence[Part], stated: float) -> None:
-        """Compares what gradients are multiplied by before they are clipped."""
+        """Compares the factor of gradients before they are clipped."""
         clips = [i for i, part in enumerate(before) if isinstance(part.tx, _CLIPS)]
         first, rest = (before[: clips[0]], before[clips[0] :]) if clips else (before, ())
         inside_accumulation = [
@@ -388,17 +385,17 @@ class _Check:
         before_clips, after_clip = self._factor(path, first), self._factor(path, rest)
         if not same_value(stated, before_clips) or after_clip != 1:
             in_tx = f"gradients multiplied by {before_clips:g} before the rule"
-            mend = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
+            fix = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
             if after_clip != 1:
                 in_tx = (
                     f"gradients multiplied by {before_clips:g} before a clip, and by "
                     f"{after_clip:g} after it"
                 )
-                mend += ", and put none between a clip and the rule"
+                fix += ", and put none between a clip and the rule"
             factor = (
                 f"gradients multiplied by {stated:g}" if stated != 1 else "no loss_scale_factor"
             )
-            self._refuse(path, factor, in_tx, mend)
+            self._refuse(path, factor, in_tx, fix)
 
     def _check_average(
         self, path: str, route: Sequence[Part], momentum: float, frequency: int | None
@@ -408,8 +405,8 @@ class _Check:
         for tx in (part.tx for part in route if isinstance(part.tx, weight_ema)):
             if not same_decay(momentum, tx.momentum) or frequency != tx.overwrite_frequency:
                 in_tx = f"momentum={tx.momentum}, overwrite_frequency={tx.overwrite_frequency}"
-                mend = f"build tx with weight_ema({momentum:.9g}, {frequency})"
-                self._refuse(path, f"an average with {stated}", in_tx, mend)
+                fix = f"build tx with weight_ema({momentum:.9g}, {frequency})"
+                self._refuse(path, f"an average with {stated}", in_tx, fix)
 
     # --- the rate ---------------------------------------------------------------------------------
 
@@ -422,7 +419,7 @@ class _Check:
             return
         schedule, count = None, 0
         if callable(stated) or isinstance(stated, ForeignSchedule):
-            # It is called with the count of tx.
+            # The system's schedule is called with the count of tx.
             rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
             schedule, count = stated, int((*rates, after[0])[0].state.count)
             try:
@@ -430,15 +427,15 @@ class _Check:
             except ValueError as error:
                 self._refuse_incomparable(path, after, str(error))
         in_tx = self._rate(path, after)
-        mend = "build tx with that rate (by_path, if leaves have rates of their own)"
+        fix = "build tx with that rate (by_path, if leaves have rates of their own)"
         if self.owner.startswith("to_"):
-            mend = self.system.set_rate
+            fix = self.system.set_rate
         if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule, count):
             self._refuse(
                 path,
                 f"a learning rate of {float(stated):g}",
                 f"{float(in_tx):g} for the next step",
-                mend,
+                fix,
                 self._note_on_rate(path, after, stated, schedule),
             )
         is_set = self._is_set("learning_rate", path)
@@ -451,12 +448,12 @@ class _Check:
             path,
             f"a learning rate that cannot be compared: {why}",
             f"the rate {rates[0]!r}" if rates else "none",
-            "mend that function, or compare the two rates yourself",
+            "fix that function, or compare the two rates yourself",
         )
 
     @staticmethod
     def _stated_rate(schedule: Any, count: int) -> float:
-        """The rate of a schedule, as exact as it can be known; see `ForeignSchedule.stated`."""
+        """The rate of a schedule, in float64 if possible; see `ForeignSchedule.stated`."""
         if isinstance(schedule, ForeignSchedule):
             return schedule.stated(count)
         with x64(True):
@@ -467,11 +464,11 @@ class _Check:
     ) -> None:
         """Compares a schedule with that of a leaf in later steps.
 
-        The steps are those next to each count where a part of a schedule may end, and some that are
-        far apart.
+        The steps are those near each count where a part of a schedule may end, and some others far
+        apart.
         """
         in_tx = [self._rate_of_leaf(path, part) for part in after]
-        if any(schedule is one and in_tx == rates for one, rates in self.agreeing):
+        if any(schedule is agreed and in_tx == rates for agreed, rates in self.agreeing):
             return
         for later in later_counts(count, schedule, in_tx):
             try:
@@ -490,7 +487,7 @@ class _Check:
         self.agreeing.append((schedule, in_tx))
 
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares whether the rate follows a schedule, unless the user sets the rate."""
+        """Refuses a constant rate for an unknown schedule, unless the user sets the rate."""
         if not hyperparams.get("unknown_schedule") or self._is_set("learning_rate", path):
             return
         scaling = [
@@ -499,17 +496,17 @@ class _Check:
             if isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
         ]
         if scaling and not any(self._may_follow_schedule(path, part) for part in after):
-            shown_by, note = hyperparams["unknown_schedule"]
+            evidence, note = hyperparams["unknown_schedule"]
             self._refuse(
                 path,
-                f"a learning rate that follows a schedule ({shown_by})",
+                f"a learning rate that follows a schedule ({evidence})",
                 "a constant one",
                 "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
                 note,
             )
 
     def _may_follow_schedule(self, path: str, part: Part) -> bool:
-        if part.tx.has_foreign:  # Without a state, it cannot count.
+        if part.tx.has_foreign:  # A transform without a state cannot count steps.
             return bool(jax.tree.leaves(part.state))
         return callable(self._rate_of_leaf(path, part))
 
@@ -540,8 +537,8 @@ class _Check:
         """Whether the next step, or a later one, has the stated rate, as `tx` computes it.
 
         Args:
-          stated: the rate, exact if it is known so.
-          schedule, count: the schedule that states the rate, if one does, and the count there.
+          stated: the rate, in float64 if possible.
+          schedule, count: the schedule that states the rate, if any, and its count.
         """
         in_step = float(self._rate(path, after, steps_later))
         is_foreign = isinstance(schedule, ForeignSchedule)
@@ -551,15 +548,15 @@ class _Check:
             return True
         if not self._has_stated_rate_in_float64(path, after, stated, steps_later):
             return False
-        # In float32 some schedules are inaccurate, as a cosine near its end. What is small against
-        # the rates before does not matter.
+        # In float32 some schedules are inaccurate, as a cosine near its end. An error that is small
+        # compared with earlier rates is allowed.
         rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
-        most = min((int(part.state.count) for part in rates), default=0) + steps_later
-        before = [
-            float(self._rate(path, after, steps_later - most * i // _EARLIER))
+        last = min((int(part.state.count) for part in rates), default=0) + steps_later
+        earlier_rates = [
+            float(self._rate(path, after, steps_later - last * i // _EARLIER))
             for i in range(_EARLIER + 1)
         ]
-        largest = max((abs(x) for x in before if math.isfinite(x)), default=0.0)
+        largest = max((abs(x) for x in earlier_rates if math.isfinite(x)), default=0.0)
         return math.isclose(in_step, stated, rel_tol=1e-4, abs_tol=1e-6 * largest)
 
     def _has_stated_rate_in_float64(
@@ -580,7 +577,7 @@ class _Check:
         schedule: Any = None,
         steps_later: int = 0,
     ) -> str:
-        """What an error about a rate adds: why the two differ, if that is known."""
+        """A note for an error about a rate: why the two rates differ, if that is known."""
         if isinstance(schedule, ForeignSchedule) and schedule.note:
             return schedule.note
         if self._has_stated_rate_in_float64(path, after, stated, steps_later):
@@ -593,7 +590,7 @@ class _Check:
     def _rate(
         self, path: str, after: Sequence[Part], steps_later: int = 0, dtype: Any = None
     ) -> Any:
-        """The factor of the next step, or of a later one, downhill; `None` if nothing scales it."""
+        """The rate of the next step or a later one, with all factors; `None` if no part scales."""
         scaling_classes = scale | scale_by_learning_rate | set_to_zero
         scales = any(isinstance(part.tx, scaling_classes) for part in after)
         return -self._factor(path, after, steps_later, dtype) if scales else None
@@ -604,8 +601,8 @@ class _Check:
         """The factor by which these parts multiply the next step, or a later one.
 
         Args:
-          dtype: that of counts, by default that of the state, as in a step. With x64, quotients of
-            counts are float64 only if counts are int64.
+          dtype: the dtype of counts, by default that of the state. With x64, quotients of counts
+            are float64 only if counts are int64.
         """
         factor = 1.0
         for part in route:
@@ -643,15 +640,15 @@ class _Check:
             decay = self._decay_at(path, part)
             is_before = i < len(before)
             parts_between = before[i:] if is_before else after[: i - len(before)]
-            rates = [self._rate_of_leaf(path, one) for one in parts_between] if decay else []
+            rates = [self._rate_of_leaf(path, p) for p in parts_between] if decay else []
             if any(map(_follows_count, (decay, *rates))):
                 where = ", with a schedule of the rate between it and the rule"
                 where = "" if _follows_count(decay) else where
                 belongs_before = is_before if decoupled is None else not decoupled
                 side = "before" if belongs_before else "after"
-                mend = f"put add_decayed_weights({stated:g}) directly {side} the rule"
+                fix = f"put add_decayed_weights({stated:g}) directly {side} the rule"
                 stated_decay = f"the same weight decay in each step, {stated:g}"
-                self._refuse(path, stated_decay, f"{part.tx!r}{where}", mend)
+                self._refuse(path, stated_decay, f"{part.tx!r}{where}", fix)
         before_rule = self._decay_into_rule(path, before)
         after_rule = self._decay_before_scaling(path, after)
         # Pairs of the decay before the rule and the decay after it.
@@ -662,7 +659,7 @@ class _Check:
         }[decoupled]
         masks = hyperparams.get("masks_decay", "none")
         if masks != "none":
-            # The system does not state which leaves decay. At least one does.
+            # It is not stated which leaves decay, so this leaf need not, if another one does.
             decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
             does_decay = [
                 same_value(self._decay_before_scaling(p, decays), stated)
@@ -683,16 +680,16 @@ class _Check:
                 if decoupled is False
                 else "after the rule, before scale_by_learning_rate and every other scaling"
             )
-            mend = f"put add_decayed_weights({stated:g}) {where}"
+            fix = f"put add_decayed_weights({stated:g}) {where}"
             if not stated:
-                mend = "pass a mask= of the leaves that decay; if none does, leave the decay out"
+                fix = "pass a mask= of the leaves that decay; if none does, leave the decay out"
             elif not before_rule and not after_rule and self._is_masked():
-                mend += f", with a mask= that this leaf matches{self.system.lost_mask}"
+                fix += f", with a mask= that this leaf matches{self.system.lost_mask}"
             self._refuse(
                 path,
                 f"a weight decay of {stated:g}",
                 f"{before_rule:g} before its rule and {after_rule:g} after it",
-                mend,
+                fix,
             )
 
     def _decay_at(self, path: str, part: Part) -> Any:
@@ -700,9 +697,9 @@ class _Check:
         tx = part.tx
         if not isinstance(tx, add_decayed_weights):
             return 0.0
-        # With 1 as the decay, only the mask decides.
-        one = tx.replace(weight_decay=1.0)
-        pair = one.affine(part.state, part.params, self.position_of_leaf[path], np.float32)
+        # With a decay of 1, only the mask decides whether the leaf decays.
+        unit_decay = tx.replace(weight_decay=1.0)
+        pair = unit_decay.affine(part.state, part.params, self.position_of_leaf[path], np.float32)
         if pair is None or not float(pair[1]):
             return 0.0
         decay = tx.weight_decay
@@ -715,14 +712,14 @@ class _Check:
         return any(tx.mask is not None for tx in decays)
 
     def _decay_before_scaling(self, path: str, route: Sequence[Part]) -> float:
-        """The weight decay that would have the same effect before everything that scales."""
+        """The weight decay that would have the same effect if it came before all scalings."""
         return sum(
             decay / (self._factor(path, route[:i]) or math.nan)
             for i, decay in self._decays(path, route)
         )
 
     def _decay_into_rule(self, path: str, before: Sequence[Part]) -> float:
-        """The weight decay as the rule receives it."""
+        """The weight decay before the rule, times the factors between it and the rule."""
         return sum(
             decay * self._factor(path, before[i:]) for i, decay in self._decays(path, before)
         )
@@ -741,7 +738,7 @@ class _Check:
 
 
 def _follows_count(value: Any) -> bool:
-    """Whether a rate or a decay is a schedule that changes."""
+    """Whether a rate or a decay is a schedule, other than `constant`."""
     return callable(value) and not isinstance(value, constant)
 
 

@@ -39,32 +39,32 @@ _IN_FOREIGN_TRANSFORM = (
 def into_adamjax(
     source: Source,
     system: System,
-    new: AdamjaxState,
+    ours: AdamjaxState,
     average: Tree,
     check: bool,
     rtol: float,
 ) -> Any:
-    """The state of `new`, filled from a source.
+    """The state of `ours`, filled from a source.
 
     Args:
       system: the system that the source was read from.
       average: the average of the weights that the user gives; `None` for that of the source.
       check, rtol: as for `from_optax`.
     """
-    source.doubts += new.doubts + new.doubts_of_average(source.average)
+    source.doubts += ours.doubts + ours.doubts_of_average(source.average)
     source.refuse_doubts(check)
     if average is not None:
-        source.average = leaves_by_path(new.owner, average)
-    _expect_room_for_micro_batches(source, new, check)
-    filled = _AdamjaxFiller(source, new, system, check, rtol).filled_state()
-    return _placed_like(new.params, filled)
+        source.average = leaves_by_path(ours.owner, average)
+    _expect_place_for_micro_batches(source, ours, check)
+    filled = _AdamjaxFiller(source, ours, system, check, rtol).filled_state()
+    return _placed_like(ours.params, filled)
 
 
 def _placed_like(params: Tree, state: Any) -> Any:
     """The state on the device that the parameters are committed to, if that is one device.
 
-    Otherwise a step would be compiled twice: once for counts that may go anywhere, and once for
-    those that it returns, which are where the parameters are.
+    Otherwise a step would be compiled twice: once for counts that are not committed to a device,
+    and once for the counts that it returns, which are.
     """
     leaves = jax.tree.leaves(params)
     if not all(isinstance(p, jax.Array) and p.committed for p in leaves):
@@ -75,23 +75,23 @@ def _placed_like(params: Tree, state: Any) -> Any:
     (device,) = devices
 
     def place(x: Any) -> Any:
-        may_go_anywhere = isinstance(x, jax.Array) and not x.committed
-        return jax.device_put(x, device) if may_go_anywhere else x
+        is_uncommitted = isinstance(x, jax.Array) and not x.committed
+        return jax.device_put(x, device) if is_uncommitted else x
 
     return jax.tree.map(place, state)
 
 
-def _expect_room_for_micro_batches(source: Source, new: AdamjaxState, check: bool) -> None:
-    """Refuses micro-batches of leaves that `tx` does not accumulate, or takes a step of sooner."""
-    nested = [path for _, leaves in new.accumulations for path in leaves]
-    nested = sorted(path for path in set(nested) if nested.count(path) > 1)
+def _expect_place_for_micro_batches(source: Source, ours: AdamjaxState, check: bool) -> None:
+    """Refuses micro-batches of a leaf that `tx` does not accumulate, or too many for a step."""
+    accumulated_paths = [path for _, leaves in ours.accumulations for path in leaves]
+    nested = sorted(p for p in set(accumulated_paths) if accumulated_paths.count(p) > 1)
     if nested and any(accumulated.micro for accumulated in source.accumulated):
         raise ValueError(
             f"{source.owner}: the source has micro-batches since its last step, and tx accumulates "
             f"the gradients of {nested[0]!r} twice, one inside the other: use one "
             "accumulate_gradients, or convert after a step"
         )
-    steps_of = {path: steps for steps, leaves in new.accumulations for path in leaves}
+    steps_of = {path: steps for steps, leaves in ours.accumulations for path in leaves}
     for accumulated in source.accumulated:
         if not accumulated.micro:
             continue
@@ -116,7 +116,7 @@ class _AdamjaxFiller(Translation):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # The paths of the leaves that a weight_ema averages.
+        # The paths of the leaves that weight_ema averages.
         self.averaged: set[str] = set()
 
     def filled_state(self) -> Any:
@@ -183,32 +183,33 @@ class _AdamjaxFiller(Translation):
         for path, moments in moments_of.items():
             slots = self.to_adamjax(rule, kind, path, moments)
             if self.check and not moments.count:
-                self._expect_wide({name: initial[name][path] for name in names}, path, slots)
+                self._expect_wide_enough({name: initial[name][path] for name in names}, path, slots)
             for name in names:
                 values[name][path] = initial[name][path] if slots is None else slots[name]
         trees = {name: self.tree(name, values[name], getattr(x, name)) for name in names}
         filled = x._replace(count=jnp.asarray(count, x.count.dtype), **trees)
         if kind == "nadam":
-            # All leaves of a rule have taken the same steps, so they have the same product.
+            # All leaves of a rule have taken the same number of steps, so they share one product.
             products = [m.product for m in moments_of.values() if m.product is not None]
             if products and self.check:
                 expect_product(owner, products[0], rule.b1, count)
             product = products[0] if products else nadam_product(rule.b1, count)
-            # A copy, because Keras and torch change theirs in place.
+            # Keras and torch change their product in place, so it is copied.
             product = jnp.array(np.asarray(product), x.momentum_product.dtype, copy=True)
             filled = filled._replace(momentum_product=product)
         return filled
 
-    def _expect_wide(self, initial: Slots, path: str, slots: Slots | None) -> None:
-        """Refuses slots of fewer bits than float32 and the source's, where all are still 0.
+    def _expect_wide_enough(self, initial: Slots, path: str, slots: Slots | None) -> None:
+        """Refuses slots of 0 that are narrower than float32 and than the source's slots.
 
-        After a step their values would be refused. torch has no slots before its first step; then
-        they get the dtype of the parameter. Zeros in float64 may be made by NumPy, and say nothing.
+        After a step, their values would be refused. torch has no slots before its first step; they
+        will have the dtype of the parameter. float32 slots are enough for float64, because zeros
+        that NumPy made are in float64.
         """
         params = leaves_by_path(self.owner, self.ours.params)
         for name, x in initial.items():
-            given = params[path] if slots is None else slots[name]
-            old, new = np.dtype(given.dtype), np.dtype(x.dtype)
+            source_array = params[path] if slots is None else slots[name]
+            old, new = np.dtype(source_array.dtype), np.dtype(x.dtype)
             bits = jnp.finfo(old).nmant if jnp.issubdtype(old, jnp.inexact) else 0
             if jnp.finfo(new).nmant < min(bits, jnp.finfo(np.float32).nmant):
                 self.refuse_rounding(path, name, old, new)

@@ -71,28 +71,29 @@ _AVERAGE_OF_FIRST_STEP = (
 
 
 def _doubt_class(source: Source, optimizer: Any) -> None:
-    """Adds a doubt about an optimizer that is none of Keras' Adams."""
+    """Adds a doubt about an optimizer that is none of `_OPTIMIZERS`."""
     if is_of_keras(optimizer) and plain_name(type(optimizer).__name__) in _OPTIMIZERS:
         return
-    mend = "Other states cannot be converted: start anew with tx.init(params)"
+    fix = "Other states cannot be converted: start anew with tx.init(params)"
     if hasattr(optimizer, "inner_optimizer"):
-        mend = "Convert its inner_optimizer"
+        fix = "Convert its inner_optimizer"
     elif hasattr(optimizer, "optimizers"):
-        mend = "Convert each of its optimizers by itself, with the leaves that it trains as params"
+        fix = "Convert each of its optimizers by itself, with the leaves that it trains as params"
     elif hasattr(optimizer, "optimizer"):
-        mend = "Pass its optimizer"
+        fix = "Pass its optimizer"
     source.doubts.append(
         f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, AdamW, Adamax or "
-        f"Nadam. {mend}"
+        f"Nadam. {fix}"
     )
 
 
 def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool) -> tuple[str, ...]:
-    """The kinds of rules that the variables may be of, by the optimizer's class or its name."""
+    """The kinds of rules that may have these variables, by the optimizer's class or name."""
     if optimizer is not None:
         return _OPTIMIZERS.get(plain_name(type(optimizer).__name__), KINDS)
     if layout.names is None:
-        # Keras 3's Nadam keeps its product. That of tf_keras is recognized by its name only.
+        # The variables of Keras 3's Nadam contain the product. Those of tf_keras' Nadam do not, so
+        # they are recognized by name only.
         return ("nadam",) if has_product else ("adam", "amsgrad", "adamax")
     if not layout.doubtful:
         return KINDS
@@ -114,9 +115,9 @@ def _kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool)
 def _hyperparams_of_each(
     owner: str, optimizer: Any, layout: Layout, values: Sequence[np.ndarray], num_params: int
 ) -> list[Hyperparams]:
-    """The hyperparameters of each parameter, by the optimizer itself or else its variables.
+    """The hyperparameters of each parameter, from the optimizer itself or else from its variables.
 
-    `expect_same_hyperparameters` has the keys.
+    `expect_same_hyperparameters` describes the keys.
     """
     hyperparams: Hyperparams = {"others": "before" if optimizer is None else "none"}
     rate = layout.of("learning_rate", values).get(0)
@@ -150,11 +151,11 @@ def _options_of(owner: str, optimizer: Any) -> Hyperparams:
 
     hyperparams = {name: option(key) for key, name in _OPTIONS.items()}
     hyperparams = {name: x for name, x in hyperparams.items() if x is not None}
-    if hasattr(optimizer, "weight_decay"):  # None is no decay, which tx must not have either
+    if hasattr(optimizer, "weight_decay"):  # With None, tx must have no weight decay.
         hyperparams.setdefault("weight_decay", 0.0)
     hyperparams["clips"] = _clips_of(owner, optimizer)
     hyperparams["gradient_factor"] = 1 / (option("loss_scale_factor") or 1.0)
-    # Without use_ema, the options of the average have values too, but no effect.
+    # Without use_ema, the options of the average have no effect.
     if getattr(optimizer, "use_ema", False):
         frequency = option("ema_overwrite_frequency")
         hyperparams["average"] = option("ema_momentum"), int(frequency) if frequency else None
@@ -163,19 +164,19 @@ def _options_of(owner: str, optimizer: Any) -> Hyperparams:
 
 def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
     """The learning rate of an optimizer, a number or a schedule."""
-    # Optimizers before 2.11 have it among other hyperparameters.
-    old: Any = getattr(optimizer, "_hyper", None) or {}
-    rate = getattr(optimizer, "_learning_rate", old.get("learning_rate"))
+    # Optimizers before TensorFlow 2.11 have a dictionary of hyperparameters.
+    hyper: Any = getattr(optimizer, "_hyper", None) or {}
+    rate = getattr(optimizer, "_learning_rate", hyper.get("learning_rate"))
     if rate is None:
         return {}
-    decay = number_of(owner, "decay of the optimizer", old.get("decay", 0.0))
-    # In Nadam, this is the decay of its momentum.
+    decay = number_of(owner, "decay of the optimizer", hyper.get("decay", 0.0))
+    # In Nadam, the option decay is that of its momentum.
     decay = 0.0 if plain_name(type(optimizer).__name__) == "nadam" else decay
-    # Some variables can be called.
+    # Some variables are callable too.
     if not callable(rate) or hasattr(rate, "assign"):
         rate = number_of(owner, "the learning rate", rate)
         return {"learning_rate": inverse_time_decay(rate, 1, decay) if decay else rate}
-    what = f"a {class_name(rate)}"
+    rate_name = f"a {class_name(rate)}"
     if any(cls.__name__ == "LearningRateSchedule" for cls in type(rate).__mro__):
         known, note = _known_schedule(rate)
         call = _call_of(optimizer, rate)
@@ -190,22 +191,22 @@ def _rate_of(owner: str, optimizer: Any) -> Hyperparams:
     # Keras calls any other function without arguments, in each step.
     note = "adamjax cannot compare it with a schedule of its own"
     try:
-        value = number_of(owner, what, rate())
+        value = number_of(owner, rate_name, rate())
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error)[:200]}"
-        why = f"{what} cannot be called without arguments, as Keras calls it ({fault})"
+        why = f"{rate_name} cannot be called without arguments, as Keras calls it ({fault})"
         return {"incomparable_rate": why}
-    return {"learning_rate": value, "unknown_schedule": (what, note)}
+    return {"learning_rate": value, "unknown_schedule": (rate_name, note)}
 
 
 def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
-    """A function that calls an optimizer's schedule at a count, with what the optimizer passes."""
-    if hasattr(optimizer, "_hyper"):  # Optimizers before 2.11 cast the count.
+    """A function that calls a schedule at a count, with the type that the optimizer passes."""
+    if hasattr(optimizer, "_hyper"):  # Optimizers before TensorFlow 2.11 cast the count.
         return lambda count: schedule(np.float32(count))
-    # With micro-batches, `iterations` counts steps, and schedules count calls.
-    own = getattr(optimizer, "_iterations", None)
-    own = getattr(optimizer, "iterations", None) if own is None else own
-    variable: Any = copy.deepcopy(own)
+    # With micro-batches, `iterations` counts steps, and schedules get `_iterations`, the calls.
+    iterations = getattr(optimizer, "_iterations", None)
+    iterations = getattr(optimizer, "iterations", None) if iterations is None else iterations
+    variable: Any = copy.deepcopy(iterations)
     if not hasattr(variable, "assign"):
         return lambda count: schedule(np.int32(count))
 
@@ -219,7 +220,7 @@ def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
     is_traceable = True
 
     def call_compiled(count: int) -> Any:
-        # With JAX, Keras' `cond` is compiled anew in each call outside of jit.
+        # With the JAX backend, outside of jit Keras' `cond` would be compiled in each call.
         nonlocal is_traceable
         if is_traceable:
             try:
@@ -233,12 +234,12 @@ def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
 
 def _clips_of(owner: str, optimizer: Any) -> list[Any]:
     """The clips of an optimizer, in order, as transforms."""
-    given = {key: getattr(optimizer, key, None) for key in CLIPS}
-    given = {key: x for key, x in given.items() if x is not None}
-    given = {key: number_of(owner, f"{key} of the optimizer", x) for key, x in given.items()}
+    limits = {key: getattr(optimizer, key, None) for key in CLIPS}
+    limits = {key: x for key, x in limits.items() if x is not None}
+    limits = {key: number_of(owner, f"{key} of the optimizer", x) for key, x in limits.items()}
     if "legacy" not in type(optimizer).__module__:
-        given = effective_clips(given)
-    return [CLIPS[key](limit) for key, limit in given.items()]
+        limits = effective_clips(limits)
+    return [CLIPS[key](limit) for key, limit in limits.items()]
 
 
 def _decay_of_each(
@@ -246,8 +247,9 @@ def _decay_of_each(
 ) -> list[Hyperparams]:
     """The hyperparameters of the weight decay of each parameter that the optimizer was built on.
 
-    Keras 3 knows its parameters, and which of them decay. tf_keras does not know them, only whether
-    some are excluded; older optimizers do not know even that.
+    In Keras 3 the optimizer has a list of its parameters, and a function that decides which of them
+    decay. In tf_keras it has no list, and shows only whether some are excluded. In older versions
+    it does not show that either.
     """
     params: Any = getattr(optimizer, "_trainable_variables", None)
     decays: Any = getattr(optimizer, "_use_weight_decay", None)
@@ -266,7 +268,7 @@ def _decay_of_each(
 
 
 def _are_frozen(optimizer: Any, num_params: int) -> list[bool]:
-    """Whether each parameter has `trainable=False`, by now, if the optimizer knows them."""
+    """Whether each parameter now has `trainable=False`, if the optimizer has its parameters."""
     params: Any = getattr(optimizer, "_trainable_variables", None) or ()
     if len(params) != num_params:
         return [False] * num_params
@@ -274,7 +276,7 @@ def _are_frozen(optimizer: Any, num_params: int) -> list[bool]:
 
 
 def _known_schedule(schedule: Any) -> tuple[Any, str]:
-    """A schedule of Keras as one of adamjax, `None` if there is none, and a note for errors."""
+    """A schedule of Keras as one of adamjax (`None` if there is none), and a note for errors."""
     if not is_of_keras(schedule) or not hasattr(schedule, "get_config"):
         return None, ""
     config = {"class_name": type(schedule).__name__, "config": schedule.get_config()}
@@ -297,8 +299,8 @@ def _read_variables(
     """The state in the common form, the layout, the paths of the parameters, and the values.
 
     Args:
-      to_adamjax: whether `adapt` makes Keras' arrays fit the leaves, in the common form too. If
-        not, it makes the leaves' arrays fit Keras' variables.
+      to_adamjax: whether `adapt` makes Keras' arrays fit the leaves; then it is applied to the
+        arrays of the common form. If not, `adapt` makes the leaves' arrays fit Keras' variables.
     """
     source = Source(owner)
     optimizer = variables if hasattr(variables, "get_config") else None
@@ -308,7 +310,7 @@ def _read_variables(
         variables = optimizer.variables
         variables = variables() if callable(variables) else variables
     names, values = variables_of(owner, variables)
-    fit = checked_adapt(owner, adapt)
+    adapted = checked_adapt(owner, adapt)
     layout, paths = _layout_and_paths(
         owner,
         names,
@@ -316,7 +318,7 @@ def _read_variables(
         values,
         ours,
         order,
-        fit,
+        adapted,
         check,
         has_adapt=adapt is not None,
         to_adamjax=to_adamjax,
@@ -325,7 +327,7 @@ def _read_variables(
     def by_path(role: str) -> dict[str, Any]:
         arrays = {paths[i]: x for i, x in layout.of(role, values).items()}
         return {
-            path: fit(path, role, x) if to_adamjax else x
+            path: adapted(path, role, x) if to_adamjax else x
             for path, x in arrays.items()
             if path is not None
         }
@@ -362,8 +364,8 @@ def _read_variables(
     slots_of = {role: by_path(role) for role in roles}
     for path, leaf_hyperparams in zip(paths, hyperparams, strict=True):
         if path is not None:
-            own = {role: arrays[path] for role, arrays in slots_of.items()}
-            source.add(path, LeafMoments(count, own, kinds, product, leaf_hyperparams))
+            slots = {role: arrays[path] for role, arrays in slots_of.items()}
+            source.add(path, LeafMoments(count, slots, kinds, product, leaf_hyperparams))
     if layout.of("average", values):
         source.average = by_path("average")
     if optimizer is not None:
@@ -376,8 +378,8 @@ def _doubt_options(
 ) -> None:
     """Adds doubts about options of the optimizer, and about options of its variables.
 
-    Those of the optimizer may have been changed after it was built. Those of a variable are a
-    constraint and `overwrite_with_gradient`.
+    The options of the optimizer may have changed after it was built. The options of a variable are
+    `constraint` and `overwrite_with_gradient`.
     """
     roles = {role for role, _ in layout.roles}
     for name, role in (("use_ema", "average"), ("amsgrad", "velocity_hat")):
@@ -405,13 +407,13 @@ def _layout_and_paths(
     values: Sequence[np.ndarray],
     ours: AdamjaxState,
     order: Order,
-    fit: Adapted,
+    adapted: Adapted,
     check: bool,
     *,
     has_adapt: bool,
     to_adamjax: bool,
 ) -> tuple[Layout, list[str | None]]:
-    """What each variable is, by the names or else by their places; and the parameters' paths."""
+    """The layout of variables, by their names or else their places, and the parameters' paths."""
     expect_order(owner, order)
     leaves = leaves_by_path(owner, ours.params)
     is_mapping = isinstance(variables, Mapping)
@@ -445,10 +447,10 @@ def _layout_and_paths(
             return True
         if not has_adapt:
             return x.shape == shape
-        try:  # The array may be that of another parameter, which `adapt` does not take.
+        try:  # The array may be that of another parameter, for which `adapt` raises an error.
             if to_adamjax:
-                return fit(path, "a slot", x).shape == shape
-            return x.shape == fit(path, "a slot", np.zeros(shape)).shape
+                return adapted(path, "a slot", x).shape == shape
+            return x.shape == adapted(path, "a slot", np.zeros(shape)).shape
         except ValueError:
             return False
 
@@ -463,11 +465,12 @@ def _steps_and_micro_batches(
     calls: int,
     paths: Sequence[str],
 ) -> tuple[int, int]:
-    """The steps in Keras' count of calls, and the micro-batches of the unfinished step.
+    """The number of finished steps, and the number of micro-batches in the unfinished step.
 
     Args:
       any_nonzero: whether Keras has accumulated gradients that are not zero.
-      paths: those of the leaves that the optimizer has.
+      calls: Keras' count of calls.
+      paths: the paths of the leaves that are converted.
     """
     if not ours.accumulations:
         raise ValueError(
@@ -505,9 +508,9 @@ def _steps_and_micro_batches(
 def _copies_its_average(source: Source) -> bool:
     """Whether Keras copies the weights into its average in the next call.
 
-    Keras 3 does so in its whole first step, of which each micro-batch is a call. Before the first
-    call its average is zero. The average of Keras 2 starts as the weights, and so does that of
-    `weight_ema`.
+    Keras 3 does so in each call of its first step, of which each micro-batch is a call. Before the
+    first call its average is zero. The averages of Keras 2 and of `weight_ema` start as the
+    weights.
     """
     if source.average is None or source.has_taken_steps():
         return False
@@ -515,9 +518,9 @@ def _copies_its_average(source: Source) -> bool:
 
 
 def _expect_right_side_of_accumulation(owner: str, ours: AdamjaxState, check: bool) -> None:
-    """Refuses a part of `tx` that is on the wrong side of accumulate_gradients.
+    """Refuses a part of `tx` that must not be inside accumulate_gradients, or must be.
 
-    It would do in each step what Keras does in each micro-batch, or the reverse.
+    It would act in each step where Keras does so in each micro-batch, or the reverse.
     """
     if not check or not ours.accumulations:
         return
@@ -547,14 +550,14 @@ def _expect_right_side_of_accumulation(owner: str, ours: AdamjaxState, check: bo
 
 
 def _expect_one_count(owner: str, ours: AdamjaxState, steps: int, calls: int) -> None:
-    """Refuses counts that are not those of the rule: Keras has one for all."""
+    """Refuses a count that differs from the rule's, because Keras has one count for all."""
     for part in ours.parts:
         tx, state = part.tx, part.state
-        keeps_count = has_schedule(tx) or (
+        uses_count = has_schedule(tx) or (
             isinstance(tx, weight_ema) and tx.overwrite_frequency is not None
         )
         expected = steps if ours.num_accumulations(part) else calls
-        if keeps_count and hasattr(state, "count") and int(state.count) != expected:
+        if uses_count and hasattr(state, "count") and int(state.count) != expected:
             raise ValueError(
                 f"{owner}: {tx!r} has counted {int(state.count)} steps and the rule {expected}, "
                 "but Keras has one count for all: let both skip the same steps (put "
@@ -581,22 +584,22 @@ def from_keras(
     Their weight decay, clips, betas, loss scale, number of micro-batches and options of the average
     are in their config, not in their variables: build `tx` with the same values, and with Keras'
     epsilon, which is `eps_hat` (for Adamax and Nadam `eps`), 1e-7 by default; or let
-    `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables say whether a
+    `from_config(keras.optimizers.serialize(optimizer))` build it. Names of variables show whether a
     Keras 3 optimizer has a schedule (then it has no `learning_rate`): if so, a `tx` with a constant
-    rate is refused. Arrays without names say so only if their iteration is int32 or they contain
-    the product of Nadam. Others may be of tf_keras, which never stores the rate, or of Keras 3 with
-    TensorFlow and a schedule: then any rate of `tx` is taken. If Keras has a constant rate and `tx`
-    a schedule, only their rates of the next step are compared, because a Keras callback may set the
-    rate before each step. Names also say whether it is an `AdamW`: if so, a `tx` without a weight
-    decay is refused.
+    rate is refused. Arrays without names show it only if their iteration is int32 or they contain
+    the product of Nadam. Other arrays without a rate may be of tf_keras, which never stores it, or
+    of Keras 3 with TensorFlow and a schedule: then any rate of `tx` is accepted. If Keras has a
+    constant rate and `tx` a schedule, only their rates of the next step are compared, because a
+    Keras callback may set the rate before each step. Names also show whether it is an `AdamW`: if
+    so, a `tx` without a weight decay is refused.
 
-    Other optimizers use the same names for other things (RMSprop, Lamb, Muon, ScheduleFreeAdamW).
-    The class of the optimizer tells them from Adam. So does its name, if the names of variables
-    begin with it, like `adam` in `adam/dense_kernel_momentum`. If you gave it another name,
-    `Adam(name="mine")`, pass the optimizer itself. Arrays without names do not show their
+    Other optimizers (RMSprop, Lamb, Muon, ScheduleFreeAdamW) use the same names for different
+    arrays. The class of the optimizer distinguishes them from Adam. So does its name, if the names
+    of variables begin with it, like `adam` in `adam/dense_kernel_momentum`. If you gave it another
+    name, `Adam(name="mine")`, pass the optimizer itself. Arrays without names do not show their
     optimizer: they are refused if a shape does not fit, or if Adam cannot have such values (a
     negative `velocity`, moments that `b1` and `b2` do not allow). Arrays of Lamb,
-    ScheduleFreeAdamW, Muon (of vectors) and Adamax cannot be told from Adam's.
+    ScheduleFreeAdamW, Muon (of vectors) and Adamax cannot be distinguished from Adam's.
 
     Args:
       variables: one of:
@@ -604,19 +607,20 @@ def from_keras(
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
           and rate are compared as well, and in Keras 3 also which leaves decay. A schedule of your
           own is called at some hundred counts up to a million. (An optimizer of
-          `keras.models.load_model` has forgotten which leaves were excluded: call its
+          `keras.models.load_model` has lost which leaves were excluded: call its
           `exclude_from_weight_decay` again first.);
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in
           TensorFlow's Keras `v.name`), or a mapping of names to arrays;
         - the mapping of `"0"`, `"1"`, ... to arrays that `save_own_variables` fills, such as the
           group `optimizer/vars` of a `.weights.h5` file, or the list of arrays of `get_weights()`.
-          Here the place and the shape of an array must show what it is.
+          Here the role of an array must follow from its position and shape.
       tx: a transform of adamjax.
       params: the parameters at that step. Constraints of Keras' variables are refused if the
         optimizer itself is passed, and so are variables with `trainable=False` whose leaves `tx`
-        moves; other forms do not show them. (Keras' `fit` passes no gradients of such variables. If
-        a loop of your own calls `apply` with them, Keras moves them all the same.)
+        moves; the other forms of `variables` do not show either. (Keras' `fit` passes no gradients
+        of such variables. If a loop of your own calls `apply` with them, Keras moves them all the
+        same.)
       order: the path of each variable that the optimizer was built on, in their order; `None` for
         one that is not to be converted. By default:
 
@@ -640,8 +644,7 @@ def from_keras(
         when they were ported**, which adamjax cannot check: the kernel of a `Conv2DTranspose` with
         as many channels in as out needs a function of its own, because Keras has
         `(*kernel_size, out, in)`, and JAX libraries flip the kernel.
-      average: an average of the weights, a tree like `params`. The run goes on from it in place of
-        Keras' own average.
+      average: an average of the weights, a tree like `params`, which replaces Keras' own average.
       check: as for `from_optax`.
 
     Returns:
@@ -714,7 +717,7 @@ def to_keras(
     owner = "to_keras"
     ours = AdamjaxState(owner, tx, state, params)
     _expect_right_side_of_accumulation(owner, ours, check)
-    fit = checked_adapt(owner, adapt)
+    adapted = checked_adapt(owner, adapt)
     target_source, layout, paths, values = _read_variables(
         owner, target, ours, order, adapt, check, to_adamjax=False
     )
@@ -763,7 +766,7 @@ def to_keras(
             arrays.append(np.asarray(scalars[role, i]).astype(value.dtype))
         elif (role, i) in new:
             path, x = new[role, i]
-            arrays.append(filler.array(path, role, fit(path, role, x), value))
+            arrays.append(filler.array(path, role, adapted(path, role, x), value))
         elif role == "average" and paths[i] is not None:
             raise ValueError(
                 f"{owner}: the optimizer averages the weights (use_ema), but the state has no "

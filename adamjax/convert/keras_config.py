@@ -42,7 +42,7 @@ __all__ = [
 # The generations of Keras.
 _LEGACY, _KERAS_2, _KERAS_3 = "the legacy optimizers of tf.keras", "Keras 2.9 to 2.15", "Keras 3"
 
-# In the order in which legacy optimizers clip.
+# The options that clip, and their transforms, in the order in which legacy optimizers clip.
 CLIPS: dict[str, type[Transform]] = {
     "clipvalue": clip_by_value,
     "clipnorm": clip_by_norm,
@@ -64,11 +64,11 @@ _OWN_OPTIONS: dict[str, set[str]] = {
     "AdamMultilr": {"amsgrad", "pattern_lrs"},
 }
 _OPTIMIZERS = {name.lower(): name for name in _OWN_OPTIONS}
-# The options that only one generation has.
+# Options that only one generation has.
 _LEGACY_ALONE = {"lr", "decay", "schedule_decay", "pattern_lrs"}
 _KERAS_2_ALONE = {"jit_compile", "is_legacy_optimizer", "mesh", "adaptive_epsilon"}
 
-# Other options of Keras' optimizers, and why they cannot be converted.
+# Other options of Keras' optimizers, and the reasons why they cannot be converted.
 _REFUSED = {
     "gradient_transformers": "they are functions; put transforms before the rule in a chain",
     "gradient_aggregator": "it is a function; put adamjax.sum_over first in a chain",
@@ -86,12 +86,12 @@ IN_INTEGERS = (
     "where initial_learning_rate is an integer, Keras computes the schedule in integers, so its "
     "rates may be others (many are 0): write a float, such as 0.0 or 1.0, in Keras and here"
 )
-# The class names under which Keras writes a function, and the keys around a config.
+# The class names under which Keras writes functions, and the keys of a dictionary with a config.
 _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
 _WRAPPING = {"module", "class_name", "config", "registered_name", "shared_object_id"}
 # The packages of Keras.
 _PACKAGES = ("keras", "tf_keras", "tensorflow")
-# The options that are True or False, and those that are numbers. Either may be None.
+# The options that are bools, and those that are numbers. Both may be None.
 _FLAGS = {"amsgrad", "adaptive_epsilon", "is_legacy_optimizer", "use_ema"}
 _NUMBERS = {*CLIPS, "beta_1", "beta_2", "epsilon", "decay", "schedule_decay", "weight_decay"}
 _NUMBERS |= {"ema_momentum", "ema_overwrite_frequency", "loss_scale_factor"}
@@ -103,7 +103,7 @@ def _refused(place: str, why: str) -> ValueError:
 
 
 def make_at(place: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`make(*args, **kwargs)`. An error begins with the place in the config."""
+    """The result of `make(*args, **kwargs)`; errors begin with the place in the config."""
     try:
         return make(*args, **kwargs)
     except (TypeError, ValueError) as error:
@@ -115,7 +115,7 @@ def make_at(place: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def _expect_types(config: Mapping[str, Any], place: str) -> None:
-    """Refuses flags that are no bools and numbers that are strings, as JSON may have them."""
+    """Refuses flags that are not bools, and options that must be numbers and are not."""
     for key, value in config.items():
         is_flag = isinstance(value, bool | np.bool_)
         if value is None:
@@ -140,9 +140,9 @@ def _expect_keys(config: Mapping[str, Any], known: set[str], whose: str, place: 
 
 
 def with_class_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A dictionary of Keras with the class of its optimizer, also if `get_config` wrote it.
+    """A dictionary of Keras with the class of its optimizer, which `get_config` does not write.
 
-    The class is that of the optimizer's name: `"adam_w_1"` is the name of a second AdamW.
+    The optimizer's name shows the class: `"adam_w_1"` is the name of a second AdamW.
     """
     if "compile_config" in config or "optimizer" in config:
         where = '["compile_config"]["optimizer"]' if "compile_config" in config else '["optimizer"]'
@@ -184,10 +184,10 @@ def is_of_keras(x: Any) -> bool:
 
 
 def _is_custom(config: Mapping[str, Any]) -> bool:
-    """Whether a dictionary of Keras describes a class of a user's own.
+    """Whether a dictionary of Keras describes a user's own class.
 
-    Keras writes its own classes with its module. It writes a user's class without a module or with
-    another, and with the name that it is registered under, which may be that of a class of Keras.
+    Keras writes its own classes with its module. It writes a user's class with another module or
+    none, and with the class's registered name, which may be that of a class of Keras.
     """
     module, registered = config.get("module"), config.get("registered_name")
     if module is not None:
@@ -198,8 +198,8 @@ def _is_custom(config: Mapping[str, Any]) -> bool:
 def _unwrapped(value: Any, place: str) -> Any:
     """A value without the dictionary in which Keras writes a tuple, an array or a function.
 
-    A schedule itself, which Keras' `from_config` puts into the config it is given, becomes the
-    dictionary that describes it.
+    A schedule object becomes the dictionary that describes it. (Keras' `from_config` puts such
+    objects into the config that it is given.)
     """
     if type(value).__name__ in _SCHEDULES and is_of_keras(value):
         value = {"class_name": type(value).__name__, "config": value.get_config()}
@@ -226,7 +226,7 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
     """The transform or schedule that a dictionary with a `class_name` describes.
 
     Args:
-      mask: that of the optimizer's weight decay, which it must have if this is given.
+      mask: the mask for the optimizer's weight decay. Without a weight decay it is refused.
 
     Errors are those of `adamjax.from_config`, and begin with the place.
     """
@@ -272,7 +272,7 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
 def is_in_integers(config: Mapping[str, Any]) -> bool:
     """Whether Keras computes a schedule in integers, by its config.
 
-    Its schedules compute in the dtype of their initial rate, except for PiecewiseConstantDecay.
+    Keras' schedules compute in the dtype of their initial rate, except for PiecewiseConstantDecay.
     """
     return isinstance(config.get("initial_learning_rate"), numbers.Integral)
 
@@ -288,7 +288,7 @@ def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
     target, steps = config.get("warmup_target"), config.get("warmup_steps") or 0
     if target is None:
         return make_at(place, kind, **values)
-    # In Keras the rate climbs to the target on a line, and falls from it on the cosine.
+    # In Keras the rate climbs linearly to the target, and falls from it with the cosine.
     falling = make_at(place, kind, **{**values, "initial_learning_rate": target})
     if steps == 0:
         return falling
@@ -296,7 +296,7 @@ def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
 
 
 def _generation(config: dict[str, Any], module: str) -> str:
-    """Which Keras wrote the config of an optimizer; the newest if no key shows it."""
+    """The generation of Keras that wrote the config of an optimizer; without evidence, Keras 3."""
     legacy = config.get("is_legacy_optimizer")
     if legacy is None:
         legacy = "legacy" in module or _LEGACY_ALONE & config.keys()
@@ -343,7 +343,7 @@ def _optimizer(
             "such a step. To overwrite them once, write accumulate_gradients(chain(..., "
             "weight_ema(...)), steps)",
         )
-    # In Keras schedules and the average count micro-batches.
+    # In Keras, schedules and the average count micro-batches.
     accumulated = make_at(
         f"{place}.gradient_accumulation_steps",
         accumulate_gradients,
@@ -397,12 +397,12 @@ def _learning_rate(config: dict[str, Any], decay: Any, place: str) -> Transform:
 
 
 def effective_clips(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the clips in a config, the one that has an effect, except in legacy optimizers.
+    """The only clip in a config that has an effect; not for legacy optimizers.
 
     A norm has precedence, and a limit of 0 or less has no effect.
     """
-    by_norm = sorted((key for key in given if given[key] > 0), key=lambda key: key == "clipvalue")
-    return {key: given[key] for key in by_norm[:1]}
+    norms_first = sorted((x for x in given if given[x] > 0), key=lambda key: key == "clipvalue")
+    return {key: given[key] for key in norms_first[:1]}
 
 
 def _clips(config: dict[str, Any], generation: str, module: str, place: str) -> list[Transform]:
@@ -414,7 +414,7 @@ def _clips(config: dict[str, Any], generation: str, module: str, place: str) -> 
             f"{given['clipnorm']!r} and {given['global_clipnorm']!r}",
         )
     if generation == _LEGACY:
-        # These are of TensorFlow 2.9 or newer, and of capreolus.
+        # True for TensorFlow 2.9 or newer, and for capreolus.
         is_new = (
             config.get("is_legacy_optimizer") is not None
             or "pattern_lrs" in config
@@ -458,7 +458,7 @@ def _rule(name: str, config: dict[str, Any], generation: str, place: str) -> Tra
     if generation == _LEGACY:
         epsilon = epsilon or 1e-7
     if name == "Adamax":
-        # The rows that were not read stand still in legacy optimizers, and move in later ones.
+        # Rows that were not read stay unchanged in legacy optimizers, and move in later ones.
         rows = "lazy" if generation == _LEGACY else "dense"
         return make_at(place, scale_by_adamax, b1, b2, eps=epsilon, rows=rows)
     if name == "Nadam":

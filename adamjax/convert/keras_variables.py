@@ -1,4 +1,4 @@
-"""Finds what each variable of a Keras optimizer is, by its name or by its place and shape."""
+"""Finds the role of each variable of a Keras optimizer, by its name or by its place and shape."""
 
 import os
 import re
@@ -19,7 +19,7 @@ __all__ = [
     "variables_of",
 ]
 
-# What a variable of the size of a parameter may be: a slot, and what else Keras keeps.
+# The roles of variables in the shape of a parameter: slots and others.
 SLOTS = ("velocity_hat", "velocity", "momentum", "norm")
 _ROLES = (*SLOTS, "average", "gradient_accumulator")
 # The same under the names of tf_keras.
@@ -31,7 +31,7 @@ _TF_ROLES = {
     "average": "average",
     "gradient_accumulator": "gradient_accumulator",
 }
-# What a scalar variable is.
+# The roles of scalar variables, by their names.
 _SCALARS = {
     "iteration": "count",
     "iter": "count",
@@ -44,14 +44,14 @@ _SCALARS = {
 
 
 class Layout(NamedTuple):
-    """What each variable of an optimizer is.
+    """The role of each variable of an optimizer.
 
     Attributes:
-      roles: for each variable its role, and the place of its parameter (0 for a scalar).
+      roles: for each variable its role, and the index of its parameter (0 for a scalar).
       names: the names of the parameters in their order, if the variables have names.
       optimizer: the name of the optimizer, empty if no variable's name contains it.
-      doubtful: whether other optimizers give their variables the same names.
-      has_schedule: whether the variables say that the optimizer has a schedule.
+      doubtful: whether the variables of other optimizers have such names too.
+      has_schedule: whether the variables show that the optimizer has a schedule.
     """
 
     roles: tuple[tuple[str, int], ...]
@@ -61,9 +61,9 @@ class Layout(NamedTuple):
     has_schedule: bool = False
 
     def of(self, role: str, values: Sequence[Any]) -> dict[int, Any]:
-        """The values of the variables with this role, by the places of their parameters."""
+        """The values of the variables with this role, by the indices of their parameters."""
         pairs = zip(self.roles, values, strict=True)
-        return {place: x for (own, place), x in pairs if own == role}
+        return {i: x for (role_of_x, i), x in pairs if role_of_x == role}
 
     def shapes(self, values: Sequence[Any]) -> list[tuple[int, ...]] | None:
         """The shapes of the parameters in their order; `None` if no slot shows them."""
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
 
         Args:
           is_mapping: whether a mapping contains them. JAX and others sort the keys of mappings.
-          is_pairs: whether they are pairs (name, array), perhaps of the items of a mapping.
+          is_pairs: whether they are pairs (name, array), which may be the items of a mapping.
         """
         roles = [role for role, _ in self.roles]
         slots = [i for i, role in enumerate(roles) if role in _ROLES]
@@ -87,10 +87,11 @@ class Layout(NamedTuple):
                 "the variables are not in Keras' order, in which the iteration and the learning "
                 "rate come first (JAX, Orbax and h5py sort a dictionary by its keys)"
             )
-        # Iteration and rate may have been put first again, so only the parameters count.
-        own = self.names or []
-        by_part = sorted(own, key=lambda name: name.split("/"))
-        if (is_mapping or is_pairs) and len(own) > 1 and own in (sorted(own), by_part):
+        # The iteration and the rate may have been moved to the front, so only the names of the
+        # parameters are checked.
+        names = self.names or []
+        by_part = sorted(names, key=lambda name: name.split("/"))
+        if (is_mapping or is_pairs) and len(names) > 1 and names in (sorted(names), by_part):
             return (
                 "the names are sorted, so their order need not be Keras' (JAX, Orbax and h5py sort "
                 "a dictionary by its keys)"
@@ -141,7 +142,7 @@ def variables_of(owner: str, variables: Any) -> tuple[list[str | None], list[np.
 
 
 def _text(name: Any) -> str:
-    """A name as a string; h5py has bytes."""
+    """A name as a string; names from h5py are bytes."""
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
@@ -191,44 +192,46 @@ def layout_by_place(
 
     Args:
       shapes: the shapes of the leaves, in Keras' order; `None` for a parameter without a leaf.
-      has_shape: whether an array may have the shape of the parameter at a place.
-      extra: the roles before the slots, which the options of the optimizer add.
+      has_shape: a function of the index of a parameter and an array: whether the array may have the
+        shape of the parameter.
+      extra: the roles before the slots, which options of the optimizer add.
       slots: the roles of the rule's slots.
       may_be_legacy: whether the order may be that of the optimizers before TensorFlow 2.11.
     """
-    places = range(len(shapes))
+    indices = range(len(shapes))
 
     def each(role: str) -> list[tuple[str, int]]:
-        return [(role, i) for i in places]
+        return [(role, i) for i in indices]
 
     front = [entry for role in extra for entry in each(role)]
     hat = each("velocity_hat") if "velocity_hat" in slots else []
-    pair = [role for role in slots if role != "velocity_hat"]
+    moments = [role for role in slots if role != "velocity_hat"]
     rate = ("learning_rate", 0)
-    # Leaf by leaf. Optimizers before 2.11 keep no rate, and have all momenta first.
-    by_leaf = (*front, *((role, i) for i in places for role in pair), *hat)
+    # Newer optimizers have their moments leaf by leaf. Those before TensorFlow 2.11 have no rate,
+    # and all momenta first.
+    by_leaf = (*front, *((role, i) for i in indices for role in moments), *hat)
     orders = {((), by_leaf), ((rate,), by_leaf)}
     if may_be_legacy:
-        orders.add(((), (*front, *(entry for role in pair for entry in each(role)), *hat)))
-    fits = set()
+        orders.add(((), (*front, *(entry for role in moments for entry in each(role)), *hat)))
+    candidates = set()
     for rates, body in orders:
         for product in ([], [("product", 0)]):
             roles = (("count", 0), *rates, *body, *product)
             if len(roles) != len(values):
                 continue
             pairs = list(zip(roles, values, strict=True))
-            # All arrays of a parameter have one shape, also if no leaf shows it.
+            # All arrays of a parameter have one shape, even if the parameter has no leaf.
             shapes_at = {(i, x.shape) for (role, i), x in pairs if (role, i) in body}
             if len(shapes_at) == len(shapes) and all(
                 has_shape(i, x) if (role, i) in body else x.shape == () for (role, i), x in pairs
             ):
-                fits.add(roles)
-    if len(fits) != 1:
-        how = "may be ordered in several ways" if fits else "fit nothing that is expected"
+                candidates.add(roles)
+    if len(candidates) != 1:
+        fault = "may be ordered in several ways" if candidates else "fit nothing that is expected"
         if all(x.shape == () for x in values) and any(shapes):
             raise ValueError(f"{owner}: {len(values)} arrays without names: {_NOT_BUILT}")
         raise ValueError(
-            f"{owner}: {len(values)} arrays without names {how}: shapes "
+            f"{owner}: {len(values)} arrays without names {fault}: shapes "
             f"{[list(x.shape) for x in values]} for leaves of {shapes}, each with "
             f"{[*extra, *slots]}. Expected the arrays of optimizer.variables (not of the model) in "
             "their order. If Keras' order of the leaves is another (a dictionary's is that of its "
@@ -240,10 +243,10 @@ def layout_by_place(
             "constant rate, all averages, and leaf by leaf its slots; or get_weights() before "
             "TensorFlow 2.11: all momenta before all velocities"
         )
-    roles = fits.pop()
-    # Keras 3 has a variable for a rate that is constant, and tf_keras and older ones have none at
-    # all. Their iteration is int64, and their Nadam keeps its product elsewhere. (With TensorFlow,
-    # that of Keras 3 is int64 too.)
+    roles = candidates.pop()
+    # Keras 3 has a variable for a constant rate, and tf_keras and older versions have none at all.
+    # In these the iteration is int64, and Nadam's product is no variable. (With TensorFlow, the
+    # iteration of Keras 3 is int64 too.)
     is_keras3 = values[0].dtype == np.int32 or ("product", 0) in roles
     has_schedule = is_keras3 and roles[1 : len(by_leaf) + 1] == by_leaf
     return Layout(roles, has_schedule=has_schedule)
@@ -253,11 +256,11 @@ def layout_by_place(
 
 
 class _Name(NamedTuple):
-    """What the name of a variable contains.
+    """The contents of a variable's name.
 
     Attributes:
       role: one of `_ROLES`.
-      optimizer: the name of its optimizer; empty if it is not there.
+      optimizer: the name of the optimizer; empty if the variable's name does not contain it.
       leaf: the name of the parameter.
     """
 
@@ -267,14 +270,14 @@ class _Name(NamedTuple):
 
 
 def _keras3_name(name: str) -> _Name | None:
-    """A variable of Keras 3, `adam/dense_kernel_momentum`."""
+    """The name of a variable of Keras 3, such as `adam/dense_kernel_momentum`."""
     optimizer, _, last = name.rpartition("/")
     role = next((role for role in _ROLES if last.endswith(f"_{role}")), None)
     return None if role is None else _Name(role, optimizer, last.removesuffix(f"_{role}"))
 
 
 def _tf_keras_name(name: str) -> _Name | None:
-    """A variable of tf_keras, `Adam/m/dense/kernel:0`, perhaps without its optimizer."""
+    """The name of a variable of tf_keras, such as `Adam/m/dense/kernel` or `m/dense/kernel`."""
     parts = name.split("/")
     for i, part in enumerate(parts[:2]):
         if part in _TF_ROLES:
@@ -283,17 +286,17 @@ def _tf_keras_name(name: str) -> _Name | None:
 
 
 def _legacy_name(name: str) -> _Name | None:
-    """A weight of the optimizers before 2.11, `Adam/dense/kernel/m:0`."""
+    """The name of a variable before TensorFlow 2.11, such as `Adam/dense/kernel/m`."""
     if "/" not in name:
         return None
     optimizer, *leaf, last = name.removeprefix("training/").split("/")
-    # Adamax calls its maximum v.
+    # In Adamax, v is the maximum.
     role = "norm" if last == "v" and "Adamax" in optimizer else _TF_ROLES.get(last)
     return None if role is None else _Name(role, optimizer, "/".join(leaf))
 
 
 def plain_name(optimizer: str) -> str:
-    """An optimizer's name or class without case, underscores and number: `adamw` for `AdamW_1`."""
+    """An optimizer's name in lower case without underscores and number: `adamw` for `AdamW_1`."""
     return re.sub(r"_\d+$", "", optimizer.rsplit("/", 1)[-1]).replace("_", "").lower()
 
 
@@ -305,37 +308,37 @@ def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n
     for parse in (_keras3_name, _tf_keras_name, _legacy_name):
         parsed = [None if s else parse(name) for s, name in zip(scalars, bare, strict=True)]
         triples = zip(names, scalars, parsed, strict=True)
-        unknown = [name for name, scalar, named in triples if not scalar and named is None]
+        unknown = [name for name, scalar, contents in triples if not scalar and contents is None]
         if unknown:
             problem = problem or f"cannot tell what {unknown[0]!r} is"
             continue
-        if parse is _legacy_name and len({one.optimizer for one in parsed if one}) > 1:
-            # After `load_model`, these names begin with that of the layer.
+        if parse is _legacy_name and len({x.optimizer for x in parsed if x}) > 1:
+            # After `load_model`, these names begin with the name of the layer.
             parsed = [
-                one and one._replace(optimizer="", leaf=f"{one.optimizer}/{one.leaf}")
-                for one in parsed
+                x and x._replace(optimizer="", leaf=f"{x.optimizer}/{x.leaf}") for x in parsed
             ]
-        found = [one for one in parsed if one is not None]
+        with_leaf = [x for x in parsed if x is not None]
         leaves: dict[str, list[str]] = {}
-        for one in found:
-            leaves.setdefault(one.role, []).append(one.leaf)
+        for x in with_leaf:
+            leaves.setdefault(x.role, []).append(x.leaf)
         problem = _miscounted(leaves, scalars, n)
         if problem:
             break
-        _expect_order(owner, [one.role for one in found])
+        _expect_order(owner, [x.role for x in with_leaf])
         order = next(iter(leaves.values()), [])
-        roles, seen = [], dict.fromkeys(leaves, 0)
-        for scalar, named in zip(scalars, parsed, strict=True):
-            if named is None:
+        roles, num_seen = [], dict.fromkeys(leaves, 0)
+        for scalar, contents in zip(scalars, parsed, strict=True):
+            if contents is None:
                 roles.append((str(scalar), 0))
                 continue
-            # By the name of its leaf, or by place, if leaves have the same name.
-            place = order.index(named.leaf) if len(set(order)) == n else seen[named.role]
-            seen[named.role] += 1
-            roles.append((named.role, place))
-        if n and not found:
+            # The index of the parameter, by its name or, if several have the same name, by order.
+            is_unique = len(set(order)) == n
+            i = order.index(contents.leaf) if is_unique else num_seen[contents.role]
+            num_seen[contents.role] += 1
+            roles.append((contents.role, i))
+        if n and not with_leaf:
             raise ValueError(f"{owner}: {_NOT_BUILT}, got {names}")
-        optimizers = {one.optimizer for one in found}
+        optimizers = {x.optimizer for x in with_leaf}
         if len(optimizers) > 1:
             problem = f"the variables are of several optimizers, {sorted(optimizers)}"
             break
@@ -343,8 +346,8 @@ def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n
         doubtful = bool(optimizer) or parse is not _tf_keras_name
         pairs = zip(bare, scalars, strict=True)
         rates = [name.rsplit("/", 1)[-1] for name, role in pairs if role == "learning_rate"]
-        # Keras 3 has a variable for a rate that is constant. tf_keras has none, but one for the
-        # value of a schedule.
+        # Keras 3 has a variable for a constant rate. tf_keras has one for the value of a schedule
+        # only.
         has_schedule = parse is _keras3_name if not rates else "current_learning_rate" in rates
         return Layout(tuple(roles), order, optimizer, doubtful, has_schedule)
     raise ValueError(
@@ -376,10 +379,10 @@ def _miscounted(leaves: Mapping[str, Sequence[str]], scalars: Sequence[str | Non
     if scalars.count("count") != 1:
         return f"there are {scalars.count('count')} of iteration"
     first = sorted(next(iter(leaves.values()), []))
-    for role, own in leaves.items():
-        if len(own) != n:
-            return f"there are {len(own)} of {role}"
-        if sorted(own) != first:
-            other = sorted(set(own) ^ set(first))[0]
+    for role, names in leaves.items():
+        if len(names) != n:
+            return f"there are {len(names)} of {role}"
+        if sorted(names) != first:
+            other = sorted(set(names) ^ set(first))[0]
             return f"the leaves of {role} are others than those of {next(iter(leaves))}, {other!r}"
     return ""

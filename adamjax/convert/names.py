@@ -17,7 +17,7 @@ __all__ = ["Order", "expect_order", "last_word", "leaf_order"]
 # A user's order: the paths in the order of the parameters, or by the names of the parameters.
 Order = Sequence[str | None] | Mapping[str, str | None] | None
 
-# Words that end a parameter's name in one system, and what they are in another.
+# Last words of parameters' names, and the words for them in another system.
 _SYNONYMS = {
     **dict.fromkeys(("kernel", "embedding", "embeddings", "scale", "gamma"), "weight"),
     "beta": "bias",
@@ -29,7 +29,7 @@ def _words(name: str) -> tuple[str, ...]:
 
 
 def last_word(name: str) -> str:
-    """`kernel` for `layers/0/kernel` and for `dense_kernel`; empty if a name has no words."""
+    """The last word of a name: `kernel` for `layers/0/kernel` and `dense_kernel`; empty if none."""
     return next(iter(_words(name)[-1:]), "")
 
 
@@ -38,7 +38,7 @@ def _with_synonym(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether two names are equal, or one ends in the other, which is not of numbers alone."""
+    """Whether two names are equal, or one ends in the other, which has a word that is no number."""
     n = min(len(a), len(b))
     end = a[len(a) - n :]
     return a == b or (end == b[len(b) - n :] and not all(word.isdecimal() for word in end))
@@ -48,8 +48,8 @@ def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | N
     """The path that each name corresponds to; `None` if they do not correspond one to one.
 
     A name and a path correspond if they have the same words: `layers.0.weight` and
-    `layers/0/weight`. If that does not give all paths, one of the two may have more words in front,
-    such as `model`. If that does not either, both are tried with synonyms, so that `kernel` is a
+    `layers/0/weight`. If that does not match all names, one of the two may have more words in
+    front, such as `model`. If that fails too, both are tried with synonyms, so that `kernel` is
     `weight`.
     """
     words_of = {x: _words(x) for x in (*names, *paths)}
@@ -61,8 +61,8 @@ def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | N
             chosen = []
             for name in names:
                 candidates = by_last_word.get(words[name][-1:], [])
-                fits = [path for path in candidates if correspond(words[name], words[path])]
-                chosen += fits if len(fits) == 1 else []
+                matches = [path for path in candidates if correspond(words[name], words[path])]
+                chosen += matches if len(matches) == 1 else []
             if len(chosen) == len(names) == len(set(chosen)):
                 return chosen
     return None
@@ -106,10 +106,10 @@ def leaf_order(
       order: the order that the user gives, if any.
       system, names: the name of the system and, if it has any, those of its parameters in order.
       check: whether to refuse an order that contradicts the names.
-      shapes: those of the system's parameters in order, if they are known.
-      may_reshape: whether a user's function may give an array any other shape.
+      shapes: the shapes of the system's parameters in order, if they are known.
+      may_reshape: whether a user's function may change the shape of an array in any way.
       has_arrays: whether the system has an array of each parameter, whose shape is compared later.
-      order_fault: why the order of the names may not be that of the parameters; empty if it is.
+      order_fault: why the names may not be in the order of the parameters; empty if they are.
 
     Raises:
       TypeError: `order` is no list, and no mapping from names.
@@ -119,12 +119,12 @@ def leaf_order(
     leaves = leaves_by_path(owner, params)
     if _are_numbers(list(leaves)):
         # In a dictionary with numbers as keys, "10" comes before "2".
-        leaves = {path: leaves[path] for path in sorted(leaves, key=_places)}
+        leaves = {path: leaves[path] for path in sorted(leaves, key=_numbers_of_path)}
     all_paths = list(leaves)
 
     def expect_same_order(paths: Sequence[str]) -> None:
-        """Refuses to take these leaves in the order of the names, if it may be a wrong one."""
-        # With the shapes of parameters that the order leaves out.
+        """Refuses leaves in the order of the names if it may be wrong and shapes do not show it."""
+        # `shapes` has the shapes of parameters that the order leaves out too.
         all_shapes = [np.shape(leaves[path]) for path in paths] if shapes is None else shapes
         kinds = [_kind_of_shape(shape, may_reshape) for shape in all_shapes]
         alike = [
@@ -173,11 +173,11 @@ def leaf_order(
         expected = _paths_of_names(used_names, given)
         if expected is None and not by_name:
             expect_same_order(given)
-        for name, path, other in zip(used_names, given, expected or given, strict=True):
-            if path != other:
+        for name, path, named_path in zip(used_names, given, expected or given, strict=True):
+            if path != named_path:
                 raise ValueError(
                     f"{owner}: order has {path!r} in the place of {system}'s {name!r}, which is "
-                    f"the name of another leaf, {other!r}: put order in the order of "
+                    f"the name of another leaf, {named_path!r}: put order in the order of "
                     f"{list(names[:8])}, or pass check=False to use it as it is"
                 )
     return list(order)
@@ -186,7 +186,7 @@ def leaf_order(
 def _listed_order(
     owner: str, order: Any, system: str, names: Sequence[str] | None
 ) -> list[str | None]:
-    """The user's order as a list; a mapping is read by the names of the system's parameters."""
+    """The user's order as a list; a mapping is sorted by the names of the system's parameters."""
     if isinstance(order, Mapping):
         fault = f"{owner}: order is {order!r:.100} of type {type(order).__name__}, expected"
         if names is None:
@@ -216,7 +216,7 @@ def _order_of_shapes(
     has_arrays: bool,
     alike: list[str],
 ) -> list[str]:
-    """The paths of the leaves in the order of names that do not correspond to them: by shape."""
+    """The paths of the leaves in the order of names that do not match them: by their shapes."""
     all_paths = list(leaves)
     if not check:
         return all_paths
@@ -236,22 +236,22 @@ def _order_of_shapes(
 
 
 def _are_numbers(paths: Sequence[str]) -> bool:
-    """Whether the leaves have no names, only places, as the items of a list."""
+    """Whether the leaves have only numbers for names, as the items of a list."""
     return all(word.isdecimal() for path in paths for word in path.split("/"))
 
 
-def _places(path: str) -> tuple[int, ...]:
-    """The places that a path of numbers consists of."""
+def _numbers_of_path(path: str) -> tuple[int, ...]:
+    """The numbers in a path of numbers."""
     return tuple(map(int, path.split("/")))
 
 
 def _kind_of_shape(shape: tuple[int, ...], may_reshape: bool) -> tuple[int, ...]:
-    """The same for shapes that an array may have in two systems, as one may have its transpose."""
+    """A key that is equal for all shapes that one array may have in two systems."""
     return (math.prod(shape),) if may_reshape else tuple(sorted(shape))
 
 
 def _of_one_shape(leaves: Mapping[str, Any], may_reshape: bool) -> list[str]:
-    """The paths of some leaves that may have one shape in the other system, if there are any."""
+    """The paths of some leaves whose shapes may be equal in the other system, if there are any."""
     by_kind: dict[tuple[int, ...], list[str]] = {}
     for path, x in leaves.items():
         by_kind.setdefault(_kind_of_shape(np.shape(x), may_reshape), []).append(path)
@@ -261,7 +261,7 @@ def _of_one_shape(leaves: Mapping[str, Any], may_reshape: bool) -> list[str]:
 def _expect_one_order(
     owner: str, system: str, leaves: Mapping[str, Any], alike: list[str], has_arrays: bool
 ) -> None:
-    """Refuses leaves with names for parameters without, if shapes do not show which is which."""
+    """Refuses named leaves for parameters without names, if shapes do not show which is which."""
     shapes = {np.shape(leaves[path]) for path in alike}
     same = "shape, but for the order of dimensions" if len(shapes) > 1 else "shape"
     same = "size" if len({tuple(sorted(shape)) for shape in shapes}) > 1 else same

@@ -33,7 +33,7 @@ __all__ = ["from_optax", "to_optax"]
 
 
 def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
-    """Adds a doubt if only one skips some steps, or if only one's schedules count skipped steps."""
+    """Adds a doubt if optax and `tx` skip different steps, or differ in counting skipped steps."""
     if not theirs.skipping_transforms:
         return
     both_accumulate = bool(theirs.accumulated) and bool(ours.accumulations)
@@ -51,7 +51,7 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
             {x.in_accumulating and both_accumulate for x in skips if path in x.leaves}
             for skips in (theirs.skipping_transforms, our_skips)
         )
-        if they_skip_steps == {True}:  # and no micro-batches
+        if they_skip_steps == {True}:  # They skip whole steps, but no micro-batches.
             theirs.doubts.append(
                 f"for the leaf {path!r}, apply_if_finite is inside MultiSteps, whose sum keeps a "
                 "NaN, so no later step moves the weights. In adamjax a run goes on after a NaN. If "
@@ -67,12 +67,12 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
                 "optax does not: remove skip_not_finite from around this leaf"
             )
             return
-        what, mend = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
+        unit, fix = "steps", "wrap tx in skip_not_finite, or the part for this leaf"
         if both_accumulate:
-            what, mend = "micro-batches", "put skip_not_finite outside of accumulate_gradients"
+            unit, fix = "micro-batches", "put skip_not_finite outside of accumulate_gradients"
         theirs.doubts.append(
-            f"optax skips {what} of the leaf {path!r} with gradients that are not finite "
-            f"(apply_if_finite), and tx does not do the same: {mend}"
+            f"optax skips {unit} of the leaf {path!r} with gradients that are not finite "
+            f"(apply_if_finite), and tx does not do the same: {fix}"
         )
         return
     ids_inside = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
@@ -91,23 +91,24 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
 def _expect_means(source: Source, optimizer: Any, params: Tree) -> None:
     """Refuses `MultiSteps(use_grad_mean=False)` in the middle of a step.
 
-    It sums the gradients of micro-batches, and its state does not show that these are no means. So
-    it is tried on two micro-batches.
+    Its state has the sum of the gradients, and does not show that this is no mean. So it is tried
+    on two micro-batches.
     """
     if all(accumulated.micro < 2 for accumulated in source.accumulated):
         return
     grads = jax.tree.map(lambda p: p if is_left_alone(p) else jnp.ones_like(p), params)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    found = []
+    after_each = []
     for _ in range(2):
         try:
             _, state = update(grads, state, params)
         except TypeError:
-            return  # `expect_same_steps` says why.
-        found.append(read_state(source.owner, state).accumulated)
-    for first, second in zip(*found, strict=True):
+            return  # `expect_same_steps` raises the error, with the reason.
+        after_each.append(read_state(source.owner, state).accumulated)
+    for first, second in zip(*after_each, strict=True):
         for path in first.totals.keys() & second.totals.keys():
-            # `read_state` takes means: of a sum, it makes 4 times the first gradient.
+            # `read_state` multiplies means by the number of micro-batches. From a sum, it computes
+            # 4 times the first gradient.
             largest = [float(np.max(np.abs(x.totals[path]), initial=0)) for x in (first, second)]
             if second.micro == 2 and largest[1] > 3 * largest[0]:
                 raise ValueError(
@@ -122,7 +123,7 @@ class _OptaxFiller(Translation):
     def filled_state(self, target: Any, counts: Sequence[Count]) -> Any:
         self.counts = iter(counts)
         self.paths = frozenset(leaves_by_path(self.owner, self.ours.params))
-        # The leaves of the mask or part that is being filled; `None` outside of masks and parts.
+        # The leaves of the mask or part that is being filled; `None` outside of these.
         self.leaves: frozenset[str] | None = None
         state = self.fill(target)
         self.finish()
@@ -150,10 +151,13 @@ class _OptaxFiller(Translation):
             return type(x)(self._fill_part(x[0], self._leaves_of_rules(x[0])))
         if role == "parts":
             with_rules = self._leaves_of_rules(x[0])
-            others = (self.paths if self.leaves is None else self.leaves) - with_rules
+            without_rules = (self.paths if self.leaves is None else self.leaves) - with_rules
             return type(x)(
                 map_items(
-                    lambda part: self._fill_part(part, self._leaves_of_rules(part) or others), x[0]
+                    lambda part: self._fill_part(
+                        part, self._leaves_of_rules(part) or without_rules
+                    ),
+                    x[0],
                 )
             )
         if role == "items":
@@ -161,13 +165,14 @@ class _OptaxFiller(Translation):
         return self.other_state(x) if jax.tree.leaves(x) else x
 
     def _leaves_of_rules(self, x: Any) -> frozenset[str]:
-        """The paths of the leaves that rules in a node of the state have."""
+        """The paths of the leaves that have a rule in a node of the state."""
         return frozenset(read_state(self.owner, x).moments)
 
     def _fill_part(self, x: Any, leaves: frozenset[str]) -> Any:
-        """Fills the state of a mask or part with these leaves; none stands for unknown ones.
+        """Fills the state of a mask or part.
 
-        A state of `inject_hyperparams` does not show whose count it has, unless a rule is in it.
+        A state of `inject_hyperparams` in it counts the steps of these leaves; if there are none,
+        of those of the state around it.
         """
         outer, self.leaves = self.leaves, leaves or self.leaves
         filled = self.fill(x)
@@ -223,30 +228,30 @@ def from_optax(
 
     The conversion finds moments by the paths of their leaves, at any depth of optax' `chain`,
     `masked`, `multi_transform` (`partition`), `inject_hyperparams`, `MultiSteps` and
-    `apply_if_finite`. So `tx` may be composed in another way, with `masked`, `partition`,
+    `apply_if_finite`. So `tx` may be composed differently, with `masked`, `partition`,
     `exact_rows` (whose rows are then all up to date), `accumulate_gradients` or `skip_not_finite`.
-    If a leaf goes through several rules, they correspond in their order. `tx` may also have
-    transforms of optax inside.
+    If a leaf goes through several rules, they correspond in their order. `tx` may also contain
+    transforms of optax.
 
     A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
     take some steps on random gradients, at the present count and at later counts of their
-    schedules. If both states keep a rate or a decay, they also take steps with half of it. If `tx`
-    moves a weight differently, it is refused. Of a leaf with more than 16,384
-    elements, a sample takes all these steps, and the whole leaf takes one. (If one of the
-    optimizers may decide by the size of a leaf, whole leaves take all steps.) Of very many leaves,
-    some are tried with a NaN and with large gradients. On a CPU this takes seconds for a small
-    model, about a minute for 300 leaves, and about ten seconds for a table of 5 million rows and 16
-    columns. If that is too long, compare a small copy of the model, and pass `check=False` for the
-    large one.
+    schedules. If both states contain a rate or a decay, they also take steps with half of it. If
+    `tx` moves a weight differently, it is refused. Of a leaf with more than 16,384 elements, a
+    sample takes all these steps, and the whole leaf takes a few. (If one of the optimizers may
+    depend on the size of a leaf, whole leaves take all steps.) If there are very many leaves, only
+    some of them take steps with a NaN and with large gradients. On a CPU this takes seconds for a
+    small model, about a minute for 300 leaves, and about ten seconds for a table of 5 million rows
+    and 16 columns. If that is too long, compare a small copy of the model, and pass `check=False`
+    for the large one.
 
     A difference may go unnoticed if it shows only at particular values of weights or gradients, or
-    only in a few of very many steps. Between the ends of the schedules of
-    `tx`, counts are compared in steps of 3%, and in larger ones for a model that is large or has
-    many micro-batches. Where weights are bfloat16 or float16, optax rounds m and v, so its run
-    drifts away from that of adamjax. Both take the steps in float32 then, unless
-    `inject_hyperparams` has rounded hyperparameters to such a dtype, or masks depend on the dtypes
-    of leaves: that is compared to 10% only, and `mu_dtype` inside `apply_if_finite` (in older
-    releases of optax also inside `MultiSteps`) to 3%.
+    only in a few of very many steps. Between the ends of the schedules of `tx`, counts are compared
+    at intervals of 3%, and at larger ones for a model that is large or has many micro-batches.
+    Where weights are bfloat16 or float16, optax rounds m and v, so its run drifts away from that of
+    adamjax. Then both take the steps in float32, unless `inject_hyperparams` has rounded
+    hyperparameters to such a dtype, or masks depend on the dtypes of leaves. In these two cases
+    updates may differ by 10%, and with `mu_dtype` inside `apply_if_finite` (in older releases of
+    optax also inside `MultiSteps`) by 3%.
 
     Args:
       source_state: the state that `init` or `update` of the optax transform returned. Its rules
@@ -260,7 +265,7 @@ def from_optax(
         have none.
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. If false, no steps are compared.
-      rtol: how much a step of one may differ from that of the other, relatively, where optax'
+      rtol: how much the steps of both may differ, relatively, where optax'
         rule has another form (AMSGrad, Nadam, Adamax). At least 0.
 
     Returns:
@@ -287,13 +292,13 @@ def from_optax(
     if check:
         expect_optimizer(owner, optimizer)
     source = read_state(owner, source_state)
-    new = initial_state(owner, tx, params)
-    _doubt_skips(source, new)
-    state = into_adamjax(source, OPTAX, new, average, check, rtol)
+    ours = initial_state(owner, tx, params)
+    _doubt_skips(source, ours)
+    state = into_adamjax(source, OPTAX, ours, average, check, rtol)
     if check:
         expect_made_by(owner, optimizer, source_state, params)
         _expect_means(source, optimizer, params)
-        _expect_same(new.with_state(state), optimizer, source_state, rtol)
+        _expect_same(ours.with_state(state), optimizer, source_state, rtol)
     return state
 
 
@@ -337,11 +342,11 @@ def to_optax(
     ours = AdamjaxState(owner, tx, state, params)
     expect_foreign_state(owner, tx, state, params)
     target = optimizer.init(params)
-    target_form = read_state(owner, target)
-    _doubt_skips(target_form, ours)
-    source = ours.read_for(target_form, check)
+    target_source = read_state(owner, target)
+    _doubt_skips(target_source, ours)
+    source = ours.read_for(target_source, check)
     filler = _OptaxFiller(source, ours, OPTAX, check, rtol)
-    new_state = filler.filled_state(target, target_form.counts)
+    new_state = filler.filled_state(target, target_source.counts)
     if check:
         _expect_means(source, optimizer, params)
         _expect_same(ours, optimizer, new_state, rtol)
@@ -349,7 +354,7 @@ def to_optax(
 
 
 def _expect_same(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
-    """Refuses a transform that does not do what optax' optimizer does."""
+    """Refuses a transform that does not move weights as optax' optimizer does."""
     for part in ours.parts:
         if isinstance(part.tx, Rule) and part.tx.eps is None:  # the most frequent difference
             leaves = leaves_by_path(ours.owner, part.params)

@@ -16,8 +16,8 @@ from adamjax.convert.values import (
 
 __all__ = ["read_state", "role_of"]
 
-# The role of each class of states in optax, by its name, and its fields in each version of optax.
-# A class with other fields, or of another package, is unknown.
+# The role of each known class of states in optax, by its name, and its fields in each version of
+# optax. A class with other fields, or of another package, is unknown.
 _STATES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "ScaleByAdamState": ("rule", (("count", "mu", "nu"),)),
     "ScaleByAmsgradState": ("rule", (("count", "mu", "nu", "nu_max"),)),
@@ -134,7 +134,7 @@ def _read_accumulated(x: Any, source: Source) -> None:
 
 
 def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
-    """Reads a dictionary, as of `named_chain`; JAX loses its order."""
+    """Reads a dictionary, as `named_chain` makes it; JAX loses its order."""
     paths_with_rule: set[str] = set()
     num_others = len(source.other_states)
     for item in _items(x):
@@ -157,7 +157,7 @@ def _read_mapping(x: Mapping[Any, Any], source: Source) -> None:
 
 
 def _read_parts(x: Mapping[Any, Any], source: Source) -> None:
-    """Reads the states of `multi_transform`, of which each has leaves of its own."""
+    """Reads the states of the parts of `multi_transform`, each of which has its own leaves."""
     parts = [_read_apart(part, source) for part in _items(x)]
     with_rules = frozenset(path for part in parts for path in part.moments)
     for part in parts:
@@ -169,7 +169,7 @@ def _read_parts(x: Mapping[Any, Any], source: Source) -> None:
 
 
 def _read_apart(x: Any, source: Source) -> Source:
-    """Reads a state inside a mask or a part on its own: its counts are for its leaves only."""
+    """Reads the state of a mask or a part into its own `Source`, for `_merge`."""
     inner = Source(
         source.owner, in_accumulating=source.in_accumulating, in_skipping=source.in_skipping
     )
@@ -183,7 +183,7 @@ def _merge(
     leaves: frozenset[str] | None,
     excluded: frozenset[str] = frozenset(),
 ) -> None:
-    """Adds what was read of a mask or a part; its counts are for `leaves` without `excluded`."""
+    """Adds the `Source` of a mask or a part; its counts are for `leaves` without `excluded`."""
     for path, moments_of_leaf in inner.moments.items():
         source.moments.setdefault(path, []).extend(moments_of_leaf)
     source.counts += [

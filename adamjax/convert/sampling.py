@@ -16,8 +16,8 @@ from adamjax.structure import replace_parts, states_of_class
 
 __all__ = ["longest_axis", "sampled"]
 
-# A leaf of more elements is large, and its sample has somewhat more elements than that, so that it
-# stays larger than all others. It has at least so many slices.
+# A leaf with more elements is large. Its sample has a few more elements than that, so that it is
+# larger than leaves that are not sampled, and at least this many slices.
 _LARGE, _FEWEST = 1 << 14, 4
 
 Shape = tuple[int, ...]
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxState, Any] | None:
     """Both states with a sample of each large leaf: slices along its longest axis, such as rows.
 
-    Leaves keep the order of their sizes, and those of different shapes stay different.
+    The leaves have the same order by size as before, and leaves of different shapes still differ.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -34,7 +34,7 @@ def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
 
     Returns:
       The state of adamjax and that of optax; `None` if no leaf is large, or if one of the
-      transforms may treat a leaf in another way because it is smaller.
+      transforms may treat a leaf differently because of its size.
     """
     small_shapes = _small_shapes({np.shape(p) for p in jax.tree.leaves(ours.params)})
     if not small_shapes:
@@ -60,33 +60,32 @@ def sampled(ours: AdamjaxState, optimizer: Any, state: Any) -> tuple[AdamjaxStat
             return None
         if not _are_like(small.state, jax.eval_shape(ours.tx.init, params)):
             return None
-        # Where the steps of rows are taken has to do with the size of a table, but what they are
-        # has not.
+        # The program of exact_rows depends on the size of a table, but its results do not.
         tx = replace_parts(ours.tx, lambda x: x.tx if isinstance(x, exact_rows) else x)
-        # If optax chooses rows by their position, a sample may have rows of one kind only. If tx
+        # If optax chooses rows by their position, a sample may lack the rows that it chooses. If tx
         # does, a step of the whole leaf shows it.
-        for each, with_positions in ((optimizer, True), (tx, False)):
-            programs = [program(each, x, with_positions) for x in (ours.params, params)]
+        for transform, with_positions in ((optimizer, True), (tx, False)):
+            programs = [program(transform, x, with_positions) for x in (ours.params, params)]
             if programs[0] != programs[1]:
                 return None
-    except (TypeError, ValueError):  # which steps of the whole state explain
+    except (TypeError, ValueError):  # Steps from the whole state raise it again, with a reason.
         return None
     return None if leaves_of_parts(ours) != leaves_of_parts(small) else (small, small_state)
 
 
 def longest_axis(shape: Shape) -> int:
-    """The first of the longest axes."""
+    """The index of the longest axis, the first if there are several."""
     return shape.index(max(shape))
 
 
 def _small_shapes(shapes: Iterable[Shape]) -> dict[Shape, Shape]:
-    """For the shape of each large leaf the shape of its sample, where that is smaller."""
+    """The shape of the sample for each shape of a large leaf, if the sample is smaller."""
     small_shapes: dict[Shape, Shape] = {}
     largest = _LARGE
     for shape in sorted(shapes, key=math.prod):
         if math.prod(shape) <= _LARGE:
             continue
-        # More elements than any leaf before has, so no two shapes become one.
+        # A sample has more elements than all smaller leaves and samples, so their shapes differ.
         axis = longest_axis(shape)
         per_slice = math.prod(shape) // shape[axis]
         length = max(largest // per_slice + 1, _FEWEST)

@@ -14,10 +14,11 @@ from adamjax.schedule import by_path, is_own_schedule, rate_at
 
 __all__ = ["ForeignSchedule", "ends_of_schedules", "has_schedule", "later_counts"]
 
-# The last count at which schedules are compared, and of how many lengths at most the sums of pairs.
+# The last count at which schedules are compared; and up to how many lengths of parts, sums of two
+# lengths are counts too.
 _LAST, _MOST_LENGTHS = 2**30, 8
-# Up to which count schedules of other libraries are compared, and functions of the user: a product
-# with a larger count easily exceeds int32.
+# The last counts for schedules of other libraries, and for functions of the user: products with
+# larger counts easily exceed int32.
 _LAST_OF_FOREIGN, _LAST_OF_FUNCTIONS = 2**20, 2**24
 
 
@@ -27,9 +28,9 @@ class ForeignSchedule:
     Attributes:
       schedule: the library's object.
       call: calls it as the library does, for a count.
-      known: the same schedule of adamjax; `None` if it has none.
-      note: what errors about the rate add.
-      values: those of calls so far, by their counts.
+      known: the same schedule as one of adamjax; `None` if there is none.
+      note: a note for errors about the rate.
+      values: the values of calls so far, by their counts.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class ForeignSchedule:
         self.values: dict[int, float] = {}
 
     def stated(self, count: int) -> float:
-        """The value at a count: by the formula, in float64, or by a call.
+        """The value at a count: of `known`, in float64, or else of a call.
 
         Raises:
-          ValueError: there is no formula, and the call raises an error.
+          ValueError: there is no `known` schedule, and the call raises an error.
         """
         if self.known is None:
             return self.called(count)
@@ -50,7 +51,7 @@ class ForeignSchedule:
             return float(rate_at(self.known, jnp.asarray(count, int)))
 
     def called(self, count: int) -> float:
-        """The value of a call, which the library computes in float32, as its steps do."""
+        """The value that a call returns, computed by the library as in its steps."""
         if count in self.values:
             return self.values[count]
         try:
@@ -64,7 +65,7 @@ class ForeignSchedule:
         return value
 
     def is_near(self, count: int, value: float) -> bool:
-        """Whether a value is that of a call, but for rounding, relatively coarse near 0."""
+        """Whether a value is that of a call, up to rounding relative to the largest value."""
         try:
             called = self.called(count)
         except ValueError:
@@ -74,8 +75,8 @@ class ForeignSchedule:
         largest = max(abs(x) for x in (0.0, *self.values.values()) if math.isfinite(x))
         if math.isclose(called, value, rel_tol=1e-4, abs_tol=1e-6 * largest):
             return True
-        # If the library divides the count by a period in float32, the quotient is off by as much
-        # as after this many steps. That shows where many periods have passed.
+        # If the library divides the count by a period in float32, the error of the quotient is that
+        # of a count which is off by this many steps. After many periods, this error is large.
         steps = count * 2.0**-22
         try:
             change = max(abs(self.called(max(count + i, 0)) - called) for i in (-1, 1))
@@ -84,25 +85,25 @@ class ForeignSchedule:
         return abs(called - value) <= change * steps
 
     def numbers(self) -> list[Any]:
-        """The numbers that the schedule is made from."""
+        """The numbers that the schedule was built from."""
         if self.known is not None:
             return jax.tree.leaves(self.known)
         try:
             config = jax.tree.leaves(self.schedule.get_config())
-        except Exception:  # Only a model that is saved needs it.
+        except Exception:  # A user's class need not implement it.
             config = []
         own = jax.tree.leaves(list(getattr(self.schedule, "__dict__", {}).values()))
         return [x for x in (*config, *own) if isinstance(x, int | float | np.number)]
 
 
 def has_schedule(tx: Any) -> bool:
-    """Whether a transform has a rate or a weight decay that follows a schedule, of any leaf."""
+    """Whether a transform's rate or weight decay follows a schedule, for any leaf."""
     rate = getattr(tx, "learning_rate", getattr(tx, "weight_decay", None))
     return any(map(callable, (*rate.values, rate.default) if isinstance(rate, by_path) else [rate]))
 
 
 def ends_of_schedules(schedules: Any) -> list[int]:
-    """Where a part of a schedule may end: whole numbers among the values, then sums of two."""
+    """Counts where parts of schedules may end: whole numbers among the values, and sums of two."""
     numbers: list[Any] = []
     for x in jax.tree.leaves(schedules):
         numbers += x.numbers() if isinstance(x, ForeignSchedule) else [x]
@@ -115,12 +116,12 @@ def ends_of_schedules(schedules: Any) -> list[int]:
 
 
 def later_counts(count: int, schedule: Any, rates: Iterable[Any]) -> list[int]:
-    """Counts of steps at which two schedules are compared: near ends of parts, and far apart.
+    """Later counts at which two schedules are compared: near ends of parts, and far apart.
 
     Args:
       count: the present count.
-      schedule: that of the other library.
-      rates: those of a leaf in `tx`, numbers and schedules.
+      schedule: the other system's schedule.
+      rates: the rates of a leaf in `tx`, numbers and schedules.
     """
     rates = list(rates)
     counts = {end + i for end in ends_of_schedules((schedule, rates)) for i in (-1, 0, 1)}
@@ -128,7 +129,7 @@ def later_counts(count: int, schedule: Any, rates: Iterable[Any]) -> list[int]:
     last = _LAST
     is_foreign = isinstance(schedule, ForeignSchedule) and schedule.known is None
     if is_foreign or not all(is_own_schedule(x) for x in rates if callable(x)):
-        # One of them may have any form.
+        # A schedule that adamjax does not know may change anywhere.
         counts |= {count + int(1.05**i) for i in range(_LAST_OF_FOREIGN.bit_length() * 14)}
         last = _LAST_OF_FOREIGN if is_foreign else _LAST_OF_FUNCTIONS
     return sorted(x for x in counts if count < x <= last)

@@ -26,12 +26,12 @@ Hyperparams = dict[str, Any]
 
 @dataclasses.dataclass
 class LeafMoments:
-    """What one rule keeps of one leaf.
+    """The moments of one leaf in one rule.
 
     Attributes:
       count: the number of steps taken.
       slots: arrays by the system's names; `None` if the leaf has taken no step yet.
-      possible_kinds: the kinds of rules that may have kept this.
+      possible_kinds: the kinds of rules that the moments may belong to.
       product: Nadam's product of momenta, if the state has it.
       hyperparams: the hyperparameters that the system states, by adamjax's names; see
         `hyperparameters.expect_same_hyperparameters`.
@@ -54,10 +54,11 @@ class Count(NamedTuple):
 
     Attributes:
       value: the number of steps if `in_accumulating`, else of calls.
-      leaves: the paths of the leaves that it belongs to; `None` for all.
-      excluded: the paths of leaves that it does not belong to.
+      leaves: the paths of the leaves that the count is for; `None` for all.
+      excluded: the paths of leaves that the count is not for.
       in_accumulating: as in `LeafMoments`.
-      in_skipping: whether it is inside a transform that skips steps, and so does not count these.
+      in_skipping: whether the count is inside a transform that skips steps, and so does not count
+        skipped steps.
     """
 
     value: int
@@ -66,10 +67,10 @@ class Count(NamedTuple):
     in_accumulating: bool = False
     in_skipping: bool = False
 
-    def belongs_to(self, leaves: frozenset[str] | None) -> bool:
-        """Whether it belongs to one of these leaves; `None` is the set of all leaves."""
+    def is_for(self, leaves: frozenset[str] | None) -> bool:
+        """Whether the count is for one of these leaves; `None` is the set of all leaves."""
         if leaves and self.excluded:
-            # Without the first condition, `meet` might get an empty set, and be true of that too.
+            # If all leaves are excluded, `meet` would get an empty set, for which it may be true.
             return not leaves <= self.excluded and meet(self.leaves, leaves - self.excluded)
         return meet(self.leaves, leaves)
 
@@ -78,8 +79,8 @@ class SkippingTransform(NamedTuple):
     """A transform that skips steps.
 
     Attributes:
-      leaves: the paths of the leaves of the rules in it.
-      in_accumulating: whether it is inside a transform that accumulates gradients.
+      leaves: the paths of the leaves of the rules inside it.
+      in_accumulating: whether it is itself inside a transform that accumulates gradients.
     """
 
     leaves: frozenset[str]
@@ -111,7 +112,7 @@ class Source:
 
     Attributes:
       owner: the name of the conversion, for errors.
-      moments: by path, what each rule that the leaf goes through keeps of it, first rule first.
+      moments: by path, the moments of each rule that the leaf goes through, in order.
       counts: the counts of schedules.
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
@@ -119,9 +120,9 @@ class Source:
       skipping_transforms: the transforms that skip steps.
       other_states: the states of all other transforms.
       other_states_lost_order: whether some of these are in a dictionary, whose order JAX loses.
-      doubts: reasons why the run may not go on as before, each with its mend.
+      doubts: reasons why the run may not go on as before, each with advice.
       in_accumulating: as in `LeafMoments`, for the part of the state that is being read.
-      in_skipping: whether this part is inside a transform that skips steps.
+      in_skipping: as in `Count`, for this part.
     """
 
     owner: str
@@ -153,39 +154,37 @@ class Source:
 
     def has_taken_steps(self) -> bool:
         """Whether any rule has taken a step."""
-        return any(x.count for several in self.moments.values() for x in several)
+        return any(x.count for of_rules in self.moments.values() for x in of_rules)
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
-        """The micro-batches of these leaves; `None` if each call of theirs is a step."""
-        accumulated = [one for one in self.accumulated if meet(one.totals, leaves)]
-        paths = [path for one in accumulated for path in one.totals]
-        if len(set(paths)) < len(paths) and any(one.micro for one in accumulated):
+        """The micro-batches of these leaves; `None` if nothing accumulates their gradients."""
+        accumulated = [x for x in self.accumulated if meet(x.totals, leaves)]
+        paths = [path for x in accumulated for path in x.totals]
+        if len(set(paths)) < len(paths) and any(x.micro for x in accumulated):
             raise ValueError(
                 f"{self.owner}: gradients are accumulated twice, one inside the other, and there "
                 "are micro-batches since the last step: convert after a step of both"
             )
-        micros = {one.micro for one in accumulated}
+        micros = {x.micro for x in accumulated}
         if len(micros) > 1:
             raise ValueError(
                 f"{self.owner}: parts have accumulated different numbers of micro-batches, "
                 f"{sorted(micros)}, but there is one count for all: give the parts "
                 "accumulate_gradients of their own, or convert after a step of all"
             )
-        totals = {path: total for one in accumulated for path, total in one.totals.items()}
+        totals = {path: total for x in accumulated for path, total in x.totals.items()}
         return Accumulated(micros.pop(), totals) if accumulated else None
 
     def count_of(self, leaves: frozenset[str] | None, calls: Calls | None = None) -> int:
         """The count for a schedule of these leaves.
 
-        It is the one that schedules have or, if there is none, that of the rules.
+        It is the count of the source's schedules or, if there are none, of the rules.
 
         Args:
-          calls: `None` for a schedule that counts steps. For one that counts calls, the `Calls` of
-            these leaves.
+          calls: for a schedule that counts calls, the `Calls` of these leaves. `None` if it counts
+            steps.
         """
-        schedule_counts = [
-            (c.in_accumulating, c.value) for c in self.counts if c.belongs_to(leaves)
-        ]
+        schedule_counts = [(c.in_accumulating, c.value) for c in self.counts if c.is_for(leaves)]
         rule_counts = [
             (moments.in_accumulating, moments.count)
             for path, moments_of_leaf in self.moments.items()
@@ -194,14 +193,14 @@ class Source:
         ]
         if not schedule_counts and not rule_counts and leaves is not None:
             # These leaves have no count, neither of a rule nor of a schedule. If all counts of
-            # other leaves are equal, take that one, else 0.
+            # other leaves are equal, use that, else 0.
             others = {(c.in_accumulating, c.value) for c in self.counts}
             others |= {
-                (x.in_accumulating, x.count) for several in self.moments.values() for x in several
+                (x.in_accumulating, x.count) for of_rules in self.moments.values() for x in of_rules
             }
             return self.count_of(None, calls) if len(others) == 1 else 0
         if any(in_accumulating for in_accumulating, _ in (*schedule_counts, *rule_counts)):
-            # There are counts of steps and of calls: take one of the right kind, if there is one.
+            # Some counts are of steps, others of calls. Use those of the right kind, if any.
             for pairs in (schedule_counts, rule_counts):
                 right_counts = {
                     n for in_accumulating, n in pairs if in_accumulating == (calls is None)
@@ -212,11 +211,11 @@ class Source:
         return steps if calls is None else steps * calls.per_step + calls.since_step
 
     def _common_count(self, counts: set[int], leaves: frozenset[str] | None) -> int:
-        """The only count, and 0 if there is none. Several counts are refused."""
+        """The only one of these counts, or 0 if there is none. Several counts are refused."""
         if len(counts) > 1:
-            some = f" {sorted(leaves)[:3]}" if leaves else ""
+            some_leaves = f" {sorted(leaves)[:3]}" if leaves else ""
             raise ValueError(
-                f"{self.owner}: the leaves{some} have taken different numbers of steps, "
+                f"{self.owner}: the leaves{some_leaves} have taken different numbers of steps, "
                 f"{sorted(counts)}, but there is one count for all: give the leaves that go "
                 f"together a chain of their own with partition; {shifted_schedule(*counts)}"
             )
@@ -225,7 +224,7 @@ class Source:
     def refuse_doubts(self, check: bool) -> None:
         if check and self.doubts:
             raise ValueError(
-                f"{self.owner}: {self.doubts[0]}, or pass check=False to take the arrays anyway"
+                f"{self.owner}: {self.doubts[0]}, or pass check=False to convert the arrays anyway"
             )
 
     def expect_place_to_accumulate(self, target: "Source") -> None:
@@ -250,8 +249,8 @@ def shifted_schedule(*counts: int) -> str:
 
 
 def meet(a: Iterable[str] | None, b: Iterable[str] | None) -> bool:
-    """Whether two sets of leaves have one in common.
+    """Whether two sets of leaves have a leaf in common.
 
-    `None` is the set of all leaves. It has one in common with every set, even with an empty one.
+    `None` is the set of all leaves. With it the result is true, even for an empty set.
     """
     return a is None or b is None or not frozenset(a).isdisjoint(b)

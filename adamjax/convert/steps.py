@@ -12,25 +12,25 @@ import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, described_argument
 from adamjax.convert.advance import (
-    LATE,
-    VALUE,
+    LATE_COUNTS,
+    STAND_IN_FOR_ZERO,
     Advance,
-    MakeRule,
+    MakeRuleState,
     advanced_adamjax,
     advanced_optax,
+    fresh_rule_state,
     kinds_of_hyperparams,
-    late_rule,
-    may_have_counts,
-    new_rule,
-    rule_as_it_is,
-    unread_rule,
-    with_half_values,
-    with_values,
+    late_rule_state,
+    late_zero_rule_state,
+    may_count_calls,
+    unchanged_rule_state,
+    with_halved_values,
+    with_zeros_replaced,
     zero_hyperparams,
 )
 from adamjax.convert.closeness import Closeness
 from adamjax.convert.optax_state import read_state, role_of
-from adamjax.convert.paired_steps import NO_WEIGHTS, OWN_WEIGHTS, WEIGHTS, PairedSteps, Step
+from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.values import leaves_by_path
@@ -44,35 +44,40 @@ from adamjax.transform import Rule
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
 
-# The sizes of gradients in the steps of each comparison, relative to those that the moments are of.
-# A clip shows where they are large, and an epsilon where they are small.
+# The sizes of gradients in the steps of each comparison, relative to the past gradients that the
+# moments show. A clip shows where they are large, and an epsilon where they are small.
 _SIZES = ((1.0, 30.0, 1e3, 0.1, 1.0, 1e-3), (10.0, 1.0, 0.3))
 # In the first steps of a run, sizes are absolute.
 _SMALL_SIZES = ((1e-8, 3e-8, 1e-8), (1e-12,), (1e-15,))
-# Gradients of a scaled loss are large. A clip after the division by the scale shows at the largest.
+# Gradients of a scaled loss are large. If a clip comes after the division by the scale, only the
+# largest of these show it.
 _FIRST_SIZES = (*_SIZES, (1e6, 1e5), (1e8, 1e7), *_SMALL_SIZES)
-# At each later count, some sizes, the last relative to others.
+# The sizes at each later count, relative like _SIZES.
 _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
-# Where elements of a leaf differ in size as its moments do.
+# The sizes for steps with `varies_like_moments`, relative like _SIZES.
 _VARIED_SIZES = (1.0, 0.3)
 # Absolute sizes, at which most clips show.
 _CLIPPED_SIZES = (1.0, 1e4)
-# What a gradient that is not finite is tried as, with the size of weights. optax may decay weights
-# in a step that tx skips.
-_NOT_FINITE = ((math.nan, WEIGHTS[1]), (math.inf, WEIGHTS[1]), (math.nan, WEIGHTS[0]))
-# How much larger the gradients of one leaf are than those of others, where its part in a norm is
-# compared; and how many leaves are tried so, or with a NaN.
+# Gradients that are not finite, each with a size of weights. The last has large weights, because
+# optax may decay weights in a step that tx skips.
+_NOT_FINITE = (
+    (math.nan, WEIGHT_SIZES[1]),
+    (math.inf, WEIGHT_SIZES[1]),
+    (math.nan, WEIGHT_SIZES[0]),
+)
+# How much larger the gradients of one leaf are than those of others, in steps that show its part in
+# a norm; and limits on the number of leaves that take such steps, or steps with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
-# The decay of Adamax' u shows after so many steps without gradients, and with epsilons up to this,
-# in a gradient of this size. That before was of 1.
-_MOST_STILL, _SMALL_EPS, _AFTER_STILL = 300, 1e-7, 0.01
-# Later counts are compared one by one until the first of these, then in steps of 3% until the
-# second, and then at powers of two until the last.
+# The decay of Adamax' u is compared after at most this many steps without gradients, for epsilons
+# up to this, with a gradient of this size after a gradient of size 1.
+_MOST_ZERO_STEPS, _SMALL_EPS, _SIZE_AFTER_ZEROS = 300, 1e-7, 0.01
+# Later counts are compared without gaps up to the first of these, at intervals of 3% up to the
+# second, and at powers of two up to the last; fewer of them if the limits below require it.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
-# At how many later counts steps are compared, in how many calls, and how many elements may be
-# updated there in all. A large model, or one with many micro-batches, is compared at fewer.
+# Limits on the later counts: their number, and for all of them the calls and the updated elements.
+# A large model, or one with many micro-batches, is compared at fewer counts.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
-# Besides its elements, a leaf takes as long as so many.
+# The time that a leaf takes beyond that of its elements, as a number of elements.
 _OF_A_LEAF = 5_000
 
 
@@ -81,13 +86,14 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
 
     Both take steps from the states of the conversion, some with rules that have taken no step or
     many, and then at many later counts of their schedules. The gradients are random, of many sizes,
-    also in a single leaf. In some steps one leaf is not finite, and in some all gradients are 0, so
-    that weight decays alone move the weights. Where optax' rule has another form, as AMSGrad's,
-    steps go on from the rules of the conversion, or from rules with moments of 0 that have taken
-    very many steps: there the forms are the same. All this is in float32 or wider, if possible.
+    also in a single leaf. In some steps the gradient of one leaf is not finite, and in some all
+    gradients are 0, so that only weight decays and momenta move the weights. Where optax' rule has
+    another form, as AMSGrad's, steps start from the rules of the conversion, or from rules with
+    moments of 0 that have taken very many steps: from there both rules take the same step. All
+    steps are in float32 or wider, if possible.
 
-    Of a large leaf, a sample takes these steps, and the whole takes one of them. If the size of a
-    leaf may matter to one of the transforms, the whole takes all steps.
+    Of a large leaf, a sample takes these steps, and the whole leaf takes a few of them. If one of
+    the transforms may depend on the size of a leaf, the whole leaf takes all steps.
 
     Args:
       ours: the state of adamjax, with its transform.
@@ -96,11 +102,11 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
     """
     with jax.debug_nans(False):
         ours = _with_dense_totals(ours)
-        some = sampled(ours, optimizer, state)
-        compared, compared_state, widens = widened(*(some or (ours, state)), optimizer)
+        sample = sampled(ours, optimizer, state)
+        compared, compared_state, widens = widened(*(sample or (ours, state)), optimizer)
         comparison = _Comparison(compared, optimizer, compared_state, rtol, widens)
         comparison.compare()
-        if some is not None:
+        if sample is not None:
             ours, state, _ = widened(ours, state, optimizer)
             comparison.compare_whole(ours, optimizer, state)
 
@@ -108,7 +114,7 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
 def _with_dense_totals(ours: AdamjaxState) -> AdamjaxState:
     """The same state without `max_rows`, because the gradients that are compared are dense.
 
-    It is not in the middle of a step: then a conversion refuses `max_rows`.
+    Its accumulated gradients are 0.
     """
     accumulating = [part.tx for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
     if all(tx.max_rows is None for tx in accumulating):
@@ -135,13 +141,13 @@ class _Comparison:
     """The steps of both optimizers that are compared.
 
     Attributes:
-      ours, state: the states of both.
-      source: what the state of optax contains.
-      fresh: what `init` returns, of both.
+      ours, state: the states of adamjax and of optax.
+      source: the state of optax in the common form.
+      fresh: the results of `init` of both.
       steps: takes the steps.
       closeness: compares their updates.
-      starts: where all has been compared: after how many steps of the schedules, and which
-        hyperparameters of 0 were set to another value.
+      starts: the states from which many steps were compared: by how many steps the schedules were
+        advanced, and which hyperparameters were replaced because they were 0.
     """
 
     def __init__(
@@ -165,17 +171,17 @@ class _Comparison:
         zeros = zero_hyperparams(self.ours.state), zero_hyperparams(self.state)
         both = zeros[0] & zeros[1]
         if both:
-            # A trainer sets them before each step, so that 0 says nothing.
-            self.ours = self.ours.with_state(with_values(self.ours.state, both))
-            self.state = with_values(self.state, both)
+            # A trainer sets them before each step, so the 0 in the states has no effect.
+            self.ours = self.ours.with_state(with_zeros_replaced(self.ours.state, both))
+            self.state = with_zeros_replaced(self.state, both)
             names = " and ".join(sorted(both))
-            start = f"these states, with a {names} of {VALUE} in place of 0,"
+            start = f"these states, with a {names} of {STAND_IN_FOR_ZERO} in place of 0,"
             self._compare_at_all_counts(start, both)
         kinds = kinds_of_hyperparams(self.ours.state) & kinds_of_hyperparams(self.state)
         if kinds:
             # A trainer may set other values than those in the states.
-            self.ours = self.ours.with_state(with_half_values(self.ours.state, kinds))
-            self.state = with_half_values(self.state, kinds)
+            self.ours = self.ours.with_state(with_halved_values(self.ours.state, kinds))
+            self.state = with_halved_values(self.state, kinds)
             self._compare_at(0, f"these states, with half their {' and '.join(sorted(kinds))},")
         if not self.closeness.is_compared:
             raise ValueError(
@@ -186,20 +192,25 @@ class _Comparison:
             self.closeness.expect_movement()
 
     def _measure_past_steps(self) -> None:
-        """Measures optax' largest updates in the past, before a rate has fallen."""
+        """Measures optax' largest updates at earlier counts, when rates may have been larger."""
         now = max([0, *(count.value for count in self.source.counts)])
         step = Step(np.ones(len(self.steps.leaves)))
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
-            # A still step moves by decays, and after another step by a momentum too.
-            stills = [self._still()], [step, self._still()]
-            for size, steps_taken in itertools.product((*WEIGHTS, NO_WEIGHTS, OWN_WEIGHTS), stills):
-                for number, found in self.steps.take(states, size, steps_taken):
-                    is_still = number == len(steps_taken) - 1
-                    self.closeness.add_past(size, is_still, found.largest)
+            # Without gradients only decays move weights, and after another step a momentum too.
+            sequences = [self._zero_step()], [step, self._zero_step()]
+            for weight_size, steps_taken in itertools.product(
+                (*WEIGHT_SIZES, ZERO_WEIGHTS, OWN_WEIGHTS), sequences
+            ):
+                for number, found in self.steps.take(states, weight_size, steps_taken):
+                    zero_grads = number == len(steps_taken) - 1
+                    self.closeness.add_past(weight_size, zero_grads, found.largest_update)
 
     def _compare_at_all_counts(self, start: str, set_kinds: frozenset[str]) -> None:
-        """Compares many steps of these states, and a few at each of many later counts."""
+        """Compares many steps from the present states, and a few at each of many later counts.
+
+        `set_kinds` has the kinds of hyperparameters that were replaced because they were 0.
+        """
         self.closeness.is_seen = np.zeros_like(self.closeness.is_seen)
         self._compare_at(0, start)
         self.starts.append((0, set_kinds))
@@ -207,82 +218,97 @@ class _Comparison:
         for number, (start_of_later, steps) in enumerate(self._later_counts()):
             before = self.closeness.is_seen.copy()
             self.closeness.start_anew()
-            size = WEIGHTS[number % 2]
-            self._compare_later(start_of_later, steps, size)
+            weight_size = WEIGHT_SIZES[number % 2]
+            self._compare_later(start_of_later, steps, weight_size)
             if np.any(unseen & self.closeness.is_seen & ~before):
-                # The rate was 0 before, or next to it, and hid everything else of these leaves.
+                # Up to here the rate of these leaves was 0 or tiny, and hid all differences.
                 self._compare_at(steps, start_of_later)
                 self.starts.append((steps, set_kinds))
 
     def compare_whole(self, ours: AdamjaxState, optimizer: Any, state: Any) -> None:
         """Compares steps of the whole model, if the states that are compared are a sample of it.
 
-        There is one step at each count where leaves were first seen to move.
+        There is a step for each of `starts` and each size of weights.
 
         Args:
           ours, state: the states of the whole model.
         """
         call = self.steps.whole_call(ours, optimizer)
         for steps, set_kinds in self.starts:
-            states = with_values(ours.state, set_kinds), with_values(state, set_kinds)
+            states = (
+                with_zeros_replaced(ours.state, set_kinds),
+                with_zeros_replaced(state, set_kinds),
+            )
             if steps:
                 fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
-                states = self._advanced_both(ours, states, fresh, steps, rule_as_it_is)
-            for size in WEIGHTS:
-                for apart, largest in self.steps.take_whole(call, states, size):
-                    self.closeness.expect_same_whole(size, apart, largest)
+                states = self._advanced_both(ours, states, fresh, steps, unchanged_rule_state)
+            for weight_size in WEIGHT_SIZES:
+                for difference, largest in self.steps.take_whole(call, states, weight_size):
+                    self.closeness.expect_same_whole(weight_size, difference, largest)
 
-    def _compare_later(self, start: str, steps: int, size: float) -> None:
-        """Compares a few steps when the schedules are this number of steps later."""
-        states, later = self._states(steps, rule_as_it_is), self._later_steps()
-        self._expect_same(start, states, size, later[:1] if self.closeness.rounds_later else later)
+    def _compare_later(self, start: str, steps: int, weight_size: float) -> None:
+        """Compares a few steps from states whose schedules are advanced by this number of steps."""
+        states, later = self._states(steps, unchanged_rule_state), self._later_steps()
+        self._expect_same(
+            start, states, weight_size, later[:1] if self.closeness.rounds_later else later
+        )
         if self.closeness.rounds_later:
             for i, step in enumerate(later[1:], 1):
-                self._expect_same(start, self._states(steps + i, rule_as_it_is), size, [step])
+                self._expect_same(
+                    start, self._states(steps + i, unchanged_rule_state), weight_size, [step]
+                )
         if not np.all(self.closeness.has_rule):
-            # A decay is small beside the gradient, where nothing makes its size that of a rate.
-            self._expect_same(start, states, size, [self._still()], is_still=True)
+            # Without a rule, updates are as large as gradients, and would hide a decay.
+            self._expect_same(start, states, weight_size, [self._zero_step()], zero_grads=True)
 
     def _compare_at(self, steps: int, start: str) -> None:
-        """Compares many steps of the states when the schedules are this number of steps later."""
+        """Compares many steps from states whose schedules are advanced by this number of steps."""
         self.closeness.start_anew()
-        usual = self.steps.usual
+        usual = self.steps.usual_sizes
         ones = np.ones(len(usual))
-        states = self._states(steps, rule_as_it_is)
-        first = self._states(steps, new_rule if self.closeness.has_same_form else unread_rule)
+        states = self._states(steps, unchanged_rule_state)
+        first = self._states(
+            steps, fresh_rule_state if self.closeness.has_same_form else late_zero_rule_state
+        )
         start_of_first = f"the first step at {start}"
         if not self.closeness.has_same_form:
             start_of_first = f"a step of rows without gradients so far, at {start}"
-        for size in WEIGHTS:
+        for weight_size in WEIGHT_SIZES:
             for steps_taken in self._all_steps(usual, _SIZES):
-                self._expect_same(start, states, size, steps_taken)
-            varied = [Step(x * usual, as_moments=True) for x in _VARIED_SIZES]
-            self._expect_same(start, states, size, varied)
+                self._expect_same(start, states, weight_size, steps_taken)
+            varied = [Step(x * usual, varies_like_moments=True) for x in _VARIED_SIZES]
+            self._expect_same(start, states, weight_size, varied)
             for steps_taken in self._all_steps(ones, _FIRST_SIZES):
-                self._expect_same_first(start_of_first, first, size, steps_taken)
+                self._expect_same_first(start_of_first, first, weight_size, steps_taken)
             if self.closeness.has_same_form:
-                for count in LATE:
-                    late = self._states(steps, functools.partial(late_rule, count))
-                    self._expect_same(f"a late step at {start}", late, size, [Step(1e3 * usual)])
+                for count in LATE_COUNTS:
+                    late = self._states(steps, functools.partial(late_rule_state, count))
+                    self._expect_same(
+                        f"a late step at {start}", late, weight_size, [Step(1e3 * usual)]
+                    )
             else:
                 clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
-                self._expect_same(start, states, size, clipped)
+                self._expect_same(start, states, weight_size, clipped)
             for from_states in (states, first):
-                self._expect_same(start, from_states, size, [self._still()], is_still=True)
-            # A momentum moves rows without a gradient, unless an optimizer leaves them alone.
-            self._expect_same_first(start_of_first, first, size, [Step(ones), self._still()])
+                self._expect_same(
+                    start, from_states, weight_size, [self._zero_step()], zero_grads=True
+                )
+            # A momentum moves rows without a gradient, unless an optimizer skips them.
+            self._expect_same_first(
+                start_of_first, first, weight_size, [Step(ones), self._zero_step()]
+            )
         for of_steps in _SMALL_SIZES:
             small = [Step(x * ones) for x in of_steps]
-            self._expect_same_first(start_of_first, first, NO_WEIGHTS, small)
-        # Something may depend on the values of the weights, such as weights of 0 that stay 0.
+            self._expect_same_first(start_of_first, first, ZERO_WEIGHTS, small)
+        # A transform may depend on the values of the weights, such as weights of 0 that stay 0.
         self._expect_same(start, states, OWN_WEIGHTS, [Step(usual), Step(usual)])
-        self._compare_decays_of_u(start, self._states(steps, unread_rule))
-        for leaf, (value, size) in itertools.product(self._some_leaves(), _NOT_FINITE):
-            not_finite = Step(usual, spoilt_leaf=leaf, spoilt_by=value)
+        self._compare_decays_of_u(start, self._states(steps, late_zero_rule_state))
+        for leaf, (value, weight_size) in itertools.product(self._some_leaves(), _NOT_FINITE):
+            not_finite = Step(usual, nonfinite_leaf=leaf, nonfinite_value=value)
             self._expect_same(
                 f"{start}, where a gradient was {value},",
                 states,
-                size,
+                weight_size,
                 [Step(usual), not_finite, Step(usual)],
                 not_finite=(leaf, value),
             )
@@ -291,38 +317,40 @@ class _Comparison:
         self,
         start: str,
         states: tuple[Any, Any],
-        size: float | None,
+        weight_size: float | None,
         steps: Sequence[Step],
         **options: Any,
     ) -> None:
-        """Takes steps, and refuses updates that are apart.
+        """Takes steps, and refuses updates that differ too much.
 
         Args:
-          size: the size of the weights, or `OWN_WEIGHTS`.
-          options: those of `Closeness.expect_same`.
+          weight_size: the size of the weights, or `OWN_WEIGHTS`.
+          options: arguments of `Closeness.expect_same`.
         """
-        self.closeness.expect_same(start, size, self.steps.take(states, size, steps), **options)
+        self.closeness.expect_same(
+            start, weight_size, self.steps.take(states, weight_size, steps), **options
+        )
 
     def _expect_same_first(
-        self, start: str, states: tuple[Any, Any], size: float, steps: Sequence[Step]
+        self, start: str, states: tuple[Any, Any], weight_size: float, steps: Sequence[Step]
     ) -> None:
         """Compares steps from rules with moments of 0.
 
-        Updates are compared with those of these steps alone. If gradients are small, an epsilon
-        makes all of them small, and the larger updates of other steps would hide it.
+        Differences are relative to the updates of these steps alone. If gradients are small, an
+        epsilon makes all updates small, and the larger updates of other steps would hide it.
         """
         with self.closeness.alone():
             if "adamax" not in self.ours.kinds:
-                self._expect_same(start, states, size, steps)
+                self._expect_same(start, states, weight_size, steps)
                 return
             # In optax epsilon is in u and decays with it, so after the first step u may differ.
             for step in steps:
-                self._expect_same(start, states, size, [step], first_only=True)
+                self._expect_same(start, states, weight_size, [step], first_only=True)
 
     def _compare_decays_of_u(self, start: str, states: tuple[Any, Any]) -> None:
         """Compares a step of Adamax after many without gradients, in which u decays.
 
-        In one step it decays by 1 - b2, less than what updates may be apart.
+        In one step u decays by 1 - b2, which may be less than the difference that is allowed.
         """
         rules = [part.tx for part in self.ours.parts if "u" in rule_slots(part.state)]
         rules = [tx for tx in rules if isinstance(tx, Rule)]
@@ -331,23 +359,29 @@ class _Comparison:
         if any(float(tx.eps or 0) > _SMALL_EPS for tx in rules):
             return  # In optax epsilon decays with u.
         most = (_MOST_ELEMENTS >> 5) // self.steps.num_elements
-        most = max(min(_MOST_STILL, most) // self.steps.calls, 1)
-        ones = np.ones(len(self.steps.usual))
+        most = max(min(_MOST_ZERO_STEPS, most) // self.steps.calls, 1)
+        ones = np.ones(len(self.steps.usual_sizes))
         for b2 in {float(tx.b2) for tx in rules}:
-            num_still = min(most, math.ceil(1 / max(1 - b2, 1 / _MOST_STILL)))
-            steps = [Step(ones), *[self._still()] * num_still, Step(_AFTER_STILL * ones)]
+            num_zero_steps = min(most, math.ceil(1 / max(1 - b2, 1 / _MOST_ZERO_STEPS)))
+            steps = [
+                Step(ones),
+                *[self._zero_step()] * num_zero_steps,
+                Step(_SIZE_AFTER_ZEROS * ones),
+            ]
             self.closeness.start_anew()
-            what = f"{start}, and {num_still} steps without gradients,"
-            self._expect_same(what, states, WEIGHTS[1], steps, first_compared=len(steps) - 1)
+            start_after = f"{start}, and {num_zero_steps} steps without gradients,"
+            self._expect_same(
+                start_after, states, WEIGHT_SIZES[1], steps, first_compared=len(steps) - 1
+            )
 
-    def _still(self) -> Step:
-        """A step whose gradients are all 0, where decays and momenta alone move the weights."""
-        return Step(np.zeros(len(self.steps.usual)))
+    def _zero_step(self) -> Step:
+        """A step whose gradients are all 0, so that only decays and momenta move the weights."""
+        return Step(np.zeros(len(self.steps.usual_sizes)))
 
     def _all_steps(
         self, base: np.ndarray, sizes: Sequence[Sequence[float]]
     ) -> Iterator[list[Step]]:
-        """Sequences of steps: with gradients of several sizes, and with single large leaves."""
+        """Sequences of steps: with gradients of several sizes, and with one large leaf each."""
         for of_steps in sizes:
             yield [Step(base * size) for size in of_steps]
         yield [Step(self._of_many_sizes(base)) for _ in range(3)]
@@ -358,29 +392,30 @@ class _Comparison:
                 yield [Step(large), Step(base)]
 
     def _later_steps(self) -> list[Step]:
-        usual = self.steps.usual
+        usual = self.steps.usual_sizes
         return [*(Step(usual * size) for size in _LATER_SIZES), Step(self._of_many_sizes(usual))]
 
     def _of_many_sizes(self, base: np.ndarray) -> np.ndarray:
         return base * 10 ** self.steps.rng.uniform(-2, 2, len(base))
 
     def _some_leaves(self) -> list[int]:
-        """All leaves, or some of very many: at least one of each kind.
+        """The positions of all leaves, or of some if there are very many.
 
-        Leaves are of one kind if the same parts of `tx` see them, and the same rules of optax.
+        The selection has leaves of as many kinds as possible. Leaves are of one kind if the same
+        parts of `tx` see them, and the same rules of optax.
         """
-        places = range(len(self.steps.leaves))
+        positions = range(len(self.steps.leaves))
         most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.steps.num_elements)
         most = max(most // self.steps.calls, _FEWEST_LEAVES)
-        if len(places) <= most:
-            return list(places)
+        if len(positions) <= most:
+            return list(positions)
         rules = jax.tree.leaves(self.state, is_leaf=lambda x: role_of(x) == "rule")
         seen_by = [self.steps.leaves_of(part) for part in self.ours.parts]
         for x in rules:
             if role_of(x) == "rule":
                 leaves = leaves_by_path(self.owner, x.mu)
                 seen_by.append(np.array([path in leaves for path in self.steps.paths], bool))
-        shuffled = self.steps.rng.permutation(len(places)).tolist()
+        shuffled = self.steps.rng.permutation(len(positions)).tolist()
         of_each_kind = {tuple(leaves[i] for leaves in seen_by): i for i in shuffled}
         # Leaves without a rule come first: there are few of them, and they are often forgotten.
         chosen = sorted(of_each_kind.values(), key=lambda i: bool(self.closeness.has_rule[i]))[
@@ -390,14 +425,15 @@ class _Comparison:
         return sorted([*chosen, *others[: max(most - len(chosen), 0)]])
 
     def _later_counts(self) -> Iterator[tuple[str, int]]:
-        """Later counts at which steps are compared, each with the number of steps until then."""
-        ours = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
+        """Later counts at which steps are compared: a name for errors, and the steps until then."""
+        our_counts = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
         schedules = [part.tx for part in self.ours.parts if has_schedule(part.tx)]
         # Transforms that conversions do not know may follow a count of their own.
-        others = any(map(may_have_counts, self.source.other_states))
-        if not (schedules or self.source.counts or self.source.accumulated or others):
+        others_count = any(map(may_count_calls, self.source.other_states))
+        if not (schedules or self.source.counts or self.source.accumulated or others_count):
             return
-        now = ours | {count.value for count in self.source.counts} or {0}
+        now = our_counts | {count.value for count in self.source.counts} or {0}
+        # At each count, `_later_steps` has so many steps.
         calls, each = self.steps.calls, len(_LATER_SIZES) + 1
         num_elements = self.steps.num_elements
         most = min(
@@ -406,7 +442,7 @@ class _Comparison:
             _MOST_ELEMENTS // (each * calls * (num_elements + _OF_A_LEAF * len(self.steps.leaves))),
         )
         most = max(most, _FEWEST_COUNTS)
-        # Steps pass the end of a part of a schedule, counted in steps or in calls.
+        # From these the steps pass the end of a part of a schedule, which counts steps or calls.
         near_ends: list[int] = []
         for end, count, unit in itertools.product(
             ends_of_schedules(self.ours.tx), sorted(now), {1, calls}
@@ -425,29 +461,41 @@ class _Comparison:
             if not any(_is_negative(tx, x) for tx in schedules for x in (*counts, last)):
                 yield f"count {min(counts)}", steps
 
-    # --- where steps start ------------------------------------------------------------------------
+    # --- the states from which steps start --------------------------------------------------------
 
-    def _states(self, steps: int, rule: MakeRule) -> tuple[Any, Any]:
-        """The states of both with schedules so many steps later, and with other rules."""
+    def _states(self, steps: int, make_rule_state: MakeRuleState) -> tuple[Any, Any]:
+        """The states of both with schedules advanced by this number of steps, and other rules."""
         states = self.ours.state, self.state
         if steps:
             states = self._advance(states, self.fresh, jnp.int32(steps))
-        if rule is rule_as_it_is:
+        if make_rule_state is unchanged_rule_state:
             return states
-        return self._advanced(states, self.fresh, 0, rule)
+        return self._advanced(states, self.fresh, 0, make_rule_state)
 
     def _advanced(
-        self, states: Any, fresh: Any, steps: Any, rule: MakeRule = rule_as_it_is
+        self,
+        states: Any,
+        fresh: Any,
+        steps: Any,
+        make_rule_state: MakeRuleState = unchanged_rule_state,
     ) -> tuple[Any, Any]:
-        return self._advanced_both(self.ours, states, fresh, steps, rule)
+        return self._advanced_both(self.ours, states, fresh, steps, make_rule_state)
 
     def _advanced_both(
-        self, ours: AdamjaxState, states: Any, fresh: Any, steps: Any, rule: MakeRule
+        self,
+        ours: AdamjaxState,
+        states: Any,
+        fresh: Any,
+        steps: Any,
+        make_rule_state: MakeRuleState,
     ) -> tuple[Any, Any]:
-        ours, how = ours.with_state(states[0]), Advance(steps, self.steps.calls, rule)
+        ours, advance = (
+            ours.with_state(states[0]),
+            Advance(steps, self.steps.calls, make_rule_state),
+        )
         return (
-            advanced_adamjax(ours, states[0], fresh[0], how),
-            advanced_optax(states[1], fresh[1], how),
+            advanced_adamjax(ours, states[0], fresh[0], advance),
+            advanced_optax(states[1], fresh[1], advance),
         )
 
 
@@ -459,7 +507,7 @@ def _is_negative(tx: Any, count: int) -> bool:
 
 
 def expect_optimizer(owner: str, optimizer: Any) -> None:
-    """Refuses what is no transform."""
+    """Refuses an `optimizer` that is no transform."""
     if optimizer is None:
         raise TypeError(
             f"{owner}: pass optimizer=, the transform of optax. Its state does not contain the "
@@ -473,7 +521,7 @@ def expect_optimizer(owner: str, optimizer: Any) -> None:
 
 
 def expect_made_by(owner: str, optimizer: Any, state: Any, params: Tree) -> None:
-    """Refuses a transform that has not made a state."""
+    """Refuses a state whose structure is not that of the transform's `init`."""
     expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, params))
     if jax.tree.structure(state) != expected:
         raise ValueError(

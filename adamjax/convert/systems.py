@@ -14,8 +14,8 @@ from adamjax.convert.values import class_name
 
 __all__ = ["KERAS", "KINDS", "OPTAX", "RTOL", "TORCH", "System", "kind_of"]
 
-# How much of a step a conversion may change where a rule differs between the systems: as much as
-# the arithmetic of a float32 step rounds off.
+# By default, the largest relative difference of a step where a rule differs between the systems:
+# about the rounding error of a float32 step.
 RTOL = 1e-6
 
 # The kinds of rules.
@@ -36,7 +36,7 @@ def kind_of(owner: str, state: Any, tx: Any = None) -> str:
       tx: the rule, if it is known.
 
     Raises:
-      ValueError: another rule than `tx` made the state, or one that conversions do not know.
+      ValueError: `tx` has not made the state, or conversions do not know the rule.
     """
     expected = next((cls for cls, (_, rule) in _RULES.items() if type(tx) is rule), None)
     if expected is not None:
@@ -81,10 +81,9 @@ class System(NamedTuple):
       eps_inside_maximum: whether Adamax adds epsilon inside the maximum.
       corrected_maximum: whether AMSGrad's maximum is that of bias-corrected moments.
       plain_nadam: whether Nadam's momentum is the same in each step.
-      not_stated: a sentence on the hyperparameters that a state does not contain, and their
-        defaults.
-      set_rate: how to give an optimizer of the system another rate.
-      lost_mask: how the system may have lost which leaves its weight decay leaves out.
+      not_stated: for errors, the hyperparameters that a state does not contain, and their defaults.
+      set_rate: for errors, how to set the rate of the system's optimizer.
+      lost_mask: for errors, why the system may have lost which leaves its weight decay excludes.
     """
 
     name: str

@@ -43,13 +43,13 @@ _OPTIMIZER_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "Adamax": ({*_ADAM_KEYS, "weight_decay"}, set()),
     "SparseAdam": (_ADAM_KEYS, set()),
 }
-# Keys without an effect on a step: names, ways to compute it, and what schedulers store.
+# Keys without an effect on a step: names, implementations, and values that schedulers store.
 _IGNORED_KEYS = {
     *("params", "param_names", "name"),
     *("foreach", "fused", "capturable", "differentiable"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr"),
 }
-# What OneCycleLR and CyclicLR store if they change betas in each step.
+# Keys that OneCycleLR and CyclicLR store if they change betas in each step.
 _BETA_SCHEDULE_KEYS = {"base_momentum", "max_momentum"}
 # Keys that are read, but do not show which optimizer it is: old versions do not write `maximize`.
 _OPTIONAL_KEYS = {*_BETA_SCHEDULE_KEYS, "maximize"}
@@ -64,12 +64,12 @@ _KEYS_OF_OTHERS = {
     "max_iter": "LBFGS",
     "ns_steps": "Muon",
 }
-# torch's names of slots, in the state of a parameter.
+# The names of slots in the state of a parameter.
 _SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
 
 
 def _optimizer(owner: str, group: Mapping[str, Any]) -> str:
-    """The optimizer of a group, recognized by the group's keys. Any other one is refused."""
+    """The name of the optimizer of a group, by the group's keys; unknown ones are refused."""
     keys = set(group) - _IGNORED_KEYS - _OPTIONAL_KEYS
     for name, (needed, newer) in _OPTIMIZER_KEYS.items():
         if needed <= keys <= needed | newer:
@@ -115,8 +115,8 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
         raise ValueError(
             f"{owner}: betas of a group of torch are {betas!r:.100}, expected a pair of numbers"
         )
-    what = "a beta of a group of torch"
-    hyperparams["b1"], hyperparams["b2"] = (number_of(owner, what, b) for b in betas)
+    b1, b2 = (number_of(owner, "a beta of a group of torch", b) for b in betas)
+    hyperparams |= {"b1": b1, "b2": b2}
     hyperparams["maximize"] = bool(flag("maximize"))
     hyperparams |= {"clips_updates": False, "others": "none", "in_steps": True}
     if group.get("initial_lr") is not None:
@@ -131,7 +131,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
             "base_momentum and max_momentum out of the groups"
         )
     if optimizer == "SparseAdam":
-        # It adds its epsilon to the uncorrected root.
+        # SparseAdam adds its epsilon to the uncorrected root.
         return ("adam",), {**hyperparams, "lazy": True, "form": "eps_hat", "weight_decay": 0.0}
     # Older versions do not state whether the decay is Adam's or AdamW's.
     decoupled = flag("decoupled_weight_decay", None if optimizer == "Adam" else False)
@@ -144,7 +144,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
 
 
 def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The slots of a parameter's state, by torch's names; anything else is refused."""
+    """The slots of a parameter's state, by torch's names; a state with other keys is refused."""
     unknown = [key for key in state if key not in (*_SLOTS, "step", "mu_product")]
     if unknown or "step" not in state:
         raise ValueError(
@@ -166,10 +166,10 @@ def _slots_of(owner: str, path: str, state: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
-    """Refuses a dictionary that is not built like a state dict, of whatever optimizer."""
+    """Refuses a dictionary that does not have the structure of a state dict."""
 
-    def expect(fits: bool, what: str, x: Any, expected: str) -> None:
-        if not fits:
+    def expect(is_right: bool, what: str, x: Any, expected: str) -> None:
+        if not is_right:
             raise ValueError(
                 f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected {expected}, "
                 "as in optimizer.state_dict() of torch"
@@ -193,8 +193,8 @@ def _expect_form(owner: str, state_dict: Mapping[str, Any]) -> None:
             expect(key not in seen, what, key, "each parameter once")
             seen.add(key)
     expect_mapping("'state'", state, " by the parameters' numbers or names")
-    for key, own in state.items():
-        expect_mapping(f"the state of parameter {key!r}", own)
+    for key, slots in state.items():
+        expect_mapping(f"the state of parameter {key!r}", slots)
 
 
 def _names(owner: str, groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -253,10 +253,12 @@ def _read(
         )
     _expect_form(owner, state_dict)
     source, key_of, groups = Source(owner), {}, state_dict["param_groups"]
-    fit = checked_adapt(owner, adapt)
+    adapted = checked_adapt(owner, adapt)
     read_groups = [_read_group(source, group) for group in groups]
     keys = [key for group in groups for key in group["params"]]
-    rules = [rule for group, rule in zip(groups, read_groups, strict=True) for _ in group["params"]]
+    read_of_each = [
+        read for group, read in zip(groups, read_groups, strict=True) for _ in group["params"]
+    ]
     names = _names(owner, groups)
     has_arrays = owner == "from_torch" or all(state_dict["state"].get(key) for key in keys)
     paths = leaf_order(
@@ -286,7 +288,7 @@ def _read(
             "numbers into strings, turn them back)"
         )
     leaves = leaves_by_path(owner, params)
-    for key, (kinds, hyperparams), path in zip(keys, rules, paths, strict=True):
+    for key, (kinds, hyperparams), path in zip(keys, read_of_each, paths, strict=True):
         if path is None:
             continue
         key_of[path] = key
@@ -300,7 +302,7 @@ def _read(
         if not state:
             source.add(path, LeafMoments(0, None, kinds, hyperparams=hyperparams))
             continue
-        slots = {name: fit(path, name, x) for name, x in slots.items()}
+        slots = {name: adapted(path, name, x) for name, x in slots.items()}
         product = state.get("mu_product")
         if product is not None:
             product = number_of(owner, f"mu_product of {path!r}", product)
@@ -315,7 +317,7 @@ def _read(
 
 
 def _doubt_unused(source: Source) -> None:
-    """Adds a doubt if a leaf took no step yet, though others did, and `tx` would decay it."""
+    """Adds a doubt if a leaf with a weight decay has taken no step yet, but others have."""
     first = {path: of_leaf[0] for path, of_leaf in source.moments.items()}
     unused = [path for path, x in first.items() if not x.count and x.hyperparams["weight_decay"]]
     if unused and any(x.count for x in first.values()):
@@ -343,8 +345,8 @@ def from_torch(
     `momentum_decay=1`, and `SparseAdam`, with any number of groups. The hyperparameters of the
     groups are compared with `tx`:
 
-    - `eps` of SparseAdam is `eps_hat` here, and its rows are `rows="lazy"`. To go on with
-      `exact_rows` pass `check=False`: there, rows that a step does not read move as well.
+    - SparseAdam corresponds to a rule with `rows="lazy"` and its `eps` as `eps_hat`. To go on with
+      `exact_rows`, pass `check=False`: there, rows that a step does not read move as well.
     - Adamax of torch moves rows without a gradient. `adamax` does so with dense gradients, but for
       row gradients its default is `rows="lazy"`: pass `rows="dense"`, or use `exact_rows`.
     - `weight_decay` of Adam, Adamax and NAdam is `add_decayed_weights` before the rule. That of
@@ -355,8 +357,9 @@ def from_torch(
     - `lr` must be the rate of the next step, as it is after `scheduler.step()`. A group with
       `initial_lr` has a scheduler, so `tx` needs a schedule of the rate: `constant(rate)`, if the
       scheduler has ended. Later rates of `tx` are not compared, because a training loop may set
-      `lr` by hand. A schedule counts steps, so within `accumulate_gradients` of `tx` it must be
-      beside the rule. A scheduler that changes betas as well (`OneCycleLR`, by default) is refused.
+      `lr` by hand. torch's schedules count steps, so if `tx` has `accumulate_gradients`, its
+      schedule must be inside, beside the rule. A scheduler that changes betas as well
+      (`OneCycleLR`, by default) is refused.
     - `tx` must not clip after the rule. Clips and positive factors (`scale`) before it are not
       compared, because in torch they are not part of the optimizer.
     - In older versions of torch, the groups of Adam and AdamW have the same keys, without
@@ -364,11 +367,11 @@ def from_torch(
       before the rule or after it.
     - torch counts the steps of each parameter. If the counts differ, `partition` must give the
       parameters rules of their own. Each part calls its schedule with its own count. So if a
-      parameter joined after `k` steps, a schedule of all steps is there
-      `lambda count: schedule(count + k)`. A parameter without a gradient stays as it is in torch:
+      parameter joined after `k` steps, its part needs `lambda count: schedule(count + k)` for a
+      schedule of all steps. A parameter without a gradient stays as it is in torch:
       give it `None` in `order`, and freeze it with `partition` and `set_to_zero`. Here a rule
-      counts each call of `update`, also one in which its gradients are `None`. torch does not. So a
-      parameter that has no gradient in some of the later steps moves differently after them.
+      counts each call of `update`, even if its gradients are `None`, and torch does not. So if a
+      parameter has no gradient in some later steps, it moves differently after them.
     - Where parameters are bfloat16 or float16, so are torch's moments, and its v hardly decays: it
       is rounded back. Here moments are float32, so the run drifts away from torch's.
     - A group with an unknown key is refused, because it belongs to another optimizer. (An `RAdam`
@@ -406,7 +409,7 @@ def from_torch(
       A state like that of `tx.init(params)`.
 
     Raises:
-      TypeError: `state_dict` is something else.
+      TypeError: `state_dict` is no state dict of torch.
       ValueError: something does not fit or would not go on as before. The message names the leaf.
 
     >>> import adamjax, jax.numpy as jnp, numpy as np
@@ -421,10 +424,10 @@ def from_torch(
     """
     has_adapt = adapt is not None
     source, _ = _read("from_torch", state_dict, params, order, adapt, check, has_adapt)
-    new = initial_state("from_torch", tx, params)
-    state = into_adamjax(source, TORCH, new, average, check, rtol)
+    ours = initial_state("from_torch", tx, params)
+    state = into_adamjax(source, TORCH, ours, average, check, rtol)
     if check:
-        expect_same_hyperparameters(new.with_state(state), TORCH, source.moments)
+        expect_same_hyperparameters(ours.with_state(state), TORCH, source.moments)
     return state
 
 
@@ -481,7 +484,7 @@ def to_torch(
     ...     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
     """
     owner, has_adapt = "to_torch", adapt is not None
-    fit = checked_adapt(owner, adapt)
+    adapted = checked_adapt(owner, adapt)
     target_source, key_of = _read(owner, target, params, order, None, check, has_adapt)
     ours = AdamjaxState(owner, tx, state, params)
     source = ours.read_for(target_source, check)
@@ -496,14 +499,14 @@ def to_torch(
     for path, key in key_of.items():
         kind, moments, slots = filler.from_adamjax(path)
         target_moments = target_source.moments[path][0]
-        # The slots that torch's optimizer has so far, and then those that take their place.
+        # First the slots that torch's optimizer has, then the new ones.
         expect_slots(owner, TORCH, kind, path, target_moments)
         expect_slots(owner, TORCH, kind, path, dataclasses.replace(target_moments, slots=slots))
         # torch takes no bfloat16 from NumPy, so narrow slots become float32.
         dtypes = {n: np.float32 if x.dtype.itemsize < 4 else x.dtype for n, x in slots.items()}
         arrays = {name: np.array(x, dtypes[name]) for name, x in slots.items()}
         # torch's fused steps need moments that are laid out in memory like the parameter.
-        arrays = {name: np.array(fit(path, name, x), order="C") for name, x in arrays.items()}
+        arrays = {name: np.array(adapted(path, name, x), order="C") for name, x in arrays.items()}
         for name, x in (target_moments.slots or {}).items():
             if np.shape(arrays[name]) != np.shape(x):
                 raise ValueError(

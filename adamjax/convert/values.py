@@ -64,7 +64,7 @@ def items_of(x: Any) -> Iterable[Any]:
 def map_items(function: Callable[..., Any], x: Any, *rest: Any) -> Any:
     """A container of the same type, with the function applied to each item.
 
-    `rest` are containers like `x`; the function also gets the same items of these.
+    `rest` has containers like `x`, whose items are further arguments of the function.
     """
     if field_names(x) is not None:
         return type(x)(*map(function, x, *rest))
@@ -96,24 +96,24 @@ def _expect_array(owner: str, path: str, x: Any) -> None:
     except TypeError as error:
         if isinstance(x, np.ndarray | np.generic):
             raise TypeError(f"{owner}: the leaf {path!r}: {error}") from None
-        mend = (
+        fix = (
             "give only the arrays of a model, such as eqx.filter(model, eqx.is_inexact_array) or "
             "nnx.state(model, nnx.Param)"
         )
         if hasattr(x, "detach"):
-            mend = "make it one, jnp.asarray(x.detach().cpu().numpy())"
+            fix = "make it one, jnp.asarray(x.detach().cpu().numpy())"
         elif hasattr(x, "numpy"):
-            mend = "make it one, jnp.asarray(x.numpy())"
+            fix = "make it one, jnp.asarray(x.numpy())"
         raise TypeError(
             f"{owner}: the leaf {path!r} is a {class_name(x)}, expected an array of JAX or NumPy: "
-            f"{mend}"
+            f"{fix}"
         ) from None
 
 
 def _numpy_array(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        # torch cannot make NumPy arrays of these dtypes.
+        # torch cannot convert these dtypes to NumPy.
         x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
     return np.asarray(x)
 
@@ -130,15 +130,15 @@ def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
     except (TypeError, ValueError):
         array = np.asarray(None)
     if not jnp.issubdtype(array.dtype, np.number):
-        mend = ""
+        fix = ""
         if array.dtype.kind == "V":
-            mend = (
+            fix = (
                 ": if these are the bytes of bfloat16 numbers, as NumPy and h5py load them, "
                 "convert them with np.asarray(x).view(ml_dtypes.bfloat16)"
             )
         raise ValueError(
             f"{owner}: {what} is {x!r:.100} of type {type(x).__name__}, expected a number or an "
-            f"array of numbers{mend}"
+            f"array of numbers{fix}"
         )
     return array
 
@@ -156,10 +156,10 @@ def steps_taken(owner: str, what: str, x: Any) -> int:
     value = numbers_of(owner, f"the count of {what}", x)
     is_real_scalar = value.dtype.kind in "iuf" and value.shape == ()
     if not (is_real_scalar and np.isfinite(value) and value >= 0 and value == np.floor(value)):
-        mend = "" if value.shape == () else ": convert the states of several runs one by one"
+        fix = "" if value.shape == () else ": convert the states of several runs one by one"
         raise ValueError(
             f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least "
-            f"0{mend}"
+            f"0{fix}"
         )
     if value > np.iinfo(np.int32).max:
         raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
@@ -167,12 +167,12 @@ def steps_taken(owner: str, what: str, x: Any) -> int:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two numbers are the same, where one of them may have been rounded to float32."""
+    """Whether two numbers are equal, up to the rounding of one of them to float32."""
     return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-30)
 
 
 def same_decay(a: Any, b: Any) -> bool:
-    """The same for betas and momenta, of which 1 - b decides: for b = 0.999999 it is 1e-6.
+    """Whether two betas or momenta b are equal, compared by 1 - b, which is what an average uses.
 
     Rounding b to float32 changes 1 - b by up to 2**-25; twice that is allowed.
     """

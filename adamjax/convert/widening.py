@@ -30,9 +30,10 @@ def widened_floats(tree: Any) -> Any:
 
 
 def like_wide(update: Any) -> Any:
-    """A function of optax that updates, computing in float32 what the state keeps in fewer bits.
+    """An update function of optax that computes in float32 where the state has narrower floats.
 
-    optax computes `b1 * m` in the dtype of m. The new state has the dtypes of the old one.
+    By itself, optax computes `b1 * m` in the dtype of m. The new state has the dtypes of the old
+    one.
     """
 
     def wide_update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -45,12 +46,12 @@ def like_wide(update: Any) -> Any:
 def widened(ours: AdamjaxState, state: Any, optimizer: Any) -> tuple[AdamjaxState, Any, bool]:
     """Both states with float32 parameters and moments, as far as that is possible.
 
-    Some transforms of optax keep a dtype whatever the parameters are. `mu_dtype` is one reason.
-    Some decide by the dtype of a leaf, as a mask may: then nothing is widened.
+    Some transforms of optax have moments of a fixed dtype, as with `mu_dtype`. If a transform
+    depends on the dtype of a leaf, as a mask may, nothing is widened.
 
     Returns:
-      The state of adamjax, that of optax, and whether `like_wide` may be used:
-      `apply_if_finite` takes no step that changes dtypes.
+      The state of adamjax, that of optax, and whether `like_wide` may be used. (With it,
+      `apply_if_finite` may raise an error, because it refuses steps that change dtypes.)
     """
     if not any(map(is_narrow, jax.tree.leaves((ours.params, ours.state, state)))):
         return ours, state, False
@@ -68,7 +69,7 @@ def widened(ours: AdamjaxState, state: Any, optimizer: Any) -> tuple[AdamjaxStat
             return original
         if operations(optimizer, ours.params) != operations(optimizer, params):
             return original
-    except (TypeError, ValueError):  # They have another structure in another dtype.
+    except (TypeError, ValueError):  # The structure of a state depends on a dtype.
         return original
     for update, widens in ((like_wide(optimizer.update), True), (optimizer.update, False)):
         try:
