@@ -1638,6 +1638,18 @@ def test_max_rows_of_an_accumulation_is_compared_without_row_gradients(exact):
         convert.from_optax(old, ours(0.11), params, theirs)
 
 
+def test_rows_accumulated_amid_a_step_go_to_optax():
+    params = {"table": jnp.ones((20, 3)), "w": jnp.ones(4)}
+    theirs = micro_batches(optax.adam(0.1), 4)
+    tx = adamjax.accumulate_gradients(adam_like_optax(), 4, max_rows={"table": 10})
+    state, old = tx.init(params), theirs.init(params)
+    for i in range(2):
+        rows = adamjax.row_gradient(jnp.array([1, 3 + i]), jnp.ones((2, 3)), 20)
+        _, state = tx.update({"table": rows, "w": jnp.ones(4)}, state, params)
+        _, old = theirs.update({"table": rows.to_dense(), "w": jnp.ones(4)}, old, params)
+    assert_close(convert.to_optax(state, tx, params, theirs), old)
+
+
 def test_a_mask_of_the_largest_leaf_is_compared():
     def is_largest(tree):
         most = max(x.size for x in jax.tree.leaves(tree))

@@ -15,6 +15,7 @@ from adamjax.convert.systems import kind_of
 from adamjax.convert.values import (
     class_name,
     counts_a_schedule,
+    dense_totals,
     field_names,
     is_container,
     items_of,
@@ -306,7 +307,8 @@ class AdamjaxState:
             source.average = {**(source.average or {}), **average}
         elif isinstance(x, AccumulateGradientsState):
             micro = steps_taken(owner, "micro-batches", x.micro_count)
-            source.accumulated.append(Accumulated(micro, leaves_by_path(owner, x.total)))
+            totals = leaves_by_path(owner, dense_totals(x.total))
+            source.accumulated.append(Accumulated(micro, totals))
             outer, source.in_accumulating = source.in_accumulating, True
             self._read(x.inner, source)
             source.in_accumulating = outer

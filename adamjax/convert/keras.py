@@ -44,7 +44,6 @@ from adamjax.convert.source import Accumulated, Hyperparams, LeafMoments, Source
 from adamjax.convert.systems import KERAS, KINDS, RTOL
 from adamjax.convert.values import class_name, leaves_by_path, number_of, steps_taken
 from adamjax.data import Tree
-from adamjax.rows import RowGradient
 from adamjax.scaling import add_decayed_weights, scale_by_learning_rate
 from adamjax.schedule import inverse_time_decay
 
@@ -744,9 +743,7 @@ def to_keras(
         if source.average is not None and path in source.average:
             new["average", i] = path, source.average[path]
         if accumulated is not None and path in accumulated.totals:
-            total = accumulated.totals[path]
-            dense = total.to_dense() if isinstance(total, RowGradient) else total
-            new["gradient_accumulator", i] = path, dense
+            new["gradient_accumulator", i] = path, accumulated.totals[path]
     filler.finish()
     if check and hasattr(target, "_u_product") and not layout.of("product", values):
         (product, *_) = [x.product for x in moments.values()]

@@ -25,7 +25,6 @@ from adamjax.convert.values import leaves_by_path, map_items
 from adamjax.data import Tree
 from adamjax.guard import skip_not_finite
 from adamjax.leaves import is_left_alone
-from adamjax.rows import RowGradient
 from adamjax.structure import walk
 from adamjax.transform import Rule
 
@@ -198,10 +197,7 @@ class _OptaxFiller(Translation):
         leaves = frozenset(leaves_by_path(self.owner, mean))
         micro, totals = self.source.accumulated_of(leaves) or (0, {})
         if micro:
-            means = {
-                path: (total.to_dense() if isinstance(total, RowGradient) else total) / micro
-                for path, total in totals.items()
-            }
+            means = {path: total / micro for path, total in totals.items()}
             mean = self.tree(ACCUMULATED, means, mean)
         outer, self.in_accumulating = self.in_accumulating, True
         filled = x._replace(

@@ -33,7 +33,7 @@ from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
-from adamjax.convert.values import leaves_by_path
+from adamjax.convert.values import dense_totals, leaves_by_path
 from adamjax.convert.widening import widened
 from adamjax.data import Tree
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
@@ -112,10 +112,7 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
 
 
 def _with_dense_totals(ours: AdamjaxState) -> AdamjaxState:
-    """The same state without `max_rows`, because the gradients that are compared are dense.
-
-    Its accumulated gradients are 0.
-    """
+    """The same state without `max_rows`, because the gradients that are compared are dense."""
     accumulating = [part.tx for part in ours.parts if isinstance(part.tx, accumulate_gradients)]
     if all(tx.max_rows is None for tx in accumulating):
         return ours
@@ -123,18 +120,18 @@ def _with_dense_totals(ours: AdamjaxState) -> AdamjaxState:
     def is_accumulating(x: Any) -> bool:
         return isinstance(x, AccumulateGradientsState)
 
-    def with_totals(state: Any, fresh: Any) -> Any:
-        def replaced(x: Any, new: Any) -> Any:
+    def with_dense_totals(state: Any) -> Any:
+        def replaced(x: Any) -> Any:
             if not is_accumulating(x):
                 return x
-            return x._replace(total=new.total, inner=with_totals(x.inner, new.inner))
+            return x._replace(total=dense_totals(x.total), inner=with_dense_totals(x.inner))
 
-        return jax.tree.map(replaced, state, fresh, is_leaf=is_accumulating)
+        return jax.tree.map(replaced, state, is_leaf=is_accumulating)
 
     tx = replace_parts(
         ours.tx, lambda x: x.replace(max_rows=None) if isinstance(x, accumulate_gradients) else x
     )
-    return AdamjaxState(ours.owner, tx, with_totals(ours.state, tx.init(ours.params)), ours.params)
+    return AdamjaxState(ours.owner, tx, with_dense_totals(ours.state), ours.params)
 
 
 class _Comparison:

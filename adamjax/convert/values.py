@@ -13,11 +13,13 @@ from adamjax.data import Tree
 from adamjax.encoding import SCALED8, Scaled8
 from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, unique_paths
+from adamjax.rows import RowGradient
 
 __all__ = [
     "SCHEDULE_COUNTS",
     "class_name",
     "counts_a_schedule",
+    "dense_totals",
     "field_names",
     "is_container",
     "items_of",
@@ -43,6 +45,15 @@ def class_name(x: Any) -> str:
 def field_names(x: Any) -> tuple[str, ...] | None:
     """The names of a named tuple's fields; `None` for anything else."""
     return getattr(type(x), "_fields", None) if isinstance(x, tuple) else None
+
+
+def dense_totals(totals: Tree) -> Tree:
+    """Accumulated gradients, row gradients among them, as arrays."""
+    return jax.tree.map(
+        lambda x: x.to_dense() if isinstance(x, RowGradient) else x,
+        totals,
+        is_leaf=lambda x: isinstance(x, RowGradient),
+    )
 
 
 def counts_a_schedule(x: Any) -> bool:
