@@ -55,7 +55,7 @@ class _Scalars(NamedTuple):
 def _averaged(
     c: _Scalars, u: chex.Array, average: chex.Array, p: chex.Array
 ) -> tuple[chex.Array, ...]:
-    """The update and the new average. In a step that overwrites, the update moves p to it."""
+    """The update and the new average. If the step overwrites, the update moves p to the average."""
     real = compute_dtype(u.dtype, average.dtype)
     new_average = c.averaging(widen(average, real), widen(add_update(p, u), real))
     if c.overwrites is not None:

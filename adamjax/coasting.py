@@ -18,12 +18,15 @@ decoupled weight decay. `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algor
     w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
 
 G depends on the row only through s and sigma. It is smooth in
-`u = log(1 + sigma * d) / log(1 + d)`: for a good d, the poles of G are evenly spread in u. A few
-Chebyshev coefficients in u give G to 1e-8; a few more give it to 1e-13, for rows that catch up in
-float64. A ring has these coefficients for each of the last start steps s. Step t adds `a_t` times
-the coefficients of `w_{t-s}` to the entries of the last K start steps; for older start steps
-(b1 / shrink)**j is negligible. A row catches up by reading its entry and evaluating the series at
-its elements, however long it has lagged behind.
+
+    u = log(1 + sigma * d) / log(1 + d)
+
+For a good d, the poles of G are evenly spread in u. A few Chebyshev coefficients in u give G to
+1e-8; a few more give it to 1e-13, for rows that catch up in float64. A ring has these coefficients
+for each of the last start steps s. Step t adds `a_t` times the coefficients of `w_{t-s}` to the
+entries of the last K start steps; for older start steps (b1 / shrink)**j is negligible. A row
+catches up by reading its entry and evaluating the series at its elements, however long it has
+lagged behind.
 
 **Decay.** With C_t the product of `1 + b` over the steps s+1, ..., t,
 
@@ -497,14 +500,13 @@ def _epsilon_ratio(b2: float | None, t: Any) -> np.ndarray:
 def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float] | None:
     """The fewest coefficients that are accurate enough, and their stretch d; `None` if too many.
 
-    They are accurate enough if this holds for every sigma and every start step. Let rates have
-    equal sizes and any signs. Then the error of G is at most the tolerance times the G of rates
-    of the same size that all have one sign.
+    They are accurate enough if, for every sigma and start step and for rates of equal size, the
+    error of G is at most the tolerance times the G of the absolute values of the rates.
     """
-    # A sample of the terms of G, each weighted by the number of terms that it stands for.
+    # A sample of the j in the sum G, each weighted by the number of j that it represents.
     j = np.unique(np.round(np.geomspace(1, steps, 100)))
-    num_terms = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
-    weight = (num_terms * (numbers.b1 / numbers.shrink) ** j)[:, None]
+    num_represented = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
+    weight = (num_represented * (numbers.b1 / numbers.shrink) ** j)[:, None]
     j = j[:, None]
     # A sample of the start steps, up to where `e_t` has become eps.
     starts = np.zeros((1, 1, 1))
@@ -521,7 +523,7 @@ def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, 
     angles = np.linspace(0, np.pi, 3 * _MOST_TERMS)
 
     def weighted_w(sigma: np.ndarray) -> np.ndarray:
-        return weight / (1 + sigma * excess)  # [starts, terms of the sum, sigma]
+        return weight / (1 + sigma * excess)  # [starts, j, sigma]
 
     def is_accurate(terms: int, stretch: float) -> bool:
         sigma, matrix = _nodes(terms, stretch)

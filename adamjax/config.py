@@ -74,8 +74,8 @@ def from_config(
     Keras' dictionaries are those of `keras.optimizers.serialize(optimizer)` and of
     `optimizer.get_config()`, from the legacy optimizers of tf.keras (up to 2.10, later
     `tf.keras.optimizers.legacy`), Keras 2.9 to 2.15 and Keras 3: Adam, AdamW, Adamax, Nadam and
-    `AdamMultilr` of the package capreolus, with Keras' schedules. (A dictionary
-    of `get_config` does not contain the optimizer's class, so the class is derived from the key
+    `AdamMultilr` of the package capreolus, with Keras' schedules. (A dictionary of
+    `get_config` does not contain the optimizer's class, so the class is derived from the key
     `name`. If you gave the optimizer another name, write
     `{"class_name": "Adam", "config": config}`.) The keys show which version of Keras wrote the
     dictionary, and the transform does the same as that version:

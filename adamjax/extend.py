@@ -89,7 +89,7 @@ States:
 
 Trees:
 
-- `lift` applies a function of arrays to trees; `no_scalars` is for one that needs no scalars.
+- `lift` applies a function of arrays to trees; `no_scalars` is for a function without scalars.
 - `needed`: the parameters, or an error that says that they are needed.
 - `flatten`, `leaf_paths`: the leaves of a tree, `None` and row gradients among them; their paths.
 - `is_left_alone`: whether no transform touches a leaf.

@@ -107,17 +107,18 @@ class grouped(Transform):
     """Stores small leaves in flat buckets: faster steps for models with thousands of leaves.
 
     The result is that of `tx`, but a global norm is summed in another order. Leaves of one dtype
-    with at most `max_size` elements are stored end to end, up to 32 in a bucket. The state has only
-    the buckets, so a step reads, writes and returns fewer arrays. Gradients and updates are trees
-    as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes less than half the
-    time; larger leaves gain less.
+    with at most `max_size` elements are stored end to end, up to 32 in a bucket. The state has
+    buckets in place of these leaves, so a step reads, writes and returns fewer arrays. Gradients
+    and updates are trees as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes
+    less than half the time; larger leaves gain less.
 
     If the gradient of a leaf in a bucket is `None`, a `RowGradient` or of another dtype than the
     other gradients, that step splits the bucket into its leaves: the result is the same, but the
-    step is slower. If `init` sees
-    that a leaf is split over devices, the leaf never goes into a bucket. Within `jit`, `init` sees
-    no shardings: there, leaves that are split go into buckets too, and each step has to gather
-    them.
+    step is slower.
+
+    If `init` sees that a leaf is split over devices, the leaf never goes into a bucket. Within
+    `jit`, `init` sees no shardings: then split leaves go into buckets too, and each step has to
+    gather them.
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,

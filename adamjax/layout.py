@@ -40,8 +40,8 @@ def _format(x: Any) -> Any:
     """The `Format` of an array: its layout and its sharding.
 
     If the layout is not known, the result is the sharding alone. The result is `None`, which leaves
-    both to JAX, for a tracer, for an array that is not committed to a device, and for a
-    `ShapeDtypeStruct` without a sharding.
+    both to JAX, for a value that is not in memory, such as a tracer; for an array that is not
+    committed to a device; and for a `ShapeDtypeStruct` without a sharding.
     """
     if not _has_layout(x):
         return None

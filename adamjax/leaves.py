@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 _NUMPY_TYPES = (np.ndarray, np.generic)
 
-# `jnp.issubdtype` with a cache: a step asks about many leaves, which have few dtypes.
+# `jnp.issubdtype` with a cache: a step checks many leaves, which have few dtypes.
 _is_kind = functools.cache(jnp.issubdtype)
 
 # What a rule does to the rows of a table that are not in its row gradient; see `lift`.
@@ -85,7 +85,7 @@ _NO_NUMBERS = (
     "JAX has no such dtype; NumPy reads a None from .npz and .npy files as an array of objects: "
     "put None back"
 )
-_TIMES = "JAX has neither dates nor lengths of time: take their numbers, x.astype(int)"
+_TIMES = "JAX has neither dates nor lengths of time: convert them to integers, x.astype(int)"
 _SWAPPED = (
     "JAX takes only the byte order of this machine: convert it with "
     'x.astype(x.dtype.newbyteorder("="))'

@@ -113,7 +113,7 @@ class partition(Transform):
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf, or a leaf has no pattern and
         there is no default. By `init`: a pattern has no effect, because earlier patterns match all
-        of its leaves (a pattern for the rest, like `".*"`, is allowed); or a pattern inside
+        of its leaves (a catch-all pattern, like `".*"`, is allowed); or a pattern inside
         a part, such as one of `by_path`, matches none of the part's leaves.
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 

@@ -225,7 +225,7 @@ def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -
         if isinstance(pattern, optional):
             continue
         matches = [path for path in paths if re.search(pattern, path)]
-        # A catch-all is for the leaves that no other pattern matches. There may be none.
+        # A catch-all is for the leaves that no earlier pattern matches. There may be none.
         is_catch_all = len(matches) == len(paths) and str(pattern) not in map(str, patterns[:i])
         if is_catch_all or any(deciding[path] == i for path in matches):
             continue
@@ -445,7 +445,7 @@ def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) ->
             "To choose leaves by their paths, write a pattern, such as mask='kernel$'; for all "
             "leaves, mask=True"
         )
-    return bool_tree(f"{owner}: what the mask function returns", mask)
+    return bool_tree(f"{owner}: the result of the mask function", mask)
 
 
 def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
@@ -479,7 +479,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
     elif mask is None or (is_one_leaf and not _is_bool(mask)):
         raise TypeError(
             f"{owner}: a path pattern must be a str, got {mask!r} (a mask may also be a tree of "
-            "bools, or a function from a tree to one)"
+            "bools, or a function that returns one)"
         )
     return bool_tree(owner, mask)
 

@@ -1,4 +1,4 @@
-"""Functions that read slots, counts, rates and weights from a state, also of optax's wrappers."""
+"""Reads slots, counts, rates and weights from a state, also inside optax's wrappers."""
 
 from typing import Any, TypeVar, overload
 

@@ -67,7 +67,7 @@ def _spec(x: Any) -> Spec:
 def _named(mesh: Any, spec: Spec, memory_kind: str | None = None) -> NamedSharding:
     """The sharding of an array with this split, as `jit` returns it: without a `None` at the end.
 
-    With another sharding, the second step would be compiled again.
+    With a `None` at the end, the second step would be compiled again.
     """
     last = max((i for i, axes in enumerate(spec) if axes is not None), default=-1)
     return NamedSharding(mesh, PartitionSpec(*spec[: last + 1]), memory_kind=memory_kind)

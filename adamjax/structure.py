@@ -60,7 +60,7 @@ def find(classes: Any, tx: Any, state: Any = None, params: Tree = None) -> list[
 def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
     """The transform with `function` applied to each of its parts, innermost first, and then to it.
 
-    If no part changes, the result is the same object. The new transform is not checked.
+    If `function` changes nothing, the result is the same object. The new transform is not checked.
     """
     parts = tx.parts
     new = [replace_parts(part, function) for part in parts]

@@ -90,7 +90,8 @@ def gradient_of(
     """`exact_rows.value_and_grad` of one or more `exact_rows`, each with tables of its own.
 
     Args:
-      bind: a function that binds each `exact_rows` to its state and the parameters that it sees.
+      bind: a function that returns each `exact_rows`, bound to its state and the parameters that
+        it sees.
 
     Returns:
       A function `(params, /, *args, **kwargs) -> ((value, grads), ticket)`, one ticket for all.
@@ -114,7 +115,7 @@ def results_of(
     strict: bool = False,
     averaged: bool = False,
 ) -> Callable[..., Any]:
-    """`fn`, a function of the parameters, but it reads up-to-date rows of tables of `exact_rows`.
+    """`fn`, but with up-to-date rows where it reads tables of `exact_rows`.
 
     Args:
       bounds: each `exact_rows`, bound to its state and the parameters that it sees.
