@@ -1,8 +1,8 @@
 """Hides the differences between the supported releases of JAX, 0.7.2 and newer.
 
-Only this module uses what a release of JAX may rename or remove, so a new release of JAX requires
-changes only here. Modules of `jax.experimental` are imported when a feature needs them: if one is
-missing, that feature raises an error that says why, and `import adamjax` still works.
+Only this module uses interfaces that a release of JAX may rename or remove, so a new release of JAX
+requires changes only here. Modules of `jax.experimental` are imported when a feature needs them: if
+such a module is missing, that feature raises an error, and `import adamjax` still works.
 """
 
 import contextlib
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-
-# JAX's public module for reading jaxprs.
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 try:
     from jax.extend import source_info_util
-except ImportError:  # then errors do not name lines of a loss
+except ImportError:  # then errors do not name source lines
     source_info_util = None  # type: ignore[assignment]
 
 __all__ = [
@@ -65,7 +63,7 @@ def x64(enabled: bool) -> Any:
 
 
 def type_sharding(x: Any) -> Any:
-    """The sharding in the type of an array; `None` if it has no mesh."""
+    """The sharding in the type of an array; `None` if the sharding has no mesh."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
 
@@ -83,7 +81,7 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
 
 def as_varying(x: Any, axes: tuple[str, ...]) -> Any:
     """A value in a `shard_map`, cast to a type that also varies over these manual axes."""
-    if hasattr(jax.lax, "pcast"):  # which replaces pvary
+    if hasattr(jax.lax, "pcast"):  # the successor of pvary
         return jax.lax.pcast(x, axes, to="varying")
     older: Any = jax.lax
     return older.pvary(x, axes)
@@ -122,13 +120,13 @@ def per_device(
 
 
 def dimension_order(x: Any) -> tuple[int, ...] | None:
-    """The dimensions of an array from the slowest to the fastest; `None` if not known."""
+    """The dimensions of an array in memory, from major to minor; `None` if not known."""
     layout = getattr(getattr(x, "format", None), "layout", None)
     return getattr(layout, "major_to_minor", None)
 
 
 def layout_format(order: tuple[int, ...], sharding: Any) -> Any:
-    """JAX's object for an order of dimensions in memory and a sharding."""
+    """The `Format` of an order of dimensions in memory and a sharding."""
     layouts = experimental("an order of dimensions in memory (row_major, formats)", "layout")
     return layouts.Format(layouts.Layout(order), sharding)
 
@@ -145,7 +143,7 @@ def source_of(eqn: JaxprEqn) -> Any:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """The line of a user's code that made an equation."""
+    """The line of source code that an equation comes from."""
     if source_info_util is None:
         return "a line that this version of JAX does not report"
     return source_info_util.summarize(eqn.source_info)

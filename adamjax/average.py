@@ -55,7 +55,7 @@ class _Scalars(NamedTuple):
 def _averaged(
     c: _Scalars, u: chex.Array, average: chex.Array, p: chex.Array
 ) -> tuple[chex.Array, ...]:
-    """The update and the new average; if the step overwrites, the update moves p to the average."""
+    """The update and the new average. If the step overwrites, the update moves p to the average."""
     real = compute_dtype(u.dtype, average.dtype)
     new_average = c.averaging(widen(average, real), widen(add_update(p, u), real))
     if c.overwrites is not None:
@@ -66,7 +66,7 @@ def _averaged(
 class weight_ema(Transform):
     """Averages the weights: `average = momentum * average + (1 - momentum) * weights`.
 
-    The average starts as the initial weights, and each step averages in the weights after the step.
+    The average starts as the initial weights. Each step updates it with the weights after the step.
     Read it with `averaged_weights`. The transform must be last in a chain, and `update` needs
     `params`. This is the option `use_ema` of TensorFlow's and Keras' optimizers (Polyak & Juditsky,
     1992), and `averaged_weights` replaces `finalize_variable_values`. In Keras 3 the average is
@@ -80,12 +80,12 @@ class weight_ema(Transform):
         set later by `set_hyperparams`, a value below 1 makes the average and the weights NaN.)
 
     If weights are rounded stochastically (`apply_updates(rounding="stochastic")`), the average is
-    computed before they are rounded. So each step averages in the weights after the step, rounded
-    to the nearest. Where this rounding loses the whole update, because it is too small, the step
-    averages in the weight from before the step, so the average is one step behind.
+    computed before that, from weights rounded to the nearest. If an update is so small that
+    rounding to the nearest loses it, the average gets the weight from before the step, and is one
+    step behind.
 
-    If the gradient of a leaf is `None`, the step neither averages in its weights nor sets them to
-    the average. (Keras does both, also for weights without a gradient.)
+    If the gradient of a leaf is `None`, the step changes neither its average nor its weights.
+    (Keras updates the average, and overwrites weights, also without a gradient.)
 
     The state is a `WeightEmaState`.
 
@@ -136,7 +136,7 @@ class weight_ema(Transform):
         def scalars(real: Any) -> _Scalars:
             average = averaging(self.momentum, real, UNIT)
             if frequency is not None and is_array(self.overwrite_frequency):
-                # An array may be traced, so it cannot be refused. This makes the average NaN.
+                # An array may be traced, so a wrong frequency makes the average NaN.
                 weight = jnp.where(frequency >= 1, average.weight, jnp.nan)
                 average = average._replace(weight=weight)
             return _Scalars(average, overwrites)

@@ -1,11 +1,11 @@
 """Computes where a row is after many steps without a gradient, at the cost of one step.
 
 A row has a gradient at step s, and then none for k steps. So its moments decay by known powers, and
-its steps depend on a few scalars that all rows share. Step t = s + j moves it to
+its steps depend on a few scalars that all rows share. Step t = s + j moves the row to
 
     p_t = (1 + b_t) p_{t-1} + a_t m_t / (x_t + e_t)        m_t = b1**j m,  x_t = shrink**j x
 
-Here x measures the gradients' size (`Coast` says what it is for each rule). `a_t` is the step size
+Here x measures the gradients' size (see `Coast.shrink` for each rule). `a_t` is the step size
 with its sign, the learning rate and the bias correction. `b_t` is minus the learning rate times the
 decoupled weight decay. `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algorithm 1. `a_t` and
 `b_t` need not be known before step t, so schedules and rates set by hand are exact as well.
@@ -17,13 +17,16 @@ decoupled weight decay. `e_t` is eps, or `eps * sqrt(1 - b2**t)` in Adam's algor
     G_t(sigma) = sum over j of a_{s+j} * w_j(sigma)
     w_j(sigma) = b1**j / ((1 - sigma) * shrink**j + sigma * e_{s+j} / e)
 
-G depends on the row only through sigma; all else in it depends only on s and t. It is smooth in
-`u = log(1 + sigma * d) / log(1 + d)`: for a good d, the poles of G are evenly spread in u. A few
-Chebyshev coefficients in u give G to 1e-8; a few more give it to 1e-13, for rows that catch up in
-float64. A ring has these coefficients for each of the last start steps s. Step t adds `a_t` times
-the coefficients of `w_{t-s}` to the entries of the last K start steps; for older ones
-(b1 / shrink)**j is negligible. A row catches up by reading its entry and evaluating the series at
-its elements, however long it has lagged behind.
+G depends on the row only through s and sigma. It is smooth in
+
+    u = log(1 + sigma * d) / log(1 + d)
+
+For a good d, the poles of G are evenly spread in u. A few Chebyshev coefficients in u give G to
+1e-8; a few more give it to 1e-13, for rows that catch up in float64. A ring has these coefficients
+for each of the last start steps s. Step t adds `a_t` times the coefficients of `w_{t-s}` to the
+entries of the last K start steps; for older start steps (b1 / shrink)**j is negligible. A row
+catches up by reading its entry and evaluating the series at its elements, however long it has
+lagged behind.
 
 **Decay.** With C_t the product of `1 + b` over the steps s+1, ..., t,
 
@@ -40,14 +43,15 @@ h_t = momentum * (h_{t-1} + p_{t-1} - p_t) is a sum of three terms:
     Q_t = momentum * (Q_{t-1} + G_{t-1} - G_t)
     kappa_t = momentum * (kappa_{t-1} + C_{t-1} - C_t)
 
-from kappa_s = Q_s = 0. Only decay is left after K steps, so the ring updates Q for K steps too.
-From then on, the row moves like one whose last gradient was at step s + K, with the weights that G
-gives for that step.
+from kappa_s = Q_s = 0. After K steps only decay moves the row, so Q is updated for K steps too.
+After step r = s + K, the term with G decays like weights p_r, so
+
+    Q_t = momentum**(t - r) Q_r + kappa_t G_r              with the kappa of start step r
 
 **Replay.** If b1 is not well below shrink, the terms do not become negligible before x has fallen
 below eps, and no short series gives G. Then the ring has `(a_t, b_t)`, and the recurrence is
 repeated step by step, for at most as many steps as can move a row. So the cost of a row grows with
-the steps that it lags behind. A short ring limits them.
+the steps that it lags behind. A short ring limits these steps.
 """
 
 import functools
@@ -71,7 +75,7 @@ __all__ = ["Coast", "Coasting", "Ring", "coasting_plan", "decayed", "power"]
 _TOLERANCE = {np.dtype(np.float32): 1e-8, np.dtype(np.float64): 1e-13}
 # The most coefficients that a series may have; b1 = b2 = 0.5 needs 35.
 _MOST_TERMS = 40
-# The logarithm in u takes as long as this number of coefficients.
+# The logarithm in u costs as much as this number of coefficients.
 _LOGARITHM_COST = 4
 # The largest x that a replay allows for: the square root of the largest float32.
 _LARGEST_SIZE = 2.0**64
@@ -95,13 +99,14 @@ class Coast(NamedTuple):
       b1: decay of the average m, in [0, 1).
       shrink: decay of the size x per step, in [0, 1]: `sqrt(b2)` for Adam, where x is `sqrt(v)`;
         `b2` for Adamax, where x is u; 1 for AMSGrad, where x is `sqrt(v_max)`.
-      eps: what is added to x; 0 stands for the smallest normal number.
+      eps: the number added to x; 0 stands for the smallest normal number.
       b2: `None` if the divisor is `x + eps` in every step. If the divisor of step t is x plus
         `max(eps * sqrt(1 - b2**t), tiny)`, as in Adam's algorithm 1, this is the decay of v, in
         [0, 1). (tiny is the smallest normal number.)
       momentum: the name of the slot m.
-      size: the name of the slot that measures the gradients' size; `None` if the rule does not
-        divide by it. Then `shrink`, `eps` and `b2` have no effect; else the first two are required.
+      size: the name of the slot that measures the gradients' size. `None` if the rule does not
+        divide by such a slot: then `shrink`, `eps` and `b2` have no effect. Otherwise `shrink` and
+        `eps` are required.
       squared: whether that slot is x**2 rather than x.
       decays: pairs (name of a slot, its decay per step), for all slots that decay.
 
@@ -121,7 +126,7 @@ class Coast(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a `Coast` that determine how rows move. The name of a ring has them."""
+    """The numbers of a `Coast` that determine how rows move. They are in the name of a ring."""
 
     b1: float
     shrink: float
@@ -156,7 +161,7 @@ class _Lag(NamedTuple):
       last: int32 [n], the clock at which each row was last up to date.
       gap: int32 [n], the number of steps since then.
       end: int32 [n], the clock after which only decay moves each row.
-      now: int32 scalar, the number of the last step, which does not wrap around.
+      now: int32 scalar, the number of the last step; unlike the clock, it does not wrap around.
     """
 
     last: chex.Array
@@ -170,14 +175,14 @@ class _Lag(NamedTuple):
 
 
 def coasting_plan(
-    coast: Coast, momentum: float | None, decays: bool, real: Any = np.float32
+    coast: Coast, momentum: float | None, has_decay: bool, real: Any = np.float32
 ) -> "Coasting":
     """Plans how the rows of a rule catch up.
 
     Args:
       coast: how the rule moves rows.
       momentum: the momentum of an average of the weights, in [0, 1]; `None` without an average.
-      decays: whether b may differ from 0.
+      has_decay: whether b may differ from 0.
       real: the dtype in which rows catch up, float32 or float64.
     """
     # With momentum 1 the average never changes, so it need not catch up.
@@ -195,7 +200,7 @@ def coasting_plan(
         )
     numbers = Numbers(float(coast.b1), float(shrink), float(eps), b2)
     steps, terms, stretch = _steps_and_series(numbers, _TOLERANCE[np.dtype(real)])
-    return Coasting(numbers, momentum, decays, steps, terms, stretch)
+    return Coasting(numbers, momentum, has_decay, steps, terms, stretch)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ class Coasting:
     Attributes:
       numbers: the rule's numbers; b2 is `None` if it does not matter.
       momentum: the average's momentum; `None` without an average, or if it never changes.
-      decays: whether b may differ from 0.
+      has_decay: whether b may differ from 0.
       steps: K, the number of steps after which only decay moves a row.
       terms: the number of coefficients of a series; 0 for replay, or if no row moves.
       stretch: the d in the variable u of a series; 0 if u is sigma.
@@ -213,17 +218,17 @@ class Coasting:
 
     numbers: Numbers
     momentum: float | None
-    decays: bool
+    has_decay: bool
     steps: int
     terms: int
     stretch: float
 
     @property
     def name(self) -> str:
-        """Everything that a ring's entries depend on, so that no other plan can read the ring."""
+        """A text of all that a ring's entries depend on: no other plan can read the ring."""
         rule = [f"{k}={x!r}" for k, x in self.numbers._asdict().items() if x is not None]
         momentum = [] if self.momentum is None else [f"momentum={self.momentum!r}"]
-        return ",".join(rule + momentum + ["decay"] * self.decays)
+        return ",".join(rule + momentum + ["decay"] * self.has_decay)
 
     @property
     def least_history(self) -> int:
@@ -255,8 +260,8 @@ class Coasting:
         return Ring(
             series=jnp.zeros((history, width), real) if width else None,
             rates=jnp.zeros((history, 2), real) if self.replays else None,
-            decay=jnp.zeros((history, 2), real) if self.decays else None,
-            kappa=jnp.zeros(history, real) if self.decays and averages else None,
+            decay=jnp.zeros((history, 2), real) if self.has_decay else None,
+            kappa=jnp.zeros(history, real) if self.has_decay and averages else None,
         )
 
     def advance(self, ring: Ring, clock: Any, count: Any, a: Any, b: Any = 0.0) -> Ring:
@@ -364,10 +369,13 @@ class Coasting:
         # to its elements, because a row has fewer coefficients.
         nan_or_0 = jnp.where((gap < 0) | (gap > history - 1), jnp.nan, 0).astype(p.dtype)
 
-        def settled(g: chex.Array, q: chex.Array | None) -> tuple[chex.Array, chex.Array | None]:
+        def from_end_to_now(
+            g: chex.Array, q: chex.Array | None
+        ) -> tuple[chex.Array, chex.Array | None]:
             """G and Q now, [n, ...], from G and Q at `lag.end`.
 
-            It is linear, so it can also take their coefficients, which are fewer.
+            The function is linear, so it can also be applied to the coefficients of G and Q, which
+            are fewer than the elements.
             """
             if momentum is None:
                 q = None
@@ -384,9 +392,9 @@ class Coasting:
 
         moved, distance = jnp.zeros_like(p), None
         if ring.series is not None:
-            moved, distance = self._evaluate(ring.series, lag, m, x, nan_or_0, settled)
+            moved, distance = self._evaluate(ring.series, lag, m, x, nan_or_0, from_end_to_now)
         elif ring.rates is not None:
-            moved, distance = settled(*self._replay(ring.rates, lag, m, x, nan_or_0))
+            moved, distance = from_end_to_now(*self._replay(ring.rates, lag, m, x, nan_or_0))
         if ring.decay is not None:
             since_last = (
                 _difference(_entries_at(ring.decay, clock)[None], _entries_at(ring.decay, last))
@@ -415,19 +423,19 @@ class Coasting:
         m: chex.Array,
         x: chex.Array,
         nan_or_0: chex.Array,
-        settled: Callable,
+        from_end_to_now: Callable,
     ) -> tuple[chex.Array, chex.Array | None]:
         """`m / (x + e)` times G and Q now, of the shape of m."""
         # Without barriers, XLA would read the coefficients again for each element.
         entries = _entries_at(series, lag.last) + nan_or_0[:, None]
         coefficients = [
-            c if c is None else barrier(c) for c in settled(*self._split_g_and_q(entries))
+            c if c is None else barrier(c) for c in from_end_to_now(*self._split_g_and_q(entries))
         ]
         e = _column(self._epsilon(lag.step_number(1), x.dtype), x)
         inverse = 1 / (x + e)
         u = e * inverse
         if self.stretch > 0:
-            # `log` is enough, because only the absolute error of u counts, not the relative one.
+            # `log1p` is not needed, because only the absolute error of u matters.
             u = jnp.log(1 + self.stretch * u) / math.log1p(self.stretch)
         g, q = (c if c is None else m * inverse * _clenshaw(c, 2 * u - 1) for c in coefficients)
         return g, q
@@ -461,13 +469,13 @@ def _steps_and_series(numbers: Numbers, tolerance: float) -> tuple[int, int, flo
     """The plan's `steps`, `terms` and `stretch`."""
     if numbers.b1 == 0:
         return 0, 0, 0.0
-    # A replay ends at the latest when x has fallen below eps and m has decayed after that.
+    # The longest replay: x falls below eps, and after that, m decays.
     replay_steps = _steps_until(tolerance, numbers.b1)
     if numbers.shrink < 1:
-        least = max(
+        least_epsilon = max(
             numbers.eps * float(_epsilon_ratio(numbers.b2, 1)), float(np.finfo(np.float32).tiny)
         )
-        replay_steps += _steps_until(min(1.0, least / _LARGEST_SIZE), numbers.shrink)
+        replay_steps += _steps_until(min(1.0, least_epsilon / _LARGEST_SIZE), numbers.shrink)
     if numbers.b1 >= numbers.shrink:
         return replay_steps, 0, 0.0
     series_steps = _steps_until(tolerance, numbers.b1 / numbers.shrink)
@@ -492,14 +500,13 @@ def _epsilon_ratio(b2: float | None, t: Any) -> np.ndarray:
 def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, float] | None:
     """The fewest coefficients that are accurate enough, and their stretch d; `None` if too many.
 
-    They are accurate enough if this holds for every sigma and start step, and for rates of equal
-    size and any signs: the error of G is at most the tolerance times the G of rates of the same
-    size that all have one sign.
+    They are accurate enough if, for every sigma and start step and for rates of equal size, the
+    error of G is at most the tolerance times the G of the absolute values of the rates.
     """
-    # A sample of the terms of G, each weighted by the number of terms that it stands for.
+    # A sample of the j in the sum G, each weighted by the number of j that it represents.
     j = np.unique(np.round(np.geomspace(1, steps, 100)))
-    num_terms = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
-    weight = (num_terms * (numbers.b1 / numbers.shrink) ** j)[:, None]
+    num_represented = np.diff(np.concatenate([[0.5], (j[1:] + j[:-1]) / 2, [steps + 0.5]]))
+    weight = (num_represented * (numbers.b1 / numbers.shrink) ** j)[:, None]
     j = j[:, None]
     # A sample of the start steps, up to where `e_t` has become eps.
     starts = np.zeros((1, 1, 1))
@@ -515,23 +522,23 @@ def _fewest_terms(numbers: Numbers, steps: int, tolerance: float) -> tuple[int, 
     )
     angles = np.linspace(0, np.pi, 3 * _MOST_TERMS)
 
-    def values(sigma: np.ndarray) -> np.ndarray:
-        return weight / (1 + sigma * excess)  # [starts, terms of the sum, sigma]
+    def weighted_w(sigma: np.ndarray) -> np.ndarray:
+        return weight / (1 + sigma * excess)  # [starts, j, sigma]
 
-    def suffice(terms: int, stretch: float) -> bool:
+    def is_accurate(terms: int, stretch: float) -> bool:
         sigma, matrix = _nodes(terms, stretch)
-        exact = values(_unstretched((1 + np.cos(angles)) / 2, stretch))
-        series = values(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
+        exact = weighted_w(_unstretched((1 + np.cos(angles)) / 2, stretch))
+        series = weighted_w(sigma) @ (matrix @ np.cos(np.outer(np.arange(terms), angles)))
         return bool((np.abs(series - exact).sum(1) <= tolerance * exact.sum(1)).all())
 
     # A stretch costs a logarithm, so a few more terms without a stretch are still cheaper.
     best = None
     for terms in range(1, _MOST_TERMS + 1):
-        if suffice(terms, 0.0):
+        if is_accurate(terms, 0.0):
             return terms, 0.0
         if best is None:
             stretches = (float(excess.max()) / 2**i for i in range(9))
-            best = next(((terms, d) for d in stretches if suffice(terms, d)), None)
+            best = next(((terms, d) for d in stretches if is_accurate(terms, d)), None)
         elif terms == best[0] + _LOGARITHM_COST:
             break
     return best
@@ -560,12 +567,11 @@ def _clenshaw(coefficients: chex.Array, y: chex.Array) -> chex.Array:
 
 
 def power(b: float, k: chex.Array, real: Any, history: int) -> chex.Array:
-    """`b**k` with an error of about one rounding, for any k.
+    """`b**k` with an error of about one rounding.
 
     Args:
       b: in [0, 1]; `0**0` is 1.
-      k: int32 of any shape, in [0, history). For a larger k, the result is the power of some k near
-        the end of that range.
+      k: int32 of any shape, in [0, history). For a larger k, the result is another power of b.
       real: the result's dtype.
       history: a power of two.
     """

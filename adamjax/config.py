@@ -22,7 +22,7 @@ __all__ = ["from_config", "to_config"]
 
 # The key of the class' name. It is a keyword of Python, so no field can have this name.
 CLASS = "class"
-# The kinds of dtypes of the arrays that a config can hold.
+# The kinds of dtypes that arrays in a config may have.
 _ARRAY_KINDS = (jnp.floating, jnp.integer, jnp.bool_)
 # The classes that a config cannot describe, and why.
 NOT_SERIALIZABLE: dict[type[Data], str] = {
@@ -39,9 +39,9 @@ def to_config(tx: Any) -> dict[str, Any]:
     """A transform, schedule or `by_path` as a dictionary of plain JSON types.
 
     `from_config(to_config(tx)) == tx`, and `json.dumps` and `json.loads` in between change
-    nothing. A dictionary holds the class' name and every field, with defaults:
+    nothing. A dictionary has the class' name and the values of all fields:
     `{"class": "scale", "factor": 0.5}`. Parts are dictionaries, tuples are lists. An array is
-    `{"array": [...], "dtype": "bfloat16"}`, so it keeps its value and dtype (a weakly typed one
+    `{"array": [...], "dtype": "bfloat16"}`, so it keeps its value and dtype (a weakly typed array
     comes back strongly typed). `adamjax.optional` is `{"optional": "bias$"}`. A mask that is a
     tree of bools, in dictionaries, lists and tuples, is `{"bools": ...}`.
 
@@ -49,9 +49,9 @@ def to_config(tx: Any) -> dict[str, Any]:
       tx: an object of a class of this package, or of a subclass of `Transform` or `Schedule`.
 
     Raises:
-      TypeError: JSON cannot hold something in it: a function (as a mask or a schedule), an optax
-        transform, the mesh of `shard_state`, an array that is being traced. The message says what
-        it is, and where.
+      TypeError: a value in it has no JSON form: a function (as a mask or a schedule), an optax
+        transform, the mesh of `shard_state`, an array that is being traced. The message names the
+        value and the field.
 
     >>> import adamjax, json
     >>> config = adamjax.to_config(adamjax.adam(adamjax.cosine_decay(0.1, decay_steps=1000)))
@@ -74,10 +74,11 @@ def from_config(
     Keras' dictionaries are those of `keras.optimizers.serialize(optimizer)` and of
     `optimizer.get_config()`, from the legacy optimizers of tf.keras (up to 2.10, later
     `tf.keras.optimizers.legacy`), Keras 2.9 to 2.15 and Keras 3: Adam, AdamW, Adamax, Nadam and
-    `AdamMultilr` of the package capreolus, with Keras' schedules. (What `get_config` returns does
-    not contain the optimizer's class, so the key `name` must show it. If you gave the optimizer
-    another name, write `{"class_name": "Adam", "config": config}`.) The keys show which Keras wrote
-    a dictionary, and the transform does what that Keras does:
+    `AdamMultilr` of the package capreolus, with Keras' schedules. (A dictionary of
+    `get_config` does not contain the optimizer's class, so the class is derived from the key
+    `name`. If you gave the optimizer another name, write
+    `{"class_name": "Adam", "config": config}`.) The keys show which version of Keras wrote the
+    dictionary, and the transform does the same as that version:
 
     - If several clips are set, legacy optimizers clip by value, then by norm; Keras 2.9 to 3.2 clip
       by norm only; Keras from 3.3 on refuses this. `clipnorm` and `global_clipnorm` exclude each
@@ -89,29 +90,29 @@ def from_config(
       earlier versions of Keras 3 are read in the same way.
     - Adamax also moves the rows that were not read; the legacy Adamax does not.
 
-    One thing differs: the average starts from the initial weights p_0, as in Keras 2. Keras 3
+    There is one difference: the average starts from the initial weights p_0, as in Keras 2. Keras 3
     copies the weights after step 1, p_1. So after step t, Keras 3's average is adamjax's minus
     `ema_momentum**t * (p_0 - p_1)`. (`convert.from_keras` goes on from Keras' average. It refuses a
     Keras 3 optimizer with `use_ema` before its first step.) The difference reaches the weights only
     with `ema_overwrite_frequency`.
 
     Keras' dictionaries do not contain the variables that `exclude_from_weight_decay` excluded. If
-    there are any, pass `mask` to say which leaves decay.
+    there are any, pass `mask` to select the leaves that decay.
 
     `name` and `jit_compile` have no effect. An option that adamjax cannot honour is refused.
 
     Args:
       config: the dictionary, as it is or from JSON. It is not changed.
       mask: for a dictionary of Keras with a weight decay, the mask of `add_decayed_weights`: only
-        leaves that it matches decay. `"^(?!.*bias[^/]*$)"` matches leaves whose own name, the last
-        part of the path, is without "bias". (Keras searches in the variable's name.)
+        leaves that it selects decay. `"^(?!.*bias[^/]*$)"` matches leaves whose name, the last key
+        of the path, does not contain "bias". (Keras searches in the variable's name.)
       custom: your own subclasses of `Transform` or `Schedule` that the dictionary names.
 
     Returns:
       The transform, schedule or `by_path`.
 
     Raises:
-      TypeError: the dictionary or something in it is of the wrong type.
+      TypeError: the dictionary or a value in it is of the wrong type.
       ValueError: a class or key is unknown or missing, a value is out of its range, adamjax cannot
         do what Keras does, or there is no weight decay for `mask`. The message names it.
 
@@ -193,10 +194,10 @@ def _encode_data(data: Data, place: str) -> dict[str, Any]:
 
 
 def _encode(value: Any, place: str) -> Any:
-    """A value of a field; `place` says where it is, for errors."""
+    """The value of a field as JSON. Errors name its `place`, such as `chain.transforms[0].b1`."""
     if isinstance(value, Data):
         return _encode_data(value, place)
-    # Only these very types: a subclass, such as a NumPy scalar, would come back as another type.
+    # Exactly these types: a subclass, such as a NumPy scalar, would come back as another type.
     cls = type(value)
     if value is None or cls in (bool, int, str):
         return value
@@ -303,7 +304,7 @@ def _decode(value: Any, place: str, classes: dict[str, type[Data]]) -> Any:
     )
 
 
-def _nearest(name: Any, classes: Iterable[str]) -> str:
+def _suggestion(name: Any, classes: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(name), list(classes), 1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
@@ -318,7 +319,7 @@ def _decode_data(config: Mapping[str, Any], place: str, classes: dict[str, type[
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
             f"from_config: {place} is of class {name!r}, which adamjax does not have"
-            f"{_nearest(name, classes)}. Pass a class of your own: from_config(config, "
+            f"{_suggestion(name, classes)}. Pass a class of your own: from_config(config, "
             f"custom=[{name}]). Known: {sorted(classes)}"
         )
     cls, values = classes[name], {}
@@ -352,7 +353,7 @@ def _with_fields(cls: type[Data], values: dict[str, Any]) -> Data:
 
 
 def _decode_dictionary(value: Mapping[str, Any], place: str, classes: dict[str, type[Data]]) -> Any:
-    """A value that JSON has no type for, such as a list (JSON's lists are tuples) or an array."""
+    """A value without a JSON type, such as an array or a list (a JSON list stands for a tuple)."""
     keys = set(value)
     if keys == {"float"}:
         return make_at(place, float, value["float"])

@@ -2,9 +2,9 @@
 
 A transform is a class with `init` and `update`; its annotated fields are its hyperparameters. A
 rule is best written with a function of arrays, `(c, g, *slots) -> (u, *slots)`, which `lift`
-applies to trees. `c` is what `scalars(dtype)` returns, the numbers of this step; `g` is the
-gradient, `u` the update. `lift` checks all trees before anything is computed, passes over `None`
-and integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
+applies to trees. `c` has the scalars of this step, as `scalars(dtype)` returns them; `g` is the
+gradient, `u` the update. `lift` checks all trees before it computes, leaves alone `None` and
+integer leaves, applies the function to the rows of row gradients, and keeps every slot in its
 dtype. `adamjax.testing.check` tests the transform. Momentum, as an example (only `exact_rows` needs
 its `coast` and `momentum_coefficient`):
 
@@ -59,11 +59,12 @@ its `coast` and `momentum_coefficient`):
 Base classes:
 
 - `Transform`: any transform. A subclass has `init` and `update`. `check_state` may refuse a state
-  that does not fit. Flags and methods say what `exact_rows`, `grouped` and `chain` may do.
+  that does not fit. Flags and methods tell `exact_rows`, `grouped` and `chain` its properties.
 - `Stateless`: a transform whose state is `()`.
 - `Scaling`: multiplies each leaf by a scalar; has `factors` in place of `update`.
-- `Rule`: turns gradients into a direction, element by element; its `coast` may tell `exact_rows`
-  how it moves rows that have no gradient.
+- `Rule`: turns gradients into a direction, element by element. With `coast` and
+  `momentum_coefficient`, which describe how it moves rows without a gradient, it works under
+  `exact_rows`.
 
 Fields:
 
@@ -88,7 +89,7 @@ States:
 
 Trees:
 
-- `lift` applies a function of arrays to trees; `no_scalars` is for one that needs no scalars.
+- `lift` applies a function of arrays to trees; `no_scalars` is for a function without scalars.
 - `needed`: the parameters, or an error that says that they are needed.
 - `flatten`, `leaf_paths`: the leaves of a tree, `None` and row gradients among them; their paths.
 - `is_left_alone`: whether no transform touches a leaf.

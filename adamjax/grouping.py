@@ -1,8 +1,8 @@
 """A transform that stores the state of small leaves in flat buckets, for faster steps.
 
 A step over thousands of small leaves spends little time on arithmetic. Each array that goes into or
-comes out of a jitted function costs microseconds, and so does each loop that writes one. So the
-state of small leaves is stored in buckets; parameters and gradients are trees as usual.
+comes out of a jitted function costs microseconds, and so does each loop that writes an array. So
+the state of small leaves is stored in buckets; parameters and gradients are trees as usual.
 """
 
 from collections.abc import Iterator
@@ -107,16 +107,18 @@ class grouped(Transform):
     """Stores small leaves in flat buckets: faster steps for models with thousands of leaves.
 
     The result is that of `tx`, but a global norm is summed in another order. Leaves of one dtype
-    with at most `max_size` elements are stored end to end, up to 32 in a bucket. The state keeps
-    the buckets, so a step takes, writes and returns fewer arrays. Gradients and updates are trees
-    as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes less than half the
-    time; larger leaves gain less.
+    with at most `max_size` elements are stored end to end, up to 32 in a bucket. The state has
+    buckets in place of these leaves, so a step reads, writes and returns fewer arrays. Gradients
+    and updates are trees as usual. With 2,000 leaves of at most 256 elements, a step on CPU takes
+    less than half the time; larger leaves gain less.
 
     If the gradient of a leaf in a bucket is `None`, a `RowGradient` or of another dtype than the
-    others, that step splits the bucket into its leaves: this is right, but slower. If `init` sees
-    that a leaf is split over devices, the leaf never goes into a bucket. Within `jit`, `init` sees
-    no shardings: there, leaves that are split go into buckets too, and each step has to gather
-    them.
+    other gradients, that step splits the bucket into its leaves: the result is the same, but the
+    step is slower.
+
+    If `init` sees that a leaf is split over devices, the leaf never goes into a bucket. Within
+    `jit`, `init` sees no shardings: then split leaves go into buckets too, and each step has to
+    gather them.
 
     Args:
       tx: a transform that treats all elements alike: rules, scalings, decay, `clip_by_value`,
@@ -210,7 +212,7 @@ class grouped(Transform):
     def _expect_buckets(self, state: Any) -> None:
         """Refuses a state of the inner transform that has slots, none of them in buckets."""
 
-        # Called for each slot. A state without slots has no buckets either, and passes.
+        # `map_slots` calls this for each slot. A state without slots needs no buckets.
         def refuse(name: str, tree: Tree) -> Tree:
             raise ValueError(
                 f"grouped: the state's {name} is not in buckets, so this is a state of "

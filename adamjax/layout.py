@@ -2,8 +2,8 @@
 
 By default the TPU's compiler lays many tables out column by column, to avoid padding. Then it
 copies the whole table before it gathers rows and after it scatters them. A layout belongs to an
-array in memory. `jax.jit` takes the layout of an argument from the array, and the layout of a
-result from `out_shardings`; without these, it uses the default.
+array in memory. `jax.jit` uses the layout that an argument already has. A result gets the
+layout of `out_shardings`, or else the default layout.
 
 >>> import adamjax, jax.numpy as jnp
 >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
@@ -39,8 +39,8 @@ def _has_layout(x: Any) -> bool:
 def _format(x: Any) -> Any:
     """The `Format` of an array: its layout and its sharding.
 
-    If the layout is not known, the result is the sharding alone. `None` leaves both to JAX. This is
-    the result for anything that is not in memory, such as a tracer; for an array that is not
+    If the layout is not known, the result is the sharding alone. The result is `None`, which leaves
+    both to JAX, for a value that is not in memory, such as a tracer; for an array that is not
     committed to a device; and for a `ShapeDtypeStruct` without a sharding.
     """
     if not _has_layout(x):
@@ -57,7 +57,7 @@ def _format(x: Any) -> Any:
 
 
 def _order(x: Any) -> tuple[int, ...] | None:
-    """The dimensions of an array in memory from the slowest to the fastest; `None` if unknown."""
+    """The dimensions of an array in memory, from major to minor; `None` if not known."""
     return dimension_order(x) if _has_layout(x) else None
 
 
@@ -80,14 +80,14 @@ def row_major(table: Any) -> Any:
     default depends on the shape, and steps copy a table that is not row-major. Rows are padded to a
     multiple of 128 elements there, so 16 columns take 8 times their bytes: see `packing`.
 
-    `init` gives the state the layout of the parameters. For jitted functions that return a table
-    or a state, ask for the layout with `out_shardings`: see `formats`.
+    `init` creates slots in the layout of the parameters. For jitted functions that return a table
+    or a state, request the layout with `out_shardings`: see `formats`.
 
     Args:
       table: an array of any shape and dtype. Or a `jax.ShapeDtypeStruct`, to compile ahead of
-        time: then the result is one too, on the first device if it has no sharding. Inside `jit`
-        a value is returned as it is, since `out_shardings` decides the layout of what `jit`
-        returns.
+        time: then the result is a `ShapeDtypeStruct` too, on the first device if `table` has no
+        sharding. Inside `jit` an array is returned as it is, because `out_shardings` decides the
+        layout of results.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"table": adamjax.layout.row_major(jnp.zeros((1000, 64)))}
@@ -116,10 +116,10 @@ def laid_out_like(x: Any, like: Any) -> Any:
 def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
     """The layouts of parameters and of an optimizer's state, for the `out_shardings` of `jax.jit`.
 
-    Jitted functions return arrays in the default layout, unless `out_shardings` says otherwise.
-    Without it, a step copies row-major tables, even donated ones. Arguments need nothing: each
-    array brings its own layout. (If some parameters are committed to a device and some are
-    not, the second step compiles again, because the first returns committed arrays;
+    Jitted functions return arrays in the default layout, unless `out_shardings` requests another.
+    Without it, a step copies row-major tables, even donated ones. Arguments need no such option,
+    because each array has its own layout. (If some parameters are committed to a device and others
+    are not, the second step compiles again, because the first returns committed arrays;
     `jax.device_put(params, device)` beforehand avoids that.)
 
     Args:
@@ -129,7 +129,7 @@ def formats(tx: Any, params: Tree) -> tuple[Any, Any]:
     Returns:
       Two trees, like `params` and like `tx.init(params)`, with a `jax.experimental.layout.Format`
       for each committed array, or its sharding if the layout is not known. A slot has the format of
-      its parameter. All others are `None`, which leaves the layout open.
+      its parameter. All other leaves are `None`, which leaves the layout to JAX.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> tx = adamjax.adam(1e-3, rows="lazy")
@@ -209,7 +209,7 @@ class Packing(NamedTuple):
         return lines.reshape(-1, self.width)[:num_rows]
 
     def line(self, indices: chex.Array) -> chex.Array:
-        """The number of the line that each row is on.
+        """The number of the line that has each row.
 
         An index just past the end of the table may be on the last line, where it reads the zeros
         that fill up this line. Indices are integers of any dtype and width, as for `row_gradient`.

@@ -1,4 +1,4 @@
-"""Work on the leaves of trees: match them, check them, and apply a rule on arrays to each."""
+"""Matches and checks the leaves of trees, and applies a rule on arrays to each leaf."""
 
 import functools
 import numbers
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 _NUMPY_TYPES = (np.ndarray, np.generic)
 
-# `jnp.issubdtype` with a cache: a step asks about many leaves, which have few dtypes.
+# `jnp.issubdtype` with a cache: a step checks many leaves, which have few dtypes.
 _is_kind = functools.cache(jnp.issubdtype)
 
 # What a rule does to the rows of a table that are not in its row gradient; see `lift`.
@@ -85,7 +85,7 @@ _NO_NUMBERS = (
     "JAX has no such dtype; NumPy reads a None from .npz and .npy files as an array of objects: "
     "put None back"
 )
-_TIMES = "JAX has neither dates nor lengths of time: take their numbers, x.astype(int)"
+_TIMES = "JAX has neither dates nor lengths of time: convert them to integers, x.astype(int)"
 _SWAPPED = (
     "JAX takes only the byte order of this machine: convert it with "
     'x.astype(x.dtype.newbyteorder("="))'
@@ -133,7 +133,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def zero_update(leaf: Any) -> Any:
-    """The update of a leaf that is left alone: zeros, or the leaf where zeros cannot be added."""
+    """The update of a leaf that is left alone: zeros, or the leaf if it is `None` or of float0."""
     if leaf is None or dtype_of(leaf) == jax.dtypes.float0:
         return leaf
     is_rows = isinstance(leaf, RowGradient | RowMoves)
@@ -182,8 +182,8 @@ def expect_stored(what: str, x: Any, expected: str = "an array") -> None:
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{what} is the shape {described(x)}, expected {expected}: this state has shapes in "
-            "place of arrays, as jax.eval_shape(tx.init, params) makes it to restore into: pass "
-            "the state that was restored"
+            "place of arrays, as jax.eval_shape(tx.init, params) returns it for a restore: pass "
+            "the restored state"
         )
     if not hasattr(x, "dtype"):
         found = f"a Python {type(x).__name__}" if _is_number_or_shape(x) else described(x)
@@ -214,7 +214,7 @@ def expect_array(
 
 
 def _missing_and_surplus(paths: list[str], expected: list[str]) -> tuple[list[str], list[str]]:
-    """The expected paths that are not there, and the paths that are not expected."""
+    """The expected paths that `paths` lacks, and the paths that are not expected."""
     missing = [path for path in expected if path not in set(paths)]
     surplus = [path for path in paths if path not in set(expected)]
     return missing, surplus
@@ -464,7 +464,7 @@ def lift(
       params: the parameters, if the function reads them.
       like: the parameters, used only to refuse gradients of another structure or of other shapes.
         Pass it if the function has no slots and does not read the parameters.
-      names: what errors call `grads` and `slots`.
+      names: the names of `grads` and `slots` in errors.
       rows: "dense": the rows that are not in a `RowGradient` have a gradient of zero; "lazy": they
         are left alone; "whole": the function is not elementwise and takes a `RowGradient` as it is.
       count: int32, the number of steps taken before. It seeds the stochastic rounding of slots in
@@ -483,7 +483,7 @@ def lift(
         like, like_name = grads, name
     treedef = flatten(like)[1]
     leaves = match_leaves(owner, name, grads, like, like_name)
-    # Kinds may differ: a rule keeps the size of a complex gradient in a real slot.
+    # Kinds may differ: a rule stores the size of a complex gradient in a real slot.
     columns = [
         match_leaves(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
         for slot in slots
@@ -544,14 +544,14 @@ def lift(
 
 
 def _expect_options(owner: str, scalars: Any, rows: Any) -> None:
-    """Refuses values of these arguments of `lift` that it cannot take."""
+    """Refuses wrong values of the arguments `scalars` and `rows` of `lift`."""
     if rows not in get_args(Rows):
         raise ValueError(f"{owner}: rows is {rows!r}, expected 'dense' or 'lazy'")
-    for one in scalars if isinstance(scalars, list) else [scalars]:
-        if one is not None and not callable(one):
+    for function in scalars if isinstance(scalars, list) else [scalars]:
+        if function is not None and not callable(function):
             raise TypeError(
-                f"{owner}: scalars has {one!r:.100}, expected a function of a dtype that returns "
-                "the scalars, or a list with such a function for each leaf"
+                f"{owner}: scalars has {function!r:.100}, expected a function of a dtype that "
+                "returns the scalars, or a list with such a function for each leaf"
             )
 
 
@@ -595,12 +595,12 @@ def _apply_each(
 def _input_without_seal(owner: str, leaf: Any) -> Any:
     """An input of a rule as arrays. Row gradients are checked, and lose their seal."""
     if isinstance(leaf, RowMoves):
-        # No other function can take a `RowMoves`.
+        # Only `apply_updates` accepts `RowMoves`.
         if owner == "apply_updates":
             return without_seal(leaf.checked(owner))
         raise TypeError(
             f"{owner}: apply the updates of exact_rows as they are, because they also bring rows "
-            "up to date: put exact_rows last, around all that changes updates"
+            "up to date: put exact_rows last, around every transform that changes updates"
         )
     if isinstance(leaf, Scaled8):
         return leaf
@@ -610,7 +610,7 @@ def _input_without_seal(owner: str, leaf: Any) -> Any:
 
 
 def needed(owner: str, params: Tree) -> Tree:
-    """The parameters; if they are `None`, an error that names the transform, `owner`."""
+    """The parameters, or an error that names the transform `owner` if they are `None`."""
     if params is None:
         raise ValueError(f"{owner} reads the parameters: call update(grads, state, params)")
     return params

@@ -23,7 +23,7 @@ from adamjax.transform import Step, Transform, as_transform, states_of_parts
 __all__ = ["masked", "partition"]
 
 
-def _keep(tree: Tree, flags: list[bool]) -> Tree:
+def _select(tree: Tree, flags: list[bool]) -> Tree:
     """The tree with `None` in place of each leaf whose flag is false."""
     leaves, treedef = flatten(tree)
     return treedef.unflatten([x if f else None for x, f in zip(leaves, flags, strict=True)])
@@ -67,7 +67,7 @@ class masked(Transform):
 
     def init(self, params: Tree) -> Any:
         flags = mask_flags(self.pattern, params, "masked", must_match=True)
-        return self.tx.init(_keep(params, flags))
+        return self.tx.init(_select(params, flags))
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         if params is None:
@@ -78,7 +78,7 @@ class masked(Transform):
             grads = match_leaves("masked", "grads", updates, params, "params")
             treedef = flatten(params)[1]
             flags = self._flags(params)
-            params = _keep(params, flags)
+            params = _select(params, flags)
         own_grads = [g if flag else None for g, flag in zip(grads, flags, strict=True)]
         own_updates, state = self.tx.update(
             treedef.unflatten(own_grads), state, params, **extra_args
@@ -90,7 +90,7 @@ class masked(Transform):
         return treedef.unflatten(new_updates), state
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
-        return (_keep(params, self._flags(params)),)
+        return (_select(params, self._flags(params)),)
 
     def resolve_masks(self, params: Tree) -> Self:
         pattern = resolved_mask("masked", self.pattern, params)
@@ -101,8 +101,8 @@ class masked(Transform):
 class partition(Transform):
     """Applies to each leaf the transform of the first pattern that matches the leaf's path.
 
-    Each part sees only its own leaves, so a clip by global norm within a part takes the norm of
-    these leaves. The state is the tuple of the parts' states, the default's last.
+    Each part sees only its own leaves, so a clip by global norm within a part computes the norm
+    of these leaves. The state is the tuple of the parts' states, the default's last.
 
     Args:
       rules: pairs (pattern, transform) or a dictionary {pattern: transform}; patterns as in
@@ -113,7 +113,7 @@ class partition(Transform):
     Raises:
       ValueError: by `init` and `update`: a pattern matches no leaf, or a leaf has no pattern and
         there is no default. By `init`: a pattern has no effect, because earlier patterns match all
-        of its leaves (a pattern for the rest, like `".*"`, is allowed); or a pattern inside
+        of its leaves (a catch-all pattern, like `".*"`, is allowed); or a pattern inside
         a part, such as one of `by_path`, matches none of the part's leaves.
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
@@ -155,14 +155,14 @@ class partition(Transform):
         return states_of_parts(self, state)
 
     def part_params(self, params: Tree) -> tuple[Tree, ...]:
-        return self._shares(params)
+        return self._part_trees(params)
 
-    def _owners(self, tree: Tree) -> list[int]:
+    def _part_indices(self, tree: Tree) -> list[int]:
         """The index of each leaf's part, or -1 for `None`; refuses a leaf without a part."""
-        owners = []
+        indices = []
         for path, leaf in zip(leaf_paths(tree), flatten(tree)[0], strict=True):
             if leaf is None:
-                owners.append(-1)
+                indices.append(-1)
                 continue
             index = first_match(self.patterns, path)
             if index is None and self.default is None:
@@ -170,36 +170,36 @@ class partition(Transform):
                     f"partition: no pattern of {list(self.patterns)} matches the path "
                     f"{path!r}; add one, or give a default transform"
                 )
-            owners.append(len(self.transforms) if index is None else index)
-        return owners
+            indices.append(len(self.transforms) if index is None else index)
+        return indices
 
-    def _shares(self, tree: Tree) -> tuple[Tree, ...]:
+    def _part_trees(self, tree: Tree) -> tuple[Tree, ...]:
         """For each part, the tree with `None` in place of the other parts' leaves."""
-        owners = self._owners(tree)
-        return tuple(_keep(tree, [owner == i for owner in owners]) for i in range(len(self.parts)))
+        indices = self._part_indices(tree)
+        return tuple(_select(tree, [j == i for j in indices]) for i in range(len(self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         expect_matches("partition", self.patterns, params, first_decides=True)
-        shares = zip(self.parts, self._shares(params), strict=True)
-        return tuple(tx.init(share) for tx, share in shares)
+        pairs = zip(self.parts, self._part_trees(params), strict=True)
+        return tuple(tx.init(part_params) for tx, part_params in pairs)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         leaves, treedef = flatten(updates)
-        owners, new_states = self._owners(updates), []
-        if any(i not in owners for i in range(len(self.patterns))):
-            # If the gradients do not fit params, say this rather than that a pattern is unmatched.
+        part_indices, new_states = self._part_indices(updates), []
+        if any(i not in part_indices for i in range(len(self.patterns))):
+            # Gradients that do not fit params may be the cause, so check this first.
             if params is not None:
                 match_leaves("partition", "grads", updates, params, "params")
             expect_present("partition", self.patterns, updates, leaf_paths(updates))
-        part_states, shares = self.part_states(state), self._shares(updates)
-        params_shares = [None] * len(self.parts) if params is None else self._shares(params)
+        part_states, part_grads = self.part_states(state), self._part_trees(updates)
+        part_params = [None] * len(self.parts) if params is None else self._part_trees(params)
         for i, tx in enumerate(self.parts):
             part_updates, new_state = tx.update(
-                shares[i], part_states[i], params_shares[i], **extra_args
+                part_grads[i], part_states[i], part_params[i], **extra_args
             )
             new_states.append(new_state)
-            triples = zip(leaves, flatten(part_updates)[0], owners, strict=True)
-            leaves = [u if owner == i else leaf for leaf, u, owner in triples]
+            triples = zip(leaves, flatten(part_updates)[0], part_indices, strict=True)
+            leaves = [u if j == i else leaf for leaf, u, j in triples]
         return treedef.unflatten(leaves), tuple(new_states)
 
     def __repr__(self) -> str:

@@ -170,7 +170,7 @@ def checked_rules(owner: str, rules: Any) -> list[tuple[str, Any]]:
 
 
 def paired(owner: str, patterns: Any, values: Any) -> list[tuple[Any, Any]]:
-    """Pairs of a pattern and its value, from a list of patterns and a list of as many values."""
+    """Pairs (pattern, value), from a list of patterns and a list of as many values."""
     for x in (patterns, values):
         if not isinstance(x, list | tuple):
             raise TypeError(f"{owner}: expected lists of patterns and of their values, got {x!r}")
@@ -190,18 +190,15 @@ def first_match(patterns: Sequence[str], path: str) -> int | None:
 def expect_matches(
     owner: str, patterns: Sequence[str], tree: Tree, *, first_decides: bool = False
 ) -> None:
-    """Refuses patterns that match the path of no leaf of the tree, unless they are `optional`.
+    """Refuses patterns that match no leaf's path in the tree, unless they are `optional`.
 
     Leaves that are `None` do not count, such as the leaves of other parts in `masked` and
     `partition`. All others count, integers too. A tree without any element is not checked.
 
     Args:
-      owner: for errors.
-      patterns: the patterns.
-      tree: the tree.
-      first_decides: whether only the first pattern that matches a leaf counts for it. Then a
-        pattern is also refused if earlier ones match all of its leaves. But a pattern that matches
-        every leaf is allowed, as a last rule for the rest, unless it repeats an earlier one.
+      first_decides: whether only the first pattern that matches a leaf has an effect on it. Then a
+        pattern is also refused if earlier patterns match all of its leaves. But a catch-all
+        pattern, which matches every leaf, is allowed, unless it repeats an earlier pattern.
     """
     if all(isinstance(pattern, optional) for pattern in patterns):
         return
@@ -222,15 +219,15 @@ def _has_elements(leaves: Iterable[Any]) -> bool:
 
 
 def _expect_effects(owner: str, patterns: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses patterns that match only leaves for which earlier patterns decide."""
+    """Refuses patterns that match only leaves which earlier patterns match too."""
     deciding = {path: first_match(patterns, path) for path in paths}
     for i, pattern in enumerate(patterns):
         if isinstance(pattern, optional):
             continue
         matches = [path for path in paths if re.search(pattern, path)]
-        # A last rule for the rest matches every leaf. There may be no rest.
-        is_last_rule = len(matches) == len(paths) and str(pattern) not in map(str, patterns[:i])
-        if is_last_rule or any(deciding[path] == i for path in matches):
+        # A catch-all is for the leaves that no earlier pattern matches. There may be none.
+        is_catch_all = len(matches) == len(paths) and str(pattern) not in map(str, patterns[:i])
+        if is_catch_all or any(deciding[path] == i for path in matches):
             continue
         earlier = next(p for p in patterns if any(re.search(p, path) for path in matches))
         raise ValueError(
@@ -252,13 +249,12 @@ def expect_present(owner: str, patterns: Iterable[str], tree: Tree, paths: Seque
         expect_paths(owner, unmatched, paths)
 
 
-# How negative lookarounds of regular expressions begin, and how the positive lookarounds begin that
-# match what they exclude.
+# The opening of a negative lookaround, and of the positive lookaround with the opposite meaning.
 _OPPOSITES = {"(?!": "(?=", "(?<!": "(?<="}
 
 
 def _idle_exclusion(pattern: str, paths: Sequence[str]) -> str:
-    """The end of a pattern that begins with a negative lookaround which excludes none of the paths.
+    """The text of a pattern from its first negative lookaround that excludes none of the paths.
 
     It is empty if there is no such lookaround.
     """
@@ -283,10 +279,7 @@ def expect_paths(
     A pattern with an exclusion, such as `"^(?!.*bias)"`, is also refused if it excludes no path.
 
     Args:
-      owner: for errors.
-      patterns: the patterns.
-      paths: the paths.
-      what: what a path names, for errors.
+      what: a word for the objects that have these paths, for errors.
       absent: the paths of leaves that are `None`.
     """
     for pattern in patterns:
@@ -305,7 +298,7 @@ def expect_paths(
             continue
         note = ""
         if any(re.search(pattern, path) for path in absent):
-            note = " that is here (leaves of other parts are None here)"
+            note = ", only None (a part sees None in place of the leaves of other parts)"
         raise ValueError(
             f"{owner}: the pattern {pattern!r} matches no {what}{note}; the paths are "
             f"{_listed(paths)}. If it may match none, write adamjax.optional({str(pattern)!r})"
@@ -394,7 +387,7 @@ class BoolTree:
         return repr(self.tree)
 
 
-# Patterns for `re.search`, a tree of bools, or a function from a tree to one (optax's masks).
+# Patterns for `re.search`, a tree of bools, or a function that returns one (as in optax).
 Mask = str | Sequence[str] | BoolTree | Callable[[Any], Any]
 
 
@@ -441,8 +434,8 @@ def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) ->
     """The mask that a function returns for a tree.
 
     One bool for a tree of several leaves is refused: such a function is nearly always meant to be
-    called with a path, like `lambda path: "bias" not in path`. Called with a dictionary, this one
-    looks for the key "bias".
+    called with a path, like `lambda path: "bias" not in path`. Called with a dictionary, this
+    function looks for the key "bias".
     """
     mask = function(tree)
     if _is_bool(mask) and len(flatten(tree)[0]) > 1:
@@ -452,7 +445,7 @@ def _mask_of_function(owner: str, function: Callable[[Any], Any], tree: Tree) ->
             "To choose leaves by their paths, write a pattern, such as mask='kernel$'; for all "
             "leaves, mask=True"
         )
-    return bool_tree(f"{owner}: what the mask function returns", mask)
+    return bool_tree(f"{owner}: the result of the mask function", mask)
 
 
 def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
@@ -461,7 +454,7 @@ def resolved_mask(owner: str, mask: Any, params: Tree) -> Any:
 
 
 def checked_mask(owner: str, mask: Any) -> Mask:
-    """A mask that can be used: patterns, a tree of bools, or a function that returns such a tree.
+    """The checked mask: patterns, a tree of bools, or a function that returns such a tree.
 
     A tree of bools may be callable, as an Equinox model is: then its leaves decide.
     """
@@ -486,7 +479,7 @@ def checked_mask(owner: str, mask: Any) -> Mask:
     elif mask is None or (is_one_leaf and not _is_bool(mask)):
         raise TypeError(
             f"{owner}: a path pattern must be a str, got {mask!r} (a mask may also be a tree of "
-            "bools, or a function from a tree to one)"
+            "bools, or a function that returns one)"
         )
     return bool_tree(owner, mask)
 

@@ -1,4 +1,4 @@
-"""Functions that read slots, counts, rates and weights from a state, optax's wrappers included."""
+"""Reads slots, counts, rates and weights from a state, also inside optax's wrappers."""
 
 from typing import Any, TypeVar, overload
 
@@ -61,7 +61,7 @@ def _merge(what: str, trees: list[Tree]) -> Tree:
 
 
 def slot_names(state: Any) -> tuple[str, ...]:
-    """The names that `get_slot` knows for a state, such as `("m", "v")`.
+    """The names of slots that `get_slot` accepts for a state, such as `("m", "v")`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> adamjax.slot_names(adamjax.amsgrad().init(jnp.zeros(3)))
@@ -128,7 +128,7 @@ def skipped_steps(state: Any) -> chex.Array:
     """The number of steps that `skip_not_finite` has skipped.
 
     Returns:
-      An int32 scalar; the sum, if there are several.
+      An int32 scalar; the sum, if the state has several `skip_not_finite`.
 
     Raises:
       ValueError: the state has no `skip_not_finite`.
@@ -246,12 +246,12 @@ def float32_weights(state: Any, params: T) -> T:
     states = states_of_class(MasterWeightsState, state)
     if not states:
         raise ValueError(
-            "float32_weights: the state has no master_weights: wrap the optimizer in it, or take "
+            "float32_weights: the state has no master_weights: wrap the optimizer in it, or use "
             "the parameters themselves"
         )
     leaves, treedef = flatten(params)
     advice = "pass the parameters that belong to the state"
-    for weights, weights_treedef in (flatten(one.weights) for one in states):
+    for weights, weights_treedef in (flatten(s.weights) for s in states):
         if weights_treedef != treedef:
             raise ValueError(
                 f"float32_weights: params has the leaves {leaf_paths(params)}, and the state has "
@@ -276,11 +276,11 @@ def learning_rate(tx: Any, state: Any) -> Any:
       state: its state.
 
     Returns:
-      A number or scalar array. If leaves have different rates, a `by_path` with these rates, and
-      `by_path.at(path)` is the rate of one leaf.
+      A number or scalar array. If leaves have different rates, a `by_path` with these rates; its
+      method `at(path)` returns the rate of one leaf.
 
     Raises:
-      ValueError: there is no `scale_by_learning_rate`, or more than one.
+      ValueError: `tx` has no `scale_by_learning_rate`, or several.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.adam(adamjax.cosine_decay(0.5, decay_steps=100))

@@ -1,7 +1,7 @@
 """Row gradients, and how rules are applied to them.
 
 A model reads a few rows of a large table; the gradients of the others are zero. A `RowGradient`
-has only the rows that were read, each of them once. It takes the place of the table's gradient.
+has only the rows that were read, each of them once. It replaces the table's gradient.
 """
 
 import dataclasses
@@ -58,11 +58,11 @@ __all__ = [
 ]
 
 
-# Arithmetic on the leaves of a row gradient changes its indices, but also this number, so it is
-# noticed. The number is odd, so that no sum of n copies equals it; it is large and negative, so
-# that no halved sum, absolute value, clipped value or square equals it. It is a NumPy array: its
-# value is known while tracing and costs nothing, and its sums overflow without a warning, which a
-# NumPy scalar would give.
+# Arithmetic on the leaves of a row gradient changes its indices, but also this number, and so the
+# arithmetic is detected. The number is odd, so that no sum of n copies equals it; it is large and
+# negative, so that no halved sum, absolute value, clipped value or square equals it. It is a NumPy
+# array: its value is known while tracing and costs nothing, and its sums overflow without the
+# warning of NumPy scalars.
 SEAL = np.array(-0x5EA1_0FD1, np.int32)
 SEAL.setflags(write=False)
 
@@ -194,15 +194,15 @@ class RowGradient(Data):
         if table.dtype == compute_dtype(table.dtype, self.dtype) == self.dtype:
             return scatter_rows(table, self.indices, self.values, add=True)
 
-        return _stepped_rows(self.num_rows, table, self.indices, self.values, key)
+        return _add_to_rows(self.num_rows, table, self.indices, self.values, key)
 
 
 # Jitted for callers outside of `jit`, where a loop would be compiled again at each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _stepped_rows(
+def _add_to_rows(
     num_rows: int, table: chex.Array, indices: chex.Array, values: chex.Array, key: Any
 ) -> chex.Array:
-    """A table with `add_update` applied to some of its rows."""
+    """A table after `add_update` of some of its rows."""
 
     def step(table: Any, indices: chex.Array, rows: Any, values: Any) -> Any:
         before = gather_rows(table, indices, mode="fill", fill_value=0)
@@ -299,8 +299,8 @@ def check_sound(owner: str, rows: RowGradient) -> RowGradient:
     """The row gradient, or an error if something has computed with its indices.
 
     Every use calls this once. If the seal is traced, only the compiled step can compare it. Then a
-    broken seal gives NaN to the first rows of the table, so that the fault shows whatever the
-    indices have become.
+    broken seal writes NaN to the first rows of the table, so that the error shows even if all
+    indices are now outside the table.
     """
     if rows.indices.dtype != np.int32:
         raise SpoiltRows(
@@ -440,7 +440,7 @@ def row_gradient(
 def sum_rows(
     distinct_ids: chex.Array, position: chex.Array, values: chex.Array, num_rows: int
 ) -> RowGradient:
-    """The row gradient of `values[n, *trailing]`, given the results of `distinct` for their ids."""
+    """The row gradient of `values[n, *trailing]`, given the results of `distinct` for its ids."""
     return sum_rows_of_each([(distinct_ids, position)], [values], [num_rows])[0]
 
 
@@ -478,7 +478,7 @@ def sum_rows_of_each(
 
 # --- indices and numbers of rows ------------------------------------------------------------------
 
-# Rows are numbered by int32, and the number after the last row means none.
+# Rows are numbered by int32, and the number after the last row stands for no row.
 _MOST_ROWS = np.iinfo(np.int32).max - 1
 
 
@@ -528,7 +528,7 @@ def as_integers(owner: str, indices: Any) -> Any:
     if indices.dtype == object:
         wrong_types = [type(x).__name__ for x in indices.reshape(-1) if not _is_int(x)]
     else:
-        # To NumPy, lengths of time are integers too.
+        # NumPy counts timedelta64 as an integer dtype.
         is_integer = jnp.issubdtype(indices.dtype, jnp.integer) and indices.dtype.kind != "m"
         wrong_types = [] if is_integer else [indices.dtype.name]
     if wrong_types:
@@ -619,7 +619,6 @@ def run_rule(
     Args:
       rule: an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)`.
       c: the rule's scalars in this step.
-      g: the gradient.
       reads: arrays that the rule reads and does not change, such as the weights.
       key: a key of `rounding_keys`, for narrow slots.
       rows: the indices of the array's rows in their table; `None` if the array is a whole leaf.
@@ -632,7 +631,7 @@ def run_rule(
 
 
 def _floats(slots: Sequence[Any]) -> list[chex.Array]:
-    """Slots as a rule takes them: encoded ones as float32 arrays."""
+    """Slots as inputs of a rule: encoded slots as float32 arrays."""
     return [read_slot(x, x.dtype) if isinstance(x, Scaled8) else x for x in slots]
 
 
@@ -647,8 +646,8 @@ def apply_rule_to_rows(
 ) -> tuple[Any, ...]:
     """Applies an elementwise rule `(c, g, *slots, *reads) -> (u, *slots)` to rows of a table.
 
-    The rows of the slots are gathered, go through the rule, and are scattered. Unless `lazy`, the
-    rule is then applied to all other rows, whose gradient is the rest or zero.
+    This gathers the rows of the slots, applies the rule, and scatters the results. Unless `lazy`,
+    the rule is then applied to all other rows, whose gradient is the rest or zero.
 
     Args:
       key: a key of `rounding_keys`, for narrow slots.

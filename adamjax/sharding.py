@@ -67,7 +67,7 @@ def _spec(x: Any) -> Spec:
 def _named(mesh: Any, spec: Spec, memory_kind: str | None = None) -> NamedSharding:
     """The sharding of an array with this split, as `jit` returns it: without a `None` at the end.
 
-    With another sharding, the second step would be compiled again.
+    With a `None` at the end, the second step would be compiled again.
     """
     last = max((i for i, axes in enumerate(spec) if axes is not None), default=-1)
     return NamedSharding(mesh, PartitionSpec(*spec[: last + 1]), memory_kind=memory_kind)
@@ -77,8 +77,8 @@ def state_shardings(tx: Any, params: Tree, mesh: Any, *, memory_kind: str | None
     """The shardings of an optimizer's state on a mesh: each slot is split like its parameter.
 
     Use them in `jax.jit(tx.init, out_shardings=...)`, in the `out_shardings` of a step, and to
-    restore a checkpoint. Scalars are on all devices. What `exact_rows` records for each row is
-    split like the rows of its table. Under `shard_state`, slots are also split over its axis.
+    restore a checkpoint. Scalars are on all devices. The clock that `exact_rows` stores for each
+    row is split like the rows of the table. Under `shard_state`, slots are split over its axis too.
 
     Args:
       tx: an optimizer; states of other libraries' transforms, such as optax's, are split too.
@@ -118,7 +118,7 @@ def _shardings_of(
     """The shardings of a state, given the split of the slots of each parameter."""
     leaves, treedef = flatten(params)
     paths = leaf_paths(params)
-    # In the order in which `map_like_params` meets their states.
+    # In the order in which `map_like_params` visits their states.
     shard_transforms = [part.tx for part in find(shard_state, tx)]
 
     def split(spec: Spec) -> NamedSharding:
@@ -268,7 +268,7 @@ class shard_state(Transform):
         """The shardings of the inner transform's state.
 
         Args:
-          memory: another kind of memory than `memory_kind`.
+          memory: the kind of memory to use in place of `memory_kind`.
         """
         specs = [self._slot_spec(p) for p in flatten(params)[0]]
         memory_kind = memory or self.memory_kind

@@ -1,4 +1,4 @@
-"""The classes of states, of the objects in them, and of what `exact_rows` hands out.
+"""The classes of states and of the objects in them, and the helper classes of `exact_rows`.
 
 A state is a named tuple, so a checkpoint library stores it as it is, and its fields are read by
 name. Programs rarely need these classes: `get_slot`, `step_count`, `averaged_weights` and the other

@@ -1,10 +1,10 @@
-"""What a transform is made of: its parts, their states, and the parameters that each part sees.
+"""The parts of a transform, their states, and the parameters that each part sees.
 
-Two trees are walked here. A transform may contain other transforms, as `chain` and `masked` do;
-`walk` and `find` go through them. A state may contain trees with one array for each parameter, as
-Adam's moments are; a state names these fields in `slots`, and `slot_states` and `map_slots` find
-them. Everything that reads, converts, shards or checks a state uses only these functions, so it
-also works for transforms that users write.
+This module walks two kinds of trees. A transform may contain other transforms, as `chain` and
+`masked` do; `walk` and `find` go through them. A state may contain trees with one array for each
+parameter, as Adam's moments are; a state names these fields in `slots`, and `slot_states` and
+`map_slots` find them. All code that reads, converts, shards or checks a state uses only the
+functions of this module, so it also works for transforms that users write.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,12 +31,13 @@ __all__ = [
 
 
 class Part(NamedTuple):
-    """A transform inside another one.
+    """A transform, its state, and the parameters that it sees.
 
     Attributes:
       tx: the transform.
-      state: its state; `None` where no state was given.
-      params: the parameters that it sees, `None` in place of each leaf that it does not see.
+      state: its state; `None` if not known.
+      params: these parameters, with `None` in place of each leaf that it does not see; `None` if
+        not known.
     """
 
     tx: Any
@@ -45,21 +46,21 @@ class Part(NamedTuple):
 
 
 def walk(tx: Any, state: Any = None, params: Tree = None) -> Iterator[Part]:
-    """A transform and all its parts at any depth, in the order in which a gradient meets them."""
+    """A transform and all its parts at any depth, in the order of a gradient's route."""
     yield Part(tx, state, params)
     for part in tx.children(state, params):
         yield from walk(*part)
 
 
 def find(classes: Any, tx: Any, state: Any = None, params: Tree = None) -> list[Part]:
-    """The parts that `walk` yields and whose transforms are of these classes."""
+    """The parts that `walk` yields whose transforms are of these classes."""
     return [part for part in walk(tx, state, params) if isinstance(part.tx, classes)]
 
 
 def replace_parts(tx: Any, function: Callable[[Any], Any]) -> Any:
     """The transform with `function` applied to each of its parts, innermost first, and then to it.
 
-    Where nothing changes, the result is the same object. The new transform is not checked.
+    If `function` changes nothing, the result is the same object. The new transform is not checked.
     """
     parts = tx.parts
     new = [replace_parts(part, function) for part in parts]
@@ -82,7 +83,7 @@ def _names_slots(x: Any) -> bool:
 
 
 def slot_states(state: Any) -> Iterator[Any]:
-    """The states that name their slots, at any depth, inner ones before those around them."""
+    """The states that name their slots, at any depth, inner states before outer ones."""
     for x in jax.tree.leaves(state, is_leaf=_names_slots):
         if _names_slots(x):
             for name in x._fields:
@@ -92,7 +93,7 @@ def slot_states(state: Any) -> Iterator[Any]:
 
 
 def rule_slots(x: Any) -> tuple[str, ...]:
-    """The names of the slots of a rule's state; none for anything else."""
+    """The names of the slots of a rule's state; `()` for anything else."""
     # A user's state may have `slots` without `rule_slots`. Then it counts as a rule's state.
     return getattr(x, "rule_slots", getattr(x, "slots", ())) if isinstance(x, tuple) else ()
 
@@ -100,6 +101,7 @@ def rule_slots(x: Any) -> tuple[str, ...]:
 def map_slots(function: Callable[..., Tree], state: Any, *rest: Any) -> Any:
     """The state with `function(name, slot, *slots_of_rest)` in place of each of its slots.
 
+    `rest` are states of the same structure; their slots are further arguments of the function.
     A slot that `grouped` stores in buckets is not like the parameters, so it stays as it is.
     """
 
@@ -143,10 +145,10 @@ def map_like_params(
     their slots.
 
     Args:
-      on_slots: what to do with such a tree.
-      on_others: what to do with everything else: with leaves, and with the nodes that `stop` is
-        true of.
-      stop: whether not to look for such trees inside a node.
+      on_slots: the function for such a tree.
+      on_others: the function for everything else: for leaves, and for nodes at which `stop` is
+        true.
+      stop: a predicate of a node: if it is true, the node is not searched for such trees.
     """
     treedef = flatten(params)[1]
 
@@ -159,8 +161,8 @@ def map_like_params(
         return on_slots(x) if is_like_params(x) else on_others(x)
 
     def mapped_buckets(x: Bucketed) -> Bucketed:
-        # A bucket does not have the shape of a parameter, so it goes to `on_others`. The leaves
-        # outside of buckets do: `on_slots` gets a tree with only these leaves.
+        # A bucket does not have the shape of a parameter, so it goes to `on_others`. A leaf outside
+        # of the buckets has it, so `on_slots` gets a tree with only these leaves.
         leaves: list[Any] = [None] * len(x.plan.avals)
         for i, leaf in zip(x.plan.alone, x.alone, strict=True):
             leaves[i] = leaf

@@ -55,7 +55,7 @@ def step_scalars(plan, steps_before, steps, real, decay):
     a = -schedule * bias_correction * set_by_hand
     a[steps // 3 : steps // 2] *= rng.choice([-1, 0, 1], steps // 2 - steps // 3)
     a[-5:] *= 10
-    b = -decay * rng.uniform(0, 1, steps) * plan.decays
+    b = -decay * rng.uniform(0, 1, steps) * plan.has_decay
     return a.astype(real), b.astype(real)
 
 

@@ -369,13 +369,13 @@ def test_what_is_no_bool_is_refused(leaf, said):
     ):
         with pytest.raises(TypeError, match=f"^{owner}: at 'enc/bias' the mask has .*{said}"):
             make(mask)
-        returned = f"^{owner}: what the mask function returns: at 'enc/bias' the mask has .*{said}"
+        returned = f"^{owner}: the result of the mask function: at 'enc/bias' the mask has .*{said}"
         with pytest.raises(TypeError, match=returned):
             make(lambda tree: mask).init(PARAMS)
     with pytest.raises(TypeError, match="a path pattern must be a str, got None"):
         masked(scale(0.0), None)
     for returned in ("kernel", 1):
-        with pytest.raises(TypeError, match="masked: what the mask function returns: the mask has"):
+        with pytest.raises(TypeError, match="masked: the result of the mask function: the mask"):
             masked(scale(0.0), lambda tree, x=returned: x).init(PARAMS)
 
 

@@ -129,14 +129,14 @@ def test_an_error_lists_at_most_20_paths():
 
 def test_matching_only_integers_is_accepted_and_matching_only_none_is_refused():
     assert jax.eval_shape(masked(adam(), "steps").init, PARAMS)
-    with pytest.raises(ValueError, match="masked: the pattern 'none' matches no leaf that is here"):
+    with pytest.raises(ValueError, match="masked: the pattern 'none' matches no leaf, only None"):
         masked(adam(), "none").init(PARAMS)
 
 
 def test_a_pattern_must_match_a_leaf_of_its_own_part():
     """A part of `masked` or `partition` sees only its own leaves."""
     rates = by_path([("bias", 0.1)], default=0.2)
-    wanted = r"by_path: the pattern 'bias' matches no leaf that is here \(leaves of other parts .*"
+    wanted = r"by_path: the pattern 'bias' matches no leaf, only None \(a part sees None .*"
     for tx in (
         masked(adam(rates), "head"),
         partition([("head", adam(rates))], default=scale(0.0)),

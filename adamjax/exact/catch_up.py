@@ -76,7 +76,7 @@ def catch_up_rows(batch: Batch, past: Past, arrays: list[TableArrays], indices: 
         size = jnp.zeros_like(momentum)
     else:
         size = root(slots[coast.size]) if coast.squared else slots[coast.size]
-    # Read it only if there is a `weight_ema`: a rule's slot may have that name too.
+    # A rule's own slot may have this name too, so read it only if there is a `weight_ema`.
     average = slots["average"] if _has_average(first) else None
     moved, average = first.coasting.catch_up(*past, last, before, momentum, size, average)
     gap = past.clock - last
@@ -123,7 +123,7 @@ def weights_of(batch: Batch, ready: Ready, averaged: bool) -> chex.Array:
 def read_in_blocks(
     batch: Batch, past: Past, table_arrays: TableArrays, indices: chex.Array, averaged: bool = False
 ) -> chex.Array:
-    """The weights of a table's rows, up to date, block by block."""
+    """The up-to-date weights of some rows of a table, computed block by block."""
     table = batch.tables[0]
 
     def step(_: Any, indices: chex.Array, rows: Any, reads: Any) -> Any:
@@ -214,7 +214,7 @@ def put_slots(
     slots_of_each = {name: rows_of_each(x, sizes) for name, x in slots.items()}
     last_of_each = rows_of_each(last, sizes)
 
-    def put_in(position: int) -> TableArrays:
+    def written(position: int) -> TableArrays:
         old, ids = arrays[position], indices[position]
         new_rows = {name: x[position] for name, x in slots_of_each.items()}
         rounded = rounded_slots(old, new_rows, position, ids + first_row)
@@ -225,4 +225,4 @@ def put_slots(
         }
         return old._replace(slots=new, last=scatter_rows(old.last, ids, last_of_each[position]))
 
-    return [put_in(position) for position in range(len(arrays))]
+    return [written(position) for position in range(len(arrays))]

@@ -34,16 +34,17 @@ def _prepare_reads(
     """Finds the reads of a function, and brings their rows up to date before it is called.
 
     Args:
-      is_loss: whether its gradient is taken, and a step follows.
-      averaged: whether tables that have an average by `weight_ema` are read from it.
+      is_loss: whether the function is a loss, whose gradient a step then uses.
+      averaged: whether to read the average of `weight_ema` in place of the weights, for tables that
+        have one.
 
     Returns:
-      The reads; where they take their rows from; by table, `search.distinct` of its indices; and
-      a ticket for the step.
+      The reads; the arguments for their calls; by table, the result of `search.distinct` for its
+      indices; and a ticket for the step.
     """
     batches: dict[int, Batch] = {}
     state_of: dict[int, tuple[TableArrays, Past]] = {}
-    # `master_weights` reads rows from float32 tables; the function gets the parameters' dtype.
+    # With `master_weights`, rows come from float32 tables. The function gets the parameters' dtype.
     dtypes = [None if p is None else dtype_of(p) for p in call.leaves]
     for bound in bounds:
         for table in bound.tables:
@@ -89,7 +90,8 @@ def gradient_of(
     """`exact_rows.value_and_grad` of one or more `exact_rows`, each with tables of its own.
 
     Args:
-      bind: returns each of them, bound to its state and the parameters that it sees.
+      bind: a function that returns each `exact_rows`, bound to its state and the parameters that
+        it sees.
 
     Returns:
       A function `(params, /, *args, **kwargs) -> ((value, grads), ticket)`, one ticket for all.
@@ -113,11 +115,12 @@ def results_of(
     strict: bool = False,
     averaged: bool = False,
 ) -> Callable[..., Any]:
-    """A function of the parameters, called with up-to-date rows of the tables of `exact_rows`.
+    """`fn`, but with up-to-date rows where it reads tables of `exact_rows`.
 
     Args:
       bounds: each `exact_rows`, bound to its state and the parameters that it sees.
-      averaged: whether tables that have an average by `weight_ema` are read from it.
+      averaged: whether to read the average of `weight_ema` in place of the weights, for tables that
+        have one.
 
     Returns:
       A function with the arguments and results of `fn`.

@@ -20,9 +20,9 @@ __all__ = ["Ticket"]
 class Ticket(Data):
     """The rows that `prepare` brought up to date, for the `update` of the same step.
 
-    It is valid only for the very arrays of params, state and indices that it was made from. If one
-    of them is another array (after a `flush`, with perturbed parameters, for other rows), or if the
-    ticket went through a function with a jit of its own, `update` brings the rows up to date
+    It is valid only for the array objects of params, state and indices that it was made from. If
+    one of them is another object (after a `flush`, with perturbed parameters, for other rows), or
+    if the ticket went through a function with a jit of its own, `update` brings the rows up to date
     itself. So a ticket saves work within one jitted step, and is harmless anywhere else.
 
     Attributes:
@@ -98,11 +98,11 @@ class Ticket(Data):
         return vars(self).get("_origins", {})
 
     def rows_of(self, path: str, origin: Any) -> Ready | None:
-        """The rows of a batch; `None` if the ticket was not made from the very arrays in `origin`.
+        """The rows of a batch; `None` if the ticket was not made from exactly these array objects.
 
         Args:
           path: the path of the batch's first table.
-          origin: the arrays that the rows depend on.
+          origin: the arrays that the rows depend on, compared by identity.
         """
         expected = jax.tree.leaves(self._noted_origins.get(path))
         arrays = jax.tree.leaves(origin)
@@ -111,7 +111,7 @@ class Ticket(Data):
 
 
 def _tuples(x: Any) -> Any:
-    """What JSON has read, with a tuple in place of each list, as static fields must be hashable."""
+    """A value read from JSON, with tuples for lists, because static fields must be hashable."""
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
