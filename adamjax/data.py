@@ -221,7 +221,7 @@ class Data:
         """Checks and completes the fields."""
 
     def set_fields(self, **values: Any) -> None:
-        """Sets fields of this frozen object: only in `__post_init__`, or of a new copy."""
+        """Sets fields of a frozen object. Call it in `__post_init__` or on a new copy only."""
         self.__dict__.update(values)
 
     def check_range(self, name: str, allowed: Range) -> None:

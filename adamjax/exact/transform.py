@@ -557,7 +557,7 @@ class exact_rows(Transform):
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block; nothing else changes.
 
-        For other readers of the weights: an export, another library. Neither `eval_step` nor a
+        Call it before an export or another library reads the weights. Neither `eval_step` nor a
         checkpoint to resume from needs it.
 
         Args:
