@@ -87,7 +87,7 @@ def check_route(route: list[Transform]) -> None:
             if tx.coast() is None:
                 raise refusal(
                     tx,
-                    "it has no Coast, which describes how rows without a gradient move, so they "
+                    "it has no Coast (see Rule.coast) for rows without a gradient, so they "
                     "could not catch up. Use row gradients without exact_rows",
                 )
             rule = tx
