@@ -45,9 +45,9 @@ from adamjax.transform import Transform
 
 __version__ = "0.1.0"
 
-# In the order of a pipeline.
+# By topic.
 __all__ = [
-    # a pipeline and its parts
+    # chains and their parts
     "chain",
     "identity",
     "masked",
@@ -111,7 +111,7 @@ __all__ = [
     "forward",
     "with_hyperparams",
     "set_hyperparams",
-    # as JSON
+    # transforms as JSON
     "to_config",
     "from_config",
     # reading a state

@@ -108,7 +108,7 @@ class Bucketed:
     Attributes:
       buckets: tuple of arrays of one dimension, each with leaves of one dtype end to end.
       alone: tuple of the leaves that are in no bucket.
-      plan: which leaves are where; static, not an array.
+      plan: the `Plan`, which lists the leaves of each bucket; static, not an array.
 
     >>> import adamjax, jax.numpy as jnp
     >>> state = adamjax.grouped(adamjax.scale_by_adam()).init({"a": jnp.ones(3), "b": jnp.ones(())})
@@ -123,7 +123,7 @@ class Bucketed:
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         names = list(self.plan.names)
         children = (*self.buckets, *self.alone)
-        # A state with more or fewer arrays than the plan must pass through jit, so that
+        # A state may have more or fewer arrays than the plan. It must pass through `jit`, so that
         # `expect_whole` can refuse it.
         names += ["surplus"] * (len(children) - len(names))
         keys = map(jax.tree_util.DictKey, names)

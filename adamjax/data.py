@@ -37,8 +37,8 @@ class Range:
 
     Attributes:
       text: the range in words, for errors: "must be {text}".
-      holds: a function of an array that says for each element whether it is in the range. Combine
-        conditions with `&` and `|`, because the array may be traced.
+      holds: a function that maps an array to booleans: whether each element is in the range.
+        Combine conditions with `&` and `|`, because the array may be traced.
       whole: what happens to a whole number, an int or an integer array. "never": it is stored as a
         float, so that a fraction can replace it later. "kept": it stays an integer, because it
         counts steps and float32 would round it; beyond int32 it becomes a float. "only": only whole
@@ -60,11 +60,11 @@ BETA = Range("in [0, 1)", lambda x: (x >= 0) & (x < 1))
 UNIT = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 # In the next three ranges a number must be finite in float32 too.
 NON_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x <= LARGEST))
-# A smaller number is subnormal in float32, and XLA may treat it as 0. Then 0/0 would be the update
-# of a weight that never had a gradient.
+# Smaller numbers are subnormal in float32, and XLA may treat them as 0. With an epsilon of 0, the
+# update of a weight that never had a gradient would be 0/0.
 POSITIVE = Range(f"finite and at least {TINY:.2g}", lambda x: (x >= TINY) & (x <= LARGEST))
 FINITE = Range("finite", lambda x: np.abs(x) <= LARGEST)
-# A length of time or a point in it, in steps.
+# A duration or a time, in steps.
 STEPS = dataclasses.replace(POSITIVE, whole="kept")
 COUNT = Range(
     f"a whole number of at least 1 and at most {LAST_COUNT}",
@@ -76,12 +76,12 @@ COUNT = Range(
 _T = TypeVar("_T")
 
 
-# The names by which `jax.export` writes classes.
+# The names of the classes that are registered with `jax.export`.
 _EXPORTED: set[str] = set()
 
 
 def exportable(cls: type[_T]) -> type[_T]:
-    """Lets `jax.export` write a named tuple that goes into an exported step or comes out of it.
+    """Registers a named tuple, so that `jax.export` can serialize steps that take or return it.
 
     JAX registers one class for each name, and this cannot be undone. If a class is defined again,
     as in a cell of a notebook that is run twice, only its first definition can be exported.
@@ -180,12 +180,13 @@ class Data:
     """Base class of transforms and schedules: a subclass is a frozen dataclass and a pytree.
 
     Fields are the leaves (or subtrees) of the pytree, so an object can be an argument of `jit`, and
-    `vmap` maps over it. Fields made with `static` belong to its structure. Objects print as a call
-    that makes an equal one, compare by value (arrays too), and can be pickled and copied. They have
-    a hash unless a hyperparameter is an array.
+    `vmap` maps over it. Fields made with `static` belong to its structure. The repr of an
+    object is a call that makes an equal object. Objects compare by value (arrays too), and can be
+    pickled and copied. They have a hash unless a hyperparameter is an array.
 
     JAX rebuilds objects with tracers, axes or placeholders in place of the leaves, so unflattening
-    skips `__init__`. Checks belong in `__post_init__`, which runs when a person makes the object.
+    skips `__init__`. Checks belong in `__post_init__`, which runs when a constructor or `replace`
+    makes the object.
     While an array is traced its value is unknown, so its range is not checked.
     """
 
@@ -220,7 +221,7 @@ class Data:
         """Checks and completes the fields."""
 
     def set_fields(self, **values: Any) -> None:
-        """Sets fields in `__post_init__`; afterwards an object cannot be changed."""
+        """Sets fields of a frozen object. Call it in `__post_init__` or on a new copy only."""
         self.__dict__.update(values)
 
     def check_range(self, name: str, allowed: Range) -> None:
@@ -232,24 +233,24 @@ class Data:
         self.set_fields(**{name: self._checked(name, getattr(self, name), allowed)})
 
     def check_flag(self, name: str) -> None:
-        """Refuses what is neither True nor False: the string "false" would be true."""
+        """Refuses a field that is not a bool. (The string "false" would count as true.)"""
         value = getattr(self, name)
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
         self.set_fields(**{name: bool(value)})
 
     def _checked(self, name: str, value: Any, allowed: Range) -> Any:
-        """The value of a hyperparameter, if it is in its range, as a Python number or array."""
+        """The value as a Python number or JAX array; see `check_range`."""
         owner, whole = type(self).__name__, allowed.whole
         if isinstance(value, np.generic):
             value = value.item()
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if is_array(value):
-            real = jnp.issubdtype(value.dtype, jnp.integer) or (
+            is_real = jnp.issubdtype(value.dtype, jnp.integer) or (
                 jnp.issubdtype(value.dtype, jnp.floating)
                 and not (whole == "only" and isinstance(value, jax.core.Tracer))
             )
-        if not real:
+        if not is_real:
             kind = f"of type {type(value).__name__}"
             if isinstance(value, jax.core.Tracer):
                 kind = f"of dtype {value.dtype.name}, which is being traced"
@@ -267,10 +268,10 @@ class Data:
         if not is_array(value):
             # `value` is any real number: an int, a float, a Fraction, a longdouble, ... With "only"
             # it may be the float 3.0.
-            kept = whole == "kept" and isinstance(value, int)
+            stays_int = whole == "kept" and isinstance(value, int)
             # `jit` does not accept an int beyond int32.
-            kept = kept and abs(value) <= LAST_COUNT
-            return int(value) if whole == "only" or kept else float(value)
+            stays_int = stays_int and abs(value) <= LAST_COUNT
+            return int(value) if whole == "only" or stays_int else float(value)
         if whole == "only":
             return jnp.asarray(value, jnp.int32)
         if _is_integer(value) and (whole == "never" or _exceeds_int32(value)):
@@ -289,10 +290,10 @@ class Data:
         for name in changes:
             if name not in names:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}; it has {names}")
-        made = object.__new__(type(self))
-        made.set_fields(**{**self.__dict__, **changes})
-        made.__post_init__()
-        return made
+        new = object.__new__(type(self))
+        new.set_fields(**{**self.__dict__, **changes})
+        new.__post_init__()
+        return new
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-def _conditional(
+def _step_if(
     due: chex.Array, step: Callable[[Tree], Step], grads: Tree, state: Any, wide: bool
 ) -> Step:
     """`step(grads)` if `due`, else zero updates and the same state.
@@ -76,7 +76,7 @@ def _conditional(
         return _map_leaves(result, active, updates), new_state
 
     def skip_step() -> Step:
-        # Updates may have other leaves than the gradients: all rows of a table may move.
+        # An update may have more arrays than its gradient: all rows of a table may move.
         return _map_leaves(_zero_updates, jax.eval_shape(take_step)[0]), state
 
     if isinstance(due, jax.core.Tracer):
@@ -127,33 +127,33 @@ class AccumulateGradientsState(NamedTuple):
 
 
 def _add(c: None, g: Any, total: Any) -> tuple[Any, Any]:
-    """A rule for `lift` that adds the gradient to the total; its update is not used."""
+    """A rule on arrays, for `lift`: adds the gradient to the total. Its update is not used."""
     if not isinstance(total, RowGradient):
         return g, total + g.astype(total.dtype)
     if _has_all_rows(total):
         if isinstance(g, RowGradient) and g.rest is None:
             ids = scatter_rows(total.indices, g.indices, g.indices)
         else:
-            # Place i has the index i, or a larger number if it is empty. With a minimum, the
-            # indices stay split over devices.
+            # Place i has the index i, or a larger number if it is empty. A minimum keeps the
+            # indices split over devices.
             ids = jnp.minimum(total.indices, jnp.arange(total.num_rows, dtype=jnp.int32))
         return g, total.replace(indices=ids, values=total.values + g.astype(total.dtype))
     if not isinstance(g, RowGradient):
         raise ValueError(
             f"accumulate_gradients: max_rows makes room for row gradients of this table of shape "
-            f"{total.shape}, but a dense one came; leave the table out of max_rows"
+            f"{total.shape}, but got a dense one; leave the table out of max_rows"
         )
-    max_rows, both = total.indices.size, total + g.astype(total.dtype)
-    overflows = jnp.any(both.indices[max_rows:] < both.num_rows)
+    max_rows, new_total = total.indices.size, total + g.astype(total.dtype)
+    overflows = jnp.any(new_total.indices[max_rows:] < new_total.num_rows)
     # NaN, because dropping the rows that do not fit would be silently wrong.
-    values = jnp.where(overflows, jnp.nan, both.values[:max_rows])
-    return g, both.replace(indices=both.indices[:max_rows], values=values)
+    values = jnp.where(overflows, jnp.nan, new_total.values[:max_rows])
+    return g, new_total.replace(indices=new_total.indices[:max_rows], values=values)
 
 
 def _has_all_rows(total: RowGradient) -> bool:
     """Whether a total has a place for every row: place i has row i, or is empty.
 
-    Such a total takes dense gradients too: then its values are the dense sum.
+    Dense gradients can be added to such a total too. Then its values are the dense sum.
     """
     return len(total.indices) == total.num_rows
 
@@ -174,7 +174,7 @@ def _mean(g: Any, total: Any, calls: chex.Array) -> Any:
 
 
 def _checked_max_rows(max_rows: Any) -> int | tuple[tuple[str, int], ...]:
-    """One number, or a tuple of pairs (pattern, number)."""
+    """`max_rows` as one number, or as a tuple of pairs (pattern, number)."""
     error = ValueError(
         f"accumulate_gradients: max_rows must be a whole number of at least 1, or pairs (pattern, "
         f"number) or a dictionary of them; got {max_rows!r}"
@@ -184,7 +184,7 @@ def _checked_max_rows(max_rows: Any) -> int | tuple[tuple[str, int], ...]:
         rules = checked_rules("accumulate_gradients: max_rows", max_rows)
         if not rules:
             raise error
-    # The errors of `as_size` would not say that there may be pairs.
+    # The errors of `as_size` do not mention pairs.
     try:
         if rules is None:
             return as_size("", max_rows)
@@ -198,14 +198,14 @@ class accumulate_gradients(Transform):
 
     In the other calls updates are zero, and nothing in `tx` changes: no moment, count, schedule,
     decay or average. The mean reaches `tx` in float32 or wider. If the gradient of a leaf is `None`
-    in a call, nothing is added to its sum, but the call counts in the mean. If that is the call
-    that takes the step, the leaf is left alone and its sum is kept. The gradients of the next
+    in a call, nothing is added to its sum, but the call counts in the mean. If this call takes
+    the step, the leaf is left alone and its sum is kept. The gradients of the next
     step's calls are added to that sum, and the total is divided by the number of the next step's
     calls only.
 
     Row gradients are summed in a dense array, unless `max_rows` bounds the number of distinct rows
-    of a table that a step touches; then the step gets a row gradient. If more rows are touched, the
-    gradient of the rows becomes NaN. To skip such a step, write
+    of a table that a step reads; then the step gets a row gradient. If more rows are read, all
+    values of this row gradient become NaN. To skip such a step, write
     `accumulate_gradients(skip_not_finite(tx), steps, max_rows)`. A rule with `rows="lazy"` (for
     `adamax` the default) needs `max_rows` for its tables, because a dense sum would move all rows.
 
@@ -259,7 +259,7 @@ class accumulate_gradients(Transform):
         return [p for p, _ in self.max_rows] if isinstance(self.max_rows, tuple) else []
 
     def _max_rows_of(self, path: str, p: Any) -> int | None:
-        """The places for rows in the sum of a leaf's gradients; `None` if `max_rows` gives none."""
+        """How many rows a leaf's sum has room for; `None` if `max_rows` does not apply to it."""
         rows: int | None
         if self.max_rows is None or np.ndim(p) == 0:
             return None
@@ -287,8 +287,8 @@ class accumulate_gradients(Transform):
                 raise ValueError(
                     f"accumulate_gradients: the state accumulates {path!r} in {form(rows)}, "
                     f"expected {form(expected)} by max_rows={self.max_rows!r}: use the max_rows "
-                    "that made the state, or after a whole step put the state's inner into a new "
-                    "state from init"
+                    "of the state, or after a whole step put the state's inner into a new state "
+                    "from init"
                 )
 
     def init(self, params: Tree) -> AccumulateGradientsState:
@@ -334,12 +334,12 @@ class accumulate_gradients(Transform):
         for i in in_dense:
             path, g = leaf_paths(total)[i], leaves[i]
             if is_lazy[i]:
-                given = self._max_rows_of(path, g) is not None
+                has_max_rows = self._max_rows_of(path, g) is not None
                 why = "the rule of this leaf leaves alone the rows that were not read"
                 advice = (
                     "the state was made for another rule: after a whole step put the state's inner "
                     "into a new state from init"
-                    if given
+                    if has_max_rows
                     else f"pass max_rows={{{path!r}: rows}}, the most distinct rows that a step "
                     'reads, or rows="dense" to the rule'
                 )
@@ -368,13 +368,13 @@ class accumulate_gradients(Transform):
             def mean(g: Any, x: Any) -> Any:
                 if is_left_alone(g):
                     return g
-                # Divide by the number of calls: `steps` may have been set to another value in
-                # between.
+                # Divide by the number of calls. `steps` may have been set to another value since
+                # the first of them.
                 calls = count.astype(compute_dtype(x.dtype))
                 if is_array(self.steps):
                     calls = jnp.where(steps >= 1, calls, jnp.nan)
                 x = _mean(g, x, calls)
-                # Other libraries' transforms make updates and states in the gradients' dtype.
+                # Other libraries' transforms return updates and states in the gradients' dtype.
                 return x.astype(g.dtype) if self.tx.has_foreign else x
 
             def cleared(g: Any, x: Any) -> Any:
@@ -385,7 +385,7 @@ class accumulate_gradients(Transform):
             new_total = jax.tree.map(cleared, active, total, is_leaf=is_leaf)
             return updates, (new_total, inner)
 
-        updates, (total, inner) = _conditional(
+        updates, (total, inner) = _step_if(
             due, step, updates, (total, state.inner), self.has_wide_updates
         )
         return updates, AccumulateGradientsState(jnp.where(due, 0, count), total, inner)
@@ -464,7 +464,7 @@ class skip_not_finite(Transform):
         def step(active: Tree) -> Step:
             return self.tx.update(active, state.inner, params, **extra_args)
 
-        updates, inner = _conditional(finite, step, updates, state.inner, self.has_wide_updates)
+        updates, inner = _step_if(finite, step, updates, state.inner, self.has_wide_updates)
         skipped = jnp.where(finite, state.skipped, next_count(state.skipped))
         return updates, SkipNotFiniteState(skipped, inner)
 

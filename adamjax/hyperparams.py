@@ -79,15 +79,15 @@ def _owner(tx: Transform, name: str) -> Transform:
         )
     raise ValueError(
         f"with_hyperparams: {name!r} is a field of {len(owners)} transforms in {short_repr(tx)}, "
-        f"expected one; {fields}. Wrap the part that is meant"
+        f"expected one; {fields}. Wrap only the part that you mean"
     )
 
 
 class with_hyperparams(Transform):
-    """A transform that keeps some of its hyperparameters in its state, as arrays.
+    """Stores some hyperparameters of `tx` in the state, as arrays.
 
     Read and log them as `state.hyperparams["learning_rate"]`, and set them between steps with
-    `set_hyperparams`; the step is not traced again. They replace the transform's own values, even a
+    `set_hyperparams`; the step is not traced again. They replace the values in `tx`, even a
     schedule. A `by_path` is refused, because one number would replace the rates of all leaves. To
     multiply all rates, put `scale(1.0)` after the optimizer in a chain, and pass `factor=1.0` here.
     Like any array, a float is rounded to float32 (unless JAX is in x64 mode): 0.999 becomes
@@ -222,11 +222,11 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
             jnp.issubdtype(dtype, jnp.integer if is_whole else jnp.floating)
         )
         if fits and not is_whole:
-            # If the state was cast to a narrow dtype, the hyperparameter is rounded.
+            # If the state was cast to a narrow dtype, the hyperparameter was rounded.
             fits = jnp.finfo(dtype).bits >= min(32, jnp.finfo(jnp.result_type(value)).bits)
     else:
-        is_array_of_numpy = hasattr(state_value, "dtype")
-        actual = described(state_value) if is_array_of_numpy else repr(state_value)
+        has_dtype = hasattr(state_value, "dtype")
+        actual = described(state_value) if has_dtype else repr(state_value)
         fits = False
     if not fits:
         raise ValueError(
@@ -259,7 +259,7 @@ def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
     >>> float(state.hyperparams["learning_rate"]), float(state.hyperparams["b1"])
     (0.05, 0.9)
     """
-    names = [name for one in _hyperparams_states(state) for name in one.hyperparams]
+    names = [name for found in _hyperparams_states(state) for name in found.hyperparams]
     if not names and not isinstance(state, HyperparamsState):
         raise TypeError(
             f"set_hyperparams: the state is a {type(state).__name__} without a HyperparamsState in "
@@ -271,7 +271,7 @@ def set_hyperparams(state: Any, /, **hyperparams: Any) -> Any:
         if names.count(name) > 1:
             raise ValueError(
                 f"set_hyperparams: {names.count(name)} states of with_hyperparams keep {name!r}: "
-                "set it in the one that is meant"
+                "pass only the state that you mean"
             )
 
     def with_values(x: Any) -> Any:
@@ -292,7 +292,7 @@ def _is_hyperparams_state(x: Any) -> bool:
 def _hyperparams_states(state: Any) -> list[HyperparamsState]:
     """The states of `with_hyperparams` in a state, and those inside of them."""
     outer = states_of_class(HyperparamsState, state)
-    return [*outer, *(one for x in outer for one in _hyperparams_states(x.inner))]
+    return [*outer, *(inner for x in outer for inner in _hyperparams_states(x.inner))]
 
 
 def _converted(name: str, value: Any, old: Any) -> chex.Array:
@@ -337,5 +337,5 @@ def _expect_count(name: str, array: Any, value: Any, dtype: Any) -> None:
         raise ValueError(
             f"set_hyperparams: the state keeps {name} as {dtype.name}, so it must be {COUNT.text}, "
             f"got {value!r}. If it is not a count, an older version made the state from an int: "
-            "take state._replace(hyperparams=tx.init(params).hyperparams)"
+            "use state._replace(hyperparams=tx.init(params).hyperparams)"
         )

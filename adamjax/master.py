@@ -69,8 +69,8 @@ class master_weights(Transform):
     float16 gradients may overflow, mostly where the loss is scaled. With `skip_not_finite` around
     it, such a step changes nothing; without it, weights become NaN and stay NaN. A float16
     parameter whose weight is beyond 65504 is infinite. If the weight later falls below that, the
-    parameter becomes NaN, because infinity plus an update is never a finite number: copy it from
-    the state, `weights.astype(p.dtype)`.
+    parameter becomes NaN, because infinity plus an update is never a finite number. To repair the
+    parameter, copy its weight from the state: `weights.astype(p.dtype)`.
 
     If you change a narrow parameter yourself, such as by a projection, the next step undoes the
     change: also change its weight in the state, `state._replace(weights=...)`.
@@ -166,9 +166,9 @@ class master_weights(Transform):
         )
         # The inner updates move the state's weights, and the parameters follow the weights.
         new_updates = flatten(wide_updates)[0]
-        places = [i for i, w in enumerate(weights) if w is not None]
-        moved = apply_updates([weights[i] for i in places], [new_updates[i] for i in places])
-        for i, w in zip(places, moved, strict=True):
+        narrow = [i for i, w in enumerate(weights) if w is not None]
+        moved = apply_updates([weights[i] for i in narrow], [new_updates[i] for i in narrow])
+        for i, w in zip(narrow, moved, strict=True):
             new_updates[i] = _difference(new_updates[i], leaves[i], w)
             weights[i] = w
         new_state = MasterWeightsState(treedef.unflatten(weights), inner)
@@ -211,7 +211,7 @@ def _difference(u: Any, p: chex.Array, weights: chex.Array) -> Any:
     """The update that moves a parameter to the new weights, rounded to its dtype.
 
     Args:
-      u: the update of the inner transform. If it has only some rows, so has the result.
+      u: the update of the inner transform. If it has only some rows, the result has the same.
       p: the parameter.
       weights: the new weights.
     """

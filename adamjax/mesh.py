@@ -2,7 +2,7 @@
 
 On a mesh with explicit axes, the type of a value includes its sharding, and a gather or scatter of
 rows must name the sharding of its result. On a mesh with automatic axes, the compiler chooses
-shardings, and a constraint can overrule it.
+shardings, unless a constraint sets them.
 """
 
 import math
@@ -136,9 +136,9 @@ def gather_entries(entries: chex.Array, indices: chex.Array) -> chex.Array:
 def scatter_rows(
     table: chex.Array, indices: chex.Array, rows: chex.Array, add: bool = False
 ) -> chex.Array:
-    """The table after `rows` are written to it at distinct indices, or with `add` added to it.
+    """The table with `rows` written to it, or with `add` added to it, at distinct indices.
 
-    It keeps its sharding. An index beyond the table has no effect. Indices must not be negative.
+    The sharding stays. An index beyond the table has no effect. Indices must not be negative.
     """
     sharding = explicit_sharding(table)
     options = {} if sharding is None else {"out_sharding": sharding}
@@ -208,14 +208,14 @@ def run_on_own_rows(
 
     Args:
       owner: the name that errors begin with.
-      function: `(columns, others, first) -> columns`, which works row by row. `columns` is a tree
+      function: `(arrays, others, first_row) -> arrays`, which works row by row. `arrays` is a tree
         of arrays with an entry for each row of the table, `others` is a tree of other arrays, and
-        `first` is the index of the device's first row.
-      table: the table whose rows they are.
+        `first_row` is the index of the device's first row.
+      table: the table. Its sharding determines which rows a device has.
       axis: the mesh axes that split the table, if its sharding is not known.
 
     Returns:
-      The function `(columns, others) -> columns` of the whole table.
+      The function `(arrays, others) -> arrays` for the whole table.
     """
     sharding = _rows_sharding(table)
     if sharding is not None:
@@ -223,7 +223,7 @@ def run_on_own_rows(
     elif axis is not None:
         axes, mesh = axis, _required_mesh(owner, axis)
     else:
-        return lambda columns, others: function(columns, others, 0)
+        return lambda arrays, others: function(arrays, others, 0)
     names = {axes} if isinstance(axes, str) else set(axes)
     num_devices = math.prod(mesh.shape[name] for name in names)
     if len(table) % num_devices:
@@ -233,9 +233,9 @@ def run_on_own_rows(
         )
     in_specs, out_specs = (PartitionSpec(axes), PartitionSpec()), PartitionSpec(axes)
 
-    def on_own_rows(columns: Any, others: Any) -> Any:
-        first = jax.lax.axis_index(axes) * (len(table) // num_devices)
-        return function(columns, others, first)
+    def on_own_rows(arrays: Any, others: Any) -> Any:
+        first_row = jax.lax.axis_index(axes) * (len(table) // num_devices)
+        return function(arrays, others, first_row)
 
     return jax.jit(per_device(on_own_rows, mesh, names, in_specs, out_specs))
 

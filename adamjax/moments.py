@@ -210,7 +210,7 @@ class Average(NamedTuple):
 
 
 def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
-    """A function `(old, new)` that returns `b * old + (1 - b) * new`.
+    """A function `(old, new) -> b * old + (1 - b) * new`.
 
     Args:
       b: the decay. A Python number outside of `allowed` raises an error; an array outside of it
@@ -221,9 +221,9 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
     if is_array(b):
         b = checked_in_range(b, allowed)
         return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
-    exact = min(checked_in_range(b, allowed), 1 - b)
-    weight = scalar(exact, real)
-    weight_error = scalar(exact - float(weight), real)
+    exact_weight = min(checked_in_range(b, allowed), 1 - b)
+    weight = scalar(exact_weight, real)
+    weight_error = scalar(exact_weight - float(weight), real)
     # The second weight costs two operations. It is left out if in a thousand steps it adds up to
     # less than one rounding.
     negligible = 1000 * abs(weight_error) < np.finfo(real).eps / 2
@@ -300,7 +300,7 @@ class Recurrence:
     def advanced(
         self, c: Any, g: chex.Array, slots: Sequence[Any], key: Any, rows: Any = None
     ) -> tuple[chex.Array, list[Any], list[chex.Array]]:
-        """The widened gradient, the new slots as they are stored, and as `direction` sees them.
+        """The widened gradient, the new slots as they are stored, and the ones for `direction`.
 
         `direction` gets narrow slots as they are stored. If it got unrounded slots, XLA would
         compute these again from the old slots, and copy the old slots before it overwrites them.
@@ -319,8 +319,8 @@ class Recurrence:
                 # the numbers were computed once, XLA would keep all of them as floats until then.
                 # So they are computed twice. The inputs of one computation are behind an
                 # optimization barrier, so that XLA does not merge the two.
-                again = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
-                exponents = block_exponents(function(*again), targets)
+                hidden = jax.tree.map(lambda x: barrier(jax.lax.stop_gradient(x)), arrays)
+                exponents = block_exponents(function(*hidden), targets)
             for x, slot, e in zip(new, targets, exponents, strict=True):
                 written = write_slot(x, slot, key, len(stored), rows, e)
                 if isinstance(slot, Scaled8):
@@ -385,7 +385,7 @@ def _root_jvp(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def barrier(x: chex.Array) -> chex.Array:
-    """`x` behind an optimization barrier: XLA treats it as another array."""
+    """`x` behind an optimization barrier: XLA does not know that the result equals `x`."""
     return jax.lax.optimization_barrier(x)
 
 

@@ -55,8 +55,8 @@ def _groups(tables: Sequence[int], num_rows: Sequence[int]) -> list[list[int]]:
 # Up to this many rows per id, it is cheaper to clear an int32 per row than to sort: at 1M rows and
 # 8,192 ids, a CPU takes 0.25 ms with the scratch array and 0.45 ms by sorting; at 65,536 ids, 0.45
 # and 4 ms. A TPU sorts fast and scatters single numbers slowly. A GPU clears 134 MB, the largest
-# scratch array for 8,192 ids, in 0.05 ms at 3 TB/s; its search in the sorted ids is a loop of
-# dozens of kernels.
+# scratch array for 8,192 ids, in 0.05 ms at 3 TB/s. But the binary search among sorted ids takes it
+# a loop of dozens of kernels.
 _SCRATCH_ROWS_PER_ID = 512
 _SCRATCH_ROWS_PER_ID_ON_GPU = 4096
 
@@ -106,7 +106,7 @@ class _Segments:
     num_rows: tuple[int, ...]
 
     @property
-    def first_ids(self) -> list[int]:
+    def starts(self) -> list[int]:
         return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
 
     @property
@@ -132,27 +132,30 @@ class _Segments:
         return total - 1 - self.for_each_id(before)
 
     def pack(self, numbers: chex.Array, flags: chex.Array, position: chex.Array) -> chex.Array:
-        """By table, the flagged numbers at their positions, then padding with its `no_row`."""
-        start = self.for_each_id(np.array(self.first_ids, np.int32))
+        """Puts flagged numbers at their positions in their tables' segments, else `no_row`."""
+        start = self.for_each_id(np.array(self.starts, np.int32))
         target = jnp.where(flags, start + position, numbers.size)
-        empty = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), numbers.shape)
-        return empty.at[target].set(numbers, mode="drop", unique_indices=True)
+        padding = jnp.broadcast_to(jnp.asarray(self.no_row, jnp.int32), numbers.shape)
+        return padding.at[target].set(numbers, mode="drop", unique_indices=True)
 
     def position_or_size(self, position: chex.Array, is_row: chex.Array) -> chex.Array:
-        """The positions; for an id that stands for no row, the size of its table's segment."""
+        """The positions, but for an id that stands for no row, the size of its table's segment."""
         return jnp.where(is_row, position, self.for_each_id(np.array(self.sizes, np.int32)))
 
 
 def _by_scratch(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Finds the first of equal numbers with a scratch array that has an entry for each row."""
+    """Finds the distinct numbers and each number's position among them, by a scratch array.
+
+    The array has an entry for each row: where its number first occurs.
+    """
     n, num_rows = numbers.size, segments.first_rows[-1] + segments.num_rows[-1]
-    place = jax.lax.iota(jnp.int32, n)
+    iota = jax.lax.iota(jnp.int32, n)
     if len(segments.sizes) > 1:
-        # Numbers that stand for no row must be outside the array. Only the last table's already is.
+        # Numbers that stand for no row must be outside the array, as the last table's already is.
         numbers = jnp.where(numbers == segments.no_row, num_rows, numbers)
-    scratch = jnp.full(num_rows, n, jnp.int32).at[numbers].min(place, mode="drop")
+    scratch = jnp.full(num_rows, n, jnp.int32).at[numbers].min(iota, mode="drop")
     first = scratch.at[numbers].get(mode="fill", fill_value=n)
-    is_first = first == place
+    is_first = first == iota
     position = segments.positions(is_first)
     distinct_numbers = segments.pack(numbers, is_first, position)
     position = position.at[first].get(mode="fill", fill_value=0)
@@ -165,6 +168,6 @@ def _by_sort(segments: _Segments, numbers: chex.Array) -> tuple[chex.Array, chex
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     is_new = is_new & (ordered != segments.no_row)
     distinct_numbers = segments.pack(ordered, is_new, segments.positions(is_new))
-    start = segments.for_each_id(np.array(segments.first_ids, np.int32))
+    start = segments.for_each_id(np.array(segments.starts, np.int32))
     position = jnp.searchsorted(distinct_numbers, numbers).astype(jnp.int32) - start
     return distinct_numbers, segments.position_or_size(position, numbers != segments.no_row)

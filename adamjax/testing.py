@@ -88,7 +88,7 @@ def is_pure(trial: Trial) -> None:
 
 
 def _update_without_changes(tx: Any, args: tuple[Any, ...]) -> Any:
-    """What `update` returns; it must leave its arguments as they are."""
+    """The result of `update`, which must not change its arguments."""
     before: list[Any] = [jax.tree.flatten(arg, is_leaf=is_none) for arg in args]
     values = [[None if x is None else np.array(x) for x in leaves] for leaves, _ in before]
     result = tx.update(*args)
@@ -177,7 +177,7 @@ def _cast_all_but_the_first(tree: Tree, dtype: Any) -> Tree:
 
 @_law
 def strict_promotion(trial: Trial) -> None:
-    """It runs where JAX refuses implicit promotions of dtypes and ranks."""
+    """A step runs where JAX refuses implicit promotions of dtypes and ranks."""
     params = trial.params_in(jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(trial.tx.init, params)
@@ -277,7 +277,7 @@ def vmap_over_weights_is_a_loop(trial: Trial) -> None:
     def stacked(*trees: Tree) -> Tree:
         return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
-    # The first has the weights and gradients of the trial, the second has others.
+    # The first member has the weights and gradients of the trial, the second has others.
     history = trial.trajectory()
     params2 = jax.tree.map(lambda p: p + 1, trial.params)
     state2 = trial.tx.init(params2)
@@ -299,22 +299,22 @@ def vmap_over_weights_is_a_loop(trial: Trial) -> None:
 
 
 def _varied(tx: Any, factor: float) -> Any:
-    """The transform with every float hyperparameter multiplied, as arrays."""
+    """The transform with arrays as hyperparameters, and each float among them multiplied."""
 
-    def one(x: Any) -> Any:
+    def varied(x: Any) -> Any:
         return jnp.asarray(factor * x) if isinstance(x, float) else jnp.asarray(x)
 
-    return jax.tree.map(one, tx)
+    return jax.tree.map(varied, tx)
 
 
 def _varied_for_steps(tx: Any, factor: float) -> Any:
     """Like `_varied`, but the numbers that `exact_rows` computes with in advance do not change."""
     fixed = {name for part in walk(tx) for name in part.tx.python_numbers}
 
-    def one(path: Any, x: Any, varied: Any) -> Any:
+    def unless_fixed(path: Any, x: Any, varied: Any) -> Any:
         return x if getattr(path[-1], "name", None) in fixed else varied
 
-    return jax.tree_util.tree_map_with_path(one, tx, _varied(tx, factor))
+    return jax.tree_util.tree_map_with_path(unless_fixed, tx, _varied(tx, factor))
 
 
 @_law
@@ -347,16 +347,16 @@ def vmap_hyperparameters(trial: Trial) -> None:
         params, state, updates = step(many, params, state, trial.grads(t))
         history.append(updates)
     for i, tx in enumerate(alone):
-        one = jax.tree.map(lambda x, i=i: x[i], (params, history))
+        member = jax.tree.map(lambda x, i=i: x[i], (params, history))
         expected = trial.take_three_steps_with(tx)
-        expect_close("(params, updates) under vmap of the transform", one, expected)
+        expect_close("(params, updates) under vmap of the transform", member, expected)
 
 
 @_law
 def a_later_scaling_scales_its_updates(trial: Trial) -> None:
     """In a chain with `scale(0.5)` after it, a rule's updates are half as large.
 
-    There `Rule.step` gets the factor of `scale`.
+    In such a chain, `Rule.step` gets the factor of `scale`.
     """
     if not isinstance(trial.tx, Rule) or not trial.tx.has_step:
         return
@@ -373,7 +373,7 @@ def a_later_scaling_scales_its_updates(trial: Trial) -> None:
 
 @_law
 def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
-    """Its update is None, its weight stays, and its state stands still bit for bit."""
+    """A leaf whose gradient is None has the update None, and its weight and state stay the same."""
     params, state, grads, _ = trial.trajectory()[1]
     leaves, treedef = flatten(grads)
     for i, path in enumerate(leaf_paths(params)[:3]):
@@ -401,11 +401,11 @@ def _belongs(name: str, path: str) -> bool:
 def integers_and_bools_are_left_alone(trial: Trial) -> None:
     """Integer and boolean leaves, and those with a float0 gradient, get zeros and do not move."""
     for params, _, grads, updates, moved, _ in trial.mixed_run:
-        rows = zip(*(flatten(tree)[0] for tree in (params, grads, updates, moved)), strict=True)
-        for path, (p, g, u, p1) in zip(leaf_paths(params), rows, strict=True):
+        leaves = zip(*(flatten(tree)[0] for tree in (params, grads, updates, moved)), strict=True)
+        for path, (p, g, u, new_p) in zip(leaf_paths(params), leaves, strict=True):
             if not is_left_alone(p):
                 continue
-            expect_same_bits(f"params[{path!r}]", p1, p)
+            expect_same_bits(f"params[{path!r}]", new_p, p)
             if (u is None) != (g is None) or (u is not None and dtype_of(u) != dtype_of(g)):
                 raise AssertionError(
                     f"updates[{path!r}] is {shown(u)}, expected {shown(g)}, like the gradient"
@@ -495,7 +495,7 @@ _DAMAGES: Mapping[str, Callable[[Any], Any]] = {
     "replicated": lambda x: jnp.stack([x, x]),
     "of a larger leaf": lambda x: jnp.concatenate([x, x]) if x.ndim else jnp.ones((1, 1)),
     "cast to float16": lambda x: x.astype(jnp.float16),
-    "cast to the other kind": lambda x: x.astype(
+    "cast between float and int": lambda x: x.astype(
         jnp.int32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     ),
     "missing": lambda x: None,
@@ -509,9 +509,9 @@ def refuses_a_state_that_does_not_fit(trial: Trial) -> None:
     for i, (path, x) in enumerate(named_leaves):
         if x is None:
             continue
-        for damage, spoil in _DAMAGES.items():
+        for damage, damaged in _DAMAGES.items():
             leaves = [x for _, x in named_leaves]
-            leaves[i] = spoil(x)
+            leaves[i] = damaged(x)
             _expect_state_refused(trial, f"{path} that is {damage}", treedef.unflatten(leaves))
     if isinstance(trial.tx, Transform) and any(x is not None for _, x in named_leaves):
         another = jnp.zeros(()), trial.params, trial.params
@@ -535,17 +535,17 @@ def _expect_state_refused(trial: Trial, what: str, state: Any) -> None:
         raise AssertionError(f"{what} is not refused")
 
 
-# --- what a transform says of itself --------------------------------------------------------------
+# --- properties that a transform declares ---------------------------------------------------------
 
 
 @_law
 def zeros_are_kept_where_it_says_so(trial: Trial) -> None:
-    """With `keeps_zero`, an element without a gradient has no update, whatever the others have."""
+    """With `keeps_zero`, the update of an element with a gradient of zero is always zero."""
     if not getattr(trial.tx, "keeps_zero", False):
         return
     params = trial.params
     state = trial.tx.init(params)
-    # Elements of the row and of the column had gradients in the steps before.
+    # Elements of the row and of the column have nonzero gradients in the earlier steps.
     for t, without in enumerate((_without_element, _without_row, _without_column)):
         grads = jax.tree.map(without, trial.grads(t))
         params, state, updates = trial.compiled(params, state, grads)
@@ -584,7 +584,7 @@ def grouped_is_the_same_where_it_says_so(trial: Trial) -> None:
 
 @_law
 def row_gradients_mean_their_rows(trial: Trial) -> None:
-    """A row gradient does what its dense array does, or leaves the other rows alone, or is refused.
+    """A row gradient has its dense array's effect, or leaves other rows alone, or is refused.
 
     A refusal is a TypeError, ValueError or NotImplementedError that says "row gradient", or
     "RowGradient" and the name of the transform.
@@ -628,8 +628,8 @@ def _with_rest(tree: Tree) -> Tree:
 def _refuses_rows(tx: Any, error: Exception) -> bool:
     """Whether an error says that row gradients are refused.
 
-    An error of Python itself may name RowGradient too, so the transform must be named as well. A
-    row gradient with spoilt indices is no refusal: a compiled step would go on with them.
+    An error of Python itself may name RowGradient too, so the transform must be named as well. An
+    error about spoilt indices is no refusal: a compiled step would go on with them.
     """
     if isinstance(error, SpoiltRows):
         return False
@@ -690,7 +690,7 @@ def _expect_close_rows(name: str, actual: Any, expected: Any, before: Any, is_re
 
 @_law
 def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
-    """In `exact_rows` tables move as with dense gradients, or the transform is refused.
+    """In `exact_rows`, tables move as with dense gradients, or the transform is refused.
 
     A rule that has a `coast` must not be refused.
     """
@@ -712,7 +712,7 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
         except (TypeError, ValueError) as error:
             if not str(error).startswith("exact_rows: "):
                 raise
-            # With an exponent for each block of elements, it depends on a table's shape.
+            # With moments in 8 bits, a table of one dimension is refused.
             if isinstance(tx, Rule) and tx.coast() and SCALED8 not in vars(tx).values():
                 raise AssertionError(f"it has a coast, but is refused: {error}") from error
             continue
@@ -805,7 +805,7 @@ def equals(trial: Trial) -> None:
 
 @_law
 def prints(trial: Trial) -> None:
-    """What it prints, read as Python, makes an equal one."""
+    """The repr, evaluated as Python, makes an equal transform."""
     tx = trial.tx
     names = {type(x).__name__: type(x) for x in _objects(tx)}
     evaluated = eval(repr(tx), {**vars(adamjax), **names})
@@ -827,8 +827,9 @@ def _objects(x: Any) -> Iterator[Any]:
 # --- the reference --------------------------------------------------------------------------------
 
 _REFERENCE_STEPS = 100
-# In the first of these steps, one element of each leaf has a gradient of zero. A rule may treat the
-# first step of the run differently, or the first gradient of an element; the reference shows which.
+# In this many steps at the start, one element of each leaf has a gradient of zero. A rule may treat
+# the first step of the run differently, or the first nonzero gradient of an element. These steps
+# tell the two apart.
 _STEPS_WITHOUT_GRADIENT = 2
 
 
@@ -851,8 +852,8 @@ def _follow(trial: Trial, dtype: Any, rtol: float) -> None:
     names, slots = _slots(state)
     # By slot and leaf.
     expected_slots = [[np.asarray(x, np.float64) for x in flatten(slot)[0]] for slot in slots]
-    # By name and leaf, the largest value so far. A sum that comes near zero has the rounding errors
-    # of its larger terms, so errors are compared with this.
+    # By name and leaf, the largest magnitude so far. A sum that comes near zero has the rounding
+    # errors of its larger terms, so errors are compared with this magnitude.
     largest: dict[tuple[str, str], float] = {}
     for t in range(_REFERENCE_STEPS):
         before = flatten(params)[0]
@@ -880,7 +881,7 @@ def _without_first_element(g: chex.Array) -> chex.Array:
 
 
 def _expect_results(slot_names: Sequence[str], results: Any) -> None:
-    """A reference must return the update and the new slots."""
+    """Expects that a reference returned the update and the new slots."""
     is_tuple = isinstance(results, tuple)
     if not is_tuple or len(results) != 1 + len(slot_names):
         found = f"{len(results)} arrays" if is_tuple else f"a {type(results).__name__}"
@@ -935,10 +936,10 @@ def check(
     *,
     params: Tree = None,
 ) -> None:
-    """Tries a transform on the laws, and raises if it breaks one.
+    """Tries the laws on a transform, and raises an error if it breaks one.
 
     Together the laws take ten seconds to a minute, and several minutes on a slow machine, because
-    they compile many programs; `laws` picks a few.
+    they compile many programs. To try only a few, name them in `laws`.
 
     Args:
       tx: a transform, or any pair `(init, update)`. Its hyperparameters are Python numbers.
@@ -951,7 +952,7 @@ def check(
 
     Raises:
       AssertionError: a law is broken. The message names each broken law, the leaf and the numbers.
-      ValueError: a name is not the name of a law, or its law needs a reference.
+      ValueError: there is no law of a given name, or the only law that is named needs a reference.
 
     A rule whose slots are rounded stochastically breaks two laws by design, because the random bits
     depend on the leaf: `grouped_is_the_same_where_it_says_so` and

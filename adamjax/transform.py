@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 
-# What an update returns: the updates and the next state.
+# The result of `update`: the updates and the next state.
 Step = tuple[Any, Any]
 
 
 if TYPE_CHECKING:
-    # optax and Flax name this class in their signatures. At run time they take any pair.
+    # optax and Flax annotate arguments with this class. At run time they accept any pair.
     from optax import GradientTransformationExtraArgs as _Pair
 else:
     _Pair = object
@@ -92,7 +92,7 @@ class Transform(Data, _Pair):
         """
 
     #: Whether the update of an element with a gradient of zero is always zero, whatever its earlier
-    #: gradients were. `exact_rows` takes only such transforms before a table's rule.
+    #: gradients were. `exact_rows` accepts only such transforms before a table's rule.
     keeps_zero: ClassVar[bool] = False
 
     @property
@@ -151,9 +151,9 @@ class Transform(Data, _Pair):
         """
         return frozenset()
 
-    # Whether all that it does is to pass each leaf's gradient through its parts, as a chain does.
+    # Whether it only passes each leaf's gradient through its parts, as a chain does.
     only_routes: ClassVar[bool] = False
-    # Whether it must not be inside of `exact_rows`, but may be around it.
+    # Whether a table's gradient must not go through it inside `exact_rows`, only around it.
     goes_around_exact_rows: ClassVar[bool] = False
 
     @property
@@ -224,7 +224,7 @@ class Transform(Data, _Pair):
 
     @property
     def adds_weights(self) -> bool:
-        """Whether it only adds the weights to the updates, times a factor of at least 0."""
+        """Whether it only adds a non-negative multiple of the weights to the updates."""
         return bool(self.parts) and all(part.adds_weights for part in self.parts)
 
     @property
@@ -433,8 +433,8 @@ def as_transform(tx: Any) -> Transform:
 def _update_uses(method: str, cls: type, base: type) -> bool:
     """Whether the `update` of `cls` uses a method, as the `update` of `base` does.
 
-    It does if a subclass of `base` defines the method, and none below it defines only `update`. An
-    `update` that was defined later than the method need not use it.
+    It does if the most derived class that defines either of them is not `base` and defines the
+    method. A class that overrides only `update` need not use the method.
     """
     most_derived = next(x for x in cls.__mro__ if {method, "update"} & set(vars(x)))
     return most_derived is not base and method in vars(most_derived)
@@ -523,7 +523,7 @@ class Rule(Transform):
         raise NotImplementedError(f"{type(self).__name__} has neither update nor step")
 
     def check_rows(self) -> None:
-        """Refuses a field `rows` that is neither "dense" nor "lazy". Call it in `__post_init__`."""
+        """Raises an error unless `rows` is "dense" or "lazy". Call this in `__post_init__`."""
         rows: Any = getattr(self, "rows")  # noqa: B009
         if rows not in ("dense", "lazy"):
             raise ValueError(
@@ -575,6 +575,6 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
 
     if not isinstance(factors, list):
         return product(factors)
-    # `lift` takes scalars that are one object for leaves that are treated alike.
+    # Leaves with the same factor must get the same function, because `lift` groups them by it.
     by_id = {id(factor): product(factor) for factor in factors}
     return [by_id[id(factor)] for factor in factors]

@@ -49,7 +49,7 @@ class Trial:
         # How often `step_with_tx` was traced.
         self.num_traces = 0
         self._trajectories: dict[Any, list[tuple[Any, ...]]] = {}
-        # Inside a function that is being traced, these would be tracers.
+        # A trial may be made while a function is traced. The parameters must be arrays even then.
         with jax.ensure_compile_time_eval():
             self.params = _default_params() if params is None else jax.tree.map(jnp.asarray, params)
 
@@ -74,7 +74,7 @@ class Trial:
     def trajectory(self, dtype: Any = jnp.float32) -> list[tuple[Any, ...]]:
         """`(params before, state before, grads, updates)` of each of six compiled steps.
 
-        The last one of the list is `(params, state, None, None)` after these steps.
+        The last entry of the list is `(params, state, None, None)` after these steps.
         """
         if dtype in self._trajectories:
             return self._trajectories[dtype]
@@ -82,9 +82,9 @@ class Trial:
         state, history = self.tx.init(params), []
         for t in range(6):
             grads = self.grads(t, dtype)
-            moved, next_state, updates = self.compiled(params, state, grads)
+            next_params, next_state, updates = self.compiled(params, state, grads)
             history.append((params, state, grads, updates))
-            params, state = moved, next_state
+            params, state = next_params, next_state
         self._trajectories[dtype] = [*history, (params, state, None, None)]
         return self._trajectories[dtype]
 
@@ -145,21 +145,21 @@ class Trial:
 
     @functools.cached_property
     def mixed_run(self) -> list[tuple[Any, ...]]:
-        """Three steps over leaves of all kinds: the last without a gradient for one of them.
+        """Three steps over leaves of all kinds. In the last, one leaf has no gradient.
 
-        Each is `(params, state, grads, updates, moved, next_state)`.
+        Each is a tuple `(params, state, grads, updates, next_params, next_state)`.
         """
         params, history = self.mixed_params, []
         state = self.tx.init(params)
         leaves, treedef = flatten(self.mixed_grads("None"))
         path = "layer/kernel" if self.is_default else leaf_paths(params)[0]
-        place = leaf_paths(params).index(path)
-        without_one = treedef.unflatten([*leaves[:place], None, *leaves[place + 1 :]])
+        i = leaf_paths(params).index(path)
+        without_one = treedef.unflatten([*leaves[:i], None, *leaves[i + 1 :]])
         for grads in (self.mixed_grads(), self.mixed_grads("zero"), without_one):
             updates, next_state = self.tx.update(grads, state, params)
-            moved = apply_updates(params, updates)
-            history.append((params, state, grads, updates, moved, next_state))
-            params, state = moved, next_state
+            next_params = apply_updates(params, updates)
+            history.append((params, state, grads, updates, next_params, next_state))
+            params, state = next_params, next_state
         return history
 
     # --- tables
@@ -182,7 +182,7 @@ class Trial:
             n = len(p) if p.ndim else 0
             if n < 2:
                 return jnp.asarray(rng.normal(size=p.shape), p.dtype)
-            # One index twice, and one outside of the table.
+            # One index occurs twice, and one is outside of the table.
             ids = np.array([t, 2 * t + 1, t]) % n
             ids = np.append(ids, n)
             values = rng.normal(size=(len(ids), *p.shape[1:]))

@@ -494,7 +494,7 @@ def test_a_rule_without_update_or_step_is_refused():
 
 @pytest.mark.parametrize("rule", [lion(), adan()], ids=["lion", "adan"])
 def test_exact_rows_refuses_a_rule_without_coast(rule):
-    text = rf"exact_rows: {type(rule).__name__}\(.*\) cannot be .*: it does not say how a row"
+    text = rf"exact_rows: {type(rule).__name__}\(.*\) cannot be .*: it has no Coast "
     with pytest.raises(ValueError, match=text):
         adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
 

@@ -361,7 +361,7 @@ def test_a_table_without_a_gradient_waits():
 
 def test_a_dense_gradient_where_there_is_room_for_rows_is_refused():
     tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
-    with pytest.raises(ValueError, match=r"max_rows makes room.*\(9, 2\), but a dense one came"):
+    with pytest.raises(ValueError, match=r"max_rows makes room.*\(9, 2\), but got a dense one"):
         tx.update(dense(draw_rows(0)), tx.init(TABLE))
 
 

@@ -292,7 +292,7 @@ def test_values_of_a_wrong_dtype_or_shape_in_a_state_are_refused():
                 adamjax.chain(adamjax.scale(2.0), adamjax.scale(3.0)), factor=1.0
             ),
             ValueError,
-            r"'factor' is a field of 2 transforms.*Wrap the part that is meant",
+            r"'factor' is a field of 2 transforms.*Wrap only the part that you mean",
         ),
         (
             lambda: with_hyperparams(adamjax.adam(0.1), b1=1.5),

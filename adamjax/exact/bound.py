@@ -34,8 +34,8 @@ class Bound:
       params: the parameters.
       inner_state: the state of the inner transform.
       state: the state of `exact_rows`; `None` while it is being made.
-      has_edited_numbers: a bool scalar, whether a number of tx was edited whose value is traced.
-        `None` if no number is traced.
+      has_edited_numbers: a bool scalar, whether a traced number of tx was edited after
+        `exact_rows` was made; `None` if no number is traced.
     """
 
     tx: Transform
@@ -61,7 +61,7 @@ class Bound:
         return Batch(next(f for f in self.families if table in f.tables), (table,))
 
     def count(self, table: Table) -> chex.Array:
-        """The steps that the table's rule has taken."""
+        """The number of steps that the table's rule has taken."""
         return self.parts[table.leaf_index][0].state.count
 
     def step_coefficients(self, table: Table) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ class Bound:
         a, b = rule.tx.momentum_coefficient(rule.state, table.real_dtype), 0.0
         for _, tx, state, params in later:
             if not isinstance(tx, weight_ema):
-                # It turns the update u = a * m / (x + e) + b * p into factor * u + decay * p.
+                # `tx` turns the update u = a * m / (x + e) + b * p into factor * u + decay * p.
                 factor, decay = tx.affine(state, params, table.leaf_index, table.real_dtype) or (
                     1,
                     0,
@@ -83,14 +83,14 @@ class Bound:
         return a, b
 
     def arrays(self, table: Table) -> TableArrays:
-        """The table's weights, its slots, and the clock of each row."""
+        """The table's weights, its slots, and the `last` of each row."""
         assert self.state is not None
         weights = flatten(self.params)[0][table.leaf_index]
         slots = _slots_of_leaf(self.inner_state, table.leaf_index)
         return TableArrays(weights, slots, self.state.last[table.path])
 
     def past(self, family: Family) -> Past:
-        """What the rows of a family catch up from."""
+        """The ring, clock and count by which the rows of a family catch up."""
         assert self.state is not None
         count = self.count(family.tables[0])
         return Past(self.state.rings[family.name], self.state.clock, count)
@@ -104,8 +104,8 @@ class Bound:
         assert self.state is not None
         table = family.tables[0]
         a, b = self.step_coefficients(table)
-        # This does not change the result: a NaN stays in the ring in any case. It makes the ring's
-        # write depend on the reads, so XLA knows their order and need not copy the ring.
+        # This does not change the result: a NaN stays in the ring in any case. But it makes the
+        # write of the ring depend on the reads. So XLA need not copy the ring.
         a = jnp.where(has_nan, jnp.nan, a)
         count = next_count(self.count(table))
         return table.coasting.advance(
@@ -115,17 +115,20 @@ class Bound:
     def row_step(
         self, table: Table, extra_args: dict[str, Any]
     ) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
-        """A table's rule and all later transforms: `(g, slots, weights) -> (u, slots)` of rows."""
+        """The function `(g, slots, weights) -> (u, slots)` that takes a step of rows of a table.
+
+        It applies the rule and all later transforms.
+        """
         parts = self.parts[table.leaf_index]
         leaves, treedef = flatten(self.params)
 
-        def with_this_leaf_alone(x: Any) -> Tree:
+        def tree_of_this_leaf(x: Any) -> Tree:
             return treedef.unflatten(
                 [x if i == table.leaf_index else None for i in range(len(leaves))]
             )
 
         def with_slots(state: Any, slots: dict[str, chex.Array]) -> Any:
-            return map_slots(lambda name, _: with_this_leaf_alone(slots.get(name)), state)
+            return map_slots(lambda name, _: tree_of_this_leaf(slots.get(name)), state)
 
         def step(
             g: chex.Array, slots: dict[str, chex.Array], weights: chex.Array
@@ -133,9 +136,9 @@ class Bound:
             states = tuple(with_slots(part.state, slots) for part in parts)
             rule, *later = (part.tx for part in parts)
             assert isinstance(rule, Rule)
-            # In float32; the slots are rounded once, after the step.
+            # Slots stay wide in the step, and are rounded once after it.
             tx = chain(rule.with_wide_slots(), *later)
-            grads, params = with_this_leaf_alone(g), with_this_leaf_alone(weights)
+            grads, params = tree_of_this_leaf(g), tree_of_this_leaf(weights)
             u, next_states = tx.update(grads, states, params, **extra_args)
             return flatten(u)[0][table.leaf_index], _slots_of_leaf(next_states, table.leaf_index)
 

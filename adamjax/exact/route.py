@@ -15,12 +15,14 @@ __all__ = ["RoutePart", "capturing_at_rules", "check_route", "refusal", "routes"
 
 
 class RoutePart(NamedTuple):
-    """A transform on a leaf's route that does more than pass the gradient on.
+    """A transform on a leaf's route.
+
+    Transforms that only pass gradients through their parts, such as `chain`, do not count.
 
     Attributes:
-      position: the positions of the parts that lead to it, outermost first.
+      position: the index of the part at each level of nesting, outermost first.
       tx: the transform.
-      state: its state, if states were given.
+      state: its state; `None` if `routes` got no state.
       params: the parameters that it sees.
     """
 
@@ -33,7 +35,7 @@ class RoutePart(NamedTuple):
 def routes(tx: Transform, state: Any, params: Tree) -> list[list[RoutePart]]:
     """For each leaf of the parameters, the parts that its gradient goes through, in order.
 
-    If params is `None`, it is one leaf, which goes through everything.
+    If params is `None`, there is one route, through all parts.
     """
     leaf_routes: list[list[RoutePart]] = [[] for _ in flatten(params)[0]]
 
@@ -56,18 +58,18 @@ def refusal(tx: Transform, why: str) -> ValueError:
 
 
 def check_route(route: list[Transform]) -> None:
-    """Refuses the transforms of a table's gradient if its rows could not be exact."""
+    """Refuses a table's route if one of its transforms does not allow exact rows."""
     rule: Transform | None = None
     average: Transform | None = None
     for tx in route:
         if tx.goes_around_exact_rows:
             name = type(tx).__name__
-            raise refusal(tx, f"put it around the whole: {name}(exact_rows(...))")
+            raise refusal(tx, f"put it around exact_rows: {name}(exact_rows(...))")
         if isinstance(tx, sum_over):
             raise refusal(
                 tx,
-                "each replica would add the summed gradient to rows of its own; put it before the "
-                f"whole: chain({tx!r}, exact_rows(...))",
+                "each replica would add the summed gradient to its own rows; put it before "
+                f"exact_rows: chain({tx!r}, exact_rows(...))",
             )
         if isinstance(tx, grouped):
             raise refusal(tx, "separate the tables from the grouped leaves by partition")
@@ -85,17 +87,17 @@ def check_route(route: list[Transform]) -> None:
             if tx.coast() is None:
                 raise refusal(
                     tx,
-                    "it does not say how a row without a gradient moves (Rule.coast), so rows "
+                    "it has no Coast (see Rule.coast) for rows without a gradient, so they "
                     "could not catch up. Use row gradients without exact_rows",
                 )
             rule = tx
         elif rule is None and not tx.keeps_zero and any(isinstance(x, Rule) for x in route):
-            # (Without any rule, the error below is the one to raise.)
-            own = "If adamjax has the same, such as clip_by_global_norm, use that. Else keep"
+            # (Without any rule, the last error of this function applies.)
+            own = "Use adamjax's own transform if there is one (clip_by_global_norm). Else keep"
             keep = own if tx.has_foreign else "Keep"
             raise refusal(
                 tx,
-                f"before the rule, it may give a gradient to rows without one. {keep} it from the "
+                f"before the rule, it may make zero gradients of rows nonzero. {keep} it from the "
                 "table: masked(...) by the paths of the other leaves, or chain(masked(...), "
                 "exact_rows(...)). Only if it leaves each zero element of every gradient at zero, "
                 "set `keeps_zero = True` in its class",
@@ -119,7 +121,7 @@ class _CapturedGradient:
 
 
 class _capturing_rule(Rule):
-    """A rule that passes on the gradients of some leaves unchanged, as `_CapturedGradient`."""
+    """A rule that leaves some leaves alone and returns their gradients as `_CapturedGradient`s."""
 
     tx: Rule
     leaves: Any = static()
@@ -143,13 +145,13 @@ class _capturing_rule(Rule):
 
 
 def capturing_at_rules(tx: Transform, leaves: tuple[int, ...]) -> Transform:
-    """The transform, but as updates of some leaves it returns what reaches the leaves' rules.
+    """The transform, but the update of each given leaf is the gradient that reaches its rule.
 
     These updates are `_CapturedGradient`s.
     """
     if isinstance(tx, Rule):
         return _capturing_rule(tx, leaves)
-    # No table goes through the parts of other transforms.
+    # A table's rule is never inside another kind of transform.
     return (
         tx.with_parts([capturing_at_rules(x, leaves) for x in tx.parts]) if tx.only_routes else tx
     )

@@ -1,4 +1,4 @@
-"""The state of `exact_rows`, and the arrays that its steps pass along."""
+"""The state of `exact_rows`, and the tuples of arrays that its steps work on."""
 
 import re
 from typing import Any, NamedTuple
@@ -27,16 +27,17 @@ class ExactRowsState(NamedTuple):
 
     Attributes:
       inner: the state of the inner transform; the slots of a table lag behind as its rows do.
-      clock: int32, the number of steps taken; unlike a count, it wraps around.
+      clock: int32, goes up by one in each step. Unlike a count, it may start at any value, and it
+        wraps around.
       last: by path of a table, int32[num_rows]: the clock at which each of its rows in `params` was
         last up to date.
       turns: for each family of tables, int32, the turn of the next step. Each step refreshes the
         rows of its turn; after the last turn comes turn 0.
       rings: for each family of tables a `Ring`: what the last steps do to rows that lag behind.
-        Its key names the tables (the first, the number of others, and a checksum of their paths)
-        and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule is in
-        the key so that checkpoints record it: with another rule, rows that lag behind would catch
-        up wrongly.
+        Its key names the tables (the first, the number of others, and a checksum of the others'
+        paths) and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule
+        is in the key so that checkpoints record it: with another rule, rows that lag behind would
+        catch up wrongly.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
@@ -57,17 +58,17 @@ def expect_flushed(owner: str, state: ExactRowsState) -> None:
     Nothing is refused within `jit`, or if the state has shapes or shardings in place of arrays.
     """
     for path, last in state.last.items():
-        if not (_is_known(last) and _is_known(state.clock)):
+        if not (_is_concrete(last) and _is_concrete(state.clock)):
             continue
         # A state from `vmap` has one clock for each member.
         if not bool(jnp.all(last == jnp.asarray(state.clock)[..., None])):
             raise ValueError(
-                f"{owner}: rows of the table {path!r} lag behind: first bring all up to date, "
+                f"{owner}: rows of the table {path!r} lag behind: bring all up to date first, "
                 "params, state = tx.flush(params, state)"
             )
 
 
-def _is_known(x: Any) -> bool:
+def _is_concrete(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
@@ -80,7 +81,7 @@ class TableArrays(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What rows catch up from, after the last step.
+    """The data by which rows catch up with the last step.
 
     Attributes:
       ring: the ring of the tables' family.
@@ -101,7 +102,7 @@ class Ready(NamedTuple):
 
     Attributes:
       weights: the up-to-date weights.
-      moved: `weights` minus the weights in `params`, widened.
+      moved: `weights` minus the weights in `params`, in the compute dtype.
       slots: the slots.
       last: the clock at which each row in `params` was last up to date.
       has_nan: bool scalar, whether the entries read from the ring have a NaN.

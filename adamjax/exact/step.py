@@ -59,7 +59,7 @@ def take_step(
     has_nan = {family.name: jnp.array(False) for family in bound.families}
     if bound.has_edited_numbers is not None:
         # The step computes with the numbers from before the edit. Only the compiled step can notice
-        # that, so it makes NaN.
+        # the edit, and it cannot raise an error, so its results are NaN.
         for leaf, g in rule_grads.items():
             nan_if_edited = jnp.where(bound.has_edited_numbers, jnp.nan, 1)
             rule_grads[leaf] = g * nan_if_edited.astype(g.dtype)
@@ -80,14 +80,14 @@ def take_step(
     turns = {f.name: next_turn(state.turns[f.name], f.history) for f in bound.families}
     last = {t.path: stepped_tables[t.leaf_index].last for t in tables}
 
-    def put_back(name: str, tree: Tree) -> Tree:
+    def with_stepped_slots(name: str, tree: Tree) -> Tree:
         slots, treedef = flatten(tree)
         for leaf, stepped in stepped_tables.items():
             if slots[leaf] is not None:
                 slots[leaf] = stepped.slots[name]
         return treedef.unflatten(slots)
 
-    inner = map_slots(put_back, inner)
+    inner = map_slots(with_stepped_slots, inner)
     return treedef.unflatten(leaf_updates), ExactRowsState(
         inner, state.clock + 1, last, turns, rings
     )
@@ -133,7 +133,7 @@ def _batch_step(
         # rounded once.
         update = (ready.moved + u.astype(first.real_dtype)).astype(g.dtype)
         # `ready.last` is always before this clock. The comparison makes the write of `last` depend
-        # on its read, so that XLA need not copy it.
+        # on its read, so that XLA need not copy `last`.
         last = jnp.where(clock - ready.last > 0, clock, ready.last)
         keys = slot_keys(batch, current, past.count)
         after = put_slots(current, indices, slots, last, keys)
@@ -141,8 +141,8 @@ def _batch_step(
 
     carry = [(x.slots, x.last) for x in arrays], jnp.array(False)
     table_grads = [grads[t.leaf_index] for t in tables]
-    same = all(g.dtype == first.dtype for g in table_grads)
-    dtype = first.dtype if same else first.real_dtype
+    is_same_dtype = all(g.dtype == first.dtype for g in table_grads)
+    dtype = first.dtype if is_same_dtype else first.real_dtype
     if not isinstance(table_grads[0], RowGradient):
         # A dense gradient: the batch is one table, and None stands for all its rows.
         (slots_and_last, has_nan), update = step(carry, [None], table_grads[0].astype(dtype))
@@ -185,7 +185,7 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
 
     Usually there is one pass: the rows that were read, then the rows to refresh. If a step reads so
     many rows that they are processed in blocks, the rows to refresh have a second pass. So the
-    gradients need not be copied to make room for them.
+    gradients need not be copied into a longer array.
     """
     assert bound.state is not None
     due = due_rows(batch, bound.state.turns[batch.family.name], read_indices)
@@ -194,16 +194,16 @@ def _passes(bound: Bound, batch: Batch, read_indices: list[chex.Array]) -> list[
     num_read, num_due = [x.size for x in read_indices], [x.size for x in due]
     both = jnp.concatenate([*read_indices, *due])
     if len(due) > 1:
-        # If they were concatenated table by table, each array would be an operand of its own, with
-        # a kernel of its own.
+        # If the arrays were concatenated table by table, each would be a separate operand with a
+        # separate kernel.
         both = gather_rows(both, _interleaved(num_read, num_due), mode="promise_in_bounds")
     return [rows_of_each(both, list(map(operator.add, num_read, num_due)))]
 
 
 def _interleaved(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
-    """The order that puts each table's rows of a first and of a second array next to each other.
+    """The order in which to gather rows of two concatenated arrays to sort them by table.
 
-    Both arrays have rows of all tables, table by table, and the two are concatenated.
+    Each of the arrays is sorted by table. Rows of the first array come first within their table.
 
     Args:
       first, second: the number of rows of each table in the two arrays.
@@ -263,10 +263,10 @@ def read_rows(
             weights = read_in_blocks(batch, past, arrays[0], indices[0], averaged)
         num_read = [x.size for x in read_indices]
         starts = np.cumsum([0, *(x.size for x in indices[:-1])])
-        places = joined_positions(
+        joined = joined_positions(
             [searched[i][1] for i in positions], num_read, starts, outside=len(weights)
         )
-        weights = gather_rows(weights, places, mode="fill", fill_value=0)
+        weights = gather_rows(weights, joined, mode="fill", fill_value=0)
         table_rows = rows_of_each(weights, num_read)
         for i, x in zip(positions, table_rows, strict=True):
             read[i] = x.reshape(*ids[i].shape, *x.shape[1:])

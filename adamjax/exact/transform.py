@@ -2,7 +2,8 @@
 
 A row without a gradient moves on by its momentum, by an amount that `coasting` can compute later.
 So a step leaves such rows as they are, and records once what it would have done to all of them. A
-row catches up when it is read. Then it takes its step through the whole chain, as in a dense step.
+row catches up when it is read or refreshed. If it has a gradient, it then takes its step through
+the whole chain, as in a dense step.
 The transforms in the chain see the rows that were read as if these were the whole table.
 """
 
@@ -89,7 +90,7 @@ class exact_rows(Transform):
     another library, a program without the state. Do not call it for a checkpoint to resume
     from: save `params` and the state as they are.
 
-    A step may have a dense gradient for a table; it costs as much as a dense step. A gradient of
+    A table may have a dense gradient; the step then costs as much as a dense step. A gradient of
     `None` is refused for a table: pass a row gradient without rows. If a clip before
     the rule computes a norm that is not finite, the rows in the gradient become NaN, and no others.
 
@@ -119,7 +120,7 @@ class exact_rows(Transform):
         masks.) If b1 is not well below the decay of the divisor, which is sqrt(b2) for Adam
         and b2 for Adamax, no closed form gives the movement of a row: it catches up step by step.
         (Examples: Adam with b1=0.95, b2=0.9; Adam with `eps=` and b1=b2=0.99; Adamax with b1=b2.)
-        Then `None` is 64, and a step costs about as much as a dense one.
+        Then `None` means 64, and a step costs about as much as a dense one.
 
     The state is an `ExactRowsState`.
 
@@ -145,8 +146,8 @@ class exact_rows(Transform):
     tx: Transform
     tables: Any = static()
     history: int | None = static(default=None, kw_only=True)
-    # The fields of the rules and averages in `tx`. In an argument of `jit`, `tx` has tracers in
-    # their place, but these are still Python floats.
+    # The fields of the rules and averages in `tx`. If this `exact_rows` is an argument of `jit`,
+    # `tx` has tracers in their place. Here they are still Python floats.
     static_numbers: Any = static(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -209,11 +210,11 @@ class exact_rows(Transform):
     def _static_tx(self, params: Tree) -> tuple[Transform, chex.Array | None]:
         """The inner transform with its numbers as Python floats, and mask functions resolved.
 
-        Refuses numbers that were edited in the pytree after this was made.
+        Refuses numbers that were edited in the pytree after this `exact_rows` was made.
 
         Returns:
-          The transform; and a bool scalar, whether a number was edited whose value is traced (this
-          `exact_rows` may be an argument of `jit`), or `None` if no number is traced.
+          The transform; and `Bound.has_edited_numbers`. (Numbers are traced if this `exact_rows`
+          is an argument of `jit`.)
         """
         numbers = iter(self.static_numbers)
         edited: list[chex.Array] = []
@@ -231,7 +232,7 @@ class exact_rows(Transform):
     def _coast_and_plan(
         self, route: list[Transform], real_dtype: Any = np.float32
     ) -> tuple[Coast, Coasting]:
-        """How the rule on a table's route moves rows, and the plan by which they catch up.
+        """The `Coast` of the rule on a table's route, and the plan by which rows catch up.
 
         Refuses a route that does not allow exact rows, and a history that is too short for it.
         """
@@ -256,8 +257,7 @@ class exact_rows(Transform):
         """The tables among the parameters."""
         leaves, leaf_routes = flatten(params)[0], routes(tx, None, params)
         tables: list[Table] = []
-        # What `Transform.kinds` returns for each part, by the part's position, so that it is called
-        # once for each. Leaves of equal kind are treated alike.
+        # The results of `Transform.kinds` by the part's position: it is called once for each part.
         kinds_at: dict[Any, list[Any]] = {}
         for leaf, path in enumerate(unique_paths("exact_rows", params)):
             p = leaves[leaf]
@@ -396,7 +396,7 @@ class exact_rows(Transform):
         ]
         if len({table.leaf_index for table in tables}) < len(tables):
             raise ValueError(
-                f"exact_rows.prepare: two names of {list(indices)} mean the same table: pass all "
+                f"exact_rows.prepare: two names of {list(indices)} match the same table: pass all "
                 "of its indices at once"
             )
         read, _, ticket = read_rows(bound, tables, ids)
@@ -535,12 +535,12 @@ class exact_rows(Transform):
         for table in bound.tables:
             _expect_gradient(table, leaves[table.leaf_index])
         # Outside of `jit`, JAX would compile the loop over blocks again in each call. The ticket is
-        # not passed: it is valid only for the arrays that it was made from, and `_compiled` would
-        # see tracers in their place.
+        # not passed: it is valid only for the arrays that it was made from, and `_jitted_update`
+        # would see tracers in their place.
         if _would_loop(leaves) and not _is_traced((leaves, bound.state, bound.params, extra_args)):
             treedef = flatten(params)[1]
             grads = treedef.unflatten(leaves)
-            updates, state = _compiled(self, grads, bound.state, bound.params, extra_args)
+            updates, state = _jitted_update(self, grads, bound.state, bound.params, extra_args)
             # A row gradient has a constant that shows tampering (`rows.SEAL`). A jitted function
             # returns it as an array, whose value every later step would have to check. So put the
             # constant back.
@@ -557,7 +557,7 @@ class exact_rows(Transform):
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block; nothing else changes.
 
-        For other readers of the weights: an export, another library. Neither `eval_step` nor a
+        Call it before an export or another library reads the weights. Neither `eval_step` nor a
         checkpoint to resume from needs it.
 
         Args:
@@ -639,7 +639,7 @@ def _is_traced(tree: Any) -> bool:
 
 
 @jax.jit
-def _compiled(
+def _jitted_update(
     tx: exact_rows, updates: Tree, state: Any, params: Tree, extra_args: dict[str, Any]
 ) -> Step:
     return tx.update(updates, state, params, **extra_args)
