@@ -209,7 +209,7 @@ Cases = dict[tuple[int, int, int, str], Row]
 
 
 def _by_case(results: Results) -> Cases:
-    return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
+    return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results.get("times", [])}
 
 
 def main_rows(results: Results) -> list[Row]:
