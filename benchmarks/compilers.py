@@ -16,7 +16,7 @@ from benchmarks.measure import installed
 from benchmarks.programs import Case, block_turns, program
 from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
-from benchmarks.workers import Ended, Worker, serve
+from benchmarks.workers import Ended, Worker
 
 # Cases that belong together: "dense" or "rows", the part of the results that they are in; the
 # entries that they share there; and each case by its name.
@@ -42,7 +42,7 @@ class Compiler:
     def start(self, target: str) -> Worker:
         """Starts a process with the compiler, but without its device."""
         variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **self.environment(target)}
-        return Worker(self.suite, target, **variables)
+        return Worker(self.suite, **variables)
 
 
 def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[], Any]]:
@@ -76,21 +76,29 @@ def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[],
     }
 
 
-def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
-    """A compiler's report on a case; for a dense step, bytes are per parameter."""
-    function, arguments = program(case, device)
-    functions = figures(case, function.lower(*arguments).compile(), arguments)
-    if case[0] == "dense":
-        num_parameters = sum(x.size for x in arguments[0])
-        totals = {name: functions[name]() for name in compiler.dense}
-        return {name: x / num_parameters if "bytes" in name else x for name, x in totals.items()}
-    names = dict(compiler.rows)
-    if case[0] == "tables":
-        # An instruction that joins rows of several tables does not say how much it takes from each.
-        del names["bytes"]
-    if case[1] == "init":
-        names["orders"] = "orders"
-    return {name: functions[figure]() for name, figure in names.items()}
+class Contender:
+    """A compiler with one of its targets; lives in a worker process."""
+
+    def __init__(self, compiler: Compiler, target: str) -> None:
+        self.compiler = compiler
+        self.device = jax.sharding.SingleDeviceSharding(compiler.topology(target).devices[0])
+
+    def report(self, case: Case) -> dict[str, Any]:
+        """The report on a case; for a dense step, bytes are per parameter."""
+        function, arguments = program(case, self.device)
+        functions = figures(case, function.lower(*arguments).compile(), arguments)
+        if case[0] == "dense":
+            num_parameters = sum(x.size for x in arguments[0])
+            totals = {name: functions[name]() for name in self.compiler.dense}
+            return {n: x / num_parameters if "bytes" in n else x for n, x in totals.items()}
+        names = dict(self.compiler.rows)
+        if case[0] == "tables":
+            # An instruction that joins rows of several tables does not say how much it takes from
+            # each.
+            del names["bytes"]
+        if case[1] == "init":
+            names["orders"] = "orders"
+        return {name: functions[figure]() for name, figure in names.items()}
 
 
 def reports(
@@ -105,7 +113,7 @@ def reports(
     def ask(case: Case) -> dict[str, Any]:
         worker = idle.pop()
         try:
-            answer = worker.ask(case)
+            answer = worker.ask((target, target, "report", case))
         except Ended as error:
             answer = {"failed": str(error)}
             worker.close()
@@ -129,10 +137,6 @@ def main(compiler: Compiler, argv: list[str]) -> int:
     if len(all_targets) > 1:
         suite.parser.add_argument("--chips", nargs="+", default=all_targets, choices=all_targets)
     args = suite.parse(argv)
-    if args.worker:
-        topology = compiler.topology(args.worker)
-        device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-        return serve(lambda case: report(compiler, case, device))
     if not installed(compiler.module):
         suite.parser.error(f"{compiler.module}, the compiler, is not installed: make bench-{name}")
     # Nothing here runs on a device.

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.steps import MAX_NORM, RATE, Runner, chain_step
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 CHAINS = ("adam", "clip + adam")
 # For workloads of many small leaves. adamjax can store these leaves end to end (`grouped`); the
@@ -161,7 +161,6 @@ class Contender:
 
     def prepare(self, chain: str, shapes: Any, dtype: str, least_steps: int) -> None:
         """Makes the step, and takes a first sample, which does not count."""
-        shapes = [tuple(shape) for shape in shapes]  # which came as lists, in JSON
         if self.name == "torch":
             self.run = torch_runner(chain, shapes, dtype)
         else:
@@ -199,8 +198,6 @@ def main(argv: list[str]) -> int:
     counts = {"rounds": 10, "sittings": 5}
     suite = Suite("dense", __doc__, PACKAGES, counts, only_chooses="workloads")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     every = QUICK if args.quick else workloads(large=here.platform != "cpu")
     chosen = {name: every[name] for name in suite.chosen(every)}

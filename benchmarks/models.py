@@ -22,7 +22,7 @@ from benchmarks.compile import PARTS, compile_seconds
 from benchmarks.networks import DLRM, Clicks, Params, Transformer, TwoTower
 from benchmarks.steps import RATE, Runner, Step
 from benchmarks.suite import Suite, progress, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 # The second model has one of the first one's tables. Only its program is measured, not its steps.
 MANY, ONE = "click, 26 tables", "click, one table"
@@ -245,8 +245,6 @@ def main(argv: list[str]) -> int:
     modules = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
     suite = Suite("models", __doc__, packages, counts, modules, only_chooses="models")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     every = QUICK if args.quick else MODELS
     models = {label: every[label] for label in suite.chosen(every)}
     names = suite.chosen_contenders()

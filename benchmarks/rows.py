@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import contenders, measure
 from benchmarks.contenders import Case, JaxTable, TorchTable, short
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
 # The seconds that a timed sample should last.
@@ -275,8 +275,6 @@ def main(argv: list[str]) -> int:
     modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
     suite = Suite("rows", __doc__, PACKAGES, counts, modules, only_chooses="cases, and 'growth',")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
     grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])

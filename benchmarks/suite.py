@@ -52,7 +52,6 @@ class Suite:
             add("--only", default="", help=f"{self.only_chooses} whose name has this text")
         if self.contenders:
             add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
-        add("--worker", help=argparse.SUPPRESS)  # for the processes that a suite starts
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options; a wrong one ends the process with a line that says so."""
