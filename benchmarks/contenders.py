@@ -21,8 +21,7 @@ EXPONENT = 1.28
 INDEX_ARRAYS, VALUE_ARRAYS = 32, 8
 MOST_BYTES = 2**28
 
-# Steps before the timed ones: few for a dense step, until its memory is allocated; many for the
-# others, until rows lag behind.
+# Steps before the timed ones: a few until the memory is allocated, or many until rows lag behind.
 FEW_STEPS, MANY_STEPS = 3, 24
 
 # For each contender: the package that it needs, and the number of steps before the timed ones.
@@ -42,9 +41,6 @@ ALL_CONTENDERS = {**CONTENDERS, **WHOLE_STEPS}
 OURS = tuple(name for name, (package, _) in ALL_CONTENDERS.items() if package == "adamjax")
 # The contenders that work on the rows that were read; the others pass over the whole table.
 BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
-
-
-# --- cases ----------------------------------------------------------------------------------------
 
 
 def short(number: int) -> str:
@@ -74,12 +70,11 @@ class Case:
 def least_bytes(name: str, case: Case, distinct: float) -> float:
     """The least bytes that a contender's step can read and write.
 
-    Every number has 4 bytes, and a step moves each once. The parameter and both moments of a row
-    are read and written: 24 bytes for each element of the batch's distinct rows, or of the whole
-    table if the contender passes over all of it. The gradient's values and the indices are read.
-    Not counted are a dense gradient, which the result does not need; what `exact_rows` records for
-    each row, 8 bytes; and the padding of rows on a TPU. `distinct` is how many rows a batch
-    touches, on average.
+    The parameter and both moments are read and written: 24 bytes for each element of the batch's
+    `distinct` rows (their mean number), or of the whole table if the contender passes over all of
+    it. The gradient's values and the indices are read, 4 bytes each. Not counted are a dense
+    gradient, which the result does not need; what `exact_rows` records for each row, 8 bytes; and
+    the padding of rows on a TPU.
     """
     touched = distinct if name in BY_ROWS else case.rows
     return 24 * touched * case.width + 4 * case.reads * (case.width + 1)
@@ -115,11 +110,7 @@ def start_rows(width: int) -> np.ndarray:
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 
-# --- contenders -----------------------------------------------------------------------------------
-
-
 def optimizer(name: str) -> Any:
-    """The optimizer of a contender of adamjax."""
     return steps.table_mode(name.removesuffix(" step"))[0]
 
 
@@ -172,7 +163,6 @@ class TorchTable:
             self.optimizer = torch.optim.Adam([self.table], RATE, fused=True)
 
     def load(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """Takes the batches."""
         import torch
 
         ids = [torch.from_numpy(x.astype(np.int64)).to(self.device) for x in indices]

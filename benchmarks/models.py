@@ -58,9 +58,6 @@ BATCHES, SAMPLE = 32, 0.5
 COMPILATIONS = 2
 
 
-# --- contenders -----------------------------------------------------------------------------------
-
-
 def optimizer(name: str, model: Any) -> tuple[Any, Any]:
     """The optimizer of a contender of adamjax, and the tables with row gradients."""
     mode = name if name in WITH_ROW_GRADIENTS else "dense gradient"
@@ -121,17 +118,12 @@ class Contender:
         return {"temporary_bytes": temporary_bytes, "loss": float(loss), "parameters": parameters}
 
     def sample(self) -> float:
-        """Seconds a step."""
         return measure.seconds_per_step(self.run, SAMPLE)
-
-
-# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure_steps(
     label: str, names: Sequence[str], args: Any, device: measure.Device
 ) -> dict[str, Any]:
-    """The time of whole steps on a model, of all contenders in turn."""
     failed: dict[str, str] = {}
     rounds: list[dict[str, float]] = []
     for _ in range(args.sittings):
@@ -190,7 +182,6 @@ def measure_programs(
 
 
 def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bounds on the program of a step of many tables."""
     exact = {row["model"]: row for row in programs if row["contender"] == "exact"}
     lines = seconds = None
     if {MANY, ONE} <= exact.keys():

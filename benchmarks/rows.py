@@ -30,8 +30,7 @@ from benchmarks.suite import Suite, progress, say, say_times
 from benchmarks.workers import WorkerPool
 
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
-# The seconds that a timed sample should last.
-SAMPLE = 0.1
+SAMPLE = 0.1  # seconds that a timed sample should last
 
 
 def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> list[Case]:
@@ -53,9 +52,6 @@ GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
 def main_rounds(case: Case, rounds: int) -> int:
     """The rounds of a main case in a sitting: a step on many rows takes long."""
     return rounds if case.reads <= FULL else max(2, rounds // 4)
-
-
-# --- a contender in its process -------------------------------------------------------------------
 
 
 def _memory(path: str, what: str) -> int | None:
@@ -85,7 +81,6 @@ class Contender:
             self.kind = JaxTable
 
     def drop(self) -> None:
-        """Frees the table."""
         self.table: Any = None
         self.shape = (0, 0)
         gc.collect()
@@ -112,11 +107,7 @@ class Contender:
         }
 
     def sample(self) -> float:
-        """Seconds a step."""
         return measure.seconds_per_step(self.table.run, SAMPLE)
-
-
-# --- measuring ------------------------------------------------------------------------------------
 
 
 def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
@@ -216,9 +207,6 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
     return growth
 
 
-# --- bounds ---------------------------------------------------------------------------------------
-
-
 def bounds(
     table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -267,9 +255,6 @@ def bounds(
     return [measure.bound(*bound) for bound in asked]
 
 
-# --- the suite ------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> int:
     counts = {"rounds": 8, "sittings": 4, "grid_rounds": 3}
     modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
@@ -300,13 +285,9 @@ def main(argv: list[str]) -> int:
     here.add_bandwidth(suite.results)
     for row in table:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
-        row["least_bytes"] = {
-            n: round(contenders.least_bytes(n, case, row["distinct"])) for n in row["ms"]
-        }
-        row["fraction"] = {
-            name: measure.fraction_of_limit(
-                row["least_bytes"][name], ms, suite.results["bandwidth"]
-            )
-            for name, ms in row["ms"].items()
-        }
+        row |= {"least_bytes": {}, "fraction": {}}
+        for name, ms in row["ms"].items():
+            least = round(contenders.least_bytes(name, case, row["distinct"]))
+            row["least_bytes"][name] = least
+            row["fraction"][name] = measure.fraction_of_limit(least, ms, suite.results["bandwidth"])
     return suite.finish()

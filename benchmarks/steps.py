@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import adamjax
 
 RATE, MAX_NORM = 1e-3, 1.0
-# The momentum of the average of the weights.
-MOMENTUM = 0.99
+MOMENTUM = 0.99  # of the average of the weights
 # Adam's numbers in `tf_step`; all other steps have the defaults of their packages.
 B1, B2, EPS = 0.9, 0.999, 1e-7
 
@@ -24,9 +23,6 @@ class Step(NamedTuple):
 
     init: Callable[[Any], Any]  # from the parameters to the state before the first step
     step: Callable[..., Any]
-
-
-# --- optimizer steps, given all gradients ---------------------------------------------------------
 
 
 def update_step(tx: Any) -> Step:
@@ -40,7 +36,6 @@ def update_step(tx: Any) -> Step:
 
 
 def keras_step(max_norm: float | None = None) -> Step:
-    """Keras' Adam on JAX."""
     import keras
 
     optimizer = keras.optimizers.Adam(RATE, global_clipnorm=max_norm)
@@ -94,9 +89,6 @@ def chain_step(package: str, chain: str) -> Step:
         return (tx.init(params), params) if averages else tx.init(params)
 
     return Step(init, step)
-
-
-# --- steps on a table -----------------------------------------------------------------------------
 
 
 def table_mode(
@@ -189,14 +181,10 @@ def tf_step() -> Step:
     return Step(init, step)
 
 
-# --- how a step is compiled and run ---------------------------------------------------------------
-
-
 def jitted(step: Callable[..., Any], tx: Any, params: Any, more_results: int = 0) -> Any:
-    """A step, jitted: it donates parameters and state, and keeps their layouts in memory.
+    """A jitted step that donates parameters and state and keeps their layouts in memory.
 
-    The layouts are those of `adamjax.layout.formats`. `more_results` is the number of the step's
-    results besides these two.
+    `more_results` is the number of the step's results besides these two.
     """
     out_shardings = (*adamjax.layout.formats(tx, params), *[None] * more_results)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
@@ -242,7 +230,6 @@ class Runner:
         return self.current.memory_analysis().temp_size_in_bytes
 
     def __call__(self, steps: int) -> None:
-        """Takes some steps and waits for them."""
         for _ in range(steps):
             batch = self.batches[self.steps_taken % len(self.batches)]
             params, state, *self.results = self.current(*self.arrays, *batch)
