@@ -104,10 +104,7 @@ class Contender:
 def reports(
     compiler: Compiler, target: str, cases: Sequence[Case], processes: int
 ) -> list[dict[str, Any]]:
-    """A compiler's reports on cases, in their order, from several processes.
-
-    A report is `{"failed": why}` where the process ended; a new one takes its place.
-    """
+    """Reports on cases, in their order; `{"failed": why}` where the compiler ended its process."""
     idle = [compiler.start(target) for _ in range(processes)]
 
     def ask(case: Case) -> dict[str, Any]:
@@ -130,7 +127,6 @@ def reports(
 
 
 def main(compiler: Compiler, argv: list[str]) -> int:
-    """Runs the suite of a compiler; see `--help`."""
     name = compiler.suite
     suite = Suite(name, compiler.about, compiler.packages, folder=f"{name}-compiler")
     all_targets = list(compiler.targets)

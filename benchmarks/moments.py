@@ -39,10 +39,7 @@ def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
 
 @functools.cache
 def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
-    """Returns a function of gradients that runs Adam with moments in a format.
-
-    It returns m, v and the update at each of the compared steps.
-    """
+    """A function from gradients to m, v and the update at each compared step, in a format."""
     tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
 
     def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
@@ -77,23 +74,15 @@ def reference(g: np.ndarray, every: int = COMPARE_EVERY) -> tuple[np.ndarray, ..
 def errors(
     ours: Sequence[Any], expected: Sequence[np.ndarray], float32_error: float = FLOAT32_ERROR
 ) -> dict[str, Any]:
-    """The errors of moments and updates, over all elements and compared steps.
+    """The errors of m, v and the updates, arrays of steps and elements, from those in float64.
 
     The error of a moment is relative to the moment itself, or to a thousandth of the step's root
-    mean square if that is larger.
-
-    Args:
-      ours, expected: m, v and the updates, by step and element: as measured, and in float64.
-      float32_error: the mean relative error of a moment that float32 itself may have.
+    mean square if that is larger. `float32_error` is the mean error that float32 itself may have.
 
     Returns:
-      A dict of:
-
-      - "biased": for m and v, the share of the steps at which the mean error is beyond three
-        standard errors plus `float32_error`;
-      - "bias": for m and v, the mean error over all steps;
-      - "update": the mean error of an update, relative to the mean size of an update;
-      - "finite": whether all moments and updates are finite.
+      "biased", for m and v the share of the steps at which the mean error is beyond three standard
+      errors plus `float32_error`; "bias", their mean error over all steps; "update", the mean error
+      of an update, relative to the mean size of an update; "finite", whether all are finite.
     """
     result: dict[str, Any] = {"biased": {}, "bias": {}}
     m, v, update = (np.asarray(x, np.float64) for x in ours)

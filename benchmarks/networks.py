@@ -34,8 +34,7 @@ def zipf_sums(num_ids: int, exponent: float) -> np.ndarray:
 def draw_ids(rng: np.random.Generator, sums: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """int32 ids in `[0, len(sums))`, a few of them frequent, and these not neighbours.
 
-    Args:
-      sums: the cumulative sums of the weights of all ranks.
+    `sums` are the cumulative sums of the weights of all ranks.
     """
     ranks = np.searchsorted(sums, rng.random(shape) * sums[-1])
     # A prime, so this is a permutation.
