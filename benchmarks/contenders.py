@@ -1,5 +1,6 @@
 """The contenders of the rows suite. Each takes Adam's steps on some rows of a table."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +153,6 @@ class TorchTable:
         import torch
 
         self.sparse = name == "torch sparse"
-        self.steps_taken = 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_cpu = self.device == "cpu"
         table = np.resize(start_rows(case.width), (case.rows, case.width))
@@ -167,25 +167,22 @@ class TorchTable:
 
         ids = [torch.from_numpy(x.astype(np.int64)).to(self.device) for x in indices]
         rows = [torch.from_numpy(x).to(self.device) for x in values]
-        self.batches = [(x, rows[i % len(rows)]) for i, x in enumerate(ids)]
-
-    def _gradient(self, indices: Any, values: Any) -> Any:
-        import torch
-
-        if self.sparse:
-            shape = self.table.shape
-            return torch.sparse_coo_tensor(indices[None], values, shape, check_invariants=False)
-        return torch.zeros_like(self.table).index_add_(0, indices, values)
+        self.batches = itertools.cycle([(x, rows[i % len(rows)]) for i, x in enumerate(ids)])
 
     def run(self, count: int) -> None:
         """Takes some steps in place, and waits for them."""
         import torch
 
-        for _ in range(count):
+        shape = self.table.shape
+        for indices, values in itertools.islice(self.batches, count):
             # No variable has the gradient, so that its memory is free before the next one is made.
-            self.table.grad = self._gradient(*self.batches[self.steps_taken % len(self.batches)])
+            if self.sparse:
+                self.table.grad = torch.sparse_coo_tensor(
+                    indices[None], values, shape, check_invariants=False
+                )
+            else:
+                self.table.grad = torch.zeros_like(self.table).index_add_(0, indices, values)
             self.optimizer.step()
             self.table.grad = None
-            self.steps_taken += 1
         if self.device == "cuda":
             torch.cuda.synchronize()

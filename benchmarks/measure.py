@@ -38,9 +38,9 @@ def timed(run: Callable[[], Any]) -> float:
 def seconds_per_step(
     run: Callable[[int], Any], seconds: float, most: int = 50, least: int = 1
 ) -> float:
-    """The mean time of as many steps as take about `seconds` together.
+    """The mean time of a step, over as many steps as take about `seconds` together.
 
-    One step before them, which is not counted, decides how many.
+    Their number is estimated from one step before them, which is not counted.
     """
     first = timed(lambda: run(1))
     steps = max(least, min(most, round(seconds / first)))
@@ -137,7 +137,7 @@ class Device:
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **hidden}
 
     def add_bandwidth(self, results: dict[str, Any]) -> None:
-        """Puts the bandwidth into results: from the samples here and, unless quick, as many new."""
+        """Puts the bandwidth into results; unless the run is quick, it is measured once more."""
         after = () if results["quick"] else device().bandwidth
         results["bandwidth"] = spread([*self.bandwidth, *after])
 

@@ -111,9 +111,10 @@ class Contender:
 
 
 def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
-    """Whether all contenders' arrays fit in memory at once, and one's temporaries.
+    """Whether the arrays of all contenders fit in memory at once, with one's temporaries.
 
-    These are a table with its moments, the same for all cases, and the batches of the largest.
+    The arrays are a table, its moments and the batches of the largest case. Temporaries are at most
+    as large as a table and its moments.
     """
     free = pool.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
     case = max(cases, key=contenders.batch_bytes)
@@ -125,7 +126,7 @@ def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
 
 
 def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
-    """The samples of so many rounds of cases with one table, and what contenders say of memory."""
+    """For each case of one table: the samples of its rounds, and what `prepare` returned."""
     in_turn = fits(pool, list(rounds))
     by_case: dict[Case, dict[str, Any]] = {
         case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}

@@ -4,6 +4,7 @@ A step is a function `(params, state, ...) -> (params, state, ...)`, to be jitte
 Whole train steps, which read rows and differentiate a loss, are those of `adamjax.train_step`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -217,12 +218,12 @@ class Runner:
             self.step = jax.jit(step.step, donate_argnums=(0, 1))
         else:
             self.step = jitted(step.step, tx, params, more_results)
-        self.arrays, self.steps_taken = (params, step.init(params)), 0
+        self.arrays = params, step.init(params)
         self.compiled: dict[Any, Any] = {}
 
     def load(self, batches: Sequence[tuple[Any, ...]]) -> int:
         """Takes the batches and compiles for them; returns the bytes of a step's temporaries."""
-        self.batches = batches
+        self.batches = itertools.cycle(batches)
         shapes = tuple(x.shape for x in jax.tree.leaves(batches[0]))
         if shapes not in self.compiled:
             self.compiled[shapes] = self.step.lower(*self.arrays, *batches[0]).compile()
@@ -230,9 +231,7 @@ class Runner:
         return self.current.memory_analysis().temp_size_in_bytes
 
     def __call__(self, steps: int) -> None:
-        for _ in range(steps):
-            batch = self.batches[self.steps_taken % len(self.batches)]
+        for batch in itertools.islice(self.batches, steps):
             params, state, *self.results = self.current(*self.arrays, *batch)
             self.arrays = params, state
-            self.steps_taken += 1
         jax.block_until_ready((self.arrays, self.results))

@@ -101,7 +101,10 @@ class Suite:
 
 
 def progress(items: Iterable[Item], unit: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a progress bar on stderr if that is a terminal."""
+    """The items, with a progress bar on stderr if that is a terminal.
+
+    `total` is their number, if they have no length.
+    """
     from tqdm import tqdm
 
     return tqdm(items, unit=unit, total=total, disable=None, leave=False)

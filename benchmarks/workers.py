@@ -102,7 +102,7 @@ class WorkerPool:
             return {}
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
-        """A sample of each, one after another, beginning with the one of a number."""
+        """A sample of each, one after another; `first` (modulo their number) takes the first."""
         first %= len(names)
         samples = {}
         for name in (*names[first:], *names[:first]):
@@ -112,7 +112,7 @@ class WorkerPool:
     def measure(
         self, names: Sequence[str], case: Sequence[Any], rounds: int
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What each contender says as it prepares a case, and the samples of some rounds."""
+        """What each contender's `prepare` returns, and the samples of some rounds."""
         answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
             answers |= self.ask(name, "prepare", *case)
