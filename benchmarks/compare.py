@@ -91,7 +91,6 @@ def figures(results: Results) -> dict[tuple[str, ...], Figure]:
 
 
 def verdict(a: Figure, b: Figure) -> str:
-    """What became of a figure, from a to b."""
     if a.quartiles is None or b.quartiles is None:
         return "same" if a.value == b.value else "changed"
     if max(a.quartiles[0], b.quartiles[0]) <= min(a.quartiles[1], b.quartiles[1]):

@@ -40,7 +40,6 @@ class Compiler:
     results: Mapping[str, str]  # more entries of the results
 
     def start(self, target: str) -> Worker:
-        """Starts a process with the compiler, but without its device."""
         variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **self.environment(target)}
         return Worker(self.suite, **variables)
 

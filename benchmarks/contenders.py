@@ -170,7 +170,6 @@ class TorchTable:
         self.batches = itertools.cycle([(x, rows[i % len(rows)]) for i, x in enumerate(ids)])
 
     def run(self, count: int) -> None:
-        """Takes some steps in place, and waits for them."""
         import torch
 
         shape = self.table.shape

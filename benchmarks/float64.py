@@ -64,7 +64,6 @@ def one_ulp_off(start: Any, seed: int) -> Any:
 
 
 def distance(own: list[Any], dense: list[Any]) -> float:
-    """The largest difference of a weight."""
     return max(float(np.abs(x - y).max()) for x, y in zip(own, dense, strict=True))
 
 

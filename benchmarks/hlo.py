@@ -21,7 +21,6 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def entry(text: str) -> str:
-    """The instructions of a program's entry."""
     start = text.index("\nENTRY")
     return text[start : text.index("\n}", start)]
 

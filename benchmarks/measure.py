@@ -55,7 +55,6 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def names_in_every_round(rounds: Rounds, names: Iterable[str]) -> list[str]:
-    """Those of the names that every round has a sample of."""
     return [n for n in names if all(n in one_round for one_round in rounds)]
 
 
@@ -195,7 +194,6 @@ def commit(root: Path = ROOT) -> str | None:
 
 
 def installed(*modules: str) -> list[str]:
-    """Those modules that can be imported."""
     return [name for name in modules if importlib.util.find_spec(name)]
 
 

@@ -56,8 +56,6 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train."""
-
     init: Callable[[int], Any]  # the parameters of a seed
     loss: Callable[[Any, Any], jax.Array]  # of parameters and a batch
     batch: Callable[[int, int], Any]  # of a seed and a step

@@ -19,7 +19,6 @@ NUMBER_MARK = re.compile(r"(<!-- number (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
 def committed(suite: str) -> Results:
-    """The committed results of a suite on a CPU."""
     return json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
 
 

@@ -200,8 +200,6 @@ def summary(results: Results) -> str:
 
 
 def text(results: Results) -> str:
-    """The report in Markdown."""
-
     def picture(plot: str) -> str:
         return f"![{plots.CAPTIONS[plot]}](report-{plot}.png)\n\n*{plots.CAPTIONS[plot]}*"
 

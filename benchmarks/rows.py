@@ -85,9 +85,8 @@ class Contender:
         self.shape = (0, 0)
         gc.collect()
 
-    def prepare(self, *about: Any) -> dict[str, Any]:
+    def prepare(self, case: Case) -> dict[str, Any]:
         """Loads a case's batches, compiles, warms up; returns the bytes that this took."""
-        case = Case(*about)
         if self.shape != (case.rows, case.width):
             self.drop()
             self.base = _resident("VmRSS")
@@ -134,7 +133,7 @@ def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[s
     }
     for names in [pool.names] if in_turn else [[name] for name in pool.names]:
         for case, record in by_case.items():
-            about, samples = pool.measure(names, list(vars(case).values()), rounds[case])
+            about, samples = pool.measure(names, (case,), rounds[case])
             record["about"] |= about
             record["failed"] |= pool.failed
             for one, more in zip(record["samples"], samples, strict=True):
@@ -185,17 +184,14 @@ def measure_cases(
 
 
 def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
-    """The time of exact's steps on a small and a large table, in turn, and their ratio.
-
-    The indices are as many as in the first main cases.
-    """
+    """The time of exact's steps on a small and a large table, in turn, and their ratio."""
     cases = [case for case in MAIN if case.reads == FULL]
     samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
         with WorkerPool("rows", dict.fromkeys(GROWTH, "exact"), device) as pool:
             for case in cases:
                 for size, rows in GROWTH.items():
-                    pool.ask(size, "prepare", *vars(replace(case, rows=rows)).values())
+                    pool.ask(size, "prepare", replace(case, rows=rows))
                 turns = (pool.in_turn(pool.names, number) for number in range(rounds))
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
@@ -211,13 +207,13 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
 def bounds(
     table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The bounds on the main cases: on those with 8,192 indices, where no other number is said."""
+    """The bounds on the main cases, with 8,192 indices unless a bound names another number."""
     rows = {row["case"]: row for row in table}
     main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
 
     def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
-        """The time of one by that of the other, of which one is ours."""
+        """The time of one divided by that of the other; at least one of them is ours."""
         ratios = (main_rows[reads, indices] or {"ratio": {}})["ratio"]
         if other in ratios.get(one, {}):
             return ratios[one][other]["median"]

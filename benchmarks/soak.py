@@ -115,7 +115,6 @@ class Run:
         self.seconds += timed(steps)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights, and their average if there is one."""
         with enable_x64(self.x64):
             return {k: np.asarray(x, np.float64) for k, x in self.read(self.carry).items()}
 
@@ -186,7 +185,6 @@ def float64_run(case: Case) -> Run:
 
 
 def shortest_history(case: Case) -> int:
-    """The least history that the optimizer allows."""
     for history in (1 << n for n in range(20)):
         with contextlib.suppress(ValueError):
             adamjax.exact_rows(case.dense(PEAK), "table", history=history)

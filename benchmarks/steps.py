@@ -20,8 +20,6 @@ B1, B2, EPS = 0.9, 0.999, 1e-7
 
 
 class Step(NamedTuple):
-    """A step, and how its state begins."""
-
     init: Callable[[Any], Any]  # from the parameters to the state before the first step
     step: Callable[..., Any]
 
@@ -208,10 +206,7 @@ def count_bytes(tree: Any) -> int:
 
 
 class Runner:
-    """Takes a step in place, on batches in rotation; it is jitted, and donates its arrays.
-
-    With an optimizer it also keeps the layouts of its arrays, as in `jitted`.
-    """
+    """Takes steps in place on batches in rotation; with a `tx`, arrays keep their layouts."""
 
     def __init__(self, step: Step, params: Any, tx: Any = None, more_results: int = 0) -> None:
         if tx is None:

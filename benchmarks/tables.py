@@ -25,7 +25,6 @@ def paragraphs(*parts: str) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -60,7 +59,6 @@ def two_digits(number: float) -> str:
 
 
 def versions(results: Results) -> str:
-    """The packages' versions."""
     return ", ".join(f"{k} {v}" for k, v in results["environment"].get("versions", {}).items())
 
 
@@ -311,7 +309,6 @@ def figure(report: Row, name: str, digits: int = 0, scale: float = 1.0) -> str:
 
 
 def figure_beside_optax(row: Row, name: str, digits: int) -> str:
-    """A figure of a dense step, and in brackets optax's."""
     own, other = (figure(row["said"][package], name, digits) for package in ("adamjax", "optax"))
     return f"{own} ({other})"
 
@@ -377,7 +374,6 @@ def tpu(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    """The tables of what the GPU's compiler says."""
     digits = {"kernels": 0, "bytes": 2, "temporary_bytes": 2}
     dense_table = []
     for row in results["dense"]:
@@ -420,7 +416,6 @@ def quality(results: Results) -> str:
 
 
 def float64(results: Results) -> str:
-    """Whether exact and dense have the same metrics in float64."""
     names = list(results["metrics"][0]["contenders"])
     metrics, weights = [], []
     for row in results["metrics"]:

@@ -36,7 +36,6 @@ class Worker:
             raise Ended(f"a worker ended with status {self.process.exitcode}") from None
 
     def close(self) -> None:
-        """Ends the process."""
         self.connection.close()
         self.process.join()
 
