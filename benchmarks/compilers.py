@@ -18,8 +18,8 @@ from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
 from benchmarks.workers import Ended, Worker
 
-# Cases that belong together: "dense" or "rows", the part of the results that they are in; the
-# entries that they share there; and each case by its name.
+# Cases that make one row of the results: the part of the results that the row is in ("dense" or
+# "rows"), the entries that say what the row is about, and each case by its name.
 Group = tuple[str, dict[str, Any], dict[str, Case]]
 
 
@@ -32,7 +32,7 @@ class Compiler:
     module: str  # that the compiler is in
     packages: tuple[str, ...]  # whose versions the results state
     topology: Callable[[str], Any]  # the devices of a target, as JAX describes them
-    environment: Callable[[str], dict[str, str]]  # what a target needs besides the common variables
+    environment: Callable[[str], dict[str, str]]  # environment variables of a target
     targets: tuple[str, ...]  # the chips that it compiles for
     dense: tuple[str, ...]  # the figures of a dense step; see `figures`
     rows: Mapping[str, str]  # those of a step on tables, by their names in the results

@@ -17,8 +17,8 @@ from benchmarks.steps import RATE, Runner, Step
 # 1,400 distinct rows, and 1,024 indices about 290.
 EXPONENT = 1.28
 
-# Steps repeat this many arrays of indices and of values. There are fewer arrays of values, but at
-# least two, if they would take more than `MOST_BYTES`.
+# Steps repeat this many arrays of indices and of values. If the values would take more than
+# `MOST_BYTES`, there are fewer of them, but at least two.
 INDEX_ARRAYS, VALUE_ARRAYS = 32, 8
 MOST_BYTES = 2**28
 
@@ -82,7 +82,6 @@ def least_bytes(name: str, case: Case, distinct: float) -> float:
 
 
 def num_value_arrays(case: Case) -> int:
-    """How many arrays of values the batches share: 8, or fewer if they are large."""
     return min(VALUE_ARRAYS, max(2, MOST_BYTES // (4 * case.reads * case.width)))
 
 
@@ -99,7 +98,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=indices_shape)
     else:
-        # The sums are not cached: a suite measures the resident memory of this process as a step's.
+        # The sums are not cached, as they would count as memory of the contender's step.
         indices = draw_ids(rng, zipf_sums(case.rows, EXPONENT), indices_shape)
     values_shape = (num_value_arrays(case), case.reads, case.width)
     values = 0.01 * rng.standard_normal(values_shape, np.float32)
@@ -107,7 +106,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_rows(width: int) -> np.ndarray:
-    """1,000 rows. Before the first step, every table has these again and again."""
+    """The 1,000 rows that every table repeats before the first step."""
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 

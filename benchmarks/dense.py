@@ -31,8 +31,7 @@ IN_JAX = ("adamjax", "optax", "keras")
 
 # A sample takes as many steps as fit into SAMPLE_SECONDS, at most MOST_STEPS.
 SAMPLE_SECONDS, MOST_STEPS = 0.05, 100
-# The bytes of device memory that all contenders need per parameter: four contenders, six float32
-# arrays each.
+# Of device memory, for all contenders together: four contenders, six float32 arrays each.
 BYTES_PER_PARAMETER = 4 * 6 * 4
 
 Shapes = list[tuple[int, ...]]
@@ -91,16 +90,14 @@ def chains(workload: str) -> tuple[str, ...]:
 
 
 def least_bytes(shapes: Shapes, dtype: str, chain: str) -> int:
-    """Bytes that any step of Adam must read and write, whatever its code.
+    """The least bytes that a step of Adam can read and write.
 
     For every element, the gradient is read once, and the parameter and both moments are read and
-    written once. That is 28 bytes in float32; 22 in bfloat16 with moments in float32. A clip by the
-    global norm reads the gradient once more, as the norm must be known before the first element is
-    clipped: 32 and 24. The step count is left out.
+    written once: 28 bytes in float32, 22 in bfloat16 with moments in float32. A clip by the global
+    norm reads the gradient once more: 32 and 24. The step count is left out.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    # Two moments, read and written, in float32 or wider.
-    moments = 2 * 2 * max(itemsize, 4)
+    moments = 2 * 2 * max(itemsize, 4)  # two, read and written, in float32 or wider
     reads_of_gradient = 2 if "clip" in chain else 1
     return (2 * itemsize + moments + reads_of_gradient * itemsize) * size(shapes)
 

@@ -21,7 +21,7 @@ from benchmarks.suite import Suite
 SYSTEMS = ("adamjax", "optax", "keras", "torch")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-# A number, or a word for why there is none.
+# Returns a number, or says why there is none.
 Run = Callable[[], float | str]
 
 
@@ -159,7 +159,7 @@ def torch_sparse_row() -> float:
 ADAM = ("adam", "adam", "Adam", "Adam")
 FADING, ONCE, ALWAYS = [1.0, *[0.1] * 9], [1.0, *[0.0] * 9], [1.0] * 100
 
-# key: the steps and which number is shown, how to get the numbers of others with adamjax, the runs
+# key: the steps and the number that is shown, how adamjax computes what the others do, the runs
 CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "eps": (
         "Adam, rate 1, a gradient of 1e-8: size of the first step",

@@ -43,9 +43,8 @@ def _attribute(rest: str, names: str) -> str | None:
 def launches(text: str) -> tuple[int, int]:
     """The kernels that a program launches on a GPU, and how often it waits for the host.
 
-    If the compiler knows how many turns a loop takes, its kernels count in each turn. For any other
-    loop, and for a branch, the program waits until the host has seen a number: this counts as one
-    wait, and what is inside is not counted.
+    If the compiler knows how many turns a loop takes, its kernels count in each turn. At any other
+    loop, and at a branch, the program waits once for the host; what is inside is not counted.
     """
     bodies = computations(text)
 

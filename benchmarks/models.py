@@ -50,12 +50,9 @@ CONTENDERS = {
 WITH_ROW_GRADIENTS = ("lazy", "exact")
 DECAY = 1e-4
 
-# Steps before any is timed: rows then lag behind by various numbers of steps.
-WARM = 24
-# Batches in rotation; the seconds that a timed sample should last.
-BATCHES, SAMPLE = 32, 0.5
-# How often a program is compiled in a sitting.
-COMPILATIONS = 2
+WARM = 24  # steps before any is timed: rows then lag behind by various numbers of steps
+BATCHES, SAMPLE = 32, 0.5  # batches in rotation; seconds that a timed sample should last
+COMPILATIONS = 2  # of a program in each sitting
 
 
 def optimizer(name: str, model: Any) -> tuple[Any, Any]:

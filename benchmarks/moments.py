@@ -1,7 +1,6 @@
 """Adam's moments in few bits against the recurrence in float64: what errors they have.
 
-Gradients of several kinds and magnitudes, the moments and updates that Adam makes of them in a
-format, the same in float64, and the errors between the two.
+Adam runs on gradients of several kinds and magnitudes, with moments in a format and in float64.
 """
 
 import functools
@@ -18,10 +17,8 @@ B1, B2 = 0.9, 0.999
 
 KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
 SCALES = (1e-9, 1.0, 1e4)
-# The moments are compared after every tenth step.
-COMPARE_EVERY = 10
-# The error of float32 itself, relative to a moment, in 20,000 steps.
-FLOAT32_ERROR = 1e-5
+COMPARE_EVERY = 10  # steps
+FLOAT32_ERROR = 1e-5  # of float32 itself, relative to a moment, in 20,000 steps
 
 
 def gradients(kind: str, steps: int, elements: int) -> np.ndarray:

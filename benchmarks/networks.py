@@ -19,8 +19,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Params = dict[str, Any]
 
-# The exponent s of Zipf's law, p(k) ~ k^-s.
-EXPONENT = 1.1
+EXPONENT = 1.1  # s of Zipf's law, p(k) ~ k^-s
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def _limits(results: Results) -> Iterator[str]:
 
 
 def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, float]]]:
-    """What is compared, with whom, in which case, and our time divided by theirs."""
+    """What is compared, with which package, in which case, and our time divided by theirs."""
     for row in _rows_of(results, "dense"):
         for name, ratio in row["ratio"].items():
             yield "A dense step", name, f"{row['workload']}, {row['chain']}", ratio
