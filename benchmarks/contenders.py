@@ -173,7 +173,7 @@ class TorchTable:
 
         shape = self.table.shape
         for indices, values in itertools.islice(self.batches, count):
-            # No variable has the gradient, so that its memory is free before the next one is made.
+            # Only `.grad` refers to the gradient: its memory is free before the next one is made.
             if self.sparse:
                 self.table.grad = torch.sparse_coo_tensor(
                     indices[None], values, shape, check_invariants=False

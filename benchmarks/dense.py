@@ -171,11 +171,15 @@ def main(argv: list[str]) -> int:
             with WorkerPool("dense", contenders, here, together=IN_JAX) as pool:
                 samples += pool.measure(contenders, (chain, *chosen[workload]), args.rounds)[1]
         names = measure.names_in_every_round(samples, contenders)
-        row = {"workload": workload, "chain": chain}
-        row |= {"least_bytes": least_bytes(shapes, dtype, chain)}
-        row |= {"ms": measure.times(samples, names)}
-        rows.append(row | {"ratio": measure.time_ratios(samples, "adamjax", names)})
-        say_times(f"{workload}, {chain}", rows[-1]["ms"])
+        row = {
+            "workload": workload,
+            "chain": chain,
+            "least_bytes": least_bytes(shapes, dtype, chain),
+            "ms": measure.times(samples, names),
+            "ratio": measure.time_ratios(samples, "adamjax", names),
+        }
+        rows.append(row)
+        say_times(f"{workload}, {chain}", row["ms"])
     here.add_bandwidth(suite.results)
     for row in rows:
         row["fraction"] = {

@@ -146,7 +146,7 @@ def trainer(task: Task, name: str, steps: int) -> Callable[[int], float]:
 
 
 def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
-    """Each format's held-out losses, their mean difference from float32's, and is it the same?
+    """Each format's held-out losses, and whether they are the same as float32's on average.
 
     "learned" is how much float32 reduces the loss "before" training, and "spread" the standard
     deviation over its seeds.
